@@ -1,0 +1,1 @@
+"""HTTP in, domain objects out. Never torch, never gpu_worker."""

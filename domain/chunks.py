@@ -1,0 +1,28 @@
+"""A chunk: the smallest piece of a job's stream that is committed, published and replayed."""
+
+from pydantic import Field
+
+from domain.jobs import FinishReason, Frozen
+
+
+class TokenLogprob(Frozen):
+    token: str
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()  # (token id, text, logprob), most likely first
+
+
+class TokenChunk(Frozen):
+    """What one sequence of a job gained since its last chunk.
+
+    `sequence_number` counts the chunks of the whole job from 1 without a hole, over all its sequences and attempts.
+    `text` may lag behind `token_ids`: text that could still become a stop string, or is half a UTF-8 character, comes
+    with a later chunk. The concatenated `text` of one `index` is the sequence's final text, byte for byte.
+    """
+
+    sequence_number: int = Field(ge=1)
+    index: int = Field(default=0, ge=0)  # which of the job's n sequences
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None  # set on the last chunk of its index
+    logprobs: tuple[TokenLogprob, ...] | None = None

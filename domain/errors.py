@@ -1,0 +1,134 @@
+"""The exception tree. Every class has a stable `code`; `api/errors.py` maps code to HTTP in one table.
+
+CeleriacError
+├── InvalidRequest                 invalid_value: a field is wrong; says which, the value seen and the remedy
+│   ├── ContextLengthExceeded      context_length_exceeded
+│   ├── UnsupportedParameter       unsupported_parameter
+│   └── InvalidCursor              invalid_cursor: a stream position or page cursor that cannot be
+├── IdempotencyKeyReused           idempotency_key_reused: same key, different request
+├── RequestTooLarge                request_too_large
+├── AuthenticationFailed           invalid_api_key
+├── PermissionDenied               permission_denied
+├── NotFound
+│   ├── ModelNotFound              model_not_found
+│   └── JobNotFound                job_not_found (also for another tenant's job)
+├── CursorExpired                  cursor_expired: the log before this position was pruned
+├── Overloaded                     retry later; carries retry_after_seconds
+│   ├── TooManyQueuedJobs          too_many_queued_jobs: the tenant's bound
+│   ├── ServerOverloaded           server_is_overloaded: our own bound
+│   └── StorageUnavailable         storage_unavailable: the database does not answer
+├── DeadlineExceeded               deadline_exceeded
+└── JobFailure                     why a job failed; stored as its JobError
+    ├── EngineError                engine_error: the model could not run this sequence
+    ├── WorkerLost                 worker_lost: the retry budget is spent on lost or crashed workers
+    ├── PoisonJob                  poison_job: it crashed an engine while it ran alone
+    └── OutOfMemory                out_of_memory: it does not fit, even alone
+"""
+
+from typing import ClassVar
+
+
+class CeleriacError(Exception):
+    """`param` names the request field at fault, where there is one."""
+
+    code: ClassVar[str] = "server_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(CeleriacError):
+    code = "invalid_value"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class UnsupportedParameter(InvalidRequest):
+    code = "unsupported_parameter"
+
+
+class InvalidCursor(InvalidRequest):
+    code = "invalid_cursor"
+
+
+class IdempotencyKeyReused(CeleriacError):
+    code = "idempotency_key_reused"
+
+
+class RequestTooLarge(CeleriacError):
+    code = "request_too_large"
+
+
+class AuthenticationFailed(CeleriacError):
+    code = "invalid_api_key"
+
+
+class PermissionDenied(CeleriacError):
+    code = "permission_denied"
+
+
+class NotFound(CeleriacError):
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class JobNotFound(NotFound):
+    code = "job_not_found"
+
+
+class CursorExpired(CeleriacError):
+    code = "cursor_expired"
+
+
+class Overloaded(CeleriacError):
+    code = "slow_down"
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_seconds: float = 1.0, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class TooManyQueuedJobs(Overloaded):
+    code = "too_many_queued_jobs"
+
+
+class ServerOverloaded(Overloaded):
+    code = "server_is_overloaded"
+
+
+class StorageUnavailable(Overloaded):
+    code = "storage_unavailable"
+
+
+class DeadlineExceeded(CeleriacError):
+    code = "deadline_exceeded"
+
+
+class JobFailure(CeleriacError):
+    code = "job_failed"
+
+
+class EngineError(JobFailure):
+    code = "engine_error"
+
+
+class WorkerLost(JobFailure):
+    code = "worker_lost"
+    retryable = True
+
+
+class PoisonJob(JobFailure):
+    code = "poison_job"
+
+
+class OutOfMemory(JobFailure):
+    code = "out_of_memory"

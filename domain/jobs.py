@@ -1,0 +1,63 @@
+"""What a job is: its statuses and their allowed transitions, how it ends, what it used."""
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+
+class JobStatus(StrEnum):
+    QUEUED = "queued"  # accepted, waiting in SQL; also between two attempts
+    IN_PROGRESS = "in_progress"  # claimed by one GPU worker under a lease
+    COMPLETED = "completed"  # the model stopped, or max_tokens was reached
+    FAILED = "failed"  # a permanent error, or the retry budget is spent
+    CANCELLED = "cancelled"  # asked for; partial output is kept
+    EXPIRED = "expired"  # its deadline passed; partial output is kept
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in TERMINAL_STATUSES
+
+
+TERMINAL_STATUSES = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED})
+
+#: Every transition that a statement in `storage/jobs.py` may make. Terminal statuses absorb.
+ALLOWED_TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
+    JobStatus.QUEUED: frozenset({JobStatus.IN_PROGRESS, JobStatus.CANCELLED, JobStatus.EXPIRED}),
+    JobStatus.IN_PROGRESS: TERMINAL_STATUSES | {JobStatus.QUEUED},
+    JobStatus.COMPLETED: frozenset(),
+    JobStatus.FAILED: frozenset(),
+    JobStatus.CANCELLED: frozenset(),
+    JobStatus.EXPIRED: frozenset(),
+}
+
+
+class Lane(StrEnum):
+    STANDARD = "standard"
+    ISOLATED = "isolated"  # suspected of crashing an engine: runs alone
+
+
+class FinishReason(StrEnum):
+    """Why one sequence stopped."""
+
+    STOP = "stop"  # end-of-sequence token, stop token id or stop string
+    LENGTH = "length"  # max_tokens or the context length
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Usage(Frozen):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens whose keys and values came from the prefix cache
+
+
+class JobError(Frozen):
+    """Why a job failed, in the words of `domain.errors`: HTTP, SSE, webhook and CLI all say the same."""
+
+    code: str
+    message: str
+    retryable: bool = False

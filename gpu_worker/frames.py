@@ -1,0 +1,114 @@
+"""What the worker's main process and its engine process say to each other: msgpack frames over a socket pair.
+
+A frame is a 4-byte big-endian length and one msgspec-encoded struct. Never pickle. Torch-free.
+"""
+
+import msgspec
+
+
+class AddJob(msgspec.Struct, tag="add", frozen=True):
+    """Run this job; the answer is Output frames until one of them is final for every index.
+
+    `params` is a dumped `SamplingParams` with every default resolved. `committed_token_ids[i]` are the tokens of sequence
+    i that are already committed: the engine continues after them. `num_emitted_chars[i]` is how much of sequence i's
+    text was committed with them: the rest of the text of those tokens is emitted again.
+    """
+
+    job_id: str
+    attempt: int
+    prompt_token_ids: list[int]
+    params: dict[str, object]
+    max_tokens: int
+    seed: int
+    priority: int
+    cache_salt: str  # prefix-cache entries are shared only under the same salt (one per tenant)
+    committed_token_ids: list[list[int]]  # one list per sequence, n of them; empty lists on a first attempt
+    num_emitted_chars: list[int]
+    finished_indexes: list[int]  # sequences whose last chunk is committed already
+
+
+class AbortJob(msgspec.Struct, tag="abort", frozen=True):
+    """Take the job out of the running batch at the next step. Every running sequence gets a final Output with `reason`;
+    silent where `reason` is empty (the job was fenced off)."""
+
+    job_id: str
+    attempt: int
+    reason: str  # a FinishReason: cancelled or deadline
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
+    """End the process after the running step."""
+
+
+Command = AddJob | AbortJob | Shutdown
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    """The model is loaded. Sent once."""
+
+    model: str
+    model_revision: str
+    backend: str
+    device: str
+    max_num_seqs: int
+    max_model_len: int
+    num_cache_tokens: int
+    pid: int
+
+
+class SequenceOutput(msgspec.Struct, frozen=True):
+    """What one sequence gained in a step."""
+
+    job_id: str
+    attempt: int
+    index: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str | None = None  # a FinishReason; set on the last output of the sequence
+    logprobs: list[dict[str, object]] | None = None  # dumped TokenLogprob, one per token id
+    num_cached_tokens: int = 0
+
+
+class JobFailed(msgspec.Struct, frozen=True):
+    """The engine cannot run this job and took it out; its neighbours run on."""
+
+    job_id: str
+    attempt: int
+    code: str
+    message: str
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """Figures of the engine, for Flower, /health and the credit rule."""
+
+    num_steps: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_preemptions: int = 0
+    num_generation_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_prefix_cache_hits: int = 0  # tokens
+    cache_usage: float = 0.0  # 0..1
+    step_seconds: float = 0.0  # of the last step
+    memory_bytes: int = 0
+
+
+class StepDone(msgspec.Struct, tag="step", frozen=True):
+    """All that one step produced, in order."""
+
+    outputs: list[SequenceOutput]
+    failures: list[JobFailed]
+    stats: EngineStats
+
+
+class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):
+    """The loop is alive and has nothing to report."""
+
+    stats: EngineStats
+
+
+Report = Ready | StepDone | Heartbeat
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_report = msgspec.msgpack.Decoder(Report).decode

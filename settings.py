@@ -1,0 +1,77 @@
+"""Every setting of Celeriac: one frozen object, read from CELERIAC_* environment variables."""
+
+import difflib
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ROOT = Path(__file__).resolve().parent
+PREFIX = "CELERIAC_"
+
+
+class Settings(BaseSettings):
+    """Units are in the names. The defaults serve one machine; production names at least the two URLs."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    database_url: str = "postgresql://localhost/celeriac"  # postgresql://user:password@host:port/name
+    redis_url: str = "redis://localhost:6379/0"
+    models_file: Path = ROOT / "models.toml"
+    data_dir: Path = ROOT / ".celeriac"  # the embedded servers, the beat schedule and uploaded files live here
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    flower_port: int = Field(default=5555, ge=0, le=65535)
+    auth: Literal["none", "api_key"] = "none"  # "none" serves the loopback interface only
+    bootstrap_api_key: str | None = None  # created at migrate for the tenant "default"; for container deployments
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["json", "text"] = "json"
+
+    # The job protocol (docs/job_lifecycle.md)
+    lease_seconds: float = Field(default=15.0, gt=0)  # renewed by every chunk, else every third of it
+    lease_grace_seconds: float = Field(default=2.0, ge=0)  # how long past its lease a job is left before rescue
+    max_failures: int = Field(default=3, ge=0)  # lost or crashed attempts before a job fails for good
+    flush_min_seconds: float = Field(default=0.05, gt=0)  # between two chunk commits of the running batch
+    flush_max_seconds: float = Field(default=0.5, gt=0)
+    dispatch_window_factor: float = Field(default=2.0, gt=0)  # messages per queue = this times the live slots
+    dispatch_window_min: int = Field(default=16, ge=1)
+    janitor_interval_seconds: float = Field(default=1.0, gt=0)
+    result_ttl_seconds: int = Field(default=86_400, ge=60)  # how long a finished job is kept
+
+    # Bounds
+    max_body_bytes: int = Field(default=1_048_576, ge=1024)
+    max_queued_jobs: int = Field(default=10_000, ge=1)  # per tenant, for tenants without their own bound
+    max_streams: int = Field(default=4_000, ge=1)  # open SSE streams per API process
+    stream_lifetime_seconds: float = Field(default=3_600.0, gt=0)
+    stream_heartbeat_seconds: float = Field(default=15.0, gt=0)
+
+    # The worker
+    lookahead: int | None = Field(default=None, ge=0)  # messages held beyond the free slots; default a quarter of them
+    engine_heartbeat_seconds: float = Field(default=10.0, gt=0)  # a silent engine is restarted after three of these
+    drain_seconds: float = Field(default=30.0, ge=0)  # how long SIGTERM lets running jobs finish before release
+
+
+class UnknownSetting(ValueError):
+    """An environment variable with our prefix that no setting reads."""
+
+
+def refuse_unknown_variables(environment: dict[str, str]) -> None:
+    """Raise UnknownSetting for a CELERIAC_* variable that no setting reads; a typo must not pass in silence."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in environment:
+        if not name.upper().startswith(PREFIX) or name.upper() in known:
+            continue
+        close = difflib.get_close_matches(name.upper(), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are: {', '.join(sorted(known))}"
+        raise UnknownSetting(f"{name} is set but no setting reads it; {hint}")
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """The process's settings, read once."""
+    refuse_unknown_variables(dict(os.environ))
+    return Settings()

@@ -1,0 +1,245 @@
+"""Every row class. SQL is the only truth: no fact about a job exists only in Redis."""
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from pydantic import BaseModel
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Dialect,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    REAL,
+    SmallInteger,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from domain.chunks import TokenChunk
+from domain.jobs import FinishReason, JobError, JobStatus, Lane
+from domain.requests import GenerationRequest, GenerationResult
+
+
+class PydanticJSON(TypeDecorator[BaseModel]):
+    """A JSON column that holds one Pydantic class. `json`, not `jsonb`, which refuses U+0000."""
+
+    impl = JSON
+    cache_ok = True
+
+    def __init__(self, model_class: type[BaseModel]) -> None:
+        super().__init__()
+        self.model_class = model_class
+
+    def process_bind_param(self, value: BaseModel | None, dialect: Dialect) -> Any:
+        return None if value is None else value.model_dump(mode="json")
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> BaseModel | None:
+        return None if value is None else self.model_class.model_validate(value)
+
+
+class TextEnum(TypeDecorator[Any]):
+    """A text column that holds one StrEnum; the CHECK constraints name the values."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, enum_class: type) -> None:
+        super().__init__()
+        self.enum_class = enum_class
+
+    def process_bind_param(self, value: Any | None, dialect: Dialect) -> str | None:
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> Any | None:
+        return None if value is None else self.enum_class(value)
+
+
+class Row(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+            "uq": "%(table_name)s_%(column_0_N_name)s_key",
+            "ck": "%(table_name)s_%(constraint_name)s_check",
+            "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+            "pk": "%(table_name)s_pkey",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012  (SQLAlchemy reads it as a class attribute)
+        datetime: TIMESTAMP(timezone=True),
+        str: Text,
+        bytes: LargeBinary,
+        JobStatus: TextEnum(JobStatus),
+        Lane: TextEnum(Lane),
+        FinishReason: TextEnum(FinishReason),
+        JobError: PydanticJSON(JobError),
+        GenerationRequest: PydanticJSON(GenerationRequest),
+        GenerationResult: PydanticJSON(GenerationResult),
+        TokenChunk: PydanticJSON(TokenChunk),
+        dict[str, str]: JSON,
+        dict[str, Any]: JSON,
+        list[int]: ARRAY(Integer),
+    }
+
+
+class Tenant(Row):
+    """Who jobs belong to; what fairness, bounds and isolation are about."""
+
+    __tablename__ = "tenants"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    max_queued: Mapped[int | None]  # None: the installation's bound
+    weight: Mapped[float] = mapped_column(REAL, server_default="1")
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class TenantLoad(Row):
+    """Counters of one tenant, moved in the same statement as the job rows they count."""
+
+    __tablename__ = "tenant_load"
+    __table_args__ = (
+        CheckConstraint("num_queued >= 0", name="num_queued"),
+        CheckConstraint("num_running >= 0", name="num_running"),
+        {"postgresql_with": {"fillfactor": "50"}},
+    )
+
+    tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True)
+    num_queued: Mapped[int] = mapped_column(server_default="0")
+    num_running: Mapped[int] = mapped_column(server_default="0")
+    virtual_time: Mapped[float] = mapped_column(Double, server_default="0")  # tokens served, over the tenant's weight
+
+
+class ApiKey(Row):
+    """A credential of one tenant. The secret itself is never stored."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)  # the public part of the key
+    tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
+    secret_sha256: Mapped[bytes]
+    name: Mapped[str] = mapped_column(server_default="")
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class Job(Row):
+    """One request, its status and how far it got. Narrow and hot: input and output lie in tables beside it."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "idempotency_key"),
+        CheckConstraint("status IN ('queued','in_progress','completed','failed','cancelled','expired')", name="status"),
+        CheckConstraint("(status = 'in_progress') = (lease_owner IS NOT NULL)", name="lease_owner"),
+        CheckConstraint("(status IN ('queued','in_progress')) = (finished_at IS NULL)", name="finished_at"),
+        Index(
+            "jobs_ready_idx",
+            "model",
+            "tenant_id",
+            text("priority DESC"),
+            "available_at",
+            "id",
+            postgresql_where=text("status = 'queued'"),
+        ),
+        # lease_expires_at is not indexed, so that renewals stay heap-only updates.
+        Index("jobs_running_idx", "lease_owner", postgresql_where=text("status = 'in_progress'")),
+        Index("jobs_tenant_idx", "tenant_id", text("id DESC")),
+        Index("jobs_retention_idx", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+        {"postgresql_with": {"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"}},
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)  # a ULID drawn by the API before the insert
+    tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
+    model: Mapped[str]
+    model_revision: Mapped[str]
+    lane: Mapped[Lane] = mapped_column(server_default="standard")
+    priority: Mapped[int] = mapped_column(SmallInteger, server_default="0")  # higher runs earlier
+    idempotency_key: Mapped[str | None]
+    request_hash: Mapped[bytes]
+    status: Mapped[JobStatus] = mapped_column(server_default="queued")
+    attempt: Mapped[int] = mapped_column(server_default="0")  # the fencing token: +1 at every claim, never reset
+    num_failures: Mapped[int] = mapped_column(server_default="0")  # attempts charged; a drain charges none
+    max_failures: Mapped[int]
+    num_suspicions: Mapped[int] = mapped_column(server_default="0")  # weight of the engine crashes it was part of
+    available_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    start_deadline_at: Mapped[datetime | None]  # expires if not claimed by then
+    deadline_at: Mapped[datetime | None]  # expires wherever it is then
+    run_timeout_seconds: Mapped[float | None] = mapped_column(Double)  # narrows deadline_at at the first claim
+    dispatch_at: Mapped[datetime] = mapped_column(server_default=func.now())  # the outbox: due for a message
+    num_dispatches: Mapped[int] = mapped_column(server_default="0")
+    lease_owner: Mapped[UUID | None]
+    lease_expires_at: Mapped[datetime | None]
+    cancel_requested_at: Mapped[datetime | None]
+    committed_sequence_number: Mapped[int] = mapped_column(server_default="0")
+    num_committed_tokens: Mapped[int] = mapped_column(server_default="0")
+    num_prompt_tokens: Mapped[int]
+    max_tokens: Mapped[int]  # resolved at submit, never None
+    seed: Mapped[int] = mapped_column(BigInteger)
+    cost: Mapped[int]  # prompt tokens + n * max_tokens: what fairness charges
+    finish_reason: Mapped[FinishReason | None]  # of the first sequence
+    error: Mapped[JobError | None]
+    job_metadata: Mapped[dict[str, str]] = mapped_column("metadata")
+    result_ttl_seconds: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    started_at: Mapped[datetime | None]  # the first claim
+    finished_at: Mapped[datetime | None]
+
+
+class JobPayload(Row):
+    """What was asked: written once at accept."""
+
+    __tablename__ = "job_payloads"
+
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    request: Mapped[GenerationRequest]  # the full dump, defaults resolved: a changed default never changes an old job
+    prompt_token_ids: Mapped[list[int]]
+
+
+class JobChunk(Row):
+    """One committed piece of a stream; append-only."""
+
+    __tablename__ = "job_chunks"
+
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    sequence_number: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int]
+    chunk: Mapped[TokenChunk]
+
+
+class JobResult(Row):
+    """What was answered: written once, in the statement that makes the job terminal."""
+
+    __tablename__ = "job_results"
+
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    attempt: Mapped[int]
+    result: Mapped[GenerationResult]
+
+
+class Worker(Row):
+    """A live GPU worker process, seen lately. Dispatch windows and /health read it; no correctness hangs on it."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)  # fresh per process incarnation; also the lease owner
+    hostname: Mapped[str]  # the Celery node name
+    model: Mapped[str]
+    max_num_seqs: Mapped[int]
+    num_running: Mapped[int] = mapped_column(server_default="0")
+    tokens_per_second: Mapped[float] = mapped_column(Double, server_default="0")
+    is_draining: Mapped[bool] = mapped_column(server_default="false")
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -1,0 +1,1 @@
+"""The queue: what can be asked for, and how it is asked."""
