@@ -1,0 +1,45 @@
+"""Job ids: 128 bits, a UUID inside and in SQL, a prefixed ULID everywhere outside (HTTP, Celery, Flower, logs).
+
+The ULID is the same 128 bits in Crockford's base 32, so ids sort by the time they were drawn in either spelling.
+One job has the same 26 characters under every prefix: `job_01J...`, `chatcmpl-01J...`, `cmpl-01J...`, `resp_01J...`.
+"""
+
+import secrets
+import time
+from uuid import UUID
+
+ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+ULID_LENGTH = 26
+SEPARATOR_BY_PREFIX = {"job": "_", "resp": "_", "chatcmpl": "-", "cmpl": "-"}
+
+_VALUE_BY_CHARACTER = {character: value for value, character in enumerate(ALPHABET)}
+
+
+def new_id() -> UUID:
+    """A fresh id: milliseconds since 1970 in the upper 48 bits, 80 random ones below."""
+    return UUID(int=(time.time_ns() // 1_000_000) << 80 | secrets.randbits(80))
+
+
+def external_id(id_: UUID, prefix: str = "job") -> str:
+    """The id as clients see it. Raises ValueError for a prefix that no job carries."""
+    if prefix not in SEPARATOR_BY_PREFIX:
+        raise ValueError(f"no id has the prefix {prefix!r}; choose one of: {', '.join(SEPARATOR_BY_PREFIX)}")
+    value = id_.int
+    ulid = "".join(ALPHABET[value >> shift & 31] for shift in range(5 * (ULID_LENGTH - 1), -1, -5))
+    return f"{prefix}{SEPARATOR_BY_PREFIX[prefix]}{ulid}"
+
+
+def parse_id(text: str) -> UUID:
+    """The job behind an external id, whatever its prefix; letters may be in either case. Raises ValueError."""
+    prefix, ulid = text[:-ULID_LENGTH], text[-ULID_LENGTH:].upper()
+    if SEPARATOR_BY_PREFIX.get(prefix[:-1]) != prefix[-1:] or not text.isascii():
+        raise ValueError(f"{text[:64]!r} is no job id; one looks like job_01JABCDEFGHJKMNPQRSTVWXYZ0")
+    value = 0
+    for character in ulid:
+        digit = _VALUE_BY_CHARACTER.get(character)
+        if digit is None:
+            raise ValueError(f"{text[:64]!r} is no job id: {character!r} is no letter of Crockford's base 32")
+        value = value << 5 | digit
+    if value >= 1 << 128:
+        raise ValueError(f"{text[:64]!r} is no job id: its first digit is beyond 7")
+    return UUID(int=value)
