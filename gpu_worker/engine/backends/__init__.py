@@ -1,0 +1,77 @@
+"""What an engine process runs its model with: the Backend protocol, and every implementation by name.
+
+A back end belongs to one thread and knows neither sockets nor SQL. Its class is imported when it is asked for, so that a
+worker with one back end needs the libraries of no other.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Literal, Protocol, cast
+
+from domain.catalog import ModelSpec
+from gpu_worker.frames import AddJob, EngineStats, StepDone
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What loading the model settled."""
+
+    device: str
+    num_cache_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepMember:
+    """A job that takes part in the step at hand; the flight recorder keeps these in case the step is the last one."""
+
+    job_id: str
+    attempt: int
+    phase: Literal["prefill", "decode"]
+
+
+RecordStep = Callable[[Sequence[StepMember]], None]
+
+
+class Backend(Protocol):
+    """One loaded model and its running batch."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        """Load the model; may take minutes."""
+
+    @property
+    def loaded(self) -> LoadedModel: ...
+
+    def add(self, command: AddJob) -> None:
+        """Let the job join at a coming step. Raises a JobFailure (domain.errors) if it can never run; the caller then
+        reports it, and nothing of the job stays behind. A (job_id, attempt) is added once."""
+
+    def abort(self, job_id: str, attempt: int, reason: str) -> None:
+        """Take the job out before the next step. With a `reason`, that step's outputs hold one final output for each
+        sequence that had not ended; without, they hold nothing of the job. Unknown jobs are ignored: they just ended."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to say; True while the outputs of an abort are due."""
+
+    def step(self, record: RecordStep) -> StepDone:
+        """One iteration: admit, run the model, sample; the outputs of all sequences, final ones included.
+
+        `record` is called once, after admission and before the model runs, with every job of this step. A job that
+        cannot go on is reported in `failures` and leaves; an exception that escapes ends the process.
+        """
+
+    def stats(self) -> EngineStats: ...
+
+
+CLASS_BY_BACKEND: dict[str, tuple[str, str]] = {
+    "fake": ("gpu_worker.engine.backends.fake", "FakeBackend"),
+    "transformers": ("gpu_worker.engine.backends.transformers", "TransformersBackend"),
+}
+
+
+def load_backend(spec: ModelSpec) -> Backend:
+    """Import the back end that `spec` names and load its model. Raises KeyError for a name that is not registered."""
+    module_name, class_name = CLASS_BY_BACKEND[spec.backend]
+    backend_class = cast(type[Backend], getattr(import_module(module_name), class_name))
+    return backend_class(spec)
