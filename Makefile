@@ -1,0 +1,71 @@
+# Everything lives in .venv and .celeriac beside this file; nothing is installed anywhere else.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The interpreter that makes .venv: the first of these that is 3.11 or newer. 3.11 is the one the pins are tested with.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+# A stamp carries the hash of what it was made from, so an unchanged checkout installs nothing and starts in a second.
+PINS := $(shell cat pyproject.toml constraints.txt | git hash-object --stdin)
+READY_TO_RUN := $(VENV)/.ready-to-run-$(PINS)
+READY_TO_TEST := $(VENV)/.ready-to-test-$(PINS)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help run test check format chaos bench constraints clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(READY_TO_RUN) ## start everything on this machine and keep it running until Ctrl-C
+	@$(BIN)/celeriac up
+
+test: check ## every check, then every test, on PostgreSQL and Redis that the tests start themselves
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(READY_TO_TEST) ## format, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy .
+	$(BIN)/lint-imports
+
+format: $(READY_TO_TEST) ## rewrite the files as `make check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+chaos: $(READY_TO_TEST) ## kill, stop and flush while jobs run, for longer than the tests do
+	$(BIN)/python -m pytest tests/chaos --timeout 1800
+
+bench: $(READY_TO_TEST) ## every speed figure of the README, measured on this machine
+	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+constraints: ## pin every dependency again, at today's versions
+	$(PYTHON) -m venv --clear $(VENV)/repin
+	$(VENV)/repin/bin/python -m pip --disable-pip-version-check --quiet install -e '.[worker,embedded,test]'
+	(sed '/^[^#]/,$$d' constraints.txt; $(VENV)/repin/bin/python -m pip freeze --exclude-editable | sed '/^#/d; s/+.*//') > constraints.new
+	mv constraints.new constraints.txt
+	rm -r $(VENV)/repin
+
+clean: ## remove .venv and caches; the jobs in .celeriac stay
+	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(READY_TO_RUN):
+	@$(MAKE) --no-print-directory install EXTRAS=worker,embedded
+	@touch $@
+
+$(READY_TO_TEST):
+	@$(MAKE) --no-print-directory install EXTRAS=worker,embedded,test
+	@touch $@ $(READY_TO_RUN)
+
+.PHONY: install
+install:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it, or name it: make run PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into $(VENV), once; a minute or two ..."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@# PyTorch on its own and first: the largest by far, and a failure here should say so by itself.
+	@$(PIP) install --constraint constraints.txt torch
+	@$(PIP) install --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@rm -f $(VENV)/.ready-to-*
