@@ -1,7 +1,7 @@
 """What an engine process runs its model with: the Backend protocol, and every implementation by name.
 
-A back end belongs to one thread and knows neither sockets nor SQL. Its class is imported when it is asked for, so that a
-worker with one back end needs the libraries of no other.
+A back end belongs to one thread and knows neither sockets nor SQL. Its class is imported when it is asked for, so that
+a worker with one back end needs the libraries of no other.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,12 +43,15 @@ class Backend(Protocol):
     def loaded(self) -> LoadedModel: ...
 
     def add(self, command: AddJob) -> None:
-        """Let the job join at a coming step. Raises a JobFailure (domain.errors) if it can never run; the caller then
-        reports it, and nothing of the job stays behind. A (job_id, attempt) is added once."""
+        """Let the job join at a coming step. Raises a CeleriacError (EngineError, ...) if it can never run; the caller
+        then reports it, and nothing of the job stays behind. A (job_id, attempt) is added once."""
 
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
-        """Take the job out before the next step. With a `reason`, that step's outputs hold one final output for each
-        sequence that had not ended; without, they hold nothing of the job. Unknown jobs are ignored: they just ended."""
+        """Take the job out before the next step; a job that is not here has just ended and is ignored.
+
+        With a `reason`, that step's outputs hold one final output for each sequence that had not ended; without, they
+        hold nothing of the job.
+        """
 
     @property
     def has_work(self) -> bool:

@@ -1,0 +1,305 @@
+"""A back end without a model: deterministic text, real batching, and a knob for every way an engine goes wrong.
+
+The text of a sequence depends on (prompt, seed, index, position) alone, so a resumed job goes on exactly where it
+stopped and a test can say beforehand what it will read: `fake_text`.
+"""
+
+import hashlib
+import os
+import signal
+import struct
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from domain.catalog import ModelSpec
+from domain.chunks import TokenLogprob
+from domain.errors import ContextLengthExceeded, EngineError, OutOfMemory
+from domain.jobs import FinishReason
+from domain.requests import SamplingParams
+from gpu_worker.engine.backends import LoadedModel, RecordStep, StepMember
+from gpu_worker.frames import AddJob, EngineStats, JobFailed, SequenceOutput, StepDone
+
+SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mo", "nu", "pé", "ri", "sø", "ta", "ve", "wu", "ži", "🙂")
+WORDS = tuple(f"{first}{second} " for first in SYLLABLES for second in SYLLABLES)
+END_TOKEN_ID = len(WORDS)  # its text is empty
+
+
+class FakeKnobs(BaseModel):
+    """`ModelSpec.fake`. Where a `..._seed` is given, the mishap befalls only jobs with that seed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    load_seconds: float = 0.0
+    step_seconds: float = 0.01
+    tokens_per_step: int = Field(default=1, ge=1)  # per sequence
+    end_chance: float = Field(default=0.0, ge=0, le=1)  # of the end-of-sequence token, at every position
+    hold_back_chars: int = Field(default=0, ge=0)  # text lags this far behind the tokens, as before a stop string
+    fail_at_token: int | None = None  # the job is reported as failed
+    fail_seed: int | None = None
+    crash_at_token: int | None = None  # the process dies
+    crash_seed: int | None = None
+    crash_how: Literal["segv", "exit", "kill", "raise"] = "segv"
+    hang_at_token: int | None = None  # the step never ends
+    hang_seed: int | None = None
+    oom_above_n: int | None = None  # sequences that fit; more are preempted, and a job that needs more fails
+
+
+def _hash_of(prompt_token_ids: list[int], seed: int, index: int) -> "hashlib.blake2b":
+    """What all tokens of one sequence are drawn from."""
+    key = struct.pack(f">qI{len(prompt_token_ids)}q", seed, index, *prompt_token_ids)
+    return hashlib.blake2b(key, digest_size=8)
+
+
+def _draw_token(sequence_hash: "hashlib.blake2b", position: int, end_chance: float) -> int:
+    position_hash = sequence_hash.copy()
+    position_hash.update(position.to_bytes(4))
+    bits = int.from_bytes(position_hash.digest())
+    if (bits >> 32) / (1 << 32) < end_chance:
+        return END_TOKEN_ID
+    return bits % len(WORDS)
+
+
+def fake_text(prompt_token_ids: list[int], seed: int, index: int, num_tokens: int) -> str:
+    """The text of the first `num_tokens` tokens, if no end comes before."""
+    sequence_hash = _hash_of(prompt_token_ids, seed, index)
+    return "".join(WORDS[_draw_token(sequence_hash, position, 0.0)] for position in range(num_tokens))
+
+
+@dataclass(slots=True)
+class FakeSequence:
+    """One text being decoded."""
+
+    index: int
+    hash: "hashlib.blake2b"
+    token_ids: list[int]
+    text: str
+    num_emitted_chars: int
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class FakeJob:
+    """A job of the batch, with its sequences that have not ended."""
+
+    command: AddJob
+    params: SamplingParams
+    arrival: int
+    sequences: list[FakeSequence]
+    has_prefilled: bool = False
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.command.job_id, self.command.attempt
+
+    @property
+    def num_tokens(self) -> int:
+        return max((len(sequence.token_ids) for sequence in self.sequences), default=0)
+
+
+class FakeBackend:
+    """Admits by priority, then arrival; every running sequence gains `tokens_per_step` tokens a step."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._knobs = FakeKnobs.model_validate(spec.fake)
+        time.sleep(self._knobs.load_seconds)
+        self._waiting: list[FakeJob] = []
+        self._running: list[FakeJob] = []
+        self._farewells: list[SequenceOutput] = []  # final outputs of aborted jobs, due with the next step
+        self._room = spec.max_num_seqs  # sequences; less once memory ran out
+        self._num_added = self._num_steps = self._num_preemptions = 0
+        self._num_generation_tokens = self._num_prompt_tokens = 0
+        self._step_seconds = 0.0
+
+    @property
+    def loaded(self) -> LoadedModel:
+        return LoadedModel(device="none", num_cache_tokens=self._spec.max_model_len * self._spec.max_num_seqs)
+
+    def add(self, command: AddJob) -> None:
+        params = SamplingParams.model_validate(command.params)
+        num_prompt_tokens = len(command.prompt_token_ids)
+        if num_prompt_tokens >= self._spec.max_model_len:
+            raise ContextLengthExceeded(
+                f"prompt is {num_prompt_tokens} tokens but {self._spec.id} accepts {self._spec.max_model_len}"
+            )
+        if self._knobs.oom_above_n is not None and params.n > self._knobs.oom_above_n:
+            raise OutOfMemory(f"{params.n} sequences do not fit into room for {self._knobs.oom_above_n}")
+        self._num_added += 1
+        self._waiting.append(
+            FakeJob(
+                command,
+                params,
+                self._num_added,
+                [
+                    _resumed_sequence(command, index)
+                    for index in range(params.n)
+                    if index not in command.finished_indexes
+                ],
+            )
+        )
+        self._waiting.sort(key=lambda job: (-job.command.priority, job.arrival))
+
+    def abort(self, job_id: str, attempt: int, reason: str) -> None:
+        for jobs in (self._waiting, self._running):
+            for job in [job for job in jobs if job.key == (job_id, attempt)]:
+                jobs.remove(job)
+                if reason:
+                    self._farewells += [self._final(job, sequence, FinishReason(reason)) for sequence in job.sequences]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._farewells)
+
+    def step(self, record: RecordStep) -> StepDone:
+        started_at = time.perf_counter()
+        self._admit()
+        record([StepMember(*job.key, phase="decode" if job.has_prefilled else "prefill") for job in self._running])
+        outputs, self._farewells = self._farewells, []
+        failures: list[JobFailed] = []
+        if self._running:
+            time.sleep(self._knobs.step_seconds)
+        for job in list(self._running):
+            self._suffer_mishaps(job)
+            if self._is_due(job, self._knobs.fail_at_token, self._knobs.fail_seed):
+                self._running.remove(job)
+                failures.append(JobFailed(*job.key, EngineError.code, "the fake engine was told to fail this job"))
+                continue
+            outputs += self._advance(job)
+            if not job.sequences:
+                self._running.remove(job)
+        self._num_steps += 1
+        self._step_seconds = time.perf_counter() - started_at
+        return StepDone(outputs=outputs, failures=failures, stats=self.stats())
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_steps=self._num_steps,
+            num_running=sum(len(job.sequences) for job in self._running),
+            num_waiting=sum(len(job.sequences) for job in self._waiting),
+            num_preemptions=self._num_preemptions,
+            num_generation_tokens=self._num_generation_tokens,
+            num_prompt_tokens=self._num_prompt_tokens,
+            cache_usage=min(1.0, sum(len(job.sequences) for job in self._running) / self._spec.max_num_seqs),
+            step_seconds=self._step_seconds,
+        )
+
+    def _admit(self) -> None:
+        num_running = sum(len(job.sequences) for job in self._running)
+        while self._waiting and (num_running + len(self._waiting[0].sequences) <= self._room or not self._running):
+            job = self._waiting.pop(0)
+            num_running += len(job.sequences)
+            self._running.append(job)
+        limit = self._knobs.oom_above_n
+        while limit is not None and num_running > limit:
+            self._room = limit
+            youngest = max(self._running, key=lambda job: job.arrival)
+            self._running.remove(youngest)
+            self._waiting.insert(0, youngest)
+            num_running -= len(youngest.sequences)
+            self._num_preemptions += 1
+
+    def _advance(self, job: FakeJob) -> list[SequenceOutput]:
+        if not job.has_prefilled:
+            job.has_prefilled = True
+            self._num_prompt_tokens += len(job.command.prompt_token_ids)
+        outputs = [self._decode(job, sequence) for sequence in job.sequences]
+        job.sequences = [sequence for sequence in job.sequences if sequence.finish_reason is None]
+        return outputs
+
+    def _decode(self, job: FakeJob, sequence: FakeSequence) -> SequenceOutput:
+        """Draw the step's tokens of one sequence, and say what it gained."""
+        command, params = job.command, job.params
+        num_before = len(sequence.token_ids)
+        limit = min(command.max_tokens, self._spec.max_model_len - len(command.prompt_token_ids))
+        for _ in range(self._knobs.tokens_per_step):
+            position = len(sequence.token_ids)
+            if position >= limit:
+                sequence.finish_reason = FinishReason.LENGTH
+            if sequence.finish_reason is not None:
+                break
+            can_end = not params.ignore_eos and position >= params.min_tokens
+            end_chance = self._knobs.end_chance if can_end else 0.0
+            token_id = _draw_token(sequence.hash, position, end_chance)
+            sequence.token_ids.append(token_id)
+            if token_id == END_TOKEN_ID or (can_end and token_id in params.stop_token_ids):
+                sequence.finish_reason = FinishReason.STOP
+            else:
+                _append_text(sequence, WORDS[token_id], params.stop)
+            if sequence.finish_reason is None and len(sequence.token_ids) >= limit:
+                sequence.finish_reason = FinishReason.LENGTH
+        self._num_generation_tokens += len(sequence.token_ids) - num_before
+        return self._output(job, sequence, sequence.token_ids[num_before:])
+
+    def _final(self, job: FakeJob, sequence: FakeSequence, reason: FinishReason) -> SequenceOutput:
+        sequence.finish_reason = reason
+        return self._output(job, sequence, [])
+
+    def _output(self, job: FakeJob, sequence: FakeSequence, token_ids: list[int]) -> SequenceOutput:
+        end = len(sequence.text) if sequence.finish_reason else self._stable_length(sequence.text, job.params.stop)
+        text = sequence.text[sequence.num_emitted_chars : end]
+        sequence.num_emitted_chars = max(end, sequence.num_emitted_chars)
+        return SequenceOutput(
+            job_id=job.command.job_id,
+            attempt=job.command.attempt,
+            index=sequence.index,
+            token_ids=token_ids,
+            text=text,
+            finish_reason=sequence.finish_reason,
+            logprobs=None if job.params.logprobs is None else [_logprob(token_id) for token_id in token_ids],
+        )
+
+    def _stable_length(self, text: str, stop: tuple[str, ...]) -> int:
+        """How much of `text` no stop string can take back any more."""
+        held_back = self._knobs.hold_back_chars
+        for stop_string in stop:
+            for length in range(min(len(stop_string) - 1, len(text)), held_back, -1):
+                if text.endswith(stop_string[:length]):
+                    held_back = length
+                    break
+        return max(0, len(text) - held_back)
+
+    def _suffer_mishaps(self, job: FakeJob) -> None:
+        if self._is_due(job, self._knobs.hang_at_token, self._knobs.hang_seed):
+            while True:
+                time.sleep(3600)
+        if not self._is_due(job, self._knobs.crash_at_token, self._knobs.crash_seed):
+            return
+        match self._knobs.crash_how:
+            case "segv":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                os._exit(137)
+            case "raise":
+                raise RuntimeError("the fake engine was told to crash")
+
+    def _is_due(self, job: FakeJob, at_token: int | None, seed: int | None) -> bool:
+        if at_token is None and seed is None:
+            return False
+        return job.num_tokens >= (at_token or 0) and seed in (None, job.command.seed)
+
+
+def _resumed_sequence(command: AddJob, index: int) -> FakeSequence:
+    token_ids = list(command.committed_token_ids[index])
+    text = "".join(WORDS[token_id] for token_id in token_ids if token_id != END_TOKEN_ID)
+    sequence_hash = _hash_of(command.prompt_token_ids, command.seed, index)
+    return FakeSequence(index, sequence_hash, token_ids, text, command.num_emitted_chars[index])
+
+
+def _append_text(sequence: FakeSequence, word: str, stop: tuple[str, ...]) -> None:
+    """Add the text of one token; a stop string ends the sequence and is cut off with what follows it."""
+    search_from = max(0, len(sequence.text) - max(map(len, stop), default=0))
+    sequence.text += word
+    found = [position for position in (sequence.text.find(string, search_from) for string in stop) if position >= 0]
+    if found:
+        sequence.text = sequence.text[: min(found)]
+        sequence.finish_reason = FinishReason.STOP
+
+
+def _logprob(token_id: int) -> dict[str, object]:
+    text = "" if token_id == END_TOKEN_ID else WORDS[token_id]
+    return TokenLogprob(token=text, token_id=token_id, logprob=-1.0, top=((token_id, text, -1.0),)).model_dump()

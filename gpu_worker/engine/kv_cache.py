@@ -1,0 +1,148 @@
+"""Which block of the key/value cache belongs to whom: block tables, reference counts, prefix reuse. Free of torch.
+
+The tensors live in `attention.py`; here a block is a number. Block 0 is never given out: it stays zero and pads tables.
+"""
+
+from array import array
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from gpu_worker.engine.sequence import Sequence
+
+PADDING_BLOCK = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    source: int
+    destination: int
+
+
+class BlockPool:
+    """All blocks of one model. A block whose last reader left keeps its content, and its place in the prefix cache,
+    until it is the least recently used free one and somebody needs it."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, use_prefix_cache: bool = True) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.use_prefix_cache = use_prefix_cache
+        self._num_readers = [0] * num_blocks
+        self._free = dict.fromkeys(range(1, num_blocks))  # in order of last use; a dict for removal from the middle
+        self._hash_by_block: dict[int, bytes] = {}
+        self._block_by_hash: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def usage(self) -> float:
+        return 1.0 - self.num_free / max(1, self.num_blocks - 1)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Extend the block table to `num_tokens`; takes nothing and says False where the free blocks do not suffice."""
+        num_missing = self.num_blocks_for(num_tokens) - len(sequence.block_ids)
+        if num_missing > self.num_free:
+            return False
+        sequence.block_ids.extend(self._take() for _ in range(num_missing))
+        return True
+
+    def admit(self, sequence: Sequence, *, num_spare: int) -> bool:
+        """Give a waiting sequence blocks for all its tokens, shared ones first; `num_spare` blocks must stay free."""
+        shared = self._find_prefix(sequence)
+        num_missing = self.num_blocks_for(len(sequence.token_ids)) - len(shared)
+        num_idle = sum(1 for block in shared if not self._num_readers[block])
+        if num_missing + num_idle + num_spare > self.num_free:
+            return False
+        for block in shared:
+            self._share(block)
+        sequence.block_ids = shared + [self._take() for _ in range(num_missing)]
+        sequence.num_computed_tokens = len(shared) * self.block_size
+        return True
+
+    def fork(self, parent: Sequence, child: Sequence, *, num_spare: int) -> tuple[BlockCopy, ...] | None:
+        """Start `child` on its parent's prompt but for the last token, whose logits it needs: full blocks are shared,
+        the one that both will write to is copied. None where the free blocks do not suffice."""
+        num_shared_tokens = child.num_prompt_tokens - 1
+        num_full, num_partial = divmod(num_shared_tokens, self.block_size)
+        num_missing = self.num_blocks_for(len(child.token_ids)) - num_full
+        if num_missing + num_spare > self.num_free:
+            return None
+        shared = parent.block_ids[:num_full]
+        for block in shared:
+            self._share(block)
+        child.block_ids = shared + [self._take() for _ in range(num_missing)]
+        child.block_hashes = parent.block_hashes[:num_full]
+        child.num_computed_tokens = num_shared_tokens
+        return (BlockCopy(parent.block_ids[num_full], child.block_ids[num_full]),) if num_partial else ()
+
+    def free(self, sequence: Sequence) -> None:
+        """Give the blocks back, last one first, so that the start of a prefix outlives its end."""
+        for block in reversed(sequence.block_ids):
+            self._num_readers[block] -= 1
+            if not self._num_readers[block]:
+                self._free[block] = None
+        sequence.block_ids = []
+        sequence.num_computed_tokens = 0
+
+    def publish(self, sequence: Sequence) -> None:
+        """Enter the blocks that are full and computed into the prefix cache."""
+        if not self.use_prefix_cache:
+            return
+        num_full = sequence.num_computed_tokens // self.block_size
+        for number in range(len(sequence.block_hashes), num_full):
+            digest = self._hash_block(sequence, number)
+            sequence.block_hashes.append(digest)
+            block = sequence.block_ids[number]
+            if digest not in self._block_by_hash:
+                self._block_by_hash[digest] = block
+                self._hash_by_block[block] = digest
+
+    def forget(self, sequence: Sequence) -> list[int]:
+        """Take the blocks that only this sequence reads out of the prefix cache: their content is not to be trusted.
+        Returns them, for their content to be wiped."""
+        own = [block for block in sequence.block_ids if self._num_readers[block] == 1]
+        for block in own:
+            self._unpublish(block)
+        return own
+
+    def _take(self) -> int:
+        block = next(iter(self._free))
+        del self._free[block]
+        self._unpublish(block)
+        self._num_readers[block] = 1
+        return block
+
+    def _share(self, block: int) -> None:
+        self._free.pop(block, None)
+        self._num_readers[block] += 1
+
+    def _unpublish(self, block: int) -> None:
+        digest = self._hash_by_block.pop(block, None)
+        if digest is not None:
+            del self._block_by_hash[digest]
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """The cached blocks that begin this sequence. At least one token is left to compute: its logits are needed."""
+        sequence.block_hashes = []
+        blocks: list[int] = []
+        if not self.use_prefix_cache:
+            return blocks
+        for number in range((len(sequence.token_ids) - 1) // self.block_size):
+            digest = self._hash_block(sequence, number)
+            block = self._block_by_hash.get(digest)
+            if block is None:
+                break
+            sequence.block_hashes.append(digest)
+            blocks.append(block)
+        return blocks
+
+    def _hash_block(self, sequence: Sequence, number: int) -> bytes:
+        """Hash of block `number` and all before it. Cryptographic: a tenant must not be able to make two collide."""
+        start = number * self.block_size
+        before = sequence.block_hashes[number - 1] if number else sequence.job.cache_salt.encode()
+        tokens = array("q", sequence.token_ids[start : start + self.block_size])
+        return blake2b(tokens.tobytes(), digest_size=16, key=blake2b(before, digest_size=32).digest()).digest()

@@ -1,0 +1,161 @@
+"""Main of the engine process: command frames in, one loop around a back end, report frames out.
+
+Started by gpu_worker/supervisor.py as `python -m gpu_worker.engine.process`. One thread: a step that hangs is a process
+that falls silent, which is what the supervisor watches for.
+"""
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+from domain.catalog import ModelSpec
+from domain.errors import CeleriacError, EngineError
+from gpu_worker.channel import Channel, ChannelClosed
+from gpu_worker.engine.backends import Backend, StepMember, load_backend
+from gpu_worker.flight_recorder import FlightRecorder, RecordedJob
+from gpu_worker.frames import (
+    AbortJob,
+    AddJob,
+    Command,
+    Heartbeat,
+    JobFailed,
+    Ready,
+    Report,
+    Shutdown,
+    StepDone,
+    decode_command,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+class EngineLoop:
+    """Applies commands, steps while there is work, reports each step in one frame."""
+
+    def __init__(self, backend: Backend, channel: Channel, recorder: FlightRecorder, heartbeat_seconds: float) -> None:
+        self._backend = backend
+        self._channel = channel
+        self._recorder = recorder
+        self._heartbeat_seconds = heartbeat_seconds
+        self._num_steps_by_job: dict[tuple[str, int], int] = {}  # of the jobs of the last step
+        self._failures: list[JobFailed] = []  # of `add`; they travel with the next step's frame
+        self._is_shut_down = False
+
+    def run(self) -> None:
+        """Returns after a Shutdown. Raises ChannelClosed when the worker is gone."""
+        while not self._is_shut_down:
+            if not self._backend.has_work and not self._channel.wait_readable(self._heartbeat_seconds):
+                self._send(Heartbeat(stats=self._backend.stats()))
+            for frame in self._channel.receive():
+                self._apply(decode_command(frame))
+            if self._backend.has_work or self._failures:
+                self._step()
+
+    def _apply(self, command: Command) -> None:
+        match command:
+            case AddJob():
+                self._add(command)
+            case AbortJob():
+                self._backend.abort(command.job_id, command.attempt, command.reason)
+            case Shutdown():
+                self._is_shut_down = True
+
+    def _add(self, command: AddJob) -> None:
+        self._recorder.record([RecordedJob(command.job_id, command.attempt, is_prefill=True, num_steps=0)])
+        try:
+            self._backend.add(command)
+        except CeleriacError as exc:
+            self._fail(command, exc)
+        except Exception as exc:
+            # One job that the back end chokes on must not take its neighbours down.
+            logger.exception("the back end refused a job", extra={"job_id": command.job_id})
+            self._fail(command, EngineError(f"the engine could not take the job: {type(exc).__name__}"))
+
+    def _fail(self, command: AddJob, failure: CeleriacError) -> None:
+        self._failures.append(JobFailed(command.job_id, command.attempt, failure.code, failure.message))
+
+    def _step(self) -> None:
+        if self._backend.has_work:
+            done = self._backend.step(self._record_step)
+        else:
+            done = StepDone(outputs=[], failures=[], stats=self._backend.stats())
+        failures, self._failures = self._failures, []
+        self._send(StepDone(outputs=done.outputs, failures=[*failures, *done.failures], stats=done.stats))
+        if not self._backend.has_work:
+            self._record_step([])
+
+    def _record_step(self, members: Sequence[StepMember]) -> None:
+        before = self._num_steps_by_job
+        self._num_steps_by_job = {
+            (member.job_id, member.attempt): before.get((member.job_id, member.attempt), 0) + 1 for member in members
+        }
+        self._recorder.record(
+            [
+                RecordedJob(
+                    member.job_id,
+                    member.attempt,
+                    is_prefill=member.phase == "prefill",
+                    num_steps=self._num_steps_by_job[member.job_id, member.attempt],
+                )
+                for member in members
+            ]
+        )
+
+    def _send(self, report: Report) -> None:
+        self._channel.send(encode(report))
+        self._channel.flush_all()
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends, however that comes about."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit("the worker ended before its engine started")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="gpu_worker.engine.process")
+    parser.add_argument("--spec", required=True, help="a ModelSpec as JSON")
+    parser.add_argument("--channel-fd", type=int, required=True)
+    parser.add_argument("--recorder-fd", type=int, required=True)
+    parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--heartbeat-seconds", type=float, required=True)
+    arguments = parser.parse_args()
+    die_with_parent(arguments.parent_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C drains the worker, which then shuts its engine down
+    spec = ModelSpec.model_validate_json(arguments.spec)
+    recorder = FlightRecorder(arguments.recorder_fd)
+    channel = Channel(socket.socket(fileno=arguments.channel_fd))
+    backend = load_backend(spec)
+    channel.send(encode(_ready(spec, backend)))
+    channel.flush_all()
+    try:
+        EngineLoop(backend, channel, recorder, arguments.heartbeat_seconds).run()
+    except ChannelClosed:
+        logger.warning("the worker is gone; the engine ends with it")
+
+
+def _ready(spec: ModelSpec, backend: Backend) -> Ready:
+    return Ready(
+        model=spec.id,
+        model_revision=spec.revision,
+        backend=spec.backend,
+        device=backend.loaded.device,
+        max_num_seqs=spec.max_num_seqs,
+        max_model_len=spec.max_model_len,
+        num_cache_tokens=backend.loaded.num_cache_tokens,
+        pid=os.getpid(),
+    )
+
+
+if __name__ == "__main__":
+    main()

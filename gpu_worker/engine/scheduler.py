@@ -1,0 +1,133 @@
+"""Which sequences run in the next step, and how many tokens of each. Free of torch.
+
+A step is one forward pass over the decoding sequences (one token each) and, within the token budget that is left,
+chunks of prompts. Sequences run in order of rank; the last of them makes room when the cache is full.
+"""
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from gpu_worker.engine.kv_cache import BlockCopy, BlockPool
+from gpu_worker.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """The next `num_new_tokens` of a sequence are computed in this step."""
+
+    sequence: Sequence
+    num_new_tokens: int
+
+    @property
+    def needs_token(self) -> bool:
+        """True where the row reaches the sequence's end, so that its logits give the next token."""
+        return self.num_new_tokens == self.sequence.num_uncomputed_tokens
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    rows: list[ScheduledRow] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)  # to be made before the forward pass
+
+
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.rank
+
+
+class Scheduler:
+    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_prefix_cache_hits = 0  # tokens
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_rank)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its blocks."""
+        for queue in (self.running, self.waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+        self.pool.free(sequence)
+
+    def schedule(self) -> SchedulerOutput:
+        output = SchedulerOutput()
+        self._schedule_decodes(output)
+        budget = self.max_num_batched_tokens - len(output.rows)
+        budget = self._schedule_prefills(output, budget)
+        self._admit(output, budget)
+        return output
+
+    def _schedule_decodes(self, output: SchedulerOutput) -> None:
+        """One token for every decoding sequence, whatever the budget: a prompt never stalls a text under way."""
+        for sequence in list(self.running):
+            if sequence.num_uncomputed_tokens == 1 and sequence.block_ids and self._grow(sequence):
+                output.rows.append(ScheduledRow(sequence, 1))
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for the sequence's last token; False where the sequence itself had to give way."""
+        while not self.pool.grow(sequence, len(sequence.token_ids)):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Back to the waiting; its tokens are kept, their keys and values are computed again (or found) later."""
+        self.running.remove(victim)
+        self.pool.free(victim)
+        self.add(victim)
+        self.num_preemptions += 1
+
+    def _schedule_prefills(self, output: SchedulerOutput, budget: int) -> int:
+        """The next chunk of every prompt under way; its blocks are there since its admission."""
+        for sequence in self.running:
+            if budget > 0 and sequence.num_uncomputed_tokens > 1:
+                budget -= self._schedule_chunk(output, sequence, budget)
+        return budget
+
+    def _schedule_chunk(self, output: SchedulerOutput, sequence: Sequence, budget: int) -> int:
+        num_new_tokens = min(sequence.num_uncomputed_tokens, budget)
+        output.rows.append(ScheduledRow(sequence, num_new_tokens))
+        return num_new_tokens
+
+    def _admit(self, output: SchedulerOutput, budget: int) -> None:
+        """Let waiting sequences in, in order; the first that does not fit holds those behind it, lest it starve."""
+        for sequence in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.max_num_seqs:
+                return
+            parent = self._running_sibling(sequence)
+            if parent is not None and parent.num_computed_tokens < parent.num_prompt_tokens:
+                continue  # the prompt is being computed for its sibling: wait and fork
+            if not (self._fork(parent, sequence, output) if parent else self._enter(sequence)):
+                return
+            self.waiting.remove(sequence)
+            insort(self.running, sequence, key=_rank)
+            budget -= self._schedule_chunk(output, sequence, budget)
+
+    def _running_sibling(self, sequence: Sequence) -> Sequence | None:
+        """A sequence of the same job that runs and has, or is about to have, the prompt's keys and values."""
+        siblings = sequence.job.sequences
+        return next((sibling for sibling in siblings if sibling.block_ids and sibling is not sequence), None)
+
+    def _fork(self, parent: Sequence, child: Sequence, output: SchedulerOutput) -> bool:
+        copies = self.pool.fork(parent, child, num_spare=len(self.running))
+        if copies is None:
+            return False
+        output.copies.extend(copies)
+        return True
+
+    def _enter(self, sequence: Sequence) -> bool:
+        """One spare block for each running sequence keeps an admission from forcing a preemption a step later."""
+        is_first_time = not sequence.num_cached_tokens and not sequence.num_output_tokens
+        if not self.pool.admit(sequence, num_spare=len(self.running)):
+            return False
+        self.num_prefix_cache_hits += sequence.num_computed_tokens
+        if is_first_time:
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+        return True

@@ -1,0 +1,86 @@
+"""A sequence: one text being decoded, with everything that must survive a preemption. Free of torch."""
+
+from dataclasses import dataclass, field
+
+from domain.jobs import FinishReason
+from domain.requests import SamplingParams
+from gpu_worker.engine.detokenizer import TextStream
+
+
+@dataclass(slots=True, eq=False)
+class EngineJob:
+    """What the sequences of one AddJob share."""
+
+    id: str
+    attempt: int
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    priority: int
+    cache_salt: str
+    arrival: int  # counts the jobs of this engine; earlier ones run first within a priority
+    max_model_len: int
+    end_token_ids: frozenset[int]  # end-of-sequence tokens (unless ignored) and the job's stop tokens
+    sequences: "list[Sequence]" = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`token_ids` is the prompt and the output; keys and values exist for the first `num_computed_tokens` of it."""
+
+    job: EngineJob
+    index: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    stream: TextStream
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it was first admitted
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, a chain
+    finish_reason: FinishReason | None = None
+    unsent_text: str = ""
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Sorts the sequences by who runs first; the last one is preempted first."""
+        return (-self.job.priority, self.job.arrival, self.index)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def may_end(self) -> bool:
+        """False while the job's min_tokens keeps end tokens and stop strings off."""
+        return self.num_output_tokens >= self.job.params.min_tokens
+
+    def append(self, token_id: int) -> None:
+        """Take a drawn (or committed) token: text, stop strings, limits. The same for a fresh token and a replayed one,
+        so that a resumed sequence stands exactly where it stood."""
+        self.token_ids.append(token_id)
+        if token_id in self.job.end_token_ids:
+            self.finish(FinishReason.STOP)
+            return
+        text, is_stopped = self.stream.push(token_id, may_stop=self.may_end)
+        self.unsent_text += text
+        if is_stopped:
+            self.finish_reason = FinishReason.STOP
+        elif self.num_output_tokens >= self.job.max_tokens or len(self.token_ids) >= self.job.max_model_len:
+            self.finish(FinishReason.LENGTH)
+
+    def finish(self, reason: FinishReason) -> None:
+        """End without a stop string: the text held back for one belongs to the output after all."""
+        self.unsent_text += self.stream.flush()
+        self.finish_reason = reason
+
+    def take_text(self) -> str:
+        text, self.unsent_text = self.unsent_text, ""
+        return text
