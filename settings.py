@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent
@@ -19,7 +19,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     database_url: str = "postgresql://localhost/celeriac"  # postgresql://user:password@host:port/name
-    redis_url: str = "redis://localhost:6379/0"
+    redis_url: str = "redis://localhost:6379/0"  # also rediss:// and unix:///path/to/socket?db=0
     models_file: Path = ROOT / "models.toml"
     data_dir: Path = ROOT / ".celeriac"  # the embedded servers, the beat schedule and uploaded files live here
 
@@ -50,9 +50,29 @@ class Settings(BaseSettings):
     stream_heartbeat_seconds: float = Field(default=15.0, gt=0)
 
     # The worker
+    worker_model: str | None = None  # which model a GPU worker serves; default the first one of models_file
+    worker_name: str | None = None  # its Celery node name, unique in the installation; default drawn at start
     lookahead: int | None = Field(default=None, ge=0)  # messages held beyond the free slots; default a quarter of them
     engine_heartbeat_seconds: float = Field(default=10.0, gt=0)  # a silent engine is restarted after three of these
     drain_seconds: float = Field(default=30.0, ge=0)  # how long SIGTERM lets running jobs finish before release
+
+    @field_validator("redis_url")
+    @classmethod
+    def _one_spelling(cls, url: str) -> str:
+        """Celery's spelling of a Unix socket becomes that of redis-py."""
+        if url.startswith("redis+socket://"):
+            return url.replace("redis+socket://", "unix://", 1).replace("virtual_host=", "db=", 1)
+        if not url.startswith(("redis://", "rediss://", "unix://")):
+            scheme = url.partition("://")[0]  # not the rest: it may hold a password
+            raise ValueError(f"redis_url begins with {scheme!r}; use redis://, rediss:// or unix://")
+        return url
+
+    @property
+    def broker_url(self) -> str:
+        """`redis_url` as Celery spells it."""
+        if self.redis_url.startswith("unix://"):
+            return self.redis_url.replace("unix://", "redis+socket://", 1).replace("db=", "virtual_host=", 1)
+        return self.redis_url
 
 
 class UnknownSetting(ValueError):
