@@ -18,10 +18,11 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Self
 
 import psycopg
@@ -207,9 +208,13 @@ class EmbeddedPostgres(EmbeddedServer):
     stop_signal = signal.SIGINT  # "fast": ends sessions, writes a checkpoint
     kill_signal = signal.SIGQUIT  # "immediate": recovers at the next start
 
-    def __init__(self, folder: Path, *, database: str = "celeriac") -> None:
+    def __init__(
+        self, folder: Path, *, database: str = "celeriac", settings: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """`settings` go over POSTGRES_SETTINGS, name by name."""
         super().__init__(folder)
         self.database = database
+        self._settings = {**POSTGRES_SETTINGS, **settings}
         self._programs = _postgres_programs()
         self._socket_folder = self.folder / "data"
         if os.geteuid() == 0:
@@ -276,7 +281,7 @@ class EmbeddedPostgres(EmbeddedServer):
             os.chown(path, self.uid, self.gid)
 
     def _command(self) -> list[str]:
-        settings = POSTGRES_SETTINGS | {"unix_socket_directories": str(self._socket_folder)}
+        settings = {**self._settings, "unix_socket_directories": str(self._socket_folder)}
         command = [str(self._programs / "postgres"), "-D", str(self.folder / "data")]
         return command + [argument for name, value in settings.items() for argument in ("-c", f"{name}={value}")]
 

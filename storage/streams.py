@@ -5,6 +5,7 @@ Redis keys
 |--------------------------|---------|----------|--------|--------|
 | celeriac:stream:{job_id} | channel | -        | worker | API    |
 
-A message is JSON: {"chunk": TokenChunk} or {"status": JobStatus} for a transition (in_progress, queued again, terminal).
-Pub/sub may lose, repeat or delay anything: the reader subscribes first, replays SQL, goes live, drops repeats, fills gaps.
+A message is JSON: {"chunk": TokenChunk} or {"status": JobStatus} for a transition.
+Pub/sub may lose, repeat or delay anything: the reader subscribes first, replays SQL, goes live, drops repeats and
+fills gaps.
 """

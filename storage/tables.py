@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from sqlalchemy import (
     ARRAY,
     JSON,
+    REAL,
     BigInteger,
     CheckConstraint,
     Dialect,
@@ -17,7 +18,6 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
-    REAL,
     SmallInteger,
     Text,
     TypeDecorator,
@@ -31,6 +31,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobError, JobStatus, Lane
 from domain.requests import GenerationRequest, GenerationResult
+
+DEFAULT_TENANT_ID = UUID("00000000-0000-7000-8000-000000000001")  # the tenant `default`, created by the first migration
 
 
 class PydanticJSON(TypeDecorator[BaseModel]):
@@ -157,7 +159,12 @@ class Job(Row):
         # lease_expires_at is not indexed, so that renewals stay heap-only updates.
         Index("jobs_running_idx", "lease_owner", postgresql_where=text("status = 'in_progress'")),
         Index("jobs_tenant_idx", "tenant_id", text("id DESC")),
-        Index("jobs_retention_idx", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+        Index(
+            "jobs_deadline_idx",
+            text("LEAST(deadline_at, start_deadline_at)"),
+            postgresql_where=text("status = 'queued' AND LEAST(deadline_at, start_deadline_at) IS NOT NULL"),
+        ),
+        Index("jobs_prune_idx", "prune_at", postgresql_where=text("prune_at IS NOT NULL")),
         {"postgresql_with": {"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"}},
     )
 
@@ -196,6 +203,7 @@ class Job(Row):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]  # the first claim
     finished_at: Mapped[datetime | None]
+    prune_at: Mapped[datetime | None]  # finished_at + result_ttl_seconds
 
 
 class JobPayload(Row):

@@ -1,0 +1,8 @@
+"""How Alembic reaches the database: over the connection that `storage.database.migrate` hands in."""
+
+from alembic import context
+
+connection = context.config.attributes["connection"]
+context.configure(connection=connection, transaction_per_migration=True)
+with context.begin_transaction():
+    context.run_migrations()

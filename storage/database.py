@@ -1,0 +1,99 @@
+"""Engines and session factories from one URL, sync for workers and async for the API, and the schema's migration."""
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
+MIGRATION_LOCK = 0x63656C6572696163  # "celeriac": the advisory lock that lets one process migrate at a time
+
+CONNECT_TIMEOUT_SECONDS = 3
+POOL_TIMEOUT_SECONDS = 2.0  # a caller without a connection by then answers 503
+STATEMENT_TIMEOUT_SECONDS = 30
+LOCK_TIMEOUT_SECONDS = 10
+IDLE_IN_TRANSACTION_TIMEOUT_SECONDS = 60
+
+
+def database_url(url: str) -> URL:
+    """`postgresql://…` or `postgres://…` for SQLAlchemy: through psycopg 3, which serves sync and async."""
+    parsed = make_url(url)
+    if parsed.drivername in ("postgresql", "postgres"):
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername != "postgresql+psycopg":
+        raise ValueError(f"database URL begins with {parsed.drivername}://; give postgresql://user@host:port/name")
+    return parsed
+
+
+def open_database(url: str, *, pool_size: int = 4, max_overflow: int = 4) -> Engine:
+    """A pool of sync connections, for workers and maintenance. Nothing connects before the first use."""
+    return create_engine(
+        database_url(url),
+        pool_size=pool_size,
+        max_overflow=max_overflow,
+        pool_timeout=POOL_TIMEOUT_SECONDS,
+        pool_pre_ping=True,
+        connect_args=_connect_args(),
+    )
+
+
+def open_async_database(url: str, *, pool_size: int = 10, max_overflow: int = 10) -> AsyncEngine:
+    """A pool of async connections, for the API. Nothing connects before the first use."""
+    return create_async_engine(
+        database_url(url),
+        pool_size=pool_size,
+        max_overflow=max_overflow,
+        pool_timeout=POOL_TIMEOUT_SECONDS,
+        pool_pre_ping=True,
+        connect_args=_connect_args(),
+    )
+
+
+def session_factory(database: Engine) -> sessionmaker[Session]:
+    """Rows stay readable after the commit: they are answers, not handles."""
+    return sessionmaker(database, expire_on_commit=False)
+
+
+def async_session_factory(database: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    """As `session_factory`; storage functions run on it through `AsyncSession.run_sync`."""
+    return async_sessionmaker(database, expire_on_commit=False)
+
+
+def migrate(url: str) -> None:
+    """Bring the schema up to date. Safe to call from many processes at once: the others wait and find nothing to do."""
+    database = create_engine(database_url(url), connect_args={"connect_timeout": CONNECT_TIMEOUT_SECONDS})
+    try:
+        with database.connect() as connection:
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
+            connection.commit()  # the lock belongs to the connection, not to this transaction
+            _upgrade(connection)
+    finally:
+        database.dispose()
+
+
+def _upgrade(connection: Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+    connection.commit()
+
+
+def _connect_args() -> dict[str, object]:
+    timeouts = {
+        "statement_timeout": STATEMENT_TIMEOUT_SECONDS,
+        "lock_timeout": LOCK_TIMEOUT_SECONDS,
+        "idle_in_transaction_session_timeout": IDLE_IN_TRANSACTION_TIMEOUT_SECONDS,
+    }
+    return {
+        "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+        "options": " ".join(f"-c {name}={seconds}s" for name, seconds in timeouts.items()),
+        # A peer that vanished without a word is noticed in seconds, not after the kernel's two hours.
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 10_000,
+    }

@@ -1,0 +1,191 @@
+"""What every test may ask for: a real PostgreSQL and a real Redis, a fresh database per test, rows in any state.
+
+Each xdist worker has servers of its own, so tests never share anything.
+"""
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+import redis
+from sqlalchemy import Engine, update
+from sqlalchemy.orm import Session, sessionmaker
+from ulid import ULID
+
+from domain.jobs import JobStatus
+from domain.requests import GenerationRequest
+from embedded import EmbeddedPostgres, EmbeddedRedis
+from storage import database as storage_database
+from storage.tables import DEFAULT_TENANT_ID, Job, JobPayload, Tenant, TenantLoad
+
+MakeTenant = Callable[..., Tenant]
+MakeJob = Callable[..., Job]
+
+TEMPLATE = "migrated_template"
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def server_folder() -> Iterator[Path]:
+    """Not pytest's own temporary folder: that one is closed to the system user PostgreSQL runs as under root."""
+    folder = Path(tempfile.mkdtemp(prefix="celeriac-test-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_server(server_folder: Path) -> Iterator[EmbeddedPostgres]:
+    settings = {"fsync": "off", "full_page_writes": "off"}  # a test's database need not survive a power cut
+    with EmbeddedPostgres(server_folder / "postgres", settings=settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server(server_folder: Path) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(server_folder / "redis") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_administrator(postgres_server: EmbeddedPostgres) -> Iterator[psycopg.Connection[Any]]:
+    """A connection that creates and drops databases; the migrated template is there."""
+    with psycopg.connect(postgres_server.url_of("postgres"), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {TEMPLATE}")
+        storage_database.migrate(postgres_server.url_of(TEMPLATE))
+        yield connection
+
+
+@pytest.fixture
+def empty_database_url(
+    postgres_server: EmbeddedPostgres, postgres_administrator: psycopg.Connection[Any]
+) -> Iterator[str]:
+    """The URL of a database with nothing in it."""
+    name = f"test_{secrets.token_hex(6)}"
+    postgres_administrator.execute(f"CREATE DATABASE {name}")
+    yield postgres_server.url_of(name)
+    postgres_administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def database_url(postgres_server: EmbeddedPostgres, postgres_administrator: psycopg.Connection[Any]) -> Iterator[str]:
+    """The URL of a fresh, migrated database of this test's own."""
+    name = f"test_{secrets.token_hex(6)}"
+    postgres_administrator.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    yield postgres_server.url_of(name)
+    postgres_administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Engine]:
+    """SQLAlchemy's engine on this test's database; `engine` is the word for what runs a model."""
+    database = storage_database.open_database(database_url, pool_size=8, max_overflow=32)
+    yield database
+    database.dispose()
+
+
+@pytest.fixture
+def session_factory(database: Engine) -> sessionmaker[Session]:
+    return storage_database.session_factory(database)
+
+
+@pytest.fixture
+def session(session_factory: sessionmaker[Session]) -> Iterator[Session]:
+    with session_factory() as session:
+        yield session
+
+
+@pytest.fixture
+def redis_url(redis_server: EmbeddedRedis) -> str:
+    """An empty Redis; also when the test before it killed the server."""
+    redis_server.start()
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    return redis_server.url
+
+
+@pytest.fixture
+def make_tenant(session_factory: sessionmaker[Session]) -> MakeTenant:
+    """Commit a tenant with its load row: make_tenant(weight=2.0, max_queued=10)."""
+
+    def make(**columns: Any) -> Tenant:
+        tenant = Tenant(**{"id": uuid4(), "name": f"tenant-{secrets.token_hex(4)}", **columns})
+        with session_factory.begin() as session:
+            session.add(tenant)
+            session.flush()
+            session.add(TenantLoad(tenant_id=tenant.id))
+        return tenant
+
+    return make
+
+
+@pytest.fixture
+def make_job(session_factory: sessionmaker[Session]) -> MakeJob:
+    """Commit a job in any status, with its payload, and count it in its tenant's load:
+    make_job(status=JobStatus.IN_PROGRESS, attempt=2). Columns that the status demands are filled in."""
+
+    def make(
+        status: JobStatus = JobStatus.QUEUED,
+        *,
+        request: GenerationRequest | None = None,
+        prompt_token_ids: list[int] | None = None,
+        **columns: Any,
+    ) -> Job:
+        job = Job(**(_job_defaults(status, columns.get("tenant_id", DEFAULT_TENANT_ID)) | columns))
+        request = request or GenerationRequest(model=job.model, prompt="Once upon a time")
+        with session_factory.begin() as session:
+            session.add(job)
+            session.flush()
+            session.add(JobPayload(job_id=job.id, request=request, prompt_token_ids=prompt_token_ids or [1, 2, 3]))
+            session.execute(_counted(job))
+            session.refresh(job)
+        return job
+
+    return make
+
+
+def _job_defaults(status: JobStatus, tenant_id: UUID) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    defaults: dict[str, Any] = {
+        "id": UUID(bytes=ULID().bytes),
+        "tenant_id": tenant_id,
+        "model": "test-model",
+        "model_revision": "main",
+        "request_hash": b"hash",
+        "status": status,
+        "max_failures": 3,
+        "num_prompt_tokens": 3,
+        "max_tokens": 16,
+        "seed": 7,
+        "cost": 19,
+        "job_metadata": {},
+        "result_ttl_seconds": 86_400,
+    }
+    if status is not JobStatus.QUEUED:
+        defaults |= {"attempt": 1, "started_at": now}
+    if status is JobStatus.IN_PROGRESS:
+        defaults |= {"lease_owner": uuid4(), "lease_expires_at": now + timedelta(seconds=15)}
+    if status.is_terminal:
+        defaults |= {"finished_at": now, "prune_at": now + timedelta(days=1)}
+    return defaults
+
+
+def _counted(job: Job) -> Any:
+    return (
+        update(TenantLoad)
+        .where(TenantLoad.tenant_id == job.tenant_id)
+        .values(
+            num_queued=TenantLoad.num_queued + (job.status is JobStatus.QUEUED),
+            num_running=TenantLoad.num_running + (job.status is JobStatus.IN_PROGRESS),
+        )
+    )

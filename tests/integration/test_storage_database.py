@@ -1,0 +1,78 @@
+"""The migrated schema is the one the row classes describe, and migrating is safe to repeat and to race."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.orm import Session
+
+from storage.database import database_url as normalised
+from storage.database import migrate
+from storage.tables import DEFAULT_TENANT_ID, Row, Tenant, TenantLoad
+
+CATALOG = {
+    "constraints": """
+        SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint
+        WHERE connamespace = 'public'::regnamespace AND contype <> 'n'""",
+    "indexes": "SELECT tablename, indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'",
+    "storage parameters": """
+        SELECT relname, reloptions FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'""",
+    "columns": """
+        SELECT table_name, column_name, data_type, is_nullable,
+               replace(regexp_replace(column_default, '::[a-z ]+', ''), '''', '')
+        FROM information_schema.columns WHERE table_schema = 'public'""",
+}
+
+
+def catalog(database: Engine) -> dict[str, set[str]]:
+    with database.connect() as connection:
+        return {
+            name: {str(row) for row in connection.execute(text(query)) if "alembic_version" not in str(row)}
+            for name, query in CATALOG.items()
+        }
+
+
+def test_the_migrated_schema_is_the_one_of_the_row_classes(database: Engine, empty_database_url: str) -> None:
+    described = create_engine(normalised(empty_database_url))
+    Row.metadata.create_all(described)
+    expected, migrated = catalog(described), catalog(database)
+    described.dispose()
+    for name in CATALOG:
+        assert migrated[name] == expected[name], name
+
+
+def test_alembic_finds_nothing_to_change(database: Engine) -> None:
+    with database.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": False})
+        assert compare_metadata(context, Row.metadata) == []
+
+
+def test_the_guards_of_the_job_protocol_exist(database: Engine) -> None:
+    found = catalog(database)
+    text_of = {name: "\n".join(rows) for name, rows in found.items()}
+    assert "fillfactor=70" in text_of["storage parameters"]
+    assert "jobs_lease_owner_check" in text_of["constraints"]
+    assert "jobs_finished_at_check" in text_of["constraints"]
+    assert "lease_expires_at" not in text_of["indexes"], "an index on it would end heap-only renewals"
+
+
+def test_many_processes_may_migrate_at_once(empty_database_url: str) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(migrate, [empty_database_url] * 4))
+    database = create_engine(normalised(empty_database_url))
+    with database.connect() as connection:
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == ["0001"]
+    database.dispose()
+
+
+def test_the_default_tenant_is_there(session: Session) -> None:
+    tenant = session.get_one(Tenant, DEFAULT_TENANT_ID)
+    assert tenant.name == "default"
+    assert session.get_one(TenantLoad, DEFAULT_TENANT_ID).num_queued == 0
+
+
+def test_a_url_of_another_database_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="sqlite"):
+        normalised("sqlite:///jobs.db")
