@@ -1,0 +1,84 @@
+"""The Celery app: one object for workers, API, Flower and the command line, so that all share every broker option.
+
+Nothing here reaches torch or `gpu_worker`: what runs a GPU task is decided by the worker's own app module.
+"""
+
+from celery import Celery
+from kombu import Queue
+
+from domain.catalog import Catalog
+from settings import Settings, get_settings
+from tasks.messages import GENERATE, MAINTENANCE_QUEUE, PRIORITY_STEPS
+
+# A message is in hand for seconds before it is claimed and acked, so an unacked one of a dead worker may return early.
+# The same number in every process: whoever drains a queue or waits for a reply restores by its own.
+VISIBILITY_TIMEOUT_SECONDS = 60
+
+
+def make_app(settings: Settings) -> Celery:
+    """The app over the models of `settings.models_file`. A plain worker serves the maintenance queue alone: a model's
+    queue needs `gpu_worker.app`."""
+    app = Celery("celeriac", broker=settings.broker_url, include=["tasks.generate", "tasks.janitor"])
+    models = Catalog.load(settings.models_file)
+    app.conf.update(
+        task_queues=[Queue(MAINTENANCE_QUEUE), *(Queue(spec.queue) for spec in models)],
+        task_default_queue=MAINTENANCE_QUEUE,
+        task_routes={GENERATE: {"queue": models.default.queue}},
+        beat_schedule=_beat_schedule(settings),
+    )
+    app.conf.update(_SAFETY, **_BROKER, **_WORKER)
+    app.amqp.queues.select([MAINTENANCE_QUEUE])
+    return app
+
+
+_SAFETY = {
+    # Whoever can write to Redis can send messages: nothing but JSON is read.
+    "task_serializer": "json",
+    "accept_content": ["json"],
+    "event_serializer": "json",
+    "task_create_missing_queues": False,
+    # Results, retries and schedules are SQL's.
+    "result_backend": None,
+    "task_ignore_result": True,
+    "task_send_sent_event": False,
+}
+
+_BROKER = {
+    "broker_connection_retry_on_startup": True,
+    "broker_connection_max_retries": None,
+    # A failover or a full Redis answers with channel errors: without this they end the worker.
+    "broker_channel_error_retry": True,
+    "broker_transport_options": {
+        "visibility_timeout": VISIBILITY_TIMEOUT_SECONDS,
+        "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
+        "socket_timeout": 5,
+        "socket_connect_timeout": 5,
+        "socket_keepalive": True,
+        "health_check_interval": 10,
+        "queue_order_strategy": "priority",
+        "priority_steps": list(PRIORITY_STEPS),
+        "client_name": "celeriac",
+    },
+}
+
+_WORKER = {
+    "task_acks_late": False,  # acked when the SQL claim committed: from then on the lease protects the job
+    "worker_prefetch_multiplier": 1,
+    "worker_enable_prefetch_count_reduction": False,
+    "worker_disable_rate_limits": True,  # a limit set from Flower would park deliveries in memory
+    "worker_cancel_long_running_tasks_on_connection_loss": False,
+    "worker_soft_shutdown_timeout": 0,
+    "worker_send_task_events": True,
+    "worker_redirect_stdouts": False,
+    "beat_scheduler": "celery.beat:Scheduler",  # ticks by interval alone: nothing to remember in a file
+}
+
+
+def _beat_schedule(settings: Settings) -> dict[str, dict[str, object]]:
+    seconds = settings.janitor_interval_seconds
+    # Ticks that pile up while no maintenance worker runs are dropped on receipt.
+    return {"janitor": {"task": "celeriac.janitor.tick", "schedule": seconds, "options": {"expires": 10 * seconds}}}
+
+
+app = make_app(get_settings())

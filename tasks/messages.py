@@ -1,0 +1,125 @@
+"""Celery messages built by hand: what Celery itself would send, at a tenth of its price.
+
+A message carries a job id and nothing else; everything about the job is in SQL. `tests/unit/test_messages.py` compares
+every key with Celery's own messages at the pinned versions.
+
+Redis keys (the broker's database; `queue` is `ModelSpec.queue`)
+| name                           | type    | lifetime                   | writer                  | reader      |
+|--------------------------------|---------|----------------------------|-------------------------|-------------|
+| {queue}, {queue}\\x06\\x16{step} | list    | until claimed              | dispatch, Celery        | GPU workers |
+| {queue}:bell                   | list    | until the queue is empty   | dispatch, GPU workers   | GPU workers |
+| /{db}.celery.pidbox            | channel | -                          | API, Celery, Flower     | all workers |
+"""
+
+import json
+import os
+import socket
+from base64 import b64encode
+from collections.abc import Sequence
+from uuid import UUID, uuid4
+
+from domain.ids import external_id
+
+GENERATE = "celeriac.generate"
+MAINTENANCE_QUEUE = "celeriac-maintenance"  # no model's queue: those begin with "celeriac."
+PRIORITY_STEPS = (0, 3, 6, 9)  # one list per step and queue; 0 is served first
+MAX_RINGS = 64  # more would only wake workers for nothing
+
+_SEPARATOR = "\x06\x16"
+_NO_ARGUMENTS: tuple[object, ...] = ((), {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
+_BODY = b64encode(json.dumps(_NO_ARGUMENTS).encode()).decode()
+
+
+def bell_key(queue: str) -> str:
+    """The list that wakes a waiting worker: one element per message, because a blocked pop takes one each."""
+    return f"{queue}:bell"
+
+
+def priority_key(queue: str, priority: int) -> str:
+    """The list that holds the messages of this Celery priority, 0 (first) to 9."""
+    step = max(step for step in PRIORITY_STEPS if step <= max(priority, 0))
+    return f"{queue}{_SEPARATOR}{step}" if step else queue
+
+
+def priority_keys(queue: str) -> list[str]:
+    """All lists of one queue, in the order in which they are served."""
+    return [priority_key(queue, step) for step in PRIORITY_STEPS]
+
+
+def generate_message(job_id: UUID, queue: str, *, priority: int = 0) -> str:
+    """The message of `generate` for this job, to be pushed to `priority_key(queue, priority)`."""
+    task_id = external_id(job_id)
+    headers: dict[str, object] = {
+        "lang": "py",
+        "task": GENERATE,
+        "id": task_id,
+        "shadow": None,
+        "eta": None,
+        "expires": None,
+        "group": None,
+        "group_index": None,
+        "retries": 0,
+        "timelimit": [None, None],
+        "root_id": task_id,
+        "parent_id": None,
+        "argsrepr": "()",
+        "kwargsrepr": "{}",
+        "origin": f"gen{os.getpid()}@{_HOSTNAME}",
+        "ignore_result": True,
+        "replaced_task_nesting": 0,
+        "stamped_headers": None,
+        "stamps": {},
+    }
+    properties: dict[str, object] = {
+        "correlation_id": task_id,
+        "reply_to": "",
+        "delivery_mode": 2,
+        "delivery_info": {"exchange": "", "routing_key": queue},
+        "priority": priority,
+        "body_encoding": "base64",
+        "delivery_tag": str(uuid4()),  # fresh for every message: kombu keeps unacked messages by it
+    }
+    return json.dumps(
+        {
+            "body": _BODY,
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": headers,
+            "properties": properties,
+        }
+    )
+
+
+def revoke_channel(database: int) -> str:
+    """The channel on which all workers hear remote control; pub/sub ignores databases, so the name holds the number."""
+    return f"/{database}.celery.pidbox"
+
+
+def revoke_message(job_ids: Sequence[UUID]) -> str:
+    """The broadcast of `celery control revoke --terminate`: it makes a cancel known before the next chunk commit."""
+    command = {
+        "method": "revoke",
+        "arguments": {"task_id": [external_id(job_id) for job_id in job_ids], "terminate": True, "signal": "SIGTERM"},
+        "destination": None,
+        "pattern": None,
+        "matcher": None,
+    }
+    properties: dict[str, object] = {
+        "delivery_mode": 2,
+        "delivery_info": {"exchange": "celery.pidbox", "routing_key": ""},
+        "priority": 0,
+        "body_encoding": "base64",
+        "delivery_tag": str(uuid4()),
+    }
+    return json.dumps(
+        {
+            "body": b64encode(json.dumps(command).encode()).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {"clock": 1, "expires": 0},
+            "properties": properties,
+        }
+    )
+
+
+_HOSTNAME = socket.gethostname()
