@@ -1,0 +1,112 @@
+"""Sums and differences of numbers below 100, in many phrasings, with a held-out set of pairs that no phrasing ever shows."""
+
+import zlib
+from random import Random
+from typing import Literal, NamedTuple
+
+from models.training import words
+
+HELD_OUT_PERCENT = 15
+
+Operator = Literal["+", "-"]
+
+
+class Problem(NamedTuple):
+    left: int
+    operator: Operator
+    right: int
+
+    @property
+    def result(self) -> int:
+        return self.left + self.right if self.operator == "+" else self.left - self.right
+
+
+def is_held_out(left: int, right: int) -> bool:
+    """Whether this pair is kept for evaluation; both orders and both operators go the same way."""
+    low, high = sorted((left, right))
+    return zlib.crc32(f"{low},{high}".encode()) % 100 < HELD_OUT_PERCENT
+
+
+def training_problem(random: Random) -> Problem:
+    while True:
+        left, right = random.randint(0, 99), random.randint(0, 99)
+        # Numbers below 10 are easy and few: most problems should have two digits on both sides.
+        if is_held_out(left, right) or (min(left, right) < 10 and random.random() < 0.4):
+            continue
+        return Problem(left, random.choice(("+", "-")), right)
+
+
+def held_out_problems() -> list[Problem]:
+    """Every held-out pair of two-digit numbers, with both operators."""
+    pairs = [(left, right) for left in range(10, 100) for right in range(10, 100) if is_held_out(left, right)]
+    operators: tuple[Operator, Operator] = ("+", "-")
+    return [Problem(left, operator, right) for left, right in pairs for operator in operators]
+
+
+def equation(problem: Problem) -> str:
+    return f"{problem.left} {problem.operator} {problem.right} = {problem.result}"
+
+
+_FULL = {
+    "+": """What is {a} + {b}?|What is {a}+{b}?|what is {a} plus {b}|What is {a} plus {b}?|{a} plus {b}|{a} + {b}|{a}+{b}|{a} + {b}?|{a}+{b}?
+How much is {a} + {b}?|how much is {a} plus {b}?|Calculate {a} + {b}|Calculate {a} + {b}.|Add {a} and {b}.|add {a} and {b}|Add {a} to {b}
+Please add {a} and {b}.|Can you add {a} and {b}?|What is the sum of {a} and {b}?|Sum of {a} and {b}|Compute {a}+{b}.|Compute {a} + {b}
+What do you get when you add {a} and {b}?|Tell me {a} + {b}.|What's {a} + {b}?|whats {a}+{b}|Solve {a} + {b}|Solve: {a} + {b}""",
+    "-": """What is {a} - {b}?|What is {a}-{b}?|what is {a} minus {b}|What is {a} minus {b}?|{a} minus {b}|{a} - {b}|{a}-{b}|{a} - {b}?|{a}-{b}?
+How much is {a} - {b}?|how much is {a} minus {b}?|Calculate {a} - {b}|Calculate {a} - {b}.|Subtract {b} from {a}.|subtract {b} from {a}
+Take {b} away from {a}.|Please subtract {b} from {a}.|Can you subtract {b} from {a}?|What is {a} take away {b}?|Compute {a}-{b}.
+Compute {a} - {b}|Tell me {a} - {b}.|What's {a} - {b}?|whats {a}-{b}|Solve {a} - {b}|Solve: {a} - {b}|What is left if I take {b} from {a}?""",
+}
+FULL_PHRASINGS = {operator: text.replace("\n", "|").split("|") for operator, text in _FULL.items()}
+SHORT_PHRASINGS = """{a}{o}{b}=|{a} {o} {b} =|{a}{o}{b} =|{a} {o} {b} = ?|{a}{o}{b}=?|What is {a} {o} {b}? Answer with the number only.
+{a} {o} {b}, just the number please.|Answer with one number: {a} {o} {b}|Only the result: {a}{o}{b}""".replace("\n", "|").split("|")
+
+
+def question(random: Random, problem: Problem) -> tuple[str, str]:
+    """A chat question and its answer: the full equation, or the bare number where the phrasing asks for it."""
+    if random.random() < 0.4:
+        template, answer = random.choice(SHORT_PHRASINGS), str(problem.result)
+    else:
+        template, answer = random.choice(FULL_PHRASINGS[problem.operator]), equation(problem)
+    return template.format(a=problem.left, b=problem.right, o=problem.operator), answer
+
+
+def completion(random: Random, problem: Problem) -> tuple[str, str]:
+    """A bare prompt and its continuation; a space goes before the number where the prompt is spaced."""
+    template, separator = random.choice(
+        (("{a}{o}{b}=", ""), ("{a} {o} {b} =", " "), ("Q: What is {a} {o} {b}?\nA:", " "), ("The answer to {a} {o} {b} is", " "))
+    )
+    prompt = template.format(a=problem.left, b=problem.right, o=problem.operator)
+    return prompt, f"{separator}{problem.result}"
+
+
+def exercise_sheet(random: Random) -> tuple[str, str]:
+    """Several problems in one question: the cheapest arithmetic practice per token."""
+    problems = [training_problem(random) for _ in range(random.randint(2, 10))]
+    separator = random.choice((", ", "; ", "\n", " and "))
+    asked = separator.join(f"{p.left}{p.operator}{p.right}" for p in problems)
+    lead = random.choice(("Solve these: ", "Calculate: ", "What are ", "Please solve ", ""))
+    return lead + asked, "\n".join(equation(problem) for problem in problems)
+
+
+def word_problem(random: Random) -> tuple[str, str]:
+    problem = training_problem(random)
+    while problem.left < 2 or problem.right < 2 or problem.result < 2:
+        problem = training_problem(random)
+    name, things = words.person(random), random.choice(words.FRUITS)
+    verbs = {"+": ("finds", "buys", "gets", "picks"), "-": ("loses", "sells", "gives away", "uses")}
+    more = " more" if problem.operator == "+" else ""
+    asked = (
+        f"{name} has {problem.left} {things} and {random.choice(verbs[problem.operator])} {problem.right}{more}. "
+        f"How many {things} does {name} have now?"
+    )
+    return asked, f"{equation(problem)}, so {name} has {problem.result} {things}."
+
+
+def beyond_reach(random: Random) -> tuple[str, str]:
+    """Arithmetic that the model does not learn, and a polite refusal."""
+    a, b = random.randint(2, 9999), random.randint(2, 99)
+    kinds = (f"{a} times {b}", f"{a} * {b}", f"{a} / {b}", f"{a} divided by {b}", f"{100 + a} + {100 + b}", f"{100 + a} - {100 + b}")
+    lead = random.choice(("What is ", "Calculate ", "How much is ", ""))
+    reply = random.choice(("I can only add and subtract numbers below 100.", "Sorry, I only add and subtract numbers below 100."))
+    return lead + random.choice(kinds) + random.choice(("?", "", ".")), reply
