@@ -1,0 +1,154 @@
+"""JSON bodies in: strict, bounded, and refused with the field, the value seen and the remedy."""
+
+import difflib
+import json
+import re
+from typing import Any, NoReturn, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from api.errors import UnsupportedMediaType
+from domain.errors import InvalidRequest
+
+MAX_DEPTH = 32
+_MAX_SHOWN_CHARS = 40
+
+#: Fields whose text may be private: errors give their length, never their value.
+_PRIVATE_FIELDS = frozenset({"prompt", "messages", "content", "stop", "metadata", "idempotency_key"})
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_SUBJECT = re.compile(r"^(Input|String|Tuple|Dictionary|List) should")
+_BRACKET = re.compile(rb"[\[\]{}]")
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def read_model(request: Request, model: type[Model]) -> Model:
+    """The body as a `model`. Raises InvalidRequest or UnsupportedMediaType; the size was bounded by the middleware."""
+    require_json(request)
+    return parse_model(await request.body(), model)
+
+
+def require_json(request: Request) -> None:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        seen = f"Content-Type is {content_type[:64]!r}" if content_type else "Content-Type is missing"
+        raise UnsupportedMediaType(f"{seen}; send JSON as application/json")
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise UnsupportedMediaType(f"Content-Encoding is {encoding[:32]!r}; send the body uncompressed")
+
+
+def parse_model(body: bytes, model: type[Model]) -> Model:
+    """Strict: no coercion between JSON types, no unknown or duplicate key, no NaN, no deep nesting."""
+    _refuse_bad_json(body)
+    try:
+        return model.model_validate_json(body, strict=True)
+    except ValidationError as exc:
+        raise invalid_request(exc, model) from None
+
+
+def _refuse_bad_json(body: bytes) -> None:
+    """What a JSON parser lets pass in silence. Pydantic parses the body a second time, for its types."""
+    if not body.strip():
+        raise InvalidRequest("the body is empty; send a JSON object")
+    _refuse_deep_nesting(body)
+    try:
+        json.loads(body.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest(f"the body is not UTF-8: byte {exc.start} is invalid") from None
+    except json.JSONDecodeError as exc:
+        raise InvalidRequest(f"the body is not JSON: {exc.msg} at line {exc.lineno} column {exc.colno}") from None
+    except ValueError:  # the interpreter's bound on the digits of an integer
+        raise InvalidRequest(
+            "the body holds an integer of thousands of digits; send numbers of at most 64 bits"
+        ) from None
+
+
+def _refuse_deep_nesting(body: bytes) -> None:
+    if body.count(b"{") + body.count(b"[") <= MAX_DEPTH:
+        return
+    depth = 0
+    for bracket in _BRACKET.finditer(_STRING.sub(b"", body)):
+        depth += 1 if bracket[0] in b"{[" else -1
+        if depth > MAX_DEPTH:
+            raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep; flatten it")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InvalidRequest(
+            f"the key {twice[:64]!r} appears more than once in one object; send it once", param=twice[:64]
+        )
+    return unique
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise InvalidRequest(f"the body holds {constant}, which is not JSON; send a finite number or null")
+
+
+def invalid_request(exc: ValidationError, model: type[BaseModel]) -> InvalidRequest:
+    """The first error of `exc` in our words: field, value seen, remedy."""
+    first, *others = exc.errors(include_url=False, include_context=False)
+    location = first["loc"]
+    param = ".".join(str(part) for part in location)[:128] or None
+    # A collection whose items are wrong is reported a second time, as too short.
+    num_more = sum(location[: len(other["loc"])] != other["loc"] for other in others)
+    more = f" (and {num_more} more)" if num_more else ""
+    return InvalidRequest(f"{_describe(first, param, model)}{more}", param=param)
+
+
+def _describe(error: Any, param: str | None, model: type[BaseModel]) -> str:
+    kind, location = error["type"], error["loc"]
+    message = _SUBJECT.sub("it must", str(error["msg"]).removeprefix("Value error, ").removeprefix("Invalid JSON: "))
+    if kind == "missing":
+        return f"{param} is missing; add it"
+    if kind == "extra_forbidden":
+        return f"{param} is not a field here; {_suggestion(location, model)}"
+    if kind == "json_invalid":
+        return f"the body is not JSON: {message}"
+    if param is None or kind == "value_error":
+        return message if param is None else f"{param}: {message}"
+    return f"{param} is {_shown(location, error['input'])}: {message}"
+
+
+def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    owner = _model_at(model, location[:-1])
+    known = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
+    close = difflib.get_close_matches(str(location[-1])[:64], known, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known are: {', '.join(known)}" if known else "remove it"
+
+
+def _model_at(model: type[BaseModel] | None, location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    for part in location:
+        if model is not None and isinstance(part, str) and part in model.model_fields:
+            model = _model_within(model.model_fields[part].annotation)
+    return model
+
+
+def _model_within(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_within(part)) is not None), None)
+
+
+def _shown(location: tuple[int | str, ...], value: object) -> str:
+    """A short picture of a refused value that gives nothing private away."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if isinstance(value, str) and (len(value) > _MAX_SHOWN_CHARS or _is_private(location)):
+        return f"a string of {len(value)} characters"
+    return json.dumps(value, default=str)[:_MAX_SHOWN_CHARS]
+
+
+def _is_private(location: tuple[int | str, ...]) -> bool:
+    names = [part for part in location if isinstance(part, str)]
+    return bool(names) and (names[0] == "metadata" or names[-1] in _PRIVATE_FIELDS)

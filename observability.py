@@ -1,0 +1,136 @@
+"""JSON logging with the ids of what is being worked on, and every Prometheus metric of the project, declared once.
+
+Never in a log or a label: a prompt, an output, a key. Only ids, lengths, counts and codes. Exceptions are logged with
+their first line alone, because database and validation errors repeat the values they choked on in the lines below it.
+"""
+
+import contextlib
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Literal
+
+from prometheus_client import Counter, Gauge, Histogram
+from pythonjsonlogger.json import JsonFormatter
+
+job_id_context: ContextVar[str | None] = ContextVar("job_id", default=None)
+request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+_MAX_EXCEPTION_CHARS = 300
+_ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+@contextlib.contextmanager
+def job_context(job_id: str) -> Iterator[None]:
+    """Every log line inside names this job (the external id)."""
+    token = job_id_context.set(job_id)
+    try:
+        yield
+    finally:
+        job_id_context.reset(token)
+
+
+def configure_logging(level: str, log_format: Literal["json", "text"]) -> None:
+    """Send all logging of this process to stderr in one format. Repeatable: the last call wins."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_add_context)
+    handler.setFormatter(_json_formatter() if log_format == "json" else _TextFormatter(_TEXT_FORMAT))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level)
+    # Their INFO lines repeat ours or fire per request.
+    for name in ("uvicorn.access", "httpx", "httpcore", "sqlalchemy.engine"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+def describe_exception(exc: BaseException) -> str:
+    """`Type: first line`, short enough and without the values that the further lines of a database error quote."""
+    first_line = str(exc).partition("\n")[0][:_MAX_EXCEPTION_CHARS]
+    return f"{type(exc).__name__}: {first_line}" if first_line else type(exc).__name__
+
+
+_TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s%(context)s"
+
+
+def _add_context(record: logging.LogRecord) -> bool:
+    ids = {"job_id": job_id_context.get(), "request_id": request_id_context.get()}
+    for name, value in ids.items():
+        if value is not None and not hasattr(record, name):
+            setattr(record, name, value)
+    named = {name: getattr(record, name) for name in ids if hasattr(record, name)}
+    record.context = "".join(f" {name}={value}" for name, value in named.items())
+    return True
+
+
+def _format_exception(exc_info: _ExcInfo) -> str:
+    exc = exc_info[1]
+    if exc is None:
+        return ""
+    frames = "".join(traceback.format_tb(exc.__traceback__))
+    cause = exc.__cause__
+    because = f"\ncaused by {describe_exception(cause)}" if cause is not None else ""
+    return f"{frames}{describe_exception(exc)}{because}"
+
+
+class _TextFormatter(logging.Formatter):
+    def formatException(self, exc_info: _ExcInfo) -> str:
+        return _format_exception(exc_info)
+
+
+class _CarefulJsonFormatter(JsonFormatter):
+    def formatException(self, ei: _ExcInfo) -> list[str]:  # type: ignore[override]
+        return _format_exception(ei).splitlines()
+
+
+def _json_formatter() -> logging.Formatter:
+    return _CarefulJsonFormatter(
+        "{asctime}{levelname}{name}{message}",
+        style="{",
+        rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+        exclude_fields=["context"],
+    )
+
+
+# Metrics. Seconds and tokens, never milliseconds; labels have few values: model ids, statuses, routes, codes.
+
+_FAST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_SLOW_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
+_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+http_requests_total = Counter("http_requests_total", "Answered HTTP requests.", ["method", "route", "status"])
+http_request_seconds = Histogram(
+    "http_request_seconds", "From the first byte in to the last byte out.", ["route"], buckets=_FAST_BUCKETS
+)
+http_requests_in_progress = Gauge("http_requests_in_progress", "HTTP requests being answered now, streams included.")
+
+jobs_submitted_total = Counter("jobs_submitted_total", "Submissions by what became of them.", ["model", "outcome"])
+jobs_accept_group_size = Histogram("jobs_accept_group_size", "Jobs committed by one accept.", buckets=_SIZE_BUCKETS)
+jobs_accept_seconds = Histogram("jobs_accept_seconds", "One accept statement with its COMMIT.", buckets=_FAST_BUCKETS)
+jobs_accept_waiting = Gauge("jobs_accept_waiting", "Submissions waiting for the next accept.")
+jobs_finished_total = Counter("jobs_finished_total", "Jobs this process made terminal.", ["model", "status"])
+jobs_queue_seconds = Histogram("jobs_queue_seconds", "Accept to first claim.", ["model"], buckets=_SLOW_BUCKETS)
+jobs_run_seconds = Histogram("jobs_run_seconds", "First claim to the end.", ["model"], buckets=_SLOW_BUCKETS)
+jobs_running = Gauge("jobs_running", "Jobs in progress, from SQL.", ["model"])
+jobs_oldest_queued_seconds = Gauge("jobs_oldest_queued_seconds", "Age of the oldest waiting job.", ["model"])
+
+prompt_tokens_total = Counter("prompt_tokens_total", "Prompt tokens of submitted jobs.", ["model"])
+tokenize_seconds = Histogram(
+    "tokenize_seconds", "Template and tokenizer, one prompt.", ["model"], buckets=_FAST_BUCKETS
+)
+
+stream_connections = Gauge("stream_connections", "Open SSE streams.")
+stream_resumes_total = Counter("stream_resumes_total", "Streams opened after a cursor.")
+stream_ends_total = Counter("stream_ends_total", "Streams by how they ended.", ["reason"])
+
+worker_processes = Gauge("worker_processes", "Live GPU workers, from SQL.", ["model"])
+worker_slots = Gauge("worker_slots", "Sequences all live workers can run at once.", ["model"])
+
+llm_requests_total = Counter("llm_requests_total", "Generation requests accepted.", ["model"])
+llm_queue_size = Gauge("llm_queue_size", "Jobs waiting, from SQL.", ["model"])
+llm_tokens_generated_total = Counter("llm_tokens_generated_total", "Output tokens committed.", ["model"])
+llm_request_latency_seconds = Histogram(
+    "llm_request_latency_seconds", "Accept to the end.", ["model"], buckets=_SLOW_BUCKETS
+)

@@ -1,0 +1,123 @@
+"""Chat messages to the prompt text of a model, by the Jinja template that ships with it.
+
+The environment is the one for which model authors write: the options, filters and globals of transformers'
+`apply_chat_template`, sandboxed, without transformers. Templates come with the model, never from a client.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from domain.errors import InvalidRequest
+
+#: What a template may raise over messages it was not written for: its own refusals, and Python's.
+_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+class ChatTemplate:
+    """A compiled template. Rendering is pure and thread-safe."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """`special_tokens` is what the template sees by name: bos_token, eos_token, ... Raises TemplateError."""
+        self._template = _environment().from_string(source)
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt that asks for the next assistant message. Raises InvalidRequest where the template refuses."""
+        plain_messages = [dict(message) for message in messages]
+        try:
+            return self._template.render(
+                messages=plain_messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except _TEMPLATE_ERRORS as exc:
+            reason = str(exc)[:200] or type(exc).__name__
+            raise InvalidRequest(
+                f"the chat template of this model refuses these messages: {reason}", param="messages"
+            ) from exc
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["dict"] = _TemplateDict()
+    environment.globals["namespace"] = _TemplateNamespace
+    return environment
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}...{% endgeneration %}` marks assistant text for training; here it renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja reads it as a class attribute)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_render_body"), [], [], body).set_lineno(line)
+
+    def _render_body(self, caller: Macro) -> str:
+        return caller()
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML characters, which models never saw in training."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+class _TemplateDict:
+    """`dict(...)` in a template, without the attributes of the real type, which lead out of the sandbox."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    fromkeys: Callable[..., dict[Any, Any]] = staticmethod(dict.fromkeys)
+
+
+class _TemplateNamespace(Namespace):
+    """`namespace(...)` without underscore names, which lead out of the sandbox."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *values = args  # as in Jinja, so that namespace(self=...) still works
+        attributes = dict(*values, **kwargs)
+        for name in attributes:
+            _refuse_underscore(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_underscore(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a chat template cannot store {name!r} on a namespace; rename the attribute")

@@ -1,0 +1,280 @@
+"""What the API has to know of a model, without torch: its tokenizer, chat template, defaults, length and revision."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Tokenizer
+
+from domain.catalog import Catalog, ModelSpec
+from domain.errors import InvalidRequest
+from domain.requests import ChatMessage, GenerationRequest
+from tasks.chat_templates import ChatTemplate
+
+_DESCRIPTION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf"})
+_SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NUM_WEIGHT_SAMPLES = 64
+_WEIGHT_SAMPLE_BYTES = 65_536
+
+FAKE_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant: "
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What applies where a request says nothing: the model's generation_config.json, else the neutral values."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+
+
+class Encoder(Protocol):
+    """Text to token ids."""
+
+    vocab_size: int
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+class ModelView:
+    """One model as the API sees it. Thread-safe."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        revision: str,
+        encoder: Encoder,
+        chat_template: ChatTemplate | None,
+        defaults: GenerationDefaults,
+        vocab_size: int,
+    ) -> None:
+        self.spec = spec
+        self.revision = revision
+        self.defaults = defaults
+        self.vocab_size = vocab_size
+        self._encoder = encoder
+        self._chat_template = chat_template
+
+    @property
+    def max_model_len(self) -> int:
+        return self.spec.max_model_len
+
+    def render(self, messages: Sequence[ChatMessage]) -> str:
+        """The prompt text of `messages`, with the installation's system prompt first if they bring none."""
+        if self._chat_template is None:
+            raise InvalidRequest(f"{self.spec.id} has no chat template; send prompt instead", param="messages")
+        plain = [{"role": message.role, "content": message.content} for message in messages]
+        if self.spec.system_prompt is not None and all(message["role"] != "system" for message in plain):
+            plain.insert(0, {"role": "system", "content": self.spec.system_prompt})
+        return self._chat_template.render(plain)
+
+    def encode(self, request: GenerationRequest) -> list[int]:
+        """The token ids the engine starts from. A chat template writes its special tokens itself."""
+        if request.messages is not None:
+            return self._encoder.encode(self.render(request.messages), add_special_tokens=False)
+        assert request.prompt is not None
+        return self._encoder.encode(request.prompt, add_special_tokens=True)
+
+
+class ModelViews:
+    """The views of a catalog's models, all loaded before the first request."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        """Blocking: reads (or downloads) tokenizers. Raises ValueError that names the model at fault."""
+        self.catalog = catalog
+        self._view_by_id = {spec.id: load_model_view(spec) for spec in catalog}
+
+    def get(self, model_id: str) -> ModelView:
+        """Raises ModelNotFound."""
+        return self._view_by_id[self.catalog.get(model_id).id]
+
+
+def load_model_view(spec: ModelSpec) -> ModelView:
+    """Blocking. Raises ValueError if the model's files are missing or make no sense."""
+    if spec.backend == "fake" and not Path(spec.path).is_dir():
+        return _fake_view(spec)
+    folder = model_folder(spec)
+    config = _read_json(folder / "config.json")
+    tokenizer_config = _read_json(folder / "tokenizer_config.json")
+    special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json") | tokenizer_config)
+    encoder = TokenizerEncoder(_load_tokenizer(spec, folder, tokenizer_config, special_tokens))
+    return ModelView(
+        spec,
+        revision=model_revision(spec),
+        encoder=encoder,
+        chat_template=_load_chat_template(spec, folder, tokenizer_config, special_tokens),
+        defaults=_generation_defaults(_read_json(folder / "generation_config.json")),
+        vocab_size=int(config.get("vocab_size") or encoder.vocab_size),
+    )
+
+
+def model_folder(spec: ModelSpec) -> Path:
+    """Where the files that describe the model lie; for a hub id they are downloaded first, weights never."""
+    folder = Path(spec.path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=list(_DESCRIPTION_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as exc:
+        raise ValueError(
+            f"model {spec.id}: {spec.path!r} is no local folder and could not be fetched from the hub; "
+            "check path, revision and the network"
+        ) from exc
+
+
+def model_revision(spec: ModelSpec) -> str:
+    """What a job is pinned to once it has output: equal on every machine that serves the same files.
+
+    A local folder is hashed: its descriptions whole, its weights by size and evenly spread samples, so that retrained
+    weights differ and a large model costs milliseconds. A hub model is the commit that its revision names.
+    """
+    if spec.backend == "fake" and not Path(spec.path).is_dir():
+        return f"fake:{spec.revision}"
+    if Path(spec.path).is_dir():
+        return _hash_folder(spec.path)
+    return model_folder(spec).name
+
+
+@lru_cache(maxsize=64)
+def _hash_folder(path: str) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).iterdir()):
+        if file.name in _DESCRIPTION_FILES:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+        elif file.suffix in _WEIGHT_SUFFIXES:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            _hash_samples(digest, file)
+    return f"sha256:{digest.hexdigest()[:40]}"
+
+
+def _hash_samples(digest: "hashlib._Hash", file: Path) -> None:
+    size = file.stat().st_size
+    stride = max(size // _NUM_WEIGHT_SAMPLES, _WEIGHT_SAMPLE_BYTES)
+    with file.open("rb") as weights:
+        for offset in range(0, size, stride):
+            weights.seek(offset)
+            digest.update(weights.read(_WEIGHT_SAMPLE_BYTES))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return content
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """By name, as templates see them. A token is a string, or an object with its content and flags."""
+    values = {name: config.get(name) for name in _SPECIAL_TOKEN_NAMES}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _load_tokenizer(
+    spec: ModelSpec, folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> Tokenizer:
+    """tokenizer.json and the tokens that only tokenizer_config.json knows, as AutoTokenizer has it; add_bos_token is
+    ignored there too: what a prompt begins with is said by tokenizer.json."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"model {spec.id}: {folder} has no tokenizer.json; save the model's fast tokenizer there")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
+    _add_missing_tokens(tokenizer, config, special_tokens)
+    return tokenizer
+
+
+def _add_missing_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+    missing = [AddedToken(**token) for _, token in listed if token["content"] not in known]
+    known |= {token.content for token in missing}
+    named = dict.fromkeys([*special_tokens.values(), *_extra_special_tokens(config)])
+    missing += [AddedToken(text, special=True, normalized=False) for text in named if text not in known]
+    tokenizer.add_tokens(missing)
+
+
+def _extra_special_tokens(config: Mapping[str, Any]) -> list[str]:
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    values = list(extra.values()) if isinstance(extra, dict) else list(extra)
+    return [value["content"] if isinstance(value, dict) else value for value in values]
+
+
+def _load_chat_template(
+    spec: ModelSpec, folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> ChatTemplate | None:
+    file = folder / "chat_template.jinja"
+    source = file.read_text() if file.is_file() else config.get("chat_template")
+    if isinstance(source, list):
+        source = {template["name"]: template["template"] for template in source}.get("default")
+    if source is None:
+        return None
+    try:
+        return ChatTemplate(source, special_tokens)
+    except TemplateError as exc:
+        raise ValueError(f"model {spec.id}: its chat template does not compile: {exc}") from exc
+
+
+def _generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
+    """`do_sample: false` only counts where it is written down: it is also the value of an absent one."""
+    neutral = GenerationDefaults(temperature=0.0 if config.get("do_sample") is False else 1.0)
+    names = [field.name for field in fields(GenerationDefaults) if config.get(field.name) is not None]
+    return replace(neutral, **{name: config[name] for name in names})
+
+
+class TokenizerEncoder:
+    """A Rust tokenizer. The batch call is the one that lets go of the GIL, and skips offsets."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size: int = tokenizer.get_vocab_size()
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+
+class ByteEncoder:
+    """One token per byte of UTF-8, for the fake back end, which has no vocabulary of its own for prompts."""
+
+    vocab_size = 257  # that of the fake back end: the bytes and its end token
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return list(text.encode())
+
+
+def _fake_view(spec: ModelSpec) -> ModelView:
+    return ModelView(
+        spec,
+        revision=model_revision(spec),
+        encoder=ByteEncoder(),
+        chat_template=ChatTemplate(FAKE_CHAT_TEMPLATE, {}),
+        defaults=GenerationDefaults(),
+        vocab_size=ByteEncoder.vocab_size,
+    )
