@@ -27,7 +27,9 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.use_prefix_cache = use_prefix_cache
         self._num_readers = [0] * num_blocks
-        self._free = dict.fromkeys(range(1, num_blocks))  # in order of last use; a dict for removal from the middle
+        self._free: dict[int, None] = dict.fromkeys(
+            range(1, num_blocks)
+        )  # in order of last use; a dict for removal from the middle
         self._hash_by_block: dict[int, bytes] = {}
         self._block_by_hash: dict[bytes, int] = {}
 
@@ -40,7 +42,7 @@ class BlockPool:
         return 1.0 - self.num_free / max(1, self.num_blocks - 1)
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+        return (num_tokens + self.block_size - 1) // self.block_size
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Extend the block table to `num_tokens`; takes nothing and says False where the free blocks do not suffice."""
@@ -60,6 +62,7 @@ class BlockPool:
         for block in shared:
             self._share(block)
         sequence.block_ids = shared + [self._take() for _ in range(num_missing)]
+        sequence.num_published_blocks = len(shared)
         sequence.num_computed_tokens = len(shared) * self.block_size
         return True
 
@@ -75,7 +78,7 @@ class BlockPool:
         for block in shared:
             self._share(block)
         child.block_ids = shared + [self._take() for _ in range(num_missing)]
-        child.block_hashes = parent.block_hashes[:num_full]
+        child.num_published_blocks = num_full
         child.num_computed_tokens = num_shared_tokens
         return (BlockCopy(parent.block_ids[num_full], child.block_ids[num_full]),) if num_partial else ()
 
@@ -93,13 +96,13 @@ class BlockPool:
         if not self.use_prefix_cache:
             return
         num_full = sequence.num_computed_tokens // self.block_size
-        for number in range(len(sequence.block_hashes), num_full):
-            digest = self._hash_block(sequence, number)
-            sequence.block_hashes.append(digest)
+        for number in range(sequence.num_published_blocks, num_full):
+            digest = self._block_hash(sequence, number)
             block = sequence.block_ids[number]
             if digest not in self._block_by_hash:
                 self._block_by_hash[digest] = block
                 self._hash_by_block[block] = digest
+        sequence.num_published_blocks = num_full
 
     def forget(self, sequence: Sequence) -> list[int]:
         """Take the blocks that only this sequence reads out of the prefix cache: their content is not to be trusted.
@@ -127,22 +130,22 @@ class BlockPool:
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """The cached blocks that begin this sequence. At least one token is left to compute: its logits are needed."""
-        sequence.block_hashes = []
         blocks: list[int] = []
         if not self.use_prefix_cache:
             return blocks
         for number in range((len(sequence.token_ids) - 1) // self.block_size):
-            digest = self._hash_block(sequence, number)
-            block = self._block_by_hash.get(digest)
+            block = self._block_by_hash.get(self._block_hash(sequence, number))
             if block is None:
                 break
-            sequence.block_hashes.append(digest)
             blocks.append(block)
         return blocks
 
-    def _hash_block(self, sequence: Sequence, number: int) -> bytes:
-        """Hash of block `number` and all before it. Cryptographic: a tenant must not be able to make two collide."""
-        start = number * self.block_size
-        before = sequence.block_hashes[number - 1] if number else sequence.job.cache_salt.encode()
-        tokens = array("q", sequence.token_ids[start : start + self.block_size])
-        return blake2b(tokens.tobytes(), digest_size=16, key=blake2b(before, digest_size=32).digest()).digest()
+    def _block_hash(self, sequence: Sequence, number: int) -> bytes:
+        """Hash of block `number` and all before it. Cryptographic: no tenant can make two prefixes collide."""
+        hashes = sequence.block_hashes
+        while len(hashes) <= number:
+            before = hashes[-1] if hashes else blake2b(sequence.job.cache_salt.encode(), digest_size=32).digest()
+            start = len(hashes) * self.block_size
+            tokens = array("q", sequence.token_ids[start : start + self.block_size])
+            hashes.append(blake2b(before + tokens.tobytes(), digest_size=32).digest())
+        return hashes[number]

@@ -28,6 +28,7 @@ class ScheduledRow:
 class SchedulerOutput:
     rows: list[ScheduledRow] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)  # to be made before the forward pass
+    preempted: list[Sequence] = field(default_factory=list)
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:
@@ -35,8 +36,13 @@ def _rank(sequence: Sequence) -> tuple[int, int, int]:
 
 
 class Scheduler:
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    """`can_fork` is False where sequences have nothing in common that could be shared (SequentialRunner)."""
+
+    def __init__(
+        self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, can_fork: bool = True
+    ) -> None:
         self.pool = pool
+        self.can_fork = can_fork
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
@@ -65,14 +71,15 @@ class Scheduler:
     def _schedule_decodes(self, output: SchedulerOutput) -> None:
         """One token for every decoding sequence, whatever the budget: a prompt never stalls a text under way."""
         for sequence in list(self.running):
-            if sequence.num_uncomputed_tokens == 1 and sequence.block_ids and self._grow(sequence):
+            if sequence.num_uncomputed_tokens == 1 and sequence.block_ids and self._grow(sequence, output):
                 output.rows.append(ScheduledRow(sequence, 1))
 
-    def _grow(self, sequence: Sequence) -> bool:
+    def _grow(self, sequence: Sequence, output: SchedulerOutput) -> bool:
         """Make room for the sequence's last token; False where the sequence itself had to give way."""
         while not self.pool.grow(sequence, len(sequence.token_ids)):
             victim = self.running[-1]
             self._preempt(victim)
+            output.preempted.append(victim)
             if victim is sequence:
                 return False
         return True
@@ -111,23 +118,24 @@ class Scheduler:
             budget -= self._schedule_chunk(output, sequence, budget)
 
     def _running_sibling(self, sequence: Sequence) -> Sequence | None:
-        """A sequence of the same job that runs and has, or is about to have, the prompt's keys and values."""
-        siblings = sequence.job.sequences
-        return next((sibling for sibling in siblings if sibling.block_ids and sibling is not sequence), None)
+        """The sequence of the same job that runs and is furthest; once past the prompt it can be forked."""
+        siblings = [sibling for sibling in sequence.job.sequences if sibling.block_ids and self.can_fork]
+        return max(siblings, key=lambda sibling: sibling.num_computed_tokens, default=None)
 
     def _fork(self, parent: Sequence, child: Sequence, output: SchedulerOutput) -> bool:
         copies = self.pool.fork(parent, child, num_spare=len(self.running))
         if copies is None:
             return False
         output.copies.extend(copies)
+        if child.num_cached_tokens is None:
+            child.num_cached_tokens = 0  # counted by its sibling
         return True
 
     def _enter(self, sequence: Sequence) -> bool:
         """One spare block for each running sequence keeps an admission from forcing a preemption a step later."""
-        is_first_time = not sequence.num_cached_tokens and not sequence.num_output_tokens
         if not self.pool.admit(sequence, num_spare=len(self.running)):
             return False
         self.num_prefix_cache_hits += sequence.num_computed_tokens
-        if is_first_time:
+        if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
         return True

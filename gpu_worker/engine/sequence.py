@@ -34,9 +34,10 @@ class Sequence:
     num_prompt_tokens: int
     stream: TextStream
     num_computed_tokens: int = 0
-    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it was first admitted
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at its first admission
     block_ids: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, a chain
+    block_hashes: list[bytes] = field(default_factory=list)  # of the first full blocks, a chain; grows as needed
+    num_published_blocks: int = 0  # of those, how many are in the prefix cache
     finish_reason: FinishReason | None = None
     unsent_text: str = ""
 

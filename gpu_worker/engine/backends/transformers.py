@@ -1,0 +1,104 @@
+"""Any causal language model of transformers, run by our own loop over a paged cache.
+
+The fast path replaces the model's attention function. A model that fails the probe at load (its own attention code,
+recurrent state) is served by the slower path: one pass per sequence, the same scheduler and sampler.
+"""
+
+import logging
+import os
+
+import torch
+
+from domain.catalog import ModelSpec
+from gpu_worker.engine.admission import ModelLimits
+from gpu_worker.engine.backends import LoadedModel, RecordStep
+from gpu_worker.engine.kv_cache import BlockPool
+from gpu_worker.engine.loading import choose_device, eos_token_ids, load_model, load_tokenizer, set_threads, vocab_size
+from gpu_worker.engine.loop import Engine
+from gpu_worker.engine.probe import LayerShape, NotPageable, probe_layers
+from gpu_worker.engine.runner import PagedRunner, Runner, SequentialRunner
+from gpu_worker.engine.scheduler import Scheduler
+from gpu_worker.frames import AddJob, EngineStats, StepDone
+
+log = logging.getLogger(__name__)
+
+BLOCK_SIZE_BY_DEVICE = {"cpu": 16, "cuda": 256}  # flash attention's paged kernels want multiples of 256
+CPU_CACHE_SHARE = 0.25  # of the machine's memory, at most
+CUDA_CACHE_SHARE = 0.85  # of what the weights leave free
+WHOLE_PROMPTS = 2**31  # a token budget that never splits a prompt
+
+
+class TransformersBackend:
+    def __init__(self, spec: ModelSpec) -> None:
+        set_threads()
+        device = choose_device(spec)
+        tokenizer = load_tokenizer(spec)
+        model = load_model(spec, device)
+        limits = ModelLimits(vocab_size(model), spec.max_model_len, eos_token_ids(model))
+        runner: Runner
+        try:
+            shapes = probe_layers(model, spec.max_model_len, device)
+        except NotPageable as exc:
+            log.warning("model runs on the slower path", extra={"model": spec.id, "reason": str(exc)})
+            runner, scheduler = _sequential(spec, model, device)
+        else:
+            runner, scheduler = _paged(spec, model, shapes, device)
+        self._engine = Engine(scheduler=scheduler, runner=runner, tokenizer=tokenizer, limits=limits)
+        pool = scheduler.pool
+        self._loaded = LoadedModel(device=str(device), num_cache_tokens=(pool.num_blocks - 1) * pool.block_size)
+
+    @property
+    def loaded(self) -> LoadedModel:
+        return self._loaded
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work
+
+    def add(self, command: AddJob) -> None:
+        self._engine.add(command)
+
+    def abort(self, job_id: str, attempt: int, reason: str) -> None:
+        self._engine.abort(job_id, attempt, reason)
+
+    def step(self, record: RecordStep) -> StepDone:
+        return self._engine.step(record)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+
+def _paged(spec: ModelSpec, model: object, shapes: list[LayerShape], device: torch.device) -> tuple[Runner, Scheduler]:
+    block_size = BLOCK_SIZE_BY_DEVICE[device.type]
+    num_blocks = -(-_count_cache_tokens(spec, shapes, device) // block_size) + 1  # and the one that pads tables
+    layers = [shape.allocate(num_blocks * block_size, device) for shape in shapes]
+    scheduler = Scheduler(
+        BlockPool(num_blocks, block_size),
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+    )
+    return PagedRunner(model, layers, block_size, device), scheduler
+
+
+def _sequential(spec: ModelSpec, model: object, device: torch.device) -> tuple[Runner, Scheduler]:
+    """transformers' caches grow on their own; the pool only counts, so that admission and preemption still work."""
+    num_tokens = spec.kv_cache_tokens or spec.max_num_seqs * spec.max_model_len
+    pool = BlockPool(-(-num_tokens // 16) + 1, 16, use_prefix_cache=False)
+    scheduler = Scheduler(pool, max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=WHOLE_PROMPTS, can_fork=False)
+    return SequentialRunner(model, device), scheduler
+
+
+def _count_cache_tokens(spec: ModelSpec, shapes: list[LayerShape], device: torch.device) -> int:
+    """As the entry says; else what all sequences could ever use, within a share of the memory."""
+    bytes_per_token = sum(shape.bytes_per_token for shape in shapes)
+    if device.type == "cuda":
+        free_bytes = int(torch.cuda.mem_get_info(device)[0] * CUDA_CACHE_SHARE)
+    else:
+        free_bytes = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_CACHE_SHARE)
+    num_tokens = spec.kv_cache_tokens or min(spec.max_num_seqs * spec.max_model_len, free_bytes // bytes_per_token)
+    if num_tokens < spec.max_model_len:
+        raise ValueError(
+            f"model {spec.id!r} has room for {num_tokens} tokens in its cache and max_model_len = "
+            f"{spec.max_model_len}; lower max_model_len or raise kv_cache_tokens"
+        )
+    return num_tokens

@@ -1,0 +1,96 @@
+"""Weights, tokenizer and limits of one model, from a folder or a hub id: safetensors only, no foreign code unasked."""
+
+import logging
+import os
+import time
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from domain.catalog import ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+def choose_device(spec: ModelSpec) -> torch.device:
+    if spec.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(spec.device)
+
+
+def set_threads() -> None:
+    """All cores this process may use, unless the environment says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def load_model(spec: ModelSpec, device: torch.device) -> Any:
+    """The model in evaluation mode on its device. Raises ValueError where the entry in models.toml cannot be served."""
+    started = time.monotonic()
+    transformers_logging.disable_progress_bar()  # a log is no terminal
+    config = _load_config(spec)
+    log.info("loading model", extra={"model": spec.id, "path": spec.path, "architecture": config.architectures})
+    model = AutoModelForCausalLM.from_pretrained(
+        spec.path,
+        config=config,
+        revision=spec.revision,
+        dtype=_choose_dtype(spec, device),
+        use_safetensors=True,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    model = model.to(device).eval()
+    log.info(
+        "model loaded",
+        extra={"model": spec.id, "num_parameters": model.num_parameters(), "seconds": time.monotonic() - started},
+    )
+    return model
+
+
+def load_tokenizer(spec: ModelSpec) -> Tokenizer:
+    tokenizer = AutoTokenizer.from_pretrained(
+        spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+    )
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"model {spec.id!r} has no tokenizer.json; convert its tokenizer to a fast one")
+    return backend
+
+
+def eos_token_ids(model: Any) -> frozenset[int]:
+    """Every token that ends a text of this model, by its generation config and its config."""
+    token_ids: set[int] = set()
+    for config in (model.generation_config, model.config.get_text_config()):
+        eos = getattr(config, "eos_token_id", None)
+        token_ids.update([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    return frozenset(token_ids)
+
+
+def vocab_size(model: Any) -> int:
+    """Tokens that can go in and come out."""
+    sizes = [e.weight.shape[0] for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None]
+    return int(min(sizes))
+
+
+def _load_config(spec: ModelSpec) -> PreTrainedConfig:
+    values, _ = PreTrainedConfig.get_config_dict(spec.path, revision=spec.revision)
+    if "auto_map" in values and not spec.trust_remote_code:
+        raise ValueError(
+            f"model {spec.id!r} brings its own code; set trust_remote_code = true to run it, if you trust it"
+        )
+    config = AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    max_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if max_positions is not None and spec.max_model_len > max_positions:
+        raise ValueError(
+            f"model {spec.id!r} has max_model_len = {spec.max_model_len} but was made for {max_positions}; lower it"
+        )
+    return config
+
+
+def _choose_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype | str:
+    """`auto` is the checkpoint's own type on a GPU; a CPU computes fastest, and exactly, in float32."""
+    if spec.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[spec.dtype]
+    return "auto" if device.type == "cuda" else torch.float32

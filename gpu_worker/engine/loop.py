@@ -1,0 +1,213 @@
+"""The engine's loop: admit, run, commit, emit. One bad job never hurts another, and none ends without a word."""
+
+import logging
+import os
+import time
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Tokenizer
+
+from domain.errors import EngineError, OutOfMemory
+from domain.jobs import FinishReason
+from gpu_worker.engine.admission import ModelLimits, make_job
+from gpu_worker.engine.backends import RecordStep, StepMember
+from gpu_worker.engine.runner import Runner
+from gpu_worker.engine.sampling import Drawn
+from gpu_worker.engine.scheduler import ScheduledRow, Scheduler
+from gpu_worker.engine.sequence import EngineJob, Sequence
+from gpu_worker.frames import AddJob, EngineStats, JobFailed, SequenceOutput, StepDone
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What is to be said at the end of a step, sequence by sequence."""
+
+    token_ids: dict[Sequence, list[int]] = field(default_factory=dict)
+    logprobs: dict[Sequence, list[dict[str, object]]] = field(default_factory=dict)
+    failures: list[JobFailed] = field(default_factory=list)
+
+
+class Engine:
+    def __init__(self, *, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer, limits: ModelLimits) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._jobs: dict[tuple[str, int], EngineJob] = {}
+        self._ended: list[Sequence] = []  # between two steps: aborted, or complete when they were added
+        self._num_jobs = self._num_steps = self._num_generation_tokens = self._num_prompt_tokens = 0
+        self._step_seconds = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._jobs or self._ended)
+
+    def add(self, command: AddJob) -> None:
+        """Raises a CeleriacError whose code and message belong to the job; nothing of the job stays behind."""
+        job = make_job(command, self._limits, self._tokenizer, arrival=self._num_jobs)
+        self._num_jobs += 1
+        self._jobs[job.id, job.attempt] = job
+        for sequence in job.sequences:
+            if sequence.is_finished:
+                self._ended.append(sequence)
+            else:
+                self.scheduler.add(sequence)
+        self._forget_if_done(job)
+
+    def abort(self, job_id: str, attempt: int, reason: str) -> None:
+        """Take the job out; its last words come with the next step, none at all where `reason` is empty."""
+        job = self._jobs.pop((job_id, attempt), None)
+        if job is None:
+            return
+        for sequence in job.sequences:
+            if not sequence.is_finished:
+                self._leave(sequence)
+                sequence.finish(FinishReason(reason) if reason else FinishReason.CANCELLED)
+                self._ended.append(sequence)
+        if not reason:
+            self._ended = [sequence for sequence in self._ended if sequence.job is not job]
+
+    def step(self, record: RecordStep) -> StepDone:
+        """One iteration over the running batch."""
+        started = time.perf_counter()
+        result = StepResult({sequence: [] for sequence in self._ended})
+        self._ended = []
+        scheduled = self.scheduler.schedule()
+        for sequence in scheduled.preempted:
+            self._runner.release(sequence)
+        if scheduled.rows:
+            record(_members(scheduled.rows))
+            self._runner.copy_blocks(scheduled.copies)
+            for row, drawn in self._run(scheduled.rows, result):
+                self._commit(row, drawn, result)
+        self._num_steps += 1
+        self._step_seconds = time.perf_counter() - started
+        return StepDone(outputs=self._outputs(result), failures=result.failures, stats=self.stats())
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            num_steps=self._num_steps,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_preemptions=scheduler.num_preemptions,
+            num_generation_tokens=self._num_generation_tokens,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_prefix_cache_hits=scheduler.num_prefix_cache_hits,
+            cache_usage=scheduler.pool.usage,
+            step_seconds=self._step_seconds,
+            memory_bytes=_memory_bytes(),
+        )
+
+    def _run(self, rows: Rows[ScheduledRow], result: StepResult) -> list[tuple[ScheduledRow, Drawn | None]]:
+        """Run the rows; when that fails, each half on its own, down to the guilty one, whose job fails."""
+        rows = [row for row in rows if self._is_here(row.sequence)]
+        if not rows:
+            return []
+        try:
+            return list(zip(rows, self._runner.run(rows), strict=True))
+        except torch.AcceleratorError:
+            raise  # the device's context is gone and with it every sequence: the process must end
+        except Exception as exc:
+            if len(rows) == 1:
+                self._fail(rows[0].sequence.job, exc, result)
+                return []
+            log.warning("step failed, running its halves", extra={"num_rows": len(rows), "error": repr(exc)})
+        middle = len(rows) // 2
+        return self._run(rows[:middle], result) + self._run(rows[middle:], result)
+
+    def _commit(self, row: ScheduledRow, drawn: Drawn | None, result: StepResult) -> None:
+        """Count what was computed and take the drawn token."""
+        sequence = row.sequence
+        if not self._is_here(sequence):
+            return  # a sibling failed in this step, and the job with it
+        num_prompt_left = max(0, sequence.num_prompt_tokens - sequence.num_computed_tokens)
+        self._num_prompt_tokens += min(row.num_new_tokens, num_prompt_left)
+        sequence.num_computed_tokens += row.num_new_tokens
+        self.scheduler.pool.publish(sequence)
+        if drawn is None:
+            return
+        self._num_generation_tokens += 1
+        sequence.append(drawn.token_id)
+        result.token_ids[sequence] = [drawn.token_id]
+        if drawn.logprob is not None:
+            result.logprobs[sequence] = [self._describe(drawn)]
+        if sequence.is_finished:
+            self._leave(sequence)
+            self._forget_if_done(sequence.job)
+
+    def _fail(self, job: EngineJob, exc: Exception, result: StepResult) -> None:
+        log.error("job failed in a step", exc_info=exc, extra={"job_id": job.id, "attempt": job.attempt})
+        del self._jobs[job.id, job.attempt]
+        suspect_blocks: list[int] = []
+        for sequence in job.sequences:
+            suspect_blocks += self.scheduler.pool.forget(sequence)
+            self._leave(sequence)
+            result.token_ids.pop(sequence, None)
+        self._runner.wipe_blocks(suspect_blocks)
+        is_memory = isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(exc)
+        code = OutOfMemory.code if is_memory else EngineError.code
+        message = f"the model could not run this job: {type(exc).__name__}: {exc}"
+        result.failures.append(JobFailed(job_id=job.id, attempt=job.attempt, code=code, message=message[:500]))
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self._runner.release(sequence)
+
+    def _is_here(self, sequence: Sequence) -> bool:
+        return (sequence.job.id, sequence.job.attempt) in self._jobs
+
+    def _forget_if_done(self, job: EngineJob) -> None:
+        if all(sequence.is_finished for sequence in job.sequences):
+            del self._jobs[job.id, job.attempt]
+
+    def _outputs(self, result: StepResult) -> list[SequenceOutput]:
+        return [
+            SequenceOutput(
+                job_id=sequence.job.id,
+                attempt=sequence.job.attempt,
+                index=sequence.index,
+                token_ids=token_ids,
+                text=sequence.take_text(),
+                finish_reason=sequence.finish_reason,
+                logprobs=result.logprobs.get(sequence),
+                num_cached_tokens=sequence.num_cached_tokens or 0,
+            )
+            for sequence, token_ids in result.token_ids.items()
+        ]
+
+    def _describe(self, drawn: Drawn) -> dict[str, object]:
+        """A dumped TokenLogprob."""
+        return {
+            "token": self._token_text(drawn.token_id),
+            "token_id": drawn.token_id,
+            "logprob": drawn.logprob,
+            "top": [(token_id, self._token_text(token_id), logprob) for token_id, logprob in drawn.top],
+        }
+
+    def _token_text(self, token_id: int) -> str:
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
+
+
+def _members(rows: Rows[ScheduledRow]) -> list[StepMember]:
+    """One member per job; a job with any prompt chunk in the step counts as prefill."""
+    phase_by_job: dict[EngineJob, bool] = {}
+    for row in rows:
+        job = row.sequence.job
+        phase_by_job[job] = phase_by_job.get(job, False) or row.num_new_tokens > 1
+    return [
+        StepMember(job.id, job.attempt, "prefill" if is_long else "decode") for job, is_long in phase_by_job.items()
+    ]
+
+
+def _memory_bytes() -> int:
+    """Of the device where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_allocated())
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,192 @@
+"""Whether a model's attention can be replaced by ours, found out at load by trying: never a wrong answer later."""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from gpu_worker.engine.attention import (
+    ATTENTION_NAME,
+    AttentionContext,
+    LayerCache,
+    PrefillSpan,
+    paged_attention,
+    register,
+)
+
+PROBE_NAME = "celeriac_probe"
+BLOCK_SIZE = 4
+NUM_TOKENS = 22  # two prompt chunks and two decodes over several blocks
+CHUNKS = (9, 11, 1, 1)
+
+KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+#: Keyword arguments that modules pass and attention need not act upon; any other that is set may change the result.
+IGNORED_ARGUMENTS = frozenset({"ctx", "use_cache", "position_ids", "cache_position", "position_embeddings"})
+HONOURED_ARGUMENTS = frozenset(inspect.signature(paged_attention).parameters)
+#: Frequencies that depend on the longest sequence of the pass: one sequence would change its neighbours.
+BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+
+class NotPageable(Exception):
+    """Says why the model needs the slower path."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    key_shape: tuple[int, int]  # heads, dim
+    value_shape: tuple[int, int]
+    dtype: torch.dtype
+    window: int | None
+
+    @property
+    def bytes_per_token(self) -> int:
+        key_heads, key_dim = self.key_shape
+        value_heads, value_dim = self.value_shape
+        return (key_heads * key_dim + value_heads * value_dim) * self.dtype.itemsize
+
+    def allocate(self, num_slots: int, device: torch.device) -> LayerCache:
+        """Zeroed: what padding reads must be finite."""
+        keys = torch.zeros(num_slots, *self.key_shape, dtype=self.dtype, device=device)
+        return LayerCache(keys, torch.zeros(num_slots, *self.value_shape, dtype=self.dtype, device=device))
+
+
+@dataclass(slots=True)
+class Recording:
+    shape_by_layer: dict[int, LayerShape] = field(default_factory=dict)
+    num_calls: int = 0
+    unknown_arguments: set[str] = field(default_factory=set)
+
+
+def probe_layers(model: Any, max_model_len: int, device: torch.device) -> list[LayerShape]:
+    """What each layer's cache must hold. Leaves the model with our attention in place, or, raising NotPageable, with
+    its own."""
+    register()
+    AttentionInterface.register(PROBE_NAME, _record)
+    own_attention = model.config._attn_implementation
+    try:
+        return _probe(model, max_model_len, device)
+    except NotPageable:
+        model.set_attn_implementation(own_attention)
+        raise
+    except Exception as exc:
+        # Whatever a foreign module raises when its attention is replaced, it can still run as it is.
+        model.set_attn_implementation(own_attention)
+        raise NotPageable(f"the probe failed with {type(exc).__name__}: {exc}") from exc
+
+
+@torch.inference_mode()
+def _probe(model: Any, max_model_len: int, device: torch.device) -> list[LayerShape]:
+    config = model.config.get_text_config()
+    _check_config(config, max_model_len)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    token_ids = torch.randint(vocab_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    model.set_attn_implementation("eager")
+    expected = model(input_ids=token_ids, use_cache=False).logits[0].float()
+    model.set_attn_implementation(PROBE_NAME)
+    recording = Recording()
+    model(input_ids=token_ids, use_cache=False, ctx=recording)
+    shapes = _check_recording(recording, config, max_model_len)
+    model.set_attn_implementation(ATTENTION_NAME)
+    _compare(_run_paged(model, shapes, token_ids, device), expected, shapes[0].dtype)
+    return shapes
+
+
+def _check_config(config: Any, max_model_len: int) -> None:
+    unknown = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYER_TYPES
+    if unknown:
+        raise NotPageable(f"it has layers of type {', '.join(sorted(unknown))}")
+    for rope in _rope_parameters(config):
+        original: int = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if rope.get("rope_type") in BATCH_DEPENDENT_ROPE and max_model_len > original:
+            raise NotPageable(
+                f"its rotary embedding is {rope['rope_type']}: it depends on the longest text in the batch"
+            )
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """One dict, or one per layer type."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
+
+
+def _record(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    ctx: Recording | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """An attention function that notes what it is given; its output has the right shape and no meaning."""
+    if ctx is None or attention_mask is not None:
+        raise NotPageable("its layers do not pass our context on, or make a mask of their own")
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    ctx.num_calls += 1
+    window = arguments.get("sliding_window")
+    ctx.shape_by_layer[index] = LayerShape(
+        (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), key.dtype, window
+    )
+    known = HONOURED_ARGUMENTS | IGNORED_ARGUMENTS
+    ctx.unknown_arguments |= {name for name, given in arguments.items() if name not in known and given is not None}
+    num_heads, num_tokens = query.shape[1:3]
+    return query.new_zeros(1, num_tokens, num_heads, value.shape[3]), None
+
+
+def _check_recording(recording: Recording, config: Any, max_model_len: int) -> list[LayerShape]:
+    num_layers = config.num_hidden_layers
+    if sorted(recording.shape_by_layer) != list(range(num_layers)) or recording.num_calls != num_layers:
+        raise NotPageable(f"attention was called {recording.num_calls} times for {num_layers} layers")
+    if recording.unknown_arguments:
+        raise NotPageable(f"its attention takes {', '.join(sorted(recording.unknown_arguments))}")
+    shapes = [recording.shape_by_layer[index] for index in range(num_layers)]
+    window = getattr(config, "sliding_window", None)
+    if window is not None and max_model_len > window:
+        layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
+        for shape, layer_type in zip(shapes, layer_types, strict=True):
+            if layer_type == "sliding_attention" and shape.window != window:
+                raise NotPageable("it has sliding layers that do not say so to their attention function")
+    return shapes
+
+
+def _run_paged(model: Any, shapes: list[LayerShape], token_ids: Tensor, device: torch.device) -> Tensor:
+    """All logits of the sequence, computed in chunks and decodes over blocks in reverse order."""
+    num_blocks = -(-NUM_TOKENS // BLOCK_SIZE) + 1
+    layers = [shape.allocate(num_blocks * BLOCK_SIZE, device) for shape in shapes]
+    blocks = torch.arange(num_blocks - 1, 0, -1, device=device)
+    slots = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=device)).view(-1)
+    logits: list[Tensor] = []
+    start = 0
+    for size in CHUNKS:
+        stop = start + size
+        is_decode = size == 1
+        ctx = AttentionContext(
+            layers=layers,
+            block_size=BLOCK_SIZE,
+            slots=slots[start:stop],
+            num_decodes=int(is_decode),
+            block_table=blocks[None, : -(-stop // BLOCK_SIZE)],
+            lengths=torch.tensor([[stop]], device=device),
+            prefills=[] if is_decode else [PrefillSpan(0, size, start, slots[:stop])],
+        )
+        output = model(
+            input_ids=token_ids[:, start:stop],
+            position_ids=torch.arange(start, stop, device=device)[None],
+            use_cache=False,
+            logits_to_keep=torch.arange(size, device=device),
+            ctx=ctx,
+        )
+        logits.append(output.logits[0].float())
+        start = stop
+    return torch.cat(logits)
+
+
+def _compare(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    tolerance = (1e-3 if dtype == torch.float32 else 5e-2) * max(1.0, expected.abs().max().item())
+    difference = (actual - expected).abs().max().item() if actual.shape == expected.shape else float("inf")
+    if not difference <= tolerance:
+        raise NotPageable(f"its logits differ by {difference:.2g} from those of its own attention")

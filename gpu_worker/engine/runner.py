@@ -1,0 +1,170 @@
+"""One forward pass over the scheduled rows: tensors in, drawn tokens out. Two runners behind one protocol.
+
+PagedRunner packs all rows into one pass over the paged cache. SequentialRunner serves models whose attention cannot be
+replaced (own attention code, recurrent state): one pass per sequence, with a cache of transformers' own.
+"""
+
+from collections.abc import Sequence as Rows
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gpu_worker.engine.attention import AttentionContext, LayerCache, PrefillSpan
+from gpu_worker.engine.kv_cache import PADDING_BLOCK, BlockCopy
+from gpu_worker.engine.sampling import Drawn, sample
+from gpu_worker.engine.scheduler import ScheduledRow
+from gpu_worker.engine.sequence import Sequence
+
+
+class Runner(Protocol):
+    def copy_blocks(self, copies: Rows[BlockCopy]) -> None: ...
+
+    def wipe_blocks(self, blocks: Rows[int]) -> None: ...
+
+    def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
+        """Compute the rows and draw for those that need a token; one entry per row, in order.
+
+        Changes no sequence, and may be repeated, in whole or in parts, with the same result. Raises whatever the model
+        raises.
+        """
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence has ended, or its computed tokens are void."""
+
+
+class PagedRunner:
+    def __init__(self, model: Any, layers: list[LayerCache], block_size: int, device: torch.device) -> None:
+        self._model = model
+        self._layers = layers
+        self._block_size = block_size
+        self._device = device
+
+    def copy_blocks(self, copies: Rows[BlockCopy]) -> None:
+        if not copies:
+            return
+        sources = torch.tensor([copy.source for copy in copies], device=self._device)
+        destinations = torch.tensor([copy.destination for copy in copies], device=self._device)
+        for layer in self._layers:
+            for cache in (layer.keys, layer.values):
+                blocks = cache.view(-1, self._block_size, *cache.shape[1:])
+                blocks[destinations] = blocks[sources]
+
+    def wipe_blocks(self, blocks: Rows[int]) -> None:
+        """Zero what may hold infinities: padded reads of a neighbour multiply it by zero, and 0 * inf is not 0."""
+        for layer in self._layers:
+            for cache in (layer.keys, layer.values):
+                cache.view(-1, self._block_size, *cache.shape[1:])[list(blocks)] = 0
+
+    def release(self, sequence: Sequence) -> None:
+        """Nothing to do: the block pool owns all there is."""
+
+    @torch.inference_mode()
+    def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
+        decodes = [number for number, row in enumerate(rows) if row.num_new_tokens == 1]
+        prefills = [number for number, row in enumerate(rows) if row.num_new_tokens > 1]
+        ordered = [rows[number] for number in decodes + prefills]
+        drawing = [row for row in ordered if row.needs_token]
+        logits = self._forward(ordered, len(decodes))
+        drawn = iter(sample(logits, [row.sequence for row in drawing]) if drawing else ())
+        drawn_by_number = {number: next(drawn) for number in decodes + prefills if rows[number].needs_token}
+        return [drawn_by_number.get(number) for number in range(len(rows))]
+
+    def _forward(self, rows: Rows[ScheduledRow], num_decodes: int) -> Tensor:
+        """Logits, float32, of the last new token of each row that needs one: (num_drawing, vocab_size)."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        ends: list[int] = []
+        for row in rows:
+            start = row.sequence.num_computed_tokens
+            token_ids += row.sequence.token_ids[start : start + row.num_new_tokens]
+            positions += range(start, start + row.num_new_tokens)
+            if row.needs_token:
+                ends.append(len(token_ids) - 1)
+        output = self._model(
+            input_ids=torch.tensor([token_ids], device=self._device),
+            position_ids=torch.tensor([positions], device=self._device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(ends, dtype=torch.int64, device=self._device),
+            ctx=self._context(rows, num_decodes),
+        )
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+    def _context(self, rows: Rows[ScheduledRow], num_decodes: int) -> AttentionContext:
+        decodes = [row.sequence for row in rows[:num_decodes]]
+        slots = [self._slot(sequence) for sequence in decodes]
+        prefills: list[PrefillSpan] = []
+        for row in rows[num_decodes:]:
+            start = row.sequence.num_computed_tokens
+            all_slots = self._slots(row.sequence, start + row.num_new_tokens)
+            new_slots = all_slots[start:]
+            prefills.append(PrefillSpan(len(slots), len(slots) + len(new_slots), start, all_slots))
+            slots += new_slots.tolist()
+        num_blocks = max((self._num_blocks(sequence) for sequence in decodes), default=0)
+        return AttentionContext(
+            layers=self._layers,
+            block_size=self._block_size,
+            slots=torch.tensor(slots, device=self._device),
+            num_decodes=num_decodes,
+            block_table=torch.tensor([self._padded_blocks(s, num_blocks) for s in decodes], device=self._device),
+            lengths=torch.tensor([[s.num_computed_tokens + 1] for s in decodes], device=self._device),
+            prefills=prefills,
+        )
+
+    def _slot(self, sequence: Sequence) -> int:
+        number, offset = divmod(sequence.num_computed_tokens, self._block_size)
+        return sequence.block_ids[number] * self._block_size + offset
+
+    def _slots(self, sequence: Sequence, num_tokens: int) -> Tensor:
+        blocks = torch.tensor(sequence.block_ids, device=self._device)[:, None] * self._block_size
+        return (blocks + torch.arange(self._block_size, device=self._device)).view(-1)[:num_tokens]
+
+    def _num_blocks(self, sequence: Sequence) -> int:
+        return sequence.num_computed_tokens // self._block_size + 1
+
+    def _padded_blocks(self, sequence: Sequence, num_blocks: int) -> list[int]:
+        blocks = sequence.block_ids[: self._num_blocks(sequence)]
+        return blocks + [PADDING_BLOCK] * (num_blocks - len(blocks))
+
+
+class SequentialRunner:
+    """Correct for any causal language model of transformers, one sequence at a time. Its prompts are not chunked, not
+    shared and not forked: the scheduler is told so."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self._state_by_sequence: dict[
+            Sequence, tuple[Any, int]
+        ] = {}  # transformers' cache, and how many tokens it holds
+
+    def copy_blocks(self, copies: Rows[BlockCopy]) -> None:
+        assert not copies
+
+    def wipe_blocks(self, blocks: Rows[int]) -> None:
+        """Nothing to do: no memory is shared."""
+
+    def release(self, sequence: Sequence) -> None:
+        self._state_by_sequence.pop(sequence, None)
+
+    @torch.inference_mode()
+    def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
+        logits = torch.cat([self._forward(row) for row in rows])
+        drawn = iter(sample(logits, [row.sequence for row in rows]))
+        return [next(drawn) for _ in rows]
+
+    def _forward(self, row: ScheduledRow) -> Tensor:
+        """Logits of the sequence's last token, (1, vocab_size)."""
+        sequence = row.sequence
+        cache, num_held = self._state_by_sequence.pop(sequence, (None, 0))
+        if num_held != sequence.num_computed_tokens:
+            cache, num_held = None, 0  # an earlier try of this step went further than it was allowed to count
+        output = self._model(
+            input_ids=torch.tensor([sequence.token_ids[num_held:]], device=self._device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        self._state_by_sequence[sequence] = (output.past_key_values, len(sequence.token_ids))
+        logits: Tensor = output.logits[:, -1]
+        return logits.float()
