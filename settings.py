@@ -27,6 +27,8 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     flower_port: int = Field(default=5555, ge=0, le=65535)
     auth: Literal["none", "api_key"] = "none"  # "none" serves the loopback interface only
+    api_url: str | None = None  # where `celeriac submit` and its like find the API; default the one of this machine
+    api_key: str | None = None  # the key they show it
     bootstrap_api_key: str | None = None  # created at migrate for the tenant "default"; for container deployments
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "json"

@@ -1,0 +1,324 @@
+"""The `celeriac` command. Every command imports what it needs when it runs, so that `--help` answers at once."""
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from client import Client
+    from settings import Settings
+
+#: Errors that explain themselves: shown as one line, without a traceback. By name, since importing them takes long.
+EXPECTED_ERRORS = frozenset(
+    {"AlreadyUp", "ApiError", "ApiUnreachable", "EmbeddedServerError", "StartFailed", "UnknownSetting"}
+)
+LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
+
+
+class Commands(click.Group):
+    """Commands in the order in which one meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as exc:
+            if message := explain(exc):
+                raise click.ClickException(message) from exc
+            raise
+
+
+def explain(exc: Exception) -> str | None:
+    """What to tell of an error that is the situation's and not ours: what happened, and what to do. None: a bug."""
+    names = {kind.__name__ for kind in type(exc).__mro__}
+    if names & EXPECTED_ERRORS:
+        return str(exc)
+    if "CeleriacError" in names:
+        return str(exc)
+    if "OperationalError" in names:
+        return (
+            f"the database does not answer: {str(exc).strip().splitlines()[0]}; "
+            "start everything with `celeriac up`, or name a server in CELERIAC_DATABASE_URL"
+        )
+    if getattr(exc, "title", "") == "Settings":
+        return "; ".join(explain_setting(error) for error in exc.errors(include_url=False))  # type: ignore[attr-defined]
+    return None
+
+
+def explain_setting(error: dict[str, Any]) -> str:
+    """One of Pydantic's errors on the settings. URLs and keys hold secrets: their values are not shown."""
+    name = "_".join(map(str, error["loc"]))
+    is_secret = name.endswith(("_url", "_key"))
+    return f"CELERIAC_{name.upper()} is {'wrong' if is_secret else repr(error['input'])}: {error['msg']}"
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="celeriac")
+def main() -> None:
+    """LLM generation as durable jobs: accepted means committed, and every stream can be taken up where it broke off.
+
+    \b
+    celeriac up                                everything on this machine, with a first job
+    celeriac submit "What is 17 + 25?"         run a job and watch its text arrive
+    celeriac jobs                              what ran, what runs, what waits
+
+    Without a database of your own, `celeriac up` brings one. The other commands use CELERIAC_DATABASE_URL and
+    CELERIAC_REDIS_URL where those are set, else what the `celeriac up` of this folder started. Every setting is an
+    environment variable; docs/operations.md lists them.
+    """
+
+
+# The system
+
+
+@main.command()
+@click.option("--first-job/--no-first-job", default=True, help="Run one job at the start and show its text.")
+def up(first_job: bool) -> None:
+    """Start everything here and keep it running until Ctrl-C.
+
+    PostgreSQL and Redis (embedded, unless their URLs are set), the schema, the API, one GPU worker, the maintenance
+    worker and Flower. What dies is restarted. Logs and data lie in .celeriac; ports that are taken move to the next
+    free one.
+    """
+    from settings import get_settings
+    from up import Up
+
+    Up(get_settings(), with_first_job=first_job).run()
+
+
+@main.command()
+@click.option("--host", help="Address to listen on.  [default: CELERIAC_HOST or 127.0.0.1]")
+@click.option("--port", type=int, help="Port to listen on.  [default: CELERIAC_PORT or 8000]")
+def api(host: str | None, port: int | None) -> None:
+    """Serve the HTTP API."""
+    _set("CELERIAC_HOST", host)
+    _set("CELERIAC_PORT", port)
+    settings = _settings()
+    import uvicorn
+
+    uvicorn.run(
+        "api.app:create_app",
+        factory=True,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+
+
+@main.command()
+@click.option("--model", help="Which model of models.toml to serve.  [default: the first one]")
+@click.option("--name", help="Node name, unique in the installation.  [default: drawn at start]")
+def worker(model: str | None, name: str | None) -> None:
+    """Run one GPU worker: one model, one engine process."""
+    _set("CELERIAC_WORKER_MODEL", model)
+    _set("CELERIAC_WORKER_NAME", name)
+    _settings()
+    _become_celery("gpu_worker.app", "worker")
+
+
+@main.command()
+def maintenance() -> None:
+    """Run the maintenance worker with its clock: dispatch, rescue, expire, prune."""
+    _settings()
+    options = ["--beat", "--pool=threads", "--concurrency=4", "--hostname=maintenance@%h"]
+    _become_celery("tasks.app", "worker", *options, "--without-mingle", "--without-gossip")
+
+
+@main.command()
+@click.option("--address", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=int, help="Port to listen on.  [default: CELERIAC_FLOWER_PORT or 5555]")
+def flower(address: str, port: int | None) -> None:
+    """Serve Flower, which shows workers and tasks. Beyond this machine only with FLOWER_BASIC_AUTH=user:password."""
+    if address not in LOOPBACK_ADDRESSES and not os.environ.get("FLOWER_BASIC_AUTH"):
+        raise click.UsageError(
+            f"Flower on {address} could be used by anybody who reaches it to cancel jobs and stop workers; "
+            "set FLOWER_BASIC_AUTH=user:password, or leave it on 127.0.0.1"
+        )
+    _set("CELERIAC_FLOWER_PORT", port)
+    settings = _settings()
+    _become_celery("tasks.app", "flower", f"--address={address}", f"--port={settings.flower_port}", "--max_tasks=10000")
+
+
+@main.command()
+def migrate() -> None:
+    """Bring the database schema up to date, and create the key of CELERIAC_BOOTSTRAP_API_KEY where it is set."""
+    settings = _settings()
+    from storage.database import migrate as migrate_database
+
+    migrate_database(settings.database_url)
+    click.echo("The schema is up to date.")
+
+
+# Jobs
+
+
+def connection_options(command: Any) -> Any:
+    """--url and --key."""
+    command = click.option("--key", help="API key.  [default: CELERIAC_API_KEY]")(command)
+    text = "Where the API is.  [default: CELERIAC_API_URL, else the one that runs here]"
+    return click.option("--url", help=text)(command)
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--model", help="Model to ask.  [default: the first one of models.toml]")
+@click.option("--max-tokens", type=click.IntRange(1), help="Stop after this many tokens.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")
+@click.option("--seed", type=int, help="The same seed, prompt and model give the same text.")
+@click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
+@click.option("--system", help="Instructions that come before the prompt.")
+@click.option("--complete", is_flag=True, help="Continue the prompt as it stands instead of answering it.")
+@click.option("--stream", "mode", flag_value="stream", default="stream", help="Print the text as it arrives (default).")
+@click.option("--wait", "mode", flag_value="wait", help="Print the whole text at the end.")
+@click.option("--detach", "mode", flag_value="detach", help="Print the job's id and leave.")
+@connection_options
+def submit(prompt: str, mode: str, url: str | None, key: str | None, **options: Any) -> None:
+    """Run PROMPT as a job. The text goes to standard output, everything else to standard error; - reads standard input.
+
+    \b
+    celeriac submit "Tell me a story about a fox."
+    celeriac submit --temperature 0 --max-tokens 20 "What is 17 + 25?"
+    celeriac submit --wait - < prompt.txt > answer.txt
+    id=$(celeriac submit --detach "Hello!"); celeriac watch $id
+
+    The job lives on its own: Ctrl-C or a lost connection ends the watching, not the job.
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with _client(url, key) as client:
+        job = client.submit(_job_body(text, **options))
+        if mode == "detach":
+            click.echo(job["id"])
+            return
+        _follow(client, job["id"], is_live=mode == "stream")
+
+
+@main.command()
+@click.argument("job_id")
+@click.option("--after", metavar="N", help="Begin after the event with this number instead of at the start.")
+@connection_options
+def watch(job_id: str, after: str | None, url: str | None, key: str | None) -> None:
+    """Print the text of JOB_ID, from its start, as far as it is and as it goes on."""
+    with _client(url, key) as client:
+        _follow(client, job_id, is_live=True, starting_after=after)
+
+
+@main.command()
+@click.argument("job_id")
+@connection_options
+def cancel(job_id: str, url: str | None, key: str | None) -> None:
+    """End JOB_ID; what it has produced is kept."""
+    with _client(url, key) as client:
+        job = client.cancel(job_id)
+    click.echo(
+        f"{job['id']}: {job['status']}" + (", stops at the next token" if job["status"] == "in_progress" else "")
+    )
+
+
+@main.command()
+@click.option("--status", type=click.Choice(["queued", "in_progress", "completed", "failed", "cancelled", "expired"]))
+@click.option("--model", help="Only jobs of this model.")
+@click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
+@connection_options
+def jobs(status: str | None, model: str | None, limit: int, url: str | None, key: str | None) -> None:
+    """List jobs, newest first."""
+    from terminal import jobs_table, show
+
+    with _client(url, key) as client:
+        page = client.jobs(status=status, model=model, limit=limit)
+    if not page["data"]:
+        click.echo('No jobs yet; run one: celeriac submit "Hello!"' if not status else f"No job is {status}.")
+        return
+    show(jobs_table(page["data"]))
+
+
+@main.command()
+def models() -> None:
+    """List the models of models.toml; the first one is the default."""
+    settings = _settings()
+    from domain.catalog import Catalog
+    from terminal import models_table, show
+
+    show(models_table(Catalog.load(settings.models_file)))
+
+
+# Helpers
+
+
+def _set(name: str, value: object) -> None:
+    """An option is a setting by another name; through the environment it reaches the process we become, too."""
+    if value is not None:
+        os.environ[name] = str(value)
+
+
+def _settings() -> "Settings":
+    """The settings, with the servers of the `celeriac up` of this folder where none are named."""
+    from launcher import find_running
+    from settings import Settings, get_settings
+
+    given = Settings()
+    running = find_running(given.data_dir)
+    for name in ("database_url", "redis_url"):
+        if running and name not in given.model_fields_set and name in running:
+            _set(f"CELERIAC_{name.upper()}", running[name])
+    return get_settings()
+
+
+def _become_celery(app: str, *arguments: str) -> NoReturn:
+    """Replace this process by Celery's command on `app`: signals and exit codes are Celery's own."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "celery", "-A", app, *arguments])  # noqa: S606
+
+
+def _client(url: str | None, key: str | None) -> "Client":
+    from client import Client
+    from launcher import find_running
+    from settings import get_settings
+
+    settings = get_settings()
+    running = find_running(settings.data_dir) or {}
+    here = running.get("api_url") or f"http://{settings.host}:{settings.port}"
+    return Client(url or settings.api_url or here, key or settings.api_key)
+
+
+def _job_body(text: str, *, model: str | None, system: str | None, complete: bool, **params: Any) -> dict[str, Any]:
+    if complete and system:
+        raise click.UsageError("--system belongs to a chat; leave out --complete or put it into the prompt")
+    if not text.strip():
+        raise click.UsageError("the prompt is empty; give some text, or - and some text on standard input")
+    messages = [{"role": "system", "content": system}] if system else []
+    request = {"prompt": text} if complete else {"messages": [*messages, {"role": "user", "content": text}]}
+    given = {name: value for name, value in params.items() if value not in (None, ())}
+    return {"model": model or _default_model(), **request, "params": given}
+
+
+def _default_model() -> str:
+    from domain.catalog import Catalog
+    from settings import get_settings
+
+    return Catalog.load(get_settings().models_file).default.id
+
+
+def _follow(client: "Client", job_id: str, *, is_live: bool, starting_after: str | None = None) -> None:
+    """Print the job's text, live or at its end. Exits 1 unless it completed."""
+    from terminal import JobPrinter, plain_console
+
+    notes = plain_console(stderr=True)
+    try:
+        printer = JobPrinter(plain_console(), notes, is_live=is_live)
+        end = printer.print_all(client.events(job_id, starting_after=starting_after))
+    except KeyboardInterrupt:
+        notes.print(f"\n{job_id} runs on; see it: celeriac watch {job_id}; end it: celeriac cancel {job_id}")
+        sys.exit(130)
+    if end.name != "job.completed":
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(prog_name="celeriac")

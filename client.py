@@ -1,0 +1,180 @@
+"""The HTTP client behind `celeriac submit`, `watch` and `jobs`. It keeps a stream whole over dropped connections."""
+
+import json
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+CONNECT_SECONDS = 5.0
+SILENCE_SECONDS = 45.0  # three of the API's heartbeats; a stream that is silent for longer is a dead connection
+PATIENCE_SECONDS = 60.0  # how long a dropped stream is reconnected before giving up
+NUM_SUBMIT_TRIES = 3
+
+TERMINAL_EVENTS = frozenset({"job.completed", "job.failed", "job.cancelled", "job.expired"})
+
+
+class ApiUnreachable(Exception):
+    """Nothing answers at the URL."""
+
+
+class ApiError(Exception):
+    """The API refused; the message is its own, with the field at fault and the code."""
+
+    def __init__(self, status_code: int, body: Any) -> None:
+        error = body.get("error") if isinstance(body, dict) else None
+        error = error if isinstance(error, dict) else {}
+        self.status_code = status_code
+        self.code = str(error.get("code") or status_code)
+        self.param = error.get("param")
+        field = f" ({self.param})" if self.param else ""
+        super().__init__(f"{error.get('message') or 'the API answered ' + str(status_code)}{field} [{self.code}]")
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether the same request may well succeed in a moment."""
+        return self.status_code in (429, 500, 502, 503)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """One server-sent event. `id` is the cursor to go on from."""
+
+    name: str
+    data: dict[str, Any]
+    id: str | None
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.name in TERMINAL_EVENTS
+
+
+class Client:
+    """A connection to one API. Every method raises ApiUnreachable or ApiError."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(
+            base_url=self.url, headers=headers, timeout=httpx.Timeout(30, connect=CONNECT_SECONDS)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def submit(self, body: dict[str, Any], idempotency_key: str | None = None) -> dict[str, Any]:
+        """Post a job and return it as accepted. Posted again after a dropped connection, it is still one job."""
+        headers = {"idempotency-key": idempotency_key or secrets.token_hex(16)}
+        for num_left in reversed(range(NUM_SUBMIT_TRIES)):
+            try:
+                return self._ask("POST", "/v1/jobs", json=body, headers=headers)
+            except ApiUnreachable as exc:
+                if num_left == 0 or isinstance(exc.__cause__, httpx.ConnectError):
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def job(self, job_id: str, *, wait_seconds: int = 0) -> dict[str, Any]:
+        """The job as it is, or as it is at the end where that comes within `wait_seconds` (at most 60)."""
+        timeout = httpx.Timeout(wait_seconds + 30, connect=CONNECT_SECONDS)
+        params = {"wait": wait_seconds} if wait_seconds else {}
+        return self._ask("GET", f"/v1/jobs/{job_id}", params=params, timeout=timeout)
+
+    def jobs(self, **filters: str | int | None) -> dict[str, Any]:
+        """A page of jobs, newest first."""
+        return self._ask(
+            "GET", "/v1/jobs", params={name: value for name, value in filters.items() if value is not None}
+        )
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        return self._ask("POST", f"/v1/jobs/{job_id}/cancel")
+
+    def health(self) -> dict[str, Any]:
+        """The API's own account of itself, whatever its status code."""
+        try:
+            return dict(self._http.get("/health", timeout=CONNECT_SECONDS).json())
+        except (httpx.HTTPError, ValueError) as exc:
+            raise self._unreachable(exc) from exc
+
+    def events(self, job_id: str, *, starting_after: str | None = None) -> Iterator[StreamEvent]:
+        """Every event of the job up to its terminal one. A dropped connection is taken up after the last event seen."""
+        cursor = starting_after
+        gives_up_at = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            failure: Exception = ApiUnreachable(f"the stream of {job_id} at {self.url} ended before the job did")
+            try:
+                for event in self._connect(job_id, cursor):
+                    cursor = event.id or cursor
+                    gives_up_at = time.monotonic() + PATIENCE_SECONDS
+                    yield event
+                    if event.is_terminal:
+                        return
+            except httpx.HTTPError as exc:
+                failure = self._unreachable(exc)
+            except ApiError as exc:
+                if not exc.is_passing:
+                    raise
+                failure = exc
+            if time.monotonic() > gives_up_at:
+                raise failure
+            time.sleep(0.5)
+
+    def _connect(self, job_id: str, cursor: str | None) -> Iterator[StreamEvent]:
+        params = {"starting_after": cursor} if cursor else {"from": "start"}
+        timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
+        with self._http.stream("GET", f"/v1/jobs/{job_id}/events", params=params, timeout=timeout) as response:
+            if response.is_error:
+                response.read()
+                raise ApiError(response.status_code, _json(response))
+            yield from parse_events(response.iter_lines())
+
+    def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.HTTPError as exc:
+            raise self._unreachable(exc) from exc
+        body = _json(response)
+        if response.is_error or not isinstance(body, dict):
+            raise ApiError(response.status_code, body)
+        return body
+
+    def _unreachable(self, cause: Exception) -> ApiUnreachable:
+        reason = str(cause).partition("] ")[2] or str(cause) or type(cause).__name__  # without "[Errno 111] "
+        return ApiUnreachable(
+            f"no answer from the API at {self.url}: {reason}; "
+            "start it with `celeriac up` (everything) or `celeriac api`, or name another one with --url"
+        )
+
+
+def parse_events(lines: Iterable[str]) -> Iterator[StreamEvent]:
+    """Server-sent events out of the lines of a response; comments (heartbeats) and empty events are left out."""
+    name, event_id, data = "message", None, list[str]()
+    for line in lines:
+        if not line:
+            if data:
+                yield StreamEvent(name, json.loads("\n".join(data)), event_id)
+            name, event_id, data = "message", None, []
+            continue
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if field == "event":
+            name = value
+        elif field == "id":
+            event_id = value
+        elif field == "data":
+            data.append(value)
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None

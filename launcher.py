@@ -1,0 +1,276 @@
+"""The processes of `celeriac up`: started, watched, restarted with a back-off, stopped in reverse order.
+
+Nothing that was started here outlives us: each process has a guard that waits on a pipe which closes when we end,
+however we end, and then stops the process and its children.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Self
+
+MAX_LOG_BYTES = 50_000_000
+FIRST_BACKOFF_SECONDS = 0.5
+MAX_BACKOFF_SECONDS = 30.0
+STEADY_SECONDS = 60.0  # a process that lived this long is restarted as if for the first time
+GUARD_SECONDS = 10  # what an orphan gets between TERM and KILL
+
+# $1 is the process, and the group of its children. `read` returns when the pipe closes.
+GUARD = 'read -r _; kill -s TERM "$1" 2>/dev/null; sleep "$2"; kill -s KILL -- "-$1" 2>/dev/null'
+
+
+@dataclass
+class Service:
+    """One process of ours. `prepare` is called and `environment` asked at every start: a port may be taken by then."""
+
+    title: str
+    command: list[str]
+    is_ready: Callable[[], bool]
+    log_path: Path
+    folder: Path
+    environment: Callable[[], dict[str, str]]
+    prepare: Callable[[], None] = lambda: None
+    stop_seconds: float = 10.0  # what TERM is given before KILL
+    hurry_signal: signal.Signals = signal.SIGKILL  # what a second Ctrl-C sends
+
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    restart_at: float | None = None
+    num_deaths: int = 0  # in a row, each after less than STEADY_SECONDS
+    _guard: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.started_at, self.restart_at = time.monotonic(), None
+        self.prepare()
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=self.environment(),
+                start_new_session=True,  # Ctrl-C is for us; we stop the processes in order
+            )
+        self._guard = subprocess.Popen(
+            ["sh", "-c", GUARD, "celeriac-guard", str(self.process.pid), str(GUARD_SECONDS)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def bury(self) -> str:
+        """After its end: clear away what it left behind, plan the restart, and say how it ended."""
+        assert self.process is not None
+        self._end_group()
+        lived_seconds = time.monotonic() - self.started_at
+        self.num_deaths = 1 if lived_seconds > STEADY_SECONDS else self.num_deaths + 1
+        backoff_seconds = min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** (self.num_deaths - 1))
+        self.restart_at = time.monotonic() + backoff_seconds
+        ending, self.process = describe_exit(self.process.returncode), None
+        return (
+            f"{self.title} {ending} after {lived_seconds:.0f} s; restarting in {backoff_seconds:g} s ({self.log_path})"
+        )
+
+    def begin_stop(self) -> None:
+        """Ask it to end; `finish_stop` waits for it."""
+        self.restart_at = None
+        self.send(signal.SIGTERM)
+
+    def send(self, signal_number: signal.Signals) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal_number)
+
+    def finish_stop(self) -> None:
+        """End it and all its children, now."""
+        if self.process is None:
+            return
+        self._end_group()
+        self.process.wait()
+        self.process = None
+
+    def log_has(self, words: bytes) -> bool:
+        return self.log_path.exists() and words in self.log_path.read_bytes()
+
+    def log_tail(self) -> str:
+        text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+        return text[-1500:].strip() or "(its log is empty)"
+
+    def _end_group(self) -> None:
+        assert self.process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+            self._guard = None
+
+
+@dataclass
+class Launcher:
+    """The services in the order of their start. `say` prints one line."""
+
+    say: Callable[[str], None]
+    services: list[Service] = field(default_factory=list)
+    is_hurried: Callable[[], bool] = lambda: False
+
+    def restart_the_dead(self) -> None:
+        """One look at every service; called several times a second."""
+        for service in self.services:
+            if service.process is not None and not service.is_running:
+                self.say(service.bury())
+            if service.restart_at is not None and time.monotonic() >= service.restart_at:
+                service.start()
+            trim_log(service.log_path)
+
+    def stop(self, tiers: list[list[Service]]) -> None:
+        """Tier after tier: TERM, wait as long as the slowest is given, then KILL what is left."""
+        for tier in tiers:
+            for service in tier:
+                service.begin_stop()
+            self._wait_for_end(tier)
+            for service in tier:
+                service.finish_stop()
+
+    def _wait_for_end(self, tier: list[Service]) -> None:
+        started_at, hurried_at = time.monotonic(), None
+        while running := [service for service in tier if service.is_running]:
+            now = time.monotonic()
+            if hurried_at is None and self.is_hurried():
+                hurried_at = now
+                for service in running:
+                    service.send(service.hurry_signal)
+            if hurried_at is not None and now - hurried_at > FIRST_BACKOFF_SECONDS * 10:
+                return
+            if all(now - started_at > service.stop_seconds for service in running):
+                return
+            time.sleep(0.05)
+
+
+class AlreadyUp(Exception):
+    """Another `celeriac up` holds the folder."""
+
+
+class UpLock:
+    """The lock that makes `celeriac up` one per data folder, with a note for other commands: its pid and its URLs.
+
+    The lock is the kernel's (flock), so one that a killed process left behind is free.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self._path = data_dir / "up.json"
+        self._file: IO[str] | None = None
+
+    def take(self) -> Self:
+        """Raises AlreadyUp, which names the holder."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+")  # noqa: SIM115  (held until release)
+        if not _locked(file):
+            note = _note_in(file)
+            file.close()
+            raise AlreadyUp(
+                f"celeriac up runs here already (pid {note.get('pid', '?')}, {note.get('api_url', 'still starting')}); "
+                f"stop it with Ctrl-C in its terminal or with: kill {note.get('pid', '?')}"
+            )
+        self._file = file
+        self.write({"pid": os.getpid()})
+        return self
+
+    def write(self, note: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        self._file.truncate()
+        json.dump(note, self._file)
+        self._file.flush()
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.truncate(0)
+            self._file.close()
+        self._file = None
+
+
+def find_running(data_dir: Path) -> dict[str, Any] | None:
+    """The note of the `celeriac up` that runs on this data folder now; None where none does."""
+    path = data_dir / "up.json"
+    if not path.exists():
+        return None
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _note_in(file)
+    return None
+
+
+def _locked(file: IO[str]) -> bool:
+    """Take the lock. Tries for a moment: `find_running` of another command holds it while it looks."""
+    for _ in range(20):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _note_in(file: IO[str]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read()))
+    except (ValueError, OSError):
+        return {}
+
+
+def free_port(host: str, wanted: int) -> int:
+    """`wanted` where it is free, else the next free one; any free one for 0."""
+    for port in range(wanted, min(wanted + 200, 65_536)):
+        if is_free(host, port):
+            return port if port else _any_port(host)
+    raise OSError(f"no free port on {host} from {wanted} on; name one in CELERIAC_PORT or CELERIAC_FLOWER_PORT")
+
+
+def is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: a closing wait is free
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _any_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def describe_exit(return_code: int) -> str:
+    if return_code >= 0:
+        return f"exited with code {return_code}"
+    return f"was killed by {signal.Signals(-return_code).name}"
+
+
+def set_aside(log_path: Path) -> None:
+    """Keep the last run's log under another name, and begin a new one."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    if log_path.exists():
+        log_path.replace(log_path.with_suffix(".log.1"))
+
+
+def trim_log(log_path: Path) -> None:
+    """Empty a log that has grown too long; its process appends, so it goes on at the new end."""
+    if log_path.exists() and log_path.stat().st_size > MAX_LOG_BYTES:
+        log_path.with_suffix(".log.1").write_bytes(log_path.read_bytes())
+        os.truncate(log_path, 0)

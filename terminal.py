@@ -1,0 +1,184 @@
+"""What the commands print: the rows of a start, the text of a job as it arrives, tables, where everything is."""
+
+import os
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
+
+from client import StreamEvent
+from domain.catalog import Catalog
+
+STYLE_BY_STATUS = {
+    "queued": "yellow",
+    "in_progress": "cyan",
+    "completed": "green",
+    "failed": "red",
+    "cancelled": "dim",
+    "expired": "dim",
+}
+
+
+class Board:
+    """What is starting, and how long it took: live rows on a terminal, one line per part elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        columns = (
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description:<12}"),
+            TextColumn("[dim]{task.elapsed:5.1f} s[/]"),
+        )
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._rows: dict[str, tuple[TaskID, float]] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, title: str) -> None:
+        self._rows[title] = (self._progress.add_task(title, total=1), time.monotonic())
+
+    def done(self, title: str) -> None:
+        task_id, begun_at = self._rows[title]
+        self._progress.update(task_id, completed=1)
+        if not self._console.is_terminal:
+            self._console.print(f"{title} is ready after {time.monotonic() - begun_at:.1f} s")
+
+
+class JobPrinter:
+    """Prints a job's stream: its text to `out` as it arrives (or at the end), what happens to it to `notes`."""
+
+    def __init__(self, out: Console, notes: Console, *, is_live: bool = True) -> None:
+        self._out = out
+        self._notes = notes
+        self._is_live = is_live
+        self._begun_at = time.monotonic()
+        self._first_text_at: float | None = None
+        self._text: list[str] = []
+
+    def print_all(self, events: Iterable[StreamEvent]) -> StreamEvent:
+        """Print to the terminal event, and return it."""
+        for event in events:
+            if event.name == "output.delta":
+                self._add(event.data["text"])
+            elif event.is_terminal:
+                self._finish(event)
+                return event
+            elif note := _describe(event):
+                self._notes.print(note, style="dim", markup=False)
+        raise AssertionError("a stream ends with a terminal event")
+
+    def _add(self, text: str) -> None:
+        self._first_text_at = self._first_text_at or time.monotonic()
+        self._text.append(text)
+        if self._is_live:
+            self._out.print(text, end="", markup=False)
+
+    def _finish(self, event: StreamEvent) -> None:
+        self._out.print("" if self._is_live else "".join(self._text), markup=False)
+        parts = [f"{event.data['id']}: {event.name.removeprefix('job.')}"]
+        usage, error = event.data.get("usage") or {}, event.data.get("error")
+        if usage:
+            parts.append(f"{usage['completion_tokens']} tokens")
+        if event.data.get("finish_reason"):
+            parts.append(event.data["finish_reason"])
+        if error:
+            parts.append(f"{error['message']} [{error['code']}]")
+        parts.append(f"{time.monotonic() - self._begun_at:.2f} s")
+        if self._first_text_at is not None:
+            parts.append(f"first text after {(self._first_text_at - self._begun_at) * 1000:.0f} ms")
+        self._notes.print(", ".join(parts), style="dim", markup=False)
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that prints what it is given: no wrapping, no highlighting, no markup of other people's text."""
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+
+
+def show(table: Table) -> None:
+    Console(highlight=False).print(table)
+
+
+def jobs_table(jobs: Iterable[dict[str, Any]]) -> Table:
+    table = Table("job", "status", "model", "tokens", "age", "took", box=None, pad_edge=False)
+    for job in jobs:
+        tokens = (job.get("usage") or {}).get("completion_tokens", "")
+        table.add_row(
+            job["id"],
+            f"[{STYLE_BY_STATUS.get(job['status'], '')}]{job['status']}[/]",
+            job["model"],
+            str(tokens),
+            _age(job["created_at"], None),
+            _age(job["started_at"], job["finished_at"]) if job.get("finished_at") and job.get("started_at") else "",
+        )
+    return table
+
+
+def models_table(catalog: Catalog) -> Table:
+    table = Table("model", "context", "at once", "back end", "from", box=None, pad_edge=False)
+    for spec in catalog:
+        name = f"{spec.id} [dim](default)[/]" if spec is catalog.default else spec.id
+        table.add_row(
+            name, f"{spec.max_model_len} tokens", f"{spec.max_num_seqs} sequences", spec.backend, short_path(spec.path)
+        )
+    return table
+
+
+def where_everything_is(api_url: str, flower_url: str, logs: str) -> str:
+    return f"""
+  API      {api_url}/docs
+  Health   {api_url}/health
+  Metrics  {api_url}/metrics
+  Flower   {flower_url}
+  Logs     {logs}
+"""
+
+
+def first_steps(api_url: str, model: str, job_id: str, celeriac: str) -> str:
+    """Commands to paste, with the real port and a job that is there."""
+    return f"""Try it from another terminal:
+
+  {celeriac} submit "What is 17 + 25?"
+  {celeriac} jobs
+  curl -s {api_url}/v1/jobs -H 'content-type: application/json' \\
+       -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 17 + 25?"}}]}}'
+  curl -s {api_url}/v1/jobs/{job_id}
+  curl -N '{api_url}/v1/jobs/{job_id}/events?from=start'
+"""
+
+
+def short_path(path: str | Path) -> str:
+    """The path as one would type it here; a repository id as it is."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
+
+
+def _describe(event: StreamEvent) -> str | None:
+    """A line for what happens to a job between its events of text; None for what need not be said."""
+    data = event.data
+    if event.name == "job.queued" and data.get("position"):
+        return f"queued, position {data['position']}"
+    if event.name == "job.retrying":
+        return f"\n(goes on with attempt {data.get('attempt', '?')}; what is printed stands)"
+    return None
+
+
+def _age(since: str, until: str | None) -> str:
+    """`until` None is now."""
+    end = datetime.fromisoformat(until) if until else datetime.now(UTC)
+    seconds = (end - datetime.fromisoformat(since)).total_seconds()
+    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -1,0 +1,264 @@
+"""`celeriac up`: everything on this machine, started in order, told on the terminal, kept running until Ctrl-C."""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from client import ApiError, ApiUnreachable, Client
+from domain.catalog import Catalog
+from embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, EmbeddedServerError
+from launcher import Launcher, Service, UpLock, free_port, is_free, set_aside
+from settings import ROOT, Settings
+from terminal import Board, JobPrinter, first_steps, plain_console, short_path, where_everything_is
+
+FIRST_PROMPT = "Tell me a story about a brave little fox."
+FIRST_MAX_TOKENS = 160
+MAX_DEATHS_AT_START = 3
+SERVER_RETRY_SECONDS = 5.0
+DRAIN_MARGIN_SECONDS = 10.0  # beyond the worker's own drain: releasing, saying goodbye
+LOOPBACK = "127.0.0.1"
+
+
+class StartFailed(Exception):
+    """A part did not start; the message carries the end of its log."""
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM came while we were starting."""
+
+
+class Up:
+    """One run of `celeriac up`. `run` returns when it was told to stop and everything has ended."""
+
+    def __init__(self, settings: Settings, *, with_first_job: bool = True) -> None:
+        self._settings = settings
+        self._with_first_job = with_first_job
+        self._console = plain_console()
+        self._begun_at = time.monotonic()
+        self._num_stop_requests = 0
+        self._stop_requested = threading.Event()
+        self._api_port, self._flower_port = settings.port, settings.flower_port
+        self._database_url, self._redis_url = settings.database_url, settings.redis_url
+        self._servers: list[EmbeddedServer] = []
+        self._launcher = Launcher(say=self._say, is_hurried=lambda: self._num_stop_requests > 1)
+
+    def run(self) -> None:
+        """Raises AlreadyUp, StartFailed or EmbeddedServerError, each with everything stopped again."""
+        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signal_number, self._request_stop)
+        lock = UpLock(self._settings.data_dir).take()
+        try:
+            self._start()
+            lock.write(self._note())
+            threading.Thread(target=self._introduce, name="introduce", daemon=True).start()
+            self._watch()
+        except Stopped:
+            pass
+        finally:
+            self._stop()
+            lock.release()
+
+    # Starting
+
+    def _start(self) -> None:
+        self._say(f"Celeriac starts in {short_path(self._settings.data_dir)}")
+        with Board(self._console) as board:
+            self._start_servers(board)
+            board.begin("Schema")
+            self._migrate()
+            board.done("Schema")
+            self._launcher.services = self._services()
+            self._start_services(board)
+
+    def _start_servers(self, board: Board) -> None:
+        given, folder = self._settings.model_fields_set, self._settings.data_dir
+        if "database_url" not in given:
+            self._database_url = self._start_server(board, EmbeddedPostgres(folder / "postgres"))
+        if "redis_url" not in given:
+            self._redis_url = self._start_server(board, EmbeddedRedis(folder / "redis"))
+
+    def _start_server(self, board: Board, server: EmbeddedServer) -> str:
+        self._raise_if_stopped()
+        self._servers.append(server)
+        board.begin(server.name)
+        url = server.start()
+        board.done(server.name)
+        return url
+
+    def _migrate(self) -> None:
+        self._raise_if_stopped()
+        log_path = self._log_path("migrate")
+        set_aside(log_path)
+        with log_path.open("wb") as log:
+            command, environment = _celeriac("migrate"), self._environment()
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
+        if done.returncode != 0:
+            raise StartFailed(f"the database could not be migrated; {log_path} ends:\n{log_path.read_text()[-1500:]}")
+
+    def _services(self) -> list[Service]:
+        """In the order of their start: the worker first, since it takes longest."""
+        worker = self._service("GPU worker", "worker", lambda: bool(self._health().get("workers")))
+        worker.stop_seconds = self._settings.drain_seconds + DRAIN_MARGIN_SECONDS
+        worker.hurry_signal = signal.SIGQUIT  # gives running jobs back to the queue at once
+        api = self._service("API", "api", lambda: bool(self._health()))
+        api.prepare = self._choose_api_port
+        maintenance = self._service("Maintenance", "maintenance", lambda: maintenance.log_has(b" ready"))
+        flower = self._service("Flower", "flower", lambda: not is_free(LOOPBACK, self._flower_port))
+        flower.prepare = self._choose_flower_port
+        return [worker, api, maintenance, flower]
+
+    def _service(self, title: str, command: str, is_ready: Callable[[], bool]) -> Service:
+        log_path = self._log_path(command)
+        set_aside(log_path)
+        return Service(title, _celeriac(command), is_ready, log_path, ROOT, self._environment)
+
+    def _start_services(self, board: Board) -> None:
+        waiting = list(self._launcher.services)
+        for service in waiting:
+            board.begin(service.title)
+            service.start()
+        while waiting:
+            self._raise_if_stopped()
+            self._launcher.restart_the_dead()
+            for service in waiting.copy():
+                if service.num_deaths >= MAX_DEATHS_AT_START:
+                    raise StartFailed(f"{service.title} does not start; its log ends:\n{service.log_tail()}")
+                if service.is_running and service.is_ready():
+                    board.done(service.title)
+                    waiting.remove(service)
+            self._stop_requested.wait(0.1)
+
+    def _choose_api_port(self) -> None:
+        self._api_port = free_port(self._settings.host, self._api_port)
+
+    def _choose_flower_port(self) -> None:
+        self._flower_port = free_port(LOOPBACK, self._flower_port)
+
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {
+            "CELERIAC_DATABASE_URL": self._database_url,
+            "CELERIAC_REDIS_URL": self._redis_url,
+            "CELERIAC_PORT": str(self._api_port),
+            "CELERIAC_FLOWER_PORT": str(self._flower_port),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    # Running
+
+    def _introduce(self) -> None:
+        """The first job as it runs, then where everything is. On a thread: meanwhile `_watch` restarts what dies."""
+        model = Catalog.load(self._settings.models_file).default.id
+        job_id = self._run_first_job(model) if self._with_first_job else None
+        seconds, folder = time.monotonic() - self._begun_at, short_path(self._settings.data_dir)
+        self._say(f"\nCeleriac is up after {seconds:.1f} s. Ctrl-C stops it; jobs and results stay in {folder}.")
+        self._say(where_everything_is(self._api_url, self._flower_url, short_path(self._settings.data_dir / "logs")))
+        celeriac = short_path(Path(sys.executable).parent / "celeriac")
+        self._say(first_steps(self._api_url, model, job_id or "job_...", celeriac))
+
+    def _run_first_job(self, model: str) -> str | None:
+        """Submit one job and print its text as it arrives. Returns its id; None where it could not be run."""
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": FIRST_PROMPT}],
+            "params": {"max_tokens": FIRST_MAX_TOKENS},
+        }
+        self._say(f"\nThe first job, through the whole system: {FIRST_PROMPT!r}\n")
+        try:
+            with Client(self._api_url, self._settings.api_key or self._settings.bootstrap_api_key) as client:
+                job = client.submit(body)
+                JobPrinter(self._console, self._console).print_all(client.events(job["id"]))
+        except (ApiUnreachable, ApiError) as exc:
+            self._say(f"the first job did not run: {exc}")
+            return None
+        return str(job["id"])
+
+    def _watch(self) -> None:
+        while not self._stop_requested.wait(0.25):
+            for server in self._servers:
+                self._restart_if_dead(server)
+            self._launcher.restart_the_dead()
+
+    def _restart_if_dead(self, server: EmbeddedServer) -> None:
+        if server.is_running:
+            return
+        self._say(f"{server.name} ended; restarting it, log: {short_path(server.folder / 'server.log')}")
+        try:
+            server.start()
+        except EmbeddedServerError as exc:
+            self._say(f"{exc}\ntrying again in {SERVER_RETRY_SECONDS:.0f} s")
+            self._stop_requested.wait(SERVER_RETRY_SECONDS)
+
+    # Stopping
+
+    def _request_stop(self, signal_number: int, frame: FrameType | None) -> None:
+        self._num_stop_requests += 1
+        self._stop_requested.set()
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop_requested.is_set():
+            raise Stopped
+
+    def _stop(self) -> None:
+        services = self._launcher.services
+        if any(service.is_running for service in services):
+            self._say(
+                f"\nStopping. Running jobs get {self._settings.drain_seconds:.0f} s to finish; "
+                "Ctrl-C again puts them back in the queue at once."
+            )
+        # The API goes after the workers, so that a stream can be followed to its end.
+        api = [service for service in services if service.title == "API"]
+        self._launcher.stop([[service for service in reversed(services) if service not in api], api])
+        for server in reversed(self._servers):
+            server.stop()
+        self._say("Stopped.")
+
+    # Where things are
+
+    @property
+    def _api_url(self) -> str:
+        host = self._settings.host
+        host = {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+        return f"http://{host}:{self._api_port}"
+
+    @property
+    def _flower_url(self) -> str:
+        return f"http://{LOOPBACK}:{self._flower_port}"
+
+    def _health(self) -> dict[str, Any]:
+        """The API's account of the system; empty while it does not answer."""
+        with closing(http.client.HTTPConnection(self._api_url.removeprefix("http://"), timeout=2)) as connection:
+            try:
+                connection.request("GET", "/health")
+                return dict(json.loads(connection.getresponse().read()))
+            except (OSError, http.client.HTTPException, ValueError):
+                return {}
+
+    def _log_path(self, name: str) -> Path:
+        return self._settings.data_dir / "logs" / f"{name}.log"
+
+    def _note(self) -> dict[str, Any]:
+        """What other commands in this folder may want to know (`launcher.find_running`)."""
+        return {
+            "pid": os.getpid(),
+            "api_url": self._api_url,
+            "flower_url": self._flower_url,
+            "database_url": self._database_url,
+            "redis_url": self._redis_url,
+        }
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+
+def _celeriac(command: str) -> list[str]:
+    return [sys.executable, "-m", "cli", command]
