@@ -1,0 +1,126 @@
+"""Bodies in: what is refused names the field, the value seen and the remedy, and never repeats what is private."""
+
+import contextlib
+import json
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from api.bodies import MAX_DEPTH, parse_model
+from domain.errors import InvalidRequest
+from domain.requests import GenerationRequest
+
+SECRET = "my diary entry"
+
+REFUSED = {
+    "empty body": (b"", "empty"),
+    "blank body": (b" \n", "empty"),
+    "no JSON": (b"hello", "not JSON"),
+    "half an object": (b'{"model":"m"', "not JSON"),
+    "a list": (b"[]", "must be an object"),
+    "not UTF-8": (b'{"model":"\xff"}', "not UTF-8"),
+    "UTF-16": ('{"model":"m"}'.encode("utf-16"), "not UTF-8"),
+    "missing field": (b"{}", "model is missing; add it"),
+    "wrong type": (b'{"model":1,"prompt":"a"}', "model is 1: it must be a valid string"),
+    "empty prompt": (b'{"model":"m","prompt":""}', "prompt is a string of 0 characters: it must have at least 1"),
+    "both inputs": (b'{"model":"m","prompt":"a","messages":[{"role":"user","content":"b"}]}', "exactly one"),
+    "no input": (b'{"model":"m"}', "exactly one"),
+    "unknown field": (b'{"model":"m","prompt":"a","promt":"b"}', "promt is not a field here; did you mean prompt?"),
+    "unknown inner field": (
+        b'{"model":"m","prompt":"a","params":{"temprature":1}}',
+        "params.temprature is not a field here; did you mean temperature?",
+    ),
+    "NaN": (b'{"model":"m","prompt":"a","params":{"temperature":NaN}}', "NaN, which is not JSON"),
+    "minus infinity": (b'{"model":"m","prompt":"a","params":{"temperature":-Infinity}}', "-Infinity, which"),
+    "infinity by exponent": (b'{"model":"m","prompt":"a","params":{"temperature":1e999}}', "finite number"),
+    "number as text": (b'{"model":"m","prompt":"a","params":{"temperature":"0.5"}}', 'is "0.5": it must be'),
+    "truth as number": (b'{"model":"m","prompt":"a","params":{"max_tokens":true}}', "is true: it must be"),
+    "beyond a bound": (
+        b'{"model":"m","prompt":"a","params":{"temperature":3.5}}',
+        "params.temperature is 3.5: it must be less than or equal to 2",
+    ),
+    "huge integer": (b'{"model":"m","prompt":"a","params":{"seed":123456789012345678901234567890}}', "less than"),
+    "thousands of digits": (b'{"model":"m","prompt":"a","params":{"seed":%s}}' % (b"9" * 5000), "thousands of digits"),
+    "lone surrogate": (b'{"model":"m","prompt":"\\ud800"}', "not JSON"),
+    "duplicate key": (b'{"model":"m","prompt":"a","model":"n"}', "'model' appears more than once"),
+    "deep object": (b'{"a":' * 40 + b"1" + b"}" * 40, "nested more than 32"),
+    "very deep list": (b"[" * 500_000, "nested more than 32"),
+    "max below min": (b'{"model":"m","prompt":"a","params":{"min_tokens":5,"max_tokens":3}}', "lower it"),
+    "too many choices": (b'{"model":"m","prompt":"a","params":{"n":1000000000}}', "less than or equal to 8"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_body_is_refused_with_field_value_and_remedy(name: str) -> None:
+    body, reason = REFUSED[name]
+    with pytest.raises(InvalidRequest) as caught:
+        parse_model(body, GenerationRequest)
+    assert reason in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"model":"m","prompt":"%s","params":{"temperature":9}}',
+        '{"model":"m","messages":[{"role":"user","content":["%s"]}]}',
+        '{"model":"m","messages":"%s"}',
+        '{"model":"m","prompt":["%s"]}',
+        '{"model":"m","prompt":"a","params":{"stop":"%s"}}',
+        '{"model":"m","prompt":"%s',
+    ],
+)
+def test_private_text_is_never_repeated(body: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_model((body % SECRET).encode(), GenerationRequest)
+    assert SECRET not in caught.value.message
+
+
+def test_brackets_inside_text_are_no_nesting() -> None:
+    text = "[" * 100 + '\\"' + "{" * 100
+    body = f'{{"model":"m","prompt":"{text}"}}'.encode()
+    assert parse_model(body, GenerationRequest).prompt == text.replace("\\", "")
+
+
+def test_the_allowed_depth_is_allowed() -> None:
+    body = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b" " * 40
+    with pytest.raises(InvalidRequest, match="must be an object"):
+        parse_model(body, GenerationRequest)
+
+
+def test_a_nul_character_is_text() -> None:
+    assert parse_model(b'{"model":"m","prompt":"a\\u0000b"}', GenerationRequest).prompt == "a\0b"
+
+
+@pytest.mark.parametrize("body", [b"[" * 1_000_000, b'{"a":[' * 150_000, b"[[]," * 250_000, b'"' * 1_000_000])
+def test_a_hostile_megabyte_is_refused_quickly(body: bytes) -> None:
+    started = time.process_time()
+    with pytest.raises(InvalidRequest):
+        parse_model(body, GenerationRequest)
+    assert time.process_time() - started < 0.5
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_either_a_request_or_a_client_error(body: bytes) -> None:
+    with contextlib.suppress(InvalidRequest):
+        parse_model(body, GenerationRequest)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {"model": st.just("m")},
+        optional={"prompt": json_values, "messages": json_values, "params": json_values, "extra": json_values},
+    )
+)
+def test_any_json_is_either_a_request_or_a_client_error(value: dict[str, object]) -> None:
+    with contextlib.suppress(InvalidRequest):
+        parse_model(json.dumps(value).encode(), GenerationRequest).model_dump_json().encode()
