@@ -1,20 +1,27 @@
 """The job protocol: every transition of a job is one fenced compare-and-set statement of this module.
 
 The only writer of `Job.status`. All functions are synchronous on a `Session` and do not commit; the API calls them
-through `AsyncSession.run_sync`. Only the database's clock sets and judges leases and deadlines.
+through `AsyncSession.run_sync`. Only the database's clock sets and judges leases and deadlines. The statements are in
+`storage/jobs_sql.py`; reading is in `storage/job_queries.py`.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 from uuid import UUID
 
+from sqlalchemy import Row, TextClause, select
 from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobError, JobStatus, Lane
 from domain.requests import GenerationRequest, GenerationResult
+from storage import jobs_sql as sql
+from storage.jobs_partial import ERRORS, store_partial_results
+from storage.tables import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,11 @@ class NewJob:
     start_timeout_seconds: float | None = None
     run_timeout_seconds: float | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> int:
+        """The most tokens it can take: what fairness charges until the end tells."""
+        return len(self.prompt_token_ids) + self.request.params.n * self.max_tokens
 
 
 class AcceptOutcome(StrEnum):
@@ -100,16 +112,38 @@ class Finalisation:
     error: JobError | None = None
 
 
-def accept(session: Session, new_jobs: Sequence[NewJob]) -> list[Accepted]:
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """Where a rescued or crashed job went: `queued` again, or terminal."""
+
+    job_id: UUID
+    status: JobStatus
+    attempt: int
+
+
+def accept(session: Session, new_jobs: Sequence[NewJob], *, max_queued_jobs: int) -> list[Accepted]:
     """Insert a group of jobs as `queued` in one statement; one outcome per job, in order. Safe to repeat after an
-    ambiguous commit: the same id or idempotency key answers DUPLICATE."""
-    raise NotImplementedError
+    ambiguous commit: the same id or idempotency key answers DUPLICATE. `max_queued_jobs` bounds tenants without a
+    bound of their own."""
+    if not new_jobs:
+        return []
+    firsts = _first_of_each(new_jobs)
+    columns = _columns([new_jobs[place] for place in firsts]) | {"max_queued_jobs": max_queued_jobs}
+    inserted = set(session.execute(sql.ACCEPT, columns).scalars())
+    accepted = {place for place in firsts if new_jobs[place].id in inserted}
+    outcomes = _outcomes_of_others(session, {p: job for p, job in enumerate(new_jobs) if p not in accepted})
+    return [
+        Accepted(job.id, AcceptOutcome.ACCEPTED) if place in accepted else outcomes[place]
+        for place, job in enumerate(new_jobs)
+    ]
 
 
 def dispatch(session: Session, model: str, *, room: int) -> list[UUID]:
     """Mark up to `room` due jobs of `model` as dispatched, fairest first, and return their ids in order. They come due
     again on their own if nobody claims them."""
-    raise NotImplementedError
+    if room <= 0:
+        return []
+    return list(session.execute(sql.DISPATCH, {"model": model, "room": room, "depth": room}).scalars())
 
 
 def claim(
@@ -124,7 +158,16 @@ def claim(
     """Take the queued ones among `job_ids`: attempt + 1, lease, request and committed prefix, in one round trip.
     A job with committed chunks is taken only under its own `model_revision`.
     A job that is missing in the answer is done, cancelled, expired, or somebody else's: drop its message."""
-    raise NotImplementedError
+    if not job_ids:
+        return []
+    parameters = {
+        "ids": list(job_ids),
+        "owner": owner,
+        "model_revision": model_revision,
+        "lease_seconds": lease_seconds,
+        "lane": lane.value,
+    }
+    return _claimed_jobs(session, session.execute(sql.CLAIM, parameters).all())
 
 
 def claim_next(
@@ -137,77 +180,227 @@ def claim_next(
     lease_seconds: float,
     lane: Lane = Lane.STANDARD,
 ) -> list[ClaimedJob]:
-    """Claim due jobs straight from SQL, for a worker that has free slots and hears nothing from the queue."""
-    raise NotImplementedError
+    """Claim due jobs straight from SQL, fairest first, for a worker that has free slots and hears nothing from the
+    queue. It takes dispatched jobs too; whoever holds their message finds nothing to claim. The isolated lane is
+    served by this alone: its jobs are never dispatched."""
+    if limit <= 0:
+        return []
+    parameters = {
+        "model": model,
+        "limit": limit,
+        "depth": 4 * limit,  # others may hold the head of the queue
+        "owner": owner,
+        "model_revision": model_revision,
+        "lease_seconds": lease_seconds,
+        "lane": lane.value,
+    }
+    return _claimed_jobs(session, session.execute(sql.CLAIM_NEXT, parameters).all())
 
 
 def commit_chunks(session: Session, commits: Sequence[ChunkCommit], *, lease_seconds: float) -> list[Held]:
     """Append the chunks of the whole running batch, renew the leases and read the cancel flags, in one statement.
-    A job missing in the answer was fenced off: abort its sequences and publish nothing."""
-    raise NotImplementedError
+    A job missing in the answer was fenced off: abort its sequences and publish nothing. Safe to repeat after an
+    ambiguous commit. Each job at most once, each with at least one chunk."""
+    if not commits:
+        return []
+    chunks = [(commit.job_id, chunk) for commit in commits for chunk in commit.chunks]
+    parameters = {
+        "ids": [commit.job_id for commit in commits],
+        "attempts": [commit.attempt for commit in commits],
+        "before": [commit.chunks[0].sequence_number - 1 for commit in commits],
+        "after": [commit.chunks[-1].sequence_number for commit in commits],
+        "num_tokens": [sum(len(chunk.token_ids) for chunk in commit.chunks) for commit in commits],
+        "chunk_job_ids": [job_id for job_id, _ in chunks],
+        "sequence_numbers": [chunk.sequence_number for _, chunk in chunks],
+        "chunks": [chunk.model_dump_json(exclude_defaults=True) for _, chunk in chunks],
+        "lease_seconds": lease_seconds,
+    }
+    return [Held(*row) for row in session.execute(sql.COMMIT_CHUNKS, parameters)]
 
 
 def renew(session: Session, job_ids: Sequence[UUID], *, owner: UUID, lease_seconds: float) -> list[Held]:
     """Renew the leases of jobs that had no chunk lately. Missing in the answer: no longer ours."""
-    raise NotImplementedError
+    if not job_ids:
+        return []
+    parameters = {"ids": list(job_ids), "owner": owner, "lease_seconds": lease_seconds}
+    return [Held(*row) for row in session.execute(sql.RENEW, parameters)]
 
 
 def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UUID]:
-    """Make jobs terminal, with their results. Returns the ids that were ours to end."""
-    raise NotImplementedError
+    """Make jobs terminal, with their results. Returns the ids that were ours to end, also those that an earlier call,
+    whose commit was ambiguous, ended so. Without a result, the committed chunks become a partial one."""
+    if not finalisations:
+        return []
+    parameters = {
+        "ids": [ending.job_id for ending in finalisations],
+        "attempts": [ending.attempt for ending in finalisations],
+        "last": [ending.last_sequence_number for ending in finalisations],
+        "statuses": [ending.status.value for ending in finalisations],
+        "finish_reasons": [ending.finish_reason and ending.finish_reason.value for ending in finalisations],
+        "errors": [ending.error and ending.error.model_dump_json() for ending in finalisations],
+        "results": [ending.result and ending.result.model_dump_json() for ending in finalisations],
+    }
+    ended = list(session.execute(sql.FINALISE, parameters).scalars())
+    without_result = {
+        ending.job_id: ending.status
+        for ending in finalisations
+        if ending.result is None and ending.last_sequence_number > 0 and ending.job_id in ended
+    }
+    store_partial_results(session, without_result)
+    return ended
 
 
 def release(session: Session, job_ids: Sequence[UUID], *, owner: UUID) -> list[UUID]:
-    """Give running jobs back to the queue at once, committed prefix kept, nothing charged (drain)."""
-    raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class Returned:
-    """Where a rescued or crashed job went: `queued` again, or terminal."""
-
-    job_id: UUID
-    status: JobStatus
-    attempt: int
+    """Give running jobs back to the queue at once, to their old place, committed prefix kept, nothing charged (drain).
+    One that was asked to cancel ends as cancelled instead."""
+    if not job_ids:
+        return []
+    return [job.job_id for job in _returned(session, sql.RELEASE, {"ids": list(job_ids), "owner": owner})]
 
 
 def report_crash(session: Session, weight_by_job_id: dict[UUID, int], *, owner: UUID) -> list[Returned]:
-    """Give back the jobs of a crashed engine: one failure charged to each, suspicion by weight, isolated from 2 on."""
-    raise NotImplementedError
+    """Give back the jobs of a crashed engine: one failure charged to each, suspicion by weight, isolated from 2 on.
+    A job with a weight that crashed an engine while isolated, so alone, fails for good."""
+    if not weight_by_job_id:
+        return []
+    parameters = {"ids": list(weight_by_job_id), "weights": list(weight_by_job_id.values()), "owner": owner}
+    return _returned(session, sql.REPORT_CRASH, parameters | ERRORS)
 
 
 def rescue(session: Session, *, grace_seconds: float, quiet_seconds: float, limit: int = 200) -> list[Returned]:
     """Give back the jobs whose lease lapsed. Does nothing until the database server is `quiet_seconds` up: after an
     outage every lease looks lapsed."""
-    raise NotImplementedError
+    parameters = {"grace_seconds": grace_seconds, "quiet_seconds": quiet_seconds, "limit": limit}
+    return _returned(session, sql.RESCUE, parameters | ERRORS)
 
 
 def cancel(session: Session, job_id: UUID, tenant_id: UUID) -> JobStatus | None:
     """Cancel a queued job now, or ask a running one to stop. Returns the status after it; None: no such job here.
     Idempotent: a terminal job keeps its status."""
-    raise NotImplementedError
+    asked = _returned(session, sql.CANCEL, {"ids": [job_id], "tenant_id": tenant_id})
+    if asked:
+        return asked[0].status
+    return session.scalar(select(Job.status).where(Job.id == job_id, Job.tenant_id == tenant_id))
 
 
 def request_cancel(session: Session, job_ids: Sequence[UUID]) -> list[UUID]:
-    """The worker's side of a cancel that came from Flower or `celery control`, by whoever owns the jobs."""
-    raise NotImplementedError
+    """The worker's side of a cancel that came from Flower or `celery control`, by whoever owns the jobs: as `cancel`,
+    without a tenant. Returns the ids that were not terminal."""
+    if not job_ids:
+        return []
+    return [job.job_id for job in _returned(session, sql.CANCEL, {"ids": list(job_ids), "tenant_id": None})]
 
 
 def expire(session: Session, *, limit: int = 200) -> list[UUID]:
     """End queued jobs whose deadline or start deadline passed."""
-    raise NotImplementedError
+    return [job.job_id for job in _returned(session, sql.EXPIRE, {"limit": limit} | ERRORS)]
 
 
 def prune(session: Session, *, limit: int = 200) -> int:
     """Delete finished jobs older than their result_ttl_seconds, with all that hangs on them."""
-    raise NotImplementedError
+    return _num_rows(session, sql.PRUNE, {"limit": limit})
 
 
 def redispatch_all(session: Session) -> int:
     """Make every queued job due for a message now: Redis lost what it held."""
-    raise NotImplementedError
+    return _num_rows(session, sql.REDISPATCH_ALL, {})
 
 
 def delete(session: Session, job_id: UUID, tenant_id: UUID) -> bool:
-    """Erase a job's rows, input and output with them; cancels first (the owner is fenced off)."""
-    raise NotImplementedError
+    """Erase a job's rows, input and output with them; the owner of a running one finds itself fenced off."""
+    return session.scalar(sql.DELETE, {"id": job_id, "tenant_id": tenant_id}) is not None
+
+
+def _returned(session: Session, statement: TextClause, parameters: dict[str, Any]) -> list[Returned]:
+    """Run a statement that ends jobs, or gives them back, and keep the output of those it ended."""
+    rows = session.execute(statement, parameters).all()
+    returned = [Returned(row.id, JobStatus(row.status), row.attempt) for row in rows]
+    cut_off = {job.job_id: job.status for job, row in zip(returned, rows, strict=True) if row.has_chunks}
+    store_partial_results(session, {id: status for id, status in cut_off.items() if status.is_terminal})
+    return returned
+
+
+def _num_rows(session: Session, statement: TextClause, parameters: dict[str, Any]) -> int:
+    result = session.connection().execute(statement, parameters)
+    return int(result.rowcount)
+
+
+def _first_of_each(new_jobs: Sequence[NewJob]) -> list[int]:
+    """The places of the jobs that are not the second of their id or idempotency key in this group."""
+    seen: set[tuple[UUID, str] | UUID] = set()
+    firsts = []
+    for place, job in enumerate(new_jobs):
+        names: set[tuple[UUID, str] | UUID] = {job.id}
+        if job.idempotency_key is not None:
+            names.add((job.tenant_id, job.idempotency_key))
+        if seen.isdisjoint(names):
+            firsts.append(place)
+        seen |= names
+    return firsts
+
+
+def _columns(new_jobs: Sequence[NewJob]) -> dict[str, list[Any]]:
+    return {
+        "ids": [job.id for job in new_jobs],
+        "tenant_ids": [job.tenant_id for job in new_jobs],
+        "models": [job.request.model for job in new_jobs],
+        "model_revisions": [job.model_revision for job in new_jobs],
+        "priorities": [job.priority for job in new_jobs],
+        "idempotency_keys": [job.idempotency_key for job in new_jobs],
+        "request_hashes": [job.request_hash for job in new_jobs],
+        "max_failures": [job.max_failures for job in new_jobs],
+        "start_timeouts": [job.start_timeout_seconds for job in new_jobs],
+        "deadlines": [job.deadline_at for job in new_jobs],
+        "run_timeouts": [job.run_timeout_seconds for job in new_jobs],
+        "num_prompt_tokens": [len(job.prompt_token_ids) for job in new_jobs],
+        "max_tokens": [job.max_tokens for job in new_jobs],
+        "seeds": [job.seed for job in new_jobs],
+        "costs": [job.cost for job in new_jobs],
+        "metadata": [json.dumps(job.metadata) for job in new_jobs],
+        "result_ttls": [job.result_ttl_seconds for job in new_jobs],
+        "requests": [job.request.model_dump_json() for job in new_jobs],
+        "prompt_token_ids": ["{" + ",".join(map(str, job.prompt_token_ids)) + "}" for job in new_jobs],
+    }
+
+
+def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> dict[int, Accepted]:
+    """What became of the jobs that were not inserted: they exist already, or there was no room."""
+    if not job_by_place:
+        return {}
+    places, new_jobs = list(job_by_place), list(job_by_place.values())
+    columns = {
+        "ids": [job.id for job in new_jobs],
+        "tenant_ids": [job.tenant_id for job in new_jobs],
+        "idempotency_keys": [job.idempotency_key for job in new_jobs],
+        "request_hashes": [job.request_hash for job in new_jobs],
+    }
+    outcomes = {p: Accepted(job.id, AcceptOutcome.TOO_MANY_QUEUED) for p, job in job_by_place.items()}
+    for row in session.execute(sql.EXISTING, columns):
+        place = places[row.place - 1]
+        if row.is_same:
+            outcomes[place] = Accepted(row.id, AcceptOutcome.DUPLICATE)
+        elif outcomes[place].outcome is AcceptOutcome.TOO_MANY_QUEUED:
+            outcomes[place] = Accepted(row.id, AcceptOutcome.KEY_REUSED)
+    return outcomes
+
+
+def _claimed_jobs(session: Session, rows: Sequence[Row[Any]]) -> list[ClaimedJob]:
+    # While the statement waited for a row, another worker may have taken, continued and released the job: then its
+    # newest chunks are not in the statement's snapshot.
+    stale = [row.id for row in rows if len(row.chunks or ()) != row.committed_sequence_number]
+    reread = {row.job_id: row.chunks for row in session.execute(sql.CHUNKS_OF, {"ids": stale})} if stale else {}
+    return [
+        ClaimedJob(
+            id=row.id,
+            tenant_id=row.tenant_id,
+            attempt=row.attempt,
+            request=GenerationRequest.model_validate_json(row.request),
+            prompt_token_ids=row.prompt_token_ids,
+            max_tokens=row.max_tokens,
+            seed=row.seed,
+            priority=row.priority,
+            lane=Lane(row.lane),
+            committed_chunks=[TokenChunk.model_validate_json(c) for c in reread.get(row.id, row.chunks) or ()],
+        )
+        for row in rows
+    ]

@@ -100,6 +100,7 @@ class Tenant(Row):
     """Who jobs belong to; what fairness, bounds and isolation are about."""
 
     __tablename__ = "tenants"
+    __table_args__ = (CheckConstraint("weight > 0", name="weight"),)
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)

@@ -185,7 +185,7 @@ def _counted(job: Job) -> Any:
         update(TenantLoad)
         .where(TenantLoad.tenant_id == job.tenant_id)
         .values(
-            num_queued=TenantLoad.num_queued + (job.status is JobStatus.QUEUED),
-            num_running=TenantLoad.num_running + (job.status is JobStatus.IN_PROGRESS),
+            num_queued=TenantLoad.num_queued + int(job.status is JobStatus.QUEUED),
+            num_running=TenantLoad.num_running + int(job.status is JobStatus.IN_PROGRESS),
         )
     )

@@ -16,7 +16,8 @@ CREATE TABLE tenants (
     weight real NOT NULL DEFAULT 1,
     created_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT tenants_pkey PRIMARY KEY (id),
-    CONSTRAINT tenants_name_key UNIQUE (name)
+    CONSTRAINT tenants_name_key UNIQUE (name),
+    CONSTRAINT tenants_weight_check CHECK (weight > 0)
 );
 
 CREATE TABLE tenant_load (

@@ -1,0 +1,72 @@
+"""What a job that ended without its worker is left with: an error, and a result made of the chunks it committed."""
+
+from collections.abc import Mapping, Sequence
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from domain.chunks import TokenChunk
+from domain.errors import CeleriacError, DeadlineExceeded, PoisonJob, WorkerLost
+from domain.jobs import FinishReason, JobError, JobStatus, Usage
+from domain.requests import GenerationResult, ResultChoice
+from storage.jobs_sql import COMMITTED_OUTPUT, STORE_PARTIAL
+
+
+def _stored_error(error: type[CeleriacError], message: str) -> str:
+    return JobError(code=error.code, message=message, retryable=error.retryable).model_dump_json()
+
+
+#: Why a job failed or expired without its worker saying so.
+ERRORS = {
+    "deadline_error": _stored_error(DeadlineExceeded, "the deadline passed before the job was done"),
+    "poison_error": _stored_error(PoisonJob, "the engine crashed while it ran this job alone"),
+    "lost_error": _stored_error(WorkerLost, "the worker was lost or crashed more often than max_failures allows"),
+}
+
+#: What cut off the unfinished sequences of a job that ended so. No reason says "failed"; cancelled is the closest.
+REASON_BY_STATUS = {
+    JobStatus.CANCELLED: FinishReason.CANCELLED,
+    JobStatus.EXPIRED: FinishReason.DEADLINE,
+    JobStatus.FAILED: FinishReason.CANCELLED,
+}
+
+
+def partial_result(
+    chunks: Sequence[TokenChunk], *, num_prompt_tokens: int, cut_off_by: FinishReason
+) -> GenerationResult:
+    """The result that `chunks`, in order and at least one, amount to. Sequences without a chunk are left out; those
+    that had not finished get the reason `cut_off_by`."""
+    by_index: dict[int, list[TokenChunk]] = {}
+    for chunk in chunks:
+        by_index.setdefault(chunk.index, []).append(chunk)
+    choices = tuple(_choice(index, by_index[index], cut_off_by) for index in sorted(by_index))
+    usage = Usage(prompt_tokens=num_prompt_tokens, completion_tokens=sum(choice.num_tokens for choice in choices))
+    return GenerationResult(choices=choices, usage=usage)
+
+
+def store_partial_results(session: Session, status_by_job_id: Mapping[UUID, JobStatus]) -> None:
+    """Write the results of terminal jobs that have chunks, in the transaction that ended them."""
+    if not status_by_job_id:
+        return
+    results: dict[UUID, GenerationResult] = {}
+    for row in session.execute(COMMITTED_OUTPUT, {"ids": list(status_by_job_id)}):
+        chunks = [TokenChunk.model_validate_json(chunk) for chunk in row.chunks]
+        reason = REASON_BY_STATUS[status_by_job_id[row.id]]
+        results[row.id] = partial_result(chunks, num_prompt_tokens=row.num_prompt_tokens, cut_off_by=reason)
+    columns = {
+        "ids": list(results),
+        "finish_reasons": [result.choices[0].finish_reason.value for result in results.values()],
+        "results": [result.model_dump_json() for result in results.values()],
+    }
+    session.execute(STORE_PARTIAL, columns)
+
+
+def _choice(index: int, chunks: list[TokenChunk], cut_off_by: FinishReason) -> ResultChoice:
+    logprobs = tuple(logprob for chunk in chunks for logprob in chunk.logprobs or ())
+    return ResultChoice(
+        index=index,
+        text="".join(chunk.text for chunk in chunks),
+        finish_reason=chunks[-1].finish_reason or cut_off_by,
+        num_tokens=sum(len(chunk.token_ids) for chunk in chunks),
+        logprobs=logprobs or None,
+    )

@@ -1,0 +1,391 @@
+"""The statements of the job protocol, as text: what `storage/jobs.py` executes.
+
+Each is one statement under READ COMMITTED that names the status it starts from, so a row that moved meanwhile is left
+alone. Shared rules:
+
+- A statement that moves jobs has a CTE `moved(id, tenant_id, queued, running, charge)`, the change it makes to the
+  tenant's counters, and ends in COUNTED, which applies it. Locks are taken on job rows first and then on tenant_load in
+  the order of tenant_id (accept has no older job row to lock), so that no two statements wait for each other.
+- Fairness charges a job's `cost` at its first claim and corrects it to the tokens it really took when it ends.
+- `statement_timestamp()`, not `now()`: a lease must not be shorter for a transaction that was open a while.
+- unnest() is MATERIALIZED: inlined beside a partial index it became a quadratic join.
+"""
+
+# ruff: noqa: S608  (only constants of this module are put into the text; values are bound)
+
+from sqlalchemy import text
+
+CLOCK = "statement_timestamp()"
+
+COUNTED = """
+change AS (
+    SELECT tenant_id, sum(queued) AS queued, sum(running) AS running, sum(charge) AS charge
+    FROM moved GROUP BY tenant_id
+),
+locked AS MATERIALIZED (
+    SELECT l.tenant_id FROM change JOIN tenant_load l USING (tenant_id) ORDER BY l.tenant_id FOR NO KEY UPDATE OF l
+),
+counted AS (
+    UPDATE tenant_load l SET num_queued = l.num_queued + change.queued, num_running = l.num_running + change.running,
+        virtual_time = l.virtual_time + change.charge / t.weight
+    FROM locked JOIN change USING (tenant_id) JOIN tenants t ON t.id = locked.tenant_id
+    WHERE l.tenant_id = locked.tenant_id
+)"""
+
+# What the end of a job adds to its tenant's virtual time: the tokens it took, less what its first claim charged.
+CORRECTION = "CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens + j.num_committed_tokens - j.cost ELSE 0 END"
+
+ACCEPT = text(f"""
+WITH new AS MATERIALIZED (
+    SELECT * FROM unnest(
+        CAST(:ids AS uuid[]), CAST(:tenant_ids AS uuid[]), CAST(:models AS text[]), CAST(:model_revisions AS text[]),
+        CAST(:priorities AS smallint[]), CAST(:idempotency_keys AS text[]), CAST(:request_hashes AS bytea[]),
+        CAST(:max_failures AS int[]), CAST(:start_timeouts AS float8[]), CAST(:deadlines AS timestamptz[]),
+        CAST(:run_timeouts AS float8[]), CAST(:num_prompt_tokens AS int[]), CAST(:max_tokens AS int[]),
+        CAST(:seeds AS bigint[]), CAST(:costs AS int[]), CAST(:metadata AS text[]), CAST(:result_ttls AS int[]),
+        CAST(:requests AS text[]), CAST(:prompt_token_ids AS text[])
+    ) WITH ORDINALITY AS n(
+        id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures, start_timeout,
+        deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata, result_ttl_seconds,
+        request, prompt_token_ids, place)
+),
+load AS MATERIALIZED (
+    SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) - l.num_queued AS room
+    FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
+    WHERE l.tenant_id IN (SELECT tenant_id FROM new) ORDER BY l.tenant_id FOR NO KEY UPDATE OF l
+),
+fresh AS (
+    SELECT new.*, row_number() OVER (PARTITION BY tenant_id ORDER BY place) AS place_in_tenant FROM new
+    WHERE NOT EXISTS (SELECT FROM jobs j WHERE j.id = new.id)
+      AND NOT EXISTS (SELECT FROM jobs j WHERE j.tenant_id = new.tenant_id AND j.idempotency_key = new.idempotency_key)
+),
+inserted AS (
+    INSERT INTO jobs (id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures,
+        start_deadline_at, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata,
+        result_ttl_seconds, available_at, dispatch_at, created_at)
+    SELECT id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures,
+        {CLOCK} + make_interval(secs => start_timeout), deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
+        seed, cost, metadata::json, result_ttl_seconds, {CLOCK}, {CLOCK}, {CLOCK}
+    FROM fresh JOIN load USING (tenant_id) WHERE place_in_tenant <= room ORDER BY place
+    ON CONFLICT DO NOTHING RETURNING id, tenant_id
+),
+payload AS (
+    INSERT INTO job_payloads (job_id, request, prompt_token_ids)
+    SELECT id, request::json, prompt_token_ids::int[] FROM inserted JOIN new USING (id)
+),
+counted AS (  -- a tenant back from idle starts level with the active ones: it neither banks credit nor is starved
+    UPDATE tenant_load l SET num_queued = l.num_queued + change.queued,
+        virtual_time = CASE WHEN l.num_queued + l.num_running > 0 THEN l.virtual_time ELSE greatest(l.virtual_time,
+            (SELECT min(virtual_time) FROM tenant_load WHERE num_queued + num_running > 0)) END
+    FROM (SELECT tenant_id, count(*) AS queued FROM inserted GROUP BY tenant_id) change
+    WHERE l.tenant_id = change.tenant_id
+)
+SELECT id FROM inserted
+""")
+
+# Asked in a second statement, whose snapshot sees the row that our insert ran into.
+EXISTING = text("""
+SELECT n.place, j.id, j.tenant_id = n.tenant_id AND j.request_hash = n.request_hash AS is_same
+FROM unnest(CAST(:ids AS uuid[]), CAST(:tenant_ids AS uuid[]), CAST(:idempotency_keys AS text[]),
+            CAST(:request_hashes AS bytea[])) WITH ORDINALITY AS n(id, tenant_id, idempotency_key, request_hash, place)
+JOIN jobs j ON j.id = n.id OR (j.tenant_id = n.tenant_id AND j.idempotency_key = n.idempotency_key)
+""")
+
+RUNNABLE = f"""
+    j.status = 'queued' AND j.available_at <= {CLOCK} AND (j.deadline_at IS NULL OR j.deadline_at > {CLOCK})
+    AND (j.attempt > 0 OR j.start_deadline_at IS NULL OR j.start_deadline_at > {CLOCK})"""
+DUE = f"{RUNNABLE} AND j.lane = 'standard' AND j.dispatch_at <= {CLOCK}"
+CLAIMABLE = f"""{RUNNABLE} AND j.lane = :lane AND j.cancel_requested_at IS NULL
+    AND (j.committed_sequence_number = 0 OR j.model_revision = :model_revision)"""
+
+
+def _ranked(condition: str) -> str:
+    """`ranked(id, place)`: the jobs of a model that meet `condition`, in the order in which they should run. Priority
+    first, then the tenant that got least per weight, where each job of a tenant counts for its next one; then age.
+    The lateral joins read the head of each tenant's queue only."""
+    due = f"j.model = :model AND j.tenant_id = l.tenant_id AND {condition}"
+    return f"""
+    waiting AS (
+        SELECT l.tenant_id, l.virtual_time, t.weight FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
+        CROSS JOIN LATERAL (
+            SELECT j.priority FROM jobs j WHERE {due} ORDER BY j.priority DESC, j.available_at, j.id LIMIT 1) first
+        WHERE l.num_queued > 0 ORDER BY first.priority DESC, l.virtual_time LIMIT 64
+    ),
+    timed AS (
+        SELECT j.id, j.priority, j.available_at, l.virtual_time + (sum(j.cost) OVER (
+            PARTITION BY l.tenant_id ORDER BY j.priority DESC, j.available_at, j.id) - j.cost) / l.weight AS fair_time
+        FROM waiting l CROSS JOIN LATERAL (
+            SELECT j.id, j.priority, j.available_at, j.cost FROM jobs j WHERE {due}
+            ORDER BY j.priority DESC, j.available_at, j.id LIMIT :depth) j
+    ),
+    ranked AS (
+        SELECT id, row_number() OVER (ORDER BY priority DESC, fair_time, available_at, id) AS place FROM timed
+    )"""
+
+
+DISPATCH = text(f"""
+WITH {_ranked(DUE)},
+pick AS MATERIALIZED (
+    SELECT j.id, ranked.place FROM ranked JOIN jobs j USING (id)
+    WHERE {DUE} ORDER BY ranked.place LIMIT :room FOR NO KEY UPDATE OF j SKIP LOCKED
+),
+dispatched AS (  -- due again by itself, should the message be lost: after 15, 30, 60, 120 s, give or take a fifth
+    UPDATE jobs j SET num_dispatches = num_dispatches + 1, dispatch_at = {CLOCK}
+        + make_interval(secs => 15 * power(2, least(num_dispatches, 3)) * (0.8 + 0.4 * random()))
+    FROM pick WHERE j.id = pick.id AND j.status = 'queued' RETURNING j.id, pick.place
+)
+SELECT id FROM dispatched ORDER BY place
+""")
+
+
+def _claimed(pick: str) -> str:
+    """Take what `pick(id, place)` locked: issue the fence, begin the lease, answer with all that the engine needs."""
+    return f"""
+{pick},
+claimed AS (
+    UPDATE jobs j SET status = 'in_progress', attempt = j.attempt + 1, lease_owner = :owner,
+        lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds),
+        started_at = coalesce(j.started_at, {CLOCK}),
+        deadline_at = CASE WHEN j.attempt = 0 AND j.run_timeout_seconds IS NOT NULL
+            THEN least(j.deadline_at, {CLOCK} + make_interval(secs => j.run_timeout_seconds)) ELSE j.deadline_at END
+    FROM pick WHERE j.id = pick.id AND j.status = 'queued' RETURNING j.*, pick.place
+),
+moved AS (
+    SELECT id, tenant_id, -1 AS queued, 1 AS running, CASE WHEN attempt = 1 THEN cost ELSE 0 END AS charge FROM claimed
+),
+{COUNTED}
+SELECT c.id, c.tenant_id, c.attempt, p.request::text AS request, p.prompt_token_ids, c.max_tokens, c.seed, c.priority,
+    c.lane, c.committed_sequence_number, CASE WHEN c.committed_sequence_number > 0 THEN (SELECT
+        array_agg(k.chunk::text ORDER BY k.sequence_number) FROM job_chunks k WHERE k.job_id = c.id) END AS chunks
+FROM claimed c JOIN job_payloads p ON p.job_id = c.id ORDER BY c.place"""
+
+
+CLAIM = text(
+    "WITH "
+    + _claimed(f"""
+pick AS MATERIALIZED (
+    SELECT j.id, array_position(CAST(:ids AS uuid[]), j.id) AS place FROM jobs j
+    WHERE j.id = ANY(CAST(:ids AS uuid[])) AND {CLAIMABLE} ORDER BY j.id FOR NO KEY UPDATE
+)""")
+)
+
+CLAIM_NEXT = text(
+    f"WITH {_ranked(CLAIMABLE)},"
+    + _claimed(f"""
+pick AS MATERIALIZED (
+    SELECT j.id, ranked.place FROM ranked JOIN jobs j USING (id)
+    WHERE {CLAIMABLE} ORDER BY ranked.place LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
+)""")
+)
+
+CHUNKS_OF = text("""
+SELECT job_id, array_agg(chunk::text ORDER BY sequence_number) AS chunks FROM job_chunks
+WHERE job_id = ANY(CAST(:ids AS uuid[])) GROUP BY job_id
+""")
+
+# A repeated commit finds its own chunks there: same attempt, so nobody else can have written them.
+COMMIT_CHUNKS = text(f"""
+WITH flush AS MATERIALIZED (
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:attempts AS int[]), CAST(:before AS int[]), CAST(:after AS int[]),
+                         CAST(:num_tokens AS int[])) AS f(id, attempt, before, after, num_tokens)
+),
+chunk AS MATERIALIZED (
+    SELECT * FROM unnest(CAST(:chunk_job_ids AS uuid[]), CAST(:sequence_numbers AS int[]), CAST(:chunks AS text[]))
+        AS c(id, sequence_number, chunk)
+),
+held AS (
+    UPDATE jobs j SET committed_sequence_number = flush.after,
+        num_committed_tokens = j.num_committed_tokens
+            + CASE WHEN j.committed_sequence_number = flush.before THEN flush.num_tokens ELSE 0 END,
+        lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds)
+    FROM flush WHERE j.id = flush.id AND j.status = 'in_progress' AND j.attempt = flush.attempt
+        AND j.committed_sequence_number IN (flush.before, flush.after)
+    RETURNING j.id, j.attempt, j.cancel_requested_at IS NOT NULL AS is_cancel_requested,
+        coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline
+),
+written AS (
+    INSERT INTO job_chunks (job_id, sequence_number, attempt, chunk)
+    SELECT held.id, chunk.sequence_number, held.attempt, chunk.chunk::json FROM chunk JOIN held USING (id)
+    ON CONFLICT DO NOTHING
+)
+SELECT id, attempt, is_cancel_requested, is_past_deadline FROM held
+""")
+
+RENEW = text(f"""
+UPDATE jobs j SET lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds)
+WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'in_progress' AND j.lease_owner = :owner
+RETURNING j.id, j.attempt, j.cancel_requested_at IS NOT NULL AS is_cancel_requested,
+    coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline
+""")
+
+FINALISE = text(f"""
+WITH ending AS MATERIALIZED (
+    SELECT * FROM unnest(
+        CAST(:ids AS uuid[]), CAST(:attempts AS int[]), CAST(:last AS int[]), CAST(:statuses AS text[]),
+        CAST(:finish_reasons AS text[]), CAST(:errors AS text[]), CAST(:results AS text[]))
+        AS e(id, attempt, last, status, finish_reason, error, result)
+),
+pick AS MATERIALIZED (
+    SELECT j.id FROM jobs j JOIN ending USING (id) WHERE j.status = 'in_progress' AND j.attempt = ending.attempt
+        AND j.committed_sequence_number = ending.last ORDER BY j.id FOR NO KEY UPDATE OF j
+),
+ended AS (
+    UPDATE jobs j SET status = ending.status, finish_reason = ending.finish_reason, error = ending.error::json,
+        finished_at = {CLOCK}, prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds),
+        lease_owner = NULL, lease_expires_at = NULL
+    FROM pick JOIN ending USING (id) WHERE j.id = pick.id AND j.status = 'in_progress'
+        AND j.attempt = ending.attempt AND j.committed_sequence_number = ending.last
+    RETURNING j.id, j.tenant_id, j.attempt, {CORRECTION} AS charge
+),
+written AS (
+    INSERT INTO job_results (job_id, attempt, result)
+    SELECT id, ended.attempt, ending.result::json FROM ended JOIN ending USING (id) WHERE ending.result IS NOT NULL
+),
+moved AS (SELECT id, tenant_id, 0 AS queued, -1 AS running, charge FROM ended),
+{COUNTED}
+SELECT id FROM ended
+UNION ALL  -- a repeated call: the first one's commit was applied though its answer was lost
+SELECT j.id FROM jobs j JOIN ending USING (id) WHERE j.status = ending.status AND j.attempt = ending.attempt
+    AND j.committed_sequence_number = ending.last
+""")
+
+
+def _returned(pick: str) -> str:
+    """Give back or end the running jobs that `pick` locked. Its columns say what they become: id, next_status (queued
+    or terminal), lane, num_failures, num_suspicions, delay_seconds, error."""
+    return f"""
+WITH pick AS MATERIALIZED ({pick}),
+returned AS (
+    UPDATE jobs j SET status = pick.next_status, lane = pick.lane, num_failures = pick.num_failures,
+        num_suspicions = pick.num_suspicions, error = pick.error, lease_owner = NULL, lease_expires_at = NULL,
+        finished_at = CASE WHEN pick.next_status <> 'queued' THEN {CLOCK} END,
+        prune_at = CASE WHEN pick.next_status <> 'queued'
+            THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END,
+        available_at = CASE WHEN pick.delay_seconds > 0  -- else its old place in the queue
+            THEN {CLOCK} + make_interval(secs => pick.delay_seconds) ELSE j.available_at END,
+        dispatch_at = {CLOCK}, num_dispatches = 0
+    FROM pick WHERE j.id = pick.id AND j.status = 'in_progress'
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS correction
+),
+moved AS (
+    SELECT id, tenant_id, CASE WHEN status = 'queued' THEN 1 ELSE 0 END AS queued, -1 AS running,
+        CASE WHEN status = 'queued' THEN 0 ELSE correction END AS charge FROM returned
+),
+{COUNTED}
+SELECT id, status, attempt, committed_sequence_number > 0 AS has_chunks FROM returned"""
+
+
+def _charged(is_poison: str) -> str:
+    """What a failure charged to a job makes of it: its first retry is at once, later ones after 2, 4, ... 60 s."""
+    return f"""j.num_failures + 1 AS num_failures,
+        CASE WHEN j.num_failures = 0 THEN 0 ELSE least(60, power(2, least(j.num_failures, 6))) * (0.5 + 0.5 * random())
+            END AS delay_seconds,
+        CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled' WHEN j.deadline_at <= {CLOCK} THEN 'expired'
+            WHEN {is_poison} OR j.num_failures + 1 > j.max_failures THEN 'failed' ELSE 'queued' END AS next_status,
+        CASE WHEN j.cancel_requested_at IS NOT NULL THEN NULL
+            WHEN j.deadline_at <= {CLOCK} THEN CAST(:deadline_error AS json)
+            WHEN {is_poison} THEN CAST(:poison_error AS json)
+            WHEN j.num_failures + 1 > j.max_failures THEN CAST(:lost_error AS json) END AS error"""
+
+
+RELEASE = text(
+    _returned("""
+    SELECT j.id, j.lane, j.num_failures, j.num_suspicions, 0 AS delay_seconds, NULL::json AS error,
+        CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled' ELSE 'queued' END AS next_status
+    FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'in_progress' AND j.lease_owner = :owner
+    ORDER BY j.id FOR NO KEY UPDATE""")
+)
+
+REPORT_CRASH = text(
+    _returned(f"""
+    SELECT j.id, CASE WHEN j.num_suspicions + crash.weight >= 2 THEN 'isolated' ELSE j.lane END AS lane,
+        j.num_suspicions + crash.weight AS num_suspicions, {_charged("(j.lane = 'isolated' AND crash.weight > 0)")}
+    FROM unnest(CAST(:ids AS uuid[]), CAST(:weights AS int[])) AS crash(id, weight) JOIN jobs j USING (id)
+    WHERE j.status = 'in_progress' AND j.lease_owner = :owner ORDER BY j.id FOR NO KEY UPDATE OF j""")
+)
+
+# The lease is judged on the locked row, not on the one the snapshot saw: a renewal in between wins.
+RESCUE = text(
+    _returned(f"""
+    SELECT j.id, j.lane, j.num_suspicions, {_charged("false")} FROM jobs j
+    WHERE j.status = 'in_progress' AND j.lease_expires_at < {CLOCK} - make_interval(secs => :grace_seconds)
+        AND {CLOCK} - pg_postmaster_start_time() > make_interval(secs => :quiet_seconds)
+    ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED""")
+)
+
+CANCEL = text(f"""
+WITH pick AS MATERIALIZED (
+    SELECT j.id FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status IN ('queued', 'in_progress')
+        AND (CAST(:tenant_id AS uuid) IS NULL OR j.tenant_id = :tenant_id) ORDER BY j.id FOR NO KEY UPDATE
+),
+asked AS (
+    UPDATE jobs j SET cancel_requested_at = coalesce(j.cancel_requested_at, {CLOCK}),
+        status = CASE WHEN j.status = 'queued' THEN 'cancelled' ELSE j.status END,
+        finished_at = CASE WHEN j.status = 'queued' THEN {CLOCK} END,
+        prune_at = CASE WHEN j.status = 'queued' THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END
+    FROM pick WHERE j.id = pick.id AND j.status IN ('queued', 'in_progress')
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge
+),
+moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM asked WHERE status = 'cancelled'),
+{COUNTED}
+SELECT id, status, attempt, status = 'cancelled' AND committed_sequence_number > 0 AS has_chunks FROM asked
+""")
+
+EXPIRE = text(f"""
+WITH pick AS MATERIALIZED (
+    SELECT j.id FROM jobs j WHERE j.status = 'queued' AND least(j.deadline_at, j.start_deadline_at) <= {CLOCK}
+        AND (j.deadline_at <= {CLOCK} OR j.attempt = 0) LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+),
+expired AS (
+    UPDATE jobs j SET status = 'expired', error = CAST(:deadline_error AS json), finished_at = {CLOCK},
+        prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
+    FROM pick WHERE j.id = pick.id AND j.status = 'queued'
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge
+),
+moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM expired),
+{COUNTED}
+SELECT id, status, attempt, committed_sequence_number > 0 AS has_chunks FROM expired
+""")
+
+PRUNE = text(f"""
+DELETE FROM jobs WHERE finished_at IS NOT NULL AND id IN (
+    SELECT id FROM jobs WHERE prune_at <= {CLOCK} ORDER BY prune_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+""")
+
+REDISPATCH_ALL = text(f"""
+UPDATE jobs SET dispatch_at = {CLOCK}, num_dispatches = 0 WHERE status = 'queued' AND id IN (
+    SELECT id FROM jobs WHERE status = 'queued' AND dispatch_at > {CLOCK} FOR NO KEY UPDATE SKIP LOCKED)
+""")
+
+DELETE = text(f"""
+WITH deleted AS (
+    DELETE FROM jobs j WHERE j.id = :id AND j.tenant_id = :tenant_id
+    RETURNING j.id, j.tenant_id, j.status, {CORRECTION} AS charge
+),
+moved AS (
+    SELECT id, tenant_id, CASE WHEN status = 'queued' THEN -1 ELSE 0 END AS queued,
+        CASE WHEN status = 'in_progress' THEN -1 ELSE 0 END AS running, charge
+    FROM deleted WHERE status IN ('queued', 'in_progress')
+),
+{COUNTED}
+SELECT id FROM deleted
+""")
+
+# For a job that ended without its worker: the output it had committed becomes its result.
+STORE_PARTIAL = text("""
+WITH partial AS (
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:finish_reasons AS text[]), CAST(:results AS text[]))
+        AS p(id, finish_reason, result)
+),
+reason AS (
+    UPDATE jobs j SET finish_reason = partial.finish_reason FROM partial WHERE j.id = partial.id
+    RETURNING j.id, j.attempt
+)
+INSERT INTO job_results (job_id, attempt, result)
+SELECT id, reason.attempt, partial.result::json FROM reason JOIN partial USING (id) ON CONFLICT DO NOTHING
+""")
+
+COMMITTED_OUTPUT = text("""
+SELECT j.id, j.num_prompt_tokens, array_agg(k.chunk::text ORDER BY k.sequence_number) AS chunks
+FROM jobs j JOIN job_chunks k ON k.job_id = j.id WHERE j.id = ANY(CAST(:ids AS uuid[])) GROUP BY j.id
+""")
