@@ -58,6 +58,7 @@ class Client:
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url.rstrip("/")
+        self._has_answered = False
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(
             base_url=self.url, headers=headers, timeout=httpx.Timeout(30, connect=CONNECT_SECONDS)
@@ -119,6 +120,8 @@ class Client:
                         return
             except httpx.HTTPError as exc:
                 failure = self._unreachable(exc)
+                if not self._has_answered:  # most likely a wrong URL
+                    raise failure from exc
             except ApiError as exc:
                 if not exc.is_passing:
                     raise
@@ -131,6 +134,7 @@ class Client:
         params = {"starting_after": cursor} if cursor else {"from": "start"}
         timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
         with self._http.stream("GET", f"/v1/jobs/{job_id}/events", params=params, timeout=timeout) as response:
+            self._has_answered = True
             if response.is_error:
                 response.read()
                 raise ApiError(response.status_code, _json(response))
@@ -141,6 +145,7 @@ class Client:
             response = self._http.request(method, path, **options)
         except httpx.HTTPError as exc:
             raise self._unreachable(exc) from exc
+        self._has_answered = True
         body = _json(response)
         if response.is_error or not isinstance(body, dict):
             raise ApiError(response.status_code, body)

@@ -24,7 +24,11 @@ STEADY_SECONDS = 60.0  # a process that lived this long is restarted as if for t
 GUARD_SECONDS = 10  # what an orphan gets between TERM and KILL
 
 # $1 is the process, and the group of its children. `read` returns when the pipe closes.
-GUARD = 'read -r _; kill -s TERM "$1" 2>/dev/null; sleep "$2"; kill -s KILL -- "-$1" 2>/dev/null'
+GUARD = (
+    'read -r _; kill -s TERM "$1" 2>/dev/null; seconds=0; '
+    'while [ "$seconds" -lt "$2" ] && kill -0 "$1" 2>/dev/null; do sleep 1; seconds=$((seconds + 1)); done; '
+    'kill -s KILL -- "-$1" 2>/dev/null'
+)
 
 
 @dataclass
@@ -78,10 +82,9 @@ class Service:
         self.num_deaths = 1 if lived_seconds > STEADY_SECONDS else self.num_deaths + 1
         backoff_seconds = min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** (self.num_deaths - 1))
         self.restart_at = time.monotonic() + backoff_seconds
-        ending, self.process = describe_exit(self.process.returncode), None
-        return (
-            f"{self.title} {ending} after {lived_seconds:.0f} s; restarting in {backoff_seconds:g} s ({self.log_path})"
-        )
+        ending, self.process = describe_exit(self.process.wait()), None
+        pause = f"restarting in {backoff_seconds:g} s"
+        return f"{self.title} {ending} after {lived_seconds:.0f} s; {pause}, log: {os.path.relpath(self.log_path)}"
 
     def begin_stop(self) -> None:
         """Ask it to end; `finish_stop` waits for it."""

@@ -1,0 +1,132 @@
+"""The `celeriac` command: what it says, how fast, and how it explains what is not its fault."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import cli
+from client import parse_events
+from settings import get_settings
+
+ROOT = Path(cli.__file__).parent
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Invoke `celeriac ...` on an empty data folder: run("jobs", CELERIAC_PORT="1")."""
+
+    def invoke(*arguments: str, **environment: str) -> Any:
+        monkeypatch.setenv("CELERIAC_DATA_DIR", str(tmp_path))
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        get_settings.cache_clear()
+        return CliRunner().invoke(cli.main, list(arguments))
+
+    yield invoke
+    get_settings.cache_clear()
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['celeriac', '--help']\n"
+        "import atexit, json; atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr))\n"
+        "import cli; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stderr))
+    assert not loaded & {"torch", "transformers", "celery", "fastapi", "sqlalchemy", "pydantic", "rich", "httpx"}
+
+
+@pytest.mark.parametrize("name", list(cli.main.commands))
+def test_every_command_says_what_it_does(run: Any, name: str) -> None:
+    result = run(name, "--help")
+    assert result.exit_code == 0, result.output
+    assert cli.main.commands[name].help
+
+
+@pytest.mark.parametrize("command", [["submit", "Hello!"], ["jobs"], ["watch", "job_1"], ["cancel", "job_1"]])
+def test_an_api_that_is_not_there_is_named_with_the_remedy(run: Any, command: list[str]) -> None:
+    result = run(*command, "--url", "http://127.0.0.1:9")
+    assert result.exit_code == 1
+    assert "no answer from the API at http://127.0.0.1:9: Connection refused" in result.output
+    assert "celeriac up" in result.output
+
+
+def test_a_mistyped_setting_is_named_with_the_likely_one(run: Any) -> None:
+    result = run("models", CELERIAC_REDIS_ULR="redis://localhost")
+    assert result.exit_code == 1
+    assert "did you mean CELERIAC_REDIS_URL?" in result.output
+
+
+def test_a_wrong_setting_is_named_with_its_value(run: Any) -> None:
+    result = run("models", CELERIAC_PORT="x")
+    assert result.exit_code == 1
+    assert "CELERIAC_PORT is 'x'" in result.output
+
+
+def test_a_wrong_setting_that_may_hold_a_secret_is_not_repeated(run: Any) -> None:
+    result = run("models", CELERIAC_REDIS_URL="reddis://:secret@host")
+    assert result.exit_code == 1
+    assert "CELERIAC_REDIS_URL is wrong" in result.output
+    assert "secret" not in result.output
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    assert cli.explain(KeyError("x")) is None
+
+
+def test_flower_stays_on_this_machine_unless_it_asks_for_a_password(run: Any) -> None:
+    result = run("flower", "--address", "0.0.0.0")
+    assert result.exit_code == 2
+    assert "FLOWER_BASIC_AUTH" in result.output
+
+
+def test_an_empty_prompt_is_refused_before_it_travels(run: Any) -> None:
+    result = run("submit", "  ")
+    assert result.exit_code == 2
+    assert "the prompt is empty" in result.output
+
+
+def test_a_prompt_becomes_a_chat_and_only_given_options_are_sent() -> None:
+    body = cli._job_body(
+        "Hi", model="m", system="Be brief.", complete=False, temperature=0.0, max_tokens=None, seed=None, stop=("\n",)
+    )
+    assert body == {
+        "model": "m",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+        "params": {"temperature": 0.0, "stop": ("\n",)},
+    }
+
+
+def test_complete_sends_the_prompt_as_it_stands() -> None:
+    assert cli._job_body("Once", model="m", system=None, complete=True)["prompt"] == "Once"
+    with pytest.raises(click.UsageError, match="--system belongs to a chat"):
+        cli._job_body("Once", model="m", system="x", complete=True)
+
+
+def test_events_are_read_whatever_their_lines_look_like() -> None:
+    lines = [
+        ": heartbeat",
+        "",
+        "retry: 1000",
+        "id: 7",
+        "event: output.delta",
+        'data: {"text":',
+        'data: "a: b"}',
+        "",
+        'data:{"x": 1}',
+        "",
+        "event: cut.short",
+        'data: {"never": "finished"}',
+    ]
+    events = list(parse_events(lines))
+    assert [(event.name, event.data, event.id) for event in events] == [
+        ("output.delta", {"text": "a: b"}, "7"),
+        ("message", {"x": 1}, None),
+    ]
