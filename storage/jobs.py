@@ -62,6 +62,7 @@ class AcceptOutcome(StrEnum):
 class Accepted:
     job_id: UUID
     outcome: AcceptOutcome
+    created_at: datetime | None = None  # of ACCEPTED, by the database's clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +130,11 @@ def accept(session: Session, new_jobs: Sequence[NewJob], *, max_queued_jobs: int
         return []
     firsts = _first_of_each(new_jobs)
     columns = _columns([new_jobs[place] for place in firsts]) | {"max_queued_jobs": max_queued_jobs}
-    inserted = set(session.execute(sql.ACCEPT, columns).scalars())
-    accepted = {place for place in firsts if new_jobs[place].id in inserted}
+    created_at_by_id: dict[UUID, datetime] = {row.id: row.created_at for row in session.execute(sql.ACCEPT, columns)}
+    accepted = {place for place in firsts if new_jobs[place].id in created_at_by_id}
     outcomes = _outcomes_of_others(session, {p: job for p, job in enumerate(new_jobs) if p not in accepted})
     return [
-        Accepted(job.id, AcceptOutcome.ACCEPTED) if place in accepted else outcomes[place]
+        Accepted(job.id, AcceptOutcome.ACCEPTED, created_at_by_id[job.id]) if place in accepted else outcomes[place]
         for place, job in enumerate(new_jobs)
     ]
 

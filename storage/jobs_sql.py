@@ -80,7 +80,7 @@ counted AS (  -- a tenant back from idle starts level with the active ones: it n
     FROM (SELECT tenant_id, count(*) AS queued FROM inserted GROUP BY tenant_id) change
     WHERE l.tenant_id = change.tenant_id
 )
-SELECT id FROM inserted
+SELECT id, {CLOCK} AS created_at FROM inserted
 """)
 
 # Asked in a second statement, whose snapshot sees the row that our insert ran into.

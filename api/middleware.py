@@ -1,0 +1,117 @@
+"""Around every request, as plain ASGI: an id, figures, a bound on the body, and an opaque 500 for what went wrong.
+
+Plain ASGI because Starlette's BaseHTTPMiddleware puts a task and a queue between a stream and its client.
+"""
+
+import logging
+import secrets
+import time
+
+import orjson
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import error_body, error_response
+from domain.errors import RequestTooLarge
+from observability import (
+    http_request_seconds,
+    http_requests_in_progress,
+    http_requests_total,
+    request_id_context,
+)
+
+log = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499  # for the figures only: nobody is there to read it
+
+
+class RequestContext:
+    """Names the request in its answer, in every log line and in every error; counts it; answers what nobody caught."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = f"req_{secrets.token_hex(12)}"
+        token = request_id_context.set(request_id)
+        answer = _Answer(send, request_id)
+        started = time.perf_counter()
+        http_requests_in_progress.inc()
+        try:
+            await self.app(scope, receive, answer.send)
+        except ClientDisconnect:
+            answer.status = answer.status or CLIENT_CLOSED_REQUEST
+        except Exception:  # an outermost loop: whatever it is, the client gets the one shape and no detail
+            log.exception("request failed", extra={"method": scope["method"], "route": _route_of(scope)})
+            await answer.send_opaque_error()
+        finally:
+            http_requests_in_progress.dec()
+            _count(scope, answer.status or CLIENT_CLOSED_REQUEST, time.perf_counter() - started)
+            request_id_context.reset(token)
+
+
+class _Answer:
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._header = (b"x-request-id", request_id.encode())
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), self._header]
+        await self._send(message)
+
+    async def send_opaque_error(self) -> None:
+        if self.status is not None:
+            return  # half an answer is out: the server closes the connection, and the client sees it is cut
+        body = error_body("server_error", "the server failed; quote the request id when you report it")
+        headers = [(b"content-type", b"application/json")]
+        await self.send({"type": "http.response.start", "status": 500, "headers": headers})
+        await self._send({"type": "http.response.body", "body": orjson.dumps(body)})
+
+
+def _route_of(scope: Scope) -> str:
+    """The path template: a label must not hold ids."""
+    return getattr(scope.get("route"), "path", "unmatched")
+
+
+def _count(scope: Scope, status: int, seconds: float) -> None:
+    route = _route_of(scope)
+    http_requests_total.labels(scope["method"], route, str(status)).inc()
+    http_request_seconds.labels(route).observe(seconds)
+
+
+class BodyLimit:
+    """Refuses bodies beyond `max_body_bytes`: by their announced length at once, else as soon as they pass it."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdigit() and int(announced) > self._max_body_bytes:
+            await error_response(self._too_large(f"is {announced} bytes"))(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def receive_bounded() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise self._too_large(f"goes beyond {self._max_body_bytes} bytes")
+            return message
+
+        await self.app(scope, receive_bounded, send)
+
+    def _too_large(self, size: str) -> RequestTooLarge:
+        return RequestTooLarge(f"the body {size}; at most {self._max_body_bytes} are read, send less")

@@ -1,0 +1,107 @@
+"""Server-sent events: the frames, and a response that keeps a stream alive, bounded, and ended on purpose."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Mapping
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from observability import stream_connections, stream_ends_total
+
+SEND_TIMEOUT_SECONDS = 20.0  # a client that reads nothing for so long is cut; it resumes with its cursor
+RETRY_MILLISECONDS = 1_000
+
+# Without a blank line after it: decoders that remember an id take the blank line for an empty event.
+HEARTBEAT = b": hb\n"
+
+HEADERS = {
+    "cache-control": "no-cache, no-transform",
+    "x-accel-buffering": "no",  # or nginx keeps the stream to itself
+    "content-type": "text/event-stream; charset=utf-8",
+}
+
+
+def frame(event: str, data: Mapping[str, object], *, id: int | None = None, retry: bool = False) -> bytes:
+    """One event. `data` is JSON on one line, so no text in it can end the frame or forge a field."""
+    head = f"retry: {RETRY_MILLISECONDS}\n" if retry else ""
+    head += f"event: {event}\n" if id is None else f"id: {id}\nevent: {event}\n"
+    return head.encode() + b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends the frames of `frames` as they come, and closes them however the stream ends."""
+
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes, None],
+        *,
+        heartbeat_seconds: float,
+        lifetime_seconds: float,
+        draining: asyncio.Event,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """When `draining` is set or the lifetime is over, the stream ends without its terminal event: resume it."""
+        # Not super().__init__(), which would announce the length of an empty body.
+        self.status_code = 200
+        self.background = None
+        self.init_headers({**HEADERS, **(headers or {})})
+        self._frames = frames
+        self._heartbeat_seconds = heartbeat_seconds
+        self._lifetime_seconds = lifetime_seconds
+        self._draining = draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream_connections.inc()
+        gone = asyncio.create_task(_wait_for_disconnect(receive))
+        drained = asyncio.create_task(self._draining.wait())
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            reason = await self._send_frames(send, gone, drained)
+            stream_ends_total.labels(reason).inc()
+            if reason not in ("disconnected", "slow"):
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            stream_connections.dec()
+            for task in (gone, drained):
+                task.cancel()
+            with contextlib.suppress(RuntimeError):
+                await self._frames.aclose()
+
+    async def _send_frames(self, send: Send, gone: "asyncio.Task[None]", drained: "asyncio.Task[bool]") -> str:
+        """Returns why the stream ended."""
+        ends_at = time.monotonic() + self._lifetime_seconds
+        following: asyncio.Task[bytes] | None = None
+        try:
+            while True:
+                following = following or asyncio.ensure_future(anext(self._frames))
+                timeout = min(self._heartbeat_seconds, ends_at - time.monotonic())
+                done, _ = await asyncio.wait(
+                    (following, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+                )
+                if gone in done:
+                    return "disconnected"
+                if drained in done:
+                    return "draining"
+                if time.monotonic() >= ends_at:
+                    return "lifetime"
+                body = HEARTBEAT
+                if following in done:
+                    body, following = following.result(), None
+                async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+        except StopAsyncIteration:
+            return "complete"
+        except TimeoutError:
+            return "slow"
+        finally:
+            if following is not None and not following.done():
+                following.cancel()
+                await asyncio.wait((following,))
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

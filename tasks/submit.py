@@ -1,0 +1,228 @@
+"""The one door for jobs: resolve the model, count the prompt, check the bounds, settle every default, accept, dispatch.
+
+Every API and the command line come through `Submitter.submit`, so a job means the same wherever it came from.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import orjson
+
+from domain.errors import (
+    CeleriacError,
+    ContextLengthExceeded,
+    IdempotencyKeyReused,
+    InvalidRequest,
+    TooManyQueuedJobs,
+)
+from domain.ids import new_id
+from domain.requests import GenerationRequest, SamplingParams
+from observability import jobs_submitted_total, llm_requests_total, prompt_tokens_total
+from settings import Settings
+from storage.jobs import Accepted, AcceptOutcome, NewJob
+from tasks.group_accept import GroupAcceptor
+from tasks.models import ModelView, ModelViews
+from tasks.tokenizing import TokenizingPool
+
+MAX_DEADLINE_AHEAD = timedelta(days=365)
+DEFAULT_MAX_TOKENS = 4_096  # where neither the request nor the model names a number; less where the context ends sooner
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """A job's knobs beside its request."""
+
+    priority: int = 0
+    deadline_at: datetime | None = None
+    start_timeout_seconds: float | None = None
+    run_timeout_seconds: float | None = None
+    result_ttl_seconds: int | None = None  # None: the installation's
+    idempotency_key: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """`job_id` is an earlier job's where the idempotency key was used before for the same request."""
+
+    job_id: UUID
+    is_new: bool
+    new_job: NewJob
+
+
+class Submitter:
+    """Everything between a validated request and a committed job."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        views: ModelViews,
+        acceptor: GroupAcceptor,
+        *,
+        dispatch_soon: Callable[[str], None],
+    ) -> None:
+        """`dispatch_soon(model id)` is called after each accept; it must return at once and never raise."""
+        self._settings = settings
+        self._views = views
+        self._acceptor = acceptor
+        self._dispatch_soon = dispatch_soon
+        self._tokenizing = TokenizingPool()
+
+    async def submit(self, tenant_id: UUID, request: GenerationRequest, options: JobOptions) -> Submitted:
+        """Returns once the job is committed. Raises the CeleriacError that says why not."""
+        view = self._views.get(request.model)
+        try:
+            new_job = await self._prepare(tenant_id, request, options, view)
+            accepted = await self._acceptor.accept(new_job)
+            _raise_refusal(accepted, options)
+        except CeleriacError as exc:
+            jobs_submitted_total.labels(view.spec.id, exc.code).inc()
+            raise
+        jobs_submitted_total.labels(view.spec.id, accepted.outcome.value).inc()
+        is_new = accepted.outcome is AcceptOutcome.ACCEPTED
+        if is_new:
+            llm_requests_total.labels(view.spec.id).inc()
+            prompt_tokens_total.labels(view.spec.id).inc(len(new_job.prompt_token_ids))
+            self._dispatch_soon(view.spec.id)
+        return Submitted(accepted.job_id, is_new, new_job)
+
+    async def _prepare(
+        self, tenant_id: UUID, request: GenerationRequest, options: JobOptions, view: ModelView
+    ) -> NewJob:
+        refuse_impossible_deadline(options)
+        prompt_token_ids = await self._tokenizing.encode(view, request)
+        resolved = resolve_params(request, view, len(prompt_token_ids))
+        assert resolved.max_tokens is not None
+        assert resolved.seed is not None
+        return NewJob(
+            id=new_id(),
+            tenant_id=tenant_id,
+            request=GenerationRequest.model_construct(
+                model=view.spec.id, prompt=request.prompt, messages=request.messages, params=resolved
+            ),
+            prompt_token_ids=prompt_token_ids,
+            model_revision=view.revision,
+            max_tokens=resolved.max_tokens,
+            seed=resolved.seed,
+            max_failures=self._settings.max_failures,
+            result_ttl_seconds=options.result_ttl_seconds or self._settings.result_ttl_seconds,
+            request_hash=request_hash(request, options),
+            idempotency_key=options.idempotency_key,
+            priority=options.priority,
+            deadline_at=options.deadline_at,
+            start_timeout_seconds=options.start_timeout_seconds,
+            run_timeout_seconds=options.run_timeout_seconds,
+            metadata=options.metadata,
+        )
+
+    def close(self) -> None:
+        self._tokenizing.close()
+
+
+def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> SamplingParams:
+    """Every default settled, so that a changed one never changes an accepted job. Raises where a bound is broken."""
+    params = request.params
+    _refuse_unknown_tokens(params, view)
+    if params.n > view.spec.max_num_seqs:
+        raise InvalidRequest(
+            f"params.n is {params.n} but {view.spec.id} runs {view.spec.max_num_seqs} sequences at once; lower it",
+            param="params.n",
+        )
+    max_tokens = _resolve_max_tokens(request, view, num_prompt_tokens)
+    if params.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"params.min_tokens is {params.min_tokens} but only {max_tokens} tokens may come; lower it",
+            param="params.min_tokens",
+        )
+    defaults, given = view.defaults, params.model_fields_set
+    return params.model_copy(
+        update={
+            "max_tokens": max_tokens,
+            "temperature": defaults.temperature if params.temperature is None else params.temperature,
+            "top_p": defaults.top_p if params.top_p is None else params.top_p,
+            "top_k": defaults.top_k if params.top_k is None else params.top_k,
+            "min_p": params.min_p if "min_p" in given else defaults.min_p,
+            "repetition_penalty": (
+                params.repetition_penalty if "repetition_penalty" in given else defaults.repetition_penalty
+            ),
+            "seed": secrets.randbits(63) if params.seed is None else params.seed,
+        }
+    )
+
+
+def _resolve_max_tokens(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> int:
+    source = "prompt" if request.messages is None else "messages"
+    room = view.max_model_len - num_prompt_tokens
+    holds = f"{view.spec.id} holds {view.max_model_len} tokens, prompt and output together"
+    if num_prompt_tokens == 0:
+        raise InvalidRequest(f"{source} comes to no token at all; send some text", param=source)
+    if room < 1:
+        raise ContextLengthExceeded(
+            f"{source} comes to {num_prompt_tokens} tokens but {holds}; shorten it by at least {1 - room} tokens",
+            param=source,
+        )
+    asked = request.params.max_tokens
+    if asked is not None and asked > room:
+        raise ContextLengthExceeded(
+            f"{source} comes to {num_prompt_tokens} tokens and max_tokens is {asked}, but {holds}; "
+            f"lower max_tokens to {room} or shorten the prompt",
+            param="params.max_tokens",
+        )
+    return asked or min(room, view.defaults.max_new_tokens or DEFAULT_MAX_TOKENS)
+
+
+def _refuse_unknown_tokens(params: SamplingParams, view: ModelView) -> None:
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        highest = max(ids, default=0)
+        if highest >= view.vocab_size:
+            raise InvalidRequest(
+                f"params.{name} names token {highest} but {view.spec.id} has ids 0 to {view.vocab_size - 1}; remove it",
+                param=f"params.{name}",
+            )
+
+
+def refuse_impossible_deadline(options: JobOptions) -> None:
+    if options.deadline_at is None:
+        return
+    now = datetime.now(UTC)
+    if not now < options.deadline_at < now + MAX_DEADLINE_AHEAD:
+        raise InvalidRequest(
+            f"deadline is {options.deadline_at.isoformat()}; name a time to come within {MAX_DEADLINE_AHEAD.days} days",
+            param="deadline",
+        )
+
+
+def request_hash(request: GenerationRequest, options: JobOptions) -> bytes:
+    """What two submissions under one idempotency key must share: all that was asked for, before defaults and seed."""
+    asked = {
+        "model": request.model,
+        "prompt": request.prompt,
+        "messages": request.messages and [(message.role, message.content) for message in request.messages],
+        "params": request.params.model_dump(mode="json"),
+        "options": [
+            options.priority,
+            options.deadline_at,
+            options.start_timeout_seconds,
+            options.run_timeout_seconds,
+            options.result_ttl_seconds,
+            options.metadata,
+        ],
+    }
+    return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
+
+
+def _raise_refusal(accepted: Accepted, options: JobOptions) -> None:
+    if accepted.outcome is AcceptOutcome.KEY_REUSED:
+        raise IdempotencyKeyReused(
+            "this idempotency key came before with another request; send the same request again or use a new key",
+            param="idempotency_key",
+        )
+    if accepted.outcome is AcceptOutcome.TOO_MANY_QUEUED:
+        raise TooManyQueuedJobs(
+            "your queue is full: as many jobs as you may have are waiting; retry when some are done",
+            retry_after_seconds=5,
+        )

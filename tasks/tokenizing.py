@@ -1,0 +1,73 @@
+"""Prompts to token ids off the event loop: bounded in length, in time and in how many wait."""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from domain.errors import ContextLengthExceeded, ServerOverloaded
+from domain.requests import GenerationRequest
+from observability import tokenize_seconds
+from tasks.models import ModelView
+
+# Ordinary text has three to five characters a token. More than this many cannot fit the context, so the tokenizer is
+# spared the attempt; what it does get takes well under a second at its worst.
+MAX_CHARS_PER_TOKEN = 16
+INLINE_CHARS = 2_000  # a third of a millisecond of tokenizer: less than two thread switches under load are worth
+NUM_THREADS = 2
+MAX_WAITING = 128
+TIMEOUT_SECONDS = 10.0
+
+
+class TokenizingPool:
+    """Short prompts are tokenized where they are, long ones in a few threads (the tokenizer lets go of the GIL)."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
+        self._num_waiting = 0
+
+    async def encode(self, view: ModelView, request: GenerationRequest) -> list[int]:
+        """Raises ContextLengthExceeded, InvalidRequest (the chat template refuses) or ServerOverloaded."""
+        num_chars = num_prompt_chars(request)
+        refuse_endless_prompt(view, request, num_chars)
+        started = time.perf_counter()
+        ids = view.encode(request) if num_chars <= INLINE_CHARS else await self._encode_in_thread(view, request)
+        tokenize_seconds.labels(view.spec.id).observe(time.perf_counter() - started)
+        return ids
+
+    async def _encode_in_thread(self, view: ModelView, request: GenerationRequest) -> list[int]:
+        if self._num_waiting >= MAX_WAITING:
+            raise ServerOverloaded(f"{MAX_WAITING} long prompts are waiting to be tokenized; retry in a moment")
+        self._num_waiting += 1
+        work = asyncio.get_running_loop().run_in_executor(self._threads, view.encode, request)
+        work.add_done_callback(self._forget)
+        try:
+            return await asyncio.wait_for(asyncio.shield(work), TIMEOUT_SECONDS)
+        except TimeoutError:
+            raise ServerOverloaded(
+                f"the prompt was not tokenized within {TIMEOUT_SECONDS:.0f} s; retry, or shorten it"
+            ) from None
+
+    def _forget(self, work: asyncio.Future[list[int]]) -> None:
+        # A thread cannot be stopped: a prompt given up on keeps its place in the bound until the thread is through.
+        self._num_waiting -= 1
+        if not work.cancelled():
+            work.exception()  # read, so that one nobody waited for is not reported as never retrieved
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def num_prompt_chars(request: GenerationRequest) -> int:
+    if request.messages is not None:
+        return sum(len(message.content) for message in request.messages)
+    return len(request.prompt or "")
+
+
+def refuse_endless_prompt(view: ModelView, request: GenerationRequest, num_chars: int) -> None:
+    bound = view.max_model_len * MAX_CHARS_PER_TOKEN
+    if num_chars > bound:
+        raise ContextLengthExceeded(
+            f"the prompt has {num_chars} characters, but {view.spec.id} holds {view.max_model_len} tokens, prompt and "
+            f"output together; shorten it to far less than {bound} characters",
+            param="prompt" if request.messages is None else "messages",
+        )
