@@ -88,9 +88,11 @@ def _connect_args() -> dict[str, object]:
         "lock_timeout": LOCK_TIMEOUT_SECONDS,
         "idle_in_transaction_session_timeout": IDLE_IN_TRANSACTION_TIMEOUT_SECONDS,
     }
+    # A plan cached while a table was empty would read the whole table for minutes after it filled.
+    planner = "-c plan_cache_mode=force_custom_plan -c jit=off"
     return {
         "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-        "options": " ".join(f"-c {name}={seconds}s" for name, seconds in timeouts.items()),
+        "options": " ".join([planner, *(f"-c {name}={seconds}s" for name, seconds in timeouts.items())]),
         # A peer that vanished without a word is noticed in seconds, not after the kernel's two hours.
         "keepalives_idle": 5,
         "keepalives_interval": 2,

@@ -1,14 +1,17 @@
 """The statements of the job protocol, as text: what `storage/jobs.py` executes.
 
-Each is one statement under READ COMMITTED that names the status it starts from, so a row that moved meanwhile is left
-alone. Shared rules:
+Each is one statement under READ COMMITTED that names the status it starts from and judges it on the locked row, so a
+row that moved meanwhile is left alone. Shared rules:
 
+- `pick` locks the rows that qualify, in order of id or skipping locked ones; what follows touches only these.
 - A statement that moves jobs has a CTE `moved(id, tenant_id, queued, running, charge)`, the change it makes to the
   tenant's counters, and ends in COUNTED, which applies it. Locks are taken on job rows first and then on tenant_load in
   the order of tenant_id (accept has no older job row to lock), so that no two statements wait for each other.
 - Fairness charges a job's `cost` at its first claim and corrects it to the tokens it really took when it ends.
 - `statement_timestamp()`, not `now()`: a lease must not be shorter for a transaction that was open a while.
-- unnest() is MATERIALIZED: inlined beside a partial index it became a quadratic join.
+- The planner must not come to compare each of n ids with each of m queued or running rows, which it does where stale
+  statistics say that there are next to none: unnest() is MATERIALIZED, locked rows are found by id alone, and where a
+  status must be named beside a join it is spelt so that no partial index offers itself (RUNNING).
 """
 
 # ruff: noqa: S608  (only constants of this module are put into the text; values are bound)
@@ -16,6 +19,7 @@ alone. Shared rules:
 from sqlalchemy import text
 
 CLOCK = "statement_timestamp()"
+RUNNING = "j.status || '' = 'in_progress'"
 
 COUNTED = """
 change AS (
@@ -123,16 +127,23 @@ def _ranked(condition: str) -> str:
     )"""
 
 
+def _locked_in_order(condition: str, *, limit: str) -> str:
+    """`pick(id, place)`: the first of `ranked` that nobody else holds and that still meet `condition`, locked."""
+    return f"""
+pick AS MATERIALIZED (
+    SELECT j.id, r.place FROM (SELECT id, place FROM ranked ORDER BY place) r
+    CROSS JOIN LATERAL (SELECT * FROM jobs WHERE jobs.id = r.id FOR NO KEY UPDATE SKIP LOCKED) j
+    WHERE {condition} LIMIT {limit}
+)"""
+
+
 DISPATCH = text(f"""
 WITH {_ranked(DUE)},
-pick AS MATERIALIZED (
-    SELECT j.id, ranked.place FROM ranked JOIN jobs j USING (id)
-    WHERE {DUE} ORDER BY ranked.place LIMIT :room FOR NO KEY UPDATE OF j SKIP LOCKED
-),
+{_locked_in_order(DUE, limit=":room")},
 dispatched AS (  -- due again by itself, should the message be lost: after 15, 30, 60, 120 s, give or take a fifth
     UPDATE jobs j SET num_dispatches = num_dispatches + 1, dispatch_at = {CLOCK}
         + make_interval(secs => 15 * power(2, least(num_dispatches, 3)) * (0.8 + 0.4 * random()))
-    FROM pick WHERE j.id = pick.id AND j.status = 'queued' RETURNING j.id, pick.place
+    FROM pick WHERE j.id = pick.id RETURNING j.id, pick.place
 )
 SELECT id FROM dispatched ORDER BY place
 """)
@@ -148,7 +159,7 @@ claimed AS (
         started_at = coalesce(j.started_at, {CLOCK}),
         deadline_at = CASE WHEN j.attempt = 0 AND j.run_timeout_seconds IS NOT NULL
             THEN least(j.deadline_at, {CLOCK} + make_interval(secs => j.run_timeout_seconds)) ELSE j.deadline_at END
-    FROM pick WHERE j.id = pick.id AND j.status = 'queued' RETURNING j.*, pick.place
+    FROM pick WHERE j.id = pick.id RETURNING j.*, pick.place
 ),
 moved AS (
     SELECT id, tenant_id, -1 AS queued, 1 AS running, CASE WHEN attempt = 1 THEN cost ELSE 0 END AS charge FROM claimed
@@ -169,14 +180,7 @@ pick AS MATERIALIZED (
 )""")
 )
 
-CLAIM_NEXT = text(
-    f"WITH {_ranked(CLAIMABLE)},"
-    + _claimed(f"""
-pick AS MATERIALIZED (
-    SELECT j.id, ranked.place FROM ranked JOIN jobs j USING (id)
-    WHERE {CLAIMABLE} ORDER BY ranked.place LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
-)""")
-)
+CLAIM_NEXT = text(f"WITH {_ranked(CLAIMABLE)}," + _claimed(_locked_in_order(CLAIMABLE, limit=":limit")))
 
 CHUNKS_OF = text("""
 SELECT job_id, array_agg(chunk::text ORDER BY sequence_number) AS chunks FROM job_chunks
@@ -198,7 +202,7 @@ held AS (
         num_committed_tokens = j.num_committed_tokens
             + CASE WHEN j.committed_sequence_number = flush.before THEN flush.num_tokens ELSE 0 END,
         lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds)
-    FROM flush WHERE j.id = flush.id AND j.status = 'in_progress' AND j.attempt = flush.attempt
+    FROM flush WHERE j.id = flush.id AND {RUNNING} AND j.attempt = flush.attempt
         AND j.committed_sequence_number IN (flush.before, flush.after)
     RETURNING j.id, j.attempt, j.cancel_requested_at IS NOT NULL AS is_cancel_requested,
         coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline
@@ -226,15 +230,14 @@ WITH ending AS MATERIALIZED (
         AS e(id, attempt, last, status, finish_reason, error, result)
 ),
 pick AS MATERIALIZED (
-    SELECT j.id FROM jobs j JOIN ending USING (id) WHERE j.status = 'in_progress' AND j.attempt = ending.attempt
+    SELECT j.id FROM jobs j JOIN ending USING (id) WHERE {RUNNING} AND j.attempt = ending.attempt
         AND j.committed_sequence_number = ending.last ORDER BY j.id FOR NO KEY UPDATE OF j
 ),
 ended AS (
     UPDATE jobs j SET status = ending.status, finish_reason = ending.finish_reason, error = ending.error::json,
         finished_at = {CLOCK}, prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds),
         lease_owner = NULL, lease_expires_at = NULL
-    FROM pick JOIN ending USING (id) WHERE j.id = pick.id AND j.status = 'in_progress'
-        AND j.attempt = ending.attempt AND j.committed_sequence_number = ending.last
+    FROM pick JOIN ending USING (id) WHERE j.id = pick.id
     RETURNING j.id, j.tenant_id, j.attempt, {CORRECTION} AS charge
 ),
 written AS (
@@ -264,7 +267,7 @@ returned AS (
         available_at = CASE WHEN pick.delay_seconds > 0  -- else its old place in the queue
             THEN {CLOCK} + make_interval(secs => pick.delay_seconds) ELSE j.available_at END,
         dispatch_at = {CLOCK}, num_dispatches = 0
-    FROM pick WHERE j.id = pick.id AND j.status = 'in_progress'
+    FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS correction
 ),
 moved AS (
@@ -301,7 +304,7 @@ REPORT_CRASH = text(
     SELECT j.id, CASE WHEN j.num_suspicions + crash.weight >= 2 THEN 'isolated' ELSE j.lane END AS lane,
         j.num_suspicions + crash.weight AS num_suspicions, {_charged("(j.lane = 'isolated' AND crash.weight > 0)")}
     FROM unnest(CAST(:ids AS uuid[]), CAST(:weights AS int[])) AS crash(id, weight) JOIN jobs j USING (id)
-    WHERE j.status = 'in_progress' AND j.lease_owner = :owner ORDER BY j.id FOR NO KEY UPDATE OF j""")
+    WHERE {RUNNING} AND j.lease_owner = :owner ORDER BY j.id FOR NO KEY UPDATE OF j""")
 )
 
 # The lease is judged on the locked row, not on the one the snapshot saw: a renewal in between wins.
@@ -323,7 +326,7 @@ asked AS (
         status = CASE WHEN j.status = 'queued' THEN 'cancelled' ELSE j.status END,
         finished_at = CASE WHEN j.status = 'queued' THEN {CLOCK} END,
         prune_at = CASE WHEN j.status = 'queued' THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END
-    FROM pick WHERE j.id = pick.id AND j.status IN ('queued', 'in_progress')
+    FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge
 ),
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM asked WHERE status = 'cancelled'),
@@ -339,7 +342,7 @@ WITH pick AS MATERIALIZED (
 expired AS (
     UPDATE jobs j SET status = 'expired', error = CAST(:deadline_error AS json), finished_at = {CLOCK},
         prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
-    FROM pick WHERE j.id = pick.id AND j.status = 'queued'
+    FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge
 ),
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM expired),
