@@ -3,12 +3,13 @@
 Nothing here reaches torch or `gpu_worker`: what runs a GPU task is decided by the worker's own app module.
 """
 
-from celery import Celery
+from celery import Celery, signals
 from kombu import Queue
 
 from domain.catalog import Catalog
+from observability import configure_logging
 from settings import Settings, get_settings
-from tasks.messages import GENERATE, MAINTENANCE_QUEUE, PRIORITY_STEPS
+from tasks.messages import GENERATE, JANITOR_TICK, MAINTENANCE_QUEUE, PRIORITY_STEPS
 
 # A message is in hand for seconds before it is claimed and acked, so an unacked one of a dead worker may return early.
 # The same number in every process: whoever drains a queue or waits for a reply restores by its own.
@@ -78,7 +79,13 @@ _WORKER = {
 def _beat_schedule(settings: Settings) -> dict[str, dict[str, object]]:
     seconds = settings.janitor_interval_seconds
     # Ticks that pile up while no maintenance worker runs are dropped on receipt.
-    return {"janitor": {"task": "celeriac.janitor.tick", "schedule": seconds, "options": {"expires": 10 * seconds}}}
+    return {"janitor": {"task": JANITOR_TICK, "schedule": seconds, "options": {"expires": 10 * seconds}}}
+
+
+@signals.setup_logging.connect
+def _log_as_every_process_does(**_: object) -> None:
+    settings = get_settings()
+    configure_logging(settings.log_level, settings.log_format)
 
 
 app = make_app(get_settings())

@@ -1,0 +1,163 @@
+"""The prefetch batching consumer: Celery's consumer with an exact credit, and manners when the broker goes away.
+
+Messages in hand follow the engine: as many as it could start now, and a small look-ahead beyond, so that a slot that
+frees is filled between two steps. Everything else of Celery (task protocol, events, inspect, revoke) stays stock.
+"""
+
+from time import monotonic
+from typing import Any
+
+from celery import bootsteps
+from celery.app.events import Events
+from celery.events.dispatcher import EventDispatcher
+from celery.utils.log import get_logger
+from celery.worker.consumer import Consumer
+from celery.worker.consumer.tasks import Tasks
+
+from gpu_worker.control import engine_figures
+from tasks.app import VISIBILITY_TIMEOUT_SECONDS
+
+logger = get_logger(__name__)
+
+EVENT_FLUSH_SECONDS = 0.1
+MAX_BUFFERED_EVENTS = 512
+WATCH_SECONDS = 1.0
+MAX_LOOKAHEAD_SECONDS = 2.0  # how long a delivery may wait here while another worker has free slots
+STALL_SECONDS = 10.0  # a healthy consumer with credit looks into its queue every second
+
+
+class BatchingEventDispatcher(EventDispatcher):
+    """Task events leave in batches, and a batch that could not be sent is kept for the next connection."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.buffer_limit = MAX_BUFFERED_EVENTS
+
+    def flush(self, errors: bool = True, groups: bool = True) -> None:
+        if errors and self._outbound_buffer:
+            super().flush(errors=True, groups=False)
+        if groups:
+            with self.mutex:
+                for group in [name for name, events in self._group_buffer.items() if events]:
+                    # A list of its own: stock empties the list that a failed publish has just put aside.
+                    self._publish(self._group_buffer.pop(group), self.producer, f"{group}.multi")
+
+    def set_aside(self, exc: Exception) -> None:
+        """The connection broke: what was not sent yet goes out by the next dispatcher."""
+        for group in [name for name, events in self._group_buffer.items() if events]:
+            self._outbound_buffer.append((self._group_buffer.pop(group), f"{group}.multi", exc))
+
+
+class EngineEvents(Events):
+    """Celery's events of this app, sent in batches."""
+
+    dispatcher_cls = "gpu_worker.consumer:BatchingEventDispatcher"
+
+
+class EngineConsumer(Consumer):
+    """Celery's consumer for an EnginePool."""
+
+    def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **options: Any) -> None:
+        # Neighbours share nothing that SQL does not know; without them start and reconnect are a second faster.
+        lonely = dict(worker_options or {}, without_mingle=True, without_gossip=True)
+        super().__init__(*args, worker_options=lonely, **options)
+
+    def on_send_event_buffered(self) -> None:
+        """A timer flushes; stock publishes at every turn of the loop."""
+
+    def flush_events(self) -> None:
+        if self.event_dispatcher is not None and self.event_dispatcher.enabled:
+            self.event_dispatcher.flush()
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Retry every 0.2 to 2 seconds; stock waits 2, 4, 6 up to 30."""
+        ensure = conn.ensure_connection
+
+        def ensure_quickly(errback: Any, max_retries: Any, **options: Any) -> Any:
+            quick = {"interval_start": 0.2, "interval_step": 0.2, "interval_max": 2}
+            return ensure(errback, max_retries, **{**options, **quick})
+
+        conn.ensure_connection = ensure_quickly
+        return super().ensure_connected(conn)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Keep what is in hand: stock requeues it all, and another worker would start it again."""
+        self.pool.detach()
+        if self.event_dispatcher is not None:
+            self.event_dispatcher.set_aside(exc)
+        self.hub.on_tick.clear()  # kombu adds one callback per connection and removes none
+        super().on_connection_error_after_connected(exc)
+
+    def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
+        """Also after `cancel_consumer`: stock then consumes nothing from the next reconnect on (celery #10352)."""
+        super().add_task_queue(queue, *args, **options)
+        self.app.amqp.queues.select_add(self.app.amqp.queues[queue])
+
+
+class EngineStep(bootsteps.StartStopStep):
+    """Ties channel, pool and event loop together, after every connect."""
+
+    requires = (Tasks,)
+
+    def __init__(self, c: EngineConsumer, **options: Any) -> None:
+        super().__init__(c, **options)
+        c.pool.consumer = c
+        c.initial_prefetch_count = c.pool.limit + c.pool.lookahead  # what `inspect stats` shows; `room` decides
+        self._num_claims_seen = 0
+        self._stalled_since: float | None = None
+
+    def start(self, c: EngineConsumer) -> None:
+        channel = c.task_consumer.channel
+        channel.worker_name = c.hostname
+        channel.room = c.pool.room
+        c.pool.attach(channel, c.event_dispatcher)
+
+    def register_with_event_loop(self, c: EngineConsumer, hub: Any) -> None:
+        """Called after every connect: the loop's timers were cleared with the old connection."""
+        channel = c.task_consumer.channel
+        hub.on_tick.add(channel.refill)
+        hub.call_repeatedly(EVENT_FLUSH_SECONDS, c.flush_events)
+        hub.call_repeatedly(VISIBILITY_TIMEOUT_SECONDS / 4, self._keep_in_hand, c)
+        hub.call_repeatedly(WATCH_SECONDS, self._watch, c)
+
+    def info(self, c: EngineConsumer) -> dict[str, Any]:
+        """For `inspect stats`; Flower shows it in the tab "Other"."""
+        return {"engine": engine_figures(c.pool)}
+
+    def _keep_in_hand(self, c: EngineConsumer) -> None:
+        tags = [delivery.tag for delivery in c.pool.in_hand.values()]
+        if tags and c.pool.channel is not None:
+            c.pool.channel.keep_in_hand(tags)
+
+    def _watch(self, c: EngineConsumer) -> None:
+        if c.pool.channel is None:
+            return
+        if c.pool.lost_acks:
+            c.pool.repeat_lost_acks()
+        self._share_lookahead(c)
+        self._notice_a_stall(c)
+
+    def _share_lookahead(self, c: EngineConsumer) -> None:
+        """A delivery must not wait for our slots while somebody else has free ones."""
+        pool = c.pool
+        oldest = next(iter(pool.in_hand.values()), None)
+        is_late = oldest is not None and oldest.age_seconds > MAX_LOOKAHEAD_SECONDS
+        is_wanted = (is_late or pool.is_lookahead_paused) and pool.channel.is_another_hungry()
+        if is_late and is_wanted and pool.room().num_idle == 0:
+            num_given = pool.give_back()
+            logger.info("gave %d deliveries back to a worker with free slots", num_given)
+        pool.is_lookahead_paused = is_wanted  # else we would take them again at once
+
+    def _notice_a_stall(self, c: EngineConsumer) -> None:
+        """Whatever the reason: credit, messages waiting and no look at the queue for long means connect again."""
+        channel = c.pool.channel
+        is_healthy = channel.num_claims != self._num_claims_seen or c.pool.room().credit <= 0
+        self._num_claims_seen = channel.num_claims
+        if is_healthy:
+            self._stalled_since = None
+            return
+        self._stalled_since = self._stalled_since or monotonic()
+        if monotonic() - self._stalled_since < STALL_SECONDS or not channel.num_waiting():
+            return
+        self._stalled_since = None
+        raise ConnectionError(f"{c.hostname} has room but took nothing for {STALL_SECONDS:.0f} s; connecting again")

@@ -1,0 +1,295 @@
+"""kombu's Redis transport with an atomic claim: as many messages as there is room for, in one round trip.
+
+Stock kombu pops a message and writes it down as unacked in two steps; a kill between them loses it. Here one script
+does both. The blocking pop waits on a doorbell that publishers ring in the same pipeline, so nothing that matters is
+ever in a socket. A lost ring, or a message of a publisher that rings no bell, costs at most `brpop_timeout` (one
+second). Keys and formats stay kombu's: stock workers, restore and Flower agree.
+
+Redis keys (`queue` is `ModelSpec.queue`; the lists themselves are described in `tasks/messages.py`)
+| name            | type       | lifetime               | writer                        | reader      |
+|-----------------|------------|------------------------|-------------------------------|-------------|
+| unacked         | hash       | until acked or restored| claim, kombu                  | all workers |
+| unacked_index   | sorted set | until acked or restored| claim, kombu                  | all workers |
+| {queue}:bell    | list       | until the queue is empty| dispatch, give_back          | GPU workers |
+| {queue}:hungry  | string     | two seconds            | a worker with free slots      | GPU workers |
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from queue import Empty
+from time import monotonic, time
+from typing import Any, NamedTuple
+
+from celery.utils.log import get_logger
+from kombu.transport import redis as stock
+from kombu.transport import virtual
+from kombu.utils.json import dumps, loads
+
+from tasks.messages import MAX_RINGS, bell_key, priority_keys
+
+logger = get_logger(__name__)
+
+HUNGRY_SECONDS = 2.0
+
+CLAIM = """
+local limit, num_queues = tonumber(ARGV[1]), tonumber(ARGV[5])
+local first_list, claimed = 3 + 2 * num_queues, {}
+for i = first_list, #KEYS do
+  local queue = ARGV[6 + i - first_list]
+  while #claimed < 2 * limit do
+    local message = redis.call('RPOP', KEYS[i])
+    if not message then break end
+    local ok, tag = pcall(function() return cjson.decode(message).properties.delivery_tag end)
+    if ok and type(tag) == 'string' then
+      redis.call('ZADD', KEYS[2], ARGV[2], tag)
+      redis.call('HSET', KEYS[1], tag, '[' .. message .. ',"",' .. cjson.encode(queue) .. ']')
+    end
+    claimed[#claimed + 1] = queue
+    claimed[#claimed + 1] = message
+  end
+end
+if #claimed < 2 * limit then
+  -- The lists are empty, so rings that are left would wake for nothing.
+  redis.call('DEL', unpack(KEYS, 3, 2 + num_queues))
+  if #claimed / 2 < tonumber(ARGV[3]) then
+    for i = 3 + num_queues, 2 + 2 * num_queues do redis.call('SET', KEYS[i], ARGV[4], 'PX', ARGV[#ARGV]) end
+  end
+end
+return claimed
+"""
+
+GIVE_BACK = """
+local num_given = 0
+for i = 4, #KEYS do
+  local tag, message = ARGV[2 * (i - 4) + 1], ARGV[2 * (i - 4) + 2]
+  redis.call('ZREM', KEYS[2], tag)
+  if redis.call('HDEL', KEYS[1], tag) == 1 then
+    redis.call('RPUSH', KEYS[i], message)
+    redis.call('LPUSH', KEYS[3], 1)
+    num_given = num_given + 1
+  end
+end
+return num_given
+"""
+
+
+class Room(NamedTuple):
+    """What the worker can take now. `num_idle` slots would start a job at once; `credit` counts the look-ahead too."""
+
+    credit: int
+    num_idle: int
+
+
+class ClaimingQoS(stock.QoS):
+    """Unacked messages of one channel, in order of arrival."""
+
+    def can_consume(self) -> bool:
+        # The bell carries no message, so listening needs no credit; `_brpop_start` and `claim` ask for it.
+        return self.channel.room is not None or super().can_consume()
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        if self.channel.is_delivering_claimed:  # the script has written it down already
+            virtual.QoS.append(self, message, delivery_tag)
+        else:
+            super().append(message, delivery_tag)
+
+    def restore_unacked(self, client: Any = None) -> None:
+        """Put everything in hand back at the head, in the order in which it came. Stock reverses the order."""
+        if self.channel.room is None:
+            super().restore_unacked(client)
+            return
+        self.channel.give_back(list(self._delivered))
+        self._delivered.clear()
+
+    @property
+    def num_unacked(self) -> int:
+        return len(self._delivered) - len(self._dirty)
+
+
+class ClaimingChannel(stock.Channel):
+    """A stock channel until `room` is set: then its queues are consumed by atomic claims."""
+
+    QoS = ClaimingQoS
+
+    room: Callable[[], Room] | None = None
+    worker_name = ""
+    has_backlog = True  # there may be messages beyond what was claimed last
+    is_delivering_claimed = False
+    num_claims = 0
+    last_claim_at = 0.0  # monotonic
+    _sync_client: Any = None
+
+    @contextmanager
+    def conn_or_acquire(self, client: Any = None) -> Iterator[Any]:
+        """One client per channel: stock builds a `redis.Redis` for every command, a fifth of the hub's time."""
+        if client is not None:
+            yield client
+            return
+        if self._sync_client is None or self._sync_client.connection_pool is not self.pool:
+            self._sync_client = self._create_client()
+        yield self._sync_client
+
+    def refill(self) -> None:
+        """Claim when credit came back and there may be messages. Called at every turn of the event loop."""
+        if self.has_backlog and self.room is not None and self.room().credit > 0:
+            self.claim()
+
+    def claim(self) -> int:
+        """Move up to the free credit of messages from the queues into our hands; returns how many."""
+        assert self.room is not None
+        room, queues = self.room(), self.active_queues
+        self.has_backlog = room.credit <= 0
+        if room.credit <= 0 or not queues:
+            return 0
+        with self.conn_or_acquire() as client:
+            found = self._claim_script(client)(*self._claim_arguments(room, queues), client=client)
+        self.num_claims += 1
+        self.last_claim_at = monotonic()
+        self.has_backlog = len(found) == 2 * room.credit
+        self._deliver_claimed(found)
+        return len(found) // 2
+
+    def _claim_arguments(self, room: Room, queues: Sequence[str]) -> tuple[list[str], list[Any]]:
+        keys_by_queue = {queue: priority_keys(queue) for queue in queues}
+        num_steps = len(self.priority_steps)
+        # Priority first, then the order of the queues.
+        lists = [(queue, keys_by_queue[queue][step]) for step in range(num_steps) for queue in queues]
+        bells, hungry = [bell_key(queue) for queue in queues], [hungry_key(queue) for queue in queues]
+        keys = [self.unacked_key, self.unacked_index_key, *bells, *hungry, *(key for _, key in lists)]
+        arguments = [room.credit, time(), room.num_idle, self.worker_name, len(queues)]
+        return keys, [*arguments, *(queue for queue, _ in lists), int(HUNGRY_SECONDS * 1000)]
+
+    def _deliver_claimed(self, found: Sequence[bytes]) -> None:
+        self.is_delivering_claimed = True
+        try:
+            for queue, text in zip(found[::2], found[1::2], strict=True):
+                self._deliver_one(queue.decode(), text)
+        finally:
+            self.is_delivering_claimed = False
+
+    def _deliver_one(self, queue: str, text: bytes) -> None:
+        """A message that cannot be delivered is dropped: what it hinted at is in SQL, and its neighbours must go on.
+        (A KeyError would even pass for a connection error and restart the consumer, for ever.)"""
+        tag = None
+        try:
+            message = loads(text)
+            properties = message["properties"]
+            tag = properties["delivery_tag"]
+            properties["delivery_info"] = {**properties.get("delivery_info", {}), "exchange": "", "routing_key": queue}
+            self.connection._deliver(message, queue)
+        except Exception:
+            logger.exception("dropped a message of %d bytes from %s that is no Celery task", len(text), queue)
+            if isinstance(tag, str):
+                self.ack_many([tag])
+
+    def ack_many(self, tags: Sequence[str]) -> None:
+        """Forget these messages, here and in Redis: one round trip, repeatable."""
+        for tag in tags:
+            self.qos._delivered.pop(tag, None)
+        with self.conn_or_acquire() as client, client.pipeline(transaction=True) as pipeline:
+            pipeline.zrem(self.unacked_index_key, *tags).hdel(self.unacked_key, *tags).execute()
+
+    def keep_in_hand(self, tags: Sequence[str]) -> None:
+        """Stamp these messages afresh, so that nobody restores them as abandoned."""
+        now = time()
+        with self.conn_or_acquire() as client:
+            client.zadd(self.unacked_index_key, {tag: now for tag in tags}, xx=True)
+
+    def give_back(self, tags: Sequence[str]) -> int:
+        """Put messages in hand back at the head of their queue, the first of `tags` foremost, and ring for each.
+        Those that Redis no longer lists as ours are skipped. Returns how many went back."""
+        messages = [self.qos._delivered.pop(tag) for tag in tags if tag in self.qos._delivered]
+        if not messages:
+            return 0
+        keys, arguments = [self.unacked_key, self.unacked_index_key, bell_key(_queue_of(messages[0]))], []
+        for message in reversed(messages):  # the last one pushed is the first one popped
+            keys.append(self._q_for_pri(_queue_of(message), self._get_message_priority(message._raw, reverse=False)))
+            arguments += [message.delivery_tag, dumps(_as_redelivered(message._raw))]
+        with self.conn_or_acquire() as client:
+            return int(self._give_back_script(client)(keys, arguments, client=client))
+
+    def is_another_hungry(self) -> bool:
+        """Whether another worker said lately that it has free slots and found the queue empty."""
+        with self.conn_or_acquire() as client:
+            names = client.mget([hungry_key(queue) for queue in self.active_queues])
+        return any(name is not None and name.decode() != self.worker_name for name in names)
+
+    def num_waiting(self) -> int:
+        """Messages in the queues of this channel."""
+        return sum(self._size(queue) for queue in self.active_queues)
+
+    def close(self) -> None:
+        # Stock waits for the pending pop lest its message be lost; ours can lose a ring at most.
+        if self.room is not None:
+            self._in_poll = None
+        super().close()
+
+    # Called by kombu's poller: start waiting, and read what the wait brought.
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        if self.room is None:
+            super()._brpop_start(timeout)
+            return
+        bells = [bell_key(queue) for queue in self.active_queues]
+        if self.room().credit <= 0 or not bells:
+            self.has_backlog = True  # not listening, so anything may have come when credit returns
+            return
+        connection = self.client.connection
+        self._in_poll = connection
+        self._brpop_sent_at = monotonic()
+        connection.send_command("BRPOP", *bells, timeout or self.brpop_timeout or 1)
+
+    def _brpop_read(self, **options: Any) -> bool:
+        if self.room is None:
+            return bool(super()._brpop_read(**options))
+        try:
+            ring = self._read_reply(**options)
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+        if ring and self.room().credit <= 0:
+            self._pass_on(ring[0])
+        elif not self.claim():
+            raise Empty
+        return True
+
+    def _read_reply(self, **options: Any) -> Any:
+        try:
+            return self.client.parse_response(self.client.connection, "BRPOP", **options)
+        except self.connection_errors:
+            self.client.connection.disconnect()  # the next turn of the loop connects again
+            raise
+
+    def _pass_on(self, bell: bytes) -> None:
+        """We heard the bell but can take nothing: wake somebody else."""
+        self.has_backlog = True
+        with self.conn_or_acquire() as client:
+            client.pipeline().lpush(bell, 1).ltrim(bell, 0, MAX_RINGS - 1).execute()
+
+    def _claim_script(self, client: Any) -> Any:
+        if "_claim_registered" not in self.__dict__:
+            self._claim_registered = client.register_script(CLAIM)
+        return self._claim_registered
+
+    def _give_back_script(self, client: Any) -> Any:
+        return client.register_script(GIVE_BACK)
+
+
+class ClaimingTransport(stock.Transport):
+    """Takes the place of kombu's `redis` transport in a GPU worker."""
+
+    Channel = ClaimingChannel
+
+
+def hungry_key(queue: str) -> str:
+    return f"{queue}:hungry"
+
+
+def _queue_of(message: Any) -> str:
+    return str(message.delivery_info["routing_key"])
+
+
+def _as_redelivered(raw: dict[str, Any]) -> dict[str, Any]:
+    raw["headers"]["redelivered"] = True
+    raw["properties"]["delivery_info"]["redelivered"] = True
+    return raw

@@ -1,0 +1,169 @@
+"""Hands queued jobs to Celery: a bounded window of messages per queue, fairest first.
+
+The backlog stays in SQL, where fairness, priority, cancel and deadline are decided late. Called after accept (API, by
+`Dispatcher.nudge`), after finalise (GPU worker) and by the janitor (both by `dispatch`). The commit comes first, the
+push second: what gets lost in between comes due again by itself, and the janitor sends it.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import redis
+import redis.asyncio
+from redis.exceptions import RedisError
+from sqlalchemy import bindparam, func, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.catalog import Catalog, ModelSpec
+from settings import Settings
+from storage import jobs
+from storage.tables import Worker
+from tasks.messages import (
+    MAX_RINGS,
+    bell_key,
+    generate_message,
+    priority_key,
+    priority_keys,
+    revoke_channel,
+    revoke_message,
+)
+
+logger = logging.getLogger(__name__)
+
+BROKER_DEADLINE_SECONDS = 0.5
+LIVE_SECONDS = 15  # a worker not seen for so long counts for nothing
+
+_LIVE_SLOTS = select(func.coalesce(func.sum(Worker.max_num_seqs), 0)).where(
+    Worker.model == bindparam("model"),
+    Worker.is_draining.is_(False),
+    Worker.seen_at > func.now() - timedelta(seconds=LIVE_SECONDS),
+)
+
+
+def room(settings: Settings, *, num_live_slots: int, num_waiting: int) -> int:
+    """How many more messages a queue may hold: enough that no slot waits for a dispatch, few enough to decide late."""
+    window = max(settings.dispatch_window_min, math.ceil(settings.dispatch_window_factor * num_live_slots))
+    return max(window - num_waiting, 0)
+
+
+def dispatch(sessions: sessionmaker[Session], client: redis.Redis, spec: ModelSpec, settings: Settings) -> int:
+    """Fill the window of one model's queue; returns how many jobs were sent. Raises RedisError, SQLAlchemyError."""
+    num_waiting = count_waiting(client, spec.queue)
+    with sessions.begin() as session:
+        job_ids = _mark_dispatched(session, spec, settings, num_waiting)
+    push(client, spec.queue, job_ids)
+    return len(job_ids)
+
+
+def count_waiting(client: redis.Redis, queue: str) -> int:
+    """Messages in the lists of one queue."""
+    pipeline = client.pipeline(transaction=False)
+    for key in priority_keys(queue):
+        pipeline.llen(key)
+    return sum(pipeline.execute())
+
+
+def push(client: redis.Redis, queue: str, job_ids: Sequence[UUID]) -> None:
+    """Send these jobs, the first one foremost, and wake the workers: one round trip."""
+    if job_ids:
+        pipeline = client.pipeline(transaction=True)
+        _push(pipeline, queue, job_ids)
+        pipeline.execute()
+
+
+class Dispatcher:
+    """The API's dispatch: never waited for by a request. At most one runs per model, and one more after it."""
+
+    def __init__(
+        self,
+        sessions: async_sessionmaker[AsyncSession],
+        client: "redis.asyncio.Redis",
+        catalog: Catalog,
+        settings: Settings,
+    ) -> None:
+        self._sessions = sessions
+        self._client = client
+        self._catalog = catalog
+        self._settings = settings
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._running: set[str] = set()
+        self._wanted_again: set[str] = set()
+
+    def nudge(self, model: str) -> None:
+        """Jobs of this model were accepted: fill its window soon. Returns at once and never raises; event loop only."""
+        if model in self._running:
+            self._wanted_again.add(model)
+            return
+        self._running.add(model)
+        self._start(self._dispatch_while_wanted(self._catalog.get(model)))
+
+    def revoke_running(self, job_id: UUID) -> None:
+        """Tell all workers of a cancel that is in SQL already, so that it takes effect within a step rather than at the
+        next chunk commit. Returns at once, best effort; event loop only."""
+        self._start(self._publish_revoke(job_id))
+
+    async def aclose(self) -> None:
+        """Let what has begun end; it is bounded by the deadlines of broker and database."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def dispatch(self, spec: ModelSpec) -> int:
+        """As the function `dispatch`. Also raises TimeoutError, when the broker does not answer in time."""
+        async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
+            pipeline = self._client.pipeline(transaction=False)
+            for key in priority_keys(spec.queue):
+                pipeline.llen(key)
+            num_waiting = sum(await pipeline.execute())
+        async with self._sessions.begin() as session:
+            job_ids = await session.run_sync(_mark_dispatched, spec, self._settings, num_waiting)
+        if job_ids:
+            async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
+                pipeline = self._client.pipeline(transaction=True)
+                _push(pipeline, spec.queue, job_ids)
+                await pipeline.execute()
+        return len(job_ids)
+
+    async def _dispatch_while_wanted(self, spec: ModelSpec) -> None:
+        try:
+            while True:
+                self._wanted_again.discard(spec.id)
+                try:
+                    await self.dispatch(spec)
+                except (RedisError, SQLAlchemyError, OSError, TimeoutError) as exc:
+                    logger.warning("dispatch failed, left to the janitor: %s", type(exc).__name__)
+                if spec.id not in self._wanted_again:
+                    return
+        finally:
+            self._running.discard(spec.id)
+
+    async def _publish_revoke(self, job_id: UUID) -> None:
+        database = int(self._client.connection_pool.connection_kwargs.get("db") or 0)
+        try:
+            async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
+                await self._client.publish(revoke_channel(database), revoke_message([job_id]))
+        except (RedisError, OSError, TimeoutError) as exc:
+            logger.warning("revoke not broadcast, the worker reads it in SQL: %s", type(exc).__name__)
+
+    def _start(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)  # the loop keeps weak references only
+        task.add_done_callback(self._tasks.discard)
+
+
+def _mark_dispatched(session: Session, spec: ModelSpec, settings: Settings, num_waiting: int) -> list[UUID]:
+    num_live_slots = session.scalar(_LIVE_SLOTS, {"model": spec.id}) or 0
+    free = room(settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
+    return jobs.dispatch(session, spec.id, room=free) if free else []
+
+
+def _push(pipeline: Any, queue: str, job_ids: Sequence[UUID]) -> None:
+    """Add the commands to a pipeline, sync or async."""
+    pipeline.lpush(priority_key(queue, 0), *(generate_message(job_id, queue) for job_id in job_ids))
+    pipeline.lpush(bell_key(queue), *[1] * min(len(job_ids), MAX_RINGS))
+    pipeline.ltrim(bell_key(queue), 0, MAX_RINGS - 1)

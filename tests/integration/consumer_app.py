@@ -1,0 +1,188 @@
+"""A GPU worker whose engine side is a small thread: `celery -A tests.integration.consumer_app worker`.
+
+Celery, kombu and Redis are real. `LedgerRunner` stands for JobRunner and SQL together: a claim is the exclusive
+creation of a file, so that one of several workers gets the job, and what happened is written to one ledger.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from celery import signals
+
+from domain.ids import external_id
+from domain.jobs import JobStatus
+from gpu_worker import consumer
+from gpu_worker.app import app, model
+from gpu_worker.job_runner import RunnerEvent, RunnerEventKind, RunnerStats
+from gpu_worker.pool import EnginePool
+from gpu_worker.transport import ClaimingChannel
+
+__all__ = ["app"]
+
+FOLDER = Path(os.environ["CONSUMER_TEST_FOLDER"])
+JOB_SECONDS = float(os.environ.get("CONSUMER_TEST_JOB_SECONDS", "inf"))  # inf: until the test ends the job
+FREEZES_FIRST_CHANNEL = "CONSUMER_TEST_FREEZE" in os.environ
+STEP_SECONDS = 0.002
+
+
+class LedgerRunner:
+    """JobRunner's contract, on files."""
+
+    def __init__(self, *, model: str, owner: UUID, hostname: str, on_event: Callable[[RunnerEvent], None]) -> None:
+        self._hostname = hostname
+        self._on_event = on_event
+        self._lock = threading.RLock()
+        self._offered: dict[UUID, None] = {}
+        self._started_at: dict[UUID, float] = {}
+        self._cancelled: set[UUID] = set()
+        self._is_draining = False
+        self._release_at = float("inf")
+        self._is_stopped = threading.Event()
+        self._max_held = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def offer(self, job_id: UUID) -> None:
+        with self._lock:
+            self._offered[job_id] = None
+            self._max_held = max(self._max_held, len(self._offered) + len(self._started_at))
+
+    def withdraw(self) -> list[UUID]:
+        with self._lock:
+            withdrawn, self._offered = list(self._offered), {}
+            return withdrawn
+
+    def cancel(self, job_id: UUID) -> None:
+        (FOLDER / "cancelled" / external_id(job_id)).touch()
+        with self._lock:
+            self._cancelled.add(job_id)
+
+    def begin_drain(self, *, release_after_seconds: float) -> None:
+        self._is_draining = True
+        self._release_at = time.monotonic() + release_after_seconds
+
+    def resume(self) -> None:
+        self._is_draining, self._release_at = False, float("inf")
+
+    def stop(self, *, release: bool) -> None:
+        self._is_stopped.set()
+        self._thread.join()
+        if release:
+            self._release_all()
+
+    @property
+    def num_free(self) -> int:
+        return 0 if self._is_draining else model.max_num_seqs - len(self._started_at)
+
+    def stats(self) -> RunnerStats:
+        return RunnerStats(
+            max_num_seqs=model.max_num_seqs,
+            num_running=len(self._started_at),
+            num_offered=len(self._offered),
+            is_engine_ready=True,
+            is_draining=self._is_draining,
+            tokens_per_second=0.0,
+            engine={"max_held": self._max_held},
+        )
+
+    def _run(self) -> None:
+        while not self._is_stopped.wait(STEP_SECONDS):
+            with self._lock:
+                self._claim_offered()
+                self._end_due()
+                if time.monotonic() > self._release_at:
+                    self._release_all()
+
+    def _claim_offered(self) -> None:
+        while self._offered and self.num_free > 0:
+            job_id = next(iter(self._offered))
+            del self._offered[job_id]
+            if self._is_claimable(job_id):
+                self._started_at[job_id] = time.monotonic()
+                self._record("claimed", job_id)
+                self._tell(RunnerEventKind.CLAIMED, job_id)
+            else:
+                self._record("dropped", job_id)
+                self._tell(RunnerEventKind.DROPPED, job_id)
+
+    def _is_claimable(self, job_id: UUID) -> bool:
+        if (FOLDER / "cancelled" / external_id(job_id)).exists():
+            return False
+        try:
+            (FOLDER / "owned" / external_id(job_id)).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _end_due(self) -> None:
+        for job_id, started_at in list(self._started_at.items()):
+            seconds = time.monotonic() - started_at
+            status = self._status_after(job_id, seconds)
+            if status is None:
+                continue
+            del self._started_at[job_id]
+            self._record(status, job_id)
+            self._tell(RunnerEventKind.ENDED, job_id, status=status, runtime_seconds=seconds, summary=f"a {status} job")
+
+    def _status_after(self, job_id: UUID, seconds: float) -> JobStatus | None:
+        if job_id in self._cancelled:
+            return JobStatus.CANCELLED
+        wish = FOLDER / "ends" / external_id(job_id)
+        if wish.exists():
+            return JobStatus(wish.read_text() or "completed")
+        return JobStatus.COMPLETED if seconds >= JOB_SECONDS or (FOLDER / "end_all").exists() else None
+
+    def _release_all(self) -> None:
+        for job_id in list(self._started_at):
+            del self._started_at[job_id]
+            (FOLDER / "owned" / external_id(job_id)).unlink()
+            self._record("released", job_id)
+            self._tell(RunnerEventKind.RELEASED, job_id)
+
+    def _record(self, what: str, job_id: UUID) -> None:
+        record(what, external_id(job_id), self._hostname)
+
+    def _tell(self, kind: RunnerEventKind, job_id: UUID, **facts: Any) -> None:
+        self._on_event(RunnerEvent(kind, job_id, **facts))
+
+
+def record(*words: str) -> None:
+    """One line in the ledger; short appends are atomic, also between processes."""
+    with (FOLDER / "ledger").open("a") as ledger:
+        ledger.write(" ".join(words) + "\n")
+
+
+@signals.worker_ready.connect
+def _record_ready(sender: Any, **_: Any) -> None:
+    record("ready", sender.hostname)
+
+
+@app.task(name="test.housekeeping")
+def housekeeping() -> None:
+    """A small task that runs inline on the worker's event loop."""
+    record("housekeeping")
+
+
+def _freeze_first_channel() -> None:
+    """The first channel connects and listens, but never takes a message: what every stalled consumer looks like."""
+    claim = ClaimingChannel.claim
+    frozen: list[ClaimingChannel] = []
+
+    def claim_unless_first(channel: ClaimingChannel) -> int:
+        frozen.append(channel)
+        return 0 if channel is frozen[0] else claim(channel)
+
+    ClaimingChannel.claim = claim_unless_first  # type: ignore[assignment, method-assign]
+    consumer.STALL_SECONDS = 1.5
+
+
+EnginePool.make_runner = LedgerRunner  # type: ignore[assignment]
+if FREEZES_FIRST_CHANNEL:
+    _freeze_first_channel()

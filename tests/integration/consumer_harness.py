@@ -1,0 +1,147 @@
+"""Starts and watches GPU workers of `consumer_app`, and speaks to their broker."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import redis
+from celery import Celery
+
+from domain.ids import external_id, new_id
+from settings import Settings
+from tasks.app import make_app
+from tasks.dispatch import count_waiting, push
+
+ROOT = Path(__file__).resolve().parents[2]
+QUEUE = "celeriac.test-model"
+TIMEOUT_SECONDS = 20.0
+
+
+def wait_until(is_true: Callable[[], Any], what: str, *, seconds: float = TIMEOUT_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds:.0f} s in vain until {what}")
+        time.sleep(0.01)
+
+
+class Plant:
+    """A broker, a ledger and any number of workers. Close it to end the workers."""
+
+    def __init__(self, folder: Path, redis_url: str, *, num_slots: int = 4, lookahead: int = 2) -> None:
+        self.folder = folder
+        self.redis_url = redis_url
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self._lookahead = lookahead
+        self._models_file = folder / "models.toml"
+        self._models_file.write_text(
+            '[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n'
+            f"max_num_seqs = {num_slots}\n"
+        )
+        for name in ("owned", "ends", "cancelled"):
+            (folder / name).mkdir()
+        (folder / "ledger").touch()
+        self.client = redis.Redis.from_url(redis_url, socket_timeout=5)
+        self.app: Celery = make_app(Settings(redis_url=redis_url, models_file=self._models_file))
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+            worker.wait()
+        self.client.close()
+        self.app.close()
+
+    # Workers
+
+    def start_worker(self, name: str = "one", *, wait: bool = True, **variables: object) -> subprocess.Popen[bytes]:
+        """`variables` without their prefix: job_seconds=0.1."""
+        environment = os.environ | {
+            "CELERIAC_REDIS_URL": self.redis_url,
+            "CELERIAC_MODELS_FILE": str(self._models_file),
+            "CELERIAC_LOOKAHEAD": str(self._lookahead),
+            "CELERIAC_DRAIN_SECONDS": str(variables.pop("drain_seconds", 30)),
+            "CONSUMER_TEST_FOLDER": str(self.folder),
+        }
+        environment |= {f"CONSUMER_TEST_{key.upper()}": str(value) for key, value in variables.items()}
+        log = (self.folder / f"{name}.log").open("ab")
+        command = [sys.executable, "-m", "celery", "-A", "tests.integration.consumer_app", "worker"]
+        worker = subprocess.Popen(
+            [*command, "--loglevel=INFO", f"--hostname={name}@test"], cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
+        log.close()
+        self.workers.append(worker)
+        if wait:
+            self._wait_until_ready(worker, name)
+        return worker
+
+    def _wait_until_ready(self, worker: subprocess.Popen[bytes], name: str) -> None:
+        ready = ["ready", f"{name}@test"]
+        wait_until(lambda: worker.poll() is not None or ready in self.ledger(), f"worker {name} is ready")
+        if ready not in self.ledger():
+            raise AssertionError(f"worker {name} ended with {worker.returncode}:\n{self.log(name)}")
+
+    def log(self, name: str = "one") -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def kill(self, worker: subprocess.Popen[bytes]) -> None:
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+
+    # Jobs
+
+    def send(self, num_jobs: int) -> list[UUID]:
+        job_ids = [new_id() for _ in range(num_jobs)]
+        push(self.client, QUEUE, job_ids)
+        return job_ids
+
+    def end(self, job_id: UUID, status: str = "completed") -> None:
+        (self.folder / "ends" / external_id(job_id)).write_text(status)
+
+    def end_all(self) -> None:
+        """Every running job ends now, and every later one at once."""
+        (self.folder / "end_all").touch()
+
+    def ledger(self) -> list[list[str]]:
+        return [line.split() for line in (self.folder / "ledger").read_text().splitlines()]
+
+    def jobs(self, what: str) -> list[str]:
+        """External ids of the jobs this happened to, in order."""
+        return [line[1] for line in self.ledger() if line[0] == what]
+
+    def claims_by_worker(self) -> Counter[str]:
+        return Counter(line[2] for line in self.ledger() if line[0] == "claimed")
+
+    def wait_for(self, what: str, job_ids: Sequence[UUID], *, seconds: float = TIMEOUT_SECONDS) -> None:
+        wanted = {external_id(job_id) for job_id in job_ids}
+        wait_until(lambda: wanted <= set(self.jobs(what)), f"{len(wanted)} jobs are {what}", seconds=seconds)
+
+    # The broker
+
+    def num_waiting(self) -> int:
+        return count_waiting(self.client, QUEUE)
+
+    def num_unacked(self) -> int:
+        num_unacked: Any = self.client.hlen("unacked")
+        return int(num_unacked)
+
+    def is_broker_empty(self) -> bool:
+        return self.num_waiting() == 0 and self.num_unacked() == 0 and self.client.zcard("unacked_index") == 0
+
+    def inspect(self, command: str, name: str = "one", **arguments: Any) -> Any:
+        """One worker's answer to a remote-control command, or None."""
+        answers = self.app.control.broadcast(
+            command, arguments=arguments, destination=[f"{name}@test"], reply=True, timeout=2, limit=1
+        )
+        return answers[0][f"{name}@test"] if answers else None
+
+    def drop_connections(self) -> int:
+        """Cut every connection that workers have to the broker."""
+        names = [client["id"] for client in self.client.client_list() if client["name"] == "celeriac"]
+        return sum(int(self.client.client_kill_filter(_id=identity)) for identity in names)
