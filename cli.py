@@ -2,17 +2,23 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+
     from client import Client
     from settings import Settings
 
 #: Errors that explain themselves: shown as one line, without a traceback. By name, since importing them takes long.
 EXPECTED_ERRORS = frozenset(
-    {"AlreadyUp", "ApiError", "ApiUnreachable", "EmbeddedServerError", "StartFailed", "UnknownSetting"}
+    {"AlreadyUp", "ApiError", "ApiUnreachable", "EmbeddedServerError", "MalformedKey", "StartFailed", "UnknownSetting"}
 )
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
 
@@ -154,6 +160,13 @@ def migrate() -> None:
 
     migrate_database(settings.database_url)
     click.echo("The schema is up to date.")
+    if settings.bootstrap_api_key is not None:
+        from storage import api_keys
+        from storage.tables import DEFAULT_TENANT_ID
+
+        with _session(settings) as session:
+            api_keys.ensure(session, settings.bootstrap_api_key, DEFAULT_TENANT_ID, name="bootstrap")
+        click.echo("The bootstrap key is in place.")
 
 
 # Jobs
@@ -190,13 +203,15 @@ def submit(prompt: str, mode: str, url: str | None, key: str | None, **options: 
 
     The job lives on its own: Ctrl-C or a lost connection ends the watching, not the job.
     """
+    from terminal import follow
+
     text = sys.stdin.read() if prompt == "-" else prompt
     with _client(url, key) as client:
         job = client.submit(_job_body(text, **options))
         if mode == "detach":
             click.echo(job["id"])
             return
-        _follow(client, job["id"], is_live=mode == "stream")
+        sys.exit(follow(client, job["id"], is_live=mode == "stream"))
 
 
 @main.command()
@@ -205,8 +220,10 @@ def submit(prompt: str, mode: str, url: str | None, key: str | None, **options: 
 @connection_options
 def watch(job_id: str, after: str | None, url: str | None, key: str | None) -> None:
     """Print the text of JOB_ID, from its start, as far as it is and as it goes on."""
+    from terminal import follow
+
     with _client(url, key) as client:
-        _follow(client, job_id, is_live=True, starting_after=after)
+        sys.exit(follow(client, job_id, is_live=True, starting_after=after))
 
 
 @main.command()
@@ -248,6 +265,53 @@ def models() -> None:
     show(models_table(Catalog.load(settings.models_file)))
 
 
+@main.group(cls=Commands)
+def keys() -> None:
+    """Make, list and revoke API keys (they count where CELERIAC_AUTH=api_key)."""
+
+
+@keys.command("create")
+@click.option("--name", default="", help="What the key is for.")
+@click.option(
+    "--tenant", default="default", show_default=True, help="Whose jobs it runs; a new name makes a new tenant."
+)
+@click.option("--days", type=click.IntRange(1), help="Valid for so many days.  [default: until revoked]")
+def create_key(name: str, tenant: str, days: int | None) -> None:
+    """Make a key and print it. This is the only time that it is shown."""
+    from datetime import UTC, datetime, timedelta
+
+    from storage import api_keys, tenants
+
+    expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
+    with _session(_settings()) as session:
+        owner = tenants.get_by_name(session, tenant) or tenants.create(session, tenant)
+        click.echo(api_keys.create(session, owner.id, name=name, expires_at=expires_at))
+
+
+@keys.command("list")
+@click.option("--tenant", default="default", show_default=True)
+def list_keys(tenant: str) -> None:
+    """List a tenant's keys, newest first; secrets are not stored and cannot be shown."""
+    from storage import api_keys
+    from terminal import keys_table, show
+
+    with _session(_settings()) as session:
+        show(keys_table(api_keys.list_keys(session, _tenant_id(session, tenant))))
+
+
+@keys.command("revoke")
+@click.argument("key_id")
+@click.option("--tenant", default="default", show_default=True)
+def revoke_key(key_id: str, tenant: str) -> None:
+    """Make a key worthless. KEY_ID is its middle part: sk_<id>_..."""
+    from storage import api_keys
+
+    with _session(_settings()) as session:
+        if not api_keys.revoke(session, key_id, _tenant_id(session, tenant)):
+            raise click.ClickException(f"tenant {tenant} has no live key {key_id}; list them: celeriac keys list")
+    click.echo(f"Key {key_id} is revoked.")
+
+
 # Helpers
 
 
@@ -268,6 +332,30 @@ def _settings() -> "Settings":
         if running and name not in given.model_fields_set and name in running:
             _set(f"CELERIAC_{name.upper()}", running[name])
     return get_settings()
+
+
+@contextmanager
+def _session(settings: "Settings") -> Iterator["Session"]:
+    """One transaction, committed at the end."""
+    from storage.database import open_database, session_factory
+
+    database = open_database(settings.database_url)
+    try:
+        with session_factory(database).begin() as session:
+            yield session
+    finally:
+        database.dispose()
+
+
+def _tenant_id(session: "Session", name: str) -> "UUID":
+    from storage import tenants
+
+    tenant = tenants.get_by_name(session, name)
+    if tenant is None:
+        raise click.ClickException(
+            f"there is no tenant {name}; make it with a key: celeriac keys create --tenant {name}"
+        )
+    return tenant.id
 
 
 def _become_celery(app: str, *arguments: str) -> NoReturn:
@@ -303,21 +391,6 @@ def _default_model() -> str:
     from settings import get_settings
 
     return Catalog.load(get_settings().models_file).default.id
-
-
-def _follow(client: "Client", job_id: str, *, is_live: bool, starting_after: str | None = None) -> None:
-    """Print the job's text, live or at its end. Exits 1 unless it completed."""
-    from terminal import JobPrinter, plain_console
-
-    notes = plain_console(stderr=True)
-    try:
-        printer = JobPrinter(plain_console(), notes, is_live=is_live)
-        end = printer.print_all(client.events(job_id, starting_after=starting_after))
-    except KeyboardInterrupt:
-        notes.print(f"\n{job_id} runs on; see it: celeriac watch {job_id}; end it: celeriac cancel {job_id}")
-        sys.exit(130)
-    if end.name != "job.completed":
-        sys.exit(1)
 
 
 if __name__ == "__main__":

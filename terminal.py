@@ -6,14 +6,17 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
-from client import StreamEvent
+from client import Client, StreamEvent
 from domain.catalog import Catalog
+
+if TYPE_CHECKING:
+    from storage.tables import ApiKey
 
 STYLE_BY_STATUS = {
     "queued": "yellow",
@@ -102,6 +105,18 @@ class JobPrinter:
         self._notes.print(", ".join(parts), style="dim", markup=False)
 
 
+def follow(client: Client, job_id: str, *, is_live: bool, starting_after: str | None = None) -> int:
+    """Print a job's text, live or at its end. Returns the exit code: 0 only for a completed job."""
+    notes = plain_console(stderr=True)
+    printer = JobPrinter(plain_console(), notes, is_live=is_live)
+    try:
+        end = printer.print_all(client.events(job_id, starting_after=starting_after))
+    except KeyboardInterrupt:
+        notes.print(f"\n{job_id} runs on; see it: celeriac watch {job_id}; end it: celeriac cancel {job_id}")
+        return 130
+    return 0 if end.name == "job.completed" else 1
+
+
 def plain_console(*, stderr: bool = False) -> Console:
     """A console that prints what it is given: no wrapping, no highlighting, no markup of other people's text."""
     return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
@@ -133,6 +148,18 @@ def models_table(catalog: Catalog) -> Table:
         table.add_row(
             name, f"{spec.max_model_len} tokens", f"{spec.max_num_seqs} sequences", spec.backend, short_path(spec.path)
         )
+    return table
+
+
+def keys_table(rows: Iterable["ApiKey"]) -> Table:
+    table = Table("id", "name", "made", "state", box=None, pad_edge=False)
+    for row in rows:
+        state = "live"
+        if row.revoked_at is not None:
+            state = f"revoked {row.revoked_at:%Y-%m-%d}"
+        elif row.expires_at is not None:
+            state = f"{'expired' if row.expires_at < datetime.now(UTC) else 'until'} {row.expires_at:%Y-%m-%d}"
+        table.add_row(row.id, row.name, f"{row.created_at:%Y-%m-%d}", state)
     return table
 
 
