@@ -59,6 +59,15 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     return backend
 
 
+def check_length(spec: ModelSpec, model: Any) -> None:
+    """Refuse a context beyond what the model was made for: its positions would be unknown, or all change at once."""
+    max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_positions is not None and spec.max_model_len > max_positions:
+        raise ValueError(
+            f"model {spec.id!r} has max_model_len = {spec.max_model_len} but was made for {max_positions}; lower it"
+        )
+
+
 def eos_token_ids(model: Any) -> frozenset[int]:
     """Every token that ends a text of this model, by its generation config and its config."""
     token_ids: set[int] = set()
@@ -81,11 +90,6 @@ def _load_config(spec: ModelSpec) -> PreTrainedConfig:
             f"model {spec.id!r} brings its own code; set trust_remote_code = true to run it, if you trust it"
         )
     config = AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    max_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if max_positions is not None and spec.max_model_len > max_positions:
-        raise ValueError(
-            f"model {spec.id!r} has max_model_len = {spec.max_model_len} but was made for {max_positions}; lower it"
-        )
     return config
 
 

@@ -26,8 +26,7 @@ KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 #: Keyword arguments that modules pass and attention need not act upon; any other that is set may change the result.
 IGNORED_ARGUMENTS = frozenset({"ctx", "use_cache", "position_ids", "cache_position", "position_embeddings"})
 HONOURED_ARGUMENTS = frozenset(inspect.signature(paged_attention).parameters)
-#: Frequencies that depend on the longest sequence of the pass: one sequence would change its neighbours.
-BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+LONG_ROPE = "longrope"  # frequencies that depend on the longest sequence of the pass: it would change its neighbours
 
 
 class NotPageable(Exception):
@@ -99,11 +98,11 @@ def _check_config(config: Any, max_model_len: int) -> None:
     if unknown:
         raise NotPageable(f"it has layers of type {', '.join(sorted(unknown))}")
     for rope in _rope_parameters(config):
+        if rope.get("rope_type") != LONG_ROPE:
+            continue
         original: int = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if rope.get("rope_type") in BATCH_DEPENDENT_ROPE and max_model_len > original:
-            raise NotPageable(
-                f"its rotary embedding is {rope['rope_type']}: it depends on the longest text in the batch"
-            )
+        if max_model_len > original:
+            raise NotPageable(f"the rotary frequencies of a whole batch change with its longest text beyond {original}")
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
@@ -132,7 +131,9 @@ def _record(
         (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), key.dtype, window
     )
     known = HONOURED_ARGUMENTS | IGNORED_ARGUMENTS
-    ctx.unknown_arguments |= {name for name, given in arguments.items() if name not in known and given is not None}
+    ctx.unknown_arguments |= {
+        name for name, given in arguments.items() if name not in known and given is not None and given is not False
+    }
     num_heads, num_tokens = query.shape[1:3]
     return query.new_zeros(1, num_tokens, num_heads, value.shape[3]), None
 

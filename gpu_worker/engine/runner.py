@@ -5,6 +5,7 @@ replaced (own attention code, recurrent state): one pass per sequence, with a ca
 """
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -128,16 +129,26 @@ class PagedRunner:
         return blocks + [PADDING_BLOCK] * (num_blocks - len(blocks))
 
 
+#: Under which names transformers' models take and return what they remember of a sequence.
+STATE_NAMES = ("past_key_values", "cache_params", "state")
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """What a model remembers of one sequence's first `num_tokens` tokens."""
+
+    num_tokens: int
+    arguments: dict[str, Any]
+
+
 class SequentialRunner:
-    """Correct for any causal language model of transformers, one sequence at a time. Its prompts are not chunked, not
-    shared and not forked: the scheduler is told so."""
+    """Correct for any causal language model of transformers, one sequence at a time, fed as generate() feeds it. Its
+    prompts are not chunked, not shared and not forked: the scheduler is told so."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model = model
         self._device = device
-        self._state_by_sequence: dict[
-            Sequence, tuple[Any, int]
-        ] = {}  # transformers' cache, and how many tokens it holds
+        self._state_by_sequence: dict[Sequence, SequenceState] = {}
 
     def copy_blocks(self, copies: Rows[BlockCopy]) -> None:
         assert not copies
@@ -150,21 +161,29 @@ class SequentialRunner:
 
     @torch.inference_mode()
     def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
-        logits = torch.cat([self._forward(row) for row in rows])
-        drawn = iter(sample(logits, [row.sequence for row in rows]))
-        return [next(drawn) for _ in rows]
+        logits = torch.cat([self._forward(row.sequence) for row in rows])
+        drawn: list[Drawn | None] = [*sample(logits, [row.sequence for row in rows])]
+        return drawn
 
-    def _forward(self, row: ScheduledRow) -> Tensor:
+    def _forward(self, sequence: Sequence) -> Tensor:
         """Logits of the sequence's last token, (1, vocab_size)."""
-        sequence = row.sequence
-        cache, num_held = self._state_by_sequence.pop(sequence, (None, 0))
-        if num_held != sequence.num_computed_tokens:
-            cache, num_held = None, 0  # an earlier try of this step went further than it was allowed to count
-        output = self._model(
-            input_ids=torch.tensor([sequence.token_ids[num_held:]], device=self._device),
-            past_key_values=cache,
+        state = self._state_by_sequence.pop(sequence, None)
+        if state is None or state.num_tokens != sequence.num_computed_tokens:
+            # Nothing remembered, or an earlier try of this step went further than was counted: from the start.
+            state = SequenceState(0, {})
+        num_tokens = len(sequence.token_ids)
+        inputs = self._model.prepare_inputs_for_generation(
+            torch.tensor([sequence.token_ids], device=self._device),
+            attention_mask=torch.ones(1, num_tokens, dtype=torch.int64, device=self._device),
+            position_ids=torch.arange(num_tokens, device=self._device)[None],
+            next_sequence_length=num_tokens - state.num_tokens,
+            is_first_iteration=not state.num_tokens,
             use_cache=True,
+            **state.arguments,
         )
-        self._state_by_sequence[sequence] = (output.past_key_values, len(sequence.token_ids))
+        output = self._model(**inputs)
+        arguments = {name: output[name] for name in STATE_NAMES if output.get(name) is not None}
+        if arguments:
+            self._state_by_sequence[sequence] = SequenceState(num_tokens, arguments)
         logits: Tensor = output.logits[:, -1]
         return logits.float()

@@ -6,14 +6,24 @@ recurrent state) is served by the slower path: one pass per sequence, the same s
 
 import logging
 import os
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from domain.catalog import ModelSpec
 from gpu_worker.engine.admission import ModelLimits
 from gpu_worker.engine.backends import LoadedModel, RecordStep
 from gpu_worker.engine.kv_cache import BlockPool
-from gpu_worker.engine.loading import choose_device, eos_token_ids, load_model, load_tokenizer, set_threads, vocab_size
+from gpu_worker.engine.loading import (
+    check_length,
+    choose_device,
+    eos_token_ids,
+    load_model,
+    load_tokenizer,
+    set_threads,
+    vocab_size,
+)
 from gpu_worker.engine.loop import Engine
 from gpu_worker.engine.probe import LayerShape, NotPageable, probe_layers
 from gpu_worker.engine.runner import PagedRunner, Runner, SequentialRunner
@@ -33,18 +43,8 @@ class TransformersBackend:
         set_threads()
         device = choose_device(spec)
         tokenizer = load_tokenizer(spec)
-        model = load_model(spec, device)
-        limits = ModelLimits(vocab_size(model), spec.max_model_len, eos_token_ids(model))
-        runner: Runner
-        try:
-            shapes = probe_layers(model, spec.max_model_len, device)
-        except NotPageable as exc:
-            log.warning("model runs on the slower path", extra={"model": spec.id, "reason": str(exc)})
-            runner, scheduler = _sequential(spec, model, device)
-        else:
-            runner, scheduler = _paged(spec, model, shapes, device)
-        self._engine = Engine(scheduler=scheduler, runner=runner, tokenizer=tokenizer, limits=limits)
-        pool = scheduler.pool
+        self._engine = build_engine(spec, load_model(spec, device), tokenizer, device)
+        pool = self._engine.scheduler.pool
         self._loaded = LoadedModel(device=str(device), num_cache_tokens=(pool.num_blocks - 1) * pool.block_size)
 
     @property
@@ -68,7 +68,21 @@ class TransformersBackend:
         return self._engine.stats()
 
 
-def _paged(spec: ModelSpec, model: object, shapes: list[LayerShape], device: torch.device) -> tuple[Runner, Scheduler]:
+def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torch.device) -> Engine:
+    """An engine around a model that is loaded already; takes the model over."""
+    check_length(spec, model)
+    limits = ModelLimits(vocab_size(model), spec.max_model_len, eos_token_ids(model))
+    try:
+        shapes = probe_layers(model, spec.max_model_len, device)
+    except NotPageable as exc:
+        log.warning("model runs on the slower path", extra={"model": spec.id, "reason": str(exc)})
+        runner, scheduler = _sequential(spec, model, device)
+    else:
+        runner, scheduler = _paged(spec, model, shapes, device)
+    return Engine(scheduler=scheduler, runner=runner, tokenizer=tokenizer, limits=limits)
+
+
+def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device) -> tuple[Runner, Scheduler]:
     block_size = BLOCK_SIZE_BY_DEVICE[device.type]
     num_blocks = -(-_count_cache_tokens(spec, shapes, device) // block_size) + 1  # and the one that pads tables
     layers = [shape.allocate(num_blocks * block_size, device) for shape in shapes]
@@ -80,7 +94,7 @@ def _paged(spec: ModelSpec, model: object, shapes: list[LayerShape], device: tor
     return PagedRunner(model, layers, block_size, device), scheduler
 
 
-def _sequential(spec: ModelSpec, model: object, device: torch.device) -> tuple[Runner, Scheduler]:
+def _sequential(spec: ModelSpec, model: Any, device: torch.device) -> tuple[Runner, Scheduler]:
     """transformers' caches grow on their own; the pool only counts, so that admission and preemption still work."""
     num_tokens = spec.kv_cache_tokens or spec.max_num_seqs * spec.max_model_len
     pool = BlockPool(-(-num_tokens // 16) + 1, 16, use_prefix_cache=False)

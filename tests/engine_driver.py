@@ -1,0 +1,141 @@
+"""Tiny random models and a hand crank for the engine: what its tests and benches share."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+from domain.catalog import ModelSpec
+from gpu_worker.engine.backends.transformers import build_engine
+from gpu_worker.engine.loop import Engine
+from gpu_worker.frames import AddJob, JobFailed, StepDone
+
+EOS_TOKEN_ID = 0
+VOCAB_SIZE = 320  # the end token, 256 bytes, and some that no text has
+CPU = torch.device("cpu")
+
+torch.set_num_threads(1)  # tiny tensors, and tests run beside each other
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte after the end token 0: any text, and any broken UTF-8, can come out of a random model."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
+    return tokenizer
+
+
+def tiny_llama_config(**changes: Any) -> LlamaConfig:
+    values = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "eos_token_id": EOS_TOKEN_ID,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    return LlamaConfig(**values | changes)
+
+
+def tiny_model(config: PreTrainedConfig | None = None, *, seed: int = 0) -> Any:
+    """Random weights, large enough that the next token is rarely a close call."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config or tiny_llama_config()).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def make_spec(**changes: Any) -> ModelSpec:
+    values = {
+        "id": "tiny",
+        "path": "nowhere",
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "kv_cache_tokens": 2048,
+    }
+    return ModelSpec.model_validate(values | changes)
+
+
+def make_engine(model: Any = None, **spec_changes: Any) -> Engine:
+    return build_engine(make_spec(**spec_changes), model or tiny_model(), byte_tokenizer(), CPU)
+
+
+def make_add(job_id: str, prompt: Sequence[int], **changes: Any) -> AddJob:
+    """A job with greedy decoding; keyword arguments are frame fields where they name one, else sampling parameters."""
+    fields = {name: changes.pop(name) for name in list(changes) if name in AddJob.__struct_fields__}
+    params = {"temperature": 0.0, "top_p": 1.0, "top_k": 0} | changes
+    n = int(params.get("n", 1))
+    defaults: dict[str, Any] = {
+        "attempt": 1,
+        "max_tokens": 16,
+        "seed": 0,
+        "priority": 0,
+        "cache_salt": "",
+        "committed_token_ids": [[] for _ in range(n)],
+        "num_emitted_chars": [0] * n,
+        "finished_indexes": [],
+    }
+    return AddJob(job_id=job_id, prompt_token_ids=list(prompt), params=params, **defaults | fields)
+
+
+@dataclass(slots=True)
+class Finished:
+    """All that came out of one sequence."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: list[dict[str, object]] = field(default_factory=list)
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Collected:
+    sequences: dict[tuple[str, int], Finished] = field(default_factory=dict)
+    failures: dict[str, JobFailed] = field(default_factory=dict)
+
+    def take(self, done: StepDone) -> None:
+        for output in done.outputs:
+            finished = self.sequences.setdefault((output.job_id, output.index), Finished())
+            assert finished.finish_reason is None, "an output after the final one"
+            finished.token_ids += output.token_ids
+            finished.text += output.text
+            finished.finish_reason = output.finish_reason
+            finished.logprobs += output.logprobs or []
+            finished.num_cached_tokens = output.num_cached_tokens
+        self.failures |= {failure.job_id: failure for failure in done.failures}
+
+    def tokens(self, job_id: str, index: int = 0) -> list[int]:
+        return self.sequences[job_id, index].token_ids
+
+
+def step(engine: Engine) -> StepDone:
+    return engine.step(lambda members: None)
+
+
+def run(engine: Engine, commands: Iterable[AddJob]) -> Collected:
+    """Add all jobs at once and step until the engine has nothing left to do."""
+    for command in commands:
+        engine.add(command)
+    collected = Collected()
+    while engine.has_work:
+        collected.take(step(engine))
+    return collected
+
+
+def run_alone(engine: Engine, command: AddJob) -> Finished:
+    """The first sequence of a job that had the engine for itself."""
+    return run(engine, [command]).sequences[command.job_id, 0]
