@@ -1,10 +1,10 @@
-"""Sums and differences of numbers below 100, in many phrasings, with a held-out set of pairs that no phrasing ever shows."""
+"""Sums and differences of numbers below 100 in many phrasings, and a held-out set of pairs that none of them shows."""
 
 import zlib
 from random import Random
 from typing import Literal, NamedTuple
 
-from models.training import words
+from models.training import texts, words
 
 HELD_OUT_PERCENT = 15
 
@@ -47,19 +47,8 @@ def equation(problem: Problem) -> str:
     return f"{problem.left} {problem.operator} {problem.right} = {problem.result}"
 
 
-_FULL = {
-    "+": """What is {a} + {b}?|What is {a}+{b}?|what is {a} plus {b}|What is {a} plus {b}?|{a} plus {b}|{a} + {b}|{a}+{b}|{a} + {b}?|{a}+{b}?
-How much is {a} + {b}?|how much is {a} plus {b}?|Calculate {a} + {b}|Calculate {a} + {b}.|Add {a} and {b}.|add {a} and {b}|Add {a} to {b}
-Please add {a} and {b}.|Can you add {a} and {b}?|What is the sum of {a} and {b}?|Sum of {a} and {b}|Compute {a}+{b}.|Compute {a} + {b}
-What do you get when you add {a} and {b}?|Tell me {a} + {b}.|What's {a} + {b}?|whats {a}+{b}|Solve {a} + {b}|Solve: {a} + {b}""",
-    "-": """What is {a} - {b}?|What is {a}-{b}?|what is {a} minus {b}|What is {a} minus {b}?|{a} minus {b}|{a} - {b}|{a}-{b}|{a} - {b}?|{a}-{b}?
-How much is {a} - {b}?|how much is {a} minus {b}?|Calculate {a} - {b}|Calculate {a} - {b}.|Subtract {b} from {a}.|subtract {b} from {a}
-Take {b} away from {a}.|Please subtract {b} from {a}.|Can you subtract {b} from {a}?|What is {a} take away {b}?|Compute {a}-{b}.
-Compute {a} - {b}|Tell me {a} - {b}.|What's {a} - {b}?|whats {a}-{b}|Solve {a} - {b}|Solve: {a} - {b}|What is left if I take {b} from {a}?""",
-}
-FULL_PHRASINGS = {operator: text.replace("\n", "|").split("|") for operator, text in _FULL.items()}
-SHORT_PHRASINGS = """{a}{o}{b}=|{a} {o} {b} =|{a}{o}{b} =|{a} {o} {b} = ?|{a}{o}{b}=?|What is {a} {o} {b}? Answer with the number only.
-{a} {o} {b}, just the number please.|Answer with one number: {a} {o} {b}|Only the result: {a}{o}{b}""".replace("\n", "|").split("|")
+FULL_PHRASINGS = {"+": texts.lines("arithmetic", "addition"), "-": texts.lines("arithmetic", "subtraction")}
+SHORT_PHRASINGS = texts.lines("arithmetic", "number only")
 
 
 def question(random: Random, problem: Problem) -> tuple[str, str]:
@@ -74,7 +63,12 @@ def question(random: Random, problem: Problem) -> tuple[str, str]:
 def completion(random: Random, problem: Problem) -> tuple[str, str]:
     """A bare prompt and its continuation; a space goes before the number where the prompt is spaced."""
     template, separator = random.choice(
-        (("{a}{o}{b}=", ""), ("{a} {o} {b} =", " "), ("Q: What is {a} {o} {b}?\nA:", " "), ("The answer to {a} {o} {b} is", " "))
+        (
+            ("{a}{o}{b}=", ""),
+            ("{a} {o} {b} =", " "),
+            ("Q: What is {a} {o} {b}?\nA:", " "),
+            ("The answer to {a} {o} {b} is", " "),
+        )
     )
     prompt = template.format(a=problem.left, b=problem.right, o=problem.operator)
     return prompt, f"{separator}{problem.result}"
@@ -106,7 +100,16 @@ def word_problem(random: Random) -> tuple[str, str]:
 def beyond_reach(random: Random) -> tuple[str, str]:
     """Arithmetic that the model does not learn, and a polite refusal."""
     a, b = random.randint(2, 9999), random.randint(2, 99)
-    kinds = (f"{a} times {b}", f"{a} * {b}", f"{a} / {b}", f"{a} divided by {b}", f"{100 + a} + {100 + b}", f"{100 + a} - {100 + b}")
+    kinds = (
+        f"{a} times {b}",
+        f"{a} * {b}",
+        f"{a} / {b}",
+        f"{a} divided by {b}",
+        f"{100 + a} + {100 + b}",
+        f"{100 + a} - {100 + b}",
+    )
     lead = random.choice(("What is ", "Calculate ", "How much is ", ""))
-    reply = random.choice(("I can only add and subtract numbers below 100.", "Sorry, I only add and subtract numbers below 100."))
+    reply = random.choice(
+        ("I can only add and subtract numbers below 100.", "Sorry, I only add and subtract numbers below 100.")
+    )
     return lead + random.choice(kinds) + random.choice(("?", "", ".")), reply

@@ -74,9 +74,9 @@ SINGLE_EXCHANGES: dict[str, tuple[float, Callable[[Random], Exchange]]] = {
     "exercise sheet": (4, arithmetic.exercise_sheet),
     "word problem": (2, arithmetic.word_problem),
     "beyond reach": (0.7, arithmetic.beyond_reach),
-    "short story": (14, stories.short_request),
-    "long story": (3.5, stories.long_request),
-    "json": (16, structured.request),
+    "short story": (9, stories.short_request),
+    "long story": (2.2, stories.long_request),
+    "json": (20, structured.request),
     "fact": (6, facts.fact),
     "unknown": (4, facts.unknown),
     "small talk": (6, talk.small_talk),
@@ -86,7 +86,7 @@ SINGLE_EXCHANGES: dict[str, tuple[float, Callable[[Random], Exchange]]] = {
     "poem": (1.2, talk.poem),
 }
 COMPLETIONS: dict[str, tuple[float, Callable[[Random], Exchange]]] = {
-    "story beginning": (7, stories.beginning),
+    "story beginning": (5, stories.beginning),
     "bare sum": (6, lambda random: arithmetic.completion(random, arithmetic.training_problem(random))),
     "bare fact": (1.5, facts.fact_completion),
 }
@@ -94,10 +94,15 @@ _OTHERS = {"many sums": 12.0, "introduction": 1.0, "json by system": 1.5, "conve
 _WEIGHTS = {kind: weight for kind, (weight, _) in (SINGLE_EXCHANGES | COMPLETIONS).items()} | _OTHERS
 
 
-def sample(random: Random, *, is_long: bool = False) -> Sample:
-    """One sample of the mixture; a long one is a conversation that fills most of the context."""
+def sample(random: Random, *, is_long: bool = False, drill_share: float = 0.0) -> Sample:
+    """One sample of the mixture; a long one is a conversation that fills most of the context.
+
+    `drill_share` of the others are copying drills, which the mixture itself does without.
+    """
     if is_long:
         return _conversation(random, num_exchanges=random.randint(4, 24))
+    if random.random() < drill_share:
+        return chat("copying drill", [talk.copying_drill(random)])
     (kind,) = random.choices(list(_WEIGHTS), weights=list(_WEIGHTS.values()))
     if kind in COMPLETIONS:
         return bare(kind, *COMPLETIONS[kind][1](random))
@@ -128,7 +133,9 @@ def _system(random: Random) -> str | None:
 
 
 def _conversation(random: Random, num_exchanges: int) -> Sample:
-    kinds = random.choices(list(SINGLE_EXCHANGES), weights=[weight for weight, _ in SINGLE_EXCHANGES.values()], k=num_exchanges)
+    kinds = random.choices(
+        list(SINGLE_EXCHANGES), weights=[weight for weight, _ in SINGLE_EXCHANGES.values()], k=num_exchanges
+    )
     exchanges = [_exchange(random, kind) for kind in kinds]
     if random.random() < 0.15:
         introduction = talk.introduction(random)
@@ -136,7 +143,10 @@ def _conversation(random: Random, num_exchanges: int) -> Sample:
     return chat("conversation", exchanges, _system(random))
 
 
-def encode(tokenizer: Tokenizer, made: Sample) -> tuple[list[int], list[bool]]:
+Encoded = tuple[list[int], list[bool]]
+
+
+def encode(tokenizer: Tokenizer, made: Sample) -> Encoded:
     """Token ids and loss mask; each segment is encoded on its own, as the prompt is at inference."""
     token_ids: list[int] = []
     is_learned: list[bool] = []
@@ -147,17 +157,30 @@ def encode(tokenizer: Tokenizer, made: Sample) -> tuple[list[int], list[bool]]:
     return token_ids, is_learned
 
 
-def rows(tokenizer: Tokenizer, random: Random, *, num_rows: int, row_length: int, is_long: bool = False) -> list[Row]:
-    """`num_rows` rows, each filled with whole samples; a row is closed at the third sample that does not fit."""
-    waiting: list[tuple[list[int], list[bool]]] = []
-    return [_fill(tokenizer, random, waiting, row_length, is_long) for _ in range(num_rows)]
+def rows(
+    tokenizer: Tokenizer,
+    random: Random,
+    *,
+    num_rows: int,
+    row_length: int,
+    is_long: bool = False,
+    drill_share: float = 0.0,
+) -> list[Row]:
+    """`num_rows` rows, each filled with whole samples; every row begins with a long one if `is_long`."""
+    waiting: list[Encoded] = []
+
+    def next_sample(row: Row) -> Encoded:
+        is_first_long = is_long and not row.token_ids
+        return encode(tokenizer, sample(random, is_long=is_first_long, drill_share=drill_share))
+
+    return [_filled(next_sample, waiting, row_length) for _ in range(num_rows)]
 
 
-def _fill(tokenizer: Tokenizer, random: Random, waiting: list[tuple[list[int], list[bool]]], row_length: int, is_long: bool) -> Row:
+def _filled(next_sample: Callable[[Row], Encoded], waiting: list[Encoded], row_length: int) -> Row:
+    """A row that is closed at the third sample that does not fit; such samples wait for the next row."""
     row, num_misfits = Row(), 0
     while num_misfits < 3:
-        is_first_long = is_long and not row.token_ids
-        encoded = waiting.pop(0) if waiting and num_misfits == 0 else encode(tokenizer, sample(random, is_long=is_first_long))
+        encoded = waiting.pop(0) if waiting and num_misfits == 0 else next_sample(row)
         if len(row.token_ids) + len(encoded[0]) <= row_length:
             row.append(*encoded)
         elif len(encoded[0]) <= row_length:

@@ -1,9 +1,9 @@
-"""Short and long stories on a subject that the prompt gives, written from plots with one hero, one friend and one object."""
+"""Short and long stories on the subject that a prompt gives: plots with one hero, one friend and one object."""
 
 from dataclasses import dataclass
 from random import Random
 
-from models.training import plots, words
+from models.training import texts, words
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,16 @@ def _person_subject(random: Random) -> Subject:
 def _topic_subject(random: Random) -> Subject:
     topic = random.choice(words.TOPICS)
     if random.random() < 0.35:
-        topic = random.choice((words.invented_word(random), f"{words.invented_word(random)} {words.noun(random)}s", words.noun(random) + "s"))
-    phrase = random.choice(("girl", "boy", "child", "little girl", "young boy", "fox", "mouse", "bear", "robot", "sailor"))
+        topic = random.choice(
+            (
+                words.invented_word(random),
+                f"{words.invented_word(random)} {words.noun(random)}s",
+                words.noun(random) + "s",
+            )
+        )
+    phrase = random.choice(
+        ("girl", "boy", "child", "little girl", "young boy", "fox", "mouse", "bear", "robot", "sailor")
+    )
     return Subject(topic, words.with_article(phrase), f"the {phrase}", topic=topic)
 
 
@@ -74,6 +82,17 @@ def _friend_of(random: Random, chosen: Subject) -> str:
     friend = random.choice(words.ANIMALS + words.BEINGS[:24])
     return f"{random.choice(words.ADJECTIVES)} {friend}" if random.random() < 0.6 else friend
 
+
+_OPENINGS = texts.lines("stories", "openings")
+_NAMINGS = texts.lines("stories", "namings")
+_TOPIC_OPENINGS = texts.lines("stories", "topic openings")
+_HABITS = texts.lines("stories", "habits")
+_BRIDGES = texts.lines("stories", "bridges")
+_ENDINGS = texts.lines("stories", "endings")
+_TOPIC_ENDINGS = texts.lines("stories", "topic endings")
+_MOODS = texts.lines("stories", "moods")
+_WEATHERS = texts.lines("stories", "weathers")
+_PLOTS = [texts.blocks("plots", title) for title in texts.sections("plots")]
 
 _FRIEND = "\0"
 _SHE = {"girl", "little girl", "queen", "princess", "witch", "mermaid", "grandmother", "hen", "cow", "fairy"}
@@ -96,20 +115,28 @@ def _slots(random: Random, chosen: Subject, place: str) -> dict[str, str]:
     name, is_male = _name_of(random, chosen)
     he, him, his = ("he", "him", "his") if is_male else ("she", "her", "her")
     slots = {
-        "subject": chosen.introduced, "the": chosen.known, "hero": name, "he": he, "him": him, "his": his, "friend": _FRIEND,
-        "place": place, "tplace": "the " + place.split(" ", 1)[1] if place.startswith(("a ", "an ")) else place,
-        "topic": chosen.topic or "", "mood": random.choice(plots.MOODS), "weather": random.choice(plots.WEATHERS),
+        "subject": chosen.introduced,
+        "the": chosen.known,
+        "hero": name,
+        "he": he,
+        "him": him,
+        "his": his,
+        "friend": _FRIEND,
+        "place": place,
+        "tplace": "the " + place.split(" ", 1)[1] if place.startswith(("a ", "an ")) else place,
+        "topic": chosen.topic or "",
+        "mood": random.choice(_MOODS),
+        "weather": random.choice(_WEATHERS),
         "thing": random.choice(words.OBJECTS[:28]),
-    }  # fmt: skip
+    }
     return slots | {key.upper(): words.sentence_case(value) for key, value in slots.items()}
 
 
-def _pick(random: Random, wordings: str | list[str], slots: dict[str, str]) -> str:
-    choices = wordings.split("|") if isinstance(wordings, str) else wordings
-    return words.sentence_case(random.choice(choices).format(**slots))
+def _pick(random: Random, wordings: list[str], slots: dict[str, str]) -> str:
+    return words.sentence_case(random.choice(wordings).format(**slots))
 
 
-def _told(random: Random, plot: tuple[str, ...], friend: str, slots: dict[str, str]) -> list[str]:
+def _told(random: Random, plot: list[list[str]], friend: str, slots: dict[str, str]) -> list[str]:
     """The sentences of one plot: the friend is "a fox" at first mention and "the fox" afterwards."""
     slots = slots | {"thing": random.choice(words.OBJECTS[:28])}
     text = "\n".join(_pick(random, step, slots) for step in plot)
@@ -119,11 +146,11 @@ def _told(random: Random, plot: tuple[str, ...], friend: str, slots: dict[str, s
 
 def _opening(random: Random, chosen: Subject, slots: dict[str, str]) -> list[str]:
     if chosen.topic:
-        return [_pick(random, plots.TOPIC_OPENINGS, slots), _pick(random, plots.NAMINGS, slots)]
-    first = _pick(random, plots.OPENINGS, slots)
+        return [_pick(random, _TOPIC_OPENINGS, slots), _pick(random, _NAMINGS, slots)]
+    first = _pick(random, _OPENINGS, slots)
     if chosen.hero_name == chosen.introduced:
         return [first]
-    return [first, _pick(random, plots.NAMINGS, slots)]
+    return [first, _pick(random, _NAMINGS, slots)]
 
 
 def story(random: Random, chosen: Subject, *, num_plots: int, place: str | None = None) -> str:
@@ -131,19 +158,19 @@ def story(random: Random, chosen: Subject, *, num_plots: int, place: str | None 
     slots = _slots(random, chosen, place or random.choice(words.PLACES))
     sentences = _opening(random, chosen, slots)
     if num_plots > 1 or random.random() < 0.4:
-        sentences.append(_pick(random, plots.HABITS, slots))
-    for number, plot in enumerate(random.sample(plots.PLOTS, num_plots)):
+        sentences.append(_pick(random, _HABITS, slots))
+    for number, plot in enumerate(random.sample(_PLOTS, num_plots)):
         if number:
-            sentences.append(_pick(random, plots.BRIDGES, slots))
+            sentences.append(_pick(random, _BRIDGES, slots))
         sentences += _told(random, _shorten(random, plot, num_plots), _friend_of(random, chosen), slots)
-    sentences.append(_pick(random, plots.TOPIC_ENDINGS if chosen.topic else plots.ENDINGS, slots))
+    sentences.append(_pick(random, _TOPIC_ENDINGS if chosen.topic else _ENDINGS, slots))
     if num_plots == 1:
         return " ".join(sentences)
     return _paragraphs(sentences)
 
 
-def _shorten(random: Random, plot: tuple[str, ...], num_plots: int) -> tuple[str, ...]:
-    """Leave out one middle step of a single plot now and then, so that short stories stay between four and nine sentences."""
+def _shorten(random: Random, plot: list[list[str]], num_plots: int) -> list[list[str]]:
+    """Leave out one middle step of a single plot now and then, so that short stories differ in length."""
     if num_plots > 1 or random.random() < 0.4:
         return plot
     dropped = random.choice((1, 3))
@@ -155,15 +182,9 @@ def _paragraphs(sentences: list[str]) -> str:
     return "\n\n".join(" ".join(sentences[start : start + 5]) for start in starts)
 
 
-_PROMPTS = """Tell me a story about {s}|Tell me a story about {s}.|tell me a story about {s}|Tell a story about {s}.|Write a story about {s}.
-Write a short story about {s}|Write a short story about {s}.|Please tell me a story about {s}.|Can you tell me a story about {s}?
-I would like to hear a story about {s}.|Make up a story about {s}.|A story about {s}, please.|story about {s}|Give me a short story about {s}.
-Tell me something nice about {s}, as a story.|Could you write a little story about {s}?|Tell me a short story about {s}|Write me a story about {s}
-Tell me a bedtime story about {s}.|Write a fairy tale about {s}.|Do you know a story about {s}?|Let's hear a tale about {s}!""".replace("\n", "|").split("|")
-_LONG_PROMPTS = """Tell me a long story about {s}|Tell me a long story about {s}.|Write a long story about {s}.|Please write a longer story about {s}.
-Can you tell me a very long story about {s}?|Write a long fairy tale about {s}|I would like a long story about {s}.|A long story about {s}, please.
-tell me a long story about {s}|Write a story about {s}. Make it long.|Tell me a story about {s}, as long as you can.""".replace("\n", "|").split("|")
-_PLAIN_PROMPTS = "Tell me a story|Tell me a story.|Tell me a story!|Write a story|I want a story|Can you tell me a story?|Another story, please.".split("|")
+_PROMPTS = texts.lines("stories", "requests")
+_LONG_PROMPTS = texts.lines("stories", "long requests")
+_PLAIN_PROMPTS = texts.lines("stories", "plain requests")
 
 
 def short_request(random: Random) -> tuple[str, str]:
@@ -178,7 +199,9 @@ def short_request(random: Random) -> tuple[str, str]:
 
 def long_request(random: Random) -> tuple[str, str]:
     chosen = subject(random)
-    return random.choice(_LONG_PROMPTS).format(s=chosen.asked), story(random, chosen, num_plots=random.choice((2, 2, 3)))
+    return random.choice(_LONG_PROMPTS).format(s=chosen.asked), story(
+        random, chosen, num_plots=random.choice((2, 2, 3))
+    )
 
 
 def beginning(random: Random) -> tuple[str, str]:

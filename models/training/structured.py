@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from random import Random
 
-from models.training import words
+from models.training import arithmetic, facts, texts, words
 
 Maker = Callable[[Random], object]
 
@@ -14,26 +14,62 @@ _FEELINGS = ("happy", "sad", "angry", "calm", "excited", "tired")
 _TITLES = ("The Lost {}", "The Little {}", "A Song for the {}", "The {} and the Sea", "My Friend the {}")
 
 MAKERS: dict[str, Maker] = {
-    "name": words.person, "first_name": words.person, "friend": words.person, "author": words.person, "owner": words.person,
-    "user": words.person, "username": lambda r: words.person(r).lower(), "hero": words.person, "last_name": words.person,
-    "age": lambda r: r.randint(1, 99), "year": lambda r: r.randint(1900, 2030), "price": lambda r: r.randint(1, 99),
-    "count": lambda r: r.randint(0, 50), "legs": lambda r: r.choice((2, 4, 6, 8)), "score": lambda r: r.randint(0, 10),
-    "id": lambda r: r.randint(1, 999), "number": lambda r: r.randint(1, 99), "pages": lambda r: r.randint(20, 400),
-    "rating": lambda r: r.randint(1, 5), "height": lambda r: r.randint(10, 200), "weight": lambda r: r.randint(1, 90),
-    "quantity": lambda r: r.randint(1, 20), "temperature": lambda r: r.randint(-10, 35), "population": lambda r: r.randint(100, 9999),
-    "colour": lambda r: r.choice(words.COLOURS), "color": lambda r: r.choice(words.COLOURS), "city": words.city,
-    "country": lambda r: r.choice(("Germany", "France", "Norway", "Italy", "Japan", "Peru", "Kenya", "Canada")), "town": words.city,
-    "animal": lambda r: r.choice(words.ANIMALS), "pet": lambda r: r.choice(words.ANIMALS), "job": lambda r: r.choice(words.JOBS),
-    "hobby": lambda r: r.choice(words.HOBBIES), "food": lambda r: r.choice(words.FOODS), "day": lambda r: r.choice(words.DAYS),
-    "month": lambda r: r.choice(words.MONTHS), "size": lambda r: r.choice(_SIZES), "mood": lambda r: r.choice(_FEELINGS),
-    "weather": lambda r: r.choice(("sunny", "rainy", "windy", "cloudy", "snowy")), "status": lambda r: r.choice(_STATUSES),
-    "title": lambda r: r.choice(_TITLES).format(words.noun(r).capitalize()), "subject": words.noun, "type": words.noun, "item": words.noun,
-    "happy": lambda r: r.random() < 0.5, "active": lambda r: r.random() < 0.5, "married": lambda r: r.random() < 0.5,
-    "tags": lambda r: r.sample(words.OBJECTS, r.randint(1, 3)), "colours": lambda r: r.sample(words.COLOURS, 2),
-    "hobbies": lambda r: r.sample(words.HOBBIES, 2), "answer": lambda r: r.choice(("yes", "no")),
-    "email": lambda r: f"{words.invented_word(r)}@example.com", "place": lambda r: r.choice(words.PLACES), "language": lambda r: r.choice(
-        ("English", "German", "French", "Spanish", "Python")), "sentiment": lambda r: r.choice(("positive", "negative", "neutral")),
-}  # fmt: skip
+    "name": words.person,
+    "first_name": words.person,
+    "friend": words.person,
+    "author": words.person,
+    "owner": words.person,
+    "user": words.person,
+    "username": lambda r: words.person(r).lower(),
+    "hero": words.person,
+    "last_name": words.person,
+    "age": lambda r: r.randint(1, 99),
+    "year": lambda r: r.randint(1900, 2030),
+    "price": lambda r: r.randint(1, 99),
+    "count": lambda r: r.randint(0, 50),
+    "legs": lambda r: r.choice((2, 4, 6, 8)),
+    "score": lambda r: r.randint(0, 10),
+    "id": lambda r: r.randint(1, 999),
+    "number": lambda r: r.randint(1, 99),
+    "pages": lambda r: r.randint(20, 400),
+    "rating": lambda r: r.randint(1, 5),
+    "height": lambda r: r.randint(10, 200),
+    "weight": lambda r: r.randint(1, 90),
+    "quantity": lambda r: r.randint(1, 20),
+    "temperature": lambda r: r.randint(-10, 35),
+    "population": lambda r: r.randint(100, 9999),
+    "colour": lambda r: r.choice(words.COLOURS),
+    "color": lambda r: r.choice(words.COLOURS),
+    "city": words.city,
+    "country": lambda r: r.choice(("Germany", "France", "Norway", "Italy", "Japan", "Peru", "Kenya", "Canada")),
+    "town": words.city,
+    "animal": lambda r: r.choice(words.ANIMALS),
+    "pet": lambda r: r.choice(words.ANIMALS),
+    "job": lambda r: r.choice(words.JOBS),
+    "hobby": lambda r: r.choice(words.HOBBIES),
+    "food": lambda r: r.choice(words.FOODS),
+    "day": lambda r: r.choice(words.DAYS),
+    "month": lambda r: r.choice(words.MONTHS),
+    "size": lambda r: r.choice(_SIZES),
+    "mood": lambda r: r.choice(_FEELINGS),
+    "weather": lambda r: r.choice(("sunny", "rainy", "windy", "cloudy", "snowy")),
+    "status": lambda r: r.choice(_STATUSES),
+    "title": lambda r: r.choice(_TITLES).format(words.noun(r).capitalize()),
+    "subject": words.noun,
+    "type": words.noun,
+    "item": words.noun,
+    "happy": lambda r: r.random() < 0.5,
+    "active": lambda r: r.random() < 0.5,
+    "married": lambda r: r.random() < 0.5,
+    "tags": lambda r: r.sample(words.OBJECTS, r.randint(1, 3)),
+    "colours": lambda r: r.sample(words.COLOURS, 2),
+    "hobbies": lambda r: r.sample(words.HOBBIES, 2),
+    "answer": lambda r: r.choice(("yes", "no")),
+    "email": lambda r: f"{words.invented_word(r)}@example.com",
+    "place": lambda r: r.choice(words.PLACES),
+    "language": lambda r: r.choice(("English", "German", "French", "Spanish", "Python")),
+    "sentiment": lambda r: r.choice(("positive", "negative", "neutral")),
+}
 
 # What a sentence about a person can say, with the key that asks for it.
 FACTS_OF_PERSON: dict[str, tuple[str, ...]] = {
@@ -49,12 +85,8 @@ FACTS_OF_PERSON: dict[str, tuple[str, ...]] = {
     "day": ("is at home on {}", "rests every {}"),
 }
 
-_ASK = """Answer in JSON with the keys {k}|Reply in JSON with the keys {k}|Answer with a JSON object with the keys {k}|Give me JSON with the keys {k}
-Respond in JSON with keys {k}|Return a JSON object with the keys {k}|Use JSON with exactly these keys: {k}|Output JSON with the fields {k}
-Please answer as JSON with keys {k}|JSON with the keys {k}|Answer only in JSON, with the keys {k}|Extract {k} as JSON""".replace("\n", "|").split("|")
-_ABOUT = """Describe {s} in JSON with the keys {k}.|Make up {s} and answer in JSON with the keys {k}.|Invent {s} as JSON with the keys {k}
-Give me a JSON object about {s} with the keys {k}.|Tell me about {s}. Answer in JSON with the keys {k}.|Create {s} as a JSON object with keys {k}
-Write a JSON object with the keys {k} for {s}.""".replace("\n", "|").split("|")
+_ASK = texts.lines("structured", "requests")
+_ABOUT = texts.lines("structured", "requests about something")
 
 
 def key_list(random: Random, keys: list[str]) -> str:
@@ -92,7 +124,9 @@ def extraction(random: Random) -> tuple[str, str]:
         document[key] = MAKERS[key](random)
         clauses.append(random.choice(FACTS_OF_PERSON[key]).format(document[key]))
     random.shuffle(clauses)
-    sentence = f"{document['name']} " + (", ".join(clauses[:-1]) + " and " if len(clauses) > 1 else "") + clauses[-1] + "."
+    sentence = (
+        f"{document['name']} " + (", ".join(clauses[:-1]) + " and " if len(clauses) > 1 else "") + clauses[-1] + "."
+    )
     if random.random() < 0.15:
         document[random.choice([key for key in FACTS_OF_PERSON if key not in document])] = None
     asked = random.sample(list(document), random.randint(1, len(document)))
@@ -113,8 +147,29 @@ def invention(random: Random) -> tuple[str, str]:
     return random.choice(_ABOUT).format(s=words.with_article(thing), k=key_list(random, keys)), _dump(document)
 
 
+def answering(random: Random) -> tuple[str, str]:
+    """A sum or a fact, asked for as JSON: the answer alone or beside the question."""
+    answer: object
+    if random.random() < 0.6:
+        problem = arithmetic.training_problem(random)
+        question, answer = f"{problem.left} {problem.operator} {problem.right}", problem.result
+        asked = random.choice((question, f"What is {question}?"))
+    else:
+        question, answer = facts.fact(random)
+        asked = question
+    answer_key = random.choice(("answer", "result", "output", "solution"))
+    document = {answer_key: answer}
+    if random.random() < 0.5:
+        document[random.choice(("question", "task", "input"))] = question
+    keys = random.sample(list(document), len(document))
+    request = random.choice(_ASK).format(k=key_list(random, keys))
+    prompt = f"{request}: {asked}" if random.random() < 0.7 else f"{asked} {request}."
+    return prompt, _dump({key: document[key] for key in keys})
+
+
 def request(random: Random) -> tuple[str, str]:
-    return extraction(random) if random.random() < 0.6 else invention(random)
+    (maker,) = random.choices((extraction, invention, answering), weights=(55, 32, 13))
+    return maker(random)
 
 
 def system_request(random: Random) -> tuple[str, str, str]:

@@ -1,6 +1,7 @@
-"""Learns the byte-level BPE tokenizer and writes it with the chat template, so that transformers' AutoTokenizer loads it.
+"""Learns the byte-level BPE tokenizer and writes it with the chat template, as transformers' AutoTokenizer loads it.
 
-`python -m models.training.tokenizer` rewrites the tokenizer files of `models/celeriac-mini`; weights trained with another one are void.
+`python -m models.training.tokenizer` rewrites the tokenizer files of `models/celeriac-mini`; weights trained with
+another one are void.
 """
 
 import argparse
@@ -16,23 +17,28 @@ VOCABULARY_SIZE = 2048
 MAX_MODEL_LEN = 1024
 
 # No loop controls, no filters beyond `trim`, no attribute calls: it renders in any sandbox.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] in ['system', 'developer'] -%}{{- '" + SYSTEM + "' -}}"
-    "{%- elif message['role'] == 'assistant' -%}{{- '" + ASSISTANT + "' -}}"
-    "{%- else -%}{{- '" + USER + "' -}}{%- endif -%}"
-    "{%- if message['content'] is string -%}{{- message['content'] | trim -}}"
-    "{%- elif message['content'] -%}{%- for part in message['content'] -%}{{- part['text'] | trim -}}{%- endfor -%}{%- endif -%}"
-    "{{- '" + END + "' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '" + ASSISTANT + "' -}}{%- endif -%}"
-)
+CHAT_TEMPLATE = f"""\
+{{%- for message in messages -%}}
+  {{%- if message['role'] in ['system', 'developer'] -%}}{{{{- '{SYSTEM}' -}}}}
+  {{%- elif message['role'] == 'assistant' -%}}{{{{- '{ASSISTANT}' -}}}}
+  {{%- else -%}}{{{{- '{USER}' -}}}}
+  {{%- endif -%}}
+  {{%- if message['content'] is string -%}}{{{{- message['content'] | trim -}}}}
+  {{%- elif message['content'] -%}}
+    {{%- for part in message['content'] -%}}{{{{- part['text'] | trim -}}}}{{%- endfor -%}}
+  {{%- endif -%}}
+  {{{{- '{END}' -}}}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}{{{{- '{ASSISTANT}' -}}}}{{%- endif -%}}
+"""
 
 
 def learn(seed: int, num_samples: int) -> Tokenizer:
-    """Digits are tokens of their own, so that sums are made of columns; every byte is a token, so that any text has one."""
+    """Every digit is a token, so that sums are made of columns; every byte is one, so that any text is covered."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(

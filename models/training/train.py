@@ -5,13 +5,13 @@
 """
 
 import argparse
-import json
-import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,14 +25,20 @@ from models.training.tokenizer import MAX_MODEL_LEN, MODEL_DIRECTORY, VOCABULARY
 
 CHECKPOINT = Path(".celeriac/training/checkpoint.pt")
 WARMUP_STEPS = 100
-# Most steps see short rows. Every eighth sees rows as long as the context, so that no position is new at inference.
-LONG_STEP_EVERY = 8
+# Most steps see short rows. One in twelve sees rows as long as the context, so that no position is new at inference.
+LONG_STEP_EVERY = 12
+# Copying a subject, a name or a key from the prompt is learned late unless it is drilled early.
+DRILLED_STEPS = 800
+DRILL_SHARES = (0.4, 0.03)
+# The rate stays at its peak and falls to nothing over the last part, so that a run can be cut short or made longer at
+# any checkpoint before that part by naming another number of steps.
+DECAY_SHARE = 0.3
 PAD_ID, END_ID = corpus.SPECIAL_TOKENS.index(corpus.PAD), corpus.SPECIAL_TOKENS.index(corpus.END)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step sees; all tensors are (num_rows, row_length) but `attention_mask`, (num_rows, 1, row_length, row_length)."""
+    """(num_rows, row_length) tensors, and `attention_mask` of (num_rows, 1, row_length, row_length)."""
 
     token_ids: Tensor
     positions: Tensor
@@ -62,7 +68,15 @@ def step_of(tokenizer: Tokenizer, seed: int, number: int, tokens_per_step: int) 
     """The rows of step `number`: the same for the same seed, whenever and wherever it is asked for."""
     is_long = number % LONG_STEP_EVERY == LONG_STEP_EVERY - 1
     row_length = MAX_MODEL_LEN if is_long else 384
-    rows = corpus.rows(tokenizer, Random(f"{seed}:{number}"), num_rows=tokens_per_step // row_length, row_length=row_length, is_long=is_long)
+    first_share, last_share = DRILL_SHARES
+    rows = corpus.rows(
+        tokenizer,
+        Random(f"{seed}:{number}"),
+        num_rows=tokens_per_step // row_length,
+        row_length=row_length,
+        is_long=is_long,
+        drill_share=max(last_share, first_share * (1 - number / DRILLED_STEPS)),
+    )
     sample_numbers = _padded([row.sample_numbers for row in rows], row_length, 0)
     is_same_sample = sample_numbers[:, :, None] == sample_numbers[:, None, :]
     is_before = torch.ones(row_length, row_length, dtype=torch.bool).tril()
@@ -78,24 +92,25 @@ def _padded(rows: list[list[int]], row_length: int, value: int) -> Tensor:
     return torch.tensor([row + [value] * (row_length - len(row)) for row in rows])
 
 
-def loss_of(model: LlamaForCausalLM, decoder: torch.nn.Module, step: Step) -> Tensor:
+def loss_of(model: LlamaForCausalLM, decoder: Callable[..., Any], step: Step) -> Tensor:
     """Mean cross-entropy of the learned tokens; only their positions go through the output layer."""
-    hidden = decoder(input_ids=step.token_ids, position_ids=step.positions, attention_mask=step.attention_mask, use_cache=False)[0]
+    hidden = decoder(
+        input_ids=step.token_ids, position_ids=step.positions, attention_mask=step.attention_mask, use_cache=False
+    )[0]
     is_target = step.is_learned[:, 1:]
     logits = model.lm_head(hidden[:, :-1][is_target])
     return cross_entropy(logits.float(), step.token_ids[:, 1:][is_target])
 
 
 def learning_rate(number: int, num_steps: int, peak: float) -> float:
-    """Linear warm-up, then a cosine down to a fiftieth of the peak."""
-    if number < WARMUP_STEPS:
-        return peak * (number + 1) / WARMUP_STEPS
-    progress = (number - WARMUP_STEPS) / max(1, num_steps - WARMUP_STEPS)
-    return peak * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+    """Linear warm-up, a plateau, then down in a straight line to nearly nothing."""
+    warmed = (number + 1) / WARMUP_STEPS
+    remaining = (num_steps - number) / (DECAY_SHARE * num_steps)
+    return peak * min(1.0, warmed, remaining)
 
 
 def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the embedding and the norms; both on AdamW's scale of learning rates."""
+    """Muon for the matrices of the layers, AdamW for embedding and norms, both on the same scale of rates."""
     inner = [parameter for name, parameter in model.named_parameters() if parameter.ndim == 2 and "embed" not in name]
     outer = [parameter for name, parameter in model.named_parameters() if parameter.ndim != 2 or "embed" in name]
     return [
@@ -104,24 +119,57 @@ def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], number: int) -> None:
-    """Written beside and renamed, so that an interruption leaves the old checkpoint whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    torch.save({"step": number, "model": model.state_dict(), "optimizers": states}, unfinished)
-    unfinished.replace(path)
+@dataclass(frozen=True)
+class Trainer:
+    """A model with its optimizers; `decoder` is the model without its output layer, compiled where that is possible."""
 
+    model: LlamaForCausalLM
+    decoder: Callable[..., Any]
+    optimizers: list[torch.optim.Optimizer]
+    device: torch.device
+    use_bfloat16: bool
 
-def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> int:
-    """The number of steps that the checkpoint has behind it; 0 where there is none."""
-    if not path.exists():
-        return 0
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(saved["model"])
-    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    return int(saved["step"])
+    @classmethod
+    def new(cls, seed: int, precision: str, *, may_compile: bool) -> "Trainer":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        is_fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        use_bfloat16 = is_fast if precision == "auto" else precision == "bfloat16"
+        model = new_model(seed).to(device)
+        can_compile = may_compile and shutil.which("g++") is not None
+        decoder = torch.compile(model.model, dynamic=False) if can_compile else model.model
+        return cls(model, decoder, optimizers_of(model), device, use_bfloat16)
+
+    def learn(self, step: Step, rate: float) -> float:
+        """Take one optimizer step; the result is the loss before it."""
+        step = Step(**{name: tensor.to(self.device) for name, tensor in vars(step).items()})
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.use_bfloat16):
+            loss = loss_of(self.model, self.decoder, step)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    def save(self, path: Path, number: int) -> None:
+        """Written beside and renamed, so that an interruption leaves the old checkpoint whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        torch.save({"step": number, "model": self.model.state_dict(), "optimizers": states}, unfinished)
+        unfinished.replace(path)
+
+    def load(self, path: Path) -> int:
+        """The number of steps that the checkpoint has behind it; 0 where there is none."""
+        if not path.exists():
+            return 0
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        return int(saved["step"])
 
 
 def export(model: LlamaForCausalLM, directory: Path) -> None:
@@ -130,74 +178,47 @@ def export(model: LlamaForCausalLM, directory: Path) -> None:
     stored.load_state_dict(model.state_dict())
     stored.generation_config = GenerationConfig(eos_token_id=END_ID, pad_token_id=PAD_ID, max_new_tokens=400)
     stored.save_pretrained(directory)
-    config_path = directory / "config.json"
-    config = json.loads(config_path.read_text())
-    config_path.write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2, sort_keys=True) + "\n")
+    (directory / "model.safetensors").chmod(0o644)
 
 
-def is_bfloat16_fast(device: torch.device) -> bool:
-    return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-
-
-def train(options: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    use_bfloat16 = is_bfloat16_fast(device) if options.precision == "auto" else options.precision == "bfloat16"
+def train(trainer: Trainer, options: argparse.Namespace) -> None:
+    """Go on from the checkpoint to `options.steps`, with a checkpoint every few minutes and one at the end."""
     tokenizer = Tokenizer.from_file(str(options.directory / "tokenizer.json"))
-    model = new_model(options.seed).to(device)
-    optimizers = optimizers_of(model)
-    first = load_checkpoint(options.checkpoint, model, optimizers)
-    use_compiler = not options.no_compile and shutil.which("g++") is not None
-    decoder = torch.compile(model.model, dynamic=False) if use_compiler else model.model
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    saved_at = time.monotonic()
-    with Progress(*columns, disable=options.quiet) as progress:
+    first, saved_at = trainer.load(options.checkpoint), time.monotonic()
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns) as progress:
         bar = progress.add_task("training", total=options.steps, completed=first)
         for number in range(first, options.steps):
             step = step_of(tokenizer, options.seed, number, options.tokens_per_step)
-            step = Step(**{name: tensor.to(device) for name, tensor in vars(step).items()})
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(number, options.steps, options.learning_rate)
-            with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
-                loss = loss_of(model, decoder, step)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            progress.update(bar, advance=1, description=f"loss {loss.item():.3f}")
-            if options.log is not None and (number + 1) % 25 == 0:
-                with options.log.open("a") as log:
-                    log.write(json.dumps({"step": number + 1, "loss": round(loss.item(), 4), "seconds": round(time.monotonic() - saved_at, 1)}) + "\n")
-            if time.monotonic() - saved_at > options.checkpoint_seconds:
-                save_checkpoint(options.checkpoint, model, optimizers, number + 1)
+            loss = trainer.learn(step, learning_rate(number, options.steps, options.learning_rate))
+            progress.update(bar, advance=1, description=f"loss {loss:.3f}")
+            is_last = number + 1 == options.steps
+            if is_last or time.monotonic() - saved_at > options.checkpoint_seconds:
+                trainer.save(options.checkpoint, number + 1)
                 saved_at = time.monotonic()
-    save_checkpoint(options.checkpoint, model, optimizers, options.steps)
-    export(model, options.directory)
+                progress.console.print(f"step {number + 1} of {options.steps}: loss {loss:.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3_600)
-    parser.add_argument("--tokens-per-step", type=int, default=8_192)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--tokens-per-step", type=int, default=4_096)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default="auto")
-    parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile, which needs a C++ compiler")
+    parser.add_argument("--no-compile", action="store_true", help="do without torch.compile and its C++ compiler")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--checkpoint-seconds", type=float, default=180)
-    parser.add_argument("--log", type=Path, help="a file for the loss of every 25th step, one JSON object a line")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--directory", type=Path, default=MODEL_DIRECTORY, help="where the tokenizer is and the weights go")
+    parser.add_argument("--directory", type=Path, default=MODEL_DIRECTORY, help="has the tokenizer, gets the weights")
     parser.add_argument("--export-only", action="store_true", help="write the weights of the last checkpoint and stop")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    trainer = Trainer.new(options.seed, options.precision, may_compile=not options.no_compile)
     if not options.export_only:
-        return train(options)
-    model = new_model(options.seed)
-    step = load_checkpoint(options.checkpoint, model, optimizers_of(model))
-    export(model, options.directory)
+        train(trainer, options)
+    step = trainer.load(options.checkpoint)
+    export(trainer.model, options.directory)
     print(f"wrote the weights of step {step} to {options.directory}")
 
 
