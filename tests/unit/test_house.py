@@ -1,0 +1,122 @@
+"""The repository keeps its own rules: what the documents say of it is so, and imports go one way."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from settings import PREFIX, ROOT, Settings
+
+README = (ROOT / "README.md").read_text()
+PACKAGES = ("api", "domain", "gpu_worker", "storage", "tasks")
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [Path(line) for line in listed.splitlines() if (ROOT / line).exists()]
+
+
+def readme_block(heading: str) -> str:
+    """The first code block under a heading of the README."""
+    section = README.split(f"\n## {heading}\n")[1]
+    return section.split("```")[1].partition("\n")[2]
+
+
+def tree_of_readme() -> dict[str, str]:
+    """Path -> comment, of the annotated tree; folders end with a slash."""
+    comment_by_path: dict[str, str] = {}
+    folders: list[str] = []
+    for line in readme_block("The tree").splitlines():
+        name, _, comment = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        comment_by_path["".join(folders) + name] = comment.strip()
+        if name.endswith("/"):
+            folders.append(name)
+    return comment_by_path
+
+
+def test_the_readme_tree_has_every_file_with_a_comment() -> None:
+    told = tree_of_readme()
+    files = [path for path in tracked_files() if path.name != "__init__.py" and not path.name.startswith(".")]
+    expected = {str(path) for path in files if len(path.parts) == 1}
+    expected |= {str(path) for path in files if path.parts[0] in PACKAGES and path.suffix == ".py"}
+    missing = sorted(expected - told.keys())
+    gone = sorted(path for path in told if not (ROOT / path).exists())
+    assert not missing, f"add to the tree of README.md: {missing}"
+    assert not gone, f"take out of the tree of README.md: {gone}"
+    assert all(told.values()), f"without a comment: {[path for path, comment in told.items() if not comment]}"
+
+
+def test_every_make_target_and_celeriac_command_of_the_documents_exists() -> None:
+    import cli
+
+    text = "\n".join(
+        path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))
+    )
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = set(cli.main.commands)
+    assert set(re.findall(r"\bmake ([a-z]+)\b(?=`|\n| +#)", text)) <= targets
+    assert set(re.findall(r"(?:`|^ *|/)celeriac ([a-z]+)\b", text, re.MULTILINE)) <= commands
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}, which is not there"
+
+
+def test_the_settings_table_says_what_the_settings_are() -> None:
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    rows = dict(re.findall(rf"^\| `{PREFIX}(\w+)` \| (.+?) \|", operations, re.MULTILINE))
+    assert set(rows) == {name.upper() for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        default = field.default
+        if isinstance(default, Path):
+            default = default.relative_to(ROOT)
+        assert rows[name.upper()] == ("–" if default is None else f"`{default}`"), name
+
+
+#: Names of machines, folders and package hosts have no place in a project that anybody may clone.
+FORBIDDEN = re.compile(
+    "|".join(["/wo" + "rk/", "/tmp/br" + "ief", r"pypi\." + "org", r"download\.pyt" + "orch", "/opt/py" + "pi"])
+)
+
+
+def test_no_file_names_a_machine_or_a_package_host() -> None:
+    for path in tracked_files():
+        if path.suffix in (".safetensors", ".png", ".gz") or (ROOT / path).stat().st_size > 5_000_000:
+            continue
+        found = FORBIDDEN.search((ROOT / path).read_text(errors="replace"))
+        assert found is None, f"{path} names {found[0] if found else ''}"
+
+
+def test_the_contract_against_torch_covers_every_file_beside_the_engine() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = config["tool"]["importlinter"]["contracts"]
+    covered = next(contract["source_modules"] for contract in contracts if contract["type"] == "forbidden")
+    outside = {f"gpu_worker.{path.stem}" for path in (ROOT / "gpu_worker").glob("*.py") if path.stem != "__init__"}
+    assert outside | {"api", "domain", "storage", "tasks"} == set(covered)
+
+
+@pytest.mark.parametrize("name", ["settings", "observability"])
+def test_what_all_may_import_imports_only_domain(name: str) -> None:
+    imported = _imports_of(ROOT / f"{name}.py")
+    assert not imported & ({*PACKAGES} - {"domain"}), "it would close a circle"
+
+
+def test_no_package_imports_a_command() -> None:
+    commands = {path.stem for path in ROOT.glob("*.py")} - {"settings", "observability"}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            assert not _imports_of(path) & commands, path
+
+
+def _imports_of(path: Path) -> set[str]:
+    """The top-level names that a file imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in plain | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}}
