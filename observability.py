@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Literal
 
 from prometheus_client import Counter, Gauge, Histogram
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 job_id_context: ContextVar[str | None] = ContextVar("job_id", default=None)
@@ -90,7 +91,7 @@ def _json_formatter() -> logging.Formatter:
         "{asctime}{levelname}{name}{message}",
         style="{",
         rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
-        exclude_fields=["context"],
+        reserved_attrs=[*RESERVED_ATTRS, "context"],
     )
 
 
