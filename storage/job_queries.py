@@ -15,6 +15,9 @@ from domain.requests import GenerationRequest, GenerationResult
 from storage.jobs_sql import CLOCK
 from storage.tables import Job, JobChunk, JobPayload, JobResult
 
+STREAM_STATES = text("""
+SELECT id, status, attempt, committed_sequence_number FROM jobs WHERE id = ANY(CAST(:ids AS uuid[]))
+""")
 
 QUEUE_FIGURES = text(f"""
 SELECT model, sum(num_queued)::int, sum(num_running)::int, coalesce(max(oldest_seconds), 0)::float8,
@@ -147,9 +150,8 @@ def stream_states(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, Strea
     """Where many streams stand, in one query. A job that is missing was deleted."""
     if not job_ids:
         return {}
-    columns = select(Job.id, Job.status, Job.attempt, Job.committed_sequence_number)
-    rows = session.execute(columns.where(Job.id.in_(job_ids)))
-    return {job_id: StreamState(status, attempt, number) for job_id, status, attempt, number in rows}
+    rows = session.execute(STREAM_STATES, {"ids": list(job_ids)})
+    return {row.id: StreamState(JobStatus(row.status), row.attempt, row.committed_sequence_number) for row in rows}
 
 
 def queue_figures(session: Session) -> dict[str, QueueFigures]:

@@ -1,11 +1,263 @@
 """Live chunks: published by the worker after their commit, read by the API.
 
 Redis keys
-| name                     | type    | lifetime | writer | reader |
-|--------------------------|---------|----------|--------|--------|
-| celeriac:stream:{job_id} | channel | -        | worker | API    |
+| name                     | type    | lifetime | writer                     | reader |
+|--------------------------|---------|----------|----------------------------|--------|
+| celeriac:stream:{job_id} | channel | -        | worker, API, janitor       | API    |
 
-A message is JSON: {"chunk": TokenChunk} or {"status": JobStatus} for a transition.
+A message is JSON: {"chunk": TokenChunk}, or {"status": JobStatus} after a transition, which makes the reader look.
 Pub/sub may lose, repeat or delay anything: the reader subscribes first, replays SQL, goes live, drops repeats and
-fills gaps.
+fills gaps. It emits a chunk only where it is the next one, and a status only as SQL has it.
 """
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Self
+from uuid import UUID
+
+import redis
+from pydantic import BaseModel, ConfigDict, ValidationError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+
+from domain.chunks import TokenChunk
+from domain.jobs import JobStatus
+from storage.job_queries import StreamState, read_chunks, stream_states
+from storage.stream_channels import ChannelListener, channel_of
+
+logger = logging.getLogger(__name__)
+
+MAX_LIVE_CHUNKS = 256  # per stream; a consumer that lags further catches up from SQL
+PAGE = 500
+SILENCE_SECONDS = 1.0
+STORAGE_RETRY_SECONDS = 0.5
+
+Event = TokenChunk | JobStatus
+
+
+@dataclass(frozen=True, slots=True)
+class StatusChange:
+    """`in_progress`: an attempt began; `queued`: it was lost and another will follow; terminal: the last event."""
+
+    status: JobStatus
+    attempt: int
+
+
+class Message(BaseModel):
+    """What is published. Unknown fields are left to later versions."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    chunk: TokenChunk | None = None
+    status: JobStatus | None = None
+
+
+def publish(client: "redis.Redis", events: Iterable[tuple[UUID, Event]]) -> None:
+    """Tell open streams of committed chunks and transitions, all in one round trip. Never before their COMMIT.
+
+    Failing is no error: who misses a message reads SQL a second later. `client` should have short timeouts.
+    """
+    pipeline = client.pipeline(transaction=False)
+    for job_id, event in events:
+        message = Message(chunk=event) if isinstance(event, TokenChunk) else Message(status=event)
+        pipeline.publish(channel_of(job_id), message.model_dump_json(exclude_defaults=True))
+    try:
+        pipeline.execute()
+    except redis.RedisError as exc:
+        logger.warning("live chunks not published: %s", exc)
+
+
+@dataclass(eq=False, slots=True)
+class _Stream:
+    """One consumer of one job's stream: where it is, and what came for it meanwhile."""
+
+    job_id: UUID
+    last: int  # the sequence number emitted last
+    stage: tuple[int, int] = (0, 1)  # (attempt, stage within it), emitted last; see _stage
+    live: deque[TokenChunk] = field(default_factory=deque)
+    is_behind: bool = True  # SQL has, or may have, something that the live queue has not
+    heard_at: float = field(default_factory=monotonic)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def offer(self, chunk: TokenChunk) -> None:
+        if chunk.sequence_number <= self.last:
+            return
+        self.live.append(chunk)
+        if len(self.live) > MAX_LIVE_CHUNKS:
+            self.live.clear()
+            self.is_behind = True
+        self.heard_at = monotonic()
+        self.news.set()
+
+    def look(self) -> None:
+        """Make it read SQL."""
+        self.is_behind = True
+        self.heard_at = monotonic()
+        self.news.set()
+
+    def knows(self, state: StreamState) -> bool:
+        return state.committed_sequence_number <= self.last and _stage(state) <= self.stage
+
+
+class StreamReader:
+    """All streams of this process: one Redis connection, and one query a second for all that are silent. Use as an
+    async context manager."""
+
+    def __init__(
+        self, redis_url: str, sessions: async_sessionmaker[AsyncSession], *, silence_seconds: float = SILENCE_SECONDS
+    ) -> None:
+        self._sessions = sessions
+        self._silence_seconds = silence_seconds
+        self._streams: dict[UUID, list[_Stream]] = {}
+        self._listener = ChannelListener(redis_url, on_message=self._on_message, on_gap=self._on_gap)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._listener.run()), asyncio.create_task(self._watch_silence())]
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def num_streams(self) -> int:
+        return sum(len(streams) for streams in self._streams.values())
+
+    async def read(self, job_id: UUID, *, starting_after: int = 0) -> AsyncGenerator[TokenChunk | StatusChange]:
+        """Every chunk after `starting_after`, each once and in order, and the status changes between them; ends after
+        the terminal one, or when the job is deleted. A job that runs already begins with its `in_progress`.
+
+        The caller has checked whose job it is. Close it (`contextlib.aclosing`) where the consumer may leave early.
+        """
+        stream = _Stream(job_id, starting_after)
+        self._streams.setdefault(job_id, []).append(stream)
+        try:
+            # Subscribe first, then read the log. The other order loses a chunk published in between; this order can
+            # only repeat one, and `last` drops it.
+            await self._listener.add(job_id)
+            stream.heard_at = monotonic()
+            async with aclosing(self._follow(stream)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            await self._leave(stream)
+
+    async def _follow(self, stream: _Stream) -> AsyncGenerator[TokenChunk | StatusChange]:
+        while True:
+            if stream.is_behind:
+                stream.is_behind = False  # before reading, so that news during the read is not lost
+                state, chunks = await self._read_log(stream)
+                for event in _advance(stream, state, chunks):
+                    yield event
+                if state is None or (state.status.is_terminal and stream.knows(state)):
+                    return
+            while stream.live and not stream.is_behind:
+                chunk = stream.live.popleft()
+                if chunk.sequence_number == stream.last + 1:
+                    stream.last += 1
+                    yield chunk
+                elif chunk.sequence_number > stream.last:
+                    stream.is_behind = True
+            if not stream.is_behind and not stream.live:
+                stream.news.clear()
+                await stream.news.wait()
+
+    async def _read_log(self, stream: _Stream) -> tuple[StreamState | None, Sequence[TokenChunk]]:
+        """The state, and then the chunks: so all chunks of a terminal state are among what is read after it. Keeps
+        trying while the database is away."""
+        while True:
+            try:
+                async with self._sessions() as session:
+                    state, chunks = await session.run_sync(_read_log, stream.job_id, stream.last)
+            except (DBAPIError, PoolTimeout) as exc:
+                logger.warning("stream waits for the database: %s", exc.__class__.__name__)
+                await asyncio.sleep(STORAGE_RETRY_SECONDS)
+                continue
+            stream.is_behind |= len(chunks) == PAGE
+            return state, chunks
+
+    async def _leave(self, stream: _Stream) -> None:
+        streams = self._streams[stream.job_id]
+        streams.remove(stream)
+        if not streams:
+            del self._streams[stream.job_id]
+            await self._listener.remove(stream.job_id)
+
+    def _on_message(self, job_id: UUID, payload: bytes) -> None:
+        """Redis is not to be trusted: what is no message is dropped."""
+        streams = self._streams.get(job_id, [])
+        try:
+            message = Message.model_validate_json(payload)
+        except ValidationError:
+            logger.warning("malformed message on a stream dropped", extra={"job_id": str(job_id)})
+            return
+        for stream in streams:
+            if message.chunk is not None:
+                stream.offer(message.chunk)
+            elif message.status is not None:
+                stream.look()
+
+    def _on_gap(self, job_id: UUID) -> None:
+        """Not a look at once: after an outage of Redis all streams come here, and one query serves them all."""
+        for stream in self._streams.get(job_id, []):
+            stream.heard_at = -math.inf
+
+    async def _watch_silence(self) -> None:
+        """A dead Redis or a lost message costs latency, not chunks: silent streams ask SQL whether there is news."""
+        while True:
+            await asyncio.sleep(self._silence_seconds / 2)
+            silent_since = monotonic() - self._silence_seconds
+            silent = [s for streams in self._streams.values() for s in streams if s.heard_at <= silent_since]
+            if not silent:
+                continue
+            try:
+                async with self._sessions() as session:
+                    states = await session.run_sync(stream_states, list({stream.job_id for stream in silent}))
+            except (DBAPIError, PoolTimeout) as exc:
+                logger.warning("silent streams could not be looked up: %s", exc.__class__.__name__)
+                continue
+            for stream in silent:
+                stream.heard_at = monotonic()
+                state = states.get(stream.job_id)
+                if state is None or not stream.knows(state):
+                    stream.look()
+
+
+def _read_log(session: Session, job_id: UUID, after: int) -> tuple[StreamState | None, Sequence[TokenChunk]]:
+    state = stream_states(session, [job_id]).get(job_id)
+    return state, read_chunks(session, job_id, after=after, limit=PAGE) if state is not None else []
+
+
+def _advance(
+    stream: _Stream, state: StreamState | None, chunks: Sequence[TokenChunk]
+) -> Iterable[TokenChunk | StatusChange]:
+    """What a look into SQL adds: the beginning of an attempt comes before its chunks, its end after them."""
+    is_new = state is not None and _stage(state) > stream.stage
+    if state is not None and is_new and state.status is JobStatus.IN_PROGRESS:
+        stream.stage = _stage(state)
+        yield StatusChange(state.status, state.attempt)
+    for chunk in chunks:
+        if chunk.sequence_number == stream.last + 1:
+            stream.last += 1
+            yield chunk
+    is_complete = state is not None and stream.last >= state.committed_sequence_number
+    if state is not None and is_new and is_complete and state.status is not JobStatus.IN_PROGRESS:
+        stream.stage = _stage(state)
+        yield StatusChange(state.status, state.attempt)
+
+
+def _stage(state: StreamState) -> tuple[int, int]:
+    """Orders the statuses of a job in time: attempt by attempt, running, then queued again, then over."""
+    if state.status.is_terminal:
+        return state.attempt, 2
+    return state.attempt, int(state.status is JobStatus.QUEUED)
