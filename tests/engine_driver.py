@@ -5,29 +5,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from domain.catalog import ModelSpec
 from gpu_worker.engine.backends.transformers import build_engine
 from gpu_worker.engine.loop import Engine
 from gpu_worker.frames import AddJob, JobFailed, StepDone
+from tests.engine_parts import byte_tokenizer
 
 EOS_TOKEN_ID = 0
 VOCAB_SIZE = 320  # the end token, 256 bytes, and some that no text has
 CPU = torch.device("cpu")
 
 torch.set_num_threads(1)  # tiny tensors, and tests run beside each other
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token per byte after the end token 0: any text, and any broken UTF-8, can come out of a random model."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
-    return tokenizer
 
 
 def tiny_llama_config(**changes: Any) -> LlamaConfig:

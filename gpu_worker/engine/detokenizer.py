@@ -60,10 +60,11 @@ class StopMatcher:
         if not self._stop_strings:
             return piece, False
         text = self._held + piece
-        starts = [start for stop in self._stop_strings if (start := text.find(stop)) >= 0] if may_stop else []
-        if starts:
+        found = [(start + len(stop), start) for stop in self._stop_strings if (start := text.find(stop)) >= 0]
+        if found and may_stop:
             self._held = ""
-            return text[: min(starts)], True
+            _, start = min(found)  # the first to be complete, however the text was cut into pieces
+            return text[:start], True
         num_held = self._num_held(text)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], False

@@ -63,7 +63,8 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
         self._schedule_decodes(output)
-        budget = self.max_num_batched_tokens - len(output.rows)
+        # However many decode, a share is left for prompts: those who wait must not wait for those who run to end.
+        budget = max(self.max_num_batched_tokens - len(output.rows), self.max_num_batched_tokens // 4)
         budget = self._schedule_prefills(output, budget)
         self._admit(output, budget)
         return output
