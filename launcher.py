@@ -84,7 +84,7 @@ class Service:
         self.restart_at = time.monotonic() + backoff_seconds
         ending, self.process = describe_exit(self.process.wait()), None
         pause = f"restarting in {backoff_seconds:g} s"
-        return f"{self.title} {ending} after {lived_seconds:.0f} s; {pause}, log: {os.path.relpath(self.log_path)}"
+        return f"{self.title} {ending} after {lived_seconds:.0f} s; {pause}, log: {short_path(self.log_path)}"
 
     def begin_stop(self) -> None:
         """Ask it to end; `finish_stop` waits for it."""
@@ -263,6 +263,11 @@ def describe_exit(return_code: int) -> str:
     if return_code >= 0:
         return f"exited with code {return_code}"
     return f"was killed by {signal.Signals(-return_code).name}"
+
+
+def short_path(path: str | Path) -> str:
+    """The path as one would type it here; what lies elsewhere, or is no path, as it is."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
 
 
 def set_aside(log_path: Path) -> None:

@@ -1,10 +1,8 @@
 """What the commands print: the rows of a start, the text of a job as it arrives, tables, where everything is."""
 
-import os
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,6 +12,7 @@ from rich.table import Table
 
 from client import Client, StreamEvent
 from domain.catalog import Catalog
+from launcher import short_path
 
 if TYPE_CHECKING:
     from storage.tables import ApiKey
@@ -184,11 +183,6 @@ def first_steps(api_url: str, model: str, job_id: str, celeriac: str) -> str:
   curl -s {api_url}/v1/jobs/{job_id}
   curl -N '{api_url}/v1/jobs/{job_id}/events?from=start'
 """
-
-
-def short_path(path: str | Path) -> str:
-    """The path as one would type it here; a repository id as it is."""
-    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
 
 
 def _describe(event: StreamEvent) -> str | None:

@@ -17,9 +17,9 @@ from typing import Any
 from client import ApiError, ApiUnreachable, Client
 from domain.catalog import Catalog
 from embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, EmbeddedServerError
-from launcher import Launcher, Service, UpLock, free_port, is_free, set_aside
+from launcher import Launcher, Service, UpLock, free_port, is_free, set_aside, short_path
 from settings import ROOT, Settings
-from terminal import Board, JobPrinter, first_steps, plain_console, short_path, where_everything_is
+from terminal import Board, JobPrinter, first_steps, plain_console, where_everything_is
 
 FIRST_PROMPT = "Tell me a story about a brave little fox."
 FIRST_MAX_TOKENS = 160

@@ -1,0 +1,79 @@
+"""`celeriac migrate` and `celeriac keys` on a real database."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from sqlalchemy import Engine
+
+import cli
+from settings import get_settings
+from storage import api_keys
+from storage.database import open_database, session_factory
+from storage.tables import DEFAULT_TENANT_ID
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    def invoke(database_url: str, *arguments: str, **environment: str) -> Any:
+        monkeypatch.setenv("CELERIAC_DATA_DIR", str(tmp_path))
+        monkeypatch.setenv("CELERIAC_DATABASE_URL", database_url)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        get_settings.cache_clear()
+        return CliRunner().invoke(cli.main, list(arguments))
+
+    yield invoke
+    get_settings.cache_clear()
+
+
+def test_migrate_puts_schema_and_bootstrap_key_in_place_however_often(run: Any, empty_database_url: str) -> None:
+    key = "sk_admin_" + "s" * 32
+    for _ in range(2):
+        result = run(empty_database_url, "migrate", CELERIAC_BOOTSTRAP_API_KEY=key)
+        assert result.exit_code == 0, result.output
+    database = open_database(empty_database_url)
+    with session_factory(database)() as session:
+        row = api_keys.resolve(session, key)
+    database.dispose()
+    assert row is not None
+    assert row.tenant_id == DEFAULT_TENANT_ID
+
+
+def test_a_bootstrap_key_of_the_wrong_form_is_explained_and_not_repeated(run: Any, empty_database_url: str) -> None:
+    result = run(empty_database_url, "migrate", CELERIAC_BOOTSTRAP_API_KEY="hunter2")
+    assert result.exit_code == 1
+    assert "sk_<letters and digits>_<secret>" in result.output
+    assert "hunter2" not in result.output
+
+
+def test_a_key_works_until_it_is_revoked(run: Any, database_url: str, database: Engine) -> None:
+    key = run(database_url, "keys", "create", "--tenant", "research", "--name", "notebook").output.strip()
+    with session_factory(database)() as session:
+        assert api_keys.resolve(session, key) is not None
+    listed = run(database_url, "keys", "list", "--tenant", "research").output
+    key_id = key.split("_")[1]
+    assert key_id in listed
+    assert "notebook" in listed
+    assert key not in listed
+    assert run(database_url, "keys", "revoke", key_id, "--tenant", "research").exit_code == 0
+    with session_factory(database)() as session:
+        assert api_keys.resolve(session, key) is None
+    again = run(database_url, "keys", "revoke", key_id, "--tenant", "research")
+    assert again.exit_code == 1
+    assert "no live key" in again.output
+
+
+def test_an_unknown_tenant_is_named_with_the_remedy(run: Any, database_url: str) -> None:
+    result = run(database_url, "keys", "list", "--tenant", "nobody")
+    assert result.exit_code == 1
+    assert "celeriac keys create --tenant nobody" in result.output
+
+
+def test_a_database_that_is_not_there_is_explained(run: Any) -> None:
+    result = run("postgresql://127.0.0.1:9/celeriac", "migrate")
+    assert result.exit_code == 1
+    assert "the database does not answer" in result.output
+    assert "CELERIAC_DATABASE_URL" in result.output
