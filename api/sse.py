@@ -3,16 +3,16 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from domain.errors import ServerOverloaded
 from observability import stream_connections, stream_ends_total
 
 SEND_TIMEOUT_SECONDS = 20.0  # a client that reads nothing for so long is cut; it resumes with its cursor
-RETRY_MILLISECONDS = 1_000
 
 # Without a blank line after it: decoders that remember an id take the blank line for an empty event.
 HEARTBEAT = b": hb\n"
@@ -24,11 +24,36 @@ HEADERS = {
 }
 
 
-def frame(event: str, data: Mapping[str, object], *, id: int | None = None, retry: bool = False) -> bytes:
+def frame(event: str, data: Mapping[str, object], *, id: int | None = None) -> bytes:
     """One event. `data` is JSON on one line, so no text in it can end the frame or forge a field."""
-    head = f"retry: {RETRY_MILLISECONDS}\n" if retry else ""
-    head += f"event: {event}\n" if id is None else f"id: {id}\nevent: {event}\n"
+    head = f"event: {event}\n" if id is None else f"id: {id}\nevent: {event}\n"
     return head.encode() + b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+class StreamSlots:
+    """How many streams and long polls one process holds open at once."""
+
+    def __init__(self, max_open: int) -> None:
+        self.max_open = max_open
+        self.num_open = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_open >= self.max_open
+
+    def refuse_if_full(self) -> None:
+        if self.is_full:
+            raise ServerOverloaded(f"{self.max_open} streams are open here already; retry, or poll the job instead")
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        self.num_open += 1
+        stream_connections.set(self.num_open)
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+            stream_connections.set(self.num_open)
 
 
 class EventStream(Response):
@@ -40,6 +65,7 @@ class EventStream(Response):
         *,
         heartbeat_seconds: float,
         lifetime_seconds: float,
+        slots: StreamSlots,
         draining: asyncio.Event,
         headers: Mapping[str, str] | None = None,
     ) -> None:
@@ -51,24 +77,23 @@ class EventStream(Response):
         self._frames = frames
         self._heartbeat_seconds = heartbeat_seconds
         self._lifetime_seconds = lifetime_seconds
+        self._slots = slots
         self._draining = draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        stream_connections.inc()
         gone = asyncio.create_task(_wait_for_disconnect(receive))
         drained = asyncio.create_task(self._draining.wait())
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            reason = await self._send_frames(send, gone, drained)
+            with self._slots.hold():
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                reason = await self._send_frames(send, gone, drained)
             stream_ends_total.labels(reason).inc()
             if reason not in ("disconnected", "slow"):
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            stream_connections.dec()
             for task in (gone, drained):
                 task.cancel()
-            with contextlib.suppress(RuntimeError):
-                await self._frames.aclose()
+            await self._frames.aclose()
 
     async def _send_frames(self, send: Send, gone: "asyncio.Task[None]", drained: "asyncio.Task[bool]") -> str:
         """Returns why the stream ended."""

@@ -51,6 +51,7 @@ class Submitted:
 
     job_id: UUID
     is_new: bool
+    created_at: datetime
     new_job: NewJob
 
 
@@ -88,7 +89,7 @@ class Submitter:
             llm_requests_total.labels(view.spec.id).inc()
             prompt_tokens_total.labels(view.spec.id).inc(len(new_job.prompt_token_ids))
             self._dispatch_soon(view.spec.id)
-        return Submitted(accepted.job_id, is_new, new_job)
+        return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job)
 
     async def _prepare(
         self, tenant_id: UUID, request: GenerationRequest, options: JobOptions, view: ModelView

@@ -1,0 +1,73 @@
+"""The HTTP API as one ASGI application: routes, error handlers, and what lives as long as the process."""
+
+import gc
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import ip_address
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.responses import HTMLResponse, JSONResponse
+
+from api import health, jobs, queue
+from api.deps import private_router
+from api.errors import register_error_handlers
+from api.middleware import BodyLimit, RequestContext
+from api.services import open_services
+from domain.catalog import Catalog
+from settings import Settings, get_settings
+
+
+def create_app(settings: Settings | None = None, catalog: Catalog | None = None) -> FastAPI:
+    """Raises ValueError where the settings would open the API to strangers, or the models file makes no sense."""
+    settings = settings or get_settings()
+    catalog = catalog or Catalog.load(settings.models_file)
+    refuse_open_door(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with open_services(settings, catalog) as services:
+            app.state.services = services
+            gc.collect()
+            gc.freeze()  # what is here now stays: no later collection needs to walk it
+            yield
+
+    app = FastAPI(title="Celeriac", version="1", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestContext)
+    register_error_handlers(app)
+    for router in (jobs.router, queue.router, health.router, health.public):
+        app.include_router(router)
+    _add_documentation(app)
+    return app
+
+
+def refuse_open_door(settings: Settings) -> None:
+    """Without keys everybody who reaches the API owns every job, so only this machine may reach it."""
+    if settings.auth == "none" and not _is_loopback(settings.host):
+        raise ValueError(
+            f"CELERIAC_HOST is {settings.host!r} and CELERIAC_AUTH is 'none': anybody could use this API; "
+            "set CELERIAC_AUTH=api_key, or leave CELERIAC_HOST at 127.0.0.1"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _add_documentation(app: FastAPI) -> None:
+    """Behind the key, like all that is not health."""
+    router = private_router()
+
+    @router.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+    @router.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return get_swagger_ui_html(openapi_url="/openapi.json", title="Celeriac")
+
+    app.include_router(router)

@@ -1,0 +1,203 @@
+"""A job as server-sent events: what was committed, each chunk once and in order, then live, to exactly one last event.
+
+`id:` is the chunk's sequence number, and one more for the terminal event. News of the job's life (job.queued, started,
+retrying, snapshot) carries no id and no number: a client that resumes is told anew.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+from uuid import UUID
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from api.job_schemas import job_view
+from api.services import Services
+from api.sse import frame
+from domain.chunks import TokenChunk
+from domain.errors import InvalidCursor, StorageUnavailable
+from domain.ids import external_id
+from domain.jobs import JobStatus
+from storage import job_queries
+from storage.job_queries import JobRecord
+from storage.streams import StatusChange
+from storage.tables import Job
+
+POSITION_SECONDS = 1.0  # between two looks at the place in the queue
+PAGE = 500
+COMMENT_AND_RETRY = b"retry: 1000\n: celeriac\n"  # an event block without data: sets the delay, dispatches nothing
+
+Beginning = Literal["start", "snapshot", "now"]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a stream begins: after a chunk, or with a snapshot of all text so far."""
+
+    after: int
+    has_snapshot: bool = False
+
+
+def terminal_id(job: Job) -> int:
+    """The id of the last event of a terminal job."""
+    return job.committed_sequence_number + 1
+
+
+def start_of(job: Job, cursor: int | None, beginning: Beginning) -> Start | None:
+    """A cursor wins over `from`. None: the client has seen the terminal event. Raises InvalidCursor."""
+    if cursor is None:
+        after = job.committed_sequence_number if beginning == "now" else 0
+        return Start(after, has_snapshot=beginning == "snapshot")
+    highest = terminal_id(job) if job.status.is_terminal else job.committed_sequence_number
+    if not 0 <= cursor <= highest:
+        raise InvalidCursor(
+            f"the cursor is {cursor} but this stream has come to {highest}; begin at 0, or with the last id you saw",
+            param="starting_after",
+        )
+    return None if job.status.is_terminal and cursor == terminal_id(job) else Start(cursor)
+
+
+class JobEventStream:
+    """The frames of one client. Whoever makes one has checked that the job is the client's own."""
+
+    def __init__(self, services: Services, record: JobRecord, start: Start, *, with_token_ids: bool) -> None:
+        self._services = services
+        self._job = record.job
+        self._job_id = external_id(record.job.id)
+        self._start = start
+        self._last = start.after  # the sequence number sent last
+        self._with_token_ids = with_token_ids
+        self._is_queued = record.job.status is JobStatus.QUEUED
+        self._queue: dict[str, object] | None = None  # sent last
+
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        """Ends after the terminal event; without one only where the job was deleted meanwhile."""
+        yield COMMENT_AND_RETRY
+        if self._start.has_snapshot:
+            yield await self._snapshot()
+        async with aclosing(self._services.streams.read(self._job.id, starting_after=self._last)) as events:
+            async for event in with_ticks(events, POSITION_SECONDS, is_wanted=lambda: self._is_queued):
+                for one in await self._frames_of(event):
+                    yield one
+
+    async def _frames_of(self, event: TokenChunk | StatusChange | None) -> list[bytes]:
+        if isinstance(event, TokenChunk):
+            self._last = event.sequence_number
+            return [self._delta(event)]
+        if event is None:
+            return await self._queue_news()
+        self._is_queued = event.status is JobStatus.QUEUED
+        if event.status is JobStatus.IN_PROGRESS:
+            return [self._news("job.started", attempt=event.attempt, sequence_number=self._last)]
+        if event.status is JobStatus.QUEUED:
+            retrying = self._news("job.retrying", attempt=event.attempt + 1, sequence_number=self._last)
+            return [retrying, *await self._queue_news()]
+        return await self._farewell()
+
+    def _news(self, event: str, **data: object) -> bytes:
+        return frame(event, {"job_id": self._job_id, **data})
+
+    def _delta(self, chunk: TokenChunk) -> bytes:
+        data: dict[str, object] = {
+            "job_id": self._job_id,
+            "sequence_number": chunk.sequence_number,
+            "index": chunk.index,
+            "text": chunk.text,
+            "num_tokens": len(chunk.token_ids),
+            "finish_reason": chunk.finish_reason,
+        }
+        if self._with_token_ids:
+            data["token_ids"] = chunk.token_ids
+        if chunk.logprobs is not None:
+            data["logprobs"] = [logprob.model_dump(mode="json") for logprob in chunk.logprobs]
+        return frame("output.delta", data, id=chunk.sequence_number)
+
+    async def _queue_news(self) -> list[bytes]:
+        """The place in the queue, where it is another than was sent last."""
+        try:
+            queue = await self._services.monitor.position(self._job.id, self._job.model)
+        except (SQLAlchemyError, OSError):
+            return []  # the chunks matter; the place comes with the next look
+        if queue is None or queue == self._queue:
+            return []
+        self._queue = queue
+        return [self._news("job.queued", **queue)]
+
+    async def _snapshot(self) -> bytes:
+        """All text so far in one event; the deltas after it go on from there."""
+        chunks = await read_all_chunks(self._services, self._job.id)
+        self._last = chunks[-1].sequence_number if chunks else 0
+        return self._news("job.snapshot", sequence_number=self._last, choices=choices_of(chunks))
+
+    async def _farewell(self) -> list[bytes]:
+        """The terminal event: the job as it will stay."""
+        record = None
+        while record is None:
+            with suppress(StorageUnavailable):
+                record = await self._services.read(job_queries.get, self._job.id, self._job.tenant_id)
+                if record is None:
+                    return []
+        return [frame(f"job.{record.job.status.value}", job_view(record), id=terminal_id(record.job))]
+
+
+Item = TypeVar("Item")
+
+
+async def with_ticks(
+    items: AsyncIterator[Item], seconds: float, *, is_wanted: Callable[[], bool]
+) -> AsyncGenerator[Item | None, None]:
+    """The items, and while `is_wanted` a None at once and again after every `seconds` without an item."""
+    following: asyncio.Task[Item] | None = None
+    timeout = 0.0
+    try:
+        while True:
+            following = following or asyncio.ensure_future(_next_of(items))
+            if is_wanted():
+                await asyncio.wait((following,), timeout=timeout)
+                timeout = seconds
+                if not following.done():
+                    yield None
+                    continue
+            try:
+                item = await following
+            except StopAsyncIteration:
+                return
+            following = None
+            yield item
+    finally:
+        if following is not None and not following.done():
+            following.cancel()
+            await asyncio.wait((following,))
+
+
+async def _next_of(items: AsyncIterator[Item]) -> Item:
+    return await anext(items)
+
+
+async def read_all_chunks(services: Services, job_id: UUID) -> list[TokenChunk]:
+    """Every committed chunk, in order. Raises StorageUnavailable."""
+    chunks: list[TokenChunk] = []
+    while True:
+        after = chunks[-1].sequence_number if chunks else 0
+        page = await services.read(job_queries.read_chunks, job_id, after=after, limit=PAGE)
+        chunks += page
+        if len(page) < PAGE:
+            return chunks
+
+
+def choices_of(chunks: Iterable[TokenChunk]) -> list[dict[str, object]]:
+    """What the chunks amount to so far, one entry per sequence that has any."""
+    by_index: dict[int, list[TokenChunk]] = {}
+    for chunk in chunks:
+        by_index.setdefault(chunk.index, []).append(chunk)
+    return [
+        {
+            "index": index,
+            "text": "".join(chunk.text for chunk in own),
+            "finish_reason": own[-1].finish_reason,
+            "num_tokens": sum(len(chunk.token_ids) for chunk in own),
+        }
+        for index, own in sorted(by_index.items())
+    ]

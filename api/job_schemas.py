@@ -1,0 +1,222 @@
+"""What a job looks like from outside: the body that asks for one, and the view that is answered everywhere.
+
+Views are built as plain dicts and dumped once; `JobView` is their published schema, which a test holds them to.
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+
+from api.errors import job_error_body
+from domain.ids import external_id
+from domain.jobs import JobStatus
+from domain.requests import GenerationRequest, GenerationResult
+from storage.job_queries import JobRecord
+from storage.jobs import NewJob
+from storage.tables import Job
+from tasks.submit import JobOptions
+
+WEEK_SECONDS = 604_800
+NO_NUL = r"^[^\u0000]*$"  # PostgreSQL finds nothing in metadata that holds one
+
+IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NO_NUL)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=NO_NUL)]
+TimeoutSeconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS, allow_inf_nan=False)]
+
+
+class JobBody(GenerationRequest):
+    """POST /v1/jobs: a generation request and the job's own knobs."""
+
+    priority: int = Field(default=0, ge=-10, le=10, description="Higher runs earlier.")
+    deadline: AwareDatetime | None = Field(default=None, description="The job expires then, wherever it is.")
+    start_timeout: TimeoutSeconds | None = Field(default=None, description="Seconds it may wait for its start.")
+    run_timeout: TimeoutSeconds | None = Field(default=None, description="Seconds it may run once started.")
+    result_ttl: int | None = Field(default=None, ge=60, le=30 * 86_400, description="Seconds it is kept once finished.")
+    idempotency_key: IdempotencyKey | None = Field(default=None, description="Also a header, Idempotency-Key.")
+    metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=16)
+
+    def to_request(self) -> GenerationRequest:
+        return GenerationRequest.model_construct(
+            model=self.model, prompt=self.prompt, messages=self.messages, params=self.params
+        )
+
+    def to_options(self, idempotency_key: str | None) -> JobOptions:
+        return JobOptions(
+            priority=self.priority,
+            deadline_at=self.deadline,
+            start_timeout_seconds=self.start_timeout,
+            run_timeout_seconds=self.run_timeout,
+            result_ttl_seconds=self.result_ttl,
+            idempotency_key=idempotency_key,
+            metadata=self.metadata,
+        )
+
+
+class View(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class QueueView(View):
+    position: int | None = Field(description="Jobs of this model that run earlier under the current order.")
+    eta_seconds: float | None = Field(description="Until its start, by the rate at which live workers drain.")
+
+
+class UsageView(View):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int
+
+
+class ChoiceView(View):
+    index: int
+    text: str
+    finish_reason: str
+    num_tokens: int
+    logprobs: list[Any] | None
+
+
+class OutputView(View):
+    text: str = Field(description="Of the first choice.")
+    choices: list[ChoiceView]
+
+
+class JobErrorView(View):
+    code: str
+    message: str
+    type: str
+    retryable: bool
+
+
+class UrlsView(View):
+    get: str
+    events: str
+    output: str
+    cancel: str
+
+
+class JobView(View):
+    """A job. `output` is there once it is terminal: whole, or partial for a cancelled or expired one."""
+
+    id: str
+    object: Literal["job"]
+    status: JobStatus
+    model: str
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    expires_at: datetime | None = Field(description="When a finished job is deleted.")
+    deadline: datetime | None
+    priority: int
+    attempt: int
+    queue: QueueView | None = Field(description="Only while queued.")
+    cancel_requested: bool
+    finish_reason: str | None
+    usage: UsageView | None
+    output: OutputView | None
+    error: JobErrorView | None
+    metadata: dict[str, str]
+    urls: UrlsView
+    input: dict[str, Any] | None = Field(default=None, description="Only with include=input.")
+
+
+class JobListView(View):
+    object: Literal["list"]
+    data: list[JobView]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+def urls_of(job_id: str) -> dict[str, str]:
+    path = f"/v1/jobs/{job_id}"
+    return {"get": path, "events": f"{path}/events", "output": f"{path}/output", "cancel": f"{path}/cancel"}
+
+
+def new_job_view(new_job: NewJob, created_at: datetime, queue: Mapping[str, object]) -> dict[str, object]:
+    """The view of a job that was accepted a moment ago, without asking for it."""
+    job_id = external_id(new_job.id)
+    return {
+        "id": job_id,
+        "object": "job",
+        "status": JobStatus.QUEUED.value,
+        "model": new_job.request.model,
+        "created_at": timestamp(created_at),
+        "started_at": None,
+        "finished_at": None,
+        "expires_at": None,
+        "deadline": timestamp(new_job.deadline_at),
+        "priority": new_job.priority,
+        "attempt": 0,
+        "queue": queue,
+        "cancel_requested": False,
+        "finish_reason": None,
+        "usage": None,
+        "output": None,
+        "error": None,
+        "metadata": new_job.metadata,
+        "urls": urls_of(job_id),
+    }
+
+
+def job_view(record: JobRecord, queue: Mapping[str, object] | None = None) -> dict[str, object]:
+    """The view of a stored job, with its input where the record holds it."""
+    job, job_id = record.job, external_id(record.job.id)
+    view: dict[str, object] = {
+        "id": job_id,
+        "object": "job",
+        "status": job.status.value,
+        "model": job.model,
+        "created_at": timestamp(job.created_at),
+        "started_at": timestamp(job.started_at),
+        "finished_at": timestamp(job.finished_at),
+        "expires_at": timestamp(job.prune_at),
+        "deadline": timestamp(job.deadline_at),
+        "priority": job.priority,
+        "attempt": job.attempt,
+        "queue": queue if job.status is JobStatus.QUEUED else None,
+        "cancel_requested": job.cancel_requested_at is not None,
+        "finish_reason": job.finish_reason and job.finish_reason.value,
+        "usage": usage_view(job, record.result),
+        "output": output_view(record.result),
+        "error": job_error_body(job.error) if job.error is not None else None,
+        "metadata": job.job_metadata,
+        "urls": urls_of(job_id),
+    }
+    if record.request is not None:
+        view["input"] = record.request.model_dump(mode="json")
+    return view
+
+
+def usage_view(job: Job, result: GenerationResult | None) -> dict[str, int] | None:
+    """Of a started job; while it runs, by what it has committed."""
+    if result is not None:
+        usage = result.usage
+        prompt, completion, cached = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
+    elif job.started_at is not None:
+        prompt, completion, cached = job.num_prompt_tokens, job.num_committed_tokens, 0
+    else:
+        return None
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "cached_tokens": cached,
+    }
+
+
+def output_view(result: GenerationResult | None) -> dict[str, object] | None:
+    if result is None:
+        return None
+    choices = [choice.model_dump(mode="json") for choice in result.choices]
+    return {"text": result.choices[0].text if result.choices else "", "choices": choices}
+
+
+def timestamp(at: datetime | None) -> str | None:
+    """UTC to the millisecond, as 2026-10-20T12:00:00.000Z."""
+    if at is None:
+        return None
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

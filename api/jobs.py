@@ -1,0 +1,260 @@
+"""The native job API: submit, look, wait, watch, read, cancel, delete. Every other endpoint is a view of these jobs."""
+
+from typing import Any
+from uuid import UUID
+
+import orjson
+from fastapi import Request
+from starlette.responses import Response
+
+from api.bodies import read_model
+from api.deps import ServicesDep, TenantId, private_router
+from api.job_events import JobEventStream, choices_of, read_all_chunks, start_of
+from api.job_inputs import (
+    EventsQuery,
+    ListQuery,
+    OutputQuery,
+    WaitQuery,
+    accepts_json,
+    idempotency_key,
+    included,
+    page_cursor,
+    preferred_wait,
+    stream_cursor,
+)
+from api.job_schemas import JobBody, JobListView, JobView, job_view, new_job_view, output_view
+from api.queries import query_parameters, read_query
+from api.services import Services
+from api.sse import EventStream
+from domain.errors import JobNotFound
+from domain.ids import external_id, parse_id
+from domain.jobs import JobStatus
+from observability import job_id_context, stream_resumes_total
+from storage import job_queries, jobs
+from storage.job_queries import JobRecord
+from tasks.submit import Submitted
+
+router = private_router()
+
+POLL_MILLISECONDS = 1_000  # how often a client without long polling should look
+
+
+@router.post(
+    "/v1/jobs",
+    status_code=202,
+    responses={200: {"model": JobView}, 202: {"model": JobView}},
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": JobBody.model_json_schema()}}},
+        "parameters": [
+            {"name": name, "in": "header", "required": False, "schema": {"type": "string"}}
+            for name in ("Idempotency-Key", "Prefer")
+        ],
+    },
+)
+async def submit_job(request: Request, services: ServicesDep, tenant_id: TenantId) -> Response:
+    """202 once the job is committed. With `Prefer: wait=N`, 200 and the result if it is done within N seconds."""
+    body = await read_model(request, JobBody)
+    options = body.to_options(idempotency_key(request, body))
+    submitted = await services.submitter.submit(tenant_id, body.to_request(), options)
+    wait_seconds = preferred_wait(request.headers.get("prefer"))
+    job_id = external_id(submitted.job_id)
+    job_id_context.set(job_id)
+    if wait_seconds:
+        await services.wait_for_end(submitted.job_id, wait_seconds)
+    view = await _view_after_submit(services, tenant_id, submitted, is_waited=bool(wait_seconds))
+    headers = {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id}
+    if wait_seconds is not None:
+        headers["preference-applied"] = f"wait={wait_seconds}"
+    if not submitted.is_new:
+        headers["idempotent-replayed"] = "true"
+    return _answer(view, headers, pending_status=202)
+
+
+@router.get(
+    "/v1/jobs", responses={200: {"model": JobListView}}, openapi_extra={"parameters": query_parameters(ListQuery)}
+)
+async def list_jobs(request: Request, services: ServicesDep, tenant_id: TenantId) -> Response:
+    """The tenant's jobs, newest first, without their output. Go on with `after` = `last_id` while `has_more`."""
+    query = read_query(request, ListQuery)
+    found = await services.read(
+        job_queries.list_jobs,
+        tenant_id,
+        status=query.status,
+        model=query.model,
+        created_after=query.created_after,
+        metadata=query.metadata,
+        after=page_cursor(query.after),
+        limit=query.limit + 1,
+        order=query.order,
+    )
+    unknown = {"position": None, "eta_seconds": None}
+    data = [job_view(JobRecord(job, None, None), unknown) for job in found[: query.limit]]
+    page = {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": len(found) > query.limit,
+    }
+    return Response(orjson.dumps(page), media_type="application/json")
+
+
+@router.get(
+    "/v1/jobs/{job_id}",
+    responses={200: {"model": JobView}},
+    openapi_extra={"parameters": query_parameters(WaitQuery)},
+)
+async def read_job(job_id: str, request: Request, services: ServicesDep, tenant_id: TenantId) -> Response:
+    """The job as it is; with `wait`, as it is at its end or when the time is over."""
+    query = read_query(request, WaitQuery)
+    include = included(query.include, {"input", "output"})
+    record = await _find(services, job_id, tenant_id, with_request="input" in include)
+    if query.wait and not record.job.status.is_terminal:
+        await services.wait_for_end(record.job.id, query.wait)
+        record = await _find(services, job_id, tenant_id, with_request="input" in include)
+    view = await _view(services, record)
+    if "output" in include and record.result is None:
+        view["output"] = await _partial_output(services, record.job.id)
+    return _answer(view, {"x-job-id": str(view["id"])}, pending_status=200)
+
+
+@router.get(
+    "/v1/jobs/{job_id}/events",
+    responses={200: {"content": {"text/event-stream": {}}}, 204: {"description": "The last event was seen already."}},
+    openapi_extra={"parameters": query_parameters(EventsQuery)},
+)
+async def stream_job(job_id: str, request: Request, services: ServicesDep, tenant_id: TenantId) -> Response:
+    """Server-sent events from the start, a cursor (`Last-Event-ID` or `starting_after`), a snapshot or now."""
+    query = read_query(request, EventsQuery)
+    include = included(query.include, {"token_ids"})
+    cursor = stream_cursor(request.headers.get("last-event-id"), query.starting_after)
+    record = await _find(services, job_id, tenant_id, with_result=False)
+    start = start_of(record.job, cursor, query.from_)
+    if start is None:
+        return Response(status_code=204)  # tells a browser's EventSource to stop reconnecting
+    services.slots.refuse_if_full()
+    if cursor is not None:
+        stream_resumes_total.inc()
+    settings = services.settings
+    return EventStream(
+        JobEventStream(services, record, start, with_token_ids="token_ids" in include).frames(),
+        heartbeat_seconds=settings.stream_heartbeat_seconds,
+        lifetime_seconds=settings.stream_lifetime_seconds,
+        slots=services.slots,
+        draining=services.draining,
+        headers={"x-job-id": external_id(record.job.id)},
+    )
+
+
+@router.get(
+    "/v1/jobs/{job_id}/output",
+    responses={200: {"content": {"text/plain": {}, "application/json": {}}}},
+    openapi_extra={"parameters": query_parameters(OutputQuery)},
+)
+async def read_output(job_id: str, request: Request, services: ServicesDep, tenant_id: TenantId) -> Response:
+    """The text of one choice as text/plain, or all choices as JSON, by `Accept`; partial while the job runs."""
+    query = read_query(request, OutputQuery)
+    record = await _find(services, job_id, tenant_id)
+    output = output_view(record.result) or await _partial_output(services, record.job.id)
+    headers = {
+        "x-job-id": external_id(record.job.id),
+        "x-job-status": record.job.status.value,
+        "x-content-type-options": "nosniff",  # it is a model's text: no browser may take it for a page
+        "vary": "accept",
+    }
+    if accepts_json(request.headers.get("accept", "")):
+        answer = {"id": external_id(record.job.id), "object": "job.output", "status": record.job.status, **output}
+        return Response(orjson.dumps(answer), headers=headers, media_type="application/json")
+    choices: Any = output["choices"]
+    text = next((choice["text"] for choice in choices if choice["index"] == query.index), "")
+    return Response(text, headers=headers, media_type="text/plain")
+
+
+@router.post("/v1/jobs/{job_id}/cancel", responses={200: {"model": JobView}})
+async def cancel_job(job_id: str, services: ServicesDep, tenant_id: TenantId) -> Response:
+    """A queued job is cancelled now, a running one within a step of its engine; its output so far is kept. A finished
+    one stays as it is."""
+    id_ = _parse_job_id(job_id)
+    status = await services.write(jobs.cancel, id_, tenant_id)
+    if status is None:
+        raise _not_found(job_id)
+    if status is JobStatus.IN_PROGRESS:
+        services.dispatcher.revoke_running(id_)
+    elif status is JobStatus.CANCELLED:
+        await services.announce(id_, status)
+    record = await _find(services, job_id, tenant_id)
+    return _answer(await _view(services, record), {"x-job-id": external_id(id_)}, pending_status=200)
+
+
+@router.delete("/v1/jobs/{job_id}")
+async def delete_job(job_id: str, services: ServicesDep, tenant_id: TenantId) -> Response:
+    """Erase the job with its input, output and stream. One that runs is stopped."""
+    record = await _find(services, job_id, tenant_id, with_result=False)
+    if not await services.write(jobs.delete, record.job.id, tenant_id):
+        raise _not_found(job_id)
+    if record.job.status is JobStatus.IN_PROGRESS:
+        services.dispatcher.revoke_running(record.job.id)
+    await services.announce(record.job.id, JobStatus.CANCELLED)  # open streams look, and find it gone
+    deleted = {"id": external_id(record.job.id), "object": "job", "deleted": True}
+    return Response(orjson.dumps(deleted), media_type="application/json")
+
+
+async def _find(
+    services: Services, job_id: str, tenant_id: UUID, *, with_request: bool = False, with_result: bool = True
+) -> JobRecord:
+    """Raises JobNotFound, the same for a malformed id, an unknown one and another tenant's."""
+    id_ = _parse_job_id(job_id)
+    record = await services.read(job_queries.get, id_, tenant_id, with_request=with_request, with_result=with_result)
+    if record is None:
+        raise _not_found(job_id)
+    job_id_context.set(external_id(id_))
+    return record
+
+
+def _parse_job_id(job_id: str) -> UUID:
+    try:
+        return parse_id(job_id)
+    except ValueError:
+        raise _not_found(job_id) from None
+
+
+def _not_found(job_id: str) -> JobNotFound:
+    return JobNotFound(f"there is no job {job_id[:64]!r}; check the id, or it may have been deleted", param="job_id")
+
+
+async def _view_after_submit(
+    services: Services, tenant_id: UUID, submitted: Submitted, *, is_waited: bool
+) -> dict[str, object]:
+    """Of a job just accepted, what is known without asking; it is asked for where time has passed or it is older."""
+    if submitted.is_new and not is_waited:
+        queue = services.monitor.joining(submitted.new_job.request.model)
+        services.monitor.accepted(submitted.new_job.request.model)
+        return new_job_view(submitted.new_job, submitted.created_at, queue)
+    record = await _find(services, external_id(submitted.job_id), tenant_id)
+    return await _view(services, record)
+
+
+async def _view(services: Services, record: JobRecord) -> dict[str, object]:
+    if record.job.status is not JobStatus.QUEUED:
+        return job_view(record)
+    queue = await services.position(record.job.id, record.job.model)
+    return job_view(record, queue or {"position": None, "eta_seconds": None})
+
+
+async def _partial_output(services: Services, job_id: UUID) -> dict[str, object]:
+    choices = choices_of(await read_all_chunks(services, job_id))
+    return {"text": choices[0]["text"] if choices else "", "choices": choices}
+
+
+def _answer(view: dict[str, object], headers: dict[str, str], *, pending_status: int) -> Response:
+    """A job's view, with advice on when to look again while it is not finished."""
+    is_terminal = view["finished_at"] is not None
+    if not is_terminal:
+        headers |= {"retry-after": "1", "openai-poll-after-ms": str(POLL_MILLISECONDS)}
+    queue = view["queue"]
+    if isinstance(queue, dict) and queue["position"] is not None:
+        headers["x-queue-position"] = str(queue["position"])
+    if isinstance(queue, dict) and queue["eta_seconds"] is not None:
+        headers["x-queue-eta-ms"] = str(round(queue["eta_seconds"] * 1000))
+    status = 200 if is_terminal else pending_status
+    return Response(orjson.dumps(view), status, headers, "application/json")

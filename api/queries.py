@@ -1,0 +1,46 @@
+"""Query strings in: typed, bounded, and refused like bodies where a name is unknown or a value cannot be."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from api.bodies import invalid_request
+from domain.errors import InvalidRequest
+
+Query = TypeVar("Query", bound="QueryModel")
+
+
+class QueryModel(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def read_query(request: Request, model: type[Query]) -> Query:
+    """`a[k]=v` becomes the entry k of the mapping a. Raises InvalidRequest, also for an unknown or repeated name."""
+    given: dict[str, Any] = {}
+    for name, value in request.query_params.multi_items():
+        outer, bracket, key = name.partition("[")
+        is_entry = bool(bracket) and key.endswith("]")
+        target: dict[str, Any] = given.setdefault(outer, {}) if is_entry else given
+        label = key[:-1] if is_entry else name
+        if not isinstance(target, dict) or label in target:
+            raise InvalidRequest(f"{name[:64]} appears more than once; send it once", param=name[:64])
+        target[label] = value
+    try:
+        return model.model_validate(given)
+    except ValidationError as exc:
+        raise invalid_request(exc, model) from None
+
+
+def query_parameters(model: type[BaseModel]) -> list[Mapping[str, object]]:
+    """The parameters of `model` as OpenAPI lists them."""
+    properties = model.model_json_schema()["properties"]
+    return [
+        {"name": name, "in": "query", "required": False, "schema": schema, **_style(schema)}
+        for name, schema in properties.items()
+    ]
+
+
+def _style(schema: Mapping[str, object]) -> dict[str, object]:
+    return {"style": "deepObject", "explode": True} if schema.get("type") == "object" else {}

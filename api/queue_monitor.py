@@ -1,0 +1,193 @@
+"""What waits, what runs and how soon it is one's turn: figures read once a second, positions asked for in groups."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+
+from domain.catalog import Catalog
+from observability import (
+    describe_exception,
+    jobs_oldest_queued_seconds,
+    jobs_running,
+    llm_queue_size,
+    worker_processes,
+    worker_slots,
+)
+from storage import job_queries, workers
+from storage.job_queries import QueuePosition
+
+log = logging.getLogger(__name__)
+
+REFRESH_SECONDS = 1.0
+STALE_SECONDS = 5.0  # older figures are not shown to anybody
+MAX_SHARE = 0.2  # of one database connection that questions for positions may take
+
+
+@dataclass(frozen=True, slots=True)
+class ModelQueue:
+    """One model's queue and the live workers that drain it."""
+
+    model: str
+    num_queued: int = 0
+    num_running: int = 0
+    oldest_queued_seconds: float = 0.0
+    queued_tokens: int = 0
+    running_tokens: int = 0
+    num_workers: int = 0
+    num_slots: int = 0
+    tokens_per_second: float = 0.0
+
+    def eta_seconds(self, position: QueuePosition) -> float | None:
+        """Until the job at `position` starts, as if all work ahead drained evenly; None where no rate was measured.
+
+        Jobs count with the most tokens they may take, so it errs on the late side. The jobs that share the slots with
+        it when it starts need not be through by then: half of their work is left out.
+        """
+        if position.num_ahead + self.num_running < self.num_slots:
+            return 0.0
+        if self.tokens_per_second <= 0 or self.num_slots == 0:
+            return None
+        num_jobs = position.num_ahead + self.num_running
+        work = position.cost_ahead + self.running_tokens
+        still_running = self.num_slots * work / max(num_jobs, 1) / 2
+        return round(max(work - still_running, 0.0) / self.tokens_per_second, 1)
+
+
+def read_queues(session: Session, catalog: Catalog) -> dict[str, ModelQueue]:
+    """Every model of the catalog, by id."""
+    figures = job_queries.queue_figures(session)
+    live = [worker for worker in workers.list_live(session) if not worker.is_draining]
+    queues = {}
+    for spec in catalog:
+        own = [worker for worker in live if worker.model == spec.id]
+        queue = figures.get(spec.id)
+        queues[spec.id] = ModelQueue(
+            model=spec.id,
+            num_queued=queue.num_queued if queue else 0,
+            num_running=queue.num_running if queue else 0,
+            oldest_queued_seconds=round(queue.oldest_queued_seconds, 3) if queue else 0.0,
+            queued_tokens=queue.queued_cost if queue else 0,
+            running_tokens=queue.running_cost if queue else 0,
+            num_workers=len(own),
+            num_slots=sum(worker.max_num_seqs for worker in own),
+            tokens_per_second=round(sum(worker.tokens_per_second for worker in own), 1),
+        )
+    return queues
+
+
+class QueueMonitor:
+    """Keeps the figures of all queues fresh and answers for positions. Lives between `start` and `stop`."""
+
+    def __init__(self, sessions: async_sessionmaker[AsyncSession], catalog: Catalog) -> None:
+        self._sessions = sessions
+        self._catalog = catalog
+        self._queues: dict[str, ModelQueue] = {}
+        self._read_at = float("-inf")  # monotonic
+        self._reading = asyncio.Lock()
+        self._num_accepted_since: dict[str, int] = {}
+        self._refresher: asyncio.Task[None] | None = None
+        self._asked: dict[UUID, asyncio.Future[QueuePosition | None]] = {}
+        self._answering: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._refresher = asyncio.create_task(self._refresh_forever())
+
+    async def stop(self) -> None:
+        tasks = [task for task in (self._refresher, self._answering) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the database answered lately."""
+        return time.monotonic() - self._read_at < STALE_SECONDS
+
+    @property
+    def queues(self) -> Mapping[str, ModelQueue]:
+        """As last read, at most STALE_SECONDS ago; empty while the database does not answer."""
+        return self._queues if self.is_fresh else {}
+
+    async def read(self, *, max_age_seconds: float = 0.25) -> Mapping[str, ModelQueue]:
+        """The figures, read now where they are older. Raises SQLAlchemyError or OSError."""
+        async with self._reading:  # whoever waited here finds them fresh
+            if time.monotonic() - self._read_at > max_age_seconds:
+                await self._read()
+        return self._queues
+
+    async def _read(self) -> None:
+        async with self._sessions() as session:
+            queues = await session.run_sync(read_queues, self._catalog)
+        self._queues, self._read_at = queues, time.monotonic()
+        self._num_accepted_since.clear()
+        _publish(queues)
+
+    def accepted(self, model: str) -> None:
+        """A job joined this model's queue after the figures were read."""
+        self._num_accepted_since[model] = self._num_accepted_since.get(model, 0) + 1
+
+    def joining(self, model: str) -> dict[str, object]:
+        """Where a job that is accepted now stands, by the last figures: at the end, as if all were served in order."""
+        queue = self.queues.get(model)
+        if queue is None:
+            return {"position": None, "eta_seconds": None}
+        num_ahead = queue.num_queued + self._num_accepted_since.get(model, 0)
+        eta = queue.eta_seconds(QueuePosition(num_ahead, queue.queued_tokens))
+        return {"position": num_ahead, "eta_seconds": eta}
+
+    async def position(self, job_id: UUID, model: str) -> dict[str, object] | None:
+        """Where a queued job stands now; None if it does not wait any more. Raises SQLAlchemyError.
+
+        Ranking costs the database milliseconds, so all that is asked while one question is under way goes into the
+        next, and there is a pause between two.
+        """
+        answer = self._asked.get(job_id)
+        if answer is None:
+            answer = self._asked[job_id] = asyncio.get_running_loop().create_future()
+        if self._answering is None or self._answering.done():
+            self._answering = asyncio.create_task(self._answer_positions())
+        position = await asyncio.shield(answer)
+        if position is None:
+            return None
+        queue = self.queues.get(model)
+        return {"position": position.num_ahead, "eta_seconds": queue.eta_seconds(position) if queue else None}
+
+    async def _answer_positions(self) -> None:
+        while self._asked:
+            asked, self._asked = self._asked, {}
+            started = time.monotonic()
+            try:
+                async with self._sessions() as session:
+                    positions = await session.run_sync(job_queries.positions, list(asked))
+            except (SQLAlchemyError, OSError) as exc:
+                for answer in asked.values():
+                    answer.set_exception(exc)
+                    answer.exception()  # read: whoever asked may have left
+            else:
+                for job_id, answer in asked.items():
+                    answer.set_result(positions.get(job_id))
+            await asyncio.sleep((time.monotonic() - started) * (1 / MAX_SHARE - 1))
+
+    async def _refresh_forever(self) -> None:
+        while True:
+            try:
+                await self.read()
+            except (SQLAlchemyError, OSError) as exc:
+                log.warning("queue figures not read", extra={"reason": describe_exception(exc)})
+            await asyncio.sleep(REFRESH_SECONDS)
+
+
+def _publish(queues: Mapping[str, ModelQueue]) -> None:
+    for model, queue in queues.items():
+        llm_queue_size.labels(model).set(queue.num_queued)
+        jobs_running.labels(model).set(queue.num_running)
+        jobs_oldest_queued_seconds.labels(model).set(queue.oldest_queued_seconds)
+        worker_processes.labels(model).set(queue.num_workers)
+        worker_slots.labels(model).set(queue.num_slots)

@@ -1,0 +1,167 @@
+"""What one API process holds open while it runs: the database, Redis, and what lives on them."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from uuid import UUID
+
+import redis.asyncio
+from redis.exceptions import RedisError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+
+from api.auth import Authenticator
+from api.queue_monitor import QueueMonitor
+from api.sse import StreamSlots
+from domain.catalog import Catalog
+from domain.errors import StorageUnavailable
+from domain.jobs import JobStatus
+from observability import describe_exception
+from settings import Settings
+from storage.database import async_session_factory, open_async_database
+from storage.stream_channels import channel_of
+from storage.streams import Message, StreamReader
+from tasks.dispatch import Dispatcher
+from tasks.group_accept import GroupAcceptor
+from tasks.models import ModelViews
+from tasks.submit import Submitter
+
+log = logging.getLogger(__name__)
+
+REDIS_TIMEOUT_SECONDS = 2.0
+ANNOUNCE_SECONDS = 0.5
+AFTER_ALL_CHUNKS = 2**31 - 1  # a stream that begins there brings the statuses alone
+ANSWER_SECONDS = 5.0  # what a question to the database may take before the client is told to come back
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Services:
+    """Shared by all requests of a process; used on its event loop only."""
+
+    settings: Settings
+    catalog: Catalog
+    views: ModelViews
+    sessions: async_sessionmaker[AsyncSession]
+    redis: "redis.asyncio.Redis"
+    authenticator: Authenticator
+    submitter: Submitter
+    dispatcher: Dispatcher
+    monitor: QueueMonitor
+    streams: StreamReader
+    slots: StreamSlots
+    draining: asyncio.Event = field(default_factory=asyncio.Event)  # set at SIGTERM: not ready, streams end
+
+    async def read(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a storage function that changes nothing. Raises StorageUnavailable."""
+        return await self._ask(self._call(False, function, *args, **kwargs))
+
+    async def write(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a storage function and commit. Raises StorageUnavailable, also where the commit may have happened."""
+        return await self._ask(self._call(True, function, *args, **kwargs))
+
+    async def _call(
+        self, commits: bool, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        async with self.sessions() as session:
+            answer = await session.run_sync(function, *args, **kwargs)
+            if commits:
+                await session.commit()
+            return answer
+
+    async def _ask(self, question: Coroutine[Any, Any, T]) -> T:
+        # A question to a server that hangs cannot be cancelled before it answers, so it is left behind.
+        task = asyncio.create_task(question)
+        task.add_done_callback(_read_exception)
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), ANSWER_SECONDS)
+        except (OperationalError, InterfaceError, PoolTimeout, OSError, TimeoutError) as exc:
+            raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2) from exc
+
+    async def position(self, job_id: UUID, model: str) -> dict[str, object] | None:
+        """Where a queued job stands; None if it does not wait any more. Raises StorageUnavailable."""
+        return await self._ask(self.monitor.position(job_id, model))
+
+    async def wait_for_end(self, job_id: UUID, seconds: float) -> None:
+        """Returns when the job is terminal or deleted, the time is over, or this server drains; at once where no more
+        waiting is granted. The caller has checked whose job it is."""
+        if self.slots.is_full:
+            return
+        drained = asyncio.create_task(self.draining.wait())
+        ended = asyncio.create_task(self._read_to_end(job_id))
+        try:
+            with self.slots.hold():
+                await asyncio.wait((drained, ended), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (drained, ended):
+                task.cancel()
+            await asyncio.wait((drained, ended))
+
+    async def _read_to_end(self, job_id: UUID) -> None:
+        async with aclosing(self.streams.read(job_id, starting_after=AFTER_ALL_CHUNKS)) as events:
+            async for _ in events:
+                pass
+
+    async def announce(self, job_id: UUID, status: JobStatus) -> None:
+        """Tell open streams of a transition that is committed; best effort: they find out by themselves."""
+        message = Message(status=status).model_dump_json(exclude_defaults=True)
+        try:
+            async with asyncio.timeout(ANNOUNCE_SECONDS):
+                await self.redis.publish(channel_of(job_id), message)
+        except (RedisError, OSError, TimeoutError) as exc:
+            log.warning("streams not told of a transition", extra={"reason": describe_exception(exc)})
+
+
+@asynccontextmanager
+async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[Services]:
+    """Neither the database nor Redis needs to be up: requests say so until they are."""
+    views = await asyncio.to_thread(ModelViews, catalog)
+    async with AsyncExitStack() as stack:
+        database = open_async_database(settings.database_url)
+        stack.push_async_callback(database.dispose)
+        sessions = async_session_factory(database)
+        client = open_redis(settings.redis_url)
+        stack.push_async_callback(client.aclose)
+        dispatcher = Dispatcher(sessions, client, catalog, settings)
+        stack.push_async_callback(dispatcher.aclose)
+        acceptor = GroupAcceptor(sessions, max_queued_jobs=settings.max_queued_jobs)
+        acceptor.start()
+        stack.push_async_callback(acceptor.stop)
+        monitor = QueueMonitor(sessions, catalog)
+        monitor.start()
+        stack.push_async_callback(monitor.stop)
+        submitter = Submitter(settings, views, acceptor, dispatch_soon=dispatcher.nudge)
+        stack.callback(submitter.close)
+        streams = await stack.enter_async_context(StreamReader(settings.redis_url, sessions))
+        yield Services(
+            settings=settings,
+            catalog=catalog,
+            views=views,
+            sessions=sessions,
+            redis=client,
+            authenticator=Authenticator(sessions, is_open=settings.auth == "none"),
+            submitter=submitter,
+            dispatcher=dispatcher,
+            monitor=monitor,
+            streams=streams,
+            slots=StreamSlots(settings.max_streams),
+        )
+
+
+def open_redis(url: str) -> "redis.asyncio.Redis":
+    return redis.asyncio.Redis.from_url(
+        url, socket_timeout=REDIS_TIMEOUT_SECONDS, socket_connect_timeout=REDIS_TIMEOUT_SECONDS
+    )
+
+
+def _read_exception(task: "asyncio.Task[Any]") -> None:
+    """One that was left behind must not be reported as never retrieved."""
+    if not task.cancelled():
+        task.exception()
