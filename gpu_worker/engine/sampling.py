@@ -147,13 +147,15 @@ def _draw_among(scaled: Tensor, sequences: Rows[Sequence], num_candidates: int) 
     cumulative = (values - values[:, :1]).exp_().cumsum(-1)
     cutoffs = _cutoffs(values, cumulative, total, sequences)
     kept = values >= cutoffs
-    is_complete = (values[:, -1:] < cutoffs).squeeze(-1) if num_candidates < scaled.shape[-1] else None
     cumulative = torch.where(kept, cumulative, 0.0).cummax(-1).values
     positions = _invert(cumulative, _targets(sequences, scaled.device))
     chosen = ids.gather(1, torch.tensor(positions, device=ids.device)[:, None]).squeeze(-1).tolist()
-    if is_complete is None:
+    if num_candidates == scaled.shape[-1]:
         return list(chosen)
-    return [token if whole else None for token, whole in zip(chosen, is_complete.tolist(), strict=True)]
+    is_complete = (values[:, -1:] < cutoffs).squeeze(-1).tolist()
+    for row, sequence in enumerate(sequences):
+        is_complete[row] &= not num_candidates < (sequence.job.params.top_k or 0) < scaled.shape[-1]
+    return [token if whole else None for token, whole in zip(chosen, is_complete, strict=True)]
 
 
 def _most_likely(scaled: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +178,7 @@ def _cutoffs(values: Tensor, cumulative: Tensor, total: Tensor, sequences: Rows[
     top_p = torch.tensor([1.0 if p.top_p is None else p.top_p for p in params], **column)[:, None]  # type: ignore[arg-type]
     ranks = [min(p.top_k or num_candidates, num_candidates) - 1 for p in params]
     last = torch.tensor(ranks, device=values.device)[:, None]
-    has_top_k = torch.tensor([bool(p.top_k) for p in params], device=values.device)[:, None]
+    has_top_k = torch.tensor([0 < (p.top_k or 0) <= num_candidates for p in params], device=values.device)[:, None]
     mass = torch.where(has_top_k, cumulative.gather(1, last), total)
     # The first token whose cumulative share reaches top_p is the last one kept.
     reached = torch.searchsorted(cumulative, top_p * mass).clamp(max=num_candidates - 1)

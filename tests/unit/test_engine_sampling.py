@@ -1,0 +1,200 @@
+"""Every parameter per row, in any mix; randomness that depends on nothing but seed, index and position."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+from gpu_worker.engine import sampling
+from gpu_worker.engine.sampling import sample, uniform
+from gpu_worker.engine.sequence import Sequence
+from tests.engine_parts import make_sequence
+
+VOCAB_SIZE = 24
+NUM_DRAWS = 4000
+
+
+def random_logits(num_rows: int = 1, *, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Tensor:
+    return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def at_position(position: int, **changes: Any) -> Sequence:
+    """A sequence that has drawn `position` tokens."""
+    sequence = make_sequence([1], **changes)
+    sequence.token_ids += [1] * position
+    return sequence
+
+
+def draw(logits: Tensor, *sequences: Sequence) -> list[int]:
+    return [drawn.token_id for drawn in sample(logits.clone(), sequences)]
+
+
+def frequencies(logits: Tensor, **params: Any) -> Counter[int]:
+    """Of NUM_DRAWS draws from the same row, each at a position of its own."""
+    sequences = [at_position(position, **params) for position in range(NUM_DRAWS)]
+    return Counter(draw(logits.expand(NUM_DRAWS, -1), *sequences))
+
+
+def filtered_by_transformers(logits: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    scores = logits / temperature
+    ids = torch.tensor([[1]])
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(ids, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(ids, scores)
+    if min_p:
+        scores = MinPLogitsWarper(min_p)(ids, scores)
+    return scores.softmax(-1)[0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.5, 0, 1.0, 0.0),
+        (1.7, 5, 1.0, 0.0),
+        (1.0, 0, 0.6, 0.0),
+        (1.0, 0, 1.0, 0.2),
+        (1.3, 10, 0.8, 0.05),
+        (2.0, 100, 0.999, 0.0),
+    ],
+)
+def test_draws_follow_the_distribution_that_transformers_defines(
+    temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    logits = random_logits()
+    expected = filtered_by_transformers(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    drawn = frequencies(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    for token_id, probability in enumerate(expected.tolist()):
+        # Five standard deviations; a token that is filtered out is never drawn.
+        tolerance = 5 * math.sqrt(NUM_DRAWS * probability * (1 - probability))
+        assert abs(drawn[token_id] - NUM_DRAWS * probability) <= tolerance
+
+
+ROWS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+        "top_k": st.sampled_from([0, 1, 3, 1000]),
+        "top_p": st.sampled_from([1.0, 0.9, 0.1]),
+        "min_p": st.sampled_from([0.0, 0.1]),
+        "seed": st.integers(-(2**63), 2**63 - 1),
+        "presence_penalty": st.sampled_from([0.0, 1.5]),
+        "repetition_penalty": st.sampled_from([1.0, 1.3]),
+    }
+)
+
+
+@settings(deadline=None)
+@given(rows=st.lists(ROWS, min_size=2, max_size=6), positions=st.lists(st.integers(0, 9), min_size=6, max_size=6))
+def test_a_row_draws_the_same_alone_and_in_any_company(rows: list[dict[str, Any]], positions: list[int]) -> None:
+    logits = random_logits(len(rows), vocab_size=1000)
+    sequences = [at_position(position, **row) for row, position in zip(rows, positions, strict=False)]
+    together = draw(logits, *sequences)
+    assert together == [draw(logits[number : number + 1], sequence)[0] for number, sequence in enumerate(sequences)]
+
+
+@settings(deadline=None)
+@given(row=ROWS, is_coarse=st.booleans(), logits_seed=st.integers(0, 1000))
+def test_few_candidates_and_the_full_sort_draw_the_same(row: dict[str, Any], is_coarse: bool, logits_seed: int) -> None:
+    """Coarse logits have many ties, as those of a model in bfloat16 do."""
+    logits = random_logits(seed=logits_seed, vocab_size=60)
+    logits = logits.round() if is_coarse else logits
+    sequence = make_sequence([1], **row)
+    full = draw(logits, sequence)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "NUM_CANDIDATES", 4)
+        assert draw(logits, sequence) == full
+
+
+def test_uniforms_are_fixed_for_ever() -> None:
+    """A resumed job may run on another version: what a position draws must not change."""
+    assert uniform(0, 0, 0) == pytest.approx(0.15674255346555804, abs=1e-15)
+    assert uniform(-5, 1, 7) != uniform(-5, 7, 1)
+    assert 0 < min(uniform(seed, 0, 0) for seed in range(1000)) < 0.01
+
+
+def test_sequences_of_one_job_draw_apart() -> None:
+    sequence = make_sequence([1], temperature=1.0)
+    sequence.index = 1
+    drawn = {uniform(3, index, position) for index in range(8) for position in range(100)}
+    assert len(drawn) == 800
+
+
+def test_temperature_zero_beside_temperature_two() -> None:
+    logits = random_logits(2)
+    token_ids = draw(logits, make_sequence([1], temperature=0.0), make_sequence([1], temperature=2.0))
+    assert token_ids[0] == logits[0].argmax().item()
+
+
+def test_a_row_of_equal_logits_has_no_favourite() -> None:
+    drawn = frequencies(torch.zeros(1, 4), temperature=1.0, top_p=0.9)
+    assert min(drawn.values()) > NUM_DRAWS / 5
+
+
+def test_repetition_penalty_is_that_of_transformers_over_prompt_and_output() -> None:
+    logits = random_logits()
+    seen = [3, 5, 7, 7]
+    expected = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([seen]), logits.clone())
+    sequence = make_sequence(seen[:2], repetition_penalty=1.5)
+    sequence.token_ids += seen[2:]
+    adjusted = logits.clone()
+    sample(adjusted, [sequence])
+    assert torch.allclose(adjusted, expected)
+
+
+def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
+    logits = torch.zeros(1, 8)
+    sequence = make_sequence([1, 1, 2], presence_penalty=0.5, frequency_penalty=0.25)
+    sequence.token_ids += [2, 3, 3]
+    sample(logits, [sequence])
+    assert logits[0].tolist() == [0, 0, -0.75, -1.0, 0, 0, 0, 0]
+
+
+def test_logit_bias_can_force_and_forbid() -> None:
+    logits = random_logits()
+    best = int(logits.argmax())
+    other = (best + 1) % VOCAB_SIZE
+    assert draw(logits, make_sequence([1], logit_bias={other: 100.0})) == [other]
+    assert draw(logits, make_sequence([1], logit_bias={best: -100.0})) != [best]
+    everything = dict.fromkeys(range(VOCAB_SIZE), -100.0)
+    assert draw(logits, make_sequence([1], logit_bias=everything)) == [best]
+
+
+def test_end_tokens_are_off_until_min_tokens() -> None:
+    logits = torch.zeros(1, 4)
+    logits[0, 0] = 50.0
+    params = {"min_tokens": 2, "end_token_ids": frozenset({0, 2})}
+    assert 0 not in draw(logits.expand(2, -1), at_position(0, **params), at_position(1, **params))
+    assert draw(logits, at_position(2, **params)) == [0]
+
+
+def test_logprobs_are_of_the_raw_distribution() -> None:
+    logits = random_logits(2)
+    expected = logits[0].log_softmax(-1)
+    params = {"temperature": 0.7, "top_k": 2, "logit_bias": {4: 30.0}, "logprobs": 3}
+    drawn, plain = sample(logits.clone(), [make_sequence([1], **params), make_sequence([1])])
+    assert drawn.token_id == 4
+    assert drawn.logprob == pytest.approx(expected[4].item())
+    assert [token_id for token_id, _ in drawn.top] == expected.topk(3).indices.tolist()
+    assert [logprob for _, logprob in drawn.top] == pytest.approx(expected.topk(3).values.tolist())
+    assert plain.logprob is None
+
+
+def test_zero_alternatives_still_give_the_tokens_own_logprob() -> None:
+    (drawn,) = sample(random_logits(), [make_sequence([1], logprobs=0)])
+    assert drawn.logprob is not None
+    assert drawn.top == ()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_logits_that_are_no_distribution_are_refused(poison: float) -> None:
+    logits = random_logits(2)
+    logits[1, 3] = poison
+    with pytest.raises(ValueError, match="not finite"):
+        sample(logits, [make_sequence([1]), make_sequence([1])])
