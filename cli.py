@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from client import Client
+    from domain.catalog import Catalog
     from settings import Settings
 
 #: Errors that explain themselves: shown as one line, without a traceback. By name, since importing them takes long.
@@ -104,18 +105,13 @@ def api(host: str | None, port: int | None) -> None:
     _set("CELERIAC_HOST", host)
     _set("CELERIAC_PORT", port)
     settings = _settings()
-    import uvicorn
+    from api.app import refuse_open_door
+    from api.server import serve
 
-    uvicorn.run(
-        "api.app:create_app",
-        factory=True,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
+    with _explained(ValueError):
+        refuse_open_door(settings)
+        _catalog(settings)
+    serve(settings)
 
 
 @main.command()
@@ -203,11 +199,14 @@ def submit(prompt: str, mode: str, url: str | None, key: str | None, **options: 
 
     The job lives on its own: Ctrl-C or a lost connection ends the watching, not the job.
     """
+    from client import job_body
     from terminal import follow
 
     text = sys.stdin.read() if prompt == "-" else prompt
+    with _explained(ValueError):
+        body = job_body(text, **options | {"model": options["model"] or _default_model()})
     with _client(url, key) as client:
-        job = client.submit(_job_body(text, **options))
+        job = client.submit(body)
         if mode == "detach":
             click.echo(job["id"])
             return
@@ -258,11 +257,9 @@ def jobs(status: str | None, model: str | None, limit: int, url: str | None, key
 @main.command()
 def models() -> None:
     """List the models of models.toml; the first one is the default."""
-    settings = _settings()
-    from domain.catalog import Catalog
     from terminal import models_table, show
 
-    show(models_table(Catalog.load(settings.models_file)))
+    show(models_table(_catalog(_settings())))
 
 
 @main.group(cls=Commands)
@@ -375,22 +372,26 @@ def _client(url: str | None, key: str | None) -> "Client":
     return Client(url or settings.api_url or here, key or settings.api_key)
 
 
-def _job_body(text: str, *, model: str | None, system: str | None, complete: bool, **params: Any) -> dict[str, Any]:
-    if complete and system:
-        raise click.UsageError("--system belongs to a chat; leave out --complete or put it into the prompt")
-    if not text.strip():
-        raise click.UsageError("the prompt is empty; give some text, or - and some text on standard input")
-    messages = [{"role": "system", "content": system}] if system else []
-    request = {"prompt": text} if complete else {"messages": [*messages, {"role": "user", "content": text}]}
-    given = {name: value for name, value in params.items() if value not in (None, ())}
-    return {"model": model or _default_model(), **request, "params": given}
-
-
 def _default_model() -> str:
-    from domain.catalog import Catalog
     from settings import get_settings
 
-    return Catalog.load(get_settings().models_file).default.id
+    return _catalog(get_settings()).default.id
+
+
+def _catalog(settings: "Settings") -> "Catalog":
+    from domain.catalog import Catalog
+
+    with _explained(ValueError, OSError):
+        return Catalog.load(settings.models_file)
+
+
+@contextmanager
+def _explained(*kinds: type[Exception]) -> Iterator[None]:
+    """These errors are about what the user wrote, and say so."""
+    try:
+        yield
+    except kinds as exc:
+        raise click.ClickException(str(exc)) from exc
 
 
 if __name__ == "__main__":

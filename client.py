@@ -159,6 +159,18 @@ class Client:
         )
 
 
+def job_body(text: str, *, model: str, system: str | None, complete: bool, **params: Any) -> dict[str, Any]:
+    """The body that asks for an answer to `text`, or for its continuation. Params that were not given are left out."""
+    if not text.strip():
+        raise ValueError("the prompt is empty; give some text, or - and some text on standard input")
+    if complete and system:
+        raise ValueError("--system belongs to a chat; leave out --complete, or put the instructions into the prompt")
+    messages = [{"role": "system", "content": system}] if system else []
+    request = {"prompt": text} if complete else {"messages": [*messages, {"role": "user", "content": text}]}
+    given = {name: value for name, value in params.items() if value not in (None, ())}
+    return {"model": model, **request, "params": given}
+
+
 def parse_events(lines: Iterable[str]) -> Iterator[StreamEvent]:
     """Server-sent events out of the lines of a response; comments (heartbeats) and empty events are left out."""
     name, event_id, data = "message", None, list[str]()

@@ -25,7 +25,8 @@ FIRST_PROMPT = "Tell me a story about a brave little fox."
 FIRST_MAX_TOKENS = 160
 MAX_DEATHS_AT_START = 3
 SERVER_RETRY_SECONDS = 5.0
-DRAIN_MARGIN_SECONDS = 10.0  # beyond the worker's own drain: releasing, saying goodbye
+DRAIN_MARGIN_SECONDS = 15.0  # beyond the worker's own drain: releasing, saying goodbye
+API_STOP_SECONDS = 15.0  # more than it gives to its open requests
 LOOPBACK = "127.0.0.1"
 
 
@@ -112,6 +113,7 @@ class Up:
         worker.hurry_signal = signal.SIGQUIT  # gives running jobs back to the queue at once
         api = self._service("API", "api", lambda: bool(self._health()))
         api.prepare = self._choose_api_port
+        api.stop_seconds = API_STOP_SECONDS
         maintenance = self._service("Maintenance", "maintenance", lambda: maintenance.log_has(b" ready"))
         flower = self._service("Flower", "flower", lambda: not is_free(LOOPBACK, self._flower_port))
         flower.prepare = self._choose_flower_port

@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner
 
 import cli
-from client import parse_events
+from client import job_body, parse_events
 from settings import get_settings
 
 ROOT = Path(cli.__file__).parent
@@ -89,12 +88,12 @@ def test_flower_stays_on_this_machine_unless_it_asks_for_a_password(run: Any) ->
 
 def test_an_empty_prompt_is_refused_before_it_travels(run: Any) -> None:
     result = run("submit", "  ")
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "the prompt is empty" in result.output
 
 
 def test_a_prompt_becomes_a_chat_and_only_given_options_are_sent() -> None:
-    body = cli._job_body(
+    body = job_body(
         "Hi", model="m", system="Be brief.", complete=False, temperature=0.0, max_tokens=None, seed=None, stop=("\n",)
     )
     assert body == {
@@ -105,9 +104,9 @@ def test_a_prompt_becomes_a_chat_and_only_given_options_are_sent() -> None:
 
 
 def test_complete_sends_the_prompt_as_it_stands() -> None:
-    assert cli._job_body("Once", model="m", system=None, complete=True)["prompt"] == "Once"
-    with pytest.raises(click.UsageError, match="--system belongs to a chat"):
-        cli._job_body("Once", model="m", system="x", complete=True)
+    assert job_body("Once", model="m", system=None, complete=True)["prompt"] == "Once"
+    with pytest.raises(ValueError, match="--system belongs to a chat"):
+        job_body("Once", model="m", system="x", complete=True)
 
 
 def test_events_are_read_whatever_their_lines_look_like() -> None:

@@ -1,0 +1,233 @@
+"""docker-compose.yml without containers: every service's own command runs as a process, with the environment that the
+file gives it, and its own health check judges it. Only host names and ports are replaced by those of this machine.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from launcher import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPOSE = ROOT / "docker-compose.yml"
+KEY = "sk_admin_" + "k" * 32
+SECRETS = {
+    "POSTGRES_PASSWORD": "postgres-secret",
+    "REDIS_PASSWORD": "redis-secret",
+    "CELERIAC_BOOTSTRAP_API_KEY": KEY,
+    "FLOWER_BASIC_AUTH": "admin:flower-secret",
+}
+START_SECONDS = 90.0
+
+
+class MissingVariable(Exception):
+    """A variable that the compose file demands (`${NAME:?why}`) is not set."""
+
+
+def interpolated(text: str, environment: dict[str, str]) -> str:
+    """The text as Compose reads it: ${NAME}, ${NAME:-default}, ${NAME:?message}; $$ is a dollar sign."""
+
+    def value_of(match: re.Match[str]) -> str:
+        if match[0] == "$$":
+            return "$"
+        name, operator, argument = match["name"], match["operator"], match["argument"]
+        if environment.get(name):
+            return environment[name]
+        if operator == ":?":
+            raise MissingVariable(name)
+        return argument or ""
+
+    return re.sub(r"\$\$|\$\{(?P<name>\w+)(?:(?P<operator>:[-?])(?P<argument>[^}]*))?\}", value_of, text)
+
+
+def load_services(environment: dict[str, str]) -> dict[str, Any]:
+    def resolved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: resolved(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [resolved(item) for item in value]
+        return interpolated(value, environment) if isinstance(value, str) else value
+
+    services: dict[str, Any] = resolved(yaml.safe_load(COMPOSE.read_text())["services"])
+    return services
+
+
+@dataclass
+class Stack:
+    """The services as processes."""
+
+    folder: Path
+    database_url: str
+    services: dict[str, Any] = field(default_factory=lambda: load_services(SECRETS))
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.redis_port, self.api_port, self.flower_port = (free_port("127.0.0.1", 0) for _ in range(3))
+
+    def here(self, text: str) -> str:
+        """Hosts and ports of the containers, put in the place of this machine's."""
+        text = text.replace("postgresql://celeriac:postgres-secret@postgres:5432/celeriac", self.database_url)
+        text = text.replace("@redis:6379", f"@127.0.0.1:{self.redis_port}")
+        text = text.replace("redis-cli ", f"redis-cli -p {self.redis_port} ")
+        return re.sub(r"\b8000\b", str(self.api_port), re.sub(r"\b5555\b", str(self.flower_port), text))
+
+    def environment(self, name: str) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("CELERIAC_")}
+        given = {name: self.here(str(value)) for name, value in self.services[name].get("environment", {}).items()}
+        path = os.pathsep.join([str(Path(sys.executable).parent), inherited["PATH"]])
+        return inherited | {"PATH": path, "CELERIAC_DATA_DIR": str(self.folder)} | given
+
+    def command(self, name: str) -> list[str]:
+        command = self.services[name]["command"]
+        return [self.here(word) for word in (shlex.split(command) if isinstance(command, str) else command)]
+
+    def start(self, name: str, *extra: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.processes[name] = subprocess.Popen(
+                [*self.command(name), *extra],
+                cwd=ROOT,
+                env=self.environment(name),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self.processes[name]
+
+    def is_healthy(self, name: str) -> bool:
+        """What the service's own health check says."""
+        kind, *words = self.services[name]["healthcheck"]["test"]
+        command = ["sh", "-c", self.here(words[0])] if kind == "CMD-SHELL" else [self.here(word) for word in words]
+        environment = self.environment(name)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False).returncode == 0
+
+    def wait_until_healthy(self, name: str) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not self.is_healthy(name):
+            process = self.processes[name]
+            log = (self.folder / f"{name}.log").read_text()[-3000:]
+            assert process.poll() is None, f"{name} ended with {process.returncode}:\n{log}"
+            assert time.monotonic() < deadline, f"{name} does not get healthy:\n{log}"
+            time.sleep(0.2)
+
+    def stop(self, name: str) -> int:
+        """As `docker stop`: SIGTERM, and the service's grace period. Returns the exit code."""
+        process = self.processes[name]
+        process.send_signal(signal.SIGTERM)
+        grace_period = self.services[name].get("stop_grace_period", "10s")
+        return process.wait(float(grace_period.removesuffix("s")))
+
+    def kill_all(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@pytest.fixture
+def stack(tmp_path: Path, empty_database_url: str) -> Iterator[Stack]:
+    stack = Stack(tmp_path, empty_database_url)
+    yield stack
+    stack.kill_all()
+
+
+@pytest.mark.timeout(300)
+def test_every_service_runs_by_its_own_command_and_health_check(stack: Stack) -> None:
+    stack.start("redis", "--port", str(stack.redis_port), "--dir", str(stack.folder))
+    stack.wait_until_healthy("redis")
+    assert stack.start("migrate").wait(60) == 0, (stack.folder / "migrate.log").read_text()
+
+    names = ("gpu-worker", "api", "maintenance", "flower")
+    for name in names:
+        stack.start(name)
+    for name in names:
+        stack.wait_until_healthy(name)
+
+    url = f"http://127.0.0.1:{stack.api_port}/v1/jobs"
+    body = {"model": "celeriac-mini", "prompt": "Once upon a time", "params": {"max_tokens": 8}}
+    assert httpx.post(url, json=body).status_code == 401
+    headers = {"authorization": f"Bearer {KEY}", "prefer": "wait=60"}
+    job = httpx.post(url, json=body, headers=headers, timeout=70).json()
+    assert job["status"] == "completed", job
+    assert job["usage"]["completion_tokens"] > 0
+
+    flower = f"http://127.0.0.1:{stack.flower_port}/workers"
+    assert httpx.get(flower).status_code == 401
+    assert httpx.get(flower, auth=("admin", "flower-secret")).status_code == 200
+
+    for name in reversed(names):
+        assert stack.stop(name) == 0, (stack.folder / f"{name}.log").read_text()[-2000:]
+
+
+def test_a_secret_that_is_not_set_is_asked_for_by_name() -> None:
+    for name in SECRETS:
+        with pytest.raises(MissingVariable, match=name):
+            load_services({other: value for other, value in SECRETS.items() if other != name})
+
+
+def test_no_secret_has_a_default_or_stands_in_the_file() -> None:
+    text = COMPOSE.read_text()
+    for name in SECRETS:
+        assert re.search(rf"\${{{name}(?!:\?|\w)", text) is None, f"{name} is used without being demanded"
+    assert load_services(SECRETS)["api"]["environment"]["CELERIAC_AUTH"] == "api_key"
+
+
+def test_flower_is_published_on_this_machine_only() -> None:
+    assert load_services(SECRETS)["flower"]["ports"] == ["127.0.0.1:5555:5555"]
+
+
+def test_a_worker_gets_more_time_to_stop_than_its_drain_takes() -> None:
+    from settings import Settings
+
+    grace = load_services(SECRETS)["gpu-worker"]["stop_grace_period"]
+    assert float(grace.removesuffix("s")) > Settings.model_fields["drain_seconds"].default + 15
+
+
+def test_the_cuda_worker_differs_from_the_other_by_its_device_alone() -> None:
+    services = load_services(SECRETS)
+    cuda = dict(services["gpu-worker-cuda"])
+    assert cuda.pop("profiles") == ["gpu"]
+    assert cuda.pop("deploy")["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
+    assert cuda == services["gpu-worker"]
+
+
+def copied_files(target: str) -> list[str]:
+    """What the Dockerfile copies into one target, its base included."""
+    sources: dict[str, list[str]] = {}
+    stage, parents = "", dict[str, str]()
+    for line in (ROOT / "deploy" / "Dockerfile").read_text().splitlines():
+        words = line.split()
+        if line.startswith("FROM"):
+            stage = words[3]
+            parents[stage], sources[stage] = words[1], []
+        elif line.startswith("COPY"):
+            sources[stage] += words[1:-1]
+    return sources.get(parents[target], []) + sources[target]
+
+
+@pytest.mark.parametrize(("target", "modules"), [("api", "cli, api.app, tasks.app"), ("worker", "cli, gpu_worker.app")])
+def test_an_image_holds_all_that_its_commands_import(tmp_path: Path, target: str, modules: str) -> None:
+    allowed = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
+    for source in copied_files(target):
+        assert source in allowed, f".dockerignore keeps {source} out"
+        for path in ROOT.glob(source):
+            copy = shutil.copytree if path.is_dir() else shutil.copy
+            (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
+            copy(path, tmp_path / path.relative_to(ROOT))
+    # The checkout is on the path by the editable installation; in the image it is not.
+    code = f"import sys; sys.path.remove({str(ROOT)!r}); sys.path.insert(0, ''); import {modules}; print('ok')"
+    code += "; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "ok\n", done.stderr
