@@ -4,7 +4,8 @@ Messages in hand follow the engine: as many as it could start now, and a small l
 frees is filled between two steps. Everything else of Celery (task protocol, events, inspect, revoke) stays stock.
 """
 
-from time import monotonic
+import warnings
+from time import monotonic, sleep
 from typing import Any
 
 from celery import bootsteps
@@ -23,6 +24,7 @@ EVENT_FLUSH_SECONDS = 0.1
 MAX_BUFFERED_EVENTS = 512
 WATCH_SECONDS = 1.0
 MAX_LOOKAHEAD_SECONDS = 2.0  # how long a delivery may wait here while another worker has free slots
+REFUSED_SECONDS = 1.0
 STALL_SECONDS = 10.0  # a healthy consumer with credit looks into its queue every second
 
 
@@ -86,7 +88,11 @@ class EngineConsumer(Consumer):
         if self.event_dispatcher is not None:
             self.event_dispatcher.set_aside(exc)
         self.hub.on_tick.clear()  # kombu adds one callback per connection and removes none
-        super().on_connection_error_after_connected(exc)
+        if isinstance(exc, self.channel_errors):
+            sleep(REFUSED_SECONDS)  # it answers, but refuses: full, or a replica; stock tries again at once, for ever
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # stock explains a setting of late acks, which we do not use, every time
+            super().on_connection_error_after_connected(exc)
 
     def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
         """Also after `cancel_consumer`: stock then consumes nothing from the next reconnect on (celery #10352)."""
@@ -111,6 +117,9 @@ class EngineStep(bootsteps.StartStopStep):
         channel.worker_name = c.hostname
         channel.room = c.pool.room
         c.pool.attach(channel, c.event_dispatcher)
+
+    def stop(self, c: EngineConsumer) -> None:
+        c.flush_events()  # before the worker says goodbye
 
     def register_with_event_loop(self, c: EngineConsumer, hub: Any) -> None:
         """Called after every connect: the loop's timers were cleared with the old connection."""

@@ -265,8 +265,10 @@ class EnginePool(BasePool):
         self.is_draining = False
 
     @property
-    def is_idle(self) -> bool:
-        return not self.running and self.runner.stats().num_running == 0
+    def is_drained(self) -> bool:
+        """Nothing runs and all is told. Without a connection nothing can be told or given back. Any thread."""
+        has_ended = self.runner.stats().num_running == 0
+        return has_ended and (self.channel is None or not (self.running or self.in_hand))
 
     def stop_runner(self) -> None:
         """Release what runs and end the engine; once, whoever asks. Any thread."""

@@ -58,8 +58,7 @@ class Shutdown:
         logger.warning("draining: running jobs have %.0f seconds", release_after_seconds)
         self._pool.begin_drain(release_after_seconds=release_after_seconds)
         deadline = monotonic() + release_after_seconds + _GRACE_SECONDS
-        # Without a connection there is nothing to give back through: unacked messages return by themselves.
-        while not (self._pool.is_idle and (not self._pool.in_hand or self._pool.channel is None)):
+        while not self._pool.is_drained:
             if monotonic() > deadline:
                 logger.error("the drain did not end in time; releasing what is left")
                 break

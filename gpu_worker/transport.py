@@ -15,7 +15,7 @@ Redis keys (`queue` is `ModelSpec.queue`; the lists themselves are described in 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Empty
 from time import monotonic, time
 from typing import Any, NamedTuple
@@ -100,6 +100,12 @@ class ClaimingQoS(stock.QoS):
             return
         self.channel.give_back(list(self._delivered))
         self._delivered.clear()
+
+    def restore_visible(self, *args: Any, **options: Any) -> None:
+        try:
+            super().restore_visible(*args, **options)
+        except self.channel.ResponseError as exc:  # its lock needs a write, which a full Redis or a replica refuses
+            logger.warning("cannot look for abandoned messages now: %s", exc)
 
     @property
     def num_unacked(self) -> int:
@@ -186,8 +192,10 @@ class ClaimingChannel(stock.Channel):
         """Forget these messages, here and in Redis: one round trip, repeatable."""
         for tag in tags:
             self.qos._delivered.pop(tag, None)
-        with self.conn_or_acquire() as client, client.pipeline(transaction=True) as pipeline:
-            pipeline.zrem(self.unacked_index_key, *tags).hdel(self.unacked_key, *tags).execute()
+        # No transaction, because a full Redis refuses everything in one, even deletes. In this order whoever dies in
+        # between leaves an index entry without a message, which the next search for abandoned ones removes.
+        with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipeline:
+            pipeline.hdel(self.unacked_key, *tags).zrem(self.unacked_index_key, *tags).execute()
 
     def keep_in_hand(self, tags: Sequence[str]) -> None:
         """Stamp these messages afresh, so that nobody restores them as abandoned."""
@@ -261,9 +269,9 @@ class ClaimingChannel(stock.Channel):
             raise
 
     def _pass_on(self, bell: bytes) -> None:
-        """We heard the bell but can take nothing: wake somebody else."""
+        """We heard the bell but can take nothing: wake somebody else, if Redis takes a write."""
         self.has_backlog = True
-        with self.conn_or_acquire() as client:
+        with self.conn_or_acquire() as client, suppress(self.ResponseError):
             client.pipeline().lpush(bell, 1).ltrim(bell, 0, MAX_RINGS - 1).execute()
 
     def _claim_script(self, client: Any) -> Any:

@@ -4,7 +4,7 @@ Nothing here reaches torch or `gpu_worker`: what runs a GPU task is decided by t
 """
 
 from celery import Celery, signals
-from kombu import Queue
+from kombu import Exchange, Queue
 
 from domain.catalog import Catalog
 from observability import configure_logging
@@ -22,7 +22,7 @@ def make_app(settings: Settings) -> Celery:
     app = Celery("celeriac", broker=settings.broker_url, include=["tasks.generate", "tasks.janitor"])
     models = Catalog.load(settings.models_file)
     app.conf.update(
-        task_queues=[Queue(MAINTENANCE_QUEUE), *(Queue(spec.queue) for spec in models)],
+        task_queues=[_queue(MAINTENANCE_QUEUE), *(_queue(spec.queue) for spec in models)],
         task_default_queue=MAINTENANCE_QUEUE,
         task_routes={GENERATE: {"queue": models.default.queue}},
         beat_schedule=_beat_schedule(settings),
@@ -30,6 +30,11 @@ def make_app(settings: Settings) -> Celery:
     app.conf.update(_SAFETY, **_BROKER, **_WORKER)
     app.amqp.queues.select([MAINTENANCE_QUEUE])
     return app
+
+
+def _queue(name: str) -> Queue:
+    """With an exchange of its own: queues that share one would each get what is meant for another."""
+    return Queue(name, Exchange(name, type="direct"), routing_key=name)
 
 
 _SAFETY = {

@@ -1,18 +1,22 @@
 """Starts and watches GPU workers of `consumer_app`, and speaks to their broker."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from base64 import b64decode
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import pytest
 import redis
 from celery import Celery
+from kombu import pools
 
 from domain.ids import external_id, new_id
 from settings import Settings
@@ -49,7 +53,8 @@ class Plant:
             (folder / name).mkdir()
         (folder / "ledger").touch()
         self.client = redis.Redis.from_url(redis_url, socket_timeout=5)
-        self.app: Celery = make_app(Settings(redis_url=redis_url, models_file=self._models_file))
+        self.settings = Settings(redis_url=redis_url, models_file=self._models_file)
+        self.app: Celery = make_app(self.settings)
 
     def close(self) -> None:
         for worker in self.workers:
@@ -57,10 +62,11 @@ class Plant:
             worker.wait()
         self.client.close()
         self.app.close()
+        pools.reset()  # kombu keeps connections by URL, also those to a server that a test stopped
 
     # Workers
 
-    def start_worker(self, name: str = "one", *, wait: bool = True, **variables: object) -> subprocess.Popen[bytes]:
+    def start_worker(self, name: str = "one", *, wait: bool = True, **variables: float) -> subprocess.Popen[bytes]:
         """`variables` without their prefix: job_seconds=0.1."""
         environment = os.environ | {
             "CELERIAC_REDIS_URL": self.redis_url,
@@ -100,6 +106,9 @@ class Plant:
         job_ids = [new_id() for _ in range(num_jobs)]
         push(self.client, QUEUE, job_ids)
         return job_ids
+
+    def send_one(self, job_id: UUID) -> None:
+        push(self.client, QUEUE, [job_id])
 
     def end(self, job_id: UUID, status: str = "completed") -> None:
         (self.folder / "ends" / external_id(job_id)).write_text(status)
@@ -145,3 +154,54 @@ class Plant:
         """Cut every connection that workers have to the broker."""
         names = [client["id"] for client in self.client.client_list() if client["name"] == "celeriac"]
         return sum(int(self.client.client_kill_filter(_id=identity)) for identity in names)
+
+
+class EventLog:
+    """Every task event that workers send from now on, as Flower would get it."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._client = redis.Redis.from_url(redis_url)
+        self._pubsub: Any = self._client.pubsub(  # type: ignore[no-untyped-call]
+            ignore_subscribe_messages=True
+        )
+        self._pubsub.psubscribe("/0.celeryev/*")
+        self._pubsub.get_message(timeout=1)  # the confirmation: from here on nothing is missed
+        self._events: list[dict[str, Any]] = []
+
+    def close(self) -> None:
+        self._pubsub.close()
+        self._client.close()
+
+    def of(self, job_id: UUID) -> list[str]:
+        """The types of this job's events so far, in order, without "task-"."""
+        return [event["type"].removeprefix("task-") for event in self.all() if event.get("uuid") == external_id(job_id)]
+
+    def all(self) -> list[dict[str, Any]]:
+        while (message := self._pubsub.get_message(timeout=0)) is not None:
+            body = json.loads(b64decode(json.loads(message["data"])["body"]))
+            self._events += body if isinstance(body, list) else [body]
+        return self._events
+
+
+MakePlant = Callable[..., Plant]
+
+
+@pytest.fixture
+def make_plant(tmp_path: Path, redis_url: str) -> Iterator[MakePlant]:
+    """make_plant(num_slots=4, lookahead=2)"""
+    plants: list[Plant] = []
+
+    def make(**options: int) -> Plant:
+        plants.append(Plant(tmp_path, redis_url, **options))
+        return plants[-1]
+
+    yield make
+    for plant in plants:
+        plant.close()
+
+
+@pytest.fixture
+def events(redis_url: str) -> Iterator[EventLog]:
+    log = EventLog(redis_url)
+    yield log
+    log.close()

@@ -1,27 +1,11 @@
-"""The consumer in peace: credit, sharing, order, and what it tells Flower."""
+"""The consumer in peace: credit, sharing, order, drops and what `inspect` tells."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from domain.ids import external_id, new_id
+from tasks.dispatch import push
+from tasks.messages import GENERATE, bell_key, generate_message, priority_key
+from tests.integration.consumer_harness import QUEUE, MakePlant, make_plant, wait_until
 
-import pytest
-
-from domain.ids import external_id
-from tests.integration.consumer_harness import QUEUE, Plant, wait_until
-
-MakePlant = Callable[..., Plant]
-
-
-@pytest.fixture
-def make_plant(tmp_path: Path, redis_url: str) -> Iterator[MakePlant]:
-    plants: list[Plant] = []
-
-    def make(**options: int) -> Plant:
-        plants.append(Plant(tmp_path, redis_url, **options))
-        return plants[-1]
-
-    yield make
-    for plant in plants:
-        plant.close()
+__all__ = ["make_plant"]
 
 
 def test_the_worker_holds_no_more_than_its_slots_and_the_lookahead(make_plant: MakePlant) -> None:
@@ -33,3 +17,134 @@ def test_the_worker_holds_no_more_than_its_slots_and_the_lookahead(make_plant: M
     assert plant.inspect("engine_stats")["max_held"] == 6
     assert len(plant.jobs("claimed")) == 200
     wait_until(plant.is_broker_empty, "all messages are acked")
+
+
+def test_a_full_worker_leaves_the_rest_to_another_one(make_plant: MakePlant) -> None:
+    plant = make_plant(num_slots=4, lookahead=2)
+    plant.start_worker("one")
+    job_ids = plant.send(12)
+    wait_until(lambda: (plant.num_waiting(), plant.num_unacked()) == (6, 2), "the first worker is full")
+
+    plant.start_worker("two")
+    wait_until(lambda: plant.claims_by_worker() == {"one@test": 4, "two@test": 4}, "the second one has its share")
+    plant.end_all()
+    plant.wait_for("completed", job_ids)
+    assert len(plant.jobs("claimed")) == 12
+
+
+def test_lookahead_goes_to_a_worker_with_free_slots(make_plant: MakePlant) -> None:
+    """A delivery must not wait for our slots while somebody else idles."""
+    plant = make_plant(num_slots=2, lookahead=2)
+    plant.start_worker("one")
+    job_ids = plant.send(4)
+    plant.wait_for("claimed", job_ids[:2])
+    plant.start_worker("two")
+    plant.wait_for("claimed", job_ids)
+    assert plant.claims_by_worker() == {"one@test": 2, "two@test": 2}
+    plant.end_all()
+    plant.wait_for("completed", job_ids)
+    wait_until(plant.is_broker_empty, "all messages are acked")
+
+
+def test_jobs_start_in_the_order_of_their_dispatch(make_plant: MakePlant) -> None:
+    plant = make_plant(num_slots=1, lookahead=3)
+    job_ids = plant.send(10)
+    plant.start_worker(job_seconds=0)
+    plant.wait_for("completed", job_ids)
+    assert plant.jobs("claimed") == [external_id(job_id) for job_id in job_ids]
+
+
+def test_priorities_are_strict(make_plant: MakePlant) -> None:
+    plant = make_plant(num_slots=1, lookahead=1)
+    job_ids = {priority: new_id() for priority in (9, 6, 0, 3)}
+    for priority, job_id in job_ids.items():
+        plant.client.lpush(priority_key(QUEUE, priority), generate_message(job_id, QUEUE, priority=priority))
+    plant.start_worker(job_seconds=0)
+    plant.wait_for("completed", list(job_ids.values()))
+    assert plant.jobs("claimed") == [external_id(job_ids[priority]) for priority in (0, 3, 6, 9)]
+
+
+def test_a_message_of_celerys_own_is_taken_without_a_bell(make_plant: MakePlant) -> None:
+    plant = make_plant()
+    plant.start_worker(job_seconds=0)
+    job_id = new_id()
+    plant.app.send_task(GENERATE, task_id=external_id(job_id), queue=QUEUE)
+    plant.wait_for("completed", [job_id], seconds=3)
+
+
+def test_a_job_that_somebody_else_has_is_acked_and_dropped(make_plant: MakePlant) -> None:
+    plant = make_plant()
+    job_id = new_id()
+    (plant.folder / "owned" / external_id(job_id)).touch()
+    plant.start_worker()
+    push(plant.client, QUEUE, [job_id])
+    plant.wait_for("dropped", [job_id])
+    wait_until(plant.is_broker_empty, "the message is acked")
+    assert plant.inspect("reserved") == []
+
+
+def test_a_second_message_of_a_running_job_is_dropped_and_the_job_stays_revocable(make_plant: MakePlant) -> None:
+    plant = make_plant()
+    plant.start_worker()
+    (job_id,) = plant.send(1)
+    plant.wait_for("claimed", [job_id])
+    push(plant.client, QUEUE, [job_id])
+    wait_until(plant.is_broker_empty, "the second message is acked")
+
+    assert [task["id"] for task in plant.inspect("active")] == [external_id(job_id)]
+    plant.app.control.revoke(external_id(job_id), terminate=True)
+    plant.wait_for("cancelled", [job_id])
+
+
+def test_what_is_no_message_is_dropped_and_its_neighbours_go_on(make_plant: MakePlant) -> None:
+    plant = make_plant()
+    rubbish = ["no json", "5", "[]", '{"properties": {"delivery_tag": "t"}}', '{"properties": {"delivery_tag": 7}}']
+    plant.client.lpush(QUEUE, *rubbish)
+    plant.app.send_task(GENERATE, task_id="no-job-id", queue=QUEUE)
+    plant.app.send_task(GENERATE, task_id=external_id(new_id()), queue=QUEUE, serializer="yaml")
+    job_ids = plant.send(2)
+    plant.start_worker(job_seconds=0)
+    plant.wait_for("completed", job_ids)
+    wait_until(plant.is_broker_empty, "nothing is left behind")
+
+
+def test_a_small_task_runs_on_the_event_loop(make_plant: MakePlant) -> None:
+    plant = make_plant()
+    plant.start_worker()
+    plant.app.send_task("test.housekeeping", queue=QUEUE)
+    wait_until(lambda: ["housekeeping"] in plant.ledger(), "the task ran")
+    wait_until(plant.is_broker_empty, "its message is acked")
+
+
+def test_rings_that_are_not_needed_are_cleared(make_plant: MakePlant) -> None:
+    plant = make_plant()
+    plant.client.lpush(bell_key(QUEUE), *[1] * 64)
+    plant.start_worker(job_seconds=0)
+    plant.wait_for("completed", plant.send(3))
+    wait_until(lambda: not plant.client.exists(bell_key(QUEUE)), "the bell is silent")
+
+
+def test_inspect_shows_the_engine(make_plant: MakePlant) -> None:
+    plant = make_plant(num_slots=2, lookahead=1)
+    plant.start_worker()
+    plant.wait_for("claimed", plant.send(4)[:2])
+    wait_until(lambda: plant.num_unacked() == 1, "one is looked ahead")
+
+    stats = plant.inspect("stats")
+    assert stats["engine"] | {"max_held": 0} == {
+        "credit": 0,
+        "in_hand": 1,
+        "running": 2,
+        "free": 0,
+        "slots": 2,
+        "ready": True,
+        "draining": False,
+        "tokens_per_second": 0.0,
+        "max_held": 0,
+    }
+    assert stats["pool"]["max-concurrency"] == 2
+    assert stats["prefetch_count"] == 3
+    assert len(plant.inspect("active")) == 2
+    assert len(plant.inspect("reserved")) == 1
+    assert "max_num_seqs" in plant.inspect("pool_grow", n=1)["error"]
+    assert "max_num_seqs" in plant.inspect("pool_shrink", n=1)["error"]

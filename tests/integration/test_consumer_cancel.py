@@ -1,0 +1,101 @@
+"""Cancel and the story of a job, as Flower and `celery control` see them."""
+
+import pytest
+
+from domain.ids import external_id, new_id
+from tests.integration.consumer_harness import EventLog, MakePlant, events, make_plant, wait_until
+
+__all__ = ["events", "make_plant"]
+
+
+@pytest.mark.parametrize(
+    ("status", "last_event"),
+    [("completed", "succeeded"), ("failed", "failed"), ("cancelled", "revoked"), ("expired", "revoked")],
+)
+def test_events_tell_how_a_job_ended(make_plant: MakePlant, events: EventLog, status: str, last_event: str) -> None:
+    plant = make_plant()
+    plant.start_worker()
+    (job_id,) = plant.send(1)
+    plant.wait_for("claimed", [job_id])
+    plant.end(job_id, status)
+    wait_until(lambda: events.of(job_id) == ["received", "started", last_event], "the story is told")
+
+    end = next(event for event in events.all() if event["type"] == f"task-{last_event}")
+    if status == "completed":
+        assert (end["result"], end["runtime"] > 0) == ("a completed job", True)
+    if status == "failed":
+        assert end["exception"] == "a failed job"
+    if last_event == "revoked":
+        assert end["expired"] is (status == "expired")
+    assert plant.inspect("active") == []
+    wait_until(plant.is_broker_empty, "the message is acked")
+
+
+def test_a_running_job_is_revoked_when_it_has_stopped(make_plant: MakePlant, events: EventLog) -> None:
+    plant = make_plant(num_slots=1, lookahead=1)
+    plant.start_worker()
+    running, next_one = plant.send(2)
+    plant.wait_for("claimed", [running])
+    plant.app.control.revoke(external_id(running), terminate=True)
+    plant.wait_for("cancelled", [running])
+    plant.wait_for("claimed", [next_one])  # its slot is free
+    wait_until(lambda: events.of(running) == ["received", "started", "revoked"], "it is revoked once")
+
+
+def test_a_plain_revoke_leaves_a_running_job_alone(make_plant: MakePlant, events: EventLog) -> None:
+    plant = make_plant()
+    plant.start_worker()
+    (job_id,) = plant.send(1)
+    plant.wait_for("claimed", [job_id])
+    plant.inspect("revoke", task_id=external_id(job_id))
+    plant.end(job_id)
+    wait_until(lambda: events.of(job_id) == ["received", "started", "succeeded"], "it ends as usual")
+
+
+@pytest.mark.parametrize("terminate", [False, True])
+def test_a_job_in_the_lookahead_is_revoked_before_it_starts(
+    make_plant: MakePlant, events: EventLog, terminate: bool
+) -> None:
+    plant = make_plant(num_slots=1, lookahead=1)
+    plant.start_worker()
+    running, ahead = plant.send(2)
+    plant.wait_for("claimed", [running])
+    wait_until(lambda: plant.num_unacked() == 1, "one is looked ahead")
+    plant.inspect("revoke", task_id=external_id(ahead), terminate=terminate)
+    assert (plant.folder / "cancelled" / external_id(ahead)).exists()  # SQL knows, whoever has the job
+    plant.end_all()
+    wait_until(lambda: events.of(ahead) == ["received", "revoked"], "it is revoked")
+    plant.wait_for("dropped", [ahead])
+    wait_until(plant.is_broker_empty, "its message is acked")
+
+
+def test_a_job_revoked_before_its_message_came_never_starts(make_plant: MakePlant, events: EventLog) -> None:
+    plant = make_plant()
+    plant.start_worker()
+    job_id = new_id()
+    plant.inspect("revoke", task_id=external_id(job_id), terminate=True)
+    plant.send_one(job_id)
+    wait_until(lambda: events.of(job_id) == ["received", "revoked"], "it is revoked")
+    assert (plant.folder / "cancelled" / external_id(job_id)).exists()
+    assert plant.jobs("claimed") == []
+
+
+def test_a_released_job_is_shown_as_waiting_again(make_plant: MakePlant, events: EventLog) -> None:
+    plant = make_plant()
+    worker = plant.start_worker(drain_seconds=0)
+    (job_id,) = plant.send(1)
+    plant.wait_for("claimed", [job_id])
+    worker.terminate()
+    worker.wait(timeout=20)
+    assert events.of(job_id) == ["received", "started", "retried"]
+
+
+def test_a_queued_job_is_told_in_the_order_things_happened(make_plant: MakePlant, events: EventLog) -> None:
+    """Celery's hub keeps callbacks in a set: without our own queue an end may be told before its start."""
+    plant = make_plant(num_slots=8, lookahead=8)
+    plant.start_worker(job_seconds=0)
+    job_ids = plant.send(300)
+    plant.wait_for("completed", job_ids)
+    wait_until(lambda: events.of(job_ids[-1])[-1:] == ["succeeded"], "the last end is told")
+    for job_id in job_ids:
+        assert events.of(job_id) == ["received", "started", "succeeded"]
