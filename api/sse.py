@@ -17,6 +17,9 @@ SEND_TIMEOUT_SECONDS = 20.0  # a client that reads nothing for so long is cut; i
 # Without a blank line after it: decoders that remember an id take the blank line for an empty event.
 HEARTBEAT = b": hb\n"
 
+# No line breaks to JSON or to server-sent events, but to the str.splitlines of many a client.
+_LINE_BREAKS = {b"\xc2\x85": b"\\u0085", b"\xe2\x80\xa8": b"\\u2028", b"\xe2\x80\xa9": b"\\u2029"}
+
 HEADERS = {
     "cache-control": "no-cache, no-transform",
     "x-accel-buffering": "no",  # or nginx keeps the stream to itself
@@ -27,7 +30,11 @@ HEADERS = {
 def frame(event: str, data: Mapping[str, object], *, id: int | None = None) -> bytes:
     """One event. `data` is JSON on one line, so no text in it can end the frame or forge a field."""
     head = f"event: {event}\n" if id is None else f"id: {id}\nevent: {event}\n"
-    return head.encode() + b"data: " + orjson.dumps(data) + b"\n\n"
+    body = orjson.dumps(data)
+    for character, escape in _LINE_BREAKS.items():
+        if character in body:
+            body = body.replace(character, escape)
+    return head.encode() + b"data: " + body + b"\n\n"
 
 
 class StreamSlots:
