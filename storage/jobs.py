@@ -23,6 +23,8 @@ from storage import jobs_sql as sql
 from storage.jobs_partial import ERRORS, store_partial_results
 from storage.tables import Job
 
+DEPTH = 16  # how much further than asked a tenant's queue is read: others may hold its head at the moment
+
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
@@ -144,7 +146,7 @@ def dispatch(session: Session, model: str, *, room: int) -> list[UUID]:
     again on their own if nobody claims them."""
     if room <= 0:
         return []
-    return list(session.execute(sql.DISPATCH, {"model": model, "room": room, "depth": room}).scalars())
+    return list(session.execute(sql.DISPATCH, {"model": model, "room": room, "depth": 2 * room + DEPTH}).scalars())
 
 
 def claim(
@@ -189,7 +191,7 @@ def claim_next(
     parameters = {
         "model": model,
         "limit": limit,
-        "depth": 4 * limit,  # others may hold the head of the queue
+        "depth": 2 * limit + DEPTH,
         "owner": owner,
         "model_revision": model_revision,
         "lease_seconds": lease_seconds,
@@ -204,16 +206,13 @@ def commit_chunks(session: Session, commits: Sequence[ChunkCommit], *, lease_sec
     ambiguous commit. Each job at most once, each with at least one chunk."""
     if not commits:
         return []
-    chunks = [(commit.job_id, chunk) for commit in commits for chunk in commit.chunks]
     parameters = {
         "ids": [commit.job_id for commit in commits],
         "attempts": [commit.attempt for commit in commits],
         "before": [commit.chunks[0].sequence_number - 1 for commit in commits],
         "after": [commit.chunks[-1].sequence_number for commit in commits],
         "num_tokens": [sum(len(chunk.token_ids) for chunk in commit.chunks) for commit in commits],
-        "chunk_job_ids": [job_id for job_id, _ in chunks],
-        "sequence_numbers": [chunk.sequence_number for _, chunk in chunks],
-        "chunks": [chunk.model_dump_json(exclude_defaults=True) for _, chunk in chunks],
+        "chunks": [_json_array(commit.chunks) for commit in commits],
         "lease_seconds": lease_seconds,
     }
     return [Held(*row) for row in session.execute(sql.COMMIT_CHUNKS, parameters)]
@@ -319,6 +318,10 @@ def _returned(session: Session, statement: TextClause, parameters: dict[str, Any
     cut_off = {job.job_id: job.status for job, row in zip(returned, rows, strict=True) if row.has_chunks}
     store_partial_results(session, {id: status for id, status in cut_off.items() if status.is_terminal})
     return returned
+
+
+def _json_array(chunks: Sequence[TokenChunk]) -> str:
+    return "[" + ",".join(chunk.model_dump_json(exclude_defaults=True) for chunk in chunks) + "]"
 
 
 def _num_rows(session: Session, statement: TextClause, parameters: dict[str, Any]) -> int:

@@ -9,9 +9,10 @@ row that moved meanwhile is left alone. Shared rules:
   the order of tenant_id (accept has no older job row to lock), so that no two statements wait for each other.
 - Fairness charges a job's `cost` at its first claim and corrects it to the tokens it really took when it ends.
 - `statement_timestamp()`, not `now()`: a lease must not be shorter for a transaction that was open a while.
-- The planner must not come to compare each of n ids with each of m queued or running rows, which it does where stale
-  statistics say that there are next to none: unnest() is MATERIALIZED, locked rows are found by id alone, and where a
-  status must be named beside a join it is spelt so that no partial index offers itself (RUNNING).
+- The planner must not come to compare each of n ids with each of m rows, which it does where stale statistics say that
+  there are next to none: unnest() is MATERIALIZED, locked rows are found by id alone and carry along (RETURNING) what
+  the next step needs, and where a status must be named beside a join it is spelt so that no partial index offers
+  itself (RUNNING).
 """
 
 # ruff: noqa: S608  (only constants of this module are put into the text; values are bound)
@@ -191,11 +192,8 @@ WHERE job_id = ANY(CAST(:ids AS uuid[])) GROUP BY job_id
 COMMIT_CHUNKS = text(f"""
 WITH flush AS MATERIALIZED (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:attempts AS int[]), CAST(:before AS int[]), CAST(:after AS int[]),
-                         CAST(:num_tokens AS int[])) AS f(id, attempt, before, after, num_tokens)
-),
-chunk AS MATERIALIZED (
-    SELECT * FROM unnest(CAST(:chunk_job_ids AS uuid[]), CAST(:sequence_numbers AS int[]), CAST(:chunks AS text[]))
-        AS c(id, sequence_number, chunk)
+                         CAST(:num_tokens AS int[]), CAST(:chunks AS text[]))
+        AS f(id, attempt, before, after, num_tokens, chunks)
 ),
 held AS (
     UPDATE jobs j SET committed_sequence_number = flush.after,
@@ -205,11 +203,12 @@ held AS (
     FROM flush WHERE j.id = flush.id AND {RUNNING} AND j.attempt = flush.attempt
         AND j.committed_sequence_number IN (flush.before, flush.after)
     RETURNING j.id, j.attempt, j.cancel_requested_at IS NOT NULL AS is_cancel_requested,
-        coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline
+        coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline, flush.before, flush.chunks
 ),
 written AS (
     INSERT INTO job_chunks (job_id, sequence_number, attempt, chunk)
-    SELECT held.id, chunk.sequence_number, held.attempt, chunk.chunk::json FROM chunk JOIN held USING (id)
+    SELECT held.id, held.before + c.place, held.attempt, c.chunk
+    FROM held CROSS JOIN LATERAL json_array_elements(held.chunks::json) WITH ORDINALITY AS c(chunk, place)
     ON CONFLICT DO NOTHING
 )
 SELECT id, attempt, is_cancel_requested, is_past_deadline FROM held
@@ -230,19 +229,18 @@ WITH ending AS MATERIALIZED (
         AS e(id, attempt, last, status, finish_reason, error, result)
 ),
 pick AS MATERIALIZED (
-    SELECT j.id FROM jobs j JOIN ending USING (id) WHERE {RUNNING} AND j.attempt = ending.attempt
+    SELECT ending.* FROM jobs j JOIN ending USING (id) WHERE {RUNNING} AND j.attempt = ending.attempt
         AND j.committed_sequence_number = ending.last ORDER BY j.id FOR NO KEY UPDATE OF j
 ),
 ended AS (
-    UPDATE jobs j SET status = ending.status, finish_reason = ending.finish_reason, error = ending.error::json,
+    UPDATE jobs j SET status = pick.status, finish_reason = pick.finish_reason, error = pick.error::json,
         finished_at = {CLOCK}, prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds),
         lease_owner = NULL, lease_expires_at = NULL
-    FROM pick JOIN ending USING (id) WHERE j.id = pick.id
-    RETURNING j.id, j.tenant_id, j.attempt, {CORRECTION} AS charge
+    FROM pick WHERE j.id = pick.id RETURNING j.id, j.tenant_id, j.attempt, pick.result, {CORRECTION} AS charge
 ),
 written AS (
     INSERT INTO job_results (job_id, attempt, result)
-    SELECT id, ended.attempt, ending.result::json FROM ended JOIN ending USING (id) WHERE ending.result IS NOT NULL
+    SELECT id, attempt, result::json FROM ended WHERE result IS NOT NULL
 ),
 moved AS (SELECT id, tenant_id, 0 AS queued, -1 AS running, charge FROM ended),
 {COUNTED}

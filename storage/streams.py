@@ -60,10 +60,11 @@ class Message(BaseModel):
     status: JobStatus | None = None
 
 
-def publish(client: "redis.Redis", events: Iterable[tuple[UUID, Event]]) -> None:
+def publish(client: "redis.Redis", events: Iterable[tuple[UUID, Event]]) -> bool:
     """Tell open streams of committed chunks and transitions, all in one round trip. Never before their COMMIT.
 
-    Failing is no error: who misses a message reads SQL a second later. `client` should have short timeouts.
+    Returns whether Redis took them. Failing is no error: who misses a message reads SQL a second later. `client`
+    should have short timeouts.
     """
     pipeline = client.pipeline(transaction=False)
     for job_id, event in events:
@@ -73,6 +74,8 @@ def publish(client: "redis.Redis", events: Iterable[tuple[UUID, Event]]) -> None
         pipeline.execute()
     except redis.RedisError as exc:
         logger.warning("live chunks not published: %s", exc)
+        return False
+    return True
 
 
 @dataclass(eq=False, slots=True)

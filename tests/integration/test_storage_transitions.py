@@ -10,8 +10,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.chunks import TokenChunk
-from domain.jobs import ALLOWED_TRANSITIONS, FinishReason, JobStatus
-from domain.requests import GenerationResult, Usage
+from domain.jobs import ALLOWED_TRANSITIONS, FinishReason, JobStatus, Usage
+from domain.requests import GenerationResult
 from storage import jobs
 from storage.jobs import ChunkCommit, Finalisation
 from storage.tables import Job, JobChunk, TenantLoad

@@ -1,0 +1,86 @@
+"""The statements stay cheap where the planner knows least."""
+
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import TextClause, select, text, update
+from sqlalchemy.orm import Session
+
+from domain.jobs import JobStatus
+from storage import jobs_sql
+from storage.tables import Job, TenantLoad
+from tests.conftest import MakeJob
+from tests.storage_samples import chunk, result
+
+
+def flush_parameters(ids: list[UUID]) -> dict[str, Any]:
+    same: dict[str, object] = {
+        "attempts": 1,
+        "before": 0,
+        "after": 1,
+        "num_tokens": 1,
+        "chunks": f"[{chunk(1).model_dump_json()}]",
+        "last": 0,
+        "statuses": "completed",
+        "finish_reasons": "stop",
+        "errors": None,
+        "results": result(1).model_dump_json(),
+    }
+    lists = {name: [value] * len(ids) for name, value in same.items()} | {"ids": ids}
+    return {**lists, "lease_seconds": 60, "owner": uuid4(), "model_revision": "main", "lane": "standard"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "status"),
+    [
+        (jobs_sql.COMMIT_CHUNKS, JobStatus.IN_PROGRESS),
+        (jobs_sql.FINALISE, JobStatus.IN_PROGRESS),
+        (jobs_sql.CLAIM, JobStatus.QUEUED),
+    ],
+    ids=["commit_chunks", "finalise", "claim"],
+)
+def test_a_statement_for_many_jobs_costs_in_proportion(
+    session: Session, make_job: MakeJob, statement: TextClause, status: JobStatus
+) -> None:
+    """Ids compared one by one with all running or queued jobs: 1024 jobs touched 2,000 rows each. Counted in rows that
+    the plan touches, where planning is at its worst: analysed while nothing ran, and no join but nested loops."""
+    make_copies(session, make_job(status=JobStatus.COMPLETED), 3000)
+    session.execute(text("ANALYZE jobs"))
+    make_copies(session, make_job(status=status), 1023)
+    ids = list(session.scalars(select(Job.id).where(Job.status == status)))
+    for size in (128, 1024):
+        num_rows_per_job = _rows_touched(session, statement, flush_parameters(ids[:size])) / size
+        assert num_rows_per_job < 50, f"{num_rows_per_job} rows a job for {size} jobs"
+
+
+def make_copies(session: Session, job: Job, count: int) -> None:
+    """`count` more jobs like `job`; the default tenant has no others unfinished."""
+    columns = "".join(f", {column.name}" for column in Job.__table__.c if column.name != "id")
+    copied = f"""
+        WITH copies AS (INSERT INTO jobs (id{columns}) SELECT gen_random_uuid(){columns}
+                        FROM jobs, generate_series(1, {count}) WHERE id = :id RETURNING id)
+        INSERT INTO job_payloads
+        SELECT copies.id, request, prompt_token_ids FROM copies, job_payloads WHERE job_id = :id"""
+    session.execute(text(copied), {"id": job.id})
+    if job.status is JobStatus.QUEUED:
+        session.execute(update(TenantLoad).values(num_queued=count + 1))
+    elif job.status is JobStatus.IN_PROGRESS:
+        session.execute(update(TenantLoad).values(num_running=count + 1))
+    session.commit()
+
+
+def _rows_touched(session: Session, statement: TextClause, parameters: dict[str, Any]) -> float:
+    session.execute(text("SET LOCAL enable_hashjoin = off"))
+    session.execute(text("SET LOCAL enable_mergejoin = off"))
+    explain = text("EXPLAIN (ANALYZE, FORMAT JSON) " + statement.text)
+    bound = {name: value for name, value in parameters.items() if name in explain._bindparams}
+    [plan] = session.execute(explain, bound).scalar_one()
+    session.rollback()
+    return _sum_rows(plan["Plan"])
+
+
+def _sum_rows(node: dict[str, Any]) -> float:
+    removed = node.get("Rows Removed by Join Filter", 0) + node.get("Rows Removed by Filter", 0)
+    touched = float((node["Actual Rows"] + removed) * node["Actual Loops"])
+    return touched + sum(_sum_rows(child) for child in node.get("Plans", []))
