@@ -9,22 +9,19 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 import redis
 import redis.asyncio
 from redis.exceptions import RedisError
-from sqlalchemy import bindparam, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
 from settings import Settings
-from storage import jobs
-from storage.tables import Worker
+from storage import jobs, workers
 from tasks.messages import (
     MAX_RINGS,
     bell_key,
@@ -38,13 +35,6 @@ from tasks.messages import (
 logger = logging.getLogger(__name__)
 
 BROKER_DEADLINE_SECONDS = 0.5
-LIVE_SECONDS = 15  # a worker not seen for so long counts for nothing
-
-_LIVE_SLOTS = select(func.coalesce(func.sum(Worker.max_num_seqs), 0)).where(
-    Worker.model == bindparam("model"),
-    Worker.is_draining.is_(False),
-    Worker.seen_at > func.now() - timedelta(seconds=LIVE_SECONDS),
-)
 
 
 def room(settings: Settings, *, num_live_slots: int, num_waiting: int) -> int:
@@ -157,7 +147,8 @@ class Dispatcher:
 
 
 def _mark_dispatched(session: Session, spec: ModelSpec, settings: Settings, num_waiting: int) -> list[UUID]:
-    num_live_slots = session.scalar(_LIVE_SLOTS, {"model": spec.id}) or 0
+    live = workers.list_live(session, model=spec.id)
+    num_live_slots = sum(worker.max_num_seqs for worker in live if not worker.is_draining)
     free = room(settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
     return jobs.dispatch(session, spec.id, room=free) if free else []
 

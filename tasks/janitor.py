@@ -9,14 +9,13 @@ Redis keys
 | celeriac:epoch | string | -        | janitor | janitor |
 """
 
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
 from threading import Lock
 from time import monotonic
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import redis
 from sqlalchemy import func, select
@@ -28,6 +27,7 @@ from observability import describe_exception
 from settings import Settings, get_settings
 from storage import jobs
 from storage.database import open_database, session_factory
+from storage.streams import publish
 from tasks.app import app
 from tasks.dispatch import dispatch
 from tasks.messages import JANITOR_TICK
@@ -70,6 +70,7 @@ class Janitor:
         self._client = client
         self._catalog = catalog
         self._settings = settings
+        self.quiet_seconds = settings.lease_seconds + 5  # how long the database server must be up before a rescue
         self._guard = OutageGuard(settings.lease_seconds)
         self._epoch: tuple[object, object] | None = None
         self._is_redispatch_due = False
@@ -97,21 +98,20 @@ class Janitor:
         ]
 
     def _rescue(self) -> int:
-        quiet_seconds = self._settings.lease_seconds + 5
         with self._sessions.begin() as session:
             now = session.scalar(select(func.clock_timestamp()))
             if now is None or not self._guard.may_rescue(now, monotonic()):
                 return 0
             returned = jobs.rescue(
-                session, grace_seconds=self._settings.lease_grace_seconds, quiet_seconds=quiet_seconds
+                session, grace_seconds=self._settings.lease_grace_seconds, quiet_seconds=self.quiet_seconds
             )
-        self._announce([(job.job_id, job.status) for job in returned])
+        publish(self._client, [(job.job_id, job.status) for job in returned])
         return len(returned)
 
     def _expire(self) -> int:
         with self._sessions.begin() as session:
             expired = jobs.expire(session)
-        self._announce([(job_id, JobStatus.EXPIRED) for job_id in expired])
+        publish(self._client, [(job_id, JobStatus.EXPIRED) for job_id in expired])
         return len(expired)
 
     def _dispatch(self, model: str) -> int:
@@ -141,16 +141,6 @@ class Janitor:
         self._pruned_at = monotonic()
         with self._sessions.begin() as session:
             return jobs.prune(session)
-
-    def _announce(self, changes: Sequence[tuple[UUID, JobStatus]]) -> None:
-        """Tell open streams; those that miss it read SQL a little later."""
-        pipeline = self._client.pipeline(transaction=False)
-        for job_id, status in changes:
-            pipeline.publish(f"celeriac:stream:{job_id}", json.dumps({"status": status}))
-        try:
-            pipeline.execute()
-        except redis.RedisError as exc:
-            logger.warning("status changes not published: %s", describe_exception(exc))
 
 
 @lru_cache(maxsize=1)

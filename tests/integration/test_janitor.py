@@ -1,0 +1,182 @@
+"""The janitor's rules on a real database and a real broker, each for itself and all of them together."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.catalog import Catalog, ModelSpec
+from domain.ids import external_id
+from domain.jobs import JobStatus
+from embedded import EmbeddedRedis
+from settings import Settings
+from storage.stream_channels import channel_of
+from storage.tables import Job
+from tasks.dispatch import count_waiting
+from tasks.janitor import EPOCH_KEY, Janitor
+from tests.integration.consumer_harness import ROOT, wait_until
+
+MakeJob = Callable[..., Job]
+SPECS = [ModelSpec(id=name, path="none", backend="fake", max_model_len=64) for name in ("test-model", "other-model")]
+AN_HOUR_AGO = datetime.now(UTC) - timedelta(hours=1)
+IN_AN_HOUR = datetime.now(UTC) + timedelta(hours=1)
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(redis_url, socket_timeout=2) as client:
+        yield client
+
+
+@pytest.fixture
+def janitor(session_factory: sessionmaker[Session], client: redis.Redis) -> Janitor:
+    janitor = Janitor(session_factory, client, Catalog(SPECS), Settings())
+    janitor.quiet_seconds = 0  # the test's database server has just started
+    return janitor
+
+
+def status_of(session_factory: sessionmaker[Session], job: Job) -> JobStatus:
+    with session_factory() as session:
+        return session.get_one(Job, job.id).status
+
+
+def sent_jobs(client: redis.Redis, spec: ModelSpec) -> list[str]:
+    messages: list[Any] = client.lrange(spec.queue, 0, -1)
+    return [json.loads(message)["headers"]["id"] for message in reversed(messages)]
+
+
+def is_sent(client: redis.Redis, job: Job) -> bool:
+    return external_id(job.id) in sent_jobs(client, SPECS[0])
+
+
+def test_an_idle_tick_moves_nothing(janitor: Janitor) -> None:
+    assert janitor.tick() == {}
+
+
+def test_due_jobs_of_every_model_are_sent(janitor: Janitor, client: redis.Redis, make_job: MakeJob) -> None:
+    first, second = make_job(), make_job(model="other-model")
+    assert janitor.tick() == {"dispatched test-model": 1, "dispatched other-model": 1}
+    assert sent_jobs(client, SPECS[0]) == [external_id(first.id)]
+    assert sent_jobs(client, SPECS[1]) == [external_id(second.id)]
+
+
+def test_a_job_of_a_lost_worker_is_rescued_announced_and_sent(
+    janitor: Janitor, client: redis.Redis, make_job: MakeJob, session_factory: sessionmaker[Session]
+) -> None:
+    lost = make_job(status=JobStatus.IN_PROGRESS, lease_expires_at=AN_HOUR_AGO)
+    held = make_job(status=JobStatus.IN_PROGRESS)
+    pubsub: Any = client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+    pubsub.subscribe(channel_of(lost.id))
+    pubsub.get_message(timeout=1)
+    counts = janitor.tick()
+    assert counts["rescued"] == 1
+    assert status_of(session_factory, lost) is JobStatus.QUEUED
+    assert status_of(session_factory, held) is JobStatus.IN_PROGRESS
+    assert json.loads(pubsub.get_message(timeout=1)["data"]) == {"status": "queued"}
+    pubsub.close()
+    wait_until(lambda: janitor.tick() or sent_jobs(client, SPECS[0]) == [external_id(lost.id)], "it is sent")
+
+
+def test_jobs_past_their_deadline_are_expired(
+    janitor: Janitor, make_job: MakeJob, session_factory: sessionmaker[Session]
+) -> None:
+    late, late_to_start, timely = (
+        make_job(deadline_at=AN_HOUR_AGO),
+        make_job(start_deadline_at=AN_HOUR_AGO),
+        make_job(deadline_at=IN_AN_HOUR),
+    )
+    assert janitor.tick()["expired"] == 2
+    assert status_of(session_factory, late) is JobStatus.EXPIRED
+    assert status_of(session_factory, late_to_start) is JobStatus.EXPIRED
+    assert status_of(session_factory, timely) is JobStatus.QUEUED
+
+
+def test_what_an_emptied_broker_held_is_sent_again(janitor: Janitor, client: redis.Redis, make_job: MakeJob) -> None:
+    job = make_job()
+    janitor.tick()
+    assert janitor.tick() == {}
+    client.flushall()
+    assert janitor.tick() == {"redispatched": 1, "dispatched test-model": 1}
+    assert sent_jobs(client, SPECS[0]) == [external_id(job.id)]
+    assert janitor.tick() == {}
+
+
+def test_what_a_restarted_broker_may_have_lost_is_sent_again(
+    janitor: Janitor, client: redis.Redis, redis_server: EmbeddedRedis, make_job: MakeJob
+) -> None:
+    make_job()
+    janitor.tick()
+    redis_server.stop()
+    assert janitor.tick() == {}
+    redis_server.start()
+    assert client.exists(EPOCH_KEY)
+    client.delete(SPECS[0].queue)  # the last second of its file
+    assert janitor.tick() == {"redispatched": 1, "dispatched test-model": 1}
+
+
+def test_a_janitor_that_starts_repeats_nothing(
+    janitor: Janitor, client: redis.Redis, session_factory: sessionmaker[Session], make_job: MakeJob
+) -> None:
+    make_job()
+    janitor.tick()
+    assert Janitor(session_factory, client, Catalog(SPECS), Settings()).tick() == {}
+    assert count_waiting(client, SPECS[0].queue) == 1
+
+
+def test_sql_rules_go_on_without_a_broker(
+    janitor: Janitor, redis_server: EmbeddedRedis, make_job: MakeJob, session_factory: sessionmaker[Session]
+) -> None:
+    lost = make_job(status=JobStatus.IN_PROGRESS, lease_expires_at=AN_HOUR_AGO)
+    make_job(deadline_at=AN_HOUR_AGO)
+    redis_server.stop()
+    counts = janitor.tick()
+    redis_server.start()
+    assert (counts["rescued"], counts["expired"]) == (1, 1)
+    assert status_of(session_factory, lost) is JobStatus.QUEUED
+
+
+def test_finished_jobs_are_pruned_when_their_time_is_over(
+    janitor: Janitor, make_job: MakeJob, session_factory: sessionmaker[Session]
+) -> None:
+    make_job(status=JobStatus.COMPLETED, finished_at=AN_HOUR_AGO, prune_at=AN_HOUR_AGO)
+    kept = make_job(status=JobStatus.COMPLETED)
+    assert janitor.tick() == {"pruned": 1}
+    assert status_of(session_factory, kept) is JobStatus.COMPLETED
+
+
+def test_beat_and_a_maintenance_worker_keep_the_janitor_going(
+    database_url: str, redis_url: str, client: redis.Redis, make_job: MakeJob, tmp_path: Path
+) -> None:
+    models_file = tmp_path / "models.toml"
+    models_file.write_text('[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n')
+    environment = os.environ | {
+        "CELERIAC_DATABASE_URL": database_url,
+        "CELERIAC_REDIS_URL": redis_url,
+        "CELERIAC_MODELS_FILE": str(models_file),
+        "CELERIAC_JANITOR_INTERVAL_SECONDS": "0.1",
+    }
+    command = [sys.executable, "-m", "celery", "-A", "tasks.app", "worker", "--beat", "--pool=threads"]
+    with (tmp_path / "log").open("wb") as log:
+        worker = subprocess.Popen(
+            [*command, "--concurrency=4", "--hostname=maintenance@test"],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        for _ in range(2):
+            job = make_job()
+            wait_until(partial(is_sent, client, job), "the job is sent")
+    finally:
+        worker.terminate()
+        assert worker.wait(timeout=20) == 0, (tmp_path / "log").read_text()
