@@ -9,9 +9,9 @@ import msgspec
 class AddJob(msgspec.Struct, tag="add", frozen=True):
     """Run this job; the answer is Output frames until one of them is final for every index.
 
-    `params` is a dumped `SamplingParams` with every default resolved. `committed_token_ids[i]` are the tokens of sequence
-    i that are already committed: the engine continues after them. `num_emitted_chars[i]` is how much of sequence i's
-    text was committed with them: the rest of the text of those tokens is emitted again.
+    `params` is a dumped `SamplingParams` with every default resolved. `committed_token_ids[i]` are the tokens of
+    sequence i that are already committed: the engine continues after them. `num_emitted_chars[i]` is how much of
+    sequence i's text was committed with them: the rest of the text of those tokens is emitted again.
     """
 
     job_id: str

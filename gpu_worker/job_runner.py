@@ -1,87 +1,84 @@
-"""Between the Celery side and the engine: claims deliveries, feeds the engine, and owns the thread that talks to SQL.
+"""Between the Celery side and the engine: claims deliveries, feeds the engine, and owns the threads that talk to SQL.
 
-Nothing here runs on Celery's hub thread except the small thread-safe calls of `JobRunner`.
+Nothing here runs on Celery's hub thread except the small thread-safe calls of `JobRunner`; the work is done in
+gpu_worker/runner_loop.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
+from threading import Thread
 from uuid import UUID
 
-from domain.jobs import JobStatus
-
-
-class RunnerEventKind(StrEnum):
-    CLAIMED = "claimed"  # the SQL claim committed: ack the message, send task-started
-    DROPPED = "dropped"  # no row to claim (done, cancelled, somebody else's): ack the message, forget it
-    ENDED = "ended"  # terminal in SQL: send task-succeeded, task-failed or task-revoked by `status`
-    RELEASED = "released"  # given back to SQL, or lost to another owner: forget it, no terminal Celery event of ours
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerEvent:
-    """What became of one job. Per job the order is CLAIMED, then ENDED or RELEASED; or DROPPED alone.
-    Jobs that the runner claimed straight from SQL (no delivery) are reported too; the pool ignores ids it never offered."""
-
-    kind: RunnerEventKind
-    job_id: UUID
-    status: JobStatus | None = None  # of ENDED
-    runtime_seconds: float = 0.0
-    summary: str = ""  # of ENDED: "12 tokens, stop" or the error code; never text of the job
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerStats:
-    """Figures for Flower, /health and the credit rule; read from any thread."""
-
-    max_num_seqs: int
-    num_running: int  # claimed and not yet ended
-    num_offered: int  # in hand, unclaimed
-    is_engine_ready: bool
-    is_draining: bool
-    tokens_per_second: float
-    engine: dict[str, float]
+from domain.catalog import Catalog
+from gpu_worker.intake import Offers
+from gpu_worker.runner_events import RunnerEvent, RunnerStats
+from gpu_worker.runner_loop import RunnerLoop
+from settings import Settings, get_settings
 
 
 class JobRunner:
     """One engine, one thread. Every method is thread-safe and returns at once; news comes through `on_event`, which is
-    called on the runner's thread, in order."""
+    called on the runner's thread, in order. `on_unhealthy` is called once, when the engine cannot be kept alive: the
+    jobs are released by then, and the process should end."""
 
-    def __init__(self, *, model: str, owner: UUID, hostname: str, on_event: Callable[[RunnerEvent], None]) -> None:
-        raise NotImplementedError
+    def __init__(
+        self,
+        *,
+        model: str,
+        owner: UUID,
+        hostname: str,
+        on_event: Callable[[RunnerEvent], None],
+        on_unhealthy: Callable[[str], None] | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        settings = settings or get_settings()
+        self._offers = Offers()
+        self._loop = RunnerLoop(
+            spec=Catalog.load(settings.models_file).get(model),
+            settings=settings,
+            owner=owner,
+            hostname=hostname,
+            offers=self._offers,
+            on_event=on_event,
+            on_unhealthy=on_unhealthy or (lambda reason: None),
+        )
+        self._thread = Thread(target=self._loop.run, name="job-runner", daemon=True)
 
     def start(self) -> None:
         """Start the engine process and the thread."""
-        raise NotImplementedError
+        self._thread.start()
 
     def offer(self, job_id: UUID) -> None:
         """A delivery in hand. It is claimed, with all others that fit, as soon as the engine has room."""
-        raise NotImplementedError
+        self._offers.add(job_id)
+        self._loop.mailbox.post(lambda: None)
 
     def withdraw(self) -> list[UUID]:
         """Take back every offered, unclaimed job, in order of arrival; no event follows for them."""
-        raise NotImplementedError
+        return self._offers.take()
 
     def cancel(self, job_id: UUID) -> None:
-        """Stop a running or offered job: the flag goes to SQL (whoever owns the job sees it), the engine hears at once."""
-        raise NotImplementedError
+        """Stop a running or offered job: the flag goes to SQL, so whoever owns it sees it; our engine hears at once."""
+        self._loop.mailbox.post(lambda: self._loop.cancel(job_id))
 
     def begin_drain(self, *, release_after_seconds: float) -> None:
         """Claim nothing more; let running jobs end; release what still runs after the time given."""
-        raise NotImplementedError
+        self._loop.mailbox.post(lambda: self._loop.begin_drain(release_after_seconds))
 
     def resume(self) -> None:
         """Undo begin_drain."""
-        raise NotImplementedError
+        self._loop.mailbox.post(self._loop.resume)
 
     def stop(self, *, release: bool) -> None:
         """End the thread and the engine process; with `release`, running jobs go back to the queue first. Blocks."""
-        raise NotImplementedError
+        if not self._thread.is_alive():
+            return
+        self._loop.mailbox.post(lambda: self._loop.stop(release))
+        self._thread.join()
 
     @property
     def num_free(self) -> int:
         """Sequences the engine could take now, beyond those claimed. 0 while it is not ready or draining."""
-        raise NotImplementedError
+        return self._loop.num_free
 
     def stats(self) -> RunnerStats:
-        raise NotImplementedError
+        return self._loop.stats

@@ -18,7 +18,8 @@ from celery.worker import state
 
 from domain.catalog import Catalog, ModelSpec
 from gpu_worker.delivery import Delivery
-from gpu_worker.job_runner import JobRunner, RunnerEvent, RunnerEventKind
+from gpu_worker.job_runner import JobRunner
+from gpu_worker.runner_events import RunnerEvent, RunnerEventKind
 from gpu_worker.shutdown import Shutdown
 from gpu_worker.transport import ClaimingChannel, Room
 from settings import Settings, get_settings

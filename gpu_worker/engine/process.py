@@ -31,6 +31,8 @@ from gpu_worker.frames import (
     decode_command,
     encode,
 )
+from observability import configure_logging
+from settings import get_settings
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +134,8 @@ def main() -> None:
     arguments = parser.parse_args()
     die_with_parent(arguments.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C drains the worker, which then shuts its engine down
+    settings = get_settings()
+    configure_logging(settings.log_level, settings.log_format)
     spec = ModelSpec.model_validate_json(arguments.spec)
     recorder = FlightRecorder(arguments.recorder_fd)
     channel = Channel(socket.socket(fileno=arguments.channel_fd))

@@ -18,8 +18,8 @@ from domain.ids import external_id
 from domain.jobs import JobStatus
 from gpu_worker import consumer
 from gpu_worker.app import app, model
-from gpu_worker.job_runner import RunnerEvent, RunnerEventKind, RunnerStats
 from gpu_worker.pool import EnginePool
+from gpu_worker.runner_events import RunnerEvent, RunnerEventKind, RunnerStats
 from gpu_worker.transport import ClaimingChannel
 
 __all__ = ["app"]

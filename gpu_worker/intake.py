@@ -1,0 +1,145 @@
+"""How jobs come in: offered deliveries claimed together as room allows, and SQL asked when the queue is silent.
+
+The isolated lane is never dispatched; it is served by asking for it: when the engine has nothing else to do, and now
+and then when it has, so that a suspect does not wait for ever behind a busy queue.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from threading import Lock
+from uuid import UUID
+
+from domain.ids import external_id
+from domain.jobs import Lane
+from gpu_worker.job_storage import JobStorage
+from gpu_worker.storage_thread import OUTAGES, Answer, StorageThread
+from storage.jobs import ClaimedJob
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0  # free slots and no offer for so long: ask SQL
+BUSY_ISOLATED_SECONDS = 30.0  # between two isolated jobs of a worker that never rests
+
+
+class Offers:
+    """Jobs offered and not yet claimed, in order of arrival. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._job_ids: dict[UUID, None] = {}
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._job_ids)
+
+    def add(self, job_id: UUID) -> None:
+        with self._lock:
+            self._job_ids[job_id] = None
+
+    def take(self, limit: int | None = None) -> list[UUID]:
+        """The first ones; they are not offered any more."""
+        with self._lock:
+            taken = list(self._job_ids)[:limit]
+            for job_id in taken:
+                del self._job_ids[job_id]
+        return taken
+
+    def put_back(self, job_ids: Iterable[UUID]) -> None:
+        """To the head, where they came from."""
+        with self._lock:
+            self._job_ids = dict.fromkeys(job_ids) | self._job_ids
+
+
+class Intake:
+    """Claims for the runner's thread; at most one claim of each lane is under way, so that offers gather meanwhile.
+
+    `on_claimed(jobs, sent_at)` gets what a claim brought, `on_known(ids)` the offers that run here already, and
+    `on_dropped(ids)` those that nothing came of.
+    """
+
+    def __init__(
+        self,
+        offers: Offers,
+        storage: JobStorage,
+        thread: StorageThread,
+        *,
+        on_claimed: Callable[[list[ClaimedJob], float], None],
+        on_known: Callable[[list[UUID]], None],
+        on_dropped: Callable[[list[UUID]], None],
+    ) -> None:
+        self._offers = offers
+        self._storage = storage
+        self._thread = thread
+        self._on_claimed = on_claimed
+        self._on_known = on_known
+        self._on_dropped = on_dropped
+        self._busy_lanes: set[Lane] = set()
+        self._heard_at: float | None = None  # of an offer, or that SQL was asked; at first, that there is room
+        self._looked_at = 0.0  # into the isolated lane
+
+    @property
+    def is_claiming(self) -> bool:
+        return bool(self._busy_lanes)
+
+    def claim(self, now: float, *, num_free: int, known: frozenset[UUID]) -> None:
+        """Claim what is offered and fits; without offers, look into SQL now and then. `known` jobs run here."""
+        if num_free <= 0 or Lane.STANDARD in self._busy_lanes or self._thread.is_away:
+            return
+        self._heard_at = self._heard_at or now
+        if job_ids := self._offers.take(num_free):
+            self._heard_at = now
+            self._on_known([job_id for job_id in job_ids if job_id in known])
+            self._claim_offered([job_id for job_id in job_ids if job_id not in known], known)
+        elif now - self._heard_at >= POLL_SECONDS:
+            self._heard_at = now
+            self._claim_next(Lane.STANDARD, num_free, known)
+
+    def look_for_isolated(self, now: float, *, is_resting: bool, known: frozenset[UUID]) -> None:
+        """Take one job of the isolated lane, if it is time to."""
+        wait_seconds = POLL_SECONDS if is_resting else BUSY_ISOLATED_SECONDS
+        if now - self._looked_at < wait_seconds or Lane.ISOLATED in self._busy_lanes or self._thread.is_away:
+            return
+        self._looked_at = now
+        self._claim_next(Lane.ISOLATED, 1, known)
+
+    def look_again(self) -> None:
+        """An isolated job has ended: where one is, there may be more."""
+        self._looked_at -= POLL_SECONDS
+
+    def _claim_offered(self, job_ids: list[UUID], known: frozenset[UUID]) -> None:
+        if not job_ids:
+            return
+        self._busy_lanes.add(Lane.STANDARD)
+
+        def on_done(answer: Answer[list[ClaimedJob]]) -> None:
+            self._busy_lanes.discard(Lane.STANDARD)
+            claimed = {job.id for job in answer.value}
+            self._on_claimed(answer.value, answer.sent_at)
+            self._on_dropped([job_id for job_id in job_ids if job_id not in claimed])
+
+        def on_error(exc: Exception) -> None:
+            self._busy_lanes.discard(Lane.STANDARD)
+            if isinstance(exc, OUTAGES):
+                self._offers.put_back(job_ids)
+            elif len(job_ids) == 1:
+                logger.error("the job cannot be claimed", exc_info=exc, extra={"job_id": external_id(job_ids[0])})
+                self._on_dropped(job_ids)
+            else:  # one row that cannot be read must not keep its neighbours from being claimed
+                for job_id in job_ids:
+                    self._claim_offered([job_id], known)
+
+        self._thread.submit(
+            lambda is_repeated: self._storage.claim(job_ids, known, is_repeated=is_repeated), on_done, on_error
+        )
+
+    def _claim_next(self, lane: Lane, limit: int, known: frozenset[UUID]) -> None:
+        self._busy_lanes.add(lane)
+
+        def on_done(answer: Answer[list[ClaimedJob]]) -> None:
+            self._busy_lanes.discard(lane)
+            self._on_claimed(answer.value, answer.sent_at)
+
+        self._thread.submit(
+            lambda is_repeated: self._storage.claim_next(limit, lane, known, is_repeated=is_repeated),
+            on_done,
+            lambda exc: self._busy_lanes.discard(lane),
+        )

@@ -1,0 +1,175 @@
+"""Engine outputs become chunks: committed first, for all jobs that are due in one transaction, and published second.
+
+`Publisher` decides on the runner's thread what is due; `commit` runs on the storage thread. The first chunk of a job
+and its end are due at once; what comes between waits for an interval that follows what commits cost.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from uuid import UUID
+
+from domain.errors import EngineError
+from domain.jobs import JobError, JobStatus
+from gpu_worker.job_storage import JobStorage
+from gpu_worker.running_job import RunningJob
+from gpu_worker.storage_thread import OUTAGES
+from settings import Settings
+from storage import jobs, streams
+from storage.jobs import ChunkCommit, Finalisation, Held
+
+logger = logging.getLogger(__name__)
+
+COST_SHARE = 0.1  # of the storage thread's time, that commits in mid-job may take
+COST_SMOOTHING = 0.2  # weight of the newest commit
+
+
+@dataclass(frozen=True, slots=True)
+class JobFlush:
+    """What one job has to say: chunks, its end, or (neither) that its lease is to be renewed."""
+
+    job: RunningJob
+    commit: ChunkCommit | None
+    finalisation: Finalisation | None
+
+
+@dataclass(frozen=True, slots=True)
+class FlushOutcome:
+    """What SQL said. A job that is in neither was fenced off."""
+
+    held: dict[UUID, Held] = field(default_factory=dict)
+    ended: dict[UUID, JobStatus] = field(default_factory=dict)
+    cost_seconds: float = 0.0
+
+
+class Publisher:
+    """Paces the flushes of one worker. At most one regular flush is under way."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._min_seconds = settings.flush_min_seconds
+        self._max_seconds = max(settings.flush_max_seconds, settings.flush_min_seconds)
+        self._renew_seconds = settings.lease_seconds / 3
+        self._cost_seconds = 0.0
+        self._flushed_at = 0.0
+        self._is_under_way = False
+
+    @property
+    def interval_seconds(self) -> float:
+        """Between two flushes in mid-job."""
+        return min(max(self._cost_seconds / COST_SHARE, self._min_seconds), self._max_seconds)
+
+    def seconds_until_due(self, running: Iterable[RunningJob], now: float) -> float | None:
+        """0 when something is due, None when nothing will be."""
+        if self._is_under_way:
+            return None  # its answer will wake us
+        due = [self._seconds_until_due(job, now) for job in running if not job.is_ending]
+        return max(0.0, min(due)) if due else None
+
+    def take_due(self, running: Iterable[RunningJob], now: float) -> list[JobFlush]:
+        """The next regular flush; empty while nothing is due. `settle` must follow."""
+        running = [job for job in running if not job.is_ending]
+        if self.seconds_until_due(running, now) != 0.0:
+            return []
+        self._is_under_way = True
+        # Past half the interval everything pending comes along: fewer, larger commits.
+        is_round = now >= self._flushed_at + self.interval_seconds / 2
+        if is_round:
+            self._flushed_at = now
+        return self.take([job for job in running if is_round or self._seconds_until_due(job, now) <= 0], now)
+
+    def take(self, running: Iterable[RunningJob], now: float) -> list[JobFlush]:
+        """Everything these jobs have to say, due or not; a job with nothing pending only renews its lease if due."""
+        return [flush for job in running if not job.is_ending and (flush := self._take(job, now)) is not None]
+
+    def settle(self, outcome: FlushOutcome | None) -> None:
+        """The regular flush is done; None: it failed."""
+        self._is_under_way = False
+        if outcome is not None:
+            self._cost_seconds += COST_SMOOTHING * (outcome.cost_seconds - self._cost_seconds)
+
+    def _seconds_until_due(self, job: RunningJob, now: float) -> float:
+        if job.is_urgent:
+            return 0.0
+        until_renewal = job.leased_at + self._renew_seconds - now
+        if not job.has_pending:
+            return until_renewal
+        return min(self._flushed_at + self.interval_seconds - now, until_renewal)
+
+    def _take(self, job: RunningJob, now: float) -> JobFlush | None:
+        chunks = job.take_chunks()
+        if not chunks and not job.is_over and now < job.leased_at + self._renew_seconds:
+            return None
+        job.is_ending = job.is_over
+        return JobFlush(
+            job=job,
+            commit=ChunkCommit(job.id, job.attempt, chunks) if chunks else None,
+            finalisation=job.finalisation() if job.is_ending else None,
+        )
+
+
+def commit(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
+    """Commit and then publish. Blocks; may be repeated with the same flushes when its answer was lost."""
+    started_at = monotonic()
+    try:
+        held, ended = _transact(storage, flushes)
+    except OUTAGES:
+        raise
+    except Exception as exc:
+        if len(flushes) > 1:
+            return _commit_one_by_one(storage, flushes)
+        logger.exception("the output of a job cannot be stored", extra={"job_id": flushes[0].job.name})
+        return _give_up(storage, flushes[0], exc)
+    cost_seconds = monotonic() - started_at
+    storage.channel.publish(_events(flushes, held, ended))
+    return FlushOutcome(held, ended, cost_seconds)
+
+
+def _transact(storage: JobStorage, flushes: Sequence[JobFlush]) -> tuple[dict[UUID, Held], dict[UUID, JobStatus]]:
+    commits = [flush.commit for flush in flushes if flush.commit is not None]
+    finalisations = [flush.finalisation for flush in flushes if flush.finalisation is not None]
+    renewals = [flush.job.id for flush in flushes if flush.commit is None and flush.finalisation is None]
+    with storage.sessions.begin() as session:
+        held = jobs.commit_chunks(session, commits, lease_seconds=storage.lease_seconds)
+        held += jobs.renew(session, renewals, owner=storage.owner, lease_seconds=storage.lease_seconds)
+        ours = set(jobs.finalise(session, finalisations))
+    ended = {ending.job_id: ending.status for ending in finalisations if ending.job_id in ours}
+    return {job.job_id: job for job in held}, ended
+
+
+def _commit_one_by_one(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
+    """One job's output that no row can hold must not keep its neighbours from theirs."""
+    outcomes = [commit(storage, [flush]) for flush in flushes]
+    return FlushOutcome(
+        held={job_id: held for outcome in outcomes for job_id, held in outcome.held.items()},
+        ended={job_id: status for outcome in outcomes for job_id, status in outcome.ended.items()},
+        cost_seconds=sum(outcome.cost_seconds for outcome in outcomes),
+    )
+
+
+def _give_up(storage: JobStorage, flush: JobFlush, exc: Exception) -> FlushOutcome:
+    """End the job with what was committed before this flush."""
+    chunks = flush.commit.chunks if flush.commit is not None else ()
+    ending = Finalisation(
+        job_id=flush.job.id,
+        attempt=flush.job.attempt,
+        last_sequence_number=chunks[0].sequence_number - 1 if chunks else flush.job.last_sequence_number,
+        status=JobStatus.FAILED,
+        result=None,
+        error=JobError(code=EngineError.code, message=f"the output could not be stored: {type(exc).__name__}"),
+    )
+    with storage.sessions.begin() as session:
+        ended = dict.fromkeys(jobs.finalise(session, [ending]), JobStatus.FAILED)
+    storage.channel.publish(ended.items())
+    return FlushOutcome(ended=ended)
+
+
+def _events(
+    flushes: Sequence[JobFlush], held: dict[UUID, Held], ended: dict[UUID, JobStatus]
+) -> Iterator[tuple[UUID, streams.Event]]:
+    for flush in flushes:
+        job_id = flush.job.id
+        if flush.commit is not None and (job_id in held or job_id in ended):
+            yield from ((job_id, chunk) for chunk in flush.commit.chunks)
+        if job_id in ended:
+            yield job_id, ended[job_id]

@@ -1,0 +1,276 @@
+"""The runner's thread: waits on the engine, on storage and on callers, and keeps the running batch going.
+
+SQL and Redis are behind the storage thread, whose answers come back through the mailbox; so a database that is away
+stops neither the engine, nor a cancel, nor the heartbeat watch.
+"""
+
+import logging
+import math
+import select
+from collections.abc import Callable, Sequence
+from time import monotonic
+from uuid import UUID
+
+import msgspec
+
+from domain.catalog import ModelSpec
+from domain.ids import external_id
+from gpu_worker.dispatch_bell import DispatchBell
+from gpu_worker.frames import EngineStats, Ready, Report, StepDone
+from gpu_worker.intake import Intake, Offers
+from gpu_worker.job_storage import JobStorage
+from gpu_worker.mailbox import Mailbox
+from gpu_worker.publisher import Publisher
+from gpu_worker.runner_events import RunnerEvent, RunnerEventKind, RunnerStats
+from gpu_worker.running_batch import RunningBatch
+from gpu_worker.storage_thread import StorageThread
+from gpu_worker.supervisor import Supervisor
+from observability import jobs_finished_total, llm_tokens_generated_total
+from settings import Settings
+from storage.workers import WorkerReport
+
+logger = logging.getLogger(__name__)
+
+HOUSEKEEPING_SECONDS = 0.1  # the longest wait: watches, timers and fallbacks are that exact
+REPORT_SECONDS = 5.0  # between two heartbeats of this worker in SQL
+RATE_SECONDS = 1.0  # over which tokens per second are counted
+
+
+class RunnerLoop:
+    """Everything but `run` is called on its own thread: post it to `mailbox`."""
+
+    def __init__(
+        self,
+        *,
+        spec: ModelSpec,
+        settings: Settings,
+        owner: UUID,
+        hostname: str,
+        offers: Offers,
+        on_event: Callable[[RunnerEvent], None],
+        on_unhealthy: Callable[[str], None],
+    ) -> None:
+        self.mailbox = Mailbox()
+        self._spec = spec
+        self._owner = owner
+        self._hostname = hostname
+        self._offers = offers
+        self._on_event = on_event
+        self._on_unhealthy = on_unhealthy
+        self._storage = JobStorage(settings, spec, owner)
+        self._thread = StorageThread(self.mailbox.post)
+        self._bell = DispatchBell(self._storage.sessions, spec, settings)
+        self._supervisor = Supervisor(spec, heartbeat_seconds=settings.engine_heartbeat_seconds)
+        self._events: list[RunnerEvent] = []
+        self._batch = RunningBatch(
+            self._supervisor, Publisher(settings), self._storage, self._thread, self._events.append
+        )
+        self._intake = Intake(
+            offers,
+            self._storage,
+            self._thread,
+            on_claimed=self._batch.admit,
+            on_known=self._batch.adopt,
+            on_dropped=self._drop,
+        )
+        self._engine_stats = EngineStats()
+        self._drain_deadline: float | None = None  # draining until then
+        self._is_healthy = True
+        self._is_stopping = False
+        self._report_at = 0.0
+        self._is_reporting = False
+        self._rate_since, self._rate_tokens = monotonic(), 0
+        self._tokens_per_second = 0.0
+        self.stats = self._make_stats()
+        self.num_free = 0
+
+    def run(self) -> None:
+        """Until `stop`. Any error that nobody foresaw makes the worker unhealthy rather than silent."""
+        self._thread.start()
+        self._bell.start()
+        try:
+            while not self._is_stopping:
+                self._turn()
+        except Exception as exc:
+            logger.exception("the runner failed")
+            self._give_up(f"the runner failed: {type(exc).__name__}")
+        finally:
+            self._close()
+
+    # What callers ask for
+
+    def cancel(self, job_id: UUID) -> None:
+        self._thread.submit(lambda is_repeated: self._storage.request_cancel(job_id), lambda answer: None)
+        self._batch.cancel(job_id)
+
+    def begin_drain(self, release_after_seconds: float) -> None:
+        self._drain_deadline = monotonic() + release_after_seconds
+        self._batch.release_unstarted()
+        self._report_at = 0.0
+
+    def resume(self) -> None:
+        self._drain_deadline = None
+        self._report_at = 0.0
+
+    def stop(self, release: bool) -> None:
+        if release:
+            self._batch.release_all()
+        self._is_stopping = True
+
+    # One turn
+
+    def _turn(self) -> None:
+        self._wait(monotonic())
+        self.mailbox.run_all()
+        for report in self._supervisor.receive():
+            self._take_report(report)
+        now = monotonic()
+        if self._is_healthy:
+            self._watch_engine(now)
+        if self._is_draining and now > (self._drain_deadline or 0.0):
+            self._batch.release_all()
+        self._take_jobs_in(now)
+        self._batch.fence(now)
+        self._batch.flush_due(now)
+        self._report_worker(now)
+        self._count_rate(now)
+        self._tell_news()
+
+    def _wait(self, now: float) -> None:
+        """Until something arrives or is due; then write what the engine takes."""
+        poll = select.poll()
+        poll.register(self.mailbox, select.POLLIN)
+        for channel in self._supervisor.readers():
+            poll.register(channel, select.POLLIN | (select.POLLOUT if channel.has_outgoing else 0))
+        until_due = self._batch.seconds_until_due(now)
+        wait_seconds = HOUSEKEEPING_SECONDS if until_due is None else min(until_due, HOUSEKEEPING_SECONDS)
+        poll.poll(math.ceil(wait_seconds * 1000))
+        self._supervisor.flush()
+
+    def _take_report(self, report: Report) -> None:
+        if isinstance(report, Ready):
+            logger.info("the engine is ready", extra={"pid": report.pid, "device": report.device})
+            self._report_at = 0.0
+            return
+        self._engine_stats = report.stats
+        if isinstance(report, StepDone):
+            self._batch.absorb(report)
+
+    def _watch_engine(self, now: float) -> None:
+        exit_ = self._supervisor.watch(now)
+        if exit_ is None:
+            return
+        self._batch.report_exit(exit_)
+        if self._supervisor.is_crash_looping:
+            self._give_up(f"the engine keeps crashing; lately: {exit_.description}")
+
+    def _take_jobs_in(self, now: float) -> None:
+        if self._supervisor.ready is None and not self._batch.has_isolated:
+            return
+        self._intake.claim(now, num_free=self._count_free(), known=self._batch.job_ids)
+        if self._batch.has_isolated and not self._intake.is_claiming:
+            self._batch.start_isolated()
+        elif self._can_take_jobs and not self._batch.has_isolated:
+            is_resting = not self._batch and not self._offers and not self._intake.is_claiming
+            self._intake.look_for_isolated(now, is_resting=is_resting, known=self._batch.job_ids)
+
+    def _tell_news(self) -> None:
+        """Figures first: who hears of an event looks at them."""
+        self.num_free = self._count_free()
+        self.stats = self._make_stats()
+        events = self._events[:]
+        self._events.clear()
+        for event in events:
+            self._tell(event)
+
+    def _tell(self, event: RunnerEvent) -> None:
+        if event.kind in (RunnerEventKind.ENDED, RunnerEventKind.RELEASED):
+            self._bell.ring()
+        if event.status is not None:
+            jobs_finished_total.labels(self._spec.id, event.status).inc()
+        try:
+            self._on_event(event)
+        except Exception:  # the listener's trouble must not end everybody's jobs
+            logger.exception("an event was not taken", extra={"job_id": external_id(event.job_id)})
+
+    def _drop(self, job_ids: Sequence[UUID]) -> None:
+        self._events += [RunnerEvent(RunnerEventKind.DROPPED, job_id) for job_id in job_ids]
+
+    # Figures
+
+    @property
+    def _is_draining(self) -> bool:
+        return self._drain_deadline is not None
+
+    @property
+    def _can_take_jobs(self) -> bool:
+        return self._is_healthy and not self._is_draining and self._supervisor.ready is not None
+
+    def _count_free(self) -> int:
+        if not self._can_take_jobs or self._batch.has_isolated:
+            return 0
+        return max(0, self._spec.max_num_seqs - self._batch.num_sequences)
+
+    def _make_stats(self) -> RunnerStats:
+        return RunnerStats(
+            max_num_seqs=self._spec.max_num_seqs,
+            num_running=len(self._batch),
+            num_offered=len(self._offers),
+            is_engine_ready=self._supervisor.ready is not None,
+            is_draining=self._is_draining,
+            tokens_per_second=self._tokens_per_second,
+            engine=msgspec.structs.asdict(self._engine_stats),
+        )
+
+    def _count_rate(self, now: float) -> None:
+        seconds = now - self._rate_since
+        if seconds < RATE_SECONDS:
+            return
+        num_new = self._batch.num_tokens - self._rate_tokens
+        self._tokens_per_second = num_new / seconds
+        llm_tokens_generated_total.labels(self._spec.id).inc(num_new)
+        self._rate_since, self._rate_tokens = now, self._batch.num_tokens
+
+    def _report_worker(self, now: float) -> None:
+        """Heartbeat in SQL: what dispatch windows and /health go by."""
+        if now < self._report_at or self._is_reporting or not self._is_healthy or self._supervisor.ready is None:
+            return
+        self._report_at, self._is_reporting = now + REPORT_SECONDS, True
+        report = WorkerReport(
+            id=self._owner,
+            hostname=self._hostname,
+            model=self._spec.id,
+            max_num_seqs=self._spec.max_num_seqs,
+            num_running=self._batch.num_sequences,
+            tokens_per_second=self._tokens_per_second,
+            is_draining=self._is_draining,
+        )
+        self._thread.submit(
+            lambda is_repeated: self._storage.heartbeat(report),
+            lambda answer: self._end_reporting(),
+            lambda exc: self._end_reporting(),
+        )
+
+    def _end_reporting(self) -> None:
+        self._is_reporting = False
+
+    # The end
+
+    def _give_up(self, reason: str) -> None:
+        """This worker cannot work: everything goes back to the queue, and the process should end."""
+        logger.critical("the worker is unhealthy: %s", reason)
+        self._is_healthy = False
+        self._batch.release_all()
+        self._supervisor.stop()
+        self._on_unhealthy(reason)
+
+    def _close(self) -> None:
+        """Whatever was submitted to storage still happens, and its news is told."""
+        self._bell.stop()
+        self._thread.submit(lambda is_repeated: self._storage.forget_worker(), lambda answer: None)
+        self._supervisor.stop()
+        self._thread.stop()
+        self.mailbox.run_all()
+        self._tell_news()
+        self._storage.close()
+        self.mailbox.close()

@@ -1,0 +1,249 @@
+"""Owns the engine process: starts it, watches its heartbeat, tells how it ended and in whose step, restarts it.
+
+Belongs to the runner's thread and never blocks it, but for the moments of starting and ending a process.
+"""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+import msgspec
+
+from domain.catalog import ModelSpec
+from gpu_worker.channel import Channel, ChannelClosed
+from gpu_worker.flight_recorder import FlightRecorder, RecordedJob, create_memory
+from gpu_worker.frames import AddJob, Command, Ready, Report, Shutdown, decode_report, encode
+from settings import ROOT
+
+logger = logging.getLogger(__name__)
+
+NUM_HEARTBEATS = 3  # of silence, until the engine is taken for hung
+LOAD_TIMEOUT_SECONDS = 1800.0  # large weights from a slow disk
+LINGER_SECONDS = 5.0  # between the end of the channel and the end of the process: a core dump is written
+SHUTDOWN_SECONDS = 3.0  # the running step may end before the process is killed
+FIRST_BACKOFF_SECONDS = 0.2
+MAX_BACKOFF_SECONDS = 10.0
+LOOP_CRASHES, LOOP_SECONDS = 5, 120.0  # so many crashes in so short a time: this worker cannot work
+
+
+@dataclass(frozen=True, slots=True)
+class EngineExit:
+    """How an engine process ended, unasked."""
+
+    exit_code: int  # of the process; minus the signal that killed it
+    was_hung: bool  # we killed it, because it had fallen silent
+    was_ready: bool
+    last_step: list[RecordedJob]
+
+    @property
+    def is_outside_kill(self) -> bool:
+        """SIGKILL, and not by us: an operator, or the kernel out of memory. No job can do it by itself."""
+        return self.exit_code == -signal.SIGKILL and not self.was_hung
+
+    @property
+    def description(self) -> str:
+        if self.was_hung:
+            return "it fell silent and was killed"
+        if self.exit_code < 0:
+            return f"killed by {signal.Signals(-self.exit_code).name}"
+        return f"exit code {self.exit_code}"
+
+
+class EngineProcess:
+    """One incarnation of the engine."""
+
+    def __init__(self, spec: ModelSpec, *, heartbeat_seconds: float) -> None:
+        ours, theirs = socket.socketpair()
+        memory_fd = create_memory()
+        self.recorder = FlightRecorder(memory_fd)
+        self.channel = Channel(ours)
+        with theirs:
+            command = [sys.executable, "-m", "gpu_worker.engine.process", "--spec", spec.model_dump_json()]
+            command += ["--channel-fd", str(theirs.fileno()), "--recorder-fd", str(memory_fd)]
+            command += ["--parent-pid", str(os.getpid()), "--heartbeat-seconds", str(heartbeat_seconds)]
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), memory_fd),
+                start_new_session=True,  # Ctrl-C drains the worker; the engine must outlive that
+            )
+        os.close(memory_fd)
+        self.started_at = self.heard_at = monotonic()
+        self.ready: Ready | None = None
+        self.has_had_jobs = False
+        self.was_hung = False
+        self.closed_at: float | None = None  # when the channel ended; the process follows
+
+    def send(self, command: Command) -> None:
+        self.has_had_jobs |= isinstance(command, AddJob)
+        try:
+            self.channel.send(encode(command))
+        except ChannelClosed:
+            self._note_closed()
+
+    def flush(self) -> None:
+        try:
+            self.channel.flush()
+        except ChannelClosed:
+            self._note_closed()
+
+    def receive(self) -> list[Report]:
+        """Every report that has arrived."""
+        if self.closed_at is not None:
+            return []
+        try:
+            reports = [decode_report(frame) for frame in self.channel.receive()]
+        except ChannelClosed:
+            self._note_closed()
+            return []
+        except msgspec.DecodeError:
+            logger.exception("the engine speaks nonsense and is killed")
+            self._note_closed()
+            self.kill()
+            return []
+        if reports:
+            self.heard_at = monotonic()
+        for report in reports:
+            if isinstance(report, Ready):
+                self.ready = report
+        return reports
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def end(self) -> EngineExit:
+        """Reap the process, which has ended or is about to, and free what it used."""
+        exit_code = self.process.wait()
+        last_step = self.recorder.read()
+        self.recorder.close()
+        self.channel.close()
+        return EngineExit(exit_code, self.was_hung, self.ready is not None, last_step)
+
+    def _note_closed(self) -> None:
+        self.closed_at = self.closed_at or monotonic()
+
+
+class Supervisor:
+    """Keeps one engine process running. `watch` is to be called a few times a second, and after every report."""
+
+    def __init__(self, spec: ModelSpec, *, heartbeat_seconds: float) -> None:
+        self._spec = spec
+        self._heartbeat_seconds = heartbeat_seconds
+        self._engine: EngineProcess | None = None
+        self._start_at = 0.0  # when the next process may start
+        self._watched_at = monotonic()
+        self._crashes: deque[float] = deque(maxlen=LOOP_CRASHES)
+
+    @property
+    def ready(self) -> Ready | None:
+        """What the engine said of itself; None while there is none that takes jobs."""
+        return self._engine.ready if self._engine is not None and self._engine.closed_at is None else None
+
+    @property
+    def is_fresh(self) -> bool:
+        """The engine has had no job yet."""
+        return self._engine is not None and not self._engine.has_had_jobs
+
+    @property
+    def is_crash_looping(self) -> bool:
+        return len(self._crashes) == LOOP_CRASHES and monotonic() - self._crashes[0] < LOOP_SECONDS
+
+    def readers(self) -> list[Channel]:
+        """What to wait on for reports."""
+        return [self._engine.channel] if self._engine is not None and self._engine.closed_at is None else []
+
+    def writers(self) -> list[Channel]:
+        """What to wait on for room to write; `flush` then."""
+        return [channel for channel in self.readers() if channel.has_outgoing]
+
+    def send(self, command: Command) -> None:
+        """To the engine; into the void while there is none, whose end `watch` will report."""
+        if self._engine is not None:
+            self._engine.send(command)
+
+    def flush(self) -> None:
+        if self._engine is not None:
+            self._engine.flush()
+
+    def receive(self) -> list[Report]:
+        return self._engine.receive() if self._engine is not None else []
+
+    def watch(self, now: float) -> EngineExit | None:
+        """Start the engine when it is time, kill it when it hangs, and tell once when it has ended; call `note_crash`
+        then. All its reports have been received by that time."""
+        if self._engine is None:
+            if now >= self._start_at:
+                self._engine = EngineProcess(self._spec, heartbeat_seconds=self._heartbeat_seconds)
+            return None
+        self._watch_silence(self._engine, now)
+        if not self._has_ended(self._engine, now):
+            return None
+        engine, self._engine = self._engine, None
+        return engine.end()
+
+    def note_crash(self, *, is_explained: bool) -> None:
+        """Plan the restart: at once after a single crash, later when they pile up. An explained crash, one that a
+        known poison job caused, says nothing against this worker."""
+        now = monotonic()
+        num_recent = sum(now - crashed_at < LOOP_SECONDS for crashed_at in self._crashes)
+        if not is_explained:
+            self._crashes.append(now)
+        backoff = FIRST_BACKOFF_SECONDS * 2 ** (num_recent - 1) if num_recent else 0.0
+        self._start_at = now + min(backoff, MAX_BACKOFF_SECONDS)
+
+    def restart(self) -> None:
+        """Replace the engine by a fresh one. It must not have jobs."""
+        self.stop()
+        self._start_at = 0.0
+
+    def stop(self) -> None:
+        """End the engine, kindly first. Blocks for a moment; what it still reports is lost."""
+        if self._engine is None:
+            return
+        engine, self._engine = self._engine, None
+        engine.send(Shutdown())
+        if engine.ready is None:
+            engine.kill()  # it listens only once it is loaded
+        try:
+            engine.process.wait(SHUTDOWN_SECONDS)
+        except subprocess.TimeoutExpired:
+            engine.kill()
+        engine.end()
+
+    def _watch_silence(self, engine: EngineProcess, now: float) -> None:
+        if now - self._watched_at > self._heartbeat_seconds:
+            engine.heard_at = now  # we were away ourselves, and have heard nothing because we did not listen
+        self._watched_at = now
+        if engine.ready is None:
+            is_hung = now - engine.started_at > LOAD_TIMEOUT_SECONDS
+        else:
+            is_hung = now - engine.heard_at > NUM_HEARTBEATS * self._heartbeat_seconds
+        if is_hung and not engine.was_hung:
+            logger.error("the engine fell silent and is killed", extra={"pid": engine.process.pid})
+            engine.was_hung = True
+            engine.kill()
+
+    def _has_ended(self, engine: EngineProcess, now: float) -> bool:
+        """The process is gone and its channel is read to the end."""
+        if engine.closed_at is None:
+            return False
+        if engine.process.poll() is not None:
+            return True
+        if now - engine.closed_at > LINGER_SECONDS:
+            engine.kill()
+        return False
+
+
+def weights_of_suspicion(exit_: EngineExit, names: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """How strongly each of the engine's jobs, as (job_id, attempt), is suspected of having crashed it."""
+    recorded = {(job.job_id, job.attempt): job.weight for job in exit_.last_step}
+    most = 1 if exit_.is_outside_kill else 2
+    return {name: min(recorded.get(name, 0), most) for name in names}

@@ -1,0 +1,175 @@
+"""A JobRunner on real PostgreSQL, real Redis and a real engine process, and what its tests ask of it."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import redis
+from sqlalchemy import select
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.chunks import TokenChunk
+from domain.jobs import JobStatus
+from domain.requests import GenerationRequest, GenerationResult, SamplingParams
+from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.job_runner import JobRunner
+from gpu_worker.runner_events import RunnerEvent, RunnerEventKind
+from settings import Settings
+from storage.stream_channels import channel_of
+from storage.tables import Job, JobChunk, JobResult
+
+MODEL = "test-model"
+TIMEOUT_SECONDS = 20.0
+PROMPT = [5, 6, 7]
+
+
+def wait_until(is_true: Callable[[], Any], what: str, *, seconds: float = TIMEOUT_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds:.0f} s in vain until {what}")
+        time.sleep(0.005)
+
+
+class RecordingRunner:
+    """A started JobRunner and everything it told."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.events: list[RunnerEvent] = []
+        self.unhealthy: list[str] = []
+        self.owner = uuid4()
+        self.runner = JobRunner(
+            model=MODEL,
+            owner=self.owner,
+            hostname="gpu@test",
+            on_event=self.events.append,
+            on_unhealthy=self.unhealthy.append,
+            settings=settings,
+        )
+        self.runner.start()
+
+    def wait_until_ready(self) -> None:
+        wait_until(lambda: self.runner.stats().is_engine_ready, "the engine is ready")
+
+    def story(self, job_id: UUID) -> list[RunnerEventKind]:
+        return [event.kind for event in self.events if event.job_id == job_id]
+
+    def ends(self, job_id: UUID) -> list[JobStatus | None]:
+        return [event.status for event in self.events if event.job_id == job_id and event.status is not None]
+
+    def wait_for(self, kind: RunnerEventKind, job_ids: Sequence[UUID], *, seconds: float = TIMEOUT_SECONDS) -> None:
+        wait_until(lambda: all(kind in self.story(job_id) for job_id in job_ids), f"all are {kind}", seconds=seconds)
+
+    @property
+    def engine_pid(self) -> int:
+        """Of the engine process as it is now."""
+        process = self.runner._loop._supervisor._engine
+        assert process is not None
+        return process.process.pid
+
+    def signal_engine(self, signal_number: signal.Signals) -> int:
+        pid = self.engine_pid
+        os.kill(pid, signal_number)
+        return pid
+
+
+class Rig:
+    """A database, a Redis and a catalog; jobs go in, runners run them, and the rows are looked at."""
+
+    def __init__(self, folder: Path, sessions: sessionmaker[Session], settings: Settings, make_job: Any) -> None:
+        self.folder = folder
+        self.sessions = sessions
+        self.settings = settings
+        self._make_job = make_job
+        self._runners: list[RecordingRunner] = []
+        self.write_catalog()
+
+    def write_catalog(self, *, max_num_seqs: int = 8, **knobs: object) -> None:
+        """The model of runners started from now on; `knobs` are the fake back end's."""
+        lines = ["[[models]]", f'id = "{MODEL}"', 'path = "none"', 'backend = "fake"', "max_model_len = 4096"]
+        lines += [f"max_num_seqs = {max_num_seqs}", "[models.fake]"]
+        lines += [f"{name} = {json.dumps(value)}" for name, value in ({"step_seconds": 0.005} | knobs).items()]
+        self.settings.models_file.write_text("\n".join(lines))
+
+    def start(self, *, wait: bool = True, **settings: object) -> RecordingRunner:
+        runner = RecordingRunner(self.settings.model_copy(update=settings))
+        self._runners.append(runner)
+        if wait:
+            runner.wait_until_ready()
+        return runner
+
+    def close(self) -> None:
+        for runner in self._runners:
+            with contextlib.suppress(ProcessLookupError, AssertionError):
+                runner.signal_engine(signal.SIGCONT)
+            runner.runner.stop(release=True)
+
+    # Jobs
+
+    def add_job(self, *, max_tokens: int = 20, n: int = 1, stop: tuple[str, ...] = (), **columns: Any) -> UUID:
+        request = GenerationRequest(model=MODEL, prompt="x", params=SamplingParams(n=n, stop=stop, temperature=0.0))
+        job: Job = self._make_job(
+            request=request, prompt_token_ids=PROMPT, max_tokens=max_tokens, model=MODEL, **columns
+        )
+        return job.id
+
+    def add_jobs(self, num_jobs: int, **columns: Any) -> list[UUID]:
+        return [self.add_job(seed=seed, **columns) for seed in range(num_jobs)]
+
+    def job(self, job_id: UUID) -> Job:
+        with self.sessions() as session:
+            return session.get_one(Job, job_id)
+
+    def chunks(self, job_id: UUID) -> list[TokenChunk]:
+        statement = select(JobChunk.chunk).where(JobChunk.job_id == job_id).order_by(JobChunk.sequence_number)
+        with self.sessions() as session:
+            return list(session.scalars(statement))
+
+    def attempts_of_chunks(self, job_id: UUID) -> list[int]:
+        statement = select(JobChunk.attempt).where(JobChunk.job_id == job_id).order_by(JobChunk.sequence_number)
+        with self.sessions() as session:
+            return list(session.scalars(statement))
+
+    def result(self, job_id: UUID) -> GenerationResult:
+        with self.sessions() as session:
+            return session.scalars(select(JobResult.result).where(JobResult.job_id == job_id)).one()
+
+    def wait_for_tokens(self, job_ids: Sequence[UUID], at_least: int = 1) -> None:
+        wait_until(
+            lambda: all(self.job(job_id).num_committed_tokens >= at_least for job_id in job_ids),
+            f"{len(job_ids)} jobs have {at_least} tokens",
+        )
+
+    def assert_intact(self, job_id: UUID) -> None:
+        """Completed, its chunks are numbered without a hole, and they are the result, each token once."""
+        job, chunks, result = self.job(job_id), self.chunks(job_id), self.result(job_id)
+        assert job.status is JobStatus.COMPLETED, (job.status, job.error)
+        assert [chunk.sequence_number for chunk in chunks] == list(range(1, job.committed_sequence_number + 1))
+        for choice in result.choices:
+            own = [chunk for chunk in chunks if chunk.index == choice.index]
+            assert "".join(chunk.text for chunk in own) == choice.text
+            assert choice.text == fake_text(PROMPT, job.seed, choice.index, job.max_tokens)
+            assert sum(len(chunk.token_ids) for chunk in own) == choice.num_tokens == job.max_tokens
+            assert [bool(chunk.finish_reason) for chunk in own] == [False] * (len(own) - 1) + [True]
+
+
+@contextlib.contextmanager
+def listening(redis_url: str, job_id: UUID) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """What is published of a job meanwhile: a function that returns all of it so far."""
+    heard: list[dict[str, Any]] = []
+    with redis.Redis.from_url(redis_url) as client, client.pubsub(ignore_subscribe_messages=True) as subscription:
+        subscription.subscribe(channel_of(job_id))
+
+        def read() -> list[dict[str, Any]]:
+            while (message := subscription.get_message(timeout=0.02)) is not None:
+                heard.append(json.loads(message["data"]))
+            return heard
+
+        read()
+        yield read
