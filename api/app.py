@@ -32,7 +32,15 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
             gc.freeze()  # what is here now stays: no later collection needs to walk it
             yield
 
-    app = FastAPI(title="Celeriac", version="1", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Celeriac",
+        version="1",
+        lifespan=lifespan,
+        redirect_slashes=False,  # a redirected POST is a second request, or an error that does not say why
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
     register_error_handlers(app)

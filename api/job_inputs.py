@@ -7,7 +7,7 @@ from uuid import UUID
 from pydantic import AwareDatetime, Field
 from starlette.requests import Request
 
-from api.job_schemas import JobBody
+from api.job_schemas import NO_NUL, JobBody, MetadataKey, MetadataValue
 from api.queries import QueryModel
 from domain.errors import InvalidCursor, InvalidRequest
 from domain.ids import parse_id
@@ -33,9 +33,11 @@ class EventsQuery(QueryModel):
 
 class ListQuery(QueryModel):
     status: JobStatus | None = None
-    model: str | None = Field(default=None, max_length=128, pattern=r"^[^\u0000]*$")
+    model: str | None = Field(default=None, max_length=128, pattern=NO_NUL)
     created_after: AwareDatetime | None = None
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=16, description="metadata[key]=value")
+    metadata: dict[MetadataKey, MetadataValue] = Field(
+        default_factory=dict, max_length=16, description="metadata[key]=value"
+    )
     after: str | None = Field(default=None, description="The last id of the page before.")
     limit: int = Field(default=20, ge=1, le=100)
     order: Literal["asc", "desc"] = "desc"

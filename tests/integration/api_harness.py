@@ -147,7 +147,8 @@ class HandWorker:
 
 
 def make_chunk(number: int, text: str, *, index: int = 0, **fields: Any) -> TokenChunk:
-    return TokenChunk(sequence_number=number, index=index, text=text, token_ids=tuple(text.encode()), **fields)
+    fields.setdefault("token_ids", tuple(text.encode()))
+    return TokenChunk(sequence_number=number, index=index, text=text, **fields)
 
 
 def body(**fields: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from api.job_schemas import JobView
 from client import StreamEvent
-from domain.chunks import TokenLogprob
+from domain.chunks import TokenChunk, TokenLogprob
 from domain.ids import external_id
 from domain.jobs import FinishReason, JobStatus
 from embedded import EmbeddedRedis
@@ -245,6 +245,11 @@ def test_a_reader_that_is_cut_off_anywhere_sees_every_event_once(
     assert len(seen) == len(texts) + 1
 
 
+def large_chunks(*, num_megabytes: int) -> list[TokenChunk]:
+    """More than all the buffers between the API and a client hold."""
+    return [make_chunk(n, "x" * 100_000, token_ids=(1,)) for n in range(1, 10 * num_megabytes + 1)]
+
+
 # Many readers, slow readers, no Redis
 
 
@@ -331,7 +336,22 @@ def test_a_reader_that_takes_nothing_does_not_slow_the_others(
         with open_events(http, job_id) as events:
             job = hand_worker.claim(job_id)
             started = time.monotonic()
-            hand_worker.commit(job, *(make_chunk(n, "x" * 1000) for n in range(1, 2001)))
-            hand_worker.say(job, "last", first=2001)
-            assert any(event.id == "2001" for event in events)
+            hand_worker.commit(job, *large_chunks(num_megabytes=8))
+            assert any(event.id == "80" for event in events)
             assert time.monotonic() - started < 10
+
+
+def test_a_reader_that_takes_nothing_for_long_is_cut(
+    http: httpx.Client, api: ApiServer, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.sse.SEND_TIMEOUT_SECONDS", 0.3)
+    job_id = post_job(http, model="large", params={"max_tokens": 50_000})["id"]
+    job = hand_worker.claim(job_id)
+    request = f"GET /v1/jobs/{job_id}/events HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
+    with closing(socket.socket()) as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect(("127.0.0.1", api.port))
+        lazy.sendall(request)
+        until(lambda: api.services.streams.num_streams == 1)
+        hand_worker.commit(job, *large_chunks(num_megabytes=8))
+        until(lambda: api.services.slots.num_open == 0, seconds=20)
