@@ -1,0 +1,128 @@
+"""A real Flower over our workers: it shows jobs and engines, and what it sends cancels a job or ends a worker."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from domain.ids import external_id
+from tests.integration.consumer_harness import ROOT, MakePlant, Plant, make_plant, wait_until
+
+__all__ = ["make_plant"]
+
+WORKER = "one@test"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Flower:
+    """Flower as `celeriac flower` starts it."""
+
+    def __init__(self, plant: Plant) -> None:
+        port = free_port()
+        command = [sys.executable, "-m", "celery", "-A", "tasks.app", "flower", f"--port={port}", "--address=127.0.0.1"]
+        environment = os.environ | {
+            "CELERIAC_REDIS_URL": plant.redis_url,
+            "CELERIAC_MODELS_FILE": str(plant.settings.models_file),
+            "FLOWER_UNAUTHENTICATED_API": "true",
+        }
+        self._log = (plant.folder / "flower.log").open("wb")
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=self._log, stderr=self._log)
+        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=10)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=20)
+        self._client.close()
+        self._log.close()
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        """The answer, or None while Flower starts or does not know."""
+        try:
+            response = self._client.get(path, params=parameters)
+        except httpx.TransportError:
+            return None
+        return response.json() if response.status_code == 200 else None
+
+    def post(self, path: str, **parameters: Any) -> httpx.Response:
+        return self._client.post(path, params=parameters)
+
+    def state_of(self, job_id: str) -> str | None:
+        task = (self.get("/tasks") or {}).get(job_id)
+        return None if task is None else str(task["state"])
+
+
+@pytest.fixture
+def plant(make_plant: MakePlant) -> Plant:
+    plant = make_plant(num_slots=2, lookahead=1)
+    plant.start_worker()
+    return plant
+
+
+@pytest.fixture
+def flower(plant: Plant) -> Iterator[Flower]:
+    flower = Flower(plant)
+    wait_until(lambda: WORKER in (flower.get("/workers", status=True) or {}), "Flower knows the worker")
+    yield flower
+    flower.close()
+
+
+def test_flower_shows_jobs_and_cancels_them(plant: Plant, flower: Flower) -> None:
+    job_ids = plant.send(4)
+    names = [external_id(job_id) for job_id in job_ids]
+    plant.wait_for("claimed", job_ids[:2])
+    wait_until(lambda: [flower.state_of(name) for name in names[:3]] == ["STARTED", "STARTED", "RECEIVED"], "it knows")
+
+    plant.end(job_ids[0])
+    wait_until(lambda: flower.state_of(names[0]) == "SUCCESS", "the first job succeeded")
+    task = flower.get(f"/task/info/{names[0]}")
+    assert (task["name"], task["worker"], task["args"], task["result"]) == (
+        "celeriac.generate",
+        WORKER,
+        "()",
+        "a completed job",
+    )
+    assert task["runtime"] > 0
+
+    plant.end(job_ids[1], "failed")
+    wait_until(lambda: flower.state_of(names[1]) == "FAILURE", "the second one failed")
+    assert flower.get(f"/task/info/{names[1]}")["exception"] == "a failed job"
+
+    plant.wait_for("claimed", job_ids)
+    assert flower.post(f"/task/revoke/{names[2]}", terminate="true").status_code == 200
+    plant.wait_for("cancelled", job_ids[2:3])
+    wait_until(lambda: flower.state_of(names[2]) == "REVOKED", "the third one is revoked")
+
+
+def test_flower_shows_the_engine_and_the_queue(plant: Plant, flower: Flower) -> None:
+    plant.wait_for("claimed", plant.send(5)[:2])
+    wait_until(lambda: plant.num_waiting() == 2, "the worker is full")
+    stats = flower.get("/workers", refresh=True, workername=WORKER)[WORKER]["stats"]
+    assert stats["engine"] | {"max_held": 0} == stats["engine"] | {"running": 2, "in_hand": 1, "free": 0, "max_held": 0}
+    assert stats["pool"]["slots-running"] == 2
+    queues = flower.get("/queues/length")["active_queues"]
+    assert queues == [{"name": "celeriac.test-model", "messages": 2}]
+
+
+def test_flower_cannot_resize_an_engine_but_can_end_its_worker(plant: Plant, flower: Flower) -> None:
+    assert WORKER in flower.get("/workers", refresh=True)
+    refusal = flower.post(f"/worker/pool/grow/{WORKER}")
+    assert refusal.status_code == 403
+    assert "max_num_seqs" in refusal.text
+
+    plant.wait_for("claimed", plant.send(1))
+    assert flower.post(f"/worker/shutdown/{WORKER}").status_code == 200
+    wait_until(lambda: "draining" in plant.log(), "it drains")
+    assert plant.workers[0].poll() is None
+    plant.end_all()
+    wait_until(lambda: plant.workers[0].poll() == 0, "it left")
+    wait_until(lambda: flower.get("/workers", status=True)[WORKER] is False, "Flower saw it leave")
