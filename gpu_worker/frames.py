@@ -47,7 +47,6 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     """The model is loaded. Sent once."""
 
     model: str
-    model_revision: str
     backend: str
     device: str
     max_num_seqs: int

@@ -22,6 +22,7 @@ from storage import database, jobs, streams, workers
 from storage.jobs import ClaimedJob, Returned
 from storage.tables import Job
 from storage.workers import WorkerReport
+from tasks.models import model_revision
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class JobStorage:
         self.owner = owner
         self.lease_seconds = settings.lease_seconds
         self._spec = spec
+        self._model_revision = model_revision(spec)  # as the API wrote it into the job: that of the files, not a name
 
     def claim(self, job_ids: Sequence[UUID], known: frozenset[UUID], *, is_repeated: bool) -> list[ClaimedJob]:
         """Take the claimable ones among `job_ids`; `known` are the jobs that run here already."""
@@ -70,7 +72,7 @@ class JobStorage:
                 session,
                 job_ids,
                 owner=self.owner,
-                model_revision=self._spec.revision,
+                model_revision=self._model_revision,
                 lease_seconds=self.lease_seconds,
             ),
             known,
@@ -85,7 +87,7 @@ class JobStorage:
                 self._spec.id,
                 limit=limit,
                 owner=self.owner,
-                model_revision=self._spec.revision,
+                model_revision=self._model_revision,
                 lease_seconds=self.lease_seconds,
                 lane=lane,
             ),

@@ -151,7 +151,6 @@ def main() -> None:
 def _ready(spec: ModelSpec, backend: Backend) -> Ready:
     return Ready(
         model=spec.id,
-        model_revision=spec.revision,
         backend=spec.backend,
         device=backend.loaded.device,
         max_num_seqs=spec.max_num_seqs,

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -57,8 +56,16 @@ class RecordingRunner:
     def wait_until_ready(self) -> None:
         wait_until(lambda: self.runner.stats().is_engine_ready, "the engine is ready")
 
+    def offer(self, job_ids: Sequence[UUID]) -> None:
+        for job_id in job_ids:
+            self.runner.offer(job_id)
+
     def story(self, job_id: UUID) -> list[RunnerEventKind]:
         return [event.kind for event in self.events if event.job_id == job_id]
+
+    def has_settled(self, job_ids: Sequence[UUID]) -> bool:
+        """Each of them was dropped, released, or ended here."""
+        return all(self.story(job_id) and self.story(job_id)[-1] != RunnerEventKind.CLAIMED for job_id in job_ids)
 
     def ends(self, job_id: UUID) -> list[JobStatus | None]:
         return [event.status for event in self.events if event.job_id == job_id and event.status is not None]
@@ -82,8 +89,7 @@ class RecordingRunner:
 class Rig:
     """A database, a Redis and a catalog; jobs go in, runners run them, and the rows are looked at."""
 
-    def __init__(self, folder: Path, sessions: sessionmaker[Session], settings: Settings, make_job: Any) -> None:
-        self.folder = folder
+    def __init__(self, sessions: sessionmaker[Session], settings: Settings, make_job: Any) -> None:
         self.sessions = sessions
         self.settings = settings
         self._make_job = make_job
@@ -115,7 +121,12 @@ class Rig:
     def add_job(self, *, max_tokens: int = 20, n: int = 1, stop: tuple[str, ...] = (), **columns: Any) -> UUID:
         request = GenerationRequest(model=MODEL, prompt="x", params=SamplingParams(n=n, stop=stop, temperature=0.0))
         job: Job = self._make_job(
-            request=request, prompt_token_ids=PROMPT, max_tokens=max_tokens, model=MODEL, **columns
+            request=request,
+            prompt_token_ids=PROMPT,
+            max_tokens=max_tokens,
+            model=MODEL,
+            model_revision="fake:main",
+            **columns,
         )
         return job.id
 
