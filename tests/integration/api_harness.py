@@ -66,6 +66,10 @@ class ApiServer:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """As at SIGTERM; returns when the server has ended."""
         self._server.should_exit = True
         self._thread.join(timeout=20)
         self._socket.close()

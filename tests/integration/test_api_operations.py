@@ -1,0 +1,251 @@
+"""The API as an operator meets it: health, metrics, the queue, a database or Redis that is away, and the end."""
+
+import json
+import logging
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import pytest
+from prometheus_client import REGISTRY
+from sqlalchemy.orm import Session, sessionmaker
+
+from embedded import EmbeddedPostgres, EmbeddedRedis
+from settings import ROOT
+from storage import workers
+from storage.database import migrate
+from storage.workers import WorkerReport
+from tests.integration.api_harness import (
+    MODEL,
+    ApiServer,
+    HandWorker,
+    all_events,
+    body,
+    open_events,
+    post_job,
+    until,
+)
+
+
+def beat(session_factory: sessionmaker[Session], **fields: object) -> None:
+    report = {"id": uuid4(), "hostname": "w1", "model": MODEL, "max_num_seqs": 4, "num_running": 0}
+    with session_factory.begin() as session:
+        workers.heartbeat(session, WorkerReport(**{**report, "tokens_per_second": 20.0, **fields}))  # type: ignore[arg-type]
+
+
+def queue_of(http: httpx.Client, model: str = MODEL) -> dict[str, object]:
+    return next(dict(queue) for queue in http.get("/v1/queue").json()["data"] if queue["model"] == model)
+
+
+def test_the_queue_tells_what_waits_what_runs_and_how_soon(
+    http: httpx.Client, hand_worker: HandWorker, session_factory: sessionmaker[Session]
+) -> None:
+    assert queue_of(http)["eta_seconds"] is None
+    beat(session_factory, max_num_seqs=1)
+    jobs = [post_job(http) for _ in range(4)]  # of 5 prompt tokens and 16 to come each
+    hand_worker.claim(jobs[0]["id"])
+    queue = until(lambda: (seen := queue_of(http))["running"] == 1 and seen["workers"] == 1 and seen)
+    assert (queue["queued"], queue["running"], queue["workers"], queue["slots"]) == (3, 1, 1, 1)
+    assert queue["tokens_ahead"] == 3 * 21 + 16
+    assert queue["tokens_per_second"] == 20.0
+    assert queue["oldest_queued_seconds"] > 0
+    assert 0 < queue["eta_seconds"] <= 79 / 20
+
+
+def test_a_job_knows_its_place_and_the_place_moves_up(
+    http: httpx.Client, api: ApiServer, hand_worker: HandWorker, session_factory: sessionmaker[Session]
+) -> None:
+    beat(session_factory, max_num_seqs=1)
+    until(lambda: queue_of(http)["workers"] == 1)
+    hand_worker.claim(post_job(http)["id"])
+    ahead, mine = post_job(http)["id"], post_job(http)["id"]
+    first = post_job(http, priority=5)["id"]
+    with open_events(http, mine) as events, api.client() as other:
+        assert next(events).data["position"] == 2
+        other.delete(f"/v1/jobs/{first}")
+        moved = next(events)
+        assert (moved.name, moved.data["position"]) == ("job.queued", 1)
+        assert moved.data["eta_seconds"] is not None
+        other.post(f"/v1/jobs/{ahead}/cancel")
+        assert next(events).data["position"] == 0
+        seen = other.get(f"/v1/jobs/{mine}")
+        assert seen.json()["queue"]["position"] == 0
+        assert seen.headers["x-queue-position"] == "0"
+
+
+def test_a_job_with_a_free_slot_starts_at_once(http: httpx.Client, session_factory: sessionmaker[Session]) -> None:
+    beat(session_factory, max_num_seqs=2)
+    until(lambda: queue_of(http)["workers"] == 1)
+    assert post_job(http)["queue"] == {"position": 0, "eta_seconds": 0.0}
+
+
+def test_health_tells_the_whole_and_what_is_missing(
+    http: httpx.Client, session_factory: sessionmaker[Session], redis_server: EmbeddedRedis
+) -> None:
+    health = http.get("/health").json()
+    assert (health["status"], health["database"], health["redis"]) == ("degraded", "ok", "ok")
+    assert health["workers"] == 0
+    beat(session_factory)
+    until(lambda: http.get("/health").json()["status"] == "ok")
+    redis_server.stop()
+    try:
+        health = http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (200, "degraded")
+        assert health.json()["redis"] == "unavailable"
+        assert http.get("/health/ready").status_code == 200
+        assert http.post("/v1/jobs", json=body()).status_code == 202
+    finally:
+        redis_server.start()
+
+
+def test_metrics_hold_the_names_that_dashboards_read(http: httpx.Client) -> None:
+    post_job(http, prompt="my diary entry")
+    http.get("/nowhere/my-diary")
+    until(lambda: 'llm_queue_size{model="fake"} 1.0' in http.get("/metrics").text)
+    text = http.get("/metrics").text
+    assert 'llm_requests_total{model="fake"}' in text
+    assert 'jobs_submitted_total{model="fake",outcome="accepted"}' in text
+    assert 'http_requests_total{method="POST",route="/v1/jobs",status="202"}' in text
+    assert 'route="unmatched",status="404"' in text
+    assert "diary" not in text
+
+
+def test_prompts_and_keys_stay_out_of_the_logs(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        post_job(http, prompt="my diary entry", metadata={"a": "my diary entry"})
+        http.post("/v1/jobs", json=body(prompt="my diary entry", params={"temperature": 9}))
+        http.get("/v1/jobs", headers={"authorization": "Bearer my diary entry"})
+    assert "my diary" not in "\n".join(record.getMessage() + str(record.__dict__) for record in caplog.records)
+
+
+def test_the_published_schema_knows_every_route(http: httpx.Client) -> None:
+    schema = http.get("/openapi.json").json()
+    assert set(schema["paths"]) == {
+        "/v1/jobs",
+        "/v1/jobs/{job_id}",
+        "/v1/jobs/{job_id}/events",
+        "/v1/jobs/{job_id}/output",
+        "/v1/jobs/{job_id}/cancel",
+        "/v1/queue",
+        "/health",
+        "/health/live",
+        "/health/ready",
+        "/metrics",
+    }
+    body_schema = schema["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "priority" in json.dumps(body_schema)
+    assert {parameter["name"] for parameter in schema["paths"]["/v1/jobs"]["get"]["parameters"]} >= {"status", "after"}
+    assert http.get("/docs").status_code == 200
+
+
+def test_the_api_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, api.app, api.server; "
+        "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'transformers', 'celery', 'numpy')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# The database away
+
+
+@pytest.fixture(scope="module")
+def own_server(server_folder: Path) -> Iterator[EmbeddedPostgres]:
+    with EmbeddedPostgres(server_folder / "own-postgres", settings={"fsync": "off"}) as server:
+        migrate(server.url)
+        yield server
+
+
+class TestWithoutDatabase:
+    """On a server of its own, which may be stopped."""
+
+    @pytest.fixture
+    def database_url(self, own_server: EmbeddedPostgres) -> str:
+        own_server.start()
+        return own_server.url
+
+    def test_submissions_are_refused_while_it_is_away_and_accepted_after(
+        self, http: httpx.Client, own_server: EmbeddedPostgres
+    ) -> None:
+        before = post_job(http)["id"]
+        own_server.stop()
+        try:
+            for method, path in [("POST", "/v1/jobs"), ("GET", f"/v1/jobs/{before}"), ("GET", "/v1/jobs")]:
+                refused = http.request(method, path, json=body() if method == "POST" else None)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "storage_unavailable")
+                assert 1 <= int(refused.headers["retry-after"]) <= 60
+                assert refused.elapsed.total_seconds() < 5
+            assert http.get("/health").status_code == http.get("/health/ready").status_code == 503
+            assert http.get("/health/live").status_code == 200
+        finally:
+            own_server.start()
+        after = post_job(http)["id"]
+        assert [job["id"] for job in http.get("/v1/jobs").json()["data"]] == [after, before]
+        until(lambda: http.get("/health/ready").status_code == 200)
+
+    def test_a_stream_outlives_a_restart_of_it(
+        self, http: httpx.Client, hand_worker: HandWorker, own_server: EmbeddedPostgres
+    ) -> None:
+        job_id = post_job(http)["id"]
+        with open_events(http, job_id) as events:
+            assert next(events).name == "job.queued"
+            job = hand_worker.claim(job_id)
+            hand_worker.say(job, "before")
+            own_server.stop()
+            own_server.start()
+            hand_worker.say(job, "after", first=2)
+            hand_worker.finish(job, "before", "after")
+            rest = list(events)
+        assert [event.data["text"] for event in rest if event.name == "output.delta"] == ["before", "after"]
+        assert rest[-1].name == "job.completed"
+
+
+# The end
+
+
+def test_streams_and_long_polls_end_when_the_server_stops_and_go_on_elsewhere(
+    api: ApiServer, http: httpx.Client, hand_worker: HandWorker
+) -> None:
+    job_id = post_job(http)["id"]
+    job = hand_worker.claim(job_id)
+    hand_worker.say(job, "a")
+    answers: list[httpx.Response] = []
+    waiting = threading.Thread(target=lambda: answers.append(http.get(f"/v1/jobs/{job_id}", params={"wait": 60})))
+    with open_events(http, job_id) as events, ApiServer(api.services.settings) as other:
+        assert next(events).name == "job.started"
+        assert next(events).id == "1"
+        waiting.start()
+        until(lambda: api.services.streams.num_streams == 2)
+        api.stop()
+        assert list(events) == []
+        waiting.join(timeout=10)
+        assert answers[0].json()["status"] == "in_progress"
+        hand_worker.say(job, "b", first=2)
+        hand_worker.finish(job, "a", "b")
+        with other.client() as elsewhere:
+            resumed = all_events(elsewhere, job_id, params={"starting_after": 1})
+        assert [event.id for event in resumed if event.id] == ["2", "3"]
+
+
+def test_an_answer_under_way_is_given_before_the_end(api: ApiServer) -> None:
+    head = b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 32\r\n\r\n"
+    with closing(socket.create_connection(("127.0.0.1", api.port))) as connection:
+        connection.sendall(head)
+        until(lambda: http_in_progress() >= 1)
+        stopping = threading.Thread(target=api.stop)
+        stopping.start()
+        until(lambda: api.services.draining.is_set())
+        connection.sendall(b'{"model":"fake","prompt":"abcd"}')
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 202")
+        stopping.join(timeout=10)
+
+
+def http_in_progress() -> float:
+    return REGISTRY.get_sample_value("http_requests_in_progress") or 0.0
