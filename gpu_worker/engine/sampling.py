@@ -1,8 +1,11 @@
 """From logits to tokens: one batched draw per step, in any mix of parameters.
 
 Order per row: raw log-probabilities, logit bias, penalties, bans (min_tokens), temperature, top-k, top-p, min-p, draw.
-Randomness is keyed by (seed, sequence index, output position): a token does not depend on who else is in the batch, on
-preemption, or on how often the job was resumed.
+
+A draw is the token with the highest scaled logit plus Gumbel noise, and the noise of a token is a hash of (seed,
+sequence index, output position, token id). So a draw does not depend on who else is in the batch, on preemption, or on
+how often the job was resumed; and the last bits of the logits, which do depend on the batch's shape, change a token no
+more often than they change the distribution itself.
 """
 
 import struct
@@ -36,33 +39,22 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Drawn]:
     """
     if not bool(torch.isfinite(logits.amax(-1)).all()):
         raise ValueError("the model's logits are not finite")
-    details = _logprob_details(logits, sequences)
-    raw_logprobs = torch.log_softmax(logits, -1) if details else None
+    num_top_by_row = {
+        row: s.job.params.logprobs for row, s in enumerate(sequences) if s.job.params.logprobs is not None
+    }
+    raw_logprobs = {row: logits[row].log_softmax(-1) for row in num_top_by_row}
     for row, sequence in enumerate(sequences):
         _adjust(logits[row], sequence)
     token_ids = _draw(logits, sequences)
-    if raw_logprobs is None:
-        return [Drawn(token_id) for token_id in token_ids]
-    return [_with_logprobs(raw_logprobs[row], token_id, details.get(row)) for row, token_id in enumerate(token_ids)]
+    return [
+        _with_logprobs(raw_logprobs[row], token_id, num_top_by_row[row]) if row in raw_logprobs else Drawn(token_id)
+        for row, token_id in enumerate(token_ids)
+    ]
 
 
-def uniform(seed: int, index: int, position: int) -> float:
-    """A number strictly between 0 and 1, the same for the same arguments on every machine."""
-    digest = blake2b(struct.pack("<qqq", seed, index, position), digest_size=8).digest()
-    return ((int.from_bytes(digest, "little") >> 11) + 0.5) / 2**53
-
-
-def _logprob_details(logits: Tensor, sequences: Rows[Sequence]) -> dict[int, int]:
-    """How many alternatives each row wants, for the rows that want log-probabilities at all."""
-    wanted = ((row, sequence.job.params.logprobs) for row, sequence in enumerate(sequences))
-    return {row: min(num, logits.shape[-1]) for row, num in wanted if num is not None}
-
-
-def _with_logprobs(row_logprobs: Tensor, token_id: int, num_top: int | None) -> Drawn:
-    if num_top is None:
-        return Drawn(token_id)
-    values, ids = row_logprobs.topk(num_top)
-    return Drawn(token_id, row_logprobs[token_id].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+def _with_logprobs(logprobs: Tensor, token_id: int, num_top: int) -> Drawn:
+    values, ids = logprobs.topk(min(num_top, logprobs.shape[0]))
+    return Drawn(token_id, logprobs[token_id].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def _adjust(row: Tensor, sequence: Sequence) -> None:
@@ -84,25 +76,27 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
 
 
 def _draw(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """Greedy rows take the argmax, the others a draw; neither sees the other."""
-    token_ids: list[int] = logits.argmax(-1).tolist()
+    """Greedy rows take the argmax, the others draw, with or without a sort; none sees the others."""
+    token_ids = _argmax(logits)
     plain: list[int] = []
-    filtered: list[int] = []
+    sorting: list[int] = []
     for row, sequence in enumerate(sequences):
         params = sequence.job.params
-        if params.temperature == 0:
-            continue
-        is_filtered = bool(params.top_k) or (params.top_p or 1.0) < 1.0 or params.min_p > 0
-        (filtered if is_filtered else plain).append(row)
-    for rows, draw in ((plain, _draw_plain), (filtered, _draw_filtered)):
-        if not rows:
-            continue
-        drawing = [sequences[row] for row in rows]
-        temperatures = [_temperature(sequence) for sequence in drawing]
-        scaled = logits[rows].double() / torch.tensor(temperatures, device=logits.device, dtype=torch.float64)[:, None]
-        for row, token_id in zip(rows, draw(scaled, drawing), strict=True):
-            token_ids[row] = token_id
+        if params.temperature != 0:
+            (sorting if params.top_k or (params.top_p or 1.0) < 1.0 else plain).append(row)
+    for rows, draw in ((plain, _draw_plain), (sorting, _draw_sorted)):
+        if rows:
+            drawing = [sequences[row] for row in rows]
+            temperatures = _column([_temperature(sequence) for sequence in drawing], logits)
+            for row, token_id in zip(rows, draw(logits[rows] / temperatures, drawing), strict=True):
+                token_ids[row] = token_id
     return token_ids
+
+
+def _argmax(scores: Tensor) -> list[int]:
+    """Of each row. On a CPU numpy's is several times faster than torch's."""
+    best: list[int] = (scores.numpy() if scores.device.type == "cpu" else scores).argmax(-1).tolist()
+    return best
 
 
 def _temperature(sequence: Sequence) -> float:
@@ -110,27 +104,22 @@ def _temperature(sequence: Sequence) -> float:
     return 1.0 if temperature is None else max(temperature, 1e-4)
 
 
-def _targets(sequences: Rows[Sequence], device: torch.device) -> Tensor:
-    numbers = [uniform(s.job.seed, s.index, s.num_output_tokens) for s in sequences]
-    return torch.tensor(numbers, device=device, dtype=torch.float64)[:, None]
+def _column(values: Rows[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]
 
 
 def _draw_plain(scaled: Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """Inverse of the cumulative distribution, in order of token id."""
-    cumulative = (scaled - scaled.amax(-1, keepdim=True)).exp_().cumsum(-1)
-    return _invert(cumulative, _targets(sequences, scaled.device))
+    """From the whole vocabulary but for what min-p takes away."""
+    min_p = [sequence.job.params.min_p for sequence in sequences]
+    if any(min_p):
+        scaled.masked_fill_(scaled < scaled.amax(-1, keepdim=True) + _column(min_p, scaled).log(), -torch.inf)
+    token_ids = torch.arange(scaled.shape[-1], dtype=torch.int32, device=scaled.device)
+    return _argmax(scaled.add_(gumbel_noise(token_ids[None], sequences)))
 
 
-def _invert(cumulative: Tensor, targets: Tensor) -> list[int]:
-    """The first entry at which each row reaches its share of the row's total; never one of probability 0."""
-    positions = torch.searchsorted(cumulative, targets * cumulative[:, -1:])
-    found: list[int] = positions.squeeze(-1).tolist()
-    return found
-
-
-def _draw_filtered(scaled: Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """Among the most likely tokens where they hold all that the filters keep, else among all of them, sorted. Both
-    give the same token: the order is by probability, then by id, and what is kept is the same."""
+def _draw_sorted(scaled: Tensor, sequences: Rows[Sequence]) -> list[int]:
+    """Among the most likely tokens where these hold all that a row's filters keep, else among all of them. Both give
+    the same token, since they keep the same ones."""
     drawn = _draw_among(scaled, sequences, min(NUM_CANDIDATES, scaled.shape[-1]))
     missing = [row for row, token_id in enumerate(drawn) if token_id is None]
     if missing:
@@ -142,45 +131,57 @@ def _draw_filtered(scaled: Tensor, sequences: Rows[Sequence]) -> list[int]:
 
 def _draw_among(scaled: Tensor, sequences: Rows[Sequence], num_candidates: int) -> list[int | None]:
     """Draw from the `num_candidates` most likely tokens; None for a row whose filters may keep more than those."""
-    values, ids = _most_likely(scaled, num_candidates)
-    total = (scaled - values[:, :1]).exp_().sum(-1, keepdim=True)
-    cumulative = (values - values[:, :1]).exp_().cumsum(-1)
-    cutoffs = _cutoffs(values, cumulative, total, sequences)
-    kept = values >= cutoffs
-    cumulative = torch.where(kept, cumulative, 0.0).cummax(-1).values
-    positions = _invert(cumulative, _targets(sequences, scaled.device))
-    chosen = ids.gather(1, torch.tensor(positions, device=ids.device)[:, None]).squeeze(-1).tolist()
-    if num_candidates == scaled.shape[-1]:
-        return list(chosen)
-    is_complete = (values[:, -1:] < cutoffs).squeeze(-1).tolist()
-    for row, sequence in enumerate(sequences):
-        is_complete[row] &= not num_candidates < (sequence.job.params.top_k or 0) < scaled.shape[-1]
-    return [token if whole else None for token, whole in zip(chosen, is_complete, strict=True)]
-
-
-def _most_likely(scaled: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
-    """Values and ids, sorted by value descending, equal values by id."""
-    if num_candidates == scaled.shape[-1]:
-        values, ids = scaled.sort(dim=-1, descending=True, stable=True)
-        return values, ids
     values, ids = scaled.topk(num_candidates)
-    ids, order = ids.sort(dim=-1)
-    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(-1, order)
+    cutoffs = _cutoffs(values, scaled.logsumexp(-1, keepdim=True), sequences, scaled.shape[-1])
+    noisy = values.masked_fill(values < cutoffs, -torch.inf) + gumbel_noise(ids.int(), sequences)
+    best = torch.tensor(_argmax(noisy), device=ids.device)[:, None]
+    chosen: list[int | None] = ids.gather(1, best).squeeze(-1).tolist()
+    if num_candidates == scaled.shape[-1]:
+        return chosen
+    is_complete: list[bool] = (values[:, -1:] < cutoffs).squeeze(-1).tolist()
+    for row, sequence in enumerate(sequences):
+        if not is_complete[row] or num_candidates < (sequence.job.params.top_k or 0) < scaled.shape[-1]:
+            chosen[row] = None
+    return chosen
 
 
-def _cutoffs(values: Tensor, cumulative: Tensor, total: Tensor, sequences: Rows[Sequence]) -> Tensor:
-    """The least scaled logit that each row's filters keep. Tokens that equal it are kept too."""
-    num_candidates = values.shape[-1]
+def _cutoffs(values: Tensor, log_total: Tensor, sequences: Rows[Sequence], vocab_size: int) -> Tensor:
+    """The least scaled logit that each row's filters keep; tokens that equal it are kept too.
+
+    `values` are the highest scaled logits in descending order, `log_total` the log of the sum over all of exp(logit).
+    """
     params = [sequence.job.params for sequence in sequences]
-    column = {"device": values.device, "dtype": torch.float64}
-    min_p = torch.tensor([p.min_p for p in params], **column)[:, None]  # type: ignore[arg-type]
-    top_p = torch.tensor([1.0 if p.top_p is None else p.top_p for p in params], **column)[:, None]  # type: ignore[arg-type]
-    ranks = [min(p.top_k or num_candidates, num_candidates) - 1 for p in params]
-    last = torch.tensor(ranks, device=values.device)[:, None]
-    has_top_k = torch.tensor([0 < (p.top_k or 0) <= num_candidates for p in params], device=values.device)[:, None]
-    mass = torch.where(has_top_k, cumulative.gather(1, last), total)
+    num_candidates = values.shape[-1]
+    cumulative = (values.double() - log_total).exp_().cumsum(-1)
+    top_k = [p.top_k or vocab_size for p in params]
+    last = torch.tensor([min(k, num_candidates) - 1 for k in top_k], device=values.device)[:, None]
+    has_top_k = torch.tensor([k < vocab_size for k in top_k], device=values.device)[:, None]
+    mass = torch.where(has_top_k, cumulative.gather(1, last), 1.0)
     # The first token whose cumulative share reaches top_p is the last one kept.
-    reached = torch.searchsorted(cumulative, top_p * mass).clamp(max=num_candidates - 1)
+    share = _column([1.0 if p.top_p is None else p.top_p for p in params], cumulative) * mass
+    reached = torch.searchsorted(cumulative, share).clamp(max=num_candidates - 1)
     by_rank = values.gather(1, torch.minimum(reached, last))
-    return torch.maximum(by_rank, values[:, :1] + min_p.log())
+    return torch.maximum(by_rank, values[:, :1] + _column([p.min_p for p in params], values).log())
+
+
+def gumbel_noise(token_ids: Tensor, sequences: Rows[Sequence]) -> Tensor:
+    """Standard Gumbel noise, float32, one row per sequence; `token_ids` is int32 (num_sequences or 1, num_tokens)."""
+    keys = [_noise_key(s.job.seed, s.index, s.num_output_tokens) for s in sequences]
+    first, second = torch.tensor(keys, dtype=torch.int32, device=token_ids.device).T[:, :, None]
+    bits = _mix(token_ids, first, second).bitwise_and_(0x7FFFFFFF)
+    return bits.float().add_(0.5).mul_(-(2.0**-31)).log1p_().neg_().log_().neg_()
+
+
+def _noise_key(seed: int, index: int, position: int) -> tuple[int, int]:
+    """64 bits that stand for one draw, the same on every machine and in every version."""
+    digest = blake2b(struct.pack("<qqq", seed, index, position), digest_size=8).digest()
+    first, second = struct.unpack("<ii", digest)
+    return first, second
+
+
+def _mix(token_ids: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """A 32-bit integer hash (the "lowbias32" finaliser, keyed twice) in wrapping int32 arithmetic."""
+    bits = (token_ids * -0x61C88647).add(first)
+    bits = bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+    bits = bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).bitwise_xor_(second).mul_(-0x7B935975)
+    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from gpu_worker.engine import sampling
-from gpu_worker.engine.sampling import sample, uniform
+from gpu_worker.engine.sampling import gumbel_noise, sample
 from gpu_worker.engine.sequence import Sequence
 from tests.engine_parts import make_sequence
 
@@ -112,18 +112,40 @@ def test_few_candidates_and_the_full_sort_draw_the_same(row: dict[str, Any], is_
         assert draw(logits, sequence) == full
 
 
-def test_uniforms_are_fixed_for_ever() -> None:
-    """A resumed job may run on another version: what a position draws must not change."""
-    assert uniform(0, 0, 0) == pytest.approx(0.15674255346555804, abs=1e-15)
-    assert uniform(-5, 1, 7) != uniform(-5, 7, 1)
-    assert 0 < min(uniform(seed, 0, 0) for seed in range(1000)) < 0.01
+def test_noise_is_fixed_for_ever() -> None:
+    """A resumed job may run on another version or machine: what a position draws must not change."""
+    noise = gumbel_noise(torch.tensor([[0, 1, 50_000]], dtype=torch.int32), [at_position(3, seed=-5)])
+    assert noise[0].tolist() == pytest.approx([-0.6594464, -0.6831284, -1.2699214], abs=1e-6)
 
 
-def test_sequences_of_one_job_draw_apart() -> None:
-    sequence = make_sequence([1], temperature=1.0)
-    sequence.index = 1
-    drawn = {uniform(3, index, position) for index in range(8) for position in range(100)}
-    assert len(drawn) == 800
+def noise_of(**changes: Any) -> Tensor:
+    """Rows are positions, columns token ids."""
+    token_ids = torch.arange(2000, dtype=torch.int32)[None]
+    return gumbel_noise(token_ids, [at_position(position, **changes) for position in range(200)])
+
+
+def test_noise_has_the_gumbel_distribution() -> None:
+    noise = noise_of().flatten().double()
+    for quantile in (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999):
+        expected = -math.log(-math.log(quantile))
+        share = (noise < expected).double().mean().item()
+        assert share == pytest.approx(quantile, abs=6 * math.sqrt(quantile * (1 - quantile) / noise.numel()))
+
+
+def test_noise_of_tokens_positions_seeds_and_siblings_is_unrelated() -> None:
+    noise = noise_of(seed=1)
+    sibling = make_sequence([1], seed=1)
+    sibling.index = 1
+    sibling_noise = gumbel_noise(torch.arange(2000, dtype=torch.int32)[None], [sibling])
+    pairs = [
+        (noise[:, 1:], noise[:, :-1]),
+        (noise[1:], noise[:-1]),
+        (noise, noise_of(seed=2)),
+        (noise[:1], sibling_noise),
+    ]
+    for one, other in pairs:
+        correlation = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].item()
+        assert abs(correlation) < 5 / math.sqrt(one.numel())
 
 
 def test_temperature_zero_beside_temperature_two() -> None:
