@@ -94,15 +94,33 @@ _OTHERS = {"many sums": 12.0, "introduction": 1.0, "json by system": 1.5, "conve
 _WEIGHTS = {kind: weight for kind, (weight, _) in (SINGLE_EXCHANGES | COMPLETIONS).items()} | _OTHERS
 
 
-def sample(random: Random, *, is_long: bool = False, drill_share: float = 0.0) -> Sample:
-    """One sample of the mixture; a long one is a conversation that fills most of the context.
+def copying_drill(random: Random) -> Sample:
+    return chat("copying drill", [talk.copying_drill(random)])
 
-    `drill_share` of the others are copying drills, which the mixture itself does without.
-    """
+
+def sums_drill(random: Random) -> Sample:
+    """Many bare sums; only the results are learned, so that it says nothing about what follows a sum."""
+    segments = []
+    for _ in range(random.randint(10, 32)):
+        prompt, result = arithmetic.completion(random, arithmetic.training_problem(random))
+        segments += [Segment(f"\n{prompt}" if segments else prompt, False), Segment(result, True)]
+    return Sample("sums drill", segments)
+
+
+@dataclass(frozen=True)
+class Drill:
+    """What is practised beside the mixture, and how large a share of the samples it is."""
+
+    make: Callable[[Random], Sample]
+    share: float
+
+
+def sample(random: Random, *, is_long: bool = False, drill: Drill | None = None) -> Sample:
+    """One sample of the mixture or of the drill; a long one is a conversation that fills most of the context."""
     if is_long:
         return _conversation(random, num_exchanges=random.randint(4, 24))
-    if random.random() < drill_share:
-        return chat("copying drill", [talk.copying_drill(random)])
+    if drill and random.random() < drill.share:
+        return drill.make(random)
     (kind,) = random.choices(list(_WEIGHTS), weights=list(_WEIGHTS.values()))
     if kind in COMPLETIONS:
         return bare(kind, *COMPLETIONS[kind][1](random))
@@ -164,14 +182,14 @@ def rows(
     num_rows: int,
     row_length: int,
     is_long: bool = False,
-    drill_share: float = 0.0,
+    drill: Drill | None = None,
 ) -> list[Row]:
     """`num_rows` rows, each filled with whole samples; every row begins with a long one if `is_long`."""
     waiting: list[Encoded] = []
 
     def next_sample(row: Row) -> Encoded:
         is_first_long = is_long and not row.token_ids
-        return encode(tokenizer, sample(random, is_long=is_first_long, drill_share=drill_share))
+        return encode(tokenizer, sample(random, is_long=is_first_long, drill=drill))
 
     return [_filled(next_sample, waiting, row_length) for _ in range(num_rows)]
 

@@ -27,9 +27,10 @@ CHECKPOINT = Path(".celeriac/training/checkpoint.pt")
 WARMUP_STEPS = 100
 # Most steps see short rows. One in twelve sees rows as long as the context, so that no position is new at inference.
 LONG_STEP_EVERY = 12
-# Copying a subject, a name or a key from the prompt is learned late unless it is drilled early.
-DRILLED_STEPS = 800
-DRILL_SHARES = (0.4, 0.03)
+# Copying a subject, a name or a key from the prompt is learned late unless it is drilled early; sums are drilled after.
+COPYING_STEPS = 800
+COPYING_SHARES = (0.4, 0.03)
+SUMS_SHARE = 0.12
 # The rate stays at its peak and falls to nothing over the last part, so that a run can be cut short or made longer at
 # any checkpoint before that part by naming another number of steps.
 DECAY_SHARE = 0.3
@@ -64,18 +65,26 @@ def new_model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def drill_of(number: int) -> corpus.Drill:
+    """What step `number` practises beside the mixture."""
+    if number >= COPYING_STEPS:
+        return corpus.Drill(corpus.sums_drill, SUMS_SHARE)
+    first_share, last_share = COPYING_SHARES
+    share = max(last_share, first_share * (1 - number / COPYING_STEPS))
+    return corpus.Drill(corpus.copying_drill, share)
+
+
 def step_of(tokenizer: Tokenizer, seed: int, number: int, tokens_per_step: int) -> Step:
     """The rows of step `number`: the same for the same seed, whenever and wherever it is asked for."""
     is_long = number % LONG_STEP_EVERY == LONG_STEP_EVERY - 1
     row_length = MAX_MODEL_LEN if is_long else 384
-    first_share, last_share = DRILL_SHARES
     rows = corpus.rows(
         tokenizer,
         Random(f"{seed}:{number}"),
         num_rows=tokens_per_step // row_length,
         row_length=row_length,
         is_long=is_long,
-        drill_share=max(last_share, first_share * (1 - number / DRILLED_STEPS)),
+        drill=drill_of(number),
     )
     sample_numbers = _padded([row.sample_numbers for row in rows], row_length, 0)
     is_same_sample = sample_numbers[:, :, None] == sample_numbers[:, None, :]
