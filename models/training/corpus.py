@@ -100,7 +100,7 @@ def copying_drill(random: Random) -> Sample:
 
 def sums_drill(random: Random) -> Sample:
     """Many bare sums; only the results are learned, so that it says nothing about what follows a sum."""
-    segments = []
+    segments: list[Segment] = []
     for _ in range(random.randint(10, 32)):
         prompt, result = arithmetic.completion(random, arithmetic.training_problem(random))
         segments += [Segment(f"\n{prompt}" if segments else prompt, False), Segment(result, True)]
