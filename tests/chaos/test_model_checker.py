@@ -14,9 +14,9 @@ NO_FAULTS = Budget(**dict.fromkeys(Budget._fields, 0))
     ("protocol", "faults", "min_states"),
     [
         pytest.param(Protocol(), {"kills": 1, "lapses": 1, "lost_answers": 1}, 50_000, id="workers"),
-        pytest.param(Protocol(), {"api_kills": 1, "lapses": 1, "flushes": 1}, 20_000, id="clients"),
+        pytest.param(Protocol(), {"api_kills": 1, "lapses": 1, "flushes": 1}, 15_000, id="clients"),
         pytest.param(Protocol(), {"cancels": 1, "errors": 1, "releases": 1}, 5_000, id="ends"),
-        pytest.param(Protocol(max_failures=1), {"kills": 2, "lapses": 1}, 20_000, id="failures"),
+        pytest.param(Protocol(max_failures=1), {"kills": 2, "lapses": 1}, 15_000, id="failures"),
         pytest.param(Protocol(polls=True, redispatches=False), {"flushes": 1, "lapses": 1}, 5_000, id="polling"),
     ],
 )
