@@ -60,6 +60,7 @@ class EnginePool(BasePool):
             owner=uuid4(),
             hostname=options["initargs"][1],
             on_event=self._on_runner_event,
+            on_unhealthy=self.shutdown.fail,
         )
         self._hub: Any = None
         self._events: deque[RunnerEvent] = deque()

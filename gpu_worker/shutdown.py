@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-EXIT_OK = 0
+EXIT_OK, EXIT_FAILURE = 0, 1
 _GRACE_SECONDS = 10.0  # beyond the drain: the runner releases and reports what still ran
 _POLL_SECONDS = 0.05
 
@@ -44,6 +44,13 @@ class Shutdown:
         self._is_draining = True
         seconds = get_settings().drain_seconds if release_after_seconds is None else release_after_seconds
         Thread(target=self._drain, args=(seconds,), name="drain", daemon=True).start()
+
+    def fail(self, reason: str) -> None:
+        """The engine cannot be kept alive: end the worker, so that whoever supervises it starts a fresh one, or stops
+        trying. Its jobs are released already. Any thread."""
+        logger.critical("leaving: %s", reason)
+        state.should_stop = EXIT_FAILURE
+        self._pool.wake_hub()
 
     def _on_stop_signal(self, *_: Any) -> None:
         if self._is_draining:

@@ -33,9 +33,18 @@ STEP_SECONDS = 0.002
 class LedgerRunner:
     """JobRunner's contract, on files."""
 
-    def __init__(self, *, model: str, owner: UUID, hostname: str, on_event: Callable[[RunnerEvent], None]) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        owner: UUID,
+        hostname: str,
+        on_event: Callable[[RunnerEvent], None],
+        on_unhealthy: Callable[[str], None],
+    ) -> None:
         self._hostname = hostname
         self._on_event = on_event
+        self._on_unhealthy = on_unhealthy
         self._lock = threading.RLock()
         self._offered: dict[UUID, None] = {}
         self._started_at: dict[UUID, float] = {}
@@ -99,6 +108,10 @@ class LedgerRunner:
                 self._end_due()
                 if time.monotonic() > self._release_at:
                     self._release_all()
+                if (FOLDER / "engine_is_broken").exists():
+                    self._release_all()
+                    self._on_unhealthy("the engine is broken")
+                    return
 
     def _claim_offered(self) -> None:
         while self._offered and self.num_free > 0:

@@ -136,3 +136,12 @@ def test_a_worker_that_never_reached_the_broker_can_be_stopped(
     wait_until(lambda: "Cannot connect" in plant.log(), "it tries")
     os.kill(worker.pid, signal.SIGTERM)
     wait_until(has_ended(worker), "the worker left")
+
+
+def test_a_worker_whose_engine_is_broken_leaves_with_an_error(make_plant: MakePlant) -> None:
+    plant, worker, job_ids = busy_worker(make_plant)
+    (plant.folder / "engine_is_broken").touch()
+    wait_until(has_ended(worker), "the worker left")
+    assert worker.returncode == 1
+    assert plant.jobs("released") == job_ids[:2]
+    assert waiting(plant, job_ids) == job_ids[2:]
