@@ -1,0 +1,226 @@
+"""The consumer alone, without engine and SQL, on an embedded Redis: `python -m bench.consumer`.
+
+Prints the ceiling (claims and acks without Celery), the jobs/s of one worker with Flower's events on, the time from
+publish to admission on an idle worker, and the messages lost to SIGKILLs at full pull speed; then one JSON line.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from base64 import b64decode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import redis
+
+from domain.ids import external_id, new_id
+from embedded import EmbeddedRedis
+from gpu_worker.transport import CLAIM, HUNGRY_SECONDS, hungry_key
+from tasks.dispatch import count_waiting, push
+from tasks.messages import PRIORITY_STEPS, bell_key, priority_keys
+
+ROOT = Path(__file__).resolve().parent.parent
+QUEUE = "celeriac.bench"
+NUM_SLOTS = 64
+LOOKAHEAD = 16
+CLAIM_SIZE = NUM_SLOTS + LOOKAHEAD
+
+
+class Bench:
+    """A broker, and one worker at a time."""
+
+    def __init__(self, folder: Path, redis_url: str) -> None:
+        self._folder = folder
+        self._redis_url = redis_url
+        self._ledger = folder / "ledger"
+        self._models_file = folder / "models.toml"
+        self._models_file.write_text(
+            '[[models]]\nid = "bench"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n'
+            f"max_num_seqs = {NUM_SLOTS}\n"
+        )
+        self.client = redis.Redis.from_url(redis_url)
+
+    def start_worker(self) -> subprocess.Popen[bytes]:
+        environment = os.environ | {
+            "CELERIAC_REDIS_URL": self._redis_url,
+            "CELERIAC_MODELS_FILE": str(self._models_file),
+            "CELERIAC_LOOKAHEAD": str(LOOKAHEAD),
+            "CELERIAC_LOG_LEVEL": "WARNING",
+            "CONSUMER_BENCH_LEDGER": str(self._ledger),
+        }
+        command = [sys.executable, "-m", "celery", "-A", "bench.consumer_app", "worker"]
+        with (self._folder / "worker.log").open("ab") as log:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    def reset(self) -> None:
+        self.client.flushall()
+        self._ledger.write_text("")
+
+    def publish(self, num_jobs: int) -> list[UUID]:
+        job_ids = [new_id() for _ in range(num_jobs)]
+        for first in range(0, num_jobs, 1000):
+            push(self.client, QUEUE, job_ids[first : first + 1000])
+        return job_ids
+
+    def claims(self) -> dict[UUID, float]:
+        """When each job was claimed, monotonic."""
+        lines = [line.split() for line in self._ledger.read_text().splitlines()]
+        return {UUID(words[0]): float(words[1]) for words in lines if len(words) == 2}
+
+    def num_claims(self) -> int:
+        return self._ledger.read_bytes().count(b"\n")
+
+    def in_broker(self) -> set[str]:
+        """External ids of the jobs whose messages wait or are unacked."""
+        lists: list[Any] = [self.client.lrange(key, 0, -1) for key in priority_keys(QUEUE)]
+        waiting = [json.loads(message) for messages in lists for message in messages]
+        unacked: Any = self.client.hvals("unacked")
+        return {message["headers"]["id"] for message in [*waiting, *(json.loads(entry)[0] for entry in unacked)]}
+
+
+def wait_until(is_true: Callable[[], bool], *, seconds: float = 120.0, poll_seconds: float = 0.005) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the worker did not get there")
+        time.sleep(poll_seconds)
+
+
+def end(worker: subprocess.Popen[bytes]) -> None:
+    worker.send_signal(signal.SIGQUIT)
+    worker.wait(timeout=30)
+
+
+def bench_ceiling(bench: Bench, num_jobs: int) -> float:
+    """Claims and acks as the worker's channel makes them, and nothing else."""
+    bench.reset()
+    bench.publish(num_jobs)
+    script = bench.client.register_script(CLAIM)
+    keys = ["unacked", "unacked_index", bell_key(QUEUE), hungry_key(QUEUE), *priority_keys(QUEUE)]
+    queues = [QUEUE] * len(PRIORITY_STEPS)
+    started_at = time.monotonic()
+    num_done = 0
+    while num_done < num_jobs:
+        found: Any = script(keys, [CLAIM_SIZE, time.time(), 0, "bench", 1, *queues, int(HUNGRY_SECONDS * 1000)])
+        tags = [json.loads(text)["properties"]["delivery_tag"] for text in found[1::2]]
+        pipeline = bench.client.pipeline(transaction=False)
+        pipeline.hdel("unacked", *tags)
+        pipeline.zrem("unacked_index", *tags)
+        pipeline.execute()
+        num_done += len(tags)
+    return num_jobs / (time.monotonic() - started_at)
+
+
+def bench_throughput(bench: Bench, num_jobs: int) -> tuple[float, float]:
+    """Jobs per second from the first claim to the last ack; task events per job that came out at the other end."""
+    bench.reset()
+    job_ids = bench.publish(num_jobs)
+    pubsub: Any = bench.client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+    pubsub.psubscribe("/0.celeryev/task*")
+    pubsub.get_message(timeout=1)  # the confirmation
+    worker = bench.start_worker()
+    wait_until(lambda: bench.num_claims() >= num_jobs)
+    wait_until(lambda: bench.client.hlen("unacked") == 0)
+    ended_at = time.monotonic()
+    end(worker)
+    claims = bench.claims()
+    assert set(claims) == set(job_ids)
+    num_events = 0
+    while (message := pubsub.get_message(timeout=0.2)) is not None:
+        num_events += count_events(message["data"])
+    pubsub.close()
+    return num_jobs / (ended_at - min(claims.values())), num_events / num_jobs
+
+
+def count_events(data: bytes) -> int:
+    body = json.loads(b64decode(json.loads(data)["body"]))
+    return len(body) if isinstance(body, list) else 1
+
+
+def bench_latency(bench: Bench, num_jobs: int) -> list[float]:
+    """Sorted milliseconds from before the publish to the claim, one job at a time, with pauses."""
+    bench.reset()
+    worker = bench.start_worker()
+    bench.publish(1)
+    wait_until(lambda: bench.num_claims() == 1)
+    published_at = {}
+    for number in range(num_jobs):
+        job_id = new_id()
+        published_at[job_id] = time.monotonic()
+        push(bench.client, QUEUE, [job_id])
+        wait_until(lambda number=number: bench.num_claims() >= number + 2)  # type: ignore[misc]
+        time.sleep(random.uniform(0.005, 0.03))
+    end(worker)
+    claims = bench.claims()
+    return sorted((claims[job_id] - at) * 1000 for job_id, at in published_at.items())
+
+
+def bench_kills(bench: Bench, num_kills: int) -> tuple[int, int]:
+    """SIGKILL a worker that pulls at full speed, again and again. Returns jobs published and jobs lost: neither claimed
+    nor in the broker."""
+    bench.reset()
+    published: list[UUID] = []
+    for _ in range(num_kills):
+        if count_waiting(bench.client, QUEUE) < 5000:
+            published += bench.publish(10_000)
+        num_before = bench.num_claims()
+        worker = bench.start_worker()
+        wait_until(lambda before=num_before: bench.num_claims() > before)  # type: ignore[misc]
+        time.sleep(random.uniform(0.0, 0.15))
+        worker.kill()
+        worker.wait()
+    claimed = set(bench.claims())
+    in_broker = bench.in_broker()
+    lost = [job_id for job_id in published if job_id not in claimed and external_id(job_id) not in in_broker]
+    return len(published), len(lost)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument("--kills", type=int, default=40)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder) / "redis") as server:
+        bench = Bench(Path(folder), server.url)
+        ceiling = max(bench_ceiling(bench, options.jobs) for _ in range(options.rounds))
+        print(f"ceiling: claims of {CLAIM_SIZE} and their acks, no Celery   {ceiling:8.0f} jobs/s", flush=True)
+        rounds = [bench_throughput(bench, options.jobs) for _ in range(options.rounds)]
+        rates = sorted(rate for rate, _ in rounds)
+        events_per_job = min(events for _, events in rounds)
+        shown = " ".join(f"{rate:.0f}" for rate in rates)
+        print(
+            f"one worker, {NUM_SLOTS} slots, events on: {shown} jobs/s, {events_per_job:.2f} events per job", flush=True
+        )
+        latencies = bench_latency(bench, options.samples)
+        p50, p99 = latencies[len(latencies) // 2], latencies[int(len(latencies) * 0.99)]
+        print(f"publish to admission, idle worker: p50 {p50:.2f} ms, p99 {p99:.2f} ms", flush=True)
+        num_published, num_lost = bench_kills(bench, options.kills)
+        print(f"{options.kills} SIGKILLs at full pull speed: {num_lost} of {num_published} messages lost", flush=True)
+    figures = {
+        "bench": "consumer",
+        "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
+        "ceiling_jobs_per_second": round(ceiling),
+        "jobs_per_second": [round(rate) for rate in rates],
+        "events_per_job": round(events_per_job, 3),
+        "admission_p50_ms": round(p50, 2),
+        "admission_p99_ms": round(p99, 2),
+        "kills": options.kills,
+        "messages_published": num_published,
+        "messages_lost": num_lost,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The GPU worker that `bench/consumer.py` measures: all of Celery, and jobs that end as soon as they start."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from uuid import UUID
+
+from domain.jobs import JobStatus
+from gpu_worker.app import app, model
+from gpu_worker.pool import EnginePool
+from gpu_worker.runner_events import RunnerEvent, RunnerEventKind, RunnerStats
+
+__all__ = ["app"]
+
+LEDGER = Path(os.environ["CONSUMER_BENCH_LEDGER"])
+
+
+class NoOpRunner:
+    """JobRunner's contract without engine and SQL. Every claim is a line in the ledger: job id, monotonic time."""
+
+    def __init__(self, *, on_event: Callable[[RunnerEvent], None], **_: object) -> None:
+        self._on_event = on_event
+        self._offered: SimpleQueue[UUID | None] = SimpleQueue()
+        self._num_running = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def offer(self, job_id: UUID) -> None:
+        self._offered.put(job_id)
+
+    def withdraw(self) -> list[UUID]:
+        return []
+
+    def cancel(self, job_id: UUID) -> None:
+        """Nothing runs long enough."""
+
+    def begin_drain(self, *, release_after_seconds: float) -> None:
+        """Nothing runs long enough."""
+
+    def resume(self) -> None:
+        """Nothing was drained."""
+
+    def stop(self, *, release: bool) -> None:
+        self._offered.put(None)
+        self._thread.join()
+
+    @property
+    def num_free(self) -> int:
+        return model.max_num_seqs - self._num_running
+
+    def stats(self) -> RunnerStats:
+        return RunnerStats(
+            max_num_seqs=model.max_num_seqs,
+            num_running=self._num_running,
+            num_offered=self._offered.qsize(),
+            is_engine_ready=True,
+            is_draining=False,
+            tokens_per_second=0.0,
+            engine={},
+        )
+
+    def _run(self) -> None:
+        with LEDGER.open("a") as ledger:
+            while (first := self._offered.get()) is not None:
+                claimed = [first]
+                while not self._offered.empty() and (job_id := self._offered.get()) is not None:
+                    claimed.append(job_id)
+                self._run_jobs(claimed)
+                ledger.write("".join(f"{job_id} {time.monotonic()}\n" for job_id in claimed))
+                ledger.flush()
+
+    def _run_jobs(self, job_ids: list[UUID]) -> None:
+        self._num_running = len(job_ids)
+        for job_id in job_ids:
+            self._on_event(RunnerEvent(RunnerEventKind.CLAIMED, job_id))
+        for job_id in job_ids:
+            self._on_event(
+                RunnerEvent(RunnerEventKind.ENDED, job_id, status=JobStatus.COMPLETED, summary="0 tokens, stop")
+            )
+        self._num_running = 0
+
+
+EnginePool.make_runner = NoOpRunner  # type: ignore[assignment]
