@@ -1,0 +1,257 @@
+"""Group commit: what arrives together is committed together, and one job's trouble is its own."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import event, func, select, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+
+from domain.errors import ServerOverloaded, StorageUnavailable
+from domain.ids import new_id
+from domain.requests import GenerationRequest
+from storage import jobs
+from storage.database import async_session_factory, open_async_database
+from storage.jobs import Accepted, AcceptOutcome, NewJob
+from storage.tables import DEFAULT_TENANT_ID, Job
+from tasks import group_accept
+from tasks.group_accept import GroupAcceptor
+
+
+def make_new_job(**fields: Any) -> NewJob:
+    request = GenerationRequest(model="fake", prompt="Hello")
+    settled: dict[str, Any] = {
+        "id": new_id(),
+        "tenant_id": DEFAULT_TENANT_ID,
+        "request": request,
+        "prompt_token_ids": [1, 2, 3],
+        "model_revision": "main",
+        "max_tokens": 16,
+        "seed": 7,
+        "max_failures": 3,
+        "result_ttl_seconds": 3600,
+        "request_hash": b"hash",
+    }
+    return NewJob(**settled | fields)
+
+
+@pytest.fixture
+async def async_database(database_url: str) -> AsyncIterator[AsyncEngine]:
+    database = open_async_database(database_url)
+    yield database
+    await database.dispose()
+
+
+@pytest.fixture
+def sessions(async_database: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    return async_session_factory(async_database)
+
+
+@pytest.fixture
+async def acceptor(sessions: async_sessionmaker[AsyncSession]) -> AsyncIterator[GroupAcceptor]:
+    acceptor = GroupAcceptor(sessions, max_queued_jobs=1000)
+    acceptor.start()
+    yield acceptor
+    await acceptor.stop()
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the groups that reach SQL."""
+    sizes: list[int] = []
+    accept = jobs.accept
+
+    def counted(session: Session, new_jobs: list[NewJob], *, max_queued_jobs: int) -> list[Accepted]:
+        sizes.append(len(new_jobs))
+        return accept(session, new_jobs, max_queued_jobs=max_queued_jobs)
+
+    monkeypatch.setattr(jobs, "accept", counted)
+    return sizes
+
+
+async def count_jobs(sessions: async_sessionmaker[AsyncSession]) -> int:
+    async with sessions() as session:
+        return await session.scalar(select(func.count()).select_from(Job)) or 0
+
+
+async def test_what_arrives_together_is_committed_in_few_groups(
+    acceptor: GroupAcceptor, sessions: async_sessionmaker[AsyncSession], groups: list[int]
+) -> None:
+    new_jobs = [make_new_job() for _ in range(100)]
+    accepted = await asyncio.gather(*(acceptor.accept(job) for job in new_jobs))
+    assert [answer.job_id for answer in accepted] == [job.id for job in new_jobs]
+    assert {answer.outcome for answer in accepted} == {AcceptOutcome.ACCEPTED}
+    assert all(answer.created_at is not None for answer in accepted)
+    assert await count_jobs(sessions) == sum(groups) == 100
+    assert len(groups) <= 4
+
+
+async def test_each_job_of_a_group_gets_its_own_answer(acceptor: GroupAcceptor) -> None:
+    first, same, other = (
+        make_new_job(idempotency_key="k"),
+        make_new_job(idempotency_key="k"),
+        make_new_job(idempotency_key="k", request_hash=b"another"),
+    )
+    answers = await asyncio.gather(*(acceptor.accept(job) for job in (first, same, other)))
+    assert [answer.outcome for answer in answers] == [
+        AcceptOutcome.ACCEPTED,
+        AcceptOutcome.DUPLICATE,
+        AcceptOutcome.KEY_REUSED,
+    ]
+    assert answers[1].job_id == first.id
+
+
+async def test_a_job_that_sql_refuses_takes_nobody_with_it(
+    acceptor: GroupAcceptor, sessions: async_sessionmaker[AsyncSession]
+) -> None:
+    good = [make_new_job() for _ in range(9)]
+    bad = make_new_job(max_tokens=2**40)
+    answers = await asyncio.gather(*(acceptor.accept(job) for job in [*good, bad]), return_exceptions=True)
+    assert isinstance(answers[-1], RuntimeError)
+    assert all(isinstance(answer, Accepted) for answer in answers[:-1])
+    assert await count_jobs(sessions) == 9
+
+
+async def test_a_commit_whose_answer_was_lost_is_found_and_not_repeated(
+    acceptor: GroupAcceptor,
+    async_database: AsyncEngine,
+    sessions: async_sessionmaker[AsyncSession],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The connection breaks after the server committed."""
+    num_cut = 0
+    commit = AsyncSession.commit
+
+    async def commit_and_lose(self: AsyncSession) -> None:
+        nonlocal num_cut
+        await commit(self)
+        if num_cut < 2:
+            num_cut += 1
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+
+    monkeypatch.setattr(AsyncSession, "commit", commit_and_lose)
+    new_jobs = [make_new_job() for _ in range(5)]
+    answers = await asyncio.gather(*(acceptor.accept(job) for job in new_jobs))
+    assert {answer.outcome for answer in answers} == {AcceptOutcome.ACCEPTED}
+    assert await count_jobs(sessions) == 5
+    assert num_cut == 2
+
+
+async def test_a_connection_that_breaks_in_the_statement_is_replaced(
+    acceptor: GroupAcceptor, async_database: AsyncEngine, sessions: async_sessionmaker[AsyncSession]
+) -> None:
+    await acceptor.accept(make_new_job())
+    num_cut = 0
+
+    @event.listens_for(async_database.sync_engine, "before_cursor_execute")
+    def cut(connection: Any, cursor: Any, statement: str, *rest: object) -> None:
+        nonlocal num_cut
+        if "INSERT INTO jobs" in statement and num_cut == 0:
+            num_cut += 1
+            cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    answer = await acceptor.accept(make_new_job())
+    assert (num_cut, answer.outcome) == (1, AcceptOutcome.ACCEPTED)
+    assert await count_jobs(sessions) == 2
+
+
+async def test_a_database_that_is_down_is_said_at_once() -> None:
+    database = open_async_database("postgresql://nobody@127.0.0.1:1/none")
+    acceptor = GroupAcceptor(async_session_factory(database), max_queued_jobs=10)
+    acceptor.start()
+    async with asyncio.timeout(3):
+        with pytest.raises(StorageUnavailable):
+            await acceptor.accept(make_new_job())
+    await acceptor.stop()
+    await database.dispose()
+
+
+@pytest.fixture
+async def hang(sessions: async_sessionmaker[AsyncSession]) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """Makes accepts wait for a row until the test ends: a database that hangs, as far as they can tell."""
+    released, held = asyncio.Event(), asyncio.Event()
+    holders: list[asyncio.Task[None]] = []
+
+    async def hold() -> None:
+        async with sessions() as session:
+            await session.execute(text("SELECT FROM tenant_load FOR UPDATE"))
+            held.set()
+            await released.wait()
+
+    async def begin() -> None:
+        holders.append(asyncio.create_task(hold()))
+        await held.wait()
+
+    yield begin
+    released.set()
+    await asyncio.gather(*holders)
+
+
+async def test_a_database_that_hangs_is_not_waited_for(
+    acceptor: GroupAcceptor, hang: Callable[[], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_accept, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(group_accept, "STALLED_SECONDS", 0.1)
+    await hang()
+    first = [asyncio.create_task(acceptor.accept(make_new_job())) for _ in range(2)]
+    await asyncio.sleep(0)
+    first.append(asyncio.create_task(acceptor.accept(make_new_job())))
+    for answer in await asyncio.gather(*first, return_exceptions=True):
+        assert isinstance(answer, StorageUnavailable)
+        assert "Idempotency-Key" in answer.message
+    async with asyncio.timeout(0.1):
+        with pytest.raises(StorageUnavailable, match="does not answer"):
+            await acceptor.accept(make_new_job())
+
+
+async def test_more_than_can_wait_is_refused(
+    acceptor: GroupAcceptor, hang: Callable[[], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_accept, "MAX_WAITING", 3)
+    await hang()
+    waiting = []
+    for _ in range(group_accept.NUM_FLUSHERS):  # each flusher takes one and hangs
+        waiting.append(asyncio.create_task(acceptor.accept(make_new_job())))
+        await asyncio.sleep(0.05)
+    waiting += [asyncio.create_task(acceptor.accept(make_new_job())) for _ in range(3)]
+    await asyncio.sleep(0)
+    with pytest.raises(ServerOverloaded):
+        await acceptor.accept(make_new_job())
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_a_client_that_left_before_its_turn_leaves_no_job(
+    sessions: async_sessionmaker[AsyncSession], groups: list[int]
+) -> None:
+    acceptor = GroupAcceptor(sessions, max_queued_jobs=10)
+    leaving = asyncio.create_task(acceptor.accept(make_new_job()))
+    staying = asyncio.create_task(acceptor.accept(make_new_job()))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.wait((leaving,))
+    acceptor.start()
+    assert (await staying).outcome is AcceptOutcome.ACCEPTED
+    assert groups == [1]
+    assert await count_jobs(sessions) == 1
+    await acceptor.stop()
+
+
+async def test_stopping_answers_everybody(sessions: async_sessionmaker[AsyncSession]) -> None:
+    acceptor = GroupAcceptor(sessions, max_queued_jobs=10)  # never started: nobody takes what waits
+    waiting = asyncio.create_task(acceptor.accept(make_new_job()))
+    await asyncio.sleep(0)
+    await acceptor.stop()
+    with pytest.raises(StorageUnavailable, match="shutting down"):
+        await waiting
+
+
+async def test_unknown_tenants_cannot_be_accepted_for(acceptor: GroupAcceptor) -> None:
+    stranger: UUID = uuid4()
+    answer = await acceptor.accept(make_new_job(tenant_id=stranger))
+    assert answer.outcome is AcceptOutcome.TOO_MANY_QUEUED
