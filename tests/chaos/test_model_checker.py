@@ -17,7 +17,7 @@ NO_FAULTS = Budget(**dict.fromkeys(Budget._fields, 0))
         pytest.param(Protocol(), {"api_kills": 1, "lapses": 1, "flushes": 1}, 15_000, id="clients"),
         pytest.param(Protocol(), {"cancels": 1, "errors": 1, "releases": 1}, 5_000, id="ends"),
         pytest.param(Protocol(max_failures=1), {"kills": 2, "lapses": 1}, 15_000, id="failures"),
-        pytest.param(Protocol(polls=True, redispatches=False), {"flushes": 1, "lapses": 1}, 5_000, id="polling"),
+        pytest.param(Protocol(polls=True, redispatches=False), {"flushes": 1, "lapses": 1}, 2_000, id="polling"),
     ],
 )
 def test_no_state_is_unsafe_and_none_is_stuck(protocol: Protocol, faults: dict[str, int], min_states: int) -> None:
