@@ -1,0 +1,89 @@
+"""Logs name what they are about and keep the rest to themselves."""
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from observability import configure_logging, describe_exception, job_context, request_id_context
+
+SECRET = "my diary entry"
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    """Configuring is for the whole process: put it back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield
+    root.handlers, root.level = handlers, level
+
+
+def test_json_lines_carry_the_ids_of_what_is_being_worked_on(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("INFO", "json")
+    token = request_id_context.set("req_1")
+    with job_context("job_1"):
+        logging.getLogger("here").info("accepted", extra={"num_jobs": 3})
+    request_id_context.reset(token)
+    logging.getLogger("here").info("outside")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (
+        first.items()
+        >= {
+            "level": "INFO",
+            "logger": "here",
+            "message": "accepted",
+            "num_jobs": 3,
+            "job_id": "job_1",
+            "request_id": "req_1",
+        }.items()
+    )
+    assert "time" in first
+    assert not {"job_id", "request_id", "context"} & second.keys()
+
+
+def test_an_id_given_with_the_line_wins(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("INFO", "json")
+    with job_context("job_1"):
+        logging.getLogger("here").info("another", extra={"job_id": "job_2"})
+    assert json.loads(capsys.readouterr().err)["job_id"] == "job_2"
+
+
+def test_text_lines_carry_them_too(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("INFO", "text")
+    with job_context("job_1"):
+        logging.getLogger("here").warning("late")
+    assert capsys.readouterr().err.endswith("WARNING here: late job_id=job_1\n")
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_an_exception_shows_where_but_not_the_values_below_its_first_line(
+    capsys: pytest.CaptureFixture[str], log_format: str
+) -> None:
+    configure_logging("INFO", log_format)  # type: ignore[arg-type]
+    message = f"violates a constraint\nDETAIL: {SECRET}"
+    try:
+        try:
+            raise RuntimeError(message)
+        except RuntimeError as exc:
+            raise ValueError(message) from exc
+    except ValueError:
+        logging.getLogger("here").exception("accept failed")
+    shown = capsys.readouterr().err
+    assert "ValueError: violates a constraint" in shown
+    assert "test_observability.py" in shown
+    assert "caused by RuntimeError: violates" in shown
+    assert SECRET not in shown
+
+
+def test_a_description_is_one_short_line() -> None:
+    assert describe_exception(ValueError("a\nb")) == "ValueError: a"
+    assert describe_exception(TimeoutError()) == "TimeoutError"
+    assert len(describe_exception(ValueError("x" * 10_000))) < 400
+
+
+def test_chatty_libraries_are_kept_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("DEBUG", "json")
+    logging.getLogger("sqlalchemy.engine").info("INSERT %s", SECRET)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,29 @@
+"""Frames: no text can end one early or forge a field, and any decoder reads back what was sent."""
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.sse import HEARTBEAT, frame
+from client import parse_events
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+hostile = st.sampled_from(
+    ["\n\nevent: forged\ndata: {}\n\n", "\r\r", "\u2028\u2029\x85", "\x0b\x0c\x1c\x1d\x1e", "data:"]
+)
+
+
+@given(text=texts | hostile, id_=st.none() | st.integers(1, 10**6))
+def test_whatever_the_text_the_frame_is_one_event_that_holds_it(text: str, id_: int | None) -> None:
+    sent = frame("output.delta", {"text": text}, id=id_) + HEARTBEAT + frame("job.completed", {"id": "x"})
+    for lines in (sent.decode().split("\n"), sent.decode().splitlines()):
+        first, last = parse_events([*lines, ""])
+        assert (first.name, first.data, first.id) == ("output.delta", {"text": text}, None if id_ is None else str(id_))
+        assert (last.name, last.data) == ("job.completed", {"id": "x"})
+
+
+def test_a_frame_is_plain_to_read() -> None:
+    data = {"index": 0, "text": "é"}
+    assert frame("output.delta", data, id=7) == b'id: 7\nevent: output.delta\ndata: {"index":0,"text":"\xc3\xa9"}\n\n'
+    assert json.loads(frame("job.queued", data).split(b"data: ")[1]) == data
