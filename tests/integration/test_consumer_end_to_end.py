@@ -1,0 +1,136 @@
+"""The GPU worker as it ships, with the fake back end: dispatched jobs run, and what Flower asks for holds in SQL."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+import redis
+from celery import Celery
+
+from domain.catalog import Catalog
+from domain.ids import external_id
+from domain.jobs import JobStatus
+from storage import workers
+from tasks.app import make_app
+from tasks.dispatch import count_waiting, dispatch
+from tests.integration.consumer_harness import ROOT, EventLog, events, wait_until
+from tests.integration.runner_harness import MODEL, Rig
+
+__all__ = ["events"]
+
+LONG = 3000  # tokens: longer than any of these tests waits
+
+
+class Worker:
+    """`celery -A gpu_worker.app worker` on a rig's database and Redis."""
+
+    def __init__(self, rig: Rig, folder: Path) -> None:
+        self._rig = rig
+        self._log = folder / "worker.log"
+        settings = rig.settings
+        environment = os.environ | {
+            "CELERIAC_DATABASE_URL": settings.database_url,
+            "CELERIAC_REDIS_URL": settings.redis_url,
+            "CELERIAC_MODELS_FILE": str(settings.models_file),
+        }
+        command = [sys.executable, "-m", "celery", "-A", "gpu_worker.app", "worker"]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        wait_until(lambda: self.process.poll() is not None or self.hostnames(), "the worker reports to SQL")
+        assert self.process.poll() is None, self._log.read_text()
+
+    def hostnames(self) -> list[str]:
+        with self._rig.sessions() as session:
+            return [worker.hostname for worker in workers.list_live(session)]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def worker(rig: Rig, tmp_path: Path) -> Iterator[Worker]:
+    worker = Worker(rig, tmp_path)
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def app(rig: Rig) -> Iterator[Celery]:
+    app = make_app(rig.settings)
+    yield app
+    app.close()
+
+
+@pytest.fixture
+def send(rig: Rig) -> Iterator[Callable[[], int]]:
+    """What API and janitor do: fill the window of the queue."""
+    spec = Catalog.load(rig.settings.models_file).get(MODEL)
+    with redis.Redis.from_url(rig.settings.redis_url) as client:
+        yield lambda: dispatch(rig.sessions, client, spec, rig.settings)
+
+
+def have_status(rig: Rig, job_ids: Sequence[UUID], status: JobStatus) -> bool:
+    return all(rig.job(job_id).status is status for job_id in job_ids)
+
+
+def test_dispatched_jobs_run_to_their_end_and_flower_hears_of_each(
+    rig: Rig, worker: Worker, send: Callable[[], int], events: EventLog
+) -> None:
+    job_ids = rig.add_jobs(40)  # more than slots and window
+    assert send() == 16
+    wait_until(lambda: have_status(rig, job_ids, JobStatus.COMPLETED), "all jobs are completed")
+    for job_id in job_ids:
+        rig.assert_intact(job_id)
+        assert rig.job(job_id).attempt == 1
+    told = [job_id for job_id in job_ids if events.of(job_id)]
+    assert len(told) >= 16  # jobs that the runner found in SQL by itself have no delivery, so no task
+    wait_until(
+        lambda: all(events.of(job_id) == ["received", "started", "succeeded"] for job_id in told), "every end is told"
+    )
+    with redis.Redis.from_url(rig.settings.redis_url) as client:
+        assert (client.hlen("unacked"), count_waiting(client, f"celeriac.{MODEL}")) == (0, 0)
+
+
+def test_a_revoke_cancels_the_job_in_sql(
+    rig: Rig, worker: Worker, send: Callable[[], int], events: EventLog, app: Celery
+) -> None:
+    job_id = rig.add_job(max_tokens=LONG)
+    send()
+    rig.wait_for_tokens([job_id])
+    app.control.revoke(external_id(job_id), terminate=True)
+    wait_until(lambda: have_status(rig, [job_id], JobStatus.CANCELLED), "the job is cancelled")
+    assert rig.result(job_id).choices[0].text  # its output is kept
+    wait_until(lambda: events.of(job_id) == ["received", "started", "revoked"], "the story is told")
+
+
+def test_the_worker_has_a_unique_name_and_shows_its_engine(rig: Rig, worker: Worker, app: Celery) -> None:
+    (name,) = worker.hostnames()
+    assert name.startswith(f"gpu-{MODEL}-")
+    stats = app.control.inspect(destination=[name], timeout=5).stats()[name]
+    assert stats["engine"].items() >= {"slots": 8, "free": 8, "running": 0, "ready": True}.items()
+    assert stats["pool"]["max-concurrency"] == 8
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGQUIT])
+def test_a_worker_that_leaves_completes_or_releases_its_jobs(
+    rig: Rig, worker: Worker, send: Callable[[], int], signal_number: signal.Signals
+) -> None:
+    job_ids = rig.add_jobs(12, max_tokens=100)  # half a second
+    send()
+    rig.wait_for_tokens(job_ids[:8])
+    worker.process.send_signal(signal_number)
+    assert worker.process.wait(timeout=20) == 0
+    ended = [job_id for job_id in job_ids if rig.job(job_id).status is JobStatus.COMPLETED]
+    assert len(ended) == (8 if signal_number == signal.SIGTERM else 0)
+    for job_id in set(job_ids) - set(ended):
+        assert rig.job(job_id).status is JobStatus.QUEUED
+        assert rig.job(job_id).num_failures == 0
+    with redis.Redis.from_url(rig.settings.redis_url) as client:
+        assert client.hlen("unacked") == 0
+    assert worker.hostnames() == []
