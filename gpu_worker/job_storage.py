@@ -42,9 +42,13 @@ class LiveChannel:
         )
         self._paused_until = 0.0
 
+    @property
+    def is_paused(self) -> bool:
+        return monotonic() < self._paused_until
+
     def publish(self, events: Iterable[tuple[UUID, streams.Event]]) -> None:
         events = list(events)
-        if not events or monotonic() < self._paused_until:
+        if not events or self.is_paused:
             return
         if not streams.publish(self._client, events):
             self._paused_until = monotonic() + REDIS_PAUSE_SECONDS

@@ -55,11 +55,14 @@ class EngineLoop:
         """Returns after a Shutdown. Raises ChannelClosed when the worker is gone."""
         while not self._is_shut_down:
             if not self._backend.has_work and not self._channel.wait_readable(self._heartbeat_seconds):
-                self._send(Heartbeat(stats=self._backend.stats()))
-            for frame in self._channel.receive():
+                self._beat()
+            frames = self._channel.receive()
+            for frame in frames:
                 self._apply(decode_command(frame))
             if self._backend.has_work or self._failures:
                 self._step()
+            elif frames:
+                self._beat()  # a silent abort left nothing to say, but the figures have changed
 
     def _apply(self, command: Command) -> None:
         match command:
@@ -93,6 +96,9 @@ class EngineLoop:
         self._send(StepDone(outputs=done.outputs, failures=[*failures, *done.failures], stats=done.stats))
         if not self._backend.has_work:
             self._record_step([])
+
+    def _beat(self) -> None:
+        self._send(Heartbeat(stats=self._backend.stats()))
 
     def _record_step(self, members: Sequence[StepMember]) -> None:
         before = self._num_steps_by_job

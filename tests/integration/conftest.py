@@ -1,6 +1,7 @@
 """The API as the integration tests meet it: a server per test, on this test's own database and Redis."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -8,7 +9,9 @@ import redis
 from sqlalchemy.orm import Session, sessionmaker
 
 from settings import Settings
+from tests.conftest import MakeJob
 from tests.integration.api_harness import ApiServer, HandWorker
+from tests.integration.runner_harness import Rig
 
 
 @pytest.fixture
@@ -32,3 +35,14 @@ def http(api: ApiServer) -> Iterator[httpx.Client]:
 def hand_worker(session_factory: sessionmaker[Session], redis_url: str) -> Iterator[HandWorker]:
     with redis.Redis.from_url(redis_url) as client:
         yield HandWorker(session_factory, client)
+
+
+@pytest.fixture
+def rig(
+    tmp_path: Path, session_factory: sessionmaker[Session], database_url: str, redis_url: str, make_job: MakeJob
+) -> Iterator[Rig]:
+    """JobRunners on this test's own database and Redis, each with a real engine process on the fake back end."""
+    settings = Settings(database_url=database_url, redis_url=redis_url, models_file=tmp_path / "models.toml")
+    rig = Rig(session_factory, settings, make_job)
+    yield rig
+    rig.close()

@@ -1,36 +1,251 @@
 """JobRunner on real parts: what is offered runs to its end, and SQL, the events and the live channel agree on it."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
-import pytest
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
+from domain.chunks import TokenChunk
+from domain.jobs import FinishReason, JobStatus
+from gpu_worker.engine.backends.fake import fake_text
 from gpu_worker.runner_events import RunnerEventKind
-from settings import Settings
-from tests.integration.runner_harness import Rig
+from storage import jobs, workers
+from storage.jobs import ChunkCommit
+from tests.integration.runner_harness import PROMPT, RecordingRunner, Rig, listening, wait_until
 
-WHOLE_STORY = [RunnerEventKind.CLAIMED, RunnerEventKind.ENDED]
-
-
-@pytest.fixture
-def rig(
-    tmp_path: Path, session_factory: sessionmaker[Session], database_url: str, redis_url: str, make_job: object
-) -> Iterator[Rig]:
-    settings = Settings(database_url=database_url, redis_url=redis_url, models_file=tmp_path / "models.toml")
-    rig = Rig(tmp_path, session_factory, settings, make_job)
-    yield rig
-    rig.close()
+CLAIMED, DROPPED, ENDED, RELEASED = (
+    RunnerEventKind.CLAIMED,
+    RunnerEventKind.DROPPED,
+    RunnerEventKind.ENDED,
+    RunnerEventKind.RELEASED,
+)
+LONG = 3000  # tokens: longer than any of these tests waits
 
 
 def test_offered_jobs_run_to_completion_and_their_chunks_are_their_results(rig: Rig) -> None:
     job_ids = rig.add_jobs(20)  # more than slots
     worker = rig.start()
-    for job_id in job_ids:
-        worker.runner.offer(job_id)
-    worker.wait_for(RunnerEventKind.ENDED, job_ids)
+    worker.offer(job_ids)
+    worker.wait_for(ENDED, job_ids)
     for job_id in job_ids:
         rig.assert_intact(job_id)
-        assert worker.story(job_id) == WHOLE_STORY
+        assert worker.story(job_id) == [CLAIMED, ENDED]
     assert worker.runner.stats().num_running == 0
     assert worker.runner.num_free == 8
+
+
+def test_what_is_published_is_what_was_committed_in_the_same_order(rig: Rig) -> None:
+    job_id = rig.add_job(max_tokens=60)
+    worker = rig.start()
+    with listening(rig.settings.redis_url, job_id) as read:
+        worker.offer([job_id])
+        wait_until(lambda: {"status": "completed"} in read(), "the end is published")
+    heard = read()
+    assert heard[0] == {"status": "in_progress"}
+    assert [TokenChunk.model_validate(message["chunk"]) for message in heard[1:-1]] == rig.chunks(job_id)
+    assert len(heard) > 3, "a stream, not one lump"
+
+
+def test_each_of_n_sequences_streams_under_its_index(rig: Rig) -> None:
+    job_id = rig.add_job(n=3)
+    worker = rig.start()
+    worker.offer([job_id])
+    worker.wait_for(ENDED, [job_id])
+    rig.assert_intact(job_id)
+    result = rig.result(job_id)
+    assert len({choice.text for choice in result.choices}) == 3
+    assert result.usage.completion_tokens == 3 * 20
+    assert result.usage.prompt_tokens == len(PROMPT)
+
+
+def test_a_stop_string_ends_the_text_before_itself(rig: Rig) -> None:
+    text = fake_text(PROMPT, 7, 0, 20)
+    stop = text[30:34]
+    job_id = rig.add_job(stop=(stop,), seed=7)
+    worker = rig.start()
+    worker.offer([job_id])
+    worker.wait_for(ENDED, [job_id])
+    choice = rig.result(job_id).choices[0]
+    assert choice.text == text[: text.index(stop)]
+    assert choice.finish_reason is FinishReason.STOP
+    assert "".join(chunk.text for chunk in rig.chunks(job_id)) == choice.text
+
+
+def test_an_offer_that_nobody_can_claim_is_dropped(rig: Rig) -> None:
+    done = rig.add_job(status=JobStatus.COMPLETED)
+    elsewhere = rig.add_job(status=JobStatus.IN_PROGRESS)
+    unknown = uuid4()
+    worker = rig.start()
+    worker.offer([done, elsewhere, unknown])
+    worker.wait_for(DROPPED, [done, elsewhere, unknown])
+    assert [worker.story(job_id) for job_id in (done, elsewhere, unknown)] == [[DROPPED]] * 3
+
+
+def test_without_a_queue_jobs_are_found_in_sql(rig: Rig) -> None:
+    worker = rig.start()
+    job_id = rig.add_job()
+    worker.wait_for(ENDED, [job_id])
+    rig.assert_intact(job_id)
+
+
+def test_the_late_delivery_of_a_job_found_in_sql_is_settled_by_that_run(rig: Rig) -> None:
+    job_id = rig.add_job(max_tokens=LONG)
+    worker = rig.start()
+    worker.wait_for(CLAIMED, [job_id])
+    worker.offer([job_id])
+    wait_until(lambda: worker.story(job_id) == [CLAIMED, CLAIMED], "the delivery is reported as claimed")
+    worker.runner.cancel(job_id)
+    worker.wait_for(ENDED, [job_id])
+    assert worker.story(job_id) == [CLAIMED, CLAIMED, ENDED]
+    assert rig.job(job_id).attempt == 1
+
+
+def test_cancelling_a_running_job_keeps_its_output_and_ends_it_once(rig: Rig) -> None:
+    job_id, neighbour = rig.add_job(max_tokens=LONG), rig.add_job(max_tokens=100)
+    worker = rig.start()
+    worker.offer([job_id, neighbour])
+    rig.wait_for_tokens([job_id])
+    worker.runner.cancel(job_id)
+    worker.runner.cancel(job_id)
+    worker.wait_for(ENDED, [job_id, neighbour])
+    assert_cut_off(rig, worker, job_id, JobStatus.CANCELLED, FinishReason.CANCELLED)
+    rig.assert_intact(neighbour)
+
+
+def test_a_cancel_written_to_sql_by_somebody_else_stops_the_job(rig: Rig, session: Session) -> None:
+    job_id = rig.add_job(max_tokens=LONG, n=2)
+    worker = rig.start()
+    worker.offer([job_id])
+    rig.wait_for_tokens([job_id])
+    jobs.request_cancel(session, [job_id])
+    session.commit()
+    worker.wait_for(ENDED, [job_id])
+    assert_cut_off(rig, worker, job_id, JobStatus.CANCELLED, FinishReason.CANCELLED)
+
+
+def test_cancelling_an_offered_job_drops_it(rig: Rig) -> None:
+    rig.write_catalog(max_num_seqs=1)
+    running, offered = rig.add_job(max_tokens=LONG), rig.add_job()
+    worker = rig.start()
+    worker.offer([running])
+    rig.wait_for_tokens([running])
+    worker.offer([offered])
+    worker.runner.cancel(offered)
+    wait_until(lambda: rig.job(offered).status is JobStatus.CANCELLED, "the waiting job is cancelled")
+    worker.runner.cancel(running)
+    worker.wait_for(DROPPED, [offered])
+    assert worker.story(offered) == [DROPPED]
+
+
+def test_a_deadline_in_mid_run_expires_the_job_and_keeps_its_output(rig: Rig) -> None:
+    job_id = rig.add_job(max_tokens=LONG, deadline_at=datetime.now(UTC) + timedelta(seconds=2))
+    worker = rig.start()
+    worker.offer([job_id])
+    worker.wait_for(ENDED, [job_id])
+    assert_cut_off(rig, worker, job_id, JobStatus.EXPIRED, FinishReason.DEADLINE)
+    error = rig.job(job_id).error
+    assert error is not None
+    assert error.code == "deadline_exceeded"
+
+
+def test_a_job_that_the_engine_cannot_run_fails_alone(rig: Rig) -> None:
+    rig.write_catalog(fail_at_token=5, fail_seed=13)
+    neighbours = rig.add_jobs(3)
+    failing = rig.add_job(seed=13)
+    worker = rig.start()
+    worker.offer([failing, *neighbours])
+    worker.wait_for(ENDED, [failing, *neighbours])
+    job = rig.job(failing)
+    assert job.status is JobStatus.FAILED
+    assert job.error is not None
+    assert job.error.code == "engine_error"
+    assert worker.ends(failing) == [JobStatus.FAILED]
+    for job_id in neighbours:
+        rig.assert_intact(job_id)
+
+
+def test_a_job_whose_text_was_complete_already_is_finalised_without_the_engine(rig: Rig, session: Session) -> None:
+    job_id, other = rig.add_job(max_tokens=2), uuid4()
+    jobs.claim(session, [job_id], owner=other, model_revision="main", lease_seconds=60)
+    last = TokenChunk(sequence_number=1, text="ba do", token_ids=(1, 2), finish_reason=FinishReason.LENGTH)
+    jobs.commit_chunks(session, [ChunkCommit(job_id, 1, [last])], lease_seconds=60)
+    jobs.release(session, [job_id], owner=other)
+    session.commit()
+    worker = rig.start()
+    worker.offer([job_id])
+    worker.wait_for(ENDED, [job_id])
+    job = rig.job(job_id)
+    assert (job.status, job.attempt) == (JobStatus.COMPLETED, 2)
+    assert rig.chunks(job_id) == [last]
+    assert rig.result(job_id).choices[0].text == "ba do"
+    assert worker.runner.stats().engine["num_steps"] == 0
+
+
+def test_a_drain_claims_nothing_more_and_lets_running_jobs_end(rig: Rig) -> None:
+    running, offered = rig.add_job(max_tokens=100), rig.add_jobs(3)
+    worker = rig.start()
+    worker.offer([running])
+    worker.wait_for(CLAIMED, [running])
+    worker.runner.begin_drain(release_after_seconds=30)
+    wait_until(lambda: worker.runner.stats().is_draining, "the drain has begun")
+    worker.offer(offered)
+    worker.wait_for(ENDED, [running])
+    rig.assert_intact(running)
+    assert worker.runner.num_free == 0
+    assert worker.runner.withdraw() == offered
+    worker.runner.resume()
+    worker.offer(offered)
+    worker.wait_for(ENDED, offered)
+
+
+def test_what_outlasts_a_drain_is_released_uncharged_and_goes_on_elsewhere(rig: Rig) -> None:
+    job_id = rig.add_job(max_tokens=300)
+    first, second = rig.start(), rig.start()
+    first.offer([job_id])
+    rig.wait_for_tokens([job_id])
+    first.runner.begin_drain(release_after_seconds=0)
+    first.wait_for(RELEASED, [job_id])
+    second.offer([job_id])
+    second.wait_for(ENDED, [job_id])
+    assert (rig.job(job_id).attempt, rig.job(job_id).num_failures) == (2, 0)
+    assert set(rig.attempts_of_chunks(job_id)) == {1, 2}
+    rig.assert_intact(job_id)
+
+
+def test_stopping_releases_what_runs_and_takes_the_worker_off_the_list(rig: Rig, session: Session) -> None:
+    job_id = rig.add_job(max_tokens=LONG)
+    worker = rig.start()
+    worker.offer([job_id])
+    rig.wait_for_tokens([job_id])
+    assert [live.id for live in workers.list_live(session)] == [worker.owner]
+    worker.runner.stop(release=True)
+    assert worker.story(job_id) == [CLAIMED, RELEASED]
+    job = rig.job(job_id)
+    assert (job.status, job.num_failures) == (JobStatus.QUEUED, 0)
+    assert job.num_committed_tokens == sum(len(chunk.token_ids) for chunk in rig.chunks(job_id)) > 0
+    session.rollback()
+    assert workers.list_live(session) == []
+
+
+def test_two_workers_offered_the_same_jobs_run_each_of_them_once(rig: Rig) -> None:
+    job_ids = rig.add_jobs(40)
+    pair = [rig.start(), rig.start()]
+    for worker in pair:
+        worker.offer(job_ids)
+    wait_until(lambda: all(rig.job(job_id).status.is_terminal for job_id in job_ids), "all jobs have ended")
+    wait_until(lambda: all(worker.has_settled(job_ids) for worker in pair), "both have settled them all")
+    for job_id in job_ids:
+        rig.assert_intact(job_id)
+        assert rig.job(job_id).attempt == 1
+        assert sorted(pair[0].story(job_id) + pair[1].story(job_id)) == [CLAIMED, DROPPED, ENDED]
+
+
+def assert_cut_off(rig: Rig, worker: RecordingRunner, job_id: object, status: JobStatus, reason: FinishReason) -> None:
+    """Ended once, so, with what it had as its result."""
+    job, chunks, result = rig.job(job_id), rig.chunks(job_id), rig.result(job_id)  # type: ignore[arg-type]
+    assert (job.status, job.finish_reason, worker.ends(job.id)) == (status, reason, [status])
+    for choice in result.choices:
+        text = "".join(chunk.text for chunk in chunks if chunk.index == choice.index)
+        assert choice.text == text == fake_text(PROMPT, job.seed, choice.index, choice.num_tokens)
+        assert 0 < choice.num_tokens < job.max_tokens
+        assert choice.finish_reason is reason

@@ -1,0 +1,197 @@
+"""Engines and workers that die, hang and come back late: jobs complete, each token once, and the guilty one pays."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from uuid import UUID
+
+import psutil
+import pytest
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.jobs import JobStatus, Lane
+from gpu_worker.runner_events import RunnerEventKind
+from storage import jobs
+from tests.integration.runner_harness import RecordingRunner, Rig, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+StartProcess = Callable[[Sequence[UUID]], subprocess.Popen[str]]
+
+
+def wait_until_all_completed(rig: Rig, job_ids: Sequence[UUID]) -> None:
+    wait_until(
+        lambda: all(rig.job(job_id).status is JobStatus.COMPLETED for job_id in job_ids), "all completed", seconds=40
+    )
+    for job_id in job_ids:
+        rig.assert_intact(job_id)
+
+
+def offer_when_released(worker: RecordingRunner, job_ids: Sequence[UUID]) -> None:
+    """What dispatch does in the whole system."""
+    worker.wait_for(RunnerEventKind.RELEASED, job_ids)
+    worker.offer(job_ids)
+
+
+def test_jobs_of_a_killed_engine_go_on_where_their_chunks_end(rig: Rig) -> None:
+    job_ids = rig.add_jobs(8, max_tokens=200)
+    worker = rig.start()
+    worker.offer(job_ids)
+    rig.wait_for_tokens(job_ids, at_least=20)
+    worker.signal_engine(signal.SIGKILL)
+    offer_when_released(worker, job_ids)
+    wait_until_all_completed(rig, job_ids)
+    for job_id in job_ids:
+        job = rig.job(job_id)
+        assert (job.attempt, job.num_failures, job.lane) == (2, 1, Lane.STANDARD)
+        assert set(rig.attempts_of_chunks(job_id)) == {1, 2}
+        assert job.num_suspicions <= 1, "a kill from outside does not make a suspect for good"
+
+
+def test_a_silent_engine_is_killed_and_its_jobs_go_on(rig: Rig) -> None:
+    job_ids = rig.add_jobs(4, max_tokens=150)
+    worker = rig.start(engine_heartbeat_seconds=0.3)
+    worker.offer(job_ids)
+    rig.wait_for_tokens(job_ids)
+    frozen = worker.signal_engine(signal.SIGSTOP)
+    offer_when_released(worker, job_ids)
+    assert not psutil.pid_exists(frozen)
+    wait_until_all_completed(rig, job_ids)
+
+
+def test_a_job_that_hangs_the_engine_in_its_step_fails_and_its_neighbours_do_not(rig: Rig) -> None:
+    rig.write_catalog(hang_at_token=12, hang_seed=99)
+    neighbours, guilty = rig.add_jobs(1, max_tokens=40), rig.add_job(seed=99)
+    worker = rig.start(engine_heartbeat_seconds=0.2)
+    worker.offer([guilty, *neighbours])
+    assert_only_the_guilty_one_fails(rig, worker, guilty, neighbours)
+
+
+def test_a_job_that_crashes_engines_is_isolated_and_fails_alone(rig: Rig) -> None:
+    rig.write_catalog(crash_at_token=12, crash_seed=99)
+    neighbours, guilty = rig.add_jobs(3, max_tokens=40), rig.add_job(seed=99)
+    worker = rig.start()
+    worker.offer([guilty, *neighbours])
+    assert_only_the_guilty_one_fails(rig, worker, guilty, neighbours)
+
+
+def assert_only_the_guilty_one_fails(
+    rig: Rig, worker: RecordingRunner, guilty: UUID, neighbours: Sequence[UUID]
+) -> None:
+    wait_until(lambda: rig.job(guilty).status is JobStatus.FAILED, "the guilty job has failed", seconds=30)
+    wait_until_all_completed(rig, neighbours)
+    job = rig.job(guilty)
+    assert job.error is not None
+    assert job.error.code == "poison_job"
+    assert job.attempt <= 3, "it cost at most three engines"
+    assert worker.ends(guilty) == [JobStatus.FAILED]
+    assert worker.unhealthy == []
+
+
+def test_the_isolated_lane_is_served_by_an_idle_worker_in_a_fresh_engine(rig: Rig) -> None:
+    worker = rig.start()
+    before = rig.add_job()
+    worker.offer([before])
+    worker.wait_for(RunnerEventKind.ENDED, [before])
+    used_pid = worker.engine_pid
+    suspect = rig.add_job(lane=Lane.ISOLATED)
+    worker.wait_for(RunnerEventKind.ENDED, [suspect])
+    rig.assert_intact(suspect)
+    assert worker.engine_pid != used_pid
+
+
+def test_a_suspect_waits_until_it_is_alone_and_others_wait_for_it(rig: Rig) -> None:
+    rig.write_catalog(step_seconds=0.02)
+    running, suspect = rig.add_job(max_tokens=60), rig.add_job(lane=Lane.ISOLATED, max_tokens=30)
+    worker = rig.start()
+    worker.offer([running])
+    worker.wait_for(RunnerEventKind.CLAIMED, [running, suspect])
+    assert worker.runner.num_free == 0
+    later = rig.add_job()
+    worker.offer([later])
+    worker.wait_for(RunnerEventKind.ENDED, [running, suspect, later])
+    order = [event.job_id for event in worker.events if event.kind is RunnerEventKind.ENDED]
+    assert order == [running, suspect, later]
+
+
+def test_an_engine_that_cannot_start_makes_the_worker_unhealthy_not_the_jobs(rig: Rig) -> None:
+    rig.write_catalog(no_such_knob=1)
+    job_id = rig.add_job()
+    worker = rig.start(wait=False)
+    worker.offer([job_id])
+    wait_until(lambda: worker.unhealthy, "the worker gives up", seconds=40)
+    assert worker.runner.num_free == 0
+    assert (rig.job(job_id).status, rig.job(job_id).attempt) == (JobStatus.QUEUED, 0)
+
+
+def test_a_worker_that_wakes_up_late_is_fenced_off_and_writes_nothing_more(
+    rig: Rig, start_process: StartProcess, session_factory: sessionmaker[Session]
+) -> None:
+    job_ids = rig.add_jobs(4, max_tokens=400)
+    sleeper = start_process(job_ids)
+    rig.wait_for_tokens(job_ids)
+    sleeper.send_signal(signal.SIGSTOP)
+    rescue_all(session_factory, job_ids)
+    successor = rig.start()
+    successor.offer(job_ids)
+    wait_until(lambda: all(2 in rig.attempts_of_chunks(job_id) for job_id in job_ids), "the successor writes")
+    sleeper.send_signal(signal.SIGCONT)
+    wait_until_all_completed(rig, job_ids)
+    for job_id in job_ids:
+        attempts = rig.attempts_of_chunks(job_id)
+        assert attempts == sorted(attempts)
+        assert rig.job(job_id).attempt == 2
+    assert sleeper.stdout is not None
+    lines = [sleeper.stdout.readline().split() for _ in range(2 * len(job_ids))]
+    assert sorted(lines) == sorted([kind, str(id_)] for kind in ("claimed", "released") for id_ in job_ids)
+
+
+def test_an_engine_does_not_outlive_its_killed_worker(
+    rig: Rig, start_process: StartProcess, session_factory: sessionmaker[Session]
+) -> None:
+    job_ids = rig.add_jobs(2, max_tokens=200)
+    worker = start_process(job_ids)
+    rig.wait_for_tokens(job_ids)
+    (engine,) = psutil.Process(worker.pid).children()
+    worker.kill()
+    engine.wait(10)
+    rescue_all(session_factory, job_ids)
+    successor = rig.start()
+    successor.offer(job_ids)
+    wait_until_all_completed(rig, job_ids)
+
+
+@pytest.fixture
+def start_process(rig: Rig) -> Iterator[StartProcess]:
+    """Start a runner in a process of its own, with a lease of one second, on the rig's database."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(job_ids: Sequence[UUID]) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "CELERIAC_DATABASE_URL": rig.settings.database_url,
+            "CELERIAC_REDIS_URL": rig.settings.redis_url,
+            "CELERIAC_MODELS_FILE": str(rig.settings.models_file),
+            "CELERIAC_LEASE_SECONDS": "1",
+        }
+        command = [sys.executable, "-m", "tests.integration.runner_process", *map(str, job_ids)]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def rescue_all(session_factory: sessionmaker[Session], job_ids: Sequence[UUID]) -> None:
+    """The janitor's part: give back what nobody renews."""
+    rescued: set[UUID] = set()
+
+    def rescue() -> bool:
+        with session_factory.begin() as session:
+            rescued.update(returned.job_id for returned in jobs.rescue(session, grace_seconds=0, quiet_seconds=0))
+        return rescued == set(job_ids)
+
+    wait_until(rescue, "the leases have lapsed")

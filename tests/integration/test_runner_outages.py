@@ -1,0 +1,74 @@
+"""PostgreSQL away in mid-run: the engine runs on, nothing is lost and nothing is written twice."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from embedded import EmbeddedPostgres
+from gpu_worker.runner_events import RunnerEventKind
+from storage import database as storage_database
+from tests.integration.runner_harness import Rig, wait_until
+
+
+@pytest.fixture(scope="module")
+def own_postgres(server_folder: Path) -> Iterator[EmbeddedPostgres]:
+    """A server that these tests may stop: the common one has other users."""
+    with EmbeddedPostgres(server_folder / "own-postgres", settings={"fsync": "off"}) as server:
+        storage_database.migrate(server.url)
+        yield server
+
+
+@pytest.fixture
+def database_url(own_postgres: EmbeddedPostgres) -> Iterator[str]:
+    yield own_postgres.start()
+    own_postgres.start()
+
+
+def test_a_database_restart_costs_running_jobs_nothing(rig: Rig, own_postgres: EmbeddedPostgres) -> None:
+    job_ids = rig.add_jobs(6, max_tokens=300)
+    worker = rig.start()
+    worker.offer(job_ids)
+    rig.wait_for_tokens(job_ids)
+    own_postgres.stop()
+    num_steps = worker.runner.stats().engine["num_steps"]
+    wait_until(lambda: worker.runner.stats().engine["num_steps"] > num_steps + 20, "the engine runs on meanwhile")
+    own_postgres.start()
+    worker.wait_for(RunnerEventKind.ENDED, job_ids)
+    for job_id in job_ids:
+        rig.assert_intact(job_id)
+        assert rig.job(job_id).attempt == 1
+
+
+def test_jobs_offered_while_the_database_is_away_are_claimed_when_it_is_back(
+    rig: Rig, own_postgres: EmbeddedPostgres
+) -> None:
+    job_ids = rig.add_jobs(4)
+    worker = rig.start()
+    own_postgres.stop()
+    worker.offer(job_ids)
+    wait_until(lambda: worker.runner._loop._thread.is_away, "the worker has noticed")
+    own_postgres.start()
+    worker.wait_for(RunnerEventKind.ENDED, job_ids)
+    for job_id in job_ids:
+        rig.assert_intact(job_id)
+        assert worker.story(job_id) == [RunnerEventKind.CLAIMED, RunnerEventKind.ENDED]
+
+
+def test_an_outage_beyond_the_lease_stops_the_jobs_here_and_releases_them_after_it(
+    rig: Rig, own_postgres: EmbeddedPostgres
+) -> None:
+    job_ids = rig.add_jobs(4, max_tokens=1000)
+    worker = rig.start(lease_seconds=1.0)
+    worker.offer(job_ids)
+    rig.wait_for_tokens(job_ids)
+    own_postgres.stop()
+    wait_until(lambda: worker.runner.stats().num_running == 0, "the worker fences itself off")
+    wait_until(lambda: worker.runner.stats().engine["num_running"] == 0, "the engine rests")
+    own_postgres.start()
+    worker.wait_for(RunnerEventKind.RELEASED, job_ids)
+    worker.offer(job_ids)
+    worker.wait_for(RunnerEventKind.ENDED, job_ids)
+    for job_id in job_ids:
+        rig.assert_intact(job_id)
+        assert rig.job(job_id).num_failures == 0
