@@ -60,7 +60,10 @@ class Board:
 
 
 class JobPrinter:
-    """Prints a job's stream: its text to `out` as it arrives (or at the end), what happens to it to `notes`."""
+    """Prints a job's stream: its text to `out`, as it arrives or at the end, and what happens to it to `notes`.
+
+    Of a job with several choices the first one is live; the others follow whole, with their numbers.
+    """
 
     def __init__(self, out: Console, notes: Console, *, is_live: bool = True) -> None:
         self._out = out
@@ -68,13 +71,13 @@ class JobPrinter:
         self._is_live = is_live
         self._begun_at = time.monotonic()
         self._first_text_at: float | None = None
-        self._text: list[str] = []
+        self._texts: dict[int, str] = {0: ""}
 
     def print_all(self, events: Iterable[StreamEvent]) -> StreamEvent:
         """Print to the terminal event, and return it."""
         for event in events:
             if event.name == "output.delta":
-                self._add(event.data["text"])
+                self._add(event.data["index"], event.data["text"])
             elif event.is_terminal:
                 self._finish(event)
                 return event
@@ -82,14 +85,17 @@ class JobPrinter:
                 self._notes.print(note, style="dim", markup=False)
         raise AssertionError("a stream ends with a terminal event")
 
-    def _add(self, text: str) -> None:
+    def _add(self, index: int, text: str) -> None:
         self._first_text_at = self._first_text_at or time.monotonic()
-        self._text.append(text)
-        if self._is_live:
+        self._texts[index] = self._texts.get(index, "") + text
+        if self._is_live and index == 0:
             self._out.print(text, end="", markup=False)
 
     def _finish(self, event: StreamEvent) -> None:
-        self._out.print("" if self._is_live else "".join(self._text), markup=False)
+        first, *others = (text for _, text in sorted(self._texts.items()))
+        self._out.print("" if self._is_live else first, markup=False)
+        for index, text in enumerate(others, start=1):
+            self._out.print(f"\n[{index}] {text}", markup=False)
         parts = [f"{event.data['id']}: {event.name.removeprefix('job.')}"]
         usage, error = event.data.get("usage") or {}, event.data.get("error")
         if usage:

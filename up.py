@@ -24,6 +24,7 @@ from terminal import Board, JobPrinter, first_steps, plain_console, where_everyt
 FIRST_PROMPT = "Tell me a story about a brave little fox."
 FIRST_MAX_TOKENS = 160
 MAX_DEATHS_AT_START = 3
+PATIENCE_SECONDS = 30.0  # then we point at the log of what still starts
 SERVER_RETRY_SECONDS = 5.0
 DRAIN_MARGIN_SECONDS = 15.0  # beyond the worker's own drain: releasing, saying goodbye
 API_STOP_SECONDS = 15.0  # more than it gives to its open requests
@@ -129,6 +130,7 @@ class Up:
         for service in waiting:
             board.begin(service.title)
             service.start()
+        patient_until = time.monotonic() + PATIENCE_SECONDS
         while waiting:
             self._raise_if_stopped()
             self._launcher.restart_the_dead()
@@ -138,6 +140,10 @@ class Up:
                 if service.is_running and service.is_ready():
                     board.done(service.title)
                     waiting.remove(service)
+            if time.monotonic() > patient_until:
+                patient_until += PATIENCE_SECONDS
+                for service in waiting:
+                    self._say(f"{service.title} is still starting; what it says: {short_path(service.log_path)}")
             self._stop_requested.wait(0.1)
 
     def _choose_api_port(self) -> None:
@@ -212,11 +218,9 @@ class Up:
 
     def _stop(self) -> None:
         services = self._launcher.services
-        if any(service.is_running for service in services):
-            self._say(
-                f"\nStopping. Running jobs get {self._settings.drain_seconds:.0f} s to finish; "
-                "Ctrl-C again puts them back in the queue at once."
-            )
+        if self._stop_requested.is_set():
+            patience = f"running jobs get {self._settings.drain_seconds:.0f} s to finish"
+            self._say(f"\nStopping: {patience}; Ctrl-C again puts them back in the queue at once.")
         # The API goes after the workers, so that a stream can be followed to its end.
         api = [service for service in services if service.title == "API"]
         self._launcher.stop([[service for service in reversed(services) if service not in api], api])

@@ -1,0 +1,241 @@
+"""`celeriac up` as a user meets it: started as a process with servers of its own, killed, and started again."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = """
+[[models]]
+id = "fake"
+path = "fake"
+backend = "fake"
+max_model_len = 2048
+fake = { step_seconds = 0.02 }
+"""
+START_SECONDS = 60.0
+GONE_SECONDS = 30.0
+pytestmark = pytest.mark.timeout(240)
+
+
+class RunningUp:
+    """One `celeriac up` and what it has printed so far."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cli", "up"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.output = ""
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as output:
+            while piece := output.read(1):
+                with self._news:
+                    self.output += piece
+                    self._news.notify_all()
+
+    def wait_for(self, pattern: str, *, seconds: float = START_SECONDS) -> re.Match[str]:
+        """Until it has printed this."""
+        with self._news:
+            found = self._news.wait_for(lambda: re.search(pattern, self.output), seconds)
+        assert found, f"it did not print {pattern!r} but:\n{self.output}"
+        return found
+
+    def wait_until_up(self) -> tuple[str, str]:
+        """The API's URL and the first job's id."""
+        url = self.wait_for(r"API +(http://\S+)/docs")[1]
+        return url, self.wait_for(r"(job_\w+): completed")[1]
+
+    def child(self, *words: str) -> psutil.Process:
+        """The process of ours whose command line has these words."""
+        for process in psutil.Process(self.process.pid).children():
+            if set(words) <= set(process.cmdline()):
+                return process
+        raise AssertionError(f"no process runs {words}")
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.wait()
+
+    def wait(self) -> int:
+        """Its exit code, with all output read."""
+        exit_code = self.process.wait(60)
+        self._reader.join()
+        return exit_code
+
+
+StartUp = Callable[[], RunningUp]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Not pytest's own temporary folder: that one is closed to the system user PostgreSQL runs as under root."""
+    folder = Path(tempfile.mkdtemp(prefix="celeriac-up-"))
+    yield folder
+    wait_until_gone(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def environment(folder: Path) -> dict[str, str]:
+    (folder / "models.toml").write_text(MODELS)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CELERIAC_")}
+    return inherited | {
+        "CELERIAC_DATA_DIR": str(folder / "data"),
+        "CELERIAC_MODELS_FILE": str(folder / "models.toml"),
+        "CELERIAC_PORT": "0",
+        "CELERIAC_FLOWER_PORT": "0",
+        "CELERIAC_LEASE_SECONDS": "3",  # what a killed worker held is rescued sooner
+    }
+
+
+@pytest.fixture
+def start_up(environment: dict[str, str]) -> Iterator[StartUp]:
+    started: list[RunningUp] = []
+
+    def start() -> RunningUp:
+        started.append(RunningUp(environment))
+        return started[-1]
+
+    yield start
+    for up in started:
+        if up.process.poll() is None:
+            up.kill()
+
+
+@pytest.fixture
+def celeriac(environment: dict[str, str]) -> Callable[..., "subprocess.Popen[str]"]:
+    """Another command in the same folder: celeriac("jobs")."""
+
+    def run(*arguments: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "cli", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    return run
+
+
+def wait_until_gone(folder: Path) -> None:
+    """Until nothing runs there. Polls: the processes are not ours to wait for."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while left := processes_of(folder):
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.1)
+
+
+def processes_of(folder: Path) -> list[str]:
+    """The command lines of everything that runs on this data folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            told = f"{process.environ().get('CELERIAC_DATA_DIR', '')} {' '.join(process.cmdline())}"
+            if str(folder) in told and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def submit(url: str, **params: Any) -> str:
+    body = {"model": "fake", "prompt": "Once", "params": params}
+    return str(httpx.post(f"{url}/v1/jobs", json=body, timeout=30).raise_for_status().json()["id"])
+
+
+def test_up_runs_a_job_is_alone_in_its_folder_and_keeps_its_jobs(
+    start_up: StartUp, folder: Path, celeriac: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    up = start_up()
+    url, job_id = up.wait_until_up()
+    assert "Celeriac is up after" in up.output
+    assert httpx.get(f"{url}/health").json()["status"] == "ok"
+    flower_url = up.wait_for(r"Flower +(http://\S+)")[1]
+    assert httpx.get(f"{flower_url}/healthcheck").status_code == 200
+
+    second = celeriac("up")
+    assert "celeriac up runs here already" in second.communicate()[1]
+    assert second.returncode == 1
+    assert job_id in celeriac("jobs").communicate()[0]  # it finds the API without being told
+
+    assert up.stop() == 0
+    assert up.output.endswith("Stopped.\n")
+    assert processes_of(folder) == []
+
+    again = start_up()
+    new_url, _ = again.wait_until_up()
+    assert httpx.get(f"{new_url}/v1/jobs/{job_id}").json()["status"] == "completed"
+    assert again.stop() == 0
+
+
+def test_what_is_killed_is_restarted_and_a_watched_stream_stays_whole(
+    start_up: StartUp, celeriac: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    up = start_up()
+    url, _ = up.wait_until_up()
+    job_id = submit(url, max_tokens=500, ignore_eos=True)
+    with celeriac("watch", job_id) as watching:
+        assert watching.stdout is not None
+        assert watching.stderr is not None
+        beginning = watching.stdout.read(40)
+        up.child("cli", "api").kill()
+        up.wait_for(r"API was killed by SIGKILL after \d+ s; restarting in 0\.5 s")
+        up.child("gpu_worker.app", "worker").kill()
+        up.wait_for(r"GPU worker was killed by SIGKILL after \d+ s; restarting in 0\.5 s")
+        text, notes = watching.stdout.read(), watching.stderr.read()
+    assert watching.returncode == 0, notes
+    job = httpx.get(f"{url}/v1/jobs/{job_id}").json()
+    assert job["attempt"] == 2
+    assert beginning + text == job["output"]["text"] + "\n"
+    assert up.stop() == 0
+
+
+def test_a_killed_up_leaves_nothing_behind_and_its_jobs_in_place(start_up: StartUp, folder: Path) -> None:
+    up = start_up()
+    url, first_job_id = up.wait_until_up()
+    running_job_id = submit(url, max_tokens=300, ignore_eos=True)
+    up.kill()
+    wait_until_gone(folder)
+
+    again = start_up()
+    new_url, _ = again.wait_until_up()
+    assert httpx.get(f"{new_url}/v1/jobs/{first_job_id}").json()["status"] == "completed"
+    assert httpx.get(f"{new_url}/v1/jobs/{running_job_id}?wait=60", timeout=70).json()["status"] == "completed"
+    assert again.stop() == 0
+
+
+def test_a_part_that_cannot_start_ends_it_with_the_reason(environment: dict[str, str], folder: Path) -> None:
+    broken = MODELS.replace('backend = "fake"', 'backend = "transformers"').replace(
+        'path = "fake"', 'path = "no/such/model"'
+    )
+    (folder / "models.toml").write_text(broken)
+    up = RunningUp(environment | {"HF_HUB_OFFLINE": "1"})
+    assert up.wait() == 1
+    up.wait_for(r"does not start; its log ends:")
+    assert processes_of(folder) == []
