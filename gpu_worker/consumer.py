@@ -16,6 +16,8 @@ from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
 
 from gpu_worker.control import engine_figures
+from gpu_worker.pool import EnginePool
+from gpu_worker.transport import ClaimingChannel
 from tasks.app import VISIBILITY_TIMEOUT_SECONDS
 
 logger = get_logger(__name__)
@@ -59,6 +61,8 @@ class EngineEvents(Events):
 class EngineConsumer(Consumer):
     """Celery's consumer for an EnginePool."""
 
+    pool: EnginePool
+
     def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **options: Any) -> None:
         # Neighbours share nothing that SQL does not know; without them start and reconnect are a second faster.
         lonely = dict(worker_options or {}, without_mingle=True, without_gossip=True)
@@ -84,7 +88,7 @@ class EngineConsumer(Consumer):
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Keep what is in hand: stock requeues it all, and another worker would start it again."""
-        self.pool.detach()
+        self.pool.deliveries.detach()
         if self.event_dispatcher is not None:
             self.event_dispatcher.set_aside(exc)
         self.hub.on_tick.clear()  # kombu adds one callback per connection and removes none
@@ -116,7 +120,7 @@ class EngineStep(bootsteps.StartStopStep):
         channel = c.task_consumer.channel
         channel.worker_name = c.hostname
         channel.room = c.pool.room
-        c.pool.attach(channel, c.event_dispatcher)
+        c.pool.deliveries.attach(channel, c.event_dispatcher)
 
     def stop(self, c: EngineConsumer) -> None:
         c.flush_events()  # before the worker says goodbye
@@ -134,32 +138,29 @@ class EngineStep(bootsteps.StartStopStep):
         return {"engine": engine_figures(c.pool)}
 
     def _keep_in_hand(self, c: EngineConsumer) -> None:
-        tags = [delivery.tag for delivery in c.pool.in_hand.values()]
-        if tags and c.pool.channel is not None:
-            c.pool.channel.keep_in_hand(tags)
+        held = c.pool.deliveries
+        if held.in_hand and held.channel is not None:
+            held.channel.keep_in_hand([delivery.tag for delivery in held.in_hand.values()])
 
     def _watch(self, c: EngineConsumer) -> None:
-        if c.pool.channel is None:
+        channel = c.pool.deliveries.channel
+        if channel is None:
             return
-        if c.pool.lost_acks:
-            c.pool.repeat_lost_acks()
-        self._share_lookahead(c)
-        self._notice_a_stall(c)
+        c.pool.deliveries.repeat_lost_acks()
+        self._share_lookahead(c.pool, channel)
+        self._notice_a_stall(c, channel)
 
-    def _share_lookahead(self, c: EngineConsumer) -> None:
+    def _share_lookahead(self, pool: EnginePool, channel: ClaimingChannel) -> None:
         """A delivery must not wait for our slots while somebody else has free ones."""
-        pool = c.pool
-        oldest = next(iter(pool.in_hand.values()), None)
+        oldest = next(iter(pool.deliveries.in_hand.values()), None)
         is_late = oldest is not None and oldest.age_seconds > MAX_LOOKAHEAD_SECONDS
-        is_wanted = (is_late or pool.is_lookahead_paused) and pool.channel.is_another_hungry()
+        is_wanted = (is_late or pool.is_lookahead_paused) and channel.is_another_hungry()
         if is_late and is_wanted and pool.room().num_idle == 0:
-            num_given = pool.give_back()
-            logger.info("gave %d deliveries back to a worker with free slots", num_given)
+            logger.info("gave %d deliveries back to a worker with free slots", pool.give_back())
         pool.is_lookahead_paused = is_wanted  # else we would take them again at once
 
-    def _notice_a_stall(self, c: EngineConsumer) -> None:
+    def _notice_a_stall(self, c: EngineConsumer, channel: ClaimingChannel) -> None:
         """Whatever the reason: credit, messages waiting and no look at the queue for long means connect again."""
-        channel = c.pool.channel
         is_healthy = channel.num_claims != self._num_claims_seen or c.pool.room().credit <= 0
         self._num_claims_seen = channel.num_claims
         if is_healthy:

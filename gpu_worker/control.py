@@ -21,7 +21,7 @@ def engine_figures(pool: "EnginePool") -> dict[str, Any]:
     stats = pool.runner.stats()
     return {
         "credit": pool.room().credit,
-        "in_hand": pool.num_in_hand,
+        "in_hand": pool.deliveries.num_in_hand,
         "running": stats.num_running,
         "free": pool.runner.num_free,
         "slots": stats.max_num_seqs,

@@ -122,7 +122,6 @@ class ClaimingChannel(stock.Channel):
     has_backlog = True  # there may be messages beyond what was claimed last
     is_delivering_claimed = False
     num_claims = 0
-    last_claim_at = 0.0  # monotonic
     _sync_client: Any = None
 
     @contextmanager
@@ -150,7 +149,6 @@ class ClaimingChannel(stock.Channel):
         with self.conn_or_acquire() as client:
             found = self._claim_script(client)(*self._claim_arguments(room, queues), client=client)
         self.num_claims += 1
-        self.last_claim_at = monotonic()
         self.has_backlog = len(found) == 2 * room.credit
         self._deliver_claimed(found)
         return len(found) // 2

@@ -1,0 +1,133 @@
+"""Every delivery of this worker, through claims and reconnects: in hand until claimed, running until its job ends here.
+
+Connections come and go, deliveries stay: they are acked by tag, which Redis takes from any connection.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+from uuid import UUID
+
+from celery.utils.log import get_logger
+from celery.worker import state
+
+from gpu_worker.delivery import Delivery
+from gpu_worker.runner_events import RunnerEvent, RunnerEventKind
+from gpu_worker.transport import ClaimingChannel
+
+logger = get_logger(__name__)
+
+
+class Deliveries:
+    """Hub thread only. (Other threads may look whether there are any.)"""
+
+    def __init__(self) -> None:
+        self.in_hand: dict[UUID, Delivery] = {}  # in order of arrival
+        self.running: dict[UUID, Delivery] = {}
+        self.channel: ClaimingChannel | None = None  # None while there is no connection
+        self.lost_acks: set[str] = set()  # tags; repeated when there is a connection
+
+    @property
+    def num_in_hand(self) -> int:
+        """Messages received and not acked."""
+        unacked = self.channel.qos.num_unacked if self.channel is not None else 0
+        return max(len(self.in_hand), unacked)
+
+    def take(self, delivery: Delivery) -> UUID | None:
+        """Keep a new delivery and return its job. None: it was dropped, as no job's or as a second one of its job."""
+        try:
+            job_id = delivery.job_id
+        except ValueError as exc:
+            logger.error("dropped a delivery: %s", exc)
+            delivery.acknowledge()
+            delivery.drop()
+            return None
+        known = self.in_hand.get(job_id) or self.running.get(job_id)
+        if known is not None:
+            self._drop_duplicate(delivery, known)
+            return None
+        self.in_hand[job_id] = delivery
+        return job_id
+
+    def settle(self, events: Sequence[RunnerEvent]) -> None:
+        """Act on the runner's news, in order."""
+        self._ack_claimed(events)
+        for event in events:
+            try:
+                self._settle_one(event)
+            except Exception:  # one job's trouble must not end the worker, which a hub callback's exception does
+                logger.exception("could not settle %s of job %s", event.kind, event.job_id)
+
+    def give_back(self, job_ids: Iterable[UUID]) -> int:
+        """Put these deliveries back at the head of their queue, the first one foremost. Returns how many went."""
+        given = [self.in_hand.pop(job_id) for job_id in job_ids if job_id in self.in_hand]
+        for delivery in given:
+            delivery.acknowledged = True  # it is not ours to ack any more
+            delivery.forget()
+        if self.channel is None or not given:
+            return 0
+        return self.channel.give_back([delivery.tag for delivery in given])
+
+    def detach(self) -> None:
+        """The connection broke. Deliveries in hand stay offered: their claim needs SQL alone."""
+        channel, self.channel = self.channel, None
+        if channel is None or channel._qos is None:
+            return
+        for delivery in self.in_hand.values():
+            channel.qos._delivered.pop(delivery.tag, None)  # so that closing the channel does not requeue it
+
+    def attach(self, channel: ClaimingChannel, event_dispatcher: Any) -> None:
+        """A connection stands: the first one, or another one after a loss."""
+        self.channel = channel
+        for delivery in self.in_hand.values():
+            delivery._message.channel = channel
+            channel.qos._delivered[delivery.tag] = delivery._message
+            state.task_reserved(delivery)  # Celery cleared its books
+        for delivery in (*self.in_hand.values(), *self.running.values()):
+            delivery.eventer = event_dispatcher  # the old one is closed; without this their ends are never told
+        self.repeat_lost_acks()
+
+    def repeat_lost_acks(self) -> None:
+        tags, self.lost_acks = self.lost_acks, set()
+        self._ack(list(tags))
+
+    def _drop_duplicate(self, duplicate: Delivery, known: Delivery) -> None:
+        duplicate.forget()
+        state.requests[known.id] = known  # the duplicate had taken its place
+        is_same_message = duplicate.tag == known.tag and not known.acknowledged
+        if not is_same_message:
+            duplicate.acknowledge()
+
+    def _ack_claimed(self, events: Iterable[RunnerEvent]) -> None:
+        """Ack the messages of all jobs claimed or dropped, in one round trip."""
+        settled = (RunnerEventKind.CLAIMED, RunnerEventKind.DROPPED)
+        job_ids = [event.job_id for event in events if event.kind in settled]
+        deliveries = [self.in_hand[job_id] for job_id in job_ids if job_id in self.in_hand]
+        for delivery in deliveries:
+            delivery.acknowledged = True
+        self._ack([delivery.tag for delivery in deliveries])
+
+    def _ack(self, tags: list[str]) -> None:
+        """Now, or after the next reconnect. A lost ack costs a delivery that claims nothing."""
+        if not tags:
+            return
+        if self.channel is None:
+            self.lost_acks.update(tags)
+            return
+        try:
+            self.channel.ack_many(tags)
+        except (*self.channel.connection_errors, self.channel.ResponseError) as exc:
+            logger.warning("could not ack %d messages, will repeat it: %s", len(tags), exc)
+            self.lost_acks.update(tags)
+
+    def _settle_one(self, event: RunnerEvent) -> None:
+        if event.kind is RunnerEventKind.CLAIMED and event.job_id in self.in_hand:
+            delivery = self.running[event.job_id] = self.in_hand.pop(event.job_id)
+            delivery.start()
+        elif event.kind is RunnerEventKind.DROPPED and event.job_id in self.in_hand:
+            self.in_hand.pop(event.job_id).drop()
+        elif event.kind is RunnerEventKind.RELEASED and event.job_id in self.running:
+            self.running.pop(event.job_id).release()
+        elif event.kind is RunnerEventKind.ENDED and event.job_id in self.running and event.status is not None:
+            delivery = self.running.pop(event.job_id)
+            delivery.end(event.status, runtime_seconds=event.runtime_seconds, summary=event.summary)
+        # else: a job that the runner claimed straight from SQL, without a delivery
