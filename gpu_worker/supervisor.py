@@ -72,6 +72,9 @@ class EngineProcess:
                 command,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
+                # OpenMP's threads spin while they wait for each other. Beside other processes that want the cores, each
+                # step of a small model on a CPU then takes ten times as long.
+                env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ,
                 pass_fds=(theirs.fileno(), memory_fd),
                 start_new_session=True,  # Ctrl-C drains the worker; the engine must outlive that
             )
