@@ -220,11 +220,11 @@ class FakeBackend:
                 sequence.finish_reason = FinishReason.LENGTH
             if sequence.finish_reason is not None:
                 break
-            can_end = not params.ignore_eos and position >= params.min_tokens
-            end_chance = self._knobs.end_chance if can_end else 0.0
+            can_stop = position >= params.min_tokens
+            end_chance = self._knobs.end_chance if can_stop and not params.ignore_eos else 0.0
             token_id = _draw_token(sequence.hash, position, end_chance)
             sequence.token_ids.append(token_id)
-            if token_id == END_TOKEN_ID or (can_end and token_id in params.stop_token_ids):
+            if token_id == END_TOKEN_ID or (can_stop and token_id in params.stop_token_ids):
                 sequence.finish_reason = FinishReason.STOP
             else:
                 _append_text(sequence, WORDS[token_id], params.stop)
