@@ -35,6 +35,7 @@ from tasks.messages import (
 logger = logging.getLogger(__name__)
 
 BROKER_DEADLINE_SECONDS = 0.5
+FULL_WINDOW_SECONDS = 0.05
 
 
 def room(settings: Settings, *, num_live_slots: int, num_waiting: int) -> int:
@@ -47,7 +48,7 @@ def dispatch(sessions: sessionmaker[Session], client: redis.Redis, spec: ModelSp
     """Fill the window of one model's queue; returns how many jobs were sent. Raises RedisError, SQLAlchemyError."""
     num_waiting = count_waiting(client, spec.queue)
     with sessions.begin() as session:
-        job_ids = _mark_dispatched(session, spec, settings, num_waiting)
+        _, job_ids = _mark_dispatched(session, spec, settings, num_waiting)
     push(client, spec.queue, job_ids)
     return len(job_ids)
 
@@ -85,6 +86,7 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: set[str] = set()
         self._wanted_again: set[str] = set()
+        self._full: set[str] = set()  # models whose window had no room at the last look
 
     def nudge(self, model: str) -> None:
         """Jobs of this model were accepted: fill its window soon. Returns at once and never raises; event loop only."""
@@ -111,7 +113,8 @@ class Dispatcher:
                 pipeline.llen(key)
             num_waiting = sum(await pipeline.execute())
         async with self._sessions.begin() as session:
-            job_ids = await session.run_sync(_mark_dispatched, spec, self._settings, num_waiting)
+            free, job_ids = await session.run_sync(_mark_dispatched, spec, self._settings, num_waiting)
+        (self._full.discard if free else self._full.add)(spec.id)
         if job_ids:
             async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
                 pipeline = self._client.pipeline(transaction=True)
@@ -127,6 +130,9 @@ class Dispatcher:
                     await self.dispatch(spec)
                 except (RedisError, SQLAlchemyError, OSError, TimeoutError) as exc:
                     logger.warning("dispatch failed, left to the janitor: %s", type(exc).__name__)
+                if spec.id in self._full:
+                    # To look again at every accept would cost more than accepting; who makes room dispatches, too.
+                    await asyncio.sleep(FULL_WINDOW_SECONDS)
                 if spec.id not in self._wanted_again:
                     return
         finally:
@@ -146,11 +152,12 @@ class Dispatcher:
         task.add_done_callback(self._tasks.discard)
 
 
-def _mark_dispatched(session: Session, spec: ModelSpec, settings: Settings, num_waiting: int) -> list[UUID]:
+def _mark_dispatched(session: Session, spec: ModelSpec, settings: Settings, num_waiting: int) -> tuple[int, list[UUID]]:
+    """How much room there was in the window, and the jobs that were marked for it."""
     live = workers.list_live(session, model=spec.id)
     num_live_slots = sum(worker.max_num_seqs for worker in live if not worker.is_draining)
     free = room(settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
-    return jobs.dispatch(session, spec.id, room=free) if free else []
+    return free, jobs.dispatch(session, spec.id, room=free) if free else []
 
 
 def _push(pipeline: Any, queue: str, job_ids: Sequence[UUID]) -> None:
