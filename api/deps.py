@@ -8,7 +8,12 @@ from fastapi import APIRouter, Depends, Request
 from api.services import Services
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
+    # Not a plain function: FastAPI would call that in a thread.
+    return services_of(request)
+
+
+def services_of(request: Request) -> Services:
     services = request.app.state.services
     assert isinstance(services, Services)
     return services
@@ -16,7 +21,7 @@ def get_services(request: Request) -> Services:
 
 async def get_tenant_id(request: Request) -> UUID:
     """Raises AuthenticationFailed."""
-    return await get_services(request).authenticator.tenant_of(request.headers.get("authorization"))
+    return await services_of(request).authenticator.tenant_of(request.headers.get("authorization"))
 
 
 ServicesDep = Annotated[Services, Depends(get_services)]
