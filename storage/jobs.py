@@ -13,6 +13,8 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
+import psycopg
+from psycopg.types.array import ListBinaryDumper
 from sqlalchemy import Row, TextClause, select
 from sqlalchemy.orm import Session
 
@@ -22,6 +24,14 @@ from domain.requests import GenerationRequest, GenerationResult
 from storage import jobs_sql as sql
 from storage.jobs_partial import ERRORS, store_partial_results
 from storage.tables import Job
+
+
+class Packed(list[Any]):
+    """An array that travels in binary: as text, every quote in it is escaped by a regular expression, which costs more
+    than all the rest of a statement's parameters."""
+
+
+psycopg.adapters.register_dumper(Packed, ListBinaryDumper)
 
 DEPTH = 16  # how much further than asked a tenant's queue is read: others may hold its head at the moment
 
@@ -212,7 +222,7 @@ def commit_chunks(session: Session, commits: Sequence[ChunkCommit], *, lease_sec
         "before": [commit.chunks[0].sequence_number - 1 for commit in commits],
         "after": [commit.chunks[-1].sequence_number for commit in commits],
         "num_tokens": [sum(len(chunk.token_ids) for chunk in commit.chunks) for commit in commits],
-        "chunks": [_json_array(commit.chunks) for commit in commits],
+        "chunks": Packed(_json_array(commit.chunks) for commit in commits),
         "lease_seconds": lease_seconds,
     }
     return [Held(*row) for row in session.execute(sql.COMMIT_CHUNKS, parameters)]
@@ -237,8 +247,8 @@ def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UU
         "last": [ending.last_sequence_number for ending in finalisations],
         "statuses": [ending.status.value for ending in finalisations],
         "finish_reasons": [ending.finish_reason and ending.finish_reason.value for ending in finalisations],
-        "errors": [ending.error and ending.error.model_dump_json() for ending in finalisations],
-        "results": [ending.result and ending.result.model_dump_json() for ending in finalisations],
+        "errors": Packed(ending.error and ending.error.model_dump_json() for ending in finalisations),
+        "results": Packed(ending.result and ending.result.model_dump_json() for ending in finalisations),
     }
     ended = list(session.execute(sql.FINALISE, parameters).scalars())
     without_result = {
@@ -351,7 +361,7 @@ def _columns(new_jobs: Sequence[NewJob]) -> dict[str, list[Any]]:
         "model_revisions": [job.model_revision for job in new_jobs],
         "priorities": [job.priority for job in new_jobs],
         "idempotency_keys": [job.idempotency_key for job in new_jobs],
-        "request_hashes": [job.request_hash for job in new_jobs],
+        "request_hashes": Packed(job.request_hash for job in new_jobs),
         "max_failures": [job.max_failures for job in new_jobs],
         "start_timeouts": [job.start_timeout_seconds for job in new_jobs],
         "deadlines": [job.deadline_at for job in new_jobs],
@@ -360,9 +370,9 @@ def _columns(new_jobs: Sequence[NewJob]) -> dict[str, list[Any]]:
         "max_tokens": [job.max_tokens for job in new_jobs],
         "seeds": [job.seed for job in new_jobs],
         "costs": [job.cost for job in new_jobs],
-        "metadata": [json.dumps(job.metadata) for job in new_jobs],
+        "metadata": Packed(json.dumps(job.metadata) for job in new_jobs),
         "result_ttls": [job.result_ttl_seconds for job in new_jobs],
-        "requests": [job.request.model_dump_json() for job in new_jobs],
+        "requests": Packed(job.request.model_dump_json() for job in new_jobs),
         "prompt_token_ids": ["{" + ",".join(map(str, job.prompt_token_ids)) + "}" for job in new_jobs],
     }
 
@@ -376,7 +386,7 @@ def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> di
         "ids": [job.id for job in new_jobs],
         "tenant_ids": [job.tenant_id for job in new_jobs],
         "idempotency_keys": [job.idempotency_key for job in new_jobs],
-        "request_hashes": [job.request_hash for job in new_jobs],
+        "request_hashes": Packed(job.request_hash for job in new_jobs),
     }
     outcomes = {p: Accepted(job.id, AcceptOutcome.TOO_MANY_QUEUED) for p, job in job_by_place.items()}
     for row in session.execute(sql.EXISTING, columns):
