@@ -55,6 +55,7 @@ class Board:
     def done(self, title: str) -> None:
         task_id, begun_at = self._rows[title]
         self._progress.update(task_id, completed=1)
+        self._progress.stop_task(task_id)  # and with it its clock
         if not self._console.is_terminal:
             self._console.print(f"{title} is ready after {time.monotonic() - begun_at:.1f} s")
 
