@@ -168,7 +168,8 @@ def test_every_service_runs_by_its_own_command_and_health_check(stack: Stack) ->
     assert httpx.get(flower, auth=("admin", "flower-secret")).status_code == 200
 
     for name in reversed(names):
-        assert stack.stop(name) == 0, (stack.folder / f"{name}.log").read_text()[-2000:]
+        # uvicorn ends in good order and then by the signal that asked for it.
+        assert stack.stop(name) in (0, -signal.SIGTERM), (stack.folder / f"{name}.log").read_text()[-2000:]
 
 
 def test_a_secret_that_is_not_set_is_asked_for_by_name() -> None:
