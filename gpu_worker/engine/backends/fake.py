@@ -10,7 +10,9 @@ import signal
 import struct
 import time
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
+from zlib import crc32
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -37,6 +39,9 @@ class FakeKnobs(BaseModel):
     tokens_per_step: int = Field(default=1, ge=1)  # per sequence
     end_chance: float = Field(default=0.0, ge=0, le=1)  # of the end-of-sequence token, at every position
     hold_back_chars: int = Field(default=0, ge=0)  # text lags this far behind the tokens, as before a stop string
+    chained: bool = (
+        False  # no two attempts draw the same token, and each token checks all before it: see _chained_token
+    )
     fail_at_token: int | None = None  # the job is reported as failed
     fail_seed: int | None = None
     crash_at_token: int | None = None  # the process dies
@@ -68,6 +73,22 @@ def fake_text(prompt_token_ids: list[int], seed: int, index: int, num_tokens: in
     return "".join(WORDS[_draw_token(sequence_hash, position, 0.0)] for position in range(num_tokens))
 
 
+def _chained_token(attempt: int, link: int) -> int:
+    """Eight hexadecimal digits: two for the attempt, six for the checksum of the digits before. A text of them that
+    was spliced from two attempts, or lost or repeated a piece, does not add up."""
+    return (1 + attempt % 255) << 24 | link
+
+
+def _next_link(link: int, token_id: int) -> int:
+    return crc32(f"{token_id:08x}".encode(), link) & 0xFFFFFF
+
+
+def _word_of(token_id: int) -> str:
+    if token_id > END_TOKEN_ID:
+        return f"{token_id:08x} "
+    return "" if token_id == END_TOKEN_ID else WORDS[token_id]
+
+
 @dataclass(slots=True)
 class FakeSequence:
     """One text being decoded."""
@@ -78,6 +99,7 @@ class FakeSequence:
     text: str
     num_emitted_chars: int
     finish_reason: FinishReason | None = None
+    link: int = 0  # of chained tokens: the checksum of those so far
 
 
 @dataclass(slots=True)
@@ -223,11 +245,14 @@ class FakeBackend:
             can_stop = position >= params.min_tokens
             end_chance = self._knobs.end_chance if can_stop and not params.ignore_eos else 0.0
             token_id = _draw_token(sequence.hash, position, end_chance)
+            if self._knobs.chained and token_id != END_TOKEN_ID:
+                token_id = _chained_token(command.attempt, sequence.link)
+                sequence.link = _next_link(sequence.link, token_id)
             sequence.token_ids.append(token_id)
             if token_id == END_TOKEN_ID or (can_stop and token_id in params.stop_token_ids):
                 sequence.finish_reason = FinishReason.STOP
             else:
-                _append_text(sequence, WORDS[token_id], params.stop)
+                _append_text(sequence, _word_of(token_id), params.stop)
             if sequence.finish_reason is None and len(sequence.token_ids) >= limit:
                 sequence.finish_reason = FinishReason.LENGTH
         self._num_generation_tokens += len(sequence.token_ids) - num_before
@@ -285,9 +310,10 @@ class FakeBackend:
 
 def _resumed_sequence(command: AddJob, index: int) -> FakeSequence:
     token_ids = list(command.committed_token_ids[index])
-    text = "".join(WORDS[token_id] for token_id in token_ids if token_id != END_TOKEN_ID)
+    text = "".join(map(_word_of, token_ids))
     sequence_hash = _hash_of(command.prompt_token_ids, command.seed, index)
-    return FakeSequence(index, sequence_hash, token_ids, text, command.num_emitted_chars[index])
+    link = reduce(_next_link, token_ids, 0)
+    return FakeSequence(index, sequence_hash, token_ids, text, command.num_emitted_chars[index], link=link)
 
 
 def _append_text(sequence: FakeSequence, word: str, stop: tuple[str, ...]) -> None:
@@ -301,5 +327,5 @@ def _append_text(sequence: FakeSequence, word: str, stop: tuple[str, ...]) -> No
 
 
 def _logprob(token_id: int) -> dict[str, object]:
-    text = "" if token_id == END_TOKEN_ID else WORDS[token_id]
+    text = _word_of(token_id)
     return TokenLogprob(token=text, token_id=token_id, logprob=-1.0, top=((token_id, text, -1.0),)).model_dump()
