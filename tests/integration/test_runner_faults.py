@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobStatus, Lane
+from gpu_worker import intake
 from gpu_worker.runner_events import RunnerEventKind
 from storage import jobs
 from tests.integration.runner_harness import RecordingRunner, Rig, wait_until
@@ -114,6 +115,18 @@ def test_a_suspect_waits_until_it_is_alone_and_others_wait_for_it(rig: Rig) -> N
     worker.wait_for(RunnerEventKind.ENDED, [running, suspect, later])
     order = [event.job_id for event in worker.events if event.kind is RunnerEventKind.ENDED]
     assert order == [running, suspect, later]
+
+
+def test_a_busy_worker_serves_the_isolated_lane_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "BUSY_ISOLATED_SECONDS", 0.2)
+    worker = rig.start()
+    load = rig.add_jobs(60, max_tokens=60)
+    worker.offer(load)
+    rig.wait_for_tokens(load[:1])
+    suspect = rig.add_job(lane=Lane.ISOLATED)
+    worker.wait_for(RunnerEventKind.ENDED, [suspect])
+    rig.assert_intact(suspect)
+    assert not worker.has_settled(load), "it did not have to wait for the load to end"
 
 
 def test_an_engine_that_cannot_start_makes_the_worker_unhealthy_not_the_jobs(rig: Rig) -> None:

@@ -58,7 +58,7 @@ def test_jobs_offered_while_the_database_is_away_are_claimed_when_it_is_back(
 def test_an_outage_beyond_the_lease_stops_the_jobs_here_and_releases_them_after_it(
     rig: Rig, own_postgres: EmbeddedPostgres
 ) -> None:
-    job_ids = rig.add_jobs(4, max_tokens=1000)
+    job_ids = rig.add_jobs(4, max_tokens=400)
     worker = rig.start(lease_seconds=1.0)
     worker.offer(job_ids)
     rig.wait_for_tokens(job_ids)

@@ -1,0 +1,115 @@
+"""One flush, committed on a real database: repeated, fenced, and with output that no row can hold."""
+
+from collections.abc import Iterator
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import delete, update
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.catalog import ModelSpec
+from domain.jobs import JobStatus, Lane
+from gpu_worker.job_storage import JobStorage
+from gpu_worker.publisher import JobFlush, Publisher, commit
+from gpu_worker.running_job import RunningJob
+from settings import Settings
+from storage.tables import Job, JobChunk
+from tests.conftest import MakeJob
+from tests.integration.runner_harness import listening
+from tests.runner_parts import make_output
+
+SPEC = ModelSpec(id="test-model", path="none", backend="fake", max_model_len=64)
+
+
+@pytest.fixture
+def settings(database_url: str, redis_url: str) -> Settings:
+    return Settings(database_url=database_url, redis_url=redis_url)
+
+
+@pytest.fixture
+def storage(settings: Settings) -> Iterator[JobStorage]:
+    storage = JobStorage(settings, SPEC, uuid4())
+    yield storage
+    storage.close()
+
+
+@pytest.fixture
+def publisher(settings: Settings) -> Publisher:
+    return Publisher(settings)
+
+
+def claim(storage: JobStorage, job_ids: list[UUID], *, is_repeated: bool = False) -> list[RunningJob]:
+    claimed = storage.claim(job_ids, frozenset(), is_repeated=is_repeated)
+    return [RunningJob(job, claimed_at=0.0) for job in claimed]
+
+
+def say(publisher: Publisher, jobs: list[RunningJob], text: str, *, is_last: bool = False) -> list[JobFlush]:
+    for job in jobs:
+        job.absorb(make_output(job, text, finish_reason="stop" if is_last else None))
+    return publisher.take(jobs, 0.0)
+
+
+def num_chunks(sessions: sessionmaker[Session], job_id: UUID) -> int:
+    with sessions() as session:
+        return session.query(JobChunk).where(JobChunk.job_id == job_id).count()
+
+
+def test_a_flush_whose_answer_was_lost_may_be_repeated(
+    storage: JobStorage, publisher: Publisher, make_job: MakeJob
+) -> None:
+    running, ending = claim(storage, [make_job().id, make_job().id])
+    flushes = say(publisher, [running], "a") + say(publisher, [ending], "b", is_last=True)
+    outcomes = [commit(storage, flushes) for _ in range(2)]
+    for outcome in outcomes:
+        assert running.id in outcome.held
+        assert outcome.ended == {ending.id: JobStatus.COMPLETED}
+    assert num_chunks(storage.sessions, running.id) == num_chunks(storage.sessions, ending.id) == 1
+
+
+def test_a_job_that_was_fenced_off_is_in_neither_answer_and_publishes_nothing(
+    storage: JobStorage, settings: Settings, publisher: Publisher, make_job: MakeJob
+) -> None:
+    fenced, deleted, ours = claim(storage, [make_job().id for _ in range(3)])
+    with storage.sessions.begin() as session:
+        session.execute(update(Job).where(Job.id == fenced.id).values(attempt=2))
+        session.execute(delete(Job).where(Job.id == deleted.id))
+    with listening(settings.redis_url, fenced.id) as read:
+        outcome = commit(storage, say(publisher, [fenced, deleted, ours], "a", is_last=True))
+        assert read() == []
+    assert set(outcome.held) == set(outcome.ended) == {ours.id}
+    assert num_chunks(storage.sessions, fenced.id) == 0
+
+
+def test_output_that_no_row_can_hold_fails_its_job_alone(
+    storage: JobStorage, settings: Settings, publisher: Publisher, make_job: MakeJob
+) -> None:
+    bad, good = claim(storage, [make_job().id, make_job().id])
+    commit(storage, say(publisher, [bad, good], "fine"))
+    flushes = say(publisher, [bad], "half a surrogate: \ud800") + say(publisher, [good], "good", is_last=True)
+    with listening(settings.redis_url, bad.id) as read:
+        outcome = commit(storage, flushes)
+        assert read() == [{"status": "failed"}]
+    assert outcome.ended == {bad.id: JobStatus.FAILED, good.id: JobStatus.COMPLETED}
+    assert (num_chunks(storage.sessions, bad.id), num_chunks(storage.sessions, good.id)) == (1, 2)
+
+
+def test_a_claim_whose_answer_was_lost_may_be_repeated(storage: JobStorage, make_job: MakeJob) -> None:
+    job_ids = [make_job().id, make_job().id]
+    claim(storage, job_ids)
+    again = claim(storage, job_ids, is_repeated=True)
+    assert {job.id for job in again} == set(job_ids)
+    assert {job.attempt for job in again} == {2}
+    with storage.sessions() as session:
+        assert {session.get_one(Job, job_id).num_failures for job_id in job_ids} == {0}
+
+
+def test_a_repeated_look_into_sql_gives_back_what_the_first_one_took_but_nothing_that_runs(
+    storage: JobStorage, make_job: MakeJob
+) -> None:
+    (running,) = claim(storage, [make_job().id])
+    lost = make_job().id
+    storage.claim_next(1, Lane.STANDARD, frozenset({running.id}), is_repeated=False)
+    (found,) = storage.claim_next(1, Lane.STANDARD, frozenset({running.id}), is_repeated=True)
+    assert (found.id, found.attempt) == (lost, 2)
+    with storage.sessions() as session:
+        assert session.get_one(Job, running.id).attempt == 1

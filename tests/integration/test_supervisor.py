@@ -1,0 +1,189 @@
+"""The supervisor and a real engine process: how it ends is told once, and the next one starts in time."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from domain.catalog import ModelSpec
+from gpu_worker.frames import AddJob, Heartbeat, Report, StepDone
+from gpu_worker.supervisor import LOOP_CRASHES, EngineExit, Supervisor
+from tests.integration.runner_harness import wait_until
+
+
+class Crank:
+    """Turns a supervisor as the runner's thread does."""
+
+    def __init__(self, heartbeat_seconds: float = 5.0, **knobs: Any) -> None:
+        fake = {"step_seconds": 0.005} | knobs
+        spec = ModelSpec(id="fake", path="none", backend="fake", max_model_len=4096, fake=fake)
+        self.supervisor = Supervisor(spec, heartbeat_seconds=heartbeat_seconds)
+        self.reports: list[Report] = []
+        self.exits: list[EngineExit] = []
+
+    def turn(self) -> None:
+        self.supervisor.flush()
+        self.reports += self.supervisor.receive()
+        exit_ = self.supervisor.watch(time.monotonic())
+        if exit_ is not None:
+            self.exits.append(exit_)
+            self.supervisor.note_crash(is_explained=False)
+
+    def turn_until(self, is_true: Callable[[], Any], what: str) -> None:
+        def turn() -> Any:
+            self.turn()
+            return is_true()
+
+        wait_until(turn, what)
+
+    def turn_until_ready(self) -> int:
+        """The engine's pid."""
+        self.turn_until(lambda: self.supervisor.ready, "the engine is ready")
+        assert self.supervisor.ready is not None
+        return self.supervisor.ready.pid
+
+    def add(self, job_id: str = "job", *, max_tokens: int = 1000) -> None:
+        self.supervisor.send(
+            AddJob(
+                job_id=job_id,
+                attempt=1,
+                prompt_token_ids=[1],
+                params={},
+                max_tokens=max_tokens,
+                seed=0,
+                priority=0,
+                cache_salt="",
+                committed_token_ids=[[]],
+                num_emitted_chars=[0],
+                finished_indexes=[],
+            )
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        steps = [report for report in self.reports if isinstance(report, StepDone)]
+        return sum(len(output.token_ids) for done in steps for output in done.outputs)
+
+
+MakeCrank = Callable[..., Crank]
+
+
+@pytest.fixture
+def make_crank() -> Iterator[MakeCrank]:
+    cranks: list[Crank] = []
+
+    def make(**options: Any) -> Crank:
+        cranks.append(Crank(**options))
+        return cranks[-1]
+
+    yield make
+    for crank in cranks:
+        crank.supervisor.stop()
+
+
+@pytest.mark.parametrize(
+    ("how", "exit_code", "words"),
+    [
+        ("segv", -signal.SIGSEGV, "SIGSEGV"),
+        ("kill", -signal.SIGKILL, "SIGKILL"),
+        ("exit", 137, "exit code 137"),
+        ("raise", 1, "exit code 1"),
+    ],
+)
+def test_a_crash_tells_how_it_came_and_who_was_in_the_step(
+    make_crank: MakeCrank, how: str, exit_code: int, words: str
+) -> None:
+    crank = make_crank(crash_at_token=8, crash_how=how)
+    crank.turn_until_ready()
+    crank.add()
+    crank.turn_until(lambda: crank.exits, "the engine has crashed")
+    (exit_,) = crank.exits
+    assert (exit_.exit_code, exit_.was_hung, exit_.was_ready) == (exit_code, False, True)
+    assert words in exit_.description
+    assert exit_.is_outside_kill == (how == "kill")
+    assert [(job.job_id, job.weight) for job in exit_.last_step] == [("job", 1)]
+    assert crank.num_tokens == 8, "everything sent before the crash has been received"
+
+
+def test_a_crash_at_rest_accuses_nobody(make_crank: MakeCrank) -> None:
+    crank = make_crank()
+    pid = crank.turn_until_ready()
+    crank.add(max_tokens=3)
+    crank.turn_until(lambda: crank.num_tokens == 3, "the job is done")
+    os.kill(pid, signal.SIGSEGV)
+    crank.turn_until(lambda: crank.exits, "the engine has crashed")
+    assert crank.exits[0].last_step == []
+
+
+def test_an_engine_that_stops_in_a_step_is_killed_after_three_heartbeats(make_crank: MakeCrank) -> None:
+    crank = make_crank(heartbeat_seconds=0.2, hang_at_token=2)
+    crank.turn_until_ready()
+    crank.add()
+    started_at = time.monotonic()
+    crank.turn_until(lambda: crank.exits, "the engine is killed")
+    assert crank.exits[0].was_hung
+    assert not crank.exits[0].is_outside_kill
+    assert [job.job_id for job in crank.exits[0].last_step] == ["job"]
+    assert time.monotonic() - started_at > 0.6
+
+
+def test_an_engine_at_rest_beats_and_is_left_alone(make_crank: MakeCrank) -> None:
+    crank = make_crank(heartbeat_seconds=0.1)
+    pid = crank.turn_until_ready()
+    crank.turn_until(lambda: sum(isinstance(report, Heartbeat) for report in crank.reports) >= 8, "eight beats")
+    assert crank.exits == []
+    assert crank.turn_until_ready() == pid
+
+
+def test_a_supervisor_that_was_away_itself_does_not_blame_the_engine(make_crank: MakeCrank) -> None:
+    crank = make_crank(heartbeat_seconds=0.1)
+    pid = crank.turn_until_ready()
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.5)  # as if our own process had been stopped with it
+    os.kill(pid, signal.SIGCONT)
+    crank.turn()
+    beats = len(crank.reports)
+    crank.turn_until(lambda: len(crank.reports) > beats, "it beats again")
+    assert crank.exits == []
+
+
+def test_the_next_engine_starts_by_itself_and_is_fresh(make_crank: MakeCrank) -> None:
+    crank = make_crank()
+    first = crank.turn_until_ready()
+    crank.add()
+    assert not crank.supervisor.is_fresh
+    os.kill(first, signal.SIGKILL)
+    crank.turn_until(lambda: crank.exits, "the engine has ended")
+    second = crank.turn_until_ready()
+    assert second != first
+    assert crank.supervisor.is_fresh
+    assert not crank.supervisor.is_crash_looping
+
+
+def test_crashes_in_a_row_are_a_loop_and_slow_each_other_down(make_crank: MakeCrank) -> None:
+    crank = make_crank(no_such_knob=1)
+    crank.turn_until(lambda: len(crank.exits) == LOOP_CRASHES, "five loads have failed")
+    assert crank.supervisor.is_crash_looping
+    assert not any(exit_.was_ready for exit_ in crank.exits)
+
+
+def test_a_restart_on_purpose_is_no_crash(make_crank: MakeCrank) -> None:
+    crank = make_crank()
+    first = crank.turn_until_ready()
+    crank.supervisor.restart()
+    assert not psutil.pid_exists(first)
+    assert crank.turn_until_ready() != first
+    assert crank.exits == []
+
+
+def test_stopping_ends_the_process_even_in_a_frozen_step(make_crank: MakeCrank) -> None:
+    crank = make_crank(hang_at_token=0)
+    pid = crank.turn_until_ready()
+    crank.add()
+    crank.supervisor.flush()
+    crank.supervisor.stop()
+    assert not psutil.pid_exists(pid)

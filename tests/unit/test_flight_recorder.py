@@ -1,0 +1,73 @@
+"""The memory that outlives the engine: who was in its last step, and how much that says."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from gpu_worker.flight_recorder import SLOT_BYTES, FlightRecorder, RecordedJob, create_memory
+from gpu_worker.supervisor import EngineExit, weights_of_suspicion
+
+
+def recorded(job_id: str, *, is_prefill: bool = False, num_steps: int = 10) -> RecordedJob:
+    return RecordedJob(job_id, 1, is_prefill, num_steps)
+
+
+@pytest.fixture
+def recorders() -> Iterator[tuple[FlightRecorder, FlightRecorder]]:
+    """The engine's and the supervisor's side of one memory."""
+    memory_fd = create_memory()
+    writer, reader = FlightRecorder(memory_fd), FlightRecorder(memory_fd)
+    os.close(memory_fd)
+    yield writer, reader
+    writer.close()
+    reader.close()
+
+
+def test_the_reader_sees_the_last_step(recorders: tuple[FlightRecorder, FlightRecorder]) -> None:
+    writer, reader = recorders
+    assert reader.read() == []
+    for number in range(5):
+        writer.record([recorded(f"job-{number}")])
+    assert reader.read() == [recorded("job-4")]
+    writer.record([])
+    assert reader.read() == []
+
+
+def test_a_death_in_the_middle_of_a_write_leaves_the_step_before(
+    recorders: tuple[FlightRecorder, FlightRecorder],
+) -> None:
+    writer, reader = recorders
+    writer.record([recorded("first")])
+    writer.record([recorded("second")])
+    writer._memory[20:24] = b"torn"  # step 2 lies in slot 0
+    assert reader.read() == [recorded("first")]
+
+
+def test_more_jobs_than_fit_are_cut_not_refused(recorders: tuple[FlightRecorder, FlightRecorder]) -> None:
+    writer, reader = recorders
+    jobs = [recorded(f"job_{number:026d}") for number in range(2 * SLOT_BYTES // 34)]
+    writer.record(jobs)
+    kept = reader.read()
+    assert kept == jobs[: len(kept)]
+    assert len(kept) > 10_000
+
+
+def test_newcomers_are_suspected_most_and_those_outside_the_step_not_at_all() -> None:
+    step = [recorded("prefilling", is_prefill=True), recorded("recent", num_steps=3), recorded("old")]
+    crash = EngineExit(exit_code=-11, was_hung=False, was_ready=True, last_step=step)
+    names = [(name, 1) for name in ("prefilling", "recent", "old", "waiting")]
+    assert list(weights_of_suspicion(crash, names).values()) == [2, 2, 1, 0]
+
+
+def test_another_attempt_of_the_same_job_is_not_meant() -> None:
+    crash = EngineExit(exit_code=-11, was_hung=False, was_ready=True, last_step=[recorded("job")])
+    assert weights_of_suspicion(crash, [("job", 2)]) == {("job", 2): 0}
+
+
+def test_a_kill_from_outside_makes_no_first_suspect() -> None:
+    step = [recorded("prefilling", is_prefill=True)]
+    killed = EngineExit(exit_code=-9, was_hung=False, was_ready=True, last_step=step)
+    hung = EngineExit(exit_code=-9, was_hung=True, was_ready=True, last_step=step)
+    assert weights_of_suspicion(killed, [("prefilling", 1)]) == {("prefilling", 1): 1}
+    assert weights_of_suspicion(hung, [("prefilling", 1)]) == {("prefilling", 1): 2}

@@ -1,0 +1,116 @@
+"""What a running job makes of the engine's outputs: numbered chunks, a result, a status."""
+
+import pytest
+
+from domain.chunks import TokenChunk
+from domain.jobs import FinishReason, JobStatus
+from gpu_worker.frames import JobFailed
+from tests.runner_parts import make_output, make_running
+
+
+def test_outputs_since_the_last_chunk_become_one_chunk_per_sequence() -> None:
+    job = make_running(n=2)
+    job.absorb(make_output(job, "a", (1,)))
+    job.absorb(make_output(job, "b", (2,)))
+    job.absorb(make_output(job, "c", (3,), index=1))
+    assert job.take_chunks() == [
+        TokenChunk(sequence_number=1, index=0, text="ab", token_ids=(1, 2)),
+        TokenChunk(sequence_number=2, index=1, text="c", token_ids=(3,)),
+    ]
+    assert job.take_chunks() == []
+
+
+def test_tokens_whose_text_is_held_back_are_committed_all_the_same() -> None:
+    job = make_running()
+    job.absorb(make_output(job, "", (1,)))
+    assert job.take_chunks() == [TokenChunk(sequence_number=1, token_ids=(1,))]
+
+
+def test_the_first_chunk_of_an_attempt_and_the_end_are_urgent_and_nothing_between() -> None:
+    job = make_running()
+    assert not job.is_urgent
+    job.absorb(make_output(job, "a"))
+    assert job.is_urgent
+    job.take_chunks()
+    job.absorb(make_output(job, "b"))
+    assert not job.is_urgent
+    job.absorb(make_output(job, "c", finish_reason="stop"))
+    assert job.is_urgent
+
+
+def test_an_ended_sequence_takes_nothing_more() -> None:
+    job = make_running(n=2)
+    job.absorb(make_output(job, "a", finish_reason="stop"))
+    job.absorb(make_output(job, "b", finish_reason="cancelled"))
+    assert [chunk.text for chunk in job.take_chunks()] == ["a"]
+    assert not job.is_over
+
+
+def test_a_resumed_job_tells_the_engine_where_each_sequence_stands() -> None:
+    committed = [
+        TokenChunk(sequence_number=1, index=0, text="ab", token_ids=(1, 2)),
+        TokenChunk(sequence_number=2, index=1, text="", token_ids=(5,)),
+        TokenChunk(sequence_number=3, index=2, text="z", token_ids=(6,), finish_reason=FinishReason.STOP),
+        TokenChunk(sequence_number=4, index=0, text="c", token_ids=(3,)),
+    ]
+    job = make_running(n=3, attempt=2, committed_chunks=committed)
+    command = job.add_command()
+    assert command.committed_token_ids == [[1, 2, 3], [5], [6]]
+    assert command.num_emitted_chars == [3, 0, 1]
+    assert command.finished_indexes == [2]
+    assert command.attempt == 2
+    job.absorb(make_output(job, "d"))
+    assert job.take_chunks()[0].sequence_number == 5
+
+
+def test_the_result_is_the_committed_prefix_and_what_came_after_it() -> None:
+    job = make_running(committed_chunks=[TokenChunk(sequence_number=1, text="ab", token_ids=(1, 2))])
+    job.absorb(make_output(job, "c", (3,), num_cached_tokens=2))
+    job.absorb(make_output(job, "d", (4,), finish_reason="length"))
+    job.take_chunks()
+    ending = job.finalisation()
+    assert ending.status is JobStatus.COMPLETED
+    assert ending.last_sequence_number == 2
+    assert ending.result is not None
+    assert ending.result.choices[0].text == "abcd"
+    assert ending.result.choices[0].num_tokens == 4
+    assert ending.result.usage.model_dump() == {"prompt_tokens": 3, "completion_tokens": 4, "cached_tokens": 2}
+    assert job.summary() == "4 tokens, length"
+
+
+@pytest.mark.parametrize(
+    ("reasons", "status"),
+    [
+        (["stop", "length"], JobStatus.COMPLETED),
+        (["stop", "cancelled"], JobStatus.CANCELLED),
+        (["deadline", "deadline"], JobStatus.EXPIRED),
+    ],
+)
+def test_a_job_ends_as_the_sequence_that_was_cut_off(reasons: list[str], status: JobStatus) -> None:
+    job = make_running(n=2)
+    for index, reason in enumerate(reasons):
+        job.absorb(make_output(job, "a", index=index, finish_reason=reason))
+    job.take_chunks()
+    assert job.finalisation().status is status
+
+
+def test_a_failed_job_keeps_the_words_and_the_retry_advice_of_its_error() -> None:
+    job = make_running()
+    job.absorb(make_output(job, "a"))
+    job.fail(JobFailed(job.name, 1, "out_of_memory", "it does not fit"))
+    assert len(job.take_chunks()) == 1
+    ending = job.finalisation()
+    assert ending.error is not None
+    assert (ending.status, ending.result, ending.error.code) == (JobStatus.FAILED, None, "out_of_memory")
+    assert not ending.error.retryable
+    assert job.summary() == "out_of_memory"
+
+
+def test_a_job_that_never_reached_the_engine_is_cut_off_without_tokens() -> None:
+    job = make_running(n=2)
+    job.cut_off(FinishReason.CANCELLED)
+    assert [(chunk.index, chunk.text, chunk.finish_reason) for chunk in job.take_chunks()] == [
+        (0, "", "cancelled"),
+        (1, "", "cancelled"),
+    ]
+    assert job.finalisation().status is JobStatus.CANCELLED
