@@ -40,33 +40,48 @@ class PrefillSpan:
 
 
 @dataclass(slots=True)
+class DecodeGroup:
+    """Decoding sequences of about one length, rows start..stop of the pass, one new token each."""
+
+    start: int
+    stop: int
+    block_table: Tensor  # int64 (num_sequences, num_blocks), padded with block 0
+    lengths: list[int]  # tokens of each sequence, the new one included
+    _mask_by_window: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """bool (num_sequences, 1, 1, max_length): what each new token sees; None where it sees all."""
+        if window not in self._mask_by_window:
+            self._mask_by_window[window] = self._make_mask(window)
+        return self._mask_by_window[window]
+
+    def _make_mask(self, window: int | None) -> Tensor | None:
+        longest = max(self.lengths)
+        if min(self.lengths) == longest and (window is None or longest <= window):
+            return None
+        lengths = torch.tensor(self.lengths, device=self.block_table.device)[:, None]
+        positions = torch.arange(longest, device=self.block_table.device)
+        mask = positions < lengths
+        if window is not None:
+            mask &= positions >= lengths - window
+        return mask[:, None, None]
+
+
+@dataclass(slots=True)
 class AttentionContext:
     """What one pass tells every layer. The masks are made once, by the first layer that needs them."""
 
     layers: list[LayerCache]
     block_size: int
     slots: Tensor  # int64 (num_tokens,): where each new token's key and value go
-    num_decodes: int
-    block_table: Tensor  # int64 (num_decodes, max_blocks), padded with block 0
-    lengths: Tensor  # int64 (num_decodes, 1): tokens of each decoding sequence, the new one included
+    decodes: list[DecodeGroup]
     prefills: list[PrefillSpan]
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
-
-    def decode_mask(self, window: int | None) -> Tensor:
-        """bool (num_decodes, 1, 1, max_length): what the one new token of each sequence sees."""
-        mask = self._masks.get((-1, window))
-        if mask is None:
-            positions = torch.arange(self.block_table.shape[1] * self.block_size, device=self.lengths.device)
-            mask = positions < self.lengths
-            if window is not None:
-                mask &= positions >= self.lengths - window
-            mask = self._masks[-1, window] = mask[:, None, None]
-        return mask
 
     def prefill_mask(self, number: int, window: int | None) -> Tensor | None:
         """bool (num_new, length) of prompt chunk `number`; None where plain causal attention says the same."""
         if (number, window) not in self._masks:
-            self._masks[number, window] = _causal_mask(self.prefills[number], window, self.lengths.device)
+            self._masks[number, window] = _causal_mask(self.prefills[number], window, self.slots.device)
         return self._masks[number, window]
 
 
@@ -115,34 +130,38 @@ def paged_attention(
     scoring = Scoring(scale, sliding_window, softcap, s_aux)
     layer = ctx.layers[module.layer_idx]  # type: ignore[index]
     layer.write(ctx.slots, key, value)
-    outputs = [_attend_decodes(layer, query, ctx, scoring)] if ctx.num_decodes else []
+    outputs = [_attend_decodes(layer, query, ctx, group, scoring) for group in ctx.decodes]
     for number, span in enumerate(ctx.prefills):
         outputs.append(_attend_prefill(layer, query, key, value, ctx, number, span, scoring))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
-def _attend_decodes(layer: LayerCache, query: Tensor, ctx: AttentionContext, scoring: Scoring) -> Tensor:
-    """One query per sequence over its gathered blocks: (num_decodes, num_heads, value_dim)."""
-    keys = _gather_blocks(layer.keys, ctx)
-    values = _gather_blocks(layer.values, ctx)
-    num_decodes, num_kv_heads = keys.shape[:2]
+def _attend_decodes(
+    layer: LayerCache, query: Tensor, ctx: AttentionContext, group: DecodeGroup, scoring: Scoring
+) -> Tensor:
+    """One query per sequence over its gathered blocks: (num_sequences, num_heads, value_dim)."""
+    keys = _gather_blocks(layer.keys, ctx, group)
+    values = _gather_blocks(layer.values, ctx, group)
+    num_sequences, num_kv_heads = keys.shape[:2]
     # The query heads that share a key head become query positions of it: nothing is repeated in memory.
-    grouped = query[0, :, :num_decodes].transpose(0, 1).reshape(num_decodes, num_kv_heads, -1, query.shape[-1])
-    mask = ctx.decode_mask(scoring.window)
+    rows = query[0, :, group.start : group.stop].transpose(0, 1)
+    grouped = rows.reshape(num_sequences, num_kv_heads, -1, query.shape[-1])
+    mask = group.mask(scoring.window)
     if scoring.is_plain:
         output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scoring.scale)
     else:
         sinks = None if scoring.sinks is None else scoring.sinks.view(num_kv_heads, -1, 1)
         output = _attend_by_hand(grouped, keys, values, mask, scoring, sinks)
-    return output.reshape(num_decodes, -1, values.shape[-1])
+    return output.reshape(num_sequences, -1, values.shape[-1])
 
 
-def _gather_blocks(cache: Tensor, ctx: AttentionContext) -> Tensor:
-    """(num_decodes, num_kv_heads, max_length, dim), a view of gathered memory."""
-    num_decodes, num_blocks = ctx.block_table.shape
+def _gather_blocks(cache: Tensor, ctx: AttentionContext, group: DecodeGroup) -> Tensor:
+    """(num_sequences, num_kv_heads, max_length, dim), a view of gathered memory."""
+    num_sequences, num_blocks = group.block_table.shape
     blocks = cache.view(-1, ctx.block_size * cache.shape[1] * cache.shape[2])
-    gathered = blocks.index_select(0, ctx.block_table.view(-1))
-    return gathered.view(num_decodes, num_blocks * ctx.block_size, *cache.shape[1:]).transpose(1, 2)
+    gathered = blocks.index_select(0, group.block_table.view(-1))
+    by_sequence = gathered.view(num_sequences, num_blocks * ctx.block_size, *cache.shape[1:])
+    return by_sequence[:, : max(group.lengths)].transpose(1, 2)
 
 
 def _attend_prefill(
@@ -178,14 +197,16 @@ def _attend_prefill(
 
 
 def _attend_by_hand(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring, sinks: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring, sinks: Tensor | None
 ) -> Tensor:
     """Softcapped scores and attention sinks, which the fused kernels do not know. A sink takes part in the softmax and
     is then dropped."""
     scores = query @ key.transpose(-1, -2) * scoring.scale
     if scoring.softcap is not None:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    scores = scores.float()
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], -1)
     weights = scores.softmax(-1).to(query.dtype)

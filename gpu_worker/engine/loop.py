@@ -21,6 +21,8 @@ from gpu_worker.frames import AddJob, EngineStats, JobFailed, SequenceOutput, St
 
 log = logging.getLogger(__name__)
 
+STEPS_PER_MEMORY_READING = 64  # it costs a system call
+
 
 @dataclass(slots=True)
 class StepResult:
@@ -41,6 +43,7 @@ class Engine:
         self._ended: list[Sequence] = []  # between two steps: aborted, or complete when they were added
         self._num_jobs = self._num_steps = self._num_generation_tokens = self._num_prompt_tokens = 0
         self._step_seconds = 0.0
+        self._memory_bytes = _memory_bytes()
 
     @property
     def has_work(self) -> bool:
@@ -85,6 +88,8 @@ class Engine:
             for row, drawn in self._run(scheduled.rows, result):
                 self._commit(row, drawn, result)
         self._num_steps += 1
+        if self._num_steps % STEPS_PER_MEMORY_READING == 0:
+            self._memory_bytes = _memory_bytes()
         self._step_seconds = time.perf_counter() - started
         return StepDone(outputs=self._outputs(result), failures=result.failures, stats=self.stats())
 
@@ -100,7 +105,7 @@ class Engine:
             num_prefix_cache_hits=scheduler.num_prefix_cache_hits,
             cache_usage=scheduler.pool.usage,
             step_seconds=self._step_seconds,
-            memory_bytes=_memory_bytes(),
+            memory_bytes=self._memory_bytes,
         )
 
     def _run(self, rows: Rows[ScheduledRow], result: StepResult) -> list[tuple[ScheduledRow, Drawn | None]]:

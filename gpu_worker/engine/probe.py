@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from gpu_worker.engine.attention import (
     ATTENTION_NAME,
     AttentionContext,
+    DecodeGroup,
     LayerCache,
     PrefillSpan,
     paged_attention,
@@ -169,9 +170,7 @@ def _run_paged(model: Any, shapes: list[LayerShape], token_ids: Tensor, device: 
             layers=layers,
             block_size=BLOCK_SIZE,
             slots=slots[start:stop],
-            num_decodes=int(is_decode),
-            block_table=blocks[None, : -(-stop // BLOCK_SIZE)],
-            lengths=torch.tensor([[stop]], device=device),
+            decodes=[DecodeGroup(0, 1, blocks[None, : -(-stop // BLOCK_SIZE)], [stop])] if is_decode else [],
             prefills=[] if is_decode else [PrefillSpan(0, size, start, slots[:stop])],
         )
         output = model(

@@ -11,11 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gpu_worker.engine.attention import AttentionContext, LayerCache, PrefillSpan
+from gpu_worker.engine.attention import AttentionContext, DecodeGroup, LayerCache, PrefillSpan
 from gpu_worker.engine.kv_cache import PADDING_BLOCK, BlockCopy
 from gpu_worker.engine.sampling import Drawn, sample
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
+
+MAX_PADDING = 512  # tokens read for nothing by one attention call on a CPU; about the price of another call
 
 
 class Runner(Protocol):
@@ -32,6 +34,19 @@ class Runner(Protocol):
 
     def release(self, sequence: Sequence) -> None:
         """The sequence has ended, or its computed tokens are void."""
+
+
+def group_by_length(lengths: Rows[int]) -> list[tuple[int, int]]:
+    """Cut descending lengths into runs, (start, stop), each padded to its longest: a new run begins where going on
+    would read more padding than a call of its own costs."""
+    groups: list[tuple[int, int]] = []
+    start = num_padding = 0
+    for number, length in enumerate(lengths):
+        num_padding += lengths[start] - length
+        if num_padding > MAX_PADDING:
+            groups.append((start, number))
+            start, num_padding = number, 0
+    return [*groups, (start, len(lengths))] if lengths else []
 
 
 class PagedRunner:
@@ -63,6 +78,7 @@ class PagedRunner:
     @torch.inference_mode()
     def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
         decodes = [number for number, row in enumerate(rows) if row.num_new_tokens == 1]
+        decodes.sort(key=lambda number: rows[number].sequence.num_computed_tokens, reverse=True)
         prefills = [number for number, row in enumerate(rows) if row.num_new_tokens > 1]
         ordered = [rows[number] for number in decodes + prefills]
         drawing = [row for row in ordered if row.needs_token]
@@ -102,16 +118,25 @@ class PagedRunner:
             new_slots = all_slots[start:]
             prefills.append(PrefillSpan(len(slots), len(slots) + len(new_slots), start, all_slots))
             slots += new_slots.tolist()
-        num_blocks = max((self._num_blocks(sequence) for sequence in decodes), default=0)
         return AttentionContext(
             layers=self._layers,
             block_size=self._block_size,
             slots=torch.tensor(slots, device=self._device),
-            num_decodes=num_decodes,
-            block_table=torch.tensor([self._padded_blocks(s, num_blocks) for s in decodes], device=self._device),
-            lengths=torch.tensor([[s.num_computed_tokens + 1] for s in decodes], device=self._device),
+            decodes=self._decode_groups(decodes),
             prefills=prefills,
         )
+
+    def _decode_groups(self, sequences: Rows[Sequence]) -> list[DecodeGroup]:
+        lengths = [sequence.num_computed_tokens + 1 for sequence in sequences]
+        return [
+            DecodeGroup(start, stop, self._block_table(sequences[start:stop]), lengths[start:stop])
+            for start, stop in group_by_length(lengths)
+        ]
+
+    def _block_table(self, sequences: Rows[Sequence]) -> Tensor:
+        """Padded to the first sequence's blocks, the longest."""
+        num_blocks = self._num_blocks(sequences[0])
+        return torch.tensor([self._padded_blocks(s, num_blocks) for s in sequences], device=self._device)
 
     def _slot(self, sequence: Sequence) -> int:
         number, offset = divmod(sequence.num_computed_tokens, self._block_size)

@@ -22,6 +22,7 @@ from gpu_worker.engine.loading import (
     load_model,
     load_tokenizer,
     set_threads,
+    store_weights_by_column,
     vocab_size,
 )
 from gpu_worker.engine.loop import Engine
@@ -40,10 +41,11 @@ WHOLE_PROMPTS = 2**31  # a token budget that never splits a prompt
 
 class TransformersBackend:
     def __init__(self, spec: ModelSpec) -> None:
-        set_threads()
         device = choose_device(spec)
         tokenizer = load_tokenizer(spec)
-        self._engine = build_engine(spec, load_model(spec, device), tokenizer, device)
+        model = load_model(spec, device)
+        set_threads(model)
+        self._engine = build_engine(spec, model, tokenizer, device)
         pool = self._engine.scheduler.pool
         self._loaded = LoadedModel(device=str(device), num_cache_tokens=(pool.num_blocks - 1) * pool.block_size)
 
@@ -71,6 +73,8 @@ class TransformersBackend:
 def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torch.device) -> Engine:
     """An engine around a model that is loaded already; takes the model over."""
     check_length(spec, model)
+    if device.type == "cpu":
+        store_weights_by_column(model)
     limits = ModelLimits(vocab_size(model), spec.max_model_len, eos_token_ids(model))
     try:
         shapes = probe_layers(model, spec.max_model_len, device)
