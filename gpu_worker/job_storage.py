@@ -61,7 +61,9 @@ class JobStorage:
     """What one worker does with its jobs in SQL."""
 
     def __init__(self, settings: Settings, spec: ModelSpec, owner: UUID) -> None:
-        self._database = database.open_database(settings.database_url, pool_size=1, max_overflow=1)
+        self._database = database.open_database(
+            settings.database_url, pool_size=2, max_overflow=0
+        )  # the bell has the other
         self.sessions: sessionmaker[Session] = database.session_factory(self._database)
         self.channel = LiveChannel(settings.redis_url)
         self.owner = owner

@@ -67,16 +67,17 @@ class Publisher:
         return max(0.0, min(due)) if due else None
 
     def take_due(self, running: Iterable[RunningJob], now: float) -> list[JobFlush]:
-        """The next regular flush; empty while nothing is due. `settle` must follow."""
+        """The next regular flush; empty while nothing is due, else `settle` must follow."""
         running = [job for job in running if not job.is_ending]
         if self.seconds_until_due(running, now) != 0.0:
             return []
-        self._is_under_way = True
         # Past half the interval everything pending comes along: fewer, larger commits.
         is_round = now >= self._flushed_at + self.interval_seconds / 2
         if is_round:
             self._flushed_at = now
-        return self.take([job for job in running if is_round or self._seconds_until_due(job, now) <= 0], now)
+        flushes = self.take([job for job in running if is_round or self._seconds_until_due(job, now) <= 0], now)
+        self._is_under_way = bool(flushes)
+        return flushes
 
     def take(self, running: Iterable[RunningJob], now: float) -> list[JobFlush]:
         """Everything these jobs have to say, due or not; a job with nothing pending only renews its lease if due."""

@@ -20,7 +20,7 @@ from domain.catalog import ModelSpec
 from gpu_worker.channel import Channel, ChannelClosed
 from gpu_worker.flight_recorder import FlightRecorder, RecordedJob, create_memory
 from gpu_worker.frames import AddJob, Command, Ready, Report, Shutdown, decode_report, encode
-from settings import ROOT
+from settings import PREFIX, ROOT
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,15 @@ class EngineExit:
         return f"exit code {self.exit_code}"
 
 
+def _engine_environment() -> dict[str, str]:
+    """Ours without the secrets, which are none of its business."""
+    secrets = {PREFIX + name for name in ("DATABASE_URL", "REDIS_URL", "API_KEY", "BOOTSTRAP_API_KEY")}
+    ours = {name: value for name, value in os.environ.items() if name not in secrets}
+    # OpenMP's threads spin while they wait for each other. Beside other processes that want the cores, each step of a
+    # small model on a CPU then takes ten times as long.
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | ours
+
+
 class EngineProcess:
     """One incarnation of the engine."""
 
@@ -72,9 +81,7 @@ class EngineProcess:
                 command,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
-                # OpenMP's threads spin while they wait for each other. Beside other processes that want the cores, each
-                # step of a small model on a CPU then takes ten times as long.
-                env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ,
+                env=_engine_environment(),
                 pass_fds=(theirs.fileno(), memory_fd),
                 start_new_session=True,  # Ctrl-C drains the worker; the engine must outlive that
             )

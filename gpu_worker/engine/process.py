@@ -5,6 +5,7 @@ that falls silent, which is what the supervisor watches for.
 """
 
 import argparse
+import contextlib
 import ctypes
 import logging
 import os
@@ -12,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from domain.catalog import ModelSpec
 from domain.errors import CeleriacError, EngineError
@@ -130,6 +132,12 @@ def die_with_parent(parent_pid: int) -> None:
         sys.exit("the worker ended before its engine started")
 
 
+def volunteer_for_the_oom_killer() -> None:
+    """When the machine runs out of memory, a restart of the engine is the cheapest loss."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="gpu_worker.engine.process")
     parser.add_argument("--spec", required=True, help="a ModelSpec as JSON")
@@ -139,6 +147,7 @@ def main() -> None:
     parser.add_argument("--heartbeat-seconds", type=float, required=True)
     arguments = parser.parse_args()
     die_with_parent(arguments.parent_pid)
+    volunteer_for_the_oom_killer()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C drains the worker, which then shuts its engine down
     settings = get_settings()
     configure_logging(settings.log_level, settings.log_format)

@@ -187,3 +187,14 @@ def test_stopping_ends_the_process_even_in_a_frozen_step(make_crank: MakeCrank) 
     crank.supervisor.flush()
     crank.supervisor.stop()
     assert not psutil.pid_exists(pid)
+
+
+def test_the_engine_does_not_inherit_what_it_must_not_know(
+    make_crank: MakeCrank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CELERIAC_DATABASE_URL", "postgresql://user:secret@host/name")
+    monkeypatch.setenv("CELERIAC_REDIS_URL", "redis://:secret@host/0")
+    crank = make_crank()
+    environment = psutil.Process(crank.turn_until_ready()).environ()
+    assert not any("secret" in value for value in environment.values())
+    assert environment["PATH"] == os.environ["PATH"]
