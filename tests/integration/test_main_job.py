@@ -8,18 +8,23 @@ import os
 import random
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from settings import ROOT
+from domain.ids import parse_id
+from settings import ROOT, Settings
+from tasks.app import make_app
 from tests.chaos.checker import judge, read_stored
 from tests.chaos.clients import Clients, History, How
 from tests.chaos.plant import Plant
+from tests.integration.consumer_harness import EventLog
 
 NUM_JOBS = 64
 NUM_SLOTS = 16
@@ -161,6 +166,37 @@ def kill_api(system: System) -> None:
 
 def empty_redis(system: System) -> None:
     system.plant.redis_client().flushall()
+
+
+def test_short_jobs_leave_the_running_batch_early_and_waiting_ones_join(system: System) -> None:
+    seen: list[dict[str, Any]] = []
+    app = make_app(Settings(redis_url=system.plant.redis.url))
+    events = EventLog(system.plant.redis.url)
+    worker = f"gpu-1@{socket.gethostname()}"
+    inspect = app.control.inspect([worker], timeout=2, limit=1)
+
+    async def observe() -> None:
+        """What /v1/queue and `celery inspect stats` say while the jobs run."""
+        await until(lambda: system.count("true") == NUM_JOBS)
+        async with httpx.AsyncClient(base_url=system.plant.api_urls[0]) as http:
+            while system.count("status = 'completed'") < NUM_JOBS:
+                [queue] = (await http.get("/v1/queue")).json()["data"]
+                stats = await asyncio.to_thread(inspect.stats)
+                seen.append({**queue, **stats[worker]["pool"]})
+
+    clients = run(system, observe)
+    assert_all_is_well(system, clients)
+    assert any(look["running"] == look["slots-running"] == NUM_SLOTS and look["queued"] > 0 for look in seen)
+    assert all(max(look["running"], look["slots-running"]) <= NUM_SLOTS for look in seen)
+    assert [look["queued"] for look in seen] == sorted((look["queued"] for look in seen), reverse=True)
+    joined_and_left = """EXISTS (SELECT FROM jobs short WHERE short.max_tokens < jobs.max_tokens
+        AND short.started_at > jobs.started_at AND short.finished_at < jobs.finished_at)"""
+    assert system.count(f"max_tokens >= {LONG.start} AND {joined_and_left}") >= NUM_SLOTS // 3
+    for history in clients.histories:
+        assert history.job_id is not None
+        assert events.of(parse_id(history.job_id)) == ["received", "started", "succeeded"]
+    events.close()
+    app.close()
 
 
 @pytest.mark.parametrize("befalls", [kill_worker, kill_engine, kill_api, empty_redis])
