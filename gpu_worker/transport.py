@@ -178,12 +178,14 @@ class ClaimingChannel(stock.Channel):
         try:
             message = loads(text)
             properties = message["properties"]
+            if not isinstance(properties["delivery_tag"], str):
+                raise TypeError("its delivery tag is no text")  # so the script has not written it down either
             tag = properties["delivery_tag"]
             properties["delivery_info"] = {**properties.get("delivery_info", {}), "exchange": "", "routing_key": queue}
             self.connection._deliver(message, queue)
         except Exception:
             logger.exception("dropped a message of %d bytes from %s that is no Celery task", len(text), queue)
-            if isinstance(tag, str):
+            if tag is not None:
                 self.ack_many([tag])
 
     def ack_many(self, tags: Sequence[str]) -> None:

@@ -16,9 +16,9 @@ from uuid import UUID
 import pytest
 import redis
 from celery import Celery
-from kombu import pools
 
 from domain.ids import external_id, new_id
+from embedded import EmbeddedRedis
 from settings import Settings
 from tasks.app import make_app
 from tasks.dispatch import count_waiting, push
@@ -55,6 +55,9 @@ class Plant:
         self.client = redis.Redis.from_url(redis_url, socket_timeout=5)
         self.settings = Settings(redis_url=redis_url, models_file=self._models_file)
         self.app: Celery = make_app(self.settings)
+        self.app.conf.broker_pool_limit = (
+            0  # kombu pools connections by URL, also those to a server that a test stopped
+        )
 
     def close(self) -> None:
         for worker in self.workers:
@@ -62,7 +65,6 @@ class Plant:
             worker.wait()
         self.client.close()
         self.app.close()
-        pools.reset()  # kombu keeps connections by URL, also those to a server that a test stopped
 
     # Workers
 
@@ -111,11 +113,22 @@ class Plant:
         push(self.client, QUEUE, [job_id])
 
     def end(self, job_id: UUID, status: str = "completed") -> None:
+        """The job ends as soon as it runs."""
         (self.folder / "ends" / external_id(job_id)).write_text(status)
 
     def end_all(self) -> None:
         """Every running job ends now, and every later one at once."""
         (self.folder / "end_all").touch()
+
+    def settle(self) -> None:
+        """End whatever runs or waits, so that the next test finds the workers idle."""
+        self.end_all()
+        wait_until(self._is_settled, "nothing runs or waits")
+        (self.folder / "end_all").unlink()
+
+    def _is_settled(self) -> bool:
+        ended = {line[1] for line in self.ledger() if line[0] in ("completed", "failed", "cancelled", "expired")}
+        return self.is_broker_empty() and set(self.jobs("claimed")) <= ended
 
     def ledger(self) -> list[list[str]]:
         return [line.split() for line in (self.folder / "ledger").read_text().splitlines()]
@@ -198,6 +211,33 @@ def make_plant(tmp_path: Path, redis_url: str) -> Iterator[MakePlant]:
     yield make
     for plant in plants:
         plant.close()
+
+
+@pytest.fixture(scope="module")
+def shared_plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
+    """One plant and one idle worker for the tests of a module that can share them: use `plant`."""
+    folder = tmp_path_factory.mktemp("plant")
+    with EmbeddedRedis(folder / "redis") as server:
+        plant = Plant(folder, server.url, num_slots=2, lookahead=1)
+        try:
+            plant.start_worker()
+            yield plant
+        finally:
+            plant.close()
+
+
+@pytest.fixture
+def plant(shared_plant: Plant) -> Iterator[Plant]:
+    """Two slots, a look-ahead of one, an idle worker named "one"."""
+    yield shared_plant
+    shared_plant.settle()
+
+
+@pytest.fixture
+def plant_events(shared_plant: Plant) -> Iterator["EventLog"]:
+    log = EventLog(shared_plant.redis_url)
+    yield log
+    log.close()
 
 
 @pytest.fixture

@@ -3,24 +3,32 @@
 import pytest
 
 from domain.ids import external_id, new_id
-from tests.integration.consumer_harness import EventLog, MakePlant, events, make_plant, wait_until
+from tests.integration.consumer_harness import (
+    EventLog,
+    MakePlant,
+    Plant,
+    events,
+    make_plant,
+    plant,
+    plant_events,
+    shared_plant,
+    wait_until,
+)
 
-__all__ = ["events", "make_plant"]
+__all__ = ["events", "make_plant", "plant", "plant_events", "shared_plant"]
 
 
 @pytest.mark.parametrize(
     ("status", "last_event"),
     [("completed", "succeeded"), ("failed", "failed"), ("cancelled", "revoked"), ("expired", "revoked")],
 )
-def test_events_tell_how_a_job_ended(make_plant: MakePlant, events: EventLog, status: str, last_event: str) -> None:
-    plant = make_plant()
-    plant.start_worker()
+def test_events_tell_how_a_job_ended(plant: Plant, plant_events: EventLog, status: str, last_event: str) -> None:
     (job_id,) = plant.send(1)
     plant.wait_for("claimed", [job_id])
     plant.end(job_id, status)
-    wait_until(lambda: events.of(job_id) == ["received", "started", last_event], "the story is told")
+    wait_until(lambda: plant_events.of(job_id) == ["received", "started", last_event], "the story is told")
 
-    end = next(event for event in events.all() if event["type"] == f"task-{last_event}")
+    end = next(event for event in plant_events.all() if event["type"] == f"task-{last_event}")
     if status == "completed":
         assert (end["result"], end["runtime"] > 0) == ("a completed job", True)
     if status == "failed":
@@ -31,53 +39,46 @@ def test_events_tell_how_a_job_ended(make_plant: MakePlant, events: EventLog, st
     wait_until(plant.is_broker_empty, "the message is acked")
 
 
-def test_a_running_job_is_revoked_when_it_has_stopped(make_plant: MakePlant, events: EventLog) -> None:
-    plant = make_plant(num_slots=1, lookahead=1)
-    plant.start_worker()
-    running, next_one = plant.send(2)
-    plant.wait_for("claimed", [running])
+def test_a_running_job_is_revoked_when_it_has_stopped(plant: Plant, plant_events: EventLog) -> None:
+    *others, running, next_one = plant.send(3)
+    plant.wait_for("claimed", [*others, running])
     plant.app.control.revoke(external_id(running), terminate=True)
     plant.wait_for("cancelled", [running])
     plant.wait_for("claimed", [next_one])  # its slot is free
-    wait_until(lambda: events.of(running) == ["received", "started", "revoked"], "it is revoked once")
+    wait_until(lambda: plant_events.of(running) == ["received", "started", "revoked"], "it is revoked once")
 
 
-def test_a_plain_revoke_leaves_a_running_job_alone(make_plant: MakePlant, events: EventLog) -> None:
-    plant = make_plant()
-    plant.start_worker()
+def test_a_plain_revoke_leaves_a_running_job_alone(plant: Plant, plant_events: EventLog) -> None:
     (job_id,) = plant.send(1)
     plant.wait_for("claimed", [job_id])
     plant.inspect("revoke", task_id=external_id(job_id))
     plant.end(job_id)
-    wait_until(lambda: events.of(job_id) == ["received", "started", "succeeded"], "it ends as usual")
+    wait_until(lambda: plant_events.of(job_id) == ["received", "started", "succeeded"], "it ends as usual")
 
 
 @pytest.mark.parametrize("terminate", [False, True])
 def test_a_job_in_the_lookahead_is_revoked_before_it_starts(
-    make_plant: MakePlant, events: EventLog, terminate: bool
+    plant: Plant, plant_events: EventLog, terminate: bool
 ) -> None:
-    plant = make_plant(num_slots=1, lookahead=1)
-    plant.start_worker()
-    running, ahead = plant.send(2)
-    plant.wait_for("claimed", [running])
+    *running, ahead = plant.send(3)
+    plant.wait_for("claimed", running)
     wait_until(lambda: plant.num_unacked() == 1, "one is looked ahead")
     plant.inspect("revoke", task_id=external_id(ahead), terminate=terminate)
     assert (plant.folder / "cancelled" / external_id(ahead)).exists()  # SQL knows, whoever has the job
-    plant.end_all()
-    wait_until(lambda: events.of(ahead) == ["received", "revoked"], "it is revoked")
+    for job_id in running:
+        plant.end(job_id)
+    wait_until(lambda: plant_events.of(ahead) == ["received", "revoked"], "it is revoked")
     plant.wait_for("dropped", [ahead])
     wait_until(plant.is_broker_empty, "its message is acked")
 
 
-def test_a_job_revoked_before_its_message_came_never_starts(make_plant: MakePlant, events: EventLog) -> None:
-    plant = make_plant()
-    plant.start_worker()
+def test_a_job_revoked_before_its_message_came_never_starts(plant: Plant, plant_events: EventLog) -> None:
     job_id = new_id()
     plant.inspect("revoke", task_id=external_id(job_id), terminate=True)
     plant.send_one(job_id)
-    wait_until(lambda: events.of(job_id) == ["received", "revoked"], "it is revoked")
+    wait_until(lambda: plant_events.of(job_id) == ["received", "revoked"], "it is revoked")
     assert (plant.folder / "cancelled" / external_id(job_id)).exists()
-    assert plant.jobs("claimed") == []
+    assert external_id(job_id) not in plant.jobs("claimed")
 
 
 def test_a_released_job_is_shown_as_waiting_again(make_plant: MakePlant, events: EventLog) -> None:

@@ -30,7 +30,7 @@ def connections(plant: Plant) -> set[str]:
 
 
 def has_more_claims(plant: Plant, num_claims: int) -> bool:
-    return len(plant.jobs("claimed")) > num_claims
+    return (plant.folder / "ledger").read_bytes().count(b"claimed") > num_claims
 
 
 def wait_for_another_connection(plant: Plant, before: set[str]) -> None:

@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from domain.ids import external_id
-from tests.integration.consumer_harness import ROOT, MakePlant, Plant, make_plant, wait_until
+from tests.integration.consumer_harness import ROOT, Plant, plant, shared_plant, wait_until
 
-__all__ = ["make_plant"]
+__all__ = ["plant", "shared_plant"]
 
 WORKER = "one@test"
 
@@ -61,19 +61,14 @@ class Flower:
         return None if task is None else str(task["state"])
 
 
-@pytest.fixture
-def plant(make_plant: MakePlant) -> Plant:
-    plant = make_plant(num_slots=2, lookahead=1)
-    plant.start_worker()
-    return plant
-
-
-@pytest.fixture
-def flower(plant: Plant) -> Iterator[Flower]:
-    flower = Flower(plant)
-    wait_until(lambda: WORKER in (flower.get("/workers", status=True) or {}), "Flower knows the worker")
-    yield flower
-    flower.close()
+@pytest.fixture(scope="module")
+def flower(shared_plant: Plant) -> Iterator[Flower]:
+    flower = Flower(shared_plant)
+    try:
+        wait_until(lambda: WORKER in (flower.get("/workers", status=True) or {}), "Flower knows the worker", seconds=40)
+        yield flower
+    finally:
+        flower.close()
 
 
 def test_flower_shows_jobs_and_cancels_them(plant: Plant, flower: Flower) -> None:
@@ -113,16 +108,23 @@ def test_flower_shows_the_engine_and_the_queue(plant: Plant, flower: Flower) -> 
     assert queues == [{"name": "celeriac.test-model", "messages": 2}]
 
 
-def test_flower_cannot_resize_an_engine_but_can_end_its_worker(plant: Plant, flower: Flower) -> None:
+def test_flower_cannot_resize_an_engine(plant: Plant, flower: Flower) -> None:
     assert WORKER in flower.get("/workers", refresh=True)
     refusal = flower.post(f"/worker/pool/grow/{WORKER}")
     assert refusal.status_code == 403
     assert "max_num_seqs" in refusal.text
 
-    plant.wait_for("claimed", plant.send(1))
-    assert flower.post(f"/worker/shutdown/{WORKER}").status_code == 200
-    wait_until(lambda: "draining" in plant.log(), "it drains")
-    assert plant.workers[0].poll() is None
-    plant.end_all()
-    wait_until(lambda: plant.workers[0].poll() == 0, "it left")
-    wait_until(lambda: flower.get("/workers", status=True)[WORKER] is False, "Flower saw it leave")
+
+def test_flower_ends_a_worker_without_hurting_its_jobs(plant: Plant, flower: Flower) -> None:
+    worker = plant.start_worker("two")
+    wait_until(lambda: "two@test" in flower.get("/workers", refresh=True), "Flower knows the second worker")
+    job_ids = plant.send(4)
+    plant.wait_for("claimed", job_ids)
+    assert flower.post("/worker/shutdown/two@test").status_code == 200
+    wait_until(lambda: "draining" in plant.log("two"), "it drains")
+    assert worker.poll() is None
+    for job_id in job_ids:
+        plant.end(job_id)
+    wait_until(lambda: worker.poll() == 0, "it left")
+    assert set(plant.jobs("completed")) >= {external_id(job_id) for job_id in job_ids}
+    wait_until(lambda: flower.get("/workers", status=True)["two@test"] is False, "Flower saw it leave")
