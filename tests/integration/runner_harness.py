@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.chunks import TokenChunk
 from domain.jobs import JobStatus
 from domain.requests import GenerationRequest, GenerationResult, SamplingParams
-from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.engine.backends.fake_words import fake_text
 from gpu_worker.job_runner import JobRunner
 from gpu_worker.runner_events import RunnerEvent, RunnerEventKind
 from settings import Settings

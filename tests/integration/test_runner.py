@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus
-from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.engine.backends.fake_words import fake_text
 from gpu_worker.runner_events import RunnerEventKind
 from storage import jobs, workers
 from storage.jobs import ChunkCommit

@@ -7,12 +7,10 @@ stopped and a test can say beforehand what it will read: `fake_text`.
 import hashlib
 import os
 import signal
-import struct
 import time
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
-from zlib import crc32
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,11 +20,15 @@ from domain.errors import ContextLengthExceeded, EngineError, OutOfMemory
 from domain.jobs import FinishReason
 from domain.requests import SamplingParams
 from gpu_worker.engine.backends import LoadedModel, RecordStep, StepMember
+from gpu_worker.engine.backends.fake_words import (
+    END_TOKEN_ID,
+    chained_token,
+    draw_token,
+    hash_of,
+    next_link,
+    word_of,
+)
 from gpu_worker.frames import AddJob, EngineStats, JobFailed, SequenceOutput, StepDone
-
-SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mo", "nu", "pé", "ri", "sø", "ta", "ve", "wu", "ži", "🙂")
-WORDS = tuple(f"{first}{second} " for first in SYLLABLES for second in SYLLABLES)
-END_TOKEN_ID = len(WORDS)  # its text is empty
 
 
 class FakeKnobs(BaseModel):
@@ -39,9 +41,7 @@ class FakeKnobs(BaseModel):
     tokens_per_step: int = Field(default=1, ge=1)  # per sequence
     end_chance: float = Field(default=0.0, ge=0, le=1)  # of the end-of-sequence token, at every position
     hold_back_chars: int = Field(default=0, ge=0)  # text lags this far behind the tokens, as before a stop string
-    chained: bool = (
-        False  # no two attempts draw the same token, and each token checks all before it: see _chained_token
-    )
+    chained: bool = False  # no two attempts draw the same token, and each checks all before it: see chained_token
     fail_at_token: int | None = None  # the job is reported as failed
     fail_seed: int | None = None
     crash_at_token: int | None = None  # the process dies
@@ -50,43 +50,6 @@ class FakeKnobs(BaseModel):
     hang_at_token: int | None = None  # the step never ends
     hang_seed: int | None = None
     oom_above_n: int | None = None  # sequences that fit; more are preempted, and a job that needs more fails
-
-
-def _hash_of(prompt_token_ids: list[int], seed: int, index: int) -> "hashlib.blake2b":
-    """What all tokens of one sequence are drawn from."""
-    key = struct.pack(f">qI{len(prompt_token_ids)}q", seed, index, *prompt_token_ids)
-    return hashlib.blake2b(key, digest_size=8)
-
-
-def _draw_token(sequence_hash: "hashlib.blake2b", position: int, end_chance: float) -> int:
-    position_hash = sequence_hash.copy()
-    position_hash.update(position.to_bytes(4))
-    bits = int.from_bytes(position_hash.digest())
-    if (bits >> 32) / (1 << 32) < end_chance:
-        return END_TOKEN_ID
-    return bits % len(WORDS)
-
-
-def fake_text(prompt_token_ids: list[int], seed: int, index: int, num_tokens: int) -> str:
-    """The text of the first `num_tokens` tokens, if no end comes before."""
-    sequence_hash = _hash_of(prompt_token_ids, seed, index)
-    return "".join(WORDS[_draw_token(sequence_hash, position, 0.0)] for position in range(num_tokens))
-
-
-def _chained_token(attempt: int, link: int) -> int:
-    """Eight hexadecimal digits: two for the attempt, six for the checksum of the digits before. A text of them that
-    was spliced from two attempts, or lost or repeated a piece, does not add up."""
-    return (1 + attempt % 255) << 24 | link
-
-
-def _next_link(link: int, token_id: int) -> int:
-    return crc32(f"{token_id:08x}".encode(), link) & 0xFFFFFF
-
-
-def _word_of(token_id: int) -> str:
-    if token_id > END_TOKEN_ID:
-        return f"{token_id:08x} "
-    return "" if token_id == END_TOKEN_ID else WORDS[token_id]
 
 
 @dataclass(slots=True)
@@ -244,15 +207,15 @@ class FakeBackend:
                 break
             can_stop = position >= params.min_tokens
             end_chance = self._knobs.end_chance if can_stop and not params.ignore_eos else 0.0
-            token_id = _draw_token(sequence.hash, position, end_chance)
+            token_id = draw_token(sequence.hash, position, end_chance)
             if self._knobs.chained and token_id != END_TOKEN_ID:
-                token_id = _chained_token(command.attempt, sequence.link)
-                sequence.link = _next_link(sequence.link, token_id)
+                token_id = chained_token(command.attempt, sequence.link)
+                sequence.link = next_link(sequence.link, token_id)
             sequence.token_ids.append(token_id)
             if token_id == END_TOKEN_ID or (can_stop and token_id in params.stop_token_ids):
                 sequence.finish_reason = FinishReason.STOP
             else:
-                _append_text(sequence, _word_of(token_id), params.stop)
+                _append_text(sequence, word_of(token_id), params.stop)
             if sequence.finish_reason is None and len(sequence.token_ids) >= limit:
                 sequence.finish_reason = FinishReason.LENGTH
         self._num_generation_tokens += len(sequence.token_ids) - num_before
@@ -310,9 +273,9 @@ class FakeBackend:
 
 def _resumed_sequence(command: AddJob, index: int) -> FakeSequence:
     token_ids = list(command.committed_token_ids[index])
-    text = "".join(map(_word_of, token_ids))
-    sequence_hash = _hash_of(command.prompt_token_ids, command.seed, index)
-    link = reduce(_next_link, token_ids, 0)
+    text = "".join(map(word_of, token_ids))
+    sequence_hash = hash_of(command.prompt_token_ids, command.seed, index)
+    link = reduce(next_link, token_ids, 0)
     return FakeSequence(index, sequence_hash, token_ids, text, command.num_emitted_chars[index], link=link)
 
 
@@ -327,5 +290,5 @@ def _append_text(sequence: FakeSequence, word: str, stop: tuple[str, ...]) -> No
 
 
 def _logprob(token_id: int) -> dict[str, object]:
-    text = _word_of(token_id)
+    text = word_of(token_id)
     return TokenLogprob(token=text, token_id=token_id, logprob=-1.0, top=((token_id, text, -1.0),)).model_dump()
