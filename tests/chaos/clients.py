@@ -130,6 +130,16 @@ class Clients:
             if connection.ended in ("dropped", "closed"):
                 await asyncio.sleep(RETRY_SECONDS * self._random.uniform(0.2, 1))
 
+    async def replay(self, history: History, how: How, cursor: int) -> None:
+        """Watch a finished job again, from anywhere."""
+        for _ in range(10):
+            connection = self._begin(history, how, cursor)
+            self.num_reconnects += 1
+            await self._watch(history, connection, leave_after=None)
+            if connection.ended == "terminal":
+                return
+            await asyncio.sleep(RETRY_SECONDS)
+
     async def look(self, history: History) -> dict[str, Any] | None:
         """One poll; None while no answer comes."""
         try:
@@ -154,8 +164,8 @@ class Clients:
 
     # One connection
 
-    def _begin(self, history: History, how: How) -> Connection:
-        cursor = history.last_number()
+    def _begin(self, history: History, how: How, cursor: int | None = None) -> Connection:
+        cursor = history.last_number() if cursor is None else cursor
         if cursor == 0 and how in ("last-event-id", "starting-after"):
             how = "start"
         cursor = 0 if how in ("start", "snapshot") else cursor

@@ -1,0 +1,164 @@
+"""A trigger that writes down every change of status and who made it, and what these changes must never show.
+
+The table is part of the final SQL that the checker reads; the system does not know of it.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import psycopg
+
+from domain.ids import external_id
+from tests.chaos.checker import TERMINAL, Violation, percentiles
+from tests.chaos.faults import Struck
+from tests.chaos.plant import Incarnation, Part
+
+TRIGGERS = """
+CREATE TABLE chaos_changes (
+    number bigserial PRIMARY KEY, at double precision, job_id uuid, old text, new text, attempt int, owner uuid,
+    lease_left double precision, num_failures int, by text);
+CREATE TABLE chaos_workers (id uuid, name text, at double precision);
+
+CREATE FUNCTION chaos_note_change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    INSERT INTO chaos_changes (at, job_id, old, new, attempt, owner, lease_left, num_failures, by) VALUES (
+        extract(epoch FROM clock_timestamp()), new.id, old.status, new.status, new.attempt,
+        coalesce(new.lease_owner, old.lease_owner),
+        extract(epoch FROM old.lease_expires_at - statement_timestamp()), new.num_failures,
+        current_setting('application_name'));
+    RETURN new;
+END $$;
+CREATE TRIGGER chaos_change AFTER UPDATE OF status ON jobs FOR EACH ROW
+    WHEN (old.status IS DISTINCT FROM new.status) EXECUTE FUNCTION chaos_note_change();
+
+CREATE FUNCTION chaos_note_worker() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    INSERT INTO chaos_workers VALUES (new.id, split_part(new.hostname, '@', 1), extract(epoch FROM clock_timestamp()));
+    RETURN new;
+END $$;
+CREATE TRIGGER chaos_worker AFTER INSERT ON workers FOR EACH ROW EXECUTE FUNCTION chaos_note_worker();
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A job's status became another. `owner` is of the attempt that began or ended."""
+
+    at: float
+    job_id: UUID
+    old: str
+    new: str
+    attempt: int
+    owner: UUID | None
+    lease_left: float | None
+    num_failures: int
+    by: str  # the part whose statement it was
+
+    @property
+    def is_claim(self) -> bool:
+        return self.new == "in_progress"
+
+    @property
+    def is_rescue(self) -> bool:
+        return self.old == "in_progress" and self.by == "maintenance"
+
+
+def install(connection: "psycopg.Connection[Any]") -> None:
+    connection.execute(TRIGGERS)
+
+
+def read_changes(connection: "psycopg.Connection[Any]") -> list[Change]:
+    rows = connection.execute(
+        "SELECT at, job_id, old, new, attempt, owner, lease_left, num_failures, by FROM chaos_changes ORDER BY number"
+    )
+    return [Change(*row) for row in rows]
+
+
+def read_names(connection: "psycopg.Connection[Any]") -> dict[UUID, str]:
+    """The part that each owner of a lease was an incarnation of."""
+    return {owner: name for owner, name in connection.execute("SELECT id, name FROM chaos_workers")}
+
+
+def judge_changes(changes: Sequence[Change]) -> Iterator[Violation]:
+    last_by_job: dict[UUID, Change] = {}
+    for change in changes:
+        job = external_id(change.job_id)
+        last = last_by_job.get(change.job_id)
+        if change.old in TERMINAL:
+            yield Violation("terminal rewritten", job, f"{change.old} became {change.new}, by {change.by}")
+        if change.is_claim and last is not None and change.attempt <= last.attempt:
+            yield Violation("attempt reused", job, f"{change.attempt} after {last.attempt}")
+        if change.is_rescue and change.lease_left is not None and change.lease_left > 0:
+            yield Violation("rescued under a valid lease", job, f"{change.lease_left:.2f} s left")
+        last_by_job[change.job_id] = change
+
+
+def figures(
+    changes: Sequence[Change],
+    names: Mapping[UUID, str],
+    workers: Sequence[Part],
+    struck: Sequence[Struck],
+    *,
+    lease_seconds: float,
+) -> dict[str, Any]:
+    rescues = [change for change in changes if change.is_rescue]
+    restarts = [fault.ended_at for fault in struck if fault.kind == "postgres restart"]
+    false_rescues = [
+        change
+        for change in rescues
+        if (owner := _incarnation(change, names, workers)) is not None
+        and owner.was_well(change.at - lease_seconds - 1, change.at)
+        and any(0 <= change.at - at < 2 * lease_seconds + 5 for at in restarts)
+    ]
+    return {
+        "claims": sum(change.is_claim for change in changes),
+        "rescues": len(rescues),
+        "rescues_of_well_workers_after_postgres_restart": len(false_rescues),
+        "takeover_seconds_after_worker_kill": percentiles(_takeovers(changes, names, workers)),
+        "takeover_seconds_after_engine_end": percentiles(_retakes(changes, struck)),
+    }
+
+
+def _incarnation(change: Change, names: Mapping[UUID, str], workers: Sequence[Part]) -> Incarnation | None:
+    """The process that held the lease, if we know it."""
+    if change.owner is None or change.owner not in names:
+        return None
+    part = next(part for part in workers if part.name == names[change.owner])
+    began = [incarnation.started_at for incarnation in part.incarnations]
+    place = bisect_right(began, change.at - (change.lease_left or 0.0)) - 1
+    return part.incarnations[place] if place >= 0 else None
+
+
+def _takeovers(changes: Sequence[Change], names: Mapping[UUID, str], workers: Sequence[Part]) -> Iterator[float]:
+    """From the end of a worker's process to the next attempt of each job it was running."""
+    ends_by_name = {part.name: [i.ended_at for i in part.incarnations if i.ended_at is not None] for part in workers}
+    claim_by_job: dict[UUID, Change] = {}
+    for change in changes:
+        if not change.is_claim:
+            continue
+        before = claim_by_job.get(change.job_id)
+        claim_by_job[change.job_id] = change
+        if before is None or before.owner is None or before.owner not in names:
+            continue
+        ended = [at for at in ends_by_name[names[before.owner]] if before.at <= at <= change.at]
+        if ended and before.owner != change.owner:
+            yield change.at - ended[0]
+
+
+def _retakes(changes: Sequence[Change], struck: Sequence[Struck]) -> Iterator[float]:
+    """From the end of an engine to the next attempt of each job that its living worker gave back."""
+    struck_at: dict[str, list[float]] = {}
+    for fault in struck:
+        if fault.kind in ("engine kill", "engine segfault") and fault.target:
+            struck_at.setdefault(fault.target, []).append(fault.began_at)
+    given_back: dict[UUID, float] = {}
+    for change in changes:
+        if change.is_claim:
+            began_at = given_back.pop(change.job_id, None)
+            if began_at is not None:
+                yield change.at - began_at
+        elif change.old == "in_progress":
+            recent = [at for at in struck_at.get(change.by, []) if 0 <= change.at - at < 1]
+            if recent and change.new == "queued":
+                given_back[change.job_id] = recent[-1]

@@ -1,0 +1,293 @@
+"""A chaos run: the whole system as real processes, a load, and a seeded schedule of faults; then the verdict.
+
+    python -m tests.chaos.run --seconds 60 --seed 1
+
+The seed gives the schedule, which is printed first, and what the clients do. The last line is JSON; the exit code is 0
+only where nothing was violated. The logs of a run that found something are kept.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from rich.console import Console
+from rich.live import Live
+
+from settings import ROOT
+from tests.chaos import audit
+from tests.chaos.checker import Verdict, Violation, judge, percentiles, read_stored, stalls
+from tests.chaos.clients import Clients
+from tests.chaos.faults import WEIGHTS, Striker, make_schedule
+from tests.chaos.plant import Plant, host_and_port
+from tests.chaos.proxy import Link
+from tests.chaos.workload import FAKE_MODEL, MODELS, POISON_SEED, REAL_MODEL, REAL_MODELS, Workload, describe
+
+LEASE_SECONDS = 3.0
+SETTINGS = {
+    "lease_seconds": LEASE_SECONDS,
+    "lease_grace_seconds": 0.5,
+    "janitor_interval_seconds": 0.5,
+    "engine_heartbeat_seconds": 1,
+    "drain_seconds": 2,
+    "max_failures": 30,
+    "flush_min_seconds": 0.03,
+}
+QUIET_SECONDS = 90.0  # after the last fault; what is not over by then is stuck
+REST_LOOK_SECONDS = 0.3
+NUM_SHOWN = 20  # violations
+
+
+@dataclass(frozen=True)
+class Options:
+    seconds: float = 60.0
+    seed: int = 1
+    faults_per_minute: float = 20.0
+    num_clients: int = 32
+    num_apis: int = 3
+    num_workers: int = 3
+    has_real_model: bool = True
+    max_tokens: int = 400  # of a job of the fake model
+    root: Path = ROOT  # whose code runs
+    weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
+
+
+class Run:
+    """One run; `report` is what it comes to."""
+
+    def __init__(self, options: Options, console: Console) -> None:
+        self._options = options
+        self._console = console
+        self._folder = Path(tempfile.mkdtemp(prefix="celeriac-chaos-"))
+        worker_models = {f"gpu-{number}": FAKE_MODEL for number in range(1, options.num_workers + 1)}
+        models = MODELS
+        if options.has_real_model:
+            worker_models["gpu-real"] = REAL_MODEL
+            models += REAL_MODELS.format(id=REAL_MODEL, path=options.root / "models" / REAL_MODEL)
+        self._plant = Plant(
+            self._folder,
+            models=models,
+            worker_models=worker_models,
+            num_apis=options.num_apis,
+            settings=SETTINGS,
+            root=options.root,
+        )
+        self._links: dict[str, Link] = {}
+        self._phase = "starting"
+        self._began_at = time.monotonic()
+
+    async def run(self) -> dict[str, Any]:
+        schedule = make_schedule(
+            self._options.seed,
+            seconds=self._options.seconds,
+            per_minute=self._options.faults_per_minute,
+            weights=self._options.weights,
+        )
+        self._console.print(f"seed {self._options.seed}, {len(schedule)} faults (seconds, kind, choice/size):")
+        self._console.print(describe(schedule), soft_wrap=True, highlight=False)
+        try:
+            async with AsyncExitStack() as stack:
+                await self._start(stack)
+                clients = Clients(self._plant.api_urls, seed=self._options.seed)
+                stack.push_async_callback(clients.close)
+                striker = Striker(self._plant, self._links, LEASE_SECONDS, self._has_isolated)
+                await self._live_through(clients, striker, schedule)
+                report = await asyncio.to_thread(self._judge, clients, striker)
+        finally:
+            await asyncio.to_thread(self._plant.close)
+        if report["ok"]:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return report
+
+    # The system
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        await asyncio.to_thread(self._plant.start_servers)
+        with self._plant.connect() as connection:
+            audit.install(connection)
+        postgres_socket = Path(self._plant.postgres.url.partition("host=")[2]) / ".s.PGSQL.5432"
+        for group in ("api", "gpu", "maintenance"):
+            for server, upstream in (("postgres", postgres_socket), ("redis", host_and_port(self._plant.redis.url))):
+                link = Link(f"{group} to {server}", upstream)
+                self._links[link.name] = await stack.enter_async_context(link)
+        self._plant.start_parts(database_url=self._database_url, redis_url=self._redis_url)
+        await asyncio.to_thread(self._plant.wait_until_ready)
+
+    def _database_url(self, name: str) -> str:
+        port = self._link(name, "postgres").port
+        options = f"application_name={name}&sslmode=disable&gssencmode=disable"
+        return f"postgresql://postgres@127.0.0.1:{port}/{self._plant.postgres.database}?{options}"
+
+    def _redis_url(self, name: str) -> str:
+        _, port = host_and_port(self._plant.redis.url)
+        return self._plant.redis.url.replace(f":{port}/", f":{self._link(name, 'redis').port}/")
+
+    def _link(self, name: str, server: str) -> Link:
+        """What stands between a part and a server: one for all of its group."""
+        group, _, _ = name.partition("-")
+        return self._links[f"{group} to {server}"]
+
+    def _has_isolated(self, name: str) -> bool:
+        """Does not wait for a database that is away: then it says yes."""
+        try:
+            with psycopg.connect(self._plant.postgres.url, connect_timeout=1, options="-c statement_timeout=500") as c:
+                names = "SELECT id FROM chaos_workers WHERE name = %s"
+                sql = f"SELECT count(*) FROM jobs WHERE lane = 'isolated' AND lease_owner IN ({names})"
+                row = c.execute(sql, [name]).fetchone()
+        except psycopg.Error:
+            return True
+        return row is None or row[0] > 0
+
+    # The run
+
+    async def _live_through(self, clients: Clients, striker: Striker, schedule: list[Any]) -> None:
+        workload = Workload(
+            clients,
+            num_clients=self._options.num_clients,
+            seed=self._options.seed,
+            has_real_model=self._options.has_real_model,
+            max_tokens=self._options.max_tokens,
+        )
+        watching = asyncio.create_task(self._watch(clients, striker, workload))
+        working = asyncio.create_task(workload.run())
+        self._phase, ends_at = "faults", time.monotonic() + self._options.seconds
+        await striker.run(schedule)
+        await asyncio.sleep(max(0.0, ends_at - time.monotonic()))
+        self._phase = "quiet"
+        self._mend()
+        workload.stop()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(working, QUIET_SECONDS)
+        await self._wait_for_rest()
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+    def _mend(self) -> None:
+        for link in self._links.values():
+            link.mend()
+        for part in self._plant.parts:
+            part.resume()
+
+    async def _wait_for_rest(self) -> None:
+        """Jobs that no client waits for (a submission whose answer was lost) end too."""
+        for _ in range(int(QUIET_SECONDS / REST_LOOK_SECONDS)):
+            if not await asyncio.to_thread(self._num_open):
+                return
+            await asyncio.sleep(REST_LOOK_SECONDS)
+
+    def _num_open(self) -> int:
+        with self._plant.connect() as connection:
+            row = connection.execute("SELECT count(*) FROM jobs WHERE finished_at IS NULL").fetchone()
+        assert row is not None
+        return int(str(row[0]))
+
+    async def _watch(self, clients: Clients, striker: Striker, workload: Workload) -> None:
+        """Restart the dead, and say how it goes."""
+        printed_at = 0.0
+        with Live(console=self._console, refresh_per_second=4, transient=True) as live:
+            while True:
+                self._plant.watch()
+                line = self._progress(clients, striker, workload)
+                live.update(line)
+                if not self._console.is_terminal and time.monotonic() - printed_at > 15:
+                    printed_at = time.monotonic()
+                    self._console.print(line, highlight=False)
+                await asyncio.sleep(0.05)
+
+    def _progress(self, clients: Clients, striker: Striker, workload: Workload) -> str:
+        num_accepted = sum(history.job_id is not None for history in clients.histories)
+        num_faults = sum(bool(fault.target) for fault in striker.struck)
+        seconds = time.monotonic() - self._began_at
+        last = striker.struck[-1].kind if striker.struck else "none yet"
+        return (
+            f"{seconds:5.0f} s  {self._phase:8} {num_accepted} accepted, {workload.num_ended} ended, "
+            f"{clients.num_reconnects} reconnects, {num_faults} faults, last: {last}"
+        )
+
+    # The verdict
+
+    def _judge(self, clients: Clients, striker: Striker) -> dict[str, Any]:
+        with self._plant.connect() as connection:
+            stored = read_stored(connection)
+            changes, names = audit.read_changes(connection), audit.read_names(connection)
+        verdict = judge(clients.histories, stored)
+        verdict.violations += audit.judge_changes(changes)
+        verdict.violations += _judge_known_answers(clients, verdict)
+        for violation in verdict.violations[:NUM_SHOWN]:
+            self._console.print(f"{violation.kind}: {violation.job}: {violation.detail}", markup=False)
+        if verdict.violations:
+            self._console.print(f"the logs are in {self._folder / 'logs'}")
+        faults = Counter(fault.kind for fault in striker.struck if fault.target)
+        return {
+            "ok": not verdict.violations,
+            "seed": self._options.seed,
+            "seconds": self._options.seconds,
+            "violations": verdict.num_by_kind(),
+            "num_faults": sum(faults.values()),
+            "faults": dict(sorted(faults.items())),
+            **verdict.figures,
+            **audit.figures(changes, names, self._plant.workers, striker.struck, lease_seconds=LEASE_SECONDS),
+            "stall_seconds_after_a_drop": percentiles(stalls(clients.histories)),
+            "processes_started": sum(len(part.incarnations) for part in self._plant.parts),
+            "tracebacks_in_logs": sum(
+                part.log().count("Traceback (most recent call last)") for part in self._plant.parts
+            ),
+        }
+
+
+def _judge_known_answers(clients: Clients, verdict: Verdict) -> list[Violation]:
+    """What must come out is known of greedy jobs (the same text for the same prompt) and of poison (a failure)."""
+    violations = []
+    text_by_prompt: dict[tuple[str, int], str] = {}
+    num_poison = num_innocent = 0
+    for history in clients.histories:
+        end, params = history.end, history.body["params"]
+        if end is None:
+            continue
+        is_blamed = (end["error"] or {}).get("code") == "poison_job"
+        if params["seed"] == POISON_SEED:
+            num_poison += 1
+            if end["status"] == "completed":
+                violations.append(Violation("poison completed", end["id"], "it cannot have run"))
+        elif end["status"] == "failed":
+            num_innocent += 1
+            violations.append(Violation("innocent failed", end["id"], f"{end['error']}, attempt {end['attempt']}"))
+        if is_blamed and end["attempt"] > 3 and params["seed"] == POISON_SEED:
+            verdict.figures["max_poison_attempts"] = max(verdict.figures.get("max_poison_attempts", 0), end["attempt"])
+        if history.body["model"] == REAL_MODEL and end["status"] == "completed":
+            known = text_by_prompt.setdefault((history.body["prompt"], params["max_tokens"]), end["output"]["text"])
+            if known != end["output"]["text"]:
+                violations.append(Violation("greedy text differs", end["id"], f"{known!r} {end['output']['text']!r}"))
+    verdict.figures |= {"poison_jobs": num_poison, "innocents_failed": num_innocent}
+    return violations
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=Options.seconds)
+    parser.add_argument("--seed", type=int, help="default: drawn, and printed")
+    parser.add_argument("--faults-per-minute", type=float, default=Options.faults_per_minute)
+    parser.add_argument("--clients", type=int, default=Options.num_clients, dest="num_clients")
+    parser.add_argument("--without-real-model", action="store_false", dest="has_real_model")
+    arguments = vars(parser.parse_args())
+    if arguments["seed"] is None:
+        arguments["seed"] = random.SystemRandom().randrange(1_000_000)
+    console = Console(width=160 if not sys.stdout.isatty() else None)
+    report = asyncio.run(Run(Options(**arguments), console).run())
+    print(json.dumps(report))
+    return 0 if report["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
