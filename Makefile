@@ -39,8 +39,8 @@ format: $(READY_TO_TEST) ## rewrite the files as `make check` wants them
 chaos: $(READY_TO_TEST) ## kill, stop and flush while jobs run, for longer than the tests do
 	$(BIN)/python -m pytest tests/chaos --timeout 1800
 
-bench: $(READY_TO_TEST) ## every speed figure of the README, measured on this machine
-	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(READY_TO_TEST) ## every speed figure, measured on this machine, beside its ceiling
+	@for name in storage accept consumer; do echo "== $$name"; $(BIN)/python -m bench.$$name || exit 1; done
 
 constraints: ## pin every dependency again, at today's versions
 	$(PYTHON) -m venv --clear $(VENV)/repin

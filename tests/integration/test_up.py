@@ -20,11 +20,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = """
 [[models]]
-id = "fake"
+id = "celeriac-mini"
 path = "fake"
 backend = "fake"
 max_model_len = 2048
-fake = { step_seconds = 0.02 }
+fake = { step_seconds = 0.005 }
 """
 START_SECONDS = 60.0
 GONE_SECONDS = 30.0
@@ -165,7 +165,7 @@ def processes_of(folder: Path) -> list[str]:
 
 
 def submit(url: str, **params: Any) -> str:
-    body = {"model": "fake", "prompt": "Once", "params": params}
+    body = {"model": "celeriac-mini", "prompt": "Once", "params": params}
     return str(httpx.post(f"{url}/v1/jobs", json=body, timeout=30).raise_for_status().json()["id"])
 
 
@@ -194,12 +194,36 @@ def test_up_runs_a_job_is_alone_in_its_folder_and_keeps_its_jobs(
     assert again.stop() == 0
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the commands of the README are curl's")
+def test_the_commands_of_the_readme_work_as_they_stand(start_up: StartUp, environment: dict[str, str]) -> None:
+    up = start_up()
+    url, job_id = up.wait_until_up()
+    celeriac = f"{sys.executable} -m cli"
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = [block for block in blocks if "celeriac worker" not in block]  # which needs a model from the hub
+    assert len(blocks) >= 5
+    for block in blocks:
+        block = block.replace("http://127.0.0.1:8000", url).replace("job_01...", job_id)
+        script = re.sub(r"^curl", "curl --fail -sS", block, flags=re.MULTILINE).replace(".venv/bin/celeriac", celeriac)
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+        assert done.stdout
+    assert up.stop() == 0
+
+
 def test_what_is_killed_is_restarted_and_a_watched_stream_stays_whole(
     start_up: StartUp, celeriac: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
     up = start_up()
     url, _ = up.wait_until_up()
-    job_id = submit(url, max_tokens=500, ignore_eos=True)
+    job_id = submit(url, max_tokens=1500, ignore_eos=True)
     with celeriac("watch", job_id) as watching:
         assert watching.stdout is not None
         assert watching.stderr is not None
@@ -219,7 +243,7 @@ def test_what_is_killed_is_restarted_and_a_watched_stream_stays_whole(
 def test_a_killed_up_leaves_nothing_behind_and_its_jobs_in_place(start_up: StartUp, folder: Path) -> None:
     up = start_up()
     url, first_job_id = up.wait_until_up()
-    running_job_id = submit(url, max_tokens=300, ignore_eos=True)
+    running_job_id = submit(url, max_tokens=1000, ignore_eos=True)
     up.kill()
     wait_until_gone(folder)
 
