@@ -94,7 +94,9 @@ def up(first_job: bool) -> None:
     from settings import get_settings
     from up import Up
 
-    Up(get_settings(), with_first_job=first_job).run()
+    settings = get_settings()
+    _catalog(settings)  # what is wrong in models.toml is said at once, and not by a worker that does not start
+    Up(settings, with_first_job=first_job).run()
 
 
 @main.command()

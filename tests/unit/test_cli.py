@@ -76,6 +76,14 @@ def test_a_wrong_setting_that_may_hold_a_secret_is_not_repeated(run: Any) -> Non
     assert "secret" not in result.output
 
 
+def test_a_models_file_that_makes_no_sense_stops_up_before_it_starts(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text('[[models]]\nid = "m"\n')
+    result = run("up", CELERIAC_MODELS_FILE=str(tmp_path / "models.toml"))
+    assert result.exit_code == 1
+    assert "max_model_len" in result.output
+    assert not (tmp_path / "postgres").exists()
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     assert cli.explain(KeyError("x")) is None
 
