@@ -27,13 +27,16 @@ CHECKPOINT = Path(".celeriac/training/checkpoint.pt")
 WARMUP_STEPS = 100
 # Most steps see short rows. One in twelve sees rows as long as the context, so that no position is new at inference.
 LONG_STEP_EVERY = 12
-# Copying a subject, a name or a key from the prompt is learned late unless it is drilled early; sums are drilled after.
+# Copying a subject, a name or a key from the prompt is learned late unless it is drilled early, and the units of a sum
+# stay a guess until sums have most of the tokens for a while.
 COPYING_STEPS = 800
 COPYING_SHARES = (0.4, 0.03)
 SUMS_SHARE = 0.12
-# The rate stays at its peak and falls to nothing over the last part, so that a run can be cut short or made longer at
+SUMS_PEAK = range(1524, 1824)
+SUMS_PEAK_SHARE = 0.4
+# The rate stays at its peak and falls to nothing over the second half, so that a run can be cut short or made longer at
 # any checkpoint before that part by naming another number of steps.
-DECAY_SHARE = 0.3
+DECAY_SHARE = 0.55
 PAD_ID, END_ID = corpus.SPECIAL_TOKENS.index(corpus.PAD), corpus.SPECIAL_TOKENS.index(corpus.END)
 
 
@@ -68,7 +71,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
 def drill_of(number: int) -> corpus.Drill:
     """What step `number` practises beside the mixture."""
     if number >= COPYING_STEPS:
-        return corpus.Drill(corpus.sums_drill, SUMS_SHARE)
+        return corpus.Drill(corpus.sums_drill, SUMS_PEAK_SHARE if number in SUMS_PEAK else SUMS_SHARE)
     first_share, last_share = COPYING_SHARES
     share = max(last_share, first_share * (1 - number / COPYING_STEPS))
     return corpus.Drill(corpus.copying_drill, share)
@@ -211,7 +214,7 @@ def train(trainer: Trainer, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--steps", type=int, default=2_400)
     parser.add_argument("--tokens-per-step", type=int, default=4_096)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default="auto")
