@@ -5,15 +5,7 @@ from uuid import UUID, uuid4
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    invariant,
-    multiple,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -25,7 +17,9 @@ from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult, TenantLo
 from tests.storage_samples import MODEL, PAST, chunk, claim, new_job, result
 
 WORKERS = [uuid4() for _ in range(3)]
-MAX_FAILURES = 2
+MAX_FAILURES = 1
+MAX_QUEUED = 2
+RUNNING = JobStatus.IN_PROGRESS
 
 
 @dataclass
@@ -75,100 +69,130 @@ class Belief:
 
 
 class Store(RuleBasedStateMachine):
-    submitted: Bundle[UUID] = Bundle("submitted")
-    beliefs: Bundle[Belief] = Bundle("beliefs")
+    """Jobs that ended leave the draw, so that most steps meet a job under way; the transition table has the others."""
 
     def __init__(self, sessions: sessionmaker[Session]) -> None:
         super().__init__()
         self.sessions = sessions
         self.jobs: dict[UUID, ModelJob] = {}
+        self.beliefs: list[Belief] = []
         with self.sessions.begin() as session:
             session.execute(text("TRUNCATE jobs CASCADE"))
             session.execute(update(TenantLoad).values(num_queued=0, num_running=0, virtual_time=0))
 
-    def current(self, belief: Belief) -> ModelJob | None:
-        """The job, if the belief is still true."""
-        job = self.jobs[belief.job_id]
-        is_true = job.status is JobStatus.IN_PROGRESS and (job.attempt, job.owner) == (belief.attempt, belief.owner)
-        return job if is_true else None
+    def live(self, *statuses: JobStatus) -> list[UUID]:
+        return [job_id for job_id, job in self.jobs.items() if job.status in statuses]
 
-    @rule(target=submitted, key=st.sampled_from("abcde"))
-    def submit(self, key: str) -> UUID:
+    def live_beliefs(self) -> list[Belief]:
+        return [belief for belief in self.beliefs if not self.jobs[belief.job_id].status.is_terminal]
+
+    def some_belief(self, data: st.DataObject) -> Belief:
+        """Of a job that has not ended; where there is none, one is started, so that no step is idle."""
+        if not self.live_beliefs():
+            if not self.live(JobStatus.QUEUED):
+                self.accept(f"fresh-{len(self.jobs)}")
+            self.claim_as(self.live(JobStatus.QUEUED)[0], WORKERS[0])
+        return data.draw(st.sampled_from(self.live_beliefs()))
+
+    def is_true(self, belief: Belief) -> bool:
+        job = self.jobs[belief.job_id]
+        return job.status is RUNNING and (job.attempt, job.owner) == (belief.attempt, belief.owner)
+
+    def is_owner(self, belief: Belief) -> bool:
+        job = self.jobs[belief.job_id]
+        return job.status is RUNNING and job.owner == belief.owner
+
+    def accept(self, key: str) -> None:
         job = new_job(idempotency_key=key, max_failures=MAX_FAILURES)
         with self.sessions.begin() as session:
-            [accepted] = jobs.accept(session, [job], max_queued_jobs=3)
+            [accepted] = jobs.accept(session, [job], max_queued_jobs=MAX_QUEUED)
         by_key = {known.key: job_id for job_id, known in self.jobs.items()}
-        num_queued = sum(known.status is JobStatus.QUEUED for known in self.jobs.values())
         if key in by_key:
             assert (accepted.outcome, accepted.job_id) == (AcceptOutcome.DUPLICATE, by_key[key])
-        elif num_queued >= 3:
+        elif len(self.live(JobStatus.QUEUED)) >= MAX_QUEUED:
             assert accepted.outcome is AcceptOutcome.TOO_MANY_QUEUED
-            return multiple()  # type: ignore[return-value]
         else:
             assert accepted.outcome is AcceptOutcome.ACCEPTED
             self.jobs[job.id] = ModelJob(key)
-        return accepted.job_id
 
-    @rule(target=beliefs, job_id=submitted, owner=st.sampled_from(WORKERS), lane=st.sampled_from(Lane))
-    def claim(self, job_id: UUID, owner: UUID, lane: Lane) -> Belief:
+    @rule(key=st.sampled_from("abcdef"))
+    def submit(self, key: str) -> None:
+        self.accept(key)
+
+    @rule(data=st.data(), owner=st.sampled_from(WORKERS), is_other_lane=st.sampled_from([False, False, False, True]))
+    def claim(self, data: st.DataObject, owner: UUID, is_other_lane: bool) -> None:
+        job_ids = self.live(JobStatus.QUEUED) or [self.some_belief(data).job_id]
+        self.claim_as(data.draw(st.sampled_from(job_ids)), owner, is_other_lane=is_other_lane)
+
+    def claim_as(self, job_id: UUID, owner: UUID, *, is_other_lane: bool = False) -> None:
         job = self.jobs[job_id]
+        is_isolated = (job.lane is Lane.ISOLATED) != is_other_lane
         with self.sessions.begin() as session:
-            claimed = claim(session, job_id, owner=owner, lane=lane)
-        if job.status is not JobStatus.QUEUED or job.lane is not lane:
+            claimed = claim(session, job_id, owner=owner, lane=Lane.ISOLATED if is_isolated else Lane.STANDARD)
+        if job.status is not JobStatus.QUEUED or is_other_lane:
             assert claimed == []
-            return multiple()  # type: ignore[return-value]
-        job.status, job.owner, job.attempt = JobStatus.IN_PROGRESS, owner, job.attempt + 1
+            return
+        job.status, job.owner, job.attempt = RUNNING, owner, job.attempt + 1
         assert [(c.attempt, c.committed_chunks) for c in claimed] == [(job.attempt, job.chunks)]
-        return Belief(job_id, job.attempt, owner)
+        self.beliefs.append(Belief(job_id, job.attempt, owner))
 
-    @rule(belief=beliefs, count=st.integers(1, 3), start=st.integers(-1, 1), is_repeated=st.booleans())
-    def flush(self, belief: Belief, count: int, start: int, is_repeated: bool) -> None:
+    @rule(data=st.data(), owner=st.sampled_from(WORKERS))
+    def hand_over(self, data: st.DataObject, owner: UUID) -> None:
+        """The job moves to another worker, or to the same one again; the first still believes."""
+        belief = self.some_belief(data)
+        self.release_as(belief)
+        self.claim_as(belief.job_id, owner)
+
+    @rule(data=st.data(), count=st.integers(1, 3), start=st.sampled_from([0, 0, 0, -1, 1]), is_repeated=st.booleans())
+    def flush(self, data: st.DataObject, count: int, start: int, is_repeated: bool) -> None:
         """`start` 0 is the next chunk; -1 repeats one, 1 leaves a gap."""
-        known = self.jobs[belief.job_id].chunks
-        first = max(1, len(known) + 1 + start)
+        belief = self.some_belief(data)
+        job = self.jobs[belief.job_id]
+        first = max(1, len(job.chunks) + 1 + start)
         chunks = [chunk(number) for number in range(first, first + count)]
-        job = self.current(belief)
-        is_next = first == len(known) + 1
-        was_applied = chunks[-1].sequence_number == len(known)  # an ambiguous commit, repeated
+        is_next = first == len(job.chunks) + 1
+        was_applied = chunks[-1].sequence_number == len(job.chunks)  # an ambiguous commit, repeated
+        is_held = self.is_true(belief) and (is_next or was_applied)
         for _ in range(1 + is_repeated):
             with self.sessions.begin() as session:
                 commit = ChunkCommit(belief.job_id, belief.attempt, chunks)
                 held = jobs.commit_chunks(session, [commit], lease_seconds=60)
-            assert [h.job_id for h in held] == ([belief.job_id] if job and (is_next or was_applied) else [])
-            assert all(h.is_cancel_requested == self.jobs[belief.job_id].is_cancel_requested for h in held)
-        if job and is_next:
-            job.chunks += chunks
-        if job and (is_next or was_applied):
-            job.is_lapsed = False
+            assert [(h.job_id, h.is_cancel_requested) for h in held] == (
+                [(belief.job_id, job.is_cancel_requested)] if is_held else []
+            )
+        job.chunks += chunks if is_held and is_next else []
+        job.is_lapsed = job.is_lapsed and not is_held
 
-    @rule(belief=beliefs)
-    def renew(self, belief: Belief) -> None:
-        job = self.jobs[belief.job_id]
-        is_owner = job.status is JobStatus.IN_PROGRESS and job.owner == belief.owner
+    @rule(data=st.data())
+    def renew(self, data: st.DataObject) -> None:
+        belief = self.some_belief(data)
+        job, is_owner = self.jobs[belief.job_id], self.is_owner(belief)
         with self.sessions.begin() as session:
             held = jobs.renew(session, [belief.job_id], owner=belief.owner, lease_seconds=60)
         assert [h.attempt for h in held] == ([job.attempt] if is_owner else [])
         job.is_lapsed = job.is_lapsed and not is_owner
 
-    @rule(belief=beliefs, is_late=st.booleans(), status=st.sampled_from([JobStatus.COMPLETED, JobStatus.FAILED]))
-    def finalise(self, belief: Belief, is_late: bool, status: JobStatus) -> None:
-        job, last = self.current(belief), len(self.jobs[belief.job_id].chunks) - is_late
-        ending = Finalisation(
-            belief.job_id, belief.attempt, max(0, last), status, result(1) if status is JobStatus.COMPLETED else None
-        )
-        is_ours = job is not None and max(0, last) == len(job.chunks)
+    @rule(data=st.data(), is_late=st.booleans(), is_failed=st.booleans())
+    def finalise(self, data: st.DataObject, is_late: bool, is_failed: bool) -> None:
+        belief = self.some_belief(data)
+        job = self.jobs[belief.job_id]
+        last = max(0, len(job.chunks) - is_late)
+        status = JobStatus.FAILED if is_failed else JobStatus.COMPLETED
+        ending = Finalisation(belief.job_id, belief.attempt, last, status, None if is_failed else result(1))
+        is_ours = self.is_true(belief) and last == len(job.chunks)
         for _ in range(2):  # the answer to the first was lost
             with self.sessions.begin() as session:
-                ended = jobs.finalise(session, [ending])
-            assert not is_ours or ended == [belief.job_id]
-        if job and is_ours:
-            job.has_result = ending.result is not None
+                assert jobs.finalise(session, [ending]) == ([belief.job_id] if is_ours else [])
+        if is_ours:
+            job.has_result = not is_failed
             job.end(status)
 
-    @rule(belief=beliefs)
-    def release(self, belief: Belief) -> None:
-        job = self.jobs[belief.job_id]
-        is_owner = job.status is JobStatus.IN_PROGRESS and job.owner == belief.owner
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.release_as(self.some_belief(data))
+
+    def release_as(self, belief: Belief) -> None:
+        job, is_owner = self.jobs[belief.job_id], self.is_owner(belief)
         with self.sessions.begin() as session:
             assert bool(jobs.release(session, [belief.job_id], owner=belief.owner)) == is_owner
         if is_owner and job.is_cancel_requested:
@@ -176,10 +200,10 @@ class Store(RuleBasedStateMachine):
         elif is_owner:
             job.give_back()
 
-    @rule(belief=consumes(beliefs), weight=st.integers(0, 2))
-    def crash(self, belief: Belief, weight: int) -> None:
-        job = self.jobs[belief.job_id]
-        is_owner = job.status is JobStatus.IN_PROGRESS and job.owner == belief.owner
+    @rule(data=st.data(), weight=st.integers(0, 2))
+    def crash(self, data: st.DataObject, weight: int) -> None:
+        belief = self.some_belief(data)
+        job, is_owner = self.jobs[belief.job_id], self.is_owner(belief)
         is_poison = job.lane is Lane.ISOLATED and weight > 0
         with self.sessions.begin() as session:
             returned = jobs.report_crash(session, {belief.job_id: weight}, owner=belief.owner)
@@ -189,30 +213,33 @@ class Store(RuleBasedStateMachine):
             job.lose(is_poison=is_poison)
         assert [(r.job_id, r.status) for r in returned] == ([(belief.job_id, job.status)] if is_owner else [])
 
-    @rule(job_id=submitted)
-    def let_lease_lapse(self, job_id: UUID) -> None:
-        job = self.jobs[job_id]
+    @rule(data=st.data())
+    def let_lease_lapse(self, data: st.DataObject) -> None:
+        job_id = self.some_belief(data).job_id
         with self.sessions.begin() as session:
-            lapsing = update(Job).where(Job.id == job_id, Job.status == JobStatus.IN_PROGRESS)
+            lapsing = update(Job).where(Job.id == job_id, Job.status == RUNNING)
             session.execute(lapsing.values(lease_expires_at=PAST))
-        job.is_lapsed = job.status is JobStatus.IN_PROGRESS
+        self.jobs[job_id].is_lapsed = self.jobs[job_id].status is RUNNING
 
-    @rule()
-    def rescue(self) -> None:
-        lapsed = {job_id for job_id, job in self.jobs.items() if job.is_lapsed}
+    @rule(data=st.data(), is_lost=st.booleans())
+    def rescue(self, data: st.DataObject, is_lost: bool) -> None:
+        if is_lost:
+            self.let_lease_lapse(data)
+        lapsed = {job_id: job for job_id, job in self.jobs.items() if job.is_lapsed}
         with self.sessions.begin() as session:
             returned = jobs.rescue(session, grace_seconds=1, quiet_seconds=0)
             session.execute(update(Job).values(available_at=PAST))
-        for job_id in lapsed:
-            self.jobs[job_id].lose()
-        assert {r.job_id: r.status for r in returned} == {job_id: self.jobs[job_id].status for job_id in lapsed}
+        for job in lapsed.values():
+            job.lose()
+        assert {r.job_id: r.status for r in returned} == {job_id: job.status for job_id, job in lapsed.items()}
 
-    @rule(job_id=submitted)
-    def cancel(self, job_id: UUID) -> None:
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        job_id = self.some_belief(data).job_id
         job = self.jobs[job_id]
         with self.sessions.begin() as session:
             status = jobs.cancel(session, job_id, DEFAULT_TENANT_ID)
-        job.is_cancel_requested = job.is_cancel_requested or not job.status.is_terminal
+        job.is_cancel_requested = True
         if job.status is JobStatus.QUEUED:
             job.end(JobStatus.CANCELLED)
         assert status is job.status
@@ -222,7 +249,7 @@ class Store(RuleBasedStateMachine):
         with self.sessions.begin() as session:
             dispatched = jobs.dispatch(session, MODEL, room=10)
             jobs.redispatch_all(session)
-        due = {i for i, j in self.jobs.items() if j.status is JobStatus.QUEUED and j.lane is Lane.STANDARD}
+        due = {job_id for job_id in self.live(JobStatus.QUEUED) if self.jobs[job_id].lane is Lane.STANDARD}
         assert set(dispatched) == due
 
     @invariant()
