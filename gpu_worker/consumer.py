@@ -13,6 +13,7 @@ from celery.app.events import Events
 from celery.events.dispatcher import EventDispatcher
 from celery.utils.log import get_logger
 from celery.worker.consumer import Consumer
+from celery.worker.consumer.heart import Heart
 from celery.worker.consumer.tasks import Tasks
 
 from gpu_worker.control import engine_figures
@@ -107,7 +108,7 @@ class EngineConsumer(Consumer):
 class EngineStep(bootsteps.StartStopStep):
     """Ties channel, pool and event loop together, after every connect."""
 
-    requires = (Tasks,)
+    requires = (Tasks, Heart)  # so it stops before the heart does, which says goodbye for the worker
 
     def __init__(self, c: EngineConsumer, **options: Any) -> None:
         super().__init__(c, **options)
@@ -123,7 +124,7 @@ class EngineStep(bootsteps.StartStopStep):
         c.pool.deliveries.attach(channel, c.event_dispatcher)
 
     def stop(self, c: EngineConsumer) -> None:
-        c.flush_events()  # before the worker says goodbye
+        c.flush_events()
 
     def register_with_event_loop(self, c: EngineConsumer, hub: Any) -> None:
         """Called after every connect: the loop's timers were cleared with the old connection."""

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from embedded import EmbeddedRedis, redis_program
+from embedded import EmbeddedRedis
+from embedded_programs import redis_program
 from tests.integration.consumer_harness import Plant, wait_until
 
 PASSWORD = "a-password"
