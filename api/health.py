@@ -3,13 +3,13 @@
 import asyncio
 from typing import Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from api.deps import ServicesDep, private_router
+from api.deps import private_router, services_of
 from api.job_schemas import View
 from api.services import Services
 
@@ -50,8 +50,9 @@ async def live() -> LiveView:
 
 
 @public.get("/health/ready", responses={503: {"model": ReadyView}})
-async def ready(services: ServicesDep, response: Response) -> ReadyView:
+async def ready(request: Request, response: Response) -> ReadyView:
     """Whether requests should be sent here."""
+    services = services_of(request)
     status: Literal["ok", "draining", "unavailable"] = "ok"
     if services.draining.is_set():
         status = "draining"
@@ -62,8 +63,9 @@ async def ready(services: ServicesDep, response: Response) -> ReadyView:
 
 
 @public.get("/health", responses={503: {"model": HealthView}})
-async def health(services: ServicesDep, response: Response) -> HealthView:
+async def health(request: Request, response: Response) -> HealthView:
     """The whole picture. 503 only where jobs cannot be accepted."""
+    services = services_of(request)
     database, redis = await asyncio.gather(_check_database(services), _check_redis(services))
     queues = services.monitor.queues.values()
     num_workers = sum(queue.num_workers for queue in queues)

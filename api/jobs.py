@@ -8,7 +8,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from api.bodies import read_model
-from api.deps import ServicesDep, TenantId, private_router
+from api.deps import caller_of, private_router
 from api.job_events import JobEventStream, choices_of, read_all_chunks, start_of
 from api.job_inputs import (
     EventsQuery,
@@ -51,8 +51,9 @@ POLL_MILLISECONDS = 1_000  # how often a client without long polling should look
         ],
     },
 )
-async def submit_job(request: Request, services: ServicesDep, tenant_id: TenantId) -> Response:
+async def submit_job(request: Request) -> Response:
     """202 once the job is committed. With `Prefer: wait=N`, 200 and the result if it is done within N seconds."""
+    services, tenant_id = caller_of(request)
     body = await read_model(request, JobBody)
     options = body.to_options(idempotency_key(request, body))
     submitted = await services.submitter.submit(tenant_id, body.to_request(), options)
@@ -73,8 +74,9 @@ async def submit_job(request: Request, services: ServicesDep, tenant_id: TenantI
 @router.get(
     "/v1/jobs", responses={200: {"model": JobListView}}, openapi_extra={"parameters": query_parameters(ListQuery)}
 )
-async def list_jobs(request: Request, services: ServicesDep, tenant_id: TenantId) -> Response:
+async def list_jobs(request: Request) -> Response:
     """The tenant's jobs, newest first, without their output. Go on with `after` = `last_id` while `has_more`."""
+    services, tenant_id = caller_of(request)
     query = read_query(request, ListQuery)
     found = await services.read(
         job_queries.list_jobs,
@@ -104,8 +106,9 @@ async def list_jobs(request: Request, services: ServicesDep, tenant_id: TenantId
     responses={200: {"model": JobView}},
     openapi_extra={"parameters": query_parameters(WaitQuery)},
 )
-async def read_job(job_id: str, request: Request, services: ServicesDep, tenant_id: TenantId) -> Response:
+async def read_job(job_id: str, request: Request) -> Response:
     """The job as it is; with `wait`, as it is at its end or when the time is over."""
+    services, tenant_id = caller_of(request)
     query = read_query(request, WaitQuery)
     include = included(query.include, {"input", "output"})
     record = await _find(services, job_id, tenant_id, with_request="input" in include)
@@ -123,8 +126,9 @@ async def read_job(job_id: str, request: Request, services: ServicesDep, tenant_
     responses={200: {"content": {"text/event-stream": {}}}, 204: {"description": "The last event was seen already."}},
     openapi_extra={"parameters": query_parameters(EventsQuery)},
 )
-async def stream_job(job_id: str, request: Request, services: ServicesDep, tenant_id: TenantId) -> Response:
+async def stream_job(job_id: str, request: Request) -> Response:
     """Server-sent events from the start, a cursor (`Last-Event-ID` or `starting_after`), a snapshot or now."""
+    services, tenant_id = caller_of(request)
     query = read_query(request, EventsQuery)
     include = included(query.include, {"token_ids"})
     cursor = stream_cursor(request.headers.get("last-event-id"), query.starting_after)
@@ -151,8 +155,9 @@ async def stream_job(job_id: str, request: Request, services: ServicesDep, tenan
     responses={200: {"content": {"text/plain": {}, "application/json": {}}}},
     openapi_extra={"parameters": query_parameters(OutputQuery)},
 )
-async def read_output(job_id: str, request: Request, services: ServicesDep, tenant_id: TenantId) -> Response:
+async def read_output(job_id: str, request: Request) -> Response:
     """The text of one choice as text/plain, or all choices as JSON, by `Accept`; partial while the job runs."""
+    services, tenant_id = caller_of(request)
     query = read_query(request, OutputQuery)
     record = await _find(services, job_id, tenant_id)
     output = output_view(record.result) or await _partial_output(services, record.job.id)
@@ -171,9 +176,10 @@ async def read_output(job_id: str, request: Request, services: ServicesDep, tena
 
 
 @router.post("/v1/jobs/{job_id}/cancel", responses={200: {"model": JobView}})
-async def cancel_job(job_id: str, services: ServicesDep, tenant_id: TenantId) -> Response:
+async def cancel_job(job_id: str, request: Request) -> Response:
     """A queued job is cancelled now, a running one within a step of its engine; its output so far is kept. A finished
     one stays as it is."""
+    services, tenant_id = caller_of(request)
     id_ = _parse_job_id(job_id)
     status = await services.write(jobs.cancel, id_, tenant_id)
     if status is None:
@@ -187,8 +193,9 @@ async def cancel_job(job_id: str, services: ServicesDep, tenant_id: TenantId) ->
 
 
 @router.delete("/v1/jobs/{job_id}")
-async def delete_job(job_id: str, services: ServicesDep, tenant_id: TenantId) -> Response:
+async def delete_job(job_id: str, request: Request) -> Response:
     """Erase the job with its input, output and stream. One that runs is stopped."""
+    services, tenant_id = caller_of(request)
     record = await _find(services, job_id, tenant_id, with_result=False)
     if not await services.write(jobs.delete, record.job.id, tenant_id):
         raise _not_found(job_id)

@@ -18,6 +18,7 @@ from observability import (
     http_request_seconds,
     http_requests_in_progress,
     http_requests_total,
+    labelled,
     request_id_context,
 )
 
@@ -82,8 +83,8 @@ def _route_of(scope: Scope) -> str:
 
 def _count(scope: Scope, status: int, seconds: float) -> None:
     route = _route_of(scope)
-    http_requests_total.labels(scope["method"], route, str(status)).inc()
-    http_request_seconds.labels(route).observe(seconds)
+    labelled(http_requests_total, scope["method"], route, str(status)).inc()
+    labelled(http_request_seconds, route).observe(seconds)
 
 
 class BodyLimit:

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
+from fastapi import Request
 from sqlalchemy.exc import SQLAlchemyError
 
-from api.deps import ServicesDep, private_router
+from api.deps import private_router, services_of
 from api.job_schemas import View
 from api.queue_monitor import ModelQueue
 from domain.errors import StorageUnavailable
@@ -31,10 +32,10 @@ class QueueListView(View):
 
 
 @router.get("/v1/queue")
-async def read_queue(services: ServicesDep) -> QueueListView:
+async def read_queue(request: Request) -> QueueListView:
     """Of all tenants together: numbers only. `eta_seconds` is that of a job submitted now."""
     try:
-        queues = await services.monitor.read()
+        queues = await services_of(request).monitor.read()
     except (SQLAlchemyError, OSError) as exc:
         raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2) from exc
     return QueueListView(data=[_view(queue) for queue in queues.values()])

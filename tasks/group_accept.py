@@ -37,6 +37,13 @@ _UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout, OSError)
 class _Waiting:
     new_job: NewJob
     answer: asyncio.Future[Accepted]
+    since: float  # monotonic
+
+
+@dataclass(frozen=True, slots=True)
+class _Flush:
+    group: list[_Waiting]
+    since: float  # monotonic
 
 
 class GroupAcceptor:
@@ -47,37 +54,44 @@ class GroupAcceptor:
         self._max_queued_jobs = max_queued_jobs
         self._waiting: deque[_Waiting] = deque()
         self._wakeup = asyncio.Event()
-        self._flush_started: dict[int, float] = {}  # monotonic, by flusher
-        self._flushers: list[asyncio.Task[None]] = []
+        self._under_way: dict[int, _Flush] = {}  # by flusher
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        self._flushers = [asyncio.create_task(self._flush_forever(number)) for number in range(NUM_FLUSHERS)]
+        self._tasks = [asyncio.create_task(self._flush_forever(number)) for number in range(NUM_FLUSHERS)]
+        self._tasks.append(asyncio.create_task(self._give_up_on_the_late()))
 
     async def stop(self) -> None:
         """Jobs still waiting are refused as unavailable; their clients retry elsewhere."""
-        for flusher in self._flushers:
-            flusher.cancel()
-        await asyncio.gather(*self._flushers, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         while self._waiting:
             _refuse(self._waiting.popleft(), StorageUnavailable("this server is shutting down; retry"))
 
     async def accept(self, new_job: NewJob) -> Accepted:
         """Returns once the group's COMMIT did. Raises ServerOverloaded or StorageUnavailable, at once where known."""
         self._refuse_hopeless()
-        waiting = _Waiting(new_job, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(new_job, asyncio.get_running_loop().create_future(), time.monotonic())
         self._waiting.append(waiting)
         self._wakeup.set()
-        try:
-            return await asyncio.wait_for(waiting.answer, ANSWER_SECONDS)
-        except TimeoutError:
-            raise _unconfirmed() from None
+        return await waiting.answer
 
     def _refuse_hopeless(self) -> None:
         if len(self._waiting) >= MAX_WAITING:
             raise ServerOverloaded(f"{MAX_WAITING} submissions are waiting to be accepted; retry in a moment")
-        started = self._flush_started.values()
-        if len(started) == NUM_FLUSHERS and time.monotonic() - max(started) > STALLED_SECONDS:
+        stalled_since = time.monotonic() - STALLED_SECONDS
+        flushes = self._under_way.values()
+        if len(flushes) == NUM_FLUSHERS and all(flush.since < stalled_since for flush in flushes):
             raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=5)
+
+    async def _give_up_on_the_late(self) -> None:
+        """A database that hangs answers nobody, so somebody has to. One look at all costs less than a timer each."""
+        while True:
+            await asyncio.sleep(ANSWER_SECONDS / 10)
+            too_old = time.monotonic() - ANSWER_SECONDS
+            for group in (self._waiting, *(flush.group for flush in self._under_way.values())):
+                _refuse_all([waiting for waiting in group if waiting.since < too_old], _unconfirmed())
 
     async def _flush_forever(self, number: int) -> None:
         while True:
@@ -86,14 +100,14 @@ class GroupAcceptor:
             if not group:
                 self._wakeup.clear()
                 continue
-            self._flush_started[number] = time.monotonic()
+            self._under_way[number] = _Flush(group, time.monotonic())
             try:
                 await self._flush(group)
             except Exception as exc:  # an outermost loop: one bad group must not end all accepting
                 log.exception("accepting a group of jobs failed", extra={"num_jobs": len(group)})
                 _refuse_all(group, exc)
             finally:
-                del self._flush_started[number]
+                del self._under_way[number]
                 _refuse_all(group, _unconfirmed())  # only a flush cut short by `stop` leaves someone without answer
 
     def _take_group(self) -> list[_Waiting]:

@@ -21,7 +21,7 @@ from domain.errors import (
 )
 from domain.ids import new_id
 from domain.requests import GenerationRequest, SamplingParams
-from observability import jobs_submitted_total, llm_requests_total, prompt_tokens_total
+from observability import jobs_submitted_total, labelled, llm_requests_total, prompt_tokens_total
 from settings import Settings
 from storage.jobs import Accepted, AcceptOutcome, NewJob
 from tasks.group_accept import GroupAcceptor
@@ -81,13 +81,13 @@ class Submitter:
             accepted = await self._acceptor.accept(new_job)
             _raise_refusal(accepted, options)
         except CeleriacError as exc:
-            jobs_submitted_total.labels(view.spec.id, exc.code).inc()
+            labelled(jobs_submitted_total, view.spec.id, exc.code).inc()
             raise
-        jobs_submitted_total.labels(view.spec.id, accepted.outcome.value).inc()
+        labelled(jobs_submitted_total, view.spec.id, accepted.outcome.value).inc()
         is_new = accepted.outcome is AcceptOutcome.ACCEPTED
         if is_new:
-            llm_requests_total.labels(view.spec.id).inc()
-            prompt_tokens_total.labels(view.spec.id).inc(len(new_job.prompt_token_ids))
+            labelled(llm_requests_total, view.spec.id).inc()
+            labelled(prompt_tokens_total, view.spec.id).inc(len(new_job.prompt_token_ids))
             self._dispatch_soon(view.spec.id)
         return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job)
 

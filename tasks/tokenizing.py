@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from domain.errors import ContextLengthExceeded, ServerOverloaded
 from domain.requests import GenerationRequest
-from observability import tokenize_seconds
+from observability import labelled, tokenize_seconds
 from tasks.models import ModelView
 
 # Ordinary text has three to five characters a token. More than this many cannot fit the context, so the tokenizer is
@@ -31,7 +31,7 @@ class TokenizingPool:
         refuse_endless_prompt(view, request, num_chars)
         started = time.perf_counter()
         ids = view.encode(request) if num_chars <= INLINE_CHARS else await self._encode_in_thread(view, request)
-        tokenize_seconds.labels(view.spec.id).observe(time.perf_counter() - started)
+        labelled(tokenize_seconds, view.spec.id).observe(time.perf_counter() - started)
         return ids
 
     async def _encode_in_thread(self, view: ModelView, request: GenerationRequest) -> list[int]:

@@ -1,0 +1,60 @@
+"""Servers that do nothing, behind the same uvicorn settings as the API: the ceilings of bench.accept."""
+
+import logging
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.app import create_app
+from api.deps import private_router
+from api.server import make_server, open_socket
+from domain.catalog import Catalog, ModelSpec
+from observability import configure_logging
+from settings import get_settings
+
+BODY = b'{"id":"job_01JABCDEFGHJKMNPQRSTVWXYZ0","object":"job","status":"queued"}' + b" " * 600
+
+
+async def answer_barely(scope: Scope, receive: Receive, send: Send) -> None:
+    while (await receive()).get("more_body"):
+        pass
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(BODY)).encode())]
+    await send({"type": "http.response.start", "status": 202, "headers": headers})
+    await send({"type": "http.response.body", "body": BODY})
+
+
+class Bare:
+    """In front of everything else."""
+
+    def __init__(self, app: object) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == "/bare":
+            await answer_barely(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)  # type: ignore[operator]
+
+
+def main() -> None:
+    configure_logging("INFO", "text")
+    router = private_router()
+
+    @router.post("/v1/jobs")
+    async def answer_nothing(request: Request) -> Response:
+        await request.body()
+        return Response(BODY, 202, media_type="application/json")
+
+    spec = ModelSpec(id="fake", path="fake", backend="fake", max_model_len=64)
+    app = create_app(get_settings(), Catalog([spec]))
+    app.router.routes.clear()
+    app.include_router(router)
+    app.add_middleware(Bare)
+    with open_socket("127.0.0.1", 0) as listening:
+        logging.getLogger("bench").info("listening on http://127.0.0.1:%s", listening.getsockname()[1])
+        make_server(app).run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    main()
