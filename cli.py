@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from explain import explain
+
 if TYPE_CHECKING:
     from uuid import UUID
 
@@ -17,10 +19,6 @@ if TYPE_CHECKING:
     from domain.catalog import Catalog
     from settings import Settings
 
-#: Errors that explain themselves: shown as one line, without a traceback. By name, since importing them takes long.
-EXPECTED_ERRORS = frozenset(
-    {"AlreadyUp", "ApiError", "ApiUnreachable", "EmbeddedServerError", "MalformedKey", "StartFailed", "UnknownSetting"}
-)
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
 
 
@@ -37,30 +35,6 @@ class Commands(click.Group):
             if message := explain(exc):
                 raise click.ClickException(message) from exc
             raise
-
-
-def explain(exc: Exception) -> str | None:
-    """What to tell of an error that is the situation's and not ours: what happened, and what to do. None: a bug."""
-    names = {kind.__name__ for kind in type(exc).__mro__}
-    if names & EXPECTED_ERRORS:
-        return str(exc)
-    if "CeleriacError" in names:
-        return str(exc)
-    if "OperationalError" in names:
-        return (
-            f"the database does not answer: {str(exc).strip().splitlines()[0]}; "
-            "start everything with `celeriac up`, or name a server in CELERIAC_DATABASE_URL"
-        )
-    if getattr(exc, "title", "") == "Settings":
-        return "; ".join(explain_setting(error) for error in exc.errors(include_url=False))  # type: ignore[attr-defined]
-    return None
-
-
-def explain_setting(error: dict[str, Any]) -> str:
-    """One of Pydantic's errors on the settings. URLs and keys hold secrets: their values are not shown."""
-    name = "_".join(map(str, error["loc"]))
-    is_secret = name.endswith(("_url", "_key"))
-    return f"CELERIAC_{name.upper()} is {'wrong' if is_secret else repr(error['input'])}: {error['msg']}"
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -165,6 +139,22 @@ def migrate() -> None:
         with _session(settings) as session:
             api_keys.ensure(session, settings.bootstrap_api_key, DEFAULT_TENANT_ID, name="bootstrap")
         click.echo("The bootstrap key is in place.")
+
+
+@main.command()
+def env() -> None:
+    """Print the servers' URLs as shell variables, for Celery's own commands and psql.
+
+    \b
+    eval "$(celeriac env)"
+    celery -A tasks.app inspect ping
+    psql "$CELERIAC_DATABASE_URL"
+    """
+    import shlex
+
+    settings = _settings()
+    click.echo(f"export CELERIAC_DATABASE_URL={shlex.quote(settings.database_url)}")
+    click.echo(f"export CELERIAC_REDIS_URL={shlex.quote(settings.redis_url)}")
 
 
 # Jobs
@@ -321,16 +311,9 @@ def _set(name: str, value: object) -> None:
 
 
 def _settings() -> "Settings":
-    """The settings, with the servers of the `celeriac up` of this folder where none are named."""
-    from launcher import find_running
-    from settings import Settings, get_settings
+    from running import settings_here
 
-    given = Settings()
-    running = find_running(given.data_dir)
-    for name in ("database_url", "redis_url"):
-        if running and name not in given.model_fields_set and name in running:
-            _set(f"CELERIAC_{name.upper()}", running[name])
-    return get_settings()
+    return settings_here()
 
 
 @contextmanager
@@ -365,7 +348,7 @@ def _become_celery(app: str, *arguments: str) -> NoReturn:
 
 def _client(url: str | None, key: str | None) -> "Client":
     from client import Client
-    from launcher import find_running
+    from running import find_running
     from settings import get_settings
 
     settings = get_settings()

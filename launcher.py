@@ -4,8 +4,6 @@ Nothing that was started here outlives us: each process has a guard that waits o
 however we end, and then stops the process and its children.
 """
 
-import fcntl
-import json
 import os
 import signal
 import socket
@@ -15,7 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Self
 
 MAX_LOG_BYTES = 50_000_000
 FIRST_BACKOFF_SECONDS = 0.5
@@ -159,79 +156,6 @@ class Launcher:
             if all(now - started_at > service.stop_seconds for service in running):
                 return
             time.sleep(0.05)
-
-
-class AlreadyUp(Exception):
-    """Another `celeriac up` holds the folder."""
-
-
-class UpLock:
-    """The lock that makes `celeriac up` one per data folder, with a note for other commands: its pid and its URLs.
-
-    The lock is the kernel's (flock), so one that a killed process left behind is free.
-    """
-
-    def __init__(self, data_dir: Path) -> None:
-        self._path = data_dir / "up.json"
-        self._file: IO[str] | None = None
-
-    def take(self) -> Self:
-        """Raises AlreadyUp, which names the holder."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+")  # noqa: SIM115  (held until release)
-        if not _locked(file):
-            note = _note_in(file)
-            file.close()
-            raise AlreadyUp(
-                f"celeriac up runs here already (pid {note.get('pid', '?')}, {note.get('api_url', 'still starting')}); "
-                f"stop it with Ctrl-C in its terminal or with: kill {note.get('pid', '?')}"
-            )
-        self._file = file
-        self.write({"pid": os.getpid()})
-        return self
-
-    def write(self, note: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.seek(0)
-        self._file.truncate()
-        json.dump(note, self._file)
-        self._file.flush()
-
-    def release(self) -> None:
-        if self._file is not None:
-            self._file.truncate(0)
-            self._file.close()
-        self._file = None
-
-
-def find_running(data_dir: Path) -> dict[str, Any] | None:
-    """The note of the `celeriac up` that runs on this data folder now; None where none does."""
-    path = data_dir / "up.json"
-    if not path.exists():
-        return None
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _note_in(file)
-    return None
-
-
-def _locked(file: IO[str]) -> bool:
-    """Take the lock. Tries for a moment: `find_running` of another command holds it while it looks."""
-    for _ in range(20):
-        with suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def _note_in(file: IO[str]) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read()))
-    except (ValueError, OSError):
-        return {}
 
 
 def free_port(host: str, wanted: int) -> int:

@@ -17,7 +17,8 @@ from typing import Any
 from client import ApiError, ApiUnreachable, Client
 from domain.catalog import Catalog
 from embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, EmbeddedServerError
-from launcher import Launcher, Service, UpLock, free_port, is_free, set_aside, short_path
+from launcher import Launcher, Service, free_port, is_free, set_aside, short_path
+from running import UpLock
 from settings import ROOT, Settings
 from terminal import Board, JobPrinter, first_steps, plain_console, where_everything_is
 
@@ -253,7 +254,7 @@ class Up:
         return self._settings.data_dir / "logs" / f"{name}.log"
 
     def _note(self) -> dict[str, Any]:
-        """What other commands in this folder may want to know (`launcher.find_running`)."""
+        """What other commands in this folder may want to know (`running.find_running`)."""
         return {
             "pid": os.getpid(),
             "api_url": self._api_url,

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import AlreadyUp, Launcher, Service, UpLock, find_running, free_port, is_free, set_aside, trim_log
+from launcher import Launcher, Service, free_port, is_free, set_aside, trim_log
+from running import AlreadyUp, UpLock, find_running
 
 SLEEP = "import time; time.sleep(600)"
 STUBBORN = (
@@ -175,7 +176,7 @@ def test_the_lock_of_a_killed_up_is_free(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from launcher import UpLock
+from running import UpLock
 lock = UpLock(Path({str(tmp_path)!r})).take()
 print("held", flush=True)
 time.sleep(600)

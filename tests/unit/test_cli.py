@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import cli
 from client import job_body, parse_events
+from explain import explain
 from settings import get_settings
 
 ROOT = Path(cli.__file__).parent
@@ -85,7 +86,7 @@ def test_a_models_file_that_makes_no_sense_stops_up_before_it_starts(run: Any, t
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    assert cli.explain(KeyError("x")) is None
+    assert explain(KeyError("x")) is None
 
 
 def test_flower_stays_on_this_machine_unless_it_asks_for_a_password(run: Any) -> None:

@@ -1,0 +1,95 @@
+"""Which `celeriac up` runs on a data folder: the lock that makes it one, and the note that tells others its URLs."""
+
+import fcntl
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Self
+
+from settings import PREFIX, Settings, get_settings
+
+
+class AlreadyUp(Exception):
+    """Another `celeriac up` holds the folder."""
+
+
+class UpLock:
+    """The lock that makes `celeriac up` one per data folder, with a note for other commands: its pid and its URLs.
+
+    The lock is the kernel's (flock), so one that a killed process left behind is free.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self._path = data_dir / "up.json"
+        self._file: IO[str] | None = None
+
+    def take(self) -> Self:
+        """Raises AlreadyUp, which names the holder."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+")  # noqa: SIM115  (held until release)
+        if not _locked(file):
+            note = _note_in(file)
+            file.close()
+            raise AlreadyUp(
+                f"celeriac up runs here already (pid {note.get('pid', '?')}, {note.get('api_url', 'still starting')}); "
+                f"stop it with Ctrl-C in its terminal or with: kill {note.get('pid', '?')}"
+            )
+        self._file = file
+        self.write({"pid": os.getpid()})
+        return self
+
+    def write(self, note: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        self._file.truncate()
+        json.dump(note, self._file)
+        self._file.flush()
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.truncate(0)
+            self._file.close()
+        self._file = None
+
+
+def find_running(data_dir: Path) -> dict[str, Any] | None:
+    """The note of the `celeriac up` that runs on this data folder now; None where none does."""
+    path = data_dir / "up.json"
+    if not path.exists():
+        return None
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _note_in(file)
+    return None
+
+
+def _locked(file: IO[str]) -> bool:
+    """Take the lock. Tries for a moment: `find_running` of another command holds it while it looks."""
+    for _ in range(20):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _note_in(file: IO[str]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read()))
+    except (ValueError, OSError):
+        return {}
+
+
+def settings_here() -> Settings:
+    """The settings, with the servers of the `celeriac up` of this folder where none are named. They go into the
+    environment, so that a process we become finds them, too."""
+    given = Settings()
+    running = find_running(given.data_dir) or {}
+    for name in ("database_url", "redis_url"):
+        if name in running and name not in given.model_fields_set:
+            os.environ[PREFIX + name.upper()] = running[name]
+    return get_settings()
