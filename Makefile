@@ -15,6 +15,9 @@ READY_TO_RUN := $(VENV)/.ready-to-run-$(PINS)
 READY_TO_TEST := $(VENV)/.ready-to-test-$(PINS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+SECONDS := 300
+SEED := 1
+
 .PHONY: help run test check format chaos bench constraints clean
 
 help: ## list these targets
@@ -36,11 +39,11 @@ format: $(READY_TO_TEST) ## rewrite the files as `make check` wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-chaos: $(READY_TO_TEST) ## kill, stop and flush while jobs run, for longer than the tests do
-	$(BIN)/python -m pytest tests/chaos --timeout 1800
+chaos: $(READY_TO_TEST) ## kill, pause and flush while jobs run, and judge what came out: make chaos SECONDS=600 SEED=7
+	$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED)
 
 bench: $(READY_TO_TEST) ## every speed figure, measured on this machine, beside its ceiling
-	@for name in storage accept consumer; do echo "== $$name"; $(BIN)/python -m bench.$$name || exit 1; done
+	@for name in storage accept consumer engine; do echo "== $$name"; $(BIN)/python -m bench.$$name || exit 1; done
 
 constraints: ## pin every dependency again, at today's versions
 	$(PYTHON) -m venv --clear $(VENV)/repin
