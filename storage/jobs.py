@@ -5,7 +5,6 @@ through `AsyncSession.run_sync`. Only the database's clock sets and judges lease
 `storage/jobs_sql.py`; reading is in `storage/job_queries.py`.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,25 +12,16 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-import psycopg
-from psycopg.types.array import ListBinaryDumper
 from sqlalchemy import Row, TextClause, select
 from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobError, JobStatus, Lane
 from domain.requests import GenerationRequest, GenerationResult
+from storage import jobs_columns as columns
 from storage import jobs_sql as sql
 from storage.jobs_partial import ERRORS, store_partial_results
 from storage.tables import Job
-
-
-class Packed(list[Any]):
-    """An array that travels in binary: as text, every quote in it is escaped by a regular expression, which costs more
-    than all the rest of a statement's parameters."""
-
-
-psycopg.adapters.register_dumper(Packed, ListBinaryDumper)
 
 DEPTH = 16  # how much further than asked a tenant's queue is read: others may hold its head at the moment
 
@@ -141,8 +131,8 @@ def accept(session: Session, new_jobs: Sequence[NewJob], *, max_queued_jobs: int
     if not new_jobs:
         return []
     firsts = _first_of_each(new_jobs)
-    columns = _columns([new_jobs[place] for place in firsts]) | {"max_queued_jobs": max_queued_jobs}
-    created_at_by_id: dict[UUID, datetime] = {row.id: row.created_at for row in session.execute(sql.ACCEPT, columns)}
+    parameters = columns.of_new_jobs([new_jobs[place] for place in firsts]) | {"max_queued_jobs": max_queued_jobs}
+    created_at_by_id: dict[UUID, datetime] = {row.id: row.created_at for row in session.execute(sql.ACCEPT, parameters)}
     accepted = {place for place in firsts if new_jobs[place].id in created_at_by_id}
     outcomes = _outcomes_of_others(session, {p: job for p, job in enumerate(new_jobs) if p not in accepted})
     return [
@@ -216,15 +206,7 @@ def commit_chunks(session: Session, commits: Sequence[ChunkCommit], *, lease_sec
     ambiguous commit. Each job at most once, each with at least one chunk."""
     if not commits:
         return []
-    parameters = {
-        "ids": [commit.job_id for commit in commits],
-        "attempts": [commit.attempt for commit in commits],
-        "before": [commit.chunks[0].sequence_number - 1 for commit in commits],
-        "after": [commit.chunks[-1].sequence_number for commit in commits],
-        "num_tokens": [sum(len(chunk.token_ids) for chunk in commit.chunks) for commit in commits],
-        "chunks": Packed(_json_array(commit.chunks) for commit in commits),
-        "lease_seconds": lease_seconds,
-    }
+    parameters = columns.of_commits(commits) | {"lease_seconds": lease_seconds}
     return [Held(*row) for row in session.execute(sql.COMMIT_CHUNKS, parameters)]
 
 
@@ -241,16 +223,7 @@ def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UU
     whose commit was ambiguous, ended so. Without a result, the committed chunks become a partial one."""
     if not finalisations:
         return []
-    parameters = {
-        "ids": [ending.job_id for ending in finalisations],
-        "attempts": [ending.attempt for ending in finalisations],
-        "last": [ending.last_sequence_number for ending in finalisations],
-        "statuses": [ending.status.value for ending in finalisations],
-        "finish_reasons": [ending.finish_reason and ending.finish_reason.value for ending in finalisations],
-        "errors": Packed(ending.error and ending.error.model_dump_json() for ending in finalisations),
-        "results": Packed(ending.result and ending.result.model_dump_json() for ending in finalisations),
-    }
-    ended = list(session.execute(sql.FINALISE, parameters).scalars())
+    ended = list(session.execute(sql.FINALISE, columns.of_endings(finalisations)).scalars())
     without_result = {
         ending.job_id: ending.status
         for ending in finalisations
@@ -330,10 +303,6 @@ def _returned(session: Session, statement: TextClause, parameters: dict[str, Any
     return returned
 
 
-def _json_array(chunks: Sequence[TokenChunk]) -> str:
-    return "[" + ",".join(chunk.model_dump_json(exclude_defaults=True) for chunk in chunks) + "]"
-
-
 def _num_rows(session: Session, statement: TextClause, parameters: dict[str, Any]) -> int:
     result = session.connection().execute(statement, parameters)
     return int(result.rowcount)
@@ -353,43 +322,13 @@ def _first_of_each(new_jobs: Sequence[NewJob]) -> list[int]:
     return firsts
 
 
-def _columns(new_jobs: Sequence[NewJob]) -> dict[str, list[Any]]:
-    return {
-        "ids": [job.id for job in new_jobs],
-        "tenant_ids": [job.tenant_id for job in new_jobs],
-        "models": [job.request.model for job in new_jobs],
-        "model_revisions": [job.model_revision for job in new_jobs],
-        "priorities": [job.priority for job in new_jobs],
-        "idempotency_keys": [job.idempotency_key for job in new_jobs],
-        "request_hashes": Packed(job.request_hash for job in new_jobs),
-        "max_failures": [job.max_failures for job in new_jobs],
-        "start_timeouts": [job.start_timeout_seconds for job in new_jobs],
-        "deadlines": [job.deadline_at for job in new_jobs],
-        "run_timeouts": [job.run_timeout_seconds for job in new_jobs],
-        "num_prompt_tokens": [len(job.prompt_token_ids) for job in new_jobs],
-        "max_tokens": [job.max_tokens for job in new_jobs],
-        "seeds": [job.seed for job in new_jobs],
-        "costs": [job.cost for job in new_jobs],
-        "metadata": Packed(json.dumps(job.metadata) for job in new_jobs),
-        "result_ttls": [job.result_ttl_seconds for job in new_jobs],
-        "requests": Packed(job.request.model_dump_json() for job in new_jobs),
-        "prompt_token_ids": ["{" + ",".join(map(str, job.prompt_token_ids)) + "}" for job in new_jobs],
-    }
-
-
 def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> dict[int, Accepted]:
     """What became of the jobs that were not inserted: they exist already, or there was no room."""
     if not job_by_place:
         return {}
     places, new_jobs = list(job_by_place), list(job_by_place.values())
-    columns = {
-        "ids": [job.id for job in new_jobs],
-        "tenant_ids": [job.tenant_id for job in new_jobs],
-        "idempotency_keys": [job.idempotency_key for job in new_jobs],
-        "request_hashes": Packed(job.request_hash for job in new_jobs),
-    }
     outcomes = {p: Accepted(job.id, AcceptOutcome.TOO_MANY_QUEUED) for p, job in job_by_place.items()}
-    for row in session.execute(sql.EXISTING, columns):
+    for row in session.execute(sql.EXISTING, columns.of_names(new_jobs)):
         place = places[row.place - 1]
         if row.is_same:
             outcomes[place] = Accepted(row.id, AcceptOutcome.DUPLICATE)
