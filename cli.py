@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from cli_keys import keys
 from explain import explain
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
-    from sqlalchemy.orm import Session
-
     from client import Client
     from domain.catalog import Catalog
     from settings import Settings
@@ -103,7 +100,10 @@ def worker(model: str | None, name: str | None) -> None:
 
 @main.command()
 def maintenance() -> None:
-    """Run the maintenance worker with its clock: dispatch, rescue, expire, prune."""
+    """Run the maintenance worker and its clock.
+
+    Once a second it dispatches, rescues, expires and prunes what nobody else did.
+    """
     _settings()
     options = ["--beat", "--pool=threads", "--concurrency=4", "--hostname=maintenance@%h"]
     _become_celery("tasks.app", "worker", *options, "--without-mingle", "--without-gossip")
@@ -113,7 +113,10 @@ def maintenance() -> None:
 @click.option("--address", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=int, help="Port to listen on.  [default: CELERIAC_FLOWER_PORT or 5555]")
 def flower(address: str, port: int | None) -> None:
-    """Serve Flower, which shows workers and tasks. Beyond this machine only with FLOWER_BASIC_AUTH=user:password."""
+    """Serve Flower, which shows workers and tasks.
+
+    Beyond this machine only with FLOWER_BASIC_AUTH=user:password in the environment.
+    """
     if address not in LOOPBACK_ADDRESSES and not os.environ.get("FLOWER_BASIC_AUTH"):
         raise click.UsageError(
             f"Flower on {address} could be used by anybody who reaches it to cancel jobs and stop workers; "
@@ -126,24 +129,30 @@ def flower(address: str, port: int | None) -> None:
 
 @main.command()
 def migrate() -> None:
-    """Bring the database schema up to date, and create the key of CELERIAC_BOOTSTRAP_API_KEY where it is set."""
+    """Bring the database schema up to date.
+
+    Puts the key of CELERIAC_BOOTSTRAP_API_KEY in place, too, where it is set. Safe to repeat.
+    """
     settings = _settings()
     from storage.database import migrate as migrate_database
 
     migrate_database(settings.database_url)
     click.echo("The schema is up to date.")
     if settings.bootstrap_api_key is not None:
+        from cli_keys import transaction
         from storage import api_keys
         from storage.tables import DEFAULT_TENANT_ID
 
-        with _session(settings) as session:
+        with transaction(settings) as session:
             api_keys.ensure(session, settings.bootstrap_api_key, DEFAULT_TENANT_ID, name="bootstrap")
         click.echo("The bootstrap key is in place.")
 
 
 @main.command()
 def env() -> None:
-    """Print the servers' URLs as shell variables, for Celery's own commands and psql.
+    """Print the servers' URLs as shell variables.
+
+    For Celery's own commands and psql, for instance:
 
     \b
     eval "$(celeriac env)"
@@ -210,7 +219,12 @@ def submit(prompt: str, mode: str, url: str | None, key: str | None, **options: 
 @click.option("--after", metavar="N", help="Begin after the event with this number instead of at the start.")
 @connection_options
 def watch(job_id: str, after: str | None, url: str | None, key: str | None) -> None:
-    """Print the text of JOB_ID, from its start, as far as it is and as it goes on."""
+    """Print a job's text, as it is and as it goes on.
+
+    \b
+    celeriac watch job_01...               from its start
+    celeriac watch --after 12 job_01...    behind the event with the id 12
+    """
     from terminal import follow
 
     with _client(url, key) as client:
@@ -248,57 +262,13 @@ def jobs(status: str | None, model: str | None, limit: int, url: str | None, key
 
 @main.command()
 def models() -> None:
-    """List the models of models.toml; the first one is the default."""
+    """List the models of models.toml."""
     from terminal import models_table, show
 
     show(models_table(_catalog(_settings())))
 
 
-@main.group(cls=Commands)
-def keys() -> None:
-    """Make, list and revoke API keys (they count where CELERIAC_AUTH=api_key)."""
-
-
-@keys.command("create")
-@click.option("--name", default="", help="What the key is for.")
-@click.option(
-    "--tenant", default="default", show_default=True, help="Whose jobs it runs; a new name makes a new tenant."
-)
-@click.option("--days", type=click.IntRange(1), help="Valid for so many days.  [default: until revoked]")
-def create_key(name: str, tenant: str, days: int | None) -> None:
-    """Make a key and print it. This is the only time that it is shown."""
-    from datetime import UTC, datetime, timedelta
-
-    from storage import api_keys, tenants
-
-    expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
-    with _session(_settings()) as session:
-        owner = tenants.get_by_name(session, tenant) or tenants.create(session, tenant)
-        click.echo(api_keys.create(session, owner.id, name=name, expires_at=expires_at))
-
-
-@keys.command("list")
-@click.option("--tenant", default="default", show_default=True)
-def list_keys(tenant: str) -> None:
-    """List a tenant's keys, newest first; secrets are not stored and cannot be shown."""
-    from storage import api_keys
-    from terminal import keys_table, show
-
-    with _session(_settings()) as session:
-        show(keys_table(api_keys.list_keys(session, _tenant_id(session, tenant))))
-
-
-@keys.command("revoke")
-@click.argument("key_id")
-@click.option("--tenant", default="default", show_default=True)
-def revoke_key(key_id: str, tenant: str) -> None:
-    """Make a key worthless. KEY_ID is its middle part: sk_<id>_..."""
-    from storage import api_keys
-
-    with _session(_settings()) as session:
-        if not api_keys.revoke(session, key_id, _tenant_id(session, tenant)):
-            raise click.ClickException(f"tenant {tenant} has no live key {key_id}; list them: celeriac keys list")
-    click.echo(f"Key {key_id} is revoked.")
+main.add_command(keys)
 
 
 # Helpers
@@ -314,30 +284,6 @@ def _settings() -> "Settings":
     from running import settings_here
 
     return settings_here()
-
-
-@contextmanager
-def _session(settings: "Settings") -> Iterator["Session"]:
-    """One transaction, committed at the end."""
-    from storage.database import open_database, session_factory
-
-    database = open_database(settings.database_url)
-    try:
-        with session_factory(database).begin() as session:
-            yield session
-    finally:
-        database.dispose()
-
-
-def _tenant_id(session: "Session", name: str) -> "UUID":
-    from storage import tenants
-
-    tenant = tenants.get_by_name(session, name)
-    if tenant is None:
-        raise click.ClickException(
-            f"there is no tenant {name}; make it with a key: celeriac keys create --tenant {name}"
-        )
-    return tenant.id
 
 
 def _become_celery(app: str, *arguments: str) -> NoReturn:

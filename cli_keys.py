@@ -1,0 +1,91 @@
+"""`celeriac keys`. Imports what it needs when it runs, as all of the command does."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+
+    from settings import Settings
+
+
+@click.group()
+def keys() -> None:
+    """Make, list and revoke API keys.
+
+    They are asked for where CELERIAC_AUTH=api_key.
+    """
+
+
+@keys.command("create")
+@click.option("--name", default="", help="What the key is for.")
+@click.option(
+    "--tenant", default="default", show_default=True, help="Whose jobs it runs; a new name makes a new tenant."
+)
+@click.option("--days", type=click.IntRange(1), help="Valid for so many days.  [default: until revoked]")
+def create_key(name: str, tenant: str, days: int | None) -> None:
+    """Make a key and print it. This is the only time that it is shown."""
+    from datetime import UTC, datetime, timedelta
+
+    from running import settings_here
+    from storage import api_keys, tenants
+
+    expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
+    with transaction(settings_here()) as session:
+        owner = tenants.get_by_name(session, tenant) or tenants.create(session, tenant)
+        click.echo(api_keys.create(session, owner.id, name=name, expires_at=expires_at))
+
+
+@keys.command("list")
+@click.option("--tenant", default="default", show_default=True)
+def list_keys(tenant: str) -> None:
+    """List a tenant's keys, newest first; secrets are not stored and cannot be shown."""
+    from running import settings_here
+    from storage import api_keys
+    from terminal import keys_table, show
+
+    with transaction(settings_here()) as session:
+        show(keys_table(api_keys.list_keys(session, _tenant_id(session, tenant))))
+
+
+@keys.command("revoke")
+@click.argument("key_id")
+@click.option("--tenant", default="default", show_default=True)
+def revoke_key(key_id: str, tenant: str) -> None:
+    """Make a key worthless. KEY_ID is its middle part: sk_<id>_..."""
+    from running import settings_here
+    from storage import api_keys
+
+    with transaction(settings_here()) as session:
+        if not api_keys.revoke(session, key_id, _tenant_id(session, tenant)):
+            raise click.ClickException(f"tenant {tenant} has no live key {key_id}; list them: celeriac keys list")
+    click.echo(f"Key {key_id} is revoked.")
+
+
+@contextmanager
+def transaction(settings: "Settings") -> Iterator["Session"]:
+    """One transaction, committed at the end."""
+    from storage.database import open_database, session_factory
+
+    database = open_database(settings.database_url)
+    try:
+        with session_factory(database).begin() as session:
+            yield session
+    finally:
+        database.dispose()
+
+
+def _tenant_id(session: "Session", name: str) -> "UUID":
+    from storage import tenants
+
+    tenant = tenants.get_by_name(session, name)
+    if tenant is None:
+        raise click.ClickException(
+            f"there is no tenant {name}; make it with a key: celeriac keys create --tenant {name}"
+        )
+    return tenant.id
