@@ -7,7 +7,7 @@ violation is a sentence about one job; the report counts them by kind.
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -257,14 +257,10 @@ def percentiles(seconds: Iterable[float]) -> dict[str, float]:
     return {name: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2) for name, share in at.items()}
 
 
-def stalls(histories: Iterable[History]) -> Iterator[float]:
-    """How long each client that was dropped went without anything new, its reconnecting included."""
+def stalls(histories: Iterable[History]) -> Iterator[tuple[float, float, str]]:
+    """Each time a client was dropped: the seconds without anything new, its reconnecting included; when; whose job."""
     for history in histories:
         for lost, again in itertools.pairwise(history.connections):
             heard = [delta.at for delta in again.deltas[:1]] or ([again.ended_at] if again.ended == "terminal" else [])
             if lost.ended == "dropped" and heard:
-                yield heard[0] - lost.ended_at
-
-
-def counts(mapping: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in sorted(mapping.items())) or "none"
+                yield heard[0] - lost.ended_at, lost.ended_at, history.job_id or ""

@@ -63,7 +63,7 @@ def make_schedule(
     faults, at = [], 0.0
     while (at := at + chooser.expovariate(per_minute / 60)) < seconds:
         kind = kinds.pop() if kinds else chooser.choices(list(weights), list(weights.values()))[0]
-        faults.append(Fault(round(at, 1), kind, round(chooser.random(), 2), round(chooser.random(), 2)))
+        faults.append(Fault(round(at, 1), kind, chooser.randrange(100) / 100, chooser.randrange(100) / 100))
     return faults
 
 

@@ -57,6 +57,7 @@ class Part:
     ) -> None:
         self.name = name
         self.incarnations: list[Incarnation] = []
+        self.is_held = False  # not to be started again
         self._command = command
         self._environment = dict(environment)
         self._log_path = log_path
@@ -78,6 +79,9 @@ class Part:
         guard_command = ["sh", "-c", GUARD, "celeriac-guard", str(process.pid), str(GUARD_SECONDS)]
         guard = subprocess.Popen(guard_command, stdin=subprocess.PIPE, start_new_session=True)
         self.incarnations.append(Incarnation(process, guard, time.time()))
+
+    def __repr__(self) -> str:
+        return self.name
 
     @property
     def newest(self) -> Incarnation:
@@ -102,7 +106,7 @@ class Part:
         if self.newest.ended_at is None:
             self._bury()
             self._restart_at = time.time() + RESTART_SECONDS
-        if time.time() >= self._restart_at:
+        if time.time() >= self._restart_at and not self.is_held:
             self.start()
 
     def send(self, signal_number: signal.Signals) -> None:
@@ -110,6 +114,7 @@ class Part:
             self.newest.process.send_signal(signal_number)
 
     def kill(self) -> None:
+        """The main process alone; what it leaves behind is cleared away as an init system would."""
         self.send(signal.SIGKILL)
         self.newest.process.wait()
         self._bury()
@@ -135,6 +140,7 @@ class Part:
         return None
 
     def close(self) -> None:
+        self.is_held = True
         if self.is_running:
             self.kill()
 
@@ -144,6 +150,8 @@ class Part:
     def _bury(self) -> None:
         if self.newest.ended_at is None:
             self.newest.ended_at = time.time()
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
             self.newest.guard.kill()
             self.newest.guard.communicate()
 

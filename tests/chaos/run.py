@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.chaos.clients import Clients
 from tests.chaos.faults import WEIGHTS, Striker, make_schedule
 from tests.chaos.plant import Plant, host_and_port
 from tests.chaos.proxy import Link
+from tests.chaos.trees import Edit, copy_tree
 from tests.chaos.workload import FAKE_MODEL, MODELS, POISON_SEED, REAL_MODEL, REAL_MODELS, Workload, describe
 
 LEASE_SECONDS = 3.0
@@ -59,7 +61,8 @@ class Options:
     num_workers: int = 3
     has_real_model: bool = True
     max_tokens: int = 400  # of a job of the fake model
-    root: Path = ROOT  # whose code runs
+    is_kept: bool = False  # the folder with the logs, also where all is well
+    edits: tuple[Edit, ...] = ()  # that make a mutant of the code
     weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
 
 
@@ -74,14 +77,16 @@ class Run:
         models = MODELS
         if options.has_real_model:
             worker_models["gpu-real"] = REAL_MODEL
-            models += REAL_MODELS.format(id=REAL_MODEL, path=options.root / "models" / REAL_MODEL)
+            model_folder = self._folder / REAL_MODEL  # a copy: the same weights to the end, whatever is trained here
+            shutil.copytree(ROOT / "models" / REAL_MODEL, model_folder)
+            models += REAL_MODELS.format(id=REAL_MODEL, path=model_folder)
         self._plant = Plant(
             self._folder,
             models=models,
             worker_models=worker_models,
             num_apis=options.num_apis,
             settings=SETTINGS,
-            root=options.root,
+            root=copy_tree(self._folder / "tree", options.edits),
         )
         self._links: dict[str, Link] = {}
         self._phase = "starting"
@@ -106,7 +111,7 @@ class Run:
                 report = await asyncio.to_thread(self._judge, clients, striker)
         finally:
             await asyncio.to_thread(self._plant.close)
-        if report["ok"]:
+        if report["ok"] and not self._options.is_kept:
             shutil.rmtree(self._folder, ignore_errors=True)
         return report
 
@@ -161,17 +166,20 @@ class Run:
         )
         watching = asyncio.create_task(self._watch(clients, striker, workload))
         working = asyncio.create_task(workload.run())
-        self._phase, ends_at = "faults", time.monotonic() + self._options.seconds
-        await striker.run(schedule)
-        await asyncio.sleep(max(0.0, ends_at - time.monotonic()))
-        self._phase = "quiet"
-        self._mend()
-        workload.stop()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(working, QUIET_SECONDS)
-        await self._wait_for_rest()
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        try:
+            self._phase, ends_at = "faults", time.monotonic() + self._options.seconds
+            await striker.run(schedule)
+            await asyncio.sleep(max(0.0, ends_at - time.monotonic()))
+            self._phase = "quiet"
+            self._mend()
+            workload.stop()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(working, QUIET_SECONDS)
+            await self._wait_for_rest()
+        finally:
+            watching.cancel()
+            working.cancel()
+            await asyncio.gather(watching, working, return_exceptions=True)
 
     def _mend(self) -> None:
         for link in self._links.values():
@@ -226,7 +234,11 @@ class Run:
         verdict.violations += _judge_known_answers(clients, verdict)
         for violation in verdict.violations[:NUM_SHOWN]:
             self._console.print(f"{violation.kind}: {violation.job}: {violation.detail}", markup=False)
-        if verdict.violations:
+        for seconds, at, job_id in sorted(stalls(clients.histories), reverse=True)[:3]:
+            self._console.print(
+                f"a dropped client waited {seconds:.1f} s from {_clock(at)} on: {job_id}", highlight=False
+            )
+        if verdict.violations or self._options.is_kept:
             self._console.print(f"the logs are in {self._folder / 'logs'}")
         faults = Counter(fault.kind for fault in striker.struck if fault.target)
         return {
@@ -238,12 +250,16 @@ class Run:
             "faults": dict(sorted(faults.items())),
             **verdict.figures,
             **audit.figures(changes, names, self._plant.workers, striker.struck, lease_seconds=LEASE_SECONDS),
-            "stall_seconds_after_a_drop": percentiles(stalls(clients.histories)),
+            "stall_seconds_after_a_drop": percentiles(seconds for seconds, _, _ in stalls(clients.histories)),
             "processes_started": sum(len(part.incarnations) for part in self._plant.parts),
             "tracebacks_in_logs": sum(
                 part.log().count("Traceback (most recent call last)") for part in self._plant.parts
             ),
         }
+
+
+def _clock(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S.%f")[:-3]
 
 
 def _judge_known_answers(clients: Clients, verdict: Verdict) -> list[Violation]:
@@ -280,6 +296,7 @@ def main() -> int:
     parser.add_argument("--faults-per-minute", type=float, default=Options.faults_per_minute)
     parser.add_argument("--clients", type=int, default=Options.num_clients, dest="num_clients")
     parser.add_argument("--without-real-model", action="store_false", dest="has_real_model")
+    parser.add_argument("--keep", action="store_true", dest="is_kept", help="keep the logs")
     arguments = vars(parser.parse_args())
     if arguments["seed"] is None:
         arguments["seed"] = random.SystemRandom().randrange(1_000_000)

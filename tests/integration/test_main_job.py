@@ -32,7 +32,7 @@ MODEL = "celeriac-mini"
 MODELS = f"""
 [[models]]
 id = "{MODEL}"
-path = "{ROOT / "models" / MODEL}"
+path = "{MODEL}"
 max_model_len = 1024
 max_num_seqs = {NUM_SLOTS}
 """
@@ -81,6 +81,7 @@ class System:
 @pytest.fixture(scope="module")
 def running_system() -> Iterator[System]:
     folder = Path(tempfile.mkdtemp(prefix="celeriac-main-"))
+    shutil.copytree(ROOT / "models" / MODEL, folder / MODEL)  # the same weights to the end, whatever is trained here
     plant = Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}, settings=SETTINGS)
     with System(plant) as system:
         yield system
