@@ -36,6 +36,7 @@ def make_sequences(prompt: list[int], **changes: Any) -> list[Sequence]:
         "arrival": 0,
         "max_model_len": 1000,
         "end_token_ids": frozenset({0}),
+        "penalised_prompt_ids": frozenset(prompt),
     }
     job = EngineJob(params=params, **defaults | fields)
     job.sequences = [
@@ -43,6 +44,12 @@ def make_sequences(prompt: list[int], **changes: Any) -> list[Sequence]:
         for index in range(params.n)
     ]
     return job.sequences
+
+
+def extend(sequence: Sequence, token_ids: list[int]) -> None:
+    """As if these tokens had been drawn, without their text."""
+    sequence.token_ids += token_ids
+    sequence.output_counts.update(token_ids)
 
 
 def make_sequence(prompt: list[int], **changes: Any) -> Sequence:

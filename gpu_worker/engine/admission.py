@@ -40,6 +40,7 @@ def make_job(command: AddJob, limits: ModelLimits, tokenizer: Tokenizer, *, arri
         arrival=arrival,
         max_model_len=limits.max_model_len,
         end_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else limits.eos_token_ids),
+        penalised_prompt_ids=frozenset(command.prompt_token_ids if params.repetition_penalty != 1.0 else ()),
     )
     indexes = [index for index in range(params.n) if index not in command.finished_indexes]
     job.sequences = [_make_sequence(job, command, tokenizer, index) for index in indexes]

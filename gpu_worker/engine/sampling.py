@@ -9,7 +9,6 @@ more often than they change the distribution itself.
 """
 
 import struct
-from collections import Counter
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -65,14 +64,13 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
     if params.logit_bias:
         row[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), device=row.device)
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(list(set(sequence.token_ids)), device=row.device)
+        seen = torch.tensor(list(sequence.job.penalised_prompt_ids | sequence.output_counts.keys()), device=row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if params.presence_penalty or params.frequency_penalty:
-        counts = Counter(sequence.token_ids[sequence.num_prompt_tokens :])
-        if counts:
-            amounts = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
-            row[list(counts)] -= params.presence_penalty + params.frequency_penalty * amounts
+    counts = sequence.output_counts
+    if counts and (params.presence_penalty or params.frequency_penalty):
+        amounts = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
+        row[list(counts)] -= params.presence_penalty + params.frequency_penalty * amounts
     if not sequence.may_end:
         row[[token_id for token_id in sequence.job.end_token_ids if token_id < row.shape[0]]] = -torch.inf
 

@@ -1,5 +1,6 @@
 """A sequence: one text being decoded, with everything that must survive a preemption. Free of torch."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from domain.jobs import FinishReason
@@ -21,6 +22,7 @@ class EngineJob:
     arrival: int  # counts the jobs of this engine; earlier ones run first within a priority
     max_model_len: int
     end_token_ids: frozenset[int]  # end-of-sequence tokens (unless ignored) and the job's stop tokens
+    penalised_prompt_ids: frozenset[int]  # the prompt's tokens where a repetition penalty counts them, else none
     sequences: "list[Sequence]" = field(default_factory=list)
 
 
@@ -38,6 +40,7 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the first full blocks, a chain; grows as needed
     num_published_blocks: int = 0  # of those, how many are in the prefix cache
+    output_counts: Counter[int] = field(default_factory=Counter)  # of each token in the output, for the penalties
     finish_reason: FinishReason | None = None
     unsent_text: str = ""
 
@@ -67,6 +70,7 @@ class Sequence:
         """Take a drawn (or committed) token: text, stop strings, limits. The same for a fresh token and a replayed one,
         so that a resumed sequence stands exactly where it stood."""
         self.token_ids.append(token_id)
+        self.output_counts[token_id] += 1
         if token_id in self.job.end_token_ids:
             self.finish(FinishReason.STOP)
             return

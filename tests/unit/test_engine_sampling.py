@@ -14,7 +14,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, Top
 from gpu_worker.engine import sampling
 from gpu_worker.engine.sampling import gumbel_noise, sample
 from gpu_worker.engine.sequence import Sequence
-from tests.engine_parts import make_sequence
+from tests.engine_parts import extend, make_sequence
 
 VOCAB_SIZE = 24
 NUM_DRAWS = 4000
@@ -27,7 +27,7 @@ def random_logits(num_rows: int = 1, *, seed: int = 0, vocab_size: int = VOCAB_S
 def at_position(position: int, **changes: Any) -> Sequence:
     """A sequence that has drawn `position` tokens."""
     sequence = make_sequence([1], **changes)
-    sequence.token_ids += [1] * position
+    extend(sequence, [1] * position)
     return sequence
 
 
@@ -164,7 +164,7 @@ def test_repetition_penalty_is_that_of_transformers_over_prompt_and_output() -> 
     seen = [3, 5, 7, 7]
     expected = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([seen]), logits.clone())
     sequence = make_sequence(seen[:2], repetition_penalty=1.5)
-    sequence.token_ids += seen[2:]
+    extend(sequence, seen[2:])
     adjusted = logits.clone()
     sample(adjusted, [sequence])
     assert torch.allclose(adjusted, expected)
@@ -173,7 +173,7 @@ def test_repetition_penalty_is_that_of_transformers_over_prompt_and_output() -> 
 def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
     logits = torch.zeros(1, 8)
     sequence = make_sequence([1, 1, 2], presence_penalty=0.5, frequency_penalty=0.25)
-    sequence.token_ids += [2, 3, 3]
+    extend(sequence, [2, 3, 3])
     sample(logits, [sequence])
     assert logits[0].tolist() == [0, 0, -0.75, -1.0, 0, 0, 0, 0]
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from domain.catalog import ModelSpec
 from gpu_worker.engine.admission import ModelLimits
 from gpu_worker.engine.backends import LoadedModel, RecordStep
+from gpu_worker.engine.families import turn_end_token_ids
 from gpu_worker.engine.kv_cache import BlockPool
 from gpu_worker.engine.loading import (
     check_length,
@@ -75,7 +76,9 @@ def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torc
     check_length(spec, model)
     if device.type == "cpu":
         store_weights_by_column(model)
-    limits = ModelLimits(vocab_size(model), spec.max_model_len, eos_token_ids(model))
+    config = model.config.get_text_config()
+    end_token_ids = eos_token_ids(model) | turn_end_token_ids(config.model_type, tokenizer)
+    limits = ModelLimits(vocab_size(model), spec.max_model_len, end_token_ids)
     try:
         shapes = probe_layers(model, spec.max_model_len, device)
     except NotPageable as exc:

@@ -1,0 +1,41 @@
+"""What a family of models needs that its configuration does not reliably say, in one dict."""
+
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """`turn_ends` are tokens that end a turn in the family's chat format. Many checkpoints name only the end of a text
+    in their configuration, and would otherwise talk on in the user's name."""
+
+    turn_ends: tuple[str, ...] = ()
+
+
+CHAT_ML = Family(turn_ends=("<|im_end|>",))
+
+#: By `model_type` of the configuration; a family that is missing needs nothing.
+FAMILIES: dict[str, Family] = {
+    "cohere2": Family(turn_ends=("<|END_OF_TURN_TOKEN|>",)),
+    "gemma2": Family(turn_ends=("<end_of_turn>",)),
+    "gemma3_text": Family(turn_ends=("<end_of_turn>",)),
+    "gpt_oss": Family(turn_ends=("<|return|>", "<|call|>")),
+    "llama": Family(turn_ends=("<|eot_id|>", "<|eom_id|>", "<|im_end|>")),
+    "mixtral": CHAT_ML,
+    "olmo2": CHAT_ML,
+    "phi3": Family(turn_ends=("<|end|>", "<|im_end|>")),
+    "qwen2": CHAT_ML,
+    "qwen3": CHAT_ML,
+    "qwen3_moe": CHAT_ML,
+    "smollm3": CHAT_ML,
+}
+
+
+def turn_end_token_ids(model_type: str, tokenizer: Tokenizer) -> frozenset[int]:
+    """The family's turn ends that this tokenizer has as special tokens: what is ordinary text to it ends nothing."""
+    special = {
+        token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+    }
+    turn_ends = FAMILIES.get(model_type, Family()).turn_ends
+    return frozenset(special[content] for content in turn_ends if content in special)
