@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 from uuid import UUID
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -83,7 +84,7 @@ def read_queues(session: Session, catalog: Catalog) -> dict[str, ModelQueue]:
 
 
 class QueueMonitor:
-    """Keeps the figures of all queues fresh and answers for positions. Lives between `start` and `stop`."""
+    """Keeps the figures of all queues fresh and answers for positions. Use as an async context manager."""
 
     def __init__(self, sessions: async_sessionmaker[AsyncSession], catalog: Catalog) -> None:
         self._sessions = sessions
@@ -96,10 +97,11 @@ class QueueMonitor:
         self._asked: dict[UUID, asyncio.Future[QueuePosition | None]] = {}
         self._answering: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
+    async def __aenter__(self) -> Self:
         self._refresher = asyncio.create_task(self._refresh_forever())
+        return self
 
-    async def stop(self) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         tasks = [task for task in (self._refresher, self._answering) if task is not None]
         for task in tasks:
             task.cancel()

@@ -27,7 +27,7 @@ from storage.database import async_session_factory, open_async_database
 from storage.stream_channels import channel_of
 from storage.streams import Message, StreamReader
 from tasks.dispatch import Dispatcher
-from tasks.group_accept import GroupAcceptor
+from tasks.group_accept import open_acceptor
 from tasks.models import ModelViews
 from tasks.submit import Submitter
 
@@ -49,7 +49,8 @@ class Services:
     settings: Settings
     catalog: Catalog
     views: ModelViews
-    sessions: async_sessionmaker[AsyncSession]
+    sessions: async_sessionmaker[AsyncSession]  # transactions
+    statements: async_sessionmaker[AsyncSession]  # every statement commits by itself
     redis: "redis.asyncio.Redis"
     authenticator: Authenticator
     submitter: Submitter
@@ -61,20 +62,19 @@ class Services:
 
     async def read(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a storage function that changes nothing. Raises StorageUnavailable."""
-        return await self._ask(self._call(False, function, *args, **kwargs))
+        return await self._ask(self._read(function, *args, **kwargs))
 
     async def write(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a storage function and commit. Raises StorageUnavailable, also where the commit may have happened."""
-        return await self._ask(self._call(True, function, *args, **kwargs))
+        return await self._ask(self._write(function, *args, **kwargs))
 
-    async def _call(
-        self, commits: bool, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        async with self.sessions() as session:
-            answer = await session.run_sync(function, *args, **kwargs)
-            if commits:
-                await session.commit()
-            return answer
+    async def _read(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        async with self.statements() as session:
+            return await session.run_sync(function, *args, **kwargs)
+
+    async def _write(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        async with self.sessions.begin() as session:
+            return await session.run_sync(function, *args, **kwargs)
 
     async def _ask(self, question: Coroutine[Any, Any, T]) -> T:
         # A question to a server that hangs cannot be cancelled before it answers, so it is left behind.
@@ -127,30 +127,27 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         database = open_async_database(settings.database_url)
         stack.push_async_callback(database.dispose)
         sessions = async_session_factory(database)
+        # What reads, or changes by one statement, needs no BEGIN and COMMIT around it: two round trips less.
+        statements = async_session_factory(database.execution_options(isolation_level="AUTOCOMMIT"))
         client = open_redis(settings.redis_url)
         stack.push_async_callback(client.aclose)
-        dispatcher = Dispatcher(sessions, client, catalog, settings)
+        dispatcher = Dispatcher(statements, client, catalog, settings)
         stack.push_async_callback(dispatcher.aclose)
-        acceptor = GroupAcceptor(sessions, max_queued_jobs=settings.max_queued_jobs)
-        acceptor.start()
-        stack.push_async_callback(acceptor.stop)
-        monitor = QueueMonitor(sessions, catalog)
-        monitor.start()
-        stack.push_async_callback(monitor.stop)
+        acceptor = await stack.enter_async_context(open_acceptor(settings))
         submitter = Submitter(settings, views, acceptor, dispatch_soon=dispatcher.nudge)
         stack.callback(submitter.close)
-        streams = await stack.enter_async_context(StreamReader(settings.redis_url, sessions))
         yield Services(
             settings=settings,
             catalog=catalog,
             views=views,
             sessions=sessions,
+            statements=statements,
             redis=client,
-            authenticator=Authenticator(sessions, is_open=settings.auth == "none"),
+            authenticator=Authenticator(statements, is_open=settings.auth == "none"),
             submitter=submitter,
             dispatcher=dispatcher,
-            monitor=monitor,
-            streams=streams,
+            monitor=await stack.enter_async_context(QueueMonitor(statements, catalog)),
+            streams=await stack.enter_async_context(StreamReader(settings.redis_url, statements)),
             slots=StreamSlots(settings.max_streams),
         )
 

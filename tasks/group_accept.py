@@ -8,6 +8,8 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
@@ -18,7 +20,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from domain.errors import ServerOverloaded, StorageUnavailable
 from observability import describe_exception, jobs_accept_group_size, jobs_accept_seconds, jobs_accept_waiting
+from settings import Settings
 from storage import jobs
+from storage.database import async_session_factory, open_accept_database
 from storage.jobs import Accepted, AcceptOutcome, NewJob
 
 log = logging.getLogger(__name__)
@@ -144,7 +148,8 @@ class GroupAcceptor:
         await self._flush(group[middle:])
 
     async def _accept_surely(self, new_jobs: list[NewJob]) -> list[Accepted]:
-        """Repeat a group whose connection broke: the ids are the same, so what was committed is found, not doubled."""
+        """Repeat a group whose connection broke: the ids are the same, so what was committed is found, not doubled. The
+        first break may be an old one, of a connection that was lost while it was idle."""
         for _ in range(NUM_RETRIES):
             with contextlib.suppress(OperationalError, InterfaceError):
                 return await self._accept(new_jobs)
@@ -158,6 +163,19 @@ class GroupAcceptor:
         jobs_accept_seconds.observe(time.perf_counter() - started)
         jobs_accept_group_size.observe(len(new_jobs))
         return [_as_first_time(new_job.id, accepted) for new_job, accepted in zip(new_jobs, outcomes, strict=True)]
+
+
+@asynccontextmanager
+async def open_acceptor(settings: Settings) -> AsyncIterator[GroupAcceptor]:
+    """An acceptor on connections of its own."""
+    database = open_accept_database(settings.database_url, pool_size=NUM_FLUSHERS)
+    acceptor = GroupAcceptor(async_session_factory(database), max_queued_jobs=settings.max_queued_jobs)
+    acceptor.start()
+    try:
+        yield acceptor
+    finally:
+        await acceptor.stop()
+        await database.dispose()
 
 
 def _as_first_time(job_id: UUID, accepted: Accepted) -> Accepted:
