@@ -156,8 +156,9 @@ class Engine:
         self._runner.wipe_blocks(suspect_blocks)
         is_memory = isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(exc)
         code = OutOfMemory.code if is_memory else EngineError.code
-        message = f"the model could not run this job: {type(exc).__name__}: {exc}"
-        result.failures.append(JobFailed(job_id=job.id, attempt=job.attempt, code=code, message=message[:500]))
+        # The exception's own words are for the log: they may tell of paths and shapes that are no client's business.
+        message = f"the model could not run this job: {type(exc).__name__}"
+        result.failures.append(JobFailed(job_id=job.id, attempt=job.attempt, code=code, message=message))
 
     def _leave(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)

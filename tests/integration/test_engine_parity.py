@@ -141,7 +141,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def generate(model: Any, prompt: list[int]) -> list[int]:
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     with torch.inference_mode():
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW_TOKENS, do_sample=False, pad_token_id=0

@@ -103,7 +103,7 @@ def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.
 
 def _sequential(spec: ModelSpec, model: Any, device: torch.device) -> tuple[Runner, Scheduler]:
     """transformers' caches grow on their own; the pool only counts, so that admission and preemption still work."""
-    num_tokens = spec.kv_cache_tokens or spec.max_num_seqs * spec.max_model_len
+    num_tokens = max(spec.max_model_len, spec.kv_cache_tokens or spec.max_num_seqs * spec.max_model_len)
     pool = BlockPool(-(-num_tokens // 16) + 1, 16, use_prefix_cache=False)
     scheduler = Scheduler(pool, max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=WHOLE_PROMPTS, can_fork=False)
     return SequentialRunner(model, device), scheduler
