@@ -17,9 +17,10 @@ import time
 from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
+import psutil
 import redis
 
 from domain.ids import external_id, new_id
@@ -120,17 +121,25 @@ def bench_ceiling(bench: Bench, num_jobs: int) -> float:
     return num_jobs / (time.monotonic() - started_at)
 
 
-def bench_throughput(bench: Bench, num_jobs: int) -> tuple[float, float]:
-    """Jobs per second from the first claim to the last ack; task events per job that came out at the other end."""
+class Throughput(NamedTuple):
+    jobs_per_second: float  # from the first claim to the last ack
+    events_per_job: float  # task events that came out at the other end
+    cpu_ms_per_job: float  # of the worker's main process; other load on the machine does not show in it
+
+
+def bench_throughput(bench: Bench, num_jobs: int) -> Throughput:
     bench.reset()
     job_ids = bench.publish(num_jobs)
     pubsub: Any = bench.client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
     pubsub.psubscribe("/0.celeryev/task*")
     pubsub.get_message(timeout=1)  # the confirmation
     worker = bench.start_worker()
+    wait_until(lambda: bench.num_claims() > 0)
+    num_before, cpu_before = bench.num_claims(), cpu_seconds(worker)
     wait_until(lambda: bench.num_claims() >= num_jobs)
     wait_until(lambda: bench.client.hlen("unacked") == 0)
     ended_at = time.monotonic()
+    cpu = cpu_seconds(worker) - cpu_before
     end(worker)
     claims = bench.claims()
     assert set(claims) == set(job_ids)
@@ -138,7 +147,13 @@ def bench_throughput(bench: Bench, num_jobs: int) -> tuple[float, float]:
     while (message := pubsub.get_message(timeout=0.2)) is not None:
         num_events += count_events(message["data"])
     pubsub.close()
-    return num_jobs / (ended_at - min(claims.values())), num_events / num_jobs
+    rate = num_jobs / (ended_at - min(claims.values()))
+    return Throughput(rate, num_events / num_jobs, cpu * 1000 / (num_jobs - num_before))
+
+
+def cpu_seconds(process: subprocess.Popen[bytes]) -> float:
+    times = psutil.Process(process.pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def count_events(data: bytes) -> int:
@@ -196,11 +211,12 @@ def main() -> None:
         ceiling = max(bench_ceiling(bench, options.jobs) for _ in range(options.rounds))
         print(f"ceiling: claims of {CLAIM_SIZE} and their acks, no Celery   {ceiling:8.0f} jobs/s", flush=True)
         rounds = [bench_throughput(bench, options.jobs) for _ in range(options.rounds)]
-        rates = sorted(rate for rate, _ in rounds)
-        events_per_job = min(events for _, events in rounds)
+        rates = sorted(round_.jobs_per_second for round_ in rounds)
+        events_per_job = min(round_.events_per_job for round_ in rounds)
+        cpu_ms = min(round_.cpu_ms_per_job for round_ in rounds)
         shown = " ".join(f"{rate:.0f}" for rate in rates)
         print(
-            f"one worker, {NUM_SLOTS} slots, events on: {shown} jobs/s, {events_per_job:.2f} events per job", flush=True
+            f"one worker, {NUM_SLOTS} slots, events on: {shown} jobs/s, {cpu_ms:.3f} ms of its CPU per job", flush=True
         )
         latencies = bench_latency(bench, options.samples)
         p50, p99 = latencies[len(latencies) // 2], latencies[int(len(latencies) * 0.99)]
@@ -212,6 +228,7 @@ def main() -> None:
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         "ceiling_jobs_per_second": round(ceiling),
         "jobs_per_second": [round(rate) for rate in rates],
+        "cpu_ms_per_job": round(cpu_ms, 3),
         "events_per_job": round(events_per_job, 3),
         "admission_p50_ms": round(p50, 2),
         "admission_p99_ms": round(p99, 2),
