@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from uuid import UUID
 
+from celery import Celery
 from celery.utils.log import get_logger
 from celery.worker import state
 
 from gpu_worker.delivery import Delivery
 from gpu_worker.runner_events import RunnerEvent, RunnerEventKind
 from gpu_worker.transport import ClaimingChannel
+from tasks.messages import GENERATE
 
 logger = get_logger(__name__)
 
@@ -20,7 +22,10 @@ logger = get_logger(__name__)
 class Deliveries:
     """Hub thread only. (Other threads may look whether there are any.)"""
 
-    def __init__(self) -> None:
+    def __init__(self, app: Celery, hostname: str) -> None:
+        self._app = app
+        self._hostname = hostname
+        self._event_dispatcher: Any = None
         self.in_hand: dict[UUID, Delivery] = {}  # in order of arrival
         self.running: dict[UUID, Delivery] = {}
         self.channel: ClaimingChannel | None = None  # None while there is no connection
@@ -77,7 +82,7 @@ class Deliveries:
 
     def attach(self, channel: ClaimingChannel, event_dispatcher: Any) -> None:
         """A connection stands: the first one, or another one after a loss."""
-        self.channel = channel
+        self.channel, self._event_dispatcher = channel, event_dispatcher
         for delivery in self.in_hand.values():
             delivery._message.channel = channel
             channel.qos._delivered[delivery.tag] = delivery._message
@@ -120,9 +125,8 @@ class Deliveries:
             self.lost_acks.update(tags)
 
     def _settle_one(self, event: RunnerEvent) -> None:
-        if event.kind is RunnerEventKind.CLAIMED and event.job_id in self.in_hand:
-            delivery = self.running[event.job_id] = self.in_hand.pop(event.job_id)
-            delivery.start()
+        if event.kind is RunnerEventKind.CLAIMED:
+            self._start(event.job_id)
         elif event.kind is RunnerEventKind.DROPPED and event.job_id in self.in_hand:
             self.in_hand.pop(event.job_id).drop()
         elif event.kind is RunnerEventKind.RELEASED and event.job_id in self.running:
@@ -130,4 +134,21 @@ class Deliveries:
         elif event.kind is RunnerEventKind.ENDED and event.job_id in self.running and event.status is not None:
             delivery = self.running.pop(event.job_id)
             delivery.end(event.status, runtime_seconds=event.runtime_seconds, summary=event.summary)
-        # else: a job that the runner claimed straight from SQL, without a delivery
+
+    def _start(self, job_id: UUID) -> None:
+        if job_id in self.running:
+            return  # it came straight from SQL, and its message came after it
+        delivery = self.in_hand.pop(job_id, None) or self._deliver_from_sql(job_id)
+        self.running[job_id] = delivery
+        delivery.start()
+
+    def _deliver_from_sql(self, job_id: UUID) -> Delivery:
+        delivery = Delivery.without_message(
+            job_id,
+            app=self._app,
+            task=self._app.tasks[GENERATE],
+            hostname=self._hostname,
+            eventer=self._event_dispatcher,
+        )
+        delivery.receive()
+        return delivery

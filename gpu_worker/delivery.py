@@ -8,9 +8,11 @@ from uuid import UUID
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.request import Request
+from kombu.message import Message
 
-from domain.ids import parse_id
+from domain.ids import external_id, parse_id
 from domain.jobs import JobStatus
+from tasks.messages import GENERATE
 
 logger = get_logger(__name__)
 
@@ -28,6 +30,15 @@ class Delivery(Request):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.received_at = monotonic()
+
+    @classmethod
+    def without_message(cls, job_id: UUID, **options: Any) -> "Delivery":
+        """For a job that came straight from SQL: Flower shows and cancels it like any other."""
+        headers = {"id": external_id(job_id), "task": GENERATE, "argsrepr": "()", "kwargsrepr": "{}"}
+        message = Message(headers=headers, properties={}, delivery_info={}, delivery_tag="")
+        delivery = cls(message, headers=headers, body=([], {}, {}), decoded=True, **options)
+        delivery.acknowledged = True
+        return delivery
 
     @property
     def job_id(self) -> UUID:
@@ -58,6 +69,11 @@ class Delivery(Request):
         if not self.acknowledged:
             self.acknowledged = True
             self._message.ack_log_error(logger, self._connection_errors)
+
+    def receive(self) -> None:
+        """What Celery does when a message arrives; for one that never did."""
+        state.task_reserved(self)
+        self.send_event("task-received", name=self.name, args=self.argsrepr, kwargs=self.kwargsrepr, retries=0)
 
     def start(self) -> None:
         """The claim committed."""

@@ -47,13 +47,14 @@ class EnginePool(BasePool):
         self.lookahead = max(1, limit // 4) if settings.lookahead is None else settings.lookahead
         self.is_lookahead_paused = False
         self.is_draining = False
-        self.deliveries = Deliveries()
+        hostname: str = options["initargs"][1]
+        self.deliveries = Deliveries(self.app, hostname)
         self.consumer: Any = None
         self.shutdown = Shutdown(self)
         self.runner = self.make_runner(
             model=served_model(settings).id,
             owner=uuid4(),
-            hostname=options["initargs"][1],
+            hostname=hostname,
             on_event=self._on_runner_event,
             on_unhealthy=self.shutdown.fail,
         )
