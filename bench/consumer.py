@@ -25,7 +25,8 @@ import redis
 
 from domain.ids import external_id, new_id
 from embedded import EmbeddedRedis
-from gpu_worker.transport import CLAIM, HUNGRY_SECONDS, hungry_key
+from gpu_worker.redis_scripts import CLAIM
+from gpu_worker.transport import HUNGRY_SECONDS, hungry_key
 from tasks.dispatch import count_waiting, push
 from tasks.messages import PRIORITY_STEPS, bell_key, priority_keys
 
@@ -199,6 +200,35 @@ def bench_kills(bench: Bench, num_kills: int) -> tuple[int, int]:
     return len(published), len(lost)
 
 
+def run(bench: Bench, options: argparse.Namespace) -> dict[str, object]:
+    """Every measurement, printed as it comes; returns the figures."""
+    ceiling = max(bench_ceiling(bench, options.jobs) for _ in range(options.rounds))
+    print(f"ceiling: claims of {CLAIM_SIZE} and their acks, no Celery   {ceiling:8.0f} jobs/s", flush=True)
+
+    rounds = [bench_throughput(bench, options.jobs) for _ in range(options.rounds)]
+    rates = sorted(round(result.jobs_per_second) for result in rounds)
+    cpu_ms = min(result.cpu_ms_per_job for result in rounds)
+    print(f"one worker, {NUM_SLOTS} slots, events on: {rates} jobs/s, {cpu_ms:.3f} ms of its CPU per job", flush=True)
+
+    latencies = bench_latency(bench, options.samples)
+    p50, p99 = latencies[len(latencies) // 2], latencies[int(len(latencies) * 0.99)]
+    print(f"publish to admission, idle worker: p50 {p50:.2f} ms, p99 {p99:.2f} ms", flush=True)
+
+    num_published, num_lost = bench_kills(bench, options.kills)
+    print(f"{options.kills} SIGKILLs at full pull speed: {num_lost} of {num_published} messages lost", flush=True)
+    return {
+        "ceiling_jobs_per_second": round(ceiling),
+        "jobs_per_second": rates,
+        "cpu_ms_per_job": round(cpu_ms, 3),
+        "events_per_job": round(min(result.events_per_job for result in rounds), 3),
+        "admission_p50_ms": round(p50, 2),
+        "admission_p99_ms": round(p99, 2),
+        "kills": options.kills,
+        "messages_published": num_published,
+        "messages_lost": num_lost,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=20_000)
@@ -207,36 +237,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=40)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder) / "redis") as server:
-        bench = Bench(Path(folder), server.url)
-        ceiling = max(bench_ceiling(bench, options.jobs) for _ in range(options.rounds))
-        print(f"ceiling: claims of {CLAIM_SIZE} and their acks, no Celery   {ceiling:8.0f} jobs/s", flush=True)
-        rounds = [bench_throughput(bench, options.jobs) for _ in range(options.rounds)]
-        rates = sorted(round_.jobs_per_second for round_ in rounds)
-        events_per_job = min(round_.events_per_job for round_ in rounds)
-        cpu_ms = min(round_.cpu_ms_per_job for round_ in rounds)
-        shown = " ".join(f"{rate:.0f}" for rate in rates)
-        print(
-            f"one worker, {NUM_SLOTS} slots, events on: {shown} jobs/s, {cpu_ms:.3f} ms of its CPU per job", flush=True
-        )
-        latencies = bench_latency(bench, options.samples)
-        p50, p99 = latencies[len(latencies) // 2], latencies[int(len(latencies) * 0.99)]
-        print(f"publish to admission, idle worker: p50 {p50:.2f} ms, p99 {p99:.2f} ms", flush=True)
-        num_published, num_lost = bench_kills(bench, options.kills)
-        print(f"{options.kills} SIGKILLs at full pull speed: {num_lost} of {num_published} messages lost", flush=True)
-    figures = {
-        "bench": "consumer",
-        "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
-        "ceiling_jobs_per_second": round(ceiling),
-        "jobs_per_second": [round(rate) for rate in rates],
-        "cpu_ms_per_job": round(cpu_ms, 3),
-        "events_per_job": round(events_per_job, 3),
-        "admission_p50_ms": round(p50, 2),
-        "admission_p99_ms": round(p99, 2),
-        "kills": options.kills,
-        "messages_published": num_published,
-        "messages_lost": num_lost,
-    }
-    print(json.dumps(figures))
+        figures = run(Bench(Path(folder), server.url), options)
+    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
+    print(json.dumps({"bench": "consumer", "machine": machine, **figures}))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ Redis keys (`queue` is `ModelSpec.queue`; the lists themselves are described in 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from queue import Empty
 from time import monotonic, time
 from typing import Any, NamedTuple
@@ -25,52 +26,12 @@ from kombu.transport import redis as stock
 from kombu.transport import virtual
 from kombu.utils.json import dumps, loads
 
+from gpu_worker.redis_scripts import CLAIM, GIVE_BACK
 from tasks.messages import MAX_RINGS, bell_key, priority_keys
 
 logger = get_logger(__name__)
 
 HUNGRY_SECONDS = 2.0
-
-CLAIM = """
-local limit, num_queues = tonumber(ARGV[1]), tonumber(ARGV[5])
-local first_list, claimed = 3 + 2 * num_queues, {}
-for i = first_list, #KEYS do
-  local queue = ARGV[6 + i - first_list]
-  while #claimed < 2 * limit do
-    local message = redis.call('RPOP', KEYS[i])
-    if not message then break end
-    local ok, tag = pcall(function() return cjson.decode(message).properties.delivery_tag end)
-    if ok and type(tag) == 'string' then
-      redis.call('ZADD', KEYS[2], ARGV[2], tag)
-      redis.call('HSET', KEYS[1], tag, '[' .. message .. ',"",' .. cjson.encode(queue) .. ']')
-    end
-    claimed[#claimed + 1] = queue
-    claimed[#claimed + 1] = message
-  end
-end
-if #claimed < 2 * limit then
-  -- The lists are empty, so rings that are left would wake for nothing.
-  redis.call('DEL', unpack(KEYS, 3, 2 + num_queues))
-  if #claimed / 2 < tonumber(ARGV[3]) then
-    for i = 3 + num_queues, 2 + 2 * num_queues do redis.call('SET', KEYS[i], ARGV[4], 'PX', ARGV[#ARGV]) end
-  end
-end
-return claimed
-"""
-
-GIVE_BACK = """
-local num_given = 0
-for i = 4, #KEYS do
-  local tag, message = ARGV[2 * (i - 4) + 1], ARGV[2 * (i - 4) + 2]
-  redis.call('ZREM', KEYS[2], tag)
-  if redis.call('HDEL', KEYS[1], tag) == 1 then
-    redis.call('RPUSH', KEYS[i], message)
-    redis.call('LPUSH', KEYS[3], 1)
-    num_given = num_given + 1
-  end
-end
-return num_given
-"""
 
 
 class Room(NamedTuple):
@@ -129,10 +90,13 @@ class ClaimingChannel(stock.Channel):
         """One client per channel: stock builds a `redis.Redis` for every command, a fifth of the hub's time."""
         if client is not None:
             yield client
-            return
+        else:
+            yield self._client_of_pool()
+
+    def _client_of_pool(self) -> Any:
         if self._sync_client is None or self._sync_client.connection_pool is not self.pool:
             self._sync_client = self._create_client()
-        yield self._sync_client
+        return self._sync_client
 
     def refill(self) -> None:
         """Claim when credit came back and there may be messages. Called at every turn of the event loop."""
@@ -147,7 +111,7 @@ class ClaimingChannel(stock.Channel):
         if room.credit <= 0 or not queues:
             return 0
         with self.conn_or_acquire() as client:
-            found = self._claim_script(client)(*self._claim_arguments(room, queues), client=client)
+            found = self._claim_script(*self._claim_arguments(room, queues), client=client)
         self.num_claims += 1
         self.has_backlog = len(found) == 2 * room.credit
         self._deliver_claimed(found)
@@ -214,7 +178,7 @@ class ClaimingChannel(stock.Channel):
             keys.append(self._q_for_pri(_queue_of(message), self._get_message_priority(message._raw, reverse=False)))
             arguments += [message.delivery_tag, dumps(_as_redelivered(message._raw))]
         with self.conn_or_acquire() as client:
-            return int(self._give_back_script(client)(keys, arguments, client=client))
+            return int(self._give_back_script(keys, arguments, client=client))
 
     def is_another_hungry(self) -> bool:
         """Whether another worker said lately that it has free slots and found the queue empty."""
@@ -274,13 +238,13 @@ class ClaimingChannel(stock.Channel):
         with self.conn_or_acquire() as client, suppress(self.ResponseError):
             client.pipeline().lpush(bell, 1).ltrim(bell, 0, MAX_RINGS - 1).execute()
 
-    def _claim_script(self, client: Any) -> Any:
-        if "_claim_registered" not in self.__dict__:
-            self._claim_registered = client.register_script(CLAIM)
-        return self._claim_registered
+    @cached_property
+    def _claim_script(self) -> Any:
+        return self._client_of_pool().register_script(CLAIM)
 
-    def _give_back_script(self, client: Any) -> Any:
-        return client.register_script(GIVE_BACK)
+    @cached_property
+    def _give_back_script(self) -> Any:
+        return self._client_of_pool().register_script(GIVE_BACK)
 
 
 class ClaimingTransport(stock.Transport):

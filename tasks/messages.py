@@ -29,6 +29,25 @@ MAX_RINGS = 64  # more would only wake workers for nothing
 _SEPARATOR = "\x06\x16"
 _NO_ARGUMENTS: tuple[object, ...] = ((), {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
 _BODY = b64encode(json.dumps(_NO_ARGUMENTS).encode()).decode()
+_HOSTNAME = socket.gethostname()
+_HEADERS: dict[str, object] = {
+    "lang": "py",
+    "task": GENERATE,
+    "shadow": None,
+    "eta": None,
+    "expires": None,
+    "group": None,
+    "group_index": None,
+    "retries": 0,
+    "timelimit": [None, None],
+    "parent_id": None,
+    "argsrepr": "()",
+    "kwargsrepr": "{}",
+    "ignore_result": True,
+    "replaced_task_nesting": 0,
+    "stamped_headers": None,
+    "stamps": {},
+}
 
 
 def bell_key(queue: str) -> str:
@@ -50,27 +69,7 @@ def priority_keys(queue: str) -> list[str]:
 def generate_message(job_id: UUID, queue: str, *, priority: int = 0) -> str:
     """The message of `generate` for this job, to be pushed to `priority_key(queue, priority)`."""
     task_id = external_id(job_id)
-    headers: dict[str, object] = {
-        "lang": "py",
-        "task": GENERATE,
-        "id": task_id,
-        "shadow": None,
-        "eta": None,
-        "expires": None,
-        "group": None,
-        "group_index": None,
-        "retries": 0,
-        "timelimit": [None, None],
-        "root_id": task_id,
-        "parent_id": None,
-        "argsrepr": "()",
-        "kwargsrepr": "{}",
-        "origin": f"gen{os.getpid()}@{_HOSTNAME}",
-        "ignore_result": True,
-        "replaced_task_nesting": 0,
-        "stamped_headers": None,
-        "stamps": {},
-    }
+    headers = {**_HEADERS, "id": task_id, "root_id": task_id, "origin": f"gen{os.getpid()}@{_HOSTNAME}"}
     properties: dict[str, object] = {
         "correlation_id": task_id,
         "reply_to": "",
@@ -121,6 +120,3 @@ def revoke_message(job_ids: Sequence[UUID]) -> str:
             "properties": properties,
         }
     )
-
-
-_HOSTNAME = socket.gethostname()
