@@ -32,7 +32,7 @@ from tests.engine_parts import TOKENIZER
 
 TRAP_TOKEN = 300  # the forward pass that meets it raises
 POISON_TOKEN = 302  # its embedding is infinite
-NUM_DISTINCT_JOBS = 60  # each runs alone once, and then in many traces
+NUM_DISTINCT_JOBS = 40  # each runs alone once, and then in many traces
 TIE = 1e-4
 
 ENGINES: tuple[dict[str, Any], ...] = (
