@@ -1,6 +1,6 @@
-"""The two Lua scripts of the transport: take messages into our hands, and put them back. Redis runs each in one step."""
+"""The Lua scripts of the transport: take messages in hand, and put them back. Redis runs each in one step."""
 
-# KEYS: unacked, unacked_index, then of each queue its bell, of each its hungry key, and all lists in the order of service.
+# KEYS: unacked, unacked_index, the bell of each queue, the hungry key of each, all lists in the order of service.
 # ARGV: limit, now, idle slots, name of the worker, number of queues, the queue of each list, milliseconds of "hungry".
 # Returns queue, message, queue, message, ... A message without a delivery tag is returned too, and kept nowhere.
 CLAIM = """
