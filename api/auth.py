@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from domain.errors import AuthenticationFailed, StorageUnavailable
 from storage import api_keys
+from storage.database import repeatable
 from storage.tables import DEFAULT_TENANT_ID
 
 REMEMBER_SECONDS = 5.0  # a revoked key is refused everywhere after this
@@ -40,8 +41,7 @@ class Authenticator:
 
     async def _look_up(self, key: str) -> UUID | None:
         try:
-            async with self._sessions() as session:
-                row = await session.run_sync(api_keys.resolve, key)
+            row = await repeatable(self._sessions, api_keys.resolve, key)
         except (SQLAlchemyError, OSError) as exc:
             raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2) from exc
         return None if row is None else row.tenant_id

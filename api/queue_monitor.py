@@ -22,6 +22,7 @@ from observability import (
     worker_slots,
 )
 from storage import job_queries, workers
+from storage.database import repeatable
 from storage.job_queries import QueuePosition
 
 log = logging.getLogger(__name__)
@@ -125,8 +126,7 @@ class QueueMonitor:
         return self._queues
 
     async def _read(self) -> None:
-        async with self._sessions() as session:
-            queues = await session.run_sync(read_queues, self._catalog)
+        queues = await repeatable(self._sessions, read_queues, self._catalog)
         self._queues, self._read_at = queues, time.monotonic()
         self._num_accepted_since.clear()
         _publish(queues)
@@ -166,8 +166,7 @@ class QueueMonitor:
             asked, self._asked = self._asked, {}
             started = time.monotonic()
             try:
-                async with self._sessions() as session:
-                    positions = await session.run_sync(job_queries.positions, list(asked))
+                positions = await repeatable(self._sessions, job_queries.positions, list(asked))
             except (SQLAlchemyError, OSError) as exc:
                 for answer in asked.values():
                     answer.set_exception(exc)

@@ -23,7 +23,7 @@ from domain.errors import StorageUnavailable
 from domain.jobs import JobStatus
 from observability import describe_exception
 from settings import Settings
-from storage.database import async_session_factory, open_async_database
+from storage.database import async_session_factory, open_async_database, open_statement_database, repeatable
 from storage.stream_channels import channel_of
 from storage.streams import Message, StreamReader
 from tasks.dispatch import Dispatcher
@@ -62,15 +62,11 @@ class Services:
 
     async def read(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a storage function that changes nothing. Raises StorageUnavailable."""
-        return await self._ask(self._read(function, *args, **kwargs))
+        return await self._ask(repeatable(self.statements, function, *args, **kwargs))
 
     async def write(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a storage function and commit. Raises StorageUnavailable, also where the commit may have happened."""
         return await self._ask(self._write(function, *args, **kwargs))
-
-    async def _read(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        async with self.statements() as session:
-            return await session.run_sync(function, *args, **kwargs)
 
     async def _write(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         async with self.sessions.begin() as session:
@@ -124,11 +120,12 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
     """Neither the database nor Redis needs to be up: requests say so until they are."""
     views = await asyncio.to_thread(ModelViews, catalog)
     async with AsyncExitStack() as stack:
-        database = open_async_database(settings.database_url)
+        database = open_async_database(settings.database_url, pool_size=2, max_overflow=6)
         stack.push_async_callback(database.dispose)
         sessions = async_session_factory(database)
-        # What reads, or changes by one statement, needs no BEGIN and COMMIT around it: two round trips less.
-        statements = async_session_factory(database.execution_options(isolation_level="AUTOCOMMIT"))
+        statement_database = open_statement_database(settings.database_url)
+        stack.push_async_callback(statement_database.dispose)
+        statements = async_session_factory(statement_database)
         client = open_redis(settings.redis_url)
         stack.push_async_callback(client.aclose)
         dispatcher = Dispatcher(statements, client, catalog, settings)

@@ -1,13 +1,19 @@
 """Engines and session factories from one URL, sync for workers and async for the API, and the schema's migration."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 MIGRATION_LOCK = 0x63656C6572696163  # "celeriac": the advisory lock that lets one process migrate at a time
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 CONNECT_TIMEOUT_SECONDS = 3
 POOL_TIMEOUT_SECONDS = 2.0  # a caller without a connection by then answers 503
@@ -50,17 +56,34 @@ def open_async_database(url: str, *, pool_size: int = 10, max_overflow: int = 10
     )
 
 
-def open_accept_database(url: str, *, pool_size: int) -> AsyncEngine:
-    """For single statements that are safe to repeat, thousands a second: each commits by itself, in one round trip
-    instead of four, and a connection that broke meanwhile is found out by its use."""
+def open_statement_database(url: str, *, pool_size: int = 10, max_overflow: int = 10) -> AsyncEngine:
+    """As `open_async_database`, for what is one statement and may be repeated: it commits by itself, in one round trip
+    instead of four, and a connection that was lost while idle is found out by its use; see `repeatable`."""
     return create_async_engine(
         database_url(url),
         pool_size=pool_size,
-        max_overflow=0,
+        max_overflow=max_overflow,
         pool_timeout=POOL_TIMEOUT_SECONDS,
         isolation_level="AUTOCOMMIT",
         connect_args=_connect_args(),
     )
+
+
+async def repeatable(
+    sessions: async_sessionmaker[AsyncSession],
+    function: Callable[Concatenate[Session, P], T],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    """Call a storage function that may be called twice: once more on a new connection where the first one was lost."""
+    try:
+        async with sessions() as session:
+            return await session.run_sync(function, *args, **kwargs)
+    except DBAPIError as exc:
+        if not exc.connection_invalidated:
+            raise
+    async with sessions() as session:
+        return await session.run_sync(function, *args, **kwargs)
 
 
 def session_factory(database: Engine) -> sessionmaker[Session]:

@@ -3,6 +3,8 @@
 Nothing here reaches torch or `gpu_worker`: what runs a GPU task is decided by the worker's own app module.
 """
 
+import logging
+
 from celery import Celery, signals
 from kombu import Exchange, Queue
 
@@ -81,6 +83,10 @@ _WORKER = {
 }
 
 
+# One line or two per task: events tell it to Flower, and our own lines tell what matters.
+_LOGGERS_OF_EVERY_TASK = ("celery.worker.strategy", "celery.app.trace", "celery.beat")
+
+
 def _beat_schedule(settings: Settings) -> dict[str, dict[str, object]]:
     seconds = settings.janitor_interval_seconds
     # Ticks that pile up while no maintenance worker runs are dropped on receipt.
@@ -91,6 +97,8 @@ def _beat_schedule(settings: Settings) -> dict[str, dict[str, object]]:
 def _log_as_every_process_does(**_: object) -> None:
     settings = get_settings()
     configure_logging(settings.log_level, settings.log_format)
+    for name in _LOGGERS_OF_EVERY_TASK:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 app = make_app(get_settings())

@@ -22,7 +22,7 @@ from domain.errors import ServerOverloaded, StorageUnavailable
 from observability import describe_exception, jobs_accept_group_size, jobs_accept_seconds, jobs_accept_waiting
 from settings import Settings
 from storage import jobs
-from storage.database import async_session_factory, open_accept_database
+from storage.database import async_session_factory, open_statement_database
 from storage.jobs import Accepted, AcceptOutcome, NewJob
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class GroupAcceptor:
 @asynccontextmanager
 async def open_acceptor(settings: Settings) -> AsyncIterator[GroupAcceptor]:
     """An acceptor on connections of its own."""
-    database = open_accept_database(settings.database_url, pool_size=NUM_FLUSHERS)
+    database = open_statement_database(settings.database_url, pool_size=NUM_FLUSHERS, max_overflow=0)
     acceptor = GroupAcceptor(async_session_factory(database), max_queued_jobs=settings.max_queued_jobs)
     acceptor.start()
     try:

@@ -154,7 +154,7 @@ def janitor() -> Janitor:
     return Janitor(sessions, client, Catalog.load(settings.models_file), settings)
 
 
-@app.task(name=JANITOR_TICK)
+@app.task(name=JANITOR_TICK, send_events=False)  # one a second would push the jobs out of Flower's list
 def tick() -> None:
     """Run every rule of the janitor once."""
     counts = janitor().tick()

@@ -14,6 +14,7 @@ from uuid import uuid4
 import httpx
 import pytest
 from prometheus_client import REGISTRY
+from sqlalchemy import make_url, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from embedded import EmbeddedPostgres, EmbeddedRedis
@@ -108,12 +109,12 @@ def test_metrics_hold_the_names_that_dashboards_read(http: httpx.Client) -> None
     post_job(http, prompt="my diary entry")
     http.get("/nowhere/my-diary")
     until(lambda: 'llm_queue_size{model="fake"} 1.0' in http.get("/metrics").text)
-    text = http.get("/metrics").text
-    assert 'llm_requests_total{model="fake"}' in text
-    assert 'jobs_submitted_total{model="fake",outcome="accepted"}' in text
-    assert 'http_requests_total{method="POST",route="/v1/jobs",status="202"}' in text
-    assert 'route="unmatched",status="404"' in text
-    assert "diary" not in text
+    metrics = http.get("/metrics").text
+    assert 'llm_requests_total{model="fake"}' in metrics
+    assert 'jobs_submitted_total{model="fake",outcome="accepted"}' in metrics
+    assert 'http_requests_total{method="POST",route="/v1/jobs",status="202"}' in metrics
+    assert 'route="unmatched",status="404"' in metrics
+    assert "diary" not in metrics
 
 
 def test_prompts_and_keys_stay_out_of_the_logs(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
@@ -205,6 +206,19 @@ class TestWithoutDatabase:
             rest = list(events)
         assert [event.data["text"] for event in rest if event.name == "output.delta"] == ["before", "after"]
         assert rest[-1].name == "job.completed"
+
+
+def test_lost_connections_are_noticed_by_nobody(
+    http: httpx.Client, session_factory: sessionmaker[Session], database_url: str
+) -> None:
+    """A restart of the database, or a firewall's silence, leaves dead connections in every pool."""
+    name = make_url(database_url).database
+    others = "FROM pg_stat_activity WHERE datname = :name AND pid <> pg_backend_pid()"
+    for method, path in [("POST", "/v1/jobs"), ("GET", "/v1/jobs"), ("GET", "/v1/queue"), ("POST", "/v1/jobs")]:
+        with session_factory() as session:
+            session.execute(text(f"SELECT pg_terminate_backend(pid) {others}"), {"name": name})
+        response = http.request(method, path, json=body() if method == "POST" else None)
+        assert response.is_success, response.text
 
 
 # The end

@@ -15,7 +15,7 @@ from domain.errors import ServerOverloaded, StorageUnavailable
 from domain.ids import new_id
 from domain.requests import GenerationRequest
 from storage import jobs
-from storage.database import async_session_factory, open_accept_database
+from storage.database import async_session_factory, open_statement_database
 from storage.jobs import Accepted, AcceptOutcome, NewJob
 from storage.tables import DEFAULT_TENANT_ID, Job
 from tasks import group_accept
@@ -41,7 +41,7 @@ def make_new_job(**fields: Any) -> NewJob:
 
 @pytest.fixture
 async def async_database(database_url: str) -> AsyncIterator[AsyncEngine]:
-    database = open_accept_database(database_url, pool_size=4)
+    database = open_statement_database(database_url, pool_size=4)
     yield database
     await database.dispose()
 
@@ -160,7 +160,7 @@ async def test_a_connection_that_breaks_in_the_statement_is_replaced(
 
 
 async def test_a_database_that_is_down_is_said_at_once() -> None:
-    database = open_accept_database("postgresql://nobody@127.0.0.1:1/none", pool_size=2)
+    database = open_statement_database("postgresql://nobody@127.0.0.1:1/none", pool_size=2)
     acceptor = GroupAcceptor(async_session_factory(database), max_queued_jobs=10)
     acceptor.start()
     async with asyncio.timeout(3):
