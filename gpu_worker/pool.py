@@ -98,10 +98,11 @@ class EnginePool(BasePool):
         if not isinstance(delivery, Delivery):
             return apply_target(target, args, kwargs, callback, accept_callback)  # a small housekeeping task runs here
         job_id = self.deliveries.take(delivery)
-        if job_id is not None:
-            self.runner.offer(job_id)
-            if delivery.id in state.revoked:
-                self.cancel(delivery)
+        if job_id is None:
+            return delivery
+        if delivery.id in state.revoked:
+            self.cancel(delivery)  # before the offer, so that nothing is left to claim
+        self.runner.offer(job_id)
         return delivery
 
     def cancel(self, delivery: Delivery) -> None:

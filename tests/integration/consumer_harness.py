@@ -180,6 +180,7 @@ class EventLog:
         self._pubsub.psubscribe("/0.celeryev/*")
         self._pubsub.get_message(timeout=1)  # the confirmation: from here on nothing is missed
         self._events: list[dict[str, Any]] = []
+        self.num_messages = 0  # that they came in
 
     def close(self) -> None:
         self._pubsub.close()
@@ -193,6 +194,7 @@ class EventLog:
         while (message := self._pubsub.get_message(timeout=0)) is not None:
             body = json.loads(b64decode(json.loads(message["data"])["body"]))
             self._events += body if isinstance(body, list) else [body]
+            self.num_messages += 1
         return self._events
 
 

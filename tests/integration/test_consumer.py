@@ -1,10 +1,23 @@
 """The consumer in peace: credit, sharing, order, drops and what `inspect` tells."""
 
+import json
+import os
+import subprocess
+import sys
 import time
 
 from domain.ids import external_id, new_id
 from tasks.messages import GENERATE, bell_key, generate_message, priority_key
-from tests.integration.consumer_harness import QUEUE, MakePlant, Plant, make_plant, plant, shared_plant, wait_until
+from tests.integration.consumer_harness import (
+    QUEUE,
+    ROOT,
+    MakePlant,
+    Plant,
+    make_plant,
+    plant,
+    shared_plant,
+    wait_until,
+)
 
 __all__ = ["make_plant", "plant", "shared_plant"]
 
@@ -143,3 +156,13 @@ def test_inspect_shows_the_engine(plant: Plant) -> None:
     assert len(plant.inspect("reserved")) == 1
     assert "max_num_seqs" in plant.inspect("pool_grow", n=1)["error"]
     assert "max_num_seqs" in plant.inspect("pool_shrink", n=1)["error"]
+
+
+def test_the_celery_command_knows_the_engine(plant: Plant) -> None:
+    environment = os.environ | {
+        "CELERIAC_REDIS_URL": plant.redis_url,
+        "CELERIAC_MODELS_FILE": str(plant.settings.models_file),
+    }
+    command = [sys.executable, "-m", "celery", "-A", "gpu_worker.app", "inspect", "engine_stats", "--json", "-t", "10"]
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True).stdout
+    assert json.loads(answer)["one@test"]["slots"] == 2

@@ -23,7 +23,9 @@ from storage.stream_channels import channel_of
 from storage.tables import Job
 from tasks.dispatch import count_waiting
 from tasks.janitor import EPOCH_KEY, Janitor
-from tests.integration.consumer_harness import ROOT, wait_until
+from tests.integration.consumer_harness import ROOT, EventLog, events, wait_until
+
+__all__ = ["events"]
 
 MakeJob = Callable[..., Job]
 SPECS = [ModelSpec(id=name, path="none", backend="fake", max_model_len=64) for name in ("test-model", "other-model")]
@@ -154,7 +156,7 @@ def test_finished_jobs_are_pruned_when_their_time_is_over(
 
 
 def test_beat_and_a_maintenance_worker_keep_the_janitor_going(
-    database_url: str, redis_url: str, client: redis.Redis, make_job: MakeJob, tmp_path: Path
+    database_url: str, redis_url: str, client: redis.Redis, events: EventLog, make_job: MakeJob, tmp_path: Path
 ) -> None:
     models_file = tmp_path / "models.toml"
     models_file.write_text('[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n')
@@ -179,4 +181,7 @@ def test_beat_and_a_maintenance_worker_keep_the_janitor_going(
             wait_until(partial(is_sent, client, job), "the job is sent")
     finally:
         worker.terminate()
-        assert worker.wait(timeout=20) == 0, (tmp_path / "log").read_text()
+        assert worker.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+    assert {event["type"].partition("-")[0] for event in events.all()} == {"worker"}  # ticks leave Flower alone
+    assert "janitor: dispatched test-model 1" in (tmp_path / "log").read_text()
+    assert "succeeded in" not in (tmp_path / "log").read_text()
