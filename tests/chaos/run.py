@@ -31,6 +31,7 @@ from tests.chaos import audit
 from tests.chaos.checker import Verdict, Violation, judge, percentiles, read_stored, stalls
 from tests.chaos.clients import Clients
 from tests.chaos.faults import WEIGHTS, Striker, make_schedule
+from tests.chaos.mutants import MUTANTS
 from tests.chaos.plant import Plant, host_and_port
 from tests.chaos.proxy import Link
 from tests.chaos.trees import Edit, copy_tree
@@ -46,7 +47,6 @@ SETTINGS = {
     "max_failures": 30,
     "flush_min_seconds": 0.03,
 }
-QUIET_SECONDS = 90.0  # after the last fault; what is not over by then is stuck
 REST_LOOK_SECONDS = 0.3
 NUM_SHOWN = 20  # violations
 
@@ -61,6 +61,7 @@ class Options:
     num_workers: int = 3
     has_real_model: bool = True
     max_tokens: int = 400  # of a job of the fake model
+    quiet_seconds: float = 90.0  # after the last fault; what is not over by then is stuck
     is_kept: bool = False  # the folder with the logs, also where all is well
     edits: tuple[Edit, ...] = ()  # that make a mutant of the code
     weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
@@ -174,7 +175,7 @@ class Run:
             self._mend()
             workload.stop()
             with suppress(TimeoutError):
-                await asyncio.wait_for(working, QUIET_SECONDS)
+                await asyncio.wait_for(working, self._options.quiet_seconds)
             await self._wait_for_rest()
         finally:
             watching.cancel()
@@ -189,7 +190,7 @@ class Run:
 
     async def _wait_for_rest(self) -> None:
         """Jobs that no client waits for (a submission whose answer was lost) end too."""
-        for _ in range(int(QUIET_SECONDS / REST_LOOK_SECONDS)):
+        for _ in range(int(self._options.quiet_seconds / REST_LOOK_SECONDS)):
             if not await asyncio.to_thread(self._num_open):
                 return
             await asyncio.sleep(REST_LOOK_SECONDS)
@@ -296,10 +297,14 @@ def main() -> int:
     parser.add_argument("--faults-per-minute", type=float, default=Options.faults_per_minute)
     parser.add_argument("--clients", type=int, default=Options.num_clients, dest="num_clients")
     parser.add_argument("--without-real-model", action="store_false", dest="has_real_model")
+    parser.add_argument("--mutant", choices=list(MUTANTS), help="run the code without one of its rules")
     parser.add_argument("--keep", action="store_true", dest="is_kept", help="keep the logs")
     arguments = vars(parser.parse_args())
     if arguments["seed"] is None:
         arguments["seed"] = random.SystemRandom().randrange(1_000_000)
+    mutant = MUTANTS.get(arguments.pop("mutant") or "")
+    if mutant is not None:
+        arguments |= {"edits": mutant.edits, "weights": mutant.weights, "num_apis": 1, "has_real_model": False}
     console = Console(width=160 if not sys.stdout.isatty() else None)
     report = asyncio.run(Run(Options(**arguments), console).run())
     print(json.dumps(report))
