@@ -26,6 +26,7 @@ FIRST_PROMPT = "Tell me a story about a brave little fox."
 FIRST_MAX_TOKENS = 160
 MAX_DEATHS_AT_START = 3
 PATIENCE_SECONDS = 30.0  # then we point at the log of what still starts
+SETTLED_SECONDS = 10.0
 SERVER_RETRY_SECONDS = 5.0
 DRAIN_MARGIN_SECONDS = 15.0  # beyond the worker's own drain: releasing, saying goodbye
 API_STOP_SECONDS = 15.0  # more than it gives to its open requests
@@ -110,13 +111,23 @@ class Up:
 
     def _services(self) -> list[Service]:
         """In the order of their start: the worker first, since it takes longest."""
-        worker = self._service("GPU worker", "worker", lambda: bool(self._health().get("workers")))
+        # Its log says so at once, where INFO is logged; the API hears of it a second or two later.
+        worker = self._service(
+            "GPU worker",
+            "worker",
+            lambda: worker.log_has(b"the engine is ready") or bool(self._health().get("workers")),
+        )
         worker.stop_seconds = self._settings.drain_seconds + DRAIN_MARGIN_SECONDS
         worker.hurry_signal = signal.SIGQUIT  # gives running jobs back to the queue at once
         api = self._service("API", "api", lambda: bool(self._health()))
         api.prepare = self._choose_api_port
         api.stop_seconds = API_STOP_SECONDS
-        maintenance = self._service("Maintenance", "maintenance", lambda: maintenance.log_has(b" ready"))
+        # It serves nothing that could be asked; with a log too quiet to tell, having lived for a while must do.
+        maintenance = self._service(
+            "Maintenance",
+            "maintenance",
+            lambda: maintenance.log_has(b" ready") or time.monotonic() - maintenance.started_at > SETTLED_SECONDS,
+        )
         flower = self._service("Flower", "flower", lambda: not is_free(LOOPBACK, self._flower_port))
         flower.prepare = self._choose_flower_port
         return [worker, api, maintenance, flower]
