@@ -36,7 +36,7 @@ generate.Request = Delivery
 
 
 @signals.celeryd_init.connect
-def _choose_node_name(instance: Any, options: dict[str, Any], **_: Any) -> None:
+def _choose_node_name(instance: Any, **_: Any) -> None:
     """Two workers of one name look like one to Flower and inspect, so a name nobody chose is made unique."""
     if instance.hostname != f"celery@{socket.gethostname()}":
         return  # chosen by -n
