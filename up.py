@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -275,7 +275,9 @@ class Up:
         }
 
     def _say(self, line: str) -> None:
-        self._console.print(line, markup=False)
+        # Nobody may be listening any more: a terminal that was closed, a pipe whose reader left (for which rich exits).
+        with suppress(OSError, SystemExit):
+            self._console.print(line, markup=False)
 
 
 def _celeriac(command: str) -> list[str]:

@@ -259,3 +259,16 @@ def test_a_part_that_cannot_start_ends_it_with_the_reason(environment: dict[str,
     assert up.wait() == 1
     up.wait_for(r"Flower does not start; its log ends:(.|\n)*many")
     assert processes_of(folder) == []
+
+
+def test_a_terminal_that_goes_away_stops_it_in_good_order(environment: dict[str, str], folder: Path) -> None:
+    command = [sys.executable, "-m", "cli", "up", "--no-first-job"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as up:
+        assert up.stdout is not None
+        while "Try it" not in up.stdout.readline():
+            assert up.poll() is None
+        up.stdout.close()
+        up.send_signal(signal.SIGHUP)
+        assert up.wait(60) == 0
+    assert "draining" in (folder / "data" / "logs" / "worker.log").read_text()  # asked to end, not killed by its guard
+    assert processes_of(folder) == []
