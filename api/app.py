@@ -1,6 +1,5 @@
 """The HTTP API as one ASGI application: routes, error handlers, and what lives as long as the process."""
 
-import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
@@ -28,8 +27,6 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_services(settings, catalog) as services:
             app.state.services = services
-            gc.collect()
-            gc.freeze()  # what is here now stays: no later collection needs to walk it
             yield
 
     app = FastAPI(

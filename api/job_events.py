@@ -5,7 +5,7 @@ retrying, snapshot) carries no id and no number: a client that resumes is told a
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -26,6 +26,7 @@ from storage.streams import StatusChange
 from storage.tables import Job
 
 POSITION_SECONDS = 1.0  # between two looks at the place in the queue
+STORAGE_RETRY_SECONDS = 0.5
 PAGE = 500
 COMMENT_AND_RETRY = b"retry: 1000\n: celeriac\n"  # an event block without data: sets the delay, dispatches nothing
 
@@ -127,22 +128,29 @@ class JobEventStream:
 
     async def _snapshot(self) -> bytes:
         """All text so far in one event; the deltas after it go on from there."""
-        chunks = await read_all_chunks(self._services, self._job.id)
+        chunks = await _when_storage_answers(lambda: read_all_chunks(self._services, self._job.id))
         self._last = chunks[-1].sequence_number if chunks else 0
         return self._news("job.snapshot", sequence_number=self._last, choices=choices_of(chunks))
 
     async def _farewell(self) -> list[bytes]:
         """The terminal event: the job as it will stay."""
-        record = None
-        while record is None:
-            with suppress(StorageUnavailable):
-                record = await self._services.read(job_queries.get, self._job.id, self._job.tenant_id)
-                if record is None:
-                    return []
+        record = await _when_storage_answers(
+            lambda: self._services.read(job_queries.get, self._job.id, self._job.tenant_id)
+        )
+        if record is None:
+            return []
         return [frame(f"job.{record.job.status.value}", job_view(record), id=terminal_id(record.job))]
 
 
 Item = TypeVar("Item")
+
+
+async def _when_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Item:
+    """A stream that has begun waits for a database that is away: it has no other way to say so."""
+    while True:
+        with suppress(StorageUnavailable):
+            return await ask()
+        await asyncio.sleep(STORAGE_RETRY_SECONDS)
 
 
 async def with_ticks(

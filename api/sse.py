@@ -129,9 +129,9 @@ class EventStream(Response):
         except TimeoutError:
             return "slow"
         finally:
-            if following is not None and not following.done():
+            if following is not None:  # also one that has just ended: its last word must be heard
                 following.cancel()
-                await asyncio.wait((following,))
+                await asyncio.gather(following, return_exceptions=True)
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.app import create_app
 from api.deps import private_router
-from api.server import make_server, open_socket
+from api.server import collect_garbage_seldom, make_server, open_socket
 from domain.catalog import Catalog, ModelSpec
 from observability import configure_logging
 from settings import get_settings
@@ -51,6 +51,7 @@ def main() -> None:
     app.router.routes.clear()
     app.include_router(router)
     app.add_middleware(Bare)
+    collect_garbage_seldom()
     with open_socket("127.0.0.1", 0) as listening:
         logging.getLogger("bench").info("listening on http://127.0.0.1:%s", listening.getsockname()[1])
         make_server(app).run(sockets=[listening])

@@ -35,7 +35,7 @@ from tasks.messages import (
 logger = logging.getLogger(__name__)
 
 BROKER_DEADLINE_SECONDS = 0.5
-FULL_WINDOW_SECONDS = 0.05
+FULL_WINDOW_SECONDS = 0.25
 
 
 def room(settings: Settings, *, num_live_slots: int, num_waiting: int) -> int:
