@@ -4,13 +4,17 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.exc import OperationalError
 
+from api import job_events
 from api.job_schemas import JobView
 from client import StreamEvent
 from domain.chunks import TokenChunk, TokenLogprob
@@ -18,6 +22,7 @@ from domain.ids import external_id
 from domain.jobs import FinishReason, JobStatus
 from embedded import EmbeddedRedis
 from settings import Settings
+from storage import job_queries
 from tests.integration.api_harness import (
     ApiServer,
     HandWorker,
@@ -54,6 +59,23 @@ def test_a_finished_job_is_replayed_byte_for_byte(http: httpx.Client, finished: 
     assert job.output is not None
     assert job.output.text == text_of(events)
     assert events[-1].data == http.get(f"/v1/jobs/{finished}").json()
+
+
+def test_a_snapshot_waits_for_a_database_that_is_away(
+    http: httpx.Client, finished: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outages = [OperationalError("SELECT", {}, Exception("the server closed the connection"))]
+
+    def read_chunks(*arguments: Any, **options: Any) -> Any:
+        if outages:
+            raise outages.pop()
+        return job_queries.read_chunks(*arguments, **options)
+
+    monkeypatch.setattr(job_events, "job_queries", SimpleNamespace(get=job_queries.get, read_chunks=read_chunks))
+    events = all_events(http, finished, params={"from": "snapshot"})
+    assert outages == []
+    assert events[0].data["choices"][0]["text"] == "".join(TEXTS)
+    assert events[-1].is_terminal
 
 
 def test_the_headers_keep_proxies_from_holding_a_stream_back(http: httpx.Client, finished: str) -> None:

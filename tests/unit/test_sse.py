@@ -1,11 +1,16 @@
 """Frames: no text can end one early or forge a field, and any decoder reads back what was sent."""
 
+import asyncio
+import gc
 import json
+from collections.abc import AsyncGenerator
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.sse import HEARTBEAT, frame
+from api.sse import HEARTBEAT, EventStream, StreamSlots, frame
 from client import parse_events
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -27,3 +32,29 @@ def test_a_frame_is_plain_to_read() -> None:
     data = {"index": 0, "text": "é"}
     assert frame("output.delta", data, id=7) == b'id: 7\nevent: output.delta\ndata: {"index":0,"text":"\xc3\xa9"}\n\n'
     assert json.loads(frame("job.queued", data).split(b"data: ")[1]) == data
+
+
+@pytest.mark.anyio
+async def test_a_client_that_leaves_at_the_very_end_leaves_no_error_behind() -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))
+
+    has_ended = asyncio.Event()
+
+    async def one_frame() -> AsyncGenerator[bytes, None]:
+        yield HEARTBEAT
+        has_ended.set()  # the client leaves in the same turn of the loop in which the frames end
+
+    async def receive() -> dict[str, Any]:
+        await has_ended.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(0)
+
+    slots, draining = StreamSlots(1), asyncio.Event()
+    stream = EventStream(one_frame(), heartbeat_seconds=1, lifetime_seconds=9, slots=slots, draining=draining)
+    await stream({"type": "http"}, receive, send)
+    gc.collect()
+    assert complaints == []
+    assert slots.num_open == 0
