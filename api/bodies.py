@@ -1,5 +1,6 @@
 """JSON bodies in: strict, bounded, and refused with the field, the value seen and the remedy."""
 
+import asyncio
 import difflib
 import json
 import re
@@ -8,10 +9,11 @@ from typing import Any, NoReturn, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from api.errors import UnsupportedMediaType
+from api.errors import RequestTimeout, UnsupportedMediaType
 from domain.errors import InvalidRequest
 
 MAX_DEPTH = 32
+BODY_SECONDS = 30.0
 _MAX_SHOWN_CHARS = 40
 
 #: Fields whose text may be private: errors give their length, never their value.
@@ -27,7 +29,16 @@ Model = TypeVar("Model", bound=BaseModel)
 async def read_model(request: Request, model: type[Model]) -> Model:
     """The body as a `model`. Raises InvalidRequest or UnsupportedMediaType; the size was bounded by the middleware."""
     require_json(request)
-    return parse_model(await request.body(), model)
+    return parse_model(await read_body(request), model)
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body. Raises RequestTimeout for one that trickles in."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.body()
+    except TimeoutError:
+        raise RequestTimeout(f"the body did not arrive within {BODY_SECONDS:.0f} s; send it at once") from None
 
 
 def require_json(request: Request) -> None:

@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.app import create_app
+from api.protocol import BoundedHttp
 from observability import configure_logging
 from settings import Settings
 
@@ -52,7 +53,7 @@ def make_server(app: FastAPI) -> "Server":
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=BoundedHttp,
         ws="none",
         lifespan="on",
         log_config=None,

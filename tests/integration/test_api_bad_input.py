@@ -1,6 +1,10 @@
 """What cannot be: always a 4xx in the one error shape, with the field, the value seen and the remedy; never a 500."""
 
+import json
+import socket
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -242,13 +246,60 @@ def test_a_bug_of_ours_is_an_opaque_500(
     assert SECRET not in response.text
 
 
-def test_bytes_that_are_no_http_end_the_connection_and_nothing_else(http: httpx.Client, api: ApiServer) -> None:
-    for data in (
-        b"\x16\x03\x01\x00",
+def answer_of(raw: bytes) -> tuple[int, dict[str, Any]]:
+    head, _, content = raw.partition(b"\r\n\r\n")
+    return int(head.split()[1]), dict(json.loads(content))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x00\xff\xff",
         b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
         b"POST /v1/jobs HTTP/1.1\r\ncontent-length: -5\r\n\r\n",
-    ):
-        raw_request(api.port, data)
-    request = b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
-    raw_request(api.port, request)  # a client that hangs up in the middle of its body
+        b"POST /v1/jobs HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    ],
+)
+def test_bytes_that_are_no_http_are_refused_in_the_same_shape(http: httpx.Client, api: ApiServer, data: bytes) -> None:
+    status, answer = answer_of(raw_request(api.port, data))
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
     assert http.get("/health/live").status_code == 200
+
+
+@pytest.mark.parametrize("part", [b"x: " + b"y" * 1000 + b"\r\n", b"y" * 1000])
+def test_a_head_without_end_is_cut_off(api: ApiServer, part: bytes) -> None:
+    status, answer = answer_of(raw_request(api.port, b"GET /health HTTP/1.1\r\nhost: x\r\nz: " + part * 40))
+    assert (status, answer["error"]["code"]) == (431, "invalid_value")
+
+
+@pytest.mark.parametrize("data", [b"", b"GET /health HTTP/1.1\r\nhost: "])
+def test_a_head_that_does_not_come_ends_the_connection(
+    api: ApiServer, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    monkeypatch.setattr("api.protocol.HEAD_SECONDS", 0.2)
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=10)) as connection:
+        connection.sendall(data)
+        assert connection.recv(1000) == b""
+
+
+def test_a_connection_may_be_idle_between_two_requests(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.protocol.HEAD_SECONDS", 0.2)
+    assert http.get("/health/live").status_code == 200
+    time.sleep(0.5)
+    assert http.get("/health/live").status_code == 200
+
+
+def test_a_body_that_trickles_in_is_given_up_on(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.bodies.BODY_SECONDS", 0.2)
+    head = b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=10)) as connection:
+        connection.sendall(head)
+        status, answer = answer_of(connection.recv(65_536))
+    assert (status, answer["error"]["code"]) == (408, "request_timeout")
+
+
+def test_a_client_that_hangs_up_in_its_body_leaves_nothing(http: httpx.Client, api: ApiServer) -> None:
+    head = b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+    raw_request(api.port, head)
+    assert http.get("/v1/jobs").json()["data"] == []
