@@ -3,7 +3,10 @@
 Nothing here reaches torch or `gpu_worker`: what runs a GPU task is decided by the worker's own app module.
 """
 
+import ctypes
 import logging
+import signal
+import sys
 
 from celery import Celery, signals
 from kombu import Exchange, Queue
@@ -83,6 +86,8 @@ _WORKER = {
 }
 
 
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
 # One line or two per task: events tell it to Flower, and our own lines tell what matters.
 _LOGGERS_OF_EVERY_TASK = ("celery.worker.strategy", "celery.app.trace", "celery.beat")
 
@@ -91,6 +96,13 @@ def _beat_schedule(settings: Settings) -> dict[str, dict[str, object]]:
     seconds = settings.janitor_interval_seconds
     # Ticks that pile up while no maintenance worker runs are dropped on receipt.
     return {"janitor": {"task": JANITOR_TICK, "schedule": seconds, "options": {"expires": 10 * seconds}}}
+
+
+@signals.beat_embedded_init.connect
+def _end_beat_with_its_worker(**_: object) -> None:
+    """The clock is a child of the maintenance worker; it would outlive one that was killed, and tick for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @signals.setup_logging.connect

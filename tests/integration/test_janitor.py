@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import redis
 from sqlalchemy.orm import Session, sessionmaker
@@ -185,3 +186,20 @@ def test_beat_and_a_maintenance_worker_keep_the_janitor_going(
     assert {event["type"].partition("-")[0] for event in events.all()} == {"worker"}  # ticks leave Flower alone
     assert "janitor: dispatched test-model 1" in (tmp_path / "log").read_text()
     assert "succeeded in" not in (tmp_path / "log").read_text()
+
+
+def test_a_killed_maintenance_worker_takes_its_clock_with_it(redis_url: str, tmp_path: Path) -> None:
+    models_file = tmp_path / "models.toml"
+    models_file.write_text('[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n')
+    environment = os.environ | {"CELERIAC_REDIS_URL": redis_url, "CELERIAC_MODELS_FILE": str(models_file)}
+    command = [sys.executable, "-m", "celery", "-A", "tasks.app", "worker", "--beat", "--pool=threads"]
+    with (tmp_path / "log").open("wb") as log:
+        worker = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    try:
+        process = psutil.Process(worker.pid)
+        wait_until(lambda: "ready." in (tmp_path / "log").read_text() and process.children(), "the clock is started")
+        children = process.children(recursive=True)
+    finally:
+        worker.kill()
+        worker.wait()
+    wait_until(lambda: not any(child.is_running() for child in children), "its clock is gone")
