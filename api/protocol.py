@@ -37,6 +37,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._start_head()
+        if self.cycle is not None:
+            self._num_head_bytes = 0  # what was read with it may be the end of the request before
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -49,7 +51,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _start_head(self) -> None:
         self._stop_head_timer()
-        self._num_head_bytes, self._is_head_complete = 0, False
+        self._is_head_complete = False
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close)
 
     def _stop_head_timer(self) -> None:

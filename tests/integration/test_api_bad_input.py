@@ -273,6 +273,21 @@ def test_a_head_without_end_is_cut_off(api: ApiServer, part: bytes) -> None:
     assert (status, answer["error"]["code"]) == (431, "invalid_value")
 
 
+def test_a_long_body_and_the_next_request_may_arrive_together(api: ApiServer) -> None:
+    content = json.dumps(body(model="large", prompt="x" * 200_000)).encode()
+    head = "POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+    one = f"{head}{len(content)}\r\n\r\n".encode() + content
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=10)) as connection:
+        connection.sendall(one + one + b"GET /health/live HTTP/1.1\r\nhost: x\r\n")
+        time.sleep(0.2)
+        connection.sendall(b"connection: close\r\n\r\n")
+        answers = b""
+        while part := connection.recv(65_536):
+            answers += part
+    assert answers.count(b"HTTP/1.1 202 ") == 2
+    assert answers.count(b"HTTP/1.1 200 ") == 1
+
+
 @pytest.mark.parametrize("data", [b"", b"GET /health HTTP/1.1\r\nhost: "])
 def test_a_head_that_does_not_come_ends_the_connection(
     api: ApiServer, monkeypatch: pytest.MonkeyPatch, data: bytes
