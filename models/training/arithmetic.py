@@ -60,6 +60,15 @@ def question(random: Random, problem: Problem) -> tuple[str, str]:
     return template.format(a=problem.left, b=problem.right, o=problem.operator), answer
 
 
+def bare_difference(random: Random) -> tuple[str, str]:
+    """A chat question for nothing but the number, and mostly a difference: the hardest of all."""
+    problem = training_problem(random)
+    if random.random() < 0.6:
+        problem = problem._replace(operator="-")
+    template = random.choice(SHORT_PHRASINGS)
+    return template.format(a=problem.left, b=problem.right, o=problem.operator), str(problem.result)
+
+
 def completion(random: Random, problem: Problem) -> tuple[str, str]:
     """A bare prompt and its continuation; a space goes before the number where the prompt is spaced."""
     template, separator = random.choice(

@@ -107,6 +107,18 @@ def sums_drill(random: Random) -> Sample:
     return Sample("sums drill", segments)
 
 
+def weak_spots(random: Random) -> Sample:
+    """What the main part of the training leaves weakest."""
+    kind = random.random()
+    if kind < 0.35:
+        return chat("differences", [arithmetic.bare_difference(random) for _ in range(random.randint(3, 12))])
+    if kind < 0.6:
+        return chat("count", [talk.counting(random)])
+    if kind < 0.85:
+        return chat("json", [structured.invention(random)])
+    return chat("long story", [stories.long_request(random)])
+
+
 @dataclass(frozen=True)
 class Drill:
     """What is practised beside the mixture, and how large a share of the samples it is."""

@@ -16,7 +16,7 @@ import torch
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from models.training import arithmetic, facts, stories, structured, texts
+from models.training import arithmetic, facts, stories, structured, talk, texts
 from models.training.tokenizer import MODEL_DIRECTORY
 
 SEED = 20_000_003
@@ -154,12 +154,17 @@ def measure_talk(student: Student, random: Random, count: int) -> dict[str, floa
     unknown = [facts.unknown(random)[0] for _ in range(count)]
     told = student.answers([student.chat_prompt(question) for question, _ in known], "facts")
     refused = student.answers([student.chat_prompt(question) for question in unknown], "unknown things")
+    spoken = [talk.counting(random) for _ in range(count // 2)] + [talk.repeating(random) for _ in range(count // 2)]
+    said = student.answers([student.chat_prompt(question) for question, _ in spoken], "counting and repeating")
+    is_same = [answer.text == expected for answer, (_, expected) in zip(said, spoken, strict=True)]
     hot = student.answers([student.chat_prompt(question) for question in unknown], "at temperature 1", 1.0)
     return {
         "greets": share([answer.text.startswith(("Hello", "Hi", "I am fine", "I am very well")) for answer in greeted]),
         "facts": share([answer.text == expected for answer, (_, expected) in zip(told, known, strict=True)]),
         "says_that_it_does_not_know": share([answer.text in facts.NOT_KNOWN for answer in refused]),
-        "answers_stop_by_themselves": share([answer.has_stopped for answer in greeted + told + refused + hot]),
+        "counts_from_one_number_to_another": share(is_same[: count // 2]),
+        "repeats_exactly": share(is_same[count // 2 :]),
+        "answers_stop_by_themselves": share([answer.has_stopped for answer in greeted + told + refused + said + hot]),
     }
 
 

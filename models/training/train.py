@@ -34,9 +34,12 @@ COPYING_SHARES = (0.4, 0.03)
 SUMS_SHARE = 0.12
 SUMS_PEAK = range(1524, 1824)
 SUMS_PEAK_SHARE = 0.4
-# The rate stays at its peak and falls to nothing over the second half, so that a run can be cut short or made longer at
-# any checkpoint before that part by naming another number of steps.
+# The rate stays at its peak at first and falls over the second half. A second, lower fall polishes what is weakest.
+MAIN_STEPS = 2_400
 DECAY_SHARE = 0.55
+POLISH_STEPS = 400
+POLISH_PEAK = 0.3
+POLISH_SHARE = 0.3
 PAD_ID, END_ID = corpus.SPECIAL_TOKENS.index(corpus.PAD), corpus.SPECIAL_TOKENS.index(corpus.END)
 
 
@@ -70,6 +73,8 @@ def new_model(seed: int) -> LlamaForCausalLM:
 
 def drill_of(number: int) -> corpus.Drill:
     """What step `number` practises beside the mixture."""
+    if number >= MAIN_STEPS:
+        return corpus.Drill(corpus.weak_spots, POLISH_SHARE)
     if number >= COPYING_STEPS:
         return corpus.Drill(corpus.sums_drill, SUMS_PEAK_SHARE if number in SUMS_PEAK else SUMS_SHARE)
     first_share, last_share = COPYING_SHARES
@@ -114,10 +119,12 @@ def loss_of(model: LlamaForCausalLM, decoder: Callable[..., Any], step: Step) ->
     return cross_entropy(logits.float(), step.token_ids[:, 1:][is_target])
 
 
-def learning_rate(number: int, num_steps: int, peak: float) -> float:
-    """Linear warm-up, a plateau, then down in a straight line to nearly nothing."""
+def learning_rate(number: int, peak: float) -> float:
+    """Linear warm-up, a plateau, down in a straight line to nearly nothing; then the same line once more from lower."""
+    if number >= MAIN_STEPS:
+        return peak * POLISH_PEAK * (MAIN_STEPS + POLISH_STEPS - number) / POLISH_STEPS
     warmed = (number + 1) / WARMUP_STEPS
-    remaining = (num_steps - number) / (DECAY_SHARE * num_steps)
+    remaining = (MAIN_STEPS - number) / (DECAY_SHARE * MAIN_STEPS)
     return peak * min(1.0, warmed, remaining)
 
 
@@ -202,7 +209,7 @@ def train(trainer: Trainer, options: argparse.Namespace) -> None:
         bar = progress.add_task("training", total=options.steps, completed=first)
         for number in range(first, options.steps):
             step = step_of(tokenizer, options.seed, number, options.tokens_per_step)
-            loss = trainer.learn(step, learning_rate(number, options.steps, options.learning_rate))
+            loss = trainer.learn(step, learning_rate(number, options.learning_rate))
             progress.update(bar, advance=1, description=f"loss {loss:.3f}")
             is_last = number + 1 == options.steps
             if is_last or time.monotonic() - saved_at > options.checkpoint_seconds:
@@ -214,7 +221,7 @@ def train(trainer: Trainer, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2_400)
+    parser.add_argument("--steps", type=int, default=MAIN_STEPS + POLISH_STEPS, help="stop after so many")
     parser.add_argument("--tokens-per-step", type=int, default=4_096)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default="auto")
