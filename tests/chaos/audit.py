@@ -3,7 +3,7 @@
 The table is part of the final SQL that the checker reads; the system does not know of it.
 """
 
-from bisect import bisect_right
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,14 @@ CREATE TRIGGER chaos_worker AFTER INSERT ON workers FOR EACH ROW EXECUTE FUNCTIO
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """An incarnation of a worker: the part's name, and when it first reported itself."""
+
+    name: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """A job's status became another. `owner` is of the attempt that began or ended."""
 
@@ -75,9 +83,9 @@ def read_changes(connection: "psycopg.Connection[Any]") -> list[Change]:
     return [Change(*row) for row in rows]
 
 
-def read_names(connection: "psycopg.Connection[Any]") -> dict[UUID, str]:
-    """The part that each owner of a lease was an incarnation of."""
-    return {owner: name for owner, name in connection.execute("SELECT id, name FROM chaos_workers")}
+def read_owners(connection: "psycopg.Connection[Any]") -> dict[UUID, Owner]:
+    """Who the owners of leases were."""
+    return {id_: Owner(name, at) for id_, name, at in connection.execute("SELECT id, name, at FROM chaos_workers")}
 
 
 def judge_changes(changes: Sequence[Change]) -> Iterator[Violation]:
@@ -96,7 +104,7 @@ def judge_changes(changes: Sequence[Change]) -> Iterator[Violation]:
 
 def figures(
     changes: Sequence[Change],
-    names: Mapping[UUID, str],
+    owners: Mapping[UUID, Owner],
     workers: Sequence[Part],
     struck: Sequence[Struck],
     *,
@@ -107,7 +115,7 @@ def figures(
     false_rescues = [
         change
         for change in rescues
-        if (owner := _incarnation(change, names, workers)) is not None
+        if (owner := _incarnation(change, owners, workers)) is not None
         and owner.was_well(change.at - lease_seconds - 1, change.at)
         and any(0 <= change.at - at < 2 * lease_seconds + 5 for at in restarts)
     ]
@@ -115,34 +123,37 @@ def figures(
         "claims": sum(change.is_claim for change in changes),
         "rescues": len(rescues),
         "rescues_of_well_workers_after_postgres_restart": len(false_rescues),
-        "takeover_seconds_after_worker_kill": percentiles(_takeovers(changes, names, workers)),
         "takeover_seconds_after_engine_end": percentiles(_retakes(changes, struck)),
     }
 
 
-def _incarnation(change: Change, names: Mapping[UUID, str], workers: Sequence[Part]) -> Incarnation | None:
+def _incarnation(change: Change, owners: Mapping[UUID, Owner], workers: Sequence[Part]) -> Incarnation | None:
     """The process that held the lease, if we know it."""
-    if change.owner is None or change.owner not in names:
+    owner = owners.get(change.owner) if change.owner is not None else None
+    if owner is None:
         return None
-    part = next(part for part in workers if part.name == names[change.owner])
-    began = [incarnation.started_at for incarnation in part.incarnations]
-    place = bisect_right(began, change.at - (change.lease_left or 0.0)) - 1
-    return part.incarnations[place] if place >= 0 else None
+    part = next(part for part in workers if part.name == owner.name)
+    return next((i for i in part.incarnations if i.started_at < owner.at < (i.ended_at or math.inf)), None)
 
 
-def _takeovers(changes: Sequence[Change], names: Mapping[UUID, str], workers: Sequence[Part]) -> Iterator[float]:
-    """From the end of a worker's process to the next attempt of each job it was running."""
+def takeovers(changes: Sequence[Change], owners: Mapping[UUID, Owner], workers: Sequence[Part]) -> Iterator[float]:
+    """From the end of a worker's process to the next attempt of each job that was rescued from it."""
     ends_by_name = {part.name: [i.ended_at for i in part.incarnations if i.ended_at is not None] for part in workers}
     claim_by_job: dict[UUID, Change] = {}
+    rescued: set[UUID] = set()
     for change in changes:
+        if change.is_rescue:
+            rescued.add(change.job_id)
         if not change.is_claim:
             continue
         before = claim_by_job.get(change.job_id)
         claim_by_job[change.job_id] = change
-        if before is None or before.owner is None or before.owner not in names:
+        owner = owners.get(before.owner) if before is not None and before.owner is not None else None
+        if before is None or owner is None or change.job_id not in rescued:
             continue
-        ended = [at for at in ends_by_name[names[before.owner]] if before.at <= at <= change.at]
-        if ended and before.owner != change.owner:
+        rescued.discard(change.job_id)
+        ended = [at for at in ends_by_name.get(owner.name, ()) if before.at <= at <= change.at]
+        if ended:
             yield change.at - ended[0]
 
 

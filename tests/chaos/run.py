@@ -14,11 +14,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,14 @@ from rich.live import Live
 
 from settings import ROOT
 from tests.chaos import audit
-from tests.chaos.checker import Verdict, Violation, judge, percentiles, read_stored, stalls
 from tests.chaos.clients import Clients
 from tests.chaos.faults import WEIGHTS, Striker, make_schedule
 from tests.chaos.mutants import MUTANTS
 from tests.chaos.plant import Plant, host_and_port
 from tests.chaos.proxy import Link
 from tests.chaos.trees import Edit, copy_tree
-from tests.chaos.workload import FAKE_MODEL, MODELS, POISON_SEED, REAL_MODEL, REAL_MODELS, Workload, describe
+from tests.chaos.verdict import REAL_WORKER, describe_stalls, judge_run
+from tests.chaos.workload import FAKE_MODEL, MODELS, REAL_MODEL, REAL_MODELS, Workload, describe
 
 LEASE_SECONDS = 3.0
 SETTINGS = {
@@ -46,6 +44,7 @@ SETTINGS = {
     "drain_seconds": 2,
     "max_failures": 30,
     "flush_min_seconds": 0.03,
+    "flush_max_seconds": 0.12,  # more chunks than the default gives, so more that can go wrong
 }
 REST_LOOK_SECONDS = 0.3
 NUM_SHOWN = 20  # violations
@@ -77,7 +76,7 @@ class Run:
         worker_models = {f"gpu-{number}": FAKE_MODEL for number in range(1, options.num_workers + 1)}
         models = MODELS
         if options.has_real_model:
-            worker_models["gpu-real"] = REAL_MODEL
+            worker_models[REAL_WORKER] = REAL_MODEL
             model_folder = self._folder / REAL_MODEL  # a copy: the same weights to the end, whatever is trained here
             shutil.copytree(ROOT / "models" / REAL_MODEL, model_folder)
             models += REAL_MODELS.format(id=REAL_MODEL, path=model_folder)
@@ -227,67 +226,20 @@ class Run:
     # The verdict
 
     def _judge(self, clients: Clients, striker: Striker) -> dict[str, Any]:
-        with self._plant.connect() as connection:
-            stored = read_stored(connection)
-            changes, names = audit.read_changes(connection), audit.read_names(connection)
-        verdict = judge(clients.histories, stored)
-        verdict.violations += audit.judge_changes(changes)
-        verdict.violations += _judge_known_answers(clients, verdict)
+        verdict = judge_run(self._plant, clients.histories, striker.struck, lease_seconds=LEASE_SECONDS)
         for violation in verdict.violations[:NUM_SHOWN]:
             self._console.print(f"{violation.kind}: {violation.job}: {violation.detail}", markup=False)
-        for seconds, at, job_id in sorted(stalls(clients.histories), reverse=True)[:3]:
-            self._console.print(
-                f"a dropped client waited {seconds:.1f} s from {_clock(at)} on: {job_id}", highlight=False
-            )
+        for line in describe_stalls(clients.histories):
+            self._console.print(line, highlight=False)
         if verdict.violations or self._options.is_kept:
             self._console.print(f"the logs are in {self._folder / 'logs'}")
-        faults = Counter(fault.kind for fault in striker.struck if fault.target)
         return {
             "ok": not verdict.violations,
             "seed": self._options.seed,
             "seconds": self._options.seconds,
             "violations": verdict.num_by_kind(),
-            "num_faults": sum(faults.values()),
-            "faults": dict(sorted(faults.items())),
             **verdict.figures,
-            **audit.figures(changes, names, self._plant.workers, striker.struck, lease_seconds=LEASE_SECONDS),
-            "stall_seconds_after_a_drop": percentiles(seconds for seconds, _, _ in stalls(clients.histories)),
-            "processes_started": sum(len(part.incarnations) for part in self._plant.parts),
-            "tracebacks_in_logs": sum(
-                part.log().count("Traceback (most recent call last)") for part in self._plant.parts
-            ),
         }
-
-
-def _clock(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S.%f")[:-3]
-
-
-def _judge_known_answers(clients: Clients, verdict: Verdict) -> list[Violation]:
-    """What must come out is known of greedy jobs (the same text for the same prompt) and of poison (a failure)."""
-    violations = []
-    text_by_prompt: dict[tuple[str, int], str] = {}
-    num_poison = num_innocent = 0
-    for history in clients.histories:
-        end, params = history.end, history.body["params"]
-        if end is None:
-            continue
-        is_blamed = (end["error"] or {}).get("code") == "poison_job"
-        if params["seed"] == POISON_SEED:
-            num_poison += 1
-            if end["status"] == "completed":
-                violations.append(Violation("poison completed", end["id"], "it cannot have run"))
-        elif end["status"] == "failed":
-            num_innocent += 1
-            violations.append(Violation("innocent failed", end["id"], f"{end['error']}, attempt {end['attempt']}"))
-        if is_blamed and end["attempt"] > 3 and params["seed"] == POISON_SEED:
-            verdict.figures["max_poison_attempts"] = max(verdict.figures.get("max_poison_attempts", 0), end["attempt"])
-        if history.body["model"] == REAL_MODEL and end["status"] == "completed":
-            known = text_by_prompt.setdefault((history.body["prompt"], params["max_tokens"]), end["output"]["text"])
-            if known != end["output"]["text"]:
-                violations.append(Violation("greedy text differs", end["id"], f"{known!r} {end['output']['text']!r}"))
-    verdict.figures |= {"poison_jobs": num_poison, "innocents_failed": num_innocent}
-    return violations
 
 
 def main() -> int:
@@ -296,6 +248,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="default: drawn, and printed")
     parser.add_argument("--faults-per-minute", type=float, default=Options.faults_per_minute)
     parser.add_argument("--clients", type=int, default=Options.num_clients, dest="num_clients")
+    parser.add_argument(
+        "--max-tokens", type=int, default=Options.max_tokens, help="of a job; longer ones have more chunks"
+    )
     parser.add_argument("--without-real-model", action="store_false", dest="has_real_model")
     parser.add_argument("--mutant", choices=list(MUTANTS), help="run the code without one of its rules")
     parser.add_argument("--keep", action="store_true", dest="is_kept", help="keep the logs")

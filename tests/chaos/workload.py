@@ -12,6 +12,7 @@ POISON_SEED = 666
 POISON_CHANCE = 1 / 300
 MIN_RECONNECTS = 3
 HOWS: tuple[How, ...] = ("start", "last-event-id", "starting-after", "snapshot")
+SHARES = ((0.05, 0.3), (0.15, 0.6), (0.25, 1.0))  # of the most tokens, that a job may take at least and at most
 REAL_PROMPTS = ("Once upon a time", "The capital of France is", "47+38=", "There was a little boat", "A cat and a dog")
 
 #: A fake engine whose texts show a splice, with one seed that kills it.
@@ -80,8 +81,8 @@ class Workload:
             return {"model": REAL_MODEL, "prompt": chooser.choice(REAL_PROMPTS), "params": params}
         if chooser.random() < POISON_CHANCE:
             return {"model": FAKE_MODEL, "prompt": "poison", "params": {"max_tokens": 40, "seed": POISON_SEED}}
-        low, high = chooser.choice(((20, 120), (60, 240), (100, self._max_tokens)))
-        params = {"max_tokens": chooser.randint(low, max(low, min(high, self._max_tokens))), "seed": number + 1000}
+        low, high = (round(share * self._max_tokens) for share in chooser.choice(SHARES))
+        params = {"max_tokens": chooser.randint(low, high), "seed": number + 1000}
         body: dict[str, Any] = {"model": FAKE_MODEL, "prompt": f"job {number}", "params": params}
         if chooser.random() < 0.02:
             body["run_timeout"] = 0.2 + chooser.random()

@@ -1,0 +1,71 @@
+"""What a run comes to: every violation that the checker, the audit and the known answers find, and the figures."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from tests.chaos import audit
+from tests.chaos.checker import Verdict, Violation, judge, percentiles, read_stored, stalls
+from tests.chaos.clients import History
+from tests.chaos.faults import Struck
+from tests.chaos.plant import Plant
+from tests.chaos.workload import POISON_SEED, REAL_MODEL
+
+REAL_WORKER = "gpu-real"
+NUM_STALLS_SHOWN = 3
+
+
+def judge_run(plant: Plant, histories: Sequence[History], struck: Sequence[Struck], *, lease_seconds: float) -> Verdict:
+    """Reads the database, which must be at rest."""
+    with plant.connect() as connection:
+        stored = read_stored(connection)
+        changes, owners = audit.read_changes(connection), audit.read_owners(connection)
+    verdict = judge(histories, stored)
+    verdict.violations += audit.judge_changes(changes)
+    verdict.violations += _judge_known_answers(histories)
+    faults = Counter(fault.kind for fault in struck if fault.target)
+    # A job of the real model waits for its only worker to come back; takeovers are about the model that several serve.
+    shared = [part for part in plant.workers if part.name != REAL_WORKER]
+    verdict.figures = {
+        "num_faults": sum(faults.values()),
+        "faults": dict(sorted(faults.items())),
+        **verdict.figures,
+        **_figures_of_poison(histories),
+        **audit.figures(changes, owners, plant.workers, struck, lease_seconds=lease_seconds),
+        "takeover_seconds_after_worker_kill": percentiles(audit.takeovers(changes, owners, shared)),
+        "stall_seconds_after_a_drop": percentiles(seconds for seconds, _, _ in stalls(histories)),
+        "processes_started": sum(len(part.incarnations) for part in plant.parts),
+        "tracebacks_in_logs": sum(part.log().count("Traceback (most recent call last)") for part in plant.parts),
+    }
+    return verdict
+
+
+def describe_stalls(histories: Sequence[History]) -> Iterator[str]:
+    """The longest ones: where to look in the logs."""
+    for seconds, at, job_id in sorted(stalls(histories), reverse=True)[:NUM_STALLS_SHOWN]:
+        clock = datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S.%f")[:-3]
+        yield f"a dropped client waited {seconds:.1f} s from {clock} on: {job_id}"
+
+
+def _judge_known_answers(histories: Sequence[History]) -> Iterator[Violation]:
+    """What must come out is known of greedy jobs (the same text for the same prompt) and of poison (a failure)."""
+    text_by_prompt: dict[tuple[str, int], str] = {}
+    for history in histories:
+        end, params = history.end, history.body["params"]
+        if end is None:
+            continue
+        if params["seed"] == POISON_SEED and end["status"] == "completed":
+            yield Violation("poison completed", end["id"], "it cannot have run")
+        if params["seed"] != POISON_SEED and end["status"] == "failed":
+            yield Violation("innocent failed", end["id"], f"{end['error']}, attempt {end['attempt']}")
+        if history.body["model"] == REAL_MODEL and end["status"] == "completed":
+            text = end["output"]["text"]
+            known = text_by_prompt.setdefault((history.body["prompt"], params["max_tokens"]), text)
+            if known != text:
+                yield Violation("greedy text differs", end["id"], f"{known!r} {text!r}")
+
+
+def _figures_of_poison(histories: Sequence[History]) -> dict[str, Any]:
+    ends = [h.end for h in histories if h.end is not None and h.body["params"]["seed"] == POISON_SEED]
+    return {"poison_jobs": len(ends), "max_poison_attempts": max((end["attempt"] for end in ends), default=0)}
