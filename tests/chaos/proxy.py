@@ -145,10 +145,11 @@ class Link:
         task.add_done_callback(self._connecting.discard)
 
     def part(self, side: Side) -> None:
-        client = side if side.is_client else side.other
-        if client is not None:
-            self._clients.discard(client)
-        if side.other is not None and not self.is_half_open:
+        if side.is_client:
+            self._clients.discard(side)
+        if side.other is None:
+            return
+        if side.is_client or not self.is_half_open:  # else the client learns of it when the link is mended
             side.other.close()
 
     def forward(self, side: Side, data: bytes) -> None:

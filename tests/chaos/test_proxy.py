@@ -94,6 +94,29 @@ async def test_a_half_open_link_is_silent_and_resets_when_mended(link: Link) -> 
         one.close()
 
 
+async def test_a_server_that_ends_behind_a_half_open_link_is_missed_until_it_is_mended() -> None:
+    answering: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answering.append(writer)
+        await _answer_in_capitals(reader, writer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with Link("test", server.sockets[0].getsockname()) as link:
+        talk = await Talk.begin(link)
+        assert await talk.ask("one") == "ONE"
+        link.break_off()
+        asked = asyncio.create_task(talk.ask("two"))
+        answering[0].close()
+        done, _ = await asyncio.wait((asked,), timeout=0.1)
+        assert not done
+        link.mend()
+        with pytest.raises(ConnectionResetError):
+            await asked
+        talk.close()
+    server.close()
+
+
 async def test_a_reset_link_breaks_every_connection_and_takes_new_ones(link: Link) -> None:
     talk = await Talk.begin(link)
     assert await talk.ask("one") == "ONE"
