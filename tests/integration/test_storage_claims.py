@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobStatus, Lane
@@ -39,6 +39,18 @@ class TestDispatch:
             session.execute(update(Job).where(Job.id == job.id).values(dispatch_at=func.statement_timestamp()))
         for delay, expected in zip(delays, [15, 30, 60, 120, 120], strict=True):
             assert expected * 0.79 <= delay <= expected * 1.21
+
+    def test_its_commit_waits_for_no_disk_and_no_other_commit_is_spared(
+        self, session_factory: Sessions, make_job: MakeJob
+    ) -> None:
+        job = make_job()
+        setting = text("SHOW synchronous_commit")
+        with session_factory.begin() as session:
+            assert jobs.dispatch(session, MODEL, room=1) == [job.id]
+            assert session.scalar(setting) == "off"
+        with session_factory.begin() as session:
+            assert claim(session, job.id)
+            assert session.scalar(setting) == "on"
 
     def test_isolated_jobs_and_other_models_get_no_message(self, session: Session, make_job: MakeJob) -> None:
         make_job(lane=Lane.ISOLATED)
