@@ -192,10 +192,8 @@ def run(folder: Path, given: argparse.Namespace) -> dict[str, object]:
     body_file.write_bytes(content)
     view = load_model_view(Catalog.load(ROOT / "models.toml").get("celeriac-mini"))
     new_job = make_new_job(parse_model(content, JobBody), view)
-    options = {"path": "/v1/jobs", "seconds": given.seconds, "connections": given.connections, "rate": None}
-    print(
-        f"body {len(content)} bytes, {len(new_job.prompt_token_ids)} prompt tokens, {given.connections} connections\n"
-    )
+    num_tokens = len(new_job.prompt_token_ids)
+    print(f"body {len(content)} bytes, {num_tokens} prompt tokens, {given.connections} connections\n")
     with EmbeddedPostgres(folder / "postgres") as postgres, EmbeddedRedis(folder / "redis") as redis:
         migrate(postgres.url)
         environment = {
@@ -204,26 +202,37 @@ def run(folder: Path, given: argparse.Namespace) -> dict[str, object]:
             "CELERIAC_MAX_QUEUED_JOBS": str(10**8),
             "CELERIAC_PORT": "0",
         }
-        with server([sys.executable, "-m", "bench.trivial_app"], environment, folder / "trivial.log") as (
-            process,
-            port,
-        ):
-            generator, _ = measured(
-                "ceiling: generator, bare ASGI", process, port, body_file, **options | {"seconds": 3, "path": "/bare"}
-            )
-            _, http_cpu = measured(
-                "ceiling: FastAPI, nothing behind", process, port, body_file, **options | {"seconds": 3}
-            )
+        generator, http_cpu = bench_ceilings(folder, environment, body_file, given)
         sql_rate, sql_cpu = bench_sql(postgres.url, new_job)
-        serve = "from api.server import serve; from settings import get_settings; serve(get_settings())"
-        with server([sys.executable, "-c", serve], environment, folder / "api.log") as (process, port):
-            closed, total_cpu = measured("accept, closed loop", process, port, body_file, **options)
-            open_, _ = measured(
-                f"accept, open loop at {given.rate:.0f}/s", process, port, body_file, **options | {"rate": given.rate}
-            )
+        closed, open_, total_cpu = bench_api(folder, environment, body_file, given)
     stages = {"HTTP, routing, key": http_cpu, **bench_stages(content, view, new_job), "SQL client": sql_cpu}
     split = print_split(total_cpu, stages)
     return {"closed": closed, "open": open_, "sql_per_second": sql_rate, "generator": generator, "cpu_us": split}
+
+
+def bench_ceilings(
+    folder: Path, environment: dict[str, str], body: Path, given: argparse.Namespace
+) -> tuple[dict[str, Any], float]:
+    """The generator's own report, and the CPU of a request that does nothing."""
+    options = {"seconds": 3.0, "connections": given.connections, "rate": None}
+    trivial = [sys.executable, "-m", "bench.trivial_app"]
+    with server(trivial, environment, folder / "trivial.log") as (process, port):
+        generator, _ = measured("ceiling: generator, bare ASGI", process, port, body, path="/bare", **options)
+        _, cpu = measured("ceiling: FastAPI, nothing behind", process, port, body, path="/v1/jobs", **options)
+    return generator, cpu
+
+
+def bench_api(
+    folder: Path, environment: dict[str, str], body: Path, given: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """The reports of the closed and the open loop, and the CPU of an accepted job."""
+    options = {"path": "/v1/jobs", "seconds": given.seconds, "connections": given.connections}
+    serve = "from api.server import serve; from settings import get_settings; serve(get_settings())"
+    with server([sys.executable, "-c", serve], environment, folder / "api.log") as (process, port):
+        closed, cpu = measured("accept, closed loop", process, port, body, rate=None, **options)
+        name = f"accept, open loop at {given.rate:.0f}/s"
+        open_, _ = measured(name, process, port, body, rate=given.rate, **options)
+    return closed, open_, cpu
 
 
 if __name__ == "__main__":
