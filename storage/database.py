@@ -64,6 +64,7 @@ def open_statement_database(url: str, *, pool_size: int = 10, max_overflow: int 
         pool_size=pool_size,
         max_overflow=max_overflow,
         pool_timeout=POOL_TIMEOUT_SECONDS,
+        pool_use_lifo=True,  # few connections do most of the work, and have its statements prepared
         isolation_level="AUTOCOMMIT",
         connect_args=_connect_args(),
     )

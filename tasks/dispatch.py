@@ -48,7 +48,8 @@ def dispatch(sessions: sessionmaker[Session], client: redis.Redis, spec: ModelSp
     """Fill the window of one model's queue; returns how many jobs were sent. Raises RedisError, SQLAlchemyError."""
     num_waiting = count_waiting(client, spec.queue)
     with sessions.begin() as session:
-        _, job_ids = _mark_dispatched(session, spec, settings, num_waiting)
+        free = room(settings, num_live_slots=count_live_slots(session, spec), num_waiting=num_waiting)
+        job_ids = jobs.dispatch(session, spec.id, room=free)
     push(client, spec.queue, job_ids)
     return len(job_ids)
 
@@ -107,20 +108,28 @@ class Dispatcher:
 
     async def dispatch(self, spec: ModelSpec) -> int:
         """As the function `dispatch`. Also raises TimeoutError, when the broker does not answer in time."""
-        async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
-            pipeline = self._client.pipeline(transaction=False)
-            for key in priority_keys(spec.queue):
-                pipeline.llen(key)
-            num_waiting = sum(await pipeline.execute())
-        async with self._sessions.begin() as session:
-            free, job_ids = await session.run_sync(_mark_dispatched, spec, self._settings, num_waiting)
+        num_waiting, num_live_slots = await asyncio.gather(self._count_waiting(spec), self._count_live_slots(spec))
+        free = room(self._settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
         (self._full.discard if free else self._full.add)(spec.id)
+        async with self._sessions.begin() as session:
+            job_ids = await session.run_sync(jobs.dispatch, spec.id, room=free)
         if job_ids:
             async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
                 pipeline = self._client.pipeline(transaction=True)
                 _push(pipeline, spec.queue, job_ids)
                 await pipeline.execute()
         return len(job_ids)
+
+    async def _count_waiting(self, spec: ModelSpec) -> int:
+        async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
+            pipeline = self._client.pipeline(transaction=False)
+            for key in priority_keys(spec.queue):
+                pipeline.llen(key)
+            return sum(await pipeline.execute())
+
+    async def _count_live_slots(self, spec: ModelSpec) -> int:
+        async with self._sessions() as session:
+            return await session.run_sync(count_live_slots, spec)
 
     async def _dispatch_while_wanted(self, spec: ModelSpec) -> None:
         try:
@@ -152,12 +161,9 @@ class Dispatcher:
         task.add_done_callback(self._tasks.discard)
 
 
-def _mark_dispatched(session: Session, spec: ModelSpec, settings: Settings, num_waiting: int) -> tuple[int, list[UUID]]:
-    """How much room there was in the window, and the jobs that were marked for it."""
+def count_live_slots(session: Session, spec: ModelSpec) -> int:
     live = workers.list_live(session, model=spec.id)
-    num_live_slots = sum(worker.max_num_seqs for worker in live if not worker.is_draining)
-    free = room(settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
-    return free, jobs.dispatch(session, spec.id, room=free) if free else []
+    return sum(worker.max_num_seqs for worker in live if not worker.is_draining)
 
 
 def _push(pipeline: Any, queue: str, job_ids: Sequence[UUID]) -> None:
