@@ -25,6 +25,7 @@ from storage.job_queries import JobRecord
 from storage.streams import StatusChange
 from storage.tables import Job
 
+FIRST_POSITION_SECONDS = 0.1  # a job that starts sooner never says that it waited, and the database is not asked
 POSITION_SECONDS = 1.0  # between two looks at the place in the queue
 STORAGE_RETRY_SECONDS = 0.5
 PAGE = 500
@@ -79,7 +80,10 @@ class JobEventStream:
         if self._start.has_snapshot:
             yield await self._snapshot()
         async with aclosing(self._services.streams.read(self._job.id, starting_after=self._last)) as events:
-            async for event in with_ticks(events, POSITION_SECONDS, is_wanted=lambda: self._is_queued):
+            ticking = with_ticks(
+                events, first=FIRST_POSITION_SECONDS, then=POSITION_SECONDS, is_wanted=lambda: self._is_queued
+            )
+            async for event in ticking:
                 for one in await self._frames_of(event):
                     yield one
 
@@ -154,17 +158,17 @@ async def _when_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Item:
 
 
 async def with_ticks(
-    items: AsyncIterator[Item], seconds: float, *, is_wanted: Callable[[], bool]
+    items: AsyncIterator[Item], *, first: float, then: float, is_wanted: Callable[[], bool]
 ) -> AsyncGenerator[Item | None, None]:
-    """The items, and while `is_wanted` a None at once and again after every `seconds` without an item."""
+    """The items, and while `is_wanted` a None after `first` seconds, then after every `then` seconds of silence."""
     following: asyncio.Task[Item] | None = None
-    timeout = 0.0
+    timeout = first
     try:
         while True:
             following = following or asyncio.ensure_future(_next_of(items))
             if is_wanted():
                 await asyncio.wait((following,), timeout=timeout)
-                timeout = seconds
+                timeout = then
                 if not following.done():
                     yield None
                     continue
