@@ -9,7 +9,7 @@ from tests.chaos.faults import Fault
 
 FAKE_MODEL, REAL_MODEL = "fake", "celeriac-mini"
 POISON_SEED = 666
-POISON_CHANCE = 1 / 300
+POISON_CHANCE = 1 / 1000
 MIN_RECONNECTS = 3
 HOWS: tuple[How, ...] = ("start", "last-event-id", "starting-after", "snapshot")
 SHARES = ((0.05, 0.3), (0.15, 0.6), (0.25, 1.0))  # of the most tokens, that a job may take at least and at most
