@@ -131,7 +131,9 @@ def sample(random: Random, *, is_long: bool = False, drill: Drill | None = None)
     """One sample of the mixture or of the drill; a long one is a conversation that fills most of the context."""
     if is_long:
         return _conversation(random, num_exchanges=random.randint(4, 24))
-    if drill and random.random() < drill.share:
+    # Drawn with or without a drill, so that a drill's share is all that it changes in the stream of samples.
+    drawn = random.random()
+    if drill and drawn < drill.share:
         return drill.make(random)
     (kind,) = random.choices(list(_WEIGHTS), weights=list(_WEIGHTS.values()))
     if kind in COMPLETIONS:
