@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Text, case, cast, literal, select, text
+from sqlalchemy import ColumnElement, Select, Text, bindparam, case, cast, literal, select, text
 from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
@@ -45,6 +46,16 @@ ranked AS (
     WINDOW ahead AS (PARTITION BY model ORDER BY priority DESC, fair_time, available_at, id ROWS UNBOUNDED PRECEDING)
 )
 SELECT id, num_ahead, cost_ahead FROM ranked WHERE id = ANY(CAST(:ids AS uuid[]))
+""")
+
+READ_LOG = text("""
+SELECT j.status, j.attempt, j.committed_sequence_number, (
+    SELECT json_agg(page.chunk ORDER BY page.sequence_number) FROM (
+        SELECT c.chunk, c.sequence_number FROM job_chunks c
+        WHERE c.job_id = j.id AND c.sequence_number > :after ORDER BY c.sequence_number LIMIT :limit
+    ) page
+) AS chunks
+FROM jobs j WHERE j.id = :job_id
 """)
 
 
@@ -90,18 +101,26 @@ def get(
     session: Session, job_id: UUID, tenant_id: UUID, *, with_request: bool = False, with_result: bool = True
 ) -> JobRecord | None:
     """None: no such job of this tenant."""
-    request = JobPayload.request if with_request else literal(None)
-    result = JobResult.result if with_result else literal(None)
-    statement = select(Job, request, result).where(Job.id == job_id, Job.tenant_id == tenant_id)
-    if with_request:
-        statement = statement.join(JobPayload, JobPayload.job_id == Job.id)
-    if with_result:
-        statement = statement.outerjoin(JobResult, JobResult.job_id == Job.id)
-    row = session.execute(statement.execution_options(populate_existing=True)).one_or_none()
+    statement = _get_statement(with_request, with_result)
+    row = session.execute(statement, {"job_id": job_id, "tenant_id": tenant_id}).one_or_none()
     if row is None:
         return None
     session.expunge(row[0])
     return JobRecord(*row)
+
+
+@lru_cache
+def _get_statement(with_request: bool, with_result: bool) -> Select[Job, Any, Any]:
+    """Built once: building it takes as long as running it."""
+    request = JobPayload.request if with_request else literal(None)
+    result = JobResult.result if with_result else literal(None)
+    statement = select(Job, request, result)
+    if with_request:
+        statement = statement.join(JobPayload, JobPayload.job_id == Job.id)
+    if with_result:
+        statement = statement.outerjoin(JobResult, JobResult.job_id == Job.id)
+    statement = statement.where(Job.id == bindparam("job_id"), Job.tenant_id == bindparam("tenant_id"))
+    return statement.execution_options(populate_existing=True)
 
 
 def list_jobs(
@@ -144,6 +163,15 @@ def read_chunks(session: Session, job_id: UUID, *, after: int = 0, limit: int = 
         .limit(limit)
     )
     return list(session.scalars(statement))
+
+
+def read_log(session: Session, job_id: UUID, *, after: int, limit: int) -> tuple[StreamState | None, list[TokenChunk]]:
+    """What a stream that has come to `after` needs to go on, as of one moment. No state: the job was deleted."""
+    row = session.execute(READ_LOG, {"job_id": job_id, "after": after, "limit": limit}).one_or_none()
+    if row is None:
+        return None, []
+    state = StreamState(JobStatus(row.status), row.attempt, row.committed_sequence_number)
+    return state, [TokenChunk.model_validate(chunk) for chunk in row.chunks or ()]
 
 
 def stream_states(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, StreamState]:

@@ -26,11 +26,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
 from domain.jobs import JobStatus
-from storage.job_queries import StreamState, read_chunks, stream_states
+from storage.job_queries import StreamState, read_log, stream_states
 from storage.stream_channels import ChannelListener, channel_of
 
 logger = logging.getLogger(__name__)
@@ -176,12 +175,12 @@ class StreamReader:
                 await stream.news.wait()
 
     async def _read_log(self, stream: _Stream) -> tuple[StreamState | None, Sequence[TokenChunk]]:
-        """The state, and then the chunks: so all chunks of a terminal state are among what is read after it. Keeps
-        trying while the database is away."""
+        """State and chunks of one moment, so that a terminal state comes with all its chunks. Keeps trying while the
+        database is away."""
         while True:
             try:
                 async with self._sessions() as session:
-                    state, chunks = await session.run_sync(_read_log, stream.job_id, stream.last)
+                    state, chunks = await session.run_sync(read_log, stream.job_id, after=stream.last, limit=PAGE)
             except (DBAPIError, PoolTimeout) as exc:
                 logger.warning("stream waits for the database: %s", exc.__class__.__name__)
                 await asyncio.sleep(STORAGE_RETRY_SECONDS)
@@ -234,11 +233,6 @@ class StreamReader:
                 state = states.get(stream.job_id)
                 if state is None or not stream.knows(state):
                     stream.look()
-
-
-def _read_log(session: Session, job_id: UUID, after: int) -> tuple[StreamState | None, Sequence[TokenChunk]]:
-    state = stream_states(session, [job_id]).get(job_id)
-    return state, read_chunks(session, job_id, after=after, limit=PAGE) if state is not None else []
 
 
 def _advance(
