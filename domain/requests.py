@@ -6,6 +6,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from domain.chunks import TokenLogprob
 from domain.jobs import FinishReason, Frozen, Usage
+from domain.structured_output import StructuredOutput
 
 MAX_MESSAGES = 256
 MAX_PROMPT_CHARS = 1_000_000
@@ -44,6 +45,7 @@ class SamplingParams(Frozen):
     )
     logprobs: int | None = Field(default=None, ge=0, le=20)  # how many alternatives beside the drawn token
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    structured_output: StructuredOutput | None = None
 
     @model_validator(mode="after")
     def _min_within_max(self) -> Self:

@@ -18,6 +18,7 @@ from domain.errors import (
     IdempotencyKeyReused,
     InvalidRequest,
     TooManyQueuedJobs,
+    UnsupportedParameter,
 )
 from domain.ids import new_id
 from domain.requests import GenerationRequest, SamplingParams
@@ -127,6 +128,10 @@ class Submitter:
 def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> SamplingParams:
     """Every default settled, so that a changed one never changes an accepted job. Raises where a bound is broken."""
     params = request.params
+    if params.structured_output is not None:
+        raise UnsupportedParameter(
+            "params.structured_output is not served yet; remove it", param="params.structured_output"
+        )
     _refuse_unknown_tokens(params, view)
     if params.n > view.spec.max_num_seqs:
         raise InvalidRequest(
@@ -204,6 +209,7 @@ def request_hash(request: GenerationRequest, options: JobOptions) -> bytes:
         "prompt": request.prompt,
         "messages": request.messages and [(message.role, message.content) for message in request.messages],
         "params": request.params.model_dump(mode="json"),
+        "schema_order": _schema_text(request.params),
         "options": [
             options.priority,
             options.deadline_at,
@@ -214,6 +220,12 @@ def request_hash(request: GenerationRequest, options: JobOptions) -> bytes:
         ],
     }
     return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
+
+
+def _schema_text(params: SamplingParams) -> str | None:
+    """The order of a schema's properties, which sorted keys hide, is the order of the output."""
+    schema = params.structured_output and params.structured_output.json_schema
+    return orjson.dumps(schema).decode() if schema is not None else None
 
 
 def _raise_refusal(accepted: Accepted, options: JobOptions) -> None:
