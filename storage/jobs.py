@@ -2,7 +2,7 @@
 
 The only writer of `Job.status`. All functions are synchronous on a `Session` and do not commit; the API calls them
 through `AsyncSession.run_sync`. Only the database's clock sets and judges leases and deadlines. The statements are in
-`storage/jobs_sql.py`; reading is in `storage/job_queries.py`.
+`storage/jobs_sql.py` and `storage/jobs_ends_sql.py`; reading is in `storage/job_queries.py`.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobError, JobStatus, Lane
 from domain.requests import GenerationRequest, GenerationResult
 from storage import jobs_columns as columns
+from storage import jobs_ends_sql as ends
 from storage import jobs_sql as sql
 from storage.jobs_partial import ERRORS, store_partial_results
 from storage.tables import Job
@@ -223,7 +224,7 @@ def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UU
     whose commit was ambiguous, ended so. Without a result, the committed chunks become a partial one."""
     if not finalisations:
         return []
-    ended = list(session.execute(sql.FINALISE, columns.of_endings(finalisations)).scalars())
+    ended = list(session.execute(ends.FINALISE, columns.of_endings(finalisations)).scalars())
     without_result = {
         ending.job_id: ending.status
         for ending in finalisations
@@ -238,7 +239,7 @@ def release(session: Session, job_ids: Sequence[UUID], *, owner: UUID) -> list[U
     One that was asked to cancel ends as cancelled instead."""
     if not job_ids:
         return []
-    return [job.job_id for job in _returned(session, sql.RELEASE, {"ids": list(job_ids), "owner": owner})]
+    return [job.job_id for job in _returned(session, ends.RELEASE, {"ids": list(job_ids), "owner": owner})]
 
 
 def report_crash(session: Session, weight_by_job_id: dict[UUID, int], *, owner: UUID) -> list[Returned]:
@@ -247,20 +248,20 @@ def report_crash(session: Session, weight_by_job_id: dict[UUID, int], *, owner: 
     if not weight_by_job_id:
         return []
     parameters = {"ids": list(weight_by_job_id), "weights": list(weight_by_job_id.values()), "owner": owner}
-    return _returned(session, sql.REPORT_CRASH, parameters | ERRORS)
+    return _returned(session, ends.REPORT_CRASH, parameters | ERRORS)
 
 
 def rescue(session: Session, *, grace_seconds: float, quiet_seconds: float, limit: int = 200) -> list[Returned]:
     """Give back the jobs whose lease lapsed. Does nothing until the database server is `quiet_seconds` up: after an
     outage every lease looks lapsed."""
     parameters = {"grace_seconds": grace_seconds, "quiet_seconds": quiet_seconds, "limit": limit}
-    return _returned(session, sql.RESCUE, parameters | ERRORS)
+    return _returned(session, ends.RESCUE, parameters | ERRORS)
 
 
 def cancel(session: Session, job_id: UUID, tenant_id: UUID) -> JobStatus | None:
     """Cancel a queued job now, or ask a running one to stop. Returns the status after it; None: no such job here.
     Idempotent: a terminal job keeps its status."""
-    asked = _returned(session, sql.CANCEL, {"ids": [job_id], "tenant_id": tenant_id})
+    asked = _returned(session, ends.CANCEL, {"ids": [job_id], "tenant_id": tenant_id})
     if asked:
         return asked[0].status
     return session.scalar(select(Job.status).where(Job.id == job_id, Job.tenant_id == tenant_id))
@@ -271,17 +272,17 @@ def request_cancel(session: Session, job_ids: Sequence[UUID]) -> list[UUID]:
     without a tenant. Returns the ids that were not terminal."""
     if not job_ids:
         return []
-    return [job.job_id for job in _returned(session, sql.CANCEL, {"ids": list(job_ids), "tenant_id": None})]
+    return [job.job_id for job in _returned(session, ends.CANCEL, {"ids": list(job_ids), "tenant_id": None})]
 
 
 def expire(session: Session, *, limit: int = 200) -> list[UUID]:
     """End queued jobs whose deadline or start deadline passed."""
-    return [job.job_id for job in _returned(session, sql.EXPIRE, {"limit": limit} | ERRORS)]
+    return [job.job_id for job in _returned(session, ends.EXPIRE, {"limit": limit} | ERRORS)]
 
 
 def prune(session: Session, *, limit: int = 200) -> int:
     """Delete finished jobs older than their result_ttl_seconds, with all that hangs on them."""
-    return _num_rows(session, sql.PRUNE, {"limit": limit})
+    return _num_rows(session, ends.PRUNE, {"limit": limit})
 
 
 def redispatch_all(session: Session) -> int:
@@ -291,7 +292,7 @@ def redispatch_all(session: Session) -> int:
 
 def delete(session: Session, job_id: UUID, tenant_id: UUID) -> bool:
     """Erase a job's rows, input and output with them; the owner of a running one finds itself fenced off."""
-    return session.scalar(sql.DELETE, {"id": job_id, "tenant_id": tenant_id}) is not None
+    return session.scalar(ends.DELETE, {"id": job_id, "tenant_id": tenant_id}) is not None
 
 
 def _returned(session: Session, statement: TextClause, parameters: dict[str, Any]) -> list[Returned]:

@@ -9,7 +9,7 @@ from domain.chunks import TokenChunk
 from domain.errors import CeleriacError, DeadlineExceeded, PoisonJob, WorkerLost
 from domain.jobs import FinishReason, JobError, JobStatus, Usage
 from domain.requests import GenerationResult, ResultChoice
-from storage.jobs_sql import COMMITTED_OUTPUT, STORE_PARTIAL
+from storage.jobs_ends_sql import COMMITTED_OUTPUT, STORE_PARTIAL
 
 
 def _stored_error(error: type[CeleriacError], message: str) -> str:

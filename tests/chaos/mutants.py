@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tests.chaos.trees import Edit
 
-SQL = "storage/jobs_sql.py"
+SQL, ENDS_SQL = "storage/jobs_sql.py", "storage/jobs_ends_sql.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ NO_FENCE = Mutant(
             "AS c(chunk, place)\n    ON CONFLICT (job_id, sequence_number) DO UPDATE SET chunk = excluded.chunk",
         ),
         Edit(
-            SQL,
+            ENDS_SQL,
             " AND j.attempt = ending.attempt\n        AND j.committed_sequence_number = ending.last ORDER",
             " ORDER",
         ),
@@ -70,14 +70,14 @@ RESCUES_ON_A_STALE_SNAPSHOT = Mutant(
     edits=(
         Edit(
             "storage/jobs.py",
-            "    return _returned(session, sql.RESCUE, parameters | ERRORS)",
+            "    return _returned(session, ends.RESCUE, parameters | ERRORS)",
             '    statement = "SELECT id FROM jobs WHERE lease_expires_at < now()"\n'
             '    lapsed = list(session.execute(__import__("sqlalchemy").text(statement)).scalars())\n'
             '    __import__("time").sleep(1)  # a slow janitor\n'
-            '    return _returned(session, sql.RESCUE, {"lapsed": lapsed} | parameters | ERRORS)',
+            '    return _returned(session, ends.RESCUE, {"lapsed": lapsed} | parameters | ERRORS)',
         ),
         Edit(
-            SQL,
+            ENDS_SQL,
             "j.status = 'in_progress' AND j.lease_expires_at < {CLOCK} - make_interval(secs => :grace_seconds)\n",
             "j.id = ANY(CAST(:lapsed AS uuid[])) AND CAST(:grace_seconds AS float8) >= 0\n",
         ),

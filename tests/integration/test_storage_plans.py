@@ -8,7 +8,7 @@ from sqlalchemy import TextClause, select, text, update
 from sqlalchemy.orm import Session
 
 from domain.jobs import JobStatus
-from storage import jobs_sql
+from storage import jobs_ends_sql, jobs_sql
 from storage.tables import Job, TenantLoad
 from tests.conftest import MakeJob
 from tests.storage_samples import chunk, result
@@ -35,7 +35,7 @@ def flush_parameters(ids: list[UUID]) -> dict[str, Any]:
     ("statement", "status"),
     [
         (jobs_sql.COMMIT_CHUNKS, JobStatus.IN_PROGRESS),
-        (jobs_sql.FINALISE, JobStatus.IN_PROGRESS),
+        (jobs_ends_sql.FINALISE, JobStatus.IN_PROGRESS),
         (jobs_sql.CLAIM, JobStatus.QUEUED),
     ],
     ids=["commit_chunks", "finalise", "claim"],

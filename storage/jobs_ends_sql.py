@@ -1,0 +1,172 @@
+"""The statements that end jobs or give them back, as text; the rules they share are told in `storage/jobs_sql.py`."""
+
+# ruff: noqa: S608  (only constants of these modules are put into the text; values are bound)
+
+from sqlalchemy import text
+
+from storage.jobs_sql import CLOCK, CORRECTION, COUNTED, RUNNING
+
+FINALISE = text(f"""
+WITH ending AS MATERIALIZED (
+    SELECT * FROM unnest(
+        CAST(:ids AS uuid[]), CAST(:attempts AS int[]), CAST(:last AS int[]), CAST(:statuses AS text[]),
+        CAST(:finish_reasons AS text[]), CAST(:errors AS text[]), CAST(:results AS text[]))
+        AS e(id, attempt, last, status, finish_reason, error, result)
+),
+pick AS MATERIALIZED (
+    SELECT ending.* FROM jobs j JOIN ending USING (id) WHERE {RUNNING} AND j.attempt = ending.attempt
+        AND j.committed_sequence_number = ending.last ORDER BY j.id FOR NO KEY UPDATE OF j
+),
+ended AS (
+    UPDATE jobs j SET status = pick.status, finish_reason = pick.finish_reason, error = pick.error::json,
+        finished_at = {CLOCK}, prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds),
+        lease_owner = NULL, lease_expires_at = NULL
+    FROM pick WHERE j.id = pick.id RETURNING j.id, j.tenant_id, j.attempt, pick.result, {CORRECTION} AS charge
+),
+written AS (
+    INSERT INTO job_results (job_id, attempt, result)
+    SELECT id, attempt, result::json FROM ended WHERE result IS NOT NULL
+),
+moved AS (SELECT id, tenant_id, 0 AS queued, -1 AS running, charge FROM ended),
+{COUNTED}
+SELECT id FROM ended
+UNION ALL  -- a repeated call: the first one's commit was applied though its answer was lost
+SELECT j.id FROM jobs j JOIN ending USING (id) WHERE j.status = ending.status AND j.attempt = ending.attempt
+    AND j.committed_sequence_number = ending.last
+""")
+
+
+def _returned(pick: str) -> str:
+    """Give back or end the running jobs that `pick` locked. Its columns say what they become: id, next_status (queued
+    or terminal), lane, num_failures, num_suspicions, delay_seconds, error."""
+    return f"""
+WITH pick AS MATERIALIZED ({pick}),
+returned AS (
+    UPDATE jobs j SET status = pick.next_status, lane = pick.lane, num_failures = pick.num_failures,
+        num_suspicions = pick.num_suspicions, error = pick.error, lease_owner = NULL, lease_expires_at = NULL,
+        finished_at = CASE WHEN pick.next_status <> 'queued' THEN {CLOCK} END,
+        prune_at = CASE WHEN pick.next_status <> 'queued'
+            THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END,
+        available_at = CASE WHEN pick.delay_seconds > 0  -- else its old place in the queue
+            THEN {CLOCK} + make_interval(secs => pick.delay_seconds) ELSE j.available_at END,
+        dispatch_at = {CLOCK}, num_dispatches = 0
+    FROM pick WHERE j.id = pick.id
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS correction
+),
+moved AS (
+    SELECT id, tenant_id, CASE WHEN status = 'queued' THEN 1 ELSE 0 END AS queued, -1 AS running,
+        CASE WHEN status = 'queued' THEN 0 ELSE correction END AS charge FROM returned
+),
+{COUNTED}
+SELECT id, status, attempt, committed_sequence_number > 0 AS has_chunks FROM returned"""
+
+
+def _charged(is_poison: str) -> str:
+    """What a failure charged to a job makes of it: its first retry is at once, later ones after 2, 4, ... 60 s."""
+    return f"""j.num_failures + 1 AS num_failures,
+        CASE WHEN j.num_failures = 0 THEN 0 ELSE least(60, power(2, least(j.num_failures, 6))) * (0.5 + 0.5 * random())
+            END AS delay_seconds,
+        CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled' WHEN j.deadline_at <= {CLOCK} THEN 'expired'
+            WHEN {is_poison} OR j.num_failures + 1 > j.max_failures THEN 'failed' ELSE 'queued' END AS next_status,
+        CASE WHEN j.cancel_requested_at IS NOT NULL THEN NULL
+            WHEN j.deadline_at <= {CLOCK} THEN CAST(:deadline_error AS json)
+            WHEN {is_poison} THEN CAST(:poison_error AS json)
+            WHEN j.num_failures + 1 > j.max_failures THEN CAST(:lost_error AS json) END AS error"""
+
+
+RELEASE = text(
+    _returned("""
+    SELECT j.id, j.lane, j.num_failures, j.num_suspicions, 0 AS delay_seconds, NULL::json AS error,
+        CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled' ELSE 'queued' END AS next_status
+    FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'in_progress' AND j.lease_owner = :owner
+    ORDER BY j.id FOR NO KEY UPDATE""")
+)
+
+REPORT_CRASH = text(
+    _returned(f"""
+    SELECT j.id, CASE WHEN j.num_suspicions + crash.weight >= 2 THEN 'isolated' ELSE j.lane END AS lane,
+        j.num_suspicions + crash.weight AS num_suspicions, {_charged("(j.lane = 'isolated' AND crash.weight > 0)")}
+    FROM unnest(CAST(:ids AS uuid[]), CAST(:weights AS int[])) AS crash(id, weight) JOIN jobs j USING (id)
+    WHERE {RUNNING} AND j.lease_owner = :owner ORDER BY j.id FOR NO KEY UPDATE OF j""")
+)
+
+# The lease is judged on the locked row, not on the one the snapshot saw: a renewal in between wins.
+RESCUE = text(
+    _returned(f"""
+    SELECT j.id, j.lane, j.num_suspicions, {_charged("false")} FROM jobs j
+    WHERE j.status = 'in_progress' AND j.lease_expires_at < {CLOCK} - make_interval(secs => :grace_seconds)
+        AND {CLOCK} - pg_postmaster_start_time() > make_interval(secs => :quiet_seconds)
+    ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED""")
+)
+
+CANCEL = text(f"""
+WITH pick AS MATERIALIZED (
+    SELECT j.id FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status IN ('queued', 'in_progress')
+        AND (CAST(:tenant_id AS uuid) IS NULL OR j.tenant_id = :tenant_id) ORDER BY j.id FOR NO KEY UPDATE
+),
+asked AS (
+    UPDATE jobs j SET cancel_requested_at = coalesce(j.cancel_requested_at, {CLOCK}),
+        status = CASE WHEN j.status = 'queued' THEN 'cancelled' ELSE j.status END,
+        finished_at = CASE WHEN j.status = 'queued' THEN {CLOCK} END,
+        prune_at = CASE WHEN j.status = 'queued' THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END
+    FROM pick WHERE j.id = pick.id
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge
+),
+moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM asked WHERE status = 'cancelled'),
+{COUNTED}
+SELECT id, status, attempt, status = 'cancelled' AND committed_sequence_number > 0 AS has_chunks FROM asked
+""")
+
+EXPIRE = text(f"""
+WITH pick AS MATERIALIZED (
+    SELECT j.id FROM jobs j WHERE j.status = 'queued' AND least(j.deadline_at, j.start_deadline_at) <= {CLOCK}
+        AND (j.deadline_at <= {CLOCK} OR j.attempt = 0) LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+),
+expired AS (
+    UPDATE jobs j SET status = 'expired', error = CAST(:deadline_error AS json), finished_at = {CLOCK},
+        prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
+    FROM pick WHERE j.id = pick.id
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge
+),
+moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM expired),
+{COUNTED}
+SELECT id, status, attempt, committed_sequence_number > 0 AS has_chunks FROM expired
+""")
+
+PRUNE = text(f"""
+DELETE FROM jobs WHERE finished_at IS NOT NULL AND id IN (
+    SELECT id FROM jobs WHERE prune_at <= {CLOCK} ORDER BY prune_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+""")
+
+DELETE = text(f"""
+WITH deleted AS (
+    DELETE FROM jobs j WHERE j.id = :id AND j.tenant_id = :tenant_id
+    RETURNING j.id, j.tenant_id, j.status, {CORRECTION} AS charge
+),
+moved AS (
+    SELECT id, tenant_id, CASE WHEN status = 'queued' THEN -1 ELSE 0 END AS queued,
+        CASE WHEN status = 'in_progress' THEN -1 ELSE 0 END AS running, charge
+    FROM deleted WHERE status IN ('queued', 'in_progress')
+),
+{COUNTED}
+SELECT id FROM deleted
+""")
+
+# For a job that ended without its worker: the output it had committed becomes its result.
+STORE_PARTIAL = text("""
+WITH partial AS (
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:finish_reasons AS text[]), CAST(:results AS text[]))
+        AS p(id, finish_reason, result)
+),
+reason AS (
+    UPDATE jobs j SET finish_reason = partial.finish_reason FROM partial WHERE j.id = partial.id
+    RETURNING j.id, j.attempt
+)
+INSERT INTO job_results (job_id, attempt, result)
+SELECT id, reason.attempt, partial.result::json FROM reason JOIN partial USING (id) ON CONFLICT DO NOTHING
+""")
+
+COMMITTED_OUTPUT = text("""
+SELECT j.id, j.num_prompt_tokens, array_agg(k.chunk::text ORDER BY k.sequence_number) AS chunks
+FROM jobs j JOIN job_chunks k ON k.job_id = j.id WHERE j.id = ANY(CAST(:ids AS uuid[])) GROUP BY j.id
+""")
