@@ -40,7 +40,11 @@ class JobBody(GenerationRequest):
 
     def to_request(self) -> GenerationRequest:
         return GenerationRequest.model_construct(
-            model=self.model, prompt=self.prompt, messages=self.messages, params=self.params
+            model=self.model,
+            prompt=self.prompt,
+            messages=self.messages,
+            prompt_token_ids=self.prompt_token_ids,
+            params=self.params,
         )
 
     def to_options(self, idempotency_key: str | None) -> JobOptions:

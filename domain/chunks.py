@@ -18,6 +18,9 @@ class TokenChunk(Frozen):
     `sequence_number` counts the chunks of the whole job from 1 without a hole, over all its sequences and attempts.
     `text` may lag behind `token_ids`: text that could still become a stop string, or is half a UTF-8 character, comes
     with a later chunk. The concatenated `text` of one `index` is the sequence's final text, byte for byte.
+
+    What a later attempt needs to know rides on the chunks: under best_of the sum of the tokens' logprobs, and on the
+    first chunk of all the prompt's, where they are asked for.
     """
 
     sequence_number: int = Field(ge=1)
@@ -26,3 +29,5 @@ class TokenChunk(Frozen):
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None  # set on the last chunk of its index
     logprobs: tuple[TokenLogprob, ...] | None = None
+    sum_logprobs: float | None = None  # of token_ids, under best_of
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # one per prompt token; the first has none

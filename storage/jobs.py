@@ -51,7 +51,7 @@ class NewJob:
     @property
     def cost(self) -> int:
         """The most tokens it can take: what fairness charges until the end tells."""
-        return len(self.prompt_token_ids) + self.request.params.n * self.max_tokens
+        return len(self.prompt_token_ids) + self.request.params.num_sequences * self.max_tokens
 
 
 class AcceptOutcome(StrEnum):

@@ -91,8 +91,20 @@ class ModelView:
         """The token ids the engine starts from. A chat template writes its special tokens itself."""
         if request.messages is not None:
             return self._encoder.encode(self.render(request.messages), add_special_tokens=False)
+        if request.prompt_token_ids is not None:
+            return self._checked(request.prompt_token_ids)
         assert request.prompt is not None
         return self._encoder.encode(request.prompt, add_special_tokens=True)
+
+    def _checked(self, token_ids: Sequence[int]) -> list[int]:
+        highest = max(token_ids)
+        if highest >= self.vocab_size:
+            raise InvalidRequest(
+                f"prompt_token_ids names token {highest} but {self.spec.id} has ids 0 to {self.vocab_size - 1}; "
+                "send ids of this model's tokenizer",
+                param="prompt_token_ids",
+            )
+        return list(token_ids)
 
 
 class ModelViews:

@@ -5,7 +5,7 @@ Every API and the command line come through `Submitter.submit`, so a job means t
 
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -21,7 +21,7 @@ from domain.errors import (
     UnsupportedParameter,
 )
 from domain.ids import new_id
-from domain.requests import GenerationRequest, SamplingParams
+from domain.requests import MAX_PROMPT_LOGPROBS, GenerationRequest, SamplingParams
 from observability import jobs_submitted_total, labelled, llm_requests_total, prompt_tokens_total
 from settings import Settings
 from storage.jobs import Accepted, AcceptOutcome, NewJob
@@ -104,7 +104,11 @@ class Submitter:
             id=new_id(),
             tenant_id=tenant_id,
             request=GenerationRequest.model_construct(
-                model=view.spec.id, prompt=request.prompt, messages=request.messages, params=resolved
+                model=view.spec.id,
+                prompt=request.prompt,
+                messages=request.messages,
+                prompt_token_ids=request.prompt_token_ids,
+                params=resolved,
             ),
             prompt_token_ids=prompt_token_ids,
             model_revision=view.revision,
@@ -133,11 +137,9 @@ def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_token
             "params.structured_output is not served yet; remove it", param="params.structured_output"
         )
     _refuse_unknown_tokens(params, view)
-    if params.n > view.spec.max_num_seqs:
-        raise InvalidRequest(
-            f"params.n is {params.n} but {view.spec.id} runs {view.spec.max_num_seqs} sequences at once; lower it",
-            param="params.n",
-        )
+    _refuse_what_is_to_come(params)
+    _refuse_too_many_sequences(params, view)
+    _refuse_too_many_logprobs(params, num_prompt_tokens)
     max_tokens = _resolve_max_tokens(request, view, num_prompt_tokens)
     if params.min_tokens > max_tokens:
         raise InvalidRequest(
@@ -161,34 +163,68 @@ def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_token
 
 
 def _resolve_max_tokens(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> int:
-    source = "prompt" if request.messages is None else "messages"
+    source = request.source
+    asked = request.params.max_tokens
     room = view.max_model_len - num_prompt_tokens
     holds = f"{view.spec.id} holds {view.max_model_len} tokens, prompt and output together"
     if num_prompt_tokens == 0:
         raise InvalidRequest(f"{source} comes to no token at all; send some text", param=source)
-    if room < 1:
+    if room < (0 if asked == 0 else 1):
         raise ContextLengthExceeded(
             f"{source} comes to {num_prompt_tokens} tokens but {holds}; shorten it by at least {1 - room} tokens",
             param=source,
         )
-    asked = request.params.max_tokens
     if asked is not None and asked > room:
         raise ContextLengthExceeded(
             f"{source} comes to {num_prompt_tokens} tokens and max_tokens is {asked}, but {holds}; "
             f"lower max_tokens to {room} or shorten the prompt",
             param="params.max_tokens",
         )
-    return asked or min(room, view.defaults.max_new_tokens or DEFAULT_MAX_TOKENS)
+    return asked if asked is not None else min(room, view.defaults.max_new_tokens or DEFAULT_MAX_TOKENS)
+
+
+def _refuse_what_is_to_come(params: SamplingParams) -> None:
+    for name in ("best_of", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            raise UnsupportedParameter(f"params.{name} is not supported yet; leave it out", param=f"params.{name}")
+
+
+def _refuse_too_many_sequences(params: SamplingParams, view: ModelView) -> None:
+    if params.num_sequences > view.spec.max_num_seqs:
+        name = "params.n" if params.best_of is None else "params.best_of"
+        raise InvalidRequest(
+            f"{name} is {params.num_sequences} but {view.spec.id} runs {view.spec.max_num_seqs} sequences at once; "
+            "lower it",
+            param=name,
+        )
+
+
+def _refuse_too_many_logprobs(params: SamplingParams, num_prompt_tokens: int) -> None:
+    if params.prompt_logprobs is None:
+        return
+    num_logprobs = num_prompt_tokens * (1 + params.prompt_logprobs)
+    if num_logprobs > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequest(
+            f"params.prompt_logprobs comes to {num_logprobs} logprobs for {num_prompt_tokens} prompt tokens, more than "
+            f"{MAX_PROMPT_LOGPROBS}; ask for fewer alternatives, or shorten the prompt",
+            param="params.prompt_logprobs",
+        )
 
 
 def _refuse_unknown_tokens(params: SamplingParams, view: ModelView) -> None:
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+    for name in ("logit_bias", "stop_token_ids", "bad_token_ids"):
+        ids: Iterable[int] = getattr(params, name)
         highest = max(ids, default=0)
         if highest >= view.vocab_size:
             raise InvalidRequest(
                 f"params.{name} names token {highest} but {view.spec.id} has ids 0 to {view.vocab_size - 1}; remove it",
                 param=f"params.{name}",
             )
+    if len(set(params.bad_token_ids)) == view.vocab_size:
+        raise InvalidRequest(
+            f"params.bad_token_ids names all {view.vocab_size} tokens of {view.spec.id}; leave some to be drawn",
+            param="params.bad_token_ids",
+        )
 
 
 def refuse_impossible_deadline(options: JobOptions) -> None:
@@ -208,6 +244,7 @@ def request_hash(request: GenerationRequest, options: JobOptions) -> bytes:
         "model": request.model,
         "prompt": request.prompt,
         "messages": request.messages and [(message.role, message.content) for message in request.messages],
+        "prompt_token_ids": request.prompt_token_ids,
         "params": request.params.model_dump(mode="json"),
         "schema_order": _schema_text(request.params),
         "options": [

@@ -69,5 +69,5 @@ def refuse_endless_prompt(view: ModelView, request: GenerationRequest, num_chars
         raise ContextLengthExceeded(
             f"the prompt has {num_chars} characters, but {view.spec.id} holds {view.max_model_len} tokens, prompt and "
             f"output together; shorten it to far less than {bound} characters",
-            param="prompt" if request.messages is None else "messages",
+            param=request.source,
         )

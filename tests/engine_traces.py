@@ -75,6 +75,7 @@ def random_params(rng: random.Random) -> dict[str, Any]:
         "ignore_eos": [True],
         "stop": [["a"], ["e", "\n"]],
         "stop_token_ids": [[7, 8, 9, 10, 11]],
+        "bad_token_ids": [list(range(40, 120))],
         "logprobs": [0, 4],
         "logit_bias": [{str(token): rng.uniform(-8, 8) for token in range(1, 200, 3)}],
     }
@@ -88,7 +89,7 @@ def random_jobs(rng: random.Random) -> list[AddJob]:
     for number in range(NUM_DISTINCT_JOBS):
         stem = rng.choice([*stems, []])
         prompt = stem + [rng.randrange(1, 257) for _ in range(rng.randrange(1, 30))]
-        if rng.random() < 0.05:
+        if number % 16 == 5:
             prompt[rng.randrange(len(prompt))] = rng.choice([TRAP_TOKEN, POISON_TOKEN])
         params = {"max_tokens": rng.choice([2, 10, 20, 40, 90]), "seed": rng.randrange(1000), **random_params(rng)}
         # Trap and poison may not be drawn either: a job fails at its start or never.

@@ -74,6 +74,7 @@ def _check(command: AddJob, params: SamplingParams, limits: ModelLimits) -> None
     _check_token_ids("prompt", command.prompt_token_ids, limits)
     _check_token_ids("logit_bias", list(params.logit_bias), limits)
     _check_token_ids("stop_token_ids", params.stop_token_ids, limits)
+    _check_token_ids("bad_token_ids", params.bad_token_ids, limits)
     for token_ids in command.committed_token_ids:
         _check_token_ids("committed_token_ids", token_ids, limits)
 

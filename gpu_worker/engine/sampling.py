@@ -1,6 +1,7 @@
 """From logits to tokens: one batched draw per step, in any mix of parameters.
 
-Order per row: raw log-probabilities, logit bias, penalties, bans (min_tokens), temperature, top-k, top-p, min-p, draw.
+Order per row: raw log-probabilities, logit bias, penalties, bans (min_tokens, bad_token_ids), temperature, top-k,
+top-p, min-p, draw.
 
 A draw is the token with the highest scaled logit plus Gumbel noise, and the noise of a token is a hash of (seed,
 sequence index, output position, token id). So a draw does not depend on who else is in the batch, on preemption, or on
@@ -73,6 +74,10 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
         row[list(counts)] -= params.presence_penalty + params.frequency_penalty * amounts
     if not sequence.may_end:
         row[[token_id for token_id in sequence.job.end_token_ids if token_id < row.shape[0]]] = -torch.inf
+    if params.bad_token_ids:
+        row[list(params.bad_token_ids)] = -torch.inf
+        if bool(torch.isneginf(row.amax())):
+            raise ValueError("every token is banned")
 
 
 def _draw(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:

@@ -72,6 +72,19 @@ def test_a_stop_token_ends_the_text_before_it(engine: Engine) -> None:
     assert free.text.startswith(stopped.text)
 
 
+def test_a_bad_token_is_never_drawn(engine: Engine) -> None:
+    free = run_alone(engine, make_add("a", PROMPT))
+    banned = run_alone(engine, make_add("a", PROMPT, bad_token_ids=free.token_ids))
+    assert banned.token_ids
+    assert not set(free.token_ids) & set(banned.token_ids)
+
+
+def test_a_job_that_may_draw_nothing_fails_alone(engine: Engine) -> None:
+    expected = run(make_engine(MODEL), [make_add("good", TALE)])
+    collected = run(engine, [make_add("bad", PROMPT, bad_token_ids=list(range(VOCAB_SIZE))), make_add("good", TALE)])
+    assert (list(collected.failures), collected.sequences) == (["bad"], expected.sequences)
+
+
 def a_or_b(**params: Any) -> dict[str, Any]:
     """Sampling that writes an `a` or a `b` at every position, by the seed."""
     a, b = TOKENIZER.encode("ab").ids
@@ -262,6 +275,7 @@ def test_a_job_that_was_waiting_is_aborted_too(engine: Engine) -> None:
         ({"prompt_token_ids": [1] * 256}, ContextLengthExceeded, "256 tokens"),
         ({"logit_bias": {VOCAB_SIZE: 1.0}}, InvalidRequest, "logit_bias"),
         ({"stop_token_ids": [VOCAB_SIZE + 5]}, InvalidRequest, "stop_token_ids"),
+        ({"bad_token_ids": [VOCAB_SIZE]}, InvalidRequest, "bad_token_ids"),
         ({"temperature": float("nan")}, InvalidRequest, "not valid"),
         ({"top_p": 7.0}, InvalidRequest, "not valid"),
         ({"n": 2, "committed_token_ids": [[]]}, InvalidRequest, "n is 2"),

@@ -8,7 +8,15 @@ from pydantic import ValidationError
 
 from domain.catalog import Catalog
 from domain.errors import ModelNotFound
-from domain.requests import MAX_CHOICES, ChatMessage, GenerationRequest, SamplingParams
+from domain.jobs import FinishReason
+from domain.requests import (
+    MAX_CHOICES,
+    ChatMessage,
+    GenerationRequest,
+    ResultChoice,
+    SamplingParams,
+    best_choices,
+)
 
 
 def test_a_request_survives_storage_unchanged() -> None:
@@ -27,7 +35,17 @@ def test_a_request_survives_storage_unchanged() -> None:
         {"prompt": "a", "params": {"temperature": math.nan}},
         {"prompt": "a", "params": {"temperature": math.inf}},
         {"prompt": "a", "params": {"temperature": 2.1}},
+        {"prompt": "a", "prompt_token_ids": [1]},
+        {"prompt_token_ids": []},
+        {"prompt_token_ids": [-1]},
+        {"prompt_token_ids": [2**31]},
         {"prompt": "a", "params": {"max_tokens": 0}},
+        {"prompt": "a", "params": {"max_tokens": 0, "prompt_logprobs": 0, "best_of": 2}},
+        {"prompt": "a", "params": {"prompt_logprobs": 21}},
+        {"prompt": "a", "params": {"n": 3, "best_of": 2}},
+        {"prompt": "a", "params": {"best_of": MAX_CHOICES + 1}},
+        {"prompt": "a", "params": {"bad_token_ids": [-1]}},
+        {"prompt": "a", "params": {"bad_token_ids": [1] * 1025}},
         {"prompt": "a", "params": {"max_tokens": 4, "min_tokens": 5}},
         {"prompt": "a", "params": {"n": MAX_CHOICES + 1}},
         {"prompt": "a", "params": {"seed": 2**63}},
@@ -40,6 +58,23 @@ def test_a_request_survives_storage_unchanged() -> None:
 def test_what_is_out_of_bounds_is_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         GenerationRequest.model_validate({"model": "m", **fields})
+
+
+def test_a_prompt_may_be_token_ids_and_scored_without_output() -> None:
+    request = GenerationRequest.model_validate(
+        {"model": "m", "prompt_token_ids": [5, 6], "params": {"max_tokens": 0, "prompt_logprobs": 0}}
+    )
+    assert (request.source, request.prompt_token_ids) == ("prompt_token_ids", (5, 6))
+
+
+def test_the_best_choices_are_those_of_the_highest_mean_logprob() -> None:
+    means = [-0.5, None, -0.1, -0.5]
+    candidates = [
+        ResultChoice(index=index, text="", finish_reason=FinishReason.STOP, num_tokens=1, mean_logprob=mean)
+        for index, mean in enumerate(means)
+    ]
+    best = best_choices(candidates, 3)
+    assert [(choice.index, choice.candidate) for choice in best] == [(0, 2), (1, 0), (2, 3)]
 
 
 ENTRY = '[[models]]\nid = "{id}"\npath = "{path}"\nmax_model_len = 64\n'

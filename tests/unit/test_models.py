@@ -56,6 +56,9 @@ def make_spec(folder: Path, **fields: object) -> ModelSpec:
     return ModelSpec.model_validate({"id": "tiny", "path": str(folder), "max_model_len": 64} | fields)
 
 
+FAKE = ModelSpec(id="fake", path="fake", backend="fake", max_model_len=64)
+
+
 def chat(*turns: tuple[str, str]) -> GenerationRequest:
     messages = tuple(ChatMessage.model_validate({"role": role, "content": content}) for role, content in turns)
     return GenerationRequest(model="tiny", messages=messages)
@@ -147,9 +150,17 @@ def test_a_folder_without_a_tokenizer_is_named_with_its_remedy(tmp_path: Path) -
 
 
 def test_a_fake_model_needs_no_files() -> None:
-    view = load_model_view(ModelSpec(id="fake", path="fake", backend="fake", max_model_len=64))
+    view = load_model_view(FAKE)
     assert view.encode(GenerationRequest(model="fake", prompt="aé")) == [97, 195, 169]
     assert bytes(view.encode(chat(("user", "hi")))).decode() == "user: hi\nassistant: "
+
+
+def test_token_ids_are_taken_as_they_are_within_the_vocabulary() -> None:
+    view = load_model_view(FAKE)
+    assert view.encode(GenerationRequest(model="fake", prompt_token_ids=(97, 256, 0))) == [97, 256, 0]
+    with pytest.raises(InvalidRequest, match="257") as refused:
+        view.encode(GenerationRequest(model="fake", prompt_token_ids=(97, 257)))
+    assert refused.value.param == "prompt_token_ids"
 
 
 def test_the_views_load_neither_torch_nor_transformers() -> None:

@@ -72,6 +72,8 @@ def test_a_seed_is_drawn_where_none_is_given(view: ModelView) -> None:
         ({"min_tokens": 96}, "params.min_tokens"),
         ({"logit_bias": {257: 1.0}}, "params.logit_bias"),
         ({"stop_token_ids": (10**9,)}, "params.stop_token_ids"),
+        ({"bad_token_ids": (257,)}, "params.bad_token_ids"),
+        ({"bad_token_ids": tuple(range(257))}, "params.bad_token_ids"),
     ],
 )
 def test_what_this_model_cannot_do_is_refused(view: ModelView, params: dict[str, Any], param: str) -> None:
@@ -106,6 +108,7 @@ def test_whatever_is_asked_for_changes_the_hash() -> None:
         hash_of(make_request(logit_bias={1: 1.0})),
         hash_of(GenerationRequest(model="fake", messages=messages)),
         hash_of(GenerationRequest(model="other", prompt="Hello")),
+        hash_of(GenerationRequest(model="fake", prompt_token_ids=(72,))),
         hash_of(priority=1),
         hash_of(deadline_at=at),
         hash_of(deadline_at=at + timedelta(seconds=1)),

@@ -25,6 +25,7 @@ from gpu_worker.engine.backends.fake_words import (
     chained_token,
     draw_token,
     hash_of,
+    next_allowed,
     next_link,
     word_of,
 )
@@ -208,6 +209,7 @@ class FakeBackend:
             can_stop = position >= params.min_tokens
             end_chance = self._knobs.end_chance if can_stop and not params.ignore_eos else 0.0
             token_id = draw_token(sequence.hash, position, end_chance)
+            token_id = next_allowed(token_id, params.bad_token_ids)
             if self._knobs.chained and token_id != END_TOKEN_ID:
                 token_id = chained_token(command.attempt, sequence.link)
                 sequence.link = next_link(sequence.link, token_id)

@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from collections.abc import Collection
 from zlib import crc32
 
 SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mo", "nu", "pé", "ri", "sø", "ta", "ve", "wu", "ži", "🙂")
@@ -22,6 +23,14 @@ def draw_token(sequence_hash: "hashlib.blake2b", position: int, end_chance: floa
     if (bits >> 32) / (1 << 32) < end_chance:
         return END_TOKEN_ID
     return bits % len(WORDS)
+
+
+def next_allowed(token_id: int, bad_token_ids: Collection[int]) -> int:
+    """The token, or the first word after it that is not banned; the end where all are."""
+    words = ((token_id + step) % len(WORDS) for step in range(len(WORDS)))
+    if token_id not in bad_token_ids:
+        return token_id
+    return next((word for word in words if word not in bad_token_ids), END_TOKEN_ID)
 
 
 def fake_text(prompt_token_ids: list[int], seed: int, index: int, num_tokens: int) -> str:
