@@ -4,6 +4,7 @@ The tensors live in `attention.py`; here a block is a number. Block 0 is never g
 """
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -51,6 +52,14 @@ class BlockPool:
             return False
         sequence.block_ids.extend(self._take() for _ in range(num_missing))
         return True
+
+    def grow_all(self, sequences: Iterable[Sequence], *, num_more_tokens: int) -> bool:
+        """Extend every block table beyond its sequence's tokens; takes nothing and says False where that cannot be."""
+        lengths = {sequence: len(sequence.token_ids) + num_more_tokens for sequence in sequences}
+        num_missing = sum(
+            max(0, self.num_blocks_for(length) - len(sequence.block_ids)) for sequence, length in lengths.items()
+        )
+        return num_missing <= self.num_free and all(self.grow(*item) for item in lengths.items())
 
     def admit(self, sequence: Sequence, *, num_spare: int) -> bool:
         """Give a waiting sequence blocks for all its tokens, shared ones first; `num_spare` blocks must stay free."""

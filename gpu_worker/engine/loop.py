@@ -1,10 +1,15 @@
-"""The engine's loop: admit, run, commit, emit. One bad job never hurts another, and none ends without a word."""
+"""The engine's loop: admit, run, commit, emit. One bad job never hurts another, and none ends without a word.
+
+Where the runner can, the loop runs one step ahead: while the device draws a step's tokens, the next step of the same
+sequences is launched behind it, and takes the tokens from the device's own memory. Each `step` commits one step.
+"""
 
 import logging
 import os
 import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -33,6 +38,12 @@ class StepResult:
     failures: list[JobFailed] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    rows: Rows[ScheduledRow]
+    launched: Any  # the runner's
+
+
 class Engine:
     def __init__(self, *, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer, limits: ModelLimits) -> None:
         self.scheduler = scheduler
@@ -41,6 +52,7 @@ class Engine:
         self._limits = limits
         self._jobs: dict[tuple[str, int], EngineJob] = {}
         self._ended: list[Sequence] = []  # between two steps: aborted, or complete when they were added
+        self._ahead: LaunchedStep | None = None  # behind the last step that was committed
         self._num_jobs = self._num_steps = self._num_generation_tokens = self._num_prompt_tokens = 0
         self._step_seconds = 0.0
         self._memory_bytes = _memory_bytes()
@@ -79,14 +91,13 @@ class Engine:
         started = time.perf_counter()
         result = StepResult({sequence: [] for sequence in self._ended})
         self._ended = []
-        scheduled = self.scheduler.schedule()
-        for sequence in scheduled.preempted:
-            self._runner.release(sequence)
-        if scheduled.rows:
-            record(_members(scheduled.rows))
-            self._runner.copy_blocks(scheduled.copies)
-            for row, drawn in self._run(scheduled.rows, result):
-                self._commit(row, drawn, result)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and any(self._is_running(row.sequence) for row in ahead.rows):
+            drawn = self._run(ahead.rows, ahead, record, result)
+        else:
+            drawn = self._run(self._schedule(record), None, record, result)
+        for row, token in drawn:
+            self._commit(row, token, result)
         self._num_steps += 1
         if self._num_steps % STEPS_PER_MEMORY_READING == 0:
             self._memory_bytes = _memory_bytes()
@@ -108,28 +119,99 @@ class Engine:
             memory_bytes=self._memory_bytes,
         )
 
-    def _run(self, rows: Rows[ScheduledRow], result: StepResult) -> list[tuple[ScheduledRow, Drawn | None]]:
-        """Run the rows; when that fails, each half on its own, down to the guilty one, whose job fails."""
-        rows = [row for row in rows if self._is_here(row.sequence)]
+    def _schedule(self, record: RecordStep) -> list[ScheduledRow]:
+        scheduled = self.scheduler.schedule()
+        for sequence in scheduled.preempted:
+            self._runner.release(sequence)
+        if scheduled.rows:
+            record(_members(scheduled.rows))
+            self._runner.copy_blocks(scheduled.copies)
+        return scheduled.rows
+
+    def _run(
+        self, rows: Rows[ScheduledRow], step: LaunchedStep | None, record: RecordStep, result: StepResult
+    ) -> list[tuple[ScheduledRow, Drawn | None]]:
+        """Compute the rows, unless `step` has begun to, and launch what can be foreseen of the step behind them."""
         if not rows:
             return []
         try:
-            return list(zip(rows, self._runner.run(rows), strict=True))
+            launched = self._runner.launch(rows) if step is None else step.launched
+            self._ahead = self._launch_ahead(rows, record)
+            drawn = list(zip(rows, self._runner.collect(launched), strict=True))
         except torch.AcceleratorError:
             raise  # the device's context is gone and with it every sequence: the process must end
         except Exception as exc:
-            if len(rows) == 1:
-                self._fail(rows[0].sequence.job, exc, result)
-                return []
-            log.warning("step failed, running its halves", extra={"num_rows": len(rows), "error": repr(exc)})
+            self._ahead = None  # what it draws may rest on the failure
+            return self._run_again(rows, exc, result)
+        self.scheduler.budget.count_good_step()
+        return drawn
+
+    def _launch_ahead(self, rows: Rows[ScheduledRow], record: RecordStep) -> LaunchedStep | None:
+        if not self._runner.can_run_ahead(rows):
+            return None
+        ahead = self.scheduler.schedule_ahead(rows)
+        if not ahead:
+            return None
+        record(_members([*rows, *ahead]))
+        try:
+            return LaunchedStep(ahead, self._runner.launch(ahead))
+        except torch.AcceleratorError:
+            raise
+        except Exception as exc:
+            log.warning("could not run ahead", extra={"num_rows": len(ahead), "error": repr(exc)})
+            return None  # the step comes again in its turn, and fails or succeeds there
+
+    def _run_again(
+        self, rows: Rows[ScheduledRow], exc: Exception, result: StepResult
+    ) -> list[tuple[ScheduledRow, Drawn | None]]:
+        """After a failure: each half on its own, down to the guilty row, whose job fails. Where memory ran out, the
+        later half waits instead, and steps become smaller."""
+        rows = [row for row in rows if self._is_running(row.sequence)]
+        if isinstance(exc, torch.OutOfMemoryError):
+            return self._run_less(rows, exc, result)
+        if len(rows) == 1:
+            self._fail(rows[0].sequence.job, exc, result)
+            return []
+        log.warning("step failed, running its halves", extra={"num_rows": len(rows), "error": repr(exc)})
         middle = len(rows) // 2
-        return self._run(rows[:middle], result) + self._run(rows[middle:], result)
+        return self._run_part(rows[:middle], result) + self._run_part(rows[middle:], result)
+
+    def _run_part(self, rows: Rows[ScheduledRow], result: StepResult) -> list[tuple[ScheduledRow, Drawn | None]]:
+        rows = [row for row in rows if self._is_running(row.sequence)]
+        if not rows:
+            return []
+        try:
+            return list(zip(rows, self._runner.collect(self._runner.launch(rows)), strict=True))
+        except torch.AcceleratorError:
+            raise
+        except Exception as exc:
+            return self._run_again(rows, exc, result)
+
+    def _run_less(
+        self, rows: Rows[ScheduledRow], exc: Exception, result: StepResult
+    ) -> list[tuple[ScheduledRow, Drawn | None]]:
+        """Out of memory: preempt the later half; a row alone is tried again in smaller chunks, and fails at last."""
+        self._runner.free_memory()
+        budget = self.scheduler.budget
+        if len(rows) == 1 and (rows[0].num_new_tokens <= budget.tokens // 2 or budget.is_least):
+            self._fail(rows[0].sequence.job, exc, result)
+            return []
+        budget.shrink()
+        log.warning("out of memory", extra={"num_rows": len(rows), "max_num_batched_tokens": budget.tokens})
+        if len(rows) <= 1:
+            return []  # its next chunk is smaller
+        ranked = sorted(rows, key=lambda row: row.sequence.rank)
+        middle = len(ranked) // 2
+        for row in ranked[middle:]:
+            self.scheduler.preempt(row.sequence)
+            self._runner.release(row.sequence)
+        return self._run_part(ranked[:middle], result)
 
     def _commit(self, row: ScheduledRow, drawn: Drawn | None, result: StepResult) -> None:
         """Count what was computed and take the drawn token."""
         sequence = row.sequence
-        if not self._is_here(sequence):
-            return  # a sibling failed in this step, and the job with it
+        if not self._is_running(sequence):
+            return  # it ended while this step was under way, or a sibling failed in it, and the job with it
         num_prompt_left = max(0, sequence.num_prompt_tokens - sequence.num_computed_tokens)
         self._num_prompt_tokens += min(row.num_new_tokens, num_prompt_left)
         sequence.num_computed_tokens += row.num_new_tokens
@@ -164,8 +246,9 @@ class Engine:
         self.scheduler.remove(sequence)
         self._runner.release(sequence)
 
-    def _is_here(self, sequence: Sequence) -> bool:
-        return (sequence.job.id, sequence.job.attempt) in self._jobs
+    def _is_running(self, sequence: Sequence) -> bool:
+        job = sequence.job
+        return self._jobs.get((job.id, job.attempt)) is job and not sequence.is_finished
 
     def _forget_if_done(self, job: EngineJob) -> None:
         if all(sequence.is_finished for sequence in job.sequences):

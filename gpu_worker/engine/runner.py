@@ -25,15 +25,41 @@ class Runner(Protocol):
 
     def wipe_blocks(self, blocks: Rows[int]) -> None: ...
 
-    def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
-        """Compute the rows and draw for those that need a token; one entry per row, in order.
+    def launch(self, rows: Rows[ScheduledRow]) -> Any:
+        """Begin to compute the rows; what comes back is for `collect`, and may be dropped. Changes no sequence, and may
+        be repeated, in whole or in parts, with the same result. Raises whatever the model raises."""
 
-        Changes no sequence, and may be repeated, in whole or in parts, with the same result. Raises whatever the model
-        raises.
-        """
+    def collect(self, launched: Any) -> list[Drawn | None]:
+        """Wait for the step: its draws, one entry per row, in order. Raises as `launch` does, for the whole step."""
+
+    def can_run_ahead(self, rows: Rows[ScheduledRow]) -> bool:
+        """Whether rows that are ahead may be launched behind these, which were launched last and not collected yet."""
+
+    def free_memory(self) -> None:
+        """The device ran out of it: give back what is held in reserve."""
 
     def release(self, sequence: Sequence) -> None:
         """The sequence has ended, or its computed tokens are void."""
+
+
+class AtOnce:
+    """The part of a runner with nothing to overlap: the work is done, by the thread that asks, when it is asked for."""
+
+    def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
+        raise NotImplementedError
+
+    def launch(self, rows: Rows[ScheduledRow]) -> Rows[ScheduledRow]:
+        return rows
+
+    def collect(self, launched: Rows[ScheduledRow]) -> list[Drawn | None]:
+        return self.run(launched)
+
+    def can_run_ahead(self, rows: Rows[ScheduledRow]) -> bool:
+        return False
+
+    def free_memory(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def group_by_length(lengths: Rows[int]) -> list[tuple[int, int]]:
@@ -49,7 +75,7 @@ def group_by_length(lengths: Rows[int]) -> list[tuple[int, int]]:
     return [*groups, (start, len(lengths))] if lengths else []
 
 
-class PagedRunner:
+class PagedRunner(AtOnce):
     def __init__(self, model: Any, layers: list[LayerCache], block_size: int, device: torch.device) -> None:
         self._model = model
         self._layers = layers
@@ -166,7 +192,7 @@ class SequenceState:
     arguments: dict[str, Any]
 
 
-class SequentialRunner:
+class SequentialRunner(AtOnce):
     """Correct for any causal language model of transformers, one sequence at a time, fed as generate() feeds it. Its
     prompts are not chunked, not shared and not forked: the scheduler is told so."""
 

@@ -5,23 +5,40 @@ chunks of prompts. Sequences run in order of rank; the last of them makes room w
 """
 
 from bisect import insort
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
 from gpu_worker.engine.kv_cache import BlockCopy, BlockPool
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.token_budget import TokenBudget
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRow:
-    """The next `num_new_tokens` of a sequence are computed in this step."""
+    """The next `num_new_tokens` of a sequence are computed in this step.
+
+    A row that `is_ahead` computes the one token that the step before it is still drawing; the sequence does not hold it
+    yet. What the properties say is true until that step is committed.
+    """
 
     sequence: Sequence
     num_new_tokens: int
+    is_ahead: bool = False
+
+    @property
+    def start(self) -> int:
+        """Position of the first new token."""
+        return len(self.sequence.token_ids) if self.is_ahead else self.sequence.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Drawn before this row draws: the output position of its token."""
+        return self.sequence.num_output_tokens + self.is_ahead
 
     @property
     def needs_token(self) -> bool:
         """True where the row reaches the sequence's end, so that its logits give the next token."""
-        return self.num_new_tokens == self.sequence.num_uncomputed_tokens
+        return self.is_ahead or self.num_new_tokens == self.sequence.num_uncomputed_tokens
 
 
 @dataclass(slots=True)
@@ -44,14 +61,16 @@ class Scheduler:
         self.pool = pool
         self.can_fork = can_fork
         self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.budget = TokenBudget(max_num_batched_tokens, floor=16 if can_fork else max_num_batched_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prefix_cache_hits = 0  # tokens
+        self._is_settled = True  # whoever waits can enter only when another leaves
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_rank)
+        self._is_settled = False
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks."""
@@ -59,15 +78,34 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         self.pool.free(sequence)
+        self._is_settled = False
 
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
         self._schedule_decodes(output)
         # However many decode, a share is left for prompts: those who wait must not wait for those who run to end.
-        budget = max(self.max_num_batched_tokens - len(output.rows), self.max_num_batched_tokens // 4)
+        budget = max(self.budget.tokens - len(output.rows), self.budget.tokens // 4)
         budget = self._schedule_prefills(output, budget)
-        self._admit(output, budget)
+        self._is_settled = self._admit(output, budget)
         return output
+
+    def schedule_ahead(self, rows: Rows[ScheduledRow]) -> list[ScheduledRow]:
+        """The step after the one that computes `rows` and is not committed yet; empty where that one's tokens decide
+        who runs: then it must be waited for.
+
+        Only steps in which everybody decodes are foreseen. A sequence that reaches its length with the token under way
+        is left out; one that ends with it for another reason runs once in vain.
+        """
+        if self.waiting and not self._is_settled:
+            return []
+        current = [row.sequence for row in rows if row.needs_token]
+        if len(current) < len(rows) or not set(self.running) <= set(current):
+            return []
+        running = set(self.running)
+        going_on = [sequence for sequence in current if sequence in running and not sequence.ends_with_next_token]
+        if not self.pool.grow_all(going_on, num_more_tokens=1):
+            return []
+        return [ScheduledRow(sequence, 1, is_ahead=True) for sequence in going_on]
 
     def _schedule_decodes(self, output: SchedulerOutput) -> None:
         """One token for every decoding sequence, whatever the budget: a prompt never stalls a text under way."""
@@ -79,13 +117,13 @@ class Scheduler:
         """Make room for the sequence's last token; False where the sequence itself had to give way."""
         while not self.pool.grow(sequence, len(sequence.token_ids)):
             victim = self.running[-1]
-            self._preempt(victim)
+            self.preempt(victim)
             output.preempted.append(victim)
             if victim is sequence:
                 return False
         return True
 
-    def _preempt(self, victim: Sequence) -> None:
+    def preempt(self, victim: Sequence) -> None:
         """Back to the waiting; its tokens are kept, their keys and values are computed again (or found) later."""
         self.running.remove(victim)
         self.pool.free(victim)
@@ -104,19 +142,25 @@ class Scheduler:
         output.rows.append(ScheduledRow(sequence, num_new_tokens))
         return num_new_tokens
 
-    def _admit(self, output: SchedulerOutput, budget: int) -> None:
-        """Let waiting sequences in, in order; the first that does not fit holds those behind it, lest it starve."""
+    def _admit(self, output: SchedulerOutput, budget: int) -> bool:
+        """Let waiting sequences in, in order; the first that does not fit holds those behind it, lest it starve. False
+        where somebody may enter at the next step though nobody leaves."""
+        is_settled = True
         for sequence in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.max_num_seqs:
-                return
+            if len(self.running) >= self.max_num_seqs:
+                return is_settled
+            if budget <= 0:
+                return False
             parent = self._running_sibling(sequence)
             if parent is not None and parent.num_computed_tokens < parent.num_prompt_tokens:
+                is_settled = False
                 continue  # the prompt is being computed for its sibling: wait and fork
             if not (self._fork(parent, sequence, output) if parent else self._enter(sequence)):
-                return
+                return is_settled
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_rank)
             budget -= self._schedule_chunk(output, sequence, budget)
+        return is_settled
 
     def _running_sibling(self, sequence: Sequence) -> Sequence | None:
         """The sequence of the same job that runs and is furthest; once past the prompt it can be forked."""

@@ -66,6 +66,11 @@ class Sequence:
         """False while the job's min_tokens keeps end tokens and stop strings off."""
         return self.num_output_tokens >= self.job.params.min_tokens
 
+    @property
+    def ends_with_next_token(self) -> bool:
+        """Whatever that token is."""
+        return self.num_output_tokens + 1 >= self.job.max_tokens or len(self.token_ids) + 1 >= self.job.max_model_len
+
     def append(self, token_id: int) -> None:
         """Take a drawn (or committed) token: text, stop strings, limits. The same for a fresh token and a replayed one,
         so that a resumed sequence stands exactly where it stood."""

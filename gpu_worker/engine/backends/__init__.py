@@ -60,7 +60,8 @@ class Backend(Protocol):
     def step(self, record: RecordStep) -> StepDone:
         """One iteration: admit, run the model, sample; the outputs of all sequences, final ones included.
 
-        `record` is called once, after admission and before the model runs, with every job of this step. A job that
+        `record` is called after admission and before the model runs, with every job whose step is under way: of this
+        step, and of the next one where that is launched already. A job that
         cannot go on is reported in `failures` and leaves; an exception that escapes ends the process.
         """
 
