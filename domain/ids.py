@@ -1,4 +1,4 @@
-"""Job ids: 128 bits, a UUID inside and in SQL, a prefixed ULID everywhere outside (HTTP, Celery, Flower, logs).
+"""Ids, a job's above all: 128 bits, a UUID inside and in SQL, a prefixed ULID outside (HTTP, Celery, Flower, logs).
 
 The ULID is the same 128 bits in Crockford's base 32, so ids sort by the time they were drawn in either spelling.
 One job has the same 26 characters under every prefix: `job_01J...`, `chatcmpl-01J...`, `cmpl-01J...`, `resp_01J...`.
@@ -11,6 +11,7 @@ from uuid import UUID
 ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 ULID_LENGTH = 26
 SEPARATOR_BY_PREFIX = {"job": "_", "resp": "_", "chatcmpl": "-", "cmpl": "-"}
+PREFIXES_OF_OTHERS = frozenset({"batch", "evt", "wh", "whd"})  # an event has the 26 characters of what it is about
 
 _VALUE_BY_CHARACTER = {character: value for value, character in enumerate(ALPHABET)}
 
@@ -21,12 +22,12 @@ def new_id() -> UUID:
 
 
 def external_id(id_: UUID, prefix: str = "job") -> str:
-    """The id as clients see it. Raises ValueError for a prefix that no job carries."""
-    if prefix not in SEPARATOR_BY_PREFIX:
+    """The id as clients see it. Raises ValueError for a prefix that nothing carries."""
+    if prefix not in SEPARATOR_BY_PREFIX and prefix not in PREFIXES_OF_OTHERS:
         raise ValueError(f"no id has the prefix {prefix!r}; choose one of: {', '.join(SEPARATOR_BY_PREFIX)}")
     value = id_.int
     ulid = "".join(ALPHABET[value >> shift & 31] for shift in range(5 * (ULID_LENGTH - 1), -1, -5))
-    return f"{prefix}{SEPARATOR_BY_PREFIX[prefix]}{ulid}"
+    return f"{prefix}{SEPARATOR_BY_PREFIX.get(prefix, '_')}{ulid}"
 
 
 def parse_id(text: str) -> UUID:
@@ -34,12 +35,23 @@ def parse_id(text: str) -> UUID:
     prefix, ulid = text[:-ULID_LENGTH], text[-ULID_LENGTH:].upper()
     if SEPARATOR_BY_PREFIX.get(prefix[:-1]) != prefix[-1:] or not text.isascii():
         raise ValueError(f"{text[:64]!r} is no job id; one looks like job_01JABCDEFGHJKMNPQRSTVWXYZ0")
+    return _parse_ulid(text, ulid)
+
+
+def parse_id_of_other(text: str, prefix: str) -> UUID:
+    """As `parse_id`, of what is no job and has one prefix alone. Raises ValueError."""
+    if text[:-ULID_LENGTH] != f"{prefix}_" or not text.isascii():
+        raise ValueError(f"{text[:64]!r} is no id of this kind; one begins with {prefix}_")
+    return _parse_ulid(text, text[-ULID_LENGTH:].upper())
+
+
+def _parse_ulid(text: str, ulid: str) -> UUID:
     value = 0
     for character in ulid:
         digit = _VALUE_BY_CHARACTER.get(character)
         if digit is None:
-            raise ValueError(f"{text[:64]!r} is no job id: {character!r} is no letter of Crockford's base 32")
+            raise ValueError(f"{text[:64]!r} is no id: {character!r} is no letter of Crockford's base 32")
         value = value << 5 | digit
     if value >= 1 << 128:
-        raise ValueError(f"{text[:64]!r} is no job id: its first digit is beyond 7")
+        raise ValueError(f"{text[:64]!r} is no id: its first digit is beyond 7")
     return UUID(int=value)

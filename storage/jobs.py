@@ -47,6 +47,8 @@ class NewJob:
     start_timeout_seconds: float | None = None
     run_timeout_seconds: float | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    webhook_url: str | None = None  # checked, and spelt as `domain.webhook_urls` does
+    webhook_statuses: Sequence[JobStatus] = ()  # the ends that it is told of
 
     @property
     def cost(self) -> int:

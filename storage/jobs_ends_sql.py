@@ -5,6 +5,7 @@
 from sqlalchemy import text
 
 from storage.jobs_sql import CLOCK, CORRECTION, COUNTED, RUNNING
+from storage.webhook_outbox import WEBHOOK, deliveries_of
 
 FINALISE = text(f"""
 WITH ending AS MATERIALIZED (
@@ -21,8 +22,10 @@ ended AS (
     UPDATE jobs j SET status = pick.status, finish_reason = pick.finish_reason, error = pick.error::json,
         finished_at = {CLOCK}, prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds),
         lease_owner = NULL, lease_expires_at = NULL
-    FROM pick WHERE j.id = pick.id RETURNING j.id, j.tenant_id, j.attempt, pick.result, {CORRECTION} AS charge
+    FROM pick WHERE j.id = pick.id
+    RETURNING {WEBHOOK}, j.id, j.tenant_id, j.status, j.attempt, pick.result, {CORRECTION} AS charge
 ),
+{deliveries_of("ended")},
 written AS (
     INSERT INTO job_results (job_id, attempt, result)
     SELECT id, attempt, result::json FROM ended WHERE result IS NOT NULL
@@ -51,8 +54,10 @@ returned AS (
             THEN {CLOCK} + make_interval(secs => pick.delay_seconds) ELSE j.available_at END,
         dispatch_at = {CLOCK}, num_dispatches = 0
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS correction
+    RETURNING {WEBHOOK}, j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number,
+        {CORRECTION} AS correction
 ),
+{deliveries_of("returned")},
 moved AS (
     SELECT id, tenant_id, CASE WHEN status = 'queued' THEN 1 ELSE 0 END AS queued, -1 AS running,
         CASE WHEN status = 'queued' THEN 0 ELSE correction END AS charge FROM returned
@@ -110,8 +115,9 @@ asked AS (
         finished_at = CASE WHEN j.status = 'queued' THEN {CLOCK} END,
         prune_at = CASE WHEN j.status = 'queued' THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge
+    RETURNING {WEBHOOK}, j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge
 ),
+{deliveries_of("asked")},
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM asked WHERE status = 'cancelled'),
 {COUNTED}
 SELECT id, status, attempt, status = 'cancelled' AND committed_sequence_number > 0 AS has_chunks FROM asked
@@ -126,8 +132,9 @@ expired AS (
     UPDATE jobs j SET status = 'expired', error = CAST(:deadline_error AS json), finished_at = {CLOCK},
         prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge
+    RETURNING {WEBHOOK}, j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge
 ),
+{deliveries_of("expired")},
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM expired),
 {COUNTED}
 SELECT id, status, attempt, committed_sequence_number > 0 AS has_chunks FROM expired

@@ -49,11 +49,12 @@ WITH new AS MATERIALIZED (
         CAST(:max_failures AS int[]), CAST(:start_timeouts AS float8[]), CAST(:deadlines AS timestamptz[]),
         CAST(:run_timeouts AS float8[]), CAST(:num_prompt_tokens AS int[]), CAST(:max_tokens AS int[]),
         CAST(:seeds AS bigint[]), CAST(:costs AS int[]), CAST(:metadata AS text[]), CAST(:result_ttls AS int[]),
-        CAST(:requests AS text[]), CAST(:prompt_token_ids AS text[])
+        CAST(:requests AS text[]), CAST(:prompt_token_ids AS text[]), CAST(:webhook_urls AS text[]),
+        CAST(:webhook_statuses AS text[])
     ) WITH ORDINALITY AS n(
         id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures, start_timeout,
         deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata, result_ttl_seconds,
-        request, prompt_token_ids, place)
+        request, prompt_token_ids, webhook_url, webhook_statuses, place)
 ),
 load AS MATERIALIZED (
     SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) - l.num_queued AS room
@@ -68,10 +69,10 @@ fresh AS (
 inserted AS (
     INSERT INTO jobs (id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures,
         start_deadline_at, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata,
-        result_ttl_seconds, available_at, dispatch_at, created_at)
+        result_ttl_seconds, webhook_url, webhook_statuses, available_at, dispatch_at, created_at)
     SELECT id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures,
         {CLOCK} + make_interval(secs => start_timeout), deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
-        seed, cost, metadata::json, result_ttl_seconds, {CLOCK}, {CLOCK}, {CLOCK}
+        seed, cost, metadata::json, result_ttl_seconds, webhook_url, webhook_statuses::text[], {CLOCK}, {CLOCK}, {CLOCK}
     FROM fresh JOIN load USING (tenant_id) WHERE place_in_tenant <= room ORDER BY place
     ON CONFLICT DO NOTHING RETURNING id, tenant_id
 ),

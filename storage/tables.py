@@ -93,6 +93,7 @@ class Row(DeclarativeBase):
         dict[str, str]: JSON,
         dict[str, Any]: JSON,
         list[int]: ARRAY(Integer),
+        list[str]: ARRAY(Text),
     }
 
 
@@ -201,6 +202,8 @@ class Job(Row):
     error: Mapped[JobError | None]
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata")
     result_ttl_seconds: Mapped[int]
+    webhook_url: Mapped[str | None]  # whom its end is told, beside the tenant's endpoints
+    webhook_statuses: Mapped[list[str] | None]  # which ends
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]  # the first claim
     finished_at: Mapped[datetime | None]
