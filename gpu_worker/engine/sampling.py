@@ -198,13 +198,18 @@ def _cutoffs(values: Tensor, scaled: Tensor, sequences: Rows[Sequence]) -> Tenso
 
 def gumbel_noise(token_ids: Tensor, sequences: Rows[Sequence]) -> Tensor:
     """Standard Gumbel noise, float32, one row per sequence; `token_ids` is int32 (num_sequences or 1, num_tokens)."""
-    keys = [_noise_key(s.job.seed, s.index, s.num_output_tokens) for s in sequences]
-    first, second = torch.tensor(keys, dtype=torch.int32, device=token_ids.device).T[:, :, None]
+    keys = [noise_key(s.job.seed, s.index, s.num_output_tokens) for s in sequences]
+    return keyed_noise(token_ids, torch.tensor(keys, dtype=torch.int32, device=token_ids.device))
+
+
+def keyed_noise(token_ids: Tensor, keys: Tensor) -> Tensor:
+    """`keys` is int32 (num_sequences, 2): the noise_key of each row's draw."""
+    first, second = keys.T[:, :, None]
     bits = _mix(token_ids, first, second).bitwise_and_(0x7FFFFFFF)
     return bits.float().add_(0.5).mul_(-(2.0**-31)).log1p_().neg_().log_().neg_()
 
 
-def _noise_key(seed: int, index: int, position: int) -> tuple[int, int]:
+def noise_key(seed: int, index: int, position: int) -> tuple[int, int]:
     """64 bits that stand for one draw, the same on every machine and in every version."""
     digest = blake2b(struct.pack("<qqq", seed, index, position), digest_size=8).digest()
     first, second = struct.unpack("<ii", digest)
