@@ -23,6 +23,7 @@ from storage import jobs_ends_sql as ends
 from storage import jobs_sql as sql
 from storage.jobs_partial import ERRORS, store_partial_results
 from storage.tables import Job
+from storage.webhook_outbox import write_deliveries
 
 DEPTH = 16  # how much further than asked a tenant's queue is read: others may hold its head at the moment
 
@@ -226,13 +227,15 @@ def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UU
     whose commit was ambiguous, ended so. Without a result, the committed chunks become a partial one."""
     if not finalisations:
         return []
-    ended = list(session.execute(ends.FINALISE, columns.of_endings(finalisations)).scalars())
+    rows = session.execute(ends.FINALISE, columns.of_endings(finalisations)).all()
+    ended = [row.id for row in rows]
     without_result = {
         ending.job_id: ending.status
         for ending in finalisations
         if ending.result is None and ending.last_sequence_number > 0 and ending.job_id in ended
     }
     store_partial_results(session, without_result)
+    write_deliveries(session, [row.id for row in rows if row.is_told])
     return ended
 
 
@@ -298,11 +301,13 @@ def delete(session: Session, job_id: UUID, tenant_id: UUID) -> bool:
 
 
 def _returned(session: Session, statement: TextClause, parameters: dict[str, Any]) -> list[Returned]:
-    """Run a statement that ends jobs, or gives them back, and keep the output of those it ended."""
+    """Run a statement that ends jobs or gives them back; keep the output of the ended, and have their ends told."""
     rows = session.execute(statement, parameters).all()
     returned = [Returned(row.id, JobStatus(row.status), row.attempt) for row in rows]
     cut_off = {job.job_id: job.status for job, row in zip(returned, rows, strict=True) if row.has_chunks}
     store_partial_results(session, {id: status for id, status in cut_off.items() if status.is_terminal})
+    told = [job.job_id for job, row in zip(returned, rows, strict=True) if row.is_told and job.status.is_terminal]
+    write_deliveries(session, told)
     return returned
 
 

@@ -5,7 +5,7 @@
 from sqlalchemy import text
 
 from storage.jobs_sql import CLOCK, CORRECTION, COUNTED, RUNNING
-from storage.webhook_outbox import WEBHOOK, deliveries_of
+from storage.webhook_outbox import IS_TOLD
 
 FINALISE = text(f"""
 WITH ending AS MATERIALIZED (
@@ -23,18 +23,17 @@ ended AS (
         finished_at = {CLOCK}, prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds),
         lease_owner = NULL, lease_expires_at = NULL
     FROM pick WHERE j.id = pick.id
-    RETURNING {WEBHOOK}, j.id, j.tenant_id, j.status, j.attempt, pick.result, {CORRECTION} AS charge
+    RETURNING j.id, j.tenant_id, j.attempt, pick.result, {CORRECTION} AS charge, {IS_TOLD}
 ),
-{deliveries_of("ended")},
 written AS (
     INSERT INTO job_results (job_id, attempt, result)
     SELECT id, attempt, result::json FROM ended WHERE result IS NOT NULL
 ),
 moved AS (SELECT id, tenant_id, 0 AS queued, -1 AS running, charge FROM ended),
 {COUNTED}
-SELECT id FROM ended
+SELECT id, is_told FROM ended
 UNION ALL  -- a repeated call: the first one's commit was applied though its answer was lost
-SELECT j.id FROM jobs j JOIN ending USING (id) WHERE j.status = ending.status AND j.attempt = ending.attempt
+SELECT j.id, false FROM jobs j JOIN ending USING (id) WHERE j.status = ending.status AND j.attempt = ending.attempt
     AND j.committed_sequence_number = ending.last
 """)
 
@@ -54,16 +53,15 @@ returned AS (
             THEN {CLOCK} + make_interval(secs => pick.delay_seconds) ELSE j.available_at END,
         dispatch_at = {CLOCK}, num_dispatches = 0
     FROM pick WHERE j.id = pick.id
-    RETURNING {WEBHOOK}, j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number,
-        {CORRECTION} AS correction
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS correction,
+        {IS_TOLD}
 ),
-{deliveries_of("returned")},
 moved AS (
     SELECT id, tenant_id, CASE WHEN status = 'queued' THEN 1 ELSE 0 END AS queued, -1 AS running,
         CASE WHEN status = 'queued' THEN 0 ELSE correction END AS charge FROM returned
 ),
 {COUNTED}
-SELECT id, status, attempt, committed_sequence_number > 0 AS has_chunks FROM returned"""
+SELECT id, status, attempt, committed_sequence_number > 0 AS has_chunks, is_told FROM returned"""
 
 
 def _charged(is_poison: str) -> str:
@@ -115,12 +113,11 @@ asked AS (
         finished_at = CASE WHEN j.status = 'queued' THEN {CLOCK} END,
         prune_at = CASE WHEN j.status = 'queued' THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END
     FROM pick WHERE j.id = pick.id
-    RETURNING {WEBHOOK}, j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge, {IS_TOLD}
 ),
-{deliveries_of("asked")},
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM asked WHERE status = 'cancelled'),
 {COUNTED}
-SELECT id, status, attempt, status = 'cancelled' AND committed_sequence_number > 0 AS has_chunks FROM asked
+SELECT id, status, attempt, status = 'cancelled' AND committed_sequence_number > 0 AS has_chunks, is_told FROM asked
 """)
 
 EXPIRE = text(f"""
@@ -132,12 +129,11 @@ expired AS (
     UPDATE jobs j SET status = 'expired', error = CAST(:deadline_error AS json), finished_at = {CLOCK},
         prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
     FROM pick WHERE j.id = pick.id
-    RETURNING {WEBHOOK}, j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge, {IS_TOLD}
 ),
-{deliveries_of("expired")},
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM expired),
 {COUNTED}
-SELECT id, status, attempt, committed_sequence_number > 0 AS has_chunks FROM expired
+SELECT id, status, attempt, committed_sequence_number > 0 AS has_chunks, is_told FROM expired
 """)
 
 PRUNE = text(f"""

@@ -1,30 +1,44 @@
-"""The outbox of webhooks: the part of every statement that ends jobs by which the ends are written down for delivery.
+"""The outbox of webhooks: the ends of jobs are written down for delivery in the transaction that makes them.
 
-It is a CTE of these statements, so an end and its deliveries are committed together or not at all. Jobs that nobody
-wants to hear of cost a look at the few endpoints of their tenant.
+The statements that end jobs only say of each whether anybody may want to hear of it (IS_TOLD), so that a job without a
+webhook costs nothing beside; for the others `write_deliveries` follows.
 """
 
+# ruff: noqa: S608  (only constants of this module are put into the text; values are bound)
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+# For the RETURNING of a statement that ends jobs `j`.
+IS_TOLD = """(j.webhook_url IS NOT NULL OR EXISTS (
+        SELECT FROM webhook_endpoints p WHERE p.tenant_id = j.tenant_id)) AS is_told"""
+
 # What the end of a job is called outside. An end that another face of a job names otherwise belongs here.
-EVENT_TYPE = "'job.' || e.status"
+EVENT_TYPE = "'job.' || j.status"
+
+# The event has the id of its job, so a second one for the same destination cannot exist. An endpoint is not a foreign
+# key: one that is deleted at this moment must not keep jobs from ending.
+WRITE_DELIVERIES = text(f"""
+WITH ended AS MATERIALIZED (
+    SELECT j.id, j.tenant_id, {EVENT_TYPE} AS type, CASE WHEN j.status = ANY(j.webhook_statuses) THEN j.webhook_url END
+        AS url
+    FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.finished_at IS NOT NULL
+)
+INSERT INTO webhook_deliveries (tenant_id, event_id, type, endpoint_id, url)
+SELECT tenant_id, id, type, NULL::uuid, url FROM ended WHERE url IS NOT NULL
+UNION ALL
+SELECT ended.tenant_id, ended.id, ended.type, p.id, p.url
+FROM ended JOIN webhook_endpoints p ON p.tenant_id = ended.tenant_id AND p.disabled_at IS NULL
+    AND ended.type = ANY(p.event_types)
+ON CONFLICT DO NOTHING
+""")
 
 
-# What a job row must hand on (RETURNING) to be heard of.
-WEBHOOK = "j.webhook_url, j.webhook_statuses"
-
-
-def deliveries_of(ended: str) -> str:
-    """`webhooks`: one delivery per destination for each row of the CTE `ended(id, tenant_id, status, webhook_url,
-    webhook_statuses)`, which may hold jobs that have not ended: nobody can ask for these.
-
-    The event has the id of its job, so a second one for the same destination cannot exist. An endpoint is not a foreign
-    key: one that is deleted at this moment must not keep jobs from ending."""
-    return f"""
-webhooks AS (
-    INSERT INTO webhook_deliveries (tenant_id, event_id, type, endpoint_id, url)
-    SELECT e.tenant_id, e.id, {EVENT_TYPE}, NULL::uuid, e.webhook_url
-    FROM {ended} e WHERE e.webhook_url IS NOT NULL AND e.status = ANY(e.webhook_statuses)
-    UNION ALL
-    SELECT e.tenant_id, e.id, {EVENT_TYPE}, p.id, p.url FROM {ended} e JOIN webhook_endpoints p
-        ON p.tenant_id = e.tenant_id AND p.disabled_at IS NULL AND {EVENT_TYPE} = ANY(p.event_types)
-    ON CONFLICT DO NOTHING
-)"""  # noqa: S608  (only constants of this module are put into the text)
+def write_deliveries(session: Session, job_ids: Sequence[UUID]) -> None:
+    """One delivery per destination that asked for it, of each of these jobs that has ended. Belongs in the transaction
+    that ended them; once more does nothing."""
+    if job_ids:
+        session.execute(WRITE_DELIVERIES, {"ids": list(job_ids)})
