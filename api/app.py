@@ -12,6 +12,7 @@ from api import health, jobs, queue
 from api.deps import private_router
 from api.errors import register_error_handlers
 from api.middleware import BodyLimit, RequestContext
+from api.openai import chat, models
 from api.services import open_services
 from domain.catalog import Catalog
 from settings import Settings, get_settings
@@ -41,7 +42,7 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
     register_error_handlers(app)
-    for router in (jobs.router, queue.router, health.router, health.public):
+    for router in (jobs.router, chat.router, models.router, queue.router, health.router, health.public):
         app.include_router(router)
     _add_documentation(app)
     return app

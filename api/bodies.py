@@ -10,9 +10,10 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from api.errors import RequestTimeout, UnsupportedMediaType
-from domain.errors import InvalidRequest
+from domain.errors import InvalidRequest, UnsupportedParameter
 
 MAX_DEPTH = 32
+UNSUPPORTED = "unsupported_parameter"  # the kind of a validation error that refuses a field we know and do not serve
 BODY_SECONDS = 30.0
 _MAX_SHOWN_CHARS = 40
 
@@ -105,16 +106,22 @@ def _refuse_constant(constant: str) -> NoReturn:
 def invalid_request(exc: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     """The first error of `exc` in our words: field, value seen, remedy."""
     first, *others = exc.errors(include_url=False, include_context=False)
-    location = first["loc"]
+    location = _location(first)
     param = ".".join(str(part) for part in location)[:128] or None
     # A collection whose items are wrong is reported a second time, as too short.
-    num_more = sum(location[: len(other["loc"])] != other["loc"] for other in others)
+    num_more = sum(location[: len(_location(other))] != _location(other) for other in others)
     more = f" (and {num_more} more)" if num_more else ""
-    return InvalidRequest(f"{_describe(first, param, model)}{more}", param=param)
+    refusal = UnsupportedParameter if first["type"] == UNSUPPORTED else InvalidRequest
+    return refusal(f"{_describe(first, param, model)}{more}", param=param)
+
+
+def _location(error: Any) -> tuple[int | str, ...]:
+    """Without the tags of unions, which are spelt <so> and are no fields."""
+    return tuple(part for part in error["loc"] if not str(part).startswith("<"))
 
 
 def _describe(error: Any, param: str | None, model: type[BaseModel]) -> str:
-    kind, location = error["type"], error["loc"]
+    kind, location = error["type"], _location(error)
     message = _SUBJECT.sub("it must", str(error["msg"]).removeprefix("Value error, ").removeprefix("Invalid JSON: "))
     if kind == "missing":
         return f"{param} is missing; add it"
@@ -122,6 +129,8 @@ def _describe(error: Any, param: str | None, model: type[BaseModel]) -> str:
         return f"{param} is not a field here; {_suggestion(location, model)}"
     if kind == "json_invalid":
         return f"the body is not JSON: {message}"
+    if kind == UNSUPPORTED:
+        return f"{param} {message}"
     if param is None or kind == "value_error":
         return message if param is None else f"{param}: {message}"
     return f"{param} is {_shown(location, error['input'])}: {message}"

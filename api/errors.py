@@ -19,6 +19,7 @@ from domain.errors import (
     CeleriacError,
     DeadlineExceeded,
     InvalidRequest,
+    JobFailure,
     NotFound,
     Overloaded,
     PermissionDenied,
@@ -72,6 +73,7 @@ HTTP_BY_CODE: dict[str, HttpError] = {
     "server_is_overloaded": HttpError(503, "service_unavailable_error"),
     "storage_unavailable": HttpError(503, "service_unavailable_error"),
     "deadline_exceeded": HttpError(504, "server_error"),
+    "job_cancelled": HttpError(410, "gone"),
     "job_failed": HttpError(500, "server_error"),
     "engine_error": HttpError(500, "server_error"),
     "poison_job": HttpError(500, "server_error"),
@@ -105,7 +107,7 @@ def error_response(exc: CeleriacError) -> Response:
     headers = {}
     if isinstance(exc, Overloaded):
         headers["retry-after"] = str(jittered_retry_after(exc.retry_after_seconds))
-    if isinstance(exc, DeadlineExceeded):
+    if isinstance(exc, DeadlineExceeded | JobFailure) and not exc.retryable:
         headers["x-should-retry"] = "false"
     if status == 401:
         headers["www-authenticate"] = "Bearer"

@@ -132,13 +132,13 @@ class JobEventStream:
 
     async def _snapshot(self) -> bytes:
         """All text so far in one event; the deltas after it go on from there."""
-        chunks = await _when_storage_answers(lambda: read_all_chunks(self._services, self._job.id))
+        chunks = await when_storage_answers(lambda: read_all_chunks(self._services, self._job.id))
         self._last = chunks[-1].sequence_number if chunks else 0
         return self._news("job.snapshot", sequence_number=self._last, choices=choices_of(chunks))
 
     async def _farewell(self) -> list[bytes]:
         """The terminal event: the job as it will stay."""
-        record = await _when_storage_answers(
+        record = await when_storage_answers(
             lambda: self._services.read(job_queries.get, self._job.id, self._job.tenant_id)
         )
         if record is None:
@@ -149,7 +149,7 @@ class JobEventStream:
 Item = TypeVar("Item")
 
 
-async def _when_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Item:
+async def when_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Item:
     """A stream that has begun waits for a database that is away: it has no other way to say so."""
     while True:
         with suppress(StorageUnavailable):

@@ -48,11 +48,18 @@ class OutputQuery(QueryModel):
 
 
 def idempotency_key(request: Request, body: JobBody) -> str | None:
-    header = request.headers.get("idempotency-key")
+    header = parse_idempotency_key(request.headers.get("idempotency-key"))
     if header is None:
         return body.idempotency_key
     if body.idempotency_key is not None and body.idempotency_key != header:
         raise InvalidRequest("Idempotency-Key and idempotency_key differ; send one of them", param="idempotency_key")
+    return header
+
+
+def parse_idempotency_key(header: str | None) -> str | None:
+    """Raises InvalidRequest for one that cannot be."""
+    if header is None:
+        return None
     if not 1 <= len(header) <= 255 or not header.isascii() or not header.isprintable() or " " in header:
         raise InvalidRequest(
             f"Idempotency-Key has {len(header)} characters; send 1 to 255 visible ASCII characters without blanks",

@@ -181,13 +181,8 @@ async def cancel_job(job_id: str, request: Request) -> Response:
     one stays as it is."""
     services, tenant_id = caller_of(request)
     id_ = _parse_job_id(job_id)
-    status = await services.write(jobs.cancel, id_, tenant_id)
-    if status is None:
+    if await services.cancel(id_, tenant_id) is None:
         raise _not_found(job_id)
-    if status is JobStatus.IN_PROGRESS:
-        services.dispatcher.revoke_running(id_)
-    elif status is JobStatus.CANCELLED:
-        await services.announce(id_, status)
     record = await _find(services, job_id, tenant_id)
     return _answer(await _view(services, record), {"x-job-id": external_id(id_)}, pending_status=200)
 

@@ -23,6 +23,7 @@ from domain.errors import StorageUnavailable
 from domain.jobs import JobStatus
 from observability import describe_exception
 from settings import Settings
+from storage import jobs
 from storage.database import async_session_factory, open_async_database, open_statement_database, repeatable
 from storage.stream_channels import channel_of
 from storage.streams import Message, StreamReader
@@ -59,6 +60,7 @@ class Services:
     streams: StreamReader
     slots: StreamSlots
     draining: asyncio.Event = field(default_factory=asyncio.Event)  # set at SIGTERM: not ready, streams end
+    afterwards: set["asyncio.Task[None]"] = field(default_factory=set)  # what goes on behind an answer that was sent
 
     async def read(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a storage function that changes nothing. Raises StorageUnavailable."""
@@ -91,7 +93,7 @@ class Services:
         if self.slots.is_full:
             return
         drained = asyncio.create_task(self.draining.wait())
-        ended = asyncio.create_task(self._read_to_end(job_id))
+        ended = asyncio.create_task(self.read_to_end(job_id))
         try:
             with self.slots.hold():
                 await asyncio.wait((drained, ended), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -100,10 +102,37 @@ class Services:
                 task.cancel()
             await asyncio.wait((drained, ended))
 
-    async def _read_to_end(self, job_id: UUID) -> None:
+    async def read_to_end(self, job_id: UUID) -> None:
+        """Returns when the job is terminal or deleted. The caller has checked whose job it is."""
         async with aclosing(self.streams.read(job_id, starting_after=AFTER_ALL_CHUNKS)) as events:
             async for _ in events:
                 pass
+
+    async def cancel(self, job_id: UUID, tenant_id: UUID) -> JobStatus | None:
+        """Cancel a queued job now, stop a running one within a step. The status after it; None: no such job here."""
+        status = await self.write(jobs.cancel, job_id, tenant_id)
+        if status is JobStatus.IN_PROGRESS:
+            self.dispatcher.revoke_running(job_id)
+        elif status is JobStatus.CANCELLED:
+            await self.announce(job_id, status)
+        return status
+
+    def go_on(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something behind an answer that was sent. What is not done when this process ends is left undone."""
+        task = asyncio.create_task(work)
+        self.afterwards.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: "asyncio.Task[None]") -> None:
+        self.afterwards.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.warning("what follows an answer failed", extra={"reason": describe_exception(exc)})
+
+    async def leave_undone(self) -> None:
+        tasks = list(self.afterwards)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def announce(self, job_id: UUID, status: JobStatus) -> None:
         """Tell open streams of a transition that is committed; best effort: they find out by themselves."""
@@ -133,7 +162,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         acceptor = await stack.enter_async_context(open_acceptor(settings))
         submitter = Submitter(settings, views, acceptor, dispatch_soon=dispatcher.nudge)
         stack.callback(submitter.close)
-        yield Services(
+        services = Services(
             settings=settings,
             catalog=catalog,
             views=views,
@@ -147,6 +176,8 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             streams=await stack.enter_async_context(StreamReader(settings.redis_url, statements)),
             slots=StreamSlots(settings.max_streams),
         )
+        stack.push_async_callback(services.leave_undone)
+        yield services
 
 
 def open_redis(url: str) -> "redis.asyncio.Redis":

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 
 import orjson
 from starlette.responses import Response
@@ -30,11 +30,16 @@ HEADERS = {
 def frame(event: str, data: Mapping[str, object], *, id: int | None = None) -> bytes:
     """One event. `data` is JSON on one line, so no text in it can end the frame or forge a field."""
     head = f"event: {event}\n" if id is None else f"id: {id}\nevent: {event}\n"
+    return head.encode() + data_frame(data)
+
+
+def data_frame(data: Mapping[str, object]) -> bytes:
+    """An event without name and id, as `frame`."""
     body = orjson.dumps(data)
     for character, escape in _LINE_BREAKS.items():
         if character in body:
             body = body.replace(character, escape)
-    return head.encode() + b"data: " + body + b"\n\n"
+    return b"data: " + body + b"\n\n"
 
 
 class StreamSlots:
@@ -75,8 +80,12 @@ class EventStream(Response):
         slots: StreamSlots,
         draining: asyncio.Event,
         headers: Mapping[str, str] | None = None,
+        farewell: bytes = b"",
+        on_end: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """When `draining` is set or the lifetime is over, the stream ends without its terminal event: resume it."""
+        """When `draining` is set or the lifetime is over, the stream ends without its terminal event: resume it. For
+        readers that cannot, `farewell` is sent then. `on_end` hears why the stream ended: complete, disconnected, slow,
+        draining or lifetime."""
         # Not super().__init__(), which would announce the length of an empty body.
         self.status_code = 200
         self.background = None
@@ -86,9 +95,11 @@ class EventStream(Response):
         self._lifetime_seconds = lifetime_seconds
         self._slots = slots
         self._draining = draining
+        self._farewell = farewell
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.create_task(_wait_for_disconnect(receive))
+        gone = asyncio.create_task(wait_for_disconnect(receive))
         drained = asyncio.create_task(self._draining.wait())
         try:
             with self._slots.hold():
@@ -96,7 +107,9 @@ class EventStream(Response):
                 reason = await self._send_frames(send, gone, drained)
             stream_ends_total.labels(reason).inc()
             if reason not in ("disconnected", "slow"):
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                body = b"" if reason == "complete" else self._farewell
+                await send({"type": "http.response.body", "body": body, "more_body": False})
+            self._on_end(reason)
         finally:
             for task in (gone, drained):
                 task.cancel()
@@ -134,6 +147,6 @@ class EventStream(Response):
                 await asyncio.gather(following, return_exceptions=True)
 
 
-async def _wait_for_disconnect(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

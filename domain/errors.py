@@ -18,6 +18,7 @@ CeleriacError
 │   ├── ServerOverloaded           server_is_overloaded: our own bound
 │   └── StorageUnavailable         storage_unavailable: the database does not answer
 ├── DeadlineExceeded               deadline_exceeded
+├── JobCancelled                   job_cancelled: somebody cancelled the job that this request waits for
 └── JobFailure                     why a job failed; stored as its JobError
     ├── EngineError                engine_error: the model could not run this sequence
     ├── WorkerLost                 worker_lost: the retry budget is spent on lost or crashed workers
@@ -111,6 +112,10 @@ class StorageUnavailable(Overloaded):
 
 class DeadlineExceeded(CeleriacError):
     code = "deadline_exceeded"
+
+
+class JobCancelled(CeleriacError):
+    code = "job_cancelled"
 
 
 class JobFailure(CeleriacError):

@@ -31,6 +31,15 @@ ALLOWED_TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
 }
 
 
+class Endpoint(StrEnum):
+    """Through which route a job came: what a repeated request is told apart by, and which list shows it."""
+
+    JOBS = "jobs"
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+    RESPONSES = "responses"
+
+
 class Lane(StrEnum):
     STANDARD = "standard"
     ISOLATED = "isolated"  # suspected of crashing an engine: runs alone

@@ -16,7 +16,7 @@ from sqlalchemy import Row, TextClause, select
 from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
-from domain.jobs import FinishReason, JobError, JobStatus, Lane
+from domain.jobs import Endpoint, FinishReason, JobError, JobStatus, Lane
 from domain.requests import GenerationRequest, GenerationResult
 from storage import jobs_columns as columns
 from storage import jobs_ends_sql as ends
@@ -50,6 +50,8 @@ class NewJob:
     metadata: dict[str, str] = field(default_factory=dict)
     webhook_url: str | None = None  # checked, and spelt as `domain.webhook_urls` does
     webhook_statuses: Sequence[JobStatus] = ()  # the ends that it is told of
+    endpoint: Endpoint = Endpoint.JOBS
+    is_stored: bool = False
 
     @property
     def cost(self) -> int:
@@ -65,10 +67,19 @@ class AcceptOutcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class QueueRoom:
+    """How many jobs a tenant may have waiting, and how many more that are after an accept."""
+
+    max_queued: int
+    num_free: int
+
+
+@dataclass(frozen=True, slots=True)
 class Accepted:
     job_id: UUID
     outcome: AcceptOutcome
     created_at: datetime | None = None  # of ACCEPTED, by the database's clock
+    room: QueueRoom | None = None  # of ACCEPTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +147,11 @@ def accept(session: Session, new_jobs: Sequence[NewJob], *, max_queued_jobs: int
         return []
     firsts = _first_of_each(new_jobs)
     parameters = columns.of_new_jobs([new_jobs[place] for place in firsts]) | {"max_queued_jobs": max_queued_jobs}
-    created_at_by_id: dict[UUID, datetime] = {row.id: row.created_at for row in session.execute(sql.ACCEPT, parameters)}
-    accepted = {place for place in firsts if new_jobs[place].id in created_at_by_id}
+    row_by_id = {row.id: row for row in session.execute(sql.ACCEPT, parameters)}
+    accepted = {place for place in firsts if new_jobs[place].id in row_by_id}
     outcomes = _outcomes_of_others(session, {p: job for p, job in enumerate(new_jobs) if p not in accepted})
     return [
-        Accepted(job.id, AcceptOutcome.ACCEPTED, created_at_by_id[job.id]) if place in accepted else outcomes[place]
-        for place, job in enumerate(new_jobs)
+        _accepted(row_by_id[job.id]) if place in accepted else outcomes[place] for place, job in enumerate(new_jobs)
     ]
 
 
@@ -328,6 +338,10 @@ def _first_of_each(new_jobs: Sequence[NewJob]) -> list[int]:
             firsts.append(place)
         seen |= names
     return firsts
+
+
+def _accepted(row: Row[Any]) -> Accepted:
+    return Accepted(row.id, AcceptOutcome.ACCEPTED, row.created_at, QueueRoom(row.max_queued, row.room))
 
 
 def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> dict[int, Accepted]:

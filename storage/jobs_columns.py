@@ -43,6 +43,8 @@ def of_new_jobs(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
         "requests": Packed(job.request.model_dump_json() for job in new_jobs),
         "webhook_urls": [job.webhook_url for job in new_jobs],
         "webhook_statuses": [job.webhook_url and "{" + ",".join(job.webhook_statuses) + "}" for job in new_jobs],
+        "endpoints": [job.endpoint.value for job in new_jobs],
+        "are_stored": [job.is_stored for job in new_jobs],
         "prompt_token_ids": ["{" + ",".join(map(str, job.prompt_token_ids)) + "}" for job in new_jobs],
     }
 

@@ -50,14 +50,16 @@ WITH new AS MATERIALIZED (
         CAST(:run_timeouts AS float8[]), CAST(:num_prompt_tokens AS int[]), CAST(:max_tokens AS int[]),
         CAST(:seeds AS bigint[]), CAST(:costs AS int[]), CAST(:metadata AS text[]), CAST(:result_ttls AS int[]),
         CAST(:requests AS text[]), CAST(:prompt_token_ids AS text[]), CAST(:webhook_urls AS text[]),
-        CAST(:webhook_statuses AS text[])
+        CAST(:webhook_statuses AS text[]), CAST(:endpoints AS text[]), CAST(:are_stored AS boolean[])
     ) WITH ORDINALITY AS n(
         id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures, start_timeout,
         deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata, result_ttl_seconds,
-        request, prompt_token_ids, webhook_url, webhook_statuses, place)
+        request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored,
+        place)
 ),
 load AS MATERIALIZED (
-    SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) - l.num_queued AS room
+    SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS max_queued,
+        coalesce(t.max_queued, :max_queued_jobs) - l.num_queued AS room
     FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
     WHERE l.tenant_id IN (SELECT tenant_id FROM new) ORDER BY l.tenant_id FOR NO KEY UPDATE OF l
 ),
@@ -69,10 +71,12 @@ fresh AS (
 inserted AS (
     INSERT INTO jobs (id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures,
         start_deadline_at, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata,
-        result_ttl_seconds, webhook_url, webhook_statuses, available_at, dispatch_at, created_at)
+        result_ttl_seconds, webhook_url, webhook_statuses, endpoint, is_stored, available_at, dispatch_at,
+        created_at)
     SELECT id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures,
         {CLOCK} + make_interval(secs => start_timeout), deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
-        seed, cost, metadata::json, result_ttl_seconds, webhook_url, webhook_statuses::text[], {CLOCK}, {CLOCK}, {CLOCK}
+        seed, cost, metadata::json, result_ttl_seconds, webhook_url, webhook_statuses::text[], endpoint, is_stored,
+        {CLOCK}, {CLOCK}, {CLOCK}
     FROM fresh JOIN load USING (tenant_id) WHERE place_in_tenant <= room ORDER BY place
     ON CONFLICT DO NOTHING RETURNING id, tenant_id
 ),
@@ -87,7 +91,8 @@ counted AS (  -- a tenant back from idle starts level with the active ones: it n
     FROM (SELECT tenant_id, count(*) AS queued FROM inserted GROUP BY tenant_id) change
     WHERE l.tenant_id = change.tenant_id
 )
-SELECT id, {CLOCK} AS created_at FROM inserted
+SELECT id, {CLOCK} AS created_at, max_queued, (room - count(*) OVER (PARTITION BY tenant_id))::int AS room
+FROM inserted JOIN load USING (tenant_id)
 """)
 
 # Asked in a second statement, whose snapshot sees the row that our insert ran into.

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from uuid import UUID
 
+import redis.asyncio
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -25,6 +26,12 @@ MAX_BACKOFF_SECONDS = 2.0
 
 def channel_of(job_id: UUID) -> str:
     return f"{PREFIX}{job_id}"
+
+
+async def num_listening_processes(client: "redis.asyncio.Redis", job_id: UUID) -> int:
+    """How many API processes have a stream of this job open. Raises RedisError."""
+    [(_, num_listening)] = await client.pubsub_numsub(channel_of(job_id))
+    return int(num_listening)
 
 
 class ChannelListener:

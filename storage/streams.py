@@ -135,6 +135,9 @@ class StreamReader:
     def num_streams(self) -> int:
         return sum(len(streams) for streams in self._streams.values())
 
+    def num_readers(self, job_id: UUID) -> int:
+        return len(self._streams.get(job_id, ()))
+
     async def read(self, job_id: UUID, *, starting_after: int = 0) -> AsyncGenerator[TokenChunk | StatusChange]:
         """Every chunk after `starting_after`, each once and in order, and the status changes between them; ends after
         the terminal one, or when the job is deleted. A job that runs already begins with its `in_progress`.

@@ -29,7 +29,7 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from domain.chunks import TokenChunk
-from domain.jobs import FinishReason, JobError, JobStatus, Lane
+from domain.jobs import Endpoint, FinishReason, JobError, JobStatus, Lane
 from domain.requests import GenerationRequest, GenerationResult
 
 DEFAULT_TENANT_ID = UUID("00000000-0000-7000-8000-000000000001")  # the tenant `default`, created by the first migration
@@ -85,6 +85,7 @@ class Row(DeclarativeBase):
         bytes: LargeBinary,
         JobStatus: TextEnum(JobStatus),
         Lane: TextEnum(Lane),
+        Endpoint: TextEnum(Endpoint),
         FinishReason: TextEnum(FinishReason),
         JobError: PydanticJSON(JobError),
         GenerationRequest: PydanticJSON(GenerationRequest),
@@ -166,6 +167,9 @@ class Job(Row):
             text("LEAST(deadline_at, start_deadline_at)"),
             postgresql_where=text("status = 'queued' AND LEAST(deadline_at, start_deadline_at) IS NOT NULL"),
         ),
+        # Native jobs are never looked up so, and pay nothing for it.
+        Index("jobs_request_hash_idx", "tenant_id", "request_hash", postgresql_where=text("endpoint <> 'jobs'")),
+        Index("jobs_stored_idx", "tenant_id", "endpoint", text("id DESC"), postgresql_where=text("is_stored")),
         Index("jobs_prune_idx", "prune_at", postgresql_where=text("prune_at IS NOT NULL")),
         {"postgresql_with": {"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"}},
     )
@@ -174,6 +178,8 @@ class Job(Row):
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
     model: Mapped[str]
     model_revision: Mapped[str]
+    endpoint: Mapped[Endpoint] = mapped_column(server_default="jobs")
+    is_stored: Mapped[bool] = mapped_column(server_default="false")  # asked for with store=true: listed on its route
     lane: Mapped[Lane] = mapped_column(server_default="standard")
     priority: Mapped[int] = mapped_column(SmallInteger, server_default="0")  # higher runs earlier
     idempotency_key: Mapped[str | None]
@@ -207,6 +213,7 @@ class Job(Row):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]  # the first claim
     finished_at: Mapped[datetime | None]
+    delivered_at: Mapped[datetime | None]  # when the whole answer reached a client
     prune_at: Mapped[datetime | None]  # finished_at + result_ttl_seconds
 
 

@@ -21,10 +21,11 @@ from domain.errors import (
     UnsupportedParameter,
 )
 from domain.ids import new_id
+from domain.jobs import Endpoint
 from domain.requests import MAX_PROMPT_LOGPROBS, GenerationRequest, SamplingParams
 from observability import jobs_submitted_total, labelled, llm_requests_total, prompt_tokens_total
 from settings import Settings
-from storage.jobs import Accepted, AcceptOutcome, NewJob
+from storage.jobs import Accepted, AcceptOutcome, NewJob, QueueRoom
 from tasks.group_accept import GroupAcceptor
 from tasks.models import ModelView, ModelViews
 from tasks.tokenizing import TokenizingPool
@@ -44,6 +45,9 @@ class JobOptions:
     result_ttl_seconds: int | None = None  # None: the installation's
     idempotency_key: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    deadline_after_seconds: float | None = None  # since the accept; no part of what a repeated request must share
+    endpoint: Endpoint = Endpoint.JOBS
+    is_stored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class Submitted:
     is_new: bool
     created_at: datetime
     new_job: NewJob
+    room: QueueRoom | None = None  # None where the job is an earlier one
 
 
 class Submitter:
@@ -90,7 +95,7 @@ class Submitter:
             labelled(llm_requests_total, view.spec.id).inc()
             labelled(prompt_tokens_total, view.spec.id).inc(len(new_job.prompt_token_ids))
             self._dispatch_soon(view.spec.id)
-        return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job)
+        return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job, accepted.room)
 
     async def _prepare(
         self, tenant_id: UUID, request: GenerationRequest, options: JobOptions, view: ModelView
@@ -119,10 +124,12 @@ class Submitter:
             request_hash=request_hash(request, options),
             idempotency_key=options.idempotency_key,
             priority=options.priority,
-            deadline_at=options.deadline_at,
+            deadline_at=deadline_of(options),
             start_timeout_seconds=options.start_timeout_seconds,
             run_timeout_seconds=options.run_timeout_seconds,
             metadata=options.metadata,
+            endpoint=options.endpoint,
+            is_stored=options.is_stored,
         )
 
     def close(self) -> None:
@@ -238,6 +245,14 @@ def refuse_impossible_deadline(options: JobOptions) -> None:
         )
 
 
+def deadline_of(options: JobOptions) -> datetime | None:
+    """The earlier of the two that may be given."""
+    if options.deadline_after_seconds is None:
+        return options.deadline_at
+    relative = datetime.now(UTC) + timedelta(seconds=options.deadline_after_seconds)
+    return relative if options.deadline_at is None else min(relative, options.deadline_at)
+
+
 def request_hash(request: GenerationRequest, options: JobOptions) -> bytes:
     """What two submissions under one idempotency key must share: all that was asked for, before defaults and seed."""
     asked = {
@@ -255,6 +270,7 @@ def request_hash(request: GenerationRequest, options: JobOptions) -> bytes:
             options.result_ttl_seconds,
             options.metadata,
         ],
+        "endpoint": [options.endpoint, options.is_stored],
     }
     return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
 

@@ -1,0 +1,103 @@
+"""A whole answer, for which the client waits: an error with its own status while that is still possible."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.errors import error_response
+from api.openai.running import Run, refuse_unfinished
+from api.sse import wait_for_disconnect
+from domain.errors import CeleriacError, ServerOverloaded
+from domain.ids import external_id
+from storage.job_queries import JobRecord
+
+KEEP_ALIVE = b"\n"  # JSON may have blanks before it
+
+Render = Callable[[Sequence[JobRecord]], Mapping[str, object]]
+
+
+class WholeAnswer(Response):
+    """Waits for the end of all `runs` and sends what `render` makes of them.
+
+    Nothing is sent at first, so that a job that fails soon does so with its own status. A wait that is longer is kept
+    alive with line breaks, which any JSON parser skips, behind a status 200: a late error is told in the body alone.
+    """
+
+    def __init__(self, runs: Sequence[Run], render: Render) -> None:
+        # Not super().__init__(), as there is neither body nor status yet.
+        self.background = None
+        self._runs = runs
+        self._render = render
+        self._services = runs[0].services
+        self._is_begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.create_task(wait_for_disconnect(receive))
+        drained = asyncio.create_task(self._services.draining.wait())
+        ended = asyncio.create_task(self._wait_for_all())
+        try:
+            with self._services.slots.hold():
+                while not (ended.done() or gone.done() or drained.done()):
+                    await self._wait_a_while((ended, gone, drained), send)
+            if gone.done() and not ended.done():
+                for run in self._runs:
+                    run.note_disconnected()
+                return
+            if ended.done():
+                ended.result()
+            await self._send_answer(await self._answer(is_ended=ended.done()), send)
+            if not gone.done() and ended.done():
+                for run in self._runs:
+                    run.note_delivered()
+        finally:
+            for task in (gone, drained, ended):
+                task.cancel()
+            await asyncio.wait((gone, drained, ended))
+
+    async def _wait_for_all(self) -> None:
+        await asyncio.gather(*(self._services.read_to_end(run.job_id) for run in self._runs))
+
+    async def _wait_a_while(self, tasks: Sequence["asyncio.Task[object]"], send: Send) -> None:
+        timeout = self._services.settings.stream_heartbeat_seconds if self._runs[0].has_keep_alive else None
+        done, _ = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if done:
+            return
+        if not self._is_begun:
+            self._is_begun = True
+            await _send_head(send, 200, self._head())
+        await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+
+    async def _answer(self, *, is_ended: bool) -> Response:
+        """What there is to say, as if nothing had been sent yet."""
+        try:
+            if not is_ended:
+                raise ServerOverloaded(
+                    f"this server is being restarted; {self._name} goes on: ask again for its answer"
+                )
+            records = [await run.read(with_request=True) for run in self._runs]
+            for record in records:
+                refuse_unfinished(record)
+            return Response(orjson.dumps(self._render(records)))
+        except CeleriacError as exc:
+            return error_response(exc)
+
+    @property
+    def _name(self) -> str:
+        return external_id(self._runs[0].job_id)
+
+    def _head(self) -> dict[str, str]:
+        return {"content-type": "application/json"} | self._runs[0].headers
+
+    async def _send_answer(self, answer: Response, send: Send) -> None:
+        if not self._is_begun:
+            headers = dict(answer.headers) | self._head()
+            await _send_head(send, answer.status_code, headers)
+        await send({"type": "http.response.body", "body": answer.body, "more_body": False})
+
+
+async def _send_head(send: Send, status: int, headers: Mapping[str, str]) -> None:
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})

@@ -1,0 +1,110 @@
+"""The headers of the OpenAI routes: a job's knobs on the way in, what clients steer by on the way out."""
+
+import math
+import re
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from starlette.datastructures import Headers
+
+from api.job_inputs import parse_idempotency_key
+from api.job_schemas import WEEK_SECONDS
+from domain.errors import InvalidRequest
+from storage.jobs import QueueRoom
+
+OPENAI_VERSION = "2020-10-01"  # the only one there is; SDKs log it
+DEFAULT_READ_TIMEOUT_SECONDS = 600.0  # of the SDKs
+RETRY_SECONDS = 60.0  # behind a client's read timeout, within which its retries arrive
+
+_DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6}(?:\.\d{1,3})?)s?)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """What a request says in headers. `read_timeout_seconds` is None where the client does not say."""
+
+    idempotency_key: str | None
+    cancel_after_seconds: float | None
+    start_timeout_seconds: float | None
+    priority: int | None
+    on_disconnect: Literal["cancel", "continue"] | None
+    has_keep_alive: bool
+    read_timeout_seconds: float | None
+    num_retries: int
+
+    @property
+    def attach_seconds(self) -> float:
+        """For so long after its accept a job may still be asked for by a retry of the same request."""
+        return (self.read_timeout_seconds or DEFAULT_READ_TIMEOUT_SECONDS) + RETRY_SECONDS
+
+
+def read_knobs(headers: Headers) -> Knobs:
+    """Raises InvalidRequest. What the SDKs send by themselves is ignored where it cannot be read."""
+    return Knobs(
+        idempotency_key=parse_idempotency_key(headers.get("idempotency-key")),
+        cancel_after_seconds=_duration(headers, "Cancel-After"),
+        start_timeout_seconds=_duration(headers, "X-Start-Timeout"),
+        priority=_priority(headers.get("x-priority")),
+        on_disconnect=_on_disconnect(headers),
+        has_keep_alive=_one_of(headers, "X-Keep-Alive", "on", "off") != "off",
+        read_timeout_seconds=_number(headers.get("x-stainless-read-timeout", headers.get("x-stainless-timeout"))),
+        num_retries=int(_number(headers.get("x-stainless-retry-count")) or 0),
+    )
+
+
+def _duration(headers: Headers, name: str) -> float | None:
+    """Seconds, as `90`, `90s`, `5m` or `1h30m`."""
+    text = headers.get(name)
+    if text is None:
+        return None
+    match = _DURATION.fullmatch(text.strip())
+    hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0)
+    duration = hours * 3600 + minutes * 60 + seconds
+    if not 0 < duration <= WEEK_SECONDS:
+        raise InvalidRequest(f"{name} is {text[:40]!r}; send a time up to a week, as 90s, 5m or 1h30m", param=name)
+    return duration
+
+
+def _priority(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"-?\d{1,2}", text) or not -10 <= int(text) <= 10:
+        raise InvalidRequest(f"X-Priority is {text[:40]!r}; send a whole number from -10 to 10", param="X-Priority")
+    return int(text)
+
+
+def _one_of(headers: Headers, name: str, *known: str) -> str | None:
+    text = headers.get(name)
+    if text is None:
+        return None
+    for word in known:
+        if word == text:
+            return word
+    raise InvalidRequest(f"{name} is {text[:40]!r}; send {' or '.join(known)}", param=name)
+
+
+def _on_disconnect(headers: Headers) -> Literal["cancel", "continue"] | None:
+    word = _one_of(headers, "X-On-Disconnect", "cancel", "continue")
+    return None if word is None else "cancel" if word == "cancel" else "continue"
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and 0 < number <= WEEK_SECONDS else None
+
+
+def answer_headers(started: float, *, room: QueueRoom | None) -> dict[str, str]:
+    """`started`: monotonic. The limit is the tenant's bound on queued jobs, the only one there is on requests."""
+    headers = {
+        "openai-version": OPENAI_VERSION,
+        "openai-processing-ms": str(round((time.monotonic() - started) * 1000)),
+    }
+    if room is not None:
+        headers["x-ratelimit-limit-requests"] = str(room.max_queued)
+        headers["x-ratelimit-remaining-requests"] = str(max(0, room.num_free))
+        headers["x-ratelimit-reset-requests"] = "0s" if room.num_free > 0 else "1s"
+    return headers

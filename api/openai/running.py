@@ -1,0 +1,233 @@
+"""A request of the OpenAI routes as a job: submitted, or found again, watched over, and cancelled when nobody waits."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+from redis.exceptions import RedisError
+from starlette.requests import Request
+
+from api.deps import caller_of
+from api.openai.headers import Knobs, answer_headers, read_knobs
+from api.openai.schemas import PRIORITY_BY_SERVICE_TIER
+from api.services import Services
+from domain.errors import CeleriacError, DeadlineExceeded, JobCancelled, JobFailure, JobNotFound
+from domain.ids import external_id
+from domain.jobs import Endpoint, JobStatus
+from domain.requests import GenerationRequest
+from observability import job_id_context
+from storage import endpoint_jobs, job_queries
+from storage.job_queries import JobRecord
+from storage.jobs import QueueRoom
+from storage.stream_channels import num_listening_processes
+from tasks.submit import JobOptions, request_hash
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a body says of its job beside the generation itself."""
+
+    endpoint: Endpoint
+    has_stream: bool
+    is_stored: bool = False  # also: it goes on without its client
+    service_tier: str | None = None
+    metadata: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One job on behalf of one request."""
+
+    services: Services
+    tenant_id: UUID
+    job_id: UUID
+    model: str
+    model_revision: str
+    priority: int
+    created_at: datetime
+    started: float  # monotonic, when the request came
+    has_keep_alive: bool  # while a client waits for a whole answer
+    on_disconnect: Literal["cancel", "continue"]
+    room: QueueRoom | None = None  # where the job is new
+    is_replayed: bool = False  # its idempotency key came before
+    is_retry_attached: bool = False  # the client asks again for what it did not get
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = answer_headers(self.started, room=self.room) | {"x-job-id": external_id(self.job_id)}
+        if self.is_replayed:
+            headers["idempotent-replayed"] = "true"
+        if self.is_retry_attached:
+            headers["x-retry-attached"] = "true"
+        return headers
+
+    def note_delivered(self) -> None:
+        """The client has the whole answer."""
+        self.services.go_on(self.services.write(endpoint_jobs.mark_delivered, [self.job_id]))
+
+    def note_disconnected(self) -> None:
+        """The client is gone: so is its job after a grace, unless somebody else came to wait for it."""
+        if self.on_disconnect == "cancel":
+            self.services.go_on(self._cancel_if_alone())
+
+    async def _cancel_if_alone(self) -> None:
+        await asyncio.sleep(self.services.settings.disconnect_grace_seconds)
+        if await _has_readers(self.services, self.job_id):
+            return
+        await self.services.cancel(self.job_id, self.tenant_id)
+        log.info("cancelled, as its client is gone", extra={"job_id": external_id(self.job_id)})
+
+    async def read(self, *, with_request: bool = False) -> JobRecord:
+        """Raises JobNotFound where it was deleted meanwhile, or StorageUnavailable."""
+        return await read_job(self.services, self.job_id, self.tenant_id, with_request=with_request)
+
+
+async def start(request: Request, generation: GenerationRequest, asked: Asked) -> Run:
+    """Returns once the job is committed, or found: it came before under the same idempotency key, or the client is
+    trying again. Raises CeleriacError whose `param` is a field of the body."""
+    started = time.monotonic()
+    services, tenant_id = caller_of(request)
+    knobs = read_knobs(request.headers)
+    services.slots.refuse_if_full()
+    options = _options(asked, knobs)
+    run = await _attach_retry(services, tenant_id, generation, options, knobs, started)
+    run = run or await _submit(services, tenant_id, generation, options, started)
+    job_id_context.set(external_id(run.job_id))
+    is_kept = asked.is_stored or knobs.on_disconnect == "continue"
+    return replace(run, on_disconnect="continue" if is_kept else "cancel", has_keep_alive=knobs.has_keep_alive)
+
+
+def _options(asked: Asked, knobs: Knobs) -> JobOptions:
+    priority = PRIORITY_BY_SERVICE_TIER[asked.service_tier or "auto"] if knobs.priority is None else knobs.priority
+    return JobOptions(
+        priority=priority,
+        start_timeout_seconds=knobs.start_timeout_seconds,
+        deadline_after_seconds=_deadline_after_seconds(asked, knobs),
+        idempotency_key=knobs.idempotency_key,
+        metadata=asked.metadata or {},
+        endpoint=asked.endpoint,
+        is_stored=asked.is_stored,
+    )
+
+
+def _deadline_after_seconds(asked: Asked, knobs: Knobs) -> float | None:
+    """A client that waits for a whole answer, and says for how long, has no use for it once no retry can fetch it."""
+    if knobs.cancel_after_seconds is not None:
+        return knobs.cancel_after_seconds
+    is_kept = asked.has_stream or asked.is_stored or knobs.on_disconnect == "continue"
+    return None if is_kept or knobs.read_timeout_seconds is None else knobs.attach_seconds
+
+
+async def _attach_retry(
+    services: Services,
+    tenant_id: UUID,
+    generation: GenerationRequest,
+    options: JobOptions,
+    knobs: Knobs,
+    started: float,
+) -> Run | None:
+    """The SDKs repeat a request that timed out, without a key: two calls that are meant both count 0 retries."""
+    if knobs.num_retries < 1 or options.idempotency_key is not None:
+        return None
+    job_id = await services.read(
+        endpoint_jobs.find_attachable,
+        tenant_id,
+        request_hash(generation, options),
+        within_seconds=knobs.attach_seconds,
+    )
+    if job_id is None:
+        return None
+    return replace(await _found(services, tenant_id, job_id, started), is_retry_attached=True)
+
+
+async def _submit(
+    services: Services, tenant_id: UUID, generation: GenerationRequest, options: JobOptions, started: float
+) -> Run:
+    try:
+        submitted = await services.submitter.submit(tenant_id, generation, options)
+    except CeleriacError as exc:
+        raise in_words_of_the_body(exc) from exc
+    if not submitted.is_new:
+        return replace(await _found(services, tenant_id, submitted.job_id, started), is_replayed=True)
+    services.monitor.accepted(submitted.new_job.request.model)
+    return Run(
+        services=services,
+        tenant_id=tenant_id,
+        job_id=submitted.job_id,
+        model=submitted.new_job.request.model,
+        model_revision=submitted.new_job.model_revision,
+        priority=submitted.new_job.priority,
+        created_at=submitted.created_at,
+        started=started,
+        has_keep_alive=True,
+        on_disconnect="continue",
+        room=submitted.room,
+    )
+
+
+async def _found(services: Services, tenant_id: UUID, job_id: UUID, started: float) -> Run:
+    job = (await read_job(services, job_id, tenant_id)).job
+    return Run(
+        services=services,
+        tenant_id=tenant_id,
+        job_id=job_id,
+        model=job.model,
+        model_revision=job.model_revision,
+        priority=job.priority,
+        created_at=job.created_at,
+        started=started,
+        has_keep_alive=True,
+        on_disconnect="continue",
+    )
+
+
+def in_words_of_the_body(exc: CeleriacError) -> CeleriacError:
+    """The same refusal without the `params.` under which our own request keeps what bodies have at top level."""
+    exc.message = exc.message.replace("params.", "")
+    exc.param = exc.param and exc.param.removeprefix("params.")
+    return exc
+
+
+async def read_job(services: Services, job_id: UUID, tenant_id: UUID, **options: Any) -> JobRecord:
+    """Raises JobNotFound, also for another tenant's, or StorageUnavailable."""
+    record = await services.read(job_queries.get, job_id, tenant_id, **options)
+    if record is None:
+        raise JobNotFound(f"there is no job {external_id(job_id)!r}; it may have been deleted")
+    return record
+
+
+def refuse_unfinished(record: JobRecord) -> None:
+    """Raises the CeleriacError that says why a terminal job has no whole output."""
+    job = record.job
+    name = external_id(job.id)
+    if job.status is JobStatus.CANCELLED:
+        raise JobCancelled(f"{name} was cancelled; what it had produced is at /v1/jobs/{name}/output")
+    if job.status is JobStatus.EXPIRED:
+        raise DeadlineExceeded(
+            f"the deadline of {name} passed before it was done; what it had produced is at /v1/jobs/{name}/output"
+        )
+    if job.status is JobStatus.FAILED or record.result is None:
+        raise _failure(record)
+
+
+def _failure(record: JobRecord) -> CeleriacError:
+    error = record.job.error
+    classes = {JobFailure.code: JobFailure} | {cls.code: cls for cls in JobFailure.__subclasses__()}
+    cls = classes.get(error.code if error is not None else JobFailure.code, JobFailure)
+    return cls(error.message if error is not None else "the job failed without a word; quote its id when you report it")
+
+
+async def _has_readers(services: Services, job_id: UUID) -> bool:
+    """Here or in another process. Without Redis nobody can say, and the job goes on."""
+    if services.streams.num_readers(job_id):
+        return True
+    try:
+        return await num_listening_processes(services.redis, job_id) > 0
+    except (RedisError, OSError):
+        return True

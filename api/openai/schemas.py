@@ -1,0 +1,142 @@
+"""What the bodies of the OpenAI routes share: strictness, sampling parameters, and fields that are refused by name.
+
+A body declares types only; the bounds are those of `domain.requests`, in which every body ends.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, StringConstraints, Tag, ValidationError
+from pydantic_core import PydanticCustomError
+
+from api.bodies import UNSUPPORTED, invalid_request
+from api.job_schemas import MetadataKey, MetadataValue
+from domain.chunks import TokenLogprob
+from domain.jobs import FinishReason, Usage
+from domain.requests import SamplingParams
+from domain.structured_output import StructuredOutput
+
+#: The reasons that clients know. A job that was cut off otherwise ends in an error.
+FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+PRIORITY_BY_SERVICE_TIER = {"auto": 0, "default": 0, "flex": -5, "priority": 5, "fast": 5}
+
+Domain = TypeVar("Domain", bound=BaseModel)
+
+
+class OpenAIModel(BaseModel):
+    """Part of a body: a field that nobody knows is refused; null is as good as nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def refuse(reason: str) -> PydanticCustomError:
+    return PydanticCustomError(UNSUPPORTED, "{reason}", {"reason": reason})
+
+
+def _refuse_any(value: Any) -> None:
+    if value is not None:
+        raise refuse("is not supported here; leave it out")
+
+
+def only(*harmless: Any) -> AfterValidator:
+    """A field whose `harmless` values change nothing, and whose other values are not supported."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in harmless:
+            shown = " or ".join(repr(one) for one in harmless)
+            raise refuse(f"is supported as {shown} only; leave it out")
+        return value
+
+    return AfterValidator(check)
+
+
+Unsupported = Annotated[Any, AfterValidator(_refuse_any)]
+
+#: One string, or several. The tags keep the two branches out of error messages.
+Strings = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[str], Tag("<strings>")],
+    Discriminator(lambda value: "<string>" if isinstance(value, str) else "<strings>"),
+]
+Metadata = dict[MetadataKey, MetadataValue]
+Identity = Annotated[str, StringConstraints(max_length=512)]
+ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
+
+
+class GenerationBody(OpenAIModel):
+    """The parameters of every route that generates text, and the extensions that arrive through `extra_body`."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stream: bool | None = None
+
+    # Who asks; nothing here depends on it.
+    user: Identity | None = None
+    safety_identifier: Identity | None = None
+    prompt_cache_key: Identity | None = None
+
+    service_tier: ServiceTier | None = None
+    metadata: Metadata | None = None
+
+    # Extensions
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    structured_output: StructuredOutput | None = None
+
+    def sampling(self, **given: Any) -> SamplingParams:
+        """The parameters of this body, and `given` ones that it spells otherwise. None leaves the default. Raises
+        InvalidRequest, with the names of SamplingParams."""
+        fields = {name: getattr(self, name, None) for name in SamplingParams.model_fields}
+        return build(SamplingParams, fields | given)
+
+
+class StreamOptions(OpenAIModel):
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[bool | None, only(False)] = None
+
+
+def build(model: type[Domain], fields: dict[str, Any]) -> Domain:
+    """A domain object from those `fields` that are given. Raises InvalidRequest."""
+    try:
+        return model.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as exc:
+        raise invalid_request(exc, model) from None
+
+
+def strings(value: str | list[str] | None) -> list[str] | None:
+    return [value] if isinstance(value, str) else value
+
+
+def tier_of(asked: str | None, priority: int) -> str:
+    """The tier that was used; only who asked for one by the name of `fast` is answered so."""
+    if asked == "fast":
+        return "fast"
+    return "priority" if priority > 0 else "flex" if priority < 0 else "default"
+
+
+def usage_object(usage: Usage) -> dict[str, object]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def logprob_object(logprob: TokenLogprob) -> dict[str, object]:
+    """A token of `logprobs.content`. The bytes are those of its text: half a character shows as U+FFFD."""
+    top = [_token_object(text, value) for _, text, value in logprob.top]
+    return _token_object(logprob.token, logprob.logprob) | {"top_logprobs": top}
+
+
+def _token_object(text: str, logprob: float) -> dict[str, object]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
