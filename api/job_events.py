@@ -117,6 +117,8 @@ class JobEventStream:
             data["token_ids"] = chunk.token_ids
         if chunk.logprobs is not None:
             data["logprobs"] = [logprob.model_dump(mode="json") for logprob in chunk.logprobs]
+        if chunk.prompt_logprobs is not None:
+            data["prompt_logprobs"] = [entry and entry.model_dump(mode="json") for entry in chunk.prompt_logprobs]
         return frame("output.delta", data, id=chunk.sequence_number)
 
     async def _queue_news(self) -> list[bytes]:

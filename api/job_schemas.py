@@ -81,11 +81,14 @@ class ChoiceView(View):
     finish_reason: str
     num_tokens: int
     logprobs: list[Any] | None
+    candidate: int | None = Field(description="Under best_of: the index of this choice in the stream.")
+    mean_logprob: float | None = Field(description="Under best_of: what it was chosen by.")
 
 
 class OutputView(View):
     text: str = Field(description="Of the first choice.")
     choices: list[ChoiceView]
+    prompt_logprobs: list[Any] | None = Field(default=None, description="Where asked for: one per prompt token.")
 
 
 class JobErrorView(View):
@@ -216,7 +219,10 @@ def output_view(result: GenerationResult | None) -> dict[str, object] | None:
     if result is None:
         return None
     choices = [choice.model_dump(mode="json") for choice in result.choices]
-    return {"text": result.choices[0].text if result.choices else "", "choices": choices}
+    output: dict[str, object] = {"text": result.choices[0].text if result.choices else "", "choices": choices}
+    if result.prompt_logprobs is not None:
+        output["prompt_logprobs"] = [entry and entry.model_dump(mode="json") for entry in result.prompt_logprobs]
+    return output
 
 
 def timestamp(at: datetime | None) -> str | None:

@@ -25,6 +25,7 @@ class AddJob(msgspec.Struct, tag="add", frozen=True):
     committed_token_ids: list[list[int]]  # one list per sequence, n of them; empty lists on a first attempt
     num_emitted_chars: list[int]
     finished_indexes: list[int]  # sequences whose last chunk is committed already
+    has_prompt_logprobs: bool = False  # the prompt's, where asked for, are committed already
 
 
 class AbortJob(msgspec.Struct, tag="abort", frozen=True):
@@ -66,6 +67,10 @@ class SequenceOutput(msgspec.Struct, frozen=True):
     finish_reason: str | None = None  # a FinishReason; set on the last output of the sequence
     logprobs: list[dict[str, object]] | None = None  # dumped TokenLogprob, one per token id
     num_cached_tokens: int = 0
+    sum_logprobs: float | None = None  # of token_ids, under best_of
+    prompt_logprobs: list[dict[str, object] | None] | None = (
+        None  # dumped TokenLogprobs; once per job, before any token
+    )
 
 
 class JobFailed(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from uuid import UUID
 
+from domain.chunks import TokenChunk
 from domain.errors import EngineError
 from domain.jobs import JobError, JobStatus
 from gpu_worker.job_storage import JobStorage
@@ -171,6 +172,11 @@ def _events(
     for flush in flushes:
         job_id = flush.job.id
         if flush.commit is not None and (job_id in held or job_id in ended):
-            yield from ((job_id, chunk) for chunk in flush.commit.chunks)
+            yield from ((job_id, _news_of(chunk)) for chunk in flush.commit.chunks)
         if job_id in ended:
             yield job_id, ended[job_id]
+
+
+def _news_of(chunk: TokenChunk) -> streams.Event:
+    """The logprobs of a prompt may be megabytes, too much for a channel: its readers are sent to SQL."""
+    return chunk if chunk.prompt_logprobs is None else JobStatus.IN_PROGRESS

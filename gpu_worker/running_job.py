@@ -8,7 +8,7 @@ from domain.chunks import TokenChunk, TokenLogprob
 from domain.errors import CeleriacError, DeadlineExceeded
 from domain.ids import external_id
 from domain.jobs import FinishReason, JobError, JobStatus, Usage
-from domain.requests import GenerationResult, ResultChoice
+from domain.requests import GenerationResult, ResultChoice, best_choices
 from gpu_worker.frames import AddJob, JobFailed, SequenceOutput
 from storage.jobs import ClaimedJob, Finalisation
 
@@ -23,10 +23,12 @@ class SequenceProgress:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    sum_logprobs: float = 0.0  # of token_ids, under best_of
     finish_reason: FinishReason | None = None
     pending_text: list[str] = field(default_factory=list)
     pending_token_ids: list[int] = field(default_factory=list)
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)
+    pending_sum_logprobs: float | None = None
     is_end_pending: bool = False  # its finish reason is not in a chunk yet
 
     @property
@@ -42,9 +44,11 @@ class SequenceProgress:
             token_ids=tuple(self.pending_token_ids),
             finish_reason=self.finish_reason if self.is_end_pending else None,
             logprobs=tuple(self.pending_logprobs) or None,
+            sum_logprobs=self.pending_sum_logprobs,
         )
         self.append(chunk)
         self.pending_text, self.pending_token_ids, self.pending_logprobs = [], [], []
+        self.pending_sum_logprobs = None
         self.is_end_pending = False
         return chunk
 
@@ -52,6 +56,7 @@ class SequenceProgress:
         self.text.append(chunk.text)
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs or ()
+        self.sum_logprobs += chunk.sum_logprobs or 0.0
         self.finish_reason = chunk.finish_reason
 
 
@@ -70,13 +75,16 @@ class RunningJob:
         self.is_in_engine = False
         self.is_ending = False  # its finalisation is under way: nothing more is done with it
         self.abort_reason: FinishReason | None = None
-        self.sequences = [SequenceProgress() for _ in range(claimed.request.params.n)]
+        self.sequences = [SequenceProgress() for _ in range(claimed.request.params.num_sequences)]
         self.last_sequence_number = 0
+        self._prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+        self._is_prompt_pending = False  # its logprobs are not in a chunk yet
         self._error: JobError | None = None
         self._num_cached_tokens = 0
         for chunk in claimed.committed_chunks:
             self.sequences[chunk.index].append(chunk)
             self.last_sequence_number = chunk.sequence_number
+            self._prompt_logprobs = self._prompt_logprobs or chunk.prompt_logprobs
 
     @property
     def num_sequences(self) -> int:
@@ -115,6 +123,7 @@ class RunningJob:
             committed_token_ids=[list(sequence.token_ids) for sequence in self.sequences],
             num_emitted_chars=[sum(map(len, sequence.text)) for sequence in self.sequences],
             finished_indexes=[i for i, sequence in enumerate(self.sequences) if sequence.finish_reason],
+            has_prompt_logprobs=self._prompt_logprobs is not None,
         )
 
     def absorb(self, output: SequenceOutput) -> None:
@@ -126,6 +135,11 @@ class RunningJob:
             sequence.pending_text.append(output.text)
         sequence.pending_token_ids += output.token_ids
         sequence.pending_logprobs += [TokenLogprob.model_validate(logprob) for logprob in output.logprobs or ()]
+        if output.sum_logprobs is not None:
+            sequence.pending_sum_logprobs = (sequence.pending_sum_logprobs or 0.0) + output.sum_logprobs
+        if output.prompt_logprobs is not None and self._prompt_logprobs is None:
+            self._prompt_logprobs = tuple(map(_logprob, output.prompt_logprobs))
+            self._is_prompt_pending = True
         if output.finish_reason is not None:
             sequence.finish_reason = FinishReason(output.finish_reason)
             sequence.is_end_pending = True
@@ -149,14 +163,17 @@ class RunningJob:
             if sequence.has_pending:
                 self.last_sequence_number += 1
                 chunks.append(sequence.take_chunk(self.last_sequence_number, index))
+        if chunks and self._is_prompt_pending:
+            chunks[0] = chunks[0].model_copy(update={"prompt_logprobs": self._prompt_logprobs})
+            self._is_prompt_pending = False
         self.has_spoken |= bool(chunks)
         return chunks
 
     def finalisation(self) -> Finalisation:
         """How it ends; all its chunks must have been taken. A failed job's result is what storage finds committed."""
         assert self.is_over
-        reasons = [sequence.finish_reason for sequence in self.sequences]
         status, error = self._status(), self._error
+        result = None if status is JobStatus.FAILED else self._result()
         if status is JobStatus.EXPIRED:
             error = _job_error(DeadlineExceeded.code, "the deadline passed before the job was done")
         return Finalisation(
@@ -164,8 +181,8 @@ class RunningJob:
             attempt=self.attempt,
             last_sequence_number=self.last_sequence_number,
             status=status,
-            result=None if status is JobStatus.FAILED else self._result(),
-            finish_reason=reasons[0],
+            result=result,
+            finish_reason=result.choices[0].finish_reason if result else self.sequences[0].finish_reason,
             error=error,
         )
 
@@ -188,7 +205,10 @@ class RunningJob:
             completion_tokens=self.num_completion_tokens,
             cached_tokens=self._num_cached_tokens,
         )
-        return GenerationResult(choices=tuple(self._choices()), usage=usage)
+        choices, params = tuple(self._choices()), self.claimed.request.params
+        if params.best_of is not None:
+            choices = best_choices(choices, params.n)
+        return GenerationResult(choices=choices, usage=usage, prompt_logprobs=self._prompt_logprobs)
 
     def _choices(self) -> Iterator[ResultChoice]:
         for index, sequence in enumerate(self.sequences):
@@ -199,7 +219,17 @@ class RunningJob:
                 finish_reason=sequence.finish_reason,
                 num_tokens=len(sequence.token_ids),
                 logprobs=tuple(sequence.logprobs) or None,
+                mean_logprob=self._mean_logprob(sequence),
             )
+
+    def _mean_logprob(self, sequence: SequenceProgress) -> float | None:
+        if self.claimed.request.params.best_of is None or not sequence.token_ids:
+            return None
+        return sequence.sum_logprobs / len(sequence.token_ids)
+
+
+def _logprob(entry: dict[str, object] | None) -> TokenLogprob | None:
+    return None if entry is None else TokenLogprob.model_validate(entry)
 
 
 def _job_error(code: str, message: str) -> JobError:

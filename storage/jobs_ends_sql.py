@@ -170,6 +170,8 @@ SELECT id, reason.attempt, partial.result::json FROM reason JOIN partial USING (
 """)
 
 COMMITTED_OUTPUT = text("""
-SELECT j.id, j.num_prompt_tokens, array_agg(k.chunk::text ORDER BY k.sequence_number) AS chunks
-FROM jobs j JOIN job_chunks k ON k.job_id = j.id WHERE j.id = ANY(CAST(:ids AS uuid[])) GROUP BY j.id
+SELECT j.id, j.num_prompt_tokens, p.request::text AS request,
+    array_agg(k.chunk::text ORDER BY k.sequence_number) AS chunks
+FROM jobs j JOIN job_payloads p ON p.job_id = j.id JOIN job_chunks k ON k.job_id = j.id
+WHERE j.id = ANY(CAST(:ids AS uuid[])) GROUP BY j.id, p.job_id
 """)

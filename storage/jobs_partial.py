@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 from domain.chunks import TokenChunk
 from domain.errors import CeleriacError, DeadlineExceeded, PoisonJob, WorkerLost
 from domain.jobs import FinishReason, JobError, JobStatus, Usage
-from domain.requests import GenerationResult, ResultChoice
+from domain.requests import GenerationRequest, GenerationResult, ResultChoice, SamplingParams, best_choices
 from storage.jobs_ends_sql import COMMITTED_OUTPUT, STORE_PARTIAL
 
 
@@ -32,7 +32,11 @@ REASON_BY_STATUS = {
 
 
 def partial_result(
-    chunks: Sequence[TokenChunk], *, num_prompt_tokens: int, cut_off_by: FinishReason
+    chunks: Sequence[TokenChunk],
+    *,
+    num_prompt_tokens: int,
+    cut_off_by: FinishReason,
+    params: SamplingParams = SamplingParams(),  # noqa: B008  (frozen)
 ) -> GenerationResult:
     """The result that `chunks`, in order and at least one, amount to. Sequences without a chunk are left out; those
     that had not finished get the reason `cut_off_by`."""
@@ -40,8 +44,11 @@ def partial_result(
     for chunk in chunks:
         by_index.setdefault(chunk.index, []).append(chunk)
     choices = tuple(_choice(index, by_index[index], cut_off_by) for index in sorted(by_index))
+    prompt_logprobs = next((chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs), None)
     usage = Usage(prompt_tokens=num_prompt_tokens, completion_tokens=sum(choice.num_tokens for choice in choices))
-    return GenerationResult(choices=choices, usage=usage)
+    if params.best_of is not None:
+        choices = best_choices(choices, params.n)
+    return GenerationResult(choices=choices, usage=usage, prompt_logprobs=prompt_logprobs)
 
 
 def store_partial_results(session: Session, status_by_job_id: Mapping[UUID, JobStatus]) -> None:
@@ -52,7 +59,10 @@ def store_partial_results(session: Session, status_by_job_id: Mapping[UUID, JobS
     for row in session.execute(COMMITTED_OUTPUT, {"ids": list(status_by_job_id)}):
         chunks = [TokenChunk.model_validate_json(chunk) for chunk in row.chunks]
         reason = REASON_BY_STATUS[status_by_job_id[row.id]]
-        results[row.id] = partial_result(chunks, num_prompt_tokens=row.num_prompt_tokens, cut_off_by=reason)
+        params = GenerationRequest.model_validate_json(row.request).params
+        results[row.id] = partial_result(
+            chunks, num_prompt_tokens=row.num_prompt_tokens, cut_off_by=reason, params=params
+        )
     columns = {
         "ids": list(results),
         "finish_reasons": [result.choices[0].finish_reason.value for result in results.values()],
@@ -63,10 +73,13 @@ def store_partial_results(session: Session, status_by_job_id: Mapping[UUID, JobS
 
 def _choice(index: int, chunks: list[TokenChunk], cut_off_by: FinishReason) -> ResultChoice:
     logprobs = tuple(logprob for chunk in chunks for logprob in chunk.logprobs or ())
+    num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+    sums = [chunk.sum_logprobs for chunk in chunks if chunk.sum_logprobs is not None]
     return ResultChoice(
         index=index,
         text="".join(chunk.text for chunk in chunks),
         finish_reason=chunks[-1].finish_reason or cut_off_by,
-        num_tokens=sum(len(chunk.token_ids) for chunk in chunks),
+        num_tokens=num_tokens,
         logprobs=logprobs or None,
+        mean_logprob=sum(sums) / num_tokens if sums and num_tokens else None,
     )

@@ -144,7 +144,6 @@ def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_token
             "params.structured_output is not served yet; remove it", param="params.structured_output"
         )
     _refuse_unknown_tokens(params, view)
-    _refuse_what_is_to_come(params)
     _refuse_too_many_sequences(params, view)
     _refuse_too_many_logprobs(params, num_prompt_tokens)
     max_tokens = _resolve_max_tokens(request, view, num_prompt_tokens)
@@ -188,12 +187,6 @@ def _resolve_max_tokens(request: GenerationRequest, view: ModelView, num_prompt_
             param="params.max_tokens",
         )
     return asked if asked is not None else min(room, view.defaults.max_new_tokens or DEFAULT_MAX_TOKENS)
-
-
-def _refuse_what_is_to_come(params: SamplingParams) -> None:
-    for name in ("best_of", "prompt_logprobs"):
-        if getattr(params, name) is not None:
-            raise UnsupportedParameter(f"params.{name} is not supported yet; leave it out", param=f"params.{name}")
 
 
 def _refuse_too_many_sequences(params: SamplingParams, view: ModelView) -> None:

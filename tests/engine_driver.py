@@ -1,6 +1,6 @@
 """Tiny random models and a hand crank for the engine: what its tests and benches share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,11 +63,16 @@ def make_engine(model: Any = None, **spec_changes: Any) -> Engine:
     return build_engine(make_spec(**spec_changes), model or tiny_model(), byte_tokenizer(), CPU)
 
 
+def num_sequences(params: Mapping[str, object]) -> int:
+    """How many the job runs."""
+    return int(str(params.get("best_of") or params.get("n", 1)))
+
+
 def make_add(job_id: str, prompt: Sequence[int], **changes: Any) -> AddJob:
     """A job with greedy decoding; keyword arguments are frame fields where they name one, else sampling parameters."""
     fields = {name: changes.pop(name) for name in list(changes) if name in AddJob.__struct_fields__}
     params = {"temperature": 0.0, "top_p": 1.0, "top_k": 0} | changes
-    n = int(params.get("n", 1))
+    n = num_sequences(params)
     defaults: dict[str, Any] = {
         "attempt": 1,
         "max_tokens": 16,
@@ -90,6 +95,8 @@ class Finished:
     finish_reason: str | None = None
     logprobs: list[dict[str, object]] = field(default_factory=list)
     num_cached_tokens: int = 0
+    sum_logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[dict[str, object] | None] | None = None
 
 
 @dataclass(slots=True)
@@ -106,10 +113,20 @@ class Collected:
             finished.finish_reason = output.finish_reason
             finished.logprobs += output.logprobs or []
             finished.num_cached_tokens = output.num_cached_tokens
+            if output.sum_logprobs is not None:
+                finished.sum_logprobs.append(output.sum_logprobs)
+            if output.prompt_logprobs is not None:
+                assert self.prompt_logprobs(output.job_id) is None, "told twice"
+                finished.prompt_logprobs = output.prompt_logprobs
         self.failures |= {failure.job_id: failure for failure in done.failures}
 
     def tokens(self, job_id: str, index: int = 0) -> list[int]:
         return self.sequences[job_id, index].token_ids
+
+    def prompt_logprobs(self, job_id: str) -> list[dict[str, object] | None] | None:
+        """The job's, whichever of its sequences told them."""
+        told = (finished.prompt_logprobs for (id_, _), finished in self.sequences.items() if id_ == job_id)
+        return next((logprobs for logprobs in told if logprobs is not None), None)
 
 
 def step(engine: Engine) -> StepDone:

@@ -24,6 +24,7 @@ from tests.engine_driver import (
     Finished,
     make_add,
     make_engine,
+    num_sequences,
     run,
     step,
     tiny_model,
@@ -77,6 +78,8 @@ def random_params(rng: random.Random) -> dict[str, Any]:
         "stop_token_ids": [[7, 8, 9, 10, 11]],
         "bad_token_ids": [list(range(40, 120))],
         "logprobs": [0, 4],
+        "prompt_logprobs": [0, 3],
+        "best_of": [3, 4],
         "logit_bias": [{str(token): rng.uniform(-8, 8) for token in range(1, 200, 3)}],
     }
     return params | {name: rng.choice(values) for name, values in options.items() if rng.random() < 0.2}
@@ -92,6 +95,8 @@ def random_jobs(rng: random.Random) -> list[AddJob]:
         if number % 16 == 5:
             prompt[rng.randrange(len(prompt))] = rng.choice([TRAP_TOKEN, POISON_TOKEN])
         params = {"max_tokens": rng.choice([2, 10, 20, 40, 90]), "seed": rng.randrange(1000), **random_params(rng)}
+        if rng.random() < 0.1:
+            params |= {"max_tokens": 0, "prompt_logprobs": 2, "n": 1, "best_of": None, "min_tokens": 0}
         # Trap and poison may not be drawn either: a job fails at its start or never.
         params["logit_bias"] = {**params.get("logit_bias", {}), str(TRAP_TOKEN): -100.0, str(POISON_TOKEN): -100.0}
         salt = rng.choice(["", "", "another tenant"])
@@ -136,7 +141,7 @@ class Oracle:
     def _solo_run(self, command: AddJob) -> Collected:
         """Each sequence in an engine of its own: no siblings, no cache, no chunks."""
         if command.job_id not in self._solo:
-            n = int(str(command.params["n"]))
+            n = num_sequences(command.params)
             collected = Collected()
             for index in range(n):
                 others = [other for other in range(n) if other != index]
@@ -159,6 +164,8 @@ class Oracle:
         if command.job_id in collected.failures:
             self.report.contaminated.append(f"job {command.job_id}: {collected.failures[command.job_id].message}")
             return
+        if not _has_same_scores(command, collected, solo, is_cancelled=is_cancelled):
+            self.report.contaminated.append(f"job {command.job_id}: its prompt's logprobs differ")
         for (job_id, index), expected in solo.sequences.items():
             self.report.num_sequences += 1
             actual = collected.sequences.get((job_id, index), Finished())
@@ -181,7 +188,7 @@ class Oracle:
     @torch.inference_mode()
     def _solo_scores(self, command: AddJob, index: int, output: list[int]) -> Tensor:
         """What the draw after `output` maximises: scaled logits and noise, by transformers' own forward pass."""
-        n = int(str(command.params["n"]))
+        n = num_sequences(command.params)
         again = msgspec.structs.replace(
             command, finished_indexes=[], committed_token_ids=[output] * n, num_emitted_chars=[0] * n
         )
@@ -209,7 +216,21 @@ def _agrees(actual: Finished, expected: Finished, *, is_cancelled: bool) -> bool
         expected.text,
         expected.finish_reason,
     )
-    return same and all(_is_close(a, b) for a, b in zip(actual.logprobs, expected.logprobs, strict=False))
+    sums = zip(actual.sum_logprobs, expected.sum_logprobs, strict=True) if same else ()
+    return (
+        same
+        and all(_is_close(a, b) for a, b in zip(actual.logprobs, expected.logprobs, strict=False))
+        and all(abs(a - b) <= 1e-3 for a, b in sums)
+    )
+
+
+def _has_same_scores(command: AddJob, collected: Collected, solo: Collected, *, is_cancelled: bool) -> bool:
+    actual, expected = collected.prompt_logprobs(command.job_id), solo.prompt_logprobs(command.job_id)
+    if expected is None or actual is None:
+        return actual is None and (expected is None or is_cancelled)
+    return len(actual) == len(command.prompt_token_ids) and all(
+        one is None or _is_close(one, other or {}) for one, other in zip(actual, expected, strict=True)
+    )
 
 
 def _is_close(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -260,7 +281,7 @@ class Trace:
     def _successor(self, job: AddJob) -> AddJob:
         """What another worker would get: a part of the output was committed, the rest is lost and comes again."""
         committed, emitted, finished = [], [], []
-        for index in range(int(str(job.params["n"]))):
+        for index in range(num_sequences(job.params)):
             sequence = self._collected.sequences.setdefault((job.job_id, index), Finished())
             if sequence.finish_reason is None and self._rng.random() < 0.5:
                 _lose_tail(sequence, self._rng.randrange(0, 4))
@@ -274,11 +295,12 @@ class Trace:
             committed_token_ids=committed,
             num_emitted_chars=emitted,
             finished_indexes=finished,
+            has_prompt_logprobs=self._collected.prompt_logprobs(job.job_id) is not None,
         )
 
     def _forget_finished(self) -> None:
         for job_id, job in list(self._running.items()):
-            indexes = range(int(str(job.params["n"])))
+            indexes = range(num_sequences(job.params))
             ends = [self._collected.sequences.get((job_id, index), Finished()).finish_reason for index in indexes]
             if all(ends) or job_id in self._collected.failures:
                 del self._running[job_id]
@@ -289,6 +311,7 @@ def _lose_tail(sequence: Finished, num_tokens: int) -> None:
     if num_tokens:
         del sequence.token_ids[-num_tokens:]
         del sequence.logprobs[-num_tokens:]
+        del sequence.sum_logprobs[-num_tokens:]
         sequence.text = sequence.text[: max(0, len(sequence.text) - 4 * num_tokens)]
 
 

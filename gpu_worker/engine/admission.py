@@ -41,8 +41,9 @@ def make_job(command: AddJob, limits: ModelLimits, tokenizer: Tokenizer, *, arri
         max_model_len=limits.max_model_len,
         end_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else limits.eos_token_ids),
         penalised_prompt_ids=frozenset(command.prompt_token_ids if params.repetition_penalty != 1.0 else ()),
+        is_scored=command.has_prompt_logprobs,
     )
-    indexes = [index for index in range(params.n) if index not in command.finished_indexes]
+    indexes = [index for index in range(params.num_sequences) if index not in command.finished_indexes]
     job.sequences = [_make_sequence(job, command, tokenizer, index) for index in indexes]
     return job
 
@@ -63,14 +64,16 @@ def _make_sequence(job: EngineJob, command: AddJob, tokenizer: Tokenizer, index:
 def _check(command: AddJob, params: SamplingParams, limits: ModelLimits) -> None:
     if not command.prompt_token_ids:
         raise InvalidRequest("the prompt has no tokens; give at least one", param="prompt")
-    if len(command.prompt_token_ids) >= limits.max_model_len:
+    if len(command.prompt_token_ids) + min(1, command.max_tokens) > limits.max_model_len:
         raise ContextLengthExceeded(
             f"the prompt is {len(command.prompt_token_ids)} tokens and the model accepts {limits.max_model_len} with "
             "at least one to be generated; shorten it",
             param="prompt",
         )
-    if not len(command.committed_token_ids) == len(command.num_emitted_chars) == params.n:
-        raise InvalidRequest(f"n is {params.n} but the committed prefix is of {len(command.committed_token_ids)}")
+    if not len(command.committed_token_ids) == len(command.num_emitted_chars) == params.num_sequences:
+        raise InvalidRequest(
+            f"n is {params.num_sequences} but the committed prefix is of {len(command.committed_token_ids)}"
+        )
     _check_token_ids("prompt", command.prompt_token_ids, limits)
     _check_token_ids("logit_bias", list(params.logit_bias), limits)
     _check_token_ids("stop_token_ids", params.stop_token_ids, limits)

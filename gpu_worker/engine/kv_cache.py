@@ -140,7 +140,7 @@ class BlockPool:
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """The cached blocks that begin this sequence. At least one token is left to compute: its logits are needed."""
         blocks: list[int] = []
-        if not self.use_prefix_cache:
+        if not self.use_prefix_cache or sequence.is_scoring:
             return blocks
         for number in range((len(sequence.token_ids) - 1) // self.block_size):
             block = self._block_by_hash.get(self._block_hash(sequence, number))

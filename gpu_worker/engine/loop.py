@@ -35,6 +35,8 @@ class StepResult:
 
     token_ids: dict[Sequence, list[int]] = field(default_factory=dict)
     logprobs: dict[Sequence, list[dict[str, object]]] = field(default_factory=dict)
+    sum_logprobs: dict[Sequence, float] = field(default_factory=dict)
+    prompt_logprobs: dict[Sequence, list[dict[str, object] | None]] = field(default_factory=dict)
     failures: list[JobFailed] = field(default_factory=list)
 
 
@@ -214,18 +216,37 @@ class Engine:
             return  # it ended while this step was under way, or a sibling failed in it, and the job with it
         num_prompt_left = max(0, sequence.num_prompt_tokens - sequence.num_computed_tokens)
         self._num_prompt_tokens += min(row.num_new_tokens, num_prompt_left)
+        if drawn is not None and drawn.prompt_scores:
+            del sequence.prompt_logprobs[sequence.num_computed_tokens + 1 :]  # of before a preemption
+            sequence.prompt_logprobs += map(self._describe, drawn.prompt_scores)
         sequence.num_computed_tokens += row.num_new_tokens
         self.scheduler.pool.publish(sequence)
-        if drawn is None:
-            return
-        self._num_generation_tokens += 1
-        sequence.append(drawn.token_id)
-        result.token_ids[sequence] = [drawn.token_id]
-        if drawn.logprob is not None:
-            result.logprobs[sequence] = [self._describe(drawn)]
+        if drawn is not None and drawn.token_id is not None:
+            self._take_token(sequence, drawn, result)
+        if sequence.is_scoring and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+            self._tell_scores(sequence, result)
         if sequence.is_finished:
             self._leave(sequence)
             self._forget_if_done(sequence.job)
+
+    def _take_token(self, sequence: Sequence, drawn: Drawn, result: StepResult) -> None:
+        assert drawn.token_id is not None
+        self._num_generation_tokens += 1
+        sequence.append(drawn.token_id)
+        result.token_ids[sequence] = [drawn.token_id]
+        params = sequence.job.params
+        if drawn.logprob is not None and params.logprobs is not None:
+            result.logprobs[sequence] = [self._describe(drawn)]
+        if drawn.logprob is not None and params.best_of is not None:
+            result.sum_logprobs[sequence] = drawn.logprob
+
+    def _tell_scores(self, sequence: Sequence, result: StepResult) -> None:
+        """Once per job, with the first token; where none is asked for, it ends here."""
+        sequence.job.is_scored = True
+        result.token_ids.setdefault(sequence, [])
+        result.prompt_logprobs[sequence] = sequence.prompt_logprobs
+        if not sequence.job.max_tokens:
+            sequence.finish(FinishReason.LENGTH)
 
     def _fail(self, job: EngineJob, exc: Exception, result: StepResult) -> None:
         log.error("job failed in a step", exc_info=exc, extra={"job_id": job.id, "attempt": job.attempt})
@@ -265,12 +286,15 @@ class Engine:
                 finish_reason=sequence.finish_reason,
                 logprobs=result.logprobs.get(sequence),
                 num_cached_tokens=sequence.num_cached_tokens or 0,
+                sum_logprobs=result.sum_logprobs.get(sequence),
+                prompt_logprobs=result.prompt_logprobs.get(sequence),
             )
             for sequence, token_ids in result.token_ids.items()
         ]
 
     def _describe(self, drawn: Drawn) -> dict[str, object]:
         """A dumped TokenLogprob."""
+        assert drawn.token_id is not None
         return {
             "token": self._token_text(drawn.token_id),
             "token_id": drawn.token_id,

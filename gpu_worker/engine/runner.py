@@ -5,7 +5,7 @@ replaced (own attention code, recurrent state): one pass per sequence, with a ca
 """
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpu_worker.engine.attention import AttentionContext, DecodeGroup, LayerCache, PrefillSpan
 from gpu_worker.engine.kv_cache import PADDING_BLOCK, BlockCopy
+from gpu_worker.engine.prompt_scoring import score_row, split_scores
 from gpu_worker.engine.sampling import Drawn, sample
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
@@ -75,6 +76,17 @@ def group_by_length(lengths: Rows[int]) -> list[tuple[int, int]]:
     return [*groups, (start, len(lengths))] if lengths else []
 
 
+def _results(rows: Rows[ScheduledRow], scores: Rows[tuple[Drawn, ...]], logits: Tensor) -> list[Drawn | None]:
+    """Draw for the rows that need a token; `logits` are theirs, (num_drawing, vocab_size)."""
+    drawing = [row.sequence for row in rows if row.needs_token]
+    drawn = iter(sample(logits, drawing) if drawing else ())
+    results = [next(drawn) if row.needs_token else None for row in rows]
+    return [
+        replace(result or Drawn(None), prompt_scores=scored) if scored else result
+        for result, scored in zip(results, scores, strict=True)
+    ]
+
+
 class PagedRunner(AtOnce):
     def __init__(self, model: Any, layers: list[LayerCache], block_size: int, device: torch.device) -> None:
         self._model = model
@@ -107,28 +119,29 @@ class PagedRunner(AtOnce):
         decodes.sort(key=lambda number: rows[number].sequence.num_computed_tokens, reverse=True)
         prefills = [number for number, row in enumerate(rows) if row.num_new_tokens > 1]
         ordered = [rows[number] for number in decodes + prefills]
-        drawing = [row for row in ordered if row.needs_token]
-        logits = self._forward(ordered, len(decodes))
-        drawn = iter(sample(logits, [row.sequence for row in drawing]) if drawing else ())
-        drawn_by_number = {number: next(drawn) for number in decodes + prefills if rows[number].needs_token}
-        return [drawn_by_number.get(number) for number in range(len(rows))]
+        scores, logits = split_scores(self._forward(ordered, len(decodes)), ordered)
+        results = dict(zip(decodes + prefills, _results(ordered, scores, logits), strict=True))
+        return [results[number] for number in range(len(rows))]
 
     def _forward(self, rows: Rows[ScheduledRow], num_decodes: int) -> Tensor:
-        """Logits, float32, of the last new token of each row that needs one: (num_drawing, vocab_size)."""
+        """Logits, float32, row by row: of the positions that judge the prompt, then of the last one where the row needs
+        a token; (num_kept, vocab_size)."""
         token_ids: list[int] = []
         positions: list[int] = []
-        ends: list[int] = []
+        kept: list[int] = []
         for row in rows:
             start = row.sequence.num_computed_tokens
+            first = len(token_ids)
+            kept += range(first, first + row.num_scored_tokens)
             token_ids += row.sequence.token_ids[start : start + row.num_new_tokens]
             positions += range(start, start + row.num_new_tokens)
             if row.needs_token:
-                ends.append(len(token_ids) - 1)
+                kept.append(len(token_ids) - 1)
         output = self._model(
             input_ids=torch.tensor([token_ids], device=self._device),
             position_ids=torch.tensor([positions], device=self._device),
             use_cache=False,
-            logits_to_keep=torch.tensor(ends, dtype=torch.int64, device=self._device),
+            logits_to_keep=torch.tensor(kept, dtype=torch.int64, device=self._device),
             ctx=self._context(rows, num_decodes),
         )
         logits: Tensor = output.logits[0]
@@ -212,12 +225,18 @@ class SequentialRunner(AtOnce):
 
     @torch.inference_mode()
     def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
-        logits = torch.cat([self._forward(row.sequence) for row in rows])
-        drawn: list[Drawn | None] = [*sample(logits, [row.sequence for row in rows])]
-        return drawn
+        scores: list[tuple[Drawn, ...]] = []
+        ends: list[Tensor] = []
+        for row in rows:
+            logits = self._forward(row.sequence)
+            scores.append(score_row(logits[: row.num_scored_tokens], row) if row.num_scored_tokens else ())
+            if row.needs_token:
+                ends.append(logits[-1:].float())
+        return _results(rows, scores, torch.cat(ends) if ends else torch.empty(0))
 
     def _forward(self, sequence: Sequence) -> Tensor:
-        """Logits of the sequence's last token, (1, vocab_size)."""
+        """Logits of the sequence's new tokens, and of more before them where it had to begin anew: (any, vocab_size).
+        A sequence whose prompt is scored always begins anew, or has everything new."""
         state = self._state_by_sequence.pop(sequence, None)
         if state is None or state.num_tokens != sequence.num_computed_tokens:
             # Nothing remembered, or an earlier try of this step went further than was counted: from the start.
@@ -236,5 +255,5 @@ class SequentialRunner(AtOnce):
         arguments = {name: output[name] for name in STATE_NAMES if output.get(name) is not None}
         if arguments:
             self._state_by_sequence[sequence] = SequenceState(num_tokens, arguments)
-        logits: Tensor = output.logits[:, -1]
-        return logits.float()
+        logits: Tensor = output.logits[0]
+        return logits

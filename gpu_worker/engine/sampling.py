@@ -26,11 +26,13 @@ NUM_CANDIDATES = 256  # most filters keep fewer tokens than this; for the others
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A row's next token. `logprob` and `top` (token id, logprob; most likely first) are there where the job asks."""
+    """A row's next token, None where it only scored its prompt. `logprob` and `top` (token id, logprob; most likely
+    first) are there where the job asks."""
 
-    token_id: int
+    token_id: int | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    prompt_scores: "tuple[Drawn, ...]" = ()  # of the prompt tokens from the row's second on, where the job asks
 
 
 def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Drawn]:
@@ -42,7 +44,9 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Drawn]:
     if not bool(torch.isfinite(logits.amax(-1)).all()):
         raise ValueError("the model's logits are not finite")
     num_top_by_row = {
-        row: s.job.params.logprobs for row, s in enumerate(sequences) if s.job.params.logprobs is not None
+        row: s.job.params.logprobs or 0
+        for row, s in enumerate(sequences)
+        if s.job.params.logprobs is not None or s.job.params.best_of is not None
     }
     raw_logprobs = {row: logits[row].log_softmax(-1) for row in num_top_by_row}
     for row, sequence in enumerate(sequences):

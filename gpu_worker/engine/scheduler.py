@@ -4,6 +4,7 @@ A step is one forward pass over the decoding sequences (one token each) and, wit
 chunks of prompts. Sequences run in order of rank; the last of them makes room when the cache is full.
 """
 
+import sys
 from bisect import insort
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
@@ -38,7 +39,15 @@ class ScheduledRow:
     @property
     def needs_token(self) -> bool:
         """True where the row reaches the sequence's end, so that its logits give the next token."""
-        return self.is_ahead or self.num_new_tokens == self.sequence.num_uncomputed_tokens
+        is_end = self.num_new_tokens == self.sequence.num_uncomputed_tokens
+        return self.is_ahead or (is_end and self.sequence.job.max_tokens > 0)
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """How many of the row's positions, the first ones, judge the prompt token behind them."""
+        if not self.sequence.is_scoring:
+            return 0
+        return max(0, min(self.num_new_tokens, self.sequence.num_prompt_tokens - 1 - self.start))
 
 
 @dataclass(slots=True)
@@ -56,12 +65,20 @@ class Scheduler:
     """`can_fork` is False where sequences have nothing in common that could be shared (SequentialRunner)."""
 
     def __init__(
-        self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, can_fork: bool = True
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_num_scored_tokens: int = sys.maxsize,
+        can_fork: bool = True,
     ) -> None:
         self.pool = pool
         self.can_fork = can_fork
         self.max_num_seqs = max_num_seqs
         self.budget = TokenBudget(max_num_batched_tokens, floor=16 if can_fork else max_num_batched_tokens)
+        self.max_num_scored_tokens = max_num_scored_tokens  # positions of a step that may judge a prompt
+        self._num_scorable_tokens = max_num_scored_tokens  # of them, what is left in this step
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -82,6 +99,7 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
+        self._num_scorable_tokens = self.max_num_scored_tokens
         self._schedule_decodes(output)
         # However many decode, a share is left for prompts: those who wait must not wait for those who run to end.
         budget = max(self.budget.tokens - len(output.rows), self.budget.tokens // 4)
@@ -139,6 +157,11 @@ class Scheduler:
 
     def _schedule_chunk(self, output: SchedulerOutput, sequence: Sequence, budget: int) -> int:
         num_new_tokens = min(sequence.num_uncomputed_tokens, budget)
+        if sequence.is_scoring:
+            num_new_tokens = min(num_new_tokens, self._num_scorable_tokens)
+            self._num_scorable_tokens -= num_new_tokens
+        if not num_new_tokens:
+            return 0
         output.rows.append(ScheduledRow(sequence, num_new_tokens))
         return num_new_tokens
 

@@ -23,6 +23,7 @@ class EngineJob:
     max_model_len: int
     end_token_ids: frozenset[int]  # end-of-sequence tokens (unless ignored) and the job's stop tokens
     penalised_prompt_ids: frozenset[int]  # the prompt's tokens where a repetition penalty counts them, else none
+    is_scored: bool = False  # the prompt's logprobs, where asked for, have been told
     sequences: "list[Sequence]" = field(default_factory=list)
 
 
@@ -43,6 +44,7 @@ class Sequence:
     output_counts: Counter[int] = field(default_factory=Counter)  # of each token in the output, for the penalties
     finish_reason: FinishReason | None = None
     unsent_text: str = ""
+    prompt_logprobs: list[dict[str, object] | None] = field(default_factory=lambda: [None])  # of the computed tokens
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -60,6 +62,11 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def is_scoring(self) -> bool:
+        """The logprobs of its prompt are wanted still, so that every position must be computed here."""
+        return self.job.params.prompt_logprobs is not None and not self.job.is_scored
 
     @property
     def may_end(self) -> bool:

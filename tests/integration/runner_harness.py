@@ -118,8 +118,9 @@ class Rig:
 
     # Jobs
 
-    def add_job(self, *, max_tokens: int = 20, n: int = 1, stop: tuple[str, ...] = (), **columns: Any) -> UUID:
-        request = GenerationRequest(model=MODEL, prompt="x", params=SamplingParams(n=n, stop=stop, temperature=0.0))
+    def add_job(self, *, max_tokens: int = 20, params: SamplingParams | None = None, **columns: Any) -> UUID:
+        params = params or SamplingParams(temperature=0.0)
+        request = GenerationRequest(model=MODEL, prompt="x", params=params)
         job: Job = self._make_job(
             request=request,
             prompt_token_ids=PROMPT,

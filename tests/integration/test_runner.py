@@ -1,5 +1,6 @@
 """JobRunner on real parts: what is offered runs to its end, and SQL, the events and the live channel agree on it."""
 
+import signal
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
@@ -7,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus
+from domain.requests import SamplingParams
 from gpu_worker.engine.backends.fake_words import fake_text
 from gpu_worker.runner_events import RunnerEventKind
 from storage import jobs, workers
@@ -47,7 +49,7 @@ def test_what_is_published_is_what_was_committed_in_the_same_order(rig: Rig) -> 
 
 
 def test_each_of_n_sequences_streams_under_its_index(rig: Rig) -> None:
-    job_id = rig.add_job(n=3)
+    job_id = rig.add_job(params=SamplingParams(n=3))
     worker = rig.start()
     worker.offer([job_id])
     worker.wait_for(ENDED, [job_id])
@@ -61,7 +63,7 @@ def test_each_of_n_sequences_streams_under_its_index(rig: Rig) -> None:
 def test_a_stop_string_ends_the_text_before_itself(rig: Rig) -> None:
     text = fake_text(PROMPT, 7, 0, 20)
     stop = text[30:34]
-    job_id = rig.add_job(stop=(stop,), seed=7)
+    job_id = rig.add_job(params=SamplingParams(stop=(stop,)), seed=7)
     worker = rig.start()
     worker.offer([job_id])
     worker.wait_for(ENDED, [job_id])
@@ -69,6 +71,35 @@ def test_a_stop_string_ends_the_text_before_itself(rig: Rig) -> None:
     assert choice.text == text[: text.index(stop)]
     assert choice.finish_reason is FinishReason.STOP
     assert "".join(chunk.text for chunk in rig.chunks(job_id)) == choice.text
+
+
+def test_a_scored_job_and_the_best_of_several_survive_a_killed_engine(rig: Rig) -> None:
+    scoring = SamplingParams(max_tokens=0, prompt_logprobs=1)
+    job_ids = [rig.add_job(params=SamplingParams(best_of=4, n=2, prompt_logprobs=0), max_tokens=200)]
+    worker = rig.start()
+    worker.offer(job_ids)
+    rig.wait_for_tokens(job_ids, 40)
+    worker.signal_engine(signal.SIGKILL)
+    worker.wait_for(RELEASED, job_ids)
+    job_ids.append(rig.add_job(params=scoring, max_tokens=0))
+    worker.wait_until_ready()
+    worker.offer(job_ids)
+    worker.wait_for(ENDED, job_ids)
+    best, scored = map(rig.result, job_ids)
+    assert [choice.index for choice in best.choices] == [0, 1]
+    for choice in best.choices:
+        assert choice.candidate is not None
+        assert choice.text == fake_text(PROMPT, rig.job(job_ids[0]).seed, choice.candidate, 200)
+    assert best.usage.completion_tokens == 4 * 200
+    assert rig.job(job_ids[0]).attempt == 2
+    for result in (best, scored):
+        assert result.prompt_logprobs is not None
+        assert [entry and entry.token_id for entry in result.prompt_logprobs] == [None, *PROMPT[1:]]
+    assert (scored.choices[0].text, scored.choices[0].finish_reason, scored.usage.completion_tokens) == (
+        "",
+        "length",
+        0,
+    )
 
 
 def test_an_offer_that_nobody_can_claim_is_dropped(rig: Rig) -> None:
@@ -113,7 +144,7 @@ def test_cancelling_a_running_job_keeps_its_output_and_ends_it_once(rig: Rig) ->
 
 
 def test_a_cancel_written_to_sql_by_somebody_else_stops_the_job(rig: Rig, session: Session) -> None:
-    job_id = rig.add_job(max_tokens=LONG, n=2)
+    job_id = rig.add_job(params=SamplingParams(n=2), max_tokens=LONG)
     worker = rig.start()
     worker.offer([job_id])
     rig.wait_for_tokens([job_id])

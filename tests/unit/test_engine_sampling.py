@@ -32,7 +32,7 @@ def at_position(position: int, **changes: Any) -> Sequence:
 
 
 def draw(logits: Tensor, *sequences: Sequence) -> list[int]:
-    return [drawn.token_id for drawn in sample(logits.clone(), sequences)]
+    return [drawn.token_id for drawn in sample(logits.clone(), sequences) if drawn.token_id is not None]
 
 
 def frequencies(logits: Tensor, **params: Any) -> Counter[int]:

@@ -4,7 +4,9 @@ import pytest
 
 from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus
+from domain.requests import GenerationRequest, SamplingParams
 from gpu_worker.frames import JobFailed
+from storage.jobs_partial import partial_result
 from tests.runner_parts import make_output, make_running
 
 
@@ -92,6 +94,56 @@ def test_a_job_ends_as_the_sequence_that_was_cut_off(reasons: list[str], status:
         job.absorb(make_output(job, "a", index=index, finish_reason=reason))
     job.take_chunks()
     assert job.finalisation().status is status
+
+
+def scored(token_id: int) -> dict[str, object]:
+    return {"token": "x", "token_id": token_id, "logprob": -0.5, "top": []}
+
+
+def test_the_logprobs_of_the_prompt_ride_on_the_first_chunk_and_are_not_asked_for_again() -> None:
+    job = make_running(n=2)
+    assert not job.add_command().has_prompt_logprobs
+    job.absorb(make_output(job, "a", index=1, prompt_logprobs=[None, scored(2), scored(3)]))
+    job.absorb(make_output(job, "b"))
+    first, second = job.take_chunks()
+    assert first.prompt_logprobs is not None
+    assert [entry and entry.token_id for entry in first.prompt_logprobs] == [None, 2, 3]
+    assert second.prompt_logprobs is None
+    successor = make_running(n=2, attempt=2, committed_chunks=[first, second])
+    assert successor.add_command().has_prompt_logprobs
+    for index in range(2):
+        successor.absorb(make_output(successor, finish_reason="stop", index=index))
+    assert all(chunk.prompt_logprobs is None for chunk in successor.take_chunks())
+    result = successor.finalisation().result
+    assert result is not None
+    assert result.prompt_logprobs == first.prompt_logprobs
+
+
+def test_under_best_of_the_result_holds_the_best_over_all_attempts() -> None:
+    params = SamplingParams(n=2, best_of=3, temperature=1.0)
+    request = GenerationRequest(model="test-model", prompt="x", params=params)
+    committed = [
+        TokenChunk(sequence_number=1, index=0, text="a", token_ids=(1,), sum_logprobs=-0.1),
+        TokenChunk(sequence_number=2, index=1, text="b", token_ids=(2,), sum_logprobs=-2.0),
+        TokenChunk(sequence_number=3, index=2, text="c", token_ids=(3,), sum_logprobs=-1.0),
+    ]
+    job = make_running(request=request, attempt=2, committed_chunks=committed)
+    assert job.num_sequences == 3
+    for index, logprob in enumerate([-3.0, -0.2, -0.4]):
+        job.absorb(make_output(job, "!", (9,), index=index, sum_logprobs=logprob))
+        job.absorb(make_output(job, "", (), index=index, finish_reason="length" if index == 2 else "stop"))
+    chunks = job.take_chunks()
+    assert [chunk.sum_logprobs for chunk in chunks] == [-3.0, -0.2, -0.4]
+    ending = job.finalisation()
+    assert ending.result is not None
+    choices = [(choice.index, choice.candidate, choice.text, choice.mean_logprob) for choice in ending.result.choices]
+    assert choices == [(0, 2, "c!", -0.7), (1, 1, "b!", -1.1)]
+    assert ending.finish_reason is FinishReason.LENGTH
+    assert ending.result.usage.completion_tokens == 6
+    partial = partial_result(
+        [*committed, *chunks], num_prompt_tokens=3, cut_off_by=FinishReason.CANCELLED, params=params
+    )
+    assert partial.choices == ending.result.choices
 
 
 def test_a_failed_job_keeps_the_words_and_the_retry_advice_of_its_error() -> None:

@@ -74,6 +74,7 @@ class FakeJob:
     params: SamplingParams
     arrival: int
     sequences: list[FakeSequence]
+    is_scored: bool
     has_prefilled: bool = False
 
     @property
@@ -107,12 +108,12 @@ class FakeBackend:
     def add(self, command: AddJob) -> None:
         params = SamplingParams.model_validate(command.params)
         num_prompt_tokens = len(command.prompt_token_ids)
-        if num_prompt_tokens >= self._spec.max_model_len:
+        if num_prompt_tokens + min(1, command.max_tokens) > self._spec.max_model_len:
             raise ContextLengthExceeded(
                 f"prompt is {num_prompt_tokens} tokens but {self._spec.id} accepts {self._spec.max_model_len}"
             )
-        if self._knobs.oom_above_n is not None and params.n > self._knobs.oom_above_n:
-            raise OutOfMemory(f"{params.n} sequences do not fit into room for {self._knobs.oom_above_n}")
+        if self._knobs.oom_above_n is not None and params.num_sequences > self._knobs.oom_above_n:
+            raise OutOfMemory(f"{params.num_sequences} sequences do not fit into room for {self._knobs.oom_above_n}")
         self._num_added += 1
         self._waiting.append(
             FakeJob(
@@ -121,9 +122,10 @@ class FakeBackend:
                 self._num_added,
                 [
                     _resumed_sequence(command, index)
-                    for index in range(params.n)
+                    for index in range(params.num_sequences)
                     if index not in command.finished_indexes
                 ],
+                is_scored=params.prompt_logprobs is None or command.has_prompt_logprobs,
             )
         )
         self._waiting.sort(key=lambda job: (-job.command.priority, job.arrival))
@@ -221,13 +223,26 @@ class FakeBackend:
             if sequence.finish_reason is None and len(sequence.token_ids) >= limit:
                 sequence.finish_reason = FinishReason.LENGTH
         self._num_generation_tokens += len(sequence.token_ids) - num_before
-        return self._output(job, sequence, sequence.token_ids[num_before:])
+        return self._output(job, sequence, sequence.token_ids[num_before:], self._scores(job))
+
+    def _scores(self, job: FakeJob) -> list[dict[str, object] | None] | None:
+        """The prompt's logprobs, with the first output of the job."""
+        if job.is_scored:
+            return None
+        job.is_scored = True
+        return [None, *map(_logprob, job.command.prompt_token_ids[1:])]
 
     def _final(self, job: FakeJob, sequence: FakeSequence, reason: FinishReason) -> SequenceOutput:
         sequence.finish_reason = reason
         return self._output(job, sequence, [])
 
-    def _output(self, job: FakeJob, sequence: FakeSequence, token_ids: list[int]) -> SequenceOutput:
+    def _output(
+        self,
+        job: FakeJob,
+        sequence: FakeSequence,
+        token_ids: list[int],
+        prompt_logprobs: list[dict[str, object] | None] | None = None,
+    ) -> SequenceOutput:
         end = len(sequence.text) if sequence.finish_reason else self._stable_length(sequence.text, job.params.stop)
         text = sequence.text[sequence.num_emitted_chars : end]
         sequence.num_emitted_chars = max(end, sequence.num_emitted_chars)
@@ -239,6 +254,8 @@ class FakeBackend:
             text=text,
             finish_reason=sequence.finish_reason,
             logprobs=None if job.params.logprobs is None else [_logprob(token_id) for token_id in token_ids],
+            sum_logprobs=None if job.params.best_of is None else _sum_logprobs(token_ids),
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _stable_length(self, text: str, stop: tuple[str, ...]) -> int:
@@ -289,6 +306,11 @@ def _append_text(sequence: FakeSequence, word: str, stop: tuple[str, ...]) -> No
     if found:
         sequence.text = sequence.text[: min(found)]
         sequence.finish_reason = FinishReason.STOP
+
+
+def _sum_logprobs(token_ids: list[int]) -> float | None:
+    """Of each token its id over the number of ids, less one, so that candidates differ."""
+    return sum(token_id / END_TOKEN_ID - 1.0 for token_id in token_ids) if token_ids else None
 
 
 def _logprob(token_id: int) -> dict[str, object]:

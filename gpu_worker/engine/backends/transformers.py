@@ -28,6 +28,7 @@ from gpu_worker.engine.loading import (
 )
 from gpu_worker.engine.loop import Engine
 from gpu_worker.engine.probe import LayerShape, NotPageable, probe_layers
+from gpu_worker.engine.prompt_scoring import max_num_scored_tokens
 from gpu_worker.engine.runner import PagedRunner, Runner, SequentialRunner
 from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.frames import AddJob, EngineStats, StepDone
@@ -97,6 +98,7 @@ def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.
         BlockPool(num_blocks, block_size),
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.max_num_batched_tokens,
+        max_num_scored_tokens=max_num_scored_tokens(vocab_size(model)),
     )
     return PagedRunner(model, layers, block_size, device), scheduler
 
