@@ -161,7 +161,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         stack.push_async_callback(dispatcher.aclose)
         acceptor = await stack.enter_async_context(open_acceptor(settings))
         submitter = Submitter(settings, views, acceptor, dispatch_soon=dispatcher.nudge)
-        stack.callback(submitter.close)
+        stack.push_async_callback(submitter.aclose)
         services = Services(
             settings=settings,
             catalog=catalog,

@@ -54,6 +54,15 @@ class Encoder(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What following a grammar takes to know of a model's tokens. `size` counts those that pad the model's output."""
+
+    tokenizer: Tokenizer
+    size: int
+    eos_token_ids: tuple[int, ...]
+
+
 class ModelView:
     """One model as the API sees it. Thread-safe."""
 
@@ -66,11 +75,14 @@ class ModelView:
         chat_template: ChatTemplate | None,
         defaults: GenerationDefaults,
         vocab_size: int,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
+        """`vocabulary` is None where no grammar can be followed."""
         self.spec = spec
         self.revision = revision
         self.defaults = defaults
         self.vocab_size = vocab_size
+        self.vocabulary = vocabulary
         self._encoder = encoder
         self._chat_template = chat_template
 
@@ -128,14 +140,19 @@ def load_model_view(spec: ModelSpec) -> ModelView:
     config = _read_json(folder / "config.json")
     tokenizer_config = _read_json(folder / "tokenizer_config.json")
     special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json") | tokenizer_config)
-    encoder = TokenizerEncoder(_load_tokenizer(spec, folder, tokenizer_config, special_tokens))
+    generation_config = _read_json(folder / "generation_config.json")
+    tokenizer = _load_tokenizer(spec, folder, tokenizer_config, special_tokens)
+    encoder = TokenizerEncoder(tokenizer)
+    vocab_size = int(config.get("vocab_size") or encoder.vocab_size)
+    vocabulary = Vocabulary(tokenizer, vocab_size, _eos_token_ids(generation_config, config))
     return ModelView(
         spec,
         revision=model_revision(spec),
         encoder=encoder,
         chat_template=_load_chat_template(spec, folder, tokenizer_config, special_tokens),
-        defaults=_generation_defaults(_read_json(folder / "generation_config.json")),
-        vocab_size=int(config.get("vocab_size") or encoder.vocab_size),
+        defaults=_generation_defaults(generation_config),
+        vocab_size=vocab_size,
+        vocabulary=None if spec.backend == "fake" else vocabulary,
     )
 
 
@@ -251,6 +268,12 @@ def _load_chat_template(
         return ChatTemplate(source, special_tokens)
     except TemplateError as exc:
         raise ValueError(f"model {spec.id}: its chat template does not compile: {exc}") from exc
+
+
+def _eos_token_ids(*configs: Mapping[str, Any]) -> tuple[int, ...]:
+    values = [config.get("eos_token_id") for config in configs]
+    lists = [value if isinstance(value, list) else [value] for value in values if value is not None]
+    return tuple(sorted({token_id for ids in lists for token_id in ids}))
 
 
 def _generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:

@@ -18,7 +18,6 @@ from domain.errors import (
     IdempotencyKeyReused,
     InvalidRequest,
     TooManyQueuedJobs,
-    UnsupportedParameter,
 )
 from domain.ids import new_id
 from domain.jobs import Endpoint
@@ -26,6 +25,7 @@ from domain.requests import MAX_PROMPT_LOGPROBS, GenerationRequest, SamplingPara
 from observability import jobs_submitted_total, labelled, llm_requests_total, prompt_tokens_total
 from settings import Settings
 from storage.jobs import Accepted, AcceptOutcome, NewJob, QueueRoom
+from tasks.grammar_gate import GrammarGate
 from tasks.group_accept import GroupAcceptor
 from tasks.models import ModelView, ModelViews
 from tasks.tokenizing import TokenizingPool
@@ -78,6 +78,7 @@ class Submitter:
         self._acceptor = acceptor
         self._dispatch_soon = dispatch_soon
         self._tokenizing = TokenizingPool()
+        self._grammar_gate = GrammarGate()
 
     async def submit(self, tenant_id: UUID, request: GenerationRequest, options: JobOptions) -> Submitted:
         """Returns once the job is committed. Raises the CeleriacError that says why not."""
@@ -103,6 +104,8 @@ class Submitter:
         refuse_impossible_deadline(options)
         prompt_token_ids = await self._tokenizing.encode(view, request)
         resolved = resolve_params(request, view, len(prompt_token_ids))
+        if resolved.structured_output is not None:
+            await self._grammar_gate.check(view, resolved.structured_output)
         assert resolved.max_tokens is not None
         assert resolved.seed is not None
         return NewJob(
@@ -132,17 +135,15 @@ class Submitter:
             is_stored=options.is_stored,
         )
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         self._tokenizing.close()
+        await self._grammar_gate.aclose()
 
 
 def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> SamplingParams:
     """Every default settled, so that a changed one never changes an accepted job. Raises where a bound is broken."""
     params = request.params
-    if params.structured_output is not None:
-        raise UnsupportedParameter(
-            "params.structured_output is not served yet; remove it", param="params.structured_output"
-        )
+    _refuse_endless_structure(params)
     _refuse_unknown_tokens(params, view)
     _refuse_too_many_sequences(params, view)
     _refuse_too_many_logprobs(params, num_prompt_tokens)
@@ -187,6 +188,14 @@ def _resolve_max_tokens(request: GenerationRequest, view: ModelView, num_prompt_
             param="params.max_tokens",
         )
     return asked if asked is not None else min(room, view.defaults.max_new_tokens or DEFAULT_MAX_TOKENS)
+
+
+def _refuse_endless_structure(params: SamplingParams) -> None:
+    if params.structured_output is not None and params.ignore_eos:
+        raise InvalidRequest(
+            "params.ignore_eos is true, but a structured output ends where its grammar says; leave one of them out",
+            param="params.ignore_eos",
+        )
 
 
 def _refuse_too_many_sequences(params: SamplingParams, view: ModelView) -> None:

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from domain.errors import ContextLengthExceeded, InvalidRequest
 from domain.requests import SamplingParams
 from gpu_worker.engine.detokenizer import TextStream
+from gpu_worker.engine.grammar import Grammars
 from gpu_worker.engine.sequence import EngineJob, Sequence
 from gpu_worker.frames import AddJob
 
@@ -22,7 +23,9 @@ class ModelLimits:
     eos_token_ids: frozenset[int]
 
 
-def make_job(command: AddJob, limits: ModelLimits, tokenizer: Tokenizer, *, arrival: int) -> EngineJob:
+def make_job(
+    command: AddJob, limits: ModelLimits, tokenizer: Tokenizer, grammars: Grammars, *, arrival: int
+) -> EngineJob:
     """The job with its unfinished sequences, committed tokens replayed. Raises the CeleriacError that fits."""
     try:
         params = SamplingParams.model_validate(command.params)
@@ -44,15 +47,23 @@ def make_job(command: AddJob, limits: ModelLimits, tokenizer: Tokenizer, *, arri
         is_scored=command.has_prompt_logprobs,
     )
     indexes = [index for index in range(params.num_sequences) if index not in command.finished_indexes]
-    job.sequences = [_make_sequence(job, command, tokenizer, index) for index in indexes]
+    job.sequences = [_make_sequence(job, command, tokenizer, grammars, index) for index in indexes]
     return job
 
 
-def _make_sequence(job: EngineJob, command: AddJob, tokenizer: Tokenizer, index: int) -> Sequence:
+def _make_sequence(job: EngineJob, command: AddJob, tokenizer: Tokenizer, grammars: Grammars, index: int) -> Sequence:
     """Replay the committed tokens as if they had just been drawn; what was already sent is not sent again."""
     prompt = command.prompt_token_ids
     stream = TextStream(tokenizer, prompt, job.params.stop)
-    sequence = Sequence(job=job, index=index, token_ids=list(prompt), num_prompt_tokens=len(prompt), stream=stream)
+    output = job.params.structured_output
+    sequence = Sequence(
+        job=job,
+        index=index,
+        token_ids=list(prompt),
+        num_prompt_tokens=len(prompt),
+        stream=stream,
+        grammar=None if output is None else grammars.start(output),
+    )
     for token_id in command.committed_token_ids[index]:
         if sequence.is_finished:
             break

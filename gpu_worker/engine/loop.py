@@ -18,6 +18,8 @@ from domain.errors import EngineError, OutOfMemory
 from domain.jobs import FinishReason
 from gpu_worker.engine.admission import ModelLimits, make_job
 from gpu_worker.engine.backends import RecordStep, StepMember
+from gpu_worker.engine.grammar import Grammars
+from gpu_worker.engine.grammar_masks import GrammarFailed
 from gpu_worker.engine.runner import Runner
 from gpu_worker.engine.sampling import Drawn
 from gpu_worker.engine.scheduler import ScheduledRow, Scheduler
@@ -52,6 +54,7 @@ class Engine:
         self._runner = runner
         self._tokenizer = tokenizer
         self._limits = limits
+        self._grammars = Grammars(tokenizer, limits.vocab_size, limits.eos_token_ids)
         self._jobs: dict[tuple[str, int], EngineJob] = {}
         self._ended: list[Sequence] = []  # between two steps: aborted, or complete when they were added
         self._ahead: LaunchedStep | None = None  # behind the last step that was committed
@@ -65,7 +68,7 @@ class Engine:
 
     def add(self, command: AddJob) -> None:
         """Raises a CeleriacError whose code and message belong to the job; nothing of the job stays behind."""
-        job = make_job(command, self._limits, self._tokenizer, arrival=self._num_jobs)
+        job = make_job(command, self._limits, self._tokenizer, self._grammars, arrival=self._num_jobs)
         self._num_jobs += 1
         self._jobs[job.id, job.attempt] = job
         for sequence in job.sequences:
@@ -169,6 +172,9 @@ class Engine:
         """After a failure: each half on its own, down to the guilty row, whose job fails. Where memory ran out, the
         later half waits instead, and steps become smaller."""
         rows = [row for row in rows if self._is_running(row.sequence)]
+        if isinstance(exc, GrammarFailed):
+            self._fail(exc.job, exc, result)
+            return self._run_part(rows, result)
         if isinstance(exc, torch.OutOfMemoryError):
             return self._run_less(rows, exc, result)
         if len(rows) == 1:
@@ -260,7 +266,8 @@ class Engine:
         is_memory = isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(exc)
         code = OutOfMemory.code if is_memory else EngineError.code
         # The exception's own words are for the log: they may tell of paths and shapes that are no client's business.
-        message = f"the model could not run this job: {type(exc).__name__}"
+        reason = exc.message if isinstance(exc, GrammarFailed) else type(exc).__name__
+        message = f"the model could not run this job: {reason}"
         result.failures.append(JobFailed(job_id=job.id, attempt=job.attempt, code=code, message=message))
 
     def _leave(self, sequence: Sequence) -> None:

@@ -1,7 +1,7 @@
 """From logits to tokens: one batched draw per step, in any mix of parameters.
 
-Order per row: raw log-probabilities, logit bias, penalties, bans (min_tokens, bad_token_ids), temperature, top-k,
-top-p, min-p, draw.
+Order per row: raw log-probabilities, logit bias, penalties, bans (min_tokens, bad_token_ids, what a structured output
+does not allow), temperature, top-k, top-p, min-p, draw.
 
 A draw is the token with the highest scaled logit plus Gumbel noise, and the noise of a token is a hash of (seed,
 sequence index, output position, token id). So a draw does not depend on who else is in the batch, on preemption, or on
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.engine.grammar_masks import token_masks
 from gpu_worker.engine.sequence import Sequence
 
 CPU_CACHED_NUMBERS = 2**16
@@ -39,8 +40,9 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Drawn]:
     """Draw one token per row.
 
     `logits` is float32 (num_sequences, vocab_size) and is overwritten in place. Raises ValueError if a row is not a
-    distribution; the caller finds out which by asking for fewer rows.
+    distribution; the caller finds out which by asking for fewer rows. Raises GrammarFailed.
     """
+    masks = token_masks(sequences)  # first, since a GPU is still at work on the logits
     if not bool(torch.isfinite(logits.amax(-1)).all()):
         raise ValueError("the model's logits are not finite")
     num_top_by_row = {
@@ -51,6 +53,8 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Drawn]:
     raw_logprobs = {row: logits[row].log_softmax(-1) for row in num_top_by_row}
     for row, sequence in enumerate(sequences):
         _adjust(logits[row], sequence)
+    if masks is not None:
+        masks.apply(logits)
     token_ids = _draw(logits, sequences)
     return [
         _with_logprobs(raw_logprobs[row], token_id, num_top_by_row[row]) if row in raw_logprobs else Drawn(token_id)
@@ -156,7 +160,8 @@ def _draw_among_likely(scaled: Tensor, sequences: Rows[Sequence]) -> list[int | 
     chosen: list[int | None] = ids.gather(1, best).squeeze(-1).tolist()
     if num_candidates == vocab_size:
         return chosen
-    is_complete: list[bool] = (values[:, -1:] < cutoffs).squeeze(-1).tolist()
+    least = values[:, -1:]
+    is_complete: list[bool] = ((least < cutoffs) | least.isneginf()).squeeze(-1).tolist()
     for row, sequence in enumerate(sequences):
         if not is_complete[row] or num_candidates < (sequence.job.params.top_k or 0) < vocab_size:
             chosen[row] = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from domain.jobs import FinishReason
 from domain.requests import SamplingParams
 from gpu_worker.engine.detokenizer import TextStream
+from gpu_worker.engine.grammar import Grammar
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +37,7 @@ class Sequence:
     token_ids: list[int]
     num_prompt_tokens: int
     stream: TextStream
+    grammar: Grammar | None = None  # where the job asks for structured output
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at its first admission
     block_ids: list[int] = field(default_factory=list)
@@ -88,8 +90,11 @@ class Sequence:
             return
         text, is_stopped = self.stream.push(token_id, may_stop=self.may_end)
         self.unsent_text += text
+        is_complete = self.grammar is not None and self.grammar.advance(token_id)
         if is_stopped:
             self.finish_reason = FinishReason.STOP
+        elif is_complete:
+            self.finish(FinishReason.STOP)
         elif self.num_output_tokens >= self.job.max_tokens or len(self.token_ids) >= self.job.max_model_len:
             self.finish(FinishReason.LENGTH)
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from domain.catalog import ModelSpec
 from domain.chunks import TokenLogprob
-from domain.errors import ContextLengthExceeded, EngineError, OutOfMemory
+from domain.errors import ContextLengthExceeded, EngineError, OutOfMemory, UnsupportedParameter
 from domain.jobs import FinishReason
 from domain.requests import SamplingParams
 from gpu_worker.engine.backends import LoadedModel, RecordStep, StepMember
@@ -107,6 +107,8 @@ class FakeBackend:
 
     def add(self, command: AddJob) -> None:
         params = SamplingParams.model_validate(command.params)
+        if params.structured_output is not None:
+            raise UnsupportedParameter("the fake engine follows no grammar", param="params.structured_output")
         num_prompt_tokens = len(command.prompt_token_ids)
         if num_prompt_tokens + min(1, command.max_tokens) > self._spec.max_model_len:
             raise ContextLengthExceeded(

@@ -1,0 +1,99 @@
+"""Structured output as llguidance takes it: read in one way by the API, which judges it, and the engine, which obeys.
+
+llguidance (https://github.com/guidance-ai/llguidance) walks a grammar and a tokenizer's vocabulary together and says
+which tokens may come next. It raises nothing for a bad grammar: a matcher is then in error, and stays so.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from domain.structured_output import StructuredOutput
+
+#: Beyond these a matcher is in error. Measured on adversarial grammars: the worst mask takes some 30 ms of one core and
+#: the memory stays below 150 MB, where llguidance's own limits allow 1.5 s and 300 MB. Rows are wide enough for as many
+#: properties as a schema may have.
+LIMITS = LLParserLimits(
+    max_items_in_row=5_000,
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=30_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+#: Without whitespace: a model that may write some can write it for ever. What cannot be kept is refused (`lenient`).
+JSON_OPTIONS = {"whitespace_flexible": False, "coerce_one_of": False, "lenient": False}
+
+_SPACE_MARK = "\u2581"
+_PLAIN_DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": _SPACE_MARK}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ],
+}
+
+
+def make_grammar_tokenizer(tokenizer_json: str, vocab_size: int, eos_token_ids: Iterable[int]) -> LLTokenizer:
+    """The vocabulary as bytes. `tokenizer_json` is a `tokenizers.Tokenizer` as text; `vocab_size` may be padded.
+
+    Takes a second for 100,000 tokens. Raises ValueError where the tokens cannot be read as bytes, or none ends a text.
+    """
+    tokenizer: dict[str, Any] = json.loads(tokenizer_json)
+    tokenizer |= {"truncation": None, "padding": None, "decoder": _readable_decoder(tokenizer.get("decoder"))}
+    num_tokens = _count_tokens(tokenizer)
+    known_eos = sorted(token_id for token_id in eos_token_ids if token_id < num_tokens)
+    if not known_eos:
+        raise ValueError("the model has no end-of-sequence token")
+    return LLTokenizer(json.dumps(tokenizer), n_vocab=max(vocab_size, num_tokens), eos_token=known_eos)
+
+
+def make_matcher(tokenizer: LLTokenizer, output: StructuredOutput) -> LLMatcher:
+    """In error where the grammar cannot be followed: ask `is_error`. Lets go of the GIL."""
+    return LLMatcher(tokenizer, _grammar_of(output), log_level=0, limits=LIMITS)
+
+
+def error_of(matcher: LLMatcher) -> str:
+    """What a matcher in error says, without the grammar around it."""
+    return in_short(matcher.get_error())
+
+
+def in_short(message: str) -> str:
+    """The first line, and the one that a parser of regular expressions adds below its drawing of the place."""
+    first, *others = message.splitlines() or [""]
+    details = [line.removeprefix("error: ") for line in others if line.startswith("error: ")]
+    return " ".join([first[:150], *details[:1]])[:250]
+
+
+def _grammar_of(output: StructuredOutput) -> str:
+    """llguidance's JSON form. Raises ValueError for a schema that is none."""
+    grammar: str
+    if output.json_schema is not None:
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(output.json_schema), overrides=JSON_OPTIONS)
+    elif output.json_object is not None:
+        grammar = LLMatcher.grammar_from_json_schema('{"type":"object"}', overrides=JSON_OPTIONS)
+    elif output.regex is not None:
+        grammar = LLMatcher.grammar_from_regex(output.regex)
+    elif output.choices is not None:
+        grammar = LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, output.choices)))
+    else:
+        assert output.lark is not None
+        grammar = LLMatcher.grammar_from_lark(output.lark)
+    return grammar
+
+
+def _count_tokens(tokenizer: dict[str, Any]) -> int:
+    """The highest id and one. Unigram models list their tokens in order, the others map them to ids."""
+    vocabulary = tokenizer["model"]["vocab"]
+    highest: int = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1
+    added_ids: list[int] = [token["id"] for token in tokenizer.get("added_tokens", [])]
+    return 1 + max([highest, *added_ids])
+
+
+def _readable_decoder(decoder: dict[str, Any] | None) -> dict[str, Any] | None:
+    """SentencePiece's way of writing spaces, in the one form that llguidance reads."""
+    return _PLAIN_DECODER if decoder is not None and _SPACE_MARK in json.dumps(decoder, ensure_ascii=False) else decoder
