@@ -44,6 +44,8 @@ class JobBody(GenerationRequest):
             prompt=self.prompt,
             messages=self.messages,
             prompt_token_ids=self.prompt_token_ids,
+            tools=self.tools,
+            parallel_tool_calls=self.parallel_tool_calls,
             params=self.params,
         )
 

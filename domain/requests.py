@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 from domain.chunks import TokenLogprob
 from domain.jobs import FinishReason, Frozen, Usage
 from domain.structured_output import StructuredOutput
+from domain.tools import MAX_TOOLS, ToolCall, ToolDefinition
 
 MAX_MESSAGES = 256
 MAX_PROMPT_CHARS = 1_000_000
@@ -28,6 +29,10 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 class ChatMessage(Frozen):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = Field(max_length=MAX_PROMPT_CHARS)
+    name: str | None = Field(default=None, max_length=64)
+    reasoning_content: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS)  # of an assistant
+    tool_calls: tuple[ToolCall, ...] = Field(default=(), max_length=MAX_TOOLS)  # of an assistant
+    tool_call_id: str | None = Field(default=None, max_length=128)  # which call a tool answers
 
 
 class SamplingParams(Frozen):
@@ -89,7 +94,15 @@ class GenerationRequest(Frozen):
     prompt: str | None = Field(default=None, min_length=1, max_length=MAX_PROMPT_CHARS)
     messages: tuple[ChatMessage, ...] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     prompt_token_ids: tuple[TokenId, ...] | None = Field(default=None, min_length=1, max_length=MAX_PROMPT_TOKENS)
+    tools: tuple[ToolDefinition, ...] = Field(default=(), max_length=MAX_TOOLS)  # shown by the chat template
+    parallel_tool_calls: bool = True
     params: SamplingParams = SamplingParams()
+
+    @model_validator(mode="after")
+    def _tools_in_a_chat(self) -> Self:
+        if self.tools and self.messages is None:
+            raise ValueError("tools are shown by the chat template, so they need messages; leave them out")
+        return self
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:

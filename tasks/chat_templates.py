@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -18,6 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from domain.errors import InvalidRequest
+from domain.requests import ChatMessage
+from domain.tools import ToolCall, ToolDefinition
 
 #: What a template may raise over messages it was not written for: its own refusals, and Python's.
 _TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -28,16 +30,19 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens` is what the template sees by name: bos_token, eos_token, ... Raises TemplateError."""
-        self._template = _environment().from_string(source)
+        environment = _environment()
+        self._template = environment.from_string(source)
+        self.source = source
+        self.shows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The prompt that asks for the next assistant message. Raises InvalidRequest where the template refuses."""
         plain_messages = [dict(message) for message in messages]
         try:
             return self._template.render(
                 messages=plain_messages,
-                tools=None,
+                tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=True,
                 **self._special_tokens,
@@ -47,6 +52,33 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"the chat template of this model refuses these messages: {reason}", param="messages"
             ) from exc
+
+
+def plain_message(message: ChatMessage) -> dict[str, Any]:
+    """As templates are written for: without what is not there, and arguments as an object where they are one."""
+    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    optional = ("name", "reasoning_content", "tool_call_id")
+    plain |= {name: value for name in optional if (value := getattr(message, name)) is not None}
+    if message.tool_calls:
+        plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
+    return plain
+
+
+def plain_tool(tool: ToolDefinition) -> dict[str, Any]:
+    function = tool.model_dump(exclude_none=True, exclude={"strict"})
+    return {"type": "function", "function": {"parameters": {"type": "object", "properties": {}}} | function}
+
+
+def _plain_call(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.arguments)
+    except ValueError:
+        arguments = None
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": arguments if isinstance(arguments, dict) else call.arguments},
+    }
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

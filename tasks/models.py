@@ -12,9 +12,11 @@ from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 
 from domain.catalog import Catalog, ModelSpec
-from domain.errors import InvalidRequest
+from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.requests import ChatMessage, GenerationRequest
-from tasks.chat_templates import ChatTemplate
+from domain.tools import ToolDefinition
+from tasks.chat_templates import ChatTemplate, plain_message, plain_tool
+from tasks.output_formats import OutputFormat, output_format_of
 
 _DESCRIPTION_FILES = (
     "config.json",
@@ -30,7 +32,10 @@ _NUM_WEIGHT_SAMPLES = 64
 _WEIGHT_SAMPLE_BYTES = 65_536
 
 FAKE_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant: "
+    "{% for tool in tools or [] %}tool: {{ tool | tojson }}, called by <tool_call>\n{% endfor %}"
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}"
+    "{{ '\n' }}{% endfor %}assistant: "
 )
 
 
@@ -83,6 +88,7 @@ class ModelView:
         self.defaults = defaults
         self.vocab_size = vocab_size
         self.vocabulary = vocabulary
+        self.output_format = _output_format(chat_template)
         self._encoder = encoder
         self._chat_template = chat_template
 
@@ -90,19 +96,21 @@ class ModelView:
     def max_model_len(self) -> int:
         return self.spec.max_model_len
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
+    def render(self, messages: Sequence[ChatMessage], tools: Sequence[ToolDefinition] = ()) -> str:
         """The prompt text of `messages`, with the installation's system prompt first if they bring none."""
         if self._chat_template is None:
             raise InvalidRequest(f"{self.spec.id} has no chat template; send prompt instead", param="messages")
-        plain = [{"role": message.role, "content": message.content} for message in messages]
+        if tools and not self._chat_template.shows_tools:
+            raise UnsupportedParameter(f"the chat template of {self.spec.id} has no tools; remove them", param="tools")
+        plain = [plain_message(message) for message in messages]
         if self.spec.system_prompt is not None and all(message["role"] != "system" for message in plain):
             plain.insert(0, {"role": "system", "content": self.spec.system_prompt})
-        return self._chat_template.render(plain)
+        return self._chat_template.render(plain, [plain_tool(tool) for tool in tools])
 
     def encode(self, request: GenerationRequest) -> list[int]:
         """The token ids the engine starts from. A chat template writes its special tokens itself."""
         if request.messages is not None:
-            return self._encoder.encode(self.render(request.messages), add_special_tokens=False)
+            return self._encoder.encode(self.render(request.messages, request.tools), add_special_tokens=False)
         if request.prompt_token_ids is not None:
             return self._checked(request.prompt_token_ids)
         assert request.prompt is not None
@@ -117,6 +125,16 @@ class ModelView:
                 param="prompt_token_ids",
             )
         return list(token_ids)
+
+
+def _output_format(template: ChatTemplate | None) -> OutputFormat:
+    if template is None:
+        return OutputFormat()
+    try:
+        prompt = template.render([{"role": "user", "content": "Hello"}])
+    except InvalidRequest:
+        prompt = ""  # it wants other messages, and says so to those who send them
+    return output_format_of(template.source, prompt)
 
 
 class ModelViews:

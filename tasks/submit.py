@@ -8,9 +8,11 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import orjson
+from pydantic import BaseModel
 
 from domain.errors import (
     CeleriacError,
@@ -116,6 +118,8 @@ class Submitter:
                 prompt=request.prompt,
                 messages=request.messages,
                 prompt_token_ids=request.prompt_token_ids,
+                tools=request.tools,
+                parallel_tool_calls=request.parallel_tool_calls,
                 params=resolved,
             ),
             prompt_token_ids=prompt_token_ids,
@@ -260,7 +264,9 @@ def request_hash(request: GenerationRequest, options: JobOptions) -> bytes:
     asked = {
         "model": request.model,
         "prompt": request.prompt,
-        "messages": request.messages and [(message.role, message.content) for message in request.messages],
+        "messages": request.messages and [_dump(message) for message in request.messages],
+        "tools": [orjson.dumps(_dump(tool)).decode() for tool in request.tools],  # as text: the order is seen, too
+        "parallel_tool_calls": request.parallel_tool_calls,
         "prompt_token_ids": request.prompt_token_ids,
         "params": request.params.model_dump(mode="json"),
         "schema_order": _schema_text(request.params),
@@ -275,6 +281,10 @@ def request_hash(request: GenerationRequest, options: JobOptions) -> bytes:
         "endpoint": [options.endpoint, options.is_stored],
     }
     return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
+
+
+def _dump(part: BaseModel) -> dict[str, Any]:
+    return part.model_dump(mode="json", exclude_defaults=True)
 
 
 def _schema_text(params: SamplingParams) -> str | None:

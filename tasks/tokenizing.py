@@ -5,7 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from domain.errors import ContextLengthExceeded, ServerOverloaded
-from domain.requests import GenerationRequest
+from domain.requests import ChatMessage, GenerationRequest
 from observability import labelled, tokenize_seconds
 from tasks.models import ModelView
 
@@ -59,8 +59,14 @@ class TokenizingPool:
 
 def num_prompt_chars(request: GenerationRequest) -> int:
     if request.messages is not None:
-        return sum(len(message.content) for message in request.messages)
+        tools = sum(len(tool.model_dump_json()) for tool in request.tools)
+        return tools + sum(_num_message_chars(message) for message in request.messages)
     return len(request.prompt or "")
+
+
+def _num_message_chars(message: ChatMessage) -> int:
+    calls = sum(len(call.arguments) for call in message.tool_calls)
+    return len(message.content) + len(message.reasoning_content or "") + calls
 
 
 def refuse_endless_prompt(view: ModelView, request: GenerationRequest, num_chars: int) -> None:

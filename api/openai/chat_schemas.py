@@ -25,10 +25,16 @@ Content = Annotated[
 ]
 
 
-def _known_role(role: str) -> str:
-    if role == "function":
-        raise refuse("is 'function', which is deprecated; send a message of role 'tool'")
-    return role
+class CalledFunction(OpenAIModel):
+    name: str
+    arguments: str
+
+
+class MessageToolCall(OpenAIModel):
+    id: str
+    type: Annotated[str, only("function")] = "function"
+    function: CalledFunction
+    index: int | None = None  # in calls that were put together from a stream
 
 
 class Message(OpenAIModel):
@@ -37,14 +43,53 @@ class Message(OpenAIModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
     refusal: Annotated[Any, only("")] = None
     annotations: Annotated[Any, only([])] = None
+    parsed: Any = None  # what the SDK's parse() made of the content
     audio: Unsupported = None
     function_call: Unsupported = None
 
 
+class Function(OpenAIModel):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(OpenAIModel):
+    type: Annotated[str, only("function")]
+    function: Function
+
+
+class NamedFunction(OpenAIModel):
+    name: str
+
+
+class NamedTool(OpenAIModel):
+    type: Annotated[str, only("function")]
+    function: NamedFunction
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[NamedTool, Tag("<named>")],
+    Discriminator(lambda value: "<mode>" if isinstance(value, str) else "<named>"),
+]
+
+
+class JsonSchema(OpenAIModel):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
 class ResponseFormat(OpenAIModel):
-    type: Annotated[str, only("text")]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class ChatCompletionBody(GenerationBody):
@@ -56,12 +101,12 @@ class ChatCompletionBody(GenerationBody):
     max_completion_tokens: int | None = None
     max_tokens: int | None = None  # the old name
     response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None
 
-    tools: Annotated[Any, only([])] = None
-    tool_choice: Annotated[Any, only("none", "auto")] = None
-    parallel_tool_calls: bool | None = None
     modalities: Annotated[Any, only(["text"])] = None
     audio: Unsupported = None
     functions: Unsupported = None

@@ -38,6 +38,7 @@ class Asked:
     is_stored: bool = False  # also: it goes on without its client
     service_tier: str | None = None
     metadata: dict[str, str] | None = None
+    structured_by: str = "structured_output"  # the field of the body that shapes the output
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,10 @@ async def start(request: Request, generation: GenerationRequest, asked: Asked) -
     services.slots.refuse_if_full()
     options = _options(asked, knobs)
     run = await _attach_retry(services, tenant_id, generation, options, knobs, started)
-    run = run or await _submit(services, tenant_id, generation, options, started)
+    try:
+        run = run or await _submit(services, tenant_id, generation, options, started)
+    except CeleriacError as exc:
+        raise in_words_of_the_body(exc, asked) from exc
     job_id_context.set(external_id(run.job_id))
     is_kept = asked.is_stored or knobs.on_disconnect == "continue"
     return replace(run, on_disconnect="continue" if is_kept else "cancel", has_keep_alive=knobs.has_keep_alive)
@@ -149,10 +153,7 @@ async def _attach_retry(
 async def _submit(
     services: Services, tenant_id: UUID, generation: GenerationRequest, options: JobOptions, started: float
 ) -> Run:
-    try:
-        submitted = await services.submitter.submit(tenant_id, generation, options)
-    except CeleriacError as exc:
-        raise in_words_of_the_body(exc) from exc
+    submitted = await services.submitter.submit(tenant_id, generation, options)
     if not submitted.is_new:
         return replace(await _found(services, tenant_id, submitted.job_id, started), is_replayed=True)
     services.monitor.accepted(submitted.new_job.request.model)
@@ -187,10 +188,11 @@ async def _found(services: Services, tenant_id: UUID, job_id: UUID, started: flo
     )
 
 
-def in_words_of_the_body(exc: CeleriacError) -> CeleriacError:
+def in_words_of_the_body(exc: CeleriacError, asked: Asked) -> CeleriacError:
     """The same refusal without the `params.` under which our own request keeps what bodies have at top level."""
-    exc.message = exc.message.replace("params.", "")
-    exc.param = exc.param and exc.param.removeprefix("params.")
+    exc.message = exc.message.replace("params.structured_output", asked.structured_by).replace("params.", "")
+    if exc.param is not None:
+        exc.param = exc.param.replace("params.structured_output", asked.structured_by).removeprefix("params.")
     return exc
 
 

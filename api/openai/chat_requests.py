@@ -1,0 +1,170 @@
+"""A chat completion's body as a job's request: messages, tools, and what the output must look like."""
+
+from typing import Any
+
+from api.openai.chat_schemas import ChatCompletionBody, Message, NamedTool, ResponseFormat
+from api.openai.schemas import build, strings
+from domain.errors import InvalidRequest, UnsupportedParameter
+from domain.requests import ChatMessage, GenerationRequest
+from domain.structured_output import StructuredOutput
+from domain.tools import ToolDefinition
+from tasks.models import ModelView
+from tasks.output_formats import tool_call_grammar
+
+
+def to_generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
+    """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model cannot be given."""
+    tools = _tools(body, view)
+    params = body.sampling(
+        max_tokens=_max_tokens(body),
+        stop=strings(body.stop),
+        logprobs=_num_logprobs(body),
+        structured_output=_structured_output(body, view, tools),
+    )
+    messages = [to_message(message, number) for number, message in enumerate(body.messages)]
+    request: dict[str, Any] = {"model": body.model, "messages": messages, "tools": tools, "params": params}
+    return build(GenerationRequest, request | {"parallel_tool_calls": body.parallel_tool_calls})
+
+
+def structured_by(body: ChatCompletionBody) -> str:
+    """The parameter that says what the output must look like."""
+    if body.structured_output is not None:
+        return "structured_output"
+    return "response_format" if _is_formatted(body) else "tool_choice"
+
+
+def to_message(message: Message, number: int) -> ChatMessage:
+    """`number` is its place in the body. Raises InvalidRequest."""
+    place = f"messages.{number}"
+    if message.content is None and not (message.role == "assistant" and (message.tool_calls or message.refusal)):
+        raise InvalidRequest(f"{place}.content is missing; add it", param=f"{place}.content")
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequest(f"{place} is no assistant's, so it has no tool_calls", param=f"{place}.tool_calls")
+    if (message.role == "tool") != (message.tool_call_id is not None):
+        raise InvalidRequest(
+            f"{place} has the role {message.role}; tool_call_id belongs to messages of the role tool, and only to them",
+            param=f"{place}.tool_call_id",
+        )
+    calls = [{"id": call.id} | call.function.model_dump() for call in message.tool_calls or ()]
+    fields: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": content_text(message),
+        "name": message.name,
+        "reasoning_content": message.reasoning_content,
+        "tool_calls": calls or None,
+        "tool_call_id": message.tool_call_id,
+    }
+    built: ChatMessage = _build_at(place, ChatMessage, fields)
+    return built
+
+
+def content_text(message: Message) -> str:
+    """Parts are put together with line breaks, as the templates for plain text expect it."""
+    if message.content is None or isinstance(message.content, str):
+        return message.content or ""
+    return "\n".join(part.text or part.refusal or "" for part in message.content)
+
+
+def _build_at(place: str, model: Any, fields: dict[str, Any]) -> Any:
+    """As `build`, for a part of the body: the refusal names the whole path."""
+    try:
+        return build(model, fields)
+    except InvalidRequest as exc:
+        exc.message = f"{place}: {exc.message}"
+        exc.param = f"{place}.{exc.param}" if exc.param else place
+        raise
+
+
+def _tools(body: ChatCompletionBody, view: ModelView) -> tuple[ToolDefinition, ...]:
+    """Those that the model is shown: none where it must not call any."""
+    if not body.tools:
+        if body.tool_choice not in (None, "none", "auto"):
+            raise InvalidRequest("tool_choice asks for a call but there are no tools; add them", param="tools")
+        return ()
+    tools = tuple(
+        _build_at(f"tools.{number}.function", ToolDefinition, tool.function.model_dump())
+        for number, tool in enumerate(body.tools)
+    )
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise InvalidRequest("two tools have the same name; rename one", param="tools")
+    if view.output_format.tools is None:
+        raise UnsupportedParameter(
+            f"the chat template of {view.spec.id} has no tool calls that can be read here; remove tools", param="tools"
+        )
+    return () if body.tool_choice == "none" else tools
+
+
+def _structured_output(
+    body: ChatCompletionBody, view: ModelView, tools: tuple[ToolDefinition, ...]
+) -> StructuredOutput | None:
+    asked = [
+        name
+        for name, is_asked in {
+            "structured_output": body.structured_output is not None,
+            "response_format": _is_formatted(body),
+            "tool_choice": bool(tools) and body.tool_choice not in (None, "auto"),
+        }.items()
+        if is_asked
+    ]
+    if len(asked) > 1:
+        raise InvalidRequest(f"{asked[0]} and {asked[1]} both shape the output; send one of them", param=asked[1])
+    if asked == ["tool_choice"]:
+        return _calls_only(body, view, tools)
+    if body.response_format is not None and asked == ["response_format"]:
+        return _formatted(body.response_format)
+    return body.structured_output
+
+
+def _is_formatted(body: ChatCompletionBody) -> bool:
+    return body.response_format is not None and body.response_format.type != "text"
+
+
+def _formatted(format: ResponseFormat) -> StructuredOutput:
+    if format.type == "json_object":
+        return StructuredOutput(json_object=True)
+    if format.json_schema is None:
+        raise InvalidRequest("response_format.json_schema is missing; add it", param="response_format.json_schema")
+    schema = format.json_schema.schema_
+    if schema is None:
+        return StructuredOutput(json_object=True)
+    structured: StructuredOutput = _build_at("response_format.json_schema", StructuredOutput, {"json_schema": schema})
+    return structured
+
+
+def _calls_only(body: ChatCompletionBody, view: ModelView, tools: tuple[ToolDefinition, ...]) -> StructuredOutput:
+    """The whole output is calls: of any tool, or one call of the tool that is named."""
+    assert view.output_format.tools is not None
+    choices, max_calls = list(tools), None if body.parallel_tool_calls is not False else 1
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        choices, max_calls = [tool for tool in tools if tool.name == name], 1
+        if not choices:
+            raise InvalidRequest(
+                f"tool_choice names {name[:64]!r}, which is none of the tools", param="tool_choice.function.name"
+            )
+    for tool in choices:
+        if tool.parameters is not None:
+            _build_at(
+                f"tools.{tools.index(tool)}.function.parameters", StructuredOutput, {"json_schema": tool.parameters}
+            )
+    grammar = tool_call_grammar(view.output_format.tools, choices, max_calls=max_calls)
+    structured: StructuredOutput = _build_at("tools", StructuredOutput, {"lark": grammar})
+    return structured
+
+
+def _max_tokens(body: ChatCompletionBody) -> int | None:
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise InvalidRequest(
+            f"max_tokens is {body.max_tokens}, max_completion_tokens {body.max_completion_tokens}; send one",
+            param="max_tokens",
+        )
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+
+
+def _num_logprobs(body: ChatCompletionBody) -> int | None:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest(
+            f"top_logprobs is {body.top_logprobs} but logprobs is not true; set it, too", param="top_logprobs"
+        )
+    return (body.top_logprobs or 0) if body.logprobs else None

@@ -1,0 +1,244 @@
+"""A completion as a job: retries attach, keys replay, clients leave, waits are kept alive, ends are told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from uuid import UUID
+
+import httpx
+import openai
+import pytest
+from sqlalchemy import update
+
+from domain.ids import external_id, parse_id
+from domain.jobs import JobError, JobStatus
+from settings import ROOT
+from storage import job_queries, jobs
+from storage.tables import DEFAULT_TENANT_ID, Tenant
+from tests.conformance.harness import MESSAGES, Served, chat_body, frames_of
+from tests.integration.api_harness import HandWorker, until
+
+RETRY = {"x-stainless-retry-count": "1", "x-stainless-read-timeout": "600"}
+
+
+def post(served: Served, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+    return httpx.post(f"{served.server.url}/v1/chat/completions", json=chat_body(**fields), headers=headers, timeout=30)
+
+
+def newest_job(served: Served) -> UUID:
+    with served.rig.sessions() as session:
+        [job] = job_queries.list_jobs(session, DEFAULT_TENANT_ID, limit=1)
+    return job.id
+
+
+def num_jobs(served: Served) -> int:
+    with served.rig.sessions() as session:
+        return len(job_queries.list_jobs(session, DEFAULT_TENANT_ID, limit=100))
+
+
+def test_t13_every_answer_names_its_request_and_its_job(served: Served) -> None:
+    whole, streamed, refused = post(served), post(served, stream=True), post(served, n=0)
+    for answer in (whole, streamed):
+        assert answer.headers["x-request-id"].startswith("req_")
+        assert answer.headers["x-job-id"].startswith("job_")
+        assert answer.headers["openai-version"] == "2020-10-01"
+        assert int(answer.headers["openai-processing-ms"]) >= 0
+        limit = int(answer.headers["x-ratelimit-limit-requests"])
+        assert 0 < int(answer.headers["x-ratelimit-remaining-requests"]) < limit
+    assert refused.status_code == 400
+    assert refused.headers["x-request-id"].startswith("req_")
+
+
+def test_an_idempotency_key_replays_what_is_done_and_refuses_another_request(served: Served) -> None:
+    key = {"Idempotency-Key": "once"}
+    first, second = post(served, key), post(served, key)
+    assert second.json() == first.json()
+    assert second.headers["idempotent-replayed"] == "true"
+    frames = frames_of(post(served, key, stream=True))
+    text = "".join(frame["choices"][0]["delta"].get("content", "") for frame in frames[:-1])
+    assert text == first.json()["choices"][0]["message"]["content"]
+    other = post(served, key, seed=5)
+    assert other.status_code == 422
+    assert other.json()["error"]["code"] == "idempotency_key_reused"
+    assert num_jobs(served) == 1
+
+
+def test_t10_a_retry_of_an_undelivered_request_attaches_and_a_delivered_one_runs_anew(served: Served) -> None:
+    with httpx.Client(timeout=0.15) as impatient, pytest.raises(httpx.ReadTimeout):
+        impatient.post(f"{served.server.url}/v1/chat/completions", json=chat_body(max_completion_tokens=100))
+    again = post(served, RETRY, max_completion_tokens=100)
+    assert again.headers["x-retry-attached"] == "true"
+    assert again.json()["usage"]["completion_tokens"] == 100
+    assert num_jobs(served) == 1
+    until(lambda: served.rig.job(parse_id(again.headers["x-job-id"])).delivered_at)
+    deliberate = post(served, RETRY, max_completion_tokens=100)
+    assert "x-retry-attached" not in deliberate.headers
+    assert num_jobs(served) == 2
+
+
+def test_two_calls_that_are_meant_are_two_jobs(served: Served) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: post(served, {"x-stainless-retry-count": "0"}), range(2))
+    assert first.headers["x-job-id"] != second.headers["x-job-id"]
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_job_whose_only_client_left_is_cancelled(served: Served, is_streamed: bool) -> None:
+    leave(served, is_streamed=is_streamed)
+    job_id = newest_job(served)
+    until(lambda: served.rig.job(job_id).status is JobStatus.CANCELLED)
+    assert served.rig.job(job_id).num_committed_tokens < 3000
+
+
+def test_a_job_that_shall_go_on_goes_on(served: Served) -> None:
+    for number, headers in enumerate(({"X-On-Disconnect": "continue"}, {}), start=1):
+        leave(served, is_streamed=True, headers=headers, num_tokens=200, store=number == 2)
+        job_id = newest_job(served)
+        until(lambda job_id=job_id: served.rig.job(job_id).status.is_terminal)  # type: ignore[misc]
+        assert served.rig.job(job_id).status is JobStatus.COMPLETED
+
+
+def leave(served: Served, *, is_streamed: bool, num_tokens: int = 3000, **options: Any) -> None:
+    """Ask, wait until the job runs, and hang up."""
+    headers = options.pop("headers", {})
+    body = chat_body(max_completion_tokens=num_tokens, stream=is_streamed, **options)
+    before = num_jobs(served)
+    with httpx.Client() as client, ThreadPoolExecutor(1) as threads:
+
+        def ask() -> None:
+            with client.stream(
+                "POST", f"{served.server.url}/v1/chat/completions", json=body, headers=headers
+            ) as answer:
+                next(answer.iter_lines())
+
+        asked = threads.submit(ask)
+        until(lambda: num_jobs(served) > before)
+        asked.result()
+
+
+def test_t7_a_long_wait_is_kept_alive_with_line_breaks(served: Served) -> None:
+    answer = post(served, max_completion_tokens=100)
+    assert answer.content.startswith(b"\n")
+    assert answer.json()["usage"]["completion_tokens"] == 100
+    without = post(served, {"X-Keep-Alive": "off"}, max_completion_tokens=100)
+    assert without.content.startswith(b"{")
+
+
+def test_a_deadline_is_told_with_its_own_status_and_no_retry(served: Served) -> None:
+    answer = post(served, {"Cancel-After": "1s", "X-Keep-Alive": "off"}, max_completion_tokens=3000)
+    assert answer.status_code == 504, answer.text
+    assert answer.json()["error"]["code"] == "deadline_exceeded"
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_t4_a_failure_in_mid_stream_is_an_error_frame_and_the_sdk_raises_it(
+    client: openai.OpenAI, hand_worker: HandWorker
+) -> None:
+    stream = client.chat.completions.create(model="fake", messages=MESSAGES, max_tokens=9, stream=True)
+    job_id = stream.response.headers["x-job-id"]
+    job = hand_worker.claim(job_id)
+    hand_worker.say(job, "one ", "two ")
+    hand_worker.finish(
+        job, "one ", "two ", status=JobStatus.FAILED, error=JobError(code="poison_job", message="it crashed")
+    )
+    seen: list[str | None] = []
+    with pytest.raises(openai.APIError) as raised:
+        seen.extend(chunk.choices[0].delta.content for chunk in stream)
+    assert seen == ["", "one ", "two "]
+    assert raised.value.code == "poison_job"
+    assert raised.value.type == "server_error"
+
+
+@pytest.mark.parametrize("status", [JobStatus.FAILED, JobStatus.CANCELLED])
+def test_a_whole_answer_that_cannot_be_has_its_status(
+    client: openai.OpenAI, hand_worker: HandWorker, status: JobStatus
+) -> None:
+    def end() -> None:
+        def waiting() -> Any:
+            with hand_worker.sessions() as session:
+                return job_queries.list_jobs(session, DEFAULT_TENANT_ID)
+
+        job = hand_worker.claim(external_id(until(waiting)[0].id))
+        error = JobError(code="engine_error", message="it broke") if status is JobStatus.FAILED else None
+        hand_worker.finish(job, status=status, error=error)
+
+    with ThreadPoolExecutor(1) as threads:
+        ended = threads.submit(end)
+        with pytest.raises(openai.APIStatusError) as raised:
+            client.chat.completions.create(model="fake", messages=MESSAGES, max_tokens=9)
+        ended.result()
+    assert (raised.value.status_code, raised.value.code) == (
+        (500, "engine_error") if status is JobStatus.FAILED else (410, "job_cancelled")
+    )
+
+
+def test_a_stream_over_the_death_of_its_worker_goes_on(served: Served) -> None:
+    """kill -9, the lease lapses, another worker goes on behind what was committed."""
+    served.worker.runner.stop(release=True)
+    environment = os.environ | {
+        "CELERIAC_DATABASE_URL": served.rig.settings.database_url,
+        "CELERIAC_REDIS_URL": served.rig.settings.redis_url,
+        "CELERIAC_MODELS_FILE": str(served.rig.settings.models_file),
+        "CELERIAC_LEASE_SECONDS": "1",
+    }
+    command = [sys.executable, "-m", "tests.integration.runner_process"]
+    stream = served.client.chat.completions.create(
+        model="test-model", messages=MESSAGES, max_tokens=300, stream=True, stream_options={"include_usage": True}
+    )
+    worker = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        chunks = [next(stream) for _ in range(10)]
+    finally:
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
+    served.rig.start()
+    job_id = parse_id(chunks[0].id)
+
+    def rescued() -> bool:
+        with served.rig.sessions.begin() as session:
+            return bool(jobs.rescue(session, grace_seconds=0, quiet_seconds=0)) or served.rig.job(job_id).attempt > 1
+
+    until(rescued, seconds=20)
+    chunks += list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == served.text_of(chunks[0].id, num_tokens=300)
+    assert served.rig.job(job_id).attempt > 1
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 300
+
+
+def test_the_job_behind_a_chat_reads_the_same_from_every_cursor(served: Served) -> None:
+    completion = post(served, max_completion_tokens=30, n=2).json()
+    with served.server.client() as http:
+        lines = http.get(f"/v1/jobs/{completion['id']}/events").text.split("\n\n")
+        deltas = [json.loads(line.split("data: ")[1]) for line in lines if "event: output.delta" in line]
+        for cursor in range(len(deltas) + 1):
+            rest = http.get(f"/v1/jobs/{completion['id']}/events", params={"starting_after": cursor}).text
+            again = [json.loads(line.split("data: ")[1]) for line in rest.split("\n\n") if "output.delta" in line]
+            assert deltas[:cursor] + again == deltas
+    for choice in completion["choices"]:
+        own = "".join(delta["text"] for delta in deltas if delta["index"] == choice["index"])
+        assert own == choice["message"]["content"]
+
+
+def test_t8_t9_a_full_queue_says_when_to_come_back(served: Served) -> None:
+    served.worker.runner.stop(release=True)
+    with served.rig.sessions.begin() as session:
+        session.execute(update(Tenant).values(max_queued=0))
+    answer = post(served)
+    assert answer.status_code == 429
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+
+
+def test_models_are_listed_and_found_by_names_with_slashes(served: Served) -> None:
+    [model] = served.client.models.list().data
+    assert model.id == "test-model"
+    assert served.client.models.retrieve("test-model").model_extra == {"max_model_len": 4096}
+    with pytest.raises(openai.NotFoundError) as raised:
+        served.client.models.retrieve("org/none")
+    assert raised.value.code == "model_not_found"
