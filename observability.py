@@ -141,6 +141,9 @@ stream_connections = Gauge("stream_connections", "Open SSE streams.")
 stream_resumes_total = Counter("stream_resumes_total", "Streams opened after a cursor.")
 stream_ends_total = Counter("stream_ends_total", "Streams by how they ended.", ["reason"])
 
+webhook_deliveries_pending = Gauge("webhook_deliveries_pending", "Deliveries not made yet, from SQL.")
+webhook_oldest_due_seconds = Gauge("webhook_oldest_due_seconds", "How long the oldest due delivery waits, from SQL.")
+
 worker_processes = Gauge("worker_processes", "Live GPU workers, from SQL.", ["model"])
 worker_slots = Gauge("worker_slots", "Sequences all live workers can run at once.", ["model"])
 

@@ -52,6 +52,10 @@ class Settings(BaseSettings):
     stream_heartbeat_seconds: float = Field(default=15.0, gt=0)
     disconnect_grace_seconds: float = Field(default=10.0, ge=0)  # then a job whose only client left is cancelled
 
+    # Webhooks (docs/webhooks.md)
+    webhook_ports: str = Field(default="443,8443", pattern=r"^[0-9]{1,5}(,[0-9]{1,5})*$")  # that may be connected to
+    webhook_private_targets: bool = False  # also http, any port and private addresses: for tests and intranets
+
     # The worker
     worker_model: str | None = None  # which model a GPU worker serves; default the first one of models_file
     worker_name: str | None = None  # its Celery node name, unique in the installation; default drawn at start

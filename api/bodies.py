@@ -18,7 +18,7 @@ BODY_SECONDS = 30.0
 _MAX_SHOWN_CHARS = 40
 
 #: Fields whose text may be private: errors give their length, never their value.
-_PRIVATE_FIELDS = frozenset({"prompt", "messages", "content", "stop", "metadata", "idempotency_key"})
+_PRIVATE_FIELDS = frozenset({"prompt", "messages", "content", "stop", "metadata", "idempotency_key", "webhook", "url"})
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _SUBJECT = re.compile(r"^(Input|String|Tuple|Dictionary|List) should")

@@ -5,14 +5,15 @@ Views are built as plain dicts and dumped once; `JobView` is their published sch
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from api.errors import job_error_body
 from domain.ids import external_id
 from domain.jobs import JobStatus
 from domain.requests import GenerationRequest, GenerationResult
+from domain.webhook_urls import MAX_URL_BYTES
 from storage.job_queries import JobRecord
 from storage.jobs import NewJob
 from storage.tables import Job
@@ -24,6 +25,7 @@ NO_NUL = r"^[^\u0000]*$"  # PostgreSQL finds nothing in metadata that holds one
 IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NO_NUL)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=NO_NUL)]
+WebhookUrlText = Annotated[str, StringConstraints(max_length=MAX_URL_BYTES)]
 TimeoutSeconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS, allow_inf_nan=False)]
 
 
@@ -37,6 +39,19 @@ class JobBody(GenerationRequest):
     result_ttl: int | None = Field(default=None, ge=60, le=30 * 86_400, description="Seconds it is kept once finished.")
     idempotency_key: IdempotencyKey | None = Field(default=None, description="Also a header, Idempotency-Key.")
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=16)
+    webhook: WebhookUrlText | None = Field(default=None, description="A URL that is told of the job's end.")
+    webhook_events: list[Literal["completed", "failed", "cancelled", "expired"]] = Field(
+        default=["completed", "failed", "cancelled", "expired"],
+        min_length=1,
+        max_length=4,
+        description="Which ends it is told of.",
+    )
+
+    @model_validator(mode="after")
+    def _refuse_events_for_nobody(self) -> Self:
+        if self.webhook is None and "webhook_events" in self.model_fields_set:
+            raise ValueError("webhook_events is given without webhook; add the URL or remove it")
+        return self
 
     def to_request(self) -> GenerationRequest:
         return GenerationRequest.model_construct(
@@ -58,6 +73,8 @@ class JobBody(GenerationRequest):
             result_ttl_seconds=self.result_ttl,
             idempotency_key=idempotency_key,
             metadata=self.metadata,
+            webhook_url=self.webhook,
+            webhook_statuses=[JobStatus(end) for end in dict.fromkeys(self.webhook_events)],
         )
 
 

@@ -18,10 +18,12 @@ from observability import (
     jobs_oldest_queued_seconds,
     jobs_running,
     llm_queue_size,
+    webhook_deliveries_pending,
+    webhook_oldest_due_seconds,
     worker_processes,
     worker_slots,
 )
-from storage import job_queries, workers
+from storage import job_queries, webhook_deliveries, workers
 from storage.database import repeatable
 from storage.job_queries import QueuePosition
 
@@ -127,6 +129,9 @@ class QueueMonitor:
 
     async def _read(self) -> None:
         queues = await repeatable(self._sessions, read_queues, self._catalog)
+        num_pending, oldest_due_seconds = await repeatable(self._sessions, webhook_deliveries.backlog)
+        webhook_deliveries_pending.set(num_pending)
+        webhook_oldest_due_seconds.set(oldest_due_seconds)
         self._queues, self._read_at = queues, time.monotonic()
         self._num_accepted_since.clear()
         _publish(queues)

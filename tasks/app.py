@@ -24,7 +24,7 @@ VISIBILITY_TIMEOUT_SECONDS = 60
 def make_app(settings: Settings) -> Celery:
     """The app over the models of `settings.models_file`. A plain worker serves the maintenance queue alone: a model's
     queue needs `gpu_worker.app`."""
-    app = Celery("celeriac", broker=settings.broker_url, include=["tasks.generate", "tasks.janitor"])
+    app = Celery("celeriac", broker=settings.broker_url, include=["tasks.generate", "tasks.janitor", "tasks.webhooks"])
     models = Catalog.load(settings.models_file)
     app.conf.update(
         task_queues=[_queue(MAINTENANCE_QUEUE), *(_queue(spec.queue) for spec in models)],

@@ -25,7 +25,7 @@ from domain.catalog import Catalog
 from domain.jobs import JobStatus
 from observability import describe_exception
 from settings import Settings, get_settings
-from storage import jobs
+from storage import jobs, webhook_deliveries
 from storage.database import open_database, session_factory
 from storage.streams import publish
 from tasks.app import app
@@ -140,7 +140,7 @@ class Janitor:
             return 0
         self._pruned_at = monotonic()
         with self._sessions.begin() as session:
-            return jobs.prune(session)
+            return jobs.prune(session) + webhook_deliveries.prune(session)
 
 
 @lru_cache(maxsize=1)

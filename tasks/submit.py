@@ -5,7 +5,7 @@ Every API and the command line come through `Submitter.submit`, so a job means t
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -22,8 +22,10 @@ from domain.errors import (
     TooManyQueuedJobs,
 )
 from domain.ids import new_id
-from domain.jobs import Endpoint
+from domain.jobs import Endpoint, JobStatus
 from domain.requests import MAX_PROMPT_LOGPROBS, GenerationRequest, SamplingParams
+from domain.webhook_urls import BadWebhookUrl
+from domain.webhooks import TELLABLE_STATUSES
 from observability import jobs_submitted_total, labelled, llm_requests_total, prompt_tokens_total
 from settings import Settings
 from storage.jobs import Accepted, AcceptOutcome, NewJob, QueueRoom
@@ -31,6 +33,7 @@ from tasks.grammar_gate import GrammarGate
 from tasks.group_accept import GroupAcceptor
 from tasks.models import ModelView, ModelViews
 from tasks.tokenizing import TokenizingPool
+from tasks.webhook_guard import TargetGuard
 
 MAX_DEADLINE_AHEAD = timedelta(days=365)
 DEFAULT_MAX_TOKENS = 4_096  # where neither the request nor the model names a number; less where the context ends sooner
@@ -47,6 +50,8 @@ class JobOptions:
     result_ttl_seconds: int | None = None  # None: the installation's
     idempotency_key: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    webhook_url: str | None = None  # told of the ends in webhook_statuses
+    webhook_statuses: Sequence[JobStatus] = TELLABLE_STATUSES
     deadline_after_seconds: float | None = None  # since the accept; no part of what a repeated request must share
     endpoint: Endpoint = Endpoint.JOBS
     is_stored: bool = False
@@ -81,6 +86,7 @@ class Submitter:
         self._dispatch_soon = dispatch_soon
         self._tokenizing = TokenizingPool()
         self._grammar_gate = GrammarGate()
+        self._webhook_guard = TargetGuard(settings)
 
     async def submit(self, tenant_id: UUID, request: GenerationRequest, options: JobOptions) -> Submitted:
         """Returns once the job is committed. Raises the CeleriacError that says why not."""
@@ -104,6 +110,7 @@ class Submitter:
         self, tenant_id: UUID, request: GenerationRequest, options: JobOptions, view: ModelView
     ) -> NewJob:
         refuse_impossible_deadline(options)
+        webhook_url = await self._check_webhook(options.webhook_url)
         prompt_token_ids = await self._tokenizing.encode(view, request)
         resolved = resolve_params(request, view, len(prompt_token_ids))
         if resolved.structured_output is not None:
@@ -135,9 +142,18 @@ class Submitter:
             start_timeout_seconds=options.start_timeout_seconds,
             run_timeout_seconds=options.run_timeout_seconds,
             metadata=options.metadata,
+            webhook_url=webhook_url,
+            webhook_statuses=options.webhook_statuses,
             endpoint=options.endpoint,
             is_stored=options.is_stored,
         )
+
+    async def _check_webhook(self, url: str | None) -> str | None:
+        """As it is stored. Raises InvalidRequest."""
+        try:
+            return None if url is None else str(await self._webhook_guard.check(url))
+        except BadWebhookUrl as exc:
+            raise InvalidRequest(f"webhook: {exc}", param="webhook") from None
 
     async def aclose(self) -> None:
         self._tokenizing.close()
@@ -279,6 +295,7 @@ def request_hash(request: GenerationRequest, options: JobOptions) -> bytes:
             options.metadata,
         ],
         "endpoint": [options.endpoint, options.is_stored],
+        "webhook": options.webhook_url and [options.webhook_url, *options.webhook_statuses],
     }
     return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
 

@@ -128,6 +128,16 @@ def test_prompts_and_keys_stay_out_of_the_logs(http: httpx.Client, caplog: pytes
 def test_the_published_schema_knows_every_route(http: httpx.Client) -> None:
     schema = http.get("/openapi.json").json()
     assert set(schema["paths"]) == {
+        "/v1/webhook_event_types",
+        "/v1/webhook_endpoints",
+        "/v1/webhook_endpoints/{webhook_endpoint_id}",
+        "/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret",
+        "/v1/webhook_endpoints/{webhook_endpoint_id}/test",
+        "/v1/webhook_secret",
+        "/v1/webhook_secret/rotate_secret",
+        "/v1/webhook_deliveries",
+        "/v1/webhook_deliveries/{delivery_id}",
+        "/v1/webhook_deliveries/{delivery_id}/redeliver",
         "/v1/jobs",
         "/v1/jobs/{job_id}",
         "/v1/jobs/{job_id}/events",

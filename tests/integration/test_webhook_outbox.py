@@ -27,7 +27,9 @@ URL = "https://job.example/hook"
 ENDPOINT_URL = "https://endpoint.example/hook"
 ALL = [status.value for status in JobStatus if status.is_terminal]
 
-ENDS = [({}, before, name, after) for (before, name), after in CHANGES.items() if after.is_terminal] + [
+ENDS: list[tuple[dict[str, object], JobStatus, str, JobStatus]] = [
+    ({}, before, name, after) for (before, name), after in CHANGES.items() if after.is_terminal
+] + [
     (CONDITIONS[condition][1], CONDITIONS[condition][0], name, after)
     for (condition, name), after in CONDITIONAL_CHANGES.items()
     if after.is_terminal

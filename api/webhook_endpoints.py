@@ -1,0 +1,210 @@
+"""Webhook endpoints as the OpenAI SDK 3.x manages them, and the secret that signs for the URLs of single jobs."""
+
+import time
+from typing import Any
+from uuid import UUID
+
+import orjson
+from fastapi import Request
+from starlette.responses import Response
+
+from api.bodies import parse_model, read_body, read_model
+from api.deps import caller_of, private_router
+from api.queries import query_parameters, read_query
+from api.services import Services
+from api.webhook_schemas import (
+    CreateBody,
+    EndpointsQuery,
+    RotateBody,
+    TestBody,
+    UpdateBody,
+    endpoint_view,
+    page,
+    secret_view,
+)
+from domain.errors import InvalidCursor, InvalidRequest, NotFound
+from domain.ids import external_id, new_id, parse_id_of_other
+from domain.webhook_urls import BadWebhookUrl
+from domain.webhooks import EVENT_TYPES, payload, signature_headers
+from storage import webhook_endpoints
+from storage.webhook_tables import WebhookEndpoint
+from tasks.webhook_guard import TargetGuard
+from tasks.webhook_http import WebhookClient
+
+router = private_router()
+
+
+@router.get("/v1/webhook_event_types")
+async def list_event_types(request: Request) -> Response:
+    """What an endpoint can ask for."""
+    return _answer({"object": "list", "data": list(EVENT_TYPES)})
+
+
+@router.post("/v1/webhook_endpoints")
+async def create_endpoint(request: Request) -> Response:
+    """The answer shows the secret, which is not shown again."""
+    services, tenant_id = caller_of(request)
+    body = await read_model(request, CreateBody)
+    endpoint = await services.write(
+        webhook_endpoints.create,
+        tenant_id,
+        name=body.name,
+        url=await checked_url(services, body.url),
+        event_types=body.event_types,
+    )
+    if endpoint is None:
+        raise InvalidRequest(
+            f"there are {webhook_endpoints.MAX_ENDPOINTS} webhook endpoints, as many as may be; delete one first"
+        )
+    return _answer(endpoint_view(endpoint) | {"signing_secret": endpoint.secret})
+
+
+@router.get("/v1/webhook_endpoints", openapi_extra={"parameters": query_parameters(EndpointsQuery)})
+async def list_endpoints(request: Request) -> Response:
+    """Newest first."""
+    services, tenant_id = caller_of(request)
+    query = read_query(request, EndpointsQuery)
+    after = cursor(query.after, "wh")
+    found = await services.read(webhook_endpoints.list_endpoints, tenant_id, after=after, limit=query.limit + 1)
+    return _answer(page([endpoint_view(endpoint) for endpoint in found], query.limit))
+
+
+@router.get("/v1/webhook_endpoints/{webhook_endpoint_id}")
+async def read_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
+    services, tenant_id = caller_of(request)
+    return _answer(endpoint_view(await _find(services, webhook_endpoint_id, tenant_id)))
+
+
+@router.post("/v1/webhook_endpoints/{webhook_endpoint_id}")
+async def update_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
+    """What is given is changed. What still waits for delivery goes to the new URL."""
+    services, tenant_id = caller_of(request)
+    body = await read_model(request, UpdateBody)
+    id_ = _parse(webhook_endpoint_id)
+    changed = await services.write(
+        webhook_endpoints.change,
+        id_,
+        tenant_id,
+        name=body.name,
+        url=None if body.url is None else await checked_url(services, body.url),
+        event_types=body.event_types,
+        enabled=body.enabled,
+    )
+    return _answer(endpoint_view(_found(changed, webhook_endpoint_id)))
+
+
+@router.delete("/v1/webhook_endpoints/{webhook_endpoint_id}")
+async def delete_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
+    """With its deliveries and their log."""
+    services, tenant_id = caller_of(request)
+    id_ = _parse(webhook_endpoint_id)
+    if not await services.write(webhook_endpoints.remove, id_, tenant_id):
+        raise _not_found(webhook_endpoint_id)
+    return _answer({"id": external_id(id_, "wh"), "object": "webhook_endpoint.deleted", "deleted": True})
+
+
+@router.post("/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret")
+async def rotate_secret(webhook_endpoint_id: str, request: Request) -> Response:
+    """The answer shows the new secret. The old one is void at once unless it is kept for a day."""
+    services, tenant_id = caller_of(request)
+    keep = (await _read_rotation(request)).keep_old_secret_active_for_24_hours
+    id_ = _parse(webhook_endpoint_id)
+    rotated = await services.write(webhook_endpoints.rotate, id_, tenant_id, with_overlap=keep)
+    endpoint = _found(rotated, webhook_endpoint_id)
+    return _answer(endpoint_view(endpoint) | {"signing_secret": endpoint.secret})
+
+
+@router.post("/v1/webhook_endpoints/{webhook_endpoint_id}/test")
+async def test_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
+    """Send a sample event now, once. Its status code is answered, whatever it is; 400 where there was none."""
+    services, tenant_id = caller_of(request)
+    body = await read_model(request, TestBody)
+    endpoint = await _find(services, webhook_endpoint_id, tenant_id)
+    status_code = await _send_sample(TargetGuard(services.settings), endpoint, body.event_type)
+    return _answer(
+        {
+            "object": "webhook_endpoint.test",
+            "webhook_endpoint_id": external_id(endpoint.id, "wh"),
+            "event_type": body.event_type,
+            "status_code": status_code,
+            "success": True,
+        }
+    )
+
+
+@router.get("/v1/webhook_secret")
+async def read_secret(request: Request) -> Response:
+    """What signs for the URLs that come with single jobs."""
+    services, tenant_id = caller_of(request)
+    return _answer(secret_view(await services.write(webhook_endpoints.tenant_secret, tenant_id)))
+
+
+@router.post("/v1/webhook_secret/rotate_secret")
+async def rotate_tenant_secret(request: Request) -> Response:
+    services, tenant_id = caller_of(request)
+    keep = (await _read_rotation(request)).keep_old_secret_active_for_24_hours
+    secret = await services.write(webhook_endpoints.rotate_tenant_secret, tenant_id, with_overlap=keep)
+    return _answer(secret_view(secret))
+
+
+async def checked_url(services: Services, text: str) -> str:
+    """As it is stored. Raises InvalidRequest."""
+    try:
+        return str(await TargetGuard(services.settings).check(text))
+    except BadWebhookUrl as exc:
+        raise InvalidRequest(f"url: {exc}", param="url") from None
+
+
+def cursor(after: str | None, prefix: str) -> UUID | None:
+    try:
+        return None if after is None else parse_id_of_other(after, prefix)
+    except ValueError as exc:
+        raise InvalidCursor(f"after: {exc}; send the last_id of the page before", param="after") from None
+
+
+async def _send_sample(guard: TargetGuard, endpoint: WebhookEndpoint, event_type: str) -> int:
+    event_id, now = new_id(), int(time.time())
+    body = payload(event_id, event_type, endpoint.updated_at.fromtimestamp(now, endpoint.updated_at.tzinfo))
+    client = WebhookClient(guard)
+    try:
+        url = guard.parse(endpoint.url)
+        answer = await client.post(url, signature_headers(event_id, body, [endpoint.secret], now), body)
+    except BadWebhookUrl as exc:
+        raise InvalidRequest(f"the endpoint's url is refused: {exc}") from None
+    finally:
+        await client.aclose()
+    if answer.status_code is None:
+        raise InvalidRequest(f"the endpoint gave no answer: {answer.error}; check its url")
+    return answer.status_code
+
+
+async def _read_rotation(request: Request) -> RotateBody:
+    """The SDK sends no body where nothing is chosen."""
+    raw = await read_body(request)
+    return parse_model(raw, RotateBody) if raw.strip() else RotateBody()
+
+
+async def _find(services: Services, endpoint_id: str, tenant_id: UUID) -> WebhookEndpoint:
+    found = await services.read(webhook_endpoints.get, _parse(endpoint_id), tenant_id)
+    return _found(found, endpoint_id)
+
+
+def _found(endpoint: WebhookEndpoint | None, endpoint_id: str) -> WebhookEndpoint:
+    if endpoint is None:
+        raise _not_found(endpoint_id)
+    return endpoint
+
+
+def _parse(endpoint_id: str) -> UUID:
+    try:
+        return parse_id_of_other(endpoint_id, "wh")
+    except ValueError:
+        raise _not_found(endpoint_id) from None
+
+
+def _not_found(endpoint_id: str) -> NotFound:
+    return NotFound(f"there is no webhook endpoint {endpoint_id[:64]!r}; check the id", param="webhook_endpoint_id")
+
+
+def _answer(view: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(view), media_type="application/json")

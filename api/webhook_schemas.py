@@ -1,0 +1,129 @@
+"""Webhook endpoints, secrets and deliveries from outside; endpoints as the OpenAI SDK 3.x has them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from api.job_schemas import NO_NUL, WebhookUrlText, timestamp
+from api.queries import QueryModel
+from domain.ids import external_id
+from domain.webhooks import EVENT_TYPES, PREFIX_BY_OBJECT, DeliveryStatus, secret_hint
+from storage.webhook_tables import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)]
+EventType = Annotated[str, StringConstraints(max_length=64, pattern="^(" + "|".join(EVENT_TYPES) + ")$")]
+EventTypes = Annotated[list[EventType], Field(min_length=1, max_length=len(EVENT_TYPES))]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CreateBody(Body):
+    """POST /v1/webhook_endpoints."""
+
+    name: Name
+    url: WebhookUrlText
+    event_types: EventTypes
+
+
+class UpdateBody(Body):
+    """POST /v1/webhook_endpoints/{id}: what is given is changed."""
+
+    name: Name | None = None
+    url: WebhookUrlText | None = None
+    event_types: EventTypes | None = None
+    enabled: bool | None = Field(default=None, description="false: nothing is sent, and what waits is given up.")
+
+
+class RotateBody(Body):
+    """POST .../rotate_secret, of an endpoint or the tenant's own."""
+
+    keep_old_secret_active_for_24_hours: bool = False
+
+
+class TestBody(Body):
+    """POST /v1/webhook_endpoints/{id}/test."""
+
+    event_type: EventType
+
+
+class EndpointsQuery(QueryModel):
+    after: str | None = Field(default=None, description="The last id of the page before.")
+    limit: int = Field(default=20, ge=1, le=100)
+
+
+class DeliveriesQuery(EndpointsQuery):
+    job_id: str | None = Field(default=None, description="Of this job.")
+    webhook_endpoint_id: str | None = Field(default=None, description="To this endpoint.")
+    status: Literal["pending", "delivered", "failed"] | None = None
+
+    @property
+    def delivery_status(self) -> DeliveryStatus | None:
+        return None if self.status is None else DeliveryStatus(self.status)
+
+
+def endpoint_view(endpoint: WebhookEndpoint) -> dict[str, Any]:
+    return {
+        "id": external_id(endpoint.id, "wh"),
+        "object": "webhook_endpoint",
+        "created_at": int(endpoint.created_at.timestamp()),
+        "updated_at": int(endpoint.updated_at.timestamp()),
+        "name": endpoint.name,
+        "url": endpoint.url,
+        "event_types": endpoint.event_types,
+        "enabled": endpoint.disabled_at is None,
+        "signing_secret_hint": secret_hint(endpoint.secret),
+    }
+
+
+def secret_view(secret: WebhookSecret) -> dict[str, Any]:
+    return {
+        "object": "webhook_secret",
+        "signing_secret": secret.secret,
+        "updated_at": int(secret.updated_at.timestamp()),
+        "previous_secret_expires_at": timestamp(secret.previous_secret_expires_at),
+    }
+
+
+def delivery_view(delivery: WebhookDelivery) -> dict[str, Any]:
+    """The newest state; `attempts` are added where one delivery is asked for."""
+    prefix = PREFIX_BY_OBJECT[delivery.type.partition(".")[0]]
+    return {
+        "id": external_id(delivery.id, "whd"),
+        "object": "webhook_delivery",
+        "event_id": external_id(delivery.event_id, "evt"),
+        "event_type": delivery.type,
+        "about": external_id(delivery.event_id, prefix),
+        "webhook_endpoint_id": delivery.endpoint_id and external_id(delivery.endpoint_id, "wh"),
+        "url": delivery.url,
+        "status": delivery.status.value,
+        "num_attempts": delivery.num_attempts,
+        "last_status_code": delivery.last_status_code,
+        "last_error": delivery.last_error,
+        "created_at": timestamp(delivery.created_at),
+        "delivered_at": timestamp(delivery.delivered_at),
+        "next_attempt_at": timestamp(delivery.next_attempt_at) if delivery.status is DeliveryStatus.PENDING else None,
+    }
+
+
+def attempt_view(attempt: WebhookAttempt) -> dict[str, Any]:
+    return {
+        "number": attempt.number,
+        "attempted_at": timestamp(attempt.attempted_at),
+        "seconds": round(attempt.seconds, 3),
+        "status_code": attempt.status_code,
+        "error": attempt.error,
+    }
+
+
+def page(data: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+    """`data` may hold one more than `limit`, which says that there is more."""
+    shown = data[:limit]
+    return {
+        "object": "list",
+        "data": shown,
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
+        "has_more": len(data) > limit,
+    }

@@ -1,0 +1,175 @@
+"""Sends webhooks: a loop in a thread of the maintenance worker. Any number of processes may run one.
+
+Each round, in one transaction, it records what came of earlier attempts and claims what is due; between rounds the
+attempts are under way. It needs the database alone: no Celery message, no Redis.
+"""
+
+import asyncio
+import logging
+import time
+from threading import Thread
+
+from celery import signals
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+
+from domain.ids import external_id
+from domain.webhook_urls import BadWebhookUrl
+from domain.webhooks import DeliveryStatus, payload, signature_headers
+from observability import describe_exception
+from settings import Settings, get_settings
+from storage import webhook_deliveries
+from storage.database import async_session_factory, open_async_database
+from storage.webhook_deliveries import ClaimedDelivery, Outcome
+from tasks.app import app
+from tasks.messages import MAINTENANCE_QUEUE
+from tasks.webhook_guard import TargetGuard
+from tasks.webhook_hosts import MAX_PER_HOST, Hosts
+from tasks.webhook_http import MAX_CONNECTIONS, TOTAL_SECONDS, Answer, WebhookClient
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0  # how long an event may wait for an idle sender
+LEASE_SECONDS = 3 * TOTAL_SECONDS  # what a sender that died had in hand is sent by another one after this
+PAUSE_SECONDS = 5.0  # after the database failed
+MAX_IN_HAND = MAX_CONNECTIONS
+
+
+class WebhookSender:
+    """Use within one event loop: `run` until `stop`."""
+
+    def __init__(self, sessions: async_sessionmaker[AsyncSession], guard: TargetGuard) -> None:
+        self._sessions = sessions
+        self._guard = guard
+        self._client = WebhookClient(guard)
+        self._hosts = Hosts()
+        self._attempts: set[asyncio.Task[None]] = set()
+        self._outcomes: list[Outcome] = []  # not yet in SQL
+        self._wakeup = asyncio.Event()
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """Nothing more is claimed; what is in hand ends and is recorded."""
+        self._is_stopping = True
+        self._wakeup.set()
+
+    async def run(self) -> None:
+        try:
+            while not self._is_stopping or self._attempts or self._outcomes:
+                await self._round()
+        finally:
+            await self._client.aclose()
+
+    async def _round(self) -> None:
+        self._wakeup.clear()
+        try:
+            num_claimed = await self._record_and_claim()
+        except (SQLAlchemyError, OSError) as exc:
+            logger.warning("webhooks pause: the database does not answer: %s", describe_exception(exc))
+            if self._is_stopping:
+                self._outcomes.clear()  # their leases lapse, and others send them again
+            await self._wait(PAUSE_SECONDS)
+            return
+        if not num_claimed:
+            await self._wait(POLL_SECONDS)
+
+    async def _wait(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._wakeup.wait(), seconds)
+        except TimeoutError:
+            pass
+
+    async def _record_and_claim(self) -> int:
+        outcomes = self._outcomes[:]
+        async with self._sessions.begin() as session:
+            claimed = await session.run_sync(self._exchange, outcomes)
+        del self._outcomes[: len(outcomes)]
+        for delivery in claimed:
+            self._hosts.begin(delivery.host)
+            attempt = asyncio.create_task(self._attempt(delivery))
+            self._attempts.add(attempt)
+            attempt.add_done_callback(self._attempts.discard)
+        return len(claimed)
+
+    def _exchange(self, session: Session, outcomes: list[Outcome]) -> list[ClaimedDelivery]:
+        webhook_deliveries.record(session, outcomes)
+        return webhook_deliveries.claim(
+            session,
+            room=0 if self._is_stopping else MAX_IN_HAND - len(self._attempts),
+            room_per_host=MAX_PER_HOST,
+            room_by_host=self._hosts.rooms(time.monotonic()),
+            lease_seconds=LEASE_SECONDS,
+        )
+
+    async def _attempt(self, delivery: ClaimedDelivery) -> None:
+        try:
+            answer = await self._send(delivery)
+        except Exception as exc:  # an outermost loop: one delivery must not keep its host's room for ever
+            logger.exception("a webhook could not be sent", extra={"delivery_id": external_id(delivery.id, "whd")})
+            answer = Answer(None, describe_exception(exc), 0.0)
+        is_silent = answer.status_code is None and answer.seconds > 0  # 0: it was not asked at all
+        self._hosts.end(delivery.host, time.monotonic(), has_answered=not is_silent)
+        self._outcomes.append(judge(delivery, answer))
+        self._wakeup.set()
+
+    async def _send(self, delivery: ClaimedDelivery) -> Answer:
+        if not delivery.secrets:
+            return Answer(None, "the endpoint was deleted", 0.0)
+        try:
+            url = self._guard.parse(delivery.url)
+        except BadWebhookUrl as exc:
+            return Answer(None, f"the URL is refused: {exc}", 0.0)
+        body = payload(delivery.event_id, delivery.type, delivery.created_at)
+        headers = signature_headers(delivery.event_id, body, delivery.secrets, int(time.time()))
+        return await self._client.post(url, headers, body)
+
+
+def judge(delivery: ClaimedDelivery, answer: Answer) -> Outcome:
+    """What becomes of a delivery after this answer, unless its time is over."""
+    is_over = answer.is_gone or not delivery.secrets
+    status = DeliveryStatus.FAILED if is_over else DeliveryStatus.PENDING
+    if answer.is_success:
+        status = DeliveryStatus.DELIVERED
+    return Outcome(delivery, status, answer.status_code, answer.error, answer.seconds, is_gone=answer.is_gone)
+
+
+class SenderThread:
+    """A sender with an event loop and database connections of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._loop = asyncio.new_event_loop()
+        self._sender: WebhookSender | None = None
+        self._thread = Thread(target=self._run, name="webhooks", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when what was in hand is recorded."""
+        if self._sender is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._sender.stop)
+        self._thread.join(timeout=2 * TOTAL_SECONDS)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._send())
+
+    async def _send(self) -> None:
+        database = open_async_database(self._settings.database_url, pool_size=1, max_overflow=1)
+        self._sender = WebhookSender(async_session_factory(database), TargetGuard(self._settings))
+        try:
+            await self._sender.run()
+        finally:
+            await database.dispose()
+
+
+@signals.worker_ready.connect
+def _start_with_the_worker(**_: object) -> None:
+    """On a maintenance worker alone: every worker loads this module."""
+    if MAINTENANCE_QUEUE not in app.amqp.queues.consume_from:
+        return
+    thread = SenderThread(get_settings())
+    thread.start()
+    signals.worker_shutdown.connect(lambda **_: thread.stop(), weak=False)

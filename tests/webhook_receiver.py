@@ -1,0 +1,90 @@
+"""A receiver of webhooks on a port of its own, whose every answer the test decides, and a sender beside it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from settings import Settings
+from tasks.webhooks import SenderThread
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+def accept_all(received: Received) -> int:
+    return 200
+
+
+@dataclass
+class Receiver:
+    """`answer` gives the status of each request; what it waits for keeps the sender waiting."""
+
+    answer: Callable[[Received], int] = accept_all
+    answer_headers: dict[str, str] = field(default_factory=dict)
+    answer_body: bytes = b""
+    received: list[Received] = field(default_factory=list)
+    num_connections: int = 0
+    port: int = 0
+
+    def url(self, path: str = "/hook", host: str = "localhost") -> str:
+        return f"http://{host}:{self.port}{path}"
+
+
+@contextmanager
+def receiving() -> Iterator[Receiver]:
+    receiver = Receiver()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            receiver.num_connections += 1
+            super().setup()
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            received = Received(self.path, headers, body)
+            receiver.received.append(received)
+            status = receiver.answer(received)
+            try:
+                self.send_response(status)
+                for name, value in receiver.answer_headers.items():
+                    self.send_header(name, value)
+                self.send_header("content-length", str(len(receiver.answer_body)))
+                self.end_headers()
+                self.wfile.write(receiver.answer_body)
+            except OSError:
+                self.close_connection = True  # the sender has gone
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.block_on_close = False
+    receiver.port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield receiver
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def sending(settings: Settings) -> Iterator[SenderThread]:
+    thread = SenderThread(settings)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.stop()
