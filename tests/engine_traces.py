@@ -48,19 +48,25 @@ class TrapSprung(Exception):
     """What the trapped forward pass raises."""
 
 
-def trapped_model() -> Any:
+def poisoned_model() -> Any:
     model = tiny_model(seed=5)
     with torch.no_grad():
         model.model.embed_tokens.weight[POISON_TOKEN] = float("inf")
-    forward = model.forward
+    return model
+
+
+def trapped(engine: Engine) -> Engine:
+    """The engine, whose forward pass fails whenever the trapped token is among the inputs."""
+    runner: Any = engine._runner
+    forward = runner._model
 
     def guarded(input_ids: Tensor, **arguments: Any) -> Any:
         if (input_ids == TRAP_TOKEN).any():
             raise TrapSprung
         return forward(input_ids=input_ids, **arguments)
 
-    model.forward = guarded
-    return model
+    runner._model = guarded
+    return engine
 
 
 def random_params(rng: random.Random) -> dict[str, Any]:
@@ -122,9 +128,9 @@ class Oracle:
 
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
-        self._model = trapped_model()
+        self._model = poisoned_model()
         self._jobs = random_jobs(self._rng)
-        self._engines = [make_engine(self._model, **changes) for changes in ENGINES]
+        self._engines = [trapped(make_engine(self._model, **changes)) for changes in ENGINES]
         self._solo: dict[str, Collected] = {}
         self.report = Report()
 
@@ -146,7 +152,7 @@ class Oracle:
             for index in range(n):
                 others = [other for other in range(n) if other != index]
                 alone = run(
-                    make_engine(self._model, max_num_batched_tokens=1024),
+                    trapped(make_engine(self._model, max_num_batched_tokens=1024)),
                     [msgspec.structs.replace(command, finished_indexes=others)],
                 )
                 collected.sequences |= alone.sequences

@@ -29,14 +29,62 @@ class LayerCache:
         self.values.index_copy_(0, slots, value[0].transpose(0, 1))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class BlockCache:
+    """Keys and values of one layer, (num_blocks, num_kv_heads, block_size, dim): the tokens of a head lie side by side,
+    so that gathered blocks are what a CPU's attention kernel reads fastest."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[2]
+
+    def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
+        """`key` and `value` are (1, num_kv_heads, num_tokens, dim), as the modules hand them over; `rows` are theirs,
+        by token, then head."""
+        for cache, new in ((self.keys, key), (self.values, value)):
+            dim = cache.shape[3]
+            cache.view(-1, dim).index_copy_(0, rows, new[0].transpose(0, 1).reshape(-1, dim))
+
+    def gather(self, heads: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+        """(num_sequences, num_kv_heads, num_tokens, dim) of both; `heads` are those of the wanted blocks, in this
+        order."""
+        num_kv_heads = self.keys.shape[1]
+        keys, values = (
+            cache.view(-1, self.block_size * cache.shape[3])
+            .index_select(0, heads)
+            .view(num_sequences, num_kv_heads, -1, cache.shape[3])
+            for cache in (self.keys, self.values)
+        )
+        return keys, values
+
+
+def _heads_of(block_table: Tensor, num_heads: int) -> Tensor:
+    """Row numbers of BlockCache.gather for blocks (num_sequences, num_blocks)."""
+    heads = torch.arange(num_heads, device=block_table.device)[:, None]
+    return (block_table[:, None] * num_heads + heads).view(-1)
+
+
+@dataclass(slots=True)
 class PrefillSpan:
     """One chunk of one prompt: rows start..stop of the pass, positions num_computed.. of the sequence."""
 
     start: int
     stop: int
     num_computed_tokens: int
-    slots: Tensor  # of all the sequence's tokens up to the end of this chunk
+    block_table: Tensor  # int64 (1, num_blocks): of all the sequence's tokens up to the end of this chunk
+    _heads: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return self.num_computed_tokens + self.stop - self.start
+
+    def heads(self, num_heads: int) -> Tensor:
+        if num_heads not in self._heads:
+            self._heads[num_heads] = _heads_of(self.block_table, num_heads)
+        return self._heads[num_heads]
 
 
 @dataclass(slots=True)
@@ -47,15 +95,21 @@ class DecodeGroup:
     stop: int
     block_table: Tensor  # int64 (num_sequences, num_blocks), padded with block 0
     lengths: list[int]  # tokens of each sequence, the new one included
+    _heads: dict[int, Tensor] = field(default_factory=dict)
     _mask_by_window: dict[int | None, Tensor | None] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor | None:
-        """bool (num_sequences, 1, 1, max_length): what each new token sees; None where it sees all."""
+    def heads(self, num_heads: int) -> Tensor:
+        if num_heads not in self._heads:
+            self._heads[num_heads] = _heads_of(self.block_table, num_heads)
+        return self._heads[num_heads]
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """(num_sequences, 1, 1, max_length), 0 for what each new token sees and -inf; None where it sees all."""
         if window not in self._mask_by_window:
-            self._mask_by_window[window] = self._make_mask(window)
+            self._mask_by_window[window] = self._make_mask(window, dtype)
         return self._mask_by_window[window]
 
-    def _make_mask(self, window: int | None) -> Tensor | None:
+    def _make_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         longest = max(self.lengths)
         if min(self.lengths) == longest and (window is None or longest <= window):
             return None
@@ -64,35 +118,49 @@ class DecodeGroup:
         mask = positions < lengths
         if window is not None:
             mask &= positions >= lengths - window
-        return mask[:, None, None]
+        return _as_scores(mask[:, None, None], dtype)
 
 
 @dataclass(slots=True)
 class AttentionContext:
-    """What one pass tells every layer. The masks are made once, by the first layer that needs them."""
+    """What one pass tells every layer. Masks and row numbers are made once, by the first layer that needs them."""
 
-    layers: list[LayerCache]
-    block_size: int
-    slots: Tensor  # int64 (num_tokens,): where each new token's key and value go
+    layers: list[BlockCache]
+    slots: Tensor  # int64 (num_tokens,): block * block_size + offset, where each new token's key and value go
     decodes: list[DecodeGroup]
     prefills: list[PrefillSpan]
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+    _rows: dict[int, Tensor] = field(default_factory=dict)
 
-    def prefill_mask(self, number: int, window: int | None) -> Tensor | None:
-        """bool (num_new, length) of prompt chunk `number`; None where plain causal attention says the same."""
+    def rows(self, num_heads: int) -> Tensor:
+        """Where BlockCache.write puts the new tokens."""
+        if num_heads not in self._rows:
+            block_size = self.layers[0].block_size
+            block, offset = self.slots // block_size, self.slots % block_size
+            heads = torch.arange(num_heads, device=self.slots.device)
+            self._rows[num_heads] = (block[:, None] * num_heads + heads).mul_(block_size).add_(offset[:, None]).view(-1)
+        return self._rows[num_heads]
+
+    def prefill_mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """(num_new, length) of prompt chunk `number`, 0 and -inf; None where plain causal attention says the same."""
         if (number, window) not in self._masks:
-            self._masks[number, window] = _causal_mask(self.prefills[number], window, self.slots.device)
+            self._masks[number, window] = _causal_mask(self.prefills[number], window, dtype)
         return self._masks[number, window]
 
 
-def _causal_mask(span: PrefillSpan, window: int | None, device: torch.device) -> Tensor | None:
-    length = span.num_computed_tokens + span.stop - span.start
-    if not span.num_computed_tokens and (window is None or length <= window):
+def _causal_mask(span: PrefillSpan, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    device = span.block_table.device
+    if not span.num_computed_tokens and (window is None or span.length <= window):
         return None
-    query = torch.arange(span.num_computed_tokens, length, device=device)[:, None]
-    key = torch.arange(length, device=device)
+    query = torch.arange(span.num_computed_tokens, span.length, device=device)[:, None]
+    key = torch.arange(span.length, device=device)
     mask = key <= query
-    return mask if window is None else mask & (key > query - window)
+    return _as_scores(mask if window is None else mask & (key > query - window), dtype)
+
+
+def _as_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the kernels would make of a mask of booleans, again in every layer."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,25 +196,30 @@ def paged_attention(
     assert attention_mask is None
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
     scoring = Scoring(scale, sliding_window, softcap, s_aux)
-    layer = ctx.layers[module.layer_idx]  # type: ignore[index]
-    layer.write(ctx.slots, key, value)
-    outputs = [_attend_decodes(layer, query, ctx, group, scoring) for group in ctx.decodes]
+    outputs = attend(ctx.layers[module.layer_idx], query, key, value, ctx, scoring)  # type: ignore[index]
+    return outputs[None], None
+
+
+def attend(
+    layer: BlockCache, query: Tensor, key: Tensor, value: Tensor, ctx: AttentionContext, scoring: Scoring
+) -> Tensor:
+    """Write the new keys and values, then look: (num_tokens, num_heads, value_dim). Shapes as the modules have them."""
+    layer.write(ctx.rows(key.shape[1]), key, value)
+    outputs = [_attend_decodes(layer, query, group, scoring) for group in ctx.decodes]
     for number, span in enumerate(ctx.prefills):
         outputs.append(_attend_prefill(layer, query, key, value, ctx, number, span, scoring))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _attend_decodes(
-    layer: LayerCache, query: Tensor, ctx: AttentionContext, group: DecodeGroup, scoring: Scoring
-) -> Tensor:
+def _attend_decodes(layer: BlockCache, query: Tensor, group: DecodeGroup, scoring: Scoring) -> Tensor:
     """One query per sequence over its gathered blocks: (num_sequences, num_heads, value_dim)."""
-    keys = _gather_blocks(layer.keys, ctx, group)
-    values = _gather_blocks(layer.values, ctx, group)
-    num_sequences, num_kv_heads = keys.shape[:2]
+    num_sequences, num_kv_heads, longest = group.stop - group.start, layer.keys.shape[1], group.lengths[0]
+    keys, values = layer.gather(group.heads(num_kv_heads), num_sequences)
+    keys, values = keys[:, :, :longest], values[:, :, :longest]
     # The query heads that share a key head become query positions of it: nothing is repeated in memory.
     rows = query[0, :, group.start : group.stop].transpose(0, 1)
     grouped = rows.reshape(num_sequences, num_kv_heads, -1, query.shape[-1])
-    mask = group.mask(scoring.window)
+    mask = group.mask(scoring.window, query.dtype)
     if scoring.is_plain:
         output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scoring.scale)
     else:
@@ -155,17 +228,8 @@ def _attend_decodes(
     return output.reshape(num_sequences, -1, values.shape[-1])
 
 
-def _gather_blocks(cache: Tensor, ctx: AttentionContext, group: DecodeGroup) -> Tensor:
-    """(num_sequences, num_kv_heads, max_length, dim), a view of gathered memory."""
-    num_sequences, num_blocks = group.block_table.shape
-    blocks = cache.view(-1, ctx.block_size * cache.shape[1] * cache.shape[2])
-    gathered = blocks.index_select(0, group.block_table.view(-1))
-    by_sequence = gathered.view(num_sequences, num_blocks * ctx.block_size, *cache.shape[1:])
-    return by_sequence[:, : max(group.lengths)].transpose(1, 2)
-
-
 def _attend_prefill(
-    layer: LayerCache,
+    layer: BlockCache,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -177,11 +241,11 @@ def _attend_prefill(
     """One prompt chunk over its own sequence: (num_new, num_heads, value_dim)."""
     query = query[:, :, span.start : span.stop]
     if span.num_computed_tokens:
-        key = layer.keys.index_select(0, span.slots).transpose(0, 1)[None]
-        value = layer.values.index_select(0, span.slots).transpose(0, 1)[None]
+        key, value = layer.gather(span.heads(key.shape[1]), 1)
+        key, value = key[:, :, : span.length], value[:, :, : span.length]
     else:
         key, value = key[:, :, span.start : span.stop], value[:, :, span.start : span.stop]
-    mask = ctx.prefill_mask(number, scoring.window)
+    mask = ctx.prefill_mask(number, scoring.window, query.dtype)
     if scoring.is_plain:
         output = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scoring.scale, enable_gqa=True
@@ -190,7 +254,8 @@ def _attend_prefill(
         num_groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(num_groups, 1), value.repeat_interleave(num_groups, 1)
         if mask is None:
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            sees = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            mask = _as_scores(sees, query.dtype)
         sinks = None if scoring.sinks is None else scoring.sinks.view(-1, 1, 1)
         output = _attend_by_hand(query, key, value, mask, scoring, sinks)
     return output[0].transpose(0, 1)
@@ -205,7 +270,7 @@ def _attend_by_hand(
     if scoring.softcap is not None:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores + mask
     scores = scores.float()
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], -1)

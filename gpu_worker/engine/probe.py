@@ -1,6 +1,7 @@
 """Whether a model's attention can be replaced by ours, found out at load by trying: never a wrong answer later."""
 
 import inspect
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +12,16 @@ from transformers import AttentionInterface
 from gpu_worker.engine.attention import (
     ATTENTION_NAME,
     AttentionContext,
+    BlockCache,
     DecodeGroup,
     LayerCache,
     PrefillSpan,
     paged_attention,
     register,
 )
+from gpu_worker.engine.fused import FusedLlama, can_fuse
+
+log = logging.getLogger(__name__)
 
 PROBE_NAME = "celeriac_probe"
 BLOCK_SIZE = 4
@@ -52,6 +57,14 @@ class LayerShape:
         keys = torch.zeros(num_slots, *self.key_shape, dtype=self.dtype, device=device)
         return LayerCache(keys, torch.zeros(num_slots, *self.value_shape, dtype=self.dtype, device=device))
 
+    def allocate_blocks(self, num_blocks: int, block_size: int, device: torch.device) -> BlockCache:
+        """Zeroed, too."""
+        key_heads, key_dim = self.key_shape
+        value_heads, value_dim = self.value_shape
+        keys = torch.zeros(num_blocks, key_heads, block_size, key_dim, dtype=self.dtype, device=device)
+        values = torch.zeros(num_blocks, value_heads, block_size, value_dim, dtype=self.dtype, device=device)
+        return BlockCache(keys, values)
+
 
 @dataclass(slots=True)
 class Recording:
@@ -81,8 +94,7 @@ def probe_layers(model: Any, max_model_len: int, device: torch.device) -> list[L
 def _probe(model: Any, max_model_len: int, device: torch.device) -> list[LayerShape]:
     config = model.config.get_text_config()
     _check_config(config, max_model_len)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    token_ids = torch.randint(vocab_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    token_ids = _token_ids(model, device)
     model.set_attn_implementation("eager")
     expected = model(input_ids=token_ids, use_cache=False).logits[0].float()
     model.set_attn_implementation(PROBE_NAME)
@@ -92,6 +104,28 @@ def _probe(model: Any, max_model_len: int, device: torch.device) -> list[LayerSh
     model.set_attn_implementation(ATTENTION_NAME)
     _compare(_run_paged(model, shapes, token_ids, device), expected, shapes[0].dtype)
     return shapes
+
+
+@torch.inference_mode()
+def fuse(model: Any, shapes: list[LayerShape], max_model_len: int, device: torch.device) -> Any:
+    """The faster form of the model where there is one that computes the same, else the model; its probe came first."""
+    if not can_fuse(model):
+        return model
+    token_ids = _token_ids(model, device)
+    expected = _run_paged(model, shapes, token_ids, device)
+    try:
+        fused = FusedLlama(model, [shape.window for shape in shapes], max_model_len)
+        _compare(_run_paged(fused, shapes, token_ids, device), expected, shapes[0].dtype)
+    except Exception as exc:
+        # A part that is not as expected: the modules' own code knows how to run it.
+        log.warning("model runs unfused", extra={"error": repr(exc)})
+        return model
+    return fused
+
+
+def _token_ids(model: Any, device: torch.device) -> Tensor:
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(vocab_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _check_config(config: Any, max_model_len: int) -> None:
@@ -158,7 +192,7 @@ def _check_recording(recording: Recording, config: Any, max_model_len: int) -> l
 def _run_paged(model: Any, shapes: list[LayerShape], token_ids: Tensor, device: torch.device) -> Tensor:
     """All logits of the sequence, computed in chunks and decodes over blocks in reverse order."""
     num_blocks = -(-NUM_TOKENS // BLOCK_SIZE) + 1
-    layers = [shape.allocate(num_blocks * BLOCK_SIZE, device) for shape in shapes]
+    layers = [shape.allocate_blocks(num_blocks, BLOCK_SIZE, device) for shape in shapes]
     blocks = torch.arange(num_blocks - 1, 0, -1, device=device)
     slots = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=device)).view(-1)
     logits: list[Tensor] = []
@@ -166,12 +200,12 @@ def _run_paged(model: Any, shapes: list[LayerShape], token_ids: Tensor, device: 
     for size in CHUNKS:
         stop = start + size
         is_decode = size == 1
+        table = blocks[None, : -(-stop // BLOCK_SIZE)]
         ctx = AttentionContext(
             layers=layers,
-            block_size=BLOCK_SIZE,
             slots=slots[start:stop],
-            decodes=[DecodeGroup(0, 1, blocks[None, : -(-stop // BLOCK_SIZE)], [stop])] if is_decode else [],
-            prefills=[] if is_decode else [PrefillSpan(0, size, start, slots[:stop])],
+            decodes=[DecodeGroup(0, 1, table, [stop])] if is_decode else [],
+            prefills=[] if is_decode else [PrefillSpan(0, size, start, table)],
         )
         output = model(
             input_ids=token_ids[:, start:stop],

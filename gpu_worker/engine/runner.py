@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gpu_worker.engine.attention import AttentionContext, DecodeGroup, LayerCache, PrefillSpan
+from gpu_worker.engine.attention import AttentionContext, BlockCache, DecodeGroup, PrefillSpan
 from gpu_worker.engine.kv_cache import PADDING_BLOCK, BlockCopy
 from gpu_worker.engine.prompt_scoring import score_row, split_scores
 from gpu_worker.engine.sampling import Drawn, sample
@@ -88,10 +88,10 @@ def _results(rows: Rows[ScheduledRow], scores: Rows[tuple[Drawn, ...]], logits: 
 
 
 class PagedRunner(AtOnce):
-    def __init__(self, model: Any, layers: list[LayerCache], block_size: int, device: torch.device) -> None:
+    def __init__(self, model: Any, layers: list[BlockCache], device: torch.device) -> None:
         self._model = model
         self._layers = layers
-        self._block_size = block_size
+        self._block_size = layers[0].block_size
         self._device = device
 
     def copy_blocks(self, copies: Rows[BlockCopy]) -> None:
@@ -101,14 +101,13 @@ class PagedRunner(AtOnce):
         destinations = torch.tensor([copy.destination for copy in copies], device=self._device)
         for layer in self._layers:
             for cache in (layer.keys, layer.values):
-                blocks = cache.view(-1, self._block_size, *cache.shape[1:])
-                blocks[destinations] = blocks[sources]
+                cache[destinations] = cache[sources]
 
     def wipe_blocks(self, blocks: Rows[int]) -> None:
         """Zero what may hold infinities: padded reads of a neighbour multiply it by zero, and 0 * inf is not 0."""
         for layer in self._layers:
             for cache in (layer.keys, layer.values):
-                cache.view(-1, self._block_size, *cache.shape[1:])[list(blocks)] = 0
+                cache[list(blocks)] = 0
 
     def release(self, sequence: Sequence) -> None:
         """Nothing to do: the block pool owns all there is."""
@@ -149,17 +148,16 @@ class PagedRunner(AtOnce):
 
     def _context(self, rows: Rows[ScheduledRow], num_decodes: int) -> AttentionContext:
         decodes = [row.sequence for row in rows[:num_decodes]]
-        slots = [self._slot(sequence) for sequence in decodes]
+        slots = [self._slot(sequence, sequence.num_computed_tokens) for sequence in decodes]
         prefills: list[PrefillSpan] = []
         for row in rows[num_decodes:]:
-            start = row.sequence.num_computed_tokens
-            all_slots = self._slots(row.sequence, start + row.num_new_tokens)
-            new_slots = all_slots[start:]
-            prefills.append(PrefillSpan(len(slots), len(slots) + len(new_slots), start, all_slots))
-            slots += new_slots.tolist()
+            sequence, start, num_rows = row.sequence, row.sequence.num_computed_tokens, len(slots)
+            stop = start + row.num_new_tokens
+            blocks = torch.tensor([sequence.block_ids[: -(-stop // self._block_size)]], device=self._device)
+            prefills.append(PrefillSpan(num_rows, num_rows + row.num_new_tokens, start, blocks))
+            slots += [self._slot(sequence, position) for position in range(start, stop)]
         return AttentionContext(
             layers=self._layers,
-            block_size=self._block_size,
             slots=torch.tensor(slots, device=self._device),
             decodes=self._decode_groups(decodes),
             prefills=prefills,
@@ -177,13 +175,9 @@ class PagedRunner(AtOnce):
         num_blocks = self._num_blocks(sequences[0])
         return torch.tensor([self._padded_blocks(s, num_blocks) for s in sequences], device=self._device)
 
-    def _slot(self, sequence: Sequence) -> int:
-        number, offset = divmod(sequence.num_computed_tokens, self._block_size)
+    def _slot(self, sequence: Sequence, position: int) -> int:
+        number, offset = divmod(position, self._block_size)
         return sequence.block_ids[number] * self._block_size + offset
-
-    def _slots(self, sequence: Sequence, num_tokens: int) -> Tensor:
-        blocks = torch.tensor(sequence.block_ids, device=self._device)[:, None] * self._block_size
-        return (blocks + torch.arange(self._block_size, device=self._device)).view(-1)[:num_tokens]
 
     def _num_blocks(self, sequence: Sequence) -> int:
         return sequence.num_computed_tokens // self._block_size + 1

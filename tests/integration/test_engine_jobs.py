@@ -301,17 +301,18 @@ class Tripwire(Exception):
 
 
 @pytest.fixture
-def trapped_token(monkeypatch: pytest.MonkeyPatch) -> int:
+def trapped_token(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> int:
     """A token that makes the whole forward pass fail whenever it is among the inputs."""
     token_id = 301
-    forward = MODEL.forward
+    runner: Any = engine._runner
+    forward = runner._model
 
     def guarded(input_ids: Tensor, **arguments: Any) -> Any:
         if (input_ids == token_id).any():
             raise Tripwire
         return forward(input_ids=input_ids, **arguments)
 
-    monkeypatch.setattr(MODEL, "forward", guarded)
+    monkeypatch.setattr(runner, "_model", guarded)
     return token_id
 
 

@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from transformers import FalconConfig
 
 from domain.catalog import Catalog
-from gpu_worker.engine.backends.transformers import TransformersBackend
-from gpu_worker.engine.loading import eos_token_ids
+from gpu_worker.engine.backends.transformers import TransformersBackend, build_engine
+from gpu_worker.engine.fused import FusedLlama
+from gpu_worker.engine.loading import eos_token_ids, load_model
 from settings import ROOT
 from tests.engine_driver import (
+    CPU,
     EOS_TOKEN_ID,
     VOCAB_SIZE,
     Collected,
@@ -58,14 +60,28 @@ def test_a_folder_is_loaded_and_runs(model_folder: Path) -> None:
 
 
 def test_weights_keep_their_values_in_the_layout_that_is_fast_here(model_folder: Path) -> None:
-    backend = TransformersBackend(make_spec(path=str(model_folder)))
-    model = backend._engine._runner._model  # type: ignore[attr-defined]
+    spec = make_spec(path=str(model_folder))
+    model = load_model(spec, CPU)
+    engine = build_engine(spec, model, TOKENIZER, CPU)
+    assert isinstance(engine._runner._model, FusedLlama)  # type: ignore[attr-defined]
     stored = load_file(model_folder / "model.safetensors")
     assert torch.equal(model.lm_head.weight, stored["model.embed_tokens.weight"])
     weight = model.model.layers[0].mlp.up_proj.weight
     assert torch.equal(weight, stored["model.layers.0.mlp.up_proj.weight"])
-    assert weight.t().is_contiguous()
+    assert weight.stride(0) == 1
+    assert (
+        weight.untyped_storage().data_ptr() == model.model.layers[0].mlp.gate_proj.weight.untyped_storage().data_ptr()
+    )
     assert model.model.embed_tokens.weight.is_contiguous()
+
+
+def test_a_model_that_is_not_what_its_type_says_keeps_its_own_code(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model()
+    mlp = model.model.layers[1].mlp
+    mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+    engine = make_engine(model)
+    assert engine._runner._model is model  # type: ignore[attr-defined]
+    assert "runs unfused" in caplog.text
 
 
 def test_foreign_code_is_refused_unless_trusted(model_folder: Path) -> None:

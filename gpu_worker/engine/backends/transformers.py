@@ -27,7 +27,7 @@ from gpu_worker.engine.loading import (
     vocab_size,
 )
 from gpu_worker.engine.loop import Engine
-from gpu_worker.engine.probe import LayerShape, NotPageable, probe_layers
+from gpu_worker.engine.probe import LayerShape, NotPageable, fuse, probe_layers
 from gpu_worker.engine.prompt_scoring import max_num_scored_tokens
 from gpu_worker.engine.runner import PagedRunner, Runner, SequentialRunner
 from gpu_worker.engine.scheduler import Scheduler
@@ -93,14 +93,15 @@ def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torc
 def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device) -> tuple[Runner, Scheduler]:
     block_size = BLOCK_SIZE_BY_DEVICE[device.type]
     num_blocks = -(-_count_cache_tokens(spec, shapes, device) // block_size) + 1  # and the one that pads tables
-    layers = [shape.allocate(num_blocks * block_size, device) for shape in shapes]
+    layers = [shape.allocate_blocks(num_blocks, block_size, device) for shape in shapes]
     scheduler = Scheduler(
         BlockPool(num_blocks, block_size),
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.max_num_batched_tokens,
         max_num_scored_tokens=max_num_scored_tokens(vocab_size(model)),
     )
-    return PagedRunner(model, layers, block_size, device), scheduler
+    forward = fuse(model, shapes, spec.max_model_len, device) if device.type == "cpu" else model
+    return PagedRunner(forward, layers, device), scheduler
 
 
 def _sequential(spec: ModelSpec, model: Any, device: torch.device) -> tuple[Runner, Scheduler]:
