@@ -1,0 +1,132 @@
+"""llama.cpp as a peer: continuous batches through its batch API, as many sequences as the engine runs.
+
+Needs `pip install llama-cpp-python gguf` (it compiles llama.cpp for this machine, some minutes).
+"""
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import llama_cpp
+import numpy as np
+import torch
+
+from bench.gguf_weights import write_gguf
+
+NUM_BATCHED_TOKENS = 512
+
+_silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+
+
+class Asked(Protocol):
+    """What a sequence needs of a request."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def prompt(self) -> list[int]: ...
+
+    @property
+    def num_new_tokens(self) -> int: ...
+
+
+@dataclass(slots=True)
+class Running:
+    request: Asked
+    slot: int
+    token_ids: list[int]  # prompt and output
+    num_computed: int = 0
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.token_ids) == len(self.request.prompt) + self.request.num_new_tokens
+
+
+class LlamaCpp:
+    """Greedy, as many threads as torch has."""
+
+    def __init__(self, model: Any, slots: int, max_model_len: int) -> None:
+        llama_cpp.llama_log_set(_silent, None)
+        llama_cpp.llama_backend_init()
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            write_gguf(model, path)
+            parameters = llama_cpp.llama_model_default_params()
+            parameters.use_mmap = False
+            self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        assert self._model is not None
+        self._vocab_size = model.config.vocab_size
+        self._context = llama_cpp.llama_init_from_model(self._model, _context_parameters(slots, max_model_len))
+        assert self._context is not None
+        self._batch = llama_cpp.llama_batch_init(NUM_BATCHED_TOKENS, 0, 1)
+        self._free = list(range(slots))
+        self.running: list[Running] = []
+
+    def close(self) -> None:
+        llama_cpp.llama_batch_free(self._batch)
+        llama_cpp.llama_free(self._context)
+        llama_cpp.llama_model_free(self._model)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def add(self, request: Asked) -> None:
+        self.running.append(Running(request, self._free.pop(), list(request.prompt)))
+
+    def step(self) -> list[Running]:
+        """The next token of every decoding sequence and chunks of prompts; returns those that got a token."""
+        self._batch.n_tokens = 0
+        drawing: list[Running] = []
+        for sequence in sorted(self.running, key=lambda s: len(s.token_ids) - s.num_computed):
+            if self._put(sequence):
+                drawing.append(sequence)
+        status = llama_cpp.llama_decode(self._context, self._batch)
+        assert status == 0, status
+        for sequence, token_id in zip(drawing, self._argmax(len(drawing)), strict=True):
+            sequence.token_ids.append(token_id)
+            if sequence.is_done:
+                self._leave(sequence)
+        return drawing
+
+    def _put(self, sequence: Running) -> bool:
+        """As much of the sequence as there is room for; True where its last token is among it."""
+        batch, start = self._batch, sequence.num_computed
+        stop = min(len(sequence.token_ids), start + NUM_BATCHED_TOKENS - batch.n_tokens)
+        for position in range(start, stop):
+            row = batch.n_tokens
+            batch.token[row] = sequence.token_ids[position]
+            batch.pos[row] = position
+            batch.n_seq_id[row] = 1
+            batch.seq_id[row][0] = sequence.slot
+            batch.logits[row] = position == len(sequence.token_ids) - 1
+            batch.n_tokens += 1
+        sequence.num_computed = stop
+        return bool(start < stop == len(sequence.token_ids))
+
+    def _argmax(self, num_rows: int) -> list[int]:
+        if not num_rows:
+            return []
+        address = ctypes.cast(llama_cpp.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float))
+        best: list[int] = np.ctypeslib.as_array(address, (num_rows, self._vocab_size)).argmax(-1).tolist()
+        return best
+
+    def _leave(self, sequence: Running) -> None:
+        self.running.remove(sequence)
+        self._free.append(sequence.slot)
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), sequence.slot, -1, -1)
+
+
+def _context_parameters(slots: int, max_model_len: int) -> Any:
+    """What is fastest here: one cache for all sequences, keys and values in float16, its default. In float32, as
+    everybody else's, it takes up to twice as long."""
+    parameters = llama_cpp.llama_context_default_params()
+    parameters.n_ctx = slots * max_model_len
+    parameters.n_seq_max = slots
+    parameters.n_batch = parameters.n_ubatch = NUM_BATCHED_TOKENS
+    parameters.n_threads = parameters.n_threads_batch = torch.get_num_threads()
+    parameters.kv_unified = True
+    return parameters
