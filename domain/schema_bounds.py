@@ -53,6 +53,7 @@ def check_schema(schema: JsonSchema) -> None:
     for subschema, place in _subschemas(schema):
         _check_keywords(subschema, place)
         _check_counts(subschema, place)
+        _check_least_properties(subschema, place)
         _check_reference(subschema, place)
         for pattern in _patterns(subschema):
             check_regex(pattern, f"the pattern at {place}")
@@ -133,6 +134,17 @@ def _check_counts(schema: JsonSchema, place: str) -> None:
         count = schema.get(keyword)
         if isinstance(count, int | float) and count > MAX_REPEAT:
             raise ValueError(f"{keyword} at {place} is {count}; at most {MAX_REPEAT} are taken: lower it")
+
+
+def _check_least_properties(schema: JsonSchema, place: str) -> None:
+    """Names that the schema does not list may come twice in the output, and would count once."""
+    least, required = schema.get("minProperties"), schema.get("required")
+    num_required = len(required) if isinstance(required, list) else 0
+    if isinstance(least, int | float) and least > max(1, num_required):
+        raise ValueError(
+            f"minProperties at {place} is {least}, more than the {num_required} required properties; "
+            "name those that must be there in required"
+        )
 
 
 def _check_reference(schema: JsonSchema, place: str) -> None:

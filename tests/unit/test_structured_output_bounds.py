@@ -65,6 +65,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"json_schema": {"properties": {"a": {"maxLength": 1e9}}}}, "json_schema", "#/properties/a"),
     ({"json_schema": {"pattern": "a" * 513}}, "json_schema", "513 characters"),
     ({"json_schema": {"patternProperties": {"a{1,5000}": True}}}, "json_schema", "{1,5000}"),
+    ({"json_schema": {"type": "object", "minProperties": 2}}, "json_schema", "minProperties at # is 2"),
     ({"json_schema": {"type": "array", "uniqueItems": True}}, "json_schema", "uniqueItems"),
     ({"json_schema": {"not": {}}}, "json_schema", "'not' at #"),
     ({"json_schema": {"if": {}, "then": {}}}, "json_schema", "'if' at #"),
