@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAX_REMEMBERED = 4_096  # verdicts, of at most a few hundred bytes
 MAX_WAITING = 32
 WAIT_SECONDS = 5.0  # for the process to be free
-JUDGE_SECONDS = 3.0  # by the clock; the process limits itself to one second of CPU time
+JUDGE_SECONDS = 5.0  # by the clock, on a busy machine; the process limits itself to half a second of CPU time
 START_SECONDS = 30.0  # for Python and, at the first grammar of a model, its tokenizer
 MAX_ANSWER_BYTES = 65_536
 

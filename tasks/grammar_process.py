@@ -16,7 +16,7 @@ from llguidance import LLMatcher, LLTokenizer
 from domain.structured_output import StructuredOutput
 from tasks.grammars import error_of, in_short, make_grammar_tokenizer, make_matcher
 
-CPU_SECONDS = 1.0  # for one grammar: the engine compiles it once more, and its batch waits meanwhile
+CPU_SECONDS = 0.5  # for one grammar: the engine compiles it once more, and its batch waits meanwhile
 MAX_MASK_SECONDS = 0.1
 MEMORY_BYTES = 256 * 2**20  # for one grammar, on top of the tokenizers
 NUM_STEPS = 32  # of a walk through the grammar: what fails or stalls there would fail a job

@@ -50,7 +50,7 @@ class Grammars:
         self._known = words_of(range(vocab_size), vocab_size)  # a tokenizer may have tokens that its model has not
 
     def start(self, output: StructuredOutput) -> Grammar:
-        """The beginning of the grammar. Raises UnsupportedParameter or InvalidRequest; takes up to a second for a
+        """The beginning of the grammar. Raises UnsupportedParameter or InvalidRequest; takes up to half a second for a
         grammar that was not seen of late."""
         if self._tokenizer is None:
             raise UnsupportedParameter("the model cannot follow a structured output", param="params.structured_output")

@@ -38,12 +38,19 @@ class TokenMasks:
     def _banned(self, logits: Tensor) -> Tensor:
         """Bool, (num_rows, num_tokens), on the device of the logits: to a GPU the bits travel packed."""
         num_tokens = min(logits.shape[1], self.words.shape[1] * BITS)
-        if logits.device.type == "cpu":
-            bits = np.unpackbits(self.words.view(np.uint8), axis=1, bitorder="little")
-            return torch.from_numpy(bits)[:, :num_tokens] == 0
-        words = torch.from_numpy(self.words).to(logits.device)
-        bits_of_words = words[:, :, None] >> torch.arange(BITS, dtype=torch.int32, device=logits.device)
-        return (bits_of_words & 1).flatten(1)[:, :num_tokens] == 0
+        bits = bits_on_cpu(self.words) if logits.device.type == "cpu" else bits_on_device(self.words, logits.device)
+        return bits[:, :num_tokens] == 0
+
+
+def bits_on_cpu(words: NDArray[np.int32]) -> Tensor:
+    """Ones and zeros, (num_rows, num_tokens), by numpy, which has an instruction for it."""
+    return torch.from_numpy(np.unpackbits(words.view(np.uint8), axis=1, bitorder="little"))
+
+
+def bits_on_device(words: NDArray[np.int32], device: torch.device) -> Tensor:
+    """The same, unpacked where they are used."""
+    shifts = torch.arange(BITS, dtype=torch.int32, device=device)
+    return ((torch.from_numpy(words).to(device)[:, :, None] >> shifts) & 1).flatten(1)
 
 
 def token_masks(sequences: Rows[Sequence]) -> TokenMasks | None:
