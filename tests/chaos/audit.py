@@ -74,6 +74,7 @@ class Change:
 
 def install(connection: "psycopg.Connection[Any]") -> None:
     connection.execute(TRIGGERS)
+    connection.execute(ENDPOINT)
 
 
 def read_changes(connection: "psycopg.Connection[Any]") -> list[Change]:
@@ -86,6 +87,25 @@ def read_changes(connection: "psycopg.Connection[Any]") -> list[Change]:
 def read_owners(connection: "psycopg.Connection[Any]") -> dict[UUID, Owner]:
     """Who the owners of leases were."""
     return {id_: Owner(name, at) for id_, name, at in connection.execute("SELECT id, name, at FROM chaos_workers")}
+
+
+#: An endpoint that hears of every end, at a name that no resolver knows: what is judged is what was written down.
+ENDPOINT = """
+INSERT INTO webhook_endpoints (id, tenant_id, name, url, event_types, secret)
+SELECT gen_random_uuid(), id, 'chaos', 'https://chaos.invalid/hook',
+    '{job.completed,job.failed,job.cancelled,job.expired}', 'whsec_Y2hhb3M=' FROM tenants"""
+UNTOLD = """
+SELECT j.id, j.status, count(d.id) FROM jobs j LEFT JOIN webhook_deliveries d
+    ON d.event_id = j.id AND d.type = 'job.' || j.status
+WHERE j.finished_at IS NOT NULL GROUP BY j.id HAVING count(d.id) <> 1"""
+
+
+def judge_webhooks(connection: "psycopg.Connection[Any]") -> list[Violation]:
+    """Every end was written down once for the endpoint that `install` made."""
+    rows = connection.execute(UNTOLD).fetchall()
+    return [
+        Violation("end not told once", external_id(id_), f"{status}, {number} webhooks") for id_, status, number in rows
+    ]
 
 
 def judge_changes(changes: Sequence[Change]) -> Iterator[Violation]:

@@ -21,8 +21,10 @@ def judge_run(plant: Plant, histories: Sequence[History], struck: Sequence[Struc
     with plant.connect() as connection:
         stored = read_stored(connection)
         changes, owners = audit.read_changes(connection), audit.read_owners(connection)
+        untold = audit.judge_webhooks(connection)
     verdict = judge(histories, stored)
     verdict.violations += audit.judge_changes(changes)
+    verdict.violations += untold
     verdict.violations += _judge_known_answers(histories)
     faults = Counter(fault.kind for fault in struck if fault.target)
     # A job of the real model waits for its only worker to come back; takeovers are about the model that several serve.

@@ -2,6 +2,7 @@
 
 from uuid import uuid4
 
+import psycopg
 import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
@@ -12,6 +13,7 @@ from domain.webhooks import EVENT_TYPES, new_secret
 from storage import jobs
 from storage.tables import DEFAULT_TENANT_ID
 from storage.webhook_tables import WebhookDelivery, WebhookEndpoint
+from tests.chaos import audit
 from tests.conftest import MakeJob, MakeTenant
 from tests.integration.test_storage_transitions import (
     CHANGES,
@@ -121,3 +123,16 @@ def test_an_accepted_job_keeps_whom_to_tell(session_factory: sessionmaker[Sessio
     jobs.cancel(session, told.id, told.tenant_id)
     session.commit()
     assert written(session) == [(URL, "job.cancelled", False)]
+
+
+def test_the_chaos_audit_misses_no_end_that_was_not_told(
+    session: Session, make_job: MakeJob, database_url: str
+) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        audit.install(connection)
+        job = make_job()
+        jobs.cancel(session, job.id, job.tenant_id)
+        session.commit()
+        assert audit.judge_webhooks(connection) == []
+        connection.execute("DELETE FROM webhook_deliveries")
+        assert [violation.kind for violation in audit.judge_webhooks(connection)] == ["end not told once"]

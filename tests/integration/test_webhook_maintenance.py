@@ -1,0 +1,41 @@
+"""The maintenance worker sends webhooks, and ends when it is told to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from domain.webhooks import DeliveryStatus
+from storage import jobs
+from storage.webhook_tables import WebhookDelivery
+from tests.conftest import MakeJob
+from tests.integration.api_harness import until
+from tests.webhook_receiver import receiving
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_the_maintenance_worker_sends_webhooks(
+    session: Session, make_job: MakeJob, database_url: str, redis_url: str
+) -> None:
+    environment = os.environ | {
+        "CELERIAC_DATABASE_URL": database_url,
+        "CELERIAC_REDIS_URL": redis_url,
+        "CELERIAC_WEBHOOK_PRIVATE_TARGETS": "true",
+    }
+    with receiving() as receiver:
+        job = make_job(webhook_url=receiver.url(), webhook_statuses=["cancelled"])
+        jobs.cancel(session, job.id, job.tenant_id)
+        session.commit()
+        command = [str(Path(sys.executable).with_name("celeriac")), "maintenance"]
+        worker = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+        try:
+            until(lambda: receiver.received, seconds=60)
+        finally:
+            worker.terminate()
+            assert worker.wait(timeout=40) == 0
+    delivery = session.scalars(select(WebhookDelivery)).one()
+    assert delivery.status is DeliveryStatus.DELIVERED  # recorded, though the worker was told to end
