@@ -37,6 +37,8 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(default=15.0, gt=0)  # renewed by every chunk, else every third of it
     lease_grace_seconds: float = Field(default=2.0, ge=0)  # how long past its lease a job is left before rescue
     max_failures: int = Field(default=3, ge=0)  # lost or crashed attempts before a job fails for good
+    max_poison_jobs_per_hour: int = Field(default=3, ge=0)  # of one tenant; beyond it all of its jobs run alone
+    stall_seconds: float = Field(default=60.0, gt=0)  # no token though the lease is renewed; in prefill, 10 times
     flush_min_seconds: float = Field(default=0.05, gt=0)  # between two chunk commits of the running batch
     flush_max_seconds: float = Field(default=0.5, gt=0)
     dispatch_window_factor: float = Field(default=2.0, gt=0)  # messages per queue = this times the live slots

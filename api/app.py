@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import HTMLResponse, JSONResponse
 
-from api import health, jobs, queue, webhook_deliveries, webhook_endpoints
+from api import dead_letters, health, jobs, queue, webhook_deliveries, webhook_endpoints
 from api.deps import private_router
 from api.errors import register_error_handlers
 from api.middleware import BodyLimit, RequestContext
@@ -42,7 +42,7 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
     register_error_handlers(app)
-    for module in (jobs, webhook_endpoints, webhook_deliveries, chat, models, queue, health):
+    for module in (jobs, dead_letters, webhook_endpoints, webhook_deliveries, chat, models, queue, health):
         app.include_router(module.router)
     app.include_router(health.public)
     _add_documentation(app)

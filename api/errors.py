@@ -58,6 +58,8 @@ HTTP_BY_CODE: dict[str, HttpError] = {
     "unsupported_parameter": HttpError(400, "invalid_request_error"),
     "invalid_cursor": HttpError(400, "invalid_request_error"),
     "idempotency_key_reused": HttpError(422, "invalid_request_error"),
+    "poison_request": HttpError(422, "invalid_request_error"),
+    "job_not_retryable": HttpError(422, "invalid_request_error"),
     "request_too_large": HttpError(413, "invalid_request_error"),
     "unsupported_media_type": HttpError(415, "invalid_request_error"),
     "method_not_allowed": HttpError(405, "invalid_request_error"),

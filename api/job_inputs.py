@@ -20,7 +20,7 @@ _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,9})\"?", re.IGNORECASE)
 
 class WaitQuery(QueryModel):
     wait: int = Field(default=0, ge=0, le=MAX_WAIT_SECONDS, description="Seconds to wait for the end of the job.")
-    include: str = Field(default="", description="input, output: what to add; output while the job runs is partial.")
+    include: str = Field(default="", description="input, output, attempts; output of a running job is partial.")
 
 
 class EventsQuery(QueryModel):

@@ -3,7 +3,7 @@
 Views are built as plain dicts and dumped once; `JobView` is their published schema, which a test holds them to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +16,7 @@ from domain.requests import GenerationRequest, GenerationResult
 from domain.webhook_urls import MAX_URL_BYTES
 from storage.job_queries import JobRecord
 from storage.jobs import NewJob
-from storage.tables import Job
+from storage.tables import Job, JobAttempt
 from tasks.submit import JobOptions
 
 WEEK_SECONDS = 604_800
@@ -124,6 +124,17 @@ class UrlsView(View):
     cancel: str
 
 
+class AttemptView(View):
+    attempt: int
+    worker_id: str
+    worker: str | None = Field(description="Its name, where it had reported itself.")
+    started_at: datetime
+    ended_at: datetime | None = Field(description="Null: it runs.")
+    outcome: str | None = Field(description="completed, failed, cancelled, expired, released, lost, crashed, stalled.")
+    error_code: str | None
+    num_tokens: int = Field(description="Committed by this attempt.")
+
+
 class JobView(View):
     """A job. `output` is there once it is terminal: whole, or partial for a cancelled or expired one."""
 
@@ -145,8 +156,18 @@ class JobView(View):
     output: OutputView | None
     error: JobErrorView | None
     metadata: dict[str, str]
+    retry_of: str | None = Field(description="The ended job that this one repeats.")
     urls: UrlsView
+    attempts: list[AttemptView] | None = Field(default=None, description="Only with include=attempts.")
     input: dict[str, Any] | None = Field(default=None, description="Only with include=input.")
+
+
+class DeadLetterListView(View):
+    object: Literal["list"]
+    data: list[JobView]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class JobListView(View):
@@ -184,6 +205,7 @@ def new_job_view(new_job: NewJob, created_at: datetime, queue: Mapping[str, obje
         "output": None,
         "error": None,
         "metadata": new_job.metadata,
+        "retry_of": new_job.retry_of and external_id(new_job.retry_of),
         "urls": urls_of(job_id),
     }
 
@@ -210,11 +232,35 @@ def job_view(record: JobRecord, queue: Mapping[str, object] | None = None) -> di
         "output": output_view(record.result),
         "error": job_error_body(job.error) if job.error is not None else None,
         "metadata": job.job_metadata,
+        "retry_of": job.retry_of and external_id(job.retry_of),
         "urls": urls_of(job_id),
     }
     if record.request is not None:
         view["input"] = record.request.model_dump(mode="json")
     return view
+
+
+def attempts_view(job: Job, ended: Sequence[JobAttempt]) -> list[dict[str, object]]:
+    """Every attempt in order; the last one without an end while the job runs."""
+    attempts: list[dict[str, object]] = [
+        {
+            "attempt": one.attempt,
+            "worker_id": str(one.worker_id),
+            "worker": one.worker_name,
+            "started_at": timestamp(one.started_at),
+            "ended_at": timestamp(one.ended_at),
+            "outcome": one.outcome.value,
+            "error_code": one.error_code,
+            "num_tokens": one.num_tokens,
+        }
+        for one in ended
+    ]
+    if job.status is JobStatus.IN_PROGRESS and len(attempts) < job.attempt:
+        running = {"ended_at": None, "outcome": None, "error_code": None, "worker": None}
+        began = {"started_at": timestamp(job.attempt_started_at), "worker_id": str(job.lease_owner)}
+        num_tokens = job.num_committed_tokens - job.num_tokens_at_claim
+        attempts.append({"attempt": job.attempt, "num_tokens": num_tokens, **began, **running})
+    return attempts
 
 
 def usage_view(job: Job, result: GenerationResult | None) -> dict[str, int] | None:

@@ -22,7 +22,7 @@ from api.job_inputs import (
     preferred_wait,
     stream_cursor,
 )
-from api.job_schemas import JobBody, JobListView, JobView, job_view, new_job_view, output_view
+from api.job_schemas import JobBody, JobListView, JobView, attempts_view, job_view, new_job_view, output_view
 from api.queries import query_parameters, read_query
 from api.services import Services
 from api.sse import EventStream
@@ -30,7 +30,7 @@ from domain.errors import JobNotFound
 from domain.ids import external_id, parse_id
 from domain.jobs import JobStatus
 from observability import job_id_context, stream_resumes_total
-from storage import job_queries, jobs
+from storage import job_attempts, job_queries, jobs
 from storage.job_queries import JobRecord
 from tasks.submit import Submitted
 
@@ -62,13 +62,13 @@ async def submit_job(request: Request) -> Response:
     job_id_context.set(job_id)
     if wait_seconds:
         await services.wait_for_end(submitted.job_id, wait_seconds)
-    view = await _view_after_submit(services, tenant_id, submitted, is_waited=bool(wait_seconds))
+    view = await view_after_submit(services, tenant_id, submitted, is_waited=bool(wait_seconds))
     headers = {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id}
     if wait_seconds is not None:
         headers["preference-applied"] = f"wait={wait_seconds}"
     if not submitted.is_new:
         headers["idempotent-replayed"] = "true"
-    return _answer(view, headers, pending_status=202)
+    return answer_job(view, headers, pending_status=202)
 
 
 @router.get(
@@ -110,15 +110,18 @@ async def read_job(job_id: str, request: Request) -> Response:
     """The job as it is; with `wait`, as it is at its end or when the time is over."""
     services, tenant_id = caller_of(request)
     query = read_query(request, WaitQuery)
-    include = included(query.include, {"input", "output"})
-    record = await _find(services, job_id, tenant_id, with_request="input" in include)
+    include = included(query.include, {"input", "output", "attempts"})
+    record = await find_job(services, job_id, tenant_id, with_request="input" in include)
     if query.wait and not record.job.status.is_terminal:
         await services.wait_for_end(record.job.id, query.wait)
-        record = await _find(services, job_id, tenant_id, with_request="input" in include)
+        record = await find_job(services, job_id, tenant_id, with_request="input" in include)
     view = await _view(services, record)
     if "output" in include and record.result is None:
         view["output"] = await _partial_output(services, record.job.id)
-    return _answer(view, {"x-job-id": str(view["id"])}, pending_status=200)
+    if "attempts" in include:
+        attempts = await services.read(job_attempts.attempts_of, [record.job.id])
+        view["attempts"] = attempts_view(record.job, attempts[record.job.id])
+    return answer_job(view, {"x-job-id": str(view["id"])}, pending_status=200)
 
 
 @router.get(
@@ -132,7 +135,7 @@ async def stream_job(job_id: str, request: Request) -> Response:
     query = read_query(request, EventsQuery)
     include = included(query.include, {"token_ids"})
     cursor = stream_cursor(request.headers.get("last-event-id"), query.starting_after)
-    record = await _find(services, job_id, tenant_id, with_result=False)
+    record = await find_job(services, job_id, tenant_id, with_result=False)
     start = start_of(record.job, cursor, query.from_)
     if start is None:
         return Response(status_code=204)  # tells a browser's EventSource to stop reconnecting
@@ -159,7 +162,7 @@ async def read_output(job_id: str, request: Request) -> Response:
     """The text of one choice as text/plain, or all choices as JSON, by `Accept`; partial while the job runs."""
     services, tenant_id = caller_of(request)
     query = read_query(request, OutputQuery)
-    record = await _find(services, job_id, tenant_id)
+    record = await find_job(services, job_id, tenant_id)
     output = output_view(record.result) or await _partial_output(services, record.job.id)
     headers = {
         "x-job-id": external_id(record.job.id),
@@ -183,15 +186,15 @@ async def cancel_job(job_id: str, request: Request) -> Response:
     id_ = _parse_job_id(job_id)
     if await services.cancel(id_, tenant_id) is None:
         raise _not_found(job_id)
-    record = await _find(services, job_id, tenant_id)
-    return _answer(await _view(services, record), {"x-job-id": external_id(id_)}, pending_status=200)
+    record = await find_job(services, job_id, tenant_id)
+    return answer_job(await _view(services, record), {"x-job-id": external_id(id_)}, pending_status=200)
 
 
 @router.delete("/v1/jobs/{job_id}")
 async def delete_job(job_id: str, request: Request) -> Response:
     """Erase the job with its input, output and stream. One that runs is stopped."""
     services, tenant_id = caller_of(request)
-    record = await _find(services, job_id, tenant_id, with_result=False)
+    record = await find_job(services, job_id, tenant_id, with_result=False)
     if not await services.write(jobs.delete, record.job.id, tenant_id):
         raise _not_found(job_id)
     if record.job.status is JobStatus.IN_PROGRESS:
@@ -201,7 +204,7 @@ async def delete_job(job_id: str, request: Request) -> Response:
     return Response(orjson.dumps(deleted), media_type="application/json")
 
 
-async def _find(
+async def find_job(
     services: Services, job_id: str, tenant_id: UUID, *, with_request: bool = False, with_result: bool = True
 ) -> JobRecord:
     """Raises JobNotFound, the same for a malformed id, an unknown one and another tenant's."""
@@ -224,7 +227,7 @@ def _not_found(job_id: str) -> JobNotFound:
     return JobNotFound(f"there is no job {job_id[:64]!r}; check the id, or it may have been deleted", param="job_id")
 
 
-async def _view_after_submit(
+async def view_after_submit(
     services: Services, tenant_id: UUID, submitted: Submitted, *, is_waited: bool
 ) -> dict[str, object]:
     """Of a job just accepted, what is known without asking; it is asked for where time has passed or it is older."""
@@ -232,7 +235,7 @@ async def _view_after_submit(
         queue = services.monitor.joining(submitted.new_job.request.model)
         services.monitor.accepted(submitted.new_job.request.model)
         return new_job_view(submitted.new_job, submitted.created_at, queue)
-    record = await _find(services, external_id(submitted.job_id), tenant_id)
+    record = await find_job(services, external_id(submitted.job_id), tenant_id)
     return await _view(services, record)
 
 
@@ -248,7 +251,7 @@ async def _partial_output(services: Services, job_id: UUID) -> dict[str, object]
     return {"text": choices[0]["text"] if choices else "", "choices": choices}
 
 
-def _answer(view: dict[str, object], headers: dict[str, str], *, pending_status: int) -> Response:
+def answer_job(view: dict[str, object], headers: dict[str, str], *, pending_status: int) -> Response:
     """A job's view, with advice on when to look again while it is not finished."""
     is_terminal = view["finished_at"] is not None
     if not is_terminal:

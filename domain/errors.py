@@ -6,6 +6,8 @@ CeleriacError
 │   ├── UnsupportedParameter       unsupported_parameter
 │   └── InvalidCursor              invalid_cursor: a stream position or page cursor that cannot be
 ├── IdempotencyKeyReused           idempotency_key_reused: same key, different request
+├── PoisonRequest                  poison_request: the same request crashed an engine lately
+├── JobNotRetryable                job_not_retryable: it has not ended, or has ended well
 ├── RequestTooLarge                request_too_large
 ├── AuthenticationFailed           invalid_api_key
 ├── PermissionDenied               permission_denied
@@ -59,6 +61,14 @@ class InvalidCursor(InvalidRequest):
 
 class IdempotencyKeyReused(CeleriacError):
     code = "idempotency_key_reused"
+
+
+class PoisonRequest(CeleriacError):
+    code = "poison_request"
+
+
+class JobNotRetryable(CeleriacError):
+    code = "job_not_retryable"
 
 
 class RequestTooLarge(CeleriacError):

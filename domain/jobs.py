@@ -45,6 +45,19 @@ class Lane(StrEnum):
     ISOLATED = "isolated"  # suspected of crashing an engine: runs alone
 
 
+class AttemptOutcome(StrEnum):
+    """How one attempt ended. Only the first four end the job, too, as a matter of course."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"  # the engine gave the job up
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    RELEASED = "released"  # given back uncharged: the worker drained, or had to stop
+    LOST = "lost"  # the lease lapsed
+    CRASHED = "crashed"  # the engine died
+    STALLED = "stalled"  # the lease was renewed, but no token came for too long
+
+
 class FinishReason(StrEnum):
     """Why one sequence stopped."""
 

@@ -130,6 +130,7 @@ class RunnerLoop:
         if self._is_draining and now > (self._drain_deadline or 0.0):
             self._batch.release_all()
         self._take_jobs_in(now)
+        self._batch.start_suspects()
         self._batch.fence(now)
         self._batch.flush_due(now)
         self._report_worker(now)

@@ -94,8 +94,24 @@ class RunningBatch:
             self._isolated = job
         elif self._supervisor.ready is None and not job.is_over:
             self.release([job])  # the engine died while the claim was under way
-        elif not job.is_over:  # else only its finalisation was missing; the next flush brings it
+        elif not job.is_over and not job.is_suspect:  # else only its finalisation was missing; the next flush brings it
             self._run(job)
+
+    def start_suspects(self) -> None:
+        """Let those run that were in an engine which crashed, one cohort at a time: another crash then halves the set
+        of suspects. The others wait, out of the engine, until these have ended or proven themselves."""
+        waiting = [job for job in self._jobs.values() if self._is_waiting_suspect(job)]
+        if not waiting or self._supervisor.ready is None:
+            return
+        running = [job for job in self._jobs.values() if job.is_in_engine and job.is_suspect]
+        cohort = (running or waiting)[0].cohort
+        for job in waiting:
+            if job.cohort == cohort:
+                self._run(job)
+
+    def _is_waiting_suspect(self, job: RunningJob) -> bool:
+        is_standard = job.claimed.lane is Lane.STANDARD
+        return is_standard and job.is_suspect and not job.is_in_engine and not job.is_ending
 
     def _run(self, job: RunningJob) -> None:
         job.is_in_engine = True
@@ -219,7 +235,11 @@ class RunningBatch:
         is_alone = self._isolated is not None and lost == [self._isolated]
         if is_alone and exit_.is_outside_kill:
             weight_by_job_id = dict.fromkeys(weight_by_job_id, 0)  # alone and accused means guilty: it is not accused
-        self._supervisor.note_crash(is_explained=is_alone and any(weight_by_job_id.values()))
+        self._supervisor.note_crash(
+            is_explained=is_alone and any(weight_by_job_id.values()),
+            suspects=frozenset(job_id for job_id, weight in weight_by_job_id.items() if weight),
+            is_outside_kill=exit_.is_outside_kill,
+        )
         logger.error("the engine ended: %s", exit_.description, extra={"num_jobs": len(lost)})
         if self._supervisor.is_crash_looping:
             self.release(lost)  # it is the worker, not the jobs

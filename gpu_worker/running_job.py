@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import monotonic
+from zlib import crc32
 
 from domain.chunks import TokenChunk, TokenLogprob
 from domain.errors import CeleriacError, DeadlineExceeded
@@ -11,6 +12,7 @@ from domain.jobs import FinishReason, JobError, JobStatus, Usage
 from domain.requests import GenerationResult, ResultChoice, best_choices
 from gpu_worker.frames import AddJob, JobFailed, SequenceOutput
 from storage.jobs import ClaimedJob, Finalisation
+from storage.jobs_sql import PROVEN_TOKENS
 
 #: How a job ends that was cut off; the first one that any of its sequences bears.
 STATUS_BY_REASON = {FinishReason.DEADLINE: JobStatus.EXPIRED, FinishReason.CANCELLED: JobStatus.CANCELLED}
@@ -85,6 +87,22 @@ class RunningJob:
             self.sequences[chunk.index].append(chunk)
             self.last_sequence_number = chunk.sequence_number
             self._prompt_logprobs = self._prompt_logprobs or chunk.prompt_logprobs
+        self._num_inherited_tokens = self.num_completion_tokens
+
+    @property
+    def is_suspect(self) -> bool:
+        """It was in an engine that crashed, and has not shown since that it can run."""
+        num_new = self.num_completion_tokens + self._num_pending_tokens - self._num_inherited_tokens
+        return self.claimed.num_suspicions > 0 and not self.is_over and num_new < PROVEN_TOKENS
+
+    @property
+    def cohort(self) -> int:
+        """Which half of the suspects it runs with: drawn anew for every attempt."""
+        return crc32(self.id.bytes + self.attempt.to_bytes(4, "big")) & 1
+
+    @property
+    def _num_pending_tokens(self) -> int:
+        return sum(len(sequence.pending_token_ids) for sequence in self.sequences)
 
     @property
     def num_sequences(self) -> int:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
+from uuid import UUID
 
 import msgspec
 
@@ -30,7 +31,10 @@ LINGER_SECONDS = 5.0  # between the end of the channel and the end of the proces
 SHUTDOWN_SECONDS = 3.0  # the running step may end before the process is killed
 FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 10.0
-LOOP_CRASHES, LOOP_SECONDS = 5, 120.0  # so many crashes in so short a time: this worker cannot work
+# So many crashes in so short a time: this worker cannot work, whoever is suspected of them.
+LOOP_CRASHES, LOOP_SECONDS = 5, 120.0
+# The same of crashes that have no suspect in common: not a job does it, but the device or the installation.
+UNRELATED_CRASHES, UNRELATED_SECONDS = 3, 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,15 @@ def _engine_environment() -> dict[str, str]:
     # OpenMP's threads spin while they wait for each other. Beside other processes that want the cores, each step of a
     # small model on a CPU then takes ten times as long.
     return {"OMP_WAIT_POLICY": "PASSIVE"} | ours
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """One that no known poison job explains."""
+
+    at: float
+    suspects: frozenset[UUID]
+    is_outside_kill: bool
 
 
 class EngineProcess:
@@ -150,7 +163,7 @@ class Supervisor:
         self._engine: EngineProcess | None = None
         self._start_at = 0.0  # when the next process may start
         self._watched_at = monotonic()
-        self._crashes: deque[float] = deque(maxlen=LOOP_CRASHES)
+        self._crashes: deque[Crash] = deque(maxlen=LOOP_CRASHES)
 
     @property
     def ready(self) -> Ready | None:
@@ -164,7 +177,16 @@ class Supervisor:
 
     @property
     def is_crash_looping(self) -> bool:
-        return len(self._crashes) == LOOP_CRASHES and monotonic() - self._crashes[0] < LOOP_SECONDS
+        """So much goes wrong that it must be the worker."""
+        now = monotonic()
+        if len(self._crashes) == LOOP_CRASHES and now - self._crashes[0].at < LOOP_SECONDS:
+            return True
+        # A kill from outside says nothing of the device.
+        recent = [crash for crash in self._crashes if now - crash.at < UNRELATED_SECONDS and not crash.is_outside_kill]
+        last = recent[-UNRELATED_CRASHES:]
+        num_suspects = sum(len(crash.suspects) for crash in last)
+        are_disjoint = len(frozenset[UUID]().union(*(crash.suspects for crash in last))) == num_suspects
+        return len(last) == UNRELATED_CRASHES and are_disjoint
 
     def readers(self) -> list[Channel]:
         """What to wait on for reports."""
@@ -199,13 +221,13 @@ class Supervisor:
         engine, self._engine = self._engine, None
         return engine.end()
 
-    def note_crash(self, *, is_explained: bool) -> None:
+    def note_crash(self, *, is_explained: bool, suspects: frozenset[UUID], is_outside_kill: bool) -> None:
         """Plan the restart: at once after a single crash, later when they pile up. An explained crash, one that a
         known poison job caused, says nothing against this worker."""
         now = monotonic()
-        num_recent = sum(now - crashed_at < LOOP_SECONDS for crashed_at in self._crashes)
+        num_recent = sum(now - crash.at < LOOP_SECONDS for crash in self._crashes)
         if not is_explained:
-            self._crashes.append(now)
+            self._crashes.append(Crash(now, suspects, is_outside_kill))
         backoff = FIRST_BACKOFF_SECONDS * 2 ** (num_recent - 1) if num_recent else 0.0
         self._start_at = now + min(backoff, MAX_BACKOFF_SECONDS)
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from domain.chunks import TokenChunk
 from domain.jobs import JobStatus
 from domain.requests import GenerationRequest, GenerationResult
-from storage.jobs_sql import CLOCK
+from storage.jobs_sql import CLOCK, LIFTED, RANK
 from storage.tables import Job, JobChunk, JobPayload, JobResult
 
 STREAM_STATES = text("""
@@ -33,20 +33,20 @@ FROM (
 ) per_status GROUP BY model
 """)  # noqa: S608  (CLOCK is a constant)
 
-POSITIONS = text("""
+POSITIONS = text(f"""
 WITH timed AS (
-    SELECT j.id, j.model, j.priority, j.available_at, j.cost, l.virtual_time + (sum(j.cost) OVER (
-        PARTITION BY j.model, j.tenant_id ORDER BY j.priority DESC, j.available_at, j.id) - j.cost)
-        / t.weight AS fair_time
+    SELECT j.id, j.model, {RANK} AS rank, j.cost,
+        least({LIFTED}, max(j.priority) OVER (PARTITION BY j.model)) AS priority, l.virtual_time + (sum(j.cost) OVER (
+        PARTITION BY j.model, j.tenant_id ORDER BY {RANK}, j.id) - j.cost) / t.weight AS fair_time
     FROM jobs j JOIN tenant_load l USING (tenant_id) JOIN tenants t ON t.id = j.tenant_id
     WHERE j.status = 'queued' AND j.model IN (SELECT model FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])))
 ),
 ranked AS (
     SELECT id, row_number() OVER ahead - 1 AS num_ahead, sum(cost) OVER ahead - cost AS cost_ahead FROM timed
-    WINDOW ahead AS (PARTITION BY model ORDER BY priority DESC, fair_time, available_at, id ROWS UNBOUNDED PRECEDING)
+    WINDOW ahead AS (PARTITION BY model ORDER BY priority DESC, fair_time, rank, id ROWS UNBOUNDED PRECEDING)
 )
 SELECT id, num_ahead, cost_ahead FROM ranked WHERE id = ANY(CAST(:ids AS uuid[]))
-""")
+""")  # noqa: S608  (constants)
 
 READ_LOG = text("""
 SELECT j.status, j.attempt, j.committed_sequence_number, (

@@ -25,6 +25,7 @@ from storage.jobs_partial import ERRORS, store_partial_results
 from storage.tables import Job
 from storage.webhook_outbox import write_deliveries
 
+MAX_POISON_JOBS_PER_HOUR = 3
 DEPTH = 16  # how much further than asked a tenant's queue is read: others may hold its head at the moment
 
 
@@ -42,6 +43,9 @@ class NewJob:
     max_failures: int
     result_ttl_seconds: int
     request_hash: bytes
+    fingerprint: bytes | None = None  # of the request as an engine sees it
+    lane: Lane = Lane.STANDARD  # isolated: also where the request is known as poison
+    retry_of: UUID | None = None
     idempotency_key: str | None = None
     priority: int = 0
     deadline_at: datetime | None = None
@@ -64,6 +68,7 @@ class AcceptOutcome(StrEnum):
     DUPLICATE = "duplicate"  # same idempotency key (or id), same request: `job_id` names the first one
     KEY_REUSED = "key_reused"  # same idempotency key, another request
     TOO_MANY_QUEUED = "too_many_queued"  # the tenant's bound
+    POISON = "poison"  # the same request crashed an engine within a day
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,7 @@ class ClaimedJob:
     seed: int
     priority: int
     lane: Lane
+    num_suspicions: int  # more than 0: it was in an engine that crashed, and has not proven itself since
     committed_chunks: list[TokenChunk]  # in order; empty on a first attempt
 
 
@@ -139,14 +145,23 @@ class Returned:
     attempt: int
 
 
-def accept(session: Session, new_jobs: Sequence[NewJob], *, max_queued_jobs: int) -> list[Accepted]:
+def accept(
+    session: Session,
+    new_jobs: Sequence[NewJob],
+    *,
+    max_queued_jobs: int,
+    max_poison_jobs_per_hour: int = MAX_POISON_JOBS_PER_HOUR,
+) -> list[Accepted]:
     """Insert a group of jobs as `queued` in one statement; one outcome per job, in order. Safe to repeat after an
     ambiguous commit: the same id or idempotency key answers DUPLICATE. `max_queued_jobs` bounds tenants without a
-    bound of their own."""
+    bound of their own; beyond `max_poison_jobs_per_hour` all jobs of a tenant run isolated."""
     if not new_jobs:
         return []
-    firsts = _first_of_each(new_jobs)
-    parameters = columns.of_new_jobs([new_jobs[place] for place in firsts]) | {"max_queued_jobs": max_queued_jobs}
+    firsts = columns.first_of_each(new_jobs)
+    parameters = columns.of_new_jobs([new_jobs[place] for place in firsts]) | {
+        "max_queued_jobs": max_queued_jobs,
+        "max_poison_jobs_per_hour": max_poison_jobs_per_hour,
+    }
     row_by_id = {row.id: row for row in session.execute(sql.ACCEPT, parameters)}
     accepted = {place for place in firsts if new_jobs[place].id in row_by_id}
     outcomes = _outcomes_of_others(session, {p: job for p, job in enumerate(new_jobs) if p not in accepted})
@@ -273,6 +288,11 @@ def rescue(session: Session, *, grace_seconds: float, quiet_seconds: float, limi
     return _returned(session, ends.RESCUE, parameters | ERRORS)
 
 
+def release_stalled(session: Session, *, stall_seconds: float, limit: int = 200) -> list[Returned]:
+    """Take jobs from owners that renew their leases and bring no token for so long; charged as a lost worker is."""
+    return _returned(session, ends.STALL, {"stall_seconds": stall_seconds, "limit": limit} | ERRORS)
+
+
 def cancel(session: Session, job_id: UUID, tenant_id: UUID) -> JobStatus | None:
     """Cancel a queued job now, or ask a running one to stop. Returns the status after it; None: no such job here.
     Idempotent: a terminal job keeps its status."""
@@ -296,7 +316,8 @@ def expire(session: Session, *, limit: int = 200) -> list[UUID]:
 
 
 def prune(session: Session, *, limit: int = 200) -> int:
-    """Delete finished jobs older than their result_ttl_seconds, with all that hangs on them."""
+    """Delete finished jobs older than their result_ttl_seconds, with all that hangs on them, and forget old poison."""
+    session.execute(ends.FORGET_POISON)
     return _num_rows(session, ends.PRUNE, {"limit": limit})
 
 
@@ -326,20 +347,6 @@ def _num_rows(session: Session, statement: TextClause, parameters: dict[str, Any
     return int(result.rowcount)
 
 
-def _first_of_each(new_jobs: Sequence[NewJob]) -> list[int]:
-    """The places of the jobs that are not the second of their id or idempotency key in this group."""
-    seen: set[tuple[UUID, str] | UUID] = set()
-    firsts = []
-    for place, job in enumerate(new_jobs):
-        names: set[tuple[UUID, str] | UUID] = {job.id}
-        if job.idempotency_key is not None:
-            names.add((job.tenant_id, job.idempotency_key))
-        if seen.isdisjoint(names):
-            firsts.append(place)
-        seen |= names
-    return firsts
-
-
 def _accepted(row: Row[Any]) -> Accepted:
     return Accepted(row.id, AcceptOutcome.ACCEPTED, row.created_at, QueueRoom(row.max_queued, row.room))
 
@@ -350,11 +357,14 @@ def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> di
         return {}
     places, new_jobs = list(job_by_place), list(job_by_place.values())
     outcomes = {p: Accepted(job.id, AcceptOutcome.TOO_MANY_QUEUED) for p, job in job_by_place.items()}
+    for row in session.execute(sql.POISONED, columns.of_fingerprints(new_jobs)):
+        place = places[row.place - 1]
+        outcomes[place] = Accepted(job_by_place[place].id, AcceptOutcome.POISON)
     for row in session.execute(sql.EXISTING, columns.of_names(new_jobs)):
         place = places[row.place - 1]
         if row.is_same:
             outcomes[place] = Accepted(row.id, AcceptOutcome.DUPLICATE)
-        elif outcomes[place].outcome is AcceptOutcome.TOO_MANY_QUEUED:
+        elif outcomes[place].outcome is not AcceptOutcome.DUPLICATE:
             outcomes[place] = Accepted(row.id, AcceptOutcome.KEY_REUSED)
     return outcomes
 
@@ -375,6 +385,7 @@ def _claimed_jobs(session: Session, rows: Sequence[Row[Any]]) -> list[ClaimedJob
             seed=row.seed,
             priority=row.priority,
             lane=Lane(row.lane),
+            num_suspicions=row.num_suspicions,
             committed_chunks=[TokenChunk.model_validate_json(c) for c in reread.get(row.id, row.chunks) or ()],
         )
         for row in rows

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import psycopg
 from psycopg.types.array import ListBinaryDumper
@@ -46,6 +47,18 @@ def of_new_jobs(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
         "endpoints": [job.endpoint.value for job in new_jobs],
         "are_stored": [job.is_stored for job in new_jobs],
         "prompt_token_ids": ["{" + ",".join(map(str, job.prompt_token_ids)) + "}" for job in new_jobs],
+        "fingerprints": Packed(job.fingerprint for job in new_jobs),
+        "lanes": [job.lane.value for job in new_jobs],
+        "retry_ofs": [job.retry_of for job in new_jobs],
+    }
+
+
+def of_fingerprints(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
+    """What tells whether a request is known as poison."""
+    return {
+        "tenant_ids": [job.tenant_id for job in new_jobs],
+        "fingerprints": Packed(job.fingerprint for job in new_jobs),
+        "lanes": [job.lane.value for job in new_jobs],
     }
 
 
@@ -78,9 +91,24 @@ def of_endings(finalisations: "Sequence[Finalisation]") -> dict[str, Any]:
         "statuses": [ending.status.value for ending in finalisations],
         "finish_reasons": [ending.finish_reason and ending.finish_reason.value for ending in finalisations],
         "errors": Packed(ending.error and ending.error.model_dump_json() for ending in finalisations),
+        "error_codes": [ending.error and ending.error.code for ending in finalisations],
         "results": Packed(ending.result and ending.result.model_dump_json() for ending in finalisations),
     }
 
 
 def _json_array(chunks: Sequence[TokenChunk]) -> str:
     return "[" + ",".join(chunk.model_dump_json(exclude_defaults=True) for chunk in chunks) + "]"
+
+
+def first_of_each(new_jobs: "Sequence[NewJob]") -> list[int]:
+    """The places of the jobs that are not the second of their id or idempotency key in this group."""
+    seen: set[tuple[UUID, str] | UUID] = set()
+    firsts = []
+    for place, job in enumerate(new_jobs):
+        names: set[tuple[UUID, str] | UUID] = {job.id}
+        if job.idempotency_key is not None:
+            names.add((job.tenant_id, job.idempotency_key))
+        if seen.isdisjoint(names):
+            firsts.append(place)
+        seen |= names
+    return firsts

@@ -7,24 +7,42 @@ from sqlalchemy import text
 from storage.jobs_sql import CLOCK, CORRECTION, COUNTED, RUNNING
 from storage.webhook_outbox import IS_TOLD
 
+BEGAN = f"coalesce(j.attempt_started_at, j.started_at, {CLOCK}) AS attempt_started_at"
+
+# One row of history for each attempt in `over`: by the statement that ended it, so that none is missing.
+NOTED = f"""
+noted AS (
+    INSERT INTO job_attempts (job_id, attempt, worker_id, worker_name, started_at, ended_at, outcome, error_code,
+        num_tokens)
+    SELECT o.id, o.attempt, o.owner, (SELECT w.hostname FROM workers w WHERE w.id = o.owner), o.attempt_started_at,
+        {CLOCK}, o.outcome, o.error_code, o.num_tokens
+    FROM {{over}} o ON CONFLICT DO NOTHING
+)"""
+
 FINALISE = text(f"""
 WITH ending AS MATERIALIZED (
     SELECT * FROM unnest(
         CAST(:ids AS uuid[]), CAST(:attempts AS int[]), CAST(:last AS int[]), CAST(:statuses AS text[]),
-        CAST(:finish_reasons AS text[]), CAST(:errors AS text[]), CAST(:results AS text[]))
-        AS e(id, attempt, last, status, finish_reason, error, result)
+        CAST(:finish_reasons AS text[]), CAST(:errors AS text[]), CAST(:error_codes AS text[]),
+        CAST(:results AS text[]))
+        AS e(id, attempt, last, status, finish_reason, error, error_code, result)
 ),
 pick AS MATERIALIZED (
-    SELECT ending.* FROM jobs j JOIN ending USING (id) WHERE {RUNNING} AND j.attempt = ending.attempt
-        AND j.committed_sequence_number = ending.last ORDER BY j.id FOR NO KEY UPDATE OF j
+    SELECT ending.*, j.lease_owner AS owner FROM jobs j JOIN ending USING (id)
+    WHERE {RUNNING} AND j.attempt = ending.attempt AND j.committed_sequence_number = ending.last
+    ORDER BY j.id FOR NO KEY UPDATE OF j
 ),
 ended AS (
     UPDATE jobs j SET status = pick.status, finish_reason = pick.finish_reason, error = pick.error::json,
         finished_at = {CLOCK}, prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds),
+        num_suspicions = CASE WHEN pick.status = 'completed' THEN 0 ELSE j.num_suspicions END,
         lease_owner = NULL, lease_expires_at = NULL
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.tenant_id, j.attempt, pick.result, {CORRECTION} AS charge, {IS_TOLD}
+    RETURNING j.id, j.tenant_id, j.attempt, pick.result, {CORRECTION} AS charge, pick.owner, {BEGAN},
+        pick.status AS outcome, pick.error_code,
+        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD}
 ),
+{NOTED.format(over="ended")},
 written AS (
     INSERT INTO job_results (job_id, attempt, result)
     SELECT id, attempt, result::json FROM ended WHERE result IS NOT NULL
@@ -38,9 +56,10 @@ SELECT j.id, false FROM jobs j JOIN ending USING (id) WHERE j.status = ending.st
 """)
 
 
-def _returned(pick: str) -> str:
+def _returned(pick: str, *, also: str = "") -> str:
     """Give back or end the running jobs that `pick` locked. Its columns say what they become: id, next_status (queued
-    or terminal), lane, num_failures, num_suspicions, delay_seconds, error."""
+    or terminal), lane, num_failures, num_suspicions, delay_seconds, error; and how the attempt ended: owner, outcome.
+    `also` is one more CTE on what was `returned`."""
     return f"""
 WITH pick AS MATERIALIZED ({pick}),
 returned AS (
@@ -54,8 +73,10 @@ returned AS (
         dispatch_at = {CLOCK}, num_dispatches = 0
     FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS correction,
-        {IS_TOLD}
+        pick.owner, {BEGAN}, pick.outcome, j.error->>'code' AS error_code,
+        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD}
 ),
+{NOTED.format(over="returned")},{also}
 moved AS (
     SELECT id, tenant_id, CASE WHEN status = 'queued' THEN 1 ELSE 0 END AS queued, -1 AS running,
         CASE WHEN status = 'queued' THEN 0 ELSE correction END AS charge FROM returned
@@ -65,10 +86,11 @@ SELECT id, status, attempt, committed_sequence_number > 0 AS has_chunks, is_told
 
 
 def _charged(is_poison: str) -> str:
-    """What a failure charged to a job makes of it: its first retry is at once, later ones after 2, 4, ... 60 s."""
+    """What a failure charged to a job makes of it. The next attempt is at once after a first failure and after every
+    attempt that brought output; a job that fails again without any waits for up to 2, 4, then 8 s."""
     return f"""j.num_failures + 1 AS num_failures,
-        CASE WHEN j.num_failures = 0 THEN 0 ELSE least(60, power(2, least(j.num_failures, 6))) * (0.5 + 0.5 * random())
-            END AS delay_seconds,
+        CASE WHEN j.num_failures = 0 OR j.num_committed_tokens > j.num_tokens_at_claim THEN 0
+            ELSE power(2, least(j.num_failures, 3)) * (0.5 + 0.5 * random()) END AS delay_seconds,
         CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled' WHEN j.deadline_at <= {CLOCK} THEN 'expired'
             WHEN {is_poison} OR j.num_failures + 1 > j.max_failures THEN 'failed' ELSE 'queued' END AS next_status,
         CASE WHEN j.cancel_requested_at IS NOT NULL THEN NULL
@@ -79,26 +101,49 @@ def _charged(is_poison: str) -> str:
 
 RELEASE = text(
     _returned("""
-    SELECT j.id, j.lane, j.num_failures, j.num_suspicions, 0 AS delay_seconds, NULL::json AS error,
+    SELECT j.id, j.lease_owner AS owner, 'released' AS outcome, j.lane, j.num_failures, j.num_suspicions,
+        0 AS delay_seconds, NULL::json AS error,
         CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled' ELSE 'queued' END AS next_status
     FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'in_progress' AND j.lease_owner = :owner
     ORDER BY j.id FOR NO KEY UPDATE""")
 )
 
 REPORT_CRASH = text(
-    _returned(f"""
-    SELECT j.id, CASE WHEN j.num_suspicions + crash.weight >= 2 THEN 'isolated' ELSE j.lane END AS lane,
+    _returned(
+        f"""
+    SELECT j.id, j.lease_owner AS owner, 'crashed' AS outcome,
+        CASE WHEN j.num_suspicions + crash.weight >= 2 THEN 'isolated' ELSE j.lane END AS lane,
         j.num_suspicions + crash.weight AS num_suspicions, {_charged("(j.lane = 'isolated' AND crash.weight > 0)")}
     FROM unnest(CAST(:ids AS uuid[]), CAST(:weights AS int[])) AS crash(id, weight) JOIN jobs j USING (id)
-    WHERE {RUNNING} AND j.lease_owner = :owner ORDER BY j.id FOR NO KEY UPDATE OF j""")
+    WHERE {RUNNING} AND j.lease_owner = :owner ORDER BY j.id FOR NO KEY UPDATE OF j""",
+        also=f"""
+poisoned AS (  -- the same request again is refused for a day
+    INSERT INTO poison_requests (tenant_id, fingerprint, job_id, created_at)
+    SELECT DISTINCT ON (r.tenant_id, p.fingerprint) r.tenant_id, p.fingerprint, r.id, {CLOCK}
+    FROM returned r JOIN job_payloads p ON p.job_id = r.id
+    WHERE r.error_code = 'poison_job' AND p.fingerprint IS NOT NULL
+    ON CONFLICT (tenant_id, fingerprint) DO UPDATE SET job_id = excluded.job_id, created_at = excluded.created_at
+),""",
+    )
 )
 
 # The lease is judged on the locked row, not on the one the snapshot saw: a renewal in between wins.
 RESCUE = text(
     _returned(f"""
-    SELECT j.id, j.lane, j.num_suspicions, {_charged("false")} FROM jobs j
+    SELECT j.id, j.lease_owner AS owner, 'lost' AS outcome, j.lane, j.num_suspicions, {_charged("false")} FROM jobs j
     WHERE j.status = 'in_progress' AND j.lease_expires_at < {CLOCK} - make_interval(secs => :grace_seconds)
         AND {CLOCK} - pg_postmaster_start_time() > make_interval(secs => :quiet_seconds)
+    ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED""")
+)
+
+# Somebody renews the lease, and yet nothing comes. A job without a token in this attempt may still be reading its
+# prompt, or wait for its turn in the engine: it gets ten times as long.
+STALL = text(
+    _returned(f"""
+    SELECT j.id, j.lease_owner AS owner, 'stalled' AS outcome, j.lane, j.num_suspicions, {_charged("false")}
+    FROM jobs j WHERE j.status = 'in_progress' AND j.lease_expires_at >= {CLOCK}
+        AND j.progressed_at < {CLOCK} - make_interval(secs => :stall_seconds
+            * CASE WHEN j.num_committed_tokens > j.num_tokens_at_claim THEN 1 ELSE 10 END)
     ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED""")
 )
 
@@ -140,6 +185,8 @@ PRUNE = text(f"""
 DELETE FROM jobs WHERE finished_at IS NOT NULL AND id IN (
     SELECT id FROM jobs WHERE prune_at <= {CLOCK} ORDER BY prune_at LIMIT :limit FOR UPDATE SKIP LOCKED)
 """)
+
+FORGET_POISON = text(f"DELETE FROM poison_requests WHERE created_at < {CLOCK} - interval '1 day'")
 
 DELETE = text(f"""
 WITH deleted AS (

@@ -22,6 +22,13 @@ from sqlalchemy import text
 
 CLOCK = "statement_timestamp()"
 RUNNING = "j.status || '' = 'in_progress'"
+# A queue's order within a tenant, in seconds: by arrival, as if each step of priority had made a job come ten minutes
+# earlier. It is what jobs_ready_idx holds, to the letter. As it does not change with time, waiting jobs rise by it
+# without being touched, and none waits for ever behind a stream of more urgent ones.
+AGEING_SECONDS = 600
+RANK = f"(extract(epoch FROM j.available_at AT TIME ZONE 'UTC') - {AGEING_SECONDS} * j.priority)"
+LIFTED = f"floor((extract(epoch FROM {CLOCK}) - {RANK}) / {AGEING_SECONDS})"  # the priority it has risen to by now
+PROVEN_TOKENS = 16  # of one attempt: then the job is not suspected of having crashed an engine any more
 
 COUNTED = """
 change AS (
@@ -50,16 +57,19 @@ WITH new AS MATERIALIZED (
         CAST(:run_timeouts AS float8[]), CAST(:num_prompt_tokens AS int[]), CAST(:max_tokens AS int[]),
         CAST(:seeds AS bigint[]), CAST(:costs AS int[]), CAST(:metadata AS text[]), CAST(:result_ttls AS int[]),
         CAST(:requests AS text[]), CAST(:prompt_token_ids AS text[]), CAST(:webhook_urls AS text[]),
-        CAST(:webhook_statuses AS text[]), CAST(:endpoints AS text[]), CAST(:are_stored AS boolean[])
+        CAST(:webhook_statuses AS text[]), CAST(:endpoints AS text[]), CAST(:are_stored AS boolean[]),
+        CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]), CAST(:retry_ofs AS uuid[])
     ) WITH ORDINALITY AS n(
         id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures, start_timeout,
         deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata, result_ttl_seconds,
-        request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored,
+        request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint, lane, retry_of,
         place)
 ),
 load AS MATERIALIZED (
     SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS max_queued,
-        coalesce(t.max_queued, :max_queued_jobs) - l.num_queued AS room
+        coalesce(t.max_queued, :max_queued_jobs) - l.num_queued AS room,
+        (SELECT count(*) FROM poison_requests p WHERE p.tenant_id = l.tenant_id
+            AND p.created_at > {CLOCK} - interval '1 hour') > :max_poison_jobs_per_hour AS is_quarantined
     FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
     WHERE l.tenant_id IN (SELECT tenant_id FROM new) ORDER BY l.tenant_id FOR NO KEY UPDATE OF l
 ),
@@ -67,13 +77,16 @@ fresh AS (
     SELECT new.*, row_number() OVER (PARTITION BY tenant_id ORDER BY place) AS place_in_tenant FROM new
     WHERE NOT EXISTS (SELECT FROM jobs j WHERE j.id = new.id)
       AND NOT EXISTS (SELECT FROM jobs j WHERE j.tenant_id = new.tenant_id AND j.idempotency_key = new.idempotency_key)
+      AND (new.lane = 'isolated' OR NOT EXISTS (SELECT FROM poison_requests p WHERE p.tenant_id = new.tenant_id
+          AND p.fingerprint = new.fingerprint AND p.created_at > {CLOCK} - interval '1 day'))
 ),
 inserted AS (
-    INSERT INTO jobs (id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures,
-        start_deadline_at, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata,
-        result_ttl_seconds, webhook_url, webhook_statuses, endpoint, is_stored, available_at, dispatch_at,
+    INSERT INTO jobs (id, tenant_id, model, model_revision, lane, retry_of, priority, idempotency_key, request_hash,
+        max_failures, start_deadline_at, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost,
+        metadata, result_ttl_seconds, webhook_url, webhook_statuses, endpoint, is_stored, available_at, dispatch_at,
         created_at)
-    SELECT id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures,
+    SELECT id, tenant_id, model, model_revision, CASE WHEN is_quarantined THEN 'isolated' ELSE lane END, retry_of,
+        priority, idempotency_key, request_hash, max_failures,
         {CLOCK} + make_interval(secs => start_timeout), deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
         seed, cost, metadata::json, result_ttl_seconds, webhook_url, webhook_statuses::text[], endpoint, is_stored,
         {CLOCK}, {CLOCK}, {CLOCK}
@@ -81,8 +94,8 @@ inserted AS (
     ON CONFLICT DO NOTHING RETURNING id, tenant_id
 ),
 payload AS (
-    INSERT INTO job_payloads (job_id, request, prompt_token_ids)
-    SELECT id, request::json, prompt_token_ids::int[] FROM inserted JOIN new USING (id)
+    INSERT INTO job_payloads (job_id, request, prompt_token_ids, fingerprint)
+    SELECT id, request::json, prompt_token_ids::int[], fingerprint FROM inserted JOIN new USING (id)
 ),
 counted AS (  -- a tenant back from idle starts level with the active ones: it neither banks credit nor is starved
     UPDATE tenant_load l SET num_queued = l.num_queued + change.queued,
@@ -103,6 +116,37 @@ FROM unnest(CAST(:ids AS uuid[]), CAST(:tenant_ids AS uuid[]), CAST(:idempotency
 JOIN jobs j ON j.id = n.id OR (j.tenant_id = n.tenant_id AND j.idempotency_key = n.idempotency_key)
 """)
 
+# Of the same moment as EXISTING: why a job that is not there was not inserted, if it was not for lack of room.
+POISONED = text(f"""
+SELECT n.place FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]))
+    WITH ORDINALITY AS n(tenant_id, fingerprint, lane, place)
+JOIN poison_requests p USING (tenant_id, fingerprint)
+WHERE n.lane <> 'isolated' AND p.created_at > {CLOCK} - interval '1 day'
+""")
+
+# The output of an ended job, for the one that was just accepted to go on from it: up to the chunk that says where it
+# was cut off, as that may hold text which only an end brings out.
+INHERIT = text("""
+WITH old AS (
+    SELECT j.id FROM jobs j JOIN jobs n ON n.id = :id AND n.retry_of = j.id AND n.tenant_id = j.tenant_id
+        AND n.model_revision = j.model_revision AND n.status = 'queued' AND n.attempt = 0
+),
+kept AS MATERIALIZED (
+    SELECT c.sequence_number, c.chunk FROM job_chunks c WHERE c.job_id = (SELECT id FROM old)
+        AND c.sequence_number < coalesce((SELECT min(x.sequence_number) FROM job_chunks x WHERE x.job_id = c.job_id
+            AND x.chunk::text ~ '"finish_reason":"(cancelled|deadline)"'), 2147483647)  -- ->> chokes on U+0000
+),
+written AS (
+    INSERT INTO job_chunks (job_id, sequence_number, attempt, chunk)
+    SELECT :id, sequence_number, 0, chunk FROM kept
+)
+UPDATE jobs SET committed_sequence_number = total.last, num_committed_tokens = total.num_tokens
+FROM (SELECT max(sequence_number) AS last, sum(json_array_length(coalesce(chunk->'token_ids', '[]'))) AS num_tokens
+      FROM kept) total
+WHERE jobs.id = :id AND jobs.attempt = 0 AND total.last IS NOT NULL
+RETURNING committed_sequence_number
+""")
+
 RUNNABLE = f"""
     j.status = 'queued' AND j.available_at <= {CLOCK} AND (j.deadline_at IS NULL OR j.deadline_at > {CLOCK})
     AND (j.attempt > 0 OR j.start_deadline_at IS NULL OR j.start_deadline_at > {CLOCK})"""
@@ -114,24 +158,26 @@ CLAIMABLE = f"""{RUNNABLE} AND j.lane = :lane AND j.cancel_requested_at IS NULL
 def _ranked(condition: str) -> str:
     """`ranked(id, place)`: the jobs of a model that meet `condition`, in the order in which they should run. Priority
     first, then the tenant that got least per weight, where each job of a tenant counts for its next one; then age.
-    The lateral joins read the head of each tenant's queue only."""
+    Waiting raises a priority by one every AGEING_SECONDS, but to no more than the highest that waits beside it: an old
+    job catches up with urgent ones, and does not overtake other tenants' new ones. The lateral joins read the head of
+    each tenant's queue only."""
     due = f"j.model = :model AND j.tenant_id = l.tenant_id AND {condition}"
     return f"""
     waiting AS (
         SELECT l.tenant_id, l.virtual_time, t.weight FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
         CROSS JOIN LATERAL (
-            SELECT j.priority FROM jobs j WHERE {due} ORDER BY j.priority DESC, j.available_at, j.id LIMIT 1) first
-        WHERE l.num_queued > 0 ORDER BY first.priority DESC, l.virtual_time LIMIT 64
+            SELECT j.priority, {LIFTED} AS lifted FROM jobs j WHERE {due} ORDER BY {RANK}, j.id LIMIT 1) first
+        WHERE l.num_queued > 0 ORDER BY least(first.lifted, max(first.priority) OVER ()) DESC, l.virtual_time LIMIT 64
     ),
     timed AS (
-        SELECT j.id, j.priority, j.available_at, l.virtual_time + (sum(j.cost) OVER (
-            PARTITION BY l.tenant_id ORDER BY j.priority DESC, j.available_at, j.id) - j.cost) / l.weight AS fair_time
+        SELECT j.id, j.rank, least(j.lifted, max(j.priority) OVER ()) AS priority, l.virtual_time + (sum(j.cost) OVER (
+            PARTITION BY l.tenant_id ORDER BY j.rank, j.id) - j.cost) / l.weight AS fair_time
         FROM waiting l CROSS JOIN LATERAL (
-            SELECT j.id, j.priority, j.available_at, j.cost FROM jobs j WHERE {due}
-            ORDER BY j.priority DESC, j.available_at, j.id LIMIT :depth) j
+            SELECT j.id, j.priority, {LIFTED} AS lifted, {RANK} AS rank, j.cost FROM jobs j WHERE {due}
+            ORDER BY {RANK}, j.id LIMIT :depth) j
     ),
     ranked AS (
-        SELECT id, row_number() OVER (ORDER BY priority DESC, fair_time, available_at, id) AS place FROM timed
+        SELECT id, row_number() OVER (ORDER BY priority DESC, fair_time, rank, id) AS place FROM timed
     )"""
 
 
@@ -165,7 +211,8 @@ def _claimed(pick: str) -> str:
 claimed AS (
     UPDATE jobs j SET status = 'in_progress', attempt = j.attempt + 1, lease_owner = :owner,
         lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds),
-        started_at = coalesce(j.started_at, {CLOCK}),
+        started_at = coalesce(j.started_at, {CLOCK}), attempt_started_at = {CLOCK}, progressed_at = {CLOCK},
+        num_tokens_at_claim = j.num_committed_tokens,
         deadline_at = CASE WHEN j.attempt = 0 AND j.run_timeout_seconds IS NOT NULL
             THEN least(j.deadline_at, {CLOCK} + make_interval(secs => j.run_timeout_seconds)) ELSE j.deadline_at END
     FROM pick WHERE j.id = pick.id RETURNING j.*, pick.place
@@ -175,7 +222,7 @@ moved AS (
 ),
 {COUNTED}
 SELECT c.id, c.tenant_id, c.attempt, p.request::text AS request, p.prompt_token_ids, c.max_tokens, c.seed, c.priority,
-    c.lane, c.committed_sequence_number, CASE WHEN c.committed_sequence_number > 0 THEN (SELECT
+    c.lane, c.num_suspicions, c.committed_sequence_number, CASE WHEN c.committed_sequence_number > 0 THEN (SELECT
         array_agg(k.chunk::text ORDER BY k.sequence_number) FROM job_chunks k WHERE k.job_id = c.id) END AS chunks
 FROM claimed c JOIN job_payloads p ON p.job_id = c.id ORDER BY c.place"""
 
@@ -207,6 +254,9 @@ held AS (
     UPDATE jobs j SET committed_sequence_number = flush.after,
         num_committed_tokens = j.num_committed_tokens
             + CASE WHEN j.committed_sequence_number = flush.before THEN flush.num_tokens ELSE 0 END,
+        num_suspicions = CASE WHEN j.num_committed_tokens + flush.num_tokens - j.num_tokens_at_claim
+            >= {PROVEN_TOKENS} THEN 0 ELSE j.num_suspicions END,
+        progressed_at = {CLOCK},
         lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds)
     FROM flush WHERE j.id = flush.id AND {RUNNING} AND j.attempt = flush.attempt
         AND j.committed_sequence_number IN (flush.before, flush.after)

@@ -29,7 +29,7 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from domain.chunks import TokenChunk
-from domain.jobs import Endpoint, FinishReason, JobError, JobStatus, Lane
+from domain.jobs import AttemptOutcome, Endpoint, FinishReason, JobError, JobStatus, Lane
 from domain.requests import GenerationRequest, GenerationResult
 
 DEFAULT_TENANT_ID = UUID("00000000-0000-7000-8000-000000000001")  # the tenant `default`, created by the first migration
@@ -86,6 +86,7 @@ class Row(DeclarativeBase):
         JobStatus: TextEnum(JobStatus),
         Lane: TextEnum(Lane),
         Endpoint: TextEnum(Endpoint),
+        AttemptOutcome: TextEnum(AttemptOutcome),
         FinishReason: TextEnum(FinishReason),
         JobError: PydanticJSON(JobError),
         GenerationRequest: PydanticJSON(GenerationRequest),
@@ -154,11 +155,11 @@ class Job(Row):
             "jobs_ready_idx",
             "model",
             "tenant_id",
-            text("priority DESC"),
-            "available_at",
+            text("(EXTRACT(epoch FROM (available_at AT TIME ZONE 'UTC'::text)) - (600 * priority)::numeric)"),
             "id",
             postgresql_where=text("status = 'queued'"),
         ),
+        Index("jobs_dead_idx", "tenant_id", text("id DESC"), postgresql_where=text("status = 'failed'")),
         # lease_expires_at is not indexed, so that renewals stay heap-only updates.
         Index("jobs_running_idx", "lease_owner", postgresql_where=text("status = 'in_progress'")),
         Index("jobs_tenant_idx", "tenant_id", text("id DESC")),
@@ -215,6 +216,10 @@ class Job(Row):
     finished_at: Mapped[datetime | None]
     delivered_at: Mapped[datetime | None]  # when the whole answer reached a client
     prune_at: Mapped[datetime | None]  # finished_at + result_ttl_seconds
+    attempt_started_at: Mapped[datetime | None]  # the newest claim
+    progressed_at: Mapped[datetime | None]  # the newest claim or chunk: a lease may be renewed without progress
+    num_tokens_at_claim: Mapped[int] = mapped_column(server_default="0")  # committed before the newest claim
+    retry_of: Mapped[UUID | None]  # the ended job that this one repeats; it may have been pruned
 
 
 class JobPayload(Row):
@@ -225,6 +230,7 @@ class JobPayload(Row):
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     request: Mapped[GenerationRequest]  # the full dump, defaults resolved: a changed default never changes an old job
     prompt_token_ids: Mapped[list[int]]
+    fingerprint: Mapped[bytes | None]  # of what the engine is asked: the same for every repetition of a request
 
 
 class JobChunk(Row):
@@ -246,6 +252,50 @@ class JobResult(Row):
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     attempt: Mapped[int]
     result: Mapped[GenerationResult]
+
+
+class JobAttempt(Row):
+    """An attempt that has ended, however: written by the statement that ended it."""
+
+    __tablename__ = "job_attempts"
+    __table_args__ = (
+        CheckConstraint(
+            "outcome IN ('completed','failed','cancelled','expired','released','lost','crashed','stalled')",
+            name="outcome",
+        ),
+    )
+
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    worker_id: Mapped[UUID]
+    worker_name: Mapped[str | None]  # None: it had not reported itself yet
+    started_at: Mapped[datetime]
+    ended_at: Mapped[datetime]
+    outcome: Mapped[AttemptOutcome]
+    error_code: Mapped[str | None]
+    num_tokens: Mapped[int]  # that it committed itself
+
+
+class PoisonRequest(Row):
+    """A request that crashed an engine while it ran alone: not accepted again for a day."""
+
+    __tablename__ = "poison_requests"
+
+    tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True)
+    fingerprint: Mapped[bytes] = mapped_column(primary_key=True)
+    job_id: Mapped[UUID]  # the newest job that failed so; it may have been pruned
+    created_at: Mapped[datetime]
+
+
+class MaintenanceFigure(Row):
+    """What a rule of the janitor found last, or has counted: the API shows it among its metrics."""
+
+    __tablename__ = "maintenance_figures"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    label: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[float] = mapped_column(Double)
+    updated_at: Mapped[datetime]
 
 
 class Worker(Row):

@@ -23,7 +23,7 @@ from observability import describe_exception, jobs_accept_group_size, jobs_accep
 from settings import Settings
 from storage import jobs
 from storage.database import async_session_factory, open_statement_database
-from storage.jobs import Accepted, AcceptOutcome, NewJob
+from storage.jobs import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome, NewJob
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,15 @@ class _Flush:
 class GroupAcceptor:
     """Accepts jobs in groups. Use within one event loop, between `start` and `stop`."""
 
-    def __init__(self, sessions: async_sessionmaker[AsyncSession], *, max_queued_jobs: int) -> None:
+    def __init__(
+        self,
+        sessions: async_sessionmaker[AsyncSession],
+        *,
+        max_queued_jobs: int,
+        max_poison_jobs_per_hour: int = MAX_POISON_JOBS_PER_HOUR,
+    ) -> None:
         self._sessions = sessions
-        self._max_queued_jobs = max_queued_jobs
+        self._bounds = {"max_queued_jobs": max_queued_jobs, "max_poison_jobs_per_hour": max_poison_jobs_per_hour}
         self._waiting: deque[_Waiting] = deque()
         self._wakeup = asyncio.Event()
         self._under_way: dict[int, _Flush] = {}  # by flusher
@@ -158,7 +164,7 @@ class GroupAcceptor:
     async def _accept(self, new_jobs: list[NewJob]) -> list[Accepted]:
         started = time.perf_counter()
         async with self._sessions() as session:
-            outcomes = await session.run_sync(jobs.accept, new_jobs, max_queued_jobs=self._max_queued_jobs)
+            outcomes = await session.run_sync(jobs.accept, new_jobs, **self._bounds)
             await session.commit()
         jobs_accept_seconds.observe(time.perf_counter() - started)
         jobs_accept_group_size.observe(len(new_jobs))
@@ -169,7 +175,11 @@ class GroupAcceptor:
 async def open_acceptor(settings: Settings) -> AsyncIterator[GroupAcceptor]:
     """An acceptor on connections of its own."""
     database = open_statement_database(settings.database_url, pool_size=NUM_FLUSHERS, max_overflow=0)
-    acceptor = GroupAcceptor(async_session_factory(database), max_queued_jobs=settings.max_queued_jobs)
+    acceptor = GroupAcceptor(
+        async_session_factory(database),
+        max_queued_jobs=settings.max_queued_jobs,
+        max_poison_jobs_per_hour=settings.max_poison_jobs_per_hour,
+    )
     acceptor.start()
     try:
         yield acceptor

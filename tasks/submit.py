@@ -19,6 +19,7 @@ from domain.errors import (
     ContextLengthExceeded,
     IdempotencyKeyReused,
     InvalidRequest,
+    PoisonRequest,
     TooManyQueuedJobs,
 )
 from domain.ids import new_id
@@ -92,23 +93,29 @@ class Submitter:
         """Returns once the job is committed. Raises the CeleriacError that says why not."""
         view = self._views.get(request.model)
         try:
-            new_job = await self._prepare(tenant_id, request, options, view)
+            new_job = await self.prepare(tenant_id, request, options)
             accepted = await self._acceptor.accept(new_job)
-            _raise_refusal(accepted, options)
+            raise_refusal(accepted, options)
         except CeleriacError as exc:
             labelled(jobs_submitted_total, view.spec.id, exc.code).inc()
             raise
         labelled(jobs_submitted_total, view.spec.id, accepted.outcome.value).inc()
         is_new = accepted.outcome is AcceptOutcome.ACCEPTED
         if is_new:
-            labelled(llm_requests_total, view.spec.id).inc()
-            labelled(prompt_tokens_total, view.spec.id).inc(len(new_job.prompt_token_ids))
-            self._dispatch_soon(view.spec.id)
+            self.announce(new_job)
         return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job, accepted.room)
 
-    async def _prepare(
-        self, tenant_id: UUID, request: GenerationRequest, options: JobOptions, view: ModelView
-    ) -> NewJob:
+    def announce(self, new_job: NewJob) -> None:
+        """A job was committed: count it and have it dispatched."""
+        model = new_job.request.model
+        labelled(llm_requests_total, model).inc()
+        labelled(prompt_tokens_total, model).inc(len(new_job.prompt_token_ids))
+        self._dispatch_soon(model)
+
+    async def prepare(self, tenant_id: UUID, request: GenerationRequest, options: JobOptions) -> NewJob:
+        """Everything settled and every bound checked; nothing is committed. Raises the CeleriacError that says why
+        not."""
+        view = self._views.get(request.model)
         refuse_impossible_deadline(options)
         webhook_url = await self._check_webhook(options.webhook_url)
         prompt_token_ids = await self._tokenizing.encode(view, request)
@@ -136,6 +143,7 @@ class Submitter:
             max_failures=self._settings.max_failures,
             result_ttl_seconds=options.result_ttl_seconds or self._settings.result_ttl_seconds,
             request_hash=request_hash(request, options),
+            fingerprint=fingerprint(view.revision, prompt_token_ids, request.params),
             idempotency_key=options.idempotency_key,
             priority=options.priority,
             deadline_at=deadline_of(options),
@@ -304,17 +312,30 @@ def _dump(part: BaseModel) -> dict[str, Any]:
     return part.model_dump(mode="json", exclude_defaults=True)
 
 
+def fingerprint(model_revision: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> bytes:
+    """What makes a request the same to an engine: by this a poisonous one is known again. The seed is that which was
+    asked for, not one that was drawn."""
+    asked = [model_revision, list(prompt_token_ids), params.model_dump(mode="json"), _schema_text(params)]
+    return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
+
+
 def _schema_text(params: SamplingParams) -> str | None:
     """The order of a schema's properties, which sorted keys hide, is the order of the output."""
     schema = params.structured_output and params.structured_output.json_schema
     return orjson.dumps(schema).decode() if schema is not None else None
 
 
-def _raise_refusal(accepted: Accepted, options: JobOptions) -> None:
+def raise_refusal(accepted: Accepted, options: JobOptions) -> None:
     if accepted.outcome is AcceptOutcome.KEY_REUSED:
         raise IdempotencyKeyReused(
             "this idempotency key came before with another request; send the same request again or use a new key",
             param="idempotency_key",
+        )
+    if accepted.outcome is AcceptOutcome.POISON:
+        raise PoisonRequest(
+            "the same request crashed an engine within the last day and is not run again until then; change the "
+            "prompt or params, or replay its dead letter with allow_poison",
+            param="prompt",
         )
     if accepted.outcome is AcceptOutcome.TOO_MANY_QUEUED:
         raise TooManyQueuedJobs(

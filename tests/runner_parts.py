@@ -25,6 +25,7 @@ def make_claimed(*, n: int = 1, committed_chunks: list[TokenChunk] | None = None
         "seed": 7,
         "priority": 0,
         "lane": Lane.STANDARD,
+        "num_suspicions": 0,
         "committed_chunks": committed_chunks or [],
     }
     return ClaimedJob(**defaults | fields)

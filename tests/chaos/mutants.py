@@ -31,8 +31,8 @@ NO_FENCE = Mutant(
         ),
         Edit(
             ENDS_SQL,
-            " AND j.attempt = ending.attempt\n        AND j.committed_sequence_number = ending.last ORDER",
-            " ORDER",
+            " AND j.attempt = ending.attempt AND j.committed_sequence_number = ending.last\n    ORDER",
+            "\n    ORDER",
         ),
     ),
     weights={"worker pause": 1},  # a worker that comes back after its lease is what the fence is for

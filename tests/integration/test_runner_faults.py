@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.jobs import JobStatus, Lane
 from gpu_worker import intake
 from gpu_worker.runner_events import RunnerEventKind
-from storage import jobs
+from storage import job_attempts, jobs
 from tests.integration.runner_harness import RecordingRunner, Rig, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +76,26 @@ def test_a_job_that_crashes_engines_is_isolated_and_fails_alone(rig: Rig) -> Non
     worker = rig.start()
     worker.offer([guilty, *neighbours])
     assert_only_the_guilty_one_fails(rig, worker, guilty, neighbours)
+
+
+def test_one_poison_job_costs_at_most_three_engines_and_none_of_sixteen_innocents(rig: Rig) -> None:
+    """It crashes in mid-text, when nobody is a newcomer: the recorder alone cannot tell who it was."""
+    rig.write_catalog(max_num_seqs=17, crash_at_token=40, crash_seed=99)
+    innocents, guilty = rig.add_jobs(16, max_tokens=80), rig.add_job(seed=99, max_tokens=80)
+    worker = rig.start()
+    worker.offer([guilty, *innocents])
+    wait_until(lambda: rig.job(guilty).status is JobStatus.FAILED, "the guilty job has failed", seconds=60)
+    wait_until_all_completed(rig, innocents)
+    with rig.sessions() as session:
+        histories = job_attempts.attempts_of(session, [guilty, *innocents])
+    crashes = {
+        attempt.ended_at for history in histories.values() for attempt in history if attempt.outcome == "crashed"
+    }
+    assert len(crashes) <= 3, "one statement, and so one time, for each crash"
+    assert [attempt.outcome for attempt in histories[guilty]] == ["crashed"] * len(histories[guilty])
+    assert histories[guilty][-1].error_code == "poison_job"
+    assert all(histories[job_id][-1].outcome == "completed" for job_id in innocents)
+    assert worker.unhealthy == []
 
 
 def assert_only_the_guilty_one_fails(

@@ -25,6 +25,7 @@ def flush_parameters(ids: list[UUID]) -> dict[str, Any]:
         "statuses": "completed",
         "finish_reasons": "stop",
         "errors": None,
+        "error_codes": None,
         "results": result(1).model_dump_json(),
     }
     lists = {name: [value] * len(ids) for name, value in same.items()} | {"ids": ids}

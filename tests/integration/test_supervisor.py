@@ -4,14 +4,16 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+from uuid import UUID
 
 import psutil
 import pytest
 
 from domain.catalog import ModelSpec
 from gpu_worker.frames import AddJob, Heartbeat, Report, StepDone
-from gpu_worker.supervisor import LOOP_CRASHES, EngineExit, Supervisor
+from gpu_worker.supervisor import LOOP_CRASHES, UNRELATED_CRASHES, EngineExit, Supervisor
 from tests.integration.runner_harness import wait_until
 
 
@@ -24,6 +26,7 @@ class Crank:
         self.supervisor = Supervisor(spec, heartbeat_seconds=heartbeat_seconds)
         self.reports: list[Report] = []
         self.exits: list[EngineExit] = []
+        self.suspects: frozenset[UUID] = frozenset()  # of the next crash
 
     def turn(self) -> None:
         self.supervisor.flush()
@@ -31,7 +34,9 @@ class Crank:
         exit_ = self.supervisor.watch(time.monotonic())
         if exit_ is not None:
             self.exits.append(exit_)
-            self.supervisor.note_crash(is_explained=False)
+            self.supervisor.note_crash(
+                is_explained=False, suspects=self.suspects, is_outside_kill=exit_.is_outside_kill
+            )
 
     def turn_until(self, is_true: Callable[[], Any], what: str) -> None:
         def turn() -> Any:
@@ -164,8 +169,32 @@ def test_the_next_engine_starts_by_itself_and_is_fresh(make_crank: MakeCrank) ->
     assert not crank.supervisor.is_crash_looping
 
 
+def test_three_crashes_without_a_common_suspect_are_the_workers_own(make_crank: MakeCrank) -> None:
+    crank = make_crank()
+    for number in range(UNRELATED_CRASHES):
+        assert not crank.supervisor.is_crash_looping
+        crank.suspects = frozenset({UUID(int=number), UUID(int=100 + number)})
+        os.kill(crank.turn_until_ready(), signal.SIGSEGV)
+        crank.turn_until(partial(lambda expected: len(crank.exits) == expected, number + 1), "the engine has crashed")
+    assert crank.supervisor.is_crash_looping
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGSEGV, signal.SIGKILL])
+def test_crashes_that_one_job_may_have_made_and_kills_from_outside_are_not(
+    make_crank: MakeCrank, signal_number: signal.Signals
+) -> None:
+    crank = make_crank()
+    is_kill = signal_number is signal.SIGKILL
+    for number in range(UNRELATED_CRASHES):
+        crank.suspects = frozenset({UUID(int=100 + number), UUID(int=number if is_kill else 1)})
+        os.kill(crank.turn_until_ready(), signal_number)
+        crank.turn_until(partial(lambda expected: len(crank.exits) == expected, number + 1), "the engine has crashed")
+    assert not crank.supervisor.is_crash_looping
+
+
 def test_crashes_in_a_row_are_a_loop_and_slow_each_other_down(make_crank: MakeCrank) -> None:
     crank = make_crank(no_such_knob=1)
+    crank.suspects = frozenset({UUID(int=1)})
     crank.turn_until(lambda: len(crank.exits) == LOOP_CRASHES, "five loads have failed")
     assert crank.supervisor.is_crash_looping
     assert not any(exit_.was_ready for exit_ in crank.exits)
