@@ -52,11 +52,13 @@ class GenerationDefaults:
 
 
 class Encoder(Protocol):
-    """Text to token ids."""
+    """Text to token ids, and back."""
 
     vocab_size: int
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,10 @@ class ModelView:
             return self._checked(request.prompt_token_ids)
         assert request.prompt is not None
         return self._encoder.encode(request.prompt, add_special_tokens=True)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt that came as ids, special tokens included."""
+        return self._encoder.decode(token_ids)
 
     def _checked(self, token_ids: Sequence[int]) -> list[int]:
         highest = max(token_ids)
@@ -312,6 +318,10 @@ class TokenizerEncoder:
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
 
 class ByteEncoder:
     """One token per byte of UTF-8, for the fake back end, which has no vocabulary of its own for prompts."""
@@ -320,6 +330,9 @@ class ByteEncoder:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(id_ for id_ in token_ids if id_ < 256).decode(errors="replace")
 
 
 def _fake_view(spec: ModelSpec) -> ModelView:

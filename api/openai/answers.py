@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.errors import error_response
-from api.openai.running import Run, refuse_unfinished
+from api.openai.running import Run, headers_of, refuse_unfinished
 from api.sse import wait_for_disconnect
 from domain.errors import CeleriacError, ServerOverloaded
 from domain.ids import external_id
@@ -89,7 +89,7 @@ class WholeAnswer(Response):
         return external_id(self._runs[0].job_id)
 
     def _head(self) -> dict[str, str]:
-        return {"content-type": "application/json"} | self._runs[0].headers
+        return {"content-type": "application/json"} | headers_of(self._runs)
 
     async def _send_answer(self, answer: Response, send: Send) -> None:
         if not self._is_begun:

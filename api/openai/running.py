@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -53,8 +54,8 @@ class Run:
     priority: int
     created_at: datetime
     started: float  # monotonic, when the request came
-    has_keep_alive: bool  # while a client waits for a whole answer
-    on_disconnect: Literal["cancel", "continue"]
+    has_keep_alive: bool = True  # while a client waits for a whole answer
+    on_disconnect: Literal["cancel", "continue"] = "cancel"
     room: QueueRoom | None = None  # where the job is new
     is_replayed: bool = False  # its idempotency key came before
     is_retry_attached: bool = False  # the client asks again for what it did not get
@@ -89,31 +90,50 @@ class Run:
         return await read_job(self.services, self.job_id, self.tenant_id, with_request=with_request)
 
 
+def headers_of(runs: Sequence[Run]) -> dict[str, str]:
+    """Of an answer that several jobs give together: the first one's, and all their ids."""
+    headers = runs[0].headers
+    if len(runs) > 1:
+        headers["x-job-ids"] = ",".join(external_id(run.job_id) for run in runs)
+    return headers
+
+
 async def start(request: Request, generation: GenerationRequest, asked: Asked) -> Run:
     """Returns once the job is committed, or found: it came before under the same idempotency key, or the client is
     trying again. Raises CeleriacError whose `param` is a field of the body."""
+    [run] = await start_all(request, [generation], asked)
+    return run
+
+
+async def start_all(request: Request, generations: Sequence[GenerationRequest], asked: Asked) -> list[Run]:
+    """As `start`, for several jobs that answer one request: all of them, or none."""
     started = time.monotonic()
     services, tenant_id = caller_of(request)
     knobs = read_knobs(request.headers)
     services.slots.refuse_if_full()
-    options = _options(asked, knobs)
-    run = await _attach_retry(services, tenant_id, generation, options, knobs, started)
-    try:
-        run = run or await _submit(services, tenant_id, generation, options, started)
-    except CeleriacError as exc:
-        raise in_words_of_the_body(exc, asked) from exc
-    job_id_context.set(external_id(run.job_id))
+    all_options = [_options(asked, knobs, number) for number in range(len(generations))]
+    job_ids = await _find_retried(services, tenant_id, generations, all_options[0], knobs)
+    if job_ids:
+        found = [await _found(services, tenant_id, job_id, started) for job_id in job_ids]
+        runs = [replace(run, is_retry_attached=True) for run in found]
+    else:
+        runs = await _submit_all(services, tenant_id, generations, all_options, asked, started)
+    job_id_context.set(external_id(runs[0].job_id))
     is_kept = asked.is_stored or knobs.on_disconnect == "continue"
-    return replace(run, on_disconnect="continue" if is_kept else "cancel", has_keep_alive=knobs.has_keep_alive)
+    on_disconnect: Literal["cancel", "continue"] = "continue" if is_kept else "cancel"
+    return [replace(run, on_disconnect=on_disconnect, has_keep_alive=knobs.has_keep_alive) for run in runs]
 
 
-def _options(asked: Asked, knobs: Knobs) -> JobOptions:
+def _options(asked: Asked, knobs: Knobs, number: int) -> JobOptions:
+    """Of job `number` of the request. No client's key has a blank in it, so those of later jobs are their own."""
+    key = knobs.idempotency_key
+
     priority = PRIORITY_BY_SERVICE_TIER[asked.service_tier or "auto"] if knobs.priority is None else knobs.priority
     return JobOptions(
         priority=priority,
         start_timeout_seconds=knobs.start_timeout_seconds,
         deadline_after_seconds=_deadline_after_seconds(asked, knobs),
-        idempotency_key=knobs.idempotency_key,
+        idempotency_key=f"{key} {number}" if key is not None and number else key,
         metadata=asked.metadata or {},
         endpoint=asked.endpoint,
         is_stored=asked.is_stored,
@@ -128,26 +148,58 @@ def _deadline_after_seconds(asked: Asked, knobs: Knobs) -> float | None:
     return None if is_kept or knobs.read_timeout_seconds is None else knobs.attach_seconds
 
 
-async def _attach_retry(
+async def _find_retried(
     services: Services,
     tenant_id: UUID,
-    generation: GenerationRequest,
+    generations: Sequence[GenerationRequest],
     options: JobOptions,
     knobs: Knobs,
-    started: float,
-) -> Run | None:
-    """The SDKs repeat a request that timed out, without a key: two calls that are meant both count 0 retries."""
+) -> list[UUID]:
+    """The SDKs repeat a request that timed out, without a key: two calls that are meant both count 0 retries. Empty
+    where not every job is found, or one is found twice."""
     if knobs.num_retries < 1 or options.idempotency_key is not None:
-        return None
-    job_id = await services.read(
-        endpoint_jobs.find_attachable,
-        tenant_id,
-        request_hash(generation, options),
-        within_seconds=knobs.attach_seconds,
-    )
-    if job_id is None:
-        return None
-    return replace(await _found(services, tenant_id, job_id, started), is_retry_attached=True)
+        return []
+    found: dict[UUID, None] = {}
+    for generation in generations:
+        job_id = await services.read(
+            endpoint_jobs.find_attachable,
+            tenant_id,
+            request_hash(generation, options),
+            within_seconds=knobs.attach_seconds,
+        )
+        if job_id is None or job_id in found:
+            return []
+        found[job_id] = None
+    return list(found)
+
+
+async def _submit_all(
+    services: Services,
+    tenant_id: UUID,
+    generations: Sequence[GenerationRequest],
+    all_options: Sequence[JobOptions],
+    asked: Asked,
+    started: float,
+) -> list[Run]:
+    submissions = [
+        _submit(services, tenant_id, generation, options, started)
+        for generation, options in zip(generations, all_options, strict=True)
+    ]
+    outcomes = await asyncio.gather(*submissions, return_exceptions=True)
+    runs = [outcome for outcome in outcomes if isinstance(outcome, Run)]
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    if not refusals:
+        return runs
+    for run in runs:
+        if not run.is_replayed:
+            services.go_on(_cancel(services, run))
+    if isinstance(refusals[0], CeleriacError):
+        raise in_words_of_the_body(refusals[0], asked) from refusals[0]
+    raise refusals[0]
+
+
+async def _cancel(services: Services, run: Run) -> None:
+    await services.cancel(run.job_id, run.tenant_id)
 
 
 async def _submit(
@@ -166,8 +218,6 @@ async def _submit(
         priority=submitted.new_job.priority,
         created_at=submitted.created_at,
         started=started,
-        has_keep_alive=True,
-        on_disconnect="continue",
         room=submitted.room,
     )
 
@@ -183,17 +233,19 @@ async def _found(services: Services, tenant_id: UUID, job_id: UUID, started: flo
         priority=job.priority,
         created_at=job.created_at,
         started=started,
-        has_keep_alive=True,
-        on_disconnect="continue",
     )
 
 
 def in_words_of_the_body(exc: CeleriacError, asked: Asked) -> CeleriacError:
-    """The same refusal without the `params.` under which our own request keeps what bodies have at top level."""
-    exc.message = exc.message.replace("params.structured_output", asked.structured_by).replace("params.", "")
-    if exc.param is not None:
-        exc.param = exc.param.replace("params.structured_output", asked.structured_by).removeprefix("params.")
+    """The same refusal with the names of the body for those of our own request."""
+    exc.message = _in_words_of_the_body(exc.message, asked)
+    exc.param = exc.param and _in_words_of_the_body(exc.param, asked)
     return exc
+
+
+def _in_words_of_the_body(text: str, asked: Asked) -> str:
+    text = text.replace("params.structured_output", asked.structured_by).replace("params.", "")
+    return text.replace("prompt_token_ids", "prompt")
 
 
 async def read_job(services: Services, job_id: UUID, tenant_id: UUID, **options: Any) -> JobRecord:

@@ -88,6 +88,7 @@ class GenerationBody(OpenAIModel):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
+    bad_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     structured_output: StructuredOutput | None = None
 

@@ -4,13 +4,14 @@ The SDKs take every blank line behind an `id:` for an event, and every named eve
 and what just closes looks finished to them, so whatever ends early says so in an error frame.
 """
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
 from api.errors import error_body
 from api.job_events import when_storage_answers
-from api.openai.running import Run, refuse_unfinished
+from api.openai.running import Run, headers_of, refuse_unfinished
 from api.sse import EventStream, data_frame
 from domain.chunks import TokenChunk
 from domain.errors import CeleriacError, JobNotFound, ServerOverloaded
@@ -20,6 +21,8 @@ from storage import job_queries
 from storage.job_queries import JobRecord
 
 DONE = b"data: [DONE]\n\n"
+
+Finish = Callable[[Sequence[JobRecord]], Iterable[Mapping[str, object]]]
 
 
 class Translator(Protocol):
@@ -35,22 +38,28 @@ class Translator(Protocol):
 
 
 def stream_answer(run: Run, translator: Translator) -> EventStream:
-    services = run.services
+    return stream_answers([run], [translator], lambda records: translator.finish(records[0]))
+
+
+def stream_answers(runs: Sequence[Run], translators: Sequence[Translator], finish: Finish) -> EventStream:
+    """The streams of several jobs as one, as they come; `finish` says the last words when all are completed."""
+    services = runs[0].services
 
     def on_end(reason: str) -> None:
-        if reason == "complete":
-            run.note_delivered()
-        elif reason in ("disconnected", "slow"):
-            run.note_disconnected()
+        for run in runs:
+            if reason == "complete":
+                run.note_delivered()
+            elif reason in ("disconnected", "slow"):
+                run.note_disconnected()
 
     return EventStream(
-        _frames(run, translator),
+        _frames(runs, translators, finish),
         heartbeat_seconds=services.settings.stream_heartbeat_seconds,
         lifetime_seconds=services.settings.stream_lifetime_seconds,
         slots=services.slots,
         draining=services.draining,
-        headers=run.headers,
-        farewell=_farewell(run),
+        headers=headers_of(runs),
+        farewell=_farewell(runs[0]),
         on_end=on_end,
     )
 
@@ -59,24 +68,63 @@ def error_frame(exc: CeleriacError) -> bytes:
     return data_frame(error_body(exc.code, exc.message, exc.param))
 
 
-async def _frames(run: Run, translator: Translator) -> AsyncGenerator[bytes, None]:
+async def _frames(
+    runs: Sequence[Run], translators: Sequence[Translator], finish: Finish
+) -> AsyncGenerator[bytes, None]:
+    streams = [_translated(run, translator) for run, translator in zip(runs, translators, strict=True)]
+    try:
+        async with aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as datas:
+            async for data in datas:
+                yield data_frame(data)
+        records = [await _last_look(run) for run in runs]
+        for data in finish(records):
+            yield data_frame(data)
+        yield DONE
+    except CeleriacError as exc:
+        yield error_frame(exc)
+
+
+async def _translated(run: Run, translator: Translator) -> AsyncGenerator[Mapping[str, object], None]:
+    """Ends with the job. Raises the CeleriacError that says why it is not completed."""
     is_begun = False
     async with aclosing(run.services.streams.read(run.job_id)) as events:
         async for event in events:
             if not is_begun and (isinstance(event, TokenChunk) or event.status is not JobStatus.QUEUED):
                 is_begun = True
                 for data in translator.begin():
-                    yield data_frame(data)
+                    yield data
             if isinstance(event, TokenChunk):
                 for data in translator.from_chunk(event):
-                    yield data_frame(data)
+                    yield data
+    await _last_look(run)
+
+
+async def _merged(
+    streams: Sequence[AsyncGenerator[Mapping[str, object], None]],
+) -> AsyncGenerator[Mapping[str, object], None]:
+    """Whatever comes first. One that fails ends all."""
+    following = {asyncio.ensure_future(_next_of(stream)): stream for stream in streams}
     try:
-        record = await _last_look(run)
-        for data in translator.finish(record):
-            yield data_frame(data)
-        yield DONE
-    except CeleriacError as exc:
-        yield error_frame(exc)
+        while following:
+            done, _ = await asyncio.wait(following, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                stream = following.pop(task)
+                try:
+                    data = task.result()
+                except StopAsyncIteration:
+                    continue
+                yield data
+                following[asyncio.ensure_future(_next_of(stream))] = stream
+    finally:
+        for task in following:
+            task.cancel()
+        await asyncio.gather(*following, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+
+
+async def _next_of(stream: AsyncGenerator[Mapping[str, object], None]) -> Mapping[str, object]:
+    return await anext(stream)
 
 
 async def _last_look(run: Run) -> JobRecord:

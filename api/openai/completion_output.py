@@ -1,0 +1,166 @@
+"""Jobs' outputs as text completions, with the logprobs of old: parallel lists, and where each token begins."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from api.openai.running import Run
+from api.openai.schemas import FINISH_REASONS, tier_of, usage_object
+from domain.chunks import TokenChunk, TokenLogprob
+from domain.ids import external_id
+from domain.jobs import Usage
+from domain.requests import GenerationResult
+from storage.job_queries import JobRecord
+from storage.tables import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What of one prompt shows in its choices. `text` and `tokens` are what is echoed, if anything is."""
+
+    first_index: int  # of its choices
+    num_choices: int
+    logprobs: int | None  # how many alternatives
+    text: str = ""
+    tokens: tuple[str, ...] = ()
+    is_alone: bool = False  # the prompt is scored, and nothing is written
+
+
+def from_results(
+    records: Sequence[JobRecord], prompts: Sequence[Prompt], service_tier: str | None
+) -> dict[str, object]:
+    """The completion that all these completed jobs are, in the order of their prompts."""
+    results = [record.result for record in records if record.result is not None]
+    choices = [choice for result, prompt in zip(results, prompts, strict=True) for choice in _choices(result, prompt)]
+    usage = usage_object(_sum([result.usage for result in results]))
+    first = records[0].job
+    return _head(first.id, first, service_tier) | {"choices": choices, "usage": usage}
+
+
+class CompletionStream:
+    """One job's chunks as completion chunks, under the id of the first job."""
+
+    def __init__(self, first: Run, prompt: Prompt, *, has_usage: bool, service_tier: str | None) -> None:
+        self._head = _head(first.job_id, first, service_tier)
+        self._prompt = prompt
+        self._has_usage = has_usage
+        self._is_echoed = False
+        self._offsets = [len(prompt.text)] * prompt.num_choices
+
+    def begin(self) -> Iterable[Mapping[str, object]]:
+        return ()
+
+    def from_chunk(self, chunk: TokenChunk) -> Iterable[Mapping[str, object]]:
+        """The echo comes with the first chunk, which has the prompt's logprobs."""
+        if not self._is_echoed:
+            self._is_echoed = True
+            yield from self._echo(chunk.prompt_logprobs)
+        if self._prompt.is_alone:
+            yield self._chunk(chunk.index, "", None, "length")
+            return
+        logprobs = None
+        if self._prompt.logprobs is not None and chunk.logprobs is not None:
+            logprobs = _logprobs_object(_entries(chunk.logprobs, self._prompt.logprobs), self._offsets[chunk.index])
+            self._offsets[chunk.index] += sum(len(logprob.token) for logprob in chunk.logprobs)
+        finish_reason = FINISH_REASONS.get(chunk.finish_reason) if chunk.finish_reason is not None else None
+        if chunk.text or logprobs or finish_reason:
+            yield self._chunk(chunk.index, chunk.text, logprobs, finish_reason)
+
+    def finish(self, record: JobRecord) -> Iterable[Mapping[str, object]]:
+        return ()
+
+    def _echo(self, prompt_logprobs: Sequence[TokenLogprob | None] | None) -> Iterable[Mapping[str, object]]:
+        if not self._prompt.text:
+            return
+        entries = _prompt_entries(self._prompt, prompt_logprobs)
+        for index in range(self._prompt.num_choices):
+            yield self._chunk(index, self._prompt.text, _logprobs_object(entries, 0) if entries else None, None)
+
+    def _chunk(self, index: int, text: str, logprobs: object, finish_reason: str | None) -> dict[str, object]:
+        number = self._prompt.first_index + index
+        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        chunk = self._head | {"choices": [choice]}
+        return chunk | {"usage": None} if self._has_usage else chunk
+
+
+def usage_chunk(records: Sequence[JobRecord], service_tier: str | None) -> Iterable[Mapping[str, object]]:
+    """The last one, of all jobs together."""
+    first = records[0].job
+    usage = _sum([record.result.usage for record in records if record.result is not None])
+    yield _head(first.id, first, service_tier) | {"choices": [], "usage": usage_object(usage)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    token: str
+    logprob: float | None  # None of the very first token of a prompt, which nothing comes before
+    top: dict[str, float] | None
+
+
+def _choices(result: GenerationResult, prompt: Prompt) -> list[dict[str, object]]:
+    echoed = _prompt_entries(prompt, result.prompt_logprobs)
+    choices = []
+    for choice in result.choices:
+        written = () if prompt.is_alone else choice.logprobs or ()
+        entries = echoed + _entries(written, prompt.logprobs or 0)
+        has_logprobs = prompt.logprobs is not None
+        choices.append(
+            {
+                "index": prompt.first_index + choice.index,
+                "text": prompt.text + ("" if prompt.is_alone else choice.text),
+                "logprobs": _logprobs_object(entries, 0) if has_logprobs else None,
+                "finish_reason": FINISH_REASONS[choice.finish_reason],
+            }
+        )
+    return choices
+
+
+def _prompt_entries(prompt: Prompt, logprobs: Sequence[TokenLogprob | None] | None) -> list[_Entry]:
+    if prompt.logprobs is None or logprobs is None or not prompt.tokens:
+        return []
+    return [
+        _Entry(token, None, None) if logprob is None else _entry(logprob, prompt.logprobs)
+        for token, logprob in zip(prompt.tokens, logprobs, strict=True)
+    ]
+
+
+def _entries(logprobs: Iterable[TokenLogprob], num_top: int) -> list[_Entry]:
+    return [_entry(logprob, num_top) for logprob in logprobs]
+
+
+def _entry(logprob: TokenLogprob, num_top: int) -> _Entry:
+    """The alternatives, and the token itself where it is none of them."""
+    top = {text: value for _, text, value in logprob.top[:num_top]}
+    return _Entry(logprob.token, logprob.logprob, top | {logprob.token: logprob.logprob})
+
+
+def _logprobs_object(entries: Sequence[_Entry], offset: int) -> dict[str, object]:
+    offsets = []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(entry.token)
+    return {
+        "tokens": [entry.token for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [entry.top for entry in entries],
+        "text_offset": offsets,
+    }
+
+
+def _sum(usages: Sequence[Usage]) -> Usage:
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        cached_tokens=sum(usage.cached_tokens for usage in usages),
+    )
+
+
+def _head(job_id: UUID, job: Job | Run, service_tier: str | None) -> dict[str, object]:
+    return {
+        "id": external_id(job_id, "cmpl"),
+        "object": "text_completion",
+        "created": int(job.created_at.timestamp()),
+        "model": job.model,
+        "service_tier": tier_of(service_tier, job.priority),
+        "system_fingerprint": f"fp_{job.model_revision[:16]}",
+    }
