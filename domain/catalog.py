@@ -24,6 +24,8 @@ class ModelSpec(Frozen):
     kv_cache_tokens: int | None = Field(default=None, ge=256)  # size of the paged cache; default: by memory
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    decode_graphs: bool = True  # on a GPU: capture the passes of decodes at load, for speed
+    compile: bool = False  # on a GPU: torch.compile the model, which takes minutes at load
     system_prompt: str | None = None
     trust_remote_code: bool = False
     fake: dict[str, float | int | str | bool] = Field(default_factory=dict)  # knobs of the fake back end

@@ -5,7 +5,7 @@ share prefixes, on an engine whose cache is roomy or so small that they preempt 
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,13 +124,15 @@ class Report:
 
 
 class Oracle:
-    """Runs traces on engines that live on from one to the next, their prefix caches with them."""
+    """Runs traces on engines that live on from one to the next, their prefix caches with them. `make` makes these from
+    a model and spec changes; the solo runs are always the plain engine's."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, make: Callable[..., Engine] = make_engine) -> None:
         self._rng = random.Random(seed)
         self._model = poisoned_model()
         self._jobs = random_jobs(self._rng)
-        self._engines = [trapped(make_engine(self._model, **changes)) for changes in ENGINES]
+        judged = poisoned_model()
+        self._engines = [trapped(make(judged, **changes)) for changes in ENGINES]
         self._solo: dict[str, Collected] = {}
         self.report = Report()
 
@@ -321,9 +323,9 @@ def _lose_tail(sequence: Finished, num_tokens: int) -> None:
         sequence.text = sequence.text[: max(0, len(sequence.text) - 4 * num_tokens)]
 
 
-def run_traces(seed: int, num_traces: int) -> Iterator[Report]:
+def run_traces(seed: int, num_traces: int, make: Callable[..., Engine] = make_engine) -> Iterator[Report]:
     """The report after each trace."""
-    oracle = Oracle(seed)
+    oracle = Oracle(seed, make)
     for _ in range(num_traces):
         oracle.run_trace()
         yield oracle.report

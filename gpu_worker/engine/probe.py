@@ -45,6 +45,10 @@ class LayerShape:
     value_shape: tuple[int, int]
     dtype: torch.dtype
     window: int | None
+    num_heads: int
+    scale: float
+    softcap: float | None
+    has_sinks: bool
 
     @property
     def bytes_per_token(self) -> int:
@@ -161,9 +165,15 @@ def _record(
         raise NotPageable("its layers do not pass our context on, or make a mask of their own")
     index = int(module.layer_idx)  # type: ignore[arg-type]
     ctx.num_calls += 1
-    window = arguments.get("sliding_window")
     ctx.shape_by_layer[index] = LayerShape(
-        (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), key.dtype, window
+        key_shape=(key.shape[1], key.shape[3]),
+        value_shape=(value.shape[1], value.shape[3]),
+        dtype=key.dtype,
+        window=arguments.get("sliding_window"),
+        num_heads=query.shape[1],
+        scale=arguments.get("scaling") or query.shape[3] ** -0.5,
+        softcap=arguments.get("softcap"),
+        has_sinks=arguments.get("s_aux") is not None,
     )
     known = HONOURED_ARGUMENTS | IGNORED_ARGUMENTS
     ctx.unknown_arguments |= {

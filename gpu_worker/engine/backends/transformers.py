@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from domain.catalog import ModelSpec
 from gpu_worker.engine.admission import ModelLimits
 from gpu_worker.engine.backends import LoadedModel, RecordStep
+from gpu_worker.engine.device_backend import build_device_runner
 from gpu_worker.engine.families import turn_end_token_ids
 from gpu_worker.engine.kv_cache import BlockPool
 from gpu_worker.engine.loading import (
@@ -86,8 +87,16 @@ def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torc
         log.warning("model runs on the slower path", extra={"model": spec.id, "reason": str(exc)})
         runner, scheduler = _sequential(spec, model, device)
     else:
-        runner, scheduler = _paged(spec, model, shapes, device)
+        runner, scheduler = _on_device(spec, model, shapes, device) or _paged(spec, model, shapes, device)
     return Engine(scheduler=scheduler, runner=runner, tokenizer=tokenizer, limits=limits)
+
+
+def _on_device(
+    spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device
+) -> tuple[Runner, Scheduler] | None:
+    if device.type != "cuda":
+        return None
+    return build_device_runner(spec, model, shapes, device)
 
 
 def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device) -> tuple[Runner, Scheduler]:

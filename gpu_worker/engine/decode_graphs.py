@@ -1,0 +1,108 @@
+"""Decode passes captured once and replayed: the device gets a whole pass in one launch instead of hundreds.
+
+One graph per batch size of a ladder; a batch runs in the smallest graph that holds it, padded. Graphs read the tensors
+of PassInputs, and share one pool of memory, since only one runs at a time.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+NUM_WARM_UPS = 2  # kernels are compiled and libraries opened before anything is captured
+
+#: Runs a pass and makes it repeatable: the result repeats it on what its inputs hold then, and gives its output.
+Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+
+
+def batch_sizes(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, 8, then in steps of 8, of 16 from 32, of 32 from 128, and the last."""
+    sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 128, 16), *range(128, 1025, 32)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+class CudaCapture:
+    """Captures into one pool, on a stream of its own."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(NUM_WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            output = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output
+
+        return replay
+
+
+class DecodeGraphs:
+    def __init__(self) -> None:
+        self._replay_by_size: dict[int, Callable[[], Tensor]] = {}
+
+    @property
+    def sizes(self) -> list[int]:
+        return sorted(self._replay_by_size)
+
+    def size_for(self, num_rows: int) -> int | None:
+        """The smallest captured batch that holds so many rows; None where there is none."""
+        return next((size for size in self.sizes if size >= num_rows), None)
+
+    def replay(self, size: int) -> Tensor:
+        """The pass's output, valid until the next replay of any size."""
+        return self._replay_by_size[size]()
+
+    def capture_all(
+        self,
+        make_pass: Callable[[int], Callable[[], Tensor]],
+        sizes: list[int],
+        capture: Capture,
+        has_room: Callable[[], bool],
+    ) -> None:
+        """Largest first: the smaller ones fit into its memory. What cannot be captured runs eagerly, and is logged."""
+        started = time.monotonic()
+        for size in sorted(sizes, reverse=True):
+            if not has_room():
+                log.warning("decode graphs stopped: no memory left for more", extra={"batch_size": size})
+                break
+            if not self._capture(make_pass, size, capture):
+                break
+            log.debug("decode graph captured", extra={"batch_size": size})
+        log.info("decode graphs", extra={"batch_sizes": self.sizes, "seconds": time.monotonic() - started})
+
+    def _capture(self, make_pass: Callable[[int], Callable[[], Tensor]], size: int, capture: Capture) -> bool:
+        try:
+            self._replay_by_size[size] = capture(make_pass(size))
+        except torch.AcceleratorError as exc:
+            if not _is_capture_error(exc):
+                raise
+            log.warning("decode passes run eagerly", extra={"batch_size": size, "reason": _first_line(exc)})
+            return False
+        except Exception as exc:
+            # A model may do on the host what no graph can hold (dynamic rotary frequencies, experts chosen in Python).
+            log.warning("decode passes run eagerly", extra={"batch_size": size, "reason": _first_line(exc)})
+            return False
+        return True
+
+
+def _is_capture_error(exc: Exception) -> bool:
+    """The device refused an operation under capture, which harms nothing but the capture."""
+    return "capturing" in str(exc) or "capture" in str(exc)
+
+
+def _first_line(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {str(exc).partition(chr(10))[0]}"

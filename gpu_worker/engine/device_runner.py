@@ -1,0 +1,277 @@
+"""One forward pass on a device that works while the host does something else.
+
+`launch` queues a whole step on the device and returns: inputs in two copies, the pass, the draws, and one copy of them
+back. `collect` waits for that last copy, the only wait of a step. A step of decodes alone replays a captured graph, and
+may begin with the draws of the step before, which are still on the device.
+
+What still makes the host wait, and when: a sequence with penalties joins (its counts are written), structured output
+(its mask needs the token before), a block is copied or wiped, the model is not captured and asks the device itself.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_worker.engine.attention import LayerCache
+from gpu_worker.engine.decode_graphs import DecodeGraphs
+from gpu_worker.engine.device_attention import DeviceAttention, DeviceContext, RowGroup, Span
+from gpu_worker.engine.device_sampler import DeviceSampler, SampledStep
+from gpu_worker.engine.kv_cache import BlockCopy
+from gpu_worker.engine.pass_inputs import FROM_HOST, PassInputs, PassTensors
+from gpu_worker.engine.sampling import Drawn, sample
+from gpu_worker.engine.scheduler import ScheduledRow
+from gpu_worker.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PassLimits:
+    max_tokens: int  # of one pass
+    max_rows: int
+    max_model_len: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedPass:
+    """`numbers` are the positions of the drawing rows among those that were launched, in the order of their draws."""
+
+    num_rows: int
+    numbers: list[int]
+    sampled: SampledStep | None = None
+    packed: Tensor | None = None  # the draws on the host, once `is_done`
+    is_done: torch.cuda.Event | None = None
+    drawn: list[Drawn] | None = None  # where the host drew
+
+
+class DeviceRunner:
+    """`runs_ahead` False keeps every step from its predecessor's draws; for measuring what that brings."""
+
+    def __init__(
+        self,
+        model: Any,
+        layers: list[LayerCache],
+        block_size: int,
+        device: torch.device,
+        attention: DeviceAttention,
+        limits: PassLimits,
+        *,
+        runs_ahead: bool = True,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._block_size = block_size
+        self._device = device
+        self._attention = attention
+        self._limits = limits
+        self._runs_ahead = runs_ahead
+        self.graphs = DecodeGraphs()
+        max_blocks = -(-limits.max_model_len // block_size)
+        self._inputs = PassInputs(limits.max_tokens, limits.max_rows, max_blocks, block_size, device)
+        self._sampler = DeviceSampler(limits.vocab_size, limits.max_rows, device)
+        self._draw_by_sequence: dict[Sequence, int] = {}  # of the last launch: its place in the sampler's token_ids
+
+    def copy_blocks(self, copies: Rows[BlockCopy]) -> None:
+        if not copies:
+            return
+        sources = torch.tensor([copy.source for copy in copies], device=self._device)
+        destinations = torch.tensor([copy.destination for copy in copies], device=self._device)
+        for cache in self._caches():
+            cache[destinations] = cache[sources]
+
+    def wipe_blocks(self, blocks: Rows[int]) -> None:
+        """Zero what may hold infinities: a kernel that masks with a product would spread them."""
+        for cache in self._caches():
+            cache[list(blocks)] = 0
+
+    def _caches(self) -> list[Tensor]:
+        """Of all layers, by block."""
+        caches = [cache for layer in self._layers for cache in (layer.keys, layer.values)]
+        return [cache.view(-1, self._block_size, *cache.shape[1:]) for cache in caches]
+
+    def release(self, sequence: Sequence) -> None:
+        self._sampler.release(sequence)
+        self._draw_by_sequence.pop(sequence, None)
+
+    def free_memory(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def can_run_ahead(self, rows: Rows[ScheduledRow]) -> bool:
+        return self._runs_ahead and not any(_needs_host(row.sequence) for row in rows)
+
+    @torch.inference_mode()
+    def launch(self, rows: Rows[ScheduledRow]) -> LaunchedPass:
+        try:
+            return self._launch(rows)
+        except Exception:
+            self._sampler.forget()
+            raise
+
+    def collect(self, launched: LaunchedPass) -> list[Drawn | None]:
+        try:
+            drawn = iter(self._read(launched))
+        except Exception:
+            self._sampler.forget()
+            raise
+        drawn_by_number = {number: next(drawn) for number in launched.numbers}
+        return [drawn_by_number.get(number) for number in range(launched.num_rows)]
+
+    def _launch(self, rows: Rows[ScheduledRow]) -> LaunchedPass:
+        decodes = [number for number, row in enumerate(rows) if row.num_new_tokens == 1]
+        prefills = [number for number, row in enumerate(rows) if row.num_new_tokens > 1]
+        numbers = [number for number in decodes + prefills if rows[number].needs_token]
+        ordered = [rows[number] for number in decodes + prefills]
+        logits = self._forward(ordered, len(decodes))
+        drawing = [rows[number] for number in numbers]
+        self._draw_by_sequence = {row.sequence: place for place, row in enumerate(drawing)}
+        if not drawing:
+            return LaunchedPass(len(rows), numbers, drawn=[])
+        if any(_needs_host(row.sequence) for row in drawing):
+            return LaunchedPass(len(rows), numbers, drawn=sample(logits, [row.sequence for row in drawing]))
+        sampled = self._sampler.sample(logits, drawing)
+        packed, is_done = self._copy_home(sampled.packed)
+        return LaunchedPass(len(rows), numbers, sampled, packed, is_done)
+
+    def _copy_home(self, packed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        if self._device.type != "cuda":
+            return packed, None
+        home = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        home.copy_(packed, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return home, event
+
+    def _read(self, launched: LaunchedPass) -> list[Drawn]:
+        if launched.drawn is not None:
+            return launched.drawn
+        assert launched.sampled is not None
+        assert launched.packed is not None
+        if launched.is_done is not None:
+            launched.is_done.synchronize()
+        return self._sampler.read(launched.sampled, launched.packed.numpy())
+
+    def _forward(self, rows: Rows[ScheduledRow], num_decodes: int) -> Tensor:
+        """Logits, float32, of the rows that need a token: (num_drawing, vocab_size); the caller may write to them."""
+        sources = [self._draw_by_sequence[row.sequence] if row.is_ahead else FROM_HOST for row in rows]
+        is_decoding = num_decodes == len(rows) and all(row.needs_token for row in rows)
+        size = self.graphs.size_for(len(rows)) if is_decoding else None
+        if size is not None:
+            self._inputs.load(rows, sources, num_padding_rows=size - len(rows))
+            return self.graphs.replay(size)[: len(rows)]
+        tensors = self._inputs.load(rows, sources)
+        if is_decoding:
+            return self._decode(tensors, max(row.start + 1 for row in rows))
+        return self._mixed(tensors, rows, num_decodes)
+
+    def decode_pass(self, num_rows: int) -> Callable[[], Tensor]:
+        """The pass to capture: over whatever the inputs hold when it runs, rows of any length; padding for now."""
+        tensors = self._inputs.load([], [], num_padding_rows=num_rows)
+        return lambda: self._decode(tensors, self._limits.max_model_len)
+
+    def trial_pass(self) -> Tensor:
+        """The largest pass there can be, over nothing: what it takes is what must be left free."""
+        num_rows = self._limits.max_rows
+        num_each = max(1, self._limits.max_tokens // num_rows)
+        tensors = self._inputs.tensors(num_rows * num_each, num_rows)
+        for starts in (tensors.starts, tensors.key_starts):
+            starts.copy_(torch.arange(num_rows + 1, device=self._device) * num_each)
+        tensors.lengths.fill_(num_each)
+        spans = tuple(Span(row, row * num_each, (row + 1) * num_each, 0) for row in range(num_rows))
+        group = _group(tensors, 0, num_rows, 0, num_rows * num_each, num_each, num_each)
+        ends = [span.stop - 1 for span in spans]
+        scores = self._run_model(tensors, tensors.token_ids, ends, self._context(tensors, prefills=group, spans=spans))
+        return scores.log_softmax(-1).add_(scores)  # about what the draws hold at a time
+
+    def _decode(self, tensors: PassTensors, max_length: int) -> Tensor:
+        sources = tensors.sources.long()
+        drawn = self._sampler.token_ids.index_select(0, sources.clamp(min=0))
+        token_ids = torch.where(sources == FROM_HOST, tensors.token_ids, drawn)
+        num_rows = len(token_ids)
+        group = _group(tensors, 0, num_rows, 0, num_rows, 1, max_length)
+        return self._run_model(tensors, token_ids, None, self._context(tensors, decodes=group))
+
+    def _mixed(self, tensors: PassTensors, rows: Rows[ScheduledRow], num_decodes: int) -> Tensor:
+        ends, spans = _ends_and_spans(rows, num_decodes)
+        longest = max(row.start + row.num_new_tokens for row in rows)
+        most_new = max(row.num_new_tokens for row in rows)
+        num_tokens, num_rows = len(tensors.token_ids), len(rows)
+        context = self._context(
+            tensors,
+            decodes=_group(tensors, 0, num_decodes, 0, num_decodes, 1, longest) if num_decodes else None,
+            prefills=_group(tensors, num_decodes, num_rows, num_decodes, num_tokens, most_new, longest)
+            if num_decodes < num_rows
+            else None,
+            spans=spans,
+        )
+        return self._run_model(tensors, tensors.token_ids, ends, context)
+
+    def _run_model(
+        self, tensors: PassTensors, token_ids: Tensor, ends: list[int] | None, context: DeviceContext
+    ) -> Tensor:
+        """Logits, float32, at the tokens `ends`, or at all of them."""
+        output = self._model(
+            input_ids=token_ids[None],
+            position_ids=tensors.positions[None],
+            use_cache=False,
+            logits_to_keep=0 if ends is None else self._to_device(ends),
+            ctx=context,
+        )
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+    def _to_device(self, values: list[int]) -> Tensor:
+        tensor = torch.tensor(values, dtype=torch.int64)
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
+
+    def _context(
+        self,
+        tensors: PassTensors,
+        *,
+        decodes: RowGroup | None = None,
+        prefills: RowGroup | None = None,
+        spans: tuple[Span, ...] = (),
+    ) -> DeviceContext:
+        return DeviceContext(self._attention, self._layers, self._block_size, tensors.slots, decodes, prefills, spans)
+
+
+def _needs_host(sequence: Sequence) -> bool:
+    """Whether its next draw rests on what only the host knows: the token before."""
+    return sequence.job.params.structured_output is not None
+
+
+def _group(
+    tensors: PassTensors, row_start: int, row_stop: int, token_start: int, token_stop: int, most_new: int, longest: int
+) -> RowGroup:
+    rows, edges = slice(row_start, row_stop), slice(row_start, row_stop + 1)
+    starts, key_starts = tensors.starts[edges], tensors.key_starts[edges]
+    return RowGroup(
+        token_start=token_start,
+        token_stop=token_stop,
+        starts=starts - starts[:1],
+        key_starts=key_starts - key_starts[:1],
+        lengths=tensors.lengths[rows],
+        block_tables=tensors.block_tables[rows],
+        max_new_tokens=most_new,
+        max_length=longest,
+    )
+
+
+def _ends_and_spans(rows: Rows[ScheduledRow], num_decodes: int) -> tuple[list[int], tuple[Span, ...]]:
+    """The last token of each row that draws, and the prompt chunks."""
+    ends: list[int] = []
+    spans: list[Span] = []
+    start = 0
+    for number, row in enumerate(rows):
+        stop = start + row.num_new_tokens
+        if row.needs_token:
+            ends.append(stop - 1)
+        if number >= num_decodes:
+            spans.append(Span(number - num_decodes, start, stop, row.start))
+        start = stop
+    return ends, tuple(spans)

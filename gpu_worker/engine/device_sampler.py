@@ -1,0 +1,204 @@
+"""The draws of sampling.py without a word to the host: everything stays on the device until one copy takes it home.
+
+The definition is the same, in the same order, and the same noise. What differs: sampling.py looks at intermediate
+results to take the cheaper way; here both ways are fixed beforehand, and a row that took the wrong one says so with its
+draw, and is drawn again.
+"""
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpu_worker.engine.output_counts import OutputCounts
+from gpu_worker.engine.sampling import NUM_CANDIDATES, Drawn, keyed_noise, noise_key
+from gpu_worker.engine.sampling_plan import DrawGroup, Penalties, SamplingPlan, SparseTerms, make_plan
+from gpu_worker.engine.scheduler import ScheduledRow
+from gpu_worker.engine.sequence import Sequence
+
+IS_FINITE, IS_COMPLETE = 1, 2
+
+
+class DrawAgain(Exception):
+    """Some rows keep more tokens than were looked at; next time all of them are."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledStep:
+    """`packed` is int32: token ids, flags, and for the rows that ask the logprob of the token, the ids of the most
+    likely tokens, and their logprobs; floats by their bits."""
+
+    plan: SamplingPlan
+    packed: Tensor
+
+
+class DeviceSampler:
+    """`token_ids` holds the last step's draws, in the order of its rows, for the next step to begin with."""
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._vocabulary = torch.arange(vocab_size, dtype=torch.int32, device=device)[None]
+        self._plan: SamplingPlan | None = None
+        self._wide: set[Sequence] = set()
+        self._counts = OutputCounts(vocab_size, device)
+        self.token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+
+    def release(self, sequence: Sequence) -> None:
+        self._wide.discard(sequence)
+        self._counts.release(sequence)
+
+    def forget(self) -> None:
+        """A step failed or was dropped: the plan and the counts are made anew."""
+        self._plan = None
+        self._counts.reset()
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, rows: Rows[ScheduledRow]) -> SampledStep:
+        """`logits` is float32 (num_rows, vocab_size) and is overwritten."""
+        plan = self._plan_for([row.sequence for row in rows])
+        keys, positions = self._step_numbers(rows)
+        is_finite = logits.amax(-1).isfinite()
+        asking = plan.logprob_rows
+        raw_logprobs = None if asking is None else logits[asking].log_softmax(-1)
+        is_finite &= self._adjust(logits, plan, positions)
+        token_ids = logits.argmax(-1)
+        is_complete = torch.ones_like(is_finite)
+        self._draw(logits, plan, keys, token_ids, is_complete)
+        self.token_ids[: len(rows)] = token_ids
+        if plan.penalties is not None:
+            count_rows = self._count_rows(plan.penalties)
+            self._counts.add(count_rows, token_ids[plan.penalties.rows])
+        flags = is_finite.int() * IS_FINITE + is_complete.int() * IS_COMPLETE
+        packed = [token_ids.int(), flags]
+        if raw_logprobs is not None and asking is not None:
+            packed += _logprob_parts(raw_logprobs, token_ids[asking], plan.num_top_logprobs)
+        return SampledStep(plan, torch.cat(packed))
+
+    def read(self, step: SampledStep, packed: "np.ndarray[tuple[int], np.dtype[np.int32]]") -> list[Drawn]:
+        """`packed` is the step's, on the host. Raises ValueError where a row is no distribution, DrawAgain where rows
+        must be drawn in another way; the whole step is then to be repeated."""
+        num_rows = len(step.plan.sequences)
+        token_ids, flags = packed[:num_rows].tolist(), packed[num_rows : 2 * num_rows]
+        if not (flags & IS_FINITE).all():
+            raise ValueError("the model's logits are not finite, or every token is banned")
+        if not (flags & IS_COMPLETE).all():
+            self._wide.update(step.plan.sequences[row] for row in np.flatnonzero(flags & IS_COMPLETE == 0).tolist())
+            raise DrawAgain
+        logprobs = _read_logprobs(step.plan, packed[2 * num_rows :])
+        return [Drawn(token_id, *logprobs.get(row, ())) for row, token_id in enumerate(token_ids)]
+
+    def _plan_for(self, sequences: Rows[Sequence]) -> SamplingPlan:
+        if self._plan is None or self._plan.sequences != sequences:
+            self._plan = make_plan(sequences, self._wide, self._vocab_size, self._device)
+        return self._plan
+
+    def _step_numbers(self, rows: Rows[ScheduledRow]) -> tuple[Tensor, Tensor]:
+        """Keys of the noise, int32 (num_rows, 2), and output positions, float32 (num_rows,)."""
+        positions = [row.num_output_tokens for row in rows]
+        keys = [noise_key(r.sequence.job.seed, r.sequence.index, p) for r, p in zip(rows, positions, strict=True)]
+        numbers = torch.tensor([(*key, position) for key, position in zip(keys, positions, strict=True)]).int()
+        if self._device.type == "cuda":
+            numbers = numbers.pin_memory()
+        numbers = numbers.to(self._device, non_blocking=True)
+        return numbers[:, :2], numbers[:, 2].float()
+
+    def _adjust(self, logits: Tensor, plan: SamplingPlan, positions: Tensor) -> Tensor:
+        """Bias, penalties and bans, in place; says of each row whether a token is left."""
+        if plan.bias is not None:
+            _add(logits, plan.bias, plan.bias.values)
+        if plan.penalties is not None:
+            self._penalise(logits, plan.penalties)
+        if plan.ends is not None:
+            is_early = positions[plan.ends.rows] < plan.ends.values
+            _add(logits, plan.ends, torch.where(is_early, -torch.inf, 0.0))
+        if plan.bans is not None:
+            _add(logits, plan.bans, plan.bans.values)
+        return logits.amax(-1).isfinite() if plan.bans or plan.ends else torch.ones_like(positions, dtype=torch.bool)
+
+    def _count_rows(self, penalties: Penalties) -> Tensor:
+        rows = torch.tensor(self._counts.rows_of(penalties.sequences))
+        if self._device.type == "cuda":
+            rows = rows.pin_memory()
+        return rows.to(self._device, non_blocking=True)
+
+    def _penalise(self, logits: Tensor, penalties: Penalties) -> None:
+        count_rows = self._count_rows(penalties)
+        counts, is_in_prompt = self._counts.counts[count_rows], self._counts.is_in_prompt[count_rows]
+        values = logits[penalties.rows]
+        is_seen = is_in_prompt | (counts > 0)
+        repeated = torch.where(values > 0, values / penalties.repetition, values * penalties.repetition)
+        values = torch.where(is_seen, repeated, values)
+        values -= torch.where(counts > 0, penalties.presence + penalties.frequency * counts, 0.0)
+        logits[penalties.rows] = values
+
+    def _draw(self, logits: Tensor, plan: SamplingPlan, keys: Tensor, token_ids: Tensor, is_complete: Tensor) -> None:
+        """Overwrites the tokens of the rows that draw; the others keep the most likely one."""
+        if plan.whole is not None:
+            token_ids[plan.whole.rows] = self._draw_whole(logits[plan.whole.rows], plan.whole, keys)
+        if plan.likely is not None:
+            drawn, complete = self._draw_likely(logits[plan.likely.rows], plan.likely, keys)
+            token_ids[plan.likely.rows] = drawn
+            is_complete[plan.likely.rows] = complete
+        if plan.sorted is not None:
+            token_ids[plan.sorted.rows] = self._draw_sorted(logits[plan.sorted.rows], plan.sorted, keys)
+
+    def _draw_whole(self, logits: Tensor, group: DrawGroup, keys: Tensor) -> Tensor:
+        scaled = logits / group.temperature
+        if group.has_min_p:
+            scaled.masked_fill_(scaled < scaled.amax(-1, keepdim=True) + group.log_min_p, -torch.inf)
+        return scaled.add_(keyed_noise(self._vocabulary, keys[group.rows])).argmax(-1)
+
+    def _draw_likely(self, logits: Tensor, group: DrawGroup, keys: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = logits / group.temperature
+        num_candidates = min(NUM_CANDIDATES, self._vocab_size)
+        values, ids = scaled.topk(num_candidates)
+        cutoffs = _cutoffs(values, scaled, group)
+        noisy = values.masked_fill(values < cutoffs, -torch.inf).add_(keyed_noise(ids.int(), keys[group.rows]))
+        drawn = ids.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
+        if num_candidates == self._vocab_size:
+            return drawn, torch.ones_like(drawn, dtype=torch.bool)
+        return drawn, (values[:, -1:] < cutoffs).squeeze(-1)
+
+    def _draw_sorted(self, logits: Tensor, group: DrawGroup, keys: Tensor) -> Tensor:
+        scaled = logits / group.temperature
+        cutoffs = _cutoffs(scaled.sort(dim=-1, descending=True).values, scaled, group)
+        scaled.masked_fill_(scaled < cutoffs, -torch.inf)
+        return scaled.add_(keyed_noise(self._vocabulary, keys[group.rows])).argmax(-1)
+
+
+def _add(logits: Tensor, terms: SparseTerms, values: Tensor) -> None:
+    logits.index_put_((terms.rows, terms.token_ids), values, accumulate=True)
+
+
+def _cutoffs(values: Tensor, scaled: Tensor, group: DrawGroup) -> Tensor:
+    """The least scaled logit that each row's filters keep: see the function of this name in sampling.py."""
+    num_candidates, vocab_size = values.shape[-1], scaled.shape[-1]
+    cumulative = (values.double() - scaled.logsumexp(-1, keepdim=True)).exp_().cumsum(-1)
+    last = group.top_k.clamp(max=num_candidates) - 1
+    mass = torch.where(group.top_k < vocab_size, cumulative.gather(1, last), 1.0)
+    reached = torch.searchsorted(cumulative, group.top_p * mass).clamp(max=num_candidates - 1)
+    by_rank = values.gather(1, torch.minimum(reached, last))
+    return torch.maximum(by_rank, values[:, :1] + group.log_min_p)
+
+
+def _logprob_parts(logprobs: Tensor, token_ids: Tensor, num_top: int) -> list[Tensor]:
+    values, ids = logprobs.topk(num_top)
+    chosen = logprobs.gather(1, token_ids[:, None])
+    return [chosen.view(torch.int32).flatten(), ids.int().flatten(), values.view(torch.int32).flatten()]
+
+
+def _read_logprobs(
+    plan: SamplingPlan, packed: "np.ndarray[tuple[int], np.dtype[np.int32]]"
+) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    """By row: the logprob of its token, and the most likely tokens with theirs."""
+    num_tops = {row: s.job.params.logprobs for row, s in enumerate(plan.sequences)}
+    asking = [row for row, num_top in num_tops.items() if num_top is not None]
+    count, width = len(asking), plan.num_top_logprobs
+    chosen = packed[:count].view(np.float32).tolist()
+    ids = packed[count : count * (1 + width)].reshape(count, width).tolist()
+    values = packed[count * (1 + width) :].view(np.float32).reshape(count, width).tolist()
+    tops = [tuple(zip(i, v, strict=True))[: num_tops[row]] for row, i, v in zip(asking, ids, values, strict=True)]
+    return {row: (chosen[number], tops[number]) for number, row in enumerate(asking)}
