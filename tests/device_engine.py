@@ -70,7 +70,7 @@ def make_device_engine(
         runner.graphs.capture_all(runner.decode_pass, sizes, capture or ReplayedFunction(), lambda: True)
     assert runner.graphs.sizes == sizes
     return Engine(
-        scheduler=make_scheduler(spec, BlockPool(num_blocks, BLOCK_SIZE)),
+        scheduler=make_scheduler(spec, BlockPool(num_blocks, BLOCK_SIZE), limits),
         runner=runner,
         tokenizer=byte_tokenizer(),
         limits=ModelLimits(vocab_size(model), spec.max_model_len, eos_token_ids(model)),

@@ -12,6 +12,7 @@ from gpu_worker.engine.device_attention import ATTENTION_NAME, DeviceAttention, 
 from gpu_worker.engine.device_runner import DeviceRunner, PassLimits
 from gpu_worker.engine.kv_cache import BlockPool
 from gpu_worker.engine.probe import LayerShape
+from gpu_worker.engine.prompt_scoring import max_num_scored_tokens
 from gpu_worker.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -39,11 +40,16 @@ def build_device_runner(
     runner = DeviceRunner(model, layers, BLOCK_SIZE, device, attention, limits)
     if spec.decode_graphs:
         capture_decodes(runner, spec.max_num_seqs, device)
-    return runner, make_scheduler(spec, BlockPool(num_blocks, BLOCK_SIZE))
+    return runner, make_scheduler(spec, BlockPool(num_blocks, BLOCK_SIZE), limits)
 
 
-def make_scheduler(spec: ModelSpec, pool: BlockPool) -> Scheduler:
-    return Scheduler(pool, max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=spec.max_num_batched_tokens)
+def make_scheduler(spec: ModelSpec, pool: BlockPool, limits: PassLimits) -> Scheduler:
+    return Scheduler(
+        pool,
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+        max_num_scored_tokens=max_num_scored_tokens(limits.vocab_size),
+    )
 
 
 def pass_limits(spec: ModelSpec, model: Any) -> PassLimits:

@@ -5,12 +5,13 @@ back. `collect` waits for that last copy, the only wait of a step. A step of dec
 may begin with the draws of the step before, which are still on the device.
 
 What still makes the host wait, and when: a sequence with penalties joins (its counts are written), structured output
-(its mask needs the token before), a block is copied or wiped, the model is not captured and asks the device itself.
+(its mask needs the token before), prompts are scored, a block is copied or wiped, and whatever a model that is not
+captured asks its device itself.
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from gpu_worker.engine.device_attention import DeviceAttention, DeviceContext, R
 from gpu_worker.engine.device_sampler import DeviceSampler, SampledStep
 from gpu_worker.engine.kv_cache import BlockCopy
 from gpu_worker.engine.pass_inputs import FROM_HOST, PassInputs, PassTensors
+from gpu_worker.engine.prompt_scoring import split_scores
 from gpu_worker.engine.sampling import Drawn, sample
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
@@ -41,6 +43,7 @@ class LaunchedPass:
 
     num_rows: int
     numbers: list[int]
+    scores: dict[int, tuple[Drawn, ...]]  # of the prompt's tokens, by position among the rows
     sampled: SampledStep | None = None
     packed: Tensor | None = None  # the draws on the host, once `is_done`
     is_done: torch.cuda.Event | None = None
@@ -117,24 +120,26 @@ class DeviceRunner:
         except Exception:
             self._sampler.forget()
             raise
-        drawn_by_number = {number: next(drawn) for number in launched.numbers}
-        return [drawn_by_number.get(number) for number in range(launched.num_rows)]
+        results: dict[int, Drawn] = {number: next(drawn) for number in launched.numbers}
+        for number, scores in launched.scores.items():
+            results[number] = replace(results.get(number, Drawn(None)), prompt_scores=scores)
+        return [results.get(number) for number in range(launched.num_rows)]
 
     def _launch(self, rows: Rows[ScheduledRow]) -> LaunchedPass:
         decodes = [number for number, row in enumerate(rows) if row.num_new_tokens == 1]
         prefills = [number for number, row in enumerate(rows) if row.num_new_tokens > 1]
         numbers = [number for number in decodes + prefills if rows[number].needs_token]
         ordered = [rows[number] for number in decodes + prefills]
-        logits = self._forward(ordered, len(decodes))
+        all_scores, logits = split_scores(self._forward(ordered, len(decodes)), ordered)
+        scores = {number: row for number, row in zip(decodes + prefills, all_scores, strict=True) if row}
         drawing = [rows[number] for number in numbers]
         self._draw_by_sequence = {row.sequence: place for place, row in enumerate(drawing)}
-        if not drawing:
-            return LaunchedPass(len(rows), numbers, drawn=[])
-        if any(_needs_host(row.sequence) for row in drawing):
-            return LaunchedPass(len(rows), numbers, drawn=sample(logits, [row.sequence for row in drawing]))
+        if not drawing or any(_needs_host(row.sequence) for row in drawing):
+            drawn = sample(logits, [row.sequence for row in drawing]) if drawing else []
+            return LaunchedPass(len(rows), numbers, scores, drawn=drawn)
         sampled = self._sampler.sample(logits, drawing)
         packed, is_done = self._copy_home(sampled.packed)
-        return LaunchedPass(len(rows), numbers, sampled, packed, is_done)
+        return LaunchedPass(len(rows), numbers, scores, sampled, packed, is_done)
 
     def _copy_home(self, packed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         if self._device.type != "cuda":
@@ -155,7 +160,8 @@ class DeviceRunner:
         return self._sampler.read(launched.sampled, launched.packed.numpy())
 
     def _forward(self, rows: Rows[ScheduledRow], num_decodes: int) -> Tensor:
-        """Logits, float32, of the rows that need a token: (num_drawing, vocab_size); the caller may write to them."""
+        """Logits, float32, row by row: of the positions that judge the prompt, then of the last one where the row needs
+        a token; (num_kept, vocab_size). The caller may write to them."""
         sources = [self._draw_by_sequence[row.sequence] if row.is_ahead else FROM_HOST for row in rows]
         is_decoding = num_decodes == len(rows) and all(row.needs_token for row in rows)
         size = self.graphs.size_for(len(rows)) if is_decoding else None
@@ -195,7 +201,7 @@ class DeviceRunner:
         return self._run_model(tensors, token_ids, None, self._context(tensors, decodes=group))
 
     def _mixed(self, tensors: PassTensors, rows: Rows[ScheduledRow], num_decodes: int) -> Tensor:
-        ends, spans = _ends_and_spans(rows, num_decodes)
+        kept, spans = _kept_and_spans(rows, num_decodes)
         longest = max(row.start + row.num_new_tokens for row in rows)
         most_new = max(row.num_new_tokens for row in rows)
         num_tokens, num_rows = len(tensors.token_ids), len(rows)
@@ -207,7 +213,7 @@ class DeviceRunner:
             else None,
             spans=spans,
         )
-        return self._run_model(tensors, tensors.token_ids, ends, context)
+        return self._run_model(tensors, tensors.token_ids, kept, context)
 
     def _run_model(
         self, tensors: PassTensors, token_ids: Tensor, ends: list[int] | None, context: DeviceContext
@@ -262,16 +268,17 @@ def _group(
     )
 
 
-def _ends_and_spans(rows: Rows[ScheduledRow], num_decodes: int) -> tuple[list[int], tuple[Span, ...]]:
-    """The last token of each row that draws, and the prompt chunks."""
-    ends: list[int] = []
+def _kept_and_spans(rows: Rows[ScheduledRow], num_decodes: int) -> tuple[list[int], tuple[Span, ...]]:
+    """The tokens whose logits are wanted, and the prompt chunks."""
+    kept: list[int] = []
     spans: list[Span] = []
     start = 0
     for number, row in enumerate(rows):
         stop = start + row.num_new_tokens
+        kept += range(start, start + row.num_scored_tokens)
         if row.needs_token:
-            ends.append(stop - 1)
+            kept.append(stop - 1)
         if number >= num_decodes:
             spans.append(Span(number - num_decodes, start, stop, row.start))
         start = stop
-    return ends, tuple(spans)
+    return kept, tuple(spans)

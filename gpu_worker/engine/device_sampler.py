@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpu_worker.engine.output_counts import OutputCounts
 from gpu_worker.engine.sampling import NUM_CANDIDATES, Drawn, keyed_noise, noise_key
-from gpu_worker.engine.sampling_plan import DrawGroup, Penalties, SamplingPlan, SparseTerms, make_plan
+from gpu_worker.engine.sampling_plan import DrawGroup, Penalties, SamplingPlan, SparseTerms, asks_logprobs, make_plan
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
 
@@ -160,7 +160,8 @@ class DeviceSampler:
         drawn = ids.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
         if num_candidates == self._vocab_size:
             return drawn, torch.ones_like(drawn, dtype=torch.bool)
-        return drawn, (values[:, -1:] < cutoffs).squeeze(-1)
+        least = values[:, -1:]
+        return drawn, ((least < cutoffs) | least.isneginf()).squeeze(-1)
 
     def _draw_sorted(self, logits: Tensor, group: DrawGroup, keys: Tensor) -> Tensor:
         scaled = logits / group.temperature
@@ -194,8 +195,8 @@ def _read_logprobs(
     plan: SamplingPlan, packed: "np.ndarray[tuple[int], np.dtype[np.int32]]"
 ) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
     """By row: the logprob of its token, and the most likely tokens with theirs."""
-    num_tops = {row: s.job.params.logprobs for row, s in enumerate(plan.sequences)}
-    asking = [row for row, num_top in num_tops.items() if num_top is not None]
+    num_tops = {row: s.job.params.logprobs or 0 for row, s in enumerate(plan.sequences) if asks_logprobs(s)}
+    asking = list(num_tops)
     count, width = len(asking), plan.num_top_logprobs
     chosen = packed[:count].view(np.float32).tolist()
     ids = packed[count : count * (1 + width)].reshape(count, width).tolist()

@@ -152,6 +152,8 @@ def main() -> None:
     settings = get_settings()
     configure_logging(settings.log_level, settings.log_format)
     spec = ModelSpec.model_validate_json(arguments.spec)
+    # Read when CUDA starts: passes of ever other sizes would else leave memory in pieces that fit nobody.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     recorder = FlightRecorder(arguments.recorder_fd)
     channel = Channel(socket.socket(fileno=arguments.channel_fd))
     backend = load_backend(spec)

@@ -67,7 +67,7 @@ def make_plan(
     filtered = {row for row in drawing if params[row].top_k or (params[row].top_p or 1.0) < 1.0}
     is_wide = set(wide)
     by_sort = {row for row in filtered if sequences[row] in is_wide or _keeps_many(params[row], vocab_size)}
-    asking = [row for row, p in enumerate(params) if p.logprobs is not None]
+    asking = [row for row, sequence in enumerate(sequences) if asks_logprobs(sequence)]
     return SamplingPlan(
         sequences=sequences,
         bias=maker.terms(lambda s: s.job.params.logit_bias.items()),
@@ -80,6 +80,11 @@ def make_plan(
         logprob_rows=maker.ints(asking) if asking else None,
         num_top_logprobs=min(vocab_size, max((params[row].logprobs or 0 for row in asking), default=0)),
     )
+
+
+def asks_logprobs(sequence: Sequence) -> bool:
+    params = sequence.job.params
+    return params.logprobs is not None or params.best_of is not None
 
 
 def _keeps_many(params: SamplingParams, vocab_size: int) -> bool:
