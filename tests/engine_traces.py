@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engine.admission import ModelLimits, make_job
+from gpu_worker.engine.grammar import Grammars
 from gpu_worker.engine.loop import Engine
 from gpu_worker.engine.sampling import gumbel_noise, sample
 from gpu_worker.frames import AddJob
@@ -201,7 +202,8 @@ class Oracle:
             command, finished_indexes=[], committed_token_ids=[output] * n, num_emitted_chars=[0] * n
         )
         limits = ModelLimits(VOCAB_SIZE, 256, frozenset({EOS_TOKEN_ID}))
-        sequence = make_job(again, limits, TOKENIZER, arrival=0).sequences[index]
+        grammars = Grammars(TOKENIZER, VOCAB_SIZE, {EOS_TOKEN_ID})
+        sequence = make_job(again, limits, TOKENIZER, grammars, arrival=0).sequences[index]
         self._model.set_attn_implementation("eager")
         logits = self._model(input_ids=torch.tensor([sequence.token_ids])).logits[:, -1].clone()
         self._model.set_attn_implementation("celeriac")
