@@ -132,6 +132,12 @@ jobs_run_seconds = Histogram("jobs_run_seconds", "First claim to the end.", ["mo
 jobs_running = Gauge("jobs_running", "Jobs in progress, from SQL.", ["model"])
 jobs_oldest_queued_seconds = Gauge("jobs_oldest_queued_seconds", "Age of the oldest waiting job.", ["model"])
 
+maintenance_findings = Gauge(
+    "maintenance_findings",
+    "By the janitor: stalled_jobs and load_drift ever, orphans and unserved_jobs (by model and lane) now.",
+    ["name", "label"],
+)
+
 prompt_tokens_total = Counter("prompt_tokens_total", "Prompt tokens of submitted jobs.", ["model"])
 tokenize_seconds = Histogram(
     "tokenize_seconds", "Template and tokenizer, one prompt.", ["model"], buckets=_FAST_BUCKETS

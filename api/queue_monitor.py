@@ -18,12 +18,13 @@ from observability import (
     jobs_oldest_queued_seconds,
     jobs_running,
     llm_queue_size,
+    maintenance_findings,
     webhook_deliveries_pending,
     webhook_oldest_due_seconds,
     worker_processes,
     worker_slots,
 )
-from storage import job_queries, webhook_deliveries, workers
+from storage import job_queries, maintenance, webhook_deliveries, workers
 from storage.database import repeatable
 from storage.job_queries import QueuePosition
 
@@ -135,6 +136,7 @@ class QueueMonitor:
         self._queues, self._read_at = queues, time.monotonic()
         self._num_accepted_since.clear()
         _publish(queues)
+        _publish_findings(await repeatable(self._sessions, maintenance.figures))
 
     def accepted(self, model: str) -> None:
         """A job joined this model's queue after the figures were read."""
@@ -197,3 +199,9 @@ def _publish(queues: Mapping[str, ModelQueue]) -> None:
         jobs_oldest_queued_seconds.labels(model).set(queue.oldest_queued_seconds)
         worker_processes.labels(model).set(queue.num_workers)
         worker_slots.labels(model).set(queue.num_slots)
+
+
+def _publish_findings(value_by_name: Mapping[tuple[str, str], float]) -> None:
+    maintenance_findings.clear()  # a lane that is served again must not stay
+    for (name, label), value in value_by_name.items():
+        maintenance_findings.labels(name, label).set(value)

@@ -13,31 +13,34 @@ import logging
 from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
-from threading import Lock
-from time import monotonic
+from threading import Lock, Thread
+from time import monotonic, sleep
 from uuid import uuid4
 
 import redis
+from celery import signals
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog
+from domain.ids import external_id
 from domain.jobs import JobStatus
 from observability import describe_exception
 from settings import Settings, get_settings
-from storage import jobs, webhook_deliveries
+from storage import jobs, maintenance, webhook_deliveries, workers
 from storage.database import open_database, session_factory
 from storage.streams import publish
 from tasks.app import app
 from tasks.dispatch import dispatch
-from tasks.messages import JANITOR_TICK
+from tasks.messages import JANITOR_TICK, MAINTENANCE_QUEUE
 
 logger = logging.getLogger(__name__)
 
 EPOCH_KEY = "celeriac:epoch"
 BROKER_TIMEOUT_SECONDS = 2.0
-CLOCK_STEP_SECONDS = 30.0
 PRUNE_EVERY_SECONDS = 10.0
+CHECK_EVERY_SECONDS = 60.0  # what reads every unfinished job
+UNSERVED_SECONDS = 30.0  # a worker that starts has so long until its model counts as unserved
 
 
 class OutageGuard:
@@ -54,7 +57,8 @@ class OutageGuard:
         if self._last is not None:
             silence = clock - self._last[1]
             step = (database_now - self._last[0]).total_seconds() - silence
-            if silence > self._lease_seconds or step > CLOCK_STEP_SECONDS:
+            # Owners renew every third of a lease: a smaller step leaves each of them some of it.
+            if silence > self._lease_seconds or step > self._lease_seconds / 3:
                 self._hold_until = clock + self._lease_seconds
         self._last = (database_now, clock)
         return clock >= self._hold_until
@@ -75,12 +79,16 @@ class Janitor:
         self._epoch: tuple[object, object] | None = None
         self._is_redispatch_due = False
         self._pruned_at = 0.0
+        self._checked_at = 0.0
+        self._are_leases_believed = False
+        self.ticked_at = monotonic()
         self._lock = Lock()
 
     def tick(self) -> dict[str, int]:
         """Run every rule once; returns how many jobs each one moved, without the zeros."""
         if not self._lock.acquire(blocking=False):
             return {}
+        self.ticked_at = monotonic()
         try:
             return {name: count for name, rule in self._rules() if (count := _run(name, rule))}
         finally:
@@ -92,19 +100,34 @@ class Janitor:
         return [
             ("redispatched", self._follow_epoch),
             ("rescued", self._rescue),
+            ("stalled", self._release_stalled),
             ("expired", self._expire),
             *sends,
             ("pruned", self._prune),
+            ("checked", self._check),
         ]
 
     def _rescue(self) -> int:
         with self._sessions.begin() as session:
             now = session.scalar(select(func.clock_timestamp()))
-            if now is None or not self._guard.may_rescue(now, monotonic()):
+            self._are_leases_believed = now is not None and self._guard.may_rescue(now, monotonic())
+            if not self._are_leases_believed:
                 return 0
             returned = jobs.rescue(
                 session, grace_seconds=self._settings.lease_grace_seconds, quiet_seconds=self.quiet_seconds
             )
+        publish(self._client, [(job.job_id, job.status) for job in returned])
+        return len(returned)
+
+    def _release_stalled(self) -> int:
+        if not self._are_leases_believed:
+            return 0
+        with self._sessions.begin() as session:
+            returned = jobs.release_stalled(session, stall_seconds=self._settings.stall_seconds)
+            if returned:
+                maintenance.count_figure(session, "stalled_jobs", len(returned))
+        for job in returned:
+            logger.error("a job with a lease made no progress", extra={"job_id": external_id(job.job_id)})
         publish(self._client, [(job.job_id, job.status) for job in returned])
         return len(returned)
 
@@ -142,6 +165,26 @@ class Janitor:
         with self._sessions.begin() as session:
             return jobs.prune(session) + webhook_deliveries.prune(session)
 
+    def _check(self) -> int:
+        """What must never be found, counted for the metrics; the sum is 0 where all is well."""
+        if monotonic() - self._checked_at < CHECK_EVERY_SECONDS:
+            return 0
+        self._checked_at = monotonic()
+        with self._sessions.begin() as session:
+            drift = maintenance.reconcile_load(session)
+            maintenance.count_figure(session, "load_drift", drift)
+            orphans = maintenance.count_orphans(session)
+            maintenance.set_figures(session, "orphans", {"": orphans})
+            unserved = maintenance.unserved_jobs(
+                session, patience_seconds=UNSERVED_SECONDS, live_seconds=workers.LIVE_SECONDS
+            )
+            maintenance.set_figures(session, "unserved_jobs", dict[str, float](unserved))
+        if drift or orphans:
+            logger.error("the tables disagree", extra={"load_drift": drift, "orphans": orphans})
+        for lane, num_jobs in unserved.items():
+            logger.error("no live worker serves jobs that wait", extra={"lane": lane, "num_jobs": num_jobs})
+        return drift + orphans + sum(unserved.values())
+
 
 @lru_cache(maxsize=1)
 def janitor() -> Janitor:
@@ -160,6 +203,22 @@ def tick() -> None:
     counts = janitor().tick()
     if counts:
         logger.info("janitor: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+@signals.worker_ready.connect
+def _keep_ticking(**_: object) -> None:
+    """Ticks come through Redis; while it is away, leases lapse all the same, so the maintenance worker has a clock of
+    its own beside them. Where the ticks come, it rests."""
+    if MAINTENANCE_QUEUE in app.amqp.queues.consume_from:
+        Thread(target=_tick_when_silent, name="janitor", daemon=True).start()
+
+
+def _tick_when_silent() -> None:
+    seconds = get_settings().janitor_interval_seconds
+    while True:
+        sleep(seconds / 2)
+        if monotonic() - janitor().ticked_at > 2 * seconds:
+            tick()
 
 
 def _run(name: str, rule: Callable[[], int]) -> int:

@@ -8,22 +8,28 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import pytest
 import redis
+from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id
-from domain.jobs import JobStatus
+from domain.jobs import JobStatus, Lane
 from embedded import EmbeddedRedis
 from settings import Settings
+from storage import job_attempts, jobs, maintenance, workers
 from storage.stream_channels import channel_of
-from storage.tables import Job
+from storage.tables import DEFAULT_TENANT_ID, Job, TenantLoad
+from storage.workers import WorkerReport
 from tasks.dispatch import count_waiting
 from tasks.janitor import EPOCH_KEY, Janitor
+from tests.conftest import MakeTenant
 from tests.integration.consumer_harness import ROOT, EventLog, events, wait_until
 
 __all__ = ["events"]
@@ -152,8 +158,87 @@ def test_finished_jobs_are_pruned_when_their_time_is_over(
 ) -> None:
     make_job(status=JobStatus.COMPLETED, finished_at=AN_HOUR_AGO, prune_at=AN_HOUR_AGO)
     kept = make_job(status=JobStatus.COMPLETED)
-    assert janitor.tick() == {"pruned": 1}
+    assert janitor.tick()["pruned"] == 1
     assert status_of(session_factory, kept) is JobStatus.COMPLETED
+
+
+def test_a_step_of_the_database_clock_rescues_nobody(
+    janitor: Janitor, make_job: MakeJob, session_factory: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the janitor it looks as if its own clock stood still while the database's went on."""
+    janitor.tick()
+    held = [make_job(status=JobStatus.IN_PROGRESS, lease_expires_at=AN_HOUR_AGO) for _ in range(3)]
+    now = monotonic()
+    monkeypatch.setattr("tasks.janitor.monotonic", lambda: now - 60)
+    assert "rescued" not in janitor.tick()
+    assert [status_of(session_factory, job) for job in held] == [JobStatus.IN_PROGRESS] * 3
+
+
+def test_a_job_without_progress_under_a_living_lease_is_taken_away(
+    janitor: Janitor, make_job: MakeJob, session_factory: sessionmaker[Session]
+) -> None:
+    minutes = {name: datetime.now(UTC) - timedelta(minutes=n) for name, n in {"two": 2, "eleven": 11}.items()}
+    running: dict[str, Any] = {"status": JobStatus.IN_PROGRESS, "lease_expires_at": IN_AN_HOUR}
+    stalled = make_job(**running, progressed_at=minutes["two"], num_committed_tokens=5)
+    prefilling = make_job(**running, progressed_at=minutes["two"], num_committed_tokens=5, num_tokens_at_claim=5)
+    forgotten = make_job(**running, progressed_at=minutes["eleven"])
+    lively = make_job(**running, progressed_at=datetime.now(UTC), num_committed_tokens=5)
+    assert janitor.tick()["stalled"] == 2
+    statuses = [status_of(session_factory, job) for job in (stalled, prefilling, forgotten, lively)]
+    queued, running_ = JobStatus.QUEUED, JobStatus.IN_PROGRESS
+    assert statuses == [queued, running_, queued, running_]
+    with session_factory() as session:
+        assert session.get_one(Job, stalled.id).num_failures == 1
+        assert [one.outcome for one in job_attempts.attempts_of(session, [stalled.id])[stalled.id]] == ["stalled"]
+        assert maintenance.figures(session)["stalled_jobs", ""] == 2
+
+
+def test_wrong_counters_are_found_and_put_right(
+    janitor: Janitor, make_job: MakeJob, session_factory: sessionmaker[Session]
+) -> None:
+    make_job()
+    with session_factory.begin() as session:
+        session.execute(update(TenantLoad).values(num_queued=4, num_running=2))
+    assert janitor.tick()["checked"] == 5
+    with session_factory() as session:
+        load = session.get_one(TenantLoad, DEFAULT_TENANT_ID)
+        assert (load.num_queued, load.num_running) == (1, 0)
+        assert maintenance.figures(session)["load_drift", ""] == 5
+        assert maintenance.reconcile_load(session) == 0
+
+
+def test_jobs_that_nobody_serves_and_rows_that_break_the_rules_are_told(
+    janitor: Janitor, make_job: MakeJob, session_factory: sessionmaker[Session]
+) -> None:
+    make_job(available_at=AN_HOUR_AGO, lane=Lane.ISOLATED)
+    make_job()  # too young to be complained about
+    make_job(status=JobStatus.COMPLETED)  # without a result
+    assert janitor.tick()["checked"] == 2
+    with session_factory.begin() as session:
+        found = maintenance.figures(session)
+        assert (found["unserved_jobs", "test-model/isolated"], found["orphans", ""]) == (1, 1)
+        workers.heartbeat(session, WorkerReport(uuid4(), "gpu@test", "test-model", 1, 0, 0.0))
+    janitor._checked_at = 0.0
+    janitor.tick()
+    with session_factory() as session:
+        assert ("unserved_jobs", "test-model/isolated") not in maintenance.figures(session)
+
+
+def test_a_low_priority_is_served_under_a_stream_of_high_ones(
+    session_factory: sessionmaker[Session], make_job: MakeJob, make_tenant: MakeTenant
+) -> None:
+    """Of its own tenant and of another. What waits an hour catches up with six steps of priority, and no more."""
+    low = make_job(priority=-3, available_at=AN_HOUR_AGO)
+    lowest = make_job(priority=-10, available_at=AN_HOUR_AGO)
+    other = make_tenant()
+    for tenant_id in (DEFAULT_TENANT_ID, other.id):
+        for _ in range(20):
+            make_job(priority=2, tenant_id=tenant_id)
+    with session_factory.begin() as session:
+        first = jobs.dispatch(session, "test-model", room=2)
+        assert low.id in first, "beside the other tenant's, which has got as little"
+        assert lowest.id not in first
+        assert jobs.dispatch(session, "test-model", room=99)[-1] == lowest.id
 
 
 def test_beat_and_a_maintenance_worker_keep_the_janitor_going(
@@ -186,6 +271,37 @@ def test_beat_and_a_maintenance_worker_keep_the_janitor_going(
     assert {event["type"].partition("-")[0] for event in events.all()} == {"worker"}  # ticks leave Flower alone
     assert "janitor: dispatched test-model 1" in (tmp_path / "log").read_text()
     assert "succeeded in" not in (tmp_path / "log").read_text()
+
+
+def test_leases_that_lapse_while_the_broker_is_away_are_rescued(
+    database_url: str,
+    redis_url: str,
+    redis_server: EmbeddedRedis,
+    make_job: MakeJob,
+    session_factory: sessionmaker[Session],
+    tmp_path: Path,
+) -> None:
+    models_file = tmp_path / "models.toml"
+    models_file.write_text('[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n')
+    environment = os.environ | {
+        "CELERIAC_DATABASE_URL": database_url,
+        "CELERIAC_REDIS_URL": redis_url,
+        "CELERIAC_MODELS_FILE": str(models_file),
+        "CELERIAC_JANITOR_INTERVAL_SECONDS": "0.2",
+        "CELERIAC_LEASE_SECONDS": "1",
+    }
+    command = [sys.executable, "-m", "celery", "-A", "tasks.app", "worker", "--beat", "--pool=threads"]
+    with (tmp_path / "log").open("wb") as log:
+        worker = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: "ready." in (tmp_path / "log").read_text(), "the maintenance worker is ready")
+        redis_server.stop()
+        lost = make_job(status=JobStatus.IN_PROGRESS, lease_expires_at=AN_HOUR_AGO)
+        wait_until(lambda: status_of(session_factory, lost) is JobStatus.QUEUED, "it is rescued")
+    finally:
+        worker.kill()
+        worker.wait()
+        redis_server.start()
 
 
 def test_a_killed_maintenance_worker_takes_its_clock_with_it(redis_url: str, tmp_path: Path) -> None:

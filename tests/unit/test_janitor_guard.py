@@ -2,6 +2,8 @@
 
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 from tasks.janitor import OutageGuard
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -28,6 +30,13 @@ def test_after_the_clock_stepped_forward_too() -> None:
     assert not may_rescue(guard, 1, stepped=60)
     assert not may_rescue(guard, 10, stepped=60)
     assert may_rescue(guard, 16, stepped=60)
+
+
+@pytest.mark.parametrize("step", [5.5, 17, 29])
+def test_a_step_that_leaves_owners_too_little_of_their_lease_is_one(step: float) -> None:
+    guard = OutageGuard(lease_seconds=15)
+    assert may_rescue(guard, 0)
+    assert not may_rescue(guard, 1, stepped=step)
 
 
 def test_a_short_gap_is_no_outage() -> None:

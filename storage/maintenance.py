@@ -1,0 +1,92 @@
+"""What the janitor checks beside moving jobs, and the figures it leaves for the API to show."""
+
+from sqlalchemy import delete, func, select, text
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from storage.jobs_sql import CLOCK
+from storage.tables import MaintenanceFigure
+
+# One statement, one snapshot: the counters move in the statements that move the rows, so they must agree at any moment.
+DRIFT = text("""
+SELECT l.tenant_id, abs(l.num_queued - count(j.id) FILTER (WHERE j.status = 'queued'))
+    + abs(l.num_running - count(j.id) FILTER (WHERE j.status = 'in_progress')) AS drift
+FROM tenant_load l LEFT JOIN jobs j ON j.tenant_id = l.tenant_id AND j.status IN ('queued', 'in_progress')
+GROUP BY l.tenant_id, l.num_queued, l.num_running
+""")
+LOCK_LOAD = text("SELECT FROM tenant_load WHERE tenant_id = ANY(CAST(:ids AS uuid[])) ORDER BY tenant_id FOR UPDATE")
+# Who moves a job meanwhile waits for our lock with a change that we do not see, and adds it to what we write.
+RECOUNT = text("""
+UPDATE tenant_load l SET
+    num_queued = (SELECT count(*) FROM jobs j WHERE j.tenant_id = l.tenant_id AND j.status = 'queued'),
+    num_running = (SELECT count(*) FROM jobs j WHERE j.tenant_id = l.tenant_id AND j.status = 'in_progress')
+WHERE l.tenant_id = ANY(CAST(:ids AS uuid[]))
+""")
+
+# Waiting although they could run, where no live worker serves the model. Every worker serves both lanes.
+UNSERVED = text(f"""
+SELECT j.model, j.lane, count(*) AS num_jobs FROM jobs j
+WHERE j.status = 'queued' AND j.available_at < {CLOCK} - make_interval(secs => :patience_seconds)
+    AND NOT EXISTS (SELECT FROM workers w WHERE w.model = j.model AND NOT w.is_draining
+        AND w.seen_at > {CLOCK} - make_interval(secs => :live_seconds))
+GROUP BY j.model, j.lane
+""")  # noqa: S608  (CLOCK is a constant)
+
+# Rows that no statement of the protocol leaves behind; of those that ended, the latest are looked at.
+ORPHANS = text(f"""
+SELECT (SELECT count(*) FROM jobs j WHERE j.status IN ('queued', 'in_progress')
+        AND NOT EXISTS (SELECT FROM job_payloads p WHERE p.job_id = j.id))
+    + (SELECT count(*) FROM jobs j WHERE j.status = 'in_progress' AND j.lease_expires_at IS NULL)
+    + (SELECT count(*) FROM jobs j WHERE j.status = 'completed' AND j.prune_at > {CLOCK}
+        AND j.finished_at > {CLOCK} - interval '5 minutes' AND (
+            NOT EXISTS (SELECT FROM job_results r WHERE r.job_id = j.id)
+            OR j.committed_sequence_number <> (SELECT coalesce(max(c.sequence_number), 0) FROM job_chunks c
+                WHERE c.job_id = j.id)))
+""")  # noqa: S608  (CLOCK is a constant)
+
+
+def reconcile_load(session: Session) -> int:
+    """Compare the tenants' counters with the rows they count, and put wrong ones right. Returns by how many jobs they
+    were wrong: anything but 0 is a bug."""
+    drift_by_tenant = {row.tenant_id: row.drift for row in session.execute(DRIFT) if row.drift}
+    if drift_by_tenant:
+        session.execute(LOCK_LOAD, {"ids": list(drift_by_tenant)})
+        session.execute(RECOUNT, {"ids": list(drift_by_tenant)})
+    return sum(drift_by_tenant.values())
+
+
+def unserved_jobs(session: Session, *, patience_seconds: float, live_seconds: float) -> dict[str, int]:
+    """How many jobs wait for nobody, by "model/lane"."""
+    rows = session.execute(UNSERVED, {"patience_seconds": patience_seconds, "live_seconds": live_seconds})
+    return {f"{row.model}/{row.lane}": row.num_jobs for row in rows}
+
+
+def count_orphans(session: Session) -> int:
+    """Rows that break what the protocol promises: anything but 0 is a bug."""
+    return int(session.scalar(ORPHANS) or 0)
+
+
+def set_figures(session: Session, name: str, value_by_label: dict[str, float]) -> None:
+    """What a rule found now, in place of what it found before."""
+    session.execute(delete(MaintenanceFigure).where(MaintenanceFigure.name == name))
+    for label, value in value_by_label.items():
+        _add(session, name, label, value)
+
+
+def count_figure(session: Session, name: str, more: int) -> None:
+    """Add to a figure that only grows."""
+    _add(session, name, "", more)
+
+
+def _add(session: Session, name: str, label: str, value: float) -> None:
+    statement = insert(MaintenanceFigure).values(
+        name=name, label=label, value=value, updated_at=func.statement_timestamp()
+    )
+    total = MaintenanceFigure.value + statement.excluded.value
+    changed = {"value": total, "updated_at": statement.excluded.updated_at}
+    session.execute(statement.on_conflict_do_update(index_elements=["name", "label"], set_=changed))
+
+
+def figures(session: Session) -> dict[tuple[str, str], float]:
+    """By (name, label)."""
+    return {(row.name, row.label): row.value for row in session.scalars(select(MaintenanceFigure))}
