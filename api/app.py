@@ -12,7 +12,7 @@ from api import dead_letters, health, jobs, queue, webhook_deliveries, webhook_e
 from api.deps import private_router
 from api.errors import register_error_handlers
 from api.middleware import BodyLimit, RequestContext
-from api.openai import chat, completions, models
+from api.openai import chat, completions, models, stored_chats
 from api.services import open_services
 from domain.catalog import Catalog
 from settings import Settings, get_settings
@@ -42,7 +42,18 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
     register_error_handlers(app)
-    for module in (jobs, dead_letters, webhook_endpoints, webhook_deliveries, chat, completions, models, queue, health):
+    for module in (
+        jobs,
+        dead_letters,
+        webhook_endpoints,
+        webhook_deliveries,
+        chat,
+        stored_chats,
+        completions,
+        models,
+        queue,
+        health,
+    ):
         app.include_router(module.router)
     app.include_router(health.public)
     _add_documentation(app)

@@ -1,12 +1,16 @@
-"""What only the jobs of the OpenAI routes need: a retry finds its job, and an answer that was delivered is noted."""
+"""What only the jobs of the OpenAI routes need: retries that find their job, what was delivered, what is listed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
+from domain.jobs import Endpoint, JobStatus
+from storage.job_queries import JobRecord, has_metadata
 from storage.jobs_sql import CLOCK
+from storage.tables import Job, JobPayload, JobResult
 
 # ruff: noqa: S608  (only CLOCK is put into the text; values are bound)
 
@@ -34,3 +38,41 @@ def mark_delivered(session: Session, job_ids: Sequence[UUID]) -> None:
     """Note that a client has the whole answer: a retry of the same request is a new one from now on. The note need not
     survive a crash of the database."""
     session.execute(MARK_DELIVERED, {"ids": list(job_ids)})
+
+
+def list_stored(
+    session: Session,
+    tenant_id: UUID,
+    endpoint: Endpoint,
+    *,
+    model: str | None,
+    metadata: Mapping[str, str],
+    after: UUID | None,
+    limit: int,
+    order: Literal["asc", "desc"],
+) -> list[JobRecord]:
+    """One page of the completed jobs that were asked for with store=true, with requests and results, by id."""
+    statement = (
+        select(Job, JobPayload.request, JobResult.result)
+        .join(JobPayload, JobPayload.job_id == Job.id)
+        .join(JobResult, JobResult.job_id == Job.id)
+        .where(Job.tenant_id == tenant_id, Job.endpoint == endpoint, Job.is_stored)
+        .where(Job.status == JobStatus.COMPLETED)
+    )
+    if model is not None:
+        statement = statement.where(Job.model == model)
+    for key, value in metadata.items():
+        statement = statement.where(has_metadata(key, value))
+    if after is not None:
+        statement = statement.where(Job.id > after if order == "asc" else Job.id < after)
+    statement = statement.order_by(Job.id.asc() if order == "asc" else Job.id.desc()).limit(limit)
+    rows = session.execute(statement.execution_options(populate_existing=True)).all()
+    for row in rows:
+        session.expunge(row[0])
+    return [JobRecord(*row) for row in rows]
+
+
+def set_metadata(session: Session, job_id: UUID, tenant_id: UUID, metadata: Mapping[str, str]) -> None:
+    """Replace a stored job's metadata. The caller has looked that there is one."""
+    statement = update(Job).where(Job.id == job_id, Job.tenant_id == tenant_id, Job.is_stored)
+    session.execute(statement.values(job_metadata=dict(metadata)))

@@ -144,7 +144,7 @@ def list_jobs(
     if created_after is not None:
         statement = statement.where(Job.created_at > created_after)
     for key, value in (metadata or {}).items():
-        statement = statement.where(_has_metadata(key, value))
+        statement = statement.where(has_metadata(key, value))
     if after is not None:
         statement = statement.where(Job.id > after if order == "asc" else Job.id < after)
     statement = statement.order_by(Job.id.asc() if order == "asc" else Job.id.desc()).limit(limit)
@@ -202,8 +202,9 @@ def position(session: Session, job_id: UUID) -> QueuePosition | None:
     return positions(session, [job_id]).get(job_id)
 
 
-def _has_metadata(key: str, value: str) -> ColumnElement[bool]:
-    """PostgreSQL cannot take a value out of JSON that holds an escaped NUL, so such metadata matches nothing."""
+def has_metadata(key: str, value: str) -> ColumnElement[bool]:
+    """Whether a job's metadata has this entry. PostgreSQL cannot take a value out of JSON that holds an escaped NUL, so
+    such metadata matches nothing."""
     metadata = Job.__table__.c.metadata
     holds_nul = cast(metadata, Text).contains("\\u0000", autoescape=True)
     return case((holds_nul, False), else_=metadata.op("->>")(key) == value)

@@ -37,6 +37,8 @@ async def resubmit(
         # With blanks, which no client's own key may have; so a repeated call finds the first one's job.
         idempotency_key=f"{how.verb} of {external_id(old.id)}",
         metadata=old.job_metadata,
+        endpoint=old.endpoint,
+        is_stored=old.is_stored,
     )
     new_job = replace(
         await submitter.prepare(old.tenant_id, record.request, options),
