@@ -242,3 +242,23 @@ def test_models_are_listed_and_found_by_names_with_slashes(served: Served) -> No
     with pytest.raises(openai.NotFoundError) as raised:
         served.client.models.retrieve("org/none")
     assert raised.value.code == "model_not_found"
+
+
+def test_t6_t14_t15_extras_come_in_at_top_level_and_foreign_headers_are_ignored(served: Served) -> None:
+    answer = served.client.chat.completions.create(
+        model="test-model",
+        messages=MESSAGES,
+        max_tokens=6,
+        user="somebody",
+        prompt_cache_key="cache",
+        extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True},
+        extra_headers={"OpenAI-Organization": "org-x", "OpenAI-Project": "proj-x", "OpenAI-Beta": "x=1"},
+    )
+    assert answer.choices[0].finish_reason == "length"
+    with served.rig.sessions() as session:
+        record = job_queries.get(session, parse_id(answer.id), DEFAULT_TENANT_ID, with_request=True)
+    assert record is not None
+    assert record.request is not None
+    params = record.request.params
+    assert (params.top_k, params.min_p, params.repetition_penalty, params.min_tokens) == (5, 0.1, 1.1, 2)
+    assert post(served, stream=True).content.endswith(b"data: [DONE]\n\n")

@@ -1,0 +1,62 @@
+"""A call that must be made is held to the tool's schema, in the words in which its model calls."""
+
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher
+
+from domain.catalog import ModelSpec
+from domain.structured_output import StructuredOutput
+from domain.tools import ToolDefinition
+from settings import ROOT
+from tasks.grammars import make_grammar_tokenizer, make_matcher
+from tasks.models import ModelView, load_model_view
+from tasks.output_formats import ToolFormat, tool_call_grammar
+
+NODE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"at": {"$ref": "#/$defs/point"}},
+    "required": ["at"],
+    "additionalProperties": False,
+    "$defs": {"point": {"type": "integer"}},
+}
+TOOLS = [ToolDefinition(name="go", parameters=NODE), ToolDefinition(name="stop")]
+GO, STOP = '{"name": "go", "arguments": {"at":3}}', '{"name": "stop", "arguments": {}}'
+HERMES, MISTRAL, LLAMA3 = ToolFormat.HERMES, ToolFormat.MISTRAL, ToolFormat.LLAMA3
+
+CASES: list[tuple[ToolFormat, int | None, str, bool]] = [
+    (HERMES, None, f"<tool_call>\n{GO}\n</tool_call>", True),
+    (HERMES, None, f"<tool_call>\n{GO}\n</tool_call>\n<tool_call>\n{STOP}\n</tool_call>", True),
+    (HERMES, 1, f"<tool_call>\n{GO}\n</tool_call>\n<tool_call>\n{STOP}\n</tool_call>", False),
+    (HERMES, None, f"Well. <tool_call>\n{GO}\n</tool_call>", False),
+    (HERMES, None, "<tool_call>\n" + GO.replace("3", '"3"') + "\n</tool_call>", False),
+    (HERMES, None, "<tool_call>\n" + GO.replace("go", "run") + "\n</tool_call>", False),
+    (MISTRAL, None, f"[{GO}, {STOP}]", True),
+    (MISTRAL, None, "[]", False),
+    (LLAMA3, None, GO.replace("arguments", "parameters"), True),
+    (LLAMA3, None, GO, False),
+]
+
+
+@pytest.fixture(scope="module")
+def view() -> ModelView:
+    return load_model_view(ModelSpec(id="mini", path=str(ROOT / "models" / "celeriac-mini"), max_model_len=1024))
+
+
+def matcher_of(view: ModelView, grammar: str) -> LLMatcher:
+    vocabulary = view.vocabulary
+    assert vocabulary is not None
+    tokenizer = make_grammar_tokenizer(vocabulary.tokenizer.to_str(), view.vocab_size, vocabulary.eos_token_ids)
+    matcher = make_matcher(tokenizer, StructuredOutput(lark=grammar))
+    assert not matcher.is_error(), matcher.get_error()
+    return matcher
+
+
+@pytest.mark.parametrize(("format", "max_calls", "text", "is_allowed"), CASES)
+def test_only_calls_of_the_tools_can_be_written(
+    view: ModelView, format: ToolFormat, max_calls: int | None, text: str, is_allowed: bool
+) -> None:
+    matcher = matcher_of(view, tool_call_grammar(format, TOOLS, max_calls=max_calls))
+    token_ids = view._encoder.encode(text, add_special_tokens=False)
+    is_whole = matcher.try_consume_tokens(token_ids) == len(token_ids)
+    assert (is_whole and matcher.is_accepting()) == is_allowed
