@@ -102,11 +102,11 @@ def worker(model: str | None, name: str | None) -> None:
 def maintenance() -> None:
     """Run the maintenance worker and its clock.
 
-    Once a second it dispatches, rescues, expires and prunes what nobody else did.
+    Once a second it dispatches, rescues, expires and prunes what nobody else did, and takes batches further.
     """
     _settings()
     options = ["--beat", "--pool=threads", "--concurrency=4", "--hostname=maintenance@%h"]
-    _become_celery("tasks.app", "worker", *options, "--without-mingle", "--without-gossip")
+    _become_celery("api.maintenance", "worker", *options, "--without-mingle", "--without-gossip")
 
 
 @main.command()

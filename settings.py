@@ -58,6 +58,14 @@ class Settings(BaseSettings):
     webhook_ports: str = Field(default="443,8443", pattern=r"^[0-9]{1,5}(,[0-9]{1,5})*$")  # that may be connected to
     webhook_private_targets: bool = False  # also http, any port and private addresses: for tests and intranets
 
+    # Files and batches
+    max_file_bytes: int = Field(default=209_715_200, ge=1024)
+    max_file_bytes_per_tenant: int = Field(default=10_737_418_240, ge=1024)  # of all its files together
+    file_ttl_seconds: int = Field(default=2_592_000, ge=3_600)  # how long a file is kept, unless it says otherwise
+    max_uploads: int = Field(default=8, ge=1)  # at once, per API process
+    batch_jobs_in_flight: int = Field(default=256, ge=1)  # per tenant; also at most a quarter of its queue
+    batch_reserve: float = Field(default=0.25, ge=0, lt=1)  # of a model's slots: never taken by lines of batches
+
     # The worker
     worker_model: str | None = None  # which model a GPU worker serves; default the first one of models_file
     worker_name: str | None = None  # its Celery node name, unique in the installation; default drawn at start

@@ -12,7 +12,8 @@ from api import dead_letters, health, jobs, queue, webhook_deliveries, webhook_e
 from api.deps import private_router
 from api.errors import register_error_handlers
 from api.middleware import BodyLimit, RequestContext
-from api.openai import chat, completions, models, stored_chats
+from api.openai import batches, chat, completions, files, models, stored_chats
+from api.openai.uploads import FORM_BYTES
 from api.services import open_services
 from domain.catalog import Catalog
 from settings import Settings, get_settings
@@ -39,21 +40,12 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    uploads = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
+    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, max_body_bytes_by_path=uploads)
     app.add_middleware(RequestContext)
     register_error_handlers(app)
-    for module in (
-        jobs,
-        dead_letters,
-        webhook_endpoints,
-        webhook_deliveries,
-        chat,
-        stored_chats,
-        completions,
-        models,
-        queue,
-        health,
-    ):
+    openai = (chat, stored_chats, completions, models, files, batches)
+    for module in (jobs, dead_letters, webhook_endpoints, webhook_deliveries, *openai, queue, health):
         app.include_router(module.router)
     app.include_router(health.public)
     _add_documentation(app)

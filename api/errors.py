@@ -18,12 +18,14 @@ from starlette.responses import Response
 from domain.errors import (
     CeleriacError,
     DeadlineExceeded,
+    InsufficientQuota,
     InvalidRequest,
     JobFailure,
     NotFound,
     Overloaded,
     PermissionDenied,
     RequestTooLarge,
+    StorageFull,
 )
 from domain.jobs import JobError
 from observability import describe_exception, request_id_context
@@ -69,7 +71,11 @@ HTTP_BY_CODE: dict[str, HttpError] = {
     "not_found": HttpError(404, "not_found_error"),
     "model_not_found": HttpError(404, "not_found_error"),
     "job_not_found": HttpError(404, "not_found_error"),
+    "file_not_found": HttpError(404, "not_found_error"),
+    "batch_not_found": HttpError(404, "not_found_error"),
     "cursor_expired": HttpError(410, "gone"),
+    "insufficient_quota": HttpError(429, "insufficient_quota"),
+    "storage_full": HttpError(507, "server_error"),
     "slow_down": HttpError(429, "rate_limit_error"),
     "too_many_queued_jobs": HttpError(429, "rate_limit_error"),
     "server_is_overloaded": HttpError(503, "service_unavailable_error"),
@@ -109,7 +115,8 @@ def error_response(exc: CeleriacError) -> Response:
     headers = {}
     if isinstance(exc, Overloaded):
         headers["retry-after"] = str(jittered_retry_after(exc.retry_after_seconds))
-    if isinstance(exc, DeadlineExceeded | JobFailure) and not exc.retryable:
+    is_lasting = isinstance(exc, DeadlineExceeded | JobFailure | InsufficientQuota | StorageFull)
+    if is_lasting and not exc.retryable:
         headers["x-should-retry"] = "false"
     if status == 401:
         headers["www-authenticate"] = "Bearer"

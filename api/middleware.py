@@ -6,6 +6,7 @@ Plain ASGI because Starlette's BaseHTTPMiddleware puts a task and a queue betwee
 import logging
 import secrets
 import time
+from collections.abc import Mapping
 
 import orjson
 from starlette.datastructures import Headers
@@ -88,19 +89,22 @@ def _count(scope: Scope, status: int, seconds: float) -> None:
 
 
 class BodyLimit:
-    """Refuses bodies beyond `max_body_bytes`: by their announced length at once, else as soon as they pass it."""
+    """Refuses bodies beyond `max_body_bytes`, or beyond what their path may have: by their announced length at once,
+    else as soon as they pass it."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_body_bytes_by_path: Mapping[str, int]) -> None:
         self.app = app
         self._max_body_bytes = max_body_bytes
+        self._max_body_bytes_by_path = max_body_bytes_by_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        bound = self._max_body_bytes_by_path.get(scope["path"], self._max_body_bytes)
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdigit() and int(announced) > self._max_body_bytes:
-            await error_response(self._too_large(f"is {announced} bytes"))(scope, receive, send)
+        if announced.isdigit() and int(announced) > bound:
+            await error_response(_too_large(f"is {announced} bytes", bound))(scope, receive, send)
             return
         num_bytes = 0
 
@@ -108,11 +112,12 @@ class BodyLimit:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                raise self._too_large(f"goes beyond {self._max_body_bytes} bytes")
+            if num_bytes > bound:
+                raise _too_large(f"goes beyond {bound} bytes", bound)
             return message
 
         await self.app(scope, receive_bounded, send)
 
-    def _too_large(self, size: str) -> RequestTooLarge:
-        return RequestTooLarge(f"the body {size}; at most {self._max_body_bytes} are read, send less")
+
+def _too_large(size: str, bound: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the body {size}; at most {bound} are read, send less")

@@ -19,7 +19,7 @@ from api.auth import Authenticator
 from api.queue_monitor import QueueMonitor
 from api.sse import StreamSlots
 from domain.catalog import Catalog
-from domain.errors import StorageUnavailable
+from domain.errors import StorageFull, StorageUnavailable
 from domain.jobs import JobStatus
 from observability import describe_exception
 from settings import Settings
@@ -35,6 +35,7 @@ from tasks.submit import Submitter
 log = logging.getLogger(__name__)
 
 REDIS_TIMEOUT_SECONDS = 2.0
+DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
 ANNOUNCE_SECONDS = 0.5
 AFTER_ALL_CHUNKS = 2**31 - 1  # a stream that begins there brings the statuses alone
 ANSWER_SECONDS = 5.0  # what a question to the database may take before the client is told to come back
@@ -59,6 +60,7 @@ class Services:
     monitor: QueueMonitor
     streams: StreamReader
     slots: StreamSlots
+    uploads: asyncio.Semaphore  # how many files may be on their way in
     draining: asyncio.Event = field(default_factory=asyncio.Event)  # set at SIGTERM: not ready, streams end
     afterwards: set["asyncio.Task[None]"] = field(default_factory=set)  # what goes on behind an answer that was sent
 
@@ -80,8 +82,12 @@ class Services:
         task.add_done_callback(_read_exception)
         try:
             return await asyncio.wait_for(asyncio.shield(task), ANSWER_SECONDS)
-        except (OperationalError, InterfaceError, PoolTimeout, OSError, TimeoutError) as exc:
-            raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2) from exc
+        except OperationalError as exc:
+            if getattr(exc.orig, "sqlstate", None) == DISK_FULL:
+                raise StorageFull("the disk of the database is full; nothing of this was kept, retry later") from exc
+            raise _unavailable() from exc
+        except (InterfaceError, PoolTimeout, OSError, TimeoutError) as exc:
+            raise _unavailable() from exc
 
     async def position(self, job_id: UUID, model: str) -> dict[str, object] | None:
         """Where a queued job stands; None if it does not wait any more. Raises StorageUnavailable."""
@@ -175,9 +181,14 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             monitor=await stack.enter_async_context(QueueMonitor(statements, catalog)),
             streams=await stack.enter_async_context(StreamReader(settings.redis_url, statements)),
             slots=StreamSlots(settings.max_streams),
+            uploads=asyncio.Semaphore(settings.max_uploads),
         )
         stack.push_async_callback(services.leave_undone)
         yield services
+
+
+def _unavailable() -> StorageUnavailable:
+    return StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2)
 
 
 def open_redis(url: str) -> "redis.asyncio.Redis":

@@ -9,11 +9,15 @@ CeleriacError
 ├── PoisonRequest                  poison_request: the same request crashed an engine lately
 ├── JobNotRetryable                job_not_retryable: it has not ended, or has ended well
 ├── RequestTooLarge                request_too_large
+├── InsufficientQuota              insufficient_quota: a bound that waiting does not lift
+├── StorageFull                    storage_full: the disk has no room for it
 ├── AuthenticationFailed           invalid_api_key
 ├── PermissionDenied               permission_denied
 ├── NotFound
 │   ├── ModelNotFound              model_not_found
-│   └── JobNotFound                job_not_found (also for another tenant's job)
+│   ├── JobNotFound                job_not_found (also for another tenant's job)
+│   ├── FileNotFound               file_not_found, likewise
+│   └── BatchNotFound              batch_not_found, likewise
 ├── CursorExpired                  cursor_expired: the log before this position was pruned
 ├── Overloaded                     retry later; carries retry_after_seconds
 │   ├── TooManyQueuedJobs          too_many_queued_jobs: the tenant's bound
@@ -75,6 +79,14 @@ class RequestTooLarge(CeleriacError):
     code = "request_too_large"
 
 
+class InsufficientQuota(CeleriacError):
+    code = "insufficient_quota"
+
+
+class StorageFull(CeleriacError):
+    code = "storage_full"
+
+
 class AuthenticationFailed(CeleriacError):
     code = "invalid_api_key"
 
@@ -93,6 +105,14 @@ class ModelNotFound(NotFound):
 
 class JobNotFound(NotFound):
     code = "job_not_found"
+
+
+class FileNotFound(NotFound):
+    code = "file_not_found"
+
+
+class BatchNotFound(NotFound):
+    code = "batch_not_found"
 
 
 class CursorExpired(CeleriacError):

@@ -11,7 +11,15 @@ from uuid import UUID
 ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 ULID_LENGTH = 26
 SEPARATOR_BY_PREFIX = {"job": "_", "resp": "_", "chatcmpl": "-", "cmpl": "-"}
-PREFIXES_OF_OTHERS = frozenset({"batch", "evt", "wh", "whd"})  # an event has the 26 characters of what it is about
+# An event has the 26 characters of what it is about.
+SEPARATOR_BY_PREFIX_OF_OTHERS = {
+    "batch": "_",
+    "batch_req": "_",
+    "evt": "_",
+    "file": "-",
+    "wh": "_",
+    "whd": "_",
+}
 
 _VALUE_BY_CHARACTER = {character: value for value, character in enumerate(ALPHABET)}
 
@@ -23,11 +31,12 @@ def new_id() -> UUID:
 
 def external_id(id_: UUID, prefix: str = "job") -> str:
     """The id as clients see it. Raises ValueError for a prefix that nothing carries."""
-    if prefix not in SEPARATOR_BY_PREFIX and prefix not in PREFIXES_OF_OTHERS:
+    separator = SEPARATOR_BY_PREFIX.get(prefix) or SEPARATOR_BY_PREFIX_OF_OTHERS.get(prefix)
+    if separator is None:
         raise ValueError(f"no id has the prefix {prefix!r}; choose one of: {', '.join(SEPARATOR_BY_PREFIX)}")
     value = id_.int
     ulid = "".join(ALPHABET[value >> shift & 31] for shift in range(5 * (ULID_LENGTH - 1), -1, -5))
-    return f"{prefix}{SEPARATOR_BY_PREFIX.get(prefix, '_')}{ulid}"
+    return f"{prefix}{separator}{ulid}"
 
 
 def parse_id(text: str) -> UUID:
@@ -40,8 +49,9 @@ def parse_id(text: str) -> UUID:
 
 def parse_id_of_other(text: str, prefix: str) -> UUID:
     """As `parse_id`, of what is no job and has one prefix alone. Raises ValueError."""
-    if text[:-ULID_LENGTH] != f"{prefix}_" or not text.isascii():
-        raise ValueError(f"{text[:64]!r} is no id of this kind; one begins with {prefix}_")
+    beginning = f"{prefix}{SEPARATOR_BY_PREFIX_OF_OTHERS[prefix]}"
+    if text[:-ULID_LENGTH] != beginning or not text.isascii():
+        raise ValueError(f"{text[:64]!r} is no id of this kind; one begins with {beginning}")
     return _parse_ulid(text, text[-ULID_LENGTH:].upper())
 
 

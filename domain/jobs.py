@@ -40,6 +40,10 @@ class Endpoint(StrEnum):
     RESPONSES = "responses"
 
 
+MIN_PRIORITY = -10  # the lowest that a client may give its job
+BATCH_PRIORITY = -20  # of the lines of batches: they run where nobody else wants to
+
+
 class Lane(StrEnum):
     STANDARD = "standard"
     ISOLATED = "isolated"  # suspected of crashing an engine: runs alone

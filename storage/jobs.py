@@ -16,7 +16,7 @@ from sqlalchemy import Row, TextClause, select
 from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
-from domain.jobs import Endpoint, FinishReason, JobError, JobStatus, Lane
+from domain.jobs import MIN_PRIORITY, Endpoint, FinishReason, JobError, JobStatus, Lane
 from domain.requests import GenerationRequest, GenerationResult
 from storage import jobs_columns as columns
 from storage import jobs_ends_sql as ends
@@ -170,12 +170,13 @@ def accept(
     ]
 
 
-def dispatch(session: Session, model: str, *, room: int) -> list[UUID]:
+def dispatch(session: Session, model: str, *, room: int, min_priority: int = MIN_PRIORITY) -> list[UUID]:
     """Mark up to `room` due jobs of `model` as dispatched, fairest first, and return their ids in order. They come due
-    again on their own if nobody claims them."""
+    again on their own if nobody claims them. Those below `min_priority` are left: lines of batches have a share."""
     if room <= 0:
         return []
-    return list(session.execute(sql.DISPATCH, {"model": model, "room": room, "depth": 2 * room + DEPTH}).scalars())
+    parameters = {"model": model, "room": room, "depth": 2 * room + DEPTH, "min_priority": min_priority}
+    return list(session.execute(sql.DISPATCH, parameters).scalars())
 
 
 def claim(

@@ -20,6 +20,8 @@ row that moved meanwhile is left alone. Shared rules:
 
 from sqlalchemy import text
 
+from domain.jobs import MIN_PRIORITY
+
 CLOCK = "statement_timestamp()"
 RUNNING = "j.status || '' = 'in_progress'"
 # A queue's order within a tenant, in seconds: by arrival, as if each step of priority had made a job come ten minutes
@@ -150,7 +152,7 @@ RETURNING committed_sequence_number
 RUNNABLE = f"""
     j.status = 'queued' AND j.available_at <= {CLOCK} AND (j.deadline_at IS NULL OR j.deadline_at > {CLOCK})
     AND (j.attempt > 0 OR j.start_deadline_at IS NULL OR j.start_deadline_at > {CLOCK})"""
-DUE = f"{RUNNABLE} AND j.lane = 'standard' AND j.dispatch_at <= {CLOCK}"
+DUE = f"{RUNNABLE} AND j.lane = 'standard' AND j.priority >= :min_priority AND j.dispatch_at <= {CLOCK}"
 CLAIMABLE = f"""{RUNNABLE} AND j.lane = :lane AND j.cancel_requested_at IS NULL
     AND (j.committed_sequence_number = 0 OR j.model_revision = :model_revision)"""
 
@@ -236,7 +238,10 @@ pick AS MATERIALIZED (
 )""")
 )
 
-CLAIM_NEXT = text(f"WITH {_ranked(CLAIMABLE)}," + _claimed(_locked_in_order(CLAIMABLE, limit=":limit")))
+# Lines of batches only once they were dispatched, which is where their share of the slots is kept.
+CLAIMABLE_UNASKED = f"""{CLAIMABLE}
+    AND (j.priority >= {MIN_PRIORITY} OR j.num_dispatches > 0 OR j.lane = 'isolated')"""
+CLAIM_NEXT = text(f"WITH {_ranked(CLAIMABLE_UNASKED)}," + _claimed(_locked_in_order(CLAIMABLE_UNASKED, limit=":limit")))
 
 CHUNKS_OF = text("""
 SELECT job_id, array_agg(chunk::text ORDER BY sequence_number) AS chunks FROM job_chunks

@@ -42,3 +42,18 @@ def write_deliveries(session: Session, job_ids: Sequence[UUID]) -> None:
     that ended them; once more does nothing."""
     if job_ids:
         session.execute(WRITE_DELIVERIES, {"ids": list(job_ids)})
+
+
+# A batch ends once, in a transaction that holds its row, so its event needs no further guard than its id.
+WRITE_BATCH_DELIVERIES = text("""
+INSERT INTO webhook_deliveries (tenant_id, event_id, type, endpoint_id, url)
+SELECT tenant_id, :batch_id, :type, id, url FROM webhook_endpoints
+WHERE tenant_id = :tenant_id AND disabled_at IS NULL AND :type = ANY(event_types)
+ON CONFLICT DO NOTHING
+""")
+
+
+def write_batch_deliveries(session: Session, batch_id: UUID, tenant_id: UUID, status: str) -> None:
+    """As `write_deliveries`, of a batch that ends as `status`."""
+    parameters = {"batch_id": batch_id, "tenant_id": tenant_id, "type": f"batch.{status}"}
+    session.execute(WRITE_BATCH_DELIVERIES, parameters)

@@ -20,8 +20,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
+from domain.jobs import BATCH_PRIORITY
 from settings import Settings
-from storage import jobs, workers
+from storage import batches, jobs, workers
 from tasks.messages import (
     MAX_RINGS,
     bell_key,
@@ -44,14 +45,33 @@ def room(settings: Settings, *, num_live_slots: int, num_waiting: int) -> int:
     return max(window - num_waiting, 0)
 
 
+def batch_share(settings: Settings, num_live_slots: int) -> int:
+    """How many slots lines of batches may hold, those on their way to one included. The others are kept for requests
+    that somebody waits for; a single slot is shared."""
+    return min(num_live_slots, max(1, math.floor(num_live_slots * (1 - settings.batch_reserve))))
+
+
 def dispatch(sessions: sessionmaker[Session], client: redis.Redis, spec: ModelSpec, settings: Settings) -> int:
     """Fill the window of one model's queue; returns how many jobs were sent. Raises RedisError, SQLAlchemyError."""
     num_waiting = count_waiting(client, spec.queue)
     with sessions.begin() as session:
-        free = room(settings, num_live_slots=count_live_slots(session, spec), num_waiting=num_waiting)
+        num_live_slots = count_live_slots(session, spec)
+        free = room(settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
         job_ids = jobs.dispatch(session, spec.id, room=free)
+        share = batch_share(settings, num_live_slots)
+        job_ids += _dispatch_batch_lines(session, spec.id, share=share, free=free - len(job_ids))
     push(client, spec.queue, job_ids)
     return len(job_ids)
+
+
+def _dispatch_batch_lines(session: Session, model: str, *, share: int, free: int) -> list[UUID]:
+    """What nobody else wants, within the share. One process at a time, so that two do not both fill it."""
+    if share == 0 or free <= 0 or not batches.has_unfinished(session):
+        return []
+    num_outstanding = batches.count_outstanding(session, model)
+    if num_outstanding is None:
+        return []
+    return jobs.dispatch(session, model, room=min(free, share - num_outstanding), min_priority=BATCH_PRIORITY)
 
 
 def count_waiting(client: redis.Redis, queue: str) -> int:

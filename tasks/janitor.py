@@ -27,7 +27,7 @@ from domain.ids import external_id
 from domain.jobs import JobStatus
 from observability import describe_exception
 from settings import Settings, get_settings
-from storage import jobs, maintenance, webhook_deliveries, workers
+from storage import files, jobs, maintenance, webhook_deliveries, workers
 from storage.database import open_database, session_factory
 from storage.streams import publish
 from tasks.app import app
@@ -104,6 +104,7 @@ class Janitor:
             ("expired", self._expire),
             *sends,
             ("pruned", self._prune),
+            ("pruned files", self._prune_files),
             ("checked", self._check),
         ]
 
@@ -164,6 +165,10 @@ class Janitor:
         self._pruned_at = monotonic()
         with self._sessions.begin() as session:
             return jobs.prune(session) + webhook_deliveries.prune(session)
+
+    def _prune_files(self) -> int:
+        with self._sessions.begin() as session:
+            return files.prune(session)
 
     def _check(self) -> int:
         """What must never be found, counted for the metrics; the sum is 0 where all is well."""

@@ -119,42 +119,12 @@ class Submitter:
         refuse_impossible_deadline(options)
         webhook_url = await self._check_webhook(options.webhook_url)
         prompt_token_ids = await self._tokenizing.encode(view, request)
-        resolved = resolve_params(request, view, len(prompt_token_ids))
-        if resolved.structured_output is not None:
-            await self._grammar_gate.check(view, resolved.structured_output)
-        assert resolved.max_tokens is not None
-        assert resolved.seed is not None
-        return NewJob(
-            id=new_id(),
-            tenant_id=tenant_id,
-            request=GenerationRequest.model_construct(
-                model=view.spec.id,
-                prompt=request.prompt,
-                messages=request.messages,
-                prompt_token_ids=request.prompt_token_ids,
-                tools=request.tools,
-                parallel_tool_calls=request.parallel_tool_calls,
-                params=resolved,
-            ),
-            prompt_token_ids=prompt_token_ids,
-            model_revision=view.revision,
-            max_tokens=resolved.max_tokens,
-            seed=resolved.seed,
-            max_failures=self._settings.max_failures,
-            result_ttl_seconds=options.result_ttl_seconds or self._settings.result_ttl_seconds,
-            request_hash=request_hash(request, options),
-            fingerprint=fingerprint(view.revision, prompt_token_ids, request.params),
-            idempotency_key=options.idempotency_key,
-            priority=options.priority,
-            deadline_at=deadline_of(options),
-            start_timeout_seconds=options.start_timeout_seconds,
-            run_timeout_seconds=options.run_timeout_seconds,
-            metadata=options.metadata,
-            webhook_url=webhook_url,
-            webhook_statuses=options.webhook_statuses,
-            endpoint=options.endpoint,
-            is_stored=options.is_stored,
+        new_job = make_job(
+            tenant_id, request, options, view, prompt_token_ids, settings=self._settings, webhook_url=webhook_url
         )
+        if new_job.request.params.structured_output is not None:
+            await self._grammar_gate.check(view, new_job.request.params.structured_output)
+        return new_job
 
     async def _check_webhook(self, url: str | None) -> str | None:
         """As it is stored. Raises InvalidRequest."""
@@ -166,6 +136,54 @@ class Submitter:
     async def aclose(self) -> None:
         self._tokenizing.close()
         await self._grammar_gate.aclose()
+
+
+def make_job(
+    tenant_id: UUID,
+    request: GenerationRequest,
+    options: JobOptions,
+    view: ModelView,
+    prompt_token_ids: Sequence[int],
+    *,
+    settings: Settings,
+    webhook_url: str | None = None,
+) -> NewJob:
+    """A job with everything about it settled. Raises where a bound is broken; whether its grammar, if it has one, can
+    be followed is still to be asked."""
+    resolved = resolve_params(request, view, len(prompt_token_ids))
+    assert resolved.max_tokens is not None
+    assert resolved.seed is not None
+    return NewJob(
+        id=new_id(),
+        tenant_id=tenant_id,
+        request=GenerationRequest.model_construct(
+            model=view.spec.id,
+            prompt=request.prompt,
+            messages=request.messages,
+            prompt_token_ids=request.prompt_token_ids,
+            tools=request.tools,
+            parallel_tool_calls=request.parallel_tool_calls,
+            params=resolved,
+        ),
+        prompt_token_ids=prompt_token_ids,
+        model_revision=view.revision,
+        max_tokens=resolved.max_tokens,
+        seed=resolved.seed,
+        max_failures=settings.max_failures,
+        result_ttl_seconds=options.result_ttl_seconds or settings.result_ttl_seconds,
+        request_hash=request_hash(request, options),
+        fingerprint=fingerprint(view.revision, prompt_token_ids, request.params),
+        idempotency_key=options.idempotency_key,
+        priority=options.priority,
+        deadline_at=deadline_of(options),
+        start_timeout_seconds=options.start_timeout_seconds,
+        run_timeout_seconds=options.run_timeout_seconds,
+        metadata=options.metadata,
+        webhook_url=webhook_url,
+        webhook_statuses=options.webhook_statuses,
+        endpoint=options.endpoint,
+        is_stored=options.is_stored,
+    )
 
 
 def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> SamplingParams:

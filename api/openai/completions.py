@@ -69,7 +69,7 @@ async def create_completion(request: Request) -> Response:
     view = services_of(request).views.get(body.model)
     generations = to_generation_requests(body)
     runs = await start_all(request, generations, _asked(body))
-    prompts = [_prompt(body, generation, view, number) for number, generation in enumerate(generations)]
+    prompts = [prompt_of(body, generation, view, number) for number, generation in enumerate(generations)]
     if not body.stream:
         return WholeAnswer(runs, lambda records: from_results(records, prompts, body.service_tier))
     has_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -109,7 +109,7 @@ def _num_prompt_logprobs(body: CompletionBody) -> int | None:
     return body.logprobs if body.logprobs is not None else 0 if body.max_tokens == 0 else None
 
 
-def _prompt(body: CompletionBody, generation: GenerationRequest, view: ModelView, number: int) -> Prompt:
+def prompt_of(body: CompletionBody, generation: GenerationRequest, view: ModelView, number: int) -> Prompt:
     n = generation.params.n
     if not body.echo:
         return Prompt(first_index=number * n, num_choices=n, logprobs=body.logprobs)

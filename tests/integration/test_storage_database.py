@@ -9,7 +9,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
 
-from storage import webhook_tables  # noqa: F401  (its tables are part of the schema)
+from storage import batch_tables, webhook_tables  # noqa: F401  (their tables are part of the schema)
 from storage.database import MIGRATIONS, migrate
 from storage.database import database_url as normalised
 from storage.tables import DEFAULT_TENANT_ID, Row, Tenant, TenantLoad

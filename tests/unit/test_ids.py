@@ -51,5 +51,5 @@ def test_what_is_no_id_is_refused(text: str) -> None:
 
 
 def test_an_unknown_prefix_is_refused() -> None:
-    with pytest.raises(ValueError, match="no id has the prefix 'file'"):
-        external_id(UUID(int=0), "file")
+    with pytest.raises(ValueError, match="no id has the prefix 'thread'"):
+        external_id(UUID(int=0), "thread")

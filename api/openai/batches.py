@@ -1,0 +1,194 @@
+"""/v1/batches: a file of requests, run when nothing else wants to, its answers in a file."""
+
+import re
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import orjson
+from fastapi import Request
+from pydantic import Field, StringConstraints
+from starlette.responses import Response
+
+from api.bodies import read_model
+from api.deps import caller_of, private_router
+from api.openai.batch_lines import ROUTES
+from api.openai.files import page, page_cursor, parse_file_id, refuse_odd_ttl
+from api.openai.headers import read_knobs
+from api.openai.schemas import Metadata, OpenAIModel
+from api.queries import QueryModel, query_parameters, read_query
+from domain.batches import BatchErrors
+from domain.errors import BatchNotFound, InvalidRequest
+from domain.ids import external_id, parse_id_of_other
+from storage import batches
+from storage.batch_tables import Batch
+
+router = private_router()
+
+MAX_WINDOW_HOURS = 7 * 24
+TIMES = ("in_progress_at", "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at", "cancelled_at")
+
+
+class ExpiresAfter(OpenAIModel):
+    anchor: Literal["created_at"]
+    seconds: int
+
+
+class BatchBody(OpenAIModel):
+    input_file_id: Annotated[str, StringConstraints(max_length=128)]
+    endpoint: Annotated[str, StringConstraints(max_length=128)]
+    completion_window: Annotated[str, StringConstraints(max_length=16)] = Field(description="24h; from 1h to 7d.")
+    metadata: Annotated[Metadata, Field(max_length=16)] | None = None
+    output_expires_after: ExpiresAfter | None = None
+
+
+class BatchesQuery(QueryModel):
+    after: str | None = Field(default=None, description="The last id of the page before.")
+    limit: int = Field(default=20, ge=1, le=100)
+
+
+@router.post(
+    "/v1/batches",
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": BatchBody.model_json_schema()}}}
+    },
+)
+async def create_batch(request: Request) -> Response:
+    """Its file is read next; what is wrong with it is in `errors` of the batch, with the numbers of the lines."""
+    services, tenant_id = caller_of(request)
+    body = await read_model(request, BatchBody)
+    knobs = read_knobs(request.headers)
+    input_file_id = parse_file_id(body.input_file_id, "input_file_id")
+    endpoint, window_seconds = (_endpoint(body.endpoint), _window_seconds(body.completion_window))
+    ttl_seconds = services.settings.file_ttl_seconds
+    if body.output_expires_after is not None:
+        ttl_seconds = refuse_odd_ttl(body.output_expires_after.seconds, "output_expires_after.seconds")
+    if knobs.num_retries:
+        earlier = await services.read(
+            batches.find_again,
+            tenant_id,
+            input_file_id=input_file_id,
+            endpoint=endpoint,
+            within_seconds=knobs.attach_seconds,
+        )
+        if earlier is not None:
+            return _answer(earlier)
+    batch = await services.write(
+        batches.create,
+        tenant_id,
+        input_file_id=input_file_id,
+        endpoint=endpoint,
+        completion_window=body.completion_window,
+        window_seconds=window_seconds,
+        metadata=body.metadata or {},
+        output_ttl_seconds=ttl_seconds,
+    )
+    return _answer(batch)
+
+
+@router.get("/v1/batches", openapi_extra={"parameters": query_parameters(BatchesQuery)})
+async def list_batches(request: Request) -> Response:
+    """Newest first. Go on with `after` = `last_id` while `has_more`."""
+    services, tenant_id = caller_of(request)
+    query = read_query(request, BatchesQuery)
+    after = page_cursor(query.after, "batch")
+    found = await services.read(batches.list_batches, tenant_id, after=after, limit=query.limit + 1)
+    data = [batch_object(batch) for batch in found[: query.limit]]
+    return Response(orjson.dumps(page(data, has_more=len(found) > query.limit)), media_type="application/json")
+
+
+@router.get("/v1/batches/{batch_id}")
+async def read_batch(batch_id: str, request: Request) -> Response:
+    services, tenant_id = caller_of(request)
+    batch = await services.read(batches.get, _parse_batch_id(batch_id), tenant_id)
+    if batch is None:
+        raise _not_found(batch_id)
+    return _answer(batch)
+
+
+@router.post("/v1/batches/{batch_id}/cancel")
+async def cancel_batch(batch_id: str, request: Request) -> Response:
+    """Nothing more of it begins, what runs is stopped, and what is done can be read. Again, it changes nothing."""
+    services, tenant_id = caller_of(request)
+    batch = await services.write(batches.cancel, _parse_batch_id(batch_id), tenant_id)
+    if batch is None:
+        raise _not_found(batch_id)
+    return _answer(batch)
+
+
+def batch_object(batch: Batch) -> dict[str, object]:
+    return {
+        "id": external_id(batch.id, "batch"),
+        "object": "batch",
+        "endpoint": batch.endpoint,
+        "model": batch.model,
+        "errors": _errors(batch.errors),
+        "input_file_id": external_id(batch.input_file_id, "file"),
+        "completion_window": batch.completion_window,
+        "status": batch.status.value,
+        "output_file_id": _file_id(batch.output_file_id),
+        "error_file_id": _file_id(batch.error_file_id),
+        "created_at": int(batch.created_at.timestamp()),
+        "expires_at": int(batch.expires_at.timestamp()),
+        **{name: _seconds(getattr(batch, name)) for name in TIMES},
+        "request_counts": {"total": batch.num_lines, "completed": batch.num_completed, "failed": batch.num_failed},
+        "usage": _usage(batch),
+        "metadata": batch.batch_metadata or None,
+    }
+
+
+def _usage(batch: Batch) -> dict[str, object]:
+    return {
+        "input_tokens": batch.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": batch.cached_tokens},
+        "output_tokens": batch.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": batch.prompt_tokens + batch.completion_tokens,
+    }
+
+
+def _errors(errors: BatchErrors | None) -> dict[str, object] | None:
+    if errors is None or not errors.data:
+        return None
+    return {"object": "list", "data": [error.model_dump() for error in errors.data]}
+
+
+def _seconds(moment: Any) -> int | None:
+    return None if moment is None else int(moment.timestamp())
+
+
+def _file_id(id_: UUID | None) -> str | None:
+    return None if id_ is None else external_id(id_, "file")
+
+
+def _answer(batch: Batch) -> Response:
+    headers = {} if batch.status.is_terminal else {"retry-after": "2", "openai-poll-after-ms": "2000"}
+    return Response(orjson.dumps(batch_object(batch)), 200, headers, "application/json")
+
+
+def _endpoint(endpoint: str) -> str:
+    if endpoint not in ROUTES:
+        raise InvalidRequest(
+            f"endpoint is {endpoint[:64]!r}; batches can be for: {', '.join(ROUTES)}", param="endpoint"
+        )
+    return endpoint
+
+
+def _window_seconds(window: str) -> int:
+    match = re.fullmatch(r"(\d{1,3})([hd])", window)
+    hours = int(match[1]) * (24 if match[2] == "d" else 1) if match else 0
+    if not 1 <= hours <= MAX_WINDOW_HOURS:
+        raise InvalidRequest(
+            f"completion_window is {window!r}; send a time from 1h to 7d, as 24h", param="completion_window"
+        )
+    return hours * 3_600
+
+
+def _parse_batch_id(batch_id: str) -> UUID:
+    try:
+        return parse_id_of_other(batch_id, "batch")
+    except ValueError:
+        raise _not_found(batch_id) from None
+
+
+def _not_found(batch_id: str) -> BatchNotFound:
+    return BatchNotFound(f"there is no batch {batch_id[:64]!r}; check the id", param="batch_id")

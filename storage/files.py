@@ -1,0 +1,221 @@
+"""Files in SQL: written piece by piece while they arrive, seen when they are whole, read in parts, always one tenant's.
+
+A piece is a transaction of its own, so an upload holds no connection while it waits for its client; until the last one
+the file is `uploading`, and nobody sees it. All functions are synchronous on a `Session` and do not commit.
+"""
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Literal
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Select, delete, exists, func, insert, or_, select, text, update
+from sqlalchemy.orm import Session
+
+from domain.batches import PIECE_BYTES, FileStatus
+from domain.errors import InsufficientQuota, InvalidRequest
+from domain.ids import new_id
+from storage.batch_tables import UNFINISHED, Batch, File, FilePiece
+from storage.tables import Tenant
+
+STALE_UPLOAD_SECONDS = 600  # an upload whose client or server went away
+PIECES_PER_READ = 4
+
+# Each range of a file is put together from the one, two or more pieces it lies in.
+READ_RANGES = text("""
+SELECT w.place, string_agg(substring(p.content
+        FROM greatest(w.first - p.number::bigint * :size, 0)::int + 1
+        FOR (least(w.first + w.length, (p.number + 1)::bigint * :size)
+            - greatest(w.first, p.number::bigint * :size))::int), ''::bytea ORDER BY p.number) AS content
+FROM unnest(CAST(:firsts AS bigint[]), CAST(:lengths AS int[])) WITH ORDINALITY AS w(first, length, place)
+JOIN file_pieces p ON p.file_id = :file_id AND p.number BETWEEN w.first / :size AND (w.first + w.length - 1) / :size
+GROUP BY w.place ORDER BY w.place
+""")
+
+
+def begin_upload(session: Session, tenant_id: UUID, *, max_bytes: int) -> UUID:
+    """The id of a file that is nobody's to see yet. Raises InsufficientQuota where the tenant's files come to
+    `max_bytes` already."""
+    _refuse_over_quota(session, tenant_id, max_bytes)
+    file = File(id=new_id(), tenant_id=tenant_id, filename="", purpose="batch", status=FileStatus.UPLOADING)
+    session.add(file)
+    session.flush()
+    return file.id
+
+
+def append(session: Session, file_id: UUID, number: int, content: bytes) -> None:
+    """The piece `number`, which counts from 0. All but the last have PIECE_BYTES."""
+    session.execute(insert(FilePiece).values(file_id=file_id, number=number, content=content))
+    grown = {"num_bytes": File.num_bytes + len(content), "touched_at": func.statement_timestamp()}
+    session.execute(update(File).where(File.id == file_id).values(**grown))
+
+
+def finish_upload(
+    session: Session, file_id: UUID, tenant_id: UUID, *, filename: str, purpose: str, ttl_seconds: int, max_bytes: int
+) -> File:
+    """Let the tenant see it. Raises InsufficientQuota; two uploads that end together cannot both pass the bound."""
+    session.execute(select(Tenant.id).where(Tenant.id == tenant_id).with_for_update(key_share=True))
+    _refuse_over_quota(session, tenant_id, max_bytes + 1)
+    file = session.get_one(File, file_id, populate_existing=True)
+    file.filename, file.purpose, file.status = filename, purpose, FileStatus.PROCESSED
+    file.expires_at = _seconds_from_now(session, ttl_seconds)
+    session.flush()
+    session.expunge(file)
+    return file
+
+
+def _refuse_over_quota(session: Session, tenant_id: UUID, bound: int) -> None:
+    """Uploads under way count with what has arrived."""
+    num_bytes = session.scalar(select(func.coalesce(func.sum(File.num_bytes), 0)).where(File.tenant_id == tenant_id))
+    if int(num_bytes or 0) >= bound:
+        raise InsufficientQuota(
+            f"your files come to {num_bytes} bytes and may come to {bound}; delete some, or let them expire earlier",
+            param="file",
+        )
+
+
+def discard(session: Session, file_id: UUID) -> None:
+    """An upload that came to nothing."""
+    session.execute(delete(File).where(File.id == file_id, File.status == FileStatus.UPLOADING))
+
+
+def get(session: Session, file_id: UUID, tenant_id: UUID) -> File | None:
+    """None: no such file of this tenant, or not yet, or not any more."""
+    file = session.scalar(
+        select(File)
+        .where(File.id == file_id, File.tenant_id == tenant_id, *_visible())
+        .execution_options(populate_existing=True)
+    )
+    if file is not None:
+        session.expunge(file)
+    return file
+
+
+def list_files(
+    session: Session,
+    tenant_id: UUID,
+    *,
+    purpose: str | None = None,
+    after: UUID | None = None,
+    limit: int = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+) -> list[File]:
+    """One page in the order of ids, which is that of creation; `after` is the last id of the page before."""
+    statement: Select[File] = select(File).where(File.tenant_id == tenant_id, *_visible())
+    if purpose is not None:
+        statement = statement.where(File.purpose == purpose)
+    if after is not None:
+        statement = statement.where(File.id > after if order == "asc" else File.id < after)
+    statement = statement.order_by(File.id.asc() if order == "asc" else File.id.desc()).limit(limit)
+    found = list(session.scalars(statement.execution_options(populate_existing=True)))
+    session.expunge_all()
+    return found
+
+
+def _visible() -> tuple[ColumnElement[bool], ...]:
+    unexpired = or_(File.expires_at.is_(None), File.expires_at > func.statement_timestamp())
+    return File.status != FileStatus.UPLOADING, unexpired
+
+
+def delete_file(session: Session, file_id: UUID, tenant_id: UUID) -> bool:
+    """False: no such file. Raises InvalidRequest while an unfinished batch reads or writes it."""
+    # Locked as by the batch that is about to name it, so that one of the two sees the other.
+    file = session.scalar(
+        select(File).where(File.id == file_id, File.tenant_id == tenant_id, *_visible()).with_for_update()
+    )
+    if file is None:
+        return False
+    if session.scalar(select(exists().where(_in_use(file_id)))):
+        raise InvalidRequest(
+            "an unfinished batch needs this file; wait for its end, or cancel it first", param="file_id"
+        )
+    session.execute(delete(File).where(File.id == file_id))
+    return True
+
+
+def _in_use(file_id: "UUID | ColumnElement[UUID]") -> ColumnElement[bool]:
+    is_named = or_(Batch.input_file_id == file_id, Batch.output_file_id == file_id, Batch.error_file_id == file_id)
+    return is_named & text(f"batches.{UNFINISHED}")
+
+
+def read_pieces(session: Session, file_id: UUID, *, first: int) -> list[bytes]:
+    """A few pieces in order, from the number `first`; none behind the last."""
+    statement = (
+        select(FilePiece.content)
+        .where(FilePiece.file_id == file_id, FilePiece.number >= first)
+        .order_by(FilePiece.number)
+        .limit(PIECES_PER_READ)
+    )
+    return list(session.scalars(statement))
+
+
+def read_ranges(session: Session, file_id: UUID, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes at each (first byte, length), in order, without reading what lies between them."""
+    parameters = {
+        "file_id": file_id,
+        "firsts": [first for first, _ in ranges],
+        "lengths": [length for _, length in ranges],
+        "size": PIECE_BYTES,
+    }
+    return [bytes(row.content) for row in session.execute(READ_RANGES, parameters)]
+
+
+def read_from(session: Session, file_id: UUID, first_byte: int) -> Iterator[bytes]:
+    """The content from a byte on, in parts. Reads as it is asked."""
+    number, skipped = divmod(first_byte, PIECE_BYTES)
+    while pieces := read_pieces(session, file_id, first=number):
+        for piece in pieces:
+            yield piece[skipped:]
+            skipped = 0
+        number += len(pieces)
+
+
+def create_live(session: Session, tenant_id: UUID, filename: str) -> UUID:
+    """A file that a batch will write. Until then its content is made of the batch's lines."""
+    file = File(id=new_id(), tenant_id=tenant_id, filename=filename, purpose="batch_output", status=FileStatus.LIVE)
+    session.add(file)
+    session.flush()
+    return file.id
+
+
+def extend(session: Session, file_id: UUID, content: bytes) -> None:
+    """Write behind what is there: fill the last piece, then add more. The caller is the only writer."""
+    num_bytes = session.scalars(select(File.num_bytes).where(File.id == file_id)).one()
+    number, used = divmod(num_bytes, PIECE_BYTES)
+    if used and content:
+        rest, content = content[: PIECE_BYTES - used], content[PIECE_BYTES - used :]
+        grown = {"content": FilePiece.content + rest}
+        session.execute(update(FilePiece).where(FilePiece.file_id == file_id, FilePiece.number == number).values(grown))
+        session.execute(update(File).where(File.id == file_id).values(num_bytes=File.num_bytes + len(rest)))
+        number += 1
+    for start in range(0, len(content), PIECE_BYTES):
+        append(session, file_id, number + start // PIECE_BYTES, content[start : start + PIECE_BYTES])
+
+
+def freeze(session: Session, file_id: UUID, *, ttl_seconds: int) -> bool:
+    """Let the content be what was written. False: nothing was, so the file is gone."""
+    file = session.get_one(File, file_id, populate_existing=True)
+    if file.num_bytes == 0:
+        session.delete(file)
+        session.flush()
+        return False
+    file.status, file.expires_at = (FileStatus.PROCESSED, _seconds_from_now(session, ttl_seconds))
+    session.flush()
+    return True
+
+
+def prune(session: Session, *, limit: int = 20) -> int:
+    """Delete files that expired and that no unfinished batch needs, and uploads that broke off."""
+    now = func.statement_timestamp()
+    is_stale = (File.status == FileStatus.UPLOADING) & (
+        File.touched_at < now - func.make_interval(0, 0, 0, 0, 0, 0, STALE_UPLOAD_SECONDS)
+    )
+    is_over = (File.expires_at <= now) & ~exists().where(_in_use(File.id))  # type: ignore[arg-type]
+    picked = select(File.id).where(is_stale | is_over).limit(limit).with_for_update(skip_locked=True)
+    return len(session.execute(delete(File).where(File.id.in_(picked)).returning(File.id)).all())
+
+
+def _seconds_from_now(session: Session, seconds: int) -> datetime:
+    then = session.scalar(select(func.statement_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)))
+    assert isinstance(then, datetime)
+    return then

@@ -1,0 +1,123 @@
+"""The lines of a batch: found in the file that came in, written for those that go out."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from uuid import UUID, uuid5
+
+import orjson
+from sqlalchemy.orm import Session
+
+from domain.batches import MAX_LINE_BYTES, LineOutcome, LineRefusal
+from domain.errors import CeleriacError
+from domain.ids import external_id
+from domain.requests import GenerationRequest
+from storage import batches, files
+from storage.batch_tables import Batch
+from storage.batches import EndedLine
+from tasks.batch_surface import BatchSurface
+
+LINES_PER_READ = 50  # results can be large: log-probabilities come by the megabyte
+PREFIX_CHARS = 512
+
+ENDED_BADLY = {
+    LineOutcome.EXPIRED: ("batch_expired", "the completion window closed before this line was done"),
+    LineOutcome.CANCELLED: ("batch_cancelled", "the batch was cancelled before this line was done"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FoundLine:
+    """A line without its line break, and where it begins. `content` is None where it is too long to be read."""
+
+    first_byte: int
+    content: bytes | None
+    next_byte: int
+
+
+def split_lines(parts: Iterator[bytes], first_byte: int) -> Iterator[FoundLine]:
+    """The lines of a file from a byte on, which begins one; a last line need not end in a line break. No more of a line
+    than MAX_LINE_BYTES is ever held."""
+    rest, num_dropped, start = b"", 0, first_byte
+    for part in parts:
+        pieces = (rest + part).split(b"\n")
+        for piece in pieces[:-1]:
+            length = num_dropped + len(piece)
+            yield FoundLine(start, None if length > MAX_LINE_BYTES else piece, start + length + 1)
+            start, num_dropped = start + length + 1, 0
+        rest = pieces[-1]
+        if num_dropped + len(rest) > MAX_LINE_BYTES:
+            rest, num_dropped = b"", num_dropped + len(rest)
+    if rest or num_dropped:
+        length = num_dropped + len(rest)
+        yield FoundLine(start, None if length > MAX_LINE_BYTES else rest, start + length)
+
+
+def prefix_hash(request: GenerationRequest) -> int:
+    """Equal for requests that begin alike, so that they can be run one after another and find each other's prefix in
+    the cache. Signed, 64 bits."""
+    if request.messages is not None:
+        first = request.messages[0]
+        prefix = first.role + first.content[: None if first.role == "system" else PREFIX_CHARS]
+    else:
+        prefix = (request.prompt or str(request.prompt_token_ids))[:PREFIX_CHARS]
+    return int.from_bytes(hashlib.blake2b(prefix.encode(), digest_size=8).digest(), signed=True)
+
+
+def write_lines(session: Session, batch: Batch, ended: Sequence[EndedLine], surface: BatchSurface) -> list[bytes]:
+    """Each ended line as the output or the error file says it. The input file tells what was asked."""
+    done = [line for line in ended if line.line.outcome is LineOutcome.COMPLETED]
+    asked = files.read_ranges(session, batch.input_file_id, [(one.line.first_byte, one.line.num_bytes) for one in done])
+    asked_by_line = {one.line.line: content for one, content in zip(done, asked, strict=True)}
+    return [_written(batch, one, asked_by_line.get(one.line.line), surface) for one in ended]
+
+
+def _written(batch: Batch, ended: EndedLine, asked: bytes | None, surface: BatchSurface) -> bytes:
+    response, error = _response(batch, ended, asked, surface), None
+    if response is None:
+        outcome = LineOutcome(ended.line.outcome or LineOutcome.CANCELLED)
+        code, message = ENDED_BADLY.get(outcome, ("job_deleted", "its job was deleted before it was read"))
+        error = {"code": code, "message": message}
+    id_ = ended.line.job_id or line_id(batch.id, ended.line.line)
+    written = {
+        "id": external_id(id_, "batch_req"),
+        "custom_id": ended.line.custom_id,
+        "response": response,
+        "error": error,
+    }
+    return orjson.dumps(written) + b"\n"
+
+
+def _response(batch: Batch, ended: EndedLine, asked: bytes | None, surface: BatchSurface) -> dict[str, object] | None:
+    """None: nobody answered."""
+    if ended.line.refusal is not None:
+        return _refused(ended.line.refusal, external_id(line_id(batch.id, ended.line.line), "batch_req"))
+    if ended.record is None or ended.line.outcome in ENDED_BADLY:
+        return None
+    request_id = external_id(ended.record.job.id)
+    try:
+        body = surface.read_line(asked, batch.endpoint).answer(ended.record) if asked is not None else None
+        if body is None:
+            surface.refuse_unfinished(ended.record)
+    except CeleriacError as exc:
+        return _refused(surface.refusal_of(exc), request_id)
+    return {"status_code": 200, "request_id": request_id, "body": body}
+
+
+def _refused(refusal: LineRefusal, request_id: str) -> dict[str, object]:
+    error = {"message": refusal.message, "type": refusal.type, "param": refusal.param, "code": refusal.code}
+    return {"status_code": refusal.status_code, "request_id": request_id, "body": {"error": error}}
+
+
+def line_id(batch_id: UUID, line: int) -> UUID:
+    """What names a line that has no job."""
+    return uuid5(batch_id, str(line))
+
+
+def read_live(
+    session: Session, batch: Batch, surface: BatchSurface, *, after: int, is_output: bool
+) -> tuple[bytes, int | None]:
+    """The next lines of a file that is not frozen yet, and the line to go on after; None behind the last."""
+    ended = batches.ended_lines(session, batch.id, after=after, limit=LINES_PER_READ, is_completed=is_output)
+    written = b"".join(write_lines(session, batch, ended, surface))
+    return written, ended[-1].line.line if ended else None
