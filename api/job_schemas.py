@@ -236,7 +236,7 @@ def job_view(record: JobRecord, queue: Mapping[str, object] | None = None) -> di
         "urls": urls_of(job_id),
     }
     if record.request is not None:
-        view["input"] = record.request.model_dump(mode="json")
+        view["input"] = _input_view(record.request)
     return view
 
 
@@ -261,6 +261,14 @@ def attempts_view(job: Job, ended: Sequence[JobAttempt]) -> list[dict[str, objec
         num_tokens = job.num_committed_tokens - job.num_tokens_at_claim
         attempts.append({"attempt": job.attempt, "num_tokens": num_tokens, **began, **running})
     return attempts
+
+
+def _input_view(request: GenerationRequest) -> dict[str, object]:
+    """With every default of the request, but messages as they were sent."""
+    messages = request.messages and [
+        message.model_dump(mode="json", exclude_defaults=True) for message in request.messages
+    ]
+    return request.model_dump(mode="json", exclude={"messages"}) | {"messages": messages}
 
 
 def usage_view(job: Job, result: GenerationResult | None) -> dict[str, int] | None:
