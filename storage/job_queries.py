@@ -61,12 +61,13 @@ FROM jobs j WHERE j.id = :job_id
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job as it stood; `job` is detached from the session. `request` and `result` are None where not asked for, and
-    `result` also while there is none."""
+    """A job as it stood; `job` is detached from the session. `request`, `result` and `endpoint_body` are None where not
+    asked for; `result` also while there is none, and `endpoint_body` where the route keeps none."""
 
     job: Job
     request: GenerationRequest | None
     result: GenerationResult | None
+    endpoint_body: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,8 @@ def _get_statement(with_request: bool, with_result: bool) -> Select[Job, Any, An
     """Built once: building it takes as long as running it."""
     request = JobPayload.request if with_request else literal(None)
     result = JobResult.result if with_result else literal(None)
-    statement = select(Job, request, result)
+    body = JobPayload.endpoint_body if with_request else literal(None)
+    statement = select(Job, request, result, body)
     if with_request:
         statement = statement.join(JobPayload, JobPayload.job_id == Job.id)
     if with_result:

@@ -56,6 +56,7 @@ class NewJob:
     webhook_statuses: Sequence[JobStatus] = ()  # the ends that it is told of
     endpoint: Endpoint = Endpoint.JOBS
     is_stored: bool = False
+    endpoint_body: str | None = None  # JSON
 
     @property
     def cost(self) -> int:

@@ -46,6 +46,7 @@ def of_new_jobs(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
         "webhook_statuses": [job.webhook_url and "{" + ",".join(job.webhook_statuses) + "}" for job in new_jobs],
         "endpoints": [job.endpoint.value for job in new_jobs],
         "are_stored": [job.is_stored for job in new_jobs],
+        "endpoint_bodies": [job.endpoint_body for job in new_jobs],
         "prompt_token_ids": ["{" + ",".join(map(str, job.prompt_token_ids)) + "}" for job in new_jobs],
         "fingerprints": Packed(job.fingerprint for job in new_jobs),
         "lanes": [job.lane.value for job in new_jobs],

@@ -60,11 +60,13 @@ WITH new AS MATERIALIZED (
         CAST(:seeds AS bigint[]), CAST(:costs AS int[]), CAST(:metadata AS text[]), CAST(:result_ttls AS int[]),
         CAST(:requests AS text[]), CAST(:prompt_token_ids AS text[]), CAST(:webhook_urls AS text[]),
         CAST(:webhook_statuses AS text[]), CAST(:endpoints AS text[]), CAST(:are_stored AS boolean[]),
-        CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]), CAST(:retry_ofs AS uuid[])
+        CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]), CAST(:retry_ofs AS uuid[]),
+        CAST(:endpoint_bodies AS text[])
     ) WITH ORDINALITY AS n(
         id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures, start_timeout,
         deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata, result_ttl_seconds,
         request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint, lane, retry_of,
+        endpoint_body,
         place)
 ),
 load AS MATERIALIZED (
@@ -96,8 +98,9 @@ inserted AS (
     ON CONFLICT DO NOTHING RETURNING id, tenant_id
 ),
 payload AS (
-    INSERT INTO job_payloads (job_id, request, prompt_token_ids, fingerprint)
-    SELECT id, request::json, prompt_token_ids::int[], fingerprint FROM inserted JOIN new USING (id)
+    INSERT INTO job_payloads (job_id, request, prompt_token_ids, fingerprint, endpoint_body)
+    SELECT id, request::json, prompt_token_ids::int[], fingerprint, endpoint_body::json
+    FROM inserted JOIN new USING (id)
 ),
 counted AS (  -- a tenant back from idle starts level with the active ones: it neither banks credit nor is starved
     UPDATE tenant_load l SET num_queued = l.num_queued + change.queued,

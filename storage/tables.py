@@ -231,6 +231,7 @@ class JobPayload(Row):
     request: Mapped[GenerationRequest]  # the full dump, defaults resolved: a changed default never changes an old job
     prompt_token_ids: Mapped[list[int]]
     fingerprint: Mapped[bytes | None]  # of what the engine is asked: the same for every repetition of a request
+    endpoint_body: Mapped[dict[str, Any] | None]  # as the client sent it, where its route shows it again
 
 
 class JobChunk(Row):

@@ -56,6 +56,7 @@ class JobOptions:
     deadline_after_seconds: float | None = None  # since the accept; no part of what a repeated request must share
     endpoint: Endpoint = Endpoint.JOBS
     is_stored: bool = False
+    endpoint_body: str | None = None  # JSON, kept beside the request for the route that shows it again
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,10 @@ class Submitter:
         except BadWebhookUrl as exc:
             raise InvalidRequest(f"webhook: {exc}", param="webhook") from None
 
+    async def count_prompt_tokens(self, request: GenerationRequest) -> int:
+        """Of a request that is not submitted. Raises the CeleriacError that says why it cannot be."""
+        return len(await self._tokenizing.encode(self._views.get(request.model), request))
+
     async def aclose(self) -> None:
         self._tokenizing.close()
         await self._grammar_gate.aclose()
@@ -183,6 +188,7 @@ def make_job(
         webhook_statuses=options.webhook_statuses,
         endpoint=options.endpoint,
         is_stored=options.is_stored,
+        endpoint_body=options.endpoint_body,
     )
 
 

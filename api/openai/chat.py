@@ -47,5 +47,9 @@ def _asked(body: ChatCompletionBody) -> Asked:
         is_stored=bool(body.store),
         service_tier=body.service_tier,
         metadata=body.metadata,
-        structured_by=structured_by(body),
+        names={"structured_output": structured_by(body)} | _spelling_of_max_tokens(body),
     )
+
+
+def _spelling_of_max_tokens(body: ChatCompletionBody) -> dict[str, str]:
+    return {"max_tokens": "max_completion_tokens"} if body.max_completion_tokens is not None else {}

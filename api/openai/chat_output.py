@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from api.openai.output_parsing import CallArguments, CallName, Content, OutputParser, Piece, Reasoning
+from api.openai.output_parsing import CallArguments, CallName, Content, OutputParser, Piece, Reasoning, parser_of
 from api.openai.running import Run
 from api.openai.schemas import FINISH_REASONS, logprob_object, tier_of, usage_object
 from domain.chunks import TokenChunk, TokenLogprob
@@ -45,7 +45,7 @@ class ChatStream:
     ) -> None:
         self._job_id = run.job_id
         self._head = _head(run.job_id, run, "chat.completion.chunk", service_tier)
-        self._parsers = [_parser(request, format) for _ in range(request.params.n)]
+        self._parsers = [parser_of(request, format) for _ in range(request.params.n)]
         self._has_usage = has_usage
 
     def begin(self) -> Iterable[Mapping[str, object]]:
@@ -80,18 +80,8 @@ class ChatStream:
         return chunk | {"usage": None} if self._has_usage else chunk
 
 
-def _parser(request: GenerationRequest, format: OutputFormat) -> OutputParser:
-    """An output that must look like something is that from its first character on, so it has no reasoning before it."""
-    structured = request.params.structured_output
-    return OutputParser(
-        format if structured is None else OutputFormat(format.tools),
-        tool_names=frozenset(tool.name for tool in request.tools),
-        max_calls=None if request.parallel_tool_calls else 1,
-    )
-
-
 def _choice(job_id: UUID, choice: ResultChoice, request: GenerationRequest, format: OutputFormat) -> dict[str, object]:
-    parser = _parser(request, format)
+    parser = parser_of(request, format)
     pieces = parser.push(choice.text) + parser.finish(is_cut=choice.finish_reason is not FinishReason.STOP)
     content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
     reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))

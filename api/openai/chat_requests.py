@@ -3,23 +3,24 @@
 from typing import Any
 
 from api.openai.chat_schemas import ChatCompletionBody, Message, NamedTool, ResponseFormat
-from api.openai.schemas import build, strings
-from domain.errors import InvalidRequest, UnsupportedParameter
+from api.openai.schemas import build, build_at, strings
+from api.openai.tool_requests import AskedTools, calls_only, tools_of
+from domain.errors import InvalidRequest
 from domain.requests import ChatMessage, GenerationRequest
 from domain.structured_output import StructuredOutput
 from domain.tools import ToolDefinition
 from tasks.models import ModelView
-from tasks.output_formats import tool_call_grammar
 
 
 def to_generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
     """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model cannot be given."""
-    tools = _tools(body, view)
+    asked = _asked_tools(body)
+    tools = tools_of(asked, view)
     params = body.sampling(
         max_tokens=_max_tokens(body),
         stop=strings(body.stop),
         logprobs=_num_logprobs(body),
-        structured_output=_structured_output(body, view, tools),
+        structured_output=_structured_output(body, view, asked, tools),
     )
     messages = [to_message(message, number) for number, message in enumerate(body.messages)]
     request: dict[str, Any] = {"model": body.model, "messages": messages, "tools": tools, "params": params}
@@ -54,8 +55,7 @@ def to_message(message: Message, number: int) -> ChatMessage:
         "tool_calls": calls or None,
         "tool_call_id": message.tool_call_id,
     }
-    built: ChatMessage = _build_at(place, ChatMessage, fields)
-    return built
+    return build_at(place, ChatMessage, fields)
 
 
 def content_text(message: Message) -> str:
@@ -65,52 +65,34 @@ def content_text(message: Message) -> str:
     return "\n".join(part.text or part.refusal or "" for part in message.content)
 
 
-def _build_at(place: str, model: Any, fields: dict[str, Any]) -> Any:
-    """As `build`, for a part of the body: the refusal names the whole path."""
-    try:
-        return build(model, fields)
-    except InvalidRequest as exc:
-        exc.message = f"{place}: {exc.message}"
-        exc.param = f"{place}.{exc.param}" if exc.param else place
-        raise
-
-
-def _tools(body: ChatCompletionBody, view: ModelView) -> tuple[ToolDefinition, ...]:
-    """Those that the model is shown: none where it must not call any."""
-    if not body.tools:
-        if body.tool_choice not in (None, "none", "auto"):
-            raise InvalidRequest("tool_choice asks for a call but there are no tools; add them", param="tools")
-        return ()
-    tools = tuple(
-        _build_at(f"tools.{number}.function", ToolDefinition, tool.function.model_dump())
-        for number, tool in enumerate(body.tools)
+def _asked_tools(body: ChatCompletionBody) -> AskedTools:
+    choice = body.tool_choice
+    return AskedTools(
+        definitions=[tool.function.model_dump() for tool in body.tools or ()],
+        place="tools.{}.function",
+        mode="named" if isinstance(choice, NamedTool) else choice or "auto",
+        name=choice.function.name if isinstance(choice, NamedTool) else None,
+        name_place="tool_choice.function.name",
+        is_parallel=body.parallel_tool_calls is not False,
     )
-    names = [tool.name for tool in tools]
-    if len(set(names)) < len(names):
-        raise InvalidRequest("two tools have the same name; rename one", param="tools")
-    if view.output_format.tools is None:
-        raise UnsupportedParameter(
-            f"the chat template of {view.spec.id} has no tool calls that can be read here; remove tools", param="tools"
-        )
-    return () if body.tool_choice == "none" else tools
 
 
 def _structured_output(
-    body: ChatCompletionBody, view: ModelView, tools: tuple[ToolDefinition, ...]
+    body: ChatCompletionBody, view: ModelView, asked_tools: AskedTools, tools: tuple[ToolDefinition, ...]
 ) -> StructuredOutput | None:
     asked = [
         name
         for name, is_asked in {
             "structured_output": body.structured_output is not None,
             "response_format": _is_formatted(body),
-            "tool_choice": bool(tools) and body.tool_choice not in (None, "auto"),
+            "tool_choice": bool(tools) and asked_tools.must_call,
         }.items()
         if is_asked
     ]
     if len(asked) > 1:
         raise InvalidRequest(f"{asked[0]} and {asked[1]} both shape the output; send one of them", param=asked[1])
     if asked == ["tool_choice"]:
-        return _calls_only(body, view, tools)
+        return calls_only(asked_tools, view, tools)
     if body.response_format is not None and asked == ["response_format"]:
         return _formatted(body.response_format)
     return body.structured_output
@@ -128,29 +110,7 @@ def _formatted(format: ResponseFormat) -> StructuredOutput:
     schema = format.json_schema.schema_
     if schema is None:
         return StructuredOutput(json_object=True)
-    structured: StructuredOutput = _build_at("response_format.json_schema", StructuredOutput, {"json_schema": schema})
-    return structured
-
-
-def _calls_only(body: ChatCompletionBody, view: ModelView, tools: tuple[ToolDefinition, ...]) -> StructuredOutput:
-    """The whole output is calls: of any tool, or one call of the tool that is named."""
-    assert view.output_format.tools is not None
-    choices, max_calls = list(tools), None if body.parallel_tool_calls is not False else 1
-    if isinstance(body.tool_choice, NamedTool):
-        name = body.tool_choice.function.name
-        choices, max_calls = [tool for tool in tools if tool.name == name], 1
-        if not choices:
-            raise InvalidRequest(
-                f"tool_choice names {name[:64]!r}, which is none of the tools", param="tool_choice.function.name"
-            )
-    for tool in choices:
-        if tool.parameters is not None:
-            _build_at(
-                f"tools.{tools.index(tool)}.function.parameters", StructuredOutput, {"json_schema": tool.parameters}
-            )
-    grammar = tool_call_grammar(view.output_format.tools, choices, max_calls=max_calls)
-    structured: StructuredOutput = _build_at("tools", StructuredOutput, {"lark": grammar})
-    return structured
+    return build_at("response_format.json_schema", StructuredOutput, {"json_schema": schema})
 
 
 def _max_tokens(body: ChatCompletionBody) -> int | None:

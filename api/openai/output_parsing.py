@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from domain.requests import GenerationRequest
 from tasks.output_formats import OutputFormat, ReasoningFormat, ToolFormat
 
 THINK, END_THINK = "<think>", "</think>"
@@ -322,3 +323,13 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
         else:
             joined.append(piece)
     return joined
+
+
+def parser_of(request: GenerationRequest, format: OutputFormat) -> OutputParser:
+    """An output that must look like something is that from its first character on, so it has no reasoning before it."""
+    structured = request.params.structured_output
+    return OutputParser(
+        format if structured is None else OutputFormat(format.tools),
+        tool_names=frozenset(tool.name for tool in request.tools),
+        max_calls=None if request.parallel_tool_calls else 1,
+    )

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -39,7 +39,8 @@ class Asked:
     is_stored: bool = False  # also: it goes on without its client
     service_tier: str | None = None
     metadata: dict[str, str] | None = None
-    structured_by: str = "structured_output"  # the field of the body that shapes the output
+    names: Mapping[str, str] = field(default_factory=dict)  # of sampling parameters that the body spells otherwise
+    endpoint_body: str | None = None  # JSON, where the route shows it again
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +120,7 @@ async def start_all(request: Request, generations: Sequence[GenerationRequest], 
     else:
         runs = await _submit_all(services, tenant_id, generations, all_options, asked, started)
     job_id_context.set(external_id(runs[0].job_id))
-    is_kept = asked.is_stored or knobs.on_disconnect == "continue"
-    on_disconnect: Literal["cancel", "continue"] = "continue" if is_kept else "cancel"
+    on_disconnect = knobs.on_disconnect or ("continue" if asked.is_stored else "cancel")
     return [replace(run, on_disconnect=on_disconnect, has_keep_alive=knobs.has_keep_alive) for run in runs]
 
 
@@ -137,6 +137,7 @@ def _options(asked: Asked, knobs: Knobs, number: int) -> JobOptions:
         metadata=asked.metadata or {},
         endpoint=asked.endpoint,
         is_stored=asked.is_stored,
+        endpoint_body=asked.endpoint_body,
     )
 
 
@@ -244,7 +245,9 @@ def in_words_of_the_body(exc: CeleriacError, asked: Asked) -> CeleriacError:
 
 
 def _in_words_of_the_body(text: str, asked: Asked) -> str:
-    text = text.replace("params.structured_output", asked.structured_by).replace("params.", "")
+    for name, spelt in asked.names.items():
+        text = text.replace(f"params.{name}", spelt)
+    text = text.replace("params.", "")
     return text.replace("prompt_token_ids", "prompt")
 
 

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from api.bodies import UNSUPPORTED, invalid_request
 from api.job_schemas import MetadataKey, MetadataValue
 from domain.chunks import TokenLogprob
+from domain.errors import InvalidRequest
 from domain.jobs import FinishReason, Usage
 from domain.requests import SamplingParams
 from domain.structured_output import StructuredOutput
@@ -110,6 +111,16 @@ def build(model: type[Domain], fields: dict[str, Any]) -> Domain:
         return model.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as exc:
         raise invalid_request(exc, model) from None
+
+
+def build_at(place: str, model: type[Domain], fields: dict[str, Any]) -> Domain:
+    """As `build`, for a part of the body: the refusal names the whole path."""
+    try:
+        return build(model, fields)
+    except InvalidRequest as exc:
+        exc.message = f"{place}: {exc.message}"
+        exc.param = f"{place}.{exc.param}" if exc.param else place
+        raise
 
 
 def strings(value: str | list[str] | None) -> list[str] | None:

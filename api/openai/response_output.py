@@ -1,0 +1,130 @@
+"""The output items of a response, and the events that tell how they came to be.
+
+Both follow from the job's chunks alone. So a stream that is read again has the same events under the same numbers, and
+whoever resumes it misses none and gets none twice.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+from uuid import UUID
+
+from api.openai.output_parsing import CallArguments, CallName, Content, OutputParser, Piece, Reasoning
+from api.openai.schemas import logprob_object
+from domain.chunks import TokenLogprob
+from domain.ids import external_id
+
+Item = dict[str, Any]
+ResponseEvent = dict[str, Any]  # with its `type`, and still without its `sequence_number`
+
+
+class ResponseOutput:
+    """Feed it with a job's text in order, and `finish` it. `items` are those of the response so far."""
+
+    def __init__(self, job_id: UUID, parser: OutputParser) -> None:
+        self.items: list[Item] = []
+        self._ulid = external_id(job_id, "resp").removeprefix("resp_")
+        self._parser = parser
+        self._is_open = False  # the last of `items`
+
+    def push(self, text: str, logprobs: Sequence[TokenLogprob] | None = None) -> Iterator[ResponseEvent]:
+        """`logprobs` go with the first visible text of their chunk."""
+        tokens = [logprob_object(logprob) for logprob in logprobs or ()]
+        for piece in self._parser.push(text):
+            yield from self._grow(piece, tokens)
+            tokens = [] if isinstance(piece, Content) else tokens
+        if tokens and self._is_open and self.items[-1]["type"] == "message":
+            yield from self._grow(Content(""), tokens)
+
+    def finish(self, status: str) -> Iterator[ResponseEvent]:
+        """The text is over: `completed` or `incomplete`. What was said to the end is a message, if an empty one."""
+        for piece in self._parser.finish(is_cut=status != "completed"):
+            yield from self._grow(piece, [])
+        if not self.items and status == "completed":
+            yield from self._open(self._new_message())
+        yield from self._close(status)
+
+    def _grow(self, piece: Piece, tokens: list[dict[str, object]]) -> Iterator[ResponseEvent]:
+        match piece:
+            case Content(text):
+                yield from self._continue("message", self._new_message)
+                yield self._add_text(text, tokens)
+            case Reasoning(text):
+                yield from self._continue("reasoning", self._new_reasoning)
+                yield self._add_thought(text)
+            case CallName(_, name):
+                yield from self._open(self._new_call(name))
+            case CallArguments(_, text):
+                yield self._add_arguments(text)
+
+    def _continue(self, kind: str, new: "Any") -> Iterator[ResponseEvent]:
+        if not (self._is_open and self.items[-1]["type"] == kind):
+            yield from self._open(new())
+
+    def _open(self, item: Item) -> Iterator[ResponseEvent]:
+        """The item before it is over: it was written to its end."""
+        yield from self._close("completed")
+        self.items.append(item)
+        self._is_open = True
+        begun = item | ({"content": []} if "content" in item else {})
+        yield {"type": "response.output_item.added", "output_index": self._index, "item": begun}
+        if "content" in item:
+            yield self._about_part("response.content_part.added", part=dict(item["content"][0]))
+
+    def _close(self, status: str) -> Iterator[ResponseEvent]:
+        if not self._is_open:
+            return
+        self._is_open = False
+        item = self.items[-1]
+        item["status"] = status
+        if item["type"] == "function_call":
+            arguments = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._about_item("response.function_call_arguments.done", **arguments)
+        else:
+            part = item["content"][0]
+            is_text = part["type"] == "output_text"
+            done = "response.output_text.done" if is_text else "response.reasoning_text.done"
+            logprobs = {"logprobs": part["logprobs"]} if is_text else {}
+            yield self._about_part(done, text=part["text"], **logprobs)
+            yield self._about_part("response.content_part.done", part=dict(part))
+        yield {"type": "response.output_item.done", "output_index": self._index, "item": dict(item)}
+
+    def _add_text(self, text: str, tokens: list[dict[str, object]]) -> ResponseEvent:
+        part = self.items[-1]["content"][0]
+        part["text"] += text
+        part["logprobs"] = [*part["logprobs"], *tokens]
+        return self._about_part("response.output_text.delta", delta=text, logprobs=tokens)
+
+    def _add_thought(self, text: str) -> ResponseEvent:
+        self.items[-1]["content"][0]["text"] += text
+        return self._about_part("response.reasoning_text.delta", delta=text)
+
+    def _add_arguments(self, text: str) -> ResponseEvent:
+        self.items[-1]["arguments"] += text
+        return self._about_item("response.function_call_arguments.delta", delta=text)
+
+    @property
+    def _index(self) -> int:
+        return len(self.items) - 1
+
+    def _about_item(self, kind: str, **fields: object) -> ResponseEvent:
+        return {"type": kind, "item_id": self.items[-1]["id"], "output_index": self._index, **fields}
+
+    def _about_part(self, kind: str, **fields: object) -> ResponseEvent:
+        return self._about_item(kind, content_index=0, **fields)
+
+    def _new_id(self, prefix: str) -> str:
+        return f"{prefix}_{self._ulid}_{len(self.items)}"
+
+    def _new_message(self) -> Item:
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        head = {"id": self._new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress"}
+        return head | {"content": [part]}
+
+    def _new_reasoning(self) -> Item:
+        part = {"type": "reasoning_text", "text": ""}
+        head = {"id": self._new_id("rs"), "type": "reasoning", "status": "in_progress"}
+        return head | {"summary": [], "content": [part]}
+
+    def _new_call(self, name: str) -> Item:
+        ids = {"id": self._new_id("fc"), "call_id": self._new_id("call")}
+        return ids | {"type": "function_call", "status": "in_progress", "name": name, "arguments": ""}

@@ -1,0 +1,192 @@
+"""The body of a response."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag
+
+from api.openai.schemas import GenerationBody, OpenAIModel, Strings, Unsupported, only, refuse
+from domain.requests import MAX_MESSAGES, MAX_PROMPT_CHARS
+
+PART_TYPES = ("input_text", "output_text", "text", "refusal")
+
+Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
+ItemId = Annotated[str, StringConstraints(max_length=128)]
+
+
+def _text_only(kind: str) -> str:
+    if kind not in PART_TYPES:
+        raise refuse(f"is {kind[:40]!r}; only text can be read here")
+    return kind
+
+
+class ContentPart(OpenAIModel):
+    """Also one that came out of an answer and is sent back, with what is no concern of the prompt."""
+
+    type: Annotated[str, AfterValidator(_text_only)]
+    text: Text | None = None
+    refusal: Text | None = None
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+Content = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[list[ContentPart], Tag("<parts>")],
+    Discriminator(lambda value: "<text>" if isinstance(value, str) else "<parts>"),
+]
+
+
+class MessageItem(OpenAIModel):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    id: ItemId | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
+class FunctionCallItem(OpenAIModel):
+    type: Literal["function_call"]
+    call_id: ItemId
+    name: str
+    arguments: Text
+    id: ItemId | None = None
+    status: str | None = None
+
+
+class FunctionCallOutputItem(OpenAIModel):
+    type: Literal["function_call_output"]
+    call_id: ItemId
+    output: Content
+    id: ItemId | None = None
+    status: str | None = None
+
+
+class ReasoningItem(OpenAIModel):
+    """Of an earlier answer, sent back. No model reads its old thoughts again, so it adds nothing to the prompt."""
+
+    type: Literal["reasoning"]
+    summary: list[Any] | None = None
+    content: list[Any] | None = None
+    encrypted_content: Annotated[Any, only()] = None
+    id: ItemId | None = None
+    status: str | None = None
+
+
+class UnknownItem(OpenAIModel):
+    type: Annotated[Any, AfterValidator(lambda kind: _refuse_item(kind))]
+
+
+def _refuse_item(kind: Any) -> None:
+    raise refuse(f"is {str(kind)[:40]!r}; send items of type {', '.join(ITEM_TYPES)}")
+
+
+ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
+
+
+def _item_tag(value: Any) -> str:
+    kind = (value.get("type") or "message") if isinstance(value, dict) else getattr(value, "type", "message")
+    return f"<{kind}>" if kind in ITEM_TYPES else "<unknown>"
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("<message>")]
+    | Annotated[FunctionCallItem, Tag("<function_call>")]
+    | Annotated[FunctionCallOutputItem, Tag("<function_call_output>")]
+    | Annotated[ReasoningItem, Tag("<reasoning>")]
+    | Annotated[UnknownItem, Tag("<unknown>")],
+    Discriminator(_item_tag),
+]
+Input = Annotated[
+    Annotated[Text, StringConstraints(min_length=1), Tag("<text>")]
+    | Annotated[list[InputItem], Field(min_length=1, max_length=4 * MAX_MESSAGES), Tag("<items>")],
+    Discriminator(lambda value: "<text>" if isinstance(value, str) else "<items>"),
+]
+
+
+class TextFormat(OpenAIModel):
+    type: Literal["text", "json_schema", "json_object"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class TextConfig(OpenAIModel):
+    format: TextFormat | None = None
+    verbosity: Unsupported = None
+
+
+class FunctionTool(OpenAIModel):
+    type: Annotated[str, only("function")]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedTool(OpenAIModel):
+    type: Annotated[str, only("function")]
+    name: str
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[NamedTool, Tag("<tool>")],
+    Discriminator(lambda value: "<mode>" if isinstance(value, str) else "<tool>"),
+]
+
+
+class ResponseStreamOptions(OpenAIModel):
+    include_obfuscation: Annotated[bool | None, only(False)] = None
+
+
+class ResponseBody(GenerationBody):
+    input: Input
+    instructions: Text | None = None
+    previous_response_id: ItemId | None = None
+    background: bool | None = None
+    store: bool | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    text: TextConfig | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: list[Annotated[str, only("message.output_text.logprobs")]] | None = None
+    truncation: Annotated[str | None, only("disabled")] = None
+    stream_options: ResponseStreamOptions | None = None
+    stop: Strings | None = None  # an extension here
+
+    access_programs: Unsupported = None
+    context_management: Unsupported = None
+    conversation: Unsupported = None
+    image: Unsupported = None
+    max_tool_calls: Unsupported = None
+    moderation: Unsupported = None
+    prompt: Unsupported = None
+    prompt_cache_options: Unsupported = None
+    prompt_cache_retention: Unsupported = None
+    reasoning: Annotated[Any, only({})] = None
+
+    @property
+    def is_stored(self) -> bool:
+        return self.store is not False
+
+    @property
+    def has_logprobs(self) -> bool:
+        return bool(self.include) or self.top_logprobs is not None
+
+
+class InputTokensBody(OpenAIModel):
+    """What of a response makes its prompt, to be counted."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    input: Input
+    instructions: Text | None = None
+    previous_response_id: ItemId | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    truncation: Annotated[str | None, only("disabled")] = None
+    conversation: Unsupported = None
+    reasoning: Annotated[Any, only({})] = None

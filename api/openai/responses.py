@@ -1,0 +1,206 @@
+"""/v1/responses: an answer as an object that is created, waited for or streamed, read again, and gone on from."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import orjson
+from fastapi import Request
+from pydantic import Field
+from starlette.responses import Response
+
+from api.bodies import read_model
+from api.deps import caller_of, private_router
+from api.openai.answers import WholeAnswer
+from api.openai.response_input import listed_items
+from api.openai.response_requests import structured_by, to_generation_request
+from api.openai.response_schemas import InputTokensBody, ResponseBody
+from api.openai.response_stream import ResponseStream
+from api.openai.running import Asked, Run, in_words_of_the_body, start
+from api.openai.stored_responses import (
+    as_it_stands,
+    body_of,
+    conversation_of,
+    find_response,
+    from_result,
+    parser_for,
+)
+from api.queries import QueryModel, query_parameters, read_query
+from api.services import Services
+from api.sse import EventStream
+from domain.errors import CeleriacError, InvalidRequest
+from domain.ids import external_id
+from domain.jobs import Endpoint
+from domain.requests import GenerationRequest
+from storage import jobs
+from storage.job_queries import JobRecord
+
+POLL_HEADERS = {"retry-after": "1", "openai-poll-after-ms": "1000"}
+
+Included = dict[Literal[""], Literal["message.output_text.logprobs"]]  # `include[]=` in a query string
+
+router = private_router()
+
+
+class RetrieveQuery(QueryModel):
+    stream: bool = False
+    starting_after: Annotated[int, Field(ge=-1, le=2**53)] = -1
+    include_obfuscation: Literal[False] | None = None
+    include: Included | None = None  # they are there if the request asked for them
+
+
+class ItemsQuery(QueryModel):
+    after: str | None = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+    include: Included | None = None
+
+
+@router.post(
+    "/v1/responses",
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": ResponseBody.model_json_schema()}}}
+    },
+)
+async def create_response(request: Request) -> Response:
+    """A response as OpenAI's, and a job as any other. In the background, and wherever it is stored, it goes on without
+    its client, who reads it again by its id."""
+    body = await read_model(request, ResponseBody)
+    if body.background and not body.is_stored:
+        raise InvalidRequest(
+            "background is true and store false, so nobody could read the answer; change one", param="store"
+        )
+    services, _ = caller_of(request)
+    run = await start(request, await _generation(request, body), _asked(body))
+    if not (body.stream or body.background):
+        return WholeAnswer([run], lambda records: from_result(services, records[0]))
+    record = await run.read(with_request=True)
+    if body.stream:
+        return _stream(services, record, run=run)
+    return _answer(await as_it_stands(services, record), run.headers)
+
+
+@router.post("/v1/responses/input_tokens")
+async def count_input_tokens(request: Request) -> Response:
+    """How many tokens the prompt of such a response would have."""
+    services, _ = caller_of(request)
+    counted = await read_model(request, InputTokensBody)
+    body = ResponseBody.model_validate(counted.model_dump(by_alias=True, exclude_unset=True))
+    generation = await _generation(request, body)
+    try:
+        num_tokens = await services.submitter.count_prompt_tokens(generation)
+    except CeleriacError as exc:
+        raise in_words_of_the_body(exc, _asked(body)) from exc
+    return _json({"object": "response.input_tokens", "input_tokens": num_tokens})
+
+
+@router.get("/v1/responses/{response_id}", openapi_extra={"parameters": query_parameters(RetrieveQuery)})
+async def read_response(response_id: str, request: Request) -> Response:
+    """As it stands, with the text so far; or its events from the start, or after one, for as long as it is kept."""
+    services, tenant_id = caller_of(request)
+    query = read_query(request, RetrieveQuery)
+    record = await find_response(services, tenant_id, response_id)
+    if query.stream:
+        services.slots.refuse_if_full()
+        return _stream(services, record, starting_after=query.starting_after)
+    return _answer(await as_it_stands(services, record), {"x-job-id": external_id(record.job.id)})
+
+
+@router.post("/v1/responses/{response_id}/cancel")
+async def cancel_response(response_id: str, request: Request) -> Response:
+    """One in the background is stopped within a step, its text so far is kept; one that has ended stays as it is."""
+    services, tenant_id = caller_of(request)
+    record = await find_response(services, tenant_id, response_id)
+    if not body_of(record).background:
+        raise InvalidRequest(
+            "only a response that was created with background=true can be cancelled; close the connection instead",
+            param="response_id",
+        )
+    await services.cancel(record.job.id, tenant_id)
+    record = await find_response(services, tenant_id, response_id)
+    return _answer(await as_it_stands(services, record), {"x-job-id": external_id(record.job.id)})
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete_response(response_id: str, request: Request) -> Response:
+    """Erases it with its input; one that is under way is stopped."""
+    services, tenant_id = caller_of(request)
+    record = await find_response(services, tenant_id, response_id)
+    await services.cancel(record.job.id, tenant_id)
+    await services.write(jobs.delete, record.job.id, tenant_id)
+    return _json({"id": external_id(record.job.id, "resp"), "object": "response", "deleted": True})
+
+
+@router.get("/v1/responses/{response_id}/input_items", openapi_extra={"parameters": query_parameters(ItemsQuery)})
+async def list_input_items(response_id: str, request: Request) -> Response:
+    """What was sent as `input`, an item each; the conversation before it belongs to the responses before it."""
+    services, tenant_id = caller_of(request)
+    query = read_query(request, ItemsQuery)
+    record = await find_response(services, tenant_id, response_id)
+    items = listed_items(record.job.id, body_of(record).input)
+    if query.order == "desc":
+        items.reverse()
+    place = _place_after(items, query.after)
+    page = items[place : place + query.limit]
+    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": "", "last_id": ""}
+    return _json({"object": "list", "data": page, **ends, "has_more": place + query.limit < len(items)})
+
+
+async def _generation(request: Request, body: ResponseBody) -> GenerationRequest:
+    """Raises InvalidRequest."""
+    services, tenant_id = caller_of(request)
+    view = services.views.get(body.model)
+    context: Sequence[dict[str, Any]] = ()
+    if body.previous_response_id is not None:
+        context = await conversation_of(services, tenant_id, body.previous_response_id)
+    return to_generation_request(body, view, context)
+
+
+def _asked(body: ResponseBody) -> Asked:
+    return Asked(
+        endpoint=Endpoint.RESPONSES,
+        has_stream=bool(body.stream),
+        is_stored=body.is_stored,
+        service_tier=body.service_tier,
+        metadata=body.metadata,
+        names={"structured_output": structured_by(body), "max_tokens": "max_output_tokens"},
+        endpoint_body=body.model_dump_json(by_alias=True, exclude_unset=True),
+    )
+
+
+def _stream(services: Services, record: JobRecord, *, starting_after: int = -1, run: Run | None = None) -> EventStream:
+    parser = parser_for(services, record)
+    stream = ResponseStream(services, record, body_of(record), parser, starting_after=starting_after)
+
+    def on_end(reason: str) -> None:
+        if run is not None and reason == "complete":
+            run.note_delivered()
+        elif run is not None and reason in ("disconnected", "slow"):
+            run.note_disconnected()
+
+    return EventStream(
+        stream.frames(),
+        heartbeat_seconds=services.settings.stream_heartbeat_seconds,
+        lifetime_seconds=services.settings.stream_lifetime_seconds,
+        slots=services.slots,
+        draining=services.draining,
+        headers=run.headers if run is not None else {"x-job-id": external_id(record.job.id)},
+        farewell=stream.farewell,
+        on_end=on_end,
+    )
+
+
+def _answer(view: Mapping[str, Any], headers: dict[str, str]) -> Response:
+    return _json(view, headers | (POLL_HEADERS if view["status"] in ("queued", "in_progress") else {}))
+
+
+def _json(answer: Mapping[str, Any], headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(answer), headers=headers, media_type="application/json")
+
+
+def _place_after(items: Sequence[Mapping[str, Any]], after: str | None) -> int:
+    if after is None:
+        return 0
+    place = next((place for place, item in enumerate(items) if item["id"] == after), None)
+    if place is None:
+        raise InvalidRequest(f"after is {after[:64]!r}, no item of this response; send a last_id", param="after")
+    return place + 1
