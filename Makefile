@@ -15,7 +15,7 @@ READY_TO_RUN := $(VENV)/.ready-to-run-$(PINS)
 READY_TO_TEST := $(VENV)/.ready-to-test-$(PINS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-SECONDS := 300
+SECONDS := 1800
 SEED := 1
 
 .PHONY: help run test check format chaos bench constraints clean

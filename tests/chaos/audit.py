@@ -12,7 +12,7 @@ from uuid import UUID
 import psycopg
 
 from domain.ids import external_id
-from tests.chaos.checker import TERMINAL, Violation, percentiles
+from tests.chaos.checker import TERMINAL, Violation
 from tests.chaos.faults import Struck
 from tests.chaos.plant import Incarnation, Part
 
@@ -84,6 +84,12 @@ def read_changes(connection: "psycopg.Connection[Any]") -> list[Change]:
     return [Change(*row) for row in rows]
 
 
+def read_findings(connection: "psycopg.Connection[Any]") -> dict[str, float]:
+    """What the janitor counted by itself in this run."""
+    rows = connection.execute("SELECT name, sum(value) FROM maintenance_figures GROUP BY name")
+    return {name: float(value) for name, value in rows}
+
+
 def read_owners(connection: "psycopg.Connection[Any]") -> dict[UUID, Owner]:
     """Who the owners of leases were."""
     return {id_: Owner(name, at) for id_, name, at in connection.execute("SELECT id, name, at FROM chaos_workers")}
@@ -143,7 +149,6 @@ def figures(
         "claims": sum(change.is_claim for change in changes),
         "rescues": len(rescues),
         "rescues_of_well_workers_after_postgres_restart": len(false_rescues),
-        "takeover_seconds_after_engine_end": percentiles(_retakes(changes, struck)),
     }
 
 
@@ -154,42 +159,3 @@ def _incarnation(change: Change, owners: Mapping[UUID, Owner], workers: Sequence
         return None
     part = next(part for part in workers if part.name == owner.name)
     return next((i for i in part.incarnations if i.started_at < owner.at < (i.ended_at or math.inf)), None)
-
-
-def takeovers(changes: Sequence[Change], owners: Mapping[UUID, Owner], workers: Sequence[Part]) -> Iterator[float]:
-    """From the end of a worker's process to the next attempt of each job that was rescued from it."""
-    ends_by_name = {part.name: [i.ended_at for i in part.incarnations if i.ended_at is not None] for part in workers}
-    claim_by_job: dict[UUID, Change] = {}
-    rescued: set[UUID] = set()
-    for change in changes:
-        if change.is_rescue:
-            rescued.add(change.job_id)
-        if not change.is_claim:
-            continue
-        before = claim_by_job.get(change.job_id)
-        claim_by_job[change.job_id] = change
-        owner = owners.get(before.owner) if before is not None and before.owner is not None else None
-        if before is None or owner is None or change.job_id not in rescued:
-            continue
-        rescued.discard(change.job_id)
-        ended = [at for at in ends_by_name.get(owner.name, ()) if before.at <= at <= change.at]
-        if ended:
-            yield change.at - ended[0]
-
-
-def _retakes(changes: Sequence[Change], struck: Sequence[Struck]) -> Iterator[float]:
-    """From the end of an engine to the next attempt of each job that its living worker gave back."""
-    struck_at: dict[str, list[float]] = {}
-    for fault in struck:
-        if fault.kind in ("engine kill", "engine segfault") and fault.target:
-            struck_at.setdefault(fault.target, []).append(fault.began_at)
-    given_back: dict[UUID, float] = {}
-    for change in changes:
-        if change.is_claim:
-            began_at = given_back.pop(change.job_id, None)
-            if began_at is not None:
-                yield change.at - began_at
-        elif change.old == "in_progress":
-            recent = [at for at in struck_at.get(change.by, []) if 0 <= change.at - at < 1]
-            if recent and change.new == "queued":
-                given_back[change.job_id] = recent[-1]

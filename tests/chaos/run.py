@@ -43,8 +43,9 @@ SETTINGS = {
     "engine_heartbeat_seconds": 1,
     "drain_seconds": 2,
     "max_failures": 30,
-    "flush_min_seconds": 0.03,
-    "flush_max_seconds": 0.12,  # more chunks than the default gives, so more that can go wrong
+    "max_poison_jobs_per_hour": 1000,  # beyond it all jobs would run alone, as there is one tenant
+    "flush_min_seconds": 0.02,
+    "flush_max_seconds": 0.08,  # more chunks than the default gives, so more that can go wrong
 }
 REST_LOOK_SECONDS = 0.3
 NUM_SHOWN = 20  # violations
@@ -54,8 +55,8 @@ NUM_SHOWN = 20  # violations
 class Options:
     seconds: float = 60.0
     seed: int = 1
-    faults_per_minute: float = 20.0
-    num_clients: int = 32
+    faults_per_minute: float = 22.0
+    num_clients: int = 40
     num_apis: int = 3
     num_workers: int = 3
     has_real_model: bool = True

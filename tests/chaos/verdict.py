@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from tests.chaos import audit
+from tests.chaos import audit, takeover
 from tests.chaos.checker import Verdict, Violation, judge, percentiles, read_stored, stalls
 from tests.chaos.clients import History
 from tests.chaos.faults import Struck
@@ -22,9 +22,15 @@ def judge_run(plant: Plant, histories: Sequence[History], struck: Sequence[Struc
         stored = read_stored(connection)
         changes, owners = audit.read_changes(connection), audit.read_owners(connection)
         untold = audit.judge_webhooks(connection)
+        findings = audit.read_findings(connection)
     verdict = judge(histories, stored)
     verdict.violations += audit.judge_changes(changes)
     verdict.violations += untold
+    verdict.violations += [
+        Violation("found by the janitor", name, f"{value:.0f}")
+        for name, value in findings.items()
+        if value and name in ("load_drift", "orphans")
+    ]
     verdict.violations += _judge_known_answers(histories)
     faults = Counter(fault.kind for fault in struck if fault.target)
     # A job of the real model waits for its only worker to come back; takeovers are about the model that several serve.
@@ -35,7 +41,8 @@ def judge_run(plant: Plant, histories: Sequence[History], struck: Sequence[Struc
         **verdict.figures,
         **_figures_of_poison(histories),
         **audit.figures(changes, owners, plant.workers, struck, lease_seconds=lease_seconds),
-        "takeover_seconds_after_worker_kill": percentiles(audit.takeovers(changes, owners, shared)),
+        **takeover.figures(changes, owners, shared, plant.maintenance, struck),
+        "maintenance_findings": findings,
         "stall_seconds_after_a_drop": percentiles(seconds for seconds, _, _ in stalls(histories)),
         "processes_started": sum(len(part.incarnations) for part in plant.parts),
         "tracebacks_in_logs": sum(part.log().count("Traceback (most recent call last)") for part in plant.parts),

@@ -80,7 +80,11 @@ class Workload:
             params = {"max_tokens": chooser.choice((16, 32, 64)), "temperature": 0, "ignore_eos": True, "seed": 1}
             return {"model": REAL_MODEL, "prompt": chooser.choice(REAL_PROMPTS), "params": params}
         if chooser.random() < POISON_CHANCE:
-            return {"model": FAKE_MODEL, "prompt": "poison", "params": {"max_tokens": 40, "seed": POISON_SEED}}
+            return {
+                "model": FAKE_MODEL,
+                "prompt": f"poison {number}",
+                "params": {"max_tokens": 40, "seed": POISON_SEED},
+            }
         low, high = (round(share * self._max_tokens) for share in chooser.choice(SHARES))
         params = {"max_tokens": chooser.randint(low, high), "seed": number + 1000}
         body: dict[str, Any] = {"model": FAKE_MODEL, "prompt": f"job {number}", "params": params}
