@@ -184,7 +184,7 @@ def extend(session: Session, file_id: UUID, content: bytes) -> None:
     number, used = divmod(num_bytes, PIECE_BYTES)
     if used and content:
         rest, content = content[: PIECE_BYTES - used], content[PIECE_BYTES - used :]
-        grown = {"content": FilePiece.content + rest}
+        grown = {"content": FilePiece.content.op("||")(rest)}
         session.execute(update(FilePiece).where(FilePiece.file_id == file_id, FilePiece.number == number).values(grown))
         session.execute(update(File).where(File.id == file_id).values(num_bytes=File.num_bytes + len(rest)))
         number += 1

@@ -353,6 +353,23 @@ def test_a_batch_runs_and_its_lines_can_be_read_while_it_does(
     client.files.delete(batch.input_file_id)
 
 
+def test_output_is_put_together_over_the_ends_of_pieces(
+    client: openai.OpenAI, work: BatchWork, hand_worker: HandWorker, session_factory: sessionmaker[Session]
+) -> None:
+    batch = create(client, *map(line, range(120)))
+    work.tick()
+    answer = "word " * 4_000
+    for job_id in job_ids(session_factory):
+        hand_worker.run(job_id, answer)
+    work.tick()
+    batch = client.batches.retrieve(batch.id)
+    assert batch.status == "completed"
+    written = read_lines(client, batch.output_file_id)
+    assert [one["custom_id"] for one in written] == [f"line-{number}" for number in range(120)]
+    assert {one["response"]["body"]["choices"][0]["message"]["content"] for one in written} == {answer}
+    assert client.files.retrieve(batch.output_file_id or "").bytes > 2 * 1_048_576
+
+
 def test_the_jobs_of_a_batch_are_kept_until_it_is_written(
     client: openai.OpenAI, work: BatchWork, hand_worker: HandWorker, session_factory: sessionmaker[Session]
 ) -> None:
@@ -585,3 +602,22 @@ def test_webhooks_hear_of_the_end(
     with session_factory() as session:
         [delivery] = session.query(WebhookDelivery)
         assert (delivery.type, external_id(delivery.event_id, "batch")) == ("batch.failed", batch.id)
+
+
+def test_lines_may_be_completions_with_one_prompt_each(
+    client: openai.OpenAI, work: BatchWork, hand_worker: HandWorker, session_factory: sessionmaker[Session]
+) -> None:
+    url: Any = "/v1/completions"
+    body = {"model": "fake", "prompt": "Once", "max_tokens": 4}
+    batch = create(client, line(1, url=url, body=body), endpoint=url)
+    several = create(client, line(1, url=url, body=body | {"prompt": ["Once", "Twice"]}), endpoint=url)
+    work.tick()
+    errors = client.batches.retrieve(several.id).errors
+    assert errors is not None
+    assert errors.data is not None
+    assert [(error.code, error.param) for error in errors.data] == [("unsupported_parameter", "body.prompt")]
+    run_all(session_factory, work, hand_worker)
+    work.tick()
+    [written] = read_lines(client, client.batches.retrieve(batch.id).output_file_id)
+    assert written["response"]["body"]["object"] == "text_completion"
+    assert written["response"]["body"]["choices"][0]["text"].startswith("answer to")
