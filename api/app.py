@@ -12,7 +12,7 @@ from api import dead_letters, health, jobs, queue, webhook_deliveries, webhook_e
 from api.deps import private_router
 from api.errors import register_error_handlers
 from api.middleware import BodyLimit, RequestContext
-from api.openai import batches, chat, completions, files, models, responses, stored_chats
+from api.openai import batches, chat, completions, embeddings, files, models, responses, stored_chats
 from api.openai.uploads import FORM_BYTES
 from api.services import open_services
 from domain.catalog import Catalog
@@ -44,7 +44,7 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, max_body_bytes_by_path=uploads)
     app.add_middleware(RequestContext)
     register_error_handlers(app)
-    openai = (chat, stored_chats, completions, responses, models, files, batches)
+    openai = (chat, stored_chats, completions, embeddings, responses, models, files, batches)
     for module in (jobs, dead_letters, webhook_endpoints, webhook_deliveries, *openai, queue, health):
         app.include_router(module.router)
     app.include_router(health.public)

@@ -7,7 +7,7 @@ from uuid import UUID
 from pydantic import AwareDatetime, Field
 from starlette.requests import Request
 
-from api.job_schemas import NO_NUL, JobBody, MetadataKey, MetadataValue
+from api.job_schemas import NO_NUL, JobKnobs, MetadataKey, MetadataValue
 from api.queries import QueryModel
 from domain.errors import InvalidCursor, InvalidRequest
 from domain.ids import parse_id
@@ -47,7 +47,7 @@ class OutputQuery(QueryModel):
     index: int = Field(default=0, ge=0, le=1_000, description="Which of the n choices, as text.")
 
 
-def idempotency_key(request: Request, body: JobBody) -> str | None:
+def idempotency_key(request: Request, body: JobKnobs) -> str | None:
     header = parse_idempotency_key(request.headers.get("idempotency-key"))
     if header is None:
         return body.idempotency_key

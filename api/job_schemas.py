@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+import orjson
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, model_validator
 
 from api.errors import job_error_body
+from domain.embeddings import EmbeddingRequest, EmbeddingResult
 from domain.ids import external_id
-from domain.jobs import JobStatus
-from domain.requests import GenerationRequest, GenerationResult
+from domain.jobs import Frozen, JobKind, JobStatus
+from domain.kinds import JobOutput, JobRequest
+from domain.requests import GenerationRequest
 from domain.webhook_urls import MAX_URL_BYTES
 from storage.job_queries import JobRecord
 from storage.jobs import NewJob
@@ -29,8 +32,8 @@ WebhookUrlText = Annotated[str, StringConstraints(max_length=MAX_URL_BYTES)]
 TimeoutSeconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS, allow_inf_nan=False)]
 
 
-class JobBody(GenerationRequest):
-    """POST /v1/jobs: a generation request and the job's own knobs."""
+class JobKnobs(Frozen):
+    """What a job may be told beside its request."""
 
     priority: int = Field(default=0, ge=-10, le=10, description="Higher runs earlier.")
     deadline: AwareDatetime | None = Field(default=None, description="The job expires then, wherever it is.")
@@ -53,17 +56,6 @@ class JobBody(GenerationRequest):
             raise ValueError("webhook_events is given without webhook; add the URL or remove it")
         return self
 
-    def to_request(self) -> GenerationRequest:
-        return GenerationRequest.model_construct(
-            model=self.model,
-            prompt=self.prompt,
-            messages=self.messages,
-            prompt_token_ids=self.prompt_token_ids,
-            tools=self.tools,
-            parallel_tool_calls=self.parallel_tool_calls,
-            params=self.params,
-        )
-
     def to_options(self, idempotency_key: str | None) -> JobOptions:
         return JobOptions(
             priority=self.priority,
@@ -76,6 +68,43 @@ class JobBody(GenerationRequest):
             webhook_url=self.webhook,
             webhook_statuses=[JobStatus(end) for end in dict.fromkeys(self.webhook_events)],
         )
+
+
+class JobBody(JobKnobs, GenerationRequest):
+    """POST /v1/jobs: a generation request and the job's own knobs."""
+
+    def to_request(self) -> GenerationRequest:
+        return GenerationRequest.model_construct(
+            model=self.model,
+            prompt=self.prompt,
+            messages=self.messages,
+            prompt_token_ids=self.prompt_token_ids,
+            tools=self.tools,
+            parallel_tool_calls=self.parallel_tool_calls,
+            params=self.params,
+        )
+
+
+class EmbeddingJobBody(JobKnobs, EmbeddingRequest):
+    """POST /v1/jobs with `inputs`: an embedding request and the job's own knobs."""
+
+    def to_request(self) -> EmbeddingRequest:
+        return EmbeddingRequest.model_construct(model=self.model, inputs=self.inputs, dimensions=self.dimensions)
+
+
+BODY_SCHEMA = TypeAdapter(JobBody | EmbeddingJobBody).json_schema()
+
+
+def body_class(body: bytes) -> type[JobBody] | type[EmbeddingJobBody]:
+    """By `inputs` or `kind`; what cannot be read is left to the parser to refuse."""
+    if b'"inputs"' not in body and b'"embedding"' not in body:
+        return JobBody
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return JobBody
+    is_embedding = isinstance(fields, dict) and fields.get("kind", "inputs" in fields) in (True, "embedding")
+    return EmbeddingJobBody if is_embedding else JobBody
 
 
 class View(BaseModel):
@@ -110,6 +139,11 @@ class OutputView(View):
     prompt_logprobs: list[Any] | None = Field(default=None, description="Where asked for: one per prompt token.")
 
 
+class VectorsView(View):
+    embeddings: list[str] = Field(description="One for each input, in order: little-endian float32 in base64.")
+    dimensions: int
+
+
 class JobErrorView(View):
     code: str
     message: str
@@ -140,6 +174,7 @@ class JobView(View):
 
     id: str
     object: Literal["job"]
+    kind: JobKind
     status: JobStatus
     model: str
     created_at: datetime
@@ -153,7 +188,7 @@ class JobView(View):
     cancel_requested: bool
     finish_reason: str | None
     usage: UsageView | None
-    output: OutputView | None
+    output: OutputView | VectorsView | None
     error: JobErrorView | None
     metadata: dict[str, str]
     retry_of: str | None = Field(description="The ended job that this one repeats.")
@@ -189,6 +224,7 @@ def new_job_view(new_job: NewJob, created_at: datetime, queue: Mapping[str, obje
     return {
         "id": job_id,
         "object": "job",
+        "kind": new_job.request.kind,
         "status": JobStatus.QUEUED.value,
         "model": new_job.request.model,
         "created_at": timestamp(created_at),
@@ -216,6 +252,7 @@ def job_view(record: JobRecord, queue: Mapping[str, object] | None = None) -> di
     view: dict[str, object] = {
         "id": job_id,
         "object": "job",
+        "kind": job.kind.value,
         "status": job.status.value,
         "model": job.model,
         "created_at": timestamp(job.created_at),
@@ -263,15 +300,18 @@ def attempts_view(job: Job, ended: Sequence[JobAttempt]) -> list[dict[str, objec
     return attempts
 
 
-def _input_view(request: GenerationRequest) -> dict[str, object]:
+def _input_view(request: JobRequest) -> dict[str, object]:
     """With every default of the request, but messages as they were sent."""
+    if isinstance(request, EmbeddingRequest):
+        return request.model_dump(mode="json")
     messages = request.messages and [
         message.model_dump(mode="json", exclude_defaults=True) for message in request.messages
     ]
-    return request.model_dump(mode="json", exclude={"messages"}) | {"messages": messages}
+    view: dict[str, object] = request.model_dump(mode="json", exclude={"messages"})
+    return view | {"messages": messages}
 
 
-def usage_view(job: Job, result: GenerationResult | None) -> dict[str, int] | None:
+def usage_view(job: Job, result: JobOutput | None) -> dict[str, int] | None:
     """Of a started job; while it runs, by what it has committed."""
     if result is not None:
         usage = result.usage
@@ -288,9 +328,11 @@ def usage_view(job: Job, result: GenerationResult | None) -> dict[str, int] | No
     }
 
 
-def output_view(result: GenerationResult | None) -> dict[str, object] | None:
+def output_view(result: JobOutput | None) -> dict[str, object] | None:
     if result is None:
         return None
+    if isinstance(result, EmbeddingResult):
+        return {"embeddings": list(result.embeddings), "dimensions": result.dimensions}
     choices = [choice.model_dump(mode="json") for choice in result.choices]
     output: dict[str, object] = {"text": result.choices[0].text if result.choices else "", "choices": choices}
     if result.prompt_logprobs is not None:

@@ -7,7 +7,7 @@ import orjson
 from fastapi import Request
 from starlette.responses import Response
 
-from api.bodies import read_model
+from api.bodies import parse_model, read_body, require_json
 from api.deps import caller_of, private_router
 from api.job_events import JobEventStream, choices_of, read_all_chunks, start_of
 from api.job_inputs import (
@@ -22,13 +22,22 @@ from api.job_inputs import (
     preferred_wait,
     stream_cursor,
 )
-from api.job_schemas import JobBody, JobListView, JobView, attempts_view, job_view, new_job_view, output_view
+from api.job_schemas import (
+    BODY_SCHEMA,
+    JobListView,
+    JobView,
+    attempts_view,
+    body_class,
+    job_view,
+    new_job_view,
+    output_view,
+)
 from api.queries import query_parameters, read_query
 from api.services import Services
 from api.sse import EventStream
 from domain.errors import JobNotFound
 from domain.ids import external_id, parse_id
-from domain.jobs import JobStatus
+from domain.jobs import JobKind, JobStatus
 from observability import job_id_context, stream_resumes_total
 from storage import job_attempts, job_queries, jobs
 from storage.job_queries import JobRecord
@@ -44,7 +53,10 @@ POLL_MILLISECONDS = 1_000  # how often a client without long polling should look
     status_code=202,
     responses={200: {"model": JobView}, 202: {"model": JobView}},
     openapi_extra={
-        "requestBody": {"required": True, "content": {"application/json": {"schema": JobBody.model_json_schema()}}},
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": BODY_SCHEMA}},
+        },
         "parameters": [
             {"name": name, "in": "header", "required": False, "schema": {"type": "string"}}
             for name in ("Idempotency-Key", "Prefer")
@@ -54,7 +66,9 @@ POLL_MILLISECONDS = 1_000  # how often a client without long polling should look
 async def submit_job(request: Request) -> Response:
     """202 once the job is committed. With `Prefer: wait=N`, 200 and the result if it is done within N seconds."""
     services, tenant_id = caller_of(request)
-    body = await read_model(request, JobBody)
+    require_json(request)
+    content = await read_body(request)
+    body = parse_model(content, body_class(content))
     options = body.to_options(idempotency_key(request, body))
     submitted = await services.submitter.submit(tenant_id, body.to_request(), options)
     wait_seconds = preferred_wait(request.headers.get("prefer"))
@@ -116,7 +130,7 @@ async def read_job(job_id: str, request: Request) -> Response:
         await services.wait_for_end(record.job.id, query.wait)
         record = await find_job(services, job_id, tenant_id, with_request="input" in include)
     view = await _view(services, record)
-    if "output" in include and record.result is None:
+    if "output" in include and record.result is None and record.job.kind is JobKind.GENERATION:
         view["output"] = await _partial_output(services, record.job.id)
     if "attempts" in include:
         attempts = await services.read(job_attempts.attempts_of, [record.job.id])
@@ -163,14 +177,15 @@ async def read_output(job_id: str, request: Request) -> Response:
     services, tenant_id = caller_of(request)
     query = read_query(request, OutputQuery)
     record = await find_job(services, job_id, tenant_id)
-    output = output_view(record.result) or await _partial_output(services, record.job.id)
+    is_text = record.job.kind is JobKind.GENERATION
+    output = output_view(record.result) or (await _partial_output(services, record.job.id) if is_text else {})
     headers = {
         "x-job-id": external_id(record.job.id),
         "x-job-status": record.job.status.value,
         "x-content-type-options": "nosniff",  # it is a model's text: no browser may take it for a page
         "vary": "accept",
     }
-    if accepts_json(request.headers.get("accept", "")):
+    if not is_text or accepts_json(request.headers.get("accept", "")):
         answer = {"id": external_id(record.job.id), "object": "job.output", "status": record.job.status, **output}
         return Response(orjson.dumps(answer), headers=headers, media_type="application/json")
     choices: Any = output["choices"]

@@ -32,7 +32,7 @@ from gpu_worker.supervisor import EngineProcess
 from settings import ROOT
 from storage.database import migrate
 from tasks.models import ModelView, load_model_view
-from tasks.submit import resolve_params
+from tasks.settle import resolve_params
 
 PROMPT = "Once upon a time, a fox"
 MAX_TOKENS = 4

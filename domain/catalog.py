@@ -18,6 +18,7 @@ class ModelSpec(Frozen):
     path: str
     revision: str = "main"  # part of the job row: a resumed job never mixes two revisions
     backend: Literal["transformers", "fake"] = "transformers"
+    task: Literal["generation", "embedding"] = "generation"  # embedding: an encoder, or a decoder made for vectors
     max_model_len: int = Field(ge=16, le=10_000_000)  # tokens, prompt and output together
     max_num_seqs: int = Field(default=16, ge=1, le=1024)  # sequences in the running batch
     max_num_batched_tokens: int = Field(default=512, ge=16)  # per step; the budget of chunked prefill
@@ -29,6 +30,11 @@ class ModelSpec(Frozen):
     system_prompt: str | None = None
     trust_remote_code: bool = False
     fake: dict[str, float | int | str | bool] = Field(default_factory=dict)  # knobs of the fake back end
+
+    @property
+    def can_embed(self) -> bool:
+        """A model that generates can embed, too, where its back end shows its hidden states."""
+        return self.backend in ("transformers", "fake")
 
     @property
     def queue(self) -> str:

@@ -38,6 +38,12 @@ class Endpoint(StrEnum):
     CHAT = "chat"
     COMPLETIONS = "completions"
     RESPONSES = "responses"
+    EMBEDDINGS = "embeddings"
+
+
+class JobKind(StrEnum):
+    GENERATION = "generation"
+    EMBEDDING = "embedding"
 
 
 MIN_PRIORITY = -10  # the lowest that a client may give its job

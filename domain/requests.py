@@ -90,6 +90,7 @@ class SamplingParams(Frozen):
 class GenerationRequest(Frozen):
     """One generation: a plain prompt to continue, in text or token ids, or chat messages to answer."""
 
+    kind: Literal["generation"] = "generation"
     model: str = Field(min_length=1, max_length=256)
     prompt: str | None = Field(default=None, min_length=1, max_length=MAX_PROMPT_CHARS)
     messages: tuple[ChatMessage, ...] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)

@@ -28,6 +28,16 @@ class AddJob(msgspec.Struct, tag="add", frozen=True):
     has_prompt_logprobs: bool = False  # the prompt's, where asked for, are committed already
 
 
+class EmbedJob(msgspec.Struct, tag="embed", frozen=True):
+    """Make a vector of each input; the answer is one EmbeddingOutput. `dimensions` None keeps them all."""
+
+    job_id: str
+    attempt: int
+    inputs: list[list[int]]
+    dimensions: int | None
+    priority: int
+
+
 class AbortJob(msgspec.Struct, tag="abort", frozen=True):
     """Take the job out of the running batch at the next step. Every running sequence gets a final Output with `reason`;
     silent where `reason` is empty (the job was fenced off)."""
@@ -41,7 +51,7 @@ class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """End the process after the running step."""
 
 
-Command = AddJob | AbortJob | Shutdown
+Command = AddJob | EmbedJob | AbortJob | Shutdown
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -71,6 +81,15 @@ class SequenceOutput(msgspec.Struct, frozen=True):
     prompt_logprobs: list[dict[str, object] | None] | None = (
         None  # dumped TokenLogprobs; once per job, before any token
     )
+
+
+class EmbeddingOutput(msgspec.Struct, frozen=True):
+    """All vectors of a job, little-endian float32, at unit length; none where the job was cut off."""
+
+    job_id: str
+    attempt: int
+    vectors: list[bytes]
+    finish_reason: str  # a FinishReason
 
 
 class JobFailed(msgspec.Struct, frozen=True):
@@ -103,6 +122,7 @@ class StepDone(msgspec.Struct, tag="step", frozen=True):
     outputs: list[SequenceOutput]
     failures: list[JobFailed]
     stats: EngineStats
+    embeddings: list[EmbeddingOutput] = []
 
 
 class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):

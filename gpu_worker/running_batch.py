@@ -10,10 +10,11 @@ from time import monotonic
 from uuid import UUID
 
 from domain.jobs import FinishReason, JobStatus, Lane
-from gpu_worker.frames import AbortJob, JobFailed, SequenceOutput, StepDone
+from gpu_worker.frames import AbortJob, EmbeddingOutput, JobFailed, SequenceOutput, StepDone
 from gpu_worker.job_storage import JobStorage
 from gpu_worker.publisher import FlushOutcome, JobFlush, Publisher, commit
 from gpu_worker.runner_events import RunnerEvent, RunnerEventKind
+from gpu_worker.running_embedding import RunningEmbedding, make_running
 from gpu_worker.running_job import RunningJob
 from gpu_worker.storage_thread import Answer, StorageThread
 from gpu_worker.supervisor import EngineExit, Supervisor, weights_of_suspicion
@@ -65,7 +66,7 @@ class RunningBatch:
     def admit(self, claimed: Sequence[ClaimedJob], sent_at: float) -> None:
         """Jobs whose claim committed; the claim was sent at `sent_at`."""
         for claim in claimed:
-            self._admit(RunningJob(claim, claimed_at=sent_at))
+            self._admit(make_running(claim, claimed_at=sent_at))
 
     def adopt(self, job_ids: Sequence[UUID]) -> None:
         """Deliveries of jobs that run here already, having been claimed without one."""
@@ -115,7 +116,7 @@ class RunningBatch:
 
     def _run(self, job: RunningJob) -> None:
         job.is_in_engine = True
-        self._supervisor.send(job.add_command())
+        self._supervisor.send(job.command())
 
     def release_unstarted(self) -> None:
         """Give back the isolated job that still waits to be alone."""
@@ -130,6 +131,9 @@ class RunningBatch:
             self.num_tokens += len(output.token_ids)
             if (job := self._running(output)) is not None:
                 job.absorb(output)
+        for vectors in done.embeddings:
+            if isinstance(job := self._running(vectors), RunningEmbedding):
+                job.absorb_embedding(vectors)
         for failure in done.failures:
             if (job := self._running(failure)) is not None:
                 logger.warning(
@@ -298,6 +302,6 @@ class RunningBatch:
         if job is self._isolated:
             self._isolated = None
 
-    def _running(self, news: SequenceOutput | JobFailed) -> RunningJob | None:
+    def _running(self, news: SequenceOutput | EmbeddingOutput | JobFailed) -> RunningJob | None:
         job = self._jobs_by_name.get(news.job_id)
         return job if job is not None and job.attempt == news.attempt and not job.is_ending else None

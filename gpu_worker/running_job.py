@@ -9,8 +9,9 @@ from domain.chunks import TokenChunk, TokenLogprob
 from domain.errors import CeleriacError, DeadlineExceeded
 from domain.ids import external_id
 from domain.jobs import FinishReason, JobError, JobStatus, Usage
-from domain.requests import GenerationResult, ResultChoice, best_choices
-from gpu_worker.frames import AddJob, JobFailed, SequenceOutput
+from domain.kinds import JobOutput
+from domain.requests import GenerationRequest, GenerationResult, ResultChoice, SamplingParams, best_choices
+from gpu_worker.frames import AddJob, EmbedJob, JobFailed, SequenceOutput
 from storage.jobs import ClaimedJob, Finalisation
 from storage.jobs_sql import PROVEN_TOKENS
 
@@ -77,7 +78,9 @@ class RunningJob:
         self.is_in_engine = False
         self.is_ending = False  # its finalisation is under way: nothing more is done with it
         self.abort_reason: FinishReason | None = None
-        self.sequences = [SequenceProgress() for _ in range(claimed.request.params.num_sequences)]
+        request = claimed.request
+        self.params = request.params if isinstance(request, GenerationRequest) else SamplingParams()
+        self.sequences = [SequenceProgress() for _ in range(self.params.num_sequences)]
         self.last_sequence_number = 0
         self._prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         self._is_prompt_pending = False  # its logprobs are not in a chunk yet
@@ -126,6 +129,10 @@ class RunningJob:
         """Worth a flush of its own: the first chunk, or the end."""
         return self.is_over or (not self.has_spoken and self.has_pending)
 
+    def command(self) -> AddJob | EmbedJob:
+        """What the engine is told."""
+        return self.add_command()
+
     def add_command(self) -> AddJob:
         """What the engine must know to start, or to go on where the last attempt stopped."""
         claimed = self.claimed
@@ -133,7 +140,7 @@ class RunningJob:
             job_id=self.name,
             attempt=self.attempt,
             prompt_token_ids=claimed.prompt_token_ids,
-            params=claimed.request.params.model_dump(mode="json"),
+            params=self.params.model_dump(mode="json"),
             max_tokens=claimed.max_tokens,
             seed=claimed.seed,
             priority=claimed.priority,
@@ -190,8 +197,12 @@ class RunningJob:
     def finalisation(self) -> Finalisation:
         """How it ends; all its chunks must have been taken. A failed job's result is what storage finds committed."""
         assert self.is_over
+        result = None if self._status() is JobStatus.FAILED else self._result()
+        reason = result.choices[0].finish_reason if result else self.sequences[0].finish_reason
+        return self._finalisation(result, reason)
+
+    def _finalisation(self, result: JobOutput | None, reason: FinishReason | None) -> Finalisation:
         status, error = self._status(), self._error
-        result = None if status is JobStatus.FAILED else self._result()
         if status is JobStatus.EXPIRED:
             error = _job_error(DeadlineExceeded.code, "the deadline passed before the job was done")
         return Finalisation(
@@ -200,7 +211,7 @@ class RunningJob:
             last_sequence_number=self.last_sequence_number,
             status=status,
             result=result,
-            finish_reason=result.choices[0].finish_reason if result else self.sequences[0].finish_reason,
+            finish_reason=reason,
             error=error,
         )
 
@@ -223,9 +234,9 @@ class RunningJob:
             completion_tokens=self.num_completion_tokens,
             cached_tokens=self._num_cached_tokens,
         )
-        choices, params = tuple(self._choices()), self.claimed.request.params
-        if params.best_of is not None:
-            choices = best_choices(choices, params.n)
+        choices = tuple(self._choices())
+        if self.params.best_of is not None:
+            choices = best_choices(choices, self.params.n)
         return GenerationResult(choices=choices, usage=usage, prompt_logprobs=self._prompt_logprobs)
 
     def _choices(self) -> Iterator[ResultChoice]:
@@ -241,7 +252,7 @@ class RunningJob:
             )
 
     def _mean_logprob(self, sequence: SequenceProgress) -> float | None:
-        if self.claimed.request.params.best_of is None or not sequence.token_ids:
+        if self.params.best_of is None or not sequence.token_ids:
             return None
         return sequence.sum_logprobs / len(sequence.token_ids)
 

@@ -20,7 +20,7 @@ import msgspec
 from domain.catalog import ModelSpec
 from gpu_worker.channel import Channel, ChannelClosed
 from gpu_worker.flight_recorder import FlightRecorder, RecordedJob, create_memory
-from gpu_worker.frames import AddJob, Command, Ready, Report, Shutdown, decode_report, encode
+from gpu_worker.frames import AddJob, Command, EmbedJob, Ready, Report, Shutdown, decode_report, encode
 from settings import PREFIX, ROOT
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class EngineProcess:
         self.closed_at: float | None = None  # when the channel ended; the process follows
 
     def send(self, command: Command) -> None:
-        self.has_had_jobs |= isinstance(command, AddJob)
+        self.has_had_jobs |= isinstance(command, AddJob | EmbedJob)
         try:
             self.channel.send(encode(command))
         except ChannelClosed:

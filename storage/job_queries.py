@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
 from domain.jobs import JobStatus
-from domain.requests import GenerationRequest, GenerationResult
+from domain.kinds import JobOutput, JobRequest
 from storage.jobs_sql import CLOCK, LIFTED, RANK
 from storage.tables import Job, JobChunk, JobPayload, JobResult
 
@@ -65,8 +65,8 @@ class JobRecord:
     asked for; `result` also while there is none, and `endpoint_body` where the route keeps none."""
 
     job: Job
-    request: GenerationRequest | None
-    result: GenerationResult | None
+    request: JobRequest | None
+    result: JobOutput | None
     endpoint_body: dict[str, Any] | None = None
 
 

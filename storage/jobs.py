@@ -17,7 +17,8 @@ from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
 from domain.jobs import MIN_PRIORITY, Endpoint, FinishReason, JobError, JobStatus, Lane
-from domain.requests import GenerationRequest, GenerationResult
+from domain.kinds import REQUEST, JobOutput, JobRequest
+from domain.requests import GenerationRequest
 from storage import jobs_columns as columns
 from storage import jobs_ends_sql as ends
 from storage import jobs_sql as sql
@@ -35,7 +36,7 @@ class NewJob:
 
     id: UUID
     tenant_id: UUID
-    request: GenerationRequest
+    request: JobRequest
     prompt_token_ids: Sequence[int]
     model_revision: str
     max_tokens: int
@@ -52,6 +53,7 @@ class NewJob:
     start_timeout_seconds: float | None = None
     run_timeout_seconds: float | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    input_lengths: Sequence[int] | None = None  # of an embedding: tokens of each input; their ids are prompt_token_ids
     webhook_url: str | None = None  # checked, and spelt as `domain.webhook_urls` does
     webhook_statuses: Sequence[JobStatus] = ()  # the ends that it is told of
     endpoint: Endpoint = Endpoint.JOBS
@@ -61,7 +63,11 @@ class NewJob:
     @property
     def cost(self) -> int:
         """The most tokens it can take: what fairness charges until the end tells."""
-        return len(self.prompt_token_ids) + self.request.params.num_sequences * self.max_tokens
+        return len(self.prompt_token_ids) + self.num_sequences * self.max_tokens
+
+    @property
+    def num_sequences(self) -> int:
+        return self.request.params.num_sequences if isinstance(self.request, GenerationRequest) else 0
 
 
 class AcceptOutcome(StrEnum):
@@ -95,7 +101,7 @@ class ClaimedJob:
     id: UUID
     tenant_id: UUID
     attempt: int
-    request: GenerationRequest
+    request: JobRequest
     prompt_token_ids: list[int]
     max_tokens: int
     seed: int
@@ -103,6 +109,7 @@ class ClaimedJob:
     lane: Lane
     num_suspicions: int  # more than 0: it was in an engine that crashed, and has not proven itself since
     committed_chunks: list[TokenChunk]  # in order; empty on a first attempt
+    input_lengths: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +139,7 @@ class Finalisation:
     attempt: int
     last_sequence_number: int
     status: JobStatus
-    result: GenerationResult | None
+    result: JobOutput | None
     finish_reason: FinishReason | None = None
     error: JobError | None = None
 
@@ -381,11 +388,12 @@ def _claimed_jobs(session: Session, rows: Sequence[Row[Any]]) -> list[ClaimedJob
             id=row.id,
             tenant_id=row.tenant_id,
             attempt=row.attempt,
-            request=GenerationRequest.model_validate_json(row.request),
+            request=REQUEST.validate_json(row.request),
             prompt_token_ids=row.prompt_token_ids,
             max_tokens=row.max_tokens,
             seed=row.seed,
             priority=row.priority,
+            input_lengths=row.input_lengths,
             lane=Lane(row.lane),
             num_suspicions=row.num_suspicions,
             committed_chunks=[TokenChunk.model_validate_json(c) for c in reread.get(row.id, row.chunks) or ()],

@@ -44,10 +44,12 @@ def of_new_jobs(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
         "requests": Packed(job.request.model_dump_json() for job in new_jobs),
         "webhook_urls": [job.webhook_url for job in new_jobs],
         "webhook_statuses": [job.webhook_url and "{" + ",".join(job.webhook_statuses) + "}" for job in new_jobs],
+        "kinds": [job.request.kind for job in new_jobs],
+        "input_lengths": [_int_array(job.input_lengths) for job in new_jobs],
         "endpoints": [job.endpoint.value for job in new_jobs],
         "are_stored": [job.is_stored for job in new_jobs],
         "endpoint_bodies": [job.endpoint_body for job in new_jobs],
-        "prompt_token_ids": ["{" + ",".join(map(str, job.prompt_token_ids)) + "}" for job in new_jobs],
+        "prompt_token_ids": [_int_array(job.prompt_token_ids) for job in new_jobs],
         "fingerprints": Packed(job.fingerprint for job in new_jobs),
         "lanes": [job.lane.value for job in new_jobs],
         "retry_ofs": [job.retry_of for job in new_jobs],
@@ -61,6 +63,10 @@ def of_fingerprints(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
         "fingerprints": Packed(job.fingerprint for job in new_jobs),
         "lanes": [job.lane.value for job in new_jobs],
     }
+
+
+def _int_array(numbers: "Sequence[int] | None") -> str | None:
+    return None if numbers is None else "{" + ",".join(map(str, numbers)) + "}"
 
 
 def of_names(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:

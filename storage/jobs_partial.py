@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 from domain.chunks import TokenChunk
 from domain.errors import CeleriacError, DeadlineExceeded, PoisonJob, WorkerLost
 from domain.jobs import FinishReason, JobError, JobStatus, Usage
+from domain.kinds import REQUEST
 from domain.requests import GenerationRequest, GenerationResult, ResultChoice, SamplingParams, best_choices
 from storage.jobs_ends_sql import COMMITTED_OUTPUT, STORE_PARTIAL
 
@@ -59,7 +60,8 @@ def store_partial_results(session: Session, status_by_job_id: Mapping[UUID, JobS
     for row in session.execute(COMMITTED_OUTPUT, {"ids": list(status_by_job_id)}):
         chunks = [TokenChunk.model_validate_json(chunk) for chunk in row.chunks]
         reason = REASON_BY_STATUS[status_by_job_id[row.id]]
-        params = GenerationRequest.model_validate_json(row.request).params
+        request = REQUEST.validate_json(row.request)
+        params = request.params if isinstance(request, GenerationRequest) else SamplingParams()
         results[row.id] = partial_result(
             chunks, num_prompt_tokens=row.num_prompt_tokens, cut_off_by=reason, params=params
         )

@@ -61,13 +61,13 @@ WITH new AS MATERIALIZED (
         CAST(:requests AS text[]), CAST(:prompt_token_ids AS text[]), CAST(:webhook_urls AS text[]),
         CAST(:webhook_statuses AS text[]), CAST(:endpoints AS text[]), CAST(:are_stored AS boolean[]),
         CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]), CAST(:retry_ofs AS uuid[]),
-        CAST(:endpoint_bodies AS text[])
+        CAST(:endpoint_bodies AS text[]), CAST(:kinds AS text[]), CAST(:input_lengths AS text[])
     ) WITH ORDINALITY AS n(
         id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures, start_timeout,
         deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata, result_ttl_seconds,
         request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint, lane, retry_of,
         endpoint_body,
-        place)
+        kind, input_lengths, place)
 ),
 load AS MATERIALIZED (
     SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS max_queued,
@@ -87,19 +87,20 @@ fresh AS (
 inserted AS (
     INSERT INTO jobs (id, tenant_id, model, model_revision, lane, retry_of, priority, idempotency_key, request_hash,
         max_failures, start_deadline_at, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost,
-        metadata, result_ttl_seconds, webhook_url, webhook_statuses, endpoint, is_stored, available_at, dispatch_at,
-        created_at)
+        metadata, result_ttl_seconds, webhook_url, webhook_statuses, endpoint, is_stored, kind,
+        available_at, dispatch_at, created_at)
     SELECT id, tenant_id, model, model_revision, CASE WHEN is_quarantined THEN 'isolated' ELSE lane END, retry_of,
         priority, idempotency_key, request_hash, max_failures,
         {CLOCK} + make_interval(secs => start_timeout), deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
         seed, cost, metadata::json, result_ttl_seconds, webhook_url, webhook_statuses::text[], endpoint, is_stored,
+        kind,
         {CLOCK}, {CLOCK}, {CLOCK}
     FROM fresh JOIN load USING (tenant_id) WHERE place_in_tenant <= room ORDER BY place
     ON CONFLICT DO NOTHING RETURNING id, tenant_id
 ),
 payload AS (
-    INSERT INTO job_payloads (job_id, request, prompt_token_ids, fingerprint, endpoint_body)
-    SELECT id, request::json, prompt_token_ids::int[], fingerprint, endpoint_body::json
+    INSERT INTO job_payloads (job_id, request, prompt_token_ids, input_lengths, fingerprint, endpoint_body)
+    SELECT id, request::json, prompt_token_ids::int[], input_lengths::int[], fingerprint, endpoint_body::json
     FROM inserted JOIN new USING (id)
 ),
 counted AS (  -- a tenant back from idle starts level with the active ones: it neither banks credit nor is starved
@@ -226,7 +227,8 @@ moved AS (
     SELECT id, tenant_id, -1 AS queued, 1 AS running, CASE WHEN attempt = 1 THEN cost ELSE 0 END AS charge FROM claimed
 ),
 {COUNTED}
-SELECT c.id, c.tenant_id, c.attempt, p.request::text AS request, p.prompt_token_ids, c.max_tokens, c.seed, c.priority,
+SELECT c.id, c.tenant_id, c.attempt, p.request::text AS request, p.prompt_token_ids, p.input_lengths,
+    c.max_tokens, c.seed, c.priority,
     c.lane, c.num_suspicions, c.committed_sequence_number, CASE WHEN c.committed_sequence_number > 0 THEN (SELECT
         array_agg(k.chunk::text ORDER BY k.sequence_number) FROM job_chunks k WHERE k.job_id = c.id) END AS chunks
 FROM claimed c JOIN job_payloads p ON p.job_id = c.id ORDER BY c.place"""

@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from sqlalchemy import (
     ARRAY,
     JSON,
@@ -29,8 +29,8 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from domain.chunks import TokenChunk
-from domain.jobs import AttemptOutcome, Endpoint, FinishReason, JobError, JobStatus, Lane
-from domain.requests import GenerationRequest, GenerationResult
+from domain.jobs import AttemptOutcome, Endpoint, FinishReason, JobError, JobKind, JobStatus, Lane
+from domain.kinds import REQUEST, RESULT, JobOutput, JobRequest
 
 DEFAULT_TENANT_ID = UUID("00000000-0000-7000-8000-000000000001")  # the tenant `default`, created by the first migration
 
@@ -50,6 +50,23 @@ class PydanticJSON(TypeDecorator[BaseModel]):
 
     def process_result_value(self, value: Any | None, dialect: Dialect) -> BaseModel | None:
         return None if value is None else self.model_class.model_validate(value)
+
+
+class AdaptedJSON(TypeDecorator[Any]):
+    """A JSON column that holds one of several Pydantic classes, which tell themselves apart."""
+
+    impl = JSON
+    cache_ok = True
+
+    def __init__(self, adapter: TypeAdapter[Any]) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def process_bind_param(self, value: Any | None, dialect: Dialect) -> Any:
+        return None if value is None else self.adapter.dump_python(value, mode="json")
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> Any | None:
+        return None if value is None else self.adapter.validate_python(value)
 
 
 class TextEnum(TypeDecorator[Any]):
@@ -89,8 +106,7 @@ class Row(DeclarativeBase):
         AttemptOutcome: TextEnum(AttemptOutcome),
         FinishReason: TextEnum(FinishReason),
         JobError: PydanticJSON(JobError),
-        GenerationRequest: PydanticJSON(GenerationRequest),
-        GenerationResult: PydanticJSON(GenerationResult),
+        JobKind: TextEnum(JobKind),
         TokenChunk: PydanticJSON(TokenChunk),
         dict[str, str]: JSON,
         dict[str, Any]: JSON,
@@ -149,6 +165,7 @@ class Job(Row):
     __table_args__ = (
         UniqueConstraint("tenant_id", "idempotency_key"),
         CheckConstraint("status IN ('queued','in_progress','completed','failed','cancelled','expired')", name="status"),
+        CheckConstraint("kind IN ('generation', 'embedding')", name="kind"),
         CheckConstraint("(status = 'in_progress') = (lease_owner IS NOT NULL)", name="lease_owner"),
         CheckConstraint("(status IN ('queued','in_progress')) = (finished_at IS NULL)", name="finished_at"),
         Index(
@@ -181,6 +198,7 @@ class Job(Row):
     model_revision: Mapped[str]
     endpoint: Mapped[Endpoint] = mapped_column(server_default="jobs")
     is_stored: Mapped[bool] = mapped_column(server_default="false")  # asked for with store=true: listed on its route
+    kind: Mapped[JobKind] = mapped_column(server_default="generation")
     lane: Mapped[Lane] = mapped_column(server_default="standard")
     priority: Mapped[int] = mapped_column(SmallInteger, server_default="0")  # higher runs earlier
     idempotency_key: Mapped[str | None]
@@ -228,8 +246,10 @@ class JobPayload(Row):
     __tablename__ = "job_payloads"
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
-    request: Mapped[GenerationRequest]  # the full dump, defaults resolved: a changed default never changes an old job
-    prompt_token_ids: Mapped[list[int]]
+    # The full dump, defaults resolved: a changed default never changes an old job.
+    request: Mapped[JobRequest] = mapped_column(AdaptedJSON(REQUEST))
+    prompt_token_ids: Mapped[list[int]]  # of an embedding job: of all inputs, one behind the other
+    input_lengths: Mapped[list[int] | None]  # of an embedding job: tokens of each input
     fingerprint: Mapped[bytes | None]  # of what the engine is asked: the same for every repetition of a request
     endpoint_body: Mapped[dict[str, Any] | None]  # as the client sent it, where its route shows it again
 
@@ -252,7 +272,7 @@ class JobResult(Row):
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     attempt: Mapped[int]
-    result: Mapped[GenerationResult]
+    result: Mapped[JobOutput] = mapped_column(AdaptedJSON(RESULT))
 
 
 class JobAttempt(Row):

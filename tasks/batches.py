@@ -30,6 +30,7 @@ from tasks.batch_files import LINES_PER_READ, FoundLine, prefix_hash, split_line
 from tasks.batch_surface import BatchSurface, LineRequest
 from tasks.grammar_gate import GrammarGate
 from tasks.models import ModelViews
+from tasks.settle import settle_generation
 from tasks.submit import JobOptions, make_job
 from tasks.tokenizing import num_prompt_chars, refuse_endless_prompt
 
@@ -206,7 +207,7 @@ class BatchWork:
         session.flush()
         accepted = jobs.accept(session, list(new_jobs.values()), max_queued_jobs=self._settings.max_queued_jobs)
         taken = {
-            line: (answer.job_id, new_job.request.params.num_sequences)
+            line: (answer.job_id, new_job.num_sequences)
             for (line, new_job), answer in zip(new_jobs.items(), accepted, strict=True)
             if answer.outcome in (AcceptOutcome.ACCEPTED, AcceptOutcome.DUPLICATE)
         }
@@ -226,11 +227,10 @@ class BatchWork:
         view = self._views.get(asked.request.model)
         refuse_endless_prompt(view, asked.request, num_prompt_chars(asked.request))
         options = _options(batch, line, asked)
-        prompt_token_ids = view.encode(asked.request)
-        new_job = make_job(batch.tenant_id, asked.request, options, view, prompt_token_ids, settings=self._settings)
-        if new_job.request.params.structured_output is not None:
-            self._loop.run_until_complete(self._grammar_gate.check(view, new_job.request.params.structured_output))
-        return new_job
+        settled = settle_generation(asked.request, view, view.encode(asked.request))
+        if asked.request.params.structured_output is not None:
+            self._loop.run_until_complete(self._grammar_gate.check(view, asked.request.params.structured_output))
+        return make_job(batch.tenant_id, asked.request, options, view, settled, settings=self._settings)
 
     def close(self) -> None:
         self._loop.run_until_complete(self._grammar_gate.aclose())

@@ -18,6 +18,10 @@ from domain.tools import ToolDefinition
 from tasks.chat_templates import ChatTemplate, plain_message, plain_tool
 from tasks.output_formats import OutputFormat, output_format_of
 
+FAKE_EMBEDDING_WIDTH = 8
+
+#: How an embedding model makes one vector of many, in the manner of sentence-transformers.
+POOLING_FILES = ("modules.json", "1_Pooling/config.json")
 _DESCRIPTION_FILES = (
     "config.json",
     "generation_config.json",
@@ -25,6 +29,7 @@ _DESCRIPTION_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    *POOLING_FILES,
 )
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf"})
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -83,6 +88,7 @@ class ModelView:
         defaults: GenerationDefaults,
         vocab_size: int,
         vocabulary: Vocabulary | None = None,
+        embedding_width: int = 0,
     ) -> None:
         """`vocabulary` is None where no grammar can be followed."""
         self.spec = spec
@@ -91,6 +97,7 @@ class ModelView:
         self.vocab_size = vocab_size
         self.vocabulary = vocabulary
         self.output_format = _output_format(chat_template)
+        self.embedding_width = embedding_width  # numbers in a vector, where the model makes any
         self._encoder = encoder
         self._chat_template = chat_template
 
@@ -114,7 +121,7 @@ class ModelView:
         if request.messages is not None:
             return self._encoder.encode(self.render(request.messages, request.tools), add_special_tokens=False)
         if request.prompt_token_ids is not None:
-            return self._checked(request.prompt_token_ids)
+            return self._checked(request.prompt_token_ids, "prompt_token_ids")
         assert request.prompt is not None
         return self._encoder.encode(request.prompt, add_special_tokens=True)
 
@@ -122,13 +129,19 @@ class ModelView:
         """The text of a prompt that came as ids, special tokens included."""
         return self._encoder.decode(token_ids)
 
-    def _checked(self, token_ids: Sequence[int]) -> list[int]:
+    def encode_input(self, value: str | Sequence[int], place: int) -> list[int]:
+        """One of the inputs of an embedding request, with the special tokens that the model wants around it."""
+        if isinstance(value, str):
+            return self._encoder.encode(value, add_special_tokens=True)
+        return self._checked(value, f"inputs.{place}")
+
+    def _checked(self, token_ids: Sequence[int], param: str) -> list[int]:
         highest = max(token_ids)
         if highest >= self.vocab_size:
             raise InvalidRequest(
-                f"prompt_token_ids names token {highest} but {self.spec.id} has ids 0 to {self.vocab_size - 1}; "
+                f"{param} names token {highest} but {self.spec.id} has ids 0 to {self.vocab_size - 1}; "
                 "send ids of this model's tokenizer",
-                param="prompt_token_ids",
+                param=param,
             )
         return list(token_ids)
 
@@ -177,7 +190,14 @@ def load_model_view(spec: ModelSpec) -> ModelView:
         defaults=_generation_defaults(generation_config),
         vocab_size=vocab_size,
         vocabulary=None if spec.backend == "fake" else vocabulary,
+        embedding_width=_embedding_width(config),
     )
+
+
+def _embedding_width(config: Mapping[str, Any]) -> int:
+    """Of the hidden states, by the names that families have for it."""
+    config = config.get("text_config") or config
+    return int(next((config[name] for name in ("hidden_size", "n_embd", "d_model", "dim") if name in config), 0))
 
 
 def model_folder(spec: ModelSpec) -> Path:
@@ -216,6 +236,8 @@ def _hash_folder(path: str) -> str:
     for file in sorted(Path(path).iterdir()):
         if file.name in _DESCRIPTION_FILES:
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+        elif file.name == "1_Pooling" and (file / "config.json").is_file():
+            digest.update(b"1_Pooling\0" + (file / "config.json").read_bytes())
         elif file.suffix in _WEIGHT_SUFFIXES:
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             _hash_samples(digest, file)
@@ -343,4 +365,5 @@ def _fake_view(spec: ModelSpec) -> ModelView:
         chat_template=ChatTemplate(FAKE_CHAT_TEMPLATE, {}),
         defaults=GenerationDefaults(),
         vocab_size=ByteEncoder.vocab_size,
+        embedding_width=FAKE_EMBEDDING_WIDTH,
     )

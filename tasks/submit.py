@@ -4,8 +4,7 @@ Every API and the command line come through `Submitter.submit`, so a job means t
 """
 
 import hashlib
-import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,9 +13,9 @@ from uuid import UUID
 import orjson
 from pydantic import BaseModel
 
+from domain.embeddings import EmbeddingRequest
 from domain.errors import (
     CeleriacError,
-    ContextLengthExceeded,
     IdempotencyKeyReused,
     InvalidRequest,
     PoisonRequest,
@@ -24,20 +23,22 @@ from domain.errors import (
 )
 from domain.ids import new_id
 from domain.jobs import Endpoint, JobStatus
-from domain.requests import MAX_PROMPT_LOGPROBS, GenerationRequest, SamplingParams
+from domain.kinds import JobRequest
+from domain.requests import GenerationRequest, SamplingParams
 from domain.webhook_urls import BadWebhookUrl
 from domain.webhooks import TELLABLE_STATUSES
 from observability import jobs_submitted_total, labelled, llm_requests_total, prompt_tokens_total
 from settings import Settings
 from storage.jobs import Accepted, AcceptOutcome, NewJob, QueueRoom
+from tasks.embed import refuse_unembeddable
 from tasks.grammar_gate import GrammarGate
 from tasks.group_accept import GroupAcceptor
 from tasks.models import ModelView, ModelViews
+from tasks.settle import Settled, refuse_ungenerable, settle_embedding, settle_generation
 from tasks.tokenizing import TokenizingPool
 from tasks.webhook_guard import TargetGuard
 
 MAX_DEADLINE_AHEAD = timedelta(days=365)
-DEFAULT_MAX_TOKENS = 4_096  # where neither the request nor the model names a number; less where the context ends sooner
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class Submitter:
         self._grammar_gate = GrammarGate()
         self._webhook_guard = TargetGuard(settings)
 
-    async def submit(self, tenant_id: UUID, request: GenerationRequest, options: JobOptions) -> Submitted:
+    async def submit(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> Submitted:
         """Returns once the job is committed. Raises the CeleriacError that says why not."""
         view = self._views.get(request.model)
         try:
@@ -113,19 +114,24 @@ class Submitter:
         labelled(prompt_tokens_total, model).inc(len(new_job.prompt_token_ids))
         self._dispatch_soon(model)
 
-    async def prepare(self, tenant_id: UUID, request: GenerationRequest, options: JobOptions) -> NewJob:
+    async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
         """Everything settled and every bound checked; nothing is committed. Raises the CeleriacError that says why
         not."""
         view = self._views.get(request.model)
         refuse_impossible_deadline(options)
         webhook_url = await self._check_webhook(options.webhook_url)
-        prompt_token_ids = await self._tokenizing.encode(view, request)
-        new_job = make_job(
-            tenant_id, request, options, view, prompt_token_ids, settings=self._settings, webhook_url=webhook_url
-        )
-        if new_job.request.params.structured_output is not None:
-            await self._grammar_gate.check(view, new_job.request.params.structured_output)
-        return new_job
+        settled = await self._settle(request, view)
+        params = _params_of(settled.request)
+        if params is not None and params.structured_output is not None:
+            await self._grammar_gate.check(view, params.structured_output)
+        return make_job(tenant_id, request, options, view, settled, settings=self._settings, webhook_url=webhook_url)
+
+    async def _settle(self, request: JobRequest, view: ModelView) -> Settled:
+        if isinstance(request, EmbeddingRequest):
+            refuse_unembeddable(request, view)
+            return settle_embedding(request, view, await self._tokenizing.encode_inputs(view, request))
+        refuse_ungenerable(view)
+        return settle_generation(request, view, await self._tokenizing.encode(view, request))
 
     async def _check_webhook(self, url: str | None) -> str | None:
         """As it is stored. Raises InvalidRequest."""
@@ -145,39 +151,28 @@ class Submitter:
 
 def make_job(
     tenant_id: UUID,
-    request: GenerationRequest,
+    request: JobRequest,
     options: JobOptions,
     view: ModelView,
-    prompt_token_ids: Sequence[int],
+    settled: Settled,
     *,
     settings: Settings,
     webhook_url: str | None = None,
 ) -> NewJob:
-    """A job with everything about it settled. Raises where a bound is broken; whether its grammar, if it has one, can
-    be followed is still to be asked."""
-    resolved = resolve_params(request, view, len(prompt_token_ids))
-    assert resolved.max_tokens is not None
-    assert resolved.seed is not None
+    """`request` is what was asked, `settled` what became of it."""
     return NewJob(
         id=new_id(),
         tenant_id=tenant_id,
-        request=GenerationRequest.model_construct(
-            model=view.spec.id,
-            prompt=request.prompt,
-            messages=request.messages,
-            prompt_token_ids=request.prompt_token_ids,
-            tools=request.tools,
-            parallel_tool_calls=request.parallel_tool_calls,
-            params=resolved,
-        ),
-        prompt_token_ids=prompt_token_ids,
+        request=settled.request,
+        prompt_token_ids=settled.prompt_token_ids,
+        input_lengths=settled.input_lengths,
         model_revision=view.revision,
-        max_tokens=resolved.max_tokens,
-        seed=resolved.seed,
+        max_tokens=settled.max_tokens,
+        seed=settled.seed,
         max_failures=settings.max_failures,
         result_ttl_seconds=options.result_ttl_seconds or settings.result_ttl_seconds,
         request_hash=request_hash(request, options),
-        fingerprint=fingerprint(view.revision, prompt_token_ids, request.params),
+        fingerprint=fingerprint(view.revision, settled.prompt_token_ids, request),
         idempotency_key=options.idempotency_key,
         priority=options.priority,
         deadline_at=deadline_of(options),
@@ -192,100 +187,8 @@ def make_job(
     )
 
 
-def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> SamplingParams:
-    """Every default settled, so that a changed one never changes an accepted job. Raises where a bound is broken."""
-    params = request.params
-    _refuse_endless_structure(params)
-    _refuse_unknown_tokens(params, view)
-    _refuse_too_many_sequences(params, view)
-    _refuse_too_many_logprobs(params, num_prompt_tokens)
-    max_tokens = _resolve_max_tokens(request, view, num_prompt_tokens)
-    if params.min_tokens > max_tokens:
-        raise InvalidRequest(
-            f"params.min_tokens is {params.min_tokens} but only {max_tokens} tokens may come; lower it",
-            param="params.min_tokens",
-        )
-    defaults, given = view.defaults, params.model_fields_set
-    return params.model_copy(
-        update={
-            "max_tokens": max_tokens,
-            "temperature": defaults.temperature if params.temperature is None else params.temperature,
-            "top_p": defaults.top_p if params.top_p is None else params.top_p,
-            "top_k": defaults.top_k if params.top_k is None else params.top_k,
-            "min_p": params.min_p if "min_p" in given else defaults.min_p,
-            "repetition_penalty": (
-                params.repetition_penalty if "repetition_penalty" in given else defaults.repetition_penalty
-            ),
-            "seed": secrets.randbits(63) if params.seed is None else params.seed,
-        }
-    )
-
-
-def _resolve_max_tokens(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> int:
-    source = request.source
-    asked = request.params.max_tokens
-    room = view.max_model_len - num_prompt_tokens
-    holds = f"{view.spec.id} holds {view.max_model_len} tokens, prompt and output together"
-    if num_prompt_tokens == 0:
-        raise InvalidRequest(f"{source} comes to no token at all; send some text", param=source)
-    if room < (0 if asked == 0 else 1):
-        raise ContextLengthExceeded(
-            f"{source} comes to {num_prompt_tokens} tokens but {holds}; shorten it by at least {1 - room} tokens",
-            param=source,
-        )
-    if asked is not None and asked > room:
-        raise ContextLengthExceeded(
-            f"{source} comes to {num_prompt_tokens} tokens and max_tokens is {asked}, but {holds}; "
-            f"lower max_tokens to {room} or shorten the prompt",
-            param="params.max_tokens",
-        )
-    return asked if asked is not None else min(room, view.defaults.max_new_tokens or DEFAULT_MAX_TOKENS)
-
-
-def _refuse_endless_structure(params: SamplingParams) -> None:
-    if params.structured_output is not None and params.ignore_eos:
-        raise InvalidRequest(
-            "params.ignore_eos is true, but a structured output ends where its grammar says; leave one of them out",
-            param="params.ignore_eos",
-        )
-
-
-def _refuse_too_many_sequences(params: SamplingParams, view: ModelView) -> None:
-    if params.num_sequences > view.spec.max_num_seqs:
-        name = "params.n" if params.best_of is None else "params.best_of"
-        raise InvalidRequest(
-            f"{name} is {params.num_sequences} but {view.spec.id} runs {view.spec.max_num_seqs} sequences at once; "
-            "lower it",
-            param=name,
-        )
-
-
-def _refuse_too_many_logprobs(params: SamplingParams, num_prompt_tokens: int) -> None:
-    if params.prompt_logprobs is None:
-        return
-    num_logprobs = num_prompt_tokens * (1 + params.prompt_logprobs)
-    if num_logprobs > MAX_PROMPT_LOGPROBS:
-        raise InvalidRequest(
-            f"params.prompt_logprobs comes to {num_logprobs} logprobs for {num_prompt_tokens} prompt tokens, more than "
-            f"{MAX_PROMPT_LOGPROBS}; ask for fewer alternatives, or shorten the prompt",
-            param="params.prompt_logprobs",
-        )
-
-
-def _refuse_unknown_tokens(params: SamplingParams, view: ModelView) -> None:
-    for name in ("logit_bias", "stop_token_ids", "bad_token_ids"):
-        ids: Iterable[int] = getattr(params, name)
-        highest = max(ids, default=0)
-        if highest >= view.vocab_size:
-            raise InvalidRequest(
-                f"params.{name} names token {highest} but {view.spec.id} has ids 0 to {view.vocab_size - 1}; remove it",
-                param=f"params.{name}",
-            )
-    if len(set(params.bad_token_ids)) == view.vocab_size:
-        raise InvalidRequest(
-            f"params.bad_token_ids names all {view.vocab_size} tokens of {view.spec.id}; leave some to be drawn",
-            param="params.bad_token_ids",
-        )
+def _params_of(request: JobRequest) -> SamplingParams | None:
+    return request.params if isinstance(request, GenerationRequest) else None
 
 
 def refuse_impossible_deadline(options: JobOptions) -> None:
@@ -307,17 +210,9 @@ def deadline_of(options: JobOptions) -> datetime | None:
     return relative if options.deadline_at is None else min(relative, options.deadline_at)
 
 
-def request_hash(request: GenerationRequest, options: JobOptions) -> bytes:
+def request_hash(request: JobRequest, options: JobOptions) -> bytes:
     """What two submissions under one idempotency key must share: all that was asked for, before defaults and seed."""
-    asked = {
-        "model": request.model,
-        "prompt": request.prompt,
-        "messages": request.messages and [_dump(message) for message in request.messages],
-        "tools": [orjson.dumps(_dump(tool)).decode() for tool in request.tools],  # as text: the order is seen, too
-        "parallel_tool_calls": request.parallel_tool_calls,
-        "prompt_token_ids": request.prompt_token_ids,
-        "params": request.params.model_dump(mode="json"),
-        "schema_order": _schema_text(request.params),
+    asked = _asked(request) | {
         "options": [
             options.priority,
             options.deadline_at,
@@ -336,11 +231,30 @@ def _dump(part: BaseModel) -> dict[str, Any]:
     return part.model_dump(mode="json", exclude_defaults=True)
 
 
-def fingerprint(model_revision: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> bytes:
+def fingerprint(model_revision: str, prompt_token_ids: Sequence[int], request: JobRequest) -> bytes:
     """What makes a request the same to an engine: by this a poisonous one is known again. The seed is that which was
     asked for, not one that was drawn."""
-    asked = [model_revision, list(prompt_token_ids), params.model_dump(mode="json"), _schema_text(params)]
+    asked: list[object] = [model_revision, list(prompt_token_ids)]
+    if isinstance(request, EmbeddingRequest):
+        asked += ["embedding", request.dimensions]
+    else:
+        asked += [request.params.model_dump(mode="json"), _schema_text(request.params)]
     return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
+
+
+def _asked(request: JobRequest) -> dict[str, object]:
+    if isinstance(request, EmbeddingRequest):
+        return request.model_dump(mode="json")
+    return {
+        "model": request.model,
+        "prompt": request.prompt,
+        "messages": request.messages and [_dump(message) for message in request.messages],
+        "tools": [orjson.dumps(_dump(tool)).decode() for tool in request.tools],  # as text: the order is seen, too
+        "parallel_tool_calls": request.parallel_tool_calls,
+        "prompt_token_ids": request.prompt_token_ids,
+        "params": request.params.model_dump(mode="json"),
+        "schema_order": _schema_text(request.params),
+    }
 
 
 def _schema_text(params: SamplingParams) -> str | None:

@@ -2,11 +2,15 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
+from domain.embeddings import EmbeddingRequest
 from domain.errors import ContextLengthExceeded, ServerOverloaded
 from domain.requests import ChatMessage, GenerationRequest
 from observability import labelled, tokenize_seconds
+from tasks.embed import encode_inputs
 from tasks.models import ModelView
 
 # Ordinary text has three to five characters a token. More than this many cannot fit the context, so the tokenizer is
@@ -16,6 +20,8 @@ INLINE_CHARS = 2_000  # a third of a millisecond of tokenizer: less than two thr
 NUM_THREADS = 2
 MAX_WAITING = 128
 TIMEOUT_SECONDS = 10.0
+
+Ids = TypeVar("Ids")
 
 
 class TokenizingPool:
@@ -29,16 +35,23 @@ class TokenizingPool:
         """Raises ContextLengthExceeded, InvalidRequest (the chat template refuses) or ServerOverloaded."""
         num_chars = num_prompt_chars(request)
         refuse_endless_prompt(view, request, num_chars)
+        return await self._run(view, num_chars, lambda: view.encode(request))
+
+    async def encode_inputs(self, view: ModelView, request: EmbeddingRequest) -> list[list[int]]:
+        """Raises ContextLengthExceeded, InvalidRequest or ServerOverloaded."""
+        return await self._run(view, request.num_chars, lambda: encode_inputs(request, view))
+
+    async def _run(self, view: ModelView, num_chars: int, encode: Callable[[], Ids]) -> Ids:
         started = time.perf_counter()
-        ids = view.encode(request) if num_chars <= INLINE_CHARS else await self._encode_in_thread(view, request)
+        ids = encode() if num_chars <= INLINE_CHARS else await self._encode_in_thread(encode)
         labelled(tokenize_seconds, view.spec.id).observe(time.perf_counter() - started)
         return ids
 
-    async def _encode_in_thread(self, view: ModelView, request: GenerationRequest) -> list[int]:
+    async def _encode_in_thread(self, encode: Callable[[], Ids]) -> Ids:
         if self._num_waiting >= MAX_WAITING:
             raise ServerOverloaded(f"{MAX_WAITING} long prompts are waiting to be tokenized; retry in a moment")
         self._num_waiting += 1
-        work = asyncio.get_running_loop().run_in_executor(self._threads, view.encode, request)
+        work = asyncio.get_running_loop().run_in_executor(self._threads, encode)
         work.add_done_callback(self._forget)
         try:
             return await asyncio.wait_for(asyncio.shield(work), TIMEOUT_SECONDS)
@@ -47,7 +60,7 @@ class TokenizingPool:
                 f"the prompt was not tokenized within {TIMEOUT_SECONDS:.0f} s; retry, or shorten it"
             ) from None
 
-    def _forget(self, work: asyncio.Future[list[int]]) -> None:
+    def _forget(self, work: asyncio.Future[Any]) -> None:
         # A thread cannot be stopped: a prompt given up on keeps its place in the bound until the thread is through.
         self._num_waiting -= 1
         if not work.cancelled():

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from ulid import ULID
 
 from domain.jobs import JobStatus
+from domain.kinds import JobRequest
 from domain.requests import GenerationRequest
 from embedded import EmbeddedPostgres, EmbeddedRedis
 from storage import database as storage_database
@@ -137,8 +138,9 @@ def make_job(session_factory: sessionmaker[Session]) -> MakeJob:
     def make(
         status: JobStatus = JobStatus.QUEUED,
         *,
-        request: GenerationRequest | None = None,
+        request: JobRequest | None = None,
         prompt_token_ids: list[int] | None = None,
+        input_lengths: list[int] | None = None,
         **columns: Any,
     ) -> Job:
         job = Job(**(_job_defaults(status, columns.get("tenant_id", DEFAULT_TENANT_ID)) | columns))
@@ -146,7 +148,9 @@ def make_job(session_factory: sessionmaker[Session]) -> MakeJob:
         with session_factory.begin() as session:
             session.add(job)
             session.flush()
-            session.add(JobPayload(job_id=job.id, request=request, prompt_token_ids=prompt_token_ids or [1, 2, 3]))
+            payload = JobPayload(job_id=job.id, request=request, prompt_token_ids=prompt_token_ids or [1, 2, 3])
+            payload.input_lengths = input_lengths
+            session.add(payload)
             session.execute(_counted(job))
             session.refresh(job)
         return job

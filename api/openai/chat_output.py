@@ -14,7 +14,7 @@ from api.openai.schemas import FINISH_REASONS, logprob_object, tier_of, usage_ob
 from domain.chunks import TokenChunk, TokenLogprob
 from domain.ids import external_id
 from domain.jobs import FinishReason
-from domain.requests import GenerationRequest, ResultChoice
+from domain.requests import GenerationRequest, GenerationResult, ResultChoice
 from storage.job_queries import JobRecord
 from storage.tables import Job
 from tasks.output_formats import OutputFormat
@@ -24,7 +24,7 @@ def from_result(
     record: JobRecord, request: GenerationRequest, format: OutputFormat, service_tier: str | None = None
 ) -> dict[str, object]:
     """The chat completion of a completed job. `request` is what was asked for; `format` is the model's."""
-    assert record.result is not None
+    assert isinstance(record.result, GenerationResult)
     return _head(record.job.id, record.job, "chat.completion", service_tier) | {
         "choices": [_choice(record.job.id, choice, request, format) for choice in record.result.choices],
         "usage": usage_object(record.result.usage),

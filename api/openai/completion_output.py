@@ -30,7 +30,7 @@ def from_results(
     records: Sequence[JobRecord], prompts: Sequence[Prompt], service_tier: str | None
 ) -> dict[str, object]:
     """The completion that all these completed jobs are, in the order of their prompts."""
-    results = [record.result for record in records if record.result is not None]
+    results = [record.result for record in records if isinstance(record.result, GenerationResult)]
     choices = [choice for result, prompt in zip(results, prompts, strict=True) for choice in _choices(result, prompt)]
     usage = usage_object(_sum([result.usage for result in results]))
     first = records[0].job

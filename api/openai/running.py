@@ -19,7 +19,7 @@ from api.services import Services
 from domain.errors import CeleriacError, DeadlineExceeded, JobCancelled, JobFailure, JobNotFound
 from domain.ids import external_id
 from domain.jobs import Endpoint, JobStatus
-from domain.requests import GenerationRequest
+from domain.kinds import JobRequest
 from observability import job_id_context
 from storage import endpoint_jobs, job_queries
 from storage.job_queries import JobRecord
@@ -99,14 +99,14 @@ def headers_of(runs: Sequence[Run]) -> dict[str, str]:
     return headers
 
 
-async def start(request: Request, generation: GenerationRequest, asked: Asked) -> Run:
+async def start(request: Request, generation: JobRequest, asked: Asked) -> Run:
     """Returns once the job is committed, or found: it came before under the same idempotency key, or the client is
     trying again. Raises CeleriacError whose `param` is a field of the body."""
     [run] = await start_all(request, [generation], asked)
     return run
 
 
-async def start_all(request: Request, generations: Sequence[GenerationRequest], asked: Asked) -> list[Run]:
+async def start_all(request: Request, generations: Sequence[JobRequest], asked: Asked) -> list[Run]:
     """As `start`, for several jobs that answer one request: all of them, or none."""
     started = time.monotonic()
     services, tenant_id = caller_of(request)
@@ -152,7 +152,7 @@ def _deadline_after_seconds(asked: Asked, knobs: Knobs) -> float | None:
 async def _find_retried(
     services: Services,
     tenant_id: UUID,
-    generations: Sequence[GenerationRequest],
+    generations: Sequence[JobRequest],
     options: JobOptions,
     knobs: Knobs,
 ) -> list[UUID]:
@@ -177,7 +177,7 @@ async def _find_retried(
 async def _submit_all(
     services: Services,
     tenant_id: UUID,
-    generations: Sequence[GenerationRequest],
+    generations: Sequence[JobRequest],
     all_options: Sequence[JobOptions],
     asked: Asked,
     started: float,
@@ -204,7 +204,7 @@ async def _cancel(services: Services, run: Run) -> None:
 
 
 async def _submit(
-    services: Services, tenant_id: UUID, generation: GenerationRequest, options: JobOptions, started: float
+    services: Services, tenant_id: UUID, generation: JobRequest, options: JobOptions, started: float
 ) -> Run:
     submitted = await services.submitter.submit(tenant_id, generation, options)
     if not submitted.is_new:

@@ -22,7 +22,7 @@ from api.services import Services
 from domain.errors import InvalidCursor, JobNotFound, ModelNotFound
 from domain.ids import external_id, parse_id
 from domain.jobs import Endpoint, JobStatus
-from domain.requests import ChatMessage
+from domain.requests import ChatMessage, GenerationRequest
 from storage import endpoint_jobs, job_queries, jobs
 from storage.job_queries import JobRecord
 from tasks.output_formats import OutputFormat
@@ -94,7 +94,7 @@ async def list_messages(completion_id: str, request: Request) -> Response:
     """The messages that were sent. Their ids are the completion's with their place."""
     query = read_query(request, PageQuery)
     record = await _find(caller_of(request), completion_id)
-    assert record.request is not None
+    assert isinstance(record.request, GenerationRequest)
     prefix = external_id(record.job.id, "chatcmpl")
     messages = [
         _message_object(f"{prefix}-{number}", message) for number, message in enumerate(record.request.messages or ())
@@ -105,7 +105,7 @@ async def list_messages(completion_id: str, request: Request) -> Response:
 
 
 def stored_completion(services: Services, record: JobRecord) -> dict[str, object]:
-    assert record.request is not None
+    assert isinstance(record.request, GenerationRequest)
     try:
         format = services.views.get(record.job.model).output_format
     except ModelNotFound:

@@ -13,6 +13,7 @@ from api.services import Services
 from domain.errors import InvalidRequest, JobNotFound, ModelNotFound
 from domain.ids import parse_id
 from domain.jobs import Endpoint
+from domain.requests import GenerationRequest, GenerationResult
 from storage import job_queries
 from storage.job_queries import JobRecord
 from tasks.output_formats import OutputFormat
@@ -43,7 +44,7 @@ def body_of(record: JobRecord) -> ResponseBody:
 
 def parser_for(services: Services, record: JobRecord) -> OutputParser:
     """Of the job's output. A model that is served no more leaves plain text."""
-    assert record.request is not None
+    assert isinstance(record.request, GenerationRequest)
     try:
         format = services.views.get(record.job.model).output_format
     except ModelNotFound:
@@ -55,7 +56,7 @@ def from_result(services: Services, record: JobRecord) -> dict[str, Any]:
     """The response of a job that has ended."""
     ending = ending_of(record.job)
     output = ResponseOutput(record.job.id, parser_for(services, record))
-    for choice in record.result.choices if record.result is not None else ():
+    for choice in record.result.choices if isinstance(record.result, GenerationResult) else ():
         list(output.push(choice.text, choice.logprobs))
     list(output.finish(ending.item_status))
     return response_object(record, body_of(record), ending, output.items)
@@ -83,7 +84,7 @@ async def conversation_of(services: Services, tenant_id: UUID, response_id: str)
         raise InvalidRequest(
             f"{previous['id']} is {previous['status']}; go on from one that is completed", param="previous_response_id"
         )
-    assert record.request is not None
+    assert isinstance(record.request, GenerationRequest)
     dumped = [message.model_dump(exclude_defaults=True) for message in record.request.messages or ()]
     messages = dumped[1:] if previous["instructions"] else dumped
     add_output(messages, previous["output"])

@@ -1,6 +1,7 @@
 """What a family of models needs that its configuration does not reliably say, in one dict."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tokenizers import Tokenizer
 
@@ -11,12 +12,18 @@ class Family:
     in their configuration, and would otherwise talk on in the user's name."""
 
     turn_ends: tuple[str, ...] = ()
+    pooling: Literal["mean", "cls", "last"] = "last"  # of embeddings, where the model's files say nothing
 
 
+ENCODER = Family(pooling="mean")
 CHAT_ML = Family(turn_ends=("<|im_end|>",))
 
 #: By `model_type` of the configuration; a family that is missing needs nothing.
 FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        ("albert", "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"),
+        ENCODER,
+    ),
     "cohere2": Family(turn_ends=("<|END_OF_TURN_TOKEN|>",)),
     "gemma2": Family(turn_ends=("<end_of_turn>",)),
     "gemma3_text": Family(turn_ends=("<end_of_turn>",)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from domain.catalog import ModelSpec
@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 SMALL_MODEL_PARAMETERS = 50_000_000
 MAX_SMALL_MODEL_THREADS = 4
 MAX_COPIED_EMBEDDING_BYTES = 2**28
+#: Families whose positions begin behind the id of the padding token.
+POSITIONS_BEHIND_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
 
 
 def choose_device(spec: ModelSpec) -> torch.device:
@@ -57,7 +59,8 @@ def load_model(spec: ModelSpec, device: torch.device) -> Any:
     transformers_logging.disable_progress_bar()  # a log is no terminal
     config = _load_config(spec)
     log.info("loading model", extra={"model": spec.id, "path": spec.path, "architecture": config.architectures})
-    model = AutoModelForCausalLM.from_pretrained(
+    model_class = AutoModel if spec.task == "embedding" else AutoModelForCausalLM
+    model = model_class.from_pretrained(
         spec.path,
         config=config,
         revision=spec.revision,
@@ -85,7 +88,10 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
 
 def check_length(spec: ModelSpec, model: Any) -> None:
     """Refuse a context beyond what the model was made for: its positions would be unknown, or all change at once."""
-    max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    max_positions = getattr(config, "max_position_embeddings", None)
+    if max_positions is not None and config.model_type in POSITIONS_BEHIND_PADDING:
+        max_positions -= config.pad_token_id + 1
     if max_positions is not None and spec.max_model_len > max_positions:
         raise ValueError(
             f"model {spec.id!r} has max_model_len = {spec.max_model_len} but was made for {max_positions}; lower it"

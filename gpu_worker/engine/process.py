@@ -12,8 +12,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import msgspec
 
 from domain.catalog import ModelSpec
 from domain.errors import CeleriacError, EngineError
@@ -24,6 +26,7 @@ from gpu_worker.frames import (
     AbortJob,
     AddJob,
     Command,
+    EmbedJob,
     Heartbeat,
     JobFailed,
     Ready,
@@ -69,16 +72,18 @@ class EngineLoop:
     def _apply(self, command: Command) -> None:
         match command:
             case AddJob():
-                self._add(command)
+                self._add(command, lambda: self._backend.add(command))
+            case EmbedJob():
+                self._add(command, lambda: self._backend.embed(command))
             case AbortJob():
                 self._backend.abort(command.job_id, command.attempt, command.reason)
             case Shutdown():
                 self._is_shut_down = True
 
-    def _add(self, command: AddJob) -> None:
+    def _add(self, command: AddJob | EmbedJob, add: Callable[[], None]) -> None:
         self._recorder.record([RecordedJob(command.job_id, command.attempt, is_prefill=True, num_steps=0)])
         try:
-            self._backend.add(command)
+            add()
         except CeleriacError as exc:
             self._fail(command, exc)
         except Exception as exc:
@@ -86,7 +91,7 @@ class EngineLoop:
             logger.exception("the back end refused a job", extra={"job_id": command.job_id})
             self._fail(command, EngineError(f"the engine could not take the job: {type(exc).__name__}"))
 
-    def _fail(self, command: AddJob, failure: CeleriacError) -> None:
+    def _fail(self, command: AddJob | EmbedJob, failure: CeleriacError) -> None:
         self._failures.append(JobFailed(command.job_id, command.attempt, failure.code, failure.message))
 
     def _step(self) -> None:
@@ -95,7 +100,7 @@ class EngineLoop:
         else:
             done = StepDone(outputs=[], failures=[], stats=self._backend.stats())
         failures, self._failures = self._failures, []
-        self._send(StepDone(outputs=done.outputs, failures=[*failures, *done.failures], stats=done.stats))
+        self._send(msgspec.structs.replace(done, failures=[*failures, *done.failures]))
         if not self._backend.has_work:
             self._record_step([])
 

@@ -75,7 +75,9 @@ class Table:
             "is_cancel_requested": job.cancel_requested_at is not None,
             "num_failures": job.num_failures,
             "is_due": job.status is JobStatus.QUEUED and job.dispatch_at <= now,
-            "result": _text_of(result.result) if result is not None else "",
+            "result": _text_of(result.result)
+            if result is not None and isinstance(result.result, GenerationResult)
+            else "",
             "running": load.num_running,
             "queued": load.num_queued,
         }

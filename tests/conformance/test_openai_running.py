@@ -16,6 +16,7 @@ from sqlalchemy import update
 
 from domain.ids import external_id, parse_id
 from domain.jobs import JobError, JobStatus
+from domain.requests import GenerationRequest
 from settings import ROOT
 from storage import job_queries, jobs
 from storage.tables import DEFAULT_TENANT_ID, Tenant
@@ -258,7 +259,7 @@ def test_t6_t14_t15_extras_come_in_at_top_level_and_foreign_headers_are_ignored(
     with served.rig.sessions() as session:
         record = job_queries.get(session, parse_id(answer.id), DEFAULT_TENANT_ID, with_request=True)
     assert record is not None
-    assert record.request is not None
+    assert isinstance(record.request, GenerationRequest)
     params = record.request.params
     assert (params.top_k, params.min_p, params.repetition_penalty, params.min_tokens) == (5, 0.1, 1.1, 2)
     assert post(served, stream=True).content.endswith(b"data: [DONE]\n\n")

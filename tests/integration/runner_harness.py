@@ -14,7 +14,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.chunks import TokenChunk
-from domain.jobs import JobStatus
+from domain.embeddings import EmbeddingRequest
+from domain.jobs import JobKind, JobStatus
+from domain.kinds import JobOutput
 from domain.requests import GenerationRequest, GenerationResult, SamplingParams
 from gpu_worker.engine.backends.fake_words import fake_text
 from gpu_worker.job_runner import JobRunner
@@ -131,6 +133,19 @@ class Rig:
         )
         return job.id
 
+    def add_embedding(self, inputs: list[list[int]], dimensions: int | None = None, **columns: Any) -> UUID:
+        job: Job = self._make_job(
+            request=EmbeddingRequest(model=MODEL, inputs=tuple(map(tuple, inputs)), dimensions=dimensions),
+            prompt_token_ids=[token_id for token_ids in inputs for token_id in token_ids],
+            input_lengths=[len(token_ids) for token_ids in inputs],
+            kind=JobKind.EMBEDDING,
+            max_tokens=0,
+            model=MODEL,
+            model_revision="fake:main",
+            **columns,
+        )
+        return job.id
+
     def add_jobs(self, num_jobs: int, **columns: Any) -> list[UUID]:
         return [self.add_job(seed=seed, **columns) for seed in range(num_jobs)]
 
@@ -148,9 +163,14 @@ class Rig:
         with self.sessions() as session:
             return list(session.scalars(statement))
 
-    def result(self, job_id: UUID) -> GenerationResult:
+    def output(self, job_id: UUID) -> JobOutput:
         with self.sessions() as session:
             return session.scalars(select(JobResult.result).where(JobResult.job_id == job_id)).one()
+
+    def result(self, job_id: UUID) -> GenerationResult:
+        result = self.output(job_id)
+        assert isinstance(result, GenerationResult)
+        return result
 
     def wait_for_tokens(self, job_ids: Sequence[UUID], at_least: int = 1) -> None:
         wait_until(

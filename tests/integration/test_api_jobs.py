@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
-from api.job_schemas import JobListView, JobView
+from api.job_schemas import JobListView, JobView, OutputView
 from domain.ids import external_id
 from domain.jobs import JobError, JobStatus
 from tests.integration.api_harness import CONTEXT, MODEL, ApiServer, HandWorker, body, make_chunk, post_job, until
@@ -51,7 +51,7 @@ def test_a_finished_job_holds_its_output_usage_and_times(http: httpx.Client, han
     hand_worker.run(job_id, "Good ", "day")
     job = JobView.model_validate_json(http.get(f"/v1/jobs/{job_id}").content)
     assert job.status is JobStatus.COMPLETED
-    assert job.output is not None
+    assert isinstance(job.output, OutputView)
     assert job.output.text == job.output.choices[0].text == "Good day"
     assert job.usage is not None
     assert (job.usage.prompt_tokens, job.usage.completion_tokens, job.usage.total_tokens) == (5, 8, 13)

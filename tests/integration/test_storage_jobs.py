@@ -8,6 +8,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import FinishReason, JobStatus, Lane, Usage
+from domain.requests import GenerationResult
 from storage import jobs
 from storage.jobs import ChunkCommit, ClaimedJob, Finalisation
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult
@@ -28,6 +29,12 @@ def running(session: Session, make_job: MakeJob) -> Callable[..., ClaimedJob]:
         return claimed
 
     return make
+
+
+def generated(session: Session, job_id: UUID) -> GenerationResult:
+    result = session.get_one(JobResult, job_id).result
+    assert isinstance(result, GenerationResult)
+    return result
 
 
 class TestChunks:
@@ -168,7 +175,7 @@ class TestReturning:
         row = session.get_one(Job, job.id, populate_existing=True)
         assert row.error is not None
         assert (row.error.code, row.error.retryable) == ("worker_lost", True)
-        stored = session.get_one(JobResult, job.id).result
+        stored = generated(session, job.id)
         assert [(c.index, c.text, c.finish_reason) for c in stored.choices] == [
             (0, "1 3 ", FinishReason.CANCELLED),
             (1, "2 ", FinishReason.STOP),
@@ -212,7 +219,7 @@ class TestReturning:
         session.execute(update(Job).where(Job.id == job.id).values(lease_expires_at=PAST, **columns))
         [returned] = jobs.rescue(session, grace_seconds=2, quiet_seconds=0)
         assert returned.status is status
-        assert session.get_one(JobResult, job.id).result.choices[0].finish_reason is reason
+        assert generated(session, job.id).choices[0].finish_reason is reason
         assert session.get_one(Job, job.id, populate_existing=True).finish_reason is reason
 
 
@@ -234,7 +241,7 @@ class TestEnding:
         assert owner is not None
         jobs.release(session, [job.id], owner=owner)
         assert jobs.request_cancel(session, [job.id]) == [job.id]
-        assert session.get_one(JobResult, job.id).result.choices[0].text == "1 "
+        assert generated(session, job.id).choices[0].text == "1 "
 
     def test_a_job_that_was_to_cancel_is_not_left_queued_by_a_release(
         self, session: Session, running: Callable[..., ClaimedJob]

@@ -4,7 +4,7 @@ import pytest
 
 from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus
-from domain.requests import GenerationRequest, SamplingParams
+from domain.requests import GenerationRequest, GenerationResult, SamplingParams
 from gpu_worker.frames import JobFailed
 from storage.jobs_partial import partial_result
 from tests.runner_parts import make_output, make_running
@@ -73,7 +73,7 @@ def test_the_result_is_the_committed_prefix_and_what_came_after_it() -> None:
     ending = job.finalisation()
     assert ending.status is JobStatus.COMPLETED
     assert ending.last_sequence_number == 2
-    assert ending.result is not None
+    assert isinstance(ending.result, GenerationResult)
     assert ending.result.choices[0].text == "abcd"
     assert ending.result.choices[0].num_tokens == 4
     assert ending.result.usage.model_dump() == {"prompt_tokens": 3, "completion_tokens": 4, "cached_tokens": 2}
@@ -115,7 +115,7 @@ def test_the_logprobs_of_the_prompt_ride_on_the_first_chunk_and_are_not_asked_fo
         successor.absorb(make_output(successor, finish_reason="stop", index=index))
     assert all(chunk.prompt_logprobs is None for chunk in successor.take_chunks())
     result = successor.finalisation().result
-    assert result is not None
+    assert isinstance(result, GenerationResult)
     assert result.prompt_logprobs == first.prompt_logprobs
 
 
@@ -135,7 +135,7 @@ def test_under_best_of_the_result_holds_the_best_over_all_attempts() -> None:
     chunks = job.take_chunks()
     assert [chunk.sum_logprobs for chunk in chunks] == [-3.0, -0.2, -0.4]
     ending = job.finalisation()
-    assert ending.result is not None
+    assert isinstance(ending.result, GenerationResult)
     choices = [(choice.index, choice.candidate, choice.text, choice.mean_logprob) for choice in ending.result.choices]
     assert choices == [(0, 2, "c!", -0.7), (1, 1, "b!", -1.1)]
     assert ending.finish_reason is FinishReason.LENGTH

@@ -14,7 +14,8 @@ from domain.errors import ContextLengthExceeded, InvalidRequest, ServerOverloade
 from domain.requests import ChatMessage, GenerationRequest, SamplingParams
 from tasks import tokenizing
 from tasks.models import GenerationDefaults, ModelView, load_model_view
-from tasks.submit import DEFAULT_MAX_TOKENS, JobOptions, request_hash, resolve_params
+from tasks.settle import DEFAULT_MAX_TOKENS, resolve_params
+from tasks.submit import JobOptions, request_hash
 from tasks.tokenizing import TokenizingPool
 
 CONTEXT = 100

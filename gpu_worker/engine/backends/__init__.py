@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Literal, Protocol, cast
 
 from domain.catalog import ModelSpec
-from gpu_worker.frames import AddJob, EngineStats, StepDone
+from gpu_worker.frames import AddJob, EmbedJob, EngineStats, StepDone
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,9 @@ class Backend(Protocol):
         """Let the job join at a coming step. Raises a CeleriacError (EngineError, ...) if it can never run; the caller
         then reports it, and nothing of the job stays behind. A (job_id, attempt) is added once."""
 
+    def embed(self, command: EmbedJob) -> None:
+        """As `add`, for vectors; refuses where the model makes none."""
+
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
         """Take the job out before the next step; a job that is not here has just ended and is ignored.
 
@@ -69,6 +72,7 @@ class Backend(Protocol):
 
 
 CLASS_BY_BACKEND: dict[str, tuple[str, str]] = {
+    "encoder": ("gpu_worker.engine.backends.encoder", "EncoderBackend"),
     "fake": ("gpu_worker.engine.backends.fake", "FakeBackend"),
     "transformers": ("gpu_worker.engine.backends.transformers", "TransformersBackend"),
 }
@@ -76,6 +80,7 @@ CLASS_BY_BACKEND: dict[str, tuple[str, str]] = {
 
 def load_backend(spec: ModelSpec) -> Backend:
     """Import the back end that `spec` names and load its model. Raises KeyError for a name that is not registered."""
-    module_name, class_name = CLASS_BY_BACKEND[spec.backend]
+    is_encoder = spec.task == "embedding" and spec.backend == "transformers"
+    module_name, class_name = CLASS_BY_BACKEND["encoder" if is_encoder else spec.backend]
     backend_class = cast(type[Backend], getattr(import_module(module_name), class_name))
     return backend_class(spec)

@@ -8,10 +8,13 @@ import hashlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from domain.catalog import ModelSpec
@@ -24,12 +27,14 @@ from gpu_worker.engine.backends.fake_words import (
     END_TOKEN_ID,
     chained_token,
     draw_token,
+    fake_vector,
     hash_of,
     next_allowed,
     next_link,
     word_of,
 )
-from gpu_worker.frames import AddJob, EngineStats, JobFailed, SequenceOutput, StepDone
+from gpu_worker.engine.embedding_lane import EmbeddingLane
+from gpu_worker.frames import AddJob, EmbedJob, EngineStats, JobFailed, SequenceOutput, StepDone
 
 
 class FakeKnobs(BaseModel):
@@ -100,6 +105,12 @@ class FakeBackend:
         self._num_added = self._num_steps = self._num_preemptions = 0
         self._num_generation_tokens = self._num_prompt_tokens = 0
         self._step_seconds = 0.0
+        self._lane = EmbeddingLane(
+            self._fake_vectors,
+            vocab_size=END_TOKEN_ID + 1,
+            max_input_tokens=spec.max_model_len,
+            max_step_tokens=spec.max_num_batched_tokens,
+        )
 
     @property
     def loaded(self) -> LoadedModel:
@@ -132,7 +143,15 @@ class FakeBackend:
         )
         self._waiting.sort(key=lambda job: (-job.command.priority, job.arrival))
 
+    def embed(self, command: EmbedJob) -> None:
+        self._lane.add(command)
+
+    def _fake_vectors(self, inputs: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        time.sleep(self._knobs.step_seconds)
+        return np.array([fake_vector(token_ids) for token_ids in inputs], dtype=np.float32)
+
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
+        self._lane.abort(job_id, attempt, reason)
         for jobs in (self._waiting, self._running):
             for job in [job for job in jobs if job.key == (job_id, attempt)]:
                 jobs.remove(job)
@@ -141,9 +160,18 @@ class FakeBackend:
 
     @property
     def has_work(self) -> bool:
+        return self._has_texts or self._lane.has_work
+
+    @property
+    def _has_texts(self) -> bool:
         return bool(self._waiting or self._running or self._farewells)
 
     def step(self, record: RecordStep) -> StepDone:
+        if not self._lane.has_work:
+            return self._generate(record)
+        return self._lane.step(record, self._generate if self._has_texts else None, self.stats)
+
+    def _generate(self, record: RecordStep) -> StepDone:
         started_at = time.perf_counter()
         self._admit()
         record([StepMember(*job.key, phase="decode" if job.has_prefilled else "prefill") for job in self._running])

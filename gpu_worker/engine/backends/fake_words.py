@@ -2,7 +2,7 @@
 
 import hashlib
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from zlib import crc32
 
 SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mo", "nu", "pé", "ri", "sø", "ta", "ve", "wu", "ži", "🙂")
@@ -37,6 +37,12 @@ def fake_text(prompt_token_ids: list[int], seed: int, index: int, num_tokens: in
     """The text of the first `num_tokens` tokens, if no end comes before."""
     sequence_hash = hash_of(prompt_token_ids, seed, index)
     return "".join(WORDS[draw_token(sequence_hash, position, 0.0)] for position in range(num_tokens))
+
+
+def fake_vector(token_ids: Sequence[int]) -> list[float]:
+    """Eight numbers from -1 to 1, a function of the input; not of unit length."""
+    digest = hashlib.blake2b(struct.pack(f">{len(token_ids)}q", *token_ids), digest_size=8).digest()
+    return [(byte - 127.5) / 127.5 for byte in digest]
 
 
 def chained_token(attempt: int, link: int) -> int:

@@ -8,6 +8,7 @@ import logging
 import os
 from typing import Any
 
+import msgspec
 import torch
 from tokenizers import Tokenizer
 
@@ -15,6 +16,7 @@ from domain.catalog import ModelSpec
 from gpu_worker.engine.admission import ModelLimits
 from gpu_worker.engine.backends import LoadedModel, RecordStep
 from gpu_worker.engine.device_backend import build_device_runner
+from gpu_worker.engine.embedding import make_lane
 from gpu_worker.engine.families import turn_end_token_ids
 from gpu_worker.engine.kv_cache import BlockPool
 from gpu_worker.engine.loading import (
@@ -32,7 +34,7 @@ from gpu_worker.engine.probe import LayerShape, NotPageable, fuse, probe_layers
 from gpu_worker.engine.prompt_scoring import max_num_scored_tokens
 from gpu_worker.engine.runner import PagedRunner, Runner, SequentialRunner
 from gpu_worker.engine.scheduler import Scheduler
-from gpu_worker.frames import AddJob, EngineStats, StepDone
+from gpu_worker.frames import AddJob, EmbedJob, EngineStats, StepDone
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class TransformersBackend:
         model = load_model(spec, device)
         set_threads(model)
         self._engine = build_engine(spec, model, tokenizer, device)
+        self._lane = make_lane(spec, model, device)
         pool = self._engine.scheduler.pool
         self._loaded = LoadedModel(device=str(device), num_cache_tokens=(pool.num_blocks - 1) * pool.block_size)
 
@@ -58,19 +61,27 @@ class TransformersBackend:
 
     @property
     def has_work(self) -> bool:
-        return self._engine.has_work
+        return self._engine.has_work or self._lane.has_work
 
     def add(self, command: AddJob) -> None:
         self._engine.add(command)
 
+    def embed(self, command: EmbedJob) -> None:
+        self._lane.add(command)
+
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
+        self._lane.abort(job_id, attempt, reason)
         self._engine.abort(job_id, attempt, reason)
 
     def step(self, record: RecordStep) -> StepDone:
-        return self._engine.step(record)
+        if not self._lane.has_work:
+            return self._engine.step(record)
+        generate = self._engine.step if self._engine.has_work else None
+        return self._lane.step(record, generate, self.stats)
 
     def stats(self) -> EngineStats:
-        return self._engine.stats()
+        stats = self._engine.stats()
+        return msgspec.structs.replace(stats, num_prompt_tokens=stats.num_prompt_tokens + self._lane.num_tokens)
 
 
 def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torch.device) -> Engine:

@@ -1,0 +1,110 @@
+"""POST /v1/embeddings: texts or token ids in, vectors out, as numbers or in base64."""
+
+import base64
+import struct
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from fastapi import Request
+from pydantic import Discriminator, StringConstraints, Tag
+from starlette.responses import Response
+
+from api.bodies import read_model
+from api.deps import private_router
+from api.openai.answers import WholeAnswer
+from api.openai.running import Asked, start
+from api.openai.schemas import Identity, OpenAIModel, build
+from domain.embeddings import EmbeddingRequest, EmbeddingResult
+from domain.errors import InvalidRequest
+from domain.jobs import Endpoint
+from storage.job_queries import JobRecord
+
+router = private_router()
+
+
+def _shape(value: object) -> str:
+    if isinstance(value, str):
+        return "<text>"
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, list):
+        return "<lists of token ids>"
+    return "<texts>" if isinstance(first, str) else "<token ids>"
+
+
+#: The tags keep the branches out of error messages.
+Input = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Tag("<texts>")]
+    | Annotated[list[int], Tag("<token ids>")]
+    | Annotated[list[list[int]], Tag("<lists of token ids>")],
+    Discriminator(_shape),
+]
+
+
+class EmbeddingBody(OpenAIModel):
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    input: Input
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: Identity | None = None
+
+
+@router.post(
+    "/v1/embeddings",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": EmbeddingBody.model_json_schema()}},
+        }
+    },
+)
+async def create_embeddings(request: Request) -> Response:
+    """Embeddings as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""
+    body = await read_model(request, EmbeddingBody)
+    asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False)
+    try:
+        run = await start(request, to_embedding_request(body), asked)
+    except InvalidRequest as exc:
+        raise _in_words_of_the_body(exc, body) from exc
+    return WholeAnswer([run], lambda records: from_result(records[0], body))
+
+
+def to_embedding_request(body: EmbeddingBody) -> EmbeddingRequest:
+    """Raises InvalidRequest."""
+    return build(EmbeddingRequest, {"model": body.model, "inputs": _inputs(body), "dimensions": body.dimensions})
+
+
+def from_result(record: JobRecord, body: EmbeddingBody) -> dict[str, object]:
+    """The embeddings of a completed job."""
+    assert isinstance(record.result, EmbeddingResult)
+    usage = record.result.usage
+    is_base64 = body.encoding_format == "base64"
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": vector if is_base64 else _numbers(vector)}
+            for index, vector in enumerate(record.result.embeddings)
+        ],
+        "model": record.job.model,
+        "usage": {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens},
+    }
+
+
+def _inputs(body: EmbeddingBody) -> Sequence[object]:
+    is_one = isinstance(body.input, str) or (bool(body.input) and isinstance(body.input[0], int))
+    return [body.input] if is_one else body.input
+
+
+def _in_words_of_the_body(exc: InvalidRequest, body: EmbeddingBody) -> InvalidRequest:
+    """`inputs.2` is `input.2` here, and `input` where there is but one."""
+    is_one = len(_inputs(body)) == 1
+    for ours, theirs in ((("inputs.0", "input"),) if is_one else ()) + (("inputs", "input"),):
+        exc.message = exc.message.replace(ours, theirs)
+        exc.param = exc.param and exc.param.replace(ours, theirs)
+    return exc
+
+
+def _numbers(vector: str) -> list[float]:
+    """Each float32 as the double that equals it."""
+    packed = base64.b64decode(vector)
+    return list(struct.unpack(f"<{len(packed) // 4}f", packed))
