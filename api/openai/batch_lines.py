@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import StringConstraints
@@ -10,10 +10,12 @@ from pydantic import StringConstraints
 from api.bodies import parse_model
 from api.errors import HTTP_BY_CODE
 from api.job_schemas import NO_NUL
-from api.openai import chat_output, chat_requests
+from api.openai import chat_output, chat_requests, response_objects, response_requests
 from api.openai.chat_schemas import ChatCompletionBody
 from api.openai.completion_output import from_results
 from api.openai.completions import CompletionBody, prompt_of, to_generation_requests
+from api.openai.output_parsing import parser_of
+from api.openai.response_schemas import ResponseBody
 from api.openai.running import refuse_unfinished
 from api.openai.schemas import GenerationBody, OpenAIModel
 from domain.batches import LineRefusal
@@ -41,6 +43,26 @@ def _chat_answer(
     return chat_output.from_result(record, request, view.output_format)
 
 
+def _response_request(body: ResponseBody, view: ModelView) -> GenerationRequest:
+    if body.background:
+        raise UnsupportedParameter(
+            "background is true, but a line of a batch always is; leave it out", param="background"
+        )
+    if body.previous_response_id is not None:
+        raise UnsupportedParameter(
+            "previous_response_id is not supported in a batch; send the conversation as input",
+            param="previous_response_id",
+        )
+    return response_requests.to_generation_request(body, view)
+
+
+def _response_answer(
+    record: JobRecord, request: GenerationRequest, body: ResponseBody, view: ModelView
+) -> Mapping[str, object]:
+    parser = parser_of(request, view.output_format)
+    return response_objects.from_result(replace(record, request=request), body, parser)
+
+
 def _completion_request(body: CompletionBody, view: ModelView) -> GenerationRequest:
     requests = to_generation_requests(body)
     if len(requests) > 1:
@@ -59,6 +81,7 @@ def _completion_answer(
 #: Every route that a batch may be for.
 ROUTES: dict[str, LineRoute[Any]] = {
     "/v1/chat/completions": LineRoute(ChatCompletionBody, chat_requests.to_generation_request, _chat_answer),
+    "/v1/responses": LineRoute(ResponseBody, _response_request, _response_answer),
     "/v1/completions": LineRoute(CompletionBody, _completion_request, _completion_answer),
 }
 

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from api.openai.response_output import Item
+from api.openai.output_parsing import OutputParser
+from api.openai.response_output import Item, ResponseOutput
 from api.openai.response_schemas import ResponseBody
 from api.openai.schemas import tier_of
 from domain.errors import DeadlineExceeded
 from domain.ids import external_id
 from domain.jobs import FinishReason, JobStatus, Usage
+from domain.requests import GenerationResult
 from storage.job_queries import JobRecord
 from storage.tables import Job
 
@@ -40,6 +42,16 @@ def ending_of(job: Job) -> Ending:
             error = job.error
             return Ending("failed", error=_error(error.code, error.message) if error else _error("server_error", ""))
     return Ending(job.status.value)
+
+
+def from_result(record: JobRecord, body: ResponseBody, parser: OutputParser) -> dict[str, Any]:
+    """The response of a job that has ended. `record` comes with its request."""
+    ending = ending_of(record.job)
+    output = ResponseOutput(record.job.id, parser)
+    for choice in record.result.choices if isinstance(record.result, GenerationResult) else ():
+        list(output.push(choice.text, choice.logprobs))
+    list(output.finish(ending.item_status))
+    return response_object(record, body, ending, output.items)
 
 
 def response_object(record: JobRecord, body: ResponseBody, ending: Ending, output: list[Item]) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from api.openai.response_schemas import InputTokensBody, ResponseBody
 from api.openai.response_stream import ResponseStream
 from api.openai.running import Asked, Run, in_words_of_the_body, start
 from api.openai.stored_responses import (
+    as_it_ended,
     as_it_stands,
     body_of,
     conversation_of,
     find_response,
-    from_result,
     parser_for,
 )
 from api.queries import QueryModel, query_parameters, read_query
@@ -72,7 +72,7 @@ async def create_response(request: Request) -> Response:
     services, _ = caller_of(request)
     run = await start(request, await _generation(request, body), _asked(body))
     if not (body.stream or body.background):
-        return WholeAnswer([run], lambda records: from_result(services, records[0]))
+        return WholeAnswer([run], lambda records: as_it_ended(services, records[0]))
     record = await run.read(with_request=True)
     if body.stream:
         return _stream(services, record, run=run)

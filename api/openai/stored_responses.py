@@ -6,14 +6,14 @@ from uuid import UUID
 from api.job_events import read_all_chunks
 from api.openai.output_parsing import OutputParser, parser_of
 from api.openai.response_input import add_output
-from api.openai.response_objects import ending_of, response_object
+from api.openai.response_objects import ending_of, from_result, response_object
 from api.openai.response_output import ResponseOutput
 from api.openai.response_schemas import ResponseBody
 from api.services import Services
 from domain.errors import InvalidRequest, JobNotFound, ModelNotFound
 from domain.ids import parse_id
 from domain.jobs import Endpoint
-from domain.requests import GenerationRequest, GenerationResult
+from domain.requests import GenerationRequest
 from storage import job_queries
 from storage.job_queries import JobRecord
 from tasks.output_formats import OutputFormat
@@ -52,20 +52,15 @@ def parser_for(services: Services, record: JobRecord) -> OutputParser:
     return parser_of(record.request, format)
 
 
-def from_result(services: Services, record: JobRecord) -> dict[str, Any]:
+def as_it_ended(services: Services, record: JobRecord) -> dict[str, Any]:
     """The response of a job that has ended."""
-    ending = ending_of(record.job)
-    output = ResponseOutput(record.job.id, parser_for(services, record))
-    for choice in record.result.choices if isinstance(record.result, GenerationResult) else ():
-        list(output.push(choice.text, choice.logprobs))
-    list(output.finish(ending.item_status))
-    return response_object(record, body_of(record), ending, output.items)
+    return from_result(record, body_of(record), parser_for(services, record))
 
 
 async def as_it_stands(services: Services, record: JobRecord) -> dict[str, Any]:
     """With the text so far."""
     if record.job.status.is_terminal:
-        return from_result(services, record)
+        return as_it_ended(services, record)
     output = ResponseOutput(record.job.id, parser_for(services, record))
     for chunk in await read_all_chunks(services, record.job.id):
         list(output.push(chunk.text, chunk.logprobs))
@@ -79,7 +74,7 @@ async def conversation_of(services: Services, tenant_id: UUID, response_id: str)
         record = await find_response(services, tenant_id, response_id)
     except JobNotFound as exc:
         raise InvalidRequest(exc.message, param="previous_response_id") from None
-    previous = from_result(services, record)
+    previous = as_it_ended(services, record)
     if previous["status"] not in ("completed", "incomplete"):
         raise InvalidRequest(
             f"{previous['id']} is {previous['status']}; go on from one that is completed", param="previous_response_id"

@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 from openai.types import Batch as SdkBatch
+from openai.types.responses import Response
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -621,3 +622,23 @@ def test_lines_may_be_completions_with_one_prompt_each(
     [written] = read_lines(client, client.batches.retrieve(batch.id).output_file_id)
     assert written["response"]["body"]["object"] == "text_completion"
     assert written["response"]["body"]["choices"][0]["text"].startswith("answer to")
+
+
+def test_lines_may_be_responses_that_need_nobody_to_watch(
+    client: openai.OpenAI, work: BatchWork, hand_worker: HandWorker, session_factory: sessionmaker[Session]
+) -> None:
+    url: Any = "/v1/responses"
+    body = {"model": "fake", "input": "Once", "max_output_tokens": 4}
+    batch = create(client, line(1, url=url, body=body), endpoint=url)
+    for field, value in {"background": True, "previous_response_id": "resp_1"}.items():
+        refused = create(client, line(1, url=url, body=body | {field: value}), endpoint=url)
+        work.tick()
+        errors = client.batches.retrieve(refused.id).errors
+        assert errors is not None
+        assert errors.data is not None
+        assert [(error.code, error.param) for error in errors.data] == [("unsupported_parameter", f"body.{field}")]
+    run_all(session_factory, work, hand_worker)
+    work.tick()
+    [written] = read_lines(client, client.batches.retrieve(batch.id).output_file_id)
+    response = Response.model_validate(written["response"]["body"])
+    assert response.output_text.startswith("answer to")

@@ -6,12 +6,14 @@ import pytest
 
 from api.openai.chat_schemas import ChatCompletionBody
 from api.openai.completions import CompletionBody
+from api.openai.response_schemas import ResponseBody
 from api.openai.schemas import GenerationBody, Unsupported
 from settings import ROOT
 
 BODIES: dict[str, type[GenerationBody]] = {
     "Parameters of chat completions": ChatCompletionBody,
     "Parameters of completions": CompletionBody,
+    "Parameters of responses": ResponseBody,
 }
 
 

@@ -1,0 +1,125 @@
+"""What only a real engine obeys, through the unmodified SDK: schemas, and tools that must be called. The weights are
+those of the embedded model, under a chat template that shows tools as Hermes and Qwen are shown them."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import openai
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from settings import ROOT
+from tests.chaos.plant import Plant
+
+MODEL = "with-tools"
+TEMPLATE = (
+    "{% if tools %}Tools: {{ tools | tojson }} Call one with <tool_call>.\n{% endif %}"
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n"
+    "{% for call in message['tool_calls'] or [] %}<tool_call>{{ call | tojson }}</tool_call>\n{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+FUNCTION: Any = {"name": "forecast", "description": "The weather to come", "parameters": PARAMETERS}
+OTHER: Any = {"name": "now", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
+MESSAGES: Any = [{"role": "user", "content": "Will it rain in Rome?"}]
+pytestmark = pytest.mark.timeout(180)
+
+
+class Animal(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["fox", "owl", "hare"]
+    legs: Literal[2, 4]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[openai.OpenAI]:
+    folder = Path(tempfile.mkdtemp(prefix="celeriac-tools-"))
+    model = shutil.copytree(ROOT / "models" / "celeriac-mini", folder / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    models = f'[[models]]\nid = "{MODEL}"\npath = "{model}"\nmax_model_len = 1024\nmax_num_seqs = 8\n'
+    with Plant(folder / "plant", models=models, worker_models={"gpu-1": MODEL}) as plant:
+        plant.start_servers()
+        plant.start_parts()
+        plant.wait_until_ready()
+        with openai.OpenAI(base_url=f"{plant.api_urls[0]}/v1", api_key="any", timeout=60) as client:
+            yield client
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_forecast(arguments: str) -> bool:
+    asked = json.loads(arguments)
+    return set(asked) == {"city", "days"} and asked["city"] in ("Oslo", "Rome") and 1 <= asked["days"] <= 9
+
+
+def test_chat_parses_into_a_model(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(
+        model=MODEL, messages=MESSAGES, response_format=Animal, temperature=1.0, seed=3, max_tokens=100
+    )
+    assert parsed.choices[0].finish_reason == "stop"
+    assert isinstance(parsed.choices[0].message.parsed, Animal)
+
+
+def test_a_response_parses_into_a_model(client: openai.OpenAI) -> None:
+    parsed = client.responses.parse(model=MODEL, input="Name one.", text_format=Animal, max_output_tokens=100)
+    assert parsed.status == "completed"
+    assert isinstance(parsed.output_parsed, Animal)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "forecast"}}])
+def test_chat_calls_the_tool_that_it_must(client: openai.OpenAI, choice: Any) -> None:
+    asked: Any = {
+        "model": MODEL,
+        "messages": MESSAGES,
+        "tools": [{"type": "function", "function": FUNCTION}],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "max_tokens": 200,
+        "seed": 1,
+    }
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].finish_reason == "tool_calls"
+    [call] = whole.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "forecast"
+    assert is_forecast(call.function.arguments)
+    with client.chat.completions.stream(**asked) as stream:
+        final = stream.get_final_completion()
+    [streamed] = final.choices[0].message.tool_calls or []
+    assert streamed.function.arguments == call.function.arguments
+
+
+def test_a_response_calls_a_tool_and_goes_on_from_its_output(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", **FUNCTION}, {"type": "function", **OTHER}]
+    with client.responses.stream(
+        model=MODEL,
+        input="Will it rain in Rome?",
+        tools=tools,
+        tool_choice={"type": "function", "name": "forecast"},
+        max_output_tokens=200,
+    ) as stream:
+        kinds = [event.type for event in stream]
+        first = stream.get_final_response()
+    [call] = first.output
+    assert call.type == "function_call"
+    assert is_forecast(call.arguments)
+    assert "response.function_call_arguments.delta" in kinds
+    second = client.responses.create(
+        model=MODEL,
+        previous_response_id=first.id,
+        input=[{"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}],
+        tools=tools,
+        max_output_tokens=20,
+    )
+    assert second.status in ("completed", "incomplete")
+    listed = client.responses.input_items.list(second.id)
+    assert [item.type for item in listed.data] == ["function_call_output"]
