@@ -59,7 +59,7 @@ class Table:
             chunks = session.scalars(
                 select(JobChunk).where(JobChunk.job_id == self._job_id).order_by(JobChunk.sequence_number)
             ).all()
-            result = session.scalar(select(JobResult).where(JobResult.job_id == self._job_id))
+            result = session.scalar(select(JobResult.result).where(JobResult.job_id == self._job_id))
             load = session.get_one(TenantLoad, DEFAULT_TENANT_ID)
             now = session.scalar(select(func.clock_timestamp()))
         assert now is not None
@@ -75,9 +75,7 @@ class Table:
             "is_cancel_requested": job.cancel_requested_at is not None,
             "num_failures": job.num_failures,
             "is_due": job.status is JobStatus.QUEUED and job.dispatch_at <= now,
-            "result": _text_of(result.result)
-            if result is not None and isinstance(result.result, GenerationResult)
-            else "",
+            "result": _text_of(result) if isinstance(result, GenerationResult) else "",
             "running": load.num_running,
             "queued": load.num_queued,
         }
