@@ -10,7 +10,7 @@ from api.openai.schemas import tier_of
 from domain.errors import DeadlineExceeded
 from domain.ids import external_id
 from domain.jobs import FinishReason, JobStatus, Usage
-from domain.requests import GenerationResult
+from domain.requests import GenerationRequest, GenerationResult
 from storage.job_queries import JobRecord
 from storage.tables import Job
 
@@ -57,7 +57,7 @@ def from_result(record: JobRecord, body: ResponseBody, parser: OutputParser) -> 
 def response_object(record: JobRecord, body: ResponseBody, ending: Ending, output: list[Item]) -> dict[str, Any]:
     """`record` comes with its request. Usage is known when the job has ended with a result."""
     job, request = record.job, record.request
-    assert request is not None
+    assert isinstance(request, GenerationRequest)
     has_ended = ending.status not in ("queued", "in_progress")
     finished = job.finished_at if has_ended else None
     return {
