@@ -22,6 +22,7 @@ from domain.errors import (
     InvalidRequest,
     JobFailure,
     NotFound,
+    NotOffered,
     Overloaded,
     PermissionDenied,
     RequestTooLarge,
@@ -79,6 +80,7 @@ HTTP_BY_CODE: dict[str, HttpError] = {
     "slow_down": HttpError(429, "rate_limit_error"),
     "too_many_queued_jobs": HttpError(429, "rate_limit_error"),
     "server_is_overloaded": HttpError(503, "service_unavailable_error"),
+    "no_workers": HttpError(503, "service_unavailable_error"),
     "storage_unavailable": HttpError(503, "service_unavailable_error"),
     "deadline_exceeded": HttpError(504, "server_error"),
     "job_cancelled": HttpError(410, "gone"),
@@ -87,6 +89,7 @@ HTTP_BY_CODE: dict[str, HttpError] = {
     "poison_job": HttpError(500, "server_error"),
     "out_of_memory": HttpError(500, "server_error"),
     "worker_lost": HttpError(502, "server_error"),
+    "not_implemented": HttpError(501, "invalid_request_error"),
     "server_error": HttpError(500, "server_error"),
 }
 
@@ -115,7 +118,7 @@ def error_response(exc: CeleriacError) -> Response:
     headers = {}
     if isinstance(exc, Overloaded):
         headers["retry-after"] = str(jittered_retry_after(exc.retry_after_seconds))
-    is_lasting = isinstance(exc, DeadlineExceeded | JobFailure | InsufficientQuota | StorageFull)
+    is_lasting = isinstance(exc, DeadlineExceeded | JobFailure | InsufficientQuota | NotOffered | StorageFull)
     if is_lasting and not exc.retryable:
         headers["x-should-retry"] = "false"
     if status == 401:

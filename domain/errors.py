@@ -18,10 +18,12 @@ CeleriacError
 │   ├── JobNotFound                job_not_found (also for another tenant's job)
 │   ├── FileNotFound               file_not_found, likewise
 │   └── BatchNotFound              batch_not_found, likewise
+├── NotOffered                     not_implemented: a route of OpenAI that has no counterpart here
 ├── CursorExpired                  cursor_expired: the log before this position was pruned
 ├── Overloaded                     retry later; carries retry_after_seconds
 │   ├── TooManyQueuedJobs          too_many_queued_jobs: the tenant's bound
 │   ├── ServerOverloaded           server_is_overloaded: our own bound
+│   ├── NoWorkers                  no_workers: no live worker serves the model
 │   └── StorageUnavailable         storage_unavailable: the database does not answer
 ├── DeadlineExceeded               deadline_exceeded
 ├── JobCancelled                   job_cancelled: somebody cancelled the job that this request waits for
@@ -115,6 +117,10 @@ class BatchNotFound(NotFound):
     code = "batch_not_found"
 
 
+class NotOffered(CeleriacError):
+    code = "not_implemented"
+
+
 class CursorExpired(CeleriacError):
     code = "cursor_expired"
 
@@ -134,6 +140,10 @@ class TooManyQueuedJobs(Overloaded):
 
 class ServerOverloaded(Overloaded):
     code = "server_is_overloaded"
+
+
+class NoWorkers(Overloaded):
+    code = "no_workers"
 
 
 class StorageUnavailable(Overloaded):

@@ -39,6 +39,7 @@ class Endpoint(StrEnum):
     COMPLETIONS = "completions"
     RESPONSES = "responses"
     EMBEDDINGS = "embeddings"
+    SIMPLE = "simple"  # /generate and its like
 
 
 class JobKind(StrEnum):

@@ -1,4 +1,5 @@
-"""What only the jobs of the OpenAI routes need: retries that find their job, what was delivered, what is listed."""
+"""What the jobs of the OpenAI and the simple routes need: retries that find their job, repeated requests that find an
+answer, what was delivered, what is listed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -8,6 +9,7 @@ from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
 from domain.jobs import Endpoint, JobStatus
+from storage import job_queries
 from storage.job_queries import JobRecord, has_metadata
 from storage.jobs_sql import CLOCK
 from storage.tables import Job, JobPayload, JobResult
@@ -18,6 +20,12 @@ ATTACHABLE = text(f"""
 SELECT id FROM jobs WHERE tenant_id = :tenant_id AND request_hash = :request_hash AND endpoint <> 'jobs'
     AND created_at > {CLOCK} - make_interval(secs => :within_seconds) AND cancel_requested_at IS NULL
     AND status IN ('queued', 'in_progress', 'completed') AND delivered_at IS NULL
+ORDER BY id DESC LIMIT 1
+""")
+
+COMPLETED = text(f"""
+SELECT id FROM jobs WHERE tenant_id = :tenant_id AND request_hash = :request_hash AND endpoint <> 'jobs'
+    AND status = 'completed' AND model_revision = :model_revision AND prune_at > {CLOCK}
 ORDER BY id DESC LIMIT 1
 """)
 
@@ -32,6 +40,14 @@ def find_attachable(session: Session, tenant_id: UUID, request_hash: bytes, *, w
     parameters = {"tenant_id": tenant_id, "request_hash": request_hash, "within_seconds": within_seconds}
     job_id: UUID | None = session.scalar(ATTACHABLE, parameters)
     return job_id
+
+
+def find_completed(session: Session, tenant_id: UUID, request_hash: bytes, *, model_revision: str) -> JobRecord | None:
+    """The newest job for the same request that is completed under this revision and still kept, with its request and
+    result. Whether its output is this request's, too, is for the caller to judge."""
+    parameters = {"tenant_id": tenant_id, "request_hash": request_hash, "model_revision": model_revision}
+    job_id: UUID | None = session.scalar(COMPLETED, parameters)
+    return None if job_id is None else job_queries.get(session, job_id, tenant_id, with_request=True)
 
 
 def mark_delivered(session: Session, job_ids: Sequence[UUID]) -> None:

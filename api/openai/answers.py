@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from api.errors import error_response
 from api.openai.running import Run, headers_of, refuse_unfinished
 from api.sse import wait_for_disconnect
-from domain.errors import CeleriacError, ServerOverloaded
+from domain.errors import CeleriacError, DeadlineExceeded, ServerOverloaded
 from domain.ids import external_id
 from storage.job_queries import JobRecord
 
@@ -26,39 +26,48 @@ class WholeAnswer(Response):
     alive with line breaks, which any JSON parser skips, behind a status 200: a late error is told in the body alone.
     """
 
-    def __init__(self, runs: Sequence[Run], render: Render) -> None:
+    def __init__(self, runs: Sequence[Run], render: Render, *, timeout_seconds: float | None = None) -> None:
+        """Past `timeout_seconds` the answer is an error; the jobs have a deadline of their own."""
         # Not super().__init__(), as there is neither body nor status yet.
         self.background = None
         self._runs = runs
         self._render = render
         self._services = runs[0].services
         self._is_begun = False
+        self._timeout_seconds = timeout_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(wait_for_disconnect(receive))
         drained = asyncio.create_task(self._services.draining.wait())
         ended = asyncio.create_task(self._wait_for_all())
+        late = asyncio.create_task(self._wait_for_timeout())
         try:
             with self._services.slots.hold():
-                while not (ended.done() or gone.done() or drained.done()):
-                    await self._wait_a_while((ended, gone, drained), send)
+                while not (ended.done() or gone.done() or drained.done() or late.done()):
+                    await self._wait_a_while((ended, gone, drained, late), send)
             if gone.done() and not ended.done():
                 for run in self._runs:
                     run.note_disconnected()
                 return
             if ended.done():
                 ended.result()
-            await self._send_answer(await self._answer(is_ended=ended.done()), send)
+            await self._send_answer(await self._answer(is_ended=ended.done(), is_late=late.done()), send)
             if not gone.done() and ended.done():
                 for run in self._runs:
                     run.note_delivered()
         finally:
-            for task in (gone, drained, ended):
+            for task in (gone, drained, ended, late):
                 task.cancel()
-            await asyncio.wait((gone, drained, ended))
+            await asyncio.wait((gone, drained, ended, late))
 
     async def _wait_for_all(self) -> None:
         await asyncio.gather(*(self._services.read_to_end(run.job_id) for run in self._runs))
+
+    async def _wait_for_timeout(self) -> None:
+        if self._timeout_seconds is None:
+            await asyncio.Event().wait()  # for ever
+        else:
+            await asyncio.sleep(self._timeout_seconds)
 
     async def _wait_a_while(self, tasks: Sequence["asyncio.Task[object]"], send: Send) -> None:
         timeout = self._services.settings.stream_heartbeat_seconds if self._runs[0].has_keep_alive else None
@@ -70,9 +79,11 @@ class WholeAnswer(Response):
             await _send_head(send, 200, self._head())
         await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
 
-    async def _answer(self, *, is_ended: bool) -> Response:
+    async def _answer(self, *, is_ended: bool, is_late: bool) -> Response:
         """What there is to say, as if nothing had been sent yet."""
         try:
+            if is_late and not is_ended:
+                raise DeadlineExceeded(f"{self._name} was not done within {self._timeout_seconds:g} s and is stopped")
             if not is_ended:
                 raise ServerOverloaded(
                     f"this server is being restarted; {self._name} goes on: ask again for its answer"

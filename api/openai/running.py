@@ -41,6 +41,7 @@ class Asked:
     metadata: dict[str, str] | None = None
     names: Mapping[str, str] = field(default_factory=dict)  # of sampling parameters that the body spells otherwise
     endpoint_body: str | None = None  # JSON, where the route shows it again
+    timeout_seconds: float | None = None  # nobody waits for the whole answer any longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,8 @@ def _deadline_after_seconds(asked: Asked, knobs: Knobs) -> float | None:
     """A client that waits for a whole answer, and says for how long, has no use for it once no retry can fetch it."""
     if knobs.cancel_after_seconds is not None:
         return knobs.cancel_after_seconds
+    if asked.timeout_seconds is not None:
+        return asked.timeout_seconds
     is_kept = asked.has_stream or asked.is_stored or knobs.on_disconnect == "continue"
     return None if is_kept or knobs.read_timeout_seconds is None else knobs.attach_seconds
 

@@ -37,11 +37,13 @@ class Translator(Protocol):
         """Of a completed job."""
 
 
-def stream_answer(run: Run, translator: Translator) -> EventStream:
-    return stream_answers([run], [translator], lambda records: translator.finish(records[0]))
+def stream_answer(run: Run, translator: Translator, *, last_frame: bytes = DONE) -> EventStream:
+    return stream_answers([run], [translator], lambda records: translator.finish(records[0]), last_frame=last_frame)
 
 
-def stream_answers(runs: Sequence[Run], translators: Sequence[Translator], finish: Finish) -> EventStream:
+def stream_answers(
+    runs: Sequence[Run], translators: Sequence[Translator], finish: Finish, *, last_frame: bytes = DONE
+) -> EventStream:
     """The streams of several jobs as one, as they come; `finish` says the last words when all are completed."""
     services = runs[0].services
 
@@ -53,7 +55,7 @@ def stream_answers(runs: Sequence[Run], translators: Sequence[Translator], finis
                 run.note_disconnected()
 
     return EventStream(
-        _frames(runs, translators, finish),
+        _frames(runs, translators, finish, last_frame),
         heartbeat_seconds=services.settings.stream_heartbeat_seconds,
         lifetime_seconds=services.settings.stream_lifetime_seconds,
         slots=services.slots,
@@ -69,7 +71,7 @@ def error_frame(exc: CeleriacError) -> bytes:
 
 
 async def _frames(
-    runs: Sequence[Run], translators: Sequence[Translator], finish: Finish
+    runs: Sequence[Run], translators: Sequence[Translator], finish: Finish, last_frame: bytes
 ) -> AsyncGenerator[bytes, None]:
     streams = [_translated(run, translator) for run, translator in zip(runs, translators, strict=True)]
     try:
@@ -79,7 +81,8 @@ async def _frames(
         records = [await _last_look(run) for run in runs]
         for data in finish(records):
             yield data_frame(data)
-        yield DONE
+        if last_frame:
+            yield last_frame
     except CeleriacError as exc:
         yield error_frame(exc)
 

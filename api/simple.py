@@ -1,0 +1,244 @@
+"""Text in, text out, with few fields: thin adapters over the same jobs. `request_id` in an answer is the job's id."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Annotated, Any
+from uuid import UUID
+
+import orjson
+from fastapi import Request
+from pydantic import BaseModel, Field, StringConstraints
+from starlette.responses import Response
+
+from api.bodies import read_model
+from api.deps import caller_of, private_router, services_of
+from api.openai.answers import WholeAnswer
+from api.openai.headers import answer_headers
+from api.openai.running import Asked, start, start_all
+from api.openai.schemas import OpenAIModel, Strings, build, strings
+from api.openai.streaming import stream_answer
+from api.services import Services
+from domain.chunks import TokenChunk
+from domain.errors import InvalidRequest, ServerOverloaded, TooManyQueuedJobs
+from domain.ids import external_id
+from domain.jobs import Endpoint
+from domain.requests import GenerationRequest, GenerationResult, SamplingParams
+from storage import endpoint_jobs
+from storage.job_queries import JobRecord
+from tasks.settle import resolve_params
+from tasks.submit import JobOptions, request_hash
+
+MAX_PROMPTS = 64
+CHAT_MAX_TOKENS = 100
+
+router = private_router()
+
+Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+
+class SimpleBody(OpenAIModel):
+    """What every simple route takes beside its prompt. Defaults are the model's own."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None  # the catalog's default
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: Strings | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+
+    def to_request(self, services: Services, source: Mapping[str, Any], **params: Any) -> GenerationRequest:
+        """`source` is the prompt or the messages. Raises InvalidRequest, also for a model that is not served."""
+        fields = {name: getattr(self, name, None) for name in SamplingParams.model_fields}
+        sampling = build(SamplingParams, fields | {"stop": strings(self.stop)} | params)
+        model = self.model or services.catalog.default.id
+        return build(GenerationRequest, {"model": model, "params": sampling} | dict(source))
+
+
+class GenerateBody(SimpleBody):
+    prompt: str | None = None
+    prompts: Prompts | None = None
+    inputs: str | None = None  # another name of prompt
+
+    def texts(self) -> list[str]:
+        """Raises InvalidRequest unless exactly one of the three is given."""
+        given = [name for name in ("prompt", "prompts", "inputs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            seen = " and ".join(given) or "none"
+            raise InvalidRequest(f"prompt, prompts or inputs: {seen} came; send exactly one", param="prompt")
+        return strings(getattr(self, given[0])) or []
+
+
+class GenerateStreamBody(SimpleBody):
+    prompt: str | None = None
+    inputs: str | None = None
+
+    def text(self) -> str:
+        """Raises InvalidRequest unless exactly one of the two is given."""
+        if self.prompt is not None and self.inputs is not None:
+            raise InvalidRequest("prompt and inputs are the same thing; send one of them", param="inputs")
+        text = self.inputs if self.prompt is None else self.prompt
+        if text is None:
+            raise InvalidRequest("prompt is missing; add it", param="prompt")
+        return text
+
+
+class InferBody(SimpleBody):
+    prompt: str
+    use_cache: bool = True
+
+
+class ChatBody(SimpleBody):
+    prompt: str
+
+
+def _body_of(model: type[BaseModel]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
+
+
+@router.post("/generate", openapi_extra=_body_of(GenerateBody))
+async def generate(request: Request) -> Response:
+    """Continue one prompt, or up to 64 of them: one job each, run together."""
+    body = await read_model(request, GenerateBody)
+    services = services_of(request)
+    generations = [body.to_request(services, {"prompt": text}) for text in body.texts()]
+    runs = await start_all(request, generations, Asked(Endpoint.SIMPLE, has_stream=False))
+    if body.prompts is None:
+        return WholeAnswer(runs, lambda records: generated(records[0]))
+    return WholeAnswer(runs, lambda records: {"results": [generated(record) for record in records]})
+
+
+@router.post("/generate_stream", openapi_extra=_body_of(GenerateStreamBody))
+async def generate_stream(request: Request) -> Response:
+    """The same for one prompt, as it comes; the event with `done` is the last one."""
+    body = await read_model(request, GenerateStreamBody)
+    generation = body.to_request(services_of(request), {"prompt": body.text()})
+    run = await start(request, generation, Asked(Endpoint.SIMPLE, has_stream=True))
+    return stream_answer(run, GeneratedStream(), last_frame=b"")
+
+
+@router.post("/chat", openapi_extra=_body_of(ChatBody))
+async def chat(request: Request) -> Response:
+    """Answer a prompt, behind the model's system prompt where models.toml has one."""
+    body = await read_model(request, ChatBody)
+    source = {"messages": [{"role": "user", "content": body.prompt}]}
+    max_tokens = CHAT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    generation = body.to_request(services_of(request), source, max_tokens=max_tokens)
+    run = await start(request, generation, Asked(Endpoint.SIMPLE, has_stream=False))
+    return WholeAnswer([run], lambda records: {"text": _text_of(records[0])})
+
+
+@router.post("/api/v1/infer", openapi_extra=_body_of(InferBody))
+async def infer(request: Request) -> Response:
+    """Continue a prompt within the request timeout; a deterministic request may be answered by an earlier job."""
+    started = time.monotonic()
+    body = await read_model(request, InferBody)
+    services, tenant_id = caller_of(request)
+    generation = body.to_request(services, {"prompt": body.prompt})
+    if body.use_cache and (known := await find_answered(services, tenant_id, generation)) is not None:
+        return _answer_known(known, started)
+    timeout_seconds = services.settings.request_timeout_seconds
+    try:
+        run = await start(
+            request, generation, Asked(Endpoint.SIMPLE, has_stream=False, timeout_seconds=timeout_seconds)
+        )
+    except TooManyQueuedJobs as exc:
+        raise ServerOverloaded(exc.message, retry_after_seconds=exc.retry_after_seconds) from exc
+    run = replace(run, has_keep_alive=False)  # which would send 200 before a timeout can be told
+    return WholeAnswer([run], lambda records: inferred(records[0]), timeout_seconds=timeout_seconds)
+
+
+async def find_answered(services: Services, tenant_id: UUID, generation: GenerationRequest) -> JobRecord | None:
+    """The newest completed job of the tenant whose output is what this request would come to: same model revision,
+    prompt and parameters once defaults are settled, and nothing left to chance."""
+    view = services.views.get(generation.model)
+    key = request_hash(generation, JobOptions(endpoint=Endpoint.SIMPLE))
+    record = await services.read(endpoint_jobs.find_completed, tenant_id, key, model_revision=view.revision)
+    if record is None or not isinstance(record.request, GenerationRequest):
+        return None
+    stored = record.request.params
+    # Same prompt and revision: its tokens were counted when that job came.
+    resolved = resolve_params(generation, view, record.job.num_prompt_tokens)
+    if generation.params.seed is None and resolved.temperature != 0:
+        return None
+    is_same = resolved.model_copy(update={"seed": stored.seed}) == stored
+    return record if is_same and generation.params.seed in (None, stored.seed) else None
+
+
+def _answer_known(record: JobRecord, started: float) -> Response:
+    answer = inferred(record) | {"latency_ms": _milliseconds(time.monotonic() - started), "cached": True}
+    headers = answer_headers(started, room=None) | {"x-job-id": external_id(record.job.id)}
+    return Response(orjson.dumps(answer), headers=headers, media_type="application/json")
+
+
+class GeneratedStream:
+    """A job's stream as tokens; `index` counts them. A piece that was committed at once comes as one event."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+
+    def begin(self) -> Iterable[Mapping[str, object]]:
+        return ()
+
+    def from_chunk(self, chunk: TokenChunk) -> Iterable[Mapping[str, object]]:
+        index, self._num_tokens = self._num_tokens, self._num_tokens + len(chunk.token_ids)
+        return ({"token": {"text": chunk.text}, "index": index},) if chunk.text else ()
+
+    def finish(self, record: JobRecord) -> Iterable[Mapping[str, object]]:
+        yield {
+            "generated_text": _text_of(record),
+            "finish_reason": _finish_reason(record),
+            "tokens_generated": _num_tokens(record),
+            "done": True,
+        }
+
+
+def generated(record: JobRecord) -> dict[str, object]:
+    return {
+        "text": _text_of(record),
+        "request_id": external_id(record.job.id),
+        "tokens_generated": _num_tokens(record),
+        "latency_ms": _latency_ms(record),
+        "finish_reason": _finish_reason(record),
+    }
+
+
+def inferred(record: JobRecord) -> dict[str, object]:
+    return {
+        "text": _text_of(record),
+        "request_id": external_id(record.job.id),
+        "latency_ms": _latency_ms(record),
+        "tokens_generated": _num_tokens(record),
+        "cached": False,
+    }
+
+
+def _text_of(record: JobRecord) -> str:
+    assert isinstance(record.result, GenerationResult)
+    return record.result.choices[0].text
+
+
+def _num_tokens(record: JobRecord) -> int:
+    assert isinstance(record.result, GenerationResult)
+    return record.result.choices[0].num_tokens
+
+
+def _finish_reason(record: JobRecord) -> str:
+    assert isinstance(record.result, GenerationResult)
+    return record.result.choices[0].finish_reason.value
+
+
+def _latency_ms(record: JobRecord) -> float:
+    """From the accept to the end, the queue included, by the database's clock."""
+    assert record.job.finished_at is not None
+    return _milliseconds((record.job.finished_at - record.job.created_at).total_seconds())
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 1)
