@@ -16,23 +16,28 @@ from sqlalchemy.orm import Session
 IS_TOLD = """(j.webhook_url IS NOT NULL OR EXISTS (
         SELECT FROM webhook_endpoints p WHERE p.tenant_id = j.tenant_id)) AS is_told"""
 
-# What the end of a job is called outside. An end that another face of a job names otherwise belongs here.
-EVENT_TYPE = "'job.' || j.status"
+# What the end of a job is called outside, and what the route calls it that the job came by: as OpenAI's SDKs know it.
+JOB_EVENT = "'job.' || j.status"
+EVENT_OF_ROUTE = f"""CASE WHEN j.endpoint <> 'responses' THEN {JOB_EVENT} ELSE 'response.' || CASE
+        WHEN j.status = 'completed' AND j.finish_reason = 'length' THEN 'incomplete'
+        WHEN j.status = 'expired' THEN CASE WHEN j.num_committed_tokens > 0 THEN 'incomplete' ELSE 'failed' END
+        ELSE j.status END END"""
 
 # The event has the id of its job, so a second one for the same destination cannot exist. An endpoint is not a foreign
 # key: one that is deleted at this moment must not keep jobs from ending.
 WRITE_DELIVERIES = text(f"""
 WITH ended AS MATERIALIZED (
-    SELECT j.id, j.tenant_id, {EVENT_TYPE} AS type, CASE WHEN j.status = ANY(j.webhook_statuses) THEN j.webhook_url END
-        AS url
+    SELECT j.id, j.tenant_id, {JOB_EVENT} AS job_event, {EVENT_OF_ROUTE} AS event_of_route,
+        CASE WHEN j.status = ANY(j.webhook_statuses) THEN j.webhook_url END AS url
     FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.finished_at IS NOT NULL
 )
 INSERT INTO webhook_deliveries (tenant_id, event_id, type, endpoint_id, url)
-SELECT tenant_id, id, type, NULL::uuid, url FROM ended WHERE url IS NOT NULL
+SELECT tenant_id, id, event_of_route, NULL::uuid, url FROM ended WHERE url IS NOT NULL
 UNION ALL
-SELECT ended.tenant_id, ended.id, ended.type, p.id, p.url
+SELECT ended.tenant_id, ended.id,
+    CASE WHEN event_of_route = ANY(p.event_types) THEN event_of_route ELSE job_event END, p.id, p.url
 FROM ended JOIN webhook_endpoints p ON p.tenant_id = ended.tenant_id AND p.disabled_at IS NULL
-    AND ended.type = ANY(p.event_types)
+    AND p.event_types && ARRAY[event_of_route, job_event]
 ON CONFLICT DO NOTHING
 """)
 

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from api.job_inputs import parse_idempotency_key
 from api.job_schemas import WEEK_SECONDS
 from domain.errors import InvalidRequest
+from domain.webhook_urls import MAX_URL_BYTES
 from storage.jobs import QueueRoom
 
 OPENAI_VERSION = "2020-10-01"  # the only one there is; SDKs log it
@@ -28,6 +29,7 @@ class Knobs:
     cancel_after_seconds: float | None
     start_timeout_seconds: float | None
     priority: int | None
+    webhook_url: str | None
     on_disconnect: Literal["cancel", "continue"] | None
     has_keep_alive: bool
     read_timeout_seconds: float | None
@@ -46,6 +48,7 @@ def read_knobs(headers: Headers) -> Knobs:
         cancel_after_seconds=_duration(headers, "Cancel-After"),
         start_timeout_seconds=_duration(headers, "X-Start-Timeout"),
         priority=_priority(headers.get("x-priority")),
+        webhook_url=_webhook_url(headers.get("x-webhook")),
         on_disconnect=_on_disconnect(headers),
         has_keep_alive=_one_of(headers, "X-Keep-Alive", "on", "off") != "off",
         read_timeout_seconds=_number(headers.get("x-stainless-read-timeout", headers.get("x-stainless-timeout"))),
@@ -72,6 +75,14 @@ def _priority(text: str | None) -> int | None:
     if not re.fullmatch(r"-?\d{1,2}", text) or not -10 <= int(text) <= 10:
         raise InvalidRequest(f"X-Priority is {text[:40]!r}; send a whole number from -10 to 10", param="X-Priority")
     return int(text)
+
+
+def _webhook_url(text: str | None) -> str | None:
+    if text is not None and not 1 <= len(text) <= MAX_URL_BYTES:
+        raise InvalidRequest(
+            f"X-Webhook has {len(text)} characters; send a URL of up to {MAX_URL_BYTES}", param="webhook"
+        )
+    return text
 
 
 def _one_of(headers: Headers, name: str, *known: str) -> str | None:

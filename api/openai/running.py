@@ -20,6 +20,7 @@ from domain.errors import CeleriacError, DeadlineExceeded, JobCancelled, JobFail
 from domain.ids import external_id
 from domain.jobs import Endpoint, JobStatus
 from domain.kinds import JobRequest
+from domain.webhooks import TELLABLE_STATUSES
 from observability import job_id_context
 from storage import endpoint_jobs, job_queries
 from storage.job_queries import JobRecord
@@ -139,6 +140,8 @@ def _options(asked: Asked, knobs: Knobs, number: int) -> JobOptions:
         endpoint=asked.endpoint,
         is_stored=asked.is_stored,
         endpoint_body=asked.endpoint_body,
+        webhook_url=knobs.webhook_url,
+        webhook_statuses=TELLABLE_STATUSES if knobs.webhook_url is not None else (),
     )
 
 

@@ -1,5 +1,6 @@
 """However a job ends, everybody who asked is told: once, in the transaction that ends it."""
 
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -8,10 +9,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.ids import new_id
-from domain.jobs import JobStatus
+from domain.jobs import Endpoint, JobStatus
 from domain.webhooks import EVENT_TYPES, new_secret
 from storage import jobs
 from storage.tables import DEFAULT_TENANT_ID
+from storage.webhook_outbox import write_deliveries
 from storage.webhook_tables import WebhookDelivery, WebhookEndpoint
 from tests.chaos import audit
 from tests.conftest import MakeJob, MakeTenant
@@ -96,6 +98,33 @@ def test_only_the_ends_that_were_asked_for_are_told(session: Session, make_job: 
     assert jobs.cancel(session, job.id, job.tenant_id) is JobStatus.CANCELLED
     session.commit()
     assert written(session) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "event"),
+    [
+        ({"status": JobStatus.COMPLETED, "finish_reason": "stop"}, "response.completed"),
+        ({"status": JobStatus.COMPLETED, "finish_reason": "length"}, "response.incomplete"),
+        ({"status": JobStatus.CANCELLED}, "response.cancelled"),
+        ({"status": JobStatus.FAILED}, "response.failed"),
+        ({"status": JobStatus.EXPIRED}, "response.failed"),
+        ({"status": JobStatus.EXPIRED, "num_committed_tokens": 3}, "response.incomplete"),
+    ],
+)
+def test_a_response_is_told_as_one_to_those_who_know_them(
+    session: Session, make_job: MakeJob, columns: dict[str, Any], event: str
+) -> None:
+    status = columns["status"]
+    add_endpoint(session, event_types=[event, f"job.{status}"], url="https://a.example/both")
+    add_endpoint(session, event_types=[f"job.{status}"], url="https://b.example/jobs")
+    add_endpoint(session, event_types=["batch.failed"], url="https://c.example/batches")
+    job = make_job(endpoint=Endpoint.RESPONSES, **columns)
+    write_deliveries(session, [job.id])
+    session.commit()
+    assert written(session) == [
+        ("https://a.example/both", event, True),
+        ("https://b.example/jobs", f"job.{status}", True),
+    ]
 
 
 def test_endpoints_of_others_and_disabled_ones_hear_nothing(
