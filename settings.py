@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     max_streams: int = Field(default=4_000, ge=1)  # open SSE streams per API process
     stream_lifetime_seconds: float = Field(default=3_600.0, gt=0)
     stream_heartbeat_seconds: float = Field(default=15.0, gt=0)
+    no_workers_seconds: float = Field(default=60.0, gt=0)  # without a worker; then nobody may wait for an answer
     request_timeout_seconds: float = Field(default=30.0, gt=0)  # of /api/v1/infer
     disconnect_grace_seconds: float = Field(default=10.0, ge=0)  # then a job whose only client left is cancelled
 

@@ -1,6 +1,7 @@
 """How this API process and what it stands on are doing. Open to everybody but /metrics, and tells no secrets."""
 
 import asyncio
+from dataclasses import asdict
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
@@ -12,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from api.deps import private_router, services_of
 from api.job_schemas import View
 from api.services import Services
+from storage.recent_jobs import RecentJobs
 
 CHECK_SECONDS = 2.0
 
@@ -29,6 +31,37 @@ class ReadyView(View):
     status: Literal["ok", "draining", "unavailable"]
 
 
+class Spread(View):
+    """Seconds; null where no job says."""
+
+    p50: float | None
+    p95: float | None
+    p99: float | None
+    mean: float | None
+
+
+class RequestsView(View):
+    total: int
+    errors: int
+    success_rate: float | None
+
+
+class ThroughputView(View):
+    qps: float
+    tokens_generated: int
+
+
+class MetricsView(View):
+    """Of jobs accepted within the last `window_seconds`, at most the newest 1,000. `errors` are failed jobs; `latency`
+    is accept to end of the completed ones, `queue` accept to start."""
+
+    window_seconds: float
+    requests: RequestsView
+    throughput: ThroughputView
+    latency: Spread
+    queue: Spread
+
+
 class HealthView(View):
     """`degraded` still accepts jobs: Redis is away (slower, nothing lost), or no worker is there to run them."""
 
@@ -37,10 +70,12 @@ class HealthView(View):
     redis: Answer
     draining: bool
     models: list[str]
+    model_loaded: bool
     workers: int
-    queued: int
+    queue_size: int
     running: int
     streams: int
+    metrics: MetricsView | None
 
 
 @public.get("/health/live")
@@ -77,10 +112,12 @@ async def health(request: Request, response: Response) -> HealthView:
         redis=redis,
         draining=services.draining.is_set(),
         models=[spec.id for spec in services.catalog],
+        model_loaded=num_workers > 0,  # workers report themselves once theirs is
         workers=num_workers,
-        queued=sum(queue.num_queued for queue in queues),
+        queue_size=sum(queue.num_queued for queue in queues),
         running=sum(queue.num_running for queue in queues),
         streams=services.slots.num_open,
+        metrics=_metrics(await services.monitor.recent()) if database == "ok" else None,
     )
 
 
@@ -88,6 +125,19 @@ async def health(request: Request, response: Response) -> HealthView:
 async def metrics() -> Response:
     """Prometheus. A scraper sends the key as `Authorization: Bearer`."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _metrics(recent: RecentJobs | None) -> MetricsView | None:
+    if recent is None:
+        return None
+    success_rate = recent.num_completed / recent.num_ended if recent.num_ended else None
+    return MetricsView(
+        window_seconds=recent.seconds,
+        requests=RequestsView(total=recent.num_ended, errors=recent.num_failed, success_rate=success_rate),
+        throughput=ThroughputView(qps=recent.num_ended / recent.seconds, tokens_generated=recent.num_tokens),
+        latency=Spread(**asdict(recent.latency)),
+        queue=Spread(**asdict(recent.wait)),
+    )
 
 
 async def _check_database(services: Services) -> Answer:

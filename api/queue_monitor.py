@@ -27,6 +27,7 @@ from observability import (
 from storage import job_queries, maintenance, webhook_deliveries, workers
 from storage.database import repeatable
 from storage.job_queries import QueuePosition
+from storage.recent_jobs import RecentJobs, recent_jobs
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,9 @@ class QueueMonitor:
         self._catalog = catalog
         self._queues: dict[str, ModelQueue] = {}
         self._read_at = float("-inf")  # monotonic
+        self._served_at = {spec.id: time.monotonic() for spec in catalog}  # when a worker was last seen
+        self._recent: RecentJobs | None = None
+        self._recent_at = float("-inf")  # monotonic
         self._reading = asyncio.Lock()
         self._num_accepted_since: dict[str, int] = {}
         self._refresher: asyncio.Task[None] | None = None
@@ -135,8 +139,26 @@ class QueueMonitor:
         webhook_oldest_due_seconds.set(oldest_due_seconds)
         self._queues, self._read_at = queues, time.monotonic()
         self._num_accepted_since.clear()
+        self._served_at |= {model: self._read_at for model, queue in queues.items() if queue.num_workers}
         _publish(queues)
         _publish_findings(await repeatable(self._sessions, maintenance.figures))
+
+    def unserved_seconds(self, model: str) -> float:
+        """For how long no live worker has been seen that serves this model, since this process looks; 0 while nobody
+        can say."""
+        return time.monotonic() - self._served_at.get(model, time.monotonic()) if self.is_fresh else 0.0
+
+    async def recent(self) -> RecentJobs | None:
+        """How the newest jobs fared, read at most once a second, as everybody may ask; None where nothing is known."""
+        async with self._reading:
+            if time.monotonic() - self._recent_at > REFRESH_SECONDS:
+                self._recent_at = time.monotonic()
+                try:
+                    self._recent = await repeatable(self._sessions, recent_jobs)
+                except (SQLAlchemyError, OSError) as exc:
+                    self._recent = None
+                    log.warning("recent jobs not read", extra={"reason": describe_exception(exc)})
+        return self._recent
 
     def accepted(self, model: str) -> None:
         """A job joined this model's queue after the figures were read."""

@@ -16,7 +16,7 @@ from api.deps import caller_of
 from api.openai.headers import Knobs, answer_headers, read_knobs
 from api.openai.schemas import PRIORITY_BY_SERVICE_TIER
 from api.services import Services
-from domain.errors import CeleriacError, DeadlineExceeded, JobCancelled, JobFailure, JobNotFound
+from domain.errors import CeleriacError, DeadlineExceeded, JobCancelled, JobFailure, JobNotFound, NoWorkers
 from domain.ids import external_id
 from domain.jobs import Endpoint, JobStatus
 from domain.kinds import JobRequest
@@ -120,10 +120,22 @@ async def start_all(request: Request, generations: Sequence[JobRequest], asked: 
         found = [await _found(services, tenant_id, job_id, started) for job_id in job_ids]
         runs = [replace(run, is_retry_attached=True) for run in found]
     else:
+        if not asked.is_stored:
+            _refuse_unserved(services, generations[0].model)
         runs = await _submit_all(services, tenant_id, generations, all_options, asked, started)
     job_id_context.set(external_id(runs[0].job_id))
     on_disconnect = knobs.on_disconnect or ("continue" if asked.is_stored else "cancel")
     return [replace(run, on_disconnect=on_disconnect, has_keep_alive=knobs.has_keep_alive) for run in runs]
+
+
+def _refuse_unserved(services: Services, model: str) -> None:
+    """Nobody should wait where nobody works. Raises NoWorkers."""
+    seconds = services.monitor.unserved_seconds(model)
+    if seconds > services.settings.no_workers_seconds:
+        raise NoWorkers(
+            f"no worker has served {model[:128]} for {seconds:.0f} s; retry later, or leave a job at /v1/jobs",
+            retry_after_seconds=10,
+        )
 
 
 def _options(asked: Asked, knobs: Knobs, number: int) -> JobOptions:

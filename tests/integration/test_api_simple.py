@@ -159,6 +159,39 @@ def test_many_clients_at_once_are_each_told_their_own(simple: httpx.Client, rig:
         assert answer["text"] == expected(rig, f"Client {number}", answer["request_id"], 6)
 
 
+# Nobody there
+
+
+def test_nobody_waits_for_a_model_that_no_worker_serves(rig: Rig) -> None:
+    settings = rig.settings.model_copy(update={"no_workers_seconds": 0.1})
+    body = {"model": "test-model", "prompt": "Once", "max_tokens": 2}
+    with ApiServer(settings, Catalog.load(settings.models_file)) as server, server.client() as client:
+        until(lambda: server.services.monitor.unserved_seconds("test-model") > 0.1)
+        for path in ("/generate", "/api/v1/infer", "/v1/completions"):
+            refused = client.post(path, json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_workers")
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert client.post("/v1/jobs", json={"model": "test-model", "prompt": "x"}).status_code == 202
+        assert client.get("/health").json()["model_loaded"] is False
+        rig.start()
+        until(lambda: server.services.monitor.unserved_seconds("test-model") < 0.1)
+        assert client.get("/health").json()["model_loaded"] is True
+
+
+def test_health_tells_how_the_newest_jobs_fared(simple: httpx.Client) -> None:
+    empty = simple.get("/health").json()["metrics"]
+    assert empty["requests"] == {"total": 0, "errors": 0, "success_rate": None}
+    assert empty["latency"] == empty["queue"] == {"p50": None, "p95": None, "p99": None, "mean": None}
+    answers = [ask(simple, "/generate", prompt="Once", max_tokens=3) for _ in range(2)]
+    metrics = until(lambda: (seen := simple.get("/health").json()["metrics"])["requests"]["total"] == 2 and seen)
+    assert metrics["requests"] == {"total": 2, "errors": 0, "success_rate": 1.0}
+    assert metrics["throughput"] == {"qps": 2 / metrics["window_seconds"], "tokens_generated": 6}
+    mean = sum(answer["latency_ms"] for answer in answers) / 2000
+    assert metrics["latency"]["mean"] == pytest.approx(mean, abs=0.001)
+    assert metrics["latency"]["p50"] <= metrics["latency"]["p95"] <= metrics["latency"]["p99"]
+    assert 0 < metrics["queue"]["mean"] < metrics["latency"]["mean"]
+
+
 # Refusals
 
 
