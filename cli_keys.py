@@ -28,7 +28,8 @@ def keys() -> None:
     "--tenant", default="default", show_default=True, help="Whose jobs it runs; a new name makes a new tenant."
 )
 @click.option("--days", type=click.IntRange(1), help="Valid for so many days.  [default: until revoked]")
-def create_key(name: str, tenant: str, days: int | None) -> None:
+@click.option("--admin", "is_admin", is_flag=True, help="May also use /v1/admin.")
+def create_key(name: str, tenant: str, days: int | None, is_admin: bool) -> None:
     """Make a key and print it. This is the only time that it is shown."""
     from datetime import UTC, datetime, timedelta
 
@@ -38,7 +39,7 @@ def create_key(name: str, tenant: str, days: int | None) -> None:
     expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
     with transaction(settings_here()) as session:
         owner = tenants.get_by_name(session, tenant) or tenants.create(session, tenant)
-        click.echo(api_keys.create(session, owner.id, name=name, expires_at=expires_at))
+        click.echo(api_keys.create(session, owner.id, name=name, expires_at=expires_at, is_admin=is_admin))
 
 
 @keys.command("list")

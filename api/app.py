@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import HTMLResponse, JSONResponse
 
-from api import dead_letters, health, jobs, not_offered, queue, simple, webhook_deliveries, webhook_endpoints
+from api import admin, dead_letters, health, jobs, not_offered, queue, simple, webhook_deliveries, webhook_endpoints
 from api.deps import private_router
 from api.errors import register_error_handlers
 from api.middleware import BodyLimit, RequestContext
@@ -45,7 +45,7 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.add_middleware(RequestContext)
     register_error_handlers(app)
     openai = (chat, stored_chats, completions, embeddings, responses, models, files, batches)
-    native = (jobs, dead_letters, webhook_endpoints, webhook_deliveries, simple, queue, health)
+    native = (jobs, dead_letters, webhook_endpoints, webhook_deliveries, simple, admin, queue, health)
     for module in (not_offered, *native, *openai):  # not_offered first: some of its paths look like ids to others
         app.include_router(module.router)
     app.include_router(health.public)

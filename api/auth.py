@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from typing import NamedTuple
 from uuid import UUID
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -16,40 +17,45 @@ REMEMBER_SECONDS = 5.0  # a revoked key is refused everywhere after this
 MAX_REMEMBERED = 10_000
 
 
+class Identity(NamedTuple):
+    tenant_id: UUID
+    is_admin: bool
+
+
 class Authenticator:
     """Resolves the Authorization header. Remembers answers, refusals too, by the hash of the key."""
 
     def __init__(self, sessions: async_sessionmaker[AsyncSession], *, is_open: bool) -> None:
-        """`is_open`: no key is asked for and everything belongs to the default tenant."""
+        """`is_open`: no key is asked for everything belongs to the default tenant, and everybody is an admin."""
         self._sessions = sessions
         self._is_open = is_open
-        self._remembered: dict[bytes, tuple[UUID | None, float]] = {}
+        self._remembered: dict[bytes, tuple[Identity | None, float]] = {}
 
-    async def tenant_of(self, authorization: str | None) -> UUID:
+    async def identify(self, authorization: str | None) -> Identity:
         """Raises AuthenticationFailed, the same for every kind of wrong key, or StorageUnavailable."""
         if self._is_open:
-            return DEFAULT_TENANT_ID
+            return Identity(DEFAULT_TENANT_ID, is_admin=True)
         key = _bearer_key(authorization)
         digest = hashlib.sha256(key.encode()).digest()
-        tenant_id, until = self._remembered.get(digest, (None, 0.0))
+        identity, until = self._remembered.get(digest, (None, 0.0))
         if time.monotonic() >= until:
-            tenant_id = await self._look_up(key)
-            self._remember(digest, tenant_id)
-        if tenant_id is None:
+            identity = await self._look_up(key)
+            self._remember(digest, identity)
+        if identity is None:
             raise AuthenticationFailed("this API key is not known here; check it, or ask for a new one")
-        return tenant_id
+        return identity
 
-    async def _look_up(self, key: str) -> UUID | None:
+    async def _look_up(self, key: str) -> Identity | None:
         try:
             row = await repeatable(self._sessions, api_keys.resolve, key)
         except (SQLAlchemyError, OSError) as exc:
             raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2) from exc
-        return None if row is None else row.tenant_id
+        return None if row is None else Identity(row.tenant_id, row.is_admin)
 
-    def _remember(self, digest: bytes, tenant_id: UUID | None) -> None:
+    def _remember(self, digest: bytes, identity: Identity | None) -> None:
         if len(self._remembered) >= MAX_REMEMBERED:
             self._remembered.clear()
-        self._remembered[digest] = (tenant_id, time.monotonic() + REMEMBER_SECONDS)
+        self._remembered[digest] = (identity, time.monotonic() + REMEMBER_SECONDS)
 
 
 def _bearer_key(authorization: str | None) -> str:

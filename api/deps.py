@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
 from api.services import Services
+from domain.errors import PermissionDenied
 
 
 class Caller(NamedTuple):
@@ -29,7 +30,8 @@ class PrivateRoute(APIRoute):
 
         async def answer_authenticated(request: Request) -> Response:
             authorization = request.headers.get("authorization")
-            request.state.tenant_id = await services_of(request).authenticator.tenant_of(authorization)
+            identity = await services_of(request).authenticator.identify(authorization)
+            request.state.tenant_id, request.state.is_admin = identity
             return await answer(request)
 
         return answer_authenticated
@@ -38,6 +40,12 @@ class PrivateRoute(APIRoute):
 def caller_of(request: Request) -> Caller:
     """On a private route: the services, and who asks."""
     return Caller(services_of(request), request.state.tenant_id)
+
+
+def require_admin(request: Request) -> None:
+    """On a private route. Raises PermissionDenied."""
+    if not request.state.is_admin:
+        raise PermissionDenied("this key may not do that; use one made with: celeriac keys create --admin")
 
 
 def services_of(request: Request) -> Services:

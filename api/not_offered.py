@@ -1,4 +1,4 @@
-"""Routes of OpenAI that have no counterpart here: 501, and what there is instead. All methods, behind the key."""
+"""Routes of OpenAI that have no counterpart here: 501, and what there is instead. Behind the key."""
 
 from typing import NoReturn
 
@@ -7,7 +7,7 @@ from fastapi import Request
 from api.deps import private_router
 from domain.errors import NotOffered
 
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 #: What stands below each of these, and what to use instead.
 INSTEAD_BY_PREFIX = {

@@ -28,11 +28,15 @@ class MalformedKey(ValueError):
     """Not of the form sk_<id>_<secret>."""
 
 
-def create(session: Session, tenant_id: UUID, *, name: str = "", expires_at: datetime | None = None) -> str:
+def create(
+    session: Session, tenant_id: UUID, *, name: str = "", expires_at: datetime | None = None, is_admin: bool = False
+) -> str:
     """Store a new key and return it: the only time that its secret is seen."""
     key_id = "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))
     secret = secrets.token_urlsafe(32)
-    session.add(ApiKey(id=key_id, tenant_id=tenant_id, secret_sha256=_sha256(secret), name=name, expires_at=expires_at))
+    stored = ApiKey(id=key_id, tenant_id=tenant_id, secret_sha256=_sha256(secret), name=name, expires_at=expires_at)
+    stored.is_admin = is_admin
+    session.add(stored)
     session.flush()
     return f"{PREFIX}_{key_id}_{secret}"
 

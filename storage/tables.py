@@ -152,6 +152,7 @@ class ApiKey(Row):
     id: Mapped[str] = mapped_column(primary_key=True)  # the public part of the key
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
     secret_sha256: Mapped[bytes]
+    is_admin: Mapped[bool] = mapped_column(server_default="false")  # may look after the installation, too
     name: Mapped[str] = mapped_column(server_default="")
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime | None]

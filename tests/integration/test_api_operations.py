@@ -136,6 +136,7 @@ def test_the_published_schema_knows_every_route(http: httpx.Client) -> None:
         "/health/live",
         "/health/ready",
         "/metrics",
+        "/v1/admin/models",
         "/v1/batches",
         "/v1/batches/{batch_id}",
         "/v1/batches/{batch_id}/cancel",
