@@ -18,7 +18,7 @@ from domain.kinds import JobOutput, JobRequest
 from domain.requests import GenerationRequest
 from domain.webhook_urls import MAX_URL_BYTES
 from storage.job_queries import JobRecord
-from storage.jobs import NewJob
+from storage.jobs_accept import NewJob
 from storage.tables import Job, JobAttempt
 from tasks.submit import JobOptions
 

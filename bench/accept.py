@@ -30,9 +30,9 @@ from domain.catalog import Catalog
 from domain.ids import new_id
 from embedded import EmbeddedPostgres, EmbeddedRedis
 from settings import ROOT
-from storage import jobs
+from storage import jobs_accept
 from storage.database import migrate, open_database, session_factory
-from storage.jobs import NewJob
+from storage.jobs_accept import NewJob
 from storage.tables import DEFAULT_TENANT_ID
 from tasks.models import ModelView, load_model_view
 from tasks.settle import resolve_params
@@ -142,7 +142,7 @@ def bench_sql(database_url: str, new_job: NewJob) -> tuple[float, float]:
     def accept_group() -> None:
         with sessions.begin() as session:
             group = [replace(new_job, id=new_id()) for _ in range(GROUP)]
-            jobs.accept(session, group, max_queued_jobs=10**9)
+            jobs_accept.accept(session, group, max_queued_jobs=10**9)
 
     started = time.perf_counter()
     cpu = microseconds(accept_group, repeats=50, per_call=GROUP)

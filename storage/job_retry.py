@@ -5,7 +5,7 @@ from dataclasses import replace
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from storage.jobs import Accepted, AcceptOutcome, NewJob, accept
+from storage.jobs_accept import Accepted, AcceptOutcome, NewJob, accept
 from storage.jobs_sql import INHERIT
 from storage.tables import JobPayload
 

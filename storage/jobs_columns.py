@@ -11,7 +11,8 @@ from psycopg.types.array import ListBinaryDumper
 from domain.chunks import TokenChunk
 
 if TYPE_CHECKING:
-    from storage.jobs import ChunkCommit, Finalisation, NewJob
+    from storage.jobs import ChunkCommit, Finalisation
+    from storage.jobs_accept import NewJob
 
 
 class Packed(list[Any]):

@@ -22,10 +22,10 @@ from domain.ids import external_id
 from domain.jobs import BATCH_PRIORITY
 from observability import describe_exception
 from settings import Settings
-from storage import batches, files, jobs, tenants
+from storage import batches, files, jobs, jobs_accept, tenants
 from storage.batch_tables import Batch, BatchLine
 from storage.batches import NewLine
-from storage.jobs import AcceptOutcome, NewJob
+from storage.jobs_accept import AcceptOutcome, NewJob
 from tasks.batch_files import LINES_PER_READ, FoundLine, prefix_hash, split_lines, write_lines
 from tasks.batch_surface import BatchSurface, LineRequest
 from tasks.grammar_gate import GrammarGate
@@ -205,7 +205,7 @@ class BatchWork:
         ordered = sorted(new_job.id for new_job in new_jobs.values())
         new_jobs = {line: replace(job, id=id_) for (line, job), id_ in zip(new_jobs.items(), ordered, strict=True)}
         session.flush()
-        accepted = jobs.accept(session, list(new_jobs.values()), max_queued_jobs=self._settings.max_queued_jobs)
+        accepted = jobs_accept.accept(session, list(new_jobs.values()), max_queued_jobs=self._settings.max_queued_jobs)
         taken = {
             line: (answer.job_id, new_job.num_sequences)
             for (line, new_job), answer in zip(new_jobs.items(), accepted, strict=True)

@@ -21,9 +21,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from domain.errors import ServerOverloaded, StorageUnavailable
 from observability import describe_exception, jobs_accept_group_size, jobs_accept_seconds, jobs_accept_waiting
 from settings import Settings
-from storage import jobs
+from storage import jobs_accept
 from storage.database import async_session_factory, open_statement_database
-from storage.jobs import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome, NewJob
+from storage.jobs_accept import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome, NewJob
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class GroupAcceptor:
     async def _accept(self, new_jobs: list[NewJob]) -> list[Accepted]:
         started = time.perf_counter()
         async with self._sessions() as session:
-            outcomes = await session.run_sync(jobs.accept, new_jobs, **self._bounds)
+            outcomes = await session.run_sync(jobs_accept.accept, new_jobs, **self._bounds)
             await session.commit()
         jobs_accept_seconds.observe(time.perf_counter() - started)
         jobs_accept_group_size.observe(len(new_jobs))

@@ -8,7 +8,7 @@ from typing import Literal
 from domain.ids import external_id
 from domain.jobs import JobStatus, Lane
 from storage.job_queries import JobRecord
-from storage.jobs import Accepted, AcceptOutcome, NewJob
+from storage.jobs_accept import Accepted, AcceptOutcome, NewJob
 from tasks.submit import JobOptions, Submitted, Submitter, raise_refusal
 
 

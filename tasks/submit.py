@@ -29,7 +29,7 @@ from domain.webhook_urls import BadWebhookUrl
 from domain.webhooks import TELLABLE_STATUSES
 from observability import jobs_submitted_total, labelled, llm_requests_total, prompt_tokens_total
 from settings import Settings
-from storage.jobs import Accepted, AcceptOutcome, NewJob, QueueRoom
+from storage.jobs_accept import Accepted, AcceptOutcome, NewJob, QueueRoom
 from tasks.embed import refuse_unembeddable
 from tasks.grammar_gate import GrammarGate
 from tasks.group_accept import GroupAcceptor

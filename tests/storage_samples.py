@@ -11,7 +11,8 @@ from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, Usage
 from domain.requests import GenerationRequest, GenerationResult, ResultChoice
 from storage import jobs
-from storage.jobs import ClaimedJob, NewJob
+from storage.jobs import ClaimedJob
+from storage.jobs_accept import NewJob
 from storage.tables import DEFAULT_TENANT_ID, TenantLoad
 
 MODEL = "test-model"

@@ -12,7 +12,7 @@ from api.job_inputs import parse_idempotency_key
 from api.job_schemas import WEEK_SECONDS
 from domain.errors import InvalidRequest
 from domain.webhook_urls import MAX_URL_BYTES
-from storage.jobs import QueueRoom
+from storage.jobs_accept import QueueRoom
 
 OPENAI_VERSION = "2020-10-01"  # the only one there is; SDKs log it
 DEFAULT_READ_TIMEOUT_SECONDS = 600.0  # of the SDKs

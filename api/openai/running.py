@@ -24,7 +24,7 @@ from domain.webhooks import TELLABLE_STATUSES
 from observability import job_id_context
 from storage import endpoint_jobs, job_queries
 from storage.job_queries import JobRecord
-from storage.jobs import QueueRoom
+from storage.jobs_accept import QueueRoom
 from storage.stream_channels import num_listening_processes
 from tasks.submit import JobOptions, request_hash
 

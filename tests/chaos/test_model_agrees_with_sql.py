@@ -12,8 +12,9 @@ from domain.chunks import TokenChunk
 from domain.ids import new_id
 from domain.jobs import JobStatus, Usage
 from domain.requests import GenerationRequest, GenerationResult, SamplingParams
-from storage import jobs
-from storage.jobs import AcceptOutcome, ChunkCommit, Finalisation, NewJob
+from storage import jobs, jobs_accept
+from storage.jobs import ChunkCommit, Finalisation
+from storage.jobs_accept import AcceptOutcome, NewJob
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult, TenantLoad
 from tests.chaos.model import Budget, Protocol, State, Step, Worker, is_terminal, steps
 
@@ -93,7 +94,7 @@ class Table:
             result_ttl_seconds=3600,
             request_hash=b"hash",
         )
-        outcome = jobs.accept(session, [new_job], max_queued_jobs=1000)[0].outcome
+        outcome = jobs_accept.accept(session, [new_job], max_queued_jobs=1000)[0].outcome
         assert outcome is (AcceptOutcome.ACCEPTED if before.status is None else AcceptOutcome.DUPLICATE)
 
     def _dispatch(self, session: Session, before: State, step: Step) -> None:

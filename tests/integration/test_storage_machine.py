@@ -11,8 +11,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus, Lane
-from storage import jobs
-from storage.jobs import AcceptOutcome, ChunkCommit, Finalisation
+from storage import jobs, jobs_accept
+from storage.jobs import ChunkCommit, Finalisation
+from storage.jobs_accept import AcceptOutcome
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult, TenantLoad
 from tests.storage_samples import MODEL, PAST, chunk, claim, new_job, result
 
@@ -105,7 +106,7 @@ class Store(RuleBasedStateMachine):
     def accept(self, key: str) -> None:
         job = new_job(idempotency_key=key, max_failures=MAX_FAILURES)
         with self.sessions.begin() as session:
-            [accepted] = jobs.accept(session, [job], max_queued_jobs=MAX_QUEUED)
+            [accepted] = jobs_accept.accept(session, [job], max_queued_jobs=MAX_QUEUED)
         by_key = {known.key: job_id for job_id, known in self.jobs.items()}
         if key in by_key:
             assert (accepted.outcome, accepted.job_id) == (AcceptOutcome.DUPLICATE, by_key[key])
