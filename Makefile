@@ -15,10 +15,14 @@ READY_TO_RUN := $(VENV)/.ready-to-run-$(PINS)
 READY_TO_TEST := $(VENV)/.ready-to-test-$(PINS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+OLD_OPENAI := openai==1.109.1 distro==1.9.0
+CLIENT_PINS := tests/conformance/clients.txt
+
+FUZZ_REQUESTS := 20000
 SECONDS := 1800
 SEED := 1
 
-.PHONY: help run test check format chaos bench constraints clean
+.PHONY: help run test check format conformance fuzz chaos bench constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +42,12 @@ check: $(READY_TO_TEST) ## format, lint, types, import directions
 format: $(READY_TO_TEST) ## rewrite the files as `make check` wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+conformance: $(READY_TO_TEST) $(VENV)/clients/.ready ## unmodified clients of all kinds, LangChain and LiteLLM too
+	$(BIN)/python -m pytest tests/conformance
+
+fuzz: $(READY_TO_TEST) ## requests made from the OpenAPI document, by the thousand: make fuzz FUZZ_REQUESTS=50000
+	FUZZ_REQUESTS=$(FUZZ_REQUESTS) $(BIN)/python -m pytest -s tests/conformance/test_openapi_fuzz.py
 
 chaos: $(READY_TO_TEST) ## kill, pause and flush while jobs run, and judge what came out: make chaos SECONDS=600 SEED=7
 	$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED)
@@ -61,7 +71,15 @@ $(READY_TO_RUN):
 
 $(READY_TO_TEST):
 	@$(MAKE) --no-print-directory install EXTRAS=worker,embedded,test
+	@# An SDK from before, for the tests. What it stands on is here but for distro.
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/openai-1 $(OLD_OPENAI)
 	@touch $@ $(READY_TO_RUN)
+
+$(VENV)/clients/.ready: $(READY_TO_TEST) $(CLIENT_PINS)
+	@echo "Installing LangChain and LiteLLM into $(VENV)/clients, once; some minutes ..."
+	@$(BIN)/python -m venv --clear $(VENV)/clients
+	@$(VENV)/clients/bin/python -m pip --disable-pip-version-check --quiet install --requirement $(CLIENT_PINS)
+	@touch $@
 
 .PHONY: install
 install:

@@ -14,6 +14,7 @@ from api.errors import register_error_handlers
 from api.middleware import BodyLimit, RequestContext
 from api.openai import batches, chat, completions, embeddings, files, models, responses, stored_chats
 from api.openai.uploads import FORM_BYTES
+from api.openapi import document_of
 from api.services import open_services
 from domain.catalog import Catalog
 from settings import Settings, get_settings
@@ -75,7 +76,7 @@ def _add_documentation(app: FastAPI) -> None:
 
     @router.get("/openapi.json", include_in_schema=False)
     async def openapi() -> JSONResponse:
-        return JSONResponse(app.openapi())
+        return JSONResponse(document_of(app))
 
     @router.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:

@@ -116,8 +116,11 @@ def invalid_request(exc: ValidationError, model: type[BaseModel]) -> InvalidRequ
 
 
 def _location(error: Any) -> tuple[int | str, ...]:
-    """Without the tags of unions, which are spelt <so> and are no fields."""
-    return tuple(part for part in error["loc"] if not str(part).startswith("<"))
+    """Without the tags of unions, which are spelt <so> and are no fields. An unknown field may be spelt so, too."""
+    *outer, last = error["loc"] or ("",)
+    is_named = error["type"] == "extra_forbidden" or not str(last).startswith("<")
+    path = tuple(part for part in outer if not str(part).startswith("<"))
+    return (*path, last) if is_named and error["loc"] else path
 
 
 def _describe(error: Any, param: str | None, model: type[BaseModel]) -> str:

@@ -13,6 +13,7 @@ from api.deps import caller_of, private_router
 from api.job_inputs import page_cursor
 from api.job_schemas import DeadLetterListView, JobView, attempts_view, job_view
 from api.jobs import answer_job, find_job, view_after_submit
+from api.openapi import request_body
 from api.queries import QueryModel, query_parameters, read_query
 from domain.errors import JobNotRetryable
 from domain.ids import external_id
@@ -69,7 +70,7 @@ async def list_dead_letters(request: Request) -> Response:
     "/v1/dead_letters/{job_id}/replay",
     status_code=202,
     responses={200: {"model": JobView}, 202: {"model": JobView}},
-    openapi_extra={"requestBody": {"content": {"application/json": {"schema": ReplayBody.model_json_schema()}}}},
+    openapi_extra=request_body(ReplayBody, is_required=False),
 )
 async def replay_dead_letter(job_id: str, request: Request) -> Response:
     """A new job with the same request and nothing of the old output. The same call again answers with the same job."""

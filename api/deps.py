@@ -7,6 +7,7 @@ from uuid import UUID
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
+from api.openapi import NEEDS_KEY, REFUSALS
 from api.services import Services
 from domain.errors import PermissionDenied
 
@@ -18,12 +19,16 @@ class Caller(NamedTuple):
 
 def private_router() -> APIRouter:
     """Where every route belongs but health: none of its routes answers without a key, whatever their functions do."""
-    return APIRouter(route_class=PrivateRoute)
+    return APIRouter(route_class=PrivateRoute, responses=REFUSALS)
 
 
 class PrivateRoute(APIRoute):
     """Authenticates before anything else is looked at. Not a FastAPI dependency: solving those would cost more than
     all the rest of the way in."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        options["openapi_extra"] = NEEDS_KEY | (options.get("openapi_extra") or {})
+        super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         answer = super().get_route_handler()

@@ -6,6 +6,7 @@
 
 import logging
 import random
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import orjson
@@ -14,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from domain.errors import (
     CeleriacError,
@@ -35,6 +37,9 @@ log = logging.getLogger(__name__)
 
 MIN_RETRY_AFTER_SECONDS = 1
 MAX_RETRY_AFTER_SECONDS = 60  # the SDKs ignore more and fall back to their own short delay
+
+
+METHODS = ("DELETE", "GET", "POST")  # those that any route here answers
 
 
 class MethodNotAllowed(CeleriacError):
@@ -144,18 +149,27 @@ async def _answer_celeriac_error(request: Request, exc: Exception) -> Response:
 async def _answer_http_exception(request: Request, exc: Exception) -> Response:
     """What Starlette itself raises: no such route, wrong method, unreadable request."""
     assert isinstance(exc, HTTPException)
-    response = error_response(_as_celeriac_error(request, exc))
-    response.headers.update(exc.headers or {})
+    headers = dict(exc.headers or {})
+    if exc.status_code == 405:
+        headers["Allow"] = ", ".join(_methods_of(request))
+    response = error_response(_as_celeriac_error(request, exc, headers))
+    response.headers.update(headers)
     return response
 
 
-def _as_celeriac_error(request: Request, exc: HTTPException) -> CeleriacError:
+def _methods_of(request: Request) -> list[str]:
+    """What this path answers to. Starlette names the methods of one route alone, and others may share its path."""
+    routes = request.app.router.routes
+    tried = [(method, {**request.scope, "method": method}) for method in METHODS]
+    return [method for method, scope in tried if any(route.matches(scope)[0] is Match.FULL for route in routes)]
+
+
+def _as_celeriac_error(request: Request, exc: HTTPException, headers: Mapping[str, str]) -> CeleriacError:
     path = request.url.path[:128]
     if exc.status_code == 404:
         return NotFound(f"there is no {path!r} here; /openapi.json lists every route")
     if exc.status_code == 405:
-        allowed = (exc.headers or {}).get("Allow", "another method")
-        return MethodNotAllowed(f"{path} does not answer {request.method[:16]}; use {allowed}")
+        return MethodNotAllowed(f"{path} does not answer {request.method[:16]}; use {headers['Allow']}")
     if exc.status_code == 413:
         return RequestTooLarge(str(exc.detail))
     if exc.status_code in (401, 403):

@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from api.deps import private_router, services_of
 from api.job_schemas import View
+from api.openapi import TEXT
 from api.services import Services
 from storage.recent_jobs import RecentJobs
 
@@ -121,7 +122,7 @@ async def health(request: Request, response: Response) -> HealthView:
     )
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=Response, responses={200: TEXT})
 async def metrics() -> Response:
     """Prometheus. A scraper sends the key as `Authorization: Bearer`."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -1,10 +1,10 @@
 """What the job routes read beside bodies: query strings and the headers that steer a request."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 from uuid import UUID
 
-from pydantic import AwareDatetime, Field
+from pydantic import AwareDatetime, BeforeValidator, Field
 from starlette.requests import Request
 
 from api.job_schemas import NO_NUL, JobKnobs, MetadataKey, MetadataValue
@@ -16,6 +16,13 @@ from domain.jobs import JobStatus
 MAX_WAIT_SECONDS = 60
 
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,9})\"?", re.IGNORECASE)
+
+
+def _refuse_number(value: object) -> object:
+    """A number would be read as seconds since 1970, which no other time here is written as."""
+    if isinstance(value, str) and not value[4:5] == "-":
+        raise ValueError(f"it is {value[:40]!r}; write it as 2026-10-20T12:00:00Z")
+    return value
 
 
 class WaitQuery(QueryModel):
@@ -34,7 +41,7 @@ class EventsQuery(QueryModel):
 class ListQuery(QueryModel):
     status: JobStatus | None = None
     model: str | None = Field(default=None, max_length=128, pattern=NO_NUL)
-    created_after: AwareDatetime | None = None
+    created_after: Annotated[AwareDatetime | None, BeforeValidator(_refuse_number)] = None
     metadata: dict[MetadataKey, MetadataValue] = Field(
         default_factory=dict, max_length=16, description="metadata[key]=value"
     )

@@ -197,6 +197,20 @@ class JobView(View):
     input: dict[str, Any] | None = Field(default=None, description="Only with include=input.")
 
 
+class JobOutputView(OutputView):
+    """The output alone; of a running job so far."""
+
+    id: str
+    object: Literal["job.output"]
+    status: JobStatus
+
+
+class DeletedView(View):
+    id: str
+    object: str
+    deleted: bool
+
+
 class DeadLetterListView(View):
     object: Literal["list"]
     data: list[JobView]

@@ -24,7 +24,9 @@ from api.job_inputs import (
 )
 from api.job_schemas import (
     BODY_SCHEMA,
+    DeletedView,
     JobListView,
+    JobOutputView,
     JobView,
     attempts_view,
     body_class,
@@ -32,6 +34,7 @@ from api.job_schemas import (
     new_job_view,
     output_view,
 )
+from api.openapi import EVENTS, TEXT
 from api.queries import query_parameters, read_query
 from api.services import Services
 from api.sse import EventStream
@@ -140,7 +143,8 @@ async def read_job(job_id: str, request: Request) -> Response:
 
 @router.get(
     "/v1/jobs/{job_id}/events",
-    responses={200: {"content": {"text/event-stream": {}}}, 204: {"description": "The last event was seen already."}},
+    response_class=Response,
+    responses={200: EVENTS, 204: {"description": "The last event was seen already."}},
     openapi_extra={"parameters": query_parameters(EventsQuery)},
 )
 async def stream_job(job_id: str, request: Request) -> Response:
@@ -169,7 +173,8 @@ async def stream_job(job_id: str, request: Request) -> Response:
 
 @router.get(
     "/v1/jobs/{job_id}/output",
-    responses={200: {"content": {"text/plain": {}, "application/json": {}}}},
+    response_class=Response,
+    responses={200: {"model": JobOutputView, **TEXT}},
     openapi_extra={"parameters": query_parameters(OutputQuery)},
 )
 async def read_output(job_id: str, request: Request) -> Response:
@@ -205,7 +210,7 @@ async def cancel_job(job_id: str, request: Request) -> Response:
     return answer_job(await _view(services, record), {"x-job-id": external_id(id_)}, pending_status=200)
 
 
-@router.delete("/v1/jobs/{job_id}")
+@router.delete("/v1/jobs/{job_id}", responses={200: {"model": DeletedView}})
 async def delete_job(job_id: str, request: Request) -> Response:
     """Erase the job with its input, output and stream. One that runs is stopped."""
     services, tenant_id = caller_of(request)

@@ -35,10 +35,11 @@ def read_query(request: Request, model: type[Query]) -> Query:
 
 def query_parameters(model: type[BaseModel]) -> list[Mapping[str, object]]:
     """The parameters of `model` as OpenAPI lists them."""
-    properties = model.model_json_schema()["properties"]
+    whole = model.model_json_schema()
+    defs = {"$defs": whole["$defs"]} if "$defs" in whole else {}
     return [
-        {"name": name, "in": "query", "required": False, "schema": schema, **_style(schema)}
-        for name, schema in properties.items()
+        {"name": name, "in": "query", "required": False, "schema": schema | defs, **_style(schema)}
+        for name, schema in whole["properties"].items()
     ]
 
 

@@ -18,6 +18,7 @@ from api.openai.headers import answer_headers
 from api.openai.running import Asked, start, start_all
 from api.openai.schemas import OpenAIModel, Strings, build, strings
 from api.openai.streaming import stream_answer
+from api.openapi import EVENTS
 from api.services import Services
 from domain.chunks import TokenChunk
 from domain.errors import InvalidRequest, ServerOverloaded, TooManyQueuedJobs
@@ -114,7 +115,7 @@ async def generate(request: Request) -> Response:
     return WholeAnswer(runs, lambda records: {"results": [generated(record) for record in records]})
 
 
-@router.post("/generate_stream", openapi_extra=_body_of(GenerateStreamBody))
+@router.post("/generate_stream", responses={200: EVENTS}, openapi_extra=_body_of(GenerateStreamBody))
 async def generate_stream(request: Request) -> Response:
     """The same for one prompt, as it comes; the event with `done` is the last one."""
     body = await read_model(request, GenerateStreamBody)

@@ -10,7 +10,7 @@ from api.deps import caller_of, private_router
 from api.queries import query_parameters, read_query
 from api.services import Services
 from api.webhook_endpoints import cursor
-from api.webhook_schemas import DeliveriesQuery, attempt_view, delivery_view, page
+from api.webhook_schemas import DeliveriesQuery, DeliveryListView, DeliveryView, attempt_view, delivery_view, page
 from domain.errors import InvalidRequest, NotFound
 from domain.ids import parse_id, parse_id_of_other
 from storage import webhook_deliveries
@@ -18,7 +18,11 @@ from storage import webhook_deliveries
 router = private_router()
 
 
-@router.get("/v1/webhook_deliveries", openapi_extra={"parameters": query_parameters(DeliveriesQuery)})
+@router.get(
+    "/v1/webhook_deliveries",
+    responses={200: {"model": DeliveryListView}},
+    openapi_extra={"parameters": query_parameters(DeliveriesQuery)},
+)
 async def list_deliveries(request: Request) -> Response:
     """Newest first, without their attempts; those that are done are kept for a week."""
     services, tenant_id = caller_of(request)
@@ -36,14 +40,14 @@ async def list_deliveries(request: Request) -> Response:
     return Response(orjson.dumps(shown), media_type="application/json")
 
 
-@router.get("/v1/webhook_deliveries/{delivery_id}")
+@router.get("/v1/webhook_deliveries/{delivery_id}", responses={200: {"model": DeliveryView}})
 async def read_delivery(delivery_id: str, request: Request) -> Response:
     """With every attempt."""
     services, tenant_id = caller_of(request)
     return await _view(services, _parse(delivery_id), tenant_id, delivery_id)
 
 
-@router.post("/v1/webhook_deliveries/{delivery_id}/redeliver")
+@router.post("/v1/webhook_deliveries/{delivery_id}/redeliver", responses={200: {"model": DeliveryView}})
 async def redeliver(delivery_id: str, request: Request) -> Response:
     """Send it once more, at once and with a new 72 hours of retries; its id and its event stay the same."""
     services, tenant_id = caller_of(request)

@@ -10,12 +10,20 @@ from starlette.responses import Response
 
 from api.bodies import parse_model, read_body, read_model
 from api.deps import caller_of, private_router
+from api.job_schemas import DeletedView
+from api.openapi import request_body
 from api.queries import query_parameters, read_query
 from api.services import Services
 from api.webhook_schemas import (
     CreateBody,
+    EndpointListView,
     EndpointsQuery,
+    EndpointTestView,
+    EndpointView,
+    EndpointWithSecretView,
+    EventTypeListView,
     RotateBody,
+    SecretView,
     TestBody,
     UpdateBody,
     endpoint_view,
@@ -34,13 +42,17 @@ from tasks.webhook_http import WebhookClient
 router = private_router()
 
 
-@router.get("/v1/webhook_event_types")
+@router.get("/v1/webhook_event_types", responses={200: {"model": EventTypeListView}})
 async def list_event_types(request: Request) -> Response:
     """What an endpoint can ask for."""
     return _answer({"object": "list", "data": list(EVENT_TYPES)})
 
 
-@router.post("/v1/webhook_endpoints")
+@router.post(
+    "/v1/webhook_endpoints",
+    responses={200: {"model": EndpointWithSecretView}},
+    openapi_extra=request_body(CreateBody),
+)
 async def create_endpoint(request: Request) -> Response:
     """The answer shows the secret, which is not shown again."""
     services, tenant_id = caller_of(request)
@@ -59,7 +71,11 @@ async def create_endpoint(request: Request) -> Response:
     return _answer(endpoint_view(endpoint) | {"signing_secret": endpoint.secret})
 
 
-@router.get("/v1/webhook_endpoints", openapi_extra={"parameters": query_parameters(EndpointsQuery)})
+@router.get(
+    "/v1/webhook_endpoints",
+    responses={200: {"model": EndpointListView}},
+    openapi_extra={"parameters": query_parameters(EndpointsQuery)},
+)
 async def list_endpoints(request: Request) -> Response:
     """Newest first."""
     services, tenant_id = caller_of(request)
@@ -69,13 +85,17 @@ async def list_endpoints(request: Request) -> Response:
     return _answer(page([endpoint_view(endpoint) for endpoint in found], query.limit))
 
 
-@router.get("/v1/webhook_endpoints/{webhook_endpoint_id}")
+@router.get("/v1/webhook_endpoints/{webhook_endpoint_id}", responses={200: {"model": EndpointView}})
 async def read_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
     services, tenant_id = caller_of(request)
     return _answer(endpoint_view(await _find(services, webhook_endpoint_id, tenant_id)))
 
 
-@router.post("/v1/webhook_endpoints/{webhook_endpoint_id}")
+@router.post(
+    "/v1/webhook_endpoints/{webhook_endpoint_id}",
+    responses={200: {"model": EndpointView}},
+    openapi_extra=request_body(UpdateBody),
+)
 async def update_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
     """What is given is changed. What still waits for delivery goes to the new URL."""
     services, tenant_id = caller_of(request)
@@ -93,7 +113,7 @@ async def update_endpoint(webhook_endpoint_id: str, request: Request) -> Respons
     return _answer(endpoint_view(_found(changed, webhook_endpoint_id)))
 
 
-@router.delete("/v1/webhook_endpoints/{webhook_endpoint_id}")
+@router.delete("/v1/webhook_endpoints/{webhook_endpoint_id}", responses={200: {"model": DeletedView}})
 async def delete_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
     """With its deliveries and their log."""
     services, tenant_id = caller_of(request)
@@ -103,7 +123,11 @@ async def delete_endpoint(webhook_endpoint_id: str, request: Request) -> Respons
     return _answer({"id": external_id(id_, "wh"), "object": "webhook_endpoint.deleted", "deleted": True})
 
 
-@router.post("/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret")
+@router.post(
+    "/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret",
+    responses={200: {"model": EndpointWithSecretView}},
+    openapi_extra=request_body(RotateBody, is_required=False),
+)
 async def rotate_secret(webhook_endpoint_id: str, request: Request) -> Response:
     """The answer shows the new secret. The old one is void at once unless it is kept for a day."""
     services, tenant_id = caller_of(request)
@@ -114,7 +138,11 @@ async def rotate_secret(webhook_endpoint_id: str, request: Request) -> Response:
     return _answer(endpoint_view(endpoint) | {"signing_secret": endpoint.secret})
 
 
-@router.post("/v1/webhook_endpoints/{webhook_endpoint_id}/test")
+@router.post(
+    "/v1/webhook_endpoints/{webhook_endpoint_id}/test",
+    responses={200: {"model": EndpointTestView}},
+    openapi_extra=request_body(TestBody),
+)
 async def test_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
     """Send a sample event now, once. Its status code is answered, whatever it is; 400 where there was none."""
     services, tenant_id = caller_of(request)
@@ -132,14 +160,18 @@ async def test_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
     )
 
 
-@router.get("/v1/webhook_secret")
+@router.get("/v1/webhook_secret", responses={200: {"model": SecretView}})
 async def read_secret(request: Request) -> Response:
     """What signs for the URLs that come with single jobs."""
     services, tenant_id = caller_of(request)
     return _answer(secret_view(await services.write(webhook_endpoints.tenant_secret, tenant_id)))
 
 
-@router.post("/v1/webhook_secret/rotate_secret")
+@router.post(
+    "/v1/webhook_secret/rotate_secret",
+    responses={200: {"model": SecretView}},
+    openapi_extra=request_body(RotateBody, is_required=False),
+)
 async def rotate_tenant_secret(request: Request) -> Response:
     services, tenant_id = caller_of(request)
     keep = (await _read_rotation(request)).keep_old_secret_active_for_24_hours

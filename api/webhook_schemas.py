@@ -1,10 +1,11 @@
 """Webhook endpoints, secrets and deliveries from outside; endpoints as the OpenAI SDK 3.x has them."""
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from api.job_schemas import NO_NUL, WebhookUrlText, timestamp
+from api.job_schemas import NO_NUL, View, WebhookUrlText, timestamp
 from api.queries import QueryModel
 from domain.ids import external_id
 from domain.webhooks import EVENT_TYPES, PREFIX_BY_OBJECT, DeliveryStatus, secret_hint
@@ -61,6 +62,83 @@ class DeliveriesQuery(EndpointsQuery):
     @property
     def delivery_status(self) -> DeliveryStatus | None:
         return None if self.status is None else DeliveryStatus(self.status)
+
+
+class EventTypeListView(View):
+    object: Literal["list"]
+    data: list[str]
+
+
+class EndpointView(View):
+    id: str
+    object: Literal["webhook_endpoint"]
+    created_at: int
+    updated_at: int
+    name: str
+    url: str
+    event_types: list[str]
+    enabled: bool
+    signing_secret_hint: str
+
+
+class EndpointWithSecretView(EndpointView):
+    signing_secret: str = Field(description="Not shown again.")
+
+
+class EndpointTestView(View):
+    object: Literal["webhook_endpoint.test"]
+    webhook_endpoint_id: str
+    event_type: str
+    status_code: int
+    success: bool
+
+
+class PageView(View):
+    object: Literal["list"]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class EndpointListView(PageView):
+    data: list[EndpointView]
+
+
+class SecretView(View):
+    object: Literal["webhook_secret"]
+    signing_secret: str
+    updated_at: int
+    previous_secret_expires_at: datetime | None
+
+
+class DeliveryAttemptView(View):
+    number: int
+    attempted_at: datetime
+    seconds: float
+    status_code: int | None
+    error: str | None
+
+
+class DeliveryView(View):
+    id: str
+    object: Literal["webhook_delivery"]
+    event_id: str
+    event_type: str
+    about: str = Field(description="The job, or what else the event is about.")
+    webhook_endpoint_id: str | None
+    url: str
+    status: DeliveryStatus
+    num_attempts: int
+    last_status_code: int | None
+    last_error: str | None
+    created_at: datetime
+    delivered_at: datetime | None
+    next_attempt_at: datetime | None
+    attempts: list[DeliveryAttemptView] | None = Field(default=None, description="Where one delivery is asked for.")
+
+
+class DeliveryListView(PageView):
+    data: list[DeliveryView]
 
 
 def endpoint_view(endpoint: WebhookEndpoint) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from api.openai.chat_requests import structured_by, to_generation_request
 from api.openai.chat_schemas import ChatCompletionBody
 from api.openai.running import Asked, start
 from api.openai.streaming import stream_answer
+from api.openai.views import ChatCompletionView
+from api.openapi import request_body, streamed_or
 from domain.jobs import Endpoint
 
 router = private_router()
@@ -18,12 +20,8 @@ router = private_router()
 
 @router.post(
     "/v1/chat/completions",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": ChatCompletionBody.model_json_schema()}},
-        }
-    },
+    responses=streamed_or(ChatCompletionView),
+    openapi_extra=request_body(ChatCompletionBody),
 )
 async def create_chat_completion(request: Request) -> Response:
     """A chat completion as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""

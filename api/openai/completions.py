@@ -13,6 +13,8 @@ from api.openai.completion_output import CompletionStream, Prompt, from_results,
 from api.openai.running import Asked, start_all
 from api.openai.schemas import GenerationBody, StreamOptions, Strings, Unsupported, build, strings
 from api.openai.streaming import stream_answers
+from api.openai.views import CompletionView
+from api.openapi import request_body, streamed_or
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.jobs import Endpoint
 from domain.requests import GenerationRequest
@@ -56,12 +58,8 @@ class CompletionBody(GenerationBody):
 
 @router.post(
     "/v1/completions",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": CompletionBody.model_json_schema()}},
-        }
-    },
+    responses=streamed_or(CompletionView),
+    openapi_extra=request_body(CompletionBody),
 )
 async def create_completion(request: Request) -> Response:
     """Choices are numbered prompt by prompt: choice `i * n + j` is answer `j` to prompt `i`."""

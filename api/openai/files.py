@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from starlette.responses import Response, StreamingResponse
 
 from api.deps import caller_of, private_router
+from api.job_schemas import DeletedView
 from api.openai.batch_lines import batch_surface
 from api.openai.uploads import Form, receive_file
 from api.queries import QueryModel, query_parameters, read_query
@@ -106,7 +107,7 @@ async def read_content(file_id: str, request: Request) -> Response:
     return StreamingResponse(_content(services, file.id), headers=headers, media_type="application/octet-stream")
 
 
-@router.delete("/v1/files/{file_id}")
+@router.delete("/v1/files/{file_id}", responses={200: {"model": DeletedView}})
 async def delete_file(file_id: str, request: Request) -> Response:
     """One that an unfinished batch needs is refused."""
     services, tenant_id = caller_of(request)

@@ -5,19 +5,20 @@ from fastapi import Request
 from starlette.responses import Response
 
 from api.deps import caller_of, private_router
+from api.openai.views import ModelListView, ModelView
 from domain.catalog import ModelSpec
 
 router = private_router()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses={200: {"model": ModelListView}})
 async def list_models(request: Request) -> Response:
     services, _ = caller_of(request)
     models = [_model_object(spec) for spec in services.catalog]
     return Response(orjson.dumps({"object": "list", "data": models}), media_type="application/json")
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", responses={200: {"model": ModelView}})
 async def read_model(model: str, request: Request) -> Response:
     """Slashes in a model's name come percent-encoded from the SDKs, and plain from people."""
     services, _ = caller_of(request)

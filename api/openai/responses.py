@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from api.bodies import read_model
 from api.deps import caller_of, private_router
+from api.job_schemas import DeletedView
 from api.openai.answers import WholeAnswer
 from api.openai.response_input import listed_items
 from api.openai.response_requests import structured_by, to_generation_request
@@ -24,6 +25,7 @@ from api.openai.stored_responses import (
     find_response,
     parser_for,
 )
+from api.openapi import EVENTS, request_body
 from api.queries import QueryModel, query_parameters, read_query
 from api.services import Services
 from api.sse import EventStream
@@ -57,9 +59,8 @@ class ItemsQuery(QueryModel):
 
 @router.post(
     "/v1/responses",
-    openapi_extra={
-        "requestBody": {"required": True, "content": {"application/json": {"schema": ResponseBody.model_json_schema()}}}
-    },
+    responses={200: EVENTS},
+    openapi_extra=request_body(ResponseBody),
 )
 async def create_response(request: Request) -> Response:
     """A response as OpenAI's, and a job as any other. In the background, and wherever it is stored, it goes on without
@@ -79,7 +80,7 @@ async def create_response(request: Request) -> Response:
     return _answer(await as_it_stands(services, record), run.headers)
 
 
-@router.post("/v1/responses/input_tokens")
+@router.post("/v1/responses/input_tokens", openapi_extra=request_body(InputTokensBody))
 async def count_input_tokens(request: Request) -> Response:
     """How many tokens the prompt of such a response would have."""
     services, _ = caller_of(request)
@@ -93,7 +94,11 @@ async def count_input_tokens(request: Request) -> Response:
     return _json({"object": "response.input_tokens", "input_tokens": num_tokens})
 
 
-@router.get("/v1/responses/{response_id}", openapi_extra={"parameters": query_parameters(RetrieveQuery)})
+@router.get(
+    "/v1/responses/{response_id}",
+    responses={200: EVENTS},
+    openapi_extra={"parameters": query_parameters(RetrieveQuery)},
+)
 async def read_response(response_id: str, request: Request) -> Response:
     """As it stands, with the text so far; or its events from the start, or after one, for as long as it is kept."""
     services, tenant_id = caller_of(request)
@@ -120,7 +125,7 @@ async def cancel_response(response_id: str, request: Request) -> Response:
     return _answer(await as_it_stands(services, record), {"x-job-id": external_id(record.job.id)})
 
 
-@router.delete("/v1/responses/{response_id}")
+@router.delete("/v1/responses/{response_id}", responses={200: {"model": DeletedView}})
 async def delete_response(response_id: str, request: Request) -> Response:
     """Erases it with its input; one that is under way is stopped."""
     services, tenant_id = caller_of(request)

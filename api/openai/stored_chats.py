@@ -14,9 +14,11 @@ from starlette.responses import Response
 from api.bodies import read_model
 from api.deps import Caller, caller_of, private_router
 from api.job_inputs import page_cursor
-from api.job_schemas import NO_NUL
+from api.job_schemas import NO_NUL, DeletedView
 from api.openai.chat_output import from_result
 from api.openai.schemas import Metadata, OpenAIModel
+from api.openai.views import ChatCompletionListView, ChatCompletionView, StoredMessageListView
+from api.openapi import request_body
 from api.queries import QueryModel, query_parameters, read_query
 from api.services import Services
 from domain.errors import InvalidCursor, JobNotFound, ModelNotFound
@@ -45,7 +47,11 @@ class MetadataBody(OpenAIModel):
     metadata: Metadata | None
 
 
-@router.get("/v1/chat/completions", openapi_extra={"parameters": query_parameters(ChatListQuery)})
+@router.get(
+    "/v1/chat/completions",
+    responses={200: {"model": ChatCompletionListView}},
+    openapi_extra={"parameters": query_parameters(ChatListQuery)},
+)
 async def list_chat_completions(request: Request) -> Response:
     services, tenant_id = caller_of(request)
     query = read_query(request, ChatListQuery)
@@ -63,13 +69,17 @@ async def list_chat_completions(request: Request) -> Response:
     return _page(completions, has_more=len(records) > query.limit)
 
 
-@router.get("/v1/chat/completions/{completion_id}")
+@router.get("/v1/chat/completions/{completion_id}", responses={200: {"model": ChatCompletionView}})
 async def read_chat_completion(completion_id: str, request: Request) -> Response:
     caller = caller_of(request)
     return _json(stored_completion(caller.services, await _find(caller, completion_id)))
 
 
-@router.post("/v1/chat/completions/{completion_id}")
+@router.post(
+    "/v1/chat/completions/{completion_id}",
+    responses={200: {"model": ChatCompletionView}},
+    openapi_extra=request_body(MetadataBody),
+)
 async def update_chat_completion(completion_id: str, request: Request) -> Response:
     """Replaces the metadata, which is all that may change."""
     caller = caller_of(request)
@@ -79,7 +89,7 @@ async def update_chat_completion(completion_id: str, request: Request) -> Respon
     return _json(stored_completion(caller.services, await _find(caller, completion_id)))
 
 
-@router.delete("/v1/chat/completions/{completion_id}")
+@router.delete("/v1/chat/completions/{completion_id}", responses={200: {"model": DeletedView}})
 async def delete_chat_completion(completion_id: str, request: Request) -> Response:
     """Erases the job, input and output with it."""
     caller = caller_of(request)
@@ -89,7 +99,11 @@ async def delete_chat_completion(completion_id: str, request: Request) -> Respon
     return _json({"id": name, "object": "chat.completion.deleted", "deleted": True})
 
 
-@router.get("/v1/chat/completions/{completion_id}/messages", openapi_extra={"parameters": query_parameters(PageQuery)})
+@router.get(
+    "/v1/chat/completions/{completion_id}/messages",
+    responses={200: {"model": StoredMessageListView}},
+    openapi_extra={"parameters": query_parameters(PageQuery)},
+)
 async def list_messages(completion_id: str, request: Request) -> Response:
     """The messages that were sent. Their ids are the completion's with their place."""
     query = read_query(request, PageQuery)

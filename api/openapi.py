@@ -1,0 +1,104 @@
+"""The OpenAPI document: what FastAPI writes from the routes, and what is the same for all of them.
+
+Bodies and query strings are read by our own code, so routes declare them by hand; their schemas come whole, with
+definitions of their own, which move to where the document keeps all of them.
+"""
+
+from typing import Any, Final
+
+import orjson
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+
+NEEDS_KEY: Final[dict[str, Any]] = {"security": [{"key": []}]}
+_KEY_SCHEME = {"key": {"type": "http", "scheme": "bearer", "description": "Not asked for under CELERIAC_AUTH=none."}}
+
+
+EVENTS: Final[dict[str, Any]] = {"content": {"text/event-stream": {}}, "description": "Server-sent events."}
+TEXT: Final[dict[str, Any]] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+
+
+class ErrorDetail(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    message: str = Field(description="What is wrong, with the value seen and the remedy.")
+    type: str
+    param: str | None = Field(description="The field that is wrong.")
+    code: str = Field(description="Stable; made for programs.")
+
+
+class ErrorView(BaseModel):
+    """Every refusal, on every route."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    error: ErrorDetail
+    request_id: str | None
+
+
+#: What a private route may answer instead of what was asked for. 500 is none of it: that is a bug, or a job's failure.
+REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ErrorView, "description": description}
+    for status, description in {
+        400: "The request is not understood, or asks for what cannot be.",
+        401: "The key is missing, unknown or revoked.",
+        403: "The key may not do this.",
+        404: "There is no such thing, or it is another tenant's.",
+        408: "The body came too slowly.",
+        410: "It was there and is not any more: the stream's cursor, or a job that was cancelled.",
+        413: "The body is too large.",
+        415: "The body is no JSON, or compressed.",
+        422: "The request is well formed, and refused for good.",
+        429: "Too much is queued; come back after Retry-After.",
+        503: "The server or its database is too busy or away; come back after Retry-After.",
+        504: "The job's deadline came first.",
+    }.items()
+}
+
+
+def request_body(model: type[BaseModel], *, is_required: bool = True) -> dict[str, Any]:
+    """The JSON body of a route, for its `openapi_extra`."""
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": is_required, "content": content}}
+
+
+def streamed_or(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that answers with a `model`, or with server-sent events where the body asks for them."""
+    return {200: {"model": model, **EVENTS}}
+
+
+def document_of(app: FastAPI) -> dict[str, Any]:
+    """The whole document; made once."""
+    document = app.openapi()
+    components = document.setdefault("components", {})
+    if "securitySchemes" not in components:
+        components["securitySchemes"] = _KEY_SCHEME
+        _move_definitions(document["paths"], components.setdefault("schemas", {}))
+    return document
+
+
+def _move_definitions(part: Any, schemas: dict[str, Any]) -> None:
+    """Take every `$defs` below `part` into `schemas`, and point to them there."""
+    if isinstance(part, dict):
+        if "$defs" in part:
+            _take_definitions(part, schemas)
+        part = list(part.values())
+    if isinstance(part, list):
+        for item in part:
+            _move_definitions(item, schemas)
+
+
+def _take_definitions(owner: dict[str, Any], schemas: dict[str, Any]) -> None:
+    """Under their own names, or behind the owner's where one of these means something else already."""
+    definitions = _pointing(owner["$defs"], "")
+    is_clear = all(schemas.get(name, schema) == schema for name, schema in definitions.items())
+    prefix = "" if is_clear else f"{owner.get('title', 'Body')}_"
+    moved = _pointing(owner, prefix)
+    schemas |= {prefix + name: schema for name, schema in moved.pop("$defs").items()}
+    owner.clear()
+    owner |= moved
+
+
+def _pointing(schema: Any, prefix: str) -> Any:
+    """A copy whose references point into the document."""
+    return orjson.loads(orjson.dumps(schema).replace(b"#/$defs/", b"#/components/schemas/" + prefix.encode()))

@@ -1,0 +1,145 @@
+"""Clients of other makers, versions and languages, unmodified, each a program of its own that asserts for itself.
+
+openai-python 1.x lies in .venv/openai-1 (`make test` puts it there), LangChain and LiteLLM in .venv/clients (`make
+conformance`), openai-node is installed here where there is a node. What is not there is skipped, and CI tells that.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from domain.catalog import Catalog, ModelSpec
+from domain.ids import external_id
+from domain.jobs import JobStatus
+from gpu_worker import intake
+from settings import ROOT
+from storage import api_keys, job_queries
+from storage.tables import DEFAULT_TENANT_ID
+from tests.integration.api_harness import ApiServer, HandWorker, make_chunk
+from tests.integration.runner_harness import Rig
+
+OPENAI_1 = ROOT / ".venv" / "openai-1"
+CLIENTS = ROOT / ".venv" / "clients"
+NODE_FOLDER = ROOT / "tests" / "conformance" / "node"
+BY_HAND = ModelSpec(id="by-hand", path="fake", backend="fake", max_model_len=4096)
+CALL = ('<tool_call>\n{"name": "ad', 'd", "arguments": {"a"', ": 1}}\n</tool_call>")
+PROGRAM_SECONDS = 90
+
+Environment = dict[str, str]
+
+
+@pytest.fixture
+def environment(rig: Rig, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch) -> Iterator[Environment]:
+    """Where the SDKs find a running system that wants a key: one model's jobs run, the other's call a tool."""
+    monkeypatch.setattr(intake, "POLL_SECONDS", 0.01)
+    catalog = Catalog([*Catalog.load(rig.settings.models_file), BY_HAND])
+    settings = rig.settings.model_copy(update={"auth": "api_key", "disconnect_grace_seconds": 5.0})
+    with rig.sessions.begin() as session:
+        key = api_keys.create(session, DEFAULT_TENANT_ID)
+    with ApiServer(settings, catalog) as server, calling_tools(hand_worker):
+        rig.start()
+        yield {
+            **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+            "OPENAI_BASE_URL": f"{server.url}/v1",
+            "OPENAI_API_KEY": key,
+        }
+
+
+@contextmanager
+def calling_tools(worker: HandWorker) -> Iterator[None]:
+    """Works off the jobs of BY_HAND: each says one tool call, in pieces."""
+    is_over = threading.Event()
+
+    def work() -> None:
+        while not is_over.wait(0.01):
+            with worker.sessions() as session:
+                waiting = job_queries.list_jobs(
+                    session, DEFAULT_TENANT_ID, status=JobStatus.QUEUED, model=BY_HAND.id, limit=100
+                )
+            for one in waiting:
+                job = worker.claim(external_id(one.id))
+                for number, text in enumerate(CALL, start=1):
+                    last: dict[str, Any] = {"finish_reason": "stop"} if number == len(CALL) else {}
+                    worker.commit(job, make_chunk(number, text, **last))
+                worker.finish(job, *CALL)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def report_of(command: list[str], environment: Environment, *, at_least: int) -> dict[str, Any]:
+    """Run a client program; all its cases must have gone well."""
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    bad = {name: fate for name, fate in report["cases"].items() if fate != "ok"}
+    assert not bad, "\n".join(f"{name}: {fate}" for name, fate in bad.items())
+    assert len(report["cases"]) >= at_least
+    return report
+
+
+def skip_or_fail(reason: str) -> None:
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def test_openai_python_1(environment: Environment) -> None:
+    if not OPENAI_1.exists():
+        skip_or_fail("openai 1.x is not in .venv/openai-1; `make test` puts it there")
+    command = [sys.executable, "-m", "tests.conformance.programs.openai_python"]
+    report = report_of(command, environment | {"PYTHONPATH": str(OPENAI_1)}, at_least=12)
+    assert report["version"].startswith("1.")
+
+
+def test_openai_python_as_it_is_today(environment: Environment) -> None:
+    report = report_of([sys.executable, "-m", "tests.conformance.programs.openai_python"], environment, at_least=12)
+    assert not report["version"].startswith("1.")
+
+
+@pytest.fixture(scope="module")
+def node_folder() -> Path:
+    """A folder with the pinned openai-node and the program; installed once for each lock file."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("there is no node or npm on this machine")
+    lock = (NODE_FOLDER / "package-lock.json").read_bytes()
+    folder = ROOT / ".venv" / f"node-{hashlib.sha256(lock).hexdigest()[:12]}"
+    if not (folder / "installed").exists():
+        shutil.copytree(NODE_FOLDER, folder, dirs_exist_ok=True)
+        command = ["npm", "ci", "--no-audit", "--no-fund", "--silent"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+        if done.returncode != 0:
+            skip_or_fail(f"npm could not install openai-node: {done.stderr[-500:]}")
+        (folder / "installed").touch()
+    shutil.copy(NODE_FOLDER / "client.mjs", folder)
+    return folder
+
+
+def test_openai_node(environment: Environment, node_folder: Path) -> None:
+    report_of(["node", str(node_folder / "client.mjs")], environment, at_least=11)
+
+
+@pytest.mark.parametrize("client", ["langchain", "litellm"])
+def test_frameworks(client: str, environment: Environment) -> None:
+    python = CLIENTS / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"{client} is not in .venv/clients; `make conformance` puts it there")
+    quiet = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LANGSMITH_TRACING": "false"}
+    report_of([str(python), "-m", f"tests.conformance.programs.{client}_client"], environment | quiet, at_least=3)

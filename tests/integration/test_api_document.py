@@ -1,0 +1,46 @@
+"""The OpenAPI document is whole, and what the fuzzer found once stays mended."""
+
+import json
+
+import httpx
+import pytest
+
+from api.openapi import REFUSALS, document_of
+from tests.integration.api_harness import ApiServer
+
+
+def test_every_reference_leads_somewhere_and_every_private_route_says_how_it_refuses(api: ApiServer) -> None:
+    document = document_of(api.app)
+    schemas = document["components"]["schemas"]
+    text = json.dumps(document)
+    assert "$defs" not in text
+    references = {part.split('"')[0] for part in text.split('"$ref": "#/components/schemas/')[1:]}
+    assert references <= schemas.keys()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if path.startswith("/health"):
+                continue
+            assert operation["security"] == [{"key": []}], (method, path)
+            assert {str(status) for status in REFUSALS} <= operation["responses"].keys(), (method, path)
+
+
+def test_a_field_whose_name_looks_like_a_tag_is_refused_by_its_name(http: httpx.Client) -> None:
+    for answer in (http.get("/v1/dead_letters", params={"<x>": "1"}), http.post("/v1/jobs", json={"<x>": 1})):
+        assert answer.status_code == 400, answer.text
+    assert http.get("/v1/dead_letters", params={"<x>": "1"}).json()["error"]["param"] == "<x>"
+
+
+@pytest.mark.parametrize("text", ["0.5", "1760000000", "-1"])
+def test_a_number_is_no_time(http: httpx.Client, text: str) -> None:
+    answer = http.get("/v1/jobs", params={"created_after": text})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "created_after"
+    assert http.get("/v1/jobs", params={"created_after": "2026-10-20T12:00:00Z"}).status_code == 200
+
+
+def test_a_wrong_method_is_told_all_that_the_path_answers(http: httpx.Client) -> None:
+    answer = http.put("/v1/jobs/job_01")
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "DELETE, GET"
+    assert "use DELETE, GET" in answer.json()["error"]["message"]
+    assert http.options("/v1/jobs").headers["allow"] == "GET, POST"
