@@ -5,6 +5,7 @@ a server error, be undeclared, or look otherwise than declared, and nothing that
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ NUM_REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "5000"))
 SEED = os.environ.get("FUZZ_SEED", "1")
 CONFIG = ROOT / "tests" / "conformance" / "schemathesis.toml"
 NUM_SYSTEMATIC = 2400  # requests at least that are made whatever is asked for
+UNTRIED = r"^/(v1/(responses|files|batches|embeddings)|generate|generate_stream|chat|api/v1/infer)"  # left out so far
 CATALOG = f"""
 [[models]]
 id = "{MODEL}"
@@ -65,11 +67,12 @@ def test_no_request_made_from_the_document_gets_what_it_does_not_promise(
 ) -> None:
     with rig.sessions.begin() as session:
         key = api_keys.create(session, DEFAULT_TENANT_ID)
-    num_operations = sum(len(operations) for operations in document_of(server.app)["paths"].values())
+    paths = document_of(server.app)["paths"]
+    num_operations = sum(len(operations) for path, operations in paths.items() if not re.match(UNTRIED, path))
     num_examples = max(10, (NUM_REQUESTS - NUM_SYSTEMATIC) // num_operations)
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run"]
     command += [f"{server.url}/openapi.json", "--header", f"Authorization: Bearer {key}", "--seed", SEED]
-    command += ["--max-examples", str(num_examples)]
+    command += ["--max-examples", str(num_examples), "--exclude-path-regex", UNTRIED]
     before = answers_by_status()
     logs = [run_phases(command, phases, tmp_path) for phases in ("coverage", "fuzzing,stateful")]  # one core each
     for process, log in logs:
