@@ -22,7 +22,7 @@ from tests.chaos.clients import Clients, History
 from tests.chaos.plant import Plant
 from tests.integration.test_main_job import MODEL, MODELS, SETTINGS, System, kill_engine, kill_worker, until
 
-NUM_JOBS, NUM_TOKENS = 8, 600
+NUM_JOBS, NUM_TOKENS = 10, 900
 NUM_CHUNKS = 12  # that every stream has shown between two strikes
 FINISH_SECONDS = 90.0
 
