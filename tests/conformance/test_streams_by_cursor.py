@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import openai
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -65,3 +66,17 @@ def test_a_chat_says_what_its_job_says_from_every_cursor(
     if "<" not in "".join(texts):  # the model's marks of calls and reasoning are taken out of what it says
         assert (content, reasoning) == ("".join(texts), "")
     until(lambda: api.services.slots.num_open == 0)
+
+
+@anew
+@given(texts=TEXTS, end=END)
+def test_a_response_has_the_same_events_from_every_number(
+    client: openai.OpenAI, hand_worker: HandWorker, texts: list[str], end: str
+) -> None:
+    response = client.responses.create(model="large", input="Hi", max_output_tokens=16, background=True)
+    say(hand_worker, response.id, texts, end)
+    whole = list(client.responses.retrieve(response.id, stream=True))
+    assert [event.sequence_number for event in whole] == list(range(len(whole)))
+    for cursor in range(len(whole)):
+        later = list(client.responses.retrieve(response.id, stream=True, starting_after=cursor))
+        assert later == whole[cursor + 1 :]

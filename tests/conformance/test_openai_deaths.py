@@ -1,0 +1,119 @@
+"""Streams of the unmodified SDK while the processes behind them are killed: no token is lost, and none comes twice."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types.responses import ResponseStreamEvent
+
+from domain.ids import parse_id
+from gpu_worker.engine.backends.fake_words import fake_text
+from tests.chaos.plant import Plant
+
+MODEL = "slow"
+MODELS = (
+    f'[[models]]\nid = "{MODEL}"\npath = "fake"\nbackend = "fake"\nmax_model_len = 1024\n'
+    "fake = {step_seconds = 0.02}\n"
+)
+NUM_TOKENS = 150
+PROMPT = list(b"user: Hi\nassistant: ")
+MESSAGES: Any = [{"role": "user", "content": "Hi"}]
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def plant() -> Iterator[Plant]:
+    folder = Path(tempfile.mkdtemp(prefix="celeriac-deaths-"))
+    settings = {"lease_seconds": 3, "flush_min_seconds": 0.02, "flush_max_seconds": 0.1}
+    workers = {"gpu-1": MODEL, "gpu-2": MODEL}
+    with Plant(folder, models=MODELS, worker_models=workers, num_apis=2, settings=settings) as plant:
+        plant.start_servers()
+        plant.start_parts()
+        plant.wait_until_ready()
+        yield plant
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def clients(plant: Plant) -> Iterator[list[openai.OpenAI]]:
+    """One for each API process."""
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key="any", timeout=60, max_retries=0))
+            for url in plant.api_urls
+        ]
+
+
+def said(plant: Plant, external: str) -> str:
+    """What the fake engine says to MESSAGES in this job, were nothing ever killed."""
+    with plant.connect() as connection:
+        row = connection.execute("SELECT seed, attempt FROM jobs WHERE id = %s", [parse_id(external)]).fetchone()
+    assert row is not None
+    seed, attempt = row
+    assert isinstance(seed, int)
+    assert isinstance(attempt, int)
+    assert attempt > 1, "the kill came too late to matter"
+    return fake_text(PROMPT, seed, 0, NUM_TOKENS)
+
+
+def kill_the_worker_of(plant: Plant, external: str) -> None:
+    with plant.connect() as connection:
+        row = connection.execute(
+            "SELECT w.hostname FROM jobs j JOIN workers w ON w.id = j.lease_owner WHERE j.id = %s",
+            [parse_id(external)],
+        ).fetchone()
+    assert row is not None
+    victim = next(worker for worker in plant.workers if str(row[0]).startswith(f"{worker.name}@"))
+    victim.kill()
+
+
+def text_of(events: list[ResponseStreamEvent]) -> str:
+    return "".join(event.delta for event in events if event.type == "response.output_text.delta")
+
+
+def test_a_chat_stream_goes_on_over_the_death_of_its_worker(plant: Plant, clients: list[openai.OpenAI]) -> None:
+    stream = clients[0].chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_completion_tokens=NUM_TOKENS, stream=True
+    )
+    pieces: list[str] = []
+    for chunk in stream:
+        pieces.append(chunk.choices[0].delta.content or "")
+        if len(pieces) == 10:
+            kill_the_worker_of(plant, chunk.id)
+    assert "".join(pieces) == said(plant, chunk.id)
+
+
+def test_a_response_is_taken_up_elsewhere_when_worker_and_api_die(plant: Plant, clients: list[openai.OpenAI]) -> None:
+    before: list[ResponseStreamEvent] = []
+    stream = clients[0].responses.create(
+        model=MODEL, input="Hi", max_output_tokens=NUM_TOKENS, stream=True, background=True
+    )
+    with suppress(openai.APIError, httpx.HTTPError):
+        for event in stream:
+            before.append(event)
+            if len(before) == 12:
+                kill_the_worker_of(plant, id_of(before))
+                plant.apis[0].kill()
+    assert before[-1].type == "response.output_text.delta", "the stream was cut in the middle"
+    after = list(clients[1].responses.retrieve(id_of(before), stream=True, starting_after=before[-1].sequence_number))
+    events = [*before, *after]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert text_of(events) == said(plant, id_of(before))
+    assert events[-1].type == "response.incomplete"  # it reached max_output_tokens
+    assert events[-1].response.output_text == text_of(events)
+    plant.apis[0].start()
+    plant.wait_until_ready()
+    again = list(clients[0].responses.retrieve(id_of(before), stream=True))
+    assert text_of(again) == text_of(events)
+    assert len(again) == len(events)
+
+
+def id_of(events: list[ResponseStreamEvent]) -> str:
+    assert events[0].type == "response.created"
+    return events[0].response.id
