@@ -115,7 +115,10 @@ class Up:
         worker = self._service(
             "GPU worker",
             "worker",
-            lambda: worker.log_has(b"the engine is ready") or bool(self._health().get("workers")),
+            lambda: (
+                any(map(worker.log_has, (b"the engine is ready", b"the model is unloaded")))
+                or bool(self._health().get("workers"))
+            ),
         )
         worker.stop_seconds = self._settings.drain_seconds + DRAIN_MARGIN_SECONDS
         worker.hurry_signal = signal.SIGQUIT  # gives running jobs back to the queue at once
@@ -178,7 +181,10 @@ class Up:
     def _introduce(self) -> None:
         """The first job as it runs, then where everything is. On a thread: meanwhile `_watch` restarts what dies."""
         model = Catalog.load(self._settings.models_file).default.id
-        job_id = self._run_first_job(model) if self._with_first_job else None
+        is_unloaded = model in self._health().get("models_unloaded", ())
+        if is_unloaded:
+            self._say(f"{model} is unloaded, its jobs wait; load it with POST /v1/admin/models/{model}/load")
+        job_id = self._run_first_job(model) if self._with_first_job and not is_unloaded else None
         seconds, folder = time.monotonic() - self._begun_at, short_path(self._settings.data_dir)
         self._say(f"\nCeleriac is up after {seconds:.1f} s. Ctrl-C stops it; jobs and results stay in {folder}.")
         self._say(where_everything_is(self._api_url, self._flower_url, short_path(self._settings.data_dir / "logs")))

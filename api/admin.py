@@ -1,32 +1,45 @@
-"""GET /v1/admin/models: which workers serve what. For keys with the admin role only."""
+"""/v1/admin/models: which workers serve what, and models loaded and unloaded. For keys with the admin role only."""
 
+import asyncio
+import time
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
+import orjson
 from fastapi import Request
+from starlette.responses import Response
 
 from api.deps import private_router, require_admin, services_of
+from api.job_inputs import preferred_wait
 from api.job_schemas import View
-from storage import workers
+from api.services import Services
+from domain.catalog import ModelSpec
+from domain.workers import WorkerState
+from storage import model_states, workers
 from storage.tables import Worker
 
 router = private_router()
 
+LOOK_SECONDS = 0.2  # between two looks at the workers that a client waits for
+
 
 class WorkerView(View):
     hostname: str
+    state: WorkerState
     num_running: int
     max_num_seqs: int
     tokens_per_second: float
-    draining: bool
-    loaded_since: datetime
+    started_at: datetime
 
 
 class ModelStatusView(View):
-    """`waiting`: no live worker takes jobs of it, so they wait. `revision` is that of newly accepted jobs."""
+    """`is_loaded` is what was asked for, `status` what the workers are at, best first. `waiting`: no live worker takes
+    jobs of it, so they wait. `revision` is that of newly accepted jobs."""
 
     id: str
-    status: Literal["loaded", "draining", "waiting"]
+    is_loaded: bool
+    status: Literal["loaded", "loading", "draining", "unloaded", "waiting"]
     revision: str
     max_model_len: int
     workers: list[WorkerView]
@@ -37,33 +50,95 @@ class ModelStatusListView(View):
     data: list[ModelStatusView]
 
 
+ORDER: dict[str, Any] = {
+    "responses": {200: {"model": ModelStatusView}, 202: {"model": ModelStatusView}},
+    "openapi_extra": {
+        "parameters": [{"name": "Prefer", "in": "header", "required": False, "schema": {"type": "string"}}]
+    },
+}
+
+
 @router.get("/v1/admin/models")
 async def list_model_statuses(request: Request) -> ModelStatusListView:
     require_admin(request)
     services = services_of(request)
     live = await services.read(workers.list_live)
-    data = []
-    for spec in services.catalog:
-        own = [worker for worker in live if worker.model == spec.id]
-        is_loaded = any(not worker.is_draining for worker in own)
-        data.append(
-            ModelStatusView(
-                id=spec.id,
-                status="loaded" if is_loaded else "draining" if own else "waiting",
-                revision=services.views.get(spec.id).revision,
-                max_model_len=spec.max_model_len,
-                workers=[_view(worker) for worker in own],
-            )
-        )
+    unloaded = await services.read(model_states.unloaded_models)
+    data = [
+        _status(services, spec, [worker for worker in live if worker.model == spec.id], spec.id not in unloaded)
+        for spec in services.catalog
+    ]
     return ModelStatusListView(data=data)
+
+
+@router.post("/v1/admin/models/{model:path}/load", status_code=202, **ORDER)
+async def load_model(model: str, request: Request) -> Response:
+    """Workers of the model start their engines and take its jobs again. 202 once that is committed; with
+    `Prefer: wait=N`, 200 if there are workers and all of them are ready within N seconds."""
+    return await _order(request, model, WorkerState.READY)
+
+
+@router.post("/v1/admin/models/{model:path}/unload", status_code=202, **ORDER)
+async def unload_model(model: str, request: Request) -> Response:
+    """Workers of the model drain as at SIGTERM, then end their engines, which frees the GPU, and stay. Its jobs wait.
+    202 once that is committed; with `Prefer: wait=N`, 200 if no worker has an engine any more within N seconds."""
+    return await _order(request, model, WorkerState.UNLOADED)
+
+
+async def _order(request: Request, model: str, wanted: WorkerState) -> Response:
+    """Asking again for what is asked for changes nothing."""
+    require_admin(request)
+    services = services_of(request)
+    spec = services.catalog.get(model)
+    wait_seconds = preferred_wait(request.headers.get("prefer"))
+    is_loaded = wanted is WorkerState.READY
+    changed_at = await services.write(model_states.set_loaded, spec.id, is_loaded=is_loaded)
+    await services.refresh_queues()
+    gives_up_at = time.monotonic() + (wait_seconds or 0)
+    while True:
+        own = await services.read(workers.list_live, model=spec.id)
+        is_done = _have_all_obeyed(own, wanted, changed_at)
+        if is_done or time.monotonic() >= gives_up_at or services.draining.is_set():
+            break
+        await asyncio.sleep(LOOK_SECONDS)
+    view = _status(services, spec, own, is_loaded)
+    headers = {} if wait_seconds is None else {"preference-applied": f"wait={wait_seconds}"}
+    status_code = 200 if wait_seconds and is_done else 202
+    content = orjson.dumps(view.model_dump(mode="json"))
+    return Response(content, status_code, headers, media_type="application/json")
+
+
+def _have_all_obeyed(own: Sequence[Worker], wanted: WorkerState, changed_at: datetime) -> bool:
+    """Whoever reported after the change has heard of it, and obeyed what came before it."""
+    has_any = bool(own) or wanted is WorkerState.UNLOADED
+    return has_any and all(worker.state is wanted and worker.seen_at > changed_at for worker in own)
+
+
+def _status(services: Services, spec: ModelSpec, own: Sequence[Worker], is_loaded: bool) -> ModelStatusView:
+    states = {worker.state for worker in own}
+    status: Literal["loaded", "loading", "draining", "unloaded", "waiting"] = "waiting" if is_loaded else "unloaded"
+    if WorkerState.READY in states:
+        status = "loaded"
+    elif WorkerState.LOADING in states:
+        status = "loading"
+    elif WorkerState.DRAINING in states:
+        status = "draining"
+    return ModelStatusView(
+        id=spec.id,
+        is_loaded=is_loaded,
+        status=status,
+        revision=services.views.get(spec.id).revision,
+        max_model_len=spec.max_model_len,
+        workers=[_view(worker) for worker in own],
+    )
 
 
 def _view(worker: Worker) -> WorkerView:
     return WorkerView(
         hostname=worker.hostname,
+        state=worker.state,
         num_running=worker.num_running,
         max_num_seqs=worker.max_num_seqs,
         tokens_per_second=round(worker.tokens_per_second, 1),
-        draining=worker.is_draining,
-        loaded_since=worker.started_at,
+        started_at=worker.started_at,
     )

@@ -71,6 +71,7 @@ class HealthView(View):
     redis: Answer
     draining: bool
     models: list[str]
+    models_unloaded: list[str]
     model_loaded: bool
     workers: int
     queue_size: int
@@ -113,6 +114,7 @@ async def health(request: Request, response: Response) -> HealthView:
         redis=redis,
         draining=services.draining.is_set(),
         models=[spec.id for spec in services.catalog],
+        models_unloaded=[queue.model for queue in queues if not queue.is_loaded],
         model_loaded=num_workers > 0,  # workers report themselves once theirs is
         workers=num_workers,
         queue_size=sum(queue.num_queued for queue in queues),

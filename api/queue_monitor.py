@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from domain.catalog import Catalog
+from domain.workers import WorkerState
 from observability import (
     describe_exception,
     jobs_oldest_queued_seconds,
@@ -24,7 +25,7 @@ from observability import (
     worker_processes,
     worker_slots,
 )
-from storage import job_queries, maintenance, webhook_deliveries, workers
+from storage import job_queries, maintenance, model_states, webhook_deliveries, workers
 from storage.database import repeatable
 from storage.job_queries import QueuePosition
 from storage.recent_jobs import RecentJobs, recent_jobs
@@ -49,6 +50,7 @@ class ModelQueue:
     num_workers: int = 0
     num_slots: int = 0
     tokens_per_second: float = 0.0
+    is_loaded: bool = True  # else an admin has unloaded it, and its jobs wait
 
     def eta_seconds(self, position: QueuePosition) -> float | None:
         """Until the job at `position` starts, as if all work ahead drained evenly; None where no rate was measured.
@@ -69,7 +71,8 @@ class ModelQueue:
 def read_queues(session: Session, catalog: Catalog) -> dict[str, ModelQueue]:
     """Every model of the catalog, by id."""
     figures = job_queries.queue_figures(session)
-    live = [worker for worker in workers.list_live(session) if not worker.is_draining]
+    live = [worker for worker in workers.list_live(session) if worker.state is WorkerState.READY]
+    unloaded = model_states.unloaded_models(session)
     queues = {}
     for spec in catalog:
         own = [worker for worker in live if worker.model == spec.id]
@@ -84,6 +87,7 @@ def read_queues(session: Session, catalog: Catalog) -> dict[str, ModelQueue]:
             num_workers=len(own),
             num_slots=sum(worker.max_num_seqs for worker in own),
             tokens_per_second=round(sum(worker.tokens_per_second for worker in own), 1),
+            is_loaded=spec.id not in unloaded,
         )
     return queues
 

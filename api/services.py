@@ -93,6 +93,10 @@ class Services:
         """Where a queued job stands; None if it does not wait any more. Raises StorageUnavailable."""
         return await self._ask(self.monitor.position(job_id, model))
 
+    async def refresh_queues(self) -> None:
+        """What was just changed is to be seen by the next request to this process. Raises StorageUnavailable."""
+        await self._ask(self.monitor.read(max_age_seconds=0))
+
     async def wait_for_end(self, job_id: UUID, seconds: float) -> None:
         """Returns when the job is terminal or deleted, the time is over, or this server drains; at once where no more
         waiting is granted. The caller has checked whose job it is."""

@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from uuid import UUID
 
 from domain.jobs import JobStatus
+from domain.workers import WorkerState
 from gpu_worker.app import app, model
 from gpu_worker.pool import EnginePool
 from gpu_worker.runner_events import RunnerEvent, RunnerEventKind, RunnerStats
@@ -59,7 +60,7 @@ class NoOpRunner:
             num_running=self._num_running,
             num_offered=self._offered.qsize(),
             is_engine_ready=True,
-            is_draining=False,
+            state=WorkerState.READY,
             tokens_per_second=0.0,
             engine={},
         )

@@ -27,6 +27,7 @@ def engine_figures(pool: "EnginePool") -> dict[str, Any]:
         "slots": stats.max_num_seqs,
         "ready": stats.is_engine_ready,
         "draining": pool.is_draining,
+        "state": stats.state.value,
         "tokens_per_second": round(stats.tokens_per_second, 1),
         **stats.engine,
     }

@@ -56,6 +56,7 @@ class Deliveries:
     def settle(self, events: Sequence[RunnerEvent]) -> None:
         """Act on the runner's news, in order."""
         self._ack_claimed(events)
+        self.give_back([event.job_id for event in events if event.kind is RunnerEventKind.REFUSED])
         for event in events:
             try:
                 self._settle_one(event)

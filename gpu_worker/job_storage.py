@@ -118,9 +118,10 @@ class JobStorage:
             asked = jobs.request_cancel(session, [job_id])
         self.channel.publish((job_id, JobStatus.CANCELLED) for job_id in asked)
 
-    def heartbeat(self, report: WorkerReport) -> None:
+    def heartbeat(self, report: WorkerReport) -> bool:
+        """Returns whether the model is to be loaded."""
         with self.sessions.begin() as session:
-            workers.heartbeat(session, report)
+            return workers.heartbeat(session, report)
 
     def forget_worker(self) -> None:
         with self.sessions.begin() as session:

@@ -16,6 +16,7 @@ from celery.concurrency.base import BasePool, apply_target
 from celery.worker import state
 
 from domain.catalog import Catalog, ModelSpec
+from domain.workers import WorkerState
 from gpu_worker.deliveries import Deliveries
 from gpu_worker.delivery import Delivery
 from gpu_worker.job_runner import JobRunner
@@ -76,10 +77,10 @@ class EnginePool(BasePool):
 
     def room(self) -> Room:
         """How many messages may be taken now: what the engine could start, and a little ahead of it."""
-        if self.is_draining:
+        if self.is_draining or self.runner.stats().state is not WorkerState.READY:
             return NO_ROOM
         num_free = self.runner.num_free
-        if num_free <= 0 and (self.is_lookahead_paused or not self.runner.stats().is_engine_ready):
+        if num_free <= 0 and self.is_lookahead_paused:
             return NO_ROOM
         num_in_hand = self.deliveries.num_in_hand
         lookahead = 0 if self.is_lookahead_paused else self.lookahead
@@ -200,5 +201,5 @@ class EnginePool(BasePool):
             "in-hand": self.deliveries.num_in_hand,
             "look-ahead": self.lookahead,
             "engine-ready": stats.is_engine_ready,
-            "draining": self.is_draining,
+            "state": stats.state.value,
         }

@@ -5,18 +5,21 @@ from enum import StrEnum
 from uuid import UUID
 
 from domain.jobs import JobStatus
+from domain.workers import WorkerState
 
 
 class RunnerEventKind(StrEnum):
     CLAIMED = "claimed"  # the SQL claim committed: ack the message, send task-started
     DROPPED = "dropped"  # no row to claim (done, cancelled, somebody else's): ack the message, forget it
     ENDED = "ended"  # terminal in SQL: send task-succeeded, task-failed or task-revoked by `status`
+    REFUSED = "refused"  # no jobs are taken at the moment: put its message back into the queue, forget it
     RELEASED = "released"  # given back to SQL, or lost to another owner: forget it, no terminal Celery event of ours
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerEvent:
-    """What became of one job. Per job the order is CLAIMED, then ENDED or RELEASED; or DROPPED alone.
+    """What became of one job. Per job the order is CLAIMED, then ENDED or RELEASED; or DROPPED or REFUSED
+    alone.
 
     Jobs that the runner claimed straight from SQL (no delivery) are reported too; the pool ignores ids it never
     offered. Is one of those offered after all, while it runs here, it is reported as CLAIMED again.
@@ -37,6 +40,6 @@ class RunnerStats:
     num_running: int  # claimed and not yet ended
     num_offered: int  # in hand, unclaimed
     is_engine_ready: bool
-    is_draining: bool
+    state: WorkerState
     tokens_per_second: float
     engine: dict[str, float]

@@ -15,8 +15,10 @@ import msgspec
 
 from domain.catalog import ModelSpec
 from domain.ids import external_id
+from domain.workers import WorkerState
 from gpu_worker.dispatch_bell import DispatchBell
 from gpu_worker.frames import EngineStats, Ready, Report, StepDone
+from gpu_worker.heartbeat import Heartbeat
 from gpu_worker.intake import Intake, Offers
 from gpu_worker.job_storage import JobStorage
 from gpu_worker.mailbox import Mailbox
@@ -27,12 +29,10 @@ from gpu_worker.storage_thread import StorageThread
 from gpu_worker.supervisor import Supervisor
 from observability import jobs_finished_total, llm_tokens_generated_total
 from settings import Settings
-from storage.workers import WorkerReport
 
 logger = logging.getLogger(__name__)
 
 HOUSEKEEPING_SECONDS = 0.1  # the longest wait: watches, timers and fallbacks are that exact
-REPORT_SECONDS = 5.0  # between two heartbeats of this worker in SQL
 RATE_SECONDS = 1.0  # over which tokens per second are counted
 
 
@@ -52,8 +52,6 @@ class RunnerLoop:
     ) -> None:
         self.mailbox = Mailbox()
         self._spec = spec
-        self._owner = owner
-        self._hostname = hostname
         self._offers = offers
         self._on_event = on_event
         self._on_unhealthy = on_unhealthy
@@ -73,12 +71,16 @@ class RunnerLoop:
             on_known=self._batch.adopt,
             on_dropped=self._drop,
         )
+        self._heartbeat = Heartbeat(
+            self._storage, self._thread, spec=spec, owner=owner, hostname=hostname, on_answer=self._obey
+        )
         self._engine_stats = EngineStats()
+        self._drain_seconds = settings.drain_seconds
         self._drain_deadline: float | None = None  # draining until then
+        self._unload_deadline: float | None = None  # the same, because the model is unloaded
+        self._is_loaded: bool | None = None  # whether the model is to be; SQL says so before there is an engine
         self._is_healthy = True
         self._is_stopping = False
-        self._report_at = 0.0
-        self._is_reporting = False
         self._rate_since, self._rate_tokens = monotonic(), 0
         self._tokens_per_second = 0.0
         self.stats = self._make_stats()
@@ -106,11 +108,9 @@ class RunnerLoop:
     def begin_drain(self, release_after_seconds: float) -> None:
         self._drain_deadline = monotonic() + release_after_seconds
         self._batch.release_unstarted()
-        self._report_at = 0.0
 
     def resume(self) -> None:
         self._drain_deadline = None
-        self._report_at = 0.0
 
     def stop(self, release: bool) -> None:
         if release:
@@ -127,14 +127,17 @@ class RunnerLoop:
         now = monotonic()
         if self._is_healthy:
             self._watch_engine(now)
-        if self._is_draining and now > (self._drain_deadline or 0.0):
+        if self._release_at is not None and now > self._release_at:
             self._batch.release_all()
         self._take_jobs_in(now)
         self._batch.start_suspects()
         self._batch.fence(now)
         self._batch.flush_due(now)
-        self._report_worker(now)
         self._count_rate(now)
+        if self._is_healthy:
+            self._heartbeat.beat(
+                now, self._state, num_running=self._batch.num_sequences, tokens_per_second=self._tokens_per_second
+            )
         self._tell_news()
 
     def _wait(self, now: float) -> None:
@@ -151,13 +154,17 @@ class RunnerLoop:
     def _take_report(self, report: Report) -> None:
         if isinstance(report, Ready):
             logger.info("the engine is ready", extra={"pid": report.pid, "device": report.device})
-            self._report_at = 0.0
             return
         self._engine_stats = report.stats
         if isinstance(report, StepDone):
             self._batch.absorb(report)
 
     def _watch_engine(self, now: float) -> None:
+        if self._is_loaded is False and not self._batch and not self._intake.is_claiming:
+            self._supervisor.stop()
+            self._engine_stats = EngineStats()
+        if not self._is_loaded and not self._supervisor.has_engine:
+            return
         exit_ = self._supervisor.watch(now)
         if exit_ is None:
             return
@@ -165,7 +172,19 @@ class RunnerLoop:
         if self._supervisor.is_crash_looping:
             self._give_up(f"the engine keeps crashing; lately: {exit_.description}")
 
+    def _obey(self, is_loaded: bool) -> None:
+        """SQL says whether the model is to be loaded. An engine that is not any more is drained, then stopped."""
+        if is_loaded is self._is_loaded:
+            return
+        self._is_loaded, self._unload_deadline = is_loaded, None
+        if not is_loaded:
+            logger.warning("the model is unloaded; running jobs have %.0f seconds", self._drain_seconds)
+            self._unload_deadline = monotonic() + self._drain_seconds
+            self._batch.release_unstarted()
+
     def _take_jobs_in(self, now: float) -> None:
+        if self._is_loaded is False:
+            self._refuse(self._offers.take())
         if self._supervisor.ready is None and not self._batch.has_isolated:
             return
         self._intake.claim(now, num_free=self._count_free(), known=self._batch.job_ids)
@@ -197,15 +216,28 @@ class RunnerLoop:
     def _drop(self, job_ids: Sequence[UUID]) -> None:
         self._events += [RunnerEvent(RunnerEventKind.DROPPED, job_id) for job_id in job_ids]
 
+    def _refuse(self, job_ids: Sequence[UUID]) -> None:
+        self._events += [RunnerEvent(RunnerEventKind.REFUSED, job_id) for job_id in job_ids]
+
     # Figures
 
     @property
-    def _is_draining(self) -> bool:
-        return self._drain_deadline is not None
+    def _release_at(self) -> float | None:
+        """When running jobs are released; None while we do not drain."""
+        deadlines = [at for at in (self._drain_deadline, self._unload_deadline) if at is not None]
+        return min(deadlines, default=None)
+
+    @property
+    def _state(self) -> WorkerState:
+        if self._is_loaded is False and not self._supervisor.has_engine and not self._batch:
+            return WorkerState.UNLOADED
+        if self._release_at is not None:
+            return WorkerState.DRAINING
+        return WorkerState.LOADING if self._supervisor.ready is None else WorkerState.READY
 
     @property
     def _can_take_jobs(self) -> bool:
-        return self._is_healthy and not self._is_draining and self._supervisor.ready is not None
+        return self._is_healthy and self._state is WorkerState.READY
 
     def _count_free(self) -> int:
         if not self._can_take_jobs or self._batch.has_isolated:
@@ -218,7 +250,7 @@ class RunnerLoop:
             num_running=len(self._batch),
             num_offered=len(self._offers),
             is_engine_ready=self._supervisor.ready is not None,
-            is_draining=self._is_draining,
+            state=self._state,
             tokens_per_second=self._tokens_per_second,
             engine=msgspec.structs.asdict(self._engine_stats),
         )
@@ -231,29 +263,6 @@ class RunnerLoop:
         self._tokens_per_second = num_new / seconds
         llm_tokens_generated_total.labels(self._spec.id).inc(num_new)
         self._rate_since, self._rate_tokens = now, self._batch.num_tokens
-
-    def _report_worker(self, now: float) -> None:
-        """Heartbeat in SQL: what dispatch windows and /health go by."""
-        if now < self._report_at or self._is_reporting or not self._is_healthy or self._supervisor.ready is None:
-            return
-        self._report_at, self._is_reporting = now + REPORT_SECONDS, True
-        report = WorkerReport(
-            id=self._owner,
-            hostname=self._hostname,
-            model=self._spec.id,
-            max_num_seqs=self._spec.max_num_seqs,
-            num_running=self._batch.num_sequences,
-            tokens_per_second=self._tokens_per_second,
-            is_draining=self._is_draining,
-        )
-        self._thread.submit(
-            lambda is_repeated: self._storage.heartbeat(report),
-            lambda answer: self._end_reporting(),
-            lambda exc: self._end_reporting(),
-        )
-
-    def _end_reporting(self) -> None:
-        self._is_reporting = False
 
     # The end
 

@@ -171,6 +171,11 @@ class Supervisor:
         return self._engine.ready if self._engine is not None and self._engine.closed_at is None else None
 
     @property
+    def has_engine(self) -> bool:
+        """There is an engine process, whatever it is at."""
+        return self._engine is not None
+
+    @property
     def is_fresh(self) -> bool:
         """The engine has had no job yet."""
         return self._engine is not None and not self._engine.has_had_jobs

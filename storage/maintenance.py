@@ -27,7 +27,7 @@ WHERE l.tenant_id = ANY(CAST(:ids AS uuid[]))
 UNSERVED = text(f"""
 SELECT j.model, j.lane, count(*) AS num_jobs FROM jobs j
 WHERE j.status = 'queued' AND j.available_at < {CLOCK} - make_interval(secs => :patience_seconds)
-    AND NOT EXISTS (SELECT FROM workers w WHERE w.model = j.model AND NOT w.is_draining
+    AND NOT EXISTS (SELECT FROM workers w WHERE w.model = j.model AND w.state = 'ready'
         AND w.seen_at > {CLOCK} - make_interval(secs => :live_seconds))
 GROUP BY j.model, j.lane
 """)  # noqa: S608  (CLOCK is a constant)

@@ -31,6 +31,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from domain.chunks import TokenChunk
 from domain.jobs import AttemptOutcome, Endpoint, FinishReason, JobError, JobKind, JobStatus, Lane
 from domain.kinds import REQUEST, RESULT, JobOutput, JobRequest
+from domain.workers import WorkerState
 
 DEFAULT_TENANT_ID = UUID("00000000-0000-7000-8000-000000000001")  # the tenant `default`, created by the first migration
 
@@ -105,6 +106,7 @@ class Row(DeclarativeBase):
         Endpoint: TextEnum(Endpoint),
         AttemptOutcome: TextEnum(AttemptOutcome),
         FinishReason: TextEnum(FinishReason),
+        WorkerState: TextEnum(WorkerState),
         JobError: PydanticJSON(JobError),
         JobKind: TextEnum(JobKind),
         TokenChunk: PydanticJSON(TokenChunk),
@@ -331,6 +333,16 @@ class Worker(Row):
     max_num_seqs: Mapped[int]
     num_running: Mapped[int] = mapped_column(server_default="0")
     tokens_per_second: Mapped[float] = mapped_column(Double, server_default="0")
-    is_draining: Mapped[bool] = mapped_column(server_default="false")
+    state: Mapped[WorkerState] = mapped_column(server_default="ready")
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class ModelState(Row):
+    """Whether a model is to be loaded. Without a row it is."""
+
+    __tablename__ = "model_states"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    is_loaded: Mapped[bool]
+    changed_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -9,6 +9,8 @@ from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from domain.workers import WorkerState
+from storage import model_states
 from storage.tables import Worker
 
 LIVE_SECONDS = 15.0  # a worker not seen for so long is taken for gone
@@ -25,11 +27,12 @@ class WorkerReport:
     max_num_seqs: int
     num_running: int
     tokens_per_second: float
-    is_draining: bool = False
+    state: WorkerState = WorkerState.READY
 
 
-def heartbeat(session: Session, report: WorkerReport) -> None:
-    """Say that the worker lives, and how it does. Every few seconds; workers long silent are dropped on the way."""
+def heartbeat(session: Session, report: WorkerReport) -> bool:
+    """Say that the worker lives, and how it does. Every few seconds; workers long silent are dropped on the way.
+    Returns whether its model is to be loaded."""
     statement = insert(Worker).values(**asdict(report))
     changed = {name: statement.excluded[name] for name in asdict(report) if name != "id"}
     session.execute(
@@ -38,6 +41,7 @@ def heartbeat(session: Session, report: WorkerReport) -> None:
         )
     )
     session.execute(delete(Worker).where(Worker.seen_at < _seconds_ago(FORGET_SECONDS)))
+    return model_states.is_loaded(session, report.model)
 
 
 def forget(session: Session, worker_id: UUID) -> None:
@@ -46,7 +50,7 @@ def forget(session: Session, worker_id: UUID) -> None:
 
 
 def list_live(session: Session, *, model: str | None = None) -> Sequence[Worker]:
-    """The workers seen within LIVE_SECONDS, draining ones too, oldest first."""
+    """The workers seen within LIVE_SECONDS, whatever they are at, oldest first."""
     statement = select(Worker).where(Worker.seen_at > _seconds_ago(LIVE_SECONDS)).order_by(Worker.started_at)
     if model is not None:
         statement = statement.where(Worker.model == model)

@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
 from domain.jobs import BATCH_PRIORITY
+from domain.workers import WorkerState
 from settings import Settings
 from storage import batches, jobs, workers
 from tasks.messages import (
@@ -183,7 +184,7 @@ class Dispatcher:
 
 def count_live_slots(session: Session, spec: ModelSpec) -> int:
     live = workers.list_live(session, model=spec.id)
-    return sum(worker.max_num_seqs for worker in live if not worker.is_draining)
+    return sum(worker.max_num_seqs for worker in live if worker.state is WorkerState.READY)
 
 
 def _push(pipeline: Any, queue: str, job_ids: Sequence[UUID]) -> None:

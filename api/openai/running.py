@@ -130,6 +130,12 @@ async def start_all(request: Request, generations: Sequence[JobRequest], asked: 
 
 def _refuse_unserved(services: Services, model: str) -> None:
     """Nobody should wait where nobody works. Raises NoWorkers."""
+    queue = services.monitor.queues.get(model)
+    if queue is not None and not queue.is_loaded:
+        raise NoWorkers(
+            f"{model[:128]} was unloaded by an admin; have it loaded, or leave a job at /v1/jobs",
+            retry_after_seconds=10,
+        )
     seconds = services.monitor.unserved_seconds(model)
     if seconds > services.settings.no_workers_seconds:
         raise NoWorkers(

@@ -16,6 +16,7 @@ from celery import signals
 
 from domain.ids import external_id
 from domain.jobs import JobStatus
+from domain.workers import WorkerState
 from gpu_worker import consumer
 from gpu_worker.app import app, model
 from gpu_worker.pool import EnginePool
@@ -96,7 +97,7 @@ class LedgerRunner:
             num_running=len(self._started_at),
             num_offered=len(self._offered),
             is_engine_ready=True,
-            is_draining=self._is_draining,
+            state=WorkerState.DRAINING if self._is_draining else WorkerState.READY,
             tokens_per_second=0.0,
             engine={"max_held": self._max_held},
         )

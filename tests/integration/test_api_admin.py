@@ -3,8 +3,12 @@
 from typing import Any
 
 import httpx
+import pytest
 
 from domain.catalog import Catalog
+from domain.jobs import JobStatus
+from domain.workers import WorkerState
+from gpu_worker.runner_events import RunnerEventKind
 from storage import api_keys
 from storage.tables import DEFAULT_TENANT_ID
 from tests.integration.api_harness import ApiServer, until
@@ -23,12 +27,51 @@ def test_every_model_is_listed_with_the_workers_that_serve_it(rig: Rig) -> None:
         worker = rig.start()
         until(lambda: models_of(client)[0]["status"] == "loaded")
         [seen] = models_of(client)[0]["workers"]
-        assert (seen["hostname"], seen["max_num_seqs"], seen["draining"]) == ("gpu@test", 8, False)
+        assert (seen["hostname"], seen["max_num_seqs"], seen["state"]) == ("gpu@test", 8, "ready")
         worker.runner.begin_drain(release_after_seconds=0)
         until(lambda: models_of(client)[0]["status"] == "draining")
 
 
-def test_only_admin_keys_may_look(rig: Rig) -> None:
+def test_an_unloaded_model_has_no_engine_until_it_is_loaded(rig: Rig) -> None:
+    catalog = Catalog.load(rig.settings.models_file)
+    worker = rig.start()
+    with ApiServer(rig.settings, catalog) as server, server.client() as client:
+        unloaded = client.post("/v1/admin/models/test-model/unload", headers={"prefer": "wait=20"})
+        assert (unloaded.status_code, unloaded.headers["preference-applied"]) == (200, "wait=20")
+        assert (unloaded.json()["is_loaded"], unloaded.json()["status"]) == (False, "unloaded")
+        assert [seen["state"] for seen in unloaded.json()["workers"]] == ["unloaded"]
+        with pytest.raises(AssertionError):
+            _ = worker.engine_pid
+        assert client.get("/health").json()["models_unloaded"] == ["test-model"]
+
+        refused = client.post("/v1/completions", json={"model": "test-model", "prompt": "x"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_workers")
+        accepted = client.post("/v1/jobs", json={"model": "test-model", "prompt": "x", "params": {"max_tokens": 4}})
+        assert (accepted.status_code, accepted.json()["status"]) == (202, "queued")
+        job_id = rig.add_job()
+        worker.offer([job_id])
+        worker.wait_for(RunnerEventKind.REFUSED, [job_id])
+        assert rig.start(wait=False).runner.num_free == 0
+
+        loaded = client.post("/v1/admin/models/test-model/load", headers={"prefer": "wait=20"})
+        assert (loaded.status_code, loaded.json()["status"]) == (200, "loaded")
+        assert [seen["state"] for seen in loaded.json()["workers"]] == ["ready", "ready"]
+        until(lambda: client.get(f"/v1/jobs/{accepted.json()['id']}").json()["status"] == "completed")
+        until(lambda: rig.job(job_id).status is JobStatus.COMPLETED)
+
+
+def test_an_order_is_kept_whoever_is_there_to_obey_it(rig: Rig) -> None:
+    with ApiServer(rig.settings, Catalog.load(rig.settings.models_file)) as server, server.client() as client:
+        first = client.post("/v1/admin/models/test-model/load", headers={"prefer": "wait=1"})
+        assert (first.status_code, first.json()["status"]) == (202, "waiting")
+        assert client.post("/v1/admin/models/test-model/unload").status_code == 202
+        worker = rig.start(wait=False)
+        until(lambda: [seen["state"] for seen in models_of(client)[0]["workers"]] == ["unloaded"])
+        assert worker.runner.stats().state is WorkerState.UNLOADED
+        assert client.post("/v1/admin/models/nobody/elses/load").status_code == 404
+
+
+def test_only_admin_keys_may_look_and_order(rig: Rig) -> None:
     with rig.sessions.begin() as session:
         plain = api_keys.create(session, DEFAULT_TENANT_ID)
         admin = api_keys.create(session, DEFAULT_TENANT_ID, is_admin=True)
@@ -37,6 +80,7 @@ def test_only_admin_keys_may_look(rig: Rig) -> None:
         for key, status in [(None, 401), (plain, 403), (admin, 200), (plain, 403)]:
             with server.client(key) as client:
                 assert client.get("/v1/admin/models").status_code == status
+                assert client.post("/v1/admin/models/test-model/load").status_code == (202 if key == admin else status)
         with server.client(plain) as client:
             assert client.get("/v1/admin/models").json()["error"]["code"] == "permission_denied"
             assert client.get("/v1/models").status_code == 200

@@ -147,6 +147,7 @@ def test_inspect_shows_the_engine(plant: Plant) -> None:
         "slots": 2,
         "ready": True,
         "draining": False,
+        "state": "ready",
         "tokens_per_second": 0.0,
         "max_held": 0,
     }

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id, new_id
 from domain.jobs import JobStatus
+from domain.workers import WorkerState
 from embedded import EmbeddedRedis
 from settings import Settings
 from storage import workers
@@ -67,7 +68,7 @@ def heartbeat(session_factory: sessionmaker[Session], num_slots: int, *, is_drai
         max_num_seqs=num_slots,
         num_running=0,
         tokens_per_second=0.0,
-        is_draining=is_draining,
+        state=WorkerState.DRAINING if is_draining else WorkerState.READY,
     )
     with session_factory.begin() as session:
         workers.heartbeat(session, report)

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus
 from domain.requests import SamplingParams
+from domain.workers import WorkerState
 from gpu_worker.engine.backends.fake_words import fake_text
 from gpu_worker.runner_events import RunnerEventKind
 from storage import jobs, workers
@@ -218,7 +219,7 @@ def test_a_drain_claims_nothing_more_and_lets_running_jobs_end(rig: Rig) -> None
     worker.offer([running])
     worker.wait_for(CLAIMED, [running])
     worker.runner.begin_drain(release_after_seconds=30)
-    wait_until(lambda: worker.runner.stats().is_draining, "the drain has begun")
+    wait_until(lambda: worker.runner.stats().state is WorkerState.DRAINING, "the drain has begun")
     worker.offer(offered)
     worker.wait_for(ENDED, [running])
     rig.assert_intact(running)

@@ -9,6 +9,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from domain.jobs import JobStatus
+from domain.workers import WorkerState
 from storage import api_keys, job_queries, jobs, tenants, workers
 from storage.job_queries import QueuePosition, StreamState
 from storage.jobs import ChunkCommit, Finalisation
@@ -179,9 +180,9 @@ class TestTenantsAndWorkers:
     def test_a_worker_lives_as_long_as_it_is_heard(self, session: Session) -> None:
         report = WorkerReport(uuid4(), "gpu@here", MODEL, max_num_seqs=8, num_running=1, tokens_per_second=2.5)
         workers.heartbeat(session, report)
-        workers.heartbeat(session, WorkerReport(report.id, "gpu@here", MODEL, 8, 3, 99.0, is_draining=True))
+        workers.heartbeat(session, WorkerReport(report.id, "gpu@here", MODEL, 8, 3, 99.0, state=WorkerState.DRAINING))
         [worker] = workers.list_live(session)
-        assert (worker.num_running, worker.tokens_per_second, worker.is_draining) == (3, 99.0, True)
+        assert (worker.num_running, worker.tokens_per_second, worker.state) == (3, 99.0, WorkerState.DRAINING)
         assert workers.list_live(session, model="another") == []
         session.execute(update(Worker).values(seen_at=datetime.now(UTC) - timedelta(seconds=20)))
         assert workers.list_live(session) == []
