@@ -326,6 +326,7 @@ class Worker(Row):
     """A live GPU worker process, seen lately. Dispatch windows and /health read it; no correctness hangs on it."""
 
     __tablename__ = "workers"
+    __table_args__ = (CheckConstraint("state IN ('loading', 'ready', 'draining', 'unloaded')", name="state"),)
 
     id: Mapped[UUID] = mapped_column(primary_key=True)  # fresh per process incarnation; also the lease owner
     hostname: Mapped[str]  # the Celery node name
