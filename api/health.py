@@ -54,13 +54,14 @@ class ThroughputView(View):
 
 class MetricsView(View):
     """Of jobs accepted within the last `window_seconds`, at most the newest 1,000. `errors` are failed jobs; `latency`
-    is accept to end of the completed ones, `queue` accept to start."""
+    is accept to end of the completed ones, `queue` accept to start, `ttft` accept to the commit of the first token."""
 
     window_seconds: float
     requests: RequestsView
     throughput: ThroughputView
     latency: Spread
     queue: Spread
+    ttft: Spread
 
 
 class HealthView(View):
@@ -140,6 +141,7 @@ def _metrics(recent: RecentJobs | None) -> MetricsView | None:
         throughput=ThroughputView(qps=recent.num_ended / recent.seconds, tokens_generated=recent.num_tokens),
         latency=Spread(**asdict(recent.latency)),
         queue=Spread(**asdict(recent.wait)),
+        ttft=Spread(**asdict(recent.time_to_first_token)),
     )
 
 

@@ -266,6 +266,7 @@ held AS (
             + CASE WHEN j.committed_sequence_number = flush.before THEN flush.num_tokens ELSE 0 END,
         num_suspicions = CASE WHEN j.num_committed_tokens + flush.num_tokens - j.num_tokens_at_claim
             >= {PROVEN_TOKENS} THEN 0 ELSE j.num_suspicions END,
+        first_token_at = coalesce(j.first_token_at, {CLOCK}),
         progressed_at = {CLOCK},
         lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds)
     FROM flush WHERE j.id = flush.id AND {RUNNING} AND j.attempt = flush.attempt

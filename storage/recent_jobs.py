@@ -23,7 +23,10 @@ SELECT count(*) AS num_jobs, extract(epoch FROM {CLOCK} - min(created_at))::floa
     avg(extract(epoch FROM finished_at - created_at)) FILTER (WHERE status = 'completed')::float8 AS latency_mean,
     percentile_cont(CAST(:fractions AS float8[])) WITHIN GROUP (
         ORDER BY extract(epoch FROM started_at - created_at)::float8) FILTER (WHERE started_at IS NOT NULL) AS wait,
-    avg(extract(epoch FROM started_at - created_at)) FILTER (WHERE started_at IS NOT NULL)::float8 AS wait_mean
+    avg(extract(epoch FROM started_at - created_at)) FILTER (WHERE started_at IS NOT NULL)::float8 AS wait_mean,
+    percentile_cont(CAST(:fractions AS float8[])) WITHIN GROUP (ORDER BY extract(epoch FROM first_token_at - created_at)
+        ::float8) FILTER (WHERE first_token_at IS NOT NULL) AS ttft,
+    avg(extract(epoch FROM first_token_at - created_at)) FILTER (WHERE first_token_at IS NOT NULL)::float8 AS ttft_mean
 FROM (SELECT * FROM jobs WHERE id >= :since ORDER BY id DESC LIMIT :limit) newest
 """)  # noqa: S608  (CLOCK is a constant)
 
@@ -47,6 +50,7 @@ class RecentJobs:
     num_tokens: int  # of output, unfinished jobs included
     latency: Spread  # accept to end, of completed jobs
     wait: Spread  # accept to first claim
+    time_to_first_token: Spread  # accept to the commit of the first chunk
 
 
 def recent_jobs(session: Session) -> RecentJobs:
@@ -62,6 +66,7 @@ def recent_jobs(session: Session) -> RecentJobs:
         num_tokens=row.num_tokens,
         latency=_spread(row.latency, row.latency_mean),
         wait=_spread(row.wait, row.wait_mean),
+        time_to_first_token=_spread(row.ttft, row.ttft_mean),
     )
 
 

@@ -234,6 +234,7 @@ class Job(Row):
     webhook_statuses: Mapped[list[str] | None]  # which ends
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]  # the first claim
+    first_token_at: Mapped[datetime | None]  # its first chunk was committed; none of an embedding
     finished_at: Mapped[datetime | None]
     delivered_at: Mapped[datetime | None]  # when the whole answer reached a client
     prune_at: Mapped[datetime | None]  # finished_at + result_ttl_seconds

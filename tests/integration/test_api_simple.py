@@ -181,7 +181,7 @@ def test_nobody_waits_for_a_model_that_no_worker_serves(rig: Rig) -> None:
 def test_health_tells_how_the_newest_jobs_fared(simple: httpx.Client) -> None:
     empty = simple.get("/health").json()["metrics"]
     assert empty["requests"] == {"total": 0, "errors": 0, "success_rate": None}
-    assert empty["latency"] == empty["queue"] == {"p50": None, "p95": None, "p99": None, "mean": None}
+    assert empty["latency"] == empty["queue"] == empty["ttft"] == {"p50": None, "p95": None, "p99": None, "mean": None}
     answers = [ask(simple, "/generate", prompt="Once", max_tokens=3) for _ in range(2)]
     metrics = until(lambda: (seen := simple.get("/health").json()["metrics"])["requests"]["total"] == 2 and seen)
     assert metrics["requests"] == {"total": 2, "errors": 0, "success_rate": 1.0}
@@ -189,7 +189,7 @@ def test_health_tells_how_the_newest_jobs_fared(simple: httpx.Client) -> None:
     mean = sum(answer["latency_ms"] for answer in answers) / 2000
     assert metrics["latency"]["mean"] == pytest.approx(mean, abs=0.001)
     assert metrics["latency"]["p50"] <= metrics["latency"]["p95"] <= metrics["latency"]["p99"]
-    assert 0 < metrics["queue"]["mean"] < metrics["latency"]["mean"]
+    assert 0 < metrics["queue"]["mean"] < metrics["ttft"]["mean"] <= metrics["latency"]["mean"]
 
 
 # Refusals

@@ -15,6 +15,7 @@ from celery import Celery
 from domain.catalog import Catalog
 from domain.ids import external_id
 from domain.jobs import JobStatus
+from domain.workers import WorkerState
 from storage import workers
 from tasks.app import make_app
 from tasks.dispatch import count_waiting, dispatch
@@ -41,12 +42,12 @@ class Worker:
         command = [sys.executable, "-m", "celery", "-A", "gpu_worker.app", "worker"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        wait_until(lambda: self.process.poll() is not None or self.hostnames(), "the worker reports to SQL")
+        wait_until(lambda: self.process.poll() is not None or self.hostnames(), "the worker takes jobs")
         assert self.process.poll() is None, self._log.read_text()
 
     def hostnames(self) -> list[str]:
         with self._rig.sessions() as session:
-            return [worker.hostname for worker in workers.list_live(session)]
+            return [live.hostname for live in workers.list_live(session) if live.state is WorkerState.READY]
 
     def close(self) -> None:
         self.process.kill()
