@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from domain.catalog import ModelSpec
 from gpu_worker.engine.backends.transformers import build_engine
 from gpu_worker.engine.loop import Engine
+from gpu_worker.engine.noise import keyed_noise, noise_key
+from gpu_worker.engine.sequence import Sequence as EngineSequence
 from gpu_worker.frames import AddJob, JobFailed, StepDone
 from tests.engine_parts import byte_tokenizer
 
@@ -127,6 +130,12 @@ class Collected:
         """The job's, whichever of its sequences told them."""
         told = (finished.prompt_logprobs for (id_, _), finished in self.sequences.items() if id_ == job_id)
         return next((logprobs for logprobs in told if logprobs is not None), None)
+
+
+def gumbel_noise(token_ids: Tensor, sequences: Sequence[EngineSequence]) -> Tensor:
+    """Of the next draw, one row per sequence; `token_ids` is int32 (num_sequences or 1, num_tokens)."""
+    keys = [noise_key(s.job.seed, s.index, s.num_output_tokens) for s in sequences]
+    return keyed_noise(token_ids, torch.tensor(keys, dtype=torch.int32))
 
 
 def step(engine: Engine) -> StepDone:

@@ -16,13 +16,14 @@ from torch import Tensor
 from gpu_worker.engine.admission import ModelLimits, make_job
 from gpu_worker.engine.grammar import Grammars
 from gpu_worker.engine.loop import Engine
-from gpu_worker.engine.sampling import gumbel_noise, sample
+from gpu_worker.engine.sampling import sample
 from gpu_worker.frames import AddJob
 from tests.engine_driver import (
     EOS_TOKEN_ID,
     VOCAB_SIZE,
     Collected,
     Finished,
+    gumbel_noise,
     make_add,
     make_engine,
     num_sequences,

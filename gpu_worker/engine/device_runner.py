@@ -21,10 +21,11 @@ from gpu_worker.engine.attention import LayerCache
 from gpu_worker.engine.decode_graphs import DecodeGraphs
 from gpu_worker.engine.device_attention import DeviceAttention, DeviceContext, RowGroup, Span
 from gpu_worker.engine.device_sampler import DeviceSampler, SampledStep
+from gpu_worker.engine.grammar_masks import token_masks
 from gpu_worker.engine.kv_cache import BlockCopy
 from gpu_worker.engine.pass_inputs import FROM_HOST, PassInputs, PassTensors
 from gpu_worker.engine.prompt_scoring import split_scores
-from gpu_worker.engine.sampling import Drawn, sample
+from gpu_worker.engine.sampling import Drawn
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
 
@@ -47,7 +48,6 @@ class LaunchedPass:
     sampled: SampledStep | None = None
     packed: Tensor | None = None  # the draws on the host, once `is_done`
     is_done: torch.cuda.Event | None = None
-    drawn: list[Drawn] | None = None  # where the host drew
 
 
 class DeviceRunner:
@@ -134,10 +134,10 @@ class DeviceRunner:
         scores = {number: row for number, row in zip(decodes + prefills, all_scores, strict=True) if row}
         drawing = [rows[number] for number in numbers]
         self._draw_by_sequence = {row.sequence: place for place, row in enumerate(drawing)}
-        if not drawing or any(_needs_host(row.sequence) for row in drawing):
-            drawn = sample(logits, [row.sequence for row in drawing]) if drawing else []
-            return LaunchedPass(len(rows), numbers, scores, drawn=drawn)
-        sampled = self._sampler.sample(logits, drawing)
+        if not drawing:
+            return LaunchedPass(len(rows), numbers, scores)
+        masks = token_masks([row.sequence for row in drawing])  # while the device is at work on the logits
+        sampled = self._sampler.sample(logits, drawing, masks)
         packed, is_done = self._copy_home(sampled.packed)
         return LaunchedPass(len(rows), numbers, scores, sampled, packed, is_done)
 
@@ -151,10 +151,8 @@ class DeviceRunner:
         return home, event
 
     def _read(self, launched: LaunchedPass) -> list[Drawn]:
-        if launched.drawn is not None:
-            return launched.drawn
-        assert launched.sampled is not None
-        assert launched.packed is not None
+        if launched.sampled is None or launched.packed is None:
+            return []
         if launched.is_done is not None:
             launched.is_done.synchronize()
         return self._sampler.read(launched.sampled, launched.packed.numpy())

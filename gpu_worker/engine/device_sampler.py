@@ -12,9 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.engine.grammar_masks import TokenMasks
+from gpu_worker.engine.noise import keyed_noise, noise_key
 from gpu_worker.engine.output_counts import OutputCounts
-from gpu_worker.engine.sampling import NUM_CANDIDATES, Drawn, keyed_noise, noise_key
-from gpu_worker.engine.sampling_plan import DrawGroup, Penalties, SamplingPlan, SparseTerms, asks_logprobs, make_plan
+from gpu_worker.engine.sampling import Drawn
+from gpu_worker.engine.sampling_plan import (
+    NUM_CANDIDATES,
+    DrawGroup,
+    Penalties,
+    SamplingPlan,
+    SparseTerms,
+    asks_logprobs,
+    make_plan,
+)
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
 
@@ -56,7 +66,7 @@ class DeviceSampler:
         self._counts.reset()
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Rows[ScheduledRow]) -> SampledStep:
+    def sample(self, logits: Tensor, rows: Rows[ScheduledRow], masks: TokenMasks | None = None) -> SampledStep:
         """`logits` is float32 (num_rows, vocab_size) and is overwritten."""
         plan = self._plan_for([row.sequence for row in rows])
         keys, positions = self._step_numbers(rows)
@@ -64,6 +74,8 @@ class DeviceSampler:
         asking = plan.logprob_rows
         raw_logprobs = None if asking is None else logits[asking].log_softmax(-1)
         is_finite &= self._adjust(logits, plan, positions)
+        if masks is not None:
+            masks.apply(logits)
         token_ids = logits.argmax(-1)
         is_complete = torch.ones_like(is_finite)
         self._draw(logits, plan, keys, token_ids, is_complete)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from domain.requests import SamplingParams
-from gpu_worker.engine.sampling import NUM_CANDIDATES
+from gpu_worker.engine.host_draws import LEAST_TEMPERATURE
 from gpu_worker.engine.sequence import Sequence
+
+NUM_CANDIDATES = 256  # most filters keep fewer tokens than this; for the others all are sorted
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ class _Maker:
         if not rows:
             return None
         params = [self._params[row] for row in rows]
-        temperatures = [1.0 if p.temperature is None else max(p.temperature, 1e-4) for p in params]
+        temperatures = [1.0 if p.temperature is None else max(p.temperature, LEAST_TEMPERATURE) for p in params]
         return DrawGroup(
             rows=self.ints(rows),
             temperature=self.column(temperatures),

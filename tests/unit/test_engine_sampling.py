@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from gpu_worker.engine import sampling
-from gpu_worker.engine.sampling import gumbel_noise, sample
+from gpu_worker.engine.sampling import sample
 from gpu_worker.engine.sequence import Sequence
+from tests.engine_driver import gumbel_noise
 from tests.engine_parts import extend, make_sequence
 
 VOCAB_SIZE = 24
@@ -99,17 +99,67 @@ def test_a_row_draws_the_same_alone_and_in_any_company(rows: list[dict[str, Any]
     assert together == [draw(logits[number : number + 1], sequence)[0] for number, sequence in enumerate(sequences)]
 
 
-@settings(deadline=None)
-@given(row=ROWS, is_coarse=st.booleans(), logits_seed=st.integers(0, 1000))
-def test_few_candidates_and_the_full_sort_draw_the_same(row: dict[str, Any], is_coarse: bool, logits_seed: int) -> None:
+def defined_scores(logits: Tensor, sequence: Sequence) -> Tensor:
+    """What a draw from adjusted logits maximises, by a full sort and noise for every token; float32 (vocab_size,)."""
+    params = sequence.job.params
+    temperature = params.temperature or 1.0
+    values = (logits[0] / temperature).sort(descending=True).values
+    last = min(params.top_k or len(values), len(values)) - 1
+    cumulative = values.double().softmax(-1).cumsum(-1)
+    reached = int(torch.searchsorted(cumulative, (params.top_p or 1.0) * cumulative[last]))
+    floor = torch.maximum(values[min(reached, last)], values[0] + torch.tensor(params.min_p).log())
+    noise = gumbel_noise(torch.arange(len(values), dtype=torch.int32)[None], [sequence])[0]
+    scaled = logits[0] / temperature
+    return (scaled + noise).masked_fill(scaled < floor, -math.inf)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    row=ROWS.filter(lambda row: row["temperature"] > 0),
+    vocab_size=st.sampled_from([1, 2, 60, 1000, 32_000]),
+    spread=st.sampled_from([0.0, 0.05, 1.0, 8.0]),
+    is_coarse=st.booleans(),
+    num_banned=st.integers(0, 3),
+    logits_seed=st.integers(0, 1000),
+)
+def test_noise_for_few_tokens_draws_what_noise_for_all_would(
+    row: dict[str, Any], vocab_size: int, spread: float, is_coarse: bool, num_banned: int, logits_seed: int
+) -> None:
     """Coarse logits have many ties, as those of a model in bfloat16 do."""
-    logits = random_logits(seed=logits_seed, vocab_size=60)
+    logits = random_logits(seed=logits_seed, vocab_size=vocab_size) * spread
     logits = logits.round() if is_coarse else logits
+    logits[0, 1 : 1 + num_banned] = -math.inf
+    row = row if vocab_size > 1 else row | {"repetition_penalty": 1.0}  # the prompt's token 1 must exist
     sequence = make_sequence([1], **row)
-    full = draw(logits, sequence)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "NUM_CANDIDATES", 4)
-        assert draw(logits, sequence) == full
+    (drawn,) = sample(logits, [sequence])
+    scores = defined_scores(logits, sequence)
+    assert drawn.token_id == scores.argmax()
+
+
+def test_draws_from_a_large_vocabulary_pass_a_chi_square_test() -> None:
+    """30,000 tokens in classes of about equal probability, whichever way they are found: by noise, logit or filter."""
+    logits = random_logits(seed=3, vocab_size=30_000)
+    logits[0, :40] += 8
+    filters: list[dict[str, Any]] = [{"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.7}, {"top_k": 5000}]
+    for params in filters:
+        defaults: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        params = defaults | params
+        expected = filtered_by_transformers(logits, **params).double()
+        order = expected.argsort(descending=True)
+        classes = torch.empty_like(order)
+        classes[order] = (expected[order].cumsum(0) * 100).long().clamp(max=99)
+        shares = torch.zeros(100, dtype=torch.float64).index_add_(0, classes, expected)
+        drawn = torch.zeros(100, dtype=torch.float64)
+        for start in range(0, NUM_DRAWS, 100):
+            sequences = [at_position(position, **params) for position in range(start, start + 100)]
+            ids = draw(logits.expand(100, -1), *sequences)
+            drawn.index_add_(0, classes[ids], torch.ones(100, dtype=torch.float64))
+        counts = shares * NUM_DRAWS
+        is_used = counts > 0
+        assert drawn[~is_used].sum() == 0
+        chi_square = ((drawn - counts)[is_used] ** 2 / counts[is_used]).sum().item()
+        freedom = int(is_used.sum()) - 1
+        assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
 
 
 def test_noise_is_fixed_for_ever() -> None:
