@@ -15,6 +15,7 @@ from torch import Tensor
 from gpu_worker.engine.grammar_masks import TokenMasks
 from gpu_worker.engine.noise import keyed_noise, noise_key
 from gpu_worker.engine.output_counts import OutputCounts
+from gpu_worker.engine.runner import DrawAgain
 from gpu_worker.engine.sampling import Drawn
 from gpu_worker.engine.sampling_plan import (
     NUM_CANDIDATES,
@@ -29,10 +30,6 @@ from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
 
 IS_FINITE, IS_COMPLETE = 1, 2
-
-
-class DrawAgain(Exception):
-    """Some rows keep more tokens than were looked at; next time all of them are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +95,7 @@ class DeviceSampler:
             raise ValueError("the model's logits are not finite, or every token is banned")
         if not (flags & IS_COMPLETE).all():
             self._wide.update(step.plan.sequences[row] for row in np.flatnonzero(flags & IS_COMPLETE == 0).tolist())
+            self._plan = None
             raise DrawAgain
         logprobs = _read_logprobs(step.plan, packed[2 * num_rows :])
         return [Drawn(token_id, *logprobs.get(row, ())) for row, token_id in enumerate(token_ids)]

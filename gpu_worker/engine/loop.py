@@ -20,7 +20,7 @@ from gpu_worker.engine.admission import ModelLimits, make_job
 from gpu_worker.engine.backends import RecordStep, StepMember
 from gpu_worker.engine.grammar import Grammars
 from gpu_worker.engine.grammar_masks import GrammarFailed
-from gpu_worker.engine.runner import Runner
+from gpu_worker.engine.runner import DrawAgain, Runner
 from gpu_worker.engine.sampling import Drawn
 from gpu_worker.engine.scheduler import ScheduledRow, Scheduler
 from gpu_worker.engine.sequence import EngineJob, Sequence
@@ -172,6 +172,8 @@ class Engine:
         """After a failure: each half on its own, down to the guilty row, whose job fails. Where memory ran out, the
         later half waits instead, and steps become smaller."""
         rows = [row for row in rows if self._is_running(row.sequence)]
+        if isinstance(exc, DrawAgain):
+            return self._run_part(rows, result)
         if isinstance(exc, GrammarFailed):
             self._fail(exc.job, exc, result)
             return self._run_part(rows, result)

@@ -21,6 +21,10 @@ from gpu_worker.engine.sequence import Sequence
 MAX_PADDING = 512  # tokens read for nothing by one attention call on a CPU; about the price of another call
 
 
+class DrawAgain(Exception):
+    """Some rows keep more tokens than were looked at. The same rows, launched again, are drawn in another way."""
+
+
 class Runner(Protocol):
     def copy_blocks(self, copies: Rows[BlockCopy]) -> None: ...
 

@@ -108,14 +108,15 @@ def test_everybody_whose_step_is_under_way_is_recorded(engine: Engine) -> None:
         assert {output.job_id for output in done.outputs} <= {member.job_id for member in records[-1]}
 
 
-def test_filters_that_keep_many_tokens_are_drawn_again_rightly() -> None:
+@pytest.mark.parametrize("num_jobs", [1, 3])
+def test_filters_that_keep_many_tokens_are_drawn_again_rightly(num_jobs: int) -> None:
     """A flat distribution: top_p keeps more than the most likely 256 of 320 tokens."""
     params: dict[str, Any] = {"temperature": 2.0, "top_p": 0.99, "max_tokens": 12, "logit_bias": {}}
     model, twin = tiny_model(), tiny_model()
     for each in (model, twin):
         with torch.no_grad():
             each.lm_head.weight.mul_(0.05)
-    commands = [make_add(str(seed), PROMPTS[0], seed=seed, **params) for seed in range(3)]
+    commands = [make_add(str(seed), PROMPTS[0], seed=seed, **params) for seed in range(num_jobs)]
     assert run(make_device_engine(model), commands) == run(make_engine(twin), commands)
 
 
