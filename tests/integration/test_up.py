@@ -200,7 +200,8 @@ def test_the_commands_of_the_readme_work_as_they_stand(start_up: StartUp, enviro
     url, job_id = up.wait_until_up()
     celeriac = f"{sys.executable} -m cli"
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    blocks = [block for block in blocks if "celeriac worker" not in block]  # which needs a model from the hub
+    # One needs a model from the hub, the other one that the fake back end has not got.
+    blocks = [block for block in blocks if "celeriac worker" not in block and "/v1/embeddings" not in block]
     assert len(blocks) >= 5
     for block in blocks:
         block = block.replace("http://127.0.0.1:8000", url).replace("job_01...", job_id)
