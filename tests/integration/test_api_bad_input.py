@@ -173,7 +173,7 @@ def test_every_id_that_is_not_ones_own_is_simply_not_there(http: httpx.Client, j
         ("limit=ten", "limit", "valid integer"),
         ("status=running", "status", "'queued', 'in_progress'"),
         ("order=up", "order", "'asc' or 'desc'"),
-        ("created_after=yesterday", "created_after", "datetime"),
+        ("created_after=yesterday", "created_after", "write it as 2026-"),
         ("created_after=2026-01-01T00:00:00", "created_after", "timezone"),
         ("after=job_1", "after", "is no job id"),
         ("satus=queued", "satus", "did you mean status?"),
