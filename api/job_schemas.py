@@ -20,7 +20,7 @@ from domain.webhook_urls import MAX_URL_BYTES
 from storage.job_queries import JobRecord
 from storage.jobs_accept import NewJob
 from storage.tables import Job, JobAttempt
-from tasks.submit import JobOptions
+from tasks.job_options import JobOptions
 
 WEEK_SECONDS = 604_800
 NO_NUL = r"^[^\u0000]*$"  # PostgreSQL finds nothing in metadata that holds one

@@ -27,8 +27,9 @@ from domain.jobs import Endpoint
 from domain.requests import GenerationRequest, GenerationResult, SamplingParams
 from storage import endpoint_jobs
 from storage.job_queries import JobRecord
+from tasks.job_options import JobOptions
+from tasks.request_hashes import request_hash
 from tasks.settle import resolve_params
-from tasks.submit import JobOptions, request_hash
 
 MAX_PROMPTS = 64
 CHAT_MAX_TOKENS = 100

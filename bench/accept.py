@@ -35,8 +35,8 @@ from storage.database import migrate, open_database, session_factory
 from storage.jobs_accept import NewJob
 from storage.tables import DEFAULT_TENANT_ID
 from tasks.models import ModelView, load_model_view
+from tasks.request_hashes import request_hash
 from tasks.settle import resolve_params
-from tasks.submit import request_hash
 
 LISTENING = re.compile(r"http://127\.0\.0\.1:(\d+)")
 GROUP = 64

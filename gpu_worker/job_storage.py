@@ -22,7 +22,7 @@ from storage import database, jobs, streams, workers
 from storage.jobs import ClaimedJob, Returned
 from storage.tables import Job
 from storage.workers import WorkerReport
-from tasks.models import model_revision
+from tasks.model_files import model_revision
 
 logger = logging.getLogger(__name__)
 

@@ -29,9 +29,10 @@ from storage.jobs_accept import AcceptOutcome, NewJob
 from tasks.batch_files import LINES_PER_READ, FoundLine, prefix_hash, split_lines, write_lines
 from tasks.batch_surface import BatchSurface, LineRequest
 from tasks.grammar_gate import GrammarGate
+from tasks.job_options import JobOptions
 from tasks.models import ModelViews
 from tasks.settle import settle_generation
-from tasks.submit import JobOptions, make_job
+from tasks.submit import make_job
 from tasks.tokenizing import num_prompt_chars, refuse_endless_prompt
 
 logger = logging.getLogger(__name__)

@@ -1,40 +1,23 @@
 """What the API has to know of a model, without torch: its tokenizer, chat template, defaults, length and revision."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from domain.catalog import Catalog, ModelSpec
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.requests import ChatMessage, GenerationRequest
 from domain.tools import ToolDefinition
 from tasks.chat_templates import ChatTemplate, plain_message, plain_tool
+from tasks.encoders import ByteEncoder, Encoder, TokenizerEncoder, load_tokenizer, special_tokens_of
+from tasks.model_files import model_folder, model_revision, read_json_file
 from tasks.output_formats import OutputFormat, output_format_of
 
 FAKE_EMBEDDING_WIDTH = 8
-
-#: How an embedding model makes one vector of many, in the manner of sentence-transformers.
-POOLING_FILES = ("modules.json", "1_Pooling/config.json")
-_DESCRIPTION_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    *POOLING_FILES,
-)
-_WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf"})
-_SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_NUM_WEIGHT_SAMPLES = 64
-_WEIGHT_SAMPLE_BYTES = 65_536
 
 FAKE_CHAT_TEMPLATE = (
     "{% for tool in tools or [] %}tool: {{ tool | tojson }}, called by <tool_call>\n{% endfor %}"
@@ -54,16 +37,6 @@ class GenerationDefaults:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_new_tokens: int | None = None
-
-
-class Encoder(Protocol):
-    """Text to token ids, and back."""
-
-    vocab_size: int
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-
-    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +147,11 @@ def load_model_view(spec: ModelSpec) -> ModelView:
     if spec.backend == "fake" and not Path(spec.path).is_dir():
         return _fake_view(spec)
     folder = model_folder(spec)
-    config = _read_json(folder / "config.json")
-    tokenizer_config = _read_json(folder / "tokenizer_config.json")
-    special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json") | tokenizer_config)
-    generation_config = _read_json(folder / "generation_config.json")
-    tokenizer = _load_tokenizer(spec, folder, tokenizer_config, special_tokens)
+    config = read_json_file(folder / "config.json")
+    tokenizer_config = read_json_file(folder / "tokenizer_config.json")
+    special_tokens = special_tokens_of(read_json_file(folder / "special_tokens_map.json") | tokenizer_config)
+    generation_config = read_json_file(folder / "generation_config.json")
+    tokenizer = load_tokenizer(spec, folder, tokenizer_config, special_tokens)
     encoder = TokenizerEncoder(tokenizer)
     vocab_size = int(config.get("vocab_size") or encoder.vocab_size)
     vocabulary = Vocabulary(tokenizer, vocab_size, _eos_token_ids(generation_config, config))
@@ -198,107 +171,6 @@ def _embedding_width(config: Mapping[str, Any]) -> int:
     """Of the hidden states, by the names that families have for it."""
     config = config.get("text_config") or config
     return int(next((config[name] for name in ("hidden_size", "n_embd", "d_model", "dim") if name in config), 0))
-
-
-def model_folder(spec: ModelSpec) -> Path:
-    """Where the files that describe the model lie; for a hub id they are downloaded first, weights never."""
-    folder = Path(spec.path)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=list(_DESCRIPTION_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as exc:
-        raise ValueError(
-            f"model {spec.id}: {spec.path!r} is no local folder and could not be fetched from the hub; "
-            "check path, revision and the network"
-        ) from exc
-
-
-def model_revision(spec: ModelSpec) -> str:
-    """What a job is pinned to once it has output: equal on every machine that serves the same files.
-
-    A local folder is hashed: its descriptions whole, its weights by size and evenly spread samples, so that retrained
-    weights differ and a large model costs milliseconds. A hub model is the commit that its revision names.
-    """
-    if spec.backend == "fake" and not Path(spec.path).is_dir():
-        return f"fake:{spec.revision}"
-    if Path(spec.path).is_dir():
-        return _hash_folder(spec.path)
-    return model_folder(spec).name
-
-
-@lru_cache(maxsize=64)
-def _hash_folder(path: str) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()):
-        if file.name in _DESCRIPTION_FILES:
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
-        elif file.name == "1_Pooling" and (file / "config.json").is_file():
-            digest.update(b"1_Pooling\0" + (file / "config.json").read_bytes())
-        elif file.suffix in _WEIGHT_SUFFIXES:
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            _hash_samples(digest, file)
-    return f"sha256:{digest.hexdigest()[:40]}"
-
-
-def _hash_samples(digest: "hashlib._Hash", file: Path) -> None:
-    size = file.stat().st_size
-    stride = max(size // _NUM_WEIGHT_SAMPLES, _WEIGHT_SAMPLE_BYTES)
-    with file.open("rb") as weights:
-        for offset in range(0, size, stride):
-            weights.seek(offset)
-            digest.update(weights.read(_WEIGHT_SAMPLE_BYTES))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    content = json.loads(file.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return content
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """By name, as templates see them. A token is a string, or an object with its content and flags."""
-    values = {name: config.get(name) for name in _SPECIAL_TOKEN_NAMES}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _load_tokenizer(
-    spec: ModelSpec, folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]
-) -> Tokenizer:
-    """tokenizer.json and the tokens that only tokenizer_config.json knows, as AutoTokenizer has it; add_bos_token is
-    ignored there too: what a prompt begins with is said by tokenizer.json."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"model {spec.id}: {folder} has no tokenizer.json; save the model's fast tokenizer there")
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
-    _add_missing_tokens(tokenizer, config, special_tokens)
-    return tokenizer
-
-
-def _add_missing_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-    missing = [AddedToken(**token) for _, token in listed if token["content"] not in known]
-    known |= {token.content for token in missing}
-    named = dict.fromkeys([*special_tokens.values(), *_extra_special_tokens(config)])
-    missing += [AddedToken(text, special=True, normalized=False) for text in named if text not in known]
-    tokenizer.add_tokens(missing)
-
-
-def _extra_special_tokens(config: Mapping[str, Any]) -> list[str]:
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    values = list(extra.values()) if isinstance(extra, dict) else list(extra)
-    return [value["content"] if isinstance(value, dict) else value for value in values]
 
 
 def _load_chat_template(
@@ -327,34 +199,6 @@ def _generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
     neutral = GenerationDefaults(temperature=0.0 if config.get("do_sample") is False else 1.0)
     names = [field.name for field in fields(GenerationDefaults) if config.get(field.name) is not None]
     return replace(neutral, **{name: config[name] for name in names})
-
-
-class TokenizerEncoder:
-    """A Rust tokenizer. The batch call is the one that lets go of the GIL, and skips offsets."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.vocab_size: int = tokenizer.get_vocab_size()
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        return ids
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
-        return text
-
-
-class ByteEncoder:
-    """One token per byte of UTF-8, for the fake back end, which has no vocabulary of its own for prompts."""
-
-    vocab_size = 257  # that of the fake back end: the bytes and its end token
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return bytes(id_ for id_ in token_ids if id_ < 256).decode(errors="replace")
 
 
 def _fake_view(spec: ModelSpec) -> ModelView:

@@ -9,7 +9,8 @@ from domain.ids import external_id
 from domain.jobs import JobStatus, Lane
 from storage.job_queries import JobRecord
 from storage.jobs_accept import Accepted, AcceptOutcome, NewJob
-from tasks.submit import JobOptions, Submitted, Submitter, raise_refusal
+from tasks.job_options import JobOptions
+from tasks.submit import Submitted, Submitter, raise_refusal
 
 
 @dataclass(frozen=True, slots=True)

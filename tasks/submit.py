@@ -3,15 +3,10 @@
 Every API and the command line come through `Submitter.submit`, so a job means the same wherever it came from.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from uuid import UUID
-
-import orjson
-from pydantic import BaseModel
 
 from domain.embeddings import EmbeddingRequest
 from domain.errors import (
@@ -22,42 +17,21 @@ from domain.errors import (
     TooManyQueuedJobs,
 )
 from domain.ids import new_id
-from domain.jobs import Endpoint, JobStatus
 from domain.kinds import JobRequest
 from domain.requests import GenerationRequest, SamplingParams
 from domain.webhook_urls import BadWebhookUrl
-from domain.webhooks import TELLABLE_STATUSES
 from observability import jobs_submitted_total, labelled, llm_requests_total, prompt_tokens_total
 from settings import Settings
 from storage.jobs_accept import Accepted, AcceptOutcome, NewJob, QueueRoom
 from tasks.embed import refuse_unembeddable
 from tasks.grammar_gate import GrammarGate
 from tasks.group_accept import GroupAcceptor
+from tasks.job_options import JobOptions, deadline_of, refuse_impossible_deadline
 from tasks.models import ModelView, ModelViews
+from tasks.request_hashes import fingerprint, request_hash
 from tasks.settle import Settled, refuse_ungenerable, settle_embedding, settle_generation
 from tasks.tokenizing import TokenizingPool
 from tasks.webhook_guard import TargetGuard
-
-MAX_DEADLINE_AHEAD = timedelta(days=365)
-
-
-@dataclass(frozen=True, slots=True)
-class JobOptions:
-    """A job's knobs beside its request."""
-
-    priority: int = 0
-    deadline_at: datetime | None = None
-    start_timeout_seconds: float | None = None
-    run_timeout_seconds: float | None = None
-    result_ttl_seconds: int | None = None  # None: the installation's
-    idempotency_key: str | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
-    webhook_url: str | None = None  # told of the ends in webhook_statuses
-    webhook_statuses: Sequence[JobStatus] = TELLABLE_STATUSES
-    deadline_after_seconds: float | None = None  # since the accept; no part of what a repeated request must share
-    endpoint: Endpoint = Endpoint.JOBS
-    is_stored: bool = False
-    endpoint_body: str | None = None  # JSON, kept beside the request for the route that shows it again
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,78 +163,6 @@ def make_job(
 
 def _params_of(request: JobRequest) -> SamplingParams | None:
     return request.params if isinstance(request, GenerationRequest) else None
-
-
-def refuse_impossible_deadline(options: JobOptions) -> None:
-    if options.deadline_at is None:
-        return
-    now = datetime.now(UTC)
-    if not now < options.deadline_at < now + MAX_DEADLINE_AHEAD:
-        raise InvalidRequest(
-            f"deadline is {options.deadline_at.isoformat()}; name a time to come within {MAX_DEADLINE_AHEAD.days} days",
-            param="deadline",
-        )
-
-
-def deadline_of(options: JobOptions) -> datetime | None:
-    """The earlier of the two that may be given."""
-    if options.deadline_after_seconds is None:
-        return options.deadline_at
-    relative = datetime.now(UTC) + timedelta(seconds=options.deadline_after_seconds)
-    return relative if options.deadline_at is None else min(relative, options.deadline_at)
-
-
-def request_hash(request: JobRequest, options: JobOptions) -> bytes:
-    """What two submissions under one idempotency key must share: all that was asked for, before defaults and seed."""
-    asked = _asked(request) | {
-        "options": [
-            options.priority,
-            options.deadline_at,
-            options.start_timeout_seconds,
-            options.run_timeout_seconds,
-            options.result_ttl_seconds,
-            options.metadata,
-        ],
-        "endpoint": [options.endpoint, options.is_stored],
-        "webhook": options.webhook_url and [options.webhook_url, *options.webhook_statuses],
-    }
-    return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
-
-
-def _dump(part: BaseModel) -> dict[str, Any]:
-    return part.model_dump(mode="json", exclude_defaults=True)
-
-
-def fingerprint(model_revision: str, prompt_token_ids: Sequence[int], request: JobRequest) -> bytes:
-    """What makes a request the same to an engine: by this a poisonous one is known again. The seed is that which was
-    asked for, not one that was drawn."""
-    asked: list[object] = [model_revision, list(prompt_token_ids)]
-    if isinstance(request, EmbeddingRequest):
-        asked += ["embedding", request.dimensions]
-    else:
-        asked += [request.params.model_dump(mode="json"), _schema_text(request.params)]
-    return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
-
-
-def _asked(request: JobRequest) -> dict[str, object]:
-    if isinstance(request, EmbeddingRequest):
-        return request.model_dump(mode="json")
-    return {
-        "model": request.model,
-        "prompt": request.prompt,
-        "messages": request.messages and [_dump(message) for message in request.messages],
-        "tools": [orjson.dumps(_dump(tool)).decode() for tool in request.tools],  # as text: the order is seen, too
-        "parallel_tool_calls": request.parallel_tool_calls,
-        "prompt_token_ids": request.prompt_token_ids,
-        "params": request.params.model_dump(mode="json"),
-        "schema_order": _schema_text(request.params),
-    }
-
-
-def _schema_text(params: SamplingParams) -> str | None:
-    """The order of a schema's properties, which sorted keys hide, is the order of the output."""
-    schema = params.structured_output and params.structured_output.json_schema
-    return orjson.dumps(schema).decode() if schema is not None else None
 
 
 def raise_refusal(accepted: Accepted, options: JobOptions) -> None:

@@ -26,7 +26,8 @@ from storage import endpoint_jobs, job_queries
 from storage.job_queries import JobRecord
 from storage.jobs_accept import QueueRoom
 from storage.stream_channels import num_listening_processes
-from tasks.submit import JobOptions, request_hash
+from tasks.job_options import JobOptions
+from tasks.request_hashes import request_hash
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from gpu_worker.engine.embedding_lane import Embed, EmbeddingLane
 from gpu_worker.engine.families import FAMILIES, Family
 from gpu_worker.engine.loading import vocab_size
 from gpu_worker.engine.runner import group_by_length
-from tasks.models import model_folder
+from tasks.model_files import model_folder
 
 Pooling = Literal["mean", "cls", "last"]
 

@@ -14,8 +14,9 @@ from domain.catalog import ModelSpec
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.structured_output import StructuredOutput
 from settings import ROOT
+from tasks.encoders import TokenizerEncoder
 from tasks.grammar_gate import GrammarGate
-from tasks.models import GenerationDefaults, ModelView, TokenizerEncoder, Vocabulary, load_model_view
+from tasks.models import GenerationDefaults, ModelView, Vocabulary, load_model_view
 
 MINI = ModelSpec(id="mini", path=str(ROOT / "models" / "celeriac-mini"), max_model_len=1024)
 pytestmark = pytest.mark.timeout(60)

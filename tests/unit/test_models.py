@@ -15,7 +15,8 @@ from domain.catalog import ModelSpec
 from domain.errors import InvalidRequest
 from domain.requests import ChatMessage, GenerationRequest
 from settings import ROOT
-from tasks.models import ModelView, load_model_view, model_revision
+from tasks.model_files import model_revision
+from tasks.models import ModelView, load_model_view
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}\n"

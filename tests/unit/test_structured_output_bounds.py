@@ -13,7 +13,8 @@ from api.bodies import parse_model
 from domain.errors import InvalidRequest
 from domain.requests import GenerationRequest, SamplingParams
 from domain.structured_output import StructuredOutput
-from tasks.submit import JobOptions, request_hash
+from tasks.job_options import JobOptions
+from tasks.request_hashes import request_hash
 
 
 def nested(depth: int) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from domain.catalog import ModelSpec
 from domain.errors import ContextLengthExceeded, InvalidRequest, ServerOverloaded
 from domain.requests import ChatMessage, GenerationRequest, SamplingParams
 from tasks import tokenizing
+from tasks.job_options import JobOptions
 from tasks.models import GenerationDefaults, ModelView, load_model_view
+from tasks.request_hashes import request_hash
 from tasks.settle import DEFAULT_MAX_TOKENS, resolve_params
-from tasks.submit import JobOptions, request_hash
 from tasks.tokenizing import TokenizingPool
 
 CONTEXT = 100
