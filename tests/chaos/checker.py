@@ -242,6 +242,7 @@ def _figures(histories: Sequence[History], stored: Stored) -> dict[str, Any]:
         "chunks": stored.num_chunks,
         "chunks_seen": sum(len(connection.deltas) for connection in connections),
         "attempts": sum(job.attempt for job in stored.jobs.values()),
+        "jobs_charged": sum(job.num_failures > 0 for job in stored.jobs.values()),
         "max_attempt": max((job.attempt for job in stored.jobs.values()), default=0),
         "connections": len(connections),
         "min_connections_per_job": min((len(history.connections) for history in accepted), default=0),

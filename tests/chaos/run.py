@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +24,11 @@ import psycopg
 from rich.console import Console
 from rich.live import Live
 
+from gpu_worker.engine.backends.fake_counts import num_drawn_tokens
 from settings import ROOT
 from tests.chaos import audit
 from tests.chaos.clients import Clients
-from tests.chaos.faults import WEIGHTS, Striker, make_schedule
+from tests.chaos.faults import WEIGHTS, Fault, Striker, make_schedule
 from tests.chaos.mutants import MUTANTS
 from tests.chaos.plant import Plant, host_and_port
 from tests.chaos.proxy import Link
@@ -49,6 +50,7 @@ SETTINGS = {
 }
 REST_LOOK_SECONDS = 0.3
 NUM_SHOWN = 20  # violations
+COUNT_FOLDER = "drawn"  # of the tokens that the fake engines drew
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Options:
     is_kept: bool = False  # the folder with the logs, also where all is well
     edits: tuple[Edit, ...] = ()  # that make a mutant of the code
     weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
+    schedule: tuple[Fault, ...] = ()  # instead of one that is drawn
 
 
 class Run:
@@ -75,7 +78,7 @@ class Run:
         self._console = console
         self._folder = Path(tempfile.mkdtemp(prefix="celeriac-chaos-"))
         worker_models = {f"gpu-{number}": FAKE_MODEL for number in range(1, options.num_workers + 1)}
-        models = MODELS
+        models = MODELS.format(count_folder=self._folder / COUNT_FOLDER)
         if options.has_real_model:
             worker_models[REAL_WORKER] = REAL_MODEL
             model_folder = self._folder / REAL_MODEL  # a copy: the same weights to the end, whatever is trained here
@@ -94,7 +97,7 @@ class Run:
         self._began_at = time.monotonic()
 
     async def run(self) -> dict[str, Any]:
-        schedule = make_schedule(
+        schedule = self._options.schedule or make_schedule(
             self._options.seed,
             seconds=self._options.seconds,
             per_minute=self._options.faults_per_minute,
@@ -157,7 +160,7 @@ class Run:
 
     # The run
 
-    async def _live_through(self, clients: Clients, striker: Striker, schedule: list[Any]) -> None:
+    async def _live_through(self, clients: Clients, striker: Striker, schedule: Sequence[Fault]) -> None:
         workload = Workload(
             clients,
             num_clients=self._options.num_clients,
@@ -227,7 +230,13 @@ class Run:
     # The verdict
 
     def _judge(self, clients: Clients, striker: Striker) -> dict[str, Any]:
-        verdict = judge_run(self._plant, clients.histories, striker.struck, lease_seconds=LEASE_SECONDS)
+        verdict = judge_run(
+            self._plant,
+            clients.histories,
+            striker.struck,
+            lease_seconds=LEASE_SECONDS,
+            num_drawn=num_drawn_tokens(self._folder / COUNT_FOLDER),
+        )
         for violation in verdict.violations[:NUM_SHOWN]:
             self._console.print(f"{violation.kind}: {violation.job}: {violation.detail}", markup=False)
         for line in describe_stalls(clients.histories):

@@ -36,6 +36,7 @@ def test_nothing_is_lost_doubled_or_stuck_under_every_kind_of_fault() -> None:
     assert report["jobs_accepted"] > 20
     assert report["num_faults"] > 20
     assert "worker pause" in report["faults"]
+    assert report["tokens_drawn"] >= report["tokens_committed"] > 0
 
 
 @pytest.mark.long

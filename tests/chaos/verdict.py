@@ -10,19 +10,22 @@ from tests.chaos.checker import Verdict, Violation, judge, percentiles, read_sto
 from tests.chaos.clients import History
 from tests.chaos.faults import Struck
 from tests.chaos.plant import Plant
-from tests.chaos.workload import POISON_SEED, REAL_MODEL
+from tests.chaos.workload import FAKE_MODEL, POISON_SEED, REAL_MODEL
 
 REAL_WORKER = "gpu-real"
 NUM_STALLS_SHOWN = 3
 
 
-def judge_run(plant: Plant, histories: Sequence[History], struck: Sequence[Struck], *, lease_seconds: float) -> Verdict:
-    """Reads the database, which must be at rest."""
+def judge_run(
+    plant: Plant, histories: Sequence[History], struck: Sequence[Struck], *, lease_seconds: float, num_drawn: int
+) -> Verdict:
+    """Reads the database, which must be at rest. `num_drawn` tokens were drawn by the fake engines."""
     with plant.connect() as connection:
         stored = read_stored(connection)
         changes, owners = audit.read_changes(connection), audit.read_owners(connection)
         untold = audit.judge_webhooks(connection)
         findings = audit.read_findings(connection)
+        num_committed = audit.read_num_tokens(connection, FAKE_MODEL)
     verdict = judge(histories, stored)
     verdict.violations += audit.judge_changes(changes)
     verdict.violations += untold
@@ -40,6 +43,7 @@ def judge_run(plant: Plant, histories: Sequence[History], struck: Sequence[Struc
         "faults": dict(sorted(faults.items())),
         **verdict.figures,
         **_figures_of_poison(histories),
+        **_figures_of_tokens(num_drawn, num_committed),
         **audit.figures(changes, owners, plant.workers, struck, lease_seconds=lease_seconds),
         **takeover.figures(changes, owners, shared, plant.maintenance, struck),
         "maintenance_findings": findings,
@@ -78,3 +82,9 @@ def _judge_known_answers(histories: Sequence[History]) -> Iterator[Violation]:
 def _figures_of_poison(histories: Sequence[History]) -> dict[str, Any]:
     ends = [h.end for h in histories if h.end is not None and h.body["params"]["seed"] == POISON_SEED]
     return {"poison_jobs": len(ends), "max_poison_attempts": max((end["attempt"] for end in ends), default=0)}
+
+
+def _figures_of_tokens(num_drawn: int, num_committed: int) -> dict[str, Any]:
+    """Those drawn and not committed were drawn again by the next attempt, or came after a job's end."""
+    share = (num_drawn - num_committed) / max(num_drawn, 1)
+    return {"tokens_drawn": num_drawn, "tokens_committed": num_committed, "tokens_wasted_share": round(share, 5)}

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from tests.chaos.clients import Clients, History, How
@@ -15,7 +16,7 @@ HOWS: tuple[How, ...] = ("start", "last-event-id", "starting-after", "snapshot")
 SHARES = ((0.05, 0.3), (0.15, 0.6), (0.25, 1.0))  # of the most tokens, that a job may take at least and at most
 REAL_PROMPTS = ("Once upon a time", "The capital of France is", "47+38=", "There was a little boat", "A cat and a dog")
 
-#: A fake engine whose texts show a splice, with one seed that kills it.
+#: A fake engine whose texts show a splice, with one seed that kills it. `count_folder` is to be filled in.
 MODELS = f"""
 [[models]]
 id = "{FAKE_MODEL}"
@@ -29,6 +30,7 @@ chained = true
 crash_at_token = 6
 crash_seed = {POISON_SEED}
 crash_how = "exit"
+count_folder = "{{count_folder}}"
 """
 REAL_MODELS = """
 [[models]]
@@ -107,5 +109,5 @@ class Workload:
         await self._clients.cancel(history)
 
 
-def describe(schedule: list[Fault]) -> str:
+def describe(schedule: Sequence[Fault]) -> str:
     return "; ".join(map(str, schedule))

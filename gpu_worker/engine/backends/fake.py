@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from domain.errors import ContextLengthExceeded, EngineError, OutOfMemory, Unsup
 from domain.jobs import FinishReason
 from domain.requests import SamplingParams
 from gpu_worker.engine.backends import LoadedModel, RecordStep, StepMember
+from gpu_worker.engine.backends.fake_counts import DrawnTokens
 from gpu_worker.engine.backends.fake_words import (
     END_TOKEN_ID,
     chained_token,
@@ -56,6 +58,7 @@ class FakeKnobs(BaseModel):
     hang_at_token: int | None = None  # the step never ends
     hang_seed: int | None = None
     oom_above_n: int | None = None  # sequences that fit; more are preempted, and a job that needs more fails
+    count_folder: str | None = None  # where the drawn tokens are counted, those too that nobody commits
 
 
 @dataclass(slots=True)
@@ -104,6 +107,7 @@ class FakeBackend:
         self._room = spec.max_num_seqs  # sequences; less once memory ran out
         self._num_added = self._num_steps = self._num_preemptions = 0
         self._num_generation_tokens = self._num_prompt_tokens = 0
+        self._drawn = DrawnTokens(Path(self._knobs.count_folder)) if self._knobs.count_folder else None
         self._step_seconds = 0.0
         self._lane = EmbeddingLane(
             self._fake_vectors,
@@ -253,6 +257,8 @@ class FakeBackend:
             if sequence.finish_reason is None and len(sequence.token_ids) >= limit:
                 sequence.finish_reason = FinishReason.LENGTH
         self._num_generation_tokens += len(sequence.token_ids) - num_before
+        if self._drawn is not None:
+            self._drawn.add(len(sequence.token_ids) - num_before)
         return self._output(job, sequence, sequence.token_ids[num_before:], self._scores(job))
 
     def _scores(self, job: FakeJob) -> list[dict[str, object] | None] | None:
