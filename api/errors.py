@@ -6,7 +6,7 @@
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import orjson
@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import BaseRoute, Match, Route
 
 from domain.errors import (
     CeleriacError,
@@ -158,10 +158,23 @@ async def _answer_http_exception(request: Request, exc: Exception) -> Response:
 
 
 def _methods_of(request: Request) -> list[str]:
-    """What this path answers to. Starlette names the methods of one route alone, and others may share its path."""
+    """What this path answers to. Starlette names the methods of one route alone, and others may share its path. A path
+    that is a route's own is no id of another's."""
     routes = request.app.router.routes
+    own = {method for route in _flat(routes) if route.path == request.url.path for method in route.methods or ()}
+    if own:
+        return sorted(own)
     tried = [(method, {**request.scope, "method": method}) for method in METHODS]
     return [method for method, scope in tried if any(route.matches(scope)[0] is Match.FULL for route in routes)]
+
+
+def _flat(routes: Iterable[BaseRoute]) -> Iterator[Route]:
+    """With those of included routers."""
+    for route in routes:
+        if isinstance(route, Route):
+            yield route
+        elif (included := getattr(route, "original_router", None)) is not None:
+            yield from _flat(included.routes)
 
 
 def _as_celeriac_error(request: Request, exc: HTTPException, headers: Mapping[str, str]) -> CeleriacError:

@@ -15,6 +15,9 @@ _KEY_SCHEME = {"key": {"type": "http", "scheme": "bearer", "description": "Not a
 
 
 EVENTS: Final[dict[str, Any]] = {"content": {"text/event-stream": {}}, "description": "Server-sent events."}
+BYTES: Final[dict[str, Any]] = {
+    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+}
 TEXT: Final[dict[str, Any]] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 

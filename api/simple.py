@@ -3,22 +3,23 @@
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import orjson
 from fastapi import Request
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints
 from starlette.responses import Response
 
 from api.bodies import read_model
 from api.deps import caller_of, private_router, services_of
+from api.job_schemas import View
 from api.openai.answers import WholeAnswer
 from api.openai.headers import answer_headers
 from api.openai.running import Asked, start, start_all
-from api.openai.schemas import OpenAIModel, Strings, build, strings
+from api.openai.schemas import OpenAIModel, Strings, build, publish_bounds, strings
 from api.openai.streaming import stream_answer
-from api.openapi import EVENTS
+from api.openapi import EVENTS, request_body
 from api.services import Services
 from domain.chunks import TokenChunk
 from domain.errors import InvalidRequest, ServerOverloaded, TooManyQueuedJobs
@@ -41,6 +42,8 @@ Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 class SimpleBody(OpenAIModel):
     """What every simple route takes beside its prompt. Defaults are the model's own."""
+
+    model_config = ConfigDict(json_schema_extra=publish_bounds)
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None  # the catalog's default
     max_tokens: int | None = None
@@ -100,11 +103,35 @@ class ChatBody(SimpleBody):
     prompt: str
 
 
-def _body_of(model: type[BaseModel]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
+class TextView(View):
+    text: str
 
 
-@router.post("/generate", openapi_extra=_body_of(GenerateBody))
+class AnsweredView(TextView):
+    """What /generate and /api/v1/infer both say of a job."""
+
+    request_id: str = Field(description="The job's id.")
+    tokens_generated: int
+    latency_ms: float = Field(description="From the accept to the end, the queue included.")
+
+
+class GeneratedView(AnsweredView):
+    finish_reason: Literal["stop", "length"]
+
+
+class GeneratedListView(View):
+    results: list[GeneratedView]
+
+
+class InferredView(AnsweredView):
+    cached: bool = Field(description="An earlier job's answer.")
+
+
+@router.post(
+    "/generate",
+    responses={200: {"model": GeneratedView | GeneratedListView}},
+    openapi_extra=request_body(GenerateBody),
+)
 async def generate(request: Request) -> Response:
     """Continue one prompt, or up to 64 of them: one job each, run together."""
     body = await read_model(request, GenerateBody)
@@ -116,7 +143,12 @@ async def generate(request: Request) -> Response:
     return WholeAnswer(runs, lambda records: {"results": [generated(record) for record in records]})
 
 
-@router.post("/generate_stream", responses={200: EVENTS}, openapi_extra=_body_of(GenerateStreamBody))
+@router.post(
+    "/generate_stream",
+    response_class=Response,
+    responses={200: EVENTS},
+    openapi_extra=request_body(GenerateStreamBody),
+)
 async def generate_stream(request: Request) -> Response:
     """The same for one prompt, as it comes; the event with `done` is the last one."""
     body = await read_model(request, GenerateStreamBody)
@@ -125,7 +157,7 @@ async def generate_stream(request: Request) -> Response:
     return stream_answer(run, GeneratedStream(), last_frame=b"")
 
 
-@router.post("/chat", openapi_extra=_body_of(ChatBody))
+@router.post("/chat", responses={200: {"model": TextView}}, openapi_extra=request_body(ChatBody))
 async def chat(request: Request) -> Response:
     """Answer a prompt, behind the model's system prompt where models.toml has one."""
     body = await read_model(request, ChatBody)
@@ -136,7 +168,7 @@ async def chat(request: Request) -> Response:
     return WholeAnswer([run], lambda records: {"text": _text_of(records[0])})
 
 
-@router.post("/api/v1/infer", openapi_extra=_body_of(InferBody))
+@router.post("/api/v1/infer", responses={200: {"model": InferredView}}, openapi_extra=request_body(InferBody))
 async def infer(request: Request) -> Response:
     """Continue a prompt within the request timeout; a deterministic request may be answered by an earlier job."""
     started = time.monotonic()

@@ -11,12 +11,15 @@ from starlette.responses import Response
 
 from api.bodies import read_model
 from api.deps import caller_of, private_router
+from api.job_schemas import View
 from api.openai.batch_lines import ROUTES
-from api.openai.files import page, page_cursor, parse_file_id, refuse_odd_ttl
+from api.openai.files import MAX_TTL_SECONDS, MIN_TTL_SECONDS, page, page_cursor, parse_file_id, refuse_odd_ttl
 from api.openai.headers import read_knobs
 from api.openai.schemas import Metadata, OpenAIModel
+from api.openai.views import InputTokensDetailsView, OutputTokensDetailsView, PageView
+from api.openapi import request_body
 from api.queries import QueryModel, query_parameters, read_query
-from domain.batches import BatchErrors
+from domain.batches import BatchError, BatchErrors, BatchStatus
 from domain.errors import BatchNotFound, InvalidRequest
 from domain.ids import external_id, parse_id_of_other
 from storage import batches
@@ -30,13 +33,15 @@ TIMES = ("in_progress_at", "finalizing_at", "completed_at", "failed_at", "expire
 
 class ExpiresAfter(OpenAIModel):
     anchor: Literal["created_at"]
-    seconds: int
+    seconds: int = Field(json_schema_extra={"minimum": MIN_TTL_SECONDS, "maximum": MAX_TTL_SECONDS})
 
 
 class BatchBody(OpenAIModel):
     input_file_id: Annotated[str, StringConstraints(max_length=128)]
-    endpoint: Annotated[str, StringConstraints(max_length=128)]
-    completion_window: Annotated[str, StringConstraints(max_length=16)] = Field(description="24h; from 1h to 7d.")
+    endpoint: Annotated[str, StringConstraints(max_length=128)] = Field(json_schema_extra={"enum": list(ROUTES)})
+    completion_window: Annotated[str, StringConstraints(max_length=16)] = Field(
+        description="24h; from 1h to 7d.", json_schema_extra={"pattern": "^([1-9][0-9]?h|[1-7]d)$"}
+    )
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
     output_expires_after: ExpiresAfter | None = None
 
@@ -46,11 +51,60 @@ class BatchesQuery(QueryModel):
     limit: int = Field(default=20, ge=1, le=100)
 
 
+class BatchErrorListView(View):
+    object: Literal["list"]
+    data: list[BatchError]
+
+
+class RequestCountsView(View):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchUsageView(View):
+    input_tokens: int
+    input_tokens_details: InputTokensDetailsView
+    output_tokens: int
+    output_tokens_details: OutputTokensDetailsView
+    total_tokens: int
+
+
+class BatchView(View):
+    """All times are seconds since 1970."""
+
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    model: str | None
+    errors: BatchErrorListView | None
+    input_file_id: str
+    completion_window: str
+    status: BatchStatus
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCountsView
+    usage: BatchUsageView
+    metadata: dict[str, str] | None
+
+
+class BatchListView(PageView):
+    data: list[BatchView]
+
+
 @router.post(
     "/v1/batches",
-    openapi_extra={
-        "requestBody": {"required": True, "content": {"application/json": {"schema": BatchBody.model_json_schema()}}}
-    },
+    responses={200: {"model": BatchView}},
+    openapi_extra=request_body(BatchBody),
 )
 async def create_batch(request: Request) -> Response:
     """Its file is read next; what is wrong with it is in `errors` of the batch, with the numbers of the lines."""
@@ -85,7 +139,11 @@ async def create_batch(request: Request) -> Response:
     return _answer(batch)
 
 
-@router.get("/v1/batches", openapi_extra={"parameters": query_parameters(BatchesQuery)})
+@router.get(
+    "/v1/batches",
+    responses={200: {"model": BatchListView}},
+    openapi_extra={"parameters": query_parameters(BatchesQuery)},
+)
 async def list_batches(request: Request) -> Response:
     """Newest first. Go on with `after` = `last_id` while `has_more`."""
     services, tenant_id = caller_of(request)
@@ -96,7 +154,7 @@ async def list_batches(request: Request) -> Response:
     return Response(orjson.dumps(page(data, has_more=len(found) > query.limit)), media_type="application/json")
 
 
-@router.get("/v1/batches/{batch_id}")
+@router.get("/v1/batches/{batch_id}", responses={200: {"model": BatchView}})
 async def read_batch(batch_id: str, request: Request) -> Response:
     services, tenant_id = caller_of(request)
     batch = await services.read(batches.get, _parse_batch_id(batch_id), tenant_id)
@@ -105,7 +163,7 @@ async def read_batch(batch_id: str, request: Request) -> Response:
     return _answer(batch)
 
 
-@router.post("/v1/batches/{batch_id}/cancel")
+@router.post("/v1/batches/{batch_id}/cancel", responses={200: {"model": BatchView}})
 async def cancel_batch(batch_id: str, request: Request) -> Response:
     """Nothing more of it begins, what runs is stopped, and what is done can be read. Again, it changes nothing."""
     services, tenant_id = caller_of(request)

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi import Request
-from pydantic import Discriminator, StringConstraints, Tag
+from pydantic import Discriminator, Field, StringConstraints, Tag
 from starlette.responses import Response
 
 from api.bodies import read_model
 from api.deps import private_router
+from api.job_schemas import View
 from api.openai.answers import WholeAnswer
 from api.openai.running import Asked, start
 from api.openai.schemas import Identity, OpenAIModel, build
+from api.openapi import request_body
 from domain.embeddings import EmbeddingRequest, EmbeddingResult
 from domain.errors import InvalidRequest
 from domain.jobs import Endpoint
@@ -49,14 +51,28 @@ class EmbeddingBody(OpenAIModel):
     user: Identity | None = None
 
 
+class EmbeddingView(View):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str = Field(description="Numbers; or little-endian float32 in base64.")
+
+
+class EmbeddingUsageView(View):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingListView(View):
+    object: Literal["list"]
+    data: list[EmbeddingView]
+    model: str
+    usage: EmbeddingUsageView
+
+
 @router.post(
     "/v1/embeddings",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": EmbeddingBody.model_json_schema()}},
-        }
-    },
+    responses={200: {"model": EmbeddingListView}},
+    openapi_extra=request_body(EmbeddingBody),
 )
 async def create_embeddings(request: Request) -> Response:
     """Embeddings as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""

@@ -10,9 +10,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from starlette.responses import Response, StreamingResponse
 
 from api.deps import caller_of, private_router
-from api.job_schemas import DeletedView
+from api.job_schemas import DeletedView, View
 from api.openai.batch_lines import batch_surface
 from api.openai.uploads import Form, receive_file
+from api.openai.views import PageView
+from api.openapi import BYTES
 from api.queries import QueryModel, query_parameters, read_query
 from api.services import Services
 from domain.batches import FileStatus
@@ -36,8 +38,24 @@ class FilesQuery(QueryModel):
     order: Literal["asc", "desc"] = "desc"
 
 
+class FileView(View):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int = Field(description="Seconds since 1970.")
+    filename: str
+    purpose: Literal["batch", "batch_output"]
+    status: Literal["uploaded", "processed"]
+    expires_at: int | None
+
+
+class FileListView(PageView):
+    data: list[FileView]
+
+
 @router.post(
     "/v1/files",
+    responses={200: {"model": FileView}},
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -71,7 +89,11 @@ async def upload_file(request: Request) -> Response:
     return _json(file_object(file))
 
 
-@router.get("/v1/files", openapi_extra={"parameters": query_parameters(FilesQuery)})
+@router.get(
+    "/v1/files",
+    responses={200: {"model": FileListView}},
+    openapi_extra={"parameters": query_parameters(FilesQuery)},
+)
 async def list_files(request: Request) -> Response:
     """Newest first. Go on with `after` = `last_id` while `has_more`."""
     services, tenant_id = caller_of(request)
@@ -87,13 +109,13 @@ async def list_files(request: Request) -> Response:
     return _json(page([file_object(file) for file in found[: query.limit]], has_more=len(found) > query.limit))
 
 
-@router.get("/v1/files/{file_id}")
+@router.get("/v1/files/{file_id}", responses={200: {"model": FileView}})
 async def read_file(file_id: str, request: Request) -> Response:
     services, tenant_id = caller_of(request)
     return _json(file_object(await find_file(services, tenant_id, file_id)))
 
 
-@router.get("/v1/files/{file_id}/content", responses={200: {"content": {"application/octet-stream": {}}}})
+@router.get("/v1/files/{file_id}/content", response_class=Response, responses={200: BYTES})
 async def read_content(file_id: str, request: Request) -> Response:
     """The file as it was sent. What a batch writes can be read while it runs: the lines that are done."""
     services, tenant_id = caller_of(request)

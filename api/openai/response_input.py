@@ -6,11 +6,13 @@ from uuid import UUID
 
 from api.openai.response_schemas import (
     Content,
+    ContentPart,
     FunctionCallItem,
     FunctionCallOutputItem,
     Input,
     InputItem,
     MessageItem,
+    ReasoningItem,
 )
 from domain.ids import external_id
 
@@ -77,8 +79,24 @@ def _listed(item: InputItem, suffix: str) -> dict[str, Any]:
     listed: dict[str, Any] = item.model_dump(mode="json", exclude_none=True)
     listed.setdefault("id", f"{_ID_PREFIXES[listed['type']]}_{suffix}")
     listed.setdefault("status", "completed")
-    if listed["type"] == "message" and isinstance(listed["content"], str):
-        kind = "output_text" if listed["role"] == "assistant" else "input_text"
-        extra: dict[str, Any] = {"annotations": []} if kind == "output_text" else {}
-        listed["content"] = [{"type": kind, "text": listed["content"], **extra}]
+    match item:
+        case MessageItem():
+            parts = [ContentPart(type="text", text=item.content)] if isinstance(item.content, str) else item.content
+            show = _said if item.role == "assistant" else _sent
+            listed["content"] = [show(part) for part in parts]
+        case FunctionCallOutputItem() if not isinstance(item.output, str):
+            listed["output"] = [_sent(part) for part in item.output]
+        case ReasoningItem():
+            listed.setdefault("summary", [])
     return listed
+
+
+def _said(part: ContentPart) -> dict[str, Any]:
+    """A part of an assistant's message; without its logprobs, which nobody sends back to read them here."""
+    if part.type == "refusal":
+        return {"type": "refusal", "refusal": text_of([part])}
+    return {"type": "output_text", "text": text_of([part]), "annotations": part.annotations or []}
+
+
+def _sent(part: ContentPart) -> dict[str, Any]:
+    return {"type": "input_text", "text": text_of([part])}

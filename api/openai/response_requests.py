@@ -80,4 +80,6 @@ def _formatted(format: TextFormat) -> StructuredOutput:
         return StructuredOutput(json_object=True)
     if format.schema_ is None:
         raise InvalidRequest("text.format.schema is missing; add it", param="text.format.schema")
+    if format.name is None:
+        raise InvalidRequest("text.format.name is missing; add it", param="text.format.name")
     return build_at("text.format", StructuredOutput, {"json_schema": format.schema_})

@@ -1,8 +1,8 @@
 """The body of a response."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag
+from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from api.openai.schemas import GenerationBody, OpenAIModel, Strings, Unsupported, only, refuse
 from domain.requests import MAX_MESSAGES, MAX_PROMPT_CHARS
@@ -11,6 +11,8 @@ PART_TYPES = ("input_text", "output_text", "text", "refusal")
 
 Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
 ItemId = Annotated[str, StringConstraints(max_length=128)]
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+Phase = Literal["commentary", "final_answer"]
 
 
 def _text_only(kind: str) -> str:
@@ -25,7 +27,7 @@ class ContentPart(OpenAIModel):
     type: Annotated[str, AfterValidator(_text_only)]
     text: Text | None = None
     refusal: Text | None = None
-    annotations: list[Any] | None = None
+    annotations: list[dict[str, Any]] | None = None
     logprobs: list[Any] | None = None
 
 
@@ -40,8 +42,8 @@ class MessageItem(OpenAIModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     id: ItemId | None = None
-    status: str | None = None
-    phase: str | None = None
+    status: ItemStatus | None = None
+    phase: Phase | None = None
 
 
 class FunctionCallItem(OpenAIModel):
@@ -50,7 +52,7 @@ class FunctionCallItem(OpenAIModel):
     name: str
     arguments: Text
     id: ItemId | None = None
-    status: str | None = None
+    status: ItemStatus | None = None
 
 
 class FunctionCallOutputItem(OpenAIModel):
@@ -58,18 +60,28 @@ class FunctionCallOutputItem(OpenAIModel):
     call_id: ItemId
     output: Content
     id: ItemId | None = None
-    status: str | None = None
+    status: ItemStatus | None = None
+
+
+class SummaryPart(OpenAIModel):
+    type: Literal["summary_text"]
+    text: Text
+
+
+class ThoughtPart(OpenAIModel):
+    type: Literal["reasoning_text"]
+    text: Text
 
 
 class ReasoningItem(OpenAIModel):
     """Of an earlier answer, sent back. No model reads its old thoughts again, so it adds nothing to the prompt."""
 
     type: Literal["reasoning"]
-    summary: list[Any] | None = None
-    content: list[Any] | None = None
+    summary: list[SummaryPart] | None = None
+    content: list[ThoughtPart] | None = None
     encrypted_content: Annotated[Any, only()] = None
     id: ItemId | None = None
-    status: str | None = None
+    status: ItemStatus | None = None
 
 
 class UnknownItem(OpenAIModel):
@@ -105,10 +117,18 @@ Input = Annotated[
 
 class TextFormat(OpenAIModel):
     type: Literal["text", "json_schema", "json_object"]
-    name: str | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     description: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _refuse_fields_of_another_type(self) -> Self:
+        given = {"name", "description", "schema_", "strict"} & self.model_fields_set
+        if self.type != "json_schema" and given:
+            name = min(given).rstrip("_")
+            raise ValueError(f"{name} is given, but type is {self.type!r}; send json_schema or leave {name} out")
+        return self
 
 
 class TextConfig(OpenAIModel):

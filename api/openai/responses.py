@@ -16,6 +16,7 @@ from api.openai.response_input import listed_items
 from api.openai.response_requests import structured_by, to_generation_request
 from api.openai.response_schemas import InputTokensBody, ResponseBody
 from api.openai.response_stream import ResponseStream
+from api.openai.response_views import InputItemListView, InputTokensView, ResponseView
 from api.openai.running import Asked, Run, in_words_of_the_body, start
 from api.openai.stored_responses import (
     as_it_ended,
@@ -25,7 +26,7 @@ from api.openai.stored_responses import (
     find_response,
     parser_for,
 )
-from api.openapi import EVENTS, request_body
+from api.openapi import request_body, streamed_or
 from api.queries import QueryModel, query_parameters, read_query
 from api.services import Services
 from api.sse import EventStream
@@ -59,7 +60,7 @@ class ItemsQuery(QueryModel):
 
 @router.post(
     "/v1/responses",
-    responses={200: EVENTS},
+    responses=streamed_or(ResponseView),
     openapi_extra=request_body(ResponseBody),
 )
 async def create_response(request: Request) -> Response:
@@ -80,7 +81,11 @@ async def create_response(request: Request) -> Response:
     return _answer(await as_it_stands(services, record), run.headers)
 
 
-@router.post("/v1/responses/input_tokens", openapi_extra=request_body(InputTokensBody))
+@router.post(
+    "/v1/responses/input_tokens",
+    responses={200: {"model": InputTokensView}},
+    openapi_extra=request_body(InputTokensBody),
+)
 async def count_input_tokens(request: Request) -> Response:
     """How many tokens the prompt of such a response would have."""
     services, _ = caller_of(request)
@@ -96,7 +101,7 @@ async def count_input_tokens(request: Request) -> Response:
 
 @router.get(
     "/v1/responses/{response_id}",
-    responses={200: EVENTS},
+    responses=streamed_or(ResponseView),
     openapi_extra={"parameters": query_parameters(RetrieveQuery)},
 )
 async def read_response(response_id: str, request: Request) -> Response:
@@ -110,7 +115,7 @@ async def read_response(response_id: str, request: Request) -> Response:
     return _answer(await as_it_stands(services, record), {"x-job-id": external_id(record.job.id)})
 
 
-@router.post("/v1/responses/{response_id}/cancel")
+@router.post("/v1/responses/{response_id}/cancel", responses={200: {"model": ResponseView}})
 async def cancel_response(response_id: str, request: Request) -> Response:
     """One in the background is stopped within a step, its text so far is kept; one that has ended stays as it is."""
     services, tenant_id = caller_of(request)
@@ -135,7 +140,11 @@ async def delete_response(response_id: str, request: Request) -> Response:
     return _json({"id": external_id(record.job.id, "resp"), "object": "response", "deleted": True})
 
 
-@router.get("/v1/responses/{response_id}/input_items", openapi_extra={"parameters": query_parameters(ItemsQuery)})
+@router.get(
+    "/v1/responses/{response_id}/input_items",
+    responses={200: {"model": InputItemListView}},
+    openapi_extra={"parameters": query_parameters(ItemsQuery)},
+)
 async def list_input_items(response_id: str, request: Request) -> Response:
     """What was sent as `input`, an item each; the conversation before it belongs to the responses before it."""
     services, tenant_id = caller_of(request)

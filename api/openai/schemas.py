@@ -63,8 +63,20 @@ Identity = Annotated[str, StringConstraints(max_length=512)]
 ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
 
 
+def publish_bounds(schema: dict[str, Any]) -> None:
+    """Add to the schema of a body the bounds of its sampling parameters; numbers of its own go before."""
+    for name, bounded in SamplingParams.model_json_schema()["properties"].items():
+        bounds_by_type = {branch.get("type"): branch for branch in bounded.get("anyOf", [bounded])}
+        for branch in schema["properties"].get(name, {}).get("anyOf", ()):
+            bounds = bounds_by_type.get(branch.get("type"), {})
+            known = {"title", "default", *branch} - {"items", "additionalProperties"}
+            branch |= {key: bound for key, bound in bounds.items() if key not in known}
+
+
 class GenerationBody(OpenAIModel):
     """The parameters of every route that generates text, and the extensions that arrive through `extra_body`."""
+
+    model_config = ConfigDict(json_schema_extra=publish_bounds)
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     temperature: float | None = None

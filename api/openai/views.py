@@ -97,6 +97,14 @@ class ChatCompletionView(AnswerView):
     metadata: dict[str, str] | None = Field(default=None, description="Of a stored one.")
 
 
+class InputTokensDetailsView(View):
+    cached_tokens: int
+
+
+class OutputTokensDetailsView(View):
+    reasoning_tokens: int
+
+
 class PageView(View):
     object: Literal["list"]
     first_id: str | None

@@ -1,27 +1,52 @@
 """Makes well-formed bodies mean something, so that the fuzzer gets behind the first check: the model is one that is
-served, and there is one input, not three."""
+served, there is one input, not three, and what a batch or a response names exists."""
 
+import json
+import os
 from typing import Any
 
 import schemathesis
 from schemathesis import GenerationMode
 
 MODEL = "test-model"
-INPUTS = ("prompt", "messages", "prompt_token_ids")
+LENGTHS = ("max_tokens", "min_tokens", "max_completion_tokens", "max_output_tokens")
+MAX_LENGTH = 16  # tokens; the model holds 64, the prompt with them
+IDS: dict[str, str] = json.loads(os.environ["FUZZ_IDS"])  # of what there is, by the name of its path parameter
+INPUTS_BY_PATH = {
+    "/v1/jobs": ("prompt", "messages", "prompt_token_ids"),
+    "/generate": ("prompt", "prompts", "inputs"),
+    "/generate_stream": ("prompt", "inputs"),
+}
 
 
 @schemathesis.hook
 def before_call(context: schemathesis.HookContext, case: Any, **kwargs: Any) -> None:
     if case.meta is None or case.meta.generation.mode is not GenerationMode.POSITIVE:
         return
-    if not isinstance(case.body, dict) or "model" not in case.body:
+    if case.method == "GET" and case.path_parameters:
+        case.path_parameters |= {name: IDS[name] for name in case.path_parameters.keys() & IDS.keys()}
+    if isinstance(case.body, dict):
+        make_sense(case.body, INPUTS_BY_PATH.get(case.operation.path, ()))
+
+
+def make_sense(body: dict[str, Any], inputs: tuple[str, ...]) -> None:
+    if "model" in body:
+        body["model"] = MODEL
+    if "input_file_id" in body:
+        body["input_file_id"] = IDS["file_id"]
+    body.pop("previous_response_id", None)
+    for name in LENGTHS:
+        if isinstance(body.get(name), int) and body[name] > MAX_LENGTH:
+            del body[name]
+    keep_one_input(body, inputs)
+
+
+def keep_one_input(body: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Of `names`, if there are any: the first that is given."""
+    if not names:
         return
-    if not any(name in case.body for name in INPUTS):
-        case.body["model"] = MODEL
-        return
-    case.body["model"] = MODEL
-    first, *others = [name for name in INPUTS if case.body.get(name) is not None] or ["prompt"]
+    first, *others = [name for name in names if body.get(name) is not None] or ["prompt"]
     for name in others:
-        del case.body[name]
-    if case.body.get(first) is None:
-        case.body[first] = "Once"
+        del body[name]
+    if body.get(first) is None:
+        body[first] = "Once"

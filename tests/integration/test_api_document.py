@@ -24,6 +24,27 @@ def test_every_reference_leads_somewhere_and_every_private_route_says_how_it_ref
             assert {str(status) for status in REFUSALS} <= operation["responses"].keys(), (method, path)
 
 
+def test_every_answer_has_a_schema(api: ApiServer) -> None:
+    for path, operations in document_of(api.app)["paths"].items():
+        for method, operation in operations.items():
+            for status, answer in operation["responses"].items():
+                for media_type, content in answer.get("content", {}).items():
+                    is_stream = media_type == "text/event-stream"
+                    assert bool(content.get("schema")) is not is_stream, (method, path, status, media_type)
+
+
+def test_the_bounds_of_sampling_parameters_are_published(api: ApiServer) -> None:
+    schemas = {
+        path: document_of(api.app)["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/generate")
+    }
+    for path, schema in schemas.items():
+        number = {"type": "number", "minimum": 0, "maximum": 2}
+        assert schema["properties"]["temperature"]["anyOf"] == [number, {"type": "null"}], path
+    logprobs = schemas["/v1/completions"]["properties"]["logprobs"]["anyOf"][0]
+    assert logprobs["maximum"] == 5, "this route's own bound, not the domain's"
+
+
 def test_a_field_whose_name_looks_like_a_tag_is_refused_by_its_name(http: httpx.Client) -> None:
     for answer in (http.get("/v1/dead_letters", params={"<x>": "1"}), http.post("/v1/jobs", json={"<x>": 1})):
         assert answer.status_code == 400, answer.text
@@ -44,3 +65,4 @@ def test_a_wrong_method_is_told_all_that_the_path_answers(http: httpx.Client) ->
     assert answer.headers["allow"] == "DELETE, GET"
     assert "use DELETE, GET" in answer.json()["error"]["message"]
     assert http.options("/v1/jobs").headers["allow"] == "GET, POST"
+    assert http.options("/v1/responses/input_tokens").headers["allow"] == "POST", "it is no response's id"

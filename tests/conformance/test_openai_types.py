@@ -1,0 +1,54 @@
+"""Whole answers of the OpenAI routes, held to the SDK's own types, which its client does not do, and to our schemas."""
+
+from typing import Any
+
+import httpx
+from openai.types import Batch, CreateEmbeddingResponse, FileObject
+from openai.types.responses import Response
+from openai.types.responses.response_item_list import ResponseItemList
+from pydantic import BaseModel
+
+from api.openai.batches import BatchListView, BatchView
+from api.openai.embeddings import EmbeddingListView
+from api.openai.files import FileListView, FileView
+from api.openai.response_views import InputItemListView, ResponseView
+from tests.conformance.harness import Served
+from tests.integration.runner_harness import MODEL
+
+BODIES: list[dict[str, Any]] = [
+    {},
+    {"background": True},
+    {"metadata": {"a": "b"}, "user": "me", "instructions": "Be short.", "service_tier": "flex"},
+    {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "text": {"format": {"type": "text"}}},
+    {"input": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]},
+]
+
+
+def test_responses_are_of_the_sdks_type(served: Served) -> None:
+    with served.server.client() as client:
+        for fields in BODIES:
+            body = {"model": MODEL, "input": "Hi", "max_output_tokens": 3} | fields
+            answer = judged(client.post("/v1/responses", json=body), ResponseView, Response)
+            judged(client.get(f"/v1/responses/{answer['id']}"), ResponseView, Response)
+            judged(client.get(f"/v1/responses/{answer['id']}/input_items"), InputItemListView, ResponseItemList)
+
+
+def test_embeddings_files_and_batches_are_of_the_sdks_types(served: Served) -> None:
+    with served.server.client() as client:
+        body = {"model": MODEL, "input": ["Hi", "You"]}
+        judged(client.post("/v1/embeddings", json=body), EmbeddingListView, CreateEmbeddingResponse)
+        form: Any = {"files": {"file": ("a.jsonl", b"{}\n")}, "data": {"purpose": "batch"}}
+        file = judged(client.post("/v1/files", **form), FileView, FileObject)
+        ask = {"input_file_id": file["id"], "endpoint": "/v1/responses", "completion_window": "24h"}
+        batch = judged(client.post("/v1/batches", json=ask), BatchView, Batch)
+        judged(client.post(f"/v1/batches/{batch['id']}/cancel"), BatchView, Batch)
+        judged(client.get("/v1/files"), FileListView)
+        judged(client.get("/v1/batches"), BatchListView)
+
+
+def judged(answer: httpx.Response, *types: type[BaseModel]) -> dict[str, Any]:
+    """The body of an answer of 200. Raises ValidationError."""
+    assert answer.status_code == 200, answer.text
+    for type_ in types:
+        type_.model_validate(answer.json())
+    return dict(answer.json())

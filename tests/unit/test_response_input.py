@@ -1,0 +1,45 @@
+"""The input items of a response as they are listed, held to our schema and to the SDK's types."""
+
+from typing import Any
+from uuid import UUID
+
+import pytest
+from openai.types.responses.response_item_list import ResponseItemList
+from pydantic import TypeAdapter
+
+from api.openai.response_input import listed_items
+from api.openai.response_schemas import Input
+from api.openai.response_views import InputItemListView
+
+JOB_ID = UUID(int=1)
+PART = {"type": "text", "text": "Hi"}
+SENT = {"type": "input_text", "text": "Hi"}
+SAID = {"type": "output_text", "text": "Hi", "annotations": []}
+CALL = {"type": "function_call", "call_id": "call_1", "name": "add", "arguments": "{}"}
+RESULT = {"type": "function_call_output", "call_id": "call_1"}
+
+
+@pytest.mark.parametrize(
+    ("item", "shown"),
+    [
+        ({"role": "user", "content": "Hi"}, {"content": [SENT]}),
+        ({"role": "developer", "content": [PART]}, {"content": [SENT]}),
+        ({"role": "user", "content": [{"type": "input_text"}]}, {"content": [SENT | {"text": ""}]}),
+        ({"role": "assistant", "content": "Hi"}, {"content": [SAID]}),
+        ({"role": "assistant", "content": [PART]}, {"content": [SAID]}),
+        ({"role": "assistant", "content": [SAID | {"logprobs": []}], "phase": "commentary"}, {"phase": "commentary"}),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "No"}]}, {}),
+        (CALL, CALL),
+        (RESULT | {"output": "3"}, {"output": "3"}),
+        (RESULT | {"output": [PART]}, {"output": [SENT]}),
+        ({"type": "reasoning"}, {"summary": []}),
+        ({"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}], "status": "incomplete"}, {}),
+    ],
+)
+def test_an_item_is_listed_as_the_sdk_knows_it(item: dict[str, Any], shown: dict[str, Any]) -> None:
+    parsed = TypeAdapter[Any](Input).validate_python([item])
+    [listed] = listed_items(JOB_ID, parsed)
+    assert shown.items() <= listed.items()
+    page = {"object": "list", "data": [listed], "first_id": "a", "last_id": "a", "has_more": False}
+    InputItemListView.model_validate(page)
+    ResponseItemList.model_validate(page)
