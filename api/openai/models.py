@@ -1,4 +1,4 @@
-"""GET /v1/models: what is served, as OpenAI's models, and how much each of them holds."""
+"""GET /v1/models: what is served, as OpenAI's models, how much each of them holds, and whether it is loaded now."""
 
 import orjson
 from fastapi import Request
@@ -6,6 +6,7 @@ from starlette.responses import Response
 
 from api.deps import caller_of, private_router
 from api.openai.views import ModelListView, ModelView
+from api.services import Services
 from domain.catalog import ModelSpec
 
 router = private_router()
@@ -14,7 +15,7 @@ router = private_router()
 @router.get("/v1/models", responses={200: {"model": ModelListView}})
 async def list_models(request: Request) -> Response:
     services, _ = caller_of(request)
-    models = [_model_object(spec) for spec in services.catalog]
+    models = [_model_object(services, spec) for spec in services.catalog]
     return Response(orjson.dumps({"object": "list", "data": models}), media_type="application/json")
 
 
@@ -22,10 +23,11 @@ async def list_models(request: Request) -> Response:
 async def read_model(model: str, request: Request) -> Response:
     """Slashes in a model's name come percent-encoded from the SDKs, and plain from people."""
     services, _ = caller_of(request)
-    return Response(orjson.dumps(_model_object(services.catalog.get(model))), media_type="application/json")
+    answer = _model_object(services, services.catalog.get(model))
+    return Response(orjson.dumps(answer), media_type="application/json")
 
 
-def _model_object(spec: ModelSpec) -> dict[str, object]:
+def _model_object(services: Services, spec: ModelSpec) -> dict[str, object]:
     # Nothing says when a model was made; 0 is honest, and a number is what clients need.
     return {
         "id": spec.id,
@@ -33,4 +35,11 @@ def _model_object(spec: ModelSpec) -> dict[str, object]:
         "created": 0,
         "owned_by": "celeriac",
         "max_model_len": spec.max_model_len,
+        "loaded": _is_loaded(services, spec.id),
     }
+
+
+def _is_loaded(services: Services, model: str) -> bool | None:
+    """By the figures of the last second, so that asking costs nothing; None while nobody can say."""
+    queue = services.monitor.queues.get(model)
+    return None if queue is None else queue.num_workers > 0  # workers report themselves once theirs is

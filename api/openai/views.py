@@ -16,6 +16,7 @@ class ModelView(View):
     created: int
     owned_by: str
     max_model_len: int = Field(description="Tokens, prompt and output together.")
+    loaded: bool | None = Field(description="A worker is ready for its jobs; null while the database does not answer.")
 
 
 class ModelListView(View):

@@ -24,8 +24,10 @@ def test_every_model_is_listed_with_the_workers_that_serve_it(rig: Rig) -> None:
         [model] = models_of(client)
         assert (model["id"], model["status"], model["workers"]) == ("test-model", "waiting", [])
         assert model["revision"] == "fake:main"
+        until(lambda: client.get("/v1/models/test-model").json()["loaded"] is False)
         worker = rig.start()
         until(lambda: models_of(client)[0]["status"] == "loaded")
+        until(lambda: client.get("/v1/models").json()["data"][0]["loaded"])
         [seen] = models_of(client)[0]["workers"]
         assert (seen["hostname"], seen["max_num_seqs"], seen["state"]) == ("gpu@test", 8, "ready")
         worker.runner.begin_drain(release_after_seconds=0)

@@ -1,7 +1,10 @@
 // What people do with openai-node. Prints one JSON object with the fate of each case.
 
 import assert from "node:assert/strict";
-import OpenAI from "openai";
+import { once } from "node:events";
+import { createServer } from "node:http";
+import { setTimeout as sleep } from "node:timers/promises";
+import OpenAI, { toFile } from "openai";
 
 const MODEL = "test-model"; // its jobs run
 const BY_HAND = "by-hand"; // it always calls the tool
@@ -67,6 +70,71 @@ const cases = {
     assert.equal(response.headers.get("x-retry-attached"), "true");
     assert.equal(data.usage.completion_tokens, 100);
   },
+  async responseWhole() {
+    const answer = await client.responses.create({ model: MODEL, input: "Hi", max_output_tokens: 6 });
+    assert.ok(answer.output_text.length > 0);
+    assert.deepEqual([answer.status, answer.usage.output_tokens], ["incomplete", 6]);
+    assert.equal((await client.responses.retrieve(answer.id)).output_text, answer.output_text);
+  },
+  async responseStream() {
+    const events = await all(await client.responses.create({ model: MODEL, input: "Hi", max_output_tokens: 6, stream: true }));
+    assert.deepEqual(events.map((event) => event.sequence_number), [...events.keys()]);
+    const deltas = events.filter((event) => event.type === "response.output_text.delta").map((event) => event.delta);
+    assert.equal(events.at(-1).type, "response.incomplete");
+    assert.equal(deltas.join(""), events.at(-1).response.output[0].content[0].text);
+  },
+  async responseInTheBackgroundAndResumed() {
+    const { id, status } = await client.responses.create({ model: MODEL, input: "Hi", max_output_tokens: 40, background: true });
+    assert.ok(["queued", "in_progress"].includes(status));
+    const whole = await all(await client.responses.retrieve(id, { stream: true }));
+    const resumed = await all(await client.responses.retrieve(id, { stream: true, starting_after: 7 }));
+    assert.deepEqual(resumed, whole.slice(8));
+    assert.ok(resumed.length > 2);
+  },
+  async embeddings() {
+    // Without a format the SDK asks for base64 and decodes it.
+    const answer = await client.embeddings.create({ model: MODEL, input: ["One", "Two"], dimensions: 4 });
+    const plain = await client.embeddings.create({ model: MODEL, input: "One", dimensions: 4, encoding_format: "float" });
+    assert.deepEqual(answer.data.map((entry) => entry.index), [0, 1]);
+    plain.data[0].embedding.forEach((number, place) => assert.ok(Math.abs(number - answer.data[0].embedding[place]) < 1e-6));
+  },
+  async filesAndABatch() {
+    const line = { method: "POST", url: "/v1/chat/completions", body: { model: MODEL, messages, max_tokens: 4 } };
+    const content = [0, 1, 2].map((number) => JSON.stringify({ custom_id: `line-${number}`, ...line })).join("\n");
+    const file = await client.files.create({ file: await toFile(Buffer.from(content), "in.jsonl"), purpose: "batch" });
+    assert.equal(await (await client.files.content(file.id)).text(), content);
+    const asked = { input_file_id: file.id, endpoint: "/v1/chat/completions", completion_window: "24h" };
+    let batch = await client.batches.create(asked);
+    while (["validating", "in_progress", "finalizing"].includes(batch.status)) {
+      await sleep(50);
+      batch = await client.batches.retrieve(batch.id);
+    }
+    assert.deepEqual([batch.status, batch.request_counts.completed], ["completed", 3]);
+    const answers = (await (await client.files.content(batch.output_file_id)).text()).trim().split("\n").map((one) => JSON.parse(one));
+    assert.deepEqual(answers.map((one) => one.custom_id).sort(), ["line-0", "line-1", "line-2"]);
+  },
+  async webhook() {
+    // What arrives is unwrapped by the SDK, and refused under another secret.
+    const server = createServer().listen(0, "127.0.0.1");
+    const received = once(server, "request");
+    await once(server, "listening");
+    try {
+      const url = `http://localhost:${server.address().port}/hook`;
+      const body = { name: "program", url, event_types: ["response.incomplete"] };
+      const endpoint = await client.post("/webhook_endpoints", { body });
+      const answer = await client.responses.create({ model: MODEL, input: "Hi", max_output_tokens: 2 });
+      const [request, reply] = await received;
+      const text = Buffer.concat(await request.toArray()).toString();
+      reply.end();
+      const event = await client.webhooks.unwrap(text, request.headers, endpoint.signing_secret);
+      assert.deepEqual([event.type, event.data.id], ["response.incomplete", answer.id]);
+      await assert.rejects(client.webhooks.unwrap(text, request.headers, "whsec_" + btoa("another")));
+      await client.delete(`/webhook_endpoints/${endpoint.id}`);
+    } finally {
+      server.close();
+      server.closeAllConnections();
+    }
+  },
   async models() {
     const ids = [];
     for await (const model of client.models.list()) ids.push(model.id);
@@ -90,6 +158,12 @@ const cases = {
     await assert.rejects(stranger.models.list(), (error) => error instanceof OpenAI.AuthenticationError);
   },
 };
+
+async function all(stream) {
+  const events = [];
+  for await (const event of stream) events.push(event);
+  return events;
+}
 
 const fates = {};
 for (const [name, run] of Object.entries(cases)) {

@@ -5,7 +5,7 @@ from typing import Any
 
 from langchain_core.messages import AIMessageChunk
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
 from tests.conformance.programs import report
 
@@ -44,4 +44,12 @@ def tool_call() -> None:
     assert [(call["name"], call["args"]) for call in whole.tool_calls] == [("add", {"a": 1})]
 
 
-report.run([chat, streaming, tool_call], version=version("langchain-openai"))
+def embeddings() -> None:
+    """Given tokens, as LangChain does by itself, only where the model has OpenAI's tokenizer: text, then."""
+    embedder = OpenAIEmbeddings(model="test-model", dimensions=4, check_embedding_ctx_length=False, max_retries=0)
+    one, two = embedder.embed_documents(["One", "Two"])
+    assert len(one) == len(two) == 4
+    assert embedder.embed_query("One") == one
+
+
+report.run([chat, streaming, tool_call, embeddings], version=version("langchain-openai"))

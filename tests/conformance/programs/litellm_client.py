@@ -40,6 +40,12 @@ def text_completion() -> None:
     assert answer.choices[0].text
 
 
+def embeddings() -> None:
+    answer: Any = litellm.embedding(model="openai/test-model", input=["One", "Two"], dimensions=4, **there)
+    assert [(entry["index"], len(entry["embedding"])) for entry in answer.data] == [(0, 4), (1, 4)]
+    assert answer.usage.prompt_tokens > 0
+
+
 def unknown_model() -> None:
     try:
         litellm.completion(model="openai/none", messages=MESSAGES, **there)
@@ -48,4 +54,4 @@ def unknown_model() -> None:
     raise AssertionError("a model that is not there answered")
 
 
-report.run([chat, streaming, tool_call, text_completion, unknown_model], version=version("litellm"))
+report.run([chat, streaming, tool_call, text_completion, embeddings, unknown_model], version=version("litellm"))

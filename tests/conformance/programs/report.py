@@ -3,6 +3,7 @@ so it knows nothing of ours."""
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,8 @@ def run(cases: Sequence[Callable[[], None]], **figures: object) -> None:
     """Run all of them, whatever some of them raise."""
     fates = {}
     for case in cases:
+        # The last one is where a program hangs, or what it is slow at.
+        print(f"{time.process_time():.0f} s of CPU: {case.__name__}", file=sys.stderr, flush=True)
         try:
             case()
             fates[case.__name__] = "ok"
