@@ -26,7 +26,7 @@ from tests.integration.runner_harness import MODEL, Rig
 NUM_REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "5000"))
 SEED = os.environ.get("FUZZ_SEED", "1")
 CONFIG = ROOT / "tests" / "conformance" / "schemathesis.toml"
-NUM_SYSTEMATIC = 2400  # requests at least that are made whatever is asked for
+NUM_SYSTEMATIC = 3800  # requests at least that are made whatever is asked for
 LINE = b'{"custom_id":"a","method":"POST","url":"/v1/responses","body":{"model":"test-model","input":"Hi"}}'
 CATALOG = f"""
 [[models]]
