@@ -27,6 +27,7 @@ from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id, new_id
 from domain.requests import GenerationRequest, SamplingParams
 from embedded import EmbeddedPostgres, EmbeddedRedis
+from gpu_worker.engine_template import EngineTemplate
 from gpu_worker.frames import AddJob, StepDone
 from gpu_worker.supervisor import EngineProcess
 from settings import ROOT
@@ -76,18 +77,20 @@ class Samples:
 def engine_alone(spec: ModelSpec, num_jobs: int) -> Samples:
     samples = Samples("ceiling: engine process alone")
     view = load_model_view(spec)
-    engine = EngineProcess(spec, heartbeat_seconds=10)
+    template = EngineTemplate(spec, heartbeat_seconds=10)
+    engine = EngineProcess(template)
     try:
         while engine.ready is None:
             select.select([engine.channel], [], [], 1)
             engine.receive()
-            assert engine.process.poll() is None, "the engine did not start"
+            assert not engine.has_ended(), "the engine did not start"
         for _ in range(num_jobs):
             samples.add(_first_token_seconds(engine, view))
             time.sleep(PAUSE_SECONDS)
     finally:
         engine.kill()
         engine.end()
+        template.close()
     return samples
 
 

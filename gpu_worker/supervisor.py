@@ -1,4 +1,4 @@
-"""Owns the engine process: starts it, watches its heartbeat, tells how it ended and in whose step, restarts it.
+"""Owns the engine process: has it forked, watches its heartbeat, tells how it ended and in whose step, restarts it.
 
 Belongs to the runner's thread and never blocks it, but for the moments of starting and ending a process.
 """
@@ -7,8 +7,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +17,9 @@ import msgspec
 
 from domain.catalog import ModelSpec
 from gpu_worker.channel import Channel, ChannelClosed
+from gpu_worker.engine_template import EngineTemplate
 from gpu_worker.flight_recorder import FlightRecorder, RecordedJob, create_memory
 from gpu_worker.frames import AddJob, Command, EmbedJob, Ready, Report, Shutdown, decode_report, encode
-from settings import PREFIX, ROOT
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +27,7 @@ NUM_HEARTBEATS = 3  # of silence, until the engine is taken for hung
 LOAD_TIMEOUT_SECONDS = 1800.0  # large weights from a slow disk
 LINGER_SECONDS = 5.0  # between the end of the channel and the end of the process: a core dump is written
 SHUTDOWN_SECONDS = 3.0  # the running step may end before the process is killed
+REAP_SECONDS = 30.0  # of a process that is killed: a GPU's memory is given back
 FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 10.0
 # So many crashes in so short a time: this worker cannot work, whoever is suspected of them.
@@ -60,15 +59,6 @@ class EngineExit:
         return f"exit code {self.exit_code}"
 
 
-def _engine_environment() -> dict[str, str]:
-    """Ours without the secrets, which are none of its business."""
-    secrets = {PREFIX + name for name in ("DATABASE_URL", "REDIS_URL", "API_KEY", "BOOTSTRAP_API_KEY")}
-    ours = {name: value for name, value in os.environ.items() if name not in secrets}
-    # OpenMP's threads spin while they wait for each other. Beside other processes that want the cores, each step of a
-    # small model on a CPU then takes ten times as long.
-    return {"OMP_WAIT_POLICY": "PASSIVE"} | ours
-
-
 @dataclass(frozen=True, slots=True)
 class Crash:
     """One that no known poison job explains."""
@@ -81,29 +71,29 @@ class Crash:
 class EngineProcess:
     """One incarnation of the engine."""
 
-    def __init__(self, spec: ModelSpec, *, heartbeat_seconds: float) -> None:
+    def __init__(self, template: EngineTemplate) -> None:
         ours, theirs = socket.socketpair()
         memory_fd = create_memory()
         self.recorder = FlightRecorder(memory_fd)
         self.channel = Channel(ours)
+        self._template = template
         with theirs:
-            command = [sys.executable, "-m", "gpu_worker.engine.process", "--spec", spec.model_dump_json()]
-            command += ["--channel-fd", str(theirs.fileno()), "--recorder-fd", str(memory_fd)]
-            command += ["--parent-pid", str(os.getpid()), "--heartbeat-seconds", str(heartbeat_seconds)]
-            self.process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                env=_engine_environment(),
-                pass_fds=(theirs.fileno(), memory_fd),
-                start_new_session=True,  # Ctrl-C drains the worker; the engine must outlive that
-            )
+            template.fork(theirs.fileno(), memory_fd)
         os.close(memory_fd)
         self.started_at = self.heard_at = monotonic()
         self.ready: Ready | None = None
         self.has_had_jobs = False
         self.was_hung = False
         self.closed_at: float | None = None  # when the channel ended; the process follows
+
+    @property
+    def pid(self) -> int | None:
+        """None until it is forked."""
+        self._template.wait(0)
+        return self._template.engine_pid
+
+    def has_ended(self, *, within_seconds: float = 0) -> bool:
+        return self._template.wait(within_seconds) is not None
 
     def send(self, command: Command) -> None:
         self.has_had_jobs |= isinstance(command, AddJob | EmbedJob)
@@ -140,11 +130,19 @@ class EngineProcess:
         return reports
 
     def kill(self) -> None:
-        self.process.kill()
+        self._template.kill_engine()
+
+    def abandon(self) -> None:
+        """Kill it with its template, which may be why nobody tells how it ended."""
+        self._template.kill()
 
     def end(self) -> EngineExit:
-        """Reap the process, which has ended or is about to, and free what it used."""
-        exit_code = self.process.wait()
+        """Learn how the process ended, which it has or is about to, and free what it used."""
+        exit_code = self._template.wait(REAP_SECONDS)
+        if exit_code is None:
+            self.abandon()
+            exit_code = self._template.wait(None)
+        assert exit_code is not None
         last_step = self.recorder.read()
         self.recorder.close()
         self.channel.close()
@@ -160,6 +158,7 @@ class Supervisor:
     def __init__(self, spec: ModelSpec, *, heartbeat_seconds: float) -> None:
         self._spec = spec
         self._heartbeat_seconds = heartbeat_seconds
+        self._template: EngineTemplate | None = None  # from the first engine on
         self._engine: EngineProcess | None = None
         self._start_at = 0.0  # when the next process may start
         self._watched_at = monotonic()
@@ -218,7 +217,7 @@ class Supervisor:
         then. All its reports have been received by that time."""
         if self._engine is None:
             if now >= self._start_at:
-                self._engine = EngineProcess(self._spec, heartbeat_seconds=self._heartbeat_seconds)
+                self._engine = EngineProcess(self._living_template())
             return None
         self._watch_silence(self._engine, now)
         if not self._has_ended(self._engine, now):
@@ -238,22 +237,33 @@ class Supervisor:
 
     def restart(self) -> None:
         """Replace the engine by a fresh one. It must not have jobs."""
-        self.stop()
+        self._end_engine()
         self._start_at = 0.0
 
     def stop(self) -> None:
-        """End the engine, kindly first. Blocks for a moment; what it still reports is lost."""
+        """End the engine, kindly first, and its template. Blocks for a moment; what it still reports is lost."""
+        self._end_engine()
+        if self._template is not None:
+            self._template.close()
+            self._template = None
+
+    def _end_engine(self) -> None:
         if self._engine is None:
             return
         engine, self._engine = self._engine, None
         engine.send(Shutdown())
-        if engine.ready is None:
-            engine.kill()  # it listens only once it is loaded
-        try:
-            engine.process.wait(SHUTDOWN_SECONDS)
-        except subprocess.TimeoutExpired:
+        # It listens only once it is loaded.
+        if engine.ready is None or not engine.has_ended(within_seconds=SHUTDOWN_SECONDS):
             engine.kill()
         engine.end()
+
+    def _living_template(self) -> EngineTemplate:
+        if self._template is not None and not self._template.is_alive:
+            self._template.close()
+            self._template = None
+        if self._template is None:
+            self._template = EngineTemplate(self._spec, heartbeat_seconds=self._heartbeat_seconds)
+        return self._template
 
     def _watch_silence(self, engine: EngineProcess, now: float) -> None:
         if now - self._watched_at > self._heartbeat_seconds:
@@ -264,7 +274,7 @@ class Supervisor:
         else:
             is_hung = now - engine.heard_at > NUM_HEARTBEATS * self._heartbeat_seconds
         if is_hung and not engine.was_hung:
-            logger.error("the engine fell silent and is killed", extra={"pid": engine.process.pid})
+            logger.error("the engine fell silent and is killed", extra={"pid": engine.pid})
             engine.was_hung = True
             engine.kill()
 
@@ -272,10 +282,10 @@ class Supervisor:
         """The process is gone and its channel is read to the end."""
         if engine.closed_at is None:
             return False
-        if engine.process.poll() is not None:
+        if engine.has_ended():
             return True
         if now - engine.closed_at > LINGER_SECONDS:
-            engine.kill()
+            engine.abandon()
         return False
 
 

@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
 from domain.catalog import ModelSpec
 
 log = logging.getLogger(__name__)
+
+# Its first call compiles a thousand patterns for all families, a third of the time of loading a small model. Here it
+# belongs to the imports, which an engine after a crash shares with the first one.
+get_checkpoint_conversion_mapping("")
 
 SMALL_MODEL_PARAMETERS = 50_000_000
 MAX_SMALL_MODEL_THREADS = 4

@@ -1,17 +1,15 @@
 """Main of the engine process: command frames in, one loop around a back end, report frames out.
 
-Started by gpu_worker/supervisor.py as `python -m gpu_worker.engine.process`. One thread: a step that hangs is a process
-that falls silent, which is what the supervisor watches for.
+gpu_worker/engine_template.py starts a template as `python -m gpu_worker.engine.process`; every engine is a fork of it.
+One thread: a step that hangs is a process that falls silent, which is what the supervisor watches for.
 """
 
 import argparse
 import contextlib
-import ctypes
 import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +18,8 @@ import msgspec
 from domain.catalog import ModelSpec
 from domain.errors import CeleriacError, EngineError
 from gpu_worker.channel import Channel, ChannelClosed
-from gpu_worker.engine.backends import Backend, StepMember, load_backend
+from gpu_worker.engine.backends import Backend, StepMember, import_backend
+from gpu_worker.engine.template import die_with_parent, fork_engines
 from gpu_worker.flight_recorder import FlightRecorder, RecordedJob
 from gpu_worker.frames import (
     AbortJob,
@@ -40,8 +39,6 @@ from observability import configure_logging
 from settings import get_settings
 
 logger = logging.getLogger(__name__)
-
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class EngineLoop:
@@ -129,14 +126,6 @@ class EngineLoop:
         self._channel.flush_all()
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, however that comes about."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        sys.exit("the worker ended before its engine started")
-
-
 def volunteer_for_the_oom_killer() -> None:
     """When the machine runs out of memory, a restart of the engine is the cheapest loss."""
     with contextlib.suppress(OSError):
@@ -146,28 +135,37 @@ def volunteer_for_the_oom_killer() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="gpu_worker.engine.process")
     parser.add_argument("--spec", required=True, help="a ModelSpec as JSON")
-    parser.add_argument("--channel-fd", type=int, required=True)
-    parser.add_argument("--recorder-fd", type=int, required=True)
+    parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--parent-pid", type=int, required=True)
     parser.add_argument("--heartbeat-seconds", type=float, required=True)
     arguments = parser.parse_args()
     die_with_parent(arguments.parent_pid)
-    volunteer_for_the_oom_killer()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C drains the worker, which then shuts its engine down
     settings = get_settings()
     configure_logging(settings.log_level, settings.log_format)
     spec = ModelSpec.model_validate_json(arguments.spec)
     # Read when CUDA starts: passes of ever other sizes would else leave memory in pieces that fit nobody.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    recorder = FlightRecorder(arguments.recorder_fd)
-    channel = Channel(socket.socket(fileno=arguments.channel_fd))
-    backend = load_backend(spec)
+    backend_class = _import_without_cuda(spec)
+    channel_fd, recorder_fd = fork_engines(socket.socket(fileno=arguments.control_fd))
+    volunteer_for_the_oom_killer()
+    recorder = FlightRecorder(recorder_fd)
+    channel = Channel(socket.socket(fileno=channel_fd))
+    backend = backend_class(spec)
     channel.send(encode(_ready(spec, backend)))
     channel.flush_all()
     try:
         EngineLoop(backend, channel, recorder, arguments.heartbeat_seconds).run()
     except ChannelClosed:
         logger.warning("the worker is gone; the engine ends with it")
+
+
+def _import_without_cuda(spec: ModelSpec) -> type[Backend]:
+    """Who asks for GPUs while being imported is answered by NVML: CUDA, once started, does not survive a fork."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    backend_class = import_backend(spec)
+    del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
+    return backend_class
 
 
 def _ready(spec: ModelSpec, backend: Backend) -> Ready:

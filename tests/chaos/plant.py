@@ -132,11 +132,11 @@ class Part:
             self.newest.pauses.append((begin, time.time()))
 
     def engine_pid(self) -> int | None:
-        """Of a worker's engine process."""
+        """Of a worker's engine process, the child of its template."""
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.pid).children():
                 if "gpu_worker.engine.process" in child.cmdline():
-                    return child.pid
+                    return next((engine.pid for engine in child.children()), None)
         return None
 
     def close(self) -> None:

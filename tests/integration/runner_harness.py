@@ -78,9 +78,10 @@ class RecordingRunner:
     @property
     def engine_pid(self) -> int:
         """Of the engine process as it is now."""
-        process = self.runner._loop._supervisor._engine
-        assert process is not None
-        return process.process.pid
+        engine = self.runner._loop._supervisor._engine
+        assert engine is not None
+        assert engine.pid is not None
+        return engine.pid
 
     def signal_engine(self, signal_number: signal.Signals) -> int:
         pid = self.engine_pid

@@ -10,7 +10,7 @@ import torch
 from domain.catalog import ModelSpec
 from domain.chunks import TokenLogprob
 from domain.errors import ContextLengthExceeded
-from gpu_worker.engine.backends import Backend, StepMember, load_backend
+from gpu_worker.engine.backends import Backend, StepMember, import_backend
 from gpu_worker.frames import AddJob, SequenceOutput, StepDone
 from settings import ROOT
 
@@ -39,7 +39,8 @@ SPECS = {
 
 @pytest.fixture(scope="module", params=SPECS)
 def loaded_backend(request: pytest.FixtureRequest) -> Backend:
-    backend = load_backend(SPECS[request.param])
+    spec = SPECS[request.param]
+    backend = import_backend(spec)(spec)
     if request.param == "transformers":
         torch.set_num_threads(1)  # tests run beside each other
     return backend

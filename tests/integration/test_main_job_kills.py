@@ -24,7 +24,7 @@ from tests.integration.test_main_job import MODEL, MODELS, SETTINGS, System, kil
 
 NUM_JOBS, NUM_TOKENS = 8, 400
 NUM_CHUNKS = 4  # that every stream has shown between two strikes
-FINISH_SECONDS = 200.0  # each strike costs an engine's start: eight seconds of CPU for the imports alone
+FINISH_SECONDS = 200.0  # a strike at the worker costs eight seconds of CPU for the imports alone
 
 Strike = Callable[[System], None]
 

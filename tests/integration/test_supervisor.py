@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from domain.catalog import ModelSpec
+from gpu_worker import supervisor
 from gpu_worker.frames import AddJob, Heartbeat, Report, StepDone
 from gpu_worker.supervisor import LOOP_CRASHES, UNRELATED_CRASHES, EngineExit, Supervisor
 from tests.integration.runner_harness import wait_until
@@ -50,6 +51,12 @@ class Crank:
         self.turn_until(lambda: self.supervisor.ready, "the engine is ready")
         assert self.supervisor.ready is not None
         return self.supervisor.ready.pid
+
+    def template_of(self, engine_pid: int) -> psutil.Process:
+        template = psutil.Process(engine_pid).parent()
+        assert template is not None
+        assert template.ppid() == os.getpid()
+        return template
 
     def add(self, job_id: str = "job", *, max_tokens: int = 1000) -> None:
         self.supervisor.send(
@@ -207,6 +214,69 @@ def test_a_restart_on_purpose_is_no_crash(make_crank: MakeCrank) -> None:
     assert not psutil.pid_exists(first)
     assert crank.turn_until_ready() != first
     assert crank.exits == []
+
+
+def test_engines_are_forked_from_one_template_that_has_one_thread_and_no_torch(make_crank: MakeCrank) -> None:
+    crank = make_crank()
+    first = crank.turn_until_ready()
+    template = crank.template_of(first)
+    os.kill(first, signal.SIGSEGV)
+    crank.turn_until(lambda: crank.exits, "the engine has crashed")
+    assert crank.template_of(crank.turn_until_ready()) == template
+    assert template.num_threads() == 1
+    assert not any("torch" in mapped.path for mapped in template.memory_maps())
+
+
+def test_an_engine_ends_with_its_template_and_both_are_replaced(make_crank: MakeCrank) -> None:
+    crank = make_crank()
+    engine = psutil.Process(crank.turn_until_ready())
+    template = crank.template_of(engine.pid)
+    template.kill()
+    crank.turn_until(lambda: crank.exits, "the engine has ended")
+    assert crank.exits[0].is_outside_kill
+    engine.wait(10)
+    assert crank.template_of(crank.turn_until_ready()) != template
+
+
+def test_a_template_that_dies_at_rest_is_replaced_without_a_crash(make_crank: MakeCrank) -> None:
+    crank = make_crank()
+    first = crank.turn_until_ready()
+    template = crank.template_of(first)
+    os.kill(first, signal.SIGSEGV)
+    wait_until(lambda: not psutil.pid_exists(first), "the template has buried it")
+    template.kill()
+    wait_until(lambda: template.status() == psutil.STATUS_ZOMBIE, "it is dead")
+    assert crank.template_of(crank.turn_until_ready()) != template
+    assert [exit_.exit_code for exit_ in crank.exits] == [-signal.SIGSEGV]
+
+
+def test_a_template_that_cannot_tell_of_its_engines_end_is_replaced(
+    make_crank: MakeCrank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "LINGER_SECONDS", 0.1)
+    crank = make_crank()
+    engine_pid = crank.turn_until_ready()
+    template = crank.template_of(engine_pid)
+    template.suspend()
+    os.kill(engine_pid, signal.SIGKILL)
+    crank.turn_until(lambda: crank.exits, "the engine is given up")
+    assert crank.template_of(crank.turn_until_ready()) != template
+
+
+def test_a_template_that_cannot_start_is_a_crash_that_says_why(
+    make_crank: MakeCrank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CELERIAC_LOG_LEVEL", "nonsense")
+    crank = make_crank()
+    crank.turn_until(lambda: crank.exits, "the start has failed")
+    assert (crank.exits[0].exit_code, crank.exits[0].was_ready) == (1, False)
+
+
+def test_stopping_leaves_nobody_behind(make_crank: MakeCrank) -> None:
+    crank = make_crank()
+    template = crank.template_of(crank.turn_until_ready())
+    crank.supervisor.stop()
+    assert not template.is_running()
 
 
 def test_stopping_ends_the_process_even_in_a_frozen_step(make_crank: MakeCrank) -> None:

@@ -78,9 +78,8 @@ CLASS_BY_BACKEND: dict[str, tuple[str, str]] = {
 }
 
 
-def load_backend(spec: ModelSpec) -> Backend:
-    """Import the back end that `spec` names and load its model. Raises KeyError for a name that is not registered."""
+def import_backend(spec: ModelSpec) -> type[Backend]:
+    """The class that `spec` names, with what it needs imported. Raises KeyError for a name that is not registered."""
     is_encoder = spec.task == "embedding" and spec.backend == "transformers"
     module_name, class_name = CLASS_BY_BACKEND["encoder" if is_encoder else spec.backend]
-    backend_class = cast(type[Backend], getattr(import_module(module_name), class_name))
-    return backend_class(spec)
+    return cast(type[Backend], getattr(import_module(module_name), class_name))
