@@ -26,7 +26,8 @@ logger = get_logger(__name__)
 EVENT_FLUSH_SECONDS = 0.1
 MAX_BUFFERED_EVENTS = 512
 WATCH_SECONDS = 1.0
-MAX_LOOKAHEAD_SECONDS = 2.0  # how long a delivery may wait here while another worker has free slots
+SHARE_SECONDS = 0.25  # between two looks whether another worker has free slots
+MAX_LOOKAHEAD_SECONDS = 0.25  # how long a delivery may wait here while one has
 REFUSED_SECONDS = 1.0
 STALL_SECONDS = 10.0  # a healthy consumer with credit looks into its queue every second
 
@@ -133,6 +134,7 @@ class EngineStep(bootsteps.StartStopStep):
         hub.call_repeatedly(EVENT_FLUSH_SECONDS, c.flush_events)
         hub.call_repeatedly(VISIBILITY_TIMEOUT_SECONDS / 4, self._keep_in_hand, c)
         hub.call_repeatedly(WATCH_SECONDS, self._watch, c)
+        hub.call_repeatedly(SHARE_SECONDS, self._share_lookahead, c.pool)
 
     def info(self, c: EngineConsumer) -> dict[str, Any]:
         """For `inspect stats`; Flower shows it in the tab "Other"."""
@@ -148,17 +150,19 @@ class EngineStep(bootsteps.StartStopStep):
         if channel is None:
             return
         c.pool.deliveries.repeat_lost_acks()
-        self._share_lookahead(c.pool, channel)
         self._notice_a_stall(c, channel)
 
-    def _share_lookahead(self, pool: EnginePool, channel: ClaimingChannel) -> None:
-        """A delivery must not wait for our slots while somebody else has free ones."""
+    def _share_lookahead(self, pool: EnginePool) -> None:
+        """A delivery must not wait for our slots while somebody else has free ones: then we look ahead no more, and
+        give back what waits."""
+        channel = pool.deliveries.channel
+        if channel is None:
+            return
+        pool.is_lookahead_paused = channel.is_another_hungry()
         oldest = next(iter(pool.deliveries.in_hand.values()), None)
         is_late = oldest is not None and oldest.age_seconds > MAX_LOOKAHEAD_SECONDS
-        is_wanted = (is_late or pool.is_lookahead_paused) and channel.is_another_hungry()
-        if is_late and is_wanted and pool.room().num_idle == 0:
+        if pool.is_lookahead_paused and is_late and pool.room().num_idle == 0:
             logger.info("gave %d deliveries back to a worker with free slots", pool.give_back())
-        pool.is_lookahead_paused = is_wanted  # else we would take them again at once
 
     def _notice_a_stall(self, c: EngineConsumer, channel: ClaimingChannel) -> None:
         """Whatever the reason: credit, messages waiting and no look at the queue for long means connect again."""

@@ -199,7 +199,7 @@ class EnginePool(BasePool):
             "slots-running": stats.num_running,
             "slots-free": self.runner.num_free,
             "in-hand": self.deliveries.num_in_hand,
-            "look-ahead": self.lookahead,
+            "look-ahead": 0 if self.is_lookahead_paused else self.lookahead,
             "engine-ready": stats.is_engine_ready,
             "state": stats.state.value,
         }

@@ -60,6 +60,18 @@ def test_lookahead_goes_to_a_worker_with_free_slots(make_plant: MakePlant) -> No
     wait_until(plant.is_broker_empty, "all messages are acked")
 
 
+def test_a_full_worker_takes_nothing_while_another_has_room(make_plant: MakePlant) -> None:
+    plant = make_plant(num_slots=2, lookahead=2)
+    plant.start_worker("one")
+    plant.wait_for("claimed", plant.send(2))
+    plant.start_worker("two")
+    wait_until(lambda: plant.inspect("stats")["pool"]["look-ahead"] == 0, "the full one looks ahead no more")
+    job_ids = plant.send(2)
+    plant.wait_for("claimed", job_ids)
+    assert plant.claims_by_worker() == {"one@test": 2, "two@test": 2}
+    assert "back to a worker with free slots" not in plant.log("one"), "it never had them"
+
+
 def test_jobs_start_in_the_order_of_their_dispatch(make_plant: MakePlant) -> None:
     plant = make_plant(num_slots=1, lookahead=3)
     job_ids = plant.send(10)
