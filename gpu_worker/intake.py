@@ -1,10 +1,12 @@
 """How jobs come in: offered deliveries claimed together as room allows, and SQL asked when the queue is silent.
 
 The isolated lane is never dispatched; it is served by asking for it: when the engine has nothing else to do, and now
-and then when it has, so that a suspect does not wait for ever behind a busy queue.
+and then when it has, so that a suspect does not wait for ever behind a busy queue. An engine that has just been loaded
+is asked for first: it is what a suspect needs, and the jobs of the one before have gone elsewhere.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from threading import Lock
 from uuid import UUID
@@ -19,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0  # free slots and no offer for so long: ask SQL
 BUSY_ISOLATED_SECONDS = 30.0  # between two isolated jobs of a worker that never rests
+BUSY_SUSPECT_SECONDS = 10.0  # the same of those that crashes brought there, which soon leave it again
 
 
 class Offers:
@@ -75,6 +78,7 @@ class Intake:
         self._busy_lanes: set[Lane] = set()
         self._heard_at: float | None = None  # of an offer, or that SQL was asked; at first, that there is room
         self._looked_at = 0.0  # into the isolated lane
+        self._looked_for_suspects_at = 0.0
 
     @property
     def is_claiming(self) -> bool:
@@ -82,8 +86,8 @@ class Intake:
 
     def claim(self, now: float, *, num_free: int, known: frozenset[UUID]) -> None:
         """Claim what is offered and fits; without offers, look into SQL now and then. `known` jobs run here."""
-        if num_free <= 0 or Lane.STANDARD in self._busy_lanes or self._thread.is_away:
-            return
+        if num_free <= 0 or self._busy_lanes or self._thread.is_away:
+            return  # also while the isolated lane is asked: who comes from there wants to be alone
         self._heard_at = self._heard_at or now
         if job_ids := self._offers.take(num_free):
             self._heard_at = now
@@ -91,19 +95,21 @@ class Intake:
             self._claim_offered([job_id for job_id in job_ids if job_id not in known], known)
         elif now - self._heard_at >= POLL_SECONDS:
             self._heard_at = now
-            self._claim_next(Lane.STANDARD, num_free, known)
+            self._claim_next(Lane.STANDARD, num_free, known, min_suspicions=0)
 
     def look_for_isolated(self, now: float, *, is_resting: bool, known: frozenset[UUID]) -> None:
         """Take one job of the isolated lane, if it is time to."""
-        wait_seconds = POLL_SECONDS if is_resting else BUSY_ISOLATED_SECONDS
-        if now - self._looked_at < wait_seconds or Lane.ISOLATED in self._busy_lanes or self._thread.is_away:
+        if Lane.ISOLATED in self._busy_lanes or self._thread.is_away:
             return
-        self._looked_at = now
-        self._claim_next(Lane.ISOLATED, 1, known)
+        is_anybody_due = now - self._looked_at >= (POLL_SECONDS if is_resting else BUSY_ISOLATED_SECONDS)
+        if is_anybody_due or now - self._looked_for_suspects_at >= BUSY_SUSPECT_SECONDS:
+            self._looked_for_suspects_at = now
+            self._looked_at = now if is_anybody_due else self._looked_at
+            self._claim_next(Lane.ISOLATED, 1, known, min_suspicions=0 if is_anybody_due else 1)
 
-    def look_again(self) -> None:
-        """An isolated job has ended: where one is, there may be more."""
-        self._looked_at -= POLL_SECONDS
+    def look_for_suspects_soon(self) -> None:
+        """The engine is a fresh one, or has just had one of them: where one is, there may be more."""
+        self._looked_for_suspects_at = -math.inf
 
     def _claim_offered(self, job_ids: list[UUID], known: frozenset[UUID]) -> None:
         if not job_ids:
@@ -131,7 +137,7 @@ class Intake:
             lambda is_repeated: self._storage.claim(job_ids, known, is_repeated=is_repeated), on_done, on_error
         )
 
-    def _claim_next(self, lane: Lane, limit: int, known: frozenset[UUID]) -> None:
+    def _claim_next(self, lane: Lane, limit: int, known: frozenset[UUID], *, min_suspicions: int) -> None:
         self._busy_lanes.add(lane)
 
         def on_done(answer: Answer[list[ClaimedJob]]) -> None:
@@ -139,7 +145,9 @@ class Intake:
             self._on_claimed(answer.value, answer.sent_at)
 
         self._thread.submit(
-            lambda is_repeated: self._storage.claim_next(limit, lane, known, is_repeated=is_repeated),
+            lambda is_repeated: self._storage.claim_next(
+                limit, lane, known, min_suspicions=min_suspicions, is_repeated=is_repeated
+            ),
             on_done,
             lambda exc: self._busy_lanes.discard(lane),
         )

@@ -85,7 +85,9 @@ class JobStorage:
             is_repeated,
         )
 
-    def claim_next(self, limit: int, lane: Lane, known: frozenset[UUID], *, is_repeated: bool) -> list[ClaimedJob]:
+    def claim_next(
+        self, limit: int, lane: Lane, known: frozenset[UUID], *, min_suspicions: int, is_repeated: bool
+    ) -> list[ClaimedJob]:
         """Take the next jobs of a lane without having heard of them."""
         return self._claim(
             lambda session: jobs.claim_next(
@@ -96,6 +98,7 @@ class JobStorage:
                 model_revision=self._model_revision,
                 lease_seconds=self.lease_seconds,
                 lane=lane,
+                min_suspicions=min_suspicions,
             ),
             known,
             is_repeated,

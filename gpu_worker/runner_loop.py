@@ -154,6 +154,7 @@ class RunnerLoop:
     def _take_report(self, report: Report) -> None:
         if isinstance(report, Ready):
             logger.info("the engine is ready", extra={"pid": report.pid, "device": report.device})
+            self._intake.look_for_suspects_soon()
             return
         self._engine_stats = report.stats
         if isinstance(report, StepDone):
@@ -187,12 +188,14 @@ class RunnerLoop:
             self._refuse(self._offers.take())
         if self._supervisor.ready is None and not self._batch.has_isolated:
             return
-        self._intake.claim(now, num_free=self._count_free(), known=self._batch.job_ids)
+        if self._batch.clear_isolated():
+            self._intake.look_for_suspects_soon()
         if self._batch.has_isolated and not self._intake.is_claiming:
-            self._batch.start_isolated()
+            self._batch.start_isolated(now)
         elif self._can_take_jobs and not self._batch.has_isolated:
             is_resting = not self._batch and not self._offers and not self._intake.is_claiming
             self._intake.look_for_isolated(now, is_resting=is_resting, known=self._batch.job_ids)
+        self._intake.claim(now, num_free=self._count_free(), known=self._batch.job_ids)
 
     def _tell_news(self) -> None:
         """Figures first: who hears of an event looks at them."""

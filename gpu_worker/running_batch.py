@@ -12,6 +12,7 @@ from uuid import UUID
 from domain.jobs import FinishReason, JobStatus, Lane
 from gpu_worker.frames import AbortJob, EmbeddingOutput, JobFailed, SequenceOutput, StepDone
 from gpu_worker.job_storage import JobStorage
+from gpu_worker.oom_kills import OomKills
 from gpu_worker.publisher import FlushOutcome, JobFlush, Publisher, commit
 from gpu_worker.runner_events import RunnerEvent, RunnerEventKind
 from gpu_worker.running_embedding import RunningEmbedding, make_running
@@ -22,6 +23,7 @@ from storage.jobs import ClaimedJob, Held, Returned
 
 logger = logging.getLogger(__name__)
 
+MAX_NEIGHBOUR_SECONDS = 1.0  # so long a suspect waits for the ends of those that run beside it
 LEASE_MARGIN = 0.1  # of the lease: by then we must know that it was renewed
 
 
@@ -43,6 +45,7 @@ class RunningBatch:
         self._emit = emit
         self._jobs: dict[UUID, RunningJob] = {}
         self._jobs_by_name: dict[str, RunningJob] = {}
+        self._oom_kills = OomKills()
         self._isolated: RunningJob | None = None  # a suspect: it waits until it is alone, and others wait for it
         self.num_tokens = 0  # received in this worker's life
 
@@ -73,15 +76,27 @@ class RunningBatch:
         for job_id in job_ids:
             self._emit(RunnerEvent(RunnerEventKind.CLAIMED, job_id))
 
-    def start_isolated(self) -> None:
-        """Let the isolated job run as soon as it is alone, in an engine that has had no other."""
+    def start_isolated(self, now: float) -> None:
+        """Let the isolated job run as soon as it is alone, in an engine that has had no other. For a suspect the others
+        make room before long, and go on elsewhere or after it: its trial is short."""
         job = self._isolated
-        if job is None or job.is_in_engine or job.is_ending or len(self._jobs) > 1:
+        if job is None or job.is_in_engine or job.is_ending:
             return
-        if not self._supervisor.is_fresh:
+        if len(self._jobs) > 1:
+            if job.is_suspect and now - job.started_at > MAX_NEIGHBOUR_SECONDS:
+                self.release([other for other in self._jobs.values() if other is not job])
+        elif not self._supervisor.is_fresh:
             self._supervisor.restart()
         elif self._supervisor.ready is not None:
             self._run(job)
+
+    def clear_isolated(self) -> bool:
+        """Let others join a suspect that has shown by now that it can run. Whether that happened now."""
+        if self._isolated is None or not self._isolated.is_cleared:
+            return False
+        logger.info("a suspect is cleared", extra={"job_id": self._isolated.name, "attempt": self._isolated.attempt})
+        self._isolated = None
+        return True
 
     def _admit(self, job: RunningJob) -> None:
         stale = self._jobs.get(job.id)
@@ -237,8 +252,9 @@ class RunningBatch:
         weights = weights_of_suspicion(exit_, [(job.name, job.attempt) for job in lost])
         weight_by_job_id = {job.id: weights[job.name, job.attempt] for job in lost}
         is_alone = self._isolated is not None and lost == [self._isolated]
-        if is_alone and exit_.is_outside_kill:
-            weight_by_job_id = dict.fromkeys(weight_by_job_id, 0)  # alone and accused means guilty: it is not accused
+        if exit_.is_outside_kill and (is_alone or not self._oom_kills.is_possible()):
+            # Somebody's kill is no job's doing. Memory may be another's, too: alone and accused would mean guilty.
+            weight_by_job_id = dict.fromkeys(weight_by_job_id, 0)
         self._supervisor.note_crash(
             is_explained=is_alone and any(weight_by_job_id.values()),
             suspects=frozenset(job_id for job_id, weight in weight_by_job_id.items() if weight),

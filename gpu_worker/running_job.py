@@ -95,8 +95,17 @@ class RunningJob:
     @property
     def is_suspect(self) -> bool:
         """It was in an engine that crashed, and has not shown since that it can run."""
+        return self.claimed.num_suspicions > 0 and not self.is_over and not self._is_proven
+
+    @property
+    def is_cleared(self) -> bool:
+        """It was a suspect, and has produced enough beyond the point at which its engine crashed. SQL counts alike."""
+        return self.claimed.num_suspicions > 0 and self._is_proven
+
+    @property
+    def _is_proven(self) -> bool:
         num_new = self.num_completion_tokens + self._num_pending_tokens - self._num_inherited_tokens
-        return self.claimed.num_suspicions > 0 and not self.is_over and num_new < PROVEN_TOKENS
+        return num_new >= PROVEN_TOKENS
 
     @property
     def cohort(self) -> int:

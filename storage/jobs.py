@@ -128,10 +128,12 @@ def claim_next(
     model_revision: str,
     lease_seconds: float,
     lane: Lane = Lane.STANDARD,
+    min_suspicions: int = 0,
 ) -> list[ClaimedJob]:
     """Claim due jobs straight from SQL, fairest first, for a worker that has free slots and hears nothing from the
     queue. It takes dispatched jobs too; whoever holds their message finds nothing to claim. The isolated lane is
-    served by this alone: its jobs are never dispatched."""
+    served by this alone: its jobs are never dispatched. With `min_suspicions` only those that crashes brought there,
+    none that a tenant's past or a retry did."""
     if limit <= 0:
         return []
     parameters = {
@@ -142,6 +144,7 @@ def claim_next(
         "model_revision": model_revision,
         "lease_seconds": lease_seconds,
         "lane": lane.value,
+        "min_suspicions": min_suspicions,
     }
     return _claimed_jobs(session, session.execute(sql.CLAIM_NEXT, parameters).all())
 

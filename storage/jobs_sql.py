@@ -245,7 +245,8 @@ pick AS MATERIALIZED (
 
 # Lines of batches only once they were dispatched, which is where their share of the slots is kept.
 CLAIMABLE_UNASKED = f"""{CLAIMABLE}
-    AND (j.priority >= {MIN_PRIORITY} OR j.num_dispatches > 0 OR j.lane = 'isolated')"""
+    AND (j.priority >= {MIN_PRIORITY} OR j.num_dispatches > 0 OR j.lane = 'isolated')
+    AND j.num_suspicions >= :min_suspicions"""
 CLAIM_NEXT = text(f"WITH {_ranked(CLAIMABLE_UNASKED)}," + _claimed(_locked_in_order(CLAIMABLE_UNASKED, limit=":limit")))
 
 CHUNKS_OF = text("""
@@ -254,6 +255,9 @@ WHERE job_id = ANY(CAST(:ids AS uuid[])) GROUP BY job_id
 """)
 
 # A repeated commit finds its own chunks there: same attempt, so nobody else can have written them.
+NUM_COMMITTED = """j.num_committed_tokens
+            + CASE WHEN j.committed_sequence_number = flush.before THEN flush.num_tokens ELSE 0 END"""
+PROVEN = f"{NUM_COMMITTED} - j.num_tokens_at_claim >= {PROVEN_TOKENS}"
 COMMIT_CHUNKS = text(f"""
 WITH flush AS MATERIALIZED (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:attempts AS int[]), CAST(:before AS int[]), CAST(:after AS int[]),
@@ -262,10 +266,9 @@ WITH flush AS MATERIALIZED (
 ),
 held AS (
     UPDATE jobs j SET committed_sequence_number = flush.after,
-        num_committed_tokens = j.num_committed_tokens
-            + CASE WHEN j.committed_sequence_number = flush.before THEN flush.num_tokens ELSE 0 END,
-        num_suspicions = CASE WHEN j.num_committed_tokens + flush.num_tokens - j.num_tokens_at_claim
-            >= {PROVEN_TOKENS} THEN 0 ELSE j.num_suspicions END,
+        num_committed_tokens = {NUM_COMMITTED},
+        num_suspicions = CASE WHEN {PROVEN} THEN 0 ELSE j.num_suspicions END,
+        lane = CASE WHEN {PROVEN} AND j.num_suspicions > 0 THEN 'standard' ELSE j.lane END,
         first_token_at = coalesce(j.first_token_at, {CLOCK}),
         progressed_at = {CLOCK},
         lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds)

@@ -13,9 +13,10 @@ import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobStatus, Lane
-from gpu_worker import intake
+from gpu_worker import intake, oom_kills, running_batch
 from gpu_worker.runner_events import RunnerEventKind
 from storage import job_attempts, jobs
+from storage.jobs_sql import PROVEN_TOKENS
 from tests.integration.runner_harness import RecordingRunner, Rig, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,19 +37,31 @@ def offer_when_released(worker: RecordingRunner, job_ids: Sequence[UUID]) -> Non
     worker.offer(job_ids)
 
 
+@pytest.fixture
+def oom_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the workers of the test take for the kernel's."""
+    counters = tmp_path / "vmstat"
+    counters.write_text("nr_free_pages 7\noom_kill 0\n")
+    monkeypatch.setattr(oom_kills, "OWN_CGROUPS", tmp_path / "none")
+    monkeypatch.setattr(oom_kills, "HOST_COUNTERS", counters)
+    return counters
+
+
+@pytest.mark.usefixtures("oom_counters")
 def test_jobs_of_a_killed_engine_go_on_where_their_chunks_end(rig: Rig) -> None:
     job_ids = rig.add_jobs(8, max_tokens=200)
     worker = rig.start()
     worker.offer(job_ids)
     rig.wait_for_tokens(job_ids, at_least=20)
     worker.signal_engine(signal.SIGKILL)
-    offer_when_released(worker, job_ids)
+    worker.wait_for(RunnerEventKind.RELEASED, job_ids)
+    assert not any(rig.job(job_id).num_suspicions for job_id in job_ids), "somebody's kill is no job's doing"
+    worker.offer(job_ids)
     wait_until_all_completed(rig, job_ids)
     for job_id in job_ids:
         job = rig.job(job_id)
         assert (job.attempt, job.num_failures, job.lane) == (2, 1, Lane.STANDARD)
         assert set(rig.attempts_of_chunks(job_id)) == {1, 2}
-        assert job.num_suspicions <= 1, "a kill from outside does not make a suspect for good"
 
 
 def test_a_silent_engine_is_killed_and_its_jobs_go_on(rig: Rig) -> None:
@@ -123,18 +136,69 @@ def test_the_isolated_lane_is_served_by_an_idle_worker_in_a_fresh_engine(rig: Ri
     assert worker.engine_pid != used_pid
 
 
-def test_a_suspect_waits_until_it_is_alone_and_others_wait_for_it(rig: Rig) -> None:
+def test_a_suspect_waits_until_it_is_alone_and_others_wait_for_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "BUSY_ISOLATED_SECONDS", 0.2)
+    monkeypatch.setattr(running_batch, "MAX_NEIGHBOUR_SECONDS", 60.0)
     rig.write_catalog(step_seconds=0.02)
-    running, suspect = rig.add_job(max_tokens=60), rig.add_job(lane=Lane.ISOLATED, max_tokens=30)
+    running = rig.add_job(max_tokens=60)
     worker = rig.start()
     worker.offer([running])
-    worker.wait_for(RunnerEventKind.CLAIMED, [running, suspect])
+    worker.wait_for(RunnerEventKind.CLAIMED, [running])
+    suspect = rig.add_job(lane=Lane.ISOLATED, max_tokens=30)
+    worker.wait_for(RunnerEventKind.CLAIMED, [suspect])
     assert worker.runner.num_free == 0
     later = rig.add_job()
     worker.offer([later])
     worker.wait_for(RunnerEventKind.ENDED, [running, suspect, later])
     order = [event.job_id for event in worker.events if event.kind is RunnerEventKind.ENDED]
     assert order == [running, suspect, later]
+
+
+def test_a_suspect_that_has_proven_itself_leaves_isolation_and_others_join_it(rig: Rig) -> None:
+    rig.write_catalog(step_seconds=0.02)
+    suspect = rig.add_job(lane=Lane.ISOLATED, num_suspicions=2, max_tokens=1000)
+    worker = rig.start()
+    worker.wait_for(RunnerEventKind.CLAIMED, [suspect])
+    later = rig.add_jobs(2)
+    worker.offer(later)
+    worker.wait_for(RunnerEventKind.ENDED, later)
+    job = rig.job(suspect)
+    assert (job.status, job.lane, job.num_suspicions, job.attempt) == (JobStatus.IN_PROGRESS, Lane.STANDARD, 0, 1)
+    assert job.num_committed_tokens >= PROVEN_TOKENS
+
+
+def test_an_engine_that_was_just_loaded_takes_a_suspect_before_all_others(rig: Rig) -> None:
+    suspect, others = rig.add_job(lane=Lane.ISOLATED, num_suspicions=2, max_tokens=5), rig.add_jobs(3)
+    worker = rig.start(wait=False)
+    worker.offer(others)
+    worker.wait_for(RunnerEventKind.ENDED, [suspect, *others])
+    claimed = [event.job_id for event in worker.events if event.kind is RunnerEventKind.CLAIMED]
+    assert claimed[0] == suspect
+
+
+def test_long_jobs_make_room_for_a_suspect_and_go_on_after_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "BUSY_SUSPECT_SECONDS", 0.2)
+    rig.write_catalog(step_seconds=0.02)
+    running = rig.add_job(max_tokens=1000)
+    worker = rig.start()
+    worker.offer([running])
+    rig.wait_for_tokens([running])
+    suspect = rig.add_job(lane=Lane.ISOLATED, num_suspicions=2, max_tokens=5)
+    offer_when_released(worker, [running])
+    worker.wait_for(RunnerEventKind.ENDED, [suspect])
+    wait_until(lambda: 2 in rig.attempts_of_chunks(running), "the other one goes on")
+    assert (rig.job(running).num_failures, rig.job(running).lane) == (0, Lane.STANDARD)
+
+
+def test_a_kill_that_memory_explains_makes_suspects(rig: Rig, oom_counters: Path) -> None:
+    job_ids = rig.add_jobs(2, max_tokens=400)
+    worker = rig.start()
+    worker.offer(job_ids)
+    rig.wait_for_tokens(job_ids)
+    oom_counters.write_text("nr_free_pages 7\noom_kill 1\n")
+    worker.signal_engine(signal.SIGKILL)
+    worker.wait_for(RunnerEventKind.RELEASED, job_ids)
+    assert [rig.job(job_id).num_suspicions for job_id in job_ids] == [1, 1]
 
 
 def test_a_busy_worker_serves_the_isolated_lane_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,12 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
+from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus, Lane, Usage
 from domain.requests import GenerationResult
 from storage import jobs
 from storage.jobs import ChunkCommit, ClaimedJob, Finalisation
+from storage.jobs_sql import PROVEN_TOKENS
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult
 from tests.conftest import MakeJob
 from tests.storage_samples import MODEL, PAST, chunk, claim, load_of, result
@@ -198,6 +200,22 @@ class TestReturning:
         error = session.get_one(Job, suspect.id, populate_existing=True).error
         assert error is not None
         assert error.code == "poison_job"
+
+    @pytest.mark.parametrize(("num_suspicions", "lane"), [(2, Lane.STANDARD), (0, Lane.ISOLATED)])
+    def test_enough_tokens_alone_clear_a_suspect_and_nobody_else(
+        self, session: Session, make_job: MakeJob, num_suspicions: int, lane: Lane
+    ) -> None:
+        """A tenant's past, or the retry of a job that failed, isolates without suspicion, and to the end."""
+        job = make_job(lane=Lane.ISOLATED, num_suspicions=num_suspicions)
+        options = {"owner": uuid4(), "model_revision": "main", "lease_seconds": 60}
+        assert jobs.claim_next(session, MODEL, limit=1, lane=Lane.ISOLATED, min_suspicions=3, **options) == []  # type: ignore[arg-type]
+        assert len(jobs.claim_next(session, MODEL, limit=1, lane=Lane.ISOLATED, **options)) == 1  # type: ignore[arg-type]
+        for number, num_tokens in ((1, PROVEN_TOKENS - 1), (2, 1)):
+            assert session.get_one(Job, job.id, populate_existing=True).lane is Lane.ISOLATED
+            piece = TokenChunk(sequence_number=number, index=0, text="", token_ids=(7,) * num_tokens)
+            assert jobs.commit_chunks(session, [ChunkCommit(job.id, 1, [piece])], lease_seconds=60)
+        row = session.get_one(Job, job.id, populate_existing=True)
+        assert (row.num_suspicions, row.lane) == (0, lane)
 
     @pytest.mark.parametrize(
         ("columns", "status", "reason"),

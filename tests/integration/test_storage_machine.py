@@ -14,6 +14,7 @@ from domain.jobs import FinishReason, JobStatus, Lane
 from storage import jobs, jobs_accept
 from storage.jobs import ChunkCommit, Finalisation
 from storage.jobs_accept import AcceptOutcome
+from storage.jobs_sql import PROVEN_TOKENS
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult, TenantLoad
 from tests.storage_samples import MODEL, PAST, chunk, claim, new_job, result
 
@@ -35,7 +36,8 @@ class ModelJob:
     num_suspicions: int = 0
     is_cancel_requested: bool = False
     is_lapsed: bool = False
-    chunks: list[TokenChunk] = field(default_factory=list)
+    chunks: list[TokenChunk] = field(default_factory=list)  # of one token each
+    num_chunks_at_claim: int = 0
     has_result: bool = False
 
     @property
@@ -134,6 +136,7 @@ class Store(RuleBasedStateMachine):
             assert claimed == []
             return
         job.status, job.owner, job.attempt = RUNNING, owner, job.attempt + 1
+        job.num_chunks_at_claim = len(job.chunks)
         assert [(c.attempt, c.committed_chunks) for c in claimed] == [(job.attempt, job.chunks)]
         self.beliefs.append(Belief(job_id, job.attempt, owner))
 
@@ -163,6 +166,8 @@ class Store(RuleBasedStateMachine):
             )
         job.chunks += chunks if is_held and is_next else []
         job.is_lapsed = job.is_lapsed and not is_held
+        if len(job.chunks) - job.num_chunks_at_claim >= PROVEN_TOKENS:
+            job.num_suspicions = 0
 
     @rule(data=st.data())
     def renew(self, data: st.DataObject) -> None:
