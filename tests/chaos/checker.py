@@ -4,7 +4,6 @@ The shape is that of Jepsen's total-queue: what was accepted must come out, once
 violation is a sentence about one job; the report counts them by kind.
 """
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -256,12 +255,3 @@ def percentiles(seconds: Iterable[float]) -> dict[str, float]:
         return {}
     at = {"p50": 0.5, "p99": 0.99, "max": 1.0}
     return {name: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2) for name, share in at.items()}
-
-
-def stalls(histories: Iterable[History]) -> Iterator[tuple[float, float, str]]:
-    """Each time a client was dropped: the seconds without anything new, its reconnecting included; when; whose job."""
-    for history in histories:
-        for lost, again in itertools.pairwise(history.connections):
-            heard = [delta.at for delta in again.deltas[:1]] or ([again.ended_at] if again.ended == "terminal" else [])
-            if lost.ended == "dropped" and heard:
-                yield heard[0] - lost.ended_at, lost.ended_at, history.job_id or ""

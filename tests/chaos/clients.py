@@ -42,6 +42,7 @@ class Connection:
     url: str
     deltas: list[Delta] = field(default_factory=list)
     snapshot: tuple[int, str] | None = None
+    snapshot_at: float = 0.0
     ended: str = "open"  # left (by the client), dropped, closed (by the server without a terminal event), terminal
     ended_at: float = 0.0
 
@@ -213,7 +214,7 @@ class Clients:
             connection.deltas.append(delta)
         elif event.name == "job.snapshot":
             text = "".join(choice["text"] for choice in event.data["choices"])
-            connection.snapshot = (event.data["sequence_number"], text)
+            connection.snapshot, connection.snapshot_at = (event.data["sequence_number"], text), time.time()
         elif event.name in TERMINAL_EVENTS:
             self._note_end(history, event.data)
 

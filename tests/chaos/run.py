@@ -26,14 +26,14 @@ from rich.live import Live
 
 from gpu_worker.engine.backends.fake_counts import num_drawn_tokens
 from settings import ROOT
-from tests.chaos import audit
+from tests.chaos import audit, stalls
 from tests.chaos.clients import Clients
 from tests.chaos.faults import WEIGHTS, Fault, Striker, make_schedule
 from tests.chaos.mutants import MUTANTS
 from tests.chaos.plant import Plant, host_and_port
 from tests.chaos.proxy import Link
 from tests.chaos.trees import Edit, copy_tree
-from tests.chaos.verdict import REAL_WORKER, describe_stalls, judge_run
+from tests.chaos.verdict import REAL_WORKER, judge_run
 from tests.chaos.workload import FAKE_MODEL, MODELS, REAL_MODEL, REAL_MODELS, Workload, describe
 
 LEASE_SECONDS = 3.0
@@ -125,6 +125,8 @@ class Run:
         await asyncio.to_thread(self._plant.start_servers)
         with self._plant.connect() as connection:
             audit.install(connection)
+            stalls.install(connection)
+        await asyncio.to_thread(self._plant.restart_postgres)
         postgres_socket = Path(self._plant.postgres.url.partition("host=")[2]) / ".s.PGSQL.5432"
         for group in ("api", "gpu", "maintenance"):
             for server, upstream in (("postgres", postgres_socket), ("redis", host_and_port(self._plant.redis.url))):
@@ -239,8 +241,6 @@ class Run:
         )
         for violation in verdict.violations[:NUM_SHOWN]:
             self._console.print(f"{violation.kind}: {violation.job}: {violation.detail}", markup=False)
-        for line in describe_stalls(clients.histories):
-            self._console.print(line, highlight=False)
         if verdict.violations or self._options.is_kept:
             self._console.print(f"the logs are in {self._folder / 'logs'}")
         return {

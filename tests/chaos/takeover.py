@@ -27,7 +27,7 @@ def figures(
     maintenance: Sequence[Part],
     struck: Sequence[Struck],
 ) -> dict[str, Any]:
-    away = [(fault.began_at, fault.ended_at) for fault in struck if fault.kind in BARRIERS and fault.target]
+    away = times_away(struck)
     found: dict[str, Any] = {}
     for what, kinds in KILLS.items():
         kills = [fault for fault in struck if fault.kind in kinds and fault.target]
@@ -39,6 +39,11 @@ def figures(
             "ours": percentiles(ours),
         }
     return found
+
+
+def times_away(struck: Sequence[Struck]) -> list[tuple[float, float]]:
+    """When a fault kept the database away, from when to when."""
+    return [(fault.began_at, fault.ended_at) for fault in struck if fault.kind in BARRIERS and fault.target]
 
 
 def _spans(

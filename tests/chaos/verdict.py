@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tests.chaos import audit, takeover
-from tests.chaos.checker import Verdict, Violation, judge, percentiles, read_stored, stalls
-from tests.chaos.clients import History
+from tests.chaos.checker import Verdict, Violation, judge, percentiles, read_stored
+from tests.chaos.clients import Connection, History
 from tests.chaos.faults import Struck
 from tests.chaos.plant import Plant
+from tests.chaos.stalls import Stall, find_stalls, read_written
 from tests.chaos.workload import FAKE_MODEL, POISON_SEED, REAL_MODEL
 
 REAL_WORKER = "gpu-real"
@@ -26,6 +27,7 @@ def judge_run(
         untold = audit.judge_webhooks(connection)
         findings = audit.read_findings(connection)
         num_committed = audit.read_num_tokens(connection, FAKE_MODEL)
+        stalls = list(find_stalls(histories, read_written(connection)))
     verdict = judge(histories, stored)
     verdict.violations += audit.judge_changes(changes)
     verdict.violations += untold
@@ -47,18 +49,28 @@ def judge_run(
         **audit.figures(changes, owners, plant.workers, struck, lease_seconds=lease_seconds),
         **takeover.figures(changes, owners, shared, plant.maintenance, struck),
         "maintenance_findings": findings,
-        "stall_seconds_after_a_drop": percentiles(seconds for seconds, _, _ in stalls(histories)),
+        "stall_seconds_after_a_cut": {
+            "num": len(stalls),
+            "raw": percentiles(stall.raw for stall in stalls),
+            "ours": percentiles(stall.ours(takeover.times_away(struck)) for stall in stalls),
+            "longest": list(_describe(stalls, takeover.times_away(struck))),
+        },
         "processes_started": sum(len(part.incarnations) for part in plant.parts),
         "tracebacks_in_logs": sum(part.log().count("Traceback (most recent call last)") for part in plant.parts),
     }
     return verdict
 
 
-def describe_stalls(histories: Sequence[History]) -> Iterator[str]:
-    """The longest ones: where to look in the logs."""
-    for seconds, at, job_id in sorted(stalls(histories), reverse=True)[:NUM_STALLS_SHOWN]:
-        clock = datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S.%f")[:-3]
-        yield f"a dropped client waited {seconds:.1f} s from {clock} on: {job_id}"
+def _describe(stalls: Sequence[Stall], away: Sequence[tuple[float, float]]) -> Iterator[str]:
+    """The longest of ours: where to look in the logs."""
+    for stall in sorted(stalls, key=lambda stall: stall.ours(away), reverse=True)[:NUM_STALLS_SHOWN]:
+        clock = datetime.fromtimestamp(stall.cut_at, UTC).strftime("%H:%M:%S.%f")[:-3]
+        tries = "; ".join(_describe_way_back(way, stall.cut_at) for way in stall.ways_back)
+        yield f"{stall.ours(away):.1f} of {stall.raw:.1f} s, cut at {clock}: {stall.job_id} ({tries})"
+
+
+def _describe_way_back(way: Connection, cut_at: float) -> str:
+    return f"{way.how} {way.url[-5:]} from {way.opened_at - cut_at:.1f} to {way.ended_at - cut_at:.1f} s, {way.ended}"
 
 
 def _judge_known_answers(histories: Sequence[History]) -> Iterator[Violation]:
