@@ -5,6 +5,7 @@ from enum import StrEnum
 from domain.jobs import Frozen
 
 MAX_LINES = 50_000
+MAX_INPUTS = 50_000  # of embeddings, over all lines
 MAX_LINE_BYTES = 1_048_576
 MAX_ERRORS = 50  # that a refused file is told of
 PIECE_BYTES = 1_048_576  # every piece of a file but its last is exactly so long, so a byte is found by its place

@@ -76,6 +76,7 @@ class Batch(Row):
     num_bytes_read: Mapped[int] = mapped_column(BigInteger, server_default="0")  # by validation
     num_lines_read: Mapped[int] = mapped_column(server_default="0")  # empty ones, too
     num_lines: Mapped[int] = mapped_column(server_default="0")
+    num_inputs: Mapped[int] = mapped_column(server_default="0")  # of embeddings, over all lines
     num_in_flight: Mapped[int] = mapped_column(server_default="0")  # lines whose job has not been seen to end
     num_completed: Mapped[int] = mapped_column(server_default="0")
     num_failed: Mapped[int] = mapped_column(server_default="0")

@@ -59,7 +59,8 @@ class NewJob:
 
     @property
     def num_sequences(self) -> int:
-        return self.request.params.num_sequences if isinstance(self.request, GenerationRequest) else 0
+        """Slots that it takes of a worker."""
+        return self.request.params.num_sequences if isinstance(self.request, GenerationRequest) else 1
 
 
 class AcceptOutcome(StrEnum):

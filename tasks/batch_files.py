@@ -11,13 +11,15 @@ from sqlalchemy.orm import Session
 from domain.batches import MAX_LINE_BYTES, LineOutcome, LineRefusal
 from domain.errors import CeleriacError
 from domain.ids import external_id
+from domain.kinds import JobRequest
 from domain.requests import GenerationRequest
-from storage import batches, files
+from storage import batch_lines, files
+from storage.batch_lines import EndedLine
 from storage.batch_tables import Batch
-from storage.batches import EndedLine
 from tasks.batch_surface import BatchSurface
 
-LINES_PER_READ = 50  # results can be large: log-probabilities come by the megabyte
+LINES_PER_READ = 50
+BYTES_PER_READ = 4_194_304  # of results: log-probabilities and vectors come by the megabyte
 PREFIX_CHARS = 512
 
 ENDED_BADLY = {
@@ -53,9 +55,11 @@ def split_lines(parts: Iterator[bytes], first_byte: int) -> Iterator[FoundLine]:
         yield FoundLine(start, None if length > MAX_LINE_BYTES else rest, start + length)
 
 
-def prefix_hash(request: GenerationRequest) -> int:
+def prefix_hash(request: JobRequest) -> int:
     """Equal for requests that begin alike, so that they can be run one after another and find each other's prefix in
-    the cache. Signed, 64 bits."""
+    the cache. Signed, 64 bits. Vectors are made without the cache: their lines run in the order of the file."""
+    if not isinstance(request, GenerationRequest):
+        return 0
     if request.messages is not None:
         first = request.messages[0]
         prefix = first.role + first.content[: None if first.role == "system" else PREFIX_CHARS]
@@ -114,10 +118,17 @@ def line_id(batch_id: UUID, line: int) -> UUID:
     return uuid5(batch_id, str(line))
 
 
+def read_ended(session: Session, batch: Batch, *, after: int, is_completed: bool | None = None) -> list[EndedLine]:
+    """As many ended lines behind `after` as are written in one go."""
+    return batch_lines.ended_lines(
+        session, batch.id, after=after, limit=LINES_PER_READ, max_bytes=BYTES_PER_READ, is_completed=is_completed
+    )
+
+
 def read_live(
     session: Session, batch: Batch, surface: BatchSurface, *, after: int, is_output: bool
 ) -> tuple[bytes, int | None]:
     """The next lines of a file that is not frozen yet, and the line to go on after; None behind the last."""
-    ended = batches.ended_lines(session, batch.id, after=after, limit=LINES_PER_READ, is_completed=is_output)
+    ended = read_ended(session, batch, after=after, is_completed=is_output)
     written = b"".join(write_lines(session, batch, ended, surface))
     return written, ended[-1].line.line if ended else None

@@ -5,18 +5,19 @@ from dataclasses import dataclass
 
 from domain.batches import LineRefusal
 from domain.errors import CeleriacError
-from domain.requests import GenerationRequest
+from domain.kinds import JobRequest
 from storage.job_queries import JobRecord
 
 
 @dataclass(frozen=True, slots=True)
 class LineRequest:
-    """A line that its route understands. `answer` makes the route's answer of the finished job, or raises the
-    CeleriacError that says why there is none."""
+    """A line that its route understands. `in_words` spells a refusal of the request as the body does, and returns it;
+    `answer` makes the route's answer of the finished job, or raises the CeleriacError that says why there is none."""
 
     custom_id: str
-    request: GenerationRequest
+    request: JobRequest
     metadata: Mapping[str, str]
+    in_words: Callable[[CeleriacError], CeleriacError]
     answer: Callable[[JobRecord], Mapping[str, object]]
 
 

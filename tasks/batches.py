@@ -9,35 +9,32 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from threading import Lock
 from time import monotonic
 from uuid import UUID
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.batches import MAX_ERRORS, MAX_LINE_BYTES, MAX_LINES, BatchError, BatchErrors, BatchStatus, LineOutcome
-from domain.errors import CeleriacError, InvalidRequest, Overloaded
+from domain.batches import BatchStatus, LineOutcome
+from domain.errors import CeleriacError, Overloaded
 from domain.ids import external_id
 from domain.jobs import BATCH_PRIORITY
 from observability import describe_exception
 from settings import Settings
-from storage import batches, files, jobs, jobs_accept, tenants
+from storage import batch_lines, batches, files, jobs, jobs_accept, tenants
 from storage.batch_tables import Batch, BatchLine
-from storage.batches import NewLine
 from storage.jobs_accept import AcceptOutcome, NewJob
-from tasks.batch_files import LINES_PER_READ, FoundLine, prefix_hash, split_lines, write_lines
+from tasks.batch_files import read_ended, write_lines
 from tasks.batch_surface import BatchSurface, LineRequest
-from tasks.grammar_gate import GrammarGate
+from tasks.batch_validation import BatchValidation
 from tasks.job_options import JobOptions
 from tasks.models import ModelViews
-from tasks.settle import settle_generation
+from tasks.settler import Settler
 from tasks.submit import make_job
-from tasks.tokenizing import num_prompt_chars, refuse_endless_prompt
 
 logger = logging.getLogger(__name__)
 
-LINES_PER_STEP = 500  # of validation: a few tenths of a second
+BYTES_PER_FEED = 16_777_216  # of lines
 FEED_SECONDS = 2.0  # then what is ready is accepted: the batch and its lock wait no longer
 TURN_SECONDS = 2.0  # for one batch, then the next one has its turn
 UNTIL_FROZEN_SECONDS = 315_360_000  # ten years: results are kept until their batch lets them go
@@ -53,9 +50,10 @@ class BatchWork:
         self._views = views
         self._settings = settings
         self._surface = surface
+        self._validation = BatchValidation(views, surface)
         self._lock = Lock()
-        self._grammar_gate = GrammarGate()
-        self._loop = asyncio.new_event_loop()  # the gate's; it turns only within a step
+        self._settler = Settler(views)
+        self._loop = asyncio.new_event_loop()  # the settler's; it turns only within a step
 
     def tick(self) -> None:
         """Take every unfinished batch as far as it can go now."""
@@ -84,7 +82,7 @@ class BatchWork:
     def step(self, batch_id: UUID) -> bool:
         """One transaction's worth. True where the next step need not wait for anybody."""
         step_by_status: dict[BatchStatus, Callable[[Session, Batch], bool]] = {
-            BatchStatus.VALIDATING: self._validate,
+            BatchStatus.VALIDATING: self._validation.step,
             BatchStatus.IN_PROGRESS: self._run,
             BatchStatus.CANCELLING: self._stop,
             BatchStatus.FINALIZING: self._freeze,
@@ -93,83 +91,22 @@ class BatchWork:
             batch = batches.lock(session, batch_id)
             return batch is not None and step_by_status[batch.status](session, batch)
 
-    # Validation
-
-    def _validate(self, session: Session, batch: Batch) -> bool:
-        parts = files.read_from(session, batch.input_file_id, batch.num_bytes_read)
-        found = list(islice(split_lines(parts, batch.num_bytes_read), LINES_PER_STEP))
-        errors = list(batch.errors.data) if batch.errors is not None else []
-        lines = []
-        for line in found:
-            batch.num_lines_read += 1
-            batch.num_bytes_read = line.next_byte
-            if line.content is None or line.content.strip():
-                try:
-                    lines.append(self._read(batch, line))
-                except CeleriacError as exc:
-                    errors.append(_error(exc, batch.num_lines_read))
-        if lines:
-            self._add(session, batch, lines, errors)
-        if not found and batch.num_lines == 0 and not errors:
-            errors.append(BatchError(code="empty_file", message="the file holds no request; send one a line"))
-        if batch.num_lines > MAX_LINES:
-            errors.append(BatchError(code="too_many_tasks", message=f"the file holds more than {MAX_LINES} requests"))
-        return self._conclude(session, batch, errors, is_read=not found)
-
-    def _conclude(self, session: Session, batch: Batch, errors: list[BatchError], *, is_read: bool) -> bool:
-        kept = (
-            BatchErrors(data=tuple(sorted(errors, key=lambda error: error.line or 0)[:MAX_ERRORS])) if errors else None
-        )
-        if kept is not None and (is_read or len(errors) >= MAX_ERRORS or batch.num_lines > MAX_LINES):
-            batches.fail(session, batch, kept)
-        elif is_read:
-            batches.begin(session, batch)
-        else:
-            batch.errors = kept
-        return True
-
-    def _read(self, batch: Batch, found: FoundLine) -> NewLine:
-        """Raises CeleriacError."""
-        if found.content is None:
-            raise InvalidRequest(f"the line is longer than {MAX_LINE_BYTES} bytes; shorten it")
-        request = self._surface.read_line(found.content, batch.endpoint)
-        model = self._views.get(request.request.model).spec.id
-        if batch.model is not None and batch.model != model:
-            raise InvalidRequest(
-                f"body.model is {model!r}, but the lines before it ask for {batch.model!r}; make it a batch of its own",
-                param="body.model",
-            )
-        batch.model = model
-        return NewLine(
-            batch.num_lines_read, request.custom_id, found.first_byte, len(found.content), prefix_hash(request.request)
-        )
-
-    def _add(self, session: Session, batch: Batch, lines: list[NewLine], errors: list[BatchError]) -> None:
-        added = batches.add_lines(session, batch.id, lines)
-        batch.num_lines += len(added)
-        for line in lines:
-            if line.line not in added:
-                message = f"custom_id {line.custom_id[:64]!r} is that of an earlier line; give each line its own"
-                errors.append(
-                    BatchError(code="duplicate_custom_id", message=message, line=line.line, param="custom_id")
-                )
-
     # Running
 
     def _run(self, session: Session, batch: Batch) -> bool:
-        batches.settle(session, batch)
+        batch_lines.settle(session, batch)
         if batch.expires_at <= batches.now(session):
             batch.expired_at = batch.expired_at or batches.now(session)
-            batches.end_waiting(session, batch, LineOutcome.EXPIRED)
+            batch_lines.end_waiting(session, batch, LineOutcome.EXPIRED)
         else:
             self._feed(session, batch)
         return self._finish_if_done(session, batch)
 
     def _stop(self, session: Session, batch: Batch) -> bool:
         """A cancelled batch: nothing more is fed, what runs is asked to stop."""
-        batches.settle(session, batch)
-        batches.end_waiting(session, batch, LineOutcome.CANCELLED)
-        jobs.request_cancel(session, batches.in_flight_job_ids(session, batch.id))
+        batch_lines.settle(session, batch)
+        batch_lines.end_waiting(session, batch, LineOutcome.CANCELLED)
+        jobs.request_cancel(session, batch_lines.in_flight_job_ids(session, batch.id))
         if batch.in_progress_at is None:
             batches.end(session, batch, job_ttl_seconds=self._settings.result_ttl_seconds)
             return True
@@ -187,7 +124,8 @@ class BatchWork:
     def _feed(self, session: Session, batch: Batch) -> None:
         """Make jobs of the next lines, as many as the tenant may have under way. Accepted last: until the commit behind
         it, the tenant's other submissions wait."""
-        waiting = batches.waiting_lines(session, batch.id, limit=self._num_wanted(session, batch))
+        num_wanted = self._num_wanted(session, batch)
+        waiting = batch_lines.waiting_lines(session, batch.id, limit=num_wanted, max_bytes=BYTES_PER_FEED)
         if not waiting:
             return
         ranges = [(line.first_byte, line.num_bytes) for line in waiting]
@@ -201,7 +139,7 @@ class BatchWork:
             except Overloaded:
                 break
             except CeleriacError as exc:
-                batches.refuse(batch, line, self._surface.refusal_of(exc))
+                batch_lines.refuse(batch, line, self._surface.refusal_of(exc))
         # Of one wave, whose jobs are equally old, the ids say who is first.
         ordered = sorted(new_job.id for new_job in new_jobs.values())
         new_jobs = {line: replace(job, id=id_) for (line, job), id_ in zip(new_jobs.items(), ordered, strict=True)}
@@ -212,7 +150,7 @@ class BatchWork:
             for (line, new_job), answer in zip(new_jobs.items(), accepted, strict=True)
             if answer.outcome in (AcceptOutcome.ACCEPTED, AcceptOutcome.DUPLICATE)
         }
-        batches.attach(session, batch, taken)
+        batch_lines.attach(session, batch, taken)
 
     def _num_wanted(self, session: Session, batch: Batch) -> int:
         """A quarter of the tenant's queue at most: the rest is for its own requests."""
@@ -225,23 +163,22 @@ class BatchWork:
     def _job_of(self, batch: Batch, line: BatchLine, content: bytes) -> NewJob:
         """Raises CeleriacError."""
         asked = self._surface.read_line(content, batch.endpoint)
-        view = self._views.get(asked.request.model)
-        refuse_endless_prompt(view, asked.request, num_prompt_chars(asked.request))
-        options = _options(batch, line, asked)
-        settled = settle_generation(asked.request, view, view.encode(asked.request))
-        if asked.request.params.structured_output is not None:
-            self._loop.run_until_complete(self._grammar_gate.check(view, asked.request.params.structured_output))
+        try:
+            settled = self._loop.run_until_complete(self._settler.settle(asked.request))
+        except CeleriacError as exc:
+            raise asked.in_words(exc) from None
+        view, options = self._views.get(asked.request.model), _options(batch, line, asked)
         return make_job(batch.tenant_id, asked.request, options, view, settled, settings=self._settings)
 
     def close(self) -> None:
-        self._loop.run_until_complete(self._grammar_gate.aclose())
+        self._loop.run_until_complete(self._settler.aclose())
         self._loop.close()
 
     # The end
 
     def _freeze(self, session: Session, batch: Batch) -> bool:
         """Write what the next lines came to; behind the last one the batch ends."""
-        ended = batches.ended_lines(session, batch.id, after=batch.num_frozen, limit=LINES_PER_READ)
+        ended = read_ended(session, batch, after=batch.num_frozen)
         if not ended:
             batches.end(session, batch, job_ttl_seconds=self._settings.result_ttl_seconds)
             return False
@@ -269,7 +206,3 @@ def _options(batch: Batch, line: BatchLine, asked: LineRequest) -> JobOptions:
         idempotency_key=f"{external_id(batch.id, 'batch')} {line.line}",
         metadata=dict(asked.metadata),
     )
-
-
-def _error(exc: CeleriacError, line: int) -> BatchError:
-    return BatchError(code=exc.code, message=exc.message, line=line, param=exc.param)

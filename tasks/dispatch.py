@@ -23,7 +23,7 @@ from domain.catalog import Catalog, ModelSpec
 from domain.jobs import BATCH_PRIORITY
 from domain.workers import WorkerState
 from settings import Settings
-from storage import batches, jobs, workers
+from storage import batch_lines, batches, jobs, workers
 from tasks.messages import (
     MAX_RINGS,
     bell_key,
@@ -69,7 +69,7 @@ def _dispatch_batch_lines(session: Session, model: str, *, share: int, free: int
     """What nobody else wants, within the share. One process at a time, so that two do not both fill it."""
     if share == 0 or free <= 0 or not batches.has_unfinished(session):
         return []
-    num_outstanding = batches.count_outstanding(session, model)
+    num_outstanding = batch_lines.count_outstanding(session, model)
     if num_outstanding is None:
         return []
     return jobs.dispatch(session, model, room=min(free, share - num_outstanding), min_priority=BATCH_PRIORITY)

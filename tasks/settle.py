@@ -34,7 +34,6 @@ def refuse_ungenerable(view: ModelView) -> None:
 
 def settle_generation(request: GenerationRequest, view: ModelView, prompt_token_ids: list[int]) -> Settled:
     """Raises where a bound is broken; whether its grammar, if it has one, can be followed is still to be asked."""
-    refuse_ungenerable(view)
     resolved = resolve_params(request, view, len(prompt_token_ids))
     assert resolved.max_tokens is not None
     assert resolved.seed is not None

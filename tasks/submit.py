@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
 
-from domain.embeddings import EmbeddingRequest
 from domain.errors import (
     CeleriacError,
     IdempotencyKeyReused,
@@ -18,19 +17,17 @@ from domain.errors import (
 )
 from domain.ids import new_id
 from domain.kinds import JobRequest
-from domain.requests import GenerationRequest, SamplingParams
+from domain.requests import GenerationRequest
 from domain.webhook_urls import BadWebhookUrl
 from observability import jobs_submitted_total, labelled, llm_requests_total, prompt_tokens_total
 from settings import Settings
 from storage.jobs_accept import Accepted, AcceptOutcome, NewJob, QueueRoom
-from tasks.embed import refuse_unembeddable
-from tasks.grammar_gate import GrammarGate
 from tasks.group_accept import GroupAcceptor
 from tasks.job_options import JobOptions, deadline_of, refuse_impossible_deadline
 from tasks.models import ModelView, ModelViews
 from tasks.request_hashes import fingerprint, request_hash
-from tasks.settle import Settled, refuse_ungenerable, settle_embedding, settle_generation
-from tasks.tokenizing import TokenizingPool
+from tasks.settle import Settled
+from tasks.settler import Settler
 from tasks.webhook_guard import TargetGuard
 
 
@@ -61,8 +58,7 @@ class Submitter:
         self._views = views
         self._acceptor = acceptor
         self._dispatch_soon = dispatch_soon
-        self._tokenizing = TokenizingPool()
-        self._grammar_gate = GrammarGate()
+        self._settler = Settler(views)
         self._webhook_guard = TargetGuard(settings)
 
     async def submit(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> Submitted:
@@ -94,18 +90,8 @@ class Submitter:
         view = self._views.get(request.model)
         refuse_impossible_deadline(options)
         webhook_url = await self._check_webhook(options.webhook_url)
-        settled = await self._settle(request, view)
-        params = _params_of(settled.request)
-        if params is not None and params.structured_output is not None:
-            await self._grammar_gate.check(view, params.structured_output)
+        settled = await self._settler.settle(request)
         return make_job(tenant_id, request, options, view, settled, settings=self._settings, webhook_url=webhook_url)
-
-    async def _settle(self, request: JobRequest, view: ModelView) -> Settled:
-        if isinstance(request, EmbeddingRequest):
-            refuse_unembeddable(request, view)
-            return settle_embedding(request, view, await self._tokenizing.encode_inputs(view, request))
-        refuse_ungenerable(view)
-        return settle_generation(request, view, await self._tokenizing.encode(view, request))
 
     async def _check_webhook(self, url: str | None) -> str | None:
         """As it is stored. Raises InvalidRequest."""
@@ -116,11 +102,10 @@ class Submitter:
 
     async def count_prompt_tokens(self, request: GenerationRequest) -> int:
         """Of a request that is not submitted. Raises the CeleriacError that says why it cannot be."""
-        return len(await self._tokenizing.encode(self._views.get(request.model), request))
+        return await self._settler.count_prompt_tokens(request)
 
     async def aclose(self) -> None:
-        self._tokenizing.close()
-        await self._grammar_gate.aclose()
+        await self._settler.aclose()
 
 
 def make_job(
@@ -159,10 +144,6 @@ def make_job(
         is_stored=options.is_stored,
         endpoint_body=options.endpoint_body,
     )
-
-
-def _params_of(request: JobRequest) -> SamplingParams | None:
-    return request.params if isinstance(request, GenerationRequest) else None
 
 
 def raise_refusal(accepted: Accepted, options: JobOptions) -> None:

@@ -10,31 +10,37 @@ from pydantic import StringConstraints
 from api.bodies import parse_model
 from api.errors import HTTP_BY_CODE
 from api.job_schemas import NO_NUL
-from api.openai import chat_output, chat_requests, response_objects, response_requests
+from api.openai import chat_output, chat_requests, embeddings, response_objects, response_requests
 from api.openai.chat_schemas import ChatCompletionBody
 from api.openai.completion_output import from_results
 from api.openai.completions import CompletionBody, prompt_of, to_generation_requests
+from api.openai.embeddings import EmbeddingBody
 from api.openai.output_parsing import parser_of
 from api.openai.response_schemas import ResponseBody
 from api.openai.running import refuse_unfinished
-from api.openai.schemas import GenerationBody, OpenAIModel
+from api.openai.schemas import GenerationBody, OpenAIModel, in_words_of_the_body, spelling_of_params
 from domain.batches import LineRefusal
+from domain.embeddings import EmbeddingRequest
 from domain.errors import CeleriacError, InvalidRequest, UnsupportedParameter
+from domain.kinds import JobRequest
 from domain.requests import GenerationRequest
 from storage.job_queries import JobRecord
 from tasks.batch_surface import BatchSurface, LineRequest
 from tasks.models import ModelView, ModelViews
 
-Body = TypeVar("Body", bound=GenerationBody)
+Body = TypeVar("Body", bound=GenerationBody | EmbeddingBody)
+Request = TypeVar("Request", bound=JobRequest)
 
 
 @dataclass(frozen=True, slots=True)
-class LineRoute(Generic[Body]):
-    """The pure functions of a route. All raise CeleriacError."""
+class LineRoute(Generic[Body, Request]):
+    """The pure functions of a route. The first and the last raise CeleriacError; `spelling_of` tells what the body
+    calls the fields of the request."""
 
     body: type[Body]
-    to_request: Callable[[Body, ModelView], GenerationRequest]
-    from_result: Callable[[JobRecord, GenerationRequest, Body, ModelView], Mapping[str, object]]
+    to_request: Callable[[Body, ModelView], Request]
+    spelling_of: Callable[[Body], Mapping[str, str]]
+    from_result: Callable[[JobRecord, Request, Body, ModelView], Mapping[str, object]]
 
 
 def _chat_answer(
@@ -78,11 +84,28 @@ def _completion_answer(
     return from_results([record], [prompt_of(body, request, view, 0)], None)
 
 
+def _embedding_request(body: EmbeddingBody, _: ModelView) -> EmbeddingRequest:
+    return embeddings.to_embedding_request(body)
+
+
+def _embedding_answer(
+    record: JobRecord, _: EmbeddingRequest, body: EmbeddingBody, __: ModelView
+) -> Mapping[str, object]:
+    return embeddings.from_result(record, body)
+
+
+def _spelling_of_completions(_: CompletionBody) -> Mapping[str, str]:
+    return spelling_of_params()
+
+
 #: Every route that a batch may be for.
-ROUTES: dict[str, LineRoute[Any]] = {
-    "/v1/chat/completions": LineRoute(ChatCompletionBody, chat_requests.to_generation_request, _chat_answer),
-    "/v1/responses": LineRoute(ResponseBody, _response_request, _response_answer),
-    "/v1/completions": LineRoute(CompletionBody, _completion_request, _completion_answer),
+ROUTES: dict[str, LineRoute[Any, Any]] = {
+    "/v1/chat/completions": LineRoute(
+        ChatCompletionBody, chat_requests.to_generation_request, chat_requests.spelling_of, _chat_answer
+    ),
+    "/v1/responses": LineRoute(ResponseBody, _response_request, response_requests.spelling_of, _response_answer),
+    "/v1/completions": LineRoute(CompletionBody, _completion_request, _spelling_of_completions, _completion_answer),
+    "/v1/embeddings": LineRoute(EmbeddingBody, _embedding_request, embeddings.spelling_of, _embedding_answer),
 }
 
 
@@ -109,12 +132,9 @@ def read_line(content: bytes, url: str, views: ModelViews) -> LineRequest:
         raise
 
 
-def _read_body(line: Line, route: LineRoute[Body], views: ModelViews) -> LineRequest:
+def _read_body(line: Line, route: LineRoute[Body, Request], views: ModelViews) -> LineRequest:
     body = parse_model(json.dumps(line.body).encode(), route.body)
-    if body.stream:
-        raise UnsupportedParameter(
-            "stream is true, but nobody can watch a line of a batch; leave it out", param="stream"
-        )
+    metadata = _metadata_of(body)
     view = views.get(body.model)
     request = route.to_request(body, view)
 
@@ -122,11 +142,23 @@ def _read_body(line: Line, route: LineRoute[Body], views: ModelViews) -> LineReq
         refuse_unfinished(record)
         return route.from_result(record, request, body, view)
 
-    return LineRequest(line.custom_id, request, body.metadata or {}, answer)
+    def in_words(exc: CeleriacError) -> CeleriacError:
+        return in_words_of_the_body(exc, route.spelling_of(body))
+
+    return LineRequest(line.custom_id, request, metadata, in_words, answer)
+
+
+def _metadata_of(body: GenerationBody | EmbeddingBody) -> Mapping[str, str]:
+    """Raises UnsupportedParameter for a body that asks for a stream."""
+    if isinstance(body, EmbeddingBody):
+        return {}
+    if body.stream:
+        raise UnsupportedParameter(
+            "stream is true, but nobody can watch a line of a batch; leave it out", param="stream"
+        )
+    return body.metadata or {}
 
 
 def refusal_of(exc: CeleriacError) -> LineRefusal:
-    """In the words of the body: what is a parameter of ours is at top level there."""
     http = HTTP_BY_CODE[exc.code]
-    message, param = exc.message.replace("params.", ""), exc.param and exc.param.removeprefix("params.")
-    return LineRefusal(status_code=http.status, type=http.type, code=exc.code, message=message, param=param)
+    return LineRefusal(status_code=http.status, type=http.type, code=exc.code, message=exc.message, param=exc.param)

@@ -7,7 +7,7 @@ from api.bodies import read_model
 from api.deps import private_router, services_of
 from api.openai.answers import WholeAnswer
 from api.openai.chat_output import ChatStream, from_result
-from api.openai.chat_requests import structured_by, to_generation_request
+from api.openai.chat_requests import spelling_of, to_generation_request
 from api.openai.chat_schemas import ChatCompletionBody
 from api.openai.running import Asked, start
 from api.openai.streaming import stream_answer
@@ -45,9 +45,5 @@ def _asked(body: ChatCompletionBody) -> Asked:
         is_stored=bool(body.store),
         service_tier=body.service_tier,
         metadata=body.metadata,
-        names={"structured_output": structured_by(body)} | _spelling_of_max_tokens(body),
+        spelling=spelling_of(body),
     )
-
-
-def _spelling_of_max_tokens(body: ChatCompletionBody) -> dict[str, str]:
-    return {"max_tokens": "max_completion_tokens"} if body.max_completion_tokens is not None else {}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from api.openai.chat_schemas import ChatCompletionBody, Message, NamedTool, ResponseFormat
-from api.openai.schemas import build, build_at, strings
+from api.openai.schemas import build, build_at, spelling_of_params, strings
 from api.openai.tool_requests import AskedTools, calls_only, tools_of
 from domain.errors import InvalidRequest
 from domain.requests import ChatMessage, GenerationRequest
@@ -27,7 +27,12 @@ def to_generation_request(body: ChatCompletionBody, view: ModelView) -> Generati
     return build(GenerationRequest, request | {"parallel_tool_calls": body.parallel_tool_calls})
 
 
-def structured_by(body: ChatCompletionBody) -> str:
+def spelling_of(body: ChatCompletionBody) -> dict[str, str]:
+    max_tokens = {"max_tokens": "max_completion_tokens"} if body.max_completion_tokens is not None else {}
+    return spelling_of_params(structured_output=_structured_by(body), **max_tokens)
+
+
+def _structured_by(body: ChatCompletionBody) -> str:
     """The parameter that says what the output must look like."""
     if body.structured_output is not None:
         return "structured_output"

@@ -14,7 +14,7 @@ from api.deps import private_router
 from api.job_schemas import View
 from api.openai.answers import WholeAnswer
 from api.openai.running import Asked, start
-from api.openai.schemas import Identity, OpenAIModel, build
+from api.openai.schemas import Identity, OpenAIModel, build, in_words_of_the_body
 from api.openapi import request_body
 from domain.embeddings import EmbeddingRequest, EmbeddingResult
 from domain.errors import InvalidRequest
@@ -77,17 +77,24 @@ class EmbeddingListView(View):
 async def create_embeddings(request: Request) -> Response:
     """Embeddings as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""
     body = await read_model(request, EmbeddingBody)
-    asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False)
-    try:
-        run = await start(request, to_embedding_request(body), asked)
-    except InvalidRequest as exc:
-        raise _in_words_of_the_body(exc, body) from exc
+    asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of(body))
+    run = await start(request, to_embedding_request(body), asked)
     return WholeAnswer([run], lambda records: from_result(records[0], body))
 
 
 def to_embedding_request(body: EmbeddingBody) -> EmbeddingRequest:
     """Raises InvalidRequest."""
-    return build(EmbeddingRequest, {"model": body.model, "inputs": _inputs(body), "dimensions": body.dimensions})
+    fields = {"model": body.model, "inputs": _inputs(body), "dimensions": body.dimensions}
+    try:
+        return build(EmbeddingRequest, fields)
+    except InvalidRequest as exc:
+        raise in_words_of_the_body(exc, spelling_of(body)) from None
+
+
+def spelling_of(body: EmbeddingBody) -> dict[str, str]:
+    """`inputs.2` is `input.2` here, and `input` where there is but one."""
+    is_one = len(_inputs(body)) == 1
+    return ({"inputs.0": "input"} if is_one else {}) | {"inputs": "input"}
 
 
 def from_result(record: JobRecord, body: EmbeddingBody) -> dict[str, object]:
@@ -109,15 +116,6 @@ def from_result(record: JobRecord, body: EmbeddingBody) -> dict[str, object]:
 def _inputs(body: EmbeddingBody) -> Sequence[object]:
     is_one = isinstance(body.input, str) or (bool(body.input) and isinstance(body.input[0], int))
     return [body.input] if is_one else body.input
-
-
-def _in_words_of_the_body(exc: InvalidRequest, body: EmbeddingBody) -> InvalidRequest:
-    """`inputs.2` is `input.2` here, and `input` where there is but one."""
-    is_one = len(_inputs(body)) == 1
-    for ours, theirs in ((("inputs.0", "input"),) if is_one else ()) + (("inputs", "input"),):
-        exc.message = exc.message.replace(ours, theirs)
-        exc.param = exc.param and exc.param.replace(ours, theirs)
-    return exc
 
 
 def _numbers(vector: str) -> list[float]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from api.openai.response_input import messages_of
 from api.openai.response_schemas import NamedTool, ResponseBody, TextFormat
-from api.openai.schemas import build, build_at, strings
+from api.openai.schemas import build, build_at, spelling_of_params, strings
 from api.openai.tool_requests import AskedTools, calls_only, tools_of
 from domain.errors import InvalidRequest
 from domain.requests import GenerationRequest
@@ -37,7 +37,11 @@ def to_generation_request(
         raise
 
 
-def structured_by(body: ResponseBody) -> str:
+def spelling_of(body: ResponseBody) -> dict[str, str]:
+    return spelling_of_params(structured_output=_structured_by(body), max_tokens="max_output_tokens")
+
+
+def _structured_by(body: ResponseBody) -> str:
     """The parameter that says what the output must look like."""
     if body.structured_output is not None:
         return "structured_output"

@@ -13,11 +13,12 @@ from api.deps import caller_of, private_router
 from api.job_schemas import DeletedView
 from api.openai.answers import WholeAnswer
 from api.openai.response_input import listed_items
-from api.openai.response_requests import structured_by, to_generation_request
+from api.openai.response_requests import spelling_of, to_generation_request
 from api.openai.response_schemas import InputTokensBody, ResponseBody
 from api.openai.response_stream import ResponseStream
 from api.openai.response_views import InputItemListView, InputTokensView, ResponseView
-from api.openai.running import Asked, Run, in_words_of_the_body, start
+from api.openai.running import Asked, Run, start
+from api.openai.schemas import in_words_of_the_body
 from api.openai.stored_responses import (
     as_it_ended,
     as_it_stands,
@@ -95,7 +96,7 @@ async def count_input_tokens(request: Request) -> Response:
     try:
         num_tokens = await services.submitter.count_prompt_tokens(generation)
     except CeleriacError as exc:
-        raise in_words_of_the_body(exc, _asked(body)) from exc
+        raise in_words_of_the_body(exc, spelling_of(body)) from None
     return _json({"object": "response.input_tokens", "input_tokens": num_tokens})
 
 
@@ -176,7 +177,7 @@ def _asked(body: ResponseBody) -> Asked:
         is_stored=body.is_stored,
         service_tier=body.service_tier,
         metadata=body.metadata,
-        names={"structured_output": structured_by(body), "max_tokens": "max_output_tokens"},
+        spelling=spelling_of(body),
         endpoint_body=body.model_dump_json(by_alias=True, exclude_unset=True),
     )
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from api.deps import caller_of
 from api.openai.headers import Knobs, answer_headers, read_knobs
-from api.openai.schemas import PRIORITY_BY_SERVICE_TIER
+from api.openai.schemas import PRIORITY_BY_SERVICE_TIER, in_words_of_the_body, spelling_of_params
 from api.services import Services
 from domain.errors import CeleriacError, DeadlineExceeded, JobCancelled, JobFailure, JobNotFound, NoWorkers
 from domain.ids import external_id
@@ -41,7 +41,7 @@ class Asked:
     is_stored: bool = False  # also: it goes on without its client
     service_tier: str | None = None
     metadata: dict[str, str] | None = None
-    names: Mapping[str, str] = field(default_factory=dict)  # of sampling parameters that the body spells otherwise
+    spelling: Mapping[str, str] = field(default_factory=spelling_of_params)  # the body's, of our request's fields
     endpoint_body: str | None = None  # JSON, where the route shows it again
     timeout_seconds: float | None = None  # nobody waits for the whole answer any longer
 
@@ -220,7 +220,7 @@ async def _submit_all(
         if not run.is_replayed:
             services.go_on(_cancel(services, run))
     if isinstance(refusals[0], CeleriacError):
-        raise in_words_of_the_body(refusals[0], asked) from refusals[0]
+        raise in_words_of_the_body(refusals[0], asked.spelling) from refusals[0]
     raise refusals[0]
 
 
@@ -260,20 +260,6 @@ async def _found(services: Services, tenant_id: UUID, job_id: UUID, started: flo
         created_at=job.created_at,
         started=started,
     )
-
-
-def in_words_of_the_body(exc: CeleriacError, asked: Asked) -> CeleriacError:
-    """The same refusal with the names of the body for those of our own request."""
-    exc.message = _in_words_of_the_body(exc.message, asked)
-    exc.param = exc.param and _in_words_of_the_body(exc.param, asked)
-    return exc
-
-
-def _in_words_of_the_body(text: str, asked: Asked) -> str:
-    for name, spelt in asked.names.items():
-        text = text.replace(f"params.{name}", spelt)
-    text = text.replace("params.", "")
-    return text.replace("prompt_token_ids", "prompt")
 
 
 async def read_job(services: Services, job_id: UUID, tenant_id: UUID, **options: Any) -> JobRecord:

@@ -3,6 +3,7 @@
 A body declares types only; the bounds are those of `domain.requests`, in which every body ends.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, StringConstraints, Tag, ValidationError
@@ -11,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from api.bodies import UNSUPPORTED, invalid_request
 from api.job_schemas import MetadataKey, MetadataValue
 from domain.chunks import TokenLogprob
-from domain.errors import InvalidRequest
+from domain.errors import CeleriacError, InvalidRequest
 from domain.jobs import FinishReason, Usage
 from domain.requests import SamplingParams
 from domain.structured_output import StructuredOutput
@@ -133,6 +134,20 @@ def build_at(place: str, model: type[Domain], fields: dict[str, Any]) -> Domain:
         exc.message = f"{place}: {exc.message}"
         exc.param = f"{place}.{exc.param}" if exc.param else place
         raise
+
+
+def spelling_of_params(**names: str) -> dict[str, str]:
+    """What a body that generates text calls the fields of our requests; `names` are sampling parameters that it spells
+    otherwise."""
+    return {f"params.{name}": spelt for name, spelt in names.items()} | {"params.": "", "prompt_token_ids": "prompt"}
+
+
+def in_words_of_the_body(exc: CeleriacError, spelling: Mapping[str, str]) -> CeleriacError:
+    """The same refusal with the names of the body for those of our own request, replaced in order."""
+    for ours, theirs in spelling.items():
+        exc.message = exc.message.replace(ours, theirs)
+        exc.param = exc.param and exc.param.replace(ours, theirs)
+    return exc
 
 
 def strings(value: str | list[str] | None) -> list[str] | None:

@@ -1,6 +1,6 @@
 """One batch on the shipped processes while they are killed: each of its lines must be answered once.
 
-python -m tests.chaos.batch_run --lines 10000 --worker-kills 6 --maintenance-kills 4
+python -m tests.chaos.batch_run --lines 10000 --worker-kills 6 --maintenance-kills 4 --endpoint /v1/embeddings
 """
 
 import argparse
@@ -37,31 +37,38 @@ SETTINGS = {
     "max_failures": 50,
     "batch_jobs_in_flight": 64,
 }
-CHAT: Any = "/v1/chat/completions"
+CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
 
 
-def line(number: int) -> bytes:
-    body = {"model": MODEL, "messages": [{"role": "user", "content": f"Number {number}"}], "max_tokens": 8, "seed": 1}
-    request = {"custom_id": f"line-{number}", "method": "POST", "url": CHAT, "body": body}
+def line(number: int, endpoint: str) -> bytes:
+    if endpoint == EMBEDDINGS:
+        body: dict[str, Any] = {"model": MODEL, "input": [f"Number {number}", "and another"]}
+    else:
+        messages = [{"role": "user", "content": f"Number {number}"}]
+        body = {"model": MODEL, "messages": messages, "max_tokens": 8, "seed": 1}
+    request = {"custom_id": f"line-{number}", "method": "POST", "url": endpoint, "body": body}
     return json.dumps(request).encode() + b"\n"
 
 
 class BatchRun:
     """A batch and what befalls it. `run` returns figures, or raises AssertionError for a line lost or repeated."""
 
-    def __init__(self, plant: Plant, *, num_lines: int, strikes: list[Part], deadline_seconds: float) -> None:
+    def __init__(
+        self, plant: Plant, *, num_lines: int, strikes: list[Part], deadline_seconds: float, endpoint: str
+    ) -> None:
         """`strikes`: which parts are killed, spread evenly over the batch."""
         self._plant = plant
         self._num_lines = num_lines
         self._strikes = strikes
+        self._endpoint: Any = endpoint
         self._deadline = time.monotonic() + deadline_seconds
         self._client = openai.OpenAI(base_url=f"{plant.api_urls[0]}/v1", api_key="any")
 
     def run(self) -> dict[str, object]:
         started = time.monotonic()
-        content = b"".join(map(line, range(self._num_lines)))
+        content = b"".join(line(number, self._endpoint) for number in range(self._num_lines))
         file = self._client.files.create(file=("in.jsonl", io.BytesIO(content)), purpose="batch")
-        batch = self._client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        batch = self._client.batches.create(input_file_id=file.id, endpoint=self._endpoint, completion_window="24h")
         for number, part in enumerate(self._strikes, start=1):
             at = number * self._num_lines // (len(self._strikes) + 1)
             self._wait(batch.id, lambda batch, at=at: batch.request_counts.completed >= at)
@@ -92,7 +99,7 @@ class BatchRun:
 
 
 def run(
-    *, num_lines: int, num_worker_kills: int, num_maintenance_kills: int, deadline_seconds: float
+    *, num_lines: int, num_worker_kills: int, num_maintenance_kills: int, deadline_seconds: float, endpoint: str = CHAT
 ) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="celeriac-batch-"))
     try:
@@ -104,7 +111,10 @@ def run(
             strikes = [plant.workers[number % 2] for number in range(num_worker_kills)]
             strikes += [plant.maintenance[0]] * num_maintenance_kills
             random.Random(7).shuffle(strikes)
-            return BatchRun(plant, num_lines=num_lines, strikes=strikes, deadline_seconds=deadline_seconds).run()
+            batch = BatchRun(
+                plant, num_lines=num_lines, strikes=strikes, deadline_seconds=deadline_seconds, endpoint=endpoint
+            )
+            return batch.run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -115,12 +125,14 @@ def main() -> None:
     parser.add_argument("--worker-kills", type=int, default=6)
     parser.add_argument("--maintenance-kills", type=int, default=4)
     parser.add_argument("--deadline-seconds", type=float, default=3600)
+    parser.add_argument("--endpoint", choices=(CHAT, EMBEDDINGS), default=CHAT)
     given = parser.parse_args()
     figures = run(
         num_lines=given.lines,
         num_worker_kills=given.worker_kills,
         num_maintenance_kills=given.maintenance_kills,
         deadline_seconds=given.deadline_seconds,
+        endpoint=given.endpoint,
     )
     print(json.dumps(figures))
 

@@ -3,9 +3,10 @@
 import asyncio
 import json
 import socket
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -23,8 +24,9 @@ from api.services import Services
 from client import StreamEvent, parse_events
 from domain.catalog import Catalog, ModelSpec
 from domain.chunks import TokenChunk
+from domain.embeddings import EmbeddingResult, encode_vector
 from domain.ids import parse_id
-from domain.jobs import FinishReason, JobError, JobStatus
+from domain.jobs import FinishReason, JobError, JobStatus, Usage
 from settings import Settings
 from storage import jobs
 from storage.jobs import ChunkCommit, ClaimedJob, Finalisation
@@ -137,6 +139,27 @@ class HandWorker:
         with self.sessions.begin() as session:
             assert jobs.finalise(session, [ending]) == [job.id], "fenced off"
         publish(self.redis, [(job.id, status)])
+
+    def embed(self, job_id: str, *vectors: Sequence[float]) -> None:
+        """The whole life of an embedding job."""
+        job = self.claim(job_id)
+        result = EmbeddingResult(
+            embeddings=tuple(encode_vector(struct.pack(f"<{len(vector)}f", *vector)) for vector in vectors),
+            dimensions=len(vectors[0]),
+            usage=Usage(prompt_tokens=len(job.prompt_token_ids)),
+        )
+        ending = Finalisation(
+            job.id,
+            job.attempt,
+            last_sequence_number=0,
+            status=JobStatus.COMPLETED,
+            result=result,
+            finish_reason=FinishReason.STOP,
+            error=None,
+        )
+        with self.sessions.begin() as session:
+            assert jobs.finalise(session, [ending]) == [job.id], "fenced off"
+        publish(self.redis, [(job.id, JobStatus.COMPLETED)])
 
     def release(self, job: ClaimedJob) -> None:
         with self.sessions.begin() as session:

@@ -1,0 +1,47 @@
+"""The one way from a request to a settled one: checked, tokenized, its grammar compiled. Requests that somebody waits
+for and lines of batches go it alike."""
+
+from domain.embeddings import EmbeddingRequest
+from domain.kinds import JobRequest
+from domain.requests import GenerationRequest
+from tasks.embed import refuse_unembeddable
+from tasks.grammar_gate import GrammarGate
+from tasks.models import ModelView, ModelViews
+from tasks.settle import Settled, refuse_ungenerable, settle_embedding, settle_generation
+from tasks.tokenizing import TokenizingPool
+
+
+class Settler:
+    """For one event loop. Holds the threads that tokenize and the process that compiles grammars."""
+
+    def __init__(self, views: ModelViews) -> None:
+        self._views = views
+        self._tokenizing = TokenizingPool()
+        self._grammar_gate = GrammarGate()
+
+    async def settle(self, request: JobRequest) -> Settled:
+        """Raises the CeleriacError that says why no job can be made of it."""
+        view = self._views.get(request.model)
+        refuse_unfit(request, view)
+        if isinstance(request, EmbeddingRequest):
+            return settle_embedding(request, view, await self._tokenizing.encode_inputs(view, request))
+        settled = settle_generation(request, view, await self._tokenizing.encode(view, request))
+        if request.params.structured_output is not None:
+            await self._grammar_gate.check(view, request.params.structured_output)
+        return settled
+
+    async def count_prompt_tokens(self, request: GenerationRequest) -> int:
+        """Of a request that is not submitted. Raises the CeleriacError that says why it cannot be."""
+        return len(await self._tokenizing.encode(self._views.get(request.model), request))
+
+    async def aclose(self) -> None:
+        self._tokenizing.close()
+        await self._grammar_gate.aclose()
+
+
+def refuse_unfit(request: JobRequest, view: ModelView) -> None:
+    """What can be told before anything is tokenized. Raises UnsupportedParameter or InvalidRequest."""
+    if isinstance(request, EmbeddingRequest):
+        refuse_unembeddable(request, view)
+    else:
+        refuse_ungenerable(view)
