@@ -1,0 +1,194 @@
+"""How many webhooks one maintenance process delivers, with fsync on: `python -m bench.webhooks`.
+
+Prints the ceiling (the same signed POSTs by the same client without a database, as many at a time as a host is given),
+then the measurement: from the commit that makes --deliveries due at once until SQL knows of all of them that they were
+delivered, for one receiving host and for --hosts. Last comes one JSON line. The receivers answer at once.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+from sqlalchemy import func, insert, select
+from sqlalchemy.orm import Session, sessionmaker
+
+from bench.accept import cpu_seconds
+from domain.webhooks import DeliveryStatus, payload, signature_headers
+from embedded import EmbeddedPostgres, EmbeddedRedis
+from settings import ROOT, Settings
+from storage import webhook_endpoints
+from storage.database import migrate, open_database, session_factory
+from storage.tables import DEFAULT_TENANT_ID
+from storage.webhook_tables import WebhookDelivery
+from tasks.webhook_guard import TargetGuard
+from tasks.webhook_hosts import MAX_PER_HOST
+from tasks.webhook_http import WebhookClient
+
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
+DEADLINE_SECONDS = 300
+TYPE = "job.completed"
+
+
+class Receiver(asyncio.Protocol):
+    """Answers each POST when its last byte is there. Reads no more of it than that."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._received = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        while (length := _request_length(self._received)) is not None and len(self._received) >= length:
+            self._received = self._received[length:]
+            self._transport.write(ANSWER)
+
+
+def _request_length(received: bytes) -> int | None:
+    """None: the head is not whole yet."""
+    head, blank, _ = received.lower().partition(b"\r\n\r\n")
+    if not blank:
+        return None
+    return len(head) + 4 + int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
+
+
+def _receive(ports: Connection, num_hosts: int) -> None:
+    """The process of the receivers."""
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        servers = [await loop.create_server(Receiver, "127.0.0.1", 0) for _ in range(num_hosts)]
+        ports.send([server.sockets[0].getsockname()[1] for server in servers])
+        await asyncio.Event().wait()
+
+    asyncio.run(serve())
+
+
+@contextmanager
+def receivers(num_hosts: int) -> Iterator[list[str]]:
+    """URLs of different hosts, as the sender tells them apart: by their ports."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_receive, args=(theirs, num_hosts), daemon=True)
+    process.start()
+    try:
+        yield [f"http://localhost:{port}/hook" for port in ours.recv()]
+    finally:
+        process.terminate()
+        process.join()
+
+
+async def bench_client(url: str, secret: str, num_posts: int) -> float:
+    """Answers per second."""
+    guard = TargetGuard(Settings(webhook_private_targets=True))
+    client, numbers = WebhookClient(guard), iter(range(num_posts))
+
+    async def post_in_turn() -> None:
+        for _ in numbers:
+            event_id = uuid4()
+            body = payload(event_id, TYPE, datetime.now(UTC))
+            headers = signature_headers(event_id, body, [secret], int(time.time()))
+            assert (await client.post(guard.parse(url), headers, body)).is_success
+
+    started = time.perf_counter()
+    await asyncio.gather(*(post_in_turn() for _ in range(MAX_PER_HOST)))
+    seconds = time.perf_counter() - started
+    await client.aclose()
+    return num_posts / seconds
+
+
+@contextmanager
+def maintenance(environment: dict[str, str], log: Path) -> Iterator[psutil.Process]:
+    command = [str(Path(sys.executable).with_name("celeriac")), "maintenance"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=output)
+    try:
+        yield psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def deliver(sessions: sessionmaker[Session], urls: Sequence[str], num_deliveries: int) -> float:
+    """Seconds from the commit until all are delivered."""
+    rows = [
+        {"tenant_id": DEFAULT_TENANT_ID, "event_id": uuid4(), "type": TYPE, "url": urls[number % len(urls)]}
+        for number in range(num_deliveries)
+    ]
+    with sessions.begin() as session:
+        session.execute(insert(WebhookDelivery), rows)
+    started = time.perf_counter()
+    pending = select(func.count()).where(WebhookDelivery.status == DeliveryStatus.PENDING)
+    while time.perf_counter() < started + DEADLINE_SECONDS:
+        with sessions() as session:
+            if not session.scalar(pending):
+                return time.perf_counter() - started
+        time.sleep(0.02)
+    raise RuntimeError(f"not all were delivered within {DEADLINE_SECONDS} s")
+
+
+def measured(
+    name: str, process: psutil.Process, sessions: sessionmaker[Session], urls: Sequence[str], num_deliveries: int
+) -> float:
+    """Deliveries per second."""
+    before = cpu_seconds(process)
+    rate = num_deliveries / deliver(sessions, urls, num_deliveries)
+    cpu = (cpu_seconds(process) - before) / num_deliveries * 1e6
+    print(f"{name:44} {rate:7.0f}/s   CPU {cpu:5.0f} us each", flush=True)
+    return rate
+
+
+def run(folder: Path, given: argparse.Namespace) -> dict[str, float]:
+    with (
+        EmbeddedPostgres(folder / "postgres") as postgres,
+        EmbeddedRedis(folder / "redis") as redis,
+        receivers(given.hosts) as urls,
+    ):
+        migrate(postgres.url)
+        database = open_database(postgres.url)
+        sessions = session_factory(database)
+        with sessions.begin() as session:
+            secret = webhook_endpoints.tenant_secret(session, DEFAULT_TENANT_ID).secret
+        ceiling = asyncio.run(bench_client(urls[0], secret, given.deliveries))
+        print(f"{f'ceiling: {MAX_PER_HOST} POSTs at a time, no database':44} {ceiling:7.0f}/s", flush=True)
+        environment = {
+            "CELERIAC_DATABASE_URL": postgres.url,
+            "CELERIAC_REDIS_URL": redis.url,
+            "CELERIAC_WEBHOOK_PRIVATE_TARGETS": "true",
+        }
+        with maintenance(environment, folder / "maintenance.log") as process:
+            deliver(sessions, urls, 2 * len(urls))  # it is up, and has looked at every host
+            one = measured("one host", process, sessions, urls[:1], given.deliveries)
+            several = measured(f"{given.hosts} hosts", process, sessions, urls, given.deliveries)
+        database.dispose()
+    return {"ceiling_per_second": ceiling, "one_host_per_second": one, "hosts_per_second": several}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deliveries", type=int, default=5_000)
+    parser.add_argument("--hosts", type=int, default=8)
+    given = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(f"load {os.getloadavg()[0]:.1f}, {given.deliveries} deliveries a run\n")
+    with tempfile.TemporaryDirectory(prefix="celeriac-bench-", ignore_cleanup_errors=True) as folder:
+        figures = run(Path(folder), given)
+    print(json.dumps({"bench": "webhooks", "deliveries": given.deliveries, "hosts": given.hosts, **figures}))
+
+
+if __name__ == "__main__":
+    main()
