@@ -41,19 +41,19 @@ class EngineExit:
     """How an engine process ended, unasked."""
 
     exit_code: int  # of the process; minus the signal that killed it
-    was_hung: bool  # we killed it, because it had fallen silent
+    was_killed_by_us: bool  # because it had fallen silent, or spoke nonsense
     was_ready: bool
     last_step: list[RecordedJob]
 
     @property
     def is_outside_kill(self) -> bool:
         """SIGKILL, and not by us: an operator, or the kernel out of memory. No job can do it by itself."""
-        return self.exit_code == -signal.SIGKILL and not self.was_hung
+        return self.exit_code == -signal.SIGKILL and not self.was_killed_by_us
 
     @property
     def description(self) -> str:
-        if self.was_hung:
-            return "it fell silent and was killed"
+        if self.was_killed_by_us:
+            return "it fell silent or spoke nonsense, and was killed"
         if self.exit_code < 0:
             return f"killed by {signal.Signals(-self.exit_code).name}"
         return f"exit code {self.exit_code}"
@@ -83,7 +83,7 @@ class EngineProcess:
         self.started_at = self.heard_at = monotonic()
         self.ready: Ready | None = None
         self.has_had_jobs = False
-        self.was_hung = False
+        self.was_killed_by_us = False
         self.closed_at: float | None = None  # when the channel ended; the process follows
 
     @property
@@ -130,10 +130,12 @@ class EngineProcess:
         return reports
 
     def kill(self) -> None:
+        self.was_killed_by_us = True
         self._template.kill_engine()
 
     def abandon(self) -> None:
         """Kill it with its template, which may be why nobody tells how it ended."""
+        self.was_killed_by_us = True
         self._template.kill()
 
     def end(self) -> EngineExit:
@@ -146,7 +148,7 @@ class EngineProcess:
         last_step = self.recorder.read()
         self.recorder.close()
         self.channel.close()
-        return EngineExit(exit_code, self.was_hung, self.ready is not None, last_step)
+        return EngineExit(exit_code, self.was_killed_by_us, self.ready is not None, last_step)
 
     def _note_closed(self) -> None:
         self.closed_at = self.closed_at or monotonic()
@@ -273,9 +275,8 @@ class Supervisor:
             is_hung = now - engine.started_at > LOAD_TIMEOUT_SECONDS
         else:
             is_hung = now - engine.heard_at > NUM_HEARTBEATS * self._heartbeat_seconds
-        if is_hung and not engine.was_hung:
+        if is_hung and not engine.was_killed_by_us:
             logger.error("the engine fell silent and is killed", extra={"pid": engine.pid})
-            engine.was_hung = True
             engine.kill()
 
     def _has_ended(self, engine: EngineProcess, now: float) -> bool:

@@ -1,8 +1,9 @@
 """Engines and session factories from one URL, sync for workers and async for the API, and the schema's migration."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
@@ -85,6 +86,31 @@ async def repeatable(
             raise
     async with sessions() as session:
         return await session.run_sync(function, *args, **kwargs)
+
+
+async def within(seconds: float, reading: Coroutine[Any, Any, T]) -> T:
+    """What `reading` comes to. Raises TimeoutError where that takes longer: it is then given up in the background, as
+    a connection whose server is gone would keep a caller that cancels it waiting for ten seconds more."""
+    task = asyncio.create_task(reading)
+    try:
+        await asyncio.wait((task,), timeout=seconds)
+        if task.done():
+            return task.result()
+        raise TimeoutError(f"the database gave no answer within {seconds:g} s")
+    finally:
+        if not task.done():
+            task.cancel()
+            _given_up.add(task)
+            task.add_done_callback(_forget)
+
+
+_given_up: set["asyncio.Task[Any]"] = set()  # the event loop alone would let them be collected
+
+
+def _forget(task: "asyncio.Task[Any]") -> None:
+    _given_up.discard(task)
+    if not task.cancelled():
+        task.exception()  # nobody waits for it any more
 
 
 def session_factory(database: Engine) -> sessionmaker[Session]:

@@ -14,11 +14,11 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Self
+from typing import Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
 import redis
@@ -26,9 +26,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
 from domain.jobs import JobStatus
+from storage.database import within
 from storage.job_queries import StreamState, read_log, stream_states
 from storage.stream_channels import ChannelListener, channel_of
 
@@ -38,8 +40,11 @@ MAX_LIVE_CHUNKS = 256  # per stream; a consumer that lags further catches up fro
 PAGE = 500
 SILENCE_SECONDS = 1.0
 STORAGE_RETRY_SECONDS = 0.5
+READ_SECONDS = 2.0  # then another connection is tried: one that died silently is found out by the kernel after ten
 
 Event = TokenChunk | JobStatus
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +187,18 @@ class StreamReader:
         database is away."""
         while True:
             try:
-                async with self._sessions() as session:
-                    state, chunks = await session.run_sync(read_log, stream.job_id, after=stream.last, limit=PAGE)
-            except (DBAPIError, PoolTimeout) as exc:
+                reading = self._run(read_log, stream.job_id, after=stream.last, limit=PAGE)
+                state, chunks = await within(READ_SECONDS, reading)
+            except (DBAPIError, PoolTimeout, TimeoutError) as exc:
                 logger.warning("stream waits for the database: %s", exc.__class__.__name__)
                 await asyncio.sleep(STORAGE_RETRY_SECONDS)
                 continue
             stream.is_behind |= len(chunks) == PAGE
             return state, chunks
+
+    async def _run(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        async with self._sessions() as session:
+            return await session.run_sync(function, *args, **kwargs)
 
     async def _leave(self, stream: _Stream) -> None:
         streams = self._streams[stream.job_id]
@@ -226,9 +235,9 @@ class StreamReader:
             if not silent:
                 continue
             try:
-                async with self._sessions() as session:
-                    states = await session.run_sync(stream_states, list({stream.job_id for stream in silent}))
-            except (DBAPIError, PoolTimeout) as exc:
+                job_ids = list({stream.job_id for stream in silent})
+                states = await within(READ_SECONDS, self._run(stream_states, job_ids))
+            except (DBAPIError, PoolTimeout, TimeoutError) as exc:
                 logger.warning("silent streams could not be looked up: %s", exc.__class__.__name__)
                 continue
             for stream in silent:

@@ -1,7 +1,9 @@
 """A stream shows each committed chunk once and in order, whatever happens to the messages that announce them."""
 
 import asyncio
+import os
 import random
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ from uuid import uuid4
 
 import pytest
 import redis
+from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -315,6 +318,37 @@ async def test_streams_survive_the_death_of_redis(
                 job.publish(*job.commit(1))
                 job.complete()
             assert numbers(received) == list(range(1, 9))
+
+
+async def test_streams_leave_a_connection_that_died_silently(
+    database_url: str,
+    redis_url: str,
+    session_factory: sessionmaker[Session],
+    make_job: MakeJob,
+    client: redis.Redis,
+) -> None:
+    """Its server process is frozen, as if cut off from us: the stream goes on over a new connection."""
+    database = open_async_database(
+        make_url(database_url).update_query_dict({"application_name": "frozen"}).render_as_string(hide_password=False)
+    )
+    job = RunningJob(session_factory, make_job(status=JobStatus.IN_PROGRESS), client)
+    reader = StreamReader(redis_url, async_session_factory(database), silence_seconds=SILENCE_SECONDS)
+    async with reader, following(reader, job) as received:
+        job.publish(*job.commit(1))
+        await until(lambda: numbers(received) == [1])
+        with session_factory() as session:
+            pids = session.scalars(text("SELECT pid FROM pg_stat_activity WHERE application_name = 'frozen'")).all()
+        assert pids
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            job.commit(1)
+            await until(lambda: numbers(received) == [1, 2])
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        job.complete()
+    await database.dispose()
 
 
 async def test_a_stream_begins_while_redis_is_down(

@@ -114,7 +114,7 @@ def test_a_crash_tells_how_it_came_and_who_was_in_the_step(
     crank.add()
     crank.turn_until(lambda: crank.exits, "the engine has crashed")
     (exit_,) = crank.exits
-    assert (exit_.exit_code, exit_.was_hung, exit_.was_ready) == (exit_code, False, True)
+    assert (exit_.exit_code, exit_.was_killed_by_us, exit_.was_ready) == (exit_code, False, True)
     assert words in exit_.description
     assert exit_.is_outside_kill == (how == "kill")
     assert [(job.job_id, job.weight) for job in exit_.last_step] == [("job", 1)]
@@ -137,7 +137,7 @@ def test_an_engine_that_stops_in_a_step_is_killed_after_three_heartbeats(make_cr
     crank.add()
     started_at = time.monotonic()
     crank.turn_until(lambda: crank.exits, "the engine is killed")
-    assert crank.exits[0].was_hung
+    assert crank.exits[0].was_killed_by_us
     assert not crank.exits[0].is_outside_kill
     assert [job.job_id for job in crank.exits[0].last_step] == ["job"]
     assert time.monotonic() - started_at > 0.6
