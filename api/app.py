@@ -1,5 +1,6 @@
 """The HTTP API as one ASGI application: routes, error handlers, and what lives as long as the process."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
@@ -73,10 +74,12 @@ def _is_loopback(host: str) -> bool:
 def _add_documentation(app: FastAPI) -> None:
     """Behind the key, like all that is not health."""
     router = private_router()
+    making = asyncio.Lock()
 
     @router.get("/openapi.json", include_in_schema=False)
     async def openapi() -> JSONResponse:
-        return JSONResponse(document_of(app))
+        async with making:  # the first time takes a second, in which streams go on
+            return JSONResponse(await asyncio.to_thread(document_of, app))
 
     @router.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
