@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from gpu_worker.engine.block_cache import BlockCache, heads_of
+from gpu_worker.engine.decode_groups import DecodeGroup, as_scores
+
 ATTENTION_NAME = "celeriac"
 
 
@@ -27,44 +30,6 @@ class LayerCache:
         """`key` and `value` are (1, num_kv_heads, num_tokens, head_dim), as the modules hand them over."""
         self.keys.index_copy_(0, slots, key[0].transpose(0, 1))
         self.values.index_copy_(0, slots, value[0].transpose(0, 1))
-
-
-@dataclass(slots=True)
-class BlockCache:
-    """Keys and values of one layer, (num_blocks, num_kv_heads, block_size, dim): the tokens of a head lie side by side,
-    so that gathered blocks are what a CPU's attention kernel reads fastest."""
-
-    keys: Tensor
-    values: Tensor
-
-    @property
-    def block_size(self) -> int:
-        return self.keys.shape[2]
-
-    def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """`key` and `value` are (1, num_kv_heads, num_tokens, dim), as the modules hand them over; `rows` are theirs,
-        by token, then head."""
-        for cache, new in ((self.keys, key), (self.values, value)):
-            dim = cache.shape[3]
-            cache.view(-1, dim).index_copy_(0, rows, new[0].transpose(0, 1).reshape(-1, dim))
-
-    def gather(self, heads: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
-        """(num_sequences, num_kv_heads, num_tokens, dim) of both; `heads` are those of the wanted blocks, in this
-        order."""
-        num_kv_heads = self.keys.shape[1]
-        keys, values = (
-            cache.view(-1, self.block_size * cache.shape[3])
-            .index_select(0, heads)
-            .view(num_sequences, num_kv_heads, -1, cache.shape[3])
-            for cache in (self.keys, self.values)
-        )
-        return keys, values
-
-
-def _heads_of(block_table: Tensor, num_heads: int) -> Tensor:
-    """Row numbers of BlockCache.gather for blocks (num_sequences, num_blocks)."""
-    heads = torch.arange(num_heads, device=block_table.device)[:, None]
-    return (block_table[:, None] * num_heads + heads).view(-1)
 
 
 @dataclass(slots=True)
@@ -83,42 +48,8 @@ class PrefillSpan:
 
     def heads(self, num_heads: int) -> Tensor:
         if num_heads not in self._heads:
-            self._heads[num_heads] = _heads_of(self.block_table, num_heads)
+            self._heads[num_heads] = heads_of(self.block_table, num_heads)
         return self._heads[num_heads]
-
-
-@dataclass(slots=True)
-class DecodeGroup:
-    """Decoding sequences of about one length, rows start..stop of the pass, one new token each."""
-
-    start: int
-    stop: int
-    block_table: Tensor  # int64 (num_sequences, num_blocks), padded with block 0
-    lengths: list[int]  # tokens of each sequence, the new one included
-    _heads: dict[int, Tensor] = field(default_factory=dict)
-    _mask_by_window: dict[int | None, Tensor | None] = field(default_factory=dict)
-
-    def heads(self, num_heads: int) -> Tensor:
-        if num_heads not in self._heads:
-            self._heads[num_heads] = _heads_of(self.block_table, num_heads)
-        return self._heads[num_heads]
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """(num_sequences, 1, 1, max_length), 0 for what each new token sees and -inf; None where it sees all."""
-        if window not in self._mask_by_window:
-            self._mask_by_window[window] = self._make_mask(window, dtype)
-        return self._mask_by_window[window]
-
-    def _make_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        longest = max(self.lengths)
-        if min(self.lengths) == longest and (window is None or longest <= window):
-            return None
-        lengths = torch.tensor(self.lengths, device=self.block_table.device)[:, None]
-        positions = torch.arange(longest, device=self.block_table.device)
-        mask = positions < lengths
-        if window is not None:
-            mask &= positions >= lengths - window
-        return _as_scores(mask[:, None, None], dtype)
 
 
 @dataclass(slots=True)
@@ -155,12 +86,7 @@ def _causal_mask(span: PrefillSpan, window: int | None, dtype: torch.dtype) -> T
     query = torch.arange(span.num_computed_tokens, span.length, device=device)[:, None]
     key = torch.arange(span.length, device=device)
     mask = key <= query
-    return _as_scores(mask if window is None else mask & (key > query - window), dtype)
-
-
-def _as_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the kernels would make of a mask of booleans, again in every layer."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return as_scores(mask if window is None else mask & (key > query - window), dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,17 +131,18 @@ def attend(
 ) -> Tensor:
     """Write the new keys and values, then look: (num_tokens, num_heads, value_dim). Shapes as the modules have them."""
     layer.write(ctx.rows(key.shape[1]), key, value)
-    outputs = [_attend_decodes(layer, query, group, scoring) for group in ctx.decodes]
+    outputs = [_attend_decodes(layer, query, key, value, group, scoring) for group in ctx.decodes]
     for number, span in enumerate(ctx.prefills):
         outputs.append(_attend_prefill(layer, query, key, value, ctx, number, span, scoring))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _attend_decodes(layer: BlockCache, query: Tensor, group: DecodeGroup, scoring: Scoring) -> Tensor:
+def _attend_decodes(
+    layer: BlockCache, query: Tensor, key: Tensor, value: Tensor, group: DecodeGroup, scoring: Scoring
+) -> Tensor:
     """One query per sequence over its gathered blocks: (num_sequences, num_heads, value_dim)."""
-    num_sequences, num_kv_heads, longest = group.stop - group.start, layer.keys.shape[1], group.lengths[0]
-    keys, values = layer.gather(group.heads(num_kv_heads), num_sequences)
-    keys, values = keys[:, :, :longest], values[:, :, :longest]
+    keys, values = group.read(layer, key, value)
+    num_sequences, num_kv_heads = keys.shape[:2]
     # The query heads that share a key head become query positions of it: nothing is repeated in memory.
     rows = query[0, :, group.start : group.stop].transpose(0, 1)
     grouped = rows.reshape(num_sequences, num_kv_heads, -1, query.shape[-1])
@@ -255,7 +182,7 @@ def _attend_prefill(
         key, value = key.repeat_interleave(num_groups, 1), value.repeat_interleave(num_groups, 1)
         if mask is None:
             sees = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-            mask = _as_scores(sees, query.dtype)
+            mask = as_scores(sees, query.dtype)
         sinks = None if scoring.sinks is None else scoring.sinks.view(-1, 1, 1)
         output = _attend_by_hand(query, key, value, mask, scoring, sinks)
     return output[0].transpose(0, 1)

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from domain.catalog import ModelSpec
-from gpu_worker.engine.attention import ATTENTION_NAME, AttentionContext, BlockCache, PrefillSpan
+from gpu_worker.engine.attention import ATTENTION_NAME, AttentionContext, PrefillSpan
+from gpu_worker.engine.block_cache import BlockCache
+from gpu_worker.engine.decode_groups import group_by_length
 from gpu_worker.engine.device_attention import ATTENTION_NAME as DEVICE_ATTENTION_NAME
 from gpu_worker.engine.embedding_lane import Embed, EmbeddingLane
 from gpu_worker.engine.families import FAMILIES, Family
 from gpu_worker.engine.loading import vocab_size
-from gpu_worker.engine.runner import group_by_length
 from tasks.model_files import model_folder
 
 Pooling = Literal["mean", "cls", "last"]

@@ -12,13 +12,13 @@ from transformers import AttentionInterface
 from gpu_worker.engine.attention import (
     ATTENTION_NAME,
     AttentionContext,
-    BlockCache,
-    DecodeGroup,
     LayerCache,
     PrefillSpan,
     paged_attention,
     register,
 )
+from gpu_worker.engine.block_cache import BlockCache
+from gpu_worker.engine.decode_groups import DecodeGroup
 from gpu_worker.engine.fused import FusedLlama, can_fuse
 
 log = logging.getLogger(__name__)

@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gpu_worker.engine.attention import AttentionContext, BlockCache, DecodeGroup, PrefillSpan
-from gpu_worker.engine.kv_cache import PADDING_BLOCK, BlockCopy
+from gpu_worker.engine.attention import AttentionContext, PrefillSpan
+from gpu_worker.engine.block_cache import BlockCache
+from gpu_worker.engine.decode_groups import DecodeGroup, DecodeGroups
+from gpu_worker.engine.kv_cache import BlockCopy
 from gpu_worker.engine.prompt_scoring import score_row, split_scores
 from gpu_worker.engine.sampling import Drawn, sample
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
-
-MAX_PADDING = 512  # tokens read for nothing by one attention call on a CPU; about the price of another call
 
 
 class DrawAgain(Exception):
@@ -67,19 +67,6 @@ class AtOnce:
             torch.cuda.empty_cache()
 
 
-def group_by_length(lengths: Rows[int]) -> list[tuple[int, int]]:
-    """Cut descending lengths into runs, (start, stop), each padded to its longest: a new run begins where going on
-    would read more padding than a call of its own costs."""
-    groups: list[tuple[int, int]] = []
-    start = num_padding = 0
-    for number, length in enumerate(lengths):
-        num_padding += lengths[start] - length
-        if num_padding > MAX_PADDING:
-            groups.append((start, number))
-            start, num_padding = number, 0
-    return [*groups, (start, len(lengths))] if lengths else []
-
-
 def _results(rows: Rows[ScheduledRow], scores: Rows[tuple[Drawn, ...]], logits: Tensor) -> list[Drawn | None]:
     """Draw for the rows that need a token; `logits` are theirs, (num_drawing, vocab_size)."""
     drawing = [row.sequence for row in rows if row.needs_token]
@@ -97,6 +84,7 @@ class PagedRunner(AtOnce):
         self._layers = layers
         self._block_size = layers[0].block_size
         self._device = device
+        self._decode_groups = DecodeGroups(layers, device)
 
     def copy_blocks(self, copies: Rows[BlockCopy]) -> None:
         if not copies:
@@ -114,7 +102,7 @@ class PagedRunner(AtOnce):
                 cache[list(blocks)] = 0
 
     def release(self, sequence: Sequence) -> None:
-        """Nothing to do: the block pool owns all there is."""
+        self._decode_groups.release(sequence)
 
     @torch.inference_mode()
     def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
@@ -140,55 +128,38 @@ class PagedRunner(AtOnce):
             positions += range(start, start + row.num_new_tokens)
             if row.needs_token:
                 kept.append(len(token_ids) - 1)
+        groups = self._decode_groups.take([row.sequence for row in rows[:num_decodes]])
         output = self._model(
             input_ids=torch.tensor([token_ids], device=self._device),
             position_ids=torch.tensor([positions], device=self._device),
             use_cache=False,
             logits_to_keep=torch.tensor(kept, dtype=torch.int64, device=self._device),
-            ctx=self._context(rows, num_decodes),
+            ctx=self._context(rows, list(groups.values())),
         )
+        self._decode_groups.keep(groups)
         logits: Tensor = output.logits[0]
         return logits.float()
 
-    def _context(self, rows: Rows[ScheduledRow], num_decodes: int) -> AttentionContext:
-        decodes = [row.sequence for row in rows[:num_decodes]]
-        slots = [self._slot(sequence, sequence.num_computed_tokens) for sequence in decodes]
+    def _context(self, rows: Rows[ScheduledRow], decodes: list[DecodeGroup]) -> AttentionContext:
+        slots: list[int] = []
         prefills: list[PrefillSpan] = []
-        for row in rows[num_decodes:]:
+        for row in rows:
             sequence, start, num_rows = row.sequence, row.sequence.num_computed_tokens, len(slots)
             stop = start + row.num_new_tokens
-            blocks = torch.tensor([sequence.block_ids[: -(-stop // self._block_size)]], device=self._device)
-            prefills.append(PrefillSpan(num_rows, num_rows + row.num_new_tokens, start, blocks))
             slots += [self._slot(sequence, position) for position in range(start, stop)]
+            if row.num_new_tokens > 1:
+                blocks = torch.tensor([sequence.block_ids[: -(-stop // self._block_size)]], device=self._device)
+                prefills.append(PrefillSpan(num_rows, len(slots), start, blocks))
         return AttentionContext(
             layers=self._layers,
             slots=torch.tensor(slots, device=self._device),
-            decodes=self._decode_groups(decodes),
+            decodes=decodes,
             prefills=prefills,
         )
-
-    def _decode_groups(self, sequences: Rows[Sequence]) -> list[DecodeGroup]:
-        lengths = [sequence.num_computed_tokens + 1 for sequence in sequences]
-        return [
-            DecodeGroup(start, stop, self._block_table(sequences[start:stop]), lengths[start:stop])
-            for start, stop in group_by_length(lengths)
-        ]
-
-    def _block_table(self, sequences: Rows[Sequence]) -> Tensor:
-        """Padded to the first sequence's blocks, the longest."""
-        num_blocks = self._num_blocks(sequences[0])
-        return torch.tensor([self._padded_blocks(s, num_blocks) for s in sequences], device=self._device)
 
     def _slot(self, sequence: Sequence, position: int) -> int:
         number, offset = divmod(position, self._block_size)
         return sequence.block_ids[number] * self._block_size + offset
-
-    def _num_blocks(self, sequence: Sequence) -> int:
-        return sequence.num_computed_tokens // self._block_size + 1
-
-    def _padded_blocks(self, sequence: Sequence, num_blocks: int) -> list[int]:
-        blocks = sequence.block_ids[: self._num_blocks(sequence)]
-        return blocks + [PADDING_BLOCK] * (num_blocks - len(blocks))
 
 
 #: Under which names transformers' models take and return what they remember of a sequence.
