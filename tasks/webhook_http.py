@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import httpcore
 
 from domain.webhook_urls import WebhookUrl
+from tasks.webhook_connections import Connections
 from tasks.webhook_guard import CONNECT_SECONDS, GuardedNetwork, TargetGuard, TargetRefused, TargetUnknown
 
 TOTAL_SECONDS = 10.0
 MAX_ANSWER_BYTES = 4_096
 MAX_CONNECTIONS = 256
-KEEPALIVE_SECONDS = 10.0
 USER_AGENT = "Celeriac-Webhooks/1"
 
 
@@ -38,15 +38,10 @@ class WebhookClient:
     """For one event loop. Keeps connections for a few seconds, each to an address that was checked when it was made."""
 
     def __init__(self, guard: TargetGuard, network: httpcore.AsyncNetworkBackend | None = None) -> None:
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl.create_default_context(),
-            max_connections=MAX_CONNECTIONS,
-            keepalive_expiry=KEEPALIVE_SECONDS,
-            network_backend=GuardedNetwork(guard, network),
-        )
+        self._connections = Connections(GuardedNetwork(guard, network), MAX_CONNECTIONS)
 
     async def aclose(self) -> None:
-        await self._pool.aclose()
+        await self._connections.aclose()
 
     async def post(self, url: WebhookUrl, headers: dict[str, str], body: bytes) -> Answer:
         """Never raises for what the receiver or the network does. The answer's body is dropped."""
@@ -72,7 +67,7 @@ class WebhookClient:
         return Answer(status_code, error, time.monotonic() - began_at)
 
     async def _post(self, url: WebhookUrl, headers: dict[str, str], body: bytes) -> int:
-        timeouts = {"connect": CONNECT_SECONDS, "read": TOTAL_SECONDS, "write": TOTAL_SECONDS, "pool": TOTAL_SECONDS}
+        timeouts = {"connect": CONNECT_SECONDS, "read": TOTAL_SECONDS, "write": TOTAL_SECONDS}
         target = httpcore.URL(scheme=url.scheme, host=url.host, port=url.port, target=url.target)
         authority = url.host if str(url).split("/")[2] == url.host else f"{url.host}:{url.port}"
         all_headers = {
@@ -81,9 +76,12 @@ class WebhookClient:
             "content-length": str(len(body)),
             "user-agent": USER_AGENT,
         } | headers
-        async with self._pool.stream(
-            "POST", target, headers=list(all_headers.items()), content=body, extensions={"timeout": timeouts}
-        ) as response:
+        async with (
+            self._connections.use(url) as connection,
+            connection.stream(
+                "POST", target, headers=list(all_headers.items()), content=body, extensions={"timeout": timeouts}
+            ) as response,
+        ):
             num_bytes = 0
             async for part in response.aiter_stream():
                 num_bytes += len(part)
