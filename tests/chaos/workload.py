@@ -25,7 +25,7 @@ backend = "fake"
 max_model_len = 4096
 max_num_seqs = 16
 [models.fake]
-step_seconds = 0.01
+step_seconds = 0.03
 chained = true
 crash_at_token = 6
 crash_seed = {POISON_SEED}
