@@ -57,7 +57,7 @@ COUNT_FOLDER = "drawn"  # of the tokens that the fake engines drew
 class Options:
     seconds: float = 60.0
     seed: int = 1
-    faults_per_minute: float = 22.0
+    faults_per_minute: float = 19.0
     num_clients: int = 40
     num_apis: int = 3
     num_workers: int = 3

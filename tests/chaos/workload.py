@@ -11,6 +11,7 @@ from tests.chaos.faults import Fault
 FAKE_MODEL, REAL_MODEL = "fake", "celeriac-mini"
 POISON_SEED = 666
 POISON_CHANCE = 1 / 1000
+REAL_CHANCE = 1 / 20
 MIN_RECONNECTS = 3
 HOWS: tuple[How, ...] = ("start", "last-event-id", "starting-after", "snapshot")
 SHARES = ((0.05, 0.3), (0.15, 0.6), (0.25, 1.0))  # of the most tokens, that a job may take at least and at most
@@ -25,7 +26,7 @@ backend = "fake"
 max_model_len = 4096
 max_num_seqs = 16
 [models.fake]
-step_seconds = 0.03
+step_seconds = 0.02
 chained = true
 crash_at_token = 6
 crash_seed = {POISON_SEED}
@@ -78,7 +79,7 @@ class Workload:
 
     def _body(self, chooser: random.Random) -> dict[str, Any]:
         number = chooser.getrandbits(31)
-        if self._has_real_model and chooser.random() < 0.08:
+        if self._has_real_model and chooser.random() < REAL_CHANCE:
             params = {"max_tokens": chooser.choice((16, 32, 64)), "temperature": 0, "ignore_eos": True, "seed": 1}
             return {"model": REAL_MODEL, "prompt": chooser.choice(REAL_PROMPTS), "params": params}
         if chooser.random() < POISON_CHANCE:
