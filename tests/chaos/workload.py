@@ -26,7 +26,7 @@ backend = "fake"
 max_model_len = 4096
 max_num_seqs = 16
 [models.fake]
-step_seconds = 0.02
+step_seconds = 0.025
 chained = true
 crash_at_token = 6
 crash_seed = {POISON_SEED}
