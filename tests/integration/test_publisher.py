@@ -108,8 +108,8 @@ def test_a_repeated_look_into_sql_gives_back_what_the_first_one_took_but_nothing
 ) -> None:
     (running,) = claim(storage, [make_job().id])
     lost = make_job().id
-    storage.claim_next(1, Lane.STANDARD, frozenset({running.id}), is_repeated=False)
-    (found,) = storage.claim_next(1, Lane.STANDARD, frozenset({running.id}), is_repeated=True)
+    storage.claim_next(1, Lane.STANDARD, frozenset({running.id}), min_suspicions=0, is_repeated=False)
+    (found,) = storage.claim_next(1, Lane.STANDARD, frozenset({running.id}), min_suspicions=0, is_repeated=True)
     assert (found.id, found.attempt) == (lost, 2)
     with storage.sessions() as session:
         assert session.get_one(Job, running.id).attempt == 1
