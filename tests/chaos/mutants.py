@@ -72,9 +72,10 @@ RESCUES_ON_A_STALE_SNAPSHOT = Mutant(
             "storage/jobs.py",
             "    return _returned(session, ends.RESCUE, parameters | ERRORS)",
             '    statement = "SELECT id FROM jobs WHERE lease_expires_at < now()"\n'
-            '    lapsed = list(session.execute(__import__("sqlalchemy").text(statement)).scalars())\n'
-            '    __import__("time").sleep(1)  # a slow janitor\n'
-            '    return _returned(session, ends.RESCUE, {"lapsed": lapsed} | parameters | ERRORS)',
+            '    lapsed = globals().setdefault("LAPSED", [])\n'
+            '    lapsed.append(list(session.execute(__import__("sqlalchemy").text(statement)).scalars()))\n'
+            '    stale = {"lapsed": lapsed[-3:][0]}  # as it was two looks ago\n'
+            '    return _returned(session, ends.RESCUE, stale | parameters | ERRORS)',
         ),
         Edit(
             ENDS_SQL,
