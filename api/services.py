@@ -10,8 +10,6 @@ from uuid import UUID
 
 import redis.asyncio
 from redis.exceptions import RedisError
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
@@ -24,7 +22,13 @@ from domain.jobs import JobStatus
 from observability import describe_exception
 from settings import Settings
 from storage import jobs
-from storage.database import async_session_factory, open_async_database, open_statement_database, repeatable
+from storage.database import (
+    OUTAGES,
+    async_session_factory,
+    open_async_database,
+    open_statement_database,
+    repeatable,
+)
 from storage.stream_channels import channel_of
 from storage.streams import Message, StreamReader
 from tasks.dispatch import Dispatcher
@@ -82,11 +86,9 @@ class Services:
         task.add_done_callback(_read_exception)
         try:
             return await asyncio.wait_for(asyncio.shield(task), ANSWER_SECONDS)
-        except OperationalError as exc:
-            if getattr(exc.orig, "sqlstate", None) == DISK_FULL:
+        except (*OUTAGES, OSError, TimeoutError) as exc:
+            if getattr(getattr(exc, "orig", None), "sqlstate", None) == DISK_FULL:
                 raise StorageFull("the disk of the database is full; nothing of this was kept, retry later") from exc
-            raise _unavailable() from exc
-        except (InterfaceError, PoolTimeout, OSError, TimeoutError) as exc:
             raise _unavailable() from exc
 
     async def position(self, job_id: UUID, model: str) -> dict[str, object] | None:

@@ -14,7 +14,8 @@ from uuid import UUID
 from domain.ids import external_id
 from domain.jobs import Lane
 from gpu_worker.job_storage import JobStorage
-from gpu_worker.storage_thread import OUTAGES, Answer, StorageThread
+from gpu_worker.storage_thread import Answer, StorageThread
+from storage.database import OUTAGES
 from storage.jobs import ClaimedJob
 
 logger = logging.getLogger(__name__)

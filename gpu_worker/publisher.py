@@ -15,9 +15,9 @@ from domain.errors import EngineError
 from domain.jobs import JobError, JobStatus
 from gpu_worker.job_storage import JobStorage
 from gpu_worker.running_job import RunningJob
-from gpu_worker.storage_thread import OUTAGES
 from settings import Settings
 from storage import jobs, streams
+from storage.database import OUTAGES
 from storage.jobs import ChunkCommit, Finalisation, Held
 
 logger = logging.getLogger(__name__)

@@ -12,16 +12,13 @@ from threading import Event, Thread
 from time import monotonic
 from typing import Generic, TypeVar
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-
 from observability import describe_exception
+from storage.database import OUTAGES
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-OUTAGES = (OperationalError, InterfaceError, PoolTimeout)  # the database is away, or asks for another try
 FIRST_RETRY_SECONDS = 0.05
 MAX_RETRY_SECONDS = 1.0
 STOP_PATIENCE_SECONDS = 5.0  # how long the last calls may wait for a database that is away

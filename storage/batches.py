@@ -19,9 +19,11 @@ from domain.errors import FileNotFound, TooManyQueuedJobs
 from domain.ids import external_id, new_id
 from storage import files
 from storage.batch_tables import UNFINISHED, Batch, BatchLine, File
+from storage.database import allow_idle
 from storage.webhook_outbox import write_batch_deliveries
 
 MAX_UNFINISHED = 100  # batches of one tenant
+PREPARING_SECONDS = 60  # the longest that lines may take between two statements of a step
 
 # What was kept for the batch alone may go when every finished job of today goes.
 LET_JOBS_GO = text("""
@@ -131,7 +133,8 @@ def unfinished_ids(session: Session) -> list[UUID]:
 
 def lock(session: Session, batch_id: UUID) -> Batch | None:
     """The right to take the batch a step further, until the transaction ends. None: somebody else has it, or it has
-    ended."""
+    ended. Only this row waits while lines are prepared, so there is time."""
+    allow_idle(session, PREPARING_SECONDS)
     statement = select(Batch).where(Batch.id == batch_id, text(UNFINISHED))
     return session.scalar(
         statement.with_for_update(skip_locked=True, key_share=True).execution_options(populate_existing=True)

@@ -5,8 +5,9 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import URL, Connection, Engine, create_engine, func, make_url, select, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -20,7 +21,11 @@ CONNECT_TIMEOUT_SECONDS = 3
 POOL_TIMEOUT_SECONDS = 2.0  # a caller without a connection by then answers 503
 STATEMENT_TIMEOUT_SECONDS = 30
 LOCK_TIMEOUT_SECONDS = 10
-IDLE_IN_TRANSACTION_TIMEOUT_SECONDS = 60
+IDLE_IN_TRANSACTION_TIMEOUT_SECONDS = 5  # whoever froze or vanished in mid-transaction gives up its locks
+
+# The database is away or asks for another try, and no row is at fault. An InternalError is a transaction that the
+# server ended for being idle, or a server that became a standby.
+OUTAGES = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 
 
 def database_url(url: str) -> URL:
@@ -111,6 +116,12 @@ def _forget(task: "asyncio.Task[Any]") -> None:
     _given_up.discard(task)
     if not task.cancelled():
         task.exception()  # nobody waits for it any more
+
+
+def allow_idle(session: Session, seconds: float) -> None:
+    """How long this transaction may stand idle between two statements from here on, before the server ends it."""
+    timeout = func.set_config("idle_in_transaction_session_timeout", f"{seconds:g}s", True)
+    session.execute(select(timeout))
 
 
 def session_factory(database: Engine) -> sessionmaker[Session]:

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
 
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from domain.errors import ServerOverloaded, StorageUnavailable
 from observability import describe_exception, jobs_accept_group_size, jobs_accept_seconds, jobs_accept_waiting
 from settings import Settings
 from storage import jobs_accept
-from storage.database import async_session_factory, open_statement_database
+from storage.database import OUTAGES, async_session_factory, open_statement_database
 from storage.jobs_accept import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome, NewJob
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ NUM_RETRIES = 2  # of a group whose COMMIT may or may not have happened
 ANSWER_SECONDS = 5.0
 STALLED_SECONDS = 2.0
 
-_UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout, OSError)
+_UNREACHABLE = (*OUTAGES, OSError)
 
 
 @dataclass(slots=True)
@@ -157,7 +156,7 @@ class GroupAcceptor:
         """Repeat a group whose connection broke: the ids are the same, so what was committed is found, not doubled. The
         first break may be an old one, of a connection that was lost while it was idle."""
         for _ in range(NUM_RETRIES):
-            with contextlib.suppress(OperationalError, InterfaceError):
+            with contextlib.suppress(*OUTAGES):
                 return await self._accept(new_jobs)
         return await self._accept(new_jobs)
 

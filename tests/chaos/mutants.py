@@ -75,7 +75,7 @@ RESCUES_ON_A_STALE_SNAPSHOT = Mutant(
             '    lapsed = globals().setdefault("LAPSED", [])\n'
             '    lapsed.append(list(session.execute(__import__("sqlalchemy").text(statement)).scalars()))\n'
             '    stale = {"lapsed": lapsed[-3:][0]}  # as it was two looks ago\n'
-            '    return _returned(session, ends.RESCUE, stale | parameters | ERRORS)',
+            "    return _returned(session, ends.RESCUE, stale | parameters | ERRORS)",
         ),
         Edit(
             ENDS_SQL,

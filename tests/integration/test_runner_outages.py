@@ -1,13 +1,19 @@
 """PostgreSQL away in mid-run: the engine runs on, nothing is lost and nothing is written twice."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Event
+from uuid import UUID
 
 import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from embedded import EmbeddedPostgres
 from gpu_worker.runner_events import RunnerEventKind
 from storage import database as storage_database
+from storage import jobs
+from storage.tables import Job
 from tests.integration.runner_harness import Rig, wait_until
 
 
@@ -72,3 +78,33 @@ def test_an_outage_beyond_the_lease_stops_the_jobs_here_and_releases_them_after_
     for job_id in job_ids:
         rig.assert_intact(job_id)
         assert rig.job(job_id).num_failures == 0
+
+
+def test_a_worker_that_froze_in_mid_transaction_lost_its_locks_and_goes_on(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_database, "IDLE_IN_TRANSACTION_TIMEOUT_SECONDS", 1)
+    job_ids = rig.add_jobs(3, max_tokens=100)
+    frozen, finalise = Event(), jobs.finalise
+
+    def freeze_once(session: Session, endings: Sequence[jobs.Finalisation]) -> list[UUID]:
+        if not frozen.is_set():
+            frozen.set()
+            wait_until(lambda: _can_lock(rig, job_ids), "the server has ended the transaction")
+        return finalise(session, endings)
+
+    worker = rig.start()
+    monkeypatch.setattr(jobs, "finalise", freeze_once)
+    worker.offer(job_ids)
+    worker.wait_for(RunnerEventKind.ENDED, job_ids)
+    assert frozen.is_set()
+    for job_id in job_ids:
+        rig.assert_intact(job_id)
+        assert rig.job(job_id).attempt == 1
+
+
+def _can_lock(rig: Rig, job_ids: Sequence[UUID]) -> bool:
+    """Nobody else holds the rows of these jobs."""
+    statement = select(Job.id).where(Job.id.in_(job_ids)).with_for_update(skip_locked=True)
+    with rig.sessions() as session:
+        return len(session.scalars(statement).all()) == len(job_ids)

@@ -1,16 +1,19 @@
 """The migrated schema is the one the row classes describe, and migrating is safe to repeat and to race."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from time import sleep
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.orm import Session
+from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy.orm import Session, sessionmaker
 
 from storage import batch_tables, webhook_tables  # noqa: F401  (their tables are part of the schema)
-from storage.database import MIGRATIONS, migrate
+from storage import database as storage_database
+from storage.database import MIGRATIONS, OUTAGES, allow_idle, migrate, open_database, session_factory
 from storage.database import database_url as normalised
 from storage.tables import DEFAULT_TENANT_ID, Row, Tenant, TenantLoad
 
@@ -79,3 +82,30 @@ def test_the_default_tenant_is_there(session: Session) -> None:
 def test_a_url_of_another_database_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="sqlite"):
         normalised("sqlite:///jobs.db")
+
+
+@pytest.fixture
+def impatient_sessions(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[sessionmaker[Session]]:
+    """One connection, whose server waits for a second only."""
+    monkeypatch.setattr(storage_database, "IDLE_IN_TRANSACTION_TIMEOUT_SECONDS", 1)
+    database = open_database(database_url, pool_size=1, max_overflow=0)
+    yield session_factory(database)
+    database.dispose()
+
+
+def test_a_transaction_that_stands_idle_is_ended_as_an_outage(impatient_sessions: sessionmaker[Session]) -> None:
+    with impatient_sessions() as session:
+        session.execute(select(Tenant).with_for_update())
+        sleep(1.2)
+        with pytest.raises(OUTAGES):
+            session.commit()
+
+
+def test_a_transaction_that_asked_for_time_may_stand_idle(impatient_sessions: sessionmaker[Session]) -> None:
+    setting = text("SHOW idle_in_transaction_session_timeout")
+    with impatient_sessions.begin() as session:
+        allow_idle(session, 60)
+        sleep(1.2)
+        assert session.scalar(setting) == "1min"
+    with impatient_sessions() as session:
+        assert session.scalar(setting) == "1s", "the next transaction on this connection has the usual time"
