@@ -29,4 +29,5 @@ def explain_setting(error: dict[str, Any]) -> str:
     """One of Pydantic's errors on the settings. URLs and keys hold secrets: their values are not shown."""
     name = "_".join(map(str, error["loc"]))
     is_secret = name.endswith(("_url", "_key"))
-    return f"CELERIAC_{name.upper()} is {'wrong' if is_secret else repr(error['input'])}: {error['msg']}"
+    value, reason = "wrong" if is_secret else repr(error["input"]), error["msg"].removeprefix("Value error, ")
+    return f"CELERIAC_{name.upper()} is {value}: {reason}"

@@ -2,9 +2,12 @@
 
 import difflib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -14,12 +17,15 @@ PREFIX = "CELERIAC_"
 
 
 class Settings(BaseSettings):
-    """Units are in the names. The defaults serve one machine; production names at least the two URLs."""
+    """Units are in the names. The defaults serve one machine; production names at least the two URLs.
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    What may hold a password is shown neither in an object's repr nor in a ValidationError."""
 
-    database_url: str = "postgresql://localhost/celeriac"  # postgresql://user:password@host:port/name
-    redis_url: str = "redis://localhost:6379/0"  # also rediss:// and unix:///path/to/socket?db=0
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    # postgresql://user:password@host:port/name
+    database_url: str = Field(default="postgresql://localhost/celeriac", repr=False)
+    redis_url: str = Field(default="redis://localhost:6379/0", repr=False)  # also rediss:// and unix:///path/to?db=0
     models_file: Path = ROOT / "models.toml"
     data_dir: Path = ROOT / ".celeriac"  # the embedded servers, the beat schedule and uploaded files live here
 
@@ -28,8 +34,8 @@ class Settings(BaseSettings):
     flower_port: int = Field(default=5555, ge=0, le=65535)
     auth: Literal["none", "api_key"] = "none"  # "none" serves the loopback interface only
     api_url: str | None = None  # where `celeriac submit` and its like find the API; default the one of this machine
-    api_key: str | None = None  # the key they show it
-    bootstrap_api_key: str | None = None  # created at migrate for the tenant "default"; for container deployments
+    api_key: str | None = Field(default=None, repr=False)  # the key they show it
+    bootstrap_api_key: str | None = Field(default=None, repr=False)  # made at migrate for "default"; for containers
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "json"
 
@@ -75,15 +81,27 @@ class Settings(BaseSettings):
     engine_heartbeat_seconds: float = Field(default=10.0, gt=0)  # a silent engine is restarted after three of these
     drain_seconds: float = Field(default=30.0, ge=0)  # how long SIGTERM lets running jobs finish before release
 
+    @field_validator("database_url")
+    @classmethod
+    def _readable_database(cls, url: str) -> str:
+        from sqlalchemy import make_url  # a quarter of a second that the defaults are spared
+        from sqlalchemy.exc import ArgumentError
+
+        _refuse_other_schemes(url, "postgresql://", "postgres://", "postgresql+psycopg://")
+        with _without_its_words(ValueError, ArgumentError):
+            if "@" in (make_url(url).host or ""):
+                raise ValueError("the host holds the end of a password")
+        return url
+
     @field_validator("redis_url")
     @classmethod
-    def _one_spelling(cls, url: str) -> str:
+    def _readable_redis(cls, url: str) -> str:
         """Celery's spelling of a Unix socket becomes that of redis-py."""
         if url.startswith("redis+socket://"):
-            return url.replace("redis+socket://", "unix://", 1).replace("virtual_host=", "db=", 1)
-        if not url.startswith(("redis://", "rediss://", "unix://")):
-            scheme = url.partition("://")[0]  # not the rest: it may hold a password
-            raise ValueError(f"redis_url begins with {scheme!r}; use redis://, rediss:// or unix://")
+            url = url.replace("redis+socket://", "unix://", 1).replace("virtual_host=", "db=", 1)
+        _refuse_other_schemes(url, "redis://", "rediss://", "unix://")
+        with _without_its_words(ValueError):
+            _ = urlsplit(url).port
         return url
 
     @property
@@ -92,6 +110,25 @@ class Settings(BaseSettings):
         if self.redis_url.startswith("unix://"):
             return self.redis_url.replace("unix://", "redis+socket://", 1).replace("db=", "virtual_host=", 1)
         return self.redis_url
+
+
+def _refuse_other_schemes(url: str, *schemes: str) -> None:
+    """Raise ValueError, which repeats nothing of the URL: where the scheme is forgotten, a password is what it begins
+    with."""
+    if not url.startswith(schemes):
+        raise ValueError(f"it begins with none of {', '.join(schemes)}")
+
+
+@contextmanager
+def _without_its_words(*kinds: type[Exception]) -> Iterator[None]:
+    """What a parser says of a malformed URL quotes a part of it, and that is often a part of the password."""
+    try:
+        yield
+    except kinds:
+        raise ValueError(
+            "it does not read as scheme://user:password@host:port/name with a number as port; "
+            "write / as %2F, @ as %40, : as %3A, # as %23 and ? as %3F in a password"
+        ) from None
 
 
 class UnknownSetting(ValueError):

@@ -7,9 +7,12 @@ import ctypes
 import logging
 import signal
 import sys
+from typing import Any
 
-from celery import Celery, signals
+from celery import Celery, bootsteps, signals
+from celery.worker.consumer.connection import Connection
 from kombu import Exchange, Queue
+from kombu.utils.url import maybe_sanitize_url
 
 from domain.catalog import Catalog
 from observability import configure_logging
@@ -34,7 +37,21 @@ def make_app(settings: Settings) -> Celery:
     )
     app.conf.update(_SAFETY, **_BROKER, **_WORKER)
     app.amqp.queues.select([MAINTENANCE_QUEUE])
+    app.steps["consumer"].add(BrokerInStats)
     return app
+
+
+class BrokerInStats(bootsteps.StartStopStep):
+    """What `inspect stats`, and Flower with it, tell of the broker. Kombu has the whole URL of a Unix socket, with its
+    password, for the name of a host."""
+
+    requires = (Connection,)
+
+    def info(self, obj: Any) -> dict[str, object]:
+        if not obj.connection:
+            return {}
+        broker = obj.connection.info()
+        return {"broker": broker | {"hostname": maybe_sanitize_url(broker["hostname"]), "password": None}}
 
 
 def _queue(name: str) -> Queue:

@@ -1,5 +1,6 @@
 """The consumer on every kind of broker URL: another database, a password, a Unix socket."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ def test_jobs_run_whatever_the_broker_is_called(
         job_ids = plant.send(5)
         plant.wait_for("claimed", job_ids[:4])
         assert plant.inspect("engine_stats")["running"] == 4
+        assert PASSWORD not in json.dumps(plant.inspect("stats"))
         plant.app.control.revoke("job_" + "0" * 26, terminate=True)
         plant.end_all()
         plant.wait_for("completed", job_ids)

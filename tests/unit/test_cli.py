@@ -1,18 +1,21 @@
 """The `celeriac` command: what it says, how fast, and how it explains what is not its fault."""
 
 import json
+import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from pydantic import ValidationError
 
 import cli
 from client import job_body, parse_events
 from explain import explain
-from settings import get_settings
+from settings import Settings, get_settings
 
 ROOT = Path(cli.__file__).parent
 
@@ -70,11 +73,64 @@ def test_a_wrong_setting_is_named_with_its_value(run: Any) -> None:
     assert "CELERIAC_PORT is 'x'" in result.output
 
 
-def test_a_wrong_setting_that_may_hold_a_secret_is_not_repeated(run: Any) -> None:
-    result = run("models", CELERIAC_REDIS_URL="reddis://:secret@host")
+MALFORMED_URLS = [
+    ("CELERIAC_REDIS_URL", "reddis://:s3cret@host"),
+    ("CELERIAC_REDIS_URL", "s3cret@host"),
+    ("CELERIAC_REDIS_URL", "redis://:s3cret"),
+    ("CELERIAC_REDIS_URL", "redis://:s3cret/s3cret@host"),
+    ("CELERIAC_REDIS_URL", "redis://:s3cret#s3cret@host"),
+    ("CELERIAC_REDIS_URL", "redis://:s3cret@[host"),
+    ("CELERIAC_REDIS_URL", "redis://:s3cret\u2100@host"),
+    ("CELERIAC_DATABASE_URL", "s3cret@host"),
+    ("CELERIAC_DATABASE_URL", "mysql://user:s3cret@host/name"),
+    ("CELERIAC_DATABASE_URL", "postgresql:/user:s3cret@host/name"),
+    ("CELERIAC_DATABASE_URL", "postgresql://user:s3cret"),
+    ("CELERIAC_DATABASE_URL", "postgresql://user:s3cret@host:port/name"),
+    ("CELERIAC_DATABASE_URL", "postgresql://user:a@s3cret@host/name"),
+]
+
+
+@pytest.mark.parametrize(("name", "url"), MALFORMED_URLS)
+@pytest.mark.parametrize("command", ["models", "migrate", "maintenance", "up"])
+def test_a_malformed_url_is_named_and_not_repeated(run: Any, command: str, name: str, url: str) -> None:
+    result = run(command, **{name: url})
     assert result.exit_code == 1
-    assert "CELERIAC_REDIS_URL is wrong" in result.output
-    assert "secret" not in result.output
+    assert f"{name} is wrong: it " in result.output
+    assert "s3cret" not in result.output
+
+
+@pytest.mark.parametrize(("name", "url"), MALFORMED_URLS)
+def test_a_malformed_url_is_in_no_traceback(name: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, url)
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_process_with_a_malformed_url_dies_without_repeating_it() -> None:
+    environment = os.environ | {"CELERIAC_REDIS_URL": "redis://:s3cret/s3cret@host"}
+    command = [sys.executable, "-m", "celery", "-A", "tasks.app", "report"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "redis_url" in done.stdout + done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
+
+
+def test_the_settings_show_no_secret_of_theirs() -> None:
+    settings = Settings(
+        database_url="postgresql://user:s3cret@host/name",
+        redis_url="redis://:s3cret@host",
+        api_key="sk_1_s3cret",
+        bootstrap_api_key="sk_1_s3cret",
+    )
+    assert "s3cret" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://u:pa/ss@host/name", "postgres://u:p%40@[::1]:5432/name?sslmode=require", "postgresql:///name"]
+)
+def test_a_database_url_that_can_be_read_is_taken_as_it_is(url: str) -> None:
+    assert Settings(database_url=url).database_url == url
 
 
 def test_a_models_file_that_makes_no_sense_stops_up_before_it_starts(run: Any, tmp_path: Path) -> None:
