@@ -79,7 +79,7 @@ class _Answer:
 
 def _route_of(scope: Scope) -> str:
     """The path template: a label must not hold ids."""
-    return getattr(scope.get("route"), "path", "unmatched")
+    return getattr(scope.get("route"), "path_format", "unmatched")
 
 
 def _count(scope: Scope, status: int, seconds: float) -> None:

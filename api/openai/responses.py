@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from fastapi import Request
 from pydantic import Field
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.responses import Response
 
 from api.bodies import read_model
@@ -43,6 +44,15 @@ POLL_HEADERS = {"retry-after": "1", "openai-poll-after-ms": "1000"}
 Included = dict[Literal[""], Literal["message.output_text.logprobs"]]  # `include[]=` in a query string
 
 router = private_router()
+
+
+class ResponseIdConvertor(StringConvertor):
+    """/v1/responses/input_tokens is no response: it has a route of its own, and any other method gets a 405."""
+
+    regex = "(?!input_tokens$)[^/]+"
+
+
+register_url_convertor("response_id", ResponseIdConvertor())
 
 
 class RetrieveQuery(QueryModel):
@@ -101,7 +111,7 @@ async def count_input_tokens(request: Request) -> Response:
 
 
 @router.get(
-    "/v1/responses/{response_id}",
+    "/v1/responses/{response_id:response_id}",
     responses=streamed_or(ResponseView),
     openapi_extra={"parameters": query_parameters(RetrieveQuery)},
 )
@@ -131,7 +141,7 @@ async def cancel_response(response_id: str, request: Request) -> Response:
     return _answer(await as_it_stands(services, record), {"x-job-id": external_id(record.job.id)})
 
 
-@router.delete("/v1/responses/{response_id}", responses={200: {"model": DeletedView}})
+@router.delete("/v1/responses/{response_id:response_id}", responses={200: {"model": DeletedView}})
 async def delete_response(response_id: str, request: Request) -> Response:
     """Erases it with its input; one that is under way is stopped."""
     services, tenant_id = caller_of(request)

@@ -224,6 +224,8 @@ def test_odd_metadata_filters_find_nothing(http: httpx.Client, query: str) -> No
         ("POST", "/v1/queue", 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),
         ("PATCH", "/v1/jobs", 405, "method_not_allowed"),
+        ("GET", "/v1/responses/input_tokens", 405, "method_not_allowed"),
+        ("DELETE", "/v1/responses/input_tokens", 405, "method_not_allowed"),
     ],
 )
 def test_what_is_not_there_has_the_same_shape(

@@ -65,4 +65,6 @@ def test_a_wrong_method_is_told_all_that_the_path_answers(http: httpx.Client) ->
     assert answer.headers["allow"] == "DELETE, GET"
     assert "use DELETE, GET" in answer.json()["error"]["message"]
     assert http.options("/v1/jobs").headers["allow"] == "GET, POST"
-    assert http.options("/v1/responses/input_tokens").headers["allow"] == "POST", "it is no response's id"
+    for method in ("GET", "DELETE", "OPTIONS"):
+        answer = http.request(method, "/v1/responses/input_tokens")
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST"), "it is no response's id"
