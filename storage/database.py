@@ -5,8 +5,9 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, func, make_url, select, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
+from psycopg.errors import IdleInTransactionSessionTimeout, ReadOnlySqlTransaction
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, func, make_url, select, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -23,9 +24,9 @@ STATEMENT_TIMEOUT_SECONDS = 30
 LOCK_TIMEOUT_SECONDS = 10
 IDLE_IN_TRANSACTION_TIMEOUT_SECONDS = 5  # whoever froze or vanished in mid-transaction gives up its locks
 
-# The database is away or asks for another try, and no row is at fault. An InternalError is a transaction that the
-# server ended for being idle, or a server that became a standby.
-OUTAGES = (OperationalError, InterfaceError, InternalError, PoolTimeout)
+OUTAGES = (OperationalError, InterfaceError, PoolTimeout)  # the database is away, or asks for another try
+# The same, though psycopg files them under InternalError; the second comes from a server that has become a standby.
+OTHER_OUTAGES = (IdleInTransactionSessionTimeout, ReadOnlySqlTransaction)
 
 
 def database_url(url: str) -> URL:
@@ -40,7 +41,7 @@ def database_url(url: str) -> URL:
 
 def open_database(url: str, *, pool_size: int = 4, max_overflow: int = 4) -> Engine:
     """A pool of sync connections, for workers and maintenance. Nothing connects before the first use."""
-    return create_engine(
+    database = create_engine(
         database_url(url),
         pool_size=pool_size,
         max_overflow=max_overflow,
@@ -48,11 +49,13 @@ def open_database(url: str, *, pool_size: int = 4, max_overflow: int = 4) -> Eng
         pool_pre_ping=True,
         connect_args=_connect_args(),
     )
+    _tell_outages(database)
+    return database
 
 
 def open_async_database(url: str, *, pool_size: int = 10, max_overflow: int = 10) -> AsyncEngine:
     """A pool of async connections, for the API. Nothing connects before the first use."""
-    return create_async_engine(
+    database = create_async_engine(
         database_url(url),
         pool_size=pool_size,
         max_overflow=max_overflow,
@@ -60,12 +63,14 @@ def open_async_database(url: str, *, pool_size: int = 10, max_overflow: int = 10
         pool_pre_ping=True,
         connect_args=_connect_args(),
     )
+    _tell_outages(database.sync_engine)
+    return database
 
 
 def open_statement_database(url: str, *, pool_size: int = 10, max_overflow: int = 10) -> AsyncEngine:
     """As `open_async_database`, for what is one statement and may be repeated: it commits by itself, in one round trip
     instead of four, and a connection that was lost while idle is found out by its use; see `repeatable`."""
-    return create_async_engine(
+    database = create_async_engine(
         database_url(url),
         pool_size=pool_size,
         max_overflow=max_overflow,
@@ -74,6 +79,8 @@ def open_statement_database(url: str, *, pool_size: int = 10, max_overflow: int 
         isolation_level="AUTOCOMMIT",
         connect_args=_connect_args(),
     )
+    _tell_outages(database.sync_engine)
+    return database
 
 
 async def repeatable(
@@ -175,3 +182,14 @@ def _connect_args() -> dict[str, object]:
         "keepalives_count": 3,
         "tcp_user_timeout": 10_000,
     }
+
+
+def _tell_outages(database: Engine) -> None:
+    """Raise OTHER_OUTAGES as OperationalError, and keep no connection that had one."""
+
+    @event.listens_for(database, "handle_error")
+    def tell(context: ExceptionContext) -> OperationalError | None:
+        if not isinstance(context.original_exception, OTHER_OUTAGES):
+            return None
+        context.is_disconnect = True
+        return OperationalError(None, None, context.original_exception, connection_invalidated=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from threading import Event
 from uuid import UUID
 
+import psycopg
 import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -101,6 +102,30 @@ def test_a_worker_that_froze_in_mid_transaction_lost_its_locks_and_goes_on(
     for job_id in job_ids:
         rig.assert_intact(job_id)
         assert rig.job(job_id).attempt == 1
+
+
+def test_a_failover_to_a_server_that_is_still_a_standby_costs_running_jobs_nothing(
+    rig: Rig, own_postgres: EmbeddedPostgres
+) -> None:
+    job_ids = rig.add_jobs(3, max_tokens=300)
+    worker = rig.start()
+    worker.offer(job_ids)
+    rig.wait_for_tokens(job_ids)
+    _be_standby(own_postgres, "on")
+    wait_until(lambda: worker.runner._loop._thread.is_away, "the worker has noticed")
+    _be_standby(own_postgres, "off")
+    worker.wait_for(RunnerEventKind.ENDED, job_ids)
+    for job_id in job_ids:
+        rig.assert_intact(job_id)
+        assert rig.job(job_id).attempt == 1
+
+
+def _be_standby(server: EmbeddedPostgres, on_or_off: str) -> None:
+    """As far as a client sees: it may read, and every write is refused."""
+    options = "-c default_transaction_read_only=off"
+    with psycopg.connect(server.url, autocommit=True, options=options) as connection:
+        connection.execute(f"ALTER SYSTEM SET default_transaction_read_only = {on_or_off}")
+        connection.execute("SELECT pg_reload_conf()")
 
 
 def _can_lock(rig: Rig, job_ids: Sequence[UUID]) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy import Engine, create_engine, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from storage import batch_tables, webhook_tables  # noqa: F401  (their tables are part of the schema)
@@ -99,6 +99,19 @@ def test_a_transaction_that_stands_idle_is_ended_as_an_outage(impatient_sessions
         sleep(1.2)
         with pytest.raises(OUTAGES):
             session.commit()
+
+
+def test_a_server_that_became_a_standby_is_an_outage_and_its_connection_is_left(
+    impatient_sessions: sessionmaker[Session],
+) -> None:
+    backend = text("SELECT pg_backend_pid()")
+    with impatient_sessions() as session:
+        left = session.scalar(backend)
+        session.execute(text("SET TRANSACTION READ ONLY"))
+        with pytest.raises(OUTAGES):
+            session.execute(update(Tenant).values(name="another"))
+    with impatient_sessions() as session:
+        assert session.scalar(backend) != left
 
 
 def test_a_transaction_that_asked_for_time_may_stand_idle(impatient_sessions: sessionmaker[Session]) -> None:
