@@ -1,8 +1,10 @@
 """Whole frames over one end of a socket pair: a 4-byte big-endian length, then that many bytes."""
 
+import fcntl
 import select
 import socket
 import struct
+import termios
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 READ_BYTES = 256 * 1024
@@ -55,6 +57,12 @@ class Channel:
         while self._outgoing:
             select.select([], [self._socket], [])
             self.flush()
+
+    @property
+    def is_read_up(self) -> bool:
+        """Whether the other end has read all that was sent."""
+        (num_unread,) = struct.unpack("i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, b"\0\0\0\0"))
+        return not num_unread and not self._outgoing
 
     def receive(self) -> list[bytes]:
         """Every whole frame that has arrived. Raises ChannelClosed at the end, after what came before it."""

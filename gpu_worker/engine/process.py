@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import monotonic
 
 import msgspec
 
@@ -40,15 +41,31 @@ from settings import get_settings
 
 logger = logging.getLogger(__name__)
 
+LOOK_AGAIN_SECONDS = 0.05  # whether the worker has read up; one step may just have been longer than our patience
+
 
 class EngineLoop:
-    """Applies commands, steps while there is work, reports each step in one frame."""
+    """Applies commands, steps while there is work, reports each step in one frame.
 
-    def __init__(self, backend: Backend, channel: Channel, recorder: FlightRecorder, heartbeat_seconds: float) -> None:
+    It rests while the worker has not read up for `patience_seconds`: to a worker that froze its jobs are lost with the
+    lease, and what the engine would draw for them meanwhile.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        channel: Channel,
+        recorder: FlightRecorder,
+        *,
+        heartbeat_seconds: float,
+        patience_seconds: float,
+    ) -> None:
         self._backend = backend
         self._channel = channel
         self._recorder = recorder
         self._heartbeat_seconds = heartbeat_seconds
+        self._patience_seconds = patience_seconds
+        self._read_up_at = monotonic()  # when the worker was last seen to have read everything
         self._num_steps_by_job: dict[tuple[str, int], int] = {}  # of the jobs of the last step
         self._failures: list[JobFailed] = []  # of `add`; they travel with the next step's frame
         self._is_shut_down = False
@@ -56,15 +73,26 @@ class EngineLoop:
     def run(self) -> None:
         """Returns after a Shutdown. Raises ChannelClosed when the worker is gone."""
         while not self._is_shut_down:
-            if not self._backend.has_work and not self._channel.wait_readable(self._heartbeat_seconds):
+            is_ahead = self._is_far_ahead()
+            if is_ahead:
+                self._channel.wait_readable(LOOK_AGAIN_SECONDS)
+            elif not self._backend.has_work and not self._channel.wait_readable(self._heartbeat_seconds):
                 self._beat()
             frames = self._channel.receive()
             for frame in frames:
                 self._apply(decode_command(frame))
+            if is_ahead:
+                continue
             if self._backend.has_work or self._failures:
                 self._step()
             elif frames:
                 self._beat()  # a silent abort left nothing to say, but the figures have changed
+
+    def _is_far_ahead(self) -> bool:
+        now = monotonic()
+        if self._channel.is_read_up:
+            self._read_up_at = now
+        return now - self._read_up_at > self._patience_seconds
 
     def _apply(self, command: Command) -> None:
         match command:
@@ -155,7 +183,13 @@ def main() -> None:
     channel.send(encode(_ready(spec, backend)))
     channel.flush_all()
     try:
-        EngineLoop(backend, channel, recorder, arguments.heartbeat_seconds).run()
+        EngineLoop(
+            backend,
+            channel,
+            recorder,
+            heartbeat_seconds=arguments.heartbeat_seconds,
+            patience_seconds=settings.lease_seconds / 3,  # in which a worker that lives renews
+        ).run()
     except ChannelClosed:
         logger.warning("the worker is gone; the engine ends with it")
 

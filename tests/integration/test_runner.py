@@ -170,8 +170,8 @@ def test_cancelling_an_offered_job_drops_it(rig: Rig) -> None:
 
 
 def test_a_deadline_in_mid_run_expires_the_job_and_keeps_its_output(rig: Rig) -> None:
-    job_id = rig.add_job(max_tokens=LONG, deadline_at=datetime.now(UTC) + timedelta(seconds=2))
     worker = rig.start()
+    job_id = rig.add_job(max_tokens=LONG, deadline_at=datetime.now(UTC) + timedelta(seconds=3))
     worker.offer([job_id])
     worker.wait_for(ENDED, [job_id])
     assert_cut_off(rig, worker, job_id, JobStatus.EXPIRED, FinishReason.DEADLINE)
