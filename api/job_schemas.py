@@ -13,7 +13,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 from api.errors import job_error_body
 from domain.embeddings import EmbeddingRequest, EmbeddingResult
 from domain.ids import external_id
-from domain.jobs import Frozen, JobKind, JobStatus
+from domain.jobs import FinishReason, Frozen, JobKind, JobStatus
 from domain.kinds import JobOutput, JobRequest
 from domain.requests import GenerationRequest
 from domain.webhook_urls import MAX_URL_BYTES
@@ -126,7 +126,7 @@ class UsageView(View):
 class ChoiceView(View):
     index: int
     text: str
-    finish_reason: str
+    finish_reason: FinishReason
     num_tokens: int
     logprobs: list[Any] | None
     candidate: int | None = Field(description="Under best_of: the index of this choice in the stream.")
@@ -186,7 +186,7 @@ class JobView(View):
     attempt: int
     queue: QueueView | None = Field(description="Only while queued.")
     cancel_requested: bool
-    finish_reason: str | None
+    finish_reason: FinishReason | None = Field(description="Of the first choice. `error`: the job failed in its midst.")
     usage: UsageView | None
     output: OutputView | VectorsView | None
     error: JobErrorView | None

@@ -76,6 +76,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_tokens or the context length
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    ERROR = "error"  # the job failed; only in a result, since the stream of a failed job just ends
 
 
 class Frozen(BaseModel):

@@ -24,11 +24,11 @@ ERRORS = {
     "lost_error": _stored_error(WorkerLost, "the worker was lost or crashed more often than max_failures allows"),
 }
 
-#: What cut off the unfinished sequences of a job that ended so. No reason says "failed"; cancelled is the closest.
+#: What cut off the unfinished sequences of a job that ended so.
 REASON_BY_STATUS = {
     JobStatus.CANCELLED: FinishReason.CANCELLED,
     JobStatus.EXPIRED: FinishReason.DEADLINE,
-    JobStatus.FAILED: FinishReason.CANCELLED,
+    JobStatus.FAILED: FinishReason.ERROR,
 }
 
 

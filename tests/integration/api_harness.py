@@ -123,7 +123,7 @@ class HandWorker:
         status: JobStatus = JobStatus.COMPLETED,
         error: JobError | None = None,
     ) -> None:
-        """End the job after chunks that said `texts`."""
+        """End the job after chunks that said `texts`. Cut off, its result is what storage finds committed."""
         chunks = [make_chunk(number, text) for number, text in enumerate(texts, start=1)]
         num_prompt_tokens = len(job.prompt_token_ids)
         result = partial_result(chunks, num_prompt_tokens=num_prompt_tokens, cut_off_by=FinishReason.STOP)
@@ -132,7 +132,7 @@ class HandWorker:
             job.attempt,
             last_sequence_number=len(chunks),
             status=status,
-            result=result if chunks else None,
+            result=result if chunks and status is JobStatus.COMPLETED else None,
             finish_reason=FinishReason.STOP if status is JobStatus.COMPLETED else None,
             error=error,
         )

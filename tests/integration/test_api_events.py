@@ -136,8 +136,13 @@ def test_a_lost_attempt_is_told_and_the_text_goes_on(http: httpx.Client, hand_wo
         assert [(event.name, event.id) for event in events] == [("output.delta", "3"), ("job.completed", "4")]
 
 
-@pytest.mark.parametrize("status", [JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED])
-def test_every_end_has_its_one_event(http: httpx.Client, hand_worker: HandWorker, status: JobStatus) -> None:
+@pytest.mark.parametrize(
+    ("status", "finish_reason"),
+    [(JobStatus.FAILED, "error"), (JobStatus.CANCELLED, "cancelled"), (JobStatus.EXPIRED, "deadline")],
+)
+def test_every_end_has_its_one_event_and_says_what_cut_the_text_off(
+    http: httpx.Client, hand_worker: HandWorker, status: JobStatus, finish_reason: str
+) -> None:
     job_id = post_job(http)["id"]
     job = hand_worker.claim(job_id)
     hand_worker.say(job, "half")
@@ -145,6 +150,8 @@ def test_every_end_has_its_one_event(http: httpx.Client, hand_worker: HandWorker
     events = all_events(http, job_id)
     assert events[-1].name == f"job.{status}"
     assert events[-1].data["output"]["text"] == "half"
+    assert events[-1].data["finish_reason"] == finish_reason
+    assert [choice["finish_reason"] for choice in events[-1].data["output"]["choices"]] == [finish_reason]
     assert sum(event.id == "2" for event in events) == 1
 
 

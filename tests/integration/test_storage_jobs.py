@@ -179,7 +179,7 @@ class TestReturning:
         assert (row.error.code, row.error.retryable) == ("worker_lost", True)
         stored = generated(session, job.id)
         assert [(c.index, c.text, c.finish_reason) for c in stored.choices] == [
-            (0, "1 3 ", FinishReason.CANCELLED),
+            (0, "1 3 ", FinishReason.ERROR),
             (1, "2 ", FinishReason.STOP),
         ]
         assert stored.usage == Usage(prompt_tokens=3, completion_tokens=3)

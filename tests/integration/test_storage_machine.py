@@ -10,10 +10,11 @@ from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.chunks import TokenChunk
-from domain.jobs import FinishReason, JobStatus, Lane
+from domain.jobs import JobStatus, Lane
 from storage import jobs, jobs_accept
 from storage.jobs import ChunkCommit, Finalisation
 from storage.jobs_accept import AcceptOutcome
+from storage.jobs_partial import REASON_BY_STATUS
 from storage.jobs_sql import PROVEN_TOKENS
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult, TenantLoad
 from tests.storage_samples import MODEL, PAST, chunk, claim, new_job, result
@@ -275,7 +276,7 @@ class Store(RuleBasedStateMachine):
             assert chunks.get(job_id, []) == job.chunks
             assert row.committed_sequence_number == row.num_committed_tokens == len(job.chunks)
             assert (job_id in results) == job.has_result
-            assert row.finish_reason in (None, FinishReason.CANCELLED)
+            assert row.finish_reason is (REASON_BY_STATUS.get(job.status) if job.has_result else None)
         statuses = [job.status for job in self.jobs.values()]
         assert load.num_queued == statuses.count(JobStatus.QUEUED)
         assert load.num_running == statuses.count(JobStatus.IN_PROGRESS)
