@@ -17,6 +17,7 @@ from storage.job_queries import JobRecord
 KEEP_ALIVE = b"\n"  # JSON may have blanks before it
 
 Render = Callable[[Sequence[JobRecord]], Mapping[str, object]]
+Refuse = Callable[[JobRecord], None]  # raises the CeleriacError that says why a terminal job has no answer
 
 
 class WholeAnswer(Response):
@@ -26,12 +27,21 @@ class WholeAnswer(Response):
     alive with line breaks, which any JSON parser skips, behind a status 200: a late error is told in the body alone.
     """
 
-    def __init__(self, runs: Sequence[Run], render: Render, *, timeout_seconds: float | None = None) -> None:
-        """Past `timeout_seconds` the answer is an error; the jobs have a deadline of their own."""
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        render: Render,
+        *,
+        refuse: Refuse = refuse_unfinished,
+        timeout_seconds: float | None = None,
+    ) -> None:
+        """`render` gets what `refuse` lets pass. Past `timeout_seconds` the answer is an error; the jobs have a
+        deadline of their own."""
         # Not super().__init__(), as there is neither body nor status yet.
         self.background = None
         self._runs = runs
         self._render = render
+        self._refuse = refuse
         self._services = runs[0].services
         self._is_begun = False
         self._timeout_seconds = timeout_seconds
@@ -90,7 +100,7 @@ class WholeAnswer(Response):
                 )
             records = [await run.read(with_request=True) for run in self._runs]
             for record in records:
-                refuse_unfinished(record)
+                self._refuse(record)
             return Response(orjson.dumps(self._render(records)))
         except CeleriacError as exc:
             return error_response(exc)

@@ -14,11 +14,12 @@ from api.deps import caller_of, private_router
 from api.job_schemas import DeletedView
 from api.openai.answers import WholeAnswer
 from api.openai.response_input import listed_items
+from api.openai.response_objects import ending_of
 from api.openai.response_requests import spelling_of, to_generation_request
 from api.openai.response_schemas import InputTokensBody, ResponseBody
 from api.openai.response_stream import ResponseStream
 from api.openai.response_views import InputItemListView, InputTokensView, ResponseView
-from api.openai.running import Asked, Run, start
+from api.openai.running import Asked, Run, refuse_unfinished, start
 from api.openai.schemas import in_words_of_the_body
 from api.openai.stored_responses import (
     as_it_ended,
@@ -85,7 +86,7 @@ async def create_response(request: Request) -> Response:
     services, _ = caller_of(request)
     run = await start(request, await _generation(request, body), _asked(body))
     if not (body.stream or body.background):
-        return WholeAnswer([run], lambda records: as_it_ended(services, records[0]))
+        return WholeAnswer([run], lambda records: as_it_ended(services, records[0]), refuse=_refuse_without_answer)
     record = await run.read(with_request=True)
     if body.stream:
         return _stream(services, record, run=run)
@@ -190,6 +191,12 @@ def _asked(body: ResponseBody) -> Asked:
         spelling=spelling_of(body),
         endpoint_body=body.model_dump_json(by_alias=True, exclude_unset=True),
     )
+
+
+def _refuse_without_answer(record: JobRecord) -> None:
+    """Raises CeleriacError. An incomplete response is an answer, whatever cut it off."""
+    if ending_of(record.job).status != "incomplete":
+        refuse_unfinished(record)
 
 
 def _stream(services: Services, record: JobRecord, *, starting_after: int = -1, run: Run | None = None) -> EventStream:

@@ -10,6 +10,7 @@ from uuid import UUID
 import httpx
 import openai
 import pytest
+from openai.types.responses import Response
 from sqlalchemy import update
 
 from domain.ids import external_id, parse_id
@@ -143,6 +144,12 @@ ENDS = [
     (JobStatus.EXPIRED, "deadline_exceeded", "response.incomplete"),
 ]
 
+WHOLE_ENDS = [
+    (JobStatus.FAILED, "engine_error", 500),
+    (JobStatus.CANCELLED, "job_cancelled", 410),
+    (JobStatus.EXPIRED, "deadline_exceeded", 504),
+]
+
 
 @every_route
 @pytest.mark.parametrize(("status", "code", "last_event"), ENDS)
@@ -160,6 +167,35 @@ def test_t4_t5_a_job_that_ends_badly_in_mid_stream_is_never_a_silent_cut(
     else:
         assert last["error"]["code"] == code
         assert set(last["error"]) >= {"message", "type", "param", "code"}
+
+
+@every_route
+@pytest.mark.parametrize(("status", "code", "http_status"), WHOLE_ENDS)
+def test_a_whole_answer_of_a_job_that_ends_badly_is_an_error(
+    http: httpx.Client, hand_worker: HandWorker, route: str, status: JobStatus, code: str, http_status: int
+) -> None:
+    with asked(http, route, {"X-Keep-Alive": "off"}) as answer:
+        job = hand_worker.claim(external_id(the_job(hand_worker).id))
+        hand_worker.say(job, "one ", "two")
+        end(hand_worker, job, status)
+    if route == RESPONSES and status is JobStatus.EXPIRED:
+        return  # see below
+    assert (answer.result().status_code, answer.result().json()["error"]["code"]) == (http_status, code)
+
+
+def test_a_whole_response_that_its_deadline_cut_off_is_incomplete_as_its_stream_would_end(
+    http: httpx.Client, client: openai.OpenAI, hand_worker: HandWorker
+) -> None:
+    with asked(http, RESPONSES, {"X-Keep-Alive": "off"}) as answer:
+        job = hand_worker.claim(external_id(the_job(hand_worker).id))
+        hand_worker.say(job, "one ", "two")
+        end(hand_worker, job, JobStatus.EXPIRED)
+    assert answer.result().status_code == 200
+    response = Response.model_validate(answer.result().json())
+    assert (response.status, response.output_text, response.error) == ("incomplete", "one two", None)
+    *_, last = client.responses.retrieve(response.id, stream=True)
+    assert last.type == "response.incomplete"
+    assert last.response == client.responses.retrieve(response.id) == response
 
 
 def test_t4_a_completion_that_fails_in_mid_stream_is_raised_by_the_sdk(
