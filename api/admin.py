@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 from api.deps import private_router, require_admin, services_of
 from api.job_inputs import preferred_wait
-from api.job_schemas import View
 from api.services import Services
+from api.views import View
 from domain.catalog import ModelSpec
 from domain.workers import WorkerState
 from storage import model_states, workers

@@ -15,6 +15,7 @@ from api.job_schemas import DeadLetterListView, JobView, attempts_view, job_view
 from api.jobs import answer_job, find_job, view_after_submit
 from api.openapi import request_body
 from api.queries import QueryModel, query_parameters, read_query
+from api.views import page
 from domain.errors import JobNotRetryable
 from domain.ids import external_id
 from domain.jobs import JobStatus
@@ -53,17 +54,9 @@ async def list_dead_letters(request: Request) -> Response:
         job_attempts.list_dead_letters, tenant_id, after=page_cursor(query.after), limit=query.limit + 1
     )
     data = [
-        job_view(JobRecord(job, None, None)) | {"attempts": attempts_view(job, attempts)}
-        for job, attempts in found[: query.limit]
+        job_view(JobRecord(job, None, None)) | {"attempts": attempts_view(job, attempts)} for job, attempts in found
     ]
-    page = {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": len(found) > query.limit,
-    }
-    return Response(orjson.dumps(page), media_type="application/json")
+    return Response(orjson.dumps(page(data, query.limit)), media_type="application/json")
 
 
 @router.post(

@@ -11,9 +11,9 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.deps import private_router, services_of
-from api.job_schemas import View
 from api.openapi import TEXT
 from api.services import Services
+from api.views import View
 from storage.recent_jobs import RecentJobs
 
 CHECK_SECONDS = 2.0

@@ -4,13 +4,14 @@ Views are built as plain dicts and dumped once; `JobView` is their published sch
 """
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
 import orjson
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, model_validator
+from pydantic import AwareDatetime, Field, StringConstraints, TypeAdapter, model_validator
 
 from api.errors import job_error_body
+from api.views import PageView, View, timestamp
 from domain.embeddings import EmbeddingRequest, EmbeddingResult
 from domain.ids import external_id
 from domain.jobs import FinishReason, Frozen, JobKind, JobStatus
@@ -107,10 +108,6 @@ def body_class(body: bytes) -> type[JobBody] | type[EmbeddingJobBody]:
     return EmbeddingJobBody if is_embedding else JobBody
 
 
-class View(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
 class QueueView(View):
     position: int | None = Field(description="Jobs of this model that run earlier under the current order.")
     eta_seconds: float | None = Field(description="Until its start, by the rate at which live workers drain.")
@@ -205,26 +202,12 @@ class JobOutputView(OutputView):
     status: JobStatus
 
 
-class DeletedView(View):
-    id: str
-    object: str
-    deleted: bool
-
-
-class DeadLetterListView(View):
-    object: Literal["list"]
+class DeadLetterListView(PageView):
     data: list[JobView]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
-class JobListView(View):
-    object: Literal["list"]
+class JobListView(PageView):
     data: list[JobView]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 def urls_of(job_id: str) -> dict[str, str]:
@@ -352,10 +335,3 @@ def output_view(result: JobOutput | None) -> dict[str, object] | None:
     if result.prompt_logprobs is not None:
         output["prompt_logprobs"] = [entry and entry.model_dump(mode="json") for entry in result.prompt_logprobs]
     return output
-
-
-def timestamp(at: datetime | None) -> str | None:
-    """UTC to the millisecond, as 2026-10-20T12:00:00.000Z."""
-    if at is None:
-        return None
-    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -24,7 +24,6 @@ from api.job_inputs import (
 )
 from api.job_schemas import (
     BODY_SCHEMA,
-    DeletedView,
     JobListView,
     JobOutputView,
     JobView,
@@ -38,6 +37,7 @@ from api.openapi import EVENTS, TEXT
 from api.queries import query_parameters, read_query
 from api.services import Services
 from api.sse import EventStream
+from api.views import DeletedView, page
 from domain.errors import JobNotFound
 from domain.ids import external_id, parse_id
 from domain.jobs import JobKind, JobStatus
@@ -107,15 +107,8 @@ async def list_jobs(request: Request) -> Response:
         order=query.order,
     )
     unknown = {"position": None, "eta_seconds": None}
-    data = [job_view(JobRecord(job, None, None), unknown) for job in found[: query.limit]]
-    page = {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": len(found) > query.limit,
-    }
-    return Response(orjson.dumps(page), media_type="application/json")
+    data = [job_view(JobRecord(job, None, None), unknown) for job in found]
+    return Response(orjson.dumps(page(data, query.limit)), media_type="application/json")
 
 
 @router.get(

@@ -6,8 +6,8 @@ from fastapi import Request
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.deps import private_router, services_of
-from api.job_schemas import View
 from api.queue_monitor import ModelQueue
+from api.views import View
 from domain.errors import StorageUnavailable
 from storage.job_queries import QueuePosition
 

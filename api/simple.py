@@ -13,7 +13,6 @@ from starlette.responses import Response
 
 from api.bodies import read_model
 from api.deps import caller_of, private_router, services_of
-from api.job_schemas import View
 from api.openai.answers import WholeAnswer
 from api.openai.headers import answer_headers
 from api.openai.running import Asked, start, start_all
@@ -21,6 +20,7 @@ from api.openai.schemas import OpenAIModel, Strings, build, publish_bounds, stri
 from api.openai.streaming import stream_answer
 from api.openapi import EVENTS, request_body
 from api.services import Services
+from api.views import View
 from domain.chunks import TokenChunk
 from domain.errors import InvalidRequest, ServerOverloaded, TooManyQueuedJobs
 from domain.ids import external_id

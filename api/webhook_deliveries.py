@@ -9,8 +9,9 @@ from starlette.responses import Response
 from api.deps import caller_of, private_router
 from api.queries import query_parameters, read_query
 from api.services import Services
+from api.views import page
 from api.webhook_endpoints import cursor
-from api.webhook_schemas import DeliveriesQuery, DeliveryListView, DeliveryView, attempt_view, delivery_view, page
+from api.webhook_schemas import DeliveriesQuery, DeliveryListView, DeliveryView, attempt_view, delivery_view
 from domain.errors import InvalidRequest, NotFound
 from domain.ids import parse_id, parse_id_of_other
 from storage import webhook_deliveries

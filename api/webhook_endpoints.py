@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from api.bodies import parse_model, read_body, read_model
 from api.deps import caller_of, private_router
-from api.job_schemas import DeletedView
 from api.openapi import request_body
 from api.queries import query_parameters, read_query
 from api.services import Services
+from api.views import DeletedView, page
 from api.webhook_schemas import (
     CreateBody,
     EndpointListView,
@@ -27,7 +27,6 @@ from api.webhook_schemas import (
     TestBody,
     UpdateBody,
     endpoint_view,
-    page,
     secret_view,
 )
 from domain.errors import InvalidCursor, InvalidRequest, NotFound

@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from api.job_schemas import NO_NUL, View, WebhookUrlText, timestamp
+from api.job_schemas import NO_NUL, WebhookUrlText
 from api.queries import QueryModel
+from api.views import PageView, View, timestamp
 from domain.ids import external_id
 from domain.webhooks import EVENT_TYPES, PREFIX_BY_OBJECT, DeliveryStatus, secret_hint
 from storage.webhook_tables import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
@@ -91,13 +92,6 @@ class EndpointTestView(View):
     event_type: str
     status_code: int
     success: bool
-
-
-class PageView(View):
-    object: Literal["list"]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class EndpointListView(PageView):
@@ -192,16 +186,4 @@ def attempt_view(attempt: WebhookAttempt) -> dict[str, Any]:
         "seconds": round(attempt.seconds, 3),
         "status_code": attempt.status_code,
         "error": attempt.error,
-    }
-
-
-def page(data: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """`data` may hold one more than `limit`, which says that there is more."""
-    shown = data[:limit]
-    return {
-        "object": "list",
-        "data": shown,
-        "first_id": shown[0]["id"] if shown else None,
-        "last_id": shown[-1]["id"] if shown else None,
-        "has_more": len(data) > limit,
     }

@@ -11,14 +11,14 @@ from starlette.responses import Response
 
 from api.bodies import read_model
 from api.deps import caller_of, private_router
-from api.job_schemas import View
 from api.openai.batch_lines import ROUTES
-from api.openai.files import MAX_TTL_SECONDS, MIN_TTL_SECONDS, page, page_cursor, parse_file_id, refuse_odd_ttl
+from api.openai.files import MAX_TTL_SECONDS, MIN_TTL_SECONDS, page_cursor, parse_file_id, refuse_odd_ttl
 from api.openai.headers import read_knobs
 from api.openai.schemas import Metadata, OpenAIModel
-from api.openai.views import InputTokensDetailsView, OutputTokensDetailsView, PageView
+from api.openai.views import InputTokensDetailsView, OutputTokensDetailsView
 from api.openapi import request_body
 from api.queries import QueryModel, query_parameters, read_query
+from api.views import PageView, View, page
 from domain.batches import BatchError, BatchErrors, BatchStatus
 from domain.errors import BatchNotFound, InvalidRequest
 from domain.ids import external_id, parse_id_of_other
@@ -150,8 +150,8 @@ async def list_batches(request: Request) -> Response:
     query = read_query(request, BatchesQuery)
     after = page_cursor(query.after, "batch")
     found = await services.read(batches.list_batches, tenant_id, after=after, limit=query.limit + 1)
-    data = [batch_object(batch) for batch in found[: query.limit]]
-    return Response(orjson.dumps(page(data, has_more=len(found) > query.limit)), media_type="application/json")
+    data = [batch_object(batch) for batch in found]
+    return Response(orjson.dumps(page(data, query.limit)), media_type="application/json")
 
 
 @router.get("/v1/batches/{batch_id}", responses={200: {"model": BatchView}})

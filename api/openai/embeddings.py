@@ -11,11 +11,11 @@ from starlette.responses import Response
 
 from api.bodies import read_model
 from api.deps import private_router
-from api.job_schemas import View
 from api.openai.answers import WholeAnswer
 from api.openai.running import Asked, start
 from api.openai.schemas import Identity, OpenAIModel, build, in_words_of_the_body
 from api.openapi import request_body
+from api.views import View
 from domain.embeddings import EmbeddingRequest, EmbeddingResult
 from domain.errors import InvalidRequest
 from domain.jobs import Endpoint

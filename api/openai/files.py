@@ -10,13 +10,12 @@ from pydantic import Field, TypeAdapter, ValidationError
 from starlette.responses import Response, StreamingResponse
 
 from api.deps import caller_of, private_router
-from api.job_schemas import DeletedView, View
 from api.openai.batch_lines import batch_surface
 from api.openai.uploads import Form, receive_file
-from api.openai.views import PageView
 from api.openapi import BYTES
 from api.queries import QueryModel, query_parameters, read_query
 from api.services import Services
+from api.views import DeletedView, PageView, View, page
 from domain.batches import FileStatus
 from domain.errors import FileNotFound, InvalidCursor, InvalidRequest, UnsupportedParameter
 from domain.ids import external_id, parse_id_of_other
@@ -106,7 +105,7 @@ async def list_files(request: Request) -> Response:
         limit=query.limit + 1,
         order=query.order,
     )
-    return _json(page([file_object(file) for file in found[: query.limit]], has_more=len(found) > query.limit))
+    return _json(page([file_object(file) for file in found], query.limit))
 
 
 @router.get("/v1/files/{file_id}", responses={200: {"model": FileView}})
@@ -179,11 +178,6 @@ def page_cursor(after: str | None, prefix: str) -> UUID | None:
         return None if after is None else parse_id_of_other(after, prefix)
     except ValueError as exc:
         raise InvalidCursor(f"after: {exc}; send the last_id of the page before", param="after") from None
-
-
-def page(data: list[dict[str, object]], *, has_more: bool) -> dict[str, object]:
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return {"object": "list", "data": data, **ends, "has_more": has_more}
 
 
 def file_object(file: File) -> dict[str, object]:

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from api.job_schemas import View
 from api.openai.response_schemas import ItemStatus, Phase
 from api.openai.views import InputTokensDetailsView, OutputTokensDetailsView, TokenLogprobView
+from api.views import View
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 

@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from api.bodies import read_model
 from api.deps import caller_of, private_router
-from api.job_schemas import DeletedView
 from api.openai.answers import WholeAnswer
 from api.openai.response_input import listed_items
 from api.openai.response_objects import ending_of
@@ -33,6 +32,7 @@ from api.openapi import request_body, streamed_or
 from api.queries import QueryModel, query_parameters, read_query
 from api.services import Services
 from api.sse import EventStream
+from api.views import DeletedView, page
 from domain.errors import CeleriacError, InvalidRequest
 from domain.ids import external_id
 from domain.jobs import Endpoint
@@ -165,10 +165,9 @@ async def list_input_items(response_id: str, request: Request) -> Response:
     items = listed_items(record.job.id, body_of(record).input)
     if query.order == "desc":
         items.reverse()
-    place = _place_after(items, query.after)
-    page = items[place : place + query.limit]
-    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": "", "last_id": ""}
-    return _json({"object": "list", "data": page, **ends, "has_more": place + query.limit < len(items)})
+    listed = page(items[_place_after(items, query.after) :], query.limit)
+    # Clients know no null here.
+    return _json(listed | {"first_id": listed["first_id"] or "", "last_id": listed["last_id"] or ""})
 
 
 async def _generation(request: Request, body: ResponseBody) -> GenerationRequest:

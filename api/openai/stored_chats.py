@@ -14,13 +14,14 @@ from starlette.responses import Response
 from api.bodies import read_model
 from api.deps import Caller, caller_of, private_router
 from api.job_inputs import page_cursor
-from api.job_schemas import NO_NUL, DeletedView
+from api.job_schemas import NO_NUL
 from api.openai.chat_output import from_result
 from api.openai.schemas import Metadata, OpenAIModel
 from api.openai.views import ChatCompletionListView, ChatCompletionView, StoredMessageListView
 from api.openapi import request_body
 from api.queries import QueryModel, query_parameters, read_query
 from api.services import Services
+from api.views import DeletedView, page
 from domain.errors import InvalidCursor, JobNotFound, ModelNotFound
 from domain.ids import external_id, parse_id
 from domain.jobs import Endpoint, JobStatus
@@ -65,8 +66,8 @@ async def list_chat_completions(request: Request) -> Response:
         limit=query.limit + 1,
         order=query.order,
     )
-    completions = [stored_completion(services, record) for record in records[: query.limit]]
-    return _page(completions, has_more=len(records) > query.limit)
+    completions = [stored_completion(services, record) for record in records]
+    return _json(page(completions, query.limit))
 
 
 @router.get("/v1/chat/completions/{completion_id}", responses={200: {"model": ChatCompletionView}})
@@ -114,8 +115,7 @@ async def list_messages(completion_id: str, request: Request) -> Response:
         _message_object(f"{prefix}-{number}", message) for number, message in enumerate(record.request.messages or ())
     ]
     ordered = messages if query.order == "asc" else messages[::-1]
-    rest = ordered[_place_behind(query.after, ordered) :]
-    return _page(rest[: query.limit], has_more=len(rest) > query.limit)
+    return _json(page(ordered[_place_behind(query.after, ordered) :], query.limit))
 
 
 def stored_completion(services: Services, record: JobRecord) -> dict[str, object]:
@@ -169,18 +169,6 @@ def _place_behind(after: str | None, messages: list[dict[str, object]]) -> int:
         if message["id"] == after:
             return place
     raise InvalidCursor(f"after is {after[:64]!r}, which is no message here; send the last_id of the page before")
-
-
-def _page(data: list[dict[str, object]], *, has_more: bool) -> Response:
-    return _json(
-        {
-            "object": "list",
-            "data": data,
-            "first_id": data[0]["id"] if data else None,
-            "last_id": data[-1]["id"] if data else None,
-            "has_more": has_more,
-        }
-    )
 
 
 def _json(content: object) -> Response:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from api.job_schemas import View
+from api.views import PageView, View
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -104,13 +104,6 @@ class InputTokensDetailsView(View):
 
 class OutputTokensDetailsView(View):
     reasoning_tokens: int
-
-
-class PageView(View):
-    object: Literal["list"]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class ChatCompletionListView(PageView):
