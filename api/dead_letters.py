@@ -11,7 +11,7 @@ from starlette.responses import Response
 from api.bodies import parse_model, read_body, require_json
 from api.deps import caller_of, private_router
 from api.job_inputs import page_cursor
-from api.job_schemas import DeadLetterListView, JobView, attempts_view, job_view
+from api.job_views import DeadLetterListView, JobView, attempts_view, job_view
 from api.jobs import answer_job, find_job, view_after_submit
 from api.openapi import request_body
 from api.queries import QueryModel, query_parameters, read_query

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from api.job_schemas import job_view
+from api.job_views import job_view
 from api.services import Services
 from api.sse import frame
 from domain.chunks import TokenChunk

@@ -22,17 +22,8 @@ from api.job_inputs import (
     preferred_wait,
     stream_cursor,
 )
-from api.job_schemas import (
-    BODY_SCHEMA,
-    JobListView,
-    JobOutputView,
-    JobView,
-    attempts_view,
-    body_class,
-    job_view,
-    new_job_view,
-    output_view,
-)
+from api.job_schemas import BODY_SCHEMA, body_class
+from api.job_views import JobListView, JobOutputView, JobView, attempts_view, job_view, new_job_view, output_view
 from api.openapi import EVENTS, TEXT
 from api.queries import query_parameters, read_query
 from api.services import Services

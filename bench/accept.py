@@ -25,7 +25,8 @@ import orjson
 import psutil
 
 from api.bodies import parse_model
-from api.job_schemas import JobBody, new_job_view
+from api.job_schemas import JobBody
+from api.job_views import new_job_view
 from domain.catalog import Catalog
 from domain.ids import new_id
 from embedded import EmbeddedPostgres, EmbeddedRedis

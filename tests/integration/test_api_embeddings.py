@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import pytest
 
-from api.job_schemas import JobView, VectorsView
+from api.job_views import JobView, VectorsView
 from domain.catalog import Catalog
 from domain.embeddings import MAX_INPUTS
 from domain.ids import parse_id

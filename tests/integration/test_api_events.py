@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 
 from api import job_events
-from api.job_schemas import JobView, OutputView
+from api.job_views import JobView, OutputView
 from client import StreamEvent
 from domain.chunks import TokenChunk, TokenLogprob
 from domain.ids import external_id

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 
-from api.job_schemas import JobListView, JobView, OutputView
+from api.job_views import JobListView, JobView, OutputView
 from domain.ids import external_id
 from domain.jobs import JobError, JobStatus
 from tests.integration.api_harness import CONTEXT, MODEL, ApiServer, HandWorker, body, make_chunk, post_job, until

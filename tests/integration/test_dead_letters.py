@@ -7,7 +7,7 @@ import httpx
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.job_schemas import AttemptView, DeadLetterListView, JobView
+from api.job_views import AttemptView, DeadLetterListView, JobView
 from domain.ids import parse_id
 from domain.jobs import FinishReason, JobError, JobStatus, Lane
 from storage import job_attempts, jobs

@@ -1,0 +1,249 @@
+"""What a job looks like from outside: the view that is answered everywhere.
+
+Views are built as plain dicts and dumped once; `JobView` is their published schema, which a test holds them to.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import Field
+
+from api.errors import job_error_body
+from api.views import PageView, View, timestamp
+from domain.embeddings import EmbeddingRequest, EmbeddingResult
+from domain.ids import external_id
+from domain.jobs import FinishReason, JobKind, JobStatus
+from domain.kinds import JobOutput, JobRequest
+from storage.job_queries import JobRecord
+from storage.jobs_accept import NewJob
+from storage.tables import Job, JobAttempt
+
+
+class QueueView(View):
+    position: int | None = Field(description="Jobs of this model that run earlier under the current order.")
+    eta_seconds: float | None = Field(description="Until its start, by the rate at which live workers drain.")
+
+
+class UsageView(View):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int
+
+
+class ChoiceView(View):
+    index: int
+    text: str
+    finish_reason: FinishReason
+    num_tokens: int
+    logprobs: list[Any] | None
+    candidate: int | None = Field(description="Under best_of: the index of this choice in the stream.")
+    mean_logprob: float | None = Field(description="Under best_of: what it was chosen by.")
+
+
+class OutputView(View):
+    text: str = Field(description="Of the first choice.")
+    choices: list[ChoiceView]
+    prompt_logprobs: list[Any] | None = Field(default=None, description="Where asked for: one per prompt token.")
+
+
+class VectorsView(View):
+    embeddings: list[str] = Field(description="One for each input, in order: little-endian float32 in base64.")
+    dimensions: int
+
+
+class JobErrorView(View):
+    code: str
+    message: str
+    type: str
+    retryable: bool
+
+
+class UrlsView(View):
+    get: str
+    events: str
+    output: str
+    cancel: str
+
+
+class AttemptView(View):
+    attempt: int
+    worker_id: str
+    worker: str | None = Field(description="Its name, where it had reported itself.")
+    started_at: datetime
+    ended_at: datetime | None = Field(description="Null: it runs.")
+    outcome: str | None = Field(description="completed, failed, cancelled, expired, released, lost, crashed, stalled.")
+    error_code: str | None
+    num_tokens: int = Field(description="Committed by this attempt.")
+
+
+class JobView(View):
+    """A job. `output` is there once it is terminal: whole, or partial for a cancelled or expired one."""
+
+    id: str
+    object: Literal["job"]
+    kind: JobKind
+    status: JobStatus
+    model: str
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    expires_at: datetime | None = Field(description="When a finished job is deleted.")
+    deadline: datetime | None
+    priority: int
+    attempt: int
+    queue: QueueView | None = Field(description="Only while queued.")
+    cancel_requested: bool
+    finish_reason: FinishReason | None = Field(description="Of the first choice. `error`: the job failed in its midst.")
+    usage: UsageView | None
+    output: OutputView | VectorsView | None
+    error: JobErrorView | None
+    metadata: dict[str, str]
+    retry_of: str | None = Field(description="The ended job that this one repeats.")
+    urls: UrlsView
+    attempts: list[AttemptView] | None = Field(default=None, description="Only with include=attempts.")
+    input: dict[str, Any] | None = Field(default=None, description="Only with include=input.")
+
+
+class JobOutputView(OutputView):
+    """The output alone; of a running job so far."""
+
+    id: str
+    object: Literal["job.output"]
+    status: JobStatus
+
+
+class DeadLetterListView(PageView):
+    data: list[JobView]
+
+
+class JobListView(PageView):
+    data: list[JobView]
+
+
+def urls_of(job_id: str) -> dict[str, str]:
+    path = f"/v1/jobs/{job_id}"
+    return {"get": path, "events": f"{path}/events", "output": f"{path}/output", "cancel": f"{path}/cancel"}
+
+
+def new_job_view(new_job: NewJob, created_at: datetime, queue: Mapping[str, object]) -> dict[str, object]:
+    """The view of a job that was accepted a moment ago, without asking for it."""
+    job_id = external_id(new_job.id)
+    return {
+        "id": job_id,
+        "object": "job",
+        "kind": new_job.request.kind,
+        "status": JobStatus.QUEUED.value,
+        "model": new_job.request.model,
+        "created_at": timestamp(created_at),
+        "started_at": None,
+        "finished_at": None,
+        "expires_at": None,
+        "deadline": timestamp(new_job.deadline_at),
+        "priority": new_job.priority,
+        "attempt": 0,
+        "queue": queue,
+        "cancel_requested": False,
+        "finish_reason": None,
+        "usage": None,
+        "output": None,
+        "error": None,
+        "metadata": new_job.metadata,
+        "retry_of": new_job.retry_of and external_id(new_job.retry_of),
+        "urls": urls_of(job_id),
+    }
+
+
+def job_view(record: JobRecord, queue: Mapping[str, object] | None = None) -> dict[str, object]:
+    """The view of a stored job, with its input where the record holds it."""
+    job, job_id = record.job, external_id(record.job.id)
+    view: dict[str, object] = {
+        "id": job_id,
+        "object": "job",
+        "kind": job.kind.value,
+        "status": job.status.value,
+        "model": job.model,
+        "created_at": timestamp(job.created_at),
+        "started_at": timestamp(job.started_at),
+        "finished_at": timestamp(job.finished_at),
+        "expires_at": timestamp(job.prune_at),
+        "deadline": timestamp(job.deadline_at),
+        "priority": job.priority,
+        "attempt": job.attempt,
+        "queue": queue if job.status is JobStatus.QUEUED else None,
+        "cancel_requested": job.cancel_requested_at is not None,
+        "finish_reason": job.finish_reason and job.finish_reason.value,
+        "usage": usage_view(job, record.result),
+        "output": output_view(record.result),
+        "error": job_error_body(job.error) if job.error is not None else None,
+        "metadata": job.job_metadata,
+        "retry_of": job.retry_of and external_id(job.retry_of),
+        "urls": urls_of(job_id),
+    }
+    if record.request is not None:
+        view["input"] = _input_view(record.request)
+    return view
+
+
+def attempts_view(job: Job, ended: Sequence[JobAttempt]) -> list[dict[str, object]]:
+    """Every attempt in order; the last one without an end while the job runs."""
+    attempts: list[dict[str, object]] = [
+        {
+            "attempt": one.attempt,
+            "worker_id": str(one.worker_id),
+            "worker": one.worker_name,
+            "started_at": timestamp(one.started_at),
+            "ended_at": timestamp(one.ended_at),
+            "outcome": one.outcome.value,
+            "error_code": one.error_code,
+            "num_tokens": one.num_tokens,
+        }
+        for one in ended
+    ]
+    if job.status is JobStatus.IN_PROGRESS and len(attempts) < job.attempt:
+        running = {"ended_at": None, "outcome": None, "error_code": None, "worker": None}
+        began = {"started_at": timestamp(job.attempt_started_at), "worker_id": str(job.lease_owner)}
+        num_tokens = job.num_committed_tokens - job.num_tokens_at_claim
+        attempts.append({"attempt": job.attempt, "num_tokens": num_tokens, **began, **running})
+    return attempts
+
+
+def _input_view(request: JobRequest) -> dict[str, object]:
+    """With every default of the request, but messages as they were sent."""
+    if isinstance(request, EmbeddingRequest):
+        return request.model_dump(mode="json")
+    messages = request.messages and [
+        message.model_dump(mode="json", exclude_defaults=True) for message in request.messages
+    ]
+    view: dict[str, object] = request.model_dump(mode="json", exclude={"messages"})
+    return view | {"messages": messages}
+
+
+def usage_view(job: Job, result: JobOutput | None) -> dict[str, int] | None:
+    """Of a started job; while it runs, by what it has committed."""
+    if result is not None:
+        usage = result.usage
+        prompt, completion, cached = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
+    elif job.started_at is not None:
+        prompt, completion, cached = job.num_prompt_tokens, job.num_committed_tokens, 0
+    else:
+        return None
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "cached_tokens": cached,
+    }
+
+
+def output_view(result: JobOutput | None) -> dict[str, object] | None:
+    if result is None:
+        return None
+    if isinstance(result, EmbeddingResult):
+        return {"embeddings": list(result.embeddings), "dimensions": result.dimensions}
+    choices = [choice.model_dump(mode="json") for choice in result.choices]
+    output: dict[str, object] = {"text": result.choices[0].text if result.choices else "", "choices": choices}
+    if result.prompt_logprobs is not None:
+        output["prompt_logprobs"] = [entry and entry.model_dump(mode="json") for entry in result.prompt_logprobs]
+    return output
