@@ -7,7 +7,8 @@ from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueCon
 from sqlalchemy.orm import Mapped, mapped_column
 
 from domain.batches import BatchErrors, BatchStatus, FileStatus, LineOutcome, LineRefusal
-from storage.tables import PydanticJSON, Row, TextEnum
+from storage.column_types import PydanticJSON, TextEnum
+from storage.tables import Row
 
 UNFINISHED = "status IN ('validating', 'in_progress', 'finalizing', 'cancelling')"
 

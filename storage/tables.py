@@ -4,14 +4,12 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from pydantic import BaseModel, TypeAdapter
 from sqlalchemy import (
     ARRAY,
     JSON,
     REAL,
     BigInteger,
     CheckConstraint,
-    Dialect,
     Double,
     ForeignKey,
     Index,
@@ -20,7 +18,6 @@ from sqlalchemy import (
     MetaData,
     SmallInteger,
     Text,
-    TypeDecorator,
     UniqueConstraint,
     func,
     text,
@@ -32,59 +29,9 @@ from domain.chunks import TokenChunk
 from domain.jobs import AttemptOutcome, Endpoint, FinishReason, JobError, JobKind, JobStatus, Lane
 from domain.kinds import REQUEST, RESULT, JobOutput, JobRequest
 from domain.workers import WorkerState
+from storage.column_types import AdaptedJSON, PydanticJSON, TextEnum
 
 DEFAULT_TENANT_ID = UUID("00000000-0000-7000-8000-000000000001")  # the tenant `default`, created by the first migration
-
-
-class PydanticJSON(TypeDecorator[BaseModel]):
-    """A JSON column that holds one Pydantic class. `json`, not `jsonb`, which refuses U+0000."""
-
-    impl = JSON
-    cache_ok = True
-
-    def __init__(self, model_class: type[BaseModel]) -> None:
-        super().__init__()
-        self.model_class = model_class
-
-    def process_bind_param(self, value: BaseModel | None, dialect: Dialect) -> Any:
-        return None if value is None else value.model_dump(mode="json")
-
-    def process_result_value(self, value: Any | None, dialect: Dialect) -> BaseModel | None:
-        return None if value is None else self.model_class.model_validate(value)
-
-
-class AdaptedJSON(TypeDecorator[Any]):
-    """A JSON column that holds one of several Pydantic classes, which tell themselves apart."""
-
-    impl = JSON
-    cache_ok = True
-
-    def __init__(self, adapter: TypeAdapter[Any]) -> None:
-        super().__init__()
-        self.adapter = adapter
-
-    def process_bind_param(self, value: Any | None, dialect: Dialect) -> Any:
-        return None if value is None else self.adapter.dump_python(value, mode="json")
-
-    def process_result_value(self, value: Any | None, dialect: Dialect) -> Any | None:
-        return None if value is None else self.adapter.validate_python(value)
-
-
-class TextEnum(TypeDecorator[Any]):
-    """A text column that holds one StrEnum; the CHECK constraints name the values."""
-
-    impl = Text
-    cache_ok = True
-
-    def __init__(self, enum_class: type) -> None:
-        super().__init__()
-        self.enum_class = enum_class
-
-    def process_bind_param(self, value: Any | None, dialect: Dialect) -> str | None:
-        return None if value is None else str(value)
-
-    def process_result_value(self, value: Any | None, dialect: Dialect) -> Any | None:
-        return None if value is None else self.enum_class(value)
 
 
 class Row(DeclarativeBase):

@@ -7,7 +7,8 @@ from sqlalchemy import CheckConstraint, Computed, Double, ForeignKey, Index, Uni
 from sqlalchemy.orm import Mapped, mapped_column
 
 from domain.webhooks import DeliveryStatus
-from storage.tables import Row, TextEnum
+from storage.column_types import TextEnum
+from storage.tables import Row
 
 
 class WebhookEndpoint(Row):
