@@ -231,8 +231,8 @@ def test_a_drain_claims_nothing_more_and_lets_running_jobs_end(rig: Rig) -> None
 
 
 def test_what_outlasts_a_drain_is_released_uncharged_and_goes_on_elsewhere(rig: Rig) -> None:
-    job_id = rig.add_job(max_tokens=300)
     first, second = rig.start(), rig.start()
+    job_id = rig.add_job(max_tokens=1000)
     first.offer([job_id])
     rig.wait_for_tokens([job_id])
     first.runner.begin_drain(release_after_seconds=0)
@@ -260,8 +260,8 @@ def test_stopping_releases_what_runs_and_takes_the_worker_off_the_list(rig: Rig,
 
 
 def test_two_workers_offered_the_same_jobs_run_each_of_them_once(rig: Rig) -> None:
-    job_ids = rig.add_jobs(40)
     pair = [rig.start(), rig.start()]
+    job_ids = rig.add_jobs(40)
     for worker in pair:
         worker.offer(job_ids)
     wait_until(lambda: all(rig.job(job_id).status.is_terminal for job_id in job_ids), "all jobs have ended")

@@ -20,6 +20,7 @@ from storage.jobs_sql import PROVEN_TOKENS
 from tests.integration.runner_harness import RecordingRunner, Rig, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
+SLOW_STEP_SECONDS = 0.05  # a job that is to be caught running must not be over before
 StartProcess = Callable[[Sequence[UUID]], subprocess.Popen[str]]
 
 
@@ -226,11 +227,13 @@ def test_an_engine_that_cannot_start_makes_the_worker_unhealthy_not_the_jobs(rig
 def test_a_worker_that_wakes_up_late_is_fenced_off_and_writes_nothing_more(
     rig: Rig, start_process: StartProcess, session_factory: sessionmaker[Session]
 ) -> None:
-    job_ids = rig.add_jobs(4, max_tokens=400)
+    rig.write_catalog(step_seconds=SLOW_STEP_SECONDS)
+    job_ids = rig.add_jobs(4, max_tokens=200)
     sleeper = start_process(job_ids)
     rig.wait_for_tokens(job_ids)
     sleeper.send_signal(signal.SIGSTOP)
     rescue_all(session_factory, job_ids)
+    rig.write_catalog()
     successor = rig.start()
     successor.offer(job_ids)
     wait_until(lambda: all(2 in rig.attempts_of_chunks(job_id) for job_id in job_ids), "the successor writes")
@@ -248,6 +251,7 @@ def test_a_worker_that_wakes_up_late_is_fenced_off_and_writes_nothing_more(
 def test_an_engine_does_not_outlive_its_killed_worker(
     rig: Rig, start_process: StartProcess, session_factory: sessionmaker[Session]
 ) -> None:
+    rig.write_catalog(step_seconds=SLOW_STEP_SECONDS)
     job_ids = rig.add_jobs(2, max_tokens=200)
     worker = start_process(job_ids)
     rig.wait_for_tokens(job_ids)
@@ -256,6 +260,7 @@ def test_an_engine_does_not_outlive_its_killed_worker(
     template.wait(10)
     engine.wait(10)
     rescue_all(session_factory, job_ids)
+    rig.write_catalog()
     successor = rig.start()
     successor.offer(job_ids)
     wait_until_all_completed(rig, job_ids)
