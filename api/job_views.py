@@ -37,6 +37,7 @@ class ChoiceView(View):
     text: str
     finish_reason: FinishReason
     num_tokens: int
+    num_reasoning_tokens: int | None = Field(description="Those up to the end of the first </think>, if there is one.")
     logprobs: list[Any] | None
     candidate: int | None = Field(description="Under best_of: the index of this choice in the stream.")
     mean_logprob: float | None = Field(description="Under best_of: what it was chosen by.")

@@ -19,8 +19,8 @@ class TokenChunk(Frozen):
     `text` may lag behind `token_ids`: text that could still become a stop string, or is half a UTF-8 character, comes
     with a later chunk. The concatenated `text` of one `index` is the sequence's final text, byte for byte.
 
-    What a later attempt needs to know rides on the chunks: under best_of the sum of the tokens' logprobs, and on the
-    first chunk of all the prompt's, where they are asked for.
+    What a later attempt needs to know rides on the chunks: under best_of the sum of the tokens' logprobs, on the first
+    chunk of all the prompt's, where they are asked for, and where the first </think> ends.
     """
 
     sequence_number: int = Field(ge=1)
@@ -30,4 +30,5 @@ class TokenChunk(Frozen):
     finish_reason: FinishReason | None = None  # set on the last chunk of its index
     logprobs: tuple[TokenLogprob, ...] | None = None
     sum_logprobs: float | None = None  # of token_ids, under best_of
+    num_reasoning_tokens: int | None = None  # of the sequence up to </think>, on the chunk whose tokens complete it
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # one per prompt token; the first has none

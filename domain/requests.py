@@ -123,12 +123,16 @@ class ResultChoice(Frozen):
 
     Under best_of the choices are the n best candidates, best first: `candidate` is the index that the stream's chunks
     of this one bear, `mean_logprob` what it was chosen by (None where it ended before its first token).
+
+    `num_reasoning_tokens` are its tokens up to and including the one that completes the first </think>, whether or not
+    that ends a reasoning: only who knows the model's format can tell. None where there is no </think>.
     """
 
     index: int
     text: str
     finish_reason: FinishReason
     num_tokens: int
+    num_reasoning_tokens: int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     candidate: int | None = None
     mean_logprob: float | None = None

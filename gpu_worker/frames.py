@@ -81,6 +81,7 @@ class SequenceOutput(msgspec.Struct, frozen=True):
     prompt_logprobs: list[dict[str, object] | None] | None = (
         None  # dumped TokenLogprobs; once per job, before any token
     )
+    num_reasoning_tokens: int | None = None  # of all its output, up to the first </think>; from where it is complete on
 
 
 class EmbeddingOutput(msgspec.Struct, frozen=True):

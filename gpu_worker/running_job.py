@@ -28,10 +28,12 @@ class SequenceProgress:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     sum_logprobs: float = 0.0  # of token_ids, under best_of
     finish_reason: FinishReason | None = None
+    num_reasoning_tokens: int | None = None  # up to the first </think>
     pending_text: list[str] = field(default_factory=list)
     pending_token_ids: list[int] = field(default_factory=list)
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)
     pending_sum_logprobs: float | None = None
+    pending_num_reasoning_tokens: int | None = None
     is_end_pending: bool = False  # its finish reason is not in a chunk yet
 
     @property
@@ -48,10 +50,11 @@ class SequenceProgress:
             finish_reason=self.finish_reason if self.is_end_pending else None,
             logprobs=tuple(self.pending_logprobs) or None,
             sum_logprobs=self.pending_sum_logprobs,
+            num_reasoning_tokens=self.pending_num_reasoning_tokens,
         )
         self.append(chunk)
         self.pending_text, self.pending_token_ids, self.pending_logprobs = [], [], []
-        self.pending_sum_logprobs = None
+        self.pending_sum_logprobs = self.pending_num_reasoning_tokens = None
         self.is_end_pending = False
         return chunk
 
@@ -61,6 +64,8 @@ class SequenceProgress:
         self.logprobs += chunk.logprobs or ()
         self.sum_logprobs += chunk.sum_logprobs or 0.0
         self.finish_reason = chunk.finish_reason
+        if chunk.num_reasoning_tokens is not None:
+            self.num_reasoning_tokens = chunk.num_reasoning_tokens
 
 
 class RunningJob:
@@ -174,6 +179,8 @@ class RunningJob:
         if output.prompt_logprobs is not None and self._prompt_logprobs is None:
             self._prompt_logprobs = tuple(map(_logprob, output.prompt_logprobs))
             self._is_prompt_pending = True
+        if sequence.num_reasoning_tokens is None:
+            sequence.pending_num_reasoning_tokens = output.num_reasoning_tokens
         if output.finish_reason is not None:
             sequence.finish_reason = FinishReason(output.finish_reason)
             sequence.is_end_pending = True
@@ -256,6 +263,7 @@ class RunningJob:
                 text="".join(sequence.text),
                 finish_reason=sequence.finish_reason,
                 num_tokens=len(sequence.token_ids),
+                num_reasoning_tokens=sequence.num_reasoning_tokens,
                 logprobs=tuple(sequence.logprobs) or None,
                 mean_logprob=self._mean_logprob(sequence),
             )

@@ -76,12 +76,14 @@ def store_partial_results(session: Session, status_by_job_id: Mapping[UUID, JobS
 def _choice(index: int, chunks: list[TokenChunk], cut_off_by: FinishReason) -> ResultChoice:
     logprobs = tuple(logprob for chunk in chunks for logprob in chunk.logprobs or ())
     num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+    told = (chunk.num_reasoning_tokens for chunk in chunks if chunk.num_reasoning_tokens is not None)
     sums = [chunk.sum_logprobs for chunk in chunks if chunk.sum_logprobs is not None]
     return ResultChoice(
         index=index,
         text="".join(chunk.text for chunk in chunks),
         finish_reason=chunks[-1].finish_reason or cut_off_by,
         num_tokens=num_tokens,
+        num_reasoning_tokens=next(told, None),
         logprobs=logprobs or None,
         mean_logprob=sum(sums) / num_tokens if sums and num_tokens else None,
     )

@@ -17,6 +17,8 @@ import orjson
 
 from domain.tools import ToolDefinition
 
+THINK, END_THINK = "<think>", "</think>"
+
 
 class ToolFormat(StrEnum):
     HERMES = "hermes"
@@ -39,8 +41,8 @@ class OutputFormat:
 
 def output_format_of(template_source: str, rendered_prompt: str) -> OutputFormat:
     """`rendered_prompt` is any that the template makes."""
-    reasoning = ReasoningFormat.TAGGED if "<think>" in template_source else None
-    if rendered_prompt.rstrip().endswith("<think>"):
+    reasoning = ReasoningFormat.TAGGED if THINK in template_source else None
+    if rendered_prompt.rstrip().endswith(THINK):
         reasoning = ReasoningFormat.OPENED
     return OutputFormat(_tool_format_of(template_source), reasoning)
 

@@ -10,7 +10,8 @@ from uuid import UUID
 
 from api.openai.output_parsing import CallArguments, CallName, Content, OutputParser, Piece, Reasoning, parser_of
 from api.openai.running import Run
-from api.openai.schemas import FINISH_REASONS, logprob_object, tier_of, usage_object
+from api.openai.schemas import FINISH_REASONS, logprob_object, tier_of
+from api.openai.usage import count_reasoning_tokens, usage_object
 from domain.chunks import TokenChunk, TokenLogprob
 from domain.ids import external_id
 from domain.jobs import FinishReason
@@ -24,10 +25,12 @@ def from_result(
     record: JobRecord, request: GenerationRequest, format: OutputFormat, service_tier: str | None = None
 ) -> dict[str, object]:
     """The chat completion of a completed job. `request` is what was asked for; `format` is the model's."""
-    assert isinstance(record.result, GenerationResult)
+    result = record.result
+    assert isinstance(result, GenerationResult)
+    parsers = [parser_of(request, format) for _ in range(request.params.n)]
     return _head(record.job.id, record.job, "chat.completion", service_tier) | {
-        "choices": [_choice(record.job.id, choice, request, format) for choice in record.result.choices],
-        "usage": usage_object(record.result.usage),
+        "choices": [_choice(record.job.id, choice, parsers[choice.index]) for choice in result.choices],
+        "usage": _usage(result, parsers),
     }
 
 
@@ -68,9 +71,9 @@ class ChatStream:
             yield self._chunk(chunk.index, {}, finish_reason=_finish_reason(chunk.finish_reason, parser))
 
     def finish(self, record: JobRecord) -> Iterable[Mapping[str, object]]:
-        assert record.result is not None
+        assert isinstance(record.result, GenerationResult)
         if self._has_usage:
-            yield self._head | {"choices": [], "usage": usage_object(record.result.usage)}
+            yield self._head | {"choices": [], "usage": _usage(record.result, self._parsers)}
 
     def _chunk(
         self, index: int, delta: Mapping[str, object], *, logprobs: object = None, finish_reason: str | None = None
@@ -80,8 +83,12 @@ class ChatStream:
         return chunk | {"usage": None} if self._has_usage else chunk
 
 
-def _choice(job_id: UUID, choice: ResultChoice, request: GenerationRequest, format: OutputFormat) -> dict[str, object]:
-    parser = parser_of(request, format)
+def _usage(result: GenerationResult, parsers: Sequence[OutputParser]) -> dict[str, object]:
+    """`parsers` have taken all the text."""
+    return usage_object(result.usage, num_reasoning_tokens=count_reasoning_tokens(result.choices, parsers))
+
+
+def _choice(job_id: UUID, choice: ResultChoice, parser: OutputParser) -> dict[str, object]:
     pieces = parser.push(choice.text) + parser.finish(is_cut=choice.finish_reason is not FinishReason.STOP)
     content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
     reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from api.openai.running import Run
-from api.openai.schemas import FINISH_REASONS, tier_of, usage_object
+from api.openai.schemas import FINISH_REASONS, tier_of
+from api.openai.usage import usage_object
 from domain.chunks import TokenChunk, TokenLogprob
 from domain.ids import external_id
 from domain.jobs import Usage

@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 from api.openai.tool_call_parsing import ToolCallText
 from domain.requests import GenerationRequest
-from tasks.output_formats import OutputFormat, ReasoningFormat, ToolFormat
+from tasks.output_formats import END_THINK, THINK, OutputFormat, ReasoningFormat, ToolFormat
 
-THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 MARKERS = {ToolFormat.MISTRAL: "[TOOL_CALLS]", ToolFormat.LLAMA3: "<|python_tag|>"}
 
@@ -53,6 +52,7 @@ class OutputParser:
         self._held = ""  # text that may be the beginning of something
         self._call: ToolCallText | None = None
         self.num_calls = 0
+        self.has_reasoning = format.reasoning is ReasoningFormat.OPENED  # an empty one, too
         starts = {
             None: self._in_content,
             ReasoningFormat.TAGGED: self._at_start,
@@ -96,6 +96,7 @@ class OutputParser:
         text = self._held.lstrip()
         if text.startswith(THINK):
             self._held = text.removeprefix(THINK)
+            self.has_reasoning = True
             self._state = self._before_thought
         elif is_end or not THINK.startswith(text):
             self._begin_content()

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from api.openai.output_parsing import OutputParser
-from api.openai.response_output import Item, ResponseOutput
+from api.openai.response_output import ResponseOutput
 from api.openai.response_schemas import ResponseBody
 from api.openai.schemas import tier_of
+from api.openai.usage import count_reasoning_tokens, response_usage
 from domain.errors import DeadlineExceeded
 from domain.ids import external_id
-from domain.jobs import FinishReason, JobStatus, Usage
+from domain.jobs import FinishReason, JobStatus
+from domain.kinds import JobOutput
 from domain.requests import GenerationRequest, GenerationResult
 from storage.job_queries import JobRecord
 from storage.tables import Job
@@ -51,11 +53,11 @@ def from_result(record: JobRecord, body: ResponseBody, parser: OutputParser) -> 
     for choice in record.result.choices if isinstance(record.result, GenerationResult) else ():
         list(output.push(choice.text, choice.logprobs))
     list(output.finish(ending.item_status))
-    return response_object(record, body, ending, output.items)
+    return response_object(record, body, ending, output)
 
 
-def response_object(record: JobRecord, body: ResponseBody, ending: Ending, output: list[Item]) -> dict[str, Any]:
-    """`record` comes with its request. Usage is known when the job has ended with a result."""
+def response_object(record: JobRecord, body: ResponseBody, ending: Ending, output: ResponseOutput) -> dict[str, Any]:
+    """`record` comes with its request. Usage is known when the job has ended with a result, all in `output`."""
     job, request = record.job, record.request
     assert isinstance(request, GenerationRequest)
     has_ended = ending.status not in ("queued", "in_progress")
@@ -73,7 +75,7 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
         "max_output_tokens": body.max_output_tokens,
         "metadata": job.job_metadata,
         "model": job.model,
-        "output": output,
+        "output": output.items,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id,
         "reasoning": {"effort": None, "summary": None},
@@ -88,7 +90,7 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
         "top_logprobs": body.top_logprobs or 0,
         "top_p": request.params.top_p,
         "truncation": "disabled",
-        "usage": _usage(record.result.usage) if has_ended and record.result else None,
+        "usage": _usage(record.result, output.parser) if has_ended and record.result else None,
         "user": body.user,
     }
 
@@ -110,11 +112,6 @@ def _error(code: str, message: str) -> dict[str, Any]:
     return {"code": "server_error", "message": message or "the job failed without a word", "type": code}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
+def _usage(result: JobOutput, parser: OutputParser) -> dict[str, Any]:
+    choices = result.choices if isinstance(result, GenerationResult) else ()
+    return response_usage(result.usage, num_reasoning_tokens=count_reasoning_tokens(choices, [parser]))

@@ -23,13 +23,13 @@ class ResponseOutput:
     def __init__(self, job_id: UUID, parser: OutputParser) -> None:
         self.items: list[Item] = []
         self._ulid = external_id(job_id, "resp").removeprefix("resp_")
-        self._parser = parser
+        self.parser = parser
         self._is_open = False  # the last of `items`
 
     def push(self, text: str, logprobs: Sequence[TokenLogprob] | None = None) -> Iterator[ResponseEvent]:
         """`logprobs` go with the first visible text of their chunk."""
         tokens = [logprob_object(logprob) for logprob in logprobs or ()]
-        for piece in self._parser.push(text):
+        for piece in self.parser.push(text):
             yield from self._grow(piece, tokens)
             tokens = [] if isinstance(piece, Content) else tokens
         if tokens and self._is_open and self.items[-1]["type"] == "message":
@@ -37,7 +37,7 @@ class ResponseOutput:
 
     def finish(self, status: str) -> Iterator[ResponseEvent]:
         """The text is over: `completed` or `incomplete`. What was said to the end is a message, if an empty one."""
-        for piece in self._parser.finish(is_cut=status != "completed"):
+        for piece in self.parser.finish(is_cut=status != "completed"):
             yield from self._grow(piece, [])
         if not self.items and status == "completed":
             yield from self._open(self._new_message())

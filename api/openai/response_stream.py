@@ -77,7 +77,7 @@ class ResponseStream:
         return [*events, {"type": kind, "response": self._response(ending)}]
 
     def _response(self, ending: Ending) -> dict[str, Any]:
-        return response_object(self._record, self._body, ending, self._output.items)
+        return response_object(self._record, self._body, ending, self._output)
 
     def _numbered(self, events: Iterable[ResponseEvent]) -> Iterator[bytes]:
         for event in events:

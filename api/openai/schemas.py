@@ -13,7 +13,7 @@ from api.bodies import UNSUPPORTED, invalid_request
 from api.job_schemas import MetadataKey, MetadataValue
 from domain.chunks import TokenLogprob
 from domain.errors import CeleriacError, InvalidRequest
-from domain.jobs import FinishReason, Usage
+from domain.jobs import FinishReason
 from domain.requests import SamplingParams
 from domain.structured_output import StructuredOutput
 
@@ -159,16 +159,6 @@ def tier_of(asked: str | None, priority: int) -> str:
     if asked == "fast":
         return "fast"
     return "priority" if priority > 0 else "flex" if priority < 0 else "default"
-
-
-def usage_object(usage: Usage) -> dict[str, object]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": 0},
-    }
 
 
 def logprob_object(logprob: TokenLogprob) -> dict[str, object]:

@@ -64,7 +64,7 @@ async def as_it_stands(services: Services, record: JobRecord) -> dict[str, Any]:
     output = ResponseOutput(record.job.id, parser_for(services, record))
     for chunk in await read_all_chunks(services, record.job.id):
         list(output.push(chunk.text, chunk.logprobs))
-    return response_object(record, body_of(record), ending_of(record.job), output.items)
+    return response_object(record, body_of(record), ending_of(record.job), output)
 
 
 async def conversation_of(services: Services, tenant_id: UUID, response_id: str) -> list[dict[str, Any]]:

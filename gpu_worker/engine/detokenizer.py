@@ -1,13 +1,32 @@
 """Token ids to text as they come, in constant time per token: never half a character, never a part of a stop string."""
 
+import json
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
+
+from tasks.output_formats import END_THINK, THINK
 
 REPLACEMENT = "\ufffd"
 MAX_INCOMPLETE = 3  # a UTF-8 character is at most four bytes, so at most three of them can be waiting for the rest
 MAX_WINDOW = 16  # tokens decoded again for each new one; slides by halves
 NUM_CONTEXT_TOKENS = 4  # of the prompt: some decoders spell a token differently at the start of a text
+
+
+def with_visible_reasoning(tokenizer: Tokenizer) -> Tokenizer:
+    """One whose tags of reasoning have a text. Some models declare them special, and then nobody could tell from their
+    text where the answer begins."""
+    hidden = [
+        token
+        for token in tokenizer.get_added_tokens_decoder().values()
+        if token.special and token.content in (THINK, END_THINK)
+    ]
+    if not hidden:
+        return tokenizer
+    plain = json.loads(tokenizer.to_str())  # a token once added as special stays so
+    for token in plain["added_tokens"]:
+        token["special"] &= token["content"] not in (THINK, END_THINK)
+    return Tokenizer.from_str(json.dumps(plain))
 
 
 class Detokenizer:
@@ -87,9 +106,14 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop_strings: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids)
         self._matcher = StopMatcher(stop_strings)
+        self._reasoning = StopMatcher([END_THINK])
+        self.has_reasoned = False  # the first </think> is complete, also where its text is held back
 
     def push(self, token_id: int, *, may_stop: bool) -> tuple[str, bool]:
-        return self._matcher.push(self._detokenizer.push(token_id), may_stop=may_stop)
+        piece = self._detokenizer.push(token_id)
+        if not self.has_reasoned:
+            _, self.has_reasoned = self._reasoning.push(piece)
+        return self._matcher.push(piece, may_stop=may_stop)
 
     def flush(self) -> str:
         return self._matcher.flush()

@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
 from domain.catalog import ModelSpec
+from gpu_worker.engine.detokenizer import with_visible_reasoning
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"model {spec.id!r} has no tokenizer.json; convert its tokenizer to a fast one")
-    return backend
+    return with_visible_reasoning(backend)
 
 
 def check_length(spec: ModelSpec, model: Any) -> None:

@@ -297,6 +297,7 @@ class Engine:
                 num_cached_tokens=sequence.num_cached_tokens or 0,
                 sum_logprobs=result.sum_logprobs.get(sequence),
                 prompt_logprobs=result.prompt_logprobs.get(sequence),
+                num_reasoning_tokens=sequence.num_reasoning_tokens,
             )
             for sequence, token_ids in result.token_ids.items()
         ]

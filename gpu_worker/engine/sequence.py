@@ -46,6 +46,7 @@ class Sequence:
     output_counts: Counter[int] = field(default_factory=Counter)  # of each token in the output, for the penalties
     finish_reason: FinishReason | None = None
     unsent_text: str = ""
+    num_reasoning_tokens: int | None = None  # of the output, up to the one that completes the first </think>
     prompt_logprobs: list[dict[str, object] | None] = field(default_factory=lambda: [None])  # of the computed tokens
 
     @property
@@ -90,6 +91,8 @@ class Sequence:
             return
         text, is_stopped = self.stream.push(token_id, may_stop=self.may_end)
         self.unsent_text += text
+        if self.stream.has_reasoned and self.num_reasoning_tokens is None:
+            self.num_reasoning_tokens = self.num_output_tokens
         is_complete = self.grammar is not None and self.grammar.advance(token_id)
         if is_stopped:
             self.finish_reason = FinishReason.STOP
