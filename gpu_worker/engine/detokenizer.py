@@ -106,13 +106,14 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop_strings: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids)
         self._matcher = StopMatcher(stop_strings)
-        self._reasoning = StopMatcher([END_THINK])
+        self._end = ""  # of the text so far, whatever of a tag may be in it
         self.has_reasoned = False  # the first </think> is complete, also where its text is held back
 
     def push(self, token_id: int, *, may_stop: bool) -> tuple[str, bool]:
         piece = self._detokenizer.push(token_id)
         if not self.has_reasoned:
-            _, self.has_reasoned = self._reasoning.push(piece)
+            self._end = self._end[1 - len(END_THINK) :] + piece
+            self.has_reasoned = END_THINK in self._end
         return self._matcher.push(piece, may_stop=may_stop)
 
     def flush(self) -> str:
