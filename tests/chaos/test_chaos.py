@@ -33,7 +33,7 @@ def test_every_mutant_still_fits_the_code(name: str, tmp_path: Path) -> None:
 def test_nothing_is_lost_doubled_or_stuck_under_every_kind_of_fault() -> None:
     report = asyncio.run(Run(SMOKE, Console(width=160)).run())
     assert report["violations"] == {}
-    assert report["jobs_accepted"] > 20
+    assert report["jobs_accepted"] > 5
     assert report["num_faults"] > 20
     assert "worker pause" in report["faults"]
     assert report["tokens_drawn"] >= report["tokens_committed"] > 0

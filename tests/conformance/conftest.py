@@ -26,7 +26,7 @@ def client(api: ApiServer) -> Iterator[openai.OpenAI]:
 def served(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     """An API and one worker, which looks for jobs by itself."""
     monkeypatch.setattr(intake, "POLL_SECONDS", 0.01)
-    settings = rig.settings.model_copy(update={"stream_heartbeat_seconds": 0.2, "disconnect_grace_seconds": 0.3})
+    settings = rig.settings.model_copy(update={"stream_heartbeat_seconds": 0.2, "disconnect_grace_seconds": 1.0})
     with ApiServer(settings, Catalog.load(rig.settings.models_file)) as server:
         worker = rig.start()
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:

@@ -70,7 +70,7 @@ def test_the_sdks_stream_helper_puts_it_together(served: Served) -> None:
 
 
 def test_t1_t2_t3_frames_bear_no_id_no_retry_and_no_name(served: Served) -> None:
-    response = httpx.post(f"{served.server.url}/v1/chat/completions", json=chat_body(stream=True))
+    response = httpx.post(f"{served.server.url}/v1/chat/completions", json=chat_body(stream=True), timeout=30)
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     frames = frames_of(response)
     assert frames[-1] == "[DONE]"
@@ -82,6 +82,6 @@ def test_a_chat_completion_is_a_job_under_the_same_id(served: Served) -> None:
     completion = raw.parse()
     job_id = raw.headers["x-job-id"]
     assert external_id(parse_id(completion.id)) == job_id
-    job = httpx.get(f"{served.server.url}/v1/jobs/{completion.id}").json()
+    job = httpx.get(f"{served.server.url}/v1/jobs/{completion.id}", timeout=30).json()
     assert job["id"] == job_id
     assert job["output"]["text"] == completion.choices[0].message.content

@@ -105,14 +105,14 @@ def test_each_line_is_answered_as_its_route_would_have(embedding: Served, rig_wo
     for one, asked in zip(written, lines, strict=False):
         answer = one["response"]["body"]
         assert one["response"]["status_code"] == 200
-        direct = httpx.post(f"{embedding.server.url}{URL}", json=asked["body"]).json()
+        direct = httpx.post(f"{embedding.server.url}{URL}", json=asked["body"], timeout=30).json()
         assert shape(answer) == shape(direct)
         np.testing.assert_allclose(vectors(answer), vectors(direct), atol=1e-5)
     num_tokens = sum(one["response"]["body"]["usage"]["total_tokens"] for one in written)
     assert batch.usage is not None
     assert (batch.usage.input_tokens, batch.usage.output_tokens) == (num_tokens, 0)
     [refused] = read_lines(client, batch.error_file_id)
-    direct = httpx.post(f"{embedding.server.url}{URL}", json=lines[5]["body"])
+    direct = httpx.post(f"{embedding.server.url}{URL}", json=lines[5]["body"], timeout=30)
     assert (refused["custom_id"], refused["response"]["status_code"]) == ("line-5", direct.status_code)
     assert refused["response"]["body"]["error"] == direct.json()["error"]
     assert direct.json()["error"]["param"] == "input.1"
@@ -143,7 +143,7 @@ def test_an_invalid_line_is_refused_in_the_words_of_its_route(
     work.tick()
     assert client.batches.retrieve(batch.id).status == "failed"
     [error] = errors_of(client, batch)
-    direct = http.post(URL, json=asked["body"]).json()["error"]
+    direct = http.post(URL, json=asked["body"], timeout=30).json()["error"]
     assert (error.line, error.code, error.param) == (2, direct["code"], f"body.{direct['param']}")
     assert error.message == direct["message"]
     assert direct["param"] == param

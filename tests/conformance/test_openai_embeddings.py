@@ -74,6 +74,7 @@ def test_every_form_of_input_gives_the_vectors_of_transformers(embedding: Served
     raw = httpx.post(
         f"{embedding.server.url}/v1/embeddings",
         json={"model": MODEL, "input": TEXTS[0], "encoding_format": "base64"},
+        timeout=30,
     )
     np.testing.assert_allclose(
         np.frombuffer(base64.b64decode(raw.json()["data"][0]["embedding"]), "<f4"), expected[0], atol=1e-4

@@ -170,13 +170,14 @@ def test_deleted_and_not_stored_are_not_found(served: Served) -> None:
 )
 def test_what_cannot_be_is_refused_by_name(api: ApiServer, fields: dict[str, Any], param: str) -> None:
     body = {"model": "fake", "input": "Hi"} | fields
-    answer = httpx.post(f"{api.url}/v1/responses", json=body)
+    answer = httpx.post(f"{api.url}/v1/responses", json=body, timeout=30)
     assert answer.status_code in (400, 404), answer.text
     assert answer.json()["error"]["param"].startswith(param)
 
 
 def test_t5_frames_are_named_numbered_and_without_ids(served: Served) -> None:
-    answer = httpx.post(f"{served.server.url}/v1/responses", json={"model": MODEL, "input": "Hi", "stream": True})
+    body = {"model": MODEL, "input": "Hi", "stream": True}
+    answer = httpx.post(f"{served.server.url}/v1/responses", json=body, timeout=30)
     frames = frames_of(answer.text)
     assert [data["type"] for data in frames] == [name for name in names_of(answer.text)]
     assert [data["sequence_number"] for data in frames] == list(range(len(frames)))

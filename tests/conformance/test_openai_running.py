@@ -107,7 +107,7 @@ def leave(served: Served, *, is_streamed: bool, num_tokens: int = 3000, **option
     headers = options.pop("headers", {})
     body = chat_body(max_completion_tokens=num_tokens, stream=is_streamed, **options)
     before = num_jobs(served)
-    with httpx.Client() as client, ThreadPoolExecutor(1) as threads:
+    with httpx.Client(timeout=30) as client, ThreadPoolExecutor(1) as threads:
 
         def ask() -> None:
             with client.stream(

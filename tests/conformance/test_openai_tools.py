@@ -138,7 +138,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("fields", "param"), REFUSALS, ids=lambda value: value if isinstance(value, str) else "")
 def test_t12_what_is_not_served_is_refused_by_name(api: ApiServer, fields: dict[str, Any], param: str) -> None:
     body = {"model": "fake", "messages": MESSAGES} | fields
-    answer = httpx.post(f"{api.url}/v1/chat/completions", json=body)
+    answer = httpx.post(f"{api.url}/v1/chat/completions", json=body, timeout=30)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error"

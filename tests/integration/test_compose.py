@@ -157,15 +157,15 @@ def test_every_service_runs_by_its_own_command_and_health_check(stack: Stack) ->
 
     url = f"http://127.0.0.1:{stack.api_port}/v1/jobs"
     body = {"model": "celeriac-mini", "prompt": "Once upon a time", "params": {"max_tokens": 8}}
-    assert httpx.post(url, json=body).status_code == 401
+    assert httpx.post(url, json=body, timeout=30).status_code == 401
     headers = {"authorization": f"Bearer {KEY}", "prefer": "wait=60"}
     job = httpx.post(url, json=body, headers=headers, timeout=70).json()
     assert job["status"] == "completed", job
     assert job["usage"]["completion_tokens"] > 0
 
     flower = f"http://127.0.0.1:{stack.flower_port}/workers"
-    assert httpx.get(flower).status_code == 401
-    assert httpx.get(flower, auth=("admin", "flower-secret")).status_code == 200
+    assert httpx.get(flower, timeout=30).status_code == 401
+    assert httpx.get(flower, auth=("admin", "flower-secret"), timeout=30).status_code == 200
 
     for name in reversed(names):
         # uvicorn ends in good order and then by the signal that asked for it.

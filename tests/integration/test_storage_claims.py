@@ -22,7 +22,7 @@ Sessions = sessionmaker[Session]
 
 class TestDispatch:
     def test_the_order_is_priority_then_age(self, session: Session, make_job: MakeJob) -> None:
-        old = make_job(available_at=PAST)
+        old = make_job(available_at=datetime.now(UTC) - timedelta(minutes=30))
         middle, urgent = make_job(), make_job(priority=8)
         assert jobs.dispatch(session, MODEL, room=2) == [urgent.id, old.id]
         assert jobs.dispatch(session, MODEL, room=2) == [middle.id]

@@ -175,9 +175,9 @@ def test_up_runs_a_job_is_alone_in_its_folder_and_keeps_its_jobs(
     up = start_up()
     url, job_id = up.wait_until_up()
     assert "Celeriac is up after" in up.output
-    assert httpx.get(f"{url}/health").json()["status"] == "ok"
+    assert httpx.get(f"{url}/health", timeout=30).json()["status"] == "ok"
     flower_url = up.wait_for(r"Flower +(http://\S+)")[1]
-    assert httpx.get(f"{flower_url}/healthcheck").status_code == 200
+    assert httpx.get(f"{flower_url}/healthcheck", timeout=30).status_code == 200
 
     second = celeriac("up")
     assert "celeriac up runs here already" in second.communicate()[1]
@@ -190,7 +190,7 @@ def test_up_runs_a_job_is_alone_in_its_folder_and_keeps_its_jobs(
 
     again = start_up()
     new_url, _ = again.wait_until_up()
-    assert httpx.get(f"{new_url}/v1/jobs/{job_id}").json()["status"] == "completed"
+    assert httpx.get(f"{new_url}/v1/jobs/{job_id}", timeout=30).json()["status"] == "completed"
     assert again.stop() == 0
 
 
@@ -235,7 +235,7 @@ def test_what_is_killed_is_restarted_and_a_watched_stream_stays_whole(
         up.wait_for(r"GPU worker was killed by SIGKILL after \d+ s; restarting in 0\.5 s")
         text, notes = watching.stdout.read(), watching.stderr.read()
     assert watching.returncode == 0, notes
-    job = httpx.get(f"{url}/v1/jobs/{job_id}").json()
+    job = httpx.get(f"{url}/v1/jobs/{job_id}", timeout=30).json()
     assert job["attempt"] == 2
     assert beginning + text == job["output"]["text"] + "\n"
     assert up.stop() == 0
@@ -250,7 +250,7 @@ def test_a_killed_up_leaves_nothing_behind_and_its_jobs_in_place(start_up: Start
 
     again = start_up()
     new_url, _ = again.wait_until_up()
-    assert httpx.get(f"{new_url}/v1/jobs/{first_job_id}").json()["status"] == "completed"
+    assert httpx.get(f"{new_url}/v1/jobs/{first_job_id}", timeout=30).json()["status"] == "completed"
     assert httpx.get(f"{new_url}/v1/jobs/{running_job_id}?wait=60", timeout=70).json()["status"] == "completed"
     assert again.stop() == 0
 
