@@ -84,6 +84,7 @@ class EmbeddedServer:
         self._process = None
         self._stop_guard()
         if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a child that another thread is just forking would keep it a moment
             self._lock.close()
         self._lock = None
 

@@ -62,6 +62,16 @@ def test_a_folder_in_use_is_refused(redis_server: EmbeddedRedis) -> None:
     assert redis_server.is_running
 
 
+def test_a_stopped_servers_folder_is_free_though_a_child_still_holds_its_files(server_folder: Path) -> None:
+    server = EmbeddedRedis(server_folder / "forked")
+    with server:
+        assert server._lock is not None
+        held = os.dup(server._lock.fileno())  # as a fork does, until its exec
+    with server:
+        assert server.is_running
+    os.close(held)
+
+
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, redis_server: EmbeddedRedis) -> None:
     server = EmbeddedRedis(tmp_path, port=redis_server.port)
     with pytest.raises(EmbeddedServerError, match="Address already in use"):
