@@ -159,7 +159,20 @@ def figures(
         "claims": sum(change.is_claim for change in changes),
         "rescues": len(rescues),
         "rescues_of_well_workers_after_postgres_restart": len(false_rescues),
+        "faults_around_them": sorted({_around(change, owners, struck, lease_seconds) for change in false_rescues}),
     }
+
+
+def _around(change: Change, owners: Mapping[UUID, Owner], struck: Sequence[Struck], lease_seconds: float) -> str:
+    """Who was robbed when, and by what the lease may not have been renewed after all."""
+    assert change.owner is not None
+    since = change.at - 2 * lease_seconds
+    faults = [fault for fault in struck if fault.target and fault.began_at < change.at and fault.ended_at > since]
+    told = (
+        f"{fault.kind} of {fault.target} from {fault.began_at - change.at:.1f} to {fault.ended_at - change.at:.1f} s"
+        for fault in faults
+    )
+    return f"{owners[change.owner].name} at {change.at:.0f}: {'; '.join(told)}"
 
 
 def _incarnation(change: Change, owners: Mapping[UUID, Owner], workers: Sequence[Part]) -> Incarnation | None:

@@ -1,16 +1,20 @@
 """A clean history passes, and each way of going wrong is told by its name."""
 
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 
 from gpu_worker.engine.backends.fake_words import chained_token, next_link
-from tests.chaos.audit import Change, judge_changes
+from tests.chaos.audit import Change, Owner, figures, judge_changes
 from tests.chaos.checker import Stored, StoredJob, broken_link, judge
 from tests.chaos.clients import Connection, Delta, History
+from tests.chaos.faults import Struck
+from tests.chaos.plant import Incarnation, Part
 
 TEXTS = ("one ", "two ", "three ")
 
@@ -168,3 +172,23 @@ def change(old: str, new: str, **fields: Any) -> Change:
 )
 def test_changes_of_status_are_judged(changes: list[Change], kind: str | None) -> None:
     assert [violation.kind for violation in judge_changes(changes)] == ([kind] if kind else [])
+
+
+def test_a_rescue_from_a_well_worker_is_told_with_the_faults_around_it(tmp_path: Path) -> None:
+    worker = Part("gpu-1", ["true"], {}, tmp_path / "log", tmp_path)
+    done = subprocess.Popen(["true"])
+    done.wait()
+    worker.incarnations.append(Incarnation(done, done, started_at=10.0))
+    struck = [
+        Struck("half-open postgres", "gpu to postgres", 90.0, 94.0),
+        Struck("postgres restart", "postgres", 92.0, 93.0),
+        Struck("api kill", "api-1", 60.0, 60.0),
+        Struck("worker kill", "", 95.0, 95.0),
+    ]
+    rescue = change("in_progress", "queued", by="maintenance", at=98.0)
+    told = figures([rescue], {UUID(int=2): Owner("gpu-1", 11.0)}, [worker], struck, lease_seconds=3.0)
+    assert told["rescues_of_well_workers_after_postgres_restart"] == 1
+    assert told["faults_around_them"] == [
+        "gpu-1 at 98: half-open postgres of gpu to postgres from -8.0 to -4.0 s; "
+        "postgres restart of postgres from -6.0 to -5.0 s"
+    ]
