@@ -57,12 +57,13 @@ def database_url(primary: EmbeddedPostgres, standby: EmbeddedPostgres) -> str:
 def test_no_job_is_lost_with_the_machine_of_the_primary(
     rig: Rig, primary: EmbeddedPostgres, standby: EmbeddedPostgres
 ) -> None:
-    job_ids = rig.add_jobs(6, max_tokens=300)
     worker = rig.start()
-    worker.offer(job_ids)
-    rig.wait_for_tokens(job_ids)
     with ApiServer(rig.settings, Catalog.load(rig.settings.models_file)) as api, Submitter(api.url) as submitter:
         wait_until(lambda: len(submitter.accepted) >= 10, "jobs are accepted")
+        job_ids = rig.add_jobs(6, max_tokens=600)
+        worker.offer(job_ids)
+        rig.wait_for_tokens(job_ids)
+        assert not any(worker.ends(job_id) for job_id in job_ids), "they are running when it goes"
         _kill(primary)
         _execute(standby, "SELECT pg_promote()")
         num_accepted = len(submitter.accepted)
