@@ -43,6 +43,11 @@ class Incarnation:
     ended_at: float | None = None
     pauses: list[tuple[float, float | None]] = field(default_factory=list)
 
+    @property
+    def times(self) -> tuple[float, float | None, list[tuple[float, float | None]]]:
+        """Its start, its end, its pauses."""
+        return self.started_at, self.ended_at, self.pauses
+
     def was_well(self, since: float, until: float) -> bool:
         """It lived and was not paused at any moment between the two."""
         lived = self.started_at <= since and (self.ended_at is None or self.ended_at >= until)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -237,12 +237,12 @@ class Run:
             clients.histories,
             striker.struck,
             lease_seconds=LEASE_SECONDS,
-            num_drawn=num_drawn_tokens(self._folder / COUNT_FOLDER),
+            drawn=num_drawn_tokens(self._folder / COUNT_FOLDER),
         )
         for violation in verdict.violations[:NUM_SHOWN]:
             self._console.print(f"{violation.kind}: {violation.job}: {violation.detail}", markup=False)
         if verdict.violations or self._options.is_kept:
-            self._console.print(f"the logs are in {self._folder / 'logs'}")
+            self._keep(striker)
         return {
             "ok": not verdict.violations,
             "seed": self._options.seed,
@@ -250,6 +250,13 @@ class Run:
             "violations": verdict.num_by_kind(),
             **verdict.figures,
         }
+
+    def _keep(self, striker: Striker) -> None:
+        """What the tables, which stay in the folder with the logs, do not know."""
+        parts = {part.name: [incarnation.times for incarnation in part.incarnations] for part in self._plant.parts}
+        faults = [asdict(fault) for fault in striker.struck]
+        (self._folder / "faults.json").write_text(json.dumps({"faults": faults, "parts": parts}, indent=1))
+        self._console.print(f"logs, tables and faults are in {self._folder}")
 
 
 def main() -> int:
@@ -263,7 +270,7 @@ def main() -> int:
     )
     parser.add_argument("--without-real-model", action="store_false", dest="has_real_model")
     parser.add_argument("--mutant", choices=list(MUTANTS), help="run the code without one of its rules")
-    parser.add_argument("--keep", action="store_true", dest="is_kept", help="keep the logs")
+    parser.add_argument("--keep", action="store_true", dest="is_kept", help="keep the logs and the tables")
     arguments = vars(parser.parse_args())
     if arguments["seed"] is None:
         arguments["seed"] = random.SystemRandom().randrange(1_000_000)

@@ -18,15 +18,20 @@ NUM_STALLS_SHOWN = 3
 
 
 def judge_run(
-    plant: Plant, histories: Sequence[History], struck: Sequence[Struck], *, lease_seconds: float, num_drawn: int
+    plant: Plant,
+    histories: Sequence[History],
+    struck: Sequence[Struck],
+    *,
+    lease_seconds: float,
+    drawn: "Counter[tuple[str, int]]",
 ) -> Verdict:
-    """Reads the database, which must be at rest. `num_drawn` tokens were drawn by the fake engines."""
+    """Reads the database, which must be at rest. `drawn` are the tokens of the fake engines, by job and attempt."""
     with plant.connect() as connection:
         stored = read_stored(connection)
         changes, owners = audit.read_changes(connection), audit.read_owners(connection)
         untold = audit.judge_webhooks(connection)
         findings = audit.read_findings(connection)
-        num_committed = audit.read_num_tokens(connection, FAKE_MODEL)
+        attempts = audit.read_attempts(connection, FAKE_MODEL)
         stalls = list(find_stalls(histories, read_written(connection)))
     verdict = judge(histories, stored)
     verdict.violations += audit.judge_changes(changes)
@@ -45,7 +50,7 @@ def judge_run(
         "faults": dict(sorted(faults.items())),
         **verdict.figures,
         **_figures_of_poison(histories),
-        **_figures_of_tokens(num_drawn, num_committed),
+        **_figures_of_tokens(drawn, attempts),
         **audit.figures(changes, owners, plant.workers, struck, lease_seconds=lease_seconds),
         **takeover.figures(changes, owners, shared, plant.maintenance, struck),
         "maintenance_findings": findings,
@@ -96,7 +101,17 @@ def _figures_of_poison(histories: Sequence[History]) -> dict[str, Any]:
     return {"poison_jobs": len(ends), "max_poison_attempts": max((end["attempt"] for end in ends), default=0)}
 
 
-def _figures_of_tokens(num_drawn: int, num_committed: int) -> dict[str, Any]:
+def _figures_of_tokens(
+    drawn: "Counter[tuple[str, int]]", attempts: Sequence[tuple[str, int, str, int]]
+) -> dict[str, Any]:
     """Those drawn and not committed were drawn again by the next attempt, or came after a job's end."""
-    share = (num_drawn - num_committed) / max(num_drawn, 1)
-    return {"tokens_drawn": num_drawn, "tokens_committed": num_committed, "tokens_wasted_share": round(share, 5)}
+    num_drawn, num_committed = drawn.total(), sum(num_tokens for *_, num_tokens in attempts)
+    wasted = Counter[str]()
+    for job_id, number, outcome, num_tokens in attempts:
+        wasted[outcome] += drawn[job_id, number] - num_tokens
+    return {
+        "tokens_drawn": num_drawn,
+        "tokens_committed": num_committed,
+        "tokens_wasted_share": round((num_drawn - num_committed) / max(num_drawn, 1), 5),
+        "tokens_wasted_by_outcome": dict(wasted.most_common()),
+    }

@@ -258,7 +258,7 @@ class FakeBackend:
                 sequence.finish_reason = FinishReason.LENGTH
         self._num_generation_tokens += len(sequence.token_ids) - num_before
         if self._drawn is not None:
-            self._drawn.add(len(sequence.token_ids) - num_before)
+            self._drawn.add(*job.key, len(sequence.token_ids) - num_before)
         return self._output(job, sequence, sequence.token_ids[num_before:], self._scores(job))
 
     def _scores(self, job: FakeJob) -> list[dict[str, object] | None] | None:
