@@ -6,7 +6,6 @@ from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -15,6 +14,7 @@ from api.openapi import TEXT
 from api.services import Services
 from api.views import View
 from storage.recent_jobs import RecentJobs
+from storage.redis_outages import REDIS_OUTAGES
 
 CHECK_SECONDS = 2.0
 
@@ -158,6 +158,6 @@ async def _check_redis(services: Services) -> Answer:
     try:
         async with asyncio.timeout(CHECK_SECONDS):
             await services.redis.ping()
-    except (RedisError, OSError, TimeoutError):
+    except REDIS_OUTAGES:
         return "unavailable"
     return "ok"

@@ -9,7 +9,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID
 
 import redis.asyncio
-from redis.exceptions import RedisError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
@@ -29,6 +28,7 @@ from storage.database import (
     open_statement_database,
     repeatable,
 )
+from storage.redis_outages import REDIS_OUTAGES
 from storage.stream_channels import channel_of
 from storage.streams import Message, StreamReader
 from tasks.dispatch import Dispatcher
@@ -152,7 +152,7 @@ class Services:
         try:
             async with asyncio.timeout(ANNOUNCE_SECONDS):
                 await self.redis.publish(channel_of(job_id), message)
-        except (RedisError, OSError, TimeoutError) as exc:
+        except REDIS_OUTAGES as exc:
             log.warning("streams not told of a transition", extra={"reason": describe_exception(exc)})
 
 

@@ -59,10 +59,10 @@ class Channel:
             self.flush()
 
     @property
-    def is_read_up(self) -> bool:
-        """Whether the other end has read all that was sent."""
-        (num_unread,) = struct.unpack("i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, b"\0\0\0\0"))
-        return not num_unread and not self._outgoing
+    def num_unread(self) -> int:
+        """Bytes that the other end has not read, with what the kernel needs to keep them; 0 where it has read all."""
+        (num_bytes,) = struct.unpack("i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, b"\0\0\0\0"))
+        return int(num_bytes)
 
     def receive(self) -> list[bytes]:
         """Every whole frame that has arrived. Raises ChannelClosed at the end, after what came before it."""

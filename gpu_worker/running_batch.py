@@ -175,7 +175,7 @@ class RunningBatch:
         def on_done(answer: Answer[FlushOutcome]) -> None:
             on_settled(answer.value)
             for flush in flushes:
-                self._settle(flush.job, answer)
+                self._settle(flush, answer)
 
         def on_error(exc: Exception) -> None:
             on_settled(None)
@@ -185,8 +185,9 @@ class RunningBatch:
 
         self._thread.submit(lambda is_repeated: commit(self._storage, flushes), on_done, on_error)
 
-    def _settle(self, job: RunningJob, answer: Answer[FlushOutcome]) -> None:
-        """Act on what SQL said of one job of a flush."""
+    def _settle(self, flush: JobFlush, answer: Answer[FlushOutcome]) -> None:
+        """Act on what SQL said of one job of a flush; its end may be on the way with a later one."""
+        job = flush.job
         if self._jobs.get(job.id) is not job:
             return
         status = answer.value.ended.get(job.id)
@@ -195,7 +196,7 @@ class RunningBatch:
             self._forget(job)
             runtime_seconds = monotonic() - job.started_at
             self._emit(RunnerEvent(RunnerEventKind.ENDED, job.id, status, runtime_seconds, job.summary()))
-        elif held is None or held.attempt != job.attempt or job.is_ending:
+        elif held is None or held.attempt != job.attempt or flush.finalisation is not None:
             logger.warning("fenced off: the job has another owner", extra={"job_id": job.name, "attempt": job.attempt})
             self._lose(job)
         else:

@@ -16,6 +16,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from storage.redis_outages import REDIS_OUTAGES
+
 logger = logging.getLogger(__name__)
 
 PREFIX = "celeriac:stream:"
@@ -73,7 +75,7 @@ class ChannelListener:
                 await self._connect()
                 num_failures = 0
                 await self._listen()
-            except (RedisError, OSError) as exc:
+            except REDIS_OUTAGES as exc:
                 num_failures += 1
                 if num_failures == 1:
                     logger.warning("live streams have lost Redis and read SQL instead: %s", exc)
@@ -135,7 +137,7 @@ class ChannelListener:
                 return  # while we waited, it was asked for again, or no longer
             try:
                 await self._connection.send_command(command, channel_of(job_id))
-            except (RedisError, OSError) as exc:
+            except REDIS_OUTAGES as exc:
                 logger.debug("%s not sent: %s", command, exc)  # the listening task sees the same and reconnects
 
 

@@ -23,7 +23,7 @@ from observability import describe_exception
 from settings import Settings
 from storage import batch_lines, batches, files, jobs, jobs_accept, tenants
 from storage.batch_tables import Batch, BatchLine
-from storage.database import IDLE_IN_TRANSACTION_TIMEOUT_SECONDS, allow_idle
+from storage.database import IDLE_IN_TRANSACTION_TIMEOUT_SECONDS, OUTAGES, allow_idle
 from storage.jobs_accept import AcceptOutcome, NewJob
 from tasks.batch_files import read_ended, write_lines
 from tasks.batch_surface import BatchSurface, LineRequest
@@ -61,12 +61,18 @@ class BatchWork:
         if not self._lock.acquire(blocking=False):
             return
         try:
-            with self._sessions() as session:
-                batch_ids = batches.unfinished_ids(session)
-            for batch_id in batch_ids:
+            for batch_id in self._unfinished_ids():
                 self._advance(batch_id)
         finally:
             self._lock.release()
+
+    def _unfinished_ids(self) -> list[UUID]:
+        try:
+            with self._sessions() as session:
+                return batches.unfinished_ids(session)
+        except OUTAGES as exc:
+            logger.warning("batches wait for the database: %s", describe_exception(exc))
+            return []
 
     def _advance(self, batch_id: UUID) -> None:
         until = monotonic() + TURN_SECONDS

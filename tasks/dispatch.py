@@ -14,7 +14,6 @@ from uuid import UUID
 
 import redis
 import redis.asyncio
-from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
@@ -24,6 +23,7 @@ from domain.jobs import BATCH_PRIORITY
 from domain.workers import WorkerState
 from settings import Settings
 from storage import batch_lines, batches, jobs, workers
+from storage.redis_outages import REDIS_OUTAGES
 from tasks.messages import (
     MAX_RINGS,
     bell_key,
@@ -158,7 +158,7 @@ class Dispatcher:
                 self._wanted_again.discard(spec.id)
                 try:
                     await self.dispatch(spec)
-                except (RedisError, SQLAlchemyError, OSError, TimeoutError) as exc:
+                except (*REDIS_OUTAGES, SQLAlchemyError) as exc:
                     logger.warning("dispatch failed, left to the janitor: %s", type(exc).__name__)
                 if spec.id in self._full:
                     # To look again at every accept would cost more than accepting; who makes room dispatches, too.
@@ -173,7 +173,7 @@ class Dispatcher:
         try:
             async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
                 await self._client.publish(revoke_channel(database), revoke_message([job_id]))
-        except (RedisError, OSError, TimeoutError) as exc:
+        except REDIS_OUTAGES as exc:
             logger.warning("revoke not broadcast, the worker reads it in SQL: %s", type(exc).__name__)
 
     def _start(self, coroutine: Any) -> None:

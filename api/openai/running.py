@@ -9,7 +9,6 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from redis.exceptions import RedisError
 from starlette.requests import Request
 
 from api.deps import caller_of
@@ -25,6 +24,7 @@ from observability import job_id_context
 from storage import endpoint_jobs, job_queries
 from storage.job_queries import JobRecord
 from storage.jobs_accept import QueueRoom
+from storage.redis_outages import REDIS_OUTAGES
 from storage.stream_channels import num_listening_processes
 from tasks.job_options import JobOptions
 from tasks.request_hashes import request_hash
@@ -297,5 +297,5 @@ async def _has_readers(services: Services, job_id: UUID) -> bool:
         return True
     try:
         return await num_listening_processes(services.redis, job_id) > 0
-    except (RedisError, OSError):
+    except REDIS_OUTAGES:
         return True

@@ -41,14 +41,15 @@ from settings import get_settings
 
 logger = logging.getLogger(__name__)
 
-LOOK_AGAIN_SECONDS = 0.05  # whether the worker has read up; one step may just have been longer than our patience
+PATIENCE_SECONDS = 0.25  # in which a worker that lives has read something
+LOOK_AGAIN_SECONDS = 0.02
 
 
 class EngineLoop:
     """Applies commands, steps while there is work, reports each step in one frame.
 
-    It rests while the worker has not read up for `patience_seconds`: to a worker that froze its jobs are lost with the
-    lease, and what the engine would draw for them meanwhile.
+    It rests while its worker has not read for a while: to one that froze the jobs are lost with the lease, and what the
+    engine would draw for them meanwhile.
     """
 
     def __init__(
@@ -58,14 +59,13 @@ class EngineLoop:
         recorder: FlightRecorder,
         *,
         heartbeat_seconds: float,
-        patience_seconds: float,
     ) -> None:
         self._backend = backend
         self._channel = channel
         self._recorder = recorder
         self._heartbeat_seconds = heartbeat_seconds
-        self._patience_seconds = patience_seconds
-        self._read_up_at = monotonic()  # when the worker was last seen to have read everything
+        self._num_unread = 0  # right after the last report was sent
+        self._read_at = monotonic()  # no later than the worker last read
         self._num_steps_by_job: dict[tuple[str, int], int] = {}  # of the jobs of the last step
         self._failures: list[JobFailed] = []  # of `add`; they travel with the next step's frame
         self._is_shut_down = False
@@ -89,10 +89,12 @@ class EngineLoop:
                 self._beat()  # a silent abort left nothing to say, but the figures have changed
 
     def _is_far_ahead(self) -> bool:
-        now = monotonic()
-        if self._channel.is_read_up:
-            self._read_up_at = now
-        return now - self._read_up_at > self._patience_seconds
+        return monotonic() - self._read_at > PATIENCE_SECONDS and not self._is_being_read()
+
+    def _is_being_read(self) -> bool:
+        """Whether the worker has read anything since the last report was sent."""
+        num_unread = self._channel.num_unread
+        return num_unread == 0 or num_unread < self._num_unread
 
     def _apply(self, command: Command) -> None:
         match command:
@@ -150,8 +152,11 @@ class EngineLoop:
         )
 
     def _send(self, report: Report) -> None:
+        if self._is_being_read():
+            self._read_at = monotonic()
         self._channel.send(encode(report))
         self._channel.flush_all()
+        self._num_unread = self._channel.num_unread
 
 
 def volunteer_for_the_oom_killer() -> None:
@@ -188,7 +193,6 @@ def main() -> None:
             channel,
             recorder,
             heartbeat_seconds=arguments.heartbeat_seconds,
-            patience_seconds=settings.lease_seconds / 3,  # in which a worker that lives renews
         ).run()
     except ChannelClosed:
         logger.warning("the worker is gone; the engine ends with it")

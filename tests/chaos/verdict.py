@@ -1,7 +1,8 @@
 """What a run comes to: every violation that the checker, the audit and the known answers find, and the figures."""
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -61,9 +62,18 @@ def judge_run(
             "longest": list(_describe(stalls, takeover.times_away(struck))),
         },
         "processes_started": sum(len(part.incarnations) for part in plant.parts),
-        "tracebacks_in_logs": sum(part.log().count("Traceback (most recent call last)") for part in plant.parts),
+        "errors_in_logs": dict(_errors_in_logs(part.log() for part in plant.parts).most_common()),
     }
     return verdict
+
+
+#: A line of an error by its logger and how it begins, or of what ended an interpreter without one.
+ERROR = re.compile(r"^\S+ \S+ (?:ERROR|CRITICAL) +(\S+: .{1,30})|^(Traceback) \(most recent", re.MULTILINE)
+
+
+def _errors_in_logs(logs: Iterable[str]) -> "Counter[str]":
+    found = (match[1] or match[2] for log in logs for match in ERROR.finditer(log))
+    return Counter(re.sub(r"[0-9a-f-]{6,}|[0-9]+", "..", words) for words in found)
 
 
 def _describe(stalls: Sequence[Stall], away: Sequence[tuple[float, float]]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from api.openai.batch_lines import batch_surface
 from domain.ids import external_id, parse_id_of_other
 from settings import Settings
-from storage import files, jobs
+from storage import database, files, jobs
 from storage.batch_tables import Batch, File
 from storage.tables import Job, Tenant
 from tasks.batches import BatchWork
@@ -80,6 +80,17 @@ def job_ids(sessions: sessionmaker[Session]) -> list[str]:
 
 
 # Files
+
+
+def test_a_look_at_batches_without_a_database_is_put_off(
+    api_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    views = ModelViews(CATALOG)
+    sessions = database.session_factory(database.open_database("postgresql://nobody@127.0.0.1:1/none"))
+    work = BatchWork(sessions, views, api_settings, batch_surface(views))
+    work.tick()
+    work.close()
+    assert "batches wait for the database" in caplog.text
 
 
 def test_a_file_comes_back_as_it_was_sent(client: openai.OpenAI) -> None:

@@ -81,6 +81,25 @@ def test_an_outage_beyond_the_lease_stops_the_jobs_here_and_releases_them_after_
         assert rig.job(job_id).num_failures == 0
 
 
+def test_jobs_that_end_in_an_outage_beyond_the_lease_are_ended_after_it(
+    rig: Rig, own_postgres: EmbeddedPostgres
+) -> None:
+    """A flush of theirs was under way when it began; their ends come with a later one."""
+    job_ids = rig.add_jobs(4, max_tokens=60)
+    worker = rig.start(lease_seconds=2.0)
+    worker.offer(job_ids)
+    rig.wait_for_tokens(job_ids)
+    own_postgres.stop()
+    running = worker.runner._loop._batch._jobs
+    wait_until(lambda: all(job.is_ending for job in list(running.values())), "the lease has lapsed, and all are over")
+    assert len(running) == 4
+    own_postgres.start()
+    worker.wait_for(RunnerEventKind.ENDED, job_ids)
+    for job_id in job_ids:
+        rig.assert_intact(job_id)
+        assert worker.story(job_id) == [RunnerEventKind.CLAIMED, RunnerEventKind.ENDED]
+
+
 def test_a_worker_that_froze_in_mid_transaction_lost_its_locks_and_goes_on(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,7 @@
+"""What the asyncio client raises where Redis is away, slow, or lost in mid-sentence."""
+
+from redis.exceptions import RedisError
+
+#: RuntimeError is uvloop's: "the handler is closed", where a connection that Redis cut is written to before its end was
+#: read. TimeoutError (an OSError) is that of our own deadlines too.
+REDIS_OUTAGES = (RedisError, OSError, RuntimeError)
