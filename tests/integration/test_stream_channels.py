@@ -1,10 +1,12 @@
 """The Redis side of live streams, on the event loop that the API runs on."""
 
 import asyncio
+from typing import cast
 from uuid import uuid4
 
 import redis.asyncio
 import uvloop
+from redis.asyncio.connection import Connection
 
 from storage.stream_channels import ChannelListener, channel_of
 
@@ -23,8 +25,7 @@ async def _lose_the_connection(redis_url: str) -> None:
     job_id = uuid4()
     async with asyncio.timeout(20), redis.asyncio.Redis.from_url(redis_url) as client:
         await subscribed.wait()
-        assert listener._connection is not None
-        listener._connection._writer.transport.abort()  # type: ignore[attr-defined]
+        cast(Connection, listener._connection)._writer.transport.abort()  # type: ignore[union-attr]
         await listener.add(job_id)
         while not heard.is_set():
             await client.publish(channel_of(job_id), b"news")
