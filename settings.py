@@ -105,6 +105,12 @@ class Settings(BaseSettings):
         return url
 
     @property
+    def idle_transaction_seconds(self) -> float:
+        """After which PostgreSQL ends a transaction that stands idle. Whoever froze in one holds locks that others may
+        need to renew their leases, which they do every third of a lease."""
+        return self.lease_seconds / 3
+
+    @property
     def broker_url(self) -> str:
         """`redis_url` as Celery spells it."""
         if self.redis_url.startswith("unix://"):

@@ -25,8 +25,9 @@ from storage.job_queries import JobRecord
 from storage.streams import StatusChange
 from storage.tables import Job
 
-FIRST_POSITION_SECONDS = 0.1  # a job that starts sooner never says that it waited, and the database is not asked
-POSITION_SECONDS = 1.0  # between two looks at the place in the queue
+#: Before the first look at the place in the queue, and each that follows. A job that starts sooner never says that it
+#: waited, and the database is not asked.
+QUEUE_NEWS_SECONDS = (0.1, 1.0)
 STORAGE_RETRY_SECONDS = 0.5
 PAGE = 500
 COMMENT_AND_RETRY = b"retry: 1000\n: celeriac\n"  # an event block without data: sets the delay, dispatches nothing
@@ -80,25 +81,22 @@ class JobEventStream:
         if self._start.has_snapshot:
             yield await self._snapshot()
         async with aclosing(self._services.streams.read(self._job.id, starting_after=self._last)) as events:
-            ticking = with_ticks(
-                events, first=FIRST_POSITION_SECONDS, then=POSITION_SECONDS, is_wanted=lambda: self._is_queued
-            )
-            async for event in ticking:
+            told = beside(events, self._queue_news, waits=QUEUE_NEWS_SECONDS, is_wanted=lambda: self._is_queued)
+            async for event in told:
                 for one in await self._frames_of(event):
                     yield one
 
-    async def _frames_of(self, event: TokenChunk | StatusChange | None) -> list[bytes]:
+    async def _frames_of(self, event: TokenChunk | StatusChange | bytes) -> list[bytes]:
+        if isinstance(event, bytes):
+            return [event] if event else []
         if isinstance(event, TokenChunk):
             self._last = event.sequence_number
             return [self._delta(event)]
-        if event is None:
-            return await self._queue_news()
         self._is_queued = event.status is JobStatus.QUEUED
         if event.status is JobStatus.IN_PROGRESS:
             return [self._news("job.started", attempt=event.attempt, sequence_number=self._last)]
         if event.status is JobStatus.QUEUED:
-            retrying = self._news("job.retrying", attempt=event.attempt + 1, sequence_number=self._last)
-            return [retrying, *await self._queue_news()]
+            return [self._news("job.retrying", attempt=event.attempt + 1, sequence_number=self._last)]
         return await self._farewell()
 
     def _news(self, event: str, **data: object) -> bytes:
@@ -121,16 +119,16 @@ class JobEventStream:
             data["prompt_logprobs"] = [entry and entry.model_dump(mode="json") for entry in chunk.prompt_logprobs]
         return frame("output.delta", data, id=chunk.sequence_number)
 
-    async def _queue_news(self) -> list[bytes]:
-        """The place in the queue, where it is another than was sent last."""
+    async def _queue_news(self) -> bytes:
+        """The place in the queue; empty where it is the one that was sent last, or nobody can say."""
         try:
             queue = await self._services.monitor.position(self._job.id, self._job.model)
         except (SQLAlchemyError, OSError):
-            return []  # the chunks matter; the place comes with the next look
+            return b""
         if queue is None or queue == self._queue:
-            return []
+            return b""
         self._queue = queue
-        return [self._news("job.queued", **queue)]
+        return self._news("job.queued", **queue)
 
     async def _snapshot(self) -> bytes:
         """All text so far in one event; the deltas after it go on from there."""
@@ -149,6 +147,7 @@ class JobEventStream:
 
 
 Item = TypeVar("Item")
+News = TypeVar("News")
 
 
 async def when_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Item:
@@ -159,20 +158,28 @@ async def when_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Item:
         await asyncio.sleep(STORAGE_RETRY_SECONDS)
 
 
-async def with_ticks(
-    items: AsyncIterator[Item], *, first: float, then: float, is_wanted: Callable[[], bool]
-) -> AsyncGenerator[Item | None, None]:
-    """The items, and while `is_wanted` a None after `first` seconds, then after every `then` seconds of silence."""
+async def beside(
+    items: AsyncIterator[Item],
+    ask: Callable[[], Awaitable[News]],
+    *,
+    waits: tuple[float, float],
+    is_wanted: Callable[[], bool],
+) -> AsyncGenerator[Item | News, None]:
+    """The items, none of which waits for an answer; and what `ask` answers, while `is_wanted`: asked the first of
+    `waits` seconds after that began, then the second after each answer."""
     following: asyncio.Task[Item] | None = None
-    timeout = first
+    asking: asyncio.Task[News] | None = None
+    first, then = waits
     try:
         while True:
             following = following or asyncio.ensure_future(_next_of(items))
             if is_wanted():
-                await asyncio.wait((following,), timeout=timeout)
-                timeout = then
+                asking = asking or asyncio.create_task(_later(first, ask))
+                await asyncio.wait((following, asking), return_when=asyncio.FIRST_COMPLETED)
                 if not following.done():
-                    yield None
+                    answer = await asking
+                    asking = asyncio.create_task(_later(then, ask))
+                    yield answer
                     continue
             try:
                 item = await following
@@ -180,10 +187,20 @@ async def with_ticks(
                 return
             following = None
             yield item
+            if asking is not None and not is_wanted():
+                asking.cancel()
+                asking = None
     finally:
-        if following is not None and not following.done():
-            following.cancel()
-            await asyncio.wait((following,))
+        left = [task for task in (following, asking) if task is not None and not task.done()]
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left)
+
+
+async def _later(seconds: float, ask: Callable[[], Awaitable[News]]) -> News:
+    await asyncio.sleep(seconds)
+    return await ask()
 
 
 async def _next_of(items: AsyncIterator[Item]) -> Item:

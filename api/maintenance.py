@@ -21,9 +21,11 @@ app.conf.beat_schedule |= {
 def batch_work() -> BatchWork:
     """This process's. Models are loaded when they are first needed."""
     settings = get_settings()
-    sessions = session_factory(open_database(settings.database_url, pool_size=1, max_overflow=1))
+    database = open_database(
+        settings.database_url, pool_size=1, max_overflow=1, idle_seconds=settings.idle_transaction_seconds
+    )
     views = ModelViews(Catalog.load(settings.models_file))
-    return BatchWork(sessions, views, settings, batch_surface(views))
+    return BatchWork(session_factory(database), views, settings, batch_surface(views))
 
 
 @app.task(name=BATCH_TICK, send_events=False)

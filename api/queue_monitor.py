@@ -26,7 +26,7 @@ from observability import (
     worker_slots,
 )
 from storage import job_queries, maintenance, model_states, webhook_deliveries, workers
-from storage.database import repeatable
+from storage.database import repeatable, within
 from storage.job_queries import QueuePosition
 from storage.recent_jobs import RecentJobs, recent_jobs
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 1.0
 STALE_SECONDS = 5.0  # older figures are not shown to anybody
+ANSWER_SECONDS = 2.0  # then a question is given up, and the next one asked on another connection
 MAX_SHARE = 0.2  # of one database connection that questions for positions may take
 
 
@@ -133,7 +134,7 @@ class QueueMonitor:
         """The figures, read now where they are older. Raises SQLAlchemyError or OSError."""
         async with self._reading:  # whoever waited here finds them fresh
             if time.monotonic() - self._read_at > max_age_seconds:
-                await self._read()
+                await within(ANSWER_SECONDS, self._read())
         return self._queues
 
     async def _read(self) -> None:
@@ -158,7 +159,7 @@ class QueueMonitor:
             if time.monotonic() - self._recent_at > REFRESH_SECONDS:
                 self._recent_at = time.monotonic()
                 try:
-                    self._recent = await repeatable(self._sessions, recent_jobs)
+                    self._recent = await within(ANSWER_SECONDS, repeatable(self._sessions, recent_jobs))
                 except (SQLAlchemyError, OSError) as exc:
                     self._recent = None
                     log.warning("recent jobs not read", extra={"reason": describe_exception(exc)})
@@ -199,7 +200,8 @@ class QueueMonitor:
             asked, self._asked = self._asked, {}
             started = time.monotonic()
             try:
-                positions = await repeatable(self._sessions, job_queries.positions, list(asked))
+                asking = repeatable(self._sessions, job_queries.positions, list(asked))
+                positions = await within(ANSWER_SECONDS, asking)
             except (SQLAlchemyError, OSError) as exc:
                 for answer in asked.values():
                     answer.set_exception(exc)
@@ -207,7 +209,8 @@ class QueueMonitor:
             else:
                 for job_id, answer in asked.items():
                     answer.set_result(positions.get(job_id))
-            await asyncio.sleep((time.monotonic() - started) * (1 / MAX_SHARE - 1))
+            pause = (time.monotonic() - started) * (1 / MAX_SHARE - 1)
+            await asyncio.sleep(min(pause, REFRESH_SECONDS))  # an outage is no cost
 
     async def _refresh_forever(self) -> None:
         while True:

@@ -161,7 +161,9 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
     """Neither the database nor Redis needs to be up: requests say so until they are."""
     views = await asyncio.to_thread(ModelViews, catalog)
     async with AsyncExitStack() as stack:
-        database = open_async_database(settings.database_url, pool_size=2, max_overflow=6)
+        database = open_async_database(
+            settings.database_url, pool_size=2, max_overflow=6, idle_seconds=settings.idle_transaction_seconds
+        )
         stack.push_async_callback(database.dispose)
         sessions = async_session_factory(database)
         statement_database = open_statement_database(settings.database_url)

@@ -62,8 +62,11 @@ class JobStorage:
 
     def __init__(self, settings: Settings, spec: ModelSpec, owner: UUID) -> None:
         self._database = database.open_database(
-            settings.database_url, pool_size=2, max_overflow=0
-        )  # the bell has the other
+            settings.database_url,
+            pool_size=2,  # the bell has the other
+            max_overflow=0,
+            idle_seconds=settings.idle_transaction_seconds,
+        )
         self.sessions: sessionmaker[Session] = database.session_factory(self._database)
         self.channel = LiveChannel(settings.redis_url)
         self.owner = owner

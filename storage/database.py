@@ -22,7 +22,7 @@ CONNECT_TIMEOUT_SECONDS = 3
 POOL_TIMEOUT_SECONDS = 2.0  # a caller without a connection by then answers 503
 STATEMENT_TIMEOUT_SECONDS = 30
 LOCK_TIMEOUT_SECONDS = 10
-IDLE_IN_TRANSACTION_TIMEOUT_SECONDS = 5  # whoever froze or vanished in mid-transaction gives up its locks
+IDLE_SECONDS = 5.0  # a third of the default lease; see Settings.idle_transaction_seconds
 
 OUTAGES = (OperationalError, InterfaceError, PoolTimeout)  # the database is away, or asks for another try
 # The same, though psycopg files them under InternalError; the second comes from a server that has become a standby.
@@ -39,29 +39,32 @@ def database_url(url: str) -> URL:
     return parsed
 
 
-def open_database(url: str, *, pool_size: int = 4, max_overflow: int = 4) -> Engine:
-    """A pool of sync connections, for workers and maintenance. Nothing connects before the first use."""
+def open_database(url: str, *, pool_size: int = 4, max_overflow: int = 4, idle_seconds: float = IDLE_SECONDS) -> Engine:
+    """A pool of sync connections, for workers and maintenance. Nothing connects before the first use. The server ends a
+    transaction that stands idle for `idle_seconds`."""
     database = create_engine(
         database_url(url),
         pool_size=pool_size,
         max_overflow=max_overflow,
         pool_timeout=POOL_TIMEOUT_SECONDS,
         pool_pre_ping=True,
-        connect_args=_connect_args(),
+        connect_args=_connect_args(idle_seconds),
     )
     _tell_outages(database)
     return database
 
 
-def open_async_database(url: str, *, pool_size: int = 10, max_overflow: int = 10) -> AsyncEngine:
-    """A pool of async connections, for the API. Nothing connects before the first use."""
+def open_async_database(
+    url: str, *, pool_size: int = 10, max_overflow: int = 10, idle_seconds: float = IDLE_SECONDS
+) -> AsyncEngine:
+    """A pool of async connections, for the API; otherwise as `open_database`."""
     database = create_async_engine(
         database_url(url),
         pool_size=pool_size,
         max_overflow=max_overflow,
         pool_timeout=POOL_TIMEOUT_SECONDS,
         pool_pre_ping=True,
-        connect_args=_connect_args(),
+        connect_args=_connect_args(idle_seconds),
     )
     _tell_outages(database.sync_engine)
     return database
@@ -77,7 +80,7 @@ def open_statement_database(url: str, *, pool_size: int = 10, max_overflow: int 
         pool_timeout=POOL_TIMEOUT_SECONDS,
         pool_use_lifo=True,  # few connections do most of the work, and have its statements prepared
         isolation_level="AUTOCOMMIT",
-        connect_args=_connect_args(),
+        connect_args=_connect_args(IDLE_SECONDS),
     )
     _tell_outages(database.sync_engine)
     return database
@@ -127,7 +130,7 @@ def _forget(task: "asyncio.Task[Any]") -> None:
 
 def allow_idle(session: Session, seconds: float) -> None:
     """How long this transaction may stand idle between two statements from here on, before the server ends it."""
-    timeout = func.set_config("idle_in_transaction_session_timeout", f"{seconds:g}s", True)
+    timeout = func.set_config("idle_in_transaction_session_timeout", f"{round(1000 * seconds)}ms", True)
     session.execute(select(timeout))
 
 
@@ -164,18 +167,18 @@ def _upgrade(connection: Connection) -> None:
     connection.commit()
 
 
-def _connect_args() -> dict[str, object]:
+def _connect_args(idle_seconds: float) -> dict[str, object]:
     timeouts = {
         "statement_timeout": STATEMENT_TIMEOUT_SECONDS,
         "lock_timeout": LOCK_TIMEOUT_SECONDS,
-        "idle_in_transaction_session_timeout": IDLE_IN_TRANSACTION_TIMEOUT_SECONDS,
+        "idle_in_transaction_session_timeout": idle_seconds,
     }
     # A plan cached while a table was empty would read the whole table for minutes after it filled; and the rows of a
     # queue are in memory, so looking one up by its id costs little more than reading the next one.
     planner = "-c plan_cache_mode=force_custom_plan -c jit=off -c random_page_cost=1.1"
     return {
         "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-        "options": " ".join([planner, *(f"-c {name}={seconds}s" for name, seconds in timeouts.items())]),
+        "options": " ".join([planner, *(f"-c {name}={round(1000 * seconds)}ms" for name, seconds in timeouts.items())]),
         # A peer that vanished without a word is noticed in seconds, not after the kernel's two hours.
         "keepalives_idle": 5,
         "keepalives_interval": 2,

@@ -8,6 +8,7 @@ judges leases and deadlines. The statements are in `storage/jobs_sql.py` and `st
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -201,16 +202,19 @@ def report_crash(session: Session, weight_by_job_id: dict[UUID, int], *, owner: 
     return _returned(session, ends.REPORT_CRASH, parameters | ERRORS)
 
 
-def rescue(session: Session, *, grace_seconds: float, quiet_seconds: float, limit: int = 200) -> list[Returned]:
-    """Give back the jobs whose lease lapsed. Does nothing until the database server is `quiet_seconds` up: after an
-    outage every lease looks lapsed."""
-    parameters = {"grace_seconds": grace_seconds, "quiet_seconds": quiet_seconds, "limit": limit}
+def rescue(
+    session: Session, *, as_of: datetime, grace_seconds: float, quiet_seconds: float, limit: int = 200
+) -> list[Returned]:
+    """Give back the jobs whose lease had lapsed `grace_seconds` before `as_of`, a moment of the database's clock. Does
+    nothing until the server is `quiet_seconds` up: after an outage every lease looks lapsed."""
+    parameters = {"as_of": as_of, "grace_seconds": grace_seconds, "quiet_seconds": quiet_seconds, "limit": limit}
     return _returned(session, ends.RESCUE, parameters | ERRORS)
 
 
-def release_stalled(session: Session, *, stall_seconds: float, limit: int = 200) -> list[Returned]:
-    """Take jobs from owners that renew their leases and bring no token for so long; charged as a lost worker is."""
-    return _returned(session, ends.STALL, {"stall_seconds": stall_seconds, "limit": limit} | ERRORS)
+def release_stalled(session: Session, *, as_of: datetime, stall_seconds: float, limit: int = 200) -> list[Returned]:
+    """Take jobs from owners that renew their leases and had brought no token for so long at `as_of`; charged as a lost
+    worker is."""
+    return _returned(session, ends.STALL, {"as_of": as_of, "stall_seconds": stall_seconds, "limit": limit} | ERRORS)
 
 
 def cancel(session: Session, job_id: UUID, tenant_id: UUID) -> JobStatus | None:

@@ -131,8 +131,9 @@ poisoned AS (  -- the same request again is refused for a day
 RESCUE = text(
     _returned(f"""
     SELECT j.id, j.lease_owner AS owner, 'lost' AS outcome, j.lane, j.num_suspicions, {_charged("false")} FROM jobs j
-    WHERE j.status = 'in_progress' AND j.lease_expires_at < {CLOCK} - make_interval(secs => :grace_seconds)
-        AND {CLOCK} - pg_postmaster_start_time() > make_interval(secs => :quiet_seconds)
+    WHERE j.status = 'in_progress'
+        AND j.lease_expires_at < CAST(:as_of AS timestamptz) - make_interval(secs => :grace_seconds)
+        AND CAST(:as_of AS timestamptz) - pg_postmaster_start_time() > make_interval(secs => :quiet_seconds)
     ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED""")
 )
 
@@ -141,8 +142,8 @@ RESCUE = text(
 STALL = text(
     _returned(f"""
     SELECT j.id, j.lease_owner AS owner, 'stalled' AS outcome, j.lane, j.num_suspicions, {_charged("false")}
-    FROM jobs j WHERE j.status = 'in_progress' AND j.lease_expires_at >= {CLOCK}
-        AND j.progressed_at < {CLOCK} - make_interval(secs => :stall_seconds
+    FROM jobs j WHERE j.status = 'in_progress' AND j.lease_expires_at >= CAST(:as_of AS timestamptz)
+        AND j.progressed_at < CAST(:as_of AS timestamptz) - make_interval(secs => :stall_seconds
             * CASE WHEN j.num_committed_tokens > j.num_tokens_at_claim THEN 1 ELSE 10 END)
     ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED""")
 )

@@ -23,7 +23,7 @@ from observability import describe_exception
 from settings import Settings
 from storage import batch_lines, batches, files, jobs, jobs_accept, tenants
 from storage.batch_tables import Batch, BatchLine
-from storage.database import IDLE_IN_TRANSACTION_TIMEOUT_SECONDS, OUTAGES, allow_idle
+from storage.database import OUTAGES, allow_idle
 from storage.jobs_accept import AcceptOutcome, NewJob
 from tasks.batch_files import read_ended, write_lines
 from tasks.batch_surface import BatchSurface, LineRequest
@@ -151,7 +151,7 @@ class BatchWork:
         ordered = sorted(new_job.id for new_job in new_jobs.values())
         new_jobs = {line: replace(job, id=id_) for (line, job), id_ in zip(new_jobs.items(), ordered, strict=True)}
         session.flush()
-        allow_idle(session, IDLE_IN_TRANSACTION_TIMEOUT_SECONDS)
+        allow_idle(session, self._settings.idle_transaction_seconds)
         accepted = jobs_accept.accept(session, list(new_jobs.values()), max_queued_jobs=self._settings.max_queued_jobs)
         taken = {
             line: (answer.job_id, new_job.num_sequences)

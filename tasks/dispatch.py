@@ -55,13 +55,18 @@ def batch_share(settings: Settings, num_live_slots: int) -> int:
 def dispatch(sessions: sessionmaker[Session], client: redis.Redis, spec: ModelSpec, settings: Settings) -> int:
     """Fill the window of one model's queue; returns how many jobs were sent. Raises RedisError, SQLAlchemyError."""
     num_waiting = count_waiting(client, spec.queue)
-    with sessions.begin() as session:
-        num_live_slots = count_live_slots(session, spec)
-        free = room(settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
-        job_ids = jobs.dispatch(session, spec.id, room=free)
-        share = batch_share(settings, num_live_slots)
-        job_ids += _dispatch_batch_lines(session, spec.id, share=share, free=free - len(job_ids))
-    push(client, spec.queue, job_ids)
+    job_ids: list[UUID] = []
+    try:
+        with sessions.begin() as session:
+            num_live_slots = count_live_slots(session, spec)
+            free = room(settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
+            job_ids += jobs.dispatch(session, spec.id, room=free)
+            share = batch_share(settings, num_live_slots)
+            job_ids += _dispatch_batch_lines(session, spec.id, share=share, free=free - len(job_ids))
+    finally:
+        # Also where the answer to the commit was lost: jobs that are marked and not sent would wait for their next
+        # turn, and a message too many is dropped.
+        push(client, spec.queue, job_ids)
     return len(job_ids)
 
 
@@ -132,14 +137,20 @@ class Dispatcher:
         num_waiting, num_live_slots = await asyncio.gather(self._count_waiting(spec), self._count_live_slots(spec))
         free = room(self._settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
         (self._full.discard if free else self._full.add)(spec.id)
-        async with self._sessions.begin() as session:
-            job_ids = await session.run_sync(jobs.dispatch, spec.id, room=free)
+        job_ids: list[UUID] = []
+        try:
+            async with self._sessions.begin() as session:
+                job_ids += await session.run_sync(jobs.dispatch, spec.id, room=free)
+        finally:
+            await self._push(spec.queue, job_ids)
+        return len(job_ids)
+
+    async def _push(self, queue: str, job_ids: Sequence[UUID]) -> None:
         if job_ids:
             async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
                 pipeline = self._client.pipeline(transaction=True)
-                _push(pipeline, spec.queue, job_ids)
+                _push(pipeline, queue, job_ids)
                 await pipeline.execute()
-        return len(job_ids)
 
     async def _count_waiting(self, spec: ModelSpec) -> int:
         async with asyncio.timeout(BROKER_DEADLINE_SECONDS):

@@ -19,6 +19,8 @@ from uuid import uuid4
 
 import redis
 from celery import signals
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -37,7 +39,7 @@ from tasks.messages import JANITOR_TICK, MAINTENANCE_QUEUE
 logger = logging.getLogger(__name__)
 
 EPOCH_KEY = "celeriac:epoch"
-BROKER_TIMEOUT_SECONDS = 2.0
+BROKER_TIMEOUT_SECONDS = 1.0
 PRUNE_EVERY_SECONDS = 10.0
 CHECK_EVERY_SECONDS = 60.0  # what reads every unfinished job
 UNSERVED_SECONDS = 30.0  # a worker that starts has so long until its model counts as unserved
@@ -45,22 +47,25 @@ UNSERVED_SECONDS = 30.0  # a worker that starts has so long until its model coun
 
 class OutageGuard:
     """Says when leases can be believed. After an outage of the database, and after its clock stepped, every lease looks
-    lapsed although its owner lives: then rescue waits for one lease, in which the owners renew."""
+    lapsed although its owner lives: then rescue waits for one lease, in which the owners renew. `clock` is monotonic,
+    of no later than the first question to the database."""
 
-    def __init__(self, lease_seconds: float) -> None:
+    def __init__(self, lease_seconds: float, clock: float) -> None:
         self._lease_seconds = lease_seconds
-        self._last: tuple[datetime, float] | None = None
+        self._answered_at = clock
+        self._database_now: datetime | None = None  # of the last answer
         self._hold_until = 0.0
 
     def may_rescue(self, database_now: datetime, clock: float) -> bool:
-        """`clock` is monotonic. To be called at every tick that reached the database."""
-        if self._last is not None:
-            silence = clock - self._last[1]
-            step = (database_now - self._last[0]).total_seconds() - silence
-            # Owners renew every third of a lease: a smaller step leaves each of them some of it.
-            if silence > self._lease_seconds or step > self._lease_seconds / 3:
-                self._hold_until = clock + self._lease_seconds
-        self._last = (database_now, clock)
+        """To be called at every tick that reached the database. What may be rescued had lapsed by `database_now`: the
+        server may be frozen between this answer and the next statement."""
+        silence = clock - self._answered_at
+        step = (database_now - (self._database_now or database_now)).total_seconds() - silence
+        # Owners renew every third of a lease: an outage has found each with two thirds of it, and a smaller step leaves
+        # each of them some of it.
+        if silence > self._lease_seconds * 2 / 3 or step > self._lease_seconds / 3:
+            self._hold_until = clock + self._lease_seconds
+        self._answered_at, self._database_now = clock, database_now
         return clock >= self._hold_until
 
 
@@ -75,12 +80,13 @@ class Janitor:
         self._catalog = catalog
         self._settings = settings
         self.quiet_seconds = settings.lease_seconds + 5  # how long the database server must be up before a rescue
-        self._guard = OutageGuard(settings.lease_seconds)
+        self._guard = OutageGuard(settings.lease_seconds, monotonic())
         self._epoch: tuple[object, object] | None = None
         self._is_redispatch_due = False
         self._pruned_at = 0.0
         self._checked_at = 0.0
-        self._are_leases_believed = False
+        self._leases_as_of: datetime | None = None  # None: they cannot be believed now
+        self._has_redis = False  # it answered in this tick
         self.ticked_at = monotonic()
         self._lock = Lock()
 
@@ -111,20 +117,25 @@ class Janitor:
     def _rescue(self) -> int:
         with self._sessions.begin() as session:
             now = session.scalar(select(func.clock_timestamp()))
-            self._are_leases_believed = now is not None and self._guard.may_rescue(now, monotonic())
-            if not self._are_leases_believed:
+            self._leases_as_of = now if now is not None and self._guard.may_rescue(now, monotonic()) else None
+            if self._leases_as_of is None:
                 return 0
             returned = jobs.rescue(
-                session, grace_seconds=self._settings.lease_grace_seconds, quiet_seconds=self.quiet_seconds
+                session,
+                as_of=self._leases_as_of,
+                grace_seconds=self._settings.lease_grace_seconds,
+                quiet_seconds=self.quiet_seconds,
             )
         publish(self._client, [(job.job_id, job.status) for job in returned])
         return len(returned)
 
     def _release_stalled(self) -> int:
-        if not self._are_leases_believed:
+        if self._leases_as_of is None:
             return 0
         with self._sessions.begin() as session:
-            returned = jobs.release_stalled(session, stall_seconds=self._settings.stall_seconds)
+            returned = jobs.release_stalled(
+                session, as_of=self._leases_as_of, stall_seconds=self._settings.stall_seconds
+            )
             if returned:
                 maintenance.count_figure(session, "stalled_jobs", len(returned))
         for job in returned:
@@ -139,15 +150,19 @@ class Janitor:
         return len(expired)
 
     def _dispatch(self, model: str) -> int:
+        if not self._has_redis:
+            return 0  # to find that out once a tick is enough: rescue must not wait for it
         return dispatch(self._sessions, self._client, self._catalog.get(model), self._settings)
 
     def _follow_epoch(self) -> int:
         """Redis was emptied or replaced since the last look: what it held must be sent again."""
+        self._has_redis = False
         pipeline = self._client.pipeline(transaction=False)
         pipeline.set(EPOCH_KEY, str(uuid4()), nx=True)
         pipeline.get(EPOCH_KEY)
         pipeline.info("server")
         was_missing, value, info = pipeline.execute()
+        self._has_redis = True
         epoch = (value, info["run_id"])
         if was_missing or self._epoch not in (None, epoch):
             self._is_redispatch_due = True  # stays so until the database did it
@@ -196,10 +211,15 @@ def janitor() -> Janitor:
     """This process's janitor."""
     settings = get_settings()
     client = redis.Redis.from_url(
-        settings.redis_url, socket_timeout=BROKER_TIMEOUT_SECONDS, socket_connect_timeout=BROKER_TIMEOUT_SECONDS
+        settings.redis_url,
+        socket_timeout=BROKER_TIMEOUT_SECONDS,
+        socket_connect_timeout=BROKER_TIMEOUT_SECONDS,
+        retry=Retry(NoBackoff(), 0),
     )
-    sessions = session_factory(open_database(settings.database_url, pool_size=1, max_overflow=1))
-    return Janitor(sessions, client, Catalog.load(settings.models_file), settings)
+    database = open_database(
+        settings.database_url, pool_size=1, max_overflow=1, idle_seconds=settings.idle_transaction_seconds
+    )
+    return Janitor(session_factory(database), client, Catalog.load(settings.models_file), settings)
 
 
 @app.task(name=JANITOR_TICK, send_events=False)  # one a second would push the jobs out of Flower's list

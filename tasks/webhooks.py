@@ -157,7 +157,12 @@ class SenderThread:
             runner.run(self._send())
 
     async def _send(self) -> None:
-        database = open_async_database(self._settings.database_url, pool_size=1, max_overflow=1)
+        database = open_async_database(
+            self._settings.database_url,
+            pool_size=1,
+            max_overflow=1,
+            idle_seconds=self._settings.idle_transaction_seconds,
+        )
         self._sender = WebhookSender(async_session_factory(database), TargetGuard(self._settings))
         try:
             await self._sender.run()

@@ -79,7 +79,8 @@ RESCUES_ON_A_STALE_SNAPSHOT = Mutant(
         ),
         Edit(
             ENDS_SQL,
-            "j.status = 'in_progress' AND j.lease_expires_at < {CLOCK} - make_interval(secs => :grace_seconds)\n",
+            "j.status = 'in_progress'\n        AND j.lease_expires_at < CAST(:as_of AS timestamptz)"
+            " - make_interval(secs => :grace_seconds)\n",
             "j.id = ANY(CAST(:lapsed AS uuid[])) AND CAST(:grace_seconds AS float8) >= 0\n",
         ),
     ),

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from datetime import UTC, datetime
 from uuid import UUID, uuid5
 
 import pytest
@@ -110,7 +111,9 @@ class Table:
     _lease_lapses_under_its_owner = _lease_lapses
 
     def _rescue(self, session: Session, before: State, step: Step) -> None:
-        assert [job.job_id for job in jobs.rescue(session, grace_seconds=0, quiet_seconds=0)] == [self._job_id]
+        assert [
+            job.job_id for job in jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=0, quiet_seconds=0)
+        ] == [self._job_id]
         self._skip_delay(session)
 
     def _cancel(self, session: Session, before: State, step: Step) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -200,7 +201,10 @@ def test_a_stream_over_the_death_of_its_worker_goes_on(served: Served) -> None:
 
     def rescued() -> bool:
         with served.rig.sessions.begin() as session:
-            return bool(jobs.rescue(session, grace_seconds=0, quiet_seconds=0)) or served.rig.job(job_id).attempt > 1
+            return (
+                bool(jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=0, quiet_seconds=0))
+                or served.rig.job(job_id).attempt > 1
+            )
 
     until(rescued, seconds=20)
     chunks += list(stream)

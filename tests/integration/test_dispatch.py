@@ -13,6 +13,8 @@ from uuid import UUID, uuid4
 import pytest
 import redis
 import redis.asyncio
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
@@ -105,6 +107,26 @@ def test_a_job_is_sent_once(client: redis.Redis, session_factory: sessionmaker[S
     assert dispatch(session_factory, client, SPEC, SETTINGS) == 1
     client.delete(SPEC.queue)
     assert dispatch(session_factory, client, SPEC, SETTINGS) == 0  # it comes due again by itself, later
+
+
+def test_a_job_whose_mark_was_committed_without_an_answer_is_sent(
+    client: redis.Redis, session_factory: sessionmaker[Session], make_job: MakeJob
+) -> None:
+    make_job()
+
+    class LossySession(Session):
+        """Its connection breaks behind the commit."""
+
+    sessions: sessionmaker[Session] = sessionmaker(session_factory.kw["bind"], class_=LossySession)
+
+    @event.listens_for(LossySession, "after_commit")
+    def lose_the_answer(_: Session) -> None:
+        raise OperationalError("COMMIT", {}, Exception("the connection is lost"))
+
+    with pytest.raises(OperationalError):
+        dispatch(sessions, client, SPEC, SETTINGS)
+    assert count_waiting(client, SPEC.queue) == 1
+    assert dispatch(session_factory, client, SPEC, SETTINGS) == 0, "it is marked"
 
 
 def test_rings_are_bounded(client: redis.Redis) -> None:

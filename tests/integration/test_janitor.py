@@ -15,7 +15,7 @@ from uuid import uuid4
 import psutil
 import pytest
 import redis
-from sqlalchemy import update
+from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
@@ -172,6 +172,36 @@ def test_a_step_of_the_database_clock_rescues_nobody(
     monkeypatch.setattr("tasks.janitor.monotonic", lambda: now - 60)
     assert "rescued" not in janitor.tick()
     assert [status_of(session_factory, job) for job in held] == [JobStatus.IN_PROGRESS] * 3
+
+
+def test_a_server_that_froze_behind_its_answer_rescues_nobody(
+    janitor: Janitor, make_job: MakeJob, session_factory: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives the time, stands still until the leases have lapsed, and only then gets to the rescue."""
+    held = make_job(status=JobStatus.IN_PROGRESS, lease_expires_at=IN_AN_HOUR, progressed_at=datetime.now(UTC))
+    rescue = jobs.rescue
+
+    def rescue_late(session: Session, *, as_of: datetime, **options: Any) -> list[jobs.Returned]:
+        session.execute(update(Job).values(lease_expires_at=as_of + timedelta(milliseconds=1)))
+        session.execute(text("SELECT pg_sleep(0.1)"))
+        return rescue(session, as_of=as_of, **options | {"grace_seconds": 0})
+
+    monkeypatch.setattr(jobs, "rescue", rescue_late)
+    assert "rescued" not in janitor.tick()
+    assert status_of(session_factory, held) is JobStatus.IN_PROGRESS
+
+
+def test_redis_away_holds_a_tick_up_once(
+    session_factory: sessionmaker[Session], make_job: MakeJob, caplog: pytest.LogCaptureFixture
+) -> None:
+    lapsed = make_job(status=JobStatus.IN_PROGRESS, lease_expires_at=AN_HOUR_AGO)
+    with redis.Redis(port=1) as nobody:
+        janitor = Janitor(session_factory, nobody, Catalog(SPECS), Settings())
+        janitor.quiet_seconds = 0
+        assert janitor.tick()["rescued"] == 1
+    assert status_of(session_factory, lapsed) is JobStatus.QUEUED
+    assert "'redispatched' failed" in caplog.text
+    assert "'dispatched" not in caplog.text
 
 
 def test_a_job_without_progress_under_a_living_lease_is_taken_away(

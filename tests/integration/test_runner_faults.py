@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
@@ -294,7 +295,10 @@ def rescue_all(session_factory: sessionmaker[Session], job_ids: Sequence[UUID]) 
 
     def rescue() -> bool:
         with session_factory.begin() as session:
-            rescued.update(returned.job_id for returned in jobs.rescue(session, grace_seconds=0, quiet_seconds=0))
+            rescued.update(
+                returned.job_id
+                for returned in jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=0, quiet_seconds=0)
+            )
         return rescued == set(job_ids)
 
     wait_until(rescue, "the leases have lapsed")

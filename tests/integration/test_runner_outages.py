@@ -103,7 +103,6 @@ def test_jobs_that_end_in_an_outage_beyond_the_lease_are_ended_after_it(
 def test_a_worker_that_froze_in_mid_transaction_lost_its_locks_and_goes_on(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage_database, "IDLE_IN_TRANSACTION_TIMEOUT_SECONDS", 1)
     job_ids = rig.add_jobs(1, max_tokens=100)  # of several, each is tried once more by itself
     frozen, finalise = Event(), jobs.finalise
 
@@ -113,7 +112,7 @@ def test_a_worker_that_froze_in_mid_transaction_lost_its_locks_and_goes_on(
             wait_until(lambda: _can_lock(rig, job_ids), "the server has ended the transaction")
         return finalise(session, endings)
 
-    worker = rig.start()
+    worker = rig.start(lease_seconds=3.0)  # of which the server lets a transaction stand idle for a third
     monkeypatch.setattr(jobs, "finalise", freeze_once)
     worker.offer(job_ids)
     worker.wait_for(RunnerEventKind.ENDED, job_ids)

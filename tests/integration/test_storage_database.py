@@ -12,7 +12,6 @@ from sqlalchemy import Engine, create_engine, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from storage import batch_tables, webhook_tables  # noqa: F401  (their tables are part of the schema)
-from storage import database as storage_database
 from storage.database import MIGRATIONS, OUTAGES, allow_idle, migrate, open_database, session_factory
 from storage.database import database_url as normalised
 from storage.tables import DEFAULT_TENANT_ID, Row, Tenant, TenantLoad
@@ -85,10 +84,9 @@ def test_a_url_of_another_database_is_refused_by_name() -> None:
 
 
 @pytest.fixture
-def impatient_sessions(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[sessionmaker[Session]]:
+def impatient_sessions(database_url: str) -> Iterator[sessionmaker[Session]]:
     """One connection, whose server waits for a second only."""
-    monkeypatch.setattr(storage_database, "IDLE_IN_TRANSACTION_TIMEOUT_SECONDS", 1)
-    database = open_database(database_url, pool_size=1, max_overflow=0)
+    database = open_database(database_url, pool_size=1, max_overflow=0, idle_seconds=1)
     yield session_factory(database)
     database.dispose()
 

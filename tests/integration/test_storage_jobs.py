@@ -1,6 +1,7 @@
 """Running and ending jobs: fences, rescues, and no committed output lost."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import pytest
@@ -79,7 +80,7 @@ class TestChunks:
         job = running()
         session.execute(update(Job).where(Job.id == job.id).values(lease_expires_at=PAST))
         jobs.commit_chunks(session, [ChunkCommit(job.id, 1, [chunk(1)])], lease_seconds=60)
-        assert jobs.rescue(session, grace_seconds=0, quiet_seconds=0) == []
+        assert jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=0, quiet_seconds=0) == []
 
 
 class TestFinalise:
@@ -130,9 +131,18 @@ class TestReturning:
     ) -> None:
         job = running()
         session.execute(update(Job).where(Job.id == job.id).values(lease_expires_at=PAST))
-        assert jobs.rescue(session, grace_seconds=2, quiet_seconds=10**6) == []
-        [returned] = jobs.rescue(session, grace_seconds=2, quiet_seconds=0)
+        assert jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=2, quiet_seconds=10**6) == []
+        [returned] = jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=2, quiet_seconds=0)
         assert (returned.job_id, returned.status, returned.attempt) == (job.id, JobStatus.QUEUED, 1)
+
+    def test_rescue_leaves_a_lease_that_lapsed_after_the_moment_of_the_look(
+        self, session: Session, running: Callable[..., ClaimedJob]
+    ) -> None:
+        job = running()
+        session.execute(update(Job).where(Job.id == job.id).values(lease_expires_at=PAST))
+        assert jobs.rescue(session, as_of=PAST, grace_seconds=0, quiet_seconds=-(10**6)) == []
+        after = PAST + timedelta(seconds=1)
+        assert len(jobs.rescue(session, as_of=after, grace_seconds=0, quiet_seconds=-(10**6))) == 1
 
     def test_a_renewal_during_the_rescue_wins(
         self, session_factory: Sessions, session: Session, running: Callable[..., ClaimedJob]
@@ -143,9 +153,11 @@ class TestReturning:
         session.commit()
         with session_factory() as renewing:
             assert jobs.renew(renewing, [job.id], owner=owner, lease_seconds=60)
-            assert jobs.rescue(session, grace_seconds=2, quiet_seconds=0) == []  # locked: skipped
+            assert (
+                jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=2, quiet_seconds=0) == []
+            )  # locked: skipped
             renewing.commit()
-        assert jobs.rescue(session, grace_seconds=2, quiet_seconds=0) == []  # renewed
+        assert jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=2, quiet_seconds=0) == []  # renewed
         session.commit()
 
     def test_retries_are_first_at_once_and_then_ever_later(
@@ -235,7 +247,7 @@ class TestReturning:
         job = running()
         jobs.commit_chunks(session, [ChunkCommit(job.id, 1, [chunk(1)])], lease_seconds=60)
         session.execute(update(Job).where(Job.id == job.id).values(lease_expires_at=PAST, **columns))
-        [returned] = jobs.rescue(session, grace_seconds=2, quiet_seconds=0)
+        [returned] = jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=2, quiet_seconds=0)
         assert returned.status is status
         assert generated(session, job.id).choices[0].finish_reason is reason
         assert session.get_one(Job, job.id, populate_existing=True).finish_reason is reason

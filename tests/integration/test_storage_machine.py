@@ -1,6 +1,7 @@
 """Any sequence of protocol calls, zombies and repeated calls among them, leaves the store as a small model says."""
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
 import hypothesis.strategies as st
@@ -234,7 +235,7 @@ class Store(RuleBasedStateMachine):
             self.let_lease_lapse(data)
         lapsed = {job_id: job for job_id, job in self.jobs.items() if job.is_lapsed}
         with self.sessions.begin() as session:
-            returned = jobs.rescue(session, grace_seconds=1, quiet_seconds=0)
+            returned = jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=1, quiet_seconds=0)
             session.execute(update(Job).values(available_at=PAST))
         for job in lapsed.values():
             job.lose()

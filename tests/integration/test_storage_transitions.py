@@ -67,7 +67,9 @@ STATEMENTS: dict[str, Call] = {
     "finalise expired": finalise_as(EXPIRED),
     "release": lambda session, job, caller: jobs.release(session, [job.id], owner=caller.owner),
     "report_crash": lambda session, job, caller: jobs.report_crash(session, {job.id: 1}, owner=caller.owner),
-    "rescue": lambda session, job, caller: jobs.rescue(session, grace_seconds=2, quiet_seconds=0),
+    "rescue": lambda session, job, caller: jobs.rescue(
+        session, as_of=datetime.now(UTC), grace_seconds=2, quiet_seconds=0
+    ),
     "cancel": lambda session, job, caller: jobs.cancel(session, job.id, caller.tenant_id),
     "request_cancel": lambda session, job, caller: jobs.request_cancel(session, [job.id]),
     "expire": lambda session, job, caller: jobs.expire(session),

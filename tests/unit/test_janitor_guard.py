@@ -14,18 +14,29 @@ def may_rescue(guard: OutageGuard, seconds: float, *, stepped: float = 0.0) -> b
 
 
 def test_steady_ticks_rescue() -> None:
-    guard = OutageGuard(lease_seconds=15)
+    guard = OutageGuard(lease_seconds=15, clock=1000.0)
     assert all(may_rescue(guard, seconds) for seconds in range(100))
 
 
 def test_after_an_outage_the_owners_have_one_lease_to_renew() -> None:
-    guard = OutageGuard(lease_seconds=15)
+    guard = OutageGuard(lease_seconds=15, clock=1000.0)
     assert may_rescue(guard, 0)
     assert [may_rescue(guard, seconds) for seconds in (20, 25, 34, 35, 36)] == [False, False, False, True, True]
 
 
+def test_an_outage_of_two_thirds_of_a_lease_may_have_outlasted_a_lease() -> None:
+    guard = OutageGuard(lease_seconds=15, clock=1000.0)
+    assert may_rescue(guard, 0)
+    assert not may_rescue(guard, 11)
+
+
+def test_a_first_answer_that_took_long_is_an_outage_too() -> None:
+    guard = OutageGuard(lease_seconds=15, clock=1000.0)
+    assert [may_rescue(guard, seconds) for seconds in (12, 20, 28)] == [False, False, True]
+
+
 def test_after_the_clock_stepped_forward_too() -> None:
-    guard = OutageGuard(lease_seconds=15)
+    guard = OutageGuard(lease_seconds=15, clock=1000.0)
     assert may_rescue(guard, 0)
     assert not may_rescue(guard, 1, stepped=60)
     assert not may_rescue(guard, 10, stepped=60)
@@ -34,11 +45,11 @@ def test_after_the_clock_stepped_forward_too() -> None:
 
 @pytest.mark.parametrize("step", [5.5, 17, 29])
 def test_a_step_that_leaves_owners_too_little_of_their_lease_is_one(step: float) -> None:
-    guard = OutageGuard(lease_seconds=15)
+    guard = OutageGuard(lease_seconds=15, clock=1000.0)
     assert may_rescue(guard, 0)
     assert not may_rescue(guard, 1, stepped=step)
 
 
 def test_a_short_gap_is_no_outage() -> None:
-    guard = OutageGuard(lease_seconds=15)
-    assert [may_rescue(guard, seconds) for seconds in (0, 14, 28)] == [True, True, True]
+    guard = OutageGuard(lease_seconds=15, clock=1000.0)
+    assert [may_rescue(guard, seconds) for seconds in (0, 9, 18)] == [True, True, True]
