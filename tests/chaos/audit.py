@@ -153,14 +153,24 @@ def figures(
         for change in rescues
         if (owner := _incarnation(change, owners, workers)) is not None
         and owner.was_well(change.at - lease_seconds - 1, change.at)
-        and any(0 <= change.at - at < 2 * lease_seconds + 5 for at in restarts)
+        and not any(_is_cut_off(fault, change.at, lease_seconds) for fault in struck)
     ]
     return {
         "claims": sum(change.is_claim for change in changes),
         "rescues": len(rescues),
-        "rescues_of_well_workers_after_postgres_restart": len(false_rescues),
+        "rescues_of_well_workers": len(false_rescues),
+        "rescues_of_well_workers_after_postgres_restart": sum(
+            any(0 <= change.at - at < 2 * lease_seconds + 5 for at in restarts) for change in false_rescues
+        ),
         "faults_around_them": sorted({_around(change, owners, struck, lease_seconds) for change in false_rescues}),
     }
+
+
+def _is_cut_off(fault: Struck, at: float, lease_seconds: float) -> bool:
+    """Whether this kept the workers, and them alone, from the database for what a renewed lease has left at least."""
+    is_long = fault.ended_at - fault.began_at > lease_seconds * 2 / 3
+    is_near = fault.began_at < at < fault.ended_at + lease_seconds
+    return (fault.kind, fault.target) == ("half-open postgres", "gpu to postgres") and is_long and is_near
 
 
 def _around(change: Change, owners: Mapping[UUID, Owner], struck: Sequence[Struck], lease_seconds: float) -> str:

@@ -2,7 +2,8 @@
 
 Raw is from the cut to the next thing that this client had not seen: a chunk, a snapshot that holds one, the end. `ours`
 begins no sooner than SQL had it: a job that waits for its next attempt stalls no stream; and it leaves out the time in
-which another injected fault kept the database away. What remains is the client's way back, and the stream's delay.
+which other injected faults kept the database away, or every API. What remains is the client's way back, and the delay
+of the stream.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -46,6 +46,13 @@ def times_away(struck: Sequence[Struck]) -> list[tuple[float, float]]:
     return [(fault.began_at, fault.ended_at) for fault in struck if fault.kind in BARRIERS and fault.target]
 
 
+def times_without(parts: Sequence[Part], since: float, until: float) -> list[tuple[float, float]]:
+    """When none of these was up, each from when to when, as finely as moments are told apart."""
+    moments = [since + number * STEP_SECONDS for number in range(int((until - since) / STEP_SECONDS))]
+    down = (at for at in moments if not any(_is_up(part, at) for part in parts))
+    return [(at, at + STEP_SECONDS) for at in down]
+
+
 def _spans(
     changes: Sequence[Change], owners: Mapping[UUID, Owner], kills: Sequence[Struck]
 ) -> Iterator[tuple[float, float]]:

@@ -15,6 +15,7 @@ from tests.chaos.checker import Stored, StoredJob, broken_link, judge
 from tests.chaos.clients import Connection, Delta, History
 from tests.chaos.faults import Struck
 from tests.chaos.plant import Incarnation, Part
+from tests.chaos.takeover import times_without
 
 TEXTS = ("one ", "two ", "three ")
 
@@ -180,15 +181,32 @@ def test_a_rescue_from_a_well_worker_is_told_with_the_faults_around_it(tmp_path:
     done.wait()
     worker.incarnations.append(Incarnation(done, done, started_at=10.0))
     struck = [
-        Struck("half-open postgres", "gpu to postgres", 90.0, 94.0),
+        Struck("half-open postgres", "gpu to postgres", 93.0, 94.5),
         Struck("postgres restart", "postgres", 92.0, 93.0),
         Struck("api kill", "api-1", 60.0, 60.0),
         Struck("worker kill", "", 95.0, 95.0),
     ]
     rescue = change("in_progress", "queued", by="maintenance", at=98.0)
-    told = figures([rescue], {UUID(int=2): Owner("gpu-1", 11.0)}, [worker], struck, lease_seconds=3.0)
+    owners = {UUID(int=2): Owner("gpu-1", 11.0)}
+    told = figures([rescue], owners, [worker], struck, lease_seconds=3.0)
+    assert told["rescues_of_well_workers"] == 1
     assert told["rescues_of_well_workers_after_postgres_restart"] == 1
     assert told["faults_around_them"] == [
-        "gpu-1 at 98: half-open postgres of gpu to postgres from -8.0 to -4.0 s; "
+        "gpu-1 at 98: half-open postgres of gpu to postgres from -5.0 to -3.5 s; "
         "postgres restart of postgres from -6.0 to -5.0 s"
     ]
+    cut_off = Struck("half-open postgres", "gpu to postgres", 94.5, 97.5)
+    assert figures([rescue], owners, [worker], [*struck, cut_off], lease_seconds=3.0)["rescues_of_well_workers"] == 0
+
+
+def test_the_times_without_any_api_are_known(tmp_path: Path) -> None:
+    done = subprocess.Popen(["true"])
+    done.wait()
+    apis = [Part(f"api-{number}", ["true"], {}, tmp_path / "log", tmp_path) for number in (1, 2)]
+    apis[0].incarnations.append(Incarnation(done, done, started_at=0.0, ended_at=20.0))
+    apis[1].incarnations.append(
+        Incarnation(done, done, started_at=18.0)
+    )  # and it needs three seconds to its first answer
+    spans = times_without(apis, 10.0, 30.0)
+    assert sum(until - since for since, until in spans) == pytest.approx(1.0, abs=0.2)
+    assert all(19.9 < since < until < 21.1 for since, until in spans)

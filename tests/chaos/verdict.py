@@ -44,6 +44,9 @@ def judge_run(
     ]
     verdict.violations += _judge_known_answers(histories)
     faults = Counter(fault.kind for fault in struck if fault.target)
+    away = takeover.times_away(struck) + takeover.times_without(
+        plant.apis, min(fault.began_at for fault in struck), max(fault.ended_at for fault in struck)
+    )
     # A job of the real model waits for its only worker to come back; takeovers are about the model that several serve.
     shared = [part for part in plant.workers if part.name != REAL_WORKER]
     verdict.figures = {
@@ -58,8 +61,8 @@ def judge_run(
         "stall_seconds_after_a_cut": {
             "num": len(stalls),
             "raw": percentiles(stall.raw for stall in stalls),
-            "ours": percentiles(stall.ours(takeover.times_away(struck)) for stall in stalls),
-            "longest": list(_describe(stalls, takeover.times_away(struck))),
+            "ours": percentiles(stall.ours(away) for stall in stalls),
+            "longest": list(_describe(stalls, away)),
         },
         "processes_started": sum(len(part.incarnations) for part in plant.parts),
         "errors_in_logs": dict(_errors_in_logs(part.log() for part in plant.parts).most_common()),
