@@ -58,6 +58,7 @@ class Client:
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url.rstrip("/")
+        self._name = _without_password(self.url)
         self._has_answered = False
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(
@@ -110,7 +111,7 @@ class Client:
         cursor = starting_after
         gives_up_at = time.monotonic() + PATIENCE_SECONDS
         while True:
-            failure: Exception = ApiUnreachable(f"the stream of {job_id} at {self.url} ended before the job did")
+            failure: Exception = ApiUnreachable(f"the stream of {job_id} at {self._name} ended before the job did")
             try:
                 for event in self._connect(job_id, cursor):
                     cursor = event.id or cursor
@@ -154,9 +155,16 @@ class Client:
     def _unreachable(self, cause: Exception) -> ApiUnreachable:
         reason = str(cause).partition("] ")[2] or str(cause) or type(cause).__name__  # without "[Errno 111] "
         return ApiUnreachable(
-            f"no answer from the API at {self.url}: {reason}; "
+            f"no answer from the API at {self._name}: {reason}; "
             "start it with `celeriac up` (everything) or `celeriac api`, or name another one with --url"
         )
+
+
+def _without_password(url: str) -> str:
+    """As it may be shown."""
+    scheme, _, rest = url.rpartition("://")
+    host = rest.rpartition("@")[2]
+    return f"{scheme}://{host}" if scheme else host
 
 
 def job_body(text: str, *, model: str, system: str | None, complete: bool, **params: Any) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def configure_logging(level: str, log_format: Literal["json", "text"]) -> None:
     """Send all logging of this process to stderr in one format. Repeatable: the last call wins."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_add_context)
+    handler.addFilter(_shorten)
     handler.setFormatter(_json_formatter() if log_format == "json" else _TextFormatter(_TEXT_FORMAT))
     root = logging.getLogger()
     root.handlers = [handler]
@@ -52,6 +53,17 @@ def describe_exception(exc: BaseException) -> str:
     """`Type: first line`, short enough and without the values that the further lines of a database error quote."""
     first_line = str(exc).partition("\n")[0][:_MAX_EXCEPTION_CHARS]
     return f"{type(exc).__name__}: {first_line}" if first_line else type(exc).__name__
+
+
+_CELERY_CONSUMER = "celery.worker.consumer.consumer"
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """Celery tells of every lost broker connection with all its frames, none of them ours."""
+    if record.name == _CELERY_CONSUMER and record.exc_info and record.exc_info[1] is not None:
+        record.msg, record.args = f"{record.getMessage()} {describe_exception(record.exc_info[1])}", ()
+        record.exc_info = None
+    return True
 
 
 _TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s%(context)s"

@@ -1,6 +1,7 @@
 """What the job routes read beside bodies: query strings and the headers that steer a request."""
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Literal
 from uuid import UUID
 
@@ -90,11 +91,12 @@ def included(include: str, known: set[str]) -> set[str]:
     return names
 
 
-def page_cursor(after: str | None) -> UUID | None:
+def page_cursor(after: str | None, parse: Callable[[str], UUID] = parse_id) -> UUID | None:
+    """What the next page comes behind; `parse` reads an id of what is listed and raises ValueError."""
     try:
-        return None if after is None else parse_id(after)
+        return None if after is None else parse(after)
     except ValueError as exc:
-        raise InvalidCursor(f"after is no job id: {exc}; send the last_id of the page before", param="after") from None
+        raise InvalidCursor(f"after: {exc}; send the last_id of the page before", param="after") from None
 
 
 def stream_cursor(last_event_id: str | None, starting_after: int | None) -> int | None:

@@ -1,6 +1,7 @@
 """/v1/batches: a file of requests, run when nothing else wants to, its answers in a file."""
 
 import re
+from functools import partial
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -11,8 +12,9 @@ from starlette.responses import Response
 
 from api.bodies import read_model
 from api.deps import caller_of, private_router
+from api.job_inputs import page_cursor
 from api.openai.batch_lines import ROUTES
-from api.openai.files import MAX_TTL_SECONDS, MIN_TTL_SECONDS, page_cursor, parse_file_id, refuse_odd_ttl
+from api.openai.files import MAX_TTL_SECONDS, MIN_TTL_SECONDS, parse_file_id, refuse_odd_ttl
 from api.openai.headers import read_knobs
 from api.openai.schemas import Metadata, OpenAIModel
 from api.openai.views import InputTokensDetailsView, OutputTokensDetailsView
@@ -148,7 +150,7 @@ async def list_batches(request: Request) -> Response:
     """Newest first. Go on with `after` = `last_id` while `has_more`."""
     services, tenant_id = caller_of(request)
     query = read_query(request, BatchesQuery)
-    after = page_cursor(query.after, "batch")
+    after = page_cursor(query.after, partial(parse_id_of_other, prefix="batch"))
     found = await services.read(batches.list_batches, tenant_id, after=after, limit=query.limit + 1)
     data = [batch_object(batch) for batch in found]
     return Response(orjson.dumps(page(data, query.limit)), media_type="application/json")

@@ -1,6 +1,7 @@
 """/v1/files: what batches read and write."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Literal
 from uuid import UUID
 
@@ -10,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from starlette.responses import Response, StreamingResponse
 
 from api.deps import caller_of, private_router
+from api.job_inputs import page_cursor
 from api.openai.batch_lines import batch_surface
 from api.openai.uploads import Form, receive_file
 from api.openapi import BYTES
@@ -17,7 +19,7 @@ from api.queries import QueryModel, query_parameters, read_query
 from api.services import Services
 from api.views import DeletedView, PageView, View, page
 from domain.batches import FileStatus
-from domain.errors import FileNotFound, InvalidCursor, InvalidRequest, UnsupportedParameter
+from domain.errors import FileNotFound, InvalidRequest, UnsupportedParameter
 from domain.ids import external_id, parse_id_of_other
 from storage import batches, files
 from storage.batch_tables import Batch, File
@@ -101,7 +103,7 @@ async def list_files(request: Request) -> Response:
         files.list_files,
         tenant_id,
         purpose=query.purpose,
-        after=page_cursor(query.after, "file"),
+        after=page_cursor(query.after, partial(parse_id_of_other, prefix="file")),
         limit=query.limit + 1,
         order=query.order,
     )
@@ -171,13 +173,6 @@ def parse_file_id(file_id: str, param: str = "file_id") -> UUID:
 
 def not_found(file_id: str, param: str = "file_id") -> FileNotFound:
     return FileNotFound(f"there is no file {file_id[:64]!r}; check the id, or it may have expired", param=param)
-
-
-def page_cursor(after: str | None, prefix: str) -> UUID | None:
-    try:
-        return None if after is None else parse_id_of_other(after, prefix)
-    except ValueError as exc:
-        raise InvalidCursor(f"after: {exc}; send the last_id of the page before", param="after") from None
 
 
 def file_object(file: File) -> dict[str, object]:

@@ -61,6 +61,12 @@ def test_an_api_that_is_not_there_is_named_with_the_remedy(run: Any, command: li
     assert "celeriac up" in result.output
 
 
+def test_a_password_in_the_url_is_not_shown(run: Any) -> None:
+    result = run("jobs", "--url", "http://me:secret@127.0.0.1:9")
+    assert "no answer from the API at http://127.0.0.1:9: " in result.output
+    assert "secret" not in result.output
+
+
 def test_a_mistyped_setting_is_named_with_the_likely_one(run: Any) -> None:
     result = run("models", CELERIAC_REDIS_ULR="redis://localhost")
     assert result.exit_code == 1

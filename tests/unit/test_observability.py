@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 
@@ -87,3 +88,15 @@ def test_chatty_libraries_are_kept_quiet(capsys: pytest.CaptureFixture[str]) -> 
     configure_logging("DEBUG", "json")
     logging.getLogger("sqlalchemy.engine").info("INSERT %s", SECRET)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_a_lost_broker_is_one_line(capsys: pytest.CaptureFixture[str], log_format: Literal["json", "text"]) -> None:
+    configure_logging("INFO", log_format)
+    try:
+        raise ConnectionError("Broken pipe")
+    except ConnectionError:
+        logging.getLogger("celery.worker.consumer.consumer").warning("Connection to %s lost.", "broker", exc_info=True)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "Connection to broker lost. ConnectionError: Broken pipe" in line
+    assert "test_observability.py" not in line
