@@ -1,7 +1,9 @@
 """How long a job waits for its next attempt when the worker or the engine that ran it is killed.
 
 Raw is from the kill to the next claim. `ours` leaves out the moments at which another injected fault made a claim
-impossible: the database away, no maintenance process to rescue, or no worker to take it.
+impossible: the database away, no maintenance process to rescue, or no worker to take it. `alone` are the raw times of
+those that no other fault met, whatever it struck: a message in the hands of a second worker that dies, for one, is sent
+again later.
 """
 
 import itertools
@@ -15,6 +17,7 @@ from tests.chaos.faults import Struck
 from tests.chaos.plant import Part
 
 STEP_SECONDS = 0.1  # how finely moments are told apart
+SETTLING_SECONDS = 5.0  # after which a fault that has ended is over
 START_SECONDS = 3.0  # what a process needs from its start until it does its work
 KILLS = {"worker": ("worker kill",), "engine": ("engine kill", "engine segfault")}
 BARRIERS = ("postgres restart", "postgres pause", "half-open postgres", "cut after commit")
@@ -33,10 +36,13 @@ def figures(
         kills = [fault for fault in struck if fault.kind in kinds and fault.target]
         spans = list(_spans(changes, owners, kills))
         ours = [end - begin - _blocked_seconds(begin, end, away, workers, maintenance) for begin, end in spans]
+        alone = [end - begin for begin, end in spans if _is_alone(begin, end, struck)]
         found[f"takeover_seconds_after_{what}_kill"] = {
             "num": len(spans),
             "raw": percentiles(end - begin for begin, end in spans),
             "ours": percentiles(ours),
+            "alone": percentiles(alone),
+            "num_alone": len(alone),
         }
     return found
 
@@ -44,6 +50,11 @@ def figures(
 def times_away(struck: Sequence[Struck]) -> list[tuple[float, float]]:
     """When a fault kept the database away, from when to when."""
     return [(fault.began_at, fault.ended_at) for fault in struck if fault.kind in BARRIERS and fault.target]
+
+
+def _is_alone(begin: float, end: float, struck: Sequence[Struck]) -> bool:
+    met = [f for f in struck if f.target and f.began_at < end and f.ended_at > begin - SETTLING_SECONDS]
+    return len(met) == 1
 
 
 def times_without(parts: Sequence[Part], since: float, until: float) -> list[tuple[float, float]]:

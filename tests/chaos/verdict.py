@@ -53,7 +53,7 @@ def judge_run(
         "num_faults": sum(faults.values()),
         "faults": dict(sorted(faults.items())),
         **verdict.figures,
-        **_figures_of_poison(histories),
+        **_figures_of_poison(histories, attempts),
         **_figures_of_tokens(drawn, attempts),
         **audit.figures(changes, owners, plant.workers, struck, lease_seconds=lease_seconds),
         **takeover.figures(changes, owners, shared, plant.maintenance, struck),
@@ -109,9 +109,10 @@ def _judge_known_answers(histories: Sequence[History]) -> Iterator[Violation]:
                 yield Violation("greedy text differs", end["id"], f"{known!r} {text!r}")
 
 
-def _figures_of_poison(histories: Sequence[History]) -> dict[str, Any]:
-    ends = [h.end for h in histories if h.end is not None and h.body["params"]["seed"] == POISON_SEED]
-    return {"poison_jobs": len(ends), "max_poison_attempts": max((end["attempt"] for end in ends), default=0)}
+def _figures_of_poison(histories: Sequence[History], attempts: Sequence[tuple[str, int, str, int]]) -> dict[str, Any]:
+    poison = {history.job_id for history in histories if history.body["params"]["seed"] == POISON_SEED}
+    crashes = Counter(job_id for job_id, _, outcome, _ in attempts if job_id in poison and outcome == "crashed")
+    return {"poison_jobs": len(crashes), "max_poison_crashes": max(crashes.values(), default=0)}
 
 
 def _figures_of_tokens(

@@ -1,6 +1,7 @@
 """The Redis side of live streams, on the event loop that the API runs on."""
 
 import asyncio
+from collections.abc import Callable
 from typing import cast
 from uuid import uuid4
 
@@ -13,11 +14,30 @@ from storage.stream_channels import ChannelListener, channel_of
 
 def test_a_connection_that_was_cut_and_not_noticed_yet_is_replaced(redis_url: str) -> None:
     """uvloop calls it a RuntimeError to write to one, where asyncio says nothing."""
+
+    def cut(connection: Connection) -> None:
+        connection._writer.transport.abort()  # type: ignore[union-attr]
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_lose_the_connection(redis_url))
+        runner.run(_lose_the_connection(redis_url, cut))
 
 
-async def _lose_the_connection(redis_url: str) -> None:
+def test_a_connection_that_is_closed_while_it_is_written_to_is_replaced(redis_url: str) -> None:
+    def close_in_mid_command(connection: Connection) -> None:
+        """The client has looked at its writer by then, and uses it in a task that begins later."""
+
+        def close() -> None:
+            assert connection._writer is not None
+            connection._writer.close()
+            connection._reader = connection._writer = None
+
+        asyncio.get_running_loop().call_soon(close)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_lose_the_connection(redis_url, close_in_mid_command))
+
+
+async def _lose_the_connection(redis_url: str, lose: Callable[[Connection], None]) -> None:
     subscribed, heard = asyncio.Event(), asyncio.Event()
     listener = ChannelListener(redis_url, on_message=lambda *_: heard.set(), on_gap=lambda _: subscribed.set())
     await listener.add(uuid4())
@@ -25,7 +45,7 @@ async def _lose_the_connection(redis_url: str) -> None:
     job_id = uuid4()
     async with asyncio.timeout(20), redis.asyncio.Redis.from_url(redis_url) as client:
         await subscribed.wait()
-        cast(Connection, listener._connection)._writer.transport.abort()  # type: ignore[union-attr]
+        lose(cast(Connection, listener._connection))
         await listener.add(job_id)
         while not heard.is_set():
             await client.publish(channel_of(job_id), b"news")
