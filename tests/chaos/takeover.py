@@ -17,7 +17,7 @@ from tests.chaos.faults import Struck
 from tests.chaos.plant import Part
 
 STEP_SECONDS = 0.1  # how finely moments are told apart
-SETTLING_SECONDS = 5.0  # after which a fault that has ended is over
+SETTLING_SECONDS = 1.0  # after which a fault that has ended is over
 START_SECONDS = 3.0  # what a process needs from its start until it does its work
 KILLS = {"worker": ("worker kill",), "engine": ("engine kill", "engine segfault")}
 BARRIERS = ("postgres restart", "postgres pause", "half-open postgres", "cut after commit")
