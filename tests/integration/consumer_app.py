@@ -150,7 +150,7 @@ class LedgerRunner:
             return JobStatus.CANCELLED
         wish = FOLDER / "ends" / external_id(job_id)
         if wish.exists():
-            return JobStatus(wish.read_text() or "completed")
+            return JobStatus(wish.read_text())
         return JobStatus.COMPLETED if seconds >= JOB_SECONDS or (FOLDER / "end_all").exists() else None
 
     def _release_all(self) -> None:

@@ -114,7 +114,9 @@ class Plant:
 
     def end(self, job_id: UUID, status: str = "completed") -> None:
         """The job ends as soon as it runs."""
-        (self.folder / "ends" / external_id(job_id)).write_text(status)
+        written = self.folder / external_id(job_id)
+        written.write_text(status)
+        written.rename(self.folder / "ends" / external_id(job_id))  # whole at once: the worker looks all the time
 
     def end_all(self) -> None:
         """Every running job ends now, and every later one at once."""
