@@ -58,12 +58,12 @@ class Client:
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url.rstrip("/")
-        self._name = _without_password(self.url)
         self._has_answered = False
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(
             base_url=self.url, headers=headers, timeout=httpx.Timeout(30, connect=CONNECT_SECONDS)
         )
+        self._name = str(self._http.base_url.copy_with(userinfo=b"")).rstrip("/")  # as it may be shown
 
     def __enter__(self) -> Self:
         return self
@@ -158,13 +158,6 @@ class Client:
             f"no answer from the API at {self._name}: {reason}; "
             "start it with `celeriac up` (everything) or `celeriac api`, or name another one with --url"
         )
-
-
-def _without_password(url: str) -> str:
-    """As it may be shown."""
-    scheme, _, rest = url.rpartition("://")
-    host = rest.rpartition("@")[2]
-    return f"{scheme}://{host}" if scheme else host
 
 
 def job_body(text: str, *, model: str, system: str | None, complete: bool, **params: Any) -> dict[str, Any]:

@@ -204,9 +204,7 @@ def test_the_times_without_any_api_are_known(tmp_path: Path) -> None:
     done.wait()
     apis = [Part(f"api-{number}", ["true"], {}, tmp_path / "log", tmp_path) for number in (1, 2)]
     apis[0].incarnations.append(Incarnation(done, done, started_at=0.0, ended_at=20.0))
-    apis[1].incarnations.append(
-        Incarnation(done, done, started_at=18.0)
-    )  # and it needs three seconds to its first answer
+    apis[1].incarnations.append(Incarnation(done, done, started_at=18.0))  # its first answer is due three seconds later
     spans = times_without(apis, 10.0, 30.0)
     assert sum(until - since for since, until in spans) == pytest.approx(1.0, abs=0.2)
     assert all(19.9 < since < until < 21.1 for since, until in spans)

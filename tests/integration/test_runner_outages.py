@@ -7,7 +7,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from embedded import EmbeddedPostgres
@@ -85,8 +85,8 @@ def test_jobs_that_end_in_an_outage_beyond_the_lease_are_ended_after_it(
     rig: Rig, own_postgres: EmbeddedPostgres
 ) -> None:
     """A flush of theirs was under way when it began; their ends come with a later one."""
-    job_ids = rig.add_jobs(4, max_tokens=60)
-    worker = rig.start(lease_seconds=2.0)
+    job_ids = rig.add_jobs(4, max_tokens=150)
+    worker = rig.start(lease_seconds=8.0)
     worker.offer(job_ids)
     rig.wait_for_tokens(job_ids)
     own_postgres.stop()
@@ -109,6 +109,7 @@ def test_a_worker_that_froze_in_mid_transaction_lost_its_locks_and_goes_on(
     def freeze_once(session: Session, endings: Sequence[jobs.Finalisation]) -> list[UUID]:
         if not frozen.is_set():
             frozen.set()
+            assert session.scalar(text("SHOW idle_in_transaction_session_timeout")) == "1s"
             wait_until(lambda: _can_lock(rig, job_ids), "the server has ended the transaction")
         return finalise(session, endings)
 

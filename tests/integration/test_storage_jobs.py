@@ -153,9 +153,8 @@ class TestReturning:
         session.commit()
         with session_factory() as renewing:
             assert jobs.renew(renewing, [job.id], owner=owner, lease_seconds=60)
-            assert (
-                jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=2, quiet_seconds=0) == []
-            )  # locked: skipped
+            rescued_under_lock = jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=2, quiet_seconds=0)
+            assert rescued_under_lock == []
             renewing.commit()
         assert jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=2, quiet_seconds=0) == []  # renewed
         session.commit()

@@ -62,7 +62,7 @@ def test_an_api_that_is_not_there_is_named_with_the_remedy(run: Any, command: li
 
 
 def test_a_password_in_the_url_is_not_shown(run: Any) -> None:
-    result = run("jobs", "--url", "http://me:secret@127.0.0.1:9")
+    result = run("jobs", "--url", "http://me:secret:%2F%2F@127.0.0.1:9")
     assert "no answer from the API at http://127.0.0.1:9: " in result.output
     assert "secret" not in result.output
 
