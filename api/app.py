@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 from api import admin, dead_letters, health, jobs, not_offered, queue, simple, webhook_deliveries, webhook_endpoints
 from api.deps import private_router
 from api.errors import register_error_handlers
+from api.methods import ImpliedMethods
 from api.middleware import BodyLimit, RequestContext
 from api.openai import batches, chat, completions, embeddings, files, models, responses, stored_chats
 from api.openai.uploads import FORM_BYTES
@@ -43,6 +44,7 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
         redoc_url=None,
     )
     uploads = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
+    app.add_middleware(ImpliedMethods)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, max_body_bytes_by_path=uploads)
     app.add_middleware(RequestContext)
     register_error_handlers(app)

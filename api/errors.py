@@ -6,7 +6,7 @@
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import orjson
@@ -15,8 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Match, Route
 
+from api.methods import methods_of
 from domain.errors import (
     CeleriacError,
     DeadlineExceeded,
@@ -37,9 +37,6 @@ log = logging.getLogger(__name__)
 
 MIN_RETRY_AFTER_SECONDS = 1
 MAX_RETRY_AFTER_SECONDS = 60  # the SDKs ignore more and fall back to their own short delay
-
-
-METHODS = ("DELETE", "GET", "POST")  # those that any route here answers
 
 
 class MethodNotAllowed(CeleriacError):
@@ -151,30 +148,10 @@ async def _answer_http_exception(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     headers = dict(exc.headers or {})
     if exc.status_code == 405:
-        headers["Allow"] = ", ".join(_methods_of(request))
+        headers["Allow"] = ", ".join(methods_of(request.app.router.routes, request.scope))
     response = error_response(_as_celeriac_error(request, exc, headers))
     response.headers.update(headers)
     return response
-
-
-def _methods_of(request: Request) -> list[str]:
-    """What this path answers to. Starlette names the methods of one route alone, and others may share its path. A path
-    that is a route's own is no id of another's."""
-    routes = request.app.router.routes
-    own = {method for route in _flat(routes) if route.path == request.url.path for method in route.methods or ()}
-    if own:
-        return sorted(own)
-    tried = [(method, {**request.scope, "method": method}) for method in METHODS]
-    return [method for method, scope in tried if any(route.matches(scope)[0] is Match.FULL for route in routes)]
-
-
-def _flat(routes: Iterable[BaseRoute]) -> Iterator[Route]:
-    """With those of included routers."""
-    for route in routes:
-        if isinstance(route, Route):
-            yield route
-        elif (included := getattr(route, "original_router", None)) is not None:
-            yield from _flat(included.routes)
 
 
 def _as_celeriac_error(request: Request, exc: HTTPException, headers: Mapping[str, str]) -> CeleriacError:
