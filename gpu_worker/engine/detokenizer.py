@@ -1,16 +1,19 @@
 """Token ids to text as they come, in constant time per token: never half a character, never a part of a stop string."""
 
+import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 
 from tasks.output_formats import END_THINK, THINK
+from tasks.vocabulary import TokenKind, vocabulary_of
 
 REPLACEMENT = "\ufffd"
-MAX_INCOMPLETE = 3  # a UTF-8 character is at most four bytes, so at most three of them can be waiting for the rest
-MAX_WINDOW = 16  # tokens decoded again for each new one; slides by halves
-NUM_CONTEXT_TOKENS = 4  # of the prompt: some decoders spell a token differently at the start of a text
+MAX_WINDOW = 12  # tokens decoded again for each new one, a run of byte tokens apart
+NUM_CONTEXT_TOKENS = 6  # kept of them, and of the prompt: the first token of a text is often spelt in another way
+
+_new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 def with_visible_reasoning(tokenizer: Tokenizer) -> Tokenizer:
@@ -30,36 +33,125 @@ def with_visible_reasoning(tokenizer: Tokenizer) -> Tokenizer:
 
 
 class Detokenizer:
-    """Incremental decoding of one sequence over a sliding window of its last tokens.
+    """Incremental decoding of one sequence. All its pieces and what `flush` gives, joined, are `decode` of all tokens,
+    whatever the decoder: a token is decoded behind the last few before it, so that its cost does not grow.
 
-    Text that ends in replacement characters may be a character whose last bytes are still to come, so up to three of
-    them wait. Anything before them is final.
+    Two things wait. The first bytes of a character wait for the others. And a run of byte tokens (`<0xNN>`) waits for
+    the token behind it, since it is decoded as a whole: one byte that fits nowhere makes a U+FFFD of every byte of the
+    run, also of those that were whole characters (docs/adr/0019).
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window = list(prompt_token_ids[-NUM_CONTEXT_TOKENS:])
-        self._num_sent = len(self._complete_text())
+        self._vocabulary = vocabulary_of(tokenizer)
+        self._utf8 = _new_utf8_decoder("replace")
+        self._run: ByteRun | None = None  # the one that waits
+        self._window: list[int] = []  # the last tokens that have a text
+        self._num_sent = 0  # characters of the window's text
+        self._has_pushed = False
+        self._begin_behind(prompt_token_ids)
 
     def push(self, token_id: int) -> str:
         """The text that became final with this token; often the token's own, at times empty."""
+        kind = self._vocabulary.kind(token_id)
+        if kind is TokenKind.HIDDEN:
+            return ""
+        self._has_pushed = True
+        if kind is TokenKind.BYTE:
+            self._push_byte(token_id)
+            return ""
+        self._run = None
         self._window.append(token_id)
-        text = self._complete_text()
-        piece = text[self._num_sent :]
-        self._num_sent = max(self._num_sent, len(text))
+        self._utf8.decode(self._vocabulary.bytes_of(token_id))
+        return self._send()
+
+    def flush(self) -> str:
+        """What still waits when the sequence has ended."""
+        self._run = None
+        self._utf8.reset()
+        return self._send() if self._has_pushed else ""
+
+    def last_characters_waiting(self, max_count: int) -> str:
+        """The end of a run of byte tokens, as it would read if the run ended here; empty where it ends in half a
+        character."""
+        return "" if self._run is None else self._run.last_characters(max_count)
+
+    def _push_byte(self, token_id: int) -> None:
+        self._run = self._run or ByteRun()
+        self._run.push(self._vocabulary.bytes_of(token_id))
+        self._window.append(token_id)
+
+    def _send(self) -> str:
+        text = self._final_text(self._window)
+        piece, self._num_sent = text[self._num_sent :], len(text)
         if len(self._window) >= MAX_WINDOW:
-            del self._window[: MAX_WINDOW // 2]
-            self._num_sent = len(self._complete_text())
+            self._slide()
         return piece
 
-    def _complete_text(self) -> str:
-        text: str = self._tokenizer.decode(self._window, skip_special_tokens=True)
-        if not text.endswith(REPLACEMENT):
-            return text
-        end = len(text)
-        while end > max(0, len(text) - MAX_INCOMPLETE) and text[end - 1] == REPLACEMENT:
-            end -= 1
-        return text[:end]
+    def _slide(self) -> None:
+        kept = self._window[-NUM_CONTEXT_TOKENS:]
+        text = self._final_text(kept)
+        if text:  # a decoder that strips the start of a text has found it, and strips no more of what comes
+            self._window, self._num_sent = kept, len(text)
+
+    def _final_text(self, token_ids: list[int]) -> str:
+        """Without half a character at the end, which `decode` writes as one U+FFFD."""
+        if not token_ids:
+            return ""  # of which some decoders make a panic
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        has_half_a_character = bool(self._utf8.getstate()[0])
+        return text.removesuffix(REPLACEMENT) if has_half_a_character else text
+
+    def _begin_behind(self, prompt_token_ids: Sequence[int]) -> None:
+        """The prompt's text is sent already, but for half a character at its end: the output may complete that."""
+        context: list[int] = []
+        run: list[int] = []
+        for token_id in reversed(prompt_token_ids):
+            kind = self._vocabulary.kind(token_id)
+            if kind is TokenKind.BYTE and not context:
+                run.append(token_id)
+            elif kind is not TokenKind.HIDDEN:
+                context.append(token_id)
+            if len(context) == NUM_CONTEXT_TOKENS:
+                break
+        self._window = context[::-1]
+        self._utf8.decode(b"".join(map(self._vocabulary.bytes_of, self._window)))
+        self._num_sent = len(self._final_text(self._window))
+        num_waiting = num_bytes_of_half_a_character(b"".join(map(self._vocabulary.bytes_of, reversed(run))))
+        for token_id in run[:num_waiting][::-1]:
+            self._push_byte(token_id)
+
+
+class ByteRun:
+    """What a run of byte tokens would read as, were it to end here."""
+
+    def __init__(self) -> None:
+        self._utf8 = _new_utf8_decoder("strict")
+        self._characters: list[str] = []
+        self._is_valid = True
+
+    def push(self, byte: bytes) -> None:
+        if not self._is_valid:
+            return
+        try:
+            self._characters += self._utf8.decode(byte)
+        except UnicodeDecodeError:
+            self._is_valid = False
+
+    def last_characters(self, max_count: int) -> str:
+        """Empty where the run is no whole characters."""
+        is_whole = self._is_valid and not self._utf8.getstate()[0]
+        return "".join(self._characters[-max_count:]) if is_whole else ""
+
+
+def num_bytes_of_half_a_character(text: bytes) -> int:
+    """How many bytes at the end begin a character that the text does not complete; 0 where the text is no UTF-8."""
+    utf8 = _new_utf8_decoder("strict")
+    try:
+        utf8.decode(text)
+    except UnicodeDecodeError:
+        return 0
+    return len(utf8.getstate()[0])
 
 
 class StopMatcher:
@@ -67,6 +159,7 @@ class StopMatcher:
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         self._stop_strings = tuple(stop_strings)
+        self._max_stop_length = max(map(len, stop_strings), default=0)
         self._held = ""
         self._prefixes_by_last_character: dict[str, list[str]] = {}
         prefixes = {stop[:length] for stop in stop_strings for length in range(1, len(stop))}
@@ -87,6 +180,13 @@ class StopMatcher:
         num_held = self._num_held(text)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], False
+
+    def ends_in_stop(self, last_characters: Callable[[int], str]) -> bool:
+        """Whether text that is not pushed yet, of which `last_characters(n)` are the last n, ends in a stop string."""
+        if not self._stop_strings:
+            return False
+        waiting = last_characters(self._max_stop_length)
+        return bool(waiting) and (self._held + waiting).endswith(self._stop_strings)
 
     def flush(self) -> str:
         """What was held back and did not become a stop string."""
@@ -111,10 +211,19 @@ class TextStream:
 
     def push(self, token_id: int, *, may_stop: bool) -> tuple[str, bool]:
         piece = self._detokenizer.push(token_id)
-        if not self.has_reasoned:
-            self._end = self._end[1 - len(END_THINK) :] + piece
-            self.has_reasoned = END_THINK in self._end
+        if may_stop and self._matcher.ends_in_stop(self._detokenizer.last_characters_waiting):
+            piece = self._detokenizer.flush()  # the sequence ends here, and with it the run of bytes
+        self._look_for_reasoning(piece)
         return self._matcher.push(piece, may_stop=may_stop)
 
     def flush(self) -> str:
-        return self._matcher.flush()
+        """What was held back, at the end of a sequence that no stop string ended."""
+        piece = self._detokenizer.flush()
+        self._look_for_reasoning(piece)
+        text, _ = self._matcher.push(piece, may_stop=False)
+        return text + self._matcher.flush()
+
+    def _look_for_reasoning(self, piece: str) -> None:
+        if not self.has_reasoned:
+            self._end = self._end[1 - len(END_THINK) :] + piece
+            self.has_reasoned = END_THINK in self._end

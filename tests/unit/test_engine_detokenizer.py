@@ -1,5 +1,7 @@
-"""Text leaves the engine in whole characters, in constant time per token, and never with a part of a stop string."""
+"""Text leaves the engine as `decode` of the whole has it, in constant time per token, and never with a part of a stop
+string."""
 
+import random
 import time
 from itertools import pairwise
 
@@ -7,12 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.decoders import DecodeStream
 
-from gpu_worker.engine.detokenizer import MAX_INCOMPLETE, REPLACEMENT, Detokenizer, StopMatcher, TextStream
+from domain.jobs import FinishReason
+from gpu_worker.engine.admission import ModelLimits, make_job
+from gpu_worker.engine.detokenizer import REPLACEMENT, Detokenizer, StopMatcher, TextStream
+from gpu_worker.engine.grammar import Grammars
+from gpu_worker.frames import AddJob
 from tests.engine_parts import byte_tokenizer
+from tests.tokenizers_of_all_kinds import TOKENIZERS, random_tokens, sentencepiece_tokenizer
 
 TOKENIZER = byte_tokenizer()
+BYTE_FALLBACK = sentencepiece_tokenizer()
 BYTE_TOKENS = st.lists(st.integers(1, 256), max_size=80)
+NUM_FUZZED = 1000  # sequences per tokenizer; more than 10,000 in all
 
 
 def pieces_of(token_ids: list[int], prompt: list[int] | None = None) -> list[str]:
@@ -20,25 +30,116 @@ def pieces_of(token_ids: list[int], prompt: list[int] | None = None) -> list[str
     return [detokenizer.push(token_id) for token_id in token_ids]
 
 
-def without_incomplete_end(text: str) -> str:
-    kept = text.rstrip(REPLACEMENT)
-    return text[: max(len(kept), len(text) - MAX_INCOMPLETE)]
+def id_of(token: str) -> int:
+    """Of the tokenizer with byte fallback."""
+    token_id = BYTE_FALLBACK.token_to_id(token)
+    assert token_id is not None
+    return token_id
+
+
+def byte_tokens(text: str) -> list[int]:
+    return [id_of(f"<0x{byte:02X}>") for byte in text.encode()]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_text_is_that_of_decoding_all_at_once_wherever_it_is_cut_or_resumed(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    generator = random.Random(name)
+    for _ in range(NUM_FUZZED):
+        token_ids = random_tokens(tokenizer, generator)
+        going = Detokenizer(tokenizer)
+        sent = ""
+        for number in range(len(token_ids) + 1):
+            successor = Detokenizer(tokenizer)
+            assert "".join(map(successor.push, token_ids[:number])) == sent
+            assert sent + successor.flush() == tokenizer.decode(token_ids[:number]), token_ids[:number]
+            sent += going.push(token_ids[number]) if number < len(token_ids) else ""
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_behind_a_prompt_the_text_is_what_it_adds_to_the_prompts(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    generator = random.Random(name)
+    end = tokenizer.encode("a", add_special_tokens=False).ids
+    for _ in range(NUM_FUZZED // 10):
+        prompt = random_tokens(tokenizer, generator) + end
+        token_ids = random_tokens(tokenizer, generator)
+        detokenizer = Detokenizer(tokenizer, prompt)
+        text = "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
+        assert tokenizer.decode(prompt) + text == tokenizer.decode(prompt + token_ids), (prompt, token_ids)
 
 
 @given(text=st.text(max_size=60))
 def test_every_character_comes_out_whole_and_with_its_last_byte(text: str) -> None:
     token_ids = TOKENIZER.encode(text).ids
-    pieces = pieces_of(token_ids)
     sent = ""
-    for number, piece in enumerate(pieces, start=1):
+    for number, piece in enumerate(pieces_of(token_ids), start=1):
         sent += piece
         assert sent == TOKENIZER.decode(token_ids[:number]).rstrip(REPLACEMENT) or REPLACEMENT in text
-    assert sent == without_incomplete_end(text)
+    assert sent == text
 
 
-@given(token_ids=BYTE_TOKENS)
-def test_broken_utf8_gives_the_text_of_decoding_all_at_once(token_ids: list[int]) -> None:
-    assert "".join(pieces_of(token_ids)) == without_incomplete_end(TOKENIZER.decode(token_ids))
+@pytest.mark.parametrize("text", ["the cat a", "é", "𐍈 𐍈", "𐍈𐍈 a", "😀😀 日本 the", "�a"])
+def test_the_pieces_of_real_text_join_to_those_of_the_tokenizers_own_stream(text: str) -> None:
+    token_ids = [*BYTE_FALLBACK.encode(text).ids, id_of("▁the")]
+    stream = DecodeStream(skip_special_tokens=True)
+    detokenizer = Detokenizer(BYTE_FALLBACK)
+    expected = "".join(stream.step(BYTE_FALLBACK, token_id) or "" for token_id in token_ids)
+    assert "".join(map(detokenizer.push, token_ids)) == expected == f"{text} the"
+
+
+def test_a_run_of_byte_tokens_waits_for_its_end_and_is_judged_as_a_whole() -> None:
+    the = id_of("▁the")
+    detokenizer = Detokenizer(BYTE_FALLBACK)
+    assert [detokenizer.push(token_id) for token_id in [*byte_tokens("𐍈𐍈"), the]] == [""] * 8 + ["𐍈𐍈 the"]
+    broken = [*byte_tokens("𐍈𐍈")[:-1], the]
+    assert [detokenizer.push(token_id) for token_id in broken] == [""] * 7 + [REPLACEMENT * 7 + " the"]
+
+
+def test_half_a_character_at_the_end_is_shown_as_decode_shows_it() -> None:
+    whole = TOKENIZER.encode("a€").ids
+    stream = TextStream(TOKENIZER, [], ["x"])
+    assert "".join(stream.push(token_id, may_stop=True)[0] for token_id in whole[:-1]) == "a"
+    assert stream.flush() == REPLACEMENT == TOKENIZER.decode(whole[:-1])[1:]
+
+
+def test_a_prompt_that_ends_in_half_a_character_is_completed() -> None:
+    for tokenizer, ids in ((TOKENIZER, TOKENIZER.encode("a€").ids), (BYTE_FALLBACK, byte_tokens("a€"))):
+        detokenizer = Detokenizer(tokenizer, ids[:-1])
+        assert detokenizer.flush() == ""
+        assert detokenizer.push(ids[-1]) + detokenizer.flush() == "€"
+
+
+def test_whole_characters_at_the_end_of_a_prompt_stay_whole() -> None:
+    detokenizer = Detokenizer(BYTE_FALLBACK, byte_tokens("€€"))
+    assert detokenizer.push(byte_tokens("€")[0]) + detokenizer.flush() == REPLACEMENT
+
+
+def test_a_job_resumed_at_any_place_goes_on_with_the_text_that_was_not_sent() -> None:
+    token_ids = [*BYTE_FALLBACK.encode("the cat").ids, *byte_tokens("𐍈😀"), id_of("▁the")]
+    limits = ModelLimits(vocab_size=BYTE_FALLBACK.get_vocab_size(), max_model_len=100, eos_token_ids=frozenset({2}))
+    for num_committed in range(len(token_ids)):
+        committed = token_ids[:num_committed]
+        sent = "".join(map(Detokenizer(BYTE_FALLBACK).push, committed))
+        command = AddJob(
+            job_id="job",
+            attempt=2,
+            prompt_token_ids=[1],
+            params={},
+            max_tokens=50,
+            seed=0,
+            priority=0,
+            cache_salt="",
+            committed_token_ids=[committed],
+            num_emitted_chars=[len(sent)],
+            finished_indexes=[],
+        )
+        grammars = Grammars(BYTE_FALLBACK, limits.vocab_size, limits.eos_token_ids)
+        (sequence,) = make_job(command, limits, BYTE_FALLBACK, grammars, arrival=0).sequences
+        for token_id in token_ids[num_committed:]:
+            sequence.append(token_id)
+        sequence.finish(FinishReason.CANCELLED)
+        assert sent + sequence.take_text() == BYTE_FALLBACK.decode(token_ids)
 
 
 @given(prompt=BYTE_TOKENS, token_ids=BYTE_TOKENS)
@@ -65,15 +166,16 @@ def test_the_space_before_the_first_word_survives() -> None:
 
 def test_a_long_run_of_half_characters_costs_no_more_per_token() -> None:
     """Decoding all that waits again for every token would let one job slow its neighbours more and more."""
-    detokenizer = Detokenizer(TOKENIZER)
-    lead_byte = TOKENIZER.encode("€").ids[0]
-    seconds = []
-    for _ in range(4):
-        started = time.process_time()
-        for _ in range(2000):
-            detokenizer.push(lead_byte)
-        seconds.append(time.process_time() - started)
-    assert seconds[-1] < 3 * seconds[0]
+    for tokenizer, token_ids in ((TOKENIZER, TOKENIZER.encode("€").ids[:1]), (BYTE_FALLBACK, byte_tokens("😀"))):
+        stream = TextStream(tokenizer, [], ["a stop string"])
+        seconds = []
+        for _ in range(4):
+            started = time.process_time()
+            for _ in range(1000):
+                for token_id in token_ids:
+                    stream.push(token_id, may_stop=True)
+            seconds.append(time.process_time() - started)
+        assert min(seconds[2:]) < 3 * min(seconds[:2])
 
 
 STOPS = st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3)
@@ -123,13 +225,21 @@ def test_stop_strings_are_passed_over_while_the_text_must_go_on() -> None:
     assert stream.push(b, may_stop=True) == ("", True)
 
 
-@pytest.mark.parametrize("stop", ["€", "x€y"])
-def test_a_stop_string_is_found_whose_characters_come_byte_by_byte(stop: str) -> None:
-    stream = TextStream(TOKENIZER, [], [stop])
-    pushed = [stream.push(token, may_stop=True) for token in TOKENIZER.encode("ax€yb").ids]
-    sent = ""
-    for text, is_stopped in pushed:
-        sent += text
-        if is_stopped:
-            break
-    assert sent == "ax€yb".split(stop)[0]
+@pytest.mark.parametrize("stop", ["€", "x€y", "€y", "y"])
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, BYTE_FALLBACK])
+def test_a_stop_string_is_found_at_its_last_byte(stop: str, tokenizer: Tokenizer) -> None:
+    text = "ax€yb"
+    token_ids = TOKENIZER.encode(text).ids if tokenizer is TOKENIZER else byte_tokens(text)
+    num_needed = len(text[: text.index(stop)].encode() + stop.encode())
+    stream = TextStream(tokenizer, [], [stop])
+    pushed = [stream.push(token_id, may_stop=True) for token_id in token_ids[:num_needed]]
+    assert [is_stopped for _, is_stopped in pushed] == [False] * (num_needed - 1) + [True]
+    assert "".join(text for text, _ in pushed) == text.split(stop)[0]
+
+
+def test_a_stop_string_may_begin_before_a_run_of_byte_tokens() -> None:
+    stream = TextStream(BYTE_FALLBACK, [], [" cat€"])
+    token_ids = [*BYTE_FALLBACK.encode("the cat").ids, *byte_tokens("€")]
+    pushed = [stream.push(token_id, may_stop=True) for token_id in token_ids]
+    assert "".join(text for text, _ in pushed) == "the"
+    assert pushed[-1][1]
