@@ -58,8 +58,8 @@ def main() -> None:
 def up(first_job: bool) -> None:
     """Start everything here and keep it running until Ctrl-C.
 
-    PostgreSQL and Redis (embedded, unless their URLs are set), the schema, the API, one GPU worker, the maintenance
-    worker and Flower. What dies is restarted. Logs and data lie in .celeriac; ports that are taken move to the next
+    PostgreSQL and Redis (embedded, unless their URLs are set), the schema, the API, one GPU worker, maintenance
+    and Flower. What dies is restarted. Logs and data lie in .celeriac; ports that are taken move to the next
     free one.
     """
     from settings import get_settings
@@ -100,20 +100,28 @@ def worker(model: str | None, name: str | None) -> None:
 
 @main.command()
 def maintenance() -> None:
-    """Run the maintenance worker and its clock.
+    """Run the clocks that no job waits for, but all depend on.
 
-    Once a second it dispatches, rescues, expires and prunes what nobody else did, and takes batches further.
+    Once a second the janitor dispatches, rescues, expires and prunes what nobody else did, batches go further, and
+    webhooks are sent. Its /health and /metrics are on CELERIAC_MAINTENANCE_PORT.
     """
-    _settings()
-    options = ["--beat", "--pool=threads", "--concurrency=4", "--hostname=maintenance@%h"]
-    _become_celery("api.maintenance", "worker", *options, "--without-mingle", "--without-gossip")
+    settings = _settings()
+    from maintenance.process import serve
+
+    _catalog(settings)
+    try:
+        serve(settings)
+    except OSError as exc:
+        raise click.ClickException(
+            f"CELERIAC_MAINTENANCE_PORT is {settings.maintenance_port}: {exc.strerror}; give another, or 0 for any"
+        ) from exc
 
 
 @main.command()
 @click.option("--address", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=int, help="Port to listen on.  [default: CELERIAC_FLOWER_PORT or 5555]")
 def flower(address: str, port: int | None) -> None:
-    """Serve Flower, which shows workers and tasks.
+    """Serve Flower, which shows GPU workers and their tasks.
 
     Beyond this machine only with FLOWER_BASIC_AUTH=user:password in the environment.
     """

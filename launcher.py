@@ -163,7 +163,9 @@ def free_port(host: str, wanted: int) -> int:
     for port in range(wanted, min(wanted + 200, 65_536)):
         if is_free(host, port):
             return port if port else _any_port(host)
-    raise OSError(f"no free port on {host} from {wanted} on; name one in CELERIAC_PORT or CELERIAC_FLOWER_PORT")
+    raise OSError(
+        f"no free port on {host} from {wanted} on; name one in CELERIAC_PORT, _FLOWER_PORT or _MAINTENANCE_PORT"
+    )
 
 
 def is_free(host: str, port: int) -> bool:

@@ -146,8 +146,14 @@ jobs_oldest_queued_seconds = Gauge("jobs_oldest_queued_seconds", "Age of the old
 
 maintenance_findings = Gauge(
     "maintenance_findings",
-    "By the janitor: stalled_jobs and load_drift ever, orphans and unserved_jobs (by model and lane) now.",
+    "stalled_jobs and load_drift ever; orphans, unserved_jobs (by model and lane) and silent_clocks now.",
     ["name", "label"],
+)
+
+maintenance_seconds_since_last_tick = Gauge(
+    "maintenance_seconds_since_last_tick",
+    "By clock: in a maintenance process its own; in an API the newest of all processes, from SQL.",
+    ["clock"],
 )
 
 prompt_tokens_total = Counter("prompt_tokens_total", "Prompt tokens of submitted jobs.", ["model"])

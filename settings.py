@@ -27,11 +27,14 @@ class Settings(BaseSettings):
     database_url: str = Field(default="postgresql://localhost/celeriac", repr=False)
     redis_url: str = Field(default="redis://localhost:6379/0", repr=False)  # also rediss:// and unix:///path/to?db=0
     models_file: Path = ROOT / "models.toml"
-    data_dir: Path = ROOT / ".celeriac"  # the embedded servers, the beat schedule and uploaded files live here
+    data_dir: Path = ROOT / ".celeriac"  # the embedded servers and the logs of `celeriac up` live here
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     flower_port: int = Field(default=5555, ge=0, le=65535)
+    maintenance_host: str = "127.0.0.1"  # where a maintenance process serves its /health and /metrics
+    maintenance_port: int = Field(default=0, ge=0, le=65535)  # 0: a free one, told in its log
+    maintenance_silence_seconds: float = Field(default=30.0, gt=0)  # without a tick; then health says so
     auth: Literal["none", "api_key"] = "none"  # "none" serves the loopback interface only
     api_url: str | None = None  # where `celeriac submit` and its like find the API; default the one of this machine
     api_key: str | None = Field(default=None, repr=False)  # the key they show it

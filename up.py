@@ -26,10 +26,10 @@ FIRST_PROMPT = "Tell me a story about a brave little fox."
 FIRST_MAX_TOKENS = 160
 MAX_DEATHS_AT_START = 3
 PATIENCE_SECONDS = 30.0  # then we point at the log of what still starts
-SETTLED_SECONDS = 10.0
 SERVER_RETRY_SECONDS = 5.0
 DRAIN_MARGIN_SECONDS = 15.0  # beyond the worker's own drain: releasing, saying goodbye
 API_STOP_SECONDS = 15.0  # more than it gives to its open requests
+MAINTENANCE_STOP_SECONDS = 25.0  # more than it gives to the webhooks in hand
 LOOPBACK = "127.0.0.1"
 
 
@@ -52,6 +52,7 @@ class Up:
         self._num_stop_requests = 0
         self._stop_requested = threading.Event()
         self._api_port, self._flower_port = settings.port, settings.flower_port
+        self._maintenance_port = settings.maintenance_port
         self._database_url, self._redis_url = settings.database_url, settings.redis_url
         self._servers: list[EmbeddedServer] = []
         self._launcher = Launcher(say=self._say, is_hurried=lambda: self._num_stop_requests > 1)
@@ -125,12 +126,9 @@ class Up:
         api = self._service("API", "api", lambda: bool(self._health()))
         api.prepare = self._choose_api_port
         api.stop_seconds = API_STOP_SECONDS
-        # It serves nothing that could be asked; with a log too quiet to tell, having lived for a while must do.
-        maintenance = self._service(
-            "Maintenance",
-            "maintenance",
-            lambda: maintenance.log_has(b" ready") or time.monotonic() - maintenance.started_at > SETTLED_SECONDS,
-        )
+        maintenance = self._service("Maintenance", "maintenance", lambda: bool(_health_of(self._maintenance_url)))
+        maintenance.prepare = self._choose_maintenance_port
+        maintenance.stop_seconds = MAINTENANCE_STOP_SECONDS
         flower = self._service("Flower", "flower", lambda: not is_free(LOOPBACK, self._flower_port))
         flower.prepare = self._choose_flower_port
         return [worker, api, maintenance, flower]
@@ -167,12 +165,16 @@ class Up:
     def _choose_flower_port(self) -> None:
         self._flower_port = free_port(LOOPBACK, self._flower_port)
 
+    def _choose_maintenance_port(self) -> None:
+        self._maintenance_port = free_port(self._settings.maintenance_host, self._maintenance_port)
+
     def _environment(self) -> dict[str, str]:
         return os.environ | {
             "CELERIAC_DATABASE_URL": self._database_url,
             "CELERIAC_REDIS_URL": self._redis_url,
             "CELERIAC_PORT": str(self._api_port),
             "CELERIAC_FLOWER_PORT": str(self._flower_port),
+            "CELERIAC_MAINTENANCE_PORT": str(self._maintenance_port),
             "PYTHONUNBUFFERED": "1",
         }
 
@@ -187,7 +189,11 @@ class Up:
         job_id = self._run_first_job(model) if self._with_first_job and not is_unloaded else None
         seconds, folder = time.monotonic() - self._begun_at, short_path(self._settings.data_dir)
         self._say(f"\nCeleriac is up after {seconds:.1f} s. Ctrl-C stops it; jobs and results stay in {folder}.")
-        self._say(where_everything_is(self._api_url, self._flower_url, short_path(self._settings.data_dir / "logs")))
+        self._say(
+            where_everything_is(
+                self._api_url, self._maintenance_url, self._flower_url, short_path(self._settings.data_dir / "logs")
+            )
+        )
         celeriac = short_path(Path(sys.executable).parent / "celeriac")
         self._say(first_steps(self._api_url, model, job_id or "job_...", celeriac))
 
@@ -250,9 +256,11 @@ class Up:
 
     @property
     def _api_url(self) -> str:
-        host = self._settings.host
-        host = {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-        return f"http://{host}:{self._api_port}"
+        return f"http://{_reachable(self._settings.host)}:{self._api_port}"
+
+    @property
+    def _maintenance_url(self) -> str:
+        return f"http://{_reachable(self._settings.maintenance_host)}:{self._maintenance_port}"
 
     @property
     def _flower_url(self) -> str:
@@ -260,12 +268,7 @@ class Up:
 
     def _health(self) -> dict[str, Any]:
         """The API's account of the system; empty while it does not answer."""
-        with closing(http.client.HTTPConnection(self._api_url.removeprefix("http://"), timeout=2)) as connection:
-            try:
-                connection.request("GET", "/health")
-                return dict(json.loads(connection.getresponse().read()))
-            except (OSError, http.client.HTTPException, ValueError):
-                return {}
+        return _health_of(self._api_url)
 
     def _log_path(self, name: str) -> Path:
         return self._settings.data_dir / "logs" / f"{name}.log"
@@ -284,6 +287,20 @@ class Up:
         # Nobody may be listening any more: a terminal that was closed, a pipe whose reader left (for which rich exits).
         with suppress(OSError, SystemExit):
             self._console.print(line, markup=False)
+
+
+def _reachable(host: str) -> str:
+    """Where something that listens on `host` is reached from here, as a URL spells it."""
+    return {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+
+
+def _health_of(url: str) -> dict[str, Any]:
+    with closing(http.client.HTTPConnection(url.removeprefix("http://"), timeout=2)) as connection:
+        try:
+            connection.request("GET", "/health")
+            return dict(json.loads(connection.getresponse().read()))
+        except (OSError, http.client.HTTPException, ValueError):
+            return {}
 
 
 def _celeriac(command: str) -> list[str]:

@@ -64,8 +64,17 @@ class MetricsView(View):
     ttft: Spread
 
 
+class MaintenanceView(View):
+    """By clock (`janitor`, `batches`, `webhooks`), the newest tick of all maintenance processes. `silent`: one of them
+    has not ticked for CELERIAC_MAINTENANCE_SILENCE_SECONDS."""
+
+    status: Literal["ok", "silent"]
+    seconds_since_last_tick: dict[str, float]
+
+
 class HealthView(View):
-    """`degraded` still accepts jobs: Redis is away (slower, nothing lost), or no worker is there to run them."""
+    """`degraded` still accepts jobs: Redis is away (slower, nothing lost), no worker is there to run them, or a clock
+    of maintenance is silent."""
 
     status: Literal["ok", "degraded", "unhealthy"]
     database: Answer
@@ -78,6 +87,7 @@ class HealthView(View):
     queue_size: int
     running: int
     streams: int
+    maintenance: MaintenanceView
     metrics: MetricsView | None
 
 
@@ -107,7 +117,8 @@ async def health(request: Request, response: Response) -> HealthView:
     database, redis = await asyncio.gather(_check_database(services), _check_redis(services))
     queues = services.monitor.queues.values()
     num_workers = sum(queue.num_workers for queue in queues)
-    is_whole = redis == "ok" and num_workers > 0 and not services.draining.is_set()
+    is_silent = bool(services.monitor.silent_clocks)
+    is_whole = redis == "ok" and num_workers > 0 and not is_silent and not services.draining.is_set()
     response.status_code = 200 if database == "ok" else 503
     return HealthView(
         status="unhealthy" if database != "ok" else "ok" if is_whole else "degraded",
@@ -121,6 +132,12 @@ async def health(request: Request, response: Response) -> HealthView:
         queue_size=sum(queue.num_queued for queue in queues),
         running=sum(queue.num_running for queue in queues),
         streams=services.slots.num_open,
+        maintenance=MaintenanceView(
+            status="silent" if is_silent else "ok",
+            seconds_since_last_tick={
+                clock: round(age, 3) for clock, age in services.monitor.seconds_since_ticks.items()
+            },
+        ),
         metrics=_metrics(await services.monitor.recent()) if database == "ok" else None,
     )
 

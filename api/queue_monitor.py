@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 from uuid import UUID
 
@@ -20,6 +21,7 @@ from observability import (
     jobs_running,
     llm_queue_size,
     maintenance_findings,
+    maintenance_seconds_since_last_tick,
     webhook_deliveries_pending,
     webhook_oldest_due_seconds,
     worker_processes,
@@ -96,12 +98,20 @@ def read_queues(session: Session, catalog: Catalog) -> dict[str, ModelQueue]:
 class QueueMonitor:
     """Keeps the figures of all queues fresh and answers for positions. Use as an async context manager."""
 
-    def __init__(self, sessions: async_sessionmaker[AsyncSession], catalog: Catalog) -> None:
+    def __init__(
+        self, sessions: async_sessionmaker[AsyncSession], catalog: Catalog, *, silence_seconds: float = 30.0
+    ) -> None:
+        """`silence_seconds` without a tick are too many for a clock of maintenance."""
         self._sessions = sessions
         self._catalog = catalog
+        self._silence_seconds = silence_seconds
         self._queues: dict[str, ModelQueue] = {}
         self._read_at = float("-inf")  # monotonic
         self._served_at = {spec.id: time.monotonic() for spec in catalog}  # when a worker was last seen
+        self._ticked_at = dict.fromkeys(maintenance.CLOCKS, time.monotonic())  # by this process's clock
+        for clock in maintenance.CLOCKS:
+            age = partial(self._seconds_since_tick, clock)
+            maintenance_seconds_since_last_tick.labels(clock).set_function(age)
         self._recent: RecentJobs | None = None
         self._recent_at = float("-inf")  # monotonic
         self._reading = asyncio.Lock()
@@ -146,7 +156,23 @@ class QueueMonitor:
         self._num_accepted_since.clear()
         self._served_at |= {model: self._read_at for model, queue in queues.items() if queue.num_workers}
         _publish(queues)
-        _publish_findings(await repeatable(self._sessions, maintenance.figures))
+        ages = await repeatable(self._sessions, maintenance.seconds_since_ticks)
+        self._ticked_at |= {clock: time.monotonic() - ages[clock] for clock in self._ticked_at if clock in ages}
+        _publish_findings(await repeatable(self._sessions, maintenance.figures), self.silent_clocks)
+
+    @property
+    def seconds_since_ticks(self) -> dict[str, float]:
+        """By clock of maintenance: for how long no process is known to have ticked. Of those that never did, since this
+        process began to look. Goes on while the database does not answer."""
+        return {clock: self._seconds_since_tick(clock) for clock in self._ticked_at}
+
+    def _seconds_since_tick(self, clock: str) -> float:
+        return max(0.0, time.monotonic() - self._ticked_at[clock])
+
+    @property
+    def silent_clocks(self) -> list[str]:
+        """Those that should have ticked by now."""
+        return [clock for clock, age in self.seconds_since_ticks.items() if age > self._silence_seconds]
 
     def unserved_seconds(self, model: str) -> float:
         """For how long no live worker has been seen that serves this model, since this process looks; 0 while nobody
@@ -230,7 +256,9 @@ def _publish(queues: Mapping[str, ModelQueue]) -> None:
         worker_slots.labels(model).set(queue.num_slots)
 
 
-def _publish_findings(value_by_name: Mapping[tuple[str, str], float]) -> None:
+def _publish_findings(value_by_name: Mapping[tuple[str, str], float], silent_clocks: Sequence[str]) -> None:
     maintenance_findings.clear()  # a lane that is served again must not stay
+    for clock in silent_clocks:
+        maintenance_findings.labels("silent_clocks", clock).set(1)
     for (name, label), value in value_by_name.items():
         maintenance_findings.labels(name, label).set(value)

@@ -186,7 +186,9 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             authenticator=Authenticator(statements, is_open=settings.auth == "none"),
             submitter=submitter,
             dispatcher=dispatcher,
-            monitor=await stack.enter_async_context(QueueMonitor(statements, catalog)),
+            monitor=await stack.enter_async_context(
+                QueueMonitor(statements, catalog, silence_seconds=settings.maintenance_silence_seconds)
+            ),
             streams=await stack.enter_async_context(StreamReader(settings.redis_url, statements)),
             slots=StreamSlots(settings.max_streams),
             uploads=asyncio.Semaphore(settings.max_uploads),

@@ -29,13 +29,13 @@ from sqlalchemy.orm import Session, sessionmaker
 from bench.accept import cpu_seconds
 from domain.webhooks import DeliveryStatus, payload, signature_headers
 from embedded import EmbeddedPostgres, EmbeddedRedis
+from maintenance.webhook_hosts import MAX_PER_HOST
 from settings import ROOT, Settings
 from storage import webhook_endpoints
 from storage.database import migrate, open_database, session_factory
 from storage.tables import DEFAULT_TENANT_ID
 from storage.webhook_tables import WebhookDelivery
 from tasks.webhook_guard import TargetGuard
-from tasks.webhook_hosts import MAX_PER_HOST
 from tasks.webhook_http import WebhookClient
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"

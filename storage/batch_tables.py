@@ -85,6 +85,8 @@ class Batch(Row):
     prompt_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")
     cached_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")
     completion_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    step_failure: Mapped[str | None]  # how the last step failed, where it did
+    num_step_failures: Mapped[int] = mapped_column(server_default="0")  # so, one after another
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime]
     in_progress_at: Mapped[datetime | None]

@@ -1,11 +1,15 @@
 """What the janitor checks beside moving jobs, and the figures it leaves for the API to show."""
 
+from collections.abc import Mapping
+
 from sqlalchemy import delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from storage.jobs_sql import CLOCK
-from storage.tables import MaintenanceFigure
+from storage.tables import MaintenanceFigure, MaintenanceTick
+
+CLOCKS = ("janitor", "batches", "webhooks")  # that tick in every maintenance process
 
 # One statement, one snapshot: the counters move in the statements that move the rows, so they must agree at any moment.
 DRIFT = text("""
@@ -42,6 +46,14 @@ SELECT (SELECT count(*) FROM jobs j WHERE j.status IN ('queued', 'in_progress')
             NOT EXISTS (SELECT FROM job_results r WHERE r.job_id = j.id)
             OR j.committed_sequence_number <> (SELECT coalesce(max(c.sequence_number), 0) FROM job_chunks c
                 WHERE c.job_id = j.id)))
+""")  # noqa: S608  (CLOCK is a constant)
+
+# Several processes have clocks of one name: the newest tick counts. A crash of the database may take one back.
+RECORD_TICKS = text(f"""
+INSERT INTO maintenance_ticks (clock, ticked_at)
+SELECT clock, {CLOCK} - make_interval(secs => age)
+FROM unnest(CAST(:clocks AS text[]), CAST(:ages AS float8[])) AS t(clock, age) ORDER BY clock
+ON CONFLICT (clock) DO UPDATE SET ticked_at = greatest(maintenance_ticks.ticked_at, excluded.ticked_at)
 """)  # noqa: S608  (CLOCK is a constant)
 
 
@@ -90,3 +102,18 @@ def _add(session: Session, name: str, label: str, value: float) -> None:
 def figures(session: Session) -> dict[tuple[str, str], float]:
     """By (name, label)."""
     return {(row.name, row.label): row.value for row in session.scalars(select(MaintenanceFigure))}
+
+
+# When the clocks of maintenance ticked
+
+
+def record_ticks(session: Session, age_by_clock: Mapping[str, float]) -> None:
+    """How many seconds ago each clock of this process ticked."""
+    session.execute(text("SET LOCAL synchronous_commit = off"))
+    session.execute(RECORD_TICKS, {"clocks": list(age_by_clock), "ages": list(age_by_clock.values())})
+
+
+def seconds_since_ticks(session: Session) -> dict[str, float]:
+    """By clock, over all processes; those that never ticked are missing."""
+    age = func.extract("epoch", func.clock_timestamp() - MaintenanceTick.ticked_at)
+    return {row[0]: float(row[1]) for row in session.execute(select(MaintenanceTick.clock, age))}

@@ -270,6 +270,15 @@ class MaintenanceFigure(Row):
     updated_at: Mapped[datetime]
 
 
+class MaintenanceTick(Row):
+    """When a clock of the maintenance processes last ticked."""
+
+    __tablename__ = "maintenance_ticks"
+
+    clock: Mapped[str] = mapped_column(primary_key=True)
+    ticked_at: Mapped[datetime]
+
+
 class Worker(Row):
     """A live GPU worker process, seen lately. Dispatch windows and /health read it; no correctness hangs on it."""
 

@@ -3,10 +3,7 @@
 Nothing here reaches torch or `gpu_worker`: what runs a GPU task is decided by the worker's own app module.
 """
 
-import ctypes
 import logging
-import signal
-import sys
 from typing import Any
 
 from celery import Celery, bootsteps, signals
@@ -17,7 +14,7 @@ from kombu.utils.url import maybe_sanitize_url
 from domain.catalog import Catalog
 from observability import configure_logging
 from settings import Settings, get_settings
-from tasks.messages import GENERATE, JANITOR_TICK, MAINTENANCE_QUEUE, PRIORITY_STEPS
+from tasks.messages import GENERATE, PRIORITY_STEPS
 
 # A message is in hand for seconds before it is claimed and acked, so an unacked one of a dead worker may return early.
 # The same number in every process: whoever drains a queue or waits for a reply restores by its own.
@@ -25,18 +22,17 @@ VISIBILITY_TIMEOUT_SECONDS = 60
 
 
 def make_app(settings: Settings) -> Celery:
-    """The app over the models of `settings.models_file`. A plain worker serves the maintenance queue alone: a model's
-    queue needs `gpu_worker.app`."""
-    app = Celery("celeriac", broker=settings.broker_url, include=["tasks.generate", "tasks.janitor", "tasks.webhooks"])
+    """The app over the models of `settings.models_file`. A plain worker serves no queue: a model's needs
+    `gpu_worker.app`."""
+    app = Celery("celeriac", broker=settings.broker_url, include=["tasks.generate"])
     models = Catalog.load(settings.models_file)
     app.conf.update(
-        task_queues=[_queue(MAINTENANCE_QUEUE), *(_queue(spec.queue) for spec in models)],
-        task_default_queue=MAINTENANCE_QUEUE,
+        task_queues=[_queue(spec.queue) for spec in models],
+        task_default_queue=models.default.queue,
         task_routes={GENERATE: {"queue": models.default.queue}},
-        beat_schedule=_beat_schedule(settings),
     )
     app.conf.update(_SAFETY, **_BROKER, **_WORKER)
-    app.amqp.queues.select([MAINTENANCE_QUEUE])
+    app.amqp.queues.deselect([spec.queue for spec in models])
     app.steps["consumer"].add(BrokerInStats)
     return app
 
@@ -99,27 +95,11 @@ _WORKER = {
     "worker_soft_shutdown_timeout": 0,
     "worker_send_task_events": True,
     "worker_redirect_stdouts": False,
-    "beat_scheduler": "celery.beat:Scheduler",  # ticks by interval alone: nothing to remember in a file
 }
 
 
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-
 # One line or two per task: events tell it to Flower, and our own lines tell what matters.
-_LOGGERS_OF_EVERY_TASK = ("celery.worker.strategy", "celery.app.trace", "celery.beat")
-
-
-def _beat_schedule(settings: Settings) -> dict[str, dict[str, object]]:
-    seconds = settings.janitor_interval_seconds
-    # Ticks that pile up while no maintenance worker runs are dropped on receipt.
-    return {"janitor": {"task": JANITOR_TICK, "schedule": seconds, "options": {"expires": 10 * seconds}}}
-
-
-@signals.beat_embedded_init.connect
-def _end_beat_with_its_worker(**_: object) -> None:
-    """The clock is a child of the maintenance worker; it would outlive one that was killed, and tick for ever."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+_LOGGERS_OF_EVERY_TASK = ("celery.worker.strategy", "celery.app.trace")
 
 
 @signals.setup_logging.connect

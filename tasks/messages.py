@@ -21,9 +21,6 @@ from uuid import UUID, uuid4
 from domain.ids import external_id
 
 GENERATE = "celeriac.generate"
-JANITOR_TICK = "celeriac.janitor"
-BATCH_TICK = "celeriac.batches"
-MAINTENANCE_QUEUE = "celeriac-maintenance"  # no model's queue: those begin with "celeriac."
 PRIORITY_STEPS = (0, 3, 6, 9)  # one list per step and queue; 0 is served first
 MAX_RINGS = 64  # more would only wake workers for nothing
 

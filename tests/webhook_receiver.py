@@ -1,13 +1,16 @@
 """A receiver of webhooks on a port of its own, whose every answer the test decides, and a sender beside it."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from maintenance.webhooks import WebhookSender
 from settings import Settings
-from tasks.webhooks import SenderThread
+from storage.database import async_session_factory, open_async_database
+from tasks.webhook_guard import TargetGuard
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,37 @@ def receiving() -> Iterator[Receiver]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class SenderThread:
+    """A sender with an event loop and database connections of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._loop = asyncio.new_event_loop()
+        self._sender: WebhookSender | None = None
+        self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when what was in hand is recorded."""
+        if self._sender is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._sender.stop)
+        self._thread.join(timeout=20)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._send())
+
+    async def _send(self) -> None:
+        database = open_async_database(self._settings.database_url, pool_size=1, max_overflow=1)
+        self._sender = WebhookSender(async_session_factory(database), TargetGuard(self._settings))
+        try:
+            await self._sender.run()
+        finally:
+            await database.dispose()
 
 
 @contextmanager

@@ -18,11 +18,11 @@ from domain.catalog import Catalog, ModelSpec
 from domain.embeddings import EmbeddingRequest
 from domain.ids import parse_id_of_other
 from domain.jobs import BATCH_PRIORITY
+from maintenance.batches import BatchWork
 from settings import Settings
 from storage import batch_lines, jobs
 from storage.batch_tables import Batch
 from storage.tables import JobPayload
-from tasks.batches import BatchWork
 from tasks.models import ModelViews
 from tests.conformance.harness import Served
 from tests.conformance.test_openai_embeddings import MODEL, TEXTS, embedding

@@ -21,11 +21,11 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from api.openai.batch_lines import batch_surface
 from domain.ids import external_id, parse_id_of_other
+from maintenance.batches import BatchWork
 from settings import Settings
 from storage import database, files, jobs
 from storage.batch_tables import Batch, File
 from storage.tables import Job, Tenant
-from tasks.batches import BatchWork
 from tasks.models import ModelViews
 from tests.integration.api_harness import CATALOG, ApiServer, HandWorker
 

@@ -20,8 +20,8 @@ from domain.catalog import Catalog
 from domain.ids import parse_id
 from domain.jobs import BATCH_PRIORITY
 from gpu_worker import intake
+from maintenance.batches import BatchWork
 from storage import jobs
-from tasks.batches import BatchWork
 from tasks.models import ModelViews
 from tests.conformance.harness import MESSAGES, Served
 from tests.engine_driver import tiny_llama_config, tiny_model

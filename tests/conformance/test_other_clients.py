@@ -24,10 +24,10 @@ from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id
 from domain.jobs import JobStatus
 from gpu_worker import intake
+from maintenance.batches import BatchWork
 from settings import ROOT, Settings
 from storage import api_keys, job_queries
 from storage.tables import DEFAULT_TENANT_ID, Job
-from tasks.batches import BatchWork
 from tasks.models import ModelViews
 from tests.integration.api_harness import ApiServer, HandWorker, make_chunk
 from tests.integration.runner_harness import MODEL, RecordingRunner, Rig

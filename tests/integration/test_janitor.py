@@ -1,18 +1,12 @@
 """The janitor's rules on a real database and a real broker, each for itself and all of them together."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from pathlib import Path
 from time import monotonic
 from typing import Any
 from uuid import uuid4
 
-import psutil
 import pytest
 import redis
 from sqlalchemy import text, update
@@ -22,15 +16,16 @@ from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id
 from domain.jobs import JobStatus, Lane
 from embedded import EmbeddedRedis
+from maintenance.janitor import EPOCH_KEY, Janitor
 from settings import Settings
 from storage import job_attempts, jobs, maintenance, workers
 from storage.stream_channels import channel_of
 from storage.tables import DEFAULT_TENANT_ID, Job, TenantLoad
 from storage.workers import WorkerReport
 from tasks.dispatch import count_waiting
-from tasks.janitor import EPOCH_KEY, Janitor
+from tasks.messages import priority_keys
 from tests.conftest import MakeTenant
-from tests.integration.consumer_harness import ROOT, EventLog, events, wait_until
+from tests.integration.consumer_harness import events, wait_until
 
 __all__ = ["events"]
 
@@ -169,7 +164,7 @@ def test_a_step_of_the_database_clock_rescues_nobody(
     janitor.tick()
     held = [make_job(status=JobStatus.IN_PROGRESS, lease_expires_at=AN_HOUR_AGO) for _ in range(3)]
     now = monotonic()
-    monkeypatch.setattr("tasks.janitor.monotonic", lambda: now - 60)
+    monkeypatch.setattr("maintenance.janitor.monotonic", lambda: now - 60)
     assert "rescued" not in janitor.tick()
     assert [status_of(session_factory, job) for job in held] == [JobStatus.IN_PROGRESS] * 3
 
@@ -271,81 +266,10 @@ def test_a_low_priority_is_served_under_a_stream_of_high_ones(
         assert jobs.dispatch(session, "test-model", room=99)[-1] == lowest.id
 
 
-def test_beat_and_a_maintenance_worker_keep_the_janitor_going(
-    database_url: str, redis_url: str, client: redis.Redis, events: EventLog, make_job: MakeJob, tmp_path: Path
-) -> None:
-    models_file = tmp_path / "models.toml"
-    models_file.write_text('[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n')
-    environment = os.environ | {
-        "CELERIAC_DATABASE_URL": database_url,
-        "CELERIAC_REDIS_URL": redis_url,
-        "CELERIAC_MODELS_FILE": str(models_file),
-        "CELERIAC_JANITOR_INTERVAL_SECONDS": "0.1",
-    }
-    command = [sys.executable, "-m", "celery", "-A", "tasks.app", "worker", "--beat", "--pool=threads"]
-    with (tmp_path / "log").open("wb") as log:
-        worker = subprocess.Popen(
-            [*command, "--concurrency=4", "--hostname=maintenance@test"],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        for _ in range(2):
-            job = make_job()
-            wait_until(partial(is_sent, client, job), "the job is sent")
-    finally:
-        worker.terminate()
-        assert worker.wait(timeout=60) == 0, (tmp_path / "log").read_text()
-    assert {event["type"].partition("-")[0] for event in events.all()} == {"worker"}  # ticks leave Flower alone
-    assert "janitor: dispatched test-model 1" in (tmp_path / "log").read_text()
-    assert "succeeded in" not in (tmp_path / "log").read_text()
-
-
-def test_leases_that_lapse_while_the_broker_is_away_are_rescued(
-    database_url: str,
-    redis_url: str,
-    redis_server: EmbeddedRedis,
-    make_job: MakeJob,
-    session_factory: sessionmaker[Session],
-    tmp_path: Path,
-) -> None:
-    models_file = tmp_path / "models.toml"
-    models_file.write_text('[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n')
-    environment = os.environ | {
-        "CELERIAC_DATABASE_URL": database_url,
-        "CELERIAC_REDIS_URL": redis_url,
-        "CELERIAC_MODELS_FILE": str(models_file),
-        "CELERIAC_JANITOR_INTERVAL_SECONDS": "0.2",
-        "CELERIAC_LEASE_SECONDS": "1",
-    }
-    command = [sys.executable, "-m", "celery", "-A", "tasks.app", "worker", "--beat", "--pool=threads"]
-    with (tmp_path / "log").open("wb") as log:
-        worker = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    try:
-        wait_until(lambda: "ready." in (tmp_path / "log").read_text(), "the maintenance worker is ready")
-        redis_server.stop()
-        lost = make_job(status=JobStatus.IN_PROGRESS, lease_expires_at=AN_HOUR_AGO)
-        wait_until(lambda: status_of(session_factory, lost) is JobStatus.QUEUED, "it is rescued")
-    finally:
-        worker.kill()
-        worker.wait()
-        redis_server.start()
-
-
-def test_a_killed_maintenance_worker_takes_its_clock_with_it(redis_url: str, tmp_path: Path) -> None:
-    models_file = tmp_path / "models.toml"
-    models_file.write_text('[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n')
-    environment = os.environ | {"CELERIAC_REDIS_URL": redis_url, "CELERIAC_MODELS_FILE": str(models_file)}
-    command = [sys.executable, "-m", "celery", "-A", "tasks.app", "worker", "--beat", "--pool=threads"]
-    with (tmp_path / "log").open("wb") as log:
-        worker = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    try:
-        process = psutil.Process(worker.pid)
-        wait_until(lambda: "ready." in (tmp_path / "log").read_text() and process.children(), "the clock is started")
-        children = process.children(recursive=True)
-    finally:
-        worker.kill()
-        worker.wait()
-    wait_until(lambda: not any(child.is_running() for child in children), "its clock is gone")
+def test_what_an_earlier_release_left_in_redis_is_cleared_away(janitor: Janitor, client: redis.Redis) -> None:
+    for key in priority_keys("celeriac-maintenance"):
+        client.lpush(key, "a tick")
+    client.sadd("_kombu.binding.celeriac-maintenance", "its queue")
+    client.lpush("celeriac-maintenance-of-others", "not ours")
+    janitor.tick()
+    assert [key for key in client.keys("*celeriac-maintenance*")] == [b"celeriac-maintenance-of-others"]

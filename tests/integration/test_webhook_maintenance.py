@@ -1,4 +1,4 @@
-"""The maintenance worker sends webhooks, and ends when it is told to."""
+"""Maintenance sends webhooks, and ends when it is told to."""
 
 import os
 import subprocess
@@ -18,9 +18,7 @@ from tests.webhook_receiver import receiving
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_the_maintenance_worker_sends_webhooks(
-    session: Session, make_job: MakeJob, database_url: str, redis_url: str
-) -> None:
+def test_maintenance_sends_webhooks(session: Session, make_job: MakeJob, database_url: str, redis_url: str) -> None:
     environment = os.environ | {
         "CELERIAC_DATABASE_URL": database_url,
         "CELERIAC_REDIS_URL": redis_url,

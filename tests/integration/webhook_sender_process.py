@@ -4,7 +4,7 @@ import sys
 import threading
 
 from settings import Settings
-from tasks.webhooks import SenderThread
+from tests.webhook_receiver import SenderThread
 
 SenderThread(Settings(database_url=sys.argv[1], webhook_private_targets=True)).start()
 threading.Event().wait()

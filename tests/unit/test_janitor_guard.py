@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tasks.janitor import OutageGuard
+from maintenance.janitor import OutageGuard
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

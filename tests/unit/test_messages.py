@@ -14,7 +14,6 @@ from tasks.app import make_app
 from tasks.generate import generate
 from tasks.messages import (
     GENERATE,
-    MAINTENANCE_QUEUE,
     bell_key,
     generate_message,
     priority_key,
@@ -100,6 +99,6 @@ def test_the_revoke_channel_is_where_kombu_publishes_it() -> None:
     assert revoke_channel(3) == channel._get_publish_topic("celery.pidbox", "")
 
 
-def test_a_plain_worker_serves_the_maintenance_queue_alone(app: Celery) -> None:
-    assert list(app.amqp.queues.consume_from) == [MAINTENANCE_QUEUE]
+def test_a_plain_worker_serves_no_queue(app: Celery) -> None:
+    assert list(app.amqp.queues.consume_from) == []
     assert QUEUE in app.amqp.queues

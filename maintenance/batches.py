@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from threading import Lock
 from time import monotonic
 from uuid import UUID
 
@@ -19,6 +18,7 @@ from domain.batches import BatchStatus, LineOutcome
 from domain.errors import CeleriacError, Overloaded
 from domain.ids import external_id
 from domain.jobs import BATCH_PRIORITY
+from maintenance.batch_validation import BatchValidation
 from observability import describe_exception
 from settings import Settings
 from storage import batch_lines, batches, files, jobs, jobs_accept, tenants
@@ -27,7 +27,6 @@ from storage.database import OUTAGES, allow_idle
 from storage.jobs_accept import AcceptOutcome, NewJob
 from tasks.batch_files import read_ended, write_lines
 from tasks.batch_surface import BatchSurface, LineRequest
-from tasks.batch_validation import BatchValidation
 from tasks.job_options import JobOptions
 from tasks.models import ModelViews
 from tasks.settler import Settler
@@ -45,34 +44,42 @@ class BatchWork:
     """One per process; its ticks never overlap."""
 
     def __init__(
-        self, sessions: sessionmaker[Session], views: ModelViews, settings: Settings, surface: BatchSurface
+        self,
+        sessions: sessionmaker[Session],
+        views: ModelViews,
+        settings: Settings,
+        surface: BatchSurface,
+        *,
+        on_turn: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_turn` is called whenever the database has said which batches there are, and after each of their turns."""
         self._sessions = sessions
         self._views = views
         self._settings = settings
         self._surface = surface
         self._validation = BatchValidation(views, surface)
-        self._lock = Lock()
+        self._on_turn = on_turn
         self._settler = Settler(views)
         self._loop = asyncio.new_event_loop()  # the settler's; it turns only within a step
 
     def tick(self) -> None:
         """Take every unfinished batch as far as it can go now."""
-        if not self._lock.acquire(blocking=False):
+        batch_ids = self._unfinished_ids()
+        if batch_ids is None:
             return
-        try:
-            for batch_id in self._unfinished_ids():
-                self._advance(batch_id)
-        finally:
-            self._lock.release()
+        self._on_turn()
+        for batch_id in batch_ids:
+            self._advance(batch_id)
+            self._on_turn()
 
-    def _unfinished_ids(self) -> list[UUID]:
+    def _unfinished_ids(self) -> list[UUID] | None:
+        """None: the database does not answer."""
         try:
             with self._sessions() as session:
                 return batches.unfinished_ids(session)
         except OUTAGES as exc:
             logger.warning("batches wait for the database: %s", describe_exception(exc))
-            return []
+            return None
 
     def _advance(self, batch_id: UUID) -> None:
         until = monotonic() + TURN_SECONDS

@@ -1,26 +1,22 @@
-"""The janitor: rules that find what somebody left behind and put it right, once a second, on the maintenance worker.
+"""The janitor: rules that find what somebody left behind and put it right, once a second.
 
 Every rule looks at the state as it is (nothing hangs on an event that could be missed), takes a bounded bite, skips
 rows that others have locked, and fails alone. Any number of janitors may run.
 
 Redis keys
-| name           | type   | lifetime | writer  | reader  |
-|----------------|--------|----------|---------|---------|
-| celeriac:epoch | string | -        | janitor | janitor |
+| name                  | type   | lifetime                  | writer           | reader  |
+|-----------------------|--------|---------------------------|------------------|---------|
+| celeriac:epoch        | string | -                         | janitor          | janitor |
+| celeriac-maintenance* | list   | until a janitor sees them | earlier releases | -       |
 """
 
 import logging
 from collections.abc import Callable
 from datetime import datetime
-from functools import lru_cache
-from threading import Lock, Thread
-from time import monotonic, sleep
+from time import monotonic
 from uuid import uuid4
 
 import redis
-from celery import signals
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -28,18 +24,16 @@ from domain.catalog import Catalog
 from domain.ids import external_id
 from domain.jobs import JobStatus
 from observability import describe_exception
-from settings import Settings, get_settings
+from settings import Settings
 from storage import files, jobs, maintenance, webhook_deliveries, workers
-from storage.database import open_database, session_factory
 from storage.streams import publish
-from tasks.app import app
 from tasks.dispatch import dispatch
-from tasks.messages import JANITOR_TICK, MAINTENANCE_QUEUE
+from tasks.messages import priority_keys
 
 logger = logging.getLogger(__name__)
 
 EPOCH_KEY = "celeriac:epoch"
-BROKER_TIMEOUT_SECONDS = 1.0
+OLD_QUEUE = "celeriac-maintenance"  # through which earlier releases sent their ticks
 PRUNE_EVERY_SECONDS = 10.0
 CHECK_EVERY_SECONDS = 60.0  # what reads every unfinished job
 UNSERVED_SECONDS = 30.0  # a worker that starts has so long until its model counts as unserved
@@ -73,12 +67,20 @@ class Janitor:
     """One per process; its ticks never overlap."""
 
     def __init__(
-        self, sessions: sessionmaker[Session], client: redis.Redis, catalog: Catalog, settings: Settings
+        self,
+        sessions: sessionmaker[Session],
+        client: redis.Redis,
+        catalog: Catalog,
+        settings: Settings,
+        *,
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_tick` is called after a tick in which every rule did its work, but for what needs Redis."""
         self._sessions = sessions
         self._client = client
         self._catalog = catalog
         self._settings = settings
+        self._on_tick = on_tick
         self.quiet_seconds = settings.lease_seconds + 5  # how long the database server must be up before a rescue
         self._guard = OutageGuard(settings.lease_seconds, monotonic())
         self._epoch: tuple[object, object] | None = None
@@ -87,18 +89,17 @@ class Janitor:
         self._checked_at = 0.0
         self._leases_as_of: datetime | None = None  # None: they cannot be believed now
         self._has_redis = False  # it answered in this tick
-        self.ticked_at = monotonic()
-        self._lock = Lock()
+        self._has_cleared = False
 
     def tick(self) -> dict[str, int]:
         """Run every rule once; returns how many jobs each one moved, without the zeros."""
-        if not self._lock.acquire(blocking=False):
-            return {}
-        self.ticked_at = monotonic()
-        try:
-            return {name: count for name, rule in self._rules() if (count := _run(name, rule))}
-        finally:
-            self._lock.release()
+        count_by_rule = {name: _run(name, rule) for name, rule in self._rules()}
+        if None not in count_by_rule.values():
+            self._on_tick()
+        counts = {name: count for name, count in count_by_rule.items() if count}
+        if counts:
+            logger.info("janitor: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
+        return counts
 
     def _rules(self) -> list[tuple[str, Callable[[], int]]]:
         """In an order that lets a rescued job be sent in the same tick."""
@@ -112,6 +113,7 @@ class Janitor:
             ("pruned", self._prune),
             ("pruned files", self._prune_files),
             ("checked", self._check),
+            ("cleared keys of Redis", self._clear_old_queue),
         ]
 
     def _rescue(self) -> int:
@@ -205,50 +207,21 @@ class Janitor:
             logger.error("no live worker serves jobs that wait", extra={"lane": lane, "num_jobs": num_jobs})
         return drift + orphans + sum(unserved.values())
 
-
-@lru_cache(maxsize=1)
-def janitor() -> Janitor:
-    """This process's janitor."""
-    settings = get_settings()
-    client = redis.Redis.from_url(
-        settings.redis_url,
-        socket_timeout=BROKER_TIMEOUT_SECONDS,
-        socket_connect_timeout=BROKER_TIMEOUT_SECONDS,
-        retry=Retry(NoBackoff(), 0),
-    )
-    database = open_database(
-        settings.database_url, pool_size=1, max_overflow=1, idle_seconds=settings.idle_transaction_seconds
-    )
-    return Janitor(session_factory(database), client, Catalog.load(settings.models_file), settings)
+    def _clear_old_queue(self) -> int:
+        """What nobody reads any more would lie there for ever. Once per process, as soon as Redis answers."""
+        if self._has_cleared or not self._has_redis:
+            return 0
+        self._has_cleared = True
+        return int(self._client.unlink(*priority_keys(OLD_QUEUE), f"_kombu.binding.{OLD_QUEUE}"))
 
 
-@app.task(name=JANITOR_TICK, send_events=False)  # one a second would push the jobs out of Flower's list
-def tick() -> None:
-    """Run every rule of the janitor once."""
-    counts = janitor().tick()
-    if counts:
-        logger.info("janitor: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
-
-
-@signals.worker_ready.connect
-def _keep_ticking(**_: object) -> None:
-    """Ticks come through Redis; while it is away, leases lapse all the same, so the maintenance worker has a clock of
-    its own beside them. Where the ticks come, it rests."""
-    if MAINTENANCE_QUEUE in app.amqp.queues.consume_from:
-        Thread(target=_tick_when_silent, name="janitor", daemon=True).start()
-
-
-def _tick_when_silent() -> None:
-    seconds = get_settings().janitor_interval_seconds
-    while True:
-        sleep(seconds / 2)
-        if monotonic() - janitor().ticked_at > 2 * seconds:
-            tick()
-
-
-def _run(name: str, rule: Callable[[], int]) -> int:
+def _run(name: str, rule: Callable[[], int]) -> int | None:
+    """None: the rule could not do its work, and Redis is not to blame."""
     try:
         return rule()
-    except Exception as exc:  # an outermost loop: the other rules must go on
+    except redis.RedisError as exc:
         logger.warning("janitor rule %r failed, will try again: %s", name, describe_exception(exc))
         return 0
+    except Exception as exc:  # an outermost loop: the other rules must go on
+        logger.warning("janitor rule %r failed, will try again: %s", name, describe_exception(exc))
+        return None

@@ -1,15 +1,14 @@
-"""Sends webhooks: a loop in a thread of the maintenance worker. Any number of processes may run one.
+"""Sends webhooks: a loop of the maintenance process. Any number of processes may run one.
 
 Each round, in one transaction, it records what came of earlier attempts and claims what is due; between rounds the
-attempts are under way. It needs the database alone: no Celery message, no Redis.
+attempts are under way. It needs the database alone.
 """
 
 import asyncio
 import logging
 import time
-from threading import Thread
+from collections.abc import Callable
 
-from celery import signals
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
@@ -17,15 +16,11 @@ from sqlalchemy.orm import Session
 from domain.ids import external_id
 from domain.webhook_urls import BadWebhookUrl
 from domain.webhooks import DeliveryStatus, payload, signature_headers
+from maintenance.webhook_hosts import MAX_PER_HOST, Hosts
 from observability import describe_exception
-from settings import Settings, get_settings
 from storage import webhook_deliveries
-from storage.database import async_session_factory, open_async_database
 from storage.webhook_deliveries import ClaimedDelivery, Outcome
-from tasks.app import app
-from tasks.messages import MAINTENANCE_QUEUE
 from tasks.webhook_guard import TargetGuard
-from tasks.webhook_hosts import MAX_PER_HOST, Hosts
 from tasks.webhook_http import MAX_CONNECTIONS, TOTAL_SECONDS, Answer, WebhookClient
 
 logger = logging.getLogger(__name__)
@@ -37,11 +32,19 @@ MAX_IN_HAND = MAX_CONNECTIONS
 
 
 class WebhookSender:
-    """Use within one event loop: `run` until `stop`."""
+    """Use within one event loop: `run` until `stop`. `on_round` is called whenever the database was asked what is due;
+    that is once in POLL_SECONDS at least."""
 
-    def __init__(self, sessions: async_sessionmaker[AsyncSession], guard: TargetGuard) -> None:
+    def __init__(
+        self,
+        sessions: async_sessionmaker[AsyncSession],
+        guard: TargetGuard,
+        *,
+        on_round: Callable[[], None] = lambda: None,
+    ) -> None:
         self._sessions = sessions
         self._guard = guard
+        self._on_round = on_round
         self._client = WebhookClient(guard)
         self._hosts = Hosts()
         self._attempts: set[asyncio.Task[None]] = set()
@@ -71,6 +74,7 @@ class WebhookSender:
                 self._outcomes.clear()  # their leases lapse, and others send them again
             await self._wait(PAUSE_SECONDS)
             return
+        self._on_round()
         if not num_claimed:
             await self._wait(POLL_SECONDS)
 
@@ -132,49 +136,3 @@ def judge(delivery: ClaimedDelivery, answer: Answer) -> Outcome:
     if answer.is_success:
         status = DeliveryStatus.DELIVERED
     return Outcome(delivery, status, answer.status_code, answer.error, answer.seconds, is_gone=answer.is_gone)
-
-
-class SenderThread:
-    """A sender with an event loop and database connections of its own."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._loop = asyncio.new_event_loop()
-        self._sender: WebhookSender | None = None
-        self._thread = Thread(target=self._run, name="webhooks", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Returns when what was in hand is recorded."""
-        if self._sender is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._sender.stop)
-        self._thread.join(timeout=2 * TOTAL_SECONDS)
-
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._send())
-
-    async def _send(self) -> None:
-        database = open_async_database(
-            self._settings.database_url,
-            pool_size=1,
-            max_overflow=1,
-            idle_seconds=self._settings.idle_transaction_seconds,
-        )
-        self._sender = WebhookSender(async_session_factory(database), TargetGuard(self._settings))
-        try:
-            await self._sender.run()
-        finally:
-            await database.dispose()
-
-
-@signals.worker_ready.connect
-def _start_with_the_worker(**_: object) -> None:
-    """On a maintenance worker alone: every worker loads this module."""
-    if MAINTENANCE_QUEUE not in app.amqp.queues.consume_from:
-        return
-    thread = SenderThread(get_settings())
-    thread.start()
-    signals.worker_shutdown.connect(lambda **_: thread.stop(), weak=False)

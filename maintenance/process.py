@@ -1,0 +1,236 @@
+"""The maintenance process: janitor, batches and webhooks, each by its own clock, and a port that says how they are.
+
+The clocks are tasks of one event loop. What blocks runs on a thread of its clock, so a clock that hangs or fails stops
+no other. None of them needs Redis to tick. Any number of these processes may run: rows are locked, skipped and fenced
+in SQL. Each writes down there when its clocks last ticked, since the API asks whether anybody's do.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
+
+import redis
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from api.openai.batch_lines import batch_surface
+from api.protocol import BoundedHttp
+from api.server import open_socket
+from domain.catalog import Catalog
+from maintenance.batches import BatchWork
+from maintenance.janitor import Janitor
+from maintenance.webhooks import WebhookSender
+from observability import configure_logging, describe_exception, maintenance_seconds_since_last_tick
+from settings import Settings
+from storage.database import async_session_factory, open_async_database, open_database, session_factory
+from storage.maintenance import CLOCKS, record_ticks
+from tasks.models import ModelViews
+from tasks.webhook_guard import TargetGuard
+
+logger = logging.getLogger(__name__)
+
+REDIS_TIMEOUT_SECONDS = 1.0
+TELL_SECONDS = 1.0  # between two notes in SQL of when the clocks ticked
+PATIENCE_SECONDS = 5.0  # without a database; then we say what to do about it
+PAUSE_SECONDS = 5.0  # before a sender that failed begins anew
+STOP_SECONDS = 20.0  # for the ticks and deliveries in hand; what hangs longer is left behind
+
+
+class Clock:
+    """When something that should happen again and again did so last."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.has_ticked = False
+        self._at = monotonic()
+        maintenance_seconds_since_last_tick.labels(name).set_function(lambda: self.seconds_since_last_tick)
+
+    def tick(self) -> None:
+        self.has_ticked, self._at = True, monotonic()
+
+    @property
+    def seconds_since_last_tick(self) -> float:
+        """Since the start, where it has not ticked yet."""
+        return monotonic() - self._at
+
+
+class Maintenance:
+    """One run of the process, on one event loop: `run` returns after `stop`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stopping = asyncio.Event()
+        self.clocks = tuple(map(Clock, CLOCKS))
+        self.janitor, self.batches, self.webhooks = self.clocks
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    async def run(self) -> bool:
+        """False: something hung, and is left behind."""
+        settings = self._settings
+        catalog = Catalog.load(settings.models_file)
+        views = ModelViews(catalog)
+        database = open_async_database(
+            settings.database_url, pool_size=2, max_overflow=2, idle_seconds=settings.idle_transaction_seconds
+        )
+        sessions = async_session_factory(database)
+        sync_database = _open(settings)
+        janitor = Janitor(
+            session_factory(sync_database), _redis_client(settings), catalog, settings, on_tick=self.janitor.tick
+        )
+        batches = BatchWork(
+            session_factory(sync_database), views, settings, batch_surface(views), on_turn=self.batches.tick
+        )
+        work = [
+            asyncio.create_task(self._keep_ticking(self.janitor.name, janitor.tick)),
+            asyncio.create_task(self._keep_ticking(self.batches.name, batches.tick, at_the_end=batches.close)),
+            asyncio.create_task(self._keep_sending(sessions)),
+            asyncio.create_task(self._keep_telling(sessions)),
+        ]
+        await self._stopping.wait()
+        _, hanging = await asyncio.wait(work, timeout=STOP_SECONDS)
+        if hanging:
+            logger.error("maintenance ends although something hangs", extra={"num_hanging": len(hanging)})
+            return False
+        await database.dispose()
+        sync_database.dispose()
+        return True
+
+    async def _keep_ticking(
+        self, name: str, tick: Callable[[], object], *, at_the_end: Callable[[], None] = lambda: None
+    ) -> None:
+        """`tick` returns True where it wants to go on at once."""
+        loop = asyncio.get_running_loop()
+        thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        while not self._stopping.is_set():
+            started = monotonic()
+            is_hurried = False
+            try:
+                is_hurried = await loop.run_in_executor(thread, tick) is True
+            except asyncio.CancelledError:
+                raise
+            except BaseException as exc:  # an outermost loop; a panic in a library written in Rust is no Exception
+                logger.exception("%s failed, will tick again: %s", name, describe_exception(exc))
+            if not is_hurried:
+                await self._rest(self._settings.janitor_interval_seconds - (monotonic() - started))
+        await loop.run_in_executor(thread, at_the_end)
+        thread.shutdown()
+
+    async def _keep_sending(self, sessions: async_sessionmaker[AsyncSession]) -> None:
+        guard = TargetGuard(self._settings)
+        while not self._stopping.is_set():
+            sender = WebhookSender(sessions, guard, on_round=self.webhooks.tick)
+            stop = asyncio.create_task(_afterwards(self._stopping.wait(), sender.stop))
+            try:
+                await sender.run()
+            except Exception as exc:  # an outermost loop: what was in hand comes due again
+                logger.exception("webhooks failed, will begin anew: %s", describe_exception(exc))
+                await self._rest(PAUSE_SECONDS)
+            finally:
+                stop.cancel()
+
+    async def _keep_telling(self, sessions: async_sessionmaker[AsyncSession]) -> None:
+        """Write down when the clocks ticked. Their times are ours, so a clock that hangs grows old in SQL, too."""
+        started, is_known = monotonic(), False
+        while not self._stopping.is_set():
+            ages = {clock.name: clock.seconds_since_last_tick for clock in self.clocks if clock.has_ticked}
+            try:
+                async with sessions.begin() as session:
+                    await session.run_sync(record_ticks, ages)
+                is_known = True
+            except (SQLAlchemyError, OSError) as exc:
+                if not is_known and monotonic() - started > PATIENCE_SECONDS:
+                    is_known = True  # said once
+                    logger.error(
+                        "maintenance waits for its database: %s; start it, name another in CELERIAC_DATABASE_URL, or "
+                        "start everything with `celeriac up`; trying again",
+                        describe_exception(exc),
+                    )
+            await self._rest(TELL_SECONDS)
+
+    async def _rest(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), max(seconds, 0.0))
+
+
+def create_app(clocks: tuple[Clock, ...], silence_seconds: float) -> Starlette:
+    """What the port serves: /health, which is 503 where a clock has not ticked for `silence_seconds`, and /metrics."""
+
+    def health(_: Request) -> Response:
+        ages = {clock.name: round(clock.seconds_since_last_tick, 3) for clock in clocks}
+        is_well = max(ages.values()) <= silence_seconds
+        content = {"status": "ok" if is_well else "unhealthy", "seconds_since_last_tick": ages}
+        return JSONResponse(content, 200 if is_well else 503)
+
+    def metrics(_: Request) -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    return Starlette(routes=[Route("/health", health), Route("/metrics", metrics)])
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers: the end of the process is not the server's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT. Raises OSError where the port is taken."""
+    configure_logging(settings.log_level, settings.log_format)
+    if not asyncio.run(_serve(settings)):
+        logging.shutdown()
+        os._exit(1)  # the interpreter would wait for the thread that hangs
+
+
+async def _serve(settings: Settings) -> bool:
+    maintenance = Maintenance(settings)
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, maintenance.stop)
+    with open_socket(settings.maintenance_host, settings.maintenance_port) as listening:
+        app = create_app(maintenance.clocks, settings.maintenance_silence_seconds)
+        server = Server(uvicorn.Config(app, http=BoundedHttp, ws="none", lifespan="off", log_config=None))
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        host, port = listening.getsockname()[:2]
+        logger.info("maintenance is ready; health and metrics on http://%s:%s", host, port)
+        has_ended = await maintenance.run()
+        server.should_exit = True
+        await serving
+    return has_ended
+
+
+async def _afterwards(first: Awaitable[object], then: Callable[[], None]) -> None:
+    await first
+    then()
+
+
+def _open(settings: Settings) -> Engine:
+    return open_database(
+        settings.database_url, pool_size=2, max_overflow=2, idle_seconds=settings.idle_transaction_seconds
+    )
+
+
+def _redis_client(settings: Settings) -> redis.Redis:
+    return redis.Redis.from_url(
+        settings.redis_url,
+        socket_timeout=REDIS_TIMEOUT_SECONDS,
+        socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
+        retry=Retry(NoBackoff(), 0),
+    )

@@ -1,0 +1,43 @@
+"""Maintenance with a fault in one of its clocks: python faulty_maintenance.py FAULT maintenance."""
+
+import sys
+import threading
+
+import cli
+import maintenance.process
+from maintenance.batches import BatchWork
+from maintenance.webhooks import WebhookSender
+
+
+class Hanging(BatchWork):
+    """Its first look at batches never ends."""
+
+    def tick(self) -> None:
+        threading.Event().wait()
+
+
+class Failing(BatchWork):
+    def tick(self) -> None:
+        raise ArithmeticError("batches cannot be looked at")
+
+
+class Panicking(BatchWork):
+    """As a library in Rust that panics: not even an Exception."""
+
+    def tick(self) -> None:
+        raise BaseException("a panic")
+
+
+class DyingSender(WebhookSender):
+    async def run(self) -> None:
+        raise ArithmeticError("webhooks cannot be sent")
+
+
+FAULTS: dict[str, tuple[str, type]] = {
+    "batches hang": ("BatchWork", Hanging),
+    "batches fail": ("BatchWork", Failing),
+    "batches panic": ("BatchWork", Panicking),
+    "webhooks die": ("WebhookSender", DyingSender),
+}
+setattr(maintenance.process, *FAULTS[sys.argv.pop(1)])
+cli.main()
