@@ -132,7 +132,9 @@ def flower(address: str, port: int | None) -> None:
         )
     _set("CELERIAC_FLOWER_PORT", port)
     settings = _settings()
-    _become_celery("tasks.app", "flower", f"--address={address}", f"--port={settings.flower_port}", "--max_tasks=10000")
+    _become_celery(
+        "tasks.flower", "flower", f"--address={address}", f"--port={settings.flower_port}", "--max_tasks=10000"
+    )
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -36,6 +37,8 @@ class Settings(BaseSettings):
     maintenance_port: int = Field(default=0, ge=0, le=65535)  # 0: a free one, told in its log
     maintenance_silence_seconds: float = Field(default=30.0, gt=0)  # without a tick; then health says so
     auth: Literal["none", "api_key"] = "none"  # "none" serves the loopback interface only
+    allowed_hosts: str = ""  # names beside localhost that may reach the API and Flower without keys, comma-separated
+    cors_origins: str = ""  # pages that may use the API from a browser, as https://app.example.com, comma-separated
     api_url: str | None = None  # where `celeriac submit` and its like find the API; default the one of this machine
     api_key: str | None = Field(default=None, repr=False)  # the key they show it
     bootstrap_api_key: str | None = Field(default=None, repr=False)  # made at migrate for "default"; for containers
@@ -107,6 +110,34 @@ class Settings(BaseSettings):
             _ = urlsplit(url).port
         return url
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _readable_hosts(cls, text: str) -> str:
+        for name in _items(text):
+            if not re.fullmatch(r"(\*\.)?[A-Za-z0-9_.\-]+|[0-9a-f:]+", name):
+                raise ValueError(
+                    f"{name[:80]!r} is not a host name; write names without scheme and port, or *.example.com"
+                )
+        return text
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _readable_origins(cls, text: str) -> str:
+        for origin in _items(text):
+            if origin not in ("*", "null") and not re.fullmatch(
+                r"[a-z][a-z0-9+.\-]*://[^/\s*?#@]+", origin, re.IGNORECASE
+            ):
+                raise ValueError(f"{origin[:80]!r} is not an origin; write https://app.example.com, without a path")
+        return text
+
+    @property
+    def allowed_host_names(self) -> tuple[str, ...]:
+        return _items(self.allowed_hosts)
+
+    @property
+    def cors_origin_list(self) -> tuple[str, ...]:
+        return _items(self.cors_origins)
+
     @property
     def idle_transaction_seconds(self) -> float:
         """After which PostgreSQL ends a transaction that stands idle. Whoever froze in one holds locks that others may
@@ -119,6 +150,11 @@ class Settings(BaseSettings):
         if self.redis_url.startswith("unix://"):
             return self.redis_url.replace("unix://", "redis+socket://", 1).replace("db=", "virtual_host=", 1)
         return self.redis_url
+
+
+def _items(text: str) -> tuple[str, ...]:
+    """Of a comma-separated list."""
+    return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 def _refuse_other_schemes(url: str, *schemes: str) -> None:

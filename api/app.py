@@ -1,24 +1,21 @@
 """The HTTP API as one ASGI application: routes, error handlers, and what lives as long as the process."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from ipaddress import ip_address
 
 from fastapi import FastAPI
-from fastapi.openapi.docs import get_swagger_ui_html
-from starlette.responses import HTMLResponse, JSONResponse
 
 from api import admin, dead_letters, health, jobs, not_offered, queue, simple, webhook_deliveries, webhook_endpoints
-from api.deps import private_router
+from api.door import Cors, DoorWithoutKeys
 from api.errors import register_error_handlers
 from api.methods import ImpliedMethods
 from api.middleware import BodyLimit, RequestContext
 from api.openai import batches, chat, completions, embeddings, files, models, responses, stored_chats
 from api.openai.uploads import FORM_BYTES
-from api.openapi import document_of
+from api.pages import add_pages
 from api.services import open_services
 from domain.catalog import Catalog
+from domain.door import Door, is_loopback
 from settings import Settings, get_settings
 
 
@@ -46,45 +43,33 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     uploads = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
     app.add_middleware(ImpliedMethods)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, max_body_bytes_by_path=uploads)
+    if settings.auth == "none":
+        app.add_middleware(DoorWithoutKeys, door=Door(settings.allowed_host_names, settings.cors_origin_list))
     app.add_middleware(RequestContext)
+    if settings.cors_origin_list:
+        app.add_middleware(Cors, origins=settings.cors_origin_list)  # around the rest: a page may read refusals, too
     register_error_handlers(app)
     openai = (chat, stored_chats, completions, embeddings, responses, models, files, batches)
     native = (jobs, dead_letters, webhook_endpoints, webhook_deliveries, simple, admin, queue, health)
     for module in (not_offered, *native, *openai):  # not_offered first: some of its paths look like ids to others
         app.include_router(module.router)
     app.include_router(health.public)
-    _add_documentation(app)
+    add_pages(app)
     return app
 
 
 def refuse_open_door(settings: Settings) -> None:
-    """Without keys everybody who reaches the API owns every job, so only this machine may reach it."""
-    if settings.auth == "none" and not _is_loopback(settings.host):
+    """Without keys everybody who reaches the API owns every job, so only this machine may reach it, and no page that
+    its browser happens to show."""
+    if settings.auth != "none":
+        return
+    if not is_loopback(settings.host):
         raise ValueError(
             f"CELERIAC_HOST is {settings.host!r} and CELERIAC_AUTH is 'none': anybody could use this API; "
             "set CELERIAC_AUTH=api_key, or leave CELERIAC_HOST at 127.0.0.1"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _add_documentation(app: FastAPI) -> None:
-    """Behind the key, like all that is not health."""
-    router = private_router()
-    making = asyncio.Lock()
-
-    @router.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> JSONResponse:
-        async with making:  # the first time takes a second, in which streams go on
-            return JSONResponse(await asyncio.to_thread(document_of, app))
-
-    @router.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return get_swagger_ui_html(openapi_url="/openapi.json", title="Celeriac")
-
-    app.include_router(router)
+    if "*" in settings.cors_origin_list:
+        raise ValueError(
+            "CELERIAC_CORS_ORIGINS is '*' and CELERIAC_AUTH is 'none': any web page could use this API; "
+            "name the origins, or set CELERIAC_AUTH=api_key"
+        )

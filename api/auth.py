@@ -1,5 +1,6 @@
 """Who asks: a Bearer key to its tenant, with a short memory so that a busy client costs no query per request."""
 
+import asyncio
 import hashlib
 import time
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from storage.database import repeatable
 from storage.tables import DEFAULT_TENANT_ID
 
 REMEMBER_SECONDS = 5.0  # a revoked key is refused everywhere after this
+RECHECK_SECONDS = 2.0  # and what it has opened and still reads ends after this
 MAX_REMEMBERED = 10_000
 
 
@@ -26,10 +28,17 @@ class Authenticator:
     """Resolves the Authorization header. Remembers answers, refusals too, by the hash of the key."""
 
     def __init__(self, sessions: async_sessionmaker[AsyncSession], *, is_open: bool) -> None:
-        """`is_open`: no key is asked for everything belongs to the default tenant, and everybody is an admin."""
+        """`is_open`: no key is asked for, everything belongs to the default tenant, and everybody is an admin."""
         self._sessions = sessions
         self._is_open = is_open
         self._remembered: dict[bytes, tuple[Identity | None, float]] = {}
+        self._watched: dict[str, tuple[asyncio.Event, int]] = {}  # by key: set when it is dead; how many wait
+        self._watching: asyncio.Task[None] | None = None
+
+    async def aclose(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait((self._watching,))
 
     async def identify(self, authorization: str | None) -> Identity:
         """Raises AuthenticationFailed, the same for every kind of wrong key, or StorageUnavailable."""
@@ -44,6 +53,36 @@ class Authenticator:
         if identity is None:
             raise AuthenticationFailed("this API key is not known here; check it, or ask for a new one")
         return identity
+
+    async def wait_until_revoked(self, authorization: str | None) -> None:
+        """Returns once the key of an identified request is revoked or expired; where no key is asked for, never. A
+        database that does not answer revokes nothing."""
+        if self._is_open:
+            await asyncio.Event().wait()
+        key = _bearer_key(authorization)
+        dead, num_waiting = self._watched.get(key, (asyncio.Event(), 0))
+        self._watched[key] = dead, num_waiting + 1
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._watch())
+        try:
+            await dead.wait()
+        finally:
+            dead, num_waiting = self._watched.pop(key)
+            if num_waiting > 1:
+                self._watched[key] = dead, num_waiting - 1
+
+    async def _watch(self) -> None:
+        """One question per key and round, however many streams it has open; ends when nothing is open any more."""
+        while self._watched:
+            await asyncio.sleep(RECHECK_SECONDS)
+            for key, (dead, _) in list(self._watched.items()):
+                try:
+                    identity = await self._look_up(key)
+                except StorageUnavailable:
+                    break  # ask again in the next round
+                if identity is None:
+                    self._remember(hashlib.sha256(key.encode()).digest(), None)
+                    dead.set()
 
     async def _look_up(self, key: str) -> Identity | None:
         try:

@@ -1,12 +1,15 @@
 """What every route stands on: the process's services, and the tenant whose key came with the request."""
 
+import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
+from api.auth import REMEMBER_SECONDS
 from api.openapi import NEEDS_KEY, REFUSALS
 from api.services import Services
 from domain.errors import PermissionDenied
@@ -35,9 +38,14 @@ class PrivateRoute(APIRoute):
 
         async def answer_authenticated(request: Request) -> Response:
             authorization = request.headers.get("authorization")
-            identity = await services_of(request).authenticator.identify(authorization)
-            request.state.tenant_id, request.state.is_admin = identity
-            return await answer(request)
+            authenticator = services_of(request).authenticator
+            request.state.tenant_id, request.state.is_admin = await authenticator.identify(authorization)
+            request.state.until_revoked = partial(authenticator.wait_until_revoked, authorization)
+            started = time.monotonic()
+            response = await answer(request)
+            if request.method == "GET" and time.monotonic() - started > REMEMBER_SECONDS:
+                await authenticator.identify(authorization)  # a long poll tells nothing to a key revoked meanwhile
+            return response
 
         return answer_authenticated
 

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from api.deps import private_router, services_of
+from api.deps import private_router, require_admin, services_of
 from api.openapi import TEXT
 from api.services import Services
 from api.views import View
@@ -143,8 +143,10 @@ async def health(request: Request, response: Response) -> HealthView:
 
 
 @router.get("/metrics", response_class=Response, responses={200: TEXT})
-async def metrics() -> Response:
-    """Prometheus. A scraper sends the key as `Authorization: Bearer`."""
+async def metrics(request: Request) -> Response:
+    """Prometheus: of the whole installation, so where there are keys only an admin's opens it. A scraper sends it as
+    `Authorization: Bearer`."""
+    require_admin(request)
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 

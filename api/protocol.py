@@ -12,6 +12,7 @@ from api.errors import error_body
 
 MAX_HEAD_BYTES = 32_768
 HEAD_SECONDS = 30.0
+CUT = "celeriac.cut"  # an ASGI extension: its "close" ends the connection in mid-answer, which the client can see
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -40,6 +41,7 @@ class BoundedHttp(HttpToolsProtocol):
         if self.cycle is not None:
             self._num_head_bytes = 0  # what was read with it may be the end of the request before
         super().on_message_begin()
+        self.scope["extensions"] = {CUT: {"close": self._close}}
 
     def on_headers_complete(self) -> None:
         self._is_head_complete = True

@@ -176,6 +176,8 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         acceptor = await stack.enter_async_context(open_acceptor(settings))
         submitter = Submitter(settings, views, acceptor, dispatch_soon=dispatcher.nudge)
         stack.push_async_callback(submitter.aclose)
+        authenticator = Authenticator(statements, is_open=settings.auth == "none")
+        stack.push_async_callback(authenticator.aclose)
         services = Services(
             settings=settings,
             catalog=catalog,
@@ -183,7 +185,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             sessions=sessions,
             statements=statements,
             redis=client,
-            authenticator=Authenticator(statements, is_open=settings.auth == "none"),
+            authenticator=authenticator,
             submitter=submitter,
             dispatcher=dispatcher,
             monitor=await stack.enter_async_context(

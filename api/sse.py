@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from typing import Any
 
 import orjson
 from starlette.responses import Response
@@ -82,10 +83,12 @@ class EventStream(Response):
         headers: Mapping[str, str] | None = None,
         farewell: bytes = b"",
         on_end: Callable[[str], None] = lambda reason: None,
+        unserved: Callable[[], Awaitable[bytes]] | None = None,
     ) -> None:
-        """When `draining` is set or the lifetime is over, the stream ends without its terminal event: resume it. For
-        readers that cannot, `farewell` is sent then. `on_end` hears why the stream ended: complete, disconnected, slow,
-        draining or lifetime."""
+        """When `draining` is set, the lifetime is over or the reader's key is revoked, the stream ends without its
+        terminal event: resume it. For readers that cannot, `farewell` is sent then. `on_end` hears why the stream
+        ended: complete, disconnected, slow, draining, lifetime, revoked or unserved. Once `unserved` returns, nobody
+        works on what is awaited, and its bytes are the last ones."""
         # Not super().__init__(), which would announce the length of an empty body.
         self.status_code = 200
         self.background = None
@@ -97,26 +100,36 @@ class EventStream(Response):
         self._draining = draining
         self._farewell = farewell
         self._on_end = on_end
+        self._unserved = unserved or _never
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(wait_for_disconnect(receive))
         drained = asyncio.create_task(self._draining.wait())
+        revoked = asyncio.create_task(wait_for_revocation(scope))
+        unserved = asyncio.ensure_future(self._unserved())
+        reasons: dict[asyncio.Future[Any], str] = {
+            gone: "disconnected",
+            drained: "draining",
+            revoked: "revoked",
+            unserved: "unserved",
+        }
         try:
             with self._slots.hold():
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                reason = await self._send_frames(send, gone, drained)
+                reason = await self._send_frames(send, reasons)
             stream_ends_total.labels(reason).inc()
             if reason not in ("disconnected", "slow"):
-                body = b"" if reason == "complete" else self._farewell
+                body = b"" if reason == "complete" else unserved.result() if reason == "unserved" else self._farewell
                 await send({"type": "http.response.body", "body": body, "more_body": False})
             self._on_end(reason)
         finally:
-            for task in (gone, drained):
-                task.cancel()
+            for end in reasons:
+                end.cancel()
             await self._frames.aclose()
 
-    async def _send_frames(self, send: Send, gone: "asyncio.Task[None]", drained: "asyncio.Task[bool]") -> str:
-        """Returns why the stream ended."""
+    async def _send_frames(self, send: Send, reason_by_end: Mapping["asyncio.Future[Any]", str]) -> str:
+        """Returns why the stream ended: the reason of a task that is done, the first that stands in the mapping, or
+        one of its own."""
         ends_at = time.monotonic() + self._lifetime_seconds
         following: asyncio.Task[bytes] | None = None
         try:
@@ -124,12 +137,11 @@ class EventStream(Response):
                 following = following or asyncio.ensure_future(anext(self._frames))
                 timeout = min(self._heartbeat_seconds, ends_at - time.monotonic())
                 done, _ = await asyncio.wait(
-                    (following, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+                    (following, *reason_by_end), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
                 )
-                if gone in done:
-                    return "disconnected"
-                if drained in done:
-                    return "draining"
+                for end, reason in reason_by_end.items():
+                    if end in done:
+                        return reason
                 if time.monotonic() >= ends_at:
                     return "lifetime"
                 body = HEARTBEAT
@@ -145,6 +157,16 @@ class EventStream(Response):
             if following is not None:  # also one that has just ended: its last word must be heard
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)
+
+
+async def _never() -> bytes:
+    await asyncio.Event().wait()
+    raise AssertionError("the event is never set")
+
+
+async def wait_for_revocation(scope: Scope) -> None:
+    """Of the key that came with a request of a private route, which put the question into the request's state."""
+    await scope["state"]["until_revoked"]()
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

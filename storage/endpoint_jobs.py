@@ -19,7 +19,7 @@ from storage.tables import Job, JobPayload, JobResult
 ATTACHABLE = text(f"""
 SELECT id FROM jobs WHERE tenant_id = :tenant_id AND request_hash = :request_hash AND endpoint <> 'jobs'
     AND created_at > {CLOCK} - make_interval(secs => :within_seconds) AND cancel_requested_at IS NULL
-    AND status IN ('queued', 'in_progress', 'completed') AND delivered_at IS NULL
+    AND status <> 'cancelled' AND delivered_at IS NULL
 ORDER BY id DESC LIMIT 1
 """)
 
@@ -36,7 +36,8 @@ UPDATE jobs SET delivered_at = {CLOCK} WHERE id = ANY(CAST(:ids AS uuid[])) AND 
 
 
 def find_attachable(session: Session, tenant_id: UUID, request_hash: bytes, *, within_seconds: float) -> UUID | None:
-    """The newest job for the same request that is under way, or done and nobody has its answer."""
+    """The newest job for the same request that is under way, or ended and nobody has its answer. One that failed is
+    found, too: its client was cut off before it could be told why."""
     parameters = {"tenant_id": tenant_id, "request_hash": request_hash, "within_seconds": within_seconds}
     job_id: UUID | None = session.scalar(ATTACHABLE, parameters)
     return job_id

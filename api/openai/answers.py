@@ -1,6 +1,7 @@
 """A whole answer, for which the client waits: an error with its own status while that is still possible."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import orjson
@@ -8,11 +9,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.errors import error_response
-from api.openai.running import Run, headers_of, refuse_unfinished
-from api.sse import wait_for_disconnect
-from domain.errors import CeleriacError, DeadlineExceeded, ServerOverloaded
+from api.openai.running import Run, first_unserved, headers_of, refuse_unfinished
+from api.protocol import CUT
+from api.sse import wait_for_disconnect, wait_for_revocation
+from domain.errors import AuthenticationFailed, CeleriacError, DeadlineExceeded, ServerOverloaded
 from domain.ids import external_id
 from storage.job_queries import JobRecord
+
+log = logging.getLogger(__name__)
 
 KEEP_ALIVE = b"\n"  # JSON may have blanks before it
 
@@ -23,8 +27,10 @@ Refuse = Callable[[JobRecord], None]  # raises the CeleriacError that says why a
 class WholeAnswer(Response):
     """Waits for the end of all `runs` and sends what `render` makes of them.
 
-    Nothing is sent at first, so that a job that fails soon does so with its own status. A wait that is longer is kept
-    alive with line breaks, which any JSON parser skips, behind a status 200: a late error is told in the body alone.
+    Nothing is sent at first, so that a job that fails soon does so with its own status. A client that tells its read
+    timeout waits like that to the end. For others a wait that is longer is kept alive with line breaks, which any JSON
+    parser skips, behind a status 200: where there is no answer in the end, the connection is cut, since no client looks
+    for an error in a 200. Their retry is told the reason, with its status.
     """
 
     def __init__(
@@ -51,24 +57,39 @@ class WholeAnswer(Response):
         drained = asyncio.create_task(self._services.draining.wait())
         ended = asyncio.create_task(self._wait_for_all())
         late = asyncio.create_task(self._wait_for_timeout())
+        unserved = asyncio.create_task(first_unserved(self._runs))
+        revoked = asyncio.create_task(wait_for_revocation(scope))
+        tasks = (ended, gone, drained, late, unserved, revoked)
         try:
             with self._services.slots.hold():
-                while not (ended.done() or gone.done() or drained.done() or late.done()):
-                    await self._wait_a_while((ended, gone, drained, late), send)
-            if gone.done() and not ended.done():
+                while not any(task.done() for task in tasks):
+                    await self._wait_a_while(tasks, send)
+            if not ended.done() and (gone.done() or unserved.done()):
                 for run in self._runs:
                     run.note_disconnected()
+            if gone.done() and not ended.done():
                 return
             if ended.done():
-                ended.result()
-            await self._send_answer(await self._answer(is_ended=ended.done(), is_late=late.done()), send)
+                answer = await self._whole_answer(ended)
+            elif revoked.done():
+                answer = error_response(AuthenticationFailed("this API key was revoked while its answer was awaited"))
+            elif unserved.done():
+                answer = error_response(unserved.result())
+            elif late.done():
+                answer = error_response(self._late())
+            else:
+                answer = error_response(self._restarted())
+            if self._is_begun and answer.status_code >= 400:
+                await self._cut(scope, gone, answer)
+                return
+            await self._send_answer(answer, send)
             if not gone.done() and ended.done():
                 for run in self._runs:
                     run.note_delivered()
         finally:
-            for task in (gone, drained, ended, late):
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait((gone, drained, ended, late))
+            await asyncio.wait(tasks)
 
     async def _wait_for_all(self) -> None:
         await asyncio.gather(*(self._services.read_to_end(run.job_id) for run in self._runs))
@@ -89,21 +110,29 @@ class WholeAnswer(Response):
             await _send_head(send, 200, self._head())
         await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
 
-    async def _answer(self, *, is_ended: bool, is_late: bool) -> Response:
+    async def _whole_answer(self, ended: "asyncio.Task[None]") -> Response:
         """What there is to say, as if nothing had been sent yet."""
         try:
-            if is_late and not is_ended:
-                raise DeadlineExceeded(f"{self._name} was not done within {self._timeout_seconds:g} s and is stopped")
-            if not is_ended:
-                raise ServerOverloaded(
-                    f"this server is being restarted; {self._name} goes on: ask again for its answer"
-                )
+            ended.result()
             records = [await run.read(with_request=True) for run in self._runs]
             for record in records:
                 self._refuse(record)
             return Response(orjson.dumps(self._render(records)))
         except CeleriacError as exc:
             return error_response(exc)
+
+    def _late(self) -> CeleriacError:
+        return DeadlineExceeded(f"{self._name} was not done within {self._timeout_seconds:g} s and is stopped")
+
+    def _restarted(self) -> CeleriacError:
+        return ServerOverloaded(f"this server is being restarted; {self._name} goes on: ask again for its answer")
+
+    async def _cut(self, scope: Scope, gone: "asyncio.Task[None]", answer: Response) -> None:
+        """End the connection without the end of the body: the client raises, as for any connection that breaks."""
+        code = orjson.loads(answer.body)["error"]["code"]
+        log.info("cut a kept-alive answer that came to nothing", extra={"job_id": self._name, "code": code})
+        scope["extensions"][CUT]["close"]()
+        await gone
 
     @property
     def _name(self) -> str:

@@ -23,7 +23,8 @@ _DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6}(?:\.\d{1,3})?
 
 @dataclass(frozen=True, slots=True)
 class Knobs:
-    """What a request says in headers. `read_timeout_seconds` is None where the client does not say."""
+    """What a request says in headers. `read_timeout_seconds` is None where the client does not say; where it does, it
+    waits for so long without a sign of life, and gets none, so that its answer comes with a status that is true."""
 
     idempotency_key: str | None
     cancel_after_seconds: float | None
@@ -43,6 +44,8 @@ class Knobs:
 
 def read_knobs(headers: Headers) -> Knobs:
     """Raises InvalidRequest. What the SDKs send by themselves is ignored where it cannot be read."""
+    read_timeout_seconds = _number(headers.get("x-stainless-read-timeout", headers.get("x-stainless-timeout")))
+    keep_alive = _one_of(headers, "X-Keep-Alive", "on", "off") or ("on" if read_timeout_seconds is None else "off")
     return Knobs(
         idempotency_key=parse_idempotency_key(headers.get("idempotency-key")),
         cancel_after_seconds=_duration(headers, "Cancel-After"),
@@ -50,8 +53,8 @@ def read_knobs(headers: Headers) -> Knobs:
         priority=_priority(headers.get("x-priority")),
         webhook_url=_webhook_url(headers.get("x-webhook")),
         on_disconnect=_on_disconnect(headers),
-        has_keep_alive=_one_of(headers, "X-Keep-Alive", "on", "off") != "off",
-        read_timeout_seconds=_number(headers.get("x-stainless-read-timeout", headers.get("x-stainless-timeout"))),
+        has_keep_alive=keep_alive == "on",
+        read_timeout_seconds=read_timeout_seconds,
         num_retries=int(_number(headers.get("x-stainless-retry-count")) or 0),
     )
 

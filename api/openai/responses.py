@@ -16,7 +16,7 @@ from api.openai.response_input import listed_items
 from api.openai.response_objects import ending_of
 from api.openai.response_requests import spelling_of, to_generation_request
 from api.openai.response_schemas import InputTokensBody, ResponseBody
-from api.openai.response_stream import ResponseStream
+from api.openai.response_stream import ResponseStream, error_event
 from api.openai.response_views import InputItemListView, InputTokensView, ResponseView
 from api.openai.running import Asked, Run, refuse_unfinished, start
 from api.openai.schemas import in_words_of_the_body
@@ -31,7 +31,7 @@ from api.openai.stored_responses import (
 from api.openapi import request_body, streamed_or
 from api.queries import QueryModel, query_parameters, read_query
 from api.services import Services
-from api.sse import EventStream
+from api.sse import EventStream, frame
 from api.views import DeletedView, page
 from domain.errors import CeleriacError, InvalidRequest
 from domain.ids import external_id
@@ -200,13 +200,18 @@ def _refuse_without_answer(record: JobRecord) -> None:
 
 def _stream(services: Services, record: JobRecord, *, starting_after: int = -1, run: Run | None = None) -> EventStream:
     parser = parser_for(services, record)
-    stream = ResponseStream(services, record, body_of(record), parser, starting_after=starting_after)
+    body = body_of(record)
+    stream = ResponseStream(services, record, body, parser, starting_after=starting_after)
 
     def on_end(reason: str) -> None:
         if run is not None and reason == "complete":
             run.note_delivered()
-        elif run is not None and reason in ("disconnected", "slow"):
+        elif run is not None and reason in ("disconnected", "slow", "unserved"):
             run.note_disconnected()
+
+    async def unserved() -> bytes:
+        assert run is not None
+        return frame("error", error_event(await run.wait_until_unserved()))
 
     return EventStream(
         stream.frames(),
@@ -217,6 +222,7 @@ def _stream(services: Services, record: JobRecord, *, starting_after: int = -1, 
         headers=run.headers if run is not None else {"x-job-id": external_id(record.job.id)},
         farewell=stream.farewell,
         on_end=on_end,
+        unserved=None if run is None or body.background else unserved,
     )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -15,7 +16,15 @@ from api.deps import caller_of
 from api.openai.headers import Knobs, answer_headers, read_knobs
 from api.openai.schemas import PRIORITY_BY_SERVICE_TIER, in_words_of_the_body, spelling_of_params
 from api.services import Services
-from domain.errors import CeleriacError, DeadlineExceeded, JobCancelled, JobFailure, JobNotFound, NoWorkers
+from domain.errors import (
+    CeleriacError,
+    DeadlineExceeded,
+    JobCancelled,
+    JobFailure,
+    JobNotFound,
+    NoWorkers,
+    StorageUnavailable,
+)
 from domain.ids import external_id
 from domain.jobs import Endpoint, JobStatus
 from domain.kinds import JobRequest
@@ -30,6 +39,8 @@ from tasks.job_options import JobOptions
 from tasks.request_hashes import request_hash
 
 log = logging.getLogger(__name__)
+
+UNSERVED_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,18 @@ class Run:
         await self.services.cancel(self.job_id, self.tenant_id)
         log.info("cancelled, as its client is gone", extra={"job_id": external_id(self.job_id)})
 
+    async def wait_until_unserved(self) -> NoWorkers:
+        """Returns once the job has waited for as long as CELERIAC_NO_WORKERS_SECONDS says without a live worker that
+        serves its model: the refusal that it would have met at the door. A job that runs is left to its worker."""
+        while True:
+            await asyncio.sleep(UNSERVED_LOOK_SECONDS)
+            try:
+                _refuse_unserved(self.services, self.model)
+            except NoWorkers as refusal:
+                with suppress(StorageUnavailable, JobNotFound):
+                    if (await self.read()).job.status is JobStatus.QUEUED:
+                        return refusal
+
     async def read(self, *, with_request: bool = False) -> JobRecord:
         """Raises JobNotFound where it was deleted meanwhile, or StorageUnavailable."""
         return await read_job(self.services, self.job_id, self.tenant_id, with_request=with_request)
@@ -127,6 +150,17 @@ async def start_all(request: Request, generations: Sequence[JobRequest], asked: 
     job_id_context.set(external_id(runs[0].job_id))
     on_disconnect = knobs.on_disconnect or ("continue" if asked.is_stored else "cancel")
     return [replace(run, on_disconnect=on_disconnect, has_keep_alive=knobs.has_keep_alive) for run in runs]
+
+
+async def first_unserved(runs: Sequence[Run]) -> NoWorkers:
+    """`Run.wait_until_unserved` of whichever comes first."""
+    waiting = [asyncio.create_task(run.wait_until_unserved()) for run in runs]
+    try:
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        return done.pop().result()
+    finally:
+        for task in waiting:
+            task.cancel()
 
 
 def _refuse_unserved(services: Services, model: str) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from api.errors import error_body
 from api.job_events import when_storage_answers
-from api.openai.running import Run, headers_of, refuse_unfinished
+from api.openai.running import Run, first_unserved, headers_of, refuse_unfinished
 from api.sse import EventStream, data_frame
 from domain.chunks import TokenChunk
 from domain.errors import CeleriacError, JobNotFound, ServerOverloaded
@@ -51,8 +51,11 @@ def stream_answers(
         for run in runs:
             if reason == "complete":
                 run.note_delivered()
-            elif reason in ("disconnected", "slow"):
+            elif reason in ("disconnected", "slow", "unserved"):
                 run.note_disconnected()
+
+    async def unserved() -> bytes:
+        return error_frame(await first_unserved(runs))
 
     return EventStream(
         _frames(runs, translators, finish, last_frame),
@@ -63,6 +66,7 @@ def stream_answers(
         headers=headers_of(runs),
         farewell=_farewell(runs[0]),
         on_end=on_end,
+        unserved=unserved,
     )
 
 

@@ -1,4 +1,4 @@
-"""Keys and tenants: nothing but health answers without a key, and nobody's job is anybody else's."""
+"""Keys and tenants: nothing but health and the pages answers without a key, and nobody's job is anybody else's."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -8,7 +8,7 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 from sqlalchemy.orm import Session, sessionmaker
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Mount
 
 from api.app import create_app
 from domain.catalog import Catalog
@@ -17,7 +17,7 @@ from storage import api_keys
 from storage.tables import Tenant
 from tests.integration.api_harness import CATALOG, ApiServer, HandWorker, body, post_job
 
-OPEN_PATHS = {"/health", "/health/live", "/health/ready"}
+OPEN_PATHS = {"/health", "/health/live", "/health/ready", "/", "/docs", "/openapi.json"}
 
 
 @pytest.fixture
@@ -42,13 +42,15 @@ def routes_of(routes: Iterable[BaseRoute]) -> Iterator[tuple[str, str]]:
     for route in routes:
         if isinstance(route, APIRoute):
             yield from ((method, route.path) for method in sorted(route.methods or ()))
+        elif isinstance(route, Mount):
+            assert route.path == "/static", "files of the pages, which tell nothing"
         elif (included := getattr(route, "original_router", None)) is not None:
             yield from routes_of(included.routes)
         else:
             raise AssertionError(f"{route} is of a kind that this walk does not know")
 
 
-def test_every_route_but_health_asks_for_a_key(api: ApiServer, http: httpx.Client) -> None:
+def test_every_route_but_health_and_pages_asks_for_a_key(api: ApiServer, http: httpx.Client) -> None:
     routes = list(routes_of(api.app.routes))
     assert len(routes) >= 12
     for method, path in routes:

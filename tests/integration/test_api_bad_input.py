@@ -271,16 +271,16 @@ def test_bytes_that_are_no_http_are_refused_in_the_same_shape(http: httpx.Client
 
 @pytest.mark.parametrize("part", [b"x: " + b"y" * 1000 + b"\r\n", b"y" * 1000])
 def test_a_head_without_end_is_cut_off(api: ApiServer, part: bytes) -> None:
-    status, answer = answer_of(raw_request(api.port, b"GET /health HTTP/1.1\r\nhost: x\r\nz: " + part * 40))
+    status, answer = answer_of(raw_request(api.port, b"GET /health HTTP/1.1\r\nhost: localhost\r\nz: " + part * 40))
     assert (status, answer["error"]["code"]) == (431, "invalid_value")
 
 
 def test_a_long_body_and_the_next_request_may_arrive_together(api: ApiServer) -> None:
     content = json.dumps(body(model="large", prompt="x" * 90_000)).encode()
-    head = "POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+    head = "POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: "
     one = f"{head}{len(content)}\r\n\r\n".encode() + content
     with closing(socket.create_connection(("127.0.0.1", api.port), timeout=10)) as connection:
-        connection.sendall(one + one + b"GET /health/live HTTP/1.1\r\nhost: x\r\n")
+        connection.sendall(one + one + b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n")
         time.sleep(0.2)
         connection.sendall(b"connection: close\r\n\r\n")
         answers = b""
@@ -309,7 +309,7 @@ def test_a_connection_may_be_idle_between_two_requests(http: httpx.Client, monke
 
 def test_a_body_that_trickles_in_is_given_up_on(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.bodies.BODY_SECONDS", 0.2)
-    head = b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+    head = b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
     with closing(socket.create_connection(("127.0.0.1", api.port), timeout=10)) as connection:
         connection.sendall(head)
         status, answer = answer_of(connection.recv(65_536))
@@ -317,6 +317,6 @@ def test_a_body_that_trickles_in_is_given_up_on(api: ApiServer, monkeypatch: pyt
 
 
 def test_a_client_that_hangs_up_in_its_body_leaves_nothing(http: httpx.Client, api: ApiServer) -> None:
-    head = b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+    head = b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
     raw_request(api.port, head)
     assert http.get("/v1/jobs").json()["data"] == []

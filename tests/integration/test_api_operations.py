@@ -287,7 +287,7 @@ def test_streams_and_long_polls_end_when_the_server_stops_and_go_on_elsewhere(
 
 
 def test_an_answer_under_way_is_given_before_the_end(api: ApiServer) -> None:
-    head = b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 32\r\n\r\n"
+    head = b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 32\r\n\r\n"
     with closing(socket.create_connection(("127.0.0.1", api.port))) as connection:
         connection.sendall(head)
         until(lambda: http_in_progress() >= 1)

@@ -29,7 +29,7 @@ class Flower:
 
     def __init__(self, plant: Plant) -> None:
         port = free_port()
-        command = [sys.executable, "-m", "celery", "-A", "tasks.app", "flower", f"--port={port}", "--address=127.0.0.1"]
+        command = [sys.executable, "-m", "celery", "-A", "tasks.flower", "flower", f"--port={port}"]
         environment = os.environ | {
             "CELERIAC_REDIS_URL": plant.redis_url,
             "CELERIAC_MODELS_FILE": str(plant.settings.models_file),
@@ -55,6 +55,9 @@ class Flower:
 
     def post(self, path: str, **parameters: Any) -> httpx.Response:
         return self._client.post(path, params=parameters)
+
+    def request(self, method: str, path: str, headers: dict[str, str]) -> httpx.Response:
+        return self._client.request(method, path, headers=headers)
 
     def state_of(self, job_id: str) -> str | None:
         task = (self.get("/tasks") or {}).get(job_id)
@@ -106,6 +109,19 @@ def test_flower_shows_the_engine_and_the_queue(plant: Plant, flower: Flower) -> 
     assert stats["pool"]["slots-running"] == 2
     queues = flower.get("/queues/length")["active_queues"]
     assert queues == [{"name": "celeriac.test-model", "messages": 2}]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"host": "evil.example"}, {"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}],
+)
+def test_flower_is_closed_to_other_pages_and_hosts(plant: Plant, flower: Flower, headers: dict[str, str]) -> None:
+    for path in ("/tasks", "/workers", "/nothing"):
+        refusal = flower.request("GET", path, headers)
+        assert refusal.status_code == 403
+        assert "CELERIAC_" in refusal.json()["error"]["message"]
+    assert flower.request("POST", f"/worker/shutdown/{WORKER}", headers).status_code == 403
+    assert flower.request("GET", "/workers", {"sec-fetch-site": "same-origin"}).status_code == 200
 
 
 def test_flower_cannot_resize_an_engine(plant: Plant, flower: Flower) -> None:

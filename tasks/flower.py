@@ -1,0 +1,44 @@
+"""Flower with a door: `celery -A tasks.flower flower` is the Flower of `tasks.app`, closed to other pages and hosts.
+
+Flower cancels jobs and stops workers, and has no check of its own of who asks. Its browser sends a password of
+FLOWER_BASIC_AUTH along with whatever page asks, so the page's origin counts there, too.
+"""
+
+import os
+from typing import Any
+
+from flower.app import Flower
+from tornado.httputil import HTTPMessageDelegate, HTTPServerRequest
+from tornado.web import Application, RequestHandler
+
+from domain.door import Door
+from settings import get_settings
+from tasks.app import app
+
+__all__ = ["app"]
+
+
+class Refused(RequestHandler):
+    def initialize(self, refusal: str) -> None:
+        self._refusal = refusal
+
+    def prepare(self) -> None:
+        self.set_status(403)
+        self.finish({"error": {"message": self._refusal, "type": "permission_error", "code": "permission_denied"}})
+
+
+def find_handler(flower: Flower, request: HTTPServerRequest, **options: Any) -> HTTPMessageDelegate:
+    """Tornado asks this for every request, before any route of Flower's is looked at."""
+    settings = get_settings()
+    door = Door(settings.allowed_host_names, settings.cors_origin_list)
+    headers = {name.lower(): value for name, value in request.headers.items()}
+    reason = door.refusal_of_page(request.method or "", headers)
+    if reason is None and not os.environ.get("FLOWER_BASIC_AUTH"):  # a name that was rebound brings no password along
+        reason = door.refusal_of_host(headers)
+    if reason is None:
+        handler: HTTPMessageDelegate = Application.find_handler(flower, request, **options)
+        return handler
+    return flower.get_handler_delegate(request, Refused, {"refusal": reason})
+
+
+Flower.find_handler = find_handler
