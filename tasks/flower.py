@@ -38,7 +38,8 @@ def find_handler(flower: Flower, request: HTTPServerRequest, **options: Any) -> 
     if reason is None:
         handler: HTTPMessageDelegate = Application.find_handler(flower, request, **options)
         return handler
-    return flower.get_handler_delegate(request, Refused, {"refusal": reason})
+    delegate: HTTPMessageDelegate = flower.get_handler_delegate(request, Refused, {"refusal": reason})
+    return delegate
 
 
 Flower.find_handler = find_handler
