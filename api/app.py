@@ -18,6 +18,17 @@ from domain.catalog import Catalog
 from domain.door import Door, is_loopback
 from settings import Settings, get_settings
 
+#: The routes, under the titles of the documentation.
+SECTIONS = {
+    "Jobs": (jobs.router, dead_letters.router),
+    "OpenAI": tuple(
+        module.router for module in (chat, stored_chats, completions, embeddings, responses, models, files, batches)
+    ),
+    "Simple": (simple.router,),
+    "Webhooks": (webhook_endpoints.router, webhook_deliveries.router),
+    "Operations": (queue.router, health.router, health.public, admin.router),
+}
+
 
 def create_app(settings: Settings | None = None, catalog: Catalog | None = None) -> FastAPI:
     """Raises ValueError where the settings would open the API to strangers, or the models file makes no sense."""
@@ -49,11 +60,10 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     if settings.cors_origin_list:
         app.add_middleware(Cors, origins=settings.cors_origin_list)  # around the rest: a page may read refusals, too
     register_error_handlers(app)
-    openai = (chat, stored_chats, completions, embeddings, responses, models, files, batches)
-    native = (jobs, dead_letters, webhook_endpoints, webhook_deliveries, simple, admin, queue, health)
-    for module in (not_offered, *native, *openai):  # not_offered first: some of its paths look like ids to others
-        app.include_router(module.router)
-    app.include_router(health.public)
+    app.include_router(not_offered.router)  # first: some of its paths look like ids to others
+    for title, routers in SECTIONS.items():
+        for router in routers:
+            app.include_router(router, tags=[title])
     add_pages(app)
     return app
 
