@@ -50,6 +50,8 @@ class Settings(BaseSettings):
     lease_grace_seconds: float = Field(default=2.0, ge=0)  # how long past its lease a job is left before rescue
     max_failures: int = Field(default=3, ge=0)  # lost or crashed attempts before a job fails for good
     max_poison_jobs_per_hour: int = Field(default=3, ge=0)  # of one tenant; beyond it all of its jobs run alone
+    revision_policy: Literal["restart", "wait", "fail"] = "restart"  # a job begun under a revision served nowhere
+    revision_seconds: float = Field(default=300.0, gt=0)  # how long such a job waits for that revision first
     stall_seconds: float = Field(default=60.0, gt=0)  # no token though the lease is renewed; in prefill, 10 times
     flush_min_seconds: float = Field(default=0.05, gt=0)  # between two chunk commits of the running batch
     flush_max_seconds: float = Field(default=0.5, gt=0)

@@ -82,6 +82,8 @@ class JobPrinter:
             elif event.is_terminal:
                 self._finish(event)
                 return event
+            elif event.name == "job.reset":
+                self._begin_anew()
             elif note := _describe(event):
                 self._notes.print(note, style="dim", markup=False)
         raise AssertionError("a stream ends with a terminal event")
@@ -91,6 +93,13 @@ class JobPrinter:
         self._texts[index] = self._texts.get(index, "") + text
         if self._is_live and index == 0:
             self._out.print(text, end="", markup=False)
+
+    def _begin_anew(self) -> None:
+        has_text = any(self._texts.values())
+        self._texts = {0: ""}
+        if has_text:
+            note = "\n(the model was replaced: the answer begins anew, what is printed above is void)"
+            self._notes.print(note, style="dim", markup=False)
 
     def _finish(self, event: StreamEvent) -> None:
         first, *others = (text for _, text in sorted(self._texts.items()))

@@ -1,6 +1,7 @@
 """A job as server-sent events: what was committed, each chunk once and in order, then live, to exactly one last event.
 
-`id:` is the chunk's sequence number, and one more for the terminal event. News of the job's life (job.queued, started,
+`id:` is the chunk's sequence number, and one more for the terminal event. A job that begins anew says so in a
+`job.reset`, which has a number as a chunk has: the text before it is void. News of the job's life (job.queued, started,
 retrying, snapshot) carries no id and no number: a client that resumes is told anew.
 """
 
@@ -91,7 +92,7 @@ class JobEventStream:
             return [event] if event else []
         if isinstance(event, TokenChunk):
             self._last = event.sequence_number
-            return [self._delta(event)]
+            return [self._reset(event) if event.is_reset else self._delta(event)]
         self._is_queued = event.status is JobStatus.QUEUED
         if event.status is JobStatus.IN_PROGRESS:
             return [self._news("job.started", attempt=event.attempt, sequence_number=self._last)]
@@ -101,6 +102,11 @@ class JobEventStream:
 
     def _news(self, event: str, **data: object) -> bytes:
         return frame(event, {"job_id": self._job_id, **data})
+
+    def _reset(self, chunk: TokenChunk) -> bytes:
+        """What was sent before is void: the job begins anew under another revision of its model."""
+        data = {"job_id": self._job_id, "sequence_number": chunk.sequence_number, "reason": "model_revision"}
+        return frame("job.reset", data, id=chunk.sequence_number)
 
     def _delta(self, chunk: TokenChunk) -> bytes:
         data: dict[str, object] = {
@@ -222,7 +228,8 @@ def choices_of(chunks: Iterable[TokenChunk]) -> list[dict[str, object]]:
     """What the chunks amount to so far, one entry per sequence that has any."""
     by_index: dict[int, list[TokenChunk]] = {}
     for chunk in chunks:
-        by_index.setdefault(chunk.index, []).append(chunk)
+        if not chunk.is_reset:
+            by_index.setdefault(chunk.index, []).append(chunk)
     return [
         {
             "index": index,

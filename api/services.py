@@ -31,6 +31,7 @@ from storage.database import (
 from storage.redis_outages import REDIS_OUTAGES
 from storage.stream_channels import channel_of
 from storage.streams import Message, StreamReader
+from tasks import job_log
 from tasks.dispatch import Dispatcher
 from tasks.group_accept import open_acceptor
 from tasks.models import ModelViews
@@ -122,12 +123,15 @@ class Services:
 
     async def cancel(self, job_id: UUID, tenant_id: UUID) -> JobStatus | None:
         """Cancel a queued job now, stop a running one within a step. The status after it; None: no such job here."""
-        status = await self.write(jobs.cancel, job_id, tenant_id)
-        if status is JobStatus.IN_PROGRESS:
+        job = await self.write(jobs.cancel, job_id, tenant_id)
+        if job is None:
+            return None
+        if job.status is JobStatus.IN_PROGRESS:
             self.dispatcher.revoke_running(job_id)
-        elif status is JobStatus.CANCELLED:
-            await self.announce(job_id, status)
-        return status
+        elif job.is_moved:
+            job_log.ends([job])
+            await self.announce(job_id, job.status)
+        return job.status
 
     def go_on(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something behind an answer that was sent. What is not done when this process ends is left undone."""

@@ -16,6 +16,7 @@ class TokenChunk(Frozen):
     """What one sequence of a job gained since its last chunk.
 
     `sequence_number` counts the chunks of the whole job from 1 without a hole, over all its sequences and attempts.
+    What a reset made void is gone from the log: its numbers are not used again, and the reset takes the next one.
     `text` may lag behind `token_ids`: text that could still become a stop string, or is half a UTF-8 character, comes
     with a later chunk. The concatenated `text` of one `index` is the sequence's final text, byte for byte.
 
@@ -32,3 +33,4 @@ class TokenChunk(Frozen):
     sum_logprobs: float | None = None  # of token_ids, under best_of
     num_reasoning_tokens: int | None = None  # of the sequence up to </think>, on the chunk whose tokens complete it
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # one per prompt token; the first has none
+    is_reset: bool = False  # the job begins anew here: whatever came before is void, and this chunk says nothing else

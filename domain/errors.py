@@ -31,7 +31,8 @@ CeleriacError
     ├── EngineError                engine_error: the model could not run this sequence
     ├── WorkerLost                 worker_lost: the retry budget is spent on lost or crashed workers
     ├── PoisonJob                  poison_job: it crashed an engine while it ran alone
-    └── OutOfMemory                out_of_memory: it does not fit, even alone
+    ├── OutOfMemory                out_of_memory: it does not fit, even alone
+    └── ModelRevisionGone          model_revision_gone: it had begun under a revision that no worker serves any more
 """
 
 from typing import ClassVar
@@ -177,3 +178,8 @@ class PoisonJob(JobFailure):
 
 class OutOfMemory(JobFailure):
     code = "out_of_memory"
+
+
+class ModelRevisionGone(JobFailure):
+    code = "model_revision_gone"
+    retryable = True

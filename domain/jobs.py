@@ -22,7 +22,7 @@ TERMINAL_STATUSES = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.
 
 #: Every transition that a statement in `storage/jobs.py` may make. Terminal statuses absorb.
 ALLOWED_TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
-    JobStatus.QUEUED: frozenset({JobStatus.IN_PROGRESS, JobStatus.CANCELLED, JobStatus.EXPIRED}),
+    JobStatus.QUEUED: TERMINAL_STATUSES - {JobStatus.COMPLETED} | {JobStatus.IN_PROGRESS},
     JobStatus.IN_PROGRESS: TERMINAL_STATUSES | {JobStatus.QUEUED},
     JobStatus.COMPLETED: frozenset(),
     JobStatus.FAILED: frozenset(),

@@ -50,6 +50,7 @@ class Heartbeat:
             max_num_seqs=self._spec.max_num_seqs,
             num_running=num_running,
             tokens_per_second=tokens_per_second,
+            model_revision=self._storage.model_revision,
             state=state,
         )
         self._thread.submit(

@@ -22,6 +22,7 @@ from storage import database, jobs, streams, workers
 from storage.jobs import ClaimedJob, Returned
 from storage.tables import Job
 from storage.workers import WorkerReport
+from tasks import job_log
 from tasks.model_files import model_revision
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ class LiveChannel:
 class JobStorage:
     """What one worker does with its jobs in SQL."""
 
-    def __init__(self, settings: Settings, spec: ModelSpec, owner: UUID) -> None:
+    def __init__(self, settings: Settings, spec: ModelSpec, owner: UUID, worker_name: str) -> None:
+        self._worker_name = worker_name
         self._database = database.open_database(
             settings.database_url,
             pool_size=2,  # the bell has the other
@@ -72,7 +74,7 @@ class JobStorage:
         self.owner = owner
         self.lease_seconds = settings.lease_seconds
         self._spec = spec
-        self._model_revision = model_revision(spec)  # as the API wrote it into the job: that of the files, not a name
+        self.model_revision = model_revision(spec)  # as the API wrote it into the job: that of the files, not a name
 
     def claim(self, job_ids: Sequence[UUID], known: frozenset[UUID], *, is_repeated: bool) -> list[ClaimedJob]:
         """Take the claimable ones among `job_ids`; `known` are the jobs that run here already."""
@@ -81,7 +83,7 @@ class JobStorage:
                 session,
                 job_ids,
                 owner=self.owner,
-                model_revision=self._model_revision,
+                model_revision=self.model_revision,
                 lease_seconds=self.lease_seconds,
             ),
             known,
@@ -98,7 +100,7 @@ class JobStorage:
                 self._spec.id,
                 limit=limit,
                 owner=self.owner,
-                model_revision=self._model_revision,
+                model_revision=self.model_revision,
                 lease_seconds=self.lease_seconds,
                 lane=lane,
                 min_suspicions=min_suspicions,
@@ -107,22 +109,24 @@ class JobStorage:
             is_repeated,
         )
 
-    def release(self, job_ids: Sequence[UUID]) -> list[UUID]:
+    def release(self, job_ids: Sequence[UUID]) -> None:
         with self.sessions.begin() as session:
             released = jobs.release(session, job_ids, owner=self.owner)
-        self.channel.publish((job_id, JobStatus.QUEUED) for job_id in released)
-        return released
+        job_log.returned("released", released)
+        self.channel.publish((job.job_id, job.status) for job in released)
 
     def report_crash(self, weight_by_job_id: dict[UUID, int]) -> list[Returned]:
         with self.sessions.begin() as session:
             returned = jobs.report_crash(session, weight_by_job_id, owner=self.owner)
+        job_log.returned("crashed with its engine", returned)
         self.channel.publish((job.job_id, job.status) for job in returned)
         return returned
 
     def request_cancel(self, job_id: UUID) -> None:
         with self.sessions.begin() as session:
             asked = jobs.request_cancel(session, [job_id])
-        self.channel.publish((job_id, JobStatus.CANCELLED) for job_id in asked)
+        job_log.ends(job for job in asked if job.status.is_terminal)
+        self.channel.publish((job.job_id, JobStatus.CANCELLED) for job in asked)
 
     def heartbeat(self, report: WorkerReport) -> bool:
         """Returns whether the model is to be loaded."""
@@ -141,15 +145,16 @@ class JobStorage:
         self, take: Callable[[Session], list[ClaimedJob]], known: frozenset[UUID], is_repeated: bool
     ) -> list[ClaimedJob]:
         with self.sessions.begin() as session:
-            if is_repeated:
-                self._release_unknown(session, known)
+            released = self._release_unknown(session, known) if is_repeated else []
             claimed = take(session)
+        job_log.returned("released", released)
+        job_log.claimed(claimed, self._worker_name)
         self.channel.publish((job.id, JobStatus.IN_PROGRESS) for job in claimed)
         return claimed
 
-    def _release_unknown(self, session: Session, known: frozenset[UUID]) -> None:
+    def _release_unknown(self, session: Session, known: frozenset[UUID]) -> list[Returned]:
         """Give back what the lost answer of a claim may have named: jobs that are ours in SQL and that nobody runs."""
         owned = session.scalars(
             select(Job.id).where(Job.lease_owner == self.owner, Job.status == JobStatus.IN_PROGRESS)
         )
-        jobs.release(session, [job_id for job_id in owned if job_id not in known], owner=self.owner)
+        return jobs.release(session, [job_id for job_id in owned if job_id not in known], owner=self.owner)

@@ -18,7 +18,8 @@ from gpu_worker.running_job import RunningJob
 from settings import Settings
 from storage import jobs, streams
 from storage.database import OUTAGES
-from storage.jobs import ChunkCommit, Finalisation, Held
+from storage.jobs import ChunkCommit, ClaimedJob, Finalisation, Held
+from tasks import job_log
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ def commit(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
         logger.exception("the output of a job cannot be stored", extra={"job_id": flushes[0].job.name})
         return _give_up(storage, flushes[0], exc)
     cost_seconds = monotonic() - started_at
+    _tell(flushes, held, ended)
     storage.channel.publish(_events(flushes, held, ended))
     return FlushOutcome(held, ended, cost_seconds)
 
@@ -164,6 +166,31 @@ def _give_up(storage: JobStorage, flush: JobFlush, exc: Exception) -> FlushOutco
         ended = dict.fromkeys(jobs.finalise(session, [ending]), JobStatus.FAILED)
     storage.channel.publish(ended.items())
     return FlushOutcome(ended=ended)
+
+
+def _tell(flushes: Sequence[JobFlush], held: dict[UUID, Held], ended: dict[UUID, JobStatus]) -> None:
+    """What the log says of this flush."""
+    for flush in flushes:
+        job = flush.job
+        seconds = monotonic() - job.started_at
+        if flush.commit is not None and job.id in held and is_first_output(job.claimed, flush.commit):
+            job_log.first_token(job.claimed, seconds=seconds)
+        if flush.finalisation is not None and job.id in ended:
+            error = flush.finalisation.error
+            job_log.ended(
+                job.id,
+                job.claimed.request_id,
+                status=ended[job.id],
+                attempt=job.attempt,
+                tokens=job.num_completion_tokens,
+                seconds=seconds,
+                code=error.code if error is not None else None,
+            )
+
+
+def is_first_output(claimed: ClaimedJob, commit: ChunkCommit) -> bool:
+    """Whether the job had none before, in no attempt."""
+    return not claimed.num_committed_tokens and commit.chunks[0].sequence_number == claimed.last_sequence_number + 1
 
 
 def _events(

@@ -55,7 +55,7 @@ class RunnerLoop:
         self._offers = offers
         self._on_event = on_event
         self._on_unhealthy = on_unhealthy
-        self._storage = JobStorage(settings, spec, owner)
+        self._storage = JobStorage(settings, spec, owner, hostname)
         self._thread = StorageThread(self.mailbox.post)
         self._bell = DispatchBell(self._storage.sessions, spec, settings)
         self._supervisor = Supervisor(spec, heartbeat_seconds=settings.engine_heartbeat_seconds)

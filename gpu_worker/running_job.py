@@ -92,8 +92,10 @@ class RunningJob:
         self._error: JobError | None = None
         self._num_cached_tokens = 0
         for chunk in claimed.committed_chunks:
-            self.sequences[chunk.index].append(chunk)
             self.last_sequence_number = chunk.sequence_number
+            if chunk.is_reset:
+                continue
+            self.sequences[chunk.index].append(chunk)
             self._prompt_logprobs = self._prompt_logprobs or chunk.prompt_logprobs
         self._num_inherited_tokens = self.num_completion_tokens
 

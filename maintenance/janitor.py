@@ -22,11 +22,12 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog
 from domain.ids import external_id
-from domain.jobs import JobStatus
+from maintenance.revisions import RevisionWatch, status_after
 from observability import describe_exception
 from settings import Settings
 from storage import files, jobs, maintenance, webhook_deliveries, workers
 from storage.streams import publish
+from tasks import job_log
 from tasks.dispatch import dispatch
 from tasks.messages import priority_keys
 
@@ -83,6 +84,7 @@ class Janitor:
         self._on_tick = on_tick
         self.quiet_seconds = settings.lease_seconds + 5  # how long the database server must be up before a rescue
         self._guard = OutageGuard(settings.lease_seconds, monotonic())
+        self._revisions = RevisionWatch(sessions, settings)
         self._epoch: tuple[object, object] | None = None
         self._is_redispatch_due = False
         self._pruned_at = 0.0
@@ -109,6 +111,7 @@ class Janitor:
             ("rescued", self._rescue),
             ("stalled", self._release_stalled),
             ("expired", self._expire),
+            ("moved to another revision", self._follow_revisions),
             *sends,
             ("pruned", self._prune),
             ("pruned files", self._prune_files),
@@ -128,6 +131,7 @@ class Janitor:
                 grace_seconds=self._settings.lease_grace_seconds,
                 quiet_seconds=self.quiet_seconds,
             )
+        job_log.returned("rescued", returned)
         publish(self._client, [(job.job_id, job.status) for job in returned])
         return len(returned)
 
@@ -142,14 +146,21 @@ class Janitor:
                 maintenance.count_figure(session, "stalled_jobs", len(returned))
         for job in returned:
             logger.error("a job with a lease made no progress", extra={"job_id": external_id(job.job_id)})
+        job_log.returned("stalled", returned)
         publish(self._client, [(job.job_id, job.status) for job in returned])
         return len(returned)
 
     def _expire(self) -> int:
         with self._sessions.begin() as session:
             expired = jobs.expire(session)
-        publish(self._client, [(job_id, JobStatus.EXPIRED) for job_id in expired])
+        job_log.ends(expired)
+        publish(self._client, [(job.job_id, job.status) for job in expired])
         return len(expired)
+
+    def _follow_revisions(self) -> int:
+        moved = self._revisions.look(monotonic())
+        publish(self._client, [(job.job_id, status_after(job)) for job in moved])
+        return len(moved)
 
     def _dispatch(self, model: str) -> int:
         if not self._has_redis:

@@ -31,6 +31,7 @@ ORDER BY id DESC LIMIT 1
 
 MARK_DELIVERED = text(f"""
 UPDATE jobs SET delivered_at = {CLOCK} WHERE id = ANY(CAST(:ids AS uuid[])) AND delivered_at IS NULL
+    AND finished_at IS NOT NULL
     AND (SELECT set_config('synchronous_commit', 'off', true)) = 'off'
 """)
 

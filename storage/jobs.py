@@ -2,8 +2,8 @@
 
 The only writer of `Job.status`, but for `storage/jobs_accept.py`, where jobs come in. All functions are synchronous on
 a `Session` and do not commit; the API calls them through `AsyncSession.run_sync`. Only the database's clock sets and
-judges leases and deadlines. The statements are in `storage/jobs_sql.py` and `storage/jobs_ends_sql.py`; reading is in
-`storage/job_queries.py`.
+judges leases and deadlines. The statements are in `storage/jobs_sql.py`, `storage/jobs_ends_sql.py` and
+`storage/jobs_revision_sql.py`; reading is in `storage/job_queries.py`.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from domain.jobs import MIN_PRIORITY, FinishReason, JobError, JobStatus, Lane
 from domain.kinds import REQUEST, JobOutput, JobRequest
 from storage import jobs_columns as columns
 from storage import jobs_ends_sql as ends
+from storage import jobs_revision_sql as revisions
 from storage import jobs_sql as sql
 from storage.jobs_partial import ERRORS, store_partial_results
 from storage.tables import Job
@@ -44,6 +45,15 @@ class ClaimedJob:
     num_suspicions: int  # more than 0: it was in an engine that crashed, and has not proven itself since
     committed_chunks: list[TokenChunk]  # in order; empty on a first attempt
     input_lengths: list[int] | None = None
+    request_id: str | None = None  # of the HTTP request that brought it
+
+    @property
+    def last_sequence_number(self) -> int:
+        return _last_number(self.committed_chunks)
+
+    @property
+    def num_committed_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.committed_chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +90,25 @@ class Finalisation:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """Where a rescued or crashed job went: `queued` again, or terminal."""
+    """Where a job went that was given back, cut off or asked to stop: `queued` again, terminal, or running still."""
 
     job_id: UUID
     status: JobStatus
     attempt: int
+    num_tokens: int = 0  # committed
+    seconds: float = 0.0  # since it was accepted
+    request_id: str | None = None
+    is_moved: bool = True  # else it had ended before, and the call changed nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """A queued job that begins anew under another revision of its model; `num_tokens` were discarded."""
+
+    job_id: UUID
+    attempt: int
+    num_tokens: int
+    request_id: str | None
 
 
 def dispatch(session: Session, model: str, *, room: int, min_priority: int = MIN_PRIORITY) -> list[UUID]:
@@ -106,7 +130,7 @@ def claim(
     lane: Lane = Lane.STANDARD,
 ) -> list[ClaimedJob]:
     """Take the queued ones among `job_ids`: attempt + 1, lease, request and committed prefix, in one round trip.
-    A job with committed chunks is taken only under its own `model_revision`.
+    A job with output is taken only under its own `model_revision`; any other becomes one of this revision.
     A job that is missing in the answer is done, cancelled, expired, or somebody else's: drop its message."""
     if not job_ids:
         return []
@@ -185,12 +209,12 @@ def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UU
     return ended
 
 
-def release(session: Session, job_ids: Sequence[UUID], *, owner: UUID) -> list[UUID]:
+def release(session: Session, job_ids: Sequence[UUID], *, owner: UUID) -> list[Returned]:
     """Give running jobs back to the queue at once, to their old place, committed prefix kept, nothing charged (drain).
     One that was asked to cancel ends as cancelled instead."""
     if not job_ids:
         return []
-    return [job.job_id for job in _returned(session, ends.RELEASE, {"ids": list(job_ids), "owner": owner})]
+    return _returned(session, ends.RELEASE, {"ids": list(job_ids), "owner": owner})
 
 
 def report_crash(session: Session, weight_by_job_id: dict[UUID, int], *, owner: UUID) -> list[Returned]:
@@ -217,26 +241,51 @@ def release_stalled(session: Session, *, as_of: datetime, stall_seconds: float, 
     return _returned(session, ends.STALL, {"as_of": as_of, "stall_seconds": stall_seconds, "limit": limit} | ERRORS)
 
 
-def cancel(session: Session, job_id: UUID, tenant_id: UUID) -> JobStatus | None:
-    """Cancel a queued job now, or ask a running one to stop. Returns the status after it; None: no such job here.
+def cancel(session: Session, job_id: UUID, tenant_id: UUID) -> Returned | None:
+    """Cancel a queued job now, or ask a running one to stop. Returns how it stands after it; None: no such job here.
     Idempotent: a terminal job keeps its status."""
     asked = _returned(session, ends.CANCEL, {"ids": [job_id], "tenant_id": tenant_id})
     if asked:
-        return asked[0].status
-    return session.scalar(select(Job.status).where(Job.id == job_id, Job.tenant_id == tenant_id))
+        return asked[0]
+    row = session.execute(select(Job.status, Job.attempt).where(Job.id == job_id, Job.tenant_id == tenant_id)).first()
+    return None if row is None else Returned(job_id, row.status, row.attempt, is_moved=False)
 
 
-def request_cancel(session: Session, job_ids: Sequence[UUID]) -> list[UUID]:
+def request_cancel(session: Session, job_ids: Sequence[UUID]) -> list[Returned]:
     """The worker's side of a cancel that came from Flower or `celery control`, by whoever owns the jobs: as `cancel`,
-    without a tenant. Returns the ids that were not terminal."""
+    without a tenant. Returns those that were not terminal."""
     if not job_ids:
         return []
-    return [job.job_id for job in _returned(session, ends.CANCEL, {"ids": list(job_ids), "tenant_id": None})]
+    return _returned(session, ends.CANCEL, {"ids": list(job_ids), "tenant_id": None})
 
 
-def expire(session: Session, *, limit: int = 200) -> list[UUID]:
+def expire(session: Session, *, limit: int = 200) -> list[Returned]:
     """End queued jobs whose deadline or start deadline passed."""
-    return [job.job_id for job in _returned(session, ends.EXPIRE, {"limit": limit} | ERRORS)]
+    return _returned(session, ends.EXPIRE, {"limit": limit} | ERRORS)
+
+
+def gone_revisions(session: Session, *, live_seconds: float) -> dict[tuple[str, str], int]:
+    """How many queued jobs had begun under a revision of their model that is nowhere served while another one is, by
+    (model, revision). Reads every queued job: ask every few seconds at most."""
+    rows = session.execute(revisions.GONE_REVISIONS, {"live_seconds": live_seconds})
+    return {(row.model, row.model_revision): row.num_jobs for row in rows}
+
+
+def restart(
+    session: Session, model: str, model_revision: str, *, live_seconds: float, limit: int = 200
+) -> list[Restarted]:
+    """Let queued jobs that had begun under this revision, which must be gone, begin anew under the one that is served:
+    their chunks are discarded, and a reset in their stream says so to every reader."""
+    parameters = {"model": model, "model_revision": model_revision, "live_seconds": live_seconds, "limit": limit}
+    return [Restarted(*row) for row in session.execute(revisions.RESTART, parameters)]
+
+
+def fail_gone(
+    session: Session, model: str, model_revision: str, *, live_seconds: float, limit: int = 200
+) -> list[Returned]:
+    """End the same jobs as failed instead; what they had produced is kept."""
+    parameters = {"model": model, "model_revision": model_revision, "live_seconds": live_seconds, "limit": limit}
+    return _returned(session, revisions.FAIL_GONE, parameters | ERRORS)
 
 
 def prune(session: Session, *, limit: int = 200) -> int:
@@ -258,7 +307,10 @@ def delete(session: Session, job_id: UUID, tenant_id: UUID) -> bool:
 def _returned(session: Session, statement: TextClause, parameters: dict[str, Any]) -> list[Returned]:
     """Run a statement that ends jobs or gives them back; keep the output of the ended, and have their ends told."""
     rows = session.execute(statement, parameters).all()
-    returned = [Returned(row.id, JobStatus(row.status), row.attempt) for row in rows]
+    returned = [
+        Returned(row.id, JobStatus(row.status), row.attempt, row.num_tokens, row.seconds, row.request_id)
+        for row in rows
+    ]
     cut_off = {job.job_id: job.status for job, row in zip(returned, rows, strict=True) if row.has_chunks}
     store_partial_results(session, {id: status for id, status in cut_off.items() if status.is_terminal})
     told = [job.job_id for job, row in zip(returned, rows, strict=True) if row.is_told and job.status.is_terminal]
@@ -274,8 +326,10 @@ def _num_rows(session: Session, statement: TextClause, parameters: dict[str, Any
 def _claimed_jobs(session: Session, rows: Sequence[Row[Any]]) -> list[ClaimedJob]:
     # While the statement waited for a row, another worker may have taken, continued and released the job: then its
     # newest chunks are not in the statement's snapshot.
-    stale = [row.id for row in rows if len(row.chunks or ()) != row.committed_sequence_number]
-    reread = {row.job_id: row.chunks for row in session.execute(sql.CHUNKS_OF, {"ids": stale})} if stale else {}
+    chunks = {row.id: _parsed(row.chunks) for row in rows}
+    stale = [row.id for row in rows if _last_number(chunks[row.id]) != row.committed_sequence_number]
+    if stale:
+        chunks |= {row.job_id: _parsed(row.chunks) for row in session.execute(sql.CHUNKS_OF, {"ids": stale})}
     return [
         ClaimedJob(
             id=row.id,
@@ -289,7 +343,16 @@ def _claimed_jobs(session: Session, rows: Sequence[Row[Any]]) -> list[ClaimedJob
             input_lengths=row.input_lengths,
             lane=Lane(row.lane),
             num_suspicions=row.num_suspicions,
-            committed_chunks=[TokenChunk.model_validate_json(c) for c in reread.get(row.id, row.chunks) or ()],
+            committed_chunks=chunks[row.id],
+            request_id=row.request_id,
         )
         for row in rows
     ]
+
+
+def _parsed(chunks: Sequence[str] | None) -> list[TokenChunk]:
+    return [TokenChunk.model_validate_json(chunk) for chunk in chunks or ()]
+
+
+def _last_number(chunks: Sequence[TokenChunk]) -> int:
+    return chunks[-1].sequence_number if chunks else 0

@@ -51,6 +51,7 @@ class NewJob:
     endpoint: Endpoint = Endpoint.JOBS
     is_stored: bool = False
     endpoint_body: str | None = None  # JSON
+    request_id: str | None = None  # of the HTTP request that brought it
 
     @property
     def cost(self) -> int:

@@ -54,6 +54,7 @@ def of_new_jobs(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
         "fingerprints": Packed(job.fingerprint for job in new_jobs),
         "lanes": [job.lane.value for job in new_jobs],
         "retry_ofs": [job.retry_of for job in new_jobs],
+        "request_ids": [job.request_id for job in new_jobs],
     }
 
 

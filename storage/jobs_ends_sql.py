@@ -56,6 +56,15 @@ SELECT j.id, false FROM jobs j JOIN ending USING (id) WHERE j.status = ending.st
 """)
 
 
+def told(jobs: str, *, has_chunks: str) -> str:
+    """What callers and their logs say of the jobs in the CTE `jobs`: how they stand, and how long it took so far."""
+    return f"""
+SELECT t.id, t.status, t.attempt, {has_chunks} AS has_chunks, t.is_told, t.num_committed_tokens AS num_tokens,
+    extract(epoch FROM {CLOCK} - t.created_at)::float8 AS seconds,
+    (SELECT p.request_id FROM job_payloads p WHERE p.job_id = t.id) AS request_id
+FROM {jobs} t"""
+
+
 def _returned(pick: str, *, also: str = "") -> str:
     """Give back or end the running jobs that `pick` locked. Its columns say what they become: id, next_status (queued
     or terminal), lane, num_failures, num_suspicions, delay_seconds, error; and how the attempt ended: owner, outcome.
@@ -73,6 +82,7 @@ returned AS (
         dispatch_at = {CLOCK}, num_dispatches = 0
     FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS correction,
+        j.num_committed_tokens, j.created_at,
         pick.owner, {BEGAN}, pick.outcome, j.error->>'code' AS error_code,
         j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD}
 ),
@@ -82,7 +92,7 @@ moved AS (
         CASE WHEN status = 'queued' THEN 0 ELSE correction END AS charge FROM returned
 ),
 {COUNTED}
-SELECT id, status, attempt, committed_sequence_number > 0 AS has_chunks, is_told FROM returned"""
+{told("returned", has_chunks="committed_sequence_number > 0")}"""
 
 
 def _charged(is_poison: str) -> str:
@@ -159,11 +169,12 @@ asked AS (
         finished_at = CASE WHEN j.status = 'queued' THEN {CLOCK} END,
         prune_at = CASE WHEN j.status = 'queued' THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge, {IS_TOLD}
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
+        j.created_at, {CORRECTION} AS charge, {IS_TOLD}
 ),
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM asked WHERE status = 'cancelled'),
 {COUNTED}
-SELECT id, status, attempt, status = 'cancelled' AND committed_sequence_number > 0 AS has_chunks, is_told FROM asked
+{told("asked", has_chunks="status = 'cancelled' AND committed_sequence_number > 0")}
 """)
 
 EXPIRE = text(f"""
@@ -175,11 +186,12 @@ expired AS (
     UPDATE jobs j SET status = 'expired', error = CAST(:deadline_error AS json), finished_at = {CLOCK},
         prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge, {IS_TOLD}
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
+        j.created_at, {CORRECTION} AS charge, {IS_TOLD}
 ),
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM expired),
 {COUNTED}
-SELECT id, status, attempt, committed_sequence_number > 0 AS has_chunks, is_told FROM expired
+{told("expired", has_chunks="committed_sequence_number > 0")}
 """)
 
 PRUNE = text(f"""

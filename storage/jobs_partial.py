@@ -6,7 +6,7 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
-from domain.errors import CeleriacError, DeadlineExceeded, PoisonJob, WorkerLost
+from domain.errors import CeleriacError, DeadlineExceeded, ModelRevisionGone, PoisonJob, WorkerLost
 from domain.jobs import FinishReason, JobError, JobStatus, Usage
 from domain.kinds import REQUEST
 from domain.requests import GenerationRequest, GenerationResult, ResultChoice, SamplingParams, best_choices
@@ -22,6 +22,10 @@ ERRORS = {
     "deadline_error": _stored_error(DeadlineExceeded, "the deadline passed before the job was done"),
     "poison_error": _stored_error(PoisonJob, "the engine crashed while it ran this job alone"),
     "lost_error": _stored_error(WorkerLost, "the worker was lost or crashed more often than max_failures allows"),
+    "revision_error": _stored_error(
+        ModelRevisionGone,
+        "it had begun under a revision of the model that no worker serves any more; retry it to begin anew",
+    ),
 }
 
 #: What cut off the unfinished sequences of a job that ended so.
@@ -43,7 +47,8 @@ def partial_result(
     that had not finished get the reason `cut_off_by`."""
     by_index: dict[int, list[TokenChunk]] = {}
     for chunk in chunks:
-        by_index.setdefault(chunk.index, []).append(chunk)
+        if not chunk.is_reset:
+            by_index.setdefault(chunk.index, []).append(chunk)
     choices = tuple(_choice(index, by_index[index], cut_off_by) for index in sorted(by_index))
     prompt_logprobs = next((chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs), None)
     usage = Usage(prompt_tokens=num_prompt_tokens, completion_tokens=sum(choice.num_tokens for choice in choices))
@@ -59,6 +64,8 @@ def store_partial_results(session: Session, status_by_job_id: Mapping[UUID, JobS
     results: dict[UUID, GenerationResult] = {}
     for row in session.execute(COMMITTED_OUTPUT, {"ids": list(status_by_job_id)}):
         chunks = [TokenChunk.model_validate_json(chunk) for chunk in row.chunks]
+        if chunks[-1].is_reset:
+            continue  # it began anew, and came no further
         reason = REASON_BY_STATUS[status_by_job_id[row.id]]
         request = REQUEST.validate_json(row.request)
         params = request.params if isinstance(request, GenerationRequest) else SamplingParams()

@@ -61,13 +61,14 @@ WITH new AS MATERIALIZED (
         CAST(:requests AS text[]), CAST(:prompt_token_ids AS text[]), CAST(:webhook_urls AS text[]),
         CAST(:webhook_statuses AS text[]), CAST(:endpoints AS text[]), CAST(:are_stored AS boolean[]),
         CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]), CAST(:retry_ofs AS uuid[]),
-        CAST(:endpoint_bodies AS text[]), CAST(:kinds AS text[]), CAST(:input_lengths AS text[])
+        CAST(:endpoint_bodies AS text[]), CAST(:kinds AS text[]), CAST(:input_lengths AS text[]),
+        CAST(:request_ids AS text[])
     ) WITH ORDINALITY AS n(
         id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures, start_timeout,
         deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata, result_ttl_seconds,
         request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint, lane, retry_of,
         endpoint_body,
-        kind, input_lengths, place)
+        kind, input_lengths, request_id, place)
 ),
 load AS MATERIALIZED (
     SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS max_queued,
@@ -99,8 +100,9 @@ inserted AS (
     ON CONFLICT DO NOTHING RETURNING id, tenant_id
 ),
 payload AS (
-    INSERT INTO job_payloads (job_id, request, prompt_token_ids, input_lengths, fingerprint, endpoint_body)
-    SELECT id, request::json, prompt_token_ids::int[], input_lengths::int[], fingerprint, endpoint_body::json
+    INSERT INTO job_payloads (job_id, request, prompt_token_ids, input_lengths, fingerprint, endpoint_body, request_id)
+    SELECT id, request::json, prompt_token_ids::int[], input_lengths::int[], fingerprint, endpoint_body::json,
+        request_id
     FROM inserted JOIN new USING (id)
 ),
 counted AS (  -- a tenant back from idle starts level with the active ones: it neither banks credit nor is starved
@@ -146,19 +148,22 @@ written AS (
     INSERT INTO job_chunks (job_id, sequence_number, attempt, chunk)
     SELECT :id, sequence_number, 0, chunk FROM kept
 )
-UPDATE jobs SET committed_sequence_number = total.last, num_committed_tokens = total.num_tokens
+UPDATE jobs SET committed_sequence_number = total.last, num_committed_tokens = total.num_tokens,
+    reset_sequence_number = (SELECT o.reset_sequence_number FROM jobs o WHERE o.id = (SELECT id FROM old))
 FROM (SELECT max(sequence_number) AS last, sum(json_array_length(coalesce(chunk->'token_ids', '[]'))) AS num_tokens
       FROM kept) total
 WHERE jobs.id = :id AND jobs.attempt = 0 AND total.last IS NOT NULL
 RETURNING committed_sequence_number
 """)
 
+# It has output, and whoever goes on must be of the revision that made it.
+BEGUN = "(j.committed_sequence_number > j.reset_sequence_number)"
 RUNNABLE = f"""
     j.status = 'queued' AND j.available_at <= {CLOCK} AND (j.deadline_at IS NULL OR j.deadline_at > {CLOCK})
     AND (j.attempt > 0 OR j.start_deadline_at IS NULL OR j.start_deadline_at > {CLOCK})"""
 DUE = f"{RUNNABLE} AND j.lane = 'standard' AND j.priority >= :min_priority AND j.dispatch_at <= {CLOCK}"
 CLAIMABLE = f"""{RUNNABLE} AND j.lane = :lane AND j.cancel_requested_at IS NULL
-    AND (j.committed_sequence_number = 0 OR j.model_revision = :model_revision)"""
+    AND (NOT {BEGUN} OR j.model_revision = :model_revision)"""
 
 
 def _ranked(condition: str) -> str:
@@ -216,6 +221,7 @@ def _claimed(pick: str) -> str:
 {pick},
 claimed AS (
     UPDATE jobs j SET status = 'in_progress', attempt = j.attempt + 1, lease_owner = :owner,
+        model_revision = :model_revision,  -- that of all its output: of what it has, or of what will be its first
         lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds),
         started_at = coalesce(j.started_at, {CLOCK}), attempt_started_at = {CLOCK}, progressed_at = {CLOCK},
         num_tokens_at_claim = j.num_committed_tokens,
@@ -228,7 +234,7 @@ moved AS (
 ),
 {COUNTED}
 SELECT c.id, c.tenant_id, c.attempt, p.request::text AS request, p.prompt_token_ids, p.input_lengths,
-    c.max_tokens, c.seed, c.priority,
+    c.max_tokens, c.seed, c.priority, p.request_id,
     c.lane, c.num_suspicions, c.committed_sequence_number, CASE WHEN c.committed_sequence_number > 0 THEN (SELECT
         array_agg(k.chunk::text ORDER BY k.sequence_number) FROM job_chunks k WHERE k.job_id = c.id) END AS chunks
 FROM claimed c JOIN job_payloads p ON p.job_id = c.id ORDER BY c.place"""

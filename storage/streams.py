@@ -145,7 +145,8 @@ class StreamReader:
 
     async def read(self, job_id: UUID, *, starting_after: int = 0) -> AsyncGenerator[TokenChunk | StatusChange]:
         """Every chunk after `starting_after`, each once and in order, and the status changes between them; ends after
-        the terminal one, or when the job is deleted. A job that runs already begins with its `in_progress`.
+        the terminal one, or when the job is deleted. A job that runs already begins with its `in_progress`. After a
+        chunk that `is_reset` all that came before is void.
 
         The caller has checked whose job it is. Close it (`contextlib.aclosing`) where the consumer may leave early.
         """
@@ -256,8 +257,8 @@ def _advance(
         stream.stage = _stage(state)
         yield StatusChange(state.status, state.attempt)
     for chunk in chunks:
-        if chunk.sequence_number == stream.last + 1:
-            stream.last += 1
+        if chunk.sequence_number == stream.last + 1 or (chunk.is_reset and chunk.sequence_number > stream.last):
+            stream.last = chunk.sequence_number  # what a reset made void is not in the log any more
             yield chunk
     is_complete = state is not None and stream.last >= state.committed_sequence_number
     if state is not None and is_new and is_complete and state.status is not JobStatus.IN_PROGRESS:

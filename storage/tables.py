@@ -145,7 +145,7 @@ class Job(Row):
     id: Mapped[UUID] = mapped_column(primary_key=True)  # a ULID drawn by the API before the insert
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
     model: Mapped[str]
-    model_revision: Mapped[str]
+    model_revision: Mapped[str]  # of the files that its output comes from; at first, of those at the API
     endpoint: Mapped[Endpoint] = mapped_column(server_default="jobs")
     is_stored: Mapped[bool] = mapped_column(server_default="false")  # asked for with store=true: listed on its route
     kind: Mapped[JobKind] = mapped_column(server_default="generation")
@@ -168,6 +168,7 @@ class Job(Row):
     lease_expires_at: Mapped[datetime | None]
     cancel_requested_at: Mapped[datetime | None]
     committed_sequence_number: Mapped[int] = mapped_column(server_default="0")
+    reset_sequence_number: Mapped[int] = mapped_column(server_default="0")  # where its output begins anew
     num_committed_tokens: Mapped[int] = mapped_column(server_default="0")
     num_prompt_tokens: Mapped[int]
     max_tokens: Mapped[int]  # resolved at submit, never None
@@ -203,10 +204,11 @@ class JobPayload(Row):
     input_lengths: Mapped[list[int] | None]  # of an embedding job: tokens of each input
     fingerprint: Mapped[bytes | None]  # of what the engine is asked: the same for every repetition of a request
     endpoint_body: Mapped[dict[str, Any] | None]  # as the client sent it, where its route shows it again
+    request_id: Mapped[str | None]  # of the HTTP request that brought it: what the logs of every process name
 
 
 class JobChunk(Row):
-    """One committed piece of a stream; append-only."""
+    """One committed piece of a stream; append-only, but for a job that begins anew."""
 
     __tablename__ = "job_chunks"
 
@@ -288,6 +290,7 @@ class Worker(Row):
     id: Mapped[UUID] = mapped_column(primary_key=True)  # fresh per process incarnation; also the lease owner
     hostname: Mapped[str]  # the Celery node name
     model: Mapped[str]
+    model_revision: Mapped[str | None]  # None: of a release that did not tell
     max_num_seqs: Mapped[int]
     num_running: Mapped[int] = mapped_column(server_default="0")
     tokens_per_second: Mapped[float] = mapped_column(Double, server_default="0")

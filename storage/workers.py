@@ -27,6 +27,7 @@ class WorkerReport:
     max_num_seqs: int
     num_running: int
     tokens_per_second: float
+    model_revision: str | None = None
     state: WorkerState = WorkerState.READY
 
 

@@ -19,9 +19,10 @@ from domain.ids import new_id
 from domain.kinds import JobRequest
 from domain.requests import GenerationRequest
 from domain.webhook_urls import BadWebhookUrl
-from observability import jobs_submitted_total, labelled, llm_requests_total, prompt_tokens_total
+from observability import jobs_submitted_total, labelled, llm_requests_total, prompt_tokens_total, request_id_context
 from settings import Settings
 from storage.jobs_accept import Accepted, AcceptOutcome, NewJob, QueueRoom
+from tasks import job_log
 from tasks.group_accept import GroupAcceptor
 from tasks.job_options import JobOptions, deadline_of, refuse_impossible_deadline
 from tasks.models import ModelView, ModelViews
@@ -78,7 +79,8 @@ class Submitter:
         return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job, accepted.room)
 
     def announce(self, new_job: NewJob) -> None:
-        """A job was committed: count it and have it dispatched."""
+        """A job was committed: tell the log, count it and have it dispatched."""
+        job_log.accepted(new_job)
         model = new_job.request.model
         labelled(llm_requests_total, model).inc()
         labelled(prompt_tokens_total, model).inc(len(new_job.prompt_token_ids))
@@ -143,6 +145,7 @@ def make_job(
         endpoint=options.endpoint,
         is_stored=options.is_stored,
         endpoint_body=options.endpoint_body,
+        request_id=request_id_context.get(),
     )
 
 

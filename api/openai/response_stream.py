@@ -42,14 +42,18 @@ class ResponseStream:
     async def frames(self) -> AsyncGenerator[bytes, None]:
         for data in self._numbered(self._beginning(has_begun=False)):
             yield data
-        has_begun = False
+        has_begun = has_text = False
         async with aclosing(self._services.streams.read(self._record.job.id)) as events:
             async for event in events:
                 if not has_begun and (isinstance(event, TokenChunk) or event.attempt > 0):
                     has_begun = True
                     for data in self._numbered(self._beginning(has_begun=True)):
                         yield data
-                if isinstance(event, TokenChunk):
+                if isinstance(event, TokenChunk) and event.is_reset and (has_text or self._starting_after >= 0):
+                    yield frame("error", error_event(_begun_anew(self._record)))
+                    return
+                if isinstance(event, TokenChunk) and not event.is_reset:
+                    has_text = True
                     for data in self._numbered(self._output.push(event.text, event.logprobs)):
                         yield data
         for data in self._numbered(await self._end()):
@@ -91,6 +95,15 @@ class ResponseStream:
         name = external_id(self._record.job.id, "resp")
         event = error_event(ServerOverloaded(f"this stream ends here, but {name} goes on: retrieve it"))
         return frame("error", event)
+
+
+def _begun_anew(record: JobRecord) -> CeleriacError:
+    """Events that were numbered once cannot be taken back."""
+    name = external_id(record.job.id, "resp")
+    return ServerOverloaded(
+        f"the model was replaced while {name} ran, and its output begins anew: discard what was sent, and read {name} "
+        "without starting_after"
+    )
 
 
 def error_event(exc: CeleriacError) -> ResponseEvent:

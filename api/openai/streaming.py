@@ -93,17 +93,30 @@ async def _frames(
 
 async def _translated(run: Run, translator: Translator) -> AsyncGenerator[Mapping[str, object], None]:
     """Ends with the job. Raises the CeleriacError that says why it is not completed."""
-    is_begun = False
+    is_begun = has_text = False
     async with aclosing(run.services.streams.read(run.job_id)) as events:
         async for event in events:
             if not is_begun and (isinstance(event, TokenChunk) or event.status is not JobStatus.QUEUED):
                 is_begun = True
                 for data in translator.begin():
                     yield data
-            if isinstance(event, TokenChunk):
+            if isinstance(event, TokenChunk) and event.is_reset:
+                refuse_reset(run, has_text=has_text)
+            elif isinstance(event, TokenChunk):
+                has_text = True
                 for data in translator.from_chunk(event):
                     yield data
     await _last_look(run)
+
+
+def refuse_reset(run: Run, *, has_text: bool) -> None:
+    """These streams cannot take back what was sent. Raises ServerOverloaded where there is something to take back."""
+    if has_text:
+        run.note_disconnected()
+        raise ServerOverloaded(
+            f"the model was replaced while {external_id(run.job_id)} ran, and its answer begins anew: discard what was "
+            "sent, and send the request again to get the new one"
+        )
 
 
 async def _merged(

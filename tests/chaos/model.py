@@ -3,8 +3,9 @@ wrong. `model_checker` walks through all of it.
 
 What the statements of `storage/jobs_sql.py` and the reader of `storage/streams.py` do is written here once more, each
 as one step that may fall between any two others. Two attempts never draw the same token (a token is named by the
-attempt that drew it and by its place), so whatever splices two texts is seen. A paused worker needs no step of its own:
-it is one that takes no step for a while, and its lease may lapse meanwhile.
+model revision and the attempt that drew it and by its place), so whatever splices two texts is seen. Chunks that a
+reset made void stay in the model's log, for what a client saw to be judged by. A paused worker needs no step of its
+own: it is one that takes no step for a while, and its lease may lapse meanwhile.
 
 Live messages lie in a set that nothing is taken out of: so they come late, twice, in any order, or never. A worker
 that dies between its commit and its publishing is one whose messages never come. Messages in the queue are repeated
@@ -20,7 +21,8 @@ MAX_MESSAGES = 1  # in the queue, beside those in hand; one more is one that was
 
 QUEUED, IN_PROGRESS, COMPLETED, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
 
-Text = tuple[int, ...]  # tokens: 21 is the first one that attempt 2 drew
+Text = tuple[int, ...]  # tokens: 121 is the first one that attempt 2 drew, which ran revision 1
+RESET = 0  # in the log: what came before is void
 
 
 class Worker(NamedTuple):
@@ -30,6 +32,8 @@ class Worker(NamedTuple):
     text: Text
     num_committed: int  # as its last answer said
     is_told_to_cancel: bool = False
+    base: int = 0  # the chunk behind which its text begins
+    revision: int = 0
 
 
 IDLE = None
@@ -48,18 +52,20 @@ class Budget(NamedTuple):
     releases: int = 1
     cancels: int = 0
     errors: int = 0  # the engine refuses the job for good
+    upgrades: int = 0  # to another revision of the model, and back again
 
 
 class State(NamedTuple):
     # The row
     status: str | None = None  # None: not accepted
     attempt: int = 0
-    chunks: Text = ()
+    chunks: Text = ()  # the log, with all that was in it
     is_lease_valid: bool = False
     is_cancel_requested: bool = False
     num_failures: int = 0
     is_due: bool = False  # for a message
     result: Text | None = None
+    revision: int = 0
     # Redis
     num_messages: int = 0
     live: frozenset[tuple[int, int]] = frozenset()  # (sequence number, token) on their way to the client's API
@@ -67,6 +73,7 @@ class State(NamedTuple):
     workers: tuple[WorkerState, WorkerState] = (IDLE, IDLE)
     is_push_pending: bool = False  # a dispatcher is between its commit and its push
     is_rescue_pending: bool = False  # only where the janitor acts on a stale snapshot
+    served: int = 0  # the revision of workers that claim from now on
     # The client
     has_accepted: bool = False  # it got its 202
     stream: str = "closed"  # closed, behind, live, ended
@@ -85,6 +92,9 @@ class Protocol:
     continues_committed_text: bool = True  # else: starts from scratch
     fills_gaps: bool = True
     redispatches: bool = True
+    pins_revision: bool = True  # a job with output goes on under the revision that it came from
+    writes_revision: bool = True  # at a claim
+    restarts: bool = True  # begins anew where that revision is gone
     polls: bool = False  # an idle worker claims straight from SQL
     max_failures: int = 3
 
@@ -94,6 +104,15 @@ class Step(NamedTuple):
     after: State
     is_fault: bool = False  # else the system does it by itself, sooner or later
     by_attempt: int = 0  # of the worker that did it
+
+
+def text_of(chunks: Text) -> Text:
+    """What the log amounts to."""
+    return chunks[base_of(chunks) :]
+
+
+def base_of(chunks: Text) -> int:
+    return len(chunks) - chunks[::-1].index(RESET) if RESET in chunks else 0
 
 
 def is_over(state: State) -> bool:
@@ -191,6 +210,12 @@ def _janitor_steps(state: State, protocol: Protocol) -> Iterator[Step]:
         elif budget.lapses:
             fewer = budget._replace(lapses=budget.lapses - 1)
             yield Step("lease lapses under its owner", lapsed._replace(budget=fewer), is_fault=True)
+    if budget.upgrades:
+        fewer = budget._replace(upgrades=budget.upgrades - 1)
+        yield Step("upgrade", state._replace(served=1 - state.served, budget=fewer), is_fault=True)
+    is_gone = bool(text_of(state.chunks)) and state.revision != state.served
+    if protocol.restarts and state.status == QUEUED and is_gone:
+        yield Step("restart", state._replace(chunks=(*state.chunks, RESET), is_due=True))
     is_lapsed = state.status == IN_PROGRESS and not state.is_lease_valid
     if protocol.rescues_on_locked_row:
         if is_lapsed:
@@ -219,7 +244,7 @@ def _given_back(state: State) -> State:
 
 def _ended(state: State, status: str) -> State:
     """Over; what was committed is its result."""
-    return state._replace(status=status, is_lease_valid=False, is_due=False, result=state.chunks)
+    return state._replace(status=status, is_lease_valid=False, is_due=False, result=text_of(state.chunks))
 
 
 # Workers
@@ -242,13 +267,17 @@ def _worker_steps(state: State, worker: WorkerState, other: WorkerState, protoco
 
 
 def _claim_steps(state: State, other: WorkerState, protocol: Protocol) -> Iterator[Step]:
-    if state.status != QUEUED:
+    prefix = text_of(state.chunks)
+    is_ours = not prefix or state.revision == state.served or not protocol.pins_revision
+    if state.status != QUEUED or not is_ours:
         yield Step("find nothing to claim", _with(state, IDLE, other))
         return
     attempt = state.attempt + 1
     row = state._replace(status=IN_PROGRESS, attempt=attempt, is_lease_valid=True, is_due=False)
-    prefix = state.chunks if protocol.continues_committed_text else ()
-    claimed = Worker(attempt, prefix, len(state.chunks))
+    if protocol.writes_revision:
+        row = row._replace(revision=state.served)
+    text = prefix if protocol.continues_committed_text else ()
+    claimed = Worker(attempt, text, len(prefix), base=base_of(state.chunks), revision=state.served)
     yield Step("claim", _with(row, claimed, other))
     if budget := _one_lost_answer_less(state):
         yield Step("claim, answer lost", _with(row._replace(budget=budget), IDLE, other), is_fault=True)
@@ -256,7 +285,7 @@ def _claim_steps(state: State, other: WorkerState, protocol: Protocol) -> Iterat
 
 def _running_steps(state: State, worker: Worker, other: WorkerState, protocol: Protocol) -> Iterator[Step]:
     if len(worker.text) < NUM_TOKENS and not worker.is_told_to_cancel:
-        token = 10 * worker.attempt + len(worker.text) + 1
+        token = 100 * worker.revision + 10 * worker.attempt + len(worker.text) + 1
         longer = worker._replace(text=(*worker.text, token))
         known = state if protocol.commits_before_publishing else _published(state, longer)
         yield Step("generate", _with(known, longer, other))
@@ -291,12 +320,12 @@ def _other_running_steps(state: State, worker: Worker, other: WorkerState, proto
 
 def _commit_steps(state: State, worker: Worker, other: WorkerState, protocol: Protocol) -> Iterator[Step]:
     before, after = worker.num_committed, len(worker.text)
-    is_next = len(state.chunks) in (before, after) or not protocol.checks_sequence_number
+    is_next = len(state.chunks) - worker.base in (before, after) or not protocol.checks_sequence_number
     if not _is_ours(state, worker, protocol) or not is_next:
         yield Step("commit: fenced", _with(state, IDLE, other))
         return
     row = state._replace(is_lease_valid=True)
-    if len(state.chunks) == before or not protocol.checks_sequence_number:  # else: a repeated commit
+    if len(state.chunks) - worker.base == before or not protocol.checks_sequence_number:  # else: a repeated commit
         row = row._replace(chunks=state.chunks + worker.text[before:])
     held = worker._replace(num_committed=after, is_told_to_cancel=state.is_cancel_requested)
     yield Step("commit", _with(_published(row, worker), held, other))
@@ -308,14 +337,15 @@ def _published(state: State, worker: Worker) -> State:
     """Its newest tokens are on their way to whoever listens."""
     if state.stream == "closed":
         return state
-    news = {(place, token) for place, token in enumerate(worker.text, start=1) if place > worker.num_committed}
+    places = enumerate(worker.text, start=1)
+    news = {(worker.base + place, token) for place, token in places if place > worker.num_committed}
     return _dropping_old(state._replace(live=state.live | news))
 
 
 def _finalise_steps(
     state: State, worker: Worker, other: WorkerState, protocol: Protocol, status: str
 ) -> Iterator[Step]:
-    is_last = len(state.chunks) == worker.num_committed or not protocol.checks_sequence_number
+    is_last = len(state.chunks) - worker.base == worker.num_committed or not protocol.checks_sequence_number
     if not _is_ours(state, worker, protocol) or not is_last:
         yield Step("finalise: fenced", _with(state, IDLE, other))
         return

@@ -25,6 +25,7 @@ from tests.chaos.model import (
     is_over,
     is_terminal,
     steps,
+    text_of,
 )
 
 NONE = 0xFFFFFFFF
@@ -142,14 +143,16 @@ def unsafety(before: State, step: Step) -> str | None:
         before.result,
     ):
         return "a terminal job changed"
-    if is_terminal(after.status) and after.result != after.chunks:
+    if is_terminal(after.status) and after.result != text_of(after.chunks):
         return "the result is not the text of the stream"
-    if after.status == COMPLETED and len(after.chunks) != NUM_TOKENS:
+    if after.status == COMPLETED and len(text_of(after.chunks)) != NUM_TOKENS:
         return "the job completed with another number of tokens"
     if after.stream == "ended" and (after.seen != after.chunks or not is_terminal(after.status)):
         return "the client's stream ended early"
     if before.has_accepted and after.status is None:
         return "an accepted job is gone"
+    if len({token // 100 for token in text_of(after.chunks)}) > 1:
+        return "two revisions made one text"
     return _spliced_or_robbed(before, step)
 
 
@@ -158,7 +161,7 @@ def _spliced_or_robbed(before: State, step: Step) -> str | None:
     after = step.after
     holders = [w for w in after.workers if isinstance(w, Worker) and w.attempt == after.attempt]
     if after.status == IN_PROGRESS and any(
-        after.chunks[: holder.num_committed] != holder.text[: holder.num_committed] for holder in holders
+        text_of(after.chunks)[: holder.num_committed] != holder.text[: holder.num_committed] for holder in holders
     ):
         return "two attempts made one text"
     if before.status != IN_PROGRESS or step.by_attempt == before.attempt:

@@ -13,15 +13,16 @@ from domain.chunks import TokenChunk
 from domain.ids import new_id
 from domain.jobs import JobStatus, Usage
 from domain.requests import GenerationRequest, GenerationResult, SamplingParams
-from storage import jobs, jobs_accept
+from storage import jobs, jobs_accept, workers
 from storage.jobs import ChunkCommit, Finalisation
 from storage.jobs_accept import AcceptOutcome, NewJob
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult, TenantLoad
-from tests.chaos.model import Budget, Protocol, State, Step, Worker, is_terminal, steps
+from storage.workers import WorkerReport
+from tests.chaos.model import Budget, Protocol, State, Step, Worker, is_terminal, steps, text_of
 
 MODEL = "test-model"
 NUM_STEPS = 60
-BUDGET = Budget(kills=3, lapses=3, flushes=2, lost_answers=3, api_kills=1, releases=2, cancels=1, errors=1)
+BUDGET = Budget(kills=3, lapses=3, flushes=2, lost_answers=3, api_kills=1, releases=2, cancels=1, errors=1, upgrades=2)
 #: What happens outside the database.
 ELSEWHERE = {
     "push",
@@ -36,6 +37,7 @@ ELSEWHERE = {
     "receive",
     "find a gap",
     "break the silence",
+    "upgrade",
 }
 
 
@@ -67,12 +69,19 @@ class Table:
         assert now is not None
         if job is None:
             return {"status": None, "running": load.num_running, "queued": load.num_queued}
-        assert [chunk.sequence_number for chunk in chunks] == list(range(1, job.committed_sequence_number + 1))
-        assert job.num_committed_tokens == len(chunks)
+        first = max(job.reset_sequence_number, 1)
+        assert [chunk.sequence_number for chunk in chunks] == list(range(first, job.committed_sequence_number + 1))
+        assert [chunk.sequence_number for chunk in chunks if chunk.chunk.is_reset] == [job.reset_sequence_number][
+            : job.reset_sequence_number
+        ]
+        tokens = tuple(token for chunk in chunks for token in chunk.chunk.token_ids)
+        assert job.num_committed_tokens == len(tokens)
         return {
             "status": job.status,
             "attempt": job.attempt,
-            "chunks": tuple(token for chunk in chunks for token in chunk.chunk.token_ids),
+            "chunks": tokens,
+            "committed_sequence_number": job.committed_sequence_number,
+            "revision": job.model_revision,
             "is_lease_valid": job.lease_expires_at is not None and job.lease_expires_at > now,
             "is_cancel_requested": job.cancel_requested_at is not None,
             "num_failures": job.num_failures,
@@ -88,7 +97,7 @@ class Table:
             tenant_id=DEFAULT_TENANT_ID,
             request=GenerationRequest(model=MODEL, prompt="a", params=SamplingParams(max_tokens=2)),
             prompt_token_ids=[1],
-            model_revision="main",
+            model_revision="0",
             max_tokens=2,
             seed=7,
             max_failures=Protocol().max_failures,
@@ -117,17 +126,28 @@ class Table:
         self._skip_delay(session)
 
     def _cancel(self, session: Session, before: State, step: Step) -> None:
-        assert jobs.cancel(session, self._job_id, DEFAULT_TENANT_ID) == step.after.status
+        cancelled = jobs.cancel(session, self._job_id, DEFAULT_TENANT_ID)
+        assert cancelled is not None
+        assert cancelled.status == step.after.status
 
     def _claim(self, session: Session, before: State, step: Step) -> None:
         owner = self._owner(step.after.attempt)
-        claimed = jobs.claim(session, [self._job_id], owner=owner, model_revision="main", lease_seconds=3600)
+        revision = str(before.served)
+        claimed = jobs.claim(session, [self._job_id], owner=owner, model_revision=revision, lease_seconds=3600)
         prefix = tuple(token for chunk in claimed[0].committed_chunks for token in chunk.token_ids)
-        assert (claimed[0].attempt, prefix) == (step.after.attempt, before.chunks)
+        assert (claimed[0].attempt, prefix) == (step.after.attempt, text_of(before.chunks))
+
+    def _restart(self, session: Session, before: State, step: Step) -> None:
+        worker = new_id()
+        report = WorkerReport(worker, "gpu@here", MODEL, 8, 0, 0.0, model_revision=str(before.served))
+        workers.heartbeat(session, report)
+        restarted = jobs.restart(session, MODEL, str(before.revision), live_seconds=60)
+        assert [job.job_id for job in restarted] == [self._job_id]
+        workers.forget(session, worker)
 
     def _commit(self, session: Session, before: State, step: Step) -> None:
         worker = _actor(before, step)
-        news = list(enumerate(worker.text, start=1))[worker.num_committed :]
+        news = list(enumerate(worker.text, start=worker.base + 1))[worker.num_committed :]
         chunks = [TokenChunk(sequence_number=place, text=f"{token} ", token_ids=(token,)) for place, token in news]
         held = jobs.commit_chunks(session, [ChunkCommit(self._job_id, worker.attempt, chunks)], lease_seconds=3600)
         assert [job.is_cancel_requested for job in held] == self._held(before, step)
@@ -144,7 +164,8 @@ class Table:
             status = JobStatus(step.after.status or "")
         # A result without choices would do as well; without one, the committed chunks are to become it.
         result = GenerationResult(choices=(), usage=Usage()) if not worker.num_committed else None
-        ending = Finalisation(self._job_id, worker.attempt, worker.num_committed, status, result)
+        last = worker.base + worker.num_committed
+        ending = Finalisation(self._job_id, worker.attempt, last, status, result)
         assert jobs.finalise(session, [ending]) == ([] if step.name.endswith("fenced") else [self._job_id])
 
     _finalise_completed = _finalise_cancelled = _finalise_failed = _finalise
@@ -181,7 +202,9 @@ def _expected_row(state: State) -> dict[str, object]:
     return {
         "status": state.status,
         "attempt": state.attempt,
-        "chunks": state.chunks,
+        "chunks": text_of(state.chunks),
+        "committed_sequence_number": len(state.chunks),
+        "revision": str(state.revision),
         "is_lease_valid": state.is_lease_valid,
         "is_cancel_requested": state.is_cancel_requested,
         "num_failures": state.num_failures,

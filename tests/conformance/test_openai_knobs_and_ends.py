@@ -53,7 +53,7 @@ def expire(worker: HandWorker, job_id: UUID, **columns: Any) -> None:
         session.execute(update(Job).where(Job.id == job_id).values(**columns))
     with worker.sessions.begin() as session:
         expired = jobs.expire(session)
-    publish(worker.redis, [(job_id, JobStatus.EXPIRED) for job_id in expired])
+    publish(worker.redis, [(job.job_id, job.status) for job in expired])
 
 
 @contextmanager

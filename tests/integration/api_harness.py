@@ -163,7 +163,8 @@ class HandWorker:
 
     def release(self, job: ClaimedJob) -> None:
         with self.sessions.begin() as session:
-            assert jobs.release(session, [job.id], owner=self.owner) == [job.id]
+            [released] = jobs.release(session, [job.id], owner=self.owner)
+            assert released.job_id == job.id
         publish(self.redis, [(job.id, JobStatus.QUEUED)])
 
     def run(self, job_id: str, *texts: str) -> None:

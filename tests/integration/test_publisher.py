@@ -28,7 +28,7 @@ def settings(database_url: str, redis_url: str) -> Settings:
 
 @pytest.fixture
 def storage(settings: Settings) -> Iterator[JobStorage]:
-    storage = JobStorage(settings, SPEC, uuid4())
+    storage = JobStorage(settings, SPEC, uuid4(), "gpu@here")
     yield storage
     storage.close()
 

@@ -198,7 +198,7 @@ def test_a_job_that_the_engine_cannot_run_fails_alone(rig: Rig) -> None:
 
 def test_a_job_whose_text_was_complete_already_is_finalised_without_the_engine(rig: Rig, session: Session) -> None:
     job_id, other = rig.add_job(max_tokens=2), uuid4()
-    jobs.claim(session, [job_id], owner=other, model_revision="main", lease_seconds=60)
+    jobs.claim(session, [job_id], owner=other, model_revision="fake:main", lease_seconds=60)
     last = TokenChunk(sequence_number=1, text="ba do", token_ids=(1, 2), finish_reason=FinishReason.LENGTH)
     jobs.commit_chunks(session, [ChunkCommit(job_id, 1, [last])], lease_seconds=60)
     jobs.release(session, [job_id], owner=other)

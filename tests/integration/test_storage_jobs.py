@@ -34,6 +34,12 @@ def running(session: Session, make_job: MakeJob) -> Callable[..., ClaimedJob]:
     return make
 
 
+def status_after_cancel(session: Session, job_id: UUID) -> JobStatus:
+    cancelled = jobs.cancel(session, job_id, DEFAULT_TENANT_ID)
+    assert cancelled is not None
+    return cancelled.status
+
+
 def generated(session: Session, job_id: UUID) -> GenerationResult:
     result = session.get_one(JobResult, job_id).result
     assert isinstance(result, GenerationResult)
@@ -121,7 +127,8 @@ class TestReturning:
         self, session: Session, running: Callable[..., ClaimedJob]
     ) -> None:
         job = running(available_at=PAST)
-        assert jobs.release(session, [job.id], owner=self.owner_of(session, job)) == [job.id]
+        [released] = jobs.release(session, [job.id], owner=self.owner_of(session, job))
+        assert released.job_id == job.id
         row = session.get_one(Job, job.id, populate_existing=True)
         assert (row.num_failures, row.available_at, row.lane) == (0, PAST, Lane.STANDARD)
         assert jobs.dispatch(session, MODEL, room=1) == [job.id]
@@ -255,9 +262,9 @@ class TestReturning:
 class TestEnding:
     def test_cancel_is_idempotent_and_tells_the_status(self, session: Session, make_job: MakeJob) -> None:
         queued, done = make_job(), make_job(status=JobStatus.COMPLETED)
-        assert jobs.cancel(session, queued.id, DEFAULT_TENANT_ID) is JobStatus.CANCELLED
-        assert jobs.cancel(session, queued.id, DEFAULT_TENANT_ID) is JobStatus.CANCELLED
-        assert jobs.cancel(session, done.id, DEFAULT_TENANT_ID) is JobStatus.COMPLETED
+        assert status_after_cancel(session, queued.id) is JobStatus.CANCELLED
+        assert status_after_cancel(session, queued.id) is JobStatus.CANCELLED
+        assert status_after_cancel(session, done.id) is JobStatus.COMPLETED
         assert jobs.cancel(session, uuid4(), DEFAULT_TENANT_ID) is None
         assert jobs.cancel(session, done.id, uuid4()) is None
 
@@ -269,14 +276,14 @@ class TestEnding:
         owner = session.get_one(Job, job.id, populate_existing=True).lease_owner
         assert owner is not None
         jobs.release(session, [job.id], owner=owner)
-        assert jobs.request_cancel(session, [job.id]) == [job.id]
+        assert [asked.job_id for asked in jobs.request_cancel(session, [job.id])] == [job.id]
         assert generated(session, job.id).choices[0].text == "1 "
 
     def test_a_job_that_was_to_cancel_is_not_left_queued_by_a_release(
         self, session: Session, running: Callable[..., ClaimedJob]
     ) -> None:
         job = running()
-        assert jobs.cancel(session, job.id, DEFAULT_TENANT_ID) is JobStatus.IN_PROGRESS
+        assert status_after_cancel(session, job.id) is JobStatus.IN_PROGRESS
         owner = session.get_one(Job, job.id, populate_existing=True).lease_owner
         assert owner is not None
         jobs.release(session, [job.id], owner=owner)

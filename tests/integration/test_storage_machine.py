@@ -12,12 +12,13 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.chunks import TokenChunk
 from domain.jobs import JobStatus, Lane
-from storage import jobs, jobs_accept
+from storage import jobs, jobs_accept, workers
 from storage.jobs import ChunkCommit, Finalisation
 from storage.jobs_accept import AcceptOutcome
 from storage.jobs_partial import REASON_BY_STATUS
 from storage.jobs_sql import PROVEN_TOKENS
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult, TenantLoad
+from storage.workers import WorkerReport
 from tests.storage_samples import MODEL, PAST, chunk, claim, new_job, result
 
 WORKERS = [uuid4() for _ in range(3)]
@@ -39,8 +40,18 @@ class ModelJob:
     is_cancel_requested: bool = False
     is_lapsed: bool = False
     chunks: list[TokenChunk] = field(default_factory=list)  # of one token each
+    reset_number: int = 0  # of the chunk that made those before it void
     num_chunks_at_claim: int = 0
     has_result: bool = False
+
+    @property
+    def last_number(self) -> int:
+        return self.reset_number + len(self.chunks)
+
+    @property
+    def log(self) -> list[TokenChunk]:
+        resets = [TokenChunk(sequence_number=self.reset_number, is_reset=True)] if self.reset_number else []
+        return resets + self.chunks
 
     @property
     def lane(self) -> Lane:
@@ -139,7 +150,7 @@ class Store(RuleBasedStateMachine):
             return
         job.status, job.owner, job.attempt = RUNNING, owner, job.attempt + 1
         job.num_chunks_at_claim = len(job.chunks)
-        assert [(c.attempt, c.committed_chunks) for c in claimed] == [(job.attempt, job.chunks)]
+        assert [(c.attempt, c.committed_chunks) for c in claimed] == [(job.attempt, job.log)]
         self.beliefs.append(Belief(job_id, job.attempt, owner))
 
     @rule(data=st.data(), owner=st.sampled_from(WORKERS))
@@ -154,10 +165,10 @@ class Store(RuleBasedStateMachine):
         """`start` 0 is the next chunk; -1 repeats one, 1 leaves a gap."""
         belief = self.some_belief(data)
         job = self.jobs[belief.job_id]
-        first = max(1, len(job.chunks) + 1 + start)
+        first = max(1, job.last_number + 1 + start)
         chunks = [chunk(number) for number in range(first, first + count)]
-        is_next = first == len(job.chunks) + 1
-        was_applied = chunks[-1].sequence_number == len(job.chunks)  # an ambiguous commit, repeated
+        is_next = first == job.last_number + 1
+        was_applied = chunks[-1].sequence_number == job.last_number  # an ambiguous commit, repeated
         is_held = self.is_true(belief) and (is_next or was_applied)
         for _ in range(1 + is_repeated):
             with self.sessions.begin() as session:
@@ -184,10 +195,10 @@ class Store(RuleBasedStateMachine):
     def finalise(self, data: st.DataObject, is_late: bool, is_failed: bool) -> None:
         belief = self.some_belief(data)
         job = self.jobs[belief.job_id]
-        last = max(0, len(job.chunks) - is_late)
+        last = max(0, job.last_number - is_late)
         status = JobStatus.FAILED if is_failed else JobStatus.COMPLETED
         ending = Finalisation(belief.job_id, belief.attempt, last, status, None if is_failed else result(1))
-        is_ours = self.is_true(belief) and last == len(job.chunks)
+        is_ours = self.is_true(belief) and last == job.last_number
         for _ in range(2):  # the answer to the first was lost
             with self.sessions.begin() as session:
                 assert jobs.finalise(session, [ending]) == ([belief.job_id] if is_ours else [])
@@ -246,11 +257,25 @@ class Store(RuleBasedStateMachine):
         job_id = self.some_belief(data).job_id
         job = self.jobs[job_id]
         with self.sessions.begin() as session:
-            status = jobs.cancel(session, job_id, DEFAULT_TENANT_ID)
+            cancelled = jobs.cancel(session, job_id, DEFAULT_TENANT_ID)
         job.is_cancel_requested = True
         if job.status is JobStatus.QUEUED:
             job.end(JobStatus.CANCELLED)
-        assert status is job.status
+        assert cancelled is not None
+        assert cancelled.status is job.status
+
+    @rule()
+    def restart(self) -> None:
+        """Workers of another revision are all there are."""
+        worker = uuid4()
+        begun = {job_id: job for job_id, job in self.jobs.items() if job.status is JobStatus.QUEUED and job.chunks}
+        with self.sessions.begin() as session:
+            workers.heartbeat(session, WorkerReport(worker, "gpu@here", MODEL, 8, 0, 0.0, model_revision="other"))
+            restarted = jobs.restart(session, MODEL, "main", live_seconds=60)
+            workers.forget(session, worker)
+        assert {job.job_id: job.num_tokens for job in restarted} == {id_: len(job.chunks) for id_, job in begun.items()}
+        for job in begun.values():
+            job.reset_number, job.chunks, job.num_chunks_at_claim = job.last_number + 1, [], 0
 
     @rule()
     def dispatch(self) -> None:
@@ -274,8 +299,8 @@ class Store(RuleBasedStateMachine):
             row = rows[job_id]
             assert (row.status, row.attempt, row.lease_owner) == (job.status, job.attempt, job.owner)
             assert (row.num_failures, row.lane) == (job.num_failures, job.lane)
-            assert chunks.get(job_id, []) == job.chunks
-            assert row.committed_sequence_number == row.num_committed_tokens == len(job.chunks)
+            assert chunks.get(job_id, []) == job.log
+            assert (row.committed_sequence_number, row.num_committed_tokens) == (job.last_number, len(job.chunks))
             assert (job_id in results) == job.has_result
             assert row.finish_reason is (REASON_BY_STATUS.get(job.status) if job.has_result else None)
         statuses = [job.status for job in self.jobs.values()]

@@ -12,9 +12,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.chunks import TokenChunk
 from domain.jobs import ALLOWED_TRANSITIONS, FinishReason, JobStatus, Usage
 from domain.requests import GenerationResult
-from storage import jobs
+from storage import jobs, workers
 from storage.jobs import ChunkCommit, Finalisation
 from storage.tables import Job, JobChunk, TenantLoad
+from storage.workers import WorkerReport
 from tests.conftest import MakeJob, MakeTenant
 
 QUEUED, IN_PROGRESS, CANCELLED = JobStatus.QUEUED, JobStatus.IN_PROGRESS, JobStatus.CANCELLED
@@ -55,6 +56,17 @@ def claim_next(session: Session, job: Job, caller: Caller) -> object:
     return jobs.claim_next(session, job.model, limit=8, owner=uuid4(), model_revision="main", lease_seconds=15)
 
 
+def under_another_revision(statement: Callable[..., object]) -> Call:
+    """Where a worker of the revision `main` is there alone."""
+
+    def call(session: Session, job: Job, caller: Caller) -> object:
+        report = WorkerReport(uuid4(), "gpu@here", job.model, 8, 0, 0.0, model_revision="main")
+        workers.heartbeat(session, report)
+        return statement(session, job.model, "gone", live_seconds=60)
+
+    return call
+
+
 STATEMENTS: dict[str, Call] = {
     "dispatch": lambda session, job, caller: jobs.dispatch(session, job.model, room=8),
     "claim": claim,
@@ -72,6 +84,8 @@ STATEMENTS: dict[str, Call] = {
     ),
     "cancel": lambda session, job, caller: jobs.cancel(session, job.id, caller.tenant_id),
     "request_cancel": lambda session, job, caller: jobs.request_cancel(session, [job.id]),
+    "restart": under_another_revision(jobs.restart),
+    "fail_gone": under_another_revision(jobs.fail_gone),
     "expire": lambda session, job, caller: jobs.expire(session),
     "redispatch_all": lambda session, job, caller: jobs.redispatch_all(session),
 }
@@ -107,6 +121,11 @@ CONDITIONS: dict[str, tuple[JobStatus, dict[str, object]]] = {
     "cancel asked": (IN_PROGRESS, {"cancel_requested_at": PAST}),
     "not yet available": (QUEUED, {"available_at": datetime.now(UTC) + timedelta(hours=1)}),
     "isolated": (QUEUED, {"lane": "isolated"}),
+    "begun under a revision that is gone": (QUEUED, {"model_revision": "gone", "committed_sequence_number": 1}),
+    "begun anew": (
+        QUEUED,
+        {"model_revision": "gone", "committed_sequence_number": 2, "reset_sequence_number": 2},
+    ),
 }
 CONDITIONAL_CHANGES: dict[tuple[str, str], JobStatus] = {
     ("lapsed", "rescue"): QUEUED,
@@ -118,10 +137,16 @@ CONDITIONAL_CHANGES: dict[tuple[str, str], JobStatus] = {
     ("dispatched", "redispatch_all"): QUEUED,
     ("dispatched", "claim"): IN_PROGRESS,
     ("dispatched", "claim_next"): IN_PROGRESS,
+    ("begun under a revision that is gone", "dispatch"): QUEUED,
+    ("begun under a revision that is gone", "restart"): QUEUED,
+    ("begun under a revision that is gone", "fail_gone"): FAILED,
+    ("begun anew", "dispatch"): QUEUED,
+    ("begun anew", "claim"): IN_PROGRESS,
+    ("begun anew", "claim_next"): IN_PROGRESS,
     ("cancel asked", "release"): CANCELLED,
     ("cancel asked", "report_crash"): CANCELLED,
 }
-MAINTENANCE = ("dispatch", "claim", "claim_next", "rescue", "expire", "redispatch_all")
+MAINTENANCE = ("dispatch", "claim", "claim_next", "rescue", "expire", "redispatch_all", "restart", "fail_gone")
 #: What a stale owner or another tenant may still do: the statements that are nobody's own.
 FENCED_BY_ATTEMPT = [name for name in STATEMENTS if name.startswith(("commit_chunks", "finalise"))]
 FENCED_BY_OWNER = ["renew", "release", "report_crash"]

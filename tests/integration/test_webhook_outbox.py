@@ -95,7 +95,9 @@ def test_what_does_not_end_a_job_is_not_told(session: Session, make_job: MakeJob
 def test_only_the_ends_that_were_asked_for_are_told(session: Session, make_job: MakeJob) -> None:
     add_endpoint(session, event_types=["job.failed"])
     job = make_job(webhook_url=URL, webhook_statuses=["completed"])
-    assert jobs.cancel(session, job.id, job.tenant_id) is JobStatus.CANCELLED
+    cancelled = jobs.cancel(session, job.id, job.tenant_id)
+    assert cancelled is not None
+    assert cancelled.status is JobStatus.CANCELLED
     session.commit()
     assert written(session) == []
 
