@@ -4,7 +4,11 @@ CeleriacError
 ├── InvalidRequest                 invalid_value: a field is wrong; says which, the value seen and the remedy
 │   ├── ContextLengthExceeded      context_length_exceeded
 │   ├── UnsupportedParameter       unsupported_parameter
-│   └── InvalidCursor              invalid_cursor: a stream position or page cursor that cannot be
+│   ├── InvalidCursor              invalid_cursor: a stream position or page cursor that cannot be
+│   ├── InvalidJsonLine            invalid_json_line: a line of a batch is no JSON object
+│   ├── MissingParameter           missing_required_parameter: a line of a batch lacks one of its four members
+│   ├── InvalidUrl                 invalid_url: a line of a batch is for another route than its batch
+│   └── StreamingUnsupported       streaming_unsupported: a line of a batch asks for a stream
 ├── IdempotencyKeyReused           idempotency_key_reused: same key, different request
 ├── PoisonRequest                  poison_request: the same request crashed an engine lately
 ├── JobNotRetryable                job_not_retryable: it has not ended, or has ended well
@@ -64,6 +68,22 @@ class UnsupportedParameter(InvalidRequest):
 
 class InvalidCursor(InvalidRequest):
     code = "invalid_cursor"
+
+
+class InvalidJsonLine(InvalidRequest):
+    code = "invalid_json_line"
+
+
+class MissingParameter(InvalidRequest):
+    code = "missing_required_parameter"
+
+
+class InvalidUrl(InvalidRequest):
+    code = "invalid_url"
+
+
+class StreamingUnsupported(InvalidRequest):
+    code = "streaming_unsupported"
 
 
 class IdempotencyKeyReused(CeleriacError):

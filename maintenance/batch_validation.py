@@ -1,13 +1,28 @@
 """The file of a batch is read, some lines a step, and refused with the numbers of the lines at fault, or begun."""
 
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic
+from uuid import UUID
 
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
-from domain.batches import MAX_ERRORS, MAX_INPUTS, MAX_LINE_BYTES, MAX_LINES, BatchError, BatchErrors
+from domain.batches import (
+    MAX_ERRORS,
+    MAX_INPUTS,
+    MAX_LINE_BYTES,
+    MAX_LINES,
+    PIECE_BYTES,
+    BatchError,
+    BatchErrors,
+    BatchStatus,
+)
 from domain.embeddings import EmbeddingRequest
 from domain.errors import CeleriacError, InvalidRequest
+from domain.ids import external_id
+from observability import describe_exception
 from storage import batch_lines, batches, files
 from storage.batch_lines import NewLine
 from storage.batch_tables import Batch
@@ -16,61 +31,95 @@ from tasks.batch_surface import BatchSurface, LineRequest
 from tasks.models import ModelView, ModelViews
 from tasks.settler import refuse_unfit
 
-LINES_PER_STEP = 500
-STEP_SECONDS = 1.0  # for long lines: who wants to cancel the batch waits as long
+logger = logging.getLogger(__name__)
+
+LINES_PER_STEP = 2_000
+STEP_SECONDS = 0.25  # for long lines: then what was read is written down
+
+
+@dataclass
+class ReadLines:
+    """What a step has found in the file, and where it stands behind that."""
+
+    num_bytes_read: int
+    num_lines_read: int
+    num_inputs: int
+    model: str | None
+    is_end: bool = False  # of the file
+    lines: list[NewLine] = field(default_factory=list)  # the valid ones
+    errors: list[BatchError] = field(default_factory=list)
 
 
 class BatchValidation:
-    """Where it stands is in the batch's row alone, whose lock the caller holds."""
+    """Where it stands is in the batch's row alone."""
 
-    def __init__(self, views: ModelViews, surface: BatchSurface) -> None:
+    def __init__(self, sessions: sessionmaker[Session], views: ModelViews, surface: BatchSurface) -> None:
+        self._sessions = sessions
         self._views = views
         self._surface = surface
 
-    def step(self, session: Session, batch: Batch) -> bool:
+    def step(self, batch: Batch) -> bool:
         """Read the next lines; behind the last one the batch begins, or fails. True: the next step need not wait."""
-        errors = list(batch.errors.data) if batch.errors is not None else []
-        num_lines_read = batch.num_lines_read
-        lines = self._read_some(session, batch, errors)
-        is_read = batch.num_lines_read == num_lines_read
-        if lines:
-            self._add(session, batch, lines, errors)
-        if is_read and batch.num_lines == 0 and not errors:
-            errors.append(BatchError(code="empty_file", message="the file holds no request; send one a line"))
-        too_many = _too_many(batch)
-        return self._conclude(session, batch, [*errors, *too_many], is_over=is_read or bool(too_many))
-
-    def _read_some(self, session: Session, batch: Batch, errors: list[BatchError]) -> list[NewLine]:
-        """The valid ones of the next lines; what is wrong with the others is added to `errors`."""
-        parts = files.read_from(session, batch.input_file_id, batch.num_bytes_read)
-        until = monotonic() + STEP_SECONDS
-        lines = []
-        for found in islice(split_lines(parts, batch.num_bytes_read), LINES_PER_STEP):
-            batch.num_lines_read += 1
-            batch.num_bytes_read = found.next_byte
-            if found.content is None or found.content.strip():
-                try:
-                    lines.append(self._read(batch, found))
-                except CeleriacError as exc:
-                    errors.append(_error(exc, batch.num_lines_read))
-            if monotonic() > until:
-                break  # the others come with the next step
-        return lines
-
-    def _conclude(self, session: Session, batch: Batch, errors: list[BatchError], *, is_over: bool) -> bool:
-        """`is_over`: nothing more of the file is to be read."""
-        kept = (
-            BatchErrors(data=tuple(sorted(errors, key=lambda error: error.line or 0)[:MAX_ERRORS])) if errors else None
-        )
-        if kept is not None and (is_over or len(errors) >= MAX_ERRORS):
-            batches.fail(session, batch, kept)
-        elif is_over:
-            batches.begin(session, batch)
-        else:
-            batch.errors = kept
+        read = self._read_some(batch)
+        with self._sessions.begin() as session:
+            locked = batches.lock(session, batch.id, BatchStatus.VALIDATING)
+            if locked is None or locked.num_bytes_read != batch.num_bytes_read:
+                return False  # cancelled meanwhile, or another process was here
+            if locked.expires_at <= batches.now(session):
+                batches.expire(session, locked)
+            else:
+                self._write_down(session, locked, read)
         return True
 
-    def _read(self, batch: Batch, found: FoundLine) -> NewLine:
+    def _read_some(self, batch: Batch) -> ReadLines:
+        read = ReadLines(batch.num_bytes_read, batch.num_lines_read, batch.num_inputs, batch.model)
+        until = monotonic() + STEP_SECONDS
+        num_found = 0
+        parts = self._parts(batch.input_file_id, batch.num_bytes_read)
+        for found in islice(split_lines(parts, batch.num_bytes_read), LINES_PER_STEP):
+            num_found += 1
+            read.num_lines_read += 1
+            read.num_bytes_read = found.next_byte
+            if found.content is None or found.content.strip():
+                self._read(batch, found, read)
+            if len(read.errors) >= MAX_ERRORS or monotonic() > until:
+                break  # the others come with the next step
+        read.is_end = num_found == 0
+        return read
+
+    def _parts(self, file_id: UUID, first_byte: int) -> Iterator[bytes]:
+        """The content from a byte on. Between two reads no transaction is open: that is when lines are parsed."""
+        number, skipped = divmod(first_byte, PIECE_BYTES)
+        while True:
+            with self._sessions() as session:
+                pieces = files.read_pieces(session, file_id, first=number)
+            if not pieces:
+                return
+            for piece in pieces:
+                yield piece[skipped:]
+                skipped = 0
+            number += len(pieces)
+
+    def _read(self, batch: Batch, found: FoundLine, read: ReadLines) -> None:
+        """Add the line, or what is wrong with it."""
+        try:
+            read.lines.append(self._line_of(batch, found, read))
+        except CeleriacError as exc:
+            read.errors.append(
+                BatchError(code=exc.code, message=exc.message, line=read.num_lines_read, param=exc.param)
+            )
+        except (OSError, MemoryError, KeyboardInterrupt, SystemExit):
+            raise  # trouble of the machine, not of the line
+        except BaseException as exc:  # what a line does to its parser, a panic in Rust included, is that line's error
+            logger.exception(
+                "a line of a batch could not be read: %s",
+                describe_exception(exc),
+                extra={"batch_id": external_id(batch.id, "batch"), "line": read.num_lines_read},
+            )
+            message = f"the server failed to read this line ({type(exc).__name__}); change it, and report this"
+            read.errors.append(BatchError(code=CeleriacError.code, message=message, line=read.num_lines_read))
+
+    def _line_of(self, batch: Batch, found: FoundLine, read: ReadLines) -> NewLine:
         """Raises CeleriacError."""
         if found.content is None:
             raise InvalidRequest(f"the line is longer than {MAX_LINE_BYTES} bytes; shorten it")
@@ -78,27 +127,54 @@ class BatchValidation:
         view = self._views.get(request.request.model)
         _refuse_unfit(request, view)
         model = view.spec.id
-        if batch.model is not None and batch.model != model:
+        if read.model is not None and read.model != model:
             raise InvalidRequest(
-                f"body.model is {model!r}, but the lines before it ask for {batch.model!r}; make it a batch of its own",
+                f"body.model is {model!r}, but the lines before it ask for {read.model!r}; make it a batch of its own",
                 param="body.model",
             )
-        batch.model = model
+        read.model = model
         if isinstance(request.request, EmbeddingRequest):
-            batch.num_inputs += len(request.request.inputs)
+            read.num_inputs += len(request.request.inputs)
         return NewLine(
-            batch.num_lines_read, request.custom_id, found.first_byte, len(found.content), prefix_hash(request.request)
+            read.num_lines_read, request.custom_id, found.first_byte, len(found.content), prefix_hash(request.request)
         )
 
-    def _add(self, session: Session, batch: Batch, lines: list[NewLine], errors: list[BatchError]) -> None:
-        added = batch_lines.add_lines(session, batch.id, lines)
-        batch.num_lines += len(added)
-        for line in lines:
-            if line.line not in added:
-                message = f"custom_id {line.custom_id[:64]!r} is that of an earlier line; give each line its own"
-                errors.append(
-                    BatchError(code="duplicate_custom_id", message=message, line=line.line, param="custom_id")
-                )
+    def _write_down(self, session: Session, batch: Batch, read: ReadLines) -> None:
+        batch.num_bytes_read, batch.num_lines_read = read.num_bytes_read, read.num_lines_read
+        batch.num_inputs, batch.model = read.num_inputs, read.model
+        errors = [*(batch.errors.data if batch.errors is not None else ()), *read.errors]
+        errors += _add(session, batch, read.lines)
+        if read.is_end and batch.num_lines == 0 and not errors:
+            errors.append(BatchError(code="empty_file", message="the file holds no request; send one a line"))
+        too_many = _too_many(batch)
+        self._conclude(session, batch, [*errors, *too_many], is_over=read.is_end or bool(too_many))
+
+    def _conclude(self, session: Session, batch: Batch, errors: list[BatchError], *, is_over: bool) -> None:
+        """`is_over`: nothing more of the file is to be read."""
+        in_order = sorted(errors, key=lambda error: error.line or 0)
+        kept = BatchErrors(data=tuple(in_order[:MAX_ERRORS])) if errors else None
+        if kept is not None and (is_over or len(errors) >= MAX_ERRORS):
+            batches.fail(session, batch, kept)
+        elif is_over:
+            batches.begin(session, batch)
+        else:
+            batch.errors = kept
+
+
+def _add(session: Session, batch: Batch, lines: list[NewLine]) -> list[BatchError]:
+    """What is wrong with those whose custom_id another has."""
+    added = batch_lines.add_lines(session, batch.id, lines) if lines else set()
+    batch.num_lines += len(added)
+    return [
+        BatchError(
+            code="duplicate_custom_id",
+            message=f"custom_id {line.custom_id[:64]!r} is that of an earlier line; give each line its own",
+            line=line.line,
+            param="custom_id",
+        )
+        for line in lines
+        if line.line not in added
+    ]
 
 
 def _refuse_unfit(asked: LineRequest, view: ModelView) -> None:
@@ -120,7 +196,3 @@ def _too_many(batch: Batch) -> list[BatchError]:
         message = f"the lines hold more than {MAX_INPUTS} inputs together; make several batches of them"
         errors.append(BatchError(code="too_many_inputs", message=message, param="body.input"))
     return errors
-
-
-def _error(exc: CeleriacError, line: int) -> BatchError:
-    return BatchError(code=exc.code, message=exc.message, line=line, param=exc.param)

@@ -1,42 +1,49 @@
 """What maintenance does for batches: read the file, feed its lines as jobs, see them end, freeze what came of them.
 
-Every step is a transaction under the lock of the batch's row, so any number of processes may take them, and one that is
-killed in the midst of a step has not taken it. A line's job is accepted in the step that notes it at the line: nothing
-is fed twice, and nothing forgotten.
+A step reads where the batch stands, does its work with no transaction open, and writes it down in a short one, under
+the lock of the batch's row and if the batch still stands there. So any number of processes may take steps, and one that
+is killed in the midst of a step has not taken it. A line's job is accepted where it is noted at the line:
+nothing is fed twice, and nothing forgotten.
+
+Tenants take turns: each has a slice of a round, whatever the number and the size of its batches.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
+import random
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 from uuid import UUID
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.batches import BatchStatus, LineOutcome
+from domain.batches import BatchError, BatchStatus, LineOutcome, LineRefusal
 from domain.errors import CeleriacError, Overloaded
 from domain.ids import external_id
 from domain.jobs import BATCH_PRIORITY
 from maintenance.batch_validation import BatchValidation
-from observability import describe_exception
+from observability import describe_exception, jobs_submitted_total, labelled
 from settings import Settings
 from storage import batch_lines, batches, files, jobs, jobs_accept, tenants
 from storage.batch_tables import Batch, BatchLine
-from storage.database import OUTAGES, allow_idle
-from storage.jobs_accept import AcceptOutcome, NewJob
-from tasks.batch_files import read_ended, write_lines
+from storage.database import OUTAGES
+from storage.jobs_accept import Accepted, AcceptOutcome, NewJob
+from tasks.batch_files import read_ended, write_line
 from tasks.batch_surface import BatchSurface, LineRequest
 from tasks.job_options import JobOptions
 from tasks.models import ModelViews
 from tasks.settler import Settler
-from tasks.submit import make_job
+from tasks.submit import make_job, raise_refusal, tell_accepted
 
 logger = logging.getLogger(__name__)
 
 BYTES_PER_FEED = 16_777_216  # of lines
-FEED_SECONDS = 2.0  # then what is ready is accepted: the batch and its lock wait no longer
-TURN_SECONDS = 2.0  # for one batch, then the next one has its turn
+FEED_SECONDS = 0.5  # then the lines that are ready are accepted
+SLICE_SECONDS = 0.25  # of a tenant, then the next one has its turn; a step that has begun is ended
+TICK_SECONDS = 2.0
 UNTIL_FROZEN_SECONDS = 315_360_000  # ten years: results are kept until their batch lets them go
 
 
@@ -52,27 +59,60 @@ class BatchWork:
         *,
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_turn` is called whenever the database has said which batches there are, and after each of their turns."""
+        """`on_turn` is called whenever the database has said which batches there are, and after each tenant's turn."""
         self._sessions = sessions
         self._views = views
         self._settings = settings
         self._surface = surface
-        self._validation = BatchValidation(views, surface)
         self._on_turn = on_turn
+        self._validation = BatchValidation(sessions, views, surface)
         self._settler = Settler(views)
         self._loop = asyncio.new_event_loop()  # the settler's; it turns only within a step
+        self._last_by_tenant: dict[UUID, UUID] = {}  # the batch that had a tenant's last turn
 
-    def tick(self) -> None:
-        """Take every unfinished batch as far as it can go now."""
-        batch_ids = self._unfinished_ids()
-        if batch_ids is None:
-            return
+    def tick(self) -> bool:
+        """Take every unfinished batch as far as it can go now. True: some could go further, and time is over."""
+        until = monotonic() + TICK_SECONDS
+        while is_moving := self._round():
+            if monotonic() > until:
+                break
+        return is_moving
+
+    def _round(self) -> bool:
+        """A turn for each tenant. True: somebody's batches move, and wait for the next one."""
+        ids_by_tenant = self._unfinished_ids()
+        if ids_by_tenant is None:
+            return False
         self._on_turn()
-        for batch_id in batch_ids:
-            self._advance(batch_id)
+        self._last_by_tenant = {
+            tenant: last for tenant, last in self._last_by_tenant.items() if tenant in ids_by_tenant
+        }
+        # In any order, so that several processes seldom prepare the same lines.
+        tenant_ids = random.sample(list(ids_by_tenant), len(ids_by_tenant))
+        is_moving = False
+        for tenant_id in tenant_ids:
+            is_moving |= self._turn(tenant_id, ids_by_tenant[tenant_id])
             self._on_turn()
+        return is_moving
 
-    def _unfinished_ids(self) -> list[UUID] | None:
+    def _turn(self, tenant_id: UUID, batch_ids: Sequence[UUID]) -> bool:
+        """One batch of the tenant after another, beginning behind the one that had its last turn. True: time was over
+        while they moved."""
+        until = monotonic() + SLICE_SECONDS
+        last = self._last_by_tenant.get(tenant_id)
+        in_turn = sorted(batch_ids, key=lambda batch_id: (last is not None and batch_id <= last, batch_id))
+        has_moved = False
+        for batch_id in in_turn:
+            self._last_by_tenant[tenant_id] = batch_id
+            while self._advance(batch_id):
+                has_moved = True
+                if monotonic() > until:
+                    return True
+            if monotonic() > until:
+                return has_moved
+        return False
+
+    def _unfinished_ids(self) -> dict[UUID, list[UUID]] | None:
         """None: the database does not answer."""
         try:
             with self._sessions() as session:
@@ -81,91 +121,133 @@ class BatchWork:
             logger.warning("batches wait for the database: %s", describe_exception(exc))
             return None
 
-    def _advance(self, batch_id: UUID) -> None:
-        until = monotonic() + TURN_SECONDS
+    def _advance(self, batch_id: UUID) -> bool:
+        """A step. True where the next one need not wait for anybody."""
+        about = {"batch_id": external_id(batch_id, "batch")}
         try:
-            while self.step(batch_id) and monotonic() < until:
-                pass
+            return self.step(batch_id)
+        except (*OUTAGES, OSError, MemoryError) as exc:  # trouble of the machine, not of the batch
+            logger.warning("a batch waits: %s", describe_exception(exc), extra=about)
         except Exception as exc:  # an outermost loop: the other batches must go on
-            logger.warning(
-                "a batch could not go on, will try again: %s",
-                describe_exception(exc),
-                extra={"batch_id": external_id(batch_id, "batch")},
-            )
+            logger.exception("a batch could not go on: %s", describe_exception(exc), extra=about)
+            self._note_failure(batch_id, exc)
+        return False
+
+    def _note_failure(self, batch_id: UUID, exc: Exception) -> None:
+        """A step that fails again and again in the same way would do so for ever: then the batch fails."""
+        place = traceback.extract_tb(exc.__traceback__)[-1]
+        way = f"{type(exc).__name__} at {Path(place.filename).name}:{place.lineno}"  # messages hold ids and numbers
+        try:
+            with self._sessions.begin() as session:
+                if not batches.note_step_failure(session, batch_id, way):
+                    return
+                jobs.request_cancel(session, batch_lines.in_flight_job_ids(session, batch_id))
+                message = f"the server failed {batches.MAX_STEP_FAILURES} times to take this batch further: "
+                message += describe_exception(exc)
+                error = BatchError(code=CeleriacError.code, message=message)
+                batches.give_up(session, batch_id, error, job_ttl_seconds=self._settings.result_ttl_seconds)
+        except OUTAGES as outage:
+            logger.warning("a failed step was not noted: %s", describe_exception(outage))
 
     def step(self, batch_id: UUID) -> bool:
-        """One transaction's worth. True where the next step need not wait for anybody."""
-        step_by_status: dict[BatchStatus, Callable[[Session, Batch], bool]] = {
+        """True where the next step need not wait for anybody."""
+        step_by_status: dict[BatchStatus, Callable[[Batch], bool]] = {
             BatchStatus.VALIDATING: self._validation.step,
             BatchStatus.IN_PROGRESS: self._run,
             BatchStatus.CANCELLING: self._stop,
             BatchStatus.FINALIZING: self._freeze,
         }
-        with self._sessions.begin() as session:
-            batch = batches.lock(session, batch_id)
-            return batch is not None and step_by_status[batch.status](session, batch)
+        with self._sessions() as session:
+            batch = batches.find_unfinished(session, batch_id)
+        if batch is None:
+            return False
+        is_moving = step_by_status[batch.status](batch)
+        if batch.num_step_failures:
+            with self._sessions.begin() as session:
+                batches.forget_step_failures(session, batch_id)
+        return is_moving
 
     # Running
 
-    def _run(self, session: Session, batch: Batch) -> bool:
-        batch_lines.settle(session, batch)
-        if batch.expires_at <= batches.now(session):
-            batch.expired_at = batch.expired_at or batches.now(session)
-            batch_lines.end_waiting(session, batch, LineOutcome.EXPIRED)
-        else:
-            self._feed(session, batch)
-        return self._finish_if_done(session, batch)
+    def _run(self, batch: Batch) -> bool:
+        with self._sessions.begin() as session:
+            locked = batches.lock(session, batch.id, BatchStatus.IN_PROGRESS)
+            if locked is None:
+                return False
+            batch_lines.settle(session, locked)
+            if locked.expires_at <= batches.now(session):
+                locked.expired_at = locked.expired_at or batches.now(session)
+                batch_lines.end_waiting(session, locked, LineOutcome.EXPIRED)
+            if _is_done(locked):
+                locked.status, locked.finalizing_at = BatchStatus.FINALIZING, batches.now(session)
+                return True
+            num_wanted = self._num_wanted(session, locked)
+            waiting = batch_lines.waiting_lines(session, batch.id, limit=num_wanted, max_bytes=BYTES_PER_FEED)
+            ranges = [(line.first_byte, line.num_bytes) for line in waiting]
+            contents = files.read_ranges(session, batch.input_file_id, ranges) if waiting else []
+        return bool(waiting) and self._feed(batch, dict(zip(waiting, contents, strict=True)))
 
-    def _stop(self, session: Session, batch: Batch) -> bool:
-        """A cancelled batch: nothing more is fed, what runs is asked to stop."""
-        batch_lines.settle(session, batch)
-        batch_lines.end_waiting(session, batch, LineOutcome.CANCELLED)
-        jobs.request_cancel(session, batch_lines.in_flight_job_ids(session, batch.id))
-        if batch.in_progress_at is None:
-            batches.end(session, batch, job_ttl_seconds=self._settings.result_ttl_seconds)
-            return True
-        return self._is_done(batch) and self._freeze(session, batch)
-
-    def _finish_if_done(self, session: Session, batch: Batch) -> bool:
-        if not self._is_done(batch):
-            return False
-        batch.status, batch.finalizing_at = BatchStatus.FINALIZING, batches.now(session)
-        return True
-
-    def _is_done(self, batch: Batch) -> bool:
-        return batch.num_completed + batch.num_failed >= batch.num_lines
-
-    def _feed(self, session: Session, batch: Batch) -> None:
-        """Make jobs of the next lines, as many as the tenant may have under way. Accepted last: until the commit behind
-        it, the tenant's other submissions wait."""
-        num_wanted = self._num_wanted(session, batch)
-        waiting = batch_lines.waiting_lines(session, batch.id, limit=num_wanted, max_bytes=BYTES_PER_FEED)
-        if not waiting:
-            return
-        ranges = [(line.first_byte, line.num_bytes) for line in waiting]
+    def _feed(self, batch: Batch, content_by_line: dict[BatchLine, bytes]) -> bool:
+        """Make jobs of these lines, as many as get ready in time. True: there may be more to feed."""
         new_jobs: dict[int, NewJob] = {}
+        refusals: dict[int, LineRefusal] = {}
         until = monotonic() + FEED_SECONDS
-        for line, content in zip(waiting, files.read_ranges(session, batch.input_file_id, ranges), strict=True):
-            if monotonic() > until:
-                break  # the others come with the next step
+        for line, content in content_by_line.items():
             try:
                 new_jobs[line.line] = self._job_of(batch, line, content)
             except Overloaded:
                 break
             except CeleriacError as exc:
-                batch_lines.refuse(batch, line, self._surface.refusal_of(exc))
+                refusals[line.line] = self._surface.refusal_of(exc)
+            if monotonic() > until:
+                break  # the others come with the next step
         # Of one wave, whose jobs are equally old, the ids say who is first.
         ordered = sorted(new_job.id for new_job in new_jobs.values())
         new_jobs = {line: replace(job, id=id_) for (line, job), id_ in zip(new_jobs.items(), ordered, strict=True)}
+        if not new_jobs and not refusals:
+            return False
+        with self._sessions.begin() as session:
+            accepted = self._accept(session, batch, new_jobs, refusals)
+        for new_job in accepted:
+            labelled(jobs_submitted_total, new_job.request.model, AcceptOutcome.ACCEPTED.value).inc()
+            tell_accepted(new_job)
+        return bool(accepted or refusals)
+
+    def _accept(
+        self, session: Session, batch: Batch, new_jobs: dict[int, NewJob], refusals: dict[int, LineRefusal]
+    ) -> list[NewJob]:
+        """Write down what became of lines that still wait; returns the jobs that are new. The jobs are accepted last:
+        until the commit behind it, the tenant's other submissions wait."""
+        locked = batches.lock(session, batch.id, BatchStatus.IN_PROGRESS)
+        if locked is None or locked.expires_at <= batches.now(session):
+            return []
+        waiting = batch_lines.still_waiting(session, batch.id, [*new_jobs, *refusals])
+        for line, refusal in refusals.items():
+            if line in waiting:
+                batch_lines.refuse(locked, waiting[line], refusal)
+        num_wanted = self._num_wanted(session, locked)
+        fed = dict([(line, job) for line, job in new_jobs.items() if line in waiting][:num_wanted])
         session.flush()
-        allow_idle(session, self._settings.idle_transaction_seconds)
-        accepted = jobs_accept.accept(session, list(new_jobs.values()), max_queued_jobs=self._settings.max_queued_jobs)
+        answers = jobs_accept.accept(session, list(fed.values()), max_queued_jobs=self._settings.max_queued_jobs)
+        outcomes = list(zip(fed.items(), answers, strict=True))
         taken = {
             line: (answer.job_id, new_job.num_sequences)
-            for (line, new_job), answer in zip(new_jobs.items(), accepted, strict=True)
+            for (line, new_job), answer in outcomes
             if answer.outcome in (AcceptOutcome.ACCEPTED, AcceptOutcome.DUPLICATE)
         }
-        batch_lines.attach(session, batch, taken)
+        if taken:
+            batch_lines.attach(session, locked, taken)
+        for (line, _), answer in outcomes:
+            if answer.outcome is AcceptOutcome.POISON:
+                batch_lines.refuse(locked, waiting[line], self._refusal_of(answer))
+        return [new_job for (_, new_job), answer in outcomes if answer.outcome is AcceptOutcome.ACCEPTED]
+
+    def _refusal_of(self, answer: Accepted) -> LineRefusal:
+        try:
+            raise_refusal(answer, JobOptions())
+        except CeleriacError as exc:
+            return self._surface.refusal_of(exc)
+        raise AssertionError(f"{answer.outcome} is no refusal")
 
     def _num_wanted(self, session: Session, batch: Batch) -> int:
         """A quarter of the tenant's queue at most: the rest is for its own requests."""
@@ -176,14 +258,24 @@ class BatchWork:
         return max(0, allowed - batches.num_in_flight(session, batch.tenant_id))
 
     def _job_of(self, batch: Batch, line: BatchLine, content: bytes) -> NewJob:
-        """Raises CeleriacError."""
-        asked = self._surface.read_line(content, batch.endpoint)
+        """Raises CeleriacError, also for what no request should be able to do: that is the line's failure alone."""
         try:
-            settled = self._loop.run_until_complete(self._settler.settle(asked.request))
-        except CeleriacError as exc:
-            raise asked.in_words(exc) from None
-        view, options = self._views.get(asked.request.model), _options(batch, line, asked)
-        return make_job(batch.tenant_id, asked.request, options, view, settled, settings=self._settings)
+            asked = self._surface.read_line(content, batch.endpoint)
+            try:
+                settled = self._loop.run_until_complete(self._settler.settle(asked.request))
+            except CeleriacError as exc:
+                raise asked.in_words(exc) from None
+            view, options = self._views.get(asked.request.model), _options(batch, line, asked)
+            return make_job(batch.tenant_id, asked.request, options, view, settled, settings=self._settings)
+        except (CeleriacError, OSError, MemoryError, KeyboardInterrupt, SystemExit, asyncio.CancelledError):
+            raise  # a refusal; or trouble of the machine, not of the line
+        except BaseException as exc:  # a panic in a library written in Rust is no Exception
+            logger.exception(
+                "a line of a batch could not be made a job: %s",
+                describe_exception(exc),
+                extra={"batch_id": external_id(batch.id, "batch"), "line": line.line},
+            )
+            raise CeleriacError(f"the server failed on this line ({type(exc).__name__}); report this") from exc
 
     def close(self) -> None:
         self._loop.run_until_complete(self._settler.aclose())
@@ -191,25 +283,52 @@ class BatchWork:
 
     # The end
 
-    def _freeze(self, session: Session, batch: Batch) -> bool:
+    def _stop(self, batch: Batch) -> bool:
+        """A cancelled batch: nothing more is fed, what runs is asked to stop."""
+        with self._sessions.begin() as session:
+            locked = batches.lock(session, batch.id, BatchStatus.CANCELLING)
+            if locked is None:
+                return False
+            batch_lines.settle(session, locked)
+            batch_lines.end_waiting(session, locked, LineOutcome.CANCELLED)
+            jobs.request_cancel(session, batch_lines.in_flight_job_ids(session, batch.id))
+            if locked.in_progress_at is None:
+                batches.end(session, locked, job_ttl_seconds=self._settings.result_ttl_seconds)
+                return True
+            is_done = _is_done(locked)
+        return is_done and self._freeze(batch)
+
+    def _freeze(self, batch: Batch) -> bool:
         """Write what the next lines came to; behind the last one the batch ends."""
-        ended = read_ended(session, batch, after=batch.num_frozen)
-        if not ended:
-            batches.end(session, batch, job_ttl_seconds=self._settings.result_ttl_seconds)
-            return False
+        with self._sessions() as session:
+            lines = read_ended(session, batch, after=batch.num_frozen)
         output: list[bytes] = []
         errors: list[bytes] = []
-        for one, written in zip(ended, write_lines(session, batch, ended, self._surface), strict=True):
-            is_completed = one.line.outcome is LineOutcome.COMPLETED
-            (output if is_completed else errors).append(written)
-            if is_completed and one.record is not None and one.record.result is not None:
-                batch.cached_tokens += one.record.result.usage.cached_tokens
-        assert batch.output_file_id is not None
-        assert batch.error_file_id is not None
-        files.extend(session, batch.output_file_id, b"".join(output))
-        files.extend(session, batch.error_file_id, b"".join(errors))
-        batch.num_frozen = ended[-1].line.line
+        cached_tokens = 0
+        for line in lines:
+            is_completed = line.ended.line.outcome is LineOutcome.COMPLETED
+            (output if is_completed else errors).append(write_line(batch, line, self._surface))
+            record = line.ended.record
+            if is_completed and record is not None and record.result is not None:
+                cached_tokens += record.result.usage.cached_tokens
+        with self._sessions.begin() as session:
+            locked = batches.lock(session, batch.id, batch.status)
+            if locked is None or locked.num_frozen != batch.num_frozen:
+                return False  # another process was here
+            if not lines:
+                batches.end(session, locked, job_ttl_seconds=self._settings.result_ttl_seconds)
+                return False
+            assert locked.output_file_id is not None
+            assert locked.error_file_id is not None
+            files.extend(session, locked.output_file_id, b"".join(output))
+            files.extend(session, locked.error_file_id, b"".join(errors))
+            locked.cached_tokens += cached_tokens
+            locked.num_frozen = lines[-1].ended.line.line
         return True
+
+
+def _is_done(batch: Batch) -> bool:
+    return batch.num_completed + batch.num_failed >= batch.num_lines
 
 
 def _options(batch: Batch, line: BatchLine, asked: LineRequest) -> JobOptions:

@@ -1,6 +1,6 @@
 """The lines of a batch: found valid, made jobs of, seen to end.
 
-What is said in `storage/batches.py` holds here, too: whoever calls holds the lock on the batch's row, and commits.
+What is said in `storage/batches.py` holds here, too: whoever writes holds the lock on the batch's row, and commits.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -116,6 +116,14 @@ def waiting_lines(session: Session, batch_id: UUID, *, limit: int, max_bytes: in
     return lines[: num_within([line.num_bytes for line in lines], max_bytes)]
 
 
+def still_waiting(session: Session, batch_id: UUID, lines: Iterable[int]) -> dict[int, BatchLine]:
+    """Those of these lines that are still without a job and an outcome, by number."""
+    waiting = (BatchLine.job_id.is_(None), BatchLine.outcome.is_(None))
+    statement = select(BatchLine).where(BatchLine.batch_id == batch_id, BatchLine.line.in_(list(lines)), *waiting)
+    found = session.scalars(statement.execution_options(populate_existing=True))
+    return {line.line: line for line in found}
+
+
 def attach(session: Session, batch: Batch, jobs: Mapping[int, tuple[UUID, int]]) -> None:
     """`jobs`: line to the job it became, and its number of sequences."""
     columns = {
@@ -149,8 +157,8 @@ def ended_lines(
     session: Session, batch_id: UUID, *, after: int, limit: int, max_bytes: int, is_completed: bool | None = None
 ) -> list[EndedLine]:
     """Lines with a number above `after` that have ended, in order; all, or those that did well, or the others. At least
-    one, and then as many as have `max_bytes` of results together, as these are stored."""
-    num_bytes = func.coalesce(func.pg_column_size(JobResult.result), 0)
+    one, and then as many as have `max_bytes` together, of requests and of results as these are stored."""
+    num_bytes = func.coalesce(func.pg_column_size(JobResult.result), 0) + BatchLine.num_bytes
     statement = (
         select(BatchLine, num_bytes)
         .outerjoin(JobResult, JobResult.job_id == BatchLine.job_id)

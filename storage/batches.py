@@ -1,9 +1,10 @@
 """Batches: created, taken a step further by whoever holds the lock on their row, ended. Their lines are in
 `storage/batch_lines.py`.
 
-A step is one transaction: the lines it moves, their jobs and the batch's own counters change together or not at all, so
-it does not matter when the process that takes it is killed. All functions are synchronous on a `Session` and do not
-commit.
+A step is prepared without a lock, and then written down in one short transaction under the lock of the batch's row, if
+the batch still stands where it stood: the lines it moves, their jobs and the batch's own counters change together or
+not at all. So it does not matter when the process that takes it is killed, nor how many take the same one. All
+functions are synchronous on a `Session` and do not commit.
 """
 
 from collections.abc import Mapping
@@ -11,19 +12,18 @@ from datetime import datetime
 from typing import Literal
 from uuid import UUID
 
-from sqlalchemy import Select, delete, func, select, text, update
+from sqlalchemy import Select, case, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
-from domain.batches import BatchErrors, BatchStatus, FileStatus
+from domain.batches import BatchError, BatchErrors, BatchStatus, FileStatus
 from domain.errors import FileNotFound, TooManyQueuedJobs
 from domain.ids import external_id, new_id
 from storage import files
 from storage.batch_tables import UNFINISHED, Batch, BatchLine, File
-from storage.database import allow_idle
 from storage.webhook_outbox import write_batch_deliveries
 
 MAX_UNFINISHED = 100  # batches of one tenant
-PREPARING_SECONDS = 60  # the longest that lines may take between two statements of a step
+MAX_STEP_FAILURES = 3  # of one kind, one after another; then the batch fails
 
 # What was kept for the batch alone may go when every finished job of today goes.
 LET_JOBS_GO = text("""
@@ -126,19 +126,46 @@ def cancel(session: Session, batch_id: UUID, tenant_id: UUID) -> Batch | None:
 # What maintenance does
 
 
-def unfinished_ids(session: Session) -> list[UUID]:
-    """Oldest first."""
-    return list(session.scalars(select(Batch.id).where(text(UNFINISHED)).order_by(Batch.id)))
+def unfinished_ids(session: Session) -> dict[UUID, list[UUID]]:
+    """By tenant, each tenant's oldest first."""
+    ids_by_tenant: dict[UUID, list[UUID]] = {}
+    for row in session.execute(select(Batch.tenant_id, Batch.id).where(text(UNFINISHED)).order_by(Batch.id)):
+        ids_by_tenant.setdefault(row.tenant_id, []).append(row.id)
+    return ids_by_tenant
 
 
-def lock(session: Session, batch_id: UUID) -> Batch | None:
-    """The right to take the batch a step further, until the transaction ends. None: somebody else has it, or it has
-    ended. Only this row waits while lines are prepared, so there is time."""
-    allow_idle(session, PREPARING_SECONDS)
-    statement = select(Batch).where(Batch.id == batch_id, text(UNFINISHED))
+def find_unfinished(session: Session, batch_id: UUID) -> Batch | None:
+    """As it stands now, without a lock. None: it has ended."""
+    batch = session.scalar(select(Batch).where(Batch.id == batch_id, text(UNFINISHED)))
+    if batch is not None:
+        session.expunge(batch)
+    return batch
+
+
+def lock(session: Session, batch_id: UUID, status: BatchStatus) -> Batch | None:
+    """The right to write down a step of a batch with this status, until the transaction ends. None: somebody else is at
+    it, or the status is another one by now."""
+    statement = select(Batch).where(Batch.id == batch_id, Batch.status == status)
     return session.scalar(
         statement.with_for_update(skip_locked=True, key_share=True).execution_options(populate_existing=True)
     )
+
+
+def note_step_failure(session: Session, batch_id: UUID, way: str) -> bool:
+    """A step of it failed in this way. True: so did the ones before, and it will not get any further."""
+    is_same = Batch.step_failure == way
+    statement = (
+        update(Batch)
+        .where(Batch.id == batch_id, text(UNFINISHED))
+        .values(step_failure=way, num_step_failures=case((is_same, Batch.num_step_failures + 1), else_=1))
+        .returning(Batch.num_step_failures)
+    )
+    return (session.scalar(statement) or 0) >= MAX_STEP_FAILURES
+
+
+def forget_step_failures(session: Session, batch_id: UUID) -> None:
+    """A step went well."""
+    session.execute(update(Batch).where(Batch.id == batch_id).values(step_failure=None, num_step_failures=0))
 
 
 def now(session: Session) -> datetime:
@@ -162,6 +189,26 @@ def fail(session: Session, batch: Batch, errors: BatchErrors) -> None:
     _end(session, batch, BatchStatus.FAILED)
 
 
+def expire(session: Session, batch: Batch) -> None:
+    """Its window closed before its file was read to the end: no line of it runs."""
+    _end(session, batch, BatchStatus.EXPIRED)
+
+
+def give_up(session: Session, batch_id: UUID, error: BatchError, *, job_ttl_seconds: int) -> None:
+    """A batch that cannot be taken any further fails. What was written of its output can be read; its jobs are let go,
+    and the caller asks those in flight to stop."""
+    batch = session.scalar(
+        select(Batch)
+        .where(Batch.id == batch_id, text(UNFINISHED))
+        .with_for_update(key_share=True)
+        .execution_options(populate_existing=True)
+    )
+    if batch is not None:
+        batch.errors = BatchErrors(data=(error,))
+        _close_files(session, batch, job_ttl_seconds)
+        _end(session, batch, BatchStatus.FAILED)
+
+
 def num_in_flight(session: Session, tenant_id: UUID) -> int:
     """Lines of all its batches whose jobs have not been seen to end."""
     session.flush()
@@ -173,17 +220,21 @@ def num_in_flight(session: Session, tenant_id: UUID) -> int:
 
 def end(session: Session, batch: Batch, *, job_ttl_seconds: int) -> None:
     """Everything is written: freeze the files, let the jobs go, tell the webhooks."""
-    for name in ("output_file_id", "error_file_id"):
-        file_id = getattr(batch, name)
-        if file_id is not None and not files.freeze(session, file_id, ttl_seconds=batch.output_ttl_seconds):
-            setattr(batch, name, None)
-    session.execute(LET_JOBS_GO, {"batch_id": batch.id, "ttl_seconds": job_ttl_seconds})
+    _close_files(session, batch, job_ttl_seconds)
     if batch.cancelling_at is not None:
         _end(session, batch, BatchStatus.CANCELLED)
     elif batch.expired_at is not None:
         _end(session, batch, BatchStatus.EXPIRED)
     else:
         _end(session, batch, BatchStatus.COMPLETED)
+
+
+def _close_files(session: Session, batch: Batch, job_ttl_seconds: int) -> None:
+    for name in ("output_file_id", "error_file_id"):
+        file_id = getattr(batch, name)
+        if file_id is not None and not files.freeze(session, file_id, ttl_seconds=batch.output_ttl_seconds):
+            setattr(batch, name, None)
+    session.execute(LET_JOBS_GO, {"batch_id": batch.id, "ttl_seconds": job_ttl_seconds})
 
 
 def _end(session: Session, batch: Batch, status: BatchStatus) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from psycopg.errors import IdleInTransactionSessionTimeout, ReadOnlySqlTransaction
-from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, func, make_url, select, text
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -126,12 +126,6 @@ def _forget(task: "asyncio.Task[Any]") -> None:
     _given_up.discard(task)
     if not task.cancelled():
         task.exception()  # nobody waits for it any more
-
-
-def allow_idle(session: Session, seconds: float) -> None:
-    """How long this transaction may stand idle between two statements from here on, before the server ends it."""
-    timeout = func.set_config("idle_in_transaction_session_timeout", f"{round(1000 * seconds)}ms", True)
-    session.execute(select(timeout))
 
 
 def session_factory(database: Engine) -> sessionmaker[Session]:

@@ -1,7 +1,8 @@
 """The lines of a batch: found in the file that came in, written for those that go out."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from codecs import BOM_UTF8
+from collections.abc import Iterator
 from dataclasses import dataclass
 from uuid import UUID, uuid5
 
@@ -39,7 +40,15 @@ class FoundLine:
 
 def split_lines(parts: Iterator[bytes], first_byte: int) -> Iterator[FoundLine]:
     """The lines of a file from a byte on, which begins one; a last line need not end in a line break. No more of a line
-    than MAX_LINE_BYTES is ever held."""
+    than MAX_LINE_BYTES is ever held. The mark that some programs put before UTF-8 belongs to no line."""
+    for number, line in enumerate(_split(parts, first_byte)):
+        if number or line.first_byte or line.content is None or not line.content.startswith(BOM_UTF8):
+            yield line
+        else:
+            yield FoundLine(len(BOM_UTF8), line.content[len(BOM_UTF8) :], line.next_byte)
+
+
+def _split(parts: Iterator[bytes], first_byte: int) -> Iterator[FoundLine]:
     rest, num_dropped, start = b"", 0, first_byte
     for part in parts:
         pieces = (rest + part).split(b"\n")
@@ -68,16 +77,18 @@ def prefix_hash(request: JobRequest) -> int:
     return int.from_bytes(hashlib.blake2b(prefix.encode(), digest_size=8).digest(), signed=True)
 
 
-def write_lines(session: Session, batch: Batch, ended: Sequence[EndedLine], surface: BatchSurface) -> list[bytes]:
-    """Each ended line as the output or the error file says it. The input file tells what was asked."""
-    done = [line for line in ended if line.line.outcome is LineOutcome.COMPLETED]
-    asked = files.read_ranges(session, batch.input_file_id, [(one.line.first_byte, one.line.num_bytes) for one in done])
-    asked_by_line = {one.line.line: content for one, content in zip(done, asked, strict=True)}
-    return [_written(batch, one, asked_by_line.get(one.line.line), surface) for one in ended]
+@dataclass(frozen=True, slots=True)
+class AnsweredLine:
+    """A line that has ended, and what it asked, where that is needed to write its answer."""
+
+    ended: EndedLine
+    asked: bytes | None
 
 
-def _written(batch: Batch, ended: EndedLine, asked: bytes | None, surface: BatchSurface) -> bytes:
-    response, error = _response(batch, ended, asked, surface), None
+def write_line(batch: Batch, line: AnsweredLine, surface: BatchSurface) -> bytes:
+    """As the output or the error file says it. Takes time, and no session: hold no transaction open meanwhile."""
+    ended = line.ended
+    response, error = _response(batch, ended, line.asked, surface), None
     if response is None:
         outcome = LineOutcome(ended.line.outcome or LineOutcome.CANCELLED)
         code, message = ENDED_BADLY.get(outcome, ("job_deleted", "its job was deleted before it was read"))
@@ -118,17 +129,12 @@ def line_id(batch_id: UUID, line: int) -> UUID:
     return uuid5(batch_id, str(line))
 
 
-def read_ended(session: Session, batch: Batch, *, after: int, is_completed: bool | None = None) -> list[EndedLine]:
-    """As many ended lines behind `after` as are written in one go."""
-    return batch_lines.ended_lines(
+def read_ended(session: Session, batch: Batch, *, after: int, is_completed: bool | None = None) -> list[AnsweredLine]:
+    """As many ended lines behind `after` as are written in one go, with what the input file says they asked."""
+    ended = batch_lines.ended_lines(
         session, batch.id, after=after, limit=LINES_PER_READ, max_bytes=BYTES_PER_READ, is_completed=is_completed
     )
-
-
-def read_live(
-    session: Session, batch: Batch, surface: BatchSurface, *, after: int, is_output: bool
-) -> tuple[bytes, int | None]:
-    """The next lines of a file that is not frozen yet, and the line to go on after; None behind the last."""
-    ended = read_ended(session, batch, after=after, is_completed=is_output)
-    written = b"".join(write_lines(session, batch, ended, surface))
-    return written, ended[-1].line.line if ended else None
+    done = [one.line for one in ended if one.line.outcome is LineOutcome.COMPLETED]
+    asked = files.read_ranges(session, batch.input_file_id, [(line.first_byte, line.num_bytes) for line in done])
+    asked_by_line = {line.line: content for line, content in zip(done, asked, strict=True)}
+    return [AnsweredLine(one, asked_by_line.get(one.line.line)) for one in ended]

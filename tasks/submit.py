@@ -79,12 +79,9 @@ class Submitter:
         return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job, accepted.room)
 
     def announce(self, new_job: NewJob) -> None:
-        """A job was committed: tell the log, count it and have it dispatched."""
-        job_log.accepted(new_job)
-        model = new_job.request.model
-        labelled(llm_requests_total, model).inc()
-        labelled(prompt_tokens_total, model).inc(len(new_job.prompt_token_ids))
-        self._dispatch_soon(model)
+        """A job was committed: tell of it, and have it dispatched."""
+        tell_accepted(new_job)
+        self._dispatch_soon(new_job.request.model)
 
     async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
         """Everything settled and every bound checked; nothing is committed. Raises the CeleriacError that says why
@@ -108,6 +105,14 @@ class Submitter:
 
     async def aclose(self) -> None:
         await self._settler.aclose()
+
+
+def tell_accepted(new_job: NewJob) -> None:
+    """To the log and the metrics. Whoever commits a job calls this."""
+    job_log.accepted(new_job)
+    model = new_job.request.model
+    labelled(llm_requests_total, model).inc()
+    labelled(prompt_tokens_total, model).inc(len(new_job.prompt_token_ids))
 
 
 def make_job(

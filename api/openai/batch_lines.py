@@ -1,9 +1,14 @@
-"""The lines of batches: which routes they may be for, and how a line becomes that route's request and answer."""
+"""The lines of batches: which routes they may be for, and how a line becomes that route's request and answer.
+
+Codes and the first words of messages are OpenAI's, as its batches answer and as the public integration tests of other
+servers (test_batches_errors.py of Llama Stack) hold them.
+"""
 
 import json
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
 from pydantic import StringConstraints
 
@@ -21,7 +26,14 @@ from api.openai.running import refuse_unfinished
 from api.openai.schemas import GenerationBody, OpenAIModel, in_words_of_the_body, spelling_of_params
 from domain.batches import LineRefusal
 from domain.embeddings import EmbeddingRequest
-from domain.errors import CeleriacError, InvalidRequest, UnsupportedParameter
+from domain.errors import (
+    CeleriacError,
+    InvalidJsonLine,
+    InvalidUrl,
+    MissingParameter,
+    StreamingUnsupported,
+    UnsupportedParameter,
+)
 from domain.kinds import JobRequest
 from domain.requests import GenerationRequest
 from storage.job_queries import JobRecord
@@ -122,14 +134,48 @@ def batch_surface(views: ModelViews) -> BatchSurface:
 
 def read_line(content: bytes, url: str, views: ModelViews) -> LineRequest:
     """Raises CeleriacError whose `param` is a field of the line."""
+    _refuse_odd_line(content)
     line = parse_model(content, Line)
     if line.url != url:
-        raise InvalidRequest(f"url is {line.url[:64]!r}, but the batch is for {url}; send it there", param="url")
+        raise InvalidUrl(
+            f"The URL provided for this request does not match the batch endpoint: url is {line.url[:64]!r}, and the "
+            f"batch is for {url}; send it there",
+            param="url",
+        )
     try:
         return _read_body(line, ROUTES[url], views)
     except CeleriacError as exc:
         exc.param = f"body.{exc.param}" if exc.param else "body"
         raise
+
+
+def _refuse_odd_line(content: bytes) -> None:
+    """What is no JSON object, or lacks a member. Raises InvalidJsonLine or MissingParameter."""
+    try:
+        line = json.loads(content.decode(), parse_constant=_refuse_constant)
+    except RecursionError:
+        return  # the parser of bodies says how deep is too deep
+    except UnicodeDecodeError as exc:
+        utf_16 = " (it looks like UTF-16)" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else ""
+        raise _not_json(f"byte {exc.start} is not UTF-8{utf_16}; save the file as UTF-8") from None
+    except json.JSONDecodeError as exc:
+        remedy = "end lines with a line feed, not with a carriage return alone" if b"\r" in content.strip() else ""
+        raise _not_json(f"{exc.msg} at column {exc.colno}; {remedy or 'send one JSON object a line'}") from None
+    except ValueError as exc:
+        raise _not_json(f"{exc}; send numbers of at most 64 bits") from None
+    if not isinstance(line, dict):
+        raise _not_json("it is no object; send one JSON object a line")
+    for name in Line.model_fields:
+        if name not in line:
+            raise MissingParameter(f"Missing required parameter: '{name}'; add it to the line", param=name)
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"it holds {constant}")
+
+
+def _not_json(reason: str) -> InvalidJsonLine:
+    return InvalidJsonLine(f"This line is not parseable as valid JSON: {reason}")
 
 
 def _read_body(line: Line, route: LineRoute[Body, Request], views: ModelViews) -> LineRequest:
@@ -149,12 +195,12 @@ def _read_body(line: Line, route: LineRoute[Body, Request], views: ModelViews) -
 
 
 def _metadata_of(body: GenerationBody | EmbeddingBody) -> Mapping[str, str]:
-    """Raises UnsupportedParameter for a body that asks for a stream."""
+    """Raises StreamingUnsupported for a body that asks for a stream."""
     if isinstance(body, EmbeddingBody):
         return {}
     if body.stream:
-        raise UnsupportedParameter(
-            "stream is true, but nobody can watch a line of a batch; leave it out", param="stream"
+        raise StreamingUnsupported(
+            "Streaming is not supported in the Batch API: stream is true; leave it out", param="stream"
         )
     return body.metadata or {}
 

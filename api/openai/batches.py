@@ -18,18 +18,20 @@ from api.openai.files import MAX_TTL_SECONDS, MIN_TTL_SECONDS, parse_file_id, re
 from api.openai.headers import read_knobs
 from api.openai.schemas import Metadata, OpenAIModel
 from api.openai.views import InputTokensDetailsView, OutputTokensDetailsView
-from api.openapi import request_body
+from api.openapi import ErrorView, request_body
 from api.queries import QueryModel, query_parameters, read_query
 from api.views import PageView, View, page
 from domain.batches import BatchError, BatchErrors, BatchStatus
 from domain.errors import BatchNotFound, InvalidRequest
 from domain.ids import external_id, parse_id_of_other
+from observability import request_id_context
 from storage import batches
 from storage.batch_tables import Batch
 
 router = private_router()
 
 MAX_WINDOW_HOURS = 7 * 24
+ENDED_OTHERWISE = frozenset({BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.EXPIRED})  # than by a cancel
 TIMES = ("in_progress_at", "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at", "cancelled_at")
 
 
@@ -165,14 +167,23 @@ async def read_batch(batch_id: str, request: Request) -> Response:
     return _answer(batch)
 
 
-@router.post("/v1/batches/{batch_id}/cancel", responses={200: {"model": BatchView}})
+@router.post("/v1/batches/{batch_id}/cancel", responses={200: {"model": BatchView}, 409: {"model": ErrorView}})
 async def cancel_batch(batch_id: str, request: Request) -> Response:
-    """Nothing more of it begins, what runs is stopped, and what is done can be read. Again, it changes nothing."""
+    """Nothing more of it begins, what runs is stopped, and what is done can be read. Again, it changes nothing. 409 for
+    a batch that has ended otherwise."""
     services, tenant_id = caller_of(request)
     batch = await services.write(batches.cancel, _parse_batch_id(batch_id), tenant_id)
     if batch is None:
         raise _not_found(batch_id)
-    return _answer(batch)
+    return _answer(batch) if batch.status not in ENDED_OTHERWISE else _too_late(batch)
+
+
+def _too_late(batch: Batch) -> Response:
+    """The one 409 there is, for OpenAI's is one. Clients would retry it, so they are told not to."""
+    message = f"Cannot cancel a batch with status '{batch.status.value}'."
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "batch_not_cancellable"}
+    body = {"error": error, "request_id": request_id_context.get()}
+    return Response(orjson.dumps(body), 409, {"x-should-retry": "false"}, "application/json")
 
 
 def batch_object(batch: Batch) -> dict[str, object]:

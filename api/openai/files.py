@@ -1,5 +1,6 @@
 """/v1/files: what batches read and write."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Literal
@@ -23,7 +24,8 @@ from domain.errors import FileNotFound, InvalidRequest, UnsupportedParameter
 from domain.ids import external_id, parse_id_of_other
 from storage import batches, files
 from storage.batch_tables import Batch, File
-from tasks.batch_files import read_live
+from tasks.batch_files import AnsweredLine, read_ended, write_line
+from tasks.batch_surface import BatchSurface
 
 router = private_router()
 
@@ -152,8 +154,13 @@ async def _live_content(services: Services, batch: Batch, *, is_output: bool) ->
     surface = batch_surface(services.views)
     after: int | None = 0
     while after is not None:
-        content, after = await services.read(read_live, batch, surface, after=after, is_output=is_output)
-        yield content
+        lines = await services.read(read_ended, batch, after=after, is_completed=is_output)
+        after = lines[-1].ended.line.line if lines else None
+        yield await asyncio.to_thread(_written, batch, lines, surface)
+
+
+def _written(batch: Batch, lines: list[AnsweredLine], surface: BatchSurface) -> bytes:
+    return b"".join(write_line(batch, line, surface) for line in lines)
 
 
 async def find_file(services: Services, tenant_id: UUID, file_id: str) -> File:

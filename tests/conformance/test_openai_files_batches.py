@@ -260,18 +260,18 @@ def test_a_bad_file_fails_with_the_numbers_of_its_lines(client: openai.OpenAI, w
     assert batch.errors is not None
     assert batch.errors.data is not None
     assert {error.line: (error.code, error.param) for error in batch.errors.data} == {
-        2: ("invalid_value", None),
+        2: ("invalid_json_line", None),
         4: ("invalid_value", "method"),
-        5: ("invalid_value", "url"),
+        5: ("invalid_url", "url"),
         6: ("duplicate_custom_id", "custom_id"),
-        7: ("unsupported_parameter", "body.stream"),
+        7: ("streaming_unsupported", "body.stream"),
         8: ("model_not_found", "body.model"),
         9: ("invalid_value", "body.model"),
         10: ("invalid_value", "body.temperature"),
         11: ("invalid_value", "body.tools"),
         12: ("invalid_value", "more"),
         13: ("invalid_value", None),
-        14: ("invalid_value", None),
+        14: ("invalid_json_line", None),
         15: ("invalid_value", "custom_id"),
     }
     assert batch.request_counts is not None

@@ -12,19 +12,19 @@ from maintenance.webhooks import WebhookSender
 class Hanging(BatchWork):
     """Its first look at batches never ends."""
 
-    def tick(self) -> None:
+    def tick(self) -> bool:
         threading.Event().wait()
 
 
 class Failing(BatchWork):
-    def tick(self) -> None:
+    def tick(self) -> bool:
         raise ArithmeticError("batches cannot be looked at")
 
 
 class Panicking(BatchWork):
     """As a library in Rust that panics: not even an Exception."""
 
-    def tick(self) -> None:
+    def tick(self) -> bool:
         raise BaseException("a panic")
 
 

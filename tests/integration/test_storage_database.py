@@ -12,7 +12,7 @@ from sqlalchemy import Engine, create_engine, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from storage import batch_tables, webhook_tables  # noqa: F401  (their tables are part of the schema)
-from storage.database import MIGRATIONS, OUTAGES, allow_idle, migrate, open_database, session_factory
+from storage.database import MIGRATIONS, OUTAGES, migrate, open_database, session_factory
 from storage.database import database_url as normalised
 from storage.tables import DEFAULT_TENANT_ID, Row, Tenant, TenantLoad
 
@@ -110,13 +110,3 @@ def test_a_server_that_became_a_standby_is_an_outage_and_its_connection_is_left(
             session.execute(update(Tenant).values(name="another"))
     with impatient_sessions() as session:
         assert session.scalar(backend) != left
-
-
-def test_a_transaction_that_asked_for_time_may_stand_idle(impatient_sessions: sessionmaker[Session]) -> None:
-    setting = text("SHOW idle_in_transaction_session_timeout")
-    with impatient_sessions.begin() as session:
-        allow_idle(session, 60)
-        sleep(1.2)
-        assert session.scalar(setting) == "1min"
-    with impatient_sessions() as session:
-        assert session.scalar(setting) == "1s", "the next transaction on this connection has the usual time"
