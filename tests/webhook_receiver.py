@@ -90,10 +90,12 @@ class SenderThread:
         self._settings = settings
         self._loop = asyncio.new_event_loop()
         self._sender: WebhookSender | None = None
+        self._is_open = threading.Event()
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+        self._is_open.wait()
 
     def stop(self) -> None:
         """Returns when what was in hand is recorded."""
@@ -108,6 +110,7 @@ class SenderThread:
     async def _send(self) -> None:
         database = open_async_database(self._settings.database_url, pool_size=1, max_overflow=1)
         self._sender = WebhookSender(async_session_factory(database), TargetGuard(self._settings))
+        self._is_open.set()
         try:
             await self._sender.run()
         finally:

@@ -13,7 +13,7 @@ class Hanging(BatchWork):
     """Its first look at batches never ends."""
 
     def tick(self) -> bool:
-        threading.Event().wait()
+        return threading.Event().wait()
 
 
 class Failing(BatchWork):
