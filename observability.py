@@ -144,6 +144,11 @@ jobs_run_seconds = Histogram("jobs_run_seconds", "First claim to the end.", ["mo
 jobs_running = Gauge("jobs_running", "Jobs in progress, from SQL.", ["model"])
 jobs_oldest_queued_seconds = Gauge("jobs_oldest_queued_seconds", "Age of the oldest waiting job.", ["model"])
 
+jobs_waiting = Gauge("jobs_waiting", "Queued jobs by what they wait for, from SQL.", ["model", "reason"])
+jobs_waiting_oldest_seconds = Gauge(
+    "jobs_waiting_oldest_seconds", "Age of the oldest queued job that waits for this, from SQL.", ["model", "reason"]
+)
+
 maintenance_findings = Gauge(
     "maintenance_findings",
     "stalled_jobs and load_drift ever; orphans, unserved_jobs (by model and lane) and silent_clocks now.",

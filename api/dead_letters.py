@@ -54,7 +54,9 @@ async def list_dead_letters(request: Request) -> Response:
         job_attempts.list_dead_letters, tenant_id, after=page_cursor(query.after), limit=query.limit + 1
     )
     data = [
-        job_view(JobRecord(job, None, None)) | {"attempts": attempts_view(job, attempts)} for job, attempts in found
+        job_view(JobRecord(job, None, None, worker=attempts[-1].worker_name if attempts else None))
+        | {"attempts": attempts_view(job, attempts)}
+        for job, attempts in found
     ]
     return Response(orjson.dumps(page(data, query.limit)), media_type="application/json")
 

@@ -11,8 +11,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from api.deps import private_router, require_admin, services_of
 from api.openapi import TEXT
+from api.queue_monitor import Finding
 from api.services import Services
 from api.views import View
+from domain.waiting import IN_GOOD_ORDER, WaitingFor
 from storage.recent_jobs import RecentJobs
 from storage.redis_outages import REDIS_OUTAGES
 
@@ -72,9 +74,32 @@ class MaintenanceView(View):
     seconds_since_last_tick: dict[str, float]
 
 
+class FindingView(View):
+    """Jobs of a model have waited for the same thing, and not for slots, for `seconds` at least, which is over a
+    minute."""
+
+    model: str
+    waiting_for: WaitingFor
+    jobs: int
+    seconds: float
+    message: str
+
+
+#: What to look at, by what jobs wait for.
+ADVICE = {
+    WaitingFor.WORKER: "no worker of this model lives: start one with celeriac worker --model {model}",
+    WaitingFor.MODEL_LOAD: "its workers are loading the model: see their logs",
+    WaitingFor.REVISION: "they had begun under a revision of the model that no worker serves any more: see "
+    "CELERIAC_REVISION_POLICY, or cancel and retry them",
+    WaitingFor.ISOLATION: "they run alone, as they or their tenant's jobs crashed an engine: see the workers' logs",
+    WaitingFor.LIMIT: "lines of batches have taken their share of the slots: see CELERIAC_BATCH_RESERVE",
+    WaitingFor.PAUSE: "the model is unloaded, or its workers drain: load it, or resume or start a worker",
+}
+
+
 class HealthView(View):
-    """`degraded` still accepts jobs: Redis is away (slower, nothing lost), no worker is there to run them, or a clock
-    of maintenance is silent."""
+    """`degraded` still accepts jobs: Redis is away (slower, nothing lost), no worker is there to run them, a clock of
+    maintenance is silent, or jobs have waited for long for what does not come by itself (`findings`)."""
 
     status: Literal["ok", "degraded", "unhealthy"]
     database: Answer
@@ -88,6 +113,7 @@ class HealthView(View):
     running: int
     streams: int
     maintenance: MaintenanceView
+    findings: list[FindingView]
     metrics: MetricsView | None
 
 
@@ -118,7 +144,10 @@ async def health(request: Request, response: Response) -> HealthView:
     queues = services.monitor.queues.values()
     num_workers = sum(queue.num_workers for queue in queues)
     is_silent = bool(services.monitor.silent_clocks)
-    is_whole = redis == "ok" and num_workers > 0 and not is_silent and not services.draining.is_set()
+    findings = services.monitor.findings
+    waits_in_vain = any(finding.reason not in IN_GOOD_ORDER for finding in findings)
+    is_served = num_workers > 0 and not is_silent and not waits_in_vain
+    is_whole = redis == "ok" and is_served and not services.draining.is_set()
     response.status_code = 200 if database == "ok" else 503
     return HealthView(
         status="unhealthy" if database != "ok" else "ok" if is_whole else "degraded",
@@ -138,6 +167,7 @@ async def health(request: Request, response: Response) -> HealthView:
                 clock: round(age, 3) for clock, age in services.monitor.seconds_since_ticks.items()
             },
         ),
+        findings=[_finding_view(finding) for finding in findings],
         metrics=_metrics(await services.monitor.recent()) if database == "ok" else None,
     )
 
@@ -148,6 +178,16 @@ async def metrics(request: Request) -> Response:
     `Authorization: Bearer`."""
     require_admin(request)
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _finding_view(finding: Finding) -> FindingView:
+    return FindingView(
+        model=finding.model,
+        waiting_for=finding.reason,
+        jobs=finding.num_jobs,
+        seconds=finding.seconds,
+        message=ADVICE[finding.reason].format(model=finding.model),
+    )
 
 
 def _metrics(recent: RecentJobs | None) -> MetricsView | None:

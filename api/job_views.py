@@ -15,6 +15,7 @@ from domain.embeddings import EmbeddingRequest, EmbeddingResult
 from domain.ids import external_id
 from domain.jobs import FinishReason, JobKind, JobStatus
 from domain.kinds import JobOutput, JobRequest
+from domain.waiting import WaitingFor
 from storage.job_queries import JobRecord
 from storage.jobs_accept import NewJob
 from storage.tables import Job, JobAttempt
@@ -22,7 +23,10 @@ from storage.tables import Job, JobAttempt
 
 class QueueView(View):
     position: int | None = Field(description="Jobs of this model that run earlier under the current order.")
-    eta_seconds: float | None = Field(description="Until its start, by the rate at which live workers drain.")
+    eta_seconds: float | None = Field(
+        description="Until its start, by the rate at which live workers drain; null where it waits for more than slots."
+    )
+    waiting_for: WaitingFor | None = Field(description="What keeps it from running.")
 
 
 class UsageView(View):
@@ -89,11 +93,13 @@ class JobView(View):
     model: str
     created_at: datetime
     started_at: datetime | None
+    first_token_at: datetime | None = Field(description="When its first output was committed.")
     finished_at: datetime | None
     expires_at: datetime | None = Field(description="When a finished job is deleted.")
     deadline: datetime | None
     priority: int
     attempt: int
+    worker: str | None = Field(description="The name of the worker that runs it, or ran it last.")
     queue: QueueView | None = Field(description="Only while queued.")
     cancel_requested: bool
     finish_reason: FinishReason | None = Field(description="Of the first choice. `error`: the job failed in its midst.")
@@ -139,11 +145,13 @@ def new_job_view(new_job: NewJob, created_at: datetime, queue: Mapping[str, obje
         "model": new_job.request.model,
         "created_at": timestamp(created_at),
         "started_at": None,
+        "first_token_at": None,
         "finished_at": None,
         "expires_at": None,
         "deadline": timestamp(new_job.deadline_at),
         "priority": new_job.priority,
         "attempt": 0,
+        "worker": None,
         "queue": queue,
         "cancel_requested": False,
         "finish_reason": None,
@@ -167,11 +175,13 @@ def job_view(record: JobRecord, queue: Mapping[str, object] | None = None) -> di
         "model": job.model,
         "created_at": timestamp(job.created_at),
         "started_at": timestamp(job.started_at),
+        "first_token_at": timestamp(job.first_token_at),
         "finished_at": timestamp(job.finished_at),
         "expires_at": timestamp(job.prune_at),
         "deadline": timestamp(job.deadline_at),
         "priority": job.priority,
         "attempt": job.attempt,
+        "worker": record.worker,
         "queue": queue if job.status is JobStatus.QUEUED else None,
         "cancel_requested": job.cancel_requested_at is not None,
         "finish_reason": job.finish_reason and job.finish_reason.value,
@@ -187,8 +197,8 @@ def job_view(record: JobRecord, queue: Mapping[str, object] | None = None) -> di
     return view
 
 
-def attempts_view(job: Job, ended: Sequence[JobAttempt]) -> list[dict[str, object]]:
-    """Every attempt in order; the last one without an end while the job runs."""
+def attempts_view(job: Job, ended: Sequence[JobAttempt], *, worker: str | None = None) -> list[dict[str, object]]:
+    """Every attempt in order; the last one without an end while the job runs, on `worker`."""
     attempts: list[dict[str, object]] = [
         {
             "attempt": one.attempt,
@@ -203,7 +213,7 @@ def attempts_view(job: Job, ended: Sequence[JobAttempt]) -> list[dict[str, objec
         for one in ended
     ]
     if job.status is JobStatus.IN_PROGRESS and len(attempts) < job.attempt:
-        running = {"ended_at": None, "outcome": None, "error_code": None, "worker": None}
+        running = {"ended_at": None, "outcome": None, "error_code": None, "worker": worker}
         began = {"started_at": timestamp(job.attempt_started_at), "worker_id": str(job.lease_owner)}
         num_tokens = job.num_committed_tokens - job.num_tokens_at_claim
         attempts.append({"attempt": job.attempt, "num_tokens": num_tokens, **began, **running})

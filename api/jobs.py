@@ -97,8 +97,9 @@ async def list_jobs(request: Request) -> Response:
         limit=query.limit + 1,
         order=query.order,
     )
-    unknown = {"position": None, "eta_seconds": None}
-    data = [job_view(JobRecord(job, None, None), unknown) for job in found]
+    names = await services.read(job_queries.worker_names, [job.id for job in found])
+    records = [JobRecord(job, None, None, worker=names.get(job.id)) for job in found]
+    data = [job_view(record, services.monitor.place_of(record.job)) for record in records]
     return Response(orjson.dumps(page(data, query.limit)), media_type="application/json")
 
 
@@ -121,7 +122,7 @@ async def read_job(job_id: str, request: Request) -> Response:
         view["output"] = await _partial_output(services, record.job.id)
     if "attempts" in include:
         attempts = await services.read(job_attempts.attempts_of, [record.job.id])
-        view["attempts"] = attempts_view(record.job, attempts[record.job.id])
+        view["attempts"] = attempts_view(record.job, attempts[record.job.id], worker=record.worker)
     return answer_job(view, {"x-job-id": str(view["id"])}, pending_status=200)
 
 
@@ -247,7 +248,7 @@ async def _view(services: Services, record: JobRecord) -> dict[str, object]:
     if record.job.status is not JobStatus.QUEUED:
         return job_view(record)
     queue = await services.position(record.job.id, record.job.model)
-    return job_view(record, queue or {"position": None, "eta_seconds": None})
+    return job_view(record, queue or services.monitor.place_of(record.job))
 
 
 async def _partial_output(services: Services, job_id: UUID) -> dict[str, object]:

@@ -3,12 +3,14 @@
 from typing import Literal
 
 from fastapi import Request
+from pydantic import Field
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.deps import private_router, services_of
 from api.queue_monitor import ModelQueue
 from api.views import View
 from domain.errors import StorageUnavailable
+from domain.waiting import WaitingFor
 from storage.job_queries import QueuePosition
 
 router = private_router()
@@ -24,6 +26,7 @@ class ModelQueueView(View):
     tokens_ahead: int
     tokens_per_second: float
     eta_seconds: float | None
+    waiting_for: dict[WaitingFor, int] = Field(description="Queued jobs by what they wait for.")
 
 
 class QueueListView(View):
@@ -42,7 +45,6 @@ async def read_queue(request: Request) -> QueueListView:
 
 
 def _view(queue: ModelQueue) -> ModelQueueView:
-    last = QueuePosition(queue.num_queued, queue.queued_tokens)
     return ModelQueueView(
         model=queue.model,
         queued=queue.num_queued,
@@ -52,5 +54,6 @@ def _view(queue: ModelQueue) -> ModelQueueView:
         oldest_queued_seconds=queue.oldest_queued_seconds,
         tokens_ahead=queue.queued_tokens + queue.running_tokens,
         tokens_per_second=queue.tokens_per_second,
-        eta_seconds=queue.eta_seconds(last),
+        eta_seconds=queue.eta_seconds(QueuePosition(queue.num_queued, queue.queued_tokens)),
+        waiting_for={reason: waiting.num_jobs for reason, waiting in queue.waiting.items()},
     )

@@ -4,7 +4,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from typing import Self
 from uuid import UUID
@@ -14,11 +15,14 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from domain.catalog import Catalog
+from domain.waiting import LiveWorker, Service, WaitingFor, waiting_for
 from domain.workers import WorkerState
 from observability import (
     describe_exception,
     jobs_oldest_queued_seconds,
     jobs_running,
+    jobs_waiting,
+    jobs_waiting_oldest_seconds,
     llm_queue_size,
     maintenance_findings,
     maintenance_seconds_since_last_tick,
@@ -27,17 +31,43 @@ from observability import (
     worker_processes,
     worker_slots,
 )
-from storage import job_queries, maintenance, model_states, webhook_deliveries, workers
+from settings import Settings
+from storage import batch_lines, job_queries, maintenance, model_states, webhook_deliveries, workers
 from storage.database import repeatable, within
-from storage.job_queries import QueuePosition
+from storage.job_queries import QueuePosition, WaitingGroup
 from storage.recent_jobs import RecentJobs, recent_jobs
+from storage.tables import Job
+from tasks.dispatch import batch_share
 
 log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 1.0
 STALE_SECONDS = 5.0  # older figures are not shown to anybody
 ANSWER_SECONDS = 2.0  # then a question is given up, and the next one asked on another connection
+FINDING_SECONDS = 60.0  # nobody looks after a queue for less
 MAX_SHARE = 0.2  # of one database connection that questions for positions may take
+
+
+#: Where a job stands of which no figures are known.
+UNKNOWN_PLACE: Mapping[str, object] = {"position": None, "eta_seconds": None, "waiting_for": None}
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The jobs of a model that wait for one thing."""
+
+    num_jobs: int
+    oldest_seconds: float  # since the oldest of them was accepted
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Jobs have waited for something other than slots for long: `seconds` at least."""
+
+    model: str
+    reason: WaitingFor
+    num_jobs: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +83,29 @@ class ModelQueue:
     num_workers: int = 0
     num_slots: int = 0
     tokens_per_second: float = 0.0
-    is_loaded: bool = True  # else an admin has unloaded it, and its jobs wait
+    service: Service = field(default_factory=Service)
+    waiting: Mapping[WaitingFor, Waiting] = field(default_factory=dict)  # reasons without a job are left out
+
+    @property
+    def is_loaded(self) -> bool:
+        """Else an admin has unloaded it, and its jobs wait."""
+        return self.service.is_loaded
+
+    def place(self, position: QueuePosition) -> dict[str, object]:
+        """What a queued job is told."""
+        reason = waiting_for(position.job, self.service)
+        eta_seconds = self.eta_seconds(position)
+        return {"position": position.num_ahead, "eta_seconds": eta_seconds, "waiting_for": reason.value}
 
     def eta_seconds(self, position: QueuePosition) -> float | None:
-        """Until the job at `position` starts, as if all work ahead drained evenly; None where no rate was measured.
+        """Until the job at `position` starts, as if all work ahead drained evenly; None where it waits for something
+        other than slots, or no rate was measured.
 
         Jobs count with the most tokens they may take, so it errs on the late side. The jobs that share the slots with
         it when it starts need not be through by then: half of their work is left out.
         """
+        if waiting_for(position.job, self.service) is not WaitingFor.SLOTS:
+            return None
         if position.num_ahead + self.num_running < self.num_slots:
             return 0.0
         if self.tokens_per_second <= 0 or self.num_slots == 0:
@@ -71,40 +116,58 @@ class ModelQueue:
         return round(max(work - still_running, 0.0) / self.tokens_per_second, 1)
 
 
-def read_queues(session: Session, catalog: Catalog) -> dict[str, ModelQueue]:
+def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[str, ModelQueue]:
     """Every model of the catalog, by id."""
     figures = job_queries.queue_figures(session)
-    live = [worker for worker in workers.list_live(session) if worker.state is WorkerState.READY]
+    live = workers.list_live(session)
     unloaded = model_states.unloaded_models(session)
     queues = {}
     for spec in catalog:
-        own = [worker for worker in live if worker.model == spec.id]
-        queue = figures.get(spec.id)
+        alive = [worker for worker in live if worker.model == spec.id]
+        own = [worker for worker in alive if worker.state is WorkerState.READY]
+        queue = figures.get(spec.id, job_queries.QueueFigures())
+        num_slots = sum(worker.max_num_seqs for worker in own)
+        has_held_lines = any(group.job.is_held_line for group in queue.waiting)
+        service = Service(
+            workers=[LiveWorker(worker.state, worker.model_revision) for worker in alive],
+            is_loaded=spec.id not in unloaded,
+            is_batch_share_taken=has_held_lines
+            and batch_lines.num_outstanding(session, spec.id) >= batch_share(settings, num_slots),
+        )
         queues[spec.id] = ModelQueue(
             model=spec.id,
-            num_queued=queue.num_queued if queue else 0,
-            num_running=queue.num_running if queue else 0,
-            oldest_queued_seconds=round(queue.oldest_queued_seconds, 3) if queue else 0.0,
-            queued_tokens=queue.queued_cost if queue else 0,
-            running_tokens=queue.running_cost if queue else 0,
+            num_queued=queue.num_queued,
+            num_running=queue.num_running,
+            oldest_queued_seconds=round(queue.oldest_queued_seconds, 3),
+            queued_tokens=queue.queued_cost,
+            running_tokens=queue.running_cost,
             num_workers=len(own),
-            num_slots=sum(worker.max_num_seqs for worker in own),
+            num_slots=num_slots,
             tokens_per_second=round(sum(worker.tokens_per_second for worker in own), 1),
-            is_loaded=spec.id not in unloaded,
+            service=service,
+            waiting=_by_reason(queue.waiting, service),
         )
     return queues
+
+
+def _by_reason(groups: Sequence[WaitingGroup], service: Service) -> dict[WaitingFor, Waiting]:
+    waiting: dict[WaitingFor, Waiting] = {}
+    for group in groups:
+        reason = waiting_for(group.job, service)
+        so_far = waiting.get(reason, Waiting(0, 0.0))
+        oldest_seconds = max(so_far.oldest_seconds, group.oldest_seconds)
+        waiting[reason] = Waiting(so_far.num_jobs + group.num_jobs, round(oldest_seconds, 3))
+    return waiting
 
 
 class QueueMonitor:
     """Keeps the figures of all queues fresh and answers for positions. Use as an async context manager."""
 
-    def __init__(
-        self, sessions: async_sessionmaker[AsyncSession], catalog: Catalog, *, silence_seconds: float = 30.0
-    ) -> None:
-        """`silence_seconds` without a tick are too many for a clock of maintenance."""
+    def __init__(self, sessions: async_sessionmaker[AsyncSession], catalog: Catalog, settings: Settings) -> None:
         self._sessions = sessions
         self._catalog = catalog
-        self._silence_seconds = silence_seconds
+        self._settings = settings
+        self._silence_seconds = settings.maintenance_silence_seconds
         self._queues: dict[str, ModelQueue] = {}
         self._read_at = float("-inf")  # monotonic
         self._served_at = {spec.id: time.monotonic() for spec in catalog}  # when a worker was last seen
@@ -112,6 +175,7 @@ class QueueMonitor:
         for clock in maintenance.CLOCKS:
             age = partial(self._seconds_since_tick, clock)
             maintenance_seconds_since_last_tick.labels(clock).set_function(age)
+        self._waiting_since: dict[tuple[str, WaitingFor], float] = {}  # by this process's clock
         self._recent: RecentJobs | None = None
         self._recent_at = float("-inf")  # monotonic
         self._reading = asyncio.Lock()
@@ -148,11 +212,16 @@ class QueueMonitor:
         return self._queues
 
     async def _read(self) -> None:
-        queues = await repeatable(self._sessions, read_queues, self._catalog)
+        queues = await repeatable(self._sessions, read_queues, self._catalog, self._settings)
         num_pending, oldest_due_seconds = await repeatable(self._sessions, webhook_deliveries.backlog)
         webhook_deliveries_pending.set(num_pending)
         webhook_oldest_due_seconds.set(oldest_due_seconds)
         self._queues, self._read_at = queues, time.monotonic()
+        self._waiting_since = {
+            (model, reason): self._waiting_since.get((model, reason), self._read_at)
+            for model, queue in queues.items()
+            for reason in queue.waiting
+        }
         self._num_accepted_since.clear()
         self._served_at |= {model: self._read_at for model, queue in queues.items() if queue.num_workers}
         _publish(queues)
@@ -173,6 +242,17 @@ class QueueMonitor:
     def silent_clocks(self) -> list[str]:
         """Those that should have ticked by now."""
         return [clock for clock, age in self.seconds_since_ticks.items() if age > self._silence_seconds]
+
+    @property
+    def findings(self) -> list[Finding]:
+        """For what jobs have waited longer than a minute, slots aside: both the oldest of them and the reason, which
+        this process has found at every look since."""
+        return [
+            Finding(model, reason, queue.waiting[reason].num_jobs, round(seconds, 1))
+            for (model, reason), since in self._waiting_since.items()
+            if reason is not WaitingFor.SLOTS and (queue := self.queues.get(model)) and reason in queue.waiting
+            if (seconds := min(time.monotonic() - since, queue.waiting[reason].oldest_seconds)) > FINDING_SECONDS
+        ]
 
     def unserved_seconds(self, model: str) -> float:
         """For how long no live worker has been seen that serves this model, since this process looks; 0 while nobody
@@ -199,10 +279,17 @@ class QueueMonitor:
         """Where a job that is accepted now stands, by the last figures: at the end, as if all were served in order."""
         queue = self.queues.get(model)
         if queue is None:
-            return {"position": None, "eta_seconds": None}
+            return dict(UNKNOWN_PLACE)
         num_ahead = queue.num_queued + self._num_accepted_since.get(model, 0)
-        eta = queue.eta_seconds(QueuePosition(num_ahead, queue.queued_tokens))
-        return {"position": num_ahead, "eta_seconds": eta}
+        return queue.place(QueuePosition(num_ahead, queue.queued_tokens))
+
+    def place_of(self, job: Job) -> dict[str, object]:
+        """Why a queued job waits, by the last figures; where it stands is not looked up."""
+        queue = self.queues.get(job.model)
+        if queue is None:
+            return dict(UNKNOWN_PLACE)
+        reason = waiting_for(job_queries.waiting_job(job, datetime.now(UTC)), queue.service)
+        return {**UNKNOWN_PLACE, "waiting_for": reason.value}
 
     async def position(self, job_id: UUID, model: str) -> dict[str, object] | None:
         """Where a queued job stands now; None if it does not wait any more. Raises SQLAlchemyError.
@@ -219,7 +306,7 @@ class QueueMonitor:
         if position is None:
             return None
         queue = self.queues.get(model)
-        return {"position": position.num_ahead, "eta_seconds": queue.eta_seconds(position) if queue else None}
+        return queue.place(position) if queue else {**UNKNOWN_PLACE, "position": position.num_ahead}
 
     async def _answer_positions(self) -> None:
         while self._asked:
@@ -254,6 +341,10 @@ def _publish(queues: Mapping[str, ModelQueue]) -> None:
         jobs_oldest_queued_seconds.labels(model).set(queue.oldest_queued_seconds)
         worker_processes.labels(model).set(queue.num_workers)
         worker_slots.labels(model).set(queue.num_slots)
+        for reason in WaitingFor:
+            waiting = queue.waiting.get(reason, Waiting(0, 0.0))
+            jobs_waiting.labels(model, reason.value).set(waiting.num_jobs)
+            jobs_waiting_oldest_seconds.labels(model, reason.value).set(waiting.oldest_seconds)
 
 
 def _publish_findings(value_by_name: Mapping[tuple[str, str], float], silent_clocks: Sequence[str]) -> None:

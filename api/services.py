@@ -192,9 +192,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             authenticator=authenticator,
             submitter=submitter,
             dispatcher=dispatcher,
-            monitor=await stack.enter_async_context(
-                QueueMonitor(statements, catalog, silence_seconds=settings.maintenance_silence_seconds)
-            ),
+            monitor=await stack.enter_async_context(QueueMonitor(statements, catalog, settings)),
             streams=await stack.enter_async_context(StreamReader(settings.redis_url, statements)),
             slots=StreamSlots(settings.max_streams),
             uploads=asyncio.Semaphore(settings.max_uploads),

@@ -191,4 +191,9 @@ def count_outstanding(session: Session, model: str) -> int | None:
     ends nobody else does."""
     if not session.execute(TAKE_TURN, {"model": model}).scalar_one():
         return None
+    return num_outstanding(session, model)
+
+
+def num_outstanding(session: Session, model: str) -> int:
+    """The same for whoever only looks."""
     return int(session.execute(OUTSTANDING, {"model": model}).scalar_one())

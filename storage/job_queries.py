@@ -1,37 +1,42 @@
 """Reading jobs: one query each, and never a job of another tenant. Writing is in `storage/jobs.py`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Text, bindparam, case, cast, literal, select, text
+from sqlalchemy import ColumnElement, Row, Select, Text, bindparam, case, cast, literal, select, text
 from sqlalchemy.orm import Session
 
 from domain.chunks import TokenChunk
-from domain.jobs import JobStatus
+from domain.jobs import MIN_PRIORITY, JobStatus, Lane
 from domain.kinds import JobOutput, JobRequest
-from storage.jobs_sql import CLOCK, LIFTED, RANK
-from storage.tables import Job, JobChunk, JobPayload, JobResult
+from domain.waiting import WaitingJob
+from storage.jobs_sql import BEGUN, CLOCK, LIFTED, RANK
+from storage.tables import Job, JobAttempt, JobChunk, JobPayload, JobResult, Worker
 
 STREAM_STATES = text("""
 SELECT id, status, attempt, committed_sequence_number FROM jobs WHERE id = ANY(CAST(:ids AS uuid[]))
 """)
 
-QUEUE_FIGURES = text(f"""
-SELECT model, sum(num_queued)::int, sum(num_running)::int, coalesce(max(oldest_seconds), 0)::float8,
-    sum(queued_cost)::bigint, sum(running_cost)::bigint
-FROM (
-    SELECT model, count(*) AS num_queued, 0 AS num_running, sum(cost) AS queued_cost, 0 AS running_cost,
-        extract(epoch FROM {CLOCK} - min(created_at)) AS oldest_seconds
-    FROM jobs WHERE status = 'queued' GROUP BY model
-    UNION ALL
-    SELECT model, 0, count(*), 0, sum(greatest(0, cost - num_prompt_tokens - num_committed_tokens)), NULL
-    FROM jobs WHERE status = 'in_progress' GROUP BY model
-) per_status GROUP BY model
-""")  # noqa: S608  (CLOCK is a constant)
+# Why a queued job waits depends on these, beside the workers that live.
+WAITING_JOB = f"""j.lane, CASE WHEN {BEGUN} THEN j.model_revision END AS revision,
+    j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0 AS is_held_line,
+    j.available_at > {CLOCK} AS is_delayed"""
+
+WAITING_GROUPS = text(f"""
+SELECT j.model, {WAITING_JOB}, count(*)::int AS num_jobs, sum(j.cost)::bigint AS cost,
+    extract(epoch FROM {CLOCK} - min(j.created_at))::float8 AS oldest_seconds
+FROM jobs j WHERE j.status = 'queued' GROUP BY 1, 2, 3, 4, 5
+""")  # noqa: S608  (constants)
+
+RUNNING_FIGURES = text("""
+SELECT model, count(*)::int AS num_jobs,
+    sum(greatest(0, cost - num_prompt_tokens - num_committed_tokens))::bigint AS cost
+FROM jobs WHERE status = 'in_progress' GROUP BY model
+""")
 
 POSITIONS = text(f"""
 WITH timed AS (
@@ -45,7 +50,8 @@ ranked AS (
     SELECT id, row_number() OVER ahead - 1 AS num_ahead, sum(cost) OVER ahead - cost AS cost_ahead FROM timed
     WINDOW ahead AS (PARTITION BY model ORDER BY priority DESC, fair_time, rank, id ROWS UNBOUNDED PRECEDING)
 )
-SELECT id, num_ahead, cost_ahead FROM ranked WHERE id = ANY(CAST(:ids AS uuid[]))
+SELECT j.id, r.num_ahead, r.cost_ahead, {WAITING_JOB} FROM ranked r JOIN jobs j USING (id)
+WHERE r.id = ANY(CAST(:ids AS uuid[]))
 """)  # noqa: S608  (constants)
 
 READ_LOG = text("""
@@ -68,17 +74,39 @@ class JobRecord:
     request: JobRequest | None
     result: JobOutput | None
     endpoint_body: dict[str, Any] | None = None
+    worker: str | None = None  # the name of the one that runs it, or ran it last; where asked for
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingGroup:
+    """Queued jobs of one model that wait for the same thing, whatever that is."""
+
+    job: WaitingJob
+    num_jobs: int
+    cost: int  # tokens, prompts and the most that may come
+    oldest_seconds: float  # since the oldest of them was accepted
 
 
 @dataclass(frozen=True, slots=True)
 class QueueFigures:
     """What one model has to do."""
 
-    num_queued: int
-    num_running: int
-    oldest_queued_seconds: float  # 0 where nothing waits
-    queued_cost: int  # tokens, prompt and the most that may come
-    running_cost: int  # the same of the jobs under way, less what they committed
+    waiting: Sequence[WaitingGroup] = ()
+    num_running: int = 0
+    running_cost: int = 0  # tokens that may come of the jobs under way, less what they committed
+
+    @property
+    def num_queued(self) -> int:
+        return sum(group.num_jobs for group in self.waiting)
+
+    @property
+    def queued_cost(self) -> int:
+        return sum(group.cost for group in self.waiting)
+
+    @property
+    def oldest_queued_seconds(self) -> float:
+        """0 where nothing waits."""
+        return max((group.oldest_seconds for group in self.waiting), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +124,22 @@ class QueuePosition:
 
     num_ahead: int
     cost_ahead: int
+    job: WaitingJob = field(default_factory=WaitingJob)
+
+
+# Of the worker that runs a job, else of the one that ran it last.
+WORKER_NAME = case(
+    (
+        Job.lease_owner.is_not(None),
+        select(Worker.hostname).where(Worker.id == Job.lease_owner).correlate(Job).scalar_subquery(),
+    ),
+    else_=select(JobAttempt.worker_name)
+    .where(JobAttempt.job_id == Job.id)
+    .order_by(JobAttempt.attempt.desc())
+    .limit(1)
+    .correlate(Job)
+    .scalar_subquery(),
+)
 
 
 def get(
@@ -116,7 +160,7 @@ def _get_statement(with_request: bool, with_result: bool) -> Select[Job, Any, An
     request = JobPayload.request if with_request else literal(None)
     result = JobResult.result if with_result else literal(None)
     body = JobPayload.endpoint_body if with_request else literal(None)
-    statement = select(Job, request, result, body)
+    statement = select(Job, request, result, body, WORKER_NAME)
     if with_request:
         statement = statement.join(JobPayload, JobPayload.job_id == Job.id)
     if with_result:
@@ -156,6 +200,12 @@ def list_jobs(
     return found
 
 
+def worker_names(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, str | None]:
+    """Of the workers that run these jobs, or ran them last."""
+    rows = session.execute(select(Job.id, WORKER_NAME).where(Job.id.in_(job_ids)))
+    return {row[0]: row[1] for row in rows}
+
+
 def read_chunks(session: Session, job_id: UUID, *, after: int = 0, limit: int = 500) -> list[TokenChunk]:
     """The committed chunks with a sequence number above `after`, in order. The caller has checked whose job it is."""
     statement = (
@@ -186,7 +236,12 @@ def stream_states(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, Strea
 
 def queue_figures(session: Session) -> dict[str, QueueFigures]:
     """By model; models without an unfinished job are missing. Reads every unfinished job: ask at most once a second."""
-    return {row.model: QueueFigures(*row[1:]) for row in session.execute(QUEUE_FIGURES)}
+    groups: dict[str, list[WaitingGroup]] = {}
+    for row in session.execute(WAITING_GROUPS):
+        group = WaitingGroup(_waiting_job(row), row.num_jobs, row.cost, row.oldest_seconds)
+        groups.setdefault(row.model, []).append(group)
+    running = {row.model: (row.num_jobs, row.cost) for row in session.execute(RUNNING_FIGURES)}
+    return {model: QueueFigures(groups.get(model, ()), *running.get(model, ())) for model in groups | running}
 
 
 def positions(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, QueuePosition]:
@@ -196,7 +251,23 @@ def positions(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, QueuePosi
     if not job_ids:
         return {}
     rows = session.execute(POSITIONS, {"ids": list(job_ids)})
-    return {row.id: QueuePosition(row.num_ahead, row.cost_ahead) for row in rows}
+    return {row.id: QueuePosition(row.num_ahead, row.cost_ahead, _waiting_job(row)) for row in rows}
+
+
+def waiting_job(job: Job, now: datetime) -> WaitingJob:
+    """What the row of a queued job says of why it waits."""
+    has_output = job.committed_sequence_number > job.reset_sequence_number
+    is_line = job.lane is Lane.STANDARD and job.priority < MIN_PRIORITY
+    return WaitingJob(
+        job.lane,
+        job.model_revision if has_output else None,
+        is_held_line=is_line and job.num_dispatches == 0,
+        is_delayed=job.available_at > now,
+    )
+
+
+def _waiting_job(row: Row[Any]) -> WaitingJob:
+    return WaitingJob(Lane(row.lane), row.revision, row.is_held_line, row.is_delayed)
 
 
 def position(session: Session, job_id: UUID) -> QueuePosition | None:

@@ -2,13 +2,17 @@
 
 import threading
 from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
 import httpx
 import pytest
+from sqlalchemy.orm import Session, sessionmaker
 
 from api.job_views import JobListView, JobView, OutputView
 from domain.ids import external_id
 from domain.jobs import JobError, JobStatus
+from storage import workers
+from storage.workers import WorkerReport
 from tests.integration.api_harness import CONTEXT, MODEL, ApiServer, HandWorker, body, make_chunk, post_job, until
 
 
@@ -27,7 +31,7 @@ def test_looking_at_a_job_tells_what_submitting_it_told(http: httpx.Client) -> N
     posted = post_job(http, metadata={"a": "b"}, deadline=(datetime.now(UTC) + timedelta(hours=1)).isoformat())
     seen = http.get(posted["urls"]["get"]).json()
     assert seen | {"queue": None} == posted | {"queue": None}
-    assert seen["queue"] == {"position": 0, "eta_seconds": None}
+    assert seen["queue"] == {"position": 0, "eta_seconds": None, "waiting_for": "worker"}
 
 
 def test_every_default_is_settled_when_a_job_is_accepted(http: httpx.Client) -> None:
@@ -277,3 +281,35 @@ def test_ids_are_accepted_under_every_prefix(http: httpx.Client) -> None:
     job_id = post_job(http)["id"]
     for prefix in ("chatcmpl-", "resp_", "cmpl-"):
         assert http.get(f"/v1/jobs/{prefix}{job_id.removeprefix('job_')}").json()["id"] == job_id
+
+
+def test_a_job_names_its_worker_and_the_time_of_its_first_token(
+    http: httpx.Client, hand_worker: HandWorker, session_factory: sessionmaker[Session]
+) -> None:
+    name = post_job(http)["id"]
+
+    def seen() -> tuple[object, object, object]:
+        [listed] = http.get("/v1/jobs").json()["data"]
+        job = http.get(f"/v1/jobs/{name}?include=attempts").json()
+        assert {key: listed[key] for key in ("worker", "first_token_at")} == {
+            key: job[key] for key in ("worker", "first_token_at")
+        }
+        return job["worker"], job["first_token_at"], [attempt["worker"] for attempt in job["attempts"]]
+
+    assert seen() == (None, None, [])
+    report = WorkerReport(hand_worker.owner, "gpu@here", MODEL, 4, 0, 0.0)
+    with session_factory.begin() as session:
+        workers.heartbeat(session, report)
+    job = hand_worker.claim(name)
+    assert seen() == ("gpu@here", None, ["gpu@here"])
+    hand_worker.say(job, "a")
+    worker, first_token_at, _ = seen()
+    assert worker == "gpu@here"
+    assert first_token_at is not None
+    hand_worker.release(job)
+    with session_factory.begin() as session:
+        workers.forget(session, hand_worker.owner)
+    assert seen() == ("gpu@here", first_token_at, ["gpu@here"])  # the last one, though it is gone
+    hand_worker.owner = uuid4()
+    hand_worker.claim(name)
+    assert seen() == (None, first_token_at, ["gpu@here", None])  # one that has not reported itself

@@ -1,0 +1,120 @@
+"""Every queued job says why it waits, wherever it is shown; and what waits in vain is told."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+from sqlalchemy import update
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.jobs import BATCH_PRIORITY, Lane
+from domain.workers import WorkerState
+from storage import batch_lines, model_states, workers
+from storage.tables import Job
+from storage.workers import WorkerReport
+from tests.conftest import MakeJob
+from tests.integration.api_harness import MODEL, ApiServer, open_events, post_job, until
+
+Sessions = sessionmaker[Session]
+
+
+def serve(sessions: Sessions, state: str = "ready", revision: str = "fake:main") -> UUID:
+    worker = uuid4()
+    report = WorkerReport(worker, "gpu@here", MODEL, 4, 0, 20.0, revision, WorkerState(state))
+    with sessions.begin() as session:
+        workers.heartbeat(session, report)
+    return worker
+
+
+def queue_of(http: httpx.Client) -> dict[str, object]:
+    return next(dict(queue) for queue in http.get("/v1/queue").json()["data"] if queue["model"] == MODEL)
+
+
+def unload(sessions: Sessions) -> None:
+    serve(sessions)
+    with sessions.begin() as session:
+        model_states.set_loaded(session, MODEL, is_loaded=False)
+
+
+BEGUN = {"committed_sequence_number": 3, "num_committed_tokens": 3, "model_revision": "fake:old"}
+REASONS: dict[str, tuple[Callable[[Sessions], object], dict[str, object]]] = {
+    "slots": (serve, {}),
+    "worker": (lambda sessions: None, {}),
+    "model_load": (lambda sessions: serve(sessions, "loading"), {}),
+    "revision": (serve, BEGUN),
+    "isolation": (serve, {"lane": Lane.ISOLATED}),
+    "pause": (unload, {}),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_queued_job_says_why_it_waits_wherever_it_is_shown(
+    http: httpx.Client, session_factory: Sessions, reason: str
+) -> None:
+    prepare, columns = REASONS[reason]
+    name = post_job(http)["id"]
+    with session_factory.begin() as session:
+        session.execute(update(Job).values(columns or {"num_dispatches": 0}))
+    prepare(session_factory)
+    assert until(lambda: queue_of(http)["waiting_for"] == {reason: 1}), queue_of(http)
+    queue = http.get(f"/v1/jobs/{name}").json()["queue"]
+    assert (queue["position"], queue["waiting_for"]) == (0, reason)
+    assert queue["eta_seconds"] == (0.0 if reason == "slots" else None)
+    assert [job["queue"]["waiting_for"] for job in http.get("/v1/jobs").json()["data"]] == [reason]
+    with open_events(http, name) as events:
+        told = next(event for event in events if event.name == "job.queued")
+    assert told.data["waiting_for"] == reason
+    metrics = http.get("/metrics").text
+    assert f'jobs_waiting{{model="{MODEL}",reason="{reason}"}} 1.0' in metrics
+
+
+def test_a_job_that_is_accepted_says_it_at_once(http: httpx.Client, session_factory: Sessions) -> None:
+    serve(session_factory, "draining")
+    until(lambda: post_job(http)["queue"]["waiting_for"] == "pause")
+
+
+def test_lines_of_batches_wait_for_their_share_though_slots_are_free(
+    http: httpx.Client, session_factory: Sessions, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_job(model=MODEL, priority=BATCH_PRIORITY)
+    serve(session_factory)
+    until(lambda: queue_of(http)["waiting_for"] == {"slots": 1})
+    monkeypatch.setattr(batch_lines, "num_outstanding", lambda session, model: 3)  # of four slots
+    until(lambda: queue_of(http)["waiting_for"] == {"limit": 1})
+
+
+@pytest.mark.parametrize("reason", [reason for reason in REASONS if reason != "slots"])
+def test_what_waits_in_vain_for_a_minute_is_a_finding_and_no_good_health(
+    http: httpx.Client, api: ApiServer, session_factory: Sessions, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, columns = REASONS[reason]
+    post_job(http)
+    old = {"created_at": Job.created_at - timedelta(seconds=90)}
+    with session_factory.begin() as session:
+        session.execute(update(Job).values(old | columns))
+    prepare(session_factory)
+    until(lambda: queue_of(http)["waiting_for"] == {reason: 1})
+    health = http.get("/health").json()
+    assert health["findings"] == []  # the job is old enough, the reason is not
+    assert health["status"] == ("ok" if reason in ("revision", "isolation", "pause") else "degraded")
+    since = api.services.monitor._waiting_since
+    until(lambda: since.update({key: since[key] - 70 for key in since}) or http.get("/health").json()["findings"])
+    health = http.get("/health").json()
+    [finding] = health["findings"]
+    assert (finding["model"], finding["waiting_for"], finding["jobs"]) == (MODEL, reason, 1)
+    assert finding["seconds"] > 60
+    assert finding["message"]
+    assert health["status"] == "degraded"
+
+
+def test_a_turn_that_takes_long_is_no_finding(http: httpx.Client, api: ApiServer, session_factory: Sessions) -> None:
+    post_job(http)
+    with session_factory.begin() as session:
+        session.execute(update(Job).values(created_at=Job.created_at - timedelta(hours=1)))
+    serve(session_factory)
+    until(lambda: queue_of(http)["waiting_for"] == {"slots": 1})
+    since = api.services.monitor._waiting_since
+    since.update({key: since[key] - 3600 for key in since})
+    assert api.services.monitor.findings == []
