@@ -95,6 +95,7 @@ HTTP_BY_CODE: dict[str, HttpError] = {
     "poison_job": HttpError(500, "server_error"),
     "out_of_memory": HttpError(500, "server_error"),
     "worker_lost": HttpError(502, "server_error"),
+    "model_revision_gone": HttpError(502, "server_error"),
     "not_implemented": HttpError(501, "invalid_request_error"),
     "server_error": HttpError(500, "server_error"),
 }
