@@ -1,36 +1,53 @@
-"""JSON bodies in: strict, bounded, and refused with the field, the value seen and the remedy."""
+"""JSON bodies in: strict, bounded, and refused with the field, the value seen and the remedy.
+
+Nothing here takes more than linear time, and little of that for what is refused: lengths come first, then the first
+error alone. What is done to a large body is done beside the event loop.
+"""
 
 import asyncio
 import difflib
 import json
 import re
-from typing import Any, NoReturn, TypeVar, get_args
+from collections.abc import Callable
+from typing import Any, NoReturn, ParamSpec, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from api.deps import services_of
 from api.errors import RequestTimeout, UnsupportedMediaType
+from api.lengths import Overlong, UnknownFields, first_excess
 from domain.errors import InvalidRequest, UnsupportedParameter
 
 MAX_DEPTH = 32
+MAX_FEW = 1_024
+MAX_CONTAINERS = 65_536  # lists and objects of one body, wherever they are
 UNSUPPORTED = "unsupported_parameter"  # the kind of a validation error that refuses a field we know and do not serve
 BODY_SECONDS = 30.0
+MAX_PARAM_CHARS = 128
 _MAX_SHOWN_CHARS = 40
 
 #: Fields whose text may be private: errors give their length, never their value.
 _PRIVATE_FIELDS = frozenset({"prompt", "messages", "content", "stop", "metadata", "idempotency_key", "webhook", "url"})
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _SUBJECT = re.compile(r"^(Input|String|Tuple|Dictionary|List) should")
-_BRACKET = re.compile(rb"[\[\]{}]")
 
 Model = TypeVar("Model", bound=BaseModel)
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 async def read_model(request: Request, model: type[Model]) -> Model:
     """The body as a `model`. Raises InvalidRequest or UnsupportedMediaType; the size was bounded by the middleware."""
     require_json(request)
-    return parse_model(await read_body(request), model)
+    return await beside_loop(request, parse_model, await read_body(request), model)
+
+
+async def beside_loop(request: Request, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+    """What takes time with the size of a body, which was read: in a thread where it is a large one. Raises what
+    `function` does, and ServerOverloaded."""
+    large_work = services_of(request).large_work
+    return await large_work.run(len(await request.body()), function, *args, **kwargs)
 
 
 async def read_body(request: Request) -> bytes:
@@ -54,49 +71,96 @@ def require_json(request: Request) -> None:
 
 def parse_model(body: bytes, model: type[Model]) -> Model:
     """Strict: no coercion between JSON types, no unknown or duplicate key, no NaN, no deep nesting."""
-    _refuse_bad_json(body)
+    value = _parse_json(body)
+    num_containers = _num_containers(value)
+    _refuse_excess(value, model)
+    if num_containers > MAX_CONTAINERS:
+        param = _param_of(_heaviest(value))
+        raise InvalidRequest(
+            f"{param or 'the body'} is made of {num_containers} lists and objects; at most {MAX_CONTAINERS} are taken "
+            "in all, send fewer",
+            param=param,
+        )
     try:
         return model.model_validate_json(body, strict=True)
     except ValidationError as exc:
         raise invalid_request(exc, model) from None
 
 
-def _refuse_bad_json(body: bytes) -> None:
-    """What a JSON parser lets pass in silence. Pydantic parses the body a second time, for its types."""
+def _parse_json(body: bytes) -> object:
+    """Refuses what a JSON parser lets pass in silence. Pydantic parses the body a second time, for its types."""
     if not body.strip():
         raise InvalidRequest("the body is empty; send a JSON object")
-    _refuse_deep_nesting(body)
     try:
-        json.loads(body.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return json.loads(body.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except UnicodeDecodeError as exc:
         raise InvalidRequest(f"the body is not UTF-8: byte {exc.start} is invalid") from None
     except json.JSONDecodeError as exc:
         raise InvalidRequest(f"the body is not JSON: {exc.msg} at line {exc.lineno} column {exc.colno}") from None
+    except RecursionError:
+        raise _too_deep() from None
     except ValueError:  # the interpreter's bound on the digits of an integer
         raise InvalidRequest(
             "the body holds an integer of thousands of digits; send numbers of at most 64 bits"
         ) from None
 
 
-def _refuse_deep_nesting(body: bytes) -> None:
-    if body.count(b"{") + body.count(b"[") <= MAX_DEPTH:
-        return
-    depth = 0
-    for bracket in _BRACKET.finditer(_STRING.sub(b"", body)):
-        depth += 1 if bracket[0] in b"{[" else -1
-        if depth > MAX_DEPTH:
-            raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep; flatten it")
+def _num_containers(value: object) -> int:
+    """How many lists and objects there are. Raises InvalidRequest where they are nested too deeply."""
+    level, num_containers = [value], 0
+    for _ in range(MAX_DEPTH + 1):
+        containers = [part for part in level if isinstance(part, dict | list)]
+        if not containers:
+            return num_containers
+        num_containers += len(containers)
+        level = [part for whole in containers for part in (whole.values() if isinstance(whole, dict) else whole)]
+    raise _too_deep()
+
+
+def _heaviest(value: object) -> tuple[int | str, ...]:
+    """Where most of the lists and objects are: inwards, as long as one of a few parts holds more than half of them."""
+    if not isinstance(value, dict | list) or len(value) > MAX_FEW:
+        return ()
+    parts = dict(value.items() if isinstance(value, dict) else enumerate(value))
+    num_inside = {name: _num_containers(part) for name, part in parts.items()}
+    name = max(num_inside, key=lambda name: num_inside[name], default=None)
+    if name is None or 2 * num_inside[name] <= sum(num_inside.values()):
+        return ()
+    return (name, *_heaviest(parts[name]))
+
+
+def _too_deep() -> InvalidRequest:
+    return InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep; flatten it")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
-    if len(unique) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise InvalidRequest(
-            f"the key {twice[:64]!r} appears more than once in one object; send it once", param=twice[:64]
-        )
-    return unique
+    if len(unique) == len(pairs):
+        return unique
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise InvalidRequest(
+                f"the key {key[:64]!r} appears more than once in one object; send it once", param=key[:64]
+            )
+        seen.add(key)
+    raise AssertionError("fewer keys than pairs, and none twice")
+
+
+def _refuse_excess(value: object, model: type[BaseModel]) -> None:
+    match first_excess(value, model):
+        case Overlong(location, length, bound):
+            param = _param_of(location)
+            raise InvalidRequest(
+                f"{param or 'the body'} has {length} items; at most {bound} items are taken, send fewer", param=param
+            )
+        case UnknownFields(location):
+            param = _param_of(location)
+            raise InvalidRequest(f"{param} is not a field here; {_suggestion(location, model)}", param=param)
+
+
+def _param_of(location: tuple[int | str, ...]) -> str | None:
+    return ".".join(str(part)[:MAX_PARAM_CHARS] for part in location)[:MAX_PARAM_CHARS] or None
 
 
 def _refuse_constant(constant: str) -> NoReturn:
@@ -107,7 +171,7 @@ def invalid_request(exc: ValidationError, model: type[BaseModel]) -> InvalidRequ
     """The first error of `exc` in our words: field, value seen, remedy."""
     first, *others = exc.errors(include_url=False, include_context=False)
     location = _location(first)
-    param = ".".join(str(part) for part in location)[:128] or None
+    param = _param_of(location)
     # A collection whose items are wrong is reported a second time, as too short.
     num_more = sum(location[: len(_location(other))] != _location(other) for other in others)
     more = f" (and {num_more} more)" if num_more else ""

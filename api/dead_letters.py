@@ -5,10 +5,10 @@ An ended job stays as it is, so every further try is a new job that names the ol
 
 import orjson
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from starlette.responses import Response
 
-from api.bodies import parse_model, read_body, require_json
+from api.bodies import beside_loop, parse_model, read_body, require_json
 from api.deps import caller_of, private_router
 from api.job_inputs import page_cursor
 from api.job_views import DeadLetterListView, JobView, attempts_view, job_view
@@ -17,6 +17,7 @@ from api.openapi import request_body
 from api.queries import QueryModel, query_parameters, read_query
 from api.views import page
 from domain.errors import JobNotRetryable
+from domain.first_error import FirstErrorModel
 from domain.ids import external_id
 from domain.jobs import JobStatus
 from storage import job_attempts, job_retry
@@ -33,7 +34,7 @@ class PageQuery(QueryModel):
     limit: int = Field(default=20, ge=1, le=100)
 
 
-class ReplayBody(BaseModel):
+class ReplayBody(FirstErrorModel):
     """POST .../replay; may be left out."""
 
     model_config = ConfigDict(extra="forbid")
@@ -72,7 +73,7 @@ async def replay_dead_letter(job_id: str, request: Request) -> Response:
     raw = await read_body(request)
     if raw:
         require_json(request)
-    body = parse_model(raw or b"{}", ReplayBody)
+    body = await beside_loop(request, parse_model, raw or b"{}", ReplayBody)
     how = Resubmission("replay", is_poison_allowed=body.allow_poison)
     return await _submit_again(job_id, request, how, allowed=frozenset({JobStatus.FAILED}))
 

@@ -7,7 +7,7 @@ import orjson
 from fastapi import Request
 from starlette.responses import Response
 
-from api.bodies import parse_model, read_body, require_json
+from api.bodies import beside_loop, parse_model, read_body, require_json
 from api.deps import caller_of, private_router
 from api.job_events import JobEventStream, choices_of, read_all_chunks, start_of
 from api.job_inputs import (
@@ -22,7 +22,7 @@ from api.job_inputs import (
     preferred_wait,
     stream_cursor,
 )
-from api.job_schemas import BODY_SCHEMA, body_class
+from api.job_schemas import BODY_SCHEMA, EmbeddingJobBody, JobBody, body_class
 from api.job_views import JobListView, JobOutputView, JobView, attempts_view, job_view, new_job_view, output_view
 from api.openapi import EVENTS, TEXT
 from api.queries import query_parameters, read_query
@@ -62,7 +62,7 @@ async def submit_job(request: Request) -> Response:
     services, tenant_id = caller_of(request)
     require_json(request)
     content = await read_body(request)
-    body = parse_model(content, body_class(content))
+    body = await beside_loop(request, _parse, content)
     options = body.to_options(idempotency_key(request, body))
     submitted = await services.submitter.submit(tenant_id, body.to_request(), options)
     wait_seconds = preferred_wait(request.headers.get("prefer"))
@@ -77,6 +77,10 @@ async def submit_job(request: Request) -> Response:
     if not submitted.is_new:
         headers["idempotent-replayed"] = "true"
     return answer_job(view, headers, pending_status=202)
+
+
+def _parse(content: bytes) -> JobBody | EmbeddingJobBody:
+    return parse_model(content, body_class(content))
 
 
 @router.get(

@@ -8,18 +8,26 @@ from starlette.requests import Request
 
 from api.bodies import invalid_request
 from domain.errors import InvalidRequest
+from domain.first_error import FirstErrorModel
 
 Query = TypeVar("Query", bound="QueryModel")
 
+MAX_PARAMETERS = 64  # no route has half as many, those of a mapping counted one by one
 
-class QueryModel(BaseModel):
+
+class QueryModel(FirstErrorModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def read_query(request: Request, model: type[Query]) -> Query:
     """`a[k]=v` becomes the entry k of the mapping a. Raises InvalidRequest, also for an unknown or repeated name."""
+    parameters = request.query_params.multi_items()
+    if len(parameters) > MAX_PARAMETERS:
+        raise InvalidRequest(
+            f"the query has {len(parameters)} parameters; at most {MAX_PARAMETERS} are read, send fewer"
+        )
     given: dict[str, Any] = {}
-    for name, value in request.query_params.multi_items():
+    for name, value in parameters:
         outer, bracket, key = name.partition("[")
         is_entry = bool(bracket) and key.endswith("]")
         target: dict[str, Any] = given.setdefault(outer, {}) if is_entry else given

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from api.auth import Authenticator
+from api.large_work import LargeWork
 from api.queue_monitor import QueueMonitor
 from api.sse import StreamSlots
 from domain.catalog import Catalog
@@ -65,6 +66,7 @@ class Services:
     monitor: QueueMonitor
     streams: StreamReader
     slots: StreamSlots
+    large_work: LargeWork
     uploads: asyncio.Semaphore  # how many files may be on their way in
     draining: asyncio.Event = field(default_factory=asyncio.Event)  # set at SIGTERM: not ready, streams end
     afterwards: set["asyncio.Task[None]"] = field(default_factory=set)  # what goes on behind an answer that was sent
@@ -182,6 +184,8 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         stack.push_async_callback(submitter.aclose)
         authenticator = Authenticator(statements, is_open=settings.auth == "none")
         stack.push_async_callback(authenticator.aclose)
+        large_work = LargeWork()
+        stack.callback(large_work.close)
         services = Services(
             settings=settings,
             catalog=catalog,
@@ -195,6 +199,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             monitor=await stack.enter_async_context(QueueMonitor(statements, catalog, settings)),
             streams=await stack.enter_async_context(StreamReader(settings.redis_url, statements)),
             slots=StreamSlots(settings.max_streams),
+            large_work=large_work,
             uploads=asyncio.Semaphore(settings.max_uploads),
         )
         stack.push_async_callback(services.leave_undone)

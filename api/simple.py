@@ -11,7 +11,7 @@ from fastapi import Request
 from pydantic import ConfigDict, Field, StringConstraints
 from starlette.responses import Response
 
-from api.bodies import read_model
+from api.bodies import beside_loop, read_model
 from api.deps import caller_of, private_router, services_of
 from api.openai.answers import WholeAnswer
 from api.openai.headers import answer_headers
@@ -70,6 +70,10 @@ class GenerateBody(SimpleBody):
     prompt: str | None = None
     prompts: Prompts | None = None
     inputs: str | None = None  # another name of prompt
+
+    def to_requests(self, services: Services) -> list[GenerationRequest]:
+        """Raises InvalidRequest."""
+        return [self.to_request(services, {"prompt": text}) for text in self.texts()]
 
     def texts(self) -> list[str]:
         """Raises InvalidRequest unless exactly one of the three is given."""
@@ -136,7 +140,7 @@ async def generate(request: Request) -> Response:
     """Continue one prompt, or up to 64 of them: one job each, run together."""
     body = await read_model(request, GenerateBody)
     services = services_of(request)
-    generations = [body.to_request(services, {"prompt": text}) for text in body.texts()]
+    generations = await beside_loop(request, body.to_requests, services)
     runs = await start_all(request, generations, Asked(Endpoint.SIMPLE, has_stream=False))
     if body.prompts is None:
         return WholeAnswer(runs, lambda records: generated(records[0]))

@@ -3,11 +3,12 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints
 
 from api.job_schemas import NO_NUL, WebhookUrlText
 from api.queries import QueryModel
 from api.views import PageView, View, timestamp
+from domain.first_error import FirstErrorModel
 from domain.ids import external_id
 from domain.webhooks import EVENT_TYPES, PREFIX_BY_OBJECT, DeliveryStatus, secret_hint
 from storage.webhook_tables import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
@@ -17,7 +18,7 @@ EventType = Annotated[str, StringConstraints(max_length=64, pattern="^(" + "|".j
 EventTypes = Annotated[list[EventType], Field(min_length=1, max_length=len(EVENT_TYPES))]
 
 
-class Body(BaseModel):
+class Body(FirstErrorModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 

@@ -2,7 +2,9 @@
 
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
+
+from domain.first_error import FirstErrorModel
 
 
 class JobStatus(StrEnum):
@@ -79,7 +81,7 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the job failed; only in a result, since the stream of a failed job just ends
 
 
-class Frozen(BaseModel):
+class Frozen(FirstErrorModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 

@@ -163,8 +163,10 @@ def _check_total(what: str, number: int, bound: int) -> None:
 
 
 def _check_values(schema: JsonSchema) -> None:
-    """Numbers that a 64-bit reader would refuse or change, and nesting that a recursive one could not follow."""
+    """Numbers that a 64-bit reader would refuse or change, nesting that a recursive one could not follow, and more
+    values than there may be bytes, of which no more than that are looked at."""
     waiting: list[tuple[Any, int]] = [(schema, 1)]
+    num_values = 1
     while waiting:
         value, depth = waiting.pop()
         if depth > MAX_VALUE_DEPTH:
@@ -174,4 +176,9 @@ def _check_values(schema: JsonSchema) -> None:
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"the schema holds an integer of {value.bit_length()} bits; send one within 64 bits")
         children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        num_values += len(children)
+        if num_values > MAX_SCHEMA_BYTES:
+            raise ValueError(
+                f"the schema has more than {MAX_SCHEMA_BYTES} values; at most so many bytes are taken: shorten it"
+            )
         waiting += [(child, depth + 1) for child in children]

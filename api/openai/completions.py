@@ -1,12 +1,13 @@
 """POST /v1/completions, the older way: prompts as text or token ids, one job for each of them."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Request
 from pydantic import Discriminator, Field, Tag
 from starlette.responses import Response
 
-from api.bodies import read_model
+from api.bodies import beside_loop, read_model
 from api.deps import private_router, services_of
 from api.openai.answers import WholeAnswer
 from api.openai.completion_output import CompletionStream, Prompt, from_results, usage_chunk
@@ -17,7 +18,7 @@ from api.openai.views import CompletionView
 from api.openapi import request_body, streamed_or
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.jobs import Endpoint
-from domain.requests import GenerationRequest
+from domain.requests import MAX_PROMPT_TOKENS, GenerationRequest
 from tasks.models import ModelView
 
 MAX_PROMPTS = 128
@@ -34,11 +35,12 @@ def _kind_of(prompt: object) -> str:
 
 
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-TokenLists = Annotated[list[list[int]], Field(min_length=1, max_length=MAX_PROMPTS)]
+TokenList = Annotated[list[int], Field(max_length=MAX_PROMPT_TOKENS)]
+TokenLists = Annotated[list[TokenList], Field(min_length=1, max_length=MAX_PROMPTS)]
 Prompts = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[Texts, Tag("<texts>")]
-    | Annotated[list[int], Tag("<tokens>")]
+    | Annotated[TokenList, Tag("<tokens>")]
     | Annotated[TokenLists, Tag("<token_lists>")],
     Discriminator(_kind_of),
 ]
@@ -65,9 +67,9 @@ async def create_completion(request: Request) -> Response:
     """Choices are numbered prompt by prompt: choice `i * n + j` is answer `j` to prompt `i`."""
     body = await read_model(request, CompletionBody)
     view = services_of(request).views.get(body.model)
-    generations = to_generation_requests(body)
+    generations = await beside_loop(request, to_generation_requests, body)
     runs = await start_all(request, generations, _asked(body))
-    prompts = [prompt_of(body, generation, view, number) for number, generation in enumerate(generations)]
+    prompts = await beside_loop(request, _prompts_of, body, generations, view)
     if not body.stream:
         return WholeAnswer(runs, lambda records: from_results(records, prompts, body.service_tier))
     has_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -105,6 +107,10 @@ def _num_prompt_logprobs(body: CompletionBody) -> int | None:
     if not body.echo:
         return None
     return body.logprobs if body.logprobs is not None else 0 if body.max_tokens == 0 else None
+
+
+def _prompts_of(body: CompletionBody, generations: Sequence[GenerationRequest], view: ModelView) -> list[Prompt]:
+    return [prompt_of(body, generation, view, number) for number, generation in enumerate(generations)]
 
 
 def prompt_of(body: CompletionBody, generation: GenerationRequest, view: ModelView, number: int) -> Prompt:

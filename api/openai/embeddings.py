@@ -9,14 +9,14 @@ from fastapi import Request
 from pydantic import Discriminator, Field, StringConstraints, Tag
 from starlette.responses import Response
 
-from api.bodies import read_model
+from api.bodies import beside_loop, read_model
 from api.deps import private_router
 from api.openai.answers import WholeAnswer
 from api.openai.running import Asked, start
 from api.openai.schemas import Identity, OpenAIModel, build, in_words_of_the_body
 from api.openapi import request_body
 from api.views import View
-from domain.embeddings import EmbeddingRequest, EmbeddingResult
+from domain.embeddings import MAX_INPUT_TOKENS, MAX_INPUTS, EmbeddingRequest, EmbeddingResult
 from domain.errors import InvalidRequest
 from domain.jobs import Endpoint
 from storage.job_queries import JobRecord
@@ -33,12 +33,14 @@ def _shape(value: object) -> str:
     return "<texts>" if isinstance(first, str) else "<token ids>"
 
 
+TokenIds = Annotated[list[int], Field(max_length=MAX_INPUT_TOKENS)]
+
 #: The tags keep the branches out of error messages.
 Input = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Tag("<texts>")]
-    | Annotated[list[int], Tag("<token ids>")]
-    | Annotated[list[list[int]], Tag("<lists of token ids>")],
+    | Annotated[list[str], Field(max_length=MAX_INPUTS), Tag("<texts>")]
+    | Annotated[TokenIds, Tag("<token ids>")]
+    | Annotated[list[TokenIds], Field(max_length=MAX_INPUTS), Tag("<lists of token ids>")],
     Discriminator(_shape),
 ]
 
@@ -78,7 +80,7 @@ async def create_embeddings(request: Request) -> Response:
     """Embeddings as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""
     body = await read_model(request, EmbeddingBody)
     asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of(body))
-    run = await start(request, to_embedding_request(body), asked)
+    run = await start(request, await beside_loop(request, to_embedding_request, body), asked)
     return WholeAnswer([run], lambda records: from_result(records[0], body))
 
 

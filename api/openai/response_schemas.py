@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
-from api.openai.schemas import GenerationBody, OpenAIModel, Strings, Unsupported, only, refuse
+from api.openai.schemas import MAX_PARTS, GenerationBody, OpenAIModel, Strings, Unsupported, only, refuse
 from domain.requests import MAX_MESSAGES, MAX_PROMPT_CHARS
+from domain.tools import MAX_TOOLS
 
 PART_TYPES = ("input_text", "output_text", "text", "refusal")
 
@@ -32,7 +33,7 @@ class ContentPart(OpenAIModel):
 
 
 Content = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[list[ContentPart], Tag("<parts>")],
+    Annotated[Text, Tag("<text>")] | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), Tag("<parts>")],
     Discriminator(lambda value: "<text>" if isinstance(value, str) else "<parts>"),
 ]
 
@@ -77,8 +78,8 @@ class ReasoningItem(OpenAIModel):
     """Of an earlier answer, sent back. No model reads its old thoughts again, so it adds nothing to the prompt."""
 
     type: Literal["reasoning"]
-    summary: list[SummaryPart] | None = None
-    content: list[ThoughtPart] | None = None
+    summary: Annotated[list[SummaryPart], Field(max_length=MAX_PARTS)] | None = None
+    content: Annotated[list[ThoughtPart], Field(max_length=MAX_PARTS)] | None = None
     encrypted_content: Annotated[Any, only()] = None
     id: ItemId | None = None
     status: ItemStatus | None = None
@@ -167,11 +168,11 @@ class ResponseBody(GenerationBody):
     store: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextConfig | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    include: list[Annotated[str, only("message.output_text.logprobs")]] | None = None
+    include: Annotated[list[Annotated[str, only("message.output_text.logprobs")]], Field(max_length=16)] | None = None
     truncation: Annotated[str | None, only("disabled")] = None
     stream_options: ResponseStreamOptions | None = None
     stop: Strings | None = None  # an extension here
@@ -203,7 +204,7 @@ class InputTokensBody(OpenAIModel):
     input: Input
     instructions: Text | None = None
     previous_response_id: ItemId | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None

@@ -9,7 +9,7 @@ from pydantic import Field
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.responses import Response
 
-from api.bodies import read_model
+from api.bodies import beside_loop, read_model
 from api.deps import caller_of, private_router
 from api.openai.answers import WholeAnswer
 from api.openai.response_input import listed_items
@@ -102,7 +102,7 @@ async def count_input_tokens(request: Request) -> Response:
     """How many tokens the prompt of such a response would have."""
     services, _ = caller_of(request)
     counted = await read_model(request, InputTokensBody)
-    body = ResponseBody.model_validate(counted.model_dump(by_alias=True, exclude_unset=True))
+    body = await beside_loop(request, _counted_as_response, counted)
     generation = await _generation(request, body)
     try:
         num_tokens = await services.submitter.count_prompt_tokens(generation)
@@ -177,7 +177,11 @@ async def _generation(request: Request, body: ResponseBody) -> GenerationRequest
     context: Sequence[dict[str, Any]] = ()
     if body.previous_response_id is not None:
         context = await conversation_of(services, tenant_id, body.previous_response_id)
-    return to_generation_request(body, view, context)
+    return await beside_loop(request, to_generation_request, body, view, context)
+
+
+def _counted_as_response(counted: InputTokensBody) -> ResponseBody:
+    return ResponseBody.model_validate(counted.model_dump(by_alias=True, exclude_unset=True))
 
 
 def _asked(body: ResponseBody) -> Asked:

@@ -6,15 +6,25 @@ A body declares types only; the bounds are those of `domain.requests`, in which 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, StringConstraints, Tag, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError
 
 from api.bodies import UNSUPPORTED, invalid_request
 from api.job_schemas import MetadataKey, MetadataValue
 from domain.chunks import TokenLogprob
 from domain.errors import CeleriacError, InvalidRequest
+from domain.first_error import FirstErrorModel
 from domain.jobs import FinishReason
-from domain.requests import SamplingParams
+from domain.requests import MAX_STOP_STRINGS, SamplingParams
 from domain.structured_output import StructuredOutput
 
 #: The reasons that clients know. A job that was cut off otherwise ends in an error.
@@ -25,7 +35,7 @@ PRIORITY_BY_SERVICE_TIER = {"auto": 0, "default": 0, "flex": -5, "priority": 5, 
 Domain = TypeVar("Domain", bound=BaseModel)
 
 
-class OpenAIModel(BaseModel):
+class OpenAIModel(FirstErrorModel):
     """Part of a body: a field that nobody knows is refused; null is as good as nothing."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -54,12 +64,14 @@ def only(*harmless: Any) -> AfterValidator:
 
 Unsupported = Annotated[Any, AfterValidator(_refuse_any)]
 
-#: One string, or several. The tags keep the two branches out of error messages.
+MAX_PARTS = 1024  # of one message's content
+
+#: One stop string, or several. The tags keep the two branches out of error messages.
 Strings = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[str], Tag("<strings>")],
+    Annotated[str, Tag("<string>")] | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS), Tag("<strings>")],
     Discriminator(lambda value: "<string>" if isinstance(value, str) else "<strings>"),
 ]
-Metadata = dict[MetadataKey, MetadataValue]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 Identity = Annotated[str, StringConstraints(max_length=512)]
 ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
 

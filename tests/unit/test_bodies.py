@@ -3,12 +3,20 @@
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from api.bodies import MAX_DEPTH, parse_model
+from api.job_schemas import EmbeddingJobBody, JobBody
+from api.openai.chat_schemas import ChatCompletionBody
+from api.openai.completions import CompletionBody
+from api.openai.embeddings import EmbeddingBody
+from api.openai.response_schemas import ResponseBody
+from api.simple import GenerateBody
 from domain.errors import InvalidRequest
 from domain.requests import GenerationRequest
 
@@ -124,3 +132,79 @@ json_values = st.recursive(
 def test_any_json_is_either_a_request_or_a_client_error(value: dict[str, object]) -> None:
     with contextlib.suppress(InvalidRequest):
         parse_model(json.dumps(value).encode(), GenerationRequest).model_dump_json().encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        (b'{"model":"m","messages":[%s{}]}' % (b"{}," * 300_000), "messages", "messages has 300001 items; at most 256"),
+        (b'{"model":"m","prompt":"a","tools":[%s{}]}' % (b"{}," * 300_000), "tools", "tools has 300001 items"),
+        (
+            b'{"model":"m","prompt_token_ids":[%s-1]}' % (b"-1," * 300_000),
+            "prompt_token_ids.0",
+            "prompt_token_ids.0 is -1: it must be greater",
+        ),
+        (
+            b'{"model":"m","prompt":"a","params":{"structured_output":{"json_schema":{"anyOf":[%s{}]}}}}'
+            % (b"{}," * 300_000),
+            "params.structured_output.json_schema.anyOf",
+            "made of 300006 lists and objects",
+        ),
+        (
+            b'{"model":"m","prompt":"a","params":{"structured_output":{"json_schema":{"enum":[%s1]}}}}'
+            % (b"1," * 300_000),
+            "params.structured_output.json_schema",
+            "more than 16384 values",
+        ),
+        (
+            b'{"model":"m","prompt":"a",%s"z":1}' % b"".join(b'"a%d":1,' % n for n in range(80_000)),
+            "a0",
+            "a0 is not a field here",
+        ),
+        (
+            b'{"model":"m","prompt":"a","params":{"logit_bias":{%s"z":1}}}'
+            % b"".join(b'"a%d":1,' % n for n in range(60_000)),
+            "params.logit_bias",
+            "has 60001 items; at most 1024",
+        ),
+        (
+            b'{"model":"m","prompt":"a","metadata":{%s"7":1}}' % b"".join(b'"%d":1,' % n for n in range(60_000)),
+            "7",
+            "the key '7' appears more than once in one object; send it once",
+        ),
+        (b'{"model":"m","a":[%s1]}' % (b"[[]]," * 100_000), "a", "a is made of 200002 lists and objects"),
+    ],
+)
+def test_what_is_too_long_is_refused_by_its_length_and_by_name(body: bytes, param: str, words: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_model(body, JobBody)
+    assert words in caught.value.message
+    assert caught.value.param == param
+
+
+def test_a_few_unknown_fields_are_left_to_be_looked_at_one_by_one() -> None:
+    body = b'{"model":"m","prompt":"a",%s"z":1}' % b"".join(b'"a%d":1,' % n for n in range(10))
+    with pytest.raises(InvalidRequest, match=r"a0 is not a field here.*\(and 10 more\)"):
+        parse_model(body, GenerationRequest)
+
+
+def test_only_the_first_bad_item_of_any_list_is_looked_at() -> None:
+    for model in every_body():
+        for schema in lists_in(model.__pydantic_core_schema__):
+            assert schema.get("fail_fast"), f"a list of {model.__name__}: derive it from FirstErrorModel"
+
+
+def every_body() -> list[type[BaseModel]]:
+    return [JobBody, EmbeddingJobBody, ChatCompletionBody, ResponseBody, CompletionBody, EmbeddingBody, GenerateBody]
+
+
+def lists_in(schema: object) -> Iterator[dict[str, object]]:
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "tuple", "set"):
+            yield schema
+        for name, part in schema.items():
+            if name not in ("metadata", "serialization"):
+                yield from lists_in(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            yield from lists_in(part)

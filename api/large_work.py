@@ -1,0 +1,50 @@
+"""Work that grows with the size of a request or of an answer: beside the event loop where the size is large.
+
+The thread shares the interpreter's lock with the loop, which gets its turn every few milliseconds while Python runs,
+and has to wait for what C code does at one go. One thread, because two would take from the loop twice and be no faster.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
+
+from domain.errors import ServerOverloaded
+
+LARGE_BYTES = 65_536  # what is smaller takes the loop less than a thread's switch under load is worth
+MAX_WAITING = 64
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+class LargeWork:
+    """The thread, and how much waits for it."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="large-work")
+        self._num_waiting = 0
+
+    async def run(self, num_bytes: int, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+        """What `function` returns or raises; it touches nothing that belongs to the event loop. `num_bytes` is the size
+        of what it works on. Raises ServerOverloaded where too much waits already."""
+        if num_bytes <= LARGE_BYTES:
+            return function(*args, **kwargs)
+        if self._num_waiting >= MAX_WAITING:
+            raise ServerOverloaded(f"{MAX_WAITING} large bodies wait for their turn here; retry in a moment")
+        self._num_waiting += 1
+        work = partial(copy_context().run, function, *args, **kwargs)
+        future = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        future.add_done_callback(self._forget)
+        return await asyncio.shield(future)
+
+    def _forget(self, future: "asyncio.Future[Any]") -> None:
+        # A thread cannot be stopped: what nobody waits for any more keeps its place in the bound until it is through.
+        self._num_waiting -= 1
+        if not future.cancelled():
+            future.exception()  # read, so that it is not reported as never retrieved
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
