@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from domain.jobs import Frozen
-from domain.schema_bounds import MAX_PATTERN_CHARS, check_regex, check_repetitions, check_schema
+from domain.schema_bounds import MAX_PATTERN_CHARS, check_numbers, check_regex, check_repetitions, check_schema
+from domain.tools import ToolCalls
 
 MAX_LARK_BYTES = 16_384
 MAX_OUTPUT_CHOICES = 1_024
@@ -14,7 +15,8 @@ OutputChoice = Annotated[str, StringConstraints(min_length=1, max_length=1_024)]
 
 
 class StructuredOutput(Frozen):
-    """Exactly one field is given, and the whole output follows it: nothing before it, nothing behind it.
+    """Exactly one field is given, and the whole output follows it: nothing before it, nothing behind it. Beside `calls`
+    there may be another: the output is then calls, or what the other field says.
 
     `regex` and the schema's patterns are of the Rust regex crate's dialect, without look-around and back-references;
     `regex` matches the whole output. `lark` is llguidance's variant of Lark, with the rule `start`. The JSON of
@@ -26,10 +28,11 @@ class StructuredOutput(Frozen):
     choices: tuple[OutputChoice, ...] | None = Field(default=None, min_length=1, max_length=MAX_OUTPUT_CHOICES)
     lark: str | None = Field(default=None, min_length=1, max_length=MAX_LARK_BYTES)
     json_object: Literal[True] | None = None
+    calls: ToolCalls | None = None
 
     @property
     def kind(self) -> str:
-        """The name of the field that is given."""
+        """The name of the field that is given; beside calls, of the other."""
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
     @field_validator("json_schema")
@@ -37,6 +40,7 @@ class StructuredOutput(Frozen):
     def _bounded_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
         if schema is not None:
             check_schema(schema)
+            check_numbers(schema)
         return schema
 
     @field_validator("regex")
@@ -60,7 +64,7 @@ class StructuredOutput(Frozen):
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            known = ", ".join(type(self).model_fields)
+        if len(given) - (self.calls is not None) > 1 or not given:
+            known = ", ".join(name for name in type(self).model_fields if name != "calls")
             raise ValueError(f"{' and '.join(given) or 'nothing'} is given; give exactly one of {known}")
         return self

@@ -34,9 +34,10 @@ _EXCESS_BY_RETURN_CODE = {-signal.SIGPROF: "time", -signal.SIGABRT: "memory", -s
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`reason` is None where the grammar can be followed."""
+    """`reason` is None where the grammar can be followed; `place` is the field of the output that it is about."""
 
     reason: str | None
+    place: str
 
 
 class ProcessLost(Exception):
@@ -69,8 +70,8 @@ class GrammarGate:
         self._verdicts.move_to_end(key)
         if verdict.reason is not None:
             raise InvalidRequest(
-                f"params.structured_output.{output.kind} cannot be followed: {verdict.reason}; simplify it",
-                param=f"params.structured_output.{output.kind}",
+                f"params.structured_output.{verdict.place} cannot be followed: {verdict.reason}; simplify it",
+                param=f"params.structured_output.{verdict.place}",
             )
 
     @property
@@ -108,14 +109,16 @@ class GrammarGate:
             self._verdicts.popitem(last=False)
 
     async def _judge(self, view: ModelView, vocabulary: Vocabulary, output: dict[str, Any]) -> Verdict:
+        kind = next(name for name in StructuredOutput.model_fields if name in output)
         process = await self._process_that_knows(view, vocabulary)
         try:
-            return Verdict(await self._ask(process, {"model": view.spec.id, "output": output}, JUDGE_SECONDS))
+            answer = await self._ask(process, {"model": view.spec.id, "output": output}, JUDGE_SECONDS)
+            return Verdict(answer["reason"], answer["place"])
         except ProcessLost as exc:
             excess = _EXCESS_BY_RETURN_CODE.get(exc.return_code)
             if excess is None:
                 raise ServerOverloaded("the grammar could not be compiled; retry in a moment") from exc
-            return Verdict(f"it takes too much {excess} to compile")
+            return Verdict(f"it takes too much {excess} to compile", place=kind)
 
     async def _process_that_knows(self, view: ModelView, vocabulary: Vocabulary) -> asyncio.subprocess.Process:
         """The process, started if need be, with the model's tokenizer loaded."""
@@ -131,11 +134,11 @@ class GrammarGate:
             "eos_token_ids": vocabulary.eos_token_ids,
         }
         try:
-            reason = await self._ask(process, description, START_SECONDS)
+            answer = await self._ask(process, description, START_SECONDS)
         except ProcessLost as exc:
             raise ServerOverloaded("the grammar compiler did not start; retry in a moment") from exc
-        if reason is not None:
-            raise _unsupported(view, reason)
+        if answer["reason"] is not None:
+            raise _unsupported(view, answer["reason"])
         self._known_models.add(view.spec.id)
         return process
 
@@ -150,8 +153,10 @@ class GrammarGate:
         )
         return self._process
 
-    async def _ask(self, process: asyncio.subprocess.Process, question: dict[str, Any], seconds: float) -> str | None:
-        """The answer's reason. Raises ProcessLost; the process is gone then, as it is where this is cancelled."""
+    async def _ask(
+        self, process: asyncio.subprocess.Process, question: dict[str, Any], seconds: float
+    ) -> dict[str, Any]:
+        """Raises ProcessLost; the process is gone then, as it is where this is cancelled."""
         assert process.stdin is not None
         assert process.stdout is not None
         is_answered = False
@@ -159,10 +164,9 @@ class GrammarGate:
             async with asyncio.timeout(seconds):
                 process.stdin.write(orjson.dumps(question) + b"\n")
                 await process.stdin.drain()
-                answer = orjson.loads(await process.stdout.readuntil())
+                answer: dict[str, Any] = orjson.loads(await process.stdout.readuntil())
             is_answered = True
-            reason: str | None = answer["reason"]
-            return reason
+            return answer
         except (TimeoutError, OSError, asyncio.IncompleteReadError) as exc:
             raise ProcessLost(await self._end_process()) from exc
         finally:

@@ -1,19 +1,22 @@
 """Main of the process that judges grammars for the API, and may die of one that is too costly.
 
 Requests and answers are JSON lines on stdin and stdout, one of each at a time: a model's tokenizer first, then outputs
-to be judged for it. The answer is a reason against it, or null. The process ends with its stdin.
+to be judged for it. The answer is a reason against it, or null, and the field it is about. The process ends with its
+stdin.
 """
 
 import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
 from llguidance import LLMatcher, LLTokenizer
 
 from domain.structured_output import StructuredOutput
+from domain.tools import ToolCalls
 from tasks.grammars import error_of, in_short, make_grammar_tokenizer, make_matcher
 
 CPU_SECONDS = 0.5  # for one grammar: the engine compiles it once more, and its batch waits meanwhile
@@ -22,8 +25,26 @@ MEMORY_BYTES = 256 * 2**20  # for one grammar, on top of the tokenizers
 NUM_STEPS = 32  # of a walk through the grammar: what fails or stalls there would fail a job
 
 
-def judge(tokenizer: LLTokenizer, output: StructuredOutput) -> str | None:
-    """Why the grammar cannot be followed, None where it can."""
+def judge(tokenizer: LLTokenizer, output: StructuredOutput) -> dict[str, str | None]:
+    """`reason` says why the grammar cannot be followed, None where it can; `place` is the field that is to blame."""
+    reason = _reason_against(tokenizer, output)
+    if reason is None or output.calls is None:
+        return {"reason": reason, "place": output.kind}
+    for place, part in _parts_of(output, output.calls):
+        part_reason = _reason_against(tokenizer, part)
+        if part_reason is not None:
+            return {"reason": part_reason, "place": place}
+    return {"reason": reason, "place": "calls"}
+
+
+def _parts_of(output: StructuredOutput, calls: ToolCalls) -> Iterator[tuple[str, StructuredOutput]]:
+    if output.kind != "calls":
+        yield output.kind, output.model_copy(update={"calls": None})
+    for number, tool in enumerate(calls.tools):
+        yield f"calls.tools.{number}", StructuredOutput(calls=calls.model_copy(update={"tools": (tool,)}))
+
+
+def _reason_against(tokenizer: LLTokenizer, output: StructuredOutput) -> str | None:
     try:
         matcher = make_matcher(tokenizer, output)
     except ValueError as exc:
@@ -83,7 +104,7 @@ def _judge_within_limits(tokenizer: LLTokenizer, output: dict[str, Any]) -> dict
     _limit_memory(MEMORY_BYTES)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
-        return {"reason": judge(tokenizer, StructuredOutput.model_validate(output))}
+        return judge(tokenizer, StructuredOutput.model_validate(output))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 

@@ -5,12 +5,15 @@ which tokens may come next. It raises nothing for a bad grammar: a matcher is th
 """
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from domain.schema_keywords import without_annotations
 from domain.structured_output import StructuredOutput
+from tasks.tool_call_grammars import JSON_OPTIONS, calls_in_lark
 
 #: Beyond these a matcher is in error. Measured on adversarial grammars: the worst mask takes some 30 ms of one core and
 #: the memory stays below 150 MB, where llguidance's own limits allow 1.5 s and 300 MB. Rows are wide enough for as many
@@ -24,9 +27,23 @@ LIMITS = LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
-#: Without whitespace: a model that may write some can write it for ever. What cannot be kept is refused (`lenient`).
-JSON_OPTIONS = {"whitespace_flexible": False, "coerce_one_of": False, "lenient": False}
-
+#: What llguidance says in words of its own, in those of whoever wrote the grammar.
+_PLAIN_WORDS = (
+    (re.compile("NoExtensionBias"), "its rules refer to each other without ever coming to a character"),
+    (re.compile("circular references with sibling keys.*"), "a $ref leads back to itself without anything between"),
+    (
+        re.compile("oneOf constraints are not supported.*"),
+        "the branches of a oneOf may overlap, so that it cannot be told that exactly one is met; use anyOf",
+    ),
+    (re.compile(r"Unimplemented keys: \[(.*?)\]"), r"it has keywords that cannot be enforced: \1"),
+    (re.compile(r"Failed to generate regex for (integer|float) range:.*"), r"a bound of a number is too large"),
+    (re.compile(r"Value for 'multipleOf' has too many digits.*"), "a multipleOf has too many digits"),
+    (re.compile(r"patternProperty regexes (.*) are not disjoint"), r"the patternProperties \1 overlap"),
+    (re.compile(r"Pointer '(.*?)' does not exist"), r"a $ref leads to \1, and there is nothing"),
+    (re.compile(r"Unsatisfiable schema: "), "nothing can match it: "),
+    (re.compile(r"^(.* )?at \d+\(\d+\): |failed to compile JSON schema: "), ""),
+    (re.compile(r"anyOf is empty"), "no branch of an anyOf or enum is possible"),
+)
 _SPACE_MARK = "\u2581"
 _PLAIN_DECODER = {
     "type": "Sequence",
@@ -66,24 +83,34 @@ def in_short(message: str) -> str:
     """The first line, and the one that a parser of regular expressions adds below its drawing of the place."""
     first, *others = message.splitlines() or [""]
     details = [line.removeprefix("error: ") for line in others if line.startswith("error: ")]
+    for internal, plain in _PLAIN_WORDS:
+        first = internal.sub(plain, first)
     return " ".join([first[:150], *details[:1]])[:250]
 
 
 def _grammar_of(output: StructuredOutput) -> str:
     """llguidance's JSON form. Raises ValueError for a schema that is none."""
-    grammar: str
+    if output.calls is None:
+        return json.dumps({"grammars": [_answer_of(output)]})
+    if output.kind == "calls":
+        return json.dumps({"grammars": [{"lark_grammar": calls_in_lark(output.calls)}]})
+    calls = {"name": "calls_or_answer", "lark_grammar": calls_in_lark(output.calls, alternative="@answer")}
+    return json.dumps({"grammars": [calls, _answer_of(output) | {"name": "answer"}]})
+
+
+def _answer_of(output: StructuredOutput) -> dict[str, Any]:
+    """Of an output that is no calls."""
     if output.json_schema is not None:
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(output.json_schema), overrides=JSON_OPTIONS)
-    elif output.json_object is not None:
-        grammar = LLMatcher.grammar_from_json_schema('{"type":"object"}', overrides=JSON_OPTIONS)
-    elif output.regex is not None:
-        grammar = LLMatcher.grammar_from_regex(output.regex)
-    elif output.choices is not None:
-        grammar = LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, output.choices)))
-    else:
-        assert output.lark is not None
-        grammar = LLMatcher.grammar_from_lark(output.lark)
-    return grammar
+        return {"json_schema": without_annotations(output.json_schema) | {"x-guidance": JSON_OPTIONS}}
+    if output.json_object is not None:
+        return {"json_schema": {"type": "object", "x-guidance": JSON_OPTIONS}}
+    if output.regex is not None:
+        [grammar] = json.loads(LLMatcher.grammar_from_regex(output.regex))["grammars"]
+        return {"lark_grammar": grammar["lark_grammar"]}
+    if output.choices is not None:
+        return {"lark_grammar": "start: " + " | ".join(map(json.dumps, output.choices))}
+    assert output.lark is not None
+    return {"lark_grammar": output.lark}
 
 
 def _count_tokens(tokenizer: dict[str, Any]) -> int:

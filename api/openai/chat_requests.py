@@ -3,13 +3,15 @@
 from typing import Any
 
 from api.openai.chat_schemas import ChatCompletionBody, Message, NamedTool, ResponseFormat
+from api.openai.output_shapes import answer_of
 from api.openai.schemas import build, build_at, spelling_of_params, strings
-from api.openai.tool_requests import AskedTools, calls_only, tools_of
+from api.openai.tool_requests import AskedTools, output_of, spelling_of_output, tools_of
 from domain.errors import InvalidRequest
 from domain.requests import ChatMessage, GenerationRequest
 from domain.structured_output import StructuredOutput
-from domain.tools import ToolDefinition
 from tasks.models import ModelView
+
+SCHEMA_PLACE = "response_format.json_schema.schema"
 
 
 def to_generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
@@ -20,7 +22,7 @@ def to_generation_request(body: ChatCompletionBody, view: ModelView) -> Generati
         max_tokens=_max_tokens(body),
         stop=strings(body.stop),
         logprobs=_num_logprobs(body),
-        structured_output=_structured_output(body, view, asked, tools),
+        structured_output=output_of(asked, view, tools, _answer(body)),
     )
     messages = [to_message(message, number) for number, message in enumerate(body.messages)]
     request: dict[str, Any] = {"model": body.model, "messages": messages, "tools": tools, "params": params}
@@ -29,14 +31,13 @@ def to_generation_request(body: ChatCompletionBody, view: ModelView) -> Generati
 
 def spelling_of(body: ChatCompletionBody) -> dict[str, str]:
     max_tokens = {"max_tokens": "max_completion_tokens"} if body.max_completion_tokens is not None else {}
-    return spelling_of_params(structured_output=_structured_by(body), **max_tokens)
+    return spelling_of_params(**spelling_of_output(_asked_tools(body), _places_of_answer(body)), **max_tokens)
 
 
-def _structured_by(body: ChatCompletionBody) -> str:
-    """The parameter that says what the output must look like."""
-    if body.structured_output is not None:
-        return "structured_output"
-    return "response_format" if _is_formatted(body) else "tool_choice"
+def _places_of_answer(body: ChatCompletionBody) -> dict[str, str]:
+    if body.structured_output is not None or not _is_formatted(body):
+        return {}
+    return {"structured_output.json_schema": SCHEMA_PLACE, "structured_output.json_object": "response_format"}
 
 
 def to_message(message: Message, number: int) -> ChatMessage:
@@ -82,25 +83,16 @@ def _asked_tools(body: ChatCompletionBody) -> AskedTools:
     )
 
 
-def _structured_output(
-    body: ChatCompletionBody, view: ModelView, asked_tools: AskedTools, tools: tuple[ToolDefinition, ...]
-) -> StructuredOutput | None:
-    asked = [
-        name
-        for name, is_asked in {
-            "structured_output": body.structured_output is not None,
-            "response_format": _is_formatted(body),
-            "tool_choice": bool(tools) and asked_tools.must_call,
-        }.items()
-        if is_asked
-    ]
-    if len(asked) > 1:
-        raise InvalidRequest(f"{asked[0]} and {asked[1]} both shape the output; send one of them", param=asked[1])
-    if asked == ["tool_choice"]:
-        return calls_only(asked_tools, view, tools)
-    if body.response_format is not None and asked == ["response_format"]:
-        return _formatted(body.response_format)
-    return body.structured_output
+def _answer(body: ChatCompletionBody) -> StructuredOutput | None:
+    """What an output that is no calls must look like."""
+    if not _is_formatted(body):
+        return body.structured_output
+    if body.structured_output is not None:
+        raise InvalidRequest(
+            "structured_output and response_format both shape the output; send one of them", param="response_format"
+        )
+    assert body.response_format is not None
+    return _formatted(body.response_format)
 
 
 def _is_formatted(body: ChatCompletionBody) -> bool:
@@ -115,7 +107,7 @@ def _formatted(format: ResponseFormat) -> StructuredOutput:
     schema = format.json_schema.schema_
     if schema is None:
         return StructuredOutput(json_object=True)
-    return build_at("response_format.json_schema", StructuredOutput, {"json_schema": schema})
+    return answer_of(schema, is_strict=format.json_schema.strict is True, place=SCHEMA_PLACE)
 
 
 def _max_tokens(body: ChatCompletionBody) -> int | None:

@@ -10,12 +10,19 @@ from typing import NamedTuple
 
 from api.openai.tool_call_parsing import ToolCallText
 from domain.requests import GenerationRequest
-from tasks.output_formats import END_THINK, THINK, OutputFormat, ReasoningFormat, ToolFormat
+from domain.tools import ToolFormat
+from tasks.output_formats import END_THINK, THINK, OutputFormat, ReasoningFormat
 
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 MARKERS = {ToolFormat.MISTRAL: "[TOOL_CALLS]", ToolFormat.LLAMA3: "<|python_tag|>"}
 
 _BARE_HEAD = '{"name":'
+#: As grammars write calls, and no other JSON: with a blank behind the colon.
+_BEGINNING_OF_CALLS = {
+    ToolFormat.HERMES: CALL,
+    ToolFormat.MISTRAL: '[{"name": "',
+    ToolFormat.LLAMA3: '{"name": "',
+}
 
 
 class Content(NamedTuple):
@@ -44,11 +51,20 @@ Piece = Content | Reasoning | CallName | CallArguments
 class OutputParser:
     """One sequence's text to pieces. Feed it with `push`, and `finish` it."""
 
-    def __init__(self, format: OutputFormat, *, tool_names: frozenset[str], max_calls: int | None = None) -> None:
-        """Without `tool_names` no call is looked for; calls beyond `max_calls` are dropped."""
+    def __init__(
+        self,
+        format: OutputFormat,
+        *,
+        tool_names: frozenset[str],
+        max_calls: int | None = None,
+        follows_grammar: bool = False,
+    ) -> None:
+        """Without `tool_names` no call is looked for; calls beyond `max_calls` are dropped. An output that
+        `follows_grammar` is calls from its first character on, in just the grammar's words, or has none at all."""
         self._tools = format.tools if tool_names else None
         self._tool_names = tool_names
         self._max_calls = max_calls
+        self._follows_grammar = follows_grammar
         self._held = ""  # text that may be the beginning of something
         self._call: ToolCallText | None = None
         self.num_calls = 0
@@ -124,7 +140,20 @@ class OutputParser:
         return iter(())
 
     def _begin_content(self) -> None:
-        self._state = self._before_bare_call if self._tools in MARKERS else self._in_content
+        if self._follows_grammar and self._tools is not None:
+            self._state = self._at_calls_or_answer
+        else:
+            self._state = self._before_bare_call if self._tools in MARKERS else self._in_content
+
+    def _at_calls_or_answer(self, *, is_end: bool) -> Iterator[Piece]:
+        """An answer may hold what would be a call elsewhere: a tag within a string, the keys of a call."""
+        assert self._tools is not None
+        beginning = _BEGINNING_OF_CALLS[self._tools]
+        if self._held.startswith(beginning):
+            self._state = self._in_content if self._tools is ToolFormat.HERMES else self._before_bare_call
+        elif not beginning.startswith(self._held):
+            self._tools, self._state = None, self._in_content
+        return iter(())
 
     def _in_content(self, *, is_end: bool) -> Iterator[Piece]:
         if self._tools is not ToolFormat.HERMES:
@@ -254,4 +283,5 @@ def parser_of(request: GenerationRequest, format: OutputFormat) -> OutputParser:
         format if structured is None else OutputFormat(format.tools),
         tool_names=frozenset(tool.name for tool in request.tools),
         max_calls=None if request.parallel_tool_calls else 1,
+        follows_grammar=structured is not None,
     )

@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
+from api.openai.output_shapes import answer_of
 from api.openai.response_input import messages_of
 from api.openai.response_schemas import NamedTool, ResponseBody, TextFormat
-from api.openai.schemas import build, build_at, spelling_of_params, strings
-from api.openai.tool_requests import AskedTools, calls_only, tools_of
+from api.openai.schemas import build, spelling_of_params, strings
+from api.openai.tool_requests import AskedTools, output_of, spelling_of_output, tools_of
 from domain.errors import InvalidRequest
 from domain.requests import GenerationRequest
 from domain.structured_output import StructuredOutput
-from domain.tools import ToolDefinition
 from tasks.models import ModelView
+
+SCHEMA_PLACE = "text.format.schema"
 
 
 def to_generation_request(
@@ -25,7 +27,7 @@ def to_generation_request(
         max_tokens=body.max_output_tokens,
         stop=strings(body.stop),
         logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
-        structured_output=_structured_output(body, view, asked, tools),
+        structured_output=output_of(asked, view, tools, _answer(body)),
     )
     messages = messages_of(body.input, instructions=body.instructions, context=context)
     request: dict[str, Any] = {"model": body.model, "messages": messages, "tools": tools, "params": params}
@@ -38,14 +40,14 @@ def to_generation_request(
 
 
 def spelling_of(body: ResponseBody) -> dict[str, str]:
-    return spelling_of_params(structured_output=_structured_by(body), max_tokens="max_output_tokens")
+    output = spelling_of_output(_asked_tools(body), _places_of_answer(body))
+    return spelling_of_params(**output, max_tokens="max_output_tokens")
 
 
-def _structured_by(body: ResponseBody) -> str:
-    """The parameter that says what the output must look like."""
-    if body.structured_output is not None:
-        return "structured_output"
-    return "text.format" if _format_of(body) is not None else "tool_choice"
+def _places_of_answer(body: ResponseBody) -> dict[str, str]:
+    if _format_of(body) is None or body.structured_output is not None:
+        return {}
+    return {"structured_output.json_schema": SCHEMA_PLACE, "structured_output.json_object": "text.format"}
 
 
 def _asked_tools(body: ResponseBody) -> AskedTools:
@@ -59,18 +61,16 @@ def _asked_tools(body: ResponseBody) -> AskedTools:
     )
 
 
-def _structured_output(
-    body: ResponseBody, view: ModelView, asked: AskedTools, tools: tuple[ToolDefinition, ...]
-) -> StructuredOutput | None:
-    format, must_call = _format_of(body), bool(tools) and asked.must_call
-    if (body.structured_output is not None) + (format is not None) + must_call > 1:
+def _answer(body: ResponseBody) -> StructuredOutput | None:
+    """What an output that is no calls must look like."""
+    format = _format_of(body)
+    if format is None:
+        return body.structured_output
+    if body.structured_output is not None:
         raise InvalidRequest(
-            "structured_output, text.format and a required tool each shape the output; send one of them",
-            param="text.format" if format is not None else "tool_choice",
+            "structured_output and text.format both shape the output; send one of them", param="text.format"
         )
-    if must_call:
-        return calls_only(asked, view, tools)
-    return body.structured_output if format is None else _formatted(format)
+    return _formatted(format)
 
 
 def _format_of(body: ResponseBody) -> TextFormat | None:
@@ -86,4 +86,4 @@ def _formatted(format: TextFormat) -> StructuredOutput:
         raise InvalidRequest("text.format.schema is missing; add it", param="text.format.schema")
     if format.name is None:
         raise InvalidRequest("text.format.name is missing; add it", param="text.format.name")
-    return build_at("text.format", StructuredOutput, {"json_schema": format.schema_})
+    return answer_of(format.schema_, is_strict=format.strict is True, place=SCHEMA_PLACE)

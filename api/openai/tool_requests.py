@@ -1,15 +1,19 @@
 """The tools of a request, whichever route it came by: checked, shown to the model, and asked for by a grammar."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from api.bodies import invalid_request
+from api.openai.output_parsing import MARKERS
+from api.openai.output_shapes import callable_tool, with_calls
 from api.openai.schemas import build_at
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.structured_output import StructuredOutput
-from domain.tools import ToolDefinition
+from domain.tools import ToolCalls, ToolDefinition
 from tasks.models import ModelView
-from tasks.output_formats import tool_call_grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +51,61 @@ def tools_of(asked: AskedTools, view: ModelView) -> tuple[ToolDefinition, ...]:
     return () if asked.mode == "none" else tools
 
 
-def calls_only(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]) -> StructuredOutput:
-    """The whole output is calls: of any tool, or one call of the tool that is named. Raises InvalidRequest."""
+def output_of(
+    asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...], answer: StructuredOutput | None
+) -> StructuredOutput | None:
+    """What the output must be: calls where one must be made; where one may be made, calls or what `answer` says, if it
+    says anything. Raises InvalidRequest."""
+    if not tools or (answer is None and not asked.must_call):
+        return answer
+    return with_calls(None if asked.must_call else answer, _calls(asked, view, tools))
+
+
+def spelling_of_output(asked: AskedTools, answer: Mapping[str, str]) -> dict[str, str]:
+    """Where the parts of a structured output stand in the body; `answer` says it of those that are no calls."""
+    places = [
+        (f"structured_output.calls.tools.{index}", f"{asked.place.format(number)}.parameters")
+        for index, (number, _) in enumerate(_callable_ones(asked))
+    ]
+    # Where names are replaced one after the other, a longer number has to go before the one that it begins with.
+    return {**answer, **dict(reversed(places)), "structured_output.calls": "tools"}
+
+
+def _callable_ones(asked: AskedTools) -> list[tuple[int, dict[str, Any]]]:
+    """With their numbers among all tools."""
+    return [pair for pair in enumerate(asked.definitions) if asked.name in (None, pair[1]["name"])]
+
+
+def _calls(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]) -> ToolCalls:
     assert view.output_format.tools is not None
-    choices, max_calls = list(tools), None if asked.is_parallel else 1
-    if asked.name is not None:
-        choices, max_calls = [tool for tool in tools if tool.name == asked.name], 1
-        if not choices:
-            raise InvalidRequest(
-                f"tool_choice names {asked.name[:64]!r}, which is none of the tools", param=asked.name_place
-            )
-    for tool in choices:
-        if tool.parameters is not None:
-            place = asked.place.format(tools.index(tool))
-            build_at(f"{place}.parameters", StructuredOutput, {"json_schema": tool.parameters})
-    grammar = tool_call_grammar(view.output_format.tools, choices, max_calls=max_calls)
-    return build_at("tools", StructuredOutput, {"lark": grammar})
+    numbers = [number for number, _ in _callable_ones(asked)]
+    if not numbers:
+        raise InvalidRequest(
+            f"tool_choice names {str(asked.name)[:64]!r}, which is none of the tools", param=asked.name_place
+        )
+    by_name = {tool.name: tool for tool in tools}
+    callable_tools = [
+        callable_tool(by_name[definition["name"]], place=f"{asked.place.format(number)}.parameters")
+        for number, definition in _callable_ones(asked)
+    ]
+    fields = {
+        "format": view.output_format.tools,
+        "tools": callable_tools,
+        "is_single": asked.name is not None or not asked.is_parallel,
+        "marker_token_id": _marker_token_id(view),
+    }
+    try:
+        return ToolCalls.model_validate(fields)
+    except ValidationError as exc:
+        refusal = invalid_request(exc, ToolCalls)
+        raise InvalidRequest(f"tools: {refusal.message}", param="tools") from None
+
+
+def _marker_token_id(view: ModelView) -> int | None:
+    """Of the special token that the model has learnt to write before its calls."""
+    marker = MARKERS.get(view.output_format.tools) if view.output_format.tools else None
+    if marker is None or view.vocabulary is None:
+        return None
+    added = view.vocabulary.tokenizer.get_added_tokens_decoder()
+    ids = [token_id for token_id, token in added.items() if token.content == marker and token.special]
+    return next((token_id for token_id in ids if token_id < view.vocab_size), None)

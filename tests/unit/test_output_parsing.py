@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.openai.output_parsing import CallArguments, CallName, Content, OutputParser, Piece, Reasoning
-from tasks.output_formats import OutputFormat, ReasoningFormat, ToolFormat, output_format_of
+from domain.tools import ToolFormat
+from tasks.output_formats import OutputFormat, ReasoningFormat, output_format_of
 
 HERMES = OutputFormat(ToolFormat.HERMES, ReasoningFormat.TAGGED)
 MISTRAL = OutputFormat(ToolFormat.MISTRAL)
@@ -19,9 +20,14 @@ NAMES = frozenset({"add", "find"})
 
 
 def parse(
-    texts: Sequence[str], format: OutputFormat, *, is_cut: bool = False, max_calls: int | None = None
+    texts: Sequence[str],
+    format: OutputFormat,
+    *,
+    is_cut: bool = False,
+    max_calls: int | None = None,
+    follows_grammar: bool = False,
 ) -> list[Piece]:
-    parser = OutputParser(format, tool_names=NAMES, max_calls=max_calls)
+    parser = OutputParser(format, tool_names=NAMES, max_calls=max_calls, follows_grammar=follows_grammar)
     pieces = [piece for text in texts for piece in parser.push(text)] + parser.finish(is_cut=is_cut)
     whole: list[Piece] = []
     for piece in pieces:
@@ -112,6 +118,29 @@ def test_arguments_come_while_they_are_written() -> None:
         CallArguments(0, '{"a"'),
     ]
     assert parser.push(": 1") == [CallArguments(0, ": 1")]
+
+
+IN_A_STRING = '{"text":"<tool_call>\\n{\\"name\\": \\"add\\"}"}'
+GUIDED: list[tuple[str, OutputFormat, list[Piece]]] = [
+    (IN_A_STRING, HERMES, [Content(IN_A_STRING)]),
+    (CALL, HERMES, [CallName(0, "add"), CallArguments(0, ARGUMENTS)]),
+    ('{"name":"add","parameters":{"a":1}}', LLAMA3, [Content('{"name":"add","parameters":{"a":1}}')]),
+    ('{"name": "add", "parameters": {"a":1}}', LLAMA3, [CallName(0, "add"), CallArguments(0, '{"a":1}')]),
+    ('[{"name":"add","arguments":{}}]', MISTRAL, [Content('[{"name":"add","arguments":{}}]')]),
+    ('[{"name": "add", "arguments": {}}]', MISTRAL, [CallName(0, "add"), CallArguments(0, "{}")]),
+    ('[{"name', MISTRAL, [Content('[{"name')]),
+    ("[]", MISTRAL, [Content("[]")]),
+    ("<b>", HERMES, [Content("<b>")]),
+]
+
+
+@pytest.mark.parametrize(("text", "format", "expected"), GUIDED)
+def test_under_a_grammar_an_answer_is_told_from_calls_by_its_beginning(
+    text: str, format: OutputFormat, expected: list[Piece]
+) -> None:
+    format = OutputFormat(format.tools)
+    for texts in ([text], list(text)):
+        assert parse(texts, format, follows_grammar=True) == expected
 
 
 @pytest.mark.parametrize("length", range(1, len(CALL)))

@@ -13,7 +13,8 @@ from pydantic import TypeAdapter
 
 from api.openai.output_parsing import OutputParser
 from api.openai.response_output import Item, ResponseEvent, ResponseOutput
-from tasks.output_formats import OutputFormat, ReasoningFormat, ToolFormat
+from domain.tools import ToolFormat
+from tasks.output_formats import OutputFormat, ReasoningFormat
 
 JOB_ID = UUID(int=1)
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, "}"]}}\n</tool_call>'

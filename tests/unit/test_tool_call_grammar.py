@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher
 
+from api.openai.output_shapes import callable_tool
 from domain.catalog import ModelSpec
 from domain.structured_output import StructuredOutput
-from domain.tools import ToolDefinition
+from domain.tools import ToolCalls, ToolDefinition, ToolFormat
 from settings import ROOT
 from tasks.grammars import make_grammar_tokenizer, make_matcher
 from tasks.models import ModelView, load_model_view
-from tasks.output_formats import ToolFormat, tool_call_grammar
 
 NODE: dict[str, Any] = {
     "type": "object",
@@ -20,7 +20,10 @@ NODE: dict[str, Any] = {
     "additionalProperties": False,
     "$defs": {"point": {"type": "integer"}},
 }
-TOOLS = [ToolDefinition(name="go", parameters=NODE), ToolDefinition(name="stop")]
+TOOLS = tuple(
+    callable_tool(tool, place="tools")
+    for tool in (ToolDefinition(name="go", parameters=NODE), ToolDefinition(name="stop"))
+)
 GO, STOP = '{"name": "go", "arguments": {"at":3}}', '{"name": "stop", "arguments": {}}'
 HERMES, MISTRAL, LLAMA3 = ToolFormat.HERMES, ToolFormat.MISTRAL, ToolFormat.LLAMA3
 
@@ -43,11 +46,11 @@ def view() -> ModelView:
     return load_model_view(ModelSpec(id="mini", path=str(ROOT / "models" / "celeriac-mini"), max_model_len=1024))
 
 
-def matcher_of(view: ModelView, grammar: str) -> LLMatcher:
+def matcher_of(view: ModelView, output: StructuredOutput) -> LLMatcher:
     vocabulary = view.vocabulary
     assert vocabulary is not None
     tokenizer = make_grammar_tokenizer(vocabulary.tokenizer.to_str(), view.vocab_size, vocabulary.eos_token_ids)
-    matcher = make_matcher(tokenizer, StructuredOutput(lark=grammar))
+    matcher = make_matcher(tokenizer, output)
     assert not matcher.is_error(), matcher.get_error()
     return matcher
 
@@ -56,7 +59,7 @@ def matcher_of(view: ModelView, grammar: str) -> LLMatcher:
 def test_only_calls_of_the_tools_can_be_written(
     view: ModelView, format: ToolFormat, max_calls: int | None, text: str, is_allowed: bool
 ) -> None:
-    matcher = matcher_of(view, tool_call_grammar(format, TOOLS, max_calls=max_calls))
+    matcher = matcher_of(view, StructuredOutput(calls=ToolCalls(format=format, tools=TOOLS, is_single=max_calls == 1)))
     token_ids = view._encoder.encode(text, add_special_tokens=False)
     is_whole = matcher.try_consume_tokens(token_ids) == len(token_ids)
     assert (is_whole and matcher.is_accepting()) == is_allowed
