@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram
 from pythonjsonlogger.core import RESERVED_ATTRS
-from pythonjsonlogger.json import JsonFormatter
+from pythonjsonlogger.orjson import OrjsonFormatter
 
 job_id_context: ContextVar[str | None] = ContextVar("job_id", default=None)
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -43,6 +43,7 @@ def configure_logging(level: str, log_format: Literal["json", "text"]) -> None:
     handler.setFormatter(_json_formatter() if log_format == "json" else _TextFormatter(_TEXT_FORMAT))
     root = logging.getLogger()
     root.handlers = [handler]
+    logging.captureWarnings(True)
     root.setLevel(level)
     # Their INFO lines repeat ours or fire per request.
     for name in ("uvicorn.access", "httpx", "httpcore", "sqlalchemy.engine"):
@@ -59,10 +60,13 @@ _CELERY_CONSUMER = "celery.worker.consumer.consumer"
 
 
 def _shorten(record: logging.LogRecord) -> bool:
-    """Celery tells of every lost broker connection with all its frames, none of them ours."""
+    """Celery tells of every lost broker connection with all its frames, none of them ours. Others break their lines."""
     if record.name == _CELERY_CONSUMER and record.exc_info and record.exc_info[1] is not None:
         record.msg, record.args = f"{record.getMessage()} {describe_exception(record.exc_info[1])}", ()
         record.exc_info = None
+    message = record.getMessage()
+    if "\n" in message:
+        record.msg, record.args = " ".join(message.split()), ()
     return True
 
 
@@ -94,7 +98,7 @@ class _TextFormatter(logging.Formatter):
         return _format_exception(exc_info)
 
 
-class _CarefulJsonFormatter(JsonFormatter):
+class _CarefulJsonFormatter(OrjsonFormatter):  # half the price of the standard library's JSON
     def formatException(self, ei: _ExcInfo) -> list[str]:  # type: ignore[override]
         return _format_exception(ei).splitlines()
 

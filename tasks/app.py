@@ -4,9 +4,11 @@ Nothing here reaches torch or `gpu_worker`: what runs a GPU task is decided by t
 """
 
 import logging
+import warnings
 from typing import Any
 
 from celery import Celery, bootsteps, signals
+from celery.exceptions import SecurityWarning
 from celery.worker.consumer.connection import Connection
 from kombu import Exchange, Queue
 from kombu.utils.url import maybe_sanitize_url
@@ -102,8 +104,17 @@ _WORKER = {
 _LOGGERS_OF_EVERY_TASK = ("celery.worker.strategy", "celery.app.trace")
 
 
+@signals.celeryd_init.connect
+def _begin_the_log(instance: Any, **_: object) -> None:
+    """Celery has a banner to print and a warning to give before it asks how to log."""
+    instance.quiet = True
+    warnings.simplefilter("ignore", SecurityWarning)  # a worker of root's that reads pickles; ours reads JSON alone
+    log_as_every_process_does()
+
+
 @signals.setup_logging.connect
-def _log_as_every_process_does(**_: object) -> None:
+def log_as_every_process_does(**_: object) -> None:
+    """Every line of this process is one of ours, from now on."""
     settings = get_settings()
     configure_logging(settings.log_level, settings.log_format)
     for name in _LOGGERS_OF_EVERY_TASK:

@@ -13,7 +13,7 @@ from tornado.web import Application, RequestHandler
 
 from domain.door import Door
 from settings import get_settings
-from tasks.app import app
+from tasks.app import app, log_as_every_process_does
 
 __all__ = ["app"]
 
@@ -42,4 +42,5 @@ def find_handler(flower: Flower, request: HTTPServerRequest, **options: Any) -> 
     return delegate
 
 
+log_as_every_process_does()  # before Tornado finds that nobody does, and logs in colours
 Flower.find_handler = find_handler

@@ -276,14 +276,17 @@ class Plant:
 
     def _part(self, name: str, *arguments: str) -> Part:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("CELERIAC_")}
-        environment |= self._settings | {
-            "CELERIAC_DATABASE_URL": self._database_url(name),
-            "CELERIAC_REDIS_URL": self._redis_url(name),
-            "CELERIAC_MODELS_FILE": str(self.folder / "models.toml"),
-            "CELERIAC_LOG_FORMAT": "text",
-            "PYTHONPATH": str(self.root),
-            "OMP_NUM_THREADS": "1",  # many small processes share the machine
-        }
+        environment |= (
+            {"CELERIAC_LOG_FORMAT": "text"}
+            | self._settings
+            | {
+                "CELERIAC_DATABASE_URL": self._database_url(name),
+                "CELERIAC_REDIS_URL": self._redis_url(name),
+                "CELERIAC_MODELS_FILE": str(self.folder / "models.toml"),
+                "PYTHONPATH": str(self.root),
+                "OMP_NUM_THREADS": "1",  # many small processes share the machine
+            }
+        )
         log_path = self.folder / "logs" / f"{name}.log"
         return Part(name, [sys.executable, "-m", "cli", *arguments], environment, log_path, self.root)
 

@@ -1,0 +1,86 @@
+"""The logs of the real processes: JSON from the first line on, and each job's story in them, whoever ran it."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from launcher import free_port
+from tests.chaos.plant import Plant
+from tests.integration.api_harness import until
+from tests.integration.test_main_job import System
+
+MODELS = """
+[[models]]
+id = "fake"
+path = "none"
+backend = "fake"
+max_model_len = 4096
+max_num_seqs = 8
+[models.fake]
+step_seconds = 0.1
+"""
+SETTINGS = {"lease_seconds": 3, "lease_grace_seconds": 0.5, "janitor_interval_seconds": 0.5, "log_format": "json"}
+PROMPT = "Nobody-may-read-this-in-a-log"
+NUM_TOKENS = 60
+START_SECONDS = 60.0
+
+
+@pytest.fixture
+def system() -> Iterator[System]:
+    folder = Path(tempfile.mkdtemp(prefix="celeriac-logs-"))
+    plant = Plant(folder, models=MODELS, worker_models={"gpu-1": "fake"}, settings=SETTINGS)
+    with System(plant) as system:
+        yield system
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def lines_of(plant: Plant) -> list[dict[str, Any]]:
+    """Of all processes, in order of time. Raises where one is not JSON."""
+    lines: list[dict[str, Any]] = []
+    for file in sorted((plant.folder / "logs").glob("*.log")):
+        lines += [json.loads(line) | {"process": file.stem} for line in file.read_text().splitlines()]
+    return sorted(lines, key=lambda line: str(line["time"]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_story_of_a_rescued_job_can_be_read_in_the_logs_by_its_id(system: System) -> None:
+    plant = system.plant
+    flower = plant._part("flower", "flower", "--port", str(free_port("127.0.0.1", 0)))
+    flower.start()
+    try:
+        with httpx.Client(base_url=plant.api_urls[0], timeout=30) as http:
+            params = {"max_tokens": NUM_TOKENS, "ignore_eos": True}
+            accepted = http.post("/v1/jobs", json={"model": "fake", "prompt": PROMPT, "params": params})
+            name, request_id = accepted.json()["id"], accepted.headers["x-request-id"]
+            until(lambda: http.get(f"/v1/jobs/{name}").json()["first_token_at"], seconds=START_SECONDS)
+            plant.workers[0].kill()  # with SIGKILL; it is started again
+            until(lambda: http.get(f"/v1/jobs/{name}").json()["status"] == "completed", seconds=START_SECONDS)
+        until(lambda: "Visit me" in flower.log(), seconds=START_SECONDS)
+        until(lambda: any(line["message"] == "job ended" for line in lines_of(plant)))
+    finally:
+        flower.close()
+    story = [line for line in lines_of(plant) if line.get("job_id") == name and line["message"].startswith("job ")]
+    assert [(line["process"], line["message"]) for line in story] == [
+        ("api-1", "job accepted"),
+        ("gpu-1", "job claimed"),
+        ("gpu-1", "job first token"),
+        ("maintenance", "job rescued"),
+        ("gpu-1", "job claimed"),
+        ("gpu-1", "job ended"),
+    ]
+    assert {line["request_id"] for line in story} == {request_id}
+    assert {line["level"] for line in story} == {"INFO"}
+    _, first, _, rescued, second, end = story
+    assert (first["attempt"], rescued["attempt"], second["attempt"], end["attempt"]) == (1, 1, 2, 2)
+    assert first["worker"].startswith("gpu-1")
+    assert 0 < rescued["tokens"] == second["tokens"] < end["tokens"] == NUM_TOKENS
+    assert (end["status"], end["seconds"] > 0) == ("completed", True)
+    assert PROMPT not in "".join(map(json.dumps, lines_of(plant)))
+    assert not any("\n" in line["message"] for line in lines_of(plant))
