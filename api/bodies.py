@@ -9,13 +9,15 @@ import difflib
 import json
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn, ParamSpec, TypeVar, get_args
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from api.body_parts import drop_nulls, owner_at
 from api.deps import services_of
 from api.errors import RequestTimeout, UnsupportedMediaType
+from api.ignored_fields import HintTree, hint_at, note_ignored, take_hints
 from api.lengths import Overlong, UnknownFields, first_excess
 from domain.errors import InvalidRequest, UnsupportedParameter
 
@@ -37,10 +39,11 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-async def read_model(request: Request, model: type[Model]) -> Model:
-    """The body as a `model`. Raises InvalidRequest or UnsupportedMediaType; the size was bounded by the middleware."""
+async def read_model(request: Request, model: type[Model], hints: HintTree | None = None) -> Model:
+    """The body as a `model`, without what `hints` let be left out. Raises InvalidRequest or UnsupportedMediaType; the
+    size was bounded by the middleware."""
     require_json(request)
-    return await beside_loop(request, parse_model, await read_body(request), model)
+    return await beside_loop(request, parse_model, await read_body(request), model, hints)
 
 
 async def beside_loop(request: Request, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
@@ -69,8 +72,9 @@ def require_json(request: Request) -> None:
         raise UnsupportedMediaType(f"Content-Encoding is {encoding[:32]!r}; send the body uncompressed")
 
 
-def parse_model(body: bytes, model: type[Model]) -> Model:
-    """Strict: no coercion between JSON types, no unknown or duplicate key, no NaN, no deep nesting."""
+def parse_model(body: bytes, model: type[Model], hints: HintTree | None = None) -> Model:
+    """Strict: no coercion between JSON types, no unknown or duplicate key, no NaN, no deep nesting. A null says
+    nothing, and what `hints` cover is left out and noted."""
     value = _parse_json(body)
     num_containers = _num_containers(value)
     _refuse_excess(value, model)
@@ -81,10 +85,34 @@ def parse_model(body: bytes, model: type[Model]) -> Model:
             "in all, send fewer",
             param=param,
         )
+    body = _without_nothing(value, body, model, hints or {})
     try:
         return model.model_validate_json(body, strict=True)
     except ValidationError as exc:
-        raise invalid_request(exc, model) from None
+        raise _refused_hint(exc, hints or {}) or invalid_request(exc, model) from None
+
+
+def _refused_hint(exc: ValidationError, hints: HintTree) -> UnsupportedParameter | None:
+    """The first error of `exc`, where it is a field that can be left out, but not with this value."""
+    first = exc.errors(include_url=False, include_context=False)[0]
+    location = _location(first)
+    hint = hint_at(hints, location) if first["type"] == "extra_forbidden" else None
+    if hint is None:
+        return None
+    param = ".".join(str(part) for part in location)
+    taken = " or ".join(json.dumps(value) for value in hint.values)
+    return UnsupportedParameter(
+        f"{param} is {_shown(location, first['input'])}: it is taken as {taken} only; leave it out", param=param
+    )
+
+
+def _without_nothing(parsed: object, body: bytes, model: type[BaseModel], hints: HintTree) -> bytes:
+    """The body again, without what does not count. `parsed` is taken apart."""
+    is_changed = b"null" in body and drop_nulls(parsed, model)
+    own_fields = {field.alias or name for name, field in model.model_fields.items()}
+    ignored = take_hints(parsed, hints, own_fields=own_fields)
+    note_ignored(ignored)
+    return json.dumps(parsed).encode() if is_changed or ignored else body
 
 
 def _parse_json(body: bytes) -> object:
@@ -193,7 +221,7 @@ def _describe(error: Any, param: str | None, model: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{param} is missing; add it"
     if kind == "extra_forbidden":
-        return f"{param} is not a field here; {_suggestion(location, model)}"
+        return f"{param} is not a field here; {_suggestion(error['loc'], model)}"
     if kind == "json_invalid":
         return f"the body is not JSON: {message}"
     if kind == UNSUPPORTED:
@@ -204,25 +232,12 @@ def _describe(error: Any, param: str | None, model: type[BaseModel]) -> str:
 
 
 def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    owner = _model_at(model, location[:-1])
+    owner = owner_at(model, location[:-1])
     known = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
     close = difflib.get_close_matches(str(location[-1])[:64], known, n=1)
     if close:
         return f"did you mean {close[0]}?"
     return f"known are: {', '.join(known)}" if known else "remove it"
-
-
-def _model_at(model: type[BaseModel] | None, location: tuple[int | str, ...]) -> type[BaseModel] | None:
-    for part in location:
-        if model is not None and isinstance(part, str) and part in model.model_fields:
-            model = _model_within(model.model_fields[part].annotation)
-    return model
-
-
-def _model_within(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _model_within(part)) is not None), None)
 
 
 def _shown(location: tuple[int | str, ...], value: object) -> str:

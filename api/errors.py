@@ -61,6 +61,7 @@ HTTP_BY_CODE: dict[str, HttpError] = {
     "invalid_value": HttpError(400, "invalid_request_error"),
     "context_length_exceeded": HttpError(400, "invalid_request_error"),
     "unsupported_parameter": HttpError(400, "invalid_request_error"),
+    "previous_response_not_found": HttpError(400, "invalid_request_error"),
     "invalid_cursor": HttpError(400, "invalid_request_error"),
     "invalid_json_line": HttpError(400, "invalid_request_error"),
     "missing_required_parameter": HttpError(400, "invalid_request_error"),
@@ -162,7 +163,8 @@ async def _answer_http_exception(request: Request, exc: Exception) -> Response:
 def _as_celeriac_error(request: Request, exc: HTTPException, headers: Mapping[str, str]) -> CeleriacError:
     path = request.url.path[:128]
     if exc.status_code == 404:
-        return NotFound(f"there is no {path!r} here; /openapi.json lists every route")
+        remedy = "leave out the slash at its end" if path.endswith("/") else "/openapi.json lists every route"
+        return NotFound(f"there is no {path!r} here; {remedy}")
     if exc.status_code == 405:
         return MethodNotAllowed(f"{path} does not answer {request.method[:16]}; use {headers['Allow']}")
     if exc.status_code == 413:

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import error_body, error_response
+from api.ignored_fields import HEADER, header_value, ignored_fields_context
 from domain.errors import RequestTooLarge
 from observability import (
     http_request_seconds,
@@ -40,7 +41,9 @@ class RequestContext:
             return
         request_id = f"req_{secrets.token_hex(12)}"
         token = request_id_context.set(request_id)
-        answer = _Answer(send, request_id)
+        ignored: list[str] = []
+        ignored_token = ignored_fields_context.set(ignored)
+        answer = _Answer(send, request_id, ignored)
         started = time.perf_counter()
         http_requests_in_progress.inc()
         try:
@@ -54,19 +57,25 @@ class RequestContext:
             http_requests_in_progress.dec()
             _count(scope, answer.status or CLIENT_CLOSED_REQUEST, time.perf_counter() - started)
             request_id_context.reset(token)
+            ignored_fields_context.reset(ignored_token)
 
 
 class _Answer:
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, ignored: list[str]) -> None:
+        """`ignored` is filled by whoever reads the request."""
         self._send = send
         self._header = (b"x-request-id", request_id.encode())
+        self._ignored = ignored
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), self._header]
+            message["headers"] = [*message.get("headers", ()), self._header, *self._ignored_header()]
         await self._send(message)
+
+    def _ignored_header(self) -> list[tuple[bytes, bytes]]:
+        return [(HEADER.encode(), header_value(self._ignored).encode())] if self._ignored else []
 
     async def send_opaque_error(self) -> None:
         if self.status is not None:

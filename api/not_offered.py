@@ -11,6 +11,7 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 #: What stands below each of these, and what to use instead.
 INSTEAD_BY_PREFIX = {
+    "/v1/chat/completions/input_tokens": "count the same messages as the input of /v1/responses/input_tokens",
     "/v1/audio": "models here read and write text: transcribe elsewhere and send the text to /v1/chat/completions",
     "/v1/images": "models here read and write text: /v1/chat/completions",
     "/v1/fine_tuning": "train elsewhere and name the folder in models.toml",

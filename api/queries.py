@@ -1,7 +1,7 @@
 """Query strings in: typed, bounded, and refused like bodies where a name is unknown or a value cannot be."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
@@ -18,9 +18,23 @@ MAX_PARAMETERS = 64  # no route has half as many, those of a mapping counted one
 class QueryModel(FirstErrorModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @classmethod
+    def lists(cls) -> set[str]:
+        """The parameters that may come more than once."""
+        return {
+            name
+            for name, field in cls.model_fields.items()
+            if any(map(_is_list, (field.annotation, *get_args(field.annotation))))
+        }
+
+
+def _is_list(annotation: object) -> bool:
+    return get_origin(annotation) is list
+
 
 def read_query(request: Request, model: type[Query]) -> Query:
-    """`a[k]=v` becomes the entry k of the mapping a. Raises InvalidRequest, also for an unknown or repeated name."""
+    """`a[k]=v` becomes the entry k of the mapping a, and `a`, `a[]` or `a[0]` an item of the list a. Raises
+    InvalidRequest, also for an unknown or repeated name."""
     parameters = request.query_params.multi_items()
     if len(parameters) > MAX_PARAMETERS:
         raise InvalidRequest(
@@ -29,6 +43,9 @@ def read_query(request: Request, model: type[Query]) -> Query:
     given: dict[str, Any] = {}
     for name, value in parameters:
         outer, bracket, key = name.partition("[")
+        if outer in model.lists():
+            given.setdefault(outer, []).append(value)
+            continue
         is_entry = bool(bracket) and key.endswith("]")
         target: dict[str, Any] = given.setdefault(outer, {}) if is_entry else given
         label = key[:-1] if is_entry else name

@@ -4,6 +4,7 @@ CeleriacError
 ├── InvalidRequest                 invalid_value: a field is wrong; says which, the value seen and the remedy
 │   ├── ContextLengthExceeded      context_length_exceeded
 │   ├── UnsupportedParameter       unsupported_parameter
+│   ├── PreviousResponseNotFound   previous_response_not_found: a conversation cannot go on from it
 │   ├── InvalidCursor              invalid_cursor: a stream position or page cursor that cannot be
 │   ├── InvalidJsonLine            invalid_json_line: a line of a batch is no JSON object
 │   ├── MissingParameter           missing_required_parameter: a line of a batch lacks one of its four members
@@ -64,6 +65,10 @@ class ContextLengthExceeded(InvalidRequest):
 
 class UnsupportedParameter(InvalidRequest):
     code = "unsupported_parameter"
+
+
+class PreviousResponseNotFound(InvalidRequest):
+    code = "previous_response_not_found"
 
 
 class InvalidCursor(InvalidRequest):

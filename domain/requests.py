@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from domain.chunks import TokenLogprob
 from domain.jobs import FinishReason, Frozen, Usage
@@ -20,10 +20,20 @@ MAX_BAD_TOKENS = 1024
 MAX_PROMPT_TOKENS = 1_000_000
 MAX_PROMPT_LOGPROBS = 65_536  # logprobs of one prompt, alternatives included: they travel in one chunk
 
+NO_BOUND = -1  # as a max_tokens or a top_k: there is none, as other servers have it
+
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+
+
+def _unbounded(max_tokens: int | None) -> int | None:
+    return None if max_tokens == NO_BOUND else max_tokens
+
+
+def _off(top_k: int | None) -> int | None:
+    return 0 if top_k == NO_BOUND else top_k
 
 
 class ChatMessage(Frozen):
@@ -38,11 +48,13 @@ class ChatMessage(Frozen):
 class SamplingParams(Frozen):
     """How tokens are drawn. `None` means the model's own default (its generation config), resolved at submit."""
 
-    max_tokens: int | None = Field(default=None, ge=0, le=1_000_000)  # 0 only scores: see prompt_logprobs
+    max_tokens: Annotated[int | None, AfterValidator(_unbounded)] = Field(  # 0 only scores: see prompt_logprobs
+        default=None, ge=NO_BOUND, le=1_000_000
+    )
     min_tokens: int = Field(default=0, ge=0, le=1_000_000)
     temperature: Finite | None = Field(default=None, ge=0, le=2)  # 0 is greedy
-    top_p: Finite | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=1_000_000)  # 0 is off
+    top_p: Finite | None = Field(default=None, ge=0, le=1)  # 0 is greedy, too
+    top_k: Annotated[int | None, AfterValidator(_off)] = Field(default=None, ge=NO_BOUND, le=1_000_000)  # 0 is off
     min_p: Finite = Field(default=0.0, ge=0, le=1)
     seed: Seed | None = None  # drawn at accept where the client gives none
     stop: tuple[StopString, ...] = Field(default=(), max_length=MAX_STOP_STRINGS)

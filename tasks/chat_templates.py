@@ -50,7 +50,7 @@ class ChatTemplate:
         except _TEMPLATE_ERRORS as exc:
             reason = str(exc)[:200] or type(exc).__name__
             raise InvalidRequest(
-                f"the chat template of this model refuses these messages: {reason}", param="messages"
+                f"messages is refused by the chat template of this model: {reason!r}", param="messages"
             ) from exc
 
 

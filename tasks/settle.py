@@ -69,11 +69,14 @@ def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_token
             param="params.min_tokens",
         )
     defaults, given = view.defaults, params.model_fields_set
+    top_p = defaults.top_p if params.top_p is None else params.top_p
+    temperature = defaults.temperature if params.temperature is None else params.temperature
     return params.model_copy(
         update={
             "max_tokens": max_tokens,
-            "temperature": defaults.temperature if params.temperature is None else params.temperature,
-            "top_p": defaults.top_p if params.top_p is None else params.top_p,
+            # A share of 0 leaves the most likely token, which is what greedy means.
+            "temperature": temperature if top_p else 0.0,
+            "top_p": top_p or 1.0,
             "top_k": defaults.top_k if params.top_k is None else params.top_k,
             "min_p": params.min_p if "min_p" in given else defaults.min_p,
             "repetition_penalty": (

@@ -20,6 +20,7 @@ from api.openai.chat_schemas import ChatCompletionBody
 from api.openai.completion_output import from_results
 from api.openai.completions import CompletionBody, prompt_of, to_generation_requests
 from api.openai.embeddings import EmbeddingBody
+from api.openai.hints import HINT_TREE
 from api.openai.output_parsing import parser_of
 from api.openai.response_schemas import ResponseBody
 from api.openai.running import refuse_unfinished
@@ -179,7 +180,7 @@ def _not_json(reason: str) -> InvalidJsonLine:
 
 
 def _read_body(line: Line, route: LineRoute[Body, Request], views: ModelViews) -> LineRequest:
-    body = parse_model(json.dumps(line.body).encode(), route.body)
+    body = parse_model(json.dumps(line.body).encode(), route.body, HINT_TREE)
     metadata = _metadata_of(body)
     view = views.get(body.model)
     request = route.to_request(body, view)

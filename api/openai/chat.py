@@ -9,6 +9,7 @@ from api.openai.answers import WholeAnswer
 from api.openai.chat_output import ChatStream, from_result
 from api.openai.chat_requests import spelling_of, to_generation_request
 from api.openai.chat_schemas import ChatCompletionBody
+from api.openai.hints import HINT_TREE
 from api.openai.running import Asked, start
 from api.openai.streaming import stream_answer
 from api.openai.views import ChatCompletionView
@@ -25,7 +26,7 @@ router = private_router()
 )
 async def create_chat_completion(request: Request) -> Response:
     """A chat completion as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""
-    body = await read_model(request, ChatCompletionBody)
+    body = await read_model(request, ChatCompletionBody, HINT_TREE)
     view = services_of(request).views.get(body.model)
     generation = await beside_loop(request, to_generation_request, body, view)
     run = await start(request, generation, _asked(body))

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from api.openai.chat_schemas import ChatCompletionBody, Message, NamedTool, ResponseFormat
+from api.openai.chat_schemas import ChatCompletionBody, FunctionTool, Message, NamedTool, ResponseFormat
 from api.openai.output_shapes import answer_of
-from api.openai.schemas import build, build_at, spelling_of_params, strings
+from api.openai.schemas import build, build_at, refuse_effort, refuse_idle_stream_options, spelling_of_params, strings
 from api.openai.tool_requests import AskedTools, output_of, spelling_of_output, tools_of
 from domain.errors import InvalidRequest
-from domain.requests import ChatMessage, GenerationRequest
+from domain.requests import NO_BOUND, ChatMessage, GenerationRequest
 from domain.structured_output import StructuredOutput
 from tasks.models import ModelView
 
@@ -16,6 +16,8 @@ SCHEMA_PLACE = "response_format.json_schema.schema"
 
 def to_generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
     """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model cannot be given."""
+    refuse_idle_stream_options(body)
+    refuse_effort(body.reasoning_effort, view, place="reasoning_effort")
     asked = _asked_tools(body)
     tools = tools_of(asked, view)
     params = body.sampling(
@@ -30,8 +32,8 @@ def to_generation_request(body: ChatCompletionBody, view: ModelView) -> Generati
 
 
 def spelling_of(body: ChatCompletionBody) -> dict[str, str]:
-    max_tokens = {"max_tokens": "max_completion_tokens"} if body.max_completion_tokens is not None else {}
-    return spelling_of_params(**spelling_of_output(_asked_tools(body), _places_of_answer(body)), **max_tokens)
+    spelling = spelling_of_params(**spelling_of_output(_asked_tools(body), _places_of_answer(body)))
+    return spelling if body.max_completion_tokens is None else spelling | {"max_tokens": "max_completion_tokens"}
 
 
 def _places_of_answer(body: ChatCompletionBody) -> dict[str, str]:
@@ -65,16 +67,23 @@ def to_message(message: Message, number: int) -> ChatMessage:
 
 
 def content_text(message: Message) -> str:
-    """Parts are put together with line breaks, as the templates for plain text expect it."""
-    if message.content is None or isinstance(message.content, str):
-        return message.content or ""
+    """Parts are put together with line breaks, as the templates for plain text expect it. A refusal is said in place of
+    an answer."""
+    if message.content is None:
+        return message.refusal or ""
+    if isinstance(message.content, str):
+        return message.content
     return "\n".join(part.text or part.refusal or "" for part in message.content)
 
 
 def _asked_tools(body: ChatCompletionBody) -> AskedTools:
     choice = body.tool_choice
     return AskedTools(
-        definitions=[tool.function.model_dump() for tool in body.tools or ()],
+        definitions={
+            number: tool.function.model_dump()
+            for number, tool in enumerate(body.tools or ())
+            if isinstance(tool, FunctionTool)
+        },
         place="tools.{}.function",
         mode="named" if isinstance(choice, NamedTool) else choice or "auto",
         name=choice.function.name if isinstance(choice, NamedTool) else None,
@@ -111,16 +120,18 @@ def _formatted(format: ResponseFormat) -> StructuredOutput:
 
 
 def _max_tokens(body: ChatCompletionBody) -> int | None:
-    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+    given = {asked for asked in (body.max_tokens, body.max_completion_tokens) if asked is not None}
+    bounds = given - {NO_BOUND}
+    if len(bounds) > 1:
         raise InvalidRequest(
             f"max_tokens is {body.max_tokens}, max_completion_tokens {body.max_completion_tokens}; send one",
             param="max_tokens",
         )
-    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return next(iter(bounds or given), None)
 
 
 def _num_logprobs(body: ChatCompletionBody) -> int | None:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest(
             f"top_logprobs is {body.top_logprobs} but logprobs is not true; set it, too", param="top_logprobs"
         )

@@ -4,7 +4,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from api.openai.schemas import MAX_PARTS, GenerationBody, OpenAIModel, StreamOptions, Strings, Unsupported, only, refuse
+from api.openai.schemas import (
+    MAX_PARTS,
+    ForeignTool,
+    GenerationBody,
+    OpenAIModel,
+    StreamOptions,
+    Strings,
+    Unsupported,
+    only,
+    refuse,
+    tag_of_tool,
+)
 from domain.requests import MAX_MESSAGES
 from domain.tools import MAX_TOOLS
 
@@ -40,7 +51,8 @@ class MessageToolCall(OpenAIModel):
 
 
 class Message(OpenAIModel):
-    """A message as clients send it, also one that came out of an answer and is sent back."""
+    """A message as clients send it, also one that came out of an answer and is sent back. What else it has then is
+    among the hints."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
@@ -48,9 +60,7 @@ class Message(OpenAIModel):
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    refusal: Annotated[Any, only("")] = None
-    annotations: Annotated[Any, only([])] = None
-    parsed: Any = None  # what the SDK's parse() made of the content
+    refusal: str | None = None  # said in place of the content
     audio: Unsupported = None
     function_call: Unsupported = None
 
@@ -62,9 +72,14 @@ class Function(OpenAIModel):
     strict: bool | None = None
 
 
-class Tool(OpenAIModel):
+class FunctionTool(OpenAIModel):
     type: Annotated[str, only("function")]
     function: Function
+
+
+Tool = Annotated[
+    Annotated[FunctionTool, Tag("<function>")] | Annotated[ForeignTool, Tag("<foreign>")], Discriminator(tag_of_tool)
+]
 
 
 class NamedFunction(OpenAIModel):
@@ -108,15 +123,11 @@ class ChatCompletionBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None
+    reasoning_effort: str | None = None
 
     modalities: Annotated[Any, only(["text"])] = None
     audio: Unsupported = None
     functions: Unsupported = None
     function_call: Unsupported = None
     moderation: Unsupported = None
-    prediction: Unsupported = None
-    prompt_cache_options: Unsupported = None
-    prompt_cache_retention: Unsupported = None
-    reasoning_effort: Unsupported = None
-    verbosity: Unsupported = None
     web_search_options: Unsupported = None

@@ -11,8 +11,17 @@ from api.bodies import beside_loop, read_model
 from api.deps import private_router, services_of
 from api.openai.answers import WholeAnswer
 from api.openai.completion_output import CompletionStream, Prompt, from_results, usage_chunk
+from api.openai.hints import HINT_TREE
 from api.openai.running import Asked, start_all
-from api.openai.schemas import GenerationBody, StreamOptions, Strings, Unsupported, build, strings
+from api.openai.schemas import (
+    GenerationBody,
+    StreamOptions,
+    Strings,
+    Unsupported,
+    build,
+    refuse_idle_stream_options,
+    strings,
+)
 from api.openai.streaming import stream_answers
 from api.openai.views import CompletionView
 from api.openapi import request_body, streamed_or
@@ -65,7 +74,7 @@ class CompletionBody(GenerationBody):
 )
 async def create_completion(request: Request) -> Response:
     """Choices are numbered prompt by prompt: choice `i * n + j` is answer `j` to prompt `i`."""
-    body = await read_model(request, CompletionBody)
+    body = await read_model(request, CompletionBody, HINT_TREE)
     view = services_of(request).views.get(body.model)
     generations = await beside_loop(request, to_generation_requests, body)
     runs = await start_all(request, generations, _asked(body))
@@ -81,6 +90,7 @@ async def create_completion(request: Request) -> Response:
 
 def to_generation_requests(body: CompletionBody) -> list[GenerationRequest]:
     """One per prompt. Raises InvalidRequest."""
+    refuse_idle_stream_options(body)
     if body.stream and body.best_of is not None and body.best_of > 1:
         raise UnsupportedParameter("best_of cannot be streamed: the best is known at the end", param="best_of")
     if body.max_tokens == 0 and not body.echo:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from api.bodies import beside_loop, read_model
 from api.deps import private_router
 from api.openai.answers import WholeAnswer
+from api.openai.hints import HINT_TREE
 from api.openai.running import Asked, start
 from api.openai.schemas import Identity, OpenAIModel, build, in_words_of_the_body
 from api.openapi import request_body
@@ -78,7 +79,7 @@ class EmbeddingListView(View):
 )
 async def create_embeddings(request: Request) -> Response:
     """Embeddings as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""
-    body = await read_model(request, EmbeddingBody)
+    body = await read_model(request, EmbeddingBody, HINT_TREE)
     asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of(body))
     run = await start(request, await beside_loop(request, to_embedding_request, body), asked)
     return WholeAnswer([run], lambda records: from_result(records[0], body))

@@ -2,6 +2,7 @@
 
 import orjson
 from fastapi import Request
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from api.deps import caller_of, private_router
@@ -23,20 +24,29 @@ async def list_models(request: Request) -> Response:
 async def read_model(model: str, request: Request) -> Response:
     """Slashes in a model's name come percent-encoded from the SDKs, and plain from people."""
     services, _ = caller_of(request)
+    if not model:
+        raise HTTPException(404)
     answer = _model_object(services, services.catalog.get(model))
     return Response(orjson.dumps(answer), media_type="application/json")
 
 
 def _model_object(services: Services, spec: ModelSpec) -> dict[str, object]:
-    # Nothing says when a model was made; 0 is honest, and a number is what clients need.
     return {
         "id": spec.id,
         "object": "model",
-        "created": 0,
+        "created": _created(services),
         "owned_by": "celeriac",
         "max_model_len": spec.max_model_len,
         "loaded": _is_loaded(services, spec.id),
     }
+
+
+def _created(services: Services) -> int:
+    """When the list of models was last changed: nothing says when a model was made. 0 where there is no such file."""
+    try:
+        return int(services.settings.models_file.stat().st_mtime)
+    except OSError:
+        return 0
 
 
 def _is_loaded(services: Services, model: str) -> bool | None:

@@ -5,14 +5,14 @@ from typing import Any
 
 from api.openai.output_parsing import OutputParser
 from api.openai.response_output import ResponseOutput
-from api.openai.response_schemas import ResponseBody
+from api.openai.response_schemas import FunctionTool, ResponseBody
 from api.openai.schemas import tier_of
 from api.openai.usage import count_reasoning_tokens, response_usage
 from domain.errors import DeadlineExceeded
 from domain.ids import external_id
 from domain.jobs import FinishReason, JobStatus
 from domain.kinds import JobOutput
-from domain.requests import GenerationRequest, GenerationResult
+from domain.requests import NO_BOUND, GenerationRequest, GenerationResult
 from storage.job_queries import JobRecord
 from storage.tables import Job
 
@@ -72,7 +72,8 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
         "error": ending.error,
         "incomplete_details": ending.incomplete_details,
         "instructions": body.instructions,
-        "max_output_tokens": body.max_output_tokens,
+        "max_output_tokens": None if body.max_output_tokens == NO_BOUND else body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
         "metadata": job.job_metadata,
         "model": job.model,
         "output": output.items,
@@ -83,12 +84,14 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
         "prompt_cache_key": body.prompt_cache_key,
         "service_tier": tier_of(body.service_tier, job.priority),
         "store": body.is_stored,
-        "temperature": request.params.temperature,
+        "temperature": request.params.temperature if body.temperature is None else body.temperature,
         "text": {"format": _format(body)},
         "tool_choice": _tool_choice(body),
-        "tools": [tool.model_dump() for tool in body.tools or ()],
+        "tools": [tool.model_dump() for tool in body.tools or () if isinstance(tool, FunctionTool)],
         "top_logprobs": body.top_logprobs or 0,
-        "top_p": request.params.top_p,
+        "top_p": request.params.top_p if body.top_p is None else body.top_p,
+        "presence_penalty": request.params.presence_penalty,
+        "frequency_penalty": request.params.frequency_penalty,
         "truncation": "disabled",
         "usage": _usage(record.result, output.parser) if has_ended and record.result else None,
         "user": body.user,

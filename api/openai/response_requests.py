@@ -5,8 +5,15 @@ from typing import Any
 
 from api.openai.output_shapes import answer_of
 from api.openai.response_input import messages_of
-from api.openai.response_schemas import NamedTool, ResponseBody, TextFormat
-from api.openai.schemas import build, spelling_of_params, strings
+from api.openai.response_schemas import FunctionTool, NamedTool, ResponseBody, TextFormat
+from api.openai.schemas import (
+    build,
+    in_words_of_the_body,
+    refuse_effort,
+    refuse_idle_stream_options,
+    spelling_of_params,
+    strings,
+)
 from api.openai.tool_requests import AskedTools, output_of, spelling_of_output, tools_of
 from domain.errors import InvalidRequest
 from domain.requests import GenerationRequest
@@ -21,6 +28,18 @@ def to_generation_request(
 ) -> GenerationRequest:
     """`view` is that of the body's model, `context` the messages of the conversation that the response goes on from.
     Raises InvalidRequest."""
+    try:
+        return _generation_request(body, view, context)
+    except InvalidRequest as exc:
+        if (exc.param or "").startswith("messages"):
+            # Items are no messages: they are counted otherwise, and there may be more messages than these.
+            exc.message, exc.param = exc.message.replace(str(exc.param), "input", 1), "input"
+        raise in_words_of_the_body(exc, spelling_of(body)) from None
+
+
+def _generation_request(body: ResponseBody, view: ModelView, context: Sequence[dict[str, Any]]) -> GenerationRequest:
+    refuse_idle_stream_options(body)
+    refuse_effort(body.reasoning.effort if body.reasoning else None, view, place="reasoning.effort")
     asked = _asked_tools(body)
     tools = tools_of(asked, view)
     params = body.sampling(
@@ -31,17 +50,12 @@ def to_generation_request(
     )
     messages = messages_of(body.input, instructions=body.instructions, context=context)
     request: dict[str, Any] = {"model": body.model, "messages": messages, "tools": tools, "params": params}
-    try:
-        return build(GenerationRequest, request | {"parallel_tool_calls": body.parallel_tool_calls})
-    except InvalidRequest as exc:
-        if (exc.param or "").startswith("messages"):
-            exc.param = "input"
-        raise
+    return build(GenerationRequest, request | {"parallel_tool_calls": body.parallel_tool_calls})
 
 
 def spelling_of(body: ResponseBody) -> dict[str, str]:
     output = spelling_of_output(_asked_tools(body), _places_of_answer(body))
-    return spelling_of_params(**output, max_tokens="max_output_tokens")
+    return spelling_of_params(**output, max_tokens="max_output_tokens", messages="input")
 
 
 def _places_of_answer(body: ResponseBody) -> dict[str, str]:
@@ -53,7 +67,11 @@ def _places_of_answer(body: ResponseBody) -> dict[str, str]:
 def _asked_tools(body: ResponseBody) -> AskedTools:
     choice = body.tool_choice
     return AskedTools(
-        definitions=[tool.model_dump(exclude={"type"}) for tool in body.tools or ()],
+        definitions={
+            number: tool.model_dump(exclude={"type"})
+            for number, tool in enumerate(body.tools or ())
+            if isinstance(tool, FunctionTool)
+        },
         place="tools.{}",
         mode="named" if isinstance(choice, NamedTool) else choice or "auto",
         name=choice.name if isinstance(choice, NamedTool) else None,

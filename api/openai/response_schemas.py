@@ -1,12 +1,23 @@
 """The body of a response."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
-from api.openai.schemas import MAX_PARTS, GenerationBody, OpenAIModel, Strings, Unsupported, only, refuse
-from domain.requests import MAX_MESSAGES, MAX_PROMPT_CHARS
-from domain.tools import MAX_TOOLS
+from api.openai.hints import NOT_INCLUDED
+from api.openai.schemas import (
+    MAX_PARTS,
+    ForeignTool,
+    GenerationBody,
+    OpenAIModel,
+    Strings,
+    Unsupported,
+    only,
+    refuse,
+    tag_of_tool,
+)
+from domain.requests import MAX_MESSAGES, MAX_PROMPT_CHARS, NO_BOUND
+from domain.tools import MAX_TOOL_CHARS, MAX_TOOLS, ToolName
 
 PART_TYPES = ("input_text", "output_text", "text", "refusal")
 
@@ -50,8 +61,8 @@ class MessageItem(OpenAIModel):
 class FunctionCallItem(OpenAIModel):
     type: Literal["function_call"]
     call_id: ItemId
-    name: str
-    arguments: Text
+    name: ToolName
+    arguments: Annotated[str, StringConstraints(max_length=MAX_TOOL_CHARS)]
     id: ItemId | None = None
     status: ItemStatus | None = None
 
@@ -59,6 +70,7 @@ class FunctionCallItem(OpenAIModel):
 class FunctionCallOutputItem(OpenAIModel):
     type: Literal["function_call_output"]
     call_id: ItemId
+    name: str | None = None  # whose output it is, which its call says
     output: Content
     id: ItemId | None = None
     status: ItemStatus | None = None
@@ -80,7 +92,6 @@ class ReasoningItem(OpenAIModel):
     type: Literal["reasoning"]
     summary: Annotated[list[SummaryPart], Field(max_length=MAX_PARTS)] | None = None
     content: Annotated[list[ThoughtPart], Field(max_length=MAX_PARTS)] | None = None
-    encrypted_content: Annotated[Any, only()] = None
     id: ItemId | None = None
     status: ItemStatus | None = None
 
@@ -134,7 +145,6 @@ class TextFormat(OpenAIModel):
 
 class TextConfig(OpenAIModel):
     format: TextFormat | None = None
-    verbosity: Unsupported = None
 
 
 class FunctionTool(OpenAIModel):
@@ -143,6 +153,11 @@ class FunctionTool(OpenAIModel):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+
+Tool = Annotated[
+    Annotated[FunctionTool, Tag("<function>")] | Annotated[ForeignTool, Tag("<foreign>")], Discriminator(tag_of_tool)
+]
 
 
 class NamedTool(OpenAIModel):
@@ -157,7 +172,21 @@ ToolChoice = Annotated[
 
 
 class ResponseStreamOptions(OpenAIModel):
-    include_obfuscation: Annotated[bool | None, only(False)] = None
+    """Empty, once the hints are taken out."""
+
+
+class Reasoning(OpenAIModel):
+    effort: str | None = None
+
+
+LOGPROBS: Final = "message.output_text.logprobs"  # all that there is to include
+Includable = Annotated[str, only(LOGPROBS, *NOT_INCLUDED)]
+
+
+def _refuse_no_output(max_output_tokens: int) -> int:
+    if max_output_tokens == 0:
+        raise ValueError("it is 0, which leaves nothing to answer; raise it or leave it out")
+    return max_output_tokens
 
 
 class ResponseBody(GenerationBody):
@@ -166,14 +195,14 @@ class ResponseBody(GenerationBody):
     previous_response_id: ItemId | None = None
     background: bool | None = None
     store: bool | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=NO_BOUND), AfterValidator(_refuse_no_output)] | None = None
     text: TextConfig | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    include: Annotated[list[Annotated[str, only("message.output_text.logprobs")]], Field(max_length=16)] | None = None
-    truncation: Annotated[str | None, only("disabled")] = None
+    include: Annotated[list[Includable], Field(max_length=16)] | None = None
+    max_tool_calls: int | None = None  # of tools that are run here, of which there are none
     stream_options: ResponseStreamOptions | None = None
     stop: Strings | None = None  # an extension here
 
@@ -181,12 +210,9 @@ class ResponseBody(GenerationBody):
     context_management: Unsupported = None
     conversation: Unsupported = None
     image: Unsupported = None
-    max_tool_calls: Unsupported = None
     moderation: Unsupported = None
     prompt: Unsupported = None
-    prompt_cache_options: Unsupported = None
-    prompt_cache_retention: Unsupported = None
-    reasoning: Annotated[Any, only({})] = None
+    reasoning: Reasoning | None = None
 
     @property
     def is_stored(self) -> bool:
@@ -194,7 +220,7 @@ class ResponseBody(GenerationBody):
 
     @property
     def has_logprobs(self) -> bool:
-        return bool(self.include) or self.top_logprobs is not None
+        return LOGPROBS in (self.include or ()) or self.top_logprobs is not None
 
 
 class InputTokensBody(OpenAIModel):
@@ -204,10 +230,9 @@ class InputTokensBody(OpenAIModel):
     input: Input
     instructions: Text | None = None
     previous_response_id: ItemId | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
-    truncation: Annotated[str | None, only("disabled")] = None
     conversation: Unsupported = None
-    reasoning: Annotated[Any, only({})] = None
+    reasoning: Reasoning | None = None

@@ -40,14 +40,14 @@ class ResponseStream:
         self._number = -1  # of the last event, sent or skipped
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
-        for data in self._numbered(self._beginning(has_begun=False)):
+        for data in self._numbered(self._beginning()):
             yield data
         has_begun = has_text = False
         async with aclosing(self._services.streams.read(self._record.job.id)) as events:
             async for event in events:
                 if not has_begun and (isinstance(event, TokenChunk) or event.attempt > 0):
                     has_begun = True
-                    for data in self._numbered(self._beginning(has_begun=True)):
+                    for data in self._numbered(self._start()):
                         yield data
                 if isinstance(event, TokenChunk) and event.is_reset and (has_text or self._starting_after >= 0):
                     yield frame("error", error_event(_begun_anew(self._record)))
@@ -59,13 +59,15 @@ class ResponseStream:
         for data in self._numbered(await self._end()):
             yield data
 
-    def _beginning(self, *, has_begun: bool) -> Iterator[ResponseEvent]:
-        if has_begun:
+    def _beginning(self) -> Iterator[ResponseEvent]:
+        """Who waits for a response is told that it has begun; only one in the background has a queue to show."""
+        begun = self._response(Ending("queued" if self._body.background else "in_progress"))
+        yield {"type": "response.created", "response": begun}
+        yield {"type": f"response.{begun['status']}", "response": begun}
+
+    def _start(self) -> Iterator[ResponseEvent]:
+        if self._body.background:
             yield {"type": "response.in_progress", "response": self._response(Ending("in_progress"))}
-            return
-        queued = self._response(Ending("queued"))
-        yield {"type": "response.created", "response": queued}
-        yield {"type": "response.queued", "response": queued}
 
     async def _end(self) -> list[ResponseEvent]:
         job = self._record.job

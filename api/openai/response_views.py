@@ -161,6 +161,7 @@ class ResponseView(View):
     incomplete_details: IncompleteDetailsView | None
     instructions: str | None
     max_output_tokens: int | None
+    max_tool_calls: int | None
     metadata: dict[str, str]
     model: str
     output: list[OutputItemView]
@@ -177,6 +178,8 @@ class ResponseView(View):
     tools: list[ResponseToolView]
     top_logprobs: int
     top_p: float | None
+    presence_penalty: float
+    frequency_penalty: float
     truncation: Literal["disabled"]
     usage: ResponseUsageView | None = Field(description="Of one that has ended.")
     user: str | None

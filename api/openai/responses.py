@@ -12,10 +12,11 @@ from starlette.responses import Response
 from api.bodies import beside_loop, read_model
 from api.deps import caller_of, private_router
 from api.openai.answers import WholeAnswer
+from api.openai.hints import HINT_TREE
 from api.openai.response_input import listed_items
 from api.openai.response_objects import ending_of
 from api.openai.response_requests import spelling_of, to_generation_request
-from api.openai.response_schemas import InputTokensBody, ResponseBody
+from api.openai.response_schemas import Includable, InputTokensBody, ResponseBody
 from api.openai.response_stream import ResponseStream, error_event
 from api.openai.response_views import InputItemListView, InputTokensView, ResponseView
 from api.openai.running import Asked, Run, refuse_unfinished, start
@@ -35,14 +36,15 @@ from api.sse import EventStream, frame
 from api.views import DeletedView, page
 from domain.errors import CeleriacError, InvalidRequest
 from domain.ids import external_id
-from domain.jobs import Endpoint
+from domain.jobs import Endpoint, JobStatus
 from domain.requests import GenerationRequest
 from storage import jobs
 from storage.job_queries import JobRecord
 
+CANCEL_SECONDS = 2.0  # more than a step; a worker that was lost takes longer
 POLL_HEADERS = {"retry-after": "1", "openai-poll-after-ms": "1000"}
 
-Included = dict[Literal[""], Literal["message.output_text.logprobs"]]  # `include[]=` in a query string
+Included = list[Includable]
 
 router = private_router()
 
@@ -59,7 +61,7 @@ register_url_convertor("response_id", ResponseIdConvertor())
 class RetrieveQuery(QueryModel):
     stream: bool = False
     starting_after: Annotated[int, Field(ge=-1, le=2**53)] = -1
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None  # there is none
     include: Included | None = None  # they are there if the request asked for them
 
 
@@ -78,7 +80,7 @@ class ItemsQuery(QueryModel):
 async def create_response(request: Request) -> Response:
     """A response as OpenAI's, and a job as any other. In the background, and wherever it is stored, it goes on without
     its client, who reads it again by its id."""
-    body = await read_model(request, ResponseBody)
+    body = await read_model(request, ResponseBody, HINT_TREE)
     if body.background and not body.is_stored:
         raise InvalidRequest(
             "background is true and store false, so nobody could read the answer; change one", param="store"
@@ -101,7 +103,7 @@ async def create_response(request: Request) -> Response:
 async def count_input_tokens(request: Request) -> Response:
     """How many tokens the prompt of such a response would have."""
     services, _ = caller_of(request)
-    counted = await read_model(request, InputTokensBody)
+    counted = await read_model(request, InputTokensBody, HINT_TREE)
     body = await beside_loop(request, _counted_as_response, counted)
     generation = await _generation(request, body)
     try:
@@ -129,7 +131,8 @@ async def read_response(response_id: str, request: Request) -> Response:
 
 @router.post("/v1/responses/{response_id}/cancel", responses={200: {"model": ResponseView}})
 async def cancel_response(response_id: str, request: Request) -> Response:
-    """One in the background is stopped within a step, its text so far is kept; one that has ended stays as it is."""
+    """One in the background is stopped within a step, for which this waits; its text so far is kept. One that has
+    ended stays as it is."""
     services, tenant_id = caller_of(request)
     record = await find_response(services, tenant_id, response_id)
     if not body_of(record).background:
@@ -137,7 +140,8 @@ async def cancel_response(response_id: str, request: Request) -> Response:
             "only a response that was created with background=true can be cancelled; close the connection instead",
             param="response_id",
         )
-    await services.cancel(record.job.id, tenant_id)
+    if await services.cancel(record.job.id, tenant_id) is JobStatus.IN_PROGRESS:
+        await services.wait_for_end(record.job.id, CANCEL_SECONDS)
     record = await find_response(services, tenant_id, response_id)
     return _answer(await as_it_stands(services, record), {"x-job-id": external_id(record.job.id)})
 

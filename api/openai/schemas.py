@@ -3,6 +3,7 @@
 A body declares types only; the bounds are those of `domain.requests`, in which every body ends.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,12 +21,14 @@ from pydantic_core import PydanticCustomError
 
 from api.bodies import UNSUPPORTED, invalid_request
 from api.job_schemas import MetadataKey, MetadataValue
+from api.openai.hints import FOREIGN_TOOLS, is_foreign_tool
 from domain.chunks import TokenLogprob
-from domain.errors import CeleriacError, InvalidRequest
+from domain.errors import CeleriacError, InvalidRequest, UnsupportedParameter
 from domain.first_error import FirstErrorModel
 from domain.jobs import FinishReason
 from domain.requests import MAX_STOP_STRINGS, SamplingParams
 from domain.structured_output import StructuredOutput
+from tasks.models import ModelView
 
 #: The reasons that clients know. A job that was cut off otherwise ends in an error.
 FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
@@ -46,7 +49,8 @@ def refuse(reason: str) -> PydanticCustomError:
 
 
 def _refuse_any(value: Any) -> None:
-    if value is not None:
+    """What is empty asks for nothing."""
+    if value is not None and value not in ("", [], {}):
         raise refuse("is not supported here; leave it out")
 
 
@@ -66,6 +70,19 @@ Unsupported = Annotated[Any, AfterValidator(_refuse_any)]
 
 MAX_PARTS = 1024  # of one message's content
 
+
+class ForeignTool(OpenAIModel):
+    """A tool that is no function. It keeps its place among the tools, and nothing else."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Annotated[str, Field(json_schema_extra={"enum": sorted(FOREIGN_TOOLS)})]
+
+
+def tag_of_tool(tool: object) -> str:
+    return "<foreign>" if isinstance(tool, ForeignTool) or is_foreign_tool(tool) else "<function>"
+
+
 #: One stop string, or several. The tags keep the two branches out of error messages.
 Strings = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS), Tag("<strings>")],
@@ -74,6 +91,10 @@ Strings = Annotated[
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 Identity = Annotated[str, StringConstraints(max_length=512)]
 ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
+
+
+#: What a client sent, shown in quotation marks (an apostrophe opens none); or a word, such as the path of a field.
+_QUOTED_OR_NAME = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'(?!\w)|"(?:[^"\\]|\\.)*")|(\w+(?:\.\w+)*)""")
 
 
 def publish_bounds(schema: dict[str, Any]) -> None:
@@ -127,7 +148,25 @@ class GenerationBody(OpenAIModel):
 
 class StreamOptions(OpenAIModel):
     include_usage: bool | None = None
-    include_obfuscation: Annotated[bool | None, only(False)] = None
+
+
+def refuse_idle_stream_options(body: GenerationBody) -> None:
+    """As OpenAI's does. Raises InvalidRequest."""
+    if getattr(body, "stream_options", None) is not None and not body.stream:
+        raise InvalidRequest(
+            "stream_options is given, but stream is not true; set it, or leave stream_options out",
+            param="stream_options",
+        )
+
+
+def refuse_effort(effort: str | None, view: ModelView, *, place: str) -> None:
+    """How long a model thinks is its chat template's matter; one that never does need not be told to do without.
+    Raises UnsupportedParameter."""
+    if effort is None or (effort == "none" and view.output_format.reasoning is None):
+        return
+    raise UnsupportedParameter(
+        f"{place} is {effort[:40]!r}, but {view.spec.id} thinks as its chat template says; leave it out", param=place
+    )
 
 
 def build(model: type[Domain], fields: dict[str, Any]) -> Domain:
@@ -149,17 +188,27 @@ def build_at(place: str, model: type[Domain], fields: dict[str, Any]) -> Domain:
 
 
 def spelling_of_params(**names: str) -> dict[str, str]:
-    """What a body that generates text calls the fields of our requests; `names` are sampling parameters that it spells
-    otherwise."""
-    return {f"params.{name}": spelt for name, spelt in names.items()} | {"params.": "", "prompt_token_ids": "prompt"}
+    """What a body that generates text calls the fields of our requests; `names` are those that it spells otherwise."""
+    return names | {"prompt_token_ids": "prompt"}
 
 
 def in_words_of_the_body(exc: CeleriacError, spelling: Mapping[str, str]) -> CeleriacError:
-    """The same refusal with the names of the body for those of our own request, replaced in order."""
-    for ours, theirs in spelling.items():
-        exc.message = exc.message.replace(ours, theirs)
-        exc.param = exc.param and exc.param.replace(ours, theirs)
+    """The same refusal with the names of the body for those of our own request. What stands in quotation marks is the
+    client's own, and stays as it is."""
+    exc.message = _QUOTED_OR_NAME.sub(lambda found: found[1] or _spelt(found[2], spelling), exc.message)
+    exc.param = exc.param and _spelt(exc.param, spelling)
     return exc
+
+
+def _spelt(path: str, spelling: Mapping[str, str]) -> str:
+    """The longest beginning of a path that has another name gets it."""
+    path = path.removeprefix("params.")
+    for length in range(path.count(".") + 1, 0, -1):
+        steps = path.split(".")
+        ours, rest = ".".join(steps[:length]), steps[length:]
+        if ours in spelling:
+            return ".".join([spelling[ours], *rest])
+    return path
 
 
 def strings(value: str | list[str] | None) -> list[str] | None:

@@ -10,7 +10,7 @@ from api.openai.response_objects import ending_of, from_result, response_object
 from api.openai.response_output import ResponseOutput
 from api.openai.response_schemas import ResponseBody
 from api.services import Services
-from domain.errors import InvalidRequest, JobNotFound, ModelNotFound
+from domain.errors import InvalidRequest, JobNotFound, ModelNotFound, PreviousResponseNotFound
 from domain.ids import parse_id
 from domain.jobs import Endpoint
 from domain.requests import GenerationRequest
@@ -73,7 +73,7 @@ async def conversation_of(services: Services, tenant_id: UUID, response_id: str)
     try:
         record = await find_response(services, tenant_id, response_id)
     except JobNotFound as exc:
-        raise InvalidRequest(exc.message, param="previous_response_id") from None
+        raise PreviousResponseNotFound(exc.message, param="previous_response_id") from None
     previous = as_it_ended(services, record)
     if previous["status"] not in ("completed", "incomplete"):
         raise InvalidRequest(

@@ -1,6 +1,6 @@
 """The tools of a request, whichever route it came by: checked, shown to the model, and asked for by a grammar."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from tasks.models import ModelView
 
 @dataclass(frozen=True, slots=True)
 class AskedTools:
-    """What a body says of tools. `place` is the path of a definition in it, with a `{}` for its number."""
+    """What a body says of tools. `definitions` are those of functions, by their numbers among its tools; `place` is the
+    path of a tool in it, with a `{}` for its number."""
 
-    definitions: Sequence[dict[str, Any]]
+    definitions: Mapping[int, dict[str, Any]]
     place: str
     mode: str  # none, auto, required, or named
     name: str | None = None  # of the one that must be called
@@ -36,19 +37,23 @@ def tools_of(asked: AskedTools, view: ModelView) -> tuple[ToolDefinition, ...]:
     """Those that the model is shown: none where it must not call any. Raises InvalidRequest."""
     if not asked.definitions:
         if asked.must_call:
-            raise InvalidRequest("tool_choice asks for a call but there are no tools; add them", param="tools")
+            raise InvalidRequest(
+                "tool_choice asks for a call but there are no functions in tools; add them", param="tools"
+            )
         return ()
     tools = tuple(
         build_at(asked.place.format(number), ToolDefinition, definition)
-        for number, definition in enumerate(asked.definitions)
+        for number, definition in asked.definitions.items()
     )
     if len({tool.name for tool in tools}) < len(tools):
         raise InvalidRequest("two tools have the same name; rename one", param="tools")
+    if asked.mode == "none":
+        return ()
     if view.output_format.tools is None:
         raise UnsupportedParameter(
             f"the chat template of {view.spec.id} has no tool calls that can be read here; remove tools", param="tools"
         )
-    return () if asked.mode == "none" else tools
+    return tools
 
 
 def output_of(
@@ -67,13 +72,12 @@ def spelling_of_output(asked: AskedTools, answer: Mapping[str, str]) -> dict[str
         (f"structured_output.calls.tools.{index}", f"{asked.place.format(number)}.parameters")
         for index, (number, _) in enumerate(_callable_ones(asked))
     ]
-    # Where names are replaced one after the other, a longer number has to go before the one that it begins with.
-    return {**answer, **dict(reversed(places)), "structured_output.calls": "tools"}
+    return {**answer, **dict(places), "structured_output.calls": "tools"}
 
 
 def _callable_ones(asked: AskedTools) -> list[tuple[int, dict[str, Any]]]:
     """With their numbers among all tools."""
-    return [pair for pair in enumerate(asked.definitions) if asked.name in (None, pair[1]["name"])]
+    return [pair for pair in asked.definitions.items() if asked.name in (None, pair[1]["name"])]
 
 
 def _calls(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]) -> ToolCalls:

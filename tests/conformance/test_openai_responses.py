@@ -62,7 +62,6 @@ def test_the_strict_stream_helper_is_content(served: Served) -> None:
     kinds = [event.type for event in events if event.type != "response.output_text.delta"]
     assert kinds == [
         "response.created",
-        "response.queued",
         "response.in_progress",
         "response.output_item.added",
         "response.content_part.added",
@@ -160,9 +159,12 @@ def test_deleted_and_not_stored_are_not_found(served: Served) -> None:
         ({"input": [{"role": "user", "content": "Hi", "status": "odd"}]}, "input.0.status"),
         ({"input": [{"type": "reasoning", "summary": ["Hm."]}]}, "input.0.summary.0"),
         ({"tool_choice": "required"}, "tools"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
-        ({"truncation": "auto"}, "truncation"),
-        ({"include": ["reasoning.encrypted_content"]}, "include.0"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tools"),
+        ({"tools": [{"type": "wub_search"}]}, "tools.0.type"),
+        ({"truncation": "sometimes"}, "truncation"),
+        ({"include": ["reasoning.encrypted_content", "no.such"]}, "include.1"),
+        ({"stream_options": {}}, "stream_options"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "a b", "arguments": ""}]}, "input.0.name"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"nonsense": 1}, "nonsense"),
         ({"model": "no-such-model"}, "model"),
