@@ -5,11 +5,23 @@ from pydantic import Field
 from domain.jobs import FinishReason, Frozen
 
 
+def _utf8(text: str) -> tuple[int, ...]:
+    return tuple(text.encode())
+
+
 class TokenLogprob(Frozen):
+    """A token may be a part of a character: its `bytes` are what it adds to the UTF-8 of the text, and in `token` those
+    that are no character by themselves are written `\\xNN`, as the OpenAI API does it. A special token has the bytes of
+    its name, though it adds nothing. Chunks stored before tokens had bytes get those of the text."""
+
     token: str
     token_id: int
     logprob: float
+    bytes: tuple[int, ...] = Field(default_factory=lambda data: _utf8(data["token"]))
     top: tuple[tuple[int, str, float], ...] = ()  # (token id, text, logprob), most likely first
+    top_bytes: tuple[tuple[int, ...], ...] = Field(
+        default_factory=lambda data: tuple(_utf8(text) for _, text, _ in data["top"])
+    )
 
 
 class TokenChunk(Frozen):

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from tokenizers import AddedToken, Tokenizer
 
 from domain.catalog import ModelSpec
+from tasks.token_table import TokenPiece, token_table_of
 
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -19,6 +20,11 @@ class Encoder(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]: ...
+
+    def shows(self, token_id: int) -> bool:
+        """Whether the token has a part in a text without special tokens."""
 
 
 class TokenizerEncoder:
@@ -36,6 +42,12 @@ class TokenizerEncoder:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
         return text
 
+    def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
+        return token_table_of(self._tokenizer).pieces(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def shows(self, token_id: int) -> bool:
+        return token_table_of(self._tokenizer).shows(token_id)
+
 
 class ByteEncoder:
     """One token per byte of UTF-8, for the fake back end, which has no vocabulary of its own for prompts."""
@@ -47,6 +59,13 @@ class ByteEncoder:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(id_ for id_ in token_ids if id_ < 256).decode(errors="replace")
+
+    def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
+        texts = [bytes([token_id]) if token_id < 256 else b"" for token_id in token_ids]
+        return [TokenPiece(text, text) for text in texts]
+
+    def shows(self, token_id: int) -> bool:
+        return True  # the fake back end draws from a vocabulary of its own
 
 
 def special_tokens_of(config: Mapping[str, Any]) -> dict[str, str]:

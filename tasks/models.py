@@ -16,6 +16,7 @@ from tasks.chat_templates import ChatTemplate, plain_message, plain_tool
 from tasks.encoders import ByteEncoder, Encoder, TokenizerEncoder, load_tokenizer, special_tokens_of
 from tasks.model_files import model_folder, model_revision, read_json_file
 from tasks.output_formats import OutputFormat, output_format_of
+from tasks.token_table import TokenPiece
 
 FAKE_EMBEDDING_WIDTH = 8
 
@@ -101,6 +102,14 @@ class ModelView:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a prompt that came as ids, special tokens included."""
         return self._encoder.decode(token_ids)
+
+    def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
+        """The tokens of a prompt one by one."""
+        return self._encoder.pieces(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def shows(self, token_id: int) -> bool:
+        """Whether the token has a part in the text of an output."""
+        return self._encoder.shows(token_id)
 
     def encode_input(self, value: str | Sequence[int], place: int) -> list[int]:
         """One of the inputs of an embedding request, with the special tokens that the model wants around it."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from tests.engine_parts import byte_tokenizer
 
@@ -28,7 +28,7 @@ def sentencepiece_tokenizer(decoder: decoders.Decoder = LLAMA_DECODER) -> Tokeni
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoder
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.add_tokens(["<tool>", " y"])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False), AddedToken(" y", normalized=False)])
     return tokenizer
 
 

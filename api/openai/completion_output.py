@@ -1,6 +1,7 @@
 """Jobs' outputs as text completions, with the logprobs of old: parallel lists, and where each token begins."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import codecs
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -13,17 +14,19 @@ from domain.jobs import Usage
 from domain.requests import GenerationResult
 from storage.job_queries import JobRecord
 from storage.tables import Job
+from tasks.token_table import TokenPiece, as_text
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What of one prompt shows in its choices. `text` and `tokens` are what is echoed, if anything is."""
+    """What of one prompt shows in its choices. `text` and `pieces`, its tokens, are what is echoed, if anything is."""
 
     first_index: int  # of its choices
     num_choices: int
     logprobs: int | None  # how many alternatives
+    shows: Callable[[int], bool]  # whether a token has a part in the text of an output
     text: str = ""
-    tokens: tuple[str, ...] = ()
+    pieces: tuple[TokenPiece, ...] = ()
     is_alone: bool = False  # the prompt is scored, and nothing is written
 
 
@@ -46,7 +49,7 @@ class CompletionStream:
         self._prompt = prompt
         self._has_usage = has_usage
         self._is_echoed = False
-        self._offsets = [len(prompt.text)] * prompt.num_choices
+        self._places = [_TextPlaces(len(prompt.text)) for _ in range(prompt.num_choices)]
 
     def begin(self) -> Iterable[Mapping[str, object]]:
         return ()
@@ -61,8 +64,7 @@ class CompletionStream:
             return
         logprobs = None
         if self._prompt.logprobs is not None and chunk.logprobs is not None:
-            logprobs = _logprobs_object(_entries(chunk.logprobs, self._prompt.logprobs), self._offsets[chunk.index])
-            self._offsets[chunk.index] += sum(len(logprob.token) for logprob in chunk.logprobs)
+            logprobs = _logprobs_object(_entries(chunk.logprobs, self._prompt), self._places[chunk.index])
         finish_reason = FINISH_REASONS.get(chunk.finish_reason) if chunk.finish_reason is not None else None
         if chunk.text or logprobs or finish_reason:
             yield self._chunk(chunk.index, chunk.text, logprobs, finish_reason)
@@ -75,7 +77,8 @@ class CompletionStream:
             return
         entries = _prompt_entries(self._prompt, prompt_logprobs)
         for index in range(self._prompt.num_choices):
-            yield self._chunk(index, self._prompt.text, _logprobs_object(entries, 0) if entries else None, None)
+            logprobs = _logprobs_object(entries, _TextPlaces(0)) if entries else None
+            yield self._chunk(index, self._prompt.text, logprobs, None)
 
     def _chunk(self, index: int, text: str, logprobs: object, finish_reason: str | None) -> dict[str, object]:
         number = self._prompt.first_index + index
@@ -91,9 +94,24 @@ def usage_chunk(records: Sequence[JobRecord], service_tier: str | None) -> Itera
     yield _head(first.id, first, service_tier) | {"choices": [], "usage": usage_object(usage)}
 
 
+class _TextPlaces:
+    """Where in a text its tokens begin, in characters; one that goes on with a character, where that began."""
+
+    def __init__(self, start: int) -> None:
+        self._next = start
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def pass_over(self, added: bytes) -> int:
+        """The place of the next token, which adds these bytes to the text."""
+        place = self._next
+        self._next += len(self._utf8.decode(added))
+        return place
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     token: str
+    added: bytes  # to the text
     logprob: float | None  # None of the very first token of a prompt, which nothing comes before
     top: dict[str, float] | None
 
@@ -103,13 +121,13 @@ def _choices(result: GenerationResult, prompt: Prompt) -> list[dict[str, object]
     choices = []
     for choice in result.choices:
         written = () if prompt.is_alone else choice.logprobs or ()
-        entries = echoed + _entries(written, prompt.logprobs or 0)
+        entries = echoed + _entries(written, prompt)
         has_logprobs = prompt.logprobs is not None
         choices.append(
             {
                 "index": prompt.first_index + choice.index,
                 "text": prompt.text + ("" if prompt.is_alone else choice.text),
-                "logprobs": _logprobs_object(entries, 0) if has_logprobs else None,
+                "logprobs": _logprobs_object(entries, _TextPlaces(0)) if has_logprobs else None,
                 "finish_reason": FINISH_REASONS[choice.finish_reason],
             }
         )
@@ -117,34 +135,46 @@ def _choices(result: GenerationResult, prompt: Prompt) -> list[dict[str, object]
 
 
 def _prompt_entries(prompt: Prompt, logprobs: Sequence[TokenLogprob | None] | None) -> list[_Entry]:
-    if prompt.logprobs is None or logprobs is None or not prompt.tokens:
+    if prompt.logprobs is None or logprobs is None or not prompt.pieces:
         return []
     return [
-        _Entry(token, None, None) if logprob is None else _entry(logprob, prompt.logprobs)
-        for token, logprob in zip(prompt.tokens, logprobs, strict=True)
+        _Entry(_name(piece.name), piece.added, None, None)
+        if logprob is None
+        else _entry(logprob, prompt.logprobs, piece)
+        for piece, logprob in zip(prompt.pieces, logprobs, strict=True)
     ]
 
 
-def _entries(logprobs: Iterable[TokenLogprob], num_top: int) -> list[_Entry]:
-    return [_entry(logprob, num_top) for logprob in logprobs]
+def _entries(logprobs: Iterable[TokenLogprob], prompt: Prompt) -> list[_Entry]:
+    return [_entry(logprob, prompt.logprobs or 0, _piece(logprob, prompt)) for logprob in logprobs]
 
 
-def _entry(logprob: TokenLogprob, num_top: int) -> _Entry:
-    """The alternatives, and the token itself where it is none of them."""
-    top = {text: value for _, text, value in logprob.top[:num_top]}
-    return _Entry(logprob.token, logprob.logprob, top | {logprob.token: logprob.logprob})
+def _piece(logprob: TokenLogprob, prompt: Prompt) -> TokenPiece:
+    name = bytes(logprob.bytes)
+    return TokenPiece(name, name if prompt.shows(logprob.token_id) else b"")
 
 
-def _logprobs_object(entries: Sequence[_Entry], offset: int) -> dict[str, object]:
-    offsets = []
-    for entry in entries:
-        offsets.append(offset)
-        offset += len(entry.token)
+def _entry(logprob: TokenLogprob, num_top: int, piece: TokenPiece) -> _Entry:
+    """The alternatives, and the token itself where it is none of them. Of two with one name the more likely counts."""
+    values: dict[str, float] = {}
+    for (_, _, value), utf8 in zip(logprob.top[:num_top], logprob.top_bytes, strict=False):
+        values.setdefault(_name(bytes(utf8)), value)
+    token = _name(piece.name)
+    return _Entry(token, piece.added, logprob.logprob, values | {token: logprob.logprob})
+
+
+def _name(token: bytes) -> str:
+    """As the API of old writes a token that is a part of a character."""
+    text = as_text(token)
+    return text if text.encode() == token else f"bytes:{text}"
+
+
+def _logprobs_object(entries: Sequence[_Entry], places: _TextPlaces) -> dict[str, object]:
     return {
         "tokens": [entry.token for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
         "top_logprobs": [entry.top for entry in entries],
-        "text_offset": offsets,
+        "text_offset": [places.pass_over(entry.added) for entry in entries],
     }
 
 

@@ -4,7 +4,7 @@ A body declares types only; the bounds are those of `domain.requests`, in which 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -223,10 +223,12 @@ def tier_of(asked: str | None, priority: int) -> str:
 
 
 def logprob_object(logprob: TokenLogprob) -> dict[str, object]:
-    """A token of `logprobs.content`. The bytes are those of its text: half a character shows as U+FFFD."""
-    top = [_token_object(text, value) for _, text, value in logprob.top]
-    return _token_object(logprob.token, logprob.logprob) | {"top_logprobs": top}
+    """A token of `logprobs.content`."""
+    top = [
+        _token_object(text, value, utf8) for (_, text, value), utf8 in zip(logprob.top, logprob.top_bytes, strict=True)
+    ]
+    return _token_object(logprob.token, logprob.logprob, logprob.bytes) | {"top_logprobs": top}
 
 
-def _token_object(text: str, logprob: float) -> dict[str, object]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _token_object(text: str, logprob: float, utf8: Sequence[int]) -> dict[str, object]:
+    return {"token": text, "logprob": logprob, "bytes": list(utf8)}

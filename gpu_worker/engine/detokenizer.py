@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from tokenizers import Tokenizer
 
 from tasks.output_formats import END_THINK, THINK
-from tasks.vocabulary import TokenKind, vocabulary_of
+from tasks.token_table import TokenKind, token_table_of
 
 REPLACEMENT = "\ufffd"
 MAX_WINDOW = 12  # tokens decoded again for each new one, a run of byte tokens apart
@@ -43,7 +43,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._vocabulary = vocabulary_of(tokenizer)
+        self._tokens = token_table_of(tokenizer)
         self._utf8 = _new_utf8_decoder("replace")
         self._run: ByteRun | None = None  # the one that waits
         self._window: list[int] = []  # the last tokens that have a text
@@ -53,7 +53,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that became final with this token; often the token's own, at times empty."""
-        kind = self._vocabulary.kind(token_id)
+        kind = self._tokens.kind(token_id)
         if kind is TokenKind.HIDDEN:
             return ""
         self._has_pushed = True
@@ -62,7 +62,7 @@ class Detokenizer:
             return ""
         self._run = None
         self._window.append(token_id)
-        self._utf8.decode(self._vocabulary.bytes_of(token_id))
+        self._utf8.decode(self._tokens.bytes_of(token_id))
         return self._send()
 
     def flush(self) -> str:
@@ -78,7 +78,7 @@ class Detokenizer:
 
     def _push_byte(self, token_id: int) -> None:
         self._run = self._run or ByteRun()
-        self._run.push(self._vocabulary.bytes_of(token_id))
+        self._run.push(self._tokens.bytes_of(token_id))
         self._window.append(token_id)
 
     def _send(self) -> str:
@@ -107,7 +107,7 @@ class Detokenizer:
         context: list[int] = []
         run: list[int] = []
         for token_id in reversed(prompt_token_ids):
-            kind = self._vocabulary.kind(token_id)
+            kind = self._tokens.kind(token_id)
             if kind is TokenKind.BYTE and not context:
                 run.append(token_id)
             elif kind is not TokenKind.HIDDEN:
@@ -115,9 +115,9 @@ class Detokenizer:
             if len(context) == NUM_CONTEXT_TOKENS:
                 break
         self._window = context[::-1]
-        self._utf8.decode(b"".join(map(self._vocabulary.bytes_of, self._window)))
+        self._utf8.decode(b"".join(map(self._tokens.bytes_of, self._window)))
         self._num_sent = len(self._final_text(self._window))
-        num_waiting = num_bytes_of_half_a_character(b"".join(map(self._vocabulary.bytes_of, reversed(run))))
+        num_waiting = num_bytes_of_half_a_character(b"".join(map(self._tokens.bytes_of, reversed(run))))
         for token_id in run[:num_waiting][::-1]:
             self._push_byte(token_id)
 

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from gpu_worker.engine.sampling import Drawn
 from gpu_worker.engine.scheduler import ScheduledRow, Scheduler
 from gpu_worker.engine.sequence import EngineJob, Sequence
 from gpu_worker.frames import AddJob, EngineStats, JobFailed, SequenceOutput, StepDone
+from tasks.token_table import as_text, token_table_of
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Engine:
         self.scheduler = scheduler
         self._runner = runner
         self._tokenizer = tokenizer
+        self._tokens = token_table_of(tokenizer)
         self._limits = limits
         self._grammars = Grammars(tokenizer, limits.vocab_size, limits.eos_token_ids)
         self._jobs: dict[tuple[str, int], EngineJob] = {}
@@ -226,7 +229,10 @@ class Engine:
         self._num_prompt_tokens += min(row.num_new_tokens, num_prompt_left)
         if drawn is not None and drawn.prompt_scores:
             del sequence.prompt_logprobs[sequence.num_computed_tokens + 1 :]  # of before a preemption
-            sequence.prompt_logprobs += map(self._describe, drawn.prompt_scores)
+            first = sequence.num_computed_tokens + 1
+            sequence.prompt_logprobs += [
+                self._describe(sequence, first + number, score) for number, score in enumerate(drawn.prompt_scores)
+            ]
         sequence.num_computed_tokens += row.num_new_tokens
         self.scheduler.pool.publish(sequence)
         if drawn is not None and drawn.token_id is not None:
@@ -244,7 +250,7 @@ class Engine:
         result.token_ids[sequence] = [drawn.token_id]
         params = sequence.job.params
         if drawn.logprob is not None and params.logprobs is not None:
-            result.logprobs[sequence] = [self._describe(drawn)]
+            result.logprobs[sequence] = [self._describe(sequence, len(sequence.token_ids) - 1, drawn)]
         if drawn.logprob is not None and params.best_of is not None:
             result.sum_logprobs[sequence] = drawn.logprob
 
@@ -302,19 +308,21 @@ class Engine:
             for sequence, token_ids in result.token_ids.items()
         ]
 
-    def _describe(self, drawn: Drawn) -> dict[str, object]:
-        """A dumped TokenLogprob."""
+    def _describe(self, sequence: Sequence, place: int, drawn: Drawn) -> dict[str, object]:
+        """A dumped TokenLogprob of the token at `place`."""
         assert drawn.token_id is not None
+        has_text_before = any(map(self._tokens.shows, islice(sequence.token_ids, place)))
+        bytes_of = self._tokens.bytes_of if has_text_before else self._tokens.first_bytes_of
+        top = [(token_id, bytes_of(token_id), logprob) for token_id, logprob in drawn.top]
+        token = bytes_of(drawn.token_id)
         return {
-            "token": self._token_text(drawn.token_id),
+            "token": as_text(token),
             "token_id": drawn.token_id,
             "logprob": drawn.logprob,
-            "top": [(token_id, self._token_text(token_id), logprob) for token_id, logprob in drawn.top],
+            "bytes": tuple(token),
+            "top": [(token_id, as_text(other), logprob) for token_id, other, logprob in top],
+            "top_bytes": [tuple(other) for _, other, _ in top],
         }
-
-    def _token_text(self, token_id: int) -> str:
-        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return text
 
 
 def _members(rows: Rows[ScheduledRow]) -> list[StepMember]:

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from gpu_worker.engine.attention import (
 from gpu_worker.engine.block_cache import BlockCache
 from gpu_worker.engine.decode_groups import DecodeGroup
 from gpu_worker.engine.fused import FusedLlama, can_fuse
+from gpu_worker.engine.host_memory import lazy_zeros
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +64,17 @@ class LayerShape:
         return LayerCache(keys, torch.zeros(num_slots, *self.value_shape, dtype=self.dtype, device=device))
 
     def allocate_blocks(self, num_blocks: int, block_size: int, device: torch.device) -> BlockCache:
-        """Zeroed, too."""
+        """Zeroed, too; on a CPU by the kernel, page by page as blocks come into use."""
         key_heads, key_dim = self.key_shape
         value_heads, value_dim = self.value_shape
-        keys = torch.zeros(num_blocks, key_heads, block_size, key_dim, dtype=self.dtype, device=device)
-        values = torch.zeros(num_blocks, value_heads, block_size, value_dim, dtype=self.dtype, device=device)
-        return BlockCache(keys, values)
+        keys = _zeros((num_blocks, key_heads, block_size, key_dim), self.dtype, device)
+        return BlockCache(keys, _zeros((num_blocks, value_heads, block_size, value_dim), self.dtype, device))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(lazy_zeros(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 @dataclass(slots=True)

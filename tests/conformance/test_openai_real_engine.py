@@ -123,3 +123,37 @@ def test_a_response_calls_a_tool_and_goes_on_from_its_output(client: openai.Open
     assert second.status in ("completed", "incomplete")
     listed = client.responses.input_items.list(second.id)
     assert [item.type for item in listed.data] == ["function_call_output"]
+
+
+SPLIT = "é😀日本👩‍👩‍👧"  # in characters that the model's vocabulary has in pieces only
+
+
+def test_the_bytes_of_logprobs_join_to_the_text(client: openai.OpenAI) -> None:
+    asked: Any = {"model": MODEL, "messages": MESSAGES, "logprobs": True, "top_logprobs": 20, "max_tokens": 60}
+    asked["extra_body"] = {"structured_output": {"choices": [SPLIT]}}
+    [choice] = client.chat.completions.create(**asked).choices
+    streamed = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True) if chunk.choices]
+    assert choice.message.content == "".join(part.delta.content or "" for part in streamed) == SPLIT
+    told = [token for part in streamed if part.logprobs for token in part.logprobs.content or []]
+    for tokens in (choice.logprobs.content if choice.logprobs else [], told):
+        assert b"".join(bytes(token.bytes or []) for token in tokens or []) == SPLIT.encode()
+        tops = [top for token in tokens or [] for top in token.top_logprobs]
+        assert not any(top.bytes == [0xEF, 0xBF, 0xBD] for top in tops)
+        assert any(top.token.startswith("\\x") and len(top.bytes or []) == 1 for top in tops)
+
+
+def test_the_places_of_a_completions_tokens_are_true_to_its_text(client: openai.OpenAI) -> None:
+    asked: Any = {"model": MODEL, "prompt": "日本 is", "echo": True, "logprobs": 5, "max_tokens": 8, "temperature": 0}
+    [choice] = client.completions.create(**asked).choices
+    logprobs = choice.logprobs
+    assert logprobs is not None
+    tokens, places = logprobs.tokens or [], logprobs.text_offset or []
+    assert choice.text.startswith("日本 is")
+    whole = [(token, place) for token, place in zip(tokens, places, strict=True) if not token.startswith("bytes:")]
+    assert len(whole) > 4
+    ends = [token for token, place in whole if not choice.text.startswith(token, place)]
+    assert ends == ["<|im_end|>"] * len(ends), "a special token has no text"
+    assert [token for token in tokens if token.startswith("bytes:\\x")]
+    assert places[: tokens.index(" is")] == sorted([0, 1] * 3)
+    streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+    assert [place for part in streamed if part for place in part.text_offset or []] == places

@@ -5,7 +5,6 @@ recurrent state) is served by the slower path: one pass per sequence, the same s
 """
 
 import logging
-import os
 from typing import Any
 
 import msgspec
@@ -18,6 +17,7 @@ from gpu_worker.engine.backends import LoadedModel, RecordStep
 from gpu_worker.engine.device_backend import build_device_runner
 from gpu_worker.engine.embedding import make_lane
 from gpu_worker.engine.families import turn_end_token_ids
+from gpu_worker.engine.host_memory import anonymous_bytes, available_bytes
 from gpu_worker.engine.kv_cache import BlockPool
 from gpu_worker.engine.loading import (
     check_length,
@@ -39,7 +39,8 @@ from gpu_worker.frames import AddJob, EmbedJob, EngineStats, StepDone
 log = logging.getLogger(__name__)
 
 BLOCK_SIZE_BY_DEVICE = {"cpu": 16, "cuda": 256}  # flash attention's paged kernels want multiples of 256
-CPU_CACHE_SHARE = 0.25  # of the machine's memory, at most
+CPU_CACHE_SHARE = 0.25  # of the memory that is available beside the weights: there may be other workers
+MAX_CPU_CACHE_SHARE = 0.5  # where the share has no room for one text of full length
 CUDA_CACHE_SHARE = 0.85  # of what the weights leave free
 WHOLE_PROMPTS = 2**31  # a token budget that never splits a prompt
 
@@ -112,7 +113,8 @@ def _on_device(
 
 def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device) -> tuple[Runner, Scheduler]:
     block_size = BLOCK_SIZE_BY_DEVICE[device.type]
-    num_blocks = -(-_count_cache_tokens(spec, shapes, device) // block_size) + 1  # and the one that pads tables
+    forward = fuse(model, shapes, spec.max_model_len, device) if device.type == "cpu" else model
+    num_blocks = -(-_count_cache_tokens(spec, model, shapes, device) // block_size) + 1  # and the one that pads tables
     layers = [shape.allocate_blocks(num_blocks, block_size, device) for shape in shapes]
     scheduler = Scheduler(
         BlockPool(num_blocks, block_size),
@@ -120,7 +122,6 @@ def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.
         max_num_batched_tokens=spec.max_num_batched_tokens,
         max_num_scored_tokens=max_num_scored_tokens(vocab_size(model)),
     )
-    forward = fuse(model, shapes, spec.max_model_len, device) if device.type == "cpu" else model
     return PagedRunner(forward, layers, device), scheduler
 
 
@@ -132,17 +133,32 @@ def _sequential(spec: ModelSpec, model: Any, device: torch.device) -> tuple[Runn
     return SequentialRunner(model, device), scheduler
 
 
-def _count_cache_tokens(spec: ModelSpec, shapes: list[LayerShape], device: torch.device) -> int:
-    """As the entry says; else what all sequences could ever use, within a share of the memory."""
+def _count_cache_tokens(spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device) -> int:
+    """As the entry says; else what all sequences could ever use, within a share of the memory that is left."""
     bytes_per_token = sum(shape.bytes_per_token for shape in shapes)
-    if device.type == "cuda":
-        free_bytes = int(torch.cuda.mem_get_info(device)[0] * CUDA_CACHE_SHARE)
+    num_wanted = spec.max_num_seqs * spec.max_model_len
+    if spec.kv_cache_tokens is not None:
+        num_tokens, reason = spec.kv_cache_tokens, "as kv_cache_tokens says"
     else:
-        free_bytes = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_CACHE_SHARE)
-    num_tokens = spec.kv_cache_tokens or min(spec.max_num_seqs * spec.max_model_len, free_bytes // bytes_per_token)
+        room = _cache_bytes(device, model, least_bytes=spec.max_model_len * bytes_per_token)
+        num_tokens = min(num_wanted, room // bytes_per_token)
+        reason = "for all sequences at full length" if num_tokens == num_wanted else "as memory allows"
     if num_tokens < spec.max_model_len:
         raise ValueError(
-            f"model {spec.id!r} has room for {num_tokens} tokens in its cache and max_model_len = "
-            f"{spec.max_model_len}; lower max_model_len or raise kv_cache_tokens"
+            f"model {spec.id!r} has room for {num_tokens} tokens in its cache, at {bytes_per_token} bytes each, and "
+            f"max_model_len = {spec.max_model_len}; lower max_model_len, raise kv_cache_tokens, or free memory"
         )
+    size = f"{num_tokens} tokens, {num_tokens * bytes_per_token / 2**20:.0f} MiB"
+    log.info("key/value cache of %s: %s, %s", spec.id, size, reason, extra={"num_cache_tokens": num_tokens})
     return num_tokens
+
+
+def _cache_bytes(device: torch.device, model: Any, *, least_bytes: int) -> int:
+    """What a cache may take; `least_bytes` is one text of full length. Weights that lie in mapped files have not been
+    read yet and count as used, whatever the kernel says of their pages."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * CUDA_CACHE_SHARE)
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    available = available_bytes() - max(0, weight_bytes - anonymous_bytes())
+    share = int(available * CPU_CACHE_SHARE)
+    return least_bytes if share < least_bytes <= available * MAX_CPU_CACHE_SHARE else max(0, share)

@@ -7,10 +7,10 @@ for each byte that no other token covers (SentencePiece). The tokens of all othe
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -23,6 +23,13 @@ class TokenKind(Enum):
     TEXT = auto()
 
 
+class TokenPiece(NamedTuple):
+    """A token of a text. Either may be a part of a character."""
+
+    name: bytes
+    added: bytes  # to the UTF-8 of the text; nothing where the token is left out of it
+
+
 def _byte_by_character() -> dict[str, int]:
     """GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -33,7 +40,7 @@ def _byte_by_character() -> dict[str, int]:
 _BYTE_BY_CHARACTER = _byte_by_character()
 
 
-class Vocabulary:
+class TokenTable:
     """Remembers what it was asked for, so that each token is looked at once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -51,6 +58,10 @@ class Vocabulary:
             kind = self._kinds[token_id] = self._find_kind(token_id)
         return kind
 
+    def shows(self, token_id: int) -> bool:
+        """Whether `decode` without special tokens writes anything for it."""
+        return self.kind(token_id) is not TokenKind.HIDDEN
+
     def bytes_of(self, token_id: int) -> bytes:
         """What the token adds to a text that something stands in already; of a special token the way it is written, of
         an id that the tokenizer does not know nothing."""
@@ -61,9 +72,24 @@ class Vocabulary:
 
     def first_bytes_of(self, token_id: int) -> bytes:
         """The same at the start of a text, where many decoders leave a leading space out."""
-        if self.kind(token_id) is not TokenKind.TEXT or "ByteLevel" in self._decoders:
-            return self.bytes_of(token_id)
+        found = self.bytes_of(token_id)
+        is_half_a_character = self.kind(token_id) is TokenKind.BYTE and not found.isascii()
+        if is_half_a_character or not self.shows(token_id) or "ByteLevel" in self._decoders:
+            return found
         return self._decode(token_id).encode()
+
+    def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
+        """The tokens of a text, which is what `decode` makes of them all."""
+        pieces: list[TokenPiece] = []
+        is_first = True
+        for token_id in token_ids:
+            if skip_special_tokens and not self.shows(token_id):
+                pieces.append(TokenPiece(self.bytes_of(token_id), b""))
+                continue
+            added = self.first_bytes_of(token_id) if is_first else self.bytes_of(token_id)
+            pieces.append(TokenPiece(added, added))
+            is_first = False
+        return pieces
 
     def _find_kind(self, token_id: int) -> TokenKind:
         spelling = self._tokenizer.id_to_token(token_id)
@@ -108,9 +134,9 @@ def as_text(token: bytes) -> str:
 
 
 @lru_cache(maxsize=4)
-def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+def token_table_of(tokenizer: Tokenizer) -> TokenTable:
     """The one of this tokenizer object, which must not change any more."""
-    return Vocabulary(tokenizer)
+    return TokenTable(tokenizer)
 
 
 def _decoder_types(tokenizer: Tokenizer) -> Iterator[str]:
