@@ -86,7 +86,8 @@ class Settings(BaseSettings):
     worker_model: str | None = None  # which model a GPU worker serves; default the first one of models_file
     worker_name: str | None = None  # its Celery node name, unique in the installation; default drawn at start
     lookahead: int | None = Field(default=None, ge=0)  # messages held beyond the free slots; default a quarter of them
-    engine_heartbeat_seconds: float = Field(default=10.0, gt=0)  # a silent engine is restarted after three of these
+    engine_heartbeat_seconds: float = Field(default=10.0, gt=0)  # after three without a sign of life it is restarted
+    engine_load_seconds: float = Field(default=1_800.0, gt=0)  # the longest that a model may take to load
     drain_seconds: float = Field(default=30.0, ge=0)  # how long SIGTERM lets running jobs finish before release
 
     @field_validator("database_url")

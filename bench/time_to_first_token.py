@@ -78,7 +78,7 @@ def engine_alone(spec: ModelSpec, num_jobs: int) -> Samples:
     samples = Samples("ceiling: engine process alone")
     view = load_model_view(spec)
     template = EngineTemplate(spec, heartbeat_seconds=10)
-    engine = EngineProcess(template)
+    engine = EngineProcess(template, heartbeat_seconds=10.0)
     try:
         while engine.ready is None:
             select.select([engine.channel], [], [], 1)

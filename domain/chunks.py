@@ -11,8 +11,8 @@ def _utf8(text: str) -> tuple[int, ...]:
 
 class TokenLogprob(Frozen):
     """A token may be a part of a character: its `bytes` are what it adds to the UTF-8 of the text, and in `token` those
-    that are no character by themselves are written `\\xNN`, as the OpenAI API does it. A special token has the bytes of
-    its name, though it adds nothing. Chunks stored before tokens had bytes get those of the text."""
+    that are no character by themselves are written `\\xNN`, as the OpenAI API does it. A special token adds none; as an
+    alternative it has those of its name. Chunks stored before tokens had bytes get those of the text."""
 
     token: str
     token_id: int

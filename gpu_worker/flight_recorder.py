@@ -15,6 +15,7 @@ import msgspec
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  (never a name in it, only an unlinked file)
 SLOT_BYTES = 512 * 1024
+RECORDER_BYTES = 2 * SLOT_BYTES  # then comes a page with the engine's pulse, see signs_of_life.py
 RECENT_STEPS = 3  # a job that was admitted this lately is the first suspect
 
 _HEADER = struct.Struct(">QII")  # step number, payload bytes, checksum of the payload
@@ -42,7 +43,7 @@ def create_memory() -> int:
     """A file descriptor of fresh shared memory, for both sides; nameless, so that nothing is left behind."""
     folder = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
     with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(2 * SLOT_BYTES)
+        file.truncate(RECORDER_BYTES + mmap.PAGESIZE)
         return os.dup(file.fileno())
 
 
@@ -50,7 +51,7 @@ class FlightRecorder:
     """Either side of the memory; the descriptor may be closed once this exists."""
 
     def __init__(self, memory_fd: int) -> None:
-        self._memory = mmap.mmap(memory_fd, 2 * SLOT_BYTES)
+        self._memory = mmap.mmap(memory_fd, RECORDER_BYTES)
         self._step_number = 0
 
     def record(self, jobs: Sequence[RecordedJob]) -> None:

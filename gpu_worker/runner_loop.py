@@ -58,7 +58,11 @@ class RunnerLoop:
         self._storage = JobStorage(settings, spec, owner, hostname)
         self._thread = StorageThread(self.mailbox.post)
         self._bell = DispatchBell(self._storage.sessions, spec, settings)
-        self._supervisor = Supervisor(spec, heartbeat_seconds=settings.engine_heartbeat_seconds)
+        self._supervisor = Supervisor(
+            spec,
+            heartbeat_seconds=settings.engine_heartbeat_seconds,
+            load_seconds=settings.engine_load_seconds,
+        )
         self._events: list[RunnerEvent] = []
         self._batch = RunningBatch(
             self._supervisor, Publisher(settings), self._storage, self._thread, self._events.append

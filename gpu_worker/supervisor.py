@@ -18,13 +18,12 @@ import msgspec
 from domain.catalog import ModelSpec
 from gpu_worker.channel import Channel, ChannelClosed
 from gpu_worker.engine_template import EngineTemplate
-from gpu_worker.flight_recorder import FlightRecorder, RecordedJob, create_memory
-from gpu_worker.frames import AddJob, Command, EmbedJob, Ready, Report, Shutdown, decode_report, encode
+from gpu_worker.flight_recorder import RECORDER_BYTES, FlightRecorder, RecordedJob, create_memory
+from gpu_worker.frames import AddJob, Command, EmbedJob, Ready, Report, Shutdown, StepDone, decode_report, encode
+from gpu_worker.signs_of_life import Pulse, SignsOfLife
 
 logger = logging.getLogger(__name__)
 
-NUM_HEARTBEATS = 3  # of silence, until the engine is taken for hung
-LOAD_TIMEOUT_SECONDS = 1800.0  # large weights from a slow disk
 LINGER_SECONDS = 5.0  # between the end of the channel and the end of the process: a core dump is written
 SHUTDOWN_SECONDS = 3.0  # the running step may end before the process is killed
 REAP_SECONDS = 30.0  # of a process that is killed: a GPU's memory is given back
@@ -44,6 +43,7 @@ class EngineExit:
     was_killed_by_us: bool  # because it had fallen silent, or spoke nonsense
     was_ready: bool
     last_step: list[RecordedJob]
+    killed_because: str = "it fell silent"  # where it was killed by us
 
     @property
     def is_outside_kill(self) -> bool:
@@ -53,7 +53,7 @@ class EngineExit:
     @property
     def description(self) -> str:
         if self.was_killed_by_us:
-            return "it fell silent or spoke nonsense, and was killed"
+            return f"killed, since {self.killed_because}"
         if self.exit_code < 0:
             return f"killed by {signal.Signals(-self.exit_code).name}"
         return f"exit code {self.exit_code}"
@@ -71,19 +71,22 @@ class Crash:
 class EngineProcess:
     """One incarnation of the engine."""
 
-    def __init__(self, template: EngineTemplate) -> None:
+    def __init__(self, template: EngineTemplate, *, heartbeat_seconds: float) -> None:
         ours, theirs = socket.socketpair()
         memory_fd = create_memory()
         self.recorder = FlightRecorder(memory_fd)
+        self._pulse = Pulse(memory_fd, offset=RECORDER_BYTES)
         self.channel = Channel(ours)
         self._template = template
         with theirs:
             template.fork(theirs.fileno(), memory_fd)
         os.close(memory_fd)
-        self.started_at = self.heard_at = monotonic()
+        self.started_at = monotonic()
+        self.signs = SignsOfLife(self._pulse, heartbeat_seconds=heartbeat_seconds, now=self.started_at)
         self.ready: Ready | None = None
         self.has_had_jobs = False
         self.was_killed_by_us = False
+        self.killed_because = ""
         self.closed_at: float | None = None  # when the channel ended; the process follows
 
     @property
@@ -120,22 +123,22 @@ class EngineProcess:
         except msgspec.DecodeError:
             logger.exception("the engine speaks nonsense and is killed")
             self._note_closed()
-            self.kill()
+            self.kill("it speaks nonsense")
             return []
-        if reports:
-            self.heard_at = monotonic()
         for report in reports:
             if isinstance(report, Ready):
                 self.ready = report
+            step_seconds = report.stats.step_seconds if isinstance(report, StepDone) else 0.0
+            self.signs.hear(monotonic(), step_seconds=step_seconds)
         return reports
 
-    def kill(self) -> None:
-        self.was_killed_by_us = True
+    def kill(self, reason: str) -> None:
+        self.was_killed_by_us, self.killed_because = True, reason
         self._template.kill_engine()
 
     def abandon(self) -> None:
         """Kill it with its template, which may be why nobody tells how it ended."""
-        self.was_killed_by_us = True
+        self.was_killed_by_us, self.killed_because = True, "nobody told how it ended"
         self._template.kill()
 
     def end(self) -> EngineExit:
@@ -147,8 +150,9 @@ class EngineProcess:
         assert exit_code is not None
         last_step = self.recorder.read()
         self.recorder.close()
+        self._pulse.close()
         self.channel.close()
-        return EngineExit(exit_code, self.was_killed_by_us, self.ready is not None, last_step)
+        return EngineExit(exit_code, self.was_killed_by_us, self.ready is not None, last_step, self.killed_because)
 
     def _note_closed(self) -> None:
         self.closed_at = self.closed_at or monotonic()
@@ -157,7 +161,9 @@ class EngineProcess:
 class Supervisor:
     """Keeps one engine process running. `watch` is to be called a few times a second, and after every report."""
 
-    def __init__(self, spec: ModelSpec, *, heartbeat_seconds: float) -> None:
+    def __init__(self, spec: ModelSpec, *, heartbeat_seconds: float, load_seconds: float = 1800.0) -> None:
+        """`load_seconds` bounds a load, which may be slow for many good reasons."""
+        self._load_seconds = load_seconds
         self._spec = spec
         self._heartbeat_seconds = heartbeat_seconds
         self._template: EngineTemplate | None = None  # from the first engine on
@@ -219,9 +225,9 @@ class Supervisor:
         then. All its reports have been received by that time."""
         if self._engine is None:
             if now >= self._start_at:
-                self._engine = EngineProcess(self._living_template())
+                self._engine = EngineProcess(self._living_template(), heartbeat_seconds=self._heartbeat_seconds)
             return None
-        self._watch_silence(self._engine, now)
+        self._look_after(self._engine, now)
         if not self._has_ended(self._engine, now):
             return None
         engine, self._engine = self._engine, None
@@ -256,7 +262,7 @@ class Supervisor:
         engine.send(Shutdown())
         # It listens only once it is loaded.
         if engine.ready is None or not engine.has_ended(within_seconds=SHUTDOWN_SECONDS):
-            engine.kill()
+            engine.kill("it did not end when it was told to")
         engine.end()
 
     def _living_template(self) -> EngineTemplate:
@@ -267,17 +273,19 @@ class Supervisor:
             self._template = EngineTemplate(self._spec, heartbeat_seconds=self._heartbeat_seconds)
         return self._template
 
-    def _watch_silence(self, engine: EngineProcess, now: float) -> None:
+    def _look_after(self, engine: EngineProcess, now: float) -> None:
+        """Kill it where it is hung."""
         if now - self._watched_at > self._heartbeat_seconds:
-            engine.heard_at = now  # we were away ourselves, and have heard nothing because we did not listen
+            engine.signs.hear(now)  # we were away ourselves, and have heard nothing because we did not listen
         self._watched_at = now
-        if engine.ready is None:
-            is_hung = now - engine.started_at > LOAD_TIMEOUT_SECONDS
-        else:
-            is_hung = now - engine.heard_at > NUM_HEARTBEATS * self._heartbeat_seconds
-        if is_hung and not engine.was_killed_by_us:
-            logger.error("the engine fell silent and is killed", extra={"pid": engine.pid})
-            engine.kill()
+        reason = None
+        if engine.ready is not None:
+            reason = engine.signs.judge(now, engine.pid)
+        elif now - engine.started_at > self._load_seconds:
+            reason = f"it was not loaded after {self._load_seconds:.0f} s"
+        if reason is not None and not engine.was_killed_by_us:
+            logger.error("the engine is killed: %s", reason, extra={"pid": engine.pid})
+            engine.kill(reason)
 
     def _has_ended(self, engine: EngineProcess, now: float) -> bool:
         """The process is gone and its channel is read to the end."""

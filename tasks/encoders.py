@@ -23,9 +23,6 @@ class Encoder(Protocol):
 
     def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]: ...
 
-    def shows(self, token_id: int) -> bool:
-        """Whether the token has a part in a text without special tokens."""
-
 
 class TokenizerEncoder:
     """A Rust tokenizer. The batch call is the one that lets go of the GIL, and skips offsets."""
@@ -45,9 +42,6 @@ class TokenizerEncoder:
     def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
         return token_table_of(self._tokenizer).pieces(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def shows(self, token_id: int) -> bool:
-        return token_table_of(self._tokenizer).shows(token_id)
-
 
 class ByteEncoder:
     """One token per byte of UTF-8, for the fake back end, which has no vocabulary of its own for prompts."""
@@ -63,9 +57,6 @@ class ByteEncoder:
     def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
         texts = [bytes([token_id]) if token_id < 256 else b"" for token_id in token_ids]
         return [TokenPiece(text, text) for text in texts]
-
-    def shows(self, token_id: int) -> bool:
-        return True  # the fake back end draws from a vocabulary of its own
 
 
 def special_tokens_of(config: Mapping[str, Any]) -> dict[str, str]:

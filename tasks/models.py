@@ -107,10 +107,6 @@ class ModelView:
         """The tokens of a prompt one by one."""
         return self._encoder.pieces(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def shows(self, token_id: int) -> bool:
-        """Whether the token has a part in the text of an output."""
-        return self._encoder.shows(token_id)
-
     def encode_input(self, value: str | Sequence[int], place: int) -> list[int]:
         """One of the inputs of an embedding request, with the special tokens that the model wants around it."""
         if isinstance(value, str):

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from api.openai.output_parsing import CallArguments, CallName, Content, OutputParser, Piece, Reasoning, parser_of
 from api.openai.running import Run
-from api.openai.schemas import FINISH_REASONS, logprob_object, tier_of
+from api.openai.schemas import FINISH_REASONS, content_logprobs, tier_of
 from api.openai.usage import count_reasoning_tokens, usage_object
 from domain.chunks import TokenChunk, TokenLogprob
 from domain.ids import external_id
@@ -162,4 +162,4 @@ def _head(job_id: UUID, job: Job | Run, object_: str, service_tier: str | None) 
 def _logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, object] | None:
     if logprobs is None:
         return None
-    return {"content": [logprob_object(logprob) for logprob in logprobs], "refusal": None}
+    return {"content": content_logprobs(logprobs), "refusal": None}

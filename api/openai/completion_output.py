@@ -1,7 +1,7 @@
 """Jobs' outputs as text completions, with the logprobs of old: parallel lists, and where each token begins."""
 
 import codecs
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -24,7 +24,6 @@ class Prompt:
     first_index: int  # of its choices
     num_choices: int
     logprobs: int | None  # how many alternatives
-    shows: Callable[[int], bool]  # whether a token has a part in the text of an output
     text: str = ""
     pieces: tuple[TokenPiece, ...] = ()
     is_alone: bool = False  # the prompt is scored, and nothing is written
@@ -64,7 +63,7 @@ class CompletionStream:
             return
         logprobs = None
         if self._prompt.logprobs is not None and chunk.logprobs is not None:
-            logprobs = _logprobs_object(_entries(chunk.logprobs, self._prompt), self._places[chunk.index])
+            logprobs = _logprobs_object(_entries(chunk.logprobs, self._prompt.logprobs), self._places[chunk.index])
         finish_reason = FINISH_REASONS.get(chunk.finish_reason) if chunk.finish_reason is not None else None
         if chunk.text or logprobs or finish_reason:
             yield self._chunk(chunk.index, chunk.text, logprobs, finish_reason)
@@ -121,7 +120,7 @@ def _choices(result: GenerationResult, prompt: Prompt) -> list[dict[str, object]
     choices = []
     for choice in result.choices:
         written = () if prompt.is_alone else choice.logprobs or ()
-        entries = echoed + _entries(written, prompt)
+        entries = echoed + _entries(written, prompt.logprobs or 0)
         has_logprobs = prompt.logprobs is not None
         choices.append(
             {
@@ -140,27 +139,25 @@ def _prompt_entries(prompt: Prompt, logprobs: Sequence[TokenLogprob | None] | No
     return [
         _Entry(_name(piece.name), piece.added, None, None)
         if logprob is None
-        else _entry(logprob, prompt.logprobs, piece)
+        else _entry(logprob, prompt.logprobs, _name(piece.name), piece.added)
         for piece, logprob in zip(prompt.pieces, logprobs, strict=True)
     ]
 
 
-def _entries(logprobs: Iterable[TokenLogprob], prompt: Prompt) -> list[_Entry]:
-    return [_entry(logprob, prompt.logprobs or 0, _piece(logprob, prompt)) for logprob in logprobs]
+def _entries(logprobs: Iterable[TokenLogprob], num_top: int) -> list[_Entry]:
+    return [_entry(logprob, num_top, _name_of(logprob), bytes(logprob.bytes)) for logprob in logprobs]
 
 
-def _piece(logprob: TokenLogprob, prompt: Prompt) -> TokenPiece:
-    name = bytes(logprob.bytes)
-    return TokenPiece(name, name if prompt.shows(logprob.token_id) else b"")
+def _name_of(logprob: TokenLogprob) -> str:
+    return _name(bytes(logprob.bytes)) if logprob.bytes else logprob.token
 
 
-def _entry(logprob: TokenLogprob, num_top: int, piece: TokenPiece) -> _Entry:
+def _entry(logprob: TokenLogprob, num_top: int, token: str, added: bytes) -> _Entry:
     """The alternatives, and the token itself where it is none of them. Of two with one name the more likely counts."""
     values: dict[str, float] = {}
     for (_, _, value), utf8 in zip(logprob.top[:num_top], logprob.top_bytes, strict=False):
         values.setdefault(_name(bytes(utf8)), value)
-    token = _name(piece.name)
-    return _Entry(token, piece.added, logprob.logprob, values | {token: logprob.logprob})
+    return _Entry(token, added, logprob.logprob, values | {token: logprob.logprob})
 
 
 def _name(token: bytes) -> str:

@@ -126,14 +126,13 @@ def _prompts_of(body: CompletionBody, generations: Sequence[GenerationRequest], 
 def prompt_of(body: CompletionBody, generation: GenerationRequest, view: ModelView, number: int) -> Prompt:
     n = generation.params.n
     if not body.echo:
-        return Prompt(first_index=number * n, num_choices=n, logprobs=body.logprobs, shows=view.shows)
+        return Prompt(first_index=number * n, num_choices=n, logprobs=body.logprobs)
     token_ids = view.encode(generation)
     is_text = generation.prompt is not None
     return Prompt(
         first_index=number * n,
         num_choices=n,
         logprobs=body.logprobs,
-        shows=view.shows,
         text=generation.prompt if generation.prompt is not None else view.decode(token_ids),
         pieces=() if body.logprobs is None else tuple(view.pieces(token_ids, skip_special_tokens=is_text)),
         is_alone=body.max_tokens == 0,

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from api.openai.output_parsing import CallArguments, CallName, Content, OutputParser, Piece, Reasoning
-from api.openai.schemas import logprob_object
+from api.openai.schemas import content_logprobs
 from domain.chunks import TokenLogprob
 from domain.ids import external_id
 
@@ -28,7 +28,7 @@ class ResponseOutput:
 
     def push(self, text: str, logprobs: Sequence[TokenLogprob] | None = None) -> Iterator[ResponseEvent]:
         """`logprobs` go with the first visible text of their chunk."""
-        tokens = [logprob_object(logprob) for logprob in logprobs or ()]
+        tokens = content_logprobs(logprobs or ())
         for piece in self.parser.push(text):
             yield from self._grow(piece, tokens)
             tokens = [] if isinstance(piece, Content) else tokens

@@ -222,8 +222,12 @@ def tier_of(asked: str | None, priority: int) -> str:
     return "priority" if priority > 0 else "flex" if priority < 0 else "default"
 
 
-def logprob_object(logprob: TokenLogprob) -> dict[str, object]:
-    """A token of `logprobs.content`."""
+def content_logprobs(logprobs: Sequence[TokenLogprob]) -> list[dict[str, object]]:
+    """`logprobs.content`, the tokens of the content: the one that ends it has no text and is none of them."""
+    return [_logprob_object(logprob) for logprob in logprobs if logprob.bytes]
+
+
+def _logprob_object(logprob: TokenLogprob) -> dict[str, object]:
     top = [
         _token_object(text, value, utf8) for (_, text, value), utf8 in zip(logprob.top, logprob.top_bytes, strict=True)
     ]

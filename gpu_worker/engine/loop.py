@@ -319,7 +319,7 @@ class Engine:
             "token": as_text(token),
             "token_id": drawn.token_id,
             "logprob": drawn.logprob,
-            "bytes": tuple(token),
+            "bytes": tuple(token) if self._tokens.shows(drawn.token_id) else (),
             "top": [(token_id, as_text(other), logprob) for token_id, other, logprob in top],
             "top_bytes": [tuple(other) for _, other, _ in top],
         }

@@ -1,7 +1,7 @@
 """Main of the engine process: command frames in, one loop around a back end, report frames out.
 
 gpu_worker/engine_template.py starts a template as `python -m gpu_worker.engine.process`; every engine is a fork of it.
-One thread: a step that hangs is a process that falls silent, which is what the supervisor watches for.
+One thread does the work; another only beats, so that the supervisor can tell a slow step from a process that stands.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from domain.errors import CeleriacError, EngineError
 from gpu_worker.channel import Channel, ChannelClosed
 from gpu_worker.engine.backends import Backend, StepMember, import_backend
 from gpu_worker.engine.template import die_with_parent, fork_engines
-from gpu_worker.flight_recorder import FlightRecorder, RecordedJob
+from gpu_worker.flight_recorder import RECORDER_BYTES, FlightRecorder, RecordedJob
 from gpu_worker.frames import (
     AbortJob,
     AddJob,
@@ -36,6 +36,7 @@ from gpu_worker.frames import (
     decode_command,
     encode,
 )
+from gpu_worker.signs_of_life import Pulse, start_beating
 from observability import configure_logging
 from settings import get_settings
 
@@ -57,12 +58,14 @@ class EngineLoop:
         backend: Backend,
         channel: Channel,
         recorder: FlightRecorder,
+        pulse: Pulse,
         *,
         heartbeat_seconds: float,
     ) -> None:
         self._backend = backend
         self._channel = channel
         self._recorder = recorder
+        self._pulse = pulse
         self._heartbeat_seconds = heartbeat_seconds
         self._num_unread = 0  # right after the last report was sent
         self._read_at = monotonic()  # no later than the worker last read
@@ -122,6 +125,7 @@ class EngineLoop:
         self._failures.append(JobFailed(command.job_id, command.attempt, failure.code, failure.message))
 
     def _step(self) -> None:
+        self._pulse.count_step()
         if self._backend.has_work:
             done = self._backend.step(self._record_step)
         else:
@@ -183,6 +187,8 @@ def main() -> None:
     channel_fd, recorder_fd = fork_engines(socket.socket(fileno=arguments.control_fd))
     volunteer_for_the_oom_killer()
     recorder = FlightRecorder(recorder_fd)
+    pulse = Pulse(recorder_fd, offset=RECORDER_BYTES)
+    start_beating(pulse, heartbeat_seconds=arguments.heartbeat_seconds)
     channel = Channel(socket.socket(fileno=channel_fd))
     backend = backend_class(spec)
     channel.send(encode(_ready(spec, backend)))
@@ -192,6 +198,7 @@ def main() -> None:
             backend,
             channel,
             recorder,
+            pulse,
             heartbeat_seconds=arguments.heartbeat_seconds,
         ).run()
     except ChannelClosed:

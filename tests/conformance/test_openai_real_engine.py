@@ -142,6 +142,15 @@ def test_the_bytes_of_logprobs_join_to_the_text(client: openai.OpenAI) -> None:
         assert any(top.token.startswith("\\x") and len(top.bytes or []) == 1 for top in tops)
 
 
+def test_the_end_token_is_no_content(client: openai.OpenAI) -> None:
+    asked: Any = {"model": MODEL, "messages": MESSAGES, "logprobs": True, "max_tokens": 200, "temperature": 0}
+    [choice] = client.chat.completions.create(**asked).choices
+    assert choice.finish_reason == "stop"
+    tokens = (choice.logprobs.content if choice.logprobs else None) or []
+    assert b"".join(bytes(token.bytes or []) for token in tokens).decode() == choice.message.content
+    assert all(token.bytes for token in tokens)
+
+
 def test_the_places_of_a_completions_tokens_are_true_to_its_text(client: openai.OpenAI) -> None:
     asked: Any = {"model": MODEL, "prompt": "日本 is", "echo": True, "logprobs": 5, "max_tokens": 8, "temperature": 0}
     [choice] = client.completions.create(**asked).choices
@@ -152,7 +161,7 @@ def test_the_places_of_a_completions_tokens_are_true_to_its_text(client: openai.
     whole = [(token, place) for token, place in zip(tokens, places, strict=True) if not token.startswith("bytes:")]
     assert len(whole) > 4
     ends = [token for token, place in whole if not choice.text.startswith(token, place)]
-    assert ends == ["<|im_end|>"] * len(ends), "a special token has no text"
+    assert ends == ["<|end|>"] * len(ends), "a special token has no text"
     assert [token for token in tokens if token.startswith("bytes:\\x")]
     assert places[: tokens.index(" is")] == sorted([0, 1] * 3)
     streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]

@@ -21,10 +21,10 @@ from tests.integration.runner_harness import wait_until
 class Crank:
     """Turns a supervisor as the runner's thread does."""
 
-    def __init__(self, heartbeat_seconds: float = 5.0, **knobs: Any) -> None:
+    def __init__(self, heartbeat_seconds: float = 5.0, engine_load_seconds: float = 600.0, **knobs: Any) -> None:
         fake = {"step_seconds": 0.005} | knobs
         spec = ModelSpec(id="fake", path="none", backend="fake", max_model_len=4096, fake=fake)
-        self.supervisor = Supervisor(spec, heartbeat_seconds=heartbeat_seconds)
+        self.supervisor = Supervisor(spec, heartbeat_seconds=heartbeat_seconds, load_seconds=engine_load_seconds)
         self.reports: list[Report] = []
         self.exits: list[EngineExit] = []
         self.suspects: frozenset[UUID] = frozenset()  # of the next crash
@@ -144,7 +144,7 @@ def test_an_engine_rests_while_nobody_reads_and_goes_on_where_it_was(make_crank:
     assert not crank.exits
 
 
-def test_an_engine_that_stops_in_a_step_is_killed_after_three_heartbeats(make_crank: MakeCrank) -> None:
+def test_an_engine_that_stands_still_in_a_step_is_killed_after_twelve_heartbeats(make_crank: MakeCrank) -> None:
     crank = make_crank(heartbeat_seconds=0.2, hang_at_token=2)
     crank.turn_until_ready()
     crank.add()
@@ -153,7 +153,40 @@ def test_an_engine_that_stops_in_a_step_is_killed_after_three_heartbeats(make_cr
     assert crank.exits[0].was_killed_by_us
     assert not crank.exits[0].is_outside_kill
     assert [job.job_id for job in crank.exits[0].last_step] == ["job"]
-    assert time.monotonic() - started_at > 0.6
+    assert time.monotonic() - started_at > 12 * 0.2
+    assert "it lives, but its step 3 has stood still for" in crank.exits[0].description
+
+
+def test_an_engine_that_gives_no_sign_of_life_is_killed_after_three_heartbeats(make_crank: MakeCrank) -> None:
+    crank = make_crank(heartbeat_seconds=0.2)
+    pid = crank.turn_until_ready()
+    crank.add()
+    crank.turn_until(lambda: crank.num_tokens, "the job runs")
+    stopped_at = time.monotonic()
+    os.kill(pid, signal.SIGSTOP)
+    crank.turn_until(lambda: crank.exits, "the engine is killed")
+    assert time.monotonic() - stopped_at > 3 * 0.2
+    assert "it has given no sign of life for" in crank.exits[0].description
+
+
+def test_a_step_of_ten_heartbeats_is_no_death(make_crank: MakeCrank) -> None:
+    """Nor are those after it; from the second on, ten times the longest so far is the bound."""
+    crank = make_crank(heartbeat_seconds=0.1, step_seconds=1.0)
+    pid = crank.turn_until_ready()
+    crank.add(max_tokens=3)
+    crank.turn_until(lambda: crank.num_tokens == 3, "the job is done")
+    assert crank.exits == []
+    assert crank.turn_until_ready() == pid
+
+
+def test_a_load_of_many_heartbeats_is_no_death_but_has_an_end(make_crank: MakeCrank) -> None:
+    crank = make_crank(heartbeat_seconds=0.1, load_seconds=3.0)
+    crank.turn_until_ready()
+    assert crank.exits == []
+    hung = make_crank(heartbeat_seconds=0.1, engine_load_seconds=2.0, load_seconds=3600.0)
+    hung.turn_until(lambda: hung.exits, "the load is given up")
+    assert "it was not loaded after 2 s" in hung.exits[0].description
+    assert not hung.exits[0].was_ready
 
 
 def test_an_engine_at_rest_beats_and_is_left_alone(make_crank: MakeCrank) -> None:
