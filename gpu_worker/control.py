@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery.utils.functional import maybe_list
+from celery.utils.log import get_logger
 from celery.worker import control as stock
 from celery.worker.control import control_command, inspect_command
 
@@ -14,6 +15,8 @@ from settings import get_settings
 
 if TYPE_CHECKING:
     from gpu_worker.pool import EnginePool
+
+logger = get_logger(__name__)
 
 
 def engine_figures(pool: "EnginePool") -> dict[str, Any]:
@@ -44,8 +47,9 @@ def engine_drain(state: Any, exit: int = 0, seconds: float | None = None, **_: A
     """Take no more jobs and let the running ones end; with exit=1 end the worker then."""
     release_after_seconds = get_settings().drain_seconds if seconds is None else seconds
     if exit:
-        state.consumer.pool.shutdown.drain(release_after_seconds=release_after_seconds)
+        state.consumer.pool.shutdown.drain("the order engine_drain", release_after_seconds=release_after_seconds)
     else:
+        logger.warning("draining on the order engine_drain: running jobs have %.0f seconds", release_after_seconds)
         state.consumer.pool.begin_drain(release_after_seconds=release_after_seconds)
     return {"ok": "draining"}
 
@@ -53,6 +57,7 @@ def engine_drain(state: Any, exit: int = 0, seconds: float | None = None, **_: A
 @control_command()
 def engine_resume(state: Any, **_: Any) -> dict[str, str]:
     """Take jobs again after engine_drain."""
+    logger.warning("taking jobs again on the order engine_resume")
     state.consumer.pool.resume()
     return {"ok": "taking jobs"}
 
@@ -60,7 +65,7 @@ def engine_resume(state: Any, **_: Any) -> dict[str, str]:
 @control_command(name="shutdown")
 def shutdown(state: Any, msg: str = "", **_: Any) -> dict[str, str]:
     """Shutdown worker(s), as SIGTERM does."""
-    state.consumer.pool.shutdown.drain()
+    state.consumer.pool.shutdown.drain("the order shutdown")
     return {"ok": "draining, then leaving"}
 
 

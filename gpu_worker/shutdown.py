@@ -7,7 +7,8 @@ handlers only start a thread: the main thread may hold any lock when a signal ar
 import signal
 from threading import Thread
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from celery.utils.log import get_logger
 from celery.worker import state
@@ -37,13 +38,13 @@ class Shutdown:
             signal.signal(signal_number, self._on_stop_signal)
         signal.signal(signal.SIGQUIT, self._on_quit_signal)
 
-    def drain(self, *, release_after_seconds: float | None = None) -> None:
-        """Let running jobs end, then end the worker. Returns at once; any thread."""
+    def drain(self, reason: str, *, release_after_seconds: float | None = None) -> None:
+        """Let running jobs end, then end the worker. `reason` is for the log. Returns at once; any thread."""
         if self._is_draining:
             return
         self._is_draining = True
         seconds = get_settings().drain_seconds if release_after_seconds is None else release_after_seconds
-        Thread(target=self._drain, args=(seconds,), name="drain", daemon=True).start()
+        Thread(target=self._drain, args=(reason, seconds), name="drain", daemon=True).start()
 
     def fail(self, reason: str) -> None:
         """The engine cannot be kept alive: end the worker, so that whoever supervises it starts a fresh one, or stops
@@ -52,17 +53,21 @@ class Shutdown:
         state.should_stop = EXIT_FAILURE
         self._pool.wake_hub()
 
-    def _on_stop_signal(self, *_: Any) -> None:
+    def _on_stop_signal(self, signal_number: int, _: FrameType | None) -> None:
+        name = signal.Signals(signal_number).name
         if self._is_draining:
-            self._on_quit_signal()
+            self._begin_quit(f"{name} while draining")
         else:
-            self.drain()
+            self.drain(name)
 
-    def _on_quit_signal(self, *_: Any) -> None:
-        Thread(target=self._quit, name="quit", daemon=True).start()
+    def _on_quit_signal(self, signal_number: int, _: FrameType | None) -> None:
+        self._begin_quit(signal.Signals(signal_number).name)
 
-    def _drain(self, release_after_seconds: float) -> None:
-        logger.warning("draining: running jobs have %.0f seconds", release_after_seconds)
+    def _begin_quit(self, reason: str) -> None:
+        Thread(target=self._quit, args=(reason,), name="quit", daemon=True).start()
+
+    def _drain(self, reason: str, release_after_seconds: float) -> None:
+        logger.warning("draining on %s, then leaving: running jobs have %.0f seconds", reason, release_after_seconds)
         self._pool.begin_drain(release_after_seconds=release_after_seconds)
         deadline = monotonic() + release_after_seconds + _GRACE_SECONDS
         while not self._pool.is_drained:
@@ -73,8 +78,8 @@ class Shutdown:
         state.should_stop = EXIT_OK
         self._pool.wake_hub()
 
-    def _quit(self) -> None:
-        logger.warning("leaving at once: running jobs go back to the queue")
+    def _quit(self, reason: str) -> None:
+        logger.warning("leaving at once on %s: running jobs go back to the queue", reason)
         state.should_terminate = EXIT_OK
         self._pool.wake_hub()
         self._pool.stop_runner()  # not left to the main thread, which may be waiting for a broker that is down
