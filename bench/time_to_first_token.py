@@ -88,7 +88,7 @@ def engine_alone(spec: ModelSpec, num_jobs: int) -> Samples:
             samples.add(_first_token_seconds(engine, view))
             time.sleep(PAUSE_SECONDS)
     finally:
-        engine.kill()
+        engine.kill("it has been measured")
         engine.end()
         template.close()
     return samples
