@@ -20,9 +20,16 @@ from pythonjsonlogger.orjson import OrjsonFormatter
 
 job_id_context: ContextVar[str | None] = ContextVar("job_id", default=None)
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
+#: The ids of jobs that a request is having accepted, latest last: what is known of them if it ends before its answer.
+submitted_job_ids: ContextVar[list[str] | None] = ContextVar("submitted_job_ids", default=None)
 
 _MAX_EXCEPTION_CHARS = 300
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+def note_submitted(job_id: str) -> None:
+    if (job_ids := submitted_job_ids.get()) is not None:
+        job_ids.append(job_id)
 
 
 @contextlib.contextmanager
@@ -136,6 +143,11 @@ http_requests_total = Counter("http_requests_total", "Answered HTTP requests.", 
 http_request_seconds = Histogram(
     "http_request_seconds", "From the first byte in to the last byte out.", ["route"], buckets=_FAST_BUCKETS
 )
+# A histogram: a loop that stood still is in it for good, where a gauge would forget it before it is scraped.
+event_loop_lag_seconds = Histogram(
+    "event_loop_lag_seconds", "How late the event loop came to a timer, ten times a second.", buckets=_FAST_BUCKETS
+)
+
 http_requests_in_progress = Gauge("http_requests_in_progress", "HTTP requests being answered now, streams included.")
 
 jobs_submitted_total = Counter("jobs_submitted_total", "Submissions by what became of them.", ["model", "outcome"])

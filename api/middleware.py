@@ -3,25 +3,26 @@
 Plain ASGI because Starlette's BaseHTTPMiddleware puts a task and a queue between a stream and its client.
 """
 
+import asyncio
 import logging
 import secrets
 import time
 from collections.abc import Mapping
 
-import orjson
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import error_body, error_response
+from api.errors import error_response
 from api.ignored_fields import HEADER, header_value, ignored_fields_context
-from domain.errors import RequestTooLarge
+from domain.errors import CeleriacError, RequestTooLarge, ServerOverloaded
 from observability import (
     http_request_seconds,
     http_requests_in_progress,
     http_requests_total,
     labelled,
     request_id_context,
+    submitted_job_ids,
 )
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class RequestContext:
             return
         request_id = f"req_{secrets.token_hex(12)}"
         token = request_id_context.set(request_id)
+        submitted_job_ids.set([])
         ignored: list[str] = []
         ignored_token = ignored_fields_context.set(ignored)
         answer = _Answer(send, request_id, ignored)
@@ -50,9 +52,14 @@ class RequestContext:
             await self.app(scope, receive, answer.send)
         except ClientDisconnect:
             answer.status = answer.status or CLIENT_CLOSED_REQUEST
+        except asyncio.CancelledError:
+            if answer.status is not None:
+                raise
+            await answer.send_whole(_stopping(), scope, receive)
         except Exception:  # an outermost loop: whatever it is, the client gets the one shape and no detail
             log.exception("request failed", extra={"method": scope["method"], "route": _route_of(scope)})
-            await answer.send_opaque_error()
+            if answer.status is None:  # else half an answer is out: the server cuts it, and the client sees that
+                await answer.send_whole(_opaque_error(), scope, receive)
         finally:
             http_requests_in_progress.dec()
             _count(scope, answer.status or CLIENT_CLOSED_REQUEST, time.perf_counter() - started)
@@ -77,13 +84,25 @@ class _Answer:
     def _ignored_header(self) -> list[tuple[bytes, bytes]]:
         return [(HEADER.encode(), header_value(self._ignored).encode())] if self._ignored else []
 
-    async def send_opaque_error(self) -> None:
-        if self.status is not None:
-            return  # half an answer is out: the server closes the connection, and the client sees it is cut
-        body = error_body("server_error", "the server failed; quote the request id when you report it")
-        headers = [(b"content-type", b"application/json")]
-        await self.send({"type": "http.response.start", "status": 500, "headers": headers})
-        await self._send({"type": "http.response.body", "body": orjson.dumps(body)})
+    async def send_whole(self, exc: CeleriacError, scope: Scope, receive: Receive) -> None:
+        response = error_response(exc)
+        if job_ids := submitted_job_ids.get():
+            response.headers["x-job-id"] = job_ids[-1]
+        await response(scope, receive, self.send)
+
+
+def _opaque_error() -> CeleriacError:
+    return CeleriacError(f"the server failed; quote the request id when you report it{_what_of_the_job()}")
+
+
+def _stopping() -> CeleriacError:
+    """Of a request that is not answered when the time is over that a stopping server grants."""
+    return ServerOverloaded(f"this server is stopping; retry in a moment{_what_of_the_job()}", retry_after_seconds=2)
+
+
+def _what_of_the_job() -> str:
+    job_ids = submitted_job_ids.get()
+    return f"; {job_ids[-1]} may have been accepted: look at /v1/jobs/{job_ids[-1]} first" if job_ids else ""
 
 
 def _route_of(scope: Scope) -> str:

@@ -35,6 +35,7 @@ from storage.streams import Message, StreamReader
 from tasks import job_log
 from tasks.dispatch import Dispatcher
 from tasks.group_accept import open_acceptor
+from tasks.loop_watch import LoopWatch
 from tasks.models import ModelViews
 from tasks.submit import Submitter
 
@@ -167,6 +168,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
     """Neither the database nor Redis needs to be up: requests say so until they are."""
     views = await asyncio.to_thread(ModelViews, catalog)
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(LoopWatch())
         database = open_async_database(
             settings.database_url, pool_size=2, max_overflow=6, idle_seconds=settings.idle_transaction_seconds
         )

@@ -68,7 +68,7 @@ def server(command: list[str], environment: dict[str, str], log: Path) -> Iterat
 
 
 def _port_of(process: "subprocess.Popen[bytes]", log: Path) -> int:
-    ends_at = time.monotonic() + 30
+    ends_at = time.monotonic() + 120
     while time.monotonic() < ends_at and process.poll() is None:
         if found := LISTENING.search(log.read_text()):
             return int(found[1])

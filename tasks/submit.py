@@ -15,11 +15,18 @@ from domain.errors import (
     PoisonRequest,
     TooManyQueuedJobs,
 )
-from domain.ids import new_id
+from domain.ids import external_id, new_id
 from domain.kinds import JobRequest
 from domain.requests import GenerationRequest
 from domain.webhook_urls import BadWebhookUrl
-from observability import jobs_submitted_total, labelled, llm_requests_total, prompt_tokens_total, request_id_context
+from observability import (
+    jobs_submitted_total,
+    labelled,
+    llm_requests_total,
+    note_submitted,
+    prompt_tokens_total,
+    request_id_context,
+)
 from settings import Settings
 from storage.jobs_accept import Accepted, AcceptOutcome, NewJob, QueueRoom
 from tasks import job_log
@@ -67,7 +74,9 @@ class Submitter:
         view = self._views.get(request.model)
         try:
             new_job = await self.prepare(tenant_id, request, options)
+            note_submitted(external_id(new_job.id))
             accepted = await self._acceptor.accept(new_job)
+            note_submitted(external_id(accepted.job_id))
             raise_refusal(accepted, options)
         except CeleriacError as exc:
             labelled(jobs_submitted_total, view.spec.id, exc.code).inc()
