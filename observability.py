@@ -167,7 +167,7 @@ jobs_waiting_oldest_seconds = Gauge(
 
 maintenance_findings = Gauge(
     "maintenance_findings",
-    "stalled_jobs and load_drift ever; orphans, unserved_jobs (by model and lane) and silent_clocks now.",
+    "stalled_jobs and load_drift ever; orphans, unserved_jobs, gone_revision_jobs and silent_clocks now.",
     ["name", "label"],
 )
 

@@ -2,14 +2,19 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from typing import Literal
 
 import pytest
+from prometheus_client import Counter, Gauge, Histogram
 
+import observability
 from observability import configure_logging, describe_exception, job_context, request_id_context
+from settings import ROOT
 
 SECRET = "my diary entry"
+METRICS = {name: one for name, one in vars(observability).items() if isinstance(one, Counter | Gauge | Histogram)}
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +105,42 @@ def test_a_lost_broker_is_one_line(capsys: pytest.CaptureFixture[str], log_forma
     [line] = capsys.readouterr().err.splitlines()
     assert "Connection to broker lost. ConnectionError: Broken pipe" in line
     assert "test_observability.py" not in line
+
+
+def rows_of_the_document() -> dict[str, tuple[str, tuple[str, ...], set[str]]]:
+    """By metric: its type, its labels, and the processes that count it."""
+    rows = {}
+    for line in (ROOT / "docs/metrics.md").read_text().splitlines():
+        if line.startswith("| `"):
+            name, kind, labels, processes, _ = (cell.strip() for cell in line.strip("|").split(" | "))
+            rows[name.strip("`")] = (kind, tuple(re.findall(r"`(\w+)`", labels)), set(processes.split(", ")))
+    return rows
+
+
+def test_the_document_of_metrics_is_that_of_the_code() -> None:
+    declared = {name: (type(one).__name__.lower(), one._labelnames) for name, one in METRICS.items()}
+    assert {name: row[:2] for name, row in rows_of_the_document().items()} == declared
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_document_says_which_process_counts_a_metric(name: str) -> None:
+    """So that nobody waits for a sample where none can come."""
+    packages = {
+        "api": "API",
+        "maintenance": "maintenance",
+        "gpu_worker": "worker",
+        "tasks": "tasks",
+        "storage": "tasks",
+    }
+    users = {
+        process
+        for package, process in packages.items()
+        for file in (ROOT / package).rglob("*.py")
+        if re.search(rf"\b{name}\b", file.read_text())
+    }
+    _, _, told = rows_of_the_document()[name]
+    if "tasks" in users:  # which several processes run
+        assert told - {"API", "maintenance", "worker"} == set()
+        assert users - {"tasks"} <= told
+    else:
+        assert told == (users or {"nobody"})
