@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from api import admin, dead_letters, health, jobs, not_offered, queue, simple, webhook_deliveries, webhook_endpoints
 from api.door import Cors, DoorWithoutKeys
 from api.errors import register_error_handlers
-from api.methods import ImpliedMethods
+from api.methods import ImpliedMethods, build_routes
 from api.middleware import BodyLimit, RequestContext
 from api.openai import batches, chat, completions, embeddings, files, models, responses, stored_chats
 from api.openai.uploads import FORM_BYTES
@@ -38,6 +38,7 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        build_routes(app.router.routes)
         async with open_services(settings, catalog) as services:
             app.state.services = services
             yield

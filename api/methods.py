@@ -43,6 +43,12 @@ def _flat(routes: Iterable[BaseRoute]) -> Iterator[Route]:
             yield from _flat(included.routes)
 
 
+def build_routes(routes: Sequence[BaseRoute]) -> None:
+    """FastAPI makes an included route of its declaration when it is first looked at: for all of them together that is
+    long enough for an event loop to be missed, so it is done before anybody is there."""
+    methods_of(routes, {"type": "http", "path": "/", "root_path": "", "headers": []})
+
+
 class ImpliedMethods:
     """Answers HEAD as GET without its body (RFC 9110, 9.3.2), and OPTIONS with `Allow` (9.3.7), for every route."""
 

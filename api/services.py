@@ -16,6 +16,7 @@ from api.auth import Authenticator
 from api.large_work import LargeWork
 from api.queue_monitor import QueueMonitor
 from api.sse import StreamSlots
+from api.upload_slots import UploadSlots
 from domain.catalog import Catalog
 from domain.errors import StorageFull, StorageUnavailable
 from domain.jobs import JobStatus
@@ -68,7 +69,7 @@ class Services:
     streams: StreamReader
     slots: StreamSlots
     large_work: LargeWork
-    uploads: asyncio.Semaphore  # how many files may be on their way in
+    uploads: UploadSlots
     draining: asyncio.Event = field(default_factory=asyncio.Event)  # set at SIGTERM: not ready, streams end
     afterwards: set["asyncio.Task[None]"] = field(default_factory=set)  # what goes on behind an answer that was sent
 
@@ -202,7 +203,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             streams=await stack.enter_async_context(StreamReader(settings.redis_url, statements)),
             slots=StreamSlots(settings.max_streams),
             large_work=large_work,
-            uploads=asyncio.Semaphore(settings.max_uploads),
+            uploads=UploadSlots(settings.max_uploads, is_shared=settings.auth != "none"),
         )
         stack.push_async_callback(services.leave_undone)
         yield services

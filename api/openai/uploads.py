@@ -1,6 +1,7 @@
 """An upload as it streams in: a form whose file goes to SQL piece by piece, and is never whole in memory."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from uuid import UUID
 
@@ -11,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from api.errors import RequestTimeout, UnsupportedMediaType
 from api.services import Services
 from domain.batches import PIECE_BYTES
-from domain.errors import CeleriacError, InvalidRequest, RequestTooLarge, ServerOverloaded
+from domain.errors import CeleriacError, InvalidRequest, RequestTooLarge
 from storage import files
 from storage.batch_tables import File
 
@@ -19,6 +20,8 @@ FORM_BYTES = 65_536  # what a form may have around its file
 MAX_PARTS = 16
 MAX_FIELD_BYTES = 1_024
 SILENCE_SECONDS = 30.0
+GRACE_SECONDS = 30.0  # before a rate is asked for
+MIN_BYTES_PER_SECOND = 32_768  # averaged from the start; what is slower keeps a place from others
 MAX_BOUNDARY_CHARS = 200
 
 
@@ -178,24 +181,33 @@ class Upload:
 
 
 async def _stream(request: Request) -> AsyncIterator[bytes]:
-    """Raises RequestTimeout for a client that falls silent, ClientDisconnect for one that goes."""
+    """Raises RequestTimeout for a client that falls silent or trickles, ClientDisconnect for one that goes. As every
+    byte buys its share of a second, and bytes are bounded, so is the time."""
     stream = request.stream()
+    started, num_bytes = time.monotonic(), 0
     while True:
+        left_seconds = started + GRACE_SECONDS + num_bytes / MIN_BYTES_PER_SECOND - time.monotonic()
         try:
-            async with asyncio.timeout(SILENCE_SECONDS):
+            async with asyncio.timeout(min(SILENCE_SECONDS, left_seconds)):
                 data = await anext(stream)
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise RequestTimeout(f"nothing came for {SILENCE_SECONDS:.0f} s; send the file without a pause") from None
+            raise _too_slow(num_bytes, time.monotonic() - started) from None
+        num_bytes += len(data)
         yield data
+
+
+def _too_slow(num_bytes: int, seconds: float) -> RequestTimeout:
+    return RequestTimeout(
+        f"{num_bytes} bytes came in {seconds:.0f} s; send the file without a pause, at {MIN_BYTES_PER_SECOND} bytes a "
+        "second at least"
+    )
 
 
 async def receive_file(request: Request, services: Services, tenant_id: UUID) -> tuple[Form, Upload]:
     """Raises CeleriacError. On success the upload is whole and waits to be finished or discarded."""
-    if services.uploads.locked():
-        raise ServerOverloaded("as many uploads as this server takes at once are under way; retry in a moment")
-    async with services.uploads:
+    with services.uploads.hold(tenant_id):
         upload = Upload(services, tenant_id)
         try:
             return await upload.receive(request), upload

@@ -1,0 +1,84 @@
+"""Uploads that trickle end, and one tenant's never take every place."""
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from api.upload_slots import UploadSlots
+from domain.errors import ServerOverloaded
+from tests.integration.api_harness import ApiServer, until
+
+HEAD = (
+    b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=x\r\n"
+    b"content-length: 100000\r\n\r\n"
+)
+PART = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+
+
+def upload(http: httpx.Client) -> httpx.Response:
+    return http.post("/v1/files", files={"file": ("a.jsonl", b"{}\n")}, data={"purpose": "batch"})
+
+
+@pytest.fixture
+def trickling(api: ApiServer) -> Iterator[list[socket.socket]]:
+    """Uploads that take every place."""
+    with ExitStack() as stack:
+        connections = []
+        for _ in range(api.services.settings.max_uploads):
+            address = ("127.0.0.1", api.port)
+            connections.append(stack.enter_context(closing(socket.create_connection(address, timeout=30))))
+            connections[-1].sendall(HEAD + PART)
+        until(lambda: api.services.uploads._num_by_tenant.total() == len(connections))
+        yield connections
+
+
+def test_uploads_that_trickle_give_their_places_back(
+    http: httpx.Client, trickling: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert upload(http).status_code == 503
+    monkeypatch.setattr("api.openai.uploads.GRACE_SECONDS", 0.1)
+    for connection in trickling:
+        connection.sendall(b"a")  # not silent, but far too slow
+    for connection in trickling:
+        answer = connection.recv(65_536)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"bytes a second at least" in answer
+    monkeypatch.undo()
+    assert upload(http).status_code == 200
+
+
+def test_an_upload_that_keeps_the_rate_goes_on_past_the_grace(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.openai.uploads.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("api.openai.uploads.MIN_BYTES_PER_SECOND", 1.0)
+    content = PART + b'{}\n\r\n--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x--\r\n'
+    head = HEAD.replace(b"100000", str(len(content)).encode())
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=30)) as connection:
+        connection.sendall(head + content[:-10])
+        time.sleep(1.0)
+        connection.sendall(content[-10:])
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_one_tenant_leaves_places_to_others() -> None:
+    slots, one, other = UploadSlots(8, is_shared=True), uuid4(), uuid4()
+    with ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(slots.hold(one))
+        with pytest.raises(ServerOverloaded, match="6 uploads of yours"):
+            stack.enter_context(slots.hold(one))
+        stack.enter_context(slots.hold(other))
+        stack.enter_context(slots.hold(other))
+        with pytest.raises(ServerOverloaded, match="as many uploads as this server takes"):
+            stack.enter_context(slots.hold(other))
+    assert not slots._num_by_tenant
+
+
+def test_a_tenant_that_is_alone_has_every_place() -> None:
+    slots, one = UploadSlots(2, is_shared=False), uuid4()
+    with slots.hold(one), slots.hold(one), pytest.raises(ServerOverloaded), slots.hold(one):
+        pass
