@@ -6,11 +6,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+from tokenizers import Tokenizer
 
 from settings import ROOT
 from tests.chaos.plant import Plant
@@ -39,6 +40,13 @@ class Animal(BaseModel):
 
     kind: Literal["fox", "owl", "hare"]
     legs: Literal[2, 4]
+
+
+class Forecast(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    city: Literal["Oslo", "Rome"]
+    days: Annotated[int, Field(ge=1, le=9)]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +104,73 @@ def test_chat_calls_the_tool_that_it_must(client: openai.OpenAI, choice: Any) ->
         final = stream.get_final_completion()
     [streamed] = final.choices[0].message.tool_calls or []
     assert streamed.function.arguments == call.function.arguments
+
+
+def bias_to(text: str) -> dict[str, float]:
+    """So that an output begins with `text`, as far as a grammar lets it."""
+    tokenizer = Tokenizer.from_file(str(ROOT / "models" / "celeriac-mini" / "tokenizer.json"))
+    return {str(tokenizer.encode(text, add_special_tokens=False).ids[0]): 100.0}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_chat_with_tools_and_a_format_calls_or_answers(client: openai.OpenAI, is_streamed: bool) -> None:
+    asked: Any = {
+        "model": MODEL,
+        "messages": MESSAGES,
+        "tools": [openai.pydantic_function_tool(Forecast, name="forecast")],
+        "response_format": Animal,
+        "max_tokens": 200,
+        "seed": 1,
+    }
+
+    def ask(**more: Any) -> Any:
+        if not is_streamed:
+            return client.chat.completions.parse(**asked | more).choices[0]
+        with client.chat.completions.stream(**asked | more) as stream:
+            return stream.get_final_completion().choices[0]
+
+    called = ask(logit_bias=bias_to("<tool_call>"), parallel_tool_calls=False)
+    assert called.finish_reason == "tool_calls"
+    assert is_forecast(called.message.tool_calls[0].function.arguments)
+    assert not called.message.content
+    answered = ask(logit_bias=bias_to('{"'))
+    assert answered.finish_reason == "stop"
+    assert isinstance(answered.message.parsed, Animal)
+    assert not answered.message.tool_calls
+    forced = ask(tool_choice="required", logit_bias=bias_to('{"'), parallel_tool_calls=False)
+    assert is_forecast(forced.message.tool_calls[0].function.arguments)
+    assert isinstance(ask(tool_choice="none").message.parsed, Animal)
+
+
+def test_a_response_with_tools_and_a_format_calls_or_answers(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", "strict": False, **FUNCTION}]
+
+    def ask(**more: Any) -> Any:
+        return client.responses.parse(
+            model=MODEL, input="Rain?", tools=tools, text_format=Animal, max_output_tokens=200, **more
+        )
+
+    called = ask(extra_body={"logit_bias": bias_to("<tool_call>")}, parallel_tool_calls=False)
+    assert [item.type for item in called.output] == ["function_call"]
+    assert is_forecast(called.output[0].arguments)
+    answered = ask(extra_body={"logit_bias": bias_to('{"')})
+    assert isinstance(answered.output_parsed, Animal)
+    named = ask(tool_choice={"type": "function", "name": "forecast"})
+    assert [item.type for item in named.output] == ["function_call"]
+
+
+@pytest.mark.parametrize("place", ["response_format", "tools"])
+def test_what_cannot_be_followed_names_the_field_of_the_request(client: openai.OpenAI, place: str) -> None:
+    never: Any = {"type": "object", "properties": {"a": False}, "required": ["a"]}
+    asked: Any = {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": never}}}
+    if place == "tools":
+        tools = [{"type": "function", "function": function} for function in (FUNCTION, OTHER | {"parameters": never})]
+        asked = {"tools": tools, "tool_choice": "required"}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=50, **asked)
+    expected = {"response_format": "response_format.json_schema.schema", "tools": "tools.1.function.parameters"}[place]
+    assert refused.value.param == expected
+    assert f"{expected} cannot be followed: nothing can match it" in refused.value.message
 
 
 def test_a_response_calls_a_tool_and_goes_on_from_its_output(client: openai.OpenAI) -> None:
