@@ -12,7 +12,7 @@ from typing import Any
 from domain.schema_keywords import JsonSchema, list_of, map_of, with_children
 from domain.schema_references import DEFINITIONS, local_reference
 
-MAX_CLOSED_SCHEMAS = 8_192  # looked at in one schema: each way to a definition closes it in its own way
+MAX_CLOSED_SCHEMAS = 4_096  # looked at in one schema: each way to a definition closes it in its own way
 FREE_DEPTH = 5  # of values that the schema says nothing of: a model may nest them without an end
 
 _PARTS = ("allOf", "anyOf", "oneOf")

@@ -41,28 +41,26 @@ _REPETITION = re.compile(r"(?<!\\)(?<!\\[xuU])\{(\d+)(?:,(\d*))?\}")
 
 def check_schema(schema: JsonSchema) -> None:
     """That all of it can be enforced. Raises ValueError with the place, the value seen and the remedy."""
-    check_structure(schema)
-    for subschema, place in walk(schema):
-        _check_keywords(subschema, place)
-        _check_format(subschema, place)
-        _check_counts(subschema, place)
-        _check_least_properties(subschema, place)
-        _check_reference(subschema, place)
-        for pattern in _patterns(subschema):
-            check_regex(pattern, f"the pattern at {place}")
+    check_structure(bounded(schema))
+    check_keywords(schema)
 
 
-def check_structure(schema: JsonSchema) -> None:
-    """That it is a schema, and small enough: without asking whether all of its keywords can be enforced. Raises
-    ValueError."""
+def bounded(schema: JsonSchema) -> JsonSchema:
+    """The schema without its annotations, small enough for all that is done to it. Raises ValueError."""
     _check_depth_of_values(schema)
-    kept = without_annotations(schema)
+    kept: JsonSchema = without_annotations(schema)
     num_bytes = len(json.dumps(kept, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace"))
     if num_bytes > MAX_SCHEMA_BYTES:
         raise ValueError(
             f"the schema has {num_bytes} bytes without its descriptions; at most {MAX_SCHEMA_BYTES} are taken: "
             "shorten it"
         )
+    return kept
+
+
+def check_structure(schema: JsonSchema) -> None:
+    """That it is a schema, of which the compiler may make something: without asking whether all of its keywords can be
+    enforced. Raises ValueError."""
     _check_depth(schema)
     num_properties = num_enum_values = 0
     for subschema, place in walk(schema):
@@ -72,6 +70,18 @@ def check_structure(schema: JsonSchema) -> None:
     _check_total("properties", num_properties, MAX_PROPERTIES)
     _check_total("enum values", num_enum_values, MAX_ENUM_VALUES)
     check_references(schema)
+
+
+def check_keywords(schema: JsonSchema) -> None:
+    """That each can be enforced. Raises ValueError."""
+    for subschema, place in walk(schema):
+        _check_keywords(subschema, place)
+        _check_format(subschema, place)
+        _check_counts(subschema, place)
+        _check_least_properties(subschema, place)
+        _check_reference(subschema, place)
+        for pattern in _patterns(subschema):
+            check_regex(pattern, f"the pattern at {place}")
 
 
 def check_numbers(schema: JsonSchema) -> None:

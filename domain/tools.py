@@ -11,7 +11,7 @@ from domain.schema_bounds import check_numbers, check_patterns
 
 MAX_TOOLS = 128
 MAX_TOOL_CHARS = 100_000
-MAX_CALLS_BYTES = 131_072  # of all schemas that a grammar of calls is made of
+MAX_CALLS_BYTES = 65_536  # of all schemas that a grammar of calls is made of
 
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
@@ -68,7 +68,7 @@ class ToolCalls(Frozen):
             num_bytes += len(json.dumps(tool.arguments, separators=(",", ":"), ensure_ascii=False).encode())
         if num_bytes > MAX_CALLS_BYTES:
             raise ValueError(
-                f"the tools' parameters have {num_bytes} bytes without their descriptions; at most {MAX_CALLS_BYTES} "
+                f"the tools' parameters have more than {MAX_CALLS_BYTES} bytes without their descriptions, and so many "
                 "are taken where calls follow a grammar: send fewer tools"
             )
         return self

@@ -4,6 +4,8 @@ A strict schema is enforced whole, or refused by the keyword that cannot be. Of 
 left out, as JSON Schema has it for keywords and formats that a reader does not know.
 """
 
+import functools
+import json
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,11 +14,12 @@ from api.bodies import invalid_request
 from domain.closed_schemas import closed
 from domain.enforceable_schemas import enforceable
 from domain.errors import InvalidRequest
-from domain.schema_bounds import check_schema, check_structure
-from domain.schema_keywords import without_annotations
+from domain.schema_bounds import bounded, check_keywords, check_structure
 from domain.schema_references import gather
 from domain.structured_output import StructuredOutput
 from domain.tools import CallableTool, ToolCalls, ToolDefinition
+
+MAX_REMEMBERED = 1_024  # parameters of tools, of at most `schema_bounds.MAX_SCHEMA_BYTES` each
 
 
 def answer_of(schema: dict[str, Any], *, is_strict: bool, place: str) -> StructuredOutput:
@@ -24,8 +27,9 @@ def answer_of(schema: dict[str, Any], *, is_strict: bool, place: str) -> Structu
     try:
         if is_strict:
             return _output(place, json_schema=schema)
-        check_structure(schema)
-        return _output(place, json_schema=enforceable(gather(without_annotations(schema))))
+        kept = bounded(schema)
+        check_structure(kept)
+        return _output(place, json_schema=enforceable(gather(kept)))
     except ValueError as exc:
         raise _refusal(exc, place) from None
 
@@ -34,13 +38,21 @@ def callable_tool(tool: ToolDefinition, *, place: str) -> CallableTool:
     """`place` is the path of its parameters in the body. Raises InvalidRequest."""
     schema = tool.parameters or {"type": "object", "properties": {}}
     try:
-        check = check_schema if tool.strict else check_structure
-        check(schema)
-        gathered = gather(without_annotations(schema))
-        followed = gathered if tool.strict else enforceable(gathered)
-        return CallableTool(name=tool.name, arguments=closed(followed, is_strict=tool.strict is True))
+        arguments = _arguments_of(json.dumps(bounded(schema)), is_strict=tool.strict is True)
+        return CallableTool(name=tool.name, arguments=arguments)
     except ValueError as exc:
         raise _refusal(exc, place) from None
+
+
+@functools.lru_cache(maxsize=MAX_REMEMBERED)
+def _arguments_of(schema_json: str, *, is_strict: bool) -> dict[str, Any]:
+    """Remembered, since agents send the same tools at every turn. Nobody changes what it returns."""
+    schema = json.loads(schema_json)
+    check_structure(schema)
+    if is_strict:
+        check_keywords(schema)
+        return closed(gather(schema), is_strict=True)
+    return closed(enforceable(gather(schema)), is_strict=False)
 
 
 def with_calls(answer: StructuredOutput | None, calls: ToolCalls) -> StructuredOutput:

@@ -1,5 +1,6 @@
 """The tools of a request, whichever route it came by: checked, shown to the model, and asked for by a grammar."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from api.openai.output_shapes import callable_tool, with_calls
 from api.openai.schemas import build_at
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.structured_output import StructuredOutput
-from domain.tools import ToolCalls, ToolDefinition
+from domain.tools import MAX_CALLS_BYTES, CallableTool, ToolCalls, ToolDefinition
 from tasks.models import ModelView
 
 
@@ -82,19 +83,13 @@ def _callable_ones(asked: AskedTools) -> list[tuple[int, dict[str, Any]]]:
 
 def _calls(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]) -> ToolCalls:
     assert view.output_format.tools is not None
-    numbers = [number for number, _ in _callable_ones(asked)]
-    if not numbers:
+    if not _callable_ones(asked):
         raise InvalidRequest(
             f"tool_choice names {str(asked.name)[:64]!r}, which is none of the tools", param=asked.name_place
         )
-    by_name = {tool.name: tool for tool in tools}
-    callable_tools = [
-        callable_tool(by_name[definition["name"]], place=f"{asked.place.format(number)}.parameters")
-        for number, definition in _callable_ones(asked)
-    ]
     fields = {
         "format": view.output_format.tools,
-        "tools": callable_tools,
+        "tools": _callable_tools(asked, tools),
         "is_single": asked.name is not None or not asked.is_parallel,
         "marker_token_id": _marker_token_id(view),
     }
@@ -105,11 +100,28 @@ def _calls(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]
         raise InvalidRequest(f"tools: {refusal.message}", param="tools") from None
 
 
+def _callable_tools(asked: AskedTools, tools: tuple[ToolDefinition, ...]) -> list[CallableTool]:
+    """No more than one beyond what may be sent."""
+    by_name = {tool.name: tool for tool in tools}
+    callable_tools: list[CallableTool] = []
+    num_bytes = 0
+    for number, definition in _callable_ones(asked):
+        place = f"{asked.place.format(number)}.parameters"
+        callable_tools.append(callable_tool(by_name[definition["name"]], place=place))
+        num_bytes += len(json.dumps(callable_tools[-1].arguments))
+        if num_bytes > 2 * MAX_CALLS_BYTES:
+            break
+    return callable_tools
+
+
 def _marker_token_id(view: ModelView) -> int | None:
     """Of the special token that the model has learnt to write before its calls."""
     marker = MARKERS.get(view.output_format.tools) if view.output_format.tools else None
     if marker is None or view.vocabulary is None:
         return None
-    added = view.vocabulary.tokenizer.get_added_tokens_decoder()
-    ids = [token_id for token_id, token in added.items() if token.content == marker and token.special]
-    return next((token_id for token_id in ids if token_id < view.vocab_size), None)
+    tokenizer = view.vocabulary.tokenizer
+    token_id = tokenizer.token_to_id(marker)
+    if token_id is None or token_id >= view.vocab_size:
+        return None
+    added = tokenizer.get_added_tokens_decoder().get(token_id)
+    return token_id if added is not None and added.special else None

@@ -213,7 +213,15 @@ def test_references_that_combine_in_too_many_ways_are_refused() -> None:
         calls_of({"properties": {"a": schema["$ref"] and {"$ref": "#/$defs/l0"}}, "$defs": schema["$defs"]})
 
 
+def test_numbers_that_no_reader_takes_are_left_out_or_refused(tokenizer: LLTokenizer) -> None:
+    bounds = {"type": "integer", "minimum": -(2**70), "maximum": float("inf"), "multipleOf": 2**70, "default": 2**70}
+    assert takes(tokenizer, calls_of({"type": "object", "properties": {"a": bounds}}), call_with({"a": 7}))
+    constant = callable_tool(ToolDefinition(name="f", parameters={"properties": {"a": {"const": 2**70}}}), place=PLACE)
+    with pytest.raises(ValueError, match="71 bits"):
+        ToolCalls(format=ToolFormat.HERMES, tools=(constant,))
+
+
 def test_all_tools_together_are_bounded() -> None:
     tool = callable_tool(ToolDefinition(name="f", parameters={"const": "x" * 16_000}), place=PLACE)
     with pytest.raises(ValueError, match=str(MAX_CALLS_BYTES)):
-        ToolCalls(format=ToolFormat.HERMES, tools=(tool,) * 9)
+        ToolCalls(format=ToolFormat.HERMES, tools=(tool,) * 5)
