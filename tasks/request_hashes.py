@@ -62,5 +62,9 @@ def _asked(request: JobRequest) -> dict[str, object]:
 
 def _schema_text(params: SamplingParams) -> str | None:
     """The order of a schema's properties, which sorted keys hide, is the order of the output."""
-    schema = params.structured_output and params.structured_output.json_schema
-    return orjson.dumps(schema).decode() if schema is not None else None
+    output = params.structured_output
+    if output is None or (output.json_schema is None and output.calls is None):
+        return None
+    if output.calls is None:
+        return orjson.dumps(output.json_schema).decode()
+    return orjson.dumps([output.json_schema, output.calls.model_dump(mode="json")]).decode()

@@ -142,5 +142,8 @@ def test_a_schema_is_part_of_what_makes_two_requests_one() -> None:
     in_order: dict[str, Any] = {"properties": {"a": {}, "b": {}}}
     reversed_: dict[str, Any] = {"properties": {"b": {}, "a": {}}}
     hashes = [hash_of(json_schema=in_order), hash_of(json_schema=reversed_), hash_of(regex="a"), hash_of(choices=["a"])]
-    assert len(set(hashes)) == 4
+    for properties in (in_order, reversed_):
+        calls = {"format": "llama3", "tools": [{"name": "f", "arguments": properties}]}
+        hashes.append(hash_of(calls=calls))
+    assert len(set(hashes)) == 6
     assert hash_of(json_schema=in_order) == hashes[0]

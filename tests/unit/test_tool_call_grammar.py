@@ -63,3 +63,20 @@ def test_only_calls_of_the_tools_can_be_written(
     token_ids = view._encoder.encode(text, add_special_tokens=False)
     is_whole = matcher.try_consume_tokens(token_ids) == len(token_ids)
     assert (is_whole and matcher.is_accepting()) == is_allowed
+
+
+def test_a_model_may_write_its_marker_before_calls_and_nowhere_else(view: ModelView) -> None:
+    marker = 2  # a special token, of which no text shows
+    calls = ToolCalls(format=MISTRAL, tools=TOOLS, marker_token_id=marker)
+    output = StructuredOutput(calls=calls, json_schema={"type": "array", "items": {"type": "integer"}})
+    call, answer = (view._encoder.encode(text, add_special_tokens=False) for text in (f"[{GO}]", "[3]"))
+    for token_ids, is_allowed in (
+        ([marker, *call], True),
+        (call, True),
+        (answer, True),
+        ([marker, *answer], False),
+        ([*call, marker], False),
+    ):
+        matcher = matcher_of(view, output)
+        is_whole = matcher.try_consume_tokens(token_ids) == len(token_ids)
+        assert (is_whole and matcher.is_accepting()) == is_allowed
