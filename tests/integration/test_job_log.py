@@ -1,19 +1,27 @@
 """The logs of the real processes: JSON from the first line on, and each job's story in them, whoever ran it."""
 
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import update
+from sqlalchemy.orm import Session, sessionmaker
 
+from domain.ids import parse_id
 from launcher import free_port
+from maintenance.janitor import Janitor
+from settings import Settings
+from storage.tables import Job
 from tests.chaos.plant import Plant
-from tests.integration.api_harness import until
+from tests.integration.api_harness import CATALOG, HandWorker, until
 from tests.integration.test_main_job import System
+from tests.storage_samples import PAST
 
 MODELS = """
 [[models]]
@@ -84,3 +92,61 @@ def test_the_story_of_a_rescued_job_can_be_read_in_the_logs_by_its_id(system: Sy
     assert (end["status"], end["seconds"] > 0) == ("completed", True)
     assert PROMPT not in "".join(map(json.dumps, lines_of(plant)))
     assert not any("\n" in line["message"] for line in lines_of(plant))
+
+
+STEPS: dict[str, Callable[[HandWorker, str, httpx.Client, Janitor], object]] = {
+    "cancelled while queued": lambda worker, name, http, janitor: http.post(f"/v1/jobs/{name}/cancel"),
+    "expired": lambda worker, name, http, janitor: _pass_deadline(worker, name) or janitor.tick(),
+    "rescued": lambda worker, name, http, janitor: _lapse(worker, name) or janitor.tick(),
+    "rescued for the last time": lambda worker, name, http, janitor: (
+        _lapse(worker, name, max_failures=0) or janitor.tick()
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        ("cancelled while queued", [("ended", "cancelled")]),
+        ("expired", [("ended", "expired")]),
+        ("rescued", [("rescued", None)]),
+        ("rescued for the last time", [("rescued", None), ("ended", "failed")]),
+    ],
+)
+def test_what_happens_without_a_worker_is_told_once_with_the_id_of_the_request(
+    step: str,
+    told: list[tuple[str, str | None]],
+    http: httpx.Client,
+    hand_worker: HandWorker,
+    session_factory: sessionmaker[Session],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    janitor = Janitor(session_factory, hand_worker.redis, CATALOG, Settings())
+    janitor.quiet_seconds = 0
+    caplog.set_level(logging.INFO, "celeriac.jobs")
+    accepted = http.post("/v1/jobs", json={"model": "fake", "prompt": PROMPT})
+    name = accepted.json()["id"]
+    for _ in range(2):  # the second time there is nothing left to tell
+        STEPS[step](hand_worker, name, http, janitor)
+    lines = [record for record in caplog.records if record.name == "celeriac.jobs"]
+    assert [(line.getMessage(), getattr(line, "status", None)) for line in lines] == [
+        ("job accepted", None),
+        *((f"job {verb}", status) for verb, status in told),
+    ]
+    assert {(vars(line)["job_id"], vars(line)["request_id"]) for line in lines} == {
+        (name, accepted.headers["x-request-id"])
+    }
+
+
+def _pass_deadline(worker: HandWorker, name: str) -> None:
+    with worker.sessions.begin() as session:
+        session.execute(update(Job).where(Job.id == parse_id(name)).values(deadline_at=PAST))
+
+
+def _lapse(worker: HandWorker, name: str, **columns: int) -> None:
+    with worker.sessions.begin() as session:
+        if session.get_one(Job, parse_id(name)).attempt:
+            return
+    worker.claim(name)
+    with worker.sessions.begin() as session:
+        session.execute(update(Job).where(Job.id == parse_id(name)).values(lease_expires_at=PAST, **columns))
