@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -84,6 +84,7 @@ def api(host: str | None, port: int | None) -> None:
     with _explained(ValueError):
         refuse_open_door(settings)
         _catalog(settings)
+    _refuse_shared_sessions(settings)
     serve(settings)
 
 
@@ -94,7 +95,7 @@ def worker(model: str | None, name: str | None) -> None:
     """Run one GPU worker: one model, one engine process."""
     _set("CELERIAC_WORKER_MODEL", model)
     _set("CELERIAC_WORKER_NAME", name)
-    _settings()
+    _refuse_shared_sessions(_settings())
     _become_celery("gpu_worker.app", "worker")
 
 
@@ -109,6 +110,7 @@ def maintenance() -> None:
     from maintenance.process import serve
 
     _catalog(settings)
+    _refuse_shared_sessions(settings)
     try:
         serve(settings)
     except OSError as exc:
@@ -146,7 +148,7 @@ def migrate() -> None:
     settings = _settings()
     from storage.database import migrate as migrate_database
 
-    migrate_database(settings.database_url)
+    migrate_database(settings.database_url, lambda line: click.echo(line, err=True))
     click.echo("The schema is up to date.")
     if settings.bootstrap_api_key is not None:
         from cli_keys import transaction
@@ -294,6 +296,17 @@ def _settings() -> "Settings":
     from running import settings_here
 
     return settings_here()
+
+
+def _refuse_shared_sessions(settings: "Settings") -> None:
+    """A database that does not answer is for the process to wait for."""
+    from sqlalchemy.exc import OperationalError
+
+    from storage.database import database_url
+    from storage.server_sessions import refuse_shared_sessions
+
+    with suppress(OperationalError):
+        refuse_shared_sessions(database_url(settings.database_url))
 
 
 def _become_celery(app: str, *arguments: str) -> NoReturn:

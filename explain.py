@@ -4,7 +4,17 @@ from typing import Any
 
 #: Errors that explain themselves: shown as one line, without a traceback. By name, since importing them takes long.
 EXPECTED_ERRORS = frozenset(
-    {"AlreadyUp", "ApiError", "ApiUnreachable", "EmbeddedServerError", "MalformedKey", "StartFailed", "UnknownSetting"}
+    {
+        "AlreadyUp",
+        "ApiError",
+        "ApiUnreachable",
+        "EmbeddedServerError",
+        "MalformedKey",
+        "MigrationRunning",
+        "SharedSessions",
+        "StartFailed",
+        "UnknownSetting",
+    }
 )
 
 

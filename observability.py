@@ -77,7 +77,7 @@ def _shorten(record: logging.LogRecord) -> bool:
     return True
 
 
-_TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s%(context)s"
+_TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 def _add_context(record: logging.LogRecord) -> bool:
@@ -85,8 +85,6 @@ def _add_context(record: logging.LogRecord) -> bool:
     for name, value in ids.items():
         if value is not None and not hasattr(record, name):
             setattr(record, name, value)
-    named = {name: getattr(record, name) for name in ids if hasattr(record, name)}
-    record.context = "".join(f" {name}={value}" for name, value in named.items())
     return True
 
 
@@ -101,6 +99,12 @@ def _format_exception(exc_info: _ExcInfo) -> str:
 
 
 class _TextFormatter(logging.Formatter):
+    """As the JSON lines, everything that a line was given is in it: why something failed is often there alone."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        given = {name: value for name, value in vars(record).items() if name not in RESERVED_ATTRS}
+        return super().formatMessage(record) + "".join(f" {name}={value}" for name, value in given.items())
+
     def formatException(self, exc_info: _ExcInfo) -> str:
         return _format_exception(exc_info)
 
@@ -115,7 +119,6 @@ def _json_formatter() -> logging.Formatter:
         "{asctime}{levelname}{name}{message}",
         style="{",
         rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
-        reserved_attrs=[*RESERVED_ATTRS, "context"],
     )
 
 

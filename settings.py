@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from domain.redis_url import RedisUrl
 
 ROOT = Path(__file__).resolve().parent
 PREFIX = "CELERIAC_"
@@ -105,13 +106,8 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _readable_redis(cls, url: str) -> str:
-        """Celery's spelling of a Unix socket becomes that of redis-py."""
-        if url.startswith("redis+socket://"):
-            url = url.replace("redis+socket://", "unix://", 1).replace("virtual_host=", "db=", 1)
-        _refuse_other_schemes(url, "redis://", "rediss://", "unix://")
-        with _without_its_words(ValueError):
-            _ = urlsplit(url).port
-        return url
+        """Every spelling becomes the one of redis-py, in which nothing of TLS is left to a default."""
+        return RedisUrl.read(url).for_redis
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -148,11 +144,9 @@ class Settings(BaseSettings):
         return self.lease_seconds / 3
 
     @property
-    def broker_url(self) -> str:
-        """`redis_url` as Celery spells it."""
-        if self.redis_url.startswith("unix://"):
-            return self.redis_url.replace("unix://", "redis+socket://", 1).replace("db=", "virtual_host=", 1)
-        return self.redis_url
+    def redis_parts(self) -> RedisUrl:
+        """`redis_url`, read: Celery wants it in parts."""
+        return RedisUrl.read(self.redis_url)
 
 
 def _items(text: str) -> tuple[str, ...]:

@@ -1,16 +1,21 @@
 """Engines and session factories from one URL, sync for workers and async for the API, and the schema's migration."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from psycopg.errors import IdleInTransactionSessionTimeout, ReadOnlySqlTransaction
-from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, make_url, text
+from psycopg.errors import IdleInTransactionSessionTimeout, LockNotAvailable, ReadOnlySqlTransaction
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, func, make_url, select, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
+
+from storage.server_sessions import CONNECT_TIMEOUT_SECONDS, guard_sessions, refuse_shared_sessions
+
+logger = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 MIGRATION_LOCK = 0x63656C6572696163  # "celeriac": the advisory lock that lets one process migrate at a time
@@ -18,11 +23,17 @@ MIGRATION_LOCK = 0x63656C6572696163  # "celeriac": the advisory lock that lets o
 P = ParamSpec("P")
 T = TypeVar("T")
 
-CONNECT_TIMEOUT_SECONDS = 3
+MIGRATION_WAIT_SECONDS = 60.0
 POOL_TIMEOUT_SECONDS = 2.0  # a caller without a connection by then answers 503
-STATEMENT_TIMEOUT_SECONDS = 30
-LOCK_TIMEOUT_SECONDS = 10
 IDLE_SECONDS = 5.0  # a third of the default lease; see Settings.idle_transaction_seconds
+CONNECT_ARGS = {
+    "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+    # A peer that vanished without a word is noticed in seconds, not after the kernel's two hours.
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
 
 OUTAGES = (OperationalError, InterfaceError, PoolTimeout)  # the database is away, or asks for another try
 # The same, though psycopg files them under InternalError; the second comes from a server that has become a standby.
@@ -48,8 +59,9 @@ def open_database(url: str, *, pool_size: int = 4, max_overflow: int = 4, idle_s
         max_overflow=max_overflow,
         pool_timeout=POOL_TIMEOUT_SECONDS,
         pool_pre_ping=True,
-        connect_args=_connect_args(idle_seconds),
+        connect_args=CONNECT_ARGS,
     )
+    guard_sessions(database, idle_seconds)
     _tell_outages(database)
     return database
 
@@ -64,8 +76,9 @@ def open_async_database(
         max_overflow=max_overflow,
         pool_timeout=POOL_TIMEOUT_SECONDS,
         pool_pre_ping=True,
-        connect_args=_connect_args(idle_seconds),
+        connect_args=CONNECT_ARGS,
     )
+    guard_sessions(database.sync_engine, idle_seconds)
     _tell_outages(database.sync_engine)
     return database
 
@@ -80,8 +93,9 @@ def open_statement_database(url: str, *, pool_size: int = 10, max_overflow: int 
         pool_timeout=POOL_TIMEOUT_SECONDS,
         pool_use_lifo=True,  # few connections do most of the work, and have its statements prepared
         isolation_level="AUTOCOMMIT",
-        connect_args=_connect_args(IDLE_SECONDS),
+        connect_args=CONNECT_ARGS,
     )
+    guard_sessions(database.sync_engine, IDLE_SECONDS)
     _tell_outages(database.sync_engine)
     return database
 
@@ -138,16 +152,56 @@ def async_session_factory(database: AsyncEngine) -> async_sessionmaker[AsyncSess
     return async_sessionmaker(database, expire_on_commit=False)
 
 
-def migrate(url: str) -> None:
-    """Bring the schema up to date. Safe to call from many processes at once: the others wait and find nothing to do."""
-    database = create_engine(database_url(url), connect_args={"connect_timeout": CONNECT_TIMEOUT_SECONDS})
+class MigrationRunning(Exception):
+    """Somebody else has been migrating for longer than we wait."""
+
+
+def migrate(url: str, say: Callable[[str], None] = logger.warning) -> None:
+    """Bring the schema up to date. Safe to call from many processes at once: the others wait and find nothing to do.
+
+    The lock belongs to a transaction, which ends with the client also behind a pooler. `say` hears why we wait. Raises
+    MigrationRunning after MIGRATION_WAIT_SECONDS, and SharedSessions.
+    """
+    parsed = database_url(url)
+    refuse_shared_sessions(parsed)
+    database = create_engine(parsed, connect_args={"connect_timeout": CONNECT_TIMEOUT_SECONDS})
     try:
-        with database.connect() as connection:
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
-            connection.commit()  # the lock belongs to the connection, not to this transaction
+        with database.begin() as locking, database.connect() as connection:
+            _take_migration_lock(locking, say)
             _upgrade(connection)
     finally:
         database.dispose()
+
+
+def _take_migration_lock(connection: Connection, say: Callable[[str], None]) -> None:
+    """Hold it to the end of the transaction."""
+    # Idle without end, as a migration may take its time.
+    connection.execute(select(func.set_config("idle_in_transaction_session_timeout", "0", True)))
+    if connection.scalar(select(func.pg_try_advisory_xact_lock(MIGRATION_LOCK))):
+        return
+    other = f"another migration is running ({_lock_holder(connection)})"
+    say(f"{other}; waiting up to {MIGRATION_WAIT_SECONDS:g} s for it")
+    connection.execute(select(func.set_config("lock_timeout", f"{round(1000 * MIGRATION_WAIT_SECONDS)}ms", True)))
+    try:
+        connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
+    except OperationalError as exc:
+        if not isinstance(exc.orig, LockNotAvailable):
+            raise
+        raise MigrationRunning(
+            f"{other} and did not end within {MIGRATION_WAIT_SECONDS:g} s; wait for it, or end it in PostgreSQL with "
+            "SELECT pg_terminate_backend(pid)"
+        ) from exc
+
+
+def _lock_holder(connection: Connection) -> str:
+    """The session that holds it, as PostgreSQL numbers them. A lock's key is shown in two halves."""
+    statement = text(
+        "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1"
+        " AND classid = :high AND objid = :low AND database = (SELECT oid FROM pg_database"
+        " WHERE datname = current_database())"
+    )
+    halves = {"high": MIGRATION_LOCK >> 32, "low": MIGRATION_LOCK & 0xFFFFFFFF}
+    return f"pid {connection.scalar(statement, halves) or 'already gone'} of PostgreSQL"
 
 
 def _upgrade(connection: Connection) -> None:
@@ -159,26 +213,6 @@ def _upgrade(connection: Connection) -> None:
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
     connection.commit()
-
-
-def _connect_args(idle_seconds: float) -> dict[str, object]:
-    timeouts = {
-        "statement_timeout": STATEMENT_TIMEOUT_SECONDS,
-        "lock_timeout": LOCK_TIMEOUT_SECONDS,
-        "idle_in_transaction_session_timeout": idle_seconds,
-    }
-    # A plan cached while a table was empty would read the whole table for minutes after it filled; and the rows of a
-    # queue are in memory, so looking one up by its id costs little more than reading the next one.
-    planner = "-c plan_cache_mode=force_custom_plan -c jit=off -c random_page_cost=1.1"
-    return {
-        "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-        "options": " ".join([planner, *(f"-c {name}={round(1000 * seconds)}ms" for name, seconds in timeouts.items())]),
-        # A peer that vanished without a word is noticed in seconds, not after the kernel's two hours.
-        "keepalives_idle": 5,
-        "keepalives_interval": 2,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 10_000,
-    }
 
 
 def _tell_outages(database: Engine) -> None:

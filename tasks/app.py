@@ -26,7 +26,8 @@ VISIBILITY_TIMEOUT_SECONDS = 60
 def make_app(settings: Settings) -> Celery:
     """The app over the models of `settings.models_file`. A plain worker serves no queue: a model's needs
     `gpu_worker.app`."""
-    app = Celery("celeriac", broker=settings.broker_url, include=["tasks.generate"])
+    redis = settings.redis_parts
+    app = Celery("celeriac", broker=redis.for_celery, include=["tasks.generate"])
     models = Catalog.load(settings.models_file)
     app.conf.update(
         task_queues=[_queue(spec.queue) for spec in models],
@@ -34,6 +35,8 @@ def make_app(settings: Settings) -> Celery:
         task_routes={GENERATE: {"queue": models.default.queue}},
     )
     app.conf.update(_SAFETY, **_BROKER, **_WORKER)
+    app.conf.broker_transport_options = {**_TRANSPORT, **redis.sockets}
+    app.conf.broker_use_ssl = dict(redis.tls) or None
     app.amqp.queues.deselect([spec.queue for spec in models])
     app.steps["consumer"].add(BrokerInStats)
     return app
@@ -74,18 +77,19 @@ _BROKER = {
     "broker_connection_max_retries": None,
     # A failover or a full Redis answers with channel errors: without this they end the worker.
     "broker_channel_error_retry": True,
-    "broker_transport_options": {
-        "visibility_timeout": VISIBILITY_TIMEOUT_SECONDS,
-        "unacked_restore_interval": 5,
-        "unacked_restore_throttle": 1,
-        "socket_timeout": 5,
-        "socket_connect_timeout": 5,
-        "socket_keepalive": True,
-        "health_check_interval": 10,
-        "queue_order_strategy": "priority",
-        "priority_steps": list(PRIORITY_STEPS),
-        "client_name": "celeriac",
-    },
+}
+
+_TRANSPORT = {
+    "visibility_timeout": VISIBILITY_TIMEOUT_SECONDS,
+    "unacked_restore_interval": 5,
+    "unacked_restore_throttle": 1,
+    "socket_timeout": 5,
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+    "health_check_interval": 10,
+    "queue_order_strategy": "priority",
+    "priority_steps": list(PRIORITY_STEPS),
+    "client_name": "celeriac",
 }
 
 _WORKER = {

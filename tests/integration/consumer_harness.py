@@ -52,8 +52,8 @@ class Plant:
         for name in ("owned", "ends", "cancelled"):
             (folder / name).mkdir()
         (folder / "ledger").touch()
-        self.client = redis.Redis.from_url(redis_url, socket_timeout=5)
         self.settings = Settings(redis_url=redis_url, models_file=self._models_file)
+        self.client = redis.Redis.from_url(self.settings.redis_url, socket_timeout=5)
         self.app: Celery = make_app(self.settings)
         self.app.conf.broker_pool_limit = (
             0  # kombu pools connections by URL, also those to a server that a test stopped

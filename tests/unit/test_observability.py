@@ -64,6 +64,17 @@ def test_text_lines_carry_them_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("log_format", ["json", "text"])
+def test_a_line_holds_all_that_it_was_given(
+    capsys: pytest.CaptureFixture[str], log_format: Literal["json", "text"]
+) -> None:
+    configure_logging("INFO", log_format)
+    logging.getLogger("test").warning("not done", extra={"reason": "the pooler said no", "num_tries": 3})
+    line = capsys.readouterr().err
+    assert "the pooler said no" in line
+    assert "num_tries" in line
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
 def test_an_exception_shows_where_but_not_the_values_below_its_first_line(
     capsys: pytest.CaptureFixture[str], log_format: str
 ) -> None:
