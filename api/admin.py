@@ -1,8 +1,8 @@
-"""/v1/admin/models: which workers serve what, and models loaded and unloaded. For keys with the admin role only."""
+"""/v1/admin: who serves what, models loaded and unloaded, workers drained. For keys with the admin role only."""
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -15,9 +15,10 @@ from api.job_inputs import preferred_wait
 from api.services import Services
 from api.views import View
 from domain.catalog import ModelSpec
+from domain.errors import NotFound
 from domain.workers import WorkerState
-from storage import model_states, workers
-from storage.tables import Worker
+from storage import model_states, worker_drains, workers
+from storage.tables import Worker, WorkerDrain
 
 router = private_router()
 
@@ -31,6 +32,7 @@ class WorkerView(View):
     max_num_seqs: int
     tokens_per_second: float
     started_at: datetime
+    drained_since: datetime | None  # an operator told it to take no jobs; null: it takes them
 
 
 class ModelStatusView(View):
@@ -64,8 +66,9 @@ async def list_model_statuses(request: Request) -> ModelStatusListView:
     services = services_of(request)
     live = await services.read(workers.list_live)
     unloaded = await services.read(model_states.unloaded_models)
+    drains = await services.read(worker_drains.list_all)
     data = [
-        _status(services, spec, [worker for worker in live if worker.model == spec.id], spec.id not in unloaded)
+        _status(services, spec, [worker for worker in live if worker.model == spec.id], spec.id not in unloaded, drains)
         for spec in services.catalog
     ]
     return ModelStatusListView(data=data)
@@ -101,7 +104,7 @@ async def _order(request: Request, model: str, wanted: WorkerState) -> Response:
         if is_done or time.monotonic() >= gives_up_at or services.draining.is_set():
             break
         await asyncio.sleep(LOOK_SECONDS)
-    view = _status(services, spec, own, is_loaded)
+    view = _status(services, spec, own, is_loaded, await services.read(worker_drains.list_all))
     headers = {} if wait_seconds is None else {"preference-applied": f"wait={wait_seconds}"}
     status_code = 200 if wait_seconds and is_done else 202
     content = orjson.dumps(view.model_dump(mode="json"))
@@ -114,7 +117,45 @@ def _have_all_obeyed(own: Sequence[Worker], wanted: WorkerState, changed_at: dat
     return has_any and all(worker.state is wanted and worker.seen_at > changed_at for worker in own)
 
 
-def _status(services: Services, spec: ModelSpec, own: Sequence[Worker], is_loaded: bool) -> ModelStatusView:
+@router.post("/v1/admin/workers/{hostname}/drain")
+async def drain_worker(hostname: str, request: Request) -> WorkerView:
+    """The worker takes no more jobs, lets running ones end for CELERIAC_DRAIN_SECONDS, and stays. It hears of it within
+    two seconds. The order holds for its name, over restarts, until it is resumed; asking again changes nothing."""
+    require_admin(request)
+    services = services_of(request)
+    await _live_worker(services, hostname)
+    seconds = services.settings.drain_seconds
+    await services.write(worker_drains.drain, hostname, release_after_seconds=seconds)
+    return await _worker_view(services, hostname)
+
+
+@router.post("/v1/admin/workers/{hostname}/resume")
+async def resume_worker(hostname: str, request: Request) -> WorkerView:
+    """The worker takes jobs again."""
+    require_admin(request)
+    services = services_of(request)
+    await services.write(worker_drains.resume, hostname)
+    return await _worker_view(services, hostname)
+
+
+async def _worker_view(services: Services, hostname: str) -> WorkerView:
+    drains = await services.read(worker_drains.list_all)
+    return _view(await _live_worker(services, hostname), {drain.hostname: drain.since for drain in drains})
+
+
+async def _live_worker(services: Services, hostname: str) -> Worker:
+    live = await services.read(workers.list_live)
+    for worker in live:
+        if worker.hostname == hostname:
+            return worker
+    known = ", ".join(sorted(worker.hostname for worker in live)) or "none"
+    raise NotFound(f"no live worker is called {hostname[:200]!r}; there are: {known}")
+
+
+def _status(
+    services: Services, spec: ModelSpec, own: Sequence[Worker], is_loaded: bool, drains: Sequence[WorkerDrain]
+) -> ModelStatusView:
+    since_by_hostname = {drain.hostname: drain.since for drain in drains}
     states = {worker.state for worker in own}
     status: Literal["loaded", "loading", "draining", "unloaded", "waiting"] = "waiting" if is_loaded else "unloaded"
     if WorkerState.READY in states:
@@ -129,11 +170,11 @@ def _status(services: Services, spec: ModelSpec, own: Sequence[Worker], is_loade
         status=status,
         revision=services.views.get(spec.id).revision,
         max_model_len=spec.max_model_len,
-        workers=[_view(worker) for worker in own],
+        workers=[_view(worker, since_by_hostname) for worker in own],
     )
 
 
-def _view(worker: Worker) -> WorkerView:
+def _view(worker: Worker, drained_since: Mapping[str, datetime]) -> WorkerView:
     return WorkerView(
         hostname=worker.hostname,
         state=worker.state,
@@ -141,4 +182,5 @@ def _view(worker: Worker) -> WorkerView:
         max_num_seqs=worker.max_num_seqs,
         tokens_per_second=round(worker.tokens_per_second, 1),
         started_at=worker.started_at,
+        drained_since=drained_since.get(worker.hostname),
     )

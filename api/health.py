@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import asdict
+from datetime import datetime
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
@@ -98,7 +99,9 @@ ADVICE = {
 
 
 class HealthView(View):
-    """`degraded` still accepts jobs: Redis is away (slower, nothing lost), no worker is there to run them, a clock of
+    """`workers_drained_since` has the workers that an operator told to take no jobs.
+
+    `degraded` still accepts jobs: Redis is away (slower, nothing lost), no worker is there to run them, a clock of
     maintenance is silent, or jobs have waited for long for what does not come by itself (`findings`)."""
 
     status: Literal["ok", "degraded", "unhealthy"]
@@ -109,6 +112,7 @@ class HealthView(View):
     models_unloaded: list[str]
     model_loaded: bool
     workers: int
+    workers_drained_since: dict[str, datetime]
     queue_size: int
     running: int
     streams: int
@@ -158,6 +162,7 @@ async def health(request: Request, response: Response) -> HealthView:
         models_unloaded=[queue.model for queue in queues if not queue.is_loaded],
         model_loaded=num_workers > 0,  # workers report themselves once theirs is
         workers=num_workers,
+        workers_drained_since=dict(services.monitor.drained_since),
         queue_size=sum(queue.num_queued for queue in queues),
         running=sum(queue.num_running for queue in queues),
         streams=services.slots.num_open,

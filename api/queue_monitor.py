@@ -32,11 +32,11 @@ from observability import (
     worker_slots,
 )
 from settings import Settings
-from storage import batch_lines, job_queries, maintenance, model_states, webhook_deliveries, workers
+from storage import batch_lines, job_queries, maintenance, model_states, webhook_deliveries, worker_drains, workers
 from storage.database import repeatable, within
 from storage.job_queries import QueuePosition, WaitingGroup
 from storage.recent_jobs import RecentJobs, recent_jobs
-from storage.tables import Job
+from storage.tables import Job, WorkerDrain
 from tasks.dispatch import batch_share
 
 log = logging.getLogger(__name__)
@@ -169,6 +169,7 @@ class QueueMonitor:
         self._settings = settings
         self._silence_seconds = settings.maintenance_silence_seconds
         self._queues: dict[str, ModelQueue] = {}
+        self._drains: Sequence[WorkerDrain] = ()
         self._read_at = float("-inf")  # monotonic
         self._served_at = {spec.id: time.monotonic() for spec in catalog}  # when a worker was last seen
         self._ticked_at = dict.fromkeys(maintenance.CLOCKS, time.monotonic())  # by this process's clock
@@ -204,6 +205,11 @@ class QueueMonitor:
         """As last read, at most STALE_SECONDS ago; empty while the database does not answer."""
         return self._queues if self.is_fresh else {}
 
+    @property
+    def drained_since(self) -> Mapping[str, datetime]:
+        """By the names of the workers that operators told to take no jobs; as fresh as `queues`."""
+        return {drain.hostname: drain.since for drain in self._drains} if self.is_fresh else {}
+
     async def read(self, *, max_age_seconds: float = 0.25) -> Mapping[str, ModelQueue]:
         """The figures, read now where they are older. Raises SQLAlchemyError or OSError."""
         async with self._reading:  # whoever waited here finds them fresh
@@ -216,6 +222,7 @@ class QueueMonitor:
         num_pending, oldest_due_seconds = await repeatable(self._sessions, webhook_deliveries.backlog)
         webhook_deliveries_pending.set(num_pending)
         webhook_oldest_due_seconds.set(oldest_due_seconds)
+        self._drains = await repeatable(self._sessions, worker_drains.list_all)
         self._queues, self._read_at = queues, time.monotonic()
         self._waiting_since = {
             (model, reason): self._waiting_since.get((model, reason), self._read_at)

@@ -43,7 +43,10 @@ class NoOpRunner:
     def begin_drain(self, *, release_after_seconds: float) -> None:
         """Nothing runs long enough."""
 
-    def resume(self) -> None:
+    def order_drain(self, *, release_after_seconds: float) -> None:
+        """Nobody asks."""
+
+    def order_resume(self) -> None:
         """Nothing was drained."""
 
     def stop(self, *, release: bool) -> None:

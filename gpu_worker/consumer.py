@@ -16,7 +16,6 @@ from celery.worker.consumer import Consumer
 from celery.worker.consumer.heart import Heart
 from celery.worker.consumer.tasks import Tasks
 
-from gpu_worker.control import engine_figures
 from gpu_worker.pool import EnginePool
 from gpu_worker.transport import ClaimingChannel
 from tasks.app import VISIBILITY_TIMEOUT_SECONDS
@@ -138,7 +137,7 @@ class EngineStep(bootsteps.StartStopStep):
 
     def info(self, c: EngineConsumer) -> dict[str, Any]:
         """For `inspect stats`; Flower shows it in the tab "Other"."""
-        return {"engine": engine_figures(c.pool)}
+        return {"engine": c.pool.engine_figures()}
 
     def _keep_in_hand(self, c: EngineConsumer) -> None:
         held = c.pool.deliveries

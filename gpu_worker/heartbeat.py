@@ -10,13 +10,13 @@ from domain.catalog import ModelSpec
 from domain.workers import WorkerState
 from gpu_worker.job_storage import JobStorage
 from gpu_worker.storage_thread import StorageThread
-from storage.workers import WorkerReport
+from storage.workers import Orders, WorkerReport
 
 REPORT_SECONDS = 2.0  # between two reports; an order is heard so late at most
 
 
 class Heartbeat:
-    """`on_answer(is_loaded)` hears after each report whether the model is to be loaded."""
+    """`on_answer(orders)` hears after each report what the worker is to do."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Heartbeat:
         spec: ModelSpec,
         owner: UUID,
         hostname: str,
-        on_answer: Callable[[bool], None],
+        on_answer: Callable[[Orders], None],
     ) -> None:
         self._storage = storage
         self._thread = thread
@@ -37,6 +37,10 @@ class Heartbeat:
         self._due_at = 0.0
         self._is_under_way = False
         self._told: WorkerState | None = None
+
+    def beat_soon(self) -> None:
+        """An order was changed: hear of it with the next turn."""
+        self._due_at = 0.0
 
     def beat(self, now: float, state: WorkerState, *, num_running: int, tokens_per_second: float) -> None:
         """Report, if it is time to or the state is news. One at a time: an answer is obeyed before the next report."""
@@ -59,7 +63,7 @@ class Heartbeat:
             lambda exc: self._end(None),
         )
 
-    def _end(self, is_loaded: bool | None) -> None:
+    def _end(self, orders: Orders | None) -> None:
         self._is_under_way = False
-        if is_loaded is not None:
-            self._on_answer(is_loaded)
+        if orders is not None:
+            self._on_answer(orders)

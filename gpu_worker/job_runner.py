@@ -64,9 +64,13 @@ class JobRunner:
         """Claim nothing more; let running jobs end; release what still runs after the time given."""
         self._loop.mailbox.post(lambda: self._loop.begin_drain(release_after_seconds))
 
-    def resume(self) -> None:
-        """Undo begin_drain."""
-        self._loop.mailbox.post(self._loop.resume)
+    def order_drain(self, *, release_after_seconds: float) -> None:
+        """As `begin_drain`, written down for the worker's name: it outlives the process, until `order_resume`."""
+        self._loop.mailbox.post(lambda: self._loop.order_drain(release_after_seconds))
+
+    def order_resume(self) -> None:
+        """Take back `order_drain`, whoever gave it."""
+        self._loop.mailbox.post(self._loop.order_resume)
 
     def stop(self, *, release: bool) -> None:
         """End the thread and the engine process; with `release`, running jobs go back to the queue first. Blocks."""

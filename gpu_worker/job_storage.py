@@ -18,10 +18,10 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.catalog import ModelSpec
 from domain.jobs import JobStatus, Lane
 from settings import Settings
-from storage import database, jobs, streams, workers
+from storage import database, jobs, streams, worker_drains, workers
 from storage.jobs import ClaimedJob, Returned
 from storage.tables import Job
-from storage.workers import WorkerReport
+from storage.workers import Orders, WorkerReport
 from tasks import job_log
 from tasks.model_files import model_revision
 
@@ -128,10 +128,18 @@ class JobStorage:
         job_log.ends(job for job in asked if job.status.is_terminal)
         self.channel.publish((job.job_id, JobStatus.CANCELLED) for job in asked)
 
-    def heartbeat(self, report: WorkerReport) -> bool:
-        """Returns whether the model is to be loaded."""
+    def heartbeat(self, report: WorkerReport) -> Orders:
+        """Returns what the worker is to do."""
         with self.sessions.begin() as session:
             return workers.heartbeat(session, report)
+
+    def order_drain(self, release_after_seconds: float) -> None:
+        with self.sessions.begin() as session:
+            worker_drains.drain(session, self._worker_name, release_after_seconds=release_after_seconds)
+
+    def order_resume(self) -> None:
+        with self.sessions.begin() as session:
+            worker_drains.resume(session, self._worker_name)
 
     def forget_worker(self) -> None:
         with self.sessions.begin() as session:

@@ -146,16 +146,11 @@ class EnginePool(BasePool):
     # The end
 
     def begin_drain(self, *, release_after_seconds: float) -> None:
-        """Take nothing more, give back what is in hand, let running jobs end. Any thread."""
+        """Take nothing more, give back what is in hand, let running jobs end; this process ends then. Any thread."""
         self.is_draining = True
         self.runner.begin_drain(release_after_seconds=release_after_seconds)
         if self._hub is not None:
             self._hub.call_soon(self.give_back)
-
-    def resume(self) -> None:
-        """Undo begin_drain."""
-        self.runner.resume()
-        self.is_draining = False
 
     @property
     def is_drained(self) -> bool:
@@ -184,7 +179,23 @@ class EnginePool(BasePool):
     def terminate_job(self, pid: int, signal: Any = None) -> None:
         """There is no process to signal; `Delivery.terminate` does the work."""
 
-    # Flower
+    # Flower and `celery inspect`
+
+    def engine_figures(self) -> dict[str, Any]:
+        """Flat and short: Flower prints it as one row."""
+        stats = self.runner.stats()
+        return {
+            "credit": self.room().credit,
+            "in_hand": self.deliveries.num_in_hand,
+            "running": stats.num_running,
+            "free": self.runner.num_free,
+            "slots": stats.max_num_seqs,
+            "ready": stats.is_engine_ready,
+            "draining": self.is_draining or stats.state is WorkerState.DRAINING,
+            "state": stats.state.value,
+            "tokens_per_second": round(stats.tokens_per_second, 1),
+            **stats.engine,
+        }
 
     def grow(self, n: int = 1) -> None:
         raise ValueError(f"the engine has {self.limit} slots; set max_num_seqs in models.toml and restart the worker")

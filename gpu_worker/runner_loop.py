@@ -29,6 +29,7 @@ from gpu_worker.storage_thread import StorageThread
 from gpu_worker.supervisor import Supervisor
 from observability import jobs_finished_total, llm_tokens_generated_total
 from settings import Settings
+from storage.workers import Orders
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class RunnerLoop:
         self._drain_seconds = settings.drain_seconds
         self._drain_deadline: float | None = None  # draining until then
         self._unload_deadline: float | None = None  # the same, because the model is unloaded
+        self._order_deadline: float | None = None  # the same, because an operator said so
         self._is_loaded: bool | None = None  # whether the model is to be; SQL says so before there is an engine
         self._is_healthy = True
         self._is_stopping = False
@@ -113,8 +115,16 @@ class RunnerLoop:
         self._drain_deadline = monotonic() + release_after_seconds
         self._batch.release_unstarted()
 
-    def resume(self) -> None:
-        self._drain_deadline = None
+    def order_drain(self, release_after_seconds: float) -> None:
+        """As `begin_drain`, but written down: it holds until it is taken back, whatever becomes of this process."""
+        self._order(lambda is_repeated: self._storage.order_drain(release_after_seconds))
+
+    def order_resume(self) -> None:
+        self._order(lambda is_repeated: self._storage.order_resume())
+
+    def _order(self, write: Callable[[bool], None]) -> None:
+        """What was written is obeyed when the next report hears of it, and thus in the order of writing."""
+        self._thread.submit(write, lambda answer: self._heartbeat.beat_soon())
 
     def stop(self, release: bool) -> None:
         if release:
@@ -177,8 +187,24 @@ class RunnerLoop:
         if self._supervisor.is_crash_looping:
             self._give_up(f"the engine keeps crashing; lately: {exit_.description}")
 
-    def _obey(self, is_loaded: bool) -> None:
-        """SQL says whether the model is to be loaded. An engine that is not any more is drained, then stopped."""
+    def _obey(self, orders: Orders) -> None:
+        """SQL says what this worker is to do."""
+        self._obey_drain(orders.release_after_seconds)
+        self._obey_load(orders.is_loaded)
+
+    def _obey_drain(self, release_after_seconds: float | None) -> None:
+        if (release_after_seconds is None) is (self._order_deadline is None):
+            return
+        if release_after_seconds is None:
+            logger.warning("this worker takes jobs again, as was ordered")
+            self._order_deadline = None
+            return
+        logger.warning("draining, as was ordered; running jobs have %.0f seconds", release_after_seconds)
+        self._order_deadline = monotonic() + release_after_seconds
+        self._batch.release_unstarted()
+
+    def _obey_load(self, is_loaded: bool) -> None:
+        """An engine that is not to be loaded any more is drained, then stopped."""
         if is_loaded is self._is_loaded:
             return
         self._is_loaded, self._unload_deadline = is_loaded, None
@@ -188,7 +214,7 @@ class RunnerLoop:
             self._batch.release_unstarted()
 
     def _take_jobs_in(self, now: float) -> None:
-        if self._is_loaded is False:
+        if self._is_loaded is False or self._order_deadline is not None:
             self._refuse(self._offers.take())
         if self._supervisor.ready is None and not self._batch.has_isolated:
             return
@@ -231,8 +257,8 @@ class RunnerLoop:
     @property
     def _release_at(self) -> float | None:
         """When running jobs are released; None while we do not drain."""
-        deadlines = [at for at in (self._drain_deadline, self._unload_deadline) if at is not None]
-        return min(deadlines, default=None)
+        deadlines = (self._drain_deadline, self._unload_deadline, self._order_deadline)
+        return min((at for at in deadlines if at is not None), default=None)
 
     @property
     def _state(self) -> WorkerState:

@@ -299,6 +299,16 @@ class Worker(Row):
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
+class WorkerDrain(Row):
+    """An order to take no jobs, to the worker of this name. Without a row it takes them."""
+
+    __tablename__ = "worker_drains"
+
+    hostname: Mapped[str] = mapped_column(primary_key=True)  # the Celery node name
+    since: Mapped[datetime] = mapped_column(server_default=func.now())
+    release_after_seconds: Mapped[float] = mapped_column(Double)
+
+
 class ModelState(Row):
     """Whether a model is to be loaded. Without a row it is."""
 

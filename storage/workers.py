@@ -10,7 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from domain.workers import WorkerState
-from storage import model_states
+from storage import model_states, worker_drains
 from storage.tables import Worker
 
 LIVE_SECONDS = 15.0  # a worker not seen for so long is taken for gone
@@ -31,9 +31,17 @@ class WorkerReport:
     state: WorkerState = WorkerState.READY
 
 
-def heartbeat(session: Session, report: WorkerReport) -> bool:
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What admins want of a worker."""
+
+    is_loaded: bool  # its model is to be loaded
+    release_after_seconds: float | None = None  # it is to take no jobs, and to release after that; None: to take them
+
+
+def heartbeat(session: Session, report: WorkerReport) -> Orders:
     """Say that the worker lives, and how it does. Every few seconds; workers long silent are dropped on the way.
-    Returns whether its model is to be loaded."""
+    Returns what it is to do."""
     statement = insert(Worker).values(**asdict(report))
     changed = {name: statement.excluded[name] for name in asdict(report) if name != "id"}
     session.execute(
@@ -42,7 +50,8 @@ def heartbeat(session: Session, report: WorkerReport) -> bool:
         )
     )
     session.execute(delete(Worker).where(Worker.seen_at < _seconds_ago(FORGET_SECONDS)))
-    return model_states.is_loaded(session, report.model)
+    order = worker_drains.find(session, report.hostname)
+    return Orders(model_states.is_loaded(session, report.model), order.release_after_seconds if order else None)
 
 
 def forget(session: Session, worker_id: UUID) -> None:

@@ -16,6 +16,7 @@ from kombu.utils.url import maybe_sanitize_url
 from domain.catalog import Catalog
 from observability import configure_logging
 from settings import Settings, get_settings
+from tasks import control  # noqa: F401  (registers the remote-control commands)
 from tasks.messages import GENERATE, PRIORITY_STEPS
 
 # A message is in hand for seconds before it is claimed and acked, so an unacked one of a dead worker may return early.

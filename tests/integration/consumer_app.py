@@ -78,7 +78,12 @@ class LedgerRunner:
         self._is_draining = True
         self._release_at = time.monotonic() + release_after_seconds
 
-    def resume(self) -> None:
+    def order_drain(self, *, release_after_seconds: float) -> None:
+        self.begin_drain(release_after_seconds=release_after_seconds)
+        for job_id in self.withdraw():
+            self._tell(RunnerEventKind.REFUSED, job_id)
+
+    def order_resume(self) -> None:
         self._is_draining, self._release_at = False, float("inf")
 
     def stop(self, *, release: bool) -> None:

@@ -89,6 +89,29 @@ class Plant:
             self._wait_until_ready(worker, name)
         return worker
 
+    def start_plain_worker(self) -> subprocess.Popen[bytes]:
+        """One of Celery's own, without an engine or a queue of ours."""
+        with (self.folder / "plain.log").open("ab") as log:
+            command = [*self._celery, "worker", "--pool=solo", "--hostname=plain@test", "--loglevel=INFO"]
+            worker = subprocess.Popen(command, cwd=ROOT, env=self._environment, stdout=log, stderr=log)
+        self.workers.append(worker)
+        wait_until(lambda: "plain@test ready" in self.log("plain"), "the plain worker is ready")
+        return worker
+
+    def celery(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Celery's command line, as operators type it."""
+        command = [*self._celery, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=True)
+
+    @property
+    def _celery(self) -> list[str]:
+        return [sys.executable, "-m", "celery", "-A", "tasks.app"]
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        files = {"CELERIAC_MODELS_FILE": str(self._models_file), "CELERIAC_LOG_FORMAT": "text"}
+        return os.environ | files | {"CELERIAC_REDIS_URL": self.redis_url}
+
     def _wait_until_ready(self, worker: subprocess.Popen[bytes], name: str) -> None:
         ready = ["ready", f"{name}@test"]
         wait_until(lambda: worker.poll() is not None or ready in self.ledger(), f"worker {name} is ready")

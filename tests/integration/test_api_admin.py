@@ -62,6 +62,31 @@ def test_an_unloaded_model_has_no_engine_until_it_is_loaded(rig: Rig) -> None:
         until(lambda: rig.job(job_id).status is JobStatus.COMPLETED)
 
 
+def test_a_drained_worker_is_named_until_it_is_resumed(rig: Rig) -> None:
+    worker = rig.start()
+    with ApiServer(rig.settings, Catalog.load(rig.settings.models_file)) as server, server.client() as client:
+        drained = client.post("/v1/admin/workers/gpu@test/drain")
+        assert drained.status_code == 200
+        since = drained.json()["drained_since"]
+        until(lambda: worker.runner.stats().state is WorkerState.DRAINING)
+        until(lambda: client.get("/health").json()["workers_drained_since"] == {"gpu@test": since})
+        assert client.post("/v1/admin/workers/gpu@test/drain").json()["drained_since"] == since
+        assert models_of(client)[0]["workers"][0]["drained_since"] == since
+        job_id = rig.add_job()
+        worker.offer([job_id])
+        worker.wait_for(RunnerEventKind.REFUSED, [job_id])
+
+        assert client.post("/v1/admin/workers/gpu@test/resume").json()["drained_since"] is None
+        until(lambda: worker.runner.stats().state is WorkerState.READY)
+        worker.offer([job_id])
+        worker.wait_for(RunnerEventKind.ENDED, [job_id])
+        until(lambda: client.get("/health").json()["workers_drained_since"] == {})
+
+        unknown = client.post("/v1/admin/workers/nobody@nowhere/drain")
+        assert unknown.status_code == 404
+        assert "gpu@test" in unknown.json()["error"]["message"]
+
+
 def test_an_order_is_kept_whoever_is_there_to_obey_it(rig: Rig) -> None:
     with ApiServer(rig.settings, Catalog.load(rig.settings.models_file)) as server, server.client() as client:
         first = client.post("/v1/admin/models/test-model/load", headers={"prefer": "wait=1"})

@@ -1,5 +1,6 @@
 """How a worker ends: drained with control alive, or at once; and what Celery's own shutdown would have done."""
 
+import json
 import os
 import signal
 import subprocess
@@ -116,6 +117,20 @@ def test_celery_control_drains_and_resumes(make_plant: MakePlant) -> None:
     assert plant.inspect("engine_resume") == {"ok": "taking jobs"}
     wait_until(lambda: sorted(plant.jobs("completed")) == sorted(job_ids), "it takes jobs again")
     assert worker.poll() is None
+
+
+def test_the_documented_commands_are_known_and_answered(make_plant: MakePlant) -> None:
+    """`celery -A tasks.app`, as docs/operations.md spells them, with a plain Celery worker beside the GPU worker."""
+    plant, worker, _ = busy_worker(make_plant)
+    plain = plant.start_plain_worker()
+    for command in ("inspect engine_stats", "control engine_drain", "control engine_resume"):
+        done = plant.celery(*command.split(), "--timeout=10", "--json")
+        answer = json.loads(done.stdout)
+        assert answer["one@test"].keys() & {"ok", "credit"}, done.stdout
+        assert "no engine" in answer["plain@test"]["error"]
+    assert worker.poll() is None
+    assert plain.poll() is None
+    assert "Traceback" not in plant.log("plain")
 
 
 @pytest.mark.parametrize(("command", "arguments"), [("shutdown", {}), ("engine_drain", {"exit": 1})])

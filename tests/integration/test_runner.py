@@ -12,14 +12,15 @@ from domain.requests import SamplingParams
 from domain.workers import WorkerState
 from gpu_worker.engine.backends.fake_words import fake_text
 from gpu_worker.runner_events import RunnerEventKind
-from storage import jobs, workers
+from storage import jobs, worker_drains, workers
 from storage.jobs import ChunkCommit
 from tests.integration.runner_harness import PROMPT, RecordingRunner, Rig, listening, wait_until
 
-CLAIMED, DROPPED, ENDED, RELEASED = (
+CLAIMED, DROPPED, ENDED, REFUSED, RELEASED = (
     RunnerEventKind.CLAIMED,
     RunnerEventKind.DROPPED,
     RunnerEventKind.ENDED,
+    RunnerEventKind.REFUSED,
     RunnerEventKind.RELEASED,
 )
 LONG = 3000  # tokens: longer than any of these tests waits
@@ -225,7 +226,28 @@ def test_a_drain_claims_nothing_more_and_lets_running_jobs_end(rig: Rig) -> None
     rig.assert_intact(running)
     assert worker.runner.num_free == 0
     assert worker.runner.withdraw() == offered
-    worker.runner.resume()
+
+
+def test_an_ordered_drain_holds_for_the_name_until_it_is_taken_back(rig: Rig) -> None:
+    """Whoever comes back under the name drains on, and it does not matter who takes the order back."""
+    running, offered = rig.add_job(max_tokens=100), rig.add_jobs(3)
+    worker = rig.start()
+    worker.offer([running])
+    worker.wait_for(CLAIMED, [running])
+    worker.runner.order_drain(release_after_seconds=30)
+    wait_until(lambda: worker.runner.stats().state is WorkerState.DRAINING, "the order is obeyed")
+    worker.offer(offered)
+    worker.wait_for(REFUSED, offered)
+    worker.wait_for(ENDED, [running])
+    rig.assert_intact(running)
+
+    again = rig.start(wait=False)
+    wait_until(lambda: again.runner.stats().state is WorkerState.DRAINING, "the order is kept")
+    with rig.sessions.begin() as session:
+        assert worker_drains.resume(session, "gpu@test")
+    for each in (worker, again):
+        wait_until(lambda each=each: each.runner.stats().state is WorkerState.READY, "it takes jobs again")
+    worker.runner.order_resume()  # of what is not drained: nothing happens
     worker.offer(offered)
     worker.wait_for(ENDED, offered)
 
