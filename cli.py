@@ -3,17 +3,17 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+import cli_checks
 from cli_keys import keys
 from explain import explain
 
 if TYPE_CHECKING:
     from client import Client
-    from domain.catalog import Catalog
     from settings import Settings
 
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
@@ -66,7 +66,9 @@ def up(first_job: bool) -> None:
     from up import Up
 
     settings = get_settings()
-    _catalog(settings)  # what is wrong in models.toml is said at once, and not by a worker that does not start
+    cli_checks.read_catalog(
+        settings
+    )  # what is wrong in models.toml is said at once, and not by a worker that does not start
     Up(settings, with_first_job=first_job).run()
 
 
@@ -83,8 +85,9 @@ def api(host: str | None, port: int | None) -> None:
 
     with _explained(ValueError):
         refuse_open_door(settings)
-        _catalog(settings)
-    _refuse_shared_sessions(settings)
+        cli_checks.read_catalog(settings)
+    cli_checks.refuse_shared_sessions(settings)
+    cli_checks.refuse_taken_port("CELERIAC_PORT", settings.host, settings.port)
     serve(settings)
 
 
@@ -95,7 +98,9 @@ def worker(model: str | None, name: str | None) -> None:
     """Run one GPU worker: one model, one engine process."""
     _set("CELERIAC_WORKER_MODEL", model)
     _set("CELERIAC_WORKER_NAME", name)
-    _refuse_shared_sessions(_settings())
+    settings = _settings()
+    cli_checks.refuse_unknown_model(settings)
+    cli_checks.refuse_shared_sessions(settings)
     _become_celery("gpu_worker.app", "worker")
 
 
@@ -109,8 +114,8 @@ def maintenance() -> None:
     settings = _settings()
     from maintenance.process import serve
 
-    _catalog(settings)
-    _refuse_shared_sessions(settings)
+    cli_checks.read_catalog(settings)
+    cli_checks.refuse_shared_sessions(settings)
     try:
         serve(settings)
     except OSError as exc:
@@ -134,6 +139,7 @@ def flower(address: str, port: int | None) -> None:
         )
     _set("CELERIAC_FLOWER_PORT", port)
     settings = _settings()
+    cli_checks.refuse_taken_port("CELERIAC_FLOWER_PORT", address, settings.flower_port)
     _become_celery(
         "tasks.flower", "flower", f"--address={address}", f"--port={settings.flower_port}", "--max_tasks=10000"
     )
@@ -184,7 +190,7 @@ def env() -> None:
 def connection_options(command: Any) -> Any:
     """--url and --key."""
     command = click.option("--key", help="API key.  [default: CELERIAC_API_KEY]")(command)
-    text = "Where the API is.  [default: CELERIAC_API_URL, else the one that runs here]"
+    text = "Where the API is.  [default: CELERIAC_API_URL, else that of `celeriac up` here]"
     return click.option("--url", help=text)(command)
 
 
@@ -277,7 +283,7 @@ def models() -> None:
     """List the models of models.toml."""
     from terminal import models_table, show
 
-    show(models_table(_catalog(_settings())))
+    show(models_table(cli_checks.read_catalog(_settings())))
 
 
 main.add_command(keys)
@@ -298,17 +304,6 @@ def _settings() -> "Settings":
     return settings_here()
 
 
-def _refuse_shared_sessions(settings: "Settings") -> None:
-    """A database that does not answer is for the process to wait for."""
-    from sqlalchemy.exc import OperationalError
-
-    from storage.database import database_url
-    from storage.server_sessions import refuse_shared_sessions
-
-    with suppress(OperationalError):
-        refuse_shared_sessions(database_url(settings.database_url))
-
-
 def _become_celery(app: str, *arguments: str) -> NoReturn:
     """Replace this process by Celery's command on `app`: signals and exit codes are Celery's own."""
     sys.stdout.flush()
@@ -317,26 +312,16 @@ def _become_celery(app: str, *arguments: str) -> NoReturn:
 
 def _client(url: str | None, key: str | None) -> "Client":
     from client import Client
-    from running import find_running
     from settings import get_settings
 
     settings = get_settings()
-    running = find_running(settings.data_dir) or {}
-    here = running.get("api_url") or f"http://{settings.host}:{settings.port}"
-    return Client(url or settings.api_url or here, key or settings.api_key)
+    return Client(url or cli_checks.api_url(settings), key or settings.api_key)
 
 
 def _default_model() -> str:
     from settings import get_settings
 
-    return _catalog(get_settings()).default.id
-
-
-def _catalog(settings: "Settings") -> "Catalog":
-    from domain.catalog import Catalog
-
-    with _explained(ValueError, OSError):
-        return Catalog.load(settings.models_file)
+    return cli_checks.read_catalog(get_settings()).default.id
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Both are the real servers, from pip packages. Each keeps its data in its folder 
 folder, and never outlives its owner: a guard process waits on a pipe that closes when we end, however we end. Should
 the guard die too, the next start on that folder stops what was left.
 
-In a server's folder: `lock`, `server.pid`, `server.log`, and its data.
+In a server's folder: `lock`, `server.pid`, `server.log`, and its data; of Redis also `port` and `password`.
 """
 
 import fcntl
@@ -319,9 +319,17 @@ class EmbeddedRedis(EmbeddedServer):
     def _prepare(self) -> None:
         (self.folder / "data").mkdir(exist_ok=True)
 
+    def _choose_port(self) -> None:
+        """The last one where it is free: whoever used it before we were restarted finds us again."""
+        if self._wanted_port:
+            return
+        kept = self.folder / "port"
+        last = kept.read_text() if kept.exists() else ""
+        self.port = int(last) if last.isdigit() and _is_free(int(last)) else _free_port()
+        kept.write_text(str(self.port))
+
     def _command(self) -> list[str]:
-        if not self._wanted_port and (not self.port or not _is_free(self.port)):
-            self.port = _free_port()
+        self._choose_port()
         settings = {
             "bind": "127.0.0.1",
             "port": str(self.port),

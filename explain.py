@@ -14,6 +14,7 @@ EXPECTED_ERRORS = frozenset(
         "SharedSessions",
         "StartFailed",
         "UnknownSetting",
+        "UnusableFolder",
     }
 )
 

@@ -15,6 +15,10 @@ class AlreadyUp(Exception):
     """Another `celeriac up` holds the folder."""
 
 
+class UnusableFolder(Exception):
+    """The data folder cannot be made or written to."""
+
+
 class UpLock:
     """The lock that makes `celeriac up` one per data folder, with a note for other commands: its pid and its URLs.
 
@@ -26,9 +30,14 @@ class UpLock:
         self._file: IO[str] | None = None
 
     def take(self) -> Self:
-        """Raises AlreadyUp, which names the holder."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+")  # noqa: SIM115  (held until release)
+        """Raises AlreadyUp, which names the holder, and UnusableFolder."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+")  # noqa: SIM115  (held until release)
+        except OSError as exc:
+            raise UnusableFolder(
+                f"CELERIAC_DATA_DIR is {self._path.parent}: {exc.strerror}; give a folder that can be written to"
+            ) from exc
         if not _locked(file):
             note = _note_in(file)
             file.close()
@@ -56,10 +65,11 @@ class UpLock:
 
 def find_running(data_dir: Path) -> dict[str, Any] | None:
     """The note of the `celeriac up` that runs on this data folder now; None where none does."""
-    path = data_dir / "up.json"
-    if not path.exists():
+    try:
+        file = (data_dir / "up.json").open()
+    except OSError:  # none was here, or none that we may see
         return None
-    with path.open() as file:
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

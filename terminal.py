@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from client import Client, StreamEvent
 from domain.catalog import Catalog
@@ -16,6 +16,9 @@ from launcher import short_path
 
 if TYPE_CHECKING:
     from storage.tables import ApiKey
+
+PIPE_WIDTH = 10_000  # characters in a line, where no terminal bounds it
+MIN_ID_WIDTH = 30  # of a job: job_ and 26 characters
 
 STYLE_BY_STATUS = {
     "queued": "yellow",
@@ -138,11 +141,23 @@ def plain_console(*, stderr: bool = False) -> Console:
 
 
 def show(table: Table) -> None:
-    Console(highlight=False).print(table)
+    """In a pipe on lines as long as need be: what is cut there cannot be used by the next program."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    console.print(table)
+
+
+def _table(whole: str, *others: str, folded: str | None = None) -> Table:
+    """A table whose column `whole` is never cut, however narrow the terminal; `folded` goes on in the next line."""
+    table = Table(Column(whole, no_wrap=True, overflow="ignore", min_width=MIN_ID_WIDTH), box=None, pad_edge=False)
+    for name in others:
+        table.add_column(name, overflow="fold" if name == folded else "ellipsis")
+    return table
 
 
 def jobs_table(jobs: Iterable[dict[str, Any]]) -> Table:
-    table = Table("job", "status", "model", "tokens", "age", "took", box=None, pad_edge=False)
+    table = _table("job", "status", "model", "tokens", "age", "took")
     for job in jobs:
         tokens = (job.get("usage") or {}).get("completion_tokens", "")
         table.add_row(
@@ -157,7 +172,7 @@ def jobs_table(jobs: Iterable[dict[str, Any]]) -> Table:
 
 
 def models_table(catalog: Catalog) -> Table:
-    table = Table("model", "context", "at once", "back end", "from", box=None, pad_edge=False)
+    table = _table("model", "context", "at once", "back end", "from", folded="from")
     for spec in catalog:
         name = f"{spec.id} [dim](default)[/]" if spec is catalog.default else spec.id
         table.add_row(
@@ -167,7 +182,7 @@ def models_table(catalog: Catalog) -> Table:
 
 
 def keys_table(rows: Iterable["ApiKey"]) -> Table:
-    table = Table("id", "name", "made", "state", box=None, pad_edge=False)
+    table = _table("id", "name", "made", "state")
     for row in rows:
         state = "live"
         if row.revoked_at is not None:
@@ -190,16 +205,18 @@ def where_everything_is(api_url: str, maintenance_url: str, flower_url: str, log
 """
 
 
-def first_steps(api_url: str, model: str, job_id: str, celeriac: str) -> str:
+def first_steps(api_url: str, model: str, job_id: str, celeriac: str, *, needs_key: bool) -> str:
     """Commands to paste, with the real port and a job that is there."""
+    key = f"  export CELERIAC_API_KEY=$({celeriac} keys create)\n" if needs_key else ""
+    header = ' -H "authorization: Bearer $CELERIAC_API_KEY"' if needs_key else ""
     return f"""Try it from another terminal:
 
-  {celeriac} submit "What is 17 + 25?"
+{key}  {celeriac} submit "What is 17 + 25?"
   {celeriac} jobs
-  curl -s {api_url}/v1/jobs -H 'content-type: application/json' \\
+  curl -s {api_url}/v1/jobs{header} -H 'content-type: application/json' \\
        -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 17 + 25?"}}]}}'
-  curl -s {api_url}/v1/jobs/{job_id}
-  curl -N '{api_url}/v1/jobs/{job_id}/events?from=start'
+  curl -s {api_url}/v1/jobs/{job_id}{header}
+  curl -N '{api_url}/v1/jobs/{job_id}/events?from=start'{header}
 """
 
 

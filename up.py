@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -61,17 +61,17 @@ class Up:
         """Raises AlreadyUp, StartFailed or EmbeddedServerError, each with everything stopped again."""
         for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signal_number, self._request_stop)
-        lock = UpLock(self._settings.data_dir).take()
+        self._lock = UpLock(self._settings.data_dir).take()
         try:
             self._start()
-            lock.write(self._note())
+            self._lock.write(self._note())
             threading.Thread(target=self._introduce, name="introduce", daemon=True).start()
             self._watch()
         except Stopped:
             pass
         finally:
             self._stop()
-            lock.release()
+            self._lock.release()
 
     # Starting
 
@@ -82,6 +82,7 @@ class Up:
             board.begin("Schema")
             self._migrate()
             board.done("Schema")
+            self._lock.write(self._servers_note())  # `celeriac keys create` need not wait for a worker
             self._launcher.services = self._services()
             self._start_services(board)
 
@@ -91,6 +92,8 @@ class Up:
             self._database_url = self._start_server(board, EmbeddedPostgres(folder / "postgres"))
         if "redis_url" not in given:
             self._redis_url = self._start_server(board, EmbeddedRedis(folder / "redis"))
+        elif reason := why_redis_refuses(self._redis_url):
+            self._say(f"Redis does not let us in: {reason}; look at CELERIAC_REDIS_URL. Until then jobs run slowly")
 
     def _start_server(self, board: Board, server: EmbeddedServer) -> str:
         self._raise_if_stopped()
@@ -112,15 +115,7 @@ class Up:
 
     def _services(self) -> list[Service]:
         """In the order of their start: the worker first, since it takes longest."""
-        # Its log says so at once, where INFO is logged; the API hears of it a second or two later.
-        worker = self._service(
-            "GPU worker",
-            "worker",
-            lambda: (
-                any(map(worker.log_has, (b"the engine is ready", b"the model is unloaded")))
-                or bool(self._health().get("workers"))
-            ),
-        )
+        worker = self._service("GPU worker", "worker", lambda: self._has_engine(worker))
         worker.stop_seconds = self._settings.drain_seconds + DRAIN_MARGIN_SECONDS
         worker.hurry_signal = signal.SIGQUIT  # gives running jobs back to the queue at once
         api = self._service("API", "api", lambda: bool(self._health()))
@@ -132,6 +127,13 @@ class Up:
         flower = self._service("Flower", "flower", lambda: not is_free(LOOPBACK, self._flower_port))
         flower.prepare = self._choose_flower_port
         return [worker, api, maintenance, flower]
+
+    def _has_engine(self, worker: Service) -> bool:
+        """Its log says so, where INFO is logged. Else the API does, to which the worker of an `up` that was killed
+        seconds ago looks the same."""
+        if self._settings.log_level in ("DEBUG", "INFO"):
+            return any(map(worker.log_has, (b"the engine is ready", b"the model is unloaded", b"draining, as was")))
+        return bool(self._health().get("workers"))
 
     def _service(self, title: str, command: str, is_ready: Callable[[], bool]) -> Service:
         log_path = self._log_path(command)
@@ -195,7 +197,8 @@ class Up:
             )
         )
         celeriac = short_path(Path(sys.executable).parent / "celeriac")
-        self._say(first_steps(self._api_url, model, job_id or "job_...", celeriac))
+        needs_key = self._settings.auth == "api_key" and not self._settings.api_key
+        self._say(first_steps(self._api_url, model, job_id or "job_...", celeriac, needs_key=needs_key))
 
     def _run_first_job(self, model: str) -> str | None:
         """Submit one job and print its text as it arrives. Returns its id; None where it could not be run."""
@@ -206,13 +209,33 @@ class Up:
         }
         self._say(f"\nThe first job, through the whole system: {FIRST_PROMPT!r}\n")
         try:
-            with Client(self._api_url, self._settings.api_key or self._settings.bootstrap_api_key) as client:
+            with self._own_key() as key, Client(self._api_url, key) as client:
                 job = client.submit(body)
                 JobPrinter(self._console, self._console).print_all(client.events(job["id"]))
         except (ApiUnreachable, ApiError) as exc:
             self._say(f"the first job did not run: {exc}")
             return None
         return str(job["id"])
+
+    @contextmanager
+    def _own_key(self) -> Iterator[str | None]:
+        """A key for the first job: the one that was given, else one that is worth nothing when it has run."""
+        given = self._settings.api_key or self._settings.bootstrap_api_key
+        if given is not None or self._settings.auth == "none":
+            yield given
+            return
+        from cli_keys import transaction
+        from storage import api_keys
+        from storage.tables import DEFAULT_TENANT_ID
+
+        settings = self._settings.model_copy(update={"database_url": self._database_url})
+        with transaction(settings) as session:
+            key = api_keys.create(session, DEFAULT_TENANT_ID, name="first job of celeriac up")
+        try:
+            yield key
+        finally:
+            with transaction(settings) as session:
+                api_keys.revoke(session, key.split("_")[1], DEFAULT_TENANT_ID)
 
     def _watch(self) -> None:
         while not self._stop_requested.wait(0.25):
@@ -276,12 +299,13 @@ class Up:
     def _note(self) -> dict[str, Any]:
         """What other commands in this folder may want to know (`running.find_running`)."""
         return {
-            "pid": os.getpid(),
+            **self._servers_note(),
             "api_url": self._api_url,
             "flower_url": self._flower_url,
-            "database_url": self._database_url,
-            "redis_url": self._redis_url,
         }
+
+    def _servers_note(self) -> dict[str, Any]:
+        return {"pid": os.getpid(), "database_url": self._database_url, "redis_url": self._redis_url}
 
     def _say(self, line: str) -> None:
         # Nobody may be listening any more: a terminal that was closed, a pipe whose reader left (for which rich exits).
@@ -292,6 +316,22 @@ class Up:
 def _reachable(host: str) -> str:
     """Where something that listens on `host` is reached from here, as a URL spells it."""
     return {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+
+
+def why_redis_refuses(url: str) -> str | None:
+    """In Redis's own words, or TLS's: a wrong password, a certificate that does not verify, nobody there."""
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    try:
+        with redis.Redis.from_url(
+            url, socket_timeout=5, socket_connect_timeout=5, retry=Retry(NoBackoff(), 0)
+        ) as client:
+            client.ping()
+    except (redis.RedisError, OSError) as exc:
+        return str(exc)
+    return None
 
 
 def _health_of(url: str) -> dict[str, Any]:

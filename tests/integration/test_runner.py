@@ -245,8 +245,8 @@ def test_an_ordered_drain_holds_for_the_name_until_it_is_taken_back(rig: Rig) ->
     wait_until(lambda: again.runner.stats().state is WorkerState.DRAINING, "the order is kept")
     with rig.sessions.begin() as session:
         assert worker_drains.resume(session, "gpu@test")
-    for each in (worker, again):
-        wait_until(lambda each=each: each.runner.stats().state is WorkerState.READY, "it takes jobs again")
+    both = (worker.runner, again.runner)
+    wait_until(lambda: {each.stats().state for each in both} == {WorkerState.READY}, "they take jobs again")
     worker.runner.order_resume()  # of what is not drained: nothing happens
     worker.offer(offered)
     worker.wait_for(ENDED, offered)

@@ -1,0 +1,72 @@
+"""What a command looks at before it starts a process, so that what is wrong is one line with its remedy."""
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from domain.catalog import Catalog
+    from settings import Settings
+
+
+def read_catalog(settings: "Settings") -> "Catalog":
+    from domain.catalog import Catalog
+
+    try:
+        return Catalog.load(settings.models_file)
+    except OSError as exc:
+        raise click.ClickException(
+            f"CELERIAC_MODELS_FILE is {settings.models_file}: {exc.strerror}; give the path of a models.toml"
+        ) from exc
+    except ValueError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+def refuse_unknown_model(settings: "Settings") -> None:
+    catalog = read_catalog(settings)
+    if settings.worker_model is not None:
+        catalog.get(settings.worker_model)
+
+
+def refuse_shared_sessions(settings: "Settings") -> None:
+    """A database that does not answer is for the process to wait for."""
+    from sqlalchemy.exc import OperationalError
+
+    from storage.database import database_url
+    from storage.server_sessions import refuse_shared_sessions
+
+    with suppress(OperationalError):
+        refuse_shared_sessions(database_url(settings.database_url))
+
+
+def refuse_taken_port(setting: str, host: str, port: int) -> None:
+    """Raise where nothing can listen there. `setting` is what names the port."""
+    import socket
+
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.create_server((host, port), family=family):
+            return
+    except (OSError, OverflowError) as exc:
+        reason = getattr(exc, "strerror", None) or str(exc)
+        raise click.ClickException(f"nothing can listen on {host}:{port} ({reason}); give another {setting}") from exc
+
+
+def api_url(settings: "Settings") -> str:
+    """Where the API of this folder is. Nothing is asked that merely happens to listen on the usual port."""
+    from running import find_running
+
+    if settings.api_url is not None:
+        return settings.api_url
+    running = find_running(settings.data_dir)
+    if running is not None and "api_url" in running:
+        return str(running["api_url"])
+    if settings.model_fields_set & {"host", "port"}:
+        return f"http://{settings.host}:{settings.port}"
+    if running is not None:
+        raise click.ClickException("`celeriac up` is still starting here; try again when it says that it is up")
+    raise click.ClickException(
+        "no `celeriac up` runs in this folder, and no API is named; start it with `celeriac up`, "
+        "or name one with --url or CELERIAC_API_URL"
+    )
