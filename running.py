@@ -10,6 +10,8 @@ from typing import IO, Any, Self
 
 from settings import PREFIX, Settings, get_settings
 
+FOUND = "_CELERIAC_FOUND"  # environment: which settings were not named by anybody, but found in the note
+
 
 class AlreadyUp(Exception):
     """Another `celeriac up` holds the folder."""
@@ -94,12 +96,22 @@ def _note_in(file: IO[str]) -> dict[str, Any]:
         return {}
 
 
+def moved_servers(data_dir: Path) -> dict[str, str]:
+    """The servers, by setting, that the `celeriac up` of this folder has now where `settings_here` found others."""
+    found = [name for name in os.environ.get(FOUND, "").split(",") if name]
+    running = find_running(data_dir) or {}
+    known = {name: os.environ[PREFIX + name.upper()] for name in found}
+    return {name: running[name] for name in found if running.get(name, known[name]) != known[name]}
+
+
 def settings_here() -> Settings:
     """The settings, with the servers of the `celeriac up` of this folder where none are named. They go into the
     environment, so that a process we become finds them, too."""
     given = Settings()
     running = find_running(given.data_dir) or {}
-    for name in ("database_url", "redis_url"):
-        if name in running and name not in given.model_fields_set:
-            os.environ[PREFIX + name.upper()] = running[name]
+    found = [name for name in ("database_url", "redis_url") if name in running and name not in given.model_fields_set]
+    for name in found:
+        os.environ[PREFIX + name.upper()] = running[name]
+    if found:
+        os.environ[FOUND] = ",".join(found)
     return get_settings()

@@ -9,7 +9,7 @@ from celery import signals
 from kombu.transport import TRANSPORT_ALIASES
 
 from gpu_worker import control  # noqa: F401  (registers the remote-control commands)
-from gpu_worker.consumer import EngineStep
+from gpu_worker.consumer import EngineStep, EngineWorker
 from gpu_worker.delivery import Delivery
 from gpu_worker.pool import served_model
 from settings import get_settings
@@ -29,6 +29,7 @@ app.conf.update(
     worker_consumer="gpu_worker.consumer:EngineConsumer",
     worker_concurrency=model.max_num_seqs,
 )
+app.Worker = app.subclass_with_self(EngineWorker)
 app.events_cls = "gpu_worker.consumer:EngineEvents"
 app.steps["consumer"].add(EngineStep)
 app.amqp.queues.select([model.queue])

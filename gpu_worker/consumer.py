@@ -8,16 +8,19 @@ import warnings
 from time import monotonic, sleep
 from typing import Any
 
-from celery import bootsteps
+from celery import bootsteps, signals
 from celery.app.events import Events
+from celery.apps.worker import Worker
 from celery.events.dispatcher import EventDispatcher
 from celery.utils.log import get_logger
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.heart import Heart
 from celery.worker.consumer.tasks import Tasks
 
+from gpu_worker.broker_outage import BrokerOutage
 from gpu_worker.pool import EnginePool
 from gpu_worker.transport import ClaimingChannel
+from settings import get_settings
 from tasks.app import VISIBILITY_TIMEOUT_SECONDS
 
 logger = get_logger(__name__)
@@ -68,6 +71,7 @@ class EngineConsumer(Consumer):
         # Neighbours share nothing that SQL does not know; without them start and reconnect are a second faster.
         lonely = dict(worker_options or {}, without_mingle=True, without_gossip=True)
         super().__init__(*args, worker_options=lonely, **options)
+        self._outage = BrokerOutage(get_settings(), leave=self.pool.stop_runner)
 
     def on_send_event_buffered(self) -> None:
         """A timer flushes; stock publishes at every turn of the loop."""
@@ -81,11 +85,17 @@ class EngineConsumer(Consumer):
         ensure = conn.ensure_connection
 
         def ensure_quickly(errback: Any, max_retries: Any, **options: Any) -> Any:
+            def failed(exc: Exception, interval: float) -> None:
+                errback(exc, interval)
+                self._outage.failed(exc)
+
             quick = {"interval_start": 0.2, "interval_step": 0.2, "interval_max": 2}
-            return ensure(errback, max_retries, **{**options, **quick})
+            return ensure(failed, max_retries, **{**options, **quick})
 
         conn.ensure_connection = ensure_quickly
-        return super().ensure_connected(conn)
+        connected = super().ensure_connected(conn)
+        self._outage.ended()
+        return connected
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Keep what is in hand: stock requeues it all, and another worker would start it again."""
@@ -99,10 +109,27 @@ class EngineConsumer(Consumer):
             warnings.simplefilter("ignore")  # stock explains a setting of late acks, which we do not use, every time
             super().on_connection_error_after_connected(exc)
 
+    def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
+        """As stock, but for the log, where stock writes down all that the message says: it may be somebody's prompt."""
+        name, task_id = str(message.headers.get("task"))[:64], str(message.headers.get("id"))[:64]
+        reason = f"no task is called {name!r} here; jobs are submitted to the API (POST /v1/jobs)"
+        logger.error("refused a task that was sent by hand: %s", reason, extra={"task_id": task_id})
+        message.reject_log_error(logger, self.connection_errors)
+        self.event_dispatcher.send("task-failed", uuid=task_id, exception=reason)
+
     def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
         """Also after `cancel_consumer`: stock then consumes nothing from the next reconnect on (celery #10352)."""
         super().add_task_queue(queue, *args, **options)
         self.app.amqp.queues.select_add(self.app.amqp.queues[queue])
+
+
+class EngineWorker(Worker):
+    """`celery worker` for an EnginePool."""
+
+    def on_consumer_ready(self, consumer: Any) -> None:
+        """Stock says "ready" here, which a worker is when its engine is."""
+        signals.worker_ready.send(sender=consumer)
+        logger.info("%s is connected; it takes jobs when its engine is ready", self.hostname)
 
 
 class EngineStep(bootsteps.StartStopStep):

@@ -18,6 +18,8 @@ from tasks.messages import GENERATE
 
 logger = get_logger(__name__)
 
+MAX_ID_CHARS = 64  # of an id that is none
+
 
 class Deliveries:
     """Hub thread only. (Other threads may look whether there are any.)"""
@@ -41,10 +43,11 @@ class Deliveries:
         """Keep a new delivery and return its job. None: it was dropped, as no job's or as a second one of its job."""
         try:
             job_id = delivery.job_id
-        except ValueError as exc:
-            logger.error("dropped a delivery: %s", exc)
+        except ValueError:
+            reason = f"{delivery.id[:MAX_ID_CHARS]!r} is no job's id; jobs are submitted to the API (POST /v1/jobs)"
+            logger.error("refused a task that was sent by hand: %s", reason)
             delivery.acknowledge()
-            delivery.drop()
+            delivery.refuse(reason)
             return None
         known = self.in_hand.get(job_id) or self.running.get(job_id)
         if known is not None:

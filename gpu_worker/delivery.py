@@ -97,6 +97,11 @@ class Delivery(Request):
         else:
             self.send_event("task-rejected", requeue=False)
 
+    def refuse(self, reason: str) -> None:
+        """It is no job's: whoever sent it by hand finds a failed task in Flower, or by its event."""
+        state.task_ready(self)
+        self.send_event("task-failed", exception=reason, traceback="")
+
     def release(self) -> None:
         """The job went back to SQL, or another owner has it; Flower shows it as waiting for another start."""
         state.task_ready(self)

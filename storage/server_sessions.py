@@ -8,6 +8,7 @@ may run in another one. PgBouncer, "Features", has the list: https://www.pgbounc
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, select
+from sqlalchemy.exc import DBAPIError
 
 CONNECT_TIMEOUT_SECONDS = 3
 STATEMENT_TIMEOUT_SECONDS = 30
@@ -17,6 +18,14 @@ NUM_LOOKS = 8  # at a busy pooler one look may miss that two connections share a
 # A plan cached while a table was empty would read the whole table for minutes after it filled; and the rows of a
 # queue are in memory, so looking one up by its id costs little more than reading the next one.
 PLANNER = {"plan_cache_mode": "force_custom_plan", "jit": "off", "random_page_cost": "1.1"}
+
+
+SHARED = (
+    "CELERIAC_DATABASE_URL leads to a pooler in transaction or statement mode: two of our connections share a session "
+    "of PostgreSQL, so that time limits, locks and prepared statements would be lost; "
+    "set pool_mode = session there, or name PostgreSQL itself"
+)
+STATEMENT_MODE = "in statement pooling mode"  # what PgBouncer refuses a BEGIN with
 
 
 class SharedSessions(Exception):
@@ -49,15 +58,15 @@ def refuse_shared_sessions(url: URL) -> None:
     try:
         with database.connect() as first, database.connect() as second:
             looks = [(_session_of(first), _session_of(second)) for _ in range(NUM_LOOKS)]
+    except DBAPIError as exc:
+        if STATEMENT_MODE not in str(exc.orig):
+            raise
+        raise SharedSessions(SHARED) from exc
     finally:
         database.dispose()
     firsts, seconds = map(set, zip(*looks, strict=True))
     if len(firsts) > 1 or len(seconds) > 1 or firsts & seconds:
-        raise SharedSessions(
-            "CELERIAC_DATABASE_URL leads to a pooler in transaction or statement mode: two of our connections share a "
-            "session of PostgreSQL, so that time limits, locks and prepared statements would be lost; "
-            "set pool_mode = session there, or name PostgreSQL itself"
-        )
+        raise SharedSessions(SHARED)
 
 
 def _session_of(connection: Connection) -> int:

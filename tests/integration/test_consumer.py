@@ -5,21 +5,26 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
+
+import pytest
 
 from domain.ids import external_id, new_id
 from tasks.messages import GENERATE, bell_key, generate_message, priority_key
 from tests.integration.consumer_harness import (
     QUEUE,
     ROOT,
+    EventLog,
     MakePlant,
     Plant,
     make_plant,
     plant,
+    plant_events,
     shared_plant,
     wait_until,
 )
 
-__all__ = ["make_plant", "plant", "shared_plant"]
+__all__ = ["make_plant", "plant", "plant_events", "shared_plant"]
 
 
 def test_the_worker_holds_no_more_than_its_slots_and_the_lookahead(make_plant: MakePlant) -> None:
@@ -132,6 +137,31 @@ def test_what_is_no_message_is_dropped_and_its_neighbours_go_on(plant: Plant) ->
     plant.app.send_task(GENERATE, task_id=external_id(new_id()), queue=QUEUE, serializer="yaml")
     plant.wait_for("claimed", plant.send(2))
     wait_until(plant.is_broker_empty, "nothing is left behind")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        (GENERATE, {"args": ["a secret prompt"]}),
+        (GENERATE, {"kwargs": {"prompt": "a secret prompt"}, "task_id": "my-own-id"}),
+        ("celeriac.summarise", {"args": ["a secret prompt"]}),
+        ("tasks.generate.infer", {"kwargs": {"prompt": "a secret prompt"}}),
+    ],
+)
+def test_a_task_sent_by_hand_fails_where_its_sender_can_see_it(
+    plant: Plant, plant_events: EventLog, name: str, arguments: dict[str, Any]
+) -> None:
+    sent = plant.app.send_task(name, queue=QUEUE, **arguments)
+
+    def failures() -> list[dict[str, Any]]:
+        events = plant_events.all()
+        return [event for event in events if (event["type"], event.get("uuid")) == ("task-failed", sent.id)]
+
+    wait_until(failures, "the failure is told")
+    assert "POST /v1/jobs" in failures()[0]["exception"]
+    wait_until(plant.is_broker_empty, "its message is gone")
+    assert "refused a task that was sent by hand" in plant.log()
+    assert "a secret prompt" not in plant.log()
 
 
 def test_a_small_task_runs_on_the_event_loop(plant: Plant) -> None:

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from domain.ids import external_id
 from embedded import EmbeddedRedis
+from running import FOUND, UpLock
 from tests.integration.consumer_harness import QUEUE, EventLog, MakePlant, Plant, events, make_plant, wait_until
 
 __all__ = ["events", "make_plant"]
@@ -125,7 +127,8 @@ def test_the_documented_commands_are_known_and_answered(make_plant: MakePlant) -
     plain = plant.start_plain_worker()
     for command in ("inspect engine_stats", "control engine_drain", "control engine_resume"):
         done = plant.celery(*command.split(), "--timeout=10", "--json")
-        answer = json.loads(done.stdout)
+        told = json.loads(done.stdout)
+        answer = told if isinstance(told, dict) else {name: words for one in told for name, words in one.items()}
         assert answer["one@test"].keys() & {"ok", "credit"}, done.stdout
         assert "no engine" in answer["plain@test"]["error"]
     assert worker.poll() is None
@@ -164,3 +167,33 @@ def test_a_worker_whose_engine_is_broken_leaves_with_an_error(make_plant: MakePl
     assert worker.returncode == 1
     assert plant.jobs("released") == job_ids[:2]
     assert waiting(plant, job_ids) == job_ids[2:]
+
+
+def test_a_worker_without_a_broker_says_once_what_to_do(make_plant: MakePlant, redis_server: EmbeddedRedis) -> None:
+    plant = make_plant()
+    redis_server.stop()
+    worker = plant.start_worker(wait=False)
+    wait_until(lambda: "`celeriac up`" in plant.log(), "it says what to do")
+    num_tries = plant.log().count("Cannot connect")
+    wait_until(lambda: plant.log().count("Cannot connect") > num_tries, "it goes on trying")
+    assert plant.log().count("`celeriac up`") == 1
+    worker.kill()
+
+
+def test_a_worker_follows_the_up_of_its_folder_to_other_servers(
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `settings_here` leaves the environment of a worker whose servers it found in up.json."""
+    monkeypatch.setenv("CELERIAC_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv(FOUND, "redis_url")
+    plant = Plant(tmp_path, "redis://127.0.0.1:1/0")
+    lock = UpLock(tmp_path).take()
+    try:
+        worker = plant.start_worker(wait=False)
+        wait_until(lambda: "Cannot connect" in plant.log(), "it looks at the old place")
+        lock.write({"pid": 1, "redis_url": redis_url})
+        wait_until(lambda: ["ready", "one@test"] in plant.ledger(), "it is connected to the new one")
+        assert worker.poll() is None
+    finally:
+        plant.close()
+        lock.release()
