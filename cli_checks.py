@@ -55,7 +55,7 @@ def refuse_taken_port(setting: str, host: str, port: int) -> None:
 
 def api_url(settings: "Settings") -> str:
     """Where the API of this folder is. Nothing is asked that merely happens to listen on the usual port."""
-    from running import find_running
+    from settings import find_running
 
     if settings.api_url is not None:
         return settings.api_url

@@ -8,9 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
-from settings import PREFIX, Settings, get_settings
-
-FOUND = "_CELERIAC_FOUND"  # environment: which settings were not named by anybody, but found in the note
+from settings import FOUND, PREFIX, Settings, find_running, get_settings, note_in
 
 
 class AlreadyUp(Exception):
@@ -41,7 +39,7 @@ class UpLock:
                 f"CELERIAC_DATA_DIR is {self._path.parent}: {exc.strerror}; give a folder that can be written to"
             ) from exc
         if not _locked(file):
-            note = _note_in(file)
+            note = note_in(file)
             file.close()
             raise AlreadyUp(
                 f"celeriac up runs here already (pid {note.get('pid', '?')}, {note.get('api_url', 'still starting')}); "
@@ -65,20 +63,6 @@ class UpLock:
         self._file = None
 
 
-def find_running(data_dir: Path) -> dict[str, Any] | None:
-    """The note of the `celeriac up` that runs on this data folder now; None where none does."""
-    try:
-        file = (data_dir / "up.json").open()
-    except OSError:  # none was here, or none that we may see
-        return None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _note_in(file)
-    return None
-
-
 def _locked(file: IO[str]) -> bool:
     """Take the lock. Tries for a moment: `find_running` of another command holds it while it looks."""
     for _ in range(20):
@@ -87,21 +71,6 @@ def _locked(file: IO[str]) -> bool:
             return True
         time.sleep(0.02)
     return False
-
-
-def _note_in(file: IO[str]) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read()))
-    except (ValueError, OSError):
-        return {}
-
-
-def moved_servers(data_dir: Path) -> dict[str, str]:
-    """The servers, by setting, that the `celeriac up` of this folder has now where `settings_here` found others."""
-    found = [name for name in os.environ.get(FOUND, "").split(",") if name]
-    running = find_running(data_dir) or {}
-    known = {name: os.environ[PREFIX + name.upper()] for name in found}
-    return {name: running[name] for name in found if running.get(name, known[name]) != known[name]}
 
 
 def settings_here() -> Settings:

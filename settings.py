@@ -1,13 +1,15 @@
 """Every setting of Celeriac: one frozen object, read from CELERIAC_* environment variables."""
 
 import difflib
+import fcntl
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -193,3 +195,37 @@ def get_settings() -> Settings:
     """The process's settings, read once."""
     refuse_unknown_variables(dict(os.environ))
     return Settings()
+
+
+# The servers of the `celeriac up` of this folder, for those that were told of no others
+
+FOUND = "_CELERIAC_FOUND"  # environment: which settings were not named by anybody, but found in the note
+
+
+def find_running(data_dir: Path) -> dict[str, Any] | None:
+    """The note of the `celeriac up` that runs on this data folder now; None where none does."""
+    try:
+        file = (data_dir / "up.json").open()
+    except OSError:  # none was here, or none that we may see
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return note_in(file)
+    return None
+
+
+def note_in(file: IO[str]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read()))
+    except (ValueError, OSError):
+        return {}
+
+
+def moved_servers(data_dir: Path) -> dict[str, str]:
+    """The servers, by setting, that the `celeriac up` of this folder has now where a command once found others."""
+    found = [name for name in os.environ.get(FOUND, "").split(",") if name]
+    running = find_running(data_dir) or {}
+    known = {name: os.environ[PREFIX + name.upper()] for name in found}
+    return {name: running[name] for name in found if running.get(name, known[name]) != known[name]}

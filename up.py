@@ -297,7 +297,7 @@ class Up:
         return self._settings.data_dir / "logs" / f"{name}.log"
 
     def _note(self) -> dict[str, Any]:
-        """What other commands in this folder may want to know (`running.find_running`)."""
+        """What other commands in this folder may want to know (`settings.find_running`)."""
         return {
             **self._servers_note(),
             "api_url": self._api_url,

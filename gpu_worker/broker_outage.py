@@ -8,8 +8,7 @@ from time import monotonic
 from celery.utils.log import get_logger
 
 from observability import describe_exception
-from running import moved_servers
-from settings import PREFIX, Settings
+from settings import PREFIX, Settings, moved_servers
 
 logger = get_logger(__name__)
 

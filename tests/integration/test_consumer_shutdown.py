@@ -12,7 +12,8 @@ import pytest
 
 from domain.ids import external_id
 from embedded import EmbeddedRedis
-from running import FOUND, UpLock
+from running import UpLock
+from settings import FOUND
 from tests.integration.consumer_harness import QUEUE, EventLog, MakePlant, Plant, events, make_plant, wait_until
 
 __all__ = ["events", "make_plant"]

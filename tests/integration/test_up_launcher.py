@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from launcher import Launcher, Service, free_port, is_free, set_aside, trim_log
-from running import AlreadyUp, UpLock, find_running
+from running import AlreadyUp, UpLock
+from settings import find_running
 
 SLEEP = "import time; time.sleep(600)"
 STUBBORN = (
