@@ -20,7 +20,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -153,12 +152,12 @@ class Maintenance:
                 async with sessions.begin() as session:
                     await session.run_sync(record_ticks, ages)
                 is_known = True
-            except (SQLAlchemyError, OSError) as exc:
+            except Exception as exc:  # an outermost loop: the clocks go on, and are told of later
                 if not is_known and monotonic() - started > PATIENCE_SECONDS:
                     is_known = True  # said once
                     logger.error(
-                        "maintenance waits for its database: %s; start it, name another in CELERIAC_DATABASE_URL, or "
-                        "start everything with `celeriac up`; trying again",
+                        "maintenance waits for its database: %s; start it, run `celeriac migrate`, name another in "
+                        "CELERIAC_DATABASE_URL, or start everything with `celeriac up`; trying again",
                         describe_exception(exc),
                     )
             await self._rest(TELL_SECONDS)

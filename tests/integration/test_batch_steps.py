@@ -1,0 +1,356 @@
+"""The steps of batches: taken with nothing locked, one tenant after another, each once, and never for ever."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import text, update
+from sqlalchemy.orm import Session, sessionmaker
+
+from api.openai.batch_lines import batch_surface
+from domain.batches import PIECE_BYTES, BatchStatus, LineOutcome
+from maintenance.batches import BatchWork
+from observability import llm_requests_total
+from settings import Settings
+from storage import batch_lines, batches, files
+from storage.batch_tables import Batch, BatchLine
+from storage.tables import DEFAULT_TENANT_ID, Job
+from tasks.batch_surface import LineRequest
+from tasks.models import ModelViews
+from tests.conftest import MakeTenant
+from tests.integration.api_harness import CATALOG
+
+CHAT = "/v1/chat/completions"
+ReadLine = Callable[[bytes, str], LineRequest]
+
+
+def line(number: int, **body: Any) -> bytes:
+    fields = {"model": "fake", "messages": [{"role": "user", "content": f"Number {number}"}], "max_tokens": 8} | body
+    request = {"custom_id": f"line-{number}", "method": "POST", "url": CHAT, "body": fields}
+    return json.dumps(request).encode() + b"\n"
+
+
+@dataclass
+class Bench:
+    """A database with batches, and as many maintenance processes as a test wants."""
+
+    sessions: sessionmaker[Session]
+    settings: Settings
+    works: list[BatchWork] = field(default_factory=list)
+
+    def make_batch(self, content: bytes, tenant_id: UUID = DEFAULT_TENANT_ID) -> UUID:
+        with self.sessions.begin() as session:
+            file_id = files.begin_upload(session, tenant_id, max_bytes=10**10)
+            for number, start in enumerate(range(0, len(content), PIECE_BYTES)):
+                files.append(session, file_id, number, content[start : start + PIECE_BYTES])
+            given: dict[str, Any] = {"filename": "in.jsonl", "purpose": "batch", "ttl_seconds": 3600}
+            files.finish_upload(session, file_id, tenant_id, max_bytes=10**10, **given)
+            batch = batches.create(
+                session,
+                tenant_id,
+                input_file_id=file_id,
+                endpoint=CHAT,
+                completion_window="24h",
+                window_seconds=86_400,
+                metadata={},
+                output_ttl_seconds=3600,
+            )
+        return batch.id
+
+    def work(self, wrap: Callable[[ReadLine], ReadLine] = lambda read_line: read_line) -> BatchWork:
+        """`wrap` changes how lines are read."""
+        views = ModelViews(CATALOG)
+        surface = batch_surface(views)
+        work = BatchWork(self.sessions, views, self.settings, replace(surface, read_line=wrap(surface.read_line)))
+        self.works.append(work)
+        return work
+
+    def batch(self, batch_id: UUID) -> Batch:
+        with self.sessions() as session:
+            return session.get_one(Batch, batch_id)
+
+    def lines(self, batch_id: UUID) -> Sequence[BatchLine]:
+        with self.sessions() as session:
+            return session.query(BatchLine).filter_by(batch_id=batch_id).order_by(BatchLine.line).all()
+
+    def num_jobs(self) -> int:
+        with self.sessions() as session:
+            return session.query(Job).count()
+
+    def num_idle_transactions(self) -> int:
+        """Of other connections to this database."""
+        statement = text("""SELECT count(*) FROM pg_stat_activity
+            WHERE datname = current_database() AND pid <> pg_backend_pid() AND state LIKE 'idle in transaction%'""")
+        with self.sessions() as session:
+            return int(session.execute(statement).scalar_one())
+
+
+@pytest.fixture
+def bench(session_factory: sessionmaker[Session], database_url: str) -> Iterator[Bench]:
+    bench = Bench(session_factory, Settings(database_url=database_url))
+    yield bench
+    for work in bench.works:
+        work.close()
+
+
+def error_codes(batch: Batch) -> list[tuple[int | None, str]]:
+    return [(error.line, error.code) for error in (batch.errors.data if batch.errors else ())]
+
+
+# Nothing is locked
+
+
+def test_no_transaction_is_open_while_lines_are_read_and_prepared(bench: Bench) -> None:
+    found: list[int] = []
+
+    def watched(read_line: ReadLine) -> ReadLine:
+        def read(content: bytes, url: str) -> LineRequest:
+            found.append(bench.num_idle_transactions())
+            return read_line(content, url)
+
+        return read
+
+    batch_id = bench.make_batch(b"".join(map(line, range(3))))
+    bench.work(watched).tick()
+    assert bench.batch(batch_id).status is BatchStatus.IN_PROGRESS
+    assert bench.num_jobs() == 3
+    assert found == [0] * 6, "once to validate the file, and once to make jobs of its lines"
+
+
+@pytest.mark.parametrize("reading", [1, 2], ids=["validating", "feeding"])
+def test_a_batch_is_cancelled_at_once_while_its_lines_are_prepared(bench: Bench, reading: int) -> None:
+    num_read = 0
+
+    def cancelling(read_line: ReadLine) -> ReadLine:
+        def read(content: bytes, url: str) -> LineRequest:
+            nonlocal num_read
+            num_read += 1
+            if num_read == reading:
+                with bench.sessions.begin() as session:
+                    session.execute(text("SET LOCAL lock_timeout = '1s'"))
+                    batches.cancel(session, batch_id, DEFAULT_TENANT_ID)
+            return read_line(content, url)
+
+        return read
+
+    batch_id = bench.make_batch(line(1))
+    work = bench.work(cancelling)
+    work.tick()
+    work.tick()
+    assert bench.batch(batch_id).status is BatchStatus.CANCELLED
+    assert bench.num_jobs() == 0
+
+
+@pytest.mark.parametrize("reading", [1, 4], ids=["validating", "feeding"])
+def test_a_step_that_another_process_has_taken_meanwhile_is_not_taken_twice(bench: Bench, reading: int) -> None:
+    num_read = 0
+
+    def overtaken(read_line: ReadLine) -> ReadLine:
+        def read(content: bytes, url: str) -> LineRequest:
+            nonlocal num_read
+            num_read += 1
+            if num_read == reading:
+                assert bench.work().step(batch_id)
+            return read_line(content, url)
+
+        return read
+
+    batch_id = bench.make_batch(b"".join(map(line, range(3))))
+    work = bench.work(overtaken)
+    for _ in range(3):
+        work.tick()
+    assert bench.batch(batch_id).num_lines == bench.num_jobs() == 3
+    assert len({one.job_id for one in bench.lines(batch_id)}) == 3
+
+
+# Nothing goes on for ever
+
+
+class Panic(BaseException):
+    """What a library in Rust raises when it panics is no Exception."""
+
+
+@pytest.mark.parametrize("kind", [RecursionError, ArithmeticError, Panic])
+@pytest.mark.parametrize("is_read", [False, True], ids=["validating", "feeding"])
+def test_whatever_a_line_does_to_its_parser_is_that_lines_error(
+    bench: Bench, kind: type[BaseException], is_read: bool
+) -> None:
+    num_read = 0
+
+    def failing(read_line: ReadLine) -> ReadLine:
+        def read(content: bytes, url: str) -> LineRequest:
+            nonlocal num_read
+            num_read += 1
+            if b"Number 2" in content and (num_read > 3) == is_read:
+                raise kind("it is too much")
+            return read_line(content, url)
+
+        return read
+
+    batch_id = bench.make_batch(b"".join(map(line, range(1, 4))))
+    bench.work(failing).tick()
+    batch = bench.batch(batch_id)
+    if not is_read:
+        assert (batch.status, error_codes(batch)) == (BatchStatus.FAILED, [(2, "server_error")])
+        return
+    assert (batch.status, bench.num_jobs()) == (BatchStatus.IN_PROGRESS, 2)
+    [refused] = [one for one in bench.lines(batch_id) if one.outcome is LineOutcome.FAILED]
+    assert refused.refusal is not None
+    assert (refused.line, refused.refusal.status_code, refused.refusal.code) == (2, 500, "server_error")
+
+
+def fail_at_attach(monkeypatch: pytest.MonkeyPatch, kinds: Iterator[type[Exception]]) -> None:
+    def attach(*_: object) -> None:
+        raise next(kinds)("it cannot be noted")
+
+    monkeypatch.setattr(batch_lines, "attach", attach)
+
+
+def test_a_step_that_fails_three_times_in_the_same_way_fails_its_batch_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = bench.make_batch(line(1))
+    work = bench.work()
+    with monkeypatch.context() as broken:
+        fail_at_attach(broken, iter([ArithmeticError] * 9))
+        work.tick()
+        work.tick()
+        assert bench.batch(batch_id).status is BatchStatus.IN_PROGRESS
+        work.tick()
+    batch = bench.batch(batch_id)
+    assert (batch.status, error_codes(batch)) == (BatchStatus.FAILED, [(None, "server_error")])
+    assert batch.errors is not None
+    assert "ArithmeticError: it cannot be noted" in batch.errors.data[0].message
+    assert batch.failed_at is not None
+    other = bench.make_batch(line(2))
+    work.tick()
+    assert bench.batch(other).num_in_flight == 1
+
+
+def test_steps_that_fail_in_different_ways_or_in_between_are_tried_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = bench.make_batch(line(1))
+    work = bench.work()
+    with monkeypatch.context() as broken:
+        fail_at_attach(broken, iter([ArithmeticError, ArithmeticError, KeyError, ArithmeticError, ArithmeticError]))
+        for _ in range(5):
+            work.tick()
+    assert bench.batch(batch_id).num_step_failures == 2
+    work.tick()
+    batch = bench.batch(batch_id)
+    assert (batch.num_step_failures, batch.step_failure, batch.num_in_flight) == (0, None, 1)
+
+
+@pytest.mark.parametrize("kind", [OSError, MemoryError])
+def test_trouble_of_the_machine_is_no_batchs_failure(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    batch_id = bench.make_batch(line(1))
+    work = bench.work()
+    with monkeypatch.context() as broken:
+        fail_at_attach(broken, iter([kind] * 9))
+        for _ in range(4):
+            work.tick()
+    work.tick()
+    assert bench.batch(batch_id).num_in_flight == 1
+
+
+def test_a_window_that_closes_while_the_file_is_read_expires_the_batch(bench: Bench) -> None:
+    batch_id = bench.make_batch(line(1))
+    with bench.sessions.begin() as session:
+        session.execute(update(Batch).values(expires_at=datetime.now(UTC) - timedelta(seconds=1)))
+    bench.work().tick()
+    batch = bench.batch(batch_id)
+    assert (batch.status, batch.expired_at is not None, bench.num_jobs()) == (BatchStatus.EXPIRED, True, 0)
+
+
+def test_a_line_that_is_known_as_poison_is_refused_alone(bench: Bench) -> None:
+    batch_id = bench.make_batch(line(1) + line(2))
+    bench.work().tick()
+    with bench.sessions.begin() as session:
+        session.execute(
+            text("""INSERT INTO poison_requests (tenant_id, fingerprint, job_id, created_at)
+            SELECT j.tenant_id, p.fingerprint, j.id, now() FROM jobs j JOIN job_payloads p ON p.job_id = j.id
+            JOIN batch_lines l ON l.job_id = j.id WHERE l.line = 1""")
+        )
+    again = bench.make_batch(line(1) + line(2))
+    bench.work().tick()
+    assert [one.refusal and one.refusal.code for one in bench.lines(again)] == ["poison_request", None]
+    assert bench.batch(again).num_failed == 1
+    assert bench.batch(batch_id).num_failed == 0
+
+
+# Nobody waits for a neighbour
+
+
+def test_a_neighbours_long_files_do_not_hold_up_a_line(bench: Bench, make_tenant: MakeTenant) -> None:
+    """However many batches he has. Counted in lines, of which each takes a known time."""
+    num_slow = 0
+
+    def slow(read_line: ReadLine) -> ReadLine:
+        def read(content: bytes, url: str) -> LineRequest:
+            nonlocal num_slow
+            if b"slow" in content:
+                num_slow += 1
+                time.sleep(0.05)
+            return read_line(content, url)
+
+        return read
+
+    neighbour = make_tenant()
+    long_file = b"".join(line(number, metadata={"kind": "slow"}) for number in range(200))
+    for _ in range(12):
+        bench.make_batch(long_file, neighbour.id)
+    short = bench.make_batch(line(1))
+    bench.work(slow).tick()
+    assert bench.batch(short).num_in_flight == 1
+    assert num_slow < 100, "of 2,400"
+
+
+def test_the_batches_of_a_tenant_take_turns_too(bench: Bench) -> None:
+    def slow(read_line: ReadLine) -> ReadLine:
+        def read(content: bytes, url: str) -> LineRequest:
+            if b"slow" in content:
+                time.sleep(0.05)
+            return read_line(content, url)
+
+        return read
+
+    long_file = b"".join(line(number, metadata={"kind": "slow"}) for number in range(400))
+    first, last = bench.make_batch(long_file), bench.make_batch(line(1))
+    bench.work(slow).tick()
+    assert bench.batch(last).num_in_flight == 1
+    assert bench.batch(first).status is BatchStatus.VALIDATING
+
+
+def test_the_costliest_line_there_may_be_is_an_error_at_once(bench: Bench, make_tenant: MakeTenant) -> None:
+    """A megabyte of names of which the last one comes twice: once it took minutes, and all batches waited for it."""
+    names = [*range(85_000), 84_999]
+    costly = b'{"metadata":{' + b",".join(b'"%d":"0"' % name for name in names) + b"}}"
+    content = line(1).replace(b'"body": {', b'"body": {"metadata": ' + costly[len(b'{"metadata":') : -1] + b", ")
+    assert len(content) > 900_000
+    batch_id, other = bench.make_batch(content, make_tenant().id), bench.make_batch(line(2))
+    work = bench.work()
+    began = time.process_time()
+    while not bench.batch(batch_id).status.is_terminal:
+        work.tick()
+    assert time.process_time() - began < 5
+    assert error_codes(bench.batch(batch_id)) == [(1, "invalid_value")]
+    assert bench.batch(other).num_in_flight == 1
+
+
+# What they leave
+
+
+def test_lines_count_in_the_metrics_like_other_jobs(bench: Bench) -> None:
+    counter = llm_requests_total.labels("fake")
+    before = counter._value.get()
+    bench.make_batch(b"".join(map(line, range(5))))
+    bench.work().tick()
+    assert counter._value.get() - before == 5
