@@ -68,11 +68,13 @@ class BatchWork:
         self._validation = BatchValidation(sessions, views, surface)
         self._settler = Settler(views)
         self._loop = asyncio.new_event_loop()  # the settler's; it turns only within a step
+        self._failed_ids: set[UUID] = set()  # of batches that rest until the next tick
         self._last_by_tenant: dict[UUID, UUID] = {}  # the batch that had a tenant's last turn
 
     def tick(self) -> bool:
         """Take every unfinished batch as far as it can go now. True: some could go further, and time is over."""
         until = monotonic() + TICK_SECONDS
+        self._failed_ids.clear()
         while is_moving := self._round():
             if monotonic() > until:
                 break
@@ -123,6 +125,8 @@ class BatchWork:
 
     def _advance(self, batch_id: UUID) -> bool:
         """A step. True where the next one need not wait for anybody."""
+        if batch_id in self._failed_ids:
+            return False
         about = {"batch_id": external_id(batch_id, "batch")}
         try:
             return self.step(batch_id)
@@ -130,6 +134,7 @@ class BatchWork:
             logger.warning("a batch waits: %s", describe_exception(exc), extra=about)
         except Exception as exc:  # an outermost loop: the other batches must go on
             logger.exception("a batch could not go on: %s", describe_exception(exc), extra=about)
+            self._failed_ids.add(batch_id)
             self._note_failure(batch_id, exc)
         return False
 

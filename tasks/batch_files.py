@@ -22,6 +22,8 @@ from tasks.batch_surface import BatchSurface
 LINES_PER_READ = 50
 BYTES_PER_READ = 4_194_304  # of results: log-probabilities and vectors come by the megabyte
 PREFIX_CHARS = 512
+#: What some programs take for line breaks (Python's `splitlines` does), as JSON may spell it in strings.
+SEPARATORS = {"\x85".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
 
 ENDED_BADLY = {
     LineOutcome.EXPIRED: ("batch_expired", "the completion window closed before this line was done"),
@@ -100,7 +102,10 @@ def write_line(batch: Batch, line: AnsweredLine, surface: BatchSurface) -> bytes
         "response": response,
         "error": error,
     }
-    return orjson.dumps(written) + b"\n"
+    content = orjson.dumps(written)
+    for separator, escape in SEPARATORS.items():
+        content = content.replace(separator, escape)
+    return content + b"\n"
 
 
 def _response(batch: Batch, ended: EndedLine, asked: bytes | None, surface: BatchSurface) -> dict[str, object] | None:

@@ -278,6 +278,104 @@ def test_a_bad_file_fails_with_the_numbers_of_its_lines(client: openai.OpenAI, w
     assert batch.request_counts.completed == 0
 
 
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in line(1).items() if key != name}
+
+
+GOOD = json.dumps(line(1)).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"{not json}\n", ("invalid_json_line", None)),
+        (b'{"custom_id": "a"', ("invalid_json_line", None)),
+        (b'"a string"\n', ("invalid_json_line", None)),
+        (b"[1, 2]\n", ("invalid_json_line", None)),
+        (b"null\n", ("invalid_json_line", None)),
+        (GOOD[:-1] + b', "x": NaN}\n', ("invalid_json_line", None)),
+        (GOOD[:-1] + b', "x": ' + b"9" * 5000 + b"}\n", ("invalid_json_line", None)),
+        (GOOD + b" " + GOOD + b"\n", ("invalid_json_line", None)),
+        (GOOD + b"\r" + GOOD + b"\r", ("invalid_json_line", None)),
+        (json.dumps(line(1)).encode("utf-16"), ("invalid_json_line", None)),
+        (json.dumps(line(1)).encode("utf-16-be"), ("invalid_json_line", None)),
+        (GOOD.replace(b"Number", b"N\xff"), ("invalid_json_line", None)),
+        (b"\n" + b"\xef\xbb\xbf" + GOOD, ("invalid_json_line", None)),
+        (jsonl({}), ("missing_required_parameter", "custom_id")),
+        (jsonl(without("custom_id")), ("missing_required_parameter", "custom_id")),
+        (jsonl(without("method")), ("missing_required_parameter", "method")),
+        (jsonl(without("url")), ("missing_required_parameter", "url")),
+        (jsonl(without("body")), ("missing_required_parameter", "body")),
+        (jsonl(line(1, url="/v1/embeddings")), ("invalid_url", "url")),
+        (jsonl(line(1, url="http://127.0.0.1/v1/chat/completions")), ("invalid_url", "url")),
+        (jsonl(line(1, url=CHAT + "/")), ("invalid_url", "url")),
+        (jsonl(line(1, custom_id=7)), ("invalid_value", "custom_id")),
+        (jsonl(line(1, custom_id="")), ("invalid_value", "custom_id")),
+        (jsonl(line(1, method="post")), ("invalid_value", "method")),
+        (jsonl(line(1, body="text")), ("invalid_value", "body")),
+        (jsonl(line(1, body=line(1)["body"] | {"stream": True})), ("streaming_unsupported", "body.stream")),
+        (jsonl(line(1, body=line(1)["body"] | {"model": "nobody"})), ("model_not_found", "body.model")),
+        (GOOD + b"\n" + GOOD, ("duplicate_custom_id", "custom_id")),
+        (b"", ("empty_file", None)),
+        (b"\xef\xbb\xbf", ("empty_file", None)),
+        (b"\r\n \t\n\n", ("empty_file", None)),
+    ],
+)
+def test_a_file_is_refused_with_the_codes_of_openai(
+    client: openai.OpenAI, work: BatchWork, content: bytes, found: tuple[str, str | None]
+) -> None:
+    batch = create(client, content or b"\n")
+    work.tick()
+    batch = client.batches.retrieve(batch.id)
+    assert batch.status == "failed"
+    assert batch.errors is not None
+    assert batch.errors.data is not None
+    error = batch.errors.data[-1]
+    assert (error.code, error.param) == found
+    assert found[0] == "empty_file" or error.line in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + jsonl(line(1), line(2)),
+        b"\xef\xbb\xbf\r\n" + jsonl(line(1), line(2)),
+        jsonl(line(1), line(2)).replace(b"\n", b"\r\n"),
+        b"\n\n" + jsonl(line(1), b" \n", line(2)).strip(),
+        json.dumps(line(1) | {"custom_id": "\u2028\x85"}, ensure_ascii=False).encode() + b"\n" + jsonl(line(2)),
+        jsonl(line(1), line(2, body=line(2)["body"] | {"stream": False})),
+    ],
+    ids=["mark", "mark and blank line", "windows", "blank lines", "separators of unicode", "no stream"],
+)
+def test_what_programs_write_around_lines_is_no_part_of_them(
+    client: openai.OpenAI,
+    work: BatchWork,
+    hand_worker: HandWorker,
+    session_factory: sessionmaker[Session],
+    content: bytes,
+) -> None:
+    batch = create(client, content)
+    work.tick()
+    run_all(session_factory, work, hand_worker)
+    work.tick()
+    batch = client.batches.retrieve(batch.id)
+    assert (batch.status, batch.errors) == ("completed", None)
+    assert len(read_lines(client, batch.output_file_id)) == 2
+
+
+@pytest.mark.parametrize("status", ["completed", "failed", "expired"])
+def test_a_batch_that_has_ended_cannot_be_cancelled(
+    client: openai.OpenAI, work: BatchWork, session_factory: sessionmaker[Session], status: str
+) -> None:
+    batch = create(client, line(1))
+    with session_factory.begin() as session:
+        session.execute(update(Batch).values(status=status))
+    with pytest.raises(openai.ConflictError, match=f"Cannot cancel a batch with status '{status}'") as refused:
+        client.batches.cancel(batch.id)
+    assert refused.value.response.headers["x-should-retry"] == "false"
+    assert client.batches.retrieve(batch.id).status == status
+
+
 def test_the_errors_of_a_bad_file_are_bounded(client: openai.OpenAI, work: BatchWork) -> None:
     batch = create(client, *[b"{}\n"] * 3000)
     work.tick()
