@@ -46,7 +46,7 @@ def _flat(routes: Iterable[BaseRoute]) -> Iterator[Route]:
 def build_routes(routes: Sequence[BaseRoute]) -> None:
     """FastAPI makes an included route of its declaration when it is first looked at: for all of them together that is
     long enough for an event loop to be missed, so it is done before anybody is there."""
-    methods_of(routes, {"type": "http", "path": "/", "root_path": "", "headers": []})
+    methods_of(routes, {"type": "http", "path": "/none of them", "root_path": "", "headers": []})
 
 
 class ImpliedMethods:
