@@ -24,6 +24,7 @@ from api.job_inputs import (
 )
 from api.job_schemas import BODY_SCHEMA, EmbeddingJobBody, JobBody, body_class
 from api.job_views import JobListView, JobOutputView, JobView, attempts_view, job_view, new_job_view, output_view
+from api.large_work import size_of
 from api.openapi import EVENTS, TEXT
 from api.queries import query_parameters, read_query
 from api.services import Services
@@ -172,7 +173,8 @@ async def read_output(job_id: str, request: Request) -> Response:
     query = read_query(request, OutputQuery)
     record = await find_job(services, job_id, tenant_id)
     is_text = record.job.kind is JobKind.GENERATION
-    output = output_view(record.result) or (await _partial_output(services, record.job.id) if is_text else {})
+    shown = await services.large_work.run(size_of(record.result), output_view, record.result)
+    output = shown or (await _partial_output(services, record.job.id) if is_text else {})
     headers = {
         "x-job-id": external_id(record.job.id),
         "x-job-status": record.job.status.value,
@@ -250,7 +252,7 @@ async def view_after_submit(
 
 async def _view(services: Services, record: JobRecord) -> dict[str, object]:
     if record.job.status is not JobStatus.QUEUED:
-        return job_view(record)
+        return await services.large_work.run(size_of(record.result), job_view, record)
     queue = await services.position(record.job.id, record.job.model)
     return job_view(record, queue or services.monitor.place_of(record.job))
 

@@ -11,13 +11,29 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
+from domain.embeddings import EmbeddingResult
 from domain.errors import ServerOverloaded
+from domain.kinds import JobOutput
 
 LARGE_BYTES = 65_536  # what is smaller takes the loop less than a thread's switch under load is worth
 MAX_WAITING = 64
+NUMBER_BYTES = 4  # of an embedding's JSON, for each character of its base64
+TOKEN_BYTES = 80  # of one token among logprobs
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
+
+
+def size_of(output: JobOutput | None) -> int:
+    """About how many bytes an answer has that shows all of it."""
+    if output is None:
+        return 0
+    if isinstance(output, EmbeddingResult):
+        return NUMBER_BYTES * sum(len(vector) for vector in output.embeddings)
+    logprobs = [one for choice in output.choices for one in choice.logprobs or ()]
+    logprobs += [one for one in output.prompt_logprobs or () if one is not None]
+    num_tokens = sum(1 + len(one.top) for one in logprobs)
+    return sum(len(choice.text) for choice in output.choices) + TOKEN_BYTES * num_tokens
 
 
 class LargeWork:

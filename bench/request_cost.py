@@ -31,7 +31,7 @@ MAX_BYTES = 1_048_576
 PROBE_SECONDS = 0.002  # between two looks at /health/live
 AFTERWARDS_SECONDS = 0.05  # a stream that was asked for may begin behind its headers
 MODEL = "celeriac-mini"
-LARGE = "large"  # whose context holds all that a body can
+LARGE = "large"  # whose context is as long as the longest in use; its tokens are bytes
 MODELS = f"""
 [[models]]
 id = "{MODEL}"
@@ -42,7 +42,7 @@ max_model_len = 1024
 id = "{LARGE}"
 path = "fake"
 backend = "fake"
-max_model_len = 2000000
+max_model_len = 262144
 """
 
 
@@ -83,6 +83,11 @@ TOOL = '{"type":"function","function":{"name":"a","parameters":'
 def _keys(before: str, after: str, value: str = '""') -> bytes:
     """Keys of which the last one comes twice."""
     return repeated(before, f'"#":{value}', f',"x":1,"x":1{after}')
+
+
+def _accepted(before: str, item: str, *, num_items: int = 240) -> bytes:
+    items = ",".join(item.replace("#", str(number)) for number in range(num_items))
+    return f'{{"model":"{LARGE}","stream":true,{before}{items}]}}'.encode()
 
 
 @lru_cache
@@ -199,32 +204,21 @@ def bodies_by_kind() -> dict[str, Kind]:
         ),
         "unfinished string of quotes": Kind(job, repeated('{"a":[[' * 17 + '"', '\\"', "", between="")),
         "digits behind a point": Kind(job, repeated('{"a":1.', "9", "}", between="")),
-        "accepted: a long prompt": Kind(job, f'{{"model":"{LARGE}","prompt":"{"ab " * 333_000}"}}'.encode()),
-        "accepted: token ids": Kind(job, repeated(f'{{"model":"{LARGE}","prompt_token_ids":[', "7", "]}")),
-        "accepted: long messages": Kind(
-            chat,
-            repeated(
-                f'{{"model":"{LARGE}","stream":true,"messages":[', MESSAGE.replace('""', '"' + "a " * 2100 + '"'), "]}"
-            ),
-        ),
+        "accepted: a long prompt": Kind(job, f'{{"model":"{LARGE}","prompt":"{"ab " * 87_000}"}}'.encode()),
+        "accepted: token ids": Kind(job, f'{{"model":"{LARGE}","prompt_token_ids":[{"7," * 262_000}7]}}'.encode()),
+        "accepted: long messages": Kind(chat, _accepted('"messages":[', f'{{"role":"user","content":"{"a " * 500}"}}')),
         "accepted: long input items": Kind(
-            response,
-            repeated(
-                f'{{"model":"{LARGE}","stream":true,"input":[', MESSAGE.replace('""', '"' + "a " * 2100 + '"'), "]}"
-            ),
+            response, _accepted('"input":[', f'{{"role":"user","content":"{"a " * 500}"}}')
         ),
         "accepted: prompts of token ids": Kind(
             completion, repeated(f'{{"model":"{LARGE}","stream":true,"prompt":[', "[" + "7," * 4095 + "7]", "]}")
         ),
-        "accepted: embedding of many texts": Kind(
-            job, repeated(f'{{"model":"{LARGE}","inputs":[', '"' + "a" * 600 + '"', "]}")
-        ),
         "accepted: tools": Kind(
             chat,
-            repeated(
-                CHAT.replace(MODEL, LARGE) + ',"stream":true,"tools":[',
-                '{"type":"function","function":{"name":"a#","description":"' + "a " * 4096 + '"}}',
-                "]}",
+            _accepted(
+                '"messages":[{"role":"user","content":"a"}],"tools":[',
+                '{"type":"function","function":{"name":"a#","description":"' + "a " * 900 + '"}}',
+                num_items=120,
             ),
         ),
         "blanks": Kind(job, b" " * (MAX_BYTES - 200) + (JOB + "}").encode()),

@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.errors import error_response
+from api.large_work import size_of
 from api.openai.running import Run, first_unserved, headers_of, refuse_unfinished
 from api.protocol import CUT
 from api.sse import wait_for_disconnect, wait_for_revocation
@@ -117,9 +118,13 @@ class WholeAnswer(Response):
             records = [await run.read(with_request=True) for run in self._runs]
             for record in records:
                 self._refuse(record)
-            return Response(orjson.dumps(self._render(records)))
+            num_bytes = sum(size_of(record.result) for record in records)
+            return Response(await self._services.large_work.run(num_bytes, self._rendered, records))
         except CeleriacError as exc:
             return error_response(exc)
+
+    def _rendered(self, records: Sequence[JobRecord]) -> bytes:
+        return orjson.dumps(self._render(records))
 
     def _late(self) -> CeleriacError:
         return DeadlineExceeded(f"{self._name} was not done within {self._timeout_seconds:g} s and is stopped")
