@@ -37,6 +37,7 @@ from observability import configure_logging, describe_exception, maintenance_sec
 from settings import Settings
 from storage.database import async_session_factory, open_async_database, open_database, session_factory
 from storage.maintenance import CLOCKS, record_ticks
+from tasks.loop_watch import LoopWatch
 from tasks.models import ModelViews
 from tasks.webhook_guard import TargetGuard
 
@@ -209,7 +210,8 @@ async def _serve(settings: Settings) -> bool:
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         host, port = listening.getsockname()[:2]
         logger.info("maintenance is ready; health and metrics on http://%s:%s", host, port)
-        has_ended = await maintenance.run()
+        async with LoopWatch():
+            has_ended = await maintenance.run()
         server.should_exit = True
         await serving
     return has_ended
