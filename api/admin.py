@@ -14,7 +14,7 @@ from api.deps import private_router, require_admin, services_of
 from api.job_inputs import preferred_wait
 from api.services import Services
 from api.views import View
-from domain.catalog import ModelSpec
+from domain.catalog import ModelEntry
 from domain.errors import NotFound
 from domain.workers import WorkerState
 from storage import model_states, worker_drains, workers
@@ -153,10 +153,11 @@ async def _live_worker(services: Services, hostname: str) -> Worker:
 
 
 def _status(
-    services: Services, spec: ModelSpec, own: Sequence[Worker], is_loaded: bool, drains: Sequence[WorkerDrain]
+    services: Services, spec: ModelEntry, own: Sequence[Worker], is_loaded: bool, drains: Sequence[WorkerDrain]
 ) -> ModelStatusView:
     since_by_hostname = {drain.hostname: drain.since for drain in drains}
     states = {worker.state for worker in own}
+    view = services.views.get(spec.id)
     status: Literal["loaded", "loading", "draining", "unloaded", "waiting"] = "waiting" if is_loaded else "unloaded"
     if WorkerState.READY in states:
         status = "loaded"
@@ -168,8 +169,8 @@ def _status(
         id=spec.id,
         is_loaded=is_loaded,
         status=status,
-        revision=services.views.get(spec.id).revision,
-        max_model_len=spec.max_model_len,
+        revision=view.revision,
+        max_model_len=view.max_model_len,
         workers=[_view(worker, since_by_hostname) for worker in own],
     )
 

@@ -22,6 +22,7 @@ from domain.catalog import Catalog
 from gpu_worker.frames import AddJob, Report, StepDone
 from gpu_worker.supervisor import Supervisor
 from settings import get_settings
+from tasks.models import complete
 
 PROMPT_TOKEN_IDS = list(range(100, 110))
 PARAMS: dict[str, object] = {"seed": 1}
@@ -40,7 +41,7 @@ class Crank:
     """A supervisor, turned as the runner's thread does."""
 
     def __init__(self, model: str) -> None:
-        spec = Catalog.load(get_settings().models_file).get(model)
+        spec = complete(Catalog.load(get_settings().models_file).get(model))
         self.supervisor = Supervisor(spec, heartbeat_seconds=5.0)
         self._reports: list[Report] = []
         self._num_jobs = 0

@@ -32,7 +32,7 @@ from gpu_worker.frames import AddJob, StepDone
 from gpu_worker.supervisor import EngineProcess
 from settings import ROOT
 from storage.database import migrate
-from tasks.models import ModelView, load_model_view
+from tasks.models import ModelView, complete, load_model_view
 from tasks.settle import resolve_params
 
 PROMPT = "Once upon a time, a fox"
@@ -243,7 +243,7 @@ def main() -> None:
                 "CELERIAC_PORT": "0",
             }
             figures = {
-                model: bench(catalog.get(model), folder, environment, given.jobs)
+                model: bench(complete(catalog.get(model)), folder, environment, given.jobs)
                 for model in given.model or ["fake", "celeriac-mini"]
             }
     print(json.dumps({"bench": "time_to_first_token", **figures}))

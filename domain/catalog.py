@@ -1,25 +1,30 @@
-"""The model registry: `models.toml` read into ModelSpec objects, for the API and the worker alike."""
+"""The model registry: `models.toml` read into one entry for each model, for the API, maintenance and workers alike."""
 
+import logging
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from domain.errors import ModelNotFound
+from domain.errors import ModelNotFound, ModelUnavailable
 from domain.jobs import Frozen
 
+log = logging.getLogger(__name__)
 
-class ModelSpec(Frozen):
-    """One servable model. `path` is a local folder (relative to models.toml) or a Hugging Face repository id."""
+
+class ModelEntry(Frozen):
+    """One model as models.toml names it. `path` is a local folder (relative to models.toml) or a Hugging Face
+    repository id. docs/models.md tells what each key is for."""
 
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
-    path: str
+    path: str = Field(min_length=1)
     revision: str = "main"  # part of the job row: a resumed job never mixes two revisions
     backend: Literal["transformers", "fake"] = "transformers"
     task: Literal["generation", "embedding"] = "generation"  # embedding: an encoder, or a decoder made for vectors
-    max_model_len: int = Field(ge=16, le=10_000_000)  # tokens, prompt and output together
+    max_model_len: int | None = Field(default=None, ge=16, le=10_000_000)  # tokens, prompt and output; default: its own
     max_num_seqs: int = Field(default=16, ge=1, le=1024)  # sequences in the running batch
     max_num_batched_tokens: int = Field(default=512, ge=16)  # per step; the budget of chunked prefill
     kv_cache_tokens: int | None = Field(default=None, ge=256)  # size of the paged cache; default: by memory
@@ -28,6 +33,8 @@ class ModelSpec(Frozen):
     decode_graphs: bool = True  # on a GPU: capture the passes of decodes at load, for speed
     compile: bool = False  # on a GPU: torch.compile the model, which takes minutes at load
     system_prompt: str | None = None
+    chat_template: str | None = None  # which one, where the model has several
+    special_tokens_in_content: bool = False  # read them in what clients write, too
     trust_remote_code: bool = False
     fake: dict[str, float | int | str | bool] = Field(default_factory=dict)  # knobs of the fake back end
 
@@ -42,43 +49,165 @@ class ModelSpec(Frozen):
         return f"celeriac.{self.id}"
 
 
-class Catalog:
-    """All models of one `models.toml`; the first one is the default."""
+class ModelSpec(ModelEntry):
+    """A model that can be served: its length is known."""
 
-    def __init__(self, specs: list[ModelSpec]) -> None:
-        self._specs_by_id = {spec.id: spec for spec in specs}
+    max_model_len: int = Field(ge=16, le=10_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What one reading of the file came to."""
+
+    default_id: str
+    entry_by_id: Mapping[str, ModelEntry]
+    reason_by_id: Mapping[str, str] = field(default_factory=dict)  # of entries that make no sense
+
+
+class Catalog:
+    """All models of one `models.toml`; the first one is the default. An entry that makes no sense is kept with the
+    reason, and stands in nobody's way. Thread-safe."""
+
+    def __init__(self, entries: Iterable[ModelEntry], path: Path | None = None) -> None:
+        """`path` is where `refresh` reads; None where there is no file."""
+        entry_by_id = {entry.id: entry for entry in entries}
+        self._content = _Content(next(iter(entry_by_id), ""), entry_by_id)
+        self._failures: dict[str, str] = {}
+        self._path = path
+        self._read_as: object = None
 
     @classmethod
     def load(cls, path: Path) -> "Catalog":
-        """Read `path`; a local model folder in it is made absolute. Raises ValueError that names the entry at fault."""
-        entries = tomllib.loads(path.read_text()).get("models", [])
-        if not entries:
-            raise ValueError(f"{path} names no model; add a [[models]] table with id, path and max_model_len")
-        try:
-            specs = [ModelSpec.model_validate(entry) for entry in entries]
-        except ValidationError as exc:
-            raise ValueError(f"{path}: {exc}") from exc
-        duplicates = {spec.id for spec in specs if sum(other.id == spec.id for other in specs) > 1}
-        if duplicates:
-            raise ValueError(f"{path} names {', '.join(sorted(duplicates))} more than once; model ids must be unique")
-        return cls([_with_absolute_path(spec, path.parent) for spec in specs])
+        """Raises ValueError or OSError where nothing can be made of the file as a whole."""
+        catalog = cls([], path)
+        catalog._read_as = _signature(path)
+        catalog._content = _read(path)
+        for model_id, reason in catalog._content.reason_by_id.items():
+            log.error("a model of models.toml is unavailable", extra={"model": model_id, "reason": reason})
+        return catalog
 
-    def get(self, model_id: str) -> ModelSpec:
-        """Raises ModelNotFound, which lists what there is."""
-        spec = self._specs_by_id.get(model_id)
-        if spec is None:
-            known = ", ".join(sorted(self._specs_by_id))
+    def refresh(self) -> bool:
+        """Read the file again if it changed. What is wrong with an edit is logged, and what was there before stays.
+        True where there is something new."""
+        if self._path is None:
+            return False
+        signature = _signature(self._path)
+        if signature == self._read_as:
+            return False
+        self._read_as = signature
+        try:
+            content = _read(self._path)
+        except (OSError, ValueError) as exc:
+            log.error(
+                "models.toml changed and cannot be read; its models stay as they were", extra={"reason": str(exc)}
+            )
+            return False
+        self._content = _keeping_what_was_good(content, self._content)
+        log.info("models.toml was read again", extra={"models": list(self._content.entry_by_id)})
+        return True
+
+    def get(self, model_id: str) -> ModelEntry:
+        """Raises ModelNotFound, which lists what there is, or ModelUnavailable, which says why."""
+        content = self._content
+        reason = self.unavailable.get(model_id)
+        if reason is not None:
+            raise ModelUnavailable(
+                f"model {model_id!r} is unavailable: {reason}", param="model", retry_after_seconds=RETRY_SECONDS
+            )
+        entry = content.entry_by_id.get(model_id)
+        if entry is None:
+            known = ", ".join(sorted(content.entry_by_id))
             raise ModelNotFound(f"model {model_id[:128]!r} is not served here; choose one of: {known}", param="model")
-        return spec
+        return entry
 
     @property
-    def default(self) -> ModelSpec:
-        return next(iter(self._specs_by_id.values()))
+    def default(self) -> ModelEntry:
+        """Raises ModelUnavailable: no other model answers in the place of the first one."""
+        return self.get(self._content.default_id)
 
-    def __iter__(self) -> Iterator[ModelSpec]:
-        return iter(self._specs_by_id.values())
+    @property
+    def ids(self) -> list[str]:
+        """Of the models that are available, the default one first."""
+        return [entry.id for entry in self]
+
+    @property
+    def entries(self) -> list[ModelEntry]:
+        """Those that make sense, also where their files do not."""
+        return list(self._content.entry_by_id.values())
+
+    @property
+    def unavailable(self) -> Mapping[str, str]:
+        """Why, by id."""
+        return {**self._content.reason_by_id, **self._failures}
+
+    def set_failures(self, reason_by_id: Mapping[str, str]) -> None:
+        """Which models' files make no sense, or cannot be had now."""
+        self._failures = dict(reason_by_id)
+
+    def __iter__(self) -> Iterator[ModelEntry]:
+        """The models that are available."""
+        unavailable = self.unavailable
+        return iter([entry for entry in self.entries if entry.id not in unavailable])
 
 
-def _with_absolute_path(spec: ModelSpec, base: Path) -> ModelSpec:
-    folder = (base / spec.path).resolve()
-    return spec.model_copy(update={"path": str(folder)}) if folder.is_dir() else spec
+RETRY_SECONDS = 30.0  # between two tries to read the files of a model that is unavailable
+
+
+def _signature(path: Path) -> object:
+    try:
+        stat = path.stat()
+    except OSError as exc:
+        return type(exc)
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def _read(path: Path) -> _Content:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:  # not TOML, or not UTF-8
+        raise ValueError(f"{path}: {exc}; mend the file") from exc
+    tables = document.get("models", [])
+    if not isinstance(tables, list) or not tables:
+        raise ValueError(f"{path} names no model; add a [[models]] table with id and path")
+    ids = [_id_of(table, number) for number, table in enumerate(tables, 1)]
+    entry_by_id: dict[str, ModelEntry] = {}
+    reason_by_id: dict[str, str] = {}
+    for model_id, table in zip(ids, tables, strict=True):
+        if ids.count(model_id) > 1:
+            reason_by_id[model_id] = f"{path.name} names {model_id} more than once; give each model an id of its own"
+            continue
+        try:
+            entry_by_id[model_id] = _with_absolute_path(ModelEntry.model_validate(table), path.parent)
+        except ValidationError as exc:
+            reason_by_id[model_id] = f"{path.name}: {_in_words(exc)}"
+    return _Content(ids[0], entry_by_id, reason_by_id)
+
+
+def _id_of(table: Any, number: int) -> str:
+    model_id = table.get("id") if isinstance(table, dict) else None
+    return model_id if isinstance(model_id, str) and model_id else f"models.{number}"
+
+
+def _in_words(exc: ValidationError) -> str:
+    """The first field at fault, the value seen and the remedy."""
+    error = exc.errors(include_url=False)[0]
+    name = ".".join(map(str, error["loc"])) or "the entry"
+    if error["type"] == "missing":
+        return f"{name} is missing; add it"
+    if error["type"] == "extra_forbidden":
+        return f"{name} is no key of a model; remove it, or see docs/models.md for the one that was meant"
+    return f"{name} is {str(error['input'])[:100]!r}, but: {error['msg'][:1].lower()}{error['msg'][1:]}; mend it"
+
+
+def _keeping_what_was_good(new: _Content, old: _Content) -> _Content:
+    kept = {model_id: old.entry_by_id[model_id] for model_id in new.reason_by_id if model_id in old.entry_by_id}
+    for model_id, reason in new.reason_by_id.items():
+        remains = "it stays as it was" if model_id in kept else "it is unavailable"
+        log.error(f"a model of models.toml makes no sense; {remains}", extra={"model": model_id, "reason": reason})
+    reasons = {model_id: reason for model_id, reason in new.reason_by_id.items() if model_id not in kept}
+    return _Content(new.default_id, {**new.entry_by_id, **kept}, reasons)
+
+
+def _with_absolute_path(entry: ModelEntry, base: Path) -> ModelEntry:
+    place = base / Path(entry.path).expanduser()
+    return entry.model_copy(update={"path": str(place.resolve())}) if place.exists() else entry

@@ -29,6 +29,7 @@ CeleriacError
 │   ├── TooManyQueuedJobs          too_many_queued_jobs: the tenant's bound
 │   ├── ServerOverloaded           server_is_overloaded: our own bound
 │   ├── NoWorkers                  no_workers: no live worker serves the model
+│   ├── ModelUnavailable           model_unavailable: its entry or its files make no sense, or cannot be had now
 │   └── StorageUnavailable         storage_unavailable: the database does not answer
 ├── DeadlineExceeded               deadline_exceeded
 ├── JobCancelled                   job_cancelled: somebody cancelled the job that this request waits for
@@ -170,6 +171,10 @@ class ServerOverloaded(Overloaded):
 
 class NoWorkers(Overloaded):
     code = "no_workers"
+
+
+class ModelUnavailable(Overloaded):
+    code = "model_unavailable"
 
 
 class StorageUnavailable(Overloaded):

@@ -13,6 +13,7 @@ from gpu_worker.intake import Offers
 from gpu_worker.runner_events import RunnerEvent, RunnerStats
 from gpu_worker.runner_loop import RunnerLoop
 from settings import Settings, get_settings
+from tasks.models import complete
 
 
 class JobRunner:
@@ -33,7 +34,7 @@ class JobRunner:
         settings = settings or get_settings()
         self._offers = Offers()
         self._loop = RunnerLoop(
-            spec=Catalog.load(settings.models_file).get(model),
+            spec=complete(Catalog.load(settings.models_file).get(model)),
             settings=settings,
             owner=owner,
             hostname=hostname,

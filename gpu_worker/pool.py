@@ -24,14 +24,16 @@ from gpu_worker.runner_events import RunnerEvent
 from gpu_worker.shutdown import Shutdown
 from gpu_worker.transport import Room
 from settings import Settings, get_settings
+from tasks.models import complete
 
 NO_ROOM = Room(credit=0, num_idle=0)
 
 
 def served_model(settings: Settings) -> ModelSpec:
-    """The one model that a GPU worker under these settings serves."""
+    """The one model that a GPU worker under these settings serves. Raises ModelNotFound, ModelUnavailable, or
+    ValueError where its files cannot be served."""
     catalog = Catalog.load(settings.models_file)
-    return catalog.default if settings.worker_model is None else catalog.get(settings.worker_model)
+    return complete(catalog.default if settings.worker_model is None else catalog.get(settings.worker_model))
 
 
 class EnginePool(BasePool):

@@ -5,6 +5,7 @@ The environment is the one for which model authors write: the options, filters a
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -20,9 +21,28 @@ from jinja2.utils import Namespace
 from domain.errors import InvalidRequest
 from domain.requests import ChatMessage
 from domain.tools import ToolCall, ToolDefinition
+from tasks.contents import MARK
 
 #: What a template may raise over messages it was not written for: its own refusals, and Python's.
-_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_NOT_ASCII = re.compile(f"[^\0-\x7f{MARK}]")  # a mark is no text, so it is not escaped
+_PROBE = "kohlrabi"
+_USER = {"role": "user", "content": "Hello"}
+#: What stands before and after a message of a role in a conversation that any template takes.
+_PROBES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "user": ([], []),
+    "system": ([], [_USER]),
+    "assistant": ([_USER], [_USER]),
+    "tool": ([_USER, {"role": "assistant", "content": "Hello"}], []),
+}
 
 
 class ChatTemplate:
@@ -35,13 +55,17 @@ class ChatTemplate:
         self.source = source
         self.shows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         self._special_tokens = dict(special_tokens)
+        self._roles_in_parts: frozenset[str] = frozenset()
+        for role in _PROBES:
+            if self._wants_parts(role):
+                self._roles_in_parts |= {role}
+        self._is_blind = not self._shows_probe([{"role": "user", "content": _PROBE}])
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The prompt that asks for the next assistant message. Raises InvalidRequest where the template refuses."""
-        plain_messages = [dict(message) for message in messages]
         try:
             return self._template.render(
-                messages=plain_messages,
+                messages=[self._as_written_for(message) for message in messages],
                 tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=True,
@@ -52,6 +76,45 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"messages is refused by the chat template of this model: {reason!r}", param="messages"
             ) from exc
+
+    def refuse_unseen(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> None:
+        """Raises InvalidRequest where nothing that the user wrote shows in the prompt."""
+        has_written = any(message["role"] == "user" and message["content"].strip() for message in messages)
+        if not self._is_blind or not has_written:
+            return
+        # It may want other messages than the probe, so the question is whether others would give another prompt.
+        others = [
+            {**message, "content": message["content"][::-1] + _PROBE} if message["role"] == "user" else message
+            for message in messages
+        ]
+        try:
+            is_unseen = self.render(others, tools) == self.render(messages, tools)
+        except InvalidRequest:
+            return
+        if is_unseen:
+            raise InvalidRequest(
+                "the chat template of this model shows nothing of the user's messages; send prompt instead, or give "
+                "the model another template",
+                param="messages",
+            )
+
+    def _as_written_for(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        if message["role"] not in self._roles_in_parts:
+            return dict(message)
+        return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+    def _wants_parts(self, role: str) -> bool:
+        """Whether a message of this role is only seen where its content is a list of parts."""
+        before, after = _PROBES[role]
+        as_text = {"role": role, "content": _PROBE}
+        as_parts = {"role": role, "content": [{"type": "text", "text": _PROBE}]}
+        return not self._shows_probe([*before, as_text, *after]) and self._shows_probe([*before, as_parts, *after])
+
+    def _shows_probe(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            return _PROBE in self.render(messages).casefold()
+        except InvalidRequest:
+            return False
 
 
 def plain_message(message: ChatMessage) -> dict[str, Any]:
@@ -115,7 +178,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML characters, which models never saw in training."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
 def _raise_exception(message: str) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.catalog import Catalog, ModelSpec
+from domain.catalog import Catalog, ModelEntry
 from domain.jobs import BATCH_PRIORITY
 from domain.workers import WorkerState
 from settings import Settings
@@ -52,7 +52,7 @@ def batch_share(settings: Settings, num_live_slots: int) -> int:
     return min(num_live_slots, max(1, math.floor(num_live_slots * (1 - settings.batch_reserve))))
 
 
-def dispatch(sessions: sessionmaker[Session], client: redis.Redis, spec: ModelSpec, settings: Settings) -> int:
+def dispatch(sessions: sessionmaker[Session], client: redis.Redis, spec: ModelEntry, settings: Settings) -> int:
     """Fill the window of one model's queue; returns how many jobs were sent. Raises RedisError, SQLAlchemyError."""
     num_waiting = count_waiting(client, spec.queue)
     job_ids: list[UUID] = []
@@ -132,7 +132,7 @@ class Dispatcher:
         """Let what has begun end; it is bounded by the deadlines of broker and database."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def dispatch(self, spec: ModelSpec) -> int:
+    async def dispatch(self, spec: ModelEntry) -> int:
         """As the function `dispatch`. Also raises TimeoutError, when the broker does not answer in time."""
         num_waiting, num_live_slots = await asyncio.gather(self._count_waiting(spec), self._count_live_slots(spec))
         free = room(self._settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
@@ -152,18 +152,18 @@ class Dispatcher:
                 _push(pipeline, queue, job_ids)
                 await pipeline.execute()
 
-    async def _count_waiting(self, spec: ModelSpec) -> int:
+    async def _count_waiting(self, spec: ModelEntry) -> int:
         async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
             pipeline = self._client.pipeline(transaction=False)
             for key in priority_keys(spec.queue):
                 pipeline.llen(key)
             return sum(await pipeline.execute())
 
-    async def _count_live_slots(self, spec: ModelSpec) -> int:
+    async def _count_live_slots(self, spec: ModelEntry) -> int:
         async with self._sessions() as session:
             return await session.run_sync(count_live_slots, spec)
 
-    async def _dispatch_while_wanted(self, spec: ModelSpec) -> None:
+    async def _dispatch_while_wanted(self, spec: ModelEntry) -> None:
         try:
             while True:
                 self._wanted_again.discard(spec.id)
@@ -193,7 +193,7 @@ class Dispatcher:
         task.add_done_callback(self._tasks.discard)
 
 
-def count_live_slots(session: Session, spec: ModelSpec) -> int:
+def count_live_slots(session: Session, spec: ModelEntry) -> int:
     live = workers.list_live(session, model=spec.id)
     return sum(worker.max_num_seqs for worker in live if worker.state is WorkerState.READY)
 

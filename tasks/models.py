@@ -1,24 +1,40 @@
-"""What the API has to know of a model, without torch: its tokenizer, chat template, defaults, length and revision."""
+"""What the API has to know of a model, without torch: its tokenizer, chat templates, defaults, length and revision."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from time import monotonic
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from domain.catalog import Catalog, ModelSpec
-from domain.errors import InvalidRequest, UnsupportedParameter
+from domain.catalog import RETRY_SECONDS, Catalog, ModelEntry, ModelSpec
+from domain.errors import InvalidRequest, ModelUnavailable
 from domain.requests import ChatMessage, GenerationRequest
 from domain.tools import ToolDefinition
+from observability import describe_exception
 from tasks.chat_templates import ChatTemplate, plain_message, plain_tool
-from tasks.encoders import ByteEncoder, Encoder, TokenizerEncoder, load_tokenizer, special_tokens_of
+from tasks.contents import ContentMarks, Rendered
+from tasks.encoders import ByteEncoder, Encoder, TokenizerEncoder, content_marks, load_tokenizer, special_tokens_of
+from tasks.model_checks import refuse_unservable
+from tasks.model_configs import (
+    GenerationDefaults,
+    embedding_width,
+    eos_token_ids,
+    generation_defaults,
+    own_length,
+    vocabulary_size,
+)
 from tasks.model_files import model_folder, model_revision, read_json_file
 from tasks.output_formats import OutputFormat, output_format_of
+from tasks.template_choice import DEFAULT, TemplateChoice, load_templates
 from tasks.token_table import TokenPiece
 
+log = logging.getLogger(__name__)
+
 FAKE_EMBEDDING_WIDTH = 8
+FAKE_LENGTH = 1_024
 
 FAKE_CHAT_TEMPLATE = (
     "{% for tool in tools or [] %}tool: {{ tool | tojson }}, called by <tool_call>\n{% endfor %}"
@@ -26,18 +42,6 @@ FAKE_CHAT_TEMPLATE = (
     "{% for call in message['tool_calls'] or [] %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}"
     "{{ '\n' }}{% endfor %}assistant: "
 )
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """What applies where a request says nothing: the model's generation_config.json, else the neutral values."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +62,24 @@ class ModelView:
         *,
         revision: str,
         encoder: Encoder,
-        chat_template: ChatTemplate | None,
+        chat_template: TemplateChoice | None,
         defaults: GenerationDefaults,
         vocab_size: int,
         vocabulary: Vocabulary | None = None,
         embedding_width: int = 0,
+        marks: ContentMarks | None = None,
     ) -> None:
-        """`vocabulary` is None where no grammar can be followed."""
+        """`vocabulary` is None where no grammar can be followed, `marks` where contents may hold control tokens."""
         self.spec = spec
         self.revision = revision
         self.defaults = defaults
         self.vocab_size = vocab_size
         self.vocabulary = vocabulary
-        self.output_format = _output_format(chat_template)
+        self._chat_template = chat_template or TemplateChoice(spec, {})
+        self.output_format = _output_format(self._chat_template)
         self.embedding_width = embedding_width  # numbers in a vector, where the model makes any
         self._encoder = encoder
-        self._chat_template = chat_template
+        self._marks = marks or ContentMarks([])
 
     @property
     def max_model_len(self) -> int:
@@ -81,23 +87,32 @@ class ModelView:
 
     def render(self, messages: Sequence[ChatMessage], tools: Sequence[ToolDefinition] = ()) -> str:
         """The prompt text of `messages`, with the installation's system prompt first if they bring none."""
-        if self._chat_template is None:
-            raise InvalidRequest(f"{self.spec.id} has no chat template; send prompt instead", param="messages")
-        if tools and not self._chat_template.shows_tools:
-            raise UnsupportedParameter(f"the chat template of {self.spec.id} has no tools; remove them", param="tools")
+        return self._render(messages, tools).text
+
+    def _render(self, messages: Sequence[ChatMessage], tools: Sequence[ToolDefinition]) -> Rendered:
+        template = self._chat_template.choose(has_tools=bool(tools))
         plain = [plain_message(message) for message in messages]
         if self.spec.system_prompt is not None and all(message["role"] != "system" for message in plain):
             plain.insert(0, {"role": "system", "content": self.spec.system_prompt})
-        return self._chat_template.render(plain, [plain_tool(tool) for tool in tools])
+        marked = [
+            {name: value if name == "role" else self._marks.protect(value) for name, value in message.items()}
+            for message in plain
+        ]
+        marked_tools = self._marks.protect([plain_tool(tool) for tool in tools])
+        rendered = self._marks.resolve(template.render(marked, marked_tools))
+        template.refuse_unseen(plain, marked_tools)
+        return rendered
 
     def encode(self, request: GenerationRequest) -> list[int]:
-        """The token ids the engine starts from. A chat template writes its special tokens itself."""
+        """The token ids the engine starts from. A chat template writes its special tokens itself, and what it shows of
+        messages and tools is no control token, whatever it spells. Raises InvalidRequest."""
         if request.messages is not None:
-            return self._encoder.encode(self.render(request.messages, request.tools), add_special_tokens=False)
+            ids = self._encoder.encode_rendered(self._render(request.messages, request.tools))
+            return self._spelt(ids, "messages")
         if request.prompt_token_ids is not None:
             return self._checked(request.prompt_token_ids, "prompt_token_ids")
         assert request.prompt is not None
-        return self._encoder.encode(request.prompt, add_special_tokens=True)
+        return self._spelt(self._encoder.encode(request.prompt, add_special_tokens=True), "prompt")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a prompt that came as ids, special tokens included."""
@@ -110,7 +125,7 @@ class ModelView:
     def encode_input(self, value: str | Sequence[int], place: int) -> list[int]:
         """One of the inputs of an embedding request, with the special tokens that the model wants around it."""
         if isinstance(value, str):
-            return self._encoder.encode(value, add_special_tokens=True)
+            return self._spelt(self._encoder.encode(value, add_special_tokens=True), f"inputs.{place}")
         return self._checked(value, f"inputs.{place}")
 
     def _checked(self, token_ids: Sequence[int], param: str) -> list[int]:
@@ -123,95 +138,154 @@ class ModelView:
             )
         return list(token_ids)
 
+    def _spelt(self, token_ids: list[int], param: str) -> list[int]:
+        """A tokenizer may know tokens that the model does not, such as those for pictures."""
+        highest = max(token_ids, default=0)
+        if highest >= self.vocab_size:
+            raise InvalidRequest(
+                f"{param} spells {self._encoder.decode([highest])!r}, which is token {highest}, but {self.spec.id} has "
+                f"ids 0 to {self.vocab_size - 1}; take it out",
+                param=param,
+            )
+        return token_ids
 
-def _output_format(template: ChatTemplate | None) -> OutputFormat:
-    if template is None:
-        return OutputFormat()
+
+def _output_format(templates: TemplateChoice) -> OutputFormat:
     try:
-        prompt = template.render([{"role": "user", "content": "Hello"}])
+        prompt = templates.choose(has_tools=False).render([{"role": "user", "content": "Hello"}])
     except InvalidRequest:
         prompt = ""  # it wants other messages, and says so to those who send them
-    return output_format_of(template.source, prompt)
+    return output_format_of(templates.text, prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """`entry` is what models.toml said when the view was made."""
+
+    entry: ModelEntry
+    view: ModelView
 
 
 class ModelViews:
-    """The views of a catalog's models, all loaded before the first request."""
+    """The views of a catalog's models, all loaded before the first request. One that cannot be loaded is unavailable,
+    and is tried again."""
 
     def __init__(self, catalog: Catalog) -> None:
-        """Blocking: reads (or downloads) tokenizers. Raises ValueError that names the model at fault."""
+        """Blocking: reads (or downloads) tokenizers."""
         self.catalog = catalog
-        self._view_by_id = {spec.id: load_model_view(spec) for spec in catalog}
+        self._loaded: dict[str, _Loaded] = {}
+        self._failed: dict[str, tuple[ModelEntry, float]] = {}  # the entry, and when to try it again
+        self._reasons: dict[str, str] = {}
+        self._refreshing = Lock()
+        self._load_new()
 
     def get(self, model_id: str) -> ModelView:
-        """Raises ModelNotFound."""
-        return self._view_by_id[self.catalog.get(model_id).id]
+        """For a new job. Raises ModelNotFound or ModelUnavailable."""
+        loaded = self._loaded.get(self.catalog.get(model_id).id)
+        if loaded is None:
+            raise ModelUnavailable(f"model {model_id!r} is being loaded; retry in a moment", param="model")
+        return loaded.view
+
+    def output_format(self, model_id: str) -> OutputFormat:
+        """For a job that there is, whose model may have been taken out since."""
+        loaded = self._loaded.get(model_id)
+        return loaded.view.output_format if loaded is not None else OutputFormat()
+
+    def refresh(self) -> None:
+        """Follow models.toml, and try again what is unavailable. Blocking; returns at once where another thread is at
+        it. A model whose new entry cannot be loaded stays as it was."""
+        if self._refreshing.acquire(blocking=False):
+            try:
+                self.catalog.refresh()
+                self._load_new()
+            finally:
+                self._refreshing.release()
+
+    def _load_new(self) -> None:
+        entries = {entry.id: entry for entry in self.catalog.entries}
+        reasons = {model_id: reason for model_id, reason in self._reasons.items() if model_id in entries}
+        due = [entry for entry in entries.values() if self._is_due(entry)]
+        reasons |= {entry.id: "it is being loaded" for entry in due if entry.id not in self._loaded | reasons}
+        self.catalog.set_failures(reasons)
+        for entry in due:
+            try:
+                self._loaded[entry.id] = _Loaded(entry, load_model_view(entry))
+                self._failed.pop(entry.id, None)
+                reasons.pop(entry.id, None)
+            except Exception as exc:  # whatever is wrong with one model's files, the others are served
+                self._failed[entry.id] = (entry, monotonic() + RETRY_SECONDS)
+                reason = str(exc) if isinstance(exc, ValueError) else describe_exception(exc)
+                if entry.id not in self._loaded:
+                    reasons[entry.id] = reason.removeprefix(f"model {entry.id}: ")
+                log.error("a model cannot be loaded", extra={"model": entry.id, "reason": reason})
+        self.catalog.set_failures(reasons)
+        self._reasons = reasons
+
+    def _is_due(self, entry: ModelEntry) -> bool:
+        loaded, failed = self._loaded.get(entry.id), self._failed.get(entry.id)
+        if loaded is not None and loaded.entry == entry:
+            return False
+        return failed is None or failed[0] != entry or monotonic() >= failed[1]
 
 
-def load_model_view(spec: ModelSpec) -> ModelView:
+def load_model_view(entry: ModelEntry) -> ModelView:
     """Blocking. Raises ValueError if the model's files are missing or make no sense."""
-    if spec.backend == "fake" and not Path(spec.path).is_dir():
-        return _fake_view(spec)
-    folder = model_folder(spec)
+    if entry.backend == "fake" and not Path(entry.path).is_dir():
+        return _fake_view(entry)
+    try:
+        return _load_view(entry)
+    except ValueError as exc:
+        raise ValueError(f"model {entry.id}: {str(exc).removeprefix(f'model {entry.id}: ')}") from exc
+
+
+def complete(entry: ModelEntry) -> ModelSpec:
+    """With the model's own length where models.toml names none. Blocking. Raises ValueError that names the model."""
+    if entry.max_model_len is not None or (entry.backend == "fake" and not Path(entry.path).is_dir()):
+        return _spec_of(entry, entry.max_model_len or FAKE_LENGTH)
+    try:
+        folder = model_folder(entry)
+        config = read_json_file(folder / "config.json")
+        refuse_unservable(entry, folder, config)
+        return _spec_of(entry, own_length(entry, folder, config, read_json_file(folder / "tokenizer_config.json")))
+    except ValueError as exc:
+        raise ValueError(f"model {entry.id}: {exc}") from exc
+
+
+def _spec_of(entry: ModelEntry, max_model_len: int) -> ModelSpec:
+    return ModelSpec.model_validate(entry.model_dump() | {"max_model_len": max_model_len})
+
+
+def _load_view(entry: ModelEntry) -> ModelView:
+    folder = model_folder(entry)
     config = read_json_file(folder / "config.json")
+    refuse_unservable(entry, folder, config)
     tokenizer_config = read_json_file(folder / "tokenizer_config.json")
     special_tokens = special_tokens_of(read_json_file(folder / "special_tokens_map.json") | tokenizer_config)
     generation_config = read_json_file(folder / "generation_config.json")
-    tokenizer = load_tokenizer(spec, folder, tokenizer_config, special_tokens)
+    tokenizer = load_tokenizer(folder, tokenizer_config, special_tokens)
     encoder = TokenizerEncoder(tokenizer)
-    vocab_size = int(config.get("vocab_size") or encoder.vocab_size)
-    vocabulary = Vocabulary(tokenizer, vocab_size, _eos_token_ids(generation_config, config))
+    vocab_size = vocabulary_size(config, default=encoder.vocab_size)
+    vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_ids(generation_config, config))
+    templates = load_templates(entry, folder, tokenizer_config, special_tokens)
     return ModelView(
-        spec,
-        revision=model_revision(spec),
+        complete(entry),
+        revision=model_revision(entry),
         encoder=encoder,
-        chat_template=_load_chat_template(spec, folder, tokenizer_config, special_tokens),
-        defaults=_generation_defaults(generation_config),
+        chat_template=templates,
+        defaults=generation_defaults(generation_config),
         vocab_size=vocab_size,
-        vocabulary=None if spec.backend == "fake" else vocabulary,
-        embedding_width=_embedding_width(config),
+        vocabulary=None if entry.backend == "fake" else vocabulary,
+        embedding_width=embedding_width(config),
+        marks=None if entry.special_tokens_in_content else content_marks(tokenizer, templates.text),
     )
 
 
-def _embedding_width(config: Mapping[str, Any]) -> int:
-    """Of the hidden states, by the names that families have for it."""
-    config = config.get("text_config") or config
-    return int(next((config[name] for name in ("hidden_size", "n_embd", "d_model", "dim") if name in config), 0))
-
-
-def _load_chat_template(
-    spec: ModelSpec, folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]
-) -> ChatTemplate | None:
-    file = folder / "chat_template.jinja"
-    source = file.read_text() if file.is_file() else config.get("chat_template")
-    if isinstance(source, list):
-        source = {template["name"]: template["template"] for template in source}.get("default")
-    if source is None:
-        return None
-    try:
-        return ChatTemplate(source, special_tokens)
-    except TemplateError as exc:
-        raise ValueError(f"model {spec.id}: its chat template does not compile: {exc}") from exc
-
-
-def _eos_token_ids(*configs: Mapping[str, Any]) -> tuple[int, ...]:
-    values = [config.get("eos_token_id") for config in configs]
-    lists = [value if isinstance(value, list) else [value] for value in values if value is not None]
-    return tuple(sorted({token_id for ids in lists for token_id in ids}))
-
-
-def _generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
-    """`do_sample: false` only counts where it is written down: it is also the value of an absent one."""
-    neutral = GenerationDefaults(temperature=0.0 if config.get("do_sample") is False else 1.0)
-    names = [field.name for field in fields(GenerationDefaults) if config.get(field.name) is not None]
-    return replace(neutral, **{name: config[name] for name in names})
-
-
-def _fake_view(spec: ModelSpec) -> ModelView:
+def _fake_view(entry: ModelEntry) -> ModelView:
     return ModelView(
-        spec,
-        revision=model_revision(spec),
+        complete(entry),
+        revision=model_revision(entry),
         encoder=ByteEncoder(),
-        chat_template=ChatTemplate(FAKE_CHAT_TEMPLATE, {}),
+        chat_template=TemplateChoice(entry, {DEFAULT: ChatTemplate(FAKE_CHAT_TEMPLATE, {})}),
         defaults=GenerationDefaults(),
         vocab_size=ByteEncoder.vocab_size,
         embedding_width=FAKE_EMBEDDING_WIDTH,

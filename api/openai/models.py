@@ -8,7 +8,6 @@ from starlette.responses import Response
 from api.deps import caller_of, private_router
 from api.openai.views import ModelListView, ModelView
 from api.services import Services
-from domain.catalog import ModelSpec
 
 router = private_router()
 
@@ -16,7 +15,8 @@ router = private_router()
 @router.get("/v1/models", responses={200: {"model": ModelListView}})
 async def list_models(request: Request) -> Response:
     services, _ = caller_of(request)
-    models = [_model_object(services, spec) for spec in services.catalog]
+    catalog = services.catalog
+    models = [_model_object(services, model) for model in dict.fromkeys([*catalog.ids, *catalog.unavailable])]
     return Response(orjson.dumps({"object": "list", "data": models}), media_type="application/json")
 
 
@@ -26,18 +26,22 @@ async def read_model(model: str, request: Request) -> Response:
     services, _ = caller_of(request)
     if not model:
         raise HTTPException(404)
-    answer = _model_object(services, services.catalog.get(model))
+    if model not in services.catalog.unavailable:
+        model = services.catalog.get(model).id
+    answer = _model_object(services, model)
     return Response(orjson.dumps(answer), media_type="application/json")
 
 
-def _model_object(services: Services, spec: ModelSpec) -> dict[str, object]:
+def _model_object(services: Services, model: str) -> dict[str, object]:
+    reason = services.catalog.unavailable.get(model)
     return {
-        "id": spec.id,
+        "id": model,
         "object": "model",
         "created": _created(services),
         "owned_by": "celeriac",
-        "max_model_len": spec.max_model_len,
-        "loaded": _is_loaded(services, spec.id),
+        "max_model_len": services.views.get(model).max_model_len if reason is None else None,
+        "loaded": _is_loaded(services, model) if reason is None else False,
+        "unavailable": reason,
     }
 
 

@@ -121,7 +121,7 @@ async def list_messages(completion_id: str, request: Request) -> Response:
 def stored_completion(services: Services, record: JobRecord) -> dict[str, object]:
     assert isinstance(record.request, GenerationRequest)
     try:
-        format = services.views.get(record.job.model).output_format
+        format = services.views.output_format(record.job.model)
     except ModelNotFound:
         format = OutputFormat()  # the model is not served any more, but its text is here
     return from_result(record, record.request, format) | {"metadata": record.job.job_metadata}

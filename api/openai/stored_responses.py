@@ -46,7 +46,7 @@ def parser_for(services: Services, record: JobRecord) -> OutputParser:
     """Of the job's output. A model that is served no more leaves plain text."""
     assert isinstance(record.request, GenerationRequest)
     try:
-        format = services.views.get(record.job.model).output_format
+        format = services.views.output_format(record.job.model)
     except ModelNotFound:
         format = OutputFormat()
     return parser_of(record.request, format)

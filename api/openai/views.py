@@ -15,8 +15,9 @@ class ModelView(View):
     object: Literal["model"]
     created: int
     owned_by: str
-    max_model_len: int = Field(description="Tokens, prompt and output together.")
+    max_model_len: int | None = Field(description="Tokens, prompt and output together; null while it is unavailable.")
     loaded: bool | None = Field(description="A worker is ready for its jobs; null while the database does not answer.")
+    unavailable: str | None = Field(description="Why no job is taken for it; null where jobs are.")
 
 
 class ModelListView(View):

@@ -15,6 +15,7 @@ from gpu_worker.engine.backends.transformers import TransformersBackend, build_e
 from gpu_worker.engine.fused import FusedLlama
 from gpu_worker.engine.loading import eos_token_ids, load_model
 from settings import ROOT
+from tasks.models import complete
 from tests.engine_driver import (
     CPU,
     EOS_TOKEN_ID,
@@ -131,7 +132,7 @@ def test_the_slower_path_is_said_in_the_log(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_the_embedded_model_answers_through_its_template() -> None:
-    spec = Catalog.load(ROOT / "models.toml").default
+    spec = complete(Catalog.load(ROOT / "models.toml").default)
     backend = TransformersBackend(spec)
     prompt = backend._engine._tokenizer.encode("<|user|>Hello!<|end|><|assistant|>").ids
     backend.add(make_add("a", prompt, max_tokens=60))

@@ -16,7 +16,8 @@ from domain.structured_output import StructuredOutput
 from settings import ROOT
 from tasks.encoders import TokenizerEncoder
 from tasks.grammar_gate import GrammarGate
-from tasks.models import GenerationDefaults, ModelView, Vocabulary, load_model_view
+from tasks.model_configs import GenerationDefaults
+from tasks.models import ModelView, Vocabulary, load_model_view
 
 MINI = ModelSpec(id="mini", path=str(ROOT / "models" / "celeriac-mini"), max_model_len=1024)
 pytestmark = pytest.mark.timeout(60)

@@ -14,7 +14,8 @@ from domain.errors import ContextLengthExceeded, InvalidRequest, ServerOverloade
 from domain.requests import ChatMessage, GenerationRequest, SamplingParams
 from tasks import tokenizing
 from tasks.job_options import JobOptions
-from tasks.models import GenerationDefaults, ModelView, load_model_view
+from tasks.model_configs import GenerationDefaults
+from tasks.models import ModelView, load_model_view
 from tasks.request_hashes import request_hash
 from tasks.settle import DEFAULT_MAX_TOKENS, resolve_params
 from tasks.tokenizing import TokenizingPool
