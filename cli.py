@@ -62,13 +62,14 @@ def up(first_job: bool) -> None:
     and Flower. What dies is restarted. Logs and data lie in .celeriac; ports that are taken move to the next
     free one.
     """
+    from domain.errors import ModelUnavailable
     from settings import get_settings
     from up import Up
 
     settings = get_settings()
-    cli_checks.read_catalog(
-        settings
-    )  # what is wrong in models.toml is said at once, and not by a worker that does not start
+    catalog = cli_checks.read_catalog(settings)
+    with _explained(ModelUnavailable):
+        _ = catalog.first  # what is wrong is said at once, and not by a worker that does not start
     Up(settings, with_first_job=first_job).run()
 
 
@@ -281,9 +282,14 @@ def jobs(status: str | None, model: str | None, limit: int, url: str | None, key
 @main.command()
 def models() -> None:
     """List the models of models.toml."""
+    from tasks.models import files_at_fault
     from terminal import models_table, show
 
-    show(models_table(cli_checks.read_catalog(_settings())))
+    catalog = cli_checks.read_catalog(_settings())
+    catalog.set_failures(files_at_fault(catalog))
+    show(models_table(catalog))
+    for model_id, reason in catalog.unavailable.items():
+        click.echo(f"{model_id} is unavailable: {reason}")
 
 
 main.add_command(keys)
@@ -321,7 +327,7 @@ def _client(url: str | None, key: str | None) -> "Client":
 def _default_model() -> str:
     from settings import get_settings
 
-    return cli_checks.read_catalog(get_settings()).default.id
+    return cli_checks.read_catalog(get_settings()).default_id
 
 
 @contextmanager

@@ -172,12 +172,12 @@ def jobs_table(jobs: Iterable[dict[str, Any]]) -> Table:
 
 
 def models_table(catalog: Catalog) -> Table:
+    """The models that are available."""
     table = _table("model", "context", "at once", "back end", "from", folded="from")
-    for spec in catalog:
-        name = f"{spec.id} [dim](default)[/]" if spec is catalog.default else spec.id
-        table.add_row(
-            name, f"{spec.max_model_len} tokens", f"{spec.max_num_seqs} sequences", spec.backend, short_path(spec.path)
-        )
+    for entry in catalog:
+        name = f"{entry.id} [dim](default)[/]" if entry.id == catalog.default_id else entry.id
+        length = f"{entry.max_model_len} tokens" if entry.max_model_len is not None else "its own"
+        table.add_row(name, length, f"{entry.max_num_seqs} sequences", entry.backend, short_path(entry.path))
     return table
 
 

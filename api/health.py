@@ -102,7 +102,8 @@ class HealthView(View):
     """`workers_drained_since` has the workers that an operator told to take no jobs.
 
     `degraded` still accepts jobs: Redis is away (slower, nothing lost), no worker is there to run them, a clock of
-    maintenance is silent, or jobs have waited for long for what does not come by itself (`findings`)."""
+    maintenance is silent, jobs have waited for long for what does not come by itself (`findings`), or a model is
+    unavailable (`/v1/models` says why)."""
 
     status: Literal["ok", "degraded", "unhealthy"]
     database: Answer
@@ -110,6 +111,7 @@ class HealthView(View):
     draining: bool
     models: list[str]
     models_unloaded: list[str]
+    models_unavailable: list[str]
     model_loaded: bool
     workers: int
     workers_drained_since: dict[str, datetime]
@@ -151,7 +153,7 @@ async def health(request: Request, response: Response) -> HealthView:
     findings = services.monitor.findings
     waits_in_vain = any(finding.reason not in IN_GOOD_ORDER for finding in findings)
     is_served = num_workers > 0 and not is_silent and not waits_in_vain
-    is_whole = redis == "ok" and is_served and not services.draining.is_set()
+    is_whole = redis == "ok" and is_served and not services.draining.is_set() and not services.catalog.unavailable
     response.status_code = 200 if database == "ok" else 503
     return HealthView(
         status="unhealthy" if database != "ok" else "ok" if is_whole else "degraded",
@@ -159,6 +161,7 @@ async def health(request: Request, response: Response) -> HealthView:
         redis=redis,
         draining=services.draining.is_set(),
         models=[spec.id for spec in services.catalog],
+        models_unavailable=list(services.catalog.unavailable),
         models_unloaded=[queue.model for queue in queues if not queue.is_loaded],
         model_loaded=num_workers > 0,  # workers report themselves once theirs is
         workers=num_workers,

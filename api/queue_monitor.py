@@ -122,7 +122,7 @@ def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[
     live = workers.list_live(session)
     unloaded = model_states.unloaded_models(session)
     queues = {}
-    for spec in catalog:
+    for spec in catalog.entries:
         alive = [worker for worker in live if worker.model == spec.id]
         own = [worker for worker in alive if worker.state is WorkerState.READY]
         queue = figures.get(spec.id, job_queries.QueueFigures())
@@ -230,6 +230,7 @@ class QueueMonitor:
             for reason in queue.waiting
         }
         self._num_accepted_since.clear()
+        self._served_at = {model: self._read_at for model in queues} | self._served_at
         self._served_at |= {model: self._read_at for model, queue in queues.items() if queue.num_workers}
         _publish(queues)
         ages = await repeatable(self._sessions, maintenance.seconds_since_ticks)

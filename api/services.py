@@ -37,7 +37,7 @@ from tasks import job_log
 from tasks.dispatch import Dispatcher
 from tasks.group_accept import open_acceptor
 from tasks.loop_watch import LoopWatch
-from tasks.models import ModelViews
+from tasks.models import ModelViews, follow_models
 from tasks.submit import Submitter
 
 log = logging.getLogger(__name__)
@@ -206,6 +206,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             uploads=UploadSlots(settings.max_uploads, is_shared=settings.auth != "none"),
         )
         stack.push_async_callback(services.leave_undone)
+        services.go_on(follow_models(views))
         yield services
 
 

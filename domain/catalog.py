@@ -82,8 +82,6 @@ class Catalog:
         catalog = cls([], path)
         catalog._read_as = _signature(path)
         catalog._content = _read(path)
-        for model_id, reason in catalog._content.reason_by_id.items():
-            log.error("a model of models.toml is unavailable", extra={"model": model_id, "reason": reason})
         return catalog
 
     def refresh(self) -> bool:
@@ -120,10 +118,24 @@ class Catalog:
             raise ModelNotFound(f"model {model_id[:128]!r} is not served here; choose one of: {known}", param="model")
         return entry
 
+    def entry_of(self, model_id: str) -> ModelEntry:
+        """Of a model that there are jobs of, whatever models.toml says of it now: they go on as long as its workers."""
+        return self._content.entry_by_id.get(model_id) or ModelEntry(id=model_id, path=model_id)
+
     @property
     def default(self) -> ModelEntry:
         """Raises ModelUnavailable: no other model answers in the place of the first one."""
         return self.get(self._content.default_id)
+
+    @property
+    def first(self) -> ModelEntry:
+        """What a worker serves that is told no model: the first one that is available. Raises ModelUnavailable."""
+        return next(iter(self), None) or self.default
+
+    @property
+    def default_id(self) -> str:
+        """Whether it is available or not."""
+        return self._content.default_id
 
     @property
     def ids(self) -> list[str]:
@@ -193,10 +205,10 @@ def _in_words(exc: ValidationError) -> str:
     error = exc.errors(include_url=False)[0]
     name = ".".join(map(str, error["loc"])) or "the entry"
     if error["type"] == "missing":
-        return f"{name} is missing; add it"
+        return f"{name} is missing; a model needs id and path; max_model_len and others may be left out"
     if error["type"] == "extra_forbidden":
         return f"{name} is no key of a model; remove it, or see docs/models.md for the one that was meant"
-    return f"{name} is {str(error['input'])[:100]!r}, but: {error['msg'][:1].lower()}{error['msg'][1:]}; mend it"
+    return f"{name} is {repr(error['input'])[:100]}, but: {error['msg'][:1].lower()}{error['msg'][1:]}; mend it"
 
 
 def _keeping_what_was_good(new: _Content, old: _Content) -> _Content:

@@ -33,7 +33,7 @@ def served_model(settings: Settings) -> ModelSpec:
     """The one model that a GPU worker under these settings serves. Raises ModelNotFound, ModelUnavailable, or
     ValueError where its files cannot be served."""
     catalog = Catalog.load(settings.models_file)
-    return complete(catalog.default if settings.worker_model is None else catalog.get(settings.worker_model))
+    return complete(catalog.first if settings.worker_model is None else catalog.get(settings.worker_model))
 
 
 class EnginePool(BasePool):

@@ -13,6 +13,7 @@ Redis keys
 import logging
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from time import monotonic
 from uuid import uuid4
 
@@ -105,7 +106,8 @@ class Janitor:
 
     def _rules(self) -> list[tuple[str, Callable[[], int]]]:
         """In an order that lets a rescued job be sent in the same tick."""
-        sends = [(f"dispatched {spec.id}", lambda spec=spec: self._dispatch(spec.id)) for spec in self._catalog]
+        models = [entry.id for entry in self._catalog.entries]
+        sends = [(f"dispatched {model}", partial(self._dispatch, model)) for model in models]
         return [
             ("redispatched", self._follow_epoch),
             ("rescued", self._rescue),
@@ -113,6 +115,7 @@ class Janitor:
             ("expired", self._expire),
             ("moved to another revision", self._follow_revisions),
             *sends,
+            ("dispatched of models taken out", self._dispatch_unlisted),
             ("pruned", self._prune),
             ("pruned files", self._prune_files),
             ("checked", self._check),
@@ -165,7 +168,13 @@ class Janitor:
     def _dispatch(self, model: str) -> int:
         if not self._has_redis:
             return 0  # to find that out once a tick is enough: rescue must not wait for it
-        return dispatch(self._sessions, self._client, self._catalog.get(model), self._settings)
+        return dispatch(self._sessions, self._client, self._catalog.entry_of(model), self._settings)
+
+    def _dispatch_unlisted(self) -> int:
+        """A model that models.toml does not name any more takes no jobs, but those it has go on as its workers do."""
+        with self._sessions() as session:
+            served = {worker.model for worker in workers.list_live(session)}
+        return sum(map(self._dispatch, served - {entry.id for entry in self._catalog.entries}))
 
     def _follow_epoch(self) -> int:
         """Redis was emptied or replaced since the last look: what it held must be sent again."""

@@ -38,7 +38,7 @@ from settings import Settings
 from storage.database import async_session_factory, open_async_database, open_database, session_factory
 from storage.maintenance import CLOCKS, record_ticks
 from tasks.loop_watch import LoopWatch
-from tasks.models import ModelViews
+from tasks.models import ModelViews, follow_models
 from tasks.webhook_guard import TargetGuard
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ class Maintenance:
         """False: something hung, and is left behind."""
         settings = self._settings
         catalog = Catalog.load(settings.models_file)
-        views = ModelViews(catalog)
+        views = await asyncio.to_thread(ModelViews, catalog)
+        following = asyncio.create_task(follow_models(views))
         database = open_async_database(
             settings.database_url, pool_size=2, max_overflow=2, idle_seconds=settings.idle_transaction_seconds
         )
@@ -103,6 +104,7 @@ class Maintenance:
             asyncio.create_task(self._keep_telling(sessions)),
         ]
         await self._stopping.wait()
+        following.cancel()
         _, hanging = await asyncio.wait(work, timeout=STOP_SECONDS)
         if hanging:
             logger.error("maintenance ends although something hangs", extra={"num_hanging": len(hanging)})

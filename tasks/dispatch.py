@@ -121,7 +121,7 @@ class Dispatcher:
             self._wanted_again.add(model)
             return
         self._running.add(model)
-        self._start(self._dispatch_while_wanted(self._catalog.get(model)))
+        self._start(self._dispatch_while_wanted(self._catalog.entry_of(model)))
 
     def revoke_running(self, job_id: UUID) -> None:
         """Tell all workers of a cancel that is in SQL already, so that it takes effect within a step rather than at the

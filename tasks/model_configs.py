@@ -105,8 +105,8 @@ def _whole(config: Mapping[str, Any], file_name: str, name: str, *, at_least: in
     value = config.get(name)
     if value is None:
         return None
-    is_whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value)
-    if not is_whole or value < at_least:
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # 1e30 is one, too
+    if not is_whole or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{file_name}: {name} is {value!r}; it must be a whole number, {at_least} or more")
     return int(value)
 

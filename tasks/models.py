@@ -1,5 +1,6 @@
 """What the API has to know of a model, without torch: its tokenizer, chat templates, defaults, length and revision."""
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 FAKE_EMBEDDING_WIDTH = 8
 FAKE_LENGTH = 1_024
+FOLLOW_SECONDS = 2.0  # between two looks at models.toml
 
 FAKE_CHAT_TEMPLATE = (
     "{% for tool in tools or [] %}tool: {{ tool | tojson }}, called by <tool_call>\n{% endfor %}"
@@ -177,6 +179,8 @@ class ModelViews:
         self._failed: dict[str, tuple[ModelEntry, float]] = {}  # the entry, and when to try it again
         self._reasons: dict[str, str] = {}
         self._refreshing = Lock()
+        for model_id, reason in catalog.unavailable.items():
+            log.error("a model of models.toml makes no sense", extra={"model": model_id, "reason": reason})
         self._load_new()
 
     def get(self, model_id: str) -> ModelView:
@@ -228,6 +232,16 @@ class ModelViews:
         return failed is None or failed[0] != entry or monotonic() >= failed[1]
 
 
+async def follow_models(views: ModelViews) -> None:
+    """Keep them as models.toml says, until cancelled."""
+    while True:
+        try:
+            await asyncio.to_thread(views.refresh)
+        except Exception as exc:  # an outermost loop: what was there before stays
+            log.exception("models.toml was not followed, will look again: %s", describe_exception(exc))
+        await asyncio.sleep(FOLLOW_SECONDS)
+
+
 def load_model_view(entry: ModelEntry) -> ModelView:
     """Blocking. Raises ValueError if the model's files are missing or make no sense."""
     if entry.backend == "fake" and not Path(entry.path).is_dir():
@@ -239,16 +253,30 @@ def load_model_view(entry: ModelEntry) -> ModelView:
 
 
 def complete(entry: ModelEntry) -> ModelSpec:
-    """With the model's own length where models.toml names none. Blocking. Raises ValueError that names the model."""
-    if entry.max_model_len is not None or (entry.backend == "fake" and not Path(entry.path).is_dir()):
+    """With the model's own length where models.toml names none. Blocking. Raises ValueError that names the model, and
+    what is wrong with its files."""
+    if entry.backend == "fake" and not Path(entry.path).is_dir():
         return _spec_of(entry, entry.max_model_len or FAKE_LENGTH)
     try:
         folder = model_folder(entry)
         config = read_json_file(folder / "config.json")
         refuse_unservable(entry, folder, config)
-        return _spec_of(entry, own_length(entry, folder, config, read_json_file(folder / "tokenizer_config.json")))
+        tokenizer_config = read_json_file(folder / "tokenizer_config.json")
+        return _spec_of(entry, entry.max_model_len or own_length(entry, folder, config, tokenizer_config))
     except ValueError as exc:
         raise ValueError(f"model {entry.id}: {exc}") from exc
+
+
+def files_at_fault(catalog: Catalog) -> dict[str, str]:
+    """Why models of folders on this machine cannot be served, by id. Nothing is fetched."""
+    reasons = {}
+    for entry in catalog:
+        try:
+            if Path(entry.path).exists() or Path(entry.path).is_absolute():
+                load_model_view(entry)
+        except ValueError as exc:
+            reasons[entry.id] = str(exc).removeprefix(f"model {entry.id}: ")
+    return reasons
 
 
 def _spec_of(entry: ModelEntry, max_model_len: int) -> ModelSpec:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from domain.catalog import ModelEntry
 from settings import PREFIX, ROOT, Settings
 
 README = (ROOT / "README.md").read_text()
@@ -78,6 +79,16 @@ def test_the_settings_table_says_what_the_settings_are() -> None:
         if isinstance(default, Path):
             default = default.relative_to(ROOT)
         assert rows[name.upper()] == ("–" if default is None else f"`{default}`"), name
+
+
+def test_the_document_of_models_has_every_key_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", (ROOT / "docs" / "models.md").read_text(), re.MULTILINE))
+    assert list(rows) == list(ModelEntry.model_fields)
+    for name, field in ModelEntry.model_fields.items():
+        if isinstance(field.default, bool):
+            assert rows[name] == f"`{str(field.default).lower()}`", name
+        elif isinstance(field.default, (int, str)):
+            assert rows[name] == f"`{field.default}`", name
 
 
 #: Names of machines, folders and package hosts have no place in a project that anybody may clone.

@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
-from domain.catalog import ModelSpec
+from domain.catalog import ModelEntry
 from domain.errors import InvalidRequest
 from domain.requests import ChatMessage, GenerationRequest
 from settings import ROOT
@@ -53,11 +53,11 @@ def model_dir(tmp_path: Path) -> Path:
     return write_model(tmp_path / "tiny")
 
 
-def make_spec(folder: Path, **fields: object) -> ModelSpec:
-    return ModelSpec.model_validate({"id": "tiny", "path": str(folder), "max_model_len": 64} | fields)
+def make_spec(folder: Path, **fields: object) -> ModelEntry:
+    return ModelEntry.model_validate({"id": "tiny", "path": str(folder), "max_model_len": 64} | fields)
 
 
-FAKE = ModelSpec(id="fake", path="fake", backend="fake", max_model_len=64)
+FAKE = ModelEntry(id="fake", path="fake", backend="fake", max_model_len=64)
 
 
 def chat(*turns: tuple[str, str]) -> GenerationRequest:
@@ -168,3 +168,32 @@ def test_the_views_load_neither_torch_nor_transformers() -> None:
     code = "import sys, tasks.models; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def beyond_the_vocabulary(folder: Path, **fields: object) -> ModelView:
+    """As Gemma's tokenizer has <image_soft_token>, which the model for text alone has not."""
+    tokenizer = Tokenizer.from_file(str(write_model(folder) / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<image_soft_token>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    size = tokenizer.get_vocab_size() - 1
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": size}))
+    return load_model_view(make_spec(folder, **fields))
+
+
+def test_a_text_that_spells_a_token_beyond_the_vocabulary_is_refused_by_its_name(tmp_path: Path) -> None:
+    view = beyond_the_vocabulary(tmp_path / "tiny")
+    with pytest.raises(InvalidRequest, match="prompt spells '<image_soft_token>'") as refused:
+        view.encode(GenerationRequest(model="tiny", prompt="a <image_soft_token> b"))
+    assert refused.value.param == "prompt"
+    with pytest.raises(InvalidRequest, match="<image_soft_token>") as refused:
+        view.encode_input("<image_soft_token>", 3)
+    assert refused.value.param == "inputs.3"
+
+
+def test_in_a_message_it_is_text_unless_the_model_reads_its_tokens_there(tmp_path: Path) -> None:
+    view = beyond_the_vocabulary(tmp_path / "tiny")
+    assert max(view.encode(chat(("user", "a <image_soft_token> b")))) < view.vocab_size
+    view = beyond_the_vocabulary(tmp_path / "other", special_tokens_in_content=True)
+    with pytest.raises(InvalidRequest, match="messages spells '<image_soft_token>'") as refused:
+        view.encode(chat(("user", "a <image_soft_token> b")))
+    assert refused.value.param == "messages"

@@ -1,0 +1,111 @@
+"""Models over HTTP: one that is unavailable says why on every route, models.toml is followed, and a text that its model
+cannot read is refused at the door."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.catalog import Catalog
+from maintenance.janitor import Janitor
+from settings import Settings
+from storage import workers
+from storage.workers import WorkerReport
+from tests.integration.api_harness import ApiServer, HandWorker, body, post_job, until
+from tests.unit.test_models import beyond_the_vocabulary
+
+FAKE = '[[models]]\nid = "{}"\npath = "fake"\nbackend = "fake"\nmax_model_len = 64\n'
+BAD = '[[models]]\nid = "bad"\npath = "/nowhere"\n'
+
+
+@pytest.fixture
+def models_file(tmp_path: Path) -> Path:
+    file = tmp_path / "models.toml"
+    file.write_text(FAKE.format("fake") + BAD)
+    return file
+
+
+@pytest.fixture
+def http(api_settings: Settings, models_file: Path) -> Iterator[httpx.Client]:
+    with ApiServer(api_settings, Catalog.load(models_file)) as server, server.client() as client:
+        yield client
+
+
+def post_everywhere(http: httpx.Client, model: str, text: str) -> dict[str, httpx.Response]:
+    """Every route that takes a text, with it."""
+    message = [{"role": "user", "content": text}]
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/jobs": {"prompt": text},
+        "/v1/completions": {"prompt": text, "max_tokens": 1},
+        "/v1/chat/completions": {"messages": message},
+        "/v1/responses": {"input": text},
+        "/v1/responses/input_tokens": {"input": text},
+        "/v1/embeddings": {"input": text},
+    }
+    return {path: http.post(path, json={"model": model} | content) for path, content in bodies.items()}
+
+
+def test_a_model_that_is_unavailable_says_why_on_every_route(http: httpx.Client) -> None:
+    for path, answer in post_everywhere(http, "bad", "hello").items():
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (503, "model_unavailable"), path
+        assert "no folder on this machine" in error["message"]
+        assert int(answer.headers["retry-after"]) >= 1
+    served, bad = http.get("/v1/models").json()["data"]
+    assert (served["id"], served["unavailable"], served["max_model_len"]) == ("fake", None, 64)
+    assert (bad["id"], bad["loaded"], bad["max_model_len"]) == ("bad", False, None)
+    assert "no folder on this machine" in bad["unavailable"]
+    assert http.get("/v1/models/bad").json()["unavailable"] == bad["unavailable"]
+    health = http.get("/health").json()
+    assert (health["status"], health["models"], health["models_unavailable"]) == ("degraded", ["fake"], ["bad"])
+    post_job(http)
+
+
+def test_changes_of_models_toml_are_followed_without_a_restart(http: httpx.Client, models_file: Path) -> None:
+    job = post_job(http)
+    models_file.write_text(FAKE.format("other"))
+    until(lambda: http.post("/v1/jobs", json=body(model="other")).status_code == 202, seconds=60)
+    until(lambda: http.post("/v1/jobs", json=body()).status_code == 404, seconds=60)
+    assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["other"]
+    assert http.get(f"/v1/jobs/{job['id']}").json()["status"] == "queued", "it is there still"
+    models_file.write_text("[[models")
+    models_file.write_text(FAKE.format("other") + FAKE.format("third"))
+    until(lambda: http.post("/v1/jobs", json=body(model="third")).status_code == 202, seconds=60)
+
+
+def test_jobs_of_a_model_taken_out_go_on_as_long_as_its_workers(
+    http: httpx.Client,
+    models_file: Path,
+    session_factory: sessionmaker[Session],
+    hand_worker: HandWorker,
+    api_settings: Settings,
+) -> None:
+    report = WorkerReport(hand_worker.owner, "w1", "fake", max_num_seqs=4, num_running=0, tokens_per_second=1.0)
+    with session_factory.begin() as session:
+        workers.heartbeat(session, report)
+    job = post_job(http)
+    models_file.write_text(FAKE.format("other"))
+    until(lambda: http.get("/v1/models/fake").status_code == 404, seconds=60)
+    hand_worker.redis.flushdb()  # whatever the API sent is lost
+    with session_factory.begin() as session:
+        workers.heartbeat(session, report)
+    janitor = Janitor(session_factory, hand_worker.redis, Catalog.load(models_file), api_settings)
+    janitor.tick()
+    janitor.tick()
+    assert hand_worker.redis.llen("celeriac.fake") == 1, "it was sent to the worker that there is"
+    assert hand_worker.claim(job["id"])
+
+
+def test_a_text_that_spells_a_token_beyond_the_vocabulary_is_a_400_on_every_route(
+    api_settings: Settings, tmp_path: Path
+) -> None:
+    view = beyond_the_vocabulary(tmp_path / "tiny", max_model_len=256, special_tokens_in_content=True)
+    with ApiServer(api_settings, Catalog([view.spec])) as server, server.client() as http:
+        for path, answer in post_everywhere(http, "tiny", "a <image_soft_token>").items():
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (400, "invalid_value"), path
+            assert "<image_soft_token>" in error["message"]
+            assert error["param"] in ("prompt", "messages", "input", "input.0"), path
