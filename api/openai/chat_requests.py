@@ -4,7 +4,7 @@ from typing import Any
 
 from api.openai.chat_schemas import ChatCompletionBody, FunctionTool, Message, NamedTool, ResponseFormat
 from api.openai.output_shapes import answer_of
-from api.openai.schemas import build, build_at, refuse_effort, refuse_idle_stream_options, spelling_of_params, strings
+from api.openai.schemas import build, build_at, refuse_idle_stream_options, spelling_of_params, strings, take_effort
 from api.openai.tool_requests import AskedTools, output_of, spelling_of_output, tools_of
 from domain.errors import InvalidRequest
 from domain.requests import NO_BOUND, ChatMessage, GenerationRequest
@@ -17,7 +17,7 @@ SCHEMA_PLACE = "response_format.json_schema.schema"
 def to_generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
     """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model cannot be given."""
     refuse_idle_stream_options(body)
-    refuse_effort(body.reasoning_effort, view, place="reasoning_effort")
+    take_effort(body.reasoning_effort, view, place="reasoning_effort")
     asked = _asked_tools(body)
     tools = tools_of(asked, view)
     params = body.sampling(

@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from api.openai.schemas import (
     MAX_PARTS,
+    Effort,
     ForeignTool,
     GenerationBody,
     OpenAIModel,
@@ -123,7 +124,7 @@ class ChatCompletionBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Effort | None = None
 
     modalities: Annotated[Any, only(["text"])] = None
     audio: Unsupported = None

@@ -9,10 +9,10 @@ from api.openai.response_schemas import FunctionTool, NamedTool, ResponseBody, T
 from api.openai.schemas import (
     build,
     in_words_of_the_body,
-    refuse_effort,
     refuse_idle_stream_options,
     spelling_of_params,
     strings,
+    take_effort,
 )
 from api.openai.tool_requests import AskedTools, output_of, spelling_of_output, tools_of
 from domain.errors import InvalidRequest
@@ -39,7 +39,7 @@ def to_generation_request(
 
 def _generation_request(body: ResponseBody, view: ModelView, context: Sequence[dict[str, Any]]) -> GenerationRequest:
     refuse_idle_stream_options(body)
-    refuse_effort(body.reasoning.effort if body.reasoning else None, view, place="reasoning.effort")
+    take_effort(body.reasoning.effort if body.reasoning else None, view, place="reasoning.effort")
     asked = _asked_tools(body)
     tools = tools_of(asked, view)
     params = body.sampling(

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Ta
 from api.openai.hints import NOT_INCLUDED
 from api.openai.schemas import (
     MAX_PARTS,
+    Effort,
     ForeignTool,
     GenerationBody,
     OpenAIModel,
@@ -176,7 +177,7 @@ class ResponseStreamOptions(OpenAIModel):
 
 
 class Reasoning(OpenAIModel):
-    effort: str | None = None
+    effort: Effort | None = None
 
 
 LOGPROBS: Final = "message.output_text.logprobs"  # all that there is to include

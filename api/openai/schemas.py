@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from api.bodies import UNSUPPORTED, invalid_request
+from api.ignored_fields import note_ignored
 from api.job_schemas import MetadataKey, MetadataValue
 from api.openai.hints import FOREIGN_TOOLS, is_foreign_tool
 from domain.chunks import TokenLogprob
@@ -88,6 +89,7 @@ Strings = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS), Tag("<strings>")],
     Discriminator(lambda value: "<string>" if isinstance(value, str) else "<strings>"),
 ]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 Identity = Annotated[str, StringConstraints(max_length=512)]
 ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
@@ -159,13 +161,16 @@ def refuse_idle_stream_options(body: GenerationBody) -> None:
         )
 
 
-def refuse_effort(effort: str | None, view: ModelView, *, place: str) -> None:
-    """How long a model thinks is its chat template's matter; one that never does need not be told to do without.
-    Raises UnsupportedParameter."""
-    if effort is None or (effort == "none" and view.output_format.reasoning is None):
+def take_effort(effort: Effort | None, view: ModelView, *, place: str) -> None:
+    """One that never thinks answers without, whatever effort it is told: that is a hint, which is noted. How long
+    another thinks is its chat template's matter. Raises UnsupportedParameter."""
+    if effort is None:
+        return
+    if view.output_format.reasoning is None:
+        note_ignored([place])
         return
     raise UnsupportedParameter(
-        f"{place} is {effort[:40]!r}, but {view.spec.id} thinks as its chat template says; leave it out", param=place
+        f"{place} is {effort!r}, but {view.spec.id} thinks as its chat template says; leave it out", param=place
     )
 
 

@@ -91,6 +91,7 @@ HINTED: list[tuple[str, dict[str, Any], str]] = [
         chat_body(tools=[{"type": "mcp", "server_label": "x"}, {"type": "function", "function": {"name": "f"}}]),
         "tools.0",
     ),
+    ("/v1/chat/completions", chat_body(reasoning_effort="low"), "reasoning_effort"),
     ("/v1/completions", {"model": MODEL, "prompt": "Hi", "store": True, "cache_prompt": True}, "store, cache_prompt"),
     (
         "/v1/responses",
@@ -104,7 +105,8 @@ HINTED: list[tuple[str, dict[str, Any], str]] = [
             "text": {"verbosity": "low"},
             "max_output_tokens": 3,
         },
-        "truncation, include.0, reasoning.summary, tools.0, text.verbosity, input.0.content.0.cache_control",
+        "truncation, include.0, reasoning.summary, tools.0, text.verbosity, input.0.content.0.cache_control, "
+        "reasoning.effort",
     ),
     ("/v1/responses/input_tokens", {"model": MODEL, "input": "Hi", "client_metadata": {}}, "client_metadata"),
     ("/v1/embeddings", {"model": MODEL, "input": "Hi", "safety_identifier": "me"}, "safety_identifier"),

@@ -123,7 +123,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"modalities": ["audio"]}, "modalities"),
-    ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"reasoning_effort": "hard"}, "reasoning_effort"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream_options": {"include_obfuscation": False}, "stream": False}, "stream_options"),
     ({"no_such_field": 1}, "no_such_field"),
