@@ -25,7 +25,7 @@ MAX_REMEMBERED = 4_096  # verdicts, of at most a few hundred bytes
 MAX_WAITING = 32
 WAIT_SECONDS = 5.0  # for the process to be free
 JUDGE_SECONDS = 5.0  # by the clock, on a busy machine; the process limits itself to half a second of CPU time
-START_SECONDS = 30.0  # for Python and, at the first grammar of a model, its tokenizer
+START_SECONDS = 600.0  # for a model's tokenizer, by the clock: on a busy machine the process counts its CPU time
 MAX_ANSWER_BYTES = 65_536
 
 #: How the process ends when it goes beyond its limits: by its own timer, or by an allocation that was refused.

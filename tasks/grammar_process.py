@@ -20,6 +20,7 @@ from domain.tools import ToolCalls
 from tasks.grammars import error_of, in_short, make_grammar_tokenizer, make_matcher
 
 CPU_SECONDS = 0.5  # for one grammar: the engine compiles it once more, and its batch waits meanwhile
+LOAD_CPU_SECONDS = 60.0  # for a tokenizer: one of 262,000 tokens takes seven
 MAX_MASK_SECONDS = 0.1
 MEMORY_BYTES = 256 * 2**20  # for one grammar, on top of the tokenizers
 NUM_STEPS = 32  # of a walk through the grammar: what fails or stalls there would fail a job
@@ -90,12 +91,15 @@ def main() -> None:
 
 def _load(tokenizers: dict[str, LLTokenizer], request: dict[str, Any]) -> dict[str, str | None]:
     _limit_memory(None)
+    signal.setitimer(signal.ITIMER_PROF, LOAD_CPU_SECONDS)
     try:
         tokenizers[request["model"]] = make_grammar_tokenizer(
             request["tokenizer"], request["vocab_size"], request["eos_token_ids"]
         )
     except ValueError as exc:
         return {"reason": str(exc)[:200]}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return {"reason": None}
 
 
