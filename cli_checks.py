@@ -1,5 +1,6 @@
 """What a command looks at before it starts a process, so that what is wrong is one line with its remedy."""
 
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def refuse_taken_port(setting: str, host: str, port: int) -> None:
         with socket.create_server((host, port), family=family):
             return
     except (OSError, OverflowError) as exc:
-        reason = getattr(exc, "strerror", None) or str(exc)
+        reason = os.strerror(exc.errno) if isinstance(exc, OSError) and (exc.errno or 0) > 0 else str(exc)
         raise click.ClickException(f"nothing can listen on {host}:{port} ({reason}); give another {setting}") from exc
 
 

@@ -1,7 +1,9 @@
 """The `celeriac` command: what it says, how fast, and how it explains what is not its fault."""
 
+import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import traceback
@@ -13,6 +15,7 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 import cli
+import terminal
 from client import job_body, parse_events
 from explain import explain
 from settings import Settings, get_settings
@@ -145,6 +148,70 @@ def test_a_models_file_that_makes_no_sense_stops_up_before_it_starts(run: Any, t
     assert result.exit_code == 1
     assert "max_model_len" in result.output
     assert not (tmp_path / "postgres").exists()
+
+
+@pytest.mark.parametrize("command", [["submit", "Hello!"], ["jobs"], ["watch", "job_1"], ["cancel", "job_1"]])
+def test_nothing_is_asked_that_merely_listens_on_the_usual_port(run: Any, command: list[str]) -> None:
+    result = run(*command)
+    assert result.exit_code == 1
+    assert "no `celeriac up` runs in this folder" in result.output
+    assert "CELERIAC_API_URL" in result.output
+
+
+def test_a_port_that_was_named_is_asked(run: Any) -> None:
+    assert "no answer from the API at http://127.0.0.1:9" in run("jobs", CELERIAC_PORT="9").output
+
+
+def test_a_data_folder_that_cannot_be_used_is_named_with_the_remedy(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run("up", CELERIAC_DATA_DIR=str(tmp_path / "file" / "data"))
+    assert result.exit_code == 1
+    assert "CELERIAC_DATA_DIR is" in result.output
+    assert "give a folder that can be written to" in result.output
+
+
+def test_a_worker_for_an_unknown_model_does_not_start(run: Any) -> None:
+    result = run("worker", "--model", "nope")
+    assert result.exit_code == 1
+    assert "model 'nope' is not served here; choose one of: celeriac-mini" in result.output
+
+
+@pytest.mark.parametrize("command", ["api", "worker", "maintenance", "up", "models"])
+def test_a_missing_models_file_is_named_with_the_remedy(run: Any, tmp_path: Path, command: str) -> None:
+    result = run(command, CELERIAC_MODELS_FILE=str(tmp_path / "none.toml"))
+    assert result.exit_code == 1
+    assert "none.toml: No such file or directory; give the path of a models.toml" in result.output
+
+
+@pytest.mark.parametrize(("command", "setting"), [("api", "CELERIAC_PORT"), ("flower", "CELERIAC_FLOWER_PORT")])
+def test_a_taken_port_is_named_with_the_remedy(run: Any, command: str, setting: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run(command, CELERIAC_DATABASE_URL="postgresql://127.0.0.1:1/none", **{setting: str(port)})
+    assert result.exit_code == 1
+    assert f"127.0.0.1:{port} (Address already in use); give another {setting}" in result.output
+
+
+def test_ids_and_paths_are_whole_in_a_pipe_and_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    job = {"id": "job_" + "0" * 26, "status": "queued", "model": "m" * 70, "created_at": "2026-01-01T00:00:00+00:00"}
+    job |= {"started_at": None, "finished_at": None}
+    for width, is_terminal in ((60, True), (40, False)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        written = io.StringIO()
+        console = Console(highlight=False, file=written, force_terminal=is_terminal)
+        monkeypatch.setattr(terminal, "Console", lambda console=console, **_: console)
+        terminal.show(terminal.jobs_table([job]))
+        assert job["id"] in written.getvalue()
+        assert is_terminal or job["model"] in written.getvalue()
+
+
+def test_the_first_steps_show_the_key_where_one_is_asked_for() -> None:
+    steps = terminal.first_steps("http://127.0.0.1:8000", "m", "job_1", "celeriac", needs_key=True)
+    assert "celeriac keys create" in steps
+    assert steps.count("curl") == steps.count("authorization: Bearer $CELERIAC_API_KEY") == 3
+    assert "key" not in terminal.first_steps("http://127.0.0.1:8000", "m", "job_1", "celeriac", needs_key=False).lower()
 
 
 def test_a_bug_keeps_its_traceback() -> None:
