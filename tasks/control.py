@@ -36,7 +36,7 @@ def engine_drain(state: Any, exit: int = 0, seconds: float | None = None, **_: A
     if exit:
         pool.shutdown.drain("the order engine_drain", release_after_seconds=release_after_seconds)
     else:
-        logger.warning("engine_drain was received; running jobs will have %.0f seconds", release_after_seconds)
+        logger.warning("draining on the order engine_drain: running jobs have %.0f seconds", release_after_seconds)
         pool.runner.order_drain(release_after_seconds=release_after_seconds)
     return {"ok": "draining"}
 
@@ -47,7 +47,7 @@ def engine_resume(state: Any, **_: Any) -> dict[str, str]:
     pool = state.consumer.pool
     if not hasattr(pool, "engine_figures"):
         return _NO_ENGINE
-    logger.warning("engine_resume was received")
+    logger.warning("taking jobs again on the order engine_resume")
     pool.runner.order_resume()
     return {"ok": "taking jobs"}
 
