@@ -206,7 +206,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             uploads=UploadSlots(settings.max_uploads, is_shared=settings.auth != "none"),
         )
         stack.push_async_callback(services.leave_undone)
-        services.go_on(follow_models(views))
+        services.go_on(follow_models(views, on_look=submitter.prepare_grammars))
         yield services
 
 

@@ -267,7 +267,7 @@ class BatchWork:
         try:
             asked = self._surface.read_line(content, batch.endpoint)
             try:
-                settled = self._loop.run_until_complete(self._settler.settle(asked.request))
+                settled = self._loop.run_until_complete(self._settler.settle(asked.request, batch.tenant_id))
             except CeleriacError as exc:
                 raise asked.in_words(exc) from None
             view, options = self._views.get(asked.request.model), _options(batch, line, asked)

@@ -1,16 +1,18 @@
-"""Main of the process that judges grammars for the API, and may die of one that is too costly.
+"""Main of the process that judges grammars for the API, in forks that may die of one that is too costly.
 
-Requests and answers are JSON lines on stdin and stdout, one of each at a time: a model's tokenizer first, then outputs
-to be judged for it. The answer is a reason against it, or null, and the field it is about. The process ends with its
-stdin.
+It reads a header and the model's tokenizer from stdin, and then outputs to be judged, one JSON line each; it answers on
+stdout, one JSON line each: a reason against it, or null, and the field it is about; or the return code that the fork
+died with. What it writes to stderr quotes no grammar. The process ends with its stdin.
 """
 
+import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 import orjson
 from llguidance import LLMatcher, LLTokenizer
@@ -20,7 +22,9 @@ from domain.tools import ToolCalls
 from tasks.grammars import error_of, in_short, make_grammar_tokenizer, make_matcher
 
 CPU_SECONDS = 0.5  # for one grammar: the engine compiles it once more, and its batch waits meanwhile
+JUDGE_SECONDS = 10.0  # by the clock, on a busy machine
 LOAD_CPU_SECONDS = 60.0  # for a tokenizer: one of 262,000 tokens takes seven
+LOAD_SECONDS = 600.0  # by the clock
 MAX_MASK_SECONDS = 0.1
 MEMORY_BYTES = 256 * 2**20  # for one grammar, on top of the tokenizers
 NUM_STEPS = 32  # of a walk through the grammar: what fails or stalls there would fail a job
@@ -80,44 +84,65 @@ def _nth_set_bit(mask: int, number: int) -> int:
 
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    tokenizers: dict[str, LLTokenizer] = {}
-    for line in sys.stdin.buffer:
-        request = orjson.loads(line)
-        if "tokenizer" in request:
-            _answer(_load(tokenizers, request))
-        else:
-            _answer(_judge_within_limits(tokenizers[request["model"]], request["output"]))
-
-
-def _load(tokenizers: dict[str, LLTokenizer], request: dict[str, Any]) -> dict[str, str | None]:
-    _limit_memory(None)
-    signal.setitimer(signal.ITIMER_PROF, LOAD_CPU_SECONDS)
+    _limit_time(LOAD_CPU_SECONDS, LOAD_SECONDS)
+    header = orjson.loads(sys.stdin.buffer.readline())
+    tokenizer_json = sys.stdin.buffer.read(header["num_bytes"]).decode()
     try:
-        tokenizers[request["model"]] = make_grammar_tokenizer(
-            request["tokenizer"], request["vocab_size"], request["eos_token_ids"]
-        )
+        tokenizer = make_grammar_tokenizer(tokenizer_json, header["vocab_size"], header["eos_token_ids"])
     except ValueError as exc:
-        return {"reason": str(exc)[:200]}
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-    return {"reason": None}
+        _answer({"reason": str(exc)[:200]})
+        return
+    del tokenizer_json
+    _limit_time(0, 0)
+    _answer({"reason": None})
+    for line in sys.stdin.buffer:
+        return_code = _judge_apart(tokenizer, line)
+        if return_code != 0:
+            _answer({"return_code": return_code})
 
 
-def _judge_within_limits(tokenizer: LLTokenizer, output: dict[str, Any]) -> dict[str, str | None]:
-    """Beyond its limits the process dies: by SIGPROF for time, by an abort for memory."""
-    _limit_memory(MEMORY_BYTES)
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+def _judge_apart(tokenizer: LLTokenizer, line: bytes) -> int:
+    """In a fork, which is what dies of a grammar and has the vocabulary from the start. It answers where it returns
+    0."""
+    process_id = os.fork()
+    if process_id == 0:
+        _judge_and_exit(tokenizer, orjson.loads(line))
+    _, status = os.waitpid(process_id, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _judge_and_exit(tokenizer: LLTokenizer, request: dict[str, Any]) -> NoReturn:
+    """Beyond its limits the fork dies: by SIGPROF for time, by an abort for memory."""
+    errors = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a compiler prints as it dies may quote the grammar
     try:
-        return judge(tokenizer, StructuredOutput.model_validate(output))
+        _limit_memory(MEMORY_BYTES)
+        _limit_time(CPU_SECONDS, JUDGE_SECONDS)
+        output = StructuredOutput.model_validate(request)
+        answer = judge(tokenizer, output)
+        _limit_time(0, 0)
+        _answer(answer)
+    except MemoryError:
+        os.abort()
+    except BaseException as exc:  # a panic in a library written in Rust is no Exception
+        _limit_time(0, 0)
+        place = traceback.extract_tb(exc.__traceback__)[-1]
+        os.write(errors, f"{type(exc).__name__} in line {place.lineno} of {place.filename}\n".encode())
+        _answer({"reason": f"the compiler fails on it ({type(exc).__name__})", "place": next(iter(request))})
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        os._exit(0)
 
 
-def _limit_memory(num_bytes: int | None) -> None:
-    """How much the address space may still grow; None is without limit."""
+def _limit_time(cpu_seconds: float, seconds: float) -> None:
+    """0 is without limit. Beyond them the process dies of SIGPROF or SIGALRM."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """How much the address space may still grow."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    soft = hard if num_bytes is None else _address_space_bytes() + num_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space_bytes() + num_bytes, hard))
 
 
 def _address_space_bytes() -> int:
@@ -125,11 +150,10 @@ def _address_space_bytes() -> int:
         return int(statm.read().split()[0]) * resource.getpagesize()
 
 
-def _answer(answer: dict[str, str | None]) -> None:
+def _answer(answer: Mapping[str, str | int | None]) -> None:
     sys.stdout.buffer.write(orjson.dumps(answer) + b"\n")
     sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the API, which ends this process in its turn
     main()

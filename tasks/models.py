@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -48,11 +48,13 @@ FAKE_CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What following a grammar takes to know of a model's tokens. `size` counts those that pad the model's output."""
+    """What following a grammar takes to know of a model's tokens. `size` counts those that pad the model's output.
+    `tokenizer_json` is kept since making it holds all threads for some 0.4 s where the vocabulary is large."""
 
     tokenizer: Tokenizer
     size: int
     eos_token_ids: tuple[int, ...]
+    tokenizer_json: bytes
 
 
 class ModelView:
@@ -190,6 +192,11 @@ class ModelViews:
             raise ModelUnavailable(f"model {model_id!r} is being loaded; retry in a moment", param="model")
         return loaded.view
 
+    def loaded(self) -> list[ModelView]:
+        """Those of models.toml that a job may be asked of."""
+        loaded = [self._loaded.get(entry.id) for entry in self.catalog.entries]
+        return [one.view for one in loaded if one is not None]
+
     def output_format(self, model_id: str) -> OutputFormat:
         """For a job that there is, whose model may have been taken out since."""
         loaded = self._loaded.get(model_id)
@@ -232,11 +239,12 @@ class ModelViews:
         return failed is None or failed[0] != entry or monotonic() >= failed[1]
 
 
-async def follow_models(views: ModelViews) -> None:
-    """Keep them as models.toml says, until cancelled."""
+async def follow_models(views: ModelViews, *, on_look: Callable[[], None] = lambda: None) -> None:
+    """Keep them as models.toml says, until cancelled. `on_look` is called after each look at it."""
     while True:
         try:
             await asyncio.to_thread(views.refresh)
+            on_look()
         except Exception as exc:  # an outermost loop: what was there before stays
             log.exception("models.toml was not followed, will look again: %s", describe_exception(exc))
         await asyncio.sleep(FOLLOW_SECONDS)
@@ -291,18 +299,21 @@ def _load_view(entry: ModelEntry) -> ModelView:
     special_tokens = special_tokens_of(read_json_file(folder / "special_tokens_map.json") | tokenizer_config)
     generation_config = read_json_file(folder / "generation_config.json")
     tokenizer = load_tokenizer(folder, tokenizer_config, special_tokens)
-    encoder = TokenizerEncoder(tokenizer)
-    vocab_size = vocabulary_size(config, default=encoder.vocab_size)
-    vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_ids(generation_config, config))
+    vocab_size = vocabulary_size(config, default=tokenizer.get_vocab_size())
+    vocabulary = None
+    if entry.backend != "fake" and entry.task == "generation":
+        # Described before the encoder adds a token of its own.
+        eos_ids = eos_token_ids(generation_config, config)
+        vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids, tokenizer.to_str().encode())
     templates = load_templates(entry, folder, tokenizer_config, special_tokens)
     return ModelView(
         complete(entry),
         revision=model_revision(entry),
-        encoder=encoder,
+        encoder=TokenizerEncoder(tokenizer),
         chat_template=templates,
         defaults=generation_defaults(generation_config),
         vocab_size=vocab_size,
-        vocabulary=None if entry.backend == "fake" else vocabulary,
+        vocabulary=vocabulary,
         embedding_width=embedding_width(config),
         marks=None if entry.special_tokens_in_content else content_marks(tokenizer, templates.text),
     )

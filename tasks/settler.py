@@ -1,6 +1,8 @@
 """The one way from a request to a settled one: checked, tokenized, its grammar compiled. Requests that somebody waits
 for and lines of batches go it alike."""
 
+from uuid import UUID
+
 from domain.embeddings import EmbeddingRequest
 from domain.kinds import JobRequest
 from domain.requests import GenerationRequest
@@ -12,14 +14,18 @@ from tasks.tokenizing import TokenizingPool
 
 
 class Settler:
-    """For one event loop. Holds the threads that tokenize and the process that compiles grammars."""
+    """For one event loop. Holds the threads that tokenize and the processes that compile grammars."""
 
     def __init__(self, views: ModelViews) -> None:
         self._views = views
         self._tokenizing = TokenizingPool()
         self._grammar_gate = GrammarGate()
 
-    async def settle(self, request: JobRequest) -> Settled:
+    def prepare_grammars(self) -> None:
+        """Have what the models' grammars take made ready in the background. Call it again where models changed."""
+        self._grammar_gate.prepare(self._views.loaded())
+
+    async def settle(self, request: JobRequest, tenant_id: UUID) -> Settled:
         """Raises the CeleriacError that says why no job can be made of it."""
         view = self._views.get(request.model)
         refuse_unfit(request, view)
@@ -27,7 +33,7 @@ class Settler:
             return settle_embedding(request, view, await self._tokenizing.encode_inputs(view, request))
         settled = settle_generation(request, view, await self._tokenizing.encode(view, request))
         if request.params.structured_output is not None:
-            await self._grammar_gate.check(view, request.params.structured_output)
+            await self._grammar_gate.check(view, request.params.structured_output, tenant_id)
         return settled
 
     async def count_prompt_tokens(self, request: GenerationRequest) -> int:

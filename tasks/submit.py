@@ -98,7 +98,7 @@ class Submitter:
         view = self._views.get(request.model)
         refuse_impossible_deadline(options)
         webhook_url = await self._check_webhook(options.webhook_url)
-        settled = await self._settler.settle(request)
+        settled = await self._settler.settle(request, tenant_id)
         return make_job(tenant_id, request, options, view, settled, settings=self._settings, webhook_url=webhook_url)
 
     async def _check_webhook(self, url: str | None) -> str | None:
@@ -107,6 +107,10 @@ class Submitter:
             return None if url is None else str(await self._webhook_guard.check(url))
         except BadWebhookUrl as exc:
             raise InvalidRequest(f"webhook: {exc}", param="webhook") from None
+
+    def prepare_grammars(self) -> None:
+        """Have what the models' grammars take made ready in the background. Call it again where models changed."""
+        self._settler.prepare_grammars()
 
     async def count_prompt_tokens(self, request: GenerationRequest) -> int:
         """Of a request that is not submitted. Raises the CeleriacError that says why it cannot be."""

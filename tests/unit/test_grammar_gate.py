@@ -4,22 +4,27 @@ nothing that is sent keeps the next one from being judged."""
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from domain.catalog import ModelSpec
-from domain.errors import InvalidRequest, UnsupportedParameter
+from domain.errors import InvalidRequest, ServerOverloaded, UnsupportedParameter
 from domain.structured_output import StructuredOutput
 from settings import ROOT
+from tasks import grammar_compiler, grammar_gate
 from tasks.encoders import TokenizerEncoder
+from tasks.grammar_compiler import MAX_WAITING_OF_TENANT
 from tasks.grammar_gate import GrammarGate
 from tasks.model_configs import GenerationDefaults
 from tasks.models import ModelView, Vocabulary, load_model_view
 
 MINI = ModelSpec(id="mini", path=str(ROOT / "models" / "celeriac-mini"), max_model_len=1024)
+TENANT, OTHER_TENANT = uuid4(), uuid4()
 pytestmark = pytest.mark.timeout(60)
 
 POSSIBLE: list[dict[str, Any]] = [
@@ -74,6 +79,16 @@ def with_gate(body: Callable[[GrammarGate], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
+def slow(number: int) -> StructuredOutput:
+    """Another one for each number."""
+    return make(json_schema={"type": "integer", "multipleOf": 99_999_989 + 2 * number})
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110  (what pytest-timeout bounds)
+        await asyncio.sleep(0.01)
+
+
 def make(**fields: Any) -> StructuredOutput:
     return StructuredOutput.model_validate(fields)
 
@@ -82,39 +97,39 @@ def test_what_can_be_followed_passes_and_what_cannot_is_refused_by_name(view: Mo
     async def body(gate: GrammarGate) -> None:
         for fields, reason in IMPOSSIBLE:
             with pytest.raises(InvalidRequest) as refused:
-                await gate.check(view, make(**fields))
+                await gate.check(view, make(**fields), TENANT)
             [kind] = fields
             assert refused.value.param == f"params.structured_output.{kind}"
             assert reason in refused.value.message, fields
             assert len(refused.value.message) < 400
-            await gate.check(view, make(regex=f"after {kind}"))
+            await gate.check(view, make(regex=f"after {kind}"), TENANT)
         for fields in POSSIBLE:
-            await gate.check(view, make(**fields))
+            await gate.check(view, make(**fields), TENANT)
 
     with_gate(body)
 
 
 def test_a_verdict_is_remembered_and_outlives_the_process(view: ModelView) -> None:
     async def body(gate: GrammarGate) -> None:
-        await gate.check(view, make(regex="a"))
+        await gate.check(view, make(regex="a"), TENANT)
         await gate.aclose()
-        await gate.check(view, make(regex="a"))
-        assert gate.process_id is None, "it was asked again"
-        await gate.check(view, make(regex="b"))
-        assert gate.process_id is not None
+        await gate.check(view, make(regex="a"), TENANT)
+        assert gate.process_id(MINI.id) is None, "it was asked again"
+        await gate.check(view, make(regex="b"), TENANT)
+        assert gate.process_id(MINI.id) is not None
 
     with_gate(body)
 
 
 def test_a_process_that_somebody_killed_is_replaced(view: ModelView) -> None:
     async def body(gate: GrammarGate) -> None:
-        await gate.check(view, make(regex="a"))
-        assert gate.process_id is not None
-        os.kill(gate.process_id, signal.SIGKILL)
-        async with asyncio.timeout(10):
-            while gate.process_id is not None:  # noqa: ASYNC110  (until the event loop has heard of it)
-                await asyncio.sleep(0)
-        await gate.check(view, make(regex="b"))
+        await gate.check(view, make(regex="a"), TENANT)
+        process_id = gate.process_id(MINI.id)
+        assert process_id is not None
+        os.kill(process_id, signal.SIGKILL)
+        await until(lambda: not gate.is_ready(MINI.id))
+        await gate.check(view, make(regex="b"), TENANT)
+        assert gate.process_id(MINI.id) != process_id
 
     with_gate(body)
 
@@ -122,9 +137,9 @@ def test_a_process_that_somebody_killed_is_replaced(view: ModelView) -> None:
 def test_many_at_once_are_judged_in_turn_and_the_same_one_once(view: ModelView) -> None:
     async def body(gate: GrammarGate) -> None:
         outputs = [make(regex=f"a{number}") for number in range(10)] * 2
-        await asyncio.gather(*(gate.check(view, output) for output in outputs))
+        await asyncio.gather(*(gate.check(view, output, TENANT) for output in outputs))
         bad = make(regex="(")
-        refusals = await asyncio.gather(*(gate.check(view, bad) for _ in range(5)), return_exceptions=True)
+        refusals = await asyncio.gather(*(gate.check(view, bad, TENANT) for _ in range(5)), return_exceptions=True)
         assert all(isinstance(refusal, InvalidRequest) for refusal in refusals)
 
     with_gate(body)
@@ -132,22 +147,161 @@ def test_many_at_once_are_judged_in_turn_and_the_same_one_once(view: ModelView) 
 
 def test_a_client_that_leaves_does_not_mix_up_the_answers(view: ModelView) -> None:
     async def body(gate: GrammarGate) -> None:
-        await gate.check(view, make(regex="a"))
-        slow = asyncio.create_task(gate.check(view, make(json_schema={"type": "integer", "multipleOf": 99_999_989})))
+        await gate.check(view, make(regex="a"), TENANT)
+        leaving = asyncio.create_task(gate.check(view, slow(0), TENANT))
         await asyncio.sleep(0)
-        slow.cancel()
+        leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await slow
-        await gate.check(view, make(regex="b"))
+            await leaving
+        await gate.check(view, make(regex="b"), TENANT)
         with pytest.raises(InvalidRequest):
-            await gate.check(view, make(regex="("))
+            await gate.check(view, make(regex="("), TENANT)
 
     with_gate(body)
+
+
+def test_a_vocabulary_is_read_before_it_is_asked_for_and_again_after_a_crash(view: ModelView) -> None:
+    async def body(gate: GrammarGate) -> None:
+        gate.prepare([view])
+        await until(lambda: gate.is_ready(MINI.id))
+        process_id = gate.process_id(MINI.id)
+        assert process_id is not None
+        gate.prepare([view])
+        assert gate.process_id(MINI.id) == process_id
+        os.kill(process_id, signal.SIGKILL)
+        await until(lambda: not gate.is_ready(MINI.id))
+        await until(lambda: gate.is_ready(MINI.id))
+        gate.prepare([])
+        assert gate.process_id(MINI.id) is None
+
+    with_gate(body)
+
+
+def test_a_costly_grammar_does_not_cost_the_vocabulary(view: ModelView) -> None:
+    async def body(gate: GrammarGate) -> None:
+        await gate.check(view, make(regex="a"), TENANT)
+        process_id = gate.process_id(MINI.id)
+        with pytest.raises(InvalidRequest, match="too much time"):
+            await gate.check(view, slow(0), TENANT)
+        assert gate.process_id(MINI.id) == process_id
+        assert gate.is_ready(MINI.id)
+
+    with_gate(body)
+
+
+def test_while_a_large_vocabulary_is_read_others_go_on_and_its_own_wait(
+    view: ModelView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, other_large = view_of("large", num_tokens=100_300), view_of("other", num_tokens=100_300)
+
+    async def body(gate: GrammarGate) -> None:
+        gate.prepare([large, other_large, view])
+        await until(lambda: gate.process_id("large") is not None)
+        process_id = gate.process_id("large")
+        assert process_id is not None
+        os.kill(process_id, signal.SIGSTOP)
+        assert not gate.is_ready("large")
+        await gate.check(view, make(regex="a"), TENANT)
+        assert gate.process_id("other") is None, "two large ones at once"
+        with monkeypatch.context() as patch:
+            patch.setattr(grammar_gate, "PATIENCE_SECONDS", 0.01)
+            with pytest.raises(ServerOverloaded, match="waits for the vocabulary of large") as refused:
+                await gate.check(large, make(regex="a"), TENANT)
+        assert refused.value.retry_after_seconds >= 1
+        waiting = asyncio.create_task(gate.check(large, make(regex="b"), TENANT))
+        os.kill(process_id, signal.SIGCONT)
+        await until(lambda: gate.is_ready("large"))
+        await waiting
+        await until(lambda: gate.is_ready("other"))
+
+    with_gate(body)
+
+
+def test_a_new_revision_has_its_own_vocabulary_and_verdicts() -> None:
+    old, new = view_of("changing", letters="ab", revision="1"), view_of("changing", letters="bc", revision="2")
+
+    async def body(gate: GrammarGate) -> None:
+        gate.prepare([old])
+        await gate.check(old, make(regex="a"), TENANT)
+        process_id = gate.process_id("changing")
+        gate.prepare([new])
+        with pytest.raises(InvalidRequest):
+            await gate.check(new, make(regex="a"), TENANT)
+        await gate.check(new, make(regex="c"), TENANT)
+        assert gate.process_id("changing") != process_id
+
+    with_gate(body)
+
+
+def test_a_tenant_with_many_slow_grammars_delays_another_by_one(view: ModelView) -> None:
+    async def body(gate: GrammarGate) -> None:
+        many = [asyncio.create_task(gate.check(view, slow(number), TENANT)) for number in range(40)]
+        await asyncio.sleep(0)
+        await gate.check(view, make(regex="mine"), OTHER_TENANT)
+        ended = [task.exception() for task in many if task.done()]
+        assert sum(isinstance(exc, ServerOverloaded) for exc in ended) == 40 - MAX_WAITING_OF_TENANT
+        assert sum(isinstance(exc, InvalidRequest) for exc in ended) <= 1
+        for task in many:
+            task.cancel()
+        await asyncio.gather(*many, return_exceptions=True)
+
+    with_gate(body)
+
+
+def test_what_the_process_says_is_logged_without_the_grammar(
+    view: ModelView, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    main = """
+import os, sys, tasks.grammar_process as process
+print("a library's warning", file=sys.stderr)
+def judge(tokenizer, output):
+    os.write(2, output.regex.encode())
+    raise ValueError(output.regex)
+process.judge = judge
+process.main()
+"""
+    monkeypatch.setattr(grammar_compiler, "COMMAND", (sys.executable, "-c", main))
+
+    async def body(gate: GrammarGate) -> None:
+        with pytest.raises(InvalidRequest, match="the compiler fails on it"):
+            await gate.check(view, make(regex="private"), TENANT)
+        process_id = gate.process_id(MINI.id)
+        assert process_id is not None
+        os.kill(process_id, signal.SIGKILL)
+        await until(lambda: "return code -9" in logged(caplog))
+
+    with_gate(body)
+    assert "a library's warning" in logged(caplog)
+    assert "ValueError in line" in logged(caplog)
+    assert "private" not in logged(caplog)
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(f"{record.getMessage()} {vars(record).get('reason')}" for record in caplog.records)
+
+
+def view_of(model_id: str, *, letters: str = "ab", num_tokens: int = 0, revision: str = "1") -> ModelView:
+    """Of a tokenizer that knows these letters, the end of a text, and as many tokens as it takes."""
+    words = [*letters, "<eos>", *(f"filler{number}" for number in range(num_tokens))]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    vocabulary = Vocabulary(tokenizer, len(words), (len(letters),), tokenizer.to_str().encode())
+    return ModelView(
+        MINI.model_copy(update={"id": model_id}),
+        revision=revision,
+        encoder=TokenizerEncoder(tokenizer),
+        chat_template=None,
+        defaults=GenerationDefaults(),
+        vocab_size=len(words),
+        vocabulary=vocabulary,
+    )
 
 
 def test_a_model_without_a_readable_vocabulary_says_so() -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer.decoder = decoders.WordPiece()
+    described = tokenizer.to_str().encode()
 
     def view_with(vocabulary: Vocabulary | None) -> ModelView:
         return ModelView(
@@ -161,9 +315,9 @@ def test_a_model_without_a_readable_vocabulary_says_so() -> None:
         )
 
     async def body(gate: GrammarGate) -> None:
-        for vocabulary in (None, Vocabulary(tokenizer, 2, (1,)), Vocabulary(tokenizer, 2, ())):
+        for vocabulary in (None, Vocabulary(tokenizer, 2, (1,), described), Vocabulary(tokenizer, 2, (), described)):
             with pytest.raises(UnsupportedParameter) as refused:
-                await gate.check(view_with(vocabulary), make(regex="a"))
+                await gate.check(view_with(vocabulary), make(regex="a"), TENANT)
             assert refused.value.param == "params.structured_output"
 
     with_gate(body)
