@@ -78,8 +78,19 @@ def _walk(matcher: LLMatcher) -> str | None:
 
 
 def _nth_set_bit(mask: int, number: int) -> int:
-    positions = [position for position, bit in enumerate(bin(mask)[:1:-1]) if bit == "1"]
-    return positions[number * 7919 % len(positions)]
+    """Found by halving: looking at each bit would, for a large vocabulary, take longer than the grammar."""
+    wanted = number * 7919 % mask.bit_count()
+    first, num_bits = 0, mask.bit_length()
+    while num_bits > 1:
+        num_low = num_bits // 2
+        low = mask & ((1 << num_low) - 1)
+        num_set = low.bit_count()
+        if wanted < num_set:
+            mask, num_bits = low, num_low
+        else:
+            wanted -= num_set
+            mask, first, num_bits = mask >> num_low, first + num_low, num_bits - num_low
+    return first
 
 
 def main() -> None:

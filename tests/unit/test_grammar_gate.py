@@ -5,14 +5,17 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from domain.catalog import ModelSpec
+import tasks.models
+from domain.catalog import Catalog, ModelSpec
 from domain.errors import InvalidRequest, ServerOverloaded, UnsupportedParameter
 from domain.structured_output import StructuredOutput
 from settings import ROOT
@@ -20,8 +23,9 @@ from tasks import grammar_compiler, grammar_gate
 from tasks.encoders import TokenizerEncoder
 from tasks.grammar_compiler import MAX_WAITING_OF_TENANT
 from tasks.grammar_gate import GrammarGate
+from tasks.grammar_process import CPU_SECONDS, NUM_STEPS, _nth_set_bit
 from tasks.model_configs import GenerationDefaults
-from tasks.models import ModelView, Vocabulary, load_model_view
+from tasks.models import ModelView, ModelViews, Vocabulary, follow_models, load_model_view
 
 MINI = ModelSpec(id="mini", path=str(ROOT / "models" / "celeriac-mini"), max_model_len=1024)
 TENANT, OTHER_TENANT = uuid4(), uuid4()
@@ -274,6 +278,41 @@ process.main()
     assert "a library's warning" in logged(caplog)
     assert "ValueError in line" in logged(caplog)
     assert "private" not in logged(caplog)
+
+
+def test_models_that_come_and_go_in_models_toml_are_prepared_and_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks.models, "FOLLOW_SECONDS", 0.01)
+    file = tmp_path / "models.toml"
+
+    def write(*model_ids: str) -> None:
+        folder = ROOT / "models" / "celeriac-mini"
+        new = tmp_path / "new.toml"
+        new.write_text("\n".join(f'[[models]]\nid = "{id_}"\npath = "{folder}"\n' for id_ in model_ids))
+        new.replace(file)
+
+    async def body(gate: GrammarGate) -> None:
+        write("first")
+        views = ModelViews(Catalog.load(file))
+        following = asyncio.create_task(follow_models(views, on_look=lambda: gate.prepare(views.loaded())))
+        await until(lambda: gate.is_ready("first"))
+        write("second", "third")
+        await until(lambda: gate.is_ready("second") and gate.is_ready("third"))
+        assert gate.process_id("first") is None
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+    with_gate(body)
+
+
+def test_a_walk_through_a_large_vocabulary_costs_little() -> None:
+    all_tokens = (1 << 262_144) - 1
+    started = time.process_time()
+    chosen = [_nth_set_bit(all_tokens, number) for number in range(NUM_STEPS)]
+    assert time.process_time() - started < CPU_SECONDS / 5
+    assert chosen == [number * 7919 % 262_144 for number in range(NUM_STEPS)]
+    assert [_nth_set_bit(0b1011010, number) for number in range(4)] == [1, 6, 4, 3]
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> str:
