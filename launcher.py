@@ -4,6 +4,7 @@ Nothing that was started here outlives us: each process has a guard that waits o
 however we end, and then stops the process and its children.
 """
 
+import json
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 MAX_LOG_BYTES = 50_000_000
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
+MENDING_SECONDS = 300.0  # before a process is started again that said that a restart is of no use
 STEADY_SECONDS = 60.0  # a process that lived this long is restarted as if for the first time
 GUARD_SECONDS = 10  # what an orphan gets between TERM and KILL
 
@@ -46,6 +48,7 @@ class Service:
     started_at: float = 0.0
     restart_at: float | None = None
     num_deaths: int = 0  # in a row, each after less than STEADY_SECONDS
+    last_words: str | None = None  # why it is of no use to start it again, where it has said so
     _guard: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -77,11 +80,16 @@ class Service:
         self._end_group()
         lived_seconds = time.monotonic() - self.started_at
         self.num_deaths = 1 if lived_seconds > STEADY_SECONDS else self.num_deaths + 1
-        backoff_seconds = min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** (self.num_deaths - 1))
+        return_code, self.process = self.process.wait(), None
+        self.last_words = self._last_message() if return_code == os.EX_CONFIG else None
+        if self.last_words is None:
+            backoff_seconds = min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** (self.num_deaths - 1))
+            ending = f"{describe_exit(return_code)} after {lived_seconds:.0f} s"
+        else:
+            backoff_seconds, ending = MENDING_SECONDS, f"cannot work: {self.last_words}"
         self.restart_at = time.monotonic() + backoff_seconds
-        ending, self.process = describe_exit(self.process.wait()), None
         pause = f"restarting in {backoff_seconds:g} s"
-        return f"{self.title} {ending} after {lived_seconds:.0f} s; {pause}, log: {short_path(self.log_path)}"
+        return f"{self.title} {ending}; {pause}, log: {short_path(self.log_path)}"
 
     def begin_stop(self) -> None:
         """Ask it to end; `finish_stop` waits for it."""
@@ -106,6 +114,13 @@ class Service:
     def log_tail(self) -> str:
         text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
         return text[-1500:].strip() or "(its log is empty)"
+
+    def _last_message(self) -> str:
+        """What the last line of its log says, in either format."""
+        line = self.log_tail().splitlines()[-1]
+        with suppress(ValueError, KeyError, TypeError):
+            return str(json.loads(line)["message"])
+        return line
 
     def _end_group(self) -> None:
         assert self.process is not None

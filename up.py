@@ -150,6 +150,8 @@ class Up:
             self._raise_if_stopped()
             self._launcher.restart_the_dead()
             for service in waiting.copy():
+                if service.last_words is not None:
+                    raise StartFailed(f"{service.title} cannot work: {service.last_words}")
                 if service.num_deaths >= MAX_DEATHS_AT_START:
                     raise StartFailed(f"{service.title} does not start; its log ends:\n{service.log_tail()}")
                 if service.is_running and service.is_ready():

@@ -1,25 +1,42 @@
 """The Celery app of a GPU worker: `celery -A gpu_worker.app worker`. One worker serves one model on one engine."""
 
+import logging
+import os
 import re
 import secrets
 import socket
+import sys
 from typing import Any
 
 from celery import signals
 from kombu.transport import TRANSPORT_ALIASES
 
+from domain.catalog import ModelSpec
+from domain.errors import CeleriacError
 from gpu_worker import control  # noqa: F401  (registers the remote-control commands)
 from gpu_worker.consumer import EngineStep, EngineWorker
 from gpu_worker.delivery import Delivery
 from gpu_worker.pool import served_model
-from settings import get_settings
+from observability import configure_logging
+from settings import Settings, get_settings
 from tasks.app import app
 from tasks.generate import generate
 
 __all__ = ["app"]
 
+
+def _model_or_leave(settings: Settings) -> ModelSpec:
+    """What a look at the files tells is wrong is said in one line, and ends the worker before it has begun."""
+    try:
+        return served_model(settings)
+    except (CeleriacError, OSError, ValueError) as exc:
+        configure_logging(settings.log_level, settings.log_format)
+        logging.getLogger(__name__).critical("leaving: %s", exc)
+        sys.exit(os.EX_CONFIG)
+
+
 settings = get_settings()
-model = served_model(settings)
+model = _model_or_leave(settings)
 
 for alias in ("redis", "rediss"):
     TRANSPORT_ALIASES[alias] = "gpu_worker.transport:ClaimingTransport"

@@ -66,6 +66,12 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     pid: int
 
 
+class CannotLoad(msgspec.Struct, tag="cannot_load", frozen=True):
+    """The model cannot be loaded, and another try would end the same. The engine ends after it."""
+
+    reason: str  # one line, bounded
+
+
 class SequenceOutput(msgspec.Struct, frozen=True):
     """What one sequence gained in a step."""
 
@@ -132,7 +138,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):
     stats: EngineStats
 
 
-Report = Ready | StepDone | Heartbeat
+Report = Ready | CannotLoad | StepDone | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from domain.catalog import Catalog
 from gpu_worker.intake import Offers
-from gpu_worker.runner_events import RunnerEvent, RunnerStats
+from gpu_worker.runner_events import RunnerEvent, RunnerStats, WorkerFailure
 from gpu_worker.runner_loop import RunnerLoop
 from settings import Settings, get_settings
 from tasks.models import complete
@@ -28,7 +28,7 @@ class JobRunner:
         owner: UUID,
         hostname: str,
         on_event: Callable[[RunnerEvent], None],
-        on_unhealthy: Callable[[str], None] | None = None,
+        on_unhealthy: Callable[[WorkerFailure], None] | None = None,
         settings: Settings | None = None,
     ) -> None:
         settings = settings or get_settings()
@@ -40,7 +40,7 @@ class JobRunner:
             hostname=hostname,
             offers=self._offers,
             on_event=on_event,
-            on_unhealthy=on_unhealthy or (lambda reason: None),
+            on_unhealthy=on_unhealthy or (lambda failure: None),
         )
         self._thread = Thread(target=self._loop.run, name="job-runner", daemon=True)
 

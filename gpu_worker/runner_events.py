@@ -33,6 +33,14 @@ class RunnerEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerFailure:
+    """Why a worker cannot go on: one line, with what to do where that is known."""
+
+    reason: str
+    is_lasting: bool = False  # a worker that is started right away would fail in the same way
+
+
+@dataclass(frozen=True, slots=True)
 class RunnerStats:
     """Figures for Flower, /health and the credit rule; read from any thread."""
 

@@ -17,16 +17,16 @@ from domain.catalog import ModelSpec
 from domain.ids import external_id
 from domain.workers import WorkerState
 from gpu_worker.dispatch_bell import DispatchBell
-from gpu_worker.frames import EngineStats, Ready, Report, StepDone
+from gpu_worker.frames import CannotLoad, EngineStats, Ready, Report, StepDone
 from gpu_worker.heartbeat import Heartbeat
 from gpu_worker.intake import Intake, Offers
 from gpu_worker.job_storage import JobStorage
 from gpu_worker.mailbox import Mailbox
 from gpu_worker.publisher import Publisher
-from gpu_worker.runner_events import RunnerEvent, RunnerEventKind, RunnerStats
+from gpu_worker.runner_events import RunnerEvent, RunnerEventKind, RunnerStats, WorkerFailure
 from gpu_worker.running_batch import RunningBatch
 from gpu_worker.storage_thread import StorageThread
-from gpu_worker.supervisor import Supervisor
+from gpu_worker.supervisor import EngineExit, Supervisor
 from observability import jobs_finished_total, llm_tokens_generated_total
 from settings import Settings
 from storage.workers import Orders
@@ -49,7 +49,7 @@ class RunnerLoop:
         hostname: str,
         offers: Offers,
         on_event: Callable[[RunnerEvent], None],
-        on_unhealthy: Callable[[str], None],
+        on_unhealthy: Callable[[WorkerFailure], None],
     ) -> None:
         self.mailbox = Mailbox()
         self._spec = spec
@@ -85,6 +85,7 @@ class RunnerLoop:
         self._unload_deadline: float | None = None  # the same, because the model is unloaded
         self._order_deadline: float | None = None  # the same, because an operator said so
         self._is_loaded: bool | None = None  # whether the model is to be; SQL says so before there is an engine
+        self._has_been_ready = False  # an engine of this worker was
         self._is_healthy = True
         self._is_stopping = False
         self._rate_since, self._rate_tokens = monotonic(), 0
@@ -101,7 +102,7 @@ class RunnerLoop:
                 self._turn()
         except Exception as exc:
             logger.exception("the runner failed")
-            self._give_up(f"the runner failed: {type(exc).__name__}")
+            self._give_up(WorkerFailure(f"the runner failed: {type(exc).__name__}"))
         finally:
             self._close()
 
@@ -169,7 +170,10 @@ class RunnerLoop:
         if isinstance(report, Ready):
             logger.info("the engine is ready", extra={"pid": report.pid, "device": report.device})
             self._intake.look_for_suspects_soon()
+            self._has_been_ready = True
             return
+        if isinstance(report, CannotLoad):
+            return  # the exit that follows says so
         self._engine_stats = report.stats
         if isinstance(report, StepDone):
             self._batch.absorb(report)
@@ -184,8 +188,19 @@ class RunnerLoop:
         if exit_ is None:
             return
         self._batch.report_exit(exit_)
+        if failure := self._failure_of(exit_):
+            self._give_up(failure)
+
+    def _failure_of(self, exit_: EngineExit) -> WorkerFailure | None:
+        """Why there is no use in another engine; None where there is."""
+        if exit_.why_not_loaded is not None:
+            # What was loaded before is no error of the configuration: memory may be short for a while.
+            reason = f"model {self._spec.id!r} cannot be loaded: {exit_.why_not_loaded}"
+            remedy = "mend that in its files or in models.toml, then start the worker again"
+            return WorkerFailure(f"{reason}; {remedy}", is_lasting=not self._has_been_ready)
         if self._supervisor.is_crash_looping:
-            self._give_up(f"the engine keeps crashing; lately: {exit_.description}")
+            return WorkerFailure(f"the engine keeps crashing; lately: {exit_.description}")
+        return None
 
     def _obey(self, orders: Orders) -> None:
         """SQL says what this worker is to do."""
@@ -299,13 +314,12 @@ class RunnerLoop:
 
     # The end
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, failure: WorkerFailure) -> None:
         """This worker cannot work: everything goes back to the queue, and the process should end."""
-        logger.critical("the worker is unhealthy: %s", reason)
         self._is_healthy = False
         self._batch.release_all()
         self._supervisor.stop()
-        self._on_unhealthy(reason)
+        self._on_unhealthy(failure)
 
     def _close(self) -> None:
         """Whatever was submitted to storage still happens, and its news is told."""

@@ -4,6 +4,7 @@ Celery's own warm shutdown stops its event loop first, and its cold one cancels 
 handlers only start a thread: the main thread may hold any lock when a signal arrives.
 """
 
+import os
 import signal
 from threading import Thread
 from time import monotonic, sleep
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from celery.utils.log import get_logger
 from celery.worker import state
 
+from gpu_worker.runner_events import WorkerFailure
 from settings import get_settings
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 EXIT_OK, EXIT_FAILURE = 0, 1
+EXIT_LASTING = os.EX_CONFIG  # sysexits.h: to whoever supervises, a restart is of no use before something is mended
 _GRACE_SECONDS = 10.0  # beyond the drain: the runner releases and reports what still ran
 _POLL_SECONDS = 0.05
 
@@ -46,11 +49,11 @@ class Shutdown:
         seconds = get_settings().drain_seconds if release_after_seconds is None else release_after_seconds
         Thread(target=self._drain, args=(reason, seconds), name="drain", daemon=True).start()
 
-    def fail(self, reason: str) -> None:
+    def fail(self, failure: WorkerFailure) -> None:
         """The engine cannot be kept alive: end the worker, so that whoever supervises it starts a fresh one, or stops
         trying. Its jobs are released already. Any thread."""
-        logger.critical("leaving: %s", reason)
-        state.should_stop = EXIT_FAILURE
+        logger.critical("leaving: %s", failure.reason)
+        state.should_stop = EXIT_LASTING if failure.is_lasting else EXIT_FAILURE
         self._pool.wake_hub()
 
     def _on_stop_signal(self, signal_number: int, _: FrameType | None) -> None:

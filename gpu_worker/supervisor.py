@@ -19,7 +19,18 @@ from domain.catalog import ModelSpec
 from gpu_worker.channel import Channel, ChannelClosed
 from gpu_worker.engine_template import EngineTemplate
 from gpu_worker.flight_recorder import RECORDER_BYTES, FlightRecorder, RecordedJob, create_memory
-from gpu_worker.frames import AddJob, Command, EmbedJob, Ready, Report, Shutdown, StepDone, decode_report, encode
+from gpu_worker.frames import (
+    AddJob,
+    CannotLoad,
+    Command,
+    EmbedJob,
+    Ready,
+    Report,
+    Shutdown,
+    StepDone,
+    decode_report,
+    encode,
+)
 from gpu_worker.signs_of_life import Pulse, SignsOfLife
 
 logger = logging.getLogger(__name__)
@@ -44,6 +55,7 @@ class EngineExit:
     was_ready: bool
     last_step: list[RecordedJob]
     killed_because: str = "it fell silent"  # where it was killed by us
+    why_not_loaded: str | None = None  # where the engine itself said that the model cannot be loaded
 
     @property
     def is_outside_kill(self) -> bool:
@@ -52,6 +64,8 @@ class EngineExit:
 
     @property
     def description(self) -> str:
+        if self.why_not_loaded is not None:
+            return "it could not load the model"
         if self.was_killed_by_us:
             return f"killed, since {self.killed_because}"
         if self.exit_code < 0:
@@ -84,6 +98,7 @@ class EngineProcess:
         self.started_at = monotonic()
         self.signs = SignsOfLife(self._pulse, heartbeat_seconds=heartbeat_seconds, now=self.started_at)
         self.ready: Ready | None = None
+        self.why_not_loaded: str | None = None
         self.has_had_jobs = False
         self.was_killed_by_us = False
         self.killed_because = ""
@@ -128,6 +143,8 @@ class EngineProcess:
         for report in reports:
             if isinstance(report, Ready):
                 self.ready = report
+            if isinstance(report, CannotLoad):
+                self.why_not_loaded = report.reason
             step_seconds = report.stats.step_seconds if isinstance(report, StepDone) else 0.0
             self.signs.hear(monotonic(), step_seconds=step_seconds)
         return reports
@@ -152,7 +169,14 @@ class EngineProcess:
         self.recorder.close()
         self._pulse.close()
         self.channel.close()
-        return EngineExit(exit_code, self.was_killed_by_us, self.ready is not None, last_step, self.killed_because)
+        return EngineExit(
+            exit_code,
+            self.was_killed_by_us,
+            self.ready is not None,
+            last_step,
+            self.killed_because,
+            self.why_not_loaded,
+        )
 
     def _note_closed(self) -> None:
         self.closed_at = self.closed_at or monotonic()
@@ -171,6 +195,7 @@ class Supervisor:
         self._start_at = 0.0  # when the next process may start
         self._watched_at = monotonic()
         self._crashes: deque[Crash] = deque(maxlen=LOOP_CRASHES)
+        self._is_loadable = True  # until an engine says that it is not
 
     @property
     def ready(self) -> Ready | None:
@@ -222,15 +247,17 @@ class Supervisor:
 
     def watch(self, now: float) -> EngineExit | None:
         """Start the engine when it is time, kill it when it hangs, and tell once when it has ended; call `note_crash`
-        then. All its reports have been received by that time."""
+        then. All its reports have been received by that time. After an engine that cannot load its model there is no
+        other."""
         if self._engine is None:
-            if now >= self._start_at:
+            if self._is_loadable and now >= self._start_at:
                 self._engine = EngineProcess(self._living_template(), heartbeat_seconds=self._heartbeat_seconds)
             return None
         self._look_after(self._engine, now)
         if not self._has_ended(self._engine, now):
             return None
         engine, self._engine = self._engine, None
+        self._is_loadable = engine.why_not_loaded is None
         return engine.end()
 
     def note_crash(self, *, is_explained: bool, suspects: frozenset[UUID], is_outside_kill: bool) -> None:

@@ -30,10 +30,11 @@ def make_app(settings: Settings) -> Celery:
     redis = settings.redis_parts
     app = Celery("celeriac", broker=redis.for_celery, include=["tasks.generate"])
     models = Catalog.load(settings.models_file)
+    default_queue = models.entry_of(models.default_id).queue  # also where that one model makes no sense
     app.conf.update(
         task_queues=[_queue(spec.queue) for spec in models],
-        task_default_queue=models.default.queue,
-        task_routes={GENERATE: {"queue": models.default.queue}},
+        task_default_queue=default_queue,
+        task_routes={GENERATE: {"queue": default_queue}},
     )
     app.conf.update(_SAFETY, **_BROKER, **_WORKER)
     app.conf.broker_transport_options = {**_TRANSPORT, **redis.sockets}

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from domain.catalog import ModelSpec
 from gpu_worker.engine.detokenizer import with_visible_reasoning
+from observability import describe_exception
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +68,17 @@ def load_model(spec: ModelSpec, device: torch.device) -> Any:
     config = _load_config(spec)
     log.info("loading model", extra={"model": spec.id, "path": spec.path, "architecture": config.architectures})
     model_class = AutoModel if spec.task == "embedding" else AutoModelForCausalLM
-    model = model_class.from_pretrained(
+    model, told = model_class.from_pretrained(
         spec.path,
         config=config,
         revision=spec.revision,
         dtype=_choose_dtype(spec, device),
         use_safetensors=True,
         trust_remote_code=spec.trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # we name them
     )
+    _refuse_gaps(spec, told)
     model = model.to(device).eval()
     log.info(
         "model loaded",
@@ -82,10 +87,25 @@ def load_model(spec: ModelSpec, device: torch.device) -> Any:
     return model
 
 
+def _refuse_gaps(spec: ModelSpec, told: Mapping[str, Any]) -> None:
+    """What the files do not hold, or in another shape, transformers makes up at random. Vectors are pooled by us:
+    nothing of theirs comes from a model's own pooler, which many files leave out."""
+    for name, found, wanted in sorted(told["mismatched_keys"]):
+        raise ValueError(
+            f"{name} has the shape {tuple(found)} and not {tuple(wanted)}; the weights are not those of config.json"
+        )
+    names = sorted(name for name in told["missing_keys"] if spec.task != "embedding" or "pooler" not in name.split("."))
+    if names:
+        raise ValueError(f"{len(names)} weights are missing, {names[0]} among them; fetch the model's files again")
+
+
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
-    tokenizer = AutoTokenizer.from_pretrained(
-        spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except Exception as exc:  # whatever its files make transformers stumble over, by errors of any kind
+        raise ValueError(f"its tokenizer cannot be read: {describe_exception(exc)}") from exc
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"model {spec.id!r} has no tokenizer.json; convert its tokenizer to a fast one")

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
@@ -25,6 +26,7 @@ from gpu_worker.flight_recorder import RECORDER_BYTES, FlightRecorder, RecordedJ
 from gpu_worker.frames import (
     AbortJob,
     AddJob,
+    CannotLoad,
     Command,
     EmbedJob,
     Heartbeat,
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 0.25  # in which a worker that lives has read something
 LOOK_AGAIN_SECONDS = 0.02
+MAX_REASON_CHARS = 500
 
 
 class EngineLoop:
@@ -183,14 +186,19 @@ def main() -> None:
     spec = ModelSpec.model_validate_json(arguments.spec)
     # Read when CUDA starts: passes of ever other sizes would else leave memory in pieces that fit nobody.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    backend_class = _import_without_cuda(spec)
+    make_backend = _import_without_cuda(spec)
     channel_fd, recorder_fd = fork_engines(socket.socket(fileno=arguments.control_fd))
     volunteer_for_the_oom_killer()
     recorder = FlightRecorder(recorder_fd)
     pulse = Pulse(recorder_fd, offset=RECORDER_BYTES)
     start_beating(pulse, heartbeat_seconds=arguments.heartbeat_seconds)
     channel = Channel(socket.socket(fileno=channel_fd))
-    backend = backend_class(spec)
+    try:
+        backend = make_backend(spec)
+    except Exception as exc:
+        logger.exception("the model cannot be loaded", extra={"model": spec.id})
+        _send_last(channel, CannotLoad(_describe(exc)))
+        sys.exit(1)
     channel.send(encode(_ready(spec, backend)))
     channel.flush_all()
     try:
@@ -205,12 +213,33 @@ def main() -> None:
         logger.warning("the worker is gone; the engine ends with it")
 
 
-def _import_without_cuda(spec: ModelSpec) -> type[Backend]:
-    """Who asks for GPUs while being imported is answered by NVML: CUDA, once started, does not survive a fork."""
+def _import_without_cuda(spec: ModelSpec) -> Callable[[ModelSpec], Backend]:
+    """Who asks for GPUs while being imported is answered by NVML: CUDA, once started, does not survive a fork. What the
+    import raises is raised again by the engine, which has somebody to tell it to."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    backend_class = import_backend(spec)
-    del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
-    return backend_class
+    try:
+        return import_backend(spec)
+    except Exception as exc:
+        failure = exc
+    finally:
+        del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
+
+    def fail(_: ModelSpec) -> Backend:
+        raise failure
+
+    return fail
+
+
+def _send_last(channel: Channel, report: Report) -> None:
+    with contextlib.suppress(ChannelClosed):
+        channel.send(encode(report))
+        channel.flush_all()
+
+
+def _describe(exc: Exception) -> str:
+    """One bounded line. What is raised for a reason that users can mend explains itself; of the rest the type helps."""
+    text = " ".join(str(exc).split())[:MAX_REASON_CHARS]
+    return text if text and isinstance(exc, CeleriacError | OSError | ValueError) else f"{type(exc).__name__}: {text}"
 
 
 def _ready(spec: ModelSpec, backend: Backend) -> Ready:

@@ -20,7 +20,7 @@ from domain.workers import WorkerState
 from gpu_worker import consumer
 from gpu_worker.app import app, model
 from gpu_worker.pool import EnginePool
-from gpu_worker.runner_events import RunnerEvent, RunnerEventKind, RunnerStats
+from gpu_worker.runner_events import RunnerEvent, RunnerEventKind, RunnerStats, WorkerFailure
 from gpu_worker.transport import ClaimingChannel
 
 __all__ = ["app"]
@@ -41,7 +41,7 @@ class LedgerRunner:
         owner: UUID,
         hostname: str,
         on_event: Callable[[RunnerEvent], None],
-        on_unhealthy: Callable[[str], None],
+        on_unhealthy: Callable[[WorkerFailure], None],
     ) -> None:
         self._hostname = hostname
         self._on_event = on_event
@@ -116,7 +116,7 @@ class LedgerRunner:
                     self._release_all()
                 if (FOLDER / "engine_is_broken").exists():
                     self._release_all()
-                    self._on_unhealthy("the engine is broken")
+                    self._on_unhealthy(WorkerFailure("the engine is broken"))
                     return
 
     def _claim_offered(self) -> None:

@@ -20,7 +20,7 @@ from domain.kinds import JobOutput
 from domain.requests import GenerationRequest, GenerationResult, SamplingParams
 from gpu_worker.engine.backends.fake_words import fake_text
 from gpu_worker.job_runner import JobRunner
-from gpu_worker.runner_events import RunnerEvent, RunnerEventKind
+from gpu_worker.runner_events import RunnerEvent, RunnerEventKind, WorkerFailure
 from settings import Settings
 from storage.stream_channels import channel_of
 from storage.tables import Job, JobChunk, JobResult
@@ -43,7 +43,7 @@ class RecordingRunner:
 
     def __init__(self, settings: Settings) -> None:
         self.events: list[RunnerEvent] = []
-        self.unhealthy: list[str] = []
+        self.unhealthy: list[WorkerFailure] = []
         self.owner = uuid4()
         self.runner = JobRunner(
             model=MODEL,

@@ -24,7 +24,7 @@ def main() -> None:
         owner=uuid4(),
         hostname="process@test",
         on_event=write,
-        on_unhealthy=lambda reason: os.kill(os.getpid(), signal.SIGKILL),
+        on_unhealthy=lambda failure: os.kill(os.getpid(), signal.SIGKILL),
     )
     runner.start()
     for job_id in sys.argv[1:]:

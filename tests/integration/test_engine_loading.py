@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import FalconConfig
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, FalconConfig
 
 from domain.catalog import Catalog
 from gpu_worker.engine.backends.transformers import TransformersBackend, build_engine
@@ -95,6 +95,34 @@ def test_pickled_weights_are_refused(model_folder: Path) -> None:
     torch.save(load_file(model_folder / "model.safetensors"), model_folder / "pytorch_model.bin")
     (model_folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="safetensors"):
+        TransformersBackend(make_spec(path=str(model_folder)))
+
+
+def test_weights_that_are_missing_are_not_made_up(model_folder: Path) -> None:
+    path = model_folder / "model.safetensors"
+    kept = {name: weight for name, weight in load_file(path).items() if "layers.1.mlp" not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"3 weights are missing, model\.layers\.1\.mlp\."):
+        TransformersBackend(make_spec(path=str(model_folder)))
+
+
+def test_weights_of_another_shape_are_named(model_folder: Path) -> None:
+    path = model_folder / "model.safetensors"
+    save_file(load_file(path) | {"model.norm.weight": torch.ones(7)}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has the shape \(7,\) and not \(64,\)"):
+        TransformersBackend(make_spec(path=str(model_folder)))
+
+
+def test_a_pooler_that_nobody_asks_may_be_missing(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    model = load_model(make_spec(path=str(tmp_path), task="embedding"), CPU)
+    assert model.encoder.layer[0].output.dense.weight.shape == (16, 16)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(model_folder: Path) -> None:
+    (model_folder / "tokenizer.json").write_text('{"model": {"type": "Unheard"}}')
+    with pytest.raises(ValueError, match="its tokenizer cannot be read: "):
         TransformersBackend(make_spec(path=str(model_folder)))
 
 

@@ -18,7 +18,7 @@ from gpu_worker import intake, oom_kills, running_batch
 from gpu_worker.runner_events import RunnerEventKind
 from storage import job_attempts, jobs
 from storage.jobs_sql import PROVEN_TOKENS
-from tests.integration.runner_harness import RecordingRunner, Rig, wait_until
+from tests.integration.runner_harness import MODEL, RecordingRunner, Rig, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW_STEP_SECONDS = 0.05  # a job that is to be caught running must not be over before
@@ -221,6 +221,10 @@ def test_an_engine_that_cannot_start_makes_the_worker_unhealthy_not_the_jobs(rig
     worker = rig.start(wait=False)
     worker.offer([job_id])
     wait_until(lambda: worker.unhealthy, "the worker gives up", seconds=40)
+    (failure,) = worker.unhealthy
+    assert failure.is_lasting
+    assert MODEL in failure.reason
+    assert "no_such_knob" in failure.reason
     assert worker.runner.num_free == 0
     assert (rig.job(job_id).status, rig.job(job_id).attempt) == (JobStatus.QUEUED, 0)
 

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -246,11 +247,47 @@ def test_crashes_that_one_job_may_have_made_and_kills_from_outside_are_not(
 
 
 def test_crashes_in_a_row_are_a_loop_and_slow_each_other_down(make_crank: MakeCrank) -> None:
-    crank = make_crank(no_such_knob=1)
+    crank = make_crank(load_seconds=3600.0, engine_load_seconds=0.1)
     crank.suspects = frozenset({UUID(int=1)})
-    crank.turn_until(lambda: len(crank.exits) == LOOP_CRASHES, "five loads have failed")
+    crank.turn_until(lambda: len(crank.exits) == LOOP_CRASHES, "five loads were given up")
     assert crank.supervisor.is_crash_looping
     assert not any(exit_.was_ready for exit_ in crank.exits)
+
+
+def test_an_engine_that_says_why_it_cannot_load_is_not_tried_again(make_crank: MakeCrank) -> None:
+    crank = make_crank(no_such_knob="x" * 5000 + "\n" * 3)
+    crank.turn_until(lambda: crank.exits, "the load has failed")
+    (exit_,) = crank.exits
+    assert not exit_.was_ready
+    assert exit_.why_not_loaded is not None
+    assert "no_such_knob" in exit_.why_not_loaded
+    assert "\n" not in exit_.why_not_loaded
+    assert len(exit_.why_not_loaded) <= 520
+    assert crank.supervisor.watch(time.monotonic() + 3600) is None
+    assert not crank.supervisor.has_engine
+
+
+def test_a_load_that_is_killed_is_tried_again(make_crank: MakeCrank) -> None:
+    crank = make_crank(load_seconds=1.0)
+    crank.turn()
+    engine = crank.supervisor._engine
+    assert engine is not None
+    crank.turn_until(lambda: engine.pid, "it is forked")
+    os.kill(engine.pid or 0, signal.SIGKILL)
+    crank.turn_until(lambda: crank.exits, "it has ended")
+    assert crank.exits[0].why_not_loaded is None
+    crank.turn_until_ready()
+
+
+def test_an_import_that_fails_is_told_like_a_load(
+    make_crank: MakeCrank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('this torch is broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    crank = make_crank()
+    crank.supervisor = Supervisor(ModelSpec(id="any", path="none", max_model_len=64), heartbeat_seconds=5.0)
+    crank.turn_until(lambda: crank.exits, "the load has failed")
+    assert crank.exits[0].why_not_loaded == "ImportError: this torch is broken"
 
 
 def test_a_restart_on_purpose_is_no_crash(make_crank: MakeCrank) -> None:

@@ -262,6 +262,16 @@ def test_a_part_that_cannot_start_ends_it_with_the_reason(environment: dict[str,
     assert processes_of(folder) == []
 
 
+def test_a_model_that_cannot_be_loaded_ends_it_with_the_reason(environment: dict[str, str], folder: Path) -> None:
+    (folder / "models.toml").write_text(MODELS.replace("step_seconds", "no_such_knob"))
+    up = RunningUp(environment)
+    assert up.wait() == 1
+    up.wait_for(r"(?s)Error: GPU worker cannot work: leaving: model 'celeriac-mini' cannot be loaded: .*no_such_knob")
+    assert up.output.count("GPU worker cannot work") == 2, "as it happens, and at the end"
+    assert "Traceback" not in up.output
+    assert processes_of(folder) == []
+
+
 def test_a_terminal_that_goes_away_stops_it_in_good_order(environment: dict[str, str], folder: Path) -> None:
     command = [sys.executable, "-m", "cli", "up", "--no-first-job"]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as up:

@@ -93,6 +93,20 @@ def test_each_early_death_doubles_the_pause(make_service: MakeService) -> None:
         assert f"exited with code 3 after 0 s; restarting in {pause} s" in lines[-1]
 
 
+@pytest.mark.parametrize("line", ["leaving: no weights", '{"level":"CRITICAL","message":"leaving: no weights"}'])
+def test_what_says_that_a_restart_is_of_no_use_gets_a_long_pause_and_is_quoted(
+    make_service: MakeService, line: str
+) -> None:
+    service, lines = make_service(f"import os; print({line!r}); raise SystemExit(os.EX_CONFIG)"), list[str]()
+    for _ in range(2):
+        service.start()
+        assert service.process is not None
+        service.process.wait()
+        lines.append(service.bury())
+        assert "service cannot work: leaving: no weights; restarting in 300 s, log: " in lines[-1]
+        assert service.last_words == "leaving: no weights"
+
+
 def test_a_dead_process_takes_its_children_along(make_service: MakeService) -> None:
     service = make_service(WITH_CHILD)
     service.start()

@@ -1,0 +1,119 @@
+"""`celeriac worker` with a model that cannot be loaded: one try, a last line that says why, an exit code of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from domain.jobs import JobStatus
+from tests.engine_driver import tiny_llama_config, tiny_model
+from tests.engine_parts import TOKENIZER
+from tests.integration.consumer_harness import ROOT
+from tests.integration.runner_harness import MODEL, Rig
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def spoil_nothing(folder: Path) -> None:
+    """The entry is what is wrong."""
+
+
+def corrupt_the_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(b"\xff" * 16 + path.read_bytes()[16:])
+
+
+def cut_the_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def leave_a_layer_out(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if "layers.1" not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+def widen_a_layer(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = torch.ones(len(tensors["model.norm.weight"]) + 1)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def break_the_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Unheard"}}')
+
+
+def take_the_folder_away(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    tiny_model(tiny_llama_config(tie_word_embeddings=True)).save_pretrained(folder)
+    TOKENIZER.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spoil", "entry", "reason"),
+    [
+        pytest.param(spoil_nothing, "max_model_len = 512", "was made for 256; lower it", id="too long"),
+        pytest.param(
+            spoil_nothing,
+            'device = "cuda"',
+            "CUDA",
+            id="no such device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+        pytest.param(spoil_nothing, "kv_cache_tokens = 16", "kv_cache_tokens is 16", id="an entry that makes no sense"),
+        pytest.param(corrupt_the_weights, "", "SafetensorError", id="corrupt weights"),
+        pytest.param(cut_the_weights, "", "SafetensorError", id="cut weights"),
+        pytest.param(leave_a_layer_out, "", "9 weights are missing, model.layers.1.", id="missing weights"),
+        pytest.param(widen_a_layer, "", "model.norm.weight has the shape", id="weights that do not fit"),
+        pytest.param(break_the_tokenizer, "", "its tokenizer cannot be read: ", id="a tokenizer that cannot be read"),
+        pytest.param(take_the_folder_away, "", "is no folder on this machine; mend it", id="no folder"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_ends_the_worker_with_the_reason(
+    rig: Rig, model_folder: Path, spoil: Callable[[Path], None], entry: str, reason: str
+) -> None:
+    spoil(model_folder)
+    length = "" if "max_model_len" in entry else "max_model_len = 128"
+    rig.settings.models_file.write_text(
+        f'[[models]]\nid = "{MODEL}"\npath = "{model_folder}"\nmax_num_seqs = 2\n{length}\n{entry}\n'
+    )
+    job_id = rig.add_job()
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", "worker"],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "CELERIAC_DATABASE_URL": rig.settings.database_url,
+            "CELERIAC_REDIS_URL": rig.settings.redis_url,
+            "CELERIAC_MODELS_FILE": str(rig.settings.models_file),
+            "CELERIAC_LOG_FORMAT": "json",
+        },
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == os.EX_CONFIG, done.stderr
+    assert done.stderr.count("loading model") <= 1, "it is not tried again"
+    last = json.loads(done.stderr.splitlines()[-1])
+    assert last["level"] == "CRITICAL"
+    assert MODEL in last["message"]
+    assert reason in last["message"]
+    assert len(last["message"]) < 1000
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (rig.job(job_id).status, rig.job(job_id).attempt) == (JobStatus.QUEUED, 0)
