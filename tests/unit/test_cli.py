@@ -9,6 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from click.testing import CliRunner
@@ -32,7 +33,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         get_settings.cache_clear()
-        return CliRunner().invoke(cli.main, list(arguments))
+        with patch.dict(os.environ):  # options become variables, for the process that a command turns into
+            return CliRunner().invoke(cli.main, list(arguments))
 
     yield invoke
     get_settings.cache_clear()
