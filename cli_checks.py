@@ -50,7 +50,8 @@ def refuse_taken_port(setting: str, host: str, port: int) -> None:
         with socket.create_server((host, port), family=family):
             return
     except (OSError, OverflowError) as exc:
-        reason = os.strerror(exc.errno) if isinstance(exc, OSError) and (exc.errno or 0) > 0 else str(exc)
+        number = exc.errno if isinstance(exc, OSError) and exc.errno else 0
+        reason = os.strerror(number) if number > 0 else str(exc)
         raise click.ClickException(f"nothing can listen on {host}:{port} ({reason}); give another {setting}") from exc
 
 

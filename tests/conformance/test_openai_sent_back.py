@@ -148,7 +148,7 @@ def test_what_can_be_asked_of_a_response_may_be_asked_when_it_is_read(served: Se
 
 # Values that stand for off
 
-GREEDY = [{"temperature": 0}, {"top_p": 0}, {"top_p": 0.0, "temperature": 1.5, "seed": 7}]
+GREEDY: list[dict[str, Any]] = [{"temperature": 0}, {"top_p": 0}, {"top_p": 0.0, "temperature": 1.5, "seed": 7}]
 OFF: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"top_k": -1}),
     ("/v1/chat/completions", {"max_tokens": -1, "max_completion_tokens": 4}),
@@ -162,7 +162,10 @@ OFF: list[tuple[str, dict[str, Any]]] = [
 
 
 def test_a_value_that_stands_for_off_is_one(served: Served) -> None:
-    source = {"/v1/chat/completions": {"messages": MESSAGES}, "/v1/responses": {"input": "Hi"}}
+    source: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": MESSAGES},
+        "/v1/responses": {"input": "Hi"},
+    }
     for route, fields in OFF:
         answer = post(served, route, {"model": MODEL, "stop": ["a"]} | source.get(route, {"prompt": "Hi"}) | fields)
         assert answer.status_code == 200, (fields, answer.text)
@@ -173,7 +176,8 @@ def test_a_value_that_stands_for_off_is_one(served: Served) -> None:
 
 def test_no_share_of_the_draw_leaves_the_most_likely_token(http: httpx.Client) -> None:
     for fields in GREEDY:
-        answer = http.post("/v1/jobs", json={"model": "fake", "prompt": "Hi", "params": {"max_tokens": 3} | fields})
+        params: dict[str, Any] = {"max_tokens": 3, **fields}
+        answer = http.post("/v1/jobs", json={"model": "fake", "prompt": "Hi", "params": params})
         assert answer.status_code == 202, answer.text
         kept = http.get(f"/v1/jobs/{answer.json()['id']}?include=input").json()["input"]["params"]
         assert kept | {"temperature": 0, "top_p": 1} == kept

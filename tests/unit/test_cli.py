@@ -36,7 +36,10 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         with patch.dict(os.environ):  # options become variables, for the process that a command turns into
             return CliRunner().invoke(cli.main, list(arguments))
 
+    before = dict(os.environ)
     yield invoke
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]  # an option is a setting by another name, for the process that the command becomes
     get_settings.cache_clear()
 
 
@@ -197,7 +200,12 @@ def test_a_taken_port_is_named_with_the_remedy(run: Any, command: str, setting: 
 def test_ids_and_paths_are_whole_in_a_pipe_and_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    job = {"id": "job_" + "0" * 26, "status": "queued", "model": "m" * 70, "created_at": "2026-01-01T00:00:00+00:00"}
+    job: dict[str, Any] = {
+        "id": "job_" + "0" * 26,
+        "status": "queued",
+        "model": "m" * 70,
+        "created_at": "2026-01-01T00:00:00+00:00",
+    }
     job |= {"started_at": None, "finished_at": None}
     for width, is_terminal in ((60, True), (40, False)):
         monkeypatch.setenv("COLUMNS", str(width))
