@@ -140,7 +140,9 @@ def bodies_by_kind() -> dict[str, Kind]:
         "properties of a schema": Kind(chat, repeated(SCHEMA + '{"properties":{', '"#":{}', "}}}}}")),
         "enum of a schema": Kind(chat, repeated(SCHEMA + '{"enum":[', "1", "]}}}}")),
         "unknown keywords of a schema": Kind(chat, repeated(SCHEMA + "{", '"#":1', "}}}}")),
-        "description of a schema": Kind(chat, repeated(SCHEMA + '{"description":"', "a", '"}}}}', between="")),
+        "description of a schema": Kind(
+            chat, repeated(SCHEMA + '{"description":"', "a", '"}}},"stream":true}', between="")
+        ),
         "anyOf, structured_output": Kind(
             job, repeated(JOB + ',"params":{"structured_output":{"json_schema":{"anyOf":[', "{}", "]}}}}")
         ),
@@ -307,6 +309,7 @@ def api_process(folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[
             "CELERIAC_REDIS_URL": redis.url,
             "CELERIAC_PORT": "0",
             "CELERIAC_MODELS_FILE": str(models_file),
+            "CELERIAC_NO_WORKERS_SECONDS": "86400",  # nobody works here, and every request is to be looked at
         }
         serve = "from api.server import serve; from settings import get_settings; serve(get_settings())"
         with server([sys.executable, "-c", serve], servers | dict(environment), folder / "api.log") as (process, port):
