@@ -138,6 +138,8 @@ def test_the_published_schema_knows_every_route(http: httpx.Client) -> None:
         "/v1/admin/models",
         "/v1/admin/models/{model}/load",
         "/v1/admin/models/{model}/unload",
+        "/v1/admin/workers/{hostname}/drain",
+        "/v1/admin/workers/{hostname}/resume",
         "/v1/batches",
         "/v1/batches/{batch_id}",
         "/v1/batches/{batch_id}/cancel",
