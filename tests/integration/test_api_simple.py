@@ -200,10 +200,10 @@ def test_health_tells_how_the_newest_jobs_fared(simple: httpx.Client) -> None:
     ("fields", "param"),
     [
         ({"temperture": 1}, "temperture"),
-        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"temperature": 3}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"max_tokens": 5000}, "max_tokens"),
         ({"n": 2}, "n"),
         ({"prompt": 7}, "prompt"),

@@ -291,7 +291,13 @@ def test_two_workers_offered_the_same_jobs_run_each_of_them_once(rig: Rig) -> No
     for job_id in job_ids:
         rig.assert_intact(job_id)
         assert rig.job(job_id).attempt == 1
-        assert sorted(pair[0].story(job_id) + pair[1].story(job_id)) == [CLAIMED, DROPPED, ENDED]
+        told = pair[0].story(job_id) + pair[1].story(job_id)
+        assert told.count(ENDED) == 1
+        assert set(told) == {
+            CLAIMED,
+            DROPPED,
+            ENDED,
+        }  # a slow worker may find its own message after it looked by itself
 
 
 def assert_cut_off(rig: Rig, worker: RecordingRunner, job_id: object, status: JobStatus, reason: FinishReason) -> None:
