@@ -120,6 +120,7 @@ def test_one_that_computes_is_left_alone_for_long(
     make_silent: MakeSilent, monkeypatch: pytest.MonkeyPatch, start: str, work: str
 ) -> None:
     monkeypatch.setattr(signs_of_life, "NUM_BUSY_HEARTBEATS", 20)
+    monkeypatch.setattr(signs_of_life, "NUM_IDLE_HEARTBEATS", 100)  # a host that takes its cores back is no idleness
     silent = make_silent(start, work)
     usage = read_usage(silent.process.pid)
     assert usage is not None
