@@ -1,7 +1,7 @@
 """Flower with a door: `celery -A tasks.flower flower` is the Flower of `tasks.app`, closed to other pages and hosts.
 
-Flower cancels jobs and stops workers, and has no check of its own of who asks. Its browser sends a password of
-FLOWER_BASIC_AUTH along with whatever page asks, so the page's origin counts there, too.
+Flower cancels jobs and stops workers. It checks the origin of its own POSTs, but neither what is read nor the host's
+name. A browser sends the password of FLOWER_BASIC_AUTH along with whatever page asks, so origins count there, too.
 """
 
 import os
