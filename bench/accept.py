@@ -29,7 +29,7 @@ from api.job_schemas import JobBody
 from api.job_views import new_job_view
 from domain.catalog import Catalog
 from domain.ids import new_id
-from embedded import EmbeddedPostgres, EmbeddedRedis
+from local.servers import EmbeddedPostgres, EmbeddedRedis
 from settings import ROOT
 from storage import jobs_accept
 from storage.database import migrate, open_database, session_factory

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import psutil
 
 from bench.accept import server
-from embedded import EmbeddedPostgres, EmbeddedRedis
+from local.servers import EmbeddedPostgres, EmbeddedRedis
 from settings import ROOT
 from storage.database import migrate
 

@@ -20,7 +20,7 @@ from ulid import ULID
 from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus, Usage
 from domain.requests import GenerationRequest, GenerationResult, ResultChoice, SamplingParams
-from embedded import EmbeddedPostgres
+from local.servers import EmbeddedPostgres
 from storage import jobs, jobs_accept
 from storage.database import migrate, open_database, session_factory
 from storage.jobs import ChunkCommit, ClaimedJob, Finalisation

@@ -26,10 +26,10 @@ from bench.accept import server
 from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id, new_id
 from domain.requests import GenerationRequest, SamplingParams
-from embedded import EmbeddedPostgres, EmbeddedRedis
 from gpu_worker.engine_template import EngineTemplate
 from gpu_worker.frames import AddJob, StepDone
 from gpu_worker.supervisor import EngineProcess
+from local.servers import EmbeddedPostgres, EmbeddedRedis
 from settings import ROOT
 from storage.database import migrate
 from tasks.models import ModelView, complete, load_model_view

@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from bench.accept import cpu_seconds
 from domain.webhooks import DeliveryStatus, payload, signature_headers
-from embedded import EmbeddedPostgres, EmbeddedRedis
+from local.servers import EmbeddedPostgres, EmbeddedRedis
 from maintenance.webhook_hosts import MAX_PER_HOST
 from settings import ROOT, Settings
 from storage import webhook_endpoints

@@ -22,7 +22,7 @@ from ulid import ULID
 from domain.jobs import JobStatus
 from domain.kinds import JobRequest
 from domain.requests import GenerationRequest
-from embedded import EmbeddedPostgres, EmbeddedRedis
+from local.servers import EmbeddedPostgres, EmbeddedRedis
 from storage import database as storage_database
 from storage.tables import DEFAULT_TENANT_ID, Job, JobPayload, Tenant, TenantLoad
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from embedded import EmbeddedServer
+from local.servers import EmbeddedServer
 from tests.chaos.plant import Part, Plant, send_to
 from tests.chaos.proxy import Link
 

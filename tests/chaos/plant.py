@@ -23,8 +23,8 @@ import psutil
 import psycopg
 import redis
 
-from embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
-from launcher import GUARD, free_port
+from local.processes import GUARD, free_port
+from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
 from settings import ROOT
 from storage.database import migrate
 
@@ -288,7 +288,7 @@ class Plant:
             }
         )
         log_path = self.folder / "logs" / f"{name}.log"
-        return Part(name, [sys.executable, "-m", "cli", *arguments], environment, log_path, self.root)
+        return Part(name, [sys.executable, "-m", "celeriac", *arguments], environment, log_path, self.root)
 
     def _num_ready_workers(self) -> int:
         try:

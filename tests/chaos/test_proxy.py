@@ -9,7 +9,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from embedded import EmbeddedPostgres
+from local.servers import EmbeddedPostgres
 from tests.chaos.proxy import Link
 
 LIMIT = 1 << 20  # of a line

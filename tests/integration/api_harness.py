@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from api.app import create_app
 from api.server import make_server, open_socket
 from api.services import Services
-from client import StreamEvent, parse_events
+from celeriac.client import StreamEvent, parse_events
 from domain.catalog import Catalog, ModelSpec
 from domain.chunks import TokenChunk
 from domain.embeddings import EmbeddingResult, encode_vector

@@ -18,7 +18,7 @@ import redis
 from celery import Celery
 
 from domain.ids import external_id, new_id
-from embedded import EmbeddedRedis
+from local.servers import EmbeddedRedis
 from settings import Settings
 from tasks.app import make_app
 from tasks.dispatch import count_waiting, push

@@ -3,8 +3,8 @@
 import sys
 import threading
 
-import cli
 import maintenance.process
+from celeriac import cli
 from maintenance.batches import BatchWork
 from maintenance.webhooks import WebhookSender
 

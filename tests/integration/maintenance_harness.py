@@ -54,7 +54,12 @@ class RunningMaintenance:
 
 @contextmanager
 def maintaining(
-    folder: Path, database_url: str, redis_url: str, *, program: tuple[str, ...] = ("-m", "cli"), **settings: object
+    folder: Path,
+    database_url: str,
+    redis_url: str,
+    *,
+    program: tuple[str, ...] = ("-m", "celeriac"),
+    **settings: object,
 ) -> Iterator[RunningMaintenance]:
     """`settings` are variables without their prefix; `program` is what Python runs in place of the command."""
     models_file = folder / "models.toml"

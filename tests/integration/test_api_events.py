@@ -16,11 +16,11 @@ from sqlalchemy.exc import OperationalError
 
 from api import job_events
 from api.job_views import JobView, OutputView
-from client import StreamEvent
+from celeriac.client import StreamEvent
 from domain.chunks import TokenChunk, TokenLogprob
 from domain.ids import external_id
 from domain.jobs import FinishReason, JobStatus
-from embedded import EmbeddedRedis
+from local.servers import EmbeddedRedis
 from settings import Settings
 from storage import job_queries
 from tests.integration.api_harness import (

@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 from sqlalchemy import make_url, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from embedded import EmbeddedPostgres, EmbeddedRedis
+from local.servers import EmbeddedPostgres, EmbeddedRedis
 from settings import ROOT
 from storage import workers
 from storage.database import migrate

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import Engine
 
-import cli
+from celeriac import cli
 from settings import get_settings
 from storage import api_keys
 from storage.database import open_database, session_factory

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 
-from launcher import free_port
+from local.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "docker-compose.yml"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from embedded import EmbeddedRedis
-from embedded_programs import redis_program
+from local.server_programs import redis_program
+from local.servers import EmbeddedRedis
 from tests.integration.consumer_harness import Plant, wait_until
 
 PASSWORD = "a-password"

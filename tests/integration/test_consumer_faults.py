@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from domain.ids import external_id
-from embedded import EmbeddedRedis
+from local.servers import EmbeddedRedis
 from tasks.app import make_app
 from tests.integration.consumer_harness import (
     QUEUE,

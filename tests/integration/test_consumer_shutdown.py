@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from domain.ids import external_id
-from embedded import EmbeddedRedis
-from running import UpLock
+from local.lock import UpLock
+from local.servers import EmbeddedRedis
 from settings import FOUND
 from tests.integration.consumer_harness import QUEUE, EventLog, MakePlant, Plant, events, make_plant, wait_until
 

@@ -21,7 +21,7 @@ from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id, new_id
 from domain.jobs import JobStatus
 from domain.workers import WorkerState
-from embedded import EmbeddedRedis
+from local.servers import EmbeddedRedis
 from settings import Settings
 from storage import workers
 from storage.database import async_session_factory, open_async_database

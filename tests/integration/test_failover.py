@@ -16,9 +16,9 @@ import pytest
 from domain.catalog import Catalog
 from domain.ids import parse_id
 from domain.jobs import JobStatus
-from embedded import EmbeddedPostgres
-from embedded_programs import postgres_programs
 from gpu_worker.runner_events import RunnerEventKind
+from local.server_programs import postgres_programs
+from local.servers import EmbeddedPostgres
 from storage import database as storage_database
 from tests.integration.api_harness import ApiServer
 from tests.integration.runner_harness import MODEL, Rig, wait_until

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id
 from domain.jobs import JobStatus, Lane
-from embedded import EmbeddedRedis
+from local.servers import EmbeddedRedis
 from maintenance.janitor import EPOCH_KEY, Janitor
 from settings import Settings
 from storage import job_attempts, jobs, maintenance, workers

@@ -14,7 +14,7 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.ids import parse_id
-from launcher import free_port
+from local.processes import free_port
 from maintenance.janitor import Janitor
 from settings import Settings
 from storage.tables import Job

@@ -14,7 +14,7 @@ import redis
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobStatus
-from embedded import EmbeddedRedis
+from local.servers import EmbeddedRedis
 from settings import Settings
 from storage.tables import Job
 from tests.integration.api_harness import ApiServer

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from client import parse_events
+from celeriac.client import parse_events
 from tests.chaos.plant import Part, Plant
 
 MODEL = "fake"

@@ -16,8 +16,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
-from embedded import EmbeddedPostgres
-from launcher import free_port
+from local.processes import free_port
+from local.servers import EmbeddedPostgres
 from settings import ROOT
 from storage import database as storage_database
 from storage.database import MIGRATION_LOCK, MigrationRunning, database_url, migrate, open_async_database, open_database
@@ -116,7 +116,7 @@ def test_no_process_starts_on_shared_sessions(database_url: str, tmp_path: Path,
     with pooler(database_url, "transaction") as url:
         environment = os.environ | {"CELERIAC_DATABASE_URL": url, "CELERIAC_DATA_DIR": str(tmp_path)}
         done = subprocess.run(
-            [sys.executable, "-m", "cli", command],
+            [sys.executable, "-m", "celeriac", command],
             cwd=ROOT,
             env=environment | {"CELERIAC_REDIS_URL": "redis://127.0.0.1:1"},
             capture_output=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from client import Client
+from celeriac.client import Client
 from settings import ROOT, Settings
 from tasks.app import make_app
 from tests.chaos.plant import Plant

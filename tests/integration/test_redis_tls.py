@@ -9,7 +9,7 @@ import flower.utils.broker
 import pytest
 import redis
 
-from embedded import EmbeddedRedis
+from local.servers import EmbeddedRedis
 from settings import Settings
 from tasks.app import make_app
 from tests.integration.consumer_harness import Plant

@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from embedded import EmbeddedPostgres
 from gpu_worker.runner_events import RunnerEventKind
+from local.servers import EmbeddedPostgres
 from storage import database as storage_database
 from storage import jobs
 from storage.tables import Job

@@ -4,8 +4,8 @@ import time
 
 import redis
 
-from embedded import EmbeddedRedis
 from gpu_worker.runner_events import RunnerEventKind
+from local.servers import EmbeddedRedis
 from tests.integration.runner_harness import Rig, listening, wait_until
 
 

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 import redis
 
-from embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, EmbeddedServerError
+from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, EmbeddedServerError
 
 
 def kill(server: EmbeddedServer) -> None:
@@ -84,7 +84,7 @@ def test_the_servers_end_with_their_owner(server_folder: Path) -> None:
     script = f"""
         import sys
         from pathlib import Path
-        from embedded import EmbeddedPostgres, EmbeddedRedis
+        from local.servers import EmbeddedPostgres, EmbeddedRedis
         folder = Path({str(folder)!r})
         postgres, server = EmbeddedPostgres(folder / "postgres"), EmbeddedRedis(folder / "redis")
         postgres.start(), server.start()

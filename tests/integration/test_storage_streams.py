@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus, Usage
 from domain.requests import GenerationResult
-from embedded import EmbeddedRedis
+from local.servers import EmbeddedRedis
 from storage import jobs, streams
 from storage.database import async_session_factory, open_async_database
 from storage.jobs import ChunkCommit, Finalisation

@@ -37,7 +37,7 @@ class RunningUp:
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cli", "up"],
+            [sys.executable, "-m", "celeriac", "up"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -136,7 +136,7 @@ def celeriac(environment: dict[str, str]) -> Callable[..., "subprocess.Popen[str
     """Another command in the same folder: celeriac("jobs")."""
 
     def run(*arguments: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "cli", *arguments]
+        command = [sys.executable, "-m", "celeriac", *arguments]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
@@ -198,7 +198,7 @@ def test_up_runs_a_job_is_alone_in_its_folder_and_keeps_its_jobs(
 def test_the_commands_of_the_readme_work_as_they_stand(start_up: StartUp, environment: dict[str, str]) -> None:
     up = start_up()
     url, job_id = up.wait_until_up()
-    celeriac = f"{sys.executable} -m cli"
+    celeriac = f"{sys.executable} -m celeriac"
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     # One needs a model from the hub, the other one that the fake back end has not got.
     blocks = [block for block in blocks if "celeriac worker" not in block and "/v1/embeddings" not in block]
@@ -229,7 +229,7 @@ def test_what_is_killed_is_restarted_and_a_watched_stream_stays_whole(
         assert watching.stdout is not None
         assert watching.stderr is not None
         beginning = watching.stdout.read(40)
-        up.child("cli", "api").kill()
+        up.child("celeriac", "api").kill()
         up.wait_for(r"API was killed by SIGKILL after \d+ s; restarting in 0\.5 s")
         up.child("gpu_worker.app", "worker").kill()
         up.wait_for(r"GPU worker was killed by SIGKILL after \d+ s; restarting in 0\.5 s")
@@ -273,7 +273,7 @@ def test_a_model_that_cannot_be_loaded_ends_it_with_the_reason(environment: dict
 
 
 def test_a_terminal_that_goes_away_stops_it_in_good_order(environment: dict[str, str], folder: Path) -> None:
-    command = [sys.executable, "-m", "cli", "up", "--no-first-job"]
+    command = [sys.executable, "-m", "celeriac", "up", "--no-first-job"]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as up:
         assert up.stdout is not None
         while "Try it" not in up.stdout.readline():

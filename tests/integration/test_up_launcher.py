@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import Launcher, Service, free_port, is_free, set_aside, trim_log
-from running import AlreadyUp, UpLock
+from local.lock import AlreadyUp, UpLock
+from local.processes import Launcher, Service, free_port, is_free, set_aside, trim_log
 from settings import find_running
 
 SLEEP = "import time; time.sleep(600)"
@@ -156,7 +156,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     owner_code = f"""
 import os, sys, time
 from pathlib import Path
-from launcher import Service
+from local.processes import Service
 service = Service("s", [sys.executable, "-c", {WITH_CHILD!r}], lambda: True, Path({str(tmp_path / "log")!r}),
                   Path("."), lambda: dict(os.environ))
 service.start()
@@ -191,7 +191,7 @@ def test_the_lock_of_a_killed_up_is_free(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from running import UpLock
+from local.lock import UpLock
 lock = UpLock(Path({str(tmp_path)!r})).take()
 print("held", flush=True)
 time.sleep(600)
@@ -224,7 +224,7 @@ def test_the_log_of_the_last_run_is_kept_beside_the_new_one(tmp_path: Path) -> N
 
 
 def test_a_log_that_grows_too_long_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.MAX_LOG_BYTES", 10)
+    monkeypatch.setattr("local.processes.MAX_LOG_BYTES", 10)
     log_path = tmp_path / "api.log"
     with log_path.open("ab", buffering=0) as log:
         log.write(b"more than ten bytes")

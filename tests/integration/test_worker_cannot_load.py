@@ -94,7 +94,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_worker_with_the_reason(
     )
     job_id = rig.add_job()
     done = subprocess.run(
-        [sys.executable, "-m", "cli", "worker"],
+        [sys.executable, "-m", "celeriac", "worker"],
         cwd=ROOT,
         env=os.environ
         | {

@@ -15,10 +15,9 @@ import pytest
 from click.testing import CliRunner
 from pydantic import ValidationError
 
-import cli
-import terminal
-from client import job_body, parse_events
-from explain import explain
+from celeriac import cli, terminal
+from celeriac.client import job_body, parse_events
+from celeriac.errors import explain
 from settings import Settings, get_settings
 
 ROOT = Path(cli.__file__).parent
@@ -47,7 +46,7 @@ def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['celeriac', '--help']\n"
         "import atexit, json; atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr))\n"
-        "import cli; cli.main()"
+        "from celeriac import cli; cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stderr))

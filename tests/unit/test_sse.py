@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.sse import HEARTBEAT, EventStream, StreamSlots, frame
-from client import parse_events
+from celeriac.client import parse_events
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 hostile = st.sampled_from(

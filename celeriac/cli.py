@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-import cli_checks
-from cli_keys import keys
-from explain import explain
+from celeriac import checks
+from celeriac.errors import explain
+from celeriac.keys import keys
 
 if TYPE_CHECKING:
-    from client import Client
+    from celeriac.client import Client
     from settings import Settings
 
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
@@ -62,12 +62,12 @@ def up(first_job: bool) -> None:
     and Flower. What dies is restarted. Logs and data lie in .celeriac; ports that are taken move to the next
     free one.
     """
+    from celeriac.up import Up
     from domain.errors import ModelUnavailable
     from settings import get_settings
-    from up import Up
 
     settings = get_settings()
-    catalog = cli_checks.read_catalog(settings)
+    catalog = checks.read_catalog(settings)
     with _explained(ModelUnavailable):
         _ = catalog.first  # what is wrong is said at once, and not by a worker that does not start
     Up(settings, with_first_job=first_job).run()
@@ -86,9 +86,9 @@ def api(host: str | None, port: int | None) -> None:
 
     with _explained(ValueError):
         refuse_open_door(settings)
-        cli_checks.read_catalog(settings)
-    cli_checks.refuse_shared_sessions(settings)
-    cli_checks.refuse_taken_port("CELERIAC_PORT", settings.host, settings.port)
+        checks.read_catalog(settings)
+    checks.refuse_shared_sessions(settings)
+    checks.refuse_taken_port("CELERIAC_PORT", settings.host, settings.port)
     serve(settings)
 
 
@@ -100,8 +100,8 @@ def worker(model: str | None, name: str | None) -> None:
     _set("CELERIAC_WORKER_MODEL", model)
     _set("CELERIAC_WORKER_NAME", name)
     settings = _settings()
-    cli_checks.refuse_unknown_model(settings)
-    cli_checks.refuse_shared_sessions(settings)
+    checks.refuse_unknown_model(settings)
+    checks.refuse_shared_sessions(settings)
     _become_celery("gpu_worker.app", "worker")
 
 
@@ -115,8 +115,8 @@ def maintenance() -> None:
     settings = _settings()
     from maintenance.process import serve
 
-    cli_checks.read_catalog(settings)
-    cli_checks.refuse_shared_sessions(settings)
+    checks.read_catalog(settings)
+    checks.refuse_shared_sessions(settings)
     try:
         serve(settings)
     except OSError as exc:
@@ -140,7 +140,7 @@ def flower(address: str, port: int | None) -> None:
         )
     _set("CELERIAC_FLOWER_PORT", port)
     settings = _settings()
-    cli_checks.refuse_taken_port("CELERIAC_FLOWER_PORT", address, settings.flower_port)
+    checks.refuse_taken_port("CELERIAC_FLOWER_PORT", address, settings.flower_port)
     _become_celery(
         "tasks.flower", "flower", f"--address={address}", f"--port={settings.flower_port}", "--max_tasks=10000"
     )
@@ -158,7 +158,7 @@ def migrate() -> None:
     migrate_database(settings.database_url, lambda line: click.echo(line, err=True))
     click.echo("The schema is up to date.")
     if settings.bootstrap_api_key is not None:
-        from cli_keys import transaction
+        from celeriac.keys import transaction
         from storage import api_keys
         from storage.tables import DEFAULT_TENANT_ID
 
@@ -219,8 +219,8 @@ def submit(prompt: str, mode: str, url: str | None, key: str | None, **options: 
 
     The job lives on its own: Ctrl-C or a lost connection ends the watching, not the job.
     """
-    from client import job_body
-    from terminal import follow
+    from celeriac.client import job_body
+    from celeriac.terminal import follow
 
     text = sys.stdin.read() if prompt == "-" else prompt
     with _explained(ValueError):
@@ -244,7 +244,7 @@ def watch(job_id: str, after: str | None, url: str | None, key: str | None) -> N
     celeriac watch job_01...               from its start
     celeriac watch --after 12 job_01...    behind the event with the id 12
     """
-    from terminal import follow
+    from celeriac.terminal import follow
 
     with _client(url, key) as client:
         sys.exit(follow(client, job_id, is_live=True, starting_after=after))
@@ -269,7 +269,7 @@ def cancel(job_id: str, url: str | None, key: str | None) -> None:
 @connection_options
 def jobs(status: str | None, model: str | None, limit: int, url: str | None, key: str | None) -> None:
     """List jobs, newest first."""
-    from terminal import jobs_table, show
+    from celeriac.terminal import jobs_table, show
 
     with _client(url, key) as client:
         page = client.jobs(status=status, model=model, limit=limit)
@@ -282,10 +282,10 @@ def jobs(status: str | None, model: str | None, limit: int, url: str | None, key
 @main.command()
 def models() -> None:
     """List the models of models.toml."""
+    from celeriac.terminal import models_table, show
     from tasks.models import files_at_fault
-    from terminal import models_table, show
 
-    catalog = cli_checks.read_catalog(_settings())
+    catalog = checks.read_catalog(_settings())
     catalog.set_failures(files_at_fault(catalog))
     show(models_table(catalog))
     for model_id, reason in catalog.unavailable.items():
@@ -305,7 +305,7 @@ def _set(name: str, value: object) -> None:
 
 
 def _settings() -> "Settings":
-    from running import settings_here
+    from local.lock import settings_here
 
     return settings_here()
 
@@ -317,17 +317,17 @@ def _become_celery(app: str, *arguments: str) -> NoReturn:
 
 
 def _client(url: str | None, key: str | None) -> "Client":
-    from client import Client
+    from celeriac.client import Client
     from settings import get_settings
 
     settings = get_settings()
-    return Client(url or cli_checks.api_url(settings), key or settings.api_key)
+    return Client(url or checks.api_url(settings), key or settings.api_key)
 
 
 def _default_model() -> str:
     from settings import get_settings
 
-    return cli_checks.read_catalog(get_settings()).default_id
+    return checks.read_catalog(get_settings()).default_id
 
 
 @contextmanager
@@ -337,7 +337,3 @@ def _explained(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as exc:
         raise click.ClickException(str(exc)) from exc
-
-
-if __name__ == "__main__":
-    main(prog_name="celeriac")

@@ -14,13 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from client import ApiError, ApiUnreachable, Client
+from celeriac.client import ApiError, ApiUnreachable, Client
+from celeriac.terminal import Board, JobPrinter, first_steps, plain_console, where_everything_is
 from domain.catalog import Catalog
-from embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, EmbeddedServerError
-from launcher import Launcher, Service, free_port, is_free, set_aside, short_path
-from running import UpLock
+from local.lock import UpLock
+from local.processes import Launcher, Service, free_port, is_free, set_aside, short_path
+from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, EmbeddedServerError
 from settings import ROOT, Settings
-from terminal import Board, JobPrinter, first_steps, plain_console, where_everything_is
 
 FIRST_PROMPT = "Tell me a story about a brave little fox."
 FIRST_MAX_TOKENS = 160
@@ -226,7 +226,7 @@ class Up:
         if given is not None or self._settings.auth == "none":
             yield given
             return
-        from cli_keys import transaction
+        from celeriac.keys import transaction
         from storage import api_keys
         from storage.tables import DEFAULT_TENANT_ID
 
@@ -346,4 +346,4 @@ def _health_of(url: str) -> dict[str, Any]:
 
 
 def _celeriac(command: str) -> list[str]:
-    return [sys.executable, "-m", "cli", command]
+    return [sys.executable, "-m", "celeriac", command]

@@ -33,7 +33,7 @@ def create_key(name: str, tenant: str, days: int | None, is_admin: bool) -> None
     """Make a key and print it. This is the only time that it is shown."""
     from datetime import UTC, datetime, timedelta
 
-    from running import settings_here
+    from local.lock import settings_here
     from storage import api_keys, tenants
 
     expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
@@ -46,9 +46,9 @@ def create_key(name: str, tenant: str, days: int | None, is_admin: bool) -> None
 @click.option("--tenant", default="default", show_default=True)
 def list_keys(tenant: str) -> None:
     """List a tenant's keys, newest first; secrets are not stored and cannot be shown."""
-    from running import settings_here
+    from celeriac.terminal import keys_table, show
+    from local.lock import settings_here
     from storage import api_keys
-    from terminal import keys_table, show
 
     with transaction(settings_here()) as session:
         show(keys_table(api_keys.list_keys(session, _tenant_id(session, tenant))))
@@ -59,7 +59,7 @@ def list_keys(tenant: str) -> None:
 @click.option("--tenant", default="default", show_default=True)
 def revoke_key(key_id: str, tenant: str) -> None:
     """Make a key worthless. KEY_ID is its middle part: sk_<id>_..."""
-    from running import settings_here
+    from local.lock import settings_here
     from storage import api_keys
 
     with transaction(settings_here()) as session:

@@ -26,8 +26,8 @@ from typing import IO, Self
 import psycopg
 import redis
 
-from embedded_programs import EmbeddedServerError as EmbeddedServerError
-from embedded_programs import make_passable, make_readable, postgres_programs, redis_program
+from local.server_programs import EmbeddedServerError as EmbeddedServerError
+from local.server_programs import make_passable, make_readable, postgres_programs, redis_program
 
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column, Table
 
-from client import Client, StreamEvent
+from celeriac.client import Client, StreamEvent
 from domain.catalog import Catalog
-from launcher import short_path
+from local.processes import short_path
 
 if TYPE_CHECKING:
     from storage.tables import ApiKey

@@ -1,0 +1,1 @@
+"""Everything on one machine: processes, and PostgreSQL and Redis among them, that end when their owner does."""
