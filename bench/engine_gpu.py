@@ -1,6 +1,6 @@
 """The engine on one GPU, all its open questions in one run of about eight minutes; nothing is downloaded.
 
-    python -m bench.engine_gpu [--layers 32] [--seconds 480] [--skip tests,peer,compile]
+    python -m bench.engine_gpu [--layers 32] [--seconds 480] [--skip tests,peer]
 
 First the ceiling: the memory bandwidth as copies see it. Then, each on its own, so that one that fails hides no other:
 
@@ -10,7 +10,6 @@ First the ceiling: the memory bandwidth as copies see it. Then, each on its own,
                tokens/s and the share of the ceiling, eager, captured, captured and one step ahead
     sampling   what a draw costs at a batch of 64: greedy, plain, top-k, top-p, penalties
     peer       transformers' generate_batch on the same 64 prompts, and the engine on the same
-    compile    the captured figures with torch.compile
 
 The last line is one JSON object. The ceiling of a step is the bytes of the weights and of the batch's keys and values
 over the bandwidth.
@@ -241,17 +240,6 @@ def peer(model: Any, engine: Engine) -> dict[str, Any]:
     }
 
 
-def compiled(model: Any) -> dict[str, Any]:
-    started = time.perf_counter()
-    engine = make_gpu_engine(model, compile=True, max_num_seqs=64, kv_cache_tokens=64 * 1280)
-    found: dict[str, Any] = {"load_seconds": round(time.perf_counter() - started)}
-    for batch in (1, 64):
-        fill(engine, batch)
-        found[f"ms_per_step {batch}"] = round(seconds_per_step(engine) * 1e3, 3)
-        empty(engine, batch)
-    return found
-
-
 def guarded(part: Callable[[], Any]) -> Any:
     """What the part found, or what it raised."""
     try:
@@ -297,7 +285,6 @@ def main() -> None:
         do("peer", lambda: peer(model, engines[0]))
         engines.clear()
         torch.cuda.empty_cache()
-    do("compile", lambda: compiled(model))
     report["seconds"] = round(time.monotonic() - started)
     print(json.dumps(report))
 

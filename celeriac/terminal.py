@@ -177,7 +177,8 @@ def models_table(catalog: Catalog) -> Table:
     for entry in catalog:
         name = f"{entry.id} [dim](default)[/]" if entry.id == catalog.default_id else entry.id
         length = f"{entry.max_model_len} tokens" if entry.max_model_len is not None else "its own"
-        table.add_row(name, length, f"{entry.max_num_seqs} sequences", entry.backend, short_path(entry.path))
+        at_once = f"{entry.max_num_seqs} sequences" if entry.max_num_seqs is not None else "by device"
+        table.add_row(name, length, at_once, entry.backend, short_path(entry.path))
     return table
 
 

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -25,13 +25,12 @@ class ModelEntry(Frozen):
     backend: Literal["transformers", "fake"] = "transformers"
     task: Literal["generation", "embedding"] = "generation"  # embedding: an encoder, or a decoder made for vectors
     max_model_len: int | None = Field(default=None, ge=16, le=10_000_000)  # tokens, prompt and output; default: its own
-    max_num_seqs: int = Field(default=16, ge=1, le=1024)  # sequences in the running batch
-    max_num_batched_tokens: int = Field(default=512, ge=16)  # per step; the budget of chunked prefill
+    max_num_seqs: int | None = Field(default=None, ge=1, le=1024)  # sequences in the running batch; default: by device
+    max_num_batched_tokens: int | None = Field(default=None, ge=16)  # per step, prompts included; default: by device
     kv_cache_tokens: int | None = Field(default=None, ge=256)  # size of the paged cache; default: by memory
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     decode_graphs: bool = True  # on a GPU: capture the passes of decodes at load, for speed
-    compile: bool = False  # on a GPU: torch.compile the model, which takes minutes at load
     system_prompt: str | None = None
     chat_template: str | None = None  # which one, where the model has several
     special_tokens_in_content: bool = False  # read them in what clients write, too
@@ -49,10 +48,27 @@ class ModelEntry(Frozen):
         return f"celeriac.{self.id}"
 
 
+class StepSize(NamedTuple):
+    """How much one engine step takes on, where models.toml does not say."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+#: A CPU is at its limit with a few rows: more would only make every running text wait longer for its next token.
+CPU_STEP = StepSize(max_num_seqs=16, max_num_batched_tokens=512)
+#: An H100 reads 16 GB of weights per step (an 8B model in bfloat16) in 5 ms, and computes some 300 tokens in that time:
+#: up to 256 sequences decode at the price of one. A step with a prompt chunk costs 10 to 20 ms of launches whatever its
+#: size, so a prompt of 16,000 tokens is read in two steps instead of thirty-two.
+CUDA_STEP = StepSize(max_num_seqs=256, max_num_batched_tokens=8192)
+
+
 class ModelSpec(ModelEntry):
-    """A model that can be served: its length is known."""
+    """A model that can be served: its length and the size of its steps are known."""
 
     max_model_len: int = Field(ge=16, le=10_000_000)
+    max_num_seqs: int = Field(default=CPU_STEP.max_num_seqs, ge=1, le=1024)
+    max_num_batched_tokens: int = Field(default=CPU_STEP.max_num_batched_tokens, ge=16)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from time import monotonic
 
 from tokenizers import Tokenizer
 
-from domain.catalog import RETRY_SECONDS, Catalog, ModelEntry, ModelSpec
+from domain.catalog import CPU_STEP, CUDA_STEP, RETRY_SECONDS, Catalog, ModelEntry, ModelSpec
 from domain.errors import InvalidRequest, ModelUnavailable
 from domain.requests import ChatMessage, GenerationRequest
 from domain.tools import ToolDefinition
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 FAKE_EMBEDDING_WIDTH = 8
 FAKE_LENGTH = 1_024
+#: What NVIDIA's driver makes, on Linux and in WSL.
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 FOLLOW_SECONDS = 2.0  # between two looks at models.toml
 
 FAKE_CHAT_TEMPLATE = (
@@ -261,8 +264,8 @@ def load_model_view(entry: ModelEntry) -> ModelView:
 
 
 def complete(entry: ModelEntry) -> ModelSpec:
-    """With the model's own length where models.toml names none. Blocking. Raises ValueError that names the model, and
-    what is wrong with its files."""
+    """With the model's own length, and steps for its device, where models.toml names none. Blocking. Raises ValueError
+    that names the model, and what is wrong with its files."""
     if entry.backend == "fake" and not Path(entry.path).is_dir():
         return _spec_of(entry, entry.max_model_len or FAKE_LENGTH)
     try:
@@ -288,7 +291,18 @@ def files_at_fault(catalog: Catalog) -> dict[str, str]:
 
 
 def _spec_of(entry: ModelEntry, max_model_len: int) -> ModelSpec:
-    return ModelSpec.model_validate(entry.model_dump() | {"max_model_len": max_model_len})
+    step = CUDA_STEP if _is_for_cuda(entry) else CPU_STEP
+    given = entry.model_dump(exclude_none=True)
+    return ModelSpec.model_validate(step._asdict() | given | {"max_model_len": max_model_len})
+
+
+def _is_for_cuda(entry: ModelEntry) -> bool:
+    """Whether the engine is going to choose a GPU, as far as that can be told without torch: this machine has one, and
+    it is not hidden."""
+    if entry.device != "auto" or entry.backend != "transformers":
+        return entry.device == "cuda"
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    return not is_hidden and any(device.exists() for device in GPU_DEVICES)
 
 
 def _load_view(entry: ModelEntry) -> ModelView:

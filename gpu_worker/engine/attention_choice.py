@@ -18,7 +18,7 @@ from gpu_worker.engine.device_attention import (
     VarlenAttention,
     attend_span,
 )
-from gpu_worker.engine.probe import LayerShape
+from gpu_worker.engine.probe import LayerShape, NotPageable
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +32,14 @@ class WrongResult(Exception):
     """Says by how much."""
 
 
-def choose_attention(shapes: Iterable[LayerShape], block_size: int, device: torch.device) -> DeviceAttention | None:
-    """None where the device has neither."""
+def choose_attention(shapes: Iterable[LayerShape], block_size: int, device: torch.device) -> DeviceAttention:
+    """Raises NotPageable where none of them computes this model on this device."""
     for make in (_make_varlen, _make_triton):
         attention = _try(make, set(shapes), block_size, device)
         if attention is not None:
             log.info("attention chosen", extra={"attention": attention.name, "device": str(device)})
             return attention
-    return None
+    raise NotPageable(f"no attention kernel for {device} computes its layers; the log says why of each")
 
 
 def _make_varlen(device: torch.device) -> DeviceAttention:

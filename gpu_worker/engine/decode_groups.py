@@ -85,10 +85,9 @@ def as_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
 class DecodeGroups:
     """Makes the groups of a pass, and remembers them for the next one to go on with."""
 
-    def __init__(self, layers: Rows[BlockCache], device: torch.device) -> None:
+    def __init__(self, layers: Rows[BlockCache]) -> None:
         self._block_size = layers[0].block_size
         self._bytes_per_token = sum(layer.bytes_per_token for layer in layers)
-        self._device = device
         self._kept: dict[tuple[Sequence, ...], DecodeGroup] = {}
 
     def take(self, sequences: Rows[Sequence]) -> dict[tuple[Sequence, ...], DecodeGroup]:
@@ -126,7 +125,7 @@ class DecodeGroups:
     def _block_table(self, sequences: Rows[Sequence]) -> Tensor:
         """Padded to one more than the blocks of the first sequence, the longest: room to go on."""
         num_blocks = sequences[0].num_computed_tokens // self._block_size + 2
-        return torch.tensor([self._padded_blocks(s, num_blocks) for s in sequences], device=self._device)
+        return torch.tensor([self._padded_blocks(s, num_blocks) for s in sequences])
 
     def _padded_blocks(self, sequence: Sequence, num_blocks: int) -> list[int]:
         blocks = sequence.block_ids[: sequence.num_computed_tokens // self._block_size + 1]

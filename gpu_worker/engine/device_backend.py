@@ -24,15 +24,11 @@ GRAPH_SHARE = 0.03  # of the device's memory, at most, for captured passes
 
 def build_device_runner(
     spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device
-) -> tuple[DeviceRunner, Scheduler] | None:
-    """None where the device has no attention of ours; the model is then left as it was."""
+) -> tuple[DeviceRunner, Scheduler]:
+    """Raises NotPageable where no attention kernel of this device takes the model."""
     attention = choose_attention(shapes, BLOCK_SIZE, device)
-    if attention is None:
-        return None
     register()
     model.set_attn_implementation(ATTENTION_NAME)
-    if spec.compile:
-        model.compile(dynamic=True)
     limits = pass_limits(spec, model)
     num_tokens = _count_cache_tokens(spec, model, shapes, attention, limits, device)
     num_blocks = -(-num_tokens // BLOCK_SIZE) + 1  # and the one that pads

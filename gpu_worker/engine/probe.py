@@ -86,18 +86,15 @@ class Recording:
 
 def probe_layers(model: Any, max_model_len: int, device: torch.device) -> list[LayerShape]:
     """What each layer's cache must hold. Leaves the model with our attention in place, or, raising NotPageable, with
-    its own."""
+    any: the caller puts its own back."""
     register()
     AttentionInterface.register(PROBE_NAME, _record)
-    own_attention = model.config._attn_implementation
     try:
         return _probe(model, max_model_len, device)
     except NotPageable:
-        model.set_attn_implementation(own_attention)
         raise
     except Exception as exc:
         # Whatever a foreign module raises when its attention is replaced, it can still run as it is.
-        model.set_attn_implementation(own_attention)
         raise NotPageable(f"the probe failed with {type(exc).__name__}: {exc}") from exc
 
 

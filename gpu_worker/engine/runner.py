@@ -1,7 +1,8 @@
 """One forward pass over the scheduled rows: tensors in, drawn tokens out. Two runners behind one protocol.
 
-PagedRunner packs all rows into one pass over the paged cache. SequentialRunner serves models whose attention cannot be
-replaced (own attention code, recurrent state): one pass per sequence, with a cache of transformers' own.
+PagedRunner packs all rows into one pass over the paged cache of a CPU. SequentialRunner serves models whose attention
+cannot be replaced (own attention code, recurrent state), on any device: one pass per sequence, with a cache of
+transformers' own.
 """
 
 from collections.abc import Sequence as Rows
@@ -79,18 +80,17 @@ def _results(rows: Rows[ScheduledRow], scores: Rows[tuple[Drawn, ...]], logits: 
 
 
 class PagedRunner(AtOnce):
-    def __init__(self, model: Any, layers: list[BlockCache], device: torch.device) -> None:
+    def __init__(self, model: Any, layers: list[BlockCache]) -> None:
         self._model = model
         self._layers = layers
         self._block_size = layers[0].block_size
-        self._device = device
-        self._decode_groups = DecodeGroups(layers, device)
+        self._decode_groups = DecodeGroups(layers)
 
     def copy_blocks(self, copies: Rows[BlockCopy]) -> None:
         if not copies:
             return
-        sources = torch.tensor([copy.source for copy in copies], device=self._device)
-        destinations = torch.tensor([copy.destination for copy in copies], device=self._device)
+        sources = torch.tensor([copy.source for copy in copies])
+        destinations = torch.tensor([copy.destination for copy in copies])
         for layer in self._layers:
             for cache in (layer.keys, layer.values):
                 cache[destinations] = cache[sources]
@@ -130,10 +130,10 @@ class PagedRunner(AtOnce):
                 kept.append(len(token_ids) - 1)
         groups = self._decode_groups.take([row.sequence for row in rows[:num_decodes]])
         output = self._model(
-            input_ids=torch.tensor([token_ids], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
+            input_ids=torch.tensor([token_ids]),
+            position_ids=torch.tensor([positions]),
             use_cache=False,
-            logits_to_keep=torch.tensor(kept, dtype=torch.int64, device=self._device),
+            logits_to_keep=torch.tensor(kept, dtype=torch.int64),
             ctx=self._context(rows, list(groups.values())),
         )
         self._decode_groups.keep(groups)
@@ -148,11 +148,11 @@ class PagedRunner(AtOnce):
             stop = start + row.num_new_tokens
             slots += [self._slot(sequence, position) for position in range(start, stop)]
             if row.num_new_tokens > 1:
-                blocks = torch.tensor([sequence.block_ids[: -(-stop // self._block_size)]], device=self._device)
+                blocks = torch.tensor([sequence.block_ids[: -(-stop // self._block_size)]])
                 prefills.append(PrefillSpan(num_rows, len(slots), start, blocks))
         return AttentionContext(
             layers=self._layers,
-            slots=torch.tensor(slots, device=self._device),
+            slots=torch.tensor(slots),
             decodes=decodes,
             prefills=prefills,
         )

@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, FalconConfig
 
 from domain.catalog import Catalog
+from gpu_worker.engine.backends import transformers
 from gpu_worker.engine.backends.transformers import TransformersBackend, build_engine
 from gpu_worker.engine.fused import FusedLlama
 from gpu_worker.engine.loading import eos_token_ids, load_model
+from gpu_worker.engine.probe import NotPageable
+from gpu_worker.engine.runner import SequentialRunner
 from settings import ROOT
 from tasks.models import complete
 from tests.engine_driver import (
@@ -157,6 +160,21 @@ def test_the_slower_path_is_said_in_the_log(caplog: pytest.LogCaptureFixture) ->
         make_engine(tiny_model(config))
     (record,) = (record for record in caplog.records if "slower path" in record.message)
     assert "called 0 times" in record.reason  # type: ignore[attr-defined]
+
+
+def test_a_model_that_no_kernel_of_its_device_takes_runs_with_its_own_attention(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise NotPageable("no attention kernel computes its layers")
+
+    monkeypatch.setattr(transformers, "_paged", refuse)
+    model = tiny_model()
+    own_attention = model.config._attn_implementation
+    engine = make_engine(model)
+    assert isinstance(engine._runner, SequentialRunner)
+    assert model.config._attn_implementation == own_attention
+    assert "slower path" in caplog.text
 
 
 def test_the_embedded_model_answers_through_its_template() -> None:

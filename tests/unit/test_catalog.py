@@ -265,3 +265,38 @@ def test_positions_behind_the_padding_count_less(tmp_path: Path) -> None:
 def test_a_model_whose_files_say_no_length_wants_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_model_len is missing"):
         load_model_view(make_spec(write_model(tmp_path / "tiny"), max_model_len=None))
+
+
+@pytest.mark.parametrize(
+    ("entry", "hidden", "has_gpu", "expected"),
+    [
+        ("", None, False, (16, 512)),
+        ("", None, True, (256, 8192)),
+        ("", "", True, (16, 512)),
+        ("", "-1", True, (16, 512)),
+        ("", "1", True, (256, 8192)),
+        ('device = "cpu"', None, True, (16, 512)),
+        ('device = "cuda"', None, False, (256, 8192)),
+        ("max_num_seqs = 4", None, True, (4, 8192)),
+        ("max_num_batched_tokens = 64", None, False, (16, 64)),
+    ],
+)
+def test_the_size_of_a_step_goes_by_the_device(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    entry: str,
+    hidden: str | None,
+    has_gpu: bool,
+    expected: tuple[int, int],
+) -> None:
+    driver = tmp_path / "nvidiactl"
+    if has_gpu:
+        driver.touch()
+    monkeypatch.setattr(models, "GPU_DEVICES", (driver,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    folder = write_model(tmp_path / "tiny")
+    file = write(tmp_path, f'[[models]]\nid = "tiny"\npath = "{folder}"\nmax_model_len = 64\n{entry}\n')
+    spec = complete(Catalog.load(file).default)
+    assert (spec.max_num_seqs, spec.max_num_batched_tokens) == expected

@@ -9,7 +9,7 @@ import torch
 
 from gpu_worker.engine.attention_choice import WrongResult, check_attention, choose_attention
 from gpu_worker.engine.device_attention import DeviceAttention, TritonAttention, VarlenAttention
-from gpu_worker.engine.probe import LayerShape
+from gpu_worker.engine.probe import LayerShape, NotPageable
 from tests.reference_varlen import varlen_attn
 
 CPU = torch.device("cpu")
@@ -90,8 +90,9 @@ def test_a_write_that_went_elsewhere_is_found_out() -> None:
         check_attention(Careless(varlen_attn), make_shape(), 16, CPU)
 
 
-def test_a_device_that_has_none_of_them_gets_none() -> None:
-    assert choose_attention([make_shape()], 16, CPU) is None
+def test_a_device_that_has_none_of_them_is_refused() -> None:
+    with pytest.raises(NotPageable, match="no attention kernel for cpu"):
+        choose_attention([make_shape()], 16, CPU)
 
 
 def test_varlen_attention_refuses_what_it_does_not_know() -> None:

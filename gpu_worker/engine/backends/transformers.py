@@ -38,10 +38,10 @@ from gpu_worker.frames import AddJob, EmbedJob, EngineStats, StepDone
 
 log = logging.getLogger(__name__)
 
-BLOCK_SIZE_BY_DEVICE = {"cpu": 16, "cuda": 256}  # flash attention's paged kernels want multiples of 256
+BLOCK_SIZE = 16  # of a CPU's cache
 CPU_CACHE_SHARE = 0.25  # of the memory that is available beside the weights: there may be other workers
 MAX_CPU_CACHE_SHARE = 0.5  # where the share has no room for one text of full length
-CUDA_CACHE_SHARE = 0.85  # of what the weights leave free
+CPU = torch.device("cpu")
 WHOLE_PROMPTS = 2**31  # a token budget that never splits a prompt
 
 
@@ -93,39 +93,35 @@ def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torc
     config = model.config.get_text_config()
     end_token_ids = eos_token_ids(model) | turn_end_token_ids(config.model_type, tokenizer)
     limits = ModelLimits(vocab_size(model), spec.max_model_len, end_token_ids)
+    own_attention = model.config._attn_implementation
+    runner: Runner
     try:
         shapes = probe_layers(model, spec.max_model_len, device)
+        if device.type == "cuda":
+            runner, scheduler = build_device_runner(spec, model, shapes, device)
+        else:
+            runner, scheduler = _paged(spec, model, shapes)
     except NotPageable as exc:
         log.warning("model runs on the slower path", extra={"model": spec.id, "reason": str(exc)})
+        model.set_attn_implementation(own_attention)
         runner, scheduler = _sequential(spec, model, device)
-    else:
-        runner, scheduler = _on_device(spec, model, shapes, device) or _paged(spec, model, shapes, device)
     return Engine(scheduler=scheduler, runner=runner, tokenizer=tokenizer, limits=limits)
 
 
-def _on_device(
-    spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device
-) -> tuple[Runner, Scheduler] | None:
-    if device.type != "cuda":
-        return None
-    return build_device_runner(spec, model, shapes, device)
-
-
-def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device) -> tuple[Runner, Scheduler]:
-    block_size = BLOCK_SIZE_BY_DEVICE[device.type]
-    forward = fuse(model, shapes, spec.max_model_len, device) if device.type == "cpu" else model
-    num_blocks = -(-_count_cache_tokens(spec, model, shapes, device) // block_size) + 1  # and the one that pads tables
-    layers = [shape.allocate_blocks(num_blocks, block_size, device) for shape in shapes]
+def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -> tuple[PagedRunner, Scheduler]:
+    forward = fuse(model, shapes, spec.max_model_len, CPU)
+    num_blocks = -(-_count_cache_tokens(spec, model, shapes) // BLOCK_SIZE) + 1  # and the one that pads tables
+    layers = [shape.allocate_blocks(num_blocks, BLOCK_SIZE, CPU) for shape in shapes]
     scheduler = Scheduler(
-        BlockPool(num_blocks, block_size),
+        BlockPool(num_blocks, BLOCK_SIZE),
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.max_num_batched_tokens,
         max_num_scored_tokens=max_num_scored_tokens(vocab_size(model)),
     )
-    return PagedRunner(forward, layers, device), scheduler
+    return PagedRunner(forward, layers), scheduler
 
 
-def _sequential(spec: ModelSpec, model: Any, device: torch.device) -> tuple[Runner, Scheduler]:
+def _sequential(spec: ModelSpec, model: Any, device: torch.device) -> tuple[SequentialRunner, Scheduler]:
     """transformers' caches grow on their own; the pool only counts, so that admission and preemption still work."""
     num_tokens = max(spec.max_model_len, spec.kv_cache_tokens or spec.max_num_seqs * spec.max_model_len)
     pool = BlockPool(-(-num_tokens // 16) + 1, 16, use_prefix_cache=False)
@@ -133,14 +129,14 @@ def _sequential(spec: ModelSpec, model: Any, device: torch.device) -> tuple[Runn
     return SequentialRunner(model, device), scheduler
 
 
-def _count_cache_tokens(spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device) -> int:
+def _count_cache_tokens(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -> int:
     """As the entry says; else what all sequences could ever use, within a share of the memory that is left."""
     bytes_per_token = sum(shape.bytes_per_token for shape in shapes)
     num_wanted = spec.max_num_seqs * spec.max_model_len
     if spec.kv_cache_tokens is not None:
         num_tokens, reason = spec.kv_cache_tokens, "as kv_cache_tokens says"
     else:
-        room = _cache_bytes(device, model, least_bytes=spec.max_model_len * bytes_per_token)
+        room = _cache_bytes(model, least_bytes=spec.max_model_len * bytes_per_token)
         num_tokens = min(num_wanted, room // bytes_per_token)
         reason = "for all sequences at full length" if num_tokens == num_wanted else "as memory allows"
     if num_tokens < spec.max_model_len:
@@ -153,11 +149,9 @@ def _count_cache_tokens(spec: ModelSpec, model: Any, shapes: list[LayerShape], d
     return num_tokens
 
 
-def _cache_bytes(device: torch.device, model: Any, *, least_bytes: int) -> int:
+def _cache_bytes(model: Any, *, least_bytes: int) -> int:
     """What a cache may take; `least_bytes` is one text of full length. Weights that lie in mapped files have not been
     read yet and count as used, whatever the kernel says of their pages."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * CUDA_CACHE_SHARE)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     available = available_bytes() - max(0, weight_bytes - anonymous_bytes())
     share = int(available * CPU_CACHE_SHARE)
