@@ -1,7 +1,7 @@
 """JSON bodies in: strict, bounded, and refused with the field, the value seen and the remedy.
 
 Nothing here takes more than linear time, and little of that for what is refused: lengths come first, then the first
-error alone. What is done to a large body is done beside the event loop.
+error alone. What is done to a large body is done off the event loop.
 """
 
 import asyncio
@@ -36,17 +36,19 @@ _SUBJECT = re.compile(r"^(Input|String|Tuple|Dictionary|List) should")
 
 Model = TypeVar("Model", bound=BaseModel)
 P = ParamSpec("P")
-Result = TypeVar("Result")
+WorkResult = TypeVar("WorkResult")
 
 
 async def read_model(request: Request, model: type[Model], hints: HintTree | None = None) -> Model:
     """The body as a `model`, without what `hints` let be left out. Raises InvalidRequest or UnsupportedMediaType; the
     size was bounded by the middleware."""
     require_json(request)
-    return await beside_loop(request, parse_model, await read_body(request), model, hints)
+    return await off_loop(request, parse_model, await read_body(request), model, hints)
 
 
-async def beside_loop(request: Request, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+async def off_loop(
+    request: Request, function: Callable[P, WorkResult], *args: P.args, **kwargs: P.kwargs
+) -> WorkResult:
     """What takes time with the size of a body, which was read: in a thread where it is a large one. Raises what
     `function` does, and ServerOverloaded."""
     large_work = services_of(request).large_work

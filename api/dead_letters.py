@@ -8,7 +8,7 @@ from fastapi import Request
 from pydantic import ConfigDict, Field
 from starlette.responses import Response
 
-from api.bodies import beside_loop, parse_model, read_body, require_json
+from api.bodies import off_loop, parse_model, read_body, require_json
 from api.deps import caller_of, private_router
 from api.job_inputs import page_cursor
 from api.job_views import DeadLetterListView, JobView, attempts_view, job_view
@@ -29,7 +29,7 @@ router = private_router()
 RETRYABLE = frozenset({JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED})
 
 
-class PageQuery(QueryModel):
+class DeadLetterQuery(QueryModel):
     after: str | None = Field(default=None, description="The last id of the page before.")
     limit: int = Field(default=20, ge=1, le=100)
 
@@ -45,12 +45,12 @@ class ReplayBody(FirstErrorModel):
 @router.get(
     "/v1/dead_letters",
     responses={200: {"model": DeadLetterListView}},
-    openapi_extra={"parameters": query_parameters(PageQuery)},
+    openapi_extra={"parameters": query_parameters(DeadLetterQuery)},
 )
 async def list_dead_letters(request: Request) -> Response:
     """The tenant's failed jobs with all their attempts, newest first. Go on with `after` = `last_id`."""
     services, tenant_id = caller_of(request)
-    query = read_query(request, PageQuery)
+    query = read_query(request, DeadLetterQuery)
     found = await services.read(
         job_attempts.list_dead_letters, tenant_id, after=page_cursor(query.after), limit=query.limit + 1
     )
@@ -73,7 +73,7 @@ async def replay_dead_letter(job_id: str, request: Request) -> Response:
     raw = await read_body(request)
     if raw:
         require_json(request)
-    body = await beside_loop(request, parse_model, raw or b"{}", ReplayBody)
+    body = await off_loop(request, parse_model, raw or b"{}", ReplayBody)
     how = Resubmission("replay", is_poison_allowed=body.allow_poison)
     return await _submit_again(job_id, request, how, allowed=frozenset({JobStatus.FAILED}))
 

@@ -24,7 +24,7 @@ CHECK_SECONDS = 2.0
 public = APIRouter()
 router = private_router()
 
-Answer = Literal["ok", "unavailable"]
+ComponentStatus = Literal["ok", "unavailable"]
 
 
 class LiveView(View):
@@ -35,7 +35,7 @@ class ReadyView(View):
     status: Literal["ok", "draining", "unavailable"]
 
 
-class Spread(View):
+class SpreadView(View):
     """Seconds; null where no job says."""
 
     p50: float | None
@@ -62,9 +62,9 @@ class MetricsView(View):
     window_seconds: float
     requests: RequestsView
     throughput: ThroughputView
-    latency: Spread
-    queue: Spread
-    ttft: Spread
+    latency: SpreadView
+    queue: SpreadView
+    ttft: SpreadView
 
 
 class MaintenanceView(View):
@@ -106,8 +106,8 @@ class HealthView(View):
     unavailable (`/v1/models` says why)."""
 
     status: Literal["ok", "degraded", "unhealthy"]
-    database: Answer
-    redis: Answer
+    database: ComponentStatus
+    redis: ComponentStatus
     draining: bool
     models: list[str]
     models_unloaded: list[str]
@@ -206,13 +206,13 @@ def _metrics(recent: RecentJobs | None) -> MetricsView | None:
         window_seconds=recent.seconds,
         requests=RequestsView(total=recent.num_ended, errors=recent.num_failed, success_rate=success_rate),
         throughput=ThroughputView(qps=recent.num_ended / recent.seconds, tokens_generated=recent.num_tokens),
-        latency=Spread(**asdict(recent.latency)),
-        queue=Spread(**asdict(recent.wait)),
-        ttft=Spread(**asdict(recent.time_to_first_token)),
+        latency=SpreadView(**asdict(recent.latency)),
+        queue=SpreadView(**asdict(recent.wait)),
+        ttft=SpreadView(**asdict(recent.time_to_first_token)),
     )
 
 
-async def _check_database(services: Services) -> Answer:
+async def _check_database(services: Services) -> ComponentStatus:
     try:
         async with asyncio.timeout(CHECK_SECONDS), services.sessions() as session:
             await session.execute(text("SELECT 1"))
@@ -221,7 +221,7 @@ async def _check_database(services: Services) -> Answer:
     return "ok"
 
 
-async def _check_redis(services: Services) -> Answer:
+async def _check_redis(services: Services) -> ComponentStatus:
     try:
         async with asyncio.timeout(CHECK_SECONDS):
             await services.redis.ping()

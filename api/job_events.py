@@ -82,7 +82,7 @@ class JobEventStream:
         if self._start.has_snapshot:
             yield await self._snapshot()
         async with aclosing(self._services.streams.read(self._job.id, starting_after=self._last)) as events:
-            told = beside(events, self._queue_news, waits=QUEUE_NEWS_SECONDS, is_wanted=lambda: self._is_queued)
+            told = interleave(events, self._queue_news, waits=QUEUE_NEWS_SECONDS, is_wanted=lambda: self._is_queued)
             async for event in told:
                 for one in await self._frames_of(event):
                     yield one
@@ -98,7 +98,7 @@ class JobEventStream:
             return [self._news("job.started", attempt=event.attempt, sequence_number=self._last)]
         if event.status is JobStatus.QUEUED:
             return [self._news("job.retrying", attempt=event.attempt + 1, sequence_number=self._last)]
-        return await self._farewell()
+        return await self._terminal_frames()
 
     def _news(self, event: str, **data: object) -> bytes:
         return frame(event, {"job_id": self._job_id, **data})
@@ -138,13 +138,13 @@ class JobEventStream:
 
     async def _snapshot(self) -> bytes:
         """All text so far in one event; the deltas after it go on from there."""
-        chunks = await when_storage_answers(lambda: read_all_chunks(self._services, self._job.id))
+        chunks = await retry_until_storage_answers(lambda: read_all_chunks(self._services, self._job.id))
         self._last = chunks[-1].sequence_number if chunks else 0
         return self._news("job.snapshot", sequence_number=self._last, choices=choices_of(chunks))
 
-    async def _farewell(self) -> list[bytes]:
+    async def _terminal_frames(self) -> list[bytes]:
         """The terminal event: the job as it will stay."""
-        record = await when_storage_answers(
+        record = await retry_until_storage_answers(
             lambda: self._services.read(job_queries.get, self._job.id, self._job.tenant_id)
         )
         if record is None:
@@ -156,7 +156,7 @@ Item = TypeVar("Item")
 News = TypeVar("News")
 
 
-async def when_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Item:
+async def retry_until_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Item:
     """A stream that has begun waits for a database that is away: it has no other way to say so."""
     while True:
         with suppress(StorageUnavailable):
@@ -164,7 +164,7 @@ async def when_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Item:
         await asyncio.sleep(STORAGE_RETRY_SECONDS)
 
 
-async def beside(
+async def interleave(
     items: AsyncIterator[Item],
     ask: Callable[[], Awaitable[News]],
     *,

@@ -8,7 +8,7 @@ from uuid import UUID
 from pydantic import AwareDatetime, BeforeValidator, Field
 from starlette.requests import Request
 
-from api.job_schemas import NO_NUL, JobKnobs, MetadataKey, MetadataValue
+from api.job_schemas import NO_NUL, JobOptionFields, MetadataKey, MetadataValue
 from api.queries import QueryModel
 from domain.errors import InvalidCursor, InvalidRequest
 from domain.ids import parse_id
@@ -55,7 +55,7 @@ class OutputQuery(QueryModel):
     index: int = Field(default=0, ge=0, le=1_000, description="Which of the n choices, as text.")
 
 
-def idempotency_key(request: Request, body: JobKnobs) -> str | None:
+def idempotency_key(request: Request, body: JobOptionFields) -> str | None:
     header = parse_idempotency_key(request.headers.get("idempotency-key"))
     if header is None:
         return body.idempotency_key

@@ -21,7 +21,7 @@ WebhookUrlText = Annotated[str, StringConstraints(max_length=MAX_URL_BYTES)]
 TimeoutSeconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS, allow_inf_nan=False)]
 
 
-class JobKnobs(Frozen):
+class JobOptionFields(Frozen):
     """What a job may be told beside its request."""
 
     priority: int = Field(default=0, ge=-10, le=10, description="Higher runs earlier.")
@@ -59,8 +59,8 @@ class JobKnobs(Frozen):
         )
 
 
-class JobBody(JobKnobs, GenerationRequest):
-    """POST /v1/jobs: a generation request and the job's own knobs."""
+class JobBody(JobOptionFields, GenerationRequest):
+    """POST /v1/jobs: a generation request and the job's own options."""
 
     def to_request(self) -> GenerationRequest:
         return GenerationRequest.model_construct(
@@ -74,8 +74,8 @@ class JobBody(JobKnobs, GenerationRequest):
         )
 
 
-class EmbeddingJobBody(JobKnobs, EmbeddingRequest):
-    """POST /v1/jobs with `inputs`: an embedding request and the job's own knobs."""
+class EmbeddingJobBody(JobOptionFields, EmbeddingRequest):
+    """POST /v1/jobs with `inputs`: an embedding request and the job's own options."""
 
     def to_request(self) -> EmbeddingRequest:
         return EmbeddingRequest.model_construct(model=self.model, inputs=self.inputs, dimensions=self.dimensions)

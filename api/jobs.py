@@ -7,7 +7,7 @@ import orjson
 from fastapi import Request
 from starlette.responses import Response
 
-from api.bodies import beside_loop, parse_model, read_body, require_json
+from api.bodies import off_loop, parse_model, read_body, require_json
 from api.deps import caller_of, private_router
 from api.job_events import JobEventStream, choices_of, read_all_chunks, start_of
 from api.job_inputs import (
@@ -63,7 +63,7 @@ async def submit_job(request: Request) -> Response:
     services, tenant_id = caller_of(request)
     require_json(request)
     content = await read_body(request)
-    body = await beside_loop(request, _parse, content)
+    body = await off_loop(request, _parse, content)
     options = body.to_options(idempotency_key(request, body))
     submitted = await services.submitter.submit(tenant_id, body.to_request(), options)
     wait_seconds = preferred_wait(request.headers.get("prefer"))

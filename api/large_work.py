@@ -1,4 +1,4 @@
-"""Work that grows with the size of a request or of an answer: beside the event loop where the size is large.
+"""Work that grows with the size of a request or of an answer: off the event loop where the size is large.
 
 The thread shares the interpreter's lock with the loop, which gets its turn every few milliseconds while Python runs,
 and has to wait for what C code does at one go. One thread, because two would take from the loop twice and be no faster.

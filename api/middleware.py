@@ -1,4 +1,4 @@
-"""Around every request, as plain ASGI: an id, figures, a bound on the body, and an opaque 500 for what went wrong.
+"""Around every request, as plain ASGI: an id, figures, a bound on the body, and a plain 500 for what went wrong.
 
 Plain ASGI because Starlette's BaseHTTPMiddleware puts a task and a queue between a stream and its client.
 """
@@ -59,7 +59,7 @@ class RequestContext:
         except Exception:  # an outermost loop: whatever it is, the client gets the one shape and no detail
             log.exception("request failed", extra={"method": scope["method"], "route": _route_of(scope)})
             if answer.status is None:  # else half an answer is out: the server cuts it, and the client sees that
-                await answer.send_whole(_opaque_error(), scope, receive)
+                await answer.send_whole(_internal_error(), scope, receive)
         finally:
             http_requests_in_progress.dec()
             _count(scope, answer.status or CLIENT_CLOSED_REQUEST, time.perf_counter() - started)
@@ -91,7 +91,7 @@ class _Answer:
         await response(scope, receive, self.send)
 
 
-def _opaque_error() -> CeleriacError:
+def _internal_error() -> CeleriacError:
     return CeleriacError(f"the server failed; quote the request id when you report it{_what_of_the_job()}")
 
 

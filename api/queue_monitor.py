@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from domain.catalog import Catalog
-from domain.waiting import LiveWorker, Service, WaitingFor, waiting_for
+from domain.waiting import LiveWorker, ModelService, WaitingFor, waiting_for
 from domain.workers import WorkerState
 from observability import (
     describe_exception,
@@ -83,7 +83,7 @@ class ModelQueue:
     num_workers: int = 0
     num_slots: int = 0
     tokens_per_second: float = 0.0
-    service: Service = field(default_factory=Service)
+    service: ModelService = field(default_factory=ModelService)
     waiting: Mapping[WaitingFor, Waiting] = field(default_factory=dict)  # reasons without a job are left out
 
     @property
@@ -128,7 +128,7 @@ def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[
         queue = figures.get(spec.id, job_queries.QueueFigures())
         num_slots = sum(worker.max_num_seqs for worker in own)
         has_held_lines = any(group.job.is_held_line for group in queue.waiting)
-        service = Service(
+        service = ModelService(
             workers=[LiveWorker(worker.state, worker.model_revision) for worker in alive],
             is_loaded=spec.id not in unloaded,
             is_batch_share_taken=has_held_lines
@@ -150,7 +150,7 @@ def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[
     return queues
 
 
-def _by_reason(groups: Sequence[WaitingGroup], service: Service) -> dict[WaitingFor, Waiting]:
+def _by_reason(groups: Sequence[WaitingGroup], service: ModelService) -> dict[WaitingFor, Waiting]:
     waiting: dict[WaitingFor, Waiting] = {}
     for group in groups:
         reason = waiting_for(group.job, service)

@@ -49,7 +49,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listening
 
 
-def make_server(app: FastAPI) -> "Server":
+def make_server(app: FastAPI) -> "GracefulServer":
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -63,10 +63,10 @@ def make_server(app: FastAPI) -> "Server":
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    return Server(config, app)
+    return GracefulServer(config, app)
 
 
-class Server(uvicorn.Server):
+class GracefulServer(uvicorn.Server):
     """uvicorn's server that first tells the application it is going to stop: otherwise it waits for streams in vain."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:

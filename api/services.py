@@ -32,7 +32,7 @@ from storage.database import (
 )
 from storage.redis_outages import REDIS_OUTAGES
 from storage.stream_channels import channel_of
-from storage.streams import Message, StreamReader
+from storage.streams import StreamMessage, StreamReader
 from tasks import job_log
 from tasks.dispatch import Dispatcher
 from tasks.group_accept import open_acceptor
@@ -137,7 +137,7 @@ class Services:
             await self.announce(job_id, job.status)
         return job.status
 
-    def go_on(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something behind an answer that was sent. What is not done when this process ends is left undone."""
         task = asyncio.create_task(work)
         self.afterwards.add(task)
@@ -148,7 +148,7 @@ class Services:
         if not task.cancelled() and (exc := task.exception()) is not None:
             log.warning("what follows an answer failed", extra={"reason": describe_exception(exc)})
 
-    async def leave_undone(self) -> None:
+    async def cancel_spawned(self) -> None:
         tasks = list(self.afterwards)
         for task in tasks:
             task.cancel()
@@ -156,7 +156,7 @@ class Services:
 
     async def announce(self, job_id: UUID, status: JobStatus) -> None:
         """Tell open streams of a transition that is committed; best effort: they find out by themselves."""
-        message = Message(status=status).model_dump_json(exclude_defaults=True)
+        message = StreamMessage(status=status).model_dump_json(exclude_defaults=True)
         try:
             async with asyncio.timeout(ANNOUNCE_SECONDS):
                 await self.redis.publish(channel_of(job_id), message)
@@ -205,8 +205,8 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             large_work=large_work,
             uploads=UploadSlots(settings.max_uploads, is_shared=settings.auth != "none"),
         )
-        stack.push_async_callback(services.leave_undone)
-        services.go_on(follow_models(views, on_look=submitter.prepare_grammars))
+        stack.push_async_callback(services.cancel_spawned)
+        services.spawn(follow_models(views, on_look=submitter.prepare_grammars))
         yield services
 
 

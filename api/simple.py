@@ -11,7 +11,7 @@ from fastapi import Request
 from pydantic import ConfigDict, Field, StringConstraints
 from starlette.responses import Response
 
-from api.bodies import beside_loop, read_model
+from api.bodies import off_loop, read_model
 from api.deps import caller_of, private_router, services_of
 from api.openai.answers import WholeAnswer
 from api.openai.headers import answer_headers
@@ -140,7 +140,7 @@ async def generate(request: Request) -> Response:
     """Continue one prompt, or up to 64 of them: one job each, run together."""
     body = await read_model(request, GenerateBody)
     services = services_of(request)
-    generations = await beside_loop(request, body.to_requests, services)
+    generations = await off_loop(request, body.to_requests, services)
     runs = await start_all(request, generations, Asked(Endpoint.SIMPLE, has_stream=False))
     if body.prompts is None:
         return WholeAnswer(runs, lambda records: generated(records[0]))
@@ -194,7 +194,7 @@ async def infer(request: Request) -> Response:
 
 async def find_answered(services: Services, tenant_id: UUID, generation: GenerationRequest) -> JobRecord | None:
     """The newest completed job of the tenant whose output is what this request would come to: same model revision,
-    prompt and parameters once defaults are settled, and nothing left to chance."""
+    prompt and parameters once defaults are filled in, and nothing left to chance."""
     view = services.views.get(generation.model)
     key = request_hash(generation, JobOptions(endpoint=Endpoint.SIMPLE))
     record = await services.read(endpoint_jobs.find_completed, tenant_id, key, model_revision=view.revision)

@@ -81,12 +81,12 @@ class EventStream(Response):
         slots: StreamSlots,
         draining: asyncio.Event,
         headers: Mapping[str, str] | None = None,
-        farewell: bytes = b"",
+        early_end_frame: bytes = b"",
         on_end: Callable[[str], None] = lambda reason: None,
         unserved: Callable[[], Awaitable[bytes]] | None = None,
     ) -> None:
         """When `draining` is set, the lifetime is over or the reader's key is revoked, the stream ends without its
-        terminal event: resume it. For readers that cannot, `farewell` is sent then. `on_end` hears why the stream
+        terminal event: resume it. Readers that cannot resume get `early_end_frame`. `on_end` hears why the stream
         ended: complete, disconnected, slow, draining, lifetime, revoked or unserved. Once `unserved` returns, nobody
         works on what is awaited, and its bytes are the last ones."""
         # Not super().__init__(), which would announce the length of an empty body.
@@ -98,7 +98,7 @@ class EventStream(Response):
         self._lifetime_seconds = lifetime_seconds
         self._slots = slots
         self._draining = draining
-        self._farewell = farewell
+        self._early_end_frame = early_end_frame
         self._on_end = on_end
         self._unserved = unserved or _never
 
@@ -119,7 +119,13 @@ class EventStream(Response):
                 reason = await self._send_frames(send, reasons)
             stream_ends_total.labels(reason).inc()
             if reason not in ("disconnected", "slow"):
-                body = b"" if reason == "complete" else unserved.result() if reason == "unserved" else self._farewell
+                body = (
+                    b""
+                    if reason == "complete"
+                    else unserved.result()
+                    if reason == "unserved"
+                    else self._early_end_frame
+                )
                 await send({"type": "http.response.body", "body": body, "more_body": False})
             self._on_end(reason)
         finally:

@@ -8,7 +8,7 @@ import orjson
 from fastapi import Request
 from starlette.responses import Response
 
-from api.bodies import beside_loop, parse_model, read_body, read_model
+from api.bodies import off_loop, parse_model, read_body, read_model
 from api.deps import caller_of, private_router
 from api.openapi import request_body
 from api.queries import query_parameters, read_query
@@ -212,7 +212,7 @@ async def _send_sample(guard: TargetGuard, endpoint: WebhookEndpoint, event_type
 async def _read_rotation(request: Request) -> RotateBody:
     """The SDK sends no body where nothing is chosen."""
     raw = await read_body(request)
-    return await beside_loop(request, parse_model, raw, RotateBody) if raw.strip() else RotateBody()
+    return await off_loop(request, parse_model, raw, RotateBody) if raw.strip() else RotateBody()
 
 
 async def _find(services: Services, endpoint_id: str, tenant_id: UUID) -> WebhookEndpoint:

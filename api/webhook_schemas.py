@@ -18,11 +18,11 @@ EventType = Annotated[str, StringConstraints(max_length=64, pattern="^(" + "|".j
 EventTypes = Annotated[list[EventType], Field(min_length=1, max_length=len(EVENT_TYPES))]
 
 
-class Body(FirstErrorModel):
+class WebhookBody(FirstErrorModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class CreateBody(Body):
+class CreateBody(WebhookBody):
     """POST /v1/webhook_endpoints."""
 
     name: Name
@@ -30,7 +30,7 @@ class CreateBody(Body):
     event_types: EventTypes
 
 
-class UpdateBody(Body):
+class UpdateBody(WebhookBody):
     """POST /v1/webhook_endpoints/{id}: what is given is changed."""
 
     name: Name | None = None
@@ -39,13 +39,13 @@ class UpdateBody(Body):
     enabled: bool | None = Field(default=None, description="false: nothing is sent, and what waits is given up.")
 
 
-class RotateBody(Body):
+class RotateBody(WebhookBody):
     """POST .../rotate_secret, of an endpoint or the tenant's own."""
 
     keep_old_secret_active_for_24_hours: bool = False
 
 
-class TestBody(Body):
+class TestBody(WebhookBody):
     """POST /v1/webhook_endpoints/{id}/test."""
 
     event_type: EventType

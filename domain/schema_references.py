@@ -16,15 +16,15 @@ MAX_PLACE_CHARS = 200
 
 def check_references(schema: JsonSchema) -> None:
     """Raises ValueError for a reference to nothing, and for one that leads back to itself without any progress."""
-    settled: set[str] = set()
+    checked: set[str] = set()
     for subschema, place in walk(schema):
         reference = local_reference(subschema)
         if reference is None:
             continue
         if not _leads_somewhere(schema, reference):
             raise ValueError(f"$ref at {place} is {reference[:64]!r}, and there is nothing at that place; correct it")
-        if reference not in settled:
-            _check_progress(schema, reference, settled)
+        if reference not in checked:
+            _check_progress(schema, reference, checked)
 
 
 def _schemas_in(schema: Any) -> Iterator[JsonSchema]:
@@ -78,7 +78,7 @@ def gather(schema: JsonSchema) -> JsonSchema:
     return whole | ({"$defs": definitions} if definitions else {})
 
 
-def _check_progress(schema: JsonSchema, reference: str, settled: set[str]) -> None:
+def _check_progress(schema: JsonSchema, reference: str, checked: set[str]) -> None:
     """Follow `$ref` and `allOf` only: whoever has to satisfy a schema has to satisfy these at the same place."""
     path: dict[str, Iterator[str]] = {reference: _at_the_same_place(schema, reference)}
     while path:
@@ -86,13 +86,13 @@ def _check_progress(schema: JsonSchema, reference: str, settled: set[str]) -> No
         followed = next(following, None)
         if followed is None:
             del path[pointer]
-            settled.add(pointer)
+            checked.add(pointer)
         elif followed in path:
             raise ValueError(
                 f"$ref to {followed[:64]!r} leads back to itself without anything between; "
                 "put the reference into properties, items or a branch of anyOf"
             )
-        elif followed not in settled:
+        elif followed not in checked:
             path[followed] = _at_the_same_place(schema, followed)
 
 

@@ -39,7 +39,7 @@ class LiveWorker:
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ModelService:
     """Who serves a model."""
 
     workers: Sequence[LiveWorker] = ()
@@ -47,7 +47,7 @@ class Service:
     is_batch_share_taken: bool = False
 
 
-def waiting_for(job: WaitingJob, service: Service) -> WaitingFor:
+def waiting_for(job: WaitingJob, service: ModelService) -> WaitingFor:
     if not service.is_loaded:
         return WaitingFor.PAUSE
     if not service.workers:

@@ -35,7 +35,7 @@ from tasks.batch_files import read_ended, write_line
 from tasks.batch_surface import BatchSurface, LineRequest
 from tasks.job_options import JobOptions
 from tasks.models import ModelViews
-from tasks.settler import Settler
+from tasks.settler import RequestPreparer
 from tasks.submit import make_job, raise_refusal, tell_accepted
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class BatchWork:
         self._surface = surface
         self._on_turn = on_turn
         self._validation = BatchValidation(sessions, views, surface)
-        self._settler = Settler(views)
+        self._preparer = RequestPreparer(views)
         self._loop = asyncio.new_event_loop()  # the settler's; it turns only within a step
         self._failed_ids: set[UUID] = set()  # of batches that rest until the next tick
         self._last_by_tenant: dict[UUID, UUID] = {}  # the batch that had a tenant's last turn
@@ -179,7 +179,7 @@ class BatchWork:
             locked = batches.lock(session, batch.id, BatchStatus.IN_PROGRESS)
             if locked is None:
                 return False
-            batch_lines.settle(session, locked)
+            batch_lines.record_ended(session, locked)
             if locked.expires_at <= batches.now(session):
                 locked.expired_at = locked.expired_at or batches.now(session)
                 batch_lines.end_waiting(session, locked, LineOutcome.EXPIRED)
@@ -267,11 +267,11 @@ class BatchWork:
         try:
             asked = self._surface.read_line(content, batch.endpoint)
             try:
-                settled = self._loop.run_until_complete(self._settler.settle(asked.request, batch.tenant_id))
+                prepared = self._loop.run_until_complete(self._preparer.prepare(asked.request, batch.tenant_id))
             except CeleriacError as exc:
                 raise asked.in_words(exc) from None
             view, options = self._views.get(asked.request.model), _options(batch, line, asked)
-            return make_job(batch.tenant_id, asked.request, options, view, settled, settings=self._settings)
+            return make_job(batch.tenant_id, asked.request, options, view, prepared, settings=self._settings)
         except (CeleriacError, OSError, MemoryError, KeyboardInterrupt, SystemExit, asyncio.CancelledError):
             raise  # a refusal; or trouble of the machine, not of the line
         except BaseException as exc:  # a panic in a library written in Rust is no Exception
@@ -283,7 +283,7 @@ class BatchWork:
             raise CeleriacError(f"the server failed on this line ({type(exc).__name__}); report this") from exc
 
     def close(self) -> None:
-        self._loop.run_until_complete(self._settler.aclose())
+        self._loop.run_until_complete(self._preparer.aclose())
         self._loop.close()
 
     # The end
@@ -294,7 +294,7 @@ class BatchWork:
             locked = batches.lock(session, batch.id, BatchStatus.CANCELLING)
             if locked is None:
                 return False
-            batch_lines.settle(session, locked)
+            batch_lines.record_ended(session, locked)
             batch_lines.end_waiting(session, locked, LineOutcome.CANCELLED)
             jobs.request_cancel(session, batch_lines.in_flight_job_ids(session, batch.id))
             if locked.in_progress_at is None:

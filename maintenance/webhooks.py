@@ -21,7 +21,7 @@ from observability import describe_exception
 from storage import webhook_deliveries
 from storage.webhook_deliveries import ClaimedDelivery, Outcome
 from tasks.webhook_guard import TargetGuard
-from tasks.webhook_http import MAX_CONNECTIONS, TOTAL_SECONDS, Answer, WebhookClient
+from tasks.webhook_http import MAX_CONNECTIONS, TOTAL_SECONDS, WebhookClient, WebhookResponse
 
 logger = logging.getLogger(__name__)
 
@@ -111,25 +111,25 @@ class WebhookSender:
             answer = await self._send(delivery)
         except Exception as exc:  # an outermost loop: one delivery must not keep its host's room for ever
             logger.exception("a webhook could not be sent", extra={"delivery_id": external_id(delivery.id, "whd")})
-            answer = Answer(None, describe_exception(exc), 0.0)
+            answer = WebhookResponse(None, describe_exception(exc), 0.0)
         is_silent = answer.status_code is None and answer.seconds > 0  # 0: it was not asked at all
         self._hosts.end(delivery.host, time.monotonic(), has_answered=not is_silent)
         self._outcomes.append(judge(delivery, answer))
         self._wakeup.set()
 
-    async def _send(self, delivery: ClaimedDelivery) -> Answer:
+    async def _send(self, delivery: ClaimedDelivery) -> WebhookResponse:
         if not delivery.secrets:
-            return Answer(None, "the endpoint was deleted", 0.0)
+            return WebhookResponse(None, "the endpoint was deleted", 0.0)
         try:
             url = self._guard.parse(delivery.url)
         except BadWebhookUrl as exc:
-            return Answer(None, f"the URL is refused: {exc}", 0.0)
+            return WebhookResponse(None, f"the URL is refused: {exc}", 0.0)
         body = payload(delivery.event_id, delivery.type, delivery.created_at)
         headers = signature_headers(delivery.event_id, body, delivery.secrets, int(time.time()))
         return await self._client.post(url, headers, body)
 
 
-def judge(delivery: ClaimedDelivery, answer: Answer) -> Outcome:
+def judge(delivery: ClaimedDelivery, answer: WebhookResponse) -> Outcome:
     """What becomes of a delivery after this answer, unless its time is over."""
     is_over = answer.is_gone or not delivery.secrets
     status = DeliveryStatus.FAILED if is_over else DeliveryStatus.PENDING

@@ -17,14 +17,14 @@ from storage.job_queries import JobRecord
 from storage.tables import Job, JobResult
 
 # A line whose job was deleted by its owner has ended, too.
-SETTLE = text("""
+RECORD_ENDED = text("""
 WITH ended AS MATERIALIZED (
     SELECT l.line, coalesce(j.status, 'cancelled') AS outcome, j.num_prompt_tokens, j.num_committed_tokens
     FROM batch_lines l LEFT JOIN jobs j ON j.id = l.job_id
     WHERE l.batch_id = :batch_id AND l.job_id IS NOT NULL AND l.outcome IS NULL
         AND (j.id IS NULL OR j.finished_at IS NOT NULL)
 ),
-settled AS (
+recorded AS (
     UPDATE batch_lines l SET outcome = ended.outcome FROM ended WHERE l.batch_id = :batch_id AND l.line = ended.line
 )
 SELECT count(*) AS num_ended, count(*) FILTER (WHERE outcome = 'completed') AS num_completed,
@@ -94,9 +94,9 @@ def add_lines(session: Session, batch_id: UUID, lines: Sequence[NewLine]) -> set
     return set(session.execute(ADD_LINES, columns | {"batch_id": batch_id}).scalars())
 
 
-def settle(session: Session, batch: Batch) -> None:
+def record_ended(session: Session, batch: Batch) -> None:
     """Look which lines' jobs have ended."""
-    ended = session.execute(SETTLE, {"batch_id": batch.id}).one()
+    ended = session.execute(RECORD_ENDED, {"batch_id": batch.id}).one()
     batch.num_in_flight -= ended.num_ended
     batch.num_completed += ended.num_completed
     batch.num_failed += ended.num_ended - ended.num_completed

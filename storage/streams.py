@@ -55,7 +55,7 @@ class StatusChange:
     attempt: int
 
 
-class Message(BaseModel):
+class StreamMessage(BaseModel):
     """What is published. Unknown fields are left to later versions."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -72,7 +72,7 @@ def publish(client: "redis.Redis", events: Iterable[tuple[UUID, Event]]) -> bool
     """
     pipeline = client.pipeline(transaction=False)
     for job_id, event in events:
-        message = Message(chunk=event) if isinstance(event, TokenChunk) else Message(status=event)
+        message = StreamMessage(chunk=event) if isinstance(event, TokenChunk) else StreamMessage(status=event)
         pipeline.publish(channel_of(job_id), message.model_dump_json(exclude_defaults=True))
     try:
         pipeline.execute()
@@ -212,7 +212,7 @@ class StreamReader:
         """Redis is not to be trusted: what is no message is dropped."""
         streams = self._streams.get(job_id, [])
         try:
-            message = Message.model_validate_json(payload)
+            message = StreamMessage.model_validate_json(payload)
         except ValidationError:
             logger.warning("malformed message on a stream dropped", extra={"job_id": str(job_id)})
             return

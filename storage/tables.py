@@ -250,7 +250,7 @@ class JobAttempt(Row):
     num_tokens: Mapped[int]  # that it committed itself
 
 
-class PoisonRequest(Row):
+class PoisonRecord(Row):
     """A request that crashed an engine while it ran alone: not accepted again for a day."""
 
     __tablename__ = "poison_requests"

@@ -75,7 +75,7 @@ class ContentMarks:
             return text
         bounds = [0, *sorted(places), len(text)]
         stretches = [text[start:end] for start, end in pairwise(bounds)]
-        return Content(MARK.join(stretches), self)
+        return MarkedContent(MARK.join(stretches), self)
 
     def resolve(self, marked: str) -> Rendered:
         """The text without its marks, and which of them are needed."""
@@ -105,14 +105,14 @@ class ContentMarks:
         return is_inner or any(end[found.start() :] in self._heads for found in self._first_letter.finditer(end))
 
 
-class Content(str):
+class MarkedContent(str):
     """A string with marks that a template sees without them: it tests, cuts and compares what the client wrote, and
     writes it with marks. What forgets that it is one, as a join does, keeps the marks."""
 
     __slots__ = ("_marks",)
     _marks: ContentMarks
 
-    def __new__(cls, marked: str, marks: ContentMarks) -> "Content":
+    def __new__(cls, marked: str, marks: ContentMarks) -> "MarkedContent":
         content = super().__new__(cls, marked)
         content._marks = marks
         return content
@@ -121,7 +121,7 @@ class Content(str):
 def _through_marks(name: str) -> Callable[..., Any]:
     method = getattr(str, name)
 
-    def call(content: Content, *args: Any, **kwargs: Any) -> Any:
+    def call(content: MarkedContent, *args: Any, **kwargs: Any) -> Any:
         return _marked_anew(method(_plain(content), *map(_plain, args), **kwargs), content._marks)
 
     return call
@@ -130,7 +130,7 @@ def _through_marks(name: str) -> Callable[..., Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_plain, value))
-    return str.replace(value, MARK, "") if isinstance(value, Content) else value
+    return str.replace(value, MARK, "") if isinstance(value, MarkedContent) else value
 
 
 def _marked_anew(value: Any, marks: ContentMarks) -> Any:
@@ -149,7 +149,7 @@ _METHODS = (
     "replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill"
 )
 for _name in _METHODS.split():
-    setattr(Content, _name, _through_marks(_name))
+    setattr(MarkedContent, _name, _through_marks(_name))
 
 
 def _pattern_of(words: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A job's knobs beside its request, and the bounds of its deadline."""
+"""A job's options beside its request, and the bounds of its deadline."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ MAX_DEADLINE_AHEAD = timedelta(days=365)
 
 @dataclass(frozen=True, slots=True)
 class JobOptions:
-    """A job's knobs beside its request."""
+    """A job's options beside its request."""
 
     priority: int = 0
     deadline_at: datetime | None = None

@@ -1,4 +1,4 @@
-"""An ended job submitted once more: as a new job that names the old one and has its request, settled as it was."""
+"""An ended job submitted once more: a new job that names the old one and has its request, with the same defaults."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""A request with every bound checked and every default settled, so that a changed default changes no accepted job."""
+"""Checks a request's bounds and fills in its defaults, so that a default that changes later changes no accepted job."""
 
 import secrets
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ DEFAULT_MAX_TOKENS = 4_096  # where neither the request nor the model names a nu
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class PreparedRequest:
     """A request with nothing left open, counted in tokens."""
 
     request: JobRequest
@@ -32,7 +32,7 @@ def refuse_ungenerable(view: ModelView) -> None:
         )
 
 
-def settle_generation(request: GenerationRequest, view: ModelView, prompt_token_ids: list[int]) -> Settled:
+def prepare_generation(request: GenerationRequest, view: ModelView, prompt_token_ids: list[int]) -> PreparedRequest:
     """Raises where a bound is broken; whether its grammar, if it has one, can be followed is still to be asked."""
     resolved = resolve_params(request, view, len(prompt_token_ids))
     assert resolved.max_tokens is not None
@@ -46,17 +46,17 @@ def settle_generation(request: GenerationRequest, view: ModelView, prompt_token_
         parallel_tool_calls=request.parallel_tool_calls,
         params=resolved,
     )
-    return Settled(whole, prompt_token_ids, None, resolved.max_tokens, resolved.seed)
+    return PreparedRequest(whole, prompt_token_ids, None, resolved.max_tokens, resolved.seed)
 
 
-def settle_embedding(request: EmbeddingRequest, view: ModelView, inputs: list[list[int]]) -> Settled:
+def prepare_embedding(request: EmbeddingRequest, view: ModelView, inputs: list[list[int]]) -> PreparedRequest:
     whole = request.model_copy(update={"model": view.spec.id})
     token_ids = [token_id for ids in inputs for token_id in ids]
-    return Settled(whole, token_ids, [len(ids) for ids in inputs], max_tokens=0, seed=0)
+    return PreparedRequest(whole, token_ids, [len(ids) for ids in inputs], max_tokens=0, seed=0)
 
 
 def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> SamplingParams:
-    """Every default settled, so that a changed one never changes an accepted job. Raises where a bound is broken."""
+    """Every default filled in, so that a changed one never changes an accepted job. Raises where a bound is broken."""
     params = request.params
     _refuse_endless_structure(params)
     _refuse_unknown_tokens(params, view)

@@ -1,5 +1,5 @@
-"""The one way from a request to a settled one: checked, tokenized, its grammar compiled. Requests that somebody waits
-for and lines of batches go it alike."""
+"""Turns a request into a complete one: checks it, tokenizes it, compiles its grammar. For live requests and lines of
+batches."""
 
 from uuid import UUID
 
@@ -9,11 +9,11 @@ from domain.requests import GenerationRequest
 from tasks.embed import refuse_unembeddable
 from tasks.grammar_gate import GrammarGate
 from tasks.models import ModelView, ModelViews
-from tasks.settle import Settled, refuse_ungenerable, settle_embedding, settle_generation
+from tasks.settle import PreparedRequest, prepare_embedding, prepare_generation, refuse_ungenerable
 from tasks.tokenizing import TokenizingPool
 
 
-class Settler:
+class RequestPreparer:
     """For one event loop. Holds the threads that tokenize and the processes that compile grammars."""
 
     def __init__(self, views: ModelViews) -> None:
@@ -22,19 +22,19 @@ class Settler:
         self._grammar_gate = GrammarGate()
 
     def prepare_grammars(self) -> None:
-        """Have what the models' grammars take made ready in the background. Call it again where models changed."""
+        """Start preparing in the background what the models' grammars need. Call it again when models have changed."""
         self._grammar_gate.prepare(self._views.loaded())
 
-    async def settle(self, request: JobRequest, tenant_id: UUID) -> Settled:
+    async def prepare(self, request: JobRequest, tenant_id: UUID) -> PreparedRequest:
         """Raises the CeleriacError that says why no job can be made of it."""
         view = self._views.get(request.model)
         refuse_unfit(request, view)
         if isinstance(request, EmbeddingRequest):
-            return settle_embedding(request, view, await self._tokenizing.encode_inputs(view, request))
-        settled = settle_generation(request, view, await self._tokenizing.encode(view, request))
+            return prepare_embedding(request, view, await self._tokenizing.encode_inputs(view, request))
+        prepared = prepare_generation(request, view, await self._tokenizing.encode(view, request))
         if request.params.structured_output is not None:
             await self._grammar_gate.check(view, request.params.structured_output, tenant_id)
-        return settled
+        return prepared
 
     async def count_prompt_tokens(self, request: GenerationRequest) -> int:
         """Of a request that is not submitted. Raises the CeleriacError that says why it cannot be."""

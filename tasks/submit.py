@@ -1,4 +1,4 @@
-"""The one door for jobs: resolve the model, count the prompt, check the bounds, settle every default, accept, dispatch.
+"""The one door for jobs: resolve the model, count the prompt, check the bounds, fill in defaults, accept, dispatch.
 
 Every API and the command line come through `Submitter.submit`, so a job means the same wherever it came from.
 """
@@ -34,8 +34,8 @@ from tasks.group_accept import GroupAcceptor
 from tasks.job_options import JobOptions, deadline_of, refuse_impossible_deadline
 from tasks.models import ModelView, ModelViews
 from tasks.request_hashes import fingerprint, request_hash
-from tasks.settle import Settled
-from tasks.settler import Settler
+from tasks.settle import PreparedRequest
+from tasks.settler import RequestPreparer
 from tasks.webhook_guard import TargetGuard
 
 
@@ -66,7 +66,7 @@ class Submitter:
         self._views = views
         self._acceptor = acceptor
         self._dispatch_soon = dispatch_soon
-        self._settler = Settler(views)
+        self._preparer = RequestPreparer(views)
         self._webhook_guard = TargetGuard(settings)
 
     async def submit(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> Submitted:
@@ -93,13 +93,12 @@ class Submitter:
         self._dispatch_soon(new_job.request.model)
 
     async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
-        """Everything settled and every bound checked; nothing is committed. Raises the CeleriacError that says why
-        not."""
+        """The job to accept, every bound checked; nothing is committed. Raises the CeleriacError that says why not."""
         view = self._views.get(request.model)
         refuse_impossible_deadline(options)
         webhook_url = await self._check_webhook(options.webhook_url)
-        settled = await self._settler.settle(request, tenant_id)
-        return make_job(tenant_id, request, options, view, settled, settings=self._settings, webhook_url=webhook_url)
+        prepared = await self._preparer.prepare(request, tenant_id)
+        return make_job(tenant_id, request, options, view, prepared, settings=self._settings, webhook_url=webhook_url)
 
     async def _check_webhook(self, url: str | None) -> str | None:
         """As it is stored. Raises InvalidRequest."""
@@ -109,15 +108,15 @@ class Submitter:
             raise InvalidRequest(f"webhook: {exc}", param="webhook") from None
 
     def prepare_grammars(self) -> None:
-        """Have what the models' grammars take made ready in the background. Call it again where models changed."""
-        self._settler.prepare_grammars()
+        """Start preparing in the background what the models' grammars need. Call it again when models have changed."""
+        self._preparer.prepare_grammars()
 
     async def count_prompt_tokens(self, request: GenerationRequest) -> int:
         """Of a request that is not submitted. Raises the CeleriacError that says why it cannot be."""
-        return await self._settler.count_prompt_tokens(request)
+        return await self._preparer.count_prompt_tokens(request)
 
     async def aclose(self) -> None:
-        await self._settler.aclose()
+        await self._preparer.aclose()
 
 
 def tell_accepted(new_job: NewJob) -> None:
@@ -133,25 +132,25 @@ def make_job(
     request: JobRequest,
     options: JobOptions,
     view: ModelView,
-    settled: Settled,
+    prepared: PreparedRequest,
     *,
     settings: Settings,
     webhook_url: str | None = None,
 ) -> NewJob:
-    """`request` is what was asked, `settled` what became of it."""
+    """`request` is as it was asked for, `prepared` has every default filled in."""
     return NewJob(
         id=new_id(),
         tenant_id=tenant_id,
-        request=settled.request,
-        prompt_token_ids=settled.prompt_token_ids,
-        input_lengths=settled.input_lengths,
+        request=prepared.request,
+        prompt_token_ids=prepared.prompt_token_ids,
+        input_lengths=prepared.input_lengths,
         model_revision=view.revision,
-        max_tokens=settled.max_tokens,
-        seed=settled.seed,
+        max_tokens=prepared.max_tokens,
+        seed=prepared.seed,
         max_failures=settings.max_failures,
         result_ttl_seconds=options.result_ttl_seconds or settings.result_ttl_seconds,
         request_hash=request_hash(request, options),
-        fingerprint=fingerprint(view.revision, settled.prompt_token_ids, request),
+        fingerprint=fingerprint(view.revision, prepared.prompt_token_ids, request),
         idempotency_key=options.idempotency_key,
         priority=options.priority,
         deadline_at=deadline_of(options),

@@ -18,7 +18,7 @@ USER_AGENT = "Celeriac-Webhooks/1"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class WebhookResponse:
     """How an attempt went: the receiver's status code, or why there is none."""
 
     status_code: int | None
@@ -43,7 +43,7 @@ class WebhookClient:
     async def aclose(self) -> None:
         await self._connections.aclose()
 
-    async def post(self, url: WebhookUrl, headers: dict[str, str], body: bytes) -> Answer:
+    async def post(self, url: WebhookUrl, headers: dict[str, str], body: bytes) -> WebhookResponse:
         """Never raises for what the receiver or the network does. The answer's body is dropped."""
         began_at = time.monotonic()
         status_code, error = None, None
@@ -64,7 +64,7 @@ class WebhookClient:
             error = "the answer is not HTTP"
         if status_code is not None and not 200 <= status_code < 300:
             error = f"the receiver answered {status_code}"
-        return Answer(status_code, error, time.monotonic() - began_at)
+        return WebhookResponse(status_code, error, time.monotonic() - began_at)
 
     async def _post(self, url: WebhookUrl, headers: dict[str, str], body: bytes) -> int:
         timeouts = {"connect": CONNECT_SECONDS, "read": TOTAL_SECONDS, "write": TOTAL_SECONDS}

@@ -24,7 +24,7 @@ from api.openai.hints import HINT_TREE
 from api.openai.output_parsing import parser_of
 from api.openai.response_schemas import ResponseBody
 from api.openai.running import refuse_unfinished
-from api.openai.schemas import GenerationBody, OpenAIModel, in_words_of_the_body, spelling_of_params
+from api.openai.schemas import GenerationBody, OpenAIModel, spelling_of_params, with_body_names
 from domain.batches import LineRefusal
 from domain.embeddings import EmbeddingRequest
 from domain.errors import (
@@ -190,7 +190,7 @@ def _read_body(line: Line, route: LineRoute[Body, Request], views: ModelViews) -
         return route.from_result(record, request, body, view)
 
     def in_words(exc: CeleriacError) -> CeleriacError:
-        return in_words_of_the_body(exc, route.spelling_of(body))
+        return with_body_names(exc, route.spelling_of(body))
 
     return LineRequest(line.custom_id, request, metadata, in_words, answer)
 

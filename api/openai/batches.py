@@ -15,7 +15,7 @@ from api.deps import caller_of, private_router
 from api.job_inputs import page_cursor
 from api.openai.batch_lines import ROUTES
 from api.openai.files import MAX_TTL_SECONDS, MIN_TTL_SECONDS, parse_file_id, refuse_odd_ttl
-from api.openai.headers import read_knobs
+from api.openai.headers import read_job_headers
 from api.openai.schemas import Metadata, OpenAIModel
 from api.openai.views import InputTokensDetailsView, OutputTokensDetailsView
 from api.openapi import ErrorView, request_body
@@ -114,19 +114,19 @@ async def create_batch(request: Request) -> Response:
     """Its file is read next; what is wrong with it is in `errors` of the batch, with the numbers of the lines."""
     services, tenant_id = caller_of(request)
     body = await read_model(request, BatchBody)
-    knobs = read_knobs(request.headers)
+    job_headers = read_job_headers(request.headers)
     input_file_id = parse_file_id(body.input_file_id, "input_file_id")
     endpoint, window_seconds = (_endpoint(body.endpoint), _window_seconds(body.completion_window))
     ttl_seconds = services.settings.file_ttl_seconds
     if body.output_expires_after is not None:
         ttl_seconds = refuse_odd_ttl(body.output_expires_after.seconds, "output_expires_after.seconds")
-    if knobs.num_retries:
+    if job_headers.num_retries:
         earlier = await services.read(
             batches.find_again,
             tenant_id,
             input_file_id=input_file_id,
             endpoint=endpoint,
-            within_seconds=knobs.attach_seconds,
+            within_seconds=job_headers.attach_seconds,
         )
         if earlier is not None:
             return _answer(earlier)

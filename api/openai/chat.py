@@ -3,7 +3,7 @@
 from fastapi import Request
 from starlette.responses import Response
 
-from api.bodies import beside_loop, read_model
+from api.bodies import off_loop, read_model
 from api.deps import private_router, services_of
 from api.openai.answers import WholeAnswer
 from api.openai.chat_output import ChatStream, from_result
@@ -28,7 +28,7 @@ async def create_chat_completion(request: Request) -> Response:
     """A chat completion as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""
     body = await read_model(request, ChatCompletionBody, HINT_TREE)
     view = services_of(request).views.get(body.model)
-    generation = await beside_loop(request, to_generation_request, body, view)
+    generation = await off_loop(request, to_generation_request, body, view)
     run = await start(request, generation, _asked(body))
     if not body.stream:
         return WholeAnswer(

@@ -8,7 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from api.openai.output_parsing import CallArguments, CallName, Content, OutputParser, Piece, Reasoning, parser_of
+from api.openai.output_parsing import (
+    CallArguments,
+    CallName,
+    ContentPiece,
+    OutputParser,
+    Piece,
+    ReasoningPiece,
+    parser_of,
+)
 from api.openai.running import Run
 from api.openai.schemas import FINISH_REASONS, content_logprobs, tier_of
 from api.openai.usage import count_reasoning_tokens, usage_object
@@ -90,8 +98,8 @@ def _usage(result: GenerationResult, parsers: Sequence[OutputParser]) -> dict[st
 
 def _choice(job_id: UUID, choice: ResultChoice, parser: OutputParser) -> dict[str, object]:
     pieces = parser.push(choice.text) + parser.finish(is_cut=choice.finish_reason is not FinishReason.STOP)
-    content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
-    reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+    content = "".join(piece.text for piece in pieces if isinstance(piece, ContentPiece))
+    reasoning = "".join(piece.text for piece in pieces if isinstance(piece, ReasoningPiece))
     calls = _calls(job_id, choice.index, pieces)
     message: dict[str, object] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
     if reasoning:
@@ -123,9 +131,9 @@ def _calls(job_id: UUID, index: int, pieces: Sequence[Piece]) -> list[dict[str, 
 
 
 def _delta(job_id: UUID, index: int, piece: Piece) -> dict[str, Any]:
-    if isinstance(piece, Content):
+    if isinstance(piece, ContentPiece):
         return {"content": piece.text}
-    if isinstance(piece, Reasoning):
+    if isinstance(piece, ReasoningPiece):
         return {"reasoning_content": piece.text}
     if isinstance(piece, CallArguments):
         return {"tool_calls": [{"index": piece.number, "function": {"arguments": piece.text}}]}

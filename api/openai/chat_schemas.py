@@ -33,7 +33,7 @@ class ContentPart(OpenAIModel):
     refusal: str | None = None
 
 
-Content = Annotated[
+ChatContent = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), Tag("<parts>")],
     Discriminator(lambda value: "<text>" if isinstance(value, str) else "<parts>"),
 ]
@@ -56,7 +56,7 @@ class Message(OpenAIModel):
     among the hints."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
+    content: ChatContent | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
@@ -98,7 +98,7 @@ ToolChoice = Annotated[
 ]
 
 
-class JsonSchema(OpenAIModel):
+class JsonSchemaFormat(OpenAIModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
@@ -107,7 +107,7 @@ class JsonSchema(OpenAIModel):
 
 class ResponseFormat(OpenAIModel):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    json_schema: JsonSchemaFormat | None = None
 
 
 class ChatCompletionBody(GenerationBody):

@@ -7,7 +7,7 @@ from fastapi import Request
 from pydantic import Discriminator, Field, Tag
 from starlette.responses import Response
 
-from api.bodies import beside_loop, read_model
+from api.bodies import off_loop, read_model
 from api.deps import private_router, services_of
 from api.openai.answers import WholeAnswer
 from api.openai.completion_output import CompletionStream, Prompt, from_results, usage_chunk
@@ -46,7 +46,7 @@ def _kind_of(prompt: object) -> str:
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 TokenList = Annotated[list[int], Field(max_length=MAX_PROMPT_TOKENS)]
 TokenLists = Annotated[list[TokenList], Field(min_length=1, max_length=MAX_PROMPTS)]
-Prompts = Annotated[
+CompletionPrompts = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[Texts, Tag("<texts>")]
     | Annotated[TokenList, Tag("<tokens>")]
@@ -56,7 +56,7 @@ Prompts = Annotated[
 
 
 class CompletionBody(GenerationBody):
-    prompt: Prompts
+    prompt: CompletionPrompts
     max_tokens: int | None = None
     n: int | None = None
     best_of: int | None = None
@@ -76,9 +76,9 @@ async def create_completion(request: Request) -> Response:
     """Choices are numbered prompt by prompt: choice `i * n + j` is answer `j` to prompt `i`."""
     body = await read_model(request, CompletionBody, HINT_TREE)
     view = services_of(request).views.get(body.model)
-    generations = await beside_loop(request, to_generation_requests, body)
+    generations = await off_loop(request, to_generation_requests, body)
     runs = await start_all(request, generations, _asked(body))
-    prompts = await beside_loop(request, _prompts_of, body, generations, view)
+    prompts = await off_loop(request, _prompts_of, body, generations, view)
     if not body.stream:
         return WholeAnswer(runs, lambda records: from_results(records, prompts, body.service_tier))
     has_usage = bool(body.stream_options and body.stream_options.include_usage)

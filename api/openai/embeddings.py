@@ -10,12 +10,12 @@ from fastapi import Request
 from pydantic import Discriminator, Field, StringConstraints, Tag
 from starlette.responses import Response
 
-from api.bodies import beside_loop, read_model
+from api.bodies import off_loop, read_model
 from api.deps import private_router
 from api.openai.answers import WholeAnswer
 from api.openai.hints import HINT_TREE
 from api.openai.running import Asked, start
-from api.openai.schemas import Identity, OpenAIModel, build, in_words_of_the_body
+from api.openai.schemas import CallerId, OpenAIModel, build, with_body_names
 from api.openapi import request_body
 from api.views import View
 from domain.embeddings import MAX_INPUT_TOKENS, MAX_INPUTS, EmbeddingRequest, EmbeddingResult
@@ -38,7 +38,7 @@ def _shape(value: object) -> str:
 TokenIds = Annotated[list[int], Field(max_length=MAX_INPUT_TOKENS)]
 
 #: The tags keep the branches out of error messages.
-Input = Annotated[
+EmbeddingInputs = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[list[str], Field(max_length=MAX_INPUTS), Tag("<texts>")]
     | Annotated[TokenIds, Tag("<token ids>")]
@@ -49,10 +49,10 @@ Input = Annotated[
 
 class EmbeddingBody(OpenAIModel):
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
-    input: Input
+    input: EmbeddingInputs
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
-    user: Identity | None = None
+    user: CallerId | None = None
 
 
 class EmbeddingView(View):
@@ -82,7 +82,7 @@ async def create_embeddings(request: Request) -> Response:
     """Embeddings as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""
     body = await read_model(request, EmbeddingBody, HINT_TREE)
     asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of(body))
-    run = await start(request, await beside_loop(request, to_embedding_request, body), asked)
+    run = await start(request, await off_loop(request, to_embedding_request, body), asked)
     return WholeAnswer([run], lambda records: from_result(records[0], body))
 
 
@@ -92,7 +92,7 @@ def to_embedding_request(body: EmbeddingBody) -> EmbeddingRequest:
     try:
         return build(EmbeddingRequest, fields)
     except InvalidRequest as exc:
-        raise in_words_of_the_body(exc, spelling_of(body)) from None
+        raise with_body_names(exc, spelling_of(body)) from None
 
 
 def spelling_of(body: EmbeddingBody) -> dict[str, str]:

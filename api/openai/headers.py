@@ -1,4 +1,4 @@
-"""The headers of the OpenAI routes: a job's knobs on the way in, what clients steer by on the way out."""
+"""The headers of the OpenAI routes: options of a job on the way in, what clients steer by on the way out."""
 
 import math
 import re
@@ -22,7 +22,7 @@ _DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6}(?:\.\d{1,3})?
 
 
 @dataclass(frozen=True, slots=True)
-class Knobs:
+class JobHeaders:
     """What a request says in headers. `read_timeout_seconds` is None where the client does not say; where it does, it
     waits for so long without a sign of life, and gets none, so that its answer comes with a status that is true."""
 
@@ -42,11 +42,11 @@ class Knobs:
         return (self.read_timeout_seconds or DEFAULT_READ_TIMEOUT_SECONDS) + RETRY_SECONDS
 
 
-def read_knobs(headers: Headers) -> Knobs:
+def read_job_headers(headers: Headers) -> JobHeaders:
     """Raises InvalidRequest. What the SDKs send by themselves is ignored where it cannot be read."""
     read_timeout_seconds = _number(headers.get("x-stainless-read-timeout", headers.get("x-stainless-timeout")))
     keep_alive = _one_of(headers, "X-Keep-Alive", "on", "off") or ("on" if read_timeout_seconds is None else "off")
-    return Knobs(
+    return JobHeaders(
         idempotency_key=parse_idempotency_key(headers.get("idempotency-key")),
         cancel_after_seconds=_duration(headers, "Cancel-After"),
         start_timeout_seconds=_duration(headers, "X-Start-Timeout"),

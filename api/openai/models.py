@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from api.deps import caller_of, private_router
-from api.openai.views import ModelListView, ModelView
+from api.openai.views import ModelCardView, ModelListView
 from api.services import Services
 
 router = private_router()
@@ -20,7 +20,7 @@ async def list_models(request: Request) -> Response:
     return Response(orjson.dumps({"object": "list", "data": models}), media_type="application/json")
 
 
-@router.get("/v1/models/{model:path}", responses={200: {"model": ModelView}})
+@router.get("/v1/models/{model:path}", responses={200: {"model": ModelCardView}})
 async def read_model(model: str, request: Request) -> Response:
     """Slashes in a model's name come percent-encoded from the SDKs, and plain from people."""
     services, _ = caller_of(request)

@@ -25,11 +25,11 @@ _BEGINNING_OF_CALLS = {
 }
 
 
-class Content(NamedTuple):
+class ContentPiece(NamedTuple):
     text: str
 
 
-class Reasoning(NamedTuple):
+class ReasoningPiece(NamedTuple):
     text: str
 
 
@@ -45,7 +45,7 @@ class CallArguments(NamedTuple):
     text: str
 
 
-Piece = Content | Reasoning | CallName | CallArguments
+Piece = ContentPiece | ReasoningPiece | CallName | CallArguments
 
 
 class OutputParser:
@@ -87,9 +87,9 @@ class OutputParser:
         pieces = self._advance(is_end=True)
         held = self._take()
         if held and not (is_cut and self._is_half_tag(held.strip())):
-            pieces.append(Reasoning(held) if self._state == self._thinking else Content(held))
+            pieces.append(ReasoningPiece(held) if self._state == self._thinking else ContentPiece(held))
         if self.num_calls:
-            pieces = [piece for piece in pieces if not isinstance(piece, Content) or piece.text.strip()]
+            pieces = [piece for piece in pieces if not isinstance(piece, ContentPiece) or piece.text.strip()]
         return _joined(pieces)
 
     def _is_half_tag(self, text: str) -> bool:
@@ -129,9 +129,9 @@ class OutputParser:
         if tag:
             self._held = after.lstrip()
             self._state = self._behind_thought
-            yield Reasoning(before.rstrip())
+            yield ReasoningPiece(before.rstrip())
         elif not is_end:
-            yield Reasoning(self._release(END_THINK))
+            yield ReasoningPiece(self._release(END_THINK))
 
     def _behind_thought(self, *, is_end: bool) -> Iterator[Piece]:
         self._held = self._held.lstrip()
@@ -157,16 +157,16 @@ class OutputParser:
 
     def _in_content(self, *, is_end: bool) -> Iterator[Piece]:
         if self._tools is not ToolFormat.HERMES:
-            yield Content(self._take())
+            yield ContentPiece(self._take())
             return
         before, tag, after = self._held.partition(CALL)
         if tag:
             self._held = after
             self._begin_call()
             if before.strip():
-                yield Content(before.rstrip() if not self.num_calls else before.strip())
+                yield ContentPiece(before.rstrip() if not self.num_calls else before.strip())
         elif not is_end:
-            yield Content(self._release(CALL))
+            yield ContentPiece(self._release(CALL))
 
     def _before_bare_call(self, *, is_end: bool) -> Iterator[Piece]:
         """At the very beginning of an output, where calls are JSON without a tag, or behind one that may not show."""
@@ -234,7 +234,7 @@ class OutputParser:
         self._state = self._in_content
         is_half = is_tagged and not call.is_over and END_CALL not in call.text
         if not is_half:  # one that the end of the output cut off before its name is not shown as text
-            yield Content((CALL if is_tagged else self._prefix) + call.text)
+            yield ContentPiece((CALL if is_tagged else self._prefix) + call.text)
 
     def _behind_call(self, *, is_end: bool) -> Iterator[Piece]:
         text = self._held.lstrip()

@@ -5,20 +5,20 @@ from typing import Any
 from uuid import UUID
 
 from api.openai.response_schemas import (
-    Content,
-    ContentPart,
     FunctionCallItem,
     FunctionCallOutputItem,
-    Input,
     InputItem,
     MessageItem,
     ReasoningItem,
+    ResponseContent,
+    ResponseContentPart,
+    ResponseInput,
 )
 from domain.ids import external_id
 
 
 def messages_of(
-    input_: Input, *, instructions: str | None, context: Sequence[Mapping[str, Any]]
+    input_: ResponseInput, *, instructions: str | None, context: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Messages as `domain.requests.ChatMessage` takes them: the instructions, then `context`, the conversation so far,
     then the input."""
@@ -40,7 +40,7 @@ def add_output(messages: list[dict[str, Any]], items: Iterable[Mapping[str, Any]
             _add_call(messages, item["call_id"], item["name"], item["arguments"])
 
 
-def listed_items(job_id: UUID, input_: Input) -> list[dict[str, Any]]:
+def listed_items(job_id: UUID, input_: ResponseInput) -> list[dict[str, Any]]:
     """Each with an id: its own, or one that stays the same."""
     ulid = external_id(job_id, "resp").removeprefix("resp_")
     items = [MessageItem(role="user", content=input_)] if isinstance(input_, str) else input_
@@ -66,7 +66,7 @@ def _add_call(messages: list[dict[str, Any]], call_id: str, name: str, arguments
     messages[-1]["tool_calls"] = calls
 
 
-def text_of(content: Content) -> str:
+def text_of(content: ResponseContent) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(part.text or part.refusal or "" for part in content)
@@ -81,7 +81,9 @@ def _listed(item: InputItem, suffix: str) -> dict[str, Any]:
     listed.setdefault("status", "completed")
     match item:
         case MessageItem():
-            parts = [ContentPart(type="text", text=item.content)] if isinstance(item.content, str) else item.content
+            parts = (
+                [ResponseContentPart(type="text", text=item.content)] if isinstance(item.content, str) else item.content
+            )
             show = _said if item.role == "assistant" else _sent
             listed["content"] = [show(part) for part in parts]
         case FunctionCallOutputItem() if not isinstance(item.output, str):
@@ -91,12 +93,12 @@ def _listed(item: InputItem, suffix: str) -> dict[str, Any]:
     return listed
 
 
-def _said(part: ContentPart) -> dict[str, Any]:
+def _said(part: ResponseContentPart) -> dict[str, Any]:
     """A part of an assistant's message; without its logprobs, which nobody sends back to read them here."""
     if part.type == "refusal":
         return {"type": "refusal", "refusal": text_of([part])}
     return {"type": "output_text", "text": text_of([part]), "annotations": part.annotations or []}
 
 
-def _sent(part: ContentPart) -> dict[str, Any]:
+def _sent(part: ResponseContentPart) -> dict[str, Any]:
     return {"type": "input_text", "text": text_of([part])}

@@ -5,7 +5,7 @@ from typing import Any
 
 from api.openai.output_parsing import OutputParser
 from api.openai.response_output import ResponseOutput
-from api.openai.response_schemas import FunctionTool, ResponseBody
+from api.openai.response_schemas import ResponseBody, ResponseFunctionTool
 from api.openai.schemas import tier_of
 from api.openai.usage import count_reasoning_tokens, response_usage
 from domain.errors import DeadlineExceeded
@@ -87,7 +87,7 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
         "temperature": request.params.temperature if body.temperature is None else body.temperature,
         "text": {"format": _format(body)},
         "tool_choice": _tool_choice(body),
-        "tools": [tool.model_dump() for tool in body.tools or () if isinstance(tool, FunctionTool)],
+        "tools": [tool.model_dump() for tool in body.tools or () if isinstance(tool, ResponseFunctionTool)],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": request.params.top_p if body.top_p is None else body.top_p,
         "presence_penalty": request.params.presence_penalty,

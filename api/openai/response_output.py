@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
-from api.openai.output_parsing import CallArguments, CallName, Content, OutputParser, Piece, Reasoning
+from api.openai.output_parsing import CallArguments, CallName, ContentPiece, OutputParser, Piece, ReasoningPiece
 from api.openai.schemas import content_logprobs
 from domain.chunks import TokenLogprob
 from domain.ids import external_id
 
-Item = dict[str, Any]
+OutputItem = dict[str, Any]
 ResponseEvent = dict[str, Any]  # with its `type`, and still without its `sequence_number`
 
 
@@ -21,7 +21,7 @@ class ResponseOutput:
     """Feed it with a job's text in order, and `finish` it. `items` are those of the response so far."""
 
     def __init__(self, job_id: UUID, parser: OutputParser) -> None:
-        self.items: list[Item] = []
+        self.items: list[OutputItem] = []
         self._ulid = external_id(job_id, "resp").removeprefix("resp_")
         self.parser = parser
         self._is_open = False  # the last of `items`
@@ -31,9 +31,9 @@ class ResponseOutput:
         tokens = content_logprobs(logprobs or ())
         for piece in self.parser.push(text):
             yield from self._grow(piece, tokens)
-            tokens = [] if isinstance(piece, Content) else tokens
+            tokens = [] if isinstance(piece, ContentPiece) else tokens
         if tokens and self._is_open and self.items[-1]["type"] == "message":
-            yield from self._grow(Content(""), tokens)
+            yield from self._grow(ContentPiece(""), tokens)
 
     def finish(self, status: str) -> Iterator[ResponseEvent]:
         """The text is over: `completed` or `incomplete`. What was said to the end is a message, if an empty one."""
@@ -45,10 +45,10 @@ class ResponseOutput:
 
     def _grow(self, piece: Piece, tokens: list[dict[str, object]]) -> Iterator[ResponseEvent]:
         match piece:
-            case Content(text):
+            case ContentPiece(text):
                 yield from self._continue("message", self._new_message)
                 yield self._add_text(text, tokens)
-            case Reasoning(text):
+            case ReasoningPiece(text):
                 yield from self._continue("reasoning", self._new_reasoning)
                 yield self._add_thought(text)
             case CallName(_, name):
@@ -60,7 +60,7 @@ class ResponseOutput:
         if not (self._is_open and self.items[-1]["type"] == kind):
             yield from self._open(new())
 
-    def _open(self, item: Item) -> Iterator[ResponseEvent]:
+    def _open(self, item: OutputItem) -> Iterator[ResponseEvent]:
         """The item before it is over: it was written to its end."""
         yield from self._close("completed")
         self.items.append(item)
@@ -115,16 +115,16 @@ class ResponseOutput:
     def _new_id(self, prefix: str) -> str:
         return f"{prefix}_{self._ulid}_{len(self.items)}"
 
-    def _new_message(self) -> Item:
+    def _new_message(self) -> OutputItem:
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         head = {"id": self._new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress"}
         return head | {"content": [part]}
 
-    def _new_reasoning(self) -> Item:
+    def _new_reasoning(self) -> OutputItem:
         part = {"type": "reasoning_text", "text": ""}
         head = {"id": self._new_id("rs"), "type": "reasoning", "status": "in_progress"}
         return head | {"summary": [], "content": [part]}
 
-    def _new_call(self, name: str) -> Item:
+    def _new_call(self, name: str) -> OutputItem:
         ids = {"id": self._new_id("fc"), "call_id": self._new_id("call")}
         return ids | {"type": "function_call", "status": "in_progress", "name": name, "arguments": ""}

@@ -5,14 +5,14 @@ from typing import Any
 
 from api.openai.output_shapes import answer_of
 from api.openai.response_input import messages_of
-from api.openai.response_schemas import FunctionTool, NamedTool, ResponseBody, TextFormat
+from api.openai.response_schemas import ResponseBody, ResponseFunctionTool, ResponseNamedTool, TextFormat
 from api.openai.schemas import (
     build,
-    in_words_of_the_body,
     refuse_idle_stream_options,
     spelling_of_params,
     strings,
     take_effort,
+    with_body_names,
 )
 from api.openai.tool_requests import AskedTools, output_of, spelling_of_output, tools_of
 from domain.errors import InvalidRequest
@@ -34,7 +34,7 @@ def to_generation_request(
         if (exc.param or "").startswith("messages"):
             # Items are no messages: they are counted otherwise, and there may be more messages than these.
             exc.message, exc.param = exc.message.replace(str(exc.param), "input", 1), "input"
-        raise in_words_of_the_body(exc, spelling_of(body)) from None
+        raise with_body_names(exc, spelling_of(body)) from None
 
 
 def _generation_request(body: ResponseBody, view: ModelView, context: Sequence[dict[str, Any]]) -> GenerationRequest:
@@ -70,11 +70,11 @@ def _asked_tools(body: ResponseBody) -> AskedTools:
         definitions={
             number: tool.model_dump(exclude={"type"})
             for number, tool in enumerate(body.tools or ())
-            if isinstance(tool, FunctionTool)
+            if isinstance(tool, ResponseFunctionTool)
         },
         place="tools.{}",
-        mode="named" if isinstance(choice, NamedTool) else choice or "auto",
-        name=choice.name if isinstance(choice, NamedTool) else None,
+        mode="named" if isinstance(choice, ResponseNamedTool) else choice or "auto",
+        name=choice.name if isinstance(choice, ResponseNamedTool) else None,
         is_parallel=body.parallel_tool_calls is not False,
     )
 

@@ -34,7 +34,7 @@ def _text_only(kind: str) -> str:
     return kind
 
 
-class ContentPart(OpenAIModel):
+class ResponseContentPart(OpenAIModel):
     """Also one that came out of an answer and is sent back, with what is no concern of the prompt."""
 
     type: Annotated[str, AfterValidator(_text_only)]
@@ -44,8 +44,8 @@ class ContentPart(OpenAIModel):
     logprobs: list[Any] | None = None
 
 
-Content = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), Tag("<parts>")],
+ResponseContent = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[list[ResponseContentPart], Field(max_length=MAX_PARTS), Tag("<parts>")],
     Discriminator(lambda value: "<text>" if isinstance(value, str) else "<parts>"),
 ]
 
@@ -53,7 +53,7 @@ Content = Annotated[
 class MessageItem(OpenAIModel):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: ResponseContent
     id: ItemId | None = None
     status: ItemStatus | None = None
     phase: Phase | None = None
@@ -72,7 +72,7 @@ class FunctionCallOutputItem(OpenAIModel):
     type: Literal["function_call_output"]
     call_id: ItemId
     name: str | None = None  # whose output it is, which its call says
-    output: Content
+    output: ResponseContent
     id: ItemId | None = None
     status: ItemStatus | None = None
 
@@ -121,7 +121,7 @@ InputItem = Annotated[
     | Annotated[UnknownItem, Tag("<unknown>")],
     Discriminator(_item_tag),
 ]
-Input = Annotated[
+ResponseInput = Annotated[
     Annotated[Text, StringConstraints(min_length=1), Tag("<text>")]
     | Annotated[list[InputItem], Field(min_length=1, max_length=4 * MAX_MESSAGES), Tag("<items>")],
     Discriminator(lambda value: "<text>" if isinstance(value, str) else "<items>"),
@@ -148,7 +148,7 @@ class TextConfig(OpenAIModel):
     format: TextFormat | None = None
 
 
-class FunctionTool(OpenAIModel):
+class ResponseFunctionTool(OpenAIModel):
     type: Annotated[str, only("function")]
     name: str
     description: str | None = None
@@ -156,18 +156,19 @@ class FunctionTool(OpenAIModel):
     strict: bool | None = None
 
 
-Tool = Annotated[
-    Annotated[FunctionTool, Tag("<function>")] | Annotated[ForeignTool, Tag("<foreign>")], Discriminator(tag_of_tool)
+ResponseTool = Annotated[
+    Annotated[ResponseFunctionTool, Tag("<function>")] | Annotated[ForeignTool, Tag("<foreign>")],
+    Discriminator(tag_of_tool),
 ]
 
 
-class NamedTool(OpenAIModel):
+class ResponseNamedTool(OpenAIModel):
     type: Annotated[str, only("function")]
     name: str
 
 
-ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[NamedTool, Tag("<tool>")],
+ResponseToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[ResponseNamedTool, Tag("<tool>")],
     Discriminator(lambda value: "<mode>" if isinstance(value, str) else "<tool>"),
 ]
 
@@ -176,7 +177,7 @@ class ResponseStreamOptions(OpenAIModel):
     """Empty, once the hints are taken out."""
 
 
-class Reasoning(OpenAIModel):
+class ReasoningConfig(OpenAIModel):
     effort: Effort | None = None
 
 
@@ -191,15 +192,15 @@ def _refuse_no_output(max_output_tokens: int) -> int:
 
 
 class ResponseBody(GenerationBody):
-    input: Input
+    input: ResponseInput
     instructions: Text | None = None
     previous_response_id: ItemId | None = None
     background: bool | None = None
     store: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=NO_BOUND), AfterValidator(_refuse_no_output)] | None = None
     text: TextConfig | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: ToolChoice | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: Annotated[list[Includable], Field(max_length=16)] | None = None
@@ -213,7 +214,7 @@ class ResponseBody(GenerationBody):
     image: Unsupported = None
     moderation: Unsupported = None
     prompt: Unsupported = None
-    reasoning: Reasoning | None = None
+    reasoning: ReasoningConfig | None = None
 
     @property
     def is_stored(self) -> bool:
@@ -228,12 +229,12 @@ class InputTokensBody(OpenAIModel):
     """What of a response makes its prompt, to be counted."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
-    input: Input
+    input: ResponseInput
     instructions: Text | None = None
     previous_response_id: ItemId | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: ToolChoice | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     conversation: Unsupported = None
-    reasoning: Reasoning | None = None
+    reasoning: ReasoningConfig | None = None

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from api.job_events import when_storage_answers
+from api.job_events import retry_until_storage_answers
 from api.openai.output_parsing import OutputParser
 from api.openai.response_objects import Ending, ending_of, response_object
 from api.openai.response_output import ResponseEvent, ResponseOutput
@@ -71,7 +71,7 @@ class ResponseStream:
 
     async def _end(self) -> list[ResponseEvent]:
         job = self._record.job
-        record = await when_storage_answers(
+        record = await retry_until_storage_answers(
             lambda: self._services.read(job_queries.get, job.id, job.tenant_id, with_request=True)
         )
         if record is None:
@@ -92,7 +92,7 @@ class ResponseStream:
                 yield frame(str(event["type"]), {**event, "sequence_number": self._number})
 
     @property
-    def farewell(self) -> bytes:
+    def early_end_frame(self) -> bytes:
         """Of a server that leaves before the job is done."""
         name = external_id(self._record.job.id, "resp")
         event = error_event(ServerOverloaded(f"this stream ends here, but {name} goes on: retrieve it"))

@@ -9,7 +9,7 @@ from pydantic import Field
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.responses import Response
 
-from api.bodies import beside_loop, read_model
+from api.bodies import off_loop, read_model
 from api.deps import caller_of, private_router
 from api.openai.answers import WholeAnswer
 from api.openai.hints import HINT_TREE
@@ -20,7 +20,7 @@ from api.openai.response_schemas import Includable, InputTokensBody, ResponseBod
 from api.openai.response_stream import ResponseStream, error_event
 from api.openai.response_views import InputItemListView, InputTokensView, ResponseView
 from api.openai.running import Asked, Run, refuse_unfinished, start
-from api.openai.schemas import in_words_of_the_body
+from api.openai.schemas import with_body_names
 from api.openai.stored_responses import (
     as_it_ended,
     as_it_stands,
@@ -104,12 +104,12 @@ async def count_input_tokens(request: Request) -> Response:
     """How many tokens the prompt of such a response would have."""
     services, _ = caller_of(request)
     counted = await read_model(request, InputTokensBody, HINT_TREE)
-    body = await beside_loop(request, _counted_as_response, counted)
+    body = await off_loop(request, _counted_as_response, counted)
     generation = await _generation(request, body)
     try:
         num_tokens = await services.submitter.count_prompt_tokens(generation)
     except CeleriacError as exc:
-        raise in_words_of_the_body(exc, spelling_of(body)) from None
+        raise with_body_names(exc, spelling_of(body)) from None
     return _json({"object": "response.input_tokens", "input_tokens": num_tokens})
 
 
@@ -181,7 +181,7 @@ async def _generation(request: Request, body: ResponseBody) -> GenerationRequest
     context: Sequence[dict[str, Any]] = ()
     if body.previous_response_id is not None:
         context = await conversation_of(services, tenant_id, body.previous_response_id)
-    return await beside_loop(request, to_generation_request, body, view, context)
+    return await off_loop(request, to_generation_request, body, view, context)
 
 
 def _counted_as_response(counted: InputTokensBody) -> ResponseBody:
@@ -228,7 +228,7 @@ def _stream(services: Services, record: JobRecord, *, starting_after: int = -1, 
         slots=services.slots,
         draining=services.draining,
         headers=run.headers if run is not None else {"x-job-id": external_id(record.job.id)},
-        farewell=stream.farewell,
+        early_end_frame=stream.early_end_frame,
         on_end=on_end,
         unserved=None if run is None or body.background else unserved,
     )

@@ -13,8 +13,8 @@ from uuid import UUID
 from starlette.requests import Request
 
 from api.deps import caller_of
-from api.openai.headers import Knobs, answer_headers, read_knobs
-from api.openai.schemas import PRIORITY_BY_SERVICE_TIER, in_words_of_the_body, spelling_of_params
+from api.openai.headers import JobHeaders, answer_headers, read_job_headers
+from api.openai.schemas import PRIORITY_BY_SERVICE_TIER, spelling_of_params, with_body_names
 from api.services import Services
 from domain.errors import (
     CeleriacError,
@@ -86,12 +86,12 @@ class Run:
 
     def note_delivered(self) -> None:
         """The client has the whole answer."""
-        self.services.go_on(self.services.write(endpoint_jobs.mark_delivered, [self.job_id]))
+        self.services.spawn(self.services.write(endpoint_jobs.mark_delivered, [self.job_id]))
 
     def note_disconnected(self) -> None:
         """The client is gone: so is its job after a grace, unless somebody else came to wait for it."""
         if self.on_disconnect == "cancel":
-            self.services.go_on(self._cancel_if_alone())
+            self.services.spawn(self._cancel_if_alone())
 
     async def _cancel_if_alone(self) -> None:
         await asyncio.sleep(self.services.settings.disconnect_grace_seconds)
@@ -136,10 +136,10 @@ async def start_all(request: Request, generations: Sequence[JobRequest], asked: 
     """As `start`, for several jobs that answer one request: all of them, or none."""
     started = time.monotonic()
     services, tenant_id = caller_of(request)
-    knobs = read_knobs(request.headers)
+    job_headers = read_job_headers(request.headers)
     services.slots.refuse_if_full()
-    all_options = [_options(asked, knobs, number) for number in range(len(generations))]
-    job_ids = await _find_retried(services, tenant_id, generations, all_options[0], knobs)
+    all_options = [_options(asked, job_headers, number) for number in range(len(generations))]
+    job_ids = await _find_retried(services, tenant_id, generations, all_options[0], job_headers)
     if job_ids:
         found = [await _found(services, tenant_id, job_id, started) for job_id in job_ids]
         runs = [replace(run, is_retry_attached=True) for run in found]
@@ -148,8 +148,8 @@ async def start_all(request: Request, generations: Sequence[JobRequest], asked: 
             _refuse_unserved(services, generations[0].model)
         runs = await _submit_all(services, tenant_id, generations, all_options, asked, started)
     job_id_context.set(external_id(runs[0].job_id))
-    on_disconnect = knobs.on_disconnect or ("continue" if asked.is_stored else "cancel")
-    return [replace(run, on_disconnect=on_disconnect, has_keep_alive=knobs.has_keep_alive) for run in runs]
+    on_disconnect = job_headers.on_disconnect or ("continue" if asked.is_stored else "cancel")
+    return [replace(run, on_disconnect=on_disconnect, has_keep_alive=job_headers.has_keep_alive) for run in runs]
 
 
 async def first_unserved(runs: Sequence[Run]) -> NoWorkers:
@@ -179,33 +179,35 @@ def _refuse_unserved(services: Services, model: str) -> None:
         )
 
 
-def _options(asked: Asked, knobs: Knobs, number: int) -> JobOptions:
+def _options(asked: Asked, job_headers: JobHeaders, number: int) -> JobOptions:
     """Of job `number` of the request. No client's key has a blank in it, so those of later jobs are their own."""
-    key = knobs.idempotency_key
+    key = job_headers.idempotency_key
 
-    priority = PRIORITY_BY_SERVICE_TIER[asked.service_tier or "auto"] if knobs.priority is None else knobs.priority
+    priority = (
+        PRIORITY_BY_SERVICE_TIER[asked.service_tier or "auto"] if job_headers.priority is None else job_headers.priority
+    )
     return JobOptions(
         priority=priority,
-        start_timeout_seconds=knobs.start_timeout_seconds,
-        deadline_after_seconds=_deadline_after_seconds(asked, knobs),
+        start_timeout_seconds=job_headers.start_timeout_seconds,
+        deadline_after_seconds=_deadline_after_seconds(asked, job_headers),
         idempotency_key=f"{key} {number}" if key is not None and number else key,
         metadata=asked.metadata or {},
         endpoint=asked.endpoint,
         is_stored=asked.is_stored,
         endpoint_body=asked.endpoint_body,
-        webhook_url=knobs.webhook_url,
-        webhook_statuses=TELLABLE_STATUSES if knobs.webhook_url is not None else (),
+        webhook_url=job_headers.webhook_url,
+        webhook_statuses=TELLABLE_STATUSES if job_headers.webhook_url is not None else (),
     )
 
 
-def _deadline_after_seconds(asked: Asked, knobs: Knobs) -> float | None:
+def _deadline_after_seconds(asked: Asked, job_headers: JobHeaders) -> float | None:
     """A client that waits for a whole answer, and says for how long, has no use for it once no retry can fetch it."""
-    if knobs.cancel_after_seconds is not None:
-        return knobs.cancel_after_seconds
+    if job_headers.cancel_after_seconds is not None:
+        return job_headers.cancel_after_seconds
     if asked.timeout_seconds is not None:
         return asked.timeout_seconds
-    is_kept = asked.has_stream or asked.is_stored or knobs.on_disconnect == "continue"
-    return None if is_kept or knobs.read_timeout_seconds is None else knobs.attach_seconds
+    is_kept = asked.has_stream or asked.is_stored or job_headers.on_disconnect == "continue"
+    return None if is_kept or job_headers.read_timeout_seconds is None else job_headers.attach_seconds
 
 
 async def _find_retried(
@@ -213,11 +215,11 @@ async def _find_retried(
     tenant_id: UUID,
     generations: Sequence[JobRequest],
     options: JobOptions,
-    knobs: Knobs,
+    job_headers: JobHeaders,
 ) -> list[UUID]:
     """The SDKs repeat a request that timed out, without a key: two calls that are meant both count 0 retries. Empty
     where not every job is found, or one is found twice."""
-    if knobs.num_retries < 1 or options.idempotency_key is not None:
+    if job_headers.num_retries < 1 or options.idempotency_key is not None:
         return []
     found: dict[UUID, None] = {}
     for generation in generations:
@@ -225,7 +227,7 @@ async def _find_retried(
             endpoint_jobs.find_attachable,
             tenant_id,
             request_hash(generation, options),
-            within_seconds=knobs.attach_seconds,
+            within_seconds=job_headers.attach_seconds,
         )
         if job_id is None or job_id in found:
             return []
@@ -252,9 +254,9 @@ async def _submit_all(
         return runs
     for run in runs:
         if not run.is_replayed:
-            services.go_on(_cancel(services, run))
+            services.spawn(_cancel(services, run))
     if isinstance(refusals[0], CeleriacError):
-        raise in_words_of_the_body(refusals[0], asked.spelling) from refusals[0]
+        raise with_body_names(refusals[0], asked.spelling) from refusals[0]
     raise refusals[0]
 
 

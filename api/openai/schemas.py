@@ -91,7 +91,7 @@ Strings = Annotated[
 ]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
-Identity = Annotated[str, StringConstraints(max_length=512)]
+CallerId = Annotated[str, StringConstraints(max_length=512)]
 ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
 
 
@@ -124,9 +124,9 @@ class GenerationBody(OpenAIModel):
     stream: bool | None = None
 
     # Who asks; nothing here depends on it.
-    user: Identity | None = None
-    safety_identifier: Identity | None = None
-    prompt_cache_key: Identity | None = None
+    user: CallerId | None = None
+    safety_identifier: CallerId | None = None
+    prompt_cache_key: CallerId | None = None
 
     service_tier: ServiceTier | None = None
     metadata: Metadata | None = None
@@ -197,7 +197,7 @@ def spelling_of_params(**names: str) -> dict[str, str]:
     return names | {"prompt_token_ids": "prompt"}
 
 
-def in_words_of_the_body(exc: CeleriacError, spelling: Mapping[str, str]) -> CeleriacError:
+def with_body_names(exc: CeleriacError, spelling: Mapping[str, str]) -> CeleriacError:
     """The same refusal with the names of the body for those of our own request. What stands in quotation marks is the
     client's own, and stays as it is."""
     exc.message = _QUOTED_OR_NAME.sub(lambda found: found[1] or _spelt(found[2], spelling), exc.message)

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import Protocol
 
 from api.errors import error_body
-from api.job_events import when_storage_answers
+from api.job_events import retry_until_storage_answers
 from api.openai.running import Run, first_unserved, headers_of, refuse_unfinished
 from api.sse import EventStream, data_frame
 from domain.chunks import TokenChunk
@@ -64,7 +64,7 @@ def stream_answers(
         slots=services.slots,
         draining=services.draining,
         headers=headers_of(runs),
-        farewell=_farewell(runs[0]),
+        early_end_frame=_early_end_frame(runs[0]),
         on_end=on_end,
         unserved=unserved,
     )
@@ -149,13 +149,13 @@ async def _next_of(stream: AsyncGenerator[Mapping[str, object], None]) -> Mappin
 
 async def _last_look(run: Run) -> JobRecord:
     """The completed job. Raises the CeleriacError that says why it is not."""
-    record = await when_storage_answers(lambda: run.services.read(job_queries.get, run.job_id, run.tenant_id))
+    record = await retry_until_storage_answers(lambda: run.services.read(job_queries.get, run.job_id, run.tenant_id))
     if record is None:
         raise JobNotFound(f"{external_id(run.job_id)} was deleted")
     refuse_unfinished(record)
     return record
 
 
-def _farewell(run: Run) -> bytes:
+def _early_end_frame(run: Run) -> bytes:
     name = external_id(run.job_id)
     return error_frame(ServerOverloaded(f"this stream ends here, but {name} goes on: see /v1/jobs/{name}/events"))

@@ -177,7 +177,7 @@ class Upload:
     def discard(self) -> None:
         """Nothing after `finish`. What cannot be discarded now is found by the janitor."""
         if self._file_id is not None:
-            self._services.go_on(self._services.write(files.discard, self._file_id))
+            self._services.spawn(self._services.write(files.discard, self._file_id))
 
 
 async def _stream(request: Request) -> AsyncIterator[bytes]:

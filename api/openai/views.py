@@ -7,10 +7,10 @@ from pydantic import Field
 
 from api.views import PageView, View
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReasonName = Literal["stop", "length", "tool_calls"]
 
 
-class ModelView(View):
+class ModelCardView(View):
     id: str
     object: Literal["model"]
     created: int
@@ -22,7 +22,7 @@ class ModelView(View):
 
 class ModelListView(View):
     object: Literal["list"]
-    data: list[ModelView]
+    data: list[ModelCardView]
 
 
 class PromptTokensDetailsView(View):
@@ -79,7 +79,7 @@ class ChatChoiceView(View):
     index: int
     message: ChatMessageView
     logprobs: ChatLogprobsView | None
-    finish_reason: FinishReason
+    finish_reason: FinishReasonName
 
 
 class AnswerView(View):

@@ -216,7 +216,7 @@ def test_lines_with_large_results_are_read_few_at_a_time(
         hand_worker.embed(job_id, numbers)
     batch_id = parse_id_of_other(batch.id, "batch")
     with session_factory.begin() as session:
-        batch_lines.settle(session, session.get_one(Batch, batch_id))
+        batch_lines.record_ended(session, session.get_one(Batch, batch_id))
         for max_bytes, num_lines in {1: 1, 2_500_000: 1, 3_500_000: 2, 10**9: 3}.items():
             found = batch_lines.ended_lines(session, batch_id, after=0, limit=50, max_bytes=max_bytes)
             assert len(found) == num_lines

@@ -221,7 +221,7 @@ def test_a_job_that_is_deleted_under_its_stream_is_told_as_such(
 
 
 @every_route
-def test_a_server_that_leaves_says_farewell_and_the_job_goes_on(
+def test_a_draining_server_ends_its_streams_and_the_job_goes_on(
     api: ApiServer, http: httpx.Client, hand_worker: HandWorker, route: str
 ) -> None:
     with half_told(http, hand_worker, route) as (job, lines):

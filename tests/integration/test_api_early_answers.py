@@ -13,7 +13,7 @@ import httpx
 import pytest
 import requests
 
-from api.server import Server
+from api.server import GracefulServer
 from storage.jobs_accept import Accepted, NewJob
 from tests.integration.api_harness import ApiServer, body, post_job, until
 
@@ -178,7 +178,7 @@ def test_a_request_that_the_end_of_the_server_cuts_off_is_told_of_its_job(
         )
         Thread(target=send, daemon=True).start()
     until(lambda: len(accepting) == 2)
-    assert isinstance(api._server, Server)
+    assert isinstance(api._server, GracefulServer)
     api._server.should_exit = True
     until(lambda: len(answers) == 2, seconds=30)
     for answer in answers:

@@ -24,7 +24,7 @@ from tasks.group_accept import GroupAcceptor
 
 def make_new_job(**fields: Any) -> NewJob:
     request = GenerationRequest(model="fake", prompt="Hello")
-    settled: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "id": new_id(),
         "tenant_id": DEFAULT_TENANT_ID,
         "request": request,
@@ -36,7 +36,7 @@ def make_new_job(**fields: Any) -> NewJob:
         "result_ttl_seconds": 3600,
         "request_hash": b"hash",
     }
-    return NewJob(**settled | fields)
+    return NewJob(**defaults | fields)
 
 
 @pytest.fixture

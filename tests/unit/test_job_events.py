@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from api.job_events import beside
+from api.job_events import interleave
 
 pytestmark = pytest.mark.anyio
 
@@ -25,7 +25,7 @@ async def test_no_item_waits_for_an_answer() -> None:
         return "never"
 
     async with asyncio.timeout(10):
-        told = [one async for one in beside(count(3, pause=0.1), ask, waits=(0.01, 0.01), is_wanted=lambda: True)]
+        told = [one async for one in interleave(count(3, pause=0.1), ask, waits=(0.01, 0.01), is_wanted=lambda: True)]
     assert asked.is_set()
     assert told == [0, 1, 2]
 
@@ -37,7 +37,7 @@ async def test_answers_come_between_the_items_while_they_are_wanted() -> None:
     async def ask() -> int:
         return next(answers)
 
-    async for one in beside(count(2, pause=0.3), ask, waits=(0.01, 0.1), is_wanted=lambda: 0 not in told):
+    async for one in interleave(count(2, pause=0.3), ask, waits=(0.01, 0.1), is_wanted=lambda: 0 not in told):
         told.append(one)
     before, after = told[: told.index(0)], told[told.index(0) + 1 :]
     assert before[:2] == [100, 101]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.openai.output_parsing import CallArguments, CallName, Content, OutputParser, Piece, Reasoning
+from api.openai.output_parsing import CallArguments, CallName, ContentPiece, OutputParser, Piece, ReasoningPiece
 from domain.tools import ToolFormat
 from tasks.output_formats import OutputFormat, ReasoningFormat, output_format_of
 
@@ -42,10 +42,10 @@ def parse(
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": "}\\" {", "b": [1, {"c": 2}]}}\n</tool_call>'
 ARGUMENTS = '{"a": "}\\" {", "b": [1, {"c": 2}]}'
 CASES: list[tuple[str, OutputFormat, list[Piece]]] = [
-    ("plain text", HERMES, [Content("plain text")]),
-    ("1 < 2 <tool", HERMES, [Content("1 < 2 <tool")]),
+    ("plain text", HERMES, [ContentPiece("plain text")]),
+    ("1 < 2 <tool", HERMES, [ContentPiece("1 < 2 <tool")]),
     (CALL, HERMES, [CallName(0, "add"), CallArguments(0, ARGUMENTS)]),
-    ("Let me see.\n" + CALL, HERMES, [Content("Let me see."), CallName(0, "add"), CallArguments(0, ARGUMENTS)]),
+    ("Let me see.\n" + CALL, HERMES, [ContentPiece("Let me see."), CallName(0, "add"), CallArguments(0, ARGUMENTS)]),
     (
         f"{CALL}\n{CALL.replace('add', 'find')}\n",
         HERMES,
@@ -54,7 +54,7 @@ CASES: list[tuple[str, OutputFormat, list[Piece]]] = [
     (
         f"<think>\nhm </thin\n</think>\n\n{CALL}",
         HERMES,
-        [Reasoning("hm </thin"), CallName(0, "add"), CallArguments(0, ARGUMENTS)],
+        [ReasoningPiece("hm </thin"), CallName(0, "add"), CallArguments(0, ARGUMENTS)],
     ),
     (
         '<tool_call>{"arguments": {"a": 1}, "name": "add"}</tool_call>',
@@ -66,23 +66,23 @@ CASES: list[tuple[str, OutputFormat, list[Piece]]] = [
         HERMES,
         [CallName(0, "add"), CallArguments(0, '{"a": 1}')],
     ),
-    ("<tool_call>nonsense</tool_call> so", HERMES, [Content("<tool_call>nonsense</tool_call> so")]),
+    ("<tool_call>nonsense</tool_call> so", HERMES, [ContentPiece("<tool_call>nonsense</tool_call> so")]),
     (
         '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}, {"name": "find", "arguments": {}}]',
         MISTRAL,
         [CallName(0, "add"), CallArguments(0, '{"a": 1}'), CallName(1, "find"), CallArguments(1, "{}")],
     ),
     (' [{"name": "add", "arguments": {"a": 1}}]', MISTRAL, [CallName(0, "add"), CallArguments(0, '{"a": 1}')]),
-    ("[1, 2] is a list", MISTRAL, [Content("[1, 2] is a list")]),
+    ("[1, 2] is a list", MISTRAL, [ContentPiece("[1, 2] is a list")]),
     ('{"name": "add", "parameters": {"a": 1}}', LLAMA3, [CallName(0, "add"), CallArguments(0, '{"a": 1}')]),
     (
         '<|python_tag|>{"name": "add", "parameters": {"a": 1}}; {"name": "find", "parameters": {}}',
         LLAMA3,
         [CallName(0, "add"), CallArguments(0, '{"a": 1}'), CallName(1, "find"), CallArguments(1, "{}")],
     ),
-    ('{"name": "Jim", "age": 3}', LLAMA3, [Content('{"name": "Jim", "age": 3}')]),
-    ("thinking</think>\n\nanswer", OPENED, [Reasoning("thinking"), Content("answer")]),
-    ("still thinking", OPENED, [Reasoning("still thinking")]),
+    ('{"name": "Jim", "age": 3}', LLAMA3, [ContentPiece('{"name": "Jim", "age": 3}')]),
+    ("thinking</think>\n\nanswer", OPENED, [ReasoningPiece("thinking"), ContentPiece("answer")]),
+    ("still thinking", OPENED, [ReasoningPiece("still thinking")]),
 ]
 
 
@@ -122,15 +122,15 @@ def test_arguments_come_while_they_are_written() -> None:
 
 IN_A_STRING = '{"text":"<tool_call>\\n{\\"name\\": \\"add\\"}"}'
 GUIDED: list[tuple[str, OutputFormat, list[Piece]]] = [
-    (IN_A_STRING, HERMES, [Content(IN_A_STRING)]),
+    (IN_A_STRING, HERMES, [ContentPiece(IN_A_STRING)]),
     (CALL, HERMES, [CallName(0, "add"), CallArguments(0, ARGUMENTS)]),
-    ('{"name":"add","parameters":{"a":1}}', LLAMA3, [Content('{"name":"add","parameters":{"a":1}}')]),
+    ('{"name":"add","parameters":{"a":1}}', LLAMA3, [ContentPiece('{"name":"add","parameters":{"a":1}}')]),
     ('{"name": "add", "parameters": {"a":1}}', LLAMA3, [CallName(0, "add"), CallArguments(0, '{"a":1}')]),
-    ('[{"name":"add","arguments":{}}]', MISTRAL, [Content('[{"name":"add","arguments":{}}]')]),
+    ('[{"name":"add","arguments":{}}]', MISTRAL, [ContentPiece('[{"name":"add","arguments":{}}]')]),
     ('[{"name": "add", "arguments": {}}]', MISTRAL, [CallName(0, "add"), CallArguments(0, "{}")]),
-    ('[{"name', MISTRAL, [Content('[{"name')]),
-    ("[]", MISTRAL, [Content("[]")]),
-    ("<b>", HERMES, [Content("<b>")]),
+    ('[{"name', MISTRAL, [ContentPiece('[{"name')]),
+    ("[]", MISTRAL, [ContentPiece("[]")]),
+    ("<b>", HERMES, [ContentPiece("<b>")]),
 ]
 
 
@@ -146,7 +146,7 @@ def test_under_a_grammar_an_answer_is_told_from_calls_by_its_beginning(
 @pytest.mark.parametrize("length", range(1, len(CALL)))
 def test_a_call_that_was_cut_off_shows_no_half_tag(length: int) -> None:
     pieces = parse(["So: ", CALL[:length]], HERMES, is_cut=True)
-    content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+    content = "".join(piece.text for piece in pieces if isinstance(piece, ContentPiece))
     assert content.strip() in ("So:", "So: <")
 
 

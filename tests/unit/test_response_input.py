@@ -8,7 +8,7 @@ from openai.types.responses.response_item_list import ResponseItemList
 from pydantic import TypeAdapter
 
 from api.openai.response_input import listed_items
-from api.openai.response_schemas import Input
+from api.openai.response_schemas import ResponseInput
 from api.openai.response_views import InputItemListView
 
 JOB_ID = UUID(int=1)
@@ -37,7 +37,7 @@ RESULT = {"type": "function_call_output", "call_id": "call_1"}
     ],
 )
 def test_an_item_is_listed_as_the_sdk_knows_it(item: dict[str, Any], shown: dict[str, Any]) -> None:
-    parsed = TypeAdapter[Any](Input).validate_python([item])
+    parsed = TypeAdapter[Any](ResponseInput).validate_python([item])
     [listed] = listed_items(JOB_ID, parsed)
     assert shown.items() <= listed.items()
     page = {"object": "list", "data": [listed], "first_id": "a", "last_id": "a", "has_more": False}

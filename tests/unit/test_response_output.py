@@ -12,7 +12,7 @@ from openai.types.responses import Response, ResponseCompletedEvent, ResponseCre
 from pydantic import TypeAdapter
 
 from api.openai.output_parsing import OutputParser
-from api.openai.response_output import Item, ResponseEvent, ResponseOutput
+from api.openai.response_output import OutputItem, ResponseEvent, ResponseOutput
 from domain.tools import ToolFormat
 from tasks.output_formats import OutputFormat, ReasoningFormat
 
@@ -22,7 +22,7 @@ TEXT = f"<think>Add them, I think.</think>\n\nLet me see 🙂.\n{CALL}\n{CALL}"
 FORMAT = OutputFormat(ToolFormat.HERMES, ReasoningFormat.TAGGED)
 
 
-def told(text: str, cuts: list[int], status: str = "completed") -> tuple[list[ResponseEvent], list[Item]]:
+def told(text: str, cuts: list[int], status: str = "completed") -> tuple[list[ResponseEvent], list[OutputItem]]:
     """The events of a text that comes in pieces, and the items that they amount to."""
     output = ResponseOutput(JOB_ID, OutputParser(FORMAT, tool_names=frozenset({"add"})))
     places = [0, *sorted(cuts), len(text)]
@@ -30,7 +30,7 @@ def told(text: str, cuts: list[int], status: str = "completed") -> tuple[list[Re
     return [*events, *output.finish(status)], output.items
 
 
-def read_by_sdk(events: list[ResponseEvent], items: list[Item]) -> Response:
+def read_by_sdk(events: list[ResponseEvent], items: list[OutputItem]) -> Response:
     """What the SDK's stream helper makes of them; it raises where they break its rules."""
     state: ResponseStreamState[Any] = ResponseStreamState(input_tools=[], text_format=openai.omit)
     head: dict[str, Any] = {"id": "resp_1", "object": "response", "created_at": 0, "model": "m", "output": []}

@@ -1,4 +1,4 @@
-"""What a request becomes before it is accepted: bounds, settled defaults, and the hash that makes two requests one."""
+"""What a request becomes before it is accepted: bounds, defaults, and the hash that makes two requests one."""
 
 import asyncio
 import threading

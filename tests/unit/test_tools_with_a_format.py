@@ -10,9 +10,9 @@ from llguidance import LLTokenizer
 from api.bodies import parse_model
 from api.openai import chat_requests, response_requests
 from api.openai.chat_schemas import ChatCompletionBody
-from api.openai.output_parsing import CallName, Content, parser_of
+from api.openai.output_parsing import CallName, ContentPiece, parser_of
 from api.openai.response_schemas import ResponseBody
-from api.openai.schemas import in_words_of_the_body
+from api.openai.schemas import with_body_names
 from domain.catalog import ModelSpec
 from domain.errors import InvalidRequest
 from domain.requests import GenerationRequest
@@ -91,7 +91,7 @@ def parts_of(request: GenerationRequest, format: ToolFormat, text: str) -> tuple
     parser = parser_of(request, OutputFormat(format))
     pieces = [piece for character in text for piece in parser.push(character)] + parser.finish(is_cut=False)
     calls = [piece.name for piece in pieces if isinstance(piece, CallName)]
-    return calls, "".join(piece.text for piece in pieces if isinstance(piece, Content))
+    return calls, "".join(piece.text for piece in pieces if isinstance(piece, ContentPiece))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -199,7 +199,7 @@ def test_what_the_compiler_refuses_is_told_in_the_words_of_the_request(
         expected = "tools.1.function.parameters" if route == "chat" else "tools.1.parameters"
         if place == "json_schema":
             expected = "response_format.json_schema.schema" if route == "chat" else "text.format.schema"
-        assert in_words_of_the_body(refusal, spelling(route, changes)).param == expected
+        assert with_body_names(refusal, spelling(route, changes)).param == expected
 
 
 def spelling(route: str, changes: dict[str, Any]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 
 from domain.jobs import Lane
-from domain.waiting import LiveWorker, Service, WaitingFor, WaitingJob, waiting_for
+from domain.waiting import LiveWorker, ModelService, WaitingFor, WaitingJob, waiting_for
 from domain.workers import WorkerState
 
 READY, LOADING = LiveWorker(WorkerState.READY, "new"), LiveWorker(WorkerState.LOADING, "new")
@@ -18,13 +18,13 @@ JOBS = (FRESH, ISOLATED, BEGUN, OLD, LINE, DELAYED)
 
 @pytest.mark.parametrize("job", JOBS)
 def test_without_a_worker_every_job_waits_for_one(job: WaitingJob) -> None:
-    assert waiting_for(job, Service()) is WaitingFor.WORKER
+    assert waiting_for(job, ModelService()) is WaitingFor.WORKER
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_an_unloaded_model_is_a_pause_whoever_lives(job: WaitingJob) -> None:
     for worker in (READY, LOADING, DRAINING, UNLOADED):
-        assert waiting_for(job, Service([worker], is_loaded=False)) is WaitingFor.PAUSE
+        assert waiting_for(job, ModelService([worker], is_loaded=False)) is WaitingFor.PAUSE
 
 
 @pytest.mark.parametrize("job", [FRESH, ISOLATED, BEGUN, LINE, DELAYED])
@@ -40,14 +40,14 @@ def test_an_unloaded_model_is_a_pause_whoever_lives(job: WaitingJob) -> None:
 def test_workers_that_take_no_jobs_are_told_apart(
     job: WaitingJob, workers: list[LiveWorker], reason: WaitingFor
 ) -> None:
-    assert waiting_for(job, Service(workers)) is reason
+    assert waiting_for(job, ModelService(workers)) is reason
 
 
 def test_a_job_with_output_waits_for_its_revision_though_others_are_ready() -> None:
-    assert waiting_for(OLD, Service([READY, LOADING])) is WaitingFor.REVISION
-    assert waiting_for(OLD, Service([READY, LiveWorker(WorkerState.LOADING, "old")])) is WaitingFor.MODEL_LOAD
-    assert waiting_for(OLD, Service([READY, LiveWorker(WorkerState.READY, "old")])) is WaitingFor.SLOTS
-    assert waiting_for(OLD, Service([LiveWorker(WorkerState.READY, None)])) is WaitingFor.SLOTS
+    assert waiting_for(OLD, ModelService([READY, LOADING])) is WaitingFor.REVISION
+    assert waiting_for(OLD, ModelService([READY, LiveWorker(WorkerState.LOADING, "old")])) is WaitingFor.MODEL_LOAD
+    assert waiting_for(OLD, ModelService([READY, LiveWorker(WorkerState.READY, "old")])) is WaitingFor.SLOTS
+    assert waiting_for(OLD, ModelService([LiveWorker(WorkerState.READY, None)])) is WaitingFor.SLOTS
 
 
 @pytest.mark.parametrize(
@@ -62,5 +62,5 @@ def test_a_job_with_output_waits_for_its_revision_though_others_are_ready() -> N
 )
 def test_beside_a_ready_worker_it_is_the_job_that_decides(job: WaitingJob, reason: WaitingFor) -> None:
     for others in (*combinations((LOADING, DRAINING, UNLOADED), 2), ()):
-        assert waiting_for(job, Service([READY, *others], is_batch_share_taken=True)) is reason
-    assert waiting_for(LINE, Service([READY])) is WaitingFor.SLOTS
+        assert waiting_for(job, ModelService([READY, *others], is_batch_share_taken=True)) is reason
+    assert waiting_for(LINE, ModelService([READY])) is WaitingFor.SLOTS
