@@ -1,29 +1,44 @@
-"""JSON logging with the ids of what is being worked on, and every Prometheus metric of the project, declared once.
+"""JSON logging with the ids of what is being worked on, every Prometheus metric, and a watch on event loops.
+
+JSON logging with the ids of what is being worked on, and every Prometheus metric of the project, declared once.
 
 Never in a log or a label: a prompt, an output, a key. Only ids, lengths, counts and codes. Exceptions are logged with
 their first line alone, because database and validation errors repeat the values they choked on in the lines below it.
+
+How late an event loop comes to its work, as a metric; and where it stands, in the log, when it stands still.
+
+For every process that runs on asyncio. The beat is a timer of the loop; a thread beside it looks whether it comes.
 """
 
+import asyncio
 import contextlib
 import logging
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import lru_cache
-from types import TracebackType
-from typing import Any, Literal, TypeVar
+from pathlib import PurePath
+from time import monotonic
+from types import FrameType, TracebackType
+from typing import Any, Literal, Self, TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.orjson import OrjsonFormatter
 
+log = logging.getLogger(__name__)
+
 job_id_context: ContextVar[str | None] = ContextVar("job_id", default=None)
+
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
+
 #: The ids of jobs that a request is having accepted, latest last: what is known of them if it ends before its answer.
 submitted_job_ids: ContextVar[list[str] | None] = ContextVar("submitted_job_ids", default=None)
 
 _MAX_EXCEPTION_CHARS = 300
+
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
@@ -139,13 +154,17 @@ def labelled(metric: Metric, *labels: str) -> Metric:
 # Metrics. Seconds and tokens, never milliseconds; labels have few values: model ids, statuses, routes, codes.
 
 _FAST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
 _SLOW_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
+
 _SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 http_requests_total = Counter("http_requests_total", "Answered HTTP requests.", ["method", "route", "status"])
+
 http_request_seconds = Histogram(
     "http_request_seconds", "From the first byte in to the last byte out.", ["route"], buckets=_FAST_BUCKETS
 )
+
 # A histogram: a loop that stood still is in it for good, where a gauge would forget it before it is scraped.
 event_loop_lag_seconds = Histogram(
     "event_loop_lag_seconds", "How late the event loop came to a timer, ten times a second.", buckets=_FAST_BUCKETS
@@ -154,16 +173,25 @@ event_loop_lag_seconds = Histogram(
 http_requests_in_progress = Gauge("http_requests_in_progress", "HTTP requests being answered now, streams included.")
 
 jobs_submitted_total = Counter("jobs_submitted_total", "Submissions by what became of them.", ["model", "outcome"])
+
 jobs_accept_group_size = Histogram("jobs_accept_group_size", "Jobs committed by one accept.", buckets=_SIZE_BUCKETS)
+
 jobs_accept_seconds = Histogram("jobs_accept_seconds", "One accept statement with its COMMIT.", buckets=_FAST_BUCKETS)
+
 jobs_accept_waiting = Gauge("jobs_accept_waiting", "Submissions waiting for the next accept.")
+
 jobs_finished_total = Counter("jobs_finished_total", "Jobs this process made terminal.", ["model", "status"])
+
 jobs_queue_seconds = Histogram("jobs_queue_seconds", "Accept to first claim.", ["model"], buckets=_SLOW_BUCKETS)
+
 jobs_run_seconds = Histogram("jobs_run_seconds", "First claim to the end.", ["model"], buckets=_SLOW_BUCKETS)
+
 jobs_running = Gauge("jobs_running", "Jobs in progress, from SQL.", ["model"])
+
 jobs_oldest_queued_seconds = Gauge("jobs_oldest_queued_seconds", "Age of the oldest waiting job.", ["model"])
 
 jobs_waiting = Gauge("jobs_waiting", "Queued jobs by what they wait for, from SQL.", ["model", "reason"])
+
 jobs_waiting_oldest_seconds = Gauge(
     "jobs_waiting_oldest_seconds", "Age of the oldest queued job that waits for this, from SQL.", ["model", "reason"]
 )
@@ -181,23 +209,92 @@ maintenance_seconds_since_last_tick = Gauge(
 )
 
 prompt_tokens_total = Counter("prompt_tokens_total", "Prompt tokens of submitted jobs.", ["model"])
+
 tokenize_seconds = Histogram(
     "tokenize_seconds", "Template and tokenizer, one prompt.", ["model"], buckets=_FAST_BUCKETS
 )
 
 stream_connections = Gauge("stream_connections", "Open SSE streams.")
+
 stream_resumes_total = Counter("stream_resumes_total", "Streams opened after a cursor.")
+
 stream_ends_total = Counter("stream_ends_total", "Streams by how they ended.", ["reason"])
 
 webhook_deliveries_pending = Gauge("webhook_deliveries_pending", "Deliveries not made yet, from SQL.")
+
 webhook_oldest_due_seconds = Gauge("webhook_oldest_due_seconds", "How long the oldest due delivery waits, from SQL.")
 
 worker_processes = Gauge("worker_processes", "Live GPU workers, from SQL.", ["model"])
+
 worker_slots = Gauge("worker_slots", "Sequences all live workers can run at once.", ["model"])
 
 llm_requests_total = Counter("llm_requests_total", "Generation requests accepted.", ["model"])
+
 llm_queue_size = Gauge("llm_queue_size", "Jobs waiting, from SQL.", ["model"])
+
 llm_tokens_generated_total = Counter("llm_tokens_generated_total", "Output tokens committed.", ["model"])
+
 llm_request_latency_seconds = Histogram(
     "llm_request_latency_seconds", "Accept to the end.", ["model"], buckets=_SLOW_BUCKETS
 )
+
+
+BEAT_SECONDS = 0.1
+
+STALL_SECONDS = 0.25
+
+MAX_FRAMES = 25
+
+
+class LoopWatch:
+    """Watches the loop that it is entered on, as an async context manager."""
+
+    def __init__(self, *, stall_seconds: float = STALL_SECONDS) -> None:
+        self._stall_seconds = stall_seconds
+        self._due_at = 0.0  # of the next beat
+        self._told_at = 0.0  # the beat whose stall was logged
+        self._is_over = threading.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._thread_id = threading.get_ident()
+        self._plan_beat()
+        self._thread = threading.Thread(target=self._look, name="loop-watch", daemon=True)
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._is_over.set()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _plan_beat(self) -> None:
+        self._due_at = monotonic() + BEAT_SECONDS
+        self._timer = self._loop.call_later(BEAT_SECONDS, self._beat)
+
+    def _beat(self) -> None:
+        late_seconds = max(0.0, monotonic() - self._due_at)
+        event_loop_lag_seconds.observe(late_seconds)
+        if late_seconds > self._stall_seconds and self._told_at != self._due_at:
+            # Code that never let go of the interpreter's lock kept the thread from looking, too.
+            self._tell(late_seconds, "it was over before anybody could look")
+        self._plan_beat()
+
+    def _look(self) -> None:
+        while not self._is_over.wait(BEAT_SECONDS):
+            due_at = self._due_at
+            late_seconds = monotonic() - due_at
+            frame = sys._current_frames().get(self._thread_id)
+            if late_seconds > self._stall_seconds and self._told_at != due_at and frame is not None:
+                self._told_at = due_at
+                self._tell(late_seconds, describe_stack(frame))
+
+    def _tell(self, late_seconds: float, stack: str) -> None:
+        log.warning("the event loop stands still", extra={"seconds_so_far": round(late_seconds, 3), "stack": stack})
+
+
+def describe_stack(frame: FrameType) -> str:
+    """Innermost first: files, lines and functions, and none of the values they work on."""
+    summary = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=MAX_FRAMES, lookup_lines=False)
+    return " < ".join(f"{'/'.join(PurePath(one.filename).parts[-2:])}:{one.lineno} {one.name}" for one in summary)

@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from domain.redis_url import RedisUrl
+from domain.addresses import RedisUrl
 
 ROOT = Path(__file__).resolve().parent
 PREFIX = "CELERIAC_"

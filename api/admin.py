@@ -7,17 +7,16 @@ from datetime import datetime
 from typing import Any, Literal
 
 import orjson
-from fastapi import Request
+from starlette.requests import Request
 from starlette.responses import Response
 
-from api.deps import private_router, require_admin, services_of
-from api.job_inputs import preferred_wait
-from api.services import Services
-from api.views import View
+from api.inputs import preferred_wait
+from api.services import Services, private_router, require_admin, services_of
+from dialects.openai_views import View
 from domain.catalog import ModelEntry
 from domain.errors import NotFound
-from domain.workers import WorkerState
-from storage import model_states, worker_drains, workers
+from domain.jobs import WorkerState
+from storage import workers
 from storage.tables import Worker, WorkerDrain
 
 router = private_router()
@@ -65,8 +64,8 @@ async def list_model_statuses(request: Request) -> ModelStatusListView:
     require_admin(request)
     services = services_of(request)
     live = await services.read(workers.list_live)
-    unloaded = await services.read(model_states.unloaded_models)
-    drains = await services.read(worker_drains.list_all)
+    unloaded = await services.read(workers.unloaded_models)
+    drains = await services.read(workers.list_drains)
     data = [
         _status(services, spec, [worker for worker in live if worker.model == spec.id], spec.id not in unloaded, drains)
         for spec in services.catalog
@@ -95,7 +94,7 @@ async def _order(request: Request, model: str, wanted: WorkerState) -> Response:
     spec = services.catalog.get(model)
     wait_seconds = preferred_wait(request.headers.get("prefer"))
     is_loaded = wanted is WorkerState.READY
-    changed_at = await services.write(model_states.set_loaded, spec.id, is_loaded=is_loaded)
+    changed_at = await services.write(workers.set_model_loaded, spec.id, is_loaded=is_loaded)
     await services.refresh_queues()
     gives_up_at = time.monotonic() + (wait_seconds or 0)
     while True:
@@ -104,7 +103,7 @@ async def _order(request: Request, model: str, wanted: WorkerState) -> Response:
         if is_done or time.monotonic() >= gives_up_at or services.draining.is_set():
             break
         await asyncio.sleep(LOOK_SECONDS)
-    view = _status(services, spec, own, is_loaded, await services.read(worker_drains.list_all))
+    view = _status(services, spec, own, is_loaded, await services.read(workers.list_drains))
     headers = {} if wait_seconds is None else {"preference-applied": f"wait={wait_seconds}"}
     status_code = 200 if wait_seconds and is_done else 202
     content = orjson.dumps(view.model_dump(mode="json"))
@@ -125,7 +124,7 @@ async def drain_worker(hostname: str, request: Request) -> WorkerView:
     services = services_of(request)
     await _live_worker(services, hostname)
     seconds = services.settings.drain_seconds
-    await services.write(worker_drains.drain, hostname, release_after_seconds=seconds)
+    await services.write(workers.drain, hostname, release_after_seconds=seconds)
     return await _worker_view(services, hostname)
 
 
@@ -134,12 +133,12 @@ async def resume_worker(hostname: str, request: Request) -> WorkerView:
     """The worker takes jobs again."""
     require_admin(request)
     services = services_of(request)
-    await services.write(worker_drains.resume, hostname)
+    await services.write(workers.resume, hostname)
     return await _worker_view(services, hostname)
 
 
 async def _worker_view(services: Services, hostname: str) -> WorkerView:
-    drains = await services.read(worker_drains.list_all)
+    drains = await services.read(workers.list_drains)
     return _view(await _live_worker(services, hostname), {drain.hostname: drain.since for drain in drains})
 
 

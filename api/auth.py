@@ -10,7 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from domain.errors import AuthenticationFailed, StorageUnavailable
-from storage import api_keys
+from storage import tenants
 from storage.database import repeatable
 from storage.tables import DEFAULT_TENANT_ID
 
@@ -86,7 +86,7 @@ class Authenticator:
 
     async def _look_up(self, key: str) -> Identity | None:
         try:
-            row = await repeatable(self._sessions, api_keys.resolve, key)
+            row = await repeatable(self._sessions, tenants.resolve_key, key)
         except (SQLAlchemyError, OSError) as exc:
             raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2) from exc
         return None if row is None else Identity(row.tenant_id, row.is_admin)

@@ -1,4 +1,8 @@
-"""Every error leaves in one shape, on every route: {"error": {"message", "type", "param", "code"}, "request_id"}.
+"""Every error leaves in one shape, on every route; and the methods that a path answers to.
+
+Which methods a path answers to, known in one place: for 405's `Allow`, for OPTIONS, and for HEAD wherever GET is.
+
+Every error leaves in one shape, on every route: {"error": {"message", "type", "param", "code"}, "request_id"}.
 
 `HTTP_BY_CODE` is the one table from a code of `domain.errors` to a status and a type. Clients retry 408, 409, 429 and
 5xx by themselves, so a lasting refusal never carries one of those.
@@ -6,8 +10,7 @@
 
 import logging
 import random
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import orjson
 from fastapi import FastAPI
@@ -15,8 +18,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.methods import methods_of
+from dialects.errors import HTTP_BY_CODE
 from domain.errors import (
     CeleriacError,
     DeadlineExceeded,
@@ -30,12 +35,97 @@ from domain.errors import (
     RequestTooLarge,
     StorageFull,
 )
-from domain.jobs import JobError
 from observability import describe_exception, request_id_context
 
 log = logging.getLogger(__name__)
 
+ROUTED_METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")  # those that routes here are declared for
+
+WHOLE_SERVER = "*"  # OPTIONS may ask of no path in particular (RFC 9112, 3.2.4)
+
+
+def methods_of(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
+    """In order; empty where there is no such path."""
+    if scope["path"] == WHOLE_SERVER:
+        return sorted({*ROUTED_METHODS, "HEAD", "OPTIONS"})
+    methods = _routed_methods(routes, scope)
+    if not methods:
+        return []
+    implied = {"HEAD", "OPTIONS"} if "GET" in methods else {"OPTIONS"}
+    return sorted(methods | implied)
+
+
+def _routed_methods(routes: Sequence[BaseRoute], scope: Scope) -> set[str]:
+    """Starlette names the methods of one route alone, and others may share its path. A path that is a route's own is no
+    id of another's."""
+    own = {method for route in _flat(routes) if route.path == scope["path"] for method in route.methods or ()}
+    if own:
+        return own
+    tried = [(method, {**scope, "method": method}) for method in ROUTED_METHODS]
+    return {method for method, tried_scope in tried if any(_is_match(route, tried_scope) for route in routes)}
+
+
+def _is_match(route: BaseRoute, scope: Scope) -> bool:
+    return route.matches(scope)[0] is Match.FULL
+
+
+def _flat(routes: Iterable[BaseRoute]) -> Iterator[Route]:
+    """With those of included routers."""
+    for route in routes:
+        if isinstance(route, Route):
+            yield route
+        elif (included := getattr(route, "original_router", None)) is not None:
+            yield from _flat(included.routes)
+
+
+def build_routes(routes: Sequence[BaseRoute]) -> None:
+    """FastAPI makes an included route of its declaration when it is first looked at: for all of them together that is
+    long enough for an event loop to be missed, so it is done before anybody is there."""
+    methods_of(routes, {"type": "http", "path": "/none of them", "root_path": "", "headers": []})
+
+
+class ImpliedMethods:
+    """Answers HEAD as GET without its body (RFC 9110, 9.3.2), and OPTIONS with `Allow` (9.3.7), for every route."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in ("HEAD", "OPTIONS"):
+            await self.app(scope, receive, send)
+            return
+        methods = methods_of(scope["app"].router.routes, scope)
+        if scope["method"] == "HEAD" and "HEAD" in methods:
+            await self._answer_head(scope, receive, send)
+        elif scope["method"] == "OPTIONS" and methods:
+            await _answer_options(methods, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _answer_head(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A stream sees its reader leave once the headers are out: `receive` says so of an answer that is complete."""
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        as_get = {**scope, "method": "GET"}
+        try:
+            await self.app(as_get, receive, send_head)
+        finally:
+            if "route" in as_get:
+                scope["route"] = as_get["route"]  # for the figures
+
+
+async def _answer_options(methods: Sequence[str], send: Send) -> None:
+    headers = [(b"allow", ", ".join(methods).encode())]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 MIN_RETRY_AFTER_SECONDS = 1
+
 MAX_RETRY_AFTER_SECONDS = 60  # the SDKs ignore more and fall back to their own short delay
 
 
@@ -52,57 +142,6 @@ class RequestTimeout(CeleriacError):
     retryable = True
 
 
-class HttpError(NamedTuple):
-    status: int
-    type: str
-
-
-HTTP_BY_CODE: dict[str, HttpError] = {
-    "invalid_value": HttpError(400, "invalid_request_error"),
-    "context_length_exceeded": HttpError(400, "invalid_request_error"),
-    "unsupported_parameter": HttpError(400, "invalid_request_error"),
-    "previous_response_not_found": HttpError(400, "invalid_request_error"),
-    "invalid_cursor": HttpError(400, "invalid_request_error"),
-    "invalid_json_line": HttpError(400, "invalid_request_error"),
-    "missing_required_parameter": HttpError(400, "invalid_request_error"),
-    "invalid_url": HttpError(400, "invalid_request_error"),
-    "streaming_unsupported": HttpError(400, "invalid_request_error"),
-    "idempotency_key_reused": HttpError(422, "invalid_request_error"),
-    "poison_request": HttpError(422, "invalid_request_error"),
-    "job_not_retryable": HttpError(422, "invalid_request_error"),
-    "request_too_large": HttpError(413, "invalid_request_error"),
-    "unsupported_media_type": HttpError(415, "invalid_request_error"),
-    "method_not_allowed": HttpError(405, "invalid_request_error"),
-    "request_timeout": HttpError(408, "invalid_request_error"),
-    "invalid_api_key": HttpError(401, "authentication_error"),
-    "permission_denied": HttpError(403, "permission_error"),
-    "not_found": HttpError(404, "not_found_error"),
-    "model_not_found": HttpError(404, "not_found_error"),
-    "job_not_found": HttpError(404, "not_found_error"),
-    "file_not_found": HttpError(404, "not_found_error"),
-    "batch_not_found": HttpError(404, "not_found_error"),
-    "cursor_expired": HttpError(410, "gone"),
-    "insufficient_quota": HttpError(429, "insufficient_quota"),
-    "storage_full": HttpError(507, "server_error"),
-    "slow_down": HttpError(429, "rate_limit_error"),
-    "too_many_queued_jobs": HttpError(429, "rate_limit_error"),
-    "server_is_overloaded": HttpError(503, "service_unavailable_error"),
-    "no_workers": HttpError(503, "service_unavailable_error"),
-    "model_unavailable": HttpError(503, "service_unavailable_error"),
-    "storage_unavailable": HttpError(503, "service_unavailable_error"),
-    "deadline_exceeded": HttpError(504, "server_error"),
-    "job_cancelled": HttpError(410, "gone"),
-    "job_failed": HttpError(500, "server_error"),
-    "engine_error": HttpError(500, "server_error"),
-    "poison_job": HttpError(500, "server_error"),
-    "out_of_memory": HttpError(500, "server_error"),
-    "worker_lost": HttpError(502, "server_error"),
-    "model_revision_gone": HttpError(502, "server_error"),
-    "not_implemented": HttpError(501, "invalid_request_error"),
-    "server_error": HttpError(500, "server_error"),
-}
-
-
 def register_error_handlers(app: FastAPI) -> None:
     """Replace every default of FastAPI and Starlette. Unhandled exceptions are the business of api/middleware.py."""
     app.add_exception_handler(CeleriacError, _answer_celeriac_error)
@@ -113,12 +152,6 @@ def register_error_handlers(app: FastAPI) -> None:
 def error_body(code: str, message: str, param: str | None = None) -> dict[str, object]:
     error = {"message": message, "type": HTTP_BY_CODE[code].type, "param": param, "code": code}
     return {"error": error, "request_id": request_id_context.get()}
-
-
-def job_error_body(error: JobError) -> dict[str, object]:
-    """A job's stored error as clients see it. A code that this version does not know is a server error."""
-    code = error.code if error.code in HTTP_BY_CODE else "server_error"
-    return {"code": error.code, "message": error.message, "type": HTTP_BY_CODE[code].type, "retryable": error.retryable}
 
 
 def error_response(exc: CeleriacError) -> Response:

@@ -1,27 +1,36 @@
-"""How this API process and what it stands on are doing. Open to everybody but /metrics, and tells no secrets."""
+"""How this process and what it stands on are doing, and GET /v1/queue: what each model has to do.
+
+How this API process and what it stands on are doing. Open to everybody but /metrics, and tells no secrets.
+
+GET /v1/queue: what every model has to do, and how fast it is done.
+"""
 
 import asyncio
 from dataclasses import asdict
 from datetime import datetime
 from typing import Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import Field
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.requests import Request
 
-from api.deps import private_router, require_admin, services_of
 from api.openapi import TEXT
-from api.queue_monitor import Finding
-from api.services import Services
-from api.views import View
-from domain.waiting import IN_GOOD_ORDER, WaitingFor
-from storage.recent_jobs import RecentJobs
-from storage.redis_outages import REDIS_OUTAGES
+from api.queue_monitor import Finding, ModelQueue
+from api.services import Services, private_router, require_admin, services_of
+from dialects.openai_views import View
+from domain.errors import StorageUnavailable
+from domain.jobs import IN_GOOD_ORDER, WaitingFor
+from storage.job_queries import QueuePosition
+from storage.maintenance import RecentJobs
+from storage.streams import REDIS_OUTAGES
 
 CHECK_SECONDS = 2.0
 
 public = APIRouter()
+
 router = private_router()
 
 ComponentStatus = Literal["ok", "unavailable"]
@@ -228,3 +237,46 @@ async def _check_redis(services: Services) -> ComponentStatus:
     except REDIS_OUTAGES:
         return "unavailable"
     return "ok"
+
+
+class ModelQueueView(View):
+    model: str
+    queued: int
+    running: int
+    workers: int
+    slots: int
+    oldest_queued_seconds: float
+    tokens_ahead: int
+    tokens_per_second: float
+    eta_seconds: float | None
+    waiting_for: dict[WaitingFor, int] = Field(description="Queued jobs by what they wait for.")
+
+
+class QueueListView(View):
+    object: Literal["list"] = "list"
+    data: list[ModelQueueView]
+
+
+@router.get("/v1/queue")
+async def read_queue(request: Request) -> QueueListView:
+    """Of all tenants together: numbers only. `eta_seconds` is that of a job submitted now."""
+    try:
+        queues = await services_of(request).monitor.read()
+    except (SQLAlchemyError, OSError) as exc:
+        raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2) from exc
+    return QueueListView(data=[_view(queue) for queue in queues.values()])
+
+
+def _view(queue: ModelQueue) -> ModelQueueView:
+    return ModelQueueView(
+        model=queue.model,
+        queued=queue.num_queued,
+        running=queue.num_running,
+        workers=queue.num_workers,
+        slots=queue.num_slots,
+        oldest_queued_seconds=queue.oldest_queued_seconds,
+        tokens_ahead=queue.queued_tokens + queue.running_tokens,
+        tokens_per_second=queue.tokens_per_second,
+        eta_seconds=queue.eta_seconds(QueuePosition(queue.num_queued, queue.queued_tokens)),
+        waiting_for={reason: waiting.num_jobs for reason, waiting in queue.waiting.items()},
+    )

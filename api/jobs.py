@@ -1,42 +1,65 @@
-"""The native job API: submit, look, wait, watch, read, cancel, delete. Every other endpoint is a view of these jobs."""
+"""The native job API: submit, look, wait, watch, read, cancel, delete; dead letters, and another try.
+
+The native job API: submit, look, wait, watch, read, cancel, delete. Every other endpoint is a view of these jobs.
+
+What went wrong, and another try: dead letters with their attempts, replay, retry.
+
+An ended job stays as it is, so every further try is a new job that names the old one (docs/adr/0011).
+"""
 
 from typing import Any
 from uuid import UUID
 
 import orjson
-from fastapi import Request
+from pydantic import ConfigDict, Field
+from starlette.requests import Request
 from starlette.responses import Response
 
-from api.bodies import off_loop, parse_model, read_body, require_json
-from api.deps import caller_of, private_router
-from api.job_events import JobEventStream, choices_of, read_all_chunks, start_of
-from api.job_inputs import (
+from api.events import EventStream, JobEventStream, choices_of, read_all_chunks, start_of
+from api.inputs import (
     EventsQuery,
     ListQuery,
     OutputQuery,
+    QueryModel,
     WaitQuery,
     accepts_json,
     idempotency_key,
     included,
+    off_loop,
     page_cursor,
     preferred_wait,
+    query_parameters,
+    read_body,
+    read_query,
+    require_json,
     stream_cursor,
 )
-from api.job_schemas import BODY_SCHEMA, EmbeddingJobBody, JobBody, body_class
-from api.job_views import JobListView, JobOutputView, JobView, attempts_view, job_view, new_job_view, output_view
-from api.large_work import size_of
-from api.openapi import EVENTS, TEXT
-from api.queries import query_parameters, read_query
-from api.services import Services
-from api.sse import EventStream
-from api.views import DeletedView, page
-from domain.errors import JobNotFound
+from api.limits import size_of
+from api.openapi import EVENTS, TEXT, request_body
+from api.services import Services, caller_of, private_router
+from dialects.bodies import parse_model
+from dialects.native import (
+    BODY_SCHEMA,
+    DeadLetterListView,
+    EmbeddingJobBody,
+    JobBody,
+    JobListView,
+    JobOutputView,
+    JobView,
+    attempts_view,
+    body_class,
+    job_view,
+    new_job_view,
+    output_view,
+)
+from dialects.openai_views import DeletedView, page
+from domain.errors import JobNotFound, JobNotRetryable
 from domain.ids import external_id, parse_id
-from domain.jobs import JobKind, JobStatus
+from domain.jobs import FirstErrorModel, JobKind, JobStatus
 from observability import job_id_context, stream_resumes_total
-from storage import job_attempts, job_queries, jobs
+from storage import job_queries, jobs
 from storage.job_queries import JobRecord
-from tasks.submit import Submitted
+from tasks.submit import Resubmission, Submitted, resubmit
 
 router = private_router()
 
@@ -126,7 +149,7 @@ async def read_job(job_id: str, request: Request) -> Response:
     if "output" in include and record.result is None and record.job.kind is JobKind.GENERATION:
         view["output"] = await _partial_output(services, record.job.id)
     if "attempts" in include:
-        attempts = await services.read(job_attempts.attempts_of, [record.job.id])
+        attempts = await services.read(job_queries.attempts_of, [record.job.id])
         view["attempts"] = attempts_view(record.job, attempts[record.job.id], worker=record.worker)
     return answer_job(view, {"x-job-id": str(view["id"])}, pending_status=200)
 
@@ -274,3 +297,86 @@ def answer_job(view: dict[str, object], headers: dict[str, str], *, pending_stat
         headers["x-queue-eta-ms"] = str(round(queue["eta_seconds"] * 1000))
     status = 200 if is_terminal else pending_status
     return Response(orjson.dumps(view), status, headers, "application/json")
+
+
+RETRYABLE = frozenset({JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED})
+
+
+class DeadLetterQuery(QueryModel):
+    after: str | None = Field(default=None, description="The last id of the page before.")
+    limit: int = Field(default=20, ge=1, le=100)
+
+
+class ReplayBody(FirstErrorModel):
+    """POST .../replay; may be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    allow_poison: bool = Field(default=False, description="Run it, alone, although it crashed an engine within a day.")
+
+
+@router.get(
+    "/v1/dead_letters",
+    responses={200: {"model": DeadLetterListView}},
+    openapi_extra={"parameters": query_parameters(DeadLetterQuery)},
+)
+async def list_dead_letters(request: Request) -> Response:
+    """The tenant's failed jobs with all their attempts, newest first. Go on with `after` = `last_id`."""
+    services, tenant_id = caller_of(request)
+    query = read_query(request, DeadLetterQuery)
+    found = await services.read(
+        job_queries.list_dead_letters, tenant_id, after=page_cursor(query.after), limit=query.limit + 1
+    )
+    data = [
+        job_view(JobRecord(job, None, None, worker=attempts[-1].worker_name if attempts else None))
+        | {"attempts": attempts_view(job, attempts)}
+        for job, attempts in found
+    ]
+    return Response(orjson.dumps(page(data, query.limit)), media_type="application/json")
+
+
+@router.post(
+    "/v1/dead_letters/{job_id}/replay",
+    status_code=202,
+    responses={200: {"model": JobView}, 202: {"model": JobView}},
+    openapi_extra=request_body(ReplayBody, is_required=False),
+)
+async def replay_dead_letter(job_id: str, request: Request) -> Response:
+    """A new job with the same request and nothing of the old output. The same call again answers with the same job."""
+    raw = await read_body(request)
+    if raw:
+        require_json(request)
+    body = await off_loop(request, parse_model, raw or b"{}", ReplayBody)
+    how = Resubmission("replay", is_poison_allowed=body.allow_poison)
+    return await _submit_again(job_id, request, how, allowed=frozenset({JobStatus.FAILED}))
+
+
+@router.post("/v1/jobs/{job_id}/retry", status_code=202, responses={200: {"model": JobView}, 202: {"model": JobView}})
+async def retry_job(job_id: str, request: Request) -> Response:
+    """A new job that goes on behind the output of one that failed, expired or was cancelled, while its model revision
+    is served; else from the start. The same call again answers with the same job."""
+    return await _submit_again(job_id, request, Resubmission("retry", keeps_output=True), allowed=RETRYABLE)
+
+
+async def _submit_again(job_id: str, request: Request, how: Resubmission, *, allowed: frozenset[JobStatus]) -> Response:
+    services, tenant_id = caller_of(request)
+    record = await find_job(services, job_id, tenant_id, with_request=True, with_result=False)
+    if record.job.status not in allowed:
+        raise JobNotRetryable(
+            f"the job is {record.job.status}; {how.verb} takes one that is {' or '.join(sorted(allowed))}",
+            param="job_id",
+        )
+    max_queued_jobs = services.settings.max_queued_jobs
+    submitted = await resubmit(
+        services.submitter,
+        record,
+        how,
+        lambda new_job, keeps_output: services.write(
+            jobs.retry, new_job, keeps_output, max_queued_jobs=max_queued_jobs
+        ),
+    )
+    view = await view_after_submit(services, tenant_id, submitted, is_waited=how.keeps_output)
+    headers = {"location": f"/v1/jobs/{external_id(submitted.job_id)}", "x-job-id": external_id(submitted.job_id)}
+    if not submitted.is_new:
+        headers["idempotent-replayed"] = "true"
+    return answer_job(view, headers, pending_status=202)

@@ -15,8 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from domain.catalog import Catalog
-from domain.waiting import LiveWorker, ModelService, WaitingFor, waiting_for
-from domain.workers import WorkerState
+from domain.jobs import LiveWorker, ModelService, WaitingFor, WorkerState, waiting_for
 from observability import (
     describe_exception,
     jobs_oldest_queued_seconds,
@@ -32,10 +31,10 @@ from observability import (
     worker_slots,
 )
 from settings import Settings
-from storage import batch_lines, job_queries, maintenance, model_states, webhook_deliveries, worker_drains, workers
+from storage import batches, job_queries, maintenance, webhook_deliveries, workers
 from storage.database import repeatable, within
 from storage.job_queries import QueuePosition, WaitingGroup
-from storage.recent_jobs import RecentJobs, recent_jobs
+from storage.maintenance import RecentJobs, recent_jobs
 from storage.tables import Job, WorkerDrain
 from tasks.dispatch import batch_share
 
@@ -120,7 +119,7 @@ def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[
     """Every model of the catalog, by id."""
     figures = job_queries.queue_figures(session)
     live = workers.list_live(session)
-    unloaded = model_states.unloaded_models(session)
+    unloaded = workers.unloaded_models(session)
     queues = {}
     for spec in catalog.entries:
         alive = [worker for worker in live if worker.model == spec.id]
@@ -132,7 +131,7 @@ def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[
             workers=[LiveWorker(worker.state, worker.model_revision) for worker in alive],
             is_loaded=spec.id not in unloaded,
             is_batch_share_taken=has_held_lines
-            and batch_lines.num_outstanding(session, spec.id) >= batch_share(settings, num_slots),
+            and batches.num_outstanding(session, spec.id) >= batch_share(settings, num_slots),
         )
         queues[spec.id] = ModelQueue(
             model=spec.id,
@@ -222,7 +221,7 @@ class QueueMonitor:
         num_pending, oldest_due_seconds = await repeatable(self._sessions, webhook_deliveries.backlog)
         webhook_deliveries_pending.set(num_pending)
         webhook_oldest_due_seconds.set(oldest_due_seconds)
-        self._drains = await repeatable(self._sessions, worker_drains.list_all)
+        self._drains = await repeatable(self._sessions, workers.list_drains)
         self._queues, self._read_at = queues, time.monotonic()
         self._waiting_since = {
             (model, reason): self._waiting_since.get((model, reason), self._read_at)

@@ -1,54 +1,59 @@
-"""What one API process holds open while it runs: the database, Redis, and what lives on them."""
+"""What one API process holds open while it runs, and how routes come by it and by their caller.
+
+What one API process holds open while it runs: the database, Redis, and what lives on them.
+
+What every route stands on: the process's services, and the tenant whose key came with the request.
+"""
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from uuid import UUID
 
 import redis.asyncio
+from fastapi import APIRouter, Response
+from fastapi.routing import APIRoute
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
+from starlette.requests import Request
 
-from api.auth import Authenticator
-from api.large_work import LargeWork
+from api.auth import REMEMBER_SECONDS, Authenticator
+from api.limits import LargeWork, StreamSlots, UploadSlots
+from api.openapi import NEEDS_KEY, REFUSALS
 from api.queue_monitor import QueueMonitor
-from api.sse import StreamSlots
-from api.upload_slots import UploadSlots
 from domain.catalog import Catalog
-from domain.errors import StorageFull, StorageUnavailable
+from domain.errors import PermissionDenied, StorageFull, StorageUnavailable
 from domain.jobs import JobStatus
-from observability import describe_exception
+from observability import LoopWatch, describe_exception
 from settings import Settings
 from storage import jobs
-from storage.database import (
-    OUTAGES,
-    async_session_factory,
-    open_async_database,
-    open_statement_database,
-    repeatable,
-)
-from storage.redis_outages import REDIS_OUTAGES
-from storage.stream_channels import channel_of
-from storage.streams import StreamMessage, StreamReader
+from storage.database import OUTAGES, async_session_factory, open_async_database, open_statement_database, repeatable
+from storage.streams import REDIS_OUTAGES, StreamMessage, StreamReader, channel_of
 from tasks import job_log
+from tasks.accept import open_acceptor
 from tasks.dispatch import Dispatcher
-from tasks.group_accept import open_acceptor
-from tasks.loop_watch import LoopWatch
-from tasks.models import ModelViews, follow_models
 from tasks.submit import Submitter
+from text.models import ModelViews, follow_models
 
 log = logging.getLogger(__name__)
 
 REDIS_TIMEOUT_SECONDS = 2.0
+
 DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
+
 ANNOUNCE_SECONDS = 0.5
+
 AFTER_ALL_CHUNKS = 2**31 - 1  # a stream that begins there brings the statuses alone
+
 ANSWER_SECONDS = 5.0  # what a question to the database may take before the client is told to come back
 
 P = ParamSpec("P")
+
 T = TypeVar("T")
 
 
@@ -224,3 +229,55 @@ def _read_exception(task: "asyncio.Task[Any]") -> None:
     """One that was left behind must not be reported as never retrieved."""
     if not task.cancelled():
         task.exception()
+
+
+class Caller(NamedTuple):
+    services: Services
+    tenant_id: UUID
+
+
+def private_router() -> APIRouter:
+    """Where every route belongs but health: none of its routes answers without a key, whatever their functions do."""
+    return APIRouter(route_class=PrivateRoute, responses=REFUSALS)
+
+
+class PrivateRoute(APIRoute):
+    """Authenticates before anything else is looked at. Not a FastAPI dependency: solving those would cost more than
+    all the rest of the way in."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        options["openapi_extra"] = NEEDS_KEY | (options.get("openapi_extra") or {})
+        super().__init__(path, endpoint, **options)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer = super().get_route_handler()
+
+        async def answer_authenticated(request: Request) -> Response:
+            authorization = request.headers.get("authorization")
+            authenticator = services_of(request).authenticator
+            request.state.tenant_id, request.state.is_admin = await authenticator.identify(authorization)
+            request.state.until_revoked = partial(authenticator.wait_until_revoked, authorization)
+            started = time.monotonic()
+            response = await answer(request)
+            if request.method == "GET" and time.monotonic() - started > REMEMBER_SECONDS:
+                await authenticator.identify(authorization)  # a long poll tells nothing to a key revoked meanwhile
+            return response
+
+        return answer_authenticated
+
+
+def caller_of(request: Request) -> Caller:
+    """On a private route: the services, and who asks."""
+    return Caller(services_of(request), request.state.tenant_id)
+
+
+def require_admin(request: Request) -> None:
+    """On a private route. Raises PermissionDenied."""
+    if not request.state.is_admin:
+        raise PermissionDenied("this key may not do that; use one made with: celeriac keys create --admin")
+
+
+def services_of(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services

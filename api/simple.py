@@ -7,30 +7,25 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import orjson
-from fastapi import Request
 from pydantic import ConfigDict, Field, StringConstraints
+from starlette.requests import Request
 from starlette.responses import Response
 
-from api.bodies import off_loop, read_model
-from api.deps import caller_of, private_router, services_of
-from api.openai.answers import WholeAnswer
-from api.openai.headers import answer_headers
-from api.openai.running import Asked, start, start_all
-from api.openai.schemas import OpenAIModel, Strings, build, publish_bounds, strings
-from api.openai.streaming import stream_answer
+from api.inputs import off_loop, read_model
+from api.openai.answers import WholeAnswer, stream_answer
+from api.openai.running import Asked, answer_headers, start, start_all
 from api.openapi import EVENTS, request_body
-from api.services import Services
-from api.views import View
-from domain.chunks import TokenChunk
+from api.services import Services, caller_of, private_router, services_of
+from dialects.openai import OpenAIModel, Strings, build, publish_bounds, strings
+from dialects.openai_views import View
 from domain.errors import InvalidRequest, ServerOverloaded, TooManyQueuedJobs
 from domain.ids import external_id
 from domain.jobs import Endpoint
-from domain.requests import GenerationRequest, GenerationResult, SamplingParams
-from storage import endpoint_jobs
+from domain.requests import GenerationRequest, GenerationResult, JobOptions, SamplingParams, TokenChunk
+from storage import job_queries
 from storage.job_queries import JobRecord
-from tasks.job_options import JobOptions
-from tasks.request_hashes import request_hash
-from tasks.settle import resolve_params
+from tasks.prepare import resolve_params
+from tasks.submit import request_hash
 
 MAX_PROMPTS = 64
 CHAT_MAX_TOKENS = 100
@@ -197,7 +192,7 @@ async def find_answered(services: Services, tenant_id: UUID, generation: Generat
     prompt and parameters once defaults are filled in, and nothing left to chance."""
     view = services.views.get(generation.model)
     key = request_hash(generation, JobOptions(endpoint=Endpoint.SIMPLE))
-    record = await services.read(endpoint_jobs.find_completed, tenant_id, key, model_revision=view.revision)
+    record = await services.read(job_queries.find_completed, tenant_id, key, model_revision=view.revision)
     if record is None or not isinstance(record.request, GenerationRequest):
         return None
     stored = record.request.params

@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints
 
-from api.job_schemas import NO_NUL, WebhookUrlText
-from api.queries import QueryModel
-from api.views import PageView, View, timestamp
-from domain.first_error import FirstErrorModel
+from api.inputs import QueryModel
+from dialects.native import NO_NUL, WebhookUrlText
+from dialects.openai_views import PageView, View, timestamp
 from domain.ids import external_id
+from domain.jobs import FirstErrorModel
 from domain.webhooks import EVENT_TYPES, PREFIX_BY_OBJECT, DeliveryStatus, secret_hint
-from storage.webhook_tables import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
+from storage.webhooks import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)]
 EventType = Annotated[str, StringConstraints(max_length=64, pattern="^(" + "|".join(EVENT_TYPES) + ")$")]

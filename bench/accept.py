@@ -24,20 +24,19 @@ from typing import Any
 import orjson
 import psutil
 
-from api.bodies import parse_model
-from api.job_schemas import JobBody
-from api.job_views import new_job_view
+from dialects.bodies import parse_model
+from dialects.native import JobBody, new_job_view
 from domain.catalog import Catalog
 from domain.ids import new_id
 from local.servers import EmbeddedPostgres, EmbeddedRedis
 from settings import ROOT
-from storage import jobs_accept
+from storage import job_accept
 from storage.database import migrate, open_database, session_factory
-from storage.jobs_accept import NewJob
+from storage.job_accept import NewJob
 from storage.tables import DEFAULT_TENANT_ID
-from tasks.models import ModelView, load_model_view
-from tasks.request_hashes import request_hash
-from tasks.settle import resolve_params
+from tasks.prepare import resolve_params
+from tasks.submit import request_hash
+from text.models import ModelView, load_model_view
 
 LISTENING = re.compile(r"http://127\.0\.0\.1:(\d+)")
 GROUP = 64
@@ -143,7 +142,7 @@ def bench_sql(database_url: str, new_job: NewJob) -> tuple[float, float]:
     def accept_group() -> None:
         with sessions.begin() as session:
             group = [replace(new_job, id=new_id()) for _ in range(GROUP)]
-            jobs_accept.accept(session, group, max_queued_jobs=10**9)
+            job_accept.accept(session, group, max_queued_jobs=10**9)
 
     started = time.perf_counter()
     cpu = microseconds(accept_group, repeats=50, per_call=GROUP)

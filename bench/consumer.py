@@ -24,8 +24,7 @@ import psutil
 import redis
 
 from domain.ids import external_id, new_id
-from gpu_worker.redis_scripts import CLAIM
-from gpu_worker.transport import HUNGRY_SECONDS, hungry_key
+from gpu_worker.transport import CLAIM, HUNGRY_SECONDS, hungry_key
 from local.servers import EmbeddedRedis
 from tasks.dispatch import count_waiting, push
 from tasks.messages import PRIORITY_STEPS, bell_key, priority_keys

@@ -8,11 +8,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from uuid import UUID
 
-from domain.jobs import JobStatus
-from domain.workers import WorkerState
+from domain.jobs import JobStatus, WorkerState
 from gpu_worker.app import app, model
 from gpu_worker.pool import EnginePool
-from gpu_worker.runner_events import RunnerEvent, RunnerEventKind, RunnerStats
+from gpu_worker.threads import RunnerEvent, RunnerEventKind, RunnerStats
 
 __all__ = ["app"]
 

@@ -31,11 +31,11 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
-from gpu_worker.engine.attention_choice import check_attention
 from gpu_worker.engine.backends.transformers import build_engine
-from gpu_worker.engine.decode_graphs import CudaCapture, DecodeGraphs
-from gpu_worker.engine.device_attention import TritonAttention, VarlenAttention
-from gpu_worker.engine.loop import Engine
+from gpu_worker.engine.cuda.attention import TritonAttention, VarlenAttention
+from gpu_worker.engine.cuda.backend import check_attention
+from gpu_worker.engine.cuda.graphs import CudaCapture, DecodeGraphs
+from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.probe import LayerShape
 from observability import configure_logging
 from settings import ROOT
@@ -93,8 +93,8 @@ def _try_kernel(attention: Any) -> dict[str, Any]:
 
 
 def _decode_call(attention: Any, batch: int) -> tuple[Callable[[], torch.Tensor], int]:
-    from gpu_worker.engine.attention import Scoring
-    from gpu_worker.engine.device_attention import RowGroup
+    from gpu_worker.engine.cpu.attention import Scoring
+    from gpu_worker.engine.cuda.attention import RowGroup
 
     blocks_each = -(-CONTEXT // BLOCK_SIZE)
     layer = SHAPE.allocate((batch * blocks_each + 1) * BLOCK_SIZE, CUDA)

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import psutil
 
 from domain.catalog import Catalog
-from gpu_worker.frames import AddJob, Report, StepDone
-from gpu_worker.supervisor import Supervisor
+from gpu_worker.engine_process.frames import AddJob, Report, StepDone
+from gpu_worker.engine_process.supervisor import Supervisor
 from settings import get_settings
-from tasks.models import complete
+from text.models import complete
 
 PROMPT_TOKEN_IDS = list(range(100, 110))
 PARAMS: dict[str, object] = {"seed": 1}

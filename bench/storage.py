@@ -17,14 +17,13 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 from ulid import ULID
 
-from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus, Usage
-from domain.requests import GenerationRequest, GenerationResult, ResultChoice, SamplingParams
+from domain.requests import GenerationRequest, GenerationResult, ResultChoice, SamplingParams, TokenChunk
 from local.servers import EmbeddedPostgres
-from storage import jobs, jobs_accept
+from storage import job_accept, jobs
 from storage.database import migrate, open_database, session_factory
+from storage.job_accept import NewJob
 from storage.jobs import ChunkCommit, ClaimedJob, Finalisation
-from storage.jobs_accept import NewJob
 from storage.tables import DEFAULT_TENANT_ID
 
 MODEL = "bench"
@@ -69,7 +68,7 @@ def report(name: str, milliseconds: list[float], *, jobs_per_call: int, figures:
 def accept_and_claim(sessions: sessionmaker[Session], num_jobs: int, owner: UUID) -> list[ClaimedJob]:
     claimed: list[ClaimedJob] = []
     with sessions.begin() as session:
-        jobs_accept.accept(session, [new_job() for _ in range(num_jobs)], max_queued_jobs=10**6)
+        job_accept.accept(session, [new_job() for _ in range(num_jobs)], max_queued_jobs=10**6)
     with sessions.begin() as session:
         ids = jobs.dispatch(session, MODEL, room=num_jobs)
     with sessions.begin() as session:
@@ -79,7 +78,7 @@ def accept_and_claim(sessions: sessionmaker[Session], num_jobs: int, owner: UUID
 
 
 def _accept_next(groups: Iterator[list[NewJob]], session: Session) -> None:
-    jobs_accept.accept(session, next(groups), max_queued_jobs=10**6)
+    job_accept.accept(session, next(groups), max_queued_jobs=10**6)
 
 
 def bench_accept(sessions: sessionmaker[Session], figures: dict[str, float]) -> None:

@@ -17,13 +17,13 @@ import torch
 from domain.catalog import ModelSpec
 from domain.structured_output import StructuredOutput
 from gpu_worker.engine.backends.transformers import build_engine
-from gpu_worker.engine.grammar import Grammar
-from gpu_worker.engine.grammar_masks import token_masks
+from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.loading import eos_token_ids, load_model, load_tokenizer, vocab_size
-from gpu_worker.engine.loop import Engine
+from gpu_worker.engine.sampling import token_masks
+from gpu_worker.engine.sequence import Grammar
 from settings import ROOT
-from tasks.grammars import make_grammar_tokenizer, make_matcher
 from tests.engine_driver import make_add, step
+from text.grammars import make_grammar_tokenizer, make_matcher
 
 SPEC = ModelSpec(id="mini", path=str(ROOT / "models" / "celeriac-mini"), max_model_len=1024, max_num_seqs=64)
 TEXT = {"type": "string", "minLength": 300, "maxLength": 400}

@@ -26,14 +26,14 @@ from bench.accept import server
 from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id, new_id
 from domain.requests import GenerationRequest, SamplingParams
-from gpu_worker.engine_template import EngineTemplate
-from gpu_worker.frames import AddJob, StepDone
-from gpu_worker.supervisor import EngineProcess
+from gpu_worker.engine_process.frames import AddJob, StepDone
+from gpu_worker.engine_process.supervisor import EngineProcess
+from gpu_worker.engine_process.template import EngineTemplate
 from local.servers import EmbeddedPostgres, EmbeddedRedis
 from settings import ROOT
 from storage.database import migrate
-from tasks.models import ModelView, complete, load_model_view
-from tasks.settle import resolve_params
+from tasks.prepare import resolve_params
+from text.models import ModelView, complete, load_model_view
 
 PROMPT = "Once upon a time, a fox"
 MAX_TOKENS = 4

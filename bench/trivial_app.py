@@ -2,13 +2,13 @@
 
 import logging
 
-from fastapi import Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.app import create_app
-from api.deps import private_router
 from api.server import collect_garbage_seldom, make_server, open_socket
+from api.services import private_router
 from domain.catalog import Catalog, ModelSpec
 from observability import configure_logging
 from settings import get_settings

@@ -29,14 +29,13 @@ from sqlalchemy.orm import Session, sessionmaker
 from bench.accept import cpu_seconds
 from domain.webhooks import DeliveryStatus, payload, signature_headers
 from local.servers import EmbeddedPostgres, EmbeddedRedis
-from maintenance.webhook_hosts import MAX_PER_HOST
+from maintenance.webhooks import MAX_PER_HOST
 from settings import ROOT, Settings
-from storage import webhook_endpoints
+from storage import webhooks
 from storage.database import migrate, open_database, session_factory
 from storage.tables import DEFAULT_TENANT_ID
-from storage.webhook_tables import WebhookDelivery
-from tasks.webhook_guard import TargetGuard
-from tasks.webhook_http import WebhookClient
+from storage.webhooks import WebhookDelivery
+from tasks.webhook_http import TargetGuard, WebhookClient
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 DEADLINE_SECONDS = 300
@@ -162,7 +161,7 @@ def run(folder: Path, given: argparse.Namespace) -> dict[str, float]:
         database = open_database(postgres.url)
         sessions = session_factory(database)
         with sessions.begin() as session:
-            secret = webhook_endpoints.tenant_secret(session, DEFAULT_TENANT_ID).secret
+            secret = webhooks.tenant_secret(session, DEFAULT_TENANT_ID).secret
         ceiling = asyncio.run(bench_client(urls[0], secret, given.deliveries))
         print(f"{f'ceiling: {MAX_PER_HOST} POSTs at a time, no database':44} {ceiling:7.0f}/s", flush=True)
         environment = {

@@ -34,8 +34,7 @@ def refuse_shared_sessions(settings: "Settings") -> None:
     """A database that does not answer is for the process to wait for."""
     from sqlalchemy.exc import OperationalError
 
-    from storage.database import database_url
-    from storage.server_sessions import refuse_shared_sessions
+    from storage.database import database_url, refuse_shared_sessions
 
     with suppress(OperationalError):
         refuse_shared_sessions(database_url(settings.database_url))

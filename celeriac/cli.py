@@ -159,11 +159,11 @@ def migrate() -> None:
     click.echo("The schema is up to date.")
     if settings.bootstrap_api_key is not None:
         from celeriac.keys import transaction
-        from storage import api_keys
+        from storage import tenants
         from storage.tables import DEFAULT_TENANT_ID
 
         with transaction(settings) as session:
-            api_keys.ensure(session, settings.bootstrap_api_key, DEFAULT_TENANT_ID, name="bootstrap")
+            tenants.ensure_key(session, settings.bootstrap_api_key, DEFAULT_TENANT_ID, name="bootstrap")
         click.echo("The bootstrap key is in place.")
 
 
@@ -283,7 +283,7 @@ def jobs(status: str | None, model: str | None, limit: int, url: str | None, key
 def models() -> None:
     """List the models of models.toml."""
     from celeriac.terminal import models_table, show
-    from tasks.models import files_at_fault
+    from text.models import files_at_fault
 
     catalog = checks.read_catalog(_settings())
     catalog.set_failures(files_at_fault(catalog))

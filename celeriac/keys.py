@@ -34,12 +34,12 @@ def create_key(name: str, tenant: str, days: int | None, is_admin: bool) -> None
     from datetime import UTC, datetime, timedelta
 
     from local.lock import settings_here
-    from storage import api_keys, tenants
+    from storage import tenants
 
     expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
     with transaction(settings_here()) as session:
-        owner = tenants.get_by_name(session, tenant) or tenants.create(session, tenant)
-        click.echo(api_keys.create(session, owner.id, name=name, expires_at=expires_at, is_admin=is_admin))
+        owner = tenants.get_tenant_by_name(session, tenant) or tenants.create_tenant(session, tenant)
+        click.echo(tenants.create_key(session, owner.id, name=name, expires_at=expires_at, is_admin=is_admin))
 
 
 @keys.command("list")
@@ -48,10 +48,10 @@ def list_keys(tenant: str) -> None:
     """List a tenant's keys, newest first; secrets are not stored and cannot be shown."""
     from celeriac.terminal import keys_table, show
     from local.lock import settings_here
-    from storage import api_keys
+    from storage import tenants
 
     with transaction(settings_here()) as session:
-        show(keys_table(api_keys.list_keys(session, _tenant_id(session, tenant))))
+        show(keys_table(tenants.list_keys(session, _tenant_id(session, tenant))))
 
 
 @keys.command("revoke")
@@ -60,10 +60,10 @@ def list_keys(tenant: str) -> None:
 def revoke_key(key_id: str, tenant: str) -> None:
     """Make a key worthless. KEY_ID is its middle part: sk_<id>_..."""
     from local.lock import settings_here
-    from storage import api_keys
+    from storage import tenants
 
     with transaction(settings_here()) as session:
-        if not api_keys.revoke(session, key_id, _tenant_id(session, tenant)):
+        if not tenants.revoke_key(session, key_id, _tenant_id(session, tenant)):
             raise click.ClickException(f"tenant {tenant} has no live key {key_id}; list them: celeriac keys list")
     click.echo(f"Key {key_id} is revoked.")
 
@@ -84,7 +84,7 @@ def transaction(settings: "Settings") -> Iterator["Session"]:
 def _tenant_id(session: "Session", name: str) -> "UUID":
     from storage import tenants
 
-    tenant = tenants.get_by_name(session, name)
+    tenant = tenants.get_tenant_by_name(session, name)
     if tenant is None:
         raise click.ClickException(
             f"there is no tenant {name}; make it with a key: celeriac keys create --tenant {name}"

@@ -227,17 +227,17 @@ class Up:
             yield given
             return
         from celeriac.keys import transaction
-        from storage import api_keys
+        from storage import tenants
         from storage.tables import DEFAULT_TENANT_ID
 
         settings = self._settings.model_copy(update={"database_url": self._database_url})
         with transaction(settings) as session:
-            key = api_keys.create(session, DEFAULT_TENANT_ID, name="first job of celeriac up")
+            key = tenants.create_key(session, DEFAULT_TENANT_ID, name="first job of celeriac up")
         try:
             yield key
         finally:
             with transaction(settings) as session:
-                api_keys.revoke(session, key.split("_")[1], DEFAULT_TENANT_ID)
+                tenants.revoke_key(session, key.split("_")[1], DEFAULT_TENANT_ID)
 
     def _watch(self) -> None:
         while not self._stop_requested.wait(0.25):

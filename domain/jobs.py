@@ -1,10 +1,48 @@
-"""What a job is: its statuses and their allowed transitions, how it ends, what it used."""
+"""What a job is, where its workers stand, why it waits, and what a batch of jobs is.
 
+Models that stop at the first bad item of a list.
+
+pydantic looks at every item and collects what is wrong with each: seconds, and hundreds of megabytes, for a list of
+some hundred thousand. Nobody is told of more than the first.
+
+What a job is: its statuses and their allowed transitions, how it ends, what it used.
+
+What a GPU worker is at.
+
+Why a queued job waits: said by facts of the job and of the workers that live, and never guessed.
+
+What a batch is: its statuses, what is wrong with it, and how each of its lines ended.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-from pydantic import ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema
 
-from domain.first_error import FirstErrorModel
+_LIST_TYPES = ("list", "tuple", "set", "frozenset")
+
+_NO_SCHEMAS = frozenset({"metadata", "serialization"})
+
+
+def _failing_fast(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_failing_fast(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    changed = {name: part if name in _NO_SCHEMAS else _failing_fast(part) for name, part in schema.items()}
+    return changed | {"fail_fast": True} if schema.get("type") in _LIST_TYPES else changed
+
+
+class FirstErrorModel(BaseModel):
+    """As pydantic's `FailFast` on every list that is a field, or lies in one."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema: CoreSchema = _failing_fast(handler(source))
+        return schema
 
 
 class JobStatus(StrEnum):
@@ -50,6 +88,7 @@ class JobKind(StrEnum):
 
 
 MIN_PRIORITY = -10  # the lowest that a client may give its job
+
 BATCH_PRIORITY = -20  # of the lines of batches: they run where nobody else wants to
 
 
@@ -97,3 +136,136 @@ class JobError(Frozen):
     code: str
     message: str
     retryable: bool = False
+
+
+class WorkerState(StrEnum):
+    """Only a `ready` worker takes jobs."""
+
+    LOADING = "loading"  # its engine is being started, or started again
+    READY = "ready"
+    DRAINING = "draining"  # it takes no more; what runs may end
+    UNLOADED = "unloaded"  # it has no engine process, and waits for its model to be loaded
+
+
+class WaitingFor(StrEnum):
+    SLOTS = "slots"  # its turn: the slots of the workers that could run it are taken, or it is on its way to one
+    WORKER = "worker"  # no worker of its model lives
+    MODEL_LOAD = "model_load"  # those that could run it are loading it
+    REVISION = "revision"  # it has output, and nobody serves the revision that made it
+    ISOLATION = "isolation"  # it must run alone, and is let in between the others
+    LIMIT = "limit"  # batches have their share of the slots, or it failed a moment ago and is tried again soon
+    PAUSE = "pause"  # an admin has unloaded its model, or those that could run it take no more: they drain
+
+
+#: Meant to be so: that jobs wait for these is nothing to look after.
+IN_GOOD_ORDER = frozenset({WaitingFor.SLOTS, WaitingFor.LIMIT})
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingJob:
+    """What of a queued job decides who may run it, and when."""
+
+    lane: Lane = Lane.STANDARD
+    revision: str | None = None  # that made its output; None: it has none, and any will do
+    is_held_line: bool = False  # of a batch, and not let out to a worker yet
+    is_delayed: bool = False  # it failed a moment ago
+
+
+@dataclass(frozen=True, slots=True)
+class LiveWorker:
+    state: WorkerState
+    revision: str | None  # None: it does not tell, and may be any
+
+
+@dataclass(frozen=True, slots=True)
+class ModelService:
+    """Who serves a model."""
+
+    workers: Sequence[LiveWorker] = ()
+    is_loaded: bool = True  # else an admin has unloaded it
+    is_batch_share_taken: bool = False
+
+
+def waiting_for(job: WaitingJob, service: ModelService) -> WaitingFor:
+    if not service.is_loaded:
+        return WaitingFor.PAUSE
+    if not service.workers:
+        return WaitingFor.WORKER
+    able = [one for one in service.workers if job.revision is None or one.revision in (None, job.revision)]
+    if not able:
+        return WaitingFor.REVISION
+    states = {worker.state for worker in able}
+    if WorkerState.READY not in states:
+        return WaitingFor.PAUSE if states == {WorkerState.DRAINING} else WaitingFor.MODEL_LOAD
+    if job.is_delayed or (job.is_held_line and service.is_batch_share_taken):
+        return WaitingFor.LIMIT
+    return WaitingFor.ISOLATION if job.lane is Lane.ISOLATED else WaitingFor.SLOTS
+
+
+MAX_LINES = 50_000
+
+MAX_INPUTS = 50_000  # of embeddings, over all lines
+
+MAX_LINE_BYTES = 1_048_576
+
+MAX_ERRORS = 50  # that a refused file is told of
+
+PIECE_BYTES = 1_048_576  # every piece of a file but its last is exactly so long, so a byte is found by its place
+
+
+class BatchStatus(StrEnum):
+    VALIDATING = "validating"
+    FAILED = "failed"  # the file was refused
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"  # every line has ended, the output is being frozen
+    COMPLETED = "completed"
+    EXPIRED = "expired"  # its window closed before its last line ended
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in TERMINAL_BATCH_STATUSES
+
+
+TERMINAL_BATCH_STATUSES = frozenset(
+    {BatchStatus.FAILED, BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.CANCELLED}
+)
+
+
+class LineOutcome(StrEnum):
+    """How a line ended. Only completed ones are in the output file, all others are in the error file."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"  # its job failed, or none could be made of it
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+class FileStatus(StrEnum):
+    UPLOADING = "uploading"  # not to be seen yet
+    LIVE = "live"  # of a batch that runs: its content is what the lines have come to
+    PROCESSED = "processed"
+
+
+class BatchError(Frozen):
+    """Why a file was refused; `line` counts from 1."""
+
+    code: str
+    message: str
+    line: int | None = None
+    param: str | None = None
+
+
+class BatchErrors(Frozen):
+    data: tuple[BatchError, ...] = ()
+
+
+class LineRefusal(Frozen):
+    """Why no job was made of a line, as the endpoint would have answered it."""
+
+    status_code: int
+    type: str
+    code: str
+    message: str
+    param: str | None = None

@@ -1,30 +1,98 @@
-"""What is asked for (GenerationRequest) and what comes back (GenerationResult). Both are stored as they stand here."""
+"""What is asked for and what comes back: generations, their chunks, embeddings, and options of a job.
 
+A chunk: the smallest piece of a job's stream that is committed, published and replayed.
+
+What is asked for (GenerationRequest) and what comes back (GenerationResult). Both are stored as they stand here.
+
+Texts to vectors: what is asked for (EmbeddingRequest) and what comes back (EmbeddingResult).
+
+A job's request and its result, of whichever kind the job is: told apart by `kind`, which every dump bears.
+
+A job's options beside its request, and the bounds of its deadline.
+"""
+
+import base64
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, TypeAdapter, model_validator
 
-from domain.chunks import TokenLogprob
-from domain.jobs import FinishReason, Frozen, Usage
-from domain.structured_output import StructuredOutput
-from domain.tools import MAX_TOOLS, ToolCall, ToolDefinition
+from domain.errors import InvalidRequest
+from domain.jobs import Endpoint, FinishReason, Frozen, JobKind, JobStatus, Usage
+from domain.structured_output import MAX_TOOLS, StructuredOutput, ToolCall, ToolDefinition
+from domain.webhooks import TELLABLE_STATUSES
+
+
+def _utf8(text: str) -> tuple[int, ...]:
+    return tuple(text.encode())
+
+
+class TokenLogprob(Frozen):
+    """A token may be a part of a character: its `bytes` are what it adds to the UTF-8 of the text, and in `token` those
+    that are no character by themselves are written `\\xNN`, as the OpenAI API does it. A special token adds none; as an
+    alternative it has those of its name. Chunks stored before tokens had bytes get those of the text."""
+
+    token: str
+    token_id: int
+    logprob: float
+    bytes: tuple[int, ...] = Field(default_factory=lambda data: _utf8(data["token"]))
+    top: tuple[tuple[int, str, float], ...] = ()  # (token id, text, logprob), most likely first
+    top_bytes: tuple[tuple[int, ...], ...] = Field(
+        default_factory=lambda data: tuple(_utf8(text) for _, text, _ in data["top"])
+    )
+
+
+class TokenChunk(Frozen):
+    """What one sequence of a job gained since its last chunk.
+
+    `sequence_number` counts the chunks of the whole job from 1 without a hole, over all its sequences and attempts.
+    What a reset made void is gone from the log: its numbers are not used again, and the reset takes the next one.
+    `text` may lag behind `token_ids`: text that could still become a stop string, or is half a UTF-8 character, comes
+    with a later chunk. The concatenated `text` of one `index` is the sequence's final text, byte for byte.
+
+    What a later attempt needs to know rides on the chunks: under best_of the sum of the tokens' logprobs, on the first
+    chunk of all the prompt's, where they are asked for, and where the first </think> ends.
+    """
+
+    sequence_number: int = Field(ge=1)
+    index: int = Field(default=0, ge=0)  # which of the job's n sequences
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None  # set on the last chunk of its index
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    sum_logprobs: float | None = None  # of token_ids, under best_of
+    num_reasoning_tokens: int | None = None  # of the sequence up to </think>, on the chunk whose tokens complete it
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # one per prompt token; the first has none
+    is_reset: bool = False  # the job begins anew here: whatever came before is void, and this chunk says nothing else
+
 
 MAX_MESSAGES = 256
+
 MAX_PROMPT_CHARS = 1_000_000
+
 MAX_CHOICES = 8
+
 MAX_STOP_STRINGS = 16
+
 MAX_LOGIT_BIAS = 1024
+
 MAX_BAD_TOKENS = 1024
+
 MAX_PROMPT_TOKENS = 1_000_000
+
 MAX_PROMPT_LOGPROBS = 65_536  # logprobs of one prompt, alternatives included: they travel in one chunk
 
 NO_BOUND = -1  # as a max_tokens or a top_k: there is none, as other servers have it
 
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
@@ -168,3 +236,121 @@ def best_choices(candidates: Sequence[ResultChoice], num_choices: int) -> tuple[
 
 def _mean_logprob(choice: ResultChoice) -> float:
     return -math.inf if choice.mean_logprob is None else choice.mean_logprob
+
+
+MAX_INPUTS = 2048
+
+MAX_INPUT_TOKENS = 300_000  # of one request, over all its inputs
+
+MAX_NUMBERS = 2**22  # of one result, 16 MiB of them: they travel in one frame and lie in one row
+
+MAX_DIMENSIONS = 65_536
+
+_Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS)]
+
+_TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=MAX_INPUT_TOKENS)]
+
+#: The tags keep the two branches out of error messages.
+EmbeddingInput = Annotated[
+    Annotated[_Text, Tag("<text>")] | Annotated[_TokenIds, Tag("<token ids>")],
+    Discriminator(lambda value: "<text>" if isinstance(value, str) else "<token ids>"),
+]
+
+
+class EmbeddingRequest(Frozen):
+    """One vector for each of `inputs`, texts or token ids. `dimensions` are kept from the front of each vector."""
+
+    kind: Literal["embedding"] = "embedding"
+    model: str = Field(min_length=1, max_length=256)
+    inputs: tuple[EmbeddingInput, ...] = Field(min_length=1, max_length=MAX_INPUTS)
+    dimensions: int | None = Field(default=None, ge=1, le=MAX_DIMENSIONS)
+
+    @model_validator(mode="after")
+    def _bounded_in_total(self) -> Self:
+        if self.num_chars > MAX_PROMPT_CHARS:
+            raise ValueError(f"inputs have {self.num_chars} characters, more than {MAX_PROMPT_CHARS}; send fewer")
+        return self
+
+    @property
+    def num_chars(self) -> int:
+        return sum(len(text) for text in self.inputs if isinstance(text, str))
+
+
+class EmbeddingResult(Frozen):
+    """`embeddings` are unit vectors in the order of the inputs: little-endian float32, in base64."""
+
+    kind: Literal["embedding"] = "embedding"
+    embeddings: tuple[str, ...]
+    dimensions: int
+    usage: Usage
+
+
+def encode_vector(vector: bytes) -> str:
+    return base64.b64encode(vector).decode()
+
+
+JobRequest = GenerationRequest | EmbeddingRequest
+
+JobOutput = GenerationResult | EmbeddingResult
+
+
+def kind_of(value: Any) -> str:
+    """Of a request or result, or its dump. Those that were stored before there were kinds are of a generation."""
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return str(kind or JobKind.GENERATION)
+
+
+REQUEST: TypeAdapter[JobRequest] = TypeAdapter(
+    Annotated[
+        Annotated[GenerationRequest, Tag("generation")] | Annotated[EmbeddingRequest, Tag("embedding")],
+        Discriminator(kind_of),
+    ]
+)
+
+RESULT: TypeAdapter[JobOutput] = TypeAdapter(
+    Annotated[
+        Annotated[GenerationResult, Tag("generation")] | Annotated[EmbeddingResult, Tag("embedding")],
+        Discriminator(kind_of),
+    ]
+)
+
+
+MAX_DEADLINE_AHEAD = timedelta(days=365)
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """A job's options beside its request."""
+
+    priority: int = 0
+    deadline_at: datetime | None = None
+    start_timeout_seconds: float | None = None
+    run_timeout_seconds: float | None = None
+    result_ttl_seconds: int | None = None  # None: the installation's
+    idempotency_key: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    webhook_url: str | None = None  # told of the ends in webhook_statuses
+    webhook_statuses: Sequence[JobStatus] = TELLABLE_STATUSES
+    deadline_after_seconds: float | None = None  # since the accept; no part of what a repeated request must share
+    endpoint: Endpoint = Endpoint.JOBS
+    is_stored: bool = False
+    endpoint_body: str | None = None  # JSON, kept beside the request for the route that shows it again
+
+
+def refuse_impossible_deadline(options: JobOptions) -> None:
+    if options.deadline_at is None:
+        return
+    now = datetime.now(UTC)
+    if not now < options.deadline_at < now + MAX_DEADLINE_AHEAD:
+        raise InvalidRequest(
+            f"deadline is {options.deadline_at.isoformat()}; name a time to come within {MAX_DEADLINE_AHEAD.days} days",
+            param="deadline",
+        )
+
+
+def deadline_of(options: JobOptions) -> datetime | None:
+    """The earlier of the two that may be given."""
+    if options.deadline_after_seconds is None:
+        return options.deadline_at
+    relative = datetime.now(UTC) + timedelta(seconds=options.deadline_after_seconds)
+    return relative if options.deadline_at is None else min(relative, options.deadline_at)

@@ -1,14 +1,313 @@
-"""What an output must look like: a JSON schema, a regular expression, one of some strings, or a grammar."""
+"""What an output must look like: JSON schemas within bounds, tools, regular expressions, choices.
 
+What a JSON schema may be before anything is spent on it: small, shallow, self-contained, made of known keywords.
+
+Whether it can be compiled is found out elsewhere (`text/grammars.py`); here it is only looked at, in linear time.
+
+Functions that a model may ask its client to call: what is offered, and what was asked for.
+
+What an output must look like: a JSON schema, a regular expression, one of some strings, or a grammar.
+"""
+
+import difflib
+import json
+import math
+import re
+from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from domain.jobs import Frozen
-from domain.schema_bounds import MAX_PATTERN_CHARS, check_numbers, check_regex, check_repetitions, check_schema
-from domain.tools import ToolCalls
+from domain.json_schemas import (
+    COUNT_KEYWORDS,
+    FORMATS,
+    TREATMENTS,
+    JsonSchema,
+    Treatment,
+    check_references,
+    children_of,
+    is_annotation,
+    list_of,
+    map_of,
+    walk,
+    without_annotations,
+)
+
+MAX_SCHEMA_BYTES = 16_384
+
+MAX_SCHEMA_DEPTH = 16
+
+MAX_VALUE_DEPTH = 64
+
+MAX_PROPERTIES = 512
+
+MAX_ENUM_VALUES = 1_024
+
+MAX_REPEAT = 4_096
+
+MAX_PATTERN_CHARS = 512
+
+_TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
+
+_STRICT_KEYWORDS = frozenset(
+    keyword for keyword, treatment in TREATMENTS.items() if treatment is not Treatment.NOT_ENFORCED
+)
+
+# A repetition of a regular expression; \{, \x{...}, \u{...} and \p{...} are none.
+_REPETITION = re.compile(r"(?<!\\)(?<!\\[xuU])\{(\d+)(?:,(\d*))?\}")
+
+
+def check_schema(schema: JsonSchema) -> None:
+    """That all of it can be enforced. Raises ValueError with the place, the value seen and the remedy."""
+    check_structure(bounded(schema))
+    check_keywords(schema)
+
+
+def bounded(schema: JsonSchema) -> JsonSchema:
+    """The schema without its annotations, small enough for all that is done to it. Raises ValueError."""
+    _check_depth_of_values(schema)
+    kept: JsonSchema = without_annotations(schema)
+    num_bytes = len(json.dumps(kept, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace"))
+    if num_bytes > MAX_SCHEMA_BYTES:
+        raise ValueError(
+            f"the schema has {num_bytes} bytes without its descriptions; at most {MAX_SCHEMA_BYTES} are taken: "
+            "shorten it"
+        )
+    return kept
+
+
+def check_structure(schema: JsonSchema) -> None:
+    """That it is a schema, of which the compiler may make something: without asking whether all of its keywords can be
+    enforced. Raises ValueError."""
+    _check_depth(schema)
+    num_properties = num_enum_values = 0
+    for subschema, place in walk(schema):
+        _check_types(subschema, place)
+        num_properties += len(map_of(subschema, "properties"))
+        num_enum_values += len(list_of(subschema, "enum"))
+    _check_total("properties", num_properties, MAX_PROPERTIES)
+    _check_total("enum values", num_enum_values, MAX_ENUM_VALUES)
+    check_references(schema)
+
+
+def check_keywords(schema: JsonSchema) -> None:
+    """That each can be enforced. Raises ValueError."""
+    for subschema, place in walk(schema):
+        _check_keywords(subschema, place)
+        _check_format(subschema, place)
+        _check_counts(subschema, place)
+        _check_least_properties(subschema, place)
+        _check_reference(subschema, place)
+        for pattern in _patterns(subschema):
+            check_regex(pattern, f"the pattern at {place}")
+
+
+def check_numbers(schema: JsonSchema) -> None:
+    """Raises ValueError for numbers that a 64-bit reader would refuse or change."""
+    waiting: list[Any] = [schema]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("the schema holds a number that is not finite; send one within 64 bits")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"the schema holds an integer of {value.bit_length()} bits; send one within 64 bits")
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def check_regex(regex: str, name: str) -> None:
+    """Raises ValueError. A regular expression that passes may still be refused when it is compiled."""
+    if len(regex) > MAX_PATTERN_CHARS:
+        raise ValueError(f"{name} has {len(regex)} characters; at most {MAX_PATTERN_CHARS} are taken: shorten it")
+    check_repetitions(regex, name)
+
+
+def holds_long_repetition(text: str) -> bool:
+    return any(map(_is_long, _REPETITION.finditer(text)))
+
+
+def check_repetitions(text: str, name: str) -> None:
+    """Raises ValueError for an {m,n} that is too large."""
+    for repetition in _REPETITION.finditer(text):
+        if _is_long(repetition):
+            raise ValueError(f"{name} repeats {repetition[0][:24]} times; at most {MAX_REPEAT} are taken: lower it")
+
+
+def _is_long(repetition: re.Match[str]) -> bool:
+    return any(int(number[:9]) > MAX_REPEAT for number in repetition.groups() if number)
+
+
+def _check_depth(schema: JsonSchema) -> None:
+    waiting: list[tuple[Any, str, int]] = [(schema, "#", 1)]
+    while waiting:
+        found, place, depth = waiting.pop()
+        if not isinstance(found, dict):
+            continue  # true, false, or what the compiler will refuse
+        if depth > MAX_SCHEMA_DEPTH:
+            raise ValueError(
+                f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep at {place}; use $defs and $ref"
+            )
+        waiting += [(child, f"{place}/{path}", depth + 1) for child, path in children_of(found)]
+
+
+def _check_types(schema: JsonSchema, place: str) -> None:
+    asked = schema.get("type")
+    for name in asked if isinstance(asked, list) else [] if asked is None else [asked]:
+        if name not in _TYPES:
+            raise ValueError(f"type at {place} is {str(name)[:64]!r}; known are {', '.join(_TYPES)}")
+
+
+def _patterns(schema: JsonSchema) -> list[str]:
+    pattern = schema.get("pattern")
+    return [*map_of(schema, "patternProperties"), *([pattern] if isinstance(pattern, str) else ())]
+
+
+def _check_keywords(schema: JsonSchema, place: str) -> None:
+    """A keyword that would be ignored is refused: a misspelt bound is no bound."""
+    unknown = next((word for word in schema if word not in _STRICT_KEYWORDS and not is_annotation(word)), None)
+    if unknown is None:
+        return
+    close = difflib.get_close_matches(unknown[:64], _STRICT_KEYWORDS, n=1)
+    remedy = f"did you mean {close[0]}?" if close and unknown not in TREATMENTS else "remove it"
+    raise ValueError(f"{unknown[:64]!r} at {place} is not a supported JSON schema keyword; {remedy}")
+
+
+def _check_format(schema: JsonSchema, place: str) -> None:
+    name = schema.get("format")
+    if isinstance(name, str) and name not in FORMATS and schema.get("type") not in ("integer", "number", "boolean"):
+        raise ValueError(
+            f"format at {place} is {name[:64]!r}, which cannot be enforced; remove it, or send one of "
+            f"{', '.join(sorted(FORMATS - {'unknown'}))}"
+        )
+
+
+def _check_counts(schema: JsonSchema, place: str) -> None:
+    for keyword in COUNT_KEYWORDS:
+        count = schema.get(keyword)
+        if isinstance(count, int | float) and count > MAX_REPEAT:
+            raise ValueError(f"{keyword} at {place} is {count}; at most {MAX_REPEAT} are taken: lower it")
+
+
+def _check_least_properties(schema: JsonSchema, place: str) -> None:
+    """Names that the schema does not list may come twice in the output, and would count once."""
+    least, required = schema.get("minProperties"), schema.get("required")
+    num_required = len(required) if isinstance(required, list) else 0
+    if isinstance(least, int | float) and least > max(1, num_required):
+        raise ValueError(
+            f"minProperties at {place} is {least}, more than the {num_required} required properties; "
+            "name those that must be there in required"
+        )
+
+
+def _check_reference(schema: JsonSchema, place: str) -> None:
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and not (reference == "#" or reference.startswith("#/")):
+        raise ValueError(
+            f"$ref at {place} is {reference[:64]!r}; only references within the schema (#/$defs/...) are followed"
+        )
+    if "$id" in schema and place != "#":
+        raise ValueError(f"$id at {place} is within the schema; only the whole schema may have one: remove it")
+
+
+def _check_total(what: str, number: int, bound: int) -> None:
+    if number > bound:
+        raise ValueError(f"the schema has {number} {what} in all; at most {bound} are taken: remove some")
+
+
+def _check_depth_of_values(schema: JsonSchema) -> None:
+    """What a recursive reader could not follow, and more values than there may be bytes, of which no more than that are
+    looked at."""
+    waiting: list[tuple[Any, int]] = [(schema, 1)]
+    num_values = 1
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > MAX_VALUE_DEPTH:
+            raise ValueError(f"the schema's values are nested more than {MAX_VALUE_DEPTH} levels deep; flatten them")
+        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        num_values += len(children)
+        if num_values > MAX_SCHEMA_BYTES:
+            raise ValueError(
+                f"the schema has more than {MAX_SCHEMA_BYTES} values; at most so many bytes are taken: shorten it"
+            )
+        waiting += [(child, depth + 1) for child in children]
+
+
+def check_patterns(schema: JsonSchema) -> None:
+    """Raises ValueError for a regular expression beyond its bounds."""
+    for subschema, place in walk(schema):
+        for pattern in _patterns(subschema):
+            check_regex(pattern, f"the pattern at {place}")
+
+
+MAX_TOOLS = 128
+
+MAX_TOOL_CHARS = 100_000
+
+MAX_CALLS_BYTES = 65_536  # of all schemas that a grammar of calls is made of
+
+ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class ToolDefinition(Frozen):
+    """`parameters` is the JSON schema of the arguments, an object; without one, there are none."""
+
+    name: ToolName
+    description: str | None = Field(default=None, max_length=MAX_TOOL_CHARS)
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolCall(Frozen):
+    """`arguments` is JSON as the model wrote it, so not always valid."""
+
+    id: str = Field(min_length=1, max_length=128)
+    name: ToolName
+    arguments: str = Field(max_length=MAX_TOOL_CHARS)
+
+
+class ToolFormat(StrEnum):
+    """How a model writes calls; see `text/outputs.py`."""
+
+    HERMES = "hermes"
+    MISTRAL = "mistral"
+    LLAMA3 = "llama3"
+
+
+class CallableTool(Frozen):
+    """`arguments` is the JSON schema that a call's arguments are held to, as it is to be compiled."""
+
+    name: ToolName
+    arguments: dict[str, Any]
+
+
+class ToolCalls(Frozen):
+    """Calls that an output may consist of: of any of these tools, one after the other, or a single one.
+
+    `marker_token_id` is a special token that the model may write before its calls.
+    """
+
+    format: ToolFormat
+    tools: tuple[CallableTool, ...] = Field(min_length=1, max_length=MAX_TOOLS)
+    is_single: bool = False
+    marker_token_id: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _bounded_schemas(self) -> Self:
+        num_bytes = 0
+        for tool in self.tools:
+            check_numbers(tool.arguments)
+            check_patterns(tool.arguments)
+            num_bytes += len(json.dumps(tool.arguments, separators=(",", ":"), ensure_ascii=False).encode())
+        if num_bytes > MAX_CALLS_BYTES:
+            raise ValueError(
+                f"the tools' parameters have more than {MAX_CALLS_BYTES} bytes without their descriptions, and so many "
+                "are taken where calls follow a grammar: send fewer tools"
+            )
+        return self
+
 
 MAX_LARK_BYTES = 16_384
+
 MAX_OUTPUT_CHOICES = 1_024
 
 OutputChoice = Annotated[str, StringConstraints(min_length=1, max_length=1_024)]

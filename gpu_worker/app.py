@@ -1,4 +1,9 @@
-"""The Celery app of a GPU worker: `celery -A gpu_worker.app worker`. One worker serves one model on one engine."""
+"""The Celery app of a GPU worker: `celery -A gpu_worker.app worker`. One worker serves one model on one engine.
+
+Celery's stock commands where a GPU worker does something else than stock; its own are in `tasks.app`.
+
+Everything here runs on Celery's hub thread: answer from memory, start nothing that waits.
+"""
 
 import logging
 import os
@@ -6,21 +11,41 @@ import re
 import secrets
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from celery import signals
+from celery.utils.functional import maybe_list
+from celery.worker import control as stock
+from celery.worker.control import control_command
 from kombu.transport import TRANSPORT_ALIASES
 
 from domain.catalog import ModelSpec
 from domain.errors import CeleriacError
-from gpu_worker import control  # noqa: F401  (registers the remote-control commands)
 from gpu_worker.consumer import EngineStep, EngineWorker
-from gpu_worker.delivery import Delivery
+from gpu_worker.deliveries import Delivery
 from gpu_worker.pool import served_model
 from observability import configure_logging
 from settings import Settings, get_settings
-from tasks.app import app
-from tasks.generate import generate
+from tasks.app import app, generate
+
+
+@control_command(name="shutdown")
+def shutdown(state: Any, msg: str = "", **_: Any) -> dict[str, str]:
+    """Shutdown worker(s), as SIGTERM does."""
+    state.consumer.pool.shutdown.drain("the order shutdown")
+    return {"ok": "draining, then leaving"}
+
+
+@control_command(name="revoke", variadic="task_id", signature="[id1 [id2 [... [idN]]]]")
+def revoke(
+    state: Any, task_id: str | Sequence[str], terminate: bool = False, signal: str | None = None, **options: Any
+) -> Any:
+    """Revoke task by task id (or list of ids)."""
+    answer = stock.revoke(state, task_id, terminate=terminate, signal=signal, **options)
+    state.consumer.pool.cancel_in_hand(maybe_list(task_id) or [])
+    return answer
+
 
 __all__ = ["app"]
 
@@ -36,6 +61,7 @@ def _model_or_leave(settings: Settings) -> ModelSpec:
 
 
 settings = get_settings()
+
 model = _model_or_leave(settings)
 
 for alias in ("redis", "rediss"):
@@ -46,10 +72,15 @@ app.conf.update(
     worker_consumer="gpu_worker.consumer:EngineConsumer",
     worker_concurrency=model.max_num_seqs,
 )
+
 app.Worker = app.subclass_with_self(EngineWorker)
+
 app.events_cls = "gpu_worker.consumer:EngineEvents"
+
 app.steps["consumer"].add(EngineStep)
+
 app.amqp.queues.select([model.queue])
+
 generate.Request = Delivery
 
 

@@ -1,10 +1,17 @@
-"""The prefetch batching consumer: Celery's consumer with an exact credit, and manners when the broker goes away.
+"""The prefetch batching consumer: Celery's consumer with an exact credit, and manners in an outage.
+
+What a worker says and does while it cannot reach Redis: one line of advice, and a look whether its servers moved.
+
+The prefetch batching consumer: Celery's consumer with an exact credit, and manners when the broker goes away.
 
 Messages in hand follow the engine: as many as it could start now, and a small look-ahead beyond, so that a slot that
 frees is filled between two steps. Everything else of Celery (task protocol, events, inspect, revoke) stays stock.
 """
 
+import os
+import sys
 import warnings
+from collections.abc import Callable
 from time import monotonic, sleep
 from typing import Any
 
@@ -17,20 +24,59 @@ from celery.worker.consumer import Consumer
 from celery.worker.consumer.heart import Heart
 from celery.worker.consumer.tasks import Tasks
 
-from gpu_worker.broker_outage import BrokerOutage
 from gpu_worker.pool import EnginePool
 from gpu_worker.transport import ClaimingChannel
-from settings import get_settings
+from observability import describe_exception
+from settings import PREFIX, Settings, get_settings, moved_servers
 from tasks.app import VISIBILITY_TIMEOUT_SECONDS
 
 logger = get_logger(__name__)
 
+PATIENCE_SECONDS = 5.0
+
+
+class BrokerOutage:
+    """Hears of every try to connect. `leave` gives the worker's jobs back; it is called before a new start."""
+
+    def __init__(self, settings: Settings, leave: Callable[[], None]) -> None:
+        self._settings = settings
+        self._leave = leave
+        self._since: float | None = None
+        self._is_told = False
+
+    def failed(self, exc: Exception) -> None:
+        self._since = self._since or monotonic()
+        if monotonic() - self._since < PATIENCE_SECONDS:
+            return
+        if not self._is_told:
+            self._is_told = True
+            logger.error(
+                "Redis does not answer: %s; start it, name another in CELERIAC_REDIS_URL, or start everything with "
+                "`celeriac up`; trying again",
+                describe_exception(exc),
+            )
+        if moved := moved_servers(self._settings.data_dir):
+            logger.warning("`celeriac up` runs with other servers now; starting anew with those")
+            self._leave()
+            os.environ.update({PREFIX + name.upper(): url for name, url in moved.items()})
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
+
+    def ended(self) -> None:
+        self._since, self._is_told = None, False
+
+
 EVENT_FLUSH_SECONDS = 0.1
+
 MAX_BUFFERED_EVENTS = 512
+
 WATCH_SECONDS = 1.0
+
 SHARE_SECONDS = 0.25  # between two looks whether another worker has free slots
+
 MAX_LOOKAHEAD_SECONDS = 0.25  # how long a delivery may wait here while one has
+
 REFUSED_SECONDS = 1.0
+
 STALL_SECONDS = 10.0  # a healthy consumer with credit looks into its queue every second
 
 

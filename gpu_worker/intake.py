@@ -13,12 +13,12 @@ from uuid import UUID
 
 from domain.ids import external_id
 from domain.jobs import Lane
-from gpu_worker.job_storage import JobStorage
-from gpu_worker.storage_thread import Answer, StorageThread
+from gpu_worker.commits import JobStorage
+from gpu_worker.threads import Answer, StorageThread
 from storage.database import OUTAGES
 from storage.jobs import ClaimedJob
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0  # free slots and no offer for so long: ask SQL
 BUSY_ISOLATED_SECONDS = 30.0  # between two isolated jobs of a worker that never rests
@@ -128,7 +128,7 @@ class Intake:
             if isinstance(exc, OUTAGES):
                 self._offers.put_back(job_ids)
             elif len(job_ids) == 1:
-                logger.error("the job cannot be claimed", exc_info=exc, extra={"job_id": external_id(job_ids[0])})
+                log.error("the job cannot be claimed", exc_info=exc, extra={"job_id": external_id(job_ids[0])})
                 self._on_dropped(job_ids)
             else:  # one row that cannot be read must not keep its neighbours from being claimed
                 for job_id in job_ids:

@@ -9,7 +9,10 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.batches import (
+from dialects.openai_batches import BatchSurface, LineRequest
+from domain.errors import CeleriacError, InvalidRequest
+from domain.ids import external_id
+from domain.jobs import (
     MAX_ERRORS,
     MAX_INPUTS,
     MAX_LINE_BYTES,
@@ -19,19 +22,16 @@ from domain.batches import (
     BatchErrors,
     BatchStatus,
 )
-from domain.embeddings import EmbeddingRequest
-from domain.errors import CeleriacError, InvalidRequest
-from domain.ids import external_id
+from domain.requests import EmbeddingRequest
 from observability import describe_exception
-from storage import batch_lines, batches, files
-from storage.batch_lines import NewLine
-from storage.batch_tables import Batch
+from storage import batches, files
+from storage.batches import NewLine
+from storage.files import Batch
 from tasks.batch_files import FoundLine, prefix_hash, split_lines
-from tasks.batch_surface import BatchSurface, LineRequest
-from tasks.models import ModelView, ModelViews
-from tasks.settler import refuse_unfit
+from tasks.prepare import refuse_unfit
+from text.models import ModelView, ModelViews
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 LINES_PER_STEP = 2_000
 STEP_SECONDS = 0.25  # for long lines: then what was read is written down
@@ -111,7 +111,7 @@ class BatchValidation:
         except (OSError, MemoryError, KeyboardInterrupt, SystemExit):
             raise  # trouble of the machine, not of the line
         except BaseException as exc:  # what a line does to its parser, a panic in Rust included, is that line's error
-            logger.exception(
+            log.exception(
                 "a line of a batch could not be read: %s",
                 describe_exception(exc),
                 extra={"batch_id": external_id(batch.id, "batch"), "line": read.num_lines_read},
@@ -163,7 +163,7 @@ class BatchValidation:
 
 def _add(session: Session, batch: Batch, lines: list[NewLine]) -> list[BatchError]:
     """What is wrong with those whose custom_id another has."""
-    added = batch_lines.add_lines(session, batch.id, lines) if lines else set()
+    added = batches.add_lines(session, batch.id, lines) if lines else set()
     batch.num_lines += len(added)
     return [
         BatchError(

@@ -20,25 +20,24 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.batches import BatchError, BatchStatus, LineOutcome, LineRefusal
+from dialects.openai_batches import BatchSurface, LineRequest
 from domain.errors import CeleriacError, Overloaded
 from domain.ids import external_id
-from domain.jobs import BATCH_PRIORITY
+from domain.jobs import BATCH_PRIORITY, BatchError, BatchStatus, LineOutcome, LineRefusal
+from domain.requests import JobOptions
 from maintenance.batch_validation import BatchValidation
 from observability import describe_exception, jobs_submitted_total, labelled
 from settings import Settings
-from storage import batch_lines, batches, files, jobs, jobs_accept, tenants
-from storage.batch_tables import Batch, BatchLine
+from storage import batches, files, job_accept, jobs, tenants
 from storage.database import OUTAGES
-from storage.jobs_accept import Accepted, AcceptOutcome, NewJob
+from storage.files import Batch, BatchLine
+from storage.job_accept import Accepted, AcceptOutcome, NewJob
 from tasks.batch_files import read_ended, write_line
-from tasks.batch_surface import BatchSurface, LineRequest
-from tasks.job_options import JobOptions
-from tasks.models import ModelViews
-from tasks.settler import RequestPreparer
+from tasks.prepare import RequestPreparer
 from tasks.submit import make_job, raise_refusal, tell_accepted
+from text.models import ModelViews
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 BYTES_PER_FEED = 16_777_216  # of lines
 FEED_SECONDS = 0.5  # then the lines that are ready are accepted
@@ -120,7 +119,7 @@ class BatchWork:
             with self._sessions() as session:
                 return batches.unfinished_ids(session)
         except OUTAGES as exc:
-            logger.warning("batches wait for the database: %s", describe_exception(exc))
+            log.warning("batches wait for the database: %s", describe_exception(exc))
             return None
 
     def _advance(self, batch_id: UUID) -> bool:
@@ -131,9 +130,9 @@ class BatchWork:
         try:
             return self.step(batch_id)
         except (*OUTAGES, OSError, MemoryError) as exc:  # trouble of the machine, not of the batch
-            logger.warning("a batch waits: %s", describe_exception(exc), extra=about)
+            log.warning("a batch waits: %s", describe_exception(exc), extra=about)
         except Exception as exc:  # an outermost loop: the other batches must go on
-            logger.exception("a batch could not go on: %s", describe_exception(exc), extra=about)
+            log.exception("a batch could not go on: %s", describe_exception(exc), extra=about)
             self._failed_ids.add(batch_id)
             self._note_failure(batch_id, exc)
         return False
@@ -146,13 +145,13 @@ class BatchWork:
             with self._sessions.begin() as session:
                 if not batches.note_step_failure(session, batch_id, way):
                     return
-                jobs.request_cancel(session, batch_lines.in_flight_job_ids(session, batch_id))
+                jobs.request_cancel(session, batches.in_flight_job_ids(session, batch_id))
                 message = f"the server failed {batches.MAX_STEP_FAILURES} times to take this batch further: "
                 message += describe_exception(exc)
                 error = BatchError(code=CeleriacError.code, message=message)
                 batches.give_up(session, batch_id, error, job_ttl_seconds=self._settings.result_ttl_seconds)
         except OUTAGES as outage:
-            logger.warning("a failed step was not noted: %s", describe_exception(outage))
+            log.warning("a failed step was not noted: %s", describe_exception(outage))
 
     def step(self, batch_id: UUID) -> bool:
         """True where the next step need not wait for anybody."""
@@ -179,15 +178,15 @@ class BatchWork:
             locked = batches.lock(session, batch.id, BatchStatus.IN_PROGRESS)
             if locked is None:
                 return False
-            batch_lines.record_ended(session, locked)
+            batches.record_ended(session, locked)
             if locked.expires_at <= batches.now(session):
                 locked.expired_at = locked.expired_at or batches.now(session)
-                batch_lines.end_waiting(session, locked, LineOutcome.EXPIRED)
+                batches.end_waiting_lines(session, locked, LineOutcome.EXPIRED)
             if _is_done(locked):
                 locked.status, locked.finalizing_at = BatchStatus.FINALIZING, batches.now(session)
                 return True
             num_wanted = self._num_wanted(session, locked)
-            waiting = batch_lines.waiting_lines(session, batch.id, limit=num_wanted, max_bytes=BYTES_PER_FEED)
+            waiting = batches.waiting_lines(session, batch.id, limit=num_wanted, max_bytes=BYTES_PER_FEED)
             ranges = [(line.first_byte, line.num_bytes) for line in waiting]
             contents = files.read_ranges(session, batch.input_file_id, ranges) if waiting else []
         return bool(waiting) and self._feed(batch, dict(zip(waiting, contents, strict=True)))
@@ -226,14 +225,14 @@ class BatchWork:
         locked = batches.lock(session, batch.id, BatchStatus.IN_PROGRESS)
         if locked is None or locked.expires_at <= batches.now(session):
             return []
-        waiting = batch_lines.still_waiting(session, batch.id, [*new_jobs, *refusals])
+        waiting = batches.still_waiting(session, batch.id, [*new_jobs, *refusals])
         for line, refusal in refusals.items():
             if line in waiting:
-                batch_lines.refuse(locked, waiting[line], refusal)
+                batches.refuse_line(locked, waiting[line], refusal)
         num_wanted = self._num_wanted(session, locked)
         fed = dict([(line, job) for line, job in new_jobs.items() if line in waiting][:num_wanted])
         session.flush()
-        answers = jobs_accept.accept(session, list(fed.values()), max_queued_jobs=self._settings.max_queued_jobs)
+        answers = job_accept.accept(session, list(fed.values()), max_queued_jobs=self._settings.max_queued_jobs)
         outcomes = list(zip(fed.items(), answers, strict=True))
         taken = {
             line: (answer.job_id, new_job.num_sequences)
@@ -241,10 +240,10 @@ class BatchWork:
             if answer.outcome in (AcceptOutcome.ACCEPTED, AcceptOutcome.DUPLICATE)
         }
         if taken:
-            batch_lines.attach(session, locked, taken)
+            batches.attach_jobs(session, locked, taken)
         for (line, _), answer in outcomes:
             if answer.outcome is AcceptOutcome.POISON:
-                batch_lines.refuse(locked, waiting[line], self._refusal_of(answer))
+                batches.refuse_line(locked, waiting[line], self._refusal_of(answer))
         return [new_job for (_, new_job), answer in outcomes if answer.outcome is AcceptOutcome.ACCEPTED]
 
     def _refusal_of(self, answer: Accepted) -> LineRefusal:
@@ -256,7 +255,7 @@ class BatchWork:
 
     def _num_wanted(self, session: Session, batch: Batch) -> int:
         """A quarter of the tenant's queue at most: the rest is for its own requests."""
-        tenant = tenants.get(session, batch.tenant_id)
+        tenant = tenants.get_tenant(session, batch.tenant_id)
         bound = tenant.max_queued if tenant is not None and tenant.max_queued is not None else None
         max_queued = self._settings.max_queued_jobs if bound is None else bound
         allowed = min(self._settings.batch_jobs_in_flight, max(1, max_queued // 4))
@@ -275,7 +274,7 @@ class BatchWork:
         except (CeleriacError, OSError, MemoryError, KeyboardInterrupt, SystemExit, asyncio.CancelledError):
             raise  # a refusal; or trouble of the machine, not of the line
         except BaseException as exc:  # a panic in a library written in Rust is no Exception
-            logger.exception(
+            log.exception(
                 "a line of a batch could not be made a job: %s",
                 describe_exception(exc),
                 extra={"batch_id": external_id(batch.id, "batch"), "line": line.line},
@@ -294,9 +293,9 @@ class BatchWork:
             locked = batches.lock(session, batch.id, BatchStatus.CANCELLING)
             if locked is None:
                 return False
-            batch_lines.record_ended(session, locked)
-            batch_lines.end_waiting(session, locked, LineOutcome.CANCELLED)
-            jobs.request_cancel(session, batch_lines.in_flight_job_ids(session, batch.id))
+            batches.record_ended(session, locked)
+            batches.end_waiting_lines(session, locked, LineOutcome.CANCELLED)
+            jobs.request_cancel(session, batches.in_flight_job_ids(session, batch.id))
             if locked.in_progress_at is None:
                 batches.end(session, locked, job_ttl_seconds=self._settings.result_ttl_seconds)
                 return True

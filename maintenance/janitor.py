@@ -1,4 +1,8 @@
-"""The janitor: rules that find what somebody left behind and put it right, once a second.
+"""The janitor: rules that find what was left behind and put it right, once a second.
+
+What becomes of jobs that had begun under a revision of their model which no worker serves any more.
+
+The janitor: rules that find what somebody left behind and put it right, once a second.
 
 Every rule looks at the state as it is (nothing hangs on an event that could be missed), takes a bounded bite, skips
 rows that others have locked, and fails alone. Any number of janitors may run.
@@ -11,7 +15,7 @@ Redis keys
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import partial
 from time import monotonic
@@ -23,21 +27,87 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog
 from domain.ids import external_id
-from maintenance.revisions import RevisionWatch, status_after
+from domain.jobs import JobStatus
 from observability import describe_exception
 from settings import Settings
 from storage import files, jobs, maintenance, webhook_deliveries, workers
+from storage.jobs import Restarted, Returned
 from storage.streams import publish
+from storage.workers import LIVE_SECONDS
 from tasks import job_log
 from tasks.dispatch import dispatch
 from tasks.messages import priority_keys
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_SECONDS = 5.0
+
+Revision = tuple[str, str]  # (model, revision)
+
+
+class RevisionWatch:
+    """Since when each revision is gone, as this process saw it: a restart of it makes jobs wait for longer, and a
+    worker that comes back in between ends the count."""
+
+    def __init__(self, sessions: sessionmaker[Session], settings: Settings) -> None:
+        self._sessions = sessions
+        self._policy = settings.revision_policy
+        self._patience_seconds = settings.revision_seconds
+        self._look_every_seconds = min(LOOK_EVERY_SECONDS, settings.revision_seconds / 4)
+        self._looked_at = float("-inf")
+        self._gone_since: dict[Revision, float] = {}
+
+    def look(self, now: float) -> list[Restarted | Returned]:
+        """The jobs that were moved; `now` is monotonic."""
+        if now - self._looked_at < self._look_every_seconds:
+            return []
+        self._looked_at = now
+        with self._sessions.begin() as session:
+            num_jobs_by_revision = jobs.gone_revisions(session, live_seconds=LIVE_SECONDS)
+            if num_jobs_by_revision or self._gone_since:
+                figures = {f"{model}/{revision}": num for (model, revision), num in num_jobs_by_revision.items()}
+                maintenance.set_figures(session, "gone_revision_jobs", dict[str, float](figures))
+        self._note(num_jobs_by_revision, now)
+        return self._move(rev for rev, since in self._gone_since.items() if now - since >= self._patience_seconds)
+
+    def _note(self, num_jobs_by_revision: dict[Revision, int], now: float) -> None:
+        for (model, revision), num_jobs in num_jobs_by_revision.items():
+            if (model, revision) not in self._gone_since:
+                log.warning(
+                    "jobs had begun under a model revision that no worker serves any more",
+                    extra={"model": model, "model_revision": revision, "num_jobs": num_jobs, "policy": self._policy},
+                )
+        self._gone_since = {rev: self._gone_since.get(rev, now) for rev in num_jobs_by_revision}
+
+    def _move(self, revisions: Iterable[Revision]) -> list[Restarted | Returned]:
+        moved: list[Restarted | Returned] = []
+        for model, revision in revisions:
+            if self._policy == "restart":
+                with self._sessions.begin() as session:
+                    restarted = jobs.restart(session, model, revision, live_seconds=LIVE_SECONDS)
+                job_log.restarted(restarted, revision)
+                moved += restarted
+            elif self._policy == "fail":
+                with self._sessions.begin() as session:
+                    failed = jobs.fail_gone(session, model, revision, live_seconds=LIVE_SECONDS)
+                job_log.ends(failed)
+                moved += failed
+        return moved
+
+
+def status_after(job: Restarted | Returned) -> JobStatus:
+    """What open streams are told."""
+    return job.status if isinstance(job, Returned) else JobStatus.QUEUED
+
 
 EPOCH_KEY = "celeriac:epoch"
+
 OLD_QUEUE = "celeriac-maintenance"  # through which earlier releases sent their ticks
+
 PRUNE_EVERY_SECONDS = 10.0
+
 CHECK_EVERY_SECONDS = 60.0  # what reads every unfinished job
+
 UNSERVED_SECONDS = 30.0  # a worker that starts has so long until its model counts as unserved
 
 
@@ -101,7 +171,7 @@ class Janitor:
             self._on_tick()
         counts = {name: count for name, count in count_by_rule.items() if count}
         if counts:
-            logger.info("janitor: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
+            log.info("janitor: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
         return counts
 
     def _rules(self) -> list[tuple[str, Callable[[], int]]]:
@@ -148,7 +218,7 @@ class Janitor:
             if returned:
                 maintenance.count_figure(session, "stalled_jobs", len(returned))
         for job in returned:
-            logger.error("a job with a lease made no progress", extra={"job_id": external_id(job.job_id)})
+            log.error("a job with a lease made no progress", extra={"job_id": external_id(job.job_id)})
         job_log.returned("stalled", returned)
         publish(self._client, [(job.job_id, job.status) for job in returned])
         return len(returned)
@@ -222,9 +292,9 @@ class Janitor:
             )
             maintenance.set_figures(session, "unserved_jobs", dict[str, float](unserved))
         if drift or orphans:
-            logger.error("the tables disagree", extra={"load_drift": drift, "orphans": orphans})
+            log.error("the tables disagree", extra={"load_drift": drift, "orphans": orphans})
         for lane, num_jobs in unserved.items():
-            logger.error("no live worker serves jobs that wait", extra={"lane": lane, "num_jobs": num_jobs})
+            log.error("no live worker serves jobs that wait", extra={"lane": lane, "num_jobs": num_jobs})
         return drift + orphans + sum(unserved.values())
 
     def _clear_old_queue(self) -> int:
@@ -240,8 +310,8 @@ def _run(name: str, rule: Callable[[], int]) -> int | None:
     try:
         return rule()
     except redis.RedisError as exc:
-        logger.warning("janitor rule %r failed, will try again: %s", name, describe_exception(exc))
+        log.warning("janitor rule %r failed, will try again: %s", name, describe_exception(exc))
         return 0
     except Exception as exc:  # an outermost loop: the other rules must go on
-        logger.warning("janitor rule %r failed, will try again: %s", name, describe_exception(exc))
+        log.warning("janitor rule %r failed, will try again: %s", name, describe_exception(exc))
         return None

@@ -26,22 +26,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from api.openai.batch_lines import batch_surface
-from api.protocol import BoundedHttp
-from api.server import open_socket
+from api.server import BoundedHttp, open_socket
+from dialects.openai_batches import batch_surface
 from domain.catalog import Catalog
 from maintenance.batches import BatchWork
 from maintenance.janitor import Janitor
 from maintenance.webhooks import WebhookSender
-from observability import configure_logging, describe_exception, maintenance_seconds_since_last_tick
+from observability import LoopWatch, configure_logging, describe_exception, maintenance_seconds_since_last_tick
 from settings import Settings
 from storage.database import async_session_factory, open_async_database, open_database, session_factory
 from storage.maintenance import CLOCKS, record_ticks
-from tasks.loop_watch import LoopWatch
-from tasks.models import ModelViews, follow_models
-from tasks.webhook_guard import TargetGuard
+from tasks.webhook_http import TargetGuard
+from text.models import ModelViews, follow_models
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 REDIS_TIMEOUT_SECONDS = 1.0
 TELL_SECONDS = 1.0  # between two notes in SQL of when the clocks ticked
@@ -107,7 +105,7 @@ class Maintenance:
         following.cancel()
         _, hanging = await asyncio.wait(work, timeout=STOP_SECONDS)
         if hanging:
-            logger.error("maintenance ends although something hangs", extra={"num_hanging": len(hanging)})
+            log.error("maintenance ends although something hangs", extra={"num_hanging": len(hanging)})
             return False
         await database.dispose()
         sync_database.dispose()
@@ -127,7 +125,7 @@ class Maintenance:
             except asyncio.CancelledError:
                 raise
             except BaseException as exc:  # an outermost loop; a panic in a library written in Rust is no Exception
-                logger.exception("%s failed, will tick again: %s", name, describe_exception(exc))
+                log.exception("%s failed, will tick again: %s", name, describe_exception(exc))
             if not is_hurried:
                 await self._rest(self._settings.janitor_interval_seconds - (monotonic() - started))
         await loop.run_in_executor(thread, at_the_end)
@@ -141,7 +139,7 @@ class Maintenance:
             try:
                 await sender.run()
             except Exception as exc:  # an outermost loop: what was in hand comes due again
-                logger.exception("webhooks failed, will begin anew: %s", describe_exception(exc))
+                log.exception("webhooks failed, will begin anew: %s", describe_exception(exc))
                 await self._rest(PAUSE_SECONDS)
             finally:
                 stop.cancel()
@@ -158,7 +156,7 @@ class Maintenance:
             except Exception as exc:  # an outermost loop: the clocks go on, and are told of later
                 if not is_known and monotonic() - started > PATIENCE_SECONDS:
                     is_known = True  # said once
-                    logger.error(
+                    log.error(
                         "maintenance waits for its database: %s; start it, run `celeriac migrate`, name another in "
                         "CELERIAC_DATABASE_URL, or start everything with `celeriac up`; trying again",
                         describe_exception(exc),
@@ -211,7 +209,7 @@ async def _serve(settings: Settings) -> bool:
         server = Server(uvicorn.Config(app, http=BoundedHttp, ws="none", lifespan="off", log_config=None))
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         host, port = listening.getsockname()[:2]
-        logger.info("maintenance is ready; health and metrics on http://%s:%s", host, port)
+        log.info("maintenance is ready; health and metrics on http://%s:%s", host, port)
         async with LoopWatch():
             has_ended = await maintenance.run()
         server.should_exit = True

@@ -1,4 +1,8 @@
-"""Sends webhooks: a loop of the maintenance process. Any number of processes may run one.
+"""Sends webhooks, with a share for each receiving host. Any number of processes may do so.
+
+How much each receiving host is given at a time, so that one that is slow or down takes nothing from the others.
+
+Sends webhooks: a loop of the maintenance process. Any number of processes may run one.
 
 Each round, in one transaction, it records what came of earlier attempts and claims what is due; between rounds the
 attempts are under way. It needs the database alone.
@@ -7,6 +11,7 @@ attempts are under way. It needs the database alone.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -14,20 +19,66 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from domain.ids import external_id
-from domain.webhook_urls import BadWebhookUrl
-from domain.webhooks import DeliveryStatus, payload, signature_headers
-from maintenance.webhook_hosts import MAX_PER_HOST, Hosts
+from domain.webhooks import BadWebhookUrl, DeliveryStatus, payload, signature_headers
 from observability import describe_exception
 from storage import webhook_deliveries
 from storage.webhook_deliveries import ClaimedDelivery, Outcome
-from tasks.webhook_guard import TargetGuard
-from tasks.webhook_http import MAX_CONNECTIONS, TOTAL_SECONDS, WebhookClient, WebhookResponse
+from tasks.webhook_http import MAX_CONNECTIONS, TOTAL_SECONDS, TargetGuard, WebhookClient, WebhookResponse
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
+
+MAX_PER_HOST = 16
+
+NUM_FAILURES_TO_OPEN = 3  # in a row, without any HTTP answer
+
+REST_SECONDS = 30.0
+
+
+class Hosts:
+    """Attempts in hand per host, and a circuit breaker for those that do not answer: after a few failures in a row a
+    host rests, and is then tried with one attempt at a time until it answers. `clock` readings are monotonic."""
+
+    def __init__(self) -> None:
+        self._num_in_hand: Counter[str] = Counter()
+        self._num_failures: Counter[str] = Counter()
+        self._rests_until: dict[str, float] = {}
+
+    def begin(self, host: str) -> None:
+        self._num_in_hand[host] += 1
+
+    def end(self, host: str, clock: float, *, has_answered: bool) -> None:
+        self._num_in_hand[host] -= 1
+        if not self._num_in_hand[host]:
+            del self._num_in_hand[host]
+        if has_answered:
+            self._num_failures.pop(host, None)
+            self._rests_until.pop(host, None)
+            return
+        self._num_failures[host] += 1
+        if self._num_failures[host] >= NUM_FAILURES_TO_OPEN:
+            self._rests_until[host] = clock + REST_SECONDS
+
+    def rooms(self, clock: float) -> dict[str, int]:
+        """How many more attempts each host may be given; those that are missing may have MAX_PER_HOST."""
+        self._forget(clock)
+        rooms = {host: max(0, MAX_PER_HOST - num) for host, num in self._num_in_hand.items()}
+        for host, until in self._rests_until.items():
+            rooms[host] = 0 if clock < until or self._num_in_hand[host] else 1
+        return rooms
+
+    def _forget(self, clock: float) -> None:
+        """What was last heard of long ago: the hosts of the world are many."""
+        for host in [host for host, until in self._rests_until.items() if clock > until + 10 * REST_SECONDS]:
+            del self._rests_until[host]
+            self._num_failures.pop(host, None)
+
 
 POLL_SECONDS = 1.0  # how long an event may wait for an idle sender
+
 LEASE_SECONDS = 3 * TOTAL_SECONDS  # what a sender that died had in hand is sent by another one after this
+
 PAUSE_SECONDS = 5.0  # after the database failed
+
 MAX_IN_HAND = MAX_CONNECTIONS
 
 
@@ -69,7 +120,7 @@ class WebhookSender:
         try:
             num_claimed = await self._record_and_claim()
         except (SQLAlchemyError, OSError) as exc:
-            logger.warning("webhooks pause: the database does not answer: %s", describe_exception(exc))
+            log.warning("webhooks pause: the database does not answer: %s", describe_exception(exc))
             if self._is_stopping:
                 self._outcomes.clear()  # their leases lapse, and others send them again
             await self._wait(PAUSE_SECONDS)
@@ -110,7 +161,7 @@ class WebhookSender:
         try:
             answer = await self._send(delivery)
         except Exception as exc:  # an outermost loop: one delivery must not keep its host's room for ever
-            logger.exception("a webhook could not be sent", extra={"delivery_id": external_id(delivery.id, "whd")})
+            log.exception("a webhook could not be sent", extra={"delivery_id": external_id(delivery.id, "whd")})
             answer = WebhookResponse(None, describe_exception(exc), 0.0)
         is_silent = answer.status_code is None and answer.seconds > 0  # 0: it was not asked at all
         self._hosts.end(delivery.host, time.monotonic(), has_answered=not is_silent)

@@ -1,28 +1,39 @@
-"""Batches: created, taken a step further by whoever holds the lock on their row, ended. Their lines are in
-`storage/batch_lines.py`.
+"""Batches and their lines: created, taken a step further under a lock, ended.
+
+Batches: created, taken a step further by whoever holds the lock on their row, ended. Their lines are in
+`storage/batches.py`.
 
 A step is prepared without a lock, and then written down in one short transaction under the lock of the batch's row, if
 the batch still stands where it stood: the lines it moves, their jobs and the batch's own counters change together or
 not at all. So it does not matter when the process that takes it is killed, nor how many take the same one. All
 functions are synchronous on a `Session` and do not commit.
+
+The lines of a batch: found valid, made jobs of, seen to end.
+
+What is said in `storage/batches.py` holds here, too: whoever writes holds the lock on the batch's row, and commits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from itertools import accumulate
 from typing import Literal
 from uuid import UUID
 
 from sqlalchemy import Select, case, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
-from domain.batches import BatchError, BatchErrors, BatchStatus, FileStatus
 from domain.errors import FileNotFound, TooManyQueuedJobs
 from domain.ids import external_id, new_id
+from domain.jobs import BatchError, BatchErrors, BatchStatus, FileStatus, LineOutcome, LineRefusal
 from storage import files
-from storage.batch_tables import UNFINISHED, Batch, BatchLine, File
-from storage.webhook_outbox import write_batch_deliveries
+from storage.files import UNFINISHED, Batch, BatchLine, File
+from storage.job_queries import JobRecord
+from storage.tables import Job, JobResult
+from storage.webhooks import write_batch_deliveries
 
 MAX_UNFINISHED = 100  # batches of one tenant
+
 MAX_STEP_FAILURES = 3  # of one kind, one after another; then the batch fails
 
 # What was kept for the batch alone may go when every finished job of today goes.
@@ -256,3 +267,187 @@ def _detached(session: Session, batch: Batch) -> Batch:
     session.refresh(batch)
     session.expunge(batch)
     return batch
+
+
+# A line whose job was deleted by its owner has ended, too.
+RECORD_ENDED = text("""
+WITH ended AS MATERIALIZED (
+    SELECT l.line, coalesce(j.status, 'cancelled') AS outcome, j.num_prompt_tokens, j.num_committed_tokens
+    FROM batch_lines l LEFT JOIN jobs j ON j.id = l.job_id
+    WHERE l.batch_id = :batch_id AND l.job_id IS NOT NULL AND l.outcome IS NULL
+        AND (j.id IS NULL OR j.finished_at IS NOT NULL)
+),
+recorded AS (
+    UPDATE batch_lines l SET outcome = ended.outcome FROM ended WHERE l.batch_id = :batch_id AND l.line = ended.line
+)
+SELECT count(*) AS num_ended, count(*) FILTER (WHERE outcome = 'completed') AS num_completed,
+    coalesce(sum(num_prompt_tokens) FILTER (WHERE outcome = 'completed'), 0) AS prompt_tokens,
+    coalesce(sum(num_committed_tokens) FILTER (WHERE outcome = 'completed'), 0) AS completion_tokens
+FROM ended
+""")
+
+ADD_LINES = text("""
+INSERT INTO batch_lines (batch_id, line, custom_id, first_byte, num_bytes, prefix_hash)
+SELECT :batch_id, * FROM unnest(CAST(:lines AS int[]), CAST(:custom_ids AS text[]), CAST(:firsts AS bigint[]),
+    CAST(:lengths AS int[]), CAST(:hashes AS bigint[]))
+ON CONFLICT DO NOTHING RETURNING line
+""")
+
+ATTACH = text("""
+UPDATE batch_lines l SET job_id = n.job_id, num_sequences = n.num_sequences
+FROM unnest(CAST(:lines AS int[]), CAST(:job_ids AS uuid[]), CAST(:nums AS int[])) AS n(line, job_id, num_sequences)
+WHERE l.batch_id = :batch_id AND l.line = n.line
+""")
+
+END_WAITING = text("""
+WITH waiting AS (SELECT line FROM batch_lines WHERE batch_id = :batch_id AND job_id IS NULL AND outcome IS NULL),
+ended AS (
+    UPDATE batch_lines l SET outcome = :outcome FROM waiting WHERE l.batch_id = :batch_id AND l.line = waiting.line
+)
+SELECT count(*) FROM waiting
+""")
+
+# Sequences of lines that are in the hands of workers, or on the way there.
+OUTSTANDING = text("""
+SELECT coalesce(sum(l.num_sequences), 0) FROM batch_lines l JOIN jobs j ON j.id = l.job_id
+WHERE l.job_id IS NOT NULL AND l.outcome IS NULL AND j.model = :model AND (j.status = 'in_progress'
+    OR (j.status = 'queued' AND j.num_dispatches > 0 AND j.dispatch_at > statement_timestamp()))
+""")
+
+TAKE_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended('celeriac batches of ' || :model, 0))")
+
+
+@dataclass(frozen=True, slots=True)
+class NewLine:
+    """A valid line and where it lies."""
+
+    line: int
+    custom_id: str
+    first_byte: int
+    num_bytes: int
+    prefix_hash: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndedLine:
+    """A line that has ended; `record` is None where it had no job, or has none any more."""
+
+    line: BatchLine
+    record: JobRecord | None
+
+
+def add_lines(session: Session, batch_id: UUID, lines: Sequence[NewLine]) -> set[int]:
+    """Returns the numbers of those whose custom_id nobody had before them."""
+    columns = {
+        "lines": [line.line for line in lines],
+        "custom_ids": [line.custom_id for line in lines],
+        "firsts": [line.first_byte for line in lines],
+        "lengths": [line.num_bytes for line in lines],
+        "hashes": [line.prefix_hash for line in lines],
+    }
+    return set(session.execute(ADD_LINES, columns | {"batch_id": batch_id}).scalars())
+
+
+def record_ended(session: Session, batch: Batch) -> None:
+    """Look which lines' jobs have ended."""
+    ended = session.execute(RECORD_ENDED, {"batch_id": batch.id}).one()
+    batch.num_in_flight -= ended.num_ended
+    batch.num_completed += ended.num_completed
+    batch.num_failed += ended.num_ended - ended.num_completed
+    batch.prompt_tokens += int(ended.prompt_tokens)
+    batch.completion_tokens += int(ended.completion_tokens)
+
+
+def waiting_lines(session: Session, batch_id: UUID, *, limit: int, max_bytes: int) -> list[BatchLine]:
+    """The next lines without a job, at least one and then within `max_bytes`; such as begin alike together."""
+    statement = (
+        select(BatchLine)
+        .where(BatchLine.batch_id == batch_id, BatchLine.job_id.is_(None), BatchLine.outcome.is_(None))
+        .order_by(BatchLine.prefix_hash, BatchLine.line)
+        .limit(limit)
+    )
+    lines = list(session.scalars(statement))
+    return lines[: num_within([line.num_bytes for line in lines], max_bytes)]
+
+
+def still_waiting(session: Session, batch_id: UUID, lines: Iterable[int]) -> dict[int, BatchLine]:
+    """Those of these lines that are still without a job and an outcome, by number."""
+    waiting = (BatchLine.job_id.is_(None), BatchLine.outcome.is_(None))
+    statement = select(BatchLine).where(BatchLine.batch_id == batch_id, BatchLine.line.in_(list(lines)), *waiting)
+    found = session.scalars(statement.execution_options(populate_existing=True))
+    return {line.line: line for line in found}
+
+
+def attach_jobs(session: Session, batch: Batch, jobs: Mapping[int, tuple[UUID, int]]) -> None:
+    """`jobs`: line to the job it became, and its number of sequences."""
+    columns = {
+        "lines": list(jobs),
+        "job_ids": [job_id for job_id, _ in jobs.values()],
+        "nums": [num_sequences for _, num_sequences in jobs.values()],
+    }
+    session.execute(ATTACH, columns | {"batch_id": batch.id})
+    batch.num_in_flight += len(jobs)
+
+
+def refuse_line(batch: Batch, line: BatchLine, refusal: LineRefusal) -> None:
+    """No job can be made of this line."""
+    line.outcome, line.refusal = LineOutcome.FAILED, refusal
+    batch.num_failed += 1
+
+
+def end_waiting_lines(session: Session, batch: Batch, outcome: LineOutcome) -> None:
+    """Lines that have no job get none any more."""
+    batch.num_failed += session.execute(END_WAITING, {"batch_id": batch.id, "outcome": outcome.value}).scalar_one()
+
+
+def in_flight_job_ids(session: Session, batch_id: UUID) -> list[UUID]:
+    statement = select(BatchLine.job_id).where(
+        BatchLine.batch_id == batch_id, BatchLine.job_id.is_not(None), BatchLine.outcome.is_(None)
+    )
+    return [job_id for job_id in session.scalars(statement) if job_id is not None]
+
+
+def ended_lines(
+    session: Session, batch_id: UUID, *, after: int, limit: int, max_bytes: int, is_completed: bool | None = None
+) -> list[EndedLine]:
+    """Lines with a number above `after` that have ended, in order; all, or those that did well, or the others. At least
+    one, and then as many as have `max_bytes` together, of requests and of results as these are stored."""
+    num_bytes = func.coalesce(func.pg_column_size(JobResult.result), 0) + BatchLine.num_bytes
+    statement = (
+        select(BatchLine, num_bytes)
+        .outerjoin(JobResult, JobResult.job_id == BatchLine.job_id)
+        .where(BatchLine.batch_id == batch_id, BatchLine.line > after, BatchLine.outcome.is_not(None))
+    )
+    if is_completed is not None:
+        was_completed = BatchLine.outcome == LineOutcome.COMPLETED
+        statement = statement.where(was_completed if is_completed else ~was_completed)
+    found = session.execute(statement.order_by(BatchLine.line).limit(limit)).all()
+    lines = [row[0] for row in found[: num_within([row[1] for row in found], max_bytes)]]
+    rows = session.execute(
+        select(Job, JobResult.result)
+        .outerjoin(JobResult, JobResult.job_id == Job.id)
+        .where(Job.id.in_([line.job_id for line in lines if line.job_id is not None]))
+    )
+    record_by_id = {row[0].id: JobRecord(row[0], None, row[1]) for row in rows}
+    return [EndedLine(line, record_by_id.get(line.job_id) if line.job_id is not None else None) for line in lines]
+
+
+def num_within(sizes: Iterable[int], bound: int) -> int:
+    """How many of the first come to no more than `bound` together, but at least one."""
+    return max(1, sum(total <= bound for total in accumulate(sizes)))
+
+
+# What dispatch asks
+
+
+def count_outstanding(session: Session, model: str) -> int | None:
+    """Sequences of batches that run or are about to. None: somebody else counts at the moment; until this transaction
+    ends nobody else does."""
+    if not session.execute(TAKE_TURN, {"model": model}).scalar_one():
+        return None
+    return num_outstanding(session, model)
+
+
+def num_outstanding(session: Session, model: str) -> int:
+    """The same for whoever only looks."""
+    return int(session.execute(OUTSTANDING, {"model": model}).scalar_one())

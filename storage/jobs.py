@@ -1,13 +1,17 @@
-"""The job protocol: every transition of an accepted job is one fenced compare-and-set statement of this module.
+"""The job protocol: every transition of an accepted job is one fenced compare-and-set statement.
 
-The only writer of `Job.status`, but for `storage/jobs_accept.py`, where jobs come in. All functions are synchronous on
+The job protocol: every transition of an accepted job is one fenced compare-and-set statement of this module.
+
+The only writer of `Job.status`, but for `storage/job_accept.py`, where jobs come in. All functions are synchronous on
 a `Session` and do not commit; the API calls them through `AsyncSession.run_sync`. Only the database's clock sets and
-judges leases and deadlines. The statements are in `storage/jobs_sql.py`, `storage/jobs_ends_sql.py` and
-`storage/jobs_revision_sql.py`; reading is in `storage/job_queries.py`.
+judges leases and deadlines. The statements are in `storage/job_statements.py`, `storage/job_ends.py` and
+`storage/job_ends.py`; reading is in `storage/job_queries.py`.
+
+An ended job once more, as a new one that may begin with the output of the old.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -15,16 +19,16 @@ from uuid import UUID
 from sqlalchemy import Row, TextClause, select
 from sqlalchemy.orm import Session
 
-from domain.chunks import TokenChunk
 from domain.jobs import MIN_PRIORITY, FinishReason, JobError, JobStatus, Lane
-from domain.kinds import REQUEST, JobOutput, JobRequest
-from storage import jobs_columns as columns
-from storage import jobs_ends_sql as ends
-from storage import jobs_revision_sql as revisions
-from storage import jobs_sql as sql
-from storage.jobs_partial import ERRORS, store_partial_results
-from storage.tables import Job
-from storage.webhook_outbox import write_deliveries
+from domain.requests import REQUEST, JobOutput, JobRequest, TokenChunk
+from storage import job_ends as ends
+from storage import job_ends as revisions
+from storage import job_statements as sql
+from storage.job_accept import Accepted, AcceptOutcome, NewJob, accept
+from storage.job_ends import ERRORS, store_partial_results
+from storage.job_statements import INHERIT, Packed
+from storage.tables import Job, JobPayload
+from storage.webhooks import write_deliveries
 
 DEPTH = 16  # how much further than asked a tenant's queue is read: others may hold its head at the moment
 
@@ -180,7 +184,7 @@ def commit_chunks(session: Session, commits: Sequence[ChunkCommit], *, lease_sec
     ambiguous commit. Each job at most once, each with at least one chunk."""
     if not commits:
         return []
-    parameters = columns.of_commits(commits) | {"lease_seconds": lease_seconds}
+    parameters = of_commits(commits) | {"lease_seconds": lease_seconds}
     return [Held(*row) for row in session.execute(sql.COMMIT_CHUNKS, parameters)]
 
 
@@ -197,7 +201,7 @@ def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UU
     whose commit was ambiguous, ended so. Without a result, the committed chunks become a partial one."""
     if not finalisations:
         return []
-    rows = session.execute(ends.FINALISE, columns.of_endings(finalisations)).all()
+    rows = session.execute(ends.FINALISE, of_endings(finalisations)).all()
     ended = [row.id for row in rows]
     without_result = {
         ending.job_id: ending.status
@@ -356,3 +360,42 @@ def _parsed(chunks: Sequence[str] | None) -> list[TokenChunk]:
 
 def _last_number(chunks: Sequence[TokenChunk]) -> int:
     return chunks[-1].sequence_number if chunks else 0
+
+
+def of_commits(commits: "Sequence[ChunkCommit]") -> dict[str, Any]:
+    return {
+        "ids": [commit.job_id for commit in commits],
+        "attempts": [commit.attempt for commit in commits],
+        "before": [commit.chunks[0].sequence_number - 1 for commit in commits],
+        "after": [commit.chunks[-1].sequence_number for commit in commits],
+        "num_tokens": [sum(len(chunk.token_ids) for chunk in commit.chunks) for commit in commits],
+        "chunks": Packed(_json_array(commit.chunks) for commit in commits),
+    }
+
+
+def of_endings(finalisations: "Sequence[Finalisation]") -> dict[str, Any]:
+    return {
+        "ids": [ending.job_id for ending in finalisations],
+        "attempts": [ending.attempt for ending in finalisations],
+        "last": [ending.last_sequence_number for ending in finalisations],
+        "statuses": [ending.status.value for ending in finalisations],
+        "finish_reasons": [ending.finish_reason and ending.finish_reason.value for ending in finalisations],
+        "errors": Packed(ending.error and ending.error.model_dump_json() for ending in finalisations),
+        "error_codes": [ending.error and ending.error.code for ending in finalisations],
+        "results": Packed(ending.result and ending.result.model_dump_json() for ending in finalisations),
+    }
+
+
+def _json_array(chunks: Sequence[TokenChunk]) -> str:
+    return "[" + ",".join(chunk.model_dump_json(exclude_defaults=True) for chunk in chunks) + "]"
+
+
+def retry(session: Session, new_job: NewJob, keeps_output: bool, *, max_queued_jobs: int) -> Accepted:
+    """Accept a job that is a `retry_of` an ended one; with `keeps_output` it goes on where that was cut off, if that
+    ran under the same revision. Its idempotency key must name the old job: the same call again finds the first."""
+    known = session.scalar(select(JobPayload.fingerprint).where(JobPayload.job_id == new_job.retry_of))
+    new_job = replace(new_job, fingerprint=known or new_job.fingerprint)
+    [accepted] = accept(session, [new_job], max_queued_jobs=max_queued_jobs)
+    if keeps_output and accepted.outcome is AcceptOutcome.ACCEPTED:
+        session.execute(INHERIT, {"id": new_job.id})
+    return accepted

@@ -1,15 +1,22 @@
-"""Every row class. SQL is the only truth: no fact about a job exists only in Redis."""
+"""Every row class but those of files, batches and webhooks. SQL is the only truth.
+
+How objects of the domain lie in columns.
+
+Every row class. SQL is the only truth: no fact about a job exists only in Redis.
+"""
 
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from pydantic import BaseModel, TypeAdapter
 from sqlalchemy import (
     ARRAY,
     JSON,
     REAL,
     BigInteger,
     CheckConstraint,
+    Dialect,
     Double,
     ForeignKey,
     Index,
@@ -18,6 +25,7 @@ from sqlalchemy import (
     MetaData,
     SmallInteger,
     Text,
+    TypeDecorator,
     UniqueConstraint,
     func,
     text,
@@ -25,11 +33,60 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from domain.chunks import TokenChunk
-from domain.jobs import AttemptOutcome, Endpoint, FinishReason, JobError, JobKind, JobStatus, Lane
-from domain.kinds import REQUEST, RESULT, JobOutput, JobRequest
-from domain.workers import WorkerState
-from storage.column_types import AdaptedJSON, PydanticJSON, TextEnum
+from domain.jobs import AttemptOutcome, Endpoint, FinishReason, JobError, JobKind, JobStatus, Lane, WorkerState
+from domain.requests import REQUEST, RESULT, JobOutput, JobRequest, TokenChunk
+
+
+class PydanticJSON(TypeDecorator[BaseModel]):
+    """A JSON column that holds one Pydantic class. `json`, not `jsonb`, which refuses U+0000."""
+
+    impl = JSON
+    cache_ok = True
+
+    def __init__(self, model_class: type[BaseModel]) -> None:
+        super().__init__()
+        self.model_class = model_class
+
+    def process_bind_param(self, value: BaseModel | None, dialect: Dialect) -> Any:
+        return None if value is None else value.model_dump(mode="json")
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> BaseModel | None:
+        return None if value is None else self.model_class.model_validate(value)
+
+
+class AdaptedJSON(TypeDecorator[Any]):
+    """A JSON column that holds one of several Pydantic classes, which tell themselves apart."""
+
+    impl = JSON
+    cache_ok = True
+
+    def __init__(self, adapter: TypeAdapter[Any]) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def process_bind_param(self, value: Any | None, dialect: Dialect) -> Any:
+        return None if value is None else self.adapter.dump_python(value, mode="json")
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> Any | None:
+        return None if value is None else self.adapter.validate_python(value)
+
+
+class TextEnum(TypeDecorator[Any]):
+    """A text column that holds one StrEnum; the CHECK constraints name the values."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, enum_class: type) -> None:
+        super().__init__()
+        self.enum_class = enum_class
+
+    def process_bind_param(self, value: Any | None, dialect: Dialect) -> str | None:
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> Any | None:
+        return None if value is None else self.enum_class(value)
+
 
 DEFAULT_TENANT_ID = UUID("00000000-0000-7000-8000-000000000001")  # the tenant `default`, created by the first migration
 

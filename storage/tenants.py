@@ -1,14 +1,28 @@
-"""Tenants: who jobs belong to, with the load row that every one of them needs."""
+"""Tenants and their API keys.
 
+Tenants: who jobs belong to, with the load row that every one of them needs.
+
+API keys: `sk_<id>_<secret>`. Only the id and a hash of the secret are stored.
+
+The hash is a plain SHA-256: the secret has 256 random bits, so there is nothing to guess slowly.
+"""
+
+import hashlib
+import hmac
+import secrets
+import string
+from collections.abc import Sequence
+from datetime import datetime
 from uuid import UUID, uuid4
 
-from sqlalchemy import select
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from storage.tables import Tenant, TenantLoad
+from storage.tables import ApiKey, Tenant, TenantLoad
 
 
-def create(session: Session, name: str, *, max_queued: int | None = None, weight: float = 1.0) -> Tenant:
+def create_tenant(session: Session, name: str, *, max_queued: int | None = None, weight: float = 1.0) -> Tenant:
     """Raises IntegrityError where the name is taken."""
     tenant = Tenant(id=uuid4(), name=name, max_queued=max_queued, weight=weight)
     session.add(tenant)
@@ -18,9 +32,93 @@ def create(session: Session, name: str, *, max_queued: int | None = None, weight
     return tenant
 
 
-def get(session: Session, tenant_id: UUID) -> Tenant | None:
+def get_tenant(session: Session, tenant_id: UUID) -> Tenant | None:
     return session.get(Tenant, tenant_id)
 
 
-def get_by_name(session: Session, name: str) -> Tenant | None:
+def get_tenant_by_name(session: Session, name: str) -> Tenant | None:
     return session.scalar(select(Tenant).where(Tenant.name == name))
+
+
+PREFIX = "sk"
+
+ID_ALPHABET = string.ascii_letters + string.digits
+
+ID_LENGTH = 8
+
+MIN_SECRET_LENGTH = 16
+
+MAX_KEY_LENGTH = 256
+
+
+class MalformedKey(ValueError):
+    """Not of the form sk_<id>_<secret>."""
+
+
+def create_key(
+    session: Session, tenant_id: UUID, *, name: str = "", expires_at: datetime | None = None, is_admin: bool = False
+) -> str:
+    """Store a new key and return it: the only time that its secret is seen."""
+    key_id = "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))
+    secret = secrets.token_urlsafe(32)
+    stored = ApiKey(id=key_id, tenant_id=tenant_id, secret_sha256=_sha256(secret), name=name, expires_at=expires_at)
+    stored.is_admin = is_admin
+    session.add(stored)
+    session.flush()
+    return f"{PREFIX}_{key_id}_{secret}"
+
+
+def ensure_key(session: Session, key: str, tenant_id: UUID, *, name: str = "") -> None:
+    """Store a key that was made elsewhere (a deployment's bootstrap key); again and again if need be. A key of that id
+    gets this secret, and lives again if it was revoked. Raises MalformedKey."""
+    key_id, secret = _parts(key)
+    if len(secret) < MIN_SECRET_LENGTH:
+        raise MalformedKey(
+            f"the secret of key {key_id} has {len(secret)} characters; give at least {MIN_SECRET_LENGTH}"
+        )
+    values = {"tenant_id": tenant_id, "secret_sha256": _sha256(secret), "name": name, "revoked_at": None}
+    statement = insert(ApiKey).values(id=key_id, **values)
+    session.execute(statement.on_conflict_do_update(index_elements=[ApiKey.id], set_=values))
+
+
+def resolve_key(session: Session, key: str) -> ApiKey | None:
+    """The row of a valid key; None for one that is malformed, unknown, wrong, expired or revoked, all in like time."""
+    try:
+        key_id, secret = _parts(key)
+    except MalformedKey:
+        return None
+    now = func.statement_timestamp()
+    is_live = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now))
+    row = session.scalar(select(ApiKey).where(ApiKey.id == key_id, *is_live))
+    stored = row.secret_sha256 if row is not None else bytes(32)
+    return row if hmac.compare_digest(stored, _sha256(secret)) else None
+
+
+def revoke_key(session: Session, key_id: str, tenant_id: UUID) -> bool:
+    """False: no such live key of this tenant."""
+    statement = (
+        update(ApiKey)
+        .where(ApiKey.id == key_id, ApiKey.tenant_id == tenant_id, ApiKey.revoked_at.is_(None))
+        .values(revoked_at=func.statement_timestamp())
+        .returning(ApiKey.id)
+    )
+    return session.scalar(statement) is not None
+
+
+def list_keys(session: Session, tenant_id: UUID) -> Sequence[ApiKey]:
+    """All of a tenant's keys, revoked ones too, newest first."""
+    statement = select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.created_at.desc(), ApiKey.id)
+    return session.scalars(statement.execution_options(populate_existing=True)).all()
+
+
+def _parts(key: str) -> tuple[str, str]:
+    """(id, secret). Nothing of the key is put into the error: it may be somebody's secret."""
+    parts = key.split("_", 2)
+    is_well_formed = len(key) <= MAX_KEY_LENGTH and len(parts) == 3 and parts[0] == PREFIX and key.isascii()
+    if not is_well_formed or not parts[1].isalnum() or not parts[2]:
+        raise MalformedKey(f"an API key has the form {PREFIX}_<letters and digits>_<secret>")
+    return parts[1], parts[2]
+
+
+def _sha256(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()

@@ -14,9 +14,9 @@ from sqlalchemy import ColumnElement, and_, delete, func, or_, select, text, upd
 from sqlalchemy.orm import Session
 
 from domain.webhooks import RETRY_HOURS, RETRY_SECONDS, DeliveryStatus
-from storage import webhook_endpoints
-from storage.jobs_sql import CLOCK
-from storage.webhook_tables import WebhookAttempt, WebhookDelivery
+from storage import webhooks
+from storage.job_statements import CLOCK
+from storage.webhooks import WebhookAttempt, WebhookDelivery
 
 KEPT_DAYS = 7
 GONE = "the receiver answered 410: it wants no more"
@@ -151,7 +151,7 @@ def _secrets(
     found = tuple(secret for secret in stored if secret is not None)
     if found or endpoint_id is not None:
         return found
-    return (webhook_endpoints.tenant_secret(session, tenant_id).secret,)
+    return (webhooks.tenant_secret(session, tenant_id).secret,)
 
 
 def record(session: Session, outcomes: Sequence[Outcome]) -> dict[UUID, DeliveryStatus]:
@@ -171,7 +171,7 @@ def record(session: Session, outcomes: Sequence[Outcome]) -> dict[UUID, Delivery
     recorded = {row.id: DeliveryStatus(row.status) for row in session.execute(RECORD, parameters)}
     for outcome in outcomes:
         if outcome.is_gone and outcome.delivery.endpoint_id is not None:
-            webhook_endpoints.disable(session, outcome.delivery.endpoint_id, outcome.delivery.url, GONE)
+            webhooks.disable_endpoint(session, outcome.delivery.endpoint_id, outcome.delivery.url, GONE)
     return recorded
 
 

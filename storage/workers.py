@@ -1,4 +1,14 @@
-"""Which GPU workers are alive. Dispatch windows and /health read it; no correctness hangs on it."""
+"""GPU workers: which are alive, which are drained, and which models they are to hold.
+
+Which models are to be loaded: what admins ask for, and GPU workers obey. A model without a row is loaded.
+
+Which GPU workers are to take no jobs: an operator's order to one worker, by its name, kept until it is taken back.
+
+It outlives the worker's process: what comes back under the same name drains on, since whoever asked for it did not ask
+for a restart. What is not asked for is no row.
+
+Which GPU workers are alive. Dispatch windows and /health read it; no correctness hangs on it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,11 +19,66 @@ from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from domain.workers import WorkerState
-from storage import model_states, worker_drains
-from storage.tables import Worker
+from domain.jobs import WorkerState
+from storage.tables import ModelState, Worker, WorkerDrain
+
+
+def set_model_loaded(session: Session, model: str, *, is_loaded: bool) -> datetime:
+    """Have the model loaded or unloaded. Returns since when it is so: earlier, where it was asked for before."""
+    statement = insert(ModelState).values(model=model, is_loaded=is_loaded, changed_at=func.statement_timestamp())
+    session.execute(
+        statement.on_conflict_do_update(
+            index_elements=[ModelState.model],
+            set_={"is_loaded": statement.excluded.is_loaded, "changed_at": statement.excluded.changed_at},
+            where=ModelState.is_loaded != statement.excluded.is_loaded,
+        )
+    )
+    return session.scalars(select(ModelState.changed_at).where(ModelState.model == model)).one()
+
+
+def is_model_loaded(session: Session, model: str) -> bool:
+    """Whether it is to be loaded."""
+    return session.scalar(select(ModelState.is_loaded).where(ModelState.model == model)) is not False
+
+
+def unloaded_models(session: Session) -> frozenset[str]:
+    """Those that are not to be loaded."""
+    return frozenset(session.scalars(select(ModelState.model).where(~ModelState.is_loaded)))
+
+
+FORGET_DAYS = 30  # an order to a worker that is gone; names are often drawn anew
+
+
+def drain(session: Session, hostname: str, *, release_after_seconds: float) -> None:
+    """Have the worker take no jobs, and release what still runs after so long. Asking again changes nothing."""
+    statement = insert(WorkerDrain).values(hostname=hostname, release_after_seconds=release_after_seconds)
+    session.execute(statement.on_conflict_do_nothing())
+    is_old = WorkerDrain.since < func.now() - func.make_interval(0, 0, 0, FORGET_DAYS)
+    session.execute(delete(WorkerDrain).where(is_old, WorkerDrain.hostname.not_in(select(Worker.hostname))))
+
+
+def resume(session: Session, hostname: str) -> bool:
+    """Have it take jobs again. Returns whether it had been told not to."""
+    gone = session.execute(delete(WorkerDrain).where(WorkerDrain.hostname == hostname).returning(WorkerDrain.hostname))
+    return gone.first() is not None
+
+
+def find_drain(session: Session, hostname: str) -> WorkerDrain | None:
+    """The order to this worker."""
+    found = session.get(WorkerDrain, hostname, populate_existing=True)
+    session.expunge_all()
+    return found
+
+
+def list_drains(session: Session) -> Sequence[WorkerDrain]:
+    """Every order, oldest first."""
+    drains = session.scalars(select(WorkerDrain).order_by(WorkerDrain.since, WorkerDrain.hostname)).all()
+    session.expunge_all()
+    return drains
+
 
 LIVE_SECONDS = 15.0  # a worker not seen for so long is taken for gone
+
 FORGET_SECONDS = 3600.0
 
 
@@ -50,8 +115,8 @@ def heartbeat(session: Session, report: WorkerReport) -> Orders:
         )
     )
     session.execute(delete(Worker).where(Worker.seen_at < _seconds_ago(FORGET_SECONDS)))
-    order = worker_drains.find(session, report.hostname)
-    return Orders(model_states.is_loaded(session, report.model), order.release_after_seconds if order else None)
+    order = find_drain(session, report.hostname)
+    return Orders(is_model_loaded(session, report.model), order.release_after_seconds if order else None)
 
 
 def forget(session: Session, worker_id: UUID) -> None:

@@ -1,23 +1,79 @@
-"""The Celery app: one object for workers, API, Flower and the command line, so that all share every broker option.
+"""The Celery app: one object for workers, API, Flower and the command line, its control commands and its task.
+
+What Celery's own commands (`celery -A tasks.app control|inspect`) may ask of GPU workers.
+
+Here and not in `gpu_worker`, since the command line knows only what its app registers; the answers are the pool's. A
+drain is asked of the runner, which writes it down: a message that is lost leaves no worker in a state nobody knows of.
+
+The Celery app: one object for workers, API, Flower and the command line, so that all share every broker option.
 
 Nothing here reaches torch or `gpu_worker`: what runs a GPU task is decided by the worker's own app module.
+
+The GPU task, as the queue sees it. Its id is the job's external id and it has no arguments: the rest is in SQL.
+
+The body never runs on a GPU worker: there the pool hands the delivery to the engine (`gpu_worker/pool.py`).
 """
 
 import logging
 import warnings
 from typing import Any
 
-from celery import Celery, bootsteps, signals
+from celery import Celery, Task, bootsteps, signals
 from celery.exceptions import SecurityWarning
+from celery.utils.log import get_logger
 from celery.worker.consumer.connection import Connection
+from celery.worker.control import control_command, inspect_command
 from kombu import Exchange, Queue
 from kombu.utils.url import maybe_sanitize_url
 
 from domain.catalog import Catalog
 from observability import configure_logging
 from settings import Settings, get_settings
-from tasks import control  # noqa: F401  (registers the remote-control commands)
 from tasks.messages import GENERATE, PRIORITY_STEPS
+
+logger = get_logger(__name__)
+
+
+@inspect_command()
+def engine_stats(state: Any, **_: Any) -> dict[str, Any]:
+    """Figures of the engine."""
+    pool = state.consumer.pool
+    if not hasattr(pool, "engine_figures"):
+        return _NO_ENGINE
+    figures: dict[str, Any] = pool.engine_figures()
+    return figures
+
+
+@control_command(args=[("exit", int), ("seconds", float)], signature="[exit=0 [seconds=CELERIAC_DRAIN_SECONDS]]")
+def engine_drain(state: Any, exit: int = 0, seconds: float | None = None, **_: Any) -> dict[str, str]:
+    """Take no more jobs and let the running ones end; with exit=1 end the worker then.
+
+    Without it the order holds for the worker's name until engine_resume, over restarts."""
+    pool = state.consumer.pool
+    if not hasattr(pool, "engine_figures"):
+        return _NO_ENGINE
+    release_after_seconds = get_settings().drain_seconds if seconds is None else seconds
+    if exit:
+        pool.shutdown.drain("the order engine_drain", release_after_seconds=release_after_seconds)
+    else:
+        logger.warning("draining on the order engine_drain: running jobs have %.0f seconds", release_after_seconds)
+        pool.runner.order_drain(release_after_seconds=release_after_seconds)
+    return {"ok": "draining"}
+
+
+@control_command()
+def engine_resume(state: Any, **_: Any) -> dict[str, str]:
+    """Take jobs again after engine_drain."""
+    pool = state.consumer.pool
+    if not hasattr(pool, "engine_figures"):
+        return _NO_ENGINE
+    logger.warning("taking jobs again on the order engine_resume")
+    pool.runner.order_resume()
+    return {"ok": "taking jobs"}
+
+
+_NO_ENGINE = {"error": "this worker has no engine; name one that has with -d NAME"}
+
 
 # A message is in hand for seconds before it is claimed and acked, so an unacked one of a dead worker may return early.
 # The same number in every process: whoever drains a queue or waits for a reply restores by its own.
@@ -28,7 +84,7 @@ def make_app(settings: Settings) -> Celery:
     """The app over the models of `settings.models_file`. A plain worker serves no queue: a model's needs
     `gpu_worker.app`."""
     redis = settings.redis_parts
-    app = Celery("celeriac", broker=redis.for_celery, include=["tasks.generate"])
+    app = Celery("celeriac", broker=redis.for_celery, include=["tasks.app"])
     models = Catalog.load(settings.models_file)
     default_queue = models.entry_of(models.default_id).queue  # also where that one model makes no sense
     app.conf.update(
@@ -105,7 +161,6 @@ _WORKER = {
     "worker_redirect_stdouts": False,
 }
 
-
 # One line or two per task: events tell it to Flower, and our own lines tell what matters.
 _LOGGERS_OF_EVERY_TASK = ("celery.worker.strategy", "celery.app.trace")
 
@@ -128,3 +183,16 @@ def log_as_every_process_does(**_: object) -> None:
 
 
 app = make_app(get_settings())
+
+
+class WrongWorker(RuntimeError):
+    """A generation reached a worker that has no engine."""
+
+
+@app.task(name=GENERATE, bind=True)
+def generate(self: Task) -> None:
+    """Generate text for the job whose external id is this task's id."""
+    raise WrongWorker(
+        f"{self.request.id} reached {self.request.hostname}, a worker without an engine; "
+        "serve a model's queue with `celery -A gpu_worker.app worker`"
+    )

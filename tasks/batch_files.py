@@ -9,15 +9,14 @@ from uuid import UUID, uuid5
 import orjson
 from sqlalchemy.orm import Session
 
-from domain.batches import MAX_LINE_BYTES, LineOutcome, LineRefusal
+from dialects.openai_batches import BatchSurface
 from domain.errors import CeleriacError
 from domain.ids import external_id
-from domain.kinds import JobRequest
-from domain.requests import GenerationRequest
-from storage import batch_lines, files
-from storage.batch_lines import EndedLine
-from storage.batch_tables import Batch
-from tasks.batch_surface import BatchSurface
+from domain.jobs import MAX_LINE_BYTES, LineOutcome, LineRefusal
+from domain.requests import GenerationRequest, JobRequest
+from storage import batches, files
+from storage.batches import EndedLine
+from storage.files import Batch
 
 LINES_PER_READ = 50
 BYTES_PER_READ = 4_194_304  # of results: log-probabilities and vectors come by the megabyte
@@ -136,7 +135,7 @@ def line_id(batch_id: UUID, line: int) -> UUID:
 
 def read_ended(session: Session, batch: Batch, *, after: int, is_completed: bool | None = None) -> list[AnsweredLine]:
     """As many ended lines behind `after` as are written in one go, with what the input file says they asked."""
-    ended = batch_lines.ended_lines(
+    ended = batches.ended_lines(
         session, batch.id, after=after, limit=LINES_PER_READ, max_bytes=BYTES_PER_READ, is_completed=is_completed
     )
     done = [one.line for one in ended if one.line.outcome is LineOutcome.COMPLETED]

@@ -19,11 +19,10 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelEntry
-from domain.jobs import BATCH_PRIORITY
-from domain.workers import WorkerState
+from domain.jobs import BATCH_PRIORITY, WorkerState
 from settings import Settings
-from storage import batch_lines, batches, jobs, workers
-from storage.redis_outages import REDIS_OUTAGES
+from storage import batches, jobs, workers
+from storage.streams import REDIS_OUTAGES
 from tasks.messages import (
     MAX_RINGS,
     bell_key,
@@ -34,7 +33,7 @@ from tasks.messages import (
     revoke_message,
 )
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 BROKER_DEADLINE_SECONDS = 0.5
 FULL_WINDOW_SECONDS = 0.25
@@ -74,7 +73,7 @@ def _dispatch_batch_lines(session: Session, model: str, *, share: int, free: int
     """What nobody else wants, within the share. One process at a time, so that two do not both fill it."""
     if share == 0 or free <= 0 or not batches.has_unfinished(session):
         return []
-    num_outstanding = batch_lines.count_outstanding(session, model)
+    num_outstanding = batches.count_outstanding(session, model)
     if num_outstanding is None:
         return []
     return jobs.dispatch(session, model, room=min(free, share - num_outstanding), min_priority=BATCH_PRIORITY)
@@ -170,7 +169,7 @@ class Dispatcher:
                 try:
                     await self.dispatch(spec)
                 except (*REDIS_OUTAGES, SQLAlchemyError) as exc:
-                    logger.warning("dispatch failed, left to the janitor: %s", type(exc).__name__)
+                    log.warning("dispatch failed, left to the janitor: %s", type(exc).__name__)
                 if spec.id in self._full:
                     # To look again at every accept would cost more than accepting; who makes room dispatches, too.
                     await asyncio.sleep(FULL_WINDOW_SECONDS)
@@ -185,7 +184,7 @@ class Dispatcher:
             async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
                 await self._client.publish(revoke_channel(database), revoke_message([job_id]))
         except REDIS_OUTAGES as exc:
-            logger.warning("revoke not broadcast, the worker reads it in SQL: %s", type(exc).__name__)
+            log.warning("revoke not broadcast, the worker reads it in SQL: %s", type(exc).__name__)
 
     def _start(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -11,7 +11,7 @@ from flower.app import Flower
 from tornado.httputil import HTTPMessageDelegate, HTTPServerRequest
 from tornado.web import Application, RequestHandler
 
-from domain.door import Door
+from domain.addresses import Door
 from settings import get_settings
 from tasks.app import app, log_as_every_process_does
 

@@ -10,8 +10,8 @@ from uuid import UUID
 
 from domain.ids import external_id
 from domain.jobs import JobStatus
+from storage.job_accept import NewJob
 from storage.jobs import ClaimedJob, Restarted, Returned
-from storage.jobs_accept import NewJob
 
 logger = logging.getLogger("celeriac.jobs")
 

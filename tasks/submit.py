@@ -1,24 +1,37 @@
-"""The one door for jobs: resolve the model, count the prompt, check the bounds, fill in defaults, accept, dispatch.
+"""The one door for jobs: prepare the request, check its options, accept it, have it dispatched.
+
+What makes two requests the same: to an idempotency key, and to an engine.
+
+The one door for jobs: resolve the model, count the prompt, check the bounds, fill in defaults, accept, dispatch.
 
 Every API and the command line come through `Submitter.submit`, so a job means the same wherever it came from.
+
+An ended job submitted once more: a new job that names the old one and has its request, with the same defaults.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any, Literal
 from uuid import UUID
 
-from domain.errors import (
-    CeleriacError,
-    IdempotencyKeyReused,
-    InvalidRequest,
-    PoisonRequest,
-    TooManyQueuedJobs,
-)
+import orjson
+from pydantic import BaseModel
+
+from domain.errors import CeleriacError, IdempotencyKeyReused, InvalidRequest, PoisonRequest, TooManyQueuedJobs
 from domain.ids import external_id, new_id
-from domain.kinds import JobRequest
-from domain.requests import GenerationRequest
-from domain.webhook_urls import BadWebhookUrl
+from domain.jobs import JobStatus, Lane
+from domain.requests import (
+    EmbeddingRequest,
+    GenerationRequest,
+    JobOptions,
+    JobRequest,
+    SamplingParams,
+    deadline_of,
+    refuse_impossible_deadline,
+)
+from domain.webhooks import BadWebhookUrl
 from observability import (
     jobs_submitted_total,
     labelled,
@@ -28,15 +41,70 @@ from observability import (
     request_id_context,
 )
 from settings import Settings
-from storage.jobs_accept import Accepted, AcceptOutcome, NewJob, QueueRoom
+from storage.job_accept import Accepted, AcceptOutcome, NewJob, QueueRoom
+from storage.job_queries import JobRecord
 from tasks import job_log
-from tasks.group_accept import GroupAcceptor
-from tasks.job_options import JobOptions, deadline_of, refuse_impossible_deadline
-from tasks.models import ModelView, ModelViews
-from tasks.request_hashes import fingerprint, request_hash
-from tasks.settle import PreparedRequest
-from tasks.settler import RequestPreparer
-from tasks.webhook_guard import TargetGuard
+from tasks.accept import GroupAcceptor
+from tasks.prepare import PreparedRequest, RequestPreparer
+from tasks.webhook_http import TargetGuard
+from text.models import ModelView, ModelViews
+
+
+def request_hash(request: JobRequest, options: JobOptions) -> bytes:
+    """What two submissions under one idempotency key must share: all that was asked for, before defaults and seed."""
+    asked = _asked(request) | {
+        "options": [
+            options.priority,
+            options.deadline_at,
+            options.start_timeout_seconds,
+            options.run_timeout_seconds,
+            options.result_ttl_seconds,
+            options.metadata,
+        ],
+        "endpoint": [options.endpoint, options.is_stored],
+        "webhook": options.webhook_url and [options.webhook_url, *options.webhook_statuses],
+    }
+    return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
+
+
+def _dump(part: BaseModel) -> dict[str, Any]:
+    return part.model_dump(mode="json", exclude_defaults=True)
+
+
+def fingerprint(model_revision: str, prompt_token_ids: Sequence[int], request: JobRequest) -> bytes:
+    """What makes a request the same to an engine: by this a poisonous one is known again. The seed is that which was
+    asked for, not one that was drawn."""
+    asked: list[object] = [model_revision, list(prompt_token_ids)]
+    if isinstance(request, EmbeddingRequest):
+        asked += ["embedding", request.dimensions]
+    else:
+        asked += [request.params.model_dump(mode="json"), _schema_text(request.params)]
+    return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
+
+
+def _asked(request: JobRequest) -> dict[str, object]:
+    if isinstance(request, EmbeddingRequest):
+        return request.model_dump(mode="json")
+    return {
+        "model": request.model,
+        "prompt": request.prompt,
+        "messages": request.messages and [_dump(message) for message in request.messages],
+        "tools": [orjson.dumps(_dump(tool)).decode() for tool in request.tools],  # as text: the order is seen, too
+        "parallel_tool_calls": request.parallel_tool_calls,
+        "prompt_token_ids": request.prompt_token_ids,
+        "params": request.params.model_dump(mode="json"),
+        "schema_order": _schema_text(request.params),
+    }
+
+
+def _schema_text(params: SamplingParams) -> str | None:
+    """The order of a schema's properties, which sorted keys hide, is the order of the output."""
+    output = params.structured_output
+    if output is None or (output.json_schema is None and output.calls is None):
+        return None
+    if output.calls is None:
+        return orjson.dumps(output.json_schema).decode()
+    return orjson.dumps([output.json_schema, output.calls.model_dump(mode="json")]).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,3 +251,46 @@ def raise_refusal(accepted: Accepted, options: JobOptions) -> None:
             "your queue is full: as many jobs as you may have are waiting; retry when some are done",
             retry_after_seconds=5,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Resubmission:
+    verb: Literal["retry", "replay"]
+    keeps_output: bool = False  # go on behind what was committed, where the model is still the same
+    is_poison_allowed: bool = False  # then it runs alone
+
+
+async def resubmit(
+    submitter: Submitter,
+    record: JobRecord,
+    how: Resubmission,
+    accept: Callable[[NewJob, bool], Awaitable[Accepted]],
+) -> Submitted:
+    """Returns once the new job is committed; an earlier call's, where there was one. Raises the CeleriacError that says
+    why not. `record` holds the request of an ended job; `accept(new_job, keeps_output)` commits. The old job's deadline
+    is not taken over: it is past, or belonged to another time."""
+    assert record.request is not None
+    old = record.job
+    options = JobOptions(
+        priority=old.priority,
+        run_timeout_seconds=old.run_timeout_seconds,
+        result_ttl_seconds=old.result_ttl_seconds,
+        # With blanks, which no client's own key may have; so a repeated call finds the first one's job.
+        idempotency_key=f"{how.verb} of {external_id(old.id)}",
+        metadata=old.job_metadata,
+        endpoint=old.endpoint,
+        is_stored=old.is_stored,
+    )
+    new_job = replace(
+        await submitter.prepare(old.tenant_id, record.request, options),
+        retry_of=old.id,
+        lane=Lane.ISOLATED if how.is_poison_allowed else Lane.STANDARD,
+        webhook_url=old.webhook_url,
+        webhook_statuses=[JobStatus(status) for status in old.webhook_statuses or ()],
+    )
+    accepted = await accept(new_job, how.keeps_output)
+    raise_refusal(accepted, options)
+    is_new = accepted.outcome is AcceptOutcome.ACCEPTED
+    if is_new:
+        submitter.announce(new_job)
+    return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job)

@@ -1,19 +1,258 @@
-"""One POST to a webhook's receiver: bounded in time and bytes, over guarded connections, its outcome a value."""
+"""POSTs to webhook receivers: never into our own network, bounded in time and bytes.
+
+The guard against webhooks into our own network (SSRF): which URLs are allowed, and a connection that goes only where
+the guard looked.
+
+A name is resolved once, every address of the answer must be public, and the connection is made to one of these very
+addresses, so a name that changes its answer in between (DNS rebinding) gains nothing. Proxies and redirects are unknown
+here.
+
+HTTP connections kept per origin.
+
+httpcore's own pool looks at all of its connections several times per request, with a system call each: with many
+receivers that costs far more than the request. Here a request looks at the oldest one and at those of its own origin.
+
+One POST to a webhook's receiver: bounded in time and bytes, over guarded connections, its outcome a value.
+"""
 
 import asyncio
+import socket
 import ssl
 import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import httpcore
 
-from domain.webhook_urls import WebhookUrl
-from tasks.webhook_connections import Connections
-from tasks.webhook_guard import CONNECT_SECONDS, GuardedNetwork, TargetGuard, TargetRefused, TargetUnknown
+from domain.webhooks import BadWebhookUrl, WebhookUrl, is_local_name, is_public_address, parse_webhook_url
+from settings import Settings
+
+CONNECT_SECONDS = 3.0
+
+MAX_ADDRESSES_TRIED = 2
+
+SocketOptions = Iterable[httpcore.SOCKET_OPTION]
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+
+class TargetRefused(Exception):
+    """The name leads to an address that no webhook may reach. Says nothing of the address: it may be ours."""
+
+
+class TargetUnknown(Exception):
+    """The name has no address."""
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """All addresses of a name. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+    return list(dict.fromkeys(str(address[4][0]) for address in found))
+
+
+class TargetGuard:
+    """What the settings allow. With `webhook_private_targets`: http, any port and any address, too."""
+
+    def __init__(self, settings: Settings, resolve: Resolve = resolve) -> None:
+        self._allows_private = settings.webhook_private_targets
+        self._ports = frozenset(int(port) for port in settings.webhook_ports.split(","))
+        self._resolve = resolve
+
+    def parse(self, text: str) -> WebhookUrl:
+        """Everything that can be known without asking a resolver. Raises BadWebhookUrl."""
+        url = parse_webhook_url(text)
+        if self._allows_private:
+            return url
+        if url.scheme != "https":
+            raise BadWebhookUrl("it begins with http://; give one that begins with https://")
+        if url.port not in self._ports:
+            raise BadWebhookUrl(f"its port is {url.port}; allowed are: {', '.join(map(str, sorted(self._ports)))}")
+        if is_local_name(url.host):
+            raise BadWebhookUrl("its host is a name inside a network; give one that the internet knows")
+        return url
+
+    async def check(self, text: str) -> WebhookUrl:
+        """As `parse`, and where its name leads now. A resolver that does not answer refuses nothing: every delivery
+        asks again. Raises BadWebhookUrl."""
+        url = self.parse(text)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self.addresses(url.host, url.port)
+        except TargetRefused:
+            raise BadWebhookUrl("its host has an address that is not public; give one that the internet sees") from None
+        except TargetUnknown:
+            raise BadWebhookUrl("its host has no address; check the name") from None
+        except (OSError, TimeoutError):
+            return url
+        return url
+
+    async def addresses(self, host: str, port: int) -> list[str]:
+        """Where to connect for this name. Raises TargetRefused if one of them is not public, TargetUnknown, OSError."""
+        try:
+            found = await self._resolve(host, port)
+        except socket.gaierror as exc:
+            if exc.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)):
+                raise TargetUnknown(host) from None
+            raise
+        except UnicodeError:
+            raise TargetUnknown(host) from None
+        if not found:
+            raise TargetUnknown(host)
+        if not self._allows_private and not all(map(is_public_address, found)):
+            raise TargetRefused(host)
+        return found
+
+
+class GuardedNetwork(httpcore.AsyncNetworkBackend):
+    """How httpcore's connections are made here. Host header and TLS keep the name; the socket gets the address."""
+
+    def __init__(self, guard: TargetGuard, network: httpcore.AsyncNetworkBackend | None = None) -> None:
+        self._guard = guard
+        self._network = network or httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: SocketOptions | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            addresses = await self._guard.addresses(host, port)
+            return await self._connect(addresses[:MAX_ADDRESSES_TRIED], port, socket_options)
+
+    async def _connect(
+        self, addresses: list[str], port: int, socket_options: SocketOptions | None
+    ) -> httpcore.AsyncNetworkStream:
+        *others, last = addresses
+        for address in others:
+            try:
+                return await self._connect_one(address, port, socket_options)
+            except httpcore.ConnectError:
+                continue
+        return await self._connect_one(last, port, socket_options)
+
+    async def _connect_one(
+        self, address: str, port: int, socket_options: SocketOptions | None
+    ) -> httpcore.AsyncNetworkStream:
+        stream = await self._network.connect_tcp(address, port, CONNECT_SECONDS, None, socket_options)
+        peer = stream.get_extra_info("server_addr")
+        if peer is None or str(peer[0]) != address:
+            await stream.aclose()
+            raise TargetRefused(f"connected to another address than {address}")
+        return stream
+
+    async def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: SocketOptions | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        raise TargetRefused("webhooks do not use Unix sockets")
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+KEEPALIVE_SECONDS = 10.0
+
+Origin = tuple[str, str, int]  # scheme, host, port
+
+
+class Connections:
+    """For one event loop. At most `max_open` are open, in use or idle: a new one closes the one that has been idle
+    longest, and waits while all are in use."""
+
+    def __init__(self, network: httpcore.AsyncNetworkBackend, max_open: int) -> None:
+        self._network = network
+        self._ssl_context = ssl.create_default_context()
+        self._max_open = max_open
+        self._room = asyncio.Semaphore(max_open)
+        self._num_in_use = 0
+        self._idle: dict[httpcore.AsyncHTTPConnection, Origin] = {}  # idle longest first
+        self._idle_by_origin: defaultdict[Origin, list[httpcore.AsyncHTTPConnection]] = defaultdict(list)
+        self._dropped: list[httpcore.AsyncHTTPConnection] = []  # to be closed
+
+    @asynccontextmanager
+    async def use(self, url: WebhookUrl) -> AsyncIterator[httpcore.AsyncHTTPConnection]:
+        """For one request, with which a new connection connects. Kept if the whole answer was read."""
+        origin = (url.scheme, url.host, url.port)
+        async with self._room:
+            connection = self._take(origin)
+            try:
+                await self._close_dropped()
+                yield connection
+            finally:
+                await self._give_back(connection, origin)
+
+    async def aclose(self) -> None:
+        """Call when none is in use."""
+        self._dropped += self._idle
+        self._idle.clear()
+        self._idle_by_origin.clear()
+        await self._close_dropped()
+
+    def _take(self, origin: Origin) -> httpcore.AsyncHTTPConnection:
+        while self._idle and self._oldest().has_expired():
+            self._drop(self._oldest())
+        connection = self._take_idle(origin) or self._new(origin)
+        self._num_in_use += 1
+        while self._num_in_use + len(self._idle) > self._max_open:
+            self._drop(self._oldest())
+        return connection
+
+    def _take_idle(self, origin: Origin) -> httpcore.AsyncHTTPConnection | None:
+        """The one used last, so that those beyond what an origin needs expire."""
+        while origin in self._idle_by_origin:
+            connection = self._idle_by_origin[origin][-1]
+            if not connection.has_expired():
+                self._forget(connection)
+                return connection
+            self._drop(connection)
+        return None
+
+    def _new(self, origin: Origin) -> httpcore.AsyncHTTPConnection:
+        scheme, host, port = origin
+        return httpcore.AsyncHTTPConnection(
+            httpcore.Origin(scheme.encode(), host.encode(), port),
+            ssl_context=self._ssl_context,
+            keepalive_expiry=KEEPALIVE_SECONDS,
+            network_backend=self._network,
+        )
+
+    async def _give_back(self, connection: httpcore.AsyncHTTPConnection, origin: Origin) -> None:
+        self._num_in_use -= 1
+        if not connection.is_available():
+            await connection.aclose()
+            return
+        self._idle[connection] = origin
+        self._idle_by_origin[origin].append(connection)
+
+    def _oldest(self) -> httpcore.AsyncHTTPConnection:
+        return next(iter(self._idle))
+
+    def _drop(self, connection: httpcore.AsyncHTTPConnection) -> None:
+        self._forget(connection)
+        self._dropped.append(connection)
+
+    def _forget(self, connection: httpcore.AsyncHTTPConnection) -> None:
+        origin = self._idle.pop(connection)
+        self._idle_by_origin[origin].remove(connection)
+        if not self._idle_by_origin[origin]:
+            del self._idle_by_origin[origin]
+
+    async def _close_dropped(self) -> None:
+        while self._dropped:
+            await self._dropped.pop().aclose()
+
 
 TOTAL_SECONDS = 10.0
+
 MAX_ANSWER_BYTES = 4_096
+
 MAX_CONNECTIONS = 256
+
 USER_AGENT = "Celeriac-Webhooks/1"
 
 

@@ -20,8 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from ulid import ULID
 
 from domain.jobs import JobStatus
-from domain.kinds import JobRequest
-from domain.requests import GenerationRequest
+from domain.requests import GenerationRequest, JobRequest
 from local.servers import EmbeddedPostgres, EmbeddedRedis
 from storage import database as storage_database
 from storage.tables import DEFAULT_TENANT_ID, Job, JobPayload, Tenant, TenantLoad

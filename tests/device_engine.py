@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_worker.engine.admission import ModelLimits
-from gpu_worker.engine.decode_graphs import batch_sizes
-from gpu_worker.engine.device_attention import ATTENTION_NAME, DeviceAttention, VarlenAttention, register
-from gpu_worker.engine.device_backend import make_scheduler, pass_limits
-from gpu_worker.engine.device_runner import DeviceRunner
+from gpu_worker.engine.cuda.attention import ATTENTION_NAME, DeviceAttention, VarlenAttention, register
+from gpu_worker.engine.cuda.backend import make_scheduler, pass_limits
+from gpu_worker.engine.cuda.graphs import batch_sizes
+from gpu_worker.engine.cuda.runner import DeviceRunner
+from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.kv_cache import BlockPool
 from gpu_worker.engine.loading import eos_token_ids, vocab_size
-from gpu_worker.engine.loop import Engine
 from gpu_worker.engine.probe import probe_layers
+from gpu_worker.engine.scheduler import ModelLimits
 from tests.engine_driver import CPU, make_spec, tiny_model
 from tests.engine_parts import byte_tokenizer
 from tests.reference_varlen import varlen_attn

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from domain.catalog import ModelSpec
 from gpu_worker.engine.backends.transformers import build_engine
-from gpu_worker.engine.loop import Engine
-from gpu_worker.engine.noise import keyed_noise, noise_key
+from gpu_worker.engine.cpu.draws import keyed_noise, noise_key
+from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.sequence import Sequence as EngineSequence
-from gpu_worker.frames import AddJob, JobFailed, StepDone
+from gpu_worker.engine_process.frames import AddJob, JobFailed, StepDone
 from tests.engine_parts import byte_tokenizer
 
 EOS_TOKEN_ID = 0

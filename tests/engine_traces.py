@@ -13,11 +13,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from gpu_worker.engine.admission import ModelLimits, make_job
-from gpu_worker.engine.grammar import Grammars
-from gpu_worker.engine.loop import Engine
+from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.sampling import sample
-from gpu_worker.frames import AddJob
+from gpu_worker.engine.scheduler import ModelLimits, make_job
+from gpu_worker.engine.sequence import Grammars
+from gpu_worker.engine_process.frames import AddJob
 from tests.engine_driver import (
     EOS_TOKEN_ID,
     VOCAB_SIZE,

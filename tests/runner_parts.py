@@ -3,12 +3,11 @@
 from typing import Any
 from uuid import UUID
 
-from domain.chunks import TokenChunk
 from domain.ids import external_id, new_id
 from domain.jobs import Lane
-from domain.requests import GenerationRequest, SamplingParams
-from gpu_worker.frames import SequenceOutput
-from gpu_worker.running_job import RunningJob
+from domain.requests import GenerationRequest, SamplingParams, TokenChunk
+from gpu_worker.engine_process.frames import SequenceOutput
+from gpu_worker.job import RunningJob
 from storage.jobs import ClaimedJob
 
 TENANT = UUID(int=1)

@@ -7,12 +7,11 @@ from uuid import UUID, uuid4
 from sqlalchemy.orm import Session
 from ulid import ULID
 
-from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, Usage
-from domain.requests import GenerationRequest, GenerationResult, ResultChoice
+from domain.requests import GenerationRequest, GenerationResult, ResultChoice, TokenChunk
 from storage import jobs
+from storage.job_accept import NewJob
 from storage.jobs import ClaimedJob
-from storage.jobs_accept import NewJob
 from storage.tables import DEFAULT_TENANT_ID, TenantLoad
 
 MODEL = "test-model"

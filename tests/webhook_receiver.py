@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from maintenance.webhooks import WebhookSender
 from settings import Settings
 from storage.database import async_session_factory, open_async_database
-from tasks.webhook_guard import TargetGuard
+from tasks.webhook_http import TargetGuard
 
 
 @dataclass(frozen=True, slots=True)

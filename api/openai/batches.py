@@ -6,27 +6,24 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import orjson
-from fastapi import Request
 from pydantic import Field, StringConstraints
+from starlette.requests import Request
 from starlette.responses import Response
 
-from api.bodies import read_model
-from api.deps import caller_of, private_router
-from api.job_inputs import page_cursor
-from api.openai.batch_lines import ROUTES
+from api.inputs import QueryModel, page_cursor, query_parameters, read_model, read_query
 from api.openai.files import MAX_TTL_SECONDS, MIN_TTL_SECONDS, parse_file_id, refuse_odd_ttl
-from api.openai.headers import read_job_headers
-from api.openai.schemas import Metadata, OpenAIModel
-from api.openai.views import InputTokensDetailsView, OutputTokensDetailsView
+from api.openai.running import read_job_headers
 from api.openapi import ErrorView, request_body
-from api.queries import QueryModel, query_parameters, read_query
-from api.views import PageView, View, page
-from domain.batches import BatchError, BatchErrors, BatchStatus
+from api.services import caller_of, private_router
+from dialects.openai import Metadata, OpenAIModel
+from dialects.openai_batches import ROUTES
+from dialects.openai_views import InputTokensDetailsView, OutputTokensDetailsView, PageView, View, page
 from domain.errors import BatchNotFound, InvalidRequest
 from domain.ids import external_id, parse_id_of_other
+from domain.jobs import BatchError, BatchErrors, BatchStatus
 from observability import request_id_context
 from storage import batches
-from storage.batch_tables import Batch
+from storage.files import Batch
 
 router = private_router()
 

@@ -1,13 +1,12 @@
 """GET /v1/models: what is served, as OpenAI's models, how much each of them holds, and whether it is loaded now."""
 
 import orjson
-from fastapi import Request
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 
-from api.deps import caller_of, private_router
-from api.openai.views import ModelCardView, ModelListView
-from api.services import Services
+from api.services import Services, caller_of, private_router
+from dialects.openai_views import ModelCardView, ModelListView
 
 router = private_router()
 

@@ -1,47 +1,232 @@
-"""/v1/responses: an answer as an object that is created, waited for or streamed, read again, and gone on from."""
+"""/v1/responses: an answer as an object that is created, waited for or streamed, read again, gone on from.
 
-from collections.abc import Mapping, Sequence
+Responses that were created before: found by id, shown as they stand, and gone on from.
+
+A response as it comes to be: named events, numbered from 0, the same ones whenever they are read.
+
+The numbers follow from the chunks of the job, in the order in which they were committed, so a cursor holds for as long
+as the job is kept, whoever serves it and however many workers the job has worn out.
+
+/v1/responses: an answer as an object that is created, waited for or streamed, read again, and gone on from.
+"""
+
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
+from uuid import UUID
 
 import orjson
-from fastapi import Request
 from pydantic import Field
 from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.requests import Request
 from starlette.responses import Response
 
-from api.bodies import off_loop, read_model
-from api.deps import caller_of, private_router
+from api.events import EventStream, frame, read_all_chunks, retry_until_storage_answers
+from api.inputs import QueryModel, off_loop, query_parameters, read_model, read_query
 from api.openai.answers import WholeAnswer
-from api.openai.hints import HINT_TREE
-from api.openai.response_input import listed_items
-from api.openai.response_objects import ending_of
-from api.openai.response_requests import spelling_of, to_generation_request
-from api.openai.response_schemas import Includable, InputTokensBody, ResponseBody
-from api.openai.response_stream import ResponseStream, error_event
-from api.openai.response_views import InputItemListView, InputTokensView, ResponseView
-from api.openai.running import Asked, Run, refuse_unfinished, start
-from api.openai.schemas import with_body_names
-from api.openai.stored_responses import (
-    as_it_ended,
-    as_it_stands,
-    body_of,
-    conversation_of,
-    find_response,
-    parser_for,
-)
+from api.openai.running import Asked, Run, start
 from api.openapi import request_body, streamed_or
-from api.queries import QueryModel, query_parameters, read_query
-from api.services import Services
-from api.sse import EventStream, frame
-from api.views import DeletedView, page
-from domain.errors import CeleriacError, InvalidRequest
-from domain.ids import external_id
+from api.services import Services, caller_of, private_router
+from dialects.errors import refuse_unfinished
+from dialects.ignored_fields import HINT_TREE
+from dialects.openai import with_body_names
+from dialects.openai_response_objects import (
+    Ending,
+    InputItemListView,
+    InputTokensView,
+    ResponseEvent,
+    ResponseOutput,
+    ResponseView,
+    ending_of,
+    from_result,
+    response_object,
+)
+from dialects.openai_response_requests import (
+    Includable,
+    InputTokensBody,
+    ResponseBody,
+    add_output,
+    listed_items,
+    spelling_of,
+    to_generation_request,
+)
+from dialects.openai_views import DeletedView, page
+from domain.errors import (
+    CeleriacError,
+    InvalidRequest,
+    JobNotFound,
+    ModelNotFound,
+    PreviousResponseNotFound,
+    ServerOverloaded,
+)
+from domain.ids import external_id, parse_id
 from domain.jobs import Endpoint, JobStatus
-from domain.requests import GenerationRequest
-from storage import jobs
+from domain.requests import GenerationRequest, TokenChunk
+from storage import job_queries, jobs
 from storage.job_queries import JobRecord
+from text.outputs import OutputFormat, OutputParser, parser_of
+
+
+async def find_response(services: Services, tenant_id: UUID, response_id: str) -> JobRecord:
+    """With its request. Raises JobNotFound: the same for a malformed id, another tenant's, and what is no stored
+    response."""
+    not_found = JobNotFound(
+        f"there is no response {response_id[:64]!r}; it may have expired, or was created with store=false",
+        param="response_id",
+    )
+    try:
+        id_ = parse_id(response_id)
+    except ValueError:
+        raise not_found from None
+    record = await services.read(job_queries.get, id_, tenant_id, with_request=True)
+    if record is None or record.job.endpoint is not Endpoint.RESPONSES or not record.job.is_stored:
+        raise not_found
+    return record
+
+
+def body_of(record: JobRecord) -> ResponseBody:
+    """What the client sent. `record` comes with its request."""
+    assert record.endpoint_body is not None
+    return ResponseBody.model_validate(record.endpoint_body)
+
+
+def parser_for(services: Services, record: JobRecord) -> OutputParser:
+    """Of the job's output. A model that is served no more leaves plain text."""
+    assert isinstance(record.request, GenerationRequest)
+    try:
+        format = services.views.output_format(record.job.model)
+    except ModelNotFound:
+        format = OutputFormat()
+    return parser_of(record.request, format)
+
+
+def as_it_ended(services: Services, record: JobRecord) -> dict[str, Any]:
+    """The response of a job that has ended."""
+    return from_result(record, body_of(record), parser_for(services, record))
+
+
+async def as_it_stands(services: Services, record: JobRecord) -> dict[str, Any]:
+    """With the text so far."""
+    if record.job.status.is_terminal:
+        return as_it_ended(services, record)
+    output = ResponseOutput(record.job.id, parser_for(services, record))
+    for chunk in await read_all_chunks(services, record.job.id):
+        list(output.push(chunk.text, chunk.logprobs))
+    return response_object(record, body_of(record), ending_of(record.job), output)
+
+
+async def conversation_of(services: Services, tenant_id: UUID, response_id: str) -> list[dict[str, Any]]:
+    """The messages of a completed response and its answer, as what comes next takes them up: instructions are of one
+    response only. Raises InvalidRequest."""
+    try:
+        record = await find_response(services, tenant_id, response_id)
+    except JobNotFound as exc:
+        raise PreviousResponseNotFound(exc.message, param="previous_response_id") from None
+    previous = as_it_ended(services, record)
+    if previous["status"] not in ("completed", "incomplete"):
+        raise InvalidRequest(
+            f"{previous['id']} is {previous['status']}; go on from one that is completed", param="previous_response_id"
+        )
+    assert isinstance(record.request, GenerationRequest)
+    dumped = [message.model_dump(exclude_defaults=True) for message in record.request.messages or ()]
+    messages = dumped[1:] if previous["instructions"] else dumped
+    add_output(messages, previous["output"])
+    return messages
+
+
+LAST_EVENTS = {"completed": "response.completed", "incomplete": "response.incomplete"}
+
+
+class ResponseStream:
+    """The frames of one reader. Whoever makes one has checked that the job is the reader's own."""
+
+    def __init__(
+        self, services: Services, record: JobRecord, body: ResponseBody, parser: OutputParser, *, starting_after: int
+    ) -> None:
+        """`record` comes with its request. `starting_after`: the number of the last event that the reader has, or
+        -1."""
+        self._services = services
+        self._record = record
+        self._body = body
+        self._output = ResponseOutput(record.job.id, parser)
+        self._starting_after = starting_after
+        self._number = -1  # of the last event, sent or skipped
+
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        for data in self._numbered(self._beginning()):
+            yield data
+        has_begun = has_text = False
+        async with aclosing(self._services.streams.read(self._record.job.id)) as events:
+            async for event in events:
+                if not has_begun and (isinstance(event, TokenChunk) or event.attempt > 0):
+                    has_begun = True
+                    for data in self._numbered(self._start()):
+                        yield data
+                if isinstance(event, TokenChunk) and event.is_reset and (has_text or self._starting_after >= 0):
+                    yield frame("error", error_event(_begun_anew(self._record)))
+                    return
+                if isinstance(event, TokenChunk) and not event.is_reset:
+                    has_text = True
+                    for data in self._numbered(self._output.push(event.text, event.logprobs)):
+                        yield data
+        for data in self._numbered(await self._end()):
+            yield data
+
+    def _beginning(self) -> Iterator[ResponseEvent]:
+        """Who waits for a response is told that it has begun; only one in the background has a queue to show."""
+        begun = self._response(Ending("queued" if self._body.background else "in_progress"))
+        yield {"type": "response.created", "response": begun}
+        yield {"type": f"response.{begun['status']}", "response": begun}
+
+    def _start(self) -> Iterator[ResponseEvent]:
+        if self._body.background:
+            yield {"type": "response.in_progress", "response": self._response(Ending("in_progress"))}
+
+    async def _end(self) -> list[ResponseEvent]:
+        job = self._record.job
+        record = await retry_until_storage_answers(
+            lambda: self._services.read(job_queries.get, job.id, job.tenant_id, with_request=True)
+        )
+        if record is None:
+            return [error_event(JobNotFound(f"{external_id(job.id, 'resp')} was deleted"))]
+        self._record = record
+        ending = ending_of(record.job)
+        events = list(self._output.finish(ending.item_status))
+        kind = LAST_EVENTS.get(ending.status, "response.failed")
+        return [*events, {"type": kind, "response": self._response(ending)}]
+
+    def _response(self, ending: Ending) -> dict[str, Any]:
+        return response_object(self._record, self._body, ending, self._output)
+
+    def _numbered(self, events: Iterable[ResponseEvent]) -> Iterator[bytes]:
+        for event in events:
+            self._number += 1
+            if self._number > self._starting_after:
+                yield frame(str(event["type"]), {**event, "sequence_number": self._number})
+
+    @property
+    def early_end_frame(self) -> bytes:
+        """Of a server that leaves before the job is done."""
+        name = external_id(self._record.job.id, "resp")
+        event = error_event(ServerOverloaded(f"this stream ends here, but {name} goes on: retrieve it"))
+        return frame("error", event)
+
+
+def _begun_anew(record: JobRecord) -> CeleriacError:
+    """Events that were numbered once cannot be taken back."""
+    name = external_id(record.job.id, "resp")
+    return ServerOverloaded(
+        f"the model was replaced while {name} ran, and its output begins anew: discard what was sent, and read {name} "
+        "without starting_after"
+    )
+
+
+def error_event(exc: CeleriacError) -> ResponseEvent:
+    return {"type": "error", "code": exc.code, "message": exc.message, "param": exc.param}
+
 
 CANCEL_SECONDS = 2.0  # more than a step; a worker that was lost takes longer
+
 POLL_HEADERS = {"retry-after": "1", "openai-poll-after-ms": "1000"}
 
 Included = list[Includable]

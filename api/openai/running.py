@@ -1,7 +1,14 @@
-"""A request of the OpenAI routes as a job: submitted, or found again, watched over, and cancelled when nobody waits."""
+"""A request of the OpenAI routes as a job: submitted, or found again, watched over, and cancelled.
+
+The headers of the OpenAI routes: options of a job on the way in, what clients steer by on the way out.
+
+A request of the OpenAI routes as a job: submitted, or found again, watched over, and cancelled when nobody waits.
+"""
 
 import asyncio
 import logging
+import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -10,35 +17,144 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from api.deps import caller_of
-from api.openai.headers import JobHeaders, answer_headers, read_job_headers
-from api.openai.schemas import PRIORITY_BY_SERVICE_TIER, spelling_of_params, with_body_names
-from api.services import Services
+from api.inputs import parse_idempotency_key
+from api.services import Services, caller_of
+from dialects.native import WEEK_SECONDS
+from dialects.openai import PRIORITY_BY_SERVICE_TIER, spelling_of_params, with_body_names
 from domain.errors import (
     CeleriacError,
-    DeadlineExceeded,
-    JobCancelled,
-    JobFailure,
+    InvalidRequest,
     JobNotFound,
     NoWorkers,
     StorageUnavailable,
 )
 from domain.ids import external_id
 from domain.jobs import Endpoint, JobStatus
-from domain.kinds import JobRequest
-from domain.webhooks import TELLABLE_STATUSES
+from domain.requests import JobOptions, JobRequest
+from domain.webhooks import MAX_URL_BYTES, TELLABLE_STATUSES
 from observability import job_id_context
-from storage import endpoint_jobs, job_queries
+from storage import job_queries
+from storage.job_accept import QueueRoom
 from storage.job_queries import JobRecord
-from storage.jobs_accept import QueueRoom
-from storage.redis_outages import REDIS_OUTAGES
-from storage.stream_channels import num_listening_processes
-from tasks.job_options import JobOptions
-from tasks.request_hashes import request_hash
+from storage.streams import REDIS_OUTAGES, num_listening_processes
+from tasks.submit import request_hash
 
 log = logging.getLogger(__name__)
+
+OPENAI_VERSION = "2020-10-01"  # the only one there is; SDKs log it
+
+DEFAULT_READ_TIMEOUT_SECONDS = 600.0  # of the SDKs
+
+RETRY_SECONDS = 60.0  # behind a client's read timeout, within which its retries arrive
+
+_DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6}(?:\.\d{1,3})?)s?)?")
+
+
+@dataclass(frozen=True, slots=True)
+class JobHeaders:
+    """What a request says in headers. `read_timeout_seconds` is None where the client does not say; where it does, it
+    waits for so long without a sign of life, and gets none, so that its answer comes with a status that is true."""
+
+    idempotency_key: str | None
+    cancel_after_seconds: float | None
+    start_timeout_seconds: float | None
+    priority: int | None
+    webhook_url: str | None
+    on_disconnect: Literal["cancel", "continue"] | None
+    has_keep_alive: bool
+    read_timeout_seconds: float | None
+    num_retries: int
+
+    @property
+    def attach_seconds(self) -> float:
+        """For so long after its accept a job may still be asked for by a retry of the same request."""
+        return (self.read_timeout_seconds or DEFAULT_READ_TIMEOUT_SECONDS) + RETRY_SECONDS
+
+
+def read_job_headers(headers: Headers) -> JobHeaders:
+    """Raises InvalidRequest. What the SDKs send by themselves is ignored where it cannot be read."""
+    read_timeout_seconds = _number(headers.get("x-stainless-read-timeout", headers.get("x-stainless-timeout")))
+    keep_alive = _one_of(headers, "X-Keep-Alive", "on", "off") or ("on" if read_timeout_seconds is None else "off")
+    return JobHeaders(
+        idempotency_key=parse_idempotency_key(headers.get("idempotency-key")),
+        cancel_after_seconds=_duration(headers, "Cancel-After"),
+        start_timeout_seconds=_duration(headers, "X-Start-Timeout"),
+        priority=_priority(headers.get("x-priority")),
+        webhook_url=_webhook_url(headers.get("x-webhook")),
+        on_disconnect=_on_disconnect(headers),
+        has_keep_alive=keep_alive == "on",
+        read_timeout_seconds=read_timeout_seconds,
+        num_retries=int(_number(headers.get("x-stainless-retry-count")) or 0),
+    )
+
+
+def _duration(headers: Headers, name: str) -> float | None:
+    """Seconds, as `90`, `90s`, `5m` or `1h30m`."""
+    text = headers.get(name)
+    if text is None:
+        return None
+    match = _DURATION.fullmatch(text.strip())
+    hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0)
+    duration = hours * 3600 + minutes * 60 + seconds
+    if not 0 < duration <= WEEK_SECONDS:
+        raise InvalidRequest(f"{name} is {text[:40]!r}; send a time up to a week, as 90s, 5m or 1h30m", param=name)
+    return duration
+
+
+def _priority(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"-?\d{1,2}", text) or not -10 <= int(text) <= 10:
+        raise InvalidRequest(f"X-Priority is {text[:40]!r}; send a whole number from -10 to 10", param="X-Priority")
+    return int(text)
+
+
+def _webhook_url(text: str | None) -> str | None:
+    if text is not None and not 1 <= len(text) <= MAX_URL_BYTES:
+        raise InvalidRequest(
+            f"X-Webhook has {len(text)} characters; send a URL of up to {MAX_URL_BYTES}", param="webhook"
+        )
+    return text
+
+
+def _one_of(headers: Headers, name: str, *known: str) -> str | None:
+    text = headers.get(name)
+    if text is None:
+        return None
+    for word in known:
+        if word == text:
+            return word
+    raise InvalidRequest(f"{name} is {text[:40]!r}; send {' or '.join(known)}", param=name)
+
+
+def _on_disconnect(headers: Headers) -> Literal["cancel", "continue"] | None:
+    word = _one_of(headers, "X-On-Disconnect", "cancel", "continue")
+    return None if word is None else "cancel" if word == "cancel" else "continue"
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and 0 < number <= WEEK_SECONDS else None
+
+
+def answer_headers(started: float, *, room: QueueRoom | None) -> dict[str, str]:
+    """`started`: monotonic. The limit is the tenant's bound on queued jobs, the only one there is on requests."""
+    headers = {
+        "openai-version": OPENAI_VERSION,
+        "openai-processing-ms": str(round((time.monotonic() - started) * 1000)),
+    }
+    if room is not None:
+        headers["x-ratelimit-limit-requests"] = str(room.max_queued)
+        headers["x-ratelimit-remaining-requests"] = str(max(0, room.num_free))
+        headers["x-ratelimit-reset-requests"] = "0s" if room.num_free > 0 else "1s"
+    return headers
+
 
 UNSERVED_LOOK_SECONDS = 1.0
 
@@ -86,7 +202,7 @@ class Run:
 
     def note_delivered(self) -> None:
         """The client has the whole answer."""
-        self.services.spawn(self.services.write(endpoint_jobs.mark_delivered, [self.job_id]))
+        self.services.spawn(self.services.write(job_queries.mark_delivered, [self.job_id]))
 
     def note_disconnected(self) -> None:
         """The client is gone: so is its job after a grace, unless somebody else came to wait for it."""
@@ -224,7 +340,7 @@ async def _find_retried(
     found: dict[UUID, None] = {}
     for generation in generations:
         job_id = await services.read(
-            endpoint_jobs.find_attachable,
+            job_queries.find_attachable,
             tenant_id,
             request_hash(generation, options),
             within_seconds=job_headers.attach_seconds,
@@ -304,27 +420,6 @@ async def read_job(services: Services, job_id: UUID, tenant_id: UUID, **options:
     if record is None:
         raise JobNotFound(f"there is no job {external_id(job_id)!r}; it may have been deleted")
     return record
-
-
-def refuse_unfinished(record: JobRecord) -> None:
-    """Raises the CeleriacError that says why a terminal job has no whole output."""
-    job = record.job
-    name = external_id(job.id)
-    if job.status is JobStatus.CANCELLED:
-        raise JobCancelled(f"{name} was cancelled; what it had produced is at /v1/jobs/{name}/output")
-    if job.status is JobStatus.EXPIRED:
-        raise DeadlineExceeded(
-            f"the deadline of {name} passed before it was done; what it had produced is at /v1/jobs/{name}/output"
-        )
-    if job.status is JobStatus.FAILED or record.result is None:
-        raise _failure(record)
-
-
-def _failure(record: JobRecord) -> CeleriacError:
-    error = record.job.error
-    classes = {JobFailure.code: JobFailure} | {cls.code: cls for cls in JobFailure.__subclasses__()}
-    cls = classes.get(error.code if error is not None else JobFailure.code, JobFailure)
-    return cls(error.message if error is not None else "the job failed without a word; quote its id when you report it")
 
 
 async def _has_readers(services: Services, job_id: UUID) -> bool:

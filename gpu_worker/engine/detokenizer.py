@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 
-from tasks.output_formats import END_THINK, THINK
-from tasks.token_table import TokenKind, token_table_of
+from text.outputs import END_THINK, THINK
+from text.tokenizers import TokenKind, token_table_of
 
 REPLACEMENT = "\ufffd"
 MAX_WINDOW = 12  # tokens decoded again for each new one, a run of byte tokens apart

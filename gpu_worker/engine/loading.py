@@ -1,10 +1,23 @@
-"""Weights, tokenizer and limits of one model, from a folder or a hub id: safetensors only, no foreign code unasked."""
+"""Weights, tokenizer and limits of one model: safetensors only, never more memory than there is.
+
+What a family of models needs that its configuration does not reliably say, in one dict.
+
+How much memory this machine has left for us, and memory that is taken page by page, as it is used. Free of torch.
+
+Linux counts what is left; where nobody does, it is all that the machine was built with.
+
+Weights, tokenizer and limits of one model, from a folder or a hub id: safetensors only, no foreign code unasked.
+"""
 
 import logging
+import mmap
 import os
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -18,13 +31,135 @@ from observability import describe_exception
 
 log = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """`turn_ends` are tokens that end a turn in the family's chat format. Many checkpoints name only the end of a text
+    in their configuration, and would otherwise talk on in the user's name."""
+
+    turn_ends: tuple[str, ...] = ()
+    pooling: Literal["mean", "cls", "last"] = "last"  # of embeddings, where the model's files say nothing
+
+
+ENCODER = Family(pooling="mean")
+
+CHAT_ML = Family(turn_ends=("<|im_end|>",))
+
+#: By `model_type` of the configuration; a family that is missing needs nothing.
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        ("albert", "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"),
+        ENCODER,
+    ),
+    "cohere2": Family(turn_ends=("<|END_OF_TURN_TOKEN|>",)),
+    "gemma2": Family(turn_ends=("<end_of_turn>",)),
+    "gemma3_text": Family(turn_ends=("<end_of_turn>",)),
+    "gpt_oss": Family(turn_ends=("<|return|>", "<|call|>")),
+    "llama": Family(turn_ends=("<|eot_id|>", "<|eom_id|>", "<|im_end|>")),
+    "mixtral": CHAT_ML,
+    "olmo2": CHAT_ML,
+    "phi3": Family(turn_ends=("<|end|>", "<|im_end|>")),
+    "qwen2": CHAT_ML,
+    "qwen3": CHAT_ML,
+    "qwen3_moe": CHAT_ML,
+    "smollm3": CHAT_ML,
+}
+
+
+def turn_end_token_ids(model_type: str, tokenizer: Tokenizer) -> frozenset[int]:
+    """The family's turn ends that this tokenizer has as special tokens: what is ordinary text to it ends nothing."""
+    special = {
+        token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+    }
+    turn_ends = FAMILIES.get(model_type, Family()).turn_ends
+    return frozenset(special[content] for content in turn_ends if content in special)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFiles:
+    """What a version of control groups calls its files, and a line of its `memory.stat`."""
+
+    limit: str
+    usage: str
+    reclaimable: str
+
+
+GROUP_FILES_BY_VERSION = {
+    2: GroupFiles("memory.max", "memory.current", "inactive_file"),
+    1: GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """The least of what the host has available and what each of our control groups leaves us. Pages of files that the
+    kernel would give up count as available, in both (https://docs.kernel.org/filesystems/proc.html, MemAvailable;
+    https://docs.kernel.org/admin-guide/cgroup-v2.html). `root` is that of the files read."""
+    return max(0, min([_of_host(root), *_left_by_groups(root)]))
+
+
+def anonymous_bytes(root: Path = Path("/")) -> int:
+    """Resident memory of this process that no file stands behind; 0 where nobody counts."""
+    return _kibibytes(root / "proc/self/status").get("RssAnon", 0)
+
+
+def lazy_zeros(num_bytes: int) -> mmap.mmap:
+    """Zeroed by the kernel, page by page, when they are first touched."""
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _of_host(root: Path) -> int:
+    available = _kibibytes(root / "proc/meminfo").get("MemAvailable")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if available is None else available
+
+
+def _left_by_groups(root: Path) -> Iterator[int]:
+    for folder, files in _groups(root):
+        with suppress(OSError, ValueError):  # no such controller here, or "max"
+            limit = int((folder / files.limit).read_text())
+            usage = int((folder / files.usage).read_text())
+            stat = (folder / "memory.stat").read_text().splitlines()
+            reclaimable = next((int(line.split()[1]) for line in stat if line.startswith(f"{files.reclaimable} ")), 0)
+            yield limit - usage + reclaimable
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, GroupFiles]]:
+    """The folders of our group and of those around it. A container may see its own group as the top one, under a path
+    that is the host's."""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            version = 2 if number == "0" else 1
+            if version == 1 and "memory" not in controllers.split(","):
+                continue
+            mount = root / "sys/fs/cgroup" / ("" if version == 2 else "memory")
+            own = mount / path.lstrip("/")
+            for folder in (own, *own.parents):
+                yield folder, GROUP_FILES_BY_VERSION[version]
+                if folder == mount:
+                    break
+
+
+def _kibibytes(path: Path) -> Mapping[str, int]:
+    """The lines `name: number kB` of a file in /proc, in bytes."""
+    sizes: dict[str, int] = {}
+    with suppress(OSError):
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if value.endswith(" kB"):
+                sizes[name] = int(value.removesuffix(" kB")) * 1024
+    return sizes
+
+
 # Its first call compiles a thousand patterns for all families, a third of the time of loading a small model. Here it
 # belongs to the imports, which an engine after a crash shares with the first one.
 get_checkpoint_conversion_mapping("")
 
 SMALL_MODEL_PARAMETERS = 50_000_000
+
 MAX_SMALL_MODEL_THREADS = 4
+
 MAX_COPIED_EMBEDDING_BYTES = 2**28
+
 #: Families whose positions begin behind the id of the padding token.
 POSITIONS_BEHIND_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
 

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from gpu_worker.engine.attention import (
+from gpu_worker.engine.cpu.attention import (
     ATTENTION_NAME,
     AttentionContext,
-    LayerCache,
+    BlockCache,
+    DecodeGroup,
     PrefillSpan,
     paged_attention,
     register,
 )
-from gpu_worker.engine.block_cache import BlockCache
-from gpu_worker.engine.decode_groups import DecodeGroup
-from gpu_worker.engine.fused import FusedLlama, can_fuse
-from gpu_worker.engine.host_memory import lazy_zeros
+from gpu_worker.engine.cpu.runner import FusedLlama, can_fuse
+from gpu_worker.engine.cuda.attention import LayerCache
+from gpu_worker.engine.loading import lazy_zeros
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Main of the engine process: command frames in, one loop around a back end, report frames out.
 
-gpu_worker/engine_template.py starts a template as `python -m gpu_worker.engine.process`; every engine is a fork of it.
+gpu_worker/engine_process/template.py starts a template as `python -m gpu_worker.engine.process`; every engine is a fork of it.
 One thread does the work; another only beats, so that the supervisor can tell a slow step from a process that stands.
 """
 
@@ -19,14 +19,13 @@ import msgspec
 
 from domain.catalog import ModelSpec
 from domain.errors import CeleriacError, EngineError
-from gpu_worker.channel import Channel, ChannelClosed
 from gpu_worker.engine.backends import Backend, StepMember, import_backend
-from gpu_worker.engine.template import die_with_parent, fork_engines
-from gpu_worker.flight_recorder import RECORDER_BYTES, FlightRecorder, RecordedJob
-from gpu_worker.frames import (
+from gpu_worker.engine_process.frames import (
     AbortJob,
     AddJob,
     CannotLoad,
+    Channel,
+    ChannelClosed,
     Command,
     EmbedJob,
     Heartbeat,
@@ -38,11 +37,12 @@ from gpu_worker.frames import (
     decode_command,
     encode,
 )
-from gpu_worker.signs_of_life import Pulse, start_beating
+from gpu_worker.engine_process.signs_of_life import RECORDER_BYTES, FlightRecorder, Pulse, RecordedJob, start_beating
+from gpu_worker.engine_process.template import die_with_parent, fork_engines
 from observability import configure_logging
 from settings import get_settings
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 0.25  # in which a worker that lives has read something
 LOOK_AGAIN_SECONDS = 0.02
@@ -121,7 +121,7 @@ class EngineLoop:
             self._fail(command, exc)
         except Exception as exc:
             # One job that the back end chokes on must not take its neighbours down.
-            logger.exception("the back end refused a job", extra={"job_id": command.job_id})
+            log.exception("the back end refused a job", extra={"job_id": command.job_id})
             self._fail(command, EngineError(f"the engine could not take the job: {type(exc).__name__}"))
 
     def _fail(self, command: AddJob | EmbedJob, failure: CeleriacError) -> None:
@@ -196,7 +196,7 @@ def main() -> None:
     try:
         backend = make_backend(spec)
     except Exception as exc:
-        logger.exception("the model cannot be loaded", extra={"model": spec.id})
+        log.exception("the model cannot be loaded", extra={"model": spec.id})
         _send_last(channel, CannotLoad(_describe(exc)))
         sys.exit(1)
     channel.send(encode(_ready(spec, backend)))
@@ -210,7 +210,7 @@ def main() -> None:
             heartbeat_seconds=arguments.heartbeat_seconds,
         ).run()
     except ChannelClosed:
-        logger.warning("the worker is gone; the engine ends with it")
+        log.warning("the worker is gone; the engine ends with it")
 
 
 def _import_without_cuda(spec: ModelSpec) -> Callable[[ModelSpec], Backend]:

@@ -12,12 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gpu_worker.engine.attention import AttentionContext, PrefillSpan
-from gpu_worker.engine.block_cache import BlockCache
-from gpu_worker.engine.decode_groups import DecodeGroup, DecodeGroups
 from gpu_worker.engine.kv_cache import BlockCopy
-from gpu_worker.engine.prompt_scoring import score_row, split_scores
-from gpu_worker.engine.sampling import Drawn, sample
+from gpu_worker.engine.sampling import Drawn, sample, score_row
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
 
@@ -68,7 +64,7 @@ class AtOnce:
             torch.cuda.empty_cache()
 
 
-def _results(rows: Rows[ScheduledRow], scores: Rows[tuple[Drawn, ...]], logits: Tensor) -> list[Drawn | None]:
+def results_of(rows: Rows[ScheduledRow], scores: Rows[tuple[Drawn, ...]], logits: Tensor) -> list[Drawn | None]:
     """Draw for the rows that need a token; `logits` are theirs, (num_drawing, vocab_size)."""
     drawing = [row.sequence for row in rows if row.needs_token]
     drawn = iter(sample(logits, drawing) if drawing else ())
@@ -77,89 +73,6 @@ def _results(rows: Rows[ScheduledRow], scores: Rows[tuple[Drawn, ...]], logits: 
         replace(result or Drawn(None), prompt_scores=scored) if scored else result
         for result, scored in zip(results, scores, strict=True)
     ]
-
-
-class PagedRunner(AtOnce):
-    def __init__(self, model: Any, layers: list[BlockCache]) -> None:
-        self._model = model
-        self._layers = layers
-        self._block_size = layers[0].block_size
-        self._decode_groups = DecodeGroups(layers)
-
-    def copy_blocks(self, copies: Rows[BlockCopy]) -> None:
-        if not copies:
-            return
-        sources = torch.tensor([copy.source for copy in copies])
-        destinations = torch.tensor([copy.destination for copy in copies])
-        for layer in self._layers:
-            for cache in (layer.keys, layer.values):
-                cache[destinations] = cache[sources]
-
-    def wipe_blocks(self, blocks: Rows[int]) -> None:
-        """Zero what may hold infinities: padded reads of a neighbour multiply it by zero, and 0 * inf is not 0."""
-        for layer in self._layers:
-            for cache in (layer.keys, layer.values):
-                cache[list(blocks)] = 0
-
-    def release(self, sequence: Sequence) -> None:
-        self._decode_groups.release(sequence)
-
-    @torch.inference_mode()
-    def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
-        decodes = [number for number, row in enumerate(rows) if row.num_new_tokens == 1]
-        decodes.sort(key=lambda number: rows[number].sequence.num_computed_tokens, reverse=True)
-        prefills = [number for number, row in enumerate(rows) if row.num_new_tokens > 1]
-        ordered = [rows[number] for number in decodes + prefills]
-        scores, logits = split_scores(self._forward(ordered, len(decodes)), ordered)
-        results = dict(zip(decodes + prefills, _results(ordered, scores, logits), strict=True))
-        return [results[number] for number in range(len(rows))]
-
-    def _forward(self, rows: Rows[ScheduledRow], num_decodes: int) -> Tensor:
-        """Logits, float32, row by row: of the positions that judge the prompt, then of the last one where the row needs
-        a token; (num_kept, vocab_size)."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        kept: list[int] = []
-        for row in rows:
-            start = row.sequence.num_computed_tokens
-            first = len(token_ids)
-            kept += range(first, first + row.num_scored_tokens)
-            token_ids += row.sequence.token_ids[start : start + row.num_new_tokens]
-            positions += range(start, start + row.num_new_tokens)
-            if row.needs_token:
-                kept.append(len(token_ids) - 1)
-        groups = self._decode_groups.take([row.sequence for row in rows[:num_decodes]])
-        output = self._model(
-            input_ids=torch.tensor([token_ids]),
-            position_ids=torch.tensor([positions]),
-            use_cache=False,
-            logits_to_keep=torch.tensor(kept, dtype=torch.int64),
-            ctx=self._context(rows, list(groups.values())),
-        )
-        self._decode_groups.keep(groups)
-        logits: Tensor = output.logits[0]
-        return logits.float()
-
-    def _context(self, rows: Rows[ScheduledRow], decodes: list[DecodeGroup]) -> AttentionContext:
-        slots: list[int] = []
-        prefills: list[PrefillSpan] = []
-        for row in rows:
-            sequence, start, num_rows = row.sequence, row.sequence.num_computed_tokens, len(slots)
-            stop = start + row.num_new_tokens
-            slots += [self._slot(sequence, position) for position in range(start, stop)]
-            if row.num_new_tokens > 1:
-                blocks = torch.tensor([sequence.block_ids[: -(-stop // self._block_size)]])
-                prefills.append(PrefillSpan(num_rows, len(slots), start, blocks))
-        return AttentionContext(
-            layers=self._layers,
-            slots=torch.tensor(slots),
-            decodes=decodes,
-            prefills=prefills,
-        )
-
-    def _slot(self, sequence: Sequence, position: int) -> int:
-        number, offset = divmod(position, self._block_size)
-        return sequence.block_ids[number] * self._block_size + offset
 
 
 #: Under which names transformers' models take and return what they remember of a sequence.
@@ -201,7 +114,7 @@ class SequentialRunner(AtOnce):
             scores.append(score_row(logits[: row.num_scored_tokens], row) if row.num_scored_tokens else ())
             if row.needs_token:
                 ends.append(logits[-1:].float())
-        return _results(rows, scores, torch.cat(ends) if ends else torch.empty(0))
+        return results_of(rows, scores, torch.cat(ends) if ends else torch.empty(0))
 
     def _forward(self, sequence: Sequence) -> Tensor:
         """Logits of the sequence's new tokens, and of more before them where it had to begin anew: (any, vocab_size).

@@ -1,4 +1,8 @@
-"""From logits to tokens: one batched draw per step, in any mix of parameters.
+"""From logits to tokens: grammar masks, one batched draw per step, and the scores of prompts.
+
+One mask for all rows of a step that follow a grammar, and its use on the logits.
+
+From logits to tokens: one batched draw per step, in any mix of parameters.
 
 Order per row: raw log-probabilities, logit bias, penalties, bans (min_tokens, bad_token_ids, what a structured output
 does not allow), temperature, top-k, top-p, min-p, draw.
@@ -7,6 +11,11 @@ A draw is the token with the highest scaled logit plus Gumbel noise, and the noi
 sequence index, output position, token id): see noise.py. So a draw does not depend on who else is in the batch, on
 preemption, or on how often the job was resumed; and the last bits of the logits, which do depend on the batch's shape,
 change a token no more often than they change the distribution itself.
+
+What the model made of a prompt: the logprob of each of its tokens given those before it.
+
+The logits of one position judge the token at the next. The scheduler bounds how many positions of a step are judged,
+since each costs a row of logits over the whole vocabulary.
 """
 
 from collections.abc import Sequence as Rows
@@ -17,9 +26,75 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_worker.engine.grammar_masks import token_masks
-from gpu_worker.engine.host_draws import draw
-from gpu_worker.engine.sequence import Sequence
+from domain.errors import EngineError
+from gpu_worker.engine.cpu.draws import draw
+from gpu_worker.engine.scheduler import ScheduledRow
+from gpu_worker.engine.sequence import BITS, EngineJob, Sequence, words_of
+
+
+class GrammarFailed(EngineError):
+    """`job` has no token that it may go on with. Says nothing of its grammar or output: it will be logged."""
+
+    def __init__(self, job: EngineJob, message: str) -> None:
+        super().__init__(message)
+        self.job = job
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """`words[i]` has a bit for each token that row `rows[i]` may draw; valid until the next step."""
+
+    rows: list[int]
+    words: NDArray[np.int32]  # (num_rows, words)
+
+    def apply(self, logits: Tensor) -> None:
+        """Ban all other tokens, in place."""
+        banned = self._banned(logits)
+        for number, row in enumerate(self.rows):
+            logits[row, : banned.shape[1]].masked_fill_(banned[number], -torch.inf)
+            logits[row, banned.shape[1] :] = -torch.inf
+
+    def _banned(self, logits: Tensor) -> Tensor:
+        """Bool, (num_rows, num_tokens), on the device of the logits: to a GPU the bits travel packed."""
+        num_tokens = min(logits.shape[1], self.words.shape[1] * BITS)
+        bits = bits_on_cpu(self.words) if logits.device.type == "cpu" else bits_on_device(self.words, logits.device)
+        return bits[:, :num_tokens] == 0
+
+
+def bits_on_cpu(words: NDArray[np.int32]) -> Tensor:
+    """Ones and zeros, (num_rows, num_tokens), by numpy, which has an instruction for it."""
+    return torch.from_numpy(np.unpackbits(words.view(np.uint8), axis=1, bitorder="little"))
+
+
+def bits_on_device(words: NDArray[np.int32], device: torch.device) -> Tensor:
+    """The same, unpacked where they are used."""
+    shifts = torch.arange(BITS, dtype=torch.int32, device=device)
+    return ((torch.from_numpy(words).to(device)[:, :, None] >> shifts) & 1).flatten(1)
+
+
+def token_masks(sequences: Rows[Sequence]) -> TokenMasks | None:
+    """Of the rows with a grammar, banned tokens taken out; None if there is no such row. Raises GrammarFailed."""
+    pairs = [(row, sequence.grammar) for row, sequence in enumerate(sequences) if sequence.grammar is not None]
+    if not pairs:
+        return None
+    rows = [row for row, _ in pairs]
+    words = pairs[0][1].grammars.fill([grammar.matcher for _, grammar in pairs])
+    for number, (row, grammar) in enumerate(pairs):
+        sequence = sequences[row]
+        if grammar.matcher.is_error():
+            # Its own words may quote the output, and this will be logged.
+            raise GrammarFailed(sequence.job, "its structured output cannot be followed any further; simplify it")
+        banned = _banned_token_ids(sequence)
+        if banned:
+            words[number] &= ~words_of(banned, words.shape[1] * BITS)
+        if not words[number].any():
+            raise GrammarFailed(sequence.job, "every token that its structured output allows here is banned")
+    return TokenMasks(rows, words)
+
+
+def _banned_token_ids(sequence: Sequence) -> list[int]:
+    ends = [] if sequence.may_end else list(sequence.job.end_token_ids)
+    return [*ends, *sequence.job.params.bad_token_ids]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +190,55 @@ def _draw(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[int]:
         token_ids[drawing] = draw(logits[drawing], token_ids[drawing], [sequences[row] for row in drawing])
     chosen: list[int] = token_ids.tolist()
     return chosen
+
+
+MAX_NUMBERS = 2**24  # logits at once, 64 MiB of them
+
+LEAST_LOGPROB = -9999.0  # JSON knows no infinity
+
+
+def max_num_scored_tokens(vocab_size: int) -> int:
+    """Of one step, over all its rows."""
+    return max(1, MAX_NUMBERS // vocab_size)
+
+
+def split_scores(logits: Tensor, rows: Rows[ScheduledRow]) -> tuple[list[tuple[Drawn, ...]], Tensor]:
+    """The scores of each row, and the logits of the rows that draw: (num_drawing, vocab_size).
+
+    `logits` holds, row by row, the positions that judge the prompt, then the one that gives the next token.
+    """
+    if not any(row.num_scored_tokens for row in rows):
+        return [()] * len(rows), logits
+    scores: list[tuple[Drawn, ...]] = []
+    drawing: list[int] = []
+    place = 0
+    for row in rows:
+        scores.append(score_row(logits[place : place + row.num_scored_tokens], row))
+        place += row.num_scored_tokens
+        if row.needs_token:
+            drawing.append(place)
+            place += 1
+    return scores, logits[drawing]
+
+
+def score_row(logits: Tensor, row: ScheduledRow) -> tuple[Drawn, ...]:
+    """`logits` is (num_scored_tokens, vocab_size), of the row's first positions."""
+    first = row.start + 1
+    token_ids = row.sequence.token_ids[first : first + row.num_scored_tokens]
+    num_top = row.sequence.job.params.prompt_logprobs or 0
+    size = max_num_scored_tokens(logits.shape[-1])
+    return tuple(
+        score
+        for start in range(0, len(token_ids), size)
+        for score in _score_tokens(logits[start : start + size], token_ids[start : start + size], num_top)
+    )
+
+
+def _score_tokens(logits: Tensor, token_ids: list[int], num_top: int) -> list[Drawn]:
+    logprobs = logits.float().log_softmax(-1).clamp_(min=LEAST_LOGPROB)
+    if not bool(torch.isfinite(logprobs).all()):
+        raise ValueError("the model's logits are not finite")
+    given = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None]).squeeze(1).tolist()
+    values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]))
+    tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [Drawn(token_id, logprob, top) for token_id, logprob, top in zip(token_ids, given, tops, strict=True)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tests.chaos.trees import Edit
 
-SQL, ENDS_SQL = "storage/jobs_sql.py", "storage/jobs_ends_sql.py"
+SQL, ENDS_SQL = "storage/job_statements.py", "storage/job_ends.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ NO_FENCE = Mutant(
 PUBLISHES_BEFORE_COMMIT = Mutant(
     edits=(
         Edit(
-            "gpu_worker/publisher.py",
+            "gpu_worker/commits.py",
             "    try:\n        held, ended = _transact(storage, flushes)",
             "    early = {flush.job.id: flush.commit.chunks for flush in flushes if flush.commit}\n"
             "    storage.channel.publish((job_id, chunk) for job_id in early for chunk in early[job_id])\n"

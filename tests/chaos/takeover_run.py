@@ -25,7 +25,7 @@ from typing import Any
 from uuid import UUID
 
 from domain.ids import parse_id
-from storage.jobs_sql import PROVEN_TOKENS
+from storage.job_statements import PROVEN_TOKENS
 from tests.chaos import audit
 from tests.chaos.checker import judge, percentiles, read_stored
 from tests.chaos.clients import Clients, History

@@ -9,13 +9,12 @@ import pytest
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.chunks import TokenChunk
 from domain.ids import new_id
 from domain.jobs import JobStatus, Usage
-from domain.requests import GenerationRequest, GenerationResult, SamplingParams
-from storage import jobs, jobs_accept, workers
+from domain.requests import GenerationRequest, GenerationResult, SamplingParams, TokenChunk
+from storage import job_accept, jobs, workers
+from storage.job_accept import AcceptOutcome, NewJob
 from storage.jobs import ChunkCommit, Finalisation
-from storage.jobs_accept import AcceptOutcome, NewJob
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult, TenantLoad
 from storage.workers import WorkerReport
 from tests.chaos.model import Budget, Protocol, State, Step, Worker, is_terminal, steps, text_of
@@ -104,7 +103,7 @@ class Table:
             result_ttl_seconds=3600,
             request_hash=b"hash",
         )
-        outcome = jobs_accept.accept(session, [new_job], max_queued_jobs=1000)[0].outcome
+        outcome = job_accept.accept(session, [new_job], max_queued_jobs=1000)[0].outcome
         assert outcome is (AcceptOutcome.ACCEPTED if before.status is None else AcceptOutcome.DUPLICATE)
 
     def _dispatch(self, session: Session, before: State, step: Step) -> None:

@@ -13,7 +13,7 @@ import pytest
 from openai.types.responses import ResponseStreamEvent
 
 from domain.ids import parse_id
-from gpu_worker.engine.backends.fake_words import fake_text
+from gpu_worker.engine.backends.fake import fake_text
 from tests.chaos.plant import Plant
 
 MODEL = "slow"

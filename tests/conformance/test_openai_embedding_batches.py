@@ -13,23 +13,23 @@ from openai.types import Batch as SdkBatch
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.openai.batch_lines import batch_surface
+from dialects.openai_batches import batch_surface
 from domain.catalog import Catalog, ModelSpec
-from domain.embeddings import EmbeddingRequest
 from domain.ids import parse_id_of_other
 from domain.jobs import BATCH_PRIORITY
+from domain.requests import EmbeddingRequest
 from maintenance.batches import BatchWork
 from settings import Settings
-from storage import batch_lines, jobs
-from storage.batch_tables import Batch
+from storage import batches, jobs
+from storage.files import Batch
 from storage.tables import JobPayload
-from tasks.models import ModelViews
 from tests.conformance.harness import Served
 from tests.conformance.test_openai_embeddings import MODEL, TEXTS, embedding
 from tests.conformance.test_openai_files_batches import create, job_ids, read_lines, work
 from tests.integration.api_harness import HandWorker
 from tests.integration.runner_harness import wait_until
 from tests.integration.test_engine_embedding import ENCODERS, save, tiny_encoder
+from text.models import ModelViews
 
 __all__ = ["embedding", "work"]
 
@@ -216,9 +216,9 @@ def test_lines_with_large_results_are_read_few_at_a_time(
         hand_worker.embed(job_id, numbers)
     batch_id = parse_id_of_other(batch.id, "batch")
     with session_factory.begin() as session:
-        batch_lines.record_ended(session, session.get_one(Batch, batch_id))
+        batches.record_ended(session, session.get_one(Batch, batch_id))
         for max_bytes, num_lines in {1: 1, 2_500_000: 1, 3_500_000: 2, 10**9: 3}.items():
-            found = batch_lines.ended_lines(session, batch_id, after=0, limit=50, max_bytes=max_bytes)
+            found = batches.ended_lines(session, batch_id, after=0, limit=50, max_bytes=max_bytes)
             assert len(found) == num_lines
     work.tick()
     assert client.batches.retrieve(batch.id).status == "completed"
@@ -234,7 +234,7 @@ def test_a_line_of_vectors_takes_one_of_the_slots_that_batches_may_have(
     for job_id in job_ids(session_factory)[:2]:
         hand_worker.claim(job_id)
     with session_factory() as session:
-        assert batch_lines.count_outstanding(session, "fake") == 2
+        assert batches.count_outstanding(session, "fake") == 2
 
 
 def test_lines_run_in_the_order_of_the_file(

@@ -19,15 +19,15 @@ from openai.types.responses import Response
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.openai.batch_lines import batch_surface
+from dialects.openai_batches import batch_surface
 from domain.ids import external_id, parse_id_of_other
 from maintenance.batches import BatchWork
 from settings import Settings
 from storage import database, files, jobs
-from storage.batch_tables import Batch, File
+from storage.files import Batch, File
 from storage.tables import Job, Tenant
-from tasks.models import ModelViews
 from tests.integration.api_harness import CATALOG, ApiServer, HandWorker
+from text.models import ModelViews
 
 CHAT: Any = "/v1/chat/completions"
 
@@ -601,11 +601,11 @@ def test_a_step_that_is_cut_off_was_not_taken(
     client: openai.OpenAI, work: BatchWork, session_factory: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As kill -9 does between the accept and the note at the lines: the transaction is gone with both."""
-    from storage import batch_lines
+    from storage import batches
 
     create(client, *map(line, range(3)))
     with monkeypatch.context() as broken:
-        broken.setattr(batch_lines, "attach", lambda *_: 1 / 0)
+        broken.setattr(batches, "attach", lambda *_: 1 / 0)
         work.tick()
     assert job_ids(session_factory) == []
     work.tick()
@@ -694,7 +694,7 @@ def test_webhooks_hear_of_the_end(
     client: openai.OpenAI, work: BatchWork, session_factory: sessionmaker[Session]
 ) -> None:
     from storage.tables import DEFAULT_TENANT_ID
-    from storage.webhook_tables import WebhookDelivery, WebhookEndpoint
+    from storage.webhooks import WebhookDelivery, WebhookEndpoint
 
     with session_factory.begin() as session:
         session.add(

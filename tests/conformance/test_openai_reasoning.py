@@ -15,18 +15,18 @@ from openai.types.chat import ChatCompletion
 from openai.types.responses import Response, ResponseStreamEvent
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from api.openai.batch_lines import batch_surface
+from dialects.openai_batches import batch_surface
 from domain.catalog import Catalog
 from domain.ids import parse_id
 from domain.jobs import BATCH_PRIORITY
 from gpu_worker import intake
 from maintenance.batches import BatchWork
 from storage import jobs
-from tasks.models import ModelViews
 from tests.conformance.harness import MESSAGES, Served
 from tests.engine_driver import tiny_llama_config, tiny_model
 from tests.integration.api_harness import ApiServer
 from tests.integration.runner_harness import Rig, wait_until
+from text.models import ModelViews
 
 MODEL = "test-model"
 END = "</think>"

@@ -9,9 +9,9 @@ from openai.types.responses.response_item_list import ResponseItemList
 from pydantic import BaseModel
 
 from api.openai.batches import BatchListView, BatchView
-from api.openai.embeddings import EmbeddingListView
 from api.openai.files import FileListView, FileView
-from api.openai.response_views import InputItemListView, ResponseView
+from dialects.openai_embeddings import EmbeddingListView
+from dialects.openai_response_objects import InputItemListView, ResponseView
 from tests.conformance.harness import Served
 from tests.integration.runner_harness import MODEL
 

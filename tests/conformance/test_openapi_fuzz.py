@@ -18,7 +18,7 @@ from api.openapi import document_of
 from domain.catalog import Catalog
 from gpu_worker import intake
 from settings import ROOT
-from storage import api_keys
+from storage import tenants
 from storage.tables import DEFAULT_TENANT_ID
 from tests.integration.api_harness import ApiServer
 from tests.integration.runner_harness import MODEL, Rig
@@ -66,7 +66,7 @@ def test_no_request_made_from_the_document_gets_what_it_does_not_promise(
     server: ApiServer, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with rig.sessions.begin() as session:
-        key = api_keys.create(session, DEFAULT_TENANT_ID)
+        key = tenants.create_key(session, DEFAULT_TENANT_ID)
     num_operations = sum(map(len, document_of(server.app)["paths"].values()))
     num_examples = max(10, (NUM_REQUESTS - NUM_SYSTEMATIC) // num_operations)
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run"]

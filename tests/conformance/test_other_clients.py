@@ -19,19 +19,19 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.openai.batch_lines import batch_surface
+from dialects.openai_batches import batch_surface
 from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id
 from domain.jobs import JobStatus
 from gpu_worker import intake
 from maintenance.batches import BatchWork
 from settings import ROOT, Settings
-from storage import api_keys, job_queries
+from storage import job_queries, tenants
 from storage.tables import DEFAULT_TENANT_ID, Job
-from tasks.models import ModelViews
 from tests.integration.api_harness import ApiServer, HandWorker, make_chunk
 from tests.integration.runner_harness import MODEL, RecordingRunner, Rig
 from tests.webhook_receiver import sending
+from text.models import ModelViews
 
 OPENAI_1 = ROOT / ".venv" / "openai-1"
 CLIENTS = ROOT / ".venv" / "clients"
@@ -52,7 +52,7 @@ def environment(rig: Rig, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPat
     changes["no_workers_seconds"] = 3600.0  # nobody reports for BY_HAND, and some clients take a minute to load
     settings = rig.settings.model_copy(update=changes)
     with rig.sessions.begin() as session:
-        key = api_keys.create(session, DEFAULT_TENANT_ID)
+        key = tenants.create_key(session, DEFAULT_TENANT_ID)
     runner = rig.start()
     with (
         ApiServer(settings, catalog) as server,

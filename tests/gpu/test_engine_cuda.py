@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
-from gpu_worker.engine.attention_choice import check_attention
 from gpu_worker.engine.backends.transformers import build_engine
-from gpu_worker.engine.device_attention import DeviceAttention, TritonAttention, VarlenAttention
-from gpu_worker.engine.device_runner import DeviceRunner
-from gpu_worker.engine.loop import Engine
+from gpu_worker.engine.cuda.attention import DeviceAttention, TritonAttention, VarlenAttention
+from gpu_worker.engine.cuda.backend import check_attention
+from gpu_worker.engine.cuda.runner import DeviceRunner
+from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.probe import LayerShape
 from tests.engine_driver import VOCAB_SIZE, make_add, make_spec, run, tiny_llama_config, tiny_model
 from tests.engine_parts import byte_tokenizer

@@ -23,14 +23,13 @@ from api.server import make_server, open_socket
 from api.services import Services
 from celeriac.client import StreamEvent, parse_events
 from domain.catalog import Catalog, ModelSpec
-from domain.chunks import TokenChunk
-from domain.embeddings import EmbeddingResult, encode_vector
 from domain.ids import parse_id
 from domain.jobs import FinishReason, JobError, JobStatus, Usage
+from domain.requests import EmbeddingResult, TokenChunk, encode_vector
 from settings import Settings
 from storage import jobs
+from storage.job_ends import partial_result
 from storage.jobs import ChunkCommit, ClaimedJob, Finalisation
-from storage.jobs_partial import partial_result
 from storage.streams import publish
 
 MODEL = "fake"

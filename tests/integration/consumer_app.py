@@ -15,12 +15,11 @@ from uuid import UUID
 from celery import signals
 
 from domain.ids import external_id
-from domain.jobs import JobStatus
-from domain.workers import WorkerState
+from domain.jobs import JobStatus, WorkerState
 from gpu_worker import consumer
 from gpu_worker.app import app, model
 from gpu_worker.pool import EnginePool
-from gpu_worker.runner_events import RunnerEvent, RunnerEventKind, RunnerStats, WorkerFailure
+from gpu_worker.threads import RunnerEvent, RunnerEventKind, RunnerStats, WorkerFailure
 from gpu_worker.transport import ClaimingChannel
 
 __all__ = ["app"]

@@ -13,16 +13,13 @@ import redis
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.chunks import TokenChunk
-from domain.embeddings import EmbeddingRequest
 from domain.jobs import JobKind, JobStatus
-from domain.kinds import JobOutput
-from domain.requests import GenerationRequest, GenerationResult, SamplingParams
-from gpu_worker.engine.backends.fake_words import fake_text
-from gpu_worker.job_runner import JobRunner
-from gpu_worker.runner_events import RunnerEvent, RunnerEventKind, WorkerFailure
+from domain.requests import EmbeddingRequest, GenerationRequest, GenerationResult, JobOutput, SamplingParams, TokenChunk
+from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.runner import JobRunner
+from gpu_worker.threads import RunnerEvent, RunnerEventKind, WorkerFailure
 from settings import Settings
-from storage.stream_channels import channel_of
+from storage.streams import channel_of
 from storage.tables import Job, JobChunk, JobResult
 
 MODEL = "test-model"

@@ -9,8 +9,8 @@ import sys
 import threading
 from uuid import UUID, uuid4
 
-from gpu_worker.job_runner import JobRunner
-from gpu_worker.runner_events import RunnerEvent
+from gpu_worker.runner import JobRunner
+from gpu_worker.threads import RunnerEvent
 from tests.integration.runner_harness import MODEL
 
 

@@ -6,10 +6,9 @@ import httpx
 import pytest
 
 from domain.catalog import Catalog
-from domain.jobs import JobStatus
-from domain.workers import WorkerState
-from gpu_worker.runner_events import RunnerEventKind
-from storage import api_keys
+from domain.jobs import JobStatus, WorkerState
+from gpu_worker.threads import RunnerEventKind
+from storage import tenants
 from storage.tables import DEFAULT_TENANT_ID
 from tests.integration.api_harness import ApiServer, until
 from tests.integration.runner_harness import Rig
@@ -100,8 +99,8 @@ def test_an_order_is_kept_whoever_is_there_to_obey_it(rig: Rig) -> None:
 
 def test_only_admin_keys_may_look_and_order(rig: Rig) -> None:
     with rig.sessions.begin() as session:
-        plain = api_keys.create(session, DEFAULT_TENANT_ID)
-        admin = api_keys.create(session, DEFAULT_TENANT_ID, is_admin=True)
+        plain = tenants.create_key(session, DEFAULT_TENANT_ID)
+        admin = tenants.create_key(session, DEFAULT_TENANT_ID, is_admin=True)
     settings = rig.settings.model_copy(update={"auth": "api_key"})
     with ApiServer(settings, Catalog.load(settings.models_file)) as server:
         for key, status in [(None, 401), (plain, 403), (admin, 200), (plain, 403)]:

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Mount
 from api.app import create_app
 from domain.catalog import Catalog
 from settings import Settings
-from storage import api_keys
+from storage import tenants
 from storage.tables import Tenant
 from tests.integration.api_harness import CATALOG, ApiServer, HandWorker, body, post_job
 
@@ -32,7 +32,7 @@ def make_key(session_factory: sessionmaker[Session], make_tenant: Callable[..., 
     def make(*, expires_at: datetime | None = None, max_queued: int | None = None) -> str:
         tenant = make_tenant(max_queued=max_queued)
         with session_factory.begin() as session:
-            return api_keys.create(session, tenant.id, expires_at=expires_at)
+            return tenants.create_key(session, tenant.id, expires_at=expires_at)
 
     return make
 
@@ -108,9 +108,9 @@ def test_a_revoked_key_is_refused_once_it_is_forgotten(
     with api.client(key) as client:
         assert client.get("/v1/jobs").status_code == 200
         with session_factory.begin() as session:
-            row = api_keys.resolve(session, key)
+            row = tenants.resolve_key(session, key)
             assert row is not None
-            assert api_keys.revoke(session, row.id, row.tenant_id)
+            assert tenants.revoke_key(session, row.id, row.tenant_id)
         revoked_at = time.monotonic()
         while client.get("/v1/jobs").status_code == 200:
             assert time.monotonic() - revoked_at < 5

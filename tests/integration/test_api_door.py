@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from api.app import create_app
 from settings import Settings
-from storage import api_keys
+from storage import tenants
 from storage.tables import DEFAULT_TENANT_ID
 from tests.integration.api_harness import CATALOG, ApiServer, HandWorker, open_events, post_job, raw_request, until
 
@@ -149,7 +149,7 @@ class TestWithKeys:
     @pytest.fixture
     def key(self, session_factory: sessionmaker[Session]) -> str:
         with session_factory.begin() as session:
-            return api_keys.create(session, DEFAULT_TENANT_ID)
+            return tenants.create_key(session, DEFAULT_TENANT_ID)
 
     @pytest.fixture
     def http(self, api: ApiServer, key: str) -> Iterator[httpx.Client]:
@@ -171,7 +171,7 @@ class TestWithKeys:
     ) -> None:
         assert refused(http.get("/metrics"))
         with session_factory.begin() as session:
-            admin_key = api_keys.create(session, DEFAULT_TENANT_ID, is_admin=True)
+            admin_key = tenants.create_key(session, DEFAULT_TENANT_ID, is_admin=True)
         with api.client(admin_key) as admin:
             assert "http_requests_total" in admin.get("/metrics").text
 
@@ -206,9 +206,9 @@ class TestWithKeys:
 
 def revoke(sessions: sessionmaker[Session], key: str) -> None:
     with sessions.begin() as session:
-        row = api_keys.resolve(session, key)
+        row = tenants.resolve_key(session, key)
         assert row is not None
-        assert api_keys.revoke(session, row.id, row.tenant_id)
+        assert tenants.revoke_key(session, row.id, row.tenant_id)
 
 
 class TestPages:

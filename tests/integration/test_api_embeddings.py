@@ -7,11 +7,11 @@ import httpx
 import numpy as np
 import pytest
 
-from api.job_views import JobView, VectorsView
+from dialects.native import JobView, VectorsView
 from domain.catalog import Catalog
-from domain.embeddings import MAX_INPUTS
 from domain.ids import parse_id
 from domain.jobs import JobKind, JobStatus
+from domain.requests import MAX_INPUTS
 from tests.integration.api_harness import CONTEXT, MODEL, ApiServer, HandWorker
 from tests.integration.runner_harness import Rig
 

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 
-from api import job_events
-from api.job_views import JobView, OutputView
+from api import events as job_events
 from celeriac.client import StreamEvent
-from domain.chunks import TokenChunk, TokenLogprob
+from dialects.native import JobView, OutputView
 from domain.ids import external_id
 from domain.jobs import FinishReason, JobStatus
+from domain.requests import TokenChunk, TokenLogprob
 from local.servers import EmbeddedRedis
 from settings import Settings
 from storage import job_queries
@@ -375,7 +375,7 @@ def test_a_reader_that_takes_nothing_does_not_slow_the_others(
 def test_a_reader_that_takes_nothing_for_long_is_cut(
     http: httpx.Client, api: ApiServer, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.sse.SEND_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr("api.events.SEND_TIMEOUT_SECONDS", 0.3)
     job_id = post_job(http, model="large", params={"max_tokens": 50_000})["id"]
     job = hand_worker.claim(job_id)
     request = f"GET /v1/jobs/{job_id}/events HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.job_views import JobListView, JobView, OutputView
+from dialects.native import JobListView, JobView, OutputView
 from domain.ids import external_id
 from domain.jobs import JobError, JobStatus
 from storage import workers

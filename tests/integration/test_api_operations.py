@@ -21,16 +21,7 @@ from settings import ROOT
 from storage import workers
 from storage.database import migrate
 from storage.workers import WorkerReport
-from tests.integration.api_harness import (
-    MODEL,
-    ApiServer,
-    HandWorker,
-    all_events,
-    body,
-    open_events,
-    post_job,
-    until,
-)
+from tests.integration.api_harness import MODEL, ApiServer, HandWorker, all_events, body, open_events, post_job, until
 
 
 def beat(session_factory: sessionmaker[Session], **fields: object) -> None:

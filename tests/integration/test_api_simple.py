@@ -12,8 +12,8 @@ from domain.catalog import Catalog
 from domain.ids import parse_id
 from domain.jobs import JobStatus
 from gpu_worker import intake
-from gpu_worker.engine.backends.fake_words import fake_text
-from storage import api_keys
+from gpu_worker.engine.backends.fake import fake_text
+from storage import tenants
 from storage.tables import DEFAULT_TENANT_ID
 from tests.conftest import MakeTenant
 from tests.integration.api_harness import ApiServer, until
@@ -112,7 +112,7 @@ def test_what_is_left_to_chance_is_never_answered_from_the_cache(simple: httpx.C
 
 def test_nobody_is_answered_from_another_tenants_job(rig: Rig, make_tenant: MakeTenant) -> None:
     with rig.sessions.begin() as session:
-        keys = [api_keys.create(session, tenant) for tenant in (DEFAULT_TENANT_ID, make_tenant().id)]
+        keys = [tenants.create_key(session, tenant) for tenant in (DEFAULT_TENANT_ID, make_tenant().id)]
     settings = rig.settings.model_copy(update={"auth": "api_key"})
     rig.start()
     with ApiServer(settings, Catalog.load(settings.models_file)) as server:

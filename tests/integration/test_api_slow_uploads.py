@@ -9,7 +9,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from api.upload_slots import UploadSlots
+from api.limits import UploadSlots
 from domain.errors import ServerOverloaded
 from tests.integration.api_harness import ApiServer, until
 
@@ -41,7 +41,7 @@ def test_uploads_that_trickle_give_their_places_back(
     http: httpx.Client, trickling: list[socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert upload(http).status_code == 503
-    monkeypatch.setattr("api.openai.uploads.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("api.openai.files.GRACE_SECONDS", 0.1)
     for connection in trickling:
         connection.sendall(b"a")  # not silent, but far too slow
     for connection in trickling:
@@ -53,8 +53,8 @@ def test_uploads_that_trickle_give_their_places_back(
 
 
 def test_an_upload_that_keeps_the_rate_goes_on_past_the_grace(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.openai.uploads.GRACE_SECONDS", 0.5)
-    monkeypatch.setattr("api.openai.uploads.MIN_BYTES_PER_SECOND", 1.0)
+    monkeypatch.setattr("api.openai.files.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("api.openai.files.MIN_BYTES_PER_SECOND", 1.0)
     content = PART + b'{}\n\r\n--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x--\r\n'
     head = HEAD.replace(b"100000", str(len(content)).encode())
     with closing(socket.create_connection(("127.0.0.1", api.port), timeout=30)) as connection:

@@ -9,9 +9,8 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.jobs import BATCH_PRIORITY, Lane
-from domain.workers import WorkerState
-from storage import batch_lines, model_states, workers
+from domain.jobs import BATCH_PRIORITY, Lane, WorkerState
+from storage import batches, workers
 from storage.tables import Job
 from storage.workers import WorkerReport
 from tests.conftest import MakeJob
@@ -35,7 +34,7 @@ def queue_of(http: httpx.Client) -> dict[str, object]:
 def unload(sessions: Sessions) -> None:
     serve(sessions)
     with sessions.begin() as session:
-        model_states.set_loaded(session, MODEL, is_loaded=False)
+        workers.set_model_loaded(session, MODEL, is_loaded=False)
 
 
 BEGUN = {"committed_sequence_number": 3, "num_committed_tokens": 3, "model_revision": "fake:old"}
@@ -81,7 +80,7 @@ def test_lines_of_batches_wait_for_their_share_though_slots_are_free(
     make_job(model=MODEL, priority=BATCH_PRIORITY)
     serve(session_factory)
     until(lambda: queue_of(http)["waiting_for"] == {"slots": 1})
-    monkeypatch.setattr(batch_lines, "num_outstanding", lambda session, model: 3)  # of four slots
+    monkeypatch.setattr(batches, "num_outstanding", lambda session, model: 3)  # of four slots
     until(lambda: queue_of(http)["waiting_for"] == {"limit": 1})
 
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.webhooks import EVENT_TYPES
 from settings import Settings
-from storage import api_keys
+from storage import tenants
 from tests.conftest import MakeTenant
 from tests.integration.api_harness import ApiServer, HandWorker, body, post_job, until
 from tests.webhook_receiver import Receiver, receiving, sending
@@ -185,7 +185,7 @@ def test_a_tenant_sees_nothing_of_anothers_webhooks(
     receiver: Receiver,
 ) -> None:
     with session_factory.begin() as session:
-        mine, theirs = (api_keys.create(session, make_tenant().id) for _ in range(2))
+        mine, theirs = (tenants.create_key(session, make_tenant().id) for _ in range(2))
     settings = Settings(database_url=database_url, redis_url=redis_url, auth="api_key", webhook_private_targets=True)
     endpoint = {"name": "a", "url": receiver.url(), "event_types": ["job.cancelled"]}
     with ApiServer(settings) as server, server.client(mine) as me, server.client(theirs) as other:

@@ -12,18 +12,17 @@ import pytest
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.openai.batch_lines import batch_surface
-from domain.batches import PIECE_BYTES, BatchStatus, LineOutcome
+from dialects.openai_batches import LineRequest, batch_surface
+from domain.jobs import PIECE_BYTES, BatchStatus, LineOutcome
 from maintenance.batches import BatchWork
 from observability import llm_requests_total
 from settings import Settings
-from storage import batch_lines, batches, files
-from storage.batch_tables import Batch, BatchLine
+from storage import batches, files
+from storage.files import Batch, BatchLine
 from storage.tables import DEFAULT_TENANT_ID, Job
-from tasks.batch_surface import LineRequest
-from tasks.models import ModelViews
 from tests.conftest import MakeTenant
 from tests.integration.api_harness import CATALOG
+from text.models import ModelViews
 
 CHAT = "/v1/chat/completions"
 ReadLine = Callable[[bytes, str], LineRequest]
@@ -208,7 +207,7 @@ def fail_at_attach(monkeypatch: pytest.MonkeyPatch, kinds: Iterator[type[Excepti
     def attach(*_: object) -> None:
         raise next(kinds)("it cannot be noted")
 
-    monkeypatch.setattr(batch_lines, "attach", attach)
+    monkeypatch.setattr(batches, "attach", attach)
 
 
 def test_a_step_that_fails_three_times_in_the_same_way_fails_its_batch_alone(

@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 
 from celeriac import cli
 from settings import get_settings
-from storage import api_keys
+from storage import tenants
 from storage.database import open_database, session_factory
 from storage.tables import DEFAULT_TENANT_ID
 
@@ -36,7 +36,7 @@ def test_migrate_puts_schema_and_bootstrap_key_in_place_however_often(run: Any, 
         assert result.exit_code == 0, result.output
     database = open_database(empty_database_url)
     with session_factory(database)() as session:
-        row = api_keys.resolve(session, key)
+        row = tenants.resolve_key(session, key)
     database.dispose()
     assert row is not None
     assert row.tenant_id == DEFAULT_TENANT_ID
@@ -52,7 +52,7 @@ def test_a_bootstrap_key_of_the_wrong_form_is_explained_and_not_repeated(run: An
 def test_a_key_works_until_it_is_revoked(run: Any, database_url: str, database: Engine) -> None:
     key = run(database_url, "keys", "create", "--tenant", "research", "--name", "notebook").output.strip()
     with session_factory(database)() as session:
-        assert api_keys.resolve(session, key) is not None
+        assert tenants.resolve_key(session, key) is not None
     listed = run(database_url, "keys", "list", "--tenant", "research").output
     key_id = key.split("_")[1]
     assert key_id in listed
@@ -60,7 +60,7 @@ def test_a_key_works_until_it_is_revoked(run: Any, database_url: str, database: 
     assert key not in listed
     assert run(database_url, "keys", "revoke", key_id, "--tenant", "research").exit_code == 0
     with session_factory(database)() as session:
-        assert api_keys.resolve(session, key) is None
+        assert tenants.resolve_key(session, key) is None
     again = run(database_url, "keys", "revoke", key_id, "--tenant", "research")
     assert again.exit_code == 1
     assert "no live key" in again.output

@@ -145,7 +145,7 @@ def test_what_is_no_message_is_dropped_and_its_neighbours_go_on(plant: Plant) ->
         (GENERATE, {"args": ["a secret prompt"]}),
         (GENERATE, {"kwargs": {"prompt": "a secret prompt"}, "task_id": "my-own-id"}),
         ("celeriac.summarise", {"args": ["a secret prompt"]}),
-        ("tasks.generate.infer", {"kwargs": {"prompt": "a secret prompt"}}),
+        ("tasks.app.infer", {"kwargs": {"prompt": "a secret prompt"}}),
     ],
 )
 def test_a_task_sent_by_hand_fails_where_its_sender_can_see_it(

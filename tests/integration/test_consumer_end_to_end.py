@@ -14,8 +14,7 @@ from celery import Celery
 
 from domain.catalog import Catalog
 from domain.ids import external_id
-from domain.jobs import JobStatus
-from domain.workers import WorkerState
+from domain.jobs import JobStatus, WorkerState
 from storage import workers
 from tasks.app import make_app
 from tasks.dispatch import count_waiting, dispatch

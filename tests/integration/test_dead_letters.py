@@ -7,10 +7,10 @@ import httpx
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
-from api.job_views import AttemptView, DeadLetterListView, JobView
+from dialects.native import AttemptView, DeadLetterListView, JobView
 from domain.ids import parse_id
 from domain.jobs import FinishReason, JobError, JobStatus, Lane
-from storage import job_attempts, jobs
+from storage import job_queries, jobs
 from storage.jobs import ClaimedJob
 from storage.tables import Job
 from tests.integration.api_harness import HandWorker, all_events, body, make_chunk, post_job, until
@@ -177,4 +177,4 @@ def test_suspicion_ends_with_sixteen_tokens_of_an_attempt(
 def test_a_stranger_sees_no_dead_letter(http: httpx.Client, hand_worker: HandWorker) -> None:
     fail(hand_worker, post_job(http)["id"])
     with hand_worker.sessions() as session:
-        assert job_attempts.list_dead_letters(session, uuid4(), after=None, limit=9) == []
+        assert job_queries.list_dead_letters(session, uuid4(), after=None, limit=9) == []

@@ -7,7 +7,7 @@ import httpx
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
-from gpu_worker.runner_events import RunnerEventKind
+from gpu_worker.threads import RunnerEventKind
 from tests.integration.api_harness import body, post_job
 from tests.integration.runner_harness import Rig, wait_until
 

@@ -19,8 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id, new_id
-from domain.jobs import JobStatus
-from domain.workers import WorkerState
+from domain.jobs import JobStatus, WorkerState
 from local.servers import EmbeddedRedis
 from settings import Settings
 from storage import workers

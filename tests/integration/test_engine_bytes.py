@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from gpu_worker.engine.backends.transformers import build_engine
-from gpu_worker.engine.loop import Engine
+from gpu_worker.engine.engine import Engine
 from tests.engine_driver import CPU, Finished, make_add, make_spec, run, run_alone, tiny_model
 from tests.engine_parts import byte_tokenizer
 from tests.tokenizers_of_all_kinds import GEMMA_DECODER, sentencepiece_tokenizer

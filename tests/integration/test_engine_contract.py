@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from domain.catalog import ModelSpec
-from domain.chunks import TokenLogprob
 from domain.errors import ContextLengthExceeded
+from domain.requests import TokenLogprob
 from gpu_worker.engine.backends import Backend, StepMember, import_backend
-from gpu_worker.frames import AddJob, SequenceOutput, StepDone
+from gpu_worker.engine_process.frames import AddJob, SequenceOutput, StepDone
 from settings import ROOT
 
 PROMPT = [40, 41, 42]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gpu_worker.engine.backends import StepMember
-from gpu_worker.engine.loop import Engine
-from gpu_worker.frames import StepDone
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine_process.frames import StepDone
 from tests.device_engine import ReplayedFunction, make_device_engine
 from tests.engine_driver import Collected, make_add, make_engine, run, step, tiny_model
 from tests.engine_traces import run_traces

@@ -22,11 +22,10 @@ from transformers import (
 )
 
 from gpu_worker.engine.backends import StepMember
-from gpu_worker.engine.backends.encoder import EncoderBackend
+from gpu_worker.engine.backends.encoder import EncoderBackend, make_lane, read_pooling
 from gpu_worker.engine.backends.transformers import TransformersBackend
-from gpu_worker.engine.embedding import make_lane, read_pooling
-from gpu_worker.engine.embedding_lane import EmbeddingLane
-from gpu_worker.frames import EmbeddingOutput, EmbedJob, EngineStats, StepDone
+from gpu_worker.engine.embedding_queue import EmbeddingLane
+from gpu_worker.engine_process.frames import EmbeddingOutput, EmbedJob, EngineStats, StepDone
 from tests.engine_driver import CPU, VOCAB_SIZE, make_add, make_spec, tiny_model
 from tests.engine_parts import TOKENIZER
 from tests.integration.test_engine_parity import SHAPE, SLIDING

@@ -9,8 +9,8 @@ from torch import Tensor
 from domain.errors import ContextLengthExceeded, InvalidRequest
 from domain.requests import GenerationRequest
 from gpu_worker.engine.backends import StepMember
-from gpu_worker.engine.loop import Engine
-from gpu_worker.frames import AddJob
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine_process.frames import AddJob
 from tests.engine_driver import (
     EOS_TOKEN_ID,
     VOCAB_SIZE,

@@ -13,12 +13,11 @@ from transformers import BertConfig, BertModel, FalconConfig
 from domain.catalog import Catalog
 from gpu_worker.engine.backends import transformers
 from gpu_worker.engine.backends.transformers import TransformersBackend, build_engine
-from gpu_worker.engine.fused import FusedLlama
+from gpu_worker.engine.cpu.runner import FusedLlama
 from gpu_worker.engine.loading import eos_token_ids, load_model
 from gpu_worker.engine.probe import NotPageable
 from gpu_worker.engine.runner import SequentialRunner
 from settings import ROOT
-from tasks.models import complete
 from tests.engine_driver import (
     CPU,
     EOS_TOKEN_ID,
@@ -31,6 +30,7 @@ from tests.engine_driver import (
     tiny_model,
 )
 from tests.engine_parts import TOKENIZER
+from text.models import complete
 
 
 @pytest.fixture

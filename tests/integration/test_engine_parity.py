@@ -30,9 +30,10 @@ from transformers import (
     SmolLM3Config,
 )
 
-from gpu_worker.engine.loop import Engine
-from gpu_worker.engine.runner import PagedRunner, SequentialRunner
-from gpu_worker.frames import AddJob
+from gpu_worker.engine.cpu.runner import PagedRunner
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.runner import SequentialRunner
+from gpu_worker.engine_process.frames import AddJob
 from tests.engine_driver import EOS_TOKEN_ID, VOCAB_SIZE, Collected, make_add, make_engine, run, tiny_model
 
 NUM_NEW_TOKENS = 14

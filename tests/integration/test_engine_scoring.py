@@ -6,9 +6,9 @@ import msgspec
 import pytest
 import torch
 
-from gpu_worker.engine.loop import Engine
-from gpu_worker.engine.prompt_scoring import max_num_scored_tokens
-from gpu_worker.frames import AddJob
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.sampling import max_num_scored_tokens
+from gpu_worker.engine_process.frames import AddJob
 from tests.engine_driver import VOCAB_SIZE, Collected, Finished, make_add, make_engine, run, step, tiny_model
 from tests.engine_parts import TOKENIZER
 from tests.integration.test_engine_parity import ALL_CONFIGS

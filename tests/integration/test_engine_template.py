@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from domain.catalog import ModelSpec
-from gpu_worker.frames import AddJob, StepDone
-from gpu_worker.supervisor import EngineExit, Supervisor
+from gpu_worker.engine_process.frames import AddJob, StepDone
+from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from settings import ROOT
 from tests.integration.runner_harness import wait_until
 

@@ -16,7 +16,7 @@ import pytest
 from domain.catalog import Catalog
 from domain.ids import parse_id
 from domain.jobs import JobStatus
-from gpu_worker.runner_events import RunnerEventKind
+from gpu_worker.threads import RunnerEventKind
 from local.server_programs import postgres_programs
 from local.servers import EmbeddedPostgres
 from storage import database as storage_database

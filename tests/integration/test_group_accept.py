@@ -14,12 +14,12 @@ from sqlalchemy.orm import Session
 from domain.errors import ServerOverloaded, StorageUnavailable
 from domain.ids import new_id
 from domain.requests import GenerationRequest
-from storage import jobs_accept
+from storage import job_accept
 from storage.database import async_session_factory, open_statement_database
-from storage.jobs_accept import Accepted, AcceptOutcome, NewJob
+from storage.job_accept import Accepted, AcceptOutcome, NewJob
 from storage.tables import DEFAULT_TENANT_ID, Job
-from tasks import group_accept
-from tasks.group_accept import GroupAcceptor
+from tasks import accept as group_accept
+from tasks.accept import GroupAcceptor
 
 
 def make_new_job(**fields: Any) -> NewJob:
@@ -63,13 +63,13 @@ async def acceptor(sessions: async_sessionmaker[AsyncSession]) -> AsyncIterator[
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the groups that reach SQL."""
     sizes: list[int] = []
-    accept = jobs_accept.accept
+    accept = job_accept.accept
 
     def counted(session: Session, new_jobs: list[NewJob], **bounds: int) -> list[Accepted]:
         sizes.append(len(new_jobs))
         return accept(session, new_jobs, **bounds)
 
-    monkeypatch.setattr(jobs_accept, "accept", counted)
+    monkeypatch.setattr(job_accept, "accept", counted)
     return sizes
 
 

@@ -18,8 +18,8 @@ from domain.jobs import JobStatus, Lane
 from local.servers import EmbeddedRedis
 from maintenance.janitor import EPOCH_KEY, Janitor
 from settings import Settings
-from storage import job_attempts, jobs, maintenance, workers
-from storage.stream_channels import channel_of
+from storage import job_queries, jobs, maintenance, workers
+from storage.streams import channel_of
 from storage.tables import DEFAULT_TENANT_ID, Job, TenantLoad
 from storage.workers import WorkerReport
 from tasks.dispatch import count_waiting
@@ -214,7 +214,7 @@ def test_a_job_without_progress_under_a_living_lease_is_taken_away(
     assert statuses == [queued, running_, queued, running_]
     with session_factory() as session:
         assert session.get_one(Job, stalled.id).num_failures == 1
-        assert [one.outcome for one in job_attempts.attempts_of(session, [stalled.id])[stalled.id]] == ["stalled"]
+        assert [one.outcome for one in job_queries.attempts_of(session, [stalled.id])[stalled.id]] == ["stalled"]
         assert maintenance.figures(session)["stalled_jobs", ""] == 2
 
 

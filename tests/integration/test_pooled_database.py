@@ -20,8 +20,16 @@ from local.processes import free_port
 from local.servers import EmbeddedPostgres
 from settings import ROOT
 from storage import database as storage_database
-from storage.database import MIGRATION_LOCK, MigrationRunning, database_url, migrate, open_async_database, open_database
-from storage.server_sessions import SharedSessions, refuse_shared_sessions
+from storage.database import (
+    MIGRATION_LOCK,
+    MigrationRunning,
+    SharedSessions,
+    database_url,
+    migrate,
+    open_async_database,
+    open_database,
+    refuse_shared_sessions,
+)
 from tests.integration.consumer_harness import wait_until
 
 PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")

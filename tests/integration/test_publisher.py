@@ -9,9 +9,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import ModelSpec
 from domain.jobs import JobStatus, Lane
-from gpu_worker.job_storage import JobStorage
-from gpu_worker.publisher import JobFlush, Publisher, commit
-from gpu_worker.running_job import RunningJob
+from gpu_worker.commits import JobFlush, JobStorage, Publisher, commit
+from gpu_worker.job import RunningJob
 from settings import Settings
 from storage.tables import Job, JobChunk
 from tests.conftest import MakeJob

@@ -11,11 +11,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.ids import parse_id
-from domain.jobs import JobStatus
+from domain.jobs import JobStatus, WorkerState
 from domain.requests import GenerationResult
-from domain.workers import WorkerState
-from maintenance.janitor import Janitor
-from maintenance.revisions import RevisionWatch
+from maintenance.janitor import Janitor, RevisionWatch
 from settings import Settings
 from storage import job_queries, jobs, maintenance, workers
 from storage.jobs import ChunkCommit, ClaimedJob

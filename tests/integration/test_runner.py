@@ -6,13 +6,11 @@ from uuid import uuid4
 
 from sqlalchemy.orm import Session
 
-from domain.chunks import TokenChunk
-from domain.jobs import FinishReason, JobStatus
-from domain.requests import SamplingParams
-from domain.workers import WorkerState
-from gpu_worker.engine.backends.fake_words import fake_text
-from gpu_worker.runner_events import RunnerEventKind
-from storage import jobs, worker_drains, workers
+from domain.jobs import FinishReason, JobStatus, WorkerState
+from domain.requests import SamplingParams, TokenChunk
+from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.threads import RunnerEventKind
+from storage import jobs, workers
 from storage.jobs import ChunkCommit
 from tests.integration.runner_harness import PROMPT, RecordingRunner, Rig, listening, wait_until
 
@@ -244,7 +242,7 @@ def test_an_ordered_drain_holds_for_the_name_until_it_is_taken_back(rig: Rig) ->
     again = rig.start(wait=False)
     wait_until(lambda: again.runner.stats().state is WorkerState.DRAINING, "the order is kept")
     with rig.sessions.begin() as session:
-        assert worker_drains.resume(session, "gpu@test")
+        assert workers.resume(session, "gpu@test")
     both = (worker.runner, again.runner)
     wait_until(lambda: {each.stats().state for each in both} == {WorkerState.READY}, "they take jobs again")
     worker.runner.order_resume()  # of what is not drained: nothing happens

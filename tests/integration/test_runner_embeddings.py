@@ -6,10 +6,10 @@ from uuid import UUID
 
 import numpy as np
 
-from domain.embeddings import EmbeddingResult
 from domain.jobs import JobStatus
-from gpu_worker.engine.backends.fake_words import fake_vector
-from gpu_worker.runner_events import RunnerEventKind
+from domain.requests import EmbeddingResult
+from gpu_worker.engine.backends.fake import fake_vector
+from gpu_worker.threads import RunnerEventKind
 from tests.integration.runner_harness import Rig, wait_until
 
 INPUTS = [[n % 200, n // 200, 7] for n in range(150)]

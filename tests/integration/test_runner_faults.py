@@ -14,10 +14,10 @@ import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobStatus, Lane
-from gpu_worker import intake, oom_kills, running_batch
-from gpu_worker.runner_events import RunnerEventKind
-from storage import job_attempts, jobs
-from storage.jobs_sql import PROVEN_TOKENS
+from gpu_worker import batch, intake
+from gpu_worker.threads import RunnerEventKind
+from storage import job_queries, jobs
+from storage.job_statements import PROVEN_TOKENS
 from tests.integration.runner_harness import MODEL, RecordingRunner, Rig, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +44,8 @@ def oom_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the workers of the test take for the kernel's."""
     counters = tmp_path / "vmstat"
     counters.write_text("nr_free_pages 7\noom_kill 0\n")
-    monkeypatch.setattr(oom_kills, "OWN_CGROUPS", tmp_path / "none")
-    monkeypatch.setattr(oom_kills, "HOST_COUNTERS", counters)
+    monkeypatch.setattr(batch, "OWN_CGROUPS", tmp_path / "none")
+    monkeypatch.setattr(batch, "HOST_COUNTERS", counters)
     return counters
 
 
@@ -102,7 +102,7 @@ def test_one_poison_job_costs_at_most_three_engines_and_none_of_sixteen_innocent
     wait_until(lambda: rig.job(guilty).status is JobStatus.FAILED, "the guilty job has failed", seconds=60)
     wait_until_all_completed(rig, innocents)
     with rig.sessions() as session:
-        histories = job_attempts.attempts_of(session, [guilty, *innocents])
+        histories = job_queries.attempts_of(session, [guilty, *innocents])
     crashes = {
         attempt.ended_at for history in histories.values() for attempt in history if attempt.outcome == "crashed"
     }
@@ -140,7 +140,7 @@ def test_the_isolated_lane_is_served_by_an_idle_worker_in_a_fresh_engine(rig: Ri
 
 def test_a_suspect_waits_until_it_is_alone_and_others_wait_for_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake, "BUSY_ISOLATED_SECONDS", 0.2)
-    monkeypatch.setattr(running_batch, "MAX_NEIGHBOUR_SECONDS", 60.0)
+    monkeypatch.setattr(batch, "MAX_NEIGHBOUR_SECONDS", 60.0)
     rig.write_catalog(step_seconds=0.02)
     running = rig.add_job(max_tokens=60)
     worker = rig.start()

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from gpu_worker.runner_events import RunnerEventKind
+from gpu_worker.threads import RunnerEventKind
 from local.servers import EmbeddedPostgres
 from storage import database as storage_database
 from storage import jobs

@@ -4,7 +4,7 @@ import time
 
 import redis
 
-from gpu_worker.runner_events import RunnerEventKind
+from gpu_worker.threads import RunnerEventKind
 from local.servers import EmbeddedRedis
 from tests.integration.runner_harness import Rig, listening, wait_until
 

@@ -7,9 +7,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from api.openai.output_shapes import callable_tool
-from domain.tools import CallableTool, ToolCalls, ToolDefinition, ToolFormat
-from gpu_worker.frames import AddJob
+from dialects.openai import callable_tool
+from domain.structured_output import CallableTool, ToolCalls, ToolDefinition, ToolFormat
+from gpu_worker.engine_process.frames import AddJob
 from tests.engine_driver import EOS_TOKEN_ID, Collected, make_add, make_engine, run
 from tests.engine_parts import byte_tokenizer
 from tests.schema_corpus import CORPUS

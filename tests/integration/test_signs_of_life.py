@@ -10,17 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker import signs_of_life
-from gpu_worker.flight_recorder import RECORDER_BYTES, create_memory
-from gpu_worker.signs_of_life import NUM_IDLE_HEARTBEATS, NUM_SILENT_HEARTBEATS, Pulse, SignsOfLife, read_usage
+from gpu_worker.engine_process import signs_of_life
+from gpu_worker.engine_process.signs_of_life import (
+    NUM_IDLE_HEARTBEATS,
+    NUM_SILENT_HEARTBEATS,
+    RECORDER_BYTES,
+    Pulse,
+    SignsOfLife,
+    create_memory,
+    read_usage,
+)
 from settings import ROOT
 from tests.integration.runner_harness import wait_until
 
 HEARTBEAT_SECONDS = 0.1
 PROGRAM = """
 import sys, time
-from gpu_worker.flight_recorder import RECORDER_BYTES
-from gpu_worker.signs_of_life import Pulse, start_beating
+from gpu_worker.engine_process.signs_of_life import RECORDER_BYTES
+from gpu_worker.engine_process.signs_of_life import Pulse, start_beating
 pulse = Pulse(int(sys.argv[1]), offset=RECORDER_BYTES)
 pulse.count_step()
 {start}

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobStatus
 from domain.requests import GenerationRequest
-from storage import jobs_accept
-from storage.jobs_accept import AcceptOutcome, NewJob
+from storage import job_accept
+from storage.job_accept import AcceptOutcome, NewJob
 from storage.tables import Job, JobPayload, TenantLoad
 from tests.conftest import MakeTenant
 from tests.storage_samples import MODEL, load_of, new_job
@@ -24,7 +24,7 @@ Sessions = sessionmaker[Session]
 
 def accept(sessions: Sessions, *new_jobs: NewJob, bound: int = 1000) -> list[AcceptOutcome]:
     with sessions.begin() as session:
-        return [accepted.outcome for accepted in jobs_accept.accept(session, new_jobs, max_queued_jobs=bound)]
+        return [accepted.outcome for accepted in job_accept.accept(session, new_jobs, max_queued_jobs=bound)]
 
 
 class TestAccept:
@@ -53,7 +53,7 @@ class TestAccept:
     def test_an_idempotency_key_names_the_first_job(self, session: Session) -> None:
         first, second = new_job(idempotency_key="k"), new_job(idempotency_key="k")
         other = new_job(idempotency_key="k", request_hash=b"another")
-        outcomes = jobs_accept.accept(session, [first, second, other], max_queued_jobs=10)
+        outcomes = job_accept.accept(session, [first, second, other], max_queued_jobs=10)
         assert [(o.job_id, o.outcome) for o in outcomes] == [
             (first.id, ACCEPTED),
             (first.id, DUPLICATE),
@@ -111,7 +111,7 @@ class TestAccept:
         assert outcomes[TOO_MANY] == outcomes[KEY_REUSED] == 0
 
     def test_an_empty_group_is_no_work(self, session: Session) -> None:
-        assert jobs_accept.accept(session, [], max_queued_jobs=1) == []
+        assert job_accept.accept(session, [], max_queued_jobs=1) == []
 
     def test_a_tenant_back_from_idle_starts_level_with_the_active_ones(
         self, session: Session, make_tenant: MakeTenant
@@ -121,8 +121,8 @@ class TestAccept:
             session.execute(
                 update(TenantLoad).where(TenantLoad.tenant_id == tenant.id).values(virtual_time=virtual_time)
             )
-        jobs_accept.accept(session, [new_job(tenant_id=busy.id)], max_queued_jobs=9)
+        job_accept.accept(session, [new_job(tenant_id=busy.id)], max_queued_jobs=9)
         assert load_of(session, busy.id).virtual_time == 500
-        jobs_accept.accept(session, [new_job(tenant_id=idle.id), new_job(tenant_id=credit.id)], max_queued_jobs=9)
+        job_accept.accept(session, [new_job(tenant_id=idle.id), new_job(tenant_id=credit.id)], max_queued_jobs=9)
         assert load_of(session, idle.id).virtual_time == 500
         assert load_of(session, credit.id).virtual_time == 900

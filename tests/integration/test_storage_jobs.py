@@ -8,12 +8,11 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus, Lane, Usage
-from domain.requests import GenerationResult
+from domain.requests import GenerationResult, TokenChunk
 from storage import jobs
+from storage.job_statements import PROVEN_TOKENS
 from storage.jobs import ChunkCommit, ClaimedJob, Finalisation
-from storage.jobs_sql import PROVEN_TOKENS
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult
 from tests.conftest import MakeJob
 from tests.storage_samples import MODEL, PAST, chunk, claim, load_of, result

@@ -10,13 +10,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.chunks import TokenChunk
 from domain.jobs import JobStatus, Lane
-from storage import jobs, jobs_accept, workers
+from domain.requests import TokenChunk
+from storage import job_accept, jobs, workers
+from storage.job_accept import AcceptOutcome
+from storage.job_ends import REASON_BY_STATUS
+from storage.job_statements import PROVEN_TOKENS
 from storage.jobs import ChunkCommit, Finalisation
-from storage.jobs_accept import AcceptOutcome
-from storage.jobs_partial import REASON_BY_STATUS
-from storage.jobs_sql import PROVEN_TOKENS
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult, TenantLoad
 from storage.workers import WorkerReport
 from tests.storage_samples import MODEL, PAST, chunk, claim, new_job, result
@@ -121,7 +121,7 @@ class Store(RuleBasedStateMachine):
     def accept(self, key: str) -> None:
         job = new_job(idempotency_key=key, max_failures=MAX_FAILURES)
         with self.sessions.begin() as session:
-            [accepted] = jobs_accept.accept(session, [job], max_queued_jobs=MAX_QUEUED)
+            [accepted] = job_accept.accept(session, [job], max_queued_jobs=MAX_QUEUED)
         by_key = {known.key: job_id for job_id, known in self.jobs.items()}
         if key in by_key:
             assert (accepted.outcome, accepted.job_id) == (AcceptOutcome.DUPLICATE, by_key[key])

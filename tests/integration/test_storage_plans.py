@@ -8,7 +8,7 @@ from sqlalchemy import TextClause, select, text, update
 from sqlalchemy.orm import Session
 
 from domain.jobs import JobStatus
-from storage import jobs_ends_sql, jobs_sql
+from storage import job_ends, job_statements
 from storage.tables import Job, TenantLoad
 from tests.conftest import MakeJob
 from tests.storage_samples import chunk, result
@@ -35,9 +35,9 @@ def flush_parameters(ids: list[UUID]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("statement", "status"),
     [
-        (jobs_sql.COMMIT_CHUNKS, JobStatus.IN_PROGRESS),
-        (jobs_ends_sql.FINALISE, JobStatus.IN_PROGRESS),
-        (jobs_sql.CLAIM, JobStatus.QUEUED),
+        (job_statements.COMMIT_CHUNKS, JobStatus.IN_PROGRESS),
+        (job_ends.FINALISE, JobStatus.IN_PROGRESS),
+        (job_statements.CLAIM, JobStatus.QUEUED),
     ],
     ids=["commit_chunks", "finalise", "claim"],
 )

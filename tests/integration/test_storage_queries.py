@@ -8,9 +8,8 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from domain.jobs import JobStatus
-from domain.workers import WorkerState
-from storage import api_keys, job_queries, jobs, tenants, workers
+from domain.jobs import JobStatus, WorkerState
+from storage import job_queries, jobs, tenants, workers
 from storage.job_queries import QueuePosition, StreamState
 from storage.jobs import ChunkCommit, Finalisation
 from storage.tables import DEFAULT_TENANT_ID, ApiKey, Worker
@@ -126,8 +125,8 @@ class TestQueue:
 
 class TestKeys:
     def test_a_key_names_its_tenant_and_only_its_hash_is_stored(self, session: Session) -> None:
-        key = api_keys.create(session, DEFAULT_TENANT_ID, name="laptop")
-        row = api_keys.resolve(session, key)
+        key = tenants.create_key(session, DEFAULT_TENANT_ID, name="laptop")
+        row = tenants.resolve_key(session, key)
         assert row is not None
         assert (row.tenant_id, row.name) == (DEFAULT_TENANT_ID, "laptop")
         prefix, key_id, secret = key.split("_", 2)
@@ -136,46 +135,46 @@ class TestKeys:
         assert secret.encode() not in row.secret_sha256
 
     def test_what_is_not_a_live_key_is_refused(self, session: Session) -> None:
-        key = api_keys.create(session, DEFAULT_TENANT_ID)
-        expired = api_keys.create(session, DEFAULT_TENANT_ID, expires_at=PAST)
-        other = api_keys.create(session, DEFAULT_TENANT_ID)
+        key = tenants.create_key(session, DEFAULT_TENANT_ID)
+        expired = tenants.create_key(session, DEFAULT_TENANT_ID, expires_at=PAST)
+        other = tenants.create_key(session, DEFAULT_TENANT_ID)
         mixed = "_".join([*key.split("_", 2)[:2], other.split("_", 2)[2]])
         for wrong in (expired, mixed, key[:-1], key + "x", "", "sk", "sk__", "sk_' OR 1=1_x", "sk_\x00_x", "x" * 10**6):
-            assert api_keys.resolve(session, wrong) is None, wrong[:50]
-        assert api_keys.resolve(session, key) is not None
+            assert tenants.resolve_key(session, wrong) is None, wrong[:50]
+        assert tenants.resolve_key(session, key) is not None
 
     def test_a_revoked_key_is_dead_and_stays_listed(self, session: Session, make_tenant: MakeTenant) -> None:
-        key = api_keys.create(session, DEFAULT_TENANT_ID)
+        key = tenants.create_key(session, DEFAULT_TENANT_ID)
         key_id = key.split("_")[1]
-        assert not api_keys.revoke(session, key_id, make_tenant().id)
-        assert api_keys.revoke(session, key_id, DEFAULT_TENANT_ID)
-        assert not api_keys.revoke(session, key_id, DEFAULT_TENANT_ID)
-        assert api_keys.resolve(session, key) is None
-        [row] = api_keys.list_keys(session, DEFAULT_TENANT_ID)
+        assert not tenants.revoke_key(session, key_id, make_tenant().id)
+        assert tenants.revoke_key(session, key_id, DEFAULT_TENANT_ID)
+        assert not tenants.revoke_key(session, key_id, DEFAULT_TENANT_ID)
+        assert tenants.resolve_key(session, key) is None
+        [row] = tenants.list_keys(session, DEFAULT_TENANT_ID)
         assert row.revoked_at is not None
 
     def test_a_bootstrap_key_may_be_ensured_again_and_again(self, session: Session) -> None:
         key = "sk_bootstrap_" + "s" * 32
         for _ in range(2):
-            api_keys.ensure(session, key, DEFAULT_TENANT_ID, name="bootstrap")
-        assert api_keys.resolve(session, key) is not None
+            tenants.ensure_key(session, key, DEFAULT_TENANT_ID, name="bootstrap")
+        assert tenants.resolve_key(session, key) is not None
         assert session.scalar(select(func.count()).select_from(ApiKey)) == 1
 
     @pytest.mark.parametrize("key", ["", "password", "sk_boot_short", "pk_boot_" + "s" * 32])
     def test_a_weak_or_malformed_bootstrap_key_is_refused_without_being_shown(self, session: Session, key: str) -> None:
-        with pytest.raises(api_keys.MalformedKey) as refused:
-            api_keys.ensure(session, key, DEFAULT_TENANT_ID)
+        with pytest.raises(tenants.MalformedKey) as refused:
+            tenants.ensure_key(session, key, DEFAULT_TENANT_ID)
         assert not key or key not in str(refused.value)
 
 
 class TestTenantsAndWorkers:
     def test_a_tenant_is_created_with_its_load(self, session: Session) -> None:
-        tenant = tenants.create(session, "acme", max_queued=5, weight=2)
-        assert tenants.get(session, tenant.id) is tenant
-        assert tenants.get_by_name(session, "acme") is tenant
-        assert tenants.get_by_name(session, "nobody") is None
+        tenant = tenants.create_tenant(session, "acme", max_queued=5, weight=2)
+        assert tenants.get_tenant(session, tenant.id) is tenant
+        assert tenants.get_tenant_by_name(session, "acme") is tenant
+        assert tenants.get_tenant_by_name(session, "nobody") is None
         with pytest.raises(IntegrityError):
-            tenants.create(session, "acme")
+            tenants.create_tenant(session, "acme")
 
     def test_a_worker_lives_as_long_as_it_is_heard(self, session: Session) -> None:
         report = WorkerReport(uuid4(), "gpu@here", MODEL, max_num_seqs=8, num_running=1, tokens_per_second=2.5)

@@ -15,15 +15,13 @@ from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus, Usage
-from domain.requests import GenerationResult
+from domain.requests import GenerationResult, TokenChunk
 from local.servers import EmbeddedRedis
 from storage import jobs, streams
 from storage.database import async_session_factory, open_async_database
 from storage.jobs import ChunkCommit, Finalisation
-from storage.stream_channels import channel_of
-from storage.streams import StatusChange, StreamReader, publish
+from storage.streams import StatusChange, StreamReader, channel_of, publish
 from storage.tables import Job
 from tests.conftest import MakeJob
 

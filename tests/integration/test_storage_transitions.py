@@ -9,9 +9,8 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.chunks import TokenChunk
 from domain.jobs import ALLOWED_TRANSITIONS, FinishReason, JobStatus, Usage
-from domain.requests import GenerationResult
+from domain.requests import GenerationResult, TokenChunk
 from storage import jobs, workers
 from storage.jobs import ChunkCommit, Finalisation
 from storage.tables import Job, JobChunk, TenantLoad

@@ -9,7 +9,7 @@ import redis.asyncio
 import uvloop
 from redis.asyncio.connection import Connection
 
-from storage.stream_channels import ChannelListener, channel_of
+from storage.streams import ChannelListener, channel_of
 
 
 def test_a_connection_that_was_cut_and_not_noticed_yet_is_replaced(redis_url: str) -> None:

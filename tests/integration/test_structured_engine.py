@@ -13,8 +13,8 @@ import pytest
 from transformers import MambaConfig
 
 from domain.errors import InvalidRequest
-from gpu_worker.engine.grammar import MAX_COMPILED
-from gpu_worker.engine.loop import Engine
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.sequence import MAX_COMPILED
 from tests.engine_driver import (
     EOS_TOKEN_ID,
     VOCAB_SIZE,

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from domain.catalog import ModelSpec
-from gpu_worker import supervisor
-from gpu_worker.frames import AddJob, Heartbeat, Report, StepDone
-from gpu_worker.supervisor import LOOP_CRASHES, UNRELATED_CRASHES, EngineExit, Supervisor
+from gpu_worker.engine_process import supervisor
+from gpu_worker.engine_process.frames import AddJob, Heartbeat, Report, StepDone
+from gpu_worker.engine_process.supervisor import LOOP_CRASHES, UNRELATED_CRASHES, EngineExit, Supervisor
 from tests.integration.runner_harness import wait_until
 
 

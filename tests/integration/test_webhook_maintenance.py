@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from domain.webhooks import DeliveryStatus
 from storage import jobs
-from storage.webhook_tables import WebhookDelivery
+from storage.webhooks import WebhookDelivery
 from tests.conftest import MakeJob
 from tests.integration.api_harness import until
 from tests.webhook_receiver import receiving

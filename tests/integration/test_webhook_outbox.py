@@ -11,10 +11,9 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.ids import new_id
 from domain.jobs import Endpoint, JobStatus
 from domain.webhooks import EVENT_TYPES, new_secret
-from storage import jobs, jobs_accept
+from storage import job_accept, jobs
 from storage.tables import DEFAULT_TENANT_ID
-from storage.webhook_outbox import write_deliveries
-from storage.webhook_tables import WebhookDelivery, WebhookEndpoint
+from storage.webhooks import WebhookDelivery, WebhookEndpoint, write_deliveries
 from tests.chaos import audit
 from tests.conftest import MakeJob, MakeTenant
 from tests.integration.test_storage_transitions import (
@@ -150,7 +149,7 @@ def test_an_end_that_is_rolled_back_is_not_told(session: Session, make_job: Make
 def test_an_accepted_job_keeps_whom_to_tell(session_factory: sessionmaker[Session], session: Session) -> None:
     told = new_job(webhook_url=URL, webhook_statuses=[JobStatus.CANCELLED], request_hash=uuid4().bytes)
     with session_factory.begin() as accepting:
-        jobs_accept.accept(accepting, [told, new_job()], max_queued_jobs=10)
+        job_accept.accept(accepting, [told, new_job()], max_queued_jobs=10)
     jobs.cancel(session, told.id, told.tenant_id)
     session.commit()
     assert written(session) == [(URL, "job.cancelled", False)]

@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.ids import external_id, new_id
 from domain.webhooks import EVENT_TYPES, DeliveryStatus, new_secret
 from settings import Settings
-from storage import jobs, webhook_deliveries, webhook_endpoints
+from storage import jobs, webhook_deliveries, webhooks
 from storage.tables import DEFAULT_TENANT_ID
-from storage.webhook_tables import WebhookAttempt, WebhookDelivery, WebhookEndpoint
+from storage.webhooks import WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from tests.conftest import MakeJob
 from tests.integration.api_harness import until
 from tests.webhook_receiver import Received, Receiver, receiving, sending
@@ -47,7 +47,7 @@ def add_endpoint(session_factory: sessionmaker[Session], receiver: Receiver) -> 
     def add(**columns: object) -> WebhookEndpoint:
         defaults = {"name": "mine", "url": receiver.url(), "event_types": EVENT_TYPES}
         with session_factory.begin() as session:
-            endpoint = webhook_endpoints.create(session, DEFAULT_TENANT_ID, **(defaults | columns))  # type: ignore[arg-type]
+            endpoint = webhooks.create_endpoint(session, DEFAULT_TENANT_ID, **(defaults | columns))  # type: ignore[arg-type]
         assert endpoint is not None
         return endpoint
 
@@ -111,7 +111,7 @@ def test_the_url_of_a_job_is_signed_with_the_tenants_secret(
     end_job(session, make_job, webhook_url=receiver.url("/mine?x=1"), webhook_statuses=ALL)
     with sending(sender_settings):
         until(lambda: is_settled(session))
-    secret = webhook_endpoints.tenant_secret(session, DEFAULT_TENANT_ID).secret
+    secret = webhooks.tenant_secret(session, DEFAULT_TENANT_ID).secret
     assert receiver.received[0].path == "/mine?x=1"
     assert unwrap(receiver.received[0], secret).type == "job.cancelled"
 
@@ -120,14 +120,14 @@ def test_both_secrets_sign_while_one_replaces_the_other(
     session: Session, make_job: MakeJob, receiver: Receiver, add_endpoint: Any, sender_settings: Settings
 ) -> None:
     old = add_endpoint()
-    new = webhook_endpoints.rotate(session, old.id, DEFAULT_TENANT_ID, with_overlap=True)
+    new = webhooks.rotate_secret(session, old.id, DEFAULT_TENANT_ID, with_overlap=True)
     assert new is not None
     first, second, third = old.secret, new.secret, None
     session.commit()
     with sending(sender_settings):
         end_job(session, make_job)
         until(lambda: len(receiver.received) == 1)
-        third = webhook_endpoints.rotate(session, old.id, DEFAULT_TENANT_ID, with_overlap=False)
+        third = webhooks.rotate_secret(session, old.id, DEFAULT_TENANT_ID, with_overlap=False)
         assert third is not None
         end_job(session, make_job)
         until(lambda: len(receiver.received) == 2)
@@ -195,7 +195,7 @@ def test_410_disables_the_endpoint_and_gives_up_what_waits(
     with sending(sender_settings):
         until(lambda: is_settled(session))
     assert [delivery.status for delivery in deliveries(session)] == [DeliveryStatus.FAILED] * 2
-    stored = webhook_endpoints.get(session, endpoint.id, DEFAULT_TENANT_ID)
+    stored = webhooks.get_endpoint(session, endpoint.id, DEFAULT_TENANT_ID)
     assert stored is not None
     assert stored.disabled_at is not None
     end_job(session, make_job)

@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from api.bodies import MAX_DEPTH, parse_model
-from api.job_schemas import EmbeddingJobBody, JobBody
-from api.openai.chat_schemas import ChatCompletionBody
-from api.openai.completions import CompletionBody
-from api.openai.embeddings import EmbeddingBody
-from api.openai.response_schemas import ResponseBody
 from api.simple import GenerateBody
+from dialects.bodies import MAX_DEPTH, parse_model
+from dialects.native import EmbeddingJobBody, JobBody
+from dialects.openai_chat import ChatCompletionBody
+from dialects.openai_completions import CompletionBody
+from dialects.openai_embeddings import EmbeddingBody
+from dialects.openai_response_requests import ResponseBody
 from domain.errors import InvalidRequest
 from domain.requests import GenerationRequest
 

@@ -9,17 +9,24 @@ from openai.types import chat
 from openai.types import responses as sdk
 from pydantic import BaseModel
 
-from api.bodies import parse_model
-from api.body_parts import drop_nulls, owner_at
-from api.ignored_fields import header_value, ignored_fields_context, take_hints
-from api.job_schemas import EmbeddingJobBody, JobBody
-from api.openai.chat_schemas import ChatCompletionBody
-from api.openai.completions import CompletionBody
-from api.openai.embeddings import EmbeddingBody
-from api.openai.hints import FOREIGN_TOOLS, HINT_TREE, HINTS, NOT_INCLUDED, is_foreign_tool
-from api.openai.response_schemas import LOGPROBS, ResponseBody
 from api.simple import GenerateBody
 from api.webhook_schemas import CreateBody
+from dialects.bodies import drop_nulls, owner_at, parse_model
+from dialects.ignored_fields import (
+    FOREIGN_TOOLS,
+    HINT_TREE,
+    HINTS,
+    NOT_INCLUDED,
+    header_value,
+    ignored_fields_context,
+    is_foreign_tool,
+    take_hints,
+)
+from dialects.native import EmbeddingJobBody, JobBody
+from dialects.openai_chat import ChatCompletionBody
+from dialects.openai_completions import CompletionBody
+from dialects.openai_embeddings import EmbeddingBody
+from dialects.openai_response_requests import LOGPROBS, ResponseBody
 from domain.errors import InvalidRequest
 
 CHAT: dict[str, Any] = {

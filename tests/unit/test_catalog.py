@@ -10,9 +10,9 @@ import pytest
 
 from domain.catalog import Catalog
 from domain.errors import ModelNotFound, ModelUnavailable
-from tasks import models
-from tasks.models import ModelViews, complete, load_model_view
 from tests.unit.test_models import make_spec, write_model
+from text import models
+from text.models import ModelViews, complete, load_model_view
 
 GOOD = '[[models]]\nid = "good"\npath = "fake"\nbackend = "fake"\nmax_model_len = 64\n'
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gpu_worker.channel import MAX_FRAME_BYTES, Channel, ChannelClosed
+from gpu_worker.engine_process.frames import MAX_FRAME_BYTES, Channel, ChannelClosed
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
 from domain.requests import ChatMessage, GenerationRequest
-from domain.tools import ToolDefinition
-from tasks.contents import MARK, ContentMarks
-from tasks.models import ModelView, load_model_view
+from domain.structured_output import ToolDefinition
 from tests.unit.test_models import make_spec
+from text.models import ModelView, load_model_view
+from text.tokenizers import MARK, ContentMarks
 
 CHATML = (
     "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{{ '\n' }}{% endfor %}"

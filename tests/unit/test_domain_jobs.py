@@ -2,9 +2,9 @@
 
 import pytest
 
-from domain.chunks import TokenChunk, TokenLogprob
 from domain.jobs import ALLOWED_TRANSITIONS, TERMINAL_STATUSES, FinishReason, JobStatus, Usage
-from storage.jobs_partial import REASON_BY_STATUS, partial_result
+from domain.requests import TokenChunk, TokenLogprob
+from storage.job_ends import REASON_BY_STATUS, partial_result
 
 
 def test_terminal_statuses_absorb_and_the_others_lead_on() -> None:

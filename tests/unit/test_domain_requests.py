@@ -9,14 +9,7 @@ from pydantic import ValidationError
 from domain.catalog import Catalog
 from domain.errors import ModelNotFound
 from domain.jobs import FinishReason
-from domain.requests import (
-    MAX_CHOICES,
-    ChatMessage,
-    GenerationRequest,
-    ResultChoice,
-    SamplingParams,
-    best_choices,
-)
+from domain.requests import MAX_CHOICES, ChatMessage, GenerationRequest, ResultChoice, SamplingParams, best_choices
 
 
 def test_a_request_survives_storage_unchanged() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from domain.door import Door, is_loopback
+from domain.addresses import Door, is_loopback
 from settings import Settings
 
 PAGE = "https://evil.example"

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.decoders import DecodeStream
 
 from domain.jobs import FinishReason
-from gpu_worker.engine.admission import ModelLimits, make_job
 from gpu_worker.engine.detokenizer import REPLACEMENT, Detokenizer, StopMatcher, TextStream
-from gpu_worker.engine.grammar import Grammars
-from gpu_worker.frames import AddJob
+from gpu_worker.engine.scheduler import ModelLimits, make_job
+from gpu_worker.engine.sequence import Grammars
+from gpu_worker.engine_process.frames import AddJob
 from tests.engine_parts import byte_tokenizer
 from tests.tokenizers_of_all_kinds import TOKENIZERS, random_tokens, sentencepiece_tokenizer
 

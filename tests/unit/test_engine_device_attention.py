@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.engine.attention_choice import WrongResult, check_attention, choose_attention
-from gpu_worker.engine.device_attention import DeviceAttention, TritonAttention, VarlenAttention
+from gpu_worker.engine.cuda.attention import DeviceAttention, TritonAttention, VarlenAttention
+from gpu_worker.engine.cuda.backend import WrongResult, check_attention, choose_attention
 from gpu_worker.engine.probe import LayerShape, NotPageable
 from tests.reference_varlen import varlen_attn
 

@@ -2,12 +2,11 @@
 
 import torch
 
-from gpu_worker.engine.decode_graphs import DecodeGraphs, batch_sizes
+from gpu_worker.engine.cuda.graphs import DecodeGraphs, batch_sizes
+from gpu_worker.engine.cuda.runner import FROM_HOST, PassInputs
 from gpu_worker.engine.kv_cache import BlockPool
-from gpu_worker.engine.pass_inputs import FROM_HOST, PassInputs
-from gpu_worker.engine.scheduler import ScheduledRow
+from gpu_worker.engine.scheduler import STEPS_PER_RISE, ScheduledRow, TokenBudget
 from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.token_budget import STEPS_PER_RISE, TokenBudget
 from tests.engine_parts import make_sequence
 
 BLOCK = 4

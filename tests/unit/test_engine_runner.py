@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gpu_worker.engine.block_cache import BlockCache
-from gpu_worker.engine.decode_groups import MAX_PADDING, group_by_length
+from gpu_worker.engine.cpu.attention import MAX_PADDING, BlockCache, group_by_length
 from tests.engine_driver import Collected, make_add, make_engine, run, step
 
 
@@ -37,7 +36,7 @@ def test_a_batch_that_stays_together_is_gathered_once_in_a_while(monkeypatch: py
 
 def test_what_is_kept_reads_as_what_is_gathered_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = run_with_comers_and_goers()
-    monkeypatch.setattr("gpu_worker.engine.decode_groups.MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr("gpu_worker.engine.cpu.attention.MAX_KEPT_BYTES", 0)
     gathered = count_gathers(monkeypatch)
     anew = run_with_comers_and_goers()
     assert len(gathered) > 100, "nothing was to be kept"

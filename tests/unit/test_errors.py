@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.errors import HTTP_BY_CODE, error_response, jittered_retry_after
+from api.errors import error_response, jittered_retry_after
+from dialects.errors import HTTP_BY_CODE
 from domain.errors import (
     AuthenticationFailed,
     CeleriacError,

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gpu_worker.flight_recorder import SLOT_BYTES, FlightRecorder, RecordedJob, create_memory
-from gpu_worker.supervisor import EngineExit, weights_of_suspicion
+from gpu_worker.engine_process.signs_of_life import SLOT_BYTES, FlightRecorder, RecordedJob, create_memory
+from gpu_worker.engine_process.supervisor import EngineExit, weights_of_suspicion
 
 
 def recorded(job_id: str, *, is_prefill: bool = False, num_steps: int = 10) -> RecordedJob:

@@ -14,18 +14,17 @@ from uuid import uuid4
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-import tasks.models
+import text.models
 from domain.catalog import Catalog, ModelSpec
 from domain.errors import InvalidRequest, ServerOverloaded, UnsupportedParameter
 from domain.structured_output import StructuredOutput
 from settings import ROOT
-from tasks import grammar_compiler, grammar_gate
-from tasks.encoders import TokenizerEncoder
-from tasks.grammar_compiler import MAX_WAITING_OF_TENANT
-from tasks.grammar_gate import GrammarGate
-from tasks.grammar_process import CPU_SECONDS, NUM_STEPS, _nth_set_bit
-from tasks.model_configs import GenerationDefaults
-from tasks.models import ModelView, ModelViews, Vocabulary, follow_models, load_model_view
+from text import grammar_compiler
+from text.grammar_compiler import MAX_WAITING_OF_TENANT, GrammarGate
+from text.grammar_process import CPU_SECONDS, NUM_STEPS, _nth_set_bit
+from text.model_files import GenerationDefaults
+from text.models import ModelView, ModelViews, Vocabulary, follow_models, load_model_view
+from text.tokenizers import TokenizerEncoder
 
 MINI = ModelSpec(id="mini", path=str(ROOT / "models" / "celeriac-mini"), max_model_len=1024)
 TENANT, OTHER_TENANT = uuid4(), uuid4()
@@ -208,7 +207,7 @@ def test_while_a_large_vocabulary_is_read_others_go_on_and_its_own_wait(
         await gate.check(view, make(regex="a"), TENANT)
         assert gate.process_id("other") is None, "two large ones at once"
         with monkeypatch.context() as patch:
-            patch.setattr(grammar_gate, "PATIENCE_SECONDS", 0.01)
+            patch.setattr(grammar_compiler, "PATIENCE_SECONDS", 0.01)
             with pytest.raises(ServerOverloaded, match="waits for the vocabulary of large") as refused:
                 await gate.check(large, make(regex="a"), TENANT)
         assert refused.value.retry_after_seconds >= 1
@@ -256,7 +255,7 @@ def test_what_the_process_says_is_logged_without_the_grammar(
     view: ModelView, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     main = """
-import os, sys, tasks.grammar_process as process
+import os, sys, text.grammar_process as process
 print("a library's warning", file=sys.stderr)
 def judge(tokenizer, output):
     os.write(2, output.regex.encode())
@@ -283,7 +282,7 @@ process.main()
 def test_models_that_come_and_go_in_models_toml_are_prepared_and_let_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks.models, "FOLLOW_SECONDS", 0.01)
+    monkeypatch.setattr(text.models, "FOLLOW_SECONDS", 0.01)
     file = tmp_path / "models.toml"
 
     def write(*model_ids: str) -> None:

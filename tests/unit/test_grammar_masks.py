@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from gpu_worker.engine.grammar import words_of
-from gpu_worker.engine.grammar_masks import TokenMasks, bits_on_cpu, bits_on_device
+from gpu_worker.engine.sampling import TokenMasks, bits_on_cpu, bits_on_device
+from gpu_worker.engine.sequence import words_of
 
 CPU = torch.device("cpu")
 

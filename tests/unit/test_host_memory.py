@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpu_worker.engine.backends import transformers
-from gpu_worker.engine.host_memory import anonymous_bytes, available_bytes
+from gpu_worker.engine.loading import anonymous_bytes, available_bytes
 from gpu_worker.engine.probe import LayerShape
 from tests.engine_driver import CPU, make_engine, tiny_model
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from api.job_events import interleave
+from api.events import interleave
 
 pytestmark = pytest.mark.anyio
 

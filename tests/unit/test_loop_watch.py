@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from observability import event_loop_lag_seconds
-from tasks.loop_watch import LoopWatch
+from observability import LoopWatch, event_loop_lag_seconds
 
 SECRET = "my diary entry"
 

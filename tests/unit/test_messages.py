@@ -10,8 +10,7 @@ from kombu.transport.redis import Channel as RedisChannel
 
 from domain.ids import external_id, new_id
 from settings import Settings
-from tasks.app import make_app
-from tasks.generate import generate
+from tasks.app import generate, make_app
 from tasks.messages import (
     GENERATE,
     bell_key,

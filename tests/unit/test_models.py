@@ -15,8 +15,8 @@ from domain.catalog import ModelEntry
 from domain.errors import InvalidRequest
 from domain.requests import ChatMessage, GenerationRequest
 from settings import ROOT
-from tasks.model_files import model_revision
-from tasks.models import ModelView, load_model_view
+from text.model_files import model_revision
+from text.models import ModelView, load_model_view
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}\n"
@@ -165,7 +165,7 @@ def test_token_ids_are_taken_as_they_are_within_the_vocabulary() -> None:
 
 
 def test_the_views_load_neither_torch_nor_transformers() -> None:
-    code = "import sys, tasks.models; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    code = "import sys, text.models; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from domain.catalog import Catalog
 from domain.requests import ChatMessage, GenerationRequest
 from settings import ROOT
-from tasks.models import ModelView, load_model_view
 from tests.unit.test_models import make_spec, write_model
+from text.models import ModelView, load_model_view
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

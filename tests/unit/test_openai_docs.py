@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from api.body_parts import owner_at
-from api.openai.chat_schemas import ChatCompletionBody
-from api.openai.completions import CompletionBody
-from api.openai.embeddings import EmbeddingBody
-from api.openai.hints import HINTS
-from api.openai.response_schemas import ResponseBody
-from api.openai.schemas import OpenAIModel, Unsupported
+from dialects.bodies import owner_at
+from dialects.ignored_fields import HINTS
+from dialects.openai import OpenAIModel, Unsupported
+from dialects.openai_chat import ChatCompletionBody
+from dialects.openai_completions import CompletionBody
+from dialects.openai_embeddings import EmbeddingBody
+from dialects.openai_response_requests import ResponseBody
 from settings import ROOT
 
 BODIES: dict[str, type[OpenAIModel]] = {

@@ -8,9 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.openai.output_parsing import CallArguments, CallName, ContentPiece, OutputParser, Piece, ReasoningPiece
-from domain.tools import ToolFormat
-from tasks.output_formats import OutputFormat, ReasoningFormat, output_format_of
+from domain.structured_output import ToolFormat
+from text.outputs import (
+    CallArguments,
+    CallName,
+    ContentPiece,
+    OutputFormat,
+    OutputParser,
+    Piece,
+    ReasoningFormat,
+    ReasoningPiece,
+    output_format_of,
+)
 
 HERMES = OutputFormat(ToolFormat.HERMES, ReasoningFormat.TAGGED)
 MISTRAL = OutputFormat(ToolFormat.MISTRAL)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from gpu_worker.publisher import FlushOutcome, Publisher
-from gpu_worker.running_job import RunningJob
+from gpu_worker.commits import FlushOutcome, Publisher
+from gpu_worker.job import RunningJob
 from settings import Settings
 from tests.runner_parts import make_output, make_running
 

@@ -8,17 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from api.openai.output_parsing import OutputParser
-from api.openai.usage import count_reasoning_tokens
-from domain.chunks import TokenChunk
+from dialects.openai_views import count_reasoning_tokens
 from domain.jobs import FinishReason
-from domain.requests import GenerationResult, ResultChoice
+from domain.requests import GenerationResult, ResultChoice, TokenChunk
 from gpu_worker.engine.detokenizer import Detokenizer, TextStream, with_visible_reasoning
-from gpu_worker.running_job import RunningJob
-from storage.jobs_partial import partial_result
-from tasks.output_formats import OutputFormat, ReasoningFormat
+from gpu_worker.job import RunningJob
+from storage.job_ends import partial_result
 from tests.engine_parts import TOKENIZER, make_sequence
 from tests.runner_parts import make_output, make_running
+from text.outputs import OutputFormat, OutputParser, ReasoningFormat
 
 END = "</think>"
 PLAIN = OutputFormat()

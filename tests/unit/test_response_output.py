@@ -11,10 +11,9 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseCompletedEvent, ResponseCreatedEvent, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from api.openai.output_parsing import OutputParser
-from api.openai.response_output import OutputItem, ResponseEvent, ResponseOutput
-from domain.tools import ToolFormat
-from tasks.output_formats import OutputFormat, ReasoningFormat
+from dialects.openai_response_objects import OutputItem, ResponseEvent, ResponseOutput
+from domain.structured_output import ToolFormat
+from text.outputs import OutputFormat, OutputParser, ReasoningFormat
 
 JOB_ID = UUID(int=1)
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, "}"]}}\n</tool_call>'

@@ -2,11 +2,10 @@
 
 import pytest
 
-from domain.chunks import TokenChunk
 from domain.jobs import FinishReason, JobStatus
-from domain.requests import GenerationRequest, GenerationResult, SamplingParams
-from gpu_worker.frames import JobFailed
-from storage.jobs_partial import partial_result
+from domain.requests import GenerationRequest, GenerationResult, SamplingParams, TokenChunk
+from gpu_worker.engine_process.frames import JobFailed
+from storage.job_ends import partial_result
 from tests.runner_parts import make_output, make_running
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.sse import HEARTBEAT, EventStream, StreamSlots, frame
+from api.events import HEARTBEAT, EventStream, frame
+from api.limits import StreamSlots
 from celeriac.client import parse_events
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

@@ -9,12 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from api.bodies import parse_model
+from dialects.bodies import parse_model
 from domain.errors import InvalidRequest
-from domain.requests import GenerationRequest, SamplingParams
+from domain.requests import GenerationRequest, JobOptions, SamplingParams
 from domain.structured_output import StructuredOutput
-from tasks.job_options import JobOptions
-from tasks.request_hashes import request_hash
+from tasks.submit import request_hash
 
 
 def nested(depth: int) -> dict[str, Any]:

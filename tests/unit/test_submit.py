@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 
 from domain.catalog import ModelSpec
 from domain.errors import ContextLengthExceeded, InvalidRequest, ServerOverloaded
-from domain.requests import ChatMessage, GenerationRequest, SamplingParams
-from tasks import tokenizing
-from tasks.job_options import JobOptions
-from tasks.model_configs import GenerationDefaults
-from tasks.models import ModelView, load_model_view
-from tasks.request_hashes import request_hash
-from tasks.settle import DEFAULT_MAX_TOKENS, resolve_params
-from tasks.tokenizing import TokenizingPool
+from domain.requests import ChatMessage, GenerationRequest, JobOptions, SamplingParams
+from tasks import prepare
+from tasks.prepare import DEFAULT_MAX_TOKENS, TokenizingPool, resolve_params
+from tasks.submit import request_hash
+from text.model_files import GenerationDefaults
+from text.models import ModelView, load_model_view
 
 CONTEXT = 100
 SPEC = ModelSpec(id="fake", path="fake", backend="fake", max_model_len=CONTEXT, max_num_seqs=4)
@@ -142,7 +140,7 @@ class SlowView:
 
 async def test_long_prompts_leave_the_event_loop_free_and_short_ones_stay_on_it() -> None:
     slow, pool = SlowView(), TokenizingPool()
-    long = GenerationRequest(model="fake", prompt="x" * (tokenizing.INLINE_CHARS + 1))
+    long = GenerationRequest(model="fake", prompt="x" * (prepare.INLINE_CHARS + 1))
     work = asyncio.create_task(pool.encode(slow, long))  # type: ignore[arg-type]
     assert await asyncio.to_thread(slow.has_begun.wait, 10)
     slow.may_end.set()
@@ -155,10 +153,10 @@ async def test_long_prompts_leave_the_event_loop_free_and_short_ones_stay_on_it(
 
 
 async def test_a_tokenizer_that_takes_too_long_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizing, "TIMEOUT_SECONDS", 0.05)
-    monkeypatch.setattr(tokenizing, "MAX_WAITING", 1)
+    monkeypatch.setattr(prepare, "TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(prepare, "MAX_WAITING", 1)
     slow, pool = SlowView(), TokenizingPool()
-    long = GenerationRequest(model="fake", prompt="x" * (tokenizing.INLINE_CHARS + 1))
+    long = GenerationRequest(model="fake", prompt="x" * (prepare.INLINE_CHARS + 1))
     with pytest.raises(ServerOverloaded, match="not tokenized within"):
         await pool.encode(slow, long)  # type: ignore[arg-type]
     with pytest.raises(ServerOverloaded, match="are waiting"):  # its thread still runs

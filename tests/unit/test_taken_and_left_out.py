@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from api.openai.batch_lines import read_line
-from api.openai.tool_requests import AskedTools, tools_of
+from dialects.openai import AskedTools, tools_of
+from dialects.openai_batches import read_line
 from domain.catalog import Catalog, ModelSpec
 from domain.errors import UnsupportedParameter
 from domain.requests import GenerationRequest
 from settings import ROOT
-from tasks.models import ModelViews
+from text.models import ModelViews
 
 FAKE = ModelViews(Catalog([ModelSpec(id="fake", path="fake", backend="fake", max_model_len=64)]))
 CHAT: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]}

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.requests import ChatMessage
-from domain.tools import ToolDefinition
-from tasks.models import load_model_view
+from domain.structured_output import ToolDefinition
 from tests.unit.test_models import make_spec, write_model
+from text.models import load_model_view
 
 PLAIN = "plain: {{ messages[-1].content }}"
 WITH_TOOLS = "{{ tools | length }} tools: {{ messages[-1].content }}"

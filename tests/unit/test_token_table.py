@@ -5,10 +5,10 @@ import random
 import pytest
 from llguidance import LLTokenizer
 
-from domain.chunks import TokenChunk, TokenLogprob
-from tasks.grammars import make_grammar_tokenizer
-from tasks.token_table import TokenKind, TokenTable, as_text
+from domain.requests import TokenChunk, TokenLogprob
 from tests.tokenizers_of_all_kinds import TOKENIZERS, random_tokens, sentencepiece_tokenizer
+from text.grammars import make_grammar_tokenizer
+from text.tokenizers import TokenKind, TokenTable, as_text
 
 #: What one of their tokens adds depends on its neighbours, or not on the byte-level alphabet alone. No language model
 #: that we know of has these.

@@ -5,13 +5,12 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher
 
-from api.openai.output_shapes import callable_tool
+from dialects.openai import callable_tool
 from domain.catalog import ModelSpec
-from domain.structured_output import StructuredOutput
-from domain.tools import ToolCalls, ToolDefinition, ToolFormat
+from domain.structured_output import StructuredOutput, ToolCalls, ToolDefinition, ToolFormat
 from settings import ROOT
-from tasks.grammars import make_grammar_tokenizer, make_matcher
-from tasks.models import ModelView, load_model_view
+from text.grammars import make_grammar_tokenizer, make_matcher
+from text.models import ModelView, load_model_view
 
 NODE: dict[str, Any] = {
     "type": "object",

@@ -10,18 +10,17 @@ import jsonschema
 import pytest
 from llguidance import LLTokenizer
 
-from api.openai.output_shapes import answer_of, callable_tool
+from dialects.openai import answer_of, callable_tool
 from domain.catalog import ModelSpec
 from domain.errors import InvalidRequest
-from domain.schema_keywords import FORMATS, TREATMENTS, Treatment
-from domain.structured_output import StructuredOutput
-from domain.tools import MAX_CALLS_BYTES, ToolCalls, ToolDefinition, ToolFormat
+from domain.json_schemas import FORMATS, TREATMENTS, Treatment
+from domain.structured_output import MAX_CALLS_BYTES, StructuredOutput, ToolCalls, ToolDefinition, ToolFormat
 from settings import ROOT
-from tasks.encoders import Encoder
-from tasks.grammar_process import judge
-from tasks.grammars import make_grammar_tokenizer, make_matcher
-from tasks.models import load_model_view
 from tests.tool_schema_corpus import BY_GENERATOR, Case
+from text.grammar_process import judge
+from text.grammars import make_grammar_tokenizer, make_matcher
+from text.models import load_model_view
+from text.tokenizers import Encoder
 
 PLACE = "tools.0.function.parameters"
 VIEW = load_model_view(ModelSpec(id="mini", path=str(ROOT / "models" / "celeriac-mini"), max_model_len=1024))

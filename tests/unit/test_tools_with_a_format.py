@@ -7,21 +7,20 @@ from typing import Any
 import pytest
 from llguidance import LLTokenizer
 
-from api.bodies import parse_model
-from api.openai import chat_requests, response_requests
-from api.openai.chat_schemas import ChatCompletionBody
-from api.openai.output_parsing import CallName, ContentPiece, parser_of
-from api.openai.response_schemas import ResponseBody
-from api.openai.schemas import with_body_names
+from dialects import openai_chat, openai_response_requests
+from dialects.bodies import parse_model
+from dialects.openai import with_body_names
+from dialects.openai_chat import ChatCompletionBody
+from dialects.openai_response_requests import ResponseBody
 from domain.catalog import ModelSpec
 from domain.errors import InvalidRequest
 from domain.requests import GenerationRequest
-from domain.tools import ToolFormat
+from domain.structured_output import ToolFormat
 from settings import ROOT
-from tasks.grammar_process import judge
-from tasks.grammars import make_grammar_tokenizer, make_matcher
-from tasks.models import ModelView, load_model_view
-from tasks.output_formats import OutputFormat
+from text.grammar_process import judge
+from text.grammars import make_grammar_tokenizer, make_matcher
+from text.models import ModelView, load_model_view
+from text.outputs import CallName, ContentPiece, OutputFormat, parser_of
 
 SCHEMA = {
     "type": "object",
@@ -67,11 +66,11 @@ def request_of(
         body["tools"] = [{"type": "function", "function": tool} for tool in tools]
         body |= {"response_format": {"type": "json_schema", "json_schema": shape}} if schema is not None else {}
         parsed = parse_model(json.dumps(body).encode(), ChatCompletionBody)
-        return chat_requests.to_generation_request(parsed, view)
+        return openai_chat.to_generation_request(parsed, view)
     shape = {"type": "json_schema", "name": "s", "schema": schema} | ({} if strict is None else {"strict": strict})
     body |= {"input": "x", "tools": [{"type": "function"} | tool for tool in tools]}
     body |= {"text": {"format": shape}} if schema is not None else {}
-    return response_requests.to_generation_request(parse_model(json.dumps(body).encode(), ResponseBody), view)
+    return openai_response_requests.to_generation_request(parse_model(json.dumps(body).encode(), ResponseBody), view)
 
 
 def named(route: str, name: str) -> dict[str, Any]:
@@ -209,7 +208,7 @@ def spelling(route: str, changes: dict[str, Any]) -> dict[str, str]:
         body |= {"messages": [{"role": "user", "content": "x"}]}
         body["tools"] = [{"type": "function", "function": tool} for tool in tools]
         body["response_format"] = {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}}
-        return chat_requests.spelling_of(parse_model(json.dumps(body).encode(), ChatCompletionBody))
+        return openai_chat.spelling_of(parse_model(json.dumps(body).encode(), ChatCompletionBody))
     body |= {"input": "x", "tools": [{"type": "function"} | tool for tool in tools]}
     body["text"] = {"format": {"type": "json_schema", "name": "s", "schema": {}}}
-    return response_requests.spelling_of(parse_model(json.dumps(body).encode(), ResponseBody))
+    return openai_response_requests.spelling_of(parse_model(json.dumps(body).encode(), ResponseBody))

@@ -4,9 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from domain.jobs import Lane
-from domain.waiting import LiveWorker, ModelService, WaitingFor, WaitingJob, waiting_for
-from domain.workers import WorkerState
+from domain.jobs import Lane, LiveWorker, ModelService, WaitingFor, WaitingJob, WorkerState, waiting_for
 
 READY, LOADING = LiveWorker(WorkerState.READY, "new"), LiveWorker(WorkerState.LOADING, "new")
 DRAINING, UNLOADED = LiveWorker(WorkerState.DRAINING, "new"), LiveWorker(WorkerState.UNLOADED, "new")

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 import httpcore
 import pytest
 
-from domain.webhook_urls import WebhookUrl
-from tasks.webhook_connections import Connections
+from domain.webhooks import WebhookUrl
+from tasks.webhook_http import Connections
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
 

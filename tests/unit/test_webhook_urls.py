@@ -7,10 +7,9 @@ from collections.abc import Awaitable, Callable
 import httpcore
 import pytest
 
-from domain.webhook_urls import BadWebhookUrl, is_public_address, parse_webhook_url
+from domain.webhooks import BadWebhookUrl, is_public_address, parse_webhook_url
 from settings import Settings
-from tasks.webhook_guard import CONNECT_SECONDS, GuardedNetwork, TargetGuard, TargetRefused
-from tasks.webhook_http import WebhookClient
+from tasks.webhook_http import CONNECT_SECONDS, GuardedNetwork, TargetGuard, TargetRefused, WebhookClient
 
 GOOD = [
     "https://example.com",

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Literal, Protocol, cast
 
 from domain.catalog import ModelSpec
-from gpu_worker.frames import AddJob, EmbedJob, EngineStats, StepDone
+from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, StepDone
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,180 @@
-"""A model that makes vectors only: an encoder (BERT and its family), or a decoder that was trained for it."""
+"""The back end of embedding models: one vector per input.
 
+One vector per input: the model's last hidden states, pooled as the model's own files say.
+
+PackedEmbedder shares a model with the paged runner, whose attention it uses without a cache. PaddedEmbedder is for
+models that keep their own attention, encoders above all.
+
+A model that makes vectors only: an encoder (BERT and its family), or a decoder that was trained for it.
+"""
+
+import json
+from collections.abc import Sequence as Rows
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from domain.catalog import ModelSpec
 from domain.errors import UnsupportedParameter
 from gpu_worker.engine.backends import LoadedModel, RecordStep
-from gpu_worker.engine.embedding import make_lane
-from gpu_worker.engine.loading import check_length, choose_device, load_model, set_threads
-from gpu_worker.frames import AddJob, EmbedJob, EngineStats, StepDone
+from gpu_worker.engine.cpu.attention import ATTENTION_NAME, AttentionContext, BlockCache, PrefillSpan, group_by_length
+from gpu_worker.engine.cuda.attention import ATTENTION_NAME as DEVICE_ATTENTION_NAME
+from gpu_worker.engine.embedding_queue import Embed, EmbeddingLane
+from gpu_worker.engine.loading import FAMILIES, Family, check_length, choose_device, load_model, set_threads, vocab_size
+from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, StepDone
+from text.model_files import model_folder
+
+Pooling = Literal["mean", "cls", "last"]
+
+#: By the flags of sentence-transformers' 1_Pooling/config.json.
+POOLING_BY_FLAG: dict[str, Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
+
+KNOWN_MODULES = frozenset({"Transformer", "Pooling", "Normalize"})
+
+
+def make_lane(spec: ModelSpec, model: Any, device: torch.device) -> EmbeddingLane:
+    """Raises ValueError where the model's files ask for a pooling that is not known here."""
+    pooling = read_pooling(spec, model.config.get_text_config().model_type)
+    embed: Embed
+    if model.config._attn_implementation == ATTENTION_NAME:
+        embed = PackedEmbedder(model.base_model, pooling, device)
+    elif model.config._attn_implementation == DEVICE_ATTENTION_NAME:
+        embed = Unhooked(model, PaddedEmbedder(model.base_model, pooling, device, max_group=spec.max_num_seqs))
+    else:
+        max_group = spec.max_num_seqs if spec.task == "embedding" else 1  # who knows what padding does to a state
+        embed = PaddedEmbedder(model.base_model, pooling, device, max_group=max_group)
+    return EmbeddingLane(
+        embed,
+        vocab_size=vocab_size(model),
+        max_input_tokens=spec.max_model_len,
+        max_step_tokens=spec.max_num_batched_tokens,
+        fatal=(torch.AcceleratorError,),
+    )
+
+
+def read_pooling(spec: ModelSpec, model_type: str) -> Pooling:
+    """As its files say, in the manner of sentence-transformers; else by its family. Vectors are always normalised."""
+    folder = Path(spec.path) if Path(spec.path).is_dir() else model_folder(spec)
+    modules = folder / "modules.json"
+    if modules.is_file():
+        kinds = {module["type"].rpartition(".")[2] for module in json.loads(modules.read_text())}
+        if unknown := kinds - KNOWN_MODULES:
+            raise ValueError(f"model {spec.id!r} has modules of type {', '.join(sorted(unknown))}, not known here")
+    config = folder / "1_Pooling" / "config.json"
+    if not config.is_file():
+        return FAMILIES.get(model_type, Family()).pooling
+    flags = {
+        name for name, value in json.loads(config.read_text()).items() if name.startswith("pooling_mode_") and value
+    }
+    if len(flags) != 1 or not flags <= POOLING_BY_FLAG.keys():
+        raise ValueError(f"model {spec.id!r} pools by {', '.join(sorted(flags))}; known is one of mean, cls, lasttoken")
+    return POOLING_BY_FLAG[flags.pop()]
+
+
+class NoCache(BlockCache):
+    """Keys and values of whole inputs are needed in their own pass only."""
+
+    def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
+        """Nothing is kept."""
+
+
+class PackedEmbedder:
+    """All inputs in one row, each attending to itself, as the paged runner's prompts do."""
+
+    def __init__(self, base_model: Any, pooling: Pooling, device: torch.device) -> None:
+        self._base_model = base_model
+        self._pooling = pooling
+        self._device = device
+        nothing = torch.empty(1, 1, 1, 1, device=device)
+        self._layers: list[BlockCache] = [
+            NoCache(nothing, nothing)
+        ] * base_model.config.get_text_config().num_hidden_layers
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Rows[Rows[int]]) -> NDArray[np.float32]:
+        no_slots = torch.empty(0, dtype=torch.int64, device=self._device)
+        no_blocks = no_slots[None]
+        spans: list[PrefillSpan] = []
+        for token_ids in inputs:
+            start = spans[-1].stop if spans else 0
+            spans.append(PrefillSpan(start, start + len(token_ids), 0, no_blocks))
+        context = AttentionContext(layers=self._layers, slots=no_slots, decodes=[], prefills=spans)
+        output = self._base_model(
+            input_ids=torch.tensor([[token_id for ids in inputs for token_id in ids]], device=self._device),
+            position_ids=torch.tensor([[at for ids in inputs for at in range(len(ids))]], device=self._device),
+            use_cache=False,
+            ctx=context,
+        )
+        states = output.last_hidden_state[0]
+        return _stack([pool(states[span.start : span.stop], self._pooling) for span in spans])
+
+
+class PaddedEmbedder:
+    """Inputs of about one length side by side, padded on the right."""
+
+    def __init__(self, base_model: Any, pooling: Pooling, device: torch.device, *, max_group: int) -> None:
+        self._base_model = base_model
+        self._pooling = pooling
+        self._device = device
+        self._max_group = max_group
+        self._padding = getattr(base_model.config.get_text_config(), "pad_token_id", None) or 0
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Rows[Rows[int]]) -> NDArray[np.float32]:
+        order = sorted(range(len(inputs)), key=lambda place: len(inputs[place]), reverse=True)
+        vectors: dict[int, Tensor] = {}
+        for start, stop in group_by_length([len(inputs[place]) for place in order]):
+            for first in range(start, stop, self._max_group):
+                places = order[first : min(first + self._max_group, stop)]
+                vectors |= zip(places, self._embed([inputs[place] for place in places]), strict=True)
+        return _stack([vectors[place] for place in range(len(inputs))])
+
+    def _embed(self, inputs: Rows[Rows[int]]) -> list[Tensor]:
+        longest = max(map(len, inputs))
+        rows = [[*ids, *[self._padding] * (longest - len(ids))] for ids in inputs]
+        lengths = torch.tensor([len(ids) for ids in inputs], device=self._device)
+        mask = torch.arange(longest, device=self._device) < lengths[:, None]
+        output = self._base_model(
+            input_ids=torch.tensor(rows, device=self._device), attention_mask=mask.to(torch.int64)
+        )
+        states = output.last_hidden_state
+        return [pool(states[row, : len(ids)], self._pooling) for row, ids in enumerate(inputs)]
+
+
+class Unhooked:
+    """Around a model whose attention is that of the device path, which knows no whole inputs: it has transformers'
+    own for the time of a pass."""
+
+    def __init__(self, model: Any, embed: Embed) -> None:
+        self._model = model
+        self._embed = embed
+
+    def __call__(self, inputs: Rows[Rows[int]]) -> NDArray[np.float32]:
+        self._model.set_attn_implementation("sdpa")
+        try:
+            return self._embed(inputs)
+        finally:
+            self._model.set_attn_implementation(DEVICE_ATTENTION_NAME)
+
+
+def pool(states: Tensor, pooling: Pooling) -> Tensor:
+    """`states` is (num_tokens, width), without padding; the result is float32 (width,)."""
+    if pooling == "mean":
+        return states.float().mean(0)
+    return states[0 if pooling == "cls" else -1].float()
+
+
+def _stack(vectors: Rows[Tensor]) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = torch.stack(list(vectors)).cpu().numpy()
+    return array
 
 
 class EncoderBackend:

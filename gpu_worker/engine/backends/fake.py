@@ -1,42 +1,131 @@
-"""A back end without a model: deterministic text, real batching, and a knob for every way an engine goes wrong.
+"""A back end without a model: words by rule, for the tests of all that is around an engine.
+
+How many tokens the fake engines of a system have drawn in each attempt, however each of them ended.
+
+The words of the fake back end, and which of them comes where: a function of prompt, seed, index and position.
+
+A back end without a model: deterministic text, real batching, and a knob for every way an engine goes wrong.
 
 The text of a sequence depends on (prompt, seed, index, position) alone, so a resumed job goes on exactly where it
 stopped and a test can say beforehand what it will read: `fake_text`.
 """
 
 import hashlib
+import itertools
+import mmap
 import os
 import signal
+import struct
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Literal
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from domain.catalog import ModelSpec
-from domain.chunks import TokenLogprob
 from domain.errors import ContextLengthExceeded, EngineError, OutOfMemory, UnsupportedParameter
 from domain.jobs import FinishReason
-from domain.requests import SamplingParams
+from domain.requests import SamplingParams, TokenLogprob
 from gpu_worker.engine.backends import LoadedModel, RecordStep, StepMember
-from gpu_worker.engine.backends.fake_counts import DrawnTokens
-from gpu_worker.engine.backends.fake_words import (
-    END_TOKEN_ID,
-    chained_token,
-    draw_token,
-    fake_vector,
-    hash_of,
-    next_allowed,
-    next_link,
-    word_of,
-)
-from gpu_worker.engine.embedding_lane import EmbeddingLane
-from gpu_worker.frames import AddJob, EmbedJob, EngineStats, JobFailed, SequenceOutput, StepDone
+from gpu_worker.engine.embedding_queue import EmbeddingLane
+from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, JobFailed, SequenceOutput, StepDone
+
+_ENTRY = struct.Struct(">36sIQ")  # job, attempt, tokens
+
+_MAX_ATTEMPTS = 50_000  # of one process; the file is sparse
+
+
+class DrawnTokens:
+    """The counts of one process, in a file of its own in `folder`. It is in the kernel's hands: no signal loses it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{os.getpid()}-{os.urandom(4).hex()}").open("w+b") as file:
+            file.truncate(_ENTRY.size * _MAX_ATTEMPTS)
+            self._memory = mmap.mmap(file.fileno(), _ENTRY.size * _MAX_ATTEMPTS)
+        self._places: dict[tuple[str, int], int] = {}
+        self._num_tokens = Counter[tuple[str, int]]()
+
+    def add(self, job_id: str, attempt: int, num_tokens: int) -> None:
+        key = (job_id, attempt)
+        place = self._places.setdefault(key, len(self._places) * _ENTRY.size)
+        self._num_tokens[key] += num_tokens
+        _ENTRY.pack_into(self._memory, place, job_id.encode(), attempt, self._num_tokens[key])
+
+
+def num_drawn_tokens(folder: Path) -> Counter[tuple[str, int]]:
+    """By job and attempt, of all processes that ever counted there."""
+    drawn = Counter[tuple[str, int]]()
+    for file in folder.iterdir():
+        entries = _ENTRY.iter_unpack(file.read_bytes())
+        for job_id, attempt, num_tokens in itertools.takewhile(lambda entry: entry[1] > 0, entries):
+            drawn[job_id.rstrip(b"\0").decode(), attempt] += num_tokens
+    return drawn
+
+
+SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mo", "nu", "pé", "ri", "sø", "ta", "ve", "wu", "ži", "🙂")
+
+WORDS = tuple(f"{first}{second} " for first in SYLLABLES for second in SYLLABLES)
+
+END_TOKEN_ID = len(WORDS)  # its text is empty
+
+
+def hash_of(prompt_token_ids: list[int], seed: int, index: int) -> "hashlib.blake2b":
+    """What all tokens of one sequence are drawn from."""
+    key = struct.pack(f">qI{len(prompt_token_ids)}q", seed, index, *prompt_token_ids)
+    return hashlib.blake2b(key, digest_size=8)
+
+
+def draw_token(sequence_hash: "hashlib.blake2b", position: int, end_chance: float) -> int:
+    position_hash = sequence_hash.copy()
+    position_hash.update(position.to_bytes(4))
+    bits = int.from_bytes(position_hash.digest())
+    if (bits >> 32) / (1 << 32) < end_chance:
+        return END_TOKEN_ID
+    return bits % len(WORDS)
+
+
+def next_allowed(token_id: int, bad_token_ids: Collection[int]) -> int:
+    """The token, or the first word after it that is not banned; the end where all are."""
+    words = ((token_id + step) % len(WORDS) for step in range(len(WORDS)))
+    if token_id not in bad_token_ids:
+        return token_id
+    return next((word for word in words if word not in bad_token_ids), END_TOKEN_ID)
+
+
+def fake_text(prompt_token_ids: list[int], seed: int, index: int, num_tokens: int) -> str:
+    """The text of the first `num_tokens` tokens, if no end comes before."""
+    sequence_hash = hash_of(prompt_token_ids, seed, index)
+    return "".join(WORDS[draw_token(sequence_hash, position, 0.0)] for position in range(num_tokens))
+
+
+def fake_vector(token_ids: Sequence[int]) -> list[float]:
+    """Eight numbers from -1 to 1, a function of the input; not of unit length."""
+    digest = hashlib.blake2b(struct.pack(f">{len(token_ids)}q", *token_ids), digest_size=8).digest()
+    return [(byte - 127.5) / 127.5 for byte in digest]
+
+
+def chained_token(attempt: int, link: int) -> int:
+    """Eight hexadecimal digits: two for the attempt, six for the checksum of the digits before. A text of them that
+    was spliced from two attempts, or lost or repeated a piece, does not add up."""
+    return (1 + attempt % 255) << 24 | link
+
+
+def next_link(link: int, token_id: int) -> int:
+    return crc32(f"{token_id:08x}".encode(), link) & 0xFFFFFF
+
+
+def word_of(token_id: int) -> str:
+    if token_id > END_TOKEN_ID:
+        return f"{token_id:08x} "
+    return "" if token_id == END_TOKEN_ID else WORDS[token_id]
 
 
 class FakeKnobs(BaseModel):

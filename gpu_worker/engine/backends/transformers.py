@@ -12,14 +12,15 @@ import torch
 from tokenizers import Tokenizer
 
 from domain.catalog import ModelSpec
-from gpu_worker.engine.admission import ModelLimits
 from gpu_worker.engine.backends import LoadedModel, RecordStep
-from gpu_worker.engine.device_backend import build_device_runner
-from gpu_worker.engine.embedding import make_lane
-from gpu_worker.engine.families import turn_end_token_ids
-from gpu_worker.engine.host_memory import anonymous_bytes, available_bytes
+from gpu_worker.engine.backends.encoder import make_lane
+from gpu_worker.engine.cpu.runner import PagedRunner
+from gpu_worker.engine.cuda.backend import build_device_runner
+from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.kv_cache import BlockPool
 from gpu_worker.engine.loading import (
+    anonymous_bytes,
+    available_bytes,
     check_length,
     choose_device,
     eos_token_ids,
@@ -27,14 +28,14 @@ from gpu_worker.engine.loading import (
     load_tokenizer,
     set_threads,
     store_weights_by_column,
+    turn_end_token_ids,
     vocab_size,
 )
-from gpu_worker.engine.loop import Engine
 from gpu_worker.engine.probe import LayerShape, NotPageable, fuse, probe_layers
-from gpu_worker.engine.prompt_scoring import max_num_scored_tokens
-from gpu_worker.engine.runner import PagedRunner, Runner, SequentialRunner
-from gpu_worker.engine.scheduler import Scheduler
-from gpu_worker.frames import AddJob, EmbedJob, EngineStats, StepDone
+from gpu_worker.engine.runner import Runner, SequentialRunner
+from gpu_worker.engine.sampling import max_num_scored_tokens
+from gpu_worker.engine.scheduler import ModelLimits, Scheduler
+from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, StepDone
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,395 @@
+"""Server-sent events: the frames, a response that keeps a stream alive, and a job as events.
+
+Server-sent events: the frames, and a response that keeps a stream alive, bounded, and ended on purpose.
+
+A job as server-sent events: what was committed, each chunk once and in order, then live, to exactly one last event.
+
+`id:` is the chunk's sequence number, and one more for the terminal event. A job that begins anew says so in a
+`job.reset`, which has a number as a chunk has: the text before it is void. News of the job's life (job.queued, started,
+retrying, snapshot) carries no id and no number: a client that resumes is told anew.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+from uuid import UUID
+
+import orjson
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.limits import StreamSlots
+from api.services import Services
+from dialects.native import job_view
+from domain.errors import InvalidCursor, StorageUnavailable
+from domain.ids import external_id
+from domain.jobs import JobStatus
+from domain.requests import TokenChunk
+from observability import stream_ends_total
+from storage import job_queries
+from storage.job_queries import JobRecord
+from storage.streams import StatusChange
+from storage.tables import Job
+
+SEND_TIMEOUT_SECONDS = 20.0  # a client that reads nothing for so long is cut; it resumes with its cursor
+
+# Without a blank line after it: decoders that remember an id take the blank line for an empty event.
+HEARTBEAT = b": hb\n"
+
+# No line breaks to JSON or to server-sent events, but to the str.splitlines of many a client.
+_LINE_BREAKS = {b"\xc2\x85": b"\\u0085", b"\xe2\x80\xa8": b"\\u2028", b"\xe2\x80\xa9": b"\\u2029"}
+
+HEADERS = {
+    "cache-control": "no-cache, no-transform",
+    "x-accel-buffering": "no",  # or nginx keeps the stream to itself
+    "content-type": "text/event-stream; charset=utf-8",
+}
+
+
+def frame(event: str, data: Mapping[str, object], *, id: int | None = None) -> bytes:
+    """One event. `data` is JSON on one line, so no text in it can end the frame or forge a field."""
+    head = f"event: {event}\n" if id is None else f"id: {id}\nevent: {event}\n"
+    return head.encode() + data_frame(data)
+
+
+def data_frame(data: Mapping[str, object]) -> bytes:
+    """An event without name and id, as `frame`."""
+    body = orjson.dumps(data)
+    for character, escape in _LINE_BREAKS.items():
+        if character in body:
+            body = body.replace(character, escape)
+    return b"data: " + body + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends the frames of `frames` as they come, and closes them however the stream ends."""
+
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes, None],
+        *,
+        heartbeat_seconds: float,
+        lifetime_seconds: float,
+        slots: StreamSlots,
+        draining: asyncio.Event,
+        headers: Mapping[str, str] | None = None,
+        early_end_frame: bytes = b"",
+        on_end: Callable[[str], None] = lambda reason: None,
+        unserved: Callable[[], Awaitable[bytes]] | None = None,
+    ) -> None:
+        """When `draining` is set, the lifetime is over or the reader's key is revoked, the stream ends without its
+        terminal event: resume it. Readers that cannot resume get `early_end_frame`. `on_end` hears why the stream
+        ended: complete, disconnected, slow, draining, lifetime, revoked or unserved. Once `unserved` returns, nobody
+        works on what is awaited, and its bytes are the last ones."""
+        # Not super().__init__(), which would announce the length of an empty body.
+        self.status_code = 200
+        self.background = None
+        self.init_headers({**HEADERS, **(headers or {})})
+        self._frames = frames
+        self._heartbeat_seconds = heartbeat_seconds
+        self._lifetime_seconds = lifetime_seconds
+        self._slots = slots
+        self._draining = draining
+        self._early_end_frame = early_end_frame
+        self._on_end = on_end
+        self._unserved = unserved or _never
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.create_task(wait_for_disconnect(receive))
+        drained = asyncio.create_task(self._draining.wait())
+        revoked = asyncio.create_task(wait_for_revocation(scope))
+        unserved = asyncio.ensure_future(self._unserved())
+        reasons: dict[asyncio.Future[Any], str] = {
+            gone: "disconnected",
+            drained: "draining",
+            revoked: "revoked",
+            unserved: "unserved",
+        }
+        try:
+            with self._slots.hold():
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                reason = await self._send_frames(send, reasons)
+            stream_ends_total.labels(reason).inc()
+            if reason not in ("disconnected", "slow"):
+                body = (
+                    b""
+                    if reason == "complete"
+                    else unserved.result()
+                    if reason == "unserved"
+                    else self._early_end_frame
+                )
+                await send({"type": "http.response.body", "body": body, "more_body": False})
+            self._on_end(reason)
+        finally:
+            for end in reasons:
+                end.cancel()
+            await self._frames.aclose()
+
+    async def _send_frames(self, send: Send, reason_by_end: Mapping["asyncio.Future[Any]", str]) -> str:
+        """Returns why the stream ended: the reason of a task that is done, the first that stands in the mapping, or
+        one of its own."""
+        ends_at = time.monotonic() + self._lifetime_seconds
+        following: asyncio.Task[bytes] | None = None
+        try:
+            while True:
+                following = following or asyncio.ensure_future(anext(self._frames))
+                timeout = min(self._heartbeat_seconds, ends_at - time.monotonic())
+                done, _ = await asyncio.wait(
+                    (following, *reason_by_end), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+                )
+                for end, reason in reason_by_end.items():
+                    if end in done:
+                        return reason
+                if time.monotonic() >= ends_at:
+                    return "lifetime"
+                body = HEARTBEAT
+                if following in done:
+                    body, following = following.result(), None
+                async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+        except StopAsyncIteration:
+            return "complete"
+        except TimeoutError:
+            return "slow"
+        finally:
+            if following is not None:  # also one that has just ended: its last word must be heard
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+
+
+async def _never() -> bytes:
+    await asyncio.Event().wait()
+    raise AssertionError("the event is never set")
+
+
+async def wait_for_revocation(scope: Scope) -> None:
+    """Of the key that came with a request of a private route, which put the question into the request's state."""
+    await scope["state"]["until_revoked"]()
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+#: Before the first look at the place in the queue, and each that follows. A job that starts sooner never says that it
+#: waited, and the database is not asked.
+QUEUE_NEWS_SECONDS = (0.1, 1.0)
+
+STORAGE_RETRY_SECONDS = 0.5
+
+PAGE = 500
+
+COMMENT_AND_RETRY = b"retry: 1000\n: celeriac\n"  # an event block without data: sets the delay, dispatches nothing
+
+Beginning = Literal["start", "snapshot", "now"]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a stream begins: after a chunk, or with a snapshot of all text so far."""
+
+    after: int
+    has_snapshot: bool = False
+
+
+def terminal_id(job: Job) -> int:
+    """The id of the last event of a terminal job."""
+    return job.committed_sequence_number + 1
+
+
+def start_of(job: Job, cursor: int | None, beginning: Beginning) -> Start | None:
+    """A cursor wins over `from`. None: the client has seen the terminal event. Raises InvalidCursor."""
+    if cursor is None:
+        after = job.committed_sequence_number if beginning == "now" else 0
+        return Start(after, has_snapshot=beginning == "snapshot")
+    highest = terminal_id(job) if job.status.is_terminal else job.committed_sequence_number
+    if not 0 <= cursor <= highest:
+        raise InvalidCursor(
+            f"the cursor is {cursor} but this stream has come to {highest}; begin at 0, or with the last id you saw",
+            param="starting_after",
+        )
+    return None if job.status.is_terminal and cursor == terminal_id(job) else Start(cursor)
+
+
+class JobEventStream:
+    """The frames of one client. Whoever makes one has checked that the job is the client's own."""
+
+    def __init__(self, services: Services, record: JobRecord, start: Start, *, with_token_ids: bool) -> None:
+        self._services = services
+        self._job = record.job
+        self._job_id = external_id(record.job.id)
+        self._start = start
+        self._last = start.after  # the sequence number sent last
+        self._with_token_ids = with_token_ids
+        self._is_queued = record.job.status is JobStatus.QUEUED
+        self._queue: dict[str, object] | None = None  # sent last
+
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        """Ends after the terminal event; without one only where the job was deleted meanwhile."""
+        yield COMMENT_AND_RETRY
+        if self._start.has_snapshot:
+            yield await self._snapshot()
+        async with aclosing(self._services.streams.read(self._job.id, starting_after=self._last)) as events:
+            told = interleave(events, self._queue_news, waits=QUEUE_NEWS_SECONDS, is_wanted=lambda: self._is_queued)
+            async for event in told:
+                for one in await self._frames_of(event):
+                    yield one
+
+    async def _frames_of(self, event: TokenChunk | StatusChange | bytes) -> list[bytes]:
+        if isinstance(event, bytes):
+            return [event] if event else []
+        if isinstance(event, TokenChunk):
+            self._last = event.sequence_number
+            return [self._reset(event) if event.is_reset else self._delta(event)]
+        self._is_queued = event.status is JobStatus.QUEUED
+        if event.status is JobStatus.IN_PROGRESS:
+            return [self._news("job.started", attempt=event.attempt, sequence_number=self._last)]
+        if event.status is JobStatus.QUEUED:
+            return [self._news("job.retrying", attempt=event.attempt + 1, sequence_number=self._last)]
+        return await self._terminal_frames()
+
+    def _news(self, event: str, **data: object) -> bytes:
+        return frame(event, {"job_id": self._job_id, **data})
+
+    def _reset(self, chunk: TokenChunk) -> bytes:
+        """What was sent before is void: the job begins anew under another revision of its model."""
+        data = {"job_id": self._job_id, "sequence_number": chunk.sequence_number, "reason": "model_revision"}
+        return frame("job.reset", data, id=chunk.sequence_number)
+
+    def _delta(self, chunk: TokenChunk) -> bytes:
+        data: dict[str, object] = {
+            "job_id": self._job_id,
+            "sequence_number": chunk.sequence_number,
+            "index": chunk.index,
+            "text": chunk.text,
+            "num_tokens": len(chunk.token_ids),
+            "finish_reason": chunk.finish_reason,
+        }
+        if self._with_token_ids:
+            data["token_ids"] = chunk.token_ids
+        if chunk.logprobs is not None:
+            data["logprobs"] = [logprob.model_dump(mode="json") for logprob in chunk.logprobs]
+        if chunk.prompt_logprobs is not None:
+            data["prompt_logprobs"] = [entry and entry.model_dump(mode="json") for entry in chunk.prompt_logprobs]
+        return frame("output.delta", data, id=chunk.sequence_number)
+
+    async def _queue_news(self) -> bytes:
+        """The place in the queue; empty where it is the one that was sent last, or nobody can say."""
+        try:
+            queue = await self._services.monitor.position(self._job.id, self._job.model)
+        except (SQLAlchemyError, OSError):
+            return b""
+        if queue is None or queue == self._queue:
+            return b""
+        self._queue = queue
+        return self._news("job.queued", **queue)
+
+    async def _snapshot(self) -> bytes:
+        """All text so far in one event; the deltas after it go on from there."""
+        chunks = await retry_until_storage_answers(lambda: read_all_chunks(self._services, self._job.id))
+        self._last = chunks[-1].sequence_number if chunks else 0
+        return self._news("job.snapshot", sequence_number=self._last, choices=choices_of(chunks))
+
+    async def _terminal_frames(self) -> list[bytes]:
+        """The terminal event: the job as it will stay."""
+        record = await retry_until_storage_answers(
+            lambda: self._services.read(job_queries.get, self._job.id, self._job.tenant_id)
+        )
+        if record is None:
+            return []
+        return [frame(f"job.{record.job.status.value}", job_view(record), id=terminal_id(record.job))]
+
+
+Item = TypeVar("Item")
+
+News = TypeVar("News")
+
+
+async def retry_until_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Item:
+    """A stream that has begun waits for a database that is away: it has no other way to say so."""
+    while True:
+        with suppress(StorageUnavailable):
+            return await ask()
+        await asyncio.sleep(STORAGE_RETRY_SECONDS)
+
+
+async def interleave(
+    items: AsyncIterator[Item],
+    ask: Callable[[], Awaitable[News]],
+    *,
+    waits: tuple[float, float],
+    is_wanted: Callable[[], bool],
+) -> AsyncGenerator[Item | News, None]:
+    """The items, none of which waits for an answer; and what `ask` answers, while `is_wanted`: asked the first of
+    `waits` seconds after that began, then the second after each answer."""
+    following: asyncio.Task[Item] | None = None
+    asking: asyncio.Task[News] | None = None
+    first, then = waits
+    try:
+        while True:
+            following = following or asyncio.ensure_future(_next_of(items))
+            if is_wanted():
+                asking = asking or asyncio.create_task(_later(first, ask))
+                await asyncio.wait((following, asking), return_when=asyncio.FIRST_COMPLETED)
+                if not following.done():
+                    answer = await asking
+                    asking = asyncio.create_task(_later(then, ask))
+                    yield answer
+                    continue
+            try:
+                item = await following
+            except StopAsyncIteration:
+                return
+            following = None
+            yield item
+            if asking is not None and not is_wanted():
+                asking.cancel()
+                asking = None
+    finally:
+        left = [task for task in (following, asking) if task is not None and not task.done()]
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left)
+
+
+async def _later(seconds: float, ask: Callable[[], Awaitable[News]]) -> News:
+    await asyncio.sleep(seconds)
+    return await ask()
+
+
+async def _next_of(items: AsyncIterator[Item]) -> Item:
+    return await anext(items)
+
+
+async def read_all_chunks(services: Services, job_id: UUID) -> list[TokenChunk]:
+    """Every committed chunk, in order. Raises StorageUnavailable."""
+    chunks: list[TokenChunk] = []
+    while True:
+        after = chunks[-1].sequence_number if chunks else 0
+        page = await services.read(job_queries.read_chunks, job_id, after=after, limit=PAGE)
+        chunks += page
+        if len(page) < PAGE:
+            return chunks
+
+
+def choices_of(chunks: Iterable[TokenChunk]) -> list[dict[str, object]]:
+    """What the chunks amount to so far, one entry per sequence that has any."""
+    by_index: dict[int, list[TokenChunk]] = {}
+    for chunk in chunks:
+        if not chunk.is_reset:
+            by_index.setdefault(chunk.index, []).append(chunk)
+    return [
+        {
+            "index": index,
+            "text": "".join(chunk.text for chunk in own),
+            "finish_reason": own[-1].finish_reason,
+            "num_tokens": sum(len(chunk.token_ids) for chunk in own),
+        }
+        for index, own in sorted(by_index.items())
+    ]

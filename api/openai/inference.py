@@ -1,0 +1,291 @@
+"""Chat completions, completions and embeddings: a request in, an answer out, whole or as it comes.
+
+POST /v1/chat/completions: messages in, a message out, whole or as it comes.
+
+POST /v1/completions, the older way: prompts as text or token ids, one job for each of them.
+
+POST /v1/embeddings: texts or token ids in, vectors out, as numbers or in base64.
+
+Chat completions that were asked for with store=true: listed, read, labelled and deleted while their jobs are kept.
+
+What is not completed is no completion yet, so it is not found here; `/v1/jobs` has it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+from uuid import UUID
+
+import orjson
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.inputs import QueryModel, off_loop, page_cursor, query_parameters, read_model, read_query
+from api.openai.answers import WholeAnswer, stream_answer, stream_answers
+from api.openai.running import Asked, start, start_all
+from api.openapi import request_body, streamed_or
+from api.services import Caller, Services, caller_of, private_router, services_of
+from dialects.ignored_fields import HINT_TREE
+from dialects.native import NO_NUL
+from dialects.openai import (
+    Metadata,
+    OpenAIModel,
+)
+from dialects.openai_chat import ChatCompletionBody, ChatStream, from_result, spelling_of, to_generation_request
+from dialects.openai_completions import (
+    CompletionBody,
+    CompletionStream,
+    Prompt,
+    from_results,
+    prompt_of,
+    to_generation_requests,
+    usage_chunk,
+)
+from dialects.openai_embeddings import (
+    EmbeddingBody,
+    EmbeddingListView,
+    embeddings_from_result,
+    spelling_of_embeddings,
+    to_embedding_request,
+)
+from dialects.openai_views import (
+    ChatCompletionListView,
+    ChatCompletionView,
+    CompletionView,
+    DeletedView,
+    StoredMessageListView,
+    page,
+)
+from domain.errors import InvalidCursor, JobNotFound, ModelNotFound
+from domain.ids import external_id, parse_id
+from domain.jobs import Endpoint, JobStatus
+from domain.requests import (
+    ChatMessage,
+    GenerationRequest,
+)
+from storage import job_queries, jobs
+from storage.job_queries import JobRecord
+from text.models import ModelView
+from text.outputs import OutputFormat
+
+router = private_router()
+
+
+@router.post(
+    "/v1/chat/completions",
+    responses=streamed_or(ChatCompletionView),
+    openapi_extra=request_body(ChatCompletionBody),
+)
+async def create_chat_completion(request: Request) -> Response:
+    """A chat completion as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""
+    body = await read_model(request, ChatCompletionBody, HINT_TREE)
+    view = services_of(request).views.get(body.model)
+    generation = await off_loop(request, to_generation_request, body, view)
+    run = await start(request, generation, _asked(body))
+    if not body.stream:
+        return WholeAnswer(
+            [run], lambda records: from_result(records[0], generation, view.output_format, body.service_tier)
+        )
+    has_usage = bool(body.stream_options and body.stream_options.include_usage)
+    stream = ChatStream(run, generation, view.output_format, has_usage=has_usage, service_tier=body.service_tier)
+    return stream_answer(run, stream)
+
+
+def _asked(body: ChatCompletionBody) -> Asked:
+    return Asked(
+        endpoint=Endpoint.CHAT,
+        has_stream=bool(body.stream),
+        is_stored=bool(body.store),
+        service_tier=body.service_tier,
+        metadata=body.metadata,
+        spelling=spelling_of(body),
+    )
+
+
+@router.post(
+    "/v1/completions",
+    responses=streamed_or(CompletionView),
+    openapi_extra=request_body(CompletionBody),
+)
+async def create_completion(request: Request) -> Response:
+    """Choices are numbered prompt by prompt: choice `i * n + j` is answer `j` to prompt `i`."""
+    body = await read_model(request, CompletionBody, HINT_TREE)
+    view = services_of(request).views.get(body.model)
+    generations = await off_loop(request, to_generation_requests, body)
+    runs = await start_all(request, generations, _asked_completion(body))
+    prompts = await off_loop(request, _prompts_of, body, generations, view)
+    if not body.stream:
+        return WholeAnswer(runs, lambda records: from_results(records, prompts, body.service_tier))
+    has_usage = bool(body.stream_options and body.stream_options.include_usage)
+    streams = [
+        CompletionStream(runs[0], prompt, has_usage=has_usage, service_tier=body.service_tier) for prompt in prompts
+    ]
+    return stream_answers(runs, streams, lambda records: usage_chunk(records, body.service_tier) if has_usage else ())
+
+
+def _prompts_of(body: CompletionBody, generations: Sequence[GenerationRequest], view: ModelView) -> list[Prompt]:
+    return [prompt_of(body, generation, view, number) for number, generation in enumerate(generations)]
+
+
+def _asked_completion(body: CompletionBody) -> Asked:
+    return Asked(
+        endpoint=Endpoint.COMPLETIONS,
+        has_stream=bool(body.stream),
+        service_tier=body.service_tier,
+        metadata=body.metadata,
+    )
+
+
+@router.post(
+    "/v1/embeddings",
+    responses={200: {"model": EmbeddingListView}},
+    openapi_extra=request_body(EmbeddingBody),
+)
+async def create_embeddings(request: Request) -> Response:
+    """Embeddings as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""
+    body = await read_model(request, EmbeddingBody, HINT_TREE)
+    asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of_embeddings(body))
+    run = await start(request, await off_loop(request, to_embedding_request, body), asked)
+    return WholeAnswer([run], lambda records: embeddings_from_result(records[0], body))
+
+
+class PageQuery(QueryModel):
+    after: str | None = None
+    limit: int = Field(default=20, ge=1, le=100)
+    order: Literal["asc", "desc"] = "asc"
+
+
+class ChatListQuery(PageQuery):
+    model: str | None = Field(default=None, max_length=256, pattern=NO_NUL)
+    metadata: Metadata = Field(default_factory=dict, max_length=16)
+
+
+class MetadataBody(OpenAIModel):
+    metadata: Metadata | None
+
+
+@router.get(
+    "/v1/chat/completions",
+    responses={200: {"model": ChatCompletionListView}},
+    openapi_extra={"parameters": query_parameters(ChatListQuery)},
+)
+async def list_chat_completions(request: Request) -> Response:
+    services, tenant_id = caller_of(request)
+    query = read_query(request, ChatListQuery)
+    records = await services.read(
+        job_queries.list_stored,
+        tenant_id,
+        Endpoint.CHAT,
+        model=query.model,
+        metadata=query.metadata,
+        after=page_cursor(query.after),
+        limit=query.limit + 1,
+        order=query.order,
+    )
+    completions = [stored_completion(services, record) for record in records]
+    return _json(page(completions, query.limit))
+
+
+@router.get("/v1/chat/completions/{completion_id}", responses={200: {"model": ChatCompletionView}})
+async def read_chat_completion(completion_id: str, request: Request) -> Response:
+    caller = caller_of(request)
+    return _json(stored_completion(caller.services, await _find(caller, completion_id)))
+
+
+@router.post(
+    "/v1/chat/completions/{completion_id}",
+    responses={200: {"model": ChatCompletionView}},
+    openapi_extra=request_body(MetadataBody),
+)
+async def update_chat_completion(completion_id: str, request: Request) -> Response:
+    """Replaces the metadata, which is all that may change."""
+    caller = caller_of(request)
+    body = await read_model(request, MetadataBody)
+    record = await _find(caller, completion_id)
+    await caller.services.write(job_queries.set_metadata, record.job.id, caller.tenant_id, body.metadata or {})
+    return _json(stored_completion(caller.services, await _find(caller, completion_id)))
+
+
+@router.delete("/v1/chat/completions/{completion_id}", responses={200: {"model": DeletedView}})
+async def delete_chat_completion(completion_id: str, request: Request) -> Response:
+    """Erases the job, input and output with it."""
+    caller = caller_of(request)
+    record = await _find(caller, completion_id)
+    await caller.services.write(jobs.delete, record.job.id, caller.tenant_id)
+    name = external_id(record.job.id, "chatcmpl")
+    return _json({"id": name, "object": "chat.completion.deleted", "deleted": True})
+
+
+@router.get(
+    "/v1/chat/completions/{completion_id}/messages",
+    responses={200: {"model": StoredMessageListView}},
+    openapi_extra={"parameters": query_parameters(PageQuery)},
+)
+async def list_messages(completion_id: str, request: Request) -> Response:
+    """The messages that were sent. Their ids are the completion's with their place."""
+    query = read_query(request, PageQuery)
+    record = await _find(caller_of(request), completion_id)
+    assert isinstance(record.request, GenerationRequest)
+    prefix = external_id(record.job.id, "chatcmpl")
+    messages = [
+        _message_object(f"{prefix}-{number}", message) for number, message in enumerate(record.request.messages or ())
+    ]
+    ordered = messages if query.order == "asc" else messages[::-1]
+    return _json(page(ordered[_place_behind(query.after, ordered) :], query.limit))
+
+
+def stored_completion(services: Services, record: JobRecord) -> dict[str, object]:
+    assert isinstance(record.request, GenerationRequest)
+    try:
+        format = services.views.output_format(record.job.model)
+    except ModelNotFound:
+        format = OutputFormat()  # the model is not served any more, but its text is here
+    return from_result(record, record.request, format) | {"metadata": record.job.job_metadata}
+
+
+async def _find(caller: Caller, completion_id: str) -> JobRecord:
+    """Raises JobNotFound, the same for what was not stored, is not completed, or is another tenant's."""
+    record = await _read(caller, completion_id)
+    if record is None or not _is_stored_chat(record):
+        raise JobNotFound(
+            f"there is no stored chat completion {completion_id[:64]!r}; only those with store=true are kept here",
+            param="completion_id",
+        )
+    return record
+
+
+async def _read(caller: Caller, completion_id: str) -> JobRecord | None:
+    try:
+        job_id: UUID = parse_id(completion_id)
+    except ValueError:
+        return None
+    return await caller.services.read(job_queries.get, job_id, caller.tenant_id, with_request=True)
+
+
+def _is_stored_chat(record: JobRecord) -> bool:
+    job = record.job
+    return job.is_stored and job.endpoint is Endpoint.CHAT and job.status is JobStatus.COMPLETED
+
+
+def _message_object(id_: str, message: ChatMessage) -> dict[str, object]:
+    plain: dict[str, Any] = {"id": id_, "role": message.role, "content": message.content}
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    optional = {"name": message.name, "tool_call_id": message.tool_call_id}
+    return plain | {name: value for name, value in optional.items() if value is not None}
+
+
+def _place_behind(after: str | None, messages: list[dict[str, object]]) -> int:
+    if after is None:
+        return 0
+    for place, message in enumerate(messages, start=1):
+        if message["id"] == after:
+            return place
+    raise InvalidCursor(f"after is {after[:64]!r}, which is no message here; send the last_id of the page before")
+
+
+def _json(content: object) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")

@@ -1,0 +1,321 @@
+"""Webhook endpoints, the secret that signs, and the log of deliveries.
+
+Webhook endpoints as the OpenAI SDK 3.x manages them, and the secret that signs for the URLs of single jobs.
+
+The log of webhook deliveries: what was sent where, how every attempt went, and once more on request.
+"""
+
+import time
+from typing import Any
+from uuid import UUID
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.inputs import off_loop, query_parameters, read_body, read_model, read_query
+from api.openapi import request_body
+from api.services import Services, caller_of, private_router
+from api.webhook_schemas import (
+    CreateBody,
+    DeliveriesQuery,
+    DeliveryListView,
+    DeliveryView,
+    EndpointListView,
+    EndpointsQuery,
+    EndpointTestView,
+    EndpointView,
+    EndpointWithSecretView,
+    EventTypeListView,
+    RotateBody,
+    SecretView,
+    TestBody,
+    UpdateBody,
+    attempt_view,
+    delivery_view,
+    endpoint_view,
+    secret_view,
+)
+from dialects.bodies import parse_model
+from dialects.openai_views import DeletedView, page
+from domain.errors import InvalidCursor, InvalidRequest, NotFound
+from domain.ids import external_id, new_id, parse_id, parse_id_of_other
+from domain.webhooks import EVENT_TYPES, BadWebhookUrl, payload, signature_headers
+from storage import webhook_deliveries, webhooks
+from storage.webhooks import WebhookEndpoint
+from tasks.webhook_http import TargetGuard, WebhookClient
+
+router = private_router()
+
+
+@router.get("/v1/webhook_event_types", responses={200: {"model": EventTypeListView}})
+async def list_event_types(request: Request) -> Response:
+    """What an endpoint can ask for."""
+    return _answer({"object": "list", "data": list(EVENT_TYPES)})
+
+
+@router.post(
+    "/v1/webhook_endpoints",
+    responses={200: {"model": EndpointWithSecretView}},
+    openapi_extra=request_body(CreateBody),
+)
+async def create_endpoint(request: Request) -> Response:
+    """The answer shows the secret, which is not shown again."""
+    services, tenant_id = caller_of(request)
+    body = await read_model(request, CreateBody)
+    endpoint = await services.write(
+        webhooks.create_endpoint,
+        tenant_id,
+        name=body.name,
+        url=await checked_url(services, body.url),
+        event_types=body.event_types,
+    )
+    if endpoint is None:
+        raise InvalidRequest(
+            f"there are {webhooks.MAX_ENDPOINTS} webhook endpoints, as many as may be; delete one first"
+        )
+    return _answer(endpoint_view(endpoint) | {"signing_secret": endpoint.secret})
+
+
+@router.get(
+    "/v1/webhook_endpoints",
+    responses={200: {"model": EndpointListView}},
+    openapi_extra={"parameters": query_parameters(EndpointsQuery)},
+)
+async def list_endpoints(request: Request) -> Response:
+    """Newest first."""
+    services, tenant_id = caller_of(request)
+    query = read_query(request, EndpointsQuery)
+    after = cursor(query.after, "wh")
+    found = await services.read(webhooks.list_endpoints, tenant_id, after=after, limit=query.limit + 1)
+    return _answer(page([endpoint_view(endpoint) for endpoint in found], query.limit))
+
+
+@router.get("/v1/webhook_endpoints/{webhook_endpoint_id}", responses={200: {"model": EndpointView}})
+async def read_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
+    services, tenant_id = caller_of(request)
+    return _answer(endpoint_view(await _find(services, webhook_endpoint_id, tenant_id)))
+
+
+@router.post(
+    "/v1/webhook_endpoints/{webhook_endpoint_id}",
+    responses={200: {"model": EndpointView}},
+    openapi_extra=request_body(UpdateBody),
+)
+async def update_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
+    """What is given is changed. What still waits for delivery goes to the new URL."""
+    services, tenant_id = caller_of(request)
+    body = await read_model(request, UpdateBody)
+    id_ = _parse(webhook_endpoint_id)
+    changed = await services.write(
+        webhooks.change_endpoint,
+        id_,
+        tenant_id,
+        name=body.name,
+        url=None if body.url is None else await checked_url(services, body.url),
+        event_types=body.event_types,
+        enabled=body.enabled,
+    )
+    return _answer(endpoint_view(_found(changed, webhook_endpoint_id)))
+
+
+@router.delete("/v1/webhook_endpoints/{webhook_endpoint_id}", responses={200: {"model": DeletedView}})
+async def delete_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
+    """With its deliveries and their log."""
+    services, tenant_id = caller_of(request)
+    id_ = _parse(webhook_endpoint_id)
+    if not await services.write(webhooks.remove_endpoint, id_, tenant_id):
+        raise _not_found(webhook_endpoint_id)
+    return _answer({"id": external_id(id_, "wh"), "object": "webhook_endpoint.deleted", "deleted": True})
+
+
+@router.post(
+    "/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret",
+    responses={200: {"model": EndpointWithSecretView}},
+    openapi_extra=request_body(RotateBody, is_required=False),
+)
+async def rotate_secret(webhook_endpoint_id: str, request: Request) -> Response:
+    """The answer shows the new secret. The old one is void at once unless it is kept for a day."""
+    services, tenant_id = caller_of(request)
+    keep = (await _read_rotation(request)).keep_old_secret_active_for_24_hours
+    id_ = _parse(webhook_endpoint_id)
+    rotated = await services.write(webhooks.rotate_secret, id_, tenant_id, with_overlap=keep)
+    endpoint = _found(rotated, webhook_endpoint_id)
+    return _answer(endpoint_view(endpoint) | {"signing_secret": endpoint.secret})
+
+
+@router.post(
+    "/v1/webhook_endpoints/{webhook_endpoint_id}/test",
+    responses={200: {"model": EndpointTestView}},
+    openapi_extra=request_body(TestBody),
+)
+async def test_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
+    """Send a sample event now, once. Its status code is answered, whatever it is; 400 where there was none."""
+    services, tenant_id = caller_of(request)
+    body = await read_model(request, TestBody)
+    endpoint = await _find(services, webhook_endpoint_id, tenant_id)
+    status_code = await _send_sample(TargetGuard(services.settings), endpoint, body.event_type)
+    return _answer(
+        {
+            "object": "webhook_endpoint.test",
+            "webhook_endpoint_id": external_id(endpoint.id, "wh"),
+            "event_type": body.event_type,
+            "status_code": status_code,
+            "success": True,
+        }
+    )
+
+
+@router.get("/v1/webhook_secret", responses={200: {"model": SecretView}})
+async def read_secret(request: Request) -> Response:
+    """What signs for the URLs that come with single jobs."""
+    services, tenant_id = caller_of(request)
+    return _answer(secret_view(await services.write(webhooks.tenant_secret, tenant_id)))
+
+
+@router.post(
+    "/v1/webhook_secret/rotate_secret",
+    responses={200: {"model": SecretView}},
+    openapi_extra=request_body(RotateBody, is_required=False),
+)
+async def rotate_tenant_secret(request: Request) -> Response:
+    services, tenant_id = caller_of(request)
+    keep = (await _read_rotation(request)).keep_old_secret_active_for_24_hours
+    secret = await services.write(webhooks.rotate_tenant_secret, tenant_id, with_overlap=keep)
+    return _answer(secret_view(secret))
+
+
+async def checked_url(services: Services, text: str) -> str:
+    """As it is stored. Raises InvalidRequest."""
+    try:
+        return str(await TargetGuard(services.settings).check(text))
+    except BadWebhookUrl as exc:
+        raise InvalidRequest(f"url: {exc}", param="url") from None
+
+
+def cursor(after: str | None, prefix: str) -> UUID | None:
+    try:
+        return None if after is None else parse_id_of_other(after, prefix)
+    except ValueError as exc:
+        raise InvalidCursor(f"after: {exc}; send the last_id of the page before", param="after") from None
+
+
+async def _send_sample(guard: TargetGuard, endpoint: WebhookEndpoint, event_type: str) -> int:
+    event_id, now = new_id(), int(time.time())
+    body = payload(event_id, event_type, endpoint.updated_at.fromtimestamp(now, endpoint.updated_at.tzinfo))
+    client = WebhookClient(guard)
+    try:
+        url = guard.parse(endpoint.url)
+        answer = await client.post(url, signature_headers(event_id, body, [endpoint.secret], now), body)
+    except BadWebhookUrl as exc:
+        raise InvalidRequest(f"the endpoint's url is refused: {exc}") from None
+    finally:
+        await client.aclose()
+    if answer.status_code is None:
+        raise InvalidRequest(f"the endpoint gave no answer: {answer.error}; check its url")
+    return answer.status_code
+
+
+async def _read_rotation(request: Request) -> RotateBody:
+    """The SDK sends no body where nothing is chosen."""
+    raw = await read_body(request)
+    return await off_loop(request, parse_model, raw, RotateBody) if raw.strip() else RotateBody()
+
+
+async def _find(services: Services, endpoint_id: str, tenant_id: UUID) -> WebhookEndpoint:
+    found = await services.read(webhooks.get_endpoint, _parse(endpoint_id), tenant_id)
+    return _found(found, endpoint_id)
+
+
+def _found(endpoint: WebhookEndpoint | None, endpoint_id: str) -> WebhookEndpoint:
+    if endpoint is None:
+        raise _not_found(endpoint_id)
+    return endpoint
+
+
+def _parse(endpoint_id: str) -> UUID:
+    try:
+        return parse_id_of_other(endpoint_id, "wh")
+    except ValueError:
+        raise _not_found(endpoint_id) from None
+
+
+def _not_found(endpoint_id: str) -> NotFound:
+    return NotFound(f"there is no webhook endpoint {endpoint_id[:64]!r}; check the id", param="webhook_endpoint_id")
+
+
+def _answer(view: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(view), media_type="application/json")
+
+
+@router.get(
+    "/v1/webhook_deliveries",
+    responses={200: {"model": DeliveryListView}},
+    openapi_extra={"parameters": query_parameters(DeliveriesQuery)},
+)
+async def list_deliveries(request: Request) -> Response:
+    """Newest first, without their attempts; those that are done are kept for a week."""
+    services, tenant_id = caller_of(request)
+    query = read_query(request, DeliveriesQuery)
+    found = await services.read(
+        webhook_deliveries.list_deliveries,
+        tenant_id,
+        job_id=_job_id(query.job_id),
+        endpoint_id=_endpoint_id(query.webhook_endpoint_id),
+        status=query.delivery_status,
+        after=cursor(query.after, "whd"),
+        limit=query.limit + 1,
+    )
+    shown = page([delivery_view(delivery) for delivery in found], query.limit)
+    return Response(orjson.dumps(shown), media_type="application/json")
+
+
+@router.get("/v1/webhook_deliveries/{delivery_id}", responses={200: {"model": DeliveryView}})
+async def read_delivery(delivery_id: str, request: Request) -> Response:
+    """With every attempt."""
+    services, tenant_id = caller_of(request)
+    return await _view(services, _parse_delivery_id(delivery_id), tenant_id, delivery_id)
+
+
+@router.post("/v1/webhook_deliveries/{delivery_id}/redeliver", responses={200: {"model": DeliveryView}})
+async def redeliver(delivery_id: str, request: Request) -> Response:
+    """Send it once more, at once and with a new 72 hours of retries; its id and its event stay the same."""
+    services, tenant_id = caller_of(request)
+    id_ = _parse_delivery_id(delivery_id)
+    if not await services.write(webhook_deliveries.redeliver, id_, tenant_id):
+        raise _delivery_not_found(delivery_id)
+    return await _view(services, id_, tenant_id, delivery_id)
+
+
+async def _view(services: Services, id_: UUID, tenant_id: UUID, delivery_id: str) -> Response:
+    found = await services.read(webhook_deliveries.get, id_, tenant_id)
+    if found is None:
+        raise _delivery_not_found(delivery_id)
+    delivery, attempts = found
+    view = delivery_view(delivery) | {"attempts": [attempt_view(attempt) for attempt in attempts]}
+    return Response(orjson.dumps(view), media_type="application/json")
+
+
+def _job_id(text: str | None) -> UUID | None:
+    try:
+        return None if text is None else parse_id(text)
+    except ValueError as exc:
+        raise InvalidRequest(f"job_id: {exc}", param="job_id") from None
+
+
+def _endpoint_id(text: str | None) -> UUID | None:
+    try:
+        return None if text is None else parse_id_of_other(text, "wh")
+    except ValueError as exc:
+        raise InvalidRequest(f"webhook_endpoint_id: {exc}", param="webhook_endpoint_id") from None
+
+
+def _parse_delivery_id(delivery_id: str) -> UUID:
+    try:
+        return parse_id_of_other(delivery_id, "whd")
+    except ValueError:
+        raise _delivery_not_found(delivery_id) from None
+
+
+def _delivery_not_found(delivery_id: str) -> NotFound:
+    return NotFound(f"there is no webhook delivery {delivery_id[:64]!r}; check the id", param="delivery_id")

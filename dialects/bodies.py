@@ -1,0 +1,319 @@
+"""JSON bodies parsed: strict, bounded, and refused with the field, the value seen and the remedy.
+
+A parsed body beside the model that it is to become: to which part of the model each of its objects belongs.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, Discriminator, Tag, ValidationError
+
+from dialects.ignored_fields import HintTree, hint_at, note_ignored, take_hints
+from dialects.lengths import Overlong, UnknownFields, first_excess
+from domain.errors import InvalidRequest, UnsupportedParameter
+
+
+@dataclass(slots=True)
+class Shape:
+    """What a model says of one of its fields: an object of a model, a list of something, or either by a tag. None of
+    them where the value is the user's own."""
+
+    model: type[BaseModel] | None = None
+    items: "Shape | None" = None
+    discriminator: Callable[[Any], Hashable] | None = None
+    by_tag: dict[Hashable, "Shape"] = field(default_factory=dict)
+
+    def of(self, value: object) -> "Shape | None":
+        return self if self.discriminator is None else self.by_tag.get(self.discriminator(value))
+
+    def arms(self) -> "Iterable[Shape]":
+        return self.by_tag.values() or (self,)
+
+
+def drop_nulls(body: object, model: type[BaseModel]) -> bool:
+    """Take every null out of `body` that says nothing: of a field nobody knows, and of one that may be left out. What
+    is the user's own, such as schemas and metadata, stays as it is. Whether anything was taken out."""
+    is_changed = False
+    waiting: list[tuple[object, Shape]] = [(body, Shape(model))]
+    while waiting:
+        value, any_shape = waiting.pop()
+        shape = any_shape.of(value)
+        if shape is None:
+            continue
+        if isinstance(value, list) and shape.items is not None:
+            items = shape.items
+            waiting += [(item, items) for item in value if isinstance(item, dict | list)]
+        elif isinstance(value, dict) and shape.model is not None:
+            is_changed = _drop_own(value, shape.model) or is_changed
+            shapes = shapes_of(shape.model)
+            waiting += [(inner, shapes[name]) for name, inner in value.items() if name in shapes]
+    return is_changed
+
+
+def _drop_own(value: dict[str, Any], model: type[BaseModel]) -> bool:
+    required = _required_of(model)
+    nothing = [name for name, inner in value.items() if inner is None and name not in required]
+    for name in nothing:
+        del value[name]
+    return bool(nothing)
+
+
+def owner_at(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel] | None:
+    """The model of the object at `location`, as pydantic's errors spell it, with the tags of unions. Without a tag it
+    is one that may be there."""
+    shape: Shape | None = Shape(model)
+    for step in location:
+        shape = _step_into(shape, step) if shape is not None else None
+    return None if shape is None else next((arm.model for arm in shape.arms() if arm.model is not None), None)
+
+
+def _step_into(shape: Shape, step: int | str) -> Shape | None:
+    if step in shape.by_tag:
+        return shape.by_tag[step]
+    for arm in shape.arms():
+        if isinstance(step, int) and arm.items is not None:
+            return arm.items
+        if isinstance(step, str) and arm.model is not None and step in shapes_of(arm.model):
+            return shapes_of(arm.model)[step]
+    return None
+
+
+@cache
+def shapes_of(model: type[BaseModel]) -> dict[str, Shape]:
+    """Of its fields that hold more than plain values, by the name that bodies use."""
+    annotations = get_type_hints(model, include_extras=True)
+    shapes = {info.alias or name: _shape_of(annotations[name]) for name, info in model.model_fields.items()}
+    return {name: shape for name, shape in shapes.items() if shape != Shape()}
+
+
+@cache
+def _required_of(model: type[BaseModel]) -> frozenset[str]:
+    return frozenset(info.alias or name for name, info in model.model_fields.items() if info.is_required())
+
+
+def _shape_of(annotation: Any) -> Shape:
+    if get_origin(annotation) is Annotated:
+        inner, *extras = get_args(annotation)
+        discriminators = [extra.discriminator for extra in extras if isinstance(extra, Discriminator)]
+        by = next((one for one in discriminators if callable(one)), None)
+        return _shape_of(inner) if by is None else Shape(discriminator=by, by_tag=_tagged(inner))
+    if get_origin(annotation) in (Union, UnionType):
+        return next((shape for arm in get_args(annotation) if (shape := _shape_of(arm)) != Shape()), Shape())
+    if get_origin(annotation) in (list, tuple, Sequence):
+        return Shape(items=_shape_of(get_args(annotation)[0]))
+    return Shape(annotation) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Shape()
+
+
+def _tagged(union: Any) -> dict[Hashable, Shape]:
+    arms = [(arm, extra.tag) for arm in get_args(union) for extra in get_args(arm) if isinstance(extra, Tag)]
+    return {tag: _shape_of(arm) for arm, tag in arms}
+
+
+MAX_DEPTH = 32
+
+MAX_FEW = 1_024
+
+MAX_CONTAINERS = 65_536  # lists and objects of one body, wherever they are
+
+UNSUPPORTED = "unsupported_parameter"  # the kind of a validation error that refuses a field we know and do not serve
+
+MAX_PARAM_CHARS = 128
+
+_MAX_SHOWN_CHARS = 40
+
+#: Fields whose text may be private: errors give their length, never their value.
+_PRIVATE_FIELDS = frozenset({"prompt", "messages", "content", "stop", "metadata", "idempotency_key", "webhook", "url"})
+
+_SUBJECT = re.compile(r"^(Input|String|Tuple|Dictionary|List) should")
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse_model(body: bytes, model: type[Model], hints: HintTree | None = None) -> Model:
+    """Strict: no coercion between JSON types, no unknown or duplicate key, no NaN, no deep nesting. A null says
+    nothing, and what `hints` cover is left out and noted."""
+    value = _parse_json(body)
+    num_containers = _num_containers(value)
+    _refuse_excess(value, model)
+    if num_containers > MAX_CONTAINERS:
+        param = _param_of(_heaviest(value))
+        raise InvalidRequest(
+            f"{param or 'the body'} is made of {num_containers} lists and objects; at most {MAX_CONTAINERS} are taken "
+            "in all, send fewer",
+            param=param,
+        )
+    body = _without_nothing(value, body, model, hints or {})
+    try:
+        return model.model_validate_json(body, strict=True)
+    except ValidationError as exc:
+        raise _refused_hint(exc, hints or {}) or invalid_request(exc, model) from None
+
+
+def _refused_hint(exc: ValidationError, hints: HintTree) -> UnsupportedParameter | None:
+    """The first error of `exc`, where it is a field that can be left out, but not with this value."""
+    first = exc.errors(include_url=False, include_context=False)[0]
+    location = _location(first)
+    hint = hint_at(hints, location) if first["type"] == "extra_forbidden" else None
+    if hint is None:
+        return None
+    param = ".".join(str(part) for part in location)
+    taken = " or ".join(json.dumps(value) for value in hint.values)
+    return UnsupportedParameter(
+        f"{param} is {_shown(location, first['input'])}: it is taken as {taken} only; leave it out", param=param
+    )
+
+
+def _without_nothing(parsed: object, body: bytes, model: type[BaseModel], hints: HintTree) -> bytes:
+    """The body again, without what does not count. `parsed` is taken apart."""
+    is_changed = b"null" in body and drop_nulls(parsed, model)
+    own_fields = {field.alias or name for name, field in model.model_fields.items()}
+    ignored = take_hints(parsed, hints, own_fields=own_fields)
+    note_ignored(ignored)
+    return json.dumps(parsed).encode() if is_changed or ignored else body
+
+
+def _parse_json(body: bytes) -> object:
+    """Refuses what a JSON parser lets pass in silence. Pydantic parses the body a second time, for its types."""
+    if not body.strip():
+        raise InvalidRequest("the body is empty; send a JSON object")
+    try:
+        return json.loads(body.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest(f"the body is not UTF-8: byte {exc.start} is invalid") from None
+    except json.JSONDecodeError as exc:
+        raise InvalidRequest(f"the body is not JSON: {exc.msg} at line {exc.lineno} column {exc.colno}") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:  # the interpreter's bound on the digits of an integer
+        raise InvalidRequest(
+            "the body holds an integer of thousands of digits; send numbers of at most 64 bits"
+        ) from None
+
+
+def _num_containers(value: object) -> int:
+    """How many lists and objects there are. Raises InvalidRequest where they are nested too deeply."""
+    level, num_containers = [value], 0
+    for _ in range(MAX_DEPTH + 1):
+        containers = [part for part in level if isinstance(part, dict | list)]
+        if not containers:
+            return num_containers
+        num_containers += len(containers)
+        level = [part for whole in containers for part in (whole.values() if isinstance(whole, dict) else whole)]
+    raise _too_deep()
+
+
+def _heaviest(value: object) -> tuple[int | str, ...]:
+    """Where most of the lists and objects are: inwards, as long as one of a few parts holds more than half of them."""
+    if not isinstance(value, dict | list) or len(value) > MAX_FEW:
+        return ()
+    parts = dict(value.items() if isinstance(value, dict) else enumerate(value))
+    num_inside = {name: _num_containers(part) for name, part in parts.items()}
+    name = max(num_inside, key=lambda name: num_inside[name], default=None)
+    if name is None or 2 * num_inside[name] <= sum(num_inside.values()):
+        return ()
+    return (name, *_heaviest(parts[name]))
+
+
+def _too_deep() -> InvalidRequest:
+    return InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep; flatten it")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) == len(pairs):
+        return unique
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise InvalidRequest(
+                f"the key {key[:64]!r} appears more than once in one object; send it once", param=key[:64]
+            )
+        seen.add(key)
+    raise AssertionError("fewer keys than pairs, and none twice")
+
+
+def _refuse_excess(value: object, model: type[BaseModel]) -> None:
+    match first_excess(value, model):
+        case Overlong(location, length, bound):
+            param = _param_of(location)
+            raise InvalidRequest(
+                f"{param or 'the body'} has {length} items; at most {bound} items are taken, send fewer", param=param
+            )
+        case UnknownFields(location):
+            param = _param_of(location)
+            raise InvalidRequest(f"{param} is not a field here; {_suggestion(location, model)}", param=param)
+
+
+def _param_of(location: tuple[int | str, ...]) -> str | None:
+    return ".".join(str(part)[:MAX_PARAM_CHARS] for part in location)[:MAX_PARAM_CHARS] or None
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise InvalidRequest(f"the body holds {constant}, which is not JSON; send a finite number or null")
+
+
+def invalid_request(exc: ValidationError, model: type[BaseModel]) -> InvalidRequest:
+    """The first error of `exc` in our words: field, value seen, remedy."""
+    first, *others = exc.errors(include_url=False, include_context=False)
+    location = _location(first)
+    param = _param_of(location)
+    # A collection whose items are wrong is reported a second time, as too short.
+    num_more = sum(location[: len(_location(other))] != _location(other) for other in others)
+    more = f" (and {num_more} more)" if num_more else ""
+    refusal = UnsupportedParameter if first["type"] == UNSUPPORTED else InvalidRequest
+    return refusal(f"{_describe(first, param, model)}{more}", param=param)
+
+
+def _location(error: Any) -> tuple[int | str, ...]:
+    """Without the tags of unions, which are spelt <so> and are no fields. An unknown field may be spelt so, too."""
+    *outer, last = error["loc"] or ("",)
+    is_named = error["type"] == "extra_forbidden" or not str(last).startswith("<")
+    path = tuple(part for part in outer if not str(part).startswith("<"))
+    return (*path, last) if is_named and error["loc"] else path
+
+
+def _describe(error: Any, param: str | None, model: type[BaseModel]) -> str:
+    kind, location = error["type"], _location(error)
+    message = _SUBJECT.sub("it must", str(error["msg"]).removeprefix("Value error, ").removeprefix("Invalid JSON: "))
+    if kind == "missing":
+        return f"{param} is missing; add it"
+    if kind == "extra_forbidden":
+        return f"{param} is not a field here; {_suggestion(error['loc'], model)}"
+    if kind == "json_invalid":
+        return f"the body is not JSON: {message}"
+    if kind == UNSUPPORTED:
+        return f"{param} {message}"
+    if param is None or kind == "value_error":
+        return message if param is None else f"{param}: {message}"
+    return f"{param} is {_shown(location, error['input'])}: {message}"
+
+
+def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    owner = owner_at(model, location[:-1])
+    known = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
+    close = difflib.get_close_matches(str(location[-1])[:64], known, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known are: {', '.join(known)}" if known else "remove it"
+
+
+def _shown(location: tuple[int | str, ...], value: object) -> str:
+    """A short picture of a refused value that gives nothing private away."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if isinstance(value, str) and (len(value) > _MAX_SHOWN_CHARS or _is_private(location)):
+        return f"a string of {len(value)} characters"
+    return json.dumps(value, default=str)[:_MAX_SHOWN_CHARS]
+
+
+def _is_private(location: tuple[int | str, ...]) -> bool:
+    names = [part for part in location if isinstance(part, str)]
+    return bool(names) and (names[0] == "metadata" or names[-1] in _PRIVATE_FIELDS)

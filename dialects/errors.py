@@ -1,0 +1,94 @@
+"""What each error is in HTTP: the one table from a code of `domain.errors` to a status and a type."""
+
+import logging
+from typing import NamedTuple
+
+from domain.errors import (
+    CeleriacError,
+    DeadlineExceeded,
+    JobCancelled,
+    JobFailure,
+)
+from domain.ids import external_id
+from domain.jobs import JobError, JobStatus
+from storage.job_queries import JobRecord
+
+log = logging.getLogger(__name__)
+
+
+class HttpError(NamedTuple):
+    status: int
+    type: str
+
+
+HTTP_BY_CODE: dict[str, HttpError] = {
+    "invalid_value": HttpError(400, "invalid_request_error"),
+    "context_length_exceeded": HttpError(400, "invalid_request_error"),
+    "unsupported_parameter": HttpError(400, "invalid_request_error"),
+    "previous_response_not_found": HttpError(400, "invalid_request_error"),
+    "invalid_cursor": HttpError(400, "invalid_request_error"),
+    "invalid_json_line": HttpError(400, "invalid_request_error"),
+    "missing_required_parameter": HttpError(400, "invalid_request_error"),
+    "invalid_url": HttpError(400, "invalid_request_error"),
+    "streaming_unsupported": HttpError(400, "invalid_request_error"),
+    "idempotency_key_reused": HttpError(422, "invalid_request_error"),
+    "poison_request": HttpError(422, "invalid_request_error"),
+    "job_not_retryable": HttpError(422, "invalid_request_error"),
+    "request_too_large": HttpError(413, "invalid_request_error"),
+    "unsupported_media_type": HttpError(415, "invalid_request_error"),
+    "method_not_allowed": HttpError(405, "invalid_request_error"),
+    "request_timeout": HttpError(408, "invalid_request_error"),
+    "invalid_api_key": HttpError(401, "authentication_error"),
+    "permission_denied": HttpError(403, "permission_error"),
+    "not_found": HttpError(404, "not_found_error"),
+    "model_not_found": HttpError(404, "not_found_error"),
+    "job_not_found": HttpError(404, "not_found_error"),
+    "file_not_found": HttpError(404, "not_found_error"),
+    "batch_not_found": HttpError(404, "not_found_error"),
+    "cursor_expired": HttpError(410, "gone"),
+    "insufficient_quota": HttpError(429, "insufficient_quota"),
+    "storage_full": HttpError(507, "server_error"),
+    "slow_down": HttpError(429, "rate_limit_error"),
+    "too_many_queued_jobs": HttpError(429, "rate_limit_error"),
+    "server_is_overloaded": HttpError(503, "service_unavailable_error"),
+    "no_workers": HttpError(503, "service_unavailable_error"),
+    "model_unavailable": HttpError(503, "service_unavailable_error"),
+    "storage_unavailable": HttpError(503, "service_unavailable_error"),
+    "deadline_exceeded": HttpError(504, "server_error"),
+    "job_cancelled": HttpError(410, "gone"),
+    "job_failed": HttpError(500, "server_error"),
+    "engine_error": HttpError(500, "server_error"),
+    "poison_job": HttpError(500, "server_error"),
+    "out_of_memory": HttpError(500, "server_error"),
+    "worker_lost": HttpError(502, "server_error"),
+    "model_revision_gone": HttpError(502, "server_error"),
+    "not_implemented": HttpError(501, "invalid_request_error"),
+    "server_error": HttpError(500, "server_error"),
+}
+
+
+def job_error_body(error: JobError) -> dict[str, object]:
+    """A job's stored error as clients see it. A code that this version does not know is a server error."""
+    code = error.code if error.code in HTTP_BY_CODE else "server_error"
+    return {"code": error.code, "message": error.message, "type": HTTP_BY_CODE[code].type, "retryable": error.retryable}
+
+
+def refuse_unfinished(record: JobRecord) -> None:
+    """Raises the CeleriacError that says why a terminal job has no whole output."""
+    job = record.job
+    name = external_id(job.id)
+    if job.status is JobStatus.CANCELLED:
+        raise JobCancelled(f"{name} was cancelled; what it had produced is at /v1/jobs/{name}/output")
+    if job.status is JobStatus.EXPIRED:
+        raise DeadlineExceeded(
+            f"the deadline of {name} passed before it was done; what it had produced is at /v1/jobs/{name}/output"
+        )
+    if job.status is JobStatus.FAILED or record.result is None:
+        raise _failure(record)
+
+
+def _failure(record: JobRecord) -> CeleriacError:
+    error = record.job.error
+    classes = {JobFailure.code: JobFailure} | {cls.code: cls for cls in JobFailure.__subclasses__()}
+    cls = classes.get(error.code if error is not None else JobFailure.code, JobFailure)
+    return cls(error.message if error is not None else "the job failed without a word; quote its id when you report it")

@@ -1,0 +1,429 @@
+"""What the bodies of the OpenAI routes share: sampling parameters, output formats, tools.
+
+What the bodies of the OpenAI routes share: strictness, sampling parameters, and fields that are refused by name.
+
+A body declares types only; the bounds are those of `domain.requests`, in which every body ends.
+
+What an output must look like: a schema that a body gives, calls of its tools, or one of the two.
+
+A strict schema is enforced whole, or refused by the keyword that cannot be. Of any other, what cannot be enforced is
+left out, as JSON Schema has it for keywords and formats that a reader does not know.
+
+The tools of a request, whichever route it came by: checked, shown to the model, and asked for by a grammar.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
+
+from dialects.bodies import UNSUPPORTED, invalid_request
+from dialects.ignored_fields import FOREIGN_TOOLS, is_foreign_tool, note_ignored
+from dialects.native import MetadataKey, MetadataValue
+from domain.errors import CeleriacError, InvalidRequest, UnsupportedParameter
+from domain.jobs import FinishReason, FirstErrorModel
+from domain.json_schemas import gather
+from domain.requests import MAX_STOP_STRINGS, SamplingParams, TokenLogprob
+from domain.strict_schemas import closed, enforceable
+from domain.structured_output import (
+    MAX_CALLS_BYTES,
+    CallableTool,
+    StructuredOutput,
+    ToolCalls,
+    ToolDefinition,
+    bounded,
+    check_keywords,
+    check_structure,
+)
+from text.models import ModelView
+from text.outputs import MARKERS
+
+#: The reasons that clients know. A job that was cut off otherwise ends in an error.
+FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+PRIORITY_BY_SERVICE_TIER = {"auto": 0, "default": 0, "flex": -5, "priority": 5, "fast": 5}
+
+Domain = TypeVar("Domain", bound=BaseModel)
+
+
+class OpenAIModel(FirstErrorModel):
+    """Part of a body: a field that nobody knows is refused; null is as good as nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def refuse(reason: str) -> PydanticCustomError:
+    return PydanticCustomError(UNSUPPORTED, "{reason}", {"reason": reason})
+
+
+def _refuse_any(value: Any) -> None:
+    """What is empty asks for nothing."""
+    if value is not None and value not in ("", [], {}):
+        raise refuse("is not supported here; leave it out")
+
+
+def only(*harmless: Any) -> AfterValidator:
+    """A field whose `harmless` values change nothing, and whose other values are not supported."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in harmless:
+            shown = " or ".join(repr(one) for one in harmless)
+            raise refuse(f"is supported as {shown} only; leave it out")
+        return value
+
+    return AfterValidator(check)
+
+
+Unsupported = Annotated[Any, AfterValidator(_refuse_any)]
+
+MAX_PARTS = 1024  # of one message's content
+
+
+class ForeignTool(OpenAIModel):
+    """A tool that is no function. It keeps its place among the tools, and nothing else."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Annotated[str, Field(json_schema_extra={"enum": sorted(FOREIGN_TOOLS)})]
+
+
+def tag_of_tool(tool: object) -> str:
+    return "<foreign>" if isinstance(tool, ForeignTool) or is_foreign_tool(tool) else "<function>"
+
+
+#: One stop string, or several. The tags keep the two branches out of error messages.
+Strings = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS), Tag("<strings>")],
+    Discriminator(lambda value: "<string>" if isinstance(value, str) else "<strings>"),
+]
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
+
+CallerId = Annotated[str, StringConstraints(max_length=512)]
+
+ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
+
+#: What a client sent, shown in quotation marks (an apostrophe opens none); or a word, such as the path of a field.
+_QUOTED_OR_NAME = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'(?!\w)|"(?:[^"\\]|\\.)*")|(\w+(?:\.\w+)*)""")
+
+
+def publish_bounds(schema: dict[str, Any]) -> None:
+    """Add to the schema of a body the bounds of its sampling parameters; numbers of its own go before."""
+    for name, bounded in SamplingParams.model_json_schema()["properties"].items():
+        bounds_by_type = {branch.get("type"): branch for branch in bounded.get("anyOf", [bounded])}
+        for branch in schema["properties"].get(name, {}).get("anyOf", ()):
+            bounds = bounds_by_type.get(branch.get("type"), {})
+            known = {"title", "default", *branch} - {"items", "additionalProperties"}
+            branch |= {key: bound for key, bound in bounds.items() if key not in known}
+
+
+class GenerationBody(OpenAIModel):
+    """The parameters of every route that generates text, and the extensions that arrive through `extra_body`."""
+
+    model_config = ConfigDict(json_schema_extra=publish_bounds)
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stream: bool | None = None
+
+    # Who asks; nothing here depends on it.
+    user: CallerId | None = None
+    safety_identifier: CallerId | None = None
+    prompt_cache_key: CallerId | None = None
+
+    service_tier: ServiceTier | None = None
+    metadata: Metadata | None = None
+
+    # Extensions
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    bad_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    structured_output: StructuredOutput | None = None
+
+    def sampling(self, **given: Any) -> SamplingParams:
+        """The parameters of this body, and `given` ones that it spells otherwise. None leaves the default. Raises
+        InvalidRequest, with the names of SamplingParams."""
+        fields = {name: getattr(self, name, None) for name in SamplingParams.model_fields}
+        return build(SamplingParams, fields | given)
+
+
+class StreamOptions(OpenAIModel):
+    include_usage: bool | None = None
+
+
+def refuse_idle_stream_options(body: GenerationBody) -> None:
+    """As OpenAI's does. Raises InvalidRequest."""
+    if getattr(body, "stream_options", None) is not None and not body.stream:
+        raise InvalidRequest(
+            "stream_options is given, but stream is not true; set it, or leave stream_options out",
+            param="stream_options",
+        )
+
+
+def take_effort(effort: Effort | None, view: ModelView, *, place: str) -> None:
+    """One that never thinks answers without, whatever effort it is told: that is a hint, which is noted. How long
+    another thinks is its chat template's matter. Raises UnsupportedParameter."""
+    if effort is None:
+        return
+    if view.output_format.reasoning is None:
+        note_ignored([place])
+        return
+    raise UnsupportedParameter(
+        f"{place} is {effort!r}, but {view.spec.id} thinks as its chat template says; leave it out", param=place
+    )
+
+
+def build(model: type[Domain], fields: dict[str, Any]) -> Domain:
+    """A domain object from those `fields` that are given. Raises InvalidRequest."""
+    try:
+        return model.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as exc:
+        raise invalid_request(exc, model) from None
+
+
+def build_at(place: str, model: type[Domain], fields: dict[str, Any]) -> Domain:
+    """As `build`, for a part of the body: the refusal names the whole path."""
+    try:
+        return build(model, fields)
+    except InvalidRequest as exc:
+        exc.message = f"{place}: {exc.message}"
+        exc.param = f"{place}.{exc.param}" if exc.param else place
+        raise
+
+
+def spelling_of_params(**names: str) -> dict[str, str]:
+    """What a body that generates text calls the fields of our requests; `names` are those that it spells otherwise."""
+    return names | {"prompt_token_ids": "prompt"}
+
+
+def with_body_names(exc: CeleriacError, spelling: Mapping[str, str]) -> CeleriacError:
+    """The same refusal with the names of the body for those of our own request. What stands in quotation marks is the
+    client's own, and stays as it is."""
+    exc.message = _QUOTED_OR_NAME.sub(lambda found: found[1] or _spelt(found[2], spelling), exc.message)
+    exc.param = exc.param and _spelt(exc.param, spelling)
+    return exc
+
+
+def _spelt(path: str, spelling: Mapping[str, str]) -> str:
+    """The longest beginning of a path that has another name gets it."""
+    path = path.removeprefix("params.")
+    for length in range(path.count(".") + 1, 0, -1):
+        steps = path.split(".")
+        ours, rest = ".".join(steps[:length]), steps[length:]
+        if ours in spelling:
+            return ".".join([spelling[ours], *rest])
+    return path
+
+
+def strings(value: str | list[str] | None) -> list[str] | None:
+    return [value] if isinstance(value, str) else value
+
+
+def tier_of(asked: str | None, priority: int) -> str:
+    """The tier that was used; only who asked for one by the name of `fast` is answered so."""
+    if asked == "fast":
+        return "fast"
+    return "priority" if priority > 0 else "flex" if priority < 0 else "default"
+
+
+def content_logprobs(logprobs: Sequence[TokenLogprob]) -> list[dict[str, object]]:
+    """`logprobs.content`, the tokens of the content: the one that ends it has no text and is none of them."""
+    return [_logprob_object(logprob) for logprob in logprobs if logprob.bytes]
+
+
+def _logprob_object(logprob: TokenLogprob) -> dict[str, object]:
+    top = [
+        _token_object(text, value, utf8) for (_, text, value), utf8 in zip(logprob.top, logprob.top_bytes, strict=True)
+    ]
+    return _token_object(logprob.token, logprob.logprob, logprob.bytes) | {"top_logprobs": top}
+
+
+def _token_object(text: str, logprob: float, utf8: Sequence[int]) -> dict[str, object]:
+    return {"token": text, "logprob": logprob, "bytes": list(utf8)}
+
+
+MAX_REMEMBERED = 1_024  # parameters of tools, of at most `schema_bounds.MAX_SCHEMA_BYTES` each
+
+
+def answer_of(schema: dict[str, Any], *, is_strict: bool, place: str) -> StructuredOutput:
+    """`place` is the schema's path in the body. Raises InvalidRequest."""
+    try:
+        if is_strict:
+            return _output(place, json_schema=schema)
+        kept = bounded(schema)
+        check_structure(kept)
+        return _output(place, json_schema=enforceable(gather(kept)))
+    except ValueError as exc:
+        raise _refusal(exc, place) from None
+
+
+def callable_tool(tool: ToolDefinition, *, place: str) -> CallableTool:
+    """`place` is the path of its parameters in the body. Raises InvalidRequest."""
+    schema = tool.parameters or {"type": "object", "properties": {}}
+    try:
+        arguments = _arguments_of(json.dumps(bounded(schema)), is_strict=tool.strict is True)
+        return CallableTool(name=tool.name, arguments=arguments)
+    except ValueError as exc:
+        raise _refusal(exc, place) from None
+
+
+@functools.lru_cache(maxsize=MAX_REMEMBERED)
+def _arguments_of(schema_json: str, *, is_strict: bool) -> dict[str, Any]:
+    """Remembered, since agents send the same tools at every turn. Nobody changes what it returns."""
+    schema = json.loads(schema_json)
+    check_structure(schema)
+    if is_strict:
+        check_keywords(schema)
+        return closed(gather(schema), is_strict=True)
+    return closed(enforceable(gather(schema)), is_strict=False)
+
+
+def with_calls(answer: StructuredOutput | None, calls: ToolCalls) -> StructuredOutput:
+    return StructuredOutput(calls=calls) if answer is None else answer.model_copy(update={"calls": calls})
+
+
+def _output(place: str, **fields: Any) -> StructuredOutput:
+    try:
+        return StructuredOutput(**fields)
+    except ValidationError as exc:
+        refusal = invalid_request(exc, StructuredOutput)
+        raise InvalidRequest(f"{place}: {refusal.message}", param=place) from None
+
+
+def _refusal(exc: ValueError, place: str) -> InvalidRequest:
+    return InvalidRequest(f"{place}: {exc}", param=place)
+
+
+@dataclass(frozen=True, slots=True)
+class AskedTools:
+    """What a body says of tools. `definitions` are those of functions, by their numbers among its tools; `place` is the
+    path of a tool in it, with a `{}` for its number."""
+
+    definitions: Mapping[int, dict[str, Any]]
+    place: str
+    mode: str  # none, auto, required, or named
+    name: str | None = None  # of the one that must be called
+    name_place: str = "tool_choice.name"
+    is_parallel: bool = True
+
+    @property
+    def must_call(self) -> bool:
+        return self.mode in ("required", "named")
+
+
+def tools_of(asked: AskedTools, view: ModelView) -> tuple[ToolDefinition, ...]:
+    """Those that the model is shown: none where it must not call any. Raises InvalidRequest."""
+    if not asked.definitions:
+        if asked.must_call:
+            raise InvalidRequest(
+                "tool_choice asks for a call but there are no functions in tools; add them", param="tools"
+            )
+        return ()
+    tools = tuple(
+        build_at(asked.place.format(number), ToolDefinition, definition)
+        for number, definition in asked.definitions.items()
+    )
+    if len({tool.name for tool in tools}) < len(tools):
+        raise InvalidRequest("two tools have the same name; rename one", param="tools")
+    if asked.mode == "none":
+        return ()
+    if view.output_format.tools is None:
+        raise UnsupportedParameter(
+            f"the chat template of {view.spec.id} has no tool calls that can be read here; remove tools", param="tools"
+        )
+    return tools
+
+
+def output_of(
+    asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...], answer: StructuredOutput | None
+) -> StructuredOutput | None:
+    """What the output must be: calls where one must be made; where one may be made, calls or what `answer` says, if it
+    says anything. Raises InvalidRequest."""
+    if not tools or (answer is None and not asked.must_call):
+        return answer
+    return with_calls(None if asked.must_call else answer, _calls(asked, view, tools))
+
+
+def spelling_of_output(asked: AskedTools, answer: Mapping[str, str]) -> dict[str, str]:
+    """Where the parts of a structured output stand in the body; `answer` says it of those that are no calls."""
+    places = [
+        (f"structured_output.calls.tools.{index}", f"{asked.place.format(number)}.parameters")
+        for index, (number, _) in enumerate(_callable_ones(asked))
+    ]
+    return {**answer, **dict(places), "structured_output.calls": "tools"}
+
+
+def _callable_ones(asked: AskedTools) -> list[tuple[int, dict[str, Any]]]:
+    """With their numbers among all tools."""
+    return [pair for pair in asked.definitions.items() if asked.name in (None, pair[1]["name"])]
+
+
+def _calls(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]) -> ToolCalls:
+    assert view.output_format.tools is not None
+    if not _callable_ones(asked):
+        raise InvalidRequest(
+            f"tool_choice names {str(asked.name)[:64]!r}, which is none of the tools", param=asked.name_place
+        )
+    fields = {
+        "format": view.output_format.tools,
+        "tools": _callable_tools(asked, tools),
+        "is_single": asked.name is not None or not asked.is_parallel,
+        "marker_token_id": _marker_token_id(view),
+    }
+    try:
+        return ToolCalls.model_validate(fields)
+    except ValidationError as exc:
+        refusal = invalid_request(exc, ToolCalls)
+        raise InvalidRequest(f"tools: {refusal.message}", param="tools") from None
+
+
+def _callable_tools(asked: AskedTools, tools: tuple[ToolDefinition, ...]) -> list[CallableTool]:
+    """No more than one beyond what may be sent."""
+    by_name = {tool.name: tool for tool in tools}
+    callable_tools: list[CallableTool] = []
+    num_bytes = 0
+    for number, definition in _callable_ones(asked):
+        place = f"{asked.place.format(number)}.parameters"
+        callable_tools.append(callable_tool(by_name[definition["name"]], place=place))
+        num_bytes += len(json.dumps(callable_tools[-1].arguments))
+        if num_bytes > 2 * MAX_CALLS_BYTES:
+            break
+    return callable_tools
+
+
+def _marker_token_id(view: ModelView) -> int | None:
+    """Of the special token that the model has learnt to write before its calls."""
+    marker = MARKERS.get(view.output_format.tools) if view.output_format.tools else None
+    if marker is None or view.vocabulary is None:
+        return None
+    tokenizer = view.vocabulary.tokenizer
+    token_id = tokenizer.token_to_id(marker)
+    if token_id is None or token_id >= view.vocab_size:
+        return None
+    added = tokenizer.get_added_tokens_decoder().get(token_id)
+    return token_id if added is not None and added.special else None

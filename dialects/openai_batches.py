@@ -1,0 +1,236 @@
+"""The lines of batches: how each becomes its route's request, and a finished job the route's answer.
+
+What batches need to know of the routes whose bodies their lines are; `dialects/openai_batches.py` tells them.
+
+The lines of batches: which routes they may be for, and how a line becomes that route's request and answer.
+
+Codes and the first words of messages are OpenAI's, as its batches answer and as the public integration tests of other
+servers (test_batches_errors.py of Llama Stack) hold them.
+"""
+
+import json
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
+
+from pydantic import StringConstraints
+
+from dialects import openai_chat, openai_embeddings, openai_response_objects, openai_response_requests
+from dialects.bodies import parse_model
+from dialects.errors import HTTP_BY_CODE, refuse_unfinished
+from dialects.ignored_fields import HINT_TREE
+from dialects.native import NO_NUL
+from dialects.openai import GenerationBody, OpenAIModel, spelling_of_params, with_body_names
+from dialects.openai_chat import ChatCompletionBody
+from dialects.openai_completions import CompletionBody, from_results, prompt_of, to_generation_requests
+from dialects.openai_embeddings import EmbeddingBody
+from dialects.openai_response_requests import ResponseBody
+from domain.errors import (
+    CeleriacError,
+    InvalidJsonLine,
+    InvalidUrl,
+    MissingParameter,
+    StreamingUnsupported,
+    UnsupportedParameter,
+)
+from domain.jobs import LineRefusal
+from domain.requests import EmbeddingRequest, GenerationRequest, JobRequest
+from storage.job_queries import JobRecord
+from text.models import ModelView, ModelViews
+from text.outputs import parser_of
+
+
+@dataclass(frozen=True, slots=True)
+class LineRequest:
+    """A line that its route understands. `in_words` spells a refusal of the request as the body does, and returns it;
+    `answer` makes the route's answer of the finished job, or raises the CeleriacError that says why there is none."""
+
+    custom_id: str
+    request: JobRequest
+    metadata: Mapping[str, str]
+    in_words: Callable[[CeleriacError], CeleriacError]
+    answer: Callable[[JobRecord], Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSurface:
+    """`read_line(line, url)` raises CeleriacError, `refuse_unfinished(record)` the one that a job ended with, and
+    `refusal_of` is such an error as a route would answer it."""
+
+    read_line: Callable[[bytes, str], LineRequest]
+    refuse_unfinished: Callable[[JobRecord], None]
+    refusal_of: Callable[[CeleriacError], LineRefusal]
+
+
+Body = TypeVar("Body", bound=GenerationBody | EmbeddingBody)
+
+Request = TypeVar("Request", bound=JobRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class LineRoute(Generic[Body, Request]):
+    """The pure functions of a route. The first and the last raise CeleriacError; `spelling_of` tells what the body
+    calls the fields of the request."""
+
+    body: type[Body]
+    to_request: Callable[[Body, ModelView], Request]
+    spelling_of: Callable[[Body], Mapping[str, str]]
+    from_result: Callable[[JobRecord, Request, Body, ModelView], Mapping[str, object]]
+
+
+def _chat_answer(
+    record: JobRecord, request: GenerationRequest, body: ChatCompletionBody, view: ModelView
+) -> Mapping[str, object]:
+    return openai_chat.from_result(record, request, view.output_format)
+
+
+def _response_request(body: ResponseBody, view: ModelView) -> GenerationRequest:
+    if body.background:
+        raise UnsupportedParameter(
+            "background is true, but a line of a batch always is; leave it out", param="background"
+        )
+    if body.previous_response_id is not None:
+        raise UnsupportedParameter(
+            "previous_response_id is not supported in a batch; send the conversation as input",
+            param="previous_response_id",
+        )
+    return openai_response_requests.to_generation_request(body, view)
+
+
+def _response_answer(
+    record: JobRecord, request: GenerationRequest, body: ResponseBody, view: ModelView
+) -> Mapping[str, object]:
+    parser = parser_of(request, view.output_format)
+    return openai_response_objects.from_result(replace(record, request=request), body, parser)
+
+
+def _completion_request(body: CompletionBody, view: ModelView) -> GenerationRequest:
+    requests = to_generation_requests(body)
+    if len(requests) > 1:
+        raise UnsupportedParameter(
+            f"prompt is a list of {len(requests)}; in a batch send one prompt a line", param="prompt"
+        )
+    return requests[0]
+
+
+def _completion_answer(
+    record: JobRecord, request: GenerationRequest, body: CompletionBody, view: ModelView
+) -> Mapping[str, object]:
+    return from_results([record], [prompt_of(body, request, view, 0)], None)
+
+
+def _embedding_request(body: EmbeddingBody, _: ModelView) -> EmbeddingRequest:
+    return openai_embeddings.to_embedding_request(body)
+
+
+def _embedding_answer(
+    record: JobRecord, _: EmbeddingRequest, body: EmbeddingBody, __: ModelView
+) -> Mapping[str, object]:
+    return openai_embeddings.embeddings_from_result(record, body)
+
+
+def _spelling_of_completions(_: CompletionBody) -> Mapping[str, str]:
+    return spelling_of_params()
+
+
+#: Every route that a batch may be for.
+ROUTES: dict[str, LineRoute[Any, Any]] = {
+    "/v1/chat/completions": LineRoute(
+        ChatCompletionBody, openai_chat.to_generation_request, openai_chat.spelling_of, _chat_answer
+    ),
+    "/v1/responses": LineRoute(ResponseBody, _response_request, openai_response_requests.spelling_of, _response_answer),
+    "/v1/completions": LineRoute(CompletionBody, _completion_request, _spelling_of_completions, _completion_answer),
+    "/v1/embeddings": LineRoute(
+        EmbeddingBody, _embedding_request, openai_embeddings.spelling_of_embeddings, _embedding_answer
+    ),
+}
+
+
+class Line(OpenAIModel):
+    custom_id: Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=NO_NUL)]
+    method: Literal["POST"]
+    url: str
+    body: dict[str, Any]
+
+
+def batch_surface(views: ModelViews) -> BatchSurface:
+    return BatchSurface(lambda content, url: read_line(content, url, views), refuse_unfinished, refusal_of)
+
+
+def read_line(content: bytes, url: str, views: ModelViews) -> LineRequest:
+    """Raises CeleriacError whose `param` is a field of the line."""
+    _refuse_odd_line(content)
+    line = parse_model(content, Line)
+    if line.url != url:
+        raise InvalidUrl(
+            f"The URL provided for this request does not match the batch endpoint: url is {line.url[:64]!r}, and the "
+            f"batch is for {url}; send it there",
+            param="url",
+        )
+    try:
+        return _read_body(line, ROUTES[url], views)
+    except CeleriacError as exc:
+        exc.param = f"body.{exc.param}" if exc.param else "body"
+        raise
+
+
+def _refuse_odd_line(content: bytes) -> None:
+    """What is no JSON object, or lacks a member. Raises InvalidJsonLine or MissingParameter."""
+    try:
+        line = json.loads(content.decode(), parse_constant=_refuse_constant)
+    except RecursionError:
+        return  # the parser of bodies says how deep is too deep
+    except UnicodeDecodeError as exc:
+        utf_16 = " (it looks like UTF-16)" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else ""
+        raise _not_json(f"byte {exc.start} is not UTF-8{utf_16}; save the file as UTF-8") from None
+    except json.JSONDecodeError as exc:
+        remedy = "end lines with a line feed, not with a carriage return alone" if b"\r" in content.strip() else ""
+        raise _not_json(f"{exc.msg} at column {exc.colno}; {remedy or 'send one JSON object a line'}") from None
+    except ValueError as exc:
+        raise _not_json(f"{exc}; send numbers of at most 64 bits") from None
+    if not isinstance(line, dict):
+        raise _not_json("it is no object; send one JSON object a line")
+    for name in Line.model_fields:
+        if name not in line:
+            raise MissingParameter(f"Missing required parameter: '{name}'; add it to the line", param=name)
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"it holds {constant}")
+
+
+def _not_json(reason: str) -> InvalidJsonLine:
+    return InvalidJsonLine(f"This line is not parseable as valid JSON: {reason}")
+
+
+def _read_body(line: Line, route: LineRoute[Body, Request], views: ModelViews) -> LineRequest:
+    body = parse_model(json.dumps(line.body).encode(), route.body, HINT_TREE)
+    metadata = _metadata_of(body)
+    view = views.get(body.model)
+    request = route.to_request(body, view)
+
+    def answer(record: JobRecord) -> Mapping[str, object]:
+        refuse_unfinished(record)
+        return route.from_result(record, request, body, view)
+
+    def in_words(exc: CeleriacError) -> CeleriacError:
+        return with_body_names(exc, route.spelling_of(body))
+
+    return LineRequest(line.custom_id, request, metadata, in_words, answer)
+
+
+def _metadata_of(body: GenerationBody | EmbeddingBody) -> Mapping[str, str]:
+    """Raises StreamingUnsupported for a body that asks for a stream."""
+    if isinstance(body, EmbeddingBody):
+        return {}
+    if body.stream:
+        raise StreamingUnsupported(
+            "Streaming is not supported in the Batch API: stream is true; leave it out", param="stream"
+        )
+    return body.metadata or {}
+
+
+def refusal_of(exc: CeleriacError) -> LineRefusal:
+    http = HTTP_BY_CODE[exc.code]
+    return LineRefusal(status_code=http.status, type=http.type, code=exc.code, message=exc.message, param=exc.param)

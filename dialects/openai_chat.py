@@ -1,0 +1,458 @@
+"""Chat completions: the body, the request that it makes, and a job's output as message or deltas.
+
+The body of a chat completion.
+
+A chat completion's body as a job's request: messages, tools, and what the output must look like.
+
+A job's output as chat completions: the message, or its deltas, with tool calls and reasoning taken out of the text.
+
+Whole answers and streams go through the same parser, so they agree.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import AfterValidator, Discriminator, Field, Tag
+
+from api.openai.running import Run
+from dialects.openai import (
+    FINISH_REASONS,
+    MAX_PARTS,
+    AskedTools,
+    Effort,
+    ForeignTool,
+    GenerationBody,
+    OpenAIModel,
+    StreamOptions,
+    Strings,
+    Unsupported,
+    answer_of,
+    build,
+    build_at,
+    content_logprobs,
+    only,
+    output_of,
+    refuse,
+    refuse_idle_stream_options,
+    spelling_of_output,
+    spelling_of_params,
+    strings,
+    tag_of_tool,
+    take_effort,
+    tier_of,
+    tools_of,
+)
+from dialects.openai_views import count_reasoning_tokens, usage_object
+from domain.errors import InvalidRequest
+from domain.ids import external_id
+from domain.jobs import FinishReason
+from domain.requests import (
+    MAX_MESSAGES,
+    NO_BOUND,
+    ChatMessage,
+    GenerationRequest,
+    GenerationResult,
+    ResultChoice,
+    TokenChunk,
+    TokenLogprob,
+)
+from domain.structured_output import MAX_TOOLS, StructuredOutput
+from storage.job_queries import JobRecord
+from storage.tables import Job
+from text.models import ModelView
+from text.outputs import (
+    CallArguments,
+    CallName,
+    ContentPiece,
+    OutputFormat,
+    OutputParser,
+    Piece,
+    ReasoningPiece,
+    parser_of,
+)
+
+
+def _text_only(kind: str) -> str:
+    if kind not in ("text", "refusal"):
+        raise refuse(f"is {kind[:40]!r}; only text can be read here")
+    return kind
+
+
+class ContentPart(OpenAIModel):
+    type: Annotated[str, AfterValidator(_text_only)]
+    text: str | None = None
+    refusal: str | None = None
+
+
+ChatContent = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), Tag("<parts>")],
+    Discriminator(lambda value: "<text>" if isinstance(value, str) else "<parts>"),
+]
+
+
+class CalledFunction(OpenAIModel):
+    name: str
+    arguments: str
+
+
+class MessageToolCall(OpenAIModel):
+    id: str
+    type: Annotated[str, only("function")] = "function"
+    function: CalledFunction
+    index: int | None = None  # in calls that were put together from a stream
+
+
+class Message(OpenAIModel):
+    """A message as clients send it, also one that came out of an answer and is sent back. What else it has then is
+    among the hints."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: ChatContent | None = None
+    name: Annotated[str, Field(max_length=64)] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None  # said in place of the content
+    audio: Unsupported = None
+    function_call: Unsupported = None
+
+
+class Function(OpenAIModel):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(OpenAIModel):
+    type: Annotated[str, only("function")]
+    function: Function
+
+
+Tool = Annotated[
+    Annotated[FunctionTool, Tag("<function>")] | Annotated[ForeignTool, Tag("<foreign>")], Discriminator(tag_of_tool)
+]
+
+
+class NamedFunction(OpenAIModel):
+    name: str
+
+
+class NamedTool(OpenAIModel):
+    type: Annotated[str, only("function")]
+    function: NamedFunction
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[NamedTool, Tag("<named>")],
+    Discriminator(lambda value: "<mode>" if isinstance(value, str) else "<named>"),
+]
+
+
+class JsonSchemaFormat(OpenAIModel):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(OpenAIModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class ChatCompletionBody(GenerationBody):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    stop: Strings | None = None
+    n: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_completion_tokens: int | None = None
+    max_tokens: int | None = None  # the old name
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    stream_options: StreamOptions | None = None
+    store: bool | None = None
+    reasoning_effort: Effort | None = None
+
+    modalities: Annotated[Any, only(["text"])] = None
+    audio: Unsupported = None
+    functions: Unsupported = None
+    function_call: Unsupported = None
+    moderation: Unsupported = None
+    web_search_options: Unsupported = None
+
+
+SCHEMA_PLACE = "response_format.json_schema.schema"
+
+
+def to_generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
+    """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model cannot be given."""
+    refuse_idle_stream_options(body)
+    take_effort(body.reasoning_effort, view, place="reasoning_effort")
+    asked = _asked_tools(body)
+    tools = tools_of(asked, view)
+    params = body.sampling(
+        max_tokens=_max_tokens(body),
+        stop=strings(body.stop),
+        logprobs=_num_logprobs(body),
+        structured_output=output_of(asked, view, tools, _answer(body)),
+    )
+    messages = [to_message(message, number) for number, message in enumerate(body.messages)]
+    request: dict[str, Any] = {"model": body.model, "messages": messages, "tools": tools, "params": params}
+    return build(GenerationRequest, request | {"parallel_tool_calls": body.parallel_tool_calls})
+
+
+def spelling_of(body: ChatCompletionBody) -> dict[str, str]:
+    spelling = spelling_of_params(**spelling_of_output(_asked_tools(body), _places_of_answer(body)))
+    return spelling if body.max_completion_tokens is None else spelling | {"max_tokens": "max_completion_tokens"}
+
+
+def _places_of_answer(body: ChatCompletionBody) -> dict[str, str]:
+    if body.structured_output is not None or not _is_formatted(body):
+        return {}
+    return {"structured_output.json_schema": SCHEMA_PLACE, "structured_output.json_object": "response_format"}
+
+
+def to_message(message: Message, number: int) -> ChatMessage:
+    """`number` is its place in the body. Raises InvalidRequest."""
+    place = f"messages.{number}"
+    if message.content is None and not (message.role == "assistant" and (message.tool_calls or message.refusal)):
+        raise InvalidRequest(f"{place}.content is missing; add it", param=f"{place}.content")
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequest(f"{place} is no assistant's, so it has no tool_calls", param=f"{place}.tool_calls")
+    if (message.role == "tool") != (message.tool_call_id is not None):
+        raise InvalidRequest(
+            f"{place} has the role {message.role}; tool_call_id belongs to messages of the role tool, and only to them",
+            param=f"{place}.tool_call_id",
+        )
+    calls = [{"id": call.id} | call.function.model_dump() for call in message.tool_calls or ()]
+    fields: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": content_text(message),
+        "name": message.name,
+        "reasoning_content": message.reasoning_content,
+        "tool_calls": calls or None,
+        "tool_call_id": message.tool_call_id,
+    }
+    return build_at(place, ChatMessage, fields)
+
+
+def content_text(message: Message) -> str:
+    """Parts are put together with line breaks, as the templates for plain text expect it. A refusal is said in place of
+    an answer."""
+    if message.content is None:
+        return message.refusal or ""
+    if isinstance(message.content, str):
+        return message.content
+    return "\n".join(part.text or part.refusal or "" for part in message.content)
+
+
+def _asked_tools(body: ChatCompletionBody) -> AskedTools:
+    choice = body.tool_choice
+    return AskedTools(
+        definitions={
+            number: tool.function.model_dump()
+            for number, tool in enumerate(body.tools or ())
+            if isinstance(tool, FunctionTool)
+        },
+        place="tools.{}.function",
+        mode="named" if isinstance(choice, NamedTool) else choice or "auto",
+        name=choice.function.name if isinstance(choice, NamedTool) else None,
+        name_place="tool_choice.function.name",
+        is_parallel=body.parallel_tool_calls is not False,
+    )
+
+
+def _answer(body: ChatCompletionBody) -> StructuredOutput | None:
+    """What an output that is no calls must look like."""
+    if not _is_formatted(body):
+        return body.structured_output
+    if body.structured_output is not None:
+        raise InvalidRequest(
+            "structured_output and response_format both shape the output; send one of them", param="response_format"
+        )
+    assert body.response_format is not None
+    return _formatted(body.response_format)
+
+
+def _is_formatted(body: ChatCompletionBody) -> bool:
+    return body.response_format is not None and body.response_format.type != "text"
+
+
+def _formatted(format: ResponseFormat) -> StructuredOutput:
+    if format.type == "json_object":
+        return StructuredOutput(json_object=True)
+    if format.json_schema is None:
+        raise InvalidRequest("response_format.json_schema is missing; add it", param="response_format.json_schema")
+    schema = format.json_schema.schema_
+    if schema is None:
+        return StructuredOutput(json_object=True)
+    return answer_of(schema, is_strict=format.json_schema.strict is True, place=SCHEMA_PLACE)
+
+
+def _max_tokens(body: ChatCompletionBody) -> int | None:
+    given = {asked for asked in (body.max_tokens, body.max_completion_tokens) if asked is not None}
+    bounds = given - {NO_BOUND}
+    if len(bounds) > 1:
+        raise InvalidRequest(
+            f"max_tokens is {body.max_tokens}, max_completion_tokens {body.max_completion_tokens}; send one",
+            param="max_tokens",
+        )
+    return next(iter(bounds or given), None)
+
+
+def _num_logprobs(body: ChatCompletionBody) -> int | None:
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest(
+            f"top_logprobs is {body.top_logprobs} but logprobs is not true; set it, too", param="top_logprobs"
+        )
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def from_result(
+    record: JobRecord, request: GenerationRequest, format: OutputFormat, service_tier: str | None = None
+) -> dict[str, object]:
+    """The chat completion of a completed job. `request` is what was asked for; `format` is the model's."""
+    result = record.result
+    assert isinstance(result, GenerationResult)
+    parsers = [parser_of(request, format) for _ in range(request.params.n)]
+    return _head(record.job.id, record.job, "chat.completion", service_tier) | {
+        "choices": [_choice(record.job.id, choice, parsers[choice.index]) for choice in result.choices],
+        "usage": _usage(result, parsers),
+    }
+
+
+class ChatStream:
+    """A job's chunks as chat completion chunks."""
+
+    def __init__(
+        self,
+        run: Run,
+        request: GenerationRequest,
+        format: OutputFormat,
+        *,
+        has_usage: bool,
+        service_tier: str | None,
+    ) -> None:
+        self._job_id = run.job_id
+        self._head = _head(run.job_id, run, "chat.completion.chunk", service_tier)
+        self._parsers = [parser_of(request, format) for _ in range(request.params.n)]
+        self._has_usage = has_usage
+
+    def begin(self) -> Iterable[Mapping[str, object]]:
+        for index in range(len(self._parsers)):
+            yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+
+    def from_chunk(self, chunk: TokenChunk) -> Iterable[Mapping[str, object]]:
+        """The text first, its reason to end in an event of its own. A reason that clients do not know is left to the
+        error that follows."""
+        parser = self._parsers[chunk.index]
+        pieces = parser.push(chunk.text)
+        if chunk.finish_reason is not None:
+            pieces += parser.finish(is_cut=chunk.finish_reason is not FinishReason.STOP)
+        deltas = [_delta(self._job_id, chunk.index, piece) for piece in pieces]
+        if chunk.logprobs and not deltas:
+            deltas = [{"content": ""}]
+        for number, delta in enumerate(deltas):
+            yield self._chunk(chunk.index, delta, logprobs=_logprobs(chunk.logprobs) if number == 0 else None)
+        if chunk.finish_reason in FINISH_REASONS:
+            yield self._chunk(chunk.index, {}, finish_reason=_finish_reason(chunk.finish_reason, parser))
+
+    def finish(self, record: JobRecord) -> Iterable[Mapping[str, object]]:
+        assert isinstance(record.result, GenerationResult)
+        if self._has_usage:
+            yield self._head | {"choices": [], "usage": _usage(record.result, self._parsers)}
+
+    def _chunk(
+        self, index: int, delta: Mapping[str, object], *, logprobs: object = None, finish_reason: str | None = None
+    ) -> dict[str, object]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        chunk = self._head | {"choices": [choice]}
+        return chunk | {"usage": None} if self._has_usage else chunk
+
+
+def _usage(result: GenerationResult, parsers: Sequence[OutputParser]) -> dict[str, object]:
+    """`parsers` have taken all the text."""
+    return usage_object(result.usage, num_reasoning_tokens=count_reasoning_tokens(result.choices, parsers))
+
+
+def _choice(job_id: UUID, choice: ResultChoice, parser: OutputParser) -> dict[str, object]:
+    pieces = parser.push(choice.text) + parser.finish(is_cut=choice.finish_reason is not FinishReason.STOP)
+    content = "".join(piece.text for piece in pieces if isinstance(piece, ContentPiece))
+    reasoning = "".join(piece.text for piece in pieces if isinstance(piece, ReasoningPiece))
+    calls = _calls(job_id, choice.index, pieces)
+    message: dict[str, object] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return {
+        "index": choice.index,
+        "message": message,
+        "logprobs": _logprobs(choice.logprobs),
+        "finish_reason": _finish_reason(choice.finish_reason, parser),
+    }
+
+
+def _calls(job_id: UUID, index: int, pieces: Sequence[Piece]) -> list[dict[str, object]]:
+    names = [piece for piece in pieces if isinstance(piece, CallName)]
+    arguments = [piece for piece in pieces if isinstance(piece, CallArguments)]
+    return [
+        {
+            "id": _call_id(job_id, index, call.number),
+            "type": "function",
+            "function": {
+                "name": call.name,
+                "arguments": "".join(piece.text for piece in arguments if piece.number == call.number),
+            },
+        }
+        for call in names
+    ]
+
+
+def _delta(job_id: UUID, index: int, piece: Piece) -> dict[str, Any]:
+    if isinstance(piece, ContentPiece):
+        return {"content": piece.text}
+    if isinstance(piece, ReasoningPiece):
+        return {"reasoning_content": piece.text}
+    if isinstance(piece, CallArguments):
+        return {"tool_calls": [{"index": piece.number, "function": {"arguments": piece.text}}]}
+    call = {
+        "index": piece.number,
+        "id": _call_id(job_id, index, piece.number),
+        "type": "function",
+        "function": {"name": piece.name, "arguments": ""},
+    }
+    return {"tool_calls": [call]}
+
+
+def _call_id(job_id: UUID, index: int, number: int) -> str:
+    """The same whenever this output is read."""
+    return "call_" + hashlib.sha256(f"{job_id}/{index}/{number}".encode()).hexdigest()[:24]
+
+
+def _finish_reason(reason: FinishReason, parser: OutputParser) -> str:
+    """A call that was cut off is no reason to go on: `length` stays `length`."""
+    return "tool_calls" if reason is FinishReason.STOP and parser.num_calls else FINISH_REASONS[reason]
+
+
+def _head(job_id: UUID, job: Job | Run, object_: str, service_tier: str | None) -> dict[str, object]:
+    return {
+        "id": external_id(job_id, "chatcmpl"),
+        "object": object_,
+        "created": int(job.created_at.timestamp()),
+        "model": job.model,
+        "service_tier": tier_of(service_tier, job.priority),
+        "system_fingerprint": f"fp_{job.model_revision[:16]}",
+    }
+
+
+def _logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, object] | None:
+    if logprobs is None:
+        return None
+    return {"content": content_logprobs(logprobs), "refusal": None}

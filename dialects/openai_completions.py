@@ -1,0 +1,297 @@
+"""Text completions, the older way: the body, its requests, and jobs' outputs as choices.
+
+Jobs' outputs as text completions, with the logprobs of old: parallel lists, and where each token begins.
+"""
+
+import codecs
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+from uuid import UUID
+
+from pydantic import Discriminator, Field, Tag
+
+from api.openai.running import Run
+from dialects.openai import (
+    FINISH_REASONS,
+    GenerationBody,
+    StreamOptions,
+    Strings,
+    Unsupported,
+    build,
+    refuse_idle_stream_options,
+    strings,
+    tier_of,
+)
+from dialects.openai_views import usage_object
+from domain.errors import InvalidRequest, UnsupportedParameter
+from domain.ids import external_id
+from domain.jobs import Usage
+from domain.requests import MAX_PROMPT_TOKENS, GenerationRequest, GenerationResult, TokenChunk, TokenLogprob
+from storage.job_queries import JobRecord
+from storage.tables import Job
+from text.models import ModelView
+from text.tokenizers import TokenPiece, as_text
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What of one prompt shows in its choices. `text` and `pieces`, its tokens, are what is echoed, if anything is."""
+
+    first_index: int  # of its choices
+    num_choices: int
+    logprobs: int | None  # how many alternatives
+    text: str = ""
+    pieces: tuple[TokenPiece, ...] = ()
+    is_alone: bool = False  # the prompt is scored, and nothing is written
+
+
+def from_results(
+    records: Sequence[JobRecord], prompts: Sequence[Prompt], service_tier: str | None
+) -> dict[str, object]:
+    """The completion that all these completed jobs are, in the order of their prompts."""
+    results = [record.result for record in records if isinstance(record.result, GenerationResult)]
+    choices = [choice for result, prompt in zip(results, prompts, strict=True) for choice in _choices(result, prompt)]
+    usage = usage_object(_sum([result.usage for result in results]))
+    first = records[0].job
+    return _head(first.id, first, service_tier) | {"choices": choices, "usage": usage}
+
+
+class CompletionStream:
+    """One job's chunks as completion chunks, under the id of the first job."""
+
+    def __init__(self, first: Run, prompt: Prompt, *, has_usage: bool, service_tier: str | None) -> None:
+        self._head = _head(first.job_id, first, service_tier)
+        self._prompt = prompt
+        self._has_usage = has_usage
+        self._is_echoed = False
+        self._places = [_TextPlaces(len(prompt.text)) for _ in range(prompt.num_choices)]
+
+    def begin(self) -> Iterable[Mapping[str, object]]:
+        return ()
+
+    def from_chunk(self, chunk: TokenChunk) -> Iterable[Mapping[str, object]]:
+        """The echo comes with the first chunk, which has the prompt's logprobs."""
+        if not self._is_echoed:
+            self._is_echoed = True
+            yield from self._echo(chunk.prompt_logprobs)
+        if self._prompt.is_alone:
+            yield self._chunk(chunk.index, "", None, "length")
+            return
+        logprobs = None
+        if self._prompt.logprobs is not None and chunk.logprobs is not None:
+            logprobs = _logprobs_object(_entries(chunk.logprobs, self._prompt.logprobs), self._places[chunk.index])
+        finish_reason = FINISH_REASONS.get(chunk.finish_reason) if chunk.finish_reason is not None else None
+        if chunk.text or logprobs or finish_reason:
+            yield self._chunk(chunk.index, chunk.text, logprobs, finish_reason)
+
+    def finish(self, record: JobRecord) -> Iterable[Mapping[str, object]]:
+        return ()
+
+    def _echo(self, prompt_logprobs: Sequence[TokenLogprob | None] | None) -> Iterable[Mapping[str, object]]:
+        if not self._prompt.text:
+            return
+        entries = _prompt_entries(self._prompt, prompt_logprobs)
+        for index in range(self._prompt.num_choices):
+            logprobs = _logprobs_object(entries, _TextPlaces(0)) if entries else None
+            yield self._chunk(index, self._prompt.text, logprobs, None)
+
+    def _chunk(self, index: int, text: str, logprobs: object, finish_reason: str | None) -> dict[str, object]:
+        number = self._prompt.first_index + index
+        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        chunk = self._head | {"choices": [choice]}
+        return chunk | {"usage": None} if self._has_usage else chunk
+
+
+def usage_chunk(records: Sequence[JobRecord], service_tier: str | None) -> Iterable[Mapping[str, object]]:
+    """The last one, of all jobs together."""
+    first = records[0].job
+    usage = _sum([record.result.usage for record in records if record.result is not None])
+    yield _head(first.id, first, service_tier) | {"choices": [], "usage": usage_object(usage)}
+
+
+class _TextPlaces:
+    """Where in a text its tokens begin, in characters; one that goes on with a character, where that began."""
+
+    def __init__(self, start: int) -> None:
+        self._next = start
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def pass_over(self, added: bytes) -> int:
+        """The place of the next token, which adds these bytes to the text."""
+        place = self._next
+        self._next += len(self._utf8.decode(added))
+        return place
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    token: str
+    added: bytes  # to the text
+    logprob: float | None  # None of the very first token of a prompt, which nothing comes before
+    top: dict[str, float] | None
+
+
+def _choices(result: GenerationResult, prompt: Prompt) -> list[dict[str, object]]:
+    echoed = _prompt_entries(prompt, result.prompt_logprobs)
+    choices = []
+    for choice in result.choices:
+        written = () if prompt.is_alone else choice.logprobs or ()
+        entries = echoed + _entries(written, prompt.logprobs or 0)
+        has_logprobs = prompt.logprobs is not None
+        choices.append(
+            {
+                "index": prompt.first_index + choice.index,
+                "text": prompt.text + ("" if prompt.is_alone else choice.text),
+                "logprobs": _logprobs_object(entries, _TextPlaces(0)) if has_logprobs else None,
+                "finish_reason": FINISH_REASONS[choice.finish_reason],
+            }
+        )
+    return choices
+
+
+def _prompt_entries(prompt: Prompt, logprobs: Sequence[TokenLogprob | None] | None) -> list[_Entry]:
+    if prompt.logprobs is None or logprobs is None or not prompt.pieces:
+        return []
+    return [
+        _Entry(_name(piece.name), piece.added, None, None)
+        if logprob is None
+        else _entry(logprob, prompt.logprobs, _name(piece.name), piece.added)
+        for piece, logprob in zip(prompt.pieces, logprobs, strict=True)
+    ]
+
+
+def _entries(logprobs: Iterable[TokenLogprob], num_top: int) -> list[_Entry]:
+    return [_entry(logprob, num_top, _name_of(logprob), bytes(logprob.bytes)) for logprob in logprobs]
+
+
+def _name_of(logprob: TokenLogprob) -> str:
+    return _name(bytes(logprob.bytes)) if logprob.bytes else logprob.token
+
+
+def _entry(logprob: TokenLogprob, num_top: int, token: str, added: bytes) -> _Entry:
+    """The alternatives, and the token itself where it is none of them. Of two with one name the more likely counts."""
+    values: dict[str, float] = {}
+    for (_, _, value), utf8 in zip(logprob.top[:num_top], logprob.top_bytes, strict=False):
+        values.setdefault(_name(bytes(utf8)), value)
+    return _Entry(token, added, logprob.logprob, values | {token: logprob.logprob})
+
+
+def _name(token: bytes) -> str:
+    """As the API of old writes a token that is a part of a character."""
+    text = as_text(token)
+    return text if text.encode() == token else f"bytes:{text}"
+
+
+def _logprobs_object(entries: Sequence[_Entry], places: _TextPlaces) -> dict[str, object]:
+    return {
+        "tokens": [entry.token for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [entry.top for entry in entries],
+        "text_offset": [places.pass_over(entry.added) for entry in entries],
+    }
+
+
+def _sum(usages: Sequence[Usage]) -> Usage:
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        cached_tokens=sum(usage.cached_tokens for usage in usages),
+    )
+
+
+def _head(job_id: UUID, job: Job | Run, service_tier: str | None) -> dict[str, object]:
+    return {
+        "id": external_id(job_id, "cmpl"),
+        "object": "text_completion",
+        "created": int(job.created_at.timestamp()),
+        "model": job.model,
+        "service_tier": tier_of(service_tier, job.priority),
+        "system_fingerprint": f"fp_{job.model_revision[:16]}",
+    }
+
+
+MAX_PROMPTS = 128
+
+DEFAULT_MAX_TOKENS = 16  # this route's, since its beginning
+
+
+def _kind_of(prompt: object) -> str:
+    if isinstance(prompt, str):
+        return "<text>"
+    first = prompt[0] if isinstance(prompt, list) and prompt else ""
+    return "<texts>" if isinstance(first, str) else "<token_lists>" if isinstance(first, list) else "<tokens>"
+
+
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+TokenList = Annotated[list[int], Field(max_length=MAX_PROMPT_TOKENS)]
+
+TokenLists = Annotated[list[TokenList], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+CompletionPrompts = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[Texts, Tag("<texts>")]
+    | Annotated[TokenList, Tag("<tokens>")]
+    | Annotated[TokenLists, Tag("<token_lists>")],
+    Discriminator(_kind_of),
+]
+
+
+class CompletionBody(GenerationBody):
+    prompt: CompletionPrompts
+    max_tokens: int | None = None
+    n: int | None = None
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    stop: Strings | None = None
+    stream_options: StreamOptions | None = None
+    suffix: Unsupported = None
+
+
+def to_generation_requests(body: CompletionBody) -> list[GenerationRequest]:
+    """One per prompt. Raises InvalidRequest."""
+    refuse_idle_stream_options(body)
+    if body.stream and body.best_of is not None and body.best_of > 1:
+        raise UnsupportedParameter("best_of cannot be streamed: the best is known at the end", param="best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidRequest("max_tokens is 0 and echo is not set, which leaves nothing to answer", param="max_tokens")
+    params = body.sampling(
+        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        stop=strings(body.stop),
+        best_of=None if body.best_of == (body.n or 1) else body.best_of,
+        prompt_logprobs=_num_prompt_logprobs(body),
+    )
+    return [build(GenerationRequest, {"model": body.model, "params": params} | prompt) for prompt in _prompts(body)]
+
+
+def _prompts(body: CompletionBody) -> list[dict[str, Any]]:
+    prompt: Any = body.prompt
+    kind = _kind_of(prompt)
+    if kind in ("<text>", "<texts>"):
+        return [{"prompt": text} for text in strings(prompt) or ()]
+    return [{"prompt_token_ids": ids} for ids in (prompt if kind == "<token_lists>" else [prompt])]
+
+
+def _num_prompt_logprobs(body: CompletionBody) -> int | None:
+    """A prompt that is only echoed is scored all the same: that is what a job without output does."""
+    if not body.echo:
+        return None
+    return body.logprobs if body.logprobs is not None else 0 if body.max_tokens == 0 else None
+
+
+def prompt_of(body: CompletionBody, generation: GenerationRequest, view: ModelView, number: int) -> Prompt:
+    n = generation.params.n
+    if not body.echo:
+        return Prompt(first_index=number * n, num_choices=n, logprobs=body.logprobs)
+    token_ids = view.encode(generation)
+    is_text = generation.prompt is not None
+    return Prompt(
+        first_index=number * n,
+        num_choices=n,
+        logprobs=body.logprobs,
+        text=generation.prompt if generation.prompt is not None else view.decode(token_ids),
+        pieces=() if body.logprobs is None else tuple(view.pieces(token_ids, skip_special_tokens=is_text)),
+        is_alone=body.max_tokens == 0,
+    )

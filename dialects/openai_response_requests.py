@@ -1,0 +1,442 @@
+"""Responses on their way in: the body, the conversation so far, and the request that they make.
+
+The body of a response.
+
+The input of a response: items as clients send them, as the messages of a prompt, and as they are listed.
+
+A response's body as a job's request: the conversation so far, tools, and what the output must look like.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal, Self
+from uuid import UUID
+
+from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, model_validator
+
+from dialects.ignored_fields import NOT_INCLUDED
+from dialects.openai import (
+    MAX_PARTS,
+    AskedTools,
+    Effort,
+    ForeignTool,
+    GenerationBody,
+    OpenAIModel,
+    Strings,
+    Unsupported,
+    answer_of,
+    build,
+    only,
+    output_of,
+    refuse,
+    refuse_idle_stream_options,
+    spelling_of_output,
+    spelling_of_params,
+    strings,
+    tag_of_tool,
+    take_effort,
+    tools_of,
+    with_body_names,
+)
+from domain.errors import InvalidRequest
+from domain.ids import external_id
+from domain.requests import MAX_MESSAGES, MAX_PROMPT_CHARS, NO_BOUND, GenerationRequest
+from domain.structured_output import MAX_TOOL_CHARS, MAX_TOOLS, StructuredOutput, ToolName
+from text.models import ModelView
+
+PART_TYPES = ("input_text", "output_text", "text", "refusal")
+
+Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
+
+ItemId = Annotated[str, StringConstraints(max_length=128)]
+
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+Phase = Literal["commentary", "final_answer"]
+
+
+def _text_only(kind: str) -> str:
+    if kind not in PART_TYPES:
+        raise refuse(f"is {kind[:40]!r}; only text can be read here")
+    return kind
+
+
+class ResponseContentPart(OpenAIModel):
+    """Also one that came out of an answer and is sent back, with what is no concern of the prompt."""
+
+    type: Annotated[str, AfterValidator(_text_only)]
+    text: Text | None = None
+    refusal: Text | None = None
+    annotations: list[dict[str, Any]] | None = None
+    logprobs: list[Any] | None = None
+
+
+ResponseContent = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[list[ResponseContentPart], Field(max_length=MAX_PARTS), Tag("<parts>")],
+    Discriminator(lambda value: "<text>" if isinstance(value, str) else "<parts>"),
+]
+
+
+class MessageItem(OpenAIModel):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: ResponseContent
+    id: ItemId | None = None
+    status: ItemStatus | None = None
+    phase: Phase | None = None
+
+
+class FunctionCallItem(OpenAIModel):
+    type: Literal["function_call"]
+    call_id: ItemId
+    name: ToolName
+    arguments: Annotated[str, StringConstraints(max_length=MAX_TOOL_CHARS)]
+    id: ItemId | None = None
+    status: ItemStatus | None = None
+
+
+class FunctionCallOutputItem(OpenAIModel):
+    type: Literal["function_call_output"]
+    call_id: ItemId
+    name: str | None = None  # whose output it is, which its call says
+    output: ResponseContent
+    id: ItemId | None = None
+    status: ItemStatus | None = None
+
+
+class SummaryPart(OpenAIModel):
+    type: Literal["summary_text"]
+    text: Text
+
+
+class ThoughtPart(OpenAIModel):
+    type: Literal["reasoning_text"]
+    text: Text
+
+
+class ReasoningItem(OpenAIModel):
+    """Of an earlier answer, sent back. No model reads its old thoughts again, so it adds nothing to the prompt."""
+
+    type: Literal["reasoning"]
+    summary: Annotated[list[SummaryPart], Field(max_length=MAX_PARTS)] | None = None
+    content: Annotated[list[ThoughtPart], Field(max_length=MAX_PARTS)] | None = None
+    id: ItemId | None = None
+    status: ItemStatus | None = None
+
+
+class UnknownItem(OpenAIModel):
+    type: Annotated[Any, AfterValidator(lambda kind: _refuse_item(kind))]
+
+
+def _refuse_item(kind: Any) -> None:
+    raise refuse(f"is {str(kind)[:40]!r}; send items of type {', '.join(ITEM_TYPES)}")
+
+
+ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
+
+
+def _item_tag(value: Any) -> str:
+    kind = (value.get("type") or "message") if isinstance(value, dict) else getattr(value, "type", "message")
+    return f"<{kind}>" if kind in ITEM_TYPES else "<unknown>"
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("<message>")]
+    | Annotated[FunctionCallItem, Tag("<function_call>")]
+    | Annotated[FunctionCallOutputItem, Tag("<function_call_output>")]
+    | Annotated[ReasoningItem, Tag("<reasoning>")]
+    | Annotated[UnknownItem, Tag("<unknown>")],
+    Discriminator(_item_tag),
+]
+
+ResponseInput = Annotated[
+    Annotated[Text, StringConstraints(min_length=1), Tag("<text>")]
+    | Annotated[list[InputItem], Field(min_length=1, max_length=4 * MAX_MESSAGES), Tag("<items>")],
+    Discriminator(lambda value: "<text>" if isinstance(value, str) else "<items>"),
+]
+
+
+class TextFormat(OpenAIModel):
+    type: Literal["text", "json_schema", "json_object"]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _refuse_fields_of_another_type(self) -> Self:
+        given = {"name", "description", "schema_", "strict"} & self.model_fields_set
+        if self.type != "json_schema" and given:
+            name = min(given).rstrip("_")
+            raise ValueError(f"{name} is given, but type is {self.type!r}; send json_schema or leave {name} out")
+        return self
+
+
+class TextConfig(OpenAIModel):
+    format: TextFormat | None = None
+
+
+class ResponseFunctionTool(OpenAIModel):
+    type: Annotated[str, only("function")]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+ResponseTool = Annotated[
+    Annotated[ResponseFunctionTool, Tag("<function>")] | Annotated[ForeignTool, Tag("<foreign>")],
+    Discriminator(tag_of_tool),
+]
+
+
+class ResponseNamedTool(OpenAIModel):
+    type: Annotated[str, only("function")]
+    name: str
+
+
+ResponseToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[ResponseNamedTool, Tag("<tool>")],
+    Discriminator(lambda value: "<mode>" if isinstance(value, str) else "<tool>"),
+]
+
+
+class ResponseStreamOptions(OpenAIModel):
+    """Empty, once the hints are taken out."""
+
+
+class ReasoningConfig(OpenAIModel):
+    effort: Effort | None = None
+
+
+LOGPROBS: Final = "message.output_text.logprobs"  # all that there is to include
+
+Includable = Annotated[str, only(LOGPROBS, *NOT_INCLUDED)]
+
+
+def _refuse_no_output(max_output_tokens: int) -> int:
+    if max_output_tokens == 0:
+        raise ValueError("it is 0, which leaves nothing to answer; raise it or leave it out")
+    return max_output_tokens
+
+
+class ResponseBody(GenerationBody):
+    input: ResponseInput
+    instructions: Text | None = None
+    previous_response_id: ItemId | None = None
+    background: bool | None = None
+    store: bool | None = None
+    max_output_tokens: Annotated[int, Field(ge=NO_BOUND), AfterValidator(_refuse_no_output)] | None = None
+    text: TextConfig | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: Annotated[list[Includable], Field(max_length=16)] | None = None
+    max_tool_calls: int | None = None  # of tools that are run here, of which there are none
+    stream_options: ResponseStreamOptions | None = None
+    stop: Strings | None = None  # an extension here
+
+    access_programs: Unsupported = None
+    context_management: Unsupported = None
+    conversation: Unsupported = None
+    image: Unsupported = None
+    moderation: Unsupported = None
+    prompt: Unsupported = None
+    reasoning: ReasoningConfig | None = None
+
+    @property
+    def is_stored(self) -> bool:
+        return self.store is not False
+
+    @property
+    def has_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ()) or self.top_logprobs is not None
+
+
+class InputTokensBody(OpenAIModel):
+    """What of a response makes its prompt, to be counted."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    input: ResponseInput
+    instructions: Text | None = None
+    previous_response_id: ItemId | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    conversation: Unsupported = None
+    reasoning: ReasoningConfig | None = None
+
+
+def messages_of(
+    input_: ResponseInput, *, instructions: str | None, context: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Messages as `domain.requests.ChatMessage` takes them: the instructions, then `context`, the conversation so far,
+    then the input."""
+    messages = [dict(message) for message in context]
+    if isinstance(input_, str):
+        messages.append({"role": "user", "content": input_})
+    else:
+        for item in input_:
+            _add_item(messages, item)
+    return [{"role": "system", "content": instructions}, *messages] if instructions else messages
+
+
+def add_output(messages: list[dict[str, Any]], items: Iterable[Mapping[str, Any]]) -> None:
+    """The output items of an answer, as part of the conversation that goes on from it."""
+    for item in items:
+        if item["type"] == "message":
+            messages.append({"role": "assistant", "content": item["content"][0]["text"]})
+        elif item["type"] == "function_call":
+            _add_call(messages, item["call_id"], item["name"], item["arguments"])
+
+
+def listed_items(job_id: UUID, input_: ResponseInput) -> list[dict[str, Any]]:
+    """Each with an id: its own, or one that stays the same."""
+    ulid = external_id(job_id, "resp").removeprefix("resp_")
+    items = [MessageItem(role="user", content=input_)] if isinstance(input_, str) else input_
+    return [_listed(item, f"{ulid}_in{number}") for number, item in enumerate(items)]
+
+
+def _add_item(messages: list[dict[str, Any]], item: InputItem) -> None:
+    match item:
+        case MessageItem():
+            role = "system" if item.role == "developer" else item.role
+            messages.append({"role": role, "content": text_of(item.content)})
+        case FunctionCallItem():
+            _add_call(messages, item.call_id, item.name, item.arguments)
+        case FunctionCallOutputItem():
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": text_of(item.output)})
+
+
+def _add_call(messages: list[dict[str, Any]], call_id: str, name: str, arguments: str) -> None:
+    """Calls belong to the message of the assistant that they follow."""
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": ""})
+    calls = (*(messages[-1].get("tool_calls") or ()), {"id": call_id, "name": name, "arguments": arguments})
+    messages[-1]["tool_calls"] = calls
+
+
+def text_of(content: ResponseContent) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.text or part.refusal or "" for part in content)
+
+
+_ID_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+
+
+def _listed(item: InputItem, suffix: str) -> dict[str, Any]:
+    listed: dict[str, Any] = item.model_dump(mode="json", exclude_none=True)
+    listed.setdefault("id", f"{_ID_PREFIXES[listed['type']]}_{suffix}")
+    listed.setdefault("status", "completed")
+    match item:
+        case MessageItem():
+            parts = (
+                [ResponseContentPart(type="text", text=item.content)] if isinstance(item.content, str) else item.content
+            )
+            show = _said if item.role == "assistant" else _sent
+            listed["content"] = [show(part) for part in parts]
+        case FunctionCallOutputItem() if not isinstance(item.output, str):
+            listed["output"] = [_sent(part) for part in item.output]
+        case ReasoningItem():
+            listed.setdefault("summary", [])
+    return listed
+
+
+def _said(part: ResponseContentPart) -> dict[str, Any]:
+    """A part of an assistant's message; without its logprobs, which nobody sends back to read them here."""
+    if part.type == "refusal":
+        return {"type": "refusal", "refusal": text_of([part])}
+    return {"type": "output_text", "text": text_of([part]), "annotations": part.annotations or []}
+
+
+def _sent(part: ResponseContentPart) -> dict[str, Any]:
+    return {"type": "input_text", "text": text_of([part])}
+
+
+SCHEMA_PLACE = "text.format.schema"
+
+
+def to_generation_request(
+    body: ResponseBody, view: ModelView, context: Sequence[dict[str, Any]] = ()
+) -> GenerationRequest:
+    """`view` is that of the body's model, `context` the messages of the conversation that the response goes on from.
+    Raises InvalidRequest."""
+    try:
+        return _generation_request(body, view, context)
+    except InvalidRequest as exc:
+        if (exc.param or "").startswith("messages"):
+            # Items are no messages: they are counted otherwise, and there may be more messages than these.
+            exc.message, exc.param = exc.message.replace(str(exc.param), "input", 1), "input"
+        raise with_body_names(exc, spelling_of(body)) from None
+
+
+def _generation_request(body: ResponseBody, view: ModelView, context: Sequence[dict[str, Any]]) -> GenerationRequest:
+    refuse_idle_stream_options(body)
+    take_effort(body.reasoning.effort if body.reasoning else None, view, place="reasoning.effort")
+    asked = _asked_tools(body)
+    tools = tools_of(asked, view)
+    params = body.sampling(
+        max_tokens=body.max_output_tokens,
+        stop=strings(body.stop),
+        logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
+        structured_output=output_of(asked, view, tools, _answer(body)),
+    )
+    messages = messages_of(body.input, instructions=body.instructions, context=context)
+    request: dict[str, Any] = {"model": body.model, "messages": messages, "tools": tools, "params": params}
+    return build(GenerationRequest, request | {"parallel_tool_calls": body.parallel_tool_calls})
+
+
+def spelling_of(body: ResponseBody) -> dict[str, str]:
+    output = spelling_of_output(_asked_tools(body), _places_of_answer(body))
+    return spelling_of_params(**output, max_tokens="max_output_tokens", messages="input")
+
+
+def _places_of_answer(body: ResponseBody) -> dict[str, str]:
+    if _format_of(body) is None or body.structured_output is not None:
+        return {}
+    return {"structured_output.json_schema": SCHEMA_PLACE, "structured_output.json_object": "text.format"}
+
+
+def _asked_tools(body: ResponseBody) -> AskedTools:
+    choice = body.tool_choice
+    return AskedTools(
+        definitions={
+            number: tool.model_dump(exclude={"type"})
+            for number, tool in enumerate(body.tools or ())
+            if isinstance(tool, ResponseFunctionTool)
+        },
+        place="tools.{}",
+        mode="named" if isinstance(choice, ResponseNamedTool) else choice or "auto",
+        name=choice.name if isinstance(choice, ResponseNamedTool) else None,
+        is_parallel=body.parallel_tool_calls is not False,
+    )
+
+
+def _answer(body: ResponseBody) -> StructuredOutput | None:
+    """What an output that is no calls must look like."""
+    format = _format_of(body)
+    if format is None:
+        return body.structured_output
+    if body.structured_output is not None:
+        raise InvalidRequest(
+            "structured_output and text.format both shape the output; send one of them", param="text.format"
+        )
+    return _formatted(format)
+
+
+def _format_of(body: ResponseBody) -> TextFormat | None:
+    """None where any text will do."""
+    format = body.text.format if body.text else None
+    return None if format is None or format.type == "text" else format
+
+
+def _formatted(format: TextFormat) -> StructuredOutput:
+    if format.type == "json_object":
+        return StructuredOutput(json_object=True)
+    if format.schema_ is None:
+        raise InvalidRequest("text.format.schema is missing; add it", param="text.format.schema")
+    if format.name is None:
+        raise InvalidRequest("text.format.name is missing; add it", param="text.format.name")
+    return answer_of(format.schema_, is_strict=format.strict is True, place=SCHEMA_PLACE)

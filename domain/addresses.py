@@ -1,0 +1,254 @@
+"""Addresses from settings: which hosts and origins are let in without a key, and where Redis is.
+
+Who is let in where no key is asked for: this machine's own programs, and no web page that its browser has open.
+
+A page can send requests to a server on the loopback interface. Two things in them cannot be forged by a page: the
+`Host` that its browser thinks it talks to, which is the page's own name after DNS rebinding, and the page's `Origin`
+(RFC 6454) with the `Sec-Fetch-*` of Fetch Metadata (https://www.w3.org/TR/fetch-metadata/).
+
+One Redis URL for both halves of the system: redis-py's clients and Celery's transport (kombu), which spell
+databases, Unix sockets and TLS differently, and verify differently where nothing is said.
+
+Sources: redis-py `Redis.from_url`, Celery "Using Redis" and `broker_use_ssl`; kombu leaves `rediss://` unverified.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+
+NAVIGATION = {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+
+MAX_SHOWN = 80  # characters of what somebody sent, in a refusal
+
+
+class Door:
+    """Judges requests by their headers. `allowed_hosts` are names beside the loopback ones, `*.example.com` any name
+    below it; `cors_origins` are pages that may (`https://app.example.com`)."""
+
+    def __init__(self, allowed_hosts: Collection[str] = (), cors_origins: Collection[str] = ()) -> None:
+        self._hosts = {name.lower() for name in allowed_hosts}
+        self._origins = {origin.lower() for origin in cors_origins}
+
+    def refusal(self, method: str, headers: Mapping[str, str]) -> str | None:
+        """Why this request stays outside; None lets it in. `headers` have lower-case names."""
+        return self.refusal_of_host(headers) or self.refusal_of_page(method, headers)
+
+    def refusal_of_host(self, headers: Mapping[str, str]) -> str | None:
+        """A request without `Host` is HTTP/1.0, which no browser speaks."""
+        host = headers.get("host", "localhost")
+        if self._is_ours(_name_of(host)):
+            return None
+        return (
+            f"the Host header is {host[:MAX_SHOWN]!r}; without keys this server answers to localhost, 127.0.0.1 "
+            "and [::1] alone; add the name to CELERIAC_ALLOWED_HOSTS, or set CELERIAC_AUTH=api_key"
+        )
+
+    def refusal_of_page(self, method: str, headers: Mapping[str, str]) -> str | None:
+        """Of what another page than the server's own sent, unless the settings name that page."""
+        origin = headers.get("origin")
+        if origin is not None:
+            is_let_in = self._may_ask(origin, headers.get("host", ""))
+            return None if is_let_in else _foreign_page(f"Origin is {origin[:MAX_SHOWN]!r}")
+        site = headers.get("sec-fetch-site", "none")
+        if site in ("none", "same-origin") or _is_navigation(method, headers):
+            return None
+        return _foreign_page(f"Sec-Fetch-Site is {site[:MAX_SHOWN]!r}")
+
+    def _is_ours(self, name: str) -> bool:
+        if is_loopback(name) or name in self._hosts:
+            return True
+        return any(pattern.startswith("*.") and name.endswith(pattern[1:]) for pattern in self._hosts)
+
+    def _may_ask(self, origin: str, host: str) -> bool:
+        """The server's own pages, and those that the settings name."""
+        scheme, separator, place = origin.lower().partition("://")
+        is_own = bool(separator) and scheme in ("http", "https") and place == host.lower()
+        return is_own or origin.lower() in self._origins
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host name or address can only be this machine: RFC 6761 gives all of `.localhost` to it."""
+    try:
+        return ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
+
+
+def _name_of(host: str) -> str:
+    """Without the port, in lower case; empty where it cannot be read, which is nobody's name."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+    return "" if any(character in host for character in "@/?#\\ \t") else name.removesuffix(".")
+
+
+def _is_navigation(method: str, headers: Mapping[str, str]) -> bool:
+    """Somebody followed a link, or typed: the page that they left sees nothing of the answer."""
+    return method in ("GET", "HEAD") and all(headers.get(name) == value for name, value in NAVIGATION.items())
+
+
+def _foreign_page(seen: str) -> str:
+    return (
+        f"{seen}: without keys no other web page may use this server; "
+        "add its origin to CELERIAC_CORS_ORIGINS, or set CELERIAC_AUTH=api_key"
+    )
+
+
+SCHEMES = ("redis://", "rediss://", "unix://", "redis+socket://")
+
+TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+MAX_HEALTH_CHECK_SECONDS = 3600
+
+TLS_PATHS = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
+
+TLS_OPTIONS = ("ssl_cert_reqs", "ssl_check_hostname", *TLS_PATHS)
+
+SOCKET_OPTIONS = ("health_check_interval", "socket_keepalive")
+
+OUR_TIMEOUTS = ("socket_timeout", "socket_connect_timeout", "timeout")
+
+OPTIONS = ("db", *SOCKET_OPTIONS, *TLS_OPTIONS)
+
+Options = Mapping[str, str | int | bool]
+
+
+class UnreadableRedisUrl(ValueError):
+    """Says which part is wrong, and nothing of what may be a password."""
+
+
+@dataclass(frozen=True, slots=True)
+class RedisUrl:
+    """What a Redis URL says. `where` is host and port, or the path of a Unix socket."""
+
+    scheme: str
+    credentials: str  # as the URL spells them, with the @; or empty
+    where: str
+    database: int
+    tls: Options
+    sockets: Options
+
+    @classmethod
+    def read(cls, url: str) -> Self:
+        """Raises UnreadableRedisUrl."""
+        if not url.startswith(SCHEMES):
+            raise UnreadableRedisUrl(f"it begins with none of {', '.join(SCHEMES)}")
+        parts = _split(url)
+        scheme = "unix" if parts.scheme == "redis+socket" else parts.scheme
+        options = _options(parts.query)
+        database = _database(options, "" if scheme == "unix" else unquote(parts.path).strip("/"))
+        credentials, at, host = parts.netloc.rpartition("@")
+        if scheme == "unix" and (host or len(parts.path) < 2):
+            raise UnreadableRedisUrl("a socket's URL holds its whole path: unix:///path/to/socket?db=0")
+        return cls(
+            scheme,
+            credentials + at,
+            parts.path if scheme == "unix" else host or "localhost",
+            database,
+            _tls(scheme, options),
+            MappingProxyType({name: _socket(name, options[name]) for name in SOCKET_OPTIONS if name in options}),
+        )
+
+    @property
+    def for_redis(self) -> str:
+        """As redis-py reads it."""
+        options = {name: str(value) for name, value in (*self.tls.items(), *self.sockets.items())}
+        if self.scheme == "unix":
+            options = {"db": str(self.database)} | options
+        query = f"?{urlencode(options)}" if options else ""
+        path = "" if self.scheme == "unix" else f"/{self.database}"
+        return f"{self.scheme}://{self.credentials}{self.where}{path}{query}"
+
+    @property
+    def for_celery(self) -> str:
+        """As kombu and Flower read it. TLS and sockets go beside it: `broker_use_ssl` and the transport's options."""
+        if self.scheme == "unix":
+            return f"redis+socket://{self.credentials}{self.where}?virtual_host={self.database}"
+        return f"{self.scheme}://{self.credentials}{self.where}/{self.database}"
+
+
+def _split(url: str) -> SplitResult:
+    malformed = UnreadableRedisUrl(
+        "it does not read as scheme://user:password@host:port/name with a number as port; "
+        "write / as %2F, @ as %40, : as %3A, # as %23 and ? as %3F in a password"
+    )
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise malformed from None
+    if parts.fragment or parts.netloc.count("@") > 1:
+        raise malformed
+    return parts
+
+
+def _options(query: str) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        name = "db" if name == "virtual_host" else name
+        if name in OUR_TIMEOUTS:
+            raise UnreadableRedisUrl(
+                f"its option {name!r} cannot be given, as each use has a bound of its own; leave it out"
+            )
+        if name not in OPTIONS:
+            close = difflib.get_close_matches(name.lower(), OPTIONS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(OPTIONS)}"
+            where = "; user and password stand before the host" if name in ("username", "password") else ""
+            tls = "; TLS is asked for with rediss://" if name in ("ssl", "tls") else ""
+            raise UnreadableRedisUrl(f"its option {name[:40]!r} is not known{where}{tls}; {hint}")
+        if options.get(name, value) != value:
+            raise UnreadableRedisUrl(f"its option {name!r} is given twice; leave one")
+        options[name] = value
+    return options
+
+
+def _database(options: Mapping[str, str], path: str) -> int:
+    given = {value for value in (path, options.get("db", "")) if value}
+    if len(given) > 1:
+        raise UnreadableRedisUrl("its path and its option 'db' name two databases; leave one")
+    text = given.pop() if given else "0"
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise UnreadableRedisUrl(f"its database is {text[:40]!r}; give a number, as in redis://host:6379/0")
+    return int(text)
+
+
+def _tls(scheme: str, options: Mapping[str, str]) -> Options:
+    """Everything that decides whether the server is who it says, said aloud: no half is left to its own default."""
+    given = {name: options[name] for name in TLS_OPTIONS if name in options}
+    if scheme != "rediss":
+        if given:
+            raise UnreadableRedisUrl(f"its option {min(given)!r} needs TLS; write rediss:// instead of {scheme}://")
+        return MappingProxyType({})
+    for name in TLS_PATHS:
+        if name in given and not Path(given[name]).exists():
+            raise UnreadableRedisUrl(f"its {name} is {given[name]!r}, which is not there; give the path of a file")
+    if "ssl_keyfile" in given and "ssl_certfile" not in given:
+        raise UnreadableRedisUrl("its ssl_keyfile has no ssl_certfile; give both")
+    requirement = given.get("ssl_cert_reqs", "required").lower().removeprefix("ssl.").removeprefix("cert_")
+    if requirement not in ("required", "optional", "none"):
+        raise UnreadableRedisUrl(
+            f"its ssl_cert_reqs is {given['ssl_cert_reqs'][:40]!r}; give required (the default), optional or none"
+        )
+    checks_name = requirement != "none" and _truth("ssl_check_hostname", given.get("ssl_check_hostname", "true"))
+    return MappingProxyType(given | {"ssl_cert_reqs": requirement, "ssl_check_hostname": checks_name})
+
+
+def _socket(name: str, text: str) -> int | bool:
+    if name == "socket_keepalive":
+        return _truth(name, text)
+    if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= MAX_HEALTH_CHECK_SECONDS:
+        raise UnreadableRedisUrl(f"its {name} is {text[:40]!r}; give whole seconds, 1 to {MAX_HEALTH_CHECK_SECONDS}")
+    return int(text)
+
+
+def _truth(name: str, text: str) -> bool:
+    if text.lower() not in TRUE + FALSE:
+        raise UnreadableRedisUrl(f"its {name} is {text[:40]!r}; give true or false")
+    return text.lower() in TRUE

@@ -1,0 +1,430 @@
+"""What the runner writes: claims, chunks, ends and heartbeats, each in its transaction, then published.
+
+The runner's side of the job protocol: one method per transaction, each followed by its news for open streams.
+
+Every method blocks and runs on the storage thread. `is_repeated` says that an earlier try of the same call may have
+been committed although its answer was lost; the other methods may be repeated without being told.
+
+Engine outputs become chunks: committed first, for all jobs that are due in one transaction, and published second.
+
+`Publisher` decides on the runner's thread what is due; `commit` runs on the storage thread. The first chunk of a job
+and its end are due at once; what comes between waits for an interval that follows what commits cost.
+
+The worker's heartbeat in SQL: what dispatch windows, /health and admins go by, and how an admin's order comes in.
+
+Belongs to the runner's thread.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from uuid import UUID
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from sqlalchemy import select
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.catalog import ModelSpec
+from domain.errors import EngineError
+from domain.jobs import JobError, JobStatus, Lane, WorkerState
+from domain.requests import TokenChunk
+from gpu_worker.job import RunningJob
+from gpu_worker.threads import StorageThread
+from settings import Settings
+from storage import database, jobs, streams, workers
+from storage.database import OUTAGES
+from storage.jobs import ChunkCommit, ClaimedJob, Finalisation, Held, Returned
+from storage.tables import Job
+from storage.workers import Orders, WorkerReport
+from tasks import job_log
+from text.model_files import model_revision
+
+log = logging.getLogger(__name__)
+
+REDIS_TIMEOUT_SECONDS = 0.2
+
+REDIS_PAUSE_SECONDS = 1.0  # after a failure nothing is published for so long: readers fall back to SQL anyway
+
+
+class LiveChannel:
+    """Publishes what was committed. A Redis that is away costs one short timeout a second, and the streams a second."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._client = redis.Redis.from_url(
+            redis_url,
+            socket_timeout=REDIS_TIMEOUT_SECONDS,
+            socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._paused_until = 0.0
+
+    @property
+    def is_paused(self) -> bool:
+        return monotonic() < self._paused_until
+
+    def publish(self, events: Iterable[tuple[UUID, streams.Event]]) -> None:
+        events = list(events)
+        if not events or self.is_paused:
+            return
+        if not streams.publish(self._client, events):
+            self._paused_until = monotonic() + REDIS_PAUSE_SECONDS
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class JobStorage:
+    """What one worker does with its jobs in SQL."""
+
+    def __init__(self, settings: Settings, spec: ModelSpec, owner: UUID, worker_name: str) -> None:
+        self._worker_name = worker_name
+        self._database = database.open_database(
+            settings.database_url,
+            pool_size=2,  # the bell has the other
+            max_overflow=0,
+            idle_seconds=settings.idle_transaction_seconds,
+        )
+        self.sessions: sessionmaker[Session] = database.session_factory(self._database)
+        self.channel = LiveChannel(settings.redis_url)
+        self.owner = owner
+        self.lease_seconds = settings.lease_seconds
+        self._spec = spec
+        self.model_revision = model_revision(spec)  # as the API wrote it into the job: that of the files, not a name
+
+    def claim(self, job_ids: Sequence[UUID], known: frozenset[UUID], *, is_repeated: bool) -> list[ClaimedJob]:
+        """Take the claimable ones among `job_ids`; `known` are the jobs that run here already."""
+        return self._claim(
+            lambda session: jobs.claim(
+                session,
+                job_ids,
+                owner=self.owner,
+                model_revision=self.model_revision,
+                lease_seconds=self.lease_seconds,
+            ),
+            known,
+            is_repeated,
+        )
+
+    def claim_next(
+        self, limit: int, lane: Lane, known: frozenset[UUID], *, min_suspicions: int, is_repeated: bool
+    ) -> list[ClaimedJob]:
+        """Take the next jobs of a lane without having heard of them."""
+        return self._claim(
+            lambda session: jobs.claim_next(
+                session,
+                self._spec.id,
+                limit=limit,
+                owner=self.owner,
+                model_revision=self.model_revision,
+                lease_seconds=self.lease_seconds,
+                lane=lane,
+                min_suspicions=min_suspicions,
+            ),
+            known,
+            is_repeated,
+        )
+
+    def release(self, job_ids: Sequence[UUID]) -> None:
+        with self.sessions.begin() as session:
+            released = jobs.release(session, job_ids, owner=self.owner)
+        job_log.returned("released", released)
+        self.channel.publish((job.job_id, job.status) for job in released)
+
+    def report_crash(self, weight_by_job_id: dict[UUID, int]) -> list[Returned]:
+        with self.sessions.begin() as session:
+            returned = jobs.report_crash(session, weight_by_job_id, owner=self.owner)
+        job_log.returned("crashed with its engine", returned)
+        self.channel.publish((job.job_id, job.status) for job in returned)
+        return returned
+
+    def request_cancel(self, job_id: UUID) -> None:
+        with self.sessions.begin() as session:
+            asked = jobs.request_cancel(session, [job_id])
+        job_log.ends(job for job in asked if job.status.is_terminal)
+        self.channel.publish((job.job_id, JobStatus.CANCELLED) for job in asked)
+
+    def heartbeat(self, report: WorkerReport) -> Orders:
+        """Returns what the worker is to do."""
+        with self.sessions.begin() as session:
+            return workers.heartbeat(session, report)
+
+    def order_drain(self, release_after_seconds: float) -> None:
+        with self.sessions.begin() as session:
+            workers.drain(session, self._worker_name, release_after_seconds=release_after_seconds)
+
+    def order_resume(self) -> None:
+        with self.sessions.begin() as session:
+            workers.resume(session, self._worker_name)
+
+    def forget_worker(self) -> None:
+        with self.sessions.begin() as session:
+            workers.forget(session, self.owner)
+
+    def close(self) -> None:
+        self.channel.close()
+        self._database.dispose()
+
+    def _claim(
+        self, take: Callable[[Session], list[ClaimedJob]], known: frozenset[UUID], is_repeated: bool
+    ) -> list[ClaimedJob]:
+        with self.sessions.begin() as session:
+            released = self._release_unknown(session, known) if is_repeated else []
+            claimed = take(session)
+        job_log.returned("released", released)
+        job_log.claimed(claimed, self._worker_name)
+        self.channel.publish((job.id, JobStatus.IN_PROGRESS) for job in claimed)
+        return claimed
+
+    def _release_unknown(self, session: Session, known: frozenset[UUID]) -> list[Returned]:
+        """Give back what the lost answer of a claim may have named: jobs that are ours in SQL and that nobody runs."""
+        owned = session.scalars(
+            select(Job.id).where(Job.lease_owner == self.owner, Job.status == JobStatus.IN_PROGRESS)
+        )
+        return jobs.release(session, [job_id for job_id in owned if job_id not in known], owner=self.owner)
+
+
+COST_SHARE = 0.1  # of the storage thread's time, that commits in mid-job may take
+
+COST_SMOOTHING = 0.2  # weight of the newest commit
+
+
+@dataclass(frozen=True, slots=True)
+class JobFlush:
+    """What one job has to say: chunks, its end, or (neither) that its lease is to be renewed."""
+
+    job: RunningJob
+    commit: ChunkCommit | None
+    finalisation: Finalisation | None
+
+
+@dataclass(frozen=True, slots=True)
+class FlushOutcome:
+    """What SQL said. A job that is in neither was fenced off."""
+
+    held: dict[UUID, Held] = field(default_factory=dict)
+    ended: dict[UUID, JobStatus] = field(default_factory=dict)
+    cost_seconds: float = 0.0
+
+
+class Publisher:
+    """Paces the flushes of one worker. At most one regular flush is under way."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._min_seconds = settings.flush_min_seconds
+        self._max_seconds = max(settings.flush_max_seconds, settings.flush_min_seconds)
+        self._renew_seconds = settings.lease_seconds / 3
+        self._cost_seconds = 0.0
+        self._flushed_at = 0.0
+        self._is_under_way = False
+
+    @property
+    def interval_seconds(self) -> float:
+        """Between two flushes in mid-job."""
+        return min(max(self._cost_seconds / COST_SHARE, self._min_seconds), self._max_seconds)
+
+    def seconds_until_due(self, running: Iterable[RunningJob], now: float) -> float | None:
+        """0 when something is due, None when nothing will be."""
+        if self._is_under_way:
+            return None  # its answer will wake us
+        due = [self._seconds_until_due(job, now) for job in running if not job.is_ending]
+        return max(0.0, min(due)) if due else None
+
+    def take_due(self, running: Iterable[RunningJob], now: float) -> list[JobFlush]:
+        """The next regular flush; empty while nothing is due, else `settle` must follow."""
+        running = [job for job in running if not job.is_ending]
+        if self.seconds_until_due(running, now) != 0.0:
+            return []
+        # Past half the interval everything pending comes along: fewer, larger commits.
+        is_round = now >= self._flushed_at + self.interval_seconds / 2
+        if is_round:
+            self._flushed_at = now
+        flushes = self.take([job for job in running if is_round or self._seconds_until_due(job, now) <= 0], now)
+        self._is_under_way = bool(flushes)
+        return flushes
+
+    def take(self, running: Iterable[RunningJob], now: float) -> list[JobFlush]:
+        """Everything these jobs have to say, due or not; a job with nothing pending only renews its lease if due."""
+        return [flush for job in running if not job.is_ending and (flush := self._take(job, now)) is not None]
+
+    def settle(self, outcome: FlushOutcome | None) -> None:
+        """The regular flush is done; None: it failed."""
+        self._is_under_way = False
+        if outcome is not None:
+            self._cost_seconds += COST_SMOOTHING * (outcome.cost_seconds - self._cost_seconds)
+
+    def _seconds_until_due(self, job: RunningJob, now: float) -> float:
+        if job.is_urgent:
+            return 0.0
+        until_renewal = job.leased_at + self._renew_seconds - now
+        if not job.has_pending:
+            return until_renewal
+        return min(self._flushed_at + self.interval_seconds - now, until_renewal)
+
+    def _take(self, job: RunningJob, now: float) -> JobFlush | None:
+        chunks = job.take_chunks()
+        if not chunks and not job.is_over and now < job.leased_at + self._renew_seconds:
+            return None
+        job.is_ending = job.is_over
+        return JobFlush(
+            job=job,
+            commit=ChunkCommit(job.id, job.attempt, chunks) if chunks else None,
+            finalisation=job.finalisation() if job.is_ending else None,
+        )
+
+
+def commit(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
+    """Commit and then publish. Blocks; may be repeated with the same flushes when its answer was lost."""
+    started_at = monotonic()
+    try:
+        held, ended = _transact(storage, flushes)
+    except OUTAGES:
+        raise
+    except Exception as exc:
+        if len(flushes) > 1:
+            return _commit_one_by_one(storage, flushes)
+        log.exception("the output of a job cannot be stored", extra={"job_id": flushes[0].job.name})
+        return _give_up(storage, flushes[0], exc)
+    cost_seconds = monotonic() - started_at
+    _tell(flushes, held, ended)
+    storage.channel.publish(_events(flushes, held, ended))
+    return FlushOutcome(held, ended, cost_seconds)
+
+
+def _transact(storage: JobStorage, flushes: Sequence[JobFlush]) -> tuple[dict[UUID, Held], dict[UUID, JobStatus]]:
+    commits = [flush.commit for flush in flushes if flush.commit is not None]
+    finalisations = [flush.finalisation for flush in flushes if flush.finalisation is not None]
+    renewals = [flush.job.id for flush in flushes if flush.commit is None and flush.finalisation is None]
+    with storage.sessions.begin() as session:
+        held = jobs.commit_chunks(session, commits, lease_seconds=storage.lease_seconds)
+        held += jobs.renew(session, renewals, owner=storage.owner, lease_seconds=storage.lease_seconds)
+        ours = set(jobs.finalise(session, finalisations))
+    ended = {ending.job_id: ending.status for ending in finalisations if ending.job_id in ours}
+    return {job.job_id: job for job in held}, ended
+
+
+def _commit_one_by_one(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
+    """One job's output that no row can hold must not keep its neighbours from theirs."""
+    outcomes = [commit(storage, [flush]) for flush in flushes]
+    return FlushOutcome(
+        held={job_id: held for outcome in outcomes for job_id, held in outcome.held.items()},
+        ended={job_id: status for outcome in outcomes for job_id, status in outcome.ended.items()},
+        cost_seconds=sum(outcome.cost_seconds for outcome in outcomes),
+    )
+
+
+def _give_up(storage: JobStorage, flush: JobFlush, exc: Exception) -> FlushOutcome:
+    """End the job with what was committed before this flush."""
+    chunks = flush.commit.chunks if flush.commit is not None else ()
+    ending = Finalisation(
+        job_id=flush.job.id,
+        attempt=flush.job.attempt,
+        last_sequence_number=chunks[0].sequence_number - 1 if chunks else flush.job.last_sequence_number,
+        status=JobStatus.FAILED,
+        result=None,
+        error=JobError(code=EngineError.code, message=f"the output could not be stored: {type(exc).__name__}"),
+    )
+    with storage.sessions.begin() as session:
+        ended = dict.fromkeys(jobs.finalise(session, [ending]), JobStatus.FAILED)
+    storage.channel.publish(ended.items())
+    return FlushOutcome(ended=ended)
+
+
+def _tell(flushes: Sequence[JobFlush], held: dict[UUID, Held], ended: dict[UUID, JobStatus]) -> None:
+    """What the log says of this flush."""
+    for flush in flushes:
+        job = flush.job
+        seconds = monotonic() - job.started_at
+        if flush.commit is not None and job.id in held and is_first_output(job.claimed, flush.commit):
+            job_log.first_token(job.claimed, seconds=seconds)
+        if flush.finalisation is not None and job.id in ended:
+            error = flush.finalisation.error
+            job_log.ended(
+                job.id,
+                job.claimed.request_id,
+                status=ended[job.id],
+                attempt=job.attempt,
+                tokens=job.num_completion_tokens,
+                seconds=seconds,
+                code=error.code if error is not None else None,
+            )
+
+
+def is_first_output(claimed: ClaimedJob, commit: ChunkCommit) -> bool:
+    """Whether the job had none before, in no attempt."""
+    return not claimed.num_committed_tokens and commit.chunks[0].sequence_number == claimed.last_sequence_number + 1
+
+
+def _events(
+    flushes: Sequence[JobFlush], held: dict[UUID, Held], ended: dict[UUID, JobStatus]
+) -> Iterator[tuple[UUID, streams.Event]]:
+    for flush in flushes:
+        job_id = flush.job.id
+        if flush.commit is not None and (job_id in held or job_id in ended):
+            yield from ((job_id, _news_of(chunk)) for chunk in flush.commit.chunks)
+        if job_id in ended:
+            yield job_id, ended[job_id]
+
+
+def _news_of(chunk: TokenChunk) -> streams.Event:
+    """The logprobs of a prompt may be megabytes, too much for a channel: its readers are sent to SQL."""
+    return chunk if chunk.prompt_logprobs is None else JobStatus.IN_PROGRESS
+
+
+REPORT_SECONDS = 2.0  # between two reports; an order is heard so late at most
+
+
+class Heartbeat:
+    """`on_answer(orders)` hears after each report what the worker is to do."""
+
+    def __init__(
+        self,
+        storage: JobStorage,
+        thread: StorageThread,
+        *,
+        spec: ModelSpec,
+        owner: UUID,
+        hostname: str,
+        on_answer: Callable[[Orders], None],
+    ) -> None:
+        self._storage = storage
+        self._thread = thread
+        self._spec = spec
+        self._owner = owner
+        self._hostname = hostname
+        self._on_answer = on_answer
+        self._due_at = 0.0
+        self._is_under_way = False
+        self._told: WorkerState | None = None
+
+    def beat_soon(self) -> None:
+        """An order was changed: hear of it with the next turn."""
+        self._due_at = 0.0
+
+    def beat(self, now: float, state: WorkerState, *, num_running: int, tokens_per_second: float) -> None:
+        """Report, if it is time to or the state is news. One at a time: an answer is obeyed before the next report."""
+        if self._is_under_way or (now < self._due_at and state is self._told):
+            return
+        self._due_at, self._is_under_way, self._told = now + REPORT_SECONDS, True, state
+        report = WorkerReport(
+            id=self._owner,
+            hostname=self._hostname,
+            model=self._spec.id,
+            max_num_seqs=self._spec.max_num_seqs,
+            num_running=num_running,
+            tokens_per_second=tokens_per_second,
+            model_revision=self._storage.model_revision,
+            state=state,
+        )
+        self._thread.submit(
+            lambda is_repeated: self._storage.heartbeat(report),
+            lambda answer: self._end(answer.value),
+            lambda exc: self._end(None),
+        )
+
+    def _end(self, orders: Orders | None) -> None:
+        self._is_under_way = False
+        if orders is not None:
+            self._on_answer(orders)

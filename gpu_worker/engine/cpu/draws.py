@@ -1,0 +1,299 @@
+"""Draws on a CPU, exactly those that the definition in sampling.py gives, and their noise.
+
+The noise of a draw: each token's is a hash of (seed, sequence index, output position, token id).
+
+So a draw does not depend on who else is in the batch, on preemption, or on how often the job was resumed. The hash is
+the "lowbias32" finaliser, keyed twice; its lower 31 bits become standard Gumbel noise: the lower they are, the higher
+it is.
+
+Draws on a CPU: exactly the tokens that the definition in sampling.py gives, without noise for a whole vocabulary.
+
+Take the tokens whose noise is highest, and the greatest of their logits. A token that is not among them can only win if
+its logit is greater still; whatever the distribution, both kinds are about the square root of the vocabulary.
+
+Every filter keeps the tokens from a certain logit on, its floor. That of top-p needs a sort; so the row draws first,
+and where the tokens above the one drawn do not have the share yet, top-p would have kept it, and it stands.
+"""
+
+import struct
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from hashlib import blake2b
+from math import ceil, log, sqrt
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from domain.requests import SamplingParams
+from gpu_worker.engine.sequence import Sequence
+
+FACTORS = (0x9E3779B9, 0x7FEB352D, 0x846CA68B)
+
+CACHED_NUMBERS = 2**16  # of one buffer, so that a CPU's second cache holds three of them
+
+
+def noise_key(seed: int, index: int, position: int) -> tuple[int, int]:
+    """64 bits that stand for one draw, the same on every machine and in every version."""
+    digest = blake2b(struct.pack("<qqq", seed, index, position), digest_size=8).digest()
+    first, second = struct.unpack("<ii", digest)
+    return first, second
+
+
+def keyed_noise(token_ids: Tensor, keys: Tensor) -> Tensor:
+    """Float32, one row per draw. `token_ids` is int32 (num_draws or 1, num_tokens), `keys` int32 (num_draws, 2): the
+    noise_key of each."""
+    first, second = keys.T[:, :, None]
+    return _gumbel(_mix(token_ids, first, second))
+
+
+def noise_of(
+    token_ids: NDArray[np.int64], first: NDArray[np.uint32], second: NDArray[np.uint32]
+) -> NDArray[np.float32]:
+    """The same on a CPU for single tokens, each with a key of its own; all are (num_tokens,)."""
+    bits = token_ids.astype(np.uint32)
+    bits *= np.uint32(FACTORS[0])
+    bits += first
+    _mix_but_last(bits, second, np.empty_like(bits))
+    bits ^= bits >> np.uint32(16)
+    noise: NDArray[np.float32] = _gumbel(torch.from_numpy(bits.view(np.int32))).numpy()
+    return noise
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    bits = bits.bitwise_and_(0x7FFFFFFF)
+    return bits.float().add_(0.5).mul_(-(2.0**-31)).log1p_().neg_().log_().neg_()
+
+
+def _mix(token_ids: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """In wrapping int32 arithmetic, whose shifts copy the sign."""
+    scatter, mix, mix_again = (factor - 2**32 if factor >= 2**31 else factor for factor in FACTORS)
+    bits = (token_ids * scatter).add(first)
+    bits = bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(mix)
+    bits = bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).bitwise_xor_(second).mul_(mix_again)
+    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
+
+
+def _mix_but_last(bits: NDArray[np.uint32], second: NDArray[np.uint32], shifted: NDArray[np.uint32]) -> None:
+    """The same from the first shift on, without the last, in place; `shifted` is room for as many numbers."""
+    np.bitwise_xor(bits, np.right_shift(bits, 16, out=shifted), out=bits)
+    np.multiply(bits, np.uint32(FACTORS[1]), out=bits)
+    np.bitwise_xor(bits, np.right_shift(bits, 15, out=shifted), out=bits)
+    np.bitwise_xor(bits, second, out=bits)
+    np.multiply(bits, np.uint32(FACTORS[2]), out=bits)
+
+
+class LoudTokens:
+    """Finds, on a CPU, the tokens of a vocabulary whose noise is high in a draw: about the square root of them.
+
+    The hash's last shift leaves its upper bits alone, so a limit on these spares that shift, and no logarithm is taken.
+    One per vocabulary, not for two threads at once.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        num_rows = max(1, CACHED_NUMBERS // vocab_size)
+        num_quantiles = ceil(2**15 / sqrt(vocab_size))
+        self._limit = np.uint32(min(num_quantiles << 17, 2**32 - 1))  # on the bits without their sign, doubled
+        self._scattered = np.arange(vocab_size, dtype=np.uint32) * np.uint32(FACTORS[0])
+        self._bits = np.empty((num_rows, vocab_size), np.uint32)
+        self._shifted = np.empty_like(self._bits)
+        self._is_loud = np.empty_like(self._bits, np.bool_)
+
+    def find(
+        self, first: NDArray[np.uint32], second: NDArray[np.uint32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows and token ids, of a draw in each row with its key, whose halves are (num_rows,). Every token that is not
+        named has less noise than any that is."""
+        size = len(self._bits)
+        cells = [
+            self._find(first[start : start + size, None], second[start : start + size, None]) + start * self._vocab_size
+            for start in range(0, len(first), size)
+        ]
+        return np.divmod(np.concatenate(cells), self._vocab_size) if cells else (np.empty(0, int), np.empty(0, int))
+
+    def _find(self, first: NDArray[np.uint32], second: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Row times vocabulary plus token id, ascending."""
+        bits = self._bits[: len(first)]
+        np.add(self._scattered, first, out=bits)
+        _mix_but_last(bits, second, self._shifted[: len(first)])
+        np.left_shift(bits, 1, out=bits)
+        return np.flatnonzero(np.less(bits, self._limit, out=self._is_loud[: len(first)]))
+
+
+@lru_cache(maxsize=4)
+def loud_tokens(vocab_size: int) -> LoudTokens:
+    return LoudTokens(vocab_size)
+
+
+LEAST_TEMPERATURE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """One per row. The arrays are (num_rows,) where nothing else is said."""
+
+    logits: NDArray[np.float32]  # (num_rows, vocab_size)
+    best: NDArray[np.int64]  # the most likely token
+    temperatures: NDArray[np.float32]
+    first: NDArray[np.uint32]  # half of the noise's key
+    second: NDArray[np.uint32]  # the other half
+    floors: NDArray[np.float32]
+    is_narrow: NDArray[np.bool_]  # few tokens are above the floor
+    top_p: NDArray[np.float64]  # what the floor does not yet stand for; else 1
+
+    def logits_of(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Of one token per row."""
+        return self.logits[np.arange(len(token_ids)), token_ids]
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    logit: float
+    is_narrow: bool
+
+
+def draw(logits: NDArray[np.float32], best: NDArray[np.int64], sequences: Rows[Sequence]) -> NDArray[np.int64]:
+    """One token per row, none of them greedy. `logits` is (num_rows, vocab_size), `best` the most likely token of each
+    row."""
+    draws = _make_draws(logits, best, sequences)
+    token_ids = _draw_above_floors(draws)
+    wrong, masses = _rows_below_top_p(draws, token_ids)
+    if len(wrong):
+        token_ids[wrong] = _draw_above_floors(_at_top_p(draws, wrong, token_ids[wrong], masses))
+    return token_ids
+
+
+def _make_draws(logits: NDArray[np.float32], best: NDArray[np.int64], sequences: Rows[Sequence]) -> Draws:
+    params = [sequence.job.params for sequence in sequences]
+    temperatures = [1.0 if p.temperature is None else max(p.temperature, LEAST_TEMPERATURE) for p in params]
+    vocab_size = logits.shape[1]
+    keys = np.array([noise_key(s.job.seed, s.index, s.num_output_tokens) for s in sequences], np.int32).view(np.uint32)
+    floors = [
+        _floor(logits[row], logits[row, best[row]], temperatures[row], p)
+        if p.min_p or p.top_k
+        else Floor(-np.inf, is_narrow=False)
+        for row, p in enumerate(params)
+    ]
+    return Draws(
+        logits,
+        best,
+        temperatures=np.array(temperatures, np.float32),
+        first=keys[:, 0].copy(),
+        second=keys[:, 1].copy(),
+        floors=np.array([floor.logit for floor in floors], np.float32),
+        is_narrow=np.array([floor.is_narrow for floor in floors]),
+        top_p=np.array([1.0 if p.top_p is None or 0 < (p.top_k or 0) < vocab_size else p.top_p for p in params]),
+    )
+
+
+def _floor(row: NDArray[np.float32], greatest: np.float32, temperature: float, params: SamplingParams) -> Floor:
+    """What min-p and top-k give, and top-p where it is a share of what top-k keeps."""
+    floor = float(greatest + temperature * log(params.min_p)) if params.min_p else -np.inf
+    if not params.top_k or params.top_k >= len(row):
+        return Floor(floor, is_narrow=False)
+    kept = np.partition(row, -params.top_k)[-params.top_k :]
+    if params.top_p is not None and params.top_p < 1.0:
+        by_rank = _top_p_floor(kept, greatest, temperature, params.top_p)
+    else:
+        by_rank = kept[0]
+    return Floor(max(floor, float(by_rank)), is_narrow=_is_narrow(params.top_k, len(row)))
+
+
+def _is_narrow(num_kept: int, vocab_size: int) -> bool:
+    """Whether noise for so many tokens costs less than the search for those whose noise is high."""
+    return num_kept <= vocab_size // 16
+
+
+def _top_p_floor(
+    logits: NDArray[np.float32], greatest: np.float32, temperature: float, share: float, mass: float | None = None
+) -> np.float32:
+    """The logit, among the highest of a row, in any order, with which their probabilities reach the share of `mass`.
+    The unit of mass is the most likely token's; without a mass that of these logits is meant."""
+    descending = np.sort(logits)[::-1]
+    cumulative = np.exp((descending - greatest) / np.float32(temperature)).cumsum(dtype=np.float64)
+    reached = np.searchsorted(cumulative, share * (cumulative[-1] if mass is None else mass))
+    floor: np.float32 = descending[min(int(reached), len(descending) - 1)]
+    return floor
+
+
+def _draw_above_floors(draws: Draws) -> NDArray[np.int64]:
+    """The token of each row with the highest score among those that are not below its floor."""
+    num_rows, vocab_size = draws.logits.shape
+    wide = np.flatnonzero(~draws.is_narrow)
+    rows, loud_ids = loud_tokens(vocab_size).find(draws.first[wide], draws.second[wide])
+    loud_rows = wide.take(rows)
+    limits = draws.floors.copy()
+    np.maximum.at(limits, loud_rows, draws.logits[loud_rows, loud_ids])
+    likely_rows, likely_ids = np.divmod(np.flatnonzero(draws.logits >= limits[:, None]), vocab_size)
+    rows, token_ids = np.concatenate((loud_rows, likely_rows)), np.concatenate((loud_ids, likely_ids))
+    return _winners(num_rows, rows, token_ids, _scores(draws, rows, token_ids))
+
+
+def _scores(draws: Draws, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Scaled logit plus noise; -inf below the row's floor."""
+    logits = draws.logits[rows, token_ids]
+    scores = logits / draws.temperatures.take(rows)
+    scores += noise_of(token_ids, draws.first.take(rows), draws.second.take(rows))
+    scores[logits < draws.floors.take(rows)] = -np.inf
+    return scores
+
+
+def _winners(
+    num_rows: int, rows: NDArray[np.int64], token_ids: NDArray[np.int64], scores: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    """Of each row the token with the highest score, the lower one of two that are equal, as an argmax gives it."""
+    highest = np.full(num_rows, -np.inf, np.float32)
+    np.maximum.at(highest, rows, scores)
+    is_highest = scores == highest[rows]
+    winners = np.full(num_rows, np.iinfo(np.int64).max)
+    np.minimum.at(winners, rows[is_highest], token_ids[is_highest])
+    return winners
+
+
+def _rows_below_top_p(draws: Draws, drawn: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The rows whose drawn token top-p does not keep, since those above it have its share already; and the mass of all
+    tokens of each."""
+    rows = np.flatnonzero(draws.top_p < 1.0)
+    masses, masses_above = _masses(draws, rows, draws.logits_of(drawn))
+    is_wrong = masses_above >= draws.top_p[rows] * masses
+    return rows[is_wrong], masses[is_wrong]
+
+
+def _masses(
+    draws: Draws, rows: NDArray[np.int64], bounds: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of all tokens of the rows, and of those with a logit above the row's bound; the most likely token's is 1."""
+    greatest, vocab_size = draws.logits_of(draws.best), draws.logits.shape[1]
+    scales = 1.0 / draws.temperatures
+    num_at_once = max(1, CACHED_NUMBERS // vocab_size)
+    room = np.empty((min(num_at_once, len(rows)), vocab_size), np.float32)
+    masses, masses_above = np.empty(len(rows)), np.empty(len(rows))
+    for start in range(0, len(rows), num_at_once):
+        part = rows[start : start + num_at_once]
+        mass = np.take(draws.logits, part, 0, out=room[: len(part)], mode="clip")  # other modes take a copy more
+        is_above = mass > bounds[part, None]
+        mass -= greatest[part, None]
+        mass *= scales[part, None]
+        tensor = torch.from_numpy(mass).exp_()  # torch is the faster one at these two
+        masses[start : start + num_at_once] = tensor.sum(-1).numpy()
+        mass *= is_above
+        masses_above[start : start + num_at_once] = tensor.sum(-1).numpy()
+    return masses, masses_above
+
+
+def _at_top_p(draws: Draws, rows: NDArray[np.int64], drawn: NDArray[np.int64], masses: NDArray[np.float64]) -> Draws:
+    """Draws for these rows alone, at the floor of their top-p, which is above what they have drawn."""
+    floors = draws.floors[rows]
+    is_narrow = np.zeros(len(rows), np.bool_)
+    for number, row in enumerate(rows.tolist()):
+        logits = draws.logits[row]
+        above = logits.compress(logits > logits[drawn[number]])
+        greatest, temperature = logits[draws.best[row]], float(draws.temperatures[row])
+        by_top_p = _top_p_floor(above, greatest, temperature, draws.top_p[row], masses[number])
+        floors[number] = max(floors[number], by_top_p)
+        is_narrow[number] = _is_narrow(len(above), len(logits))
+    taken = Draws(*(getattr(draws, name)[rows] for name in Draws.__slots__))
+    return replace(taken, floors=floors, is_narrow=is_narrow)

@@ -1,0 +1,270 @@
+"""Forward passes on a CPU, and Llama's layers in a third of the operations.
+
+Llama and its like in a third of the operations: what a CPU saves where the model is small and the calls are many.
+
+The weights are the model's own: projections of the same input become one matrix, and the modules keep views of it. The
+arithmetic is that of transformers' modules; probe.py compares the results at load, and where they differ, or the model
+has a part that is not known here, the modules run as they are.
+"""
+
+import math
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from gpu_worker.engine.cpu.attention import (
+    AttentionContext,
+    BlockCache,
+    DecodeGroup,
+    DecodeGroups,
+    PrefillSpan,
+    Scoring,
+    attend,
+)
+from gpu_worker.engine.kv_cache import BlockCopy
+from gpu_worker.engine.runner import AtOnce, results_of
+from gpu_worker.engine.sampling import Drawn, split_scores
+from gpu_worker.engine.scheduler import ScheduledRow
+from gpu_worker.engine.sequence import Sequence
+
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
+
+#: Rotary frequencies that do not change with the length of a text.
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    weight: Tensor  # (num_out, num_in)
+    bias: Tensor | None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return linear(rows, self.weight, self.bias)
+
+    def add_to(self, residual: Tensor, rows: Tensor) -> None:
+        residual.addmm_(rows, self.weight.t())
+        if self.bias is not None:
+            residual.add_(self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Root mean square, with the mean taken as a sum: its divisor is in the weight and in epsilon."""
+
+    weight: Tensor
+    epsilon: float
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        exact = rows.float()
+        squares = (exact * exact).sum(-1, keepdim=True)
+        return (exact * squares.add_(self.epsilon).rsqrt_()).mul_(self.weight).to(rows.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    attention_norm: Norm
+    qkv: Projection
+    output: Projection
+    mlp_norm: Norm
+    gate_up: Projection
+    down: Projection
+    activation: nn.Module
+    scoring: Scoring
+
+
+@dataclass(frozen=True, slots=True)
+class FusedOutput:
+    logits: Tensor
+
+
+class FusedLlama:
+    """Called as PagedRunner calls a model of transformers."""
+
+    def __init__(self, model: Any, windows: Rows[int | None], max_model_len: int) -> None:
+        config = model.config
+        attention = model.model.layers[0].self_attn
+        self._embedding = model.model.embed_tokens.weight
+        self._num_kv_heads = config.num_key_value_heads
+        self._num_heads = config.num_attention_heads
+        self._head_dim = attention.head_dim
+        self._layers = [_fuse_layer(layer, window) for layer, window in zip(model.model.layers, windows, strict=True)]
+        self._norm = _norm(model.model.norm)
+        self._head = Projection(model.lm_head.weight, model.lm_head.bias)
+        self._cosines, self._sines = self._rotations(model.model.rotary_emb, max_model_len)
+
+    def _rotations(self, rotary: nn.Module, max_model_len: int) -> tuple[Tensor, Tensor]:
+        """(max_model_len, 1, 1, head_dim / 2) and, for both halves of a head, (max_model_len, 1, 2, head_dim / 2)."""
+        positions = torch.arange(max_model_len, device=self._embedding.device)[None]
+        cosines, sines = (
+            table[0, :, None, None, : self._head_dim // 2] for table in rotary(self._embedding, positions)
+        )
+        return cosines.contiguous(), torch.cat((-sines, sines), 2)
+
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        logits_to_keep: Tensor,
+        ctx: AttentionContext,
+        use_cache: bool = False,
+    ) -> FusedOutput:
+        """`input_ids` and `position_ids` are (1, num_tokens); the logits (1, num_kept, vocab_size)."""
+        assert not use_cache
+        hidden = self._embedding.index_select(0, input_ids[0])
+        rotation = self._cosines.index_select(0, position_ids[0]), self._sines.index_select(0, position_ids[0])
+        for number, layer in enumerate(self._layers):
+            self._run_layer(layer, ctx, number, hidden, rotation)
+        return FusedOutput(self._head(self._norm(hidden.index_select(0, logits_to_keep)))[None])
+
+    def _run_layer(
+        self, layer: FusedLayer, ctx: AttentionContext, number: int, hidden: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> None:
+        """Adds to `hidden`."""
+        num_tokens = hidden.shape[0]
+        qkv = layer.qkv(layer.attention_norm(hidden)).view(num_tokens, -1, self._head_dim)
+        turned = self._rotate(qkv[:, : self._num_heads + self._num_kv_heads], *rotation)
+        parts = (
+            turned[:, : self._num_heads],
+            turned[:, self._num_heads :],
+            qkv[:, self._num_heads + self._num_kv_heads :],
+        )
+        query, key, value = (part.transpose(0, 1)[None] for part in parts)
+        attended = attend(ctx.layers[number], query, key, value, ctx, layer.scoring)
+        layer.output.add_to(hidden, attended.reshape(num_tokens, -1))
+        gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, -1)
+        layer.down.add_to(hidden, layer.activation(gate).mul_(up))
+
+    def _rotate(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """Of (num_tokens, num_heads, head_dim), each dimension with the one half a head away."""
+        halves = heads.view(*heads.shape[:2], 2, -1)
+        return (halves * cosines).addcmul_(halves.flip(2), sines).view(heads.shape)
+
+
+def can_fuse(model: Any) -> bool:
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    return config.model_type in MODEL_TYPES and rope.get("rope_type") in ROPE_TYPES
+
+
+@torch.no_grad()
+def _fuse_layer(layer: Any, window: int | None) -> FusedLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return FusedLayer(
+        attention_norm=_norm(layer.input_layernorm),
+        qkv=_fuse(attention.q_proj, attention.k_proj, attention.v_proj),
+        output=Projection(attention.o_proj.weight, attention.o_proj.bias),
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        gate_up=_fuse(mlp.gate_proj, mlp.up_proj),
+        down=Projection(mlp.down_proj.weight, mlp.down_proj.bias),
+        activation=mlp.act_fn,
+        scoring=Scoring(attention.scaling, window),
+    )
+
+
+def _norm(module: Any) -> Norm:
+    size = module.weight.shape[0]
+    return Norm(module.weight.detach().float() * math.sqrt(size), module.variance_epsilon * size)
+
+
+def _fuse(*modules: Any) -> Projection:
+    """One matrix, laid out as the modules' own are (by row, or by column: see loading.py); they keep views of it."""
+    is_by_row = modules[0].weight.is_contiguous()
+    weight = torch.cat([module.weight for module in modules]) if is_by_row else _cat_by_column(modules)
+    start = 0
+    for module in modules:
+        module.weight = nn.Parameter(weight[start : start + module.out_features], requires_grad=False)
+        start += module.out_features
+    biases = [module.bias for module in modules]
+    return Projection(weight, None if biases[0] is None else torch.cat(biases))
+
+
+def _cat_by_column(modules: Rows[Any]) -> Tensor:
+    return torch.cat([module.weight.t() for module in modules], 1).t()
+
+
+class PagedRunner(AtOnce):
+    def __init__(self, model: Any, layers: list[BlockCache]) -> None:
+        self._model = model
+        self._layers = layers
+        self._block_size = layers[0].block_size
+        self._decode_groups = DecodeGroups(layers)
+
+    def copy_blocks(self, copies: Rows[BlockCopy]) -> None:
+        if not copies:
+            return
+        sources = torch.tensor([copy.source for copy in copies])
+        destinations = torch.tensor([copy.destination for copy in copies])
+        for layer in self._layers:
+            for cache in (layer.keys, layer.values):
+                cache[destinations] = cache[sources]
+
+    def wipe_blocks(self, blocks: Rows[int]) -> None:
+        """Zero what may hold infinities: padded reads of a neighbour multiply it by zero, and 0 * inf is not 0."""
+        for layer in self._layers:
+            for cache in (layer.keys, layer.values):
+                cache[list(blocks)] = 0
+
+    def release(self, sequence: Sequence) -> None:
+        self._decode_groups.release(sequence)
+
+    @torch.inference_mode()
+    def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
+        decodes = [number for number, row in enumerate(rows) if row.num_new_tokens == 1]
+        decodes.sort(key=lambda number: rows[number].sequence.num_computed_tokens, reverse=True)
+        prefills = [number for number, row in enumerate(rows) if row.num_new_tokens > 1]
+        ordered = [rows[number] for number in decodes + prefills]
+        scores, logits = split_scores(self._forward(ordered, len(decodes)), ordered)
+        results = dict(zip(decodes + prefills, results_of(ordered, scores, logits), strict=True))
+        return [results[number] for number in range(len(rows))]
+
+    def _forward(self, rows: Rows[ScheduledRow], num_decodes: int) -> Tensor:
+        """Logits, float32, row by row: of the positions that judge the prompt, then of the last one where the row needs
+        a token; (num_kept, vocab_size)."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        kept: list[int] = []
+        for row in rows:
+            start = row.sequence.num_computed_tokens
+            first = len(token_ids)
+            kept += range(first, first + row.num_scored_tokens)
+            token_ids += row.sequence.token_ids[start : start + row.num_new_tokens]
+            positions += range(start, start + row.num_new_tokens)
+            if row.needs_token:
+                kept.append(len(token_ids) - 1)
+        groups = self._decode_groups.take([row.sequence for row in rows[:num_decodes]])
+        output = self._model(
+            input_ids=torch.tensor([token_ids]),
+            position_ids=torch.tensor([positions]),
+            use_cache=False,
+            logits_to_keep=torch.tensor(kept, dtype=torch.int64),
+            ctx=self._context(rows, list(groups.values())),
+        )
+        self._decode_groups.keep(groups)
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+    def _context(self, rows: Rows[ScheduledRow], decodes: list[DecodeGroup]) -> AttentionContext:
+        slots: list[int] = []
+        prefills: list[PrefillSpan] = []
+        for row in rows:
+            sequence, start, num_rows = row.sequence, row.sequence.num_computed_tokens, len(slots)
+            stop = start + row.num_new_tokens
+            slots += [self._slot(sequence, position) for position in range(start, stop)]
+            if row.num_new_tokens > 1:
+                blocks = torch.tensor([sequence.block_ids[: -(-stop // self._block_size)]])
+                prefills.append(PrefillSpan(num_rows, len(slots), start, blocks))
+        return AttentionContext(
+            layers=self._layers,
+            slots=torch.tensor(slots),
+            decodes=decodes,
+            prefills=prefills,
+        )
+
+    def _slot(self, sequence: Sequence, position: int) -> int:
+        number, offset = divmod(position, self._block_size)
+        return sequence.block_ids[number] * self._block_size + offset

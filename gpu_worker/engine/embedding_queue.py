@@ -1,0 +1,172 @@
+"""Embedding jobs of an engine: their inputs, a bounded number of tokens in each step, beside the running batch.
+
+Free of torch. Inputs of several jobs share a pass; when it fails, each half is run on its own, down to the guilty
+input, whose job fails.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from domain.errors import ContextLengthExceeded, EngineError, InvalidRequest
+from gpu_worker.engine.backends import RecordStep, StepMember
+from gpu_worker.engine_process.frames import EmbeddingOutput, EmbedJob, EngineStats, JobFailed, StepDone
+
+log = logging.getLogger(__name__)
+
+SHARE_BESIDE_GENERATION = 4  # of a step's tokens a quarter: texts go on, and vectors are not starved
+MAX_OUTPUT_BYTES = 2**24  # of one step, but at least one job's: a frame has its limit
+
+#: (num_inputs, width) in float32, one row per input, of any length.
+Embed = Callable[[Sequence[Sequence[int]]], NDArray[np.float32]]
+
+
+@dataclass(slots=True, eq=False)
+class LaneJob:
+    command: EmbedJob
+    vectors: list[bytes] = field(default_factory=list)  # of its first inputs
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.command.job_id, self.command.attempt
+
+
+class EmbeddingLane:
+    """`fatal` are the exceptions that must end the process."""
+
+    def __init__(
+        self,
+        embed: Embed,
+        *,
+        vocab_size: int,
+        max_input_tokens: int,
+        max_step_tokens: int,
+        fatal: tuple[type[BaseException], ...] = (),
+    ) -> None:
+        self._embed = embed
+        self._vocab_size = vocab_size
+        self._max_input_tokens = max_input_tokens
+        self._max_step_tokens = max_step_tokens
+        self._fatal = fatal
+        self._jobs: dict[tuple[str, int], LaneJob] = {}  # in the order in which they run
+        self._planned: list[tuple[LaneJob, Sequence[int]]] = []
+        self._ended: deque[EmbeddingOutput] = deque()
+        self.num_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._jobs or self._ended)
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self._jobs)
+
+    def add(self, command: EmbedJob) -> None:
+        """Raises a CeleriacError where it can never run."""
+        for token_ids in command.inputs:
+            self._check(token_ids)
+        job = LaneJob(command)
+        self._jobs[job.key] = job
+        self._jobs = dict(sorted(self._jobs.items(), key=lambda item: -item[1].command.priority))
+
+    def abort(self, job_id: str, attempt: int, reason: str) -> None:
+        """As a back end's: its last word comes with the next step, none where `reason` is empty."""
+        if self._jobs.pop((job_id, attempt), None) is not None and reason:
+            self._ended.append(EmbeddingOutput(job_id, attempt, vectors=[], finish_reason=reason))
+        elif not reason:
+            self._ended = deque(
+                output for output in self._ended if (output.job_id, output.attempt) != (job_id, attempt)
+            )
+
+    def step(
+        self,
+        record: RecordStep,
+        generate: Callable[[RecordStep], StepDone] | None,
+        stats: Callable[[], EngineStats],
+    ) -> StepDone:
+        """One step of both lanes; `generate` is the other one's, where it has work."""
+        members = self._plan(self._max_step_tokens // (SHARE_BESIDE_GENERATION if generate else 1))
+        record(members)
+        if generate is None:
+            done = StepDone(outputs=[], failures=[], stats=stats())
+        else:
+            done = generate(lambda others: record([*others, *members]))
+        failures = self._run(self._planned)
+        return StepDone(
+            outputs=done.outputs, failures=[*done.failures, *failures], stats=done.stats, embeddings=self._outputs()
+        )
+
+    def _check(self, token_ids: Sequence[int]) -> None:
+        if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+            raise InvalidRequest(f"an input is empty, or names a token beyond {self._vocab_size - 1}", param="inputs")
+        if len(token_ids) > self._max_input_tokens:
+            raise ContextLengthExceeded(
+                f"an input has {len(token_ids)} tokens, the model takes {self._max_input_tokens}", param="inputs"
+            )
+
+    def _plan(self, num_tokens: int) -> list[StepMember]:
+        """The next inputs, in order, within `num_tokens`, but at least one: an input is never split."""
+        self._planned = []
+        for job in self._jobs.values():
+            for token_ids in job.command.inputs[len(job.vectors) :]:
+                if self._planned and len(token_ids) > num_tokens:
+                    break
+                num_tokens -= len(token_ids)
+                self._planned.append((job, token_ids))
+            if num_tokens <= 0:
+                break
+        return [StepMember(*key, phase="prefill") for key in dict.fromkeys(job.key for job, _ in self._planned)]
+
+    def _run(self, planned: Sequence[tuple[LaneJob, Sequence[int]]]) -> list[JobFailed]:
+        planned = [(job, token_ids) for job, token_ids in planned if job.key in self._jobs]
+        if not planned:
+            return []
+        try:
+            vectors = self._embed([token_ids for _, token_ids in planned])
+            encoded = [_encode(row, job.command.dimensions) for (job, _), row in zip(planned, vectors, strict=True)]
+        except self._fatal:
+            raise
+        except Exception as exc:
+            if len(planned) == 1:
+                return [self._fail(planned[0][0], exc)]
+            log.warning("embedding failed, running its halves", extra={"num_inputs": len(planned), "error": repr(exc)})
+            middle = len(planned) // 2
+            return self._run(planned[:middle]) + self._run(planned[middle:])
+        for (job, token_ids), vector in zip(planned, encoded, strict=True):
+            self._take(job, len(token_ids), vector)
+        return []
+
+    def _take(self, job: LaneJob, num_tokens: int, vector: bytes) -> None:
+        self.num_tokens += num_tokens
+        job.vectors.append(vector)
+        if len(job.vectors) == len(job.command.inputs):
+            del self._jobs[job.key]
+            self._ended.append(EmbeddingOutput(*job.key, vectors=job.vectors, finish_reason="stop"))
+
+    def _fail(self, job: LaneJob, exc: Exception) -> JobFailed:
+        log.error("embedding job failed", exc_info=exc, extra={"job_id": job.command.job_id})
+        del self._jobs[job.key]
+        return JobFailed(*job.key, EngineError.code, f"the model could not run this job: {type(exc).__name__}")
+
+    def _outputs(self) -> list[EmbeddingOutput]:
+        outputs: list[EmbeddingOutput] = []
+        num_bytes = 0
+        while self._ended:
+            num_bytes += sum(map(len, self._ended[0].vectors))
+            if outputs and num_bytes > MAX_OUTPUT_BYTES:
+                break
+            outputs.append(self._ended.popleft())
+        return outputs
+
+
+def _encode(vector: NDArray[np.float32], dimensions: int | None) -> bytes:
+    """The front of the vector at unit length, little-endian float32. Raises ValueError where it has no direction."""
+    front = vector[:dimensions].astype(np.float64)
+    length = float(np.linalg.norm(front))
+    if not np.isfinite(length) or length == 0.0:
+        raise ValueError("the model's vector has no direction")
+    return (front / length).astype("<f4").tobytes()

@@ -1,0 +1,341 @@
+"""The engine's loop: admit, run, commit, emit. One bad job never hurts another, and none ends without a word.
+
+Where the runner can, the loop runs one step ahead: while the device draws a step's tokens, the next step of the same
+sequences is launched behind it, and takes the tokens from the device's own memory. Each `step` commits one step.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from domain.errors import EngineError, OutOfMemory
+from domain.jobs import FinishReason
+from gpu_worker.engine.backends import RecordStep, StepMember
+from gpu_worker.engine.runner import DrawAgain, Runner
+from gpu_worker.engine.sampling import Drawn, GrammarFailed
+from gpu_worker.engine.scheduler import ModelLimits, ScheduledRow, Scheduler, make_job
+from gpu_worker.engine.sequence import EngineJob, Grammars, Sequence
+from gpu_worker.engine_process.frames import AddJob, EngineStats, JobFailed, SequenceOutput, StepDone
+from text.tokenizers import as_text, token_table_of
+
+log = logging.getLogger(__name__)
+
+STEPS_PER_MEMORY_READING = 64  # it costs a system call
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What is to be said at the end of a step, sequence by sequence."""
+
+    token_ids: dict[Sequence, list[int]] = field(default_factory=dict)
+    logprobs: dict[Sequence, list[dict[str, object]]] = field(default_factory=dict)
+    sum_logprobs: dict[Sequence, float] = field(default_factory=dict)
+    prompt_logprobs: dict[Sequence, list[dict[str, object] | None]] = field(default_factory=dict)
+    failures: list[JobFailed] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    rows: Rows[ScheduledRow]
+    launched: Any  # the runner's
+
+
+class Engine:
+    def __init__(self, *, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer, limits: ModelLimits) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._tokens = token_table_of(tokenizer)
+        self._limits = limits
+        self._grammars = Grammars(tokenizer, limits.vocab_size, limits.eos_token_ids)
+        self._jobs: dict[tuple[str, int], EngineJob] = {}
+        self._ended: list[Sequence] = []  # between two steps: aborted, or complete when they were added
+        self._ahead: LaunchedStep | None = None  # behind the last step that was committed
+        self._num_jobs = self._num_steps = self._num_generation_tokens = self._num_prompt_tokens = 0
+        self._step_seconds = 0.0
+        self._memory_bytes = _memory_bytes()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._jobs or self._ended)
+
+    def add(self, command: AddJob) -> None:
+        """Raises a CeleriacError whose code and message belong to the job; nothing of the job stays behind."""
+        job = make_job(command, self._limits, self._tokenizer, self._grammars, arrival=self._num_jobs)
+        self._num_jobs += 1
+        self._jobs[job.id, job.attempt] = job
+        for sequence in job.sequences:
+            if sequence.is_finished:
+                self._ended.append(sequence)
+            else:
+                self.scheduler.add(sequence)
+        self._forget_if_done(job)
+
+    def abort(self, job_id: str, attempt: int, reason: str) -> None:
+        """Take the job out; its last words come with the next step, none at all where `reason` is empty."""
+        job = self._jobs.pop((job_id, attempt), None)
+        if job is None:
+            return
+        for sequence in job.sequences:
+            if not sequence.is_finished:
+                self._leave(sequence)
+                sequence.finish(FinishReason(reason) if reason else FinishReason.CANCELLED)
+                self._ended.append(sequence)
+        if not reason:
+            self._ended = [sequence for sequence in self._ended if sequence.job is not job]
+
+    def step(self, record: RecordStep) -> StepDone:
+        """One iteration over the running batch."""
+        started = time.perf_counter()
+        result = StepResult({sequence: [] for sequence in self._ended})
+        self._ended = []
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and any(self._is_running(row.sequence) for row in ahead.rows):
+            drawn = self._run(ahead.rows, ahead, record, result)
+        else:
+            drawn = self._run(self._schedule(record), None, record, result)
+        for row, token in drawn:
+            self._commit(row, token, result)
+        self._num_steps += 1
+        if self._num_steps % STEPS_PER_MEMORY_READING == 0:
+            self._memory_bytes = _memory_bytes()
+        self._step_seconds = time.perf_counter() - started
+        return StepDone(outputs=self._outputs(result), failures=result.failures, stats=self.stats())
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            num_steps=self._num_steps,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_preemptions=scheduler.num_preemptions,
+            num_generation_tokens=self._num_generation_tokens,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_prefix_cache_hits=scheduler.num_prefix_cache_hits,
+            cache_usage=scheduler.pool.usage,
+            step_seconds=self._step_seconds,
+            memory_bytes=self._memory_bytes,
+        )
+
+    def _schedule(self, record: RecordStep) -> list[ScheduledRow]:
+        scheduled = self.scheduler.schedule()
+        for sequence in scheduled.preempted:
+            self._runner.release(sequence)
+        if scheduled.rows:
+            record(_members(scheduled.rows))
+            self._runner.copy_blocks(scheduled.copies)
+        return scheduled.rows
+
+    def _run(
+        self, rows: Rows[ScheduledRow], step: LaunchedStep | None, record: RecordStep, result: StepResult
+    ) -> list[tuple[ScheduledRow, Drawn | None]]:
+        """Compute the rows, unless `step` has begun to, and launch what can be foreseen of the step behind them."""
+        if not rows:
+            return []
+        try:
+            launched = self._runner.launch(rows) if step is None else step.launched
+            self._ahead = self._launch_ahead(rows, record)
+            drawn = list(zip(rows, self._runner.collect(launched), strict=True))
+        except torch.AcceleratorError:
+            raise  # the device's context is gone and with it every sequence: the process must end
+        except Exception as exc:
+            self._ahead = None  # what it draws may rest on the failure
+            return self._run_again(rows, exc, result)
+        self.scheduler.budget.count_good_step()
+        return drawn
+
+    def _launch_ahead(self, rows: Rows[ScheduledRow], record: RecordStep) -> LaunchedStep | None:
+        if not self._runner.can_run_ahead(rows):
+            return None
+        ahead = self.scheduler.schedule_ahead(rows)
+        if not ahead:
+            return None
+        record(_members([*rows, *ahead]))
+        try:
+            return LaunchedStep(ahead, self._runner.launch(ahead))
+        except torch.AcceleratorError:
+            raise
+        except Exception as exc:
+            log.warning("could not run ahead", extra={"num_rows": len(ahead), "error": repr(exc)})
+            return None  # the step comes again in its turn, and fails or succeeds there
+
+    def _run_again(
+        self, rows: Rows[ScheduledRow], exc: Exception, result: StepResult
+    ) -> list[tuple[ScheduledRow, Drawn | None]]:
+        """After a failure: each half on its own, down to the guilty row, whose job fails. Where memory ran out, the
+        later half waits instead, and steps become smaller."""
+        rows = [row for row in rows if self._is_running(row.sequence)]
+        if isinstance(exc, DrawAgain):
+            return self._run_part(rows, result)
+        if isinstance(exc, GrammarFailed):
+            self._fail(exc.job, exc, result)
+            return self._run_part(rows, result)
+        if isinstance(exc, torch.OutOfMemoryError):
+            return self._run_less(rows, exc, result)
+        if len(rows) == 1:
+            self._fail(rows[0].sequence.job, exc, result)
+            return []
+        log.warning("step failed, running its halves", extra={"num_rows": len(rows), "error": repr(exc)})
+        middle = len(rows) // 2
+        return self._run_part(rows[:middle], result) + self._run_part(rows[middle:], result)
+
+    def _run_part(self, rows: Rows[ScheduledRow], result: StepResult) -> list[tuple[ScheduledRow, Drawn | None]]:
+        rows = [row for row in rows if self._is_running(row.sequence)]
+        if not rows:
+            return []
+        try:
+            return list(zip(rows, self._runner.collect(self._runner.launch(rows)), strict=True))
+        except torch.AcceleratorError:
+            raise
+        except Exception as exc:
+            return self._run_again(rows, exc, result)
+
+    def _run_less(
+        self, rows: Rows[ScheduledRow], exc: Exception, result: StepResult
+    ) -> list[tuple[ScheduledRow, Drawn | None]]:
+        """Out of memory: preempt the later half; a row alone is tried again in smaller chunks, and fails at last."""
+        self._runner.free_memory()
+        budget = self.scheduler.budget
+        if len(rows) == 1 and (rows[0].num_new_tokens <= budget.tokens // 2 or budget.is_least):
+            self._fail(rows[0].sequence.job, exc, result)
+            return []
+        budget.shrink()
+        log.warning("out of memory", extra={"num_rows": len(rows), "max_num_batched_tokens": budget.tokens})
+        if len(rows) <= 1:
+            return []  # its next chunk is smaller
+        ranked = sorted(rows, key=lambda row: row.sequence.rank)
+        middle = len(ranked) // 2
+        for row in ranked[middle:]:
+            self.scheduler.preempt(row.sequence)
+            self._runner.release(row.sequence)
+        return self._run_part(ranked[:middle], result)
+
+    def _commit(self, row: ScheduledRow, drawn: Drawn | None, result: StepResult) -> None:
+        """Count what was computed and take the drawn token."""
+        sequence = row.sequence
+        if not self._is_running(sequence):
+            return  # it ended while this step was under way, or a sibling failed in it, and the job with it
+        num_prompt_left = max(0, sequence.num_prompt_tokens - sequence.num_computed_tokens)
+        self._num_prompt_tokens += min(row.num_new_tokens, num_prompt_left)
+        if drawn is not None and drawn.prompt_scores:
+            del sequence.prompt_logprobs[sequence.num_computed_tokens + 1 :]  # of before a preemption
+            first = sequence.num_computed_tokens + 1
+            sequence.prompt_logprobs += [
+                self._describe(sequence, first + number, score) for number, score in enumerate(drawn.prompt_scores)
+            ]
+        sequence.num_computed_tokens += row.num_new_tokens
+        self.scheduler.pool.publish(sequence)
+        if drawn is not None and drawn.token_id is not None:
+            self._take_token(sequence, drawn, result)
+        if sequence.is_scoring and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+            self._tell_scores(sequence, result)
+        if sequence.is_finished:
+            self._leave(sequence)
+            self._forget_if_done(sequence.job)
+
+    def _take_token(self, sequence: Sequence, drawn: Drawn, result: StepResult) -> None:
+        assert drawn.token_id is not None
+        self._num_generation_tokens += 1
+        sequence.append(drawn.token_id)
+        result.token_ids[sequence] = [drawn.token_id]
+        params = sequence.job.params
+        if drawn.logprob is not None and params.logprobs is not None:
+            result.logprobs[sequence] = [self._describe(sequence, len(sequence.token_ids) - 1, drawn)]
+        if drawn.logprob is not None and params.best_of is not None:
+            result.sum_logprobs[sequence] = drawn.logprob
+
+    def _tell_scores(self, sequence: Sequence, result: StepResult) -> None:
+        """Once per job, with the first token; where none is asked for, it ends here."""
+        sequence.job.is_scored = True
+        result.token_ids.setdefault(sequence, [])
+        result.prompt_logprobs[sequence] = sequence.prompt_logprobs
+        if not sequence.job.max_tokens:
+            sequence.finish(FinishReason.LENGTH)
+
+    def _fail(self, job: EngineJob, exc: Exception, result: StepResult) -> None:
+        log.error("job failed in a step", exc_info=exc, extra={"job_id": job.id, "attempt": job.attempt})
+        del self._jobs[job.id, job.attempt]
+        suspect_blocks: list[int] = []
+        for sequence in job.sequences:
+            suspect_blocks += self.scheduler.pool.forget(sequence)
+            self._leave(sequence)
+            result.token_ids.pop(sequence, None)
+        self._runner.wipe_blocks(suspect_blocks)
+        is_memory = isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(exc)
+        code = OutOfMemory.code if is_memory else EngineError.code
+        # The exception's own words are for the log: they may tell of paths and shapes that are no client's business.
+        reason = exc.message if isinstance(exc, GrammarFailed) else type(exc).__name__
+        message = f"the model could not run this job: {reason}"
+        result.failures.append(JobFailed(job_id=job.id, attempt=job.attempt, code=code, message=message))
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self._runner.release(sequence)
+
+    def _is_running(self, sequence: Sequence) -> bool:
+        job = sequence.job
+        return self._jobs.get((job.id, job.attempt)) is job and not sequence.is_finished
+
+    def _forget_if_done(self, job: EngineJob) -> None:
+        if all(sequence.is_finished for sequence in job.sequences):
+            del self._jobs[job.id, job.attempt]
+
+    def _outputs(self, result: StepResult) -> list[SequenceOutput]:
+        return [
+            SequenceOutput(
+                job_id=sequence.job.id,
+                attempt=sequence.job.attempt,
+                index=sequence.index,
+                token_ids=token_ids,
+                text=sequence.take_text(),
+                finish_reason=sequence.finish_reason,
+                logprobs=result.logprobs.get(sequence),
+                num_cached_tokens=sequence.num_cached_tokens or 0,
+                sum_logprobs=result.sum_logprobs.get(sequence),
+                prompt_logprobs=result.prompt_logprobs.get(sequence),
+                num_reasoning_tokens=sequence.num_reasoning_tokens,
+            )
+            for sequence, token_ids in result.token_ids.items()
+        ]
+
+    def _describe(self, sequence: Sequence, place: int, drawn: Drawn) -> dict[str, object]:
+        """A dumped TokenLogprob of the token at `place`."""
+        assert drawn.token_id is not None
+        has_text_before = any(map(self._tokens.shows, islice(sequence.token_ids, place)))
+        bytes_of = self._tokens.bytes_of if has_text_before else self._tokens.first_bytes_of
+        top = [(token_id, bytes_of(token_id), logprob) for token_id, logprob in drawn.top]
+        token = bytes_of(drawn.token_id)
+        return {
+            "token": as_text(token),
+            "token_id": drawn.token_id,
+            "logprob": drawn.logprob,
+            "bytes": tuple(token) if self._tokens.shows(drawn.token_id) else (),
+            "top": [(token_id, as_text(other), logprob) for token_id, other, logprob in top],
+            "top_bytes": [tuple(other) for _, other, _ in top],
+        }
+
+
+def _members(rows: Rows[ScheduledRow]) -> list[StepMember]:
+    """One member per job; a job with any prompt chunk in the step counts as prefill."""
+    phase_by_job: dict[EngineJob, bool] = {}
+    for row in rows:
+        job = row.sequence.job
+        phase_by_job[job] = phase_by_job.get(job, False) or row.num_new_tokens > 1
+    return [
+        StepMember(job.id, job.attempt, "prefill" if is_long else "decode") for job, is_long in phase_by_job.items()
+    ]
+
+
+def _memory_bytes() -> int:
+    """Of the device where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_allocated())
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

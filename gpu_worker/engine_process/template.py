@@ -1,0 +1,142 @@
+"""The process that engines are forked from: as the supervisor sees it, and its own side.
+
+The process that engines are forked from, as the supervisor sees it. Its own side is gpu_worker/engine_process/template.py.
+
+It imports the back end once; an engine after a crash starts without that (docs/adr/0015).
+
+The template's own side: a process that has imported the back end waits, and each engine is a fork of it.
+
+It has one thread, has computed nothing and has not started CUDA: what a fork would break (docs/adr/0015). On its
+control socket comes one byte with the two descriptors of an engine; back go the engine's pid and, when it has ended,
+its exit code, 4 bytes each.
+"""
+
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+
+from domain.catalog import ModelSpec
+from settings import PREFIX, ROOT
+
+_MESSAGE = struct.Struct(">i")
+
+
+def _engine_environment() -> dict[str, str]:
+    """Ours without the secrets, which are none of its business."""
+    secrets = {PREFIX + name for name in ("DATABASE_URL", "REDIS_URL", "API_KEY", "BOOTSTRAP_API_KEY")}
+    ours = {name: value for name, value in os.environ.items() if name not in secrets}
+    # OpenMP's threads spin while they wait for each other. Beside other processes that want the cores, each step of a
+    # small model on a CPU then takes ten times as long.
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | ours
+
+
+class EngineTemplate:
+    """A template and the one engine that it may have. Dies with the thread that made it."""
+
+    def __init__(self, spec: ModelSpec, *, heartbeat_seconds: float) -> None:
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "gpu_worker.engine.process", "--spec", spec.model_dump_json()]
+            command += ["--control-fd", str(theirs.fileno()), "--parent-pid", str(os.getpid())]
+            command += ["--heartbeat-seconds", str(heartbeat_seconds)]
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                env=_engine_environment(),
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # Ctrl-C drains the worker; the engine must outlive that
+            )
+        self.pid = self._process.pid
+        self.engine_pid: int | None = None  # None until it is forked, which `wait` hears of
+        self._exit_code: int | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def fork(self, channel_fd: int, recorder_fd: int) -> None:
+        """Ask for an engine, which gets copies of both descriptors, as soon as the imports are done. The engine before
+        it must have ended."""
+        self.engine_pid = self._exit_code = None
+        with contextlib.suppress(OSError):  # the template is dead, and `wait` says how it died
+            socket.send_fds(self._control, [b"f"], [channel_fd, recorder_fd])
+
+    def wait(self, timeout_seconds: float | None) -> int | None:
+        """The engine's exit code, or minus the signal that killed it; None while it lives. An engine ends with its
+        template, and has its exit code then."""
+        self._control.settimeout(timeout_seconds)
+        with contextlib.suppress(TimeoutError, BlockingIOError):
+            while self._exit_code is None:
+                self._read()
+        return self._exit_code
+
+    def kill_engine(self) -> None:
+        """With the template where it has not come to the fork."""
+        if self.wait(0) is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.engine_pid or self.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """The kernel kills the engine with it."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Kill it and free what it used."""
+        self.kill()
+        self._process.wait()
+        self._control.close()
+
+    def _read(self) -> None:
+        try:
+            message = self._control.recv(_MESSAGE.size)
+        except ConnectionError:
+            message = b""
+        if not message:
+            self._exit_code = self._process.wait()
+        elif self.engine_pid is None:
+            (self.engine_pid,) = _MESSAGE.unpack(message)
+        else:
+            (self._exit_code,) = _MESSAGE.unpack(message)
+
+
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+def fork_engines(control: socket.socket) -> tuple[int, int]:
+    """Returns in each engine, with the descriptors of its channel and of its recorder; the template itself stays in
+    here, one engine after the other, and exits when its supervisor has hung up."""
+    gc.collect()
+    gc.freeze()  # a collection in an engine would else write to every page that it shares with the template
+    template_pid = os.getpid()
+    while True:
+        _, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+        if not descriptors:
+            sys.exit()
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            die_with_parent(template_pid)
+            channel_fd, recorder_fd = descriptors
+            return channel_fd, recorder_fd
+        for descriptor in descriptors:
+            os.close(descriptor)
+        control.sendall(_MESSAGE.pack(pid))
+        _, status = os.waitpid(pid, 0)
+        control.sendall(_MESSAGE.pack(os.waitstatus_to_exitcode(status)))
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends, however that comes about. So an engine
+    ends with its template, and the template with its worker."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit("the parent ended before this process started")

@@ -1,0 +1,356 @@
+"""A claimed job while it runs here, generation or embedding.
+
+A claimed job while it runs here: where its stream stands, and what it gained since its last chunk. No I/O.
+
+A claimed embedding job while it runs here: it has no stream, and one result at its end.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from time import monotonic
+from zlib import crc32
+
+from domain.errors import CeleriacError, DeadlineExceeded
+from domain.ids import external_id
+from domain.jobs import FinishReason, JobError, JobStatus, Usage
+from domain.requests import (
+    EmbeddingResult,
+    GenerationRequest,
+    GenerationResult,
+    JobOutput,
+    ResultChoice,
+    SamplingParams,
+    TokenChunk,
+    TokenLogprob,
+    best_choices,
+    encode_vector,
+)
+from gpu_worker.engine_process.frames import AddJob, EmbeddingOutput, EmbedJob, JobFailed, SequenceOutput
+from storage.job_statements import PROVEN_TOKENS
+from storage.jobs import ClaimedJob, Finalisation
+
+#: How a job ends that was cut off; the first one that any of its sequences bears.
+STATUS_BY_REASON = {FinishReason.DEADLINE: JobStatus.EXPIRED, FinishReason.CANCELLED: JobStatus.CANCELLED}
+
+
+@dataclass(slots=True)
+class SequenceProgress:
+    """One of the job's texts: what is numbered for SQL already, and what is pending."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    sum_logprobs: float = 0.0  # of token_ids, under best_of
+    finish_reason: FinishReason | None = None
+    num_reasoning_tokens: int | None = None  # up to the first </think>
+    pending_text: list[str] = field(default_factory=list)
+    pending_token_ids: list[int] = field(default_factory=list)
+    pending_logprobs: list[TokenLogprob] = field(default_factory=list)
+    pending_sum_logprobs: float | None = None
+    pending_num_reasoning_tokens: int | None = None
+    is_end_pending: bool = False  # its finish reason is not in a chunk yet
+
+    @property
+    def has_pending(self) -> bool:
+        return bool(self.pending_text or self.pending_token_ids or self.is_end_pending)
+
+    def take_chunk(self, sequence_number: int, index: int) -> TokenChunk:
+        """All that is pending, as the next chunk."""
+        chunk = TokenChunk(
+            sequence_number=sequence_number,
+            index=index,
+            text="".join(self.pending_text),
+            token_ids=tuple(self.pending_token_ids),
+            finish_reason=self.finish_reason if self.is_end_pending else None,
+            logprobs=tuple(self.pending_logprobs) or None,
+            sum_logprobs=self.pending_sum_logprobs,
+            num_reasoning_tokens=self.pending_num_reasoning_tokens,
+        )
+        self.append(chunk)
+        self.pending_text, self.pending_token_ids, self.pending_logprobs = [], [], []
+        self.pending_sum_logprobs = self.pending_num_reasoning_tokens = None
+        self.is_end_pending = False
+        return chunk
+
+    def append(self, chunk: TokenChunk) -> None:
+        self.text.append(chunk.text)
+        self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs or ()
+        self.sum_logprobs += chunk.sum_logprobs or 0.0
+        self.finish_reason = chunk.finish_reason
+        if chunk.num_reasoning_tokens is not None:
+            self.num_reasoning_tokens = chunk.num_reasoning_tokens
+
+
+class RunningJob:
+    """Belongs to the runner's thread."""
+
+    def __init__(self, claimed: ClaimedJob, *, claimed_at: float) -> None:
+        """`claimed_at` is from before the claim was sent: the lease lasts at least from then."""
+        self.id = claimed.id
+        self.attempt = claimed.attempt
+        self.name = external_id(claimed.id)  # what the engine and the logs call it
+        self.claimed = claimed
+        self.started_at = monotonic()
+        self.leased_at = claimed_at
+        self.has_spoken = False  # a chunk of this attempt has been taken
+        self.is_in_engine = False
+        self.is_ending = False  # its finalisation is under way: nothing more is done with it
+        self.abort_reason: FinishReason | None = None
+        request = claimed.request
+        self.params = request.params if isinstance(request, GenerationRequest) else SamplingParams()
+        self.sequences = [SequenceProgress() for _ in range(self.params.num_sequences)]
+        self.last_sequence_number = 0
+        self._prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+        self._is_prompt_pending = False  # its logprobs are not in a chunk yet
+        self._error: JobError | None = None
+        self._num_cached_tokens = 0
+        for chunk in claimed.committed_chunks:
+            self.last_sequence_number = chunk.sequence_number
+            if chunk.is_reset:
+                continue
+            self.sequences[chunk.index].append(chunk)
+            self._prompt_logprobs = self._prompt_logprobs or chunk.prompt_logprobs
+        self._num_inherited_tokens = self.num_completion_tokens
+
+    @property
+    def is_suspect(self) -> bool:
+        """It was in an engine that crashed, and has not shown since that it can run."""
+        return self.claimed.num_suspicions > 0 and not self.is_over and not self._is_proven
+
+    @property
+    def is_cleared(self) -> bool:
+        """It was a suspect, and has produced enough beyond the point at which its engine crashed. SQL counts alike."""
+        return self.claimed.num_suspicions > 0 and self._is_proven
+
+    @property
+    def _is_proven(self) -> bool:
+        num_new = self.num_completion_tokens + self._num_pending_tokens - self._num_inherited_tokens
+        return num_new >= PROVEN_TOKENS
+
+    @property
+    def cohort(self) -> int:
+        """Which half of the suspects it runs with: drawn anew for every attempt."""
+        return crc32(self.id.bytes + self.attempt.to_bytes(4, "big")) & 1
+
+    @property
+    def _num_pending_tokens(self) -> int:
+        return sum(len(sequence.pending_token_ids) for sequence in self.sequences)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+    @property
+    def is_over(self) -> bool:
+        """Every sequence has ended, or the engine gave the job up."""
+        return self._error is not None or all(sequence.finish_reason for sequence in self.sequences)
+
+    @property
+    def has_pending(self) -> bool:
+        return any(sequence.has_pending for sequence in self.sequences)
+
+    @property
+    def is_urgent(self) -> bool:
+        """Worth a flush of its own: the first chunk, or the end."""
+        return self.is_over or (not self.has_spoken and self.has_pending)
+
+    def command(self) -> AddJob | EmbedJob:
+        """What the engine is told."""
+        return self.add_command()
+
+    def add_command(self) -> AddJob:
+        """What the engine must know to start, or to go on where the last attempt stopped."""
+        claimed = self.claimed
+        return AddJob(
+            job_id=self.name,
+            attempt=self.attempt,
+            prompt_token_ids=claimed.prompt_token_ids,
+            params=self.params.model_dump(mode="json"),
+            max_tokens=claimed.max_tokens,
+            seed=claimed.seed,
+            priority=claimed.priority,
+            cache_salt=str(claimed.tenant_id),
+            committed_token_ids=[list(sequence.token_ids) for sequence in self.sequences],
+            num_emitted_chars=[sum(map(len, sequence.text)) for sequence in self.sequences],
+            finished_indexes=[i for i, sequence in enumerate(self.sequences) if sequence.finish_reason],
+            has_prompt_logprobs=self._prompt_logprobs is not None,
+        )
+
+    def absorb(self, output: SequenceOutput) -> None:
+        """Take what one of its sequences gained; an ended sequence gains nothing."""
+        sequence = self.sequences[output.index]
+        if sequence.finish_reason is not None:
+            return
+        if output.text:
+            sequence.pending_text.append(output.text)
+        sequence.pending_token_ids += output.token_ids
+        sequence.pending_logprobs += [TokenLogprob.model_validate(logprob) for logprob in output.logprobs or ()]
+        if output.sum_logprobs is not None:
+            sequence.pending_sum_logprobs = (sequence.pending_sum_logprobs or 0.0) + output.sum_logprobs
+        if output.prompt_logprobs is not None and self._prompt_logprobs is None:
+            self._prompt_logprobs = tuple(map(_logprob, output.prompt_logprobs))
+            self._is_prompt_pending = True
+        if sequence.num_reasoning_tokens is None:
+            sequence.pending_num_reasoning_tokens = output.num_reasoning_tokens
+        if output.finish_reason is not None:
+            sequence.finish_reason = FinishReason(output.finish_reason)
+            sequence.is_end_pending = True
+        self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
+
+    def fail(self, failure: JobFailed) -> None:
+        """The engine cannot run it."""
+        self._error = _job_error(failure.code, failure.message)
+
+    def cut_off(self, reason: FinishReason) -> None:
+        """End it without the engine, which has not got it."""
+        for sequence in self.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = reason
+                sequence.is_end_pending = True
+
+    def take_chunks(self) -> list[TokenChunk]:
+        """Everything pending, numbered: at most one chunk per sequence."""
+        chunks = []
+        for index, sequence in enumerate(self.sequences):
+            if sequence.has_pending:
+                self.last_sequence_number += 1
+                chunks.append(sequence.take_chunk(self.last_sequence_number, index))
+        if chunks and self._is_prompt_pending:
+            chunks[0] = chunks[0].model_copy(update={"prompt_logprobs": self._prompt_logprobs})
+            self._is_prompt_pending = False
+        self.has_spoken |= bool(chunks)
+        return chunks
+
+    def finalisation(self) -> Finalisation:
+        """How it ends; all its chunks must have been taken. A failed job's result is what storage finds committed."""
+        assert self.is_over
+        result = None if self._status() is JobStatus.FAILED else self._result()
+        reason = result.choices[0].finish_reason if result else self.sequences[0].finish_reason
+        return self._finalisation(result, reason)
+
+    def _finalisation(self, result: JobOutput | None, reason: FinishReason | None) -> Finalisation:
+        status, error = self._status(), self._error
+        if status is JobStatus.EXPIRED:
+            error = _job_error(DeadlineExceeded.code, "the deadline passed before the job was done")
+        return Finalisation(
+            job_id=self.id,
+            attempt=self.attempt,
+            last_sequence_number=self.last_sequence_number,
+            status=status,
+            result=result,
+            finish_reason=reason,
+            error=error,
+        )
+
+    def summary(self) -> str:
+        """For events and logs: never text of the job."""
+        if self._error is not None:
+            return self._error.code
+        reasons = dict.fromkeys(sequence.finish_reason or "unfinished" for sequence in self.sequences)
+        return f"{self.num_completion_tokens} tokens, {', '.join(reasons)}"
+
+    def _status(self) -> JobStatus:
+        if self._error is not None:
+            return JobStatus.FAILED
+        cut_off = (STATUS_BY_REASON.get(sequence.finish_reason or FinishReason.STOP) for sequence in self.sequences)
+        return next((status for status in cut_off if status is not None), JobStatus.COMPLETED)
+
+    def _result(self) -> GenerationResult:
+        usage = Usage(
+            prompt_tokens=len(self.claimed.prompt_token_ids),
+            completion_tokens=self.num_completion_tokens,
+            cached_tokens=self._num_cached_tokens,
+        )
+        choices = tuple(self._choices())
+        if self.params.best_of is not None:
+            choices = best_choices(choices, self.params.n)
+        return GenerationResult(choices=choices, usage=usage, prompt_logprobs=self._prompt_logprobs)
+
+    def _choices(self) -> Iterator[ResultChoice]:
+        for index, sequence in enumerate(self.sequences):
+            assert sequence.finish_reason is not None
+            yield ResultChoice(
+                index=index,
+                text="".join(sequence.text),
+                finish_reason=sequence.finish_reason,
+                num_tokens=len(sequence.token_ids),
+                num_reasoning_tokens=sequence.num_reasoning_tokens,
+                logprobs=tuple(sequence.logprobs) or None,
+                mean_logprob=self._mean_logprob(sequence),
+            )
+
+    def _mean_logprob(self, sequence: SequenceProgress) -> float | None:
+        if self.params.best_of is None or not sequence.token_ids:
+            return None
+        return sequence.sum_logprobs / len(sequence.token_ids)
+
+
+def _logprob(entry: dict[str, object] | None) -> TokenLogprob | None:
+    return None if entry is None else TokenLogprob.model_validate(entry)
+
+
+def _job_error(code: str, message: str) -> JobError:
+    """In the words of domain.errors; a code that is not there is not worth a retry."""
+    error_class = next((cls for cls in _walk(CeleriacError) if cls.code == code), CeleriacError)
+    return JobError(code=code, message=message, retryable=error_class.retryable)
+
+
+def _walk(cls: type[CeleriacError]) -> Iterator[type[CeleriacError]]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _walk(subclass)
+
+
+class RunningEmbedding(RunningJob):
+    """To the rest of the worker a job with one sequence, which never says a word."""
+
+    def __init__(self, claimed: ClaimedJob, *, claimed_at: float) -> None:
+        super().__init__(claimed, claimed_at=claimed_at)
+        self._vectors: list[bytes] = []
+
+    def command(self) -> EmbedJob:
+        claimed = self.claimed
+        assert not isinstance(claimed.request, GenerationRequest)
+        ends = list(accumulate(claimed.input_lengths or ()))
+        starts = [0, *ends[:-1]]
+        return EmbedJob(
+            job_id=self.name,
+            attempt=self.attempt,
+            inputs=[claimed.prompt_token_ids[start:end] for start, end in zip(starts, ends, strict=True)],
+            dimensions=claimed.request.dimensions,
+            priority=claimed.priority,
+        )
+
+    def absorb_embedding(self, output: EmbeddingOutput) -> None:
+        if self.is_over:
+            return
+        self._vectors = output.vectors
+        self.sequences[0].finish_reason = FinishReason(output.finish_reason)
+
+    def take_chunks(self) -> list[TokenChunk]:
+        return []
+
+    def finalisation(self) -> Finalisation:
+        return self._finalisation(self._embedding_result() if self._status() is JobStatus.COMPLETED else None, None)
+
+    def summary(self) -> str:
+        return self._error.code if self._error is not None else f"{len(self._vectors)} vectors"
+
+    def _embedding_result(self) -> EmbeddingResult:
+        return EmbeddingResult(
+            embeddings=tuple(map(encode_vector, self._vectors)),
+            dimensions=len(self._vectors[0]) // 4,
+            usage=Usage(prompt_tokens=len(self.claimed.prompt_token_ids)),
+        )
+
+
+def make_running(claimed: ClaimedJob, *, claimed_at: float) -> RunningJob:
+    """By the job's kind."""
+    is_generation = isinstance(claimed.request, GenerationRequest)
+    return (RunningJob if is_generation else RunningEmbedding)(claimed, claimed_at=claimed_at)

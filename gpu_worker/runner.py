@@ -1,0 +1,419 @@
+"""The runner: one thread between the Celery side and the engine, which feeds the engine and owns the batch.
+
+The runner's thread: waits on the engine, on storage and on callers, and keeps the running batch going.
+
+SQL and Redis are behind the storage thread, whose answers come back through the mailbox; so a database that is away
+stops neither the engine, nor a cancel, nor the heartbeat watch.
+
+Between the Celery side and the engine: claims deliveries, feeds the engine, and owns the threads that talk to SQL.
+
+Nothing here runs on Celery's hub thread except the small thread-safe calls of `JobRunner`; the work is done in
+gpu_worker/runner.py.
+"""
+
+import logging
+import math
+import select
+from collections.abc import Callable, Sequence
+from threading import Thread
+from time import monotonic
+from uuid import UUID
+
+import msgspec
+
+from domain.catalog import Catalog, ModelSpec
+from domain.ids import external_id
+from domain.jobs import WorkerState
+from gpu_worker.batch import RunningBatch
+from gpu_worker.commits import Heartbeat, JobStorage, Publisher
+from gpu_worker.engine_process.frames import CannotLoad, EngineStats, Ready, Report, StepDone
+from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
+from gpu_worker.intake import Intake, Offers
+from gpu_worker.threads import (
+    DispatchBell,
+    Mailbox,
+    RunnerEvent,
+    RunnerEventKind,
+    RunnerStats,
+    StorageThread,
+    WorkerFailure,
+)
+from observability import jobs_finished_total, llm_tokens_generated_total
+from settings import Settings, get_settings
+from storage.workers import Orders
+from text.models import complete
+
+log = logging.getLogger(__name__)
+
+HOUSEKEEPING_SECONDS = 0.1  # the longest wait: watches, timers and fallbacks are that exact
+
+RATE_SECONDS = 1.0  # over which tokens per second are counted
+
+
+class RunnerLoop:
+    """Everything but `run` is called on its own thread: post it to `mailbox`."""
+
+    def __init__(
+        self,
+        *,
+        spec: ModelSpec,
+        settings: Settings,
+        owner: UUID,
+        hostname: str,
+        offers: Offers,
+        on_event: Callable[[RunnerEvent], None],
+        on_unhealthy: Callable[[WorkerFailure], None],
+    ) -> None:
+        self.mailbox = Mailbox()
+        self._spec = spec
+        self._offers = offers
+        self._on_event = on_event
+        self._on_unhealthy = on_unhealthy
+        self._storage = JobStorage(settings, spec, owner, hostname)
+        self._thread = StorageThread(self.mailbox.post)
+        self._bell = DispatchBell(self._storage.sessions, spec, settings)
+        self._supervisor = Supervisor(
+            spec,
+            heartbeat_seconds=settings.engine_heartbeat_seconds,
+            load_seconds=settings.engine_load_seconds,
+        )
+        self._events: list[RunnerEvent] = []
+        self._batch = RunningBatch(
+            self._supervisor, Publisher(settings), self._storage, self._thread, self._events.append
+        )
+        self._intake = Intake(
+            offers,
+            self._storage,
+            self._thread,
+            on_claimed=self._batch.admit,
+            on_known=self._batch.adopt,
+            on_dropped=self._drop,
+        )
+        self._heartbeat = Heartbeat(
+            self._storage, self._thread, spec=spec, owner=owner, hostname=hostname, on_answer=self._obey
+        )
+        self._engine_stats = EngineStats()
+        self._drain_seconds = settings.drain_seconds
+        self._drain_deadline: float | None = None  # draining until then
+        self._unload_deadline: float | None = None  # the same, because the model is unloaded
+        self._order_deadline: float | None = None  # the same, because an operator said so
+        self._is_loaded: bool | None = None  # whether the model is to be; SQL says so before there is an engine
+        self._has_been_ready = False  # an engine of this worker was
+        self._is_healthy = True
+        self._is_stopping = False
+        self._rate_since, self._rate_tokens = monotonic(), 0
+        self._tokens_per_second = 0.0
+        self.stats = self._make_stats()
+        self.num_free = 0
+
+    def run(self) -> None:
+        """Until `stop`. Any error that nobody foresaw makes the worker unhealthy rather than silent."""
+        self._thread.start()
+        self._bell.start()
+        try:
+            while not self._is_stopping:
+                self._turn()
+        except Exception as exc:
+            log.exception("the runner failed")
+            self._give_up(WorkerFailure(f"the runner failed: {type(exc).__name__}"))
+        finally:
+            self._close()
+
+    # What callers ask for
+
+    def cancel(self, job_id: UUID) -> None:
+        self._thread.submit(lambda is_repeated: self._storage.request_cancel(job_id), lambda answer: None)
+        self._batch.cancel(job_id)
+
+    def begin_drain(self, release_after_seconds: float) -> None:
+        self._drain_deadline = monotonic() + release_after_seconds
+        self._batch.release_unstarted()
+
+    def order_drain(self, release_after_seconds: float) -> None:
+        """As `begin_drain`, but written down: it holds until it is taken back, whatever becomes of this process."""
+        self._order(lambda is_repeated: self._storage.order_drain(release_after_seconds))
+
+    def order_resume(self) -> None:
+        self._order(lambda is_repeated: self._storage.order_resume())
+
+    def _order(self, write: Callable[[bool], None]) -> None:
+        """What was written is obeyed when the next report hears of it, and thus in the order of writing."""
+        self._thread.submit(write, lambda answer: self._heartbeat.beat_soon())
+
+    def stop(self, release: bool) -> None:
+        if release:
+            self._batch.release_all()
+        self._is_stopping = True
+
+    # One turn
+
+    def _turn(self) -> None:
+        self._wait(monotonic())
+        self.mailbox.run_all()
+        for report in self._supervisor.receive():
+            self._take_report(report)
+        now = monotonic()
+        if self._is_healthy:
+            self._watch_engine(now)
+        if self._release_at is not None and now > self._release_at:
+            self._batch.release_all()
+        self._take_jobs_in(now)
+        self._batch.start_suspects()
+        self._batch.fence(now)
+        self._batch.flush_due(now)
+        self._count_rate(now)
+        if self._is_healthy:
+            self._heartbeat.beat(
+                now, self._state, num_running=self._batch.num_sequences, tokens_per_second=self._tokens_per_second
+            )
+        self._tell_news()
+
+    def _wait(self, now: float) -> None:
+        """Until something arrives or is due; then write what the engine takes."""
+        poll = select.poll()
+        poll.register(self.mailbox, select.POLLIN)
+        for channel in self._supervisor.readers():
+            poll.register(channel, select.POLLIN | (select.POLLOUT if channel.has_outgoing else 0))
+        until_due = self._batch.seconds_until_due(now)
+        wait_seconds = HOUSEKEEPING_SECONDS if until_due is None else min(until_due, HOUSEKEEPING_SECONDS)
+        poll.poll(math.ceil(wait_seconds * 1000))
+        self._supervisor.flush()
+
+    def _take_report(self, report: Report) -> None:
+        if isinstance(report, Ready):
+            log.info("the engine is ready", extra={"pid": report.pid, "device": report.device})
+            self._intake.look_for_suspects_soon()
+            self._has_been_ready = True
+            return
+        if isinstance(report, CannotLoad):
+            return  # the exit that follows says so
+        self._engine_stats = report.stats
+        if isinstance(report, StepDone):
+            self._batch.absorb(report)
+
+    def _watch_engine(self, now: float) -> None:
+        if self._is_loaded is False and not self._batch and not self._intake.is_claiming:
+            self._supervisor.stop()
+            self._engine_stats = EngineStats()
+        if not self._is_loaded and not self._supervisor.has_engine:
+            return
+        exit_ = self._supervisor.watch(now)
+        if exit_ is None:
+            return
+        self._batch.report_exit(exit_)
+        if failure := self._failure_of(exit_):
+            self._give_up(failure)
+
+    def _failure_of(self, exit_: EngineExit) -> WorkerFailure | None:
+        """Why there is no use in another engine; None where there is."""
+        if exit_.why_not_loaded is not None:
+            # What was loaded before is no error of the configuration: memory may be short for a while.
+            reason = f"model {self._spec.id!r} cannot be loaded: {exit_.why_not_loaded}"
+            remedy = "mend that in its files or in models.toml, then start the worker again"
+            return WorkerFailure(f"{reason}; {remedy}", is_lasting=not self._has_been_ready)
+        if self._supervisor.is_crash_looping:
+            return WorkerFailure(f"the engine keeps crashing; lately: {exit_.description}")
+        return None
+
+    def _obey(self, orders: Orders) -> None:
+        """SQL says what this worker is to do."""
+        self._obey_drain(orders.release_after_seconds)
+        self._obey_load(orders.is_loaded)
+
+    def _obey_drain(self, release_after_seconds: float | None) -> None:
+        if (release_after_seconds is None) is (self._order_deadline is None):
+            return
+        if release_after_seconds is None:
+            log.warning("this worker takes jobs again, as was ordered")
+            self._order_deadline = None
+            return
+        log.warning("draining, as was ordered; running jobs have %.0f seconds", release_after_seconds)
+        self._order_deadline = monotonic() + release_after_seconds
+        self._batch.release_unstarted()
+
+    def _obey_load(self, is_loaded: bool) -> None:
+        """An engine that is not to be loaded any more is drained, then stopped."""
+        if is_loaded is self._is_loaded:
+            return
+        self._is_loaded, self._unload_deadline = is_loaded, None
+        if not is_loaded:
+            log.warning("the model is unloaded; running jobs have %.0f seconds", self._drain_seconds)
+            self._unload_deadline = monotonic() + self._drain_seconds
+            self._batch.release_unstarted()
+
+    def _take_jobs_in(self, now: float) -> None:
+        if self._is_loaded is False or self._order_deadline is not None:
+            self._refuse(self._offers.take())
+        if self._supervisor.ready is None and not self._batch.has_isolated:
+            return
+        if self._batch.clear_isolated():
+            self._intake.look_for_suspects_soon()
+        if self._batch.has_isolated and not self._intake.is_claiming:
+            self._batch.start_isolated(now)
+        elif self._can_take_jobs and not self._batch.has_isolated:
+            is_resting = not self._batch and not self._offers and not self._intake.is_claiming
+            self._intake.look_for_isolated(now, is_resting=is_resting, known=self._batch.job_ids)
+        self._intake.claim(now, num_free=self._count_free(), known=self._batch.job_ids)
+
+    def _tell_news(self) -> None:
+        """Figures first: who hears of an event looks at them."""
+        self.num_free = self._count_free()
+        self.stats = self._make_stats()
+        events = self._events[:]
+        self._events.clear()
+        for event in events:
+            self._tell(event)
+
+    def _tell(self, event: RunnerEvent) -> None:
+        if event.kind in (RunnerEventKind.ENDED, RunnerEventKind.RELEASED):
+            self._bell.ring()
+        if event.status is not None:
+            jobs_finished_total.labels(self._spec.id, event.status).inc()
+        try:
+            self._on_event(event)
+        except Exception:  # the listener's trouble must not end everybody's jobs
+            log.exception("an event was not taken", extra={"job_id": external_id(event.job_id)})
+
+    def _drop(self, job_ids: Sequence[UUID]) -> None:
+        self._events += [RunnerEvent(RunnerEventKind.DROPPED, job_id) for job_id in job_ids]
+
+    def _refuse(self, job_ids: Sequence[UUID]) -> None:
+        self._events += [RunnerEvent(RunnerEventKind.REFUSED, job_id) for job_id in job_ids]
+
+    # Figures
+
+    @property
+    def _release_at(self) -> float | None:
+        """When running jobs are released; None while we do not drain."""
+        deadlines = (self._drain_deadline, self._unload_deadline, self._order_deadline)
+        return min((at for at in deadlines if at is not None), default=None)
+
+    @property
+    def _state(self) -> WorkerState:
+        if self._is_loaded is False and not self._supervisor.has_engine and not self._batch:
+            return WorkerState.UNLOADED
+        if self._release_at is not None:
+            return WorkerState.DRAINING
+        return WorkerState.LOADING if self._supervisor.ready is None else WorkerState.READY
+
+    @property
+    def _can_take_jobs(self) -> bool:
+        return self._is_healthy and self._state is WorkerState.READY
+
+    def _count_free(self) -> int:
+        if not self._can_take_jobs or self._batch.has_isolated:
+            return 0
+        return max(0, self._spec.max_num_seqs - self._batch.num_sequences)
+
+    def _make_stats(self) -> RunnerStats:
+        return RunnerStats(
+            max_num_seqs=self._spec.max_num_seqs,
+            num_running=len(self._batch),
+            num_offered=len(self._offers),
+            is_engine_ready=self._supervisor.ready is not None,
+            state=self._state,
+            tokens_per_second=self._tokens_per_second,
+            engine=msgspec.structs.asdict(self._engine_stats),
+        )
+
+    def _count_rate(self, now: float) -> None:
+        seconds = now - self._rate_since
+        if seconds < RATE_SECONDS:
+            return
+        num_new = self._batch.num_tokens - self._rate_tokens
+        self._tokens_per_second = num_new / seconds
+        llm_tokens_generated_total.labels(self._spec.id).inc(num_new)
+        self._rate_since, self._rate_tokens = now, self._batch.num_tokens
+
+    # The end
+
+    def _give_up(self, failure: WorkerFailure) -> None:
+        """This worker cannot work: everything goes back to the queue, and the process should end."""
+        self._is_healthy = False
+        self._batch.release_all()
+        self._supervisor.stop()
+        self._on_unhealthy(failure)
+
+    def _close(self) -> None:
+        """Whatever was submitted to storage still happens, and its news is told."""
+        self._bell.stop()
+        self._thread.submit(lambda is_repeated: self._storage.forget_worker(), lambda answer: None)
+        self._supervisor.stop()
+        self._thread.stop()
+        self.mailbox.run_all()
+        self._tell_news()
+        self._storage.close()
+        self.mailbox.close()
+
+
+class JobRunner:
+    """One engine, one thread. Every method is thread-safe and returns at once; news comes through `on_event`, which is
+    called on the runner's thread, in order. `on_unhealthy` is called once, when the engine cannot be kept alive: the
+    jobs are released by then, and the process should end."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        owner: UUID,
+        hostname: str,
+        on_event: Callable[[RunnerEvent], None],
+        on_unhealthy: Callable[[WorkerFailure], None] | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        settings = settings or get_settings()
+        self._offers = Offers()
+        self._loop = RunnerLoop(
+            spec=complete(Catalog.load(settings.models_file).get(model)),
+            settings=settings,
+            owner=owner,
+            hostname=hostname,
+            offers=self._offers,
+            on_event=on_event,
+            on_unhealthy=on_unhealthy or (lambda failure: None),
+        )
+        self._thread = Thread(target=self._loop.run, name="job-runner", daemon=True)
+
+    def start(self) -> None:
+        """Start the engine process and the thread."""
+        self._thread.start()
+
+    def offer(self, job_id: UUID) -> None:
+        """A delivery in hand. It is claimed, with all others that fit, as soon as the engine has room."""
+        self._offers.add(job_id)
+        self._loop.mailbox.post(lambda: None)
+
+    def withdraw(self) -> list[UUID]:
+        """Take back every offered, unclaimed job, in order of arrival; no event follows for them."""
+        return self._offers.take()
+
+    def cancel(self, job_id: UUID) -> None:
+        """Stop a running or offered job: the flag goes to SQL, so whoever owns it sees it; our engine hears at once."""
+        self._loop.mailbox.post(lambda: self._loop.cancel(job_id))
+
+    def begin_drain(self, *, release_after_seconds: float) -> None:
+        """Claim nothing more; let running jobs end; release what still runs after the time given."""
+        self._loop.mailbox.post(lambda: self._loop.begin_drain(release_after_seconds))
+
+    def order_drain(self, *, release_after_seconds: float) -> None:
+        """As `begin_drain`, written down for the worker's name: it outlives the process, until `order_resume`."""
+        self._loop.mailbox.post(lambda: self._loop.order_drain(release_after_seconds))
+
+    def order_resume(self) -> None:
+        """Take back `order_drain`, whoever gave it."""
+        self._loop.mailbox.post(self._loop.order_resume)
+
+    def stop(self, *, release: bool) -> None:
+        """End the thread and the engine process; with `release`, running jobs go back to the queue first. Blocks."""
+        if not self._thread.is_alive():
+            return
+        self._loop.mailbox.post(lambda: self._loop.stop(release))
+        self._thread.join()
+
+    @property
+    def num_free(self) -> int:
+        """Sequences the engine could take now, beyond those claimed. 0 while it is not ready or draining."""
+        return self._loop.num_free
+
+    def stats(self) -> RunnerStats:
+        return self._loop.stats

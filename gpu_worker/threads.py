@@ -1,0 +1,265 @@
+"""How the worker's threads speak to one another, and the two that wait for others on its behalf.
+
+What a JobRunner tells of its jobs and of itself.
+
+How other threads speak to a thread that waits on sockets: callbacks in order, and a socket that wakes it.
+
+One thread for everything that waits for SQL or Redis: calls run in order, each until the database has answered.
+
+The order is what the runner relies on: a crash report comes after the last chunks that arrived before the crash, a
+release after the commit it follows. While the database is away the queue stands still, and the engine runs on.
+
+Asks for a dispatch when room was made, off everybody's critical path: one thread, at most fifty times a second.
+"""
+
+import logging
+import queue
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from threading import Event, Thread
+from time import monotonic
+from typing import Generic, TypeVar
+from uuid import UUID
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.catalog import ModelSpec
+from domain.jobs import JobStatus, WorkerState
+from observability import describe_exception
+from settings import Settings
+from storage.database import OUTAGES
+from tasks.dispatch import dispatch
+
+log = logging.getLogger(__name__)
+
+
+class RunnerEventKind(StrEnum):
+    CLAIMED = "claimed"  # the SQL claim committed: ack the message, send task-started
+    DROPPED = "dropped"  # no row to claim (done, cancelled, somebody else's): ack the message, forget it
+    ENDED = "ended"  # terminal in SQL: send task-succeeded, task-failed or task-revoked by `status`
+    REFUSED = "refused"  # no jobs are taken at the moment: put its message back into the queue, forget it
+    RELEASED = "released"  # given back to SQL, or lost to another owner: forget it, no terminal Celery event of ours
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerEvent:
+    """What became of one job. Per job the order is CLAIMED, then ENDED or RELEASED; or DROPPED or REFUSED
+    alone.
+
+    Jobs that the runner claimed straight from SQL (no delivery) are reported too; the pool ignores ids it never
+    offered. Is one of those offered after all, while it runs here, it is reported as CLAIMED again.
+    """
+
+    kind: RunnerEventKind
+    job_id: UUID
+    status: JobStatus | None = None  # of ENDED
+    runtime_seconds: float = 0.0
+    summary: str = ""  # of ENDED: "12 tokens, stop" or the error code; never text of the job
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailure:
+    """Why a worker cannot go on: one line, with what to do where that is known."""
+
+    reason: str
+    is_lasting: bool = False  # a worker that is started right away would fail in the same way
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerStats:
+    """Figures for Flower, /health and the credit rule; read from any thread."""
+
+    max_num_seqs: int
+    num_running: int  # claimed and not yet ended
+    num_offered: int  # in hand, unclaimed
+    is_engine_ready: bool
+    state: WorkerState
+    tokens_per_second: float
+    engine: dict[str, float]
+
+
+class Mailbox:
+    """`post` from any thread; everything else on the owner's."""
+
+    def __init__(self) -> None:
+        self._callbacks: deque[Callable[[], None]] = deque()
+        self._ours, self._theirs = socket.socketpair()
+        self._ours.setblocking(False)
+        self._theirs.setblocking(False)
+
+    def fileno(self) -> int:
+        """Readable when something was posted."""
+        return self._ours.fileno()
+
+    def post(self, callback: Callable[[], None]) -> None:
+        self._callbacks.append(callback)
+        try:
+            self._theirs.send(b"!")
+        except OSError:
+            pass  # full: the owner has long been woken; or closed: nobody will come
+
+    def run_all(self) -> None:
+        """Run everything posted so far, in order."""
+        try:
+            while self._ours.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+        while self._callbacks:
+            self._callbacks.popleft()()
+
+    def close(self) -> None:
+        self._ours.close()
+        self._theirs.close()
+
+
+T = TypeVar("T")
+
+FIRST_RETRY_SECONDS = 0.05
+
+MAX_RETRY_SECONDS = 1.0
+
+STOP_PATIENCE_SECONDS = 5.0  # how long the last calls may wait for a database that is away
+
+HUNG_SECONDS = 5.0  # for the one call that is under way: a frozen server never answers
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[T]):
+    """What a call returned. `sent_at` is the monotonic time before its last try was sent."""
+
+    value: T
+    sent_at: float
+
+
+class StorageThread:
+    """`post` hands a callback back to the thread that owns this object."""
+
+    def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
+        self._post = post
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stopping = Event()
+        self._stop_deadline = float("inf")
+        self._thread = Thread(target=self._run, name="job-storage", daemon=True)
+        self.is_away = False  # the database does not answer at the moment
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(
+        self,
+        call: Callable[[bool], T],
+        on_done: Callable[[Answer[T]], None],
+        on_error: Callable[[Exception], None] | None = None,
+    ) -> None:
+        """Run `call(is_repeated)` after all calls before it. `is_repeated` says that an earlier try may have taken
+        effect although no answer came. `on_done` and `on_error` are posted; without the latter, errors are logged."""
+
+        def run() -> None:
+            try:
+                answer = self._until_answered(call)
+            except Exception as exc:
+                self._report(exc, on_error)
+            else:
+                self._post(lambda: on_done(answer))
+
+        self._calls.put(run)
+
+    def stop(self) -> None:
+        """End after the calls submitted so far; those that an outage holds up are given up after a while. Blocks."""
+        self._stop_deadline = monotonic() + STOP_PATIENCE_SECONDS
+        self._stopping.set()
+        self._calls.put(None)
+        self._thread.join(STOP_PATIENCE_SECONDS + HUNG_SECONDS)
+
+    def _run(self) -> None:
+        while (run := self._calls.get()) is not None:
+            run()
+
+    def _until_answered(self, call: Callable[[bool], T]) -> Answer[T]:
+        wait_seconds, is_repeated = FIRST_RETRY_SECONDS, False
+        while True:
+            sent_at = monotonic()
+            try:
+                value = call(is_repeated)
+            except OUTAGES as exc:
+                if monotonic() > self._stop_deadline:
+                    raise
+                if not self.is_away:
+                    log.warning("the database does not answer, repeating: %s", describe_exception(exc))
+                self.is_away = is_repeated = True
+                self._wait(wait_seconds)
+                wait_seconds = min(2 * wait_seconds, MAX_RETRY_SECONDS)
+            else:
+                if self.is_away:
+                    log.info("the database answers again")
+                self.is_away = False
+                return Answer(value, sent_at)
+
+    def _wait(self, seconds: float) -> None:
+        if self._stopping.wait(seconds):
+            Event().wait(FIRST_RETRY_SECONDS)  # stopping: try more often
+
+    def _report(self, exc: Exception, on_error: Callable[[Exception], None] | None) -> None:
+        if on_error is None:
+            log.error("a storage call failed", exc_info=exc)
+            return
+        self._post(lambda: on_error(exc))
+
+
+PAUSE_SECONDS = 0.02
+
+PAUSE_AFTER_FAILURE_SECONDS = 1.0  # the janitor dispatches every second anyway
+
+REDIS_TIMEOUT_SECONDS = 0.2
+
+
+class DispatchBell:
+    """`ring` from any thread; rings during a dispatch become one more after it."""
+
+    def __init__(self, sessions: sessionmaker[Session], spec: ModelSpec, settings: Settings) -> None:
+        self._sessions = sessions
+        self._spec = spec
+        self._settings = settings
+        self._client = redis.Redis.from_url(
+            settings.redis_url,
+            socket_timeout=REDIS_TIMEOUT_SECONDS,
+            socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._rung = Event()
+        self._stopping = Event()
+        self._thread = Thread(target=self._run, name="dispatch-bell", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def ring(self) -> None:
+        self._rung.set()
+
+    def stop(self) -> None:
+        """Returns at once; a dispatch under way may end later."""
+        self._stopping.set()
+        self._rung.set()
+
+    def _run(self) -> None:
+        while self._rung.wait() and not self._stopping.is_set():
+            self._rung.clear()
+            self._stopping.wait(PAUSE_SECONDS if self._dispatch() else PAUSE_AFTER_FAILURE_SECONDS)
+        self._client.close()
+
+    def _dispatch(self) -> bool:
+        try:
+            dispatch(self._sessions, self._client, self._spec, self._settings)
+        except (RedisError, SQLAlchemyError, OSError) as exc:
+            log.warning("dispatch failed, left to the janitor: %s", describe_exception(exc))
+            return False
+        return True

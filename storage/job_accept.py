@@ -1,0 +1,214 @@
+"""Jobs come in: a group of them in one statement, and what became of each.
+
+Jobs come in: a group of new jobs in one statement, and what became of each of them.
+
+The rules of `storage/jobs.py` hold here too: synchronous on a `Session`, and nothing commits.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import orjson
+from sqlalchemy import Row
+from sqlalchemy.orm import Session
+
+from domain.jobs import Endpoint, JobStatus, Lane
+from domain.requests import GenerationRequest, JobRequest
+from storage import job_statements as sql
+from storage.job_statements import Packed
+
+if TYPE_CHECKING:
+    pass
+
+MAX_POISON_JOBS_PER_HOUR = 3
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A validated request on its way into the job table. `request` has every default resolved."""
+
+    id: UUID
+    tenant_id: UUID
+    request: JobRequest
+    prompt_token_ids: Sequence[int]
+    model_revision: str
+    max_tokens: int
+    seed: int
+    max_failures: int
+    result_ttl_seconds: int
+    request_hash: bytes
+    fingerprint: bytes | None = None  # of the request as an engine sees it
+    lane: Lane = Lane.STANDARD  # isolated: also where the request is known as poison
+    retry_of: UUID | None = None
+    idempotency_key: str | None = None
+    priority: int = 0
+    deadline_at: datetime | None = None
+    start_timeout_seconds: float | None = None
+    run_timeout_seconds: float | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    input_lengths: Sequence[int] | None = None  # of an embedding: tokens of each input; their ids are prompt_token_ids
+    webhook_url: str | None = None  # checked, and spelt as `domain.webhooks` does
+    webhook_statuses: Sequence[JobStatus] = ()  # the ends that it is told of
+    endpoint: Endpoint = Endpoint.JOBS
+    is_stored: bool = False
+    endpoint_body: str | None = None  # JSON
+    request_id: str | None = None  # of the HTTP request that brought it
+
+    @property
+    def cost(self) -> int:
+        """The most tokens it can take: what fairness charges until the end tells."""
+        return len(self.prompt_token_ids) + self.num_sequences * self.max_tokens
+
+    @property
+    def num_sequences(self) -> int:
+        """Slots that it takes of a worker."""
+        return self.request.params.num_sequences if isinstance(self.request, GenerationRequest) else 1
+
+
+class AcceptOutcome(StrEnum):
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"  # same idempotency key (or id), same request: `job_id` names the first one
+    KEY_REUSED = "key_reused"  # same idempotency key, another request
+    TOO_MANY_QUEUED = "too_many_queued"  # the tenant's bound
+    POISON = "poison"  # the same request crashed an engine within a day
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRoom:
+    """How many jobs a tenant may have waiting, and how many more that are after an accept."""
+
+    max_queued: int
+    num_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    job_id: UUID
+    outcome: AcceptOutcome
+    created_at: datetime | None = None  # of ACCEPTED, by the database's clock
+    room: QueueRoom | None = None  # of ACCEPTED
+
+
+def accept(
+    session: Session,
+    new_jobs: Sequence[NewJob],
+    *,
+    max_queued_jobs: int,
+    max_poison_jobs_per_hour: int = MAX_POISON_JOBS_PER_HOUR,
+) -> list[Accepted]:
+    """Insert a group of jobs as `queued` in one statement; one outcome per job, in order. Safe to repeat after an
+    ambiguous commit: the same id or idempotency key answers DUPLICATE. `max_queued_jobs` bounds tenants without a
+    bound of their own; beyond `max_poison_jobs_per_hour` all jobs of a tenant run isolated."""
+    if not new_jobs:
+        return []
+    firsts = first_of_each(new_jobs)
+    parameters = of_new_jobs([new_jobs[place] for place in firsts]) | {
+        "max_queued_jobs": max_queued_jobs,
+        "max_poison_jobs_per_hour": max_poison_jobs_per_hour,
+    }
+    row_by_id = {row.id: row for row in session.execute(sql.ACCEPT, parameters)}
+    accepted = {place for place in firsts if new_jobs[place].id in row_by_id}
+    outcomes = _outcomes_of_others(session, {p: job for p, job in enumerate(new_jobs) if p not in accepted})
+    return [
+        _accepted(row_by_id[job.id]) if place in accepted else outcomes[place] for place, job in enumerate(new_jobs)
+    ]
+
+
+def _accepted(row: Row[Any]) -> Accepted:
+    return Accepted(row.id, AcceptOutcome.ACCEPTED, row.created_at, QueueRoom(row.max_queued, row.room))
+
+
+def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> dict[int, Accepted]:
+    """What became of the jobs that were not inserted: they exist already, or there was no room."""
+    if not job_by_place:
+        return {}
+    places, new_jobs = list(job_by_place), list(job_by_place.values())
+    outcomes = {p: Accepted(job.id, AcceptOutcome.TOO_MANY_QUEUED) for p, job in job_by_place.items()}
+    for row in session.execute(sql.POISONED, of_fingerprints(new_jobs)):
+        place = places[row.place - 1]
+        outcomes[place] = Accepted(job_by_place[place].id, AcceptOutcome.POISON)
+    for row in session.execute(sql.EXISTING, of_names(new_jobs)):
+        place = places[row.place - 1]
+        if row.is_same:
+            outcomes[place] = Accepted(row.id, AcceptOutcome.DUPLICATE)
+        elif outcomes[place].outcome is not AcceptOutcome.DUPLICATE:
+            outcomes[place] = Accepted(row.id, AcceptOutcome.KEY_REUSED)
+    return outcomes
+
+
+def of_new_jobs(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
+    return {
+        "ids": [job.id for job in new_jobs],
+        "tenant_ids": [job.tenant_id for job in new_jobs],
+        "models": [job.request.model for job in new_jobs],
+        "model_revisions": [job.model_revision for job in new_jobs],
+        "priorities": [job.priority for job in new_jobs],
+        "idempotency_keys": [job.idempotency_key for job in new_jobs],
+        "request_hashes": Packed(job.request_hash for job in new_jobs),
+        "max_failures": [job.max_failures for job in new_jobs],
+        "start_timeouts": [job.start_timeout_seconds for job in new_jobs],
+        "deadlines": [job.deadline_at for job in new_jobs],
+        "run_timeouts": [job.run_timeout_seconds for job in new_jobs],
+        "num_prompt_tokens": [len(job.prompt_token_ids) for job in new_jobs],
+        "max_tokens": [job.max_tokens for job in new_jobs],
+        "seeds": [job.seed for job in new_jobs],
+        "costs": [job.cost for job in new_jobs],
+        "metadata": Packed(json.dumps(job.metadata) for job in new_jobs),
+        "result_ttls": [job.result_ttl_seconds for job in new_jobs],
+        "requests": Packed(job.request.model_dump_json() for job in new_jobs),
+        "webhook_urls": [job.webhook_url for job in new_jobs],
+        "webhook_statuses": [job.webhook_url and "{" + ",".join(job.webhook_statuses) + "}" for job in new_jobs],
+        "kinds": [job.request.kind for job in new_jobs],
+        "input_lengths": [_int_array(job.input_lengths) for job in new_jobs],
+        "endpoints": [job.endpoint.value for job in new_jobs],
+        "are_stored": [job.is_stored for job in new_jobs],
+        "endpoint_bodies": [job.endpoint_body for job in new_jobs],
+        "prompt_token_ids": [_int_array(job.prompt_token_ids) for job in new_jobs],
+        "fingerprints": Packed(job.fingerprint for job in new_jobs),
+        "lanes": [job.lane.value for job in new_jobs],
+        "retry_ofs": [job.retry_of for job in new_jobs],
+        "request_ids": [job.request_id for job in new_jobs],
+    }
+
+
+def of_fingerprints(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
+    """What tells whether a request is known as poison."""
+    return {
+        "tenant_ids": [job.tenant_id for job in new_jobs],
+        "fingerprints": Packed(job.fingerprint for job in new_jobs),
+        "lanes": [job.lane.value for job in new_jobs],
+    }
+
+
+def _int_array(numbers: "Sequence[int] | None") -> str | None:
+    """A tenth of the time that `str` takes of each: a long prompt has a hundred thousand of them."""
+    return None if numbers is None else "{" + orjson.dumps(list(numbers))[1:-1].decode() + "}"
+
+
+def of_names(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
+    """What tells whether a job is there already."""
+    return {
+        "ids": [job.id for job in new_jobs],
+        "tenant_ids": [job.tenant_id for job in new_jobs],
+        "idempotency_keys": [job.idempotency_key for job in new_jobs],
+        "request_hashes": Packed(job.request_hash for job in new_jobs),
+    }
+
+
+def first_of_each(new_jobs: "Sequence[NewJob]") -> list[int]:
+    """The places of the jobs that are not the second of their id or idempotency key in this group."""
+    seen: set[tuple[UUID, str] | UUID] = set()
+    firsts = []
+    for place, job in enumerate(new_jobs):
+        names: set[tuple[UUID, str] | UUID] = {job.id}
+        if job.idempotency_key is not None:
+            names.add((job.tenant_id, job.idempotency_key))
+        if seen.isdisjoint(names):
+            firsts.append(place)
+        seen |= names
+    return firsts

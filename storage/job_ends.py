@@ -1,0 +1,407 @@
+"""How jobs end: the statements, revisions that are gone, and what a job without its worker is left with.
+
+The statements that end jobs or give them back, as text; the rules they share are told in `storage/job_statements.py`.
+
+The statements for jobs that had begun under a revision of their model which no worker serves any more. The rules
+they share are told in `storage/job_statements.py`.
+
+A revision counts as served while a live worker of it is there, whatever it is at: one that loads will go on with its
+jobs. It counts as gone only where another revision of the same model is ready to run, and every live worker says which
+one it has; without a worker a job waits for a worker, not for a revision.
+
+What a job that ended without its worker is left with: an error, and a result made of the chunks it committed.
+"""
+
+# ruff: noqa: S608  (only constants of the storage modules are put into the text; values are bound)
+
+from collections.abc import Mapping, Sequence
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from domain.errors import CeleriacError, DeadlineExceeded, ModelRevisionGone, PoisonJob, WorkerLost
+from domain.jobs import FinishReason, JobError, JobStatus, Usage
+from domain.requests import (
+    REQUEST,
+    GenerationRequest,
+    GenerationResult,
+    ResultChoice,
+    SamplingParams,
+    TokenChunk,
+    best_choices,
+)
+from storage.job_statements import BEGUN, CLOCK, CORRECTION, COUNTED, RUNNING
+from storage.webhooks import IS_TOLD
+
+BEGAN = f"coalesce(j.attempt_started_at, j.started_at, {CLOCK}) AS attempt_started_at"
+
+# One row of history for each attempt in `over`: by the statement that ended it, so that none is missing.
+NOTED = f"""
+noted AS (
+    INSERT INTO job_attempts (job_id, attempt, worker_id, worker_name, started_at, ended_at, outcome, error_code,
+        num_tokens)
+    SELECT o.id, o.attempt, o.owner, (SELECT w.hostname FROM workers w WHERE w.id = o.owner), o.attempt_started_at,
+        {CLOCK}, o.outcome, o.error_code, o.num_tokens
+    FROM {{over}} o ON CONFLICT DO NOTHING
+)"""
+
+FINALISE = text(f"""
+WITH ending AS MATERIALIZED (
+    SELECT * FROM unnest(
+        CAST(:ids AS uuid[]), CAST(:attempts AS int[]), CAST(:last AS int[]), CAST(:statuses AS text[]),
+        CAST(:finish_reasons AS text[]), CAST(:errors AS text[]), CAST(:error_codes AS text[]),
+        CAST(:results AS text[]))
+        AS e(id, attempt, last, status, finish_reason, error, error_code, result)
+),
+pick AS MATERIALIZED (
+    SELECT ending.*, j.lease_owner AS owner FROM jobs j JOIN ending USING (id)
+    WHERE {RUNNING} AND j.attempt = ending.attempt AND j.committed_sequence_number = ending.last
+    ORDER BY j.id FOR NO KEY UPDATE OF j
+),
+ended AS (
+    UPDATE jobs j SET status = pick.status, finish_reason = pick.finish_reason, error = pick.error::json,
+        finished_at = {CLOCK}, prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds),
+        num_suspicions = CASE WHEN pick.status = 'completed' THEN 0 ELSE j.num_suspicions END,
+        lease_owner = NULL, lease_expires_at = NULL
+    FROM pick WHERE j.id = pick.id
+    RETURNING j.id, j.tenant_id, j.attempt, pick.result, {CORRECTION} AS charge, pick.owner, {BEGAN},
+        pick.status AS outcome, pick.error_code,
+        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD}
+),
+{NOTED.format(over="ended")},
+written AS (
+    INSERT INTO job_results (job_id, attempt, result)
+    SELECT id, attempt, result::json FROM ended WHERE result IS NOT NULL
+),
+moved AS (SELECT id, tenant_id, 0 AS queued, -1 AS running, charge FROM ended),
+{COUNTED}
+SELECT id, is_told FROM ended
+UNION ALL  -- a repeated call: the first one's commit was applied though its answer was lost
+SELECT j.id, false FROM jobs j JOIN ending USING (id) WHERE j.status = ending.status AND j.attempt = ending.attempt
+    AND j.committed_sequence_number = ending.last
+""")
+
+
+def told(jobs: str, *, has_chunks: str) -> str:
+    """What callers and their logs say of the jobs in the CTE `jobs`: how they stand, and how long it took so far."""
+    return f"""
+SELECT t.id, t.status, t.attempt, {has_chunks} AS has_chunks, t.is_told, t.num_committed_tokens AS num_tokens,
+    extract(epoch FROM {CLOCK} - t.created_at)::float8 AS seconds,
+    (SELECT p.request_id FROM job_payloads p WHERE p.job_id = t.id) AS request_id
+FROM {jobs} t"""
+
+
+def _returned(pick: str, *, also: str = "") -> str:
+    """Give back or end the running jobs that `pick` locked. Its columns say what they become: id, next_status (queued
+    or terminal), lane, num_failures, num_suspicions, delay_seconds, error; and how the attempt ended: owner, outcome.
+    `also` is one more CTE on what was `returned`."""
+    return f"""
+WITH pick AS MATERIALIZED ({pick}),
+returned AS (
+    UPDATE jobs j SET status = pick.next_status, lane = pick.lane, num_failures = pick.num_failures,
+        num_suspicions = pick.num_suspicions, error = pick.error, lease_owner = NULL, lease_expires_at = NULL,
+        finished_at = CASE WHEN pick.next_status <> 'queued' THEN {CLOCK} END,
+        prune_at = CASE WHEN pick.next_status <> 'queued'
+            THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END,
+        available_at = CASE WHEN pick.delay_seconds > 0  -- else its old place in the queue
+            THEN {CLOCK} + make_interval(secs => pick.delay_seconds) ELSE j.available_at END,
+        dispatch_at = {CLOCK}, num_dispatches = 0
+    FROM pick WHERE j.id = pick.id
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS correction,
+        j.num_committed_tokens, j.created_at,
+        pick.owner, {BEGAN}, pick.outcome, j.error->>'code' AS error_code,
+        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD}
+),
+{NOTED.format(over="returned")},{also}
+moved AS (
+    SELECT id, tenant_id, CASE WHEN status = 'queued' THEN 1 ELSE 0 END AS queued, -1 AS running,
+        CASE WHEN status = 'queued' THEN 0 ELSE correction END AS charge FROM returned
+),
+{COUNTED}
+{told("returned", has_chunks="committed_sequence_number > 0")}"""
+
+
+def _charged(is_poison: str) -> str:
+    """What a failure charged to a job makes of it. The next attempt is at once after a first failure and after every
+    attempt that brought output; a job that fails again without any waits for up to 2, 4, then 8 s."""
+    return f"""j.num_failures + 1 AS num_failures,
+        CASE WHEN j.num_failures = 0 OR j.num_committed_tokens > j.num_tokens_at_claim THEN 0
+            ELSE power(2, least(j.num_failures, 3)) * (0.5 + 0.5 * random()) END AS delay_seconds,
+        CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled' WHEN j.deadline_at <= {CLOCK} THEN 'expired'
+            WHEN {is_poison} OR j.num_failures + 1 > j.max_failures THEN 'failed' ELSE 'queued' END AS next_status,
+        CASE WHEN j.cancel_requested_at IS NOT NULL THEN NULL
+            WHEN j.deadline_at <= {CLOCK} THEN CAST(:deadline_error AS json)
+            WHEN {is_poison} THEN CAST(:poison_error AS json)
+            WHEN j.num_failures + 1 > j.max_failures THEN CAST(:lost_error AS json) END AS error"""
+
+
+RELEASE = text(
+    _returned("""
+    SELECT j.id, j.lease_owner AS owner, 'released' AS outcome, j.lane, j.num_failures, j.num_suspicions,
+        0 AS delay_seconds, NULL::json AS error,
+        CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled' ELSE 'queued' END AS next_status
+    FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'in_progress' AND j.lease_owner = :owner
+    ORDER BY j.id FOR NO KEY UPDATE""")
+)
+
+REPORT_CRASH = text(
+    _returned(
+        f"""
+    SELECT j.id, j.lease_owner AS owner, 'crashed' AS outcome,
+        CASE WHEN j.num_suspicions + crash.weight >= 2 THEN 'isolated' ELSE j.lane END AS lane,
+        j.num_suspicions + crash.weight AS num_suspicions, {_charged("(j.lane = 'isolated' AND crash.weight > 0)")}
+    FROM unnest(CAST(:ids AS uuid[]), CAST(:weights AS int[])) AS crash(id, weight) JOIN jobs j USING (id)
+    WHERE {RUNNING} AND j.lease_owner = :owner ORDER BY j.id FOR NO KEY UPDATE OF j""",
+        also=f"""
+poisoned AS (  -- the same request again is refused for a day
+    INSERT INTO poison_requests (tenant_id, fingerprint, job_id, created_at)
+    SELECT DISTINCT ON (r.tenant_id, p.fingerprint) r.tenant_id, p.fingerprint, r.id, {CLOCK}
+    FROM returned r JOIN job_payloads p ON p.job_id = r.id
+    WHERE r.error_code = 'poison_job' AND p.fingerprint IS NOT NULL
+    ON CONFLICT (tenant_id, fingerprint) DO UPDATE SET job_id = excluded.job_id, created_at = excluded.created_at
+),""",
+    )
+)
+
+# The lease is judged on the locked row, not on the one the snapshot saw: a renewal in between wins.
+RESCUE = text(
+    _returned(f"""
+    SELECT j.id, j.lease_owner AS owner, 'lost' AS outcome, j.lane, j.num_suspicions, {_charged("false")} FROM jobs j
+    WHERE j.status = 'in_progress'
+        AND j.lease_expires_at < CAST(:as_of AS timestamptz) - make_interval(secs => :grace_seconds)
+        AND CAST(:as_of AS timestamptz) - pg_postmaster_start_time() > make_interval(secs => :quiet_seconds)
+    ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED""")
+)
+
+# Somebody renews the lease, and yet nothing comes. A job without a token in this attempt may still be reading its
+# prompt, or wait for its turn in the engine: it gets ten times as long.
+STALL = text(
+    _returned(f"""
+    SELECT j.id, j.lease_owner AS owner, 'stalled' AS outcome, j.lane, j.num_suspicions, {_charged("false")}
+    FROM jobs j WHERE j.status = 'in_progress' AND j.lease_expires_at >= CAST(:as_of AS timestamptz)
+        AND j.progressed_at < CAST(:as_of AS timestamptz) - make_interval(secs => :stall_seconds
+            * CASE WHEN j.num_committed_tokens > j.num_tokens_at_claim THEN 1 ELSE 10 END)
+    ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED""")
+)
+
+CANCEL = text(f"""
+WITH pick AS MATERIALIZED (
+    SELECT j.id FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status IN ('queued', 'in_progress')
+        AND (CAST(:tenant_id AS uuid) IS NULL OR j.tenant_id = :tenant_id) ORDER BY j.id FOR NO KEY UPDATE
+),
+asked AS (
+    UPDATE jobs j SET cancel_requested_at = coalesce(j.cancel_requested_at, {CLOCK}),
+        status = CASE WHEN j.status = 'queued' THEN 'cancelled' ELSE j.status END,
+        finished_at = CASE WHEN j.status = 'queued' THEN {CLOCK} END,
+        prune_at = CASE WHEN j.status = 'queued' THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END
+    FROM pick WHERE j.id = pick.id
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
+        j.created_at, {CORRECTION} AS charge, {IS_TOLD}
+),
+moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM asked WHERE status = 'cancelled'),
+{COUNTED}
+{told("asked", has_chunks="status = 'cancelled' AND committed_sequence_number > 0")}
+""")
+
+EXPIRE = text(f"""
+WITH pick AS MATERIALIZED (
+    SELECT j.id FROM jobs j WHERE j.status = 'queued' AND least(j.deadline_at, j.start_deadline_at) <= {CLOCK}
+        AND (j.deadline_at <= {CLOCK} OR j.attempt = 0) LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+),
+expired AS (
+    UPDATE jobs j SET status = 'expired', error = CAST(:deadline_error AS json), finished_at = {CLOCK},
+        prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
+    FROM pick WHERE j.id = pick.id
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
+        j.created_at, {CORRECTION} AS charge, {IS_TOLD}
+),
+moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM expired),
+{COUNTED}
+{told("expired", has_chunks="committed_sequence_number > 0")}
+""")
+
+PRUNE = text(f"""
+DELETE FROM jobs WHERE finished_at IS NOT NULL AND id IN (
+    SELECT id FROM jobs WHERE prune_at <= {CLOCK} ORDER BY prune_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+""")
+
+FORGET_POISON = text(f"DELETE FROM poison_requests WHERE created_at < {CLOCK} - interval '1 day'")
+
+DELETE = text(f"""
+WITH deleted AS (
+    DELETE FROM jobs j WHERE j.id = :id AND j.tenant_id = :tenant_id
+    RETURNING j.id, j.tenant_id, j.status, {CORRECTION} AS charge
+),
+moved AS (
+    SELECT id, tenant_id, CASE WHEN status = 'queued' THEN -1 ELSE 0 END AS queued,
+        CASE WHEN status = 'in_progress' THEN -1 ELSE 0 END AS running, charge
+    FROM deleted WHERE status IN ('queued', 'in_progress')
+),
+{COUNTED}
+SELECT id FROM deleted
+""")
+
+# For a job that ended without its worker: the output it had committed becomes its result.
+STORE_PARTIAL = text("""
+WITH partial AS (
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:finish_reasons AS text[]), CAST(:results AS text[]))
+        AS p(id, finish_reason, result)
+),
+reason AS (
+    UPDATE jobs j SET finish_reason = partial.finish_reason FROM partial WHERE j.id = partial.id
+    RETURNING j.id, j.attempt
+)
+INSERT INTO job_results (job_id, attempt, result)
+SELECT id, reason.attempt, partial.result::json FROM reason JOIN partial USING (id) ON CONFLICT DO NOTHING
+""")
+
+COMMITTED_OUTPUT = text("""
+SELECT j.id, j.num_prompt_tokens, p.request::text AS request,
+    array_agg(k.chunk::text ORDER BY k.sequence_number) AS chunks
+FROM jobs j JOIN job_payloads p ON p.job_id = j.id JOIN job_chunks k ON k.job_id = j.id
+WHERE j.id = ANY(CAST(:ids AS uuid[])) GROUP BY j.id, p.job_id
+""")
+
+
+def _is_gone(model: str, revision: str) -> str:
+    live = f"w.model = {model} AND w.seen_at > {CLOCK} - make_interval(secs => :live_seconds)"
+    return f"""
+    EXISTS (SELECT FROM workers w WHERE {live} AND w.state = 'ready' AND w.model_revision <> {revision})
+    AND NOT EXISTS (SELECT FROM workers w WHERE {live} AND coalesce(w.model_revision, {revision}) = {revision})"""
+
+
+GONE_REVISIONS = text(f"""
+WITH begun AS MATERIALIZED (
+    SELECT j.model, j.model_revision, count(*) AS num_jobs FROM jobs j
+    WHERE j.status = 'queued' AND {BEGUN} GROUP BY j.model, j.model_revision
+)
+SELECT b.model, b.model_revision, b.num_jobs FROM begun b WHERE {_is_gone("b.model", "b.model_revision")}
+""")
+
+PICK = f"""
+pick AS MATERIALIZED (
+    SELECT j.id, j.num_committed_tokens AS num_tokens FROM jobs j
+    WHERE j.status = 'queued' AND j.model = :model AND j.model_revision = :model_revision AND {BEGUN}
+        AND {_is_gone("j.model", "j.model_revision")}
+    ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
+)"""
+
+# No attempt is under way, so there is none to fence off: the next claim raises the attempt as ever. The reset takes the
+# number after the last chunk, and the chunks themselves go.
+RESTART = text(f"""
+WITH {PICK},
+discarded AS (DELETE FROM job_chunks c USING pick WHERE c.job_id = pick.id),
+restarted AS (
+    UPDATE jobs j SET committed_sequence_number = j.committed_sequence_number + 1,
+        reset_sequence_number = j.committed_sequence_number + 1, num_committed_tokens = 0, num_tokens_at_claim = 0,
+        first_token_at = NULL, dispatch_at = {CLOCK}, num_dispatches = 0
+    FROM pick WHERE j.id = pick.id
+    RETURNING j.id, j.attempt, j.committed_sequence_number, pick.num_tokens
+),
+written AS (
+    INSERT INTO job_chunks (job_id, sequence_number, attempt, chunk)
+    SELECT id, committed_sequence_number, attempt,
+        json_build_object('sequence_number', committed_sequence_number, 'is_reset', true)
+    FROM restarted
+)
+SELECT r.id, r.attempt, r.num_tokens, (SELECT p.request_id FROM job_payloads p WHERE p.job_id = r.id) AS request_id
+FROM restarted r
+""")
+
+FAIL_GONE = text(f"""
+WITH {PICK},
+failed AS (
+    UPDATE jobs j SET status = 'failed', error = CAST(:revision_error AS json), finished_at = {CLOCK},
+        prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
+    FROM pick WHERE j.id = pick.id
+    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.num_committed_tokens, j.created_at,
+        {CORRECTION} AS charge, {IS_TOLD}
+),
+moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM failed),
+{COUNTED}
+{told("failed", has_chunks="true")}
+""")
+
+
+def _stored_error(error: type[CeleriacError], message: str) -> str:
+    return JobError(code=error.code, message=message, retryable=error.retryable).model_dump_json()
+
+
+#: Why a job failed or expired without its worker saying so.
+ERRORS = {
+    "deadline_error": _stored_error(DeadlineExceeded, "the deadline passed before the job was done"),
+    "poison_error": _stored_error(PoisonJob, "the engine crashed while it ran this job alone"),
+    "lost_error": _stored_error(WorkerLost, "the worker was lost or crashed more often than max_failures allows"),
+    "revision_error": _stored_error(
+        ModelRevisionGone,
+        "it had begun under a revision of the model that no worker serves any more; retry it to begin anew",
+    ),
+}
+
+#: What cut off the unfinished sequences of a job that ended so.
+REASON_BY_STATUS = {
+    JobStatus.CANCELLED: FinishReason.CANCELLED,
+    JobStatus.EXPIRED: FinishReason.DEADLINE,
+    JobStatus.FAILED: FinishReason.ERROR,
+}
+
+
+def partial_result(
+    chunks: Sequence[TokenChunk],
+    *,
+    num_prompt_tokens: int,
+    cut_off_by: FinishReason,
+    params: SamplingParams = SamplingParams(),  # noqa: B008  (frozen)
+) -> GenerationResult:
+    """The result that `chunks`, in order and at least one, amount to. Sequences without a chunk are left out; those
+    that had not finished get the reason `cut_off_by`."""
+    by_index: dict[int, list[TokenChunk]] = {}
+    for chunk in chunks:
+        if not chunk.is_reset:
+            by_index.setdefault(chunk.index, []).append(chunk)
+    choices = tuple(_choice(index, by_index[index], cut_off_by) for index in sorted(by_index))
+    prompt_logprobs = next((chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs), None)
+    usage = Usage(prompt_tokens=num_prompt_tokens, completion_tokens=sum(choice.num_tokens for choice in choices))
+    if params.best_of is not None:
+        choices = best_choices(choices, params.n)
+    return GenerationResult(choices=choices, usage=usage, prompt_logprobs=prompt_logprobs)
+
+
+def store_partial_results(session: Session, status_by_job_id: Mapping[UUID, JobStatus]) -> None:
+    """Write the results of terminal jobs that have chunks, in the transaction that ended them."""
+    if not status_by_job_id:
+        return
+    results: dict[UUID, GenerationResult] = {}
+    for row in session.execute(COMMITTED_OUTPUT, {"ids": list(status_by_job_id)}):
+        chunks = [TokenChunk.model_validate_json(chunk) for chunk in row.chunks]
+        if chunks[-1].is_reset:
+            continue  # it began anew, and came no further
+        reason = REASON_BY_STATUS[status_by_job_id[row.id]]
+        request = REQUEST.validate_json(row.request)
+        params = request.params if isinstance(request, GenerationRequest) else SamplingParams()
+        results[row.id] = partial_result(
+            chunks, num_prompt_tokens=row.num_prompt_tokens, cut_off_by=reason, params=params
+        )
+    columns = {
+        "ids": list(results),
+        "finish_reasons": [result.choices[0].finish_reason.value for result in results.values()],
+        "results": [result.model_dump_json() for result in results.values()],
+    }
+    session.execute(STORE_PARTIAL, columns)
+
+
+def _choice(index: int, chunks: list[TokenChunk], cut_off_by: FinishReason) -> ResultChoice:
+    logprobs = tuple(logprob for chunk in chunks for logprob in chunk.logprobs or ())
+    num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+    told = (chunk.num_reasoning_tokens for chunk in chunks if chunk.num_reasoning_tokens is not None)
+    sums = [chunk.sum_logprobs for chunk in chunks if chunk.sum_logprobs is not None]
+    return ResultChoice(
+        index=index,
+        text="".join(chunk.text for chunk in chunks),
+        finish_reason=chunks[-1].finish_reason or cut_off_by,
+        num_tokens=num_tokens,
+        num_reasoning_tokens=next(told, None),
+        logprobs=logprobs or None,
+        mean_logprob=sum(sums) / num_tokens if sums and num_tokens else None,
+    )

@@ -1,0 +1,335 @@
+"""The statements of the job protocol, as text, and the arrays that they take.
+
+The statements of the job protocol, as text: what `storage/jobs.py` executes. Those that end jobs or give them back
+are in `storage/job_ends.py`.
+
+Each is one statement under READ COMMITTED that names the status it starts from and judges it on the locked row, so a
+row that moved meanwhile is left alone. Shared rules:
+
+- `pick` locks the rows that qualify, in order of id or skipping locked ones; what follows touches only these.
+- A statement that moves jobs has a CTE `moved(id, tenant_id, queued, running, charge)`, the change it makes to the
+  tenant's counters, and ends in COUNTED, which applies it. Locks are taken on job rows first and then on tenant_load in
+  the order of tenant_id (accept has no older job row to lock), so that no two statements wait for each other.
+- Fairness charges a job's `cost` at its first claim and corrects it to the tokens it really took when it ends.
+- `statement_timestamp()`, not `now()`: a lease must not be shorter for a transaction that was open a while.
+- The planner must not come to compare each of n ids with each of m rows, which it does where stale statistics say that
+  there are next to none: unnest() is MATERIALIZED, locked rows are found by id alone and carry along (RETURNING) what
+  the next step needs, and where a status must be named beside a join it is spelt so that no partial index offers
+  itself (RUNNING).
+
+Jobs, chunks and endings as the statements of `storage/job_statements.py` take them: one array per column.
+"""
+
+# ruff: noqa: S608  (only constants of this module are put into the text; values are bound)
+
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg.types.array import ListBinaryDumper
+from sqlalchemy import text
+
+from domain.jobs import MIN_PRIORITY
+
+if TYPE_CHECKING:
+    pass
+
+CLOCK = "statement_timestamp()"
+
+RUNNING = "j.status || '' = 'in_progress'"
+
+# A queue's order within a tenant, in seconds: by arrival, as if each step of priority had made a job come ten minutes
+# earlier. It is what jobs_ready_idx holds, to the letter. As it does not change with time, waiting jobs rise by it
+# without being touched, and none waits for ever behind a stream of more urgent ones.
+AGEING_SECONDS = 600
+
+RANK = f"(extract(epoch FROM j.available_at AT TIME ZONE 'UTC') - {AGEING_SECONDS} * j.priority)"
+
+LIFTED = f"floor((extract(epoch FROM {CLOCK}) - {RANK}) / {AGEING_SECONDS})"  # the priority it has risen to by now
+
+PROVEN_TOKENS = 16  # of one attempt: then the job is not suspected of having crashed an engine any more
+
+COUNTED = """
+change AS (
+    SELECT tenant_id, sum(queued) AS queued, sum(running) AS running, sum(charge) AS charge
+    FROM moved GROUP BY tenant_id
+),
+locked AS MATERIALIZED (
+    SELECT l.tenant_id FROM change JOIN tenant_load l USING (tenant_id) ORDER BY l.tenant_id FOR NO KEY UPDATE OF l
+),
+counted AS (
+    UPDATE tenant_load l SET num_queued = l.num_queued + change.queued, num_running = l.num_running + change.running,
+        virtual_time = l.virtual_time + change.charge / t.weight
+    FROM locked JOIN change USING (tenant_id) JOIN tenants t ON t.id = locked.tenant_id
+    WHERE l.tenant_id = locked.tenant_id
+)"""
+
+# What the end of a job adds to its tenant's virtual time: the tokens it took, less what its first claim charged.
+CORRECTION = "CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens + j.num_committed_tokens - j.cost ELSE 0 END"
+
+ACCEPT = text(f"""
+WITH new AS MATERIALIZED (
+    SELECT * FROM unnest(
+        CAST(:ids AS uuid[]), CAST(:tenant_ids AS uuid[]), CAST(:models AS text[]), CAST(:model_revisions AS text[]),
+        CAST(:priorities AS smallint[]), CAST(:idempotency_keys AS text[]), CAST(:request_hashes AS bytea[]),
+        CAST(:max_failures AS int[]), CAST(:start_timeouts AS float8[]), CAST(:deadlines AS timestamptz[]),
+        CAST(:run_timeouts AS float8[]), CAST(:num_prompt_tokens AS int[]), CAST(:max_tokens AS int[]),
+        CAST(:seeds AS bigint[]), CAST(:costs AS int[]), CAST(:metadata AS text[]), CAST(:result_ttls AS int[]),
+        CAST(:requests AS text[]), CAST(:prompt_token_ids AS text[]), CAST(:webhook_urls AS text[]),
+        CAST(:webhook_statuses AS text[]), CAST(:endpoints AS text[]), CAST(:are_stored AS boolean[]),
+        CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]), CAST(:retry_ofs AS uuid[]),
+        CAST(:endpoint_bodies AS text[]), CAST(:kinds AS text[]), CAST(:input_lengths AS text[]),
+        CAST(:request_ids AS text[])
+    ) WITH ORDINALITY AS n(
+        id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures, start_timeout,
+        deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata, result_ttl_seconds,
+        request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint, lane, retry_of,
+        endpoint_body,
+        kind, input_lengths, request_id, place)
+),
+load AS MATERIALIZED (
+    SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS max_queued,
+        coalesce(t.max_queued, :max_queued_jobs) - l.num_queued AS room,
+        (SELECT count(*) FROM poison_requests p WHERE p.tenant_id = l.tenant_id
+            AND p.created_at > {CLOCK} - interval '1 hour') > :max_poison_jobs_per_hour AS is_quarantined
+    FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
+    WHERE l.tenant_id IN (SELECT tenant_id FROM new) ORDER BY l.tenant_id FOR NO KEY UPDATE OF l
+),
+fresh AS (
+    SELECT new.*, row_number() OVER (PARTITION BY tenant_id ORDER BY place) AS place_in_tenant FROM new
+    WHERE NOT EXISTS (SELECT FROM jobs j WHERE j.id = new.id)
+      AND NOT EXISTS (SELECT FROM jobs j WHERE j.tenant_id = new.tenant_id AND j.idempotency_key = new.idempotency_key)
+      AND (new.lane = 'isolated' OR NOT EXISTS (SELECT FROM poison_requests p WHERE p.tenant_id = new.tenant_id
+          AND p.fingerprint = new.fingerprint AND p.created_at > {CLOCK} - interval '1 day'))
+),
+inserted AS (
+    INSERT INTO jobs (id, tenant_id, model, model_revision, lane, retry_of, priority, idempotency_key, request_hash,
+        max_failures, start_deadline_at, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost,
+        metadata, result_ttl_seconds, webhook_url, webhook_statuses, endpoint, is_stored, kind,
+        available_at, dispatch_at, created_at)
+    SELECT id, tenant_id, model, model_revision, CASE WHEN is_quarantined THEN 'isolated' ELSE lane END, retry_of,
+        priority, idempotency_key, request_hash, max_failures,
+        {CLOCK} + make_interval(secs => start_timeout), deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
+        seed, cost, metadata::json, result_ttl_seconds, webhook_url, webhook_statuses::text[], endpoint, is_stored,
+        kind,
+        {CLOCK}, {CLOCK}, {CLOCK}
+    FROM fresh JOIN load USING (tenant_id) WHERE place_in_tenant <= room ORDER BY place
+    ON CONFLICT DO NOTHING RETURNING id, tenant_id
+),
+payload AS (
+    INSERT INTO job_payloads (job_id, request, prompt_token_ids, input_lengths, fingerprint, endpoint_body, request_id)
+    SELECT id, request::json, prompt_token_ids::int[], input_lengths::int[], fingerprint, endpoint_body::json,
+        request_id
+    FROM inserted JOIN new USING (id)
+),
+counted AS (  -- a tenant back from idle starts level with the active ones: it neither banks credit nor is starved
+    UPDATE tenant_load l SET num_queued = l.num_queued + change.queued,
+        virtual_time = CASE WHEN l.num_queued + l.num_running > 0 THEN l.virtual_time ELSE greatest(l.virtual_time,
+            (SELECT min(virtual_time) FROM tenant_load WHERE num_queued + num_running > 0)) END
+    FROM (SELECT tenant_id, count(*) AS queued FROM inserted GROUP BY tenant_id) change
+    WHERE l.tenant_id = change.tenant_id
+)
+SELECT id, {CLOCK} AS created_at, max_queued, (room - count(*) OVER (PARTITION BY tenant_id))::int AS room
+FROM inserted JOIN load USING (tenant_id)
+""")
+
+# Asked in a second statement, whose snapshot sees the row that our insert ran into.
+EXISTING = text("""
+SELECT n.place, j.id, j.tenant_id = n.tenant_id AND j.request_hash = n.request_hash AS is_same
+FROM unnest(CAST(:ids AS uuid[]), CAST(:tenant_ids AS uuid[]), CAST(:idempotency_keys AS text[]),
+            CAST(:request_hashes AS bytea[])) WITH ORDINALITY AS n(id, tenant_id, idempotency_key, request_hash, place)
+JOIN jobs j ON j.id = n.id OR (j.tenant_id = n.tenant_id AND j.idempotency_key = n.idempotency_key)
+""")
+
+# Of the same moment as EXISTING: why a job that is not there was not inserted, if it was not for lack of room.
+POISONED = text(f"""
+SELECT n.place FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]))
+    WITH ORDINALITY AS n(tenant_id, fingerprint, lane, place)
+JOIN poison_requests p USING (tenant_id, fingerprint)
+WHERE n.lane <> 'isolated' AND p.created_at > {CLOCK} - interval '1 day'
+""")
+
+# The output of an ended job, for the one that was just accepted to go on from it: up to the chunk that says where it
+# was cut off, as that may hold text which only an end brings out.
+INHERIT = text("""
+WITH old AS (
+    SELECT j.id FROM jobs j JOIN jobs n ON n.id = :id AND n.retry_of = j.id AND n.tenant_id = j.tenant_id
+        AND n.model_revision = j.model_revision AND n.status = 'queued' AND n.attempt = 0
+),
+kept AS MATERIALIZED (
+    SELECT c.sequence_number, c.chunk FROM job_chunks c WHERE c.job_id = (SELECT id FROM old)
+        AND c.sequence_number < coalesce((SELECT min(x.sequence_number) FROM job_chunks x WHERE x.job_id = c.job_id
+            AND x.chunk::text ~ '"finish_reason":"(cancelled|deadline)"'), 2147483647)  -- ->> chokes on U+0000
+),
+written AS (
+    INSERT INTO job_chunks (job_id, sequence_number, attempt, chunk)
+    SELECT :id, sequence_number, 0, chunk FROM kept
+)
+UPDATE jobs SET committed_sequence_number = total.last, num_committed_tokens = total.num_tokens,
+    reset_sequence_number = (SELECT o.reset_sequence_number FROM jobs o WHERE o.id = (SELECT id FROM old))
+FROM (SELECT max(sequence_number) AS last, sum(json_array_length(coalesce(chunk->'token_ids', '[]'))) AS num_tokens
+      FROM kept) total
+WHERE jobs.id = :id AND jobs.attempt = 0 AND total.last IS NOT NULL
+RETURNING committed_sequence_number
+""")
+
+# It has output, and whoever goes on must be of the revision that made it.
+BEGUN = "(j.committed_sequence_number > j.reset_sequence_number)"
+
+RUNNABLE = f"""
+    j.status = 'queued' AND j.available_at <= {CLOCK} AND (j.deadline_at IS NULL OR j.deadline_at > {CLOCK})
+    AND (j.attempt > 0 OR j.start_deadline_at IS NULL OR j.start_deadline_at > {CLOCK})"""
+
+DUE = f"{RUNNABLE} AND j.lane = 'standard' AND j.priority >= :min_priority AND j.dispatch_at <= {CLOCK}"
+
+CLAIMABLE = f"""{RUNNABLE} AND j.lane = :lane AND j.cancel_requested_at IS NULL
+    AND (NOT {BEGUN} OR j.model_revision = :model_revision)"""
+
+
+def _ranked(condition: str) -> str:
+    """`ranked(id, place)`: the jobs of a model that meet `condition`, in the order in which they should run. Priority
+    first, then the tenant that got least per weight, where each job of a tenant counts for its next one; then age.
+    Waiting raises a priority by one every AGEING_SECONDS, but to no more than the highest that waits beside it: an old
+    job catches up with urgent ones, and does not overtake other tenants' new ones. The lateral joins read the head of
+    each tenant's queue only."""
+    due = f"j.model = :model AND j.tenant_id = l.tenant_id AND {condition}"
+    return f"""
+    waiting AS (
+        SELECT l.tenant_id, l.virtual_time, t.weight FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
+        CROSS JOIN LATERAL (
+            SELECT j.priority, {LIFTED} AS lifted FROM jobs j WHERE {due} ORDER BY {RANK}, j.id LIMIT 1) first
+        WHERE l.num_queued > 0 ORDER BY least(first.lifted, max(first.priority) OVER ()) DESC, l.virtual_time LIMIT 64
+    ),
+    timed AS (
+        SELECT j.id, j.rank, least(j.lifted, max(j.priority) OVER ()) AS priority, l.virtual_time + (sum(j.cost) OVER (
+            PARTITION BY l.tenant_id ORDER BY j.rank, j.id) - j.cost) / l.weight AS fair_time
+        FROM waiting l CROSS JOIN LATERAL (
+            SELECT j.id, j.priority, {LIFTED} AS lifted, {RANK} AS rank, j.cost FROM jobs j WHERE {due}
+            ORDER BY {RANK}, j.id LIMIT :depth) j
+    ),
+    ranked AS (
+        SELECT id, row_number() OVER (ORDER BY priority DESC, fair_time, rank, id) AS place FROM timed
+    )"""
+
+
+def _locked_in_order(condition: str, *, limit: str) -> str:
+    """`pick(id, place)`: the first of `ranked` that nobody else holds and that still meet `condition`, locked."""
+    return f"""
+pick AS MATERIALIZED (
+    SELECT j.id, r.place FROM (SELECT id, place FROM ranked ORDER BY place) r
+    CROSS JOIN LATERAL (SELECT * FROM jobs WHERE jobs.id = r.id FOR NO KEY UPDATE SKIP LOCKED) j
+    WHERE {condition} LIMIT {limit}
+)"""
+
+
+# A mark that a crash of the database takes back costs a second message, so its commit need not wait for the disk.
+DISPATCH = text(f"""
+WITH {_ranked(DUE)},
+{_locked_in_order(DUE, limit=":room")},
+dispatched AS (  -- due again by itself, should the message be lost: after 15, 30, 60, 120 s, give or take a fifth
+    UPDATE jobs j SET num_dispatches = num_dispatches + 1, dispatch_at = {CLOCK}
+        + make_interval(secs => 15 * power(2, least(num_dispatches, 3)) * (0.8 + 0.4 * random()))
+    FROM pick WHERE j.id = pick.id RETURNING j.id, pick.place
+)
+SELECT id FROM dispatched CROSS JOIN (SELECT set_config('synchronous_commit', 'off', true)) AS unsynced ORDER BY place
+""")
+
+
+def _claimed(pick: str) -> str:
+    """Take what `pick(id, place)` locked: issue the fence, begin the lease, answer with all that the engine needs."""
+    return f"""
+{pick},
+claimed AS (
+    UPDATE jobs j SET status = 'in_progress', attempt = j.attempt + 1, lease_owner = :owner,
+        model_revision = :model_revision,  -- that of all its output: of what it has, or of what will be its first
+        lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds),
+        started_at = coalesce(j.started_at, {CLOCK}), attempt_started_at = {CLOCK}, progressed_at = {CLOCK},
+        num_tokens_at_claim = j.num_committed_tokens,
+        deadline_at = CASE WHEN j.attempt = 0 AND j.run_timeout_seconds IS NOT NULL
+            THEN least(j.deadline_at, {CLOCK} + make_interval(secs => j.run_timeout_seconds)) ELSE j.deadline_at END
+    FROM pick WHERE j.id = pick.id RETURNING j.*, pick.place
+),
+moved AS (
+    SELECT id, tenant_id, -1 AS queued, 1 AS running, CASE WHEN attempt = 1 THEN cost ELSE 0 END AS charge FROM claimed
+),
+{COUNTED}
+SELECT c.id, c.tenant_id, c.attempt, p.request::text AS request, p.prompt_token_ids, p.input_lengths,
+    c.max_tokens, c.seed, c.priority, p.request_id,
+    c.lane, c.num_suspicions, c.committed_sequence_number, CASE WHEN c.committed_sequence_number > 0 THEN (SELECT
+        array_agg(k.chunk::text ORDER BY k.sequence_number) FROM job_chunks k WHERE k.job_id = c.id) END AS chunks
+FROM claimed c JOIN job_payloads p ON p.job_id = c.id ORDER BY c.place"""
+
+
+CLAIM = text(
+    "WITH "
+    + _claimed(f"""
+pick AS MATERIALIZED (
+    SELECT j.id, array_position(CAST(:ids AS uuid[]), j.id) AS place FROM jobs j
+    WHERE j.id = ANY(CAST(:ids AS uuid[])) AND {CLAIMABLE} ORDER BY j.id FOR NO KEY UPDATE
+)""")
+)
+
+# Lines of batches only once they were dispatched, which is where their share of the slots is kept.
+CLAIMABLE_UNASKED = f"""{CLAIMABLE}
+    AND (j.priority >= {MIN_PRIORITY} OR j.num_dispatches > 0 OR j.lane = 'isolated')
+    AND j.num_suspicions >= :min_suspicions"""
+
+CLAIM_NEXT = text(f"WITH {_ranked(CLAIMABLE_UNASKED)}," + _claimed(_locked_in_order(CLAIMABLE_UNASKED, limit=":limit")))
+
+CHUNKS_OF = text("""
+SELECT job_id, array_agg(chunk::text ORDER BY sequence_number) AS chunks FROM job_chunks
+WHERE job_id = ANY(CAST(:ids AS uuid[])) GROUP BY job_id
+""")
+
+# A repeated commit finds its own chunks there: same attempt, so nobody else can have written them.
+NUM_COMMITTED = """j.num_committed_tokens
+            + CASE WHEN j.committed_sequence_number = flush.before THEN flush.num_tokens ELSE 0 END"""
+
+PROVEN = f"{NUM_COMMITTED} - j.num_tokens_at_claim >= {PROVEN_TOKENS}"
+
+COMMIT_CHUNKS = text(f"""
+WITH flush AS MATERIALIZED (
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:attempts AS int[]), CAST(:before AS int[]), CAST(:after AS int[]),
+                         CAST(:num_tokens AS int[]), CAST(:chunks AS text[]))
+        AS f(id, attempt, before, after, num_tokens, chunks)
+),
+held AS (
+    UPDATE jobs j SET committed_sequence_number = flush.after,
+        num_committed_tokens = {NUM_COMMITTED},
+        num_suspicions = CASE WHEN {PROVEN} THEN 0 ELSE j.num_suspicions END,
+        lane = CASE WHEN {PROVEN} AND j.num_suspicions > 0 THEN 'standard' ELSE j.lane END,
+        first_token_at = coalesce(j.first_token_at, {CLOCK}),
+        progressed_at = {CLOCK},
+        lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds)
+    FROM flush WHERE j.id = flush.id AND {RUNNING} AND j.attempt = flush.attempt
+        AND j.committed_sequence_number IN (flush.before, flush.after)
+    RETURNING j.id, j.attempt, j.cancel_requested_at IS NOT NULL AS is_cancel_requested,
+        coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline, flush.before, flush.chunks
+),
+written AS (
+    INSERT INTO job_chunks (job_id, sequence_number, attempt, chunk)
+    SELECT held.id, held.before + c.place, held.attempt, c.chunk
+    FROM held CROSS JOIN LATERAL json_array_elements(held.chunks::json) WITH ORDINALITY AS c(chunk, place)
+    ON CONFLICT DO NOTHING
+)
+SELECT id, attempt, is_cancel_requested, is_past_deadline FROM held
+""")
+
+RENEW = text(f"""
+UPDATE jobs j SET lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds)
+WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'in_progress' AND j.lease_owner = :owner
+RETURNING j.id, j.attempt, j.cancel_requested_at IS NOT NULL AS is_cancel_requested,
+    coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline
+""")
+
+REDISPATCH_ALL = text(f"""
+UPDATE jobs SET dispatch_at = {CLOCK}, num_dispatches = 0 WHERE status = 'queued' AND id IN (
+    SELECT id FROM jobs WHERE status = 'queued' AND dispatch_at > {CLOCK} FOR NO KEY UPDATE SKIP LOCKED)
+""")
+
+
+class Packed(list[Any]):
+    """An array that travels in binary: as text, every quote in it is escaped by a regular expression, which costs more
+    than all the rest of a statement's parameters."""
+
+
+psycopg.adapters.register_dumper(Packed, ListBinaryDumper)

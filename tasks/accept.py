@@ -1,0 +1,212 @@
+"""Group commit: all submissions that arrived while the last accept was on its way go into the next one.
+
+One statement and one COMMIT for the group, so a hundred jobs cost little more than one. Accepted means COMMIT returned.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from uuid import UUID
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from domain.errors import ServerOverloaded, StorageUnavailable
+from observability import describe_exception, jobs_accept_group_size, jobs_accept_seconds, jobs_accept_waiting
+from settings import Settings
+from storage import job_accept
+from storage.database import OUTAGES, async_session_factory, open_statement_database
+from storage.job_accept import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome, NewJob
+
+log = logging.getLogger(__name__)
+
+MAX_GROUP = 256
+MAX_WAITING = 4_096
+NUM_FLUSHERS = 2  # one prepares while the other waits for the disk
+NUM_RETRIES = 2  # of a group whose COMMIT may or may not have happened
+ANSWER_SECONDS = 5.0
+STALLED_SECONDS = 2.0
+
+_UNREACHABLE = (*OUTAGES, OSError)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    new_job: NewJob
+    answer: asyncio.Future[Accepted]
+    since: float  # monotonic
+
+
+@dataclass(frozen=True, slots=True)
+class _Flush:
+    group: list[_Waiting]
+    since: float  # monotonic
+
+
+class GroupAcceptor:
+    """Accepts jobs in groups. Use within one event loop, between `start` and `stop`."""
+
+    def __init__(
+        self,
+        sessions: async_sessionmaker[AsyncSession],
+        *,
+        max_queued_jobs: int,
+        max_poison_jobs_per_hour: int = MAX_POISON_JOBS_PER_HOUR,
+    ) -> None:
+        self._sessions = sessions
+        self._bounds = {"max_queued_jobs": max_queued_jobs, "max_poison_jobs_per_hour": max_poison_jobs_per_hour}
+        self._waiting: deque[_Waiting] = deque()
+        self._wakeup = asyncio.Event()
+        self._under_way: dict[int, _Flush] = {}  # by flusher
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._flush_forever(number)) for number in range(NUM_FLUSHERS)]
+        self._tasks.append(asyncio.create_task(self._give_up_on_the_late()))
+
+    async def stop(self) -> None:
+        """Jobs still waiting are refused as unavailable; their clients retry elsewhere."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._waiting:
+            _refuse(self._waiting.popleft(), StorageUnavailable("this server is shutting down; retry"))
+
+    async def accept(self, new_job: NewJob) -> Accepted:
+        """Returns once the group's COMMIT did. Raises ServerOverloaded or StorageUnavailable, at once where known."""
+        self._refuse_hopeless()
+        waiting = _Waiting(new_job, asyncio.get_running_loop().create_future(), time.monotonic())
+        self._waiting.append(waiting)
+        self._wakeup.set()
+        return await waiting.answer
+
+    def _refuse_hopeless(self) -> None:
+        if len(self._waiting) >= MAX_WAITING:
+            raise ServerOverloaded(f"{MAX_WAITING} submissions are waiting to be accepted; retry in a moment")
+        stalled_since = time.monotonic() - STALLED_SECONDS
+        flushes = self._under_way.values()
+        if len(flushes) == NUM_FLUSHERS and all(flush.since < stalled_since for flush in flushes):
+            raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=5)
+
+    async def _give_up_on_the_late(self) -> None:
+        """A database that hangs answers nobody, so somebody has to. One look at all costs less than a timer each."""
+        while True:
+            await asyncio.sleep(ANSWER_SECONDS / 10)
+            too_old = time.monotonic() - ANSWER_SECONDS
+            for group in (self._waiting, *(flush.group for flush in self._under_way.values())):
+                _refuse_all([waiting for waiting in group if waiting.since < too_old], _unconfirmed())
+
+    async def _flush_forever(self, number: int) -> None:
+        while True:
+            await self._wakeup.wait()
+            group = self._take_group()
+            if not group:
+                self._wakeup.clear()
+                continue
+            self._under_way[number] = _Flush(group, time.monotonic())
+            try:
+                await self._flush(group)
+            except Exception as exc:  # an outermost loop: one bad group must not end all accepting
+                log.exception("accepting a group of jobs failed", extra={"num_jobs": len(group)})
+                _refuse_all(group, exc)
+            finally:
+                del self._under_way[number]
+                _refuse_all(group, _unconfirmed())  # only a flush cut short by `stop` leaves someone without answer
+
+    def _take_group(self) -> list[_Waiting]:
+        """Clients that hung up before their job was on its way are left out."""
+        group: list[_Waiting] = []
+        while self._waiting and len(group) < MAX_GROUP:
+            waiting = self._waiting.popleft()
+            if not waiting.answer.done():
+                group.append(waiting)
+        jobs_accept_waiting.set(len(self._waiting))
+        return group
+
+    async def _flush(self, group: list[_Waiting]) -> None:
+        try:
+            outcomes = await self._accept_surely([waiting.new_job for waiting in group])
+        except _UNREACHABLE as exc:
+            log.warning("accept refused: database unavailable", extra={"reason": describe_exception(exc)})
+            _refuse_all(group, _unconfirmed())
+        except DBAPIError:
+            await self._flush_halves(group)
+        else:
+            for waiting, accepted in zip(group, outcomes, strict=True):
+                if not waiting.answer.done():
+                    waiting.answer.set_result(accepted)
+
+    async def _flush_halves(self, group: list[_Waiting]) -> None:
+        """One job that SQL refuses must not take its group down: look for it by halves."""
+        if len(group) == 1:
+            log.exception("a job was refused by the database", extra={"model": group[0].new_job.request.model})
+            _refuse(group[0], RuntimeError("the database refused a validated job"))
+            return
+        middle = len(group) // 2
+        await self._flush(group[:middle])
+        await self._flush(group[middle:])
+
+    async def _accept_surely(self, new_jobs: list[NewJob]) -> list[Accepted]:
+        """Repeat a group whose connection broke: the ids are the same, so what was committed is found, not doubled. The
+        first break may be an old one, of a connection that was lost while it was idle."""
+        for _ in range(NUM_RETRIES):
+            with contextlib.suppress(*OUTAGES):
+                return await self._accept(new_jobs)
+        return await self._accept(new_jobs)
+
+    async def _accept(self, new_jobs: list[NewJob]) -> list[Accepted]:
+        started = time.perf_counter()
+        async with self._sessions() as session:
+            outcomes = await session.run_sync(job_accept.accept, new_jobs, **self._bounds)
+            await session.commit()
+        jobs_accept_seconds.observe(time.perf_counter() - started)
+        jobs_accept_group_size.observe(len(new_jobs))
+        return [_as_first_time(new_job.id, accepted) for new_job, accepted in zip(new_jobs, outcomes, strict=True)]
+
+
+@asynccontextmanager
+async def open_acceptor(settings: Settings) -> AsyncIterator[GroupAcceptor]:
+    """An acceptor on connections of its own."""
+    database = open_statement_database(settings.database_url, pool_size=NUM_FLUSHERS, max_overflow=0)
+    acceptor = GroupAcceptor(
+        async_session_factory(database),
+        max_queued_jobs=settings.max_queued_jobs,
+        max_poison_jobs_per_hour=settings.max_poison_jobs_per_hour,
+    )
+    acceptor.start()
+    try:
+        yield acceptor
+    finally:
+        await acceptor.stop()
+        await database.dispose()
+
+
+def _as_first_time(job_id: UUID, accepted: Accepted) -> Accepted:
+    """A duplicate of itself is this very job, accepted by the try whose answer was lost."""
+    if accepted.outcome is AcceptOutcome.DUPLICATE and accepted.job_id == job_id:
+        return Accepted(job_id, AcceptOutcome.ACCEPTED, datetime.now(UTC))
+    return accepted
+
+
+def _unconfirmed() -> StorageUnavailable:
+    return StorageUnavailable(
+        "the database did not confirm the job, which may have been accepted or not; "
+        "retry with the same Idempotency-Key to get it once",
+        retry_after_seconds=2,
+    )
+
+
+def _refuse_all(group: list[_Waiting], exc: Exception) -> None:
+    for waiting in group:
+        _refuse(waiting, exc)
+
+
+def _refuse(waiting: _Waiting, exc: Exception) -> None:
+    if not waiting.answer.done():
+        waiting.answer.set_exception(exc)

@@ -1,0 +1,344 @@
+"""A request made complete: checked, tokenized, its defaults filled in, its grammar compiled.
+
+Checks a request's bounds and fills in its defaults, so that a default that changes later changes no accepted job.
+
+An embedding request on its way in: its inputs counted, and refused where this model cannot take them.
+
+Prompts to token ids off the event loop: bounded in length, in time and in how many wait.
+
+Turns a request into a complete one: checks it, tokenizes it, compiles its grammar. For live requests and lines of
+batches.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from uuid import UUID
+
+from domain.errors import ContextLengthExceeded, InvalidRequest, ServerOverloaded, UnsupportedParameter
+from domain.requests import (
+    MAX_INPUT_TOKENS,
+    MAX_NUMBERS,
+    MAX_PROMPT_LOGPROBS,
+    ChatMessage,
+    EmbeddingRequest,
+    GenerationRequest,
+    JobRequest,
+    SamplingParams,
+)
+from observability import labelled, tokenize_seconds
+from text.grammar_compiler import GrammarGate
+from text.models import ModelView, ModelViews
+
+DEFAULT_MAX_TOKENS = 4_096  # where neither the request nor the model names a number; less where the context ends sooner
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request with nothing left open, counted in tokens."""
+
+    request: JobRequest
+    prompt_token_ids: list[int]
+    input_lengths: list[int] | None  # of an embedding: tokens of each input
+    max_tokens: int
+    seed: int
+
+
+def refuse_ungenerable(view: ModelView) -> None:
+    if view.spec.task == "embedding":
+        raise UnsupportedParameter(
+            f"{view.spec.id} makes embeddings and generates no text; send inputs, or choose another model",
+            param="model",
+        )
+
+
+def prepare_generation(request: GenerationRequest, view: ModelView, prompt_token_ids: list[int]) -> PreparedRequest:
+    """Raises where a bound is broken; whether its grammar, if it has one, can be followed is still to be asked."""
+    resolved = resolve_params(request, view, len(prompt_token_ids))
+    assert resolved.max_tokens is not None
+    assert resolved.seed is not None
+    whole = GenerationRequest.model_construct(
+        model=view.spec.id,
+        prompt=request.prompt,
+        messages=request.messages,
+        prompt_token_ids=request.prompt_token_ids,
+        tools=request.tools,
+        parallel_tool_calls=request.parallel_tool_calls,
+        params=resolved,
+    )
+    return PreparedRequest(whole, prompt_token_ids, None, resolved.max_tokens, resolved.seed)
+
+
+def prepare_embedding(request: EmbeddingRequest, view: ModelView, inputs: list[list[int]]) -> PreparedRequest:
+    whole = request.model_copy(update={"model": view.spec.id})
+    token_ids = [token_id for ids in inputs for token_id in ids]
+    return PreparedRequest(whole, token_ids, [len(ids) for ids in inputs], max_tokens=0, seed=0)
+
+
+def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> SamplingParams:
+    """Every default filled in, so that a changed one never changes an accepted job. Raises where a bound is broken."""
+    params = request.params
+    _refuse_endless_structure(params)
+    _refuse_unknown_tokens(params, view)
+    _refuse_too_many_sequences(params, view)
+    _refuse_too_many_logprobs(params, num_prompt_tokens)
+    max_tokens = _resolve_max_tokens(request, view, num_prompt_tokens)
+    if params.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"params.min_tokens is {params.min_tokens} but only {max_tokens} tokens may come; lower it",
+            param="params.min_tokens",
+        )
+    defaults, given = view.defaults, params.model_fields_set
+    top_p = defaults.top_p if params.top_p is None else params.top_p
+    temperature = defaults.temperature if params.temperature is None else params.temperature
+    return params.model_copy(
+        update={
+            "max_tokens": max_tokens,
+            # A share of 0 leaves the most likely token, which is what greedy means.
+            "temperature": temperature if top_p else 0.0,
+            "top_p": top_p or 1.0,
+            "top_k": defaults.top_k if params.top_k is None else params.top_k,
+            "min_p": params.min_p if "min_p" in given else defaults.min_p,
+            "repetition_penalty": (
+                params.repetition_penalty if "repetition_penalty" in given else defaults.repetition_penalty
+            ),
+            "seed": secrets.randbits(63) if params.seed is None else params.seed,
+        }
+    )
+
+
+def _resolve_max_tokens(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> int:
+    source = request.source
+    asked = request.params.max_tokens
+    room = view.max_model_len - num_prompt_tokens
+    holds = f"{view.spec.id} holds {view.max_model_len} tokens, prompt and output together"
+    if num_prompt_tokens == 0:
+        raise InvalidRequest(f"{source} comes to no token at all; send some text", param=source)
+    if room < (0 if asked == 0 else 1):
+        raise ContextLengthExceeded(
+            f"{source} comes to {num_prompt_tokens} tokens but {holds}; shorten it by at least {1 - room} tokens",
+            param=source,
+        )
+    if asked is not None and asked > room:
+        raise ContextLengthExceeded(
+            f"{source} comes to {num_prompt_tokens} tokens and max_tokens is {asked}, but {holds}; "
+            f"lower max_tokens to {room} or shorten the prompt",
+            param="params.max_tokens",
+        )
+    return asked if asked is not None else min(room, view.defaults.max_new_tokens or DEFAULT_MAX_TOKENS)
+
+
+def _refuse_endless_structure(params: SamplingParams) -> None:
+    if params.structured_output is not None and params.ignore_eos:
+        raise InvalidRequest(
+            "params.ignore_eos is true, but a structured output ends where its grammar says; leave one of them out",
+            param="params.ignore_eos",
+        )
+
+
+def _refuse_too_many_sequences(params: SamplingParams, view: ModelView) -> None:
+    if params.num_sequences > view.spec.max_num_seqs:
+        name = "params.n" if params.best_of is None else "params.best_of"
+        raise InvalidRequest(
+            f"{name} is {params.num_sequences} but {view.spec.id} runs {view.spec.max_num_seqs} sequences at once; "
+            "lower it",
+            param=name,
+        )
+
+
+def _refuse_too_many_logprobs(params: SamplingParams, num_prompt_tokens: int) -> None:
+    if params.prompt_logprobs is None:
+        return
+    num_logprobs = num_prompt_tokens * (1 + params.prompt_logprobs)
+    if num_logprobs > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequest(
+            f"params.prompt_logprobs comes to {num_logprobs} logprobs for {num_prompt_tokens} prompt tokens, more than "
+            f"{MAX_PROMPT_LOGPROBS}; ask for fewer alternatives, or shorten the prompt",
+            param="params.prompt_logprobs",
+        )
+
+
+def _refuse_unknown_tokens(params: SamplingParams, view: ModelView) -> None:
+    for name in ("logit_bias", "stop_token_ids", "bad_token_ids"):
+        ids: Iterable[int] = getattr(params, name)
+        highest = max(ids, default=0)
+        if highest >= view.vocab_size:
+            raise InvalidRequest(
+                f"params.{name} names token {highest} but {view.spec.id} has ids 0 to {view.vocab_size - 1}; remove it",
+                param=f"params.{name}",
+            )
+    if len(set(params.bad_token_ids)) == view.vocab_size:
+        raise InvalidRequest(
+            f"params.bad_token_ids names all {view.vocab_size} tokens of {view.spec.id}; leave some to be drawn",
+            param="params.bad_token_ids",
+        )
+
+
+def refuse_unembeddable(request: EmbeddingRequest, view: ModelView) -> None:
+    """What can be told before anything is tokenized."""
+    if not view.spec.can_embed:
+        raise UnsupportedParameter(
+            f"{view.spec.id} makes no embeddings: its back end {view.spec.backend!r} shows no hidden states; "
+            "choose another model",
+            param="model",
+        )
+    width = view.embedding_width
+    if request.dimensions is not None and request.dimensions > width:
+        raise InvalidRequest(
+            f"dimensions is {request.dimensions} but {view.spec.id} has {width}; lower it", param="dimensions"
+        )
+    num_numbers = len(request.inputs) * (request.dimensions or width)
+    if num_numbers > MAX_NUMBERS:
+        raise InvalidRequest(
+            f"inputs come to {num_numbers} numbers, more than {MAX_NUMBERS} in one job; send fewer",
+            param="inputs",
+        )
+
+
+def encode_inputs(request: EmbeddingRequest, view: ModelView) -> list[list[int]]:
+    """The token ids of each input. Raises InvalidRequest or ContextLengthExceeded."""
+    inputs = [view.encode_input(value, place) for place, value in enumerate(request.inputs)]
+    _check_lengths([len(ids) for ids in inputs], view)
+    return inputs
+
+
+def _check_lengths(lengths: Sequence[int], view: ModelView) -> None:
+    for place, length in enumerate(lengths):
+        if not length:
+            raise InvalidRequest(f"inputs.{place} comes to no token at all; send some text", param=f"inputs.{place}")
+        if length > view.max_model_len:
+            raise ContextLengthExceeded(
+                f"inputs.{place} comes to {length} tokens but {view.spec.id} holds {view.max_model_len}; shorten it",
+                param=f"inputs.{place}",
+            )
+    if sum(lengths) > MAX_INPUT_TOKENS:
+        raise InvalidRequest(
+            f"inputs come to {sum(lengths)} tokens, more than {MAX_INPUT_TOKENS} in one job; send fewer", param="inputs"
+        )
+
+
+# Ordinary text has three to five characters a token. More than this many cannot fit the context, so the tokenizer is
+# spared the attempt; what it does get takes well under a second at its worst.
+MAX_CHARS_PER_TOKEN = 16
+
+INLINE_CHARS = 2_000  # a third of a millisecond of tokenizer: less than two thread switches under load are worth
+
+NUM_THREADS = 2
+
+MAX_WAITING = 128
+
+TIMEOUT_SECONDS = 10.0
+
+Ids = TypeVar("Ids")
+
+
+class TokenizingPool:
+    """Short prompts are tokenized where they are, long ones in a few threads (the tokenizer lets go of the GIL)."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
+        self._num_waiting = 0
+
+    async def encode(self, view: ModelView, request: GenerationRequest) -> list[int]:
+        """Raises ContextLengthExceeded, InvalidRequest (the chat template refuses) or ServerOverloaded."""
+        num_chars = num_prompt_chars(request)
+        refuse_endless_prompt(view, request, num_chars)
+        return await self._run(view, num_chars, lambda: view.encode(request))
+
+    async def encode_inputs(self, view: ModelView, request: EmbeddingRequest) -> list[list[int]]:
+        """Raises ContextLengthExceeded, InvalidRequest or ServerOverloaded."""
+        return await self._run(view, request.num_chars, lambda: encode_inputs(request, view))
+
+    async def _run(self, view: ModelView, num_chars: int, encode: Callable[[], Ids]) -> Ids:
+        started = time.perf_counter()
+        ids = encode() if num_chars <= INLINE_CHARS else await self._encode_in_thread(encode)
+        labelled(tokenize_seconds, view.spec.id).observe(time.perf_counter() - started)
+        return ids
+
+    async def _encode_in_thread(self, encode: Callable[[], Ids]) -> Ids:
+        if self._num_waiting >= MAX_WAITING:
+            raise ServerOverloaded(f"{MAX_WAITING} long prompts are waiting to be tokenized; retry in a moment")
+        self._num_waiting += 1
+        work = asyncio.get_running_loop().run_in_executor(self._threads, encode)
+        work.add_done_callback(self._forget)
+        try:
+            return await asyncio.wait_for(asyncio.shield(work), TIMEOUT_SECONDS)
+        except TimeoutError:
+            raise ServerOverloaded(
+                f"the prompt was not tokenized within {TIMEOUT_SECONDS:.0f} s; retry, or shorten it"
+            ) from None
+
+    def _forget(self, work: asyncio.Future[Any]) -> None:
+        # A thread cannot be stopped: a prompt given up on keeps its place in the bound until the thread is through.
+        self._num_waiting -= 1
+        if not work.cancelled():
+            work.exception()  # read, so that one nobody waited for is not reported as never retrieved
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def num_prompt_chars(request: GenerationRequest) -> int:
+    if request.messages is not None:
+        tools = sum(len(tool.model_dump_json()) for tool in request.tools)
+        return tools + sum(_num_message_chars(message) for message in request.messages)
+    return len(request.prompt or "")
+
+
+def _num_message_chars(message: ChatMessage) -> int:
+    calls = sum(len(call.arguments) for call in message.tool_calls)
+    return len(message.content) + len(message.reasoning_content or "") + calls
+
+
+def refuse_endless_prompt(view: ModelView, request: GenerationRequest, num_chars: int) -> None:
+    bound = view.max_model_len * MAX_CHARS_PER_TOKEN
+    if num_chars > bound:
+        raise ContextLengthExceeded(
+            f"the prompt has {num_chars} characters, but {view.spec.id} holds {view.max_model_len} tokens, prompt and "
+            f"output together; shorten it to far less than {bound} characters",
+            param=request.source,
+        )
+
+
+class RequestPreparer:
+    """For one event loop. Holds the threads that tokenize and the processes that compile grammars."""
+
+    def __init__(self, views: ModelViews) -> None:
+        self._views = views
+        self._tokenizing = TokenizingPool()
+        self._grammar_gate = GrammarGate()
+
+    def prepare_grammars(self) -> None:
+        """Start preparing in the background what the models' grammars need. Call it again when models have changed."""
+        self._grammar_gate.prepare(self._views.loaded())
+
+    async def prepare(self, request: JobRequest, tenant_id: UUID) -> PreparedRequest:
+        """Raises the CeleriacError that says why no job can be made of it."""
+        view = self._views.get(request.model)
+        refuse_unfit(request, view)
+        if isinstance(request, EmbeddingRequest):
+            return prepare_embedding(request, view, await self._tokenizing.encode_inputs(view, request))
+        prepared = prepare_generation(request, view, await self._tokenizing.encode(view, request))
+        if request.params.structured_output is not None:
+            await self._grammar_gate.check(view, request.params.structured_output, tenant_id)
+        return prepared
+
+    async def count_prompt_tokens(self, request: GenerationRequest) -> int:
+        """Of a request that is not submitted. Raises the CeleriacError that says why it cannot be."""
+        return len(await self._tokenizing.encode(self._views.get(request.model), request))
+
+    async def aclose(self) -> None:
+        self._tokenizing.close()
+        await self._grammar_gate.aclose()
+
+
+def refuse_unfit(request: JobRequest, view: ModelView) -> None:
+    """What can be told before anything is tokenized. Raises UnsupportedParameter or InvalidRequest."""
+    if isinstance(request, EmbeddingRequest):
+        refuse_unembeddable(request, view)
+    else:
+        refuse_ungenerable(view)

@@ -1,0 +1,169 @@
+"""Main of the process that judges grammars for the API, in forks that may die of one that is too costly.
+
+It reads a header and the model's tokenizer from stdin, and then outputs to be judged, one JSON line each; it answers on
+stdout, one JSON line each: a reason against it, or null, and the field it is about; or the return code that the fork
+died with. What it writes to stderr quotes no grammar. The process ends with its stdin.
+"""
+
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import orjson
+from llguidance import LLMatcher, LLTokenizer
+
+from domain.structured_output import StructuredOutput, ToolCalls
+from text.grammars import error_of, in_short, make_grammar_tokenizer, make_matcher
+
+CPU_SECONDS = 0.5  # for one grammar: the engine compiles it once more, and its batch waits meanwhile
+JUDGE_SECONDS = 10.0  # by the clock, on a busy machine
+LOAD_CPU_SECONDS = 60.0  # for a tokenizer: one of 262,000 tokens takes seven
+LOAD_SECONDS = 600.0  # by the clock
+MAX_MASK_SECONDS = 0.1
+MEMORY_BYTES = 256 * 2**20  # for one grammar, on top of the tokenizers
+NUM_STEPS = 32  # of a walk through the grammar: what fails or stalls there would fail a job
+
+
+def judge(tokenizer: LLTokenizer, output: StructuredOutput) -> dict[str, str | None]:
+    """`reason` says why the grammar cannot be followed, None where it can; `place` is the field that is to blame."""
+    reason = _reason_against(tokenizer, output)
+    if reason is None or output.calls is None:
+        return {"reason": reason, "place": output.kind}
+    for place, part in _parts_of(output, output.calls):
+        part_reason = _reason_against(tokenizer, part)
+        if part_reason is not None:
+            return {"reason": part_reason, "place": place}
+    return {"reason": reason, "place": "calls"}
+
+
+def _parts_of(output: StructuredOutput, calls: ToolCalls) -> Iterator[tuple[str, StructuredOutput]]:
+    if output.kind != "calls":
+        yield output.kind, output.model_copy(update={"calls": None})
+    for number, tool in enumerate(calls.tools):
+        yield f"calls.tools.{number}", StructuredOutput(calls=calls.model_copy(update={"tools": (tool,)}))
+
+
+def _reason_against(tokenizer: LLTokenizer, output: StructuredOutput) -> str | None:
+    try:
+        matcher = make_matcher(tokenizer, output)
+    except ValueError as exc:
+        return in_short(str(exc))
+    if matcher.is_error():
+        return error_of(matcher)
+    warnings = matcher.get_grammar_warnings()
+    return in_short(warnings[0]) if warnings else _walk(matcher)
+
+
+def _walk(matcher: LLMatcher) -> str | None:
+    """Follow the grammar along some path, the same each time."""
+    slowest = 0.0
+    for number in range(NUM_STEPS):
+        started = time.process_time()
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        slowest = max(slowest, time.process_time() - started)
+        if matcher.is_error():
+            return error_of(matcher)
+        if slowest > MAX_MASK_SECONDS:
+            return f"one token takes {slowest:.1f} s to choose"
+        if matcher.is_stopped() or not mask:
+            return None if matcher.is_accepting() else "no output matches it"
+        matcher.consume_token(_nth_set_bit(mask, number))
+    return None
+
+
+def _nth_set_bit(mask: int, number: int) -> int:
+    """Found by halving: looking at each bit would, for a large vocabulary, take longer than the grammar."""
+    wanted = number * 7919 % mask.bit_count()
+    first, num_bits = 0, mask.bit_length()
+    while num_bits > 1:
+        num_low = num_bits // 2
+        low = mask & ((1 << num_low) - 1)
+        num_set = low.bit_count()
+        if wanted < num_set:
+            mask, num_bits = low, num_low
+        else:
+            wanted -= num_set
+            mask, first, num_bits = mask >> num_low, first + num_low, num_bits - num_low
+    return first
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_time(LOAD_CPU_SECONDS, LOAD_SECONDS)
+    header = orjson.loads(sys.stdin.buffer.readline())
+    tokenizer_json = sys.stdin.buffer.read(header["num_bytes"]).decode()
+    try:
+        tokenizer = make_grammar_tokenizer(tokenizer_json, header["vocab_size"], header["eos_token_ids"])
+    except ValueError as exc:
+        _answer({"reason": str(exc)[:200]})
+        return
+    del tokenizer_json
+    _limit_time(0, 0)
+    _answer({"reason": None})
+    for line in sys.stdin.buffer:
+        return_code = _judge_apart(tokenizer, line)
+        if return_code != 0:
+            _answer({"return_code": return_code})
+
+
+def _judge_apart(tokenizer: LLTokenizer, line: bytes) -> int:
+    """In a fork, which is what dies of a grammar and has the vocabulary from the start. It answers where it returns
+    0."""
+    process_id = os.fork()
+    if process_id == 0:
+        _judge_and_exit(tokenizer, orjson.loads(line))
+    _, status = os.waitpid(process_id, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _judge_and_exit(tokenizer: LLTokenizer, request: dict[str, Any]) -> NoReturn:
+    """Beyond its limits the fork dies: by SIGPROF for time, by an abort for memory."""
+    errors = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a compiler prints as it dies may quote the grammar
+    try:
+        _limit_memory(MEMORY_BYTES)
+        _limit_time(CPU_SECONDS, JUDGE_SECONDS)
+        output = StructuredOutput.model_validate(request)
+        answer = judge(tokenizer, output)
+        _limit_time(0, 0)
+        _answer(answer)
+    except MemoryError:
+        os.abort()
+    except BaseException as exc:  # a panic in a library written in Rust is no Exception
+        _limit_time(0, 0)
+        place = traceback.extract_tb(exc.__traceback__)[-1]
+        os.write(errors, f"{type(exc).__name__} in line {place.lineno} of {place.filename}\n".encode())
+        _answer({"reason": f"the compiler fails on it ({type(exc).__name__})", "place": next(iter(request))})
+    finally:
+        os._exit(0)
+
+
+def _limit_time(cpu_seconds: float, seconds: float) -> None:
+    """0 is without limit. Beyond them the process dies of SIGPROF or SIGALRM."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """How much the address space may still grow."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space_bytes() + num_bytes, hard))
+
+
+def _address_space_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[0]) * resource.getpagesize()
+
+
+def _answer(answer: Mapping[str, str | int | None]) -> None:
+    sys.stdout.buffer.write(orjson.dumps(answer) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""The files of a model: where they lie, the revision that they make, what they say, and what we cannot serve.
+
+The files of a model: where they lie, and the revision that they make.
+
+What the files of a model say: each value is checked where it is read, and named with its file where it is bad.
+
+What no worker can serve is called by its name before a job is accepted for it, by the model's files alone.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from domain.catalog import ModelEntry
+
+#: How an embedding model makes one vector of many, in the manner of sentence-transformers.
+POOLING_FILES = ("modules.json", "1_Pooling/config.json")
+
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
+
+_DESCRIPTION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    *POOLING_FILES,
+)
+
+#: They are read, too, but do not change what a model says.
+_OTHER_FILES = ("adapter_config.json", "sentence_bert_config.json")
+
+_WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf"})
+
+_NUM_WEIGHT_SAMPLES = 64
+
+_WEIGHT_SAMPLE_BYTES = 65_536
+
+
+def model_folder(entry: ModelEntry) -> Path:
+    """Where the files that describe the model lie; for a hub id they are downloaded first, weights never. Raises
+    ValueError that says what `path` is, or why it cannot be had."""
+    path = Path(entry.path)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        kind = "a GGUF file, which is not served" if path.suffix == ".gguf" else "a file"
+        raise ValueError(f"path {entry.path!r} is {kind}; name the folder of a model with safetensors")
+    if path.is_absolute() or entry.path[0] in ".~" or entry.path.count("/") > 1:
+        raise ValueError(f"path {entry.path!r} is no folder on this machine; mend it, or name a model of the hub")
+    return _fetch(entry)
+
+
+def _fetch(entry: ModelEntry) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    names = [*_DESCRIPTION_FILES, *_OTHER_FILES, f"{ADDITIONAL_TEMPLATES}/*.jinja"]
+    try:
+        return Path(snapshot_download(entry.path, revision=entry.revision, allow_patterns=names))
+    except GatedRepoError as exc:
+        raise ValueError(f"{entry.path} is gated on the hub; ask for access there and set HF_TOKEN") from exc
+    except RevisionNotFoundError as exc:
+        raise ValueError(f"the hub has no revision {entry.revision!r} of {entry.path}; mend revision") from exc
+    except RepositoryNotFoundError as exc:
+        raise ValueError(
+            f"{entry.path!r} is no folder here and no model of the hub; mend path, or set HF_TOKEN"
+        ) from exc
+    except HFValidationError as exc:
+        raise ValueError(f"path {entry.path!r} is no folder here and cannot be a model of the hub; mend it") from exc
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
+        raise ValueError(
+            f"{entry.path!r} is no folder here and could not be fetched from the hub; check path, revision and the "
+            "network"
+        ) from exc
+
+
+def model_revision(spec: ModelEntry) -> str:
+    """What a job is pinned to once it has output: equal on every machine that serves the same files.
+
+    A local folder is hashed: its descriptions whole, its weights by size and evenly spread samples, so that retrained
+    weights differ and a large model costs milliseconds. A hub model is the commit that its revision names.
+    """
+    if spec.backend == "fake" and not Path(spec.path).is_dir():
+        return f"fake:{spec.revision}"
+    if Path(spec.path).is_dir():
+        return _hash_folder(spec.path)
+    return model_folder(spec).name
+
+
+@lru_cache(maxsize=64)
+def _hash_folder(path: str) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).iterdir()):
+        if file.name in _DESCRIPTION_FILES:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+        elif file.name == ADDITIONAL_TEMPLATES:
+            for template in sorted(file.glob("*.jinja")):
+                digest.update(f"{template.name}\0{template.stat().st_size}\0".encode() + template.read_bytes())
+        elif file.name == "1_Pooling" and (file / "config.json").is_file():
+            digest.update(b"1_Pooling\0" + (file / "config.json").read_bytes())
+        elif file.suffix in _WEIGHT_SUFFIXES:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            _hash_samples(digest, file)
+    return f"sha256:{digest.hexdigest()[:40]}"
+
+
+def _hash_samples(digest: "hashlib._Hash", file: Path) -> None:
+    size = file.stat().st_size
+    stride = max(size // _NUM_WEIGHT_SAMPLES, _WEIGHT_SAMPLE_BYTES)
+    with file.open("rb") as weights:
+        for offset in range(0, size, stride):
+            weights.seek(offset)
+            digest.update(weights.read(_WEIGHT_SAMPLE_BYTES))
+
+
+def read_json_file(file: Path) -> dict[str, Any]:
+    """Empty where there is no such file. Raises ValueError that names it."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(read_text_file(file))
+    except ValueError as exc:
+        raise ValueError(f"{file.name} holds no JSON: {exc}; mend it") from exc
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} holds {type(content).__name__}, not a JSON object; mend it")
+    return content
+
+
+def read_text_file(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise ValueError(f"{file.name} is not UTF-8: {exc}; mend it") from exc
+
+
+#: Families whose positions begin behind the id of the padding token.
+POSITIONS_BEHIND_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
+
+_CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+
+_NO_LENGTH = 10**9  # transformers writes 10^30 where a tokenizer has no bound
+
+_MAX_LENGTH = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What applies where a request says nothing: the model's generation_config.json, else the neutral values."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+
+
+def generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
+    """`do_sample: false` only counts where it is written down: it is also the value of an absent one. A top_k of -1,
+    as some write it, is off like 0. Raises ValueError that names the field."""
+    neutral = GenerationDefaults()
+    temperature = 0.0 if config.get("do_sample") is False else neutral.temperature
+    return GenerationDefaults(
+        temperature=_number(config, _GENERATION, "temperature", temperature, at_least=0, at_most=2),
+        top_p=_number(config, _GENERATION, "top_p", neutral.top_p, at_least=0, at_most=1),
+        top_k=max(0, _whole(config, _GENERATION, "top_k", at_least=-1) or 0),
+        min_p=_number(config, _GENERATION, "min_p", neutral.min_p, at_least=0, at_most=1),
+        repetition_penalty=_number(
+            config, _GENERATION, "repetition_penalty", neutral.repetition_penalty, at_least=0.01, at_most=10
+        ),
+        max_new_tokens=_whole(config, _GENERATION, "max_new_tokens", at_least=1),
+    )
+
+
+def eos_token_ids(generation_config: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Raises ValueError that names the file."""
+    token_ids: set[int] = set()
+    for file_name, values in ((_GENERATION, generation_config), (_CONFIG, _text_config(config))):
+        value = values.get("eos_token_id")
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+            raise ValueError(f"{file_name}: eos_token_id is {value!r}; it must be a token id or a list of them")
+        token_ids.update(ids)
+    return tuple(sorted(token_ids))
+
+
+def vocabulary_size(config: Mapping[str, Any], *, default: int) -> int:
+    """Of the model, which may know more tokens than its tokenizer, or fewer."""
+    return _whole(_text_config(config), _CONFIG, "vocab_size", at_least=1) or default
+
+
+def embedding_width(config: Mapping[str, Any]) -> int:
+    """Of the hidden states, by the names that families have for it; 0 where none of them is there."""
+    widths = (_whole(_text_config(config), _CONFIG, name, at_least=1) for name in _WIDTHS)
+    return next((width for width in widths if width), 0)
+
+
+def own_length(entry: ModelEntry, folder: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> int:
+    """How many tokens the model was made for. Raises ValueError where its files do not say."""
+    positions = _positions(config)
+    bound = _whole(tokenizer_config, _TOKENIZER, "model_max_length", at_least=1)
+    bound = None if bound is None or bound >= _NO_LENGTH else bound
+    if entry.task == "embedding":
+        file_name = "sentence_bert_config.json"
+        chosen = _whole(read_json_file(folder / file_name), file_name, "max_seq_length", at_least=1)
+        lengths = [length for length in (positions, chosen or bound) if length]
+        length = min(lengths, default=None)
+    else:
+        length = positions or bound
+    if length is None:
+        raise ValueError("max_model_len is missing, and the model's files do not say how many tokens it holds; add it")
+    return min(length, _MAX_LENGTH)
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    config = _text_config(config)
+    length = next(filter(None, (_whole(config, _CONFIG, name, at_least=1) for name in _LENGTHS)), None)
+    if length is not None and config.get("model_type") in POSITIONS_BEHIND_PADDING:
+        length -= (_whole(config, _CONFIG, "pad_token_id", at_least=0) or 0) + 1
+    return length
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A model that sees pictures, too, describes its language model apart."""
+    text_config = config.get("text_config")
+    return config if not isinstance(text_config, dict) else {**config, **text_config}
+
+
+def _whole(config: Mapping[str, Any], file_name: str, name: str, *, at_least: int) -> int | None:
+    value = config.get(name)
+    if value is None:
+        return None
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # 1e30 is one, too
+    if not is_whole or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{file_name}: {name} is {value!r}; it must be a whole number, {at_least} or more")
+    return int(value)
+
+
+def _number(
+    config: Mapping[str, Any], file_name: str, name: str, default: float, *, at_least: float, at_most: float
+) -> float:
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not at_least <= value <= at_most:
+        raise ValueError(f"{file_name}: {name} is {value!r}; it must be a number from {at_least} to {at_most}")
+    return float(value)
+
+
+_ARCHITECTURES_BY_TASK = {"generation": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "embedding": "MODEL_MAPPING_NAMES"}
+
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+def refuse_unservable(entry: ModelEntry, folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises ValueError that says what `folder` holds instead of a model that can be served, and what to do."""
+    is_whole = Path(entry.path).is_dir()  # of a model of the hub, only the descriptions are here
+    has_weights = any(folder.glob("*.safetensors"))
+    if (folder / "adapter_config.json").is_file() and not (config and (has_weights or not is_whole)):
+        raise ValueError(
+            f"{entry.path} holds a LoRA adapter, which is not served by itself; merge it into its base model with "
+            "merge_and_unload(), and save that"
+        )
+    if not config and (any(folder.glob("*.gguf")) or "gguf" in entry.path.lower()):
+        raise ValueError(f"{entry.path} holds GGUF files, which are not served; name a folder with safetensors")
+    missing = [name for name in ("tokenizer.json", "config.json") if not (folder / name).is_file()]
+    if is_whole and not has_weights and entry.backend == "transformers":
+        missing.append("*.safetensors")
+    if missing:
+        raise ValueError(f"{entry.path} has no {', no '.join(missing)}; {_remedy(folder, missing)}")
+    if entry.backend == "transformers":
+        _refuse_configuration(entry, config)
+
+
+def _remedy(folder: Path, missing: list[str]) -> str:
+    is_tokenizer_slow = any(folder.glob("*.model")) or (folder / "vocab.json").is_file()
+    if missing == ["tokenizer.json"] and is_tokenizer_slow:
+        return "its tokenizer is a slow one, so convert it with AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+    if missing == ["tokenizer.json"]:
+        return "save the model's fast tokenizer there"
+    if missing == ["*.safetensors"] and any(file for pattern in _PICKLES for file in folder.glob(pattern)):
+        return "its weights are pickled, so convert them with save_pretrained(…), which writes safetensors"
+    return "add what is missing, or name the folder where it lies"
+
+
+def _refuse_configuration(entry: ModelEntry, config: Mapping[str, Any]) -> None:
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise ValueError(
+            f"{entry.path} is quantised by {method or 'an unknown method'}, which is not served; name the model that "
+            "it was made of"
+        )
+    if "auto_map" in config and not entry.trust_remote_code:
+        raise ValueError(f"{entry.path} brings its own code; set trust_remote_code = true to run it, if you trust it")
+    model_type = config.get("model_type")
+    known = _known_architectures(_ARCHITECTURES_BY_TASK[entry.task])
+    if "auto_map" in config or (model_type is not None and (model_type in known or not known)):
+        return
+    if not isinstance(model_type, str):
+        raise ValueError("config.json: model_type is missing, so nobody knows the model's architecture; add it")
+    raise ValueError(
+        f"config.json: model_type is {model_type!r}, an architecture that transformers does not know for task "
+        f"{entry.task!r}; change task, or update transformers"
+    )
+
+
+@lru_cache(maxsize=2)
+def _known_architectures(table: str) -> frozenset[str]:
+    """Read as text: transformers takes seconds to import. Empty where it is not installed."""
+    package = find_spec("transformers")
+    if package is None or package.origin is None:
+        return frozenset()
+    source = Path(package.origin).parent / "models" / "auto" / "modeling_auto.py"
+    for node in ast.parse(source.read_text(encoding="utf-8")).body if source.is_file() else []:
+        if isinstance(node, ast.Assign) and table in {getattr(target, "id", "") for target in node.targets}:
+            texts = [part.elts[0] for part in ast.walk(node.value) if isinstance(part, ast.Tuple) and part.elts]
+            return frozenset(str(text.value) for text in texts if isinstance(text, ast.Constant))
+    return frozenset()

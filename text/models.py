@@ -1,0 +1,354 @@
+"""What the API has to know of a model, without torch: its tokenizer, chat templates, defaults, length and revision."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from time import monotonic
+
+from tokenizers import Tokenizer
+
+from domain.catalog import CPU_STEP, CUDA_STEP, RETRY_SECONDS, Catalog, ModelEntry, ModelSpec
+from domain.errors import InvalidRequest, ModelUnavailable
+from domain.requests import ChatMessage, GenerationRequest
+from domain.structured_output import ToolDefinition
+from observability import describe_exception
+from text.model_files import (
+    GenerationDefaults,
+    embedding_width,
+    eos_token_ids,
+    generation_defaults,
+    model_folder,
+    model_revision,
+    own_length,
+    read_json_file,
+    refuse_unservable,
+    vocabulary_size,
+)
+from text.outputs import OutputFormat, output_format_of
+from text.templates import DEFAULT, ChatTemplate, TemplateChoice, load_templates, plain_message, plain_tool
+from text.tokenizers import (
+    ByteEncoder,
+    ContentMarks,
+    Encoder,
+    Rendered,
+    TokenizerEncoder,
+    TokenPiece,
+    content_marks,
+    load_tokenizer,
+    special_tokens_of,
+)
+
+log = logging.getLogger(__name__)
+
+FAKE_EMBEDDING_WIDTH = 8
+FAKE_LENGTH = 1_024
+#: What NVIDIA's driver makes, on Linux and in WSL.
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+FOLLOW_SECONDS = 2.0  # between two looks at models.toml
+
+FAKE_CHAT_TEMPLATE = (
+    "{% for tool in tools or [] %}tool: {{ tool | tojson }}, called by <tool_call>\n{% endfor %}"
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}"
+    "{{ '\n' }}{% endfor %}assistant: "
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What following a grammar takes to know of a model's tokens. `size` counts those that pad the model's output.
+    `tokenizer_json` is kept since making it holds all threads for some 0.4 s where the vocabulary is large."""
+
+    tokenizer: Tokenizer
+    size: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer_json: bytes
+
+
+class ModelView:
+    """One model as the API sees it. Thread-safe."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        revision: str,
+        encoder: Encoder,
+        chat_template: TemplateChoice | None,
+        defaults: GenerationDefaults,
+        vocab_size: int,
+        vocabulary: Vocabulary | None = None,
+        embedding_width: int = 0,
+        marks: ContentMarks | None = None,
+    ) -> None:
+        """`vocabulary` is None where no grammar can be followed, `marks` where contents may hold control tokens."""
+        self.spec = spec
+        self.revision = revision
+        self.defaults = defaults
+        self.vocab_size = vocab_size
+        self.vocabulary = vocabulary
+        self._chat_template = chat_template or TemplateChoice(spec, {})
+        self.output_format = _output_format(self._chat_template)
+        self.embedding_width = embedding_width  # numbers in a vector, where the model makes any
+        self._encoder = encoder
+        self._marks = marks or ContentMarks([])
+
+    @property
+    def max_model_len(self) -> int:
+        return self.spec.max_model_len
+
+    def render(self, messages: Sequence[ChatMessage], tools: Sequence[ToolDefinition] = ()) -> str:
+        """The prompt text of `messages`, with the installation's system prompt first if they bring none."""
+        return self._render(messages, tools).text
+
+    def _render(self, messages: Sequence[ChatMessage], tools: Sequence[ToolDefinition]) -> Rendered:
+        template = self._chat_template.choose(has_tools=bool(tools))
+        plain = [plain_message(message) for message in messages]
+        if self.spec.system_prompt is not None and all(message["role"] != "system" for message in plain):
+            plain.insert(0, {"role": "system", "content": self.spec.system_prompt})
+        marked = [
+            {name: value if name == "role" else self._marks.protect(value) for name, value in message.items()}
+            for message in plain
+        ]
+        marked_tools = self._marks.protect([plain_tool(tool) for tool in tools])
+        rendered = self._marks.resolve(template.render(marked, marked_tools))
+        template.refuse_unseen(plain, marked_tools)
+        return rendered
+
+    def encode(self, request: GenerationRequest) -> list[int]:
+        """The token ids the engine starts from. A chat template writes its special tokens itself, and what it shows of
+        messages and tools is no control token, whatever it spells. Raises InvalidRequest."""
+        if request.messages is not None:
+            ids = self._encoder.encode_rendered(self._render(request.messages, request.tools))
+            return self._spelt(ids, "messages")
+        if request.prompt_token_ids is not None:
+            return self._checked(request.prompt_token_ids, "prompt_token_ids")
+        assert request.prompt is not None
+        return self._spelt(self._encoder.encode(request.prompt, add_special_tokens=True), "prompt")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt that came as ids, special tokens included."""
+        return self._encoder.decode(token_ids)
+
+    def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
+        """The tokens of a prompt one by one."""
+        return self._encoder.pieces(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def encode_input(self, value: str | Sequence[int], place: int) -> list[int]:
+        """One of the inputs of an embedding request, with the special tokens that the model wants around it."""
+        if isinstance(value, str):
+            return self._spelt(self._encoder.encode(value, add_special_tokens=True), f"inputs.{place}")
+        return self._checked(value, f"inputs.{place}")
+
+    def _checked(self, token_ids: Sequence[int], param: str) -> list[int]:
+        highest = max(token_ids)
+        if highest >= self.vocab_size:
+            raise InvalidRequest(
+                f"{param} names token {highest} but {self.spec.id} has ids 0 to {self.vocab_size - 1}; "
+                "send ids of this model's tokenizer",
+                param=param,
+            )
+        return list(token_ids)
+
+    def _spelt(self, token_ids: list[int], param: str) -> list[int]:
+        """A tokenizer may know tokens that the model does not, such as those for pictures."""
+        highest = max(token_ids, default=0)
+        if highest >= self.vocab_size:
+            raise InvalidRequest(
+                f"{param} spells {self._encoder.decode([highest])!r}, which is token {highest}, but {self.spec.id} has "
+                f"ids 0 to {self.vocab_size - 1}; take it out",
+                param=param,
+            )
+        return token_ids
+
+
+def _output_format(templates: TemplateChoice) -> OutputFormat:
+    try:
+        prompt = templates.choose(has_tools=False).render([{"role": "user", "content": "Hello"}])
+    except InvalidRequest:
+        prompt = ""  # it wants other messages, and says so to those who send them
+    return output_format_of(templates.text, prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """`entry` is what models.toml said when the view was made."""
+
+    entry: ModelEntry
+    view: ModelView
+
+
+class ModelViews:
+    """The views of a catalog's models, all loaded before the first request. One that cannot be loaded is unavailable,
+    and is tried again."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        """Blocking: reads (or downloads) tokenizers."""
+        self.catalog = catalog
+        self._loaded: dict[str, _Loaded] = {}
+        self._failed: dict[str, tuple[ModelEntry, float]] = {}  # the entry, and when to try it again
+        self._reasons: dict[str, str] = {}
+        self._refreshing = Lock()
+        for model_id, reason in catalog.unavailable.items():
+            log.error("a model of models.toml makes no sense", extra={"model": model_id, "reason": reason})
+        self._load_new()
+
+    def get(self, model_id: str) -> ModelView:
+        """For a new job. Raises ModelNotFound or ModelUnavailable."""
+        loaded = self._loaded.get(self.catalog.get(model_id).id)
+        if loaded is None:
+            raise ModelUnavailable(f"model {model_id!r} is being loaded; retry in a moment", param="model")
+        return loaded.view
+
+    def loaded(self) -> list[ModelView]:
+        """Those of models.toml that a job may be asked of."""
+        loaded = [self._loaded.get(entry.id) for entry in self.catalog.entries]
+        return [one.view for one in loaded if one is not None]
+
+    def output_format(self, model_id: str) -> OutputFormat:
+        """For a job that there is, whose model may have been taken out since."""
+        loaded = self._loaded.get(model_id)
+        return loaded.view.output_format if loaded is not None else OutputFormat()
+
+    def refresh(self) -> None:
+        """Follow models.toml, and try again what is unavailable. Blocking; returns at once where another thread is at
+        it. A model whose new entry cannot be loaded stays as it was."""
+        if self._refreshing.acquire(blocking=False):
+            try:
+                self.catalog.refresh()
+                self._load_new()
+            finally:
+                self._refreshing.release()
+
+    def _load_new(self) -> None:
+        entries = {entry.id: entry for entry in self.catalog.entries}
+        reasons = {model_id: reason for model_id, reason in self._reasons.items() if model_id in entries}
+        due = [entry for entry in entries.values() if self._is_due(entry)]
+        reasons |= {entry.id: "it is being loaded" for entry in due if entry.id not in self._loaded | reasons}
+        self.catalog.set_failures(reasons)
+        for entry in due:
+            try:
+                self._loaded[entry.id] = _Loaded(entry, load_model_view(entry))
+                self._failed.pop(entry.id, None)
+                reasons.pop(entry.id, None)
+            except Exception as exc:  # whatever is wrong with one model's files, the others are served
+                self._failed[entry.id] = (entry, monotonic() + RETRY_SECONDS)
+                reason = str(exc) if isinstance(exc, ValueError) else describe_exception(exc)
+                if entry.id not in self._loaded:
+                    reasons[entry.id] = reason.removeprefix(f"model {entry.id}: ")
+                log.error("a model cannot be loaded", extra={"model": entry.id, "reason": reason})
+        self.catalog.set_failures(reasons)
+        self._reasons = reasons
+
+    def _is_due(self, entry: ModelEntry) -> bool:
+        loaded, failed = self._loaded.get(entry.id), self._failed.get(entry.id)
+        if loaded is not None and loaded.entry == entry:
+            return False
+        return failed is None or failed[0] != entry or monotonic() >= failed[1]
+
+
+async def follow_models(views: ModelViews, *, on_look: Callable[[], None] = lambda: None) -> None:
+    """Keep them as models.toml says, until cancelled. `on_look` is called after each look at it."""
+    while True:
+        try:
+            await asyncio.to_thread(views.refresh)
+            on_look()
+        except Exception as exc:  # an outermost loop: what was there before stays
+            log.exception("models.toml was not followed, will look again: %s", describe_exception(exc))
+        await asyncio.sleep(FOLLOW_SECONDS)
+
+
+def load_model_view(entry: ModelEntry) -> ModelView:
+    """Blocking. Raises ValueError if the model's files are missing or make no sense."""
+    if entry.backend == "fake" and not Path(entry.path).is_dir():
+        return _fake_view(entry)
+    try:
+        return _load_view(entry)
+    except ValueError as exc:
+        raise ValueError(f"model {entry.id}: {str(exc).removeprefix(f'model {entry.id}: ')}") from exc
+
+
+def complete(entry: ModelEntry) -> ModelSpec:
+    """With the model's own length, and steps for its device, where models.toml names none. Blocking. Raises ValueError
+    that names the model, and what is wrong with its files."""
+    if entry.backend == "fake" and not Path(entry.path).is_dir():
+        return _spec_of(entry, entry.max_model_len or FAKE_LENGTH)
+    try:
+        folder = model_folder(entry)
+        config = read_json_file(folder / "config.json")
+        refuse_unservable(entry, folder, config)
+        tokenizer_config = read_json_file(folder / "tokenizer_config.json")
+        return _spec_of(entry, entry.max_model_len or own_length(entry, folder, config, tokenizer_config))
+    except ValueError as exc:
+        raise ValueError(f"model {entry.id}: {exc}") from exc
+
+
+def files_at_fault(catalog: Catalog) -> dict[str, str]:
+    """Why models of folders on this machine cannot be served, by id. Nothing is fetched."""
+    reasons = {}
+    for entry in catalog:
+        try:
+            if Path(entry.path).exists() or Path(entry.path).is_absolute():
+                load_model_view(entry)
+        except ValueError as exc:
+            reasons[entry.id] = str(exc).removeprefix(f"model {entry.id}: ")
+    return reasons
+
+
+def _spec_of(entry: ModelEntry, max_model_len: int) -> ModelSpec:
+    step = CUDA_STEP if _is_for_cuda(entry) else CPU_STEP
+    given = entry.model_dump(exclude_none=True)
+    return ModelSpec.model_validate(step._asdict() | given | {"max_model_len": max_model_len})
+
+
+def _is_for_cuda(entry: ModelEntry) -> bool:
+    """Whether the engine is going to choose a GPU, as far as that can be told without torch: this machine has one, and
+    it is not hidden."""
+    if entry.device != "auto" or entry.backend != "transformers":
+        return entry.device == "cuda"
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    return not is_hidden and any(device.exists() for device in GPU_DEVICES)
+
+
+def _load_view(entry: ModelEntry) -> ModelView:
+    folder = model_folder(entry)
+    config = read_json_file(folder / "config.json")
+    refuse_unservable(entry, folder, config)
+    tokenizer_config = read_json_file(folder / "tokenizer_config.json")
+    special_tokens = special_tokens_of(read_json_file(folder / "special_tokens_map.json") | tokenizer_config)
+    generation_config = read_json_file(folder / "generation_config.json")
+    tokenizer = load_tokenizer(folder, tokenizer_config, special_tokens)
+    vocab_size = vocabulary_size(config, default=tokenizer.get_vocab_size())
+    vocabulary = None
+    if entry.backend != "fake" and entry.task == "generation":
+        # Described before the encoder adds a token of its own.
+        eos_ids = eos_token_ids(generation_config, config)
+        vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids, tokenizer.to_str().encode())
+    templates = load_templates(entry, folder, tokenizer_config, special_tokens)
+    return ModelView(
+        complete(entry),
+        revision=model_revision(entry),
+        encoder=TokenizerEncoder(tokenizer),
+        chat_template=templates,
+        defaults=generation_defaults(generation_config),
+        vocab_size=vocab_size,
+        vocabulary=vocabulary,
+        embedding_width=embedding_width(config),
+        marks=None if entry.special_tokens_in_content else content_marks(tokenizer, templates.text),
+    )
+
+
+def _fake_view(entry: ModelEntry) -> ModelView:
+    return ModelView(
+        complete(entry),
+        revision=model_revision(entry),
+        encoder=ByteEncoder(),
+        chat_template=TemplateChoice(entry, {DEFAULT: ChatTemplate(FAKE_CHAT_TEMPLATE, {})}),
+        defaults=GenerationDefaults(),
+        vocab_size=ByteEncoder.vocab_size,
+        embedding_width=FAKE_EMBEDDING_WIDTH,
+    )

@@ -1,0 +1,454 @@
+"""Text to token ids and back, without torch or transformers.
+
+What each token of a model is worth: whether it shows in a text, and with which bytes. Without torch or transformers.
+
+Two ways of writing bytes as tokens are in use, and a decoder says which (https://huggingface.co/docs/tokenizers,
+"Decoders"): ByteLevel spells each byte as one printable character (GPT-2's alphabet); ByteFallback has a token `<0xNN>`
+for each byte that no other token covers (SentencePiece). The tokens of all other decoders are pieces of text.
+
+What clients write stays text: a model's control tokens come from its chat template, never from a message.
+
+A template joins what clients wrote with its own text, and the tokenizer cannot tell one from the other. So before a
+template sees it, what a client wrote gets a mark wherever a control token could be read in it, or out of it and its
+neighbours. A mark is a character: it goes through whatever a template does to strings. In the rendered text the marks
+that stand within a control token's name are where the tokenizer must not read on; the others are dropped. So what holds
+no control token is rendered and tokenized as if there were no marks.
+"""
+
+import json
+import re
+import secrets
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import lru_cache
+from itertools import accumulate, groupby, pairwise, takewhile
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from tokenizers import AddedToken, Tokenizer
+
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenKind(Enum):
+    HIDDEN = auto()  # special, or unknown to the tokenizer: `decode` leaves it out
+    BYTE = auto()  # `<0xNN>`: what its run of bytes means is known at the run's end only
+    TEXT = auto()
+
+
+class TokenPiece(NamedTuple):
+    """A token of a text. Either may be a part of a character."""
+
+    name: bytes
+    added: bytes  # to the UTF-8 of the text; nothing where the token is left out of it
+
+
+def _byte_by_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_BY_CHARACTER = _byte_by_character()
+
+
+class TokenTable:
+    """Remembers what it was asked for, so that each token is looked at once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder().values()
+        self._special = frozenset(token.content for token in added if token.special)
+        self._decoders = frozenset(_decoder_types(tokenizer))
+        self._kinds: dict[int, TokenKind] = {}
+        self._bytes: dict[int, bytes] = {}
+        self._word: int | None = None  # an ordinary one; found when it is first needed
+
+    def kind(self, token_id: int) -> TokenKind:
+        kind = self._kinds.get(token_id)
+        if kind is None:
+            kind = self._kinds[token_id] = self._find_kind(token_id)
+        return kind
+
+    def shows(self, token_id: int) -> bool:
+        """Whether `decode` without special tokens writes anything for it."""
+        return self.kind(token_id) is not TokenKind.HIDDEN
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What the token adds to a text that something stands in already; of a special token the way it is written, of
+        an id that the tokenizer does not know nothing."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._find_bytes(token_id)
+        return found
+
+    def first_bytes_of(self, token_id: int) -> bytes:
+        """The same at the start of a text, where many decoders leave a leading space out."""
+        found = self.bytes_of(token_id)
+        is_half_a_character = self.kind(token_id) is TokenKind.BYTE and not found.isascii()
+        if is_half_a_character or not self.shows(token_id) or "ByteLevel" in self._decoders:
+            return found
+        return self._decode(token_id).encode()
+
+    def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
+        """The tokens of a text, which is what `decode` makes of them all."""
+        pieces: list[TokenPiece] = []
+        is_first = True
+        for token_id in token_ids:
+            if skip_special_tokens and not self.shows(token_id):
+                pieces.append(TokenPiece(self.bytes_of(token_id), b""))
+                continue
+            added = self.first_bytes_of(token_id) if is_first else self.bytes_of(token_id)
+            pieces.append(TokenPiece(added, added))
+            is_first = False
+        return pieces
+
+    def _find_kind(self, token_id: int) -> TokenKind:
+        spelling = self._tokenizer.id_to_token(token_id)
+        if spelling is None or spelling in self._special:
+            return TokenKind.HIDDEN
+        return TokenKind.BYTE if self._byte_of(spelling) is not None else TokenKind.TEXT
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        spelling: str = self._tokenizer.id_to_token(token_id) or ""
+        byte = self._byte_of(spelling)
+        if byte is not None:
+            return bytes([byte])
+        if self.kind(token_id) is TokenKind.HIDDEN:
+            return spelling.encode()
+        if "ByteLevel" in self._decoders:
+            try:
+                return bytes(_BYTE_BY_CHARACTER[character] for character in spelling)
+            except KeyError:  # an added token, which is written as it is
+                return spelling.encode()
+        return self._text_behind_a_word(token_id).encode()
+
+    def _byte_of(self, spelling: str) -> int | None:
+        match = BYTE_TOKEN.fullmatch(spelling) if "ByteFallback" in self._decoders else None
+        return int(match[1], 16) if match else None
+
+    def _text_behind_a_word(self, token_id: int) -> str:
+        if self._word is None:
+            ids = range(self._tokenizer.get_vocab_size())
+            self._word = next((id_ for id_ in ids if self._decode(id_).isalnum()), None)
+        if self._word is None:
+            return self._decode(token_id)
+        return self._decode(self._word, token_id).removeprefix(self._decode(self._word))
+
+    def _decode(self, *token_ids: int) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+
+def as_text(token: bytes) -> str:
+    """A token as the OpenAI API writes it: bytes that are no character by themselves as `\\xNN`."""
+    return token.decode(errors="backslashreplace")
+
+
+@lru_cache(maxsize=4)
+def token_table_of(tokenizer: Tokenizer) -> TokenTable:
+    """The one of this tokenizer object, which must not change any more."""
+    return TokenTable(tokenizer)
+
+
+def _decoder_types(tokenizer: Tokenizer) -> Iterator[str]:
+    if tokenizer.decoder is None:
+        return
+    waiting: list[dict[str, Any]] = [json.loads(tokenizer.decoder.__getstate__())]
+    while waiting:
+        decoder = waiting.pop()
+        yield decoder["type"]
+        waiting += decoder.get("decoders", [])
+
+
+#: A lone surrogate: no valid text holds one, it is neither a letter nor a blank, and JSON leaves it alone.
+MARK = "\udc80"
+
+FindTokens = Callable[[str], Iterable[tuple[int, int]]]
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt's text, and the offsets at which the tokenizer must not read across."""
+
+    text: str
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def stretches(self) -> list[str]:
+        bounds = [0, *self.cuts, len(self.text)]
+        return [self.text[start:end] for start, end in pairwise(bounds)]
+
+
+class ContentMarks:
+    """Marks for one model's control tokens. Thread-safe."""
+
+    def __init__(self, control_tokens: Iterable[str], find_others: FindTokens | None = None) -> None:
+        """`find_others` gives the spans of control tokens that stand in a text without being spelt there, as a
+        tokenizer finds them that folds case or width first."""
+        tokens = sorted({token for token in control_tokens if len(token) > 1})
+        self._spelt = re.compile(_pattern_of(tokens))
+        self._find_others = find_others
+        # Where marks are set, letters count without their case: a template may change it.
+        tokens = sorted({token.lower() for token in tokens})
+        self._spelt_in_any_case = re.compile(_pattern_of(tokens), re.IGNORECASE)
+        self._max_part = max(map(len, tokens), default=1) - 1
+        self._heads = frozenset(token[:end] for token in tokens for end in range(1, len(token)))
+        self._tails = frozenset(token[start:] for token in tokens for start in range(1, len(token)))
+        self._first_letter = re.compile(_pattern_of(sorted({token[0] for token in tokens})))
+        self._last_letter = re.compile(_pattern_of(sorted({token[-1] for token in tokens})))
+        self._all_tokens = "\n".join(tokens)
+
+    def protect(self, value: Any) -> Any:
+        """A copy of `value`, from a client's JSON, with marks in its strings and keys."""
+        if isinstance(value, str):
+            return self.mark(value)
+        if isinstance(value, dict):
+            return {self.protect(name): self.protect(item) for name, item in value.items()}
+        return [self.protect(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def mark(self, text: str) -> str:
+        """`text` itself where it needs no mark."""
+        if not self._heads:
+            return text
+        places = {start + 1 for start, _ in self._spans(self._spelt_in_any_case, text)}
+        if self._begins_within_a_token(text[: self._max_part].lower()):
+            places.add(0)
+        if self._ends_within_a_token(text[-self._max_part :].lower(), len(text)):
+            places.add(len(text))
+        if not places:
+            return text
+        bounds = [0, *sorted(places), len(text)]
+        stretches = [text[start:end] for start, end in pairwise(bounds)]
+        return MarkedContent(MARK.join(stretches), self)
+
+    def resolve(self, marked: str) -> Rendered:
+        """The text without its marks, and which of them are needed."""
+        stretches = [_SURROGATES.sub("\ufffd", stretch) for stretch in marked.split(MARK)]
+        text = "".join(stretches)
+        if len(stretches) == 1:
+            return Rendered(text)
+        places = list(accumulate(map(len, stretches[:-1])))
+        firsts = ((bisect_right(places, start), end) for start, end in self._spans(self._spelt, text))
+        cuts = {places[first] for first, end in firsts if first < len(places) and places[first] < end}
+        return Rendered(text, tuple(sorted(cuts)))
+
+    def _spans(self, spelt: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
+        """Of all control tokens in `text`, those that overlap included; of several that begin together the longest."""
+        start = 0
+        while (match := spelt.search(text, start)) is not None:
+            yield match.span()
+            start = match.start() + 1
+        if self._find_others is not None:
+            yield from self._find_others(text)
+
+    def _begins_within_a_token(self, beginning: str) -> bool:
+        return any(beginning[: found.end()] in self._tails for found in self._last_letter.finditer(beginning))
+
+    def _ends_within_a_token(self, end: str, num_chars: int) -> bool:
+        is_inner = 0 < num_chars <= self._max_part and end in self._all_tokens
+        return is_inner or any(end[found.start() :] in self._heads for found in self._first_letter.finditer(end))
+
+
+class MarkedContent(str):
+    """A string with marks that a template sees without them: it tests, cuts and compares what the client wrote, and
+    writes it with marks. What forgets that it is one, as a join does, keeps the marks."""
+
+    __slots__ = ("_marks",)
+    _marks: ContentMarks
+
+    def __new__(cls, marked: str, marks: ContentMarks) -> "MarkedContent":
+        content = super().__new__(cls, marked)
+        content._marks = marks
+        return content
+
+
+def _through_marks(name: str) -> Callable[..., Any]:
+    method = getattr(str, name)
+
+    def call(content: MarkedContent, *args: Any, **kwargs: Any) -> Any:
+        return _marked_anew(method(_plain(content), *map(_plain, args), **kwargs), content._marks)
+
+    return call
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return str.replace(value, MARK, "") if isinstance(value, MarkedContent) else value
+
+
+def _marked_anew(value: Any, marks: ContentMarks) -> Any:
+    if isinstance(value, str):
+        return marks.mark(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(marks.mark(part) for part in value)
+    return value
+
+
+# Without `format` and `%`, whose left side is a template's own text, and `+`, which would give marks to it.
+_METHODS = (
+    "__contains__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __len__ __getitem__ __repr__ "
+    "capitalize casefold center count endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit "
+    "islower isnumeric isprintable isspace istitle isupper ljust lower lstrip partition removeprefix removesuffix "
+    "replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill"
+)
+
+for _name in _METHODS.split():
+    setattr(MarkedContent, _name, _through_marks(_name))
+
+
+def _pattern_of(words: Sequence[str]) -> str:
+    """A regular expression for the longest of `words`, sorted ones, that begins somewhere, without one for nothing: it
+    looks at each character once, however many words there are."""
+    if not words:
+        return "(?!)"
+    pairs = zip(words[0], words[-1], strict=False)
+    head = "".join(first for first, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    tails = [word[len(head) :] for word in words]
+    is_word = tails[0] == ""
+    groups = [list(group) for _, group in groupby(filter(None, tails), key=lambda tail: tail[0])]
+    if not groups:
+        return re.escape(head)
+    return f"{re.escape(head)}(?:{'|'.join(map(_pattern_of, groups))}){'?' if is_word else ''}"
+
+
+#: Across it a tokenizer does not read. Nobody outside of this process can write it.
+_SEPARATOR = "\ue000" + secrets.token_hex(16)
+
+_SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Encoder(Protocol):
+    """Text to token ids, and back."""
+
+    vocab_size: int
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def encode_rendered(self, rendered: Rendered) -> list[int]:
+        """Without tokens across its cuts. What it begins with was written by a chat template."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]: ...
+
+
+class TokenizerEncoder:
+    """A Rust tokenizer. The batch call is the one that lets go of the GIL, and skips offsets."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size: int = tokenizer.get_vocab_size()
+        tokenizer.add_tokens([AddedToken(_SEPARATOR, normalized=False)])
+        self._separator_id = tokenizer.token_to_id(_SEPARATOR)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def encode_rendered(self, rendered: Rendered) -> list[int]:
+        ids = self.encode(_SEPARATOR.join(rendered.stretches), add_special_tokens=False)
+        return [token_id for token_id in ids if token_id != self._separator_id] if rendered.cuts else ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
+    def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
+        return token_table_of(self._tokenizer).pieces(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+class ByteEncoder:
+    """One token per byte of UTF-8, for the fake back end, which has no vocabulary of its own for prompts."""
+
+    vocab_size = 257  # that of the fake back end: the bytes and its end token
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return list(text.encode())
+
+    def encode_rendered(self, rendered: Rendered) -> list[int]:
+        return list(rendered.text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(id_ for id_ in token_ids if id_ < 256).decode(errors="replace")
+
+    def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
+        texts = [bytes([token_id]) if token_id < 256 else b"" for token_id in token_ids]
+        return [TokenPiece(text, text) for text in texts]
+
+
+def special_tokens_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """By name, as templates see them. A token is a string, or an object with its content and flags."""
+    values = {name: config.get(name) for name in _SPECIAL_TOKEN_NAMES}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def load_tokenizer(folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> Tokenizer:
+    """tokenizer.json and the tokens that only tokenizer_config.json knows, as AutoTokenizer has it; add_bos_token is
+    ignored there too: what a prompt begins with is said by tokenizer.json. Raises ValueError that names the file."""
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as exc:  # the library raises nothing narrower
+        raise ValueError(
+            f"tokenizer.json cannot be read: {str(exc)[:200]}; save the model's fast tokenizer anew"
+        ) from exc
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
+    try:
+        _add_missing_tokens(tokenizer, config, special_tokens)
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        raise ValueError(f"tokenizer_config.json: a token that it adds cannot be read: {exc!r}; mend it") from exc
+    return tokenizer
+
+
+def _add_missing_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+    missing = [AddedToken(**token) for _, token in listed if token["content"] not in known]
+    known |= {token.content for token in missing}
+    named = dict.fromkeys([*special_tokens.values(), *_extra_special_tokens(config)])
+    missing += [AddedToken(text, special=True, normalized=False) for text in named if text not in known]
+    tokenizer.add_tokens(missing)
+
+
+def _extra_special_tokens(config: Mapping[str, Any]) -> list[str]:
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    values = list(extra.values()) if isinstance(extra, dict) else list(extra)
+    return [value["content"] if isinstance(value, dict) else value for value in values]
+
+
+def content_marks(tokenizer: Tokenizer, template_text: str) -> ContentMarks:
+    """For the control tokens of a model: its special tokens, and of the others that were added those that its chat
+    template writes or that look like <|this|>. Words, tags of HTML and runs of blanks, which some models add to their
+    vocabulary, may come from anywhere."""
+    tokens = [
+        (token_id, token)
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.content != _SEPARATOR and token.content.strip() and _is_control_token(token, template_text)
+    ]
+    folded = {token_id for token_id, token in tokens if token.normalized}
+    if tokenizer.normalizer is None or not folded:
+        return ContentMarks(token.content for _, token in tokens)
+
+    def find_folded(text: str) -> Iterator[tuple[int, int]]:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in folded:
+                num_blanks = len(text[start:end]) - len(text[start:end].lstrip())
+                yield start + num_blanks, end
+
+    return ContentMarks((token.content for _, token in tokens), find_folded)
+
+
+def _is_control_token(token: AddedToken, template_text: str) -> bool:
+    looks_like_one = token.content.startswith("<|") and token.content.endswith("|>")
+    return token.special or looks_like_one or token.content in template_text
