@@ -22,7 +22,7 @@ FUZZ_REQUESTS := 20000
 SECONDS := 1800
 SEED := 1
 
-.PHONY: help run test check format conformance fuzz chaos bench constraints clean
+.PHONY: help run test check index format conformance fuzz chaos bench constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ check: $(READY_TO_TEST) ## format, lint, types, import directions
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
 	$(BIN)/lint-imports
+
+index: $(READY_TO_TEST) ## write docs/files.md again, from the first line of each file
+	$(BIN)/python -m tests.file_index
 
 format: $(READY_TO_TEST) ## rewrite the files as `make check` wants them
 	$(BIN)/ruff format .

@@ -1,15 +1,11 @@
-"""What the bodies of the OpenAI routes share: sampling parameters, output formats, tools.
-
-What the bodies of the OpenAI routes share: strictness, sampling parameters, and fields that are refused by name.
+"""What the bodies of the OpenAI routes share: strictness, sampling parameters, output formats, tools.
 
 A body declares types only; the bounds are those of `domain.requests`, in which every body ends.
-
-What an output must look like: a schema that a body gives, calls of its tools, or one of the two.
 
 A strict schema is enforced whole, or refused by the keyword that cannot be. Of any other, what cannot be enforced is
 left out, as JSON Schema has it for keywords and formats that a reader does not know.
 
-The tools of a request, whichever route it came by: checked, shown to the model, and asked for by a grammar.
+Tools are checked, shown to the model, and asked for by a grammar, whichever route they came by.
 """
 
 import functools
@@ -17,7 +13,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from datetime import datetime
+from typing import Annotated, Any, Literal, Protocol, TypeVar
+from uuid import UUID
 
 from pydantic import (
     AfterValidator,
@@ -58,6 +56,24 @@ FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 PRIORITY_BY_SERVICE_TIER = {"auto": 0, "default": 0, "flex": -5, "priority": 5, "fast": 5}
 
 Domain = TypeVar("Domain", bound=BaseModel)
+
+
+class AnsweredJob(Protocol):
+    """What every answer says of its job, as a row of SQL and a running request both know it."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def model_revision(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def created_at(self) -> datetime: ...
+
+
+class StreamedJob(AnsweredJob, Protocol):
+    @property
+    def job_id(self) -> UUID: ...
 
 
 class OpenAIModel(FirstErrorModel):
@@ -125,8 +141,8 @@ _QUOTED_OR_NAME = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'(?!\w)|"(?:[^"\\]|\\.)
 
 def publish_bounds(schema: dict[str, Any]) -> None:
     """Add to the schema of a body the bounds of its sampling parameters; numbers of its own go before."""
-    for name, bounded in SamplingParams.model_json_schema()["properties"].items():
-        bounds_by_type = {branch.get("type"): branch for branch in bounded.get("anyOf", [bounded])}
+    for name, bounds_of_field in SamplingParams.model_json_schema()["properties"].items():
+        bounds_by_type = {branch.get("type"): branch for branch in bounds_of_field.get("anyOf", [bounds_of_field])}
         for branch in schema["properties"].get(name, {}).get("anyOf", ()):
             bounds = bounds_by_type.get(branch.get("type"), {})
             known = {"title", "default", *branch} - {"items", "additionalProperties"}

@@ -16,15 +16,16 @@ from uuid import UUID
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from api.openai.running import Run
 from dialects.openai import (
     FINISH_REASONS,
     MAX_PARTS,
+    AnsweredJob,
     AskedTools,
     Effort,
     ForeignTool,
     GenerationBody,
     OpenAIModel,
+    StreamedJob,
     StreamOptions,
     Strings,
     Unsupported,
@@ -60,7 +61,6 @@ from domain.requests import (
 )
 from domain.structured_output import MAX_TOOLS, StructuredOutput
 from storage.job_queries import JobRecord
-from storage.tables import Job
 from text.models import ModelView
 from text.outputs import (
     CallArguments,
@@ -332,15 +332,15 @@ class ChatStream:
 
     def __init__(
         self,
-        run: Run,
+        job: StreamedJob,
         request: GenerationRequest,
         format: OutputFormat,
         *,
         has_usage: bool,
         service_tier: str | None,
     ) -> None:
-        self._job_id = run.job_id
-        self._head = _head(run.job_id, run, "chat.completion.chunk", service_tier)
+        self._job_id = job.job_id
+        self._head = _head(job.job_id, job, "chat.completion.chunk", service_tier)
         self._parsers = [parser_of(request, format) for _ in range(request.params.n)]
         self._has_usage = has_usage
 
@@ -441,7 +441,7 @@ def _finish_reason(reason: FinishReason, parser: OutputParser) -> str:
     return "tool_calls" if reason is FinishReason.STOP and parser.num_calls else FINISH_REASONS[reason]
 
 
-def _head(job_id: UUID, job: Job | Run, object_: str, service_tier: str | None) -> dict[str, object]:
+def _head(job_id: UUID, job: AnsweredJob, object_: str, service_tier: str | None) -> dict[str, object]:
     return {
         "id": external_id(job_id, "chatcmpl"),
         "object": object_,

@@ -11,10 +11,11 @@ from uuid import UUID
 
 from pydantic import Discriminator, Field, Tag
 
-from api.openai.running import Run
 from dialects.openai import (
     FINISH_REASONS,
+    AnsweredJob,
     GenerationBody,
+    StreamedJob,
     StreamOptions,
     Strings,
     Unsupported,
@@ -29,7 +30,6 @@ from domain.ids import external_id
 from domain.jobs import Usage
 from domain.requests import MAX_PROMPT_TOKENS, GenerationRequest, GenerationResult, TokenChunk, TokenLogprob
 from storage.job_queries import JobRecord
-from storage.tables import Job
 from text.models import ModelView
 from text.tokenizers import TokenPiece, as_text
 
@@ -60,7 +60,7 @@ def from_results(
 class CompletionStream:
     """One job's chunks as completion chunks, under the id of the first job."""
 
-    def __init__(self, first: Run, prompt: Prompt, *, has_usage: bool, service_tier: str | None) -> None:
+    def __init__(self, first: StreamedJob, prompt: Prompt, *, has_usage: bool, service_tier: str | None) -> None:
         self._head = _head(first.job_id, first, service_tier)
         self._prompt = prompt
         self._has_usage = has_usage
@@ -200,7 +200,7 @@ def _sum(usages: Sequence[Usage]) -> Usage:
     )
 
 
-def _head(job_id: UUID, job: Job | Run, service_tier: str | None) -> dict[str, object]:
+def _head(job_id: UUID, job: AnsweredJob, service_tier: str | None) -> dict[str, object]:
     return {
         "id": external_id(job_id, "cmpl"),
         "object": "text_completion",

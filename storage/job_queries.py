@@ -6,6 +6,8 @@ What the jobs of the OpenAI and the simple routes need: retries that find their 
 answer, what was delivered, what is listed.
 """
 
+# ruff: noqa: S608  (only constants of this module are put into the text; values are bound)
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -34,7 +36,7 @@ WAITING_GROUPS = text(f"""
 SELECT j.model, {WAITING_JOB}, count(*)::int AS num_jobs, sum(j.cost)::bigint AS cost,
     extract(epoch FROM {CLOCK} - min(j.created_at))::float8 AS oldest_seconds
 FROM jobs j WHERE j.status = 'queued' GROUP BY 1, 2, 3, 4, 5
-""")  # noqa: S608  (constants)
+""")
 
 RUNNING_FIGURES = text("""
 SELECT model, count(*)::int AS num_jobs,
@@ -56,7 +58,7 @@ ranked AS (
 )
 SELECT j.id, r.num_ahead, r.cost_ahead, {WAITING_JOB} FROM ranked r JOIN jobs j USING (id)
 WHERE r.id = ANY(CAST(:ids AS uuid[]))
-""")  # noqa: S608  (constants)
+""")
 
 READ_LOG = text("""
 SELECT j.status, j.attempt, j.committed_sequence_number, (
@@ -312,8 +314,6 @@ def list_dead_letters(
     attempts = attempts_of(session, [job.id for job in failed])
     return [(job, attempts[job.id]) for job in failed]
 
-
-# ruff: noqa: S608  (only CLOCK is put into the text; values are bound)
 
 ATTACHABLE = text(f"""
 SELECT id FROM jobs WHERE tenant_id = :tenant_id AND request_hash = :request_hash AND endpoint <> 'jobs'

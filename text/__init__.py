@@ -1,1 +1,1 @@
-"""What API, maintenance and engines know of a model's text: its files, templates, tokens, grammars, output. Never torch."""
+"""What a model makes of text: its files, templates, tokens, grammars, output. Free of torch, for API and engines."""

@@ -1,6 +1,7 @@
 """Main of the engine process: command frames in, one loop around a back end, report frames out.
 
-gpu_worker/engine_process/template.py starts a template as `python -m gpu_worker.engine.process`; every engine is a fork of it.
+gpu_worker/engine_process/template.py starts a template as `python -m gpu_worker.engine.process`; every engine is a
+fork of it.
 One thread does the work; another only beats, so that the supervisor can tell a slow step from a process that stands.
 """
 

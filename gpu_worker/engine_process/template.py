@@ -1,10 +1,7 @@
 """The process that engines are forked from: as the supervisor sees it, and its own side.
 
-The process that engines are forked from, as the supervisor sees it. Its own side is gpu_worker/engine_process/template.py.
-
-It imports the back end once; an engine after a crash starts without that (docs/adr/0015).
-
-The template's own side: a process that has imported the back end waits, and each engine is a fork of it.
+It imports the back end once and waits; each engine is a fork of it, so one after a crash starts without those imports
+(docs/adr/0015).
 
 It has one thread, has computed nothing and has not started CUDA: what a fork would break (docs/adr/0015). On its
 control socket comes one byte with the two descriptors of an engine; back go the engine's pid and, when it has ended,

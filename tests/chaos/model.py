@@ -1,8 +1,8 @@
 """The job protocol as a small state machine: two workers, one job, two tokens, one client, and everything that goes
 wrong. `model_checker` walks through all of it.
 
-What the statements of `storage/job_statements.py` and the reader of `storage/streams.py` do is written here once more, each
-as one step that may fall between any two others. Two attempts never draw the same token (a token is named by the
+What the statements of `storage/job_statements.py` and the reader of `storage/streams.py` do is written here once more,
+each as one step that may fall between any two others. Two attempts never draw the same token (a token is named by the
 model revision and the attempt that drew it and by its place), so whatever splices two texts is seen. Chunks that a
 reset made void stay in the model's log, for what a client saw to be judged by. A paused worker needs no step of its
 own: it is one that takes no step for a while, and its lease may lapse meanwhile.
