@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from settings import ROOT
+from tests.file_index import PACKAGES
 
-FOLDERS = ("api", "domain", "gpu_worker", "migrations", "storage", "tasks")
+FOLDERS = (*PACKAGES, "migrations")
 MODELS = "models"
 
 
