@@ -3,6 +3,7 @@
 Each xdist worker has servers of its own, so tests never share anything.
 """
 
+import gc
 import secrets
 import shutil
 import tempfile
@@ -29,6 +30,20 @@ MakeTenant = Callable[..., Tenant]
 MakeJob = Callable[..., Job]
 
 TEMPLATE = "migrated_template"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays. A collection that walks it holds up every thread, also that of an API server."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each HTTP client reads the certificates of all authorities, for a twentieth of a second; no test meets any."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("certificates")))
+        yield
 
 
 @pytest.fixture(scope="session")

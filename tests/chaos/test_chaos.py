@@ -29,7 +29,6 @@ def test_every_mutant_still_fits_the_code(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_nothing_is_lost_doubled_or_stuck_under_every_kind_of_fault() -> None:
     report = asyncio.run(Run(SMOKE, Console(width=160)).run())
     assert report["violations"] == {}
@@ -40,7 +39,6 @@ def test_nothing_is_lost_doubled_or_stuck_under_every_kind_of_fault() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_harness_finds_what_is_wrong_with(name: str) -> None:
     mutant = MUTANTS[name]

@@ -22,7 +22,6 @@ ROLLING = tuple(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_rolling_restart_of_everything_is_not_seen() -> None:
     options = Options(
         seconds=3 + (len(STEPS) + 1) * SECONDS_APART,

@@ -24,7 +24,6 @@ MODELS = (
 NUM_TOKENS = 150
 PROMPT = list(b"user: Hi\nassistant: ")
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
-pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ from tests.conformance.harness import Served
 from tests.conformance.test_openai_embeddings import MODEL, TEXTS, embedding
 from tests.conformance.test_openai_files_batches import create, job_ids, read_lines, work
 from tests.integration.api_harness import HandWorker
-from tests.integration.runner_harness import wait_until
 from tests.integration.test_engine_embedding import ENCODERS, save, tiny_encoder
+from tests.waiting import wait_until
 from text.models import ModelViews
 
 __all__ = ["embedding", "work"]

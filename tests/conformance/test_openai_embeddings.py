@@ -17,8 +17,9 @@ from gpu_worker import intake
 from settings import ROOT
 from tests.conformance.harness import Served
 from tests.integration.api_harness import ApiServer
-from tests.integration.runner_harness import Rig, wait_until
+from tests.integration.runner_harness import Rig
 from tests.integration.test_engine_embedding import ENCODERS, reference, save, tiny_encoder
+from tests.waiting import wait_until
 
 MODEL = "test-model"
 TEXTS = ["The fox told a tale.", "Moon", "a much longer line about the moon and the fox who told it everything"]
@@ -42,7 +43,7 @@ def embedding(rig: Rig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     rig.settings.models_file.write_text("\n".join([*lines, "max_model_len = 128", "max_num_seqs = 4"]))
     with ApiServer(rig.settings, catalog=load(rig)) as server:
         worker = rig.start(wait=False)
-        wait_until(lambda: worker.runner.stats().is_engine_ready, "the model is loaded", seconds=90)
+        wait_until(lambda: worker.runner.stats().is_engine_ready, "the model is loaded")
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
             yield Served(server, rig, worker, client)
 

@@ -27,6 +27,7 @@ from storage import database, files, jobs
 from storage.files import Batch, File
 from storage.tables import Job, Tenant
 from tests.integration.api_harness import CATALOG, ApiServer, HandWorker
+from tests.waiting import wait_until
 from text.models import ModelViews
 
 CHAT: Any = "/v1/chat/completions"
@@ -157,7 +158,6 @@ def test_what_is_no_form_is_refused(http: httpx.Client, content_type: str, body:
 
 
 def wait_for_no_files(sessions: sessionmaker[Session]) -> None:
-    from tests.integration.runner_harness import wait_until
 
     def is_empty() -> bool:
         with sessions() as session:

@@ -20,7 +20,8 @@ from storage import job_queries, jobs
 from storage.streams import publish
 from storage.tables import DEFAULT_TENANT_ID, Job
 from tests.conformance.harness import MESSAGES
-from tests.integration.api_harness import ApiServer, HandWorker, until
+from tests.integration.api_harness import ApiServer, HandWorker
+from tests.waiting import wait_until
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 BODY_BY_ROUTE: dict[str, dict[str, Any]] = {
@@ -43,7 +44,7 @@ def the_job(worker: HandWorker) -> Job:
         with worker.sessions() as session:
             return job_queries.list_jobs(session, DEFAULT_TENANT_ID)
 
-    listed: list[Job] = until(found)
+    listed: list[Job] = wait_until(found)
     return listed[0]
 
 

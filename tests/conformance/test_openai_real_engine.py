@@ -32,7 +32,6 @@ PARAMETERS = {
 FUNCTION: Any = {"name": "forecast", "description": "The weather to come", "parameters": PARAMETERS}
 OTHER: Any = {"name": "now", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
 MESSAGES: Any = [{"role": "user", "content": "Will it rain in Rome?"}]
-pytestmark = pytest.mark.timeout(180)
 
 
 class Animal(BaseModel):

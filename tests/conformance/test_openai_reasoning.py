@@ -25,7 +25,8 @@ from storage import jobs
 from tests.conformance.harness import MESSAGES, Served
 from tests.engine_driver import tiny_llama_config, tiny_model
 from tests.integration.api_harness import ApiServer
-from tests.integration.runner_harness import Rig, wait_until
+from tests.integration.runner_harness import Rig
+from tests.waiting import wait_until
 from text.models import ModelViews
 
 MODEL = "test-model"
@@ -36,7 +37,6 @@ CHAT: Any = "/v1/chat/completions"
 WORDS = {"opened": ["</", "think", ">", "a", " b", "é"], "tagged": [" a", " b"]}
 TEMPLATES = {"opened": TEMPLATE + "<think>\n", "tagged": TEMPLATE + "{# <think> #}"}
 HELD_BACK: Any = {"stop": [">+", "+"]}  # no token has a plus: the text lags behind and never stops
-pytestmark = pytest.mark.timeout(180)
 
 
 def make_tokenizer(kind: str) -> Tokenizer:
@@ -73,7 +73,7 @@ def thinking(rig: Rig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     rig.settings.models_file.write_text("\n".join([*lines, "max_num_seqs = 8"]))
     with ApiServer(rig.settings, Catalog.load(rig.settings.models_file)) as server:
         worker = rig.start(wait=False)
-        wait_until(lambda: worker.runner.stats().is_engine_ready, "the model is loaded", seconds=90)
+        wait_until(lambda: worker.runner.stats().is_engine_ready, "the model is loaded")
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
             yield Served(server, rig, worker, client)
 
@@ -124,7 +124,7 @@ def run_batch(thinking: Served, body: dict[str, Any]) -> ChatCompletion:
         thinking.worker.offer(dispatched)
         return thinking.client.batches.retrieve(batch.id).status == "completed"
 
-    wait_until(has_ended, "the batch has ended", seconds=60)
+    wait_until(has_ended, "the batch has ended")
     work.close()
     output_file_id = thinking.client.batches.retrieve(batch.id).output_file_id
     assert output_file_id is not None

@@ -22,7 +22,8 @@ from settings import ROOT
 from storage import job_queries, jobs
 from storage.tables import DEFAULT_TENANT_ID, Tenant
 from tests.conformance.harness import MESSAGES, Served, chat_body, frames_of
-from tests.integration.api_harness import HandWorker, until
+from tests.integration.api_harness import HandWorker
+from tests.waiting import wait_until
 
 RETRY = {"x-stainless-retry-count": "1", "x-stainless-read-timeout": "600"}
 
@@ -75,7 +76,7 @@ def test_t10_a_retry_of_an_undelivered_request_attaches_and_a_delivered_one_runs
     assert again.headers["x-retry-attached"] == "true"
     assert again.json()["usage"]["completion_tokens"] == 100
     assert num_jobs(served) == 1
-    until(lambda: served.rig.job(parse_id(again.headers["x-job-id"])).delivered_at)
+    wait_until(lambda: served.rig.job(parse_id(again.headers["x-job-id"])).delivered_at)
     deliberate = post(served, RETRY, max_completion_tokens=100)
     assert "x-retry-attached" not in deliberate.headers
     assert num_jobs(served) == 2
@@ -91,7 +92,7 @@ def test_two_calls_that_are_meant_are_two_jobs(served: Served) -> None:
 def test_a_job_whose_only_client_left_is_cancelled(served: Served, is_streamed: bool) -> None:
     leave(served, is_streamed=is_streamed)
     job_id = newest_job(served)
-    until(lambda: served.rig.job(job_id).status is JobStatus.CANCELLED)
+    wait_until(lambda: served.rig.job(job_id).status is JobStatus.CANCELLED)
     assert served.rig.job(job_id).num_committed_tokens < 3000
 
 
@@ -99,7 +100,7 @@ def test_a_job_that_shall_go_on_goes_on(served: Served) -> None:
     for number, headers in enumerate(({"X-On-Disconnect": "continue"}, {}), start=1):
         leave(served, is_streamed=True, headers=headers, num_tokens=200, store=number == 2)
         job_id = newest_job(served)
-        until(lambda job_id=job_id: served.rig.job(job_id).status.is_terminal)  # type: ignore[misc]
+        wait_until(lambda job_id=job_id: served.rig.job(job_id).status.is_terminal)  # type: ignore[misc]
         assert served.rig.job(job_id).status is JobStatus.COMPLETED
 
 
@@ -117,7 +118,7 @@ def leave(served: Served, *, is_streamed: bool, num_tokens: int = 3000, **option
                 next(answer.iter_lines())
 
         asked = threads.submit(ask)
-        until(lambda: num_jobs(served) > before)
+        wait_until(lambda: num_jobs(served) > before)
         asked.result()
 
 
@@ -163,7 +164,7 @@ def test_a_whole_answer_that_cannot_be_has_its_status(
             with hand_worker.sessions() as session:
                 return job_queries.list_jobs(session, DEFAULT_TENANT_ID)
 
-        job = hand_worker.claim(external_id(until(waiting)[0].id))
+        job = hand_worker.claim(external_id(wait_until(waiting)[0].id))
         error = JobError(code="engine_error", message="it broke") if status is JobStatus.FAILED else None
         hand_worker.finish(job, status=status, error=error)
 
@@ -206,7 +207,7 @@ def test_a_stream_over_the_death_of_its_worker_goes_on(served: Served) -> None:
                 or served.rig.job(job_id).attempt > 1
             )
 
-    until(rescued, seconds=20)
+    wait_until(rescued)
     chunks += list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == served.text_of(chunks[0].id, num_tokens=300)

@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from domain.ids import parse_id
 from tests.conformance.harness import MESSAGES, Served, chat_body
 from tests.conformance.test_openai_tools import CALL, answer_newest, answer_next
-from tests.integration.api_harness import ApiServer, HandWorker, until
+from tests.integration.api_harness import ApiServer, HandWorker
 from tests.integration.runner_harness import MODEL
+from tests.waiting import wait_until
 
 CLIENT_HINTS: Any = {"client_metadata": {"a": "b"}, "verbosity": "low"}
 FUNCTION: Any = {"type": "function", "name": "add", "parameters": {"type": "object"}}
@@ -189,7 +190,7 @@ def test_no_share_of_the_draw_leaves_the_most_likely_token(http: httpx.Client) -
 def test_a_running_response_that_is_cancelled_answers_cancelled(served: Served) -> None:
     responses = served.client.responses
     response = responses.create(model=MODEL, input="Hi", background=True, max_output_tokens=4000)
-    until(lambda: responses.retrieve(response.id).status == "in_progress")
+    wait_until(lambda: responses.retrieve(response.id).status == "in_progress")
     assert responses.cancel(response.id).status == "cancelled"
 
 

@@ -12,7 +12,8 @@ from domain.ids import external_id, parse_id
 from storage import job_queries
 from storage.tables import DEFAULT_TENANT_ID
 from tests.conformance.harness import MESSAGES
-from tests.integration.api_harness import ApiServer, HandWorker, make_chunk, until
+from tests.integration.api_harness import ApiServer, HandWorker, make_chunk
+from tests.waiting import wait_until
 
 ADD: Any = {
     "type": "function",
@@ -34,7 +35,7 @@ def answer_next(worker: HandWorker, *texts: str) -> str:
             jobs = job_queries.list_jobs(session, DEFAULT_TENANT_ID, limit=1)
         return jobs[0] if jobs else None
 
-    job_id = external_id(until(waiting).id)
+    job_id = external_id(wait_until(waiting).id)
     job = worker.claim(job_id)
     for number, text in enumerate(texts, start=1):
         last: dict[str, Any] = {"finish_reason": "stop"} if number == len(texts) else {}
@@ -101,7 +102,7 @@ def answer_newest(worker: HandWorker, after: str, *texts: str) -> None:
         with worker.sessions() as session:
             return bool(job_queries.list_jobs(session, DEFAULT_TENANT_ID, after=parse_id(after), order="asc"))
 
-    until(has_come)
+    wait_until(has_come)
     answer_next(worker, *texts)
 
 

@@ -61,7 +61,7 @@ def answers_by_status() -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120 + NUM_REQUESTS / 10)
+@pytest.mark.timeout(600 + NUM_REQUESTS / 10)
 def test_no_request_made_from_the_document_gets_what_it_does_not_promise(
     server: ApiServer, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conformance.harness import MESSAGES, frames_of
-from tests.integration.api_harness import ApiServer, HandWorker, all_events, make_chunk, numbered, post_job, until
+from tests.integration.api_harness import ApiServer, HandWorker, all_events, make_chunk, numbered, post_job
+from tests.waiting import wait_until
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12), max_size=12)
 END = st.sampled_from(["stop", "length"])
@@ -65,7 +66,7 @@ def test_a_chat_says_what_its_job_says_from_every_cursor(
         assert "".join(again) == "".join(texts)
     if "<" not in "".join(texts):  # the model's marks of calls and reasoning are taken out of what it says
         assert (content, reasoning) == ("".join(texts), "")
-    until(lambda: api.services.slots.num_open == 0)
+    wait_until(lambda: api.services.slots.num_open == 0)
 
 
 @anew

@@ -15,7 +15,8 @@ from settings import Settings
 from storage import job_queries
 from storage.tables import DEFAULT_TENANT_ID
 from tests.conformance.harness import MESSAGES
-from tests.integration.api_harness import ApiServer, HandWorker, until
+from tests.integration.api_harness import ApiServer, HandWorker
+from tests.waiting import wait_until
 
 SEVERAL_SIGNS_SECONDS = 0.5
 NO_WORKERS_SECONDS = 2.0
@@ -45,7 +46,7 @@ def fail_next(worker: HandWorker) -> None:
             listed = job_queries.list_jobs(session, DEFAULT_TENANT_ID)
         return [job for job in listed if job.status is JobStatus.QUEUED]
 
-    [job] = until(waiting)
+    [job] = wait_until(waiting)
     claimed = worker.claim(external_id(job.id))
     time.sleep(SEVERAL_SIGNS_SECONDS)
     worker.finish(claimed, status=JobStatus.FAILED, error=JobError(code="engine_error", message="it broke"))
@@ -107,7 +108,7 @@ def test_a_kept_alive_answer_that_comes_is_whole(http: httpx.Client, hand_worker
             with hand_worker.sessions() as session:
                 return list(job_queries.list_jobs(session, DEFAULT_TENANT_ID))
 
-        job = hand_worker.claim(external_id(until(waiting)[0].id))
+        job = hand_worker.claim(external_id(wait_until(waiting)[0].id))
         time.sleep(SEVERAL_SIGNS_SECONDS)
         hand_worker.say(job, "done")
         hand_worker.finish(job, "done")
@@ -153,7 +154,7 @@ class TestTheLastWorkerWentAway:
                 with hand_worker.sessions() as session:
                     return list(job_queries.list_jobs(session, DEFAULT_TENANT_ID))
 
-            job = hand_worker.claim(external_id(until(waiting)[0].id))
+            job = hand_worker.claim(external_id(wait_until(waiting)[0].id))
             time.sleep(2 * NO_WORKERS_SECONDS)
             hand_worker.say(job, "late")
             hand_worker.finish(job, "late")

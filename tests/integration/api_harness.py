@@ -5,8 +5,7 @@ import json
 import socket
 import struct
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -31,6 +30,7 @@ from storage import jobs
 from storage.job_ends import partial_result
 from storage.jobs import ChunkCommit, ClaimedJob, Finalisation
 from storage.streams import publish
+from tests.waiting import wait_until
 
 MODEL = "fake"
 CONTEXT = 64
@@ -60,7 +60,7 @@ class ApiServer:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        until(lambda: self._server.started or not self._thread.is_alive())
+        wait_until(lambda: self._server.started or not self._thread.is_alive())
         assert self._server.started, "the API did not start"
         return self
 
@@ -203,15 +203,6 @@ def all_events(client: httpx.Client, job_id: str, **options: Any) -> list[Stream
 def numbered(events: list[StreamEvent]) -> list[tuple[str, str | None, str]]:
     """The events that have an id, as something to compare."""
     return [(event.name, event.id, json.dumps(event.data, sort_keys=True)) for event in events if event.id]
-
-
-def until(condition: Callable[[], Any], *, seconds: float = 10.0) -> Any:
-    """What `condition` returns once it is true."""
-    ends_at = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < ends_at, "it did not come about"
-        time.sleep(0.01)
-    return value
 
 
 def raw_request(port: int, data: bytes) -> bytes:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,18 +21,10 @@ from local.servers import EmbeddedRedis
 from settings import Settings
 from tasks.app import make_app
 from tasks.dispatch import count_waiting, push
+from tests.waiting import SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 QUEUE = "celeriac.test-model"
-TIMEOUT_SECONDS = 60.0  # a busy machine may take ten to start a process
-
-
-def wait_until(is_true: Callable[[], Any], what: str, *, seconds: float = TIMEOUT_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited {seconds:.0f} s in vain until {what}")
-        time.sleep(0.01)
 
 
 class Plant:
@@ -165,7 +156,7 @@ class Plant:
     def claims_by_worker(self) -> Counter[str]:
         return Counter(line[2] for line in self.ledger() if line[0] == "claimed")
 
-    def wait_for(self, what: str, job_ids: Sequence[UUID], *, seconds: float = TIMEOUT_SECONDS) -> None:
+    def wait_for(self, what: str, job_ids: Sequence[UUID], *, seconds: float = SECONDS) -> None:
         wanted = {external_id(job_id) for job_id in job_ids}
         wait_until(lambda: wanted <= set(self.jobs(what)), f"{len(wanted)} jobs are {what}", seconds=seconds)
 

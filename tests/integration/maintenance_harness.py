@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 
-from tests.integration.consumer_harness import ROOT, wait_until
+from tests.integration.consumer_harness import ROOT
+from tests.waiting import wait_until
 
 MODELS = '[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n'
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from uuid import UUID, uuid4
@@ -21,18 +20,10 @@ from gpu_worker.threads import RunnerEvent, RunnerEventKind, WorkerFailure
 from settings import Settings
 from storage.streams import channel_of
 from storage.tables import Job, JobChunk, JobResult
+from tests.waiting import SECONDS, wait_until
 
 MODEL = "test-model"
-TIMEOUT_SECONDS = 20.0
 PROMPT = [5, 6, 7]
-
-
-def wait_until(is_true: Callable[[], Any], what: str, *, seconds: float = TIMEOUT_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited {seconds:.0f} s in vain until {what}")
-        time.sleep(0.005)
 
 
 class RecordingRunner:
@@ -69,7 +60,7 @@ class RecordingRunner:
     def ends(self, job_id: UUID) -> list[JobStatus | None]:
         return [event.status for event in self.events if event.job_id == job_id and event.status is not None]
 
-    def wait_for(self, kind: RunnerEventKind, job_ids: Sequence[UUID], *, seconds: float = TIMEOUT_SECONDS) -> None:
+    def wait_for(self, kind: RunnerEventKind, job_ids: Sequence[UUID], *, seconds: float = SECONDS) -> None:
         wait_until(lambda: all(kind in self.story(job_id) for job_id in job_ids), f"all are {kind}", seconds=seconds)
 
     @property

@@ -10,8 +10,9 @@ from domain.jobs import JobStatus, WorkerState
 from gpu_worker.threads import RunnerEventKind
 from storage import tenants
 from storage.tables import DEFAULT_TENANT_ID
-from tests.integration.api_harness import ApiServer, until
+from tests.integration.api_harness import ApiServer
 from tests.integration.runner_harness import Rig
+from tests.waiting import wait_until
 
 
 def models_of(client: httpx.Client) -> list[dict[str, Any]]:
@@ -23,14 +24,14 @@ def test_every_model_is_listed_with_the_workers_that_serve_it(rig: Rig) -> None:
         [model] = models_of(client)
         assert (model["id"], model["status"], model["workers"]) == ("test-model", "waiting", [])
         assert model["revision"] == "fake:main"
-        until(lambda: client.get("/v1/models/test-model").json()["loaded"] is False)
+        wait_until(lambda: client.get("/v1/models/test-model").json()["loaded"] is False)
         worker = rig.start()
-        until(lambda: models_of(client)[0]["status"] == "loaded")
-        until(lambda: client.get("/v1/models").json()["data"][0]["loaded"])
+        wait_until(lambda: models_of(client)[0]["status"] == "loaded")
+        wait_until(lambda: client.get("/v1/models").json()["data"][0]["loaded"])
         [seen] = models_of(client)[0]["workers"]
         assert (seen["hostname"], seen["max_num_seqs"], seen["state"]) == ("gpu@test", 8, "ready")
         worker.runner.begin_drain(release_after_seconds=0)
-        until(lambda: models_of(client)[0]["status"] == "draining")
+        wait_until(lambda: models_of(client)[0]["status"] == "draining")
 
 
 def test_an_unloaded_model_has_no_engine_until_it_is_loaded(rig: Rig) -> None:
@@ -57,8 +58,8 @@ def test_an_unloaded_model_has_no_engine_until_it_is_loaded(rig: Rig) -> None:
         loaded = client.post("/v1/admin/models/test-model/load", headers={"prefer": "wait=20"})
         assert (loaded.status_code, loaded.json()["status"]) == (200, "loaded")
         assert [seen["state"] for seen in loaded.json()["workers"]] == ["ready", "ready"]
-        until(lambda: client.get(f"/v1/jobs/{accepted.json()['id']}").json()["status"] == "completed")
-        until(lambda: rig.job(job_id).status is JobStatus.COMPLETED)
+        wait_until(lambda: client.get(f"/v1/jobs/{accepted.json()['id']}").json()["status"] == "completed")
+        wait_until(lambda: rig.job(job_id).status is JobStatus.COMPLETED)
 
 
 def test_a_drained_worker_is_named_until_it_is_resumed(rig: Rig) -> None:
@@ -67,8 +68,8 @@ def test_a_drained_worker_is_named_until_it_is_resumed(rig: Rig) -> None:
         drained = client.post("/v1/admin/workers/gpu@test/drain")
         assert drained.status_code == 200
         since = drained.json()["drained_since"]
-        until(lambda: worker.runner.stats().state is WorkerState.DRAINING)
-        until(lambda: client.get("/health").json()["workers_drained_since"] == {"gpu@test": since})
+        wait_until(lambda: worker.runner.stats().state is WorkerState.DRAINING)
+        wait_until(lambda: client.get("/health").json()["workers_drained_since"] == {"gpu@test": since})
         assert client.post("/v1/admin/workers/gpu@test/drain").json()["drained_since"] == since
         assert models_of(client)[0]["workers"][0]["drained_since"] == since
         job_id = rig.add_job()
@@ -76,10 +77,10 @@ def test_a_drained_worker_is_named_until_it_is_resumed(rig: Rig) -> None:
         worker.wait_for(RunnerEventKind.REFUSED, [job_id])
 
         assert client.post("/v1/admin/workers/gpu@test/resume").json()["drained_since"] is None
-        until(lambda: worker.runner.stats().state is WorkerState.READY)
+        wait_until(lambda: worker.runner.stats().state is WorkerState.READY)
         worker.offer([job_id])
         worker.wait_for(RunnerEventKind.ENDED, [job_id])
-        until(lambda: client.get("/health").json()["workers_drained_since"] == {})
+        wait_until(lambda: client.get("/health").json()["workers_drained_since"] == {})
 
         unknown = client.post("/v1/admin/workers/nobody@nowhere/drain")
         assert unknown.status_code == 404
@@ -92,7 +93,7 @@ def test_an_order_is_kept_whoever_is_there_to_obey_it(rig: Rig) -> None:
         assert (first.status_code, first.json()["status"]) == (202, "waiting")
         assert client.post("/v1/admin/models/test-model/unload").status_code == 202
         worker = rig.start(wait=False)
-        until(lambda: [seen["state"] for seen in models_of(client)[0]["workers"]] == ["unloaded"])
+        wait_until(lambda: [seen["state"] for seen in models_of(client)[0]["workers"]] == ["unloaded"])
         assert worker.runner.stats().state is WorkerState.UNLOADED
         assert client.post("/v1/admin/models/nobody/elses/load").status_code == 404
 

@@ -16,6 +16,7 @@ from settings import Settings
 from storage import tenants
 from storage.tables import Tenant
 from tests.integration.api_harness import CATALOG, ApiServer, HandWorker, body, post_job
+from tests.waiting import slowness
 
 OPEN_PATHS = {"/health", "/health/live", "/health/ready", "/", "/docs", "/openapi.json"}
 
@@ -113,7 +114,7 @@ def test_a_revoked_key_is_refused_once_it_is_forgotten(
             assert tenants.revoke_key(session, row.id, row.tenant_id)
         revoked_at = time.monotonic()
         while client.get("/v1/jobs").status_code == 200:
-            assert time.monotonic() - revoked_at < 5
+            assert time.monotonic() - revoked_at < 5 * slowness()
 
 
 def test_a_full_queue_is_refused_until_there_is_room(

@@ -12,7 +12,8 @@ from api.app import create_app
 from settings import Settings
 from storage import tenants
 from storage.tables import DEFAULT_TENANT_ID
-from tests.integration.api_harness import CATALOG, ApiServer, HandWorker, open_events, post_job, raw_request, until
+from tests.integration.api_harness import CATALOG, ApiServer, HandWorker, open_events, post_job, raw_request
+from tests.waiting import slowness, wait_until
 
 PAGE = "https://app.example.com"
 EVIL = "https://evil.example"
@@ -187,7 +188,7 @@ class TestWithKeys:
             revoked_at = time.monotonic()
             for event in events:
                 assert event.name != "job.completed"
-            assert time.monotonic() - revoked_at < 15, "five seconds, and what a busy machine adds"
+            assert time.monotonic() - revoked_at < 10 * slowness(), "five seconds are promised"
         assert http.get(f"/v1/jobs/{job_id}").status_code == 401
 
     def test_a_revoked_key_is_told_nothing_by_a_call_or_a_long_poll_that_waited(
@@ -198,7 +199,7 @@ class TestWithKeys:
             body = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
             call = threads.submit(http.post, "/v1/chat/completions", json=body)
             poll = threads.submit(http.get, f"/v1/jobs/{job_id}", params={"wait": 8})
-            until(lambda: api.services.slots.num_open == 2)
+            wait_until(lambda: api.services.slots.num_open == 2)
             revoke(session_factory, key)
             assert call.result().status_code == 401
             assert poll.result().status_code == 401

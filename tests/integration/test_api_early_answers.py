@@ -15,7 +15,8 @@ import requests
 
 from api.server import GracefulServer
 from storage.job_accept import Accepted, NewJob
-from tests.integration.api_harness import ApiServer, body, post_job, until
+from tests.integration.api_harness import ApiServer, body, post_job
+from tests.waiting import wait_until
 
 TEN_MEGABYTES = b" " * 10_000_000
 PIECES = 160
@@ -109,7 +110,7 @@ def test_reading_on_is_bounded_in_time(
     with closing(socket.create_connection(("127.0.0.1", api.port), timeout=20)) as connection:
         connection.sendall(head + b"{")
         assert b"".join(iter(lambda: connection.recv(65_536), b"")).startswith(b"HTTP/1.1 413 ")
-        until(lambda: not api._server.server_state.connections)
+        wait_until(lambda: not api._server.server_state.connections)
 
 
 def test_a_connection_goes_on_behind_a_refused_body_that_was_read(api: ApiServer) -> None:
@@ -177,10 +178,10 @@ def test_a_request_that_the_end_of_the_server_cuts_off_is_told_of_its_job(
             httpx.post(api.url + path, json=content, timeout=60)
         )
         Thread(target=send, daemon=True).start()
-    until(lambda: len(accepting) == 2)
+    wait_until(lambda: len(accepting) == 2)
     assert isinstance(api._server, GracefulServer)
     api._server.should_exit = True
-    until(lambda: len(answers) == 2, seconds=30)
+    wait_until(lambda: len(answers) == 2)
     for answer in answers:
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (503, "server_is_overloaded")

@@ -13,7 +13,8 @@ from domain.ids import external_id
 from domain.jobs import JobError, JobStatus
 from storage import workers
 from storage.workers import WorkerReport
-from tests.integration.api_harness import CONTEXT, MODEL, ApiServer, HandWorker, body, make_chunk, post_job, until
+from tests.integration.api_harness import CONTEXT, MODEL, ApiServer, HandWorker, body, make_chunk, post_job
+from tests.waiting import wait_until
 
 
 def test_a_submitted_job_is_accepted_with_its_view_and_where_to_look(http: httpx.Client) -> None:
@@ -89,7 +90,7 @@ def test_a_long_poll_returns_when_the_job_ends(http: httpx.Client, api: ApiServe
     answers: list[httpx.Response] = []
     waiting = threading.Thread(target=lambda: answers.append(http.get(f"/v1/jobs/{job_id}", params={"wait": 30})))
     waiting.start()
-    until(lambda: api.services.streams.num_streams == 1)
+    wait_until(lambda: api.services.streams.num_streams == 1)
     hand_worker.run(job_id, "done")
     waiting.join(timeout=5)
     assert answers[0].json()["status"] == "completed"
@@ -116,7 +117,7 @@ def test_a_preferred_wait_brings_the_result_with_the_submission(
     headers = {"prefer": "respond-async, wait=30"}
     submit = threading.Thread(target=lambda: answers.append(http.post("/v1/jobs", json=body(), headers=headers)))
     submit.start()
-    until(lambda: api.services.streams.num_streams == 1)
+    wait_until(lambda: api.services.streams.num_streams == 1)
     with api.client() as other:
         hand_worker.run(other.get("/v1/jobs").json()["data"][0]["id"], "here")
     submit.join(timeout=5)

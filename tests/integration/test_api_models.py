@@ -14,8 +14,9 @@ from maintenance.janitor import Janitor
 from settings import Settings
 from storage import workers
 from storage.workers import WorkerReport
-from tests.integration.api_harness import ApiServer, HandWorker, body, post_job, until
+from tests.integration.api_harness import ApiServer, HandWorker, body, post_job
 from tests.unit.test_models import beyond_the_vocabulary
+from tests.waiting import wait_until
 
 FAKE = '[[models]]\nid = "{}"\npath = "fake"\nbackend = "fake"\nmax_model_len = 64\n'
 BAD = '[[models]]\nid = "bad"\npath = "/nowhere"\n'
@@ -67,13 +68,13 @@ def test_a_model_that_is_unavailable_says_why_on_every_route(http: httpx.Client)
 def test_changes_of_models_toml_are_followed_without_a_restart(http: httpx.Client, models_file: Path) -> None:
     job = post_job(http)
     models_file.write_text(FAKE.format("other"))
-    until(lambda: http.post("/v1/jobs", json=body(model="other")).status_code == 202, seconds=60)
-    until(lambda: http.post("/v1/jobs", json=body()).status_code == 404, seconds=60)
+    wait_until(lambda: http.post("/v1/jobs", json=body(model="other")).status_code == 202)
+    wait_until(lambda: http.post("/v1/jobs", json=body()).status_code == 404)
     assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["other"]
     assert http.get(f"/v1/jobs/{job['id']}").json()["status"] == "queued", "it is there still"
     models_file.write_text("[[models")
     models_file.write_text(FAKE.format("other") + FAKE.format("third"))
-    until(lambda: http.post("/v1/jobs", json=body(model="third")).status_code == 202, seconds=60)
+    wait_until(lambda: http.post("/v1/jobs", json=body(model="third")).status_code == 202)
 
 
 def test_jobs_of_a_model_taken_out_go_on_as_long_as_its_workers(
@@ -88,7 +89,7 @@ def test_jobs_of_a_model_taken_out_go_on_as_long_as_its_workers(
         workers.heartbeat(session, report)
     job = post_job(http)
     models_file.write_text(FAKE.format("other"))
-    until(lambda: http.get("/v1/models/fake").status_code == 404, seconds=60)
+    wait_until(lambda: http.get("/v1/models/fake").status_code == 404)
     hand_worker.redis.flushdb()  # whatever the API sent is lost
     with session_factory.begin() as session:
         workers.heartbeat(session, report)

@@ -21,7 +21,8 @@ from settings import ROOT
 from storage import workers
 from storage.database import migrate
 from storage.workers import WorkerReport
-from tests.integration.api_harness import MODEL, ApiServer, HandWorker, all_events, body, open_events, post_job, until
+from tests.integration.api_harness import MODEL, ApiServer, HandWorker, all_events, body, open_events, post_job
+from tests.waiting import wait_until
 
 
 def beat(session_factory: sessionmaker[Session], **fields: object) -> None:
@@ -41,7 +42,7 @@ def test_the_queue_tells_what_waits_what_runs_and_how_soon(
     beat(session_factory, max_num_seqs=1)
     jobs = [post_job(http) for _ in range(4)]  # of 5 prompt tokens and 16 to come each
     hand_worker.claim(jobs[0]["id"])
-    queue = until(lambda: (seen := queue_of(http))["running"] == 1 and seen["workers"] == 1 and seen)
+    queue = wait_until(lambda: (seen := queue_of(http))["running"] == 1 and seen["workers"] == 1 and seen)
     assert (queue["queued"], queue["running"], queue["workers"], queue["slots"]) == (3, 1, 1, 1)
     assert queue["tokens_ahead"] == 3 * 21 + 16
     assert queue["tokens_per_second"] == 20.0
@@ -53,7 +54,7 @@ def test_a_job_knows_its_place_and_the_place_moves_up(
     http: httpx.Client, api: ApiServer, hand_worker: HandWorker, session_factory: sessionmaker[Session]
 ) -> None:
     beat(session_factory, max_num_seqs=1)
-    until(lambda: queue_of(http)["workers"] == 1)
+    wait_until(lambda: queue_of(http)["workers"] == 1)
     hand_worker.claim(post_job(http)["id"])
     ahead, mine = post_job(http)["id"], post_job(http)["id"]
     first = post_job(http, priority=5)["id"]
@@ -72,7 +73,7 @@ def test_a_job_knows_its_place_and_the_place_moves_up(
 
 def test_a_job_with_a_free_slot_starts_at_once(http: httpx.Client, session_factory: sessionmaker[Session]) -> None:
     beat(session_factory, max_num_seqs=2)
-    until(lambda: queue_of(http)["workers"] == 1)
+    wait_until(lambda: queue_of(http)["workers"] == 1)
     assert post_job(http)["queue"] == {"position": 0, "eta_seconds": 0.0, "waiting_for": "slots"}
 
 
@@ -83,7 +84,7 @@ def test_health_tells_the_whole_and_what_is_missing(
     assert (health["status"], health["database"], health["redis"]) == ("degraded", "ok", "ok")
     assert health["workers"] == 0
     beat(session_factory)
-    until(lambda: http.get("/health").json()["status"] == "ok")
+    wait_until(lambda: http.get("/health").json()["status"] == "ok")
     redis_server.stop()
     try:
         health = http.get("/health")
@@ -98,7 +99,7 @@ def test_health_tells_the_whole_and_what_is_missing(
 def test_metrics_hold_the_names_that_dashboards_read(http: httpx.Client) -> None:
     post_job(http, prompt="my diary entry")
     http.get("/nowhere/my-diary")
-    until(lambda: 'llm_queue_size{model="fake"} 1.0' in http.get("/metrics").text)
+    wait_until(lambda: 'llm_queue_size{model="fake"} 1.0' in http.get("/metrics").text)
     metrics = http.get("/metrics").text
     assert 'llm_requests_total{model="fake"}' in metrics
     assert 'jobs_submitted_total{model="fake",outcome="accepted"}' in metrics
@@ -220,7 +221,7 @@ class TestWithoutDatabase:
             own_server.start()
         after = post_job(http)["id"]
         assert [job["id"] for job in http.get("/v1/jobs").json()["data"]] == [after, before]
-        until(lambda: http.get("/health/ready").status_code == 200)
+        wait_until(lambda: http.get("/health/ready").status_code == 200)
 
     def test_a_stream_outlives_a_restart_of_it(
         self, http: httpx.Client, hand_worker: HandWorker, own_server: EmbeddedPostgres
@@ -267,7 +268,7 @@ def test_streams_and_long_polls_end_when_the_server_stops_and_go_on_elsewhere(
         assert next(events).name == "job.started"
         assert next(events).id == "1"
         waiting.start()
-        until(lambda: api.services.streams.num_streams == 2)
+        wait_until(lambda: api.services.streams.num_streams == 2)
         api.stop()
         assert list(events) == []
         waiting.join(timeout=10)
@@ -283,10 +284,10 @@ def test_an_answer_under_way_is_given_before_the_end(api: ApiServer) -> None:
     head = b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 32\r\n\r\n"
     with closing(socket.create_connection(("127.0.0.1", api.port))) as connection:
         connection.sendall(head)
-        until(lambda: http_in_progress() >= 1)
+        wait_until(lambda: http_in_progress() >= 1)
         stopping = threading.Thread(target=api.stop)
         stopping.start()
-        until(lambda: api.services.draining.is_set())
+        wait_until(lambda: api.services.draining.is_set())
         connection.sendall(b'{"model":"fake","prompt":"abcd"}')
         assert connection.recv(65_536).startswith(b"HTTP/1.1 202")
         stopping.join(timeout=10)

@@ -16,8 +16,9 @@ from gpu_worker.engine.backends.fake import fake_text
 from storage import tenants
 from storage.tables import DEFAULT_TENANT_ID
 from tests.conftest import MakeTenant
-from tests.integration.api_harness import ApiServer, until
+from tests.integration.api_harness import ApiServer
 from tests.integration.runner_harness import Rig
+from tests.waiting import wait_until
 
 ROUTES = ["/generate", "/generate_stream", "/api/v1/infer", "/chat"]
 
@@ -138,7 +139,7 @@ def test_infer_ends_at_its_timeout_and_so_does_its_job(rig: Rig, monkeypatch: py
         assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
         assert late.headers["x-should-retry"] == "false"
         job_id = parse_id(late.headers["x-job-id"])
-        until(lambda: worker.ends(job_id))
+        wait_until(lambda: worker.ends(job_id))
     assert rig.job(job_id).status is JobStatus.EXPIRED
 
 
@@ -166,7 +167,7 @@ def test_nobody_waits_for_a_model_that_no_worker_serves(rig: Rig) -> None:
     settings = rig.settings.model_copy(update={"no_workers_seconds": 0.1})
     body = {"model": "test-model", "prompt": "Once", "max_tokens": 2}
     with ApiServer(settings, Catalog.load(settings.models_file)) as server, server.client() as client:
-        until(lambda: server.services.monitor.unserved_seconds("test-model") > 0.1)
+        wait_until(lambda: server.services.monitor.unserved_seconds("test-model") > 0.1)
         for path in ("/generate", "/api/v1/infer", "/v1/completions"):
             refused = client.post(path, json=body)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_workers")
@@ -174,7 +175,7 @@ def test_nobody_waits_for_a_model_that_no_worker_serves(rig: Rig) -> None:
         assert client.post("/v1/jobs", json={"model": "test-model", "prompt": "x"}).status_code == 202
         assert client.get("/health").json()["model_loaded"] is False
         rig.start()
-        until(lambda: server.services.monitor.unserved_seconds("test-model") < 0.1)
+        wait_until(lambda: server.services.monitor.unserved_seconds("test-model") < 0.1)
         assert client.get("/health").json()["model_loaded"] is True
 
 
@@ -183,7 +184,7 @@ def test_health_tells_how_the_newest_jobs_fared(simple: httpx.Client) -> None:
     assert empty["requests"] == {"total": 0, "errors": 0, "success_rate": None}
     assert empty["latency"] == empty["queue"] == empty["ttft"] == {"p50": None, "p95": None, "p99": None, "mean": None}
     answers = [ask(simple, "/generate", prompt="Once", max_tokens=3) for _ in range(2)]
-    metrics = until(lambda: (seen := simple.get("/health").json()["metrics"])["requests"]["total"] == 2 and seen)
+    metrics = wait_until(lambda: (seen := simple.get("/health").json()["metrics"])["requests"]["total"] == 2 and seen)
     assert metrics["requests"] == {"total": 2, "errors": 0, "success_rate": 1.0}
     assert metrics["throughput"] == {"qps": 2 / metrics["window_seconds"], "tokens_generated": 6}
     mean = sum(answer["latency_ms"] for answer in answers) / 2000

@@ -11,7 +11,8 @@ import pytest
 
 from api.limits import UploadSlots
 from domain.errors import ServerOverloaded
-from tests.integration.api_harness import ApiServer, until
+from tests.integration.api_harness import ApiServer
+from tests.waiting import wait_until
 
 HEAD = (
     b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=x\r\n"
@@ -33,7 +34,7 @@ def trickling(api: ApiServer) -> Iterator[list[socket.socket]]:
             address = ("127.0.0.1", api.port)
             connections.append(stack.enter_context(closing(socket.create_connection(address, timeout=30))))
             connections[-1].sendall(HEAD + PART)
-        until(lambda: api.services.uploads._num_by_tenant.total() == len(connections))
+        wait_until(lambda: api.services.uploads._num_by_tenant.total() == len(connections))
         yield connections
 
 

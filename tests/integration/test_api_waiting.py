@@ -14,7 +14,8 @@ from storage import batches, workers
 from storage.tables import Job
 from storage.workers import WorkerReport
 from tests.conftest import MakeJob
-from tests.integration.api_harness import MODEL, ApiServer, open_events, post_job, until
+from tests.integration.api_harness import MODEL, ApiServer, open_events, post_job
+from tests.waiting import wait_until
 
 Sessions = sessionmaker[Session]
 
@@ -57,7 +58,7 @@ def test_a_queued_job_says_why_it_waits_wherever_it_is_shown(
     with session_factory.begin() as session:
         session.execute(update(Job).values(columns or {"num_dispatches": 0}))
     prepare(session_factory)
-    assert until(lambda: queue_of(http)["waiting_for"] == {reason: 1}), queue_of(http)
+    assert wait_until(lambda: queue_of(http)["waiting_for"] == {reason: 1}), queue_of(http)
     queue = http.get(f"/v1/jobs/{name}").json()["queue"]
     assert (queue["position"], queue["waiting_for"]) == (0, reason)
     assert queue["eta_seconds"] == (0.0 if reason == "slots" else None)
@@ -71,7 +72,7 @@ def test_a_queued_job_says_why_it_waits_wherever_it_is_shown(
 
 def test_a_job_that_is_accepted_says_it_at_once(http: httpx.Client, session_factory: Sessions) -> None:
     serve(session_factory, "draining")
-    until(lambda: post_job(http)["queue"]["waiting_for"] == "pause")
+    wait_until(lambda: post_job(http)["queue"]["waiting_for"] == "pause")
 
 
 def test_lines_of_batches_wait_for_their_share_though_slots_are_free(
@@ -79,9 +80,9 @@ def test_lines_of_batches_wait_for_their_share_though_slots_are_free(
 ) -> None:
     make_job(model=MODEL, priority=BATCH_PRIORITY)
     serve(session_factory)
-    until(lambda: queue_of(http)["waiting_for"] == {"slots": 1})
+    wait_until(lambda: queue_of(http)["waiting_for"] == {"slots": 1})
     monkeypatch.setattr(batches, "num_outstanding", lambda session, model: 3)  # of four slots
-    until(lambda: queue_of(http)["waiting_for"] == {"limit": 1})
+    wait_until(lambda: queue_of(http)["waiting_for"] == {"limit": 1})
 
 
 @pytest.mark.parametrize("reason", [reason for reason in REASONS if reason != "slots"])
@@ -94,12 +95,12 @@ def test_what_waits_in_vain_for_a_minute_is_a_finding_and_no_good_health(
     with session_factory.begin() as session:
         session.execute(update(Job).values(old | columns))
     prepare(session_factory)
-    until(lambda: queue_of(http)["waiting_for"] == {reason: 1})
+    wait_until(lambda: queue_of(http)["waiting_for"] == {reason: 1})
     health = http.get("/health").json()
     assert health["findings"] == []  # the job is old enough, the reason is not
     assert health["status"] == ("ok" if reason in ("revision", "isolation", "pause") else "degraded")
     since = api.services.monitor._waiting_since
-    until(lambda: since.update({key: since[key] - 70 for key in since}) or http.get("/health").json()["findings"])
+    wait_until(lambda: since.update({key: since[key] - 70 for key in since}) or http.get("/health").json()["findings"])
     health = http.get("/health").json()
     [finding] = health["findings"]
     assert (finding["model"], finding["waiting_for"], finding["jobs"]) == (MODEL, reason, 1)
@@ -113,7 +114,7 @@ def test_a_turn_that_takes_long_is_no_finding(http: httpx.Client, api: ApiServer
     with session_factory.begin() as session:
         session.execute(update(Job).values(created_at=Job.created_at - timedelta(hours=1)))
     serve(session_factory)
-    until(lambda: queue_of(http)["waiting_for"] == {"slots": 1})
+    wait_until(lambda: queue_of(http)["waiting_for"] == {"slots": 1})
     since = api.services.monitor._waiting_since
     since.update({key: since[key] - 3600 for key in since})
     assert api.services.monitor.findings == []

@@ -12,7 +12,8 @@ from domain.webhooks import EVENT_TYPES
 from settings import Settings
 from storage import tenants
 from tests.conftest import MakeTenant
-from tests.integration.api_harness import ApiServer, HandWorker, body, post_job, until
+from tests.integration.api_harness import ApiServer, HandWorker, body, post_job
+from tests.waiting import wait_until
 from tests.webhook_receiver import Receiver, receiving, sending
 
 SDK_TYPES: Any = ["response.completed", "batch.failed"]
@@ -83,14 +84,14 @@ def test_a_job_tells_its_url_and_the_log_says_how(
     http.post(f"/v1/jobs/{cancelled['id']}/cancel")
     hand_worker.run(job["id"], "a")
     with sending(api_settings):
-        until(lambda: http.get("/v1/webhook_deliveries?status=delivered").json()["data"])
+        wait_until(lambda: http.get("/v1/webhook_deliveries?status=delivered").json()["data"])
         [listed] = http.get("/v1/webhook_deliveries").json()["data"]
         assert (listed["about"], listed["event_type"], listed["url"]) == (job["id"], "job.completed", receiver.url())
         path = f"/v1/webhook_deliveries/{listed['id']}"
         delivery = http.get(path).json()
         assert [(a["number"], a["status_code"]) for a in delivery["attempts"]] == [(1, 200)]
         assert http.post(f"{path}/redeliver").json()["status"] == "pending"
-        until(lambda: len(http.get(path).json()["attempts"]) == 2)
+        wait_until(lambda: len(http.get(path).json()["attempts"]) == 2)
     first, second = receiver.received
     secret = http.get("/v1/webhook_secret").json()["signing_secret"]
     for received in (first, second):

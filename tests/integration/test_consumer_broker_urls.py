@@ -10,7 +10,8 @@ import redis
 
 from local.server_programs import redis_program
 from local.servers import EmbeddedRedis
-from tests.integration.consumer_harness import Plant, wait_until
+from tests.integration.consumer_harness import Plant
+from tests.waiting import wait_until
 
 PASSWORD = "a-password"
 

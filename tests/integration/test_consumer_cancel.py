@@ -12,8 +12,8 @@ from tests.integration.consumer_harness import (
     plant,
     plant_events,
     shared_plant,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 __all__ = ["events", "make_plant", "plant", "plant_events", "shared_plant"]
 

@@ -18,8 +18,9 @@ from domain.jobs import JobStatus, WorkerState
 from storage import workers
 from tasks.app import make_app
 from tasks.dispatch import count_waiting, dispatch
-from tests.integration.consumer_harness import ROOT, EventLog, events, wait_until
+from tests.integration.consumer_harness import ROOT, EventLog, events
 from tests.integration.runner_harness import MODEL, Rig
+from tests.waiting import wait_until
 
 __all__ = ["events"]
 

@@ -11,7 +11,8 @@ import redis
 from domain.ids import external_id
 from local.servers import EmbeddedRedis
 from tasks.app import make_app
-from tests.integration.consumer_harness import QUEUE, EventLog, MakePlant, Plant, events, make_plant, wait_until
+from tests.integration.consumer_harness import QUEUE, EventLog, MakePlant, Plant, events, make_plant
+from tests.waiting import wait_until
 
 __all__ = ["events", "make_plant"]
 

@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from domain.ids import external_id
-from tests.integration.consumer_harness import ROOT, Plant, plant, shared_plant, wait_until
+from tests.integration.consumer_harness import ROOT, Plant, plant, shared_plant
+from tests.waiting import wait_until
 
 __all__ = ["plant", "shared_plant"]
 
@@ -68,7 +69,7 @@ class Flower:
 def flower(shared_plant: Plant) -> Iterator[Flower]:
     flower = Flower(shared_plant)
     try:
-        wait_until(lambda: WORKER in (flower.get("/workers", status=True) or {}), "Flower knows the worker", seconds=40)
+        wait_until(lambda: WORKER in (flower.get("/workers", status=True) or {}), "Flower knows the worker")
         yield flower
     finally:
         flower.close()

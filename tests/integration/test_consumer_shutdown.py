@@ -14,7 +14,8 @@ from domain.ids import external_id
 from local.lock import UpLock
 from local.servers import EmbeddedRedis
 from settings import FOUND
-from tests.integration.consumer_harness import QUEUE, EventLog, MakePlant, Plant, events, make_plant, wait_until
+from tests.integration.consumer_harness import QUEUE, EventLog, MakePlant, Plant, events, make_plant
+from tests.waiting import wait_until
 
 __all__ = ["events", "make_plant"]
 

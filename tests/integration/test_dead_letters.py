@@ -13,7 +13,8 @@ from domain.jobs import FinishReason, JobError, JobStatus, Lane
 from storage import job_queries, jobs
 from storage.jobs import ClaimedJob
 from storage.tables import Job
-from tests.integration.api_harness import HandWorker, all_events, body, make_chunk, post_job, until
+from tests.integration.api_harness import HandWorker, all_events, body, make_chunk, post_job
+from tests.waiting import wait_until
 
 ENGINE_ERROR = JobError(code="engine_error", message="it could not be run")
 
@@ -34,7 +35,7 @@ def claim_from(session_factory: sessionmaker[Session], hand_worker: HandWorker, 
 def poison(session_factory: sessionmaker[Session], hand_worker: HandWorker, job_id: str) -> None:
     """It crashes two engines, the second one alone."""
     for lane in (Lane.STANDARD, Lane.ISOLATED):
-        until(partial(claim_from, session_factory, hand_worker, lane))  # a dispatch may hold its row
+        wait_until(partial(claim_from, session_factory, hand_worker, lane))  # a dispatch may hold its row
         with session_factory.begin() as session:
             jobs.report_crash(session, {parse_id(job_id): 2}, owner=hand_worker.owner)
 

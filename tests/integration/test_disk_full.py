@@ -9,7 +9,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from gpu_worker.threads import RunnerEventKind
 from tests.integration.api_harness import body, post_job
-from tests.integration.runner_harness import Rig, wait_until
+from tests.integration.runner_harness import Rig
+from tests.waiting import wait_until
 
 
 @contextmanager

@@ -13,9 +13,8 @@ from domain.catalog import ModelSpec
 from gpu_worker.engine_process.frames import AddJob, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from settings import ROOT
-from tests.integration.runner_harness import wait_until
+from tests.waiting import wait_until
 
-LOAD_SECONDS = 120.0  # imports on a busy machine
 NUM_TOKENS = 20
 SPEC = ModelSpec(id="mini", path=f"{ROOT}/models/celeriac-mini", max_model_len=256, max_num_seqs=2)
 
@@ -87,7 +86,7 @@ def generate(supervisor: Supervisor) -> list[int]:
         tokens.extend(token for done in steps for output in done.outputs for token in output.token_ids)
         return len(tokens) == NUM_TOKENS
 
-    wait_until(is_ready, "the engine is ready", seconds=LOAD_SECONDS)
+    wait_until(is_ready, "the engine is ready")
     supervisor.send(COMMAND)
     wait_until(is_done, "the job is done")
     return tokens

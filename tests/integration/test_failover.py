@@ -21,7 +21,8 @@ from local.server_programs import postgres_programs
 from local.servers import EmbeddedPostgres
 from storage import database as storage_database
 from tests.integration.api_harness import ApiServer
-from tests.integration.runner_harness import MODEL, Rig, wait_until
+from tests.integration.runner_harness import MODEL, Rig
+from tests.waiting import wait_until
 
 SETTINGS = {"fsync": "off", "wal_receiver_status_interval": "1s"}
 

@@ -20,6 +20,7 @@ from storage.job_accept import Accepted, AcceptOutcome, NewJob
 from storage.tables import DEFAULT_TENANT_ID, Job
 from tasks import accept as group_accept
 from tasks.accept import GroupAcceptor
+from tests.waiting import slowness
 
 
 def make_new_job(**fields: Any) -> NewJob:
@@ -163,7 +164,7 @@ async def test_a_database_that_is_down_is_said_at_once() -> None:
     database = open_statement_database("postgresql://nobody@127.0.0.1:1/none", pool_size=2)
     acceptor = GroupAcceptor(async_session_factory(database), max_queued_jobs=10)
     acceptor.start()
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(3 * slowness()):
         with pytest.raises(StorageUnavailable):
             await acceptor.accept(make_new_job())
     await acceptor.stop()
@@ -205,7 +206,7 @@ async def test_a_database_that_hangs_is_not_waited_for(
     for answer in await asyncio.gather(*first, return_exceptions=True):
         assert isinstance(answer, StorageUnavailable)
         assert "Idempotency-Key" in answer.message
-    async with asyncio.timeout(0.1):
+    async with asyncio.timeout(0.1 * slowness()):
         with pytest.raises(StorageUnavailable, match="does not answer"):
             await acceptor.accept(make_new_job())
 

@@ -25,7 +25,8 @@ from storage.workers import WorkerReport
 from tasks.dispatch import count_waiting
 from tasks.messages import priority_keys
 from tests.conftest import MakeTenant
-from tests.integration.consumer_harness import events, wait_until
+from tests.integration.consumer_harness import events
+from tests.waiting import wait_until
 
 __all__ = ["events"]
 

@@ -19,9 +19,10 @@ from maintenance.janitor import Janitor
 from settings import Settings
 from storage.tables import Job
 from tests.chaos.plant import Plant
-from tests.integration.api_harness import CATALOG, HandWorker, until
+from tests.integration.api_harness import CATALOG, HandWorker
 from tests.integration.test_main_job import System
 from tests.storage_samples import PAST
+from tests.waiting import wait_until
 
 MODELS = """
 [[models]]
@@ -36,7 +37,6 @@ step_seconds = 0.1
 SETTINGS = {"lease_seconds": 3, "lease_grace_seconds": 0.5, "janitor_interval_seconds": 0.5, "log_format": "json"}
 PROMPT = "Nobody-may-read-this-in-a-log"
 NUM_TOKENS = 60
-START_SECONDS = 60.0
 
 
 @pytest.fixture
@@ -57,7 +57,6 @@ def lines_of(plant: Plant) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_story_of_a_rescued_job_can_be_read_in_the_logs_by_its_id(system: System) -> None:
     plant = system.plant
     flower = plant._part("flower", "flower", "--port", str(free_port("127.0.0.1", 0)))
@@ -67,11 +66,11 @@ def test_the_story_of_a_rescued_job_can_be_read_in_the_logs_by_its_id(system: Sy
             params = {"max_tokens": NUM_TOKENS, "ignore_eos": True}
             accepted = http.post("/v1/jobs", json={"model": "fake", "prompt": PROMPT, "params": params})
             name, request_id = accepted.json()["id"], accepted.headers["x-request-id"]
-            until(lambda: http.get(f"/v1/jobs/{name}").json()["first_token_at"], seconds=START_SECONDS)
+            wait_until(lambda: http.get(f"/v1/jobs/{name}").json()["first_token_at"])
             plant.workers[0].kill()  # with SIGKILL; it is started again
-            until(lambda: http.get(f"/v1/jobs/{name}").json()["status"] == "completed", seconds=START_SECONDS)
-        until(lambda: "Visit me" in flower.log(), seconds=START_SECONDS)
-        until(lambda: any(line["message"] == "job ended" for line in lines_of(plant)))
+            wait_until(lambda: http.get(f"/v1/jobs/{name}").json()["status"] == "completed")
+        wait_until(lambda: "Visit me" in flower.log())
+        wait_until(lambda: any(line["message"] == "job ended" for line in lines_of(plant)))
     finally:
         flower.close()
     story = [line for line in lines_of(plant) if line.get("job_id") == name and line["message"].startswith("job ")]

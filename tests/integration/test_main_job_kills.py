@@ -102,7 +102,6 @@ def brought(system: System, strikes: Sequence[Strike]) -> list[Brought]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_greedy_text_after_three_kills_is_the_text_without_any(system: System) -> None:
     undisturbed = brought(system, [])
     disturbed = brought(system, STRIKES)

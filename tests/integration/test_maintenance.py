@@ -18,9 +18,10 @@ from local.servers import EmbeddedRedis
 from settings import Settings
 from storage.tables import Job
 from tests.integration.api_harness import ApiServer
-from tests.integration.consumer_harness import ROOT, EventLog, events, wait_until
+from tests.integration.consumer_harness import ROOT, EventLog, events
 from tests.integration.maintenance_harness import RunningMaintenance, maintaining
 from tests.integration.test_janitor import AN_HOUR_AGO, client, is_sent, status_of
+from tests.waiting import wait_until
 
 __all__ = ["client", "events"]
 

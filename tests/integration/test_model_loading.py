@@ -3,7 +3,6 @@
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 from celeriac.client import parse_events
 from tests.chaos.plant import Part, Plant
+from tests.waiting import wait_until
 
 MODEL = "fake"
 MODELS = f"""
@@ -29,7 +29,6 @@ step_seconds = 0.01
 SETTINGS = {"lease_seconds": 3, "lease_grace_seconds": 0.5, "janitor_interval_seconds": 0.5, "drain_seconds": 0.2}
 MAX_TOKENS = 300  # three seconds
 NUM_JOBS = 4
-pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +72,17 @@ def text_of(job: dict[str, Any]) -> str:
     return str(choices[0]["text"]) if choices else ""
 
 
-def wait_until(plant: Plant, is_true: Callable[[], Any], what: str, *, seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain until {what}"
+def watch_until(plant: Plant, is_true: Callable[[], Any], what: str) -> None:
+    def watch() -> Any:
         plant.watch()
-        time.sleep(0.05)
+        return is_true()
+
+    wait_until(watch, what, pause_seconds=0.05)
 
 
 def start_jobs(plant: Plant, client: httpx.Client) -> list[str]:
     job_ids = [submit(client, seed) for seed in range(NUM_JOBS)]
-    wait_until(plant, lambda: all(text_of(read(client, job_id)) for job_id in job_ids), "every job has text")
+    watch_until(plant, lambda: all(text_of(read(client, job_id)) for job_id in job_ids), "every job has text")
     return job_ids
 
 
@@ -108,9 +107,11 @@ class Reader(threading.Thread):
 
 def assert_all_whole(plant: Plant, client: httpx.Client, job_ids: list[str], readers: list[Reader]) -> None:
     """Each token once: the text is what an undisturbed job of the same seed says, and so is what was streamed."""
-    wait_until(plant, lambda: all(read(client, job_id)["status"] == "completed" for job_id in job_ids), "all completed")
+    watch_until(
+        plant, lambda: all(read(client, job_id)["status"] == "completed" for job_id in job_ids), "all completed"
+    )
     undisturbed = [submit(client, seed) for seed in range(NUM_JOBS)]
-    wait_until(plant, lambda: all(read(client, id_)["status"] == "completed" for id_ in undisturbed), "and these")
+    watch_until(plant, lambda: all(read(client, id_)["status"] == "completed" for id_ in undisturbed), "and these")
     for job_id, other_id, reader in zip(job_ids, undisturbed, readers, strict=True):
         reader.join(timeout=20)
         assert text_of(read(client, job_id)) == text_of(read(client, other_id)) == reader.text
@@ -159,13 +160,13 @@ def test_a_worker_killed_while_its_model_is_unloaded_comes_back_without_an_engin
     [(_, first_start)] = states(client)
     assert client.post(f"/v1/admin/models/{MODEL}/unload").status_code == 202
     worker.kill()  # with jobs running: they are rescued, and wait as well
-    wait_until(plant, lambda: came_back(client, first_start), "the worker is back, unloaded")
+    watch_until(plant, lambda: came_back(client, first_start), "the worker is back, unloaded")
     assert worker.engine_pid() is None
-    wait_until(plant, lambda: all(read(client, id_)["status"] == "queued" for id_ in job_ids), "they are rescued")
+    watch_until(plant, lambda: all(read(client, id_)["status"] == "queued" for id_ in job_ids), "they are rescued")
 
     [*_, (_, second_start)] = states(client)
     worker.kill()
-    wait_until(plant, lambda: came_back(client, second_start), "it is back once more, unloaded")
+    watch_until(plant, lambda: came_back(client, second_start), "it is back once more, unloaded")
     assert worker.engine_pid() is None
     assert all(read(client, job_id)["status"] == "queued" for job_id in job_ids)
     assert never_ready_since(worker)

@@ -30,7 +30,7 @@ from storage.database import (
     open_database,
     refuse_shared_sessions,
 )
-from tests.integration.consumer_harness import wait_until
+from tests.waiting import wait_until
 
 PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
 GUARDS = {

@@ -15,6 +15,7 @@ from settings import Settings
 from storage import job_queries
 from storage.database import async_session_factory, open_statement_database
 from storage.job_queries import QueuePosition
+from tests.waiting import slowness
 
 pytestmark = pytest.mark.anyio
 
@@ -32,7 +33,7 @@ async def test_a_slow_answer_is_no_reason_to_ask_seldom(database_url: str, monke
     monkeypatch.setattr(job_queries, "positions", slow_positions)
     database = open_statement_database(database_url)
     async with QueueMonitor(async_session_factory(database), Catalog([SPEC]), Settings()) as monitor:
-        async with asyncio.timeout(5):  # four times the slow one would be six seconds
+        async with asyncio.timeout(5 * slowness()):  # four times the slow one would be six seconds
             assert await monitor.position(new_id(), SPEC.id) is None
             assert await monitor.position(new_id(), SPEC.id) is None
     await database.dispose()

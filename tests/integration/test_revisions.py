@@ -21,17 +21,9 @@ from storage.streams import publish
 from storage.tables import Job, JobChunk
 from storage.workers import WorkerReport
 from tests.conftest import MakeJob
-from tests.integration.api_harness import (
-    CATALOG,
-    MODEL,
-    HandWorker,
-    all_events,
-    make_chunk,
-    open_events,
-    post_job,
-    until,
-)
+from tests.integration.api_harness import CATALOG, MODEL, HandWorker, all_events, make_chunk, open_events, post_job
 from tests.storage_samples import chunk, claim
+from tests.waiting import wait_until
 
 Sessions = sessionmaker[Session]
 GONE, SERVED = "fake:old", "fake:main"
@@ -93,7 +85,7 @@ class TestPolicies:
         begin(session_factory, job.id, "an old ", "text")
         serve(session_factory, SERVED)
         janitor = make_janitor(revision_seconds=0.01)
-        moved = until(lambda: janitor.tick().get("moved to another revision"))
+        moved = wait_until(lambda: janitor.tick().get("moved to another revision"))
         assert moved == 1
         with session_factory.begin() as session:
             [claimed] = claim(session, job.id, model_revision=SERVED)
@@ -113,7 +105,7 @@ class TestPolicies:
         begin(session_factory, job.id, "an old ", "text")
         serve(session_factory, SERVED)
         janitor = make_janitor(revision_seconds=0.01, revision_policy="fail")
-        until(lambda: janitor.tick().get("moved to another revision"))
+        wait_until(lambda: janitor.tick().get("moved to another revision"))
         with session_factory() as session:
             record = job_queries.get(session, job.id, job.tenant_id)
         assert record is not None
@@ -136,7 +128,7 @@ class TestPolicies:
             assert maintenance.figures(session)["gone_revision_jobs", f"{MODEL}/{GONE}"] == 1
             assert session.get_one(Job, job.id).committed_sequence_number == 2
         serve(session_factory, GONE)
-        until(lambda: janitor.tick() is not None and not _gone(session_factory))
+        wait_until(lambda: janitor.tick() is not None and not _gone(session_factory))
 
     @pytest.mark.parametrize(
         "beside", [None, GONE, "nobody"], ids=["a worker that does not tell", "one that loads it", "no worker at all"]

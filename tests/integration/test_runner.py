@@ -12,7 +12,8 @@ from gpu_worker.engine.backends.fake import fake_text
 from gpu_worker.threads import RunnerEventKind
 from storage import jobs, workers
 from storage.jobs import ChunkCommit
-from tests.integration.runner_harness import PROMPT, RecordingRunner, Rig, listening, wait_until
+from tests.integration.runner_harness import PROMPT, RecordingRunner, Rig, listening
+from tests.waiting import wait_until
 
 CLAIMED, DROPPED, ENDED, REFUSED, RELEASED = (
     RunnerEventKind.CLAIMED,

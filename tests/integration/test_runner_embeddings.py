@@ -10,7 +10,8 @@ from domain.jobs import JobStatus
 from domain.requests import EmbeddingResult
 from gpu_worker.engine.backends.fake import fake_vector
 from gpu_worker.threads import RunnerEventKind
-from tests.integration.runner_harness import Rig, wait_until
+from tests.integration.runner_harness import Rig
+from tests.waiting import wait_until
 
 INPUTS = [[n % 200, n // 200, 7] for n in range(150)]
 

@@ -18,7 +18,8 @@ from gpu_worker import batch, intake
 from gpu_worker.threads import RunnerEventKind
 from storage import job_queries, jobs
 from storage.job_statements import PROVEN_TOKENS
-from tests.integration.runner_harness import MODEL, RecordingRunner, Rig, wait_until
+from tests.integration.runner_harness import MODEL, RecordingRunner, Rig
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW_STEP_SECONDS = 0.05  # a job that is to be caught running must not be over before
@@ -99,7 +100,7 @@ def test_one_poison_job_costs_at_most_three_engines_and_none_of_sixteen_innocent
     innocents, guilty = rig.add_jobs(16, max_tokens=80), rig.add_job(seed=99, max_tokens=80)
     worker = rig.start()
     worker.offer([guilty, *innocents])
-    wait_until(lambda: rig.job(guilty).status is JobStatus.FAILED, "the guilty job has failed", seconds=60)
+    wait_until(lambda: rig.job(guilty).status is JobStatus.FAILED, "the guilty job has failed")
     wait_until_all_completed(rig, innocents)
     with rig.sessions() as session:
         histories = job_queries.attempts_of(session, [guilty, *innocents])
@@ -116,7 +117,7 @@ def test_one_poison_job_costs_at_most_three_engines_and_none_of_sixteen_innocent
 def assert_only_the_guilty_one_fails(
     rig: Rig, worker: RecordingRunner, guilty: UUID, neighbours: Sequence[UUID]
 ) -> None:
-    wait_until(lambda: rig.job(guilty).status is JobStatus.FAILED, "the guilty job has failed", seconds=30)
+    wait_until(lambda: rig.job(guilty).status is JobStatus.FAILED, "the guilty job has failed")
     wait_until_all_completed(rig, neighbours)
     job = rig.job(guilty)
     assert job.error is not None
@@ -220,7 +221,7 @@ def test_an_engine_that_cannot_start_makes_the_worker_unhealthy_not_the_jobs(rig
     job_id = rig.add_job()
     worker = rig.start(wait=False)
     worker.offer([job_id])
-    wait_until(lambda: worker.unhealthy, "the worker gives up", seconds=40)
+    wait_until(lambda: worker.unhealthy, "the worker gives up")
     (failure,) = worker.unhealthy
     assert failure.is_lasting
     assert MODEL in failure.reason

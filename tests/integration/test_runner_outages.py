@@ -15,7 +15,8 @@ from local.servers import EmbeddedPostgres
 from storage import database as storage_database
 from storage import jobs
 from storage.tables import Job
-from tests.integration.runner_harness import Rig, wait_until
+from tests.integration.runner_harness import Rig
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ CLOSING = {byte_tokenizer().encode(text).ids[0]: 12.0 for text in '"]}'} | {EOS_
 MIN_FINISHED = 0.9  # the others are strings, numbers and lists without an end in a model that knows none
 SEEDS = 5  # of each tool
 CHECKER = jsonschema.Draft202012Validator.FORMAT_CHECKER
-pytestmark = pytest.mark.timeout(300)
 
 
 def make_job(number: int, **changes: Any) -> AddJob:

@@ -21,7 +21,7 @@ from gpu_worker.engine_process.signs_of_life import (
     read_usage,
 )
 from settings import ROOT
-from tests.integration.runner_harness import wait_until
+from tests.waiting import wait_until
 
 HEARTBEAT_SECONDS = 0.1
 PROGRAM = """

@@ -24,6 +24,7 @@ from storage.jobs import ChunkCommit, Finalisation
 from storage.streams import StatusChange, StreamReader, channel_of, publish
 from storage.tables import Job
 from tests.conftest import MakeJob
+from tests.waiting import wait_until_async
 
 SILENCE_SECONDS = 0.2
 Received = list[TokenChunk | StatusChange]
@@ -95,17 +96,11 @@ async def following(reader: StreamReader, job: RunningJob, *, starting_after: in
 
     task = asyncio.create_task(read())
     try:
-        await until(lambda: received)  # it has begun: `in_progress` is there
+        await wait_until_async(lambda: received)  # it has begun: `in_progress` is there
         yield received
         await asyncio.wait_for(task, 20)
     finally:
         task.cancel()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110  (the conditions are states of others, Redis among them)
-            await asyncio.sleep(0.005)
 
 
 def numbers(received: Received) -> list[int]:
@@ -121,7 +116,7 @@ async def test_chunks_and_statuses_arrive_live(reader: StreamReader, start_job: 
     async with following(reader, job) as received:
         for _ in range(20):
             job.publish(*job.commit(2))
-        await until(lambda: len(numbers(received)) == 40)
+        await wait_until_async(lambda: len(numbers(received)) == 40)
         job.complete()
     assert numbers(received) == list(range(1, 41))
     assert statuses(received) == [JobStatus.IN_PROGRESS, JobStatus.COMPLETED]
@@ -134,11 +129,11 @@ async def test_a_live_chunk_is_shown_without_asking_sql(
 ) -> None:
     job = start_job()
     async with following(reader, job) as received:
-        await until(lambda: reader._listener._subscribed[job.job.id].is_set())
+        await wait_until_async(lambda: reader._listener._subscribed[job.job.id].is_set())
         looked = asyncio.Event()
         monkeypatch.setattr(streams._Stream, "look", lambda stream: looked.set())
         job.publish(*job.commit())
-        await until(lambda: numbers(received) == [1])
+        await wait_until_async(lambda: numbers(received) == [1])
         assert not looked.is_set()
         monkeypatch.undo()
         job.complete()
@@ -205,7 +200,7 @@ async def test_a_status_that_sql_does_not_confirm_is_not_shown(
     async with following(reader, job) as received:
         job.publish(JobStatus.FAILED)
         job.publish(*job.commit())
-        await until(lambda: numbers(received) == [1])
+        await wait_until_async(lambda: numbers(received) == [1])
         job.complete()
     assert statuses(received) == [JobStatus.IN_PROGRESS, JobStatus.COMPLETED]
 
@@ -220,13 +215,13 @@ async def test_a_lost_attempt_shows_as_queued_and_the_next_one_goes_on(
         with session_factory.begin() as session:
             jobs.release(session, [job.job.id], owner=job.job.lease_owner)
         job.publish(JobStatus.QUEUED)
-        await until(lambda: JobStatus.QUEUED in statuses(received))
+        await wait_until_async(lambda: JobStatus.QUEUED in statuses(received))
         with session_factory.begin() as session:
             [claimed] = jobs.claim(session, [job.job.id], owner=uuid4(), model_revision="main", lease_seconds=60)
         assert [chunk.sequence_number for chunk in claimed.committed_chunks] == [1, 2, 3]
         job.job.attempt = claimed.attempt
         job.publish(JobStatus.IN_PROGRESS)
-        await until(lambda: statuses(received)[-1] is JobStatus.IN_PROGRESS)
+        await wait_until_async(lambda: statuses(received)[-1] is JobStatus.IN_PROGRESS)
         job.publish(*job.commit(2))
         job.complete()
     assert numbers(received) == [1, 2, 3, 4, 5]
@@ -246,7 +241,7 @@ async def test_a_slow_consumer_catches_up_from_sql(reader: StreamReader, start_j
         for _ in range(10):
             job.publish(*job.commit(100))
         [stream] = reader._streams[job.job.id]
-        await until(lambda: stream.is_behind)
+        await wait_until_async(lambda: stream.is_behind)
         assert len(stream.live) <= streams.MAX_LIVE_CHUNKS
         job.complete()
         async for event in events:
@@ -261,9 +256,9 @@ async def test_a_stream_that_is_left_early_is_forgotten(
     async with aclosing(reader.read(job.job.id)) as events:
         await anext(events)
         assert reader.num_streams == 1
-        await until(lambda: client.pubsub_numsub(channel_of(job.job.id))[0][1] == 1)
+        await wait_until_async(lambda: client.pubsub_numsub(channel_of(job.job.id))[0][1] == 1)
     assert reader.num_streams == 0
-    await until(lambda: client.pubsub_numsub(channel_of(job.job.id))[0][1] == 0)
+    await wait_until_async(lambda: client.pubsub_numsub(channel_of(job.job.id))[0][1] == 0)
 
 
 async def test_a_deleted_job_ends_its_stream(
@@ -285,7 +280,7 @@ async def test_one_connection_and_one_query_serve_many_streams(
         assert len(client.client_list(_type="pubsub")) == 1
         for job in running:
             job.commit(5)  # not announced: only silence tells
-        await until(lambda: all(numbers(received) == [1, 2, 3, 4, 5] for received in followed))
+        await wait_until_async(lambda: all(numbers(received) == [1, 2, 3, 4, 5] for received in followed))
         for job in running:
             job.complete()
 
@@ -301,16 +296,16 @@ async def test_streams_survive_the_death_of_redis(
         async with StreamReader(server.url, async_sessions, silence_seconds=SILENCE_SECONDS) as reader:
             async with following(reader, job) as received:
                 job.publish(*job.commit(2))
-                await until(lambda: numbers(received) == [1, 2])
+                await wait_until_async(lambda: numbers(received) == [1, 2])
 
                 server.stop()
                 job.publish(*job.commit(3))  # nobody hears it
-                await until(lambda: len(numbers(received)) == 5)
+                await wait_until_async(lambda: len(numbers(received)) == 5)
 
                 server.start()
-                await until(lambda: reader._listener._connection is not None)
+                await wait_until_async(lambda: reader._listener._connection is not None)
                 job.publish(*job.commit(2))
-                await until(lambda: len(numbers(received)) == 7)
+                await wait_until_async(lambda: len(numbers(received)) == 7)
 
                 client.flushall()
                 job.publish(*job.commit(1))
@@ -333,7 +328,7 @@ async def test_streams_leave_a_connection_that_died_silently(
     reader = StreamReader(redis_url, async_session_factory(database), silence_seconds=SILENCE_SECONDS)
     async with reader, following(reader, job) as received:
         job.publish(*job.commit(1))
-        await until(lambda: numbers(received) == [1])
+        await wait_until_async(lambda: numbers(received) == [1])
         with session_factory() as session:
             pids = session.scalars(text("SELECT pid FROM pg_stat_activity WHERE application_name = 'frozen'")).all()
         assert pids
@@ -341,7 +336,7 @@ async def test_streams_leave_a_connection_that_died_silently(
             os.kill(pid, signal.SIGSTOP)
         try:
             job.commit(1)
-            await until(lambda: numbers(received) == [1, 2])
+            await wait_until_async(lambda: numbers(received) == [1, 2])
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
@@ -363,6 +358,6 @@ async def test_a_stream_begins_while_redis_is_down(
         reader = StreamReader(url, async_sessions, silence_seconds=SILENCE_SECONDS)
         async with reader, following(reader, job) as received:
             job.publish(*job.commit(3))
-            await until(lambda: numbers(received) == [1, 2, 3])
+            await wait_until_async(lambda: numbers(received) == [1, 2, 3])
             job.complete()
     assert statuses(received) == [JobStatus.IN_PROGRESS, JobStatus.COMPLETED]

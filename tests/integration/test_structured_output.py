@@ -44,7 +44,6 @@ BOMBS: list[dict[str, Any]] = [
     {"regex": "((a{4096}){4096}){4096}"},
     {"json_schema": {"$ref": "#"}},
 ]
-pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from domain.catalog import ModelSpec
 from gpu_worker.engine_process import supervisor
 from gpu_worker.engine_process.frames import AddJob, Heartbeat, Report, StepDone
 from gpu_worker.engine_process.supervisor import LOOP_CRASHES, UNRELATED_CRASHES, EngineExit, Supervisor
-from tests.integration.runner_harness import wait_until
+from tests.waiting import wait_until
 
 
 class Crank:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = """
@@ -26,9 +27,6 @@ backend = "fake"
 max_model_len = 2048
 fake = { step_seconds = 0.005 }
 """
-START_SECONDS = 60.0
-GONE_SECONDS = 30.0
-pytestmark = pytest.mark.timeout(240)
 
 
 class RunningUp:
@@ -46,7 +44,7 @@ class RunningUp:
             start_new_session=True,
         )
         self.output = ""
-        self._news = threading.Condition()
+        self._reading = threading.Lock()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -54,16 +52,18 @@ class RunningUp:
         assert self.process.stdout is not None
         with self.process.stdout as output:
             while piece := output.read(1):
-                with self._news:
+                with self._reading:
                     self.output += piece
-                    self._news.notify_all()
 
-    def wait_for(self, pattern: str, *, seconds: float = START_SECONDS) -> re.Match[str]:
+    def wait_for(self, pattern: str) -> re.Match[str]:
         """Until it has printed this."""
-        with self._news:
-            found = self._news.wait_for(lambda: re.search(pattern, self.output), seconds)
-        assert found, f"it did not print {pattern!r} but:\n{self.output}"
-        return found
+
+        def found() -> re.Match[str] | None:
+            with self._reading:
+                return re.search(pattern, self.output)
+
+        match: re.Match[str] = wait_until(found, f"it prints {pattern!r}")
+        return match
 
     def wait_until_up(self) -> tuple[str, str]:
         """The API's URL and the first job's id."""
@@ -145,10 +145,7 @@ def celeriac(environment: dict[str, str]) -> Callable[..., "subprocess.Popen[str
 
 def wait_until_gone(folder: Path) -> None:
     """Until nothing runs there. Polls: the processes are not ours to wait for."""
-    deadline = time.monotonic() + GONE_SECONDS
-    while left := processes_of(folder):
-        assert time.monotonic() < deadline, f"still running: {left}"
-        time.sleep(0.1)
+    wait_until(lambda: not processes_of(folder), f"nothing runs in {folder}", pause_seconds=0.1)
 
 
 def processes_of(folder: Path) -> list[str]:

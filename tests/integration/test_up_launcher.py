@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from local.lock import AlreadyUp, UpLock
 from local.processes import Launcher, Service, free_port, is_free, set_aside, trim_log
 from settings import find_running
+from tests.waiting import wait_until
 
 SLEEP = "import time; time.sleep(600)"
 STUBBORN = (
@@ -51,14 +51,6 @@ def make_service(tmp_path: Path) -> Iterator[MakeService]:
     yield make
     for service in made:
         service.finish_stop()
-
-
-def wait_until(condition: Callable[[], object], *, seconds: float = 20.0) -> None:
-    """Poll for what another process does; there is no event to wait on."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:
@@ -171,7 +163,7 @@ time.sleep(600)
     owner.send_signal(signal.SIGKILL)
     owner.communicate()
     wait_until(lambda: not is_alive(service_pid))
-    wait_until(lambda: not is_alive(child_pid), seconds=30)  # TERM does not reach it; the guard's KILL does
+    wait_until(lambda: not is_alive(child_pid))  # TERM does not reach it; the guard's KILL does
 
 
 def test_a_second_up_is_told_of_the_first(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from domain.webhooks import DeliveryStatus
 from storage import jobs
 from storage.webhooks import WebhookDelivery
 from tests.conftest import MakeJob
-from tests.integration.api_harness import until
+from tests.waiting import wait_until
 from tests.webhook_receiver import receiving
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ def test_maintenance_sends_webhooks(session: Session, make_job: MakeJob, databas
         command = [str(Path(sys.executable).with_name("celeriac")), "maintenance"]
         worker = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
         try:
-            until(lambda: receiver.received, seconds=60)
+            wait_until(lambda: receiver.received)
         finally:
             worker.terminate()
             assert worker.wait(timeout=40) == 0

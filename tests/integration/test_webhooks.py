@@ -24,7 +24,7 @@ from storage import jobs, webhook_deliveries, webhooks
 from storage.tables import DEFAULT_TENANT_ID
 from storage.webhooks import WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from tests.conftest import MakeJob
-from tests.integration.api_harness import until
+from tests.waiting import wait_until
 from tests.webhook_receiver import Received, Receiver, receiving, sending
 
 ALL = ["completed", "failed", "cancelled", "expired"]
@@ -94,7 +94,7 @@ def test_the_sdk_unwraps_what_an_endpoint_receives(
     endpoint = add_endpoint()
     job_id = end_job(session, make_job)
     with sending(sender_settings):
-        until(lambda: is_settled(session))
+        wait_until(lambda: is_settled(session))
     [received] = receiver.received
     event = unwrap(received, endpoint.secret)
     assert (event.id, event.type) == (external_id(job_id, "evt"), "job.cancelled")
@@ -110,7 +110,7 @@ def test_the_url_of_a_job_is_signed_with_the_tenants_secret(
 ) -> None:
     end_job(session, make_job, webhook_url=receiver.url("/mine?x=1"), webhook_statuses=ALL)
     with sending(sender_settings):
-        until(lambda: is_settled(session))
+        wait_until(lambda: is_settled(session))
     secret = webhooks.tenant_secret(session, DEFAULT_TENANT_ID).secret
     assert receiver.received[0].path == "/mine?x=1"
     assert unwrap(receiver.received[0], secret).type == "job.cancelled"
@@ -126,11 +126,11 @@ def test_both_secrets_sign_while_one_replaces_the_other(
     session.commit()
     with sending(sender_settings):
         end_job(session, make_job)
-        until(lambda: len(receiver.received) == 1)
+        wait_until(lambda: len(receiver.received) == 1)
         third = webhooks.rotate_secret(session, old.id, DEFAULT_TENANT_ID, with_overlap=False)
         assert third is not None
         end_job(session, make_job)
-        until(lambda: len(receiver.received) == 2)
+        wait_until(lambda: len(receiver.received) == 2)
     for secret in (first, second):
         assert unwrap(receiver.received[0], secret).type == "job.cancelled"
         with pytest.raises(openai.InvalidWebhookSignatureError):
@@ -148,11 +148,11 @@ def test_what_is_not_2xx_is_tried_again_under_the_same_id(
     endpoint = add_endpoint()
     end_job(session, make_job)
     with sending(sender_settings):
-        until(lambda: deliveries(session)[0].last_error)
+        wait_until(lambda: deliveries(session)[0].last_error)
         [delivery] = deliveries(session)
         assert (delivery.status, delivery.last_status_code) == (DeliveryStatus.PENDING, status)
         move_clock(session, 5.5 / 3600)
-        until(lambda: is_settled(session))
+        wait_until(lambda: is_settled(session))
     first, second = receiver.received
     assert first.path == second.path == "/hook"  # no redirect was followed
     assert first.headers["webhook-id"] == second.headers["webhook-id"]
@@ -193,7 +193,7 @@ def test_410_disables_the_endpoint_and_gives_up_what_waits(
     )
     session.commit()
     with sending(sender_settings):
-        until(lambda: is_settled(session))
+        wait_until(lambda: is_settled(session))
     assert [delivery.status for delivery in deliveries(session)] == [DeliveryStatus.FAILED] * 2
     stored = webhooks.get_endpoint(session, endpoint.id, DEFAULT_TENANT_ID)
     assert stored is not None
@@ -211,14 +211,14 @@ def test_a_sender_killed_before_it_could_record_leaves_it_to_another(
     receiver.answer = lambda _: 200 if is_killed.wait(30) else 500
     end_job(session, make_job, webhook_url=receiver.url(), webhook_statuses=ALL)
     sender = start_sender_process(database_url)
-    until(lambda: len(receiver.received) == 1, seconds=30)
+    wait_until(lambda: len(receiver.received) == 1)
     os.kill(sender.pid, signal.SIGKILL)
     sender.wait()
     is_killed.set()
     assert not is_settled(session)
     move_clock(session, 1 / 60)  # the lease is over
     with sending(sender_settings):
-        until(lambda: is_settled(session))
+        wait_until(lambda: is_settled(session))
     first, second = receiver.received
     assert first.headers["webhook-id"] == second.headers["webhook-id"]
     assert json.loads(first.body)["id"] == json.loads(second.body)["id"]
@@ -233,7 +233,7 @@ def test_two_senders_send_each_delivery_once(
     try:
         for number in range(num_jobs):
             end_job(session, make_job, webhook_url=receiver.url(f"/{number}"), webhook_statuses=ALL)
-        until(lambda: is_settled(session), seconds=30)
+        wait_until(lambda: is_settled(session))
     finally:
         for sender in senders:
             sender.kill()
@@ -252,13 +252,13 @@ def test_a_host_that_does_not_answer_blocks_no_other(
         for _ in range(40):
             end_job(session, make_job, webhook_url=slow.url(), webhook_statuses=ALL)
         with sending(sender_settings):
-            until(lambda: len(slow.received) == 16)
+            wait_until(lambda: len(slow.received) == 16)
             fast = end_job(session, make_job, webhook_url=receiver.url(), webhook_statuses=ALL)
-            until(lambda: receiver.received)
+            wait_until(lambda: receiver.received)
             assert json.loads(receiver.received[0].body)["data"]["id"] == external_id(fast)
             assert len(slow.received) == 16  # the bound of one host
             is_over.set()
-            until(lambda: is_settled(session))
+            wait_until(lambda: is_settled(session))
 
 
 def test_a_deleted_endpoint_is_not_told_even_of_what_was_written_meanwhile(
@@ -270,7 +270,7 @@ def test_a_deleted_endpoint_is_not_told_even_of_what_was_written_meanwhile(
     session.add(orphan)
     session.commit()
     with sending(sender_settings):
-        until(lambda: is_settled(session))
+        wait_until(lambda: is_settled(session))
     assert deliveries(session)[0].last_error == "the endpoint was deleted"
     assert receiver.received == []
 
@@ -281,7 +281,7 @@ def test_a_large_answer_is_not_read(
     receiver.answer_body = b"x" * 50_000_000
     end_job(session, make_job, webhook_url=receiver.url(), webhook_statuses=ALL)
     with sending(sender_settings):
-        until(lambda: is_settled(session))
+        wait_until(lambda: is_settled(session))
     assert deliveries(session)[0].status is DeliveryStatus.DELIVERED
 
 
@@ -291,7 +291,7 @@ def test_a_private_address_is_not_connected_to(
     """Also where the URL came into the database when it was allowed."""
     end_job(session, make_job, webhook_url=receiver.url(), webhook_statuses=ALL)
     with sending(Settings(database_url=database_url)):
-        until(lambda: deliveries(session)[0].last_error)
+        wait_until(lambda: deliveries(session)[0].last_error)
     assert receiver.num_connections == 0
 
 

@@ -17,8 +17,6 @@ from tests.engine_parts import TOKENIZER
 from tests.integration.consumer_harness import ROOT
 from tests.integration.runner_harness import MODEL, Rig
 
-pytestmark = pytest.mark.timeout(240)
-
 
 def spoil_nothing(folder: Path) -> None:
     """The entry is what is wrong."""

@@ -19,6 +19,7 @@ from domain.catalog import Catalog, ModelSpec
 from domain.errors import InvalidRequest, ServerOverloaded, UnsupportedParameter
 from domain.structured_output import StructuredOutput
 from settings import ROOT
+from tests.waiting import wait_until_async
 from text import grammar_compiler
 from text.grammar_compiler import MAX_WAITING_OF_TENANT, GrammarGate
 from text.grammar_process import CPU_SECONDS, NUM_STEPS, _nth_set_bit
@@ -28,7 +29,6 @@ from text.tokenizers import TokenizerEncoder
 
 MINI = ModelSpec(id="mini", path=str(ROOT / "models" / "celeriac-mini"), max_model_len=1024)
 TENANT, OTHER_TENANT = uuid4(), uuid4()
-pytestmark = pytest.mark.timeout(60)
 
 POSSIBLE: list[dict[str, Any]] = [
     {"json_object": True},
@@ -87,11 +87,6 @@ def slow(number: int) -> StructuredOutput:
     return make(json_schema={"type": "integer", "multipleOf": 99_999_989 + 2 * number})
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  (what pytest-timeout bounds)
-        await asyncio.sleep(0.01)
-
-
 def make(**fields: Any) -> StructuredOutput:
     return StructuredOutput.model_validate(fields)
 
@@ -130,7 +125,7 @@ def test_a_process_that_somebody_killed_is_replaced(view: ModelView) -> None:
         process_id = gate.process_id(MINI.id)
         assert process_id is not None
         os.kill(process_id, signal.SIGKILL)
-        await until(lambda: not gate.is_ready(MINI.id))
+        await wait_until_async(lambda: not gate.is_ready(MINI.id))
         await gate.check(view, make(regex="b"), TENANT)
         assert gate.process_id(MINI.id) != process_id
 
@@ -166,14 +161,14 @@ def test_a_client_that_leaves_does_not_mix_up_the_answers(view: ModelView) -> No
 def test_a_vocabulary_is_read_before_it_is_asked_for_and_again_after_a_crash(view: ModelView) -> None:
     async def body(gate: GrammarGate) -> None:
         gate.prepare([view])
-        await until(lambda: gate.is_ready(MINI.id))
+        await wait_until_async(lambda: gate.is_ready(MINI.id))
         process_id = gate.process_id(MINI.id)
         assert process_id is not None
         gate.prepare([view])
         assert gate.process_id(MINI.id) == process_id
         os.kill(process_id, signal.SIGKILL)
-        await until(lambda: not gate.is_ready(MINI.id))
-        await until(lambda: gate.is_ready(MINI.id))
+        await wait_until_async(lambda: not gate.is_ready(MINI.id))
+        await wait_until_async(lambda: gate.is_ready(MINI.id))
         gate.prepare([])
         assert gate.process_id(MINI.id) is None
 
@@ -199,7 +194,7 @@ def test_while_a_large_vocabulary_is_read_others_go_on_and_its_own_wait(
 
     async def body(gate: GrammarGate) -> None:
         gate.prepare([large, other_large, view])
-        await until(lambda: gate.process_id("large") is not None)
+        await wait_until_async(lambda: gate.process_id("large") is not None)
         process_id = gate.process_id("large")
         assert process_id is not None
         os.kill(process_id, signal.SIGSTOP)
@@ -213,9 +208,9 @@ def test_while_a_large_vocabulary_is_read_others_go_on_and_its_own_wait(
         assert refused.value.retry_after_seconds >= 1
         waiting = asyncio.create_task(gate.check(large, make(regex="b"), TENANT))
         os.kill(process_id, signal.SIGCONT)
-        await until(lambda: gate.is_ready("large"))
+        await wait_until_async(lambda: gate.is_ready("large"))
         await waiting
-        await until(lambda: gate.is_ready("other"))
+        await wait_until_async(lambda: gate.is_ready("other"))
 
     with_gate(body)
 
@@ -271,7 +266,7 @@ process.main()
         process_id = gate.process_id(MINI.id)
         assert process_id is not None
         os.kill(process_id, signal.SIGKILL)
-        await until(lambda: "return code -9" in logged(caplog))
+        await wait_until_async(lambda: "return code -9" in logged(caplog))
 
     with_gate(body)
     assert "a library's warning" in logged(caplog)
@@ -295,9 +290,9 @@ def test_models_that_come_and_go_in_models_toml_are_prepared_and_let_go(
         write("first")
         views = ModelViews(Catalog.load(file))
         following = asyncio.create_task(follow_models(views, on_look=lambda: gate.prepare(views.loaded())))
-        await until(lambda: gate.is_ready("first"))
+        await wait_until_async(lambda: gate.is_ready("first"))
         write("second", "third")
-        await until(lambda: gate.is_ready("second") and gate.is_ready("third"))
+        await wait_until_async(lambda: gate.is_ready("second") and gate.is_ready("third"))
         assert gate.process_id("first") is None
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
