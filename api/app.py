@@ -118,13 +118,11 @@ for prefix in INSTEAD_BY_PREFIX:
 
 #: The routes, under the titles of the documentation.
 SECTIONS = {
-    "Jobs": (jobs.router, jobs.router),
-    "OpenAI": tuple(
-        module.router for module in (inference, inference, inference, inference, responses, models, files, batches)
-    ),
+    "Jobs": (jobs.router,),
+    "OpenAI": tuple(module.router for module in (inference, responses, models, files, batches)),
     "Simple": (simple.router,),
-    "Webhooks": (webhooks.router, webhooks.router),
-    "Operations": (health.router, health.router, health.public, admin.router),
+    "Webhooks": (webhooks.router,),
+    "Operations": (health.router, health.public, admin.router),
 }
 
 

@@ -216,7 +216,9 @@ def copied_files(target: str) -> list[str]:
     return sources.get(parents[target], []) + sources[target]
 
 
-@pytest.mark.parametrize(("target", "modules"), [("api", "celeriac.cli, api.app, tasks.app"), ("worker", "celeriac.cli, gpu_worker.app")])
+@pytest.mark.parametrize(
+    ("target", "modules"), [("api", "celeriac.cli, api.app, tasks.app"), ("worker", "celeriac.cli, gpu_worker.app")]
+)
 def test_an_image_holds_all_that_its_commands_import(tmp_path: Path, target: str, modules: str) -> None:
     allowed = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
     for source in copied_files(target):
