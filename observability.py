@@ -78,14 +78,8 @@ def describe_exception(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {first_line}" if first_line else type(exc).__name__
 
 
-_CELERY_CONSUMER = "celery.worker.consumer.consumer"
-
-
 def _shorten(record: logging.LogRecord) -> bool:
-    """Celery tells of every lost broker connection with all its frames, none of them ours. Others break their lines."""
-    if record.name == _CELERY_CONSUMER and record.exc_info and record.exc_info[1] is not None:
-        record.msg, record.args = f"{record.getMessage()} {describe_exception(record.exc_info[1])}", ()
-        record.exc_info = None
+    """One line in the log for each: Celery and others break theirs."""
     message = record.getMessage()
     if "\n" in message:
         record.msg, record.args = " ".join(message.split()), ()

@@ -75,8 +75,6 @@ app.conf.update(
 
 app.Worker = app.subclass_with_self(EngineWorker)
 
-app.events_cls = "gpu_worker.consumer:EngineEvents"
-
 app.steps["consumer"].add(EngineStep)
 
 app.amqp.queues.select([model.queue])

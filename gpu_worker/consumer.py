@@ -16,9 +16,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from celery import bootsteps, signals
-from celery.app.events import Events
 from celery.apps.worker import Worker
-from celery.events.dispatcher import EventDispatcher
 from celery.utils.log import get_logger
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.heart import Heart
@@ -80,34 +78,6 @@ REFUSED_SECONDS = 1.0
 STALL_SECONDS = 10.0  # a healthy consumer with credit looks into its queue every second
 
 
-class BatchingEventDispatcher(EventDispatcher):
-    """Task events leave in batches, and a batch that could not be sent is kept for the next connection."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.buffer_limit = MAX_BUFFERED_EVENTS
-
-    def flush(self, errors: bool = True, groups: bool = True) -> None:
-        if errors and self._outbound_buffer:
-            super().flush(errors=True, groups=False)
-        if groups:
-            with self.mutex:
-                for group in [name for name, events in self._group_buffer.items() if events]:
-                    # A list of its own: stock empties the list that a failed publish has just put aside.
-                    self._publish(self._group_buffer.pop(group), self.producer, f"{group}.multi")
-
-    def set_aside(self, exc: Exception) -> None:
-        """The connection broke: what was not sent yet goes out by the next dispatcher."""
-        for group in [name for name, events in self._group_buffer.items() if events]:
-            self._outbound_buffer.append((self._group_buffer.pop(group), f"{group}.multi", exc))
-
-
-class EngineEvents(Events):
-    """Celery's events of this app, sent in batches."""
-
-    dispatcher_cls = "gpu_worker.consumer:BatchingEventDispatcher"
-
-
 class EngineConsumer(Consumer):
     """Celery's consumer for an EnginePool."""
 
@@ -121,10 +91,6 @@ class EngineConsumer(Consumer):
 
     def on_send_event_buffered(self) -> None:
         """A timer flushes; stock publishes at every turn of the loop."""
-
-    def flush_events(self) -> None:
-        if self.event_dispatcher is not None and self.event_dispatcher.enabled:
-            self.event_dispatcher.flush()
 
     def ensure_connected(self, conn: Any) -> Any:
         """Retry every 0.2 to 2 seconds; stock waits 2, 4, 6 up to 30."""
@@ -146,8 +112,6 @@ class EngineConsumer(Consumer):
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Keep what is in hand: stock requeues it all, and another worker would start it again."""
         self.pool.deliveries.detach()
-        if self.event_dispatcher is not None:
-            self.event_dispatcher.set_aside(exc)
         self.hub.on_tick.clear()  # kombu adds one callback per connection and removes none
         if isinstance(exc, self.channel_errors):
             sleep(REFUSED_SECONDS)  # it answers, but refuses: full, or a replica; stock tries again at once, for ever
@@ -162,11 +126,6 @@ class EngineConsumer(Consumer):
         logger.error("refused a task that was sent by hand: %s", reason, extra={"task_id": task_id})
         message.reject_log_error(logger, self.connection_errors)
         self.event_dispatcher.send("task-failed", uuid=task_id, exception=reason)
-
-    def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
-        """Also after `cancel_consumer`: stock then consumes nothing from the next reconnect on (celery #10352)."""
-        super().add_task_queue(queue, *args, **options)
-        self.app.amqp.queues.select_add(self.app.amqp.queues[queue])
 
 
 class EngineWorker(Worker):
@@ -194,16 +153,17 @@ class EngineStep(bootsteps.StartStopStep):
         channel = c.task_consumer.channel
         channel.worker_name = c.hostname
         channel.room = c.pool.room
+        c.event_dispatcher.buffer_limit = MAX_BUFFERED_EVENTS
         c.pool.deliveries.attach(channel, c.event_dispatcher)
 
     def stop(self, c: EngineConsumer) -> None:
-        c.flush_events()
+        c._flush_events()  # what fails here, the next dispatcher takes over
 
     def register_with_event_loop(self, c: EngineConsumer, hub: Any) -> None:
-        """Called after every connect: the loop's timers were cleared with the old connection."""
+        """Called after every connect: the timers of the old connection were cancelled with it."""
         channel = c.task_consumer.channel
         hub.on_tick.add(channel.refill)
-        hub.call_repeatedly(EVENT_FLUSH_SECONDS, c.flush_events)
+        hub.call_repeatedly(EVENT_FLUSH_SECONDS, c._flush_events)
         hub.call_repeatedly(VISIBILITY_TIMEOUT_SECONDS / 4, self._keep_in_hand, c)
         hub.call_repeatedly(WATCH_SECONDS, self._watch, c)
         hub.call_repeatedly(SHARE_SECONDS, self._share_lookahead, c.pool)

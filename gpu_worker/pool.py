@@ -183,7 +183,7 @@ class EnginePool(BasePool):
         self.stop_runner()
         self.settle()
         if self.consumer is not None:
-            self.consumer.flush_events()
+            self.consumer._flush_events()
 
     on_terminate = on_stop
 

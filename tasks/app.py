@@ -18,7 +18,8 @@ import logging
 import warnings
 from typing import Any
 
-from celery import Celery, Task, bootsteps, signals
+from celery import Celery, Task, bootsteps, signals, states
+from celery.backends.base import DisabledBackend
 from celery.exceptions import SecurityWarning
 from celery.utils.log import get_logger
 from celery.worker.consumer.connection import Connection
@@ -85,6 +86,7 @@ def make_app(settings: Settings) -> Celery:
     `gpu_worker.app`."""
     redis = settings.redis_parts
     app = Celery("celeriac", broker=redis.for_celery, include=["tasks.app"])
+    app.backend_cls = NoResults
     models = Catalog.load(settings.models_file)
     default_queue = models.entry_of(models.default_id).queue  # also where that one model makes no sense
     app.conf.update(
@@ -98,6 +100,14 @@ def make_app(settings: Settings) -> Celery:
     app.amqp.queues.deselect([spec.queue for spec in models])
     app.steps["consumer"].add(BrokerInStats)
     return app
+
+
+class NoResults(DisabledBackend):
+    """Results are SQL's. A revoke asks for the task's state before it writes one; stock raises, and the worker logs a
+    warning for every job that is cancelled."""
+
+    def get_state(self, task_id: str) -> str:
+        return states.STARTED  # of which Celery leaves the end to whoever runs the task
 
 
 class BrokerInStats(bootsteps.StartStopStep):

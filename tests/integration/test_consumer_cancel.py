@@ -79,6 +79,7 @@ def test_a_job_revoked_before_its_message_came_never_starts(plant: Plant, plant_
     wait_until(lambda: plant_events.of(job_id) == ["received", "revoked"], "it is revoked")
     assert (plant.folder / "cancelled" / external_id(job_id)).exists()
     assert external_id(job_id) not in plant.jobs("claimed")
+    assert "as revoked in backend" not in plant.log()
 
 
 def test_a_released_job_is_shown_as_waiting_again(make_plant: MakePlant, events: EventLog) -> None:

@@ -41,6 +41,7 @@ def test_cut_connections_lose_and_repeat_nothing(make_plant: MakePlant, events: 
         plant.drop_connections()
         wait_for_another_connection(plant, before)
     assert plant.num_waiting() + plant.num_unacked() == 6
+    assert 'File "' not in plant.log()  # each loss is told in a line, without the frames of Celery
 
     plant.end_all()
     plant.wait_for("completed", job_ids)
