@@ -107,7 +107,7 @@ class NoResults(DisabledBackend):
     warning for every job that is cancelled."""
 
     def get_state(self, task_id: str) -> str:
-        return states.STARTED  # of which Celery leaves the end to whoever runs the task
+        return str(states.STARTED)  # of which Celery leaves the end to whoever runs the task
 
 
 class BrokerInStats(bootsteps.StartStopStep):
