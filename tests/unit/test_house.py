@@ -76,6 +76,115 @@ def test_every_link_of_the_documents_leads_somewhere() -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}, which is not there"
 
 
+def documents() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+#: `storage/jobs.py`, `tests/chaos`, `jobs.py`, `jobs.py:12` in backticks.
+PATH = re.compile(r"`([\w.-]+/[\w./-]*|[\w-]+\.py)(?::\d+)?`")
+#: `tasks.app`, `storage.jobs.claim`, `Submitter.submit` in backticks, with or without parentheses.
+DOTTED = re.compile(r"`(\w+(?:\.\w+)+)(?:\(\))?`")
+#: `StreamReader` in backticks.
+CLASS = re.compile(r"`((?:[A-Z][a-z0-9]+){2,})`")
+#: A browser's class, fields of requests and of /health, a logger.
+NOT_OURS = {"EventSource", "text.format", "maintenance.seconds_since_last_tick", "celeriac.jobs"}
+
+
+def test_every_path_in_the_documents_exists() -> None:
+    files = tracked_files()
+    folders = {path.parts[0] for path in files if len(path.parts) > 1}
+    names = {path.name for path in files}
+    for document in documents():
+        for told in PATH.findall(document.read_text()):
+            if "/" not in told:
+                assert told in names, f"{document.name} names `{told}`, and no file is called that"
+            elif told.split("/")[0] in folders:
+                assert (ROOT / told).exists(), f"{document.name} names `{told}`, which is not there"
+
+
+def test_every_module_class_and_function_in_the_documents_exists() -> None:
+    names_by_class = _names_by_class()
+    for document in documents():
+        unknown = set(CLASS.findall(document.read_text())) - names_by_class.keys() - NOT_OURS
+        assert not unknown, f"{document.name} names {', '.join(sorted(unknown))}, and no class is called that"
+        for told in DOTTED.findall(document.read_text()):
+            first, *rest = told.split(".")
+            if rest[-1] == "py":
+                continue
+            if first in names_by_class:
+                assert rest[0] in names_by_class[first], f"{document.name} names `{told}`: {first} has no {rest[0]}"
+            elif first in PACKAGES and told not in NOT_OURS:
+                assert _is_in_a_module(told), f"{document.name} names `{told}`, which is not there"
+
+
+def test_the_walk_names_what_its_files_define() -> None:
+    for path, cell in walk_of_architecture():
+        told = re.findall(r"`([\w.]+)`", cell)
+        assert told, f"the walk says nothing of what to look at in {path}"
+        defined = _names_of(ROOT / path)
+        assert set(told) <= defined, f"{path} does not define {', '.join(set(told) - defined)}; mend the walk"
+
+
+def test_the_readme_lists_the_files_of_the_walk_and_they_are_few() -> None:
+    paths = [path for path, _ in walk_of_architecture()]
+    assert 0 < len(paths) <= 16, "a job's main path is to be read in half an hour"
+    section = README.split("\n## Reading the code\n")[1].split("\n## ")[0]
+    assert re.findall(r"\[(\S+\.py)\]", section) == paths
+
+
+def test_the_readme_is_a_first_look() -> None:
+    assert len(README.splitlines()) <= 200, "move what only some users need to docs/, and link it"
+
+
+def walk_of_architecture() -> list[tuple[str, str]]:
+    """Path and "look at" of each numbered row of the walk, in its order."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    return re.findall(r"^\| \d+ \| \[(\S+)\]\(\S+\) \| (.+?) \|", text, re.MULTILINE)
+
+
+def _names_by_class() -> dict[str, set[str]]:
+    """What is defined in the body of each class of ours, or set on `self`."""
+    found: dict[str, set[str]] = {}
+    for path in source_files():
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.ClassDef):
+                own = _defined_in(node.body)
+                own |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+                found.setdefault(node.name, set()).update(own)
+    return found
+
+
+def _names_of(path: Path) -> set[str]:
+    """Top-level names of a module, and `Class.name` for what its classes define."""
+    body = ast.parse(path.read_text()).body
+    classes = [node for node in body if isinstance(node, ast.ClassDef)]
+    return _defined_in(body) | {f"{node.name}.{name}" for node in classes for name in _defined_in(node.body)}
+
+
+def _defined_in(body: list[ast.stmt]) -> set[str]:
+    names: set[str] = set()
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return names
+
+
+def _is_in_a_module(dotted: str) -> bool:
+    """Whether it is a module or a package of ours, or a name that one defines."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        base = ROOT.joinpath(*parts[:length])
+        module = next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.exists()), None)
+        if module is not None:
+            rest = ".".join(parts[length:])
+            return not rest or rest in _names_of(module)
+    return False
+
+
 def test_the_settings_table_says_what_the_settings_are() -> None:
     operations = (ROOT / "docs" / "operations.md").read_text()
     rows = dict(re.findall(rf"^\| `{PREFIX}(\w+)` \| (.+?) \|", operations, re.MULTILINE))
@@ -85,6 +194,13 @@ def test_the_settings_table_says_what_the_settings_are() -> None:
         if isinstance(default, Path):
             default = default.relative_to(ROOT)
         assert rows[name.upper()] == ("–" if default is None else f"`{default}`"), name
+
+
+def test_every_setting_that_the_documents_name_exists() -> None:
+    for document in documents():
+        told = set(re.findall(rf"`{PREFIX}(\w+)", document.read_text()))
+        unknown = told - {name.upper() for name in Settings.model_fields}
+        assert not unknown, f"{document.name} names {PREFIX}{unknown}, which is no setting"
 
 
 def test_the_document_of_models_has_every_key_with_its_default() -> None:
