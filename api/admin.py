@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
-import orjson
+from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.errors import json_response
 from api.inputs import preferred_wait
 from api.services import Services, private_router, require_admin, services_of
 from dialects.openai_views import View
@@ -47,9 +48,11 @@ class ModelStatusView(View):
 
 
 class ModelStatusListView(View):
-    object: Literal["list"] = "list"
+    object: Literal["list"]
     data: list[ModelStatusView]
 
+
+_STATUS = TypeAdapter(ModelStatusView)
 
 ORDER: dict[str, Any] = {
     "responses": {200: {"model": ModelStatusView}, 202: {"model": ModelStatusView}},
@@ -70,7 +73,7 @@ async def list_model_statuses(request: Request) -> ModelStatusListView:
         _status(services, spec, [worker for worker in live if worker.model == spec.id], spec.id not in unloaded, drains)
         for spec in services.catalog
     ]
-    return ModelStatusListView(data=data)
+    return ModelStatusListView(object="list", data=data)
 
 
 @router.post("/v1/admin/models/{model:path}/load", status_code=202, **ORDER)
@@ -106,8 +109,7 @@ async def _order(request: Request, model: str, wanted: WorkerState) -> Response:
     view = _status(services, spec, own, is_loaded, await services.read(workers.list_drains))
     headers = {} if wait_seconds is None else {"preference-applied": f"wait={wait_seconds}"}
     status_code = 200 if wait_seconds and is_done else 202
-    content = orjson.dumps(view.model_dump(mode="json"))
-    return Response(content, status_code, headers, media_type="application/json")
+    return json_response(_STATUS.dump_python(view, mode="json"), status_code, headers)
 
 
 def _have_all_obeyed(own: Sequence[Worker], wanted: WorkerState, changed_at: datetime) -> bool:

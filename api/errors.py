@@ -154,6 +154,10 @@ def error_body(code: str, message: str, param: str | None = None) -> dict[str, o
     return {"error": error, "request_id": request_id_context.get()}
 
 
+def json_response(content: object, status_code: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), status_code, headers, "application/json")
+
+
 def error_response(exc: CeleriacError) -> Response:
     """`exc` as HTTP, with the headers that steer the retries of clients."""
     status = HTTP_BY_CODE[exc.code].status

@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.limits import StreamSlots
 from api.services import Services
-from dialects.native import job_view
+from dialects.native import PartialChoiceView, QueueView, job_view
 from domain.errors import InvalidCursor, StorageUnavailable
 from domain.ids import external_id
 from domain.jobs import JobStatus
@@ -227,7 +227,7 @@ class JobEventStream:
         self._last = start.after  # the sequence number sent last
         self._with_token_ids = with_token_ids
         self._is_queued = record.job.status is JobStatus.QUEUED
-        self._queue: dict[str, object] | None = None  # sent last
+        self._queue: QueueView | None = None  # sent last
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """Ends after the terminal event; without one only where the job was deleted meanwhile."""
@@ -378,7 +378,7 @@ async def read_all_chunks(services: Services, job_id: UUID) -> list[TokenChunk]:
             return chunks
 
 
-def choices_of(chunks: Iterable[TokenChunk]) -> list[dict[str, object]]:
+def choices_of(chunks: Iterable[TokenChunk]) -> list[PartialChoiceView]:
     """What the chunks amount to so far, one entry per sequence that has any."""
     by_index: dict[int, list[TokenChunk]] = {}
     for chunk in chunks:

@@ -6,9 +6,8 @@ GET /v1/queue: what every model has to do, and how fast it is done.
 """
 
 import asyncio
-from dataclasses import asdict
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -24,7 +23,7 @@ from dialects.openai_views import View
 from domain.errors import StorageUnavailable
 from domain.jobs import IN_GOOD_ORDER, WaitingFor
 from storage.job_queries import QueuePosition
-from storage.maintenance import RecentJobs
+from storage.maintenance import RecentJobs, Spread
 from storage.streams import REDIS_OUTAGES
 
 CHECK_SECONDS = 2.0
@@ -37,7 +36,7 @@ ComponentStatus = Literal["ok", "unavailable"]
 
 
 class LiveView(View):
-    status: Literal["ok"] = "ok"
+    status: Literal["ok"]
 
 
 class ReadyView(View):
@@ -135,7 +134,7 @@ class HealthView(View):
 @public.get("/health/live")
 async def live() -> LiveView:
     """The process answers. Restart it only when this fails."""
-    return LiveView()
+    return LiveView(status="ok")
 
 
 @public.get("/health/ready", responses={503: {"model": ReadyView}})
@@ -215,10 +214,14 @@ def _metrics(recent: RecentJobs | None) -> MetricsView | None:
         window_seconds=recent.seconds,
         requests=RequestsView(total=recent.num_ended, errors=recent.num_failed, success_rate=success_rate),
         throughput=ThroughputView(qps=recent.num_ended / recent.seconds, tokens_generated=recent.num_tokens),
-        latency=SpreadView(**asdict(recent.latency)),
-        queue=SpreadView(**asdict(recent.wait)),
-        ttft=SpreadView(**asdict(recent.time_to_first_token)),
+        latency=_spread(recent.latency),
+        queue=_spread(recent.wait),
+        ttft=_spread(recent.time_to_first_token),
     )
+
+
+def _spread(spread: Spread) -> SpreadView:
+    return {"p50": spread.p50, "p95": spread.p95, "p99": spread.p99, "mean": spread.mean}
 
 
 async def _check_database(services: Services) -> ComponentStatus:
@@ -249,11 +252,11 @@ class ModelQueueView(View):
     tokens_ahead: int
     tokens_per_second: float
     eta_seconds: float | None
-    waiting_for: dict[WaitingFor, int] = Field(description="Queued jobs by what they wait for.")
+    waiting_for: Annotated[dict[WaitingFor, int], Field(description="Queued jobs by what they wait for.")]
 
 
 class QueueListView(View):
-    object: Literal["list"] = "list"
+    object: Literal["list"]
     data: list[ModelQueueView]
 
 
@@ -264,7 +267,7 @@ async def read_queue(request: Request) -> QueueListView:
         queues = await services_of(request).monitor.read()
     except (SQLAlchemyError, OSError) as exc:
         raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2) from exc
-    return QueueListView(data=[_view(queue) for queue in queues.values()])
+    return QueueListView(object="list", data=[_view(queue) for queue in queues.values()])
 
 
 def _view(queue: ModelQueue) -> ModelQueueView:

@@ -5,27 +5,30 @@ JSON bodies in: strict, bounded, and refused with the field, the value seen and 
 Nothing here takes more than linear time, and little of that for what is refused: lengths come first, then the first
 error alone. What is done to a large body is done off the event loop.
 
-Query strings in: typed, bounded, and refused like bodies where a name is unknown or a value cannot be.
+Query strings: typed, bounded, and refused like bodies where a name is unknown or a value cannot be; and the pages of
+lists, which are asked for with them.
 
-What the job routes read beside bodies: query strings and the headers that steer a request.
+What the job routes read besides bodies: query strings, and headers with options of a request.
 """
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 from uuid import UUID
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.requests import Request
+from starlette.responses import Response
 
-from api.errors import RequestTimeout, UnsupportedMediaType
-from api.services import services_of
+from api.errors import RequestTimeout, UnsupportedMediaType, json_response
+from api.services import caller_of, services_of
 from dialects.bodies import Model, invalid_request, parse_model
 from dialects.ignored_fields import HintTree
 from dialects.native import NO_NUL, JobOptionFields, MetadataKey, MetadataValue
+from dialects.openai_views import View, page
 from domain.errors import InvalidCursor, InvalidRequest
-from domain.ids import parse_id
+from domain.ids import parse_id, parse_id_of_other
 from domain.jobs import FirstErrorModel, JobStatus
 
 BODY_SECONDS = 30.0
@@ -72,6 +75,8 @@ def require_json(request: Request) -> None:
 
 Query = TypeVar("Query", bound="QueryModel")
 
+Item = TypeVar("Item")
+
 MAX_PARAMETERS = 64  # no route has half as many, those of a mapping counted one by one
 
 
@@ -86,6 +91,51 @@ class QueryModel(FirstErrorModel):
             for name, field in cls.model_fields.items()
             if any(map(_is_list, (field.annotation, *get_args(field.annotation))))
         }
+
+
+class PageQuery(QueryModel):
+    after: str | None = Field(default=None, description="The last id of the page before.")
+    limit: int = Field(default=20, ge=1, le=100)
+
+    def cursor(self, prefix: str | None = None) -> UUID | None:
+        """The id that the page begins after: of a job, or of what has ids with this prefix. Raises InvalidCursor."""
+        if self.after is None:
+            return None
+        try:
+            return parse_id(self.after) if prefix is None else parse_id_of_other(self.after, prefix)
+        except ValueError as exc:
+            raise InvalidCursor(f"after: {exc}; send the last_id of the page before", param="after") from None
+
+    def items_after(self, items: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Of a list that is here whole. Raises InvalidCursor."""
+        ids = [item["id"] for item in items]
+        if self.after is not None and self.after not in ids:
+            raise InvalidCursor(
+                f"after is {self.after[:64]!r}, which is not in this list; send a last_id", param="after"
+            )
+        return items if self.after is None else items[ids.index(self.after) + 1 :]
+
+
+async def list_page(
+    request: Request,
+    query: PageQuery,
+    reader: Callable[..., Sequence[Item]],
+    view: Callable[[Item], Mapping[str, Any]],
+    *,
+    prefix: str | None = None,
+    **filters: object,
+) -> Response:
+    """A page of what `reader(session, tenant_id, after=, limit=, **filters)` finds, whose ids have `prefix`: without
+    one, of jobs. Raises InvalidCursor."""
+    services, tenant_id = caller_of(request)
+    after = query.cursor(prefix)
+    found = await services.read(reader, tenant_id, after=after, limit=query.limit + 1, **filters)
+    return json_response(page([view(one) for one in found], query.limit))
+
+
+def listing(view: type[View], query: type[PageQuery]) -> dict[str, Any]:
+    """The options of a route that lists: what it answers, and what it reads from its query string."""
+    return {"responses": {200: {"model": view}}, "openapi_extra": {"parameters": query_parameters(query)}}
 
 
 def _is_list(annotation: object) -> bool:
@@ -157,15 +207,13 @@ class EventsQuery(QueryModel):
     include: str = Field(default="", description="token_ids: the tokens of each delta.")
 
 
-class ListQuery(QueryModel):
+class ListQuery(PageQuery):
     status: JobStatus | None = None
     model: str | None = Field(default=None, max_length=128, pattern=NO_NUL)
     created_after: Annotated[AwareDatetime | None, BeforeValidator(_refuse_number)] = None
     metadata: dict[MetadataKey, MetadataValue] = Field(
         default_factory=dict, max_length=16, description="metadata[key]=value"
     )
-    after: str | None = Field(default=None, description="The last id of the page before.")
-    limit: int = Field(default=20, ge=1, le=100)
     order: Literal["asc", "desc"] = "desc"
 
 
@@ -207,14 +255,6 @@ def included(include: str, known: set[str]) -> set[str]:
             f"include names {sorted(unknown)[0][:64]!r}; known are: {', '.join(sorted(known))}", param="include"
         )
     return names
-
-
-def page_cursor(after: str | None, parse: Callable[[str], UUID] = parse_id) -> UUID | None:
-    """What the next page comes behind; `parse` reads an id of what is listed and raises ValueError."""
-    try:
-        return None if after is None else parse(after)
-    except ValueError as exc:
-        raise InvalidCursor(f"after: {exc}; send the last_id of the page before", param="after") from None
 
 
 def stream_cursor(last_event_id: str | None, starting_after: int | None) -> int | None:

@@ -7,26 +7,28 @@ What went wrong, and another try: dead letters with their attempts, replay, retr
 An ended job stays as it is, so every further try is a new job that names the old one (docs/adr/0011).
 """
 
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
-import orjson
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.errors import json_response
 from api.events import EventStream, JobEventStream, choices_of, read_all_chunks, start_of
 from api.inputs import (
     EventsQuery,
     ListQuery,
     OutputQuery,
-    QueryModel,
+    PageQuery,
     WaitQuery,
     accepts_json,
     idempotency_key,
     included,
+    list_page,
+    listing,
     off_loop,
-    page_cursor,
     preferred_wait,
     query_parameters,
     read_body,
@@ -46,6 +48,7 @@ from dialects.native import (
     JobListView,
     JobOutputView,
     JobView,
+    OutputView,
     attempts_view,
     body_class,
     job_view,
@@ -59,6 +62,7 @@ from domain.jobs import FirstErrorModel, JobKind, JobStatus
 from observability import job_id_context, stream_resumes_total
 from storage import job_queries, jobs
 from storage.job_queries import JobRecord
+from storage.tables import Job, JobAttempt
 from tasks.submit import Resubmission, Submitted, resubmit
 
 router = private_router()
@@ -107,9 +111,7 @@ def _parse(content: bytes) -> JobBody | EmbeddingJobBody:
     return parse_model(content, body_class(content))
 
 
-@router.get(
-    "/v1/jobs", responses={200: {"model": JobListView}}, openapi_extra={"parameters": query_parameters(ListQuery)}
-)
+@router.get("/v1/jobs", **listing(JobListView, ListQuery))
 async def list_jobs(request: Request) -> Response:
     """The tenant's jobs, newest first, without their output. Go on with `after` = `last_id` while `has_more`."""
     services, tenant_id = caller_of(request)
@@ -121,14 +123,14 @@ async def list_jobs(request: Request) -> Response:
         model=query.model,
         created_after=query.created_after,
         metadata=query.metadata,
-        after=page_cursor(query.after),
+        after=query.cursor(),
         limit=query.limit + 1,
         order=query.order,
     )
     names = await services.read(job_queries.worker_names, [job.id for job in found])
     records = [JobRecord(job, None, None, worker=names.get(job.id)) for job in found]
     data = [job_view(record, services.monitor.place_of(record.job)) for record in records]
-    return Response(orjson.dumps(page(data, query.limit)), media_type="application/json")
+    return json_response(page(data, query.limit))
 
 
 @router.get(
@@ -197,7 +199,7 @@ async def read_output(job_id: str, request: Request) -> Response:
     record = await find_job(services, job_id, tenant_id)
     is_text = record.job.kind is JobKind.GENERATION
     shown = await services.large_work.run(size_of(record.result), output_view, record.result)
-    output = shown or (await _partial_output(services, record.job.id) if is_text else {})
+    output: Any = shown or (await _partial_output(services, record.job.id) if is_text else {})
     headers = {
         "x-job-id": external_id(record.job.id),
         "x-job-status": record.job.status.value,
@@ -206,9 +208,8 @@ async def read_output(job_id: str, request: Request) -> Response:
     }
     if not is_text or accepts_json(request.headers.get("accept", "")):
         answer = {"id": external_id(record.job.id), "object": "job.output", "status": record.job.status, **output}
-        return Response(orjson.dumps(answer), headers=headers, media_type="application/json")
-    choices: Any = output["choices"]
-    text = next((choice["text"] for choice in choices if choice["index"] == query.index), "")
+        return json_response(answer, headers=headers)
+    text = next((choice["text"] for choice in output["choices"] if choice["index"] == query.index), "")
     return Response(text, headers=headers, media_type="text/plain")
 
 
@@ -235,7 +236,7 @@ async def delete_job(job_id: str, request: Request) -> Response:
         services.dispatcher.revoke_running(record.job.id)
     await services.announce(record.job.id, JobStatus.CANCELLED)  # open streams look, and find it gone
     deleted = {"id": external_id(record.job.id), "object": "job", "deleted": True}
-    return Response(orjson.dumps(deleted), media_type="application/json")
+    return json_response(deleted)
 
 
 async def find_job(
@@ -261,9 +262,7 @@ def _not_found(job_id: str) -> JobNotFound:
     return JobNotFound(f"there is no job {job_id[:64]!r}; check the id, or it may have been deleted", param="job_id")
 
 
-async def view_after_submit(
-    services: Services, tenant_id: UUID, submitted: Submitted, *, is_waited: bool
-) -> dict[str, object]:
+async def view_after_submit(services: Services, tenant_id: UUID, submitted: Submitted, *, is_waited: bool) -> JobView:
     """Of a job just accepted, what is known without asking; it is asked for where time has passed or it is older."""
     if submitted.is_new and not is_waited:
         queue = services.monitor.joining(submitted.new_job.request.model)
@@ -273,38 +272,33 @@ async def view_after_submit(
     return await _view(services, record)
 
 
-async def _view(services: Services, record: JobRecord) -> dict[str, object]:
+async def _view(services: Services, record: JobRecord) -> JobView:
     if record.job.status is not JobStatus.QUEUED:
         return await services.large_work.run(size_of(record.result), job_view, record)
     queue = await services.position(record.job.id, record.job.model)
     return job_view(record, queue or services.monitor.place_of(record.job))
 
 
-async def _partial_output(services: Services, job_id: UUID) -> dict[str, object]:
+async def _partial_output(services: Services, job_id: UUID) -> OutputView:
     choices = choices_of(await read_all_chunks(services, job_id))
     return {"text": choices[0]["text"] if choices else "", "choices": choices}
 
 
-def answer_job(view: dict[str, object], headers: dict[str, str], *, pending_status: int) -> Response:
+def answer_job(view: JobView, headers: dict[str, str], *, pending_status: int) -> Response:
     """A job's view, with advice on when to look again while it is not finished."""
     is_terminal = view["finished_at"] is not None
     if not is_terminal:
         headers |= {"retry-after": "1", "openai-poll-after-ms": str(POLL_MILLISECONDS)}
     queue = view["queue"]
-    if isinstance(queue, dict) and queue["position"] is not None:
+    if queue is not None and queue["position"] is not None:
         headers["x-queue-position"] = str(queue["position"])
-    if isinstance(queue, dict) and queue["eta_seconds"] is not None:
+    if queue is not None and queue["eta_seconds"] is not None:
         headers["x-queue-eta-ms"] = str(round(queue["eta_seconds"] * 1000))
     status = 200 if is_terminal else pending_status
-    return Response(orjson.dumps(view), status, headers, "application/json")
+    return json_response(view, status, headers)
 
 
 RETRYABLE = frozenset({JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED})
-
-
-class DeadLetterQuery(QueryModel):
-    after: str | None = Field(default=None, description="The last id of the page before.")
-    limit: int = Field(default=20, ge=1, le=100)
 
 
 class ReplayBody(FirstErrorModel):
@@ -315,24 +309,10 @@ class ReplayBody(FirstErrorModel):
     allow_poison: bool = Field(default=False, description="Run it, alone, although it crashed an engine within a day.")
 
 
-@router.get(
-    "/v1/dead_letters",
-    responses={200: {"model": DeadLetterListView}},
-    openapi_extra={"parameters": query_parameters(DeadLetterQuery)},
-)
+@router.get("/v1/dead_letters", **listing(DeadLetterListView, PageQuery))
 async def list_dead_letters(request: Request) -> Response:
     """The tenant's failed jobs with all their attempts, newest first. Go on with `after` = `last_id`."""
-    services, tenant_id = caller_of(request)
-    query = read_query(request, DeadLetterQuery)
-    found = await services.read(
-        job_queries.list_dead_letters, tenant_id, after=page_cursor(query.after), limit=query.limit + 1
-    )
-    data = [
-        job_view(JobRecord(job, None, None, worker=attempts[-1].worker_name if attempts else None))
-        | {"attempts": attempts_view(job, attempts)}
-        for job, attempts in found
-    ]
-    return Response(orjson.dumps(page(data, query.limit)), media_type="application/json")
+    return await list_page(request, read_query(request, PageQuery), job_queries.list_dead_letters, _dead_letter_view)
 
 
 @router.post(
@@ -356,6 +336,12 @@ async def retry_job(job_id: str, request: Request) -> Response:
     """A new job that goes on behind the output of one that failed, expired or was cancelled, while its model revision
     is served; else from the start. The same call again answers with the same job."""
     return await _submit_again(job_id, request, Resubmission("retry", keeps_output=True), allowed=RETRYABLE)
+
+
+def _dead_letter_view(found: tuple[Job, Sequence[JobAttempt]]) -> JobView:
+    job, attempts = found
+    worker = attempts[-1].worker_name if attempts else None
+    return {**job_view(JobRecord(job, None, None, worker=worker)), "attempts": attempts_view(job, attempts)}
 
 
 async def _submit_again(job_id: str, request: Request, how: Resubmission, *, allowed: frozenset[JobStatus]) -> Response:

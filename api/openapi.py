@@ -10,6 +10,8 @@ import orjson
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
+from dialects.openai_views import View
+
 NEEDS_KEY: Final[dict[str, Any]] = {"security": [{"key": []}]}
 _KEY_SCHEME = {"key": {"type": "http", "scheme": "bearer", "description": "Not asked for under CELERIAC_AUTH=none."}}
 
@@ -65,7 +67,7 @@ def request_body(model: type[BaseModel], *, is_required: bool = True) -> dict[st
     return {"requestBody": {"required": is_required, "content": content}}
 
 
-def streamed_or(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+def streamed_or(model: type[View]) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that answers with a `model`, or with server-sent events where the body asks for them."""
     return {200: {"model": model, **EVENTS}}
 

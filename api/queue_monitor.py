@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
+from dialects.native import QueueView
 from domain.catalog import Catalog
 from domain.jobs import LiveWorker, ModelService, WaitingFor, WorkerState, waiting_for
 from observability import (
@@ -48,7 +49,7 @@ MAX_SHARE = 0.2  # of one database connection that questions for positions may t
 
 
 #: Where a job stands of which no figures are known.
-UNKNOWN_PLACE: Mapping[str, object] = {"position": None, "eta_seconds": None, "waiting_for": None}
+UNKNOWN_PLACE: QueueView = {"position": None, "eta_seconds": None, "waiting_for": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +91,11 @@ class ModelQueue:
         """Else an admin has unloaded it, and its jobs wait."""
         return self.service.is_loaded
 
-    def place(self, position: QueuePosition) -> dict[str, object]:
+    def place(self, position: QueuePosition) -> QueueView:
         """What a queued job is told."""
         reason = waiting_for(position.job, self.service)
         eta_seconds = self.eta_seconds(position)
-        return {"position": position.num_ahead, "eta_seconds": eta_seconds, "waiting_for": reason.value}
+        return {"position": position.num_ahead, "eta_seconds": eta_seconds, "waiting_for": reason}
 
     def eta_seconds(self, position: QueuePosition) -> float | None:
         """Until the job at `position` starts, as if all work ahead drained evenly; None where it waits for something
@@ -282,23 +283,23 @@ class QueueMonitor:
         """A job joined this model's queue after the figures were read."""
         self._num_accepted_since[model] = self._num_accepted_since.get(model, 0) + 1
 
-    def joining(self, model: str) -> dict[str, object]:
+    def joining(self, model: str) -> QueueView:
         """Where a job that is accepted now stands, by the last figures: at the end, as if all were served in order."""
         queue = self.queues.get(model)
         if queue is None:
-            return dict(UNKNOWN_PLACE)
+            return UNKNOWN_PLACE
         num_ahead = queue.num_queued + self._num_accepted_since.get(model, 0)
         return queue.place(QueuePosition(num_ahead, queue.queued_tokens))
 
-    def place_of(self, job: Job) -> dict[str, object]:
+    def place_of(self, job: Job) -> QueueView:
         """Why a queued job waits, by the last figures; where it stands is not looked up."""
         queue = self.queues.get(job.model)
         if queue is None:
-            return dict(UNKNOWN_PLACE)
+            return UNKNOWN_PLACE
         reason = waiting_for(job_queries.waiting_job(job, datetime.now(UTC)), queue.service)
-        return {**UNKNOWN_PLACE, "waiting_for": reason.value}
+        return {**UNKNOWN_PLACE, "waiting_for": reason}
 
-    async def position(self, job_id: UUID, model: str) -> dict[str, object] | None:
+    async def position(self, job_id: UUID, model: str) -> QueueView | None:
         """Where a queued job stands now; None if it does not wait any more. Raises SQLAlchemyError.
 
         Ranking costs the database milliseconds, so all that is asked while one question is under way goes into the

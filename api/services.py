@@ -26,6 +26,7 @@ from api.auth import REMEMBER_SECONDS, Authenticator
 from api.limits import LargeWork, StreamSlots, UploadSlots
 from api.openapi import NEEDS_KEY, REFUSALS
 from api.queue_monitor import QueueMonitor
+from dialects.native import QueueView
 from domain.catalog import Catalog
 from domain.errors import PermissionDenied, StorageFull, StorageUnavailable
 from domain.jobs import JobStatus
@@ -101,7 +102,7 @@ class Services:
                 raise StorageFull("the disk of the database is full; nothing of this was kept, retry later") from exc
             raise _unavailable() from exc
 
-    async def position(self, job_id: UUID, model: str) -> dict[str, object] | None:
+    async def position(self, job_id: UUID, model: str) -> QueueView | None:
         """Where a queued job stands; None if it does not wait any more. Raises StorageUnavailable."""
         return await self._ask(self.monitor.position(job_id, model))
 

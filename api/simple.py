@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-import orjson
 from pydantic import ConfigDict, Field, StringConstraints
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.errors import json_response
 from api.inputs import off_loop, read_model
 from api.openai.answers import WholeAnswer, stream_answer
 from api.openai.running import Asked, answer_headers, start, start_all
@@ -109,9 +109,9 @@ class TextView(View):
 class AnsweredView(TextView):
     """What /generate and /api/v1/infer both say of a job."""
 
-    request_id: str = Field(description="The job's id.")
+    request_id: Annotated[str, Field(description="The job's id.")]
     tokens_generated: int
-    latency_ms: float = Field(description="From the accept to the end, the queue included.")
+    latency_ms: Annotated[float, Field(description="From the accept to the end, the queue included.")]
 
 
 class GeneratedView(AnsweredView):
@@ -123,7 +123,7 @@ class GeneratedListView(View):
 
 
 class InferredView(AnsweredView):
-    cached: bool = Field(description="An earlier job's answer.")
+    cached: Annotated[bool, Field(description="An earlier job's answer.")]
 
 
 @router.post(
@@ -207,7 +207,7 @@ async def find_answered(services: Services, tenant_id: UUID, generation: Generat
 def _answer_known(record: JobRecord, started: float) -> Response:
     answer = inferred(record) | {"latency_ms": _milliseconds(time.monotonic() - started), "cached": True}
     headers = answer_headers(started, room=None) | {"x-job-id": external_id(record.job.id)}
-    return Response(orjson.dumps(answer), headers=headers, media_type="application/json")
+    return json_response(answer, headers=headers)
 
 
 class GeneratedStream:

@@ -1,13 +1,12 @@
 """Webhook endpoints, secrets and deliveries from outside; endpoints as the OpenAI SDK 3.x has them."""
 
-from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, StringConstraints
 
-from api.inputs import QueryModel
+from api.inputs import PageQuery
 from dialects.native import NO_NUL, WebhookUrlText
-from dialects.openai_views import PageView, View, timestamp
+from dialects.openai_views import PageView, Timestamp, View, optional_timestamp, timestamp
 from domain.ids import external_id
 from domain.jobs import FirstErrorModel
 from domain.webhooks import EVENT_TYPES, PREFIX_BY_OBJECT, DeliveryStatus, secret_hint
@@ -51,12 +50,7 @@ class TestBody(WebhookBody):
     event_type: EventType
 
 
-class EndpointsQuery(QueryModel):
-    after: str | None = Field(default=None, description="The last id of the page before.")
-    limit: int = Field(default=20, ge=1, le=100)
-
-
-class DeliveriesQuery(EndpointsQuery):
+class DeliveriesQuery(PageQuery):
     job_id: str | None = Field(default=None, description="Of this job.")
     webhook_endpoint_id: str | None = Field(default=None, description="To this endpoint.")
     status: Literal["pending", "delivered", "failed"] | None = None
@@ -84,7 +78,7 @@ class EndpointView(View):
 
 
 class EndpointWithSecretView(EndpointView):
-    signing_secret: str = Field(description="Not shown again.")
+    signing_secret: Annotated[str, Field(description="Not shown again.")]
 
 
 class EndpointTestView(View):
@@ -103,12 +97,12 @@ class SecretView(View):
     object: Literal["webhook_secret"]
     signing_secret: str
     updated_at: int
-    previous_secret_expires_at: datetime | None
+    previous_secret_expires_at: Timestamp | None
 
 
 class DeliveryAttemptView(View):
     number: int
-    attempted_at: datetime
+    attempted_at: Timestamp
     seconds: float
     status_code: int | None
     error: str | None
@@ -119,24 +113,26 @@ class DeliveryView(View):
     object: Literal["webhook_delivery"]
     event_id: str
     event_type: str
-    about: str = Field(description="The job, or what else the event is about.")
+    about: Annotated[str, Field(description="The job, or what else the event is about.")]
     webhook_endpoint_id: str | None
     url: str
     status: DeliveryStatus
     num_attempts: int
     last_status_code: int | None
     last_error: str | None
-    created_at: datetime
-    delivered_at: datetime | None
-    next_attempt_at: datetime | None
-    attempts: list[DeliveryAttemptView] | None = Field(default=None, description="Where one delivery is asked for.")
+    created_at: Timestamp
+    delivered_at: Timestamp | None
+    next_attempt_at: Timestamp | None
+    attempts: NotRequired[
+        Annotated[list[DeliveryAttemptView] | None, Field(description="Where one delivery is asked for.")]
+    ]
 
 
 class DeliveryListView(PageView):
     data: list[DeliveryView]
 
 
-def endpoint_view(endpoint: WebhookEndpoint) -> dict[str, Any]:
+def endpoint_view(endpoint: WebhookEndpoint) -> EndpointView:
     return {
         "id": external_id(endpoint.id, "wh"),
         "object": "webhook_endpoint",
@@ -150,16 +146,16 @@ def endpoint_view(endpoint: WebhookEndpoint) -> dict[str, Any]:
     }
 
 
-def secret_view(secret: WebhookSecret) -> dict[str, Any]:
+def secret_view(secret: WebhookSecret) -> SecretView:
     return {
         "object": "webhook_secret",
         "signing_secret": secret.secret,
         "updated_at": int(secret.updated_at.timestamp()),
-        "previous_secret_expires_at": timestamp(secret.previous_secret_expires_at),
+        "previous_secret_expires_at": optional_timestamp(secret.previous_secret_expires_at),
     }
 
 
-def delivery_view(delivery: WebhookDelivery) -> dict[str, Any]:
+def delivery_view(delivery: WebhookDelivery) -> DeliveryView:
     """The newest state; `attempts` are added where one delivery is asked for."""
     prefix = PREFIX_BY_OBJECT[delivery.type.partition(".")[0]]
     return {
@@ -168,19 +164,21 @@ def delivery_view(delivery: WebhookDelivery) -> dict[str, Any]:
         "event_id": external_id(delivery.event_id, "evt"),
         "event_type": delivery.type,
         "about": external_id(delivery.event_id, prefix),
-        "webhook_endpoint_id": delivery.endpoint_id and external_id(delivery.endpoint_id, "wh"),
+        "webhook_endpoint_id": None if delivery.endpoint_id is None else external_id(delivery.endpoint_id, "wh"),
         "url": delivery.url,
-        "status": delivery.status.value,
+        "status": delivery.status,
         "num_attempts": delivery.num_attempts,
         "last_status_code": delivery.last_status_code,
         "last_error": delivery.last_error,
         "created_at": timestamp(delivery.created_at),
-        "delivered_at": timestamp(delivery.delivered_at),
-        "next_attempt_at": timestamp(delivery.next_attempt_at) if delivery.status is DeliveryStatus.PENDING else None,
+        "delivered_at": optional_timestamp(delivery.delivered_at),
+        "next_attempt_at": optional_timestamp(delivery.next_attempt_at)
+        if delivery.status is DeliveryStatus.PENDING
+        else None,
     }
 
 
-def attempt_view(attempt: WebhookAttempt) -> dict[str, Any]:
+def attempt_view(attempt: WebhookAttempt) -> DeliveryAttemptView:
     return {
         "number": attempt.number,
         "attempted_at": timestamp(attempt.attempted_at),

@@ -6,14 +6,13 @@ The log of webhook deliveries: what was sent where, how every attempt went, and 
 """
 
 import time
-from typing import Any
 from uuid import UUID
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.inputs import off_loop, query_parameters, read_body, read_model, read_query
+from api.errors import json_response
+from api.inputs import PageQuery, list_page, listing, off_loop, read_body, read_model, read_query
 from api.openapi import request_body
 from api.services import Services, caller_of, private_router
 from api.webhook_schemas import (
@@ -22,7 +21,6 @@ from api.webhook_schemas import (
     DeliveryListView,
     DeliveryView,
     EndpointListView,
-    EndpointsQuery,
     EndpointTestView,
     EndpointView,
     EndpointWithSecretView,
@@ -37,8 +35,8 @@ from api.webhook_schemas import (
     secret_view,
 )
 from dialects.bodies import parse_model
-from dialects.openai_views import DeletedView, page
-from domain.errors import InvalidCursor, InvalidRequest, NotFound
+from dialects.openai_views import DeletedView
+from domain.errors import InvalidRequest, NotFound
 from domain.ids import external_id, new_id, parse_id, parse_id_of_other
 from domain.webhooks import EVENT_TYPES, BadWebhookUrl, payload, signature_headers
 from storage import webhook_deliveries, webhooks
@@ -51,7 +49,7 @@ router = private_router()
 @router.get("/v1/webhook_event_types", responses={200: {"model": EventTypeListView}})
 async def list_event_types(request: Request) -> Response:
     """What an endpoint can ask for."""
-    return _answer({"object": "list", "data": list(EVENT_TYPES)})
+    return json_response({"object": "list", "data": list(EVENT_TYPES)})
 
 
 @router.post(
@@ -74,27 +72,20 @@ async def create_endpoint(request: Request) -> Response:
         raise InvalidRequest(
             f"there are {webhooks.MAX_ENDPOINTS} webhook endpoints, as many as may be; delete one first"
         )
-    return _answer(endpoint_view(endpoint) | {"signing_secret": endpoint.secret})
+    return json_response(endpoint_view(endpoint) | {"signing_secret": endpoint.secret})
 
 
-@router.get(
-    "/v1/webhook_endpoints",
-    responses={200: {"model": EndpointListView}},
-    openapi_extra={"parameters": query_parameters(EndpointsQuery)},
-)
+@router.get("/v1/webhook_endpoints", **listing(EndpointListView, PageQuery))
 async def list_endpoints(request: Request) -> Response:
     """Newest first."""
-    services, tenant_id = caller_of(request)
-    query = read_query(request, EndpointsQuery)
-    after = cursor(query.after, "wh")
-    found = await services.read(webhooks.list_endpoints, tenant_id, after=after, limit=query.limit + 1)
-    return _answer(page([endpoint_view(endpoint) for endpoint in found], query.limit))
+    query = read_query(request, PageQuery)
+    return await list_page(request, query, webhooks.list_endpoints, endpoint_view, prefix="wh")
 
 
 @router.get("/v1/webhook_endpoints/{webhook_endpoint_id}", responses={200: {"model": EndpointView}})
 async def read_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
     services, tenant_id = caller_of(request)
-    return _answer(endpoint_view(await _find(services, webhook_endpoint_id, tenant_id)))
+    return json_response(endpoint_view(await _find(services, webhook_endpoint_id, tenant_id)))
 
 
 @router.post(
@@ -116,7 +107,7 @@ async def update_endpoint(webhook_endpoint_id: str, request: Request) -> Respons
         event_types=body.event_types,
         enabled=body.enabled,
     )
-    return _answer(endpoint_view(_found(changed, webhook_endpoint_id)))
+    return json_response(endpoint_view(_found(changed, webhook_endpoint_id)))
 
 
 @router.delete("/v1/webhook_endpoints/{webhook_endpoint_id}", responses={200: {"model": DeletedView}})
@@ -126,7 +117,7 @@ async def delete_endpoint(webhook_endpoint_id: str, request: Request) -> Respons
     id_ = _parse(webhook_endpoint_id)
     if not await services.write(webhooks.remove_endpoint, id_, tenant_id):
         raise _not_found(webhook_endpoint_id)
-    return _answer({"id": external_id(id_, "wh"), "object": "webhook_endpoint.deleted", "deleted": True})
+    return json_response({"id": external_id(id_, "wh"), "object": "webhook_endpoint.deleted", "deleted": True})
 
 
 @router.post(
@@ -141,7 +132,7 @@ async def rotate_secret(webhook_endpoint_id: str, request: Request) -> Response:
     id_ = _parse(webhook_endpoint_id)
     rotated = await services.write(webhooks.rotate_secret, id_, tenant_id, with_overlap=keep)
     endpoint = _found(rotated, webhook_endpoint_id)
-    return _answer(endpoint_view(endpoint) | {"signing_secret": endpoint.secret})
+    return json_response(endpoint_view(endpoint) | {"signing_secret": endpoint.secret})
 
 
 @router.post(
@@ -155,7 +146,7 @@ async def test_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
     body = await read_model(request, TestBody)
     endpoint = await _find(services, webhook_endpoint_id, tenant_id)
     status_code = await _send_sample(TargetGuard(services.settings), endpoint, body.event_type)
-    return _answer(
+    return json_response(
         {
             "object": "webhook_endpoint.test",
             "webhook_endpoint_id": external_id(endpoint.id, "wh"),
@@ -170,7 +161,7 @@ async def test_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
 async def read_secret(request: Request) -> Response:
     """What signs for the URLs that come with single jobs."""
     services, tenant_id = caller_of(request)
-    return _answer(secret_view(await services.write(webhooks.tenant_secret, tenant_id)))
+    return json_response(secret_view(await services.write(webhooks.tenant_secret, tenant_id)))
 
 
 @router.post(
@@ -182,7 +173,7 @@ async def rotate_tenant_secret(request: Request) -> Response:
     services, tenant_id = caller_of(request)
     keep = (await _read_rotation(request)).keep_old_secret_active_for_24_hours
     secret = await services.write(webhooks.rotate_tenant_secret, tenant_id, with_overlap=keep)
-    return _answer(secret_view(secret))
+    return json_response(secret_view(secret))
 
 
 async def checked_url(services: Services, text: str) -> str:
@@ -191,13 +182,6 @@ async def checked_url(services: Services, text: str) -> str:
         return str(await TargetGuard(services.settings).check(text))
     except BadWebhookUrl as exc:
         raise InvalidRequest(f"url: {exc}", param="url") from None
-
-
-def cursor(after: str | None, prefix: str) -> UUID | None:
-    try:
-        return None if after is None else parse_id_of_other(after, prefix)
-    except ValueError as exc:
-        raise InvalidCursor(f"after: {exc}; send the last_id of the page before", param="after") from None
 
 
 async def _send_sample(guard: TargetGuard, endpoint: WebhookEndpoint, event_type: str) -> int:
@@ -244,30 +228,20 @@ def _not_found(endpoint_id: str) -> NotFound:
     return NotFound(f"there is no webhook endpoint {endpoint_id[:64]!r}; check the id", param="webhook_endpoint_id")
 
 
-def _answer(view: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(view), media_type="application/json")
-
-
-@router.get(
-    "/v1/webhook_deliveries",
-    responses={200: {"model": DeliveryListView}},
-    openapi_extra={"parameters": query_parameters(DeliveriesQuery)},
-)
+@router.get("/v1/webhook_deliveries", **listing(DeliveryListView, DeliveriesQuery))
 async def list_deliveries(request: Request) -> Response:
     """Newest first, without their attempts; those that are done are kept for a week."""
-    services, tenant_id = caller_of(request)
     query = read_query(request, DeliveriesQuery)
-    found = await services.read(
+    return await list_page(
+        request,
+        query,
         webhook_deliveries.list_deliveries,
-        tenant_id,
+        delivery_view,
+        prefix="whd",
         job_id=_job_id(query.job_id),
         endpoint_id=_endpoint_id(query.webhook_endpoint_id),
         status=query.delivery_status,
-        after=cursor(query.after, "whd"),
-        limit=query.limit + 1,
     )
-    shown = page([delivery_view(delivery) for delivery in found], query.limit)
-    return Response(orjson.dumps(shown), media_type="application/json")
 
 
 @router.get("/v1/webhook_deliveries/{delivery_id}", responses={200: {"model": DeliveryView}})
@@ -293,7 +267,7 @@ async def _view(services: Services, id_: UUID, tenant_id: UUID, delivery_id: str
         raise _delivery_not_found(delivery_id)
     delivery, attempts = found
     view = delivery_view(delivery) | {"attempts": [attempt_view(attempt) for attempt in attempts]}
-    return Response(orjson.dumps(view), media_type="application/json")
+    return json_response(view)
 
 
 def _job_id(text: str | None) -> UUID | None:

@@ -25,7 +25,7 @@ import orjson
 import psutil
 
 from dialects.bodies import parse_model
-from dialects.native import JobBody, new_job_view
+from dialects.native import JobBody, QueueView, new_job_view
 from domain.catalog import Catalog
 from domain.ids import new_id
 from local.servers import EmbeddedPostgres, EmbeddedRedis
@@ -156,7 +156,7 @@ def bench_stages(content: bytes, view: ModelView, new_job: NewJob) -> dict[str, 
     body = parse_model(content, JobBody)
     request, options = body.to_request(), body.to_options(None)
     num_tokens = len(new_job.prompt_token_ids)
-    queue = {"position": 0, "eta_seconds": None}
+    queue: QueueView = {"position": 0, "eta_seconds": None, "waiting_for": None}
     now = datetime.now(UTC)
     return {
         "JSON and validation": microseconds(lambda: parse_model(content, JobBody)),

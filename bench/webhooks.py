@@ -1,6 +1,7 @@
 """How many webhooks one maintenance process delivers, with fsync on: `python -m bench.webhooks`.
 
 Prints the ceiling (the same signed POSTs by the same client without a database, as many at a time as a host is given),
+what httpcore's own pool would make of them, to one host and to --pool-hosts (docs/adr/0031), and
 then the measurement: from the commit that makes --deliveries due at once until SQL knows of all of them that they were
 delivered, for one receiving host and for --hosts. Last comes one JSON line. The receivers answer at once.
 """
@@ -15,19 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from uuid import uuid4
 
+import httpcore
 import psutil
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session, sessionmaker
 
 from bench.accept import cpu_seconds
-from domain.webhooks import DeliveryStatus, payload, signature_headers
+from domain.webhooks import DeliveryStatus, WebhookUrl, payload, signature_headers
 from local.servers import EmbeddedPostgres, EmbeddedRedis
 from maintenance.webhooks import MAX_PER_HOST
 from settings import ROOT, Settings
@@ -35,7 +37,14 @@ from storage import webhooks
 from storage.database import migrate, open_database, session_factory
 from storage.tables import DEFAULT_TENANT_ID
 from storage.webhooks import WebhookDelivery
-from tasks.webhook_http import TargetGuard, WebhookClient
+from tasks.webhook_http import (
+    KEEPALIVE_SECONDS,
+    MAX_CONNECTIONS,
+    GuardedNetwork,
+    TargetGuard,
+    WebhookClient,
+    WebhookResponse,
+)
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 DEADLINE_SECONDS = 300
@@ -91,23 +100,54 @@ def receivers(num_hosts: int) -> Iterator[list[str]]:
         process.join()
 
 
-async def bench_client(url: str, secret: str, num_posts: int) -> float:
+class PoolClient:
+    """As WebhookClient, over httpcore's pool."""
+
+    def __init__(self, guard: TargetGuard) -> None:
+        network = GuardedNetwork(guard)
+        self._pool = httpcore.AsyncConnectionPool(
+            max_connections=MAX_CONNECTIONS, keepalive_expiry=KEEPALIVE_SECONDS, network_backend=network
+        )
+
+    async def post(self, url: WebhookUrl, headers: dict[str, str], body: bytes) -> WebhookResponse:
+        all_headers = {"host": url.host, "content-length": str(len(body))} | headers
+        answer = await self._pool.request("POST", str(url), headers=list(all_headers.items()), content=body)
+        return WebhookResponse(answer.status, None, 0.0)
+
+    async def aclose(self) -> None:
+        await self._pool.aclose()
+
+
+async def bench_client(
+    make: Callable[[TargetGuard], WebhookClient | PoolClient], urls: Sequence[str], secret: str, num_posts: int
+) -> float:
     """Answers per second."""
     guard = TargetGuard(Settings(webhook_private_targets=True))
-    client, numbers = WebhookClient(guard), iter(range(num_posts))
+    client, numbers = make(guard), iter(range(num_posts))
 
     async def post_in_turn() -> None:
-        for _ in numbers:
+        for number in numbers:
             event_id = uuid4()
             body = payload(event_id, TYPE, datetime.now(UTC))
             headers = signature_headers(event_id, body, [secret], int(time.time()))
-            assert (await client.post(guard.parse(url), headers, body)).is_success
+            assert (await client.post(guard.parse(urls[number % len(urls)]), headers, body)).is_success
 
     started = time.perf_counter()
     await asyncio.gather(*(post_in_turn() for _ in range(MAX_PER_HOST)))
     seconds = time.perf_counter() - started
     await client.aclose()
     return num_posts / seconds
+
+
+def bench_clients(secret: str, num_posts: int, num_hosts: int) -> dict[str, float]:
+    """Of our connections and of httpcore's pool, answers per second, to one host and to many."""
+    rates = {}
+    with receivers(num_hosts) as urls:
+        for hosts, few in (("1 host", urls[:1]), (f"{num_hosts} hosts", urls)):
+            for name, make in (("ours", WebhookClient), ("httpcore's pool", PoolClient)):
+                rate = rates[f"{name}, {hosts}"] = asyncio.run(bench_client(make, few, secret, num_posts))
+                print(f"{f'POSTs over {name}, {hosts}':44} {rate:7.0f}/s", flush=True)
+    return rates
 
 
 @contextmanager
@@ -162,8 +202,9 @@ def run(folder: Path, given: argparse.Namespace) -> dict[str, float]:
         sessions = session_factory(database)
         with sessions.begin() as session:
             secret = webhooks.tenant_secret(session, DEFAULT_TENANT_ID).secret
-        ceiling = asyncio.run(bench_client(urls[0], secret, given.deliveries))
+        ceiling = asyncio.run(bench_client(WebhookClient, urls[:1], secret, given.deliveries))
         print(f"{f'ceiling: {MAX_PER_HOST} POSTs at a time, no database':44} {ceiling:7.0f}/s", flush=True)
+        bench_clients(secret, given.deliveries // 5, given.pool_hosts)
         environment = {
             "CELERIAC_DATABASE_URL": postgres.url,
             "CELERIAC_REDIS_URL": redis.url,
@@ -181,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deliveries", type=int, default=5_000)
     parser.add_argument("--hosts", type=int, default=8)
+    parser.add_argument("--pool-hosts", type=int, default=64)
     given = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(f"load {os.getloadavg()[0]:.1f}, {given.deliveries} deliveries a run\n")

@@ -3,6 +3,7 @@
 import logging
 from typing import NamedTuple
 
+from dialects.openai_views import View
 from domain.errors import (
     CeleriacError,
     DeadlineExceeded,
@@ -67,7 +68,14 @@ HTTP_BY_CODE: dict[str, HttpError] = {
 }
 
 
-def job_error_body(error: JobError) -> dict[str, object]:
+class JobErrorView(View):
+    code: str
+    message: str
+    type: str
+    retryable: bool
+
+
+def job_error_view(error: JobError) -> JobErrorView:
     """A job's stored error as clients see it. A code that this version does not know is a server error."""
     code = error.code if error.code in HTTP_BY_CODE else "server_error"
     return {"code": error.code, "message": error.message, "type": HTTP_BY_CODE[code].type, "retryable": error.retryable}

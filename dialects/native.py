@@ -4,18 +4,18 @@ The body that asks for a job.
 
 What a job looks like from outside: the view that is answered everywhere.
 
-Views are built as plain dicts and dumped once; `JobView` is their published schema, which a test holds them to.
+A view is built as a plain dict and dumped once; `JobView` is its type and its published schema.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NotRequired, Self, cast
 
 import orjson
 from pydantic import AwareDatetime, Field, StringConstraints, TypeAdapter, model_validator
 
-from dialects.errors import job_error_body
-from dialects.openai_views import PageView, View, timestamp
+from dialects.errors import JobErrorView, job_error_view
+from dialects.openai_views import PageView, Timestamp, View, optional_timestamp, timestamp
 from domain.ids import external_id
 from domain.jobs import FinishReason, Frozen, JobKind, JobStatus, WaitingFor
 from domain.requests import EmbeddingRequest, EmbeddingResult, GenerationRequest, JobOptions, JobOutput, JobRequest
@@ -115,11 +115,15 @@ def body_class(body: bytes) -> type[JobBody] | type[EmbeddingJobBody]:
 
 
 class QueueView(View):
-    position: int | None = Field(description="Jobs of this model that run earlier under the current order.")
-    eta_seconds: float | None = Field(
-        description="Until its start, by the rate at which live workers drain; null where it waits for more than slots."
-    )
-    waiting_for: WaitingFor | None = Field(description="What keeps it from running.")
+    position: Annotated[int | None, Field(description="Jobs of this model that run earlier under the current order.")]
+    eta_seconds: Annotated[
+        float | None,
+        Field(
+            description="Until its start, by the rate at which live workers drain; null where it waits for more than "
+            "slots."
+        ),
+    ]
+    waiting_for: Annotated[WaitingFor | None, Field(description="What keeps it from running.")]
 
 
 class UsageView(View):
@@ -129,33 +133,37 @@ class UsageView(View):
     cached_tokens: int
 
 
-class ChoiceView(View):
+class PartialChoiceView(View):
+    """Of a job that runs: what is committed so far."""
+
     index: int
     text: str
-    finish_reason: FinishReason
+    finish_reason: Annotated[FinishReason | None, Field(description="Null: it goes on.")]
     num_tokens: int
-    num_reasoning_tokens: int | None = Field(description="Those up to the end of the first </think>, if there is one.")
+
+
+class ChoiceView(PartialChoiceView):
+    num_reasoning_tokens: Annotated[
+        int | None, Field(description="Those up to the end of the first </think>, if there is one.")
+    ]
     logprobs: list[Any] | None
-    candidate: int | None = Field(description="Under best_of: the index of this choice in the stream.")
-    mean_logprob: float | None = Field(description="Under best_of: what it was chosen by.")
+    candidate: Annotated[int | None, Field(description="Under best_of: the index of this choice in the stream.")]
+    mean_logprob: Annotated[float | None, Field(description="Under best_of: what it was chosen by.")]
 
 
 class OutputView(View):
-    text: str = Field(description="Of the first choice.")
-    choices: list[ChoiceView]
-    prompt_logprobs: list[Any] | None = Field(default=None, description="Where asked for: one per prompt token.")
+    text: Annotated[str, Field(description="Of the first choice.")]
+    choices: Sequence[ChoiceView | PartialChoiceView]
+    prompt_logprobs: NotRequired[
+        Annotated[list[Any] | None, Field(description="Where asked for: one per prompt token.")]
+    ]
 
 
 class VectorsView(View):
-    embeddings: list[str] = Field(description="One for each input, in order: little-endian float32 in base64.")
+    embeddings: Annotated[
+        list[str], Field(description="One for each input, in order: little-endian float32 in base64.")
+    ]
     dimensions: int
-
-
-class JobErrorView(View):
-    code: str
-    message: str
-    type: str
-    retryable: bool
 
 
 class UrlsView(View):
@@ -168,12 +176,14 @@ class UrlsView(View):
 class AttemptView(View):
     attempt: int
     worker_id: str
-    worker: str | None = Field(description="Its name, where it had reported itself.")
-    started_at: datetime
-    ended_at: datetime | None = Field(description="Null: it runs.")
-    outcome: str | None = Field(description="completed, failed, cancelled, expired, released, lost, crashed, stalled.")
+    worker: Annotated[str | None, Field(description="Its name, where it had reported itself.")]
+    started_at: Timestamp
+    ended_at: Annotated[Timestamp | None, Field(description="Null: it runs.")]
+    outcome: Annotated[
+        str | None, Field(description="completed, failed, cancelled, expired, released, lost, crashed, stalled.")
+    ]
     error_code: str | None
-    num_tokens: int = Field(description="Committed by this attempt.")
+    num_tokens: Annotated[int, Field(description="Committed by this attempt.")]
 
 
 class JobView(View):
@@ -184,26 +194,28 @@ class JobView(View):
     kind: JobKind
     status: JobStatus
     model: str
-    created_at: datetime
-    started_at: datetime | None
-    first_token_at: datetime | None = Field(description="When its first output was committed.")
-    finished_at: datetime | None
-    expires_at: datetime | None = Field(description="When a finished job is deleted.")
-    deadline: datetime | None
+    created_at: Timestamp
+    started_at: Timestamp | None
+    first_token_at: Annotated[Timestamp | None, Field(description="When its first output was committed.")]
+    finished_at: Timestamp | None
+    expires_at: Annotated[Timestamp | None, Field(description="When a finished job is deleted.")]
+    deadline: Timestamp | None
     priority: int
     attempt: int
-    worker: str | None = Field(description="The name of the worker that runs it, or ran it last.")
-    queue: QueueView | None = Field(description="Only while queued.")
+    worker: Annotated[str | None, Field(description="The name of the worker that runs it, or ran it last.")]
+    queue: Annotated[QueueView | None, Field(description="Only while queued.")]
     cancel_requested: bool
-    finish_reason: FinishReason | None = Field(description="Of the first choice. `error`: the job failed in its midst.")
+    finish_reason: Annotated[
+        FinishReason | None, Field(description="Of the first choice. `error`: the job failed in its midst.")
+    ]
     usage: UsageView | None
     output: OutputView | VectorsView | None
     error: JobErrorView | None
     metadata: dict[str, str]
-    retry_of: str | None = Field(description="The ended job that this one repeats.")
+    retry_of: Annotated[str | None, Field(description="The ended job that this one repeats.")]
     urls: UrlsView
-    attempts: list[AttemptView] | None = Field(default=None, description="Only with include=attempts.")
-    input: dict[str, Any] | None = Field(default=None, description="Only with include=input.")
+    attempts: NotRequired[Annotated[list[AttemptView] | None, Field(description="Only with include=attempts.")]]
+    input: NotRequired[Annotated[dict[str, Any] | None, Field(description="Only with include=input.")]]
 
 
 class JobOutputView(OutputView):
@@ -222,67 +234,62 @@ class JobListView(PageView):
     data: list[JobView]
 
 
-def urls_of(job_id: str) -> dict[str, str]:
+_NULLS: dict[str, object] = dict.fromkeys(sorted(JobView.__required_keys__))
+
+
+def urls_of(job_id: str) -> UrlsView:
     path = f"/v1/jobs/{job_id}"
     return {"get": path, "events": f"{path}/events", "output": f"{path}/output", "cancel": f"{path}/cancel"}
 
 
-def new_job_view(new_job: NewJob, created_at: datetime, queue: Mapping[str, object]) -> dict[str, object]:
-    """The view of a job that was accepted a moment ago, without asking for it."""
+def new_job_view(new_job: NewJob, created_at: datetime, queue: QueueView) -> JobView:
+    """The view of a job that was accepted a moment ago, without asking for it: what it does not have yet is null."""
     job_id = external_id(new_job.id)
-    return {
+    known = {
         "id": job_id,
         "object": "job",
         "kind": new_job.request.kind,
-        "status": JobStatus.QUEUED.value,
+        "status": JobStatus.QUEUED,
         "model": new_job.request.model,
         "created_at": timestamp(created_at),
-        "started_at": None,
-        "first_token_at": None,
-        "finished_at": None,
-        "expires_at": None,
-        "deadline": timestamp(new_job.deadline_at),
+        "deadline": optional_timestamp(new_job.deadline_at),
         "priority": new_job.priority,
         "attempt": 0,
-        "worker": None,
         "queue": queue,
         "cancel_requested": False,
-        "finish_reason": None,
-        "usage": None,
-        "output": None,
-        "error": None,
         "metadata": new_job.metadata,
         "retry_of": new_job.retry_of and external_id(new_job.retry_of),
         "urls": urls_of(job_id),
     }
+    return cast(JobView, _NULLS | known)
 
 
-def job_view(record: JobRecord, queue: Mapping[str, object] | None = None) -> dict[str, object]:
+def job_view(record: JobRecord, queue: QueueView | None = None) -> JobView:
     """The view of a stored job, with its input where the record holds it."""
     job, job_id = record.job, external_id(record.job.id)
-    view: dict[str, object] = {
+    view: JobView = {
         "id": job_id,
         "object": "job",
-        "kind": job.kind.value,
-        "status": job.status.value,
+        "kind": job.kind,
+        "status": job.status,
         "model": job.model,
         "created_at": timestamp(job.created_at),
-        "started_at": timestamp(job.started_at),
-        "first_token_at": timestamp(job.first_token_at),
-        "finished_at": timestamp(job.finished_at),
-        "expires_at": timestamp(job.prune_at),
-        "deadline": timestamp(job.deadline_at),
+        "started_at": optional_timestamp(job.started_at),
+        "first_token_at": optional_timestamp(job.first_token_at),
+        "finished_at": optional_timestamp(job.finished_at),
+        "expires_at": optional_timestamp(job.prune_at),
+        "deadline": optional_timestamp(job.deadline_at),
         "priority": job.priority,
         "attempt": job.attempt,
         "worker": record.worker,
         "queue": queue if job.status is JobStatus.QUEUED else None,
         "cancel_requested": job.cancel_requested_at is not None,
-        "finish_reason": job.finish_reason and job.finish_reason.value,
+        "finish_reason": job.finish_reason,
         "usage": usage_view(job, record.result),
         "output": output_view(record.result),
-        "error": job_error_body(job.error) if job.error is not None else None,
+        "error": None if job.error is None else job_error_view(job.error),
         "metadata": job.job_metadata,
-        "retry_of": job.retry_of and external_id(job.retry_of),
+        "retry_of": None if job.retry_of is None else external_id(job.retry_of),
         "urls": urls_of(job_id),
     }
     if record.request is not None:
@@ -290,15 +297,15 @@ def job_view(record: JobRecord, queue: Mapping[str, object] | None = None) -> di
     return view
 
 
-def attempts_view(job: Job, ended: Sequence[JobAttempt], *, worker: str | None = None) -> list[dict[str, object]]:
+def attempts_view(job: Job, ended: Sequence[JobAttempt], *, worker: str | None = None) -> list[AttemptView]:
     """Every attempt in order; the last one without an end while the job runs, on `worker`."""
-    attempts: list[dict[str, object]] = [
+    attempts: list[AttemptView] = [
         {
             "attempt": one.attempt,
             "worker_id": str(one.worker_id),
             "worker": one.worker_name,
             "started_at": timestamp(one.started_at),
-            "ended_at": timestamp(one.ended_at),
+            "ended_at": optional_timestamp(one.ended_at),
             "outcome": one.outcome.value,
             "error_code": one.error_code,
             "num_tokens": one.num_tokens,
@@ -306,10 +313,19 @@ def attempts_view(job: Job, ended: Sequence[JobAttempt], *, worker: str | None =
         for one in ended
     ]
     if job.status is JobStatus.IN_PROGRESS and len(attempts) < job.attempt:
-        running = {"ended_at": None, "outcome": None, "error_code": None, "worker": worker}
-        began = {"started_at": timestamp(job.attempt_started_at), "worker_id": str(job.lease_owner)}
-        num_tokens = job.num_committed_tokens - job.num_tokens_at_claim
-        attempts.append({"attempt": job.attempt, "num_tokens": num_tokens, **began, **running})
+        assert job.attempt_started_at is not None
+        attempts.append(
+            {
+                "attempt": job.attempt,
+                "worker_id": str(job.lease_owner),
+                "worker": worker,
+                "started_at": timestamp(job.attempt_started_at),
+                "ended_at": None,
+                "outcome": None,
+                "error_code": None,
+                "num_tokens": job.num_committed_tokens - job.num_tokens_at_claim,
+            }
+        )
     return attempts
 
 
@@ -324,7 +340,7 @@ def _input_view(request: JobRequest) -> dict[str, object]:
     return view | {"messages": messages}
 
 
-def usage_view(job: Job, result: JobOutput | None) -> dict[str, int] | None:
+def usage_view(job: Job, result: JobOutput | None) -> UsageView | None:
     """Of a started job; while it runs, by what it has committed."""
     if result is not None:
         usage = result.usage
@@ -341,13 +357,13 @@ def usage_view(job: Job, result: JobOutput | None) -> dict[str, int] | None:
     }
 
 
-def output_view(result: JobOutput | None) -> dict[str, object] | None:
+def output_view(result: JobOutput | None) -> OutputView | VectorsView | None:
     if result is None:
         return None
     if isinstance(result, EmbeddingResult):
         return {"embeddings": list(result.embeddings), "dimensions": result.dimensions}
-    choices = [choice.model_dump(mode="json") for choice in result.choices]
-    output: dict[str, object] = {"text": result.choices[0].text if result.choices else "", "choices": choices}
+    choices: list[ChoiceView] = [cast(ChoiceView, choice.model_dump(mode="json")) for choice in result.choices]
+    output: OutputView = {"text": result.choices[0].text if result.choices else "", "choices": choices}
     if result.prompt_logprobs is not None:
         output["prompt_logprobs"] = [entry and entry.model_dump(mode="json") for entry in result.prompt_logprobs]
     return output

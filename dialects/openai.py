@@ -11,11 +11,9 @@ Tools are checked, shown to the model, and asked for by a grammar, whichever rou
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Annotated, Any, Literal, Protocol, TypeVar
-from uuid import UUID
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -35,7 +33,7 @@ from dialects.native import MetadataKey, MetadataValue
 from domain.errors import CeleriacError, InvalidRequest, UnsupportedParameter
 from domain.jobs import FinishReason, FirstErrorModel
 from domain.json_schemas import gather
-from domain.requests import MAX_STOP_STRINGS, SamplingParams, TokenLogprob
+from domain.requests import MAX_STOP_STRINGS, SamplingParams
 from domain.strict_schemas import closed, enforceable
 from domain.structured_output import (
     MAX_CALLS_BYTES,
@@ -51,29 +49,14 @@ from text.models import ModelView
 from text.outputs import MARKERS
 
 #: The reasons that clients know. A job that was cut off otherwise ends in an error.
-FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+FINISH_REASONS: Final[dict[FinishReason, Literal["stop", "length"]]] = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+}
 
 PRIORITY_BY_SERVICE_TIER = {"auto": 0, "default": 0, "flex": -5, "priority": 5, "fast": 5}
 
 Domain = TypeVar("Domain", bound=BaseModel)
-
-
-class AnsweredJob(Protocol):
-    """What every answer says of its job, as a row of SQL and a running request both know it."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def model_revision(self) -> str: ...
-    @property
-    def priority(self) -> int: ...
-    @property
-    def created_at(self) -> datetime: ...
-
-
-class StreamedJob(AnsweredJob, Protocol):
-    @property
-    def job_id(self) -> UUID: ...
 
 
 class OpenAIModel(FirstErrorModel):
@@ -258,29 +241,6 @@ def _spelt(path: str, spelling: Mapping[str, str]) -> str:
 
 def strings(value: str | list[str] | None) -> list[str] | None:
     return [value] if isinstance(value, str) else value
-
-
-def tier_of(asked: str | None, priority: int) -> str:
-    """The tier that was used; only who asked for one by the name of `fast` is answered so."""
-    if asked == "fast":
-        return "fast"
-    return "priority" if priority > 0 else "flex" if priority < 0 else "default"
-
-
-def content_logprobs(logprobs: Sequence[TokenLogprob]) -> list[dict[str, object]]:
-    """`logprobs.content`, the tokens of the content: the one that ends it has no text and is none of them."""
-    return [_logprob_object(logprob) for logprob in logprobs if logprob.bytes]
-
-
-def _logprob_object(logprob: TokenLogprob) -> dict[str, object]:
-    top = [
-        _token_object(text, value, utf8) for (_, text, value), utf8 in zip(logprob.top, logprob.top_bytes, strict=True)
-    ]
-    return _token_object(logprob.token, logprob.logprob, logprob.bytes) | {"top_logprobs": top}
-
-
-def _token_object(text: str, logprob: float, utf8: Sequence[int]) -> dict[str, object]:
-    return {"token": text, "logprob": logprob, "bytes": list(utf8)}
 
 
 MAX_REMEMBERED = 1_024  # parameters of tools, of at most `schema_bounds.MAX_SCHEMA_BYTES` each

@@ -1,13 +1,6 @@
-"""Chat completions: the body, the request that it makes, and a job's output as message or deltas.
+"""Chat completions: the body, the request that it makes, and a job's output as a message or its deltas.
 
-The body of a chat completion.
-
-A chat completion's body as a job's request: messages, tools, and what the output must look like.
-
-A job's output as chat completions: the message, or its deltas, with tool calls and reasoning taken out of the text.
-
-Whole answers and streams go through the same parser, so they agree.
-"""
+Whole answers and streams go through the same parser, which takes tool calls and reasoning out, so they agree."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,20 +12,17 @@ from pydantic import AfterValidator, Discriminator, Field, Tag
 from dialects.openai import (
     FINISH_REASONS,
     MAX_PARTS,
-    AnsweredJob,
     AskedTools,
     Effort,
     ForeignTool,
     GenerationBody,
     OpenAIModel,
-    StreamedJob,
     StreamOptions,
     Strings,
     Unsupported,
     answer_of,
     build,
     build_at,
-    content_logprobs,
     only,
     output_of,
     refuse,
@@ -42,12 +32,23 @@ from dialects.openai import (
     strings,
     tag_of_tool,
     take_effort,
-    tier_of,
     tools_of,
 )
-from dialects.openai_views import count_reasoning_tokens, usage_object
+from dialects.openai_views import (
+    ChatChoiceView,
+    ChatCompletionView,
+    ChatLogprobsView,
+    ChatMessageView,
+    CompletionUsageView,
+    FinishReasonName,
+    StreamedJob,
+    ToolCallView,
+    answer_head,
+    content_logprobs,
+    count_reasoning_tokens,
+    usage_object,
+)
 from domain.errors import InvalidRequest
-from domain.ids import external_id
 from domain.jobs import FinishReason
 from domain.requests import (
     MAX_MESSAGES,
@@ -316,12 +317,14 @@ def _num_logprobs(body: ChatCompletionBody) -> int | None:
 
 def from_result(
     record: JobRecord, request: GenerationRequest, format: OutputFormat, service_tier: str | None = None
-) -> dict[str, object]:
+) -> ChatCompletionView:
     """The chat completion of a completed job. `request` is what was asked for; `format` is the model's."""
     result = record.result
     assert isinstance(result, GenerationResult)
     parsers = [parser_of(request, format) for _ in range(request.params.n)]
-    return _head(record.job.id, record.job, "chat.completion", service_tier) | {
+    return {
+        **answer_head(record.job.id, "chatcmpl", record.job, service_tier),
+        "object": "chat.completion",
         "choices": [_choice(record.job.id, choice, parsers[choice.index]) for choice in result.choices],
         "usage": _usage(result, parsers),
     }
@@ -340,7 +343,7 @@ class ChatStream:
         service_tier: str | None,
     ) -> None:
         self._job_id = job.job_id
-        self._head = _head(job.job_id, job, "chat.completion.chunk", service_tier)
+        self._head = answer_head(job.job_id, "chatcmpl", job, service_tier) | {"object": "chat.completion.chunk"}
         self._parsers = [parser_of(request, format) for _ in range(request.params.n)]
         self._has_usage = has_usage
 
@@ -372,21 +375,21 @@ class ChatStream:
         self, index: int, delta: Mapping[str, object], *, logprobs: object = None, finish_reason: str | None = None
     ) -> dict[str, object]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        chunk = self._head | {"choices": [choice]}
+        chunk = {**self._head, "choices": [choice]}
         return chunk | {"usage": None} if self._has_usage else chunk
 
 
-def _usage(result: GenerationResult, parsers: Sequence[OutputParser]) -> dict[str, object]:
+def _usage(result: GenerationResult, parsers: Sequence[OutputParser]) -> CompletionUsageView:
     """`parsers` have taken all the text."""
     return usage_object(result.usage, num_reasoning_tokens=count_reasoning_tokens(result.choices, parsers))
 
 
-def _choice(job_id: UUID, choice: ResultChoice, parser: OutputParser) -> dict[str, object]:
+def _choice(job_id: UUID, choice: ResultChoice, parser: OutputParser) -> ChatChoiceView:
     pieces = parser.push(choice.text) + parser.finish(is_cut=choice.finish_reason is not FinishReason.STOP)
     content = "".join(piece.text for piece in pieces if isinstance(piece, ContentPiece))
     reasoning = "".join(piece.text for piece in pieces if isinstance(piece, ReasoningPiece))
     calls = _calls(job_id, choice.index, pieces)
-    message: dict[str, object] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+    message: ChatMessageView = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
     if reasoning:
         message["reasoning_content"] = reasoning
     if calls:
@@ -399,7 +402,7 @@ def _choice(job_id: UUID, choice: ResultChoice, parser: OutputParser) -> dict[st
     }
 
 
-def _calls(job_id: UUID, index: int, pieces: Sequence[Piece]) -> list[dict[str, object]]:
+def _calls(job_id: UUID, index: int, pieces: Sequence[Piece]) -> list[ToolCallView]:
     names = [piece for piece in pieces if isinstance(piece, CallName)]
     arguments = [piece for piece in pieces if isinstance(piece, CallArguments)]
     return [
@@ -436,23 +439,12 @@ def _call_id(job_id: UUID, index: int, number: int) -> str:
     return "call_" + hashlib.sha256(f"{job_id}/{index}/{number}".encode()).hexdigest()[:24]
 
 
-def _finish_reason(reason: FinishReason, parser: OutputParser) -> str:
+def _finish_reason(reason: FinishReason, parser: OutputParser) -> FinishReasonName:
     """A call that was cut off is no reason to go on: `length` stays `length`."""
     return "tool_calls" if reason is FinishReason.STOP and parser.num_calls else FINISH_REASONS[reason]
 
 
-def _head(job_id: UUID, job: AnsweredJob, object_: str, service_tier: str | None) -> dict[str, object]:
-    return {
-        "id": external_id(job_id, "chatcmpl"),
-        "object": object_,
-        "created": int(job.created_at.timestamp()),
-        "model": job.model,
-        "service_tier": tier_of(service_tier, job.priority),
-        "system_fingerprint": f"fp_{job.model_revision[:16]}",
-    }
-
-
-def _logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, object] | None:
+def _logprobs(logprobs: Sequence[TokenLogprob] | None) -> ChatLogprobsView | None:
     if logprobs is None:
         return None
     return {"content": content_logprobs(logprobs), "refusal": None}

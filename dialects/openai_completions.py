@@ -7,26 +7,28 @@ import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
-from uuid import UUID
 
 from pydantic import Discriminator, Field, Tag
 
 from dialects.openai import (
     FINISH_REASONS,
-    AnsweredJob,
     GenerationBody,
-    StreamedJob,
     StreamOptions,
     Strings,
     Unsupported,
     build,
     refuse_idle_stream_options,
     strings,
-    tier_of,
 )
-from dialects.openai_views import usage_object
+from dialects.openai_views import (
+    CompletionChoiceView,
+    CompletionLogprobsView,
+    CompletionView,
+    StreamedJob,
+    answer_head,
+    usage_object,
+)
 from domain.errors import InvalidRequest, UnsupportedParameter
-from domain.ids import external_id
 from domain.jobs import Usage
 from domain.requests import MAX_PROMPT_TOKENS, GenerationRequest, GenerationResult, TokenChunk, TokenLogprob
 from storage.job_queries import JobRecord
@@ -46,22 +48,25 @@ class Prompt:
     is_alone: bool = False  # the prompt is scored, and nothing is written
 
 
-def from_results(
-    records: Sequence[JobRecord], prompts: Sequence[Prompt], service_tier: str | None
-) -> dict[str, object]:
+def from_results(records: Sequence[JobRecord], prompts: Sequence[Prompt], service_tier: str | None) -> CompletionView:
     """The completion that all these completed jobs are, in the order of their prompts."""
     results = [record.result for record in records if isinstance(record.result, GenerationResult)]
     choices = [choice for result, prompt in zip(results, prompts, strict=True) for choice in _choices(result, prompt)]
     usage = usage_object(_sum([result.usage for result in results]))
     first = records[0].job
-    return _head(first.id, first, service_tier) | {"choices": choices, "usage": usage}
+    return {
+        **answer_head(first.id, "cmpl", first, service_tier),
+        "object": "text_completion",
+        "choices": choices,
+        "usage": usage,
+    }
 
 
 class CompletionStream:
     """One job's chunks as completion chunks, under the id of the first job."""
 
     def __init__(self, first: StreamedJob, prompt: Prompt, *, has_usage: bool, service_tier: str | None) -> None:
-        self._head = _head(first.job_id, first, service_tier)
+        self._head = answer_head(first.job_id, "cmpl", first, service_tier) | {"object": "text_completion"}
         self._prompt = prompt
         self._has_usage = has_usage
         self._is_echoed = False
@@ -99,7 +104,7 @@ class CompletionStream:
     def _chunk(self, index: int, text: str, logprobs: object, finish_reason: str | None) -> dict[str, object]:
         number = self._prompt.first_index + index
         choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-        chunk = self._head | {"choices": [choice]}
+        chunk = {**self._head, "choices": [choice]}
         return chunk | {"usage": None} if self._has_usage else chunk
 
 
@@ -107,7 +112,8 @@ def usage_chunk(records: Sequence[JobRecord], service_tier: str | None) -> Itera
     """The last one, of all jobs together."""
     first = records[0].job
     usage = _sum([record.result.usage for record in records if record.result is not None])
-    yield _head(first.id, first, service_tier) | {"choices": [], "usage": usage_object(usage)}
+    head = answer_head(first.id, "cmpl", first, service_tier)
+    yield {**head, "object": "text_completion", "choices": [], "usage": usage_object(usage)}
 
 
 class _TextPlaces:
@@ -132,9 +138,9 @@ class _Entry:
     top: dict[str, float] | None
 
 
-def _choices(result: GenerationResult, prompt: Prompt) -> list[dict[str, object]]:
+def _choices(result: GenerationResult, prompt: Prompt) -> list[CompletionChoiceView]:
     echoed = _prompt_entries(prompt, result.prompt_logprobs)
-    choices = []
+    choices: list[CompletionChoiceView] = []
     for choice in result.choices:
         written = () if prompt.is_alone else choice.logprobs or ()
         entries = echoed + _entries(written, prompt.logprobs or 0)
@@ -183,7 +189,7 @@ def _name(token: bytes) -> str:
     return text if text.encode() == token else f"bytes:{text}"
 
 
-def _logprobs_object(entries: Sequence[_Entry], places: _TextPlaces) -> dict[str, object]:
+def _logprobs_object(entries: Sequence[_Entry], places: _TextPlaces) -> CompletionLogprobsView:
     return {
         "tokens": [entry.token for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
@@ -198,17 +204,6 @@ def _sum(usages: Sequence[Usage]) -> Usage:
         completion_tokens=sum(usage.completion_tokens for usage in usages),
         cached_tokens=sum(usage.cached_tokens for usage in usages),
     )
-
-
-def _head(job_id: UUID, job: AnsweredJob, service_tier: str | None) -> dict[str, object]:
-    return {
-        "id": external_id(job_id, "cmpl"),
-        "object": "text_completion",
-        "created": int(job.created_at.timestamp()),
-        "model": job.model,
-        "service_tier": tier_of(service_tier, job.priority),
-        "system_fingerprint": f"fp_{job.model_revision[:16]}",
-    }
 
 
 MAX_PROMPTS = 128

@@ -3,7 +3,7 @@
 import base64
 import struct
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import orjson
 from pydantic import Discriminator, Field, StringConstraints, Tag
@@ -47,7 +47,7 @@ class EmbeddingBody(OpenAIModel):
 class EmbeddingView(View):
     object: Literal["embedding"]
     index: int
-    embedding: list[float] | str = Field(description="Numbers; or little-endian float32 in base64.")
+    embedding: Annotated[list[float] | str, Field(description="Numbers; or little-endian float32 in base64.")]
 
 
 class EmbeddingUsageView(View):
@@ -77,7 +77,7 @@ def spelling_of_embeddings(body: EmbeddingBody) -> dict[str, str]:
     return ({"inputs.0": "input"} if is_one else {}) | {"inputs": "input"}
 
 
-def embeddings_from_result(record: JobRecord, body: EmbeddingBody) -> dict[str, object]:
+def embeddings_from_result(record: JobRecord, body: EmbeddingBody) -> EmbeddingListView:
     """The embeddings of a completed job."""
     assert isinstance(record.result, EmbeddingResult)
     usage = record.result.usage
@@ -98,8 +98,8 @@ def _inputs(body: EmbeddingBody) -> Sequence[object]:
     return [body.input] if is_one else body.input
 
 
-def _numbers(vector: str) -> orjson.Fragment:
+def _numbers(vector: str) -> list[float]:
     """Each float32 as the double that equals it, in JSON: vector by vector, as C code that writes millions of them
     at one go would let nothing else run."""
     packed = base64.b64decode(vector)
-    return orjson.Fragment(orjson.dumps(struct.unpack(f"<{len(packed) // 4}f", packed)))
+    return cast(list[float], orjson.Fragment(orjson.dumps(struct.unpack(f"<{len(packed) // 4}f", packed))))

@@ -1,31 +1,26 @@
-"""Responses on their way out: a job as a response, its output items and its events.
-
-The output items of a response, and the events that tell how they came to be.
+"""Responses on their way out: a job as a response, its output items, and the events that tell how they came to be.
 
 Both follow from the job's chunks alone. So a stream that is read again has the same events under the same numbers, and
 whoever resumes it misses none and gets none twice.
-
-A job as a response.
-
-The published schemas of responses. Answers are built as plain dicts; the fuzz tests hold them to these.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, cast
 from uuid import UUID
 
 from pydantic import Field
 
-from dialects.openai import content_logprobs, tier_of
 from dialects.openai_response_requests import ItemStatus, Phase, ResponseBody, ResponseFunctionTool
 from dialects.openai_views import (
-    InputTokensDetailsView,
-    OutputTokensDetailsView,
+    ResponseUsageView,
+    ServiceTierName,
     TokenLogprobView,
     View,
+    content_logprobs,
     count_reasoning_tokens,
     response_usage,
+    tier_of,
 )
 from domain.errors import DeadlineExceeded
 from domain.ids import external_id
@@ -34,6 +29,174 @@ from domain.requests import NO_BOUND, GenerationRequest, GenerationResult, JobOu
 from storage.job_queries import JobRecord
 from storage.tables import Job
 from text.outputs import CallArguments, CallName, ContentPiece, OutputParser, Piece, ReasoningPiece
+
+Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+
+
+class InputTextView(View):
+    type: Literal["input_text"]
+    text: str
+
+
+class OutputTextView(View):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[dict[str, Any]]
+    logprobs: NotRequired[
+        Annotated[list[TokenLogprobView] | None, Field(description="Of what was sent there are none.")]
+    ]
+
+
+class RefusalView(View):
+    type: Literal["refusal"]
+    refusal: str
+
+
+class ReasoningTextView(View):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class SummaryTextView(View):
+    type: Literal["summary_text"]
+    text: str
+
+
+class ItemView(View):
+    id: str
+    status: ItemStatus
+
+
+class OutputMessageView(ItemView):
+    type: Literal["message"]
+    role: Literal["assistant"]
+    content: list[Annotated[OutputTextView | RefusalView, Field(discriminator="type")]]
+    phase: NotRequired[Phase | None]
+
+
+class ReasoningView(ItemView):
+    type: Literal["reasoning"]
+    summary: list[SummaryTextView]
+    content: NotRequired[list[ReasoningTextView] | None]
+
+
+class FunctionCallView(ItemView):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class InputMessageView(ItemView):
+    type: Literal["message"]
+    role: Literal["system", "developer", "user"]
+    content: list[InputTextView]
+    phase: NotRequired[Phase | None]
+
+
+class FunctionCallOutputView(ItemView):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[InputTextView]
+
+
+OutputItemView = Annotated[OutputMessageView | ReasoningView | FunctionCallView, Field(discriminator="type")]
+
+InputItemView = InputMessageView | OutputMessageView | ReasoningView | FunctionCallView | FunctionCallOutputView
+
+
+class InputItemListView(View):
+    object: Literal["list"]
+    data: list[InputItemView]
+    first_id: Annotated[str, Field(description="Empty on an empty page.")]
+    last_id: str
+    has_more: bool
+
+
+class InputTokensView(View):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+class ResponseErrorView(View):
+    code: Literal["server_error"]
+    message: str
+    type: Annotated[str, Field(description="Our code of the error.")]
+
+
+class IncompleteDetailsView(View):
+    reason: Literal["max_output_tokens"] | None
+    stop_reason: NotRequired[Literal["deadline"] | None]
+
+
+class ResponseToolView(View):
+    type: Literal["function"]
+    name: str
+    description: str | None
+    parameters: dict[str, Any] | None
+    strict: bool | None
+
+
+class NamedToolView(View):
+    type: Literal["function"]
+    name: str
+
+
+class PlainFormatView(View):
+    type: Literal["text", "json_object"]
+
+
+class JsonSchemaFormatView(View):
+    type: Literal["json_schema"]
+    name: str
+    schema: dict[str, Any]
+    description: NotRequired[str | None]
+    strict: NotRequired[bool | None]
+
+
+class ResponseTextView(View):
+    format: Annotated[PlainFormatView | JsonSchemaFormatView, Field(discriminator="type")]
+
+
+class ReasoningConfigView(View):
+    effort: None
+    summary: None
+
+
+class ResponseView(View):
+    id: str
+    object: Literal["response"]
+    created_at: Annotated[int, Field(description="Seconds since 1970.")]
+    status: Status
+    background: bool
+    completed_at: int | None
+    error: ResponseErrorView | None
+    incomplete_details: IncompleteDetailsView | None
+    instructions: str | None
+    max_output_tokens: int | None
+    max_tool_calls: int | None
+    metadata: dict[str, str]
+    model: str
+    output: list[OutputItemView]
+    parallel_tool_calls: bool
+    previous_response_id: str | None
+    reasoning: ReasoningConfigView
+    safety_identifier: str | None
+    prompt_cache_key: str | None
+    service_tier: ServiceTierName
+    store: bool
+    temperature: float | None
+    text: ResponseTextView
+    tool_choice: Literal["none", "auto", "required"] | NamedToolView
+    tools: list[ResponseToolView]
+    top_logprobs: int
+    top_p: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    truncation: Literal["disabled"]
+    usage: Annotated[ResponseUsageView | None, Field(description="Of one that has ended.")]
+    user: str | None
+
 
 OutputItem = dict[str, Any]
 
@@ -66,7 +229,7 @@ class ResponseOutput:
             yield from self._open(self._new_message())
         yield from self._close(status)
 
-    def _grow(self, piece: Piece, tokens: list[dict[str, object]]) -> Iterator[ResponseEvent]:
+    def _grow(self, piece: Piece, tokens: Sequence[TokenLogprobView]) -> Iterator[ResponseEvent]:
         match piece:
             case ContentPiece(text):
                 yield from self._continue("message", self._new_message)
@@ -111,7 +274,7 @@ class ResponseOutput:
             yield self._about_part("response.content_part.done", part=dict(part))
         yield {"type": "response.output_item.done", "output_index": self._index, "item": dict(item)}
 
-    def _add_text(self, text: str, tokens: list[dict[str, object]]) -> ResponseEvent:
+    def _add_text(self, text: str, tokens: Sequence[TokenLogprobView]) -> ResponseEvent:
         part = self.items[-1]["content"][0]
         part["text"] += text
         part["logprobs"] = [*part["logprobs"], *tokens]
@@ -157,12 +320,12 @@ class ResponseOutput:
 class Ending:
     """Where a response stands, in its own words."""
 
-    status: str
-    error: dict[str, Any] | None = None
-    incomplete_details: dict[str, Any] | None = None
+    status: Status
+    error: ResponseErrorView | None = None
+    incomplete_details: IncompleteDetailsView | None = None
 
     @property
-    def item_status(self) -> str:
+    def item_status(self) -> ItemStatus:
         return "completed" if self.status == "completed" else "incomplete"
 
 
@@ -179,10 +342,19 @@ def ending_of(job: Job) -> Ending:
         case JobStatus.FAILED:
             error = job.error
             return Ending("failed", error=_error(error.code, error.message) if error else _error("server_error", ""))
-    return Ending(job.status.value)
+    return Ending(_STATUS[job.status])
 
 
-def from_result(record: JobRecord, body: ResponseBody, parser: OutputParser) -> dict[str, Any]:
+#: Of a job that is under way, or was cancelled, or completed.
+_STATUS: dict[JobStatus, Status] = {
+    JobStatus.QUEUED: "queued",
+    JobStatus.IN_PROGRESS: "in_progress",
+    JobStatus.COMPLETED: "completed",
+    JobStatus.CANCELLED: "cancelled",
+}
+
+
+def from_result(record: JobRecord, body: ResponseBody, parser: OutputParser) -> ResponseView:
     """The response of a job that has ended. `record` comes with its request."""
     ending = ending_of(record.job)
     output = ResponseOutput(record.job.id, parser)
@@ -192,7 +364,7 @@ def from_result(record: JobRecord, body: ResponseBody, parser: OutputParser) -> 
     return response_object(record, body, ending, output)
 
 
-def response_object(record: JobRecord, body: ResponseBody, ending: Ending, output: ResponseOutput) -> dict[str, Any]:
+def response_object(record: JobRecord, body: ResponseBody, ending: Ending, output: ResponseOutput) -> ResponseView:
     """`record` comes with its request. Usage is known when the job has ended with a result, all in `output`."""
     job, request = record.job, record.request
     assert isinstance(request, GenerationRequest)
@@ -212,7 +384,7 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
         "max_tool_calls": body.max_tool_calls,
         "metadata": job.job_metadata,
         "model": job.model,
-        "output": output.items,
+        "output": cast(list[OutputItemView], output.items),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id,
         "reasoning": {"effort": None, "summary": None},
@@ -223,7 +395,11 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
         "temperature": request.params.temperature if body.temperature is None else body.temperature,
         "text": {"format": _format(body)},
         "tool_choice": _tool_choice(body),
-        "tools": [tool.model_dump() for tool in body.tools or () if isinstance(tool, ResponseFunctionTool)],
+        "tools": [
+            cast(ResponseToolView, tool.model_dump())
+            for tool in body.tools or ()
+            if isinstance(tool, ResponseFunctionTool)
+        ],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": request.params.top_p if body.top_p is None else body.top_p,
         "presence_penalty": request.params.presence_penalty,
@@ -234,201 +410,28 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
     }
 
 
-def _tool_choice(body: ResponseBody) -> str | dict[str, Any]:
+def _tools(body: ResponseBody) -> list[ResponseToolView]:
+    tools = [tool for tool in body.tools or () if isinstance(tool, ResponseFunctionTool)]
+    return [cast(ResponseToolView, tool.model_dump()) for tool in tools]
+
+
+def _tool_choice(body: ResponseBody) -> Literal["none", "auto", "required"] | NamedToolView:
     if body.tool_choice is None or isinstance(body.tool_choice, str):
         return body.tool_choice or "auto"
-    return body.tool_choice.model_dump()
+    return {"type": "function", "name": body.tool_choice.name}
 
 
-def _format(body: ResponseBody) -> dict[str, Any]:
+def _format(body: ResponseBody) -> PlainFormatView | JsonSchemaFormatView:
     if body.text is None or body.text.format is None:
         return {"type": "text"}
-    return body.text.format.model_dump(by_alias=True, exclude_none=True)
+    return cast(JsonSchemaFormatView, body.text.format.model_dump(by_alias=True, exclude_none=True))
 
 
-def _error(code: str, message: str) -> dict[str, Any]:
+def _error(code: str, message: str) -> ResponseErrorView:
     """Clients know a few codes only, none of them ours: ours is the type."""
     return {"code": "server_error", "message": message or "the job failed without a word", "type": code}
 
 
-def _usage(result: JobOutput, parser: OutputParser) -> dict[str, Any]:
+def _usage(result: JobOutput, parser: OutputParser) -> ResponseUsageView:
     choices = result.choices if isinstance(result, GenerationResult) else ()
     return response_usage(result.usage, num_reasoning_tokens=count_reasoning_tokens(choices, [parser]))
-
-
-Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
-
-
-class InputTextView(View):
-    type: Literal["input_text"]
-    text: str
-
-
-class OutputTextView(View):
-    type: Literal["output_text"]
-    text: str
-    annotations: list[dict[str, Any]]
-    logprobs: list[TokenLogprobView] | None = Field(default=None, description="Of what was sent there are none.")
-
-
-class RefusalView(View):
-    type: Literal["refusal"]
-    refusal: str
-
-
-class ReasoningTextView(View):
-    type: Literal["reasoning_text"]
-    text: str
-
-
-class SummaryTextView(View):
-    type: Literal["summary_text"]
-    text: str
-
-
-class ItemView(View):
-    id: str
-    status: ItemStatus
-
-
-class OutputMessageView(ItemView):
-    type: Literal["message"]
-    role: Literal["assistant"]
-    content: list[Annotated[OutputTextView | RefusalView, Field(discriminator="type")]]
-    phase: Phase | None = None
-
-
-class ReasoningView(ItemView):
-    type: Literal["reasoning"]
-    summary: list[SummaryTextView]
-    content: list[ReasoningTextView] | None = None
-
-
-class FunctionCallView(ItemView):
-    type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: str
-
-
-class InputMessageView(ItemView):
-    type: Literal["message"]
-    role: Literal["system", "developer", "user"]
-    content: list[InputTextView]
-    phase: Phase | None = None
-
-
-class FunctionCallOutputView(ItemView):
-    type: Literal["function_call_output"]
-    call_id: str
-    output: str | list[InputTextView]
-
-
-OutputItemView = Annotated[OutputMessageView | ReasoningView | FunctionCallView, Field(discriminator="type")]
-
-InputItemView = InputMessageView | OutputMessageView | ReasoningView | FunctionCallView | FunctionCallOutputView
-
-
-class InputItemListView(View):
-    object: Literal["list"]
-    data: list[InputItemView]
-    first_id: str = Field(description="Empty on an empty page.")
-    last_id: str
-    has_more: bool
-
-
-class InputTokensView(View):
-    object: Literal["response.input_tokens"]
-    input_tokens: int
-
-
-class ResponseErrorView(View):
-    code: Literal["server_error"]
-    message: str
-    type: str = Field(description="Our code of the error.")
-
-
-class IncompleteDetailsView(View):
-    reason: Literal["max_output_tokens"] | None
-    stop_reason: Literal["deadline"] | None = None
-
-
-class ResponseToolView(View):
-    type: Literal["function"]
-    name: str
-    description: str | None
-    parameters: dict[str, Any] | None
-    strict: bool | None
-
-
-class NamedToolView(View):
-    type: Literal["function"]
-    name: str
-
-
-class PlainFormatView(View):
-    type: Literal["text", "json_object"]
-
-
-class JsonSchemaFormatView(View):
-    type: Literal["json_schema"]
-    name: str
-    schema_: dict[str, Any] = Field(alias="schema")
-    description: str | None = None
-    strict: bool | None = None
-
-
-class ResponseTextView(View):
-    format: PlainFormatView | JsonSchemaFormatView = Field(discriminator="type")
-
-
-class ReasoningConfigView(View):
-    effort: None
-    summary: None
-
-
-class ResponseInputTokensDetailsView(InputTokensDetailsView):
-    cache_write_tokens: int
-
-
-class ResponseUsageView(View):
-    input_tokens: int
-    input_tokens_details: ResponseInputTokensDetailsView
-    output_tokens: int
-    output_tokens_details: OutputTokensDetailsView
-    total_tokens: int
-
-
-class ResponseView(View):
-    id: str
-    object: Literal["response"]
-    created_at: int = Field(description="Seconds since 1970.")
-    status: Status
-    background: bool
-    completed_at: int | None
-    error: ResponseErrorView | None
-    incomplete_details: IncompleteDetailsView | None
-    instructions: str | None
-    max_output_tokens: int | None
-    max_tool_calls: int | None
-    metadata: dict[str, str]
-    model: str
-    output: list[OutputItemView]
-    parallel_tool_calls: bool
-    previous_response_id: str | None
-    reasoning: ReasoningConfigView
-    safety_identifier: str | None
-    prompt_cache_key: str | None
-    service_tier: Literal["default", "flex", "priority", "fast"]
-    store: bool
-    temperature: float | None
-    text: ResponseTextView
-    tool_choice: Literal["none", "auto", "required"] | NamedToolView
-    tools: list[ResponseToolView]
-    top_logprobs: int
-    top_p: float | None
-    presence_penalty: float
-    frequency_penalty: float
-    truncation: Literal["disabled"]
-    usage: ResponseUsageView | None = Field(description="Of one that has ended.")
-    user: str | None

@@ -1,28 +1,29 @@
-"""The published schemas of what the OpenAI routes answer, the pages of lists, and usage.
+"""What the OpenAI routes answer, and what all views are.
 
-What all views are, and the pages in which every list is answered.
-
-The published schemas of what the OpenAI routes answer. Answers are built as plain dicts; the fuzz tests hold them
-to these.
-
-What a job used, in the words of the routes.
+A view is a TypedDict: the published schema of an answer and the type of the dict that orjson encodes, in one
+(docs/adr/0031).
 """
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, Protocol
+from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, WithJsonSchema, with_config
+from typing_extensions import TypedDict
 
+from domain.ids import external_id
 from domain.jobs import Usage
-from domain.requests import ResultChoice
+from domain.requests import ResultChoice, TokenLogprob
 from text.outputs import END_THINK, OutputParser
 
+#: As `timestamp` writes it.
+Timestamp = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
 
-class View(BaseModel):
-    """The published schema of an answer, which is built as a plain dict."""
 
-    model_config = ConfigDict(extra="forbid")
+@with_config(ConfigDict(extra="forbid"))
+class View(TypedDict):
+    """Without keys of its own; nothing but a view's keys is answered."""
 
 
 class DeletedView(View):
@@ -52,14 +53,18 @@ def page(data: Sequence[Mapping[str, Any]], limit: int) -> dict[str, Any]:
     }
 
 
-def timestamp(at: datetime | None) -> str | None:
+def optional_timestamp(at: datetime | None) -> str | None:
+    return None if at is None else timestamp(at)
+
+
+def timestamp(at: datetime) -> str:
     """UTC to the millisecond, as 2026-10-20T12:00:00.000Z."""
-    if at is None:
-        return None
     return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 FinishReasonName = Literal["stop", "length", "tool_calls"]
+
+ServiceTierName = Literal["default", "flex", "priority", "fast"]
 
 
 class ModelCardView(View):
@@ -67,9 +72,13 @@ class ModelCardView(View):
     object: Literal["model"]
     created: int
     owned_by: str
-    max_model_len: int | None = Field(description="Tokens, prompt and output together; null while it is unavailable.")
-    loaded: bool | None = Field(description="A worker is ready for its jobs; null while the database does not answer.")
-    unavailable: str | None = Field(description="Why no job is taken for it; null where jobs are.")
+    max_model_len: Annotated[
+        int | None, Field(description="Tokens, prompt and output together; null while it is unavailable.")
+    ]
+    loaded: Annotated[
+        bool | None, Field(description="A worker is ready for its jobs; null while the database does not answer.")
+    ]
+    unavailable: Annotated[str | None, Field(description="Why no job is taken for it; null where jobs are.")]
 
 
 class ModelListView(View):
@@ -108,8 +117,8 @@ class ChatMessageView(View):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCallView] | None = None
+    reasoning_content: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCallView] | None]
 
 
 class TokenView(View):
@@ -134,21 +143,27 @@ class ChatChoiceView(View):
     finish_reason: FinishReasonName
 
 
-class AnswerView(View):
-    """What both kinds of completions have."""
+class AnswerHeadView(View):
+    """What both kinds of completions have, and each chunk of them."""
 
     id: str
-    created: int = Field(description="Seconds since 1970.")
+    created: Annotated[int, Field(description="Seconds since 1970.")]
     model: str
-    service_tier: Literal["default", "flex", "priority", "fast"]
+    service_tier: ServiceTierName
     system_fingerprint: str
+
+
+class AnswerView(AnswerHeadView):
     usage: CompletionUsageView
 
 
 class ChatCompletionView(AnswerView):
     object: Literal["chat.completion"]
     choices: list[ChatChoiceView]
-    metadata: dict[str, str] | None = Field(default=None, description="Of a stored one.")
+
+
+class StoredChatCompletionView(ChatCompletionView):
+    metadata: dict[str, str]
 
 
 class InputTokensDetailsView(View):
@@ -160,16 +175,16 @@ class OutputTokensDetailsView(View):
 
 
 class ChatCompletionListView(PageView):
-    data: list[ChatCompletionView]
+    data: list[StoredChatCompletionView]
 
 
 class StoredMessageView(View):
     id: str
     role: Literal["system", "user", "assistant", "tool"]
     content: str
-    name: str | None = None
-    tool_call_id: str | None = None
-    tool_calls: list[ToolCallView] | None = None
+    name: NotRequired[str | None]
+    tool_call_id: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCallView] | None]
 
 
 class StoredMessageListView(PageView):
@@ -195,7 +210,71 @@ class CompletionView(AnswerView):
     choices: list[CompletionChoiceView]
 
 
-def usage_object(usage: Usage, *, num_reasoning_tokens: int = 0) -> dict[str, object]:
+class AnsweredJob(Protocol):
+    """What every answer says of its job, as a row of SQL and a running request both know it."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def model_revision(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def created_at(self) -> datetime: ...
+
+
+class StreamedJob(AnsweredJob, Protocol):
+    @property
+    def job_id(self) -> UUID: ...
+
+
+def tier_of(asked: str | None, priority: int) -> ServiceTierName:
+    """The tier that was used; only who asked for one by the name of `fast` is answered so."""
+    if asked == "fast":
+        return "fast"
+    return "priority" if priority > 0 else "flex" if priority < 0 else "default"
+
+
+def content_logprobs(logprobs: Sequence[TokenLogprob]) -> list[TokenLogprobView]:
+    """`logprobs.content`, the tokens of the content: the one that ends it has no text and is none of them."""
+    return [_logprob_object(logprob) for logprob in logprobs if logprob.bytes]
+
+
+def _logprob_object(logprob: TokenLogprob) -> TokenLogprobView:
+    top = [
+        _token_object(text, value, utf8) for (_, text, value), utf8 in zip(logprob.top, logprob.top_bytes, strict=True)
+    ]
+    return {**_token_object(logprob.token, logprob.logprob, logprob.bytes), "top_logprobs": top}
+
+
+def _token_object(text: str, logprob: float, utf8: Sequence[int]) -> TokenView:
+    return {"token": text, "logprob": logprob, "bytes": list(utf8)}
+
+
+class ResponseInputTokensDetailsView(InputTokensDetailsView):
+    cache_write_tokens: int
+
+
+class ResponseUsageView(View):
+    input_tokens: int
+    input_tokens_details: ResponseInputTokensDetailsView
+    output_tokens: int
+    output_tokens_details: OutputTokensDetailsView
+    total_tokens: int
+
+
+def answer_head(job_id: UUID, prefix: str, job: AnsweredJob, service_tier: str | None) -> AnswerHeadView:
+    """`service_tier` is the one that was asked for."""
+    return {
+        "id": external_id(job_id, prefix),
+        "created": int(job.created_at.timestamp()),
+        "model": job.model,
+        "service_tier": tier_of(service_tier, job.priority),
+        "system_fingerprint": f"fp_{job.model_revision[:16]}",
+    }
+
+
+def usage_object(usage: Usage, *, num_reasoning_tokens: int = 0) -> CompletionUsageView:
     """Of chat completions and completions."""
     return {
         "prompt_tokens": usage.prompt_tokens,
@@ -206,7 +285,7 @@ def usage_object(usage: Usage, *, num_reasoning_tokens: int = 0) -> dict[str, ob
     }
 
 
-def response_usage(usage: Usage, *, num_reasoning_tokens: int) -> dict[str, Any]:
+def response_usage(usage: Usage, *, num_reasoning_tokens: int) -> ResponseUsageView:
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},

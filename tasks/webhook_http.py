@@ -21,8 +21,10 @@ import ssl
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from threading import Lock, Thread
 
 import httpcore
 
@@ -32,6 +34,8 @@ from settings import Settings
 CONNECT_SECONDS = 3.0
 
 MAX_ADDRESSES_TRIED = 2
+
+MAX_LOOKUPS = 256  # of one process at a time; those that nobody waits for any more count, too
 
 SocketOptions = Iterable[httpcore.SOCKET_OPTION]
 
@@ -46,17 +50,61 @@ class TargetUnknown(Exception):
     """The name has no address."""
 
 
-async def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a name. Raises OSError."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+def look_up(host: str, port: int) -> list[str]:
+    """All addresses of a name. Blocks for as long as the system's resolver does. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
     return list(dict.fromkeys(str(address[4][0]) for address in found))
+
+
+class LookupThreads:
+    """A thread for each name that is being looked up. One whose name server is silent is lost for half a minute, and
+    an event loop has a handful of threads for that (uvloop four in all), which find the database's address, too."""
+
+    def __init__(self, look_up: Callable[[str, int], list[str]] = look_up, *, max_lookups: int = MAX_LOOKUPS) -> None:
+        self._look_up = look_up
+        self._max_lookups = max_lookups
+        self._lock = Lock()
+        self._lookups: dict[tuple[str, int], Future[list[str]]] = {}
+
+    async def resolve(self, host: str, port: int) -> list[str]:
+        """All addresses of a name. Raises OSError."""
+        return await asyncio.wrap_future(self._begin(host, port))
+
+    def _begin(self, host: str, port: int) -> "Future[list[str]]":
+        """Whoever asks for a name that is being looked up waits for the same answer."""
+        with self._lock:
+            lookup = self._lookups.get((host, port))
+            if lookup is not None:
+                return lookup
+            if len(self._lookups) >= self._max_lookups:
+                raise OSError(f"{self._max_lookups} names are being looked up already")
+            lookup = self._lookups[host, port] = Future()
+            lookup.set_running_or_notify_cancel()  # who gives up must not take the answer from the others
+            Thread(target=self._run, args=(host, port, lookup), name="webhook-lookup", daemon=True).start()
+            return lookup
+
+    def _run(self, host: str, port: int, lookup: "Future[list[str]]") -> None:
+        addresses: list[str] = []
+        error: Exception | None = None
+        try:
+            addresses = self._look_up(host, port)
+        except Exception as exc:  # to whoever asked
+            error = exc
+        with self._lock:
+            del self._lookups[host, port]
+        if error is None:
+            lookup.set_result(addresses)
+        else:
+            lookup.set_exception(error)
+
+
+LOOKUPS = LookupThreads()
 
 
 class TargetGuard:
     """What the settings allow. With `webhook_private_targets`: http, any port and any address, too."""
 
-    def __init__(self, settings: Settings, resolve: Resolve = resolve) -> None:
+    def __init__(self, settings: Settings, resolve: Resolve = LOOKUPS.resolve) -> None:
         self._allows_private = settings.webhook_private_targets
         self._ports = frozenset(int(port) for port in settings.webhook_ports.split(","))
         self._resolve = resolve

@@ -1,26 +1,26 @@
 """/v1/batches: a file of requests, run when nothing else wants to, its answers in a file."""
 
 import re
-from functools import partial
-from typing import Annotated, Any, Literal
+from datetime import datetime
+from typing import Annotated, Literal, cast
 from uuid import UUID
 
-import orjson
 from pydantic import Field, StringConstraints
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.inputs import QueryModel, page_cursor, query_parameters, read_model, read_query
+from api.errors import json_response
+from api.inputs import PageQuery, list_page, listing, read_model, read_query
 from api.openai.files import MAX_TTL_SECONDS, MIN_TTL_SECONDS, parse_file_id, refuse_odd_ttl
 from api.openai.running import read_job_headers
 from api.openapi import ErrorView, request_body
 from api.services import caller_of, private_router
 from dialects.openai import Metadata, OpenAIModel
 from dialects.openai_batches import ROUTES
-from dialects.openai_views import InputTokensDetailsView, OutputTokensDetailsView, PageView, View, page
+from dialects.openai_views import InputTokensDetailsView, OutputTokensDetailsView, PageView, View
 from domain.errors import BatchNotFound, InvalidRequest
 from domain.ids import external_id, parse_id_of_other
-from domain.jobs import BatchError, BatchErrors, BatchStatus
+from domain.jobs import BatchErrors, BatchStatus
 from observability import request_id_context
 from storage import batches
 from storage.files import Batch
@@ -29,7 +29,6 @@ router = private_router()
 
 MAX_WINDOW_HOURS = 7 * 24
 ENDED_OTHERWISE = frozenset({BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.EXPIRED})  # than by a cancel
-TIMES = ("in_progress_at", "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at", "cancelled_at")
 
 
 class ExpiresAfter(OpenAIModel):
@@ -47,14 +46,16 @@ class BatchBody(OpenAIModel):
     output_expires_after: ExpiresAfter | None = None
 
 
-class BatchesQuery(QueryModel):
-    after: str | None = Field(default=None, description="The last id of the page before.")
-    limit: int = Field(default=20, ge=1, le=100)
+class BatchErrorView(View):
+    code: str
+    message: str
+    line: int | None
+    param: str | None
 
 
 class BatchErrorListView(View):
     object: Literal["list"]
-    data: list[BatchError]
+    data: list[BatchErrorView]
 
 
 class RequestCountsView(View):
@@ -140,19 +141,11 @@ async def create_batch(request: Request) -> Response:
     return _answer(batch)
 
 
-@router.get(
-    "/v1/batches",
-    responses={200: {"model": BatchListView}},
-    openapi_extra={"parameters": query_parameters(BatchesQuery)},
-)
+@router.get("/v1/batches", **listing(BatchListView, PageQuery))
 async def list_batches(request: Request) -> Response:
     """Newest first. Go on with `after` = `last_id` while `has_more`."""
-    services, tenant_id = caller_of(request)
-    query = read_query(request, BatchesQuery)
-    after = page_cursor(query.after, partial(parse_id_of_other, prefix="batch"))
-    found = await services.read(batches.list_batches, tenant_id, after=after, limit=query.limit + 1)
-    data = [batch_object(batch) for batch in found]
-    return Response(orjson.dumps(page(data, query.limit)), media_type="application/json")
+    query = read_query(request, PageQuery)
+    return await list_page(request, query, batches.list_batches, batch_object, prefix="batch")
 
 
 @router.get("/v1/batches/{batch_id}", responses={200: {"model": BatchView}})
@@ -180,10 +173,10 @@ def _too_late(batch: Batch) -> Response:
     message = f"Cannot cancel a batch with status '{batch.status.value}'."
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": "batch_not_cancellable"}
     body = {"error": error, "request_id": request_id_context.get()}
-    return Response(orjson.dumps(body), 409, {"x-should-retry": "false"}, "application/json")
+    return json_response(body, 409, {"x-should-retry": "false"})
 
 
-def batch_object(batch: Batch) -> dict[str, object]:
+def batch_object(batch: Batch) -> BatchView:
     return {
         "id": external_id(batch.id, "batch"),
         "object": "batch",
@@ -192,19 +185,25 @@ def batch_object(batch: Batch) -> dict[str, object]:
         "errors": _errors(batch.errors),
         "input_file_id": external_id(batch.input_file_id, "file"),
         "completion_window": batch.completion_window,
-        "status": batch.status.value,
+        "status": batch.status,
         "output_file_id": _file_id(batch.output_file_id),
         "error_file_id": _file_id(batch.error_file_id),
         "created_at": int(batch.created_at.timestamp()),
         "expires_at": int(batch.expires_at.timestamp()),
-        **{name: _seconds(getattr(batch, name)) for name in TIMES},
+        "in_progress_at": _seconds(batch.in_progress_at),
+        "finalizing_at": _seconds(batch.finalizing_at),
+        "completed_at": _seconds(batch.completed_at),
+        "failed_at": _seconds(batch.failed_at),
+        "expired_at": _seconds(batch.expired_at),
+        "cancelling_at": _seconds(batch.cancelling_at),
+        "cancelled_at": _seconds(batch.cancelled_at),
         "request_counts": {"total": batch.num_lines, "completed": batch.num_completed, "failed": batch.num_failed},
         "usage": _usage(batch),
         "metadata": batch.batch_metadata or None,
     }
 
 
-def _usage(batch: Batch) -> dict[str, object]:
+def _usage(batch: Batch) -> BatchUsageView:
     return {
         "input_tokens": batch.prompt_tokens,
         "input_tokens_details": {"cached_tokens": batch.cached_tokens},
@@ -214,13 +213,13 @@ def _usage(batch: Batch) -> dict[str, object]:
     }
 
 
-def _errors(errors: BatchErrors | None) -> dict[str, object] | None:
+def _errors(errors: BatchErrors | None) -> BatchErrorListView | None:
     if errors is None or not errors.data:
         return None
-    return {"object": "list", "data": [error.model_dump() for error in errors.data]}
+    return {"object": "list", "data": [cast(BatchErrorView, error.model_dump()) for error in errors.data]}
 
 
-def _seconds(moment: Any) -> int | None:
+def _seconds(moment: datetime | None) -> int | None:
     return None if moment is None else int(moment.timestamp())
 
 
@@ -230,7 +229,7 @@ def _file_id(id_: UUID | None) -> str | None:
 
 def _answer(batch: Batch) -> Response:
     headers = {} if batch.status.is_terminal else {"retry-after": "2", "openai-poll-after-ms": "2000"}
-    return Response(orjson.dumps(batch_object(batch)), 200, headers, "application/json")
+    return json_response(batch_object(batch), headers=headers)
 
 
 def _endpoint(endpoint: str) -> str:

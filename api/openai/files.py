@@ -8,23 +8,21 @@ An upload as it streams in: a form whose file goes to SQL piece by piece, and is
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from functools import partial
-from typing import Literal
+from typing import Annotated, Literal, cast
 from uuid import UUID
 
-import orjson
 from pydantic import Field, TypeAdapter, ValidationError
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
-from api.errors import RequestTimeout, UnsupportedMediaType
-from api.inputs import QueryModel, page_cursor, query_parameters, read_query
+from api.errors import RequestTimeout, UnsupportedMediaType, json_response
+from api.inputs import PageQuery, list_page, listing, read_query
 from api.openapi import BYTES
 from api.services import Services, caller_of, private_router
 from dialects.openai_batches import BatchSurface, batch_surface
-from dialects.openai_views import DeletedView, PageView, View, page
+from dialects.openai_views import DeletedView, PageView, View
 from domain.errors import CeleriacError, FileNotFound, InvalidRequest, RequestTooLarge, UnsupportedParameter
 from domain.ids import external_id, parse_id_of_other
 from domain.jobs import PIECE_BYTES, FileStatus
@@ -246,10 +244,11 @@ FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
 
 HEADERS = {"x-content-type-options": "nosniff"}  # anybody's text: no browser may take it for a page
 
+Purpose = Literal["batch", "batch_output"]
 
-class FilesQuery(QueryModel):
-    purpose: Literal["batch", "batch_output"] | None = None
-    after: str | None = Field(default=None, description="The last id of the page before.")
+
+class FilesQuery(PageQuery):
+    purpose: Purpose | None = None
     limit: int = Field(default=10_000, ge=1, le=10_000)
     order: Literal["asc", "desc"] = "desc"
 
@@ -258,9 +257,9 @@ class FileView(View):
     id: str
     object: Literal["file"]
     bytes: int
-    created_at: int = Field(description="Seconds since 1970.")
+    created_at: Annotated[int, Field(description="Seconds since 1970.")]
     filename: str
-    purpose: Literal["batch", "batch_output"]
+    purpose: Purpose
     status: Literal["uploaded", "processed"]
     expires_at: int | None
 
@@ -302,33 +301,22 @@ async def upload_file(request: Request) -> Response:
         file = await upload.finish(filename=form.filename or "upload", purpose=purpose, ttl_seconds=ttl_seconds)
     finally:
         upload.discard()
-    return _json(file_object(file))
+    return json_response(file_object(file))
 
 
-@router.get(
-    "/v1/files",
-    responses={200: {"model": FileListView}},
-    openapi_extra={"parameters": query_parameters(FilesQuery)},
-)
+@router.get("/v1/files", **listing(FileListView, FilesQuery))
 async def list_files(request: Request) -> Response:
     """Newest first. Go on with `after` = `last_id` while `has_more`."""
-    services, tenant_id = caller_of(request)
     query = read_query(request, FilesQuery)
-    found = await services.read(
-        files.list_files,
-        tenant_id,
-        purpose=query.purpose,
-        after=page_cursor(query.after, partial(parse_id_of_other, prefix="file")),
-        limit=query.limit + 1,
-        order=query.order,
+    return await list_page(
+        request, query, files.list_files, file_object, prefix="file", purpose=query.purpose, order=query.order
     )
-    return _json(page([file_object(file) for file in found], query.limit))
 
 
 @router.get("/v1/files/{file_id}", responses={200: {"model": FileView}})
 async def read_file(file_id: str, request: Request) -> Response:
     services, tenant_id = caller_of(request)
-    return _json(file_object(await find_file(services, tenant_id, file_id)))
+    return json_response(file_object(await find_file(services, tenant_id, file_id)))
 
 
 @router.get("/v1/files/{file_id}/content", response_class=Response, responses={200: BYTES})
@@ -352,7 +340,7 @@ async def delete_file(file_id: str, request: Request) -> Response:
     id_ = parse_file_id(file_id)
     if not await services.write(files.delete_file, id_, tenant_id):
         raise not_found(file_id)
-    return _json({"id": external_id(id_, "file"), "object": "file", "deleted": True})
+    return json_response({"id": external_id(id_, "file"), "object": "file", "deleted": True})
 
 
 async def _content(services: Services, file_id: UUID) -> AsyncIterator[bytes]:
@@ -395,14 +383,14 @@ def not_found(file_id: str, param: str = "file_id") -> FileNotFound:
     return FileNotFound(f"there is no file {file_id[:64]!r}; check the id, or it may have expired", param=param)
 
 
-def file_object(file: File) -> dict[str, object]:
+def file_object(file: File) -> FileView:
     return {
         "id": external_id(file.id, "file"),
         "object": "file",
         "bytes": file.num_bytes,
         "created_at": int(file.created_at.timestamp()),
         "filename": file.filename,
-        "purpose": file.purpose,
+        "purpose": cast(Purpose, file.purpose),
         "status": "uploaded" if file.status is FileStatus.LIVE else "processed",
         "expires_at": None if file.expires_at is None else int(file.expires_at.timestamp()),
     }
@@ -438,7 +426,3 @@ def refuse_odd_ttl(seconds: int, param: str) -> int:
     if not MIN_TTL_SECONDS <= seconds <= MAX_TTL_SECONDS:
         raise InvalidRequest(f"{param} must be a number from {MIN_TTL_SECONDS} to {MAX_TTL_SECONDS}", param=param)
     return seconds
-
-
-def _json(answer: dict[str, object]) -> Response:
-    return Response(orjson.dumps(answer), media_type="application/json")

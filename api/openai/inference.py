@@ -12,15 +12,16 @@ What is not completed is no completion yet, so it is not found here; `/v1/jobs` 
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 from uuid import UUID
 
-import orjson
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.inputs import QueryModel, off_loop, page_cursor, query_parameters, read_model, read_query
+from api.errors import json_response
+from api.inputs import PageQuery, list_page, listing, off_loop, read_model, read_query
 from api.openai.answers import WholeAnswer, stream_answer, stream_answers
 from api.openai.running import Asked, start, start_all
 from api.openapi import request_body, streamed_or
@@ -53,10 +54,12 @@ from dialects.openai_views import (
     ChatCompletionView,
     CompletionView,
     DeletedView,
+    StoredChatCompletionView,
     StoredMessageListView,
+    StoredMessageView,
     page,
 )
-from domain.errors import InvalidCursor, JobNotFound, ModelNotFound
+from domain.errors import JobNotFound, ModelNotFound
 from domain.ids import external_id, parse_id
 from domain.jobs import Endpoint, JobStatus
 from domain.requests import (
@@ -149,13 +152,11 @@ async def create_embeddings(request: Request) -> Response:
     return WholeAnswer([run], lambda records: embeddings_from_result(records[0], body))
 
 
-class PageQuery(QueryModel):
-    after: str | None = None
-    limit: int = Field(default=20, ge=1, le=100)
+class MessagesQuery(PageQuery):
     order: Literal["asc", "desc"] = "asc"
 
 
-class ChatListQuery(PageQuery):
+class ChatListQuery(MessagesQuery):
     model: str | None = Field(default=None, max_length=256, pattern=NO_NUL)
     metadata: Metadata = Field(default_factory=dict, max_length=16)
 
@@ -164,37 +165,30 @@ class MetadataBody(OpenAIModel):
     metadata: Metadata | None
 
 
-@router.get(
-    "/v1/chat/completions",
-    responses={200: {"model": ChatCompletionListView}},
-    openapi_extra={"parameters": query_parameters(ChatListQuery)},
-)
+@router.get("/v1/chat/completions", **listing(ChatCompletionListView, ChatListQuery))
 async def list_chat_completions(request: Request) -> Response:
-    services, tenant_id = caller_of(request)
     query = read_query(request, ChatListQuery)
-    records = await services.read(
+    return await list_page(
+        request,
+        query,
         job_queries.list_stored,
-        tenant_id,
-        Endpoint.CHAT,
+        partial(stored_completion, services_of(request)),
+        endpoint=Endpoint.CHAT,
         model=query.model,
         metadata=query.metadata,
-        after=page_cursor(query.after),
-        limit=query.limit + 1,
         order=query.order,
     )
-    completions = [stored_completion(services, record) for record in records]
-    return _json(page(completions, query.limit))
 
 
-@router.get("/v1/chat/completions/{completion_id}", responses={200: {"model": ChatCompletionView}})
+@router.get("/v1/chat/completions/{completion_id}", responses={200: {"model": StoredChatCompletionView}})
 async def read_chat_completion(completion_id: str, request: Request) -> Response:
     caller = caller_of(request)
-    return _json(stored_completion(caller.services, await _find(caller, completion_id)))
+    return json_response(stored_completion(caller.services, await _find(caller, completion_id)))
 
 
 @router.post(
     "/v1/chat/completions/{completion_id}",
-    responses={200: {"model": ChatCompletionView}},
+    responses={200: {"model": StoredChatCompletionView}},
     openapi_extra=request_body(MetadataBody),
 )
 async def update_chat_completion(completion_id: str, request: Request) -> Response:
@@ -203,7 +197,7 @@ async def update_chat_completion(completion_id: str, request: Request) -> Respon
     body = await read_model(request, MetadataBody)
     record = await _find(caller, completion_id)
     await caller.services.write(job_queries.set_metadata, record.job.id, caller.tenant_id, body.metadata or {})
-    return _json(stored_completion(caller.services, await _find(caller, completion_id)))
+    return json_response(stored_completion(caller.services, await _find(caller, completion_id)))
 
 
 @router.delete("/v1/chat/completions/{completion_id}", responses={200: {"model": DeletedView}})
@@ -213,17 +207,13 @@ async def delete_chat_completion(completion_id: str, request: Request) -> Respon
     record = await _find(caller, completion_id)
     await caller.services.write(jobs.delete, record.job.id, caller.tenant_id)
     name = external_id(record.job.id, "chatcmpl")
-    return _json({"id": name, "object": "chat.completion.deleted", "deleted": True})
+    return json_response({"id": name, "object": "chat.completion.deleted", "deleted": True})
 
 
-@router.get(
-    "/v1/chat/completions/{completion_id}/messages",
-    responses={200: {"model": StoredMessageListView}},
-    openapi_extra={"parameters": query_parameters(PageQuery)},
-)
+@router.get("/v1/chat/completions/{completion_id}/messages", **listing(StoredMessageListView, MessagesQuery))
 async def list_messages(completion_id: str, request: Request) -> Response:
     """The messages that were sent. Their ids are the completion's with their place."""
-    query = read_query(request, PageQuery)
+    query = read_query(request, MessagesQuery)
     record = await _find(caller_of(request), completion_id)
     assert isinstance(record.request, GenerationRequest)
     prefix = external_id(record.job.id, "chatcmpl")
@@ -231,16 +221,16 @@ async def list_messages(completion_id: str, request: Request) -> Response:
         _message_object(f"{prefix}-{number}", message) for number, message in enumerate(record.request.messages or ())
     ]
     ordered = messages if query.order == "asc" else messages[::-1]
-    return _json(page(ordered[_place_behind(query.after, ordered) :], query.limit))
+    return json_response(page(query.items_after(ordered), query.limit))
 
 
-def stored_completion(services: Services, record: JobRecord) -> dict[str, object]:
+def stored_completion(services: Services, record: JobRecord) -> StoredChatCompletionView:
     assert isinstance(record.request, GenerationRequest)
     try:
         format = services.views.output_format(record.job.model)
     except ModelNotFound:
         format = OutputFormat()  # the model is not served any more, but its text is here
-    return from_result(record, record.request, format) | {"metadata": record.job.job_metadata}
+    return {**from_result(record, record.request, format), "metadata": record.job.job_metadata}
 
 
 async def _find(caller: Caller, completion_id: str) -> JobRecord:
@@ -267,25 +257,15 @@ def _is_stored_chat(record: JobRecord) -> bool:
     return job.is_stored and job.endpoint is Endpoint.CHAT and job.status is JobStatus.COMPLETED
 
 
-def _message_object(id_: str, message: ChatMessage) -> dict[str, object]:
-    plain: dict[str, Any] = {"id": id_, "role": message.role, "content": message.content}
+def _message_object(id_: str, message: ChatMessage) -> StoredMessageView:
+    view: StoredMessageView = {"id": id_, "role": message.role, "content": message.content}
     if message.tool_calls:
-        plain["tool_calls"] = [
+        view["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in message.tool_calls
         ]
-    optional = {"name": message.name, "tool_call_id": message.tool_call_id}
-    return plain | {name: value for name, value in optional.items() if value is not None}
-
-
-def _place_behind(after: str | None, messages: list[dict[str, object]]) -> int:
-    if after is None:
-        return 0
-    for place, message in enumerate(messages, start=1):
-        if message["id"] == after:
-            return place
-    raise InvalidCursor(f"after is {after[:64]!r}, which is no message here; send the last_id of the page before")
-
-
-def _json(content: object) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")
+    if message.name is not None:
+        view["name"] = message.name
+    if message.tool_call_id is not None:
+        view["tool_call_id"] = message.tool_call_id
+    return view

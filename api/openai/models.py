@@ -1,10 +1,10 @@
 """GET /v1/models: what is served, as OpenAI's models, how much each of them holds, and whether it is loaded now."""
 
-import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.errors import json_response
 from api.services import Services, caller_of, private_router
 from dialects.openai_views import ModelCardView, ModelListView
 
@@ -16,7 +16,7 @@ async def list_models(request: Request) -> Response:
     services, _ = caller_of(request)
     catalog = services.catalog
     models = [_model_object(services, model) for model in dict.fromkeys([*catalog.ids, *catalog.unavailable])]
-    return Response(orjson.dumps({"object": "list", "data": models}), media_type="application/json")
+    return json_response({"object": "list", "data": models})
 
 
 @router.get("/v1/models/{model:path}", responses={200: {"model": ModelCardView}})
@@ -27,11 +27,10 @@ async def read_model(model: str, request: Request) -> Response:
         raise HTTPException(404)
     if model not in services.catalog.unavailable:
         model = services.catalog.get(model).id
-    answer = _model_object(services, model)
-    return Response(orjson.dumps(answer), media_type="application/json")
+    return json_response(_model_object(services, model))
 
 
-def _model_object(services: Services, model: str) -> dict[str, object]:
+def _model_object(services: Services, model: str) -> ModelCardView:
     reason = services.catalog.unavailable.get(model)
     return {
         "id": model,

@@ -15,14 +15,14 @@ from contextlib import aclosing
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-import orjson
 from pydantic import Field
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.errors import json_response
 from api.events import EventStream, frame, read_all_chunks, retry_until_storage_answers
-from api.inputs import QueryModel, off_loop, query_parameters, read_model, read_query
+from api.inputs import PageQuery, QueryModel, listing, off_loop, query_parameters, read_model, read_query
 from api.openai.answers import WholeAnswer
 from api.openai.running import Asked, Run, start
 from api.openapi import request_body, streamed_or
@@ -100,12 +100,12 @@ def parser_for(services: Services, record: JobRecord) -> OutputParser:
     return parser_of(record.request, format)
 
 
-def as_it_ended(services: Services, record: JobRecord) -> dict[str, Any]:
+def as_it_ended(services: Services, record: JobRecord) -> ResponseView:
     """The response of a job that has ended."""
     return from_result(record, body_of(record), parser_for(services, record))
 
 
-async def as_it_stands(services: Services, record: JobRecord) -> dict[str, Any]:
+async def as_it_stands(services: Services, record: JobRecord) -> ResponseView:
     """With the text so far."""
     if record.job.status.is_terminal:
         return as_it_ended(services, record)
@@ -195,7 +195,7 @@ class ResponseStream:
         kind = LAST_EVENTS.get(ending.status, "response.failed")
         return [*events, {"type": kind, "response": self._response(ending)}]
 
-    def _response(self, ending: Ending) -> dict[str, Any]:
+    def _response(self, ending: Ending) -> ResponseView:
         return response_object(self._record, self._body, ending, self._output)
 
     def _numbered(self, events: Iterable[ResponseEvent]) -> Iterator[bytes]:
@@ -250,9 +250,7 @@ class RetrieveQuery(QueryModel):
     include: Included | None = None  # they are there if the request asked for them
 
 
-class ItemsQuery(QueryModel):
-    after: str | None = None
-    limit: Annotated[int, Field(ge=1, le=100)] = 20
+class ItemsQuery(PageQuery):
     order: Literal["asc", "desc"] = "desc"
     include: Included | None = None
 
@@ -295,7 +293,7 @@ async def count_input_tokens(request: Request) -> Response:
         num_tokens = await services.submitter.count_prompt_tokens(generation)
     except CeleriacError as exc:
         raise with_body_names(exc, spelling_of(body)) from None
-    return _json({"object": "response.input_tokens", "input_tokens": num_tokens})
+    return json_response({"object": "response.input_tokens", "input_tokens": num_tokens})
 
 
 @router.get(
@@ -338,14 +336,10 @@ async def delete_response(response_id: str, request: Request) -> Response:
     record = await find_response(services, tenant_id, response_id)
     await services.cancel(record.job.id, tenant_id)
     await services.write(jobs.delete, record.job.id, tenant_id)
-    return _json({"id": external_id(record.job.id, "resp"), "object": "response", "deleted": True})
+    return json_response({"id": external_id(record.job.id, "resp"), "object": "response", "deleted": True})
 
 
-@router.get(
-    "/v1/responses/{response_id}/input_items",
-    responses={200: {"model": InputItemListView}},
-    openapi_extra={"parameters": query_parameters(ItemsQuery)},
-)
+@router.get("/v1/responses/{response_id}/input_items", **listing(InputItemListView, ItemsQuery))
 async def list_input_items(response_id: str, request: Request) -> Response:
     """What was sent as `input`, an item each; the conversation before it belongs to the responses before it."""
     services, tenant_id = caller_of(request)
@@ -354,9 +348,9 @@ async def list_input_items(response_id: str, request: Request) -> Response:
     items = listed_items(record.job.id, body_of(record).input)
     if query.order == "desc":
         items.reverse()
-    listed = page(items[_place_after(items, query.after) :], query.limit)
+    listed = page(query.items_after(items), query.limit)
     # Clients know no null here.
-    return _json(listed | {"first_id": listed["first_id"] or "", "last_id": listed["last_id"] or ""})
+    return json_response(listed | {"first_id": listed["first_id"] or "", "last_id": listed["last_id"] or ""})
 
 
 async def _generation(request: Request, body: ResponseBody) -> GenerationRequest:
@@ -420,17 +414,4 @@ def _stream(services: Services, record: JobRecord, *, starting_after: int = -1, 
 
 
 def _answer(view: Mapping[str, Any], headers: dict[str, str]) -> Response:
-    return _json(view, headers | (POLL_HEADERS if view["status"] in ("queued", "in_progress") else {}))
-
-
-def _json(answer: Mapping[str, Any], headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(answer), headers=headers, media_type="application/json")
-
-
-def _place_after(items: Sequence[Mapping[str, Any]], after: str | None) -> int:
-    if after is None:
-        return 0
-    place = next((place for place, item in enumerate(items) if item["id"] == after), None)
-    if place is None:
-        raise InvalidRequest(f"after is {after[:64]!r}, no item of this response; send a last_id", param="after")
-    return place + 1
+    return json_response(view, headers=headers | (POLL_HEADERS if view["status"] in ("queued", "in_progress") else {}))

@@ -6,8 +6,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
-from dialects.native import JobView, VectorsView
+from dialects.native import JobView
 from domain.catalog import Catalog
 from domain.ids import parse_id
 from domain.jobs import JobKind, JobStatus
@@ -25,12 +26,12 @@ def post(http: httpx.Client, **fields: Any) -> httpx.Response:
 def test_a_body_with_inputs_is_an_embedding_job(http: httpx.Client, hand_worker: HandWorker) -> None:
     response = post(http, dimensions=4, metadata={"a": "b"})
     assert response.status_code == 202, response.text
-    job = JobView.model_validate_json(response.content)
-    assert (job.kind, job.status) == (JobKind.EMBEDDING, JobStatus.QUEUED)
-    claimed = hand_worker.claim(job.id)
+    job = TypeAdapter(JobView).validate_json(response.content)
+    assert (job["kind"], job["status"]) == (JobKind.EMBEDDING, JobStatus.QUEUED)
+    claimed = hand_worker.claim(job["id"])
     assert claimed.input_lengths == [5, 8]
     assert bytes(claimed.prompt_token_ids).decode() == "".join(INPUTS)
-    seen = http.get(job.urls.get, params={"include": "input,output"}).json()
+    seen = http.get(job["urls"]["get"], params={"include": "input,output"}).json()
     assert (seen["input"]["inputs"], seen["input"]["dimensions"], seen["output"]) == (INPUTS, 4, None)
     assert seen["usage"]["prompt_tokens"] == 13
 
@@ -74,13 +75,13 @@ def test_a_job_is_followed_to_its_vectors(rig: Rig) -> None:
         job_id = client.post("/v1/jobs", json={"model": "test-model", "inputs": ["a", [98]]}).json()["id"]
         worker = rig.start()
         worker.offer([parse_id(job_id)])
-        job = JobView.model_validate_json(client.get(f"/v1/jobs/{job_id}?wait=30").content)
+        job = TypeAdapter(JobView).validate_json(client.get(f"/v1/jobs/{job_id}?wait=30").content)
         events = client.get(f"/v1/jobs/{job_id}/events").text
         output = client.get(f"/v1/jobs/{job_id}/output").json()
-    assert isinstance(job.output, VectorsView)
-    vectors = [np.frombuffer(base64.b64decode(vector), "<f4") for vector in job.output.embeddings]
+    shown: Any = job["output"]
+    vectors = [np.frombuffer(base64.b64decode(vector), "<f4") for vector in shown["embeddings"]]
     assert [len(vector) for vector in vectors] == [8, 8]
     assert "output.delta" not in events
     assert events.count("event: job.completed") == 1
-    assert output["embeddings"] == job.output.embeddings
-    assert (output["dimensions"], job.finish_reason) == (8, None)
+    assert output["embeddings"] == shown["embeddings"]
+    assert (output["dimensions"], job["finish_reason"]) == (8, None)

@@ -12,11 +12,12 @@ import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from sqlalchemy.exc import OperationalError
 
 from api import events as job_events
 from celeriac.client import StreamEvent
-from dialects.native import JobView, OutputView
+from dialects.native import JobView
 from domain.ids import external_id
 from domain.jobs import FinishReason, JobStatus
 from domain.requests import TokenChunk, TokenLogprob
@@ -47,9 +48,9 @@ def test_a_finished_job_is_replayed_byte_for_byte(http: httpx.Client, finished: 
     assert text_of(events) == "".join(TEXTS)
     assert [event.id for event in events if event.name == "output.delta"] == [str(n) for n in range(1, 9)]
     assert events[-1].id == "9"
-    job = JobView.model_validate(events[-1].data, strict=False)
-    assert isinstance(job.output, OutputView)
-    assert job.output.text == text_of(events)
+    job = TypeAdapter(JobView).validate_python(events[-1].data)
+    output: Any = job["output"]
+    assert output["text"] == text_of(events)
     assert events[-1].data == http.get(f"/v1/jobs/{finished}").json()
 
 

@@ -40,5 +40,5 @@ def test_an_item_is_listed_as_the_sdk_knows_it(item: dict[str, Any], shown: dict
     [listed] = listed_items(JOB_ID, parsed)
     assert shown.items() <= listed.items()
     page = {"object": "list", "data": [listed], "first_id": "a", "last_id": "a", "has_more": False}
-    InputItemListView.model_validate(page)
+    TypeAdapter(InputItemListView).validate_python(page)
     ResponseItemList.model_validate(page)

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 
 import httpcore
@@ -9,7 +10,7 @@ import pytest
 
 from domain.webhooks import BadWebhookUrl, is_public_address, parse_webhook_url
 from settings import Settings
-from tasks.webhook_http import CONNECT_SECONDS, GuardedNetwork, TargetGuard, TargetRefused, WebhookClient
+from tasks.webhook_http import CONNECT_SECONDS, GuardedNetwork, LookupThreads, TargetGuard, TargetRefused, WebhookClient
 
 GOOD = [
     "https://example.com",
@@ -194,3 +195,50 @@ def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert asyncio.run(attempts_of(["https://example.com/"], "8.8.8.8")) == ["8.8.8.8"]
+
+
+def test_names_that_nobody_answers_for_keep_no_other_from_being_found() -> None:
+    may_end = threading.Event()
+
+    def look_up(host: str, port: int) -> list[str]:
+        if host.startswith("silent"):
+            may_end.wait()
+        return ["8.8.8.8"]
+
+    async def ask() -> None:
+        lookups = LookupThreads(look_up)
+        silent = [asyncio.create_task(lookups.resolve(f"silent-{n}.example", 443)) for n in range(64)]
+        await asyncio.sleep(0)
+        assert await lookups.resolve("example.com", 443) == ["8.8.8.8"]
+        assert not any(task.done() for task in silent)
+        may_end.set()
+        assert await asyncio.gather(*silent) == [["8.8.8.8"]] * 64
+
+    asyncio.run(ask())
+
+
+def test_a_silent_name_is_looked_up_once_for_all_and_only_so_many_are_at_a_time() -> None:
+    may_end, asked = threading.Event(), []
+
+    def look_up(host: str, port: int) -> list[str]:
+        asked.append(host)
+        may_end.wait()
+        raise socket.gaierror(socket.EAI_AGAIN, "no")
+
+    async def ask() -> None:
+        lookups = LookupThreads(look_up, max_lookups=2)
+        same = [asyncio.create_task(lookups.resolve("a.example", 443)) for _ in range(8)]
+        await asyncio.sleep(0)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await lookups.resolve("b.example", 443)
+        with pytest.raises(OSError, match="2 names are being looked up"):
+            await lookups.resolve("c.example", 443)
+        same[0].cancel()
+        may_end.set()
+        first, *others = await asyncio.gather(*same, return_exceptions=True)
+        assert isinstance(first, asyncio.CancelledError)
+        assert all(isinstance(other, socket.gaierror) for other in others)
+        assert sorted(asked) == ["a.example", "b.example"]
+
+    asyncio.run(ask())
