@@ -1,8 +1,6 @@
-"""JSON logging with the ids of what is being worked on, every Prometheus metric, and a watch on event loops.
+"""JSON logging with the ids of what is being worked on, and a watch on event loops.
 
-JSON logging with the ids of what is being worked on, and every Prometheus metric of the project, declared once.
-
-Never in a log or a label: a prompt, an output, a key. Only ids, lengths, counts and codes. Exceptions are logged with
+Never in a log: a prompt, an output, a key. Only ids, lengths, counts and codes. Exceptions are logged with
 their first line alone, because database and validation errors repeat the values they choked on in the lines below it.
 
 How late an event loop comes to its work, as a metric; and where it stands, in the log, when it stands still.
@@ -18,15 +16,15 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextvars import ContextVar
-from functools import lru_cache
 from pathlib import PurePath
 from time import monotonic
 from types import FrameType, TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal, Self
 
-from prometheus_client import Counter, Gauge, Histogram
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.orjson import OrjsonFormatter
+
+from metrics import event_loop_lag_seconds
 
 log = logging.getLogger(__name__)
 
@@ -129,108 +127,6 @@ def _json_formatter() -> logging.Formatter:
         style="{",
         rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
     )
-
-
-Metric = TypeVar("Metric", Counter, Gauge, Histogram)
-
-
-@lru_cache(maxsize=4096)
-def _child(metric: Counter | Gauge | Histogram, *labels: str) -> Any:
-    return metric.labels(*labels)
-
-
-def labelled(metric: Metric, *labels: str) -> Metric:
-    """As `metric.labels(*labels)`, remembered: for what is counted a thousand times a second."""
-    child: Metric = _child(metric, *labels)
-    return child
-
-
-# Metrics. Seconds and tokens, never milliseconds; labels have few values: model ids, statuses, routes, codes.
-
-_FAST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-
-_SLOW_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
-
-_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-
-http_requests_total = Counter("http_requests_total", "Answered HTTP requests.", ["method", "route", "status"])
-
-http_request_seconds = Histogram(
-    "http_request_seconds", "From the first byte in to the last byte out.", ["route"], buckets=_FAST_BUCKETS
-)
-
-# A histogram: a loop that stood still is in it for good, where a gauge would forget it before it is scraped.
-event_loop_lag_seconds = Histogram(
-    "event_loop_lag_seconds", "How late the event loop came to a timer, ten times a second.", buckets=_FAST_BUCKETS
-)
-
-http_requests_in_progress = Gauge("http_requests_in_progress", "HTTP requests being answered now, streams included.")
-
-jobs_submitted_total = Counter("jobs_submitted_total", "Submissions by what became of them.", ["model", "outcome"])
-
-jobs_accept_group_size = Histogram("jobs_accept_group_size", "Jobs committed by one accept.", buckets=_SIZE_BUCKETS)
-
-jobs_accept_seconds = Histogram("jobs_accept_seconds", "One accept statement with its COMMIT.", buckets=_FAST_BUCKETS)
-
-jobs_accept_waiting = Gauge("jobs_accept_waiting", "Submissions waiting for the next accept.")
-
-jobs_finished_total = Counter("jobs_finished_total", "Jobs this process made terminal.", ["model", "status"])
-
-jobs_queue_seconds = Histogram("jobs_queue_seconds", "Accept to first claim.", ["model"], buckets=_SLOW_BUCKETS)
-
-jobs_run_seconds = Histogram("jobs_run_seconds", "First claim to the end.", ["model"], buckets=_SLOW_BUCKETS)
-
-jobs_running = Gauge("jobs_running", "Jobs in progress, from SQL.", ["model"])
-
-jobs_oldest_queued_seconds = Gauge("jobs_oldest_queued_seconds", "Age of the oldest waiting job.", ["model"])
-
-jobs_waiting = Gauge("jobs_waiting", "Queued jobs by what they wait for, from SQL.", ["model", "reason"])
-
-jobs_waiting_oldest_seconds = Gauge(
-    "jobs_waiting_oldest_seconds", "Age of the oldest queued job that waits for this, from SQL.", ["model", "reason"]
-)
-
-maintenance_findings = Gauge(
-    "maintenance_findings",
-    "stalled_jobs and load_drift ever; orphans, unserved_jobs, gone_revision_jobs and silent_clocks now.",
-    ["name", "label"],
-)
-
-maintenance_seconds_since_last_tick = Gauge(
-    "maintenance_seconds_since_last_tick",
-    "By clock: in a maintenance process its own; in an API the newest of all processes, from SQL.",
-    ["clock"],
-)
-
-prompt_tokens_total = Counter("prompt_tokens_total", "Prompt tokens of submitted jobs.", ["model"])
-
-tokenize_seconds = Histogram(
-    "tokenize_seconds", "Template and tokenizer, one prompt.", ["model"], buckets=_FAST_BUCKETS
-)
-
-stream_connections = Gauge("stream_connections", "Open SSE streams.")
-
-stream_resumes_total = Counter("stream_resumes_total", "Streams opened after a cursor.")
-
-stream_ends_total = Counter("stream_ends_total", "Streams by how they ended.", ["reason"])
-
-webhook_deliveries_pending = Gauge("webhook_deliveries_pending", "Deliveries not made yet, from SQL.")
-
-webhook_oldest_due_seconds = Gauge("webhook_oldest_due_seconds", "How long the oldest due delivery waits, from SQL.")
-
-worker_processes = Gauge("worker_processes", "Live GPU workers, from SQL.", ["model"])
-
-worker_slots = Gauge("worker_slots", "Sequences all live workers can run at once.", ["model"])
-
-llm_requests_total = Counter("llm_requests_total", "Generation requests accepted.", ["model"])
-
-llm_queue_size = Gauge("llm_queue_size", "Jobs waiting, from SQL.", ["model"])
-
-llm_tokens_generated_total = Counter("llm_tokens_generated_total", "Output tokens committed.", ["model"])
-
-llm_request_latency_seconds = Histogram(
-    "llm_request_latency_seconds", "Accept to the end.", ["model"], buckets=_SLOW_BUCKETS
-)
 
 
 BEAT_SECONDS = 0.1

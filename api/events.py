@@ -29,7 +29,7 @@ from domain.errors import InvalidCursor, StorageUnavailable
 from domain.ids import external_id
 from domain.jobs import JobStatus
 from domain.requests import TokenChunk
-from observability import stream_ends_total
+from metrics import stream_ends_total
 from storage import job_queries
 from storage.job_queries import JobRecord
 from storage.streams import StatusChange

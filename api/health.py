@@ -22,6 +22,7 @@ from api.services import Services, private_router, require_admin, services_of
 from dialects.openai_views import View
 from domain.errors import StorageUnavailable
 from domain.jobs import IN_GOOD_ORDER, WaitingFor
+from metrics import Process, registries
 from storage.job_queries import QueuePosition
 from storage.maintenance import RecentJobs, Spread
 from storage.streams import REDIS_OUTAGES
@@ -190,10 +191,10 @@ async def health(request: Request, response: Response) -> HealthView:
 
 @router.get("/metrics", response_class=Response, responses={200: TEXT})
 async def metrics(request: Request) -> Response:
-    """Prometheus: of the whole installation, so where there are keys only an admin's opens it. A scraper sends it as
-    `Authorization: Bearer`."""
+    """Prometheus: what this process counts, and the figures of the whole installation; so where there are keys only an
+    admin's opens it. A scraper sends it as `Authorization: Bearer`."""
     require_admin(request)
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(registries[Process.API]), media_type=CONTENT_TYPE_LATEST)
 
 
 def _finding_view(finding: Finding) -> FindingView:

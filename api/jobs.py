@@ -59,7 +59,8 @@ from dialects.openai_views import DeletedView, page
 from domain.errors import JobNotFound, JobNotRetryable
 from domain.ids import external_id, parse_id
 from domain.jobs import FirstErrorModel, JobKind, JobStatus
-from observability import job_id_context, stream_resumes_total
+from metrics import stream_resumes_total
+from observability import job_id_context
 from storage import job_queries, jobs
 from storage.job_queries import JobRecord
 from storage.tables import Job, JobAttempt

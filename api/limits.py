@@ -20,7 +20,7 @@ from uuid import UUID
 
 from domain.errors import ServerOverloaded
 from domain.requests import EmbeddingResult, JobOutput
-from observability import stream_connections
+from metrics import stream_connections
 
 LARGE_BYTES = 65_536  # what is smaller takes the loop less than a thread's switch under load is worth
 

@@ -23,14 +23,8 @@ from api.errors import error_response
 from dialects.ignored_fields import HEADER, header_value, ignored_fields_context
 from domain.addresses import Door
 from domain.errors import CeleriacError, InvalidRequest, PermissionDenied, RequestTooLarge, ServerOverloaded
-from observability import (
-    http_request_seconds,
-    http_requests_in_progress,
-    http_requests_total,
-    labelled,
-    request_id_context,
-    submitted_job_ids,
-)
+from metrics import http_request_seconds, http_requests_in_progress, http_requests_total, labelled
+from observability import request_id_context, submitted_job_ids
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,10 @@ from sqlalchemy.orm import Session
 from dialects.native import QueueView
 from domain.catalog import Catalog
 from domain.jobs import LiveWorker, ModelService, WaitingFor, WorkerState, waiting_for
-from observability import (
-    describe_exception,
+from metrics import (
     jobs_oldest_queued_seconds,
+    jobs_queued,
     jobs_running,
-    jobs_waiting,
-    jobs_waiting_oldest_seconds,
-    llm_queue_size,
     maintenance_findings,
     maintenance_seconds_since_last_tick,
     webhook_deliveries_pending,
@@ -31,6 +28,7 @@ from observability import (
     worker_processes,
     worker_slots,
 )
+from observability import describe_exception
 from settings import Settings
 from storage import batches, job_queries, maintenance, webhook_deliveries, workers
 from storage.database import repeatable, within
@@ -344,15 +342,13 @@ class QueueMonitor:
 
 def _publish(queues: Mapping[str, ModelQueue]) -> None:
     for model, queue in queues.items():
-        llm_queue_size.labels(model).set(queue.num_queued)
         jobs_running.labels(model).set(queue.num_running)
-        jobs_oldest_queued_seconds.labels(model).set(queue.oldest_queued_seconds)
         worker_processes.labels(model).set(queue.num_workers)
         worker_slots.labels(model).set(queue.num_slots)
         for reason in WaitingFor:
             waiting = queue.waiting.get(reason, Waiting(0, 0.0))
-            jobs_waiting.labels(model, reason.value).set(waiting.num_jobs)
-            jobs_waiting_oldest_seconds.labels(model, reason.value).set(waiting.oldest_seconds)
+            jobs_queued.labels(model, reason.value).set(waiting.num_jobs)
+            jobs_oldest_queued_seconds.labels(model, reason.value).set(waiting.oldest_seconds)
 
 
 def _publish_findings(value_by_name: Mapping[tuple[str, str], float], silent_clocks: Sequence[str]) -> None:

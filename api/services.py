@@ -173,6 +173,7 @@ class Services:
 @asynccontextmanager
 async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[Services]:
     """Neither the database nor Redis needs to be up: requests say so until they are."""
+    job_log.begin([entry.id for entry in catalog.entries], [])
     views = await asyncio.to_thread(ModelViews, catalog)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(LoopWatch())

@@ -194,13 +194,14 @@ def keys_table(rows: Iterable["ApiKey"]) -> Table:
     return table
 
 
-def where_everything_is(api_url: str, maintenance_url: str, flower_url: str, logs: str) -> str:
+def where_everything_is(*, api_url: str, maintenance_url: str, worker_url: str, flower_url: str, logs: str) -> str:
     return f"""
   API      {api_url}/docs
   Health   {api_url}/health
            {maintenance_url}/health (maintenance)
   Metrics  {api_url}/metrics
-           {maintenance_url}/metrics
+           {worker_url}/metrics (worker)
+           {maintenance_url}/metrics (maintenance)
   Flower   {flower_url}
   Logs     {logs}
 """

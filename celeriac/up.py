@@ -52,7 +52,7 @@ class Up:
         self._num_stop_requests = 0
         self._stop_requested = threading.Event()
         self._api_port, self._flower_port = settings.port, settings.flower_port
-        self._maintenance_port = settings.maintenance_port
+        self._maintenance_port, self._worker_metrics_port = settings.maintenance_port, settings.worker_metrics_port
         self._database_url, self._redis_url = settings.database_url, settings.redis_url
         self._servers: list[EmbeddedServer] = []
         self._launcher = Launcher(say=self._say, is_hurried=lambda: self._num_stop_requests > 1)
@@ -116,6 +116,7 @@ class Up:
     def _services(self) -> list[Service]:
         """In the order of their start: the worker first, since it takes longest."""
         worker = self._service("GPU worker", "worker", lambda: self._has_engine(worker))
+        worker.prepare = self._choose_worker_metrics_port
         worker.stop_seconds = self._settings.drain_seconds + DRAIN_MARGIN_SECONDS
         worker.hurry_signal = signal.SIGQUIT  # gives running jobs back to the queue at once
         api = self._service("API", "api", lambda: bool(self._health()))
@@ -169,6 +170,9 @@ class Up:
     def _choose_flower_port(self) -> None:
         self._flower_port = free_port(LOOPBACK, self._flower_port)
 
+    def _choose_worker_metrics_port(self) -> None:
+        self._worker_metrics_port = free_port(self._settings.worker_metrics_host, self._worker_metrics_port)
+
     def _choose_maintenance_port(self) -> None:
         self._maintenance_port = free_port(self._settings.maintenance_host, self._maintenance_port)
 
@@ -179,6 +183,7 @@ class Up:
             "CELERIAC_PORT": str(self._api_port),
             "CELERIAC_FLOWER_PORT": str(self._flower_port),
             "CELERIAC_MAINTENANCE_PORT": str(self._maintenance_port),
+            "CELERIAC_WORKER_METRICS_PORT": str(self._worker_metrics_port),
             "PYTHONUNBUFFERED": "1",
         }
 
@@ -195,7 +200,11 @@ class Up:
         self._say(f"\nCeleriac is up after {seconds:.1f} s. Ctrl-C stops it; jobs and results stay in {folder}.")
         self._say(
             where_everything_is(
-                self._api_url, self._maintenance_url, self._flower_url, short_path(self._settings.data_dir / "logs")
+                api_url=self._api_url,
+                maintenance_url=self._maintenance_url,
+                worker_url=self._worker_url,
+                flower_url=self._flower_url,
+                logs=short_path(self._settings.data_dir / "logs"),
             )
         )
         celeriac = short_path(Path(sys.executable).parent / "celeriac")
@@ -282,6 +291,10 @@ class Up:
     @property
     def _api_url(self) -> str:
         return f"http://{_reachable(self._settings.host)}:{self._api_port}"
+
+    @property
+    def _worker_url(self) -> str:
+        return f"http://{_reachable(self._settings.worker_metrics_host)}:{self._worker_metrics_port}"
 
     @property
     def _maintenance_url(self) -> str:

@@ -9,6 +9,7 @@ that it is not ours any more), a release, a crash report.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from gpu_worker.engine_process.frames import AbortJob, EmbeddingOutput, JobFaile
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor, weights_of_suspicion
 from gpu_worker.job import RunningEmbedding, RunningJob, make_running
 from gpu_worker.threads import Answer, RunnerEvent, RunnerEventKind, StorageThread
+from metrics import inter_token_latency_seconds
 from storage.jobs import ClaimedJob, Held, Returned
 
 log = logging.getLogger(__name__)
@@ -87,7 +89,9 @@ class RunningBatch:
         self._jobs_by_name: dict[str, RunningJob] = {}
         self._oom_kills = OomKills()
         self._isolated: RunningJob | None = None  # a suspect: it waits until it is alone, and others wait for it
-        self.num_tokens = 0  # received in this worker's life
+        # In this worker's life: tokens that were received, and prompt tokens of jobs that had an output.
+        self.num_tokens = self.num_prompt_tokens = 0
+        self._latency = inter_token_latency_seconds.labels(storage.model)
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -182,12 +186,20 @@ class RunningBatch:
 
     def absorb(self, done: StepDone) -> None:
         """What a step produced; of jobs that left meanwhile, nothing is kept."""
+        now = monotonic()
+        gaps: Counter[float] = Counter()  # between two outputs of a sequence; those that decode together have the same
         for output in done.outputs:
             self.num_tokens += len(output.token_ids)
             if (job := self._running(output)) is not None:
+                self._note_output(job)
+                if output.token_ids and (gap := job.hear(output.index, now)) is not None:
+                    gaps[gap] += 1
                 job.absorb(output)
+        for gap, count in gaps.items():
+            self._latency.observe_many(gap, count)
         for vectors in done.embeddings:
             if isinstance(job := self._running(vectors), RunningEmbedding):
+                self._note_output(job)
                 job.absorb_embedding(vectors)
         for failure in done.failures:
             if (job := self._running(failure)) is not None:
@@ -195,6 +207,11 @@ class RunningBatch:
                     "the engine gave a job up: %s", failure.code, extra={"job_id": job.name, "attempt": job.attempt}
                 )
                 job.fail(failure)
+
+    def _note_output(self, job: RunningJob) -> None:
+        if not job.has_output:
+            job.has_output = True
+            self.num_prompt_tokens += len(job.claimed.prompt_token_ids)
 
     def seconds_until_due(self, now: float) -> float | None:
         return self._publisher.seconds_until_due(self._jobs.values(), now)

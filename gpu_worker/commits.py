@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import ModelSpec
 from domain.errors import EngineError
-from domain.jobs import JobError, JobStatus, Lane, WorkerState
+from domain.jobs import AttemptOutcome, JobError, JobStatus, Lane, WorkerState
 from domain.requests import TokenChunk
 from gpu_worker.job import RunningJob
 from gpu_worker.threads import StorageThread
@@ -92,6 +92,7 @@ class JobStorage:
         self.owner = owner
         self.lease_seconds = settings.lease_seconds
         self._spec = spec
+        self.model = spec.id
         self.model_revision = model_revision(spec)  # as the API wrote it into the job: that of the files, not a name
 
     def claim(self, job_ids: Sequence[UUID], known: frozenset[UUID], *, is_repeated: bool) -> list[ClaimedJob]:
@@ -130,13 +131,13 @@ class JobStorage:
     def release(self, job_ids: Sequence[UUID]) -> None:
         with self.sessions.begin() as session:
             released = jobs.release(session, job_ids, owner=self.owner)
-        job_log.returned("released", released)
+        job_log.returned(AttemptOutcome.RELEASED, released)
         self.channel.publish((job.job_id, job.status) for job in released)
 
     def report_crash(self, weight_by_job_id: dict[UUID, int]) -> list[Returned]:
         with self.sessions.begin() as session:
             returned = jobs.report_crash(session, weight_by_job_id, owner=self.owner)
-        job_log.returned("crashed with its engine", returned)
+        job_log.returned(AttemptOutcome.CRASHED, returned)
         self.channel.publish((job.job_id, job.status) for job in returned)
         return returned
 
@@ -173,7 +174,7 @@ class JobStorage:
         with self.sessions.begin() as session:
             released = self._release_unknown(session, known) if is_repeated else []
             claimed = take(session)
-        job_log.returned("released", released)
+        job_log.returned(AttemptOutcome.RELEASED, released)
         job_log.claimed(claimed, self._worker_name)
         self.channel.publish((job.id, JobStatus.IN_PROGRESS) for job in claimed)
         return claimed
@@ -328,6 +329,7 @@ def _give_up(storage: JobStorage, flush: JobFlush, exc: Exception) -> FlushOutco
     )
     with storage.sessions.begin() as session:
         ended = dict.fromkeys(jobs.finalise(session, [ending]), JobStatus.FAILED)
+    _tell([JobFlush(flush.job, None, ending)], {}, ended)
     storage.channel.publish(ended.items())
     return FlushOutcome(ended=ended)
 
@@ -340,16 +342,7 @@ def _tell(flushes: Sequence[JobFlush], held: dict[UUID, Held], ended: dict[UUID,
         if flush.commit is not None and job.id in held and is_first_output(job.claimed, flush.commit):
             job_log.first_token(job.claimed, seconds=seconds)
         if flush.finalisation is not None and job.id in ended:
-            error = flush.finalisation.error
-            job_log.ended(
-                job.id,
-                job.claimed.request_id,
-                status=ended[job.id],
-                attempt=job.attempt,
-                tokens=job.num_completion_tokens,
-                seconds=seconds,
-                code=error.code if error is not None else None,
-            )
+            job_log.ended(job.claimed, flush.finalisation, num_tokens=job.num_completion_tokens, seconds=seconds)
 
 
 def is_first_output(claimed: ClaimedJob, commit: ChunkCommit) -> bool:

@@ -43,6 +43,7 @@ class SequenceProgress:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     sum_logprobs: float = 0.0  # of token_ids, under best_of
     finish_reason: FinishReason | None = None
+    heard_at: float | None = None  # when this attempt's last tokens came; monotonic
     num_reasoning_tokens: int | None = None  # up to the first </think>
     pending_text: list[str] = field(default_factory=list)
     pending_token_ids: list[int] = field(default_factory=list)
@@ -96,6 +97,7 @@ class RunningJob:
         self.leased_at = claimed_at
         self.has_spoken = False  # a chunk of this attempt has been taken
         self.is_in_engine = False
+        self.has_output = False  # of this attempt
         self.is_ending = False  # its finalisation is under way: nothing more is done with it
         self.abort_reason: FinishReason | None = None
         request = claimed.request
@@ -181,6 +183,12 @@ class RunningJob:
             finished_indexes=[i for i, sequence in enumerate(self.sequences) if sequence.finish_reason],
             has_prompt_logprobs=self._prompt_logprobs is not None,
         )
+
+    def hear(self, index: int, now: float) -> float | None:
+        """Tokens of a sequence came. Returns for how long it had been silent; None: they are this attempt's first."""
+        sequence = self.sequences[index]
+        heard_at, sequence.heard_at = sequence.heard_at, now
+        return None if heard_at is None else now - heard_at
 
     def absorb(self, output: SequenceOutput) -> None:
         """Take what one of its sequences gained; an ended sequence gains nothing."""

@@ -32,6 +32,7 @@ from gpu_worker.deliveries import Deliveries, Delivery
 from gpu_worker.runner import JobRunner
 from gpu_worker.threads import RunnerEvent, WorkerFailure
 from gpu_worker.transport import Room
+from metrics import Process, serve_metrics
 from settings import Settings, get_settings
 from text.models import complete
 
@@ -70,6 +71,7 @@ class EnginePool(BasePool):
             on_event=self._on_runner_event,
             on_unhealthy=self.shutdown.fail,
         )
+        self.metrics_url: str | None = None
         self._hub: Any = None
         self._events: deque[RunnerEvent] = deque()
         self._is_settling_due = False
@@ -77,6 +79,8 @@ class EnginePool(BasePool):
         self._is_runner_stopped = False
 
     def on_start(self) -> None:
+        settings = get_settings()
+        self.metrics_url = serve_metrics(Process.WORKER, settings.worker_metrics_host, settings.worker_metrics_port)
         self.runner.start()
         self.shutdown.install()
 
@@ -204,6 +208,7 @@ class EnginePool(BasePool):
             "ready": stats.is_engine_ready,
             "draining": self.is_draining or stats.state is WorkerState.DRAINING,
             "state": stats.state.value,
+            "metrics": self.metrics_url,
             "tokens_per_second": round(stats.tokens_per_second, 1),
             **stats.engine,
         }

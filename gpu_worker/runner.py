@@ -23,14 +23,15 @@ import msgspec
 
 from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id
-from domain.jobs import WorkerState
+from domain.jobs import AttemptOutcome, WorkerState
 from gpu_worker.batch import RunningBatch
 from gpu_worker.commits import Heartbeat, JobStorage, Publisher
-from gpu_worker.engine_process.frames import CannotLoad, EngineStats, Ready, Report, StepDone
+from gpu_worker.engine_process.frames import CannotLoad, Ready, Report, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from gpu_worker.intake import Intake, Offers
 from gpu_worker.threads import (
     DispatchBell,
+    EngineMeter,
     Mailbox,
     RunnerEvent,
     RunnerEventKind,
@@ -38,9 +39,10 @@ from gpu_worker.threads import (
     StorageThread,
     WorkerFailure,
 )
-from observability import jobs_finished_total, llm_tokens_generated_total
+from metrics import engine_exits_total, generated_tokens_total, prompt_tokens_total
 from settings import Settings, get_settings
 from storage.workers import Orders
+from tasks import job_log
 from text.models import complete
 
 log = logging.getLogger(__name__)
@@ -92,7 +94,9 @@ class RunnerLoop:
         self._heartbeat = Heartbeat(
             self._storage, self._thread, spec=spec, owner=owner, hostname=hostname, on_answer=self._obey
         )
-        self._engine_stats = EngineStats()
+        self._meter = EngineMeter(spec.id)
+        self._exits = engine_exits_total.labels(spec.id)
+        job_log.begin([spec.id], [AttemptOutcome.RELEASED, AttemptOutcome.CRASHED])
         self._drain_seconds = settings.drain_seconds
         self._drain_deadline: float | None = None  # draining until then
         self._unload_deadline: float | None = None  # the same, because the model is unloaded
@@ -103,6 +107,8 @@ class RunnerLoop:
         self._is_stopping = False
         self._rate_since, self._rate_tokens = monotonic(), 0
         self._tokens_per_second = 0.0
+        self._generated_tokens = generated_tokens_total.labels(spec.id)
+        self._prompt_tokens, self._counted_prompt_tokens = prompt_tokens_total.labels(spec.id), 0
         self.stats = self._make_stats()
         self.num_free = 0
 
@@ -184,22 +190,25 @@ class RunnerLoop:
             log.info("the engine is ready", extra={"pid": report.pid, "device": report.device})
             self._intake.look_for_suspects_soon()
             self._has_been_ready = True
+            self._meter.forget_engine()
             return
         if isinstance(report, CannotLoad):
             return  # the exit that follows says so
-        self._engine_stats = report.stats
+        self._meter.stats = report.stats
         if isinstance(report, StepDone):
             self._batch.absorb(report)
 
     def _watch_engine(self, now: float) -> None:
         if self._is_loaded is False and not self._batch and not self._intake.is_claiming:
             self._supervisor.stop()
-            self._engine_stats = EngineStats()
+            self._meter.forget_engine()
         if not self._is_loaded and not self._supervisor.has_engine:
             return
         exit_ = self._supervisor.watch(now)
         if exit_ is None:
             return
+        self._exits.inc()
+        self._meter.forget_engine()
         self._batch.report_exit(exit_)
         if failure := self._failure_of(exit_):
             self._give_up(failure)
@@ -267,8 +276,6 @@ class RunnerLoop:
     def _tell(self, event: RunnerEvent) -> None:
         if event.kind in (RunnerEventKind.ENDED, RunnerEventKind.RELEASED):
             self._bell.ring()
-        if event.status is not None:
-            jobs_finished_total.labels(self._spec.id, event.status).inc()
         try:
             self._on_event(event)
         except Exception:  # the listener's trouble must not end everybody's jobs
@@ -313,7 +320,7 @@ class RunnerLoop:
             is_engine_ready=self._supervisor.ready is not None,
             state=self._state,
             tokens_per_second=self._tokens_per_second,
-            engine=msgspec.structs.asdict(self._engine_stats),
+            engine=msgspec.structs.asdict(self._meter.stats),
         )
 
     def _count_rate(self, now: float) -> None:
@@ -322,8 +329,11 @@ class RunnerLoop:
             return
         num_new = self._batch.num_tokens - self._rate_tokens
         self._tokens_per_second = num_new / seconds
-        llm_tokens_generated_total.labels(self._spec.id).inc(num_new)
         self._rate_since, self._rate_tokens = now, self._batch.num_tokens
+        self._generated_tokens.inc(num_new)
+        self._prompt_tokens.inc(self._batch.num_prompt_tokens - self._counted_prompt_tokens)
+        self._counted_prompt_tokens = self._batch.num_prompt_tokens
+        self._meter.count()
 
     # The end
 

@@ -1,6 +1,6 @@
 """How the worker's threads speak to one another, and the two that wait for others on its behalf.
 
-What a JobRunner tells of its jobs and of itself.
+What a JobRunner tells of its jobs and of itself, and what its engines count.
 
 How other threads speak to a thread that waits on sockets: callbacks in order, and a socket that wakes it.
 
@@ -31,8 +31,10 @@ from redis.retry import Retry
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
+import metrics
 from domain.catalog import ModelSpec
 from domain.jobs import JobStatus, WorkerState
+from gpu_worker.engine_process.frames import EngineStats
 from observability import describe_exception
 from settings import Settings
 from storage.database import OUTAGES
@@ -84,6 +86,41 @@ class RunnerStats:
     state: WorkerState
     tokens_per_second: float
     engine: dict[str, float]
+
+
+class EngineMeter:
+    """Adds up what one engine after the other counts from 0: to the metrics nothing has happened between them."""
+
+    def __init__(self, model: str) -> None:
+        self.stats = EngineStats()  # of the engine that runs, as it said last
+        self._counted = EngineStats()  # how much of that is in the counters
+        self._counters = {
+            "num_steps": metrics.engine_steps_total.labels(model),
+            "num_preemptions": metrics.engine_preemptions_total.labels(model),
+            "num_prompt_tokens": metrics.engine_computed_prompt_tokens_total.labels(model),
+            "num_prefix_cache_queries": metrics.engine_prefix_cache_queried_tokens_total.labels(model),
+            "num_prefix_cache_hits": metrics.engine_prefix_cache_hit_tokens_total.labels(model),
+        }
+        self._gauges = {
+            "num_running": metrics.engine_sequences_running.labels(model),
+            "num_waiting": metrics.engine_sequences_waiting.labels(model),
+            "cache_usage": metrics.engine_kv_cache_usage_ratio.labels(model),
+            "memory_bytes": metrics.engine_memory_bytes.labels(model),
+        }
+
+    def count(self) -> None:
+        """Bring the metrics up to date."""
+        for name, counter in self._counters.items():
+            counter.inc(max(0, getattr(self.stats, name) - getattr(self._counted, name)))
+        for name, gauge in self._gauges.items():
+            gauge.set(getattr(self.stats, name))
+        self._counted = self.stats
+
+    def forget_engine(self) -> None:
+        """It has ended; the next one begins at 0."""
+        self.count()
+        self.stats = self._counted = EngineStats()
+        self.count()
 
 
 class Mailbox:

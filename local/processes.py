@@ -179,7 +179,8 @@ def free_port(host: str, wanted: int) -> int:
         if is_free(host, port):
             return port if port else _any_port(host)
     raise OSError(
-        f"no free port on {host} from {wanted} on; name one in CELERIAC_PORT, _FLOWER_PORT or _MAINTENANCE_PORT"
+        f"no free port on {host} from {wanted} on; name one in CELERIAC_PORT, _FLOWER_PORT, _MAINTENANCE_PORT or "
+        "_WORKER_METRICS_PORT"
     )
 
 

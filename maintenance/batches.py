@@ -26,15 +26,16 @@ from domain.ids import external_id
 from domain.jobs import BATCH_PRIORITY, BatchError, BatchStatus, LineOutcome, LineRefusal
 from domain.requests import JobOptions
 from maintenance.batch_validation import BatchValidation
-from observability import describe_exception, jobs_submitted_total, labelled
+from observability import describe_exception
 from settings import Settings
 from storage import batches, files, job_accept, jobs, tenants
 from storage.database import OUTAGES
 from storage.files import Batch, BatchLine
 from storage.job_accept import Accepted, AcceptOutcome, NewJob
+from tasks import job_log
 from tasks.batch_files import read_ended, write_line
 from tasks.prepare import RequestPreparer
-from tasks.submit import make_job, raise_refusal, tell_accepted
+from tasks.submit import make_job, raise_refusal
 from text.models import ModelViews
 
 log = logging.getLogger(__name__)
@@ -145,11 +146,12 @@ class BatchWork:
             with self._sessions.begin() as session:
                 if not batches.note_step_failure(session, batch_id, way):
                     return
-                jobs.request_cancel(session, batches.in_flight_job_ids(session, batch_id))
+                asked = jobs.request_cancel(session, batches.in_flight_job_ids(session, batch_id))
                 message = f"the server failed {batches.MAX_STEP_FAILURES} times to take this batch further: "
                 message += describe_exception(exc)
                 error = BatchError(code=CeleriacError.code, message=message)
                 batches.give_up(session, batch_id, error, job_ttl_seconds=self._settings.result_ttl_seconds)
+            job_log.ends(job for job in asked if job.status.is_terminal)
         except OUTAGES as outage:
             log.warning("a failed step was not noted: %s", describe_exception(outage))
 
@@ -211,24 +213,23 @@ class BatchWork:
         if not new_jobs and not refusals:
             return False
         with self._sessions.begin() as session:
-            accepted = self._accept(session, batch, new_jobs, refusals)
+            accepted, refused = self._accept(session, batch, new_jobs, refusals)
         for new_job in accepted:
-            labelled(jobs_submitted_total, new_job.request.model, AcceptOutcome.ACCEPTED.value).inc()
-            tell_accepted(new_job)
+            job_log.accepted(new_job)
+        for refusal in refused:
+            job_log.submitted(str(batch.model), refusal.code)
         return bool(accepted or refusals)
 
     def _accept(
         self, session: Session, batch: Batch, new_jobs: dict[int, NewJob], refusals: dict[int, LineRefusal]
-    ) -> list[NewJob]:
-        """Write down what became of lines that still wait; returns the jobs that are new. The jobs are accepted last:
-        until the commit behind it, the tenant's other submissions wait."""
+    ) -> tuple[list[NewJob], list[LineRefusal]]:
+        """Write down what became of lines that still wait; returns the jobs that are new, and what was refused. The
+        jobs are accepted last: until the commit behind it, the tenant's other submissions wait."""
         locked = batches.lock(session, batch.id, BatchStatus.IN_PROGRESS)
         if locked is None or locked.expires_at <= batches.now(session):
-            return []
+            return [], []
         waiting = batches.still_waiting(session, batch.id, [*new_jobs, *refusals])
-        for line, refusal in refusals.items():
-            if line in waiting:
-                batches.refuse_line(locked, waiting[line], refusal)
+        refused = {line: refusal for line, refusal in refusals.items() if line in waiting}
         num_wanted = self._num_wanted(session, locked)
         fed = dict([(line, job) for line, job in new_jobs.items() if line in waiting][:num_wanted])
         session.flush()
@@ -241,10 +242,13 @@ class BatchWork:
         }
         if taken:
             batches.attach_jobs(session, locked, taken)
-        for (line, _), answer in outcomes:
-            if answer.outcome is AcceptOutcome.POISON:
-                batches.refuse_line(locked, waiting[line], self._refusal_of(answer))
-        return [new_job for (_, new_job), answer in outcomes if answer.outcome is AcceptOutcome.ACCEPTED]
+        refused |= {
+            line: self._refusal_of(answer) for (line, _), answer in outcomes if answer.outcome is AcceptOutcome.POISON
+        }
+        for line, refusal in refused.items():
+            batches.refuse_line(locked, waiting[line], refusal)
+        accepted = [new_job for (_, new_job), answer in outcomes if answer.outcome is AcceptOutcome.ACCEPTED]
+        return accepted, list(refused.values())
 
     def _refusal_of(self, answer: Accepted) -> LineRefusal:
         try:
@@ -295,12 +299,12 @@ class BatchWork:
                 return False
             batches.record_ended(session, locked)
             batches.end_waiting_lines(session, locked, LineOutcome.CANCELLED)
-            jobs.request_cancel(session, batches.in_flight_job_ids(session, batch.id))
-            if locked.in_progress_at is None:
+            asked = jobs.request_cancel(session, batches.in_flight_job_ids(session, batch.id))
+            is_begun, is_done = locked.in_progress_at is not None, _is_done(locked)
+            if not is_begun:
                 batches.end(session, locked, job_ttl_seconds=self._settings.result_ttl_seconds)
-                return True
-            is_done = _is_done(locked)
-        return is_done and self._freeze(batch)
+        job_log.ends(job for job in asked if job.status.is_terminal)
+        return not is_begun or (is_done and self._freeze(batch))
 
     def _freeze(self, batch: Batch) -> bool:
         """Write what the next lines came to; behind the last one the batch ends."""

@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog
 from domain.ids import external_id
-from domain.jobs import JobStatus
+from domain.jobs import AttemptOutcome, JobStatus
 from observability import describe_exception
 from settings import Settings
 from storage import files, jobs, maintenance, webhook_deliveries, workers
@@ -204,7 +204,7 @@ class Janitor:
                 grace_seconds=self._settings.lease_grace_seconds,
                 quiet_seconds=self.quiet_seconds,
             )
-        job_log.returned("rescued", returned)
+        job_log.returned(AttemptOutcome.LOST, returned)
         publish(self._client, [(job.job_id, job.status) for job in returned])
         return len(returned)
 
@@ -219,7 +219,7 @@ class Janitor:
                 maintenance.count_figure(session, "stalled_jobs", len(returned))
         for job in returned:
             log.error("a job with a lease made no progress", extra={"job_id": external_id(job.job_id)})
-        job_log.returned("stalled", returned)
+        job_log.returned(AttemptOutcome.STALLED, returned)
         publish(self._client, [(job.job_id, job.status) for job in returned])
         return len(returned)
 

@@ -29,13 +29,16 @@ from starlette.routing import Route
 from api.server import BoundedHttp, open_socket
 from dialects.openai_batches import batch_surface
 from domain.catalog import Catalog
+from domain.jobs import AttemptOutcome
 from maintenance.batches import BatchWork
 from maintenance.janitor import Janitor
 from maintenance.webhooks import WebhookSender
-from observability import LoopWatch, configure_logging, describe_exception, maintenance_seconds_since_last_tick
+from metrics import Process, maintenance_seconds_since_last_tick, registries
+from observability import LoopWatch, configure_logging, describe_exception
 from settings import Settings
 from storage.database import async_session_factory, open_async_database, open_database, session_factory
 from storage.maintenance import CLOCKS, record_ticks
+from tasks import job_log
 from tasks.webhook_http import TargetGuard
 from text.models import ModelViews, follow_models
 
@@ -82,6 +85,7 @@ class Maintenance:
         """False: something hung, and is left behind."""
         settings = self._settings
         catalog = Catalog.load(settings.models_file)
+        job_log.begin([entry.id for entry in catalog.entries], [AttemptOutcome.LOST, AttemptOutcome.STALLED])
         views = await asyncio.to_thread(ModelViews, catalog)
         following = asyncio.create_task(follow_models(views))
         database = open_async_database(
@@ -178,7 +182,7 @@ def create_app(clocks: tuple[Clock, ...], silence_seconds: float) -> Starlette:
         return JSONResponse(content, 200 if is_well else 503)
 
     def metrics(_: Request) -> Response:
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(registries[Process.MAINTENANCE]), media_type=CONTENT_TYPE_LATEST)
 
     return Starlette(routes=[Route("/health", health), Route("/metrics", metrics)])
 

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from domain.ids import external_id
 from domain.webhooks import BadWebhookUrl, DeliveryStatus, payload, signature_headers
+from metrics import webhook_attempt_seconds, webhook_attempts_total
 from observability import describe_exception
 from storage import webhook_deliveries
 from storage.webhook_deliveries import ClaimedDelivery, Outcome
@@ -165,6 +166,8 @@ class WebhookSender:
             answer = WebhookResponse(None, describe_exception(exc), 0.0)
         is_silent = answer.status_code is None and answer.seconds > 0  # 0: it was not asked at all
         self._hosts.end(delivery.host, time.monotonic(), has_answered=not is_silent)
+        webhook_attempts_total.labels("delivered" if answer.is_success else "failed").inc()
+        webhook_attempt_seconds.observe(answer.seconds)
         self._outcomes.append(judge(delivery, answer))
         self._wakeup.set()
 

@@ -86,7 +86,7 @@ SELECT j.id, false FROM jobs j JOIN ending USING (id) WHERE j.status = ending.st
 def told(jobs: str, *, has_chunks: str) -> str:
     """What callers and their logs say of the jobs in the CTE `jobs`: how they stand, and how long it took so far."""
     return f"""
-SELECT t.id, t.status, t.attempt, {has_chunks} AS has_chunks, t.is_told, t.num_committed_tokens AS num_tokens,
+SELECT t.id, t.model, t.status, t.attempt, {has_chunks} AS has_chunks, t.is_told, t.num_committed_tokens AS num_tokens,
     extract(epoch FROM {CLOCK} - t.created_at)::float8 AS seconds,
     (SELECT p.request_id FROM job_payloads p WHERE p.job_id = t.id) AS request_id
 FROM {jobs} t"""
@@ -108,7 +108,7 @@ returned AS (
             THEN {CLOCK} + make_interval(secs => pick.delay_seconds) ELSE j.available_at END,
         dispatch_at = {CLOCK}, num_dispatches = 0
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS correction,
+    RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS correction,
         j.num_committed_tokens, j.created_at,
         pick.owner, {BEGAN}, pick.outcome, j.error->>'code' AS error_code,
         j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD}
@@ -196,7 +196,7 @@ asked AS (
         finished_at = CASE WHEN j.status = 'queued' THEN {CLOCK} END,
         prune_at = CASE WHEN j.status = 'queued' THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
+    RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
         j.created_at, {CORRECTION} AS charge, {IS_TOLD}
 ),
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM asked WHERE status = 'cancelled'),
@@ -213,7 +213,7 @@ expired AS (
     UPDATE jobs j SET status = 'expired', error = CAST(:deadline_error AS json), finished_at = {CLOCK},
         prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
+    RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
         j.created_at, {CORRECTION} AS charge, {IS_TOLD}
 ),
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM expired),
@@ -315,7 +315,7 @@ failed AS (
     UPDATE jobs j SET status = 'failed', error = CAST(:revision_error AS json), finished_at = {CLOCK},
         prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.tenant_id, j.status, j.attempt, j.num_committed_tokens, j.created_at,
+    RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.num_committed_tokens, j.created_at,
         {CORRECTION} AS charge, {IS_TOLD}
 ),
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM failed),

@@ -254,6 +254,8 @@ moved AS (
 {COUNTED}
 SELECT c.id, c.tenant_id, c.attempt, p.request::text AS request, p.prompt_token_ids, p.input_lengths,
     c.max_tokens, c.seed, c.priority, p.request_id,
+    extract(epoch FROM {CLOCK} - c.created_at)::float8 AS seconds_since_accept,
+    extract(epoch FROM {CLOCK} - c.started_at)::float8 AS seconds_since_start,
     c.lane, c.num_suspicions, c.committed_sequence_number, CASE WHEN c.committed_sequence_number > 0 THEN (SELECT
         array_agg(k.chunk::text ORDER BY k.sequence_number) FROM job_chunks k WHERE k.job_id = c.id) END AS chunks
 FROM claimed c JOIN job_payloads p ON p.job_id = c.id ORDER BY c.place"""

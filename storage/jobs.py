@@ -50,6 +50,8 @@ class ClaimedJob:
     committed_chunks: list[TokenChunk]  # in order; empty on a first attempt
     input_lengths: list[int] | None = None
     request_id: str | None = None  # of the HTTP request that brought it
+    seconds_since_accept: float = 0.0  # at the claim
+    seconds_since_start: float = 0.0  # since the first claim; 0 where this one is
 
     @property
     def last_sequence_number(self) -> int:
@@ -99,6 +101,7 @@ class Returned:
     job_id: UUID
     status: JobStatus
     attempt: int
+    model: str = ""
     num_tokens: int = 0  # committed
     seconds: float = 0.0  # since it was accepted
     request_id: str | None = None
@@ -312,7 +315,7 @@ def _returned(session: Session, statement: TextClause, parameters: dict[str, Any
     """Run a statement that ends jobs or gives them back; keep the output of the ended, and have their ends told."""
     rows = session.execute(statement, parameters).all()
     returned = [
-        Returned(row.id, JobStatus(row.status), row.attempt, row.num_tokens, row.seconds, row.request_id)
+        Returned(row.id, JobStatus(row.status), row.attempt, row.model, row.num_tokens, row.seconds, row.request_id)
         for row in rows
     ]
     cut_off = {job.job_id: job.status for job, row in zip(returned, rows, strict=True) if row.has_chunks}
@@ -349,6 +352,8 @@ def _claimed_jobs(session: Session, rows: Sequence[Row[Any]]) -> list[ClaimedJob
             num_suspicions=row.num_suspicions,
             committed_chunks=chunks[row.id],
             request_id=row.request_id,
+            seconds_since_accept=row.seconds_since_accept,
+            seconds_since_start=row.seconds_since_start,
         )
         for row in rows
     ]

@@ -18,7 +18,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from domain.errors import ServerOverloaded, StorageUnavailable
-from observability import describe_exception, jobs_accept_group_size, jobs_accept_seconds, jobs_accept_waiting
+from metrics import jobs_accept_group_size, jobs_accept_seconds, jobs_accept_waiting
+from observability import describe_exception
 from settings import Settings
 from storage import job_accept
 from storage.database import OUTAGES, async_session_factory, open_statement_database

@@ -1,5 +1,6 @@
-"""The life of a job in the logs: one INFO line for each step, written by the process that did it, after its commit.
+"""The life of a job in logs and metrics: a line and a count for each step, by the process that did it.
 
+Both come after the step's commit, the line at INFO.
 `grep JOB_ID` over the logs of all processes tells the story. Every line has `job_id` and, where an HTTP request brought
 the job, that one's `request_id`, which travels through SQL; never a prompt, an output or a key.
 """
@@ -9,65 +10,108 @@ from collections.abc import Iterable
 from uuid import UUID
 
 from domain.ids import external_id
-from domain.jobs import JobStatus
-from storage.job_accept import NewJob
-from storage.jobs import ClaimedJob, Restarted, Returned
+from domain.jobs import AttemptOutcome, FinishReason, JobStatus
+from metrics import (
+    jobs_finished_total,
+    jobs_latency_seconds,
+    jobs_queue_seconds,
+    jobs_returned_total,
+    jobs_run_seconds,
+    jobs_submitted_total,
+    labelled,
+    submitted_prompt_tokens_total,
+    time_to_first_token_seconds,
+)
+from storage.job_accept import AcceptOutcome, NewJob
+from storage.jobs import ClaimedJob, Finalisation, Restarted, Returned
 
 logger = logging.getLogger("celeriac.jobs")
+
+#: Of completed jobs it is the first sequence's, and that of an embedding is `stop`.
+REASON_BY_STATUS = {
+    JobStatus.FAILED: FinishReason.ERROR,
+    JobStatus.CANCELLED: FinishReason.CANCELLED,
+    JobStatus.EXPIRED: FinishReason.DEADLINE,
+}
+VERB_BY_OUTCOME = {
+    AttemptOutcome.RELEASED: "released",
+    AttemptOutcome.CRASHED: "crashed with its engine",
+    AttemptOutcome.LOST: "rescued",
+    AttemptOutcome.STALLED: "stalled",
+}
+
+
+def begin(models: Iterable[str], outcomes: Iterable[AttemptOutcome]) -> None:
+    """Let what may happen to jobs in this process stand at 0 until it does: an alert on an increase does not see one
+    that begins at 1."""
+    for model in models:
+        labelled(jobs_finished_total, model, JobStatus.COMPLETED.value, FinishReason.STOP.value)
+        labelled(jobs_finished_total, model, JobStatus.COMPLETED.value, FinishReason.LENGTH.value)
+        for status, reason in REASON_BY_STATUS.items():
+            labelled(jobs_finished_total, model, status.value, reason.value)
+        for outcome in outcomes:
+            labelled(jobs_returned_total, model, outcome.value)
+
+
+def submitted(model: str, outcome: str) -> None:
+    """What became of a submission that brought no new job: `duplicate`, or the code of the refusal."""
+    labelled(jobs_submitted_total, model, outcome).inc()
 
 
 def accepted(new_job: NewJob) -> None:
     request = new_job.request
+    submitted(request.model, AcceptOutcome.ACCEPTED.value)
+    labelled(submitted_prompt_tokens_total, request.model).inc(len(new_job.prompt_token_ids))
     facts = {"model": request.model, "kind": request.kind, "prompt_tokens": len(new_job.prompt_token_ids)}
     _tell("accepted", new_job.id, new_job.request_id, facts | {"max_tokens": new_job.max_tokens})
 
 
 def claimed(jobs: Iterable[ClaimedJob], worker: str) -> None:
     for job in jobs:
+        if job.attempt == 1:
+            labelled(jobs_queue_seconds, job.request.model).observe(job.seconds_since_accept)
         facts = {"worker": worker, "attempt": job.attempt, "model": job.request.model, "lane": job.lane.value}
         _tell("claimed", job.id, job.request_id, facts | {"tokens": job.num_committed_tokens})
 
 
 def first_token(job: ClaimedJob, *, seconds: float) -> None:
     """`seconds` since the claim."""
+    labelled(time_to_first_token_seconds, job.request.model).observe(job.seconds_since_accept + seconds)
     _tell("first token", job.id, job.request_id, {"attempt": job.attempt, "seconds": round(seconds, 3)})
 
 
-def ended(
-    job_id: UUID,
-    request_id: str | None,
-    *,
-    status: JobStatus,
-    attempt: int,
-    tokens: int,
-    seconds: float,
-    code: str | None = None,
-) -> None:
-    """`seconds` since it was accepted, or since the claim where `attempt` ended it."""
-    facts: dict[str, object] = {"status": status.value, "attempt": attempt, "tokens": tokens}
-    _tell("ended", job_id, request_id, facts | {"seconds": round(seconds, 3)} | ({"code": code} if code else {}))
+def ended(job: ClaimedJob, ending: Finalisation, *, num_tokens: int, seconds: float) -> None:
+    """The worker that had claimed the job ended it, `seconds` after the claim."""
+    model = job.request.model
+    _count_end(model, ending.status, ending.finish_reason or FinishReason.STOP)
+    if ending.status is JobStatus.COMPLETED:
+        labelled(jobs_run_seconds, model).observe(job.seconds_since_start + seconds)
+        labelled(jobs_latency_seconds, model).observe(job.seconds_since_accept + seconds)
+    facts: dict[str, object] = {"status": ending.status.value, "attempt": job.attempt, "tokens": num_tokens}
+    facts |= {"seconds": round(seconds, 3)} | ({"code": ending.error.code} if ending.error is not None else {})
+    _tell("ended", job.id, job.request_id, facts)
 
 
-def returned(verb: str, jobs: Iterable[Returned]) -> None:
-    """Jobs that went back to the queue are told by `verb` (released, crashed, rescued, stalled); others have ended by
-    it."""
+def returned(outcome: AttemptOutcome, jobs: Iterable[Returned]) -> None:
+    """Jobs whose attempt ended so: they went back to the queue, or have ended by it."""
     for job in jobs:
-        _tell(verb, job.job_id, job.request_id, {"attempt": job.attempt, "tokens": job.num_tokens})
+        labelled(jobs_returned_total, job.model, outcome.value).inc()
+        facts: dict[str, object] = {"attempt": job.attempt, "tokens": job.num_tokens}
+        _tell(VERB_BY_OUTCOME[outcome], job.job_id, job.request_id, facts)
         if job.status.is_terminal:
             ends([job])
 
 
 def ends(jobs: Iterable[Returned]) -> None:
-    """Jobs that ended without a worker."""
+    """Jobs that ended without a worker, `seconds` after they were accepted."""
     for job in jobs:
-        ended(
-            job.job_id,
-            job.request_id,
-            status=job.status,
-            attempt=job.attempt,
-            tokens=job.num_tokens,
-            seconds=job.seconds,
-        )
+        _count_end(job.model, job.status, FinishReason.STOP)
+        facts: dict[str, object] = {"status": job.status.value, "attempt": job.attempt, "tokens": job.num_tokens}
+        _tell("ended", job.job_id, job.request_id, facts | {"seconds": round(job.seconds, 3)})
+
+
+def _count_end(model: str, status: JobStatus, reason: FinishReason) -> None:
+    labelled(jobs_finished_total, model, status.value, REASON_BY_STATUS.get(status, reason).value).inc()
 
 
 def restarted(jobs: Iterable[Restarted], model_revision: str) -> None:

@@ -30,7 +30,7 @@ from domain.requests import (
     JobRequest,
     SamplingParams,
 )
-from observability import labelled, tokenize_seconds
+from metrics import labelled, tokenize_seconds
 from text.grammar_compiler import GrammarGate
 from text.models import ModelView, ModelViews
 

@@ -10,7 +10,8 @@ An ended job submitted once more: a new job that names the old one and has its r
 """
 
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -32,14 +33,7 @@ from domain.requests import (
     refuse_impossible_deadline,
 )
 from domain.webhooks import BadWebhookUrl
-from observability import (
-    jobs_submitted_total,
-    labelled,
-    llm_requests_total,
-    note_submitted,
-    prompt_tokens_total,
-    request_id_context,
-)
+from observability import note_submitted, request_id_context
 from settings import Settings
 from storage.job_accept import Accepted, AcceptOutcome, NewJob, QueueRoom
 from storage.job_queries import JobRecord
@@ -140,25 +134,23 @@ class Submitter:
     async def submit(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> Submitted:
         """Returns once the job is committed. Raises the CeleriacError that says why not."""
         view = self._views.get(request.model)
-        try:
+        with counting_refusals(view.spec.id):
             new_job = await self.prepare(tenant_id, request, options)
             note_submitted(external_id(new_job.id))
             accepted = await self._acceptor.accept(new_job)
             note_submitted(external_id(accepted.job_id))
             raise_refusal(accepted, options)
-        except CeleriacError as exc:
-            labelled(jobs_submitted_total, view.spec.id, exc.code).inc()
-            raise
-        labelled(jobs_submitted_total, view.spec.id, accepted.outcome.value).inc()
+        return self.conclude(new_job, accepted)
+
+    def conclude(self, new_job: NewJob, accepted: Accepted) -> Submitted:
+        """The submission was committed: tell of it, and have a new job dispatched."""
         is_new = accepted.outcome is AcceptOutcome.ACCEPTED
         if is_new:
-            self.announce(new_job)
+            job_log.accepted(new_job)
+            self._dispatch_soon(new_job.request.model)
+        else:
+            job_log.submitted(new_job.request.model, accepted.outcome.value)
         return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job, accepted.room)
-
-    def announce(self, new_job: NewJob) -> None:
-        """A job was committed: tell of it, and have it dispatched."""
-        tell_accepted(new_job)
-        self._dispatch_soon(new_job.request.model)
 
     async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
         """The job to accept, every bound checked; nothing is committed. Raises the CeleriacError that says why not."""
@@ -187,12 +179,14 @@ class Submitter:
         await self._preparer.aclose()
 
 
-def tell_accepted(new_job: NewJob) -> None:
-    """To the log and the metrics. Whoever commits a job calls this."""
-    job_log.accepted(new_job)
-    model = new_job.request.model
-    labelled(llm_requests_total, model).inc()
-    labelled(prompt_tokens_total, model).inc(len(new_job.prompt_token_ids))
+@contextmanager
+def counting_refusals(model: str) -> Iterator[None]:
+    """Of a submission that asks for a model there is: of others the clients choose the names, and there is no end."""
+    try:
+        yield
+    except CeleriacError as exc:
+        job_log.submitted(model, exc.code)
+        raise
 
 
 def make_job(
@@ -281,16 +275,14 @@ async def resubmit(
         endpoint=old.endpoint,
         is_stored=old.is_stored,
     )
-    new_job = replace(
-        await submitter.prepare(old.tenant_id, record.request, options),
-        retry_of=old.id,
-        lane=Lane.ISOLATED if how.is_poison_allowed else Lane.STANDARD,
-        webhook_url=old.webhook_url,
-        webhook_statuses=[JobStatus(status) for status in old.webhook_statuses or ()],
-    )
-    accepted = await accept(new_job, how.keeps_output)
-    raise_refusal(accepted, options)
-    is_new = accepted.outcome is AcceptOutcome.ACCEPTED
-    if is_new:
-        submitter.announce(new_job)
-    return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job)
+    with counting_refusals(old.model):
+        new_job = replace(
+            await submitter.prepare(old.tenant_id, record.request, options),
+            retry_of=old.id,
+            lane=Lane.ISOLATED if how.is_poison_allowed else Lane.STANDARD,
+            webhook_url=old.webhook_url,
+            webhook_statuses=[JobStatus(status) for status in old.webhook_statuses or ()],
+        )
+        accepted = await accept(new_job, how.keeps_output)
+        raise_refusal(accepted, options)
+    return submitter.conclude(new_job, accepted)

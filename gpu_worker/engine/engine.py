@@ -118,6 +118,7 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_generation_tokens=self._num_generation_tokens,
             num_prompt_tokens=self._num_prompt_tokens,
+            num_prefix_cache_queries=scheduler.num_prefix_cache_queries,
             num_prefix_cache_hits=scheduler.num_prefix_cache_hits,
             cache_usage=scheduler.pool.usage,
             step_seconds=self._step_seconds,

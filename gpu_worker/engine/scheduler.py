@@ -119,7 +119,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self.num_prefix_cache_hits = 0  # tokens
+        self.num_prefix_cache_queries = self.num_prefix_cache_hits = 0  # tokens
         self._is_settled = True  # whoever waits can enter only when another leaves
 
     def add(self, sequence: Sequence) -> None:
@@ -240,6 +240,8 @@ class Scheduler:
         """One spare block for each running sequence keeps an admission from forcing a preemption a step later."""
         if not self.pool.admit(sequence, num_spare=len(self.running)):
             return False
+        if self.pool.use_prefix_cache and not sequence.is_scoring:
+            self.num_prefix_cache_queries += len(sequence.token_ids)
         self.num_prefix_cache_hits += sequence.num_computed_tokens
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)

@@ -127,6 +127,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_preemptions: int = 0
     num_generation_tokens: int = 0
     num_prompt_tokens: int = 0
+    num_prefix_cache_queries: int = 0  # tokens
     num_prefix_cache_hits: int = 0  # tokens
     cache_usage: float = 0.0  # 0..1
     step_seconds: float = 0.0  # of the last step

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import REGISTRY
 
 from api.openapi import document_of
 from domain.catalog import Catalog
 from gpu_worker import intake
+from metrics import Process, registries
 from settings import ROOT
 from storage import tenants
 from storage.tables import DEFAULT_TENANT_ID
@@ -52,7 +52,7 @@ def server(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
 def answers_by_status() -> dict[str, int]:
     """So many requests this process has answered by now, with this status."""
     counts: dict[str, int] = {}
-    for metric in REGISTRY.collect():
+    for metric in registries[Process.API].collect():
         for sample in metric.samples:
             if sample.name.endswith("http_requests_total"):
                 status = sample.labels["status"]

@@ -12,11 +12,11 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from prometheus_client import REGISTRY
 from sqlalchemy import make_url, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from local.servers import EmbeddedPostgres, EmbeddedRedis
+from metrics import Process, registries
 from settings import ROOT
 from storage import workers
 from storage.database import migrate
@@ -99,11 +99,11 @@ def test_health_tells_the_whole_and_what_is_missing(
 def test_metrics_hold_the_names_that_dashboards_read(http: httpx.Client) -> None:
     post_job(http, prompt="my diary entry")
     http.get("/nowhere/my-diary")
-    wait_until(lambda: 'llm_queue_size{model="fake"} 1.0' in http.get("/metrics").text)
+    wait_until(lambda: 'celeriac_jobs_queued{model="fake",reason="worker"} 1.0' in http.get("/metrics").text)
     metrics = http.get("/metrics").text
-    assert 'llm_requests_total{model="fake"}' in metrics
-    assert 'jobs_submitted_total{model="fake",outcome="accepted"}' in metrics
-    assert 'http_requests_total{method="POST",route="/v1/jobs",status="202"}' in metrics
+    assert 'celeriac_submitted_prompt_tokens_total{model="fake"}' in metrics
+    assert 'celeriac_jobs_submitted_total{model="fake",outcome="accepted"}' in metrics
+    assert 'celeriac_http_requests_total{method="POST",route="/v1/jobs",status="202"}' in metrics
     assert 'route="unmatched",status="404"' in metrics
     assert "diary" not in metrics
 
@@ -294,4 +294,4 @@ def test_an_answer_under_way_is_given_before_the_end(api: ApiServer) -> None:
 
 
 def http_in_progress() -> float:
-    return REGISTRY.get_sample_value("http_requests_in_progress") or 0.0
+    return registries[Process.API].get_sample_value("celeriac_http_requests_in_progress") or 0.0

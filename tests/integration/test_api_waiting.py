@@ -67,7 +67,7 @@ def test_a_queued_job_says_why_it_waits_wherever_it_is_shown(
         told = next(event for event in events if event.name == "job.queued")
     assert told.data["waiting_for"] == reason
     metrics = http.get("/metrics").text
-    assert f'jobs_waiting{{model="{MODEL}",reason="{reason}"}} 1.0' in metrics
+    assert f'celeriac_jobs_queued{{model="{MODEL}",reason="{reason}"}} 1.0' in metrics
 
 
 def test_a_job_that_is_accepted_says_it_at_once(http: httpx.Client, session_factory: Sessions) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from dialects.openai_batches import LineRequest, batch_surface
 from domain.jobs import PIECE_BYTES, BatchStatus, LineOutcome
 from maintenance.batches import BatchWork
-from observability import llm_requests_total
+from metrics import jobs_submitted_total
 from settings import Settings
 from storage import batches, files
 from storage.files import Batch, BatchLine
@@ -348,7 +348,7 @@ def test_the_costliest_line_there_may_be_is_an_error_at_once(bench: Bench, make_
 
 
 def test_lines_count_in_the_metrics_like_other_jobs(bench: Bench) -> None:
-    counter = llm_requests_total.labels("fake")
+    counter = jobs_submitted_total.labels("fake", "accepted")
     before = counter._value.get()
     bench.make_batch(b"".join(map(line, range(5))))
     bench.work().tick()

@@ -117,7 +117,7 @@ def test_a_process_that_is_frozen_or_killed_is_missed_unless_another_ticks(
         wait_until(lambda: upkeep_of(watching_api) == "ok", "it is seen to tick")
         running.send(signal.SIGSTOP)
         wait_until(lambda: upkeep_of(watching_api) == "silent", "that it is frozen is seen")
-        finding = 'maintenance_findings{label="janitor",name="silent_clocks"} 1.0'
+        finding = 'celeriac_maintenance_findings{label="janitor",name="silent_clocks"} 1.0'
         wait_until(lambda: finding in httpx.get(f"{watching_api.url}/metrics", timeout=10).text, "it is a finding")
         with maintaining(*servers) as other:
             other.wait_until_ready()
@@ -153,7 +153,7 @@ def test_a_clock_that_does_not_tick_is_seen_and_stops_no_other(
         wait_until(lambda: answer_of_api()["maintenance"]["status"] == "silent", "the API misses it")
         assert answer_of_api()["status"] == "degraded"
         metrics = httpx.get(f"{running.url}/metrics", timeout=10).text
-        assert f'maintenance_seconds_since_last_tick{{clock="{clock}"}}' in metrics
+        assert f'celeriac_maintenance_seconds_since_last_tick{{clock="{clock}"}}' in metrics
         assert running.terminate() == (1 if fault == "batches hang" else 0), running.log
 
 

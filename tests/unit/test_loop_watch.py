@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from observability import LoopWatch, event_loop_lag_seconds
+from metrics import event_loop_lag_seconds
+from observability import LoopWatch
 
 SECRET = "my diary entry"
 

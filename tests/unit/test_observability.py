@@ -3,19 +3,23 @@
 import json
 import logging
 import re
+import socket
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Literal
 
+import httpx
 import pytest
 from celery.worker.consumer.consumer import CONNECTION_RETRY
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
-import observability
+import metrics
+from metrics import Process, registries, serve_metrics
 from observability import configure_logging, describe_exception, job_context, request_id_context
 from settings import ROOT
 
 SECRET = "my diary entry"
-METRICS = {name: one for name, one in vars(observability).items() if isinstance(one, Counter | Gauge | Histogram)}
+METRICS = {name: one for name, one in vars(metrics).items() if isinstance(one, Counter | Gauge | Histogram)}
 
 
 @pytest.fixture(autouse=True)
@@ -115,44 +119,90 @@ def test_a_lost_broker_is_one_line(capsys: pytest.CaptureFixture[str], log_forma
     assert "Connection to broker lost. Trying to re-establish the connection... (OSError('Broken pipe'))" in line
 
 
-def rows_of_the_document() -> dict[str, tuple[str, tuple[str, ...], set[str]]]:
-    """By metric: its type, its labels, and the processes that count it."""
+def rows_of_the_document() -> dict[str, tuple[str, tuple[str, ...], tuple[str, ...], set[str]]]:
+    """By metric: its type, its labels, the processes that count it, and what vLLM calls it."""
     rows = {}
     for line in (ROOT / "docs/metrics.md").read_text().splitlines():
         if line.startswith("| `"):
-            name, kind, labels, processes, _ = (cell.strip() for cell in line.strip("|").split(" | "))
-            rows[name.strip("`")] = (kind, tuple(re.findall(r"`(\w+)`", labels)), set(processes.split(", ")))
+            name, kind, labels, processes, _, aliases = (cell.strip() for cell in line.strip("|").split(" | "))
+            names = tuple(re.findall(r"`(\w+)`", labels))
+            rows[name.strip("`")] = (
+                kind,
+                names,
+                tuple(processes.split(", ")),
+                set(re.findall(r"`(vllm:\w+)`", aliases)),
+            )
     return rows
 
 
 def test_the_document_of_metrics_is_that_of_the_code() -> None:
-    declared = {name: (type(one).__name__.lower(), one._labelnames) for name, one in METRICS.items()}
-    assert {name: row[:2] for name, row in rows_of_the_document().items()} == declared
+    told = {name: row[:3] for name, row in rows_of_the_document().items()}
+    declared = {}
+    for name, one in METRICS.items():
+        kind = next(cls for cls in (Counter, Gauge, Histogram) if isinstance(one, cls))
+        processes = tuple(process for process in Process if one in registries[process]._collector_to_names)
+        declared[f"celeriac_{name}"] = (kind.__name__.lower(), one._labelnames, processes)
+    assert told == declared
 
 
-@pytest.mark.parametrize("name", METRICS)
-def test_the_document_says_which_process_counts_a_metric(name: str) -> None:
-    """So that nobody waits for a sample where none can come."""
-    packages = {
-        "api": "API",
-        "maintenance": "maintenance",
-        "gpu_worker": "worker",
-        "tasks": "tasks",
-        "storage": "tasks",
-        "dialects": "tasks",
-        "text": "tasks",
+@pytest.mark.parametrize("process", Process)
+def test_the_document_has_the_names_of_vllm(process: Process) -> None:
+    told = set().union(*(row[3] for row in rows_of_the_document().values() if process in row[2]))
+    served = set(re.findall(r"^# TYPE (vllm:\w+)", generate_latest(registries[process]).decode(), re.MULTILINE))
+    assert served <= told
+
+
+def test_a_name_of_vllm_is_a_view_of_the_same_numbers() -> None:
+    finished = metrics.jobs_finished_total
+    for status, reason, count in [
+        ("completed", "stop", 1),
+        ("completed", "length", 2),
+        ("failed", "error", 4),
+        ("cancelled", "cancelled", 8),
+        ("expired", "deadline", 16),
+    ]:
+        finished.labels("alias-model", status, reason).inc(count)
+    metrics.jobs_queue_seconds.labels("alias-model").observe(0.3)
+    labels = {"model_name": "alias-model", "engine": "0"}
+    value = registries[Process.WORKER].get_sample_value
+    told = {
+        reason: value("vllm:request_success_total", labels | {"finished_reason": reason})
+        for reason in ("stop", "length", "error", "abort")
     }
-    users = {
-        process
-        for package, process in packages.items()
-        for file in (ROOT / package).rglob("*.py")
-        if re.search(rf"\b{name}\b", file.read_text())
+    assert told == {"stop": 1, "length": 2, "error": 4, "abort": 24}
+    assert value("vllm:request_queue_time_seconds_bucket", labels | {"le": "0.25"}) == 0
+    assert value("vllm:request_queue_time_seconds_bucket", labels | {"le": "0.5"}) == 1
+    assert value("vllm:request_queue_time_seconds_sum", labels) == 0.3
+
+
+def test_no_label_can_hold_what_a_client_wrote() -> None:
+    """Each of these has few values, all of them ours or the operator's."""
+    labels = {label for one in METRICS.values() for label in one._labelnames}
+    assert labels == {
+        "clock",
+        "finish_reason",
+        "label",
+        "method",
+        "model",
+        "name",
+        "outcome",
+        "reason",
+        "route",
+        "status",
     }
-    if len(re.findall(rf"\b{name}\b", (ROOT / "observability.py").read_text())) > 2:
-        users.add("tasks")  # written beside its declaration
-    _, _, told = rows_of_the_document()[name]
-    if "tasks" in users:  # which several processes run
-        assert told - {"API", "maintenance", "worker"} == set()
-        assert users - {"tasks"} <= told
-    else:
-        assert told == (users or {"nobody"})
+
+
+def test_workers_of_one_machine_share_no_port() -> None:
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        url = serve_metrics(Process.WORKER, "127.0.0.1", port)
+    assert url is not None
+    assert url != f"http://127.0.0.1:{port}/metrics"
+    assert "celeriac_engine_steps_total" in httpx.get(url, timeout=10).text
+
+
+def test_an_address_that_is_not_ours_is_said_and_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    assert serve_metrics(Process.WORKER, "192.0.2.1", 0) is None
+    assert "no metrics are served on 192.0.2.1" in caplog.text
