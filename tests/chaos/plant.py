@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 from urllib.parse import urlsplit
 
 import httpx
@@ -27,17 +27,42 @@ from local.processes import GUARD, free_port
 from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
 from settings import ROOT
 from storage.database import migrate
+from tests.prepared import PreparedProcess, nursery
 
 RESTART_SECONDS = 0.3
 GUARD_SECONDS = 0  # what an orphan gets: nothing
 START_SECONDS = 60.0
 
 
+Process = subprocess.Popen[bytes] | PreparedProcess
+Start = Callable[[list[str], Mapping[str, str], IO[bytes], Path], Process]
+
+
+def start_python(arguments: list[str], environment: Mapping[str, str], log: IO[bytes], folder: Path) -> Process:
+    """`python -m ARGUMENTS` in a folder."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        cwd=folder,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def start_prepared(arguments: list[str], environment: Mapping[str, str], log: IO[bytes], folder: Path) -> Process:
+    """The same without its imports, for tests that are not about how long a start takes."""
+    assert folder == ROOT, "the nursery has imported this tree"
+    module, *others = arguments
+    return nursery().start(module, others, environment=environment, output=log, start_new_session=True)
+
+
 @dataclass(slots=True)
 class Incarnation:
     """One process of a part, from its start to its end."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     guard: subprocess.Popen[bytes]
     started_at: float
     ended_at: float | None = None
@@ -58,12 +83,19 @@ class Part:
     """One kind of process in its place: started, paused, killed, started again."""
 
     def __init__(
-        self, name: str, command: list[str], environment: Mapping[str, str], log_path: Path, folder: Path
+        self,
+        name: str,
+        arguments: list[str],
+        environment: Mapping[str, str],
+        log_path: Path,
+        folder: Path,
+        start: Start = start_python,
     ) -> None:
         self.name = name
         self.incarnations: list[Incarnation] = []
         self.is_held = False  # not to be started again
-        self._command = command
+        self._arguments = arguments
+        self._start = start
         self._environment = dict(environment)
         self._log_path = log_path
         self._folder = folder
@@ -71,15 +103,7 @@ class Part:
 
     def start(self) -> None:
         with self._log_path.open("ab") as log:
-            process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self._folder,
-                env=self._environment,
-                start_new_session=True,
-            )
+            process = self._start(self._arguments, self._environment, log, self._folder)
         # Nothing that was started here outlives us, however we end.
         guard_command = ["sh", "-c", GUARD, "celeriac-guard", str(process.pid), str(GUARD_SECONDS)]
         guard = subprocess.Popen(guard_command, stdin=subprocess.PIPE, start_new_session=True)
@@ -174,6 +198,7 @@ class Plant:
         num_apis: int = 1,
         settings: Mapping[str, object] | None = None,
         root: Path = ROOT,
+        start: Start = start_python,
     ) -> None:
         self.folder = folder
         self.root = root
@@ -185,6 +210,7 @@ class Plant:
         self.api_urls: list[str] = []
         self._worker_models = dict(worker_models)
         self._num_apis = num_apis
+        self._start = start
         self._settings = {f"CELERIAC_{name.upper()}": str(value) for name, value in (settings or {}).items()}
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         (folder / "models.toml").write_text(models)
@@ -288,7 +314,7 @@ class Plant:
             }
         )
         log_path = self.folder / "logs" / f"{name}.log"
-        return Part(name, [sys.executable, "-m", "celeriac", *arguments], environment, log_path, self.root)
+        return Part(name, ["celeriac", *arguments], environment, log_path, self.root, self._start)
 
     def _num_ready_workers(self) -> int:
         try:

@@ -14,7 +14,7 @@ from openai.types.responses import ResponseStreamEvent
 
 from domain.ids import parse_id
 from gpu_worker.engine.backends.fake import fake_text
-from tests.chaos.plant import Plant
+from tests.chaos.plant import Plant, start_prepared
 
 MODEL = "slow"
 MODELS = (
@@ -31,7 +31,9 @@ def plant() -> Iterator[Plant]:
     folder = Path(tempfile.mkdtemp(prefix="celeriac-deaths-"))
     settings = {"lease_seconds": 3, "flush_min_seconds": 0.02, "flush_max_seconds": 0.1}
     workers = {"gpu-1": MODEL, "gpu-2": MODEL}
-    with Plant(folder, models=MODELS, worker_models=workers, num_apis=2, settings=settings) as plant:
+    with Plant(
+        folder, models=MODELS, worker_models=workers, num_apis=2, settings=settings, start=start_prepared
+    ) as plant:
         plant.start_servers()
         plant.start_parts()
         plant.wait_until_ready()

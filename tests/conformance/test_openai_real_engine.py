@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
 from settings import ROOT
-from tests.chaos.plant import Plant
+from tests.chaos.plant import Plant, start_prepared
 
 MODEL = "with-tools"
 TEMPLATE = (
@@ -54,7 +54,7 @@ def client() -> Iterator[openai.OpenAI]:
     model = shutil.copytree(ROOT / "models" / "celeriac-mini", folder / "model")
     (model / "chat_template.jinja").write_text(TEMPLATE)
     models = f'[[models]]\nid = "{MODEL}"\npath = "{model}"\nmax_model_len = 1024\nmax_num_seqs = 8\n'
-    with Plant(folder / "plant", models=models, worker_models={"gpu-1": MODEL}) as plant:
+    with Plant(folder / "plant", models=models, worker_models={"gpu-1": MODEL}, start=start_prepared) as plant:
         plant.start_servers()
         plant.start_parts()
         plant.wait_until_ready()

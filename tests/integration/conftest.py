@@ -1,17 +1,24 @@
 """The API as the integration tests meet it: a server per test, on this test's own database and Redis."""
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
 import redis
 from sqlalchemy.orm import Session, sessionmaker
 
+from gpu_worker.engine_process import template
 from settings import Settings
 from tests.conftest import MakeJob
 from tests.integration.api_harness import ApiServer, HandWorker
 from tests.integration.runner_harness import Rig
+from tests.prepared import PreparedProcess, nursery
+
+STDERR = 2
 
 
 @pytest.fixture
@@ -37,12 +44,28 @@ def hand_worker(session_factory: sessionmaker[Session], redis_url: str) -> Itera
         yield HandWorker(session_factory, client)
 
 
+def start_template(
+    command: Sequence[str], *, env: Mapping[str, str], pass_fds: Sequence[int], **_others: Any
+) -> PreparedProcess:
+    """An engine's template without a second of imports. It ends with the nursery, as it would with its worker."""
+    module, *arguments = command[2:]  # behind `python -m`
+    arguments[arguments.index("--parent-pid") + 1] = str(nursery().pid)
+    return nursery().start(module, arguments, environment=env, output=STDERR, pass_fds=pass_fds, start_new_session=True)
+
+
 @pytest.fixture
 def rig(
-    tmp_path: Path, session_factory: sessionmaker[Session], database_url: str, redis_url: str, make_job: MakeJob
+    tmp_path: Path,
+    session_factory: sessionmaker[Session],
+    database_url: str,
+    redis_url: str,
+    make_job: MakeJob,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Rig]:
     """JobRunners on this test's own database and Redis, each with a real engine process on the fake back end."""
     settings = Settings(database_url=database_url, redis_url=redis_url, models_file=tmp_path / "models.toml")
+    starting = SimpleNamespace(Popen=start_template, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(template, "subprocess", starting)
     rig = Rig(session_factory, settings, make_job)
     yield rig
     rig.close()

@@ -21,6 +21,7 @@ from local.servers import EmbeddedRedis
 from settings import Settings
 from tasks.app import make_app
 from tasks.dispatch import count_waiting, push
+from tests.prepared import PreparedProcess, nursery
 from tests.waiting import SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +34,7 @@ class Plant:
     def __init__(self, folder: Path, redis_url: str, *, num_slots: int = 4, lookahead: int = 2) -> None:
         self.folder = folder
         self.redis_url = redis_url
-        self.workers: list[subprocess.Popen[bytes]] = []
+        self.workers: list[PreparedProcess] = []
         self._lookahead = lookahead
         self._models_file = folder / "models.toml"
         self._models_file.write_text(
@@ -59,7 +60,7 @@ class Plant:
 
     # Workers
 
-    def start_worker(self, name: str = "one", *, wait: bool = True, **variables: float) -> subprocess.Popen[bytes]:
+    def start_worker(self, name: str = "one", *, wait: bool = True, **variables: float) -> PreparedProcess:
         """`variables` without their prefix: job_seconds=0.1."""
         environment = os.environ | {
             "CELERIAC_REDIS_URL": self.redis_url,
@@ -69,22 +70,19 @@ class Plant:
             "CONSUMER_TEST_FOLDER": str(self.folder),
         }
         environment |= {f"CONSUMER_TEST_{key.upper()}": str(value) for key, value in variables.items()}
-        log = (self.folder / f"{name}.log").open("ab")
-        command = [sys.executable, "-m", "celery", "-A", "tests.integration.consumer_app", "worker"]
-        worker = subprocess.Popen(
-            [*command, "--loglevel=INFO", f"--hostname={name}@test"], cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
-        log.close()
+        arguments = ["-A", "tests.integration.consumer_app", "worker", "--loglevel=INFO", f"--hostname={name}@test"]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            worker = nursery().start("celery", arguments, environment=environment, output=log)
         self.workers.append(worker)
         if wait:
             self._wait_until_ready(worker, name)
         return worker
 
-    def start_plain_worker(self) -> subprocess.Popen[bytes]:
+    def start_plain_worker(self) -> PreparedProcess:
         """One of Celery's own, without an engine or a queue of ours."""
         with (self.folder / "plain.log").open("ab") as log:
-            command = [*self._celery, "worker", "--pool=solo", "--hostname=plain@test", "--loglevel=INFO"]
-            worker = subprocess.Popen(command, cwd=ROOT, env=self._environment, stdout=log, stderr=log)
+            arguments = ["-A", "tasks.app", "worker", "--pool=solo", "--hostname=plain@test", "--loglevel=INFO"]
+            worker = nursery().start("celery", arguments, environment=self._environment, output=log)
         self.workers.append(worker)
         wait_until(lambda: "plain@test ready" in self.log("plain"), "the plain worker is ready")
         return worker
@@ -103,7 +101,7 @@ class Plant:
         files = {"CELERIAC_MODELS_FILE": str(self._models_file), "CELERIAC_LOG_FORMAT": "text"}
         return os.environ | files | {"CELERIAC_REDIS_URL": self.redis_url}
 
-    def _wait_until_ready(self, worker: subprocess.Popen[bytes], name: str) -> None:
+    def _wait_until_ready(self, worker: PreparedProcess, name: str) -> None:
         ready = ["ready", f"{name}@test"]
         wait_until(lambda: worker.poll() is not None or ready in self.ledger(), f"worker {name} is ready")
         if ready not in self.ledger():
@@ -112,7 +110,7 @@ class Plant:
     def log(self, name: str = "one") -> str:
         return (self.folder / f"{name}.log").read_text()
 
-    def kill(self, worker: subprocess.Popen[bytes]) -> None:
+    def kill(self, worker: PreparedProcess) -> None:
         worker.send_signal(signal.SIGKILL)
         worker.wait()
 

@@ -1,4 +1,4 @@
-"""Maintenance with a fault in one of its clocks: python faulty_maintenance.py FAULT maintenance."""
+"""Maintenance with a fault in one of its clocks: python -m tests.integration.faulty_maintenance FAULT maintenance."""
 
 import sys
 import threading

@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 import httpx
 
 from tests.integration.consumer_harness import ROOT
+from tests.prepared import PreparedProcess, nursery
 from tests.waiting import wait_until
 
 MODELS = '[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n'
@@ -21,7 +20,7 @@ MODELS = '[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_mo
 
 @dataclass
 class RunningMaintenance:
-    process: subprocess.Popen[bytes]
+    process: PreparedProcess
     log_path: Path
 
     @property
@@ -59,10 +58,10 @@ def maintaining(
     database_url: str,
     redis_url: str,
     *,
-    program: tuple[str, ...] = ("-m", "celeriac"),
+    program: tuple[str, ...] = ("celeriac",),
     **settings: object,
 ) -> Iterator[RunningMaintenance]:
-    """`settings` are variables without their prefix; `program` is what Python runs in place of the command."""
+    """`settings`: variables without their prefix; `program` is a module in place of the command, with its arguments."""
     models_file = folder / "models.toml"
     models_file.write_text(MODELS)
     environment = os.environ | {
@@ -75,8 +74,8 @@ def maintaining(
     }
     log_path = folder / f"maintenance-{len(list(folder.iterdir()))}.log"
     with log_path.open("wb") as log:
-        command = [sys.executable, *program, "maintenance"]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        module, *arguments = program
+        process = nursery().start(module, [*arguments, "maintenance"], environment=environment, output=log)
     running = RunningMaintenance(process, log_path)
     try:
         yield running

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
@@ -18,8 +16,9 @@ from domain.jobs import JobStatus, WorkerState
 from storage import workers
 from tasks.app import make_app
 from tasks.dispatch import count_waiting, dispatch
-from tests.integration.consumer_harness import ROOT, EventLog, events
+from tests.integration.consumer_harness import EventLog, events
 from tests.integration.runner_harness import MODEL, Rig
+from tests.prepared import nursery
 from tests.waiting import wait_until
 
 __all__ = ["events"]
@@ -39,9 +38,9 @@ class Worker:
             "CELERIAC_REDIS_URL": settings.redis_url,
             "CELERIAC_MODELS_FILE": str(settings.models_file),
         }
-        command = [sys.executable, "-m", "celery", "-A", "gpu_worker.app", "worker"]
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            arguments = ["-A", "gpu_worker.app", "worker"]
+            self.process = nursery().start("celery", arguments, environment=environment, output=log)
         wait_until(lambda: self.process.poll() is not None or self.hostnames(), "the worker takes jobs")
         assert self.process.poll() is None, self._log.read_text()
 

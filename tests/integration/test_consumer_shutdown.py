@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from local.lock import UpLock
 from local.servers import EmbeddedRedis
 from settings import FOUND
 from tests.integration.consumer_harness import QUEUE, EventLog, MakePlant, Plant, events, make_plant
+from tests.prepared import PreparedProcess
 from tests.waiting import wait_until
 
 __all__ = ["events", "make_plant"]
 
-Worker = subprocess.Popen[bytes]
+Worker = PreparedProcess
 
 
 def busy_worker(make_plant: MakePlant, drain_seconds: float = 30) -> tuple[Plant, Worker, list[str]]:

@@ -18,7 +18,7 @@ from local.processes import free_port
 from maintenance.janitor import Janitor
 from settings import Settings
 from storage.tables import Job
-from tests.chaos.plant import Plant
+from tests.chaos.plant import Plant, start_prepared
 from tests.integration.api_harness import CATALOG, HandWorker
 from tests.integration.test_main_job import System
 from tests.storage_samples import PAST
@@ -42,7 +42,7 @@ NUM_TOKENS = 60
 @pytest.fixture
 def system() -> Iterator[System]:
     folder = Path(tempfile.mkdtemp(prefix="celeriac-logs-"))
-    plant = Plant(folder, models=MODELS, worker_models={"gpu-1": "fake"}, settings=SETTINGS)
+    plant = Plant(folder, models=MODELS, worker_models={"gpu-1": "fake"}, settings=SETTINGS, start=start_prepared)
     with System(plant) as system:
         yield system
     shutil.rmtree(folder, ignore_errors=True)

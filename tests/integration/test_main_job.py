@@ -23,8 +23,9 @@ from settings import ROOT, Settings
 from tasks.app import make_app
 from tests.chaos.checker import judge, read_stored
 from tests.chaos.clients import Clients, History, How
-from tests.chaos.plant import Plant
+from tests.chaos.plant import Plant, start_prepared
 from tests.integration.consumer_harness import EventLog
+from tests.waiting import slowness
 
 NUM_JOBS = 64
 NUM_SLOTS = 16
@@ -38,7 +39,7 @@ max_num_seqs = {NUM_SLOTS}
 """
 SETTINGS = {"lease_seconds": 3, "lease_grace_seconds": 0.5, "janitor_interval_seconds": 0.5, "flush_min_seconds": 0.02}
 SHORT, LONG = range(8, 13), range(48, 97)  # tokens
-FINISH_SECONDS = 60.0
+FINISH_SECONDS = 120.0
 
 
 class System:
@@ -82,7 +83,7 @@ class System:
 def running_system() -> Iterator[System]:
     folder = Path(tempfile.mkdtemp(prefix="celeriac-main-"))
     shutil.copytree(ROOT / "models" / MODEL, folder / MODEL)  # the same weights to the end, whatever is trained here
-    plant = Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}, settings=SETTINGS)
+    plant = Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}, settings=SETTINGS, start=start_prepared)
     with System(plant) as system:
         yield system
     shutil.rmtree(folder, ignore_errors=True)
@@ -118,7 +119,7 @@ async def submit_all_and_follow(clients: Clients, during: Callable[[], Coroutine
         breaks, hows = WAYS[number % len(WAYS)]
         await clients.follow(history, breaks=breaks, hows=hows)
 
-    async with asyncio.timeout(FINISH_SECONDS), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(FINISH_SECONDS * slowness()), asyncio.TaskGroup() as group:
         for number, history in enumerate(histories):
             group.create_task(one(number, history))
         group.create_task(during())

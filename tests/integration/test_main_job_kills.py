@@ -19,8 +19,9 @@ from domain.ids import parse_id
 from settings import ROOT
 from tests.chaos.checker import judge, read_stored
 from tests.chaos.clients import Clients, History
-from tests.chaos.plant import Plant
+from tests.chaos.plant import Plant, start_prepared
 from tests.integration.test_main_job import MODEL, MODELS, SETTINGS, System, kill_engine, kill_worker, until
+from tests.waiting import slowness
 
 NUM_JOBS, NUM_TOKENS = 8, 400
 NUM_CHUNKS = 4  # that every stream has shown between two strikes
@@ -42,7 +43,7 @@ def system() -> Iterator[System]:
     shutil.copytree(ROOT / "models" / MODEL, folder / MODEL)
     # Drained in less than the jobs take, so they are given back; and small chunks, however busy the machine is.
     settings = SETTINGS | {"drain_seconds": 0.1, "flush_max_seconds": 0.1}
-    plant = Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}, settings=settings)
+    plant = Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}, settings=settings, start=start_prepared)
     with System(plant) as system:
         yield system
     shutil.rmtree(folder, ignore_errors=True)
@@ -64,7 +65,7 @@ async def run_jobs(system: System, strikes: Sequence[Strike]) -> list[History]:
     prompts = [f"Once upon a time there were {number} little boats" for number in range(NUM_JOBS)]
     histories = [clients.plan({"model": MODEL, "prompt": prompt, "params": params}) for prompt in prompts]
     try:
-        async with asyncio.timeout(FINISH_SECONDS), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(FINISH_SECONDS * slowness()), asyncio.TaskGroup() as group:
             for history in histories:
                 assert await clients.submit(history)
                 group.create_task(clients.follow(history))

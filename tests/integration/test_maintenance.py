@@ -18,7 +18,7 @@ from local.servers import EmbeddedRedis
 from settings import Settings
 from storage.tables import Job
 from tests.integration.api_harness import ApiServer
-from tests.integration.consumer_harness import ROOT, EventLog, events
+from tests.integration.consumer_harness import EventLog, events
 from tests.integration.maintenance_harness import RunningMaintenance, maintaining
 from tests.integration.test_janitor import AN_HOUR_AGO, client, is_sent, status_of
 from tests.waiting import wait_until
@@ -27,7 +27,7 @@ __all__ = ["client", "events"]
 
 MakeJob = Callable[..., Job]
 Servers = tuple[Path, str, str]
-FAULTY = str(ROOT / "tests" / "integration" / "faulty_maintenance.py")
+FAULTY = "tests.integration.faulty_maintenance"
 
 
 @pytest.fixture

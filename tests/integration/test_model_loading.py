@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from celeriac.client import parse_events
-from tests.chaos.plant import Part, Plant
+from tests.chaos.plant import Part, Plant, start_prepared
 from tests.waiting import wait_until
 
 MODEL = "fake"
@@ -34,7 +34,7 @@ NUM_JOBS = 4
 @pytest.fixture(scope="module")
 def plant() -> Iterator[Plant]:
     folder = Path(tempfile.mkdtemp(prefix="celeriac-loading-"))
-    with Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}, settings=SETTINGS) as plant:
+    with Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}, settings=SETTINGS, start=start_prepared) as plant:
         plant.start_servers()
         plant.start_parts()
         plant.wait_until_ready()

@@ -12,7 +12,7 @@ import redis
 from celeriac.client import Client
 from settings import ROOT, Settings
 from tasks.app import make_app
-from tests.chaos.plant import Plant
+from tests.chaos.plant import Plant, start_prepared
 
 MODEL = "celeriac-mini"
 MODELS = f'[[models]]\nid = "{MODEL}"\npath = "{ROOT / "models" / MODEL}"\nmax_model_len = 256\nmax_num_seqs = 4\n'
@@ -40,7 +40,7 @@ def test_the_line_to_paste_has_the_names_of_the_table() -> None:
 @pytest.fixture
 def plant() -> Iterator[Plant]:
     folder = Path(tempfile.mkdtemp(prefix="celeriac-acl-"))
-    with Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}) as plant:
+    with Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}, start=start_prepared) as plant:
         plant.start_servers()
         yield plant
 

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from settings import ROOT
-from tests.chaos.plant import Plant
+from tests.chaos.plant import Plant, start_prepared
 
 MODEL = "celeriac-mini"
 MODELS = f"""
@@ -49,7 +49,7 @@ BOMBS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
     folder = Path(tempfile.mkdtemp(prefix="celeriac-structured-"))
-    with Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}) as plant:
+    with Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}, start=start_prepared) as plant:
         plant.start_servers()
         plant.start_parts()
         plant.wait_until_ready()
