@@ -18,20 +18,26 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 OLD_OPENAI := openai==1.109.1 distro==1.9.0
 CLIENT_PINS := tests/conformance/clients.txt
 
+# Test processes: one per core. Each has a PostgreSQL and a Redis of its own and takes a gigabyte and a half.
+WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 2 ? 2 : cores > 8 ? 8 : cores)))
+
 FUZZ_REQUESTS := 20000
 SECONDS := 1800
 SEED := 1
 
-.PHONY: help run test check index format conformance fuzz chaos bench constraints clean
+.PHONY: help run test test-fast check index format conformance fuzz chaos bench constraints clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(READY_TO_RUN) ## start everything on this machine and keep it running until Ctrl-C
 	@$(BIN)/celeriac up
 
 test: check ## every check, then every test, on PostgreSQL and Redis that the tests start themselves
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-fast: $(READY_TO_TEST) ## the tests that need neither a server nor PyTorch: a minute
+	$(BIN)/python -m pytest -n $(WORKERS) -p tests.without_torch tests/unit
 
 check: $(READY_TO_TEST) ## format, lint, types, import directions
 	$(BIN)/ruff format --check .

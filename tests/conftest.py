@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import certifi
+import hypothesis
 import psycopg
 import pytest
 import redis
@@ -32,6 +34,10 @@ MakeJob = Callable[..., Job]
 TEMPLATE = "migrated_template"
 
 
+hypothesis.settings.register_profile("no clock", deadline=None)
+hypothesis.settings.load_profile("no clock")
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays. A collection that walks it holds up every thread, also that of an API server."""
     gc.collect()
@@ -39,10 +45,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Each HTTP client reads the certificates of all authorities, for a twentieth of a second; no test meets any."""
+    certificates = tmp_path_factory.mktemp("authorities") / "one.pem"
+    first, end, _ = Path(certifi.where()).read_text().partition("-----END CERTIFICATE-----\n")
+    certificates.write_text(first + end)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("certificates")))
+        patch.setenv("SSL_CERT_FILE", str(certificates))
         yield
 
 

@@ -18,7 +18,7 @@ from tests.engine_driver import VOCAB_SIZE, make_add, make_spec, run, tiny_llama
 from tests.engine_parts import byte_tokenizer
 from tests.engine_traces import run_traces
 from tests.integration.test_engine_parity import CONFIGS, NUM_NEW_TOKENS, generate
-from tests.unit.test_engine_device_attention import CAPPED, PLAIN, make_shape
+from tests.unit_engine.test_engine_device_attention import CAPPED, PLAIN, make_shape
 
 pytestmark = [
     pytest.mark.gpu,

@@ -168,8 +168,6 @@ UNSERVABLE: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
     (lambda folder: change_config(folder, quantization_config={"quant_method": "gptq"}), "quantised by gptq"),
     (lambda folder: change_config(folder, quantization_config={"quant_method": "awq"}), "quantised by awq"),
-    (lambda folder: change_config(folder, model_type="llama9"), "'llama9', an architecture"),
-    (lambda folder: change_config(folder, model_type="whisper_encoder_of_mine"), "an architecture"),
     (lambda folder: change_config(folder, model_type=None), "model_type is missing"),
     (lambda folder: change_config(folder, auto_map={"AutoModel": "x.Y"}), "trust_remote_code = true"),
     (lambda folder: (folder / "config.json").write_text("{"), r"config\.json holds no JSON"),
