@@ -60,8 +60,12 @@ class ApiServer:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        wait_until(lambda: self._server.started or not self._thread.is_alive())
-        assert self._server.started, "the API did not start"
+        try:
+            wait_until(lambda: self._server.started or not self._thread.is_alive(), "the API has started")
+            assert self._server.started, "the API did not start"
+        except BaseException:
+            self.stop()  # one left behind would go on asking for a database that is dropped
+            raise
         return self
 
     def __exit__(
@@ -72,9 +76,8 @@ class ApiServer:
     def stop(self) -> None:
         """As at SIGTERM; returns when the server has ended."""
         self._server.should_exit = True
-        self._thread.join(timeout=20)
+        wait_until(lambda: not self._thread.is_alive(), "the API has stopped", pause_seconds=0.002)
         self._socket.close()
-        assert not self._thread.is_alive(), "the API did not stop"
 
     @property
     def services(self) -> Services:

@@ -45,6 +45,7 @@ class TlsProxy:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # ends the accept under way, which a close alone would not
         self._listener.close()
 
     def _accept(self) -> None:
