@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def test_it_has_an_environment_descriptors_and_a_session_of_its_own(nursery: Nur
     assert (tmp_path / "output").read_text().startswith(f"{{'NAME': 'value'}} {process.pid}\n")
     with os.fdopen(read_fd, "rb") as pipe:
         assert pipe.read() == b"to you"
+
+
+def test_it_knows_what_it_was_started_as(nursery: Nursery, tmp_path: Path) -> None:
+    """A worker that follows its servers elsewhere replaces itself by the same command."""
+    statement = "import sys; print(sys.orig_argv)"
+    with (tmp_path / "output").open("wb") as output:
+        assert nursery.start(MODULE, [*OPTIONS, statement], environment={}, output=output).wait(60) == 0
+    command = [sys.executable, "-m", MODULE, *OPTIONS, statement]
+    assert (tmp_path / "output").read_text().startswith(f"{command}\n")
 
 
 def test_its_exit_code_is_told_also_where_a_signal_ends_it(nursery: Nursery) -> None:
