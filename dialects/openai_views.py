@@ -17,6 +17,9 @@ from domain.jobs import Usage
 from domain.requests import ResultChoice, TokenLogprob
 from text.outputs import END_THINK, OutputParser
 
+#: Where the OpenAPI document keeps all schemas.
+REFERENCE = "#/components/schemas/{model}"
+
 #: As `timestamp` writes it.
 Timestamp = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
 
