@@ -75,7 +75,7 @@ def require_json(request: Request) -> None:
 
 Query = TypeVar("Query", bound="QueryModel")
 
-Item = TypeVar("Item")
+Listed = TypeVar("Listed")
 
 MAX_PARAMETERS = 64  # no route has half as many, those of a mapping counted one by one
 
@@ -119,8 +119,8 @@ class PageQuery(QueryModel):
 async def list_page(
     request: Request,
     query: PageQuery,
-    reader: Callable[..., Sequence[Item]],
-    view: Callable[[Item], Mapping[str, Any]],
+    reader: Callable[..., Sequence[Listed]],
+    view: Callable[[Listed], Mapping[str, Any]],
     *,
     prefix: str | None = None,
     **filters: object,
