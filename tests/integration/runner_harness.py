@@ -80,17 +80,24 @@ class RecordingRunner:
 class Rig:
     """A database, a Redis and a catalog; jobs go in, runners run them, and the rows are looked at."""
 
-    def __init__(self, sessions: sessionmaker[Session], settings: Settings, make_job: Any) -> None:
+    def __init__(self, sessions: sessionmaker[Session], settings: Settings, make_job: Any, context_length: int) -> None:
         self.sessions = sessions
         self.settings = settings
         self._make_job = make_job
+        self._context_length = context_length
         self._runners: list[RecordingRunner] = []
         self.write_catalog()
 
     def write_catalog(self, *, max_num_seqs: int = 8, **knobs: object) -> None:
         """The model of runners started from now on; `knobs` are the fake back end's."""
-        lines = ["[[models]]", f'id = "{MODEL}"', 'path = "none"', 'backend = "fake"', "max_model_len = 4096"]
-        lines += [f"max_num_seqs = {max_num_seqs}", "[models.fake]"]
+        lines = [
+            "[[models]]",
+            f'id = "{MODEL}"',
+            'path = "none"',
+            'backend = "fake"',
+            f"max_model_len = {self._context_length}",
+        ]
+        lines += [f"max_model_len = {self._context_length}", f"max_num_seqs = {max_num_seqs}", "[models.fake]"]
         lines += [f"{name} = {json.dumps(value)}" for name, value in ({"step_seconds": 0.005} | knobs).items()]
         self.settings.models_file.write_text("\n".join(lines))
 
