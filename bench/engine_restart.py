@@ -63,7 +63,7 @@ class Crank:
         while self.supervisor.watch(time.monotonic()) is None:
             self.supervisor.receive()
             time.sleep(POLL_SECONDS)
-        self.supervisor.note_crash(is_explained=True, suspects=frozenset(), is_outside_kill=True)
+        self.supervisor.plan_restart(num_crashes_before=0)
         until_known = time.perf_counter() - started
         first = self.first_token()
         return FirstToken(until_known + first.wall_seconds, first.cpu_seconds)

@@ -1,7 +1,5 @@
 """Every job claimed by this worker, from its claim to its end.
 
-What the kernel counts of its OOM killer: it tells a SIGKILL that memory explains from one that somebody sent.
-
 Every job claimed by this worker, from its claim to its end: into the engine, out in chunks, and what interrupts it.
 
 Belongs to the runner's thread. A job leaves by exactly one of: its finalisation, a fence (SQL or our own clock says
@@ -11,60 +9,20 @@ that it is not ours any more), a release, a crash report.
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 from time import monotonic
 from uuid import UUID
 
 from domain.jobs import FinishReason, JobStatus, Lane
 from gpu_worker.commits import FlushOutcome, JobFlush, JobStorage, Publisher, commit
 from gpu_worker.engine_process.frames import AbortJob, EmbeddingOutput, JobFailed, SequenceOutput, StepDone
-from gpu_worker.engine_process.supervisor import EngineExit, Supervisor, weights_of_suspicion
+from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from gpu_worker.job import RunningEmbedding, RunningJob, make_running
+from gpu_worker.quarantine import Action, Quarantine
 from gpu_worker.threads import Answer, RunnerEvent, RunnerEventKind, StorageThread
 from metrics import inter_token_latency_seconds
 from storage.jobs import ClaimedJob, Held, Returned
 
 log = logging.getLogger(__name__)
-
-OWN_CGROUPS = Path("/proc/self/cgroup")
-
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-
-HOST_COUNTERS = Path("/proc/vmstat")
-
-COUNTER = "oom_kill"  # of processes killed, by that name in both files
-
-
-class OomKills:
-    """Of our own control group and those below it (cgroup v2), else of the whole host."""
-
-    def __init__(self, paths: Sequence[Path] | None = None) -> None:
-        self._paths = [*_own_group(), HOST_COUNTERS] if paths is None else paths
-        self._num_seen = self._count()
-
-    def is_possible(self) -> bool:
-        """Whether the OOM killer has killed since this was last asked; True where nobody counts."""
-        num_before, self._num_seen = self._num_seen, self._count()
-        return self._num_seen is None or self._num_seen != num_before
-
-    def _count(self) -> int | None:
-        for path in self._paths:
-            with suppress(OSError):
-                words_by_line = [line.split() for line in path.read_text().splitlines()]
-                return next((int(words[1]) for words in words_by_line if words[:1] == [COUNTER]), None)
-        return None
-
-
-def _own_group() -> list[Path]:
-    """`memory.events` of the group that we and the engine are in; the root group has none."""
-    with suppress(OSError):
-        groups = [line.removeprefix("0::/") for line in OWN_CGROUPS.read_text().splitlines() if line.startswith("0::/")]
-        return [CGROUP_ROOT / group / "memory.events" for group in groups]
-    return []
-
-
-MAX_NEIGHBOUR_SECONDS = 1.0  # so long a suspect waits for the ends of those that run beside it
 
 LEASE_MARGIN = 0.1  # of the lease: by then we must know that it was renewed
 
@@ -75,20 +33,20 @@ class RunningBatch:
     def __init__(
         self,
         supervisor: Supervisor,
+        quarantine: Quarantine,
         publisher: Publisher,
         storage: JobStorage,
         thread: StorageThread,
         emit: Callable[[RunnerEvent], None],
     ) -> None:
         self._supervisor = supervisor
+        self._quarantine = quarantine
         self._publisher = publisher
         self._storage = storage
         self._thread = thread
         self._emit = emit
         self._jobs: dict[UUID, RunningJob] = {}
         self._jobs_by_name: dict[str, RunningJob] = {}
-        self._oom_kills = OomKills()
-        self._isolated: RunningJob | None = None  # a suspect: it waits until it is alone, and others wait for it
         # In this worker's life: tokens that were received, and prompt tokens of jobs that had an output.
         self.num_tokens = self.num_prompt_tokens = 0
         self._latency = inter_token_latency_seconds.labels(storage.model)
@@ -104,10 +62,6 @@ class RunningBatch:
     def job_ids(self) -> frozenset[UUID]:
         return frozenset(self._jobs)
 
-    @property
-    def has_isolated(self) -> bool:
-        return self._isolated is not None
-
     # In
 
     def admit(self, claimed: Sequence[ClaimedJob], sent_at: float) -> None:
@@ -120,27 +74,23 @@ class RunningBatch:
         for job_id in job_ids:
             self._emit(RunnerEvent(RunnerEventKind.CLAIMED, job_id))
 
-    def start_isolated(self, now: float) -> None:
-        """Let the isolated job run as soon as it is alone, in an engine that has had no other. For a suspect the others
-        make room before long, and go on elsewhere or after it: its trial is short."""
-        job = self._isolated
-        if job is None or job.is_in_engine or job.is_ending:
+    def serve_quarantine(self, now: float) -> None:
+        """Bring the job that must run alone nearer to that."""
+        job = self._quarantine.job
+        if job is None or job.is_ending:
             return
-        if len(self._jobs) > 1:
-            if job.is_suspect and now - job.started_at > MAX_NEIGHBOUR_SECONDS:
-                self.release([other for other in self._jobs.values() if other is not job])
-        elif not self._supervisor.is_fresh:
+        action = self._quarantine.next_action(
+            now,
+            is_alone=len(self._jobs) == 1,
+            is_engine_fresh=self._supervisor.is_fresh,
+            is_engine_ready=self._supervisor.ready is not None,
+        )
+        if action is Action.RELEASE_OTHERS:
+            self.release([other for other in self._jobs.values() if other is not job])
+        elif action is Action.REPLACE_ENGINE:
             self._supervisor.restart()
-        elif self._supervisor.ready is not None:
+        elif action is Action.START:
             self._run(job)
-
-    def clear_isolated(self) -> bool:
-        """Let others join a suspect that has shown by now that it can run. Whether that happened now."""
-        if self._isolated is None or not self._isolated.is_cleared:
-            return False
-        log.info("a suspect is cleared", extra={"job_id": self._isolated.name, "attempt": self._isolated.attempt})
-        self._isolated = None
-        return True
 
     def _admit(self, job: RunningJob) -> None:
         stale = self._jobs.get(job.id)
@@ -150,37 +100,21 @@ class RunningBatch:
         self._jobs[job.id] = self._jobs_by_name[job.name] = job
         self._emit(RunnerEvent(RunnerEventKind.CLAIMED, job.id))
         if job.claimed.lane is Lane.ISOLATED:
-            log.warning("a suspect is run alone", extra={"job_id": job.name, "attempt": job.attempt})
-            self._isolated = job
+            self._quarantine.admit(job)
         elif self._supervisor.ready is None and not job.is_over:
             self.release([job])  # the engine died while the claim was under way
-        elif not job.is_over and not job.is_suspect:  # else only its finalisation was missing; the next flush brings it
+        elif not job.is_over:  # else only its finalisation was missing; the next flush brings it
             self._run(job)
-
-    def start_suspects(self) -> None:
-        """Let those run that were in an engine which crashed, one cohort at a time: another crash then halves the set
-        of suspects. The others wait, out of the engine, until these have ended or proven themselves."""
-        waiting = [job for job in self._jobs.values() if self._is_waiting_suspect(job)]
-        if not waiting or self._supervisor.ready is None:
-            return
-        running = [job for job in self._jobs.values() if job.is_in_engine and job.is_suspect]
-        cohort = (running or waiting)[0].cohort
-        for job in waiting:
-            if job.cohort == cohort:
-                self._run(job)
-
-    def _is_waiting_suspect(self, job: RunningJob) -> bool:
-        is_standard = job.claimed.lane is Lane.STANDARD
-        return is_standard and job.is_suspect and not job.is_in_engine and not job.is_ending
 
     def _run(self, job: RunningJob) -> None:
         job.is_in_engine = True
         self._supervisor.send(job.command())
 
     def release_unstarted(self) -> None:
-        """Give back the isolated job that still waits to be alone."""
-        if self._isolated is not None and not self._isolated.is_in_engine:
-            self.release([self._isolated])
+        """Give back the job that still waits to be alone."""
+        job = self._quarantine.job
+        if job is not None and not job.is_in_engine:
+            self.release([job])
 
     # Out
 
@@ -307,22 +241,13 @@ class RunningBatch:
         in_engine = [job for job in self._jobs.values() if job.is_in_engine]
         self.flush(in_engine)
         lost = [job for job in in_engine if not job.is_ending]
-        weights = weights_of_suspicion(exit_, [(job.name, job.attempt) for job in lost])
-        weight_by_job_id = {job.id: weights[job.name, job.attempt] for job in lost}
-        is_alone = self._isolated is not None and lost == [self._isolated]
-        if exit_.is_outside_kill and (is_alone or not self._oom_kills.is_possible()):
-            # Somebody's kill is no job's doing. Memory may be another's, too: alone and accused would mean guilty.
-            weight_by_job_id = dict.fromkeys(weight_by_job_id, 0)
-        self._supervisor.note_crash(
-            is_explained=is_alone and any(weight_by_job_id.values()),
-            suspects=frozenset(job_id for job_id, weight in weight_by_job_id.items() if weight),
-            is_outside_kill=exit_.is_outside_kill,
-        )
+        verdict = self._quarantine.judge(exit_, lost)
+        self._supervisor.plan_restart(verdict.num_crashes_before)
         log.error("the engine ended: %s", exit_.description, extra={"num_jobs": len(lost)})
-        if self._supervisor.is_crash_looping:
-            self.release(lost)  # it is the worker, not the jobs
+        if self._quarantine.is_worker_at_fault:
+            self.release(lost)
         elif lost:
-            self._report_crash(lost, weight_by_job_id)
+            self._report_crash(lost, verdict.weight_by_job_id)
 
     def _report_crash(self, lost: list[RunningJob], weight_by_job_id: dict[UUID, int]) -> None:
         for job in lost:
@@ -373,8 +298,7 @@ class RunningBatch:
 
     def _forget(self, job: RunningJob) -> None:
         del self._jobs[job.id], self._jobs_by_name[job.name]
-        if job is self._isolated:
-            self._isolated = None
+        self._quarantine.discharge(job)
 
     def _running(self, news: SequenceOutput | EmbeddingOutput | JobFailed) -> RunningJob | None:
         job = self._jobs_by_name.get(news.job_id)

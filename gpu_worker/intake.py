@@ -1,12 +1,9 @@
 """How jobs come in: offered deliveries claimed together as room allows, and SQL asked when the queue is silent.
 
-The isolated lane is never dispatched; it is served by asking for it: when the engine has nothing else to do, and now
-and then when it has, so that a suspect does not wait for ever behind a busy queue. An engine that has just been loaded
-is asked for first: it is what a suspect needs, and the jobs of the one before have gone elsewhere.
+The isolated lane is never dispatched: its jobs are claimed by asking SQL, as often as gpu_worker/quarantine.py says.
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterable
 from threading import Lock
 from uuid import UUID
@@ -14,6 +11,7 @@ from uuid import UUID
 from domain.ids import external_id
 from domain.jobs import Lane
 from gpu_worker.commits import JobStorage
+from gpu_worker.quarantine import Quarantine
 from gpu_worker.threads import Answer, StorageThread
 from storage.database import OUTAGES
 from storage.jobs import ClaimedJob
@@ -21,8 +19,6 @@ from storage.jobs import ClaimedJob
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0  # free slots and no offer for so long: ask SQL
-BUSY_ISOLATED_SECONDS = 30.0  # between two isolated jobs of a worker that never rests
-BUSY_SUSPECT_SECONDS = 10.0  # the same of those that crashes brought there, which soon leave it again
 
 
 class Offers:
@@ -65,6 +61,7 @@ class Intake:
         offers: Offers,
         storage: JobStorage,
         thread: StorageThread,
+        quarantine: Quarantine,
         *,
         on_claimed: Callable[[list[ClaimedJob], float], None],
         on_known: Callable[[list[UUID]], None],
@@ -73,13 +70,12 @@ class Intake:
         self._offers = offers
         self._storage = storage
         self._thread = thread
+        self._quarantine = quarantine
         self._on_claimed = on_claimed
         self._on_known = on_known
         self._on_dropped = on_dropped
         self._busy_lanes: set[Lane] = set()
         self._heard_at: float | None = None  # of an offer, or that SQL was asked; at first, that there is room
-        self._looked_at = 0.0  # into the isolated lane
-        self._looked_for_suspects_at = 0.0
 
     @property
     def is_claiming(self) -> bool:
@@ -98,19 +94,13 @@ class Intake:
             self._heard_at = now
             self._claim_next(Lane.STANDARD, num_free, known, min_suspicions=0)
 
-    def look_for_isolated(self, now: float, *, is_resting: bool, known: frozenset[UUID]) -> None:
-        """Take one job of the isolated lane, if it is time to."""
+    def look_into_quarantine(self, now: float, *, is_resting: bool, known: frozenset[UUID]) -> None:
+        """Claim one job that must run alone, if it is time to."""
         if Lane.ISOLATED in self._busy_lanes or self._thread.is_away:
             return
-        is_anybody_due = now - self._looked_at >= (POLL_SECONDS if is_resting else BUSY_ISOLATED_SECONDS)
-        if is_anybody_due or now - self._looked_for_suspects_at >= BUSY_SUSPECT_SECONDS:
-            self._looked_for_suspects_at = now
-            self._looked_at = now if is_anybody_due else self._looked_at
-            self._claim_next(Lane.ISOLATED, 1, known, min_suspicions=0 if is_anybody_due else 1)
-
-    def look_for_suspects_soon(self) -> None:
-        """The engine is a fresh one, or has just had one of them: where one is, there may be more."""
-        self._looked_for_suspects_at = -math.inf
+        min_suspicions = self._quarantine.take_look(now, is_resting=is_resting)
+        if min_suspicions is not None:
+            self._claim_next(Lane.ISOLATED, 1, known, min_suspicions=min_suspicions)
 
     def _claim_offered(self, job_ids: list[UUID], known: frozenset[UUID]) -> None:
         if not job_ids:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from time import monotonic
-from zlib import crc32
 
 from domain.errors import CeleriacError, DeadlineExceeded
 from domain.ids import external_id
@@ -27,7 +26,6 @@ from domain.requests import (
     encode_vector,
 )
 from gpu_worker.engine_process.frames import AddJob, EmbeddingOutput, EmbedJob, JobFailed, SequenceOutput
-from storage.job_statements import PROVEN_TOKENS
 from storage.jobs import ClaimedJob, Finalisation
 
 #: How a job ends that was cut off; the first one that any of its sequences bears.
@@ -117,24 +115,9 @@ class RunningJob:
         self._num_inherited_tokens = self.num_completion_tokens
 
     @property
-    def is_suspect(self) -> bool:
-        """It was in an engine that crashed, and has not shown since that it can run."""
-        return self.claimed.num_suspicions > 0 and not self.is_over and not self._is_proven
-
-    @property
-    def is_cleared(self) -> bool:
-        """It was a suspect, and has produced enough beyond the point at which its engine crashed. SQL counts alike."""
-        return self.claimed.num_suspicions > 0 and self._is_proven
-
-    @property
-    def _is_proven(self) -> bool:
-        num_new = self.num_completion_tokens + self._num_pending_tokens - self._num_inherited_tokens
-        return num_new >= PROVEN_TOKENS
-
-    @property
-    def cohort(self) -> int:
-        """Which half of the suspects it runs with: drawn anew for every attempt."""
-        return crc32(self.id.bytes + self.attempt.to_bytes(4, "big")) & 1
+    def num_new_tokens(self) -> int:
+        """Of this attempt."""
+        return self.num_completion_tokens + self._num_pending_tokens - self._num_inherited_tokens
 
     @property
     def _num_pending_tokens(self) -> int:

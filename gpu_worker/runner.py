@@ -29,6 +29,7 @@ from gpu_worker.commits import Heartbeat, JobStorage, Publisher
 from gpu_worker.engine_process.frames import CannotLoad, Ready, Report, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from gpu_worker.intake import Intake, Offers
+from gpu_worker.quarantine import SHIPPED_RULES, Quarantine, QuarantineRules
 from gpu_worker.threads import (
     DispatchBell,
     EngineMeter,
@@ -65,6 +66,7 @@ class RunnerLoop:
         offers: Offers,
         on_event: Callable[[RunnerEvent], None],
         on_unhealthy: Callable[[WorkerFailure], None],
+        quarantine_rules: QuarantineRules,
     ) -> None:
         self.mailbox = Mailbox()
         self._spec = spec
@@ -80,13 +82,20 @@ class RunnerLoop:
             load_seconds=settings.engine_load_seconds,
         )
         self._events: list[RunnerEvent] = []
+        self._quarantine = Quarantine(quarantine_rules)
         self._batch = RunningBatch(
-            self._supervisor, Publisher(settings), self._storage, self._thread, self._events.append
+            self._supervisor,
+            self._quarantine,
+            Publisher(settings),
+            self._storage,
+            self._thread,
+            self._events.append,
         )
         self._intake = Intake(
             offers,
             self._storage,
             self._thread,
+            self._quarantine,
             on_claimed=self._batch.admit,
             on_known=self._batch.adopt,
             on_dropped=self._drop,
@@ -164,7 +173,6 @@ class RunnerLoop:
         if self._release_at is not None and now > self._release_at:
             self._batch.release_all()
         self._take_jobs_in(now)
-        self._batch.start_suspects()
         self._batch.fence(now)
         self._batch.flush_due(now)
         self._count_rate(now)
@@ -188,7 +196,7 @@ class RunnerLoop:
     def _take_report(self, report: Report) -> None:
         if isinstance(report, Ready):
             log.info("the engine is ready", extra={"pid": report.pid, "device": report.device})
-            self._intake.look_for_suspects_soon()
+            self._quarantine.look_soon()
             self._has_been_ready = True
             self._meter.forget_engine()
             return
@@ -220,7 +228,7 @@ class RunnerLoop:
             reason = f"model {self._spec.id!r} cannot be loaded: {exit_.why_not_loaded}"
             remedy = "mend that in its files or in models.toml, then start the worker again"
             return WorkerFailure(f"{reason}; {remedy}", is_lasting=not self._has_been_ready)
-        if self._supervisor.is_crash_looping:
+        if self._quarantine.is_worker_at_fault:
             return WorkerFailure(f"the engine keeps crashing; lately: {exit_.description}")
         return None
 
@@ -253,15 +261,14 @@ class RunnerLoop:
     def _take_jobs_in(self, now: float) -> None:
         if self._is_loaded is False or self._order_deadline is not None:
             self._refuse(self._offers.take())
-        if self._supervisor.ready is None and not self._batch.has_isolated:
+        if self._supervisor.ready is None and self._quarantine.job is None:
             return
-        if self._batch.clear_isolated():
-            self._intake.look_for_suspects_soon()
-        if self._batch.has_isolated and not self._intake.is_claiming:
-            self._batch.start_isolated(now)
-        elif self._can_take_jobs and not self._batch.has_isolated:
+        self._quarantine.discharge_if_clear()
+        if self._quarantine.job is not None and not self._intake.is_claiming:
+            self._batch.serve_quarantine(now)
+        elif self._can_take_jobs and self._quarantine.job is None:
             is_resting = not self._batch and not self._offers and not self._intake.is_claiming
-            self._intake.look_for_isolated(now, is_resting=is_resting, known=self._batch.job_ids)
+            self._intake.look_into_quarantine(now, is_resting=is_resting, known=self._batch.job_ids)
         self._intake.claim(now, num_free=self._count_free(), known=self._batch.job_ids)
 
     def _tell_news(self) -> None:
@@ -308,7 +315,7 @@ class RunnerLoop:
         return self._is_healthy and self._state is WorkerState.READY
 
     def _count_free(self) -> int:
-        if not self._can_take_jobs or self._batch.has_isolated:
+        if not self._can_take_jobs or self._quarantine.job is not None:
             return 0
         return max(0, self._spec.max_num_seqs - self._batch.num_sequences)
 
@@ -370,6 +377,7 @@ class JobRunner:
         on_event: Callable[[RunnerEvent], None],
         on_unhealthy: Callable[[WorkerFailure], None] | None = None,
         settings: Settings | None = None,
+        quarantine_rules: QuarantineRules = SHIPPED_RULES,
     ) -> None:
         settings = settings or get_settings()
         self._offers = Offers()
@@ -381,6 +389,7 @@ class JobRunner:
             offers=self._offers,
             on_event=on_event,
             on_unhealthy=on_unhealthy or (lambda failure: None),
+            quarantine_rules=quarantine_rules,
         )
         self._thread = Thread(target=self._loop.run, name="job-runner", daemon=True)
 

@@ -32,8 +32,6 @@ SLOT_BYTES = 512 * 1024
 
 RECORDER_BYTES = 2 * SLOT_BYTES  # then comes a page with the engine's pulse, see signs_of_life.py
 
-RECENT_STEPS = 3  # a job that was admitted this lately is the first suspect
-
 _HEADER = struct.Struct(">QII")  # step number, payload bytes, checksum of the payload
 
 
@@ -44,11 +42,6 @@ class RecordedJob(msgspec.Struct, frozen=True, array_like=True):
     attempt: int
     is_prefill: bool
     num_steps: int
-
-    @property
-    def weight(self) -> int:
-        """How strongly the job is suspected when this step was the last: 2 for newcomers, else 1."""
-        return 2 if self.is_prefill or self.num_steps <= RECENT_STEPS else 1
 
 
 _encode = msgspec.msgpack.Encoder().encode

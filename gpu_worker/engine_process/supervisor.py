@@ -7,11 +7,8 @@ import logging
 import os
 import signal
 import socket
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
-from uuid import UUID
 
 import msgspec
 
@@ -47,10 +44,6 @@ SHUTDOWN_SECONDS = 3.0  # the running step may end before the process is killed
 REAP_SECONDS = 30.0  # of a process that is killed: a GPU's memory is given back
 FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 10.0
-# So many crashes in so short a time: this worker cannot work, whoever is suspected of them.
-LOOP_CRASHES, LOOP_SECONDS = 5, 120.0
-# The same of crashes that have no suspect in common: not a job does it, but the device or the installation.
-UNRELATED_CRASHES, UNRELATED_SECONDS = 3, 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +71,6 @@ class EngineExit:
         if self.exit_code < 0:
             return f"killed by {signal.Signals(-self.exit_code).name}"
         return f"exit code {self.exit_code}"
-
-
-@dataclass(frozen=True, slots=True)
-class Crash:
-    """One that no known poison job explains."""
-
-    at: float
-    suspects: frozenset[UUID]
-    is_outside_kill: bool
 
 
 class EngineProcess:
@@ -201,7 +185,6 @@ class Supervisor:
         self._engine: EngineProcess | None = None
         self._start_at = 0.0  # when the next process may start
         self._watched_at = monotonic()
-        self._crashes: deque[Crash] = deque(maxlen=LOOP_CRASHES)
         self._is_loadable = True  # until an engine says that it is not
 
     @property
@@ -219,26 +202,9 @@ class Supervisor:
         """The engine has had no job yet."""
         return self._engine is not None and not self._engine.has_had_jobs
 
-    @property
-    def is_crash_looping(self) -> bool:
-        """So much goes wrong that it must be the worker."""
-        now = monotonic()
-        if len(self._crashes) == LOOP_CRASHES and now - self._crashes[0].at < LOOP_SECONDS:
-            return True
-        # A kill from outside says nothing of the device.
-        recent = [crash for crash in self._crashes if now - crash.at < UNRELATED_SECONDS and not crash.is_outside_kill]
-        last = recent[-UNRELATED_CRASHES:]
-        num_suspects = sum(len(crash.suspects) for crash in last)
-        are_disjoint = len(frozenset[UUID]().union(*(crash.suspects for crash in last))) == num_suspects
-        return len(last) == UNRELATED_CRASHES and are_disjoint
-
     def readers(self) -> list[Channel]:
         """What to wait on for reports."""
         return [self._engine.channel] if self._engine is not None and self._engine.closed_at is None else []
-
-    def writers(self) -> list[Channel]:
-        """What to wait on for room to write; `flush` then."""
-        return [channel for channel in self.readers() if channel.has_outgoing]
 
     def send(self, command: Command) -> None:
         """To the engine; into the void while there is none, whose end `watch` will report."""
@@ -253,7 +219,7 @@ class Supervisor:
         return self._engine.receive() if self._engine is not None else []
 
     def watch(self, now: float) -> EngineExit | None:
-        """Start the engine when it is time, kill it when it hangs, and tell once when it has ended; call `note_crash`
+        """Start the engine when it is time, kill it when it hangs, and tell once when it has ended; call `plan_restart`
         then. All its reports have been received by that time. After an engine that cannot load its model there is no
         other."""
         if self._engine is None:
@@ -267,15 +233,10 @@ class Supervisor:
         self._is_loadable = engine.why_not_loaded is None
         return engine.end()
 
-    def note_crash(self, *, is_explained: bool, suspects: frozenset[UUID], is_outside_kill: bool) -> None:
-        """Plan the restart: at once after a single crash, later when they pile up. An explained crash, one that a
-        known poison job caused, says nothing against this worker."""
-        now = monotonic()
-        num_recent = sum(now - crash.at < LOOP_SECONDS for crash in self._crashes)
-        if not is_explained:
-            self._crashes.append(Crash(now, suspects, is_outside_kill))
-        backoff = FIRST_BACKOFF_SECONDS * 2 ** (num_recent - 1) if num_recent else 0.0
-        self._start_at = now + min(backoff, MAX_BACKOFF_SECONDS)
+    def plan_restart(self, num_crashes_before: int) -> None:
+        """At once after a single crash, later when they pile up."""
+        backoff = FIRST_BACKOFF_SECONDS * 2 ** (num_crashes_before - 1) if num_crashes_before else 0.0
+        self._start_at = monotonic() + min(backoff, MAX_BACKOFF_SECONDS)
 
     def restart(self) -> None:
         """Replace the engine by a fresh one. It must not have jobs."""
@@ -330,10 +291,3 @@ class Supervisor:
         if now - engine.closed_at > LINGER_SECONDS:
             engine.abandon()
         return False
-
-
-def weights_of_suspicion(exit_: EngineExit, names: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
-    """How strongly each of the engine's jobs, as (job_id, attempt), is suspected of having crashed it."""
-    recorded = {(job.job_id, job.attempt): job.weight for job in exit_.last_step}
-    most = 1 if exit_.is_outside_kill else 2
-    return {name: min(recorded.get(name, 0), most) for name in names}

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.jobs import JobKind, JobStatus
 from domain.requests import EmbeddingRequest, GenerationRequest, GenerationResult, JobOutput, SamplingParams, TokenChunk
 from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.quarantine import SHIPPED_RULES, QuarantineRules
 from gpu_worker.runner import JobRunner
 from gpu_worker.threads import RunnerEvent, RunnerEventKind, WorkerFailure
 from settings import Settings
@@ -29,7 +30,7 @@ PROMPT = [5, 6, 7]
 class RecordingRunner:
     """A started JobRunner and everything it told."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, rules: QuarantineRules = SHIPPED_RULES) -> None:
         self.events: list[RunnerEvent] = []
         self.unhealthy: list[WorkerFailure] = []
         self.owner = uuid4()
@@ -40,6 +41,7 @@ class RecordingRunner:
             on_event=self.events.append,
             on_unhealthy=self.unhealthy.append,
             settings=settings,
+            quarantine_rules=rules,
         )
         self.runner.start()
 
@@ -101,8 +103,10 @@ class Rig:
         lines += [f"{name} = {json.dumps(value)}" for name, value in ({"step_seconds": 0.005} | knobs).items()]
         self.settings.models_file.write_text("\n".join(lines))
 
-    def start(self, *, wait: bool = True, **settings: object) -> RecordingRunner:
-        runner = RecordingRunner(self.settings.model_copy(update=settings))
+    def start(
+        self, *, wait: bool = True, rules: QuarantineRules = SHIPPED_RULES, **settings: object
+    ) -> RecordingRunner:
+        runner = RecordingRunner(self.settings.model_copy(update=settings), rules)
         self._runners.append(runner)
         if wait:
             runner.wait_until_ready()

@@ -14,7 +14,8 @@ import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobStatus, Lane
-from gpu_worker import batch, intake
+from gpu_worker import quarantine
+from gpu_worker.quarantine import QuarantineRules
 from gpu_worker.threads import RunnerEventKind
 from storage import job_queries, jobs
 from storage.job_statements import PROVEN_TOKENS
@@ -45,8 +46,8 @@ def oom_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the workers of the test take for the kernel's."""
     counters = tmp_path / "vmstat"
     counters.write_text("nr_free_pages 7\noom_kill 0\n")
-    monkeypatch.setattr(batch, "OWN_CGROUPS", tmp_path / "none")
-    monkeypatch.setattr(batch, "HOST_COUNTERS", counters)
+    monkeypatch.setattr(quarantine, "OWN_CGROUPS", tmp_path / "none")
+    monkeypatch.setattr(quarantine, "HOST_COUNTERS", counters)
     return counters
 
 
@@ -139,12 +140,10 @@ def test_the_isolated_lane_is_served_by_an_idle_worker_in_a_fresh_engine(rig: Ri
     assert worker.engine_pid != used_pid
 
 
-def test_a_suspect_waits_until_it_is_alone_and_others_wait_for_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake, "BUSY_ISOLATED_SECONDS", 0.2)
-    monkeypatch.setattr(batch, "MAX_NEIGHBOUR_SECONDS", 60.0)
+def test_a_suspect_waits_until_it_is_alone_and_others_wait_for_it(rig: Rig) -> None:
     rig.write_catalog(step_seconds=0.02)
     running = rig.add_job(max_tokens=60)
-    worker = rig.start()
+    worker = rig.start(rules=QuarantineRules(busy_look_seconds=0.2, neighbour_seconds=60.0))
     worker.offer([running])
     worker.wait_for(RunnerEventKind.CLAIMED, [running])
     suspect = rig.add_job(lane=Lane.ISOLATED, max_tokens=30)
@@ -179,11 +178,10 @@ def test_an_engine_that_was_just_loaded_takes_a_suspect_before_all_others(rig: R
     assert claimed[0] == suspect
 
 
-def test_long_jobs_make_room_for_a_suspect_and_go_on_after_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake, "BUSY_SUSPECT_SECONDS", 0.2)
+def test_long_jobs_make_room_for_a_suspect_and_go_on_after_it(rig: Rig) -> None:
     rig.write_catalog(step_seconds=0.02)
     running = rig.add_job(max_tokens=1000)
-    worker = rig.start()
+    worker = rig.start(rules=QuarantineRules(busy_trial_look_seconds=0.2))
     worker.offer([running])
     rig.wait_for_tokens([running])
     suspect = rig.add_job(lane=Lane.ISOLATED, num_suspicions=2, max_tokens=5)
@@ -204,9 +202,8 @@ def test_a_kill_that_memory_explains_makes_suspects(rig: Rig, oom_counters: Path
     assert [rig.job(job_id).num_suspicions for job_id in job_ids] == [1, 1]
 
 
-def test_a_busy_worker_serves_the_isolated_lane_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake, "BUSY_ISOLATED_SECONDS", 0.2)
-    worker = rig.start()
+def test_a_busy_worker_serves_the_isolated_lane_too(rig: Rig) -> None:
+    worker = rig.start(rules=QuarantineRules(busy_look_seconds=0.2))
     load = rig.add_jobs(60, max_tokens=60)
     worker.offer(load)
     rig.wait_for_tokens(load[:1])

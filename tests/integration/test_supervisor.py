@@ -4,10 +4,9 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import psutil
 import pytest
@@ -15,7 +14,7 @@ import pytest
 from domain.catalog import ModelSpec
 from gpu_worker.engine_process import supervisor
 from gpu_worker.engine_process.frames import AddJob, Heartbeat, Report, StepDone
-from gpu_worker.engine_process.supervisor import LOOP_CRASHES, UNRELATED_CRASHES, EngineExit, Supervisor
+from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from tests.waiting import wait_until
 
 
@@ -28,7 +27,6 @@ class Crank:
         self.supervisor = Supervisor(spec, heartbeat_seconds=heartbeat_seconds, load_seconds=engine_load_seconds)
         self.reports: list[Report] = []
         self.exits: list[EngineExit] = []
-        self.suspects: frozenset[UUID] = frozenset()  # of the next crash
 
     def turn(self) -> None:
         self.supervisor.flush()
@@ -36,9 +34,7 @@ class Crank:
         exit_ = self.supervisor.watch(time.monotonic())
         if exit_ is not None:
             self.exits.append(exit_)
-            self.supervisor.note_crash(
-                is_explained=False, suspects=self.suspects, is_outside_kill=exit_.is_outside_kill
-            )
+            self.supervisor.plan_restart(num_crashes_before=len(self.exits) - 1)
 
     def turn_until(self, is_true: Callable[[], Any], what: str) -> None:
         def turn() -> Any:
@@ -118,7 +114,7 @@ def test_a_crash_tells_how_it_came_and_who_was_in_the_step(
     assert (exit_.exit_code, exit_.was_killed_by_us, exit_.was_ready) == (exit_code, False, True)
     assert words in exit_.description
     assert exit_.is_outside_kill == (how == "kill")
-    assert [(job.job_id, job.weight) for job in exit_.last_step] == [("job", 1)]
+    assert [(job.job_id, job.is_prefill, job.num_steps) for job in exit_.last_step] == [("job", False, 9)]
     assert crank.num_tokens == 8, "everything sent before the crash has been received"
 
 
@@ -220,38 +216,18 @@ def test_the_next_engine_starts_by_itself_and_is_fresh(make_crank: MakeCrank) ->
     second = crank.turn_until_ready()
     assert second != first
     assert crank.supervisor.is_fresh
-    assert not crank.supervisor.is_crash_looping
 
 
-def test_three_crashes_without_a_common_suspect_are_the_workers_own(make_crank: MakeCrank) -> None:
-    crank = make_crank()
-    for number in range(UNRELATED_CRASHES):
-        assert not crank.supervisor.is_crash_looping
-        crank.suspects = frozenset({UUID(int=number), UUID(int=100 + number)})
-        os.kill(crank.turn_until_ready(), signal.SIGSEGV)
-        crank.turn_until(partial(lambda expected: len(crank.exits) == expected, number + 1), "the engine has crashed")
-    assert crank.supervisor.is_crash_looping
-
-
-@pytest.mark.parametrize("signal_number", [signal.SIGSEGV, signal.SIGKILL])
-def test_crashes_that_one_job_may_have_made_and_kills_from_outside_are_not(
-    make_crank: MakeCrank, signal_number: signal.Signals
-) -> None:
-    crank = make_crank()
-    is_kill = signal_number is signal.SIGKILL
-    for number in range(UNRELATED_CRASHES):
-        crank.suspects = frozenset({UUID(int=100 + number), UUID(int=number if is_kill else 1)})
-        os.kill(crank.turn_until_ready(), signal_number)
-        crank.turn_until(partial(lambda expected: len(crank.exits) == expected, number + 1), "the engine has crashed")
-    assert not crank.supervisor.is_crash_looping
-
-
-def test_crashes_in_a_row_are_a_loop_and_slow_each_other_down(make_crank: MakeCrank) -> None:
+def test_crashes_in_a_row_slow_each_other_down(make_crank: MakeCrank) -> None:
     crank = make_crank(load_seconds=3600.0, engine_load_seconds=0.1)
-    crank.suspects = frozenset({UUID(int=1)})
-    crank.turn_until(lambda: len(crank.exits) == LOOP_CRASHES, "five loads were given up")
-    assert crank.supervisor.is_crash_looping
+    ended_at: list[float] = []
+    for number in range(1, 5):
+        crank.turn_until(lambda number=number: len(crank.exits) == number, "a load was given up")  # type: ignore[misc]
+        ended_at.append(time.monotonic())
     assert not any(exit_.was_ready for exit_ in crank.exits)
+    pauses = [later - earlier for earlier, later in pairwise(ended_at)]
+    assert pauses[1] > 0.1 + 0.2
+    assert pauses[2] > 0.1 + 0.4
 
 
 def test_an_engine_that_says_why_it_cannot_load_is_not_tried_again(make_crank: MakeCrank) -> None:

@@ -1,4 +1,4 @@
-"""The memory that outlives the engine: who was in its last step, and how much that says."""
+"""The memory that outlives the engine: who was in its last step."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import pytest
 
 from gpu_worker.engine_process.signs_of_life import SLOT_BYTES, FlightRecorder, RecordedJob, create_memory
-from gpu_worker.engine_process.supervisor import EngineExit, weights_of_suspicion
 
 
 def recorded(job_id: str, *, is_prefill: bool = False, num_steps: int = 10) -> RecordedJob:
@@ -51,23 +50,3 @@ def test_more_jobs_than_fit_are_cut_not_refused(recorders: tuple[FlightRecorder,
     kept = reader.read()
     assert kept == jobs[: len(kept)]
     assert len(kept) > 10_000
-
-
-def test_newcomers_are_suspected_most_and_those_outside_the_step_not_at_all() -> None:
-    step = [recorded("prefilling", is_prefill=True), recorded("recent", num_steps=3), recorded("old")]
-    crash = EngineExit(exit_code=-11, was_killed_by_us=False, was_ready=True, last_step=step)
-    names = [(name, 1) for name in ("prefilling", "recent", "old", "waiting")]
-    assert list(weights_of_suspicion(crash, names).values()) == [2, 2, 1, 0]
-
-
-def test_another_attempt_of_the_same_job_is_not_meant() -> None:
-    crash = EngineExit(exit_code=-11, was_killed_by_us=False, was_ready=True, last_step=[recorded("job")])
-    assert weights_of_suspicion(crash, [("job", 2)]) == {("job", 2): 0}
-
-
-def test_a_kill_from_outside_makes_no_first_suspect() -> None:
-    step = [recorded("prefilling", is_prefill=True)]
-    killed = EngineExit(exit_code=-9, was_killed_by_us=False, was_ready=True, last_step=step)
-    hung = EngineExit(exit_code=-9, was_killed_by_us=True, was_ready=True, last_step=step)
-    assert weights_of_suspicion(killed, [("prefilling", 1)]) == {("prefilling", 1): 1}
-    assert weights_of_suspicion(hung, [("prefilling", 1)]) == {("prefilling", 1): 2}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gpu_worker.batch import OomKills
+from gpu_worker.quarantine import OomKills
 
 EVENTS = "low 0\nhigh 0\nmax 12\noom 3\noom_kill {}\noom_group_kill 9\n"
 
