@@ -24,7 +24,7 @@ import psutil
 import redis
 
 from domain.ids import external_id, new_id
-from gpu_worker.transport import CLAIM, HUNGRY_SECONDS, hungry_key
+from gpu_worker.transport import CLAIM, IDLE_SECONDS, idle_key
 from local.servers import EmbeddedRedis
 from tasks.dispatch import count_waiting, push
 from tasks.messages import PRIORITY_STEPS, bell_key, priority_keys
@@ -106,12 +106,12 @@ def bench_ceiling(bench: Bench, num_jobs: int) -> float:
     bench.reset()
     bench.publish(num_jobs)
     script = bench.client.register_script(CLAIM)
-    keys = ["unacked", "unacked_index", bell_key(QUEUE), hungry_key(QUEUE), *priority_keys(QUEUE)]
+    keys = ["unacked", "unacked_index", bell_key(QUEUE), idle_key(QUEUE), *priority_keys(QUEUE)]
     queues = [QUEUE] * len(PRIORITY_STEPS)
     started_at = time.monotonic()
     num_done = 0
     while num_done < num_jobs:
-        found: Any = script(keys, [CLAIM_SIZE, time.time(), 0, "bench", 1, *queues, int(HUNGRY_SECONDS * 1000)])
+        found: Any = script(keys, [CLAIM_SIZE, time.time(), 0, "bench", 1, *queues, int(IDLE_SECONDS * 1000)])
         tags = [json.loads(text)["properties"]["delivery_tag"] for text in found[1::2]]
         pipeline = bench.client.pipeline(transaction=False)
         pipeline.hdel("unacked", *tags)

@@ -1,6 +1,6 @@
 """The Celery app of a GPU worker: `celery -A gpu_worker.app worker`. One worker serves one model on one engine.
 
-Celery's stock commands where a GPU worker does something else than stock; its own are in `tasks.app`.
+Celery's commands that a GPU worker executes differently; the worker's own commands are in `tasks.app`.
 
 Everything here runs on Celery's hub thread: answer from memory, start nothing that waits.
 """
@@ -32,9 +32,9 @@ from tasks.app import app, generate
 
 @control_command(name="shutdown")
 def shutdown(state: Any, msg: str = "", **_: Any) -> dict[str, str]:
-    """Shutdown worker(s), as SIGTERM does."""
-    state.consumer.pool.shutdown.drain("the order shutdown")
-    return {"ok": "draining, then leaving"}
+    """Shut down the worker(s) as SIGTERM does."""
+    state.consumer.pool.worker_exit.drain("the shutdown command")
+    return {"ok": "draining, then exiting"}
 
 
 @control_command(name="revoke", variadic="task_id", signature="[id1 [id2 [... [idN]]]]")
@@ -51,12 +51,12 @@ __all__ = ["app"]
 
 
 def _model_or_leave(settings: Settings) -> ModelSpec:
-    """What a look at the files tells is wrong is said in one line, and ends the worker before it has begun."""
+    """A fault that the files already show ends the worker before it starts, with one line in the log."""
     try:
         return served_model(settings)
     except (CeleriacError, OSError, ValueError) as exc:
         configure_logging(settings.log_level, settings.log_format)
-        logging.getLogger(__name__).critical("leaving: %s", exc)
+        logging.getLogger(__name__).critical("exiting: %s", exc)
         sys.exit(os.EX_CONFIG)
 
 
@@ -84,7 +84,7 @@ generate.Request = Delivery
 
 @signals.celeryd_init.connect
 def _choose_node_name(instance: Any, **_: Any) -> None:
-    """Two workers of one name look like one to Flower and inspect, so a name nobody chose is made unique."""
+    """Flower and inspect take two workers with the same name for one, so the default name is made unique."""
     if instance.hostname != f"celery@{socket.gethostname()}":
         return  # chosen by -n
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", model.id)

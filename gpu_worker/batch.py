@@ -1,9 +1,7 @@
-"""Every job claimed by this worker, from its claim to its end.
+"""Every job claimed by this worker, from its claim to its end: into the engine, out in chunks, and what interrupts it.
 
-Every job claimed by this worker, from its claim to its end: into the engine, out in chunks, and what interrupts it.
-
-Belongs to the runner's thread. A job leaves by exactly one of: its finalisation, a fence (SQL or our own clock says
-that it is not ours any more), a release, a crash report.
+Belongs to the runner's thread. A job leaves in exactly one way: it is finalised, fenced off (by SQL, or because its
+lease is over by our own clock), released, or reported as crashed.
 """
 
 import logging
@@ -20,15 +18,15 @@ from gpu_worker.job import RunningEmbedding, RunningJob, make_running
 from gpu_worker.quarantine import Action, Quarantine
 from gpu_worker.threads import Answer, RunnerEvent, RunnerEventKind, StorageThread
 from metrics import inter_token_latency_seconds
-from storage.jobs import ClaimedJob, Held, Returned
+from storage.jobs import ClaimedJob, Returned
 
 log = logging.getLogger(__name__)
 
-LEASE_MARGIN = 0.1  # of the lease: by then we must know that it was renewed
+LEASE_MARGIN = 0.1  # of the lease: so long before its end we must know that it was renewed
 
 
 class RunningBatch:
-    """`emit` gets the events of all jobs, in order; those that leave room or a queued job behind among them."""
+    """`emit` gets the events of all jobs, in order."""
 
     def __init__(
         self,
@@ -43,7 +41,7 @@ class RunningBatch:
         self._quarantine = quarantine
         self._publisher = publisher
         self._storage = storage
-        self._thread = thread
+        self._storage_thread = thread
         self._emit = emit
         self._jobs: dict[UUID, RunningJob] = {}
         self._jobs_by_name: dict[str, RunningJob] = {}
@@ -65,17 +63,17 @@ class RunningBatch:
     # In
 
     def admit(self, claimed: Sequence[ClaimedJob], sent_at: float) -> None:
-        """Jobs whose claim committed; the claim was sent at `sent_at`."""
+        """Take in claimed jobs; the claim was sent at `sent_at`."""
         for claim in claimed:
             self._admit(make_running(claim, claimed_at=sent_at))
 
     def adopt(self, job_ids: Sequence[UUID]) -> None:
-        """Deliveries of jobs that run here already, having been claimed without one."""
+        """Deliveries arrived for jobs that run here already, since they were claimed without one."""
         for job_id in job_ids:
             self._emit(RunnerEvent(RunnerEventKind.CLAIMED, job_id))
 
     def serve_quarantine(self, now: float) -> None:
-        """Bring the job that must run alone nearer to that."""
+        """Do what the job that must run alone needs next."""
         job = self._quarantine.job
         if job is None or job.is_ending:
             return
@@ -94,7 +92,7 @@ class RunningBatch:
 
     def _admit(self, job: RunningJob) -> None:
         stale = self._jobs.get(job.id)
-        if stale is not None:  # an earlier attempt, lost to a rescue that we did not hear of
+        if stale is not None:  # an earlier attempt that was rescued without our knowledge
             self._silence(stale)
             self._forget(stale)
         self._jobs[job.id] = self._jobs_by_name[job.name] = job
@@ -102,8 +100,8 @@ class RunningBatch:
         if job.claimed.lane is Lane.ISOLATED:
             self._quarantine.admit(job)
         elif self._supervisor.ready is None and not job.is_over:
-            self.release([job])  # the engine died while the claim was under way
-        elif not job.is_over:  # else only its finalisation was missing; the next flush brings it
+            self.release([job])  # the engine died during the claim
+        elif not job.is_over:  # otherwise only its finalisation is missing, which the next flush does
             self._run(job)
 
     def _run(self, job: RunningJob) -> None:
@@ -111,7 +109,7 @@ class RunningBatch:
         self._supervisor.send(job.command())
 
     def release_unstarted(self) -> None:
-        """Give back the job that still waits to be alone."""
+        """Release the job that still waits to run alone."""
         job = self._quarantine.job
         if job is not None and not job.is_in_engine:
             self.release([job])
@@ -119,7 +117,7 @@ class RunningBatch:
     # Out
 
     def absorb(self, done: StepDone) -> None:
-        """What a step produced; of jobs that left meanwhile, nothing is kept."""
+        """Take what a step produced, except for jobs that have left meanwhile."""
         now = monotonic()
         gaps: Counter[float] = Counter()  # between two outputs of a sequence; those that decode together have the same
         for output in done.outputs:
@@ -138,7 +136,7 @@ class RunningBatch:
         for failure in done.failures:
             if (job := self._running(failure)) is not None:
                 log.warning(
-                    "the engine gave a job up: %s", failure.code, extra={"job_id": job.name, "attempt": job.attempt}
+                    "the engine cannot run a job: %s", failure.code, extra={"job_id": job.name, "attempt": job.attempt}
                 )
                 job.fail(failure)
 
@@ -151,33 +149,33 @@ class RunningBatch:
         return self._publisher.seconds_until_due(self._jobs.values(), now)
 
     def flush_due(self, now: float) -> None:
-        """Commit and publish what is due; renew the leases of jobs that had nothing to say."""
+        """Commit and publish what is due; renew the leases of jobs without output."""
         flushes = self._publisher.take_due(self._jobs.values(), now)
         if flushes:
-            self._commit(flushes, on_settled=self._publisher.settle)
+            self._commit(flushes, on_finished=self._publisher.finish)
 
     def flush(self, jobs: Sequence[RunningJob]) -> None:
-        """Commit what these jobs have to say, now."""
+        """Commit the output of these jobs now."""
         flushes = self._publisher.take(jobs, monotonic())
         if flushes:
-            self._commit(flushes, on_settled=lambda outcome: None)
+            self._commit(flushes, on_finished=lambda outcome: None)
 
-    def _commit(self, flushes: list[JobFlush], *, on_settled: Callable[[FlushOutcome | None], None]) -> None:
+    def _commit(self, flushes: list[JobFlush], *, on_finished: Callable[[FlushOutcome | None], None]) -> None:
         def on_done(answer: Answer[FlushOutcome]) -> None:
-            on_settled(answer.value)
+            on_finished(answer.value)
             for flush in flushes:
-                self._settle(flush, answer)
+                self._finish(flush, answer)
 
         def on_error(exc: Exception) -> None:
-            on_settled(None)
-            log.error("chunks could not be committed; their jobs are left to another attempt", exc_info=exc)
+            on_finished(None)
+            log.error("chunks could not be committed; other attempts will continue their jobs", exc_info=exc)
             for flush in flushes:
                 self._lose(flush.job)
 
-        self._thread.submit(lambda is_repeated: commit(self._storage, flushes), on_done, on_error)
+        self._storage_thread.submit(lambda is_repeated: commit(self._storage, flushes), on_done, on_error)
 
-    def _settle(self, flush: JobFlush, answer: Answer[FlushOutcome]) -> None:
-        """Act on what SQL said of one job of a flush; its end may be on the way with a later one."""
+    def _finish(self, flush: JobFlush, answer: Answer[FlushOutcome]) -> None:
+        """Act on SQL's answer for one job of a flush. The job may be ending with a later flush."""
         job = flush.job
         if self._jobs.get(job.id) is not job:
             return
@@ -188,28 +186,25 @@ class RunningBatch:
             runtime_seconds = monotonic() - job.started_at
             self._emit(RunnerEvent(RunnerEventKind.ENDED, job.id, status, runtime_seconds, job.summary()))
         elif held is None or held.attempt != job.attempt or flush.finalisation is not None:
-            log.warning("fenced off: the job has another owner", extra={"job_id": job.name, "attempt": job.attempt})
+            log.warning("fenced off: another worker owns the job", extra={"job_id": job.name, "attempt": job.attempt})
             self._lose(job)
         else:
             job.leased_at = answer.sent_at
-            self._obey(job, held)
-
-    def _obey(self, job: RunningJob, held: Held) -> None:
-        if held.is_cancel_requested:
-            self._abort(job, FinishReason.CANCELLED)
-        elif held.is_past_deadline:
-            self._abort(job, FinishReason.DEADLINE)
+            if held.is_cancel_requested:
+                self._abort(job, FinishReason.CANCELLED)
+            elif held.is_past_deadline:
+                self._abort(job, FinishReason.DEADLINE)
 
     # Interruptions
 
     def cancel(self, job_id: UUID) -> None:
-        """End the job with what it has, if it runs here; SQL is the caller's matter."""
+        """End the job with the output it has, if it runs here; the caller updates SQL."""
         job = self._jobs.get(job_id)
         if job is not None:
             self._abort(job, FinishReason.CANCELLED)
 
     def release(self, jobs: Sequence[RunningJob]) -> None:
-        """Give jobs back to the queue with all that they have produced, uncharged."""
+        """Give jobs back to the queue with all their output, without charging them a failure."""
         jobs = [job for job in jobs if not job.is_ending]
         self.flush(jobs)
         jobs = [job for job in jobs if not job.is_ending]
@@ -219,7 +214,7 @@ class RunningBatch:
             self._silence(job)
             self._forget(job)
         job_ids = [job.id for job in jobs]
-        self._thread.submit(
+        self._storage_thread.submit(
             lambda is_repeated: self._storage.release(job_ids),
             lambda answer: self._emit_released(job_ids),
             lambda exc: self._emit_released(job_ids),
@@ -229,15 +224,16 @@ class RunningBatch:
         self.release(list(self._jobs.values()))
 
     def fence(self, now: float) -> None:
-        """Stop what we may not own any more by our own clock. SQL's fence is what counts; this one frees the engine."""
+        """Stop jobs whose leases are over by our own clock. What counts is the fence in SQL; this only frees the
+        engine."""
         lease_seconds = self._storage.lease_seconds * (1 - LEASE_MARGIN)
         lapsed = [job for job in self._jobs.values() if not job.is_ending and now - job.leased_at > lease_seconds]
         if lapsed:
-            log.warning("%d leases could not be renewed in time; their jobs are stopped", len(lapsed))
+            log.warning("%d leases could not be renewed in time; stopping their jobs", len(lapsed))
             self.release(lapsed)
 
     def report_exit(self, exit_: EngineExit) -> None:
-        """The engine is gone: keep what arrived before, charge and release its jobs, and plan its restart."""
+        """The engine is gone: keep what it sent before, report its jobs, and plan its restart."""
         in_engine = [job for job in self._jobs.values() if job.is_in_engine]
         self.flush(in_engine)
         lost = [job for job in in_engine if not job.is_ending]
@@ -258,7 +254,7 @@ class RunningBatch:
             for job in lost:
                 self._emit_returned(job, status_by_job_id.get(job.id, JobStatus.QUEUED))
 
-        self._thread.submit(
+        self._storage_thread.submit(
             lambda is_repeated: self._storage.report_crash(weight_by_job_id),
             on_done,
             lambda exc: self._emit_released([job.id for job in lost]),
@@ -276,7 +272,7 @@ class RunningBatch:
             self._emit(RunnerEvent(RunnerEventKind.RELEASED, job_id))
 
     def _abort(self, job: RunningJob, reason: FinishReason) -> None:
-        """Once per job; its last words come with the engine's next step."""
+        """Once per job; its last output comes with the engine's next step."""
         if job.abort_reason is not None or job.is_over:
             return
         job.abort_reason = reason
@@ -286,7 +282,7 @@ class RunningBatch:
             job.cut_off(reason)
 
     def _lose(self, job: RunningJob) -> None:
-        """It is not ours any more."""
+        """The job is not ours any more."""
         if self._jobs.get(job.id) is job:
             self._silence(job)
             self._forget(job)

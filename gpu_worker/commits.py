@@ -1,16 +1,16 @@
 """What the runner writes: claims, chunks, ends and heartbeats, each in its transaction, then published.
 
-The runner's side of the job protocol: one method per transaction, each followed by its news for open streams.
+The runner's side of the job protocol: one method per transaction. Open streams are notified after the commit.
 
 Every method blocks and runs on the storage thread. `is_repeated` says that an earlier try of the same call may have
-been committed although its answer was lost; the other methods may be repeated without being told.
+been committed although its answer was lost; methods without it can be repeated as they are.
 
-Engine outputs become chunks: committed first, for all jobs that are due in one transaction, and published second.
+Turns engine outputs into chunks: first committed, for all jobs that are due in one transaction, then published.
 
 `Publisher` decides on the runner's thread what is due; `commit` runs on the storage thread. The first chunk of a job
-and its end are due at once; what comes between waits for an interval that follows what commits cost.
+and its end are due at once; the chunks between them wait for an interval that depends on the cost of commits.
 
-The worker's heartbeat in SQL: what dispatch windows, /health and admins go by, and how an admin's order comes in.
+The worker's heartbeat in SQL. Dispatch, /health and admins rely on it, and admins' orders come back with it.
 
 Belongs to the runner's thread.
 """
@@ -46,11 +46,12 @@ log = logging.getLogger(__name__)
 
 REDIS_TIMEOUT_SECONDS = 0.2
 
-REDIS_PAUSE_SECONDS = 1.0  # after a failure nothing is published for so long: readers fall back to SQL anyway
+REDIS_PAUSE_SECONDS = 1.0  # after a failure, publish nothing for so long: readers fall back to SQL anyway
 
 
-class LiveChannel:
-    """Publishes what was committed. A Redis that is away costs one short timeout a second, and the streams a second."""
+class StreamNotifier:
+    """Publishes what was committed. If Redis is away, that costs one short timeout per second here, and readers are up
+    to a second late."""
 
     def __init__(self, redis_url: str) -> None:
         self._client = redis.Redis.from_url(
@@ -77,26 +78,26 @@ class LiveChannel:
 
 
 class JobStorage:
-    """What one worker does with its jobs in SQL."""
+    """One worker's transactions."""
 
     def __init__(self, settings: Settings, spec: ModelSpec, owner: UUID, worker_name: str) -> None:
         self._worker_name = worker_name
         self._database = database.open_database(
             settings.database_url,
-            pool_size=2,  # the bell has the other
+            pool_size=2,  # the requester of dispatches has the other
             max_overflow=0,
             idle_seconds=settings.idle_transaction_seconds,
         )
         self.sessions: sessionmaker[Session] = database.session_factory(self._database)
-        self.channel = LiveChannel(settings.redis_url)
+        self.notifier = StreamNotifier(settings.redis_url)
         self.owner = owner
         self.lease_seconds = settings.lease_seconds
         self._spec = spec
         self.model = spec.id
-        self.model_revision = model_revision(spec)  # as the API wrote it into the job: that of the files, not a name
+        self.model_revision = model_revision(spec)  # that of the files, as the API writes it into the job; not a name
 
     def claim(self, job_ids: Sequence[UUID], known: frozenset[UUID], *, is_repeated: bool) -> list[ClaimedJob]:
-        """Take the claimable ones among `job_ids`; `known` are the jobs that run here already."""
+        """Claim those of `job_ids` that can be claimed; `known` are the jobs that run here already."""
         return self._claim(
             lambda session: jobs.claim(
                 session,
@@ -112,7 +113,7 @@ class JobStorage:
     def claim_next(
         self, limit: int, lane: Lane, known: frozenset[UUID], *, min_suspicions: int, is_repeated: bool
     ) -> list[ClaimedJob]:
-        """Take the next jobs of a lane without having heard of them."""
+        """Claim the next jobs of a lane without messages."""
         return self._claim(
             lambda session: jobs.claim_next(
                 session,
@@ -132,20 +133,20 @@ class JobStorage:
         with self.sessions.begin() as session:
             released = jobs.release(session, job_ids, owner=self.owner)
         job_log.returned(AttemptOutcome.RELEASED, released)
-        self.channel.publish((job.job_id, job.status) for job in released)
+        self.notifier.publish((job.job_id, job.status) for job in released)
 
     def report_crash(self, weight_by_job_id: dict[UUID, int]) -> list[Returned]:
         with self.sessions.begin() as session:
             returned = jobs.report_crash(session, weight_by_job_id, owner=self.owner)
         job_log.returned(AttemptOutcome.CRASHED, returned)
-        self.channel.publish((job.job_id, job.status) for job in returned)
+        self.notifier.publish((job.job_id, job.status) for job in returned)
         return returned
 
     def request_cancel(self, job_id: UUID) -> None:
         with self.sessions.begin() as session:
             asked = jobs.request_cancel(session, [job_id])
         job_log.ends(job for job in asked if job.status.is_terminal)
-        self.channel.publish((job.job_id, JobStatus.CANCELLED) for job in asked)
+        self.notifier.publish((job.job_id, JobStatus.CANCELLED) for job in asked)
 
     def heartbeat(self, report: WorkerReport) -> Orders:
         """Returns what the worker is to do."""
@@ -165,7 +166,7 @@ class JobStorage:
             workers.forget(session, self.owner)
 
     def close(self) -> None:
-        self.channel.close()
+        self.notifier.close()
         self._database.dispose()
 
     def _claim(
@@ -176,25 +177,25 @@ class JobStorage:
             claimed = take(session)
         job_log.returned(AttemptOutcome.RELEASED, released)
         job_log.claimed(claimed, self._worker_name)
-        self.channel.publish((job.id, JobStatus.IN_PROGRESS) for job in claimed)
+        self.notifier.publish((job.id, JobStatus.IN_PROGRESS) for job in claimed)
         return claimed
 
     def _release_unknown(self, session: Session, known: frozenset[UUID]) -> list[Returned]:
-        """Give back what the lost answer of a claim may have named: jobs that are ours in SQL and that nobody runs."""
+        """Release jobs that are ours in SQL but do not run here: the lost answer of a claim may have named them."""
         owned = session.scalars(
             select(Job.id).where(Job.lease_owner == self.owner, Job.status == JobStatus.IN_PROGRESS)
         )
         return jobs.release(session, [job_id for job_id in owned if job_id not in known], owner=self.owner)
 
 
-COST_SHARE = 0.1  # of the storage thread's time, that commits in mid-job may take
+COST_SHARE = 0.1  # of the storage thread's time may go into commits in the middle of jobs
 
-COST_SMOOTHING = 0.2  # weight of the newest commit
+COST_SMOOTHING = 0.2  # weight of the latest commit
 
 
 @dataclass(frozen=True, slots=True)
 class JobFlush:
-    """What one job has to say: chunks, its end, or (neither) that its lease is to be renewed."""
+    """What one job has to store: chunks, its end, or (neither) a renewed lease."""
 
     job: RunningJob
     commit: ChunkCommit | None
@@ -203,7 +204,7 @@ class JobFlush:
 
 @dataclass(frozen=True, slots=True)
 class FlushOutcome:
-    """What SQL said. A job that is in neither was fenced off."""
+    """SQL's answer. A job in neither was fenced off."""
 
     held: dict[UUID, Held] = field(default_factory=dict)
     ended: dict[UUID, JobStatus] = field(default_factory=dict)
@@ -211,7 +212,7 @@ class FlushOutcome:
 
 
 class Publisher:
-    """Paces the flushes of one worker. At most one regular flush is under way."""
+    """Paces the flushes of one worker. One regular flush at a time."""
 
     def __init__(self, settings: Settings) -> None:
         self._min_seconds = settings.flush_min_seconds
@@ -223,22 +224,22 @@ class Publisher:
 
     @property
     def interval_seconds(self) -> float:
-        """Between two flushes in mid-job."""
+        """Between two flushes in the middle of a job."""
         return min(max(self._cost_seconds / COST_SHARE, self._min_seconds), self._max_seconds)
 
     def seconds_until_due(self, running: Iterable[RunningJob], now: float) -> float | None:
-        """0 when something is due, None when nothing will be."""
+        """0 if something is due, None if nothing will be."""
         if self._is_under_way:
             return None  # its answer will wake us
         due = [self._seconds_until_due(job, now) for job in running if not job.is_ending]
         return max(0.0, min(due)) if due else None
 
     def take_due(self, running: Iterable[RunningJob], now: float) -> list[JobFlush]:
-        """The next regular flush; empty while nothing is due, else `settle` must follow."""
+        """The next regular flush; empty while nothing is due. Otherwise `finish` must be called afterwards."""
         running = [job for job in running if not job.is_ending]
         if self.seconds_until_due(running, now) != 0.0:
             return []
-        # Past half the interval everything pending comes along: fewer, larger commits.
+        # After half of the interval, take along everything that is pending: fewer, larger commits.
         is_round = now >= self._flushed_at + self.interval_seconds / 2
         if is_round:
             self._flushed_at = now
@@ -247,11 +248,11 @@ class Publisher:
         return flushes
 
     def take(self, running: Iterable[RunningJob], now: float) -> list[JobFlush]:
-        """Everything these jobs have to say, due or not; a job with nothing pending only renews its lease if due."""
+        """Everything these jobs have to store, due or not. A job with nothing pending only renews its lease, if due."""
         return [flush for job in running if not job.is_ending and (flush := self._take(job, now)) is not None]
 
-    def settle(self, outcome: FlushOutcome | None) -> None:
-        """The regular flush is done; None: it failed."""
+    def finish(self, outcome: FlushOutcome | None) -> None:
+        """The regular flush is done; `outcome` None: it failed."""
         self._is_under_way = False
         if outcome is not None:
             self._cost_seconds += COST_SMOOTHING * (outcome.cost_seconds - self._cost_seconds)
@@ -277,7 +278,7 @@ class Publisher:
 
 
 def commit(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
-    """Commit and then publish. Blocks; may be repeated with the same flushes when its answer was lost."""
+    """Commit, then publish. Blocks. May be repeated with the same flushes if the answer was lost."""
     started_at = monotonic()
     try:
         held, ended = _transact(storage, flushes)
@@ -290,7 +291,7 @@ def commit(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
         return _give_up(storage, flushes[0], exc)
     cost_seconds = monotonic() - started_at
     _tell(flushes, held, ended)
-    storage.channel.publish(_events(flushes, held, ended))
+    storage.notifier.publish(_events(flushes, held, ended))
     return FlushOutcome(held, ended, cost_seconds)
 
 
@@ -307,7 +308,7 @@ def _transact(storage: JobStorage, flushes: Sequence[JobFlush]) -> tuple[dict[UU
 
 
 def _commit_one_by_one(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
-    """One job's output that no row can hold must not keep its neighbours from theirs."""
+    """If one job's output cannot be stored, the others' still must be."""
     outcomes = [commit(storage, [flush]) for flush in flushes]
     return FlushOutcome(
         held={job_id: held for outcome in outcomes for job_id, held in outcome.held.items()},
@@ -317,7 +318,7 @@ def _commit_one_by_one(storage: JobStorage, flushes: Sequence[JobFlush]) -> Flus
 
 
 def _give_up(storage: JobStorage, flush: JobFlush, exc: Exception) -> FlushOutcome:
-    """End the job with what was committed before this flush."""
+    """Fail the job; what was committed before this flush stays."""
     chunks = flush.commit.chunks if flush.commit is not None else ()
     ending = Finalisation(
         job_id=flush.job.id,
@@ -330,12 +331,12 @@ def _give_up(storage: JobStorage, flush: JobFlush, exc: Exception) -> FlushOutco
     with storage.sessions.begin() as session:
         ended = dict.fromkeys(jobs.finalise(session, [ending]), JobStatus.FAILED)
     _tell([JobFlush(flush.job, None, ending)], {}, ended)
-    storage.channel.publish(ended.items())
+    storage.notifier.publish(ended.items())
     return FlushOutcome(ended=ended)
 
 
 def _tell(flushes: Sequence[JobFlush], held: dict[UUID, Held], ended: dict[UUID, JobStatus]) -> None:
-    """What the log says of this flush."""
+    """Log first tokens and ends."""
     for flush in flushes:
         job = flush.job
         seconds = monotonic() - job.started_at
@@ -346,7 +347,7 @@ def _tell(flushes: Sequence[JobFlush], held: dict[UUID, Held], ended: dict[UUID,
 
 
 def is_first_output(claimed: ClaimedJob, commit: ChunkCommit) -> bool:
-    """Whether the job had none before, in no attempt."""
+    """Whether the job had no output before, in any attempt."""
     return not claimed.num_committed_tokens and commit.chunks[0].sequence_number == claimed.last_sequence_number + 1
 
 
@@ -362,15 +363,15 @@ def _events(
 
 
 def _news_of(chunk: TokenChunk) -> streams.Event:
-    """The logprobs of a prompt may be megabytes, too much for a channel: its readers are sent to SQL."""
+    """A prompt's logprobs may be megabytes, too much for Redis: only tell readers to look into SQL."""
     return chunk if chunk.prompt_logprobs is None else JobStatus.IN_PROGRESS
 
 
-REPORT_SECONDS = 2.0  # between two reports; an order is heard so late at most
+REPORT_SECONDS = 2.0  # between two reports, and the longest that an order waits
 
 
-class Heartbeat:
-    """`on_answer(orders)` hears after each report what the worker is to do."""
+class WorkerReporter:
+    """After each report, `on_answer(orders)` is told what the worker is to do."""
 
     def __init__(
         self,
@@ -383,7 +384,7 @@ class Heartbeat:
         on_answer: Callable[[Orders], None],
     ) -> None:
         self._storage = storage
-        self._thread = thread
+        self._storage_thread = thread
         self._spec = spec
         self._owner = owner
         self._hostname = hostname
@@ -393,11 +394,12 @@ class Heartbeat:
         self._told: WorkerState | None = None
 
     def beat_soon(self) -> None:
-        """An order was changed: hear of it with the next turn."""
+        """An order has changed: fetch it at the next turn."""
         self._due_at = 0.0
 
     def beat(self, now: float, state: WorkerState, *, num_running: int, tokens_per_second: float) -> None:
-        """Report, if it is time to or the state is news. One at a time: an answer is obeyed before the next report."""
+        """Report if it is time to, or if the state has changed. One at a time: orders are followed before the next
+        report."""
         if self._is_under_way or (now < self._due_at and state is self._told):
             return
         self._due_at, self._is_under_way, self._told = now + REPORT_SECONDS, True, state
@@ -411,7 +413,7 @@ class Heartbeat:
             model_revision=self._storage.model_revision,
             state=state,
         )
-        self._thread.submit(
+        self._storage_thread.submit(
             lambda is_repeated: self._storage.heartbeat(report),
             lambda answer: self._end(answer.value),
             lambda exc: self._end(None),

@@ -1,11 +1,11 @@
 """The prefetch batching consumer: Celery's consumer with an exact credit, and manners in an outage.
 
-What a worker says and does while it cannot reach Redis: one line of advice, and a look whether its servers moved.
+What a worker does while it cannot reach Redis: log one line of advice, and check whether its servers have moved.
 
-The prefetch batching consumer: Celery's consumer with an exact credit, and manners when the broker goes away.
+The prefetch batching consumer: Celery's consumer with an exact credit, which keeps its jobs through broker outages.
 
-Messages in hand follow the engine: as many as it could start now, and a small look-ahead beyond, so that a slot that
-frees is filled between two steps. Everything else of Celery (task protocol, events, inspect, revoke) stays stock.
+Messages in hand follow the engine: as many as it could start now, and a small look-ahead beyond, so that a
+freed slot is filled between two steps. Everything else in Celery (task protocol, events, inspect, revoke) stays stock.
 """
 
 import os
@@ -34,7 +34,7 @@ PATIENCE_SECONDS = 5.0
 
 
 class BrokerOutage:
-    """Hears of every try to connect. `leave` gives the worker's jobs back; it is called before a new start."""
+    """Told of every failed connection attempt. `leave` gives the worker's jobs back; it is called before a restart."""
 
     def __init__(self, settings: Settings, leave: Callable[[], None]) -> None:
         self._settings = settings
@@ -49,12 +49,12 @@ class BrokerOutage:
         if not self._is_told:
             self._is_told = True
             logger.error(
-                "Redis does not answer: %s; start it, name another in CELERIAC_REDIS_URL, or start everything with "
-                "`celeriac up`; trying again",
+                "Redis does not answer: %s; start it, set CELERIAC_REDIS_URL to another one, or start everything with "
+                "`celeriac up`; still trying",
                 describe_exception(exc),
             )
         if moved := moved_servers(self._settings.data_dir):
-            logger.warning("`celeriac up` runs with other servers now; starting anew with those")
+            logger.warning("`celeriac up` now runs with other servers; restarting with those")
             self._leave()
             os.environ.update({PREFIX + name.upper(): url for name, url in moved.items()})
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
@@ -69,13 +69,13 @@ MAX_BUFFERED_EVENTS = 512
 
 WATCH_SECONDS = 1.0
 
-SHARE_SECONDS = 0.25  # between two looks whether another worker has free slots
+SHARE_SECONDS = 0.25  # between two checks whether another worker has free slots
 
-MAX_LOOKAHEAD_SECONDS = 0.25  # how long a delivery may wait here while one has
+MAX_LOOKAHEAD_SECONDS = 0.25  # how long a delivery may wait here while another worker has free slots
 
 REFUSED_SECONDS = 1.0
 
-STALL_SECONDS = 10.0  # a healthy consumer with credit looks into its queue every second
+STALL_SECONDS = 10.0  # a healthy consumer with credit checks its queue every second
 
 
 class EngineConsumer(Consumer):
@@ -84,16 +84,16 @@ class EngineConsumer(Consumer):
     pool: EnginePool
 
     def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **options: Any) -> None:
-        # Neighbours share nothing that SQL does not know; without them start and reconnect are a second faster.
-        lonely = dict(worker_options or {}, without_mingle=True, without_gossip=True)
-        super().__init__(*args, worker_options=lonely, **options)
+        # SQL holds everything that workers share; without mingle and gossip, starts and reconnects are a second faster.
+        alone = dict(worker_options or {}, without_mingle=True, without_gossip=True)
+        super().__init__(*args, worker_options=alone, **options)
         self._outage = BrokerOutage(get_settings(), leave=self.pool.stop_runner)
 
     def on_send_event_buffered(self) -> None:
-        """A timer flushes; stock publishes at every turn of the loop."""
+        """Nothing: a timer flushes. Stock Celery publishes at every turn of the event loop."""
 
     def ensure_connected(self, conn: Any) -> Any:
-        """Retry every 0.2 to 2 seconds; stock waits 2, 4, 6 up to 30."""
+        """Retry every 0.2 to 2 seconds; stock Celery waits 2, 4, 6 and up to 30."""
         ensure = conn.ensure_connection
 
         def ensure_quickly(errback: Any, max_retries: Any, **options: Any) -> Any:
@@ -110,20 +110,20 @@ class EngineConsumer(Consumer):
         return connected
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Keep what is in hand: stock requeues it all, and another worker would start it again."""
+        """Keep the deliveries in hand: stock Celery requeues them all, and another worker would start them again."""
         self.pool.deliveries.detach()
         self.hub.on_tick.clear()  # kombu adds one callback per connection and removes none
         if isinstance(exc, self.channel_errors):
-            sleep(REFUSED_SECONDS)  # it answers, but refuses: full, or a replica; stock tries again at once, for ever
+            sleep(REFUSED_SECONDS)  # it answers but refuses (full, or a replica); stock would retry at once, for ever
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # stock explains a setting of late acks, which we do not use, every time
+            warnings.simplefilter("ignore")  # about a setting for late acks, which we do not use
             super().on_connection_error_after_connected(exc)
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
-        """As stock, but for the log, where stock writes down all that the message says: it may be somebody's prompt."""
+        """As stock Celery does, but without logging the whole message: it may contain somebody's prompt."""
         name, task_id = str(message.headers.get("task"))[:64], str(message.headers.get("id"))[:64]
-        reason = f"no task is called {name!r} here; jobs are submitted to the API (POST /v1/jobs)"
-        logger.error("refused a task that was sent by hand: %s", reason, extra={"task_id": task_id})
+        reason = f"there is no task called {name!r} here; submit jobs to the API (POST /v1/jobs)"
+        logger.error("refused a task that did not come from the API: %s", reason, extra={"task_id": task_id})
         message.reject_log_error(logger, self.connection_errors)
         self.event_dispatcher.send("task-failed", uuid=task_id, exception=reason)
 
@@ -132,7 +132,7 @@ class EngineWorker(Worker):
     """`celery worker` for an EnginePool."""
 
     def on_consumer_ready(self, consumer: Any) -> None:
-        """Stock says "ready" here, which a worker is when its engine is."""
+        """Stock Celery logs "ready" here, but a worker is only ready when its engine is."""
         signals.worker_ready.send(sender=consumer)
         logger.info("%s is connected; it takes jobs when its engine is ready", self.hostname)
 
@@ -140,7 +140,7 @@ class EngineWorker(Worker):
 class EngineStep(bootsteps.StartStopStep):
     """Ties channel, pool and event loop together, after every connect."""
 
-    requires = (Tasks, Heart)  # so it stops before the heart does, which says goodbye for the worker
+    requires = (Tasks, Heart)  # so it stops before the heart, which sends worker-offline
 
     def __init__(self, c: EngineConsumer, **options: Any) -> None:
         super().__init__(c, **options)
@@ -185,19 +185,20 @@ class EngineStep(bootsteps.StartStopStep):
         self._notice_a_stall(c, channel)
 
     def _share_lookahead(self, pool: EnginePool) -> None:
-        """A delivery must not wait for our slots while somebody else has free ones: then we look ahead no more, and
+        """A delivery must not wait for our slots while another worker has free ones: pause the look-ahead then, and
         give back what waits."""
         channel = pool.deliveries.channel
         if channel is None:
             return
-        pool.is_lookahead_paused = channel.is_another_hungry()
+        pool.is_lookahead_paused = channel.is_another_idle()
         oldest = next(iter(pool.deliveries.in_hand.values()), None)
         is_late = oldest is not None and oldest.age_seconds > MAX_LOOKAHEAD_SECONDS
         if pool.is_lookahead_paused and is_late and pool.room().num_idle == 0:
             logger.info("gave %d deliveries back to a worker with free slots", pool.give_back())
 
     def _notice_a_stall(self, c: EngineConsumer, channel: ClaimingChannel) -> None:
-        """Whatever the reason: credit, messages waiting and no look at the queue for long means connect again."""
+        """Reconnect if there is credit and messages wait, but the queue has not been read for a long time, for whatever
+        reason."""
         is_healthy = channel.num_claims != self._num_claims_seen or c.pool.room().credit <= 0
         self._num_claims_seen = channel.num_claims
         if is_healthy:
@@ -207,4 +208,4 @@ class EngineStep(bootsteps.StartStopStep):
         if monotonic() - self._stalled_since < STALL_SECONDS or not channel.num_waiting():
             return
         self._stalled_since = None
-        raise ConnectionError(f"{c.hostname} has room but took nothing for {STALL_SECONDS:.0f} s; connecting again")
+        raise ConnectionError(f"{c.hostname} has room but has taken nothing for {STALL_SECONDS:.0f} s; reconnecting")

@@ -1,10 +1,10 @@
 """Every delivery of this worker, from its receipt through claims and reconnects to its end.
 
-A delivery: one message of `generate` in this worker's hands, from its receipt to the end of its job here.
+A delivery: one `generate` message held by this worker, from its arrival to the end of its job here.
 
-Every delivery of this worker, through claims and reconnects: in hand until claimed, running until its job ends here.
+All deliveries of this worker, across claims and reconnects: in hand until claimed, running until the job ends here.
 
-Connections come and go, deliveries stay: they are acked by tag, which Redis takes from any connection.
+Connections come and go, deliveries stay: they are acked by tag, which Redis accepts from any connection.
 """
 
 import os
@@ -29,14 +29,14 @@ logger = get_logger(__name__)
 
 
 class Delivery(Request):
-    """Celery's request, with the job protocol's idea of accepting, cancelling and ending. Hub thread only.
+    """Celery's request, accepted, cancelled and ended by the rules of the job protocol. Hub thread only.
 
-    It is acked when its job's claim committed. From then on the job is ours by its lease, and the delivery only carries
-    the job's story to Flower.
+    It is acked once the claim of its job is committed. From then on the lease makes the job ours, and the delivery only
+    serves to tell Flower about the job.
     """
 
     acknowledged: bool = False
-    is_cancel_wanted = False  # a revoke reached it here: its end is reported as revoked
+    is_cancel_wanted = False  # it was revoked here: its end is reported as revoked
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -44,7 +44,7 @@ class Delivery(Request):
 
     @classmethod
     def without_message(cls, job_id: UUID, **options: Any) -> "Delivery":
-        """For a job that came straight from SQL: Flower shows and cancels it like any other."""
+        """For a job claimed straight from SQL, so that Flower shows and cancels it like any other."""
         headers = {"id": external_id(job_id), "task": GENERATE, "argsrepr": "()", "kwargsrepr": "{}"}
         message = Message(headers=headers, properties={}, delivery_info={}, delivery_tag="")
         delivery = cls(message, headers=headers, body=([], {}, {}), decoded=True, **options)
@@ -53,7 +53,7 @@ class Delivery(Request):
 
     @property
     def job_id(self) -> UUID:
-        """Raises ValueError where the task id is no job's."""
+        """Raises ValueError if the task id is not a job id."""
         return parse_id(self.id)
 
     @property
@@ -65,29 +65,29 @@ class Delivery(Request):
         return monotonic() - self.received_at
 
     def revoked(self) -> bool:
-        """Never here: the pool cancels the job in SQL first, and its end is announced when it is true."""
+        """Never: the pool cancels the job in SQL first, and the end is announced once it has happened."""
         return False
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
-        """A revoke with `terminate`, from Flower or `celery control`."""
+        """A revoke with `terminate` from Flower or `celery control`."""
         pool.cancel(self)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
-        """Celery cancels its requests at a cold shutdown; our jobs are released instead, and go on elsewhere."""
+        """Nothing: Celery calls this in a cold shutdown, where our jobs are released and continue elsewhere."""
 
     def acknowledge(self) -> None:
-        # Stock hands the ack to the event loop's next turn, up to a second away.
+        # Stock Celery leaves the ack to the next turn of the event loop, up to a second away.
         if not self.acknowledged:
             self.acknowledged = True
             self._message.ack_log_error(logger, self._connection_errors)
 
     def receive(self) -> None:
-        """What Celery does when a message arrives; for one that never did."""
+        """Do what Celery does when a message arrives, for a job without a message."""
         state.task_reserved(self)
         self.send_event("task-received", name=self.name, args=self.argsrepr, kwargs=self.kwargsrepr, retries=0)
 
     def start(self) -> None:
-        """The claim committed."""
+        """The claim is committed."""
         self.on_accepted(os.getpid(), monotonic())
 
     def end(self, status: JobStatus, *, runtime_seconds: float, summary: str) -> None:
@@ -101,7 +101,7 @@ class Delivery(Request):
             self._announce_end_without_result(is_expired=status is JobStatus.EXPIRED)
 
     def drop(self) -> None:
-        """There was nothing to claim: the job is done, cancelled or somebody else's."""
+        """There was nothing to claim: the job is done, cancelled or owned by another worker."""
         state.task_ready(self)
         if self.is_cancel_wanted:
             self._announce_end_without_result(is_expired=False)
@@ -109,28 +109,28 @@ class Delivery(Request):
             self.send_event("task-rejected", requeue=False)
 
     def refuse(self, reason: str) -> None:
-        """It is no job's: whoever sent it by hand finds a failed task in Flower, or by its event."""
+        """It belongs to no job: whoever sent it finds a failed task in Flower, or in its events."""
         state.task_ready(self)
         self.send_event("task-failed", exception=reason, traceback="")
 
     def release(self) -> None:
-        """The job went back to SQL, or another owner has it; Flower shows it as waiting for another start."""
+        """The job went back to the queue, or has another owner; Flower shows it as waiting for a retry."""
         state.task_ready(self)
         self.send_event("task-retried", exception="released", traceback="")
 
     def forget(self) -> None:
-        """The message is back in its queue, or another delivery of the same job is here."""
+        """The message is back in its queue, or this was a duplicate."""
         state.task_ready(self)
 
     def _announce_end_without_result(self, *, is_expired: bool) -> None:
         self.send_event("task-revoked", terminated=not is_expired, signum="SIGTERM", expired=is_expired)
 
 
-MAX_ID_CHARS = 64  # of an id that is none
+MAX_ID_CHARS = 64  # of an invalid id, in the log
 
 
 class Deliveries:
-    """Hub thread only. (Other threads may look whether there are any.)"""
+    """Hub thread only. (Other threads may check whether there are any.)"""
 
     def __init__(self, app: Celery, hostname: str) -> None:
         self._app = app
@@ -139,7 +139,7 @@ class Deliveries:
         self.in_hand: dict[UUID, Delivery] = {}  # in order of arrival
         self.running: dict[UUID, Delivery] = {}
         self.channel: ClaimingChannel | None = None  # None while there is no connection
-        self.lost_acks: set[str] = set()  # tags; repeated when there is a connection
+        self.lost_acks: set[str] = set()  # tags; sent again once there is a connection
 
     @property
     def num_in_hand(self) -> int:
@@ -148,12 +148,12 @@ class Deliveries:
         return max(len(self.in_hand), unacked)
 
     def take(self, delivery: Delivery) -> UUID | None:
-        """Keep a new delivery and return its job. None: it was dropped, as no job's or as a second one of its job."""
+        """Keep a new delivery and return its job; None if it was dropped: it belongs to no job, or is a duplicate."""
         try:
             job_id = delivery.job_id
         except ValueError:
-            reason = f"{delivery.id[:MAX_ID_CHARS]!r} is no job's id; jobs are submitted to the API (POST /v1/jobs)"
-            logger.error("refused a task that was sent by hand: %s", reason)
+            reason = f"{delivery.id[:MAX_ID_CHARS]!r} is not a job id; submit jobs to the API (POST /v1/jobs)"
+            logger.error("refused a task that did not come from the API: %s", reason)
             delivery.acknowledge()
             delivery.refuse(reason)
             return None
@@ -164,18 +164,18 @@ class Deliveries:
         self.in_hand[job_id] = delivery
         return job_id
 
-    def settle(self, events: Sequence[RunnerEvent]) -> None:
-        """Act on the runner's news, in order."""
+    def apply(self, events: Sequence[RunnerEvent]) -> None:
+        """Act on the runner's events, in order."""
         self._ack_claimed(events)
         self.give_back([event.job_id for event in events if event.kind is RunnerEventKind.REFUSED])
         for event in events:
             try:
-                self._settle_one(event)
-            except Exception:  # one job's trouble must not end the worker, which a hub callback's exception does
-                logger.exception("could not settle %s of job %s", event.kind, event.job_id)
+                self._apply_one(event)
+            except Exception:  # an exception in a hub callback would end the worker, and with it all other jobs
+                logger.exception("could not act on %s of job %s", event.kind, event.job_id)
 
     def give_back(self, job_ids: Iterable[UUID]) -> int:
-        """Put these deliveries back at the head of their queue, the first one foremost. Returns how many went."""
+        """Put these deliveries back at the head of their queue, keeping their order. Returns how many went back."""
         given = [self.in_hand.pop(job_id) for job_id in job_ids if job_id in self.in_hand]
         for delivery in given:
             delivery.acknowledged = True  # it is not ours to ack any more
@@ -185,7 +185,7 @@ class Deliveries:
         return self.channel.give_back([delivery.tag for delivery in given])
 
     def detach(self) -> None:
-        """The connection broke. Deliveries in hand stay offered: their claim needs SQL alone."""
+        """The connection broke. Deliveries in hand stay offered: claiming them only needs SQL."""
         channel, self.channel = self.channel, None
         if channel is None or channel._qos is None:
             return
@@ -193,14 +193,16 @@ class Deliveries:
             channel.qos._delivered.pop(delivery.tag, None)  # so that closing the channel does not requeue it
 
     def attach(self, channel: ClaimingChannel, event_dispatcher: Any) -> None:
-        """A connection stands: the first one, or another one after a loss."""
+        """There is a connection: the first one, or a new one after a loss."""
         self.channel, self._event_dispatcher = channel, event_dispatcher
         for delivery in self.in_hand.values():
             delivery._message.channel = channel
             channel.qos._delivered[delivery.tag] = delivery._message
-            state.task_reserved(delivery)  # Celery cleared its books
+            state.task_reserved(delivery)  # Celery forgot it with the old connection
         for delivery in (*self.in_hand.values(), *self.running.values()):
-            delivery.eventer = event_dispatcher  # the old one is closed; without this their ends are never told
+            delivery.eventer = (
+                event_dispatcher  # the old one is closed: without this, their end would never be announced
+            )
         self.repeat_lost_acks()
 
     def repeat_lost_acks(self) -> None:
@@ -209,22 +211,22 @@ class Deliveries:
 
     def _drop_duplicate(self, duplicate: Delivery, known: Delivery) -> None:
         duplicate.forget()
-        state.requests[known.id] = known  # the duplicate had taken its place
+        state.requests[known.id] = known  # the duplicate has replaced it there
         is_same_message = duplicate.tag == known.tag and not known.acknowledged
         if not is_same_message:
             duplicate.acknowledge()
 
     def _ack_claimed(self, events: Iterable[RunnerEvent]) -> None:
         """Ack the messages of all jobs claimed or dropped, in one round trip."""
-        settled = (RunnerEventKind.CLAIMED, RunnerEventKind.DROPPED)
-        job_ids = [event.job_id for event in events if event.kind in settled]
+        acked_kinds = (RunnerEventKind.CLAIMED, RunnerEventKind.DROPPED)
+        job_ids = [event.job_id for event in events if event.kind in acked_kinds]
         deliveries = [self.in_hand[job_id] for job_id in job_ids if job_id in self.in_hand]
         for delivery in deliveries:
             delivery.acknowledged = True
         self._ack([delivery.tag for delivery in deliveries])
 
     def _ack(self, tags: list[str]) -> None:
-        """Now, or after the next reconnect. A lost ack costs a delivery that claims nothing."""
+        """Now, or after the next reconnect. A lost ack only causes a second delivery, which finds nothing to claim."""
         if not tags:
             return
         if self.channel is None:
@@ -233,10 +235,10 @@ class Deliveries:
         try:
             self.channel.ack_many(tags)
         except (*self.channel.connection_errors, self.channel.ResponseError) as exc:
-            logger.warning("could not ack %d messages, will repeat it: %s", len(tags), exc)
+            logger.warning("could not ack %d messages, will try again: %s", len(tags), exc)
             self.lost_acks.update(tags)
 
-    def _settle_one(self, event: RunnerEvent) -> None:
+    def _apply_one(self, event: RunnerEvent) -> None:
         if event.kind is RunnerEventKind.CLAIMED:
             self._start(event.job_id)
         elif event.kind is RunnerEventKind.DROPPED and event.job_id in self.in_hand:
@@ -249,7 +251,7 @@ class Deliveries:
 
     def _start(self, job_id: UUID) -> None:
         if job_id in self.running:
-            return  # it came straight from SQL, and its message came after it
+            return  # it was claimed straight from SQL, and its message arrived afterwards
         delivery = self.in_hand.pop(job_id, None) or self._deliver_from_sql(job_id)
         self.running[job_id] = delivery
         delivery.start()

@@ -1,4 +1,4 @@
-"""How jobs come in: offered deliveries claimed together as room allows, and SQL asked when the queue is silent.
+"""How jobs come in: offered deliveries are claimed together as room allows; when none arrive, SQL is asked.
 
 The isolated lane is never dispatched: its jobs are claimed by asking SQL, as often as gpu_worker/quarantine.py says.
 """
@@ -18,11 +18,11 @@ from storage.jobs import ClaimedJob
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 2.0  # free slots and no offer for so long: ask SQL
+POLL_SECONDS = 2.0  # ask SQL after having free slots but no offer for so long
 
 
 class Offers:
-    """Jobs offered and not yet claimed, in order of arrival. Thread-safe."""
+    """Jobs that were offered and are not claimed yet, in order of arrival. Thread-safe."""
 
     def __init__(self) -> None:
         self._job_ids: dict[UUID, None] = {}
@@ -36,7 +36,7 @@ class Offers:
             self._job_ids[job_id] = None
 
     def take(self, limit: int | None = None) -> list[UUID]:
-        """The first ones; they are not offered any more."""
+        """Remove and return the first ones."""
         with self._lock:
             taken = list(self._job_ids)[:limit]
             for job_id in taken:
@@ -44,16 +44,16 @@ class Offers:
         return taken
 
     def put_back(self, job_ids: Iterable[UUID]) -> None:
-        """To the head, where they came from."""
+        """At the head, where they came from."""
         with self._lock:
             self._job_ids = dict.fromkeys(job_ids) | self._job_ids
 
 
 class Intake:
-    """Claims for the runner's thread; at most one claim of each lane is under way, so that offers gather meanwhile.
+    """Claims jobs for the runner's thread. One claim per lane at a time, so that offers gather meanwhile.
 
-    `on_claimed(jobs, sent_at)` gets what a claim brought, `on_known(ids)` the offers that run here already, and
-    `on_dropped(ids)` those that nothing came of.
+    `on_claimed(jobs, sent_at)` gets the claimed jobs, `on_known(ids)` the offered jobs that run here already, and
+    `on_dropped(ids)` those that could not be claimed.
     """
 
     def __init__(
@@ -69,22 +69,22 @@ class Intake:
     ) -> None:
         self._offers = offers
         self._storage = storage
-        self._thread = thread
+        self._storage_thread = thread
         self._quarantine = quarantine
         self._on_claimed = on_claimed
         self._on_known = on_known
         self._on_dropped = on_dropped
         self._busy_lanes: set[Lane] = set()
-        self._heard_at: float | None = None  # of an offer, or that SQL was asked; at first, that there is room
+        self._heard_at: float | None = None  # when an offer came or SQL was asked last, or when there was room first
 
     @property
     def is_claiming(self) -> bool:
         return bool(self._busy_lanes)
 
     def claim(self, now: float, *, num_free: int, known: frozenset[UUID]) -> None:
-        """Claim what is offered and fits; without offers, look into SQL now and then. `known` jobs run here."""
-        if num_free <= 0 or self._busy_lanes or self._thread.is_away:
-            return  # also while the isolated lane is asked: who comes from there wants to be alone
+        """Claim what is offered and fits; without offers, ask SQL now and then. `known` jobs run here already."""
+        if num_free <= 0 or self._busy_lanes or self._storage_thread.is_away:
+            return  # also while the isolated lane is being asked: a job from there must run alone
         self._heard_at = self._heard_at or now
         if job_ids := self._offers.take(num_free):
             self._heard_at = now
@@ -96,7 +96,7 @@ class Intake:
 
     def look_into_quarantine(self, now: float, *, is_resting: bool, known: frozenset[UUID]) -> None:
         """Claim one job that must run alone, if it is time to."""
-        if Lane.ISOLATED in self._busy_lanes or self._thread.is_away:
+        if Lane.ISOLATED in self._busy_lanes or self._storage_thread.is_away:
             return
         min_suspicions = self._quarantine.take_look(now, is_resting=is_resting)
         if min_suspicions is not None:
@@ -120,11 +120,11 @@ class Intake:
             elif len(job_ids) == 1:
                 log.error("the job cannot be claimed", exc_info=exc, extra={"job_id": external_id(job_ids[0])})
                 self._on_dropped(job_ids)
-            else:  # one row that cannot be read must not keep its neighbours from being claimed
+            else:  # a row that cannot be read must not keep the others from being claimed
                 for job_id in job_ids:
                     self._claim_offered([job_id], known)
 
-        self._thread.submit(
+        self._storage_thread.submit(
             lambda is_repeated: self._storage.claim(job_ids, known, is_repeated=is_repeated), on_done, on_error
         )
 
@@ -135,7 +135,7 @@ class Intake:
             self._busy_lanes.discard(lane)
             self._on_claimed(answer.value, answer.sent_at)
 
-        self._thread.submit(
+        self._storage_thread.submit(
             lambda is_repeated: self._storage.claim_next(
                 limit, lane, known, min_suspicions=min_suspicions, is_repeated=is_repeated
             ),

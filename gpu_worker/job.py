@@ -1,8 +1,8 @@
 """A claimed job while it runs here, generation or embedding.
 
-A claimed job while it runs here: where its stream stands, and what it gained since its last chunk. No I/O.
+A claimed job while it runs here: what its stream holds so far, and the output since its last chunk. No I/O.
 
-A claimed embedding job while it runs here: it has no stream, and one result at its end.
+A claimed embedding job while it runs here: no stream, only a result at the end.
 """
 
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ from domain.requests import (
 from gpu_worker.engine_process.frames import AddJob, EmbeddingOutput, EmbedJob, JobFailed, SequenceOutput
 from storage.jobs import ClaimedJob, Finalisation
 
-#: How a job ends that was cut off; the first one that any of its sequences bears.
+#: The status of an aborted job, by the finish reason of its sequences.
 STATUS_BY_REASON = {FinishReason.DEADLINE: JobStatus.EXPIRED, FinishReason.CANCELLED: JobStatus.CANCELLED}
 
 
 @dataclass(slots=True)
 class SequenceProgress:
-    """One of the job's texts: what is numbered for SQL already, and what is pending."""
+    """One of the job's texts: what is in numbered chunks already, and what is pending."""
 
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -48,14 +48,14 @@ class SequenceProgress:
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)
     pending_sum_logprobs: float | None = None
     pending_num_reasoning_tokens: int | None = None
-    is_end_pending: bool = False  # its finish reason is not in a chunk yet
+    is_end_pending: bool = False  # the finish reason is not in a chunk yet
 
     @property
     def has_pending(self) -> bool:
         return bool(self.pending_text or self.pending_token_ids or self.is_end_pending)
 
     def take_chunk(self, sequence_number: int, index: int) -> TokenChunk:
-        """All that is pending, as the next chunk."""
+        """Everything pending, as the next chunk."""
         chunk = TokenChunk(
             sequence_number=sequence_number,
             index=index,
@@ -86,24 +86,24 @@ class RunningJob:
     """Belongs to the runner's thread."""
 
     def __init__(self, claimed: ClaimedJob, *, claimed_at: float) -> None:
-        """`claimed_at` is from before the claim was sent: the lease lasts at least from then."""
+        """`claimed_at` is the time just before the claim was sent: the lease began no earlier."""
         self.id = claimed.id
         self.attempt = claimed.attempt
         self.name = external_id(claimed.id)  # what the engine and the logs call it
         self.claimed = claimed
         self.started_at = monotonic()
         self.leased_at = claimed_at
-        self.has_spoken = False  # a chunk of this attempt has been taken
+        self.has_spoken = False  # whether a chunk of this attempt has been taken
         self.is_in_engine = False
         self.has_output = False  # of this attempt
-        self.is_ending = False  # its finalisation is under way: nothing more is done with it
+        self.is_ending = False  # its finalisation is on its way: nothing else is done with it
         self.abort_reason: FinishReason | None = None
         request = claimed.request
         self.params = request.params if isinstance(request, GenerationRequest) else SamplingParams()
         self.sequences = [SequenceProgress() for _ in range(self.params.num_sequences)]
         self.last_sequence_number = 0
         self._prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-        self._is_prompt_pending = False  # its logprobs are not in a chunk yet
+        self._is_prompt_pending = False  # the prompt's logprobs are not in a chunk yet
         self._error: JobError | None = None
         self._num_cached_tokens = 0
         for chunk in claimed.committed_chunks:
@@ -133,7 +133,7 @@ class RunningJob:
 
     @property
     def is_over(self) -> bool:
-        """Every sequence has ended, or the engine gave the job up."""
+        """Every sequence has ended, or the engine cannot run the job."""
         return self._error is not None or all(sequence.finish_reason for sequence in self.sequences)
 
     @property
@@ -142,15 +142,11 @@ class RunningJob:
 
     @property
     def is_urgent(self) -> bool:
-        """Worth a flush of its own: the first chunk, or the end."""
+        """Its first chunk or its end is pending, which deserve a flush of their own."""
         return self.is_over or (not self.has_spoken and self.has_pending)
 
     def command(self) -> AddJob | EmbedJob:
-        """What the engine is told."""
-        return self.add_command()
-
-    def add_command(self) -> AddJob:
-        """What the engine must know to start, or to go on where the last attempt stopped."""
+        """What the engine must know to start the job, or to continue where the last attempt stopped."""
         claimed = self.claimed
         return AddJob(
             job_id=self.name,
@@ -174,7 +170,7 @@ class RunningJob:
         return None if heard_at is None else now - heard_at
 
     def absorb(self, output: SequenceOutput) -> None:
-        """Take what one of its sequences gained; an ended sequence gains nothing."""
+        """Take the output of one of its sequences; ignored if the sequence has ended."""
         sequence = self.sequences[output.index]
         if sequence.finish_reason is not None:
             return
@@ -199,7 +195,7 @@ class RunningJob:
         self._error = _job_error(failure.code, failure.message)
 
     def cut_off(self, reason: FinishReason) -> None:
-        """End it without the engine, which has not got it."""
+        """End it without the engine, which does not have it yet."""
         for sequence in self.sequences:
             if sequence.finish_reason is None:
                 sequence.finish_reason = reason
@@ -219,7 +215,8 @@ class RunningJob:
         return chunks
 
     def finalisation(self) -> Finalisation:
-        """How it ends; all its chunks must have been taken. A failed job's result is what storage finds committed."""
+        """How it ends; all its chunks must have been taken before. Storage builds a failed job's result from what is
+        committed."""
         assert self.is_over
         result = None if self._status() is JobStatus.FAILED else self._result()
         reason = result.choices[0].finish_reason if result else self.sequences[0].finish_reason
@@ -240,7 +237,7 @@ class RunningJob:
         )
 
     def summary(self) -> str:
-        """For events and logs: never text of the job."""
+        """For events and logs: never contains the job's text."""
         if self._error is not None:
             return self._error.code
         reasons = dict.fromkeys(sequence.finish_reason or "unfinished" for sequence in self.sequences)
@@ -287,7 +284,7 @@ def _logprob(entry: dict[str, object] | None) -> TokenLogprob | None:
 
 
 def _job_error(code: str, message: str) -> JobError:
-    """In the words of domain.errors; a code that is not there is not worth a retry."""
+    """With the `retryable` of its class in domain.errors; unknown codes are not retryable."""
     error_class = next((cls for cls in _walk(CeleriacError) if cls.code == code), CeleriacError)
     return JobError(code=code, message=message, retryable=error_class.retryable)
 
@@ -299,7 +296,7 @@ def _walk(cls: type[CeleriacError]) -> Iterator[type[CeleriacError]]:
 
 
 class RunningEmbedding(RunningJob):
-    """To the rest of the worker a job with one sequence, which never says a word."""
+    """To the rest of the worker this is a job with one sequence that never has any output."""
 
     def __init__(self, claimed: ClaimedJob, *, claimed_at: float) -> None:
         super().__init__(claimed, claimed_at=claimed_at)

@@ -1,15 +1,16 @@
 """A Celery worker pool whose slots are the engine's, and how such a worker ends.
 
-A Celery worker pool whose slots are the engine's: deliveries in, ordered news of their jobs out.
+A Celery worker pool whose slots are those of the engine: deliveries in, events of their jobs out, in order.
 
-Deliveries are offered to the `JobRunner`, which claims them in SQL when the engine has room and reports on its own
-thread. Reports wait in an ordered queue, because Celery's hub keeps its callbacks in an unordered set, and are settled
-on the hub thread, the only one that may touch requests, events and channels.
+Deliveries are offered to the `JobRunner`, which claims them in SQL when the engine has room and emits events on its own
+thread. The events wait in a queue, because Celery's hub keeps its callbacks in an unordered set, and are acted on by
+the hub thread, the only one that may touch requests, Celery events and channels.
 
-How a GPU worker ends: drained with heartbeats, inspect and revoke alive, or at once with its jobs released.
+How a GPU worker exits: after a drain, during which heartbeats, inspect and revoke still work, or at once, releasing
+its jobs.
 
-Celery's own warm shutdown stops its event loop first, and its cold one cancels requests; both are replaced. Signal
-handlers only start a thread: the main thread may hold any lock when a signal arrives.
+Celery's warm shutdown stops its event loop first, and its cold one cancels requests; both are replaced. Signal handlers
+only start a thread, since the main thread may hold any lock when a signal arrives.
 """
 
 import os
@@ -47,7 +48,7 @@ def served_model(settings: Settings) -> ModelSpec:
 
 
 class EnginePool(BasePool):
-    """Between Celery and the runner. Without a comment, a method is the hub thread's."""
+    """Between Celery and the runner. Methods belong to the hub thread unless they say otherwise."""
 
     body_can_be_buffer = True
     task_join_will_block = False
@@ -63,18 +64,18 @@ class EnginePool(BasePool):
         hostname: str = options["initargs"][1]
         self.deliveries = Deliveries(self.app, hostname)
         self.consumer: Any = None
-        self.shutdown = Shutdown(self)
+        self.worker_exit = WorkerExit(self)
         self.runner = self.make_runner(
             model=served_model(settings).id,
             owner=uuid4(),
             hostname=hostname,
             on_event=self._on_runner_event,
-            on_unhealthy=self.shutdown.fail,
+            on_unhealthy=self.worker_exit.fail,
         )
         self.metrics_url: str | None = None
         self._hub: Any = None
         self._events: deque[RunnerEvent] = deque()
-        self._is_settling_due = False
+        self._is_taking_due = False
         self._stop_lock = Lock()
         self._is_runner_stopped = False
 
@@ -82,16 +83,16 @@ class EnginePool(BasePool):
         settings = get_settings()
         self.metrics_url = serve_metrics(Process.WORKER, settings.worker_metrics_host, settings.worker_metrics_port)
         self.runner.start()
-        self.shutdown.install()
+        self.worker_exit.install()
 
     def register_with_event_loop(self, hub: Any) -> None:
         self._hub = hub
-        hub.call_soon(self.settle)
+        hub.call_soon(self.take_events)
 
     # Deliveries in
 
     def room(self) -> Room:
-        """How many messages may be taken now: what the engine could start, and a little ahead of it."""
+        """How many messages may be taken now: as many as the engine could start, and a few ahead of that."""
         if self.is_draining or self.runner.stats().state is not WorkerState.READY:
             return NO_ROOM
         num_free = self.runner.num_free
@@ -112,56 +113,59 @@ class EnginePool(BasePool):
     ) -> Any:
         delivery = getattr(accept_callback, "__self__", None)
         if not isinstance(delivery, Delivery):
-            return apply_target(target, args, kwargs, callback, accept_callback)  # a small housekeeping task runs here
+            return apply_target(
+                target, args, kwargs, callback, accept_callback
+            )  # one of Celery's own small tasks: run it here
         job_id = self.deliveries.take(delivery)
         if job_id is None:
             return delivery
         if delivery.id in state.revoked:
-            self.cancel(delivery)  # before the offer, so that nothing is left to claim
+            self.cancel(delivery)  # before the offer, so that there is nothing left to claim
         self.runner.offer(job_id)
         return delivery
 
     def cancel(self, delivery: Delivery) -> None:
-        """Stop the job of a delivery, running or not: SQL hears of it, so it holds whoever runs the job."""
+        """Stop the job of a delivery, running or not. It is requested in SQL, so it works whoever runs the job."""
         delivery.is_cancel_wanted = True
         self.runner.cancel(delivery.job_id)
 
     def cancel_in_hand(self, task_ids: Iterable[str]) -> None:
-        """A plain revoke: stops what has not begun, as in every Celery worker."""
+        """A plain revoke: stops what has not started, as in every Celery worker."""
         wanted = set(task_ids)
         for delivery in [held for held in self.deliveries.in_hand.values() if held.id in wanted]:
             self.cancel(delivery)
 
     def give_back(self) -> int:
-        """Put every delivery in hand whose claim has not begun back into its queue; returns how many."""
+        """Put all deliveries in hand that are not being claimed back into their queue; returns how many."""
         return self.deliveries.give_back(self.runner.withdraw())
 
-    # News out
+    # Events out
 
     def _on_runner_event(self, event: RunnerEvent) -> None:
         """On the runner's thread."""
         self._events.append(event)
-        if not self._is_settling_due and self._hub is not None:
-            self._is_settling_due = True
-            self._hub.call_soon(self.settle)
+        if not self._is_taking_due and self._hub is not None:
+            self._is_taking_due = True
+            self._hub.call_soon(self.take_events)
 
-    def settle(self) -> None:
-        """Act on all news so far, in order."""
-        self._is_settling_due = False  # first: news that comes from here on asks for another turn
+    def take_events(self) -> None:
+        """Act on all events so far, in order."""
+        self._is_taking_due = False  # first: an event that arrives from here on asks for another call
         events = []
         while self._events:
             events.append(self._events.popleft())
-        self.deliveries.settle(events)
+        self.deliveries.apply(events)
 
     def wake_hub(self) -> None:
-        """Make the event loop turn, so that it sees what another thread did. Any thread."""
+        """Make the event loop turn, so that it notices what another thread did. Any thread."""
         if self._hub is not None:
-            self._hub.call_soon(self.settle)
+            self._hub.call_soon(self.take_events)
 
     # The end
 
     def begin_drain(self, *, release_after_seconds: float) -> None:
-        """Take nothing more, give back what is in hand, let running jobs end; this process ends then. Any thread."""
+        """Take no more messages, give back those in hand, and let running jobs end; the process exits then. Any
+        thread."""
         self.is_draining = True
         self.runner.begin_drain(release_after_seconds=release_after_seconds)
         if self._hub is not None:
@@ -169,13 +173,14 @@ class EnginePool(BasePool):
 
     @property
     def is_drained(self) -> bool:
-        """Nothing runs and all is told. Without a connection nothing can be told or given back. Any thread."""
+        """Nothing runs, and everything has been announced or given back, if there is a connection to do so. Any
+        thread."""
         if self.runner.stats().num_running > 0:
             return False
         return self.deliveries.channel is None or not (self.deliveries.running or self.deliveries.in_hand)
 
     def stop_runner(self) -> None:
-        """Release what runs and end the engine; once, whoever asks. Any thread."""
+        """Release running jobs and end the engine; only the first call does. Any thread."""
         with self._stop_lock:
             if not self._is_runner_stopped:
                 self._is_runner_stopped = True
@@ -185,19 +190,19 @@ class EnginePool(BasePool):
     def on_stop(self) -> None:
         self.is_draining = True
         self.stop_runner()
-        self.settle()
+        self.take_events()
         if self.consumer is not None:
             self.consumer._flush_events()
 
     on_terminate = on_stop
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:
-        """There is no process to signal; `Delivery.terminate` does the work."""
+        """Nothing: there is no process to signal; `Delivery.terminate` does the work."""
 
     # Flower and `celery inspect`
 
     def engine_figures(self) -> dict[str, Any]:
-        """Flat and short: Flower prints it as one row."""
+        """Flat and short: Flower shows it as one row."""
         stats = self.runner.stats()
         return {
             "credit": self.room().credit,
@@ -236,14 +241,14 @@ logger = get_logger(__name__)
 
 EXIT_OK, EXIT_FAILURE = 0, 1
 
-EXIT_LASTING = os.EX_CONFIG  # sysexits.h: to whoever supervises, a restart is of no use before something is mended
+EXIT_LASTING = os.EX_CONFIG  # sysexits.h: tells a supervisor that restarting is useless until something is fixed
 
-_GRACE_SECONDS = 10.0  # beyond the drain: the runner releases and reports what still ran
+_GRACE_SECONDS = 10.0  # after the drain: the runner releases what still runs and reports it
 
 _POLL_SECONDS = 0.05
 
 
-class Shutdown:
+class WorkerExit:
     """One per worker. The first SIGTERM or SIGINT drains; a second one, or SIGQUIT, releases everything at once."""
 
     def __init__(self, pool: "EnginePool") -> None:
@@ -251,13 +256,13 @@ class Shutdown:
         self._is_draining = False
 
     def install(self) -> None:
-        """Take the signals over from Celery. Main thread, after Celery installed its own handlers."""
+        """Replace Celery's signal handlers. Main thread, after Celery has installed them."""
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signal_number, self._on_stop_signal)
         signal.signal(signal.SIGQUIT, self._on_quit_signal)
 
     def drain(self, reason: str, *, release_after_seconds: float | None = None) -> None:
-        """Let running jobs end, then end the worker. `reason` is for the log. Returns at once; any thread."""
+        """Let running jobs end, then exit. `reason` is for the log. Returns at once. Any thread."""
         if self._is_draining:
             return
         self._is_draining = True
@@ -265,9 +270,9 @@ class Shutdown:
         Thread(target=self._drain, args=(reason, seconds), name="drain", daemon=True).start()
 
     def fail(self, failure: WorkerFailure) -> None:
-        """The engine cannot be kept alive: end the worker, so that whoever supervises it starts a fresh one, or stops
-        trying. Its jobs are released already. Any thread."""
-        logger.critical("leaving: %s", failure.reason)
+        """The engine cannot be kept alive: exit, so that a supervisor starts a new worker, or gives up. The jobs have
+        been released already. Any thread."""
+        logger.critical("exiting: %s", failure.reason)
         state.should_stop = EXIT_LASTING if failure.is_lasting else EXIT_FAILURE
         self._pool.wake_hub()
 
@@ -285,19 +290,19 @@ class Shutdown:
         Thread(target=self._quit, args=(reason,), name="quit", daemon=True).start()
 
     def _drain(self, reason: str, release_after_seconds: float) -> None:
-        logger.warning("draining on %s, then leaving: running jobs have %.0f seconds", reason, release_after_seconds)
+        logger.warning("draining on %s, then exiting: running jobs have %.0f seconds", reason, release_after_seconds)
         self._pool.begin_drain(release_after_seconds=release_after_seconds)
         deadline = monotonic() + release_after_seconds + _GRACE_SECONDS
         while not self._pool.is_drained:
             if monotonic() > deadline:
-                logger.error("the drain did not end in time; releasing what is left")
+                logger.error("the drain took too long; releasing the jobs that are left")
                 break
             sleep(_POLL_SECONDS)
         state.should_stop = EXIT_OK
         self._pool.wake_hub()
 
     def _quit(self, reason: str) -> None:
-        logger.warning("leaving at once on %s: running jobs go back to the queue", reason)
+        logger.warning("exiting at once on %s: running jobs go back to the queue", reason)
         state.should_terminate = EXIT_OK
         self._pool.wake_hub()
-        self._pool.stop_runner()  # not left to the main thread, which may be waiting for a broker that is down
+        self._pool.stop_runner()  # here, since the main thread may be waiting for a broker that is down

@@ -97,14 +97,15 @@ class Verdict:
 
 
 class OomKills:
-    """Of our own control group and those below it (cgroup v2), else of the whole host."""
+    """The kernel's count of OOM kills in our own control group and below (cgroup v2), or else on the whole host: tells
+    whether lack of memory explains a SIGKILL."""
 
     def __init__(self, paths: Sequence[Path] | None = None) -> None:
         self._paths = [*_own_group(), HOST_COUNTERS] if paths is None else paths
         self._num_seen = self._count()
 
     def is_possible(self) -> bool:
-        """Whether the OOM killer has killed since this was last asked; True where nobody counts."""
+        """Whether the OOM killer has killed since the last call; True if the kernel's count cannot be read."""
         num_before, self._num_seen = self._num_seen, self._count()
         return self._num_seen is None or self._num_seen != num_before
 
@@ -117,7 +118,7 @@ class OomKills:
 
 
 def _own_group() -> list[Path]:
-    """`memory.events` of the group that we and the engine are in; the root group has none."""
+    """`memory.events` of the group that we and the engine belong to; the root group has none."""
     with suppress(OSError):
         groups = [line.removeprefix("0::/") for line in OWN_CGROUPS.read_text().splitlines() if line.startswith("0::/")]
         return [CGROUP_ROOT / group / "memory.events" for group in groups]

@@ -1,13 +1,13 @@
 """The runner: one thread between the Celery side and the engine, which feeds the engine and owns the batch.
 
-The runner's thread: waits on the engine, on storage and on callers, and keeps the running batch going.
+The runner's thread: waits for the engine, for storage and for callers, and keeps the running batch going.
 
-SQL and Redis are behind the storage thread, whose answers come back through the mailbox; so a database that is away
-stops neither the engine, nor a cancel, nor the heartbeat watch.
+SQL and Redis are left to the storage thread, whose answers come back through the mailbox. So an absent database stops
+neither the engine, nor a cancel, nor the supervision of the engine.
 
-Between the Celery side and the engine: claims deliveries, feeds the engine, and owns the threads that talk to SQL.
+Between Celery and the engine: claims deliveries, feeds the engine, and owns the threads that talk to SQL.
 
-Nothing here runs on Celery's hub thread except the small thread-safe calls of `JobRunner`; the work is done in
+Only the short, thread-safe methods of `JobRunner` run on Celery's hub thread; the work is done in
 gpu_worker/runner.py.
 """
 
@@ -25,13 +25,13 @@ from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id
 from domain.jobs import AttemptOutcome, WorkerState
 from gpu_worker.batch import RunningBatch
-from gpu_worker.commits import Heartbeat, JobStorage, Publisher
+from gpu_worker.commits import JobStorage, Publisher, WorkerReporter
 from gpu_worker.engine_process.frames import CannotLoad, Ready, Report, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from gpu_worker.intake import Intake, Offers
 from gpu_worker.quarantine import SHIPPED_RULES, Quarantine, QuarantineRules
 from gpu_worker.threads import (
-    DispatchBell,
+    DispatchRequester,
     EngineMeter,
     Mailbox,
     RunnerEvent,
@@ -48,13 +48,13 @@ from text.models import complete
 
 log = logging.getLogger(__name__)
 
-HOUSEKEEPING_SECONDS = 0.1  # the longest wait: watches, timers and fallbacks are that exact
+HOUSEKEEPING_SECONDS = 0.1  # the longest wait, and so the precision of all timers
 
-RATE_SECONDS = 1.0  # over which tokens per second are counted
+RATE_SECONDS = 1.0  # over which tokens per second are measured
 
 
-class RunnerLoop:
-    """Everything but `run` is called on its own thread: post it to `mailbox`."""
+class RunnerThread:
+    """What `run` does belongs to its thread; to call any other method, post the call to `mailbox`."""
 
     def __init__(
         self,
@@ -74,8 +74,8 @@ class RunnerLoop:
         self._on_event = on_event
         self._on_unhealthy = on_unhealthy
         self._storage = JobStorage(settings, spec, owner, hostname)
-        self._thread = StorageThread(self.mailbox.post)
-        self._bell = DispatchBell(self._storage.sessions, spec, settings)
+        self._storage_thread = StorageThread(self.mailbox.post)
+        self._dispatcher = DispatchRequester(self._storage.sessions, spec, settings)
         self._supervisor = Supervisor(
             spec,
             heartbeat_seconds=settings.engine_heartbeat_seconds,
@@ -88,30 +88,35 @@ class RunnerLoop:
             self._quarantine,
             Publisher(settings),
             self._storage,
-            self._thread,
+            self._storage_thread,
             self._events.append,
         )
         self._intake = Intake(
             offers,
             self._storage,
-            self._thread,
+            self._storage_thread,
             self._quarantine,
             on_claimed=self._batch.admit,
             on_known=self._batch.adopt,
             on_dropped=self._drop,
         )
-        self._heartbeat = Heartbeat(
-            self._storage, self._thread, spec=spec, owner=owner, hostname=hostname, on_answer=self._obey
+        self._reporter = WorkerReporter(
+            self._storage,
+            self._storage_thread,
+            spec=spec,
+            owner=owner,
+            hostname=hostname,
+            on_answer=self._follow_orders,
         )
         self._meter = EngineMeter(spec.id)
         self._exits = engine_exits_total.labels(spec.id)
         job_log.begin([spec.id], [AttemptOutcome.RELEASED, AttemptOutcome.CRASHED])
         self._drain_seconds = settings.drain_seconds
-        self._drain_deadline: float | None = None  # draining until then
+        self._drain_deadline: float | None = None  # draining until then, because the process is to exit
         self._unload_deadline: float | None = None  # the same, because the model is unloaded
-        self._order_deadline: float | None = None  # the same, because an operator said so
-        self._is_loaded: bool | None = None  # whether the model is to be; SQL says so before there is an engine
-        self._has_been_ready = False  # an engine of this worker was
+        self._order_deadline: float | None = None  # the same, because an operator ordered it
+        self._is_loaded: bool | None = None  # whether the model is to be loaded; None until SQL has told
+        self._has_been_ready = False  # whether an engine of this worker ever was
         self._is_healthy = True
         self._is_stopping = False
         self._rate_since, self._rate_tokens = monotonic(), 0
@@ -122,9 +127,9 @@ class RunnerLoop:
         self.num_free = 0
 
     def run(self) -> None:
-        """Until `stop`. Any error that nobody foresaw makes the worker unhealthy rather than silent."""
-        self._thread.start()
-        self._bell.start()
+        """Until `stop`. An unexpected error makes the worker unhealthy rather than silent."""
+        self._storage_thread.start()
+        self._dispatcher.start()
         try:
             while not self._is_stopping:
                 self._turn()
@@ -134,10 +139,10 @@ class RunnerLoop:
         finally:
             self._close()
 
-    # What callers ask for
+    # Calls
 
     def cancel(self, job_id: UUID) -> None:
-        self._thread.submit(lambda is_repeated: self._storage.request_cancel(job_id), lambda answer: None)
+        self._storage_thread.submit(lambda is_repeated: self._storage.request_cancel(job_id), lambda answer: None)
         self._batch.cancel(job_id)
 
     def begin_drain(self, release_after_seconds: float) -> None:
@@ -145,15 +150,16 @@ class RunnerLoop:
         self._batch.release_unstarted()
 
     def order_drain(self, release_after_seconds: float) -> None:
-        """As `begin_drain`, but written down: it holds until it is taken back, whatever becomes of this process."""
+        """Like `begin_drain`, but stored in SQL: it holds until it is revoked, whatever happens to this process."""
         self._order(lambda is_repeated: self._storage.order_drain(release_after_seconds))
 
     def order_resume(self) -> None:
         self._order(lambda is_repeated: self._storage.order_resume())
 
     def _order(self, write: Callable[[bool], None]) -> None:
-        """What was written is obeyed when the next report hears of it, and thus in the order of writing."""
-        self._thread.submit(write, lambda answer: self._heartbeat.beat_soon())
+        """The order is followed once the next report has read it from SQL, so that orders are followed as they were
+        written."""
+        self._storage_thread.submit(write, lambda answer: self._reporter.beat_soon())
 
     def stop(self, release: bool) -> None:
         if release:
@@ -177,13 +183,13 @@ class RunnerLoop:
         self._batch.flush_due(now)
         self._count_rate(now)
         if self._is_healthy:
-            self._heartbeat.beat(
+            self._reporter.beat(
                 now, self._state, num_running=self._batch.num_sequences, tokens_per_second=self._tokens_per_second
             )
-        self._tell_news()
+        self._emit_events()
 
     def _wait(self, now: float) -> None:
-        """Until something arrives or is due; then write what the engine takes."""
+        """Until something arrives or is due; then write what the engine can take."""
         poll = select.poll()
         poll.register(self.mailbox, select.POLLIN)
         for channel in self._supervisor.readers():
@@ -201,7 +207,7 @@ class RunnerLoop:
             self._meter.forget_engine()
             return
         if isinstance(report, CannotLoad):
-            return  # the exit that follows says so
+            return  # the exit that follows contains it
         self._meter.stats = report.stats
         if isinstance(report, StepDone):
             self._batch.absorb(report)
@@ -222,39 +228,38 @@ class RunnerLoop:
             self._give_up(failure)
 
     def _failure_of(self, exit_: EngineExit) -> WorkerFailure | None:
-        """Why there is no use in another engine; None where there is."""
+        """Why another engine would be of no use; None if it may be."""
         if exit_.why_not_loaded is not None:
-            # What was loaded before is no error of the configuration: memory may be short for a while.
+            # If it was loaded before, the configuration is right: memory may be short for a while.
             reason = f"model {self._spec.id!r} cannot be loaded: {exit_.why_not_loaded}"
-            remedy = "mend that in its files or in models.toml, then start the worker again"
+            remedy = "fix its files or models.toml, then start the worker again"
             return WorkerFailure(f"{reason}; {remedy}", is_lasting=not self._has_been_ready)
         if self._quarantine.is_worker_at_fault:
-            return WorkerFailure(f"the engine keeps crashing; lately: {exit_.description}")
+            return WorkerFailure(f"the engine keeps crashing; the last time: {exit_.description}")
         return None
 
-    def _obey(self, orders: Orders) -> None:
-        """SQL says what this worker is to do."""
-        self._obey_drain(orders.release_after_seconds)
-        self._obey_load(orders.is_loaded)
+    def _follow_orders(self, orders: Orders) -> None:
+        self._follow_drain_order(orders.release_after_seconds)
+        self._follow_load_order(orders.is_loaded)
 
-    def _obey_drain(self, release_after_seconds: float | None) -> None:
+    def _follow_drain_order(self, release_after_seconds: float | None) -> None:
         if (release_after_seconds is None) is (self._order_deadline is None):
             return
         if release_after_seconds is None:
-            log.warning("this worker takes jobs again, as was ordered")
+            log.warning("taking jobs again, as ordered")
             self._order_deadline = None
             return
-        log.warning("draining, as was ordered; running jobs have %.0f seconds", release_after_seconds)
+        log.warning("draining, as ordered; running jobs have %.0f seconds", release_after_seconds)
         self._order_deadline = monotonic() + release_after_seconds
         self._batch.release_unstarted()
 
-    def _obey_load(self, is_loaded: bool) -> None:
-        """An engine that is not to be loaded any more is drained, then stopped."""
+    def _follow_load_order(self, is_loaded: bool) -> None:
+        """If the model is to be unloaded, drain the engine, then stop it."""
         if is_loaded is self._is_loaded:
             return
         self._is_loaded, self._unload_deadline = is_loaded, None
         if not is_loaded:
-            log.warning("the model is unloaded; running jobs have %.0f seconds", self._drain_seconds)
+            log.warning("unloading the model; running jobs have %.0f seconds", self._drain_seconds)
             self._unload_deadline = monotonic() + self._drain_seconds
             self._batch.release_unstarted()
 
@@ -271,22 +276,22 @@ class RunnerLoop:
             self._intake.look_into_quarantine(now, is_resting=is_resting, known=self._batch.job_ids)
         self._intake.claim(now, num_free=self._count_free(), known=self._batch.job_ids)
 
-    def _tell_news(self) -> None:
-        """Figures first: who hears of an event looks at them."""
+    def _emit_events(self) -> None:
+        """Update the figures first, since the listener looks at them."""
         self.num_free = self._count_free()
         self.stats = self._make_stats()
         events = self._events[:]
         self._events.clear()
         for event in events:
-            self._tell(event)
+            self._emit(event)
 
-    def _tell(self, event: RunnerEvent) -> None:
+    def _emit(self, event: RunnerEvent) -> None:
         if event.kind in (RunnerEventKind.ENDED, RunnerEventKind.RELEASED):
-            self._bell.ring()
+            self._dispatcher.request()
         try:
             self._on_event(event)
-        except Exception:  # the listener's trouble must not end everybody's jobs
-            log.exception("an event was not taken", extra={"job_id": external_id(event.job_id)})
+        except Exception:  # a faulty listener must not end all jobs
+            log.exception("the listener failed on an event", extra={"job_id": external_id(event.job_id)})
 
     def _drop(self, job_ids: Sequence[UUID]) -> None:
         self._events += [RunnerEvent(RunnerEventKind.DROPPED, job_id) for job_id in job_ids]
@@ -298,7 +303,7 @@ class RunnerLoop:
 
     @property
     def _release_at(self) -> float | None:
-        """When running jobs are released; None while we do not drain."""
+        """When running jobs are released; None unless draining."""
         deadlines = (self._drain_deadline, self._unload_deadline, self._order_deadline)
         return min((at for at in deadlines if at is not None), default=None)
 
@@ -345,28 +350,28 @@ class RunnerLoop:
     # The end
 
     def _give_up(self, failure: WorkerFailure) -> None:
-        """This worker cannot work: everything goes back to the queue, and the process should end."""
+        """This worker cannot work: all jobs go back to the queue, and the process should exit."""
         self._is_healthy = False
         self._batch.release_all()
         self._supervisor.stop()
         self._on_unhealthy(failure)
 
     def _close(self) -> None:
-        """Whatever was submitted to storage still happens, and its news is told."""
-        self._bell.stop()
-        self._thread.submit(lambda is_repeated: self._storage.forget_worker(), lambda answer: None)
+        """What was submitted to storage is still done, and its events are emitted."""
+        self._dispatcher.stop()
+        self._storage_thread.submit(lambda is_repeated: self._storage.forget_worker(), lambda answer: None)
         self._supervisor.stop()
-        self._thread.stop()
+        self._storage_thread.stop()
         self.mailbox.run_all()
-        self._tell_news()
+        self._emit_events()
         self._storage.close()
         self.mailbox.close()
 
 
 class JobRunner:
-    """One engine, one thread. Every method is thread-safe and returns at once; news comes through `on_event`, which is
-    called on the runner's thread, in order. `on_unhealthy` is called once, when the engine cannot be kept alive: the
-    jobs are released by then, and the process should end."""
+    """One engine, one thread. Every method but `stop` is thread-safe and returns at once. `on_event` is called on the
+    runner's thread, in order. `on_unhealthy` is called once, when the engine cannot be kept alive: the jobs have been
+    released by then, and the process should exit."""
 
     def __init__(
         self,
@@ -381,7 +386,7 @@ class JobRunner:
     ) -> None:
         settings = settings or get_settings()
         self._offers = Offers()
-        self._loop = RunnerLoop(
+        self._runner = RunnerThread(
             spec=complete(Catalog.load(settings.models_file).get(model)),
             settings=settings,
             owner=owner,
@@ -391,48 +396,48 @@ class JobRunner:
             on_unhealthy=on_unhealthy or (lambda failure: None),
             quarantine_rules=quarantine_rules,
         )
-        self._thread = Thread(target=self._loop.run, name="job-runner", daemon=True)
+        self._thread = Thread(target=self._runner.run, name="job-runner", daemon=True)
 
     def start(self) -> None:
         """Start the engine process and the thread."""
         self._thread.start()
 
     def offer(self, job_id: UUID) -> None:
-        """A delivery in hand. It is claimed, with all others that fit, as soon as the engine has room."""
+        """Have the job of a delivery claimed, with all others that fit, as soon as the engine has room."""
         self._offers.add(job_id)
-        self._loop.mailbox.post(lambda: None)
+        self._runner.mailbox.post(lambda: None)
 
     def withdraw(self) -> list[UUID]:
-        """Take back every offered, unclaimed job, in order of arrival; no event follows for them."""
+        """Take back all offered jobs that are not claimed yet, in order of arrival; no events follow for them."""
         return self._offers.take()
 
     def cancel(self, job_id: UUID) -> None:
-        """Stop a running or offered job: the flag goes to SQL, so whoever owns it sees it; our engine hears at once."""
-        self._loop.mailbox.post(lambda: self._loop.cancel(job_id))
+        """Stop a running or offered job: its owner finds the request in SQL; our own engine is told at once."""
+        self._runner.mailbox.post(lambda: self._runner.cancel(job_id))
 
     def begin_drain(self, *, release_after_seconds: float) -> None:
-        """Claim nothing more; let running jobs end; release what still runs after the time given."""
-        self._loop.mailbox.post(lambda: self._loop.begin_drain(release_after_seconds))
+        """Claim no more jobs, let running ones end, and release those that still run after the given time."""
+        self._runner.mailbox.post(lambda: self._runner.begin_drain(release_after_seconds))
 
     def order_drain(self, *, release_after_seconds: float) -> None:
-        """As `begin_drain`, written down for the worker's name: it outlives the process, until `order_resume`."""
-        self._loop.mailbox.post(lambda: self._loop.order_drain(release_after_seconds))
+        """Like `begin_drain`, but stored under the worker's name: it outlives the process, until `order_resume`."""
+        self._runner.mailbox.post(lambda: self._runner.order_drain(release_after_seconds))
 
     def order_resume(self) -> None:
-        """Take back `order_drain`, whoever gave it."""
-        self._loop.mailbox.post(self._loop.order_resume)
+        """Revoke an `order_drain`, whoever gave it."""
+        self._runner.mailbox.post(self._runner.order_resume)
 
     def stop(self, *, release: bool) -> None:
         """End the thread and the engine process; with `release`, running jobs go back to the queue first. Blocks."""
         if not self._thread.is_alive():
             return
-        self._loop.mailbox.post(lambda: self._loop.stop(release))
+        self._runner.mailbox.post(lambda: self._runner.stop(release))
         self._thread.join()
 
     @property
     def num_free(self) -> int:
         """Sequences the engine could take now, beyond those claimed. 0 while it is not ready or draining."""
-        return self._loop.num_free
+        return self._runner.num_free
 
     def stats(self) -> RunnerStats:
-        return self._loop.stats
+        return self._runner.stats

@@ -1,15 +1,15 @@
 """How the worker's threads speak to one another, and the two that wait for others on its behalf.
 
-What a JobRunner tells of its jobs and of itself, and what its engines count.
+What a JobRunner reports about its jobs and about itself, and what its engines count.
 
-How other threads speak to a thread that waits on sockets: callbacks in order, and a socket that wakes it.
+Lets other threads call a thread that waits on sockets: callbacks in order, and a socket that wakes it up.
 
-One thread for everything that waits for SQL or Redis: calls run in order, each until the database has answered.
+One thread for everything that waits for SQL or Redis. Calls run in order, and each is repeated until it is answered.
 
-The order is what the runner relies on: a crash report comes after the last chunks that arrived before the crash, a
-release after the commit it follows. While the database is away the queue stands still, and the engine runs on.
+The runner relies on the order: a crash report follows the commit of the last chunks before the crash, a release the
+commit before it. While the database is away, the queue stands still and the engine continues.
 
-Asks for a dispatch when room was made, off everybody's critical path: one thread, at most fifty times a second.
+Runs a dispatch after room has been made, off the critical path: in one thread, at most fifty times a second.
 """
 
 import logging
@@ -44,20 +44,19 @@ log = logging.getLogger(__name__)
 
 
 class RunnerEventKind(StrEnum):
-    CLAIMED = "claimed"  # the SQL claim committed: ack the message, send task-started
-    DROPPED = "dropped"  # no row to claim (done, cancelled, somebody else's): ack the message, forget it
+    CLAIMED = "claimed"  # the claim is committed in SQL: ack the message, send task-started
+    DROPPED = "dropped"  # there was nothing to claim (done, cancelled, another owner): ack the message, forget it
     ENDED = "ended"  # terminal in SQL: send task-succeeded, task-failed or task-revoked by `status`
-    REFUSED = "refused"  # no jobs are taken at the moment: put its message back into the queue, forget it
-    RELEASED = "released"  # given back to SQL, or lost to another owner: forget it, no terminal Celery event of ours
+    REFUSED = "refused"  # no jobs are taken at the moment: put the message back into its queue, forget it
+    RELEASED = "released"  # given back to the queue, or lost to another owner: forget it, without a final Celery event
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerEvent:
-    """What became of one job. Per job the order is CLAIMED, then ENDED or RELEASED; or DROPPED or REFUSED
-    alone.
+    """What happened to one job: CLAIMED, later ENDED or RELEASED; or only DROPPED or REFUSED.
 
-    Jobs that the runner claimed straight from SQL (no delivery) are reported too; the pool ignores ids it never
-    offered. Is one of those offered after all, while it runs here, it is reported as CLAIMED again.
+    Jobs that the runner claimed straight from SQL, without a delivery, are reported, too. If such a job's message
+    arrives while it is already running here, CLAIMED is reported a second time.
     """
 
     kind: RunnerEventKind
@@ -69,19 +68,19 @@ class RunnerEvent:
 
 @dataclass(frozen=True, slots=True)
 class WorkerFailure:
-    """Why a worker cannot go on: one line, with what to do where that is known."""
+    """Why a worker cannot continue: one line, with the remedy if it is known."""
 
     reason: str
-    is_lasting: bool = False  # a worker that is started right away would fail in the same way
+    is_lasting: bool = False  # a worker that is restarted right away would fail in the same way
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerStats:
-    """Figures for Flower, /health and the credit rule; read from any thread."""
+    """Figures for Flower, /health and the credit. Any thread."""
 
     max_num_seqs: int
     num_running: int  # claimed and not yet ended
-    num_offered: int  # in hand, unclaimed
+    num_offered: int  # in hand, not claimed yet
     is_engine_ready: bool
     state: WorkerState
     tokens_per_second: float
@@ -124,7 +123,7 @@ class EngineMeter:
 
 
 class Mailbox:
-    """`post` from any thread; everything else on the owner's."""
+    """`post` may be called from any thread, everything else only from the owner's."""
 
     def __init__(self) -> None:
         self._callbacks: deque[Callable[[], None]] = deque()
@@ -133,7 +132,7 @@ class Mailbox:
         self._theirs.setblocking(False)
 
     def fileno(self) -> int:
-        """Readable when something was posted."""
+        """Readable once something was posted."""
         return self._ours.fileno()
 
     def post(self, callback: Callable[[], None]) -> None:
@@ -141,10 +140,10 @@ class Mailbox:
         try:
             self._theirs.send(b"!")
         except OSError:
-            pass  # full: the owner has long been woken; or closed: nobody will come
+            pass  # full: the owner has been woken already; or closed: there is nobody to wake
 
     def run_all(self) -> None:
-        """Run everything posted so far, in order."""
+        """Run everything that was posted so far, in order."""
         try:
             while self._ours.recv(4096):
                 pass
@@ -164,21 +163,21 @@ FIRST_RETRY_SECONDS = 0.05
 
 MAX_RETRY_SECONDS = 1.0
 
-STOP_PATIENCE_SECONDS = 5.0  # how long the last calls may wait for a database that is away
+STOP_PATIENCE_SECONDS = 5.0  # how long the last calls may wait for an absent database
 
-HUNG_SECONDS = 5.0  # for the one call that is under way: a frozen server never answers
+HUNG_SECONDS = 5.0  # how long to wait for the current call: a frozen server never answers
 
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[T]):
-    """What a call returned. `sent_at` is the monotonic time before its last try was sent."""
+    """What a call returned. `sent_at` is the monotonic time at which its last try began."""
 
     value: T
     sent_at: float
 
 
 class StorageThread:
-    """`post` hands a callback back to the thread that owns this object."""
+    """`post` passes a callback to the thread that owns this object."""
 
     def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
         self._post = post
@@ -186,7 +185,7 @@ class StorageThread:
         self._stopping = Event()
         self._stop_deadline = float("inf")
         self._thread = Thread(target=self._run, name="job-storage", daemon=True)
-        self.is_away = False  # the database does not answer at the moment
+        self.is_away = False  # whether the database does not answer at the moment
 
     def start(self) -> None:
         self._thread.start()
@@ -197,8 +196,8 @@ class StorageThread:
         on_done: Callable[[Answer[T]], None],
         on_error: Callable[[Exception], None] | None = None,
     ) -> None:
-        """Run `call(is_repeated)` after all calls before it. `is_repeated` says that an earlier try may have taken
-        effect although no answer came. `on_done` and `on_error` are posted; without the latter, errors are logged."""
+        """Run `call(is_repeated)` after all earlier calls. `is_repeated` says that an earlier try may have taken effect
+        although no answer came. `on_done` or `on_error` is posted; without `on_error`, errors are logged."""
 
         def run() -> None:
             try:
@@ -211,7 +210,7 @@ class StorageThread:
         self._calls.put(run)
 
     def stop(self) -> None:
-        """End after the calls submitted so far; those that an outage holds up are given up after a while. Blocks."""
+        """End after the calls submitted so far; if an outage holds them up, give them up after a while. Blocks."""
         self._stop_deadline = monotonic() + STOP_PATIENCE_SECONDS
         self._stopping.set()
         self._calls.put(None)
@@ -231,7 +230,7 @@ class StorageThread:
                 if monotonic() > self._stop_deadline:
                     raise
                 if not self.is_away:
-                    log.warning("the database does not answer, repeating: %s", describe_exception(exc))
+                    log.warning("the database does not answer; retrying: %s", describe_exception(exc))
                 self.is_away = is_repeated = True
                 self._wait(wait_seconds)
                 wait_seconds = min(2 * wait_seconds, MAX_RETRY_SECONDS)
@@ -259,8 +258,8 @@ PAUSE_AFTER_FAILURE_SECONDS = 1.0  # the janitor dispatches every second anyway
 REDIS_TIMEOUT_SECONDS = 0.2
 
 
-class DispatchBell:
-    """`ring` from any thread; rings during a dispatch become one more after it."""
+class DispatchRequester:
+    """`request` from any thread; requests during a dispatch become one more after it."""
 
     def __init__(self, sessions: sessionmaker[Session], spec: ModelSpec, settings: Settings) -> None:
         self._sessions = sessions
@@ -272,24 +271,24 @@ class DispatchBell:
             socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 0),
         )
-        self._rung = Event()
+        self._requested = Event()
         self._stopping = Event()
-        self._thread = Thread(target=self._run, name="dispatch-bell", daemon=True)
+        self._thread = Thread(target=self._run, name="dispatch-requester", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def ring(self) -> None:
-        self._rung.set()
+    def request(self) -> None:
+        self._requested.set()
 
     def stop(self) -> None:
-        """Returns at once; a dispatch under way may end later."""
+        """Returns at once; a dispatch in progress may end later."""
         self._stopping.set()
-        self._rung.set()
+        self._requested.set()
 
     def _run(self) -> None:
-        while self._rung.wait() and not self._stopping.is_set():
-            self._rung.clear()
+        while self._requested.wait() and not self._stopping.is_set():
+            self._requested.clear()
             self._stopping.wait(PAUSE_SECONDS if self._dispatch() else PAUSE_AFTER_FAILURE_SECONDS)
         self._client.close()
 
@@ -297,6 +296,6 @@ class DispatchBell:
         try:
             dispatch(self._sessions, self._client, self._spec, self._settings)
         except (RedisError, SQLAlchemyError, OSError) as exc:
-            log.warning("dispatch failed, left to the janitor: %s", describe_exception(exc))
+            log.warning("a dispatch failed; the janitor will make up for it: %s", describe_exception(exc))
             return False
         return True

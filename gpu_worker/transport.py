@@ -1,13 +1,13 @@
 """kombu's Redis transport with an atomic claim: as many messages as there is room for, in one call.
 
-The Lua scripts of the transport: take messages in hand, and put them back. Redis runs each in one step.
+The transport's Lua scripts: take messages in hand, and put them back. Redis runs each script atomically.
 
-kombu's Redis transport with an atomic claim: as many messages as there is room for, in one round trip.
+kombu's Redis transport with an atomic claim: takes as many messages as there is room for, in one round trip.
 
-Stock kombu pops a message and writes it down as unacked in two steps; a kill between them loses it. Here one script
-does both. The blocking pop waits on a doorbell that publishers ring in the same pipeline, so nothing that matters is
-ever in a socket. A lost ring, or a message of a publisher that rings no bell, costs at most `brpop_timeout` (one
-second). Keys and formats stay kombu's: stock workers, restore and Flower agree.
+Stock kombu pops a message and then records it as unacked; a kill in between loses it. Here one script does both. The
+blocking pop waits on a second list, the bell, to which publishers push in the same pipeline, so the only thing that a
+broken socket can lose is a ring. A lost ring, or a publisher that does not ring, costs at most `brpop_timeout` (one
+second). Keys and formats are kombu's, so stock workers, restoring and Flower work as usual.
 
 Redis keys (`queue` is `ModelSpec.queue`; the lists themselves are described in `tasks/messages.py`)
 | name            | type       | lifetime               | writer                        | reader      |
@@ -15,7 +15,7 @@ Redis keys (`queue` is `ModelSpec.queue`; the lists themselves are described in 
 | unacked         | hash       | until acked or restored| claim, kombu                  | all workers |
 | unacked_index   | sorted set | until acked or restored| claim, kombu                  | all workers |
 | {queue}:bell    | list       | until the queue is empty| dispatch, give_back          | GPU workers |
-| {queue}:hungry  | string     | two seconds            | a worker with free slots      | GPU workers |
+| {queue}:idle  | string     | two seconds            | a worker with free slots      | GPU workers |
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +32,8 @@ from kombu.utils.json import dumps, loads
 
 from tasks.messages import MAX_RINGS, bell_key, priority_keys
 
-# KEYS: unacked, unacked_index, the bell of each queue, the hungry key of each, all lists in the order of service.
-# ARGV: limit, now, idle slots, name of the worker, number of queues, the queue of each list, milliseconds of "hungry".
+# KEYS: unacked, unacked_index, the bell of each queue, the idle key of each, all lists in the order of service.
+# ARGV: limit, now, idle slots, name of the worker, number of queues, the queue of each list, milliseconds of "idle".
 # Returns queue, message, queue, message, ... A message without a delivery tag is returned too, and kept nowhere.
 CLAIM = """
 local limit, num_queues = tonumber(ARGV[1]), tonumber(ARGV[5])
@@ -53,7 +53,7 @@ for i = first_list, #KEYS do
   end
 end
 if #claimed < 2 * limit then
-  -- The lists are empty, so rings that are left would wake for nothing.
+  -- The lists are empty, so the rings that are left would wake workers for nothing.
   redis.call('DEL', unpack(KEYS, 3, 2 + num_queues))
   if #claimed / 2 < tonumber(ARGV[3]) then
     for i = 3 + num_queues, 2 + 2 * num_queues do redis.call('SET', KEYS[i], ARGV[4], 'PX', ARGV[#ARGV]) end
@@ -63,7 +63,7 @@ return claimed
 """
 
 # KEYS: unacked, unacked_index, the bell, then the list of each message. ARGV: delivery tag and text of each message.
-# Returns how many went back; the others are not listed as unacked any more, so they are somebody else's.
+# Returns how many went back; the others are not listed as unacked any more, so another worker has them.
 GIVE_BACK = """
 local num_given = 0
 for i = 4, #KEYS do
@@ -81,11 +81,11 @@ return num_given
 
 logger = get_logger(__name__)
 
-HUNGRY_SECONDS = 2.0
+IDLE_SECONDS = 2.0
 
 
 class Room(NamedTuple):
-    """What the worker can take now. `num_idle` slots would start a job at once; `credit` counts the look-ahead too."""
+    """What the worker can take now: `num_idle` jobs could start at once; `credit` counts the look-ahead, too."""
 
     credit: int
     num_idle: int
@@ -95,17 +95,17 @@ class ClaimingQoS(stock.QoS):
     """Unacked messages of one channel, in order of arrival."""
 
     def can_consume(self) -> bool:
-        # The bell carries no message, so listening needs no credit; `_brpop_start` and `claim` ask for it.
+        # Listening to the bell needs no credit, as it carries no message; `_brpop_start` and `claim` check the credit.
         return self.channel.room is not None or super().can_consume()
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        if self.channel.is_delivering_claimed:  # the script has written it down already
+        if self.channel.is_delivering_claimed:  # the script has recorded it already
             virtual.QoS.append(self, message, delivery_tag)
         else:
             super().append(message, delivery_tag)
 
     def restore_unacked(self, client: Any = None) -> None:
-        """Put everything in hand back at the head, in the order in which it came. Stock reverses the order."""
+        """Put everything in hand back at the head of its queue, in order of arrival. Stock kombu reverses the order."""
         if self.channel.room is None:
             super().restore_unacked(client)
             return
@@ -115,8 +115,8 @@ class ClaimingQoS(stock.QoS):
     def restore_visible(self, *args: Any, **options: Any) -> None:
         try:
             super().restore_visible(*args, **options)
-        except self.channel.ResponseError as exc:  # its lock needs a write, which a full Redis or a replica refuses
-            logger.warning("cannot look for abandoned messages now: %s", exc)
+        except self.channel.ResponseError as exc:  # locking needs a write, which a full Redis or a replica refuses
+            logger.warning("cannot search for abandoned messages now: %s", exc)
 
     @property
     def num_unacked(self) -> int:
@@ -124,20 +124,20 @@ class ClaimingQoS(stock.QoS):
 
 
 class ClaimingChannel(stock.Channel):
-    """A stock channel until `room` is set: then its queues are consumed by atomic claims."""
+    """A stock channel until `room` is set; from then on its queues are consumed by atomic claims."""
 
     QoS = ClaimingQoS
 
     room: Callable[[], Room] | None = None
     worker_name = ""
-    has_backlog = True  # there may be messages beyond what was claimed last
+    has_backlog = True  # there may be more messages than were claimed last
     is_delivering_claimed = False
     num_claims = 0
     _sync_client: Any = None
 
     @contextmanager
     def conn_or_acquire(self, client: Any = None) -> Iterator[Any]:
-        """One client per channel: stock builds a `redis.Redis` for every command, a fifth of the hub's time."""
+        """One client per channel: stock kombu makes a `redis.Redis` for every command, a fifth of the hub's time."""
         if client is not None:
             yield client
         else:
@@ -149,12 +149,12 @@ class ClaimingChannel(stock.Channel):
         return self._sync_client
 
     def refill(self) -> None:
-        """Claim when credit came back and there may be messages. Called at every turn of the event loop."""
+        """Claim if there is credit again and there may be messages. Called at every turn of the event loop."""
         if self.has_backlog and self.room is not None and self.room().credit > 0:
             self.claim()
 
     def claim(self) -> int:
-        """Move up to the free credit of messages from the queues into our hands; returns how many."""
+        """Take as many messages from the queues as the credit allows; returns how many."""
         assert self.room is not None
         room, queues = self.room(), self.active_queues
         self.has_backlog = room.credit <= 0
@@ -172,10 +172,10 @@ class ClaimingChannel(stock.Channel):
         num_steps = len(self.priority_steps)
         # Priority first, then the order of the queues.
         lists = [(queue, keys_by_queue[queue][step]) for step in range(num_steps) for queue in queues]
-        bells, hungry = [bell_key(queue) for queue in queues], [hungry_key(queue) for queue in queues]
-        keys = [self.unacked_key, self.unacked_index_key, *bells, *hungry, *(key for _, key in lists)]
+        bells, idle = [bell_key(queue) for queue in queues], [idle_key(queue) for queue in queues]
+        keys = [self.unacked_key, self.unacked_index_key, *bells, *idle, *(key for _, key in lists)]
         arguments = [room.credit, time(), room.num_idle, self.worker_name, len(queues)]
-        return keys, [*arguments, *(queue for queue, _ in lists), int(HUNGRY_SECONDS * 1000)]
+        return keys, [*arguments, *(queue for queue, _ in lists), int(IDLE_SECONDS * 1000)]
 
     def _deliver_claimed(self, found: Sequence[bytes]) -> None:
         self.is_delivering_claimed = True
@@ -186,54 +186,54 @@ class ClaimingChannel(stock.Channel):
             self.is_delivering_claimed = False
 
     def _deliver_one(self, queue: str, text: bytes) -> None:
-        """A message that cannot be delivered is dropped: what it hinted at is in SQL, and its neighbours must go on.
-        (A KeyError would even pass for a connection error and restart the consumer, for ever.)"""
+        """Drop a message that cannot be delivered: its job is in SQL, and the other messages must get through. (Celery
+        would even take a KeyError for a connection error and restart the consumer, for ever.)"""
         tag = None
         try:
             message = loads(text)
             properties = message["properties"]
             if not isinstance(properties["delivery_tag"], str):
-                raise TypeError("its delivery tag is no text")  # so the script has not written it down either
+                raise TypeError("its delivery tag is not a string")  # so the script has not recorded it, either
             tag = properties["delivery_tag"]
             properties["delivery_info"] = {**properties.get("delivery_info", {}), "exchange": "", "routing_key": queue}
             self.connection._deliver(message, queue)
         except Exception:
-            logger.exception("dropped a message of %d bytes from %s that is no Celery task", len(text), queue)
+            logger.exception("dropped a message of %d bytes from %s: not a Celery task", len(text), queue)
             if tag is not None:
                 self.ack_many([tag])
 
     def ack_many(self, tags: Sequence[str]) -> None:
-        """Forget these messages, here and in Redis: one round trip, repeatable."""
+        """Remove these messages, here and in Redis, in one round trip. May be repeated."""
         for tag in tags:
             self.qos._delivered.pop(tag, None)
-        # No transaction, because a full Redis refuses everything in one, even deletes. In this order whoever dies in
-        # between leaves an index entry without a message, which the next search for abandoned ones removes.
+        # Not in a transaction: a full Redis refuses those, even if they only delete. In this order, dying in between
+        # leaves an index entry without a message, which the next search for abandoned messages removes.
         with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipeline:
             pipeline.hdel(self.unacked_key, *tags).zrem(self.unacked_index_key, *tags).execute()
 
     def keep_in_hand(self, tags: Sequence[str]) -> None:
-        """Stamp these messages afresh, so that nobody restores them as abandoned."""
+        """Renew the timestamps of these messages, so that nobody restores them as abandoned."""
         now = time()
         with self.conn_or_acquire() as client:
             client.zadd(self.unacked_index_key, {tag: now for tag in tags}, xx=True)
 
     def give_back(self, tags: Sequence[str]) -> int:
-        """Put messages in hand back at the head of their queue, the first of `tags` foremost, and ring for each.
-        Those that Redis no longer lists as ours are skipped. Returns how many went back."""
+        """Put messages in hand back at the head of their queue, in the order of `tags`, and ring the bell for each.
+        Skips those that Redis no longer lists as unacked. Returns how many went back."""
         messages = [self.qos._delivered.pop(tag) for tag in tags if tag in self.qos._delivered]
         if not messages:
             return 0
         keys, arguments = [self.unacked_key, self.unacked_index_key, bell_key(_queue_of(messages[0]))], []
-        for message in reversed(messages):  # the last one pushed is the first one popped
+        for message in reversed(messages):  # the last one pushed is popped first
             keys.append(self._q_for_pri(_queue_of(message), self._get_message_priority(message._raw, reverse=False)))
             arguments += [message.delivery_tag, dumps(_as_redelivered(message._raw))]
         with self.conn_or_acquire() as client:
             return int(self._give_back_script(keys, arguments, client=client))
 
-    def is_another_hungry(self) -> bool:
-        """Whether another worker said lately that it has free slots and found the queue empty."""
+    def is_another_idle(self) -> bool:
+        """Whether another worker has lately reported free slots and an empty queue."""
         with self.conn_or_acquire() as client:
-            names = client.mget([hungry_key(queue) for queue in self.active_queues])
+            names = client.mget([idle_key(queue) for queue in self.active_queues])
         return any(name is not None and name.decode() != self.worker_name for name in names)
 
     def num_waiting(self) -> int:
@@ -241,12 +241,12 @@ class ClaimingChannel(stock.Channel):
         return sum(self._size(queue) for queue in self.active_queues)
 
     def close(self) -> None:
-        # Stock waits for the pending pop lest its message be lost; ours can lose a ring at most.
+        # Stock kombu waits for the pending pop, lest its message be lost; ours can only lose a ring.
         if self.room is not None:
             self._in_poll = None
         super().close()
 
-    # Called by kombu's poller: start waiting, and read what the wait brought.
+    # Called by kombu's poller: start to wait, and read the result.
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         if self.room is None:
@@ -254,7 +254,7 @@ class ClaimingChannel(stock.Channel):
             return
         bells = [bell_key(queue) for queue in self.active_queues]
         if self.room().credit <= 0 or not bells:
-            self.has_backlog = True  # not listening, so anything may have come when credit returns
+            self.has_backlog = True  # not listening, so messages may have arrived when there is credit again
             return
         connection = self.client.connection
         self._in_poll = connection
@@ -279,11 +279,11 @@ class ClaimingChannel(stock.Channel):
         try:
             return self.client.parse_response(self.client.connection, "BRPOP", **options)
         except self.connection_errors:
-            self.client.connection.disconnect()  # the next turn of the loop connects again
+            self.client.connection.disconnect()  # the next turn of the event loop reconnects
             raise
 
     def _pass_on(self, bell: bytes) -> None:
-        """We heard the bell but can take nothing: wake somebody else, if Redis takes a write."""
+        """The bell rang but we can take nothing: wake another worker, if Redis accepts writes."""
         self.has_backlog = True
         with self.conn_or_acquire() as client, suppress(self.ResponseError):
             client.pipeline().lpush(bell, 1).ltrim(bell, 0, MAX_RINGS - 1).execute()
@@ -298,13 +298,13 @@ class ClaimingChannel(stock.Channel):
 
 
 class ClaimingTransport(stock.Transport):
-    """Takes the place of kombu's `redis` transport in a GPU worker."""
+    """Replaces kombu's `redis` transport in a GPU worker."""
 
     Channel = ClaimingChannel
 
 
-def hungry_key(queue: str) -> str:
-    return f"{queue}:hungry"
+def idle_key(queue: str) -> str:
+    return f"{queue}:idle"
 
 
 def _queue_of(message: Any) -> str:

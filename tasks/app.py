@@ -55,9 +55,9 @@ def engine_drain(state: Any, exit: int = 0, seconds: float | None = None, **_: A
         return _NO_ENGINE
     release_after_seconds = get_settings().drain_seconds if seconds is None else seconds
     if exit:
-        pool.shutdown.drain("the order engine_drain", release_after_seconds=release_after_seconds)
+        pool.worker_exit.drain("the engine_drain command", release_after_seconds=release_after_seconds)
     else:
-        logger.warning("draining on the order engine_drain: running jobs have %.0f seconds", release_after_seconds)
+        logger.warning("draining on the engine_drain command: running jobs have %.0f seconds", release_after_seconds)
         pool.runner.order_drain(release_after_seconds=release_after_seconds)
     return {"ok": "draining"}
 
@@ -68,7 +68,7 @@ def engine_resume(state: Any, **_: Any) -> dict[str, str]:
     pool = state.consumer.pool
     if not hasattr(pool, "engine_figures"):
         return _NO_ENGINE
-    logger.warning("taking jobs again on the order engine_resume")
+    logger.warning("taking jobs again after the engine_resume command")
     pool.runner.order_resume()
     return {"ok": "taking jobs"}
 

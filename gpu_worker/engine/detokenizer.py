@@ -1,4 +1,4 @@
-"""Token ids to text as they come, in constant time per token: never half a character, never a part of a stop string."""
+"""Token ids to text as they arrive, in constant time per token: never half a character, never part of a stop string."""
 
 import codecs
 import json
@@ -11,14 +11,14 @@ from text.tokenizers import TokenKind, token_table_of
 
 REPLACEMENT = "\ufffd"
 MAX_WINDOW = 12  # tokens decoded again for each new one, a run of byte tokens apart
-NUM_CONTEXT_TOKENS = 6  # kept of them, and of the prompt: the first token of a text is often spelt in another way
+NUM_CONTEXT_TOKENS = 6  # kept of them, and of the prompt: the first token of a text is often decoded differently
 
 _new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 def with_visible_reasoning(tokenizer: Tokenizer) -> Tokenizer:
-    """One whose tags of reasoning have a text. Some models declare them special, and then nobody could tell from their
-    text where the answer begins."""
+    """The tokenizer, changed if necessary so that reasoning tags have a text. Some models declare them special, and
+    then one could not tell from their text where the answer begins."""
     hidden = [
         token
         for token in tokenizer.get_added_tokens_decoder().values()
@@ -33,26 +33,26 @@ def with_visible_reasoning(tokenizer: Tokenizer) -> Tokenizer:
 
 
 class Detokenizer:
-    """Incremental decoding of one sequence. All its pieces and what `flush` gives, joined, are `decode` of all tokens,
-    whatever the decoder: a token is decoded behind the last few before it, so that its cost does not grow.
+    """Incremental decoding of one sequence. Its pieces and the result of `flush`, joined, equal `decode` of all tokens
+    for any decoder. A token is decoded together with the last few before it, so that its cost does not grow.
 
-    Two things wait. The first bytes of a character wait for the others. And a run of byte tokens (`<0xNN>`) waits for
-    the token behind it, since it is decoded as a whole: one byte that fits nowhere makes a U+FFFD of every byte of the
-    run, also of those that were whole characters (docs/adr/0019).
+    Two things wait. The first bytes of a character wait for the rest. And a run of byte tokens (`<0xNN>`) waits for the
+    token after it, since it is decoded as a whole: one invalid byte turns every byte of the run into U+FFFD, even
+    those that made up whole characters (docs/adr/0019).
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._tokens = token_table_of(tokenizer)
         self._utf8 = _new_utf8_decoder("replace")
-        self._run: ByteRun | None = None  # the one that waits
+        self._run: ByteRun | None = None  # that waits
         self._window: list[int] = []  # the last tokens that have a text
         self._num_sent = 0  # characters of the window's text
         self._has_pushed = False
         self._begin_behind(prompt_token_ids)
 
     def push(self, token_id: int) -> str:
-        """The text that became final with this token; often the token's own, at times empty."""
+        """The text that became final with this token: often the token's own, sometimes empty."""
         kind = self._tokens.kind(token_id)
         if kind is TokenKind.HIDDEN:
             return ""
@@ -66,14 +66,13 @@ class Detokenizer:
         return self._send()
 
     def flush(self) -> str:
-        """What still waits when the sequence has ended."""
+        """What is still waiting at the end of the sequence."""
         self._run = None
         self._utf8.reset()
         return self._send() if self._has_pushed else ""
 
     def last_characters_waiting(self, max_count: int) -> str:
-        """The end of a run of byte tokens, as it would read if the run ended here; empty where it ends in half a
-        character."""
+        """The last characters of a run of byte tokens if it ended here; empty if it ends in half a character."""
         return "" if self._run is None else self._run.last_characters(max_count)
 
     def _push_byte(self, token_id: int) -> None:
@@ -91,19 +90,19 @@ class Detokenizer:
     def _slide(self) -> None:
         kept = self._window[-NUM_CONTEXT_TOKENS:]
         text = self._final_text(kept)
-        if text:  # a decoder that strips the start of a text has found it, and strips no more of what comes
+        if text:  # a decoder that strips the start of a text has done so, and will not strip what follows
             self._window, self._num_sent = kept, len(text)
 
     def _final_text(self, token_ids: list[int]) -> str:
         """Without half a character at the end, which `decode` writes as one U+FFFD."""
         if not token_ids:
-            return ""  # of which some decoders make a panic
+            return ""  # on which some decoders panic
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         has_half_a_character = bool(self._utf8.getstate()[0])
         return text.removesuffix(REPLACEMENT) if has_half_a_character else text
 
     def _begin_behind(self, prompt_token_ids: Sequence[int]) -> None:
-        """The prompt's text is sent already, but for half a character at its end: the output may complete that."""
+        """The prompt's text counts as sent, except for half a character at its end, which the output may complete."""
         context: list[int] = []
         run: list[int] = []
         for token_id in reversed(prompt_token_ids):
@@ -123,7 +122,7 @@ class Detokenizer:
 
 
 class ByteRun:
-    """What a run of byte tokens would read as, were it to end here."""
+    """The text of a run of byte tokens if it ended here."""
 
     def __init__(self) -> None:
         self._utf8 = _new_utf8_decoder("strict")
@@ -139,13 +138,13 @@ class ByteRun:
             self._is_valid = False
 
     def last_characters(self, max_count: int) -> str:
-        """Empty where the run is no whole characters."""
+        """Empty if the run does not consist of whole characters."""
         is_whole = self._is_valid and not self._utf8.getstate()[0]
         return "".join(self._characters[-max_count:]) if is_whole else ""
 
 
 def num_bytes_of_half_a_character(text: bytes) -> int:
-    """How many bytes at the end begin a character that the text does not complete; 0 where the text is no UTF-8."""
+    """How many bytes at the end begin a character that is not complete; 0 if the text is not UTF-8."""
     utf8 = _new_utf8_decoder("strict")
     try:
         utf8.decode(text)
@@ -155,7 +154,7 @@ def num_bytes_of_half_a_character(text: bytes) -> int:
 
 
 class StopMatcher:
-    """Finds the first stop string in a stream of text pieces; holds back what could still become one."""
+    """Finds the first stop string in a stream of text pieces; holds back text that could become one."""
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         self._stop_strings = tuple(stop_strings)
@@ -167,22 +166,22 @@ class StopMatcher:
             self._prefixes_by_last_character.setdefault(prefix[-1], []).append(prefix)
 
     def push(self, piece: str, *, may_stop: bool = True) -> tuple[str, bool]:
-        """The text that is safe to send, and whether a stop string was met; the stop string itself is never sent.
-        With `may_stop` false the stream runs on through stop strings."""
+        """The text that may be sent, and whether a stop string was found; the stop string itself is never sent. With
+        `may_stop` False the stream continues through stop strings."""
         if not self._stop_strings:
             return piece, False
         text = self._held + piece
         found = [(start + len(stop), start) for stop in self._stop_strings if (start := text.find(stop)) >= 0]
         if found and may_stop:
             self._held = ""
-            _, start = min(found)  # the first to be complete, however the text was cut into pieces
+            _, start = min(found)  # the first to be complete, however the text was split into pieces
             return text[:start], True
         num_held = self._num_held(text)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], False
 
     def ends_in_stop(self, last_characters: Callable[[int], str]) -> bool:
-        """Whether text that is not pushed yet, of which `last_characters(n)` are the last n, ends in a stop string."""
+        """Whether text that is not pushed yet ends in a stop string; `last_characters(n)` returns its last n."""
         if not self._stop_strings:
             return False
         waiting = last_characters(self._max_stop_length)
@@ -194,20 +193,20 @@ class StopMatcher:
         return held
 
     def _num_held(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """Length of the longest end of `text` with which a stop string begins."""
         if not text:
             return 0
         return next((len(p) for p in self._prefixes_by_last_character.get(text[-1], ()) if text.endswith(p)), 0)
 
 
 class TextStream:
-    """Tokens in, text that may be sent out."""
+    """From tokens to text that may be sent."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop_strings: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids)
         self._matcher = StopMatcher(stop_strings)
-        self._end = ""  # of the text so far, whatever of a tag may be in it
-        self.has_reasoned = False  # the first </think> is complete, also where its text is held back
+        self._end = ""  # of the text so far: as much as may be part of a tag
+        self.has_reasoned = False  # whether the first </think> is complete, even if its text is held back
 
     def push(self, token_id: int, *, may_stop: bool) -> tuple[str, bool]:
         piece = self._detokenizer.push(token_id)
@@ -217,7 +216,7 @@ class TextStream:
         return self._matcher.push(piece, may_stop=may_stop)
 
     def flush(self) -> str:
-        """What was held back, at the end of a sequence that no stop string ended."""
+        """What was held back, at the end of a sequence that did not end with a stop string."""
         piece = self._detokenizer.flush()
         self._look_for_reasoning(piece)
         text, _ = self._matcher.push(piece, may_stop=False)

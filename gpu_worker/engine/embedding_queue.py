@@ -1,7 +1,7 @@
-"""Embedding jobs of an engine: their inputs, a bounded number of tokens in each step, beside the running batch.
+"""An engine's embedding jobs: in each step a limited number of tokens of their inputs, along with the running batch.
 
-Free of torch. Inputs of several jobs share a pass; when it fails, each half is run on its own, down to the guilty
-input, whose job fails.
+Free of torch. Inputs of several jobs share a pass; if it fails, each half is run on its own, down to the guilty input,
+whose job fails.
 """
 
 import logging
@@ -18,7 +18,7 @@ from gpu_worker.engine_process.frames import EmbeddingOutput, EmbedJob, EngineSt
 
 log = logging.getLogger(__name__)
 
-SHARE_BESIDE_GENERATION = 4  # of a step's tokens a quarter: texts go on, and vectors are not starved
+SHARE_WITH_TEXTS = 4  # a quarter of a step's tokens while texts run too: neither starves
 MAX_OUTPUT_BYTES = 2**24  # of one step, but at least one job's: a frame has its limit
 
 #: (num_inputs, width) in float32, one row per input, of any length.
@@ -26,7 +26,7 @@ Embed = Callable[[Sequence[Sequence[int]]], NDArray[np.float32]]
 
 
 @dataclass(slots=True, eq=False)
-class LaneJob:
+class QueuedEmbedding:
     command: EmbedJob
     vectors: list[bytes] = field(default_factory=list)  # of its first inputs
 
@@ -35,7 +35,7 @@ class LaneJob:
         return self.command.job_id, self.command.attempt
 
 
-class EmbeddingLane:
+class EmbeddingQueue:
     """`fatal` are the exceptions that must end the process."""
 
     def __init__(
@@ -52,8 +52,8 @@ class EmbeddingLane:
         self._max_input_tokens = max_input_tokens
         self._max_step_tokens = max_step_tokens
         self._fatal = fatal
-        self._jobs: dict[tuple[str, int], LaneJob] = {}  # in the order in which they run
-        self._planned: list[tuple[LaneJob, Sequence[int]]] = []
+        self._jobs: dict[tuple[str, int], QueuedEmbedding] = {}  # in the order in which they run
+        self._planned: list[tuple[QueuedEmbedding, Sequence[int]]] = []
         self._ended: deque[EmbeddingOutput] = deque()
         self.num_tokens = 0
 
@@ -66,15 +66,15 @@ class EmbeddingLane:
         return len(self._jobs)
 
     def add(self, command: EmbedJob) -> None:
-        """Raises a CeleriacError where it can never run."""
+        """Raises a CeleriacError if the job can never run."""
         for token_ids in command.inputs:
             self._check(token_ids)
-        job = LaneJob(command)
+        job = QueuedEmbedding(command)
         self._jobs[job.key] = job
         self._jobs = dict(sorted(self._jobs.items(), key=lambda item: -item[1].command.priority))
 
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
-        """As a back end's: its last word comes with the next step, none where `reason` is empty."""
+        """Like a back end's: the final output comes with the next step; there is none if `reason` is empty."""
         if self._jobs.pop((job_id, attempt), None) is not None and reason:
             self._ended.append(EmbeddingOutput(job_id, attempt, vectors=[], finish_reason=reason))
         elif not reason:
@@ -88,8 +88,8 @@ class EmbeddingLane:
         generate: Callable[[RecordStep], StepDone] | None,
         stats: Callable[[], EngineStats],
     ) -> StepDone:
-        """One step of both lanes; `generate` is the other one's, where it has work."""
-        members = self._plan(self._max_step_tokens // (SHARE_BESIDE_GENERATION if generate else 1))
+        """One step for vectors and texts together; `generate` makes the texts, where there are any."""
+        members = self._plan(self._max_step_tokens // (SHARE_WITH_TEXTS if generate else 1))
         record(members)
         if generate is None:
             done = StepDone(outputs=[], failures=[], stats=stats())
@@ -102,10 +102,14 @@ class EmbeddingLane:
 
     def _check(self, token_ids: Sequence[int]) -> None:
         if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
-            raise InvalidRequest(f"an input is empty, or names a token beyond {self._vocab_size - 1}", param="inputs")
+            raise InvalidRequest(
+                f"an input is empty or contains a token id outside 0 to {self._vocab_size - 1}; check it",
+                param="inputs",
+            )
         if len(token_ids) > self._max_input_tokens:
             raise ContextLengthExceeded(
-                f"an input has {len(token_ids)} tokens, the model takes {self._max_input_tokens}", param="inputs"
+                f"an input has {len(token_ids)} tokens, but the model accepts {self._max_input_tokens}; shorten it",
+                param="inputs",
             )
 
     def _plan(self, num_tokens: int) -> list[StepMember]:
@@ -121,7 +125,7 @@ class EmbeddingLane:
                 break
         return [StepMember(*key, phase="prefill") for key in dict.fromkeys(job.key for job, _ in self._planned)]
 
-    def _run(self, planned: Sequence[tuple[LaneJob, Sequence[int]]]) -> list[JobFailed]:
+    def _run(self, planned: Sequence[tuple[QueuedEmbedding, Sequence[int]]]) -> list[JobFailed]:
         planned = [(job, token_ids) for job, token_ids in planned if job.key in self._jobs]
         if not planned:
             return []
@@ -140,14 +144,14 @@ class EmbeddingLane:
             self._take(job, len(token_ids), vector)
         return []
 
-    def _take(self, job: LaneJob, num_tokens: int, vector: bytes) -> None:
+    def _take(self, job: QueuedEmbedding, num_tokens: int, vector: bytes) -> None:
         self.num_tokens += num_tokens
         job.vectors.append(vector)
         if len(job.vectors) == len(job.command.inputs):
             del self._jobs[job.key]
             self._ended.append(EmbeddingOutput(*job.key, vectors=job.vectors, finish_reason="stop"))
 
-    def _fail(self, job: LaneJob, exc: Exception) -> JobFailed:
+    def _fail(self, job: QueuedEmbedding, exc: Exception) -> JobFailed:
         log.error("embedding job failed", exc_info=exc, extra={"job_id": job.command.job_id})
         del self._jobs[job.key]
         return JobFailed(*job.key, EngineError.code, f"the model could not run this job: {type(exc).__name__}")
@@ -164,9 +168,10 @@ class EmbeddingLane:
 
 
 def _encode(vector: NDArray[np.float32], dimensions: int | None) -> bytes:
-    """The front of the vector at unit length, little-endian float32. Raises ValueError where it has no direction."""
+    """The first `dimensions` numbers, scaled to unit length, as little-endian float32. Raises ValueError for a vector
+    without a direction."""
     front = vector[:dimensions].astype(np.float64)
     length = float(np.linalg.norm(front))
     if not np.isfinite(length) or length == 0.0:
-        raise ValueError("the model's vector has no direction")
+        raise ValueError("the model's vector is zero or not finite")
     return (front / length).astype("<f4").tobytes()

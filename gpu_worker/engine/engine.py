@@ -1,7 +1,7 @@
-"""The engine's loop: admit, run, commit, emit. One bad job never hurts another, and none ends without a word.
+"""The engine: admit, run, commit, emit. A bad job never affects another, and every job's end is reported.
 
-Where the runner can, the loop runs one step ahead: while the device draws a step's tokens, the next step of the same
-sequences is launched behind it, and takes the tokens from the device's own memory. Each `step` commits one step.
+If the model runner can, the engine runs one step ahead: while the device draws a step's tokens, the next step of the
+same sequences is launched behind it and takes the tokens from the device's memory. Each `step` commits one step.
 """
 
 import logging
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from domain.errors import EngineError, OutOfMemory
 from domain.jobs import FinishReason
 from gpu_worker.engine.backends import RecordStep, StepMember
-from gpu_worker.engine.runner import DrawAgain, Runner
+from gpu_worker.engine.runner import DrawAgain, ModelRunner
 from gpu_worker.engine.sampling import Drawn, GrammarFailed
 from gpu_worker.engine.scheduler import ModelLimits, ScheduledRow, Scheduler, make_job
 from gpu_worker.engine.sequence import EngineJob, Grammars, Sequence
@@ -32,7 +32,7 @@ STEPS_PER_MEMORY_READING = 64  # it costs a system call
 
 @dataclass(slots=True)
 class StepResult:
-    """What is to be said at the end of a step, sequence by sequence."""
+    """What is reported at the end of a step, by sequence."""
 
     token_ids: dict[Sequence, list[int]] = field(default_factory=dict)
     logprobs: dict[Sequence, list[dict[str, object]]] = field(default_factory=dict)
@@ -44,11 +44,11 @@ class StepResult:
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
     rows: Rows[ScheduledRow]
-    launched: Any  # the runner's
+    launched: Any  # what the model runner returned
 
 
 class Engine:
-    def __init__(self, *, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer, limits: ModelLimits) -> None:
+    def __init__(self, *, scheduler: Scheduler, runner: ModelRunner, tokenizer: Tokenizer, limits: ModelLimits) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._tokenizer = tokenizer
@@ -56,7 +56,7 @@ class Engine:
         self._limits = limits
         self._grammars = Grammars(tokenizer, limits.vocab_size, limits.eos_token_ids)
         self._jobs: dict[tuple[str, int], EngineJob] = {}
-        self._ended: list[Sequence] = []  # between two steps: aborted, or complete when they were added
+        self._ended: list[Sequence] = []  # since the last step: aborted, or complete when they were added
         self._ahead: LaunchedStep | None = None  # behind the last step that was committed
         self._num_jobs = self._num_steps = self._num_generation_tokens = self._num_prompt_tokens = 0
         self._step_seconds = 0.0
@@ -67,7 +67,7 @@ class Engine:
         return bool(self._jobs or self._ended)
 
     def add(self, command: AddJob) -> None:
-        """Raises a CeleriacError whose code and message belong to the job; nothing of the job stays behind."""
+        """Raises a CeleriacError with which the job is to fail; nothing of the job is kept then."""
         job = make_job(command, self._limits, self._tokenizer, self._grammars, arrival=self._num_jobs)
         self._num_jobs += 1
         self._jobs[job.id, job.attempt] = job
@@ -79,7 +79,7 @@ class Engine:
         self._forget_if_done(job)
 
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
-        """Take the job out; its last words come with the next step, none at all where `reason` is empty."""
+        """Take the job out. Its final outputs come with the next step; there are none if `reason` is empty."""
         job = self._jobs.pop((job_id, attempt), None)
         if job is None:
             return
@@ -128,7 +128,7 @@ class Engine:
     def _schedule(self, record: RecordStep) -> list[ScheduledRow]:
         scheduled = self.scheduler.schedule()
         for sequence in scheduled.preempted:
-            self._runner.release(sequence)
+            self._runner.discard(sequence)
         if scheduled.rows:
             record(_members(scheduled.rows))
             self._runner.copy_blocks(scheduled.copies)
@@ -137,7 +137,7 @@ class Engine:
     def _run(
         self, rows: Rows[ScheduledRow], step: LaunchedStep | None, record: RecordStep, result: StepResult
     ) -> list[tuple[ScheduledRow, Drawn | None]]:
-        """Compute the rows, unless `step` has begun to, and launch what can be foreseen of the step behind them."""
+        """Compute the rows, unless `step` has begun to, and launch the step after them if it can be foreseen."""
         if not rows:
             return []
         try:
@@ -145,9 +145,9 @@ class Engine:
             self._ahead = self._launch_ahead(rows, record)
             drawn = list(zip(rows, self._runner.collect(launched), strict=True))
         except torch.AcceleratorError:
-            raise  # the device's context is gone and with it every sequence: the process must end
+            raise  # the device's context is lost, and every sequence with it: the process must end
         except Exception as exc:
-            self._ahead = None  # what it draws may rest on the failure
+            self._ahead = None  # it may depend on what failed
             return self._run_again(rows, exc, result)
         self.scheduler.budget.count_good_step()
         return drawn
@@ -165,12 +165,12 @@ class Engine:
             raise
         except Exception as exc:
             log.warning("could not run ahead", extra={"num_rows": len(ahead), "error": repr(exc)})
-            return None  # the step comes again in its turn, and fails or succeeds there
+            return None  # the step is run again in its turn, and fails or succeeds then
 
     def _run_again(
         self, rows: Rows[ScheduledRow], exc: Exception, result: StepResult
     ) -> list[tuple[ScheduledRow, Drawn | None]]:
-        """After a failure: each half on its own, down to the guilty row, whose job fails. Where memory ran out, the
+        """After a failure: run each half on its own, down to the guilty row, whose job fails. If memory ran out, the
         later half waits instead, and steps become smaller."""
         rows = [row for row in rows if self._is_running(row.sequence)]
         if isinstance(exc, DrawAgain):
@@ -201,7 +201,7 @@ class Engine:
     def _run_less(
         self, rows: Rows[ScheduledRow], exc: Exception, result: StepResult
     ) -> list[tuple[ScheduledRow, Drawn | None]]:
-        """Out of memory: preempt the later half; a row alone is tried again in smaller chunks, and fails at last."""
+        """Out of memory: preempt the later half. A row alone is tried again in smaller chunks before it fails."""
         self._runner.free_memory()
         budget = self.scheduler.budget
         if len(rows) == 1 and (rows[0].num_new_tokens <= budget.tokens // 2 or budget.is_least):
@@ -215,18 +215,18 @@ class Engine:
         middle = len(ranked) // 2
         for row in ranked[middle:]:
             self.scheduler.preempt(row.sequence)
-            self._runner.release(row.sequence)
+            self._runner.discard(row.sequence)
         return self._run_part(ranked[:middle], result)
 
     def _commit(self, row: ScheduledRow, drawn: Drawn | None, result: StepResult) -> None:
         """Count what was computed and take the drawn token."""
         sequence = row.sequence
         if not self._is_running(sequence):
-            return  # it ended while this step was under way, or a sibling failed in it, and the job with it
+            return  # it ended during this step, or a sibling failed in it, and so the job
         num_prompt_left = max(0, sequence.num_prompt_tokens - sequence.num_computed_tokens)
         self._num_prompt_tokens += min(row.num_new_tokens, num_prompt_left)
         if drawn is not None and drawn.prompt_scores:
-            del sequence.prompt_logprobs[sequence.num_computed_tokens + 1 :]  # of before a preemption
+            del sequence.prompt_logprobs[sequence.num_computed_tokens + 1 :]  # from before a preemption
             first = sequence.num_computed_tokens + 1
             sequence.prompt_logprobs += [
                 self._describe(sequence, first + number, score) for number, score in enumerate(drawn.prompt_scores)
@@ -253,7 +253,7 @@ class Engine:
             result.sum_logprobs[sequence] = drawn.logprob
 
     def _tell_scores(self, sequence: Sequence, result: StepResult) -> None:
-        """Once per job, with the first token; where none is asked for, it ends here."""
+        """Once per job, with the first token. If no token is asked for, the sequence ends here."""
         sequence.job.is_scored = True
         result.token_ids.setdefault(sequence, [])
         result.prompt_logprobs[sequence] = sequence.prompt_logprobs
@@ -271,14 +271,14 @@ class Engine:
         self._runner.wipe_blocks(suspect_blocks)
         is_memory = isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(exc)
         code = OutOfMemory.code if is_memory else EngineError.code
-        # The exception's own words are for the log: they may tell of paths and shapes that are no client's business.
+        # The exception's text is only for the log: it may contain paths and shapes that are not for clients.
         reason = exc.message if isinstance(exc, GrammarFailed) else type(exc).__name__
         message = f"the model could not run this job: {reason}"
         result.failures.append(JobFailed(job_id=job.id, attempt=job.attempt, code=code, message=message))
 
     def _leave(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
-        self._runner.release(sequence)
+        self._runner.discard(sequence)
 
     def _is_running(self, sequence: Sequence) -> bool:
         job = sequence.job
@@ -335,7 +335,7 @@ def _members(rows: Rows[ScheduledRow]) -> list[StepMember]:
 
 
 def _memory_bytes() -> int:
-    """Of the device where there is one, else of this process."""
+    """Of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.memory_allocated())
     with open("/proc/self/statm") as statm:

@@ -1,6 +1,7 @@
-"""Which block of the key/value cache belongs to whom: block tables, reference counts, prefix reuse. Free of torch.
+"""Which block of the key/value cache belongs to which sequence: block tables, reference counts, prefix reuse.
 
-The tensors live in `attention.py`; here a block is a number. Block 0 is never given out: it stays zero and pads tables.
+Free of torch: the tensors are the model runners'; here a block is a number. Block 0 is never given out: it pads block
+tables, and padding rows of captured passes write to it.
 """
 
 from array import array
@@ -20,8 +21,8 @@ class BlockCopy:
 
 
 class BlockPool:
-    """All blocks of one model. A block whose last reader left keeps its content, and its place in the prefix cache,
-    until it is the least recently used free one and somebody needs it."""
+    """All blocks of one model. A block without readers keeps its content, and its place in the prefix cache, until it
+    is needed and is the least recently used free one."""
 
     def __init__(self, num_blocks: int, block_size: int, *, use_prefix_cache: bool = True) -> None:
         self.block_size = block_size
@@ -46,7 +47,7 @@ class BlockPool:
         return (num_tokens + self.block_size - 1) // self.block_size
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend the block table to `num_tokens`; takes nothing and says False where the free blocks do not suffice."""
+        """Extend the block table to `num_tokens`. If there are too few free blocks, take none and return False."""
         num_missing = self.num_blocks_for(num_tokens) - len(sequence.block_ids)
         if num_missing > self.num_free:
             return False
@@ -54,7 +55,8 @@ class BlockPool:
         return True
 
     def grow_all(self, sequences: Iterable[Sequence], *, num_more_tokens: int) -> bool:
-        """Extend every block table beyond its sequence's tokens; takes nothing and says False where that cannot be."""
+        """Extend every block table beyond its sequence's tokens. If that is impossible, take no blocks and return
+        False."""
         lengths = {sequence: len(sequence.token_ids) + num_more_tokens for sequence in sequences}
         num_missing = sum(
             max(0, self.num_blocks_for(length) - len(sequence.block_ids)) for sequence, length in lengths.items()
@@ -76,8 +78,8 @@ class BlockPool:
         return True
 
     def fork(self, parent: Sequence, child: Sequence, *, num_spare: int) -> tuple[BlockCopy, ...] | None:
-        """Start `child` on its parent's prompt but for the last token, whose logits it needs: full blocks are shared,
-        the one that both will write to is copied. None where the free blocks do not suffice."""
+        """Start `child` on its parent's prompt, except for the last token, whose logits it needs: full blocks are
+        shared, the one that both will write to is copied. None if there are too few free blocks."""
         num_shared_tokens = child.num_prompt_tokens - 1
         num_full, num_partial = divmod(num_shared_tokens, self.block_size)
         num_missing = self.num_blocks_for(len(child.token_ids)) - num_full
@@ -92,7 +94,7 @@ class BlockPool:
         return (BlockCopy(parent.block_ids[num_full], child.block_ids[num_full]),) if num_partial else ()
 
     def free(self, sequence: Sequence) -> None:
-        """Give the blocks back, last one first, so that the start of a prefix outlives its end."""
+        """Give the blocks back, the last one first, so that the start of a prefix outlives its end."""
         for block in reversed(sequence.block_ids):
             self._num_readers[block] -= 1
             if not self._num_readers[block]:
@@ -101,7 +103,7 @@ class BlockPool:
         sequence.num_computed_tokens = 0
 
     def publish(self, sequence: Sequence) -> None:
-        """Enter the blocks that are full and computed into the prefix cache."""
+        """Add the blocks that are full and computed to the prefix cache."""
         if not self.use_prefix_cache:
             return
         num_full = sequence.num_computed_tokens // self.block_size
@@ -114,8 +116,8 @@ class BlockPool:
         sequence.num_published_blocks = num_full
 
     def forget(self, sequence: Sequence) -> list[int]:
-        """Take the blocks that only this sequence reads out of the prefix cache: their content is not to be trusted.
-        Returns them, for their content to be wiped."""
+        """Remove the blocks that only this sequence reads from the prefix cache, as their content cannot be trusted.
+        Returns them so that they can be wiped."""
         own = [block for block in sequence.block_ids if self._num_readers[block] == 1]
         for block in own:
             self._unpublish(block)
@@ -138,7 +140,8 @@ class BlockPool:
             del self._block_by_hash[digest]
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached blocks that begin this sequence. At least one token is left to compute: its logits are needed."""
+        """The cached blocks with which this sequence begins. At least one token is left to compute: its logits are
+        needed."""
         blocks: list[int] = []
         if not self.use_prefix_cache or sequence.is_scoring:
             return blocks
@@ -150,7 +153,7 @@ class BlockPool:
         return blocks
 
     def _block_hash(self, sequence: Sequence, number: int) -> bytes:
-        """Hash of block `number` and all before it. Cryptographic: no tenant can make two prefixes collide."""
+        """Hash of block `number` and all before it. Cryptographic, so that no tenant can make two prefixes collide."""
         hashes = sequence.block_hashes
         while len(hashes) <= number:
             before = hashes[-1] if hashes else blake2b(sequence.job.cache_salt.encode(), digest_size=32).digest()

@@ -6,7 +6,7 @@ How much memory this machine has left for us, and memory that is taken page by p
 
 Linux counts what is left; where nobody does, it is all that the machine was built with.
 
-Weights, tokenizer and limits of one model, from a folder or a hub id: safetensors only, no foreign code unasked.
+Weights, tokenizer and limits of one model, from a folder or a hub id: only safetensors, no foreign code unasked.
 """
 
 import logging
@@ -150,8 +150,8 @@ def _kibibytes(path: Path) -> Mapping[str, int]:
     return sizes
 
 
-# Its first call compiles a thousand patterns for all families, a third of the time of loading a small model. Here it
-# belongs to the imports, which an engine after a crash shares with the first one.
+# Its first call compiles a thousand patterns for all families, a third of the time it takes to load a small model. Here
+# it is part of the imports, which an engine after a crash need not repeat.
 get_checkpoint_conversion_mapping("")
 
 SMALL_MODEL_PARAMETERS = 50_000_000
@@ -160,7 +160,7 @@ MAX_SMALL_MODEL_THREADS = 4
 
 MAX_COPIED_EMBEDDING_BYTES = 2**28
 
-#: Families whose positions begin behind the id of the padding token.
+#: Families whose positions start after the id of the padding token.
 POSITIONS_BEHIND_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
 
 
@@ -171,8 +171,8 @@ def choose_device(spec: ModelSpec) -> torch.device:
 
 
 def set_threads(model: Any) -> None:
-    """As the environment says; else all cores, but for a small model all but one: its threads meet after every few
-    microseconds, and where the rest of the machine takes a core away, they all wait for the one that lost it."""
+    """As the environment says; else all cores. For a small model all but one: its threads synchronise every few
+    microseconds, and if another process takes one core, they all wait for the thread that lost it."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     num_cores = len(os.sched_getaffinity(0))
@@ -184,8 +184,8 @@ def set_threads(model: Any) -> None:
 def store_weights_by_column(model: Any) -> None:
     """Lay every linear layer's weight out as its transpose; shape and meaning stay.
 
-    On a CPU in float32 a product of few rows is up to twice as fast so. An output layer that shares its weight with the
-    embedding gets its own copy, since the embedding reads rows.
+    On a CPU in float32 this makes products with few rows up to twice as fast. An output layer that shares its weight
+    with the embedding gets its own copy, since the embedding reads rows.
     """
     embedding = model.get_input_embeddings().weight
     for module in model.modules():
@@ -197,9 +197,9 @@ def store_weights_by_column(model: Any) -> None:
 
 
 def load_model(spec: ModelSpec, device: torch.device) -> Any:
-    """The model in evaluation mode on its device. Raises ValueError where the entry in models.toml cannot be served."""
+    """The model in evaluation mode on its device. Raises ValueError if the entry in models.toml cannot be served."""
     started = time.monotonic()
-    transformers_logging.disable_progress_bar()  # a log is no terminal
+    transformers_logging.disable_progress_bar()  # a log is not a terminal
     config = _load_config(spec)
     log.info("loading model", extra={"model": spec.id, "path": spec.path, "architecture": config.architectures})
     model_class = AutoModel if spec.task == "embedding" else AutoModelForCausalLM
@@ -211,7 +211,7 @@ def load_model(spec: ModelSpec, device: torch.device) -> Any:
         use_safetensors=True,
         trust_remote_code=spec.trust_remote_code,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # we name them
+        ignore_mismatched_sizes=True,  # `_refuse_gaps` reports them
     )
     _refuse_gaps(spec, told)
     model = model.to(device).eval()
@@ -223,11 +223,11 @@ def load_model(spec: ModelSpec, device: torch.device) -> Any:
 
 
 def _refuse_gaps(spec: ModelSpec, told: Mapping[str, Any]) -> None:
-    """What the files do not hold, or in another shape, transformers makes up at random. Vectors are pooled by us:
-    nothing of theirs comes from a model's own pooler, which many files leave out."""
+    """transformers fills weights that are missing or have another shape with random numbers. A missing pooler is fine
+    for embeddings: we pool ourselves, and many files leave it out."""
     for name, found, wanted in sorted(told["mismatched_keys"]):
         raise ValueError(
-            f"{name} has the shape {tuple(found)} and not {tuple(wanted)}; the weights are not those of config.json"
+            f"{name} has the shape {tuple(found)} and not {tuple(wanted)}; the weights do not belong to config.json"
         )
     names = sorted(name for name in told["missing_keys"] if spec.task != "embedding" or "pooler" not in name.split("."))
     if names:
@@ -239,7 +239,7 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(
             spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    except Exception as exc:  # whatever its files make transformers stumble over, by errors of any kind
+    except Exception as exc:  # transformers raises errors of any kind for faulty files
         raise ValueError(f"its tokenizer cannot be read: {describe_exception(exc)}") from exc
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -248,19 +248,19 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
 
 
 def check_length(spec: ModelSpec, model: Any) -> None:
-    """Refuse a context beyond what the model was made for: its positions would be unknown, or all change at once."""
+    """Refuse a context longer than the model was made for: positions would be unknown, or all of them would change."""
     config = model.config.get_text_config()
     max_positions = getattr(config, "max_position_embeddings", None)
     if max_positions is not None and config.model_type in POSITIONS_BEHIND_PADDING:
         max_positions -= config.pad_token_id + 1
     if max_positions is not None and spec.max_model_len > max_positions:
         raise ValueError(
-            f"model {spec.id!r} has max_model_len = {spec.max_model_len} but was made for {max_positions}; lower it"
+            f"max_model_len of model {spec.id!r} is {spec.max_model_len}, but it was made for {max_positions}; lower it"
         )
 
 
 def eos_token_ids(model: Any) -> frozenset[int]:
-    """Every token that ends a text of this model, by its generation config and its config."""
+    """All tokens that end a text of this model, according to its generation config and its config."""
     token_ids: set[int] = set()
     for config in (model.generation_config, model.config.get_text_config()):
         eos = getattr(config, "eos_token_id", None)
@@ -269,7 +269,7 @@ def eos_token_ids(model: Any) -> frozenset[int]:
 
 
 def vocab_size(model: Any) -> int:
-    """Tokens that can go in and come out."""
+    """The number of tokens that can go in and come out."""
     sizes = [e.weight.shape[0] for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None]
     return int(min(sizes))
 

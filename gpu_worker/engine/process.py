@@ -1,8 +1,8 @@
-"""Main of the engine process: command frames in, one loop around a back end, report frames out.
+"""Main of the engine process: a loop around a back end that takes command frames and sends report frames.
 
 gpu_worker/engine_process/template.py starts a template as `python -m gpu_worker.engine.process`; every engine is a
-fork of it.
-One thread does the work; another only beats, so that the supervisor can tell a slow step from a process that stands.
+fork of it. One thread does the work; another only counts beats, so that the supervisor can tell a slow step from a hung
+process.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from gpu_worker.engine_process.frames import (
     AbortJob,
     AddJob,
     CannotLoad,
-    Channel,
-    ChannelClosed,
     Command,
     EmbedJob,
-    Heartbeat,
+    EndEngine,
+    FrameSocket,
     JobFailed,
+    PeerClosed,
     Ready,
     Report,
-    Shutdown,
     StepDone,
+    StillAlive,
     decode_command,
     encode,
 )
@@ -45,7 +45,7 @@ from settings import get_settings
 
 log = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 0.25  # in which a worker that lives has read something
+PATIENCE_SECONDS = 0.25  # in this time a live worker reads something
 LOOK_AGAIN_SECONDS = 0.02
 MAX_REASON_CHARS = 500
 
@@ -53,14 +53,13 @@ MAX_REASON_CHARS = 500
 class EngineLoop:
     """Applies commands, steps while there is work, reports each step in one frame.
 
-    It rests while its worker has not read for a while: to one that froze the jobs are lost with the lease, and what the
-    engine would draw for them meanwhile.
+    Pauses when the worker stops reading: a frozen worker loses its leases, so more tokens would be wasted.
     """
 
     def __init__(
         self,
         backend: Backend,
-        channel: Channel,
+        channel: FrameSocket,
         recorder: FlightRecorder,
         pulse: Pulse,
         *,
@@ -72,13 +71,13 @@ class EngineLoop:
         self._pulse = pulse
         self._heartbeat_seconds = heartbeat_seconds
         self._num_unread = 0  # right after the last report was sent
-        self._read_at = monotonic()  # no later than the worker last read
+        self._read_at = monotonic()  # the worker last read then, or later
         self._num_steps_by_job: dict[tuple[str, int], int] = {}  # of the jobs of the last step
-        self._failures: list[JobFailed] = []  # of `add`; they travel with the next step's frame
+        self._failures: list[JobFailed] = []  # of `add`; sent with the next step's frame
         self._is_shut_down = False
 
     def run(self) -> None:
-        """Returns after a Shutdown. Raises ChannelClosed when the worker is gone."""
+        """Returns after an EndEngine. Raises PeerClosed when the worker is gone."""
         while not self._is_shut_down:
             is_ahead = self._is_far_ahead()
             if is_ahead:
@@ -93,7 +92,7 @@ class EngineLoop:
             if self._backend.has_work or self._failures:
                 self._step()
             elif frames:
-                self._beat()  # a silent abort left nothing to say, but the figures have changed
+                self._beat()  # a silent abort has no output, but the figures have changed
 
     def _is_far_ahead(self) -> bool:
         return monotonic() - self._read_at > PATIENCE_SECONDS and not self._is_being_read()
@@ -111,7 +110,7 @@ class EngineLoop:
                 self._add(command, lambda: self._backend.embed(command))
             case AbortJob():
                 self._backend.abort(command.job_id, command.attempt, command.reason)
-            case Shutdown():
+            case EndEngine():
                 self._is_shut_down = True
 
     def _add(self, command: AddJob | EmbedJob, add: Callable[[], None]) -> None:
@@ -121,9 +120,9 @@ class EngineLoop:
         except CeleriacError as exc:
             self._fail(command, exc)
         except Exception as exc:
-            # One job that the back end chokes on must not take its neighbours down.
-            log.exception("the back end refused a job", extra={"job_id": command.job_id})
-            self._fail(command, EngineError(f"the engine could not take the job: {type(exc).__name__}"))
+            # One job that breaks the back end must not take the others down.
+            log.exception("the back end failed on a job", extra={"job_id": command.job_id})
+            self._fail(command, EngineError(f"the engine could not start the job: {type(exc).__name__}"))
 
     def _fail(self, command: AddJob | EmbedJob, failure: CeleriacError) -> None:
         self._failures.append(JobFailed(command.job_id, command.attempt, failure.code, failure.message))
@@ -140,7 +139,7 @@ class EngineLoop:
             self._record_step([])
 
     def _beat(self) -> None:
-        self._send(Heartbeat(stats=self._backend.stats()))
+        self._send(StillAlive(stats=self._backend.stats()))
 
     def _record_step(self, members: Sequence[StepMember]) -> None:
         before = self._num_steps_by_job
@@ -168,7 +167,7 @@ class EngineLoop:
 
 
 def volunteer_for_the_oom_killer() -> None:
-    """When the machine runs out of memory, a restart of the engine is the cheapest loss."""
+    """When the machine runs out of memory, restarting the engine is the smallest loss."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
@@ -181,11 +180,11 @@ def main() -> None:
     parser.add_argument("--heartbeat-seconds", type=float, required=True)
     arguments = parser.parse_args()
     die_with_parent(arguments.parent_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C drains the worker, which then shuts its engine down
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C drains the worker, which then ends its engine
     settings = get_settings()
     configure_logging(settings.log_level, settings.log_format)
     spec = ModelSpec.model_validate_json(arguments.spec)
-    # Read when CUDA starts: passes of ever other sizes would else leave memory in pieces that fit nobody.
+    # Read when CUDA starts: otherwise passes of varying sizes would fragment the memory.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     make_backend = _import_without_cuda(spec)
     channel_fd, recorder_fd = fork_engines(socket.socket(fileno=arguments.control_fd))
@@ -193,7 +192,7 @@ def main() -> None:
     recorder = FlightRecorder(recorder_fd)
     pulse = Pulse(recorder_fd, offset=RECORDER_BYTES)
     start_beating(pulse, heartbeat_seconds=arguments.heartbeat_seconds)
-    channel = Channel(socket.socket(fileno=channel_fd))
+    channel = FrameSocket(socket.socket(fileno=channel_fd))
     try:
         backend = make_backend(spec)
     except Exception as exc:
@@ -210,13 +209,13 @@ def main() -> None:
             pulse,
             heartbeat_seconds=arguments.heartbeat_seconds,
         ).run()
-    except ChannelClosed:
-        log.warning("the worker is gone; the engine ends with it")
+    except PeerClosed:
+        log.warning("the worker is gone; exiting, too")
 
 
 def _import_without_cuda(spec: ModelSpec) -> Callable[[ModelSpec], Backend]:
-    """Who asks for GPUs while being imported is answered by NVML: CUDA, once started, does not survive a fork. What the
-    import raises is raised again by the engine, which has somebody to tell it to."""
+    """Modules that look for GPUs while they are imported are answered by NVML, since CUDA, once started, does not
+    survive a fork. If the import fails, the engine raises the error again, as it can report it."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     try:
         return import_backend(spec)
@@ -231,14 +230,14 @@ def _import_without_cuda(spec: ModelSpec) -> Callable[[ModelSpec], Backend]:
     return fail
 
 
-def _send_last(channel: Channel, report: Report) -> None:
-    with contextlib.suppress(ChannelClosed):
+def _send_last(channel: FrameSocket, report: Report) -> None:
+    with contextlib.suppress(PeerClosed):
         channel.send(encode(report))
         channel.flush_all()
 
 
 def _describe(exc: Exception) -> str:
-    """One bounded line. What is raised for a reason that users can mend explains itself; of the rest the type helps."""
+    """One bounded line. Errors that users can fix explain themselves; for others the type helps."""
     text = " ".join(str(exc).split())[:MAX_REASON_CHARS]
     return text if text and isinstance(exc, CeleriacError | OSError | ValueError) else f"{type(exc).__name__}: {text}"
 

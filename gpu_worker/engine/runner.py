@@ -19,33 +19,34 @@ from gpu_worker.engine.sequence import Sequence
 
 
 class DrawAgain(Exception):
-    """Some rows keep more tokens than were looked at. The same rows, launched again, are drawn in another way."""
+    """Some rows keep more tokens than were considered. Launched again, the same rows are drawn in another way."""
 
 
-class Runner(Protocol):
+class ModelRunner(Protocol):
     def copy_blocks(self, copies: Rows[BlockCopy]) -> None: ...
 
     def wipe_blocks(self, blocks: Rows[int]) -> None: ...
 
     def launch(self, rows: Rows[ScheduledRow]) -> Any:
-        """Begin to compute the rows; what comes back is for `collect`, and may be dropped. Changes no sequence, and may
-        be repeated, in whole or in parts, with the same result. Raises whatever the model raises."""
+        """Begin to compute the rows. The result is for `collect`, or may be dropped. Does not change any sequence, and
+        may be repeated, in whole or in parts, with the same result. Raises whatever the model raises."""
 
     def collect(self, launched: Any) -> list[Drawn | None]:
-        """Wait for the step: its draws, one entry per row, in order. Raises as `launch` does, for the whole step."""
+        """Wait for the step and return its draws, one entry per row, in order. Raises like `launch`, for the whole
+        step."""
 
     def can_run_ahead(self, rows: Rows[ScheduledRow]) -> bool:
-        """Whether rows that are ahead may be launched behind these, which were launched last and not collected yet."""
+        """Whether the step after these rows, which were launched last and are not collected yet, may be launched."""
 
     def free_memory(self) -> None:
-        """The device ran out of it: give back what is held in reserve."""
+        """The device ran out of memory: free what is held in reserve."""
 
-    def release(self, sequence: Sequence) -> None:
+    def discard(self, sequence: Sequence) -> None:
         """The sequence has ended, or its computed tokens are void."""
 
 
 class AtOnce:
-    """The part of a runner with nothing to overlap: the work is done, by the thread that asks, when it is asked for."""
+    """A runner that does not overlap anything: `collect` does the work."""
 
     def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
         raise NotImplementedError
@@ -75,7 +76,7 @@ def results_of(rows: Rows[ScheduledRow], scores: Rows[tuple[Drawn, ...]], logits
     ]
 
 
-#: Under which names transformers' models take and return what they remember of a sequence.
+#: The names under which models of transformers take and return what they remember of a sequence.
 STATE_NAMES = ("past_key_values", "cache_params", "state")
 
 
@@ -88,8 +89,8 @@ class SequenceState:
 
 
 class SequentialRunner(AtOnce):
-    """Correct for any causal language model of transformers, one sequence at a time, fed as generate() feeds it. Its
-    prompts are not chunked, not shared and not forked: the scheduler is told so."""
+    """Runs any causal language model of transformers correctly, one sequence at a time, with the inputs that generate()
+    gives it. Prompts are not chunked, shared or forked: the scheduler is told so."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model = model
@@ -100,9 +101,9 @@ class SequentialRunner(AtOnce):
         assert not copies
 
     def wipe_blocks(self, blocks: Rows[int]) -> None:
-        """Nothing to do: no memory is shared."""
+        """Nothing: no memory is shared."""
 
-    def release(self, sequence: Sequence) -> None:
+    def discard(self, sequence: Sequence) -> None:
         self._state_by_sequence.pop(sequence, None)
 
     @torch.inference_mode()
@@ -117,11 +118,11 @@ class SequentialRunner(AtOnce):
         return results_of(rows, scores, torch.cat(ends) if ends else torch.empty(0))
 
     def _forward(self, sequence: Sequence) -> Tensor:
-        """Logits of the sequence's new tokens, and of more before them where it had to begin anew: (any, vocab_size).
-        A sequence whose prompt is scored always begins anew, or has everything new."""
+        """Logits of the sequence's new tokens, and of those before them if it had to start over: (any, vocab_size). A
+        sequence whose prompt is scored always starts over, unless all its tokens are new."""
         state = self._state_by_sequence.pop(sequence, None)
         if state is None or state.num_tokens != sequence.num_computed_tokens:
-            # Nothing remembered, or an earlier try of this step went further than was counted: from the start.
+            # Nothing is remembered, or an earlier try of this step got further than was counted: start over.
             state = SequenceState(0, {})
         num_tokens = len(sequence.token_ids)
         inputs = self._model.prepare_inputs_for_generation(

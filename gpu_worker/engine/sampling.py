@@ -12,10 +12,10 @@ sequence index, output position, token id): see noise.py. So a draw does not dep
 preemption, or on how often the job was resumed; and the last bits of the logits, which do depend on the batch's shape,
 change a token no more often than they change the distribution itself.
 
-What the model made of a prompt: the logprob of each of its tokens given those before it.
+Scores a prompt: the logprob of each of its tokens given those before it.
 
-The logits of one position judge the token at the next. The scheduler bounds how many positions of a step are judged,
-since each costs a row of logits over the whole vocabulary.
+The logits of one position score the token at the next. The scheduler limits how many positions are scored in a step,
+since each needs a row of logits over the whole vocabulary.
 """
 
 from collections.abc import Sequence as Rows
@@ -99,21 +99,21 @@ def _banned_token_ids(sequence: Sequence) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A row's next token, None where it only scored its prompt. `logprob` and `top` (token id, logprob; most likely
-    first) are there where the job asks."""
+    """A row's next token; None if it only scored its prompt. `logprob` and `top` (token id, logprob; most likely first)
+    are set if the job asks for them."""
 
     token_id: int | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
-    prompt_scores: "tuple[Drawn, ...]" = ()  # of the prompt tokens from the row's second on, where the job asks
+    prompt_scores: "tuple[Drawn, ...]" = ()  # of the prompt tokens from the row's second on, if the job asks
 
 
 def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Drawn]:
     """Draw one token per row.
 
-    `logits` is float32 (num_sequences, vocab_size); on a CPU it is overwritten in place, from elsewhere it is fetched.
-    Raises ValueError if a row is not a distribution; the caller finds out which by asking for fewer rows. Raises
-    GrammarFailed.
+    `logits` is float32 (num_sequences, vocab_size); on a CPU it is overwritten, from another device it is copied.
+    Raises GrammarFailed, or ValueError if a row is not a distribution; the caller finds out which one by trying fewer
+    rows.
     """
     masks = token_masks(sequences)  # first, since a GPU is still at work on the logits
     logits = logits.cpu()
@@ -138,7 +138,7 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Drawn]:
 
 
 def _is_finite(logits: NDArray[np.float32]) -> bool:
-    """By each row's greatest, which is nan where there is one: numpy finds a place faster than torch a value."""
+    """By each row's argmax, which points at a NaN if there is one: numpy's argmax is faster than torch's isfinite."""
     return bool(np.isfinite(logits[range(len(logits)), logits.argmax(-1)]).all())
 
 
@@ -181,7 +181,7 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
 
 
 def _draw(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[int]:
-    """Greedy rows take the argmax, the others draw; none sees the others."""
+    """Greedy rows take the argmax, the others draw; rows do not affect each other."""
     token_ids = logits.argmax(-1)
     drawing = [row for row, sequence in enumerate(sequences) if sequence.job.params.temperature != 0]
     if len(drawing) == len(sequences):
@@ -192,9 +192,9 @@ def _draw(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[int]:
     return chosen
 
 
-MAX_NUMBERS = 2**24  # logits at once, 64 MiB of them
+MAX_NUMBERS = 2**24  # logits at a time: 64 MiB
 
-LEAST_LOGPROB = -9999.0  # JSON knows no infinity
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 def max_num_scored_tokens(vocab_size: int) -> int:

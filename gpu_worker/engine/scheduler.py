@@ -4,10 +4,10 @@ How many tokens a step may hold: less after the device ran out of memory, then s
 
 Which sequences run in the next step, and how many tokens of each. Free of torch.
 
-A step is one forward pass over the decoding sequences (one token each) and, within the token budget that is left,
-chunks of prompts. Sequences run in order of rank; the last of them makes room when the cache is full.
+A step is one forward pass over the decoding sequences (one token each) and, within the rest of the token budget, chunks
+of prompts. Sequences run in order of rank; the last one is preempted when the cache is full.
 
-From an AddJob frame to sequences: everything that can be checked is checked here, before the job touches a step.
+Turns an AddJob frame into sequences; checks everything that can be checked before the job joins a step.
 """
 
 import sys
@@ -120,11 +120,11 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prefix_cache_queries = self.num_prefix_cache_hits = 0  # tokens
-        self._is_settled = True  # whoever waits can enter only when another leaves
+        self._is_entry_blocked = True  # those who wait can enter only when another leaves
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_rank)
-        self._is_settled = False
+        self._is_entry_blocked = False
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks."""
@@ -132,26 +132,26 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         self.pool.free(sequence)
-        self._is_settled = False
+        self._is_entry_blocked = False
 
     def schedule(self) -> SchedulerOutput:
         output = SchedulerOutput()
         self._num_scorable_tokens = self.max_num_scored_tokens
         self._schedule_decodes(output)
-        # However many decode, a share is left for prompts: those who wait must not wait for those who run to end.
+        # However many decode, a share is left for prompts: waiting sequences must not wait for running ones to end.
         budget = max(self.budget.tokens - len(output.rows), self.budget.tokens // 4)
         budget = self._schedule_prefills(output, budget)
-        self._is_settled = self._admit(output, budget)
+        self._is_entry_blocked = self._admit(output, budget)
         return output
 
     def schedule_ahead(self, rows: Rows[ScheduledRow]) -> list[ScheduledRow]:
-        """The step after the one that computes `rows` and is not committed yet; empty where that one's tokens decide
-        who runs: then it must be waited for.
+        """The step after the one that computes `rows` and is not committed yet; empty if it depends on that one's
+        tokens, so that they must be waited for.
 
-        Only steps in which everybody decodes are foreseen. A sequence that reaches its length with the token under way
+        Only steps in which all sequences decode are foreseen. A sequence that reaches its length with the current token
         is left out; one that ends with it for another reason runs once in vain.
         """
-        if self.waiting and not self._is_settled:
+        if self.waiting and not self._is_entry_blocked:
             return []
         current = [row.sequence for row in rows if row.needs_token]
         if len(current) < len(rows) or not set(self.running) <= set(current):
@@ -203,24 +203,24 @@ class Scheduler:
         return num_new_tokens
 
     def _admit(self, output: SchedulerOutput, budget: int) -> bool:
-        """Let waiting sequences in, in order; the first that does not fit holds those behind it, lest it starve. False
-        where somebody may enter at the next step though nobody leaves."""
-        is_settled = True
+        """Let waiting sequences in, in order; the first that does not fit holds up those behind it, lest it starve.
+        True if none of those left can enter until another sequence leaves."""
+        is_blocked = True
         for sequence in list(self.waiting):
             if len(self.running) >= self.max_num_seqs:
-                return is_settled
+                return is_blocked
             if budget <= 0:
                 return False
             parent = self._running_sibling(sequence)
             if parent is not None and parent.num_computed_tokens < parent.num_prompt_tokens:
-                is_settled = False
+                is_blocked = False
                 continue  # the prompt is being computed for its sibling: wait and fork
             if not (self._fork(parent, sequence, output) if parent else self._enter(sequence)):
-                return is_settled
+                return is_blocked
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_rank)
             budget -= self._schedule_chunk(output, sequence, budget)
-        return is_settled
+        return is_blocked
 
     def _running_sibling(self, sequence: Sequence) -> Sequence | None:
         """The sequence of the same job that runs and is furthest; once past the prompt it can be forked."""
@@ -260,7 +260,7 @@ class ModelLimits:
 def make_job(
     command: AddJob, limits: ModelLimits, tokenizer: Tokenizer, grammars: Grammars, *, arrival: int
 ) -> EngineJob:
-    """The job with its unfinished sequences, committed tokens replayed. Raises the CeleriacError that fits."""
+    """The job with its unfinished sequences, committed tokens replayed. Raises the fitting CeleriacError."""
     try:
         params = SamplingParams.model_validate(command.params)
     except ValidationError as exc:
@@ -286,7 +286,7 @@ def make_job(
 
 
 def _make_sequence(job: EngineJob, command: AddJob, tokenizer: Tokenizer, grammars: Grammars, index: int) -> Sequence:
-    """Replay the committed tokens as if they had just been drawn; what was already sent is not sent again."""
+    """Replay the committed tokens as if they had just been drawn; text that was sent is not sent again."""
     prompt = command.prompt_token_ids
     stream = TextStream(tokenizer, prompt, job.params.stop)
     output = job.params.structured_output
@@ -311,13 +311,13 @@ def _check(command: AddJob, params: SamplingParams, limits: ModelLimits) -> None
         raise InvalidRequest("the prompt has no tokens; give at least one", param="prompt")
     if len(command.prompt_token_ids) + min(1, command.max_tokens) > limits.max_model_len:
         raise ContextLengthExceeded(
-            f"the prompt is {len(command.prompt_token_ids)} tokens and the model accepts {limits.max_model_len} with "
-            "at least one to be generated; shorten it",
+            f"the prompt has {len(command.prompt_token_ids)} tokens, but the model accepts {limits.max_model_len} "
+            "including at least one generated token; shorten it",
             param="prompt",
         )
     if not len(command.committed_token_ids) == len(command.num_emitted_chars) == params.num_sequences:
         raise InvalidRequest(
-            f"n is {params.num_sequences} but the committed prefix is of {len(command.committed_token_ids)}"
+            f"n is {params.num_sequences}, but {len(command.committed_token_ids)} sequences have committed tokens"
         )
     _check_token_ids("prompt", command.prompt_token_ids, limits)
     _check_token_ids("logit_bias", list(params.logit_bias), limits)
@@ -330,4 +330,6 @@ def _check(command: AddJob, params: SamplingParams, limits: ModelLimits) -> None
 def _check_token_ids(param: str, token_ids: Rows[int], limits: ModelLimits) -> None:
     if token_ids and not 0 <= min(token_ids) <= max(token_ids) < limits.vocab_size:
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < limits.vocab_size)
-        raise InvalidRequest(f"{param} holds token {wrong}; the model knows 0 to {limits.vocab_size - 1}", param=param)
+        raise InvalidRequest(
+            f"{param} contains token id {wrong}; the model knows 0 to {limits.vocab_size - 1}", param=param
+        )

@@ -2,8 +2,8 @@
 
 Which tokens a structured output allows next: a matcher per sequence. Free of torch.
 
-A sequence's matcher moves with its tokens, drawn or replayed, and nothing else moves it: a step that is run again, in
-whole or in halves, asks it the same question and gets the same answer.
+Only a sequence's tokens, drawn or replayed, advance its matcher: a step that is run again, in whole or in halves, gets
+the same answers.
 
 A sequence: one text being decoded, with everything that must survive a preemption. Free of torch.
 """
@@ -42,24 +42,24 @@ class Grammar:
     grammars: "Grammars"
 
     def advance(self, token_id: int) -> bool:
-        """Take the token; True if nothing may follow it. A token that is not allowed is an error of the next mask."""
+        """Take the token; True if nothing may follow it. A token that is not allowed makes the next mask fail."""
         self.matcher.consume_token(token_id)
         return bool(self.matcher.is_stopped() and not self.matcher.is_error())
 
 
 class Grammars:
-    """The model's vocabulary as grammars see it, those that were compiled of late, and room for the masks of a step."""
+    """The model's vocabulary as grammars see it, recently compiled grammars, and a buffer for the masks of a step."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer = _make_tokenizer(tokenizer, vocab_size, eos_token_ids)
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._executor: LLExecutor | None = None
         self._words = allocate_token_bitmask(0, vocab_size)
-        self._known = words_of(range(vocab_size), vocab_size)  # a tokenizer may have tokens that its model has not
+        self._known = words_of(range(vocab_size), vocab_size)  # a tokenizer may have tokens that its model lacks
 
     def start(self, output: StructuredOutput) -> Grammar:
-        """The beginning of the grammar. Raises UnsupportedParameter or InvalidRequest; takes up to half a second for a
-        grammar that was not seen of late."""
+        """The grammar at its beginning. Raises UnsupportedParameter or InvalidRequest. Takes up to half a second if the
+        grammar was not used recently."""
         if self._tokenizer is None:
             raise UnsupportedParameter("the model cannot follow a structured output", param="params.structured_output")
         key = output.model_dump_json()
@@ -85,7 +85,7 @@ class Grammars:
 
 
 def words_of(token_ids: Iterable[int], num_bits: int) -> NDArray[np.int32]:
-    """A bit for each of the tokens, in words as the masks have them."""
+    """A bit for each of the tokens, in words like those of the masks."""
     bits = np.zeros(-(-num_bits // BITS) * BITS, dtype=np.uint8)
     bits[list(token_ids)] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)
@@ -94,7 +94,9 @@ def words_of(token_ids: Iterable[int], num_bits: int) -> NDArray[np.int32]:
 def _compile(tokenizer: LLTokenizer, output: StructuredOutput) -> LLMatcher:
     matcher = make_matcher(tokenizer, output)
     if matcher.is_error():
-        raise InvalidRequest(f"it cannot be followed: {error_of(matcher)}", param="params.structured_output")
+        raise InvalidRequest(
+            f"the structured output cannot be followed: {error_of(matcher)}", param="params.structured_output"
+        )
     return matcher
 
 
@@ -121,7 +123,7 @@ class EngineJob:
     max_model_len: int
     end_token_ids: frozenset[int]  # end-of-sequence tokens (unless ignored) and the job's stop tokens
     penalised_prompt_ids: frozenset[int]  # the prompt's tokens where a repetition penalty counts them, else none
-    is_scored: bool = False  # the prompt's logprobs, where asked for, have been told
+    is_scored: bool = False  # the prompt's logprobs have been reported, or are not asked for
     sequences: "list[Sequence]" = field(default_factory=list)
 
 
@@ -134,12 +136,12 @@ class Sequence:
     token_ids: list[int]
     num_prompt_tokens: int
     stream: TextStream
-    grammar: Grammar | None = None  # where the job asks for structured output
+    grammar: Grammar | None = None  # if the job asks for structured output
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at its first admission
     block_ids: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)  # of the first full blocks, a chain; grows as needed
-    num_published_blocks: int = 0  # of those, how many are in the prefix cache
+    block_hashes: list[bytes] = field(default_factory=list)  # of the first full blocks, chained; grows as needed
+    num_published_blocks: int = 0  # how many of those are in the prefix cache
     output_counts: Counter[int] = field(default_factory=Counter)  # of each token in the output, for the penalties
     finish_reason: FinishReason | None = None
     unsent_text: str = ""
@@ -148,7 +150,7 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """Sorts the sequences by who runs first; the last one is preempted first."""
+        """Sequences run in this order; the last one is preempted first."""
         return (-self.job.priority, self.job.arrival, self.index)
 
     @property
@@ -165,12 +167,12 @@ class Sequence:
 
     @property
     def is_scoring(self) -> bool:
-        """The logprobs of its prompt are wanted still, so that every position must be computed here."""
+        """The logprobs of its prompt are still to be reported, so every position must be computed here."""
         return self.job.params.prompt_logprobs is not None and not self.job.is_scored
 
     @property
     def may_end(self) -> bool:
-        """False while the job's min_tokens keeps end tokens and stop strings off."""
+        """False while the job's min_tokens forbids end tokens and stop strings."""
         return self.num_output_tokens >= self.job.params.min_tokens
 
     @property
@@ -179,8 +181,8 @@ class Sequence:
         return self.num_output_tokens + 1 >= self.job.max_tokens or len(self.token_ids) + 1 >= self.job.max_model_len
 
     def append(self, token_id: int) -> None:
-        """Take a drawn (or committed) token: text, stop strings, limits. The same for a fresh token and a replayed one,
-        so that a resumed sequence stands exactly where it stood."""
+        """Take a drawn or committed token: text, stop strings, limits. Fresh and replayed tokens are treated the same,
+        so that a resumed sequence is exactly where it was."""
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
         if token_id in self.job.end_token_ids:
@@ -199,7 +201,7 @@ class Sequence:
             self.finish(FinishReason.LENGTH)
 
     def finish(self, reason: FinishReason) -> None:
-        """End without a stop string: the text held back for one belongs to the output after all."""
+        """End without a stop string: text that was held back for one belongs to the output after all."""
         self.unsent_text += self.stream.flush()
         self.finish_reason = reason
 

@@ -1,6 +1,6 @@
 """What worker and engine say to each other: msgpack frames over one end of a socket pair.
 
-What the worker's main process and its engine process say to each other: msgpack frames over a socket pair.
+The messages between the worker's main process and its engine process: msgpack frames over a socket pair.
 
 A frame is a 4-byte big-endian length and one msgspec-encoded struct. Never pickle. Torch-free.
 
@@ -17,11 +17,11 @@ import msgspec
 
 
 class AddJob(msgspec.Struct, tag="add", frozen=True):
-    """Run this job; the answer is Output frames until one of them is final for every index.
+    """Run this job. It is answered by SequenceOutputs, the last one of each index with a finish reason.
 
-    `params` is a dumped `SamplingParams` with every default resolved. `committed_token_ids[i]` are the tokens of
-    sequence i that are already committed: the engine continues after them. `num_emitted_chars[i]` is how much of
-    sequence i's text was committed with them: the rest of the text of those tokens is emitted again.
+    `params` is a dumped `SamplingParams` with every default resolved. The engine continues sequence i after
+    `committed_token_ids[i]`. Of their text `num_emitted_chars[i]` characters were committed, too; the rest is emitted
+    again.
     """
 
     job_id: str
@@ -35,11 +35,11 @@ class AddJob(msgspec.Struct, tag="add", frozen=True):
     committed_token_ids: list[list[int]]  # one list per sequence, n of them; empty lists on a first attempt
     num_emitted_chars: list[int]
     finished_indexes: list[int]  # sequences whose last chunk is committed already
-    has_prompt_logprobs: bool = False  # the prompt's, where asked for, are committed already
+    has_prompt_logprobs: bool = False  # those of the prompt are committed already, if the job asks for them
 
 
 class EmbedJob(msgspec.Struct, tag="embed", frozen=True):
-    """Make a vector of each input; the answer is one EmbeddingOutput. `dimensions` None keeps them all."""
+    """Make a vector of each input; the answer is one EmbeddingOutput. `dimensions` None keeps all of them."""
 
     job_id: str
     attempt: int
@@ -49,19 +49,19 @@ class EmbedJob(msgspec.Struct, tag="embed", frozen=True):
 
 
 class AbortJob(msgspec.Struct, tag="abort", frozen=True):
-    """Take the job out of the running batch at the next step. Every running sequence gets a final Output with `reason`;
-    silent where `reason` is empty (the job was fenced off)."""
+    """Take the job out of the running batch at the next step. Each running sequence gets a final SequenceOutput with
+    `reason`; none if `reason` is empty (the job was fenced off)."""
 
     job_id: str
     attempt: int
     reason: str  # a FinishReason: cancelled or deadline
 
 
-class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
-    """End the process after the running step."""
+class EndEngine(msgspec.Struct, tag="shutdown", frozen=True):
+    """End the process after the current step."""
 
 
-Command = AddJob | EmbedJob | AbortJob | Shutdown
+Command = AddJob | EmbedJob | AbortJob | EndEngine
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -77,7 +77,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 
 
 class CannotLoad(msgspec.Struct, tag="cannot_load", frozen=True):
-    """The model cannot be loaded, and another try would end the same. The engine ends after it."""
+    """The model cannot be loaded, and trying again would not help. The engine exits after sending this."""
 
     reason: str  # one line, bounded
 
@@ -97,11 +97,11 @@ class SequenceOutput(msgspec.Struct, frozen=True):
     prompt_logprobs: list[dict[str, object] | None] | None = (
         None  # dumped TokenLogprobs; once per job, before any token
     )
-    num_reasoning_tokens: int | None = None  # of all its output, up to the first </think>; from where it is complete on
+    num_reasoning_tokens: int | None = None  # output tokens up to the first </think>, once that is complete
 
 
 class EmbeddingOutput(msgspec.Struct, frozen=True):
-    """All vectors of a job, little-endian float32, at unit length; none where the job was cut off."""
+    """All vectors of a job: little-endian float32, unit length. Empty if the job was aborted."""
 
     job_id: str
     attempt: int
@@ -110,7 +110,7 @@ class EmbeddingOutput(msgspec.Struct, frozen=True):
 
 
 class JobFailed(msgspec.Struct, frozen=True):
-    """The engine cannot run this job and took it out; its neighbours run on."""
+    """The engine cannot run this job and has removed it; the others continue."""
 
     job_id: str
     attempt: int
@@ -119,7 +119,7 @@ class JobFailed(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """Figures of the engine, for Flower, /health and the credit rule."""
+    """The engine's figures for Flower and /health."""
 
     num_steps: int = 0
     num_running: int = 0
@@ -143,13 +143,13 @@ class StepDone(msgspec.Struct, tag="step", frozen=True):
     embeddings: list[EmbeddingOutput] = []
 
 
-class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):
-    """The loop is alive and has nothing to report."""
+class StillAlive(msgspec.Struct, tag="heartbeat", frozen=True):
+    """The loop is alive but has nothing else to report."""
 
     stats: EngineStats
 
 
-Report = Ready | CannotLoad | StepDone | Heartbeat
+Report = Ready | CannotLoad | StepDone | StillAlive
 
 encode = msgspec.msgpack.Encoder().encode
 
@@ -165,12 +165,12 @@ READ_BYTES = 256 * 1024
 _LENGTH = struct.Struct(">I")
 
 
-class ChannelClosed(Exception):
-    """The other end is gone, or speaks something else."""
+class PeerClosed(Exception):
+    """The other end is gone, or does not speak our protocol."""
 
 
-class Channel:
-    """Reads never block; writes are kept until the other end takes them, so that a stalled reader stalls nobody."""
+class FrameSocket:
+    """Reads never block; writes are kept until the other end takes them, so a reader that stalls does not stall us."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -187,7 +187,7 @@ class Channel:
         return bool(self._outgoing)
 
     def send(self, frame: bytes) -> None:
-        """Queue one frame and write what the socket takes. Raises ChannelClosed, and ValueError for one too long."""
+        """Queue one frame and write what the socket takes. Raises PeerClosed, and ValueError for one too long."""
         if len(frame) > MAX_FRAME_BYTES:
             raise ValueError(f"a frame of {len(frame)} bytes exceeds {MAX_FRAME_BYTES}; send less in one step")
         self._outgoing += _LENGTH.pack(len(frame))
@@ -203,7 +203,7 @@ class Channel:
         except BlockingIOError:
             return
         except OSError as exc:
-            raise ChannelClosed(f"cannot write: {exc}") from exc
+            raise PeerClosed(f"cannot write: {exc}") from exc
 
     def flush_all(self) -> None:
         """Write everything, however long the other end takes."""
@@ -213,16 +213,16 @@ class Channel:
 
     @property
     def num_unread(self) -> int:
-        """Bytes that the other end has not read, with what the kernel needs to keep them; 0 where it has read all."""
+        """Bytes the other end has not read yet, kernel overhead included; 0 if it has read everything."""
         (num_bytes,) = struct.unpack("i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, b"\0\0\0\0"))
         return int(num_bytes)
 
     def receive(self) -> list[bytes]:
-        """Every whole frame that has arrived. Raises ChannelClosed at the end, after what came before it."""
+        """Every whole frame that has arrived. Raises PeerClosed at the end, after what came before it."""
         is_open = self._read_available()
         frames = list(self._split_frames())
         if not is_open and not frames:
-            raise ChannelClosed("the other end closed the channel")
+            raise PeerClosed("the other end closed the channel")
         return frames
 
     def wait_readable(self, timeout_seconds: float) -> bool:
@@ -238,7 +238,7 @@ class Channel:
             while received := self._socket.recv(READ_BYTES):
                 self._incoming += received
                 if len(self._incoming) > MAX_FRAME_BYTES:
-                    return True  # enough for now; the rest stays in the socket and holds the sender back
+                    return True  # enough for now: what stays in the socket slows the sender down
         except BlockingIOError:
             return True
         except OSError:
@@ -250,7 +250,7 @@ class Channel:
         while len(self._incoming) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._incoming, start)
             if length > MAX_FRAME_BYTES:
-                raise ChannelClosed(f"the other end announces a frame of {length} bytes")
+                raise PeerClosed(f"the other end announced a frame of {length} bytes; the limit is {MAX_FRAME_BYTES}")
             end = start + _LENGTH.size + length
             if len(self._incoming) < end:
                 break

@@ -1,16 +1,16 @@
 """Whether a silent engine is dead, hung or slow, and who was in its last step.
 
-Who was in the engine's last step: a small shared memory that outlives the engine process.
+Which jobs were in the engine's last step: a small shared memory that outlives the engine process.
 
 The engine writes before each step, in microseconds; the supervisor reads after the engine's death. Two slots are
-written in turn, each with a checksum, so that death in the middle of a write leaves the slot of the step before.
+written alternately, each with a checksum, so that dying in the middle of a write leaves the previous step readable.
 
-Whether an engine that reports nothing is dead, hung or only slow: on a busy host all of them are silent.
+Tells whether an engine that reports nothing is dead, hung or only slow: on a busy host all three are silent.
 
-The engine's side is a thread that beats into shared memory, also while a step or a load keeps the main thread. What the
+In the engine a thread counts beats in shared memory, even while a step or a load occupies the main thread. What the
 process does is read from Linux' /proc (https://docs.kernel.org/filesystems/proc.html,
-https://docs.kernel.org/scheduler/sched-stats.html): whoever computes, waits for a core or waits for a disk is at work,
-though the beats may stop with the interpreter's lock. Where there is no /proc the beats are all that is known.
+https://docs.kernel.org/scheduler/sched-stats.html): a process that computes, or waits for a core or a disk, is at work,
+even if the beats stop because a step holds the interpreter's lock. Without /proc the beats are all there is.
 """
 
 import mmap
@@ -30,7 +30,7 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108  (never a name in it, only an unlinked 
 
 SLOT_BYTES = 512 * 1024
 
-RECORDER_BYTES = 2 * SLOT_BYTES  # then comes a page with the engine's pulse, see signs_of_life.py
+RECORDER_BYTES = 2 * SLOT_BYTES  # followed by a page for the engine's pulse: signs_of_life.py
 
 _HEADER = struct.Struct(">QII")  # step number, payload bytes, checksum of the payload
 
@@ -50,7 +50,7 @@ _decode = msgspec.msgpack.Decoder(list[RecordedJob]).decode
 
 
 def create_memory() -> int:
-    """A file descriptor of fresh shared memory, for both sides; nameless, so that nothing is left behind."""
+    """A file descriptor of new shared memory, for both sides. It has no name, so nothing is left behind."""
     folder = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
     with tempfile.TemporaryFile(dir=folder) as file:
         file.truncate(RECORDER_BYTES + mmap.PAGESIZE)
@@ -58,14 +58,14 @@ def create_memory() -> int:
 
 
 class FlightRecorder:
-    """Either side of the memory; the descriptor may be closed once this exists."""
+    """Either side of the memory. The descriptor may be closed afterwards."""
 
     def __init__(self, memory_fd: int) -> None:
         self._memory = mmap.mmap(memory_fd, RECORDER_BYTES)
         self._step_number = 0
 
     def record(self, jobs: Sequence[RecordedJob]) -> None:
-        """Write the jobs of the step that comes next; an empty list says that the engine is at rest."""
+        """Write down the jobs of the next step; an empty list means that the engine is idle."""
         self._step_number += 1
         payload = _encode(jobs)
         if len(payload) > SLOT_BYTES - _HEADER.size:
@@ -90,15 +90,15 @@ class FlightRecorder:
         return step_number, _decode(payload)
 
 
-NUM_SILENT_HEARTBEATS = 3  # without any sign: it is stopped or gone
+NUM_SILENT_HEARTBEATS = 3  # without any sign: it is stopped or dead
 
 NUM_IDLE_HEARTBEATS = 12  # of a main thread that neither reports nor works, while the process lives: it is hung
 
-NUM_BUSY_HEARTBEATS = 60  # of computing without a report: it goes round in circles
+NUM_BUSY_HEARTBEATS = 60  # of computing without a report: an endless loop
 
-IDLE_STEPS, BUSY_STEPS = 10, 20  # the same, in steps as long as the longest so far
+IDLE_STEPS, BUSY_STEPS = 10, 20  # the same in multiples of the longest step so far; the larger bound counts
 
-LEAST_WORK = 0.05  # of the time: less is the beats' own
+LEAST_WORK = 0.05  # of the time; less is what the beats themselves cost
 
 BEATS_PER_HEARTBEAT = 4
 
@@ -106,13 +106,13 @@ _NUMBERS = struct.Struct("=QQ")  # beats, steps begun
 
 
 class Pulse:
-    """Either side of the shared memory, whose start is this object's; the descriptor may be closed once this exists."""
+    """Either side of the shared memory, from `offset` on. The descriptor may be closed afterwards."""
 
     def __init__(self, memory_fd: int, *, offset: int) -> None:
         self._memory = mmap.mmap(memory_fd, mmap.PAGESIZE, offset=offset)
 
     def read(self) -> tuple[int, int]:
-        """How often it has beaten, and how many steps were begun."""
+        """The number of beats, and of steps begun."""
         num_beats, num_steps = _NUMBERS.unpack_from(self._memory)
         return num_beats, num_steps
 
@@ -131,7 +131,7 @@ class Pulse:
 
 
 def start_beating(pulse: Pulse, *, heartbeat_seconds: float) -> None:
-    """From a thread of its own, for as long as the process lives."""
+    """In a thread, for as long as the process lives."""
 
     def beat() -> None:
         never = Event()
@@ -143,18 +143,18 @@ def start_beating(pulse: Pulse, *, heartbeat_seconds: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a process has used since it started: all its threads together, where it is not said otherwise."""
+    """What a process has used since its start, all threads together unless stated otherwise."""
 
     main_run_seconds: float  # of the main thread, on a core
-    run_seconds: float
-    wait_seconds: float  # for a core
+    run_seconds: float  # on a core
+    wait_seconds: float  # waiting for a core
     is_waiting_for_disk: bool  # the main thread, now
     num_major_faults: int
 
 
 @dataclass(slots=True)
 class Look:
-    """The last one at a silent engine."""
+    """What was seen when a silent engine was last looked at."""
 
     at: float
     usage: Usage | None
@@ -162,7 +162,7 @@ class Look:
 
 
 class SignsOfLife:
-    """Of one engine, as its supervisor sees them. All times are of its monotonic clock."""
+    """Of one engine, kept by its supervisor. All times are from the monotonic clock."""
 
     def __init__(self, pulse: Pulse, *, heartbeat_seconds: float, now: float) -> None:
         self._pulse = pulse
@@ -171,34 +171,34 @@ class SignsOfLife:
         self.hear(now)
 
     def hear(self, now: float, *, step_seconds: float = 0.0) -> None:
-        """It has reported."""
+        """The engine has reported."""
         self._longest_step_seconds = max(self._longest_step_seconds, step_seconds)
         self._heard_at = self._sign_at = now
         self._idle_seconds = self._busy_seconds = 0.0
         self._look: Look | None = None
 
     def judge(self, now: float, pid: int | None) -> str | None:
-        """Why it is to be killed; None where it is not. To be asked a few times a second."""
+        """Why the engine must be killed; None if it need not be. To be called a few times a second."""
         if now - self._heard_at <= self._heartbeat_seconds:
             return None
         num_beats, num_steps = self._pulse.read()
         last, self._look = self._look, Look(now, None if pid is None else read_usage(pid), num_beats)
         if last is None:
-            return None  # what it does is known from two looks on
+            return None  # it takes two looks to see what it does
         self._compare(last, self._look)
         if now - self._sign_at > NUM_SILENT_HEARTBEATS * self._heartbeat_seconds:
-            return f"it has given no sign of life for {now - self._sign_at:.1f} s"
+            return f"it has shown no sign of life for {now - self._sign_at:.1f} s"
         if self._idle_seconds > self._bound(NUM_IDLE_HEARTBEATS, IDLE_STEPS):
-            return f"it lives, but its step {num_steps} has stood still for {self._idle_seconds:.1f} s"
+            return f"it is alive, but its step {num_steps} has made no progress for {self._idle_seconds:.1f} s"
         if self._busy_seconds > self._bound(NUM_BUSY_HEARTBEATS, BUSY_STEPS):
-            return f"its step {num_steps} has computed for {self._busy_seconds:.1f} s"
+            return f"its step {num_steps} has been computing for {self._busy_seconds:.1f} s"
         return None
 
     def _bound(self, num_heartbeats: int, num_steps: int) -> float:
         return max(num_heartbeats * self._heartbeat_seconds, num_steps * self._longest_step_seconds)
 
     def _compare(self, last: Look, look: Look) -> None:
-        """Add what happened between two looks to the time it was idle or busy."""
+        """Add the time between two looks to the idle or the busy time."""
         seconds = look.at - last.at
         work_seconds = min(seconds, _work_seconds(last, look))
         self._idle_seconds += seconds - work_seconds
@@ -209,7 +209,7 @@ class SignsOfLife:
 
 
 def _work_seconds(last: Look, look: Look) -> float:
-    """Between two looks: all of the time where it waits for a disk."""
+    """Between two looks. Waiting for a disk counts as work."""
     before, after = last.usage, look.usage
     if before is None or after is None:
         return 0.0
@@ -219,7 +219,7 @@ def _work_seconds(last: Look, look: Look) -> float:
 
 
 def read_usage(pid: int, proc: Path = Path("/proc")) -> Usage | None:
-    """None where the kernel does not tell, or the process is gone."""
+    """None if the kernel does not tell, or the process is gone."""
     try:
         state, *numbers = (proc / str(pid) / "stat").read_text().rpartition(") ")[2].split()
         times = dict(_thread_times(proc / str(pid) / "task"))
@@ -236,7 +236,7 @@ def read_usage(pid: int, proc: Path = Path("/proc")) -> Usage | None:
 
 
 def _thread_times(tasks: Path) -> Iterator[tuple[int, tuple[float, float]]]:
-    """By thread: seconds on a core, and seconds in the queue for one."""
+    """By thread: seconds on a core, and seconds waiting for one."""
     for task in tasks.iterdir():
         with suppress(FileNotFoundError):  # it has just ended
             run, wait, _ = (task / "schedstat").read_text().split()

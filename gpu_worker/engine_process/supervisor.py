@@ -1,6 +1,6 @@
-"""Owns the engine process: has it forked, watches its heartbeat, tells how it ended and in whose step, restarts it.
+"""Owns the engine process: has it forked, watches it, reports how it ended, and restarts it.
 
-Belongs to the runner's thread and never blocks it, but for the moments of starting and ending a process.
+Belongs to the runner's thread, which it only blocks for a moment when a process starts or ends.
 """
 
 import logging
@@ -16,13 +16,13 @@ from domain.catalog import ModelSpec
 from gpu_worker.engine_process.frames import (
     AddJob,
     CannotLoad,
-    Channel,
-    ChannelClosed,
     Command,
     EmbedJob,
+    EndEngine,
+    FrameSocket,
+    PeerClosed,
     Ready,
     Report,
-    Shutdown,
     StepDone,
     decode_report,
     encode,
@@ -39,27 +39,27 @@ from gpu_worker.engine_process.template import EngineTemplate
 
 log = logging.getLogger(__name__)
 
-LINGER_SECONDS = 5.0  # between the end of the channel and the end of the process: a core dump is written
-SHUTDOWN_SECONDS = 3.0  # the running step may end before the process is killed
-REAP_SECONDS = 30.0  # of a process that is killed: a GPU's memory is given back
+LINGER_SECONDS = 5.0  # between the end of the connection and that of the process, which may dump core
+SHUTDOWN_SECONDS = 3.0  # for the current step to end before the process is killed
+REAP_SECONDS = 30.0  # for a killed process to end: the driver frees the GPU's memory first
 FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineExit:
-    """How an engine process ended, unasked."""
+    """How an engine process ended that was not told to."""
 
-    exit_code: int  # of the process; minus the signal that killed it
-    was_killed_by_us: bool  # because it had fallen silent, or spoke nonsense
+    exit_code: int  # or minus the signal that killed it
+    was_killed_by_us: bool  # since it was silent, or sent garbage
     was_ready: bool
     last_step: list[RecordedJob]
-    killed_because: str = "it fell silent"  # where it was killed by us
-    why_not_loaded: str | None = None  # where the engine itself said that the model cannot be loaded
+    killed_because: str = "it was silent"  # if it was killed by us
+    why_not_loaded: str | None = None  # if the engine itself said that the model cannot be loaded
 
     @property
     def is_outside_kill(self) -> bool:
-        """SIGKILL, and not by us: an operator, or the kernel out of memory. No job can do it by itself."""
+        """SIGKILL that we did not send: an operator, or the kernel's OOM killer. No job can do that by itself."""
         return self.exit_code == -signal.SIGKILL and not self.was_killed_by_us
 
     @property
@@ -67,21 +67,21 @@ class EngineExit:
         if self.why_not_loaded is not None:
             return "it could not load the model"
         if self.was_killed_by_us:
-            return f"killed, since {self.killed_because}"
+            return f"killed because {self.killed_because}"
         if self.exit_code < 0:
             return f"killed by {signal.Signals(-self.exit_code).name}"
         return f"exit code {self.exit_code}"
 
 
 class EngineProcess:
-    """One incarnation of the engine."""
+    """One engine process, from fork to end."""
 
     def __init__(self, template: EngineTemplate, *, heartbeat_seconds: float) -> None:
         ours, theirs = socket.socketpair()
         memory_fd = create_memory()
         self.recorder = FlightRecorder(memory_fd)
         self._pulse = Pulse(memory_fd, offset=RECORDER_BYTES)
-        self.channel = Channel(ours)
+        self.channel = FrameSocket(ours)
         self._template = template
         with theirs:
             template.fork(theirs.fileno(), memory_fd)
@@ -93,7 +93,7 @@ class EngineProcess:
         self.has_had_jobs = False
         self.was_killed_by_us = False
         self.killed_because = ""
-        self.closed_at: float | None = None  # when the channel ended; the process follows
+        self.closed_at: float | None = None  # when the connection ended; the process is about to
 
     @property
     def pid(self) -> int | None:
@@ -108,13 +108,13 @@ class EngineProcess:
         self.has_had_jobs |= isinstance(command, AddJob | EmbedJob)
         try:
             self.channel.send(encode(command))
-        except ChannelClosed:
+        except PeerClosed:
             self._note_closed()
 
     def flush(self) -> None:
         try:
             self.channel.flush()
-        except ChannelClosed:
+        except PeerClosed:
             self._note_closed()
 
     def receive(self) -> list[Report]:
@@ -123,13 +123,13 @@ class EngineProcess:
             return []
         try:
             reports = [decode_report(frame) for frame in self.channel.receive()]
-        except ChannelClosed:
+        except PeerClosed:
             self._note_closed()
             return []
         except msgspec.DecodeError:
-            log.exception("the engine speaks nonsense and is killed")
+            log.exception("the engine sent garbage and is killed")
             self._note_closed()
-            self.kill("it speaks nonsense")
+            self.kill("it sent garbage")
             return []
         for report in reports:
             if isinstance(report, Ready):
@@ -145,12 +145,12 @@ class EngineProcess:
         self._template.kill_engine()
 
     def abandon(self) -> None:
-        """Kill it with its template, which may be why nobody tells how it ended."""
-        self.was_killed_by_us, self.killed_because = True, "nobody told how it ended"
+        """Kill it together with its template, which has failed to report how the engine ended."""
+        self.was_killed_by_us, self.killed_because = True, "its template did not report how it ended"
         self._template.kill()
 
     def end(self) -> EngineExit:
-        """Learn how the process ended, which it has or is about to, and free what it used."""
+        """Find out how the process ended, which it has done or is about to do, and free its resources."""
         exit_code = self._template.wait(REAP_SECONDS)
         if exit_code is None:
             self.abandon()
@@ -177,7 +177,7 @@ class Supervisor:
     """Keeps one engine process running. `watch` is to be called a few times a second, and after every report."""
 
     def __init__(self, spec: ModelSpec, *, heartbeat_seconds: float, load_seconds: float = 1800.0) -> None:
-        """`load_seconds` bounds a load, which may be slow for many good reasons."""
+        """`load_seconds` is the most that loading the model may take, which can be slow for good reasons."""
         self._load_seconds = load_seconds
         self._spec = spec
         self._heartbeat_seconds = heartbeat_seconds
@@ -185,16 +185,16 @@ class Supervisor:
         self._engine: EngineProcess | None = None
         self._start_at = 0.0  # when the next process may start
         self._watched_at = monotonic()
-        self._is_loadable = True  # until an engine says that it is not
+        self._is_loadable = True  # until an engine says that the model is not
 
     @property
     def ready(self) -> Ready | None:
-        """What the engine said of itself; None while there is none that takes jobs."""
+        """What the engine reported when it was loaded; None while there is none that takes jobs."""
         return self._engine.ready if self._engine is not None and self._engine.closed_at is None else None
 
     @property
     def has_engine(self) -> bool:
-        """There is an engine process, whatever it is at."""
+        """There is an engine process, in whatever state."""
         return self._engine is not None
 
     @property
@@ -202,12 +202,12 @@ class Supervisor:
         """The engine has had no job yet."""
         return self._engine is not None and not self._engine.has_had_jobs
 
-    def readers(self) -> list[Channel]:
-        """What to wait on for reports."""
+    def readers(self) -> list[FrameSocket]:
+        """The sockets to wait on for reports."""
         return [self._engine.channel] if self._engine is not None and self._engine.closed_at is None else []
 
     def send(self, command: Command) -> None:
-        """To the engine; into the void while there is none, whose end `watch` will report."""
+        """Send to the engine; dropped if there is none (`watch` reports its exit)."""
         if self._engine is not None:
             self._engine.send(command)
 
@@ -219,9 +219,9 @@ class Supervisor:
         return self._engine.receive() if self._engine is not None else []
 
     def watch(self, now: float) -> EngineExit | None:
-        """Start the engine when it is time, kill it when it hangs, and tell once when it has ended; call `plan_restart`
-        then. All its reports have been received by that time. After an engine that cannot load its model there is no
-        other."""
+        """Start the engine when it is time to, kill it if it hangs, and return its exit once; call `plan_restart` then.
+        All its reports have been received by that time. After an engine that cannot load its model, no other is
+        started."""
         if self._engine is None:
             if self._is_loadable and now >= self._start_at:
                 self._engine = EngineProcess(self._living_template(), heartbeat_seconds=self._heartbeat_seconds)
@@ -239,12 +239,12 @@ class Supervisor:
         self._start_at = monotonic() + min(backoff, MAX_BACKOFF_SECONDS)
 
     def restart(self) -> None:
-        """Replace the engine by a fresh one. It must not have jobs."""
+        """Replace the engine by a fresh one. It must not be running any jobs."""
         self._end_engine()
         self._start_at = 0.0
 
     def stop(self) -> None:
-        """End the engine, kindly first, and its template. Blocks for a moment; what it still reports is lost."""
+        """End the engine, gently first, and its template. Blocks for a moment; further reports are lost."""
         self._end_engine()
         if self._template is not None:
             self._template.close()
@@ -254,10 +254,10 @@ class Supervisor:
         if self._engine is None:
             return
         engine, self._engine = self._engine, None
-        engine.send(Shutdown())
-        # It listens only once it is loaded.
+        engine.send(EndEngine())
+        # Until it has loaded its model, it does not listen.
         if engine.ready is None or not engine.has_ended(within_seconds=SHUTDOWN_SECONDS):
-            engine.kill("it did not end when it was told to")
+            engine.kill("it did not exit when told to")
         engine.end()
 
     def _living_template(self) -> EngineTemplate:
@@ -269,21 +269,21 @@ class Supervisor:
         return self._template
 
     def _look_after(self, engine: EngineProcess, now: float) -> None:
-        """Kill it where it is hung."""
+        """Kill it if it hangs."""
         if now - self._watched_at > self._heartbeat_seconds:
-            engine.signs.hear(now)  # we were away ourselves, and have heard nothing because we did not listen
+            engine.signs.hear(now)  # it was us who were away: we heard nothing because we did not listen
         self._watched_at = now
         reason = None
         if engine.ready is not None:
             reason = engine.signs.judge(now, engine.pid)
         elif now - engine.started_at > self._load_seconds:
-            reason = f"it was not loaded after {self._load_seconds:.0f} s"
+            reason = f"it had not loaded its model after {self._load_seconds:.0f} s"
         if reason is not None and not engine.was_killed_by_us:
-            log.error("the engine is killed: %s", reason, extra={"pid": engine.pid})
+            log.error("killing the engine: %s", reason, extra={"pid": engine.pid})
             engine.kill(reason)
 
     def _has_ended(self, engine: EngineProcess, now: float) -> bool:
-        """The process is gone and its channel is read to the end."""
+        """The process is gone, and everything it sent has been read."""
         if engine.closed_at is None:
             return False
         if engine.has_ended():

@@ -1,11 +1,11 @@
 """The process that engines are forked from: as the supervisor sees it, and its own side.
 
-It imports the back end once and waits; each engine is a fork of it, so one after a crash starts without those imports
-(docs/adr/0015).
+It imports the back end once and waits; each engine is a fork of it, so that an engine after a crash starts without
+these imports (docs/adr/0015).
 
-It has one thread, has computed nothing and has not started CUDA: what a fork would break (docs/adr/0015). On its
-control socket comes one byte with the two descriptors of an engine; back go the engine's pid and, when it has ended,
-its exit code, 4 bytes each.
+It has one thread, has computed nothing and has not started CUDA, since a fork would break that (docs/adr/0015). Its
+control socket receives one byte with the two descriptors of an engine, and sends the engine's pid and, when it has
+ended, its exit code, 4 bytes each.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ _MESSAGE = struct.Struct(">i")
 
 
 def _engine_environment() -> dict[str, str]:
-    """Ours without the secrets, which are none of its business."""
+    """Ours without the secrets, which the engine does not need."""
     secrets = {PREFIX + name for name in ("DATABASE_URL", "REDIS_URL", "API_KEY", "BOOTSTRAP_API_KEY")}
     ours = {name: value for name, value in os.environ.items() if name not in secrets}
-    # OpenMP's threads spin while they wait for each other. Beside other processes that want the cores, each step of a
-    # small model on a CPU then takes ten times as long.
+    # OpenMP's threads spin while they wait for each other. When other processes want the cores, too, that makes each
+    # step of a small model on a CPU ten times as long.
     return {"OMP_WAIT_POLICY": "PASSIVE"} | ours
 
 
 class EngineTemplate:
-    """A template and the one engine that it may have. Dies with the thread that made it."""
+    """A template and its engine, one at most. Dies with the thread that made it."""
 
     def __init__(self, spec: ModelSpec, *, heartbeat_seconds: float) -> None:
         self._control, theirs = socket.socketpair()
@@ -51,7 +51,7 @@ class EngineTemplate:
                 start_new_session=True,  # Ctrl-C drains the worker; the engine must outlive that
             )
         self.pid = self._process.pid
-        self.engine_pid: int | None = None  # None until it is forked, which `wait` hears of
+        self.engine_pid: int | None = None  # None until `wait` has learnt that it was forked
         self._exit_code: int | None = None
 
     @property
@@ -59,15 +59,15 @@ class EngineTemplate:
         return self._process.poll() is None
 
     def fork(self, channel_fd: int, recorder_fd: int) -> None:
-        """Ask for an engine, which gets copies of both descriptors, as soon as the imports are done. The engine before
-        it must have ended."""
+        """Ask for an engine, which gets copies of both descriptors. It is forked once the imports are done; the
+        previous engine must have ended."""
         self.engine_pid = self._exit_code = None
         with contextlib.suppress(OSError):  # the template is dead, and `wait` says how it died
             socket.send_fds(self._control, [b"f"], [channel_fd, recorder_fd])
 
     def wait(self, timeout_seconds: float | None) -> int | None:
-        """The engine's exit code, or minus the signal that killed it; None while it lives. An engine ends with its
-        template, and has its exit code then."""
+        """The engine's exit code, or minus the signal that killed it; None while it lives. If the template dies, so
+        does its engine, and the template's exit code is returned."""
         self._control.settimeout(timeout_seconds)
         with contextlib.suppress(TimeoutError, BlockingIOError):
             while self._exit_code is None:
@@ -75,7 +75,7 @@ class EngineTemplate:
         return self._exit_code
 
     def kill_engine(self) -> None:
-        """With the template where it has not come to the fork."""
+        """And the template with it, if it has not forked yet."""
         if self.wait(0) is not None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -108,10 +108,10 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def fork_engines(control: socket.socket) -> tuple[int, int]:
-    """Returns in each engine, with the descriptors of its channel and of its recorder; the template itself stays in
-    here, one engine after the other, and exits when its supervisor has hung up."""
+    """Returns in each engine, with the descriptors of its socket and its recorder. The template itself stays in here,
+    forks one engine after the other, and exits when its supervisor hangs up."""
     gc.collect()
-    gc.freeze()  # a collection in an engine would else write to every page that it shares with the template
+    gc.freeze()  # or a collection in an engine would write to every page that it shares with the template
     template_pid = os.getpid()
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 2)
@@ -131,8 +131,8 @@ def fork_engines(control: socket.socket) -> tuple[int, int]:
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, however that comes about. So an engine
-    ends with its template, and the template with its worker."""
+    """Have the kernel kill this process when the thread that started it ends, for whatever reason. So an engine ends
+    with its template, and the template with its worker."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:

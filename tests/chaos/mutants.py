@@ -45,7 +45,7 @@ PUBLISHES_BEFORE_COMMIT = Mutant(
             "gpu_worker/commits.py",
             "    try:\n        held, ended = _transact(storage, flushes)",
             "    early = {flush.job.id: flush.commit.chunks for flush in flushes if flush.commit}\n"
-            "    storage.channel.publish((job_id, chunk) for job_id in early for chunk in early[job_id])\n"
+            "    storage.notifier.publish((job_id, chunk) for job_id in early for chunk in early[job_id])\n"
             "    try:\n        held, ended = _transact(storage, flushes)",
         ),
     ),

@@ -55,7 +55,7 @@ class RecordingRunner:
     def story(self, job_id: UUID) -> list[RunnerEventKind]:
         return [event.kind for event in self.events if event.job_id == job_id]
 
-    def has_settled(self, job_ids: Sequence[UUID]) -> bool:
+    def has_let_go_of(self, job_ids: Sequence[UUID]) -> bool:
         """Each of them was dropped, released, or ended here."""
         return all(self.story(job_id) and self.story(job_id)[-1] != RunnerEventKind.CLAIMED for job_id in job_ids)
 
@@ -68,7 +68,7 @@ class RecordingRunner:
     @property
     def engine_pid(self) -> int:
         """Of the engine process as it is now."""
-        engine = self.runner._loop._supervisor._engine
+        engine = self.runner._runner._supervisor._engine
         assert engine is not None
         assert engine.pid is not None
         return engine.pid

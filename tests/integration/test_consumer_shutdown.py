@@ -50,7 +50,7 @@ def test_a_drain_lets_running_jobs_end_with_control_alive(
     worker.send_signal(signal_number)
     wait_until(lambda: waiting(plant, job_ids) == job_ids[2:], "the look-ahead is back at the head, in order")
 
-    assert f"draining on {signal_number.name}, then leaving" in plant.log()
+    assert f"draining on {signal_number.name}, then exiting" in plant.log()
     assert plant.num_unacked() == 0
     assert plant.inspect("engine_stats")["draining"]
     assert len(plant.inspect("active")) == 2
@@ -87,9 +87,9 @@ def test_a_quit_releases_everything_at_once(make_plant: MakePlant, signals: list
     plant, worker, job_ids = busy_worker(make_plant)
     for signal_number in signals:
         worker.send_signal(signal_number)
-        wait_until(lambda: "draining" in plant.log() or "leaving" in plant.log(), "the signal is heard")
+        wait_until(lambda: "draining" in plant.log() or "exiting" in plant.log(), "the signal is heard")
     wait_until(has_ended(worker), "the worker left", seconds=20)  # the drain would take 30
-    assert f"leaving at once on {signals[-1].name}" in plant.log()
+    assert f"exiting at once on {signals[-1].name}" in plant.log()
     assert plant.jobs("released") == job_ids[:2]
     assert plant.jobs("cancelled") == []
     assert not list((plant.folder / "cancelled").iterdir())
@@ -116,7 +116,7 @@ def test_celery_control_drains_and_resumes(make_plant: MakePlant) -> None:
     plant.end_all()
     wait_until(lambda: sorted(plant.jobs("completed")) == sorted(job_ids[:2]), "running jobs ended")
     assert plant.inspect("engine_stats")["credit"] == 0
-    assert "draining on the order engine_drain: running jobs have" in plant.log()
+    assert "draining on the engine_drain command: running jobs have" in plant.log()
 
     assert plant.inspect("engine_resume") == {"ok": "taking jobs"}
     wait_until(lambda: sorted(plant.jobs("completed")) == sorted(job_ids), "it takes jobs again")
@@ -145,7 +145,7 @@ def test_a_shutdown_by_control_drains(make_plant: MakePlant, command: str, argum
     assert "ok" in plant.inspect(command, **arguments)
     wait_until(lambda: waiting(plant, job_ids) == job_ids[2:], "the look-ahead is back")
     assert worker.poll() is None
-    assert f"draining on the order {command}, then leaving" in plant.log()
+    assert f"draining on the {command} command, then exiting" in plant.log()
     plant.end_all()
     wait_until(has_ended(worker), "the worker left")
     assert sorted(plant.jobs("completed")) == sorted(job_ids[:2])

@@ -44,7 +44,7 @@ def test_running_jobs_wait_for_room_and_lose_nothing(rig: Rig, session_factory: 
     worker.offer(job_ids)
     rig.wait_for_tokens(job_ids)
     with no_room_for("job_chunks", session_factory):
-        wait_until(lambda: worker.runner._loop._thread.is_away, "the worker has noticed")
+        wait_until(lambda: worker.runner._runner._storage_thread.is_away, "the worker has noticed")
     worker.wait_for(RunnerEventKind.ENDED, job_ids)
     for job_id in job_ids:
         rig.assert_intact(job_id)

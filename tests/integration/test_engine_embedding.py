@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from gpu_worker.engine.backends import StepMember
-from gpu_worker.engine.backends.encoder import EncoderBackend, make_lane, read_pooling
+from gpu_worker.engine.backends.encoder import EncoderBackend, make_embedding_queue, read_pooling
 from gpu_worker.engine.backends.transformers import TransformersBackend
-from gpu_worker.engine.embedding_queue import EmbeddingLane
+from gpu_worker.engine.embedding_queue import EmbeddingQueue
 from gpu_worker.engine_process.frames import EmbeddingOutput, EmbedJob, EngineStats, StepDone
 from tests.engine_driver import CPU, VOCAB_SIZE, make_add, make_spec, tiny_model
 from tests.engine_parts import TOKENIZER
@@ -153,7 +153,7 @@ def test_a_pooling_that_is_not_known_is_refused_at_load(tmp_path: Path) -> None:
         read_pooling(make_spec(path=str(tmp_path)), "bert")
 
 
-# The lane, with vectors that show what was asked
+# The queue, with vectors that show what was asked
 
 
 def first_numbers(inputs: Sequence[Sequence[int]]) -> Any:
@@ -162,53 +162,55 @@ def first_numbers(inputs: Sequence[Sequence[int]]) -> Any:
     return np.array([[1.0, token_ids[0], np.inf if token_ids[0] == 14 else 0.0] for token_ids in inputs], np.float32)
 
 
-def make_test_lane(**fields: Any) -> EmbeddingLane:
-    return EmbeddingLane(first_numbers, **{"vocab_size": 100, "max_input_tokens": 10, "max_step_tokens": 12} | fields)
+def make_queue(**fields: Any) -> EmbeddingQueue:
+    return EmbeddingQueue(first_numbers, **{"vocab_size": 100, "max_input_tokens": 10, "max_step_tokens": 12} | fields)
 
 
-def step_lane(lane: EmbeddingLane, records: list[list[StepMember]] | None = None, *, beside: bool = False) -> StepDone:
+def step_queue(
+    queue: EmbeddingQueue, records: list[list[StepMember]] | None = None, *, beside: bool = False
+) -> StepDone:
     def generate(record: Any) -> StepDone:
         record([StepMember("text", 1, "decode")])
         return StepDone(outputs=[], failures=[], stats=EngineStats())
 
     seen: list[list[StepMember]] = [] if records is None else records
-    return lane.step(lambda members: seen.append(list(members)), generate if beside else None, EngineStats)
+    return queue.step(lambda members: seen.append(list(members)), generate if beside else None, EngineStats)
 
 
 def test_a_bad_input_fails_its_job_alone() -> None:
-    lane = make_test_lane(max_step_tokens=100)
-    lane.add(make_job("good", [[1], [2], [3]]))
-    lane.add(make_job("raises", [[4], [13], [5]]))
-    lane.add(make_job("infinite", [[6], [14]]))
-    lane.add(make_job("good too", [[7]]))
-    done = step_lane(lane)
+    queue = make_queue(max_step_tokens=100)
+    queue.add(make_job("good", [[1], [2], [3]]))
+    queue.add(make_job("raises", [[4], [13], [5]]))
+    queue.add(make_job("infinite", [[6], [14]]))
+    queue.add(make_job("good too", [[7]]))
+    done = step_queue(queue)
     assert {failure.job_id for failure in done.failures} == {"raises", "infinite"}
     assert {output.job_id: len(output.vectors) for output in done.embeddings} == {"good": 3, "good too": 1}
-    assert not lane.has_work
+    assert not queue.has_work
 
 
 def test_a_step_takes_what_fits_and_a_quarter_of_it_beside_texts() -> None:
-    lane = make_test_lane()
-    lane.add(make_job("a", [[n, n, n] for n in range(20, 30)]))
-    step_lane(lane)
-    assert lane.num_tokens == 12
+    queue = make_queue()
+    queue.add(make_job("a", [[n, n, n] for n in range(20, 30)]))
+    step_queue(queue)
+    assert queue.num_tokens == 12
     records: list[list[StepMember]] = []
-    step_lane(lane, records, beside=True)
-    assert lane.num_tokens == 15
+    step_queue(queue, records, beside=True)
+    assert queue.num_tokens == 15
     assert [member.job_id for member in records[-1]] == ["text", "a"]
-    lane.add(make_job("long", [[31] * 10], priority=1))
-    done = step_lane(lane, beside=True)  # longer than its share: it runs alone, and first
+    queue.add(make_job("long", [[31] * 10], priority=1))
+    done = step_queue(queue, beside=True)  # longer than its share: it runs alone, and first
     assert [output.job_id for output in done.embeddings] == ["long"]
 
 
 @pytest.mark.parametrize("reason", ["cancelled", ""])
 def test_an_aborted_job_says_one_last_word_or_none(reason: str) -> None:
-    lane = make_test_lane(max_step_tokens=3)
-    lane.add(make_job("a", [[1] * 3, [2] * 3]))
-    step_lane(lane)
-    lane.abort("a", 1, reason)
-    assert lane.has_work == bool(reason)
-    assert [(output.vectors, output.finish_reason) for output in step_lane(lane).embeddings] == (
+    queue = make_queue(max_step_tokens=3)
+    queue.add(make_job("a", [[1] * 3, [2] * 3]))
+    step_queue(queue)
+    queue.abort("a", 1, reason)
+    assert queue.has_work == bool(reason)
+    assert [(output.vectors, output.finish_reason) for output in step_queue(queue).embeddings] == (
         [([], "cancelled")] if reason else []
     )
 
@@ -217,7 +219,7 @@ def test_a_model_whose_lane_is_made_beside_an_engine_shares_its_weights(tmp_path
     model = tiny_model(DECODERS["llama"])
     save(model, tmp_path, "mean_tokens")
     spec = make_spec(path=str(tmp_path))
-    lane = make_lane(spec, model, CPU)
-    lane.add(make_job())
-    [output] = [output for _ in range(9) for output in step_lane(lane).embeddings]
+    queue = make_embedding_queue(spec, model, CPU)
+    queue.add(make_job())
+    [output] = [output for _ in range(9) for output in step_queue(queue).embeddings]
     assert_close(vectors_of(output), reference(model.base_model, INPUTS, "mean"))

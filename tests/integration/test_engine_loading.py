@@ -130,7 +130,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(model_folder: Path) -> None:
 
 
 def test_a_context_beyond_the_models_own_is_refused(model_folder: Path) -> None:
-    with pytest.raises(ValueError, match="max_model_len = 512 but was made for 256"):
+    with pytest.raises(ValueError, match="is 512, but it was made for 256"):
         TransformersBackend(make_spec(path=str(model_folder), max_model_len=512))
 
 

@@ -295,7 +295,7 @@ def test_two_workers_offered_the_same_jobs_run_each_of_them_once(rig: Rig) -> No
     for worker in pair:
         worker.offer(job_ids)
     wait_until(lambda: all(rig.job(job_id).status.is_terminal for job_id in job_ids), "all jobs have ended")
-    wait_until(lambda: all(worker.has_settled(job_ids) for worker in pair), "both have settled them all")
+    wait_until(lambda: all(worker.has_let_go_of(job_ids) for worker in pair), "both have settled them all")
     for job_id in job_ids:
         rig.assert_intact(job_id)
         assert rig.job(job_id).attempt == 1

@@ -210,7 +210,7 @@ def test_a_busy_worker_serves_the_isolated_lane_too(rig: Rig) -> None:
     suspect = rig.add_job(lane=Lane.ISOLATED)
     worker.wait_for(RunnerEventKind.ENDED, [suspect])
     rig.assert_intact(suspect)
-    assert not worker.has_settled(load), "it did not have to wait for the load to end"
+    assert not worker.has_let_go_of(load), "it did not have to wait for the load to end"
 
 
 def test_an_engine_that_cannot_start_makes_the_worker_unhealthy_not_the_jobs(rig: Rig) -> None:

@@ -55,7 +55,7 @@ def test_jobs_offered_while_the_database_is_away_are_claimed_when_it_is_back(
     worker = rig.start()
     own_postgres.stop()
     worker.offer(job_ids)
-    wait_until(lambda: worker.runner._loop._thread.is_away, "the worker has noticed")
+    wait_until(lambda: worker.runner._runner._storage_thread.is_away, "the worker has noticed")
     own_postgres.start()
     worker.wait_for(RunnerEventKind.ENDED, job_ids)
     for job_id in job_ids:
@@ -91,7 +91,7 @@ def test_jobs_that_end_in_an_outage_beyond_the_lease_are_ended_after_it(
     worker.offer(job_ids)
     rig.wait_for_tokens(job_ids)
     own_postgres.stop()
-    running = worker.runner._loop._batch._jobs
+    running = worker.runner._runner._batch._jobs
     wait_until(lambda: all(job.is_ending for job in list(running.values())), "the lease has lapsed, and all are over")
     assert len(running) == 4
     own_postgres.start()
@@ -132,7 +132,7 @@ def test_a_failover_to_a_server_that_is_still_a_standby_costs_running_jobs_nothi
     worker.offer(job_ids)
     rig.wait_for_tokens(job_ids)
     _be_standby(own_postgres, "on")
-    wait_until(lambda: worker.runner._loop._thread.is_away, "the worker has noticed")
+    wait_until(lambda: worker.runner._runner._storage_thread.is_away, "the worker has noticed")
     _be_standby(own_postgres, "off")
     worker.wait_for(RunnerEventKind.ENDED, job_ids)
     for job_id in job_ids:

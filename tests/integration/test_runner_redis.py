@@ -29,7 +29,7 @@ def test_publishing_goes_on_when_redis_is_back(rig: Rig, redis_server: EmbeddedR
     worker.offer([job_id])
     rig.wait_for_tokens([job_id])
     redis_server.stop()
-    wait_until(lambda: worker.runner._loop._storage.channel.is_paused, "the worker has noticed")
+    wait_until(lambda: worker.runner._runner._storage.notifier.is_paused, "the worker has noticed")
     redis_server.start()
     with listening(redis_server.url, job_id) as read:
         wait_until(read, "something is published again")

@@ -110,7 +110,7 @@ def test_one_that_was_stopped_is_dead_whatever_it_did_before(make_silent: MakeSi
 
 def test_one_that_beats_but_stands_still_is_hung(make_silent: MakeSilent) -> None:
     reason, num_heartbeats = make_silent(BEATING, SLEEPING).verdict()
-    assert "its step 1 has stood still" in reason
+    assert "its step 1 has made no progress" in reason
     assert num_heartbeats > NUM_IDLE_HEARTBEATS
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from domain.catalog import ModelSpec
 from gpu_worker.engine_process import supervisor
-from gpu_worker.engine_process.frames import AddJob, Heartbeat, Report, StepDone
+from gpu_worker.engine_process.frames import AddJob, Report, StepDone, StillAlive
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from tests.waiting import wait_until
 
@@ -151,7 +151,7 @@ def test_an_engine_that_stands_still_in_a_step_is_killed_after_twelve_heartbeats
     assert not crank.exits[0].is_outside_kill
     assert [job.job_id for job in crank.exits[0].last_step] == ["job"]
     assert time.monotonic() - started_at > 12 * 0.2
-    assert "it lives, but its step 3 has stood still for" in crank.exits[0].description
+    assert "it is alive, but its step 3 has made no progress for" in crank.exits[0].description
 
 
 def test_an_engine_that_gives_no_sign_of_life_is_killed_after_three_heartbeats(make_crank: MakeCrank) -> None:
@@ -163,7 +163,7 @@ def test_an_engine_that_gives_no_sign_of_life_is_killed_after_three_heartbeats(m
     os.kill(pid, signal.SIGSTOP)
     crank.turn_until(lambda: crank.exits, "the engine is killed")
     assert time.monotonic() - stopped_at > 3 * 0.2
-    assert "it has given no sign of life for" in crank.exits[0].description
+    assert "it has shown no sign of life for" in crank.exits[0].description
 
 
 def test_a_step_of_ten_heartbeats_is_no_death(make_crank: MakeCrank) -> None:
@@ -182,14 +182,14 @@ def test_a_load_of_many_heartbeats_is_no_death_but_has_an_end(make_crank: MakeCr
     assert crank.exits == []
     hung = make_crank(heartbeat_seconds=0.1, engine_load_seconds=2.0, load_seconds=3600.0)
     hung.turn_until(lambda: hung.exits, "the load is given up")
-    assert "it was not loaded after 2 s" in hung.exits[0].description
+    assert "it had not loaded its model after 2 s" in hung.exits[0].description
     assert not hung.exits[0].was_ready
 
 
 def test_an_engine_at_rest_beats_and_is_left_alone(make_crank: MakeCrank) -> None:
     crank = make_crank(heartbeat_seconds=0.1)
     pid = crank.turn_until_ready()
-    crank.turn_until(lambda: sum(isinstance(report, Heartbeat) for report in crank.reports) >= 8, "eight beats")
+    crank.turn_until(lambda: sum(isinstance(report, StillAlive) for report in crank.reports) >= 8, "eight beats")
     assert crank.exits == []
     assert crank.turn_until_ready() == pid
 

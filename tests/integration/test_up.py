@@ -263,7 +263,7 @@ def test_a_model_that_cannot_be_loaded_ends_it_with_the_reason(environment: dict
     (folder / "models.toml").write_text(MODELS.replace("step_seconds", "no_such_knob"))
     up = RunningUp(environment)
     assert up.wait() == 1
-    up.wait_for(r"(?s)Error: GPU worker cannot work: leaving: model 'celeriac-mini' cannot be loaded: .*no_such_knob")
+    up.wait_for(r"(?s)Error: GPU worker cannot work: exiting: model 'celeriac-mini' cannot be loaded: .*no_such_knob")
     assert up.output.count("GPU worker cannot work") == 2, "as it happens, and at the end"
     assert "Traceback" not in up.output
     assert processes_of(folder) == []

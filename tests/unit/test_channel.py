@@ -5,18 +5,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from gpu_worker.engine_process.frames import MAX_FRAME_BYTES, Channel, ChannelClosed
+from gpu_worker.engine_process.frames import MAX_FRAME_BYTES, FrameSocket, PeerClosed
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Channel, Channel]]:
-    left, right = (Channel(sock) for sock in socket.socketpair())
+def ends() -> Iterator[tuple[FrameSocket, FrameSocket]]:
+    left, right = (FrameSocket(sock) for sock in socket.socketpair())
     yield left, right
     left.close()
     right.close()
 
 
-def receive(channel: Channel, sender: Channel, num_frames: int) -> list[bytes]:
+def receive(channel: FrameSocket, sender: FrameSocket, num_frames: int) -> list[bytes]:
     frames: list[bytes] = []
     while len(frames) < num_frames:
         sender.flush()
@@ -24,7 +24,7 @@ def receive(channel: Channel, sender: Channel, num_frames: int) -> list[bytes]:
     return frames
 
 
-def test_frames_of_every_size_arrive_whole_and_in_order(ends: tuple[Channel, Channel]) -> None:
+def test_frames_of_every_size_arrive_whole_and_in_order(ends: tuple[FrameSocket, FrameSocket]) -> None:
     left, right = ends
     sent = [b"", b"x", b"y" * 70_000, b"z" * 3_000_000, b"end"]
     for frame in sent:
@@ -32,7 +32,7 @@ def test_frames_of_every_size_arrive_whole_and_in_order(ends: tuple[Channel, Cha
     assert receive(right, left, len(sent)) == sent
 
 
-def test_sending_to_one_who_does_not_read_returns_at_once(ends: tuple[Channel, Channel]) -> None:
+def test_sending_to_one_who_does_not_read_returns_at_once(ends: tuple[FrameSocket, FrameSocket]) -> None:
     left, right = ends
     left.send(b"x" * 10_000_000)
     assert left.has_outgoing
@@ -40,26 +40,26 @@ def test_sending_to_one_who_does_not_read_returns_at_once(ends: tuple[Channel, C
     assert not left.has_outgoing
 
 
-def test_what_came_before_the_end_is_read_before_the_end_is_told(ends: tuple[Channel, Channel]) -> None:
+def test_what_came_before_the_end_is_read_before_the_end_is_told(ends: tuple[FrameSocket, FrameSocket]) -> None:
     left, right = ends
     left.send(b"last words")
     left.close()
     assert right.receive() == [b"last words"]
-    with pytest.raises(ChannelClosed):
+    with pytest.raises(PeerClosed):
         right.receive()
 
 
-def test_writing_to_one_who_is_gone_is_told(ends: tuple[Channel, Channel]) -> None:
+def test_writing_to_one_who_is_gone_is_told(ends: tuple[FrameSocket, FrameSocket]) -> None:
     left, right = ends
     right.close()
-    with pytest.raises(ChannelClosed):
+    with pytest.raises(PeerClosed):
         left.send(b"anyone?")
 
 
-def test_a_frame_beyond_the_limit_is_refused_on_both_sides(ends: tuple[Channel, Channel]) -> None:
+def test_a_frame_beyond_the_limit_is_refused_on_both_sides(ends: tuple[FrameSocket, FrameSocket]) -> None:
     left, right = ends
     with pytest.raises(ValueError, match="exceeds"):
         left.send(bytes(MAX_FRAME_BYTES + 1))
     left._socket.send((MAX_FRAME_BYTES + 1).to_bytes(4))
-    with pytest.raises(ChannelClosed, match="announces"):
+    with pytest.raises(PeerClosed, match="announced a frame"):
         right.receive()

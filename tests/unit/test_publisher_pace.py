@@ -19,7 +19,7 @@ def flush(publisher: Publisher, jobs: list[RunningJob], now: float, *, cost_seco
     """The jobs of the flush that is due; it succeeds."""
     taken = publisher.take_due(jobs, now)
     if taken:
-        publisher.settle(FlushOutcome(cost_seconds=cost_seconds))
+        publisher.finish(FlushOutcome(cost_seconds=cost_seconds))
     return [flush.job for flush in taken]
 
 
@@ -60,7 +60,7 @@ def test_outputs_gather_while_a_flush_is_under_way(publisher: Publisher) -> None
     job.absorb(make_output(job, "b"))
     job.absorb(make_output(job, "c"))
     assert publisher.take_due([job], NOW + 100) == []
-    publisher.settle(FlushOutcome())
+    publisher.finish(FlushOutcome())
     (taken,) = publisher.take_due([job], NOW + 100)
     assert taken.commit is not None
     assert [chunk.text for chunk in taken.commit.chunks] == ["bc"]
@@ -88,10 +88,10 @@ def test_a_job_without_chunks_renews_its_lease_after_a_third_of_it(publisher: Pu
 def test_the_interval_follows_what_commits_cost_within_its_bounds(publisher: Publisher) -> None:
     assert publisher.interval_seconds == 0.1
     for _ in range(50):
-        publisher.settle(FlushOutcome(cost_seconds=0.03))
+        publisher.finish(FlushOutcome(cost_seconds=0.03))
     assert publisher.interval_seconds == pytest.approx(0.3, rel=0.01)
     for _ in range(50):
-        publisher.settle(FlushOutcome(cost_seconds=2.0))
+        publisher.finish(FlushOutcome(cost_seconds=2.0))
     assert publisher.interval_seconds == 0.5
 
 

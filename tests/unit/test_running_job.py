@@ -4,9 +4,16 @@ import pytest
 
 from domain.jobs import FinishReason, JobStatus
 from domain.requests import GenerationRequest, GenerationResult, SamplingParams, TokenChunk
-from gpu_worker.engine_process.frames import JobFailed
+from gpu_worker.engine_process.frames import AddJob, JobFailed
+from gpu_worker.job import RunningJob
 from storage.job_ends import partial_result
 from tests.runner_parts import make_output, make_running
+
+
+def command_of(job: RunningJob) -> AddJob:
+    command = job.command()
+    assert isinstance(command, AddJob)
+    return command
 
 
 def test_outputs_since_the_last_chunk_become_one_chunk_per_sequence() -> None:
@@ -55,7 +62,7 @@ def test_a_resumed_job_tells_the_engine_where_each_sequence_stands() -> None:
         TokenChunk(sequence_number=4, index=0, text="c", token_ids=(3,)),
     ]
     job = make_running(n=3, attempt=2, committed_chunks=committed)
-    command = job.add_command()
+    command = command_of(job)
     assert command.committed_token_ids == [[1, 2, 3], [5], [6]]
     assert command.num_emitted_chars == [3, 0, 1]
     assert command.finished_indexes == [2]
@@ -101,7 +108,7 @@ def scored(token_id: int) -> dict[str, object]:
 
 def test_the_logprobs_of_the_prompt_ride_on_the_first_chunk_and_are_not_asked_for_again() -> None:
     job = make_running(n=2)
-    assert not job.add_command().has_prompt_logprobs
+    assert not command_of(job).has_prompt_logprobs
     job.absorb(make_output(job, "a", index=1, prompt_logprobs=[None, scored(2), scored(3)]))
     job.absorb(make_output(job, "b"))
     first, second = job.take_chunks()
@@ -109,7 +116,7 @@ def test_the_logprobs_of_the_prompt_ride_on_the_first_chunk_and_are_not_asked_fo
     assert [entry and entry.token_id for entry in first.prompt_logprobs] == [None, 2, 3]
     assert second.prompt_logprobs is None
     successor = make_running(n=2, attempt=2, committed_chunks=[first, second])
-    assert successor.add_command().has_prompt_logprobs
+    assert command_of(successor).has_prompt_logprobs
     for index in range(2):
         successor.absorb(make_output(successor, finish_reason="stop", index=index))
     assert all(chunk.prompt_logprobs is None for chunk in successor.take_chunks())

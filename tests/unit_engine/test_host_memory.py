@@ -111,7 +111,7 @@ def test_one_text_of_full_length_may_take_half_of_a_tight_machine(on_host: Path)
 
 def test_a_machine_without_room_for_one_text_is_refused_with_the_figures(on_host: Path) -> None:
     make_host(on_host, available=BYTES_PER_TOKEN * 256)
-    with pytest.raises(ValueError, match="room for 64 tokens in its cache, at 512 bytes each"):
+    with pytest.raises(ValueError, match="room for 64 tokens, at 512 bytes each"):
         num_cache_tokens(kv_cache_tokens=None)
 
 

@@ -15,7 +15,7 @@ from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, Step
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What loading the model settled."""
+    """What is known once the model is loaded."""
 
     device: str
     num_cache_tokens: int

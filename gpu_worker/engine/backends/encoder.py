@@ -23,7 +23,7 @@ from domain.errors import UnsupportedParameter
 from gpu_worker.engine.backends import LoadedModel, RecordStep
 from gpu_worker.engine.cpu.attention import ATTENTION_NAME, AttentionContext, BlockCache, PrefillSpan, group_by_length
 from gpu_worker.engine.cuda.attention import ATTENTION_NAME as DEVICE_ATTENTION_NAME
-from gpu_worker.engine.embedding_queue import Embed, EmbeddingLane
+from gpu_worker.engine.embedding_queue import Embed, EmbeddingQueue
 from gpu_worker.engine.loading import FAMILIES, Family, check_length, choose_device, load_model, set_threads, vocab_size
 from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, StepDone
 from text.model_files import model_folder
@@ -40,7 +40,7 @@ POOLING_BY_FLAG: dict[str, Pooling] = {
 KNOWN_MODULES = frozenset({"Transformer", "Pooling", "Normalize"})
 
 
-def make_lane(spec: ModelSpec, model: Any, device: torch.device) -> EmbeddingLane:
+def make_embedding_queue(spec: ModelSpec, model: Any, device: torch.device) -> EmbeddingQueue:
     """Raises ValueError where the model's files ask for a pooling that is not known here."""
     pooling = read_pooling(spec, model.config.get_text_config().model_type)
     embed: Embed
@@ -51,7 +51,7 @@ def make_lane(spec: ModelSpec, model: Any, device: torch.device) -> EmbeddingLan
     else:
         max_group = spec.max_num_seqs if spec.task == "embedding" else 1  # who knows what padding does to a state
         embed = PaddedEmbedder(model.base_model, pooling, device, max_group=max_group)
-    return EmbeddingLane(
+    return EmbeddingQueue(
         embed,
         vocab_size=vocab_size(model),
         max_input_tokens=spec.max_model_len,
@@ -187,7 +187,7 @@ class EncoderBackend:
         check_length(spec, model)
         set_threads(model)
         self._spec = spec
-        self._lane = make_lane(spec, model, device)
+        self._embeddings = make_embedding_queue(spec, model, device)
         self._loaded = LoadedModel(device=str(device), num_cache_tokens=0)
         self._num_steps = 0
 
@@ -197,25 +197,25 @@ class EncoderBackend:
 
     @property
     def has_work(self) -> bool:
-        return self._lane.has_work
+        return self._embeddings.has_work
 
     def add(self, command: AddJob) -> None:
         raise UnsupportedParameter(f"{self._spec.id} generates no text", param="model")
 
     def embed(self, command: EmbedJob) -> None:
-        self._lane.add(command)
+        self._embeddings.add(command)
 
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
-        self._lane.abort(job_id, attempt, reason)
+        self._embeddings.abort(job_id, attempt, reason)
 
     def step(self, record: RecordStep) -> StepDone:
         self._num_steps += 1
-        return self._lane.step(record, None, self.stats)
+        return self._embeddings.step(record, None, self.stats)
 
     def stats(self) -> EngineStats:
         return EngineStats(
             num_steps=self._num_steps,
-            num_running=self._lane.num_jobs,
-            num_prompt_tokens=self._lane.num_tokens,
+            num_running=self._embeddings.num_jobs,
+            num_prompt_tokens=self._embeddings.num_tokens,
             memory_bytes=torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
         )

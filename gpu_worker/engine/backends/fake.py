@@ -34,7 +34,7 @@ from domain.errors import ContextLengthExceeded, EngineError, OutOfMemory, Unsup
 from domain.jobs import FinishReason
 from domain.requests import SamplingParams, TokenLogprob
 from gpu_worker.engine.backends import LoadedModel, RecordStep, StepMember
-from gpu_worker.engine.embedding_queue import EmbeddingLane
+from gpu_worker.engine.embedding_queue import EmbeddingQueue
 from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, JobFailed, SequenceOutput, StepDone
 
 _ENTRY = struct.Struct(">36sIQ")  # job, attempt, tokens
@@ -192,13 +192,13 @@ class FakeBackend:
         time.sleep(self._knobs.load_seconds)
         self._waiting: list[FakeJob] = []
         self._running: list[FakeJob] = []
-        self._farewells: list[SequenceOutput] = []  # final outputs of aborted jobs, due with the next step
+        self._final_outputs: list[SequenceOutput] = []  # final outputs of aborted jobs, due with the next step
         self._room = spec.max_num_seqs  # sequences; less once memory ran out
         self._num_added = self._num_steps = self._num_preemptions = 0
         self._num_generation_tokens = self._num_prompt_tokens = 0
         self._drawn = DrawnTokens(Path(self._knobs.count_folder)) if self._knobs.count_folder else None
         self._step_seconds = 0.0
-        self._lane = EmbeddingLane(
+        self._embeddings = EmbeddingQueue(
             self._fake_vectors,
             vocab_size=END_TOKEN_ID + 1,
             max_input_tokens=spec.max_model_len,
@@ -237,38 +237,40 @@ class FakeBackend:
         self._waiting.sort(key=lambda job: (-job.command.priority, job.arrival))
 
     def embed(self, command: EmbedJob) -> None:
-        self._lane.add(command)
+        self._embeddings.add(command)
 
     def _fake_vectors(self, inputs: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         time.sleep(self._knobs.step_seconds)
         return np.array([fake_vector(token_ids) for token_ids in inputs], dtype=np.float32)
 
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
-        self._lane.abort(job_id, attempt, reason)
+        self._embeddings.abort(job_id, attempt, reason)
         for jobs in (self._waiting, self._running):
             for job in [job for job in jobs if job.key == (job_id, attempt)]:
                 jobs.remove(job)
                 if reason:
-                    self._farewells += [self._final(job, sequence, FinishReason(reason)) for sequence in job.sequences]
+                    self._final_outputs += [
+                        self._final(job, sequence, FinishReason(reason)) for sequence in job.sequences
+                    ]
 
     @property
     def has_work(self) -> bool:
-        return self._has_texts or self._lane.has_work
+        return self._has_texts or self._embeddings.has_work
 
     @property
     def _has_texts(self) -> bool:
-        return bool(self._waiting or self._running or self._farewells)
+        return bool(self._waiting or self._running or self._final_outputs)
 
     def step(self, record: RecordStep) -> StepDone:
-        if not self._lane.has_work:
+        if not self._embeddings.has_work:
             return self._generate(record)
-        return self._lane.step(record, self._generate if self._has_texts else None, self.stats)
+        return self._embeddings.step(record, self._generate if self._has_texts else None, self.stats)
 
     def _generate(self, record: RecordStep) -> StepDone:
         started_at = time.perf_counter()
         self._admit()
         record([StepMember(*job.key, phase="decode" if job.has_prefilled else "prefill") for job in self._running])
-        outputs, self._farewells = self._farewells, []
+        outputs, self._final_outputs = self._final_outputs, []
         failures: list[JobFailed] = []
         if self._running:
             time.sleep(self._knobs.step_seconds)

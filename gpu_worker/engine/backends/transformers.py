@@ -1,7 +1,7 @@
 """Any causal language model of transformers, run by our own loop over a paged cache.
 
-The fast path replaces the model's attention function. A model that fails the probe at load (its own attention code,
-recurrent state) is served by the slower path: one pass per sequence, the same scheduler and sampler.
+The fast path replaces the model's attention function. A model that fails the probe at load (own attention code,
+recurrent state) takes the slower path: one pass per sequence, with the same scheduler and sampler.
 """
 
 import logging
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from domain.catalog import ModelSpec
 from gpu_worker.engine.backends import LoadedModel, RecordStep
-from gpu_worker.engine.backends.encoder import make_lane
+from gpu_worker.engine.backends.encoder import make_embedding_queue
 from gpu_worker.engine.cpu.runner import PagedRunner
 from gpu_worker.engine.cuda.backend import build_device_runner
 from gpu_worker.engine.engine import Engine
@@ -32,7 +32,7 @@ from gpu_worker.engine.loading import (
     vocab_size,
 )
 from gpu_worker.engine.probe import LayerShape, NotPageable, fuse, probe_layers
-from gpu_worker.engine.runner import Runner, SequentialRunner
+from gpu_worker.engine.runner import ModelRunner, SequentialRunner
 from gpu_worker.engine.sampling import max_num_scored_tokens
 from gpu_worker.engine.scheduler import ModelLimits, Scheduler
 from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, StepDone
@@ -40,8 +40,8 @@ from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, Step
 log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16  # of a CPU's cache
-CPU_CACHE_SHARE = 0.25  # of the memory that is available beside the weights: there may be other workers
-MAX_CPU_CACHE_SHARE = 0.5  # where the share has no room for one text of full length
+CPU_CACHE_SHARE = 0.25  # of the memory that the weights leave: there may be other workers
+MAX_CPU_CACHE_SHARE = 0.5  # if the share has no room for one text of full length
 CPU = torch.device("cpu")
 WHOLE_PROMPTS = 2**31  # a token budget that never splits a prompt
 
@@ -53,7 +53,7 @@ class TransformersBackend:
         model = load_model(spec, device)
         set_threads(model)
         self._engine = build_engine(spec, model, tokenizer, device)
-        self._lane = make_lane(spec, model, device)
+        self._embeddings = make_embedding_queue(spec, model, device)
         pool = self._engine.scheduler.pool
         self._loaded = LoadedModel(device=str(device), num_cache_tokens=(pool.num_blocks - 1) * pool.block_size)
 
@@ -63,31 +63,31 @@ class TransformersBackend:
 
     @property
     def has_work(self) -> bool:
-        return self._engine.has_work or self._lane.has_work
+        return self._engine.has_work or self._embeddings.has_work
 
     def add(self, command: AddJob) -> None:
         self._engine.add(command)
 
     def embed(self, command: EmbedJob) -> None:
-        self._lane.add(command)
+        self._embeddings.add(command)
 
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
-        self._lane.abort(job_id, attempt, reason)
+        self._embeddings.abort(job_id, attempt, reason)
         self._engine.abort(job_id, attempt, reason)
 
     def step(self, record: RecordStep) -> StepDone:
-        if not self._lane.has_work:
+        if not self._embeddings.has_work:
             return self._engine.step(record)
         generate = self._engine.step if self._engine.has_work else None
-        return self._lane.step(record, generate, self.stats)
+        return self._embeddings.step(record, generate, self.stats)
 
     def stats(self) -> EngineStats:
         stats = self._engine.stats()
-        return msgspec.structs.replace(stats, num_prompt_tokens=stats.num_prompt_tokens + self._lane.num_tokens)
+        return msgspec.structs.replace(stats, num_prompt_tokens=stats.num_prompt_tokens + self._embeddings.num_tokens)
 
 
 def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torch.device) -> Engine:
-    """An engine around a model that is loaded already; takes the model over."""
+    """An engine around a loaded model, which it takes over."""
     check_length(spec, model)
     if device.type == "cpu":
         store_weights_by_column(model)
@@ -95,7 +95,7 @@ def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torc
     end_token_ids = eos_token_ids(model) | turn_end_token_ids(config.model_type, tokenizer)
     limits = ModelLimits(vocab_size(model), spec.max_model_len, end_token_ids)
     own_attention = model.config._attn_implementation
-    runner: Runner
+    runner: ModelRunner
     try:
         shapes = probe_layers(model, spec.max_model_len, device)
         if device.type == "cuda":
@@ -123,7 +123,7 @@ def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -> tuple[Paged
 
 
 def _sequential(spec: ModelSpec, model: Any, device: torch.device) -> tuple[SequentialRunner, Scheduler]:
-    """transformers' caches grow on their own; the pool only counts, so that admission and preemption still work."""
+    """transformers' caches grow by themselves; the pool only counts blocks, so that admission and preemption work."""
     num_tokens = max(spec.max_model_len, spec.kv_cache_tokens or spec.max_num_seqs * spec.max_model_len)
     pool = BlockPool(-(-num_tokens // 16) + 1, 16, use_prefix_cache=False)
     scheduler = Scheduler(pool, max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=WHOLE_PROMPTS, can_fork=False)
@@ -131,7 +131,7 @@ def _sequential(spec: ModelSpec, model: Any, device: torch.device) -> tuple[Sequ
 
 
 def _count_cache_tokens(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -> int:
-    """As the entry says; else what all sequences could ever use, within a share of the memory that is left."""
+    """kv_cache_tokens if set; else as much as all sequences could use, within a share of the memory that is left."""
     bytes_per_token = sum(shape.bytes_per_token for shape in shapes)
     num_wanted = spec.max_num_seqs * spec.max_model_len
     if spec.kv_cache_tokens is not None:
@@ -142,8 +142,8 @@ def _count_cache_tokens(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -
         reason = "for all sequences at full length" if num_tokens == num_wanted else "as memory allows"
     if num_tokens < spec.max_model_len:
         raise ValueError(
-            f"model {spec.id!r} has room for {num_tokens} tokens in its cache, at {bytes_per_token} bytes each, and "
-            f"max_model_len = {spec.max_model_len}; lower max_model_len, raise kv_cache_tokens, or free memory"
+            f"the cache of model {spec.id!r} has room for {num_tokens} tokens, at {bytes_per_token} bytes each, but "
+            f"max_model_len is {spec.max_model_len}; lower max_model_len, raise kv_cache_tokens, or free memory"
         )
     size = f"{num_tokens} tokens, {num_tokens * bytes_per_token / 2**20:.0f} MiB"
     log.info("key/value cache of %s: %s, %s", spec.id, size, reason, extra={"num_cache_tokens": num_tokens})
@@ -151,8 +151,8 @@ def _count_cache_tokens(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -
 
 
 def _cache_bytes(model: Any, *, least_bytes: int) -> int:
-    """What a cache may take; `least_bytes` is one text of full length. Weights that lie in mapped files have not been
-    read yet and count as used, whatever the kernel says of their pages."""
+    """What the cache may take; `least_bytes` is one text of full length. Weights in mapped files may not have been read
+    yet, but count as used whatever the kernel says about their pages."""
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     available = available_bytes() - max(0, weight_bytes - anonymous_bytes())
     share = int(available * CPU_CACHE_SHARE)

@@ -1,11 +1,11 @@
 """Paged attention on a CPU, for unmodified transformers modules: its cache, its groups, its kernels.
 
-The paged cache of a CPU's attention: where new keys and values go, and how a sequence's blocks come together.
+A CPU's paged cache: writes new keys and values, and gathers the blocks of sequences.
 
-Decoding sequences of about one length, whose gathered keys and values are kept from pass to pass.
+Groups of decoding sequences of about the same length, whose gathered keys and values are kept from pass to pass.
 
-Gathering copies all that attention reads, and takes longer than the reading. So a group that goes on as it was, each
-sequence one token further, only writes the new tokens behind the ones that it gathered before.
+Gathering copies everything that attention reads, and takes longer than attention itself. So a group that continues
+unchanged, each sequence one token further, only appends the new tokens to what it gathered before.
 
 Paged attention for unmodified transformers modules, attached through AttentionInterface and forward kwargs.
 
@@ -29,8 +29,8 @@ from gpu_worker.engine.sequence import Sequence
 
 @dataclass(slots=True)
 class BlockCache:
-    """Keys and values of one layer, (num_blocks, num_kv_heads, block_size, dim): the tokens of a head lie side by side,
-    so that gathered blocks are what a CPU's attention kernel reads fastest."""
+    """Keys and values of one layer, (num_blocks, num_kv_heads, block_size, dim): the tokens of a head are adjacent, so
+    that a CPU's attention kernel reads gathered blocks fastest."""
 
     keys: Tensor
     values: Tensor
@@ -48,8 +48,8 @@ class BlockCache:
         return self.num_heads * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
 
     def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """`key` and `value` are (1, num_kv_heads, num_tokens, dim), as the modules hand them over; `rows` are theirs,
-        by token, then head."""
+        """`key` and `value` are (1, num_kv_heads, num_tokens, dim), as modules pass them; `rows` are
+        their places, by token, then head."""
         for cache, new in ((self.keys, key), (self.values, value)):
             dim = cache.shape[3]
             cache.view(-1, dim).index_copy_(0, rows, new[0].transpose(0, 1).reshape(-1, dim))
@@ -73,7 +73,7 @@ def heads_of(block_table: Tensor, num_heads: int) -> Tensor:
     return (block_table[:, None] * num_heads + heads).view(-1)
 
 
-MAX_PADDING = 512  # tokens read for nothing by one attention call on a CPU; about the price of another call
+MAX_PADDING = 512  # padding tokens that one attention call may read; about the cost of another call
 
 MAX_KEPT_BYTES = 2**28  # of gathered keys and values; groups beyond it are gathered in every pass
 
@@ -86,14 +86,14 @@ class DecodeGroup:
     stop: int
     block_table: Tensor  # int64 (num_sequences, num_blocks), padded with block 0
     lengths: list[int]  # tokens of each sequence, the new one included; the longest comes first
-    kept: dict[int, tuple[Tensor, Tensor]] | None = None  # what is gathered already, by the id of the layer's cache
+    kept: dict[int, tuple[Tensor, Tensor]] | None = None  # what has been gathered, by the id of the layer's cache
     _heads: dict[int, Tensor] = field(default_factory=dict)
     _rows: dict[int, Tensor] = field(default_factory=dict)
     _mask_by_window: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def read(self, layer: BlockCache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """(num_sequences, num_kv_heads, longest, dim) of both. `key` and `value` are those of the pass, as the modules
-        hand them over, and in the layer's blocks already."""
+        """(num_sequences, num_kv_heads, longest, dim) of both. `key` and `value` are those of the pass, as modules
+        pass them; they are in the layer's blocks already."""
         gathered = None if self.kept is None else self.kept.get(id(layer))
         if gathered is None:
             gathered = layer.gather(self._heads_of(layer.num_heads), len(self.lengths))
@@ -138,12 +138,12 @@ class DecodeGroup:
 
 
 def as_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the kernels would make of a mask of booleans, again in every layer."""
+    """What kernels would otherwise make of a boolean mask, again in every layer."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 class DecodeGroups:
-    """Makes the groups of a pass, and remembers them for the next one to go on with."""
+    """Makes the groups of a pass, and keeps them for the next one to continue with."""
 
     def __init__(self, layers: Rows[BlockCache]) -> None:
         self._block_size = layers[0].block_size
@@ -151,15 +151,15 @@ class DecodeGroups:
         self._kept: dict[tuple[Sequence, ...], DecodeGroup] = {}
 
     def take(self, sequences: Rows[Sequence]) -> dict[tuple[Sequence, ...], DecodeGroup]:
-        """Groups for these sequences, in this order, the longest first. Nothing is kept from here on until `keep`: a
-        pass that fails half way leaves groups that are further in some layers than in others."""
+        """Groups for these sequences, given the longest first. Until `keep` is called, nothing is kept: a pass that
+        fails half way leaves groups that are further in some layers than in others."""
         before, self._kept = self._kept, {}
         lengths = [sequence.num_computed_tokens + 1 for sequence in sequences]
         groups: dict[tuple[Sequence, ...], DecodeGroup] = {}
         num_bytes = 0
         for start, stop in group_by_length(lengths):
             members = tuple(sequences[start:stop])
-            group = self._go_on(before.get(members), start, lengths[start:stop]) or DecodeGroup(
+            group = self._extended(before.get(members), start, lengths[start:stop]) or DecodeGroup(
                 start, stop, self._block_table(members), lengths[start:stop], {}
             )
             num_bytes += group.block_table.numel() * self._block_size * self._bytes_per_token
@@ -171,11 +171,11 @@ class DecodeGroups:
     def keep(self, groups: dict[tuple[Sequence, ...], DecodeGroup]) -> None:
         self._kept = groups
 
-    def release(self, sequence: Sequence) -> None:
+    def discard(self, sequence: Sequence) -> None:
         self._kept = {members: group for members, group in self._kept.items() if sequence not in members}
 
-    def _go_on(self, before: DecodeGroup | None, start: int, lengths: list[int]) -> DecodeGroup | None:
-        """The group one token further, where that is what the sequences are and there is room for it."""
+    def _extended(self, before: DecodeGroup | None, start: int, lengths: list[int]) -> DecodeGroup | None:
+        """The group one token further, if the sequences are, and if there is room."""
         if before is None or before.kept is None or lengths != [length + 1 for length in before.lengths]:
             return None
         if lengths[0] > before.block_table.shape[1] * self._block_size:
@@ -183,7 +183,7 @@ class DecodeGroups:
         return DecodeGroup(start, start + len(lengths), before.block_table, lengths, before.kept)
 
     def _block_table(self, sequences: Rows[Sequence]) -> Tensor:
-        """Padded to one more than the blocks of the first sequence, the longest: room to go on."""
+        """Padded to one block more than the first sequence, the longest, has: room to continue."""
         num_blocks = sequences[0].num_computed_tokens // self._block_size + 2
         return torch.tensor([self._padded_blocks(s, num_blocks) for s in sequences])
 
@@ -193,8 +193,8 @@ class DecodeGroups:
 
 
 def group_by_length(lengths: Rows[int]) -> list[tuple[int, int]]:
-    """Cut descending lengths into runs, (start, stop), each padded to its longest: a new run begins where going on
-    would read more padding than a call of its own costs."""
+    """Cut descending lengths into runs (start, stop), each padded to its longest: a new run begins where the padding
+    would cost more than another call."""
     groups: list[tuple[int, int]] = []
     start = num_padding = 0
     for number, length in enumerate(lengths):

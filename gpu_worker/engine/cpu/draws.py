@@ -1,18 +1,18 @@
 """Draws on a CPU, exactly those that the definition in sampling.py gives, and their noise.
 
-The noise of a draw: each token's is a hash of (seed, sequence index, output position, token id).
+The noise of a draw: for each token a hash of (seed, sequence index, output position, token id).
 
 So a draw does not depend on who else is in the batch, on preemption, or on how often the job was resumed. The hash is
 the "lowbias32" finaliser, keyed twice; its lower 31 bits become standard Gumbel noise: the lower they are, the higher
 it is.
 
-Draws on a CPU: exactly the tokens that the definition in sampling.py gives, without noise for a whole vocabulary.
+Draws on a CPU: exactly the tokens that sampling.py defines, without computing noise for the whole vocabulary.
 
-Take the tokens whose noise is highest, and the greatest of their logits. A token that is not among them can only win if
-its logit is greater still; whatever the distribution, both kinds are about the square root of the vocabulary.
+Take the tokens whose noise is highest, and the greatest of their logits. Any other token can only win if its logit is
+even greater. Both kinds are about as many as the square root of the vocabulary's size, whatever the distribution.
 
-Every filter keeps the tokens from a certain logit on, its floor. That of top-p needs a sort; so the row draws first,
-and where the tokens above the one drawn do not have the share yet, top-p would have kept it, and it stands.
+Every filter keeps the tokens from a certain logit on, its floor. Top-p's would need a sort. Instead draw first: if the
+tokens more likely than the drawn one hold less than top_p of the mass, top-p keeps the drawn one.
 """
 
 import struct
@@ -32,11 +32,11 @@ from gpu_worker.engine.sequence import Sequence
 
 FACTORS = (0x9E3779B9, 0x7FEB352D, 0x846CA68B)
 
-CACHED_NUMBERS = 2**16  # of one buffer, so that a CPU's second cache holds three of them
+CACHED_NUMBERS = 2**16  # per buffer, so that a CPU's second-level cache holds three of them
 
 
 def noise_key(seed: int, index: int, position: int) -> tuple[int, int]:
-    """64 bits that stand for one draw, the same on every machine and in every version."""
+    """64 bits that identify one draw, the same on every machine and in every version."""
     digest = blake2b(struct.pack("<qqq", seed, index, position), digest_size=8).digest()
     first, second = struct.unpack("<ii", digest)
     return first, second
@@ -52,7 +52,7 @@ def keyed_noise(token_ids: Tensor, keys: Tensor) -> Tensor:
 def noise_of(
     token_ids: NDArray[np.int64], first: NDArray[np.uint32], second: NDArray[np.uint32]
 ) -> NDArray[np.float32]:
-    """The same on a CPU for single tokens, each with a key of its own; all are (num_tokens,)."""
+    """The same on a CPU for single tokens, each with its own key; all arrays are (num_tokens,)."""
     bits = token_ids.astype(np.uint32)
     bits *= np.uint32(FACTORS[0])
     bits += first
@@ -77,7 +77,7 @@ def _mix(token_ids: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _mix_but_last(bits: NDArray[np.uint32], second: NDArray[np.uint32], shifted: NDArray[np.uint32]) -> None:
-    """The same from the first shift on, without the last, in place; `shifted` is room for as many numbers."""
+    """The same from the first shift on, without the last one, in place; `shifted` is a buffer of the same size."""
     np.bitwise_xor(bits, np.right_shift(bits, 16, out=shifted), out=bits)
     np.multiply(bits, np.uint32(FACTORS[1]), out=bits)
     np.bitwise_xor(bits, np.right_shift(bits, 15, out=shifted), out=bits)
@@ -86,10 +86,10 @@ def _mix_but_last(bits: NDArray[np.uint32], second: NDArray[np.uint32], shifted:
 
 
 class LoudTokens:
-    """Finds, on a CPU, the tokens of a vocabulary whose noise is high in a draw: about the square root of them.
+    """Finds, on a CPU, the tokens whose noise is high in a draw: about the square root of the vocabulary's size.
 
-    The hash's last shift leaves its upper bits alone, so a limit on these spares that shift, and no logarithm is taken.
-    One per vocabulary, not for two threads at once.
+    The hash's last shift does not change its upper bits, so comparing only these needs neither that shift nor a
+    logarithm. One per vocabulary; not thread-safe.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -105,8 +105,8 @@ class LoudTokens:
     def find(
         self, first: NDArray[np.uint32], second: NDArray[np.uint32]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows and token ids, of a draw in each row with its key, whose halves are (num_rows,). Every token that is not
-        named has less noise than any that is."""
+        """Rows and token ids; each row is a draw with its key, whose halves are (num_rows,). Every token that is not
+        returned has less noise than any that is."""
         size = len(self._bits)
         cells = [
             self._find(first[start : start + size, None], second[start : start + size, None]) + start * self._vocab_size
@@ -133,7 +133,7 @@ LEAST_TEMPERATURE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """One per row. The arrays are (num_rows,) where nothing else is said."""
+    """One per row. The arrays are (num_rows,) unless stated otherwise."""
 
     logits: NDArray[np.float32]  # (num_rows, vocab_size)
     best: NDArray[np.int64]  # the most likely token
@@ -142,7 +142,7 @@ class Draws:
     second: NDArray[np.uint32]  # the other half
     floors: NDArray[np.float32]
     is_narrow: NDArray[np.bool_]  # few tokens are above the floor
-    top_p: NDArray[np.float64]  # what the floor does not yet stand for; else 1
+    top_p: NDArray[np.float64]  # unless the floor covers it already; else 1
 
     def logits_of(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Of one token per row."""
@@ -190,7 +190,7 @@ def _make_draws(logits: NDArray[np.float32], best: NDArray[np.int64], sequences:
 
 
 def _floor(row: NDArray[np.float32], greatest: np.float32, temperature: float, params: SamplingParams) -> Floor:
-    """What min-p and top-k give, and top-p where it is a share of what top-k keeps."""
+    """From min-p and top-k, and from top-p if it is a share of what top-k keeps."""
     floor = float(greatest + temperature * log(params.min_p)) if params.min_p else -np.inf
     if not params.top_k or params.top_k >= len(row):
         return Floor(floor, is_narrow=False)
@@ -203,15 +203,15 @@ def _floor(row: NDArray[np.float32], greatest: np.float32, temperature: float, p
 
 
 def _is_narrow(num_kept: int, vocab_size: int) -> bool:
-    """Whether noise for so many tokens costs less than the search for those whose noise is high."""
+    """Whether computing noise for so many tokens costs less than searching for those with high noise."""
     return num_kept <= vocab_size // 16
 
 
 def _top_p_floor(
     logits: NDArray[np.float32], greatest: np.float32, temperature: float, share: float, mass: float | None = None
 ) -> np.float32:
-    """The logit, among the highest of a row, in any order, with which their probabilities reach the share of `mass`.
-    The unit of mass is the most likely token's; without a mass that of these logits is meant."""
+    """The logit at which the probabilities of these logits, a row's highest in any order, reach the share of `mass`
+    (None: of their own sum). The most likely token has mass 1."""
     descending = np.sort(logits)[::-1]
     cumulative = np.exp((descending - greatest) / np.float32(temperature)).cumsum(dtype=np.float64)
     reached = np.searchsorted(cumulative, share * (cumulative[-1] if mass is None else mass))
@@ -244,7 +244,7 @@ def _scores(draws: Draws, rows: NDArray[np.int64], token_ids: NDArray[np.int64])
 def _winners(
     num_rows: int, rows: NDArray[np.int64], token_ids: NDArray[np.int64], scores: NDArray[np.float32]
 ) -> NDArray[np.int64]:
-    """Of each row the token with the highest score, the lower one of two that are equal, as an argmax gives it."""
+    """Each row's token with the highest score; of equal ones the lowest, as argmax does."""
     highest = np.full(num_rows, -np.inf, np.float32)
     np.maximum.at(highest, rows, scores)
     is_highest = scores == highest[rows]
@@ -254,8 +254,8 @@ def _winners(
 
 
 def _rows_below_top_p(draws: Draws, drawn: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The rows whose drawn token top-p does not keep, since those above it have its share already; and the mass of all
-    tokens of each."""
+    """The rows whose drawn token top-p does not keep, since the tokens above it already hold the share; and the mass of
+    all tokens of each such row."""
     rows = np.flatnonzero(draws.top_p < 1.0)
     masses, masses_above = _masses(draws, rows, draws.logits_of(drawn))
     is_wrong = masses_above >= draws.top_p[rows] * masses
@@ -265,7 +265,8 @@ def _rows_below_top_p(draws: Draws, drawn: NDArray[np.int64]) -> tuple[NDArray[n
 def _masses(
     draws: Draws, rows: NDArray[np.int64], bounds: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of all tokens of the rows, and of those with a logit above the row's bound; the most likely token's is 1."""
+    """The mass of all tokens of each row, and of those with a logit above the row's bound; the most likely token has
+    1."""
     greatest, vocab_size = draws.logits_of(draws.best), draws.logits.shape[1]
     scales = 1.0 / draws.temperatures
     num_at_once = max(1, CACHED_NUMBERS // vocab_size)
@@ -273,11 +274,11 @@ def _masses(
     masses, masses_above = np.empty(len(rows)), np.empty(len(rows))
     for start in range(0, len(rows), num_at_once):
         part = rows[start : start + num_at_once]
-        mass = np.take(draws.logits, part, 0, out=room[: len(part)], mode="clip")  # other modes take a copy more
+        mass = np.take(draws.logits, part, 0, out=room[: len(part)], mode="clip")  # other modes make another copy
         is_above = mass > bounds[part, None]
         mass -= greatest[part, None]
         mass *= scales[part, None]
-        tensor = torch.from_numpy(mass).exp_()  # torch is the faster one at these two
+        tensor = torch.from_numpy(mass).exp_()  # torch is faster at this and the sum
         masses[start : start + num_at_once] = tensor.sum(-1).numpy()
         mass *= is_above
         masses_above[start : start + num_at_once] = tensor.sum(-1).numpy()
@@ -285,7 +286,7 @@ def _masses(
 
 
 def _at_top_p(draws: Draws, rows: NDArray[np.int64], drawn: NDArray[np.int64], masses: NDArray[np.float64]) -> Draws:
-    """Draws for these rows alone, at the floor of their top-p, which is above what they have drawn."""
+    """Draws for these rows only, at the floor of their top-p, which is above what they drew."""
     floors = draws.floors[rows]
     is_narrow = np.zeros(len(rows), np.bool_)
     for number, row in enumerate(rows.tolist()):

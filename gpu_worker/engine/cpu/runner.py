@@ -204,13 +204,13 @@ class PagedRunner(AtOnce):
                 cache[destinations] = cache[sources]
 
     def wipe_blocks(self, blocks: Rows[int]) -> None:
-        """Zero what may hold infinities: padded reads of a neighbour multiply it by zero, and 0 * inf is not 0."""
+        """Zero blocks that may contain infinities: padded reads multiply them by zero, and 0 * inf is not 0."""
         for layer in self._layers:
             for cache in (layer.keys, layer.values):
                 cache[list(blocks)] = 0
 
-    def release(self, sequence: Sequence) -> None:
-        self._decode_groups.release(sequence)
+    def discard(self, sequence: Sequence) -> None:
+        self._decode_groups.discard(sequence)
 
     @torch.inference_mode()
     def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:

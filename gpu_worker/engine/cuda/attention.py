@@ -1,9 +1,9 @@
 """Paged attention on a device, and its cache.
 
-Paged attention on a device: decodes and prompt chunks of one pass, without a word from the host in between.
+Paged attention on a device: decodes and prompt chunks of one pass, without the host in between.
 
-Two implementations of one protocol; attention_choice.py finds out at load which of them this device and model can have.
-Where neither works, PagedRunner serves the model with the functions of attention.py.
+Two implementations of one protocol; attention_choice.py tries at load which of them works for this device and model. If
+neither does, the model runs one sequence at a time (SequentialRunner).
 """
 
 import math
@@ -67,8 +67,8 @@ class DeviceAttention(Protocol):
     def attend_decodes(
         self, query: Tensor, layer: LayerCache, group: RowGroup, block_size: int, scoring: Scoring
     ) -> Tensor:
-        """`query` is (num_rows, num_heads, head_dim), one token each; the result (num_rows, num_heads, value_dim). Can
-        be captured."""
+        """`query` is (num_rows, num_heads, head_dim), one token each; the result (num_rows, num_heads, value_dim).
+        Can be captured."""
 
     def attend_prefills(
         self, query: Tensor, layer: LayerCache, ctx: "DeviceContext", group: RowGroup, scoring: Scoring
@@ -154,7 +154,7 @@ class VarlenAttention:
             group.max_new_tokens,
             group.max_length,
             scale=scoring.scale,
-            # Ours counts the query's own token, flash attention's those before it.
+            # Our window includes the query's own token, flash attention counts those before it.
             window_size=(-1 if scoring.window is None else scoring.window - 1, 0),
             enable_gqa=True,
             seqused_k=group.lengths,
@@ -169,7 +169,7 @@ class TritonAttention:
     name = "triton"
 
     def __init__(self, num_processors: int) -> None:
-        from gpu_worker.engine.cuda import kernels  # there on a machine with a CUDA build only
+        from gpu_worker.engine.cuda import kernels  # imports triton, which only CUDA builds have
 
         self._kernels = kernels
         self._num_processors = num_processors

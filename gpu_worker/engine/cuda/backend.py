@@ -1,9 +1,9 @@
 """A runner for a device, fitted to its memory, with the attention that it and the model can have.
 
-Which attention a device and a model can have, found out at load by trying: the first of the ladder whose results
-are those of plain arithmetic on random data of the model's own shapes.
+Chooses the attention for a device and a model by trying at load: the first of a ladder whose results agree with
+plain arithmetic on random data of the model's own shapes.
 
-A runner for a device, fitted to its memory: attention chosen, cache sized, decode passes captured.
+Builds the model runner of a GPU: chooses attention, sizes the cache, captures decode passes.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ from gpu_worker.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-#: Of the trial's rows, whole sequences: decodes on both sides of a block's and a window's edge, then prompt chunks.
+#: The trial's rows: decodes on both sides of a block's edge (and a short window's), then prompt chunks.
 DECODE_BLOCKS = (0.02, 0.999, 1.01, 2.5)  # lengths, in blocks
 
 CHUNK_BLOCKS = ((0.0, 0.3), (0.9, 0.6))  # computed before, and new
@@ -45,11 +45,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
 class WrongResult(Exception):
-    """Says by how much."""
+    """The message says by how much."""
 
 
 def choose_attention(shapes: Iterable[LayerShape], block_size: int, device: torch.device) -> DeviceAttention:
-    """Raises NotPageable where none of them computes this model on this device."""
+    """Raises NotPageable if none of them computes this model on this device."""
     for make in (_make_varlen, _make_triton):
         attention = _try(make, set(shapes), block_size, device)
         if attention is not None:
@@ -79,9 +79,9 @@ def _try(
         for shape in shapes:
             check_attention(attention, shape, block_size, device)
     except torch.AcceleratorError:
-        raise  # nothing works on this device from here on
+        raise  # the device's context is lost
     except Exception as exc:
-        # Whatever a kernel raises that does not know this device, type or head size: the next one is tried.
+        # Whatever a kernel raises if it does not support this device, type or head size: try the next one.
         log.info("attention not taken", extra={"attention": name, "reason": f"{type(exc).__name__}: {exc}"[:500]})
         return None
     return attention
@@ -108,7 +108,7 @@ def check_attention(attention: DeviceAttention, shape: LayerShape, block_size: i
 
 
 class _Trial:
-    """A cache full of random numbers, and a pass over it. Blocks lie in reverse order."""
+    """A cache full of random numbers and a pass over it. Blocks are in reverse order."""
 
     def __init__(self, shape: LayerShape, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
@@ -131,7 +131,7 @@ class _Trial:
         self.layer.keys.copy_(numbers(*self.layer.keys.shape))
         self.layer.values.copy_(numbers(*self.layer.values.shape))
         num_tokens = sum(new for _, new in self.rows)
-        # As the modules hand them over: heads before tokens, but laid out the other way round.
+        # As modules pass them: heads before tokens, but in memory the other way round.
         self.query = numbers(num_tokens, shape.num_heads, shape.key_shape[1])
         self.new_keys = numbers(1, num_tokens, *shape.key_shape).transpose(1, 2)
         self.new_values = numbers(1, num_tokens, *shape.value_shape).transpose(1, 2)
@@ -182,17 +182,17 @@ class _Trial:
         return torch.cat(outputs)
 
 
-BLOCK_SIZE = 256  # flash attention's paged kernels want multiples of it
+BLOCK_SIZE = 256  # flash attention's paged kernels need multiples of it
 
-CACHE_SHARE = 0.92  # of what weights, passes and graphs leave free
+CACHE_SHARE = 0.92  # of the memory that weights, passes and graphs leave free
 
-GRAPH_SHARE = 0.03  # of the device's memory, at most, for captured passes
+GRAPH_SHARE = 0.03  # of the device's memory at most, for captured passes
 
 
 def build_device_runner(
     spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device
 ) -> tuple[DeviceRunner, Scheduler]:
-    """Raises NotPageable where no attention kernel of this device takes the model."""
+    """Raises NotPageable if no attention kernel for this device can run the model."""
     attention = choose_attention(shapes, BLOCK_SIZE, device)
     register()
     model.set_attn_implementation(ATTENTION_NAME)
@@ -216,7 +216,7 @@ def make_scheduler(spec: ModelSpec, pool: BlockPool, limits: PassLimits) -> Sche
 
 
 def pass_limits(spec: ModelSpec, model: Any) -> PassLimits:
-    """Every sequence may decode, whatever the token budget."""
+    """Every sequence may decode in each step, whatever the token budget."""
     vocab_size = model.get_output_embeddings().weight.shape[0]
     max_tokens = spec.max_num_seqs + spec.max_num_batched_tokens
     return PassLimits(max_tokens, spec.max_num_seqs, spec.max_model_len, vocab_size)
@@ -241,7 +241,7 @@ def _count_cache_tokens(
     limits: PassLimits,
     device: torch.device,
 ) -> int:
-    """As the entry says; else what all sequences could ever use, within what a full pass leaves of the memory."""
+    """kv_cache_tokens if set; else as much as all sequences could use, within the memory that a full pass leaves."""
     bytes_per_token = sum(shape.bytes_per_token for shape in shapes)
     num_tokens = spec.kv_cache_tokens
     if num_tokens is None:
@@ -261,7 +261,8 @@ def _count_cache_tokens(
 def _measure_pass(
     model: Any, shapes: list[LayerShape], attention: DeviceAttention, limits: PassLimits, device: torch.device
 ) -> int:
-    """Bytes that the largest pass and its logits take beside weights and cache, tried on a cache of one block."""
+    """Bytes that the largest pass and its logits take in addition to weights and cache, tried on a cache of one
+    block."""
     layers = [shape.allocate(BLOCK_SIZE, device) for shape in shapes]
     runner = DeviceRunner(model, layers, BLOCK_SIZE, device, attention, limits)
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,7 +1,7 @@
-"""Decode passes captured once and replayed: the device gets a whole pass in one launch instead of hundreds.
+"""Decode passes, captured once and replayed: one launch per pass instead of hundreds.
 
-One graph per batch size of a ladder; a batch runs in the smallest graph that holds it, padded. Graphs read the tensors
-of PassInputs, and share one pool of memory, since only one runs at a time.
+One graph per batch size of a ladder; a batch is padded to the smallest graph that holds it. Graphs read the tensors of
+PassInputs. Only one runs at a time, so they share one pool of memory, except for their outputs.
 """
 
 import logging
@@ -13,14 +13,14 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-NUM_WARM_UPS = 2  # kernels are compiled and libraries opened before anything is captured
+NUM_WARM_UPS = 2  # so that kernels are compiled and libraries loaded before the capture
 
-#: Runs a pass and makes it repeatable: the result repeats it on what its inputs hold then, and gives its output.
+#: Runs a pass and captures it: calling the result runs it again on its inputs' current content, and returns its output.
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, 8, then in steps of 8, of 16 from 32, of 32 from 128, and the last."""
+    """1, 2, 4, 8, then in steps of 8, of 16 from 32, of 32 from 128, and `max_num_seqs`."""
     sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 128, 16), *range(128, 1025, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
@@ -59,7 +59,7 @@ class DecodeGraphs:
         return sorted(self._replay_by_size)
 
     def size_for(self, num_rows: int) -> int | None:
-        """The smallest captured batch that holds so many rows; None where there is none."""
+        """The smallest captured batch size that holds so many rows; None if there is none."""
         return next((size for size in self.sizes if size >= num_rows), None)
 
     def replay(self, size: int) -> Tensor:
@@ -73,11 +73,12 @@ class DecodeGraphs:
         capture: Capture,
         has_room: Callable[[], bool],
     ) -> None:
-        """Largest first: the smaller ones fit into its memory. What cannot be captured runs eagerly, and is logged."""
+        """Largest first, since the smaller ones then fit into its memory. What cannot be captured runs eagerly and is
+        logged."""
         started = time.monotonic()
         for size in sorted(sizes, reverse=True):
             if not has_room():
-                log.warning("decode graphs stopped: no memory left for more", extra={"batch_size": size})
+                log.warning("no memory left for more decode graphs", extra={"batch_size": size})
                 break
             if not self._capture(make_pass, size, capture):
                 break
@@ -93,14 +94,15 @@ class DecodeGraphs:
             log.warning("decode passes run eagerly", extra={"batch_size": size, "reason": _first_line(exc)})
             return False
         except Exception as exc:
-            # A model may do on the host what no graph can hold (dynamic rotary frequencies, experts chosen in Python).
+            # A model may do things on the host that cannot be captured (dynamic rotary frequencies, experts chosen in
+            # Python).
             log.warning("decode passes run eagerly", extra={"batch_size": size, "reason": _first_line(exc)})
             return False
         return True
 
 
 def _is_capture_error(exc: Exception) -> bool:
-    """The device refused an operation under capture, which harms nothing but the capture."""
+    """The device refused an operation during capture, which harms nothing but the capture."""
     return "capturing" in str(exc) or "capture" in str(exc)
 
 

@@ -1,17 +1,19 @@
 """One forward pass on a device that works while the host does something else.
 
-`launch` queues a whole step on the device and returns: inputs in two copies, the pass, the draws, and one copy of them
-back. `collect` waits for that last copy, the only wait of a step. A step of decodes alone replays a captured graph, and
-may begin with the draws of the step before, which are still on the device.
+A pass's inputs besides weights and cache: prepared on the host, and copied to the device in two transfers.
 
-What still makes the host wait, and when: a sequence with penalties joins (its counts are written), structured output
-(its mask needs the token before), prompts are scored, a block is copied or wiped, and whatever a model that is not
-captured asks its device itself.
+The tensors on the device keep their addresses, so that a captured pass finds each step's numbers in the same place.
+Rows are first the decodes, one token each, then the prompt chunks.
 
-What one pass on a device reads besides weights and cache: laid out on the host, copied over in two transfers.
+One forward pass on a device, during which the host can do something else.
 
-The tensors on the device keep their addresses, so that a captured pass finds the next step's numbers where it looked
-for the last one's. Rows are the decodes, one token each, and then the prompt chunks.
+`launch` queues a whole step on the device and returns: inputs in two copies, the pass, the draws, and one copy back.
+`collect` waits for that last copy, the only wait of a step. A step with decodes only replays a captured graph, and may
+start from the draws of the previous step, which are still on the device.
+
+The host still waits when a sequence with penalties joins (its counts are written), for structured output (a mask
+depends on the previous token), when prompts are scored, when a block is copied or wiped, and whenever a model that is
+not captured itself waits for the device.
 """
 
 from collections.abc import Callable
@@ -37,7 +39,7 @@ FROM_HOST = -1
 
 @dataclass(frozen=True, slots=True)
 class PassTensors:
-    """Views of two flat buffers, whose addresses depend on `num_tokens` and `num_rows` alone."""
+    """Views of two flat buffers; their addresses only depend on `num_tokens` and `num_rows`."""
 
     token_ids: Tensor  # int64 (num_tokens,)
     positions: Tensor  # int64 (num_tokens,)
@@ -85,12 +87,12 @@ class PassInputs:
         self._turn = 0
 
     def tensors(self, num_tokens: int, num_rows: int) -> PassTensors:
-        """Those on the device."""
+        """On the device."""
         return self._on_device.lay_out(num_tokens, num_rows, self._max_blocks)
 
     def load(self, rows: Rows[ScheduledRow], sources: Rows[int], *, num_padding_rows: int = 0) -> PassTensors:
-        """The pass over `rows`, decodes first, on its way to the device. Padding rows are one token of the padding
-        block, and write to it."""
+        """Start copying the inputs for `rows`, decodes first, to the device. Padding rows have one token, in the
+        padding block, and write to it."""
         self._turn = (self._turn + 1) % NUM_STAGES
         self._wait_for_stage()
         num_rows = len(rows) + num_padding_rows
@@ -170,7 +172,7 @@ class LaunchedPass:
 
 
 class DeviceRunner:
-    """`runs_ahead` False keeps every step from its predecessor's draws; for measuring what that brings."""
+    """`runs_ahead` False makes every step wait for its predecessor's draws, to measure the difference."""
 
     def __init__(
         self,
@@ -205,7 +207,7 @@ class DeviceRunner:
             cache[destinations] = cache[sources]
 
     def wipe_blocks(self, blocks: Rows[int]) -> None:
-        """Zero what may hold infinities: a kernel that masks with a product would spread them."""
+        """Zero blocks that may contain infinities: a kernel that masks by multiplication would spread them."""
         for cache in self._caches():
             cache[list(blocks)] = 0
 
@@ -214,8 +216,8 @@ class DeviceRunner:
         caches = [cache for layer in self._layers for cache in (layer.keys, layer.values)]
         return [cache.view(-1, self._block_size, *cache.shape[1:]) for cache in caches]
 
-    def release(self, sequence: Sequence) -> None:
-        self._sampler.release(sequence)
+    def discard(self, sequence: Sequence) -> None:
+        self._sampler.discard(sequence)
         self._draw_by_sequence.pop(sequence, None)
 
     def free_memory(self) -> None:
@@ -291,12 +293,12 @@ class DeviceRunner:
         return self._mixed(tensors, rows, num_decodes)
 
     def decode_pass(self, num_rows: int) -> Callable[[], Tensor]:
-        """The pass to capture: over whatever the inputs hold when it runs, rows of any length; padding for now."""
+        """The pass to capture: over whatever the inputs contain when it runs, rows of any length; for now padding."""
         tensors = self._inputs.load([], [], num_padding_rows=num_rows)
         return lambda: self._decode(tensors, self._limits.max_model_len)
 
     def trial_pass(self) -> Tensor:
-        """The largest pass there can be, over nothing: what it takes is what must be left free."""
+        """The largest possible pass, over an empty cache: the memory that it takes must be left free."""
         num_rows = self._limits.max_rows
         num_each = max(1, self._limits.max_tokens // num_rows)
         tensors = self._inputs.tensors(num_rows * num_each, num_rows)
@@ -307,7 +309,7 @@ class DeviceRunner:
         group = _group(tensors, 0, num_rows, 0, num_rows * num_each, num_each, num_each)
         ends = [span.stop - 1 for span in spans]
         scores = self._run_model(tensors, tensors.token_ids, ends, self._context(tensors, prefills=group, spans=spans))
-        return scores.log_softmax(-1).add_(scores)  # about what the draws hold at a time
+        return scores.log_softmax(-1).add_(scores)  # about as much as the draws need at a time
 
     def _decode(self, tensors: PassTensors, max_length: int) -> Tensor:
         sources = tensors.sources.long()
@@ -335,7 +337,7 @@ class DeviceRunner:
     def _run_model(
         self, tensors: PassTensors, token_ids: Tensor, ends: list[int] | None, context: DeviceContext
     ) -> Tensor:
-        """Logits, float32, at the tokens `ends`, or at all of them."""
+        """Logits, float32, at the tokens `ends`; None: at all tokens."""
         output = self._model(
             input_ids=token_ids[None],
             position_ids=tensors.positions[None],
@@ -364,7 +366,7 @@ class DeviceRunner:
 
 
 def _needs_host(sequence: Sequence) -> bool:
-    """Whether its next draw rests on what only the host knows: the token before."""
+    """Whether its next draw depends on something only the host can compute: the grammar's mask."""
     return sequence.job.params.structured_output is not None
 
 
@@ -386,7 +388,7 @@ def _group(
 
 
 def _kept_and_spans(rows: Rows[ScheduledRow], num_decodes: int) -> tuple[list[int], tuple[Span, ...]]:
-    """The tokens whose logits are wanted, and the prompt chunks."""
+    """The tokens whose logits are needed, and the prompt chunks."""
     kept: list[int] = []
     spans: list[Span] = []
     start = 0

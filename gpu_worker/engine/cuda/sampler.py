@@ -5,13 +5,12 @@ How often each token is in a sequence's output, kept on the device for the seque
 The host's counts are the truth; a row is made from them when its sequence first draws, and then counts along, so that
 a step can be launched before the host knows the token of the step before.
 
-The sampling parameters of one batch as tensors on its device, made when the batch's composition changes.
+The sampling parameters of a batch as tensors on its device, made whenever the batch changes.
 
-The draws of sampling.py without a word to the host: everything stays on the device until one copy takes it home.
+The draws of sampling.py without the host: everything stays on the device until one copy brings it back.
 
-The definition is the same, in the same order, and the same noise. What differs: sampling.py looks at intermediate
-results to take the cheaper way; here both ways are fixed beforehand, and a row that took the wrong one says so with its
-draw, and is drawn again.
+The definition, the order and the noise are the same. But sampling.py looks at intermediate results to take a cheaper
+way; here each row's way is chosen beforehand. A row for which that was wrong is flagged in its draw, and drawn again.
 """
 
 import math
@@ -50,7 +49,7 @@ class OutputCounts:
         ones = torch.ones_like(token_ids, dtype=torch.int32)
         self.counts.index_put_((rows, token_ids), ones, accumulate=True)
 
-    def release(self, sequence: Sequence) -> None:
+    def discard(self, sequence: Sequence) -> None:
         self._row_by_sequence.pop(sequence, None)
 
     def reset(self) -> None:
@@ -89,12 +88,12 @@ class OutputCounts:
         return torch.tensor(list(values), device=self._device)
 
 
-NUM_CANDIDATES = 256  # most filters keep fewer tokens than this; for the others all are sorted
+NUM_CANDIDATES = 256  # most filters keep fewer tokens; for the others the whole vocabulary is sorted
 
 
 @dataclass(frozen=True, slots=True)
 class SparseTerms:
-    """Numbers for single logits, each with its row and token."""
+    """Values for single logits, each with its row and token."""
 
     rows: Tensor  # int64 (num_terms,)
     token_ids: Tensor  # int64 (num_terms,)
@@ -112,13 +111,13 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class DrawGroup:
-    """Rows that draw in the same way. Columns are (num_rows, 1)."""
+    """Rows that draw in the same way. Tensors are (num_rows, 1) unless stated otherwise."""
 
     rows: Tensor  # int64 (num_rows,)
     temperature: Tensor
-    top_k: Tensor  # int64; the vocabulary's size where it is off
+    top_k: Tensor  # int64; the vocabulary's size if off
     top_p: Tensor  # float64
-    log_min_p: Tensor  # -inf where it is off
+    log_min_p: Tensor  # -inf if off
     has_min_p: bool
 
 
@@ -126,12 +125,12 @@ class DrawGroup:
 class SamplingPlan:
     sequences: Rows[Sequence]
     bias: SparseTerms | None
-    bans: SparseTerms | None  # -inf for good
-    ends: SparseTerms | None  # values: the output position from which the token may be drawn
+    bans: SparseTerms | None  # always -inf
+    ends: SparseTerms | None  # values: the output position from which on the token may be drawn
     penalties: Penalties | None
     whole: DrawGroup | None  # from the whole vocabulary
     likely: DrawGroup | None  # among the most likely tokens, NUM_CANDIDATES of them
-    sorted: DrawGroup | None  # among those that a sort of the vocabulary leaves
+    sorted: DrawGroup | None  # among those that are left after sorting the vocabulary
     logprob_rows: Tensor | None  # int64 (num_asking,)
     num_top_logprobs: int  # the most that any row asks for
 
@@ -139,7 +138,7 @@ class SamplingPlan:
 def make_plan(
     sequences: Rows[Sequence], wide: Iterable[Sequence], vocab_size: int, device: torch.device
 ) -> SamplingPlan:
-    """`wide` are those whose filters were found to keep more than NUM_CANDIDATES tokens."""
+    """`wide` are sequences whose filters have turned out to keep more than NUM_CANDIDATES tokens."""
     maker = _Maker(sequences, vocab_size, device)
     params = [sequence.job.params for sequence in sequences]
     drawing = [row for row, p in enumerate(params) if p.temperature != 0]
@@ -240,7 +239,7 @@ IS_FINITE, IS_COMPLETE = 1, 2
 
 @dataclass(frozen=True, slots=True)
 class SampledStep:
-    """`packed` is int32: token ids, flags, and for the rows that ask the logprob of the token, the ids of the most
+    """`packed` is int32: token ids, flags, and for rows that ask for them: the token's logprob, the ids of the most
     likely tokens, and their logprobs; floats by their bits."""
 
     plan: SamplingPlan
@@ -248,7 +247,7 @@ class SampledStep:
 
 
 class DeviceSampler:
-    """`token_ids` holds the last step's draws, in the order of its rows, for the next step to begin with."""
+    """`token_ids` holds the last step's draws, in the order of its rows, for the next step to start from."""
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
@@ -259,12 +258,12 @@ class DeviceSampler:
         self._counts = OutputCounts(vocab_size, device)
         self.token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
-    def release(self, sequence: Sequence) -> None:
+    def discard(self, sequence: Sequence) -> None:
         self._wide.discard(sequence)
-        self._counts.release(sequence)
+        self._counts.discard(sequence)
 
     def forget(self) -> None:
-        """A step failed or was dropped: the plan and the counts are made anew."""
+        """A step failed or was dropped: rebuild the plan and the counts next time."""
         self._plan = None
         self._counts.reset()
 
@@ -293,8 +292,8 @@ class DeviceSampler:
         return SampledStep(plan, torch.cat(packed))
 
     def read(self, step: SampledStep, packed: "np.ndarray[tuple[int], np.dtype[np.int32]]") -> list[Drawn]:
-        """`packed` is the step's, on the host. Raises ValueError where a row is no distribution, DrawAgain where rows
-        must be drawn in another way; the whole step is then to be repeated."""
+        """`packed` is the step's, on the host. Raises ValueError if a row is not a distribution, DrawAgain if rows must
+        be drawn in another way; the whole step must be repeated then."""
         num_rows = len(step.plan.sequences)
         token_ids, flags = packed[:num_rows].tolist(), packed[num_rows : 2 * num_rows]
         if not (flags & IS_FINITE).all():
@@ -322,7 +321,7 @@ class DeviceSampler:
         return numbers[:, :2], numbers[:, 2].float()
 
     def _adjust(self, logits: Tensor, plan: SamplingPlan, positions: Tensor) -> Tensor:
-        """Bias, penalties and bans, in place; says of each row whether a token is left."""
+        """Bias, penalties and bans, in place. Returns for each row whether a token is left."""
         if plan.bias is not None:
             _add(logits, plan.bias, plan.bias.values)
         if plan.penalties is not None:
@@ -351,7 +350,7 @@ class DeviceSampler:
         logits[penalties.rows] = values
 
     def _draw(self, logits: Tensor, plan: SamplingPlan, keys: Tensor, token_ids: Tensor, is_complete: Tensor) -> None:
-        """Overwrites the tokens of the rows that draw; the others keep the most likely one."""
+        """Overwrites the tokens of rows that draw; the others keep the most likely one."""
         if plan.whole is not None:
             token_ids[plan.whole.rows] = self._draw_whole(logits[plan.whole.rows], plan.whole, keys)
         if plan.likely is not None:
@@ -391,7 +390,7 @@ def _add(logits: Tensor, terms: SparseTerms, values: Tensor) -> None:
 
 
 def _cutoffs(values: Tensor, scaled: Tensor, group: DrawGroup) -> Tensor:
-    """The least scaled logit that each row's filters keep: see the function of this name in sampling.py."""
+    """The least scaled logit that each row's filters keep."""
     num_candidates, vocab_size = values.shape[-1], scaled.shape[-1]
     cumulative = (values.double() - scaled.logsumexp(-1, keepdim=True)).exp_().cumsum(-1)
     last = group.top_k.clamp(max=num_candidates) - 1
