@@ -1,8 +1,7 @@
 """The Celery app of a GPU worker: `celery -A gpu_worker.app worker`. One worker serves one model on one engine.
 
-Celery's commands that a GPU worker executes differently; the worker's own commands are in `tasks.app`.
-
-Everything here runs on Celery's hub thread: answer from memory, start nothing that waits.
+Here, too, are the control commands of Celery that a GPU worker executes differently; those of our own are in
+`tasks.app`. They run on Celery's hub thread, so they answer from memory and never wait.
 """
 
 import logging

@@ -1,18 +1,15 @@
 """What the runner writes: claims, chunks, ends and heartbeats, each in its transaction, then published.
 
-The runner's side of the job protocol: one method per transaction. Open streams are notified after the commit.
+`JobStorage` has one method per transaction; open streams are notified after the commit. Its methods block and run on
+the storage thread. `is_repeated` says that an earlier try of the same call may have been committed although its answer
+was lost; methods without it can be repeated as they are.
 
-Every method blocks and runs on the storage thread. `is_repeated` says that an earlier try of the same call may have
-been committed although its answer was lost; methods without it can be repeated as they are.
+`Publisher` decides on the runner's thread which jobs' output is due; `commit` runs on the storage thread, for all of
+them in one transaction. The first chunk of a job and its end are due at once; the chunks between them wait for an
+interval that depends on the cost of commits.
 
-Turns engine outputs into chunks: first committed, for all jobs that are due in one transaction, then published.
-
-`Publisher` decides on the runner's thread what is due; `commit` runs on the storage thread. The first chunk of a job
-and its end are due at once; the chunks between them wait for an interval that depends on the cost of commits.
-
-The worker's heartbeat in SQL. Dispatch, /health and admins rely on it, and admins' orders come back with it.
-
-Belongs to the runner's thread.
+`WorkerReporter` sends the worker's heartbeat. Dispatch, /health and admins rely on it, and admins' orders come back
+with it.
 """
 
 import logging

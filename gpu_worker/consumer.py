@@ -1,11 +1,7 @@
-"""The prefetch batching consumer: Celery's consumer with an exact credit, and manners in an outage.
+"""The prefetch batching consumer: Celery's consumer with an exact credit, which keeps its jobs through broker outages.
 
-What a worker does while it cannot reach Redis: log one line of advice, and check whether its servers have moved.
-
-The prefetch batching consumer: Celery's consumer with an exact credit, which keeps its jobs through broker outages.
-
-Messages in hand follow the engine: as many as it could start now, and a small look-ahead beyond, so that a
-freed slot is filled between two steps. Everything else in Celery (task protocol, events, inspect, revoke) stays stock.
+Messages in hand follow the engine: as many as it could start now, and a small look-ahead beyond, so that a freed slot
+is filled between two steps. Everything else in Celery (task protocol, events, inspect, revoke) stays stock.
 """
 
 import os

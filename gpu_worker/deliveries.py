@@ -1,10 +1,7 @@
-"""Every delivery of this worker, from its receipt through claims and reconnects to its end.
+"""All deliveries of this worker, across claims and reconnects: in hand until claimed, running until the job ends here.
 
-A delivery: one `generate` message held by this worker, from its arrival to the end of its job here.
-
-All deliveries of this worker, across claims and reconnects: in hand until claimed, running until the job ends here.
-
-Connections come and go, deliveries stay: they are acked by tag, which Redis accepts from any connection.
+A delivery is one `generate` message. Connections come and go, deliveries stay: they are acked by tag, which Redis
+accepts from any connection.
 """
 
 import os

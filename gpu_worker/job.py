@@ -1,8 +1,6 @@
-"""A claimed job while it runs here, generation or embedding.
+"""A claimed job while it runs here: what its stream holds so far, and the output since its last chunk. No I/O.
 
-A claimed job while it runs here: what its stream holds so far, and the output since its last chunk. No I/O.
-
-A claimed embedding job while it runs here: no stream, only a result at the end.
+An embedding job has no stream, only a result at the end.
 """
 
 from collections.abc import Iterator

@@ -1,16 +1,12 @@
-"""A Celery worker pool whose slots are the engine's, and how such a worker ends.
-
-A Celery worker pool whose slots are those of the engine: deliveries in, events of their jobs out, in order.
+"""A Celery worker pool whose slots are those of the engine: deliveries in, events of their jobs out, in order.
 
 Deliveries are offered to the `JobRunner`, which claims them in SQL when the engine has room and emits events on its own
 thread. The events wait in a queue, because Celery's hub keeps its callbacks in an unordered set, and are acted on by
 the hub thread, the only one that may touch requests, Celery events and channels.
 
-How a GPU worker exits: after a drain, during which heartbeats, inspect and revoke still work, or at once, releasing
-its jobs.
-
-Celery's warm shutdown stops its event loop first, and its cold one cancels requests; both are replaced. Signal handlers
-only start a thread, since the main thread may hold any lock when a signal arrives.
+`WorkerExit` ends the worker: after a drain, during which heartbeats, inspect and revoke still work, or at once,
+releasing its jobs. Celery's warm shutdown stops its event loop first, and its cold one cancels requests; both are
+replaced. Signal handlers only start a thread, since the main thread may hold any lock when a signal arrives.
 """
 
 import os

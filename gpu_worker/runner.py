@@ -1,14 +1,8 @@
-"""The runner: one thread between the Celery side and the engine, which feeds the engine and owns the batch.
+"""The runner: one thread between Celery and the engine, which feeds the engine and owns the batch.
 
-The runner's thread: waits for the engine, for storage and for callers, and keeps the running batch going.
-
-SQL and Redis are left to the storage thread, whose answers come back through the mailbox. So an absent database stops
-neither the engine, nor a cancel, nor the supervision of the engine.
-
-Between Celery and the engine: claims deliveries, feeds the engine, and owns the threads that talk to SQL.
-
-Only the short, thread-safe methods of `JobRunner` run on Celery's hub thread; the work is done in
-gpu_worker/runner.py.
+`RunnerThread` waits for the engine, for storage and for callers. SQL and Redis are left to the storage thread, whose
+answers come back through the mailbox. So an absent database stops neither the engine, nor a cancel, nor the supervision
+of the engine. `JobRunner` is what Celery's hub thread sees of it: short, thread-safe methods.
 """
 
 import logging

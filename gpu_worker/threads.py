@@ -1,15 +1,13 @@
-"""How the worker's threads speak to one another, and the two that wait for others on its behalf.
+"""How the worker's threads talk to each other, and two threads that wait on behalf of others.
 
-What a JobRunner reports about its jobs and about itself, and what its engines count.
+`RunnerEvent` is what the runner reports, `EngineMeter` turns the figures of its engines into metrics, `Mailbox` lets
+other threads call one that waits on sockets.
 
-Lets other threads call a thread that waits on sockets: callbacks in order, and a socket that wakes it up.
+`StorageThread` does everything that waits for SQL or Redis. Calls run in order, and each is repeated until it is
+answered. The runner relies on the order: a crash report follows the commit of the last chunks before the crash, a
+release the commit before it. While the database is away, the queue stands still and the engine continues.
 
-One thread for everything that waits for SQL or Redis. Calls run in order, and each is repeated until it is answered.
-
-The runner relies on the order: a crash report follows the commit of the last chunks before the crash, a release the
-commit before it. While the database is away, the queue stands still and the engine continues.
-
-Runs a dispatch after room has been made, off the critical path: in one thread, at most fifty times a second.
+`DispatchRequester` runs a dispatch after room has been made, off the critical path: at most fifty times a second.
 """
 
 import logging

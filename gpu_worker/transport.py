@@ -1,8 +1,4 @@
-"""kombu's Redis transport with an atomic claim: as many messages as there is room for, in one call.
-
-The transport's Lua scripts: take messages in hand, and put them back. Redis runs each script atomically.
-
-kombu's Redis transport with an atomic claim: takes as many messages as there is room for, in one round trip.
+"""kombu's Redis transport with an atomic claim: takes as many messages as there is room for, in one round trip.
 
 Stock kombu pops a message and then records it as unacked; a kill in between loses it. Here one script does both. The
 blocking pop waits on a second list, the bell, to which publishers push in the same pipeline, so the only thing that a
@@ -15,7 +11,7 @@ Redis keys (`queue` is `ModelSpec.queue`; the lists themselves are described in 
 | unacked         | hash       | until acked or restored| claim, kombu                  | all workers |
 | unacked_index   | sorted set | until acked or restored| claim, kombu                  | all workers |
 | {queue}:bell    | list       | until the queue is empty| dispatch, give_back          | GPU workers |
-| {queue}:idle  | string     | two seconds            | a worker with free slots      | GPU workers |
+| {queue}:idle    | string     | two seconds            | a worker with free slots      | GPU workers |
 """
 
 from collections.abc import Callable, Iterator, Sequence

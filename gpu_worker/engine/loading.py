@@ -1,12 +1,7 @@
-"""Weights, tokenizer and limits of one model: safetensors only, never more memory than there is.
+"""Weights, tokenizer and limits of one model, from a folder or a hub id: only safetensors, no foreign code unasked.
 
-What a family of models needs that its configuration does not reliably say, in one dict.
-
-How much memory this machine has left for us, and memory that is taken page by page, as it is used. Free of torch.
-
-Linux counts what is left; where nobody does, it is all that the machine was built with.
-
-Weights, tokenizer and limits of one model, from a folder or a hub id: only safetensors, no foreign code unasked.
+Also what a family of models needs that its configuration does not reliably say, and how much memory this machine has
+left for us: what Linux reports, or else all that is built in.
 """
 
 import logging

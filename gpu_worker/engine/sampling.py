@@ -1,21 +1,16 @@
-"""From logits to tokens: grammar masks, one batched draw per step, and the scores of prompts.
-
-One mask for all rows of a step that follow a grammar, and its use on the logits.
-
-From logits to tokens: one batched draw per step, in any mix of parameters.
+"""From logits to tokens: grammar masks, one batched draw per step in any mix of parameters, and the scores of prompts.
 
 Order per row: raw log-probabilities, logit bias, penalties, bans (min_tokens, bad_token_ids, what a structured output
 does not allow), temperature, top-k, top-p, min-p, draw.
 
 A draw is the token with the highest scaled logit plus Gumbel noise, and the noise of a token is a hash of (seed,
-sequence index, output position, token id): see noise.py. So a draw does not depend on who else is in the batch, on
+sequence index, output position, token id): see cpu/draws.py. So a draw does not depend on who else is in the batch, on
 preemption, or on how often the job was resumed; and the last bits of the logits, which do depend on the batch's shape,
 change a token no more often than they change the distribution itself.
 
-Scores a prompt: the logprob of each of its tokens given those before it.
-
-The logits of one position score the token at the next. The scheduler limits how many positions are scored in a step,
-since each needs a row of logits over the whole vocabulary.
+The score of a prompt is the logprob of each of its tokens given those before it: the logits of one position score the
+token at the next. The scheduler limits how many positions are scored in a step, since each needs a row of logits over
+the whole vocabulary.
 """
 
 from collections.abc import Sequence as Rows

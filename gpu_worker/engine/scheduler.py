@@ -1,13 +1,10 @@
-"""Which sequences run in the next step, how many tokens of each, and how jobs become sequences.
-
-How many tokens a step may hold: less after the device ran out of memory, then slowly more again (AIMD).
-
-Which sequences run in the next step, and how many tokens of each. Free of torch.
+"""Which sequences run in the next step, how many tokens of each, and how jobs become sequences. Free of torch.
 
 A step is one forward pass over the decoding sequences (one token each) and, within the rest of the token budget, chunks
-of prompts. Sequences run in order of rank; the last one is preempted when the cache is full.
+of prompts. Sequences run in order of rank; the last one is preempted when the cache is full. The budget shrinks when
+the device runs out of memory, and then slowly grows again (AIMD).
 
-Turns an AddJob frame into sequences; checks everything that can be checked before the job joins a step.
+An AddJob frame becomes sequences by `make_job`, which checks all that can be checked before the job joins a step.
 """
 
 import sys

@@ -1,11 +1,7 @@
-"""A sequence: one text being decoded, and the grammar that it follows. Free of torch.
+"""A sequence: one text being decoded, with everything that must survive a preemption. Free of torch.
 
-Which tokens a structured output allows next: a matcher per sequence. Free of torch.
-
-Only a sequence's tokens, drawn or replayed, advance its matcher: a step that is run again, in whole or in halves, gets
-the same answers.
-
-A sequence: one text being decoded, with everything that must survive a preemption. Free of torch.
+Its grammar, if any, tells which tokens a structured output allows next. Only the sequence's tokens, drawn or replayed,
+advance the grammar's matcher: a step that is run again, in whole or in halves, gets the same answers.
 """
 
 import logging

@@ -1,10 +1,6 @@
-"""What worker and engine say to each other: msgpack frames over one end of a socket pair.
-
-The messages between the worker's main process and its engine process: msgpack frames over a socket pair.
+"""The messages between the worker's main process and its engine process: msgpack frames over a socket pair.
 
 A frame is a 4-byte big-endian length and one msgspec-encoded struct. Never pickle. Torch-free.
-
-Whole frames over one end of a socket pair: a 4-byte big-endian length, then that many bytes.
 """
 
 import fcntl

@@ -1,16 +1,14 @@
-"""Whether a silent engine is dead, hung or slow, and who was in its last step.
+"""Tells whether an engine that reports nothing is dead, hung or only slow, and which jobs were in its last step.
 
-Which jobs were in the engine's last step: a small shared memory that outlives the engine process.
+On a busy host all three are silent. So in the engine a thread counts beats in shared memory, even while a step or a
+load occupies the main thread. What the process does is read from Linux' /proc
+(https://docs.kernel.org/filesystems/proc.html, https://docs.kernel.org/scheduler/sched-stats.html): a process that
+computes, or waits for a core or a disk, is at work, even if the beats stop because a step holds the interpreter's lock.
+Without /proc the beats are all there is.
 
-The engine writes before each step, in microseconds; the supervisor reads after the engine's death. Two slots are
-written alternately, each with a checksum, so that dying in the middle of a write leaves the previous step readable.
-
-Tells whether an engine that reports nothing is dead, hung or only slow: on a busy host all three are silent.
-
-In the engine a thread counts beats in shared memory, even while a step or a load occupies the main thread. What the
-process does is read from Linux' /proc (https://docs.kernel.org/filesystems/proc.html,
-https://docs.kernel.org/scheduler/sched-stats.html): a process that computes, or waits for a core or a disk, is at work,
-even if the beats stop because a step holds the interpreter's lock. Without /proc the beats are all there is.
+The same memory holds the flight recorder. The engine writes the jobs of each step before it, in microseconds; the
+supervisor reads them after the engine's death. Two slots are written alternately, each with a checksum, so that dying
+in the middle of a write leaves the previous step readable.
 """
 
 import mmap

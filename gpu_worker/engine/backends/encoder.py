@@ -1,11 +1,8 @@
-"""The back end of embedding models: one vector per input.
+"""The back end of embedding models: the last hidden states of each input, pooled as the model's own files say.
 
-One vector per input: the model's last hidden states, pooled as the model's own files say.
-
-PackedEmbedder shares a model with the paged runner, whose attention it uses without a cache. PaddedEmbedder is for
-models that keep their own attention, encoders above all.
-
-A model that makes vectors only: an encoder (BERT and its family), or a decoder that was trained for it.
+It serves encoders (BERT and its family) and decoders that were trained for embeddings. PackedEmbedder shares a model
+with the paged runner, whose attention it uses without a cache. PaddedEmbedder is for models that keep their own
+attention, encoders above all.
 """
 
 import json

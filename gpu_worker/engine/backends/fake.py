@@ -1,13 +1,8 @@
-"""A back end without a model: words by rule, for the tests of all that is around an engine.
+"""A back end without a model: deterministic text, real batching, and an option for every way an engine goes wrong.
 
-How many tokens the fake engines of a system have drawn in each attempt, however each of them ended.
-
-The words of the fake back end, and which of them comes where: a function of prompt, seed, index and position.
-
-A back end without a model: deterministic text, real batching, and a knob for every way an engine goes wrong.
-
-The text of a sequence depends on (prompt, seed, index, position) alone, so a resumed job goes on exactly where it
-stopped and a test can say beforehand what it will read: `fake_text`.
+The text of a sequence depends only on (prompt, seed, index, position), so a resumed job continues exactly where it
+stopped, and a test knows in advance what it will read: `fake_text`. All fake engines of a system can count the tokens
+that they draw in each attempt, however they end.
 """
 
 import hashlib

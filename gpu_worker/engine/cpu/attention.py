@@ -1,17 +1,12 @@
-"""Paged attention on a CPU, for unmodified transformers modules: its cache, its groups, its kernels.
+"""Paged attention on a CPU, for unmodified modules of transformers: its cache, its groups, its kernels.
 
-A CPU's paged cache: writes new keys and values, and gathers the blocks of sequences.
+It is attached through AttentionInterface and forward kwargs. One forward pass holds the new tokens of all scheduled
+sequences in one row, [1, num_tokens]: first the decodes, one token each, then the prompt chunks. `paged_attention`
+writes their keys and values into the paged cache and lets every token attend to its own sequence only.
 
-Groups of decoding sequences of about the same length, whose gathered keys and values are kept from pass to pass.
-
-Gathering copies everything that attention reads, and takes longer than attention itself. So a group that continues
-unchanged, each sequence one token further, only appends the new tokens to what it gathered before.
-
-Paged attention for unmodified transformers modules, attached through AttentionInterface and forward kwargs.
-
-One forward pass holds the new tokens of all scheduled sequences in one row, [1, num_tokens]: first the decodes, one
-token each, then the prompt chunks. The function below writes their keys and values into the paged cache and lets every
-token attend to its own sequence only.
+Gathering a sequence's blocks copies everything that attention reads, and takes longer than attention itself. So a group
+of decoding sequences of about the same length that continues unchanged, each one token further, only appends the new
+tokens to what it gathered before.
 """
 
 import math

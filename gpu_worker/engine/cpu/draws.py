@@ -1,12 +1,8 @@
-"""Draws on a CPU, exactly those that the definition in sampling.py gives, and their noise.
+"""Draws on a CPU: exactly the tokens that sampling.py defines, without computing noise for the whole vocabulary.
 
-The noise of a draw: for each token a hash of (seed, sequence index, output position, token id).
-
-So a draw does not depend on who else is in the batch, on preemption, or on how often the job was resumed. The hash is
-the "lowbias32" finaliser, keyed twice; its lower 31 bits become standard Gumbel noise: the lower they are, the higher
-it is.
-
-Draws on a CPU: exactly the tokens that sampling.py defines, without computing noise for the whole vocabulary.
+The noise of a token is a hash of (seed, sequence index, output position, token id), so a draw does not depend on who
+else is in the batch, on preemption, or on how often the job was resumed. The hash is the "lowbias32" finaliser, keyed
+twice; its lower 31 bits become standard Gumbel noise: the lower they are, the higher it is.
 
 Take the tokens whose noise is highest, and the greatest of their logits. Any other token can only win if its logit is
 even greater. Both kinds are about as many as the square root of the vocabulary's size, whatever the distribution.

@@ -1,10 +1,8 @@
-"""Forward passes on a CPU, and Llama's layers in a third of the operations.
+"""Forward passes on a CPU, and Llama and similar models in a third of the operations.
 
-Llama and its like in a third of the operations: what a CPU saves where the model is small and the calls are many.
-
-The weights are the model's own: projections of the same input become one matrix, and the modules keep views of it. The
-arithmetic is that of transformers' modules; probe.py compares the results at load, and where they differ, or the model
-has a part that is not known here, the modules run as they are.
+Fewer operations pay off if the model is small and calls are many. The weights stay the model's own: projections of the
+same input become one matrix, of which the modules keep views. The arithmetic is that of transformers' modules; probe.py
+compares the results at load, and if they differ, or the model has an unknown part, the modules run as they are.
 """
 
 import math

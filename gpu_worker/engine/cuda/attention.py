@@ -1,9 +1,7 @@
-"""Paged attention on a device, and its cache.
+"""Paged attention on a device: its cache, decodes and prompt chunks of one pass, without the host in between.
 
-Paged attention on a device: decodes and prompt chunks of one pass, without the host in between.
-
-Two implementations of one protocol; attention_choice.py tries at load which of them works for this device and model. If
-neither does, the model runs one sequence at a time (SequentialRunner).
+Two implementations of one protocol; backend.py tries at load which of them works for this device and model. If neither
+does, the model runs one sequence at a time (SequentialRunner).
 """
 
 import math

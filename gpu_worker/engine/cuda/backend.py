@@ -1,9 +1,7 @@
-"""A runner for a device, fitted to its memory, with the attention that it and the model can have.
+"""Builds the model runner of a GPU: chooses attention, sizes the cache, captures decode passes.
 
-Chooses the attention for a device and a model by trying at load: the first of a ladder whose results agree with
-plain arithmetic on random data of the model's own shapes.
-
-Builds the model runner of a GPU: chooses attention, sizes the cache, captures decode passes.
+Attention is chosen by trying: the first of a ladder whose results agree with plain arithmetic on random data of the
+model's own shapes.
 """
 
 import importlib.util

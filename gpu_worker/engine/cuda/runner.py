@@ -1,11 +1,4 @@
-"""One forward pass on a device that works while the host does something else.
-
-A pass's inputs besides weights and cache: prepared on the host, and copied to the device in two transfers.
-
-The tensors on the device keep their addresses, so that a captured pass finds each step's numbers in the same place.
-Rows are first the decodes, one token each, then the prompt chunks.
-
-One forward pass on a device, during which the host can do something else.
+"""One forward pass on a device, during which the host can do something else.
 
 `launch` queues a whole step on the device and returns: inputs in two copies, the pass, the draws, and one copy back.
 `collect` waits for that last copy, the only wait of a step. A step with decodes only replays a captured graph, and may
@@ -14,6 +7,9 @@ start from the draws of the previous step, which are still on the device.
 The host still waits when a sequence with penalties joins (its counts are written), for structured output (a mask
 depends on the previous token), when prompts are scored, when a block is copied or wiped, and whenever a model that is
 not captured itself waits for the device.
+
+The tensors of inputs keep their addresses on the device, so that a captured pass finds each step's numbers in the same
+place. Rows are first the decodes, one token each, then the prompt chunks.
 """
 
 from collections.abc import Callable

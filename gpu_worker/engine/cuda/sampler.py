@@ -1,16 +1,11 @@
-"""The draws of sampling.py on the device, from parameters and counts that stay there.
-
-How often each token is in a sequence's output, kept on the device for the sequences with a penalty.
-
-The host's counts are the truth; a row is made from them when its sequence first draws, and then counts along, so that
-a step can be launched before the host knows the token of the step before.
-
-The sampling parameters of a batch as tensors on its device, made whenever the batch changes.
-
-The draws of sampling.py without the host: everything stays on the device until one copy brings it back.
+"""The draws of sampling.py without the host: everything stays on the device until one copy brings it back.
 
 The definition, the order and the noise are the same. But sampling.py looks at intermediate results to take a cheaper
 way; here each row's way is chosen beforehand. A row for which that was wrong is flagged in its draw, and drawn again.
+
+A batch's sampling parameters are tensors, made whenever the batch changes. How often each token is in the output of a
+sequence with a penalty is counted on the device: the host's counts are the truth, from which a row is filled when its
+sequence first draws; then it counts along, so that a step can be launched before the host knows the previous token.
 """
 
 import math
