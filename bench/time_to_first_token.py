@@ -81,7 +81,7 @@ def engine_alone(spec: ModelSpec, num_jobs: int) -> Samples:
     engine = EngineProcess(template, heartbeat_seconds=10.0)
     try:
         while engine.ready is None:
-            select.select([engine.channel], [], [], 1)
+            select.select([engine.frame_socket], [], [], 1)
             engine.receive()
             assert not engine.has_ended(), "the engine did not start"
         for _ in range(num_jobs):
@@ -115,7 +115,7 @@ def _first_token_seconds(engine: EngineProcess, view: ModelView) -> float:
     started, first = time.perf_counter(), 0.0
     engine.send(command)
     while True:
-        select.select([engine.channel], [], [], 30)
+        select.select([engine.frame_socket], [], [], 30)
         steps = [report for report in engine.receive() if isinstance(report, StepDone)]
         outputs = [output for step in steps for output in step.outputs]
         if outputs and not first:

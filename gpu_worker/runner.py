@@ -186,8 +186,8 @@ class RunnerThread:
         """Until something arrives or is due; then write what the engine can take."""
         poll = select.poll()
         poll.register(self.mailbox, select.POLLIN)
-        for channel in self._supervisor.readers():
-            poll.register(channel, select.POLLIN | (select.POLLOUT if channel.has_outgoing else 0))
+        for frame_socket in self._supervisor.readers():
+            poll.register(frame_socket, select.POLLIN | (select.POLLOUT if frame_socket.has_outgoing else 0))
         until_due = self._batch.seconds_until_due(now)
         wait_seconds = HOUSEKEEPING_SECONDS if until_due is None else min(until_due, HOUSEKEEPING_SECONDS)
         poll.poll(math.ceil(wait_seconds * 1000))

@@ -59,14 +59,14 @@ class EngineLoop:
     def __init__(
         self,
         backend: Backend,
-        channel: FrameSocket,
+        frame_socket: FrameSocket,
         recorder: FlightRecorder,
         pulse: Pulse,
         *,
         heartbeat_seconds: float,
     ) -> None:
         self._backend = backend
-        self._channel = channel
+        self._frame_socket = frame_socket
         self._recorder = recorder
         self._pulse = pulse
         self._heartbeat_seconds = heartbeat_seconds
@@ -81,10 +81,10 @@ class EngineLoop:
         while not self._is_shut_down:
             is_ahead = self._is_far_ahead()
             if is_ahead:
-                self._channel.wait_readable(LOOK_AGAIN_SECONDS)
-            elif not self._backend.has_work and not self._channel.wait_readable(self._heartbeat_seconds):
+                self._frame_socket.wait_readable(LOOK_AGAIN_SECONDS)
+            elif not self._backend.has_work and not self._frame_socket.wait_readable(self._heartbeat_seconds):
                 self._beat()
-            frames = self._channel.receive()
+            frames = self._frame_socket.receive()
             for frame in frames:
                 self._apply(decode_command(frame))
             if is_ahead:
@@ -99,7 +99,7 @@ class EngineLoop:
 
     def _is_being_read(self) -> bool:
         """Whether the worker has read anything since the last report was sent."""
-        num_unread = self._channel.num_unread
+        num_unread = self._frame_socket.num_unread
         return num_unread == 0 or num_unread < self._num_unread
 
     def _apply(self, command: Command) -> None:
@@ -161,9 +161,9 @@ class EngineLoop:
     def _send(self, report: Report) -> None:
         if self._is_being_read():
             self._read_at = monotonic()
-        self._channel.send(encode(report))
-        self._channel.flush_all()
-        self._num_unread = self._channel.num_unread
+        self._frame_socket.send(encode(report))
+        self._frame_socket.flush_all()
+        self._num_unread = self._frame_socket.num_unread
 
 
 def volunteer_for_the_oom_killer() -> None:
@@ -187,24 +187,24 @@ def main() -> None:
     # Read when CUDA starts: otherwise passes of varying sizes would fragment the memory.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     make_backend = _import_without_cuda(spec)
-    channel_fd, recorder_fd = fork_engines(socket.socket(fileno=arguments.control_fd))
+    socket_fd, recorder_fd = fork_engines(socket.socket(fileno=arguments.control_fd))
     volunteer_for_the_oom_killer()
     recorder = FlightRecorder(recorder_fd)
     pulse = Pulse(recorder_fd, offset=RECORDER_BYTES)
     start_beating(pulse, heartbeat_seconds=arguments.heartbeat_seconds)
-    channel = FrameSocket(socket.socket(fileno=channel_fd))
+    frame_socket = FrameSocket(socket.socket(fileno=socket_fd))
     try:
         backend = make_backend(spec)
     except Exception as exc:
         log.exception("the model cannot be loaded", extra={"model": spec.id})
-        _send_last(channel, CannotLoad(_describe(exc)))
+        _send_last(frame_socket, CannotLoad(_describe(exc)))
         sys.exit(1)
-    channel.send(encode(_ready(spec, backend)))
-    channel.flush_all()
+    frame_socket.send(encode(_ready(spec, backend)))
+    frame_socket.flush_all()
     try:
         EngineLoop(
             backend,
-            channel,
+            frame_socket,
             recorder,
             pulse,
             heartbeat_seconds=arguments.heartbeat_seconds,
@@ -230,10 +230,10 @@ def _import_without_cuda(spec: ModelSpec) -> Callable[[ModelSpec], Backend]:
     return fail
 
 
-def _send_last(channel: FrameSocket, report: Report) -> None:
+def _send_last(frame_socket: FrameSocket, report: Report) -> None:
     with contextlib.suppress(PeerClosed):
-        channel.send(encode(report))
-        channel.flush_all()
+        frame_socket.send(encode(report))
+        frame_socket.flush_all()
 
 
 def _describe(exc: Exception) -> str:

@@ -218,7 +218,7 @@ class FrameSocket:
         is_open = self._read_available()
         frames = list(self._split_frames())
         if not is_open and not frames:
-            raise PeerClosed("the other end closed the channel")
+            raise PeerClosed("the other end closed the socket")
         return frames
 
     def wait_readable(self, timeout_seconds: float) -> bool:

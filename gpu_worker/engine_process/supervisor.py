@@ -81,7 +81,7 @@ class EngineProcess:
         memory_fd = create_memory()
         self.recorder = FlightRecorder(memory_fd)
         self._pulse = Pulse(memory_fd, offset=RECORDER_BYTES)
-        self.channel = FrameSocket(ours)
+        self.frame_socket = FrameSocket(ours)
         self._template = template
         with theirs:
             template.fork(theirs.fileno(), memory_fd)
@@ -107,13 +107,13 @@ class EngineProcess:
     def send(self, command: Command) -> None:
         self.has_had_jobs |= isinstance(command, AddJob | EmbedJob)
         try:
-            self.channel.send(encode(command))
+            self.frame_socket.send(encode(command))
         except PeerClosed:
             self._note_closed()
 
     def flush(self) -> None:
         try:
-            self.channel.flush()
+            self.frame_socket.flush()
         except PeerClosed:
             self._note_closed()
 
@@ -122,7 +122,7 @@ class EngineProcess:
         if self.closed_at is not None:
             return []
         try:
-            reports = [decode_report(frame) for frame in self.channel.receive()]
+            reports = [decode_report(frame) for frame in self.frame_socket.receive()]
         except PeerClosed:
             self._note_closed()
             return []
@@ -159,7 +159,7 @@ class EngineProcess:
         last_step = self.recorder.read()
         self.recorder.close()
         self._pulse.close()
-        self.channel.close()
+        self.frame_socket.close()
         return EngineExit(
             exit_code,
             self.was_killed_by_us,
@@ -204,7 +204,7 @@ class Supervisor:
 
     def readers(self) -> list[FrameSocket]:
         """The sockets to wait on for reports."""
-        return [self._engine.channel] if self._engine is not None and self._engine.closed_at is None else []
+        return [self._engine.frame_socket] if self._engine is not None and self._engine.closed_at is None else []
 
     def send(self, command: Command) -> None:
         """Send to the engine; dropped if there is none (`watch` reports its exit)."""

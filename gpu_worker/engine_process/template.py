@@ -58,12 +58,12 @@ class EngineTemplate:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def fork(self, channel_fd: int, recorder_fd: int) -> None:
+    def fork(self, socket_fd: int, recorder_fd: int) -> None:
         """Ask for an engine, which gets copies of both descriptors. It is forked once the imports are done; the
         previous engine must have ended."""
         self.engine_pid = self._exit_code = None
         with contextlib.suppress(OSError):  # the template is dead, and `wait` says how it died
-            socket.send_fds(self._control, [b"f"], [channel_fd, recorder_fd])
+            socket.send_fds(self._control, [b"f"], [socket_fd, recorder_fd])
 
     def wait(self, timeout_seconds: float | None) -> int | None:
         """The engine's exit code, or minus the signal that killed it; None while it lives. If the template dies, so
@@ -121,8 +121,8 @@ def fork_engines(control: socket.socket) -> tuple[int, int]:
         if pid == 0:
             control.close()
             die_with_parent(template_pid)
-            channel_fd, recorder_fd = descriptors
-            return channel_fd, recorder_fd
+            socket_fd, recorder_fd = descriptors
+            return socket_fd, recorder_fd
         for descriptor in descriptors:
             os.close(descriptor)
         control.sendall(_MESSAGE.pack(pid))

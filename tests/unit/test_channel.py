@@ -16,11 +16,11 @@ def ends() -> Iterator[tuple[FrameSocket, FrameSocket]]:
     right.close()
 
 
-def receive(channel: FrameSocket, sender: FrameSocket, num_frames: int) -> list[bytes]:
+def receive(receiver: FrameSocket, sender: FrameSocket, num_frames: int) -> list[bytes]:
     frames: list[bytes] = []
     while len(frames) < num_frames:
         sender.flush()
-        frames += channel.receive()
+        frames += receiver.receive()
     return frames
 
 
