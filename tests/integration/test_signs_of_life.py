@@ -132,7 +132,7 @@ def test_one_that_computes_is_left_alone_for_long(
     usage = read_usage(silent.process.pid)
     assert usage is not None
     reason, num_heartbeats = silent.verdict()
-    assert "its step 1 has computed for" in reason
+    assert "its step 1 has been computing for" in reason
     assert num_heartbeats > 20
     after = read_usage(silent.process.pid)
     assert after is not None
