@@ -21,9 +21,9 @@ PREFIX = "CELERIAC_"
 
 
 class Settings(BaseSettings):
-    """Units are in the names. The defaults serve one machine; production names at least the two URLs.
+    """Units are in the names. The defaults suit one machine; production sets at least the two URLs.
 
-    What may hold a password is shown neither in an object's repr nor in a ValidationError."""
+    Fields that may hold a password are shown neither in the repr nor in a ValidationError."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -37,53 +37,53 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     flower_port: int = Field(default=5555, ge=0, le=65535)
     maintenance_host: str = "127.0.0.1"  # where a maintenance process serves its /health and /metrics
-    maintenance_port: int = Field(default=0, ge=0, le=65535)  # 0: a free one, told in its log
-    maintenance_silence_seconds: float = Field(default=30.0, gt=0)  # without a tick; then health says so
-    auth: Literal["none", "api_key"] = "none"  # "none" serves the loopback interface only
-    allowed_hosts: str = ""  # names beside localhost that may reach the API and Flower without keys, comma-separated
+    maintenance_port: int = Field(default=0, ge=0, le=65535)  # 0: any free port, written to its log
+    maintenance_silence_seconds: float = Field(default=30.0, gt=0)  # without a tick before /health reports it
+    auth: Literal["none", "api_key"] = "none"  # "none" only serves the loopback interface
+    allowed_hosts: str = ""  # names besides localhost that may reach the API and Flower without keys, comma-separated
     cors_origins: str = ""  # pages that may use the API from a browser, as https://app.example.com, comma-separated
-    api_url: str | None = None  # where `celeriac submit` and its like find the API; default the one of this machine
-    api_key: str | None = Field(default=None, repr=False)  # the key they show it
-    bootstrap_api_key: str | None = Field(default=None, repr=False)  # made at migrate for "default"; for containers
+    api_url: str | None = None  # where CLI commands such as `celeriac submit` find the API; default: on this machine
+    api_key: str | None = Field(default=None, repr=False)  # the key they send
+    bootstrap_api_key: str | None = Field(default=None, repr=False)  # created by migrate for "default"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "json"
 
     # The job protocol (docs/job_lifecycle.md)
-    lease_seconds: float = Field(default=15.0, gt=0)  # renewed by every chunk, else every third of it
+    lease_seconds: float = Field(default=15.0, gt=0)  # renewed by every chunk, or else every third of this
     lease_grace_seconds: float = Field(default=2.0, ge=0)  # how long past its lease a job is left before rescue
     max_failures: int = Field(default=3, ge=0)  # lost or crashed attempts before a job fails for good
-    max_poison_jobs_per_hour: int = Field(default=3, ge=0)  # of one tenant; beyond it all of its jobs run alone
-    revision_policy: Literal["restart", "wait", "fail"] = "restart"  # a job begun under a revision served nowhere
-    revision_seconds: float = Field(default=300.0, gt=0)  # how long such a job waits for that revision first
-    stall_seconds: float = Field(default=60.0, gt=0)  # no token though the lease is renewed; in prefill, 10 times
+    max_poison_jobs_per_hour: int = Field(default=3, ge=0)  # per tenant; beyond this all of its jobs run alone
+    revision_policy: Literal["restart", "wait", "fail"] = "restart"  # for a job whose revision is no longer served
+    revision_seconds: float = Field(default=300.0, gt=0)  # how long such a job first waits for its revision
+    stall_seconds: float = Field(default=60.0, gt=0)  # without a token; 10 x this in prefill
     flush_min_seconds: float = Field(default=0.05, gt=0)  # between two chunk commits of the running batch
     flush_max_seconds: float = Field(default=0.5, gt=0)
-    dispatch_window_factor: float = Field(default=2.0, gt=0)  # messages per queue = this times the live slots
+    dispatch_window_factor: float = Field(default=2.0, gt=0)  # messages per queue = this x the live slots
     dispatch_window_min: int = Field(default=16, ge=1)
     janitor_interval_seconds: float = Field(default=1.0, gt=0)
     result_ttl_seconds: int = Field(default=86_400, ge=60)  # how long a finished job is kept
 
     # Bounds
     max_body_bytes: int = Field(default=1_048_576, ge=1024)
-    max_queued_jobs: int = Field(default=10_000, ge=1)  # per tenant, for tenants without their own bound
+    max_queued_jobs: int = Field(default=10_000, ge=1)  # per tenant, for tenants without their own limit
     max_streams: int = Field(default=4_000, ge=1)  # open SSE streams per API process
     stream_lifetime_seconds: float = Field(default=3_600.0, gt=0)
     stream_heartbeat_seconds: float = Field(default=15.0, gt=0)
-    no_workers_seconds: float = Field(default=60.0, gt=0)  # without a worker; then nobody may wait for an answer
+    no_workers_seconds: float = Field(default=60.0, gt=0)  # without a live worker before waiting requests are refused
     request_timeout_seconds: float = Field(default=30.0, gt=0)  # of /api/v1/infer
-    disconnect_grace_seconds: float = Field(default=10.0, ge=0)  # then a job whose only client left is cancelled
+    disconnect_grace_seconds: float = Field(default=10.0, ge=0)  # before a job whose only client left is cancelled
 
     # Webhooks (docs/webhooks.md)
-    webhook_ports: str = Field(default="443,8443", pattern=r"^[0-9]{1,5}(,[0-9]{1,5})*$")  # that may be connected to
-    webhook_private_targets: bool = False  # also http, any port and private addresses: for tests and intranets
+    webhook_ports: str = Field(default="443,8443", pattern=r"^[0-9]{1,5}(,[0-9]{1,5})*$")  # those allowed
+    webhook_private_targets: bool = False  # allow http, any port and private addresses: for tests and intranets
 
     # Files and batches
     max_file_bytes: int = Field(default=209_715_200, ge=1024)
-    max_file_bytes_per_tenant: int = Field(default=10_737_418_240, ge=1024)  # of all its files together
+    max_file_bytes_per_tenant: int = Field(default=10_737_418_240, ge=1024)  # total of all its files
     file_ttl_seconds: int = Field(default=2_592_000, ge=3_600)  # how long a file is kept, unless it says otherwise
     max_uploads: int = Field(default=8, ge=1)  # at once, per API process
     batch_jobs_in_flight: int = Field(default=256, ge=1)  # per tenant; also at most a quarter of its queue
-    batch_reserve: float = Field(default=0.25, ge=0, lt=1)  # of a model's slots: never taken by lines of batches
+    batch_reserve: float = Field(default=0.25, ge=0, lt=1)  # share of a model's slots that batch lines never take
 
     # The worker
     worker_model: str | None = None  # which model a GPU worker serves; default the first one of models_file
@@ -91,14 +91,14 @@ class Settings(BaseSettings):
     worker_metrics_host: str = "127.0.0.1"  # where a GPU worker serves its /metrics, to whoever comes
     worker_metrics_port: int = Field(default=0, ge=0, le=65535)  # or the next free one; 0: any, told in its log
     lookahead: int | None = Field(default=None, ge=0)  # messages held beyond the free slots; default a quarter of them
-    engine_heartbeat_seconds: float = Field(default=10.0, gt=0)  # after three without a sign of life it is restarted
+    engine_heartbeat_seconds: float = Field(default=10.0, gt=0)  # restarted after three without a sign of life
     engine_load_seconds: float = Field(default=1_800.0, gt=0)  # the longest that a model may take to load
     drain_seconds: float = Field(default=30.0, ge=0)  # how long SIGTERM lets running jobs finish before release
 
     @field_validator("database_url")
     @classmethod
     def _readable_database(cls, url: str) -> str:
-        from sqlalchemy import make_url  # a quarter of a second that the defaults are spared
+        from sqlalchemy import make_url  # takes a quarter of a second, not needed for the defaults
         from sqlalchemy.exc import ArgumentError
 
         _refuse_other_schemes(url, "postgresql://", "postgres://", "postgresql+psycopg://")
@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _readable_redis(cls, url: str) -> str:
-        """Every spelling becomes the one of redis-py, in which nothing of TLS is left to a default."""
+        """Normalise every spelling to redis-py's, with all TLS options explicit."""
         return RedisUrl.read(url).for_redis
 
     @field_validator("allowed_hosts")
@@ -143,31 +143,30 @@ class Settings(BaseSettings):
 
     @property
     def idle_transaction_seconds(self) -> float:
-        """After which PostgreSQL ends a transaction that stands idle. Whoever froze in one holds locks that others may
-        need to renew their leases, which they do every third of a lease."""
+        """After this PostgreSQL ends an idle transaction. A process that froze in one holds locks that others may need
+        to renew their leases, which they do every third of a lease."""
         return self.lease_seconds / 3
 
     @property
     def redis_parts(self) -> RedisUrl:
-        """`redis_url`, read: Celery wants it in parts."""
+        """`redis_url`, parsed: Celery needs its parts."""
         return RedisUrl.read(self.redis_url)
 
 
 def _items(text: str) -> tuple[str, ...]:
-    """Of a comma-separated list."""
+    """The items of a comma-separated list."""
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 def _refuse_other_schemes(url: str, *schemes: str) -> None:
-    """Raise ValueError, which repeats nothing of the URL: where the scheme is forgotten, a password is what it begins
-    with."""
+    """Raise ValueError without repeating the URL: if the scheme is missing, it may begin with a password."""
     if not url.startswith(schemes):
         raise ValueError(f"it begins with none of {', '.join(schemes)}")
 
 
 @contextmanager
 def _without_its_words(*kinds: type[Exception]) -> Iterator[None]:
-    """What a parser says of a malformed URL quotes a part of it, and that is often a part of the password."""
+    """Replace a parser's message: it quotes part of the malformed URL, often part of the password."""
     try:
         yield
     except kinds:
@@ -182,7 +181,7 @@ class UnknownSetting(ValueError):
 
 
 def refuse_unknown_variables(environment: dict[str, str]) -> None:
-    """Raise UnknownSetting for a CELERIAC_* variable that no setting reads; a typo must not pass in silence."""
+    """Raise UnknownSetting for a CELERIAC_* variable that no setting reads, so that typos are noticed."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in environment:
         if not name.upper().startswith(PREFIX) or name.upper() in known:
@@ -199,16 +198,16 @@ def get_settings() -> Settings:
     return Settings()
 
 
-# The servers of the `celeriac up` of this folder, for those that were told of no others
+# The servers that `celeriac up` runs on this data folder, for commands that were given no others
 
-FOUND = "_CELERIAC_FOUND"  # environment: which settings were not named by anybody, but found in the note
+FOUND = "_CELERIAC_FOUND"  # environment variable: which settings nobody gave but were found in the note
 
 
 def find_running(data_dir: Path) -> dict[str, Any] | None:
-    """The note of the `celeriac up` that runs on this data folder now; None where none does."""
+    """The note of the `celeriac up` that runs on this data folder now; None if none does."""
     try:
         file = (data_dir / "up.json").open()
-    except OSError:  # none was here, or none that we may see
+    except OSError:  # there is none, or we may not read it
         return None
     with file:
         try:
@@ -226,7 +225,7 @@ def note_in(file: IO[str]) -> dict[str, Any]:
 
 
 def moved_servers(data_dir: Path) -> dict[str, str]:
-    """The servers, by setting, that the `celeriac up` of this folder has now where a command once found others."""
+    """By setting, the servers that `celeriac up` has now in place of those that this command found."""
     found = [name for name in os.environ.get(FOUND, "").split(",") if name]
     running = find_running(data_dir) or {}
     known = {name: os.environ[PREFIX + name.upper()] for name in found}

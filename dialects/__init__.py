@@ -1,1 +1,1 @@
-"""What clients say and are told, as pure translation: JSON to what is asked for, and what came of it to JSON."""
+"""The dialects of clients, as pure translation: JSON bodies to requests, and jobs' results to JSON answers."""

@@ -1,7 +1,4 @@
-"""JSON bodies parsed: strict, bounded, and refused with the field, the value seen and the remedy.
-
-A parsed body beside the model that it is to become: to which part of the model each of its objects belongs.
-"""
+"""JSON bodies parsed: strict, bounded, and refused with the field, the value seen and the remedy."""
 
 import difflib
 import json
@@ -21,8 +18,8 @@ from domain.errors import InvalidRequest, UnsupportedParameter
 
 @dataclass(slots=True)
 class Shape:
-    """What a model says of one of its fields: an object of a model, a list of something, or either by a tag. None of
-    them where the value is the user's own."""
+    """What a model declares for one of its fields: an object, a list, or one of several by a tag. None of them if the
+    value is the user's own."""
 
     model: type[BaseModel] | None = None
     items: "Shape | None" = None
@@ -37,8 +34,8 @@ class Shape:
 
 
 def drop_nulls(body: object, model: type[BaseModel]) -> bool:
-    """Take every null out of `body` that says nothing: of a field nobody knows, and of one that may be left out. What
-    is the user's own, such as schemas and metadata, stays as it is. Whether anything was taken out."""
+    """Remove nulls without meaning from `body`: those of unknown fields and of fields that may be omitted. The user's
+    own values, such as schemas and metadata, stay as they are. True if anything was removed."""
     is_changed = False
     waiting: list[tuple[object, Shape]] = [(body, Shape(model))]
     while waiting:
@@ -65,8 +62,8 @@ def _drop_own(value: dict[str, Any], model: type[BaseModel]) -> bool:
 
 
 def owner_at(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel] | None:
-    """The model of the object at `location`, as pydantic's errors spell it, with the tags of unions. Without a tag it
-    is one that may be there."""
+    """The model of the object at `location`, which is spelled as in pydantic's errors, with the tags of unions. Without
+    a tag it is one of the possible ones."""
     shape: Shape | None = Shape(model)
     for step in location:
         shape = _step_into(shape, step) if shape is not None else None
@@ -86,7 +83,7 @@ def _step_into(shape: Shape, step: int | str) -> Shape | None:
 
 @cache
 def shapes_of(model: type[BaseModel]) -> dict[str, Shape]:
-    """Of its fields that hold more than plain values, by the name that bodies use."""
+    """The shapes of its fields that hold more than plain values, by the name that bodies use."""
     annotations = get_type_hints(model, include_extras=True)
     shapes = {info.alias or name: _shape_of(annotations[name]) for name, info in model.model_fields.items()}
     return {name: shape for name, shape in shapes.items() if shape != Shape()}
@@ -119,9 +116,9 @@ MAX_DEPTH = 32
 
 MAX_FEW = 1_024
 
-MAX_CONTAINERS = 65_536  # lists and objects of one body, wherever they are
+MAX_CONTAINERS = 65_536  # lists and objects per body, at any depth
 
-UNSUPPORTED = "unsupported_parameter"  # the kind of a validation error that refuses a field we know and do not serve
+UNSUPPORTED = "unsupported_parameter"  # the type of validation error for a known field that is not supported
 
 MAX_PARAM_CHARS = 128
 
@@ -136,15 +133,15 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse_model(body: bytes, model: type[Model], hints: HintTree | None = None) -> Model:
-    """Strict: no coercion between JSON types, no unknown or duplicate key, no NaN, no deep nesting. A null says
-    nothing, and what `hints` cover is left out and noted."""
+    """Parse strictly: no coercion between JSON types, no unknown or duplicate keys, no NaN, no deep nesting. A null
+    means that the field is absent; fields covered by `hints` are dropped and noted."""
     value = _parse_json(body)
     num_containers = _num_containers(value)
     _refuse_excess(value, model)
     if num_containers > MAX_CONTAINERS:
         param = _param_of(_heaviest(value))
         raise InvalidRequest(
-            f"{param or 'the body'} is made of {num_containers} lists and objects; at most {MAX_CONTAINERS} are taken "
+            f"{param or 'the body'} has {num_containers} lists and objects; at most {MAX_CONTAINERS} are allowed "
             "in all, send fewer",
             param=param,
         )
@@ -156,7 +153,7 @@ def parse_model(body: bytes, model: type[Model], hints: HintTree | None = None) 
 
 
 def _refused_hint(exc: ValidationError, hints: HintTree) -> UnsupportedParameter | None:
-    """The first error of `exc`, where it is a field that can be left out, but not with this value."""
+    """The first error of `exc`, if it is about a field that may be ignored, but not with this value."""
     first = exc.errors(include_url=False, include_context=False)[0]
     location = _location(first)
     hint = hint_at(hints, location) if first["type"] == "extra_forbidden" else None
@@ -165,12 +162,12 @@ def _refused_hint(exc: ValidationError, hints: HintTree) -> UnsupportedParameter
     param = ".".join(str(part) for part in location)
     taken = " or ".join(json.dumps(value) for value in hint.values)
     return UnsupportedParameter(
-        f"{param} is {_shown(location, first['input'])}: it is taken as {taken} only; leave it out", param=param
+        f"{param} is {_shown(location, first['input'])}: only {taken} is accepted; leave it out", param=param
     )
 
 
 def _without_nothing(parsed: object, body: bytes, model: type[BaseModel], hints: HintTree) -> bytes:
-    """The body again, without what does not count. `parsed` is taken apart."""
+    """The body without what does not count. Modifies `parsed`."""
     is_changed = b"null" in body and drop_nulls(parsed, model)
     own_fields = {field.alias or name for name, field in model.model_fields.items()}
     ignored = take_hints(parsed, hints, own_fields=own_fields)
@@ -179,7 +176,7 @@ def _without_nothing(parsed: object, body: bytes, model: type[BaseModel], hints:
 
 
 def _parse_json(body: bytes) -> object:
-    """Refuses what a JSON parser lets pass in silence. Pydantic parses the body a second time, for its types."""
+    """Refuses what a JSON parser silently accepts. Pydantic parses the body a second time, for its types."""
     if not body.strip():
         raise InvalidRequest("the body is empty; send a JSON object")
     try:
@@ -190,14 +187,14 @@ def _parse_json(body: bytes) -> object:
         raise InvalidRequest(f"the body is not JSON: {exc.msg} at line {exc.lineno} column {exc.colno}") from None
     except RecursionError:
         raise _too_deep() from None
-    except ValueError:  # the interpreter's bound on the digits of an integer
+    except ValueError:  # the interpreter's limit on the digits of an integer
         raise InvalidRequest(
-            "the body holds an integer of thousands of digits; send numbers of at most 64 bits"
+            "the body contains an integer of thousands of digits; send numbers of at most 64 bits"
         ) from None
 
 
 def _num_containers(value: object) -> int:
-    """How many lists and objects there are. Raises InvalidRequest where they are nested too deeply."""
+    """How many lists and objects there are. Raises InvalidRequest if they are nested too deeply."""
     level, num_containers = [value], 0
     for _ in range(MAX_DEPTH + 1):
         containers = [part for part in level if isinstance(part, dict | list)]
@@ -209,7 +206,7 @@ def _num_containers(value: object) -> int:
 
 
 def _heaviest(value: object) -> tuple[int | str, ...]:
-    """Where most of the lists and objects are: inwards, as long as one of a few parts holds more than half of them."""
+    """The place with most of the lists and objects: goes inwards while one part has more than half of them."""
     if not isinstance(value, dict | list) or len(value) > MAX_FEW:
         return ()
     parts = dict(value.items() if isinstance(value, dict) else enumerate(value))
@@ -243,7 +240,7 @@ def _refuse_excess(value: object, model: type[BaseModel]) -> None:
         case Overlong(location, length, bound):
             param = _param_of(location)
             raise InvalidRequest(
-                f"{param or 'the body'} has {length} items; at most {bound} items are taken, send fewer", param=param
+                f"{param or 'the body'} has {length} items; at most {bound} are allowed, send fewer", param=param
             )
         case UnknownFields(location):
             param = _param_of(location)
@@ -255,15 +252,15 @@ def _param_of(location: tuple[int | str, ...]) -> str | None:
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-    raise InvalidRequest(f"the body holds {constant}, which is not JSON; send a finite number or null")
+    raise InvalidRequest(f"the body contains {constant}, which is not JSON; send a finite number or null")
 
 
 def invalid_request(exc: ValidationError, model: type[BaseModel]) -> InvalidRequest:
-    """The first error of `exc` in our words: field, value seen, remedy."""
+    """The first error of `exc` as a refusal: field, value seen, remedy."""
     first, *others = exc.errors(include_url=False, include_context=False)
     location = _location(first)
     param = _param_of(location)
-    # A collection whose items are wrong is reported a second time, as too short.
+    # A collection with invalid items is reported a second time, as too short.
     num_more = sum(location[: len(_location(other))] != _location(other) for other in others)
     more = f" (and {num_more} more)" if num_more else ""
     refusal = UnsupportedParameter if first["type"] == UNSUPPORTED else InvalidRequest
@@ -271,7 +268,8 @@ def invalid_request(exc: ValidationError, model: type[BaseModel]) -> InvalidRequ
 
 
 def _location(error: Any) -> tuple[int | str, ...]:
-    """Without the tags of unions, which are spelt <so> and are no fields. An unknown field may be spelt so, too."""
+    """The location without the tags of unions, spelled <so>, which are not fields. An unknown field may have that
+    spelling, too."""
     *outer, last = error["loc"] or ("",)
     is_named = error["type"] == "extra_forbidden" or not str(last).startswith("<")
     path = tuple(part for part in outer if not str(part).startswith("<"))
@@ -304,7 +302,7 @@ def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
 
 
 def _shown(location: tuple[int | str, ...], value: object) -> str:
-    """A short picture of a refused value that gives nothing private away."""
+    """A short description of a refused value that reveals nothing private."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What each error is in HTTP: the one table from a code of `domain.errors` to a status and a type."""
+"""The HTTP form of each error: one table from the codes of `domain.errors` to status and type."""
 
 import logging
 from typing import NamedTuple
@@ -76,20 +76,20 @@ class JobErrorView(View):
 
 
 def job_error_view(error: JobError) -> JobErrorView:
-    """A job's stored error as clients see it. A code that this version does not know is a server error."""
+    """A job's stored error as clients see it. Unknown codes, from another version, are server errors."""
     code = error.code if error.code in HTTP_BY_CODE else "server_error"
     return {"code": error.code, "message": error.message, "type": HTTP_BY_CODE[code].type, "retryable": error.retryable}
 
 
 def refuse_unfinished(record: JobRecord) -> None:
-    """Raises the CeleriacError that says why a terminal job has no whole output."""
+    """Raises the CeleriacError that says why a terminal job has no complete output."""
     job = record.job
     name = external_id(job.id)
     if job.status is JobStatus.CANCELLED:
-        raise JobCancelled(f"{name} was cancelled; what it had produced is at /v1/jobs/{name}/output")
+        raise JobCancelled(f"{name} was cancelled; its partial output is at /v1/jobs/{name}/output")
     if job.status is JobStatus.EXPIRED:
         raise DeadlineExceeded(
-            f"the deadline of {name} passed before it was done; what it had produced is at /v1/jobs/{name}/output"
+            f"the deadline of {name} passed before it was done; its partial output is at /v1/jobs/{name}/output"
         )
     if job.status is JobStatus.FAILED or record.result is None:
         raise _failure(record)
@@ -99,4 +99,4 @@ def _failure(record: JobRecord) -> CeleriacError:
     error = record.job.error
     classes = {JobFailure.code: JobFailure} | {cls.code: cls for cls in JobFailure.__subclasses__()}
     cls = classes.get(error.code if error is not None else JobFailure.code, JobFailure)
-    return cls(error.message if error is not None else "the job failed without a word; quote its id when you report it")
+    return cls(error.message if error is not None else "it failed without an error message; report its id")

@@ -1,13 +1,9 @@
-"""Fields of a request that are taken and left out: the one table of them, and the header that names them.
+"""Request fields that are accepted and ignored: the one table of them, and the header that names them.
 
-Fields of a request that were taken and left out, and the header that names them to its client.
-
-Fields of OpenAI's and of others that are taken and left out: the one table of them, which docs/api.md shows.
-
-A field is here if the answer without it is one that the client could have got with it: it speaks of the client, of its
-bill, of caches, or of the way that the answer takes; it asks for something beside the answer that there is not; it is
-what a client keeps beside a message; or it has the value that stands for what happens anyway. What would change the
-answer, and is not done, is refused. Fields that a body knows are read, whatever stands here.
+A field is listed if the answer without it is one that the client could also have got with it: it describes the client,
+its bill, caches or the transport; it asks for an extra that does not exist here; clients store it with a message; or
+its value means the default behaviour. Fields that would change the answer but are not supported are refused. A field
+that a body declares is read, whatever the table says. docs/api.md shows the table.
 """
 
 import re
@@ -20,16 +16,16 @@ HEADER = "x-ignored-fields"
 
 MAX_NAMED = 32
 
-#: Of the request under way; a list that the request's outermost layer makes, so that all below it share it.
+#: The ignored fields of the current request; its outermost layer creates the list, so all layers below share it.
 ignored_fields_context: ContextVar[list[str] | None] = ContextVar("ignored_fields", default=None)
 
 
 class Hint(NamedTuple):
-    """Why a field may be left out. Where only some of its values may, `values` says which."""
+    """Why a field may be ignored. `values` lists the values to which this is limited, if any."""
 
     reason: str
     values: tuple[object, ...] = ()
-    covers_item: Callable[[object], bool] | None = None  # of items that are no plain values
+    covers_item: Callable[[object], bool] | None = None  # for items that are not plain values
 
     def covers(self, value: object) -> bool:
         if self.covers_item is not None:
@@ -37,9 +33,9 @@ class Hint(NamedTuple):
         return not self.values or any(value == known and _is_truth(value) == _is_truth(known) for known in self.values)
 
 
-Hints = Mapping[str, Hint]  # by place: steps with dots between them, where `*` is any item of a list
+Hints = Mapping[str, Hint]  # by path: steps joined by dots, `*` meaning any item of a list
 
-HintTree = dict[str, Any]  # step -> the tree of the steps behind it; HERE -> the Hint of this place itself
+HintTree = dict[str, Any]  # step -> the tree of the steps after it; HERE -> the Hint of this place itself
 
 HERE = ""
 
@@ -55,8 +51,8 @@ def tree_of(hints: Hints) -> HintTree:
 
 
 def take_hints(body: object, tree: HintTree, *, own_fields: Container[str] = ()) -> list[str]:
-    """Take the fields that the hints cover out of `body`, but for its `own_fields`; items of lists keep their places,
-    for the model to know them. The paths of both, the outer ones first."""
+    """Remove the fields that the hints cover from `body`, except its `own_fields`. List items keep their places, since
+    the model must recognise them. Returns the paths of both, outer ones first."""
     found: list[str] = []
     waiting: deque[tuple[Any, HintTree, str]] = deque([(body, tree, "")])
     while waiting:
@@ -73,7 +69,7 @@ def take_hints(body: object, tree: HintTree, *, own_fields: Container[str] = ())
 
 
 def _steps_into(part: object, steps: HintTree) -> list[tuple[Any, Any, HintTree]]:
-    """Each with its name or number, and the tree behind it."""
+    """Each value with its name or number, and the tree after it."""
     if isinstance(part, dict):
         return [(name, part[name], steps[name]) for name in part if name in steps and name != HERE]
     if isinstance(part, list) and "*" in steps:
@@ -88,25 +84,25 @@ def hint_at(tree: HintTree, path: Sequence[int | str]) -> Hint | None:
 
 
 def _is_truth(value: object) -> bool:
-    """Whether it is true or false, which Python counts among the numbers."""
+    """Whether it is a bool, which Python counts as a number."""
     return isinstance(value, bool)
 
 
 def note_ignored(paths: Iterable[str]) -> None:
-    """For the answer of the request under way, if any: a line of a batch has none."""
+    """Note ignored fields for the current request's answer; batch lines do not have one."""
     ignored = ignored_fields_context.get()
     if ignored is not None:
         ignored.extend(paths)
 
 
 def header_value(ignored: Iterable[str]) -> str:
-    """Their names in order, as many as a header should hold."""
+    """The field names in order, as many as fit a header."""
     paths = list(dict.fromkeys(ignored))
     more = [f"{len(paths) - MAX_NAMED} more"] if len(paths) > MAX_NAMED else []
     return ", ".join(paths[:MAX_NAMED] + more)
 
 
-#: The types of tools that are no functions: OpenAI's, and Anthropic's as bridges pass them on, without their dates.
+#: The types of tools other than functions: OpenAI's, and Anthropic's as bridges forward them, without their dates.
 FOREIGN_TOOLS: Final = frozenset(
     {
         *("apply_patch", "bash", "code_execution", "code_interpreter", "computer", "computer_use"),
@@ -118,7 +114,7 @@ FOREIGN_TOOLS: Final = frozenset(
 
 _DATE = re.compile(r"_(\d{8}|\d{4}_\d{2}_\d{2})$")
 
-#: What can be asked to be included, and is not there to be included.
+#: Values of `include` for things that do not exist here.
 NOT_INCLUDED: Final = (
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
@@ -137,7 +133,7 @@ _CALLS = ("messages.*.tool_calls.*.", "messages.*.tool_calls.*.function.")
 
 _TOOLS = ("tools.*.", "tools.*.function.")
 
-NEUTRAL: Final = "nothing: this value stands for what happens anyway"
+NEUTRAL: Final = "nothing: this value is the default behaviour"
 
 
 def is_foreign_tool(tool: object) -> bool:
@@ -153,43 +149,39 @@ def _neutral(**values: object) -> dict[str, Hint]:
     return {name: Hint(NEUTRAL, (value,)) for name, value in values.items()}
 
 
-_CALLER = "who asks, or on whose behalf"
+_CALLER = "the client or its user"
 
-_CACHE = "caches of prompts, which are kept here without being asked"
+_CACHE = "prompt caching, which is automatic here"
 
-_ROUTE = "which provider, server or model does it when; here there is one"
+_ROUTE = "the choice of provider, server or model; there is only one here"
 
 _WIRE = "how the answer travels"
 
-_BESIDE = "something beside the answer that there is not"
+_BESIDE = "an extra that is not available here"
 
-_KEPT = "what clients keep beside a message or a call, and no prompt has a place for"
+_KEPT = "what clients store with a message or call; it has no place in the prompt"
 
-_THOUGHTS = "what another model thought; no model reads it again"
+_THOUGHTS = "earlier reasoning, which models do not read again"
 
 HINTS: Final[Hints] = (
     _hints(_CALLER, "client_metadata", "litellm_metadata", "request_id", "session_id", "trace")
     | _hints(_CALLER, "metadata", "prompt_cache_key", "safety_identifier", "user")
-    | _hints("whether the answer is kept: only those of chats and responses can be", "store")
+    | _hints("whether the answer is stored; only chats and responses can be", "store")
     | _hints(_CACHE, "cache_prompt", "cache_salt", "prompt_cache_options", "prompt_cache_retention")
     | _hints(_CACHE, "cache_control", places=("", *_MESSAGES, *_PARTS, *_CALLS, *_TOOLS))
     | _hints(_CACHE, "prompt_cache_breakpoint", places=_PARTS)
     | _hints(_ROUTE, "id_slot", "keep_alive", "models", "priority", "provider", "route", "service_tier", "slot_id")
     | _hints(_ROUTE, "transforms", "ttl")
-    | _hints("that the answer comes sooner", "draft_model", "prediction")
+    | _hints("a faster answer", "draft_model", "prediction")
     | _hints(_WIRE, "continuous_usage_stats", "include_obfuscation", places=("stream_options.",))
     | _hints(_BESIDE, "include_reasoning", "return_progress", "timings_per_token", "usage")
     | {"include.*": Hint(_BESIDE, NOT_INCLUDED)}
     | _hints(_BESIDE, "generate_summary", "summary", places=("reasoning.",))
-    | _hints("how wordy the answer should be, which no model here is told", "verbosity", "text.verbosity")
-    | {
-        "truncation": Hint(
-            "that a conversation be cut where it is too long; it is refused instead", ("auto", "disabled")
-        )
-    }
-    | {"tools.*": Hint("tools that are no functions; the model is not told of them", covers_item=is_foreign_tool)}
+    | _hints("verbosity, which models here are not told about", "verbosity", "text.verbosity")
+    | {"truncation": Hint("truncation of long conversations; they are refused instead", ("auto", "disabled"))}
+    | {"tools.*": Hint("tools other than functions; the model is not told of them", covers_item=is_foreign_tool)}
     | _hints("how a tool is loaded, called or billed", "allowed_callers", "async", "defer_loading", places=_TOOLS)
-    | _hints("what a tool takes and gives, beside its schema", "input_examples", "output_schema", places=_TOOLS)
+    | _hints("inputs and outputs of a tool besides its schema", "input_examples", "output_schema", places=_TOOLS)
     | _hints(_KEPT, "created", "created_at", "created_by", "extra_content", "metadata", places=_MESSAGES)
     | _hints(_KEPT, "model", "object", "provider_specific_fields", "timestamp", places=_MESSAGES)
     | _hints(_KEPT, "annotations", "finish_reason", "id", "index", "parsed", "status", "type", places=("messages.*.",))

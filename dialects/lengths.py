@@ -1,6 +1,6 @@
-"""Length first: the lists and objects of a body are counted before anything in them is looked at.
+"""Lengths first: the lists and objects of a body are counted before anything in them is inspected.
 
-The bounds are those that the body's JSON schema publishes, so whatever is bounded there is bounded here.
+The limits are those that the body's JSON schema publishes, so every limit published there is enforced here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-MAX_UNKNOWN_FIELDS = 64  # of one object: so many are looked at one by one, to be named or taken
+MAX_UNKNOWN_FIELDS = 64  # per object: so many are inspected one by one, to be named or accepted
 
 Location = tuple[int | str, ...]
 Schema = Mapping[str, Any]
 
 
 class Overlong(NamedTuple):
-    """A list or an object of `length` entries where `bound` may be."""
+    """A list or object with `length` entries, more than `bound`."""
 
     location: Location
     length: int
@@ -25,7 +25,7 @@ class Overlong(NamedTuple):
 
 
 class UnknownFields(NamedTuple):
-    """An object with a heap of fields that nobody knows; `location` is that of the first one."""
+    """An object with too many unknown fields; `location` is that of the first one."""
 
     location: Location
 
@@ -39,21 +39,21 @@ class ListBounds:
 @dataclass(frozen=True, slots=True)
 class ObjectBounds:
     max_entries: int | None
-    field_names: frozenset[str] | None  # None where any name will do
+    field_names: frozenset[str] | None  # None: any name is allowed
     by_field: Mapping[str, "Bounds"]
-    entries: "Bounds | None"  # those of names that are no fields
+    entries: "Bounds | None"  # of the values under other names
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a value may hold if it is a list, or an object, and what the values in it may."""
+    """Limits for a value that is a list or an object, and for the values in it."""
 
     of_list: ListBounds | None
     of_object: ObjectBounds | None
 
 
 def first_excess(value: object, model: type[BaseModel]) -> Overlong | UnknownFields | None:
-    """Where a parsed body first holds more than a `model` may. Its nesting was bounded before."""
+    """The first place at which a parsed body exceeds the limits of `model`. Its depth has been checked before."""
     return _excess(value, _bounds_of_model(model), ())
 
 
@@ -97,7 +97,7 @@ def _bounds_of_model(model: type[BaseModel]) -> Bounds | None:
 
 def _bounds_in(schema: object, definitions: Mapping[str, Schema]) -> Bounds | None:
     if not isinstance(schema, Mapping):
-        return None  # true, or left out: anything
+        return None  # true or absent: anything
     if "$ref" in schema:
         return _bounds_in(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     if branches := (schema.get("anyOf") or schema.get("oneOf")):
@@ -121,7 +121,7 @@ def _bounds_of_object(schema: Schema, definitions: Mapping[str, Schema]) -> Obje
 
 
 def _widest(branches: Iterable[Bounds | None]) -> Bounds | None:
-    """What any of several kinds of value may hold: which of them a value is, is found out later."""
+    """The widest limits among several kinds of value: which kind a value is, is decided later."""
     known = [bounds for bounds in branches if bounds is not None]
     lists = [bounds.of_list for bounds in known if bounds.of_list is not None]
     objects = [bounds.of_object for bounds in known if bounds.of_object is not None]
@@ -149,6 +149,6 @@ def _widest_object(objects: Sequence[ObjectBounds]) -> ObjectBounds | None:
 
 
 def _largest(bounds: Sequence[int | None]) -> int | None:
-    """None where one of them is open."""
+    """The largest limit; None if any of them is unlimited."""
     known = [bound for bound in bounds if bound is not None]
     return max(known) if len(known) == len(bounds) else None

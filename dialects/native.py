@@ -1,8 +1,4 @@
-"""Our own dialect: the body that asks for a job, and what a job looks like from outside.
-
-The body that asks for a job.
-
-What a job looks like from outside: the view that is answered everywhere.
+"""Our own dialect: the body that asks for a job, and the views of a job.
 
 A view is built as a plain dict and dumped once; `JobView` is its type and its published schema.
 """
@@ -26,7 +22,7 @@ from storage.tables import Job, JobAttempt
 
 WEEK_SECONDS = 604_800
 
-NO_NUL = r"^[^\u0000]*$"  # PostgreSQL finds nothing in metadata that holds one
+NO_NUL = r"^[^\u0000]*$"  # PostgreSQL cannot search metadata that contains one
 
 IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]
 
@@ -40,27 +36,27 @@ TimeoutSeconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS, allow_inf_nan=Fal
 
 
 class JobOptionFields(Frozen):
-    """What a job may be told beside its request."""
+    """The options of a job that are not part of its request."""
 
     priority: int = Field(default=0, ge=-10, le=10, description="Higher runs earlier.")
-    deadline: AwareDatetime | None = Field(default=None, description="The job expires then, wherever it is.")
-    start_timeout: TimeoutSeconds | None = Field(default=None, description="Seconds it may wait for its start.")
+    deadline: AwareDatetime | None = Field(default=None, description="The job expires at this time.")
+    start_timeout: TimeoutSeconds | None = Field(default=None, description="Seconds it may wait to be started.")
     run_timeout: TimeoutSeconds | None = Field(default=None, description="Seconds it may run once started.")
-    result_ttl: int | None = Field(default=None, ge=60, le=30 * 86_400, description="Seconds it is kept once finished.")
+    result_ttl: int | None = Field(default=None, ge=60, le=30 * 86_400, description="Seconds it is kept after its end.")
     idempotency_key: IdempotencyKey | None = Field(default=None, description="Also a header, Idempotency-Key.")
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=16)
-    webhook: WebhookUrlText | None = Field(default=None, description="A URL that is told of the job's end.")
+    webhook: WebhookUrlText | None = Field(default=None, description="A URL that is notified of the job's end.")
     webhook_events: list[Literal["completed", "failed", "cancelled", "expired"]] = Field(
         default=["completed", "failed", "cancelled", "expired"],
         min_length=1,
         max_length=4,
-        description="Which ends it is told of.",
+        description="Which final statuses it is notified of.",
     )
 
     @model_validator(mode="after")
     def _refuse_events_for_nobody(self) -> Self:
         if self.webhook is None and "webhook_events" in self.model_fields_set:
-            raise ValueError("webhook_events is given without webhook; add the URL or remove it")
+            raise ValueError("webhook_events is given without webhook; add webhook, or remove webhook_events")
         return self
 
     def to_options(self, idempotency_key: str | None) -> JobOptions:
@@ -103,7 +99,7 @@ BODY_SCHEMA = TypeAdapter(JobBody | EmbeddingJobBody).json_schema(ref_template=R
 
 
 def body_class(body: bytes) -> type[JobBody] | type[EmbeddingJobBody]:
-    """By `inputs` or `kind`; what cannot be read is left to the parser to refuse."""
+    """Chosen by `inputs` or `kind`. A body that cannot be read is left for the parser to refuse."""
     if b'"inputs"' not in body and b'"embedding"' not in body:
         return JobBody
     try:
@@ -115,13 +111,10 @@ def body_class(body: bytes) -> type[JobBody] | type[EmbeddingJobBody]:
 
 
 class QueueView(View):
-    position: Annotated[int | None, Field(description="Jobs of this model that run earlier under the current order.")]
+    position: Annotated[int | None, Field(description="Jobs of this model that run earlier in the current order.")]
     eta_seconds: Annotated[
         float | None,
-        Field(
-            description="Until its start, by the rate at which live workers drain; null where it waits for more than "
-            "slots."
-        ),
+        Field(description="Until its start, at the current rate of the live workers; null if it waits for more."),
     ]
     waiting_for: Annotated[WaitingFor | None, Field(description="What keeps it from running.")]
 
@@ -134,29 +127,27 @@ class UsageView(View):
 
 
 class PartialChoiceView(View):
-    """Of a job that runs: what is committed so far."""
+    """A choice of a running job: what is committed so far."""
 
     index: int
     text: str
-    finish_reason: Annotated[FinishReason | None, Field(description="Null: it goes on.")]
+    finish_reason: Annotated[FinishReason | None, Field(description="Null: it is still running.")]
     num_tokens: int
 
 
 class ChoiceView(PartialChoiceView):
     num_reasoning_tokens: Annotated[
-        int | None, Field(description="Those up to the end of the first </think>, if there is one.")
+        int | None, Field(description="Tokens up to the end of the first </think>, if there is one.")
     ]
     logprobs: list[Any] | None
-    candidate: Annotated[int | None, Field(description="Under best_of: the index of this choice in the stream.")]
-    mean_logprob: Annotated[float | None, Field(description="Under best_of: what it was chosen by.")]
+    candidate: Annotated[int | None, Field(description="With best_of: the index of this choice in the stream.")]
+    mean_logprob: Annotated[float | None, Field(description="With best_of: the mean logprob that it was chosen by.")]
 
 
 class OutputView(View):
     text: Annotated[str, Field(description="Of the first choice.")]
     choices: Sequence[ChoiceView | PartialChoiceView]
-    prompt_logprobs: NotRequired[
-        Annotated[list[Any] | None, Field(description="Where asked for: one per prompt token.")]
-    ]
+    prompt_logprobs: NotRequired[Annotated[list[Any] | None, Field(description="If requested: one per prompt token.")]]
 
 
 class VectorsView(View):
@@ -176,7 +167,7 @@ class UrlsView(View):
 class AttemptView(View):
     attempt: int
     worker_id: str
-    worker: Annotated[str | None, Field(description="Its name, where it had reported itself.")]
+    worker: Annotated[str | None, Field(description="The worker's name, if it had reported itself.")]
     started_at: Timestamp
     ended_at: Annotated[Timestamp | None, Field(description="Null: it runs.")]
     outcome: Annotated[
@@ -187,7 +178,7 @@ class AttemptView(View):
 
 
 class JobView(View):
-    """A job. `output` is there once it is terminal: whole, or partial for a cancelled or expired one."""
+    """A job. Terminal jobs have `output`: complete, or partial if they were cancelled or expired."""
 
     id: str
     object: Literal["job"]
@@ -202,12 +193,10 @@ class JobView(View):
     deadline: Timestamp | None
     priority: int
     attempt: int
-    worker: Annotated[str | None, Field(description="The name of the worker that runs it, or ran it last.")]
+    worker: Annotated[str | None, Field(description="The name of the worker that runs it or ran it last.")]
     queue: Annotated[QueueView | None, Field(description="Only while queued.")]
     cancel_requested: bool
-    finish_reason: Annotated[
-        FinishReason | None, Field(description="Of the first choice. `error`: the job failed in its midst.")
-    ]
+    finish_reason: Annotated[FinishReason | None, Field(description="Of the first choice. `error`: the job failed.")]
     usage: UsageView | None
     output: OutputView | VectorsView | None
     error: JobErrorView | None
@@ -219,7 +208,7 @@ class JobView(View):
 
 
 class JobOutputView(OutputView):
-    """The output alone; of a running job so far."""
+    """Only the output; of a running job, the output so far."""
 
     id: str
     object: Literal["job.output"]
@@ -243,7 +232,7 @@ def urls_of(job_id: str) -> UrlsView:
 
 
 def new_job_view(new_job: NewJob, created_at: datetime, queue: QueueView) -> JobView:
-    """The view of a job that was accepted a moment ago, without asking for it: what it does not have yet is null."""
+    """The view of a job that was just accepted, without a query: what it does not have yet is null."""
     job_id = external_id(new_job.id)
     known = {
         "id": job_id,
@@ -265,7 +254,7 @@ def new_job_view(new_job: NewJob, created_at: datetime, queue: QueueView) -> Job
 
 
 def job_view(record: JobRecord, queue: QueueView | None = None) -> JobView:
-    """The view of a stored job, with its input where the record holds it."""
+    """The view of a stored job, with its input if the record has it."""
     job, job_id = record.job, external_id(record.job.id)
     view: JobView = {
         "id": job_id,
@@ -298,7 +287,7 @@ def job_view(record: JobRecord, queue: QueueView | None = None) -> JobView:
 
 
 def attempts_view(job: Job, ended: Sequence[JobAttempt], *, worker: str | None = None) -> list[AttemptView]:
-    """Every attempt in order; the last one without an end while the job runs, on `worker`."""
+    """Every attempt in order; while the job runs (on `worker`), the last one has no end."""
     attempts: list[AttemptView] = [
         {
             "attempt": one.attempt,
@@ -330,7 +319,7 @@ def attempts_view(job: Job, ended: Sequence[JobAttempt], *, worker: str | None =
 
 
 def _input_view(request: JobRequest) -> dict[str, object]:
-    """With every default of the request, but messages as they were sent."""
+    """The request with all defaults, but messages as they were sent."""
     if isinstance(request, EmbeddingRequest):
         return request.model_dump(mode="json")
     messages = request.messages and [
@@ -341,7 +330,7 @@ def _input_view(request: JobRequest) -> dict[str, object]:
 
 
 def usage_view(job: Job, result: JobOutput | None) -> UsageView | None:
-    """Of a started job; while it runs, by what it has committed."""
+    """The usage of a started job; while it runs, of what it has committed."""
     if result is not None:
         usage = result.usage
         prompt, completion, cached = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens

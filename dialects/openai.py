@@ -1,11 +1,9 @@
 """What the bodies of the OpenAI routes share: strictness, sampling parameters, output formats, tools.
 
-A body declares types only; the bounds are those of `domain.requests`, in which every body ends.
+A body declares only types; the limits are those of `domain.requests`, to which every body is converted.
 
-A strict schema is enforced whole, or refused by the keyword that cannot be. Of any other, what cannot be enforced is
-left out, as JSON Schema has it for keywords and formats that a reader does not know.
-
-Tools are checked, shown to the model, and asked for by a grammar, whichever route they came by.
+A strict schema is enforced completely, or refused with the keyword that cannot be. From any other schema, what cannot
+be enforced is removed, as JSON Schema prescribes for unknown keywords and formats.
 """
 
 import functools
@@ -48,7 +46,7 @@ from domain.structured_output import (
 from text.models import ModelView
 from text.outputs import MARKERS
 
-#: The reasons that clients know. A job that was cut off otherwise ends in an error.
+#: The reasons that clients know. A job that was cut off for another reason ends in an error.
 FINISH_REASONS: Final[dict[FinishReason, Literal["stop", "length"]]] = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
@@ -60,7 +58,7 @@ Domain = TypeVar("Domain", bound=BaseModel)
 
 
 class OpenAIModel(FirstErrorModel):
-    """Part of a body: a field that nobody knows is refused; null is as good as nothing."""
+    """Part of a body: unknown fields are refused; null means absent."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -70,18 +68,18 @@ def refuse(reason: str) -> PydanticCustomError:
 
 
 def _refuse_any(value: Any) -> None:
-    """What is empty asks for nothing."""
+    """Refuse every value but an empty one, which asks for nothing."""
     if value is not None and value not in ("", [], {}):
         raise refuse("is not supported here; leave it out")
 
 
 def only(*harmless: Any) -> AfterValidator:
-    """A field whose `harmless` values change nothing, and whose other values are not supported."""
+    """A field whose `harmless` values change nothing and whose other values are not supported."""
 
     def check(value: Any) -> Any:
         if value is not None and value not in harmless:
             shown = " or ".join(repr(one) for one in harmless)
-            raise refuse(f"is supported as {shown} only; leave it out")
+            raise refuse(f"is only supported as {shown}; leave it out")
         return value
 
     return AfterValidator(check)
@@ -89,11 +87,11 @@ def only(*harmless: Any) -> AfterValidator:
 
 Unsupported = Annotated[Any, AfterValidator(_refuse_any)]
 
-MAX_PARTS = 1024  # of one message's content
+MAX_PARTS = 1024  # per message content
 
 
 class ForeignTool(OpenAIModel):
-    """A tool that is no function. It keeps its place among the tools, and nothing else."""
+    """A tool other than a function. Only its place among the tools is kept."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -118,12 +116,12 @@ CallerId = Annotated[str, StringConstraints(max_length=512)]
 
 ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
 
-#: What a client sent, shown in quotation marks (an apostrophe opens none); or a word, such as the path of a field.
+#: A client's value in quotation marks (an apostrophe does not open any), or a word such as the path of a field.
 _QUOTED_OR_NAME = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'(?!\w)|"(?:[^"\\]|\\.)*")|(\w+(?:\.\w+)*)""")
 
 
 def publish_bounds(schema: dict[str, Any]) -> None:
-    """Add to the schema of a body the bounds of its sampling parameters; numbers of its own go before."""
+    """Add the limits of the sampling parameters to a body's schema; limits of its own take precedence."""
     for name, bounds_of_field in SamplingParams.model_json_schema()["properties"].items():
         bounds_by_type = {branch.get("type"): branch for branch in bounds_of_field.get("anyOf", [bounds_of_field])}
         for branch in schema["properties"].get(name, {}).get("anyOf", ()):
@@ -146,7 +144,7 @@ class GenerationBody(OpenAIModel):
     seed: int | None = None
     stream: bool | None = None
 
-    # Who asks; nothing here depends on it.
+    # Who asks; has no effect here.
     user: CallerId | None = None
     safety_identifier: CallerId | None = None
     prompt_cache_key: CallerId | None = None
@@ -165,7 +163,7 @@ class GenerationBody(OpenAIModel):
     structured_output: StructuredOutput | None = None
 
     def sampling(self, **given: Any) -> SamplingParams:
-        """The parameters of this body, and `given` ones that it spells otherwise. None leaves the default. Raises
+        """The parameters of this body, plus `given` ones that it spells differently. None leaves the default. Raises
         InvalidRequest, with the names of SamplingParams."""
         fields = {name: getattr(self, name, None) for name in SamplingParams.model_fields}
         return build(SamplingParams, fields | given)
@@ -176,7 +174,7 @@ class StreamOptions(OpenAIModel):
 
 
 def refuse_idle_stream_options(body: GenerationBody) -> None:
-    """As OpenAI's does. Raises InvalidRequest."""
+    """Refuse stream_options without stream, as OpenAI does. Raises InvalidRequest."""
     if getattr(body, "stream_options", None) is not None and not body.stream:
         raise InvalidRequest(
             "stream_options is given, but stream is not true; set it, or leave stream_options out",
@@ -185,20 +183,21 @@ def refuse_idle_stream_options(body: GenerationBody) -> None:
 
 
 def take_effort(effort: Effort | None, view: ModelView, *, place: str) -> None:
-    """One that never thinks answers without, whatever effort it is told: that is a hint, which is noted. How long
-    another thinks is its chat template's matter. Raises UnsupportedParameter."""
+    """For a model that never thinks an effort is a hint, which is noted. For others their chat template decides how
+    long they think. Raises UnsupportedParameter."""
     if effort is None:
         return
     if view.output_format.reasoning is None:
         note_ignored([place])
         return
     raise UnsupportedParameter(
-        f"{place} is {effort!r}, but {view.spec.id} thinks as its chat template says; leave it out", param=place
+        f"{place} is {effort!r}, but the reasoning of {view.spec.id} is set by its chat template; leave it out",
+        param=place,
     )
 
 
 def build(model: type[Domain], fields: dict[str, Any]) -> Domain:
-    """A domain object from those `fields` that are given. Raises InvalidRequest."""
+    """A domain object from the `fields` that are given (not None). Raises InvalidRequest."""
     try:
         return model.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as exc:
@@ -206,7 +205,7 @@ def build(model: type[Domain], fields: dict[str, Any]) -> Domain:
 
 
 def build_at(place: str, model: type[Domain], fields: dict[str, Any]) -> Domain:
-    """As `build`, for a part of the body: the refusal names the whole path."""
+    """As `build`, for part of the body: the refusal names the whole path."""
     try:
         return build(model, fields)
     except InvalidRequest as exc:
@@ -216,20 +215,19 @@ def build_at(place: str, model: type[Domain], fields: dict[str, Any]) -> Domain:
 
 
 def spelling_of_params(**names: str) -> dict[str, str]:
-    """What a body that generates text calls the fields of our requests; `names` are those that it spells otherwise."""
+    """How a generating body spells the fields of our requests; `names` are those that differ."""
     return names | {"prompt_token_ids": "prompt"}
 
 
 def with_body_names(exc: CeleriacError, spelling: Mapping[str, str]) -> CeleriacError:
-    """The same refusal with the names of the body for those of our own request. What stands in quotation marks is the
-    client's own, and stays as it is."""
+    """The same refusal with the body's field names in place of our own. Quoted text is the client's and is kept."""
     exc.message = _QUOTED_OR_NAME.sub(lambda found: found[1] or _spelt(found[2], spelling), exc.message)
     exc.param = exc.param and _spelt(exc.param, spelling)
     return exc
 
 
 def _spelt(path: str, spelling: Mapping[str, str]) -> str:
-    """The longest beginning of a path that has another name gets it."""
+    """Renames the longest prefix of a path that the body spells differently."""
     path = path.removeprefix("params.")
     for length in range(path.count(".") + 1, 0, -1):
         steps = path.split(".")
@@ -243,7 +241,7 @@ def strings(value: str | list[str] | None) -> list[str] | None:
     return [value] if isinstance(value, str) else value
 
 
-MAX_REMEMBERED = 1_024  # parameters of tools, of at most `schema_bounds.MAX_SCHEMA_BYTES` each
+MAX_REMEMBERED = 1_024  # tool parameters, of at most MAX_SCHEMA_BYTES each
 
 
 def answer_of(schema: dict[str, Any], *, is_strict: bool, place: str) -> StructuredOutput:
@@ -270,7 +268,7 @@ def callable_tool(tool: ToolDefinition, *, place: str) -> CallableTool:
 
 @functools.lru_cache(maxsize=MAX_REMEMBERED)
 def _arguments_of(schema_json: str, *, is_strict: bool) -> dict[str, Any]:
-    """Remembered, since agents send the same tools at every turn. Nobody changes what it returns."""
+    """Cached, since agents send the same tools at every turn. Callers do not modify the result."""
     schema = json.loads(schema_json)
     check_structure(schema)
     if is_strict:
@@ -297,13 +295,13 @@ def _refusal(exc: ValueError, place: str) -> InvalidRequest:
 
 @dataclass(frozen=True, slots=True)
 class AskedTools:
-    """What a body says of tools. `definitions` are those of functions, by their numbers among its tools; `place` is the
-    path of a tool in it, with a `{}` for its number."""
+    """What a body says about tools. `definitions` are its functions, by their numbers among all tools; `place` is the
+    path of a tool in the body, with `{}` for its number."""
 
     definitions: Mapping[int, dict[str, Any]]
     place: str
     mode: str  # none, auto, required, or named
-    name: str | None = None  # of the one that must be called
+    name: str | None = None  # of the function that must be called
     name_place: str = "tool_choice.name"
     is_parallel: bool = True
 
@@ -313,12 +311,10 @@ class AskedTools:
 
 
 def tools_of(asked: AskedTools, view: ModelView) -> tuple[ToolDefinition, ...]:
-    """Those that the model is shown: none where it must not call any. Raises InvalidRequest."""
+    """The tools that the model is shown: none if it must not call any. Raises InvalidRequest."""
     if not asked.definitions:
         if asked.must_call:
-            raise InvalidRequest(
-                "tool_choice asks for a call but there are no functions in tools; add them", param="tools"
-            )
+            raise InvalidRequest("tool_choice demands a call but tools has no functions; add some", param="tools")
         return ()
     tools = tuple(
         build_at(asked.place.format(number), ToolDefinition, definition)
@@ -330,7 +326,8 @@ def tools_of(asked: AskedTools, view: ModelView) -> tuple[ToolDefinition, ...]:
         return ()
     if view.output_format.tools is None:
         raise UnsupportedParameter(
-            f"the chat template of {view.spec.id} has no tool calls that can be read here; remove tools", param="tools"
+            f"the chat template of {view.spec.id} has no tool call format that is supported here; remove tools",
+            param="tools",
         )
     return tools
 
@@ -338,7 +335,7 @@ def tools_of(asked: AskedTools, view: ModelView) -> tuple[ToolDefinition, ...]:
 def output_of(
     asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...], answer: StructuredOutput | None
 ) -> StructuredOutput | None:
-    """What the output must be: calls where one must be made; where one may be made, calls or what `answer` says, if it
+    """What the output must be: calls if one is required; calls or what `answer` says if one is allowed and `answer`
     says anything. Raises InvalidRequest."""
     if not tools or (answer is None and not asked.must_call):
         return answer
@@ -346,7 +343,7 @@ def output_of(
 
 
 def spelling_of_output(asked: AskedTools, answer: Mapping[str, str]) -> dict[str, str]:
-    """Where the parts of a structured output stand in the body; `answer` says it of those that are no calls."""
+    """Where the parts of a structured output are in the body; `answer` gives it for those other than calls."""
     places = [
         (f"structured_output.calls.tools.{index}", f"{asked.place.format(number)}.parameters")
         for index, (number, _) in enumerate(_callable_ones(asked))
@@ -355,7 +352,7 @@ def spelling_of_output(asked: AskedTools, answer: Mapping[str, str]) -> dict[str
 
 
 def _callable_ones(asked: AskedTools) -> list[tuple[int, dict[str, Any]]]:
-    """With their numbers among all tools."""
+    """The functions that may be called, with their numbers among all tools."""
     return [pair for pair in asked.definitions.items() if asked.name in (None, pair[1]["name"])]
 
 
@@ -363,7 +360,8 @@ def _calls(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]
     assert view.output_format.tools is not None
     if not _callable_ones(asked):
         raise InvalidRequest(
-            f"tool_choice names {str(asked.name)[:64]!r}, which is none of the tools", param=asked.name_place
+            f"tool_choice names {str(asked.name)[:64]!r}, which is not among the tools; name one of them",
+            param=asked.name_place,
         )
     fields = {
         "format": view.output_format.tools,
@@ -379,7 +377,7 @@ def _calls(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]
 
 
 def _callable_tools(asked: AskedTools, tools: tuple[ToolDefinition, ...]) -> list[CallableTool]:
-    """No more than one beyond what may be sent."""
+    """At most one more than may be sent."""
     by_name = {tool.name: tool for tool in tools}
     callable_tools: list[CallableTool] = []
     num_bytes = 0
@@ -393,7 +391,7 @@ def _callable_tools(asked: AskedTools, tools: tuple[ToolDefinition, ...]) -> lis
 
 
 def _marker_token_id(view: ModelView) -> int | None:
-    """Of the special token that the model has learnt to write before its calls."""
+    """The special token that the model has learnt to write before its calls."""
     marker = MARKERS.get(view.output_format.tools) if view.output_format.tools else None
     if marker is None or view.vocabulary is None:
         return None

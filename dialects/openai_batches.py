@@ -1,11 +1,7 @@
 """The lines of batches: how each becomes its route's request, and a finished job the route's answer.
 
-What batches need to know of the routes whose bodies their lines are; `dialects/openai_batches.py` tells them.
-
-The lines of batches: which routes they may be for, and how a line becomes that route's request and answer.
-
-Codes and the first words of messages are OpenAI's, as its batches answer and as the public integration tests of other
-servers (test_batches_errors.py of Llama Stack) hold them.
+Error codes and the first words of messages are OpenAI's, taken from its batches and from public integration tests of
+other servers (test_batches_errors.py of Llama Stack).
 """
 
 import json
@@ -43,8 +39,8 @@ from text.outputs import parser_of
 
 @dataclass(frozen=True, slots=True)
 class LineRequest:
-    """A line that its route understands. `in_words` spells a refusal of the request as the body does, and returns it;
-    `answer` makes the route's answer of the finished job, or raises the CeleriacError that says why there is none."""
+    """A valid line. `in_words` returns a refusal of the request with the body's field names; `answer` makes the route's
+    answer from the finished job, or raises the CeleriacError that says why there is none."""
 
     custom_id: str
     request: JobRequest
@@ -55,8 +51,8 @@ class LineRequest:
 
 @dataclass(frozen=True, slots=True)
 class BatchSurface:
-    """`read_line(line, url)` raises CeleriacError, `refuse_unfinished(record)` the one that a job ended with, and
-    `refusal_of` is such an error as a route would answer it."""
+    """What batches need from the routes. `read_line(line, url)` raises CeleriacError, `refuse_unfinished(record)`
+    raises the error that a job ended with, and `refusal_of` is an error in the form that a route answers it."""
 
     read_line: Callable[[bytes, str], LineRequest]
     refuse_unfinished: Callable[[JobRecord], None]
@@ -70,8 +66,8 @@ Request = TypeVar("Request", bound=JobRequest)
 
 @dataclass(frozen=True, slots=True)
 class LineRoute(Generic[Body, Request]):
-    """The pure functions of a route. The first and the last raise CeleriacError; `spelling_of` tells what the body
-    calls the fields of the request."""
+    """The pure functions of a route. The first and the last raise CeleriacError; `spelling_of` gives the body's names
+    for the fields of the request."""
 
     body: type[Body]
     to_request: Callable[[Body, ModelView], Request]
@@ -88,7 +84,7 @@ def _chat_answer(
 def _response_request(body: ResponseBody, view: ModelView) -> GenerationRequest:
     if body.background:
         raise UnsupportedParameter(
-            "background is true, but a line of a batch always is; leave it out", param="background"
+            "background is true, but batch lines always run in the background; leave it out", param="background"
         )
     if body.previous_response_id is not None:
         raise UnsupportedParameter(
@@ -109,7 +105,7 @@ def _completion_request(body: CompletionBody, view: ModelView) -> GenerationRequ
     requests = to_generation_requests(body)
     if len(requests) > 1:
         raise UnsupportedParameter(
-            f"prompt is a list of {len(requests)}; in a batch send one prompt a line", param="prompt"
+            f"prompt is a list of {len(requests)}; in a batch send one prompt per line", param="prompt"
         )
     return requests[0]
 
@@ -134,7 +130,7 @@ def _spelling_of_completions(_: CompletionBody) -> Mapping[str, str]:
     return spelling_of_params()
 
 
-#: Every route that a batch may be for.
+#: Every route that a batch may use.
 ROUTES: dict[str, LineRoute[Any, Any]] = {
     "/v1/chat/completions": LineRoute(
         ChatCompletionBody, openai_chat.to_generation_request, openai_chat.spelling_of, _chat_answer
@@ -159,7 +155,7 @@ def batch_surface(views: ModelViews) -> BatchSurface:
 
 
 def read_line(content: bytes, url: str, views: ModelViews) -> LineRequest:
-    """Raises CeleriacError whose `param` is a field of the line."""
+    """Parse a line. Raises CeleriacError whose `param` is a field of the line."""
     _refuse_odd_line(content)
     line = parse_model(content, Line)
     if line.url != url:
@@ -176,21 +172,21 @@ def read_line(content: bytes, url: str, views: ModelViews) -> LineRequest:
 
 
 def _refuse_odd_line(content: bytes) -> None:
-    """What is no JSON object, or lacks a member. Raises InvalidJsonLine or MissingParameter."""
+    """Refuse what is not a JSON object or lacks a member. Raises InvalidJsonLine or MissingParameter."""
     try:
         line = json.loads(content.decode(), parse_constant=_refuse_constant)
     except RecursionError:
-        return  # the parser of bodies says how deep is too deep
+        return  # the parser of bodies reports how deep is too deep
     except UnicodeDecodeError as exc:
         utf_16 = " (it looks like UTF-16)" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else ""
         raise _not_json(f"byte {exc.start} is not UTF-8{utf_16}; save the file as UTF-8") from None
     except json.JSONDecodeError as exc:
-        remedy = "end lines with a line feed, not with a carriage return alone" if b"\r" in content.strip() else ""
-        raise _not_json(f"{exc.msg} at column {exc.colno}; {remedy or 'send one JSON object a line'}") from None
+        remedy = "end lines with a line feed, not only a carriage return" if b"\r" in content.strip() else ""
+        raise _not_json(f"{exc.msg} at column {exc.colno}; {remedy or 'send one JSON object per line'}") from None
     except ValueError as exc:
         raise _not_json(f"{exc}; send numbers of at most 64 bits") from None
     if not isinstance(line, dict):
-        raise _not_json("it is no object; send one JSON object a line")
+        raise _not_json("it is not an object; send one JSON object per line")
     for name in Line.model_fields:
         if name not in line:
             raise MissingParameter(f"Missing required parameter: '{name}'; add it to the line", param=name)
@@ -221,7 +217,7 @@ def _read_body(line: Line, route: LineRoute[Body, Request], views: ModelViews) -
 
 
 def _metadata_of(body: GenerationBody | EmbeddingBody) -> Mapping[str, str]:
-    """Raises StreamingUnsupported for a body that asks for a stream."""
+    """The metadata of a line. Raises StreamingUnsupported for a body that asks for a stream."""
     if isinstance(body, EmbeddingBody):
         return {}
     if body.stream:

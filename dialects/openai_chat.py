@@ -1,6 +1,7 @@
-"""Chat completions: the body, the request that it makes, and a job's output as a message or its deltas.
+"""Chat completions: the body, the request that it makes, and a job's output as message or deltas.
 
-Whole answers and streams go through the same parser, which takes tool calls and reasoning out, so they agree."""
+Whole answers and streams go through the same parser, so they agree.
+"""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -102,12 +103,11 @@ class MessageToolCall(OpenAIModel):
     id: str
     type: Annotated[str, only("function")] = "function"
     function: CalledFunction
-    index: int | None = None  # in calls that were put together from a stream
+    index: int | None = None  # present in calls that clients assembled from a stream
 
 
 class Message(OpenAIModel):
-    """A message as clients send it, also one that came out of an answer and is sent back. What else it has then is
-    among the hints."""
+    """A message as clients send it, including one from an earlier answer; the extra fields of those are hints."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: ChatContent | None = None
@@ -115,7 +115,7 @@ class Message(OpenAIModel):
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    refusal: str | None = None  # said in place of the content
+    refusal: str | None = None  # given instead of content
     audio: Unsupported = None
     function_call: Unsupported = None
 
@@ -171,7 +171,7 @@ class ChatCompletionBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_completion_tokens: int | None = None
-    max_tokens: int | None = None  # the old name
+    max_tokens: int | None = None  # the older name
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
@@ -192,7 +192,7 @@ SCHEMA_PLACE = "response_format.json_schema.schema"
 
 
 def to_generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
-    """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model cannot be given."""
+    """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model does not support."""
     refuse_idle_stream_options(body)
     take_effort(body.reasoning_effort, view, place="reasoning_effort")
     asked = _asked_tools(body)
@@ -220,15 +220,18 @@ def _places_of_answer(body: ChatCompletionBody) -> dict[str, str]:
 
 
 def to_message(message: Message, number: int) -> ChatMessage:
-    """`number` is its place in the body. Raises InvalidRequest."""
+    """`number` is its index in the body. Raises InvalidRequest."""
     place = f"messages.{number}"
     if message.content is None and not (message.role == "assistant" and (message.tool_calls or message.refusal)):
         raise InvalidRequest(f"{place}.content is missing; add it", param=f"{place}.content")
     if message.tool_calls and message.role != "assistant":
-        raise InvalidRequest(f"{place} is no assistant's, so it has no tool_calls", param=f"{place}.tool_calls")
+        raise InvalidRequest(
+            f"{place} has the role {message.role}; only assistant messages may have tool_calls",
+            param=f"{place}.tool_calls",
+        )
     if (message.role == "tool") != (message.tool_call_id is not None):
         raise InvalidRequest(
-            f"{place} has the role {message.role}; tool_call_id belongs to messages of the role tool, and only to them",
+            f"{place} has the role {message.role}; only messages of role tool have tool_call_id, and they must",
             param=f"{place}.tool_call_id",
         )
     calls = [{"id": call.id} | call.function.model_dump() for call in message.tool_calls or ()]
@@ -244,8 +247,7 @@ def to_message(message: Message, number: int) -> ChatMessage:
 
 
 def content_text(message: Message) -> str:
-    """Parts are put together with line breaks, as the templates for plain text expect it. A refusal is said in place of
-    an answer."""
+    """Parts are joined with line breaks, as templates for plain text expect. A refusal stands in for the content."""
     if message.content is None:
         return message.refusal or ""
     if isinstance(message.content, str):
@@ -270,13 +272,11 @@ def _asked_tools(body: ChatCompletionBody) -> AskedTools:
 
 
 def _answer(body: ChatCompletionBody) -> StructuredOutput | None:
-    """What an output that is no calls must look like."""
+    """What an output without calls must look like."""
     if not _is_formatted(body):
         return body.structured_output
     if body.structured_output is not None:
-        raise InvalidRequest(
-            "structured_output and response_format both shape the output; send one of them", param="response_format"
-        )
+        raise InvalidRequest("structured_output and response_format are both given; send one", param="response_format")
     assert body.response_format is not None
     return _formatted(body.response_format)
 
@@ -301,7 +301,7 @@ def _max_tokens(body: ChatCompletionBody) -> int | None:
     bounds = given - {NO_BOUND}
     if len(bounds) > 1:
         raise InvalidRequest(
-            f"max_tokens is {body.max_tokens}, max_completion_tokens {body.max_completion_tokens}; send one",
+            f"max_tokens is {body.max_tokens}, max_completion_tokens {body.max_completion_tokens}; send only one",
             param="max_tokens",
         )
     return next(iter(bounds or given), None)
@@ -310,7 +310,7 @@ def _max_tokens(body: ChatCompletionBody) -> int | None:
 def _num_logprobs(body: ChatCompletionBody) -> int | None:
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest(
-            f"top_logprobs is {body.top_logprobs} but logprobs is not true; set it, too", param="top_logprobs"
+            f"top_logprobs is {body.top_logprobs} but logprobs is not true; set it", param="top_logprobs"
         )
     return (body.top_logprobs or 0) if body.logprobs else None
 
@@ -318,7 +318,7 @@ def _num_logprobs(body: ChatCompletionBody) -> int | None:
 def from_result(
     record: JobRecord, request: GenerationRequest, format: OutputFormat, service_tier: str | None = None
 ) -> ChatCompletionView:
-    """The chat completion of a completed job. `request` is what was asked for; `format` is the model's."""
+    """The chat completion of a completed job. `request` is the job's request; `format` is the model's."""
     result = record.result
     assert isinstance(result, GenerationResult)
     parsers = [parser_of(request, format) for _ in range(request.params.n)]
@@ -352,8 +352,8 @@ class ChatStream:
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
 
     def from_chunk(self, chunk: TokenChunk) -> Iterable[Mapping[str, object]]:
-        """The text first, its reason to end in an event of its own. A reason that clients do not know is left to the
-        error that follows."""
+        """The text first, then the finish reason in a separate event. A reason that clients do not know is left to the
+        error event that follows."""
         parser = self._parsers[chunk.index]
         pieces = parser.push(chunk.text)
         if chunk.finish_reason is not None:
@@ -380,7 +380,7 @@ class ChatStream:
 
 
 def _usage(result: GenerationResult, parsers: Sequence[OutputParser]) -> CompletionUsageView:
-    """`parsers` have taken all the text."""
+    """`parsers` have consumed all the text."""
     return usage_object(result.usage, num_reasoning_tokens=count_reasoning_tokens(result.choices, parsers))
 
 
@@ -435,12 +435,12 @@ def _delta(job_id: UUID, index: int, piece: Piece) -> dict[str, Any]:
 
 
 def _call_id(job_id: UUID, index: int, number: int) -> str:
-    """The same whenever this output is read."""
+    """The id of a call, the same each time this output is read."""
     return "call_" + hashlib.sha256(f"{job_id}/{index}/{number}".encode()).hexdigest()[:24]
 
 
 def _finish_reason(reason: FinishReason, parser: OutputParser) -> FinishReasonName:
-    """A call that was cut off is no reason to go on: `length` stays `length`."""
+    """A call that was cut off must not be executed, so `length` stays `length`."""
     return "tool_calls" if reason is FinishReason.STOP and parser.num_calls else FINISH_REASONS[reason]
 
 

@@ -1,6 +1,6 @@
-"""Text completions, the older way: the body, its requests, and jobs' outputs as choices.
+"""Text completions, the older API: the body, its requests, and jobs' outputs as choices.
 
-Jobs' outputs as text completions, with the logprobs of old: parallel lists, and where each token begins.
+Logprobs have the old form: parallel lists, with the offset at which each token begins.
 """
 
 import codecs
@@ -38,18 +38,18 @@ from text.tokenizers import TokenPiece, as_text
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What of one prompt shows in its choices. `text` and `pieces`, its tokens, are what is echoed, if anything is."""
+    """What of a prompt appears in its choices. `text` and `pieces` (its tokens) are only used for echo."""
 
-    first_index: int  # of its choices
+    first_index: int  # index of its first choice
     num_choices: int
     logprobs: int | None  # how many alternatives
     text: str = ""
     pieces: tuple[TokenPiece, ...] = ()
-    is_alone: bool = False  # the prompt is scored, and nothing is written
+    is_alone: bool = False  # the prompt is only scored, without output
 
 
 def from_results(records: Sequence[JobRecord], prompts: Sequence[Prompt], service_tier: str | None) -> CompletionView:
-    """The completion that all these completed jobs are, in the order of their prompts."""
+    """One completion from these completed jobs, in the order of their prompts."""
     results = [record.result for record in records if isinstance(record.result, GenerationResult)]
     choices = [choice for result, prompt in zip(results, prompts, strict=True) for choice in _choices(result, prompt)]
     usage = usage_object(_sum([result.usage for result in results]))
@@ -109,7 +109,7 @@ class CompletionStream:
 
 
 def usage_chunk(records: Sequence[JobRecord], service_tier: str | None) -> Iterable[Mapping[str, object]]:
-    """The last one, of all jobs together."""
+    """The last chunk, with the usage of all jobs together."""
     first = records[0].job
     usage = _sum([record.result.usage for record in records if record.result is not None])
     head = answer_head(first.id, "cmpl", first, service_tier)
@@ -117,14 +117,15 @@ def usage_chunk(records: Sequence[JobRecord], service_tier: str | None) -> Itera
 
 
 class _TextPlaces:
-    """Where in a text its tokens begin, in characters; one that goes on with a character, where that began."""
+    """The offset of each token in a text, in characters; a token that continues a character has that character's
+    offset."""
 
     def __init__(self, start: int) -> None:
         self._next = start
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def pass_over(self, added: bytes) -> int:
-        """The place of the next token, which adds these bytes to the text."""
+        """The offset of the next token, which adds these bytes to the text."""
         place = self._next
         self._next += len(self._utf8.decode(added))
         return place
@@ -134,7 +135,7 @@ class _TextPlaces:
 class _Entry:
     token: str
     added: bytes  # to the text
-    logprob: float | None  # None of the very first token of a prompt, which nothing comes before
+    logprob: float | None  # None for the first token of a prompt, which has no predecessor
     top: dict[str, float] | None
 
 
@@ -176,7 +177,8 @@ def _name_of(logprob: TokenLogprob) -> str:
 
 
 def _entry(logprob: TokenLogprob, num_top: int, token: str, added: bytes) -> _Entry:
-    """The alternatives, and the token itself where it is none of them. Of two with one name the more likely counts."""
+    """The alternatives, plus the token itself if it is not among them. Of two with the same name the more likely one
+    counts."""
     values: dict[str, float] = {}
     for (_, _, value), utf8 in zip(logprob.top[:num_top], logprob.top_bytes, strict=False):
         values.setdefault(_name(bytes(utf8)), value)
@@ -184,7 +186,7 @@ def _entry(logprob: TokenLogprob, num_top: int, token: str, added: bytes) -> _En
 
 
 def _name(token: bytes) -> str:
-    """As the API of old writes a token that is a part of a character."""
+    """A token as the old API writes it if it is only part of a character."""
     text = as_text(token)
     return text if text.encode() == token else f"bytes:{text}"
 
@@ -208,7 +210,7 @@ def _sum(usages: Sequence[Usage]) -> Usage:
 
 MAX_PROMPTS = 128
 
-DEFAULT_MAX_TOKENS = 16  # this route's, since its beginning
+DEFAULT_MAX_TOKENS = 16  # this route has always had its own
 
 
 def _kind_of(prompt: object) -> str:
@@ -249,9 +251,15 @@ def to_generation_requests(body: CompletionBody) -> list[GenerationRequest]:
     """One per prompt. Raises InvalidRequest."""
     refuse_idle_stream_options(body)
     if body.stream and body.best_of is not None and body.best_of > 1:
-        raise UnsupportedParameter("best_of cannot be streamed: the best is known at the end", param="best_of")
+        raise UnsupportedParameter(
+            "best_of cannot be streamed, since the best are only known at the end; leave out stream or best_of",
+            param="best_of",
+        )
     if body.max_tokens == 0 and not body.echo:
-        raise InvalidRequest("max_tokens is 0 and echo is not set, which leaves nothing to answer", param="max_tokens")
+        raise InvalidRequest(
+            "max_tokens is 0 and echo is not set, so there is nothing to return; set echo or raise max_tokens",
+            param="max_tokens",
+        )
     params = body.sampling(
         max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         stop=strings(body.stop),
@@ -270,7 +278,7 @@ def _prompts(body: CompletionBody) -> list[dict[str, Any]]:
 
 
 def _num_prompt_logprobs(body: CompletionBody) -> int | None:
-    """A prompt that is only echoed is scored all the same: that is what a job without output does."""
+    """A prompt that is only echoed is scored as well, since scoring is all that a job without output does."""
     if not body.echo:
         return None
     return body.logprobs if body.logprobs is not None else 0 if body.max_tokens == 0 else None

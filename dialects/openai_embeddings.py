@@ -26,7 +26,7 @@ def _shape(value: object) -> str:
 
 TokenIds = Annotated[list[int], Field(max_length=MAX_INPUT_TOKENS)]
 
-#: The tags keep the branches out of error messages.
+#: The tags keep the names of the branches out of error messages.
 EmbeddingInputs = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[list[str], Field(max_length=MAX_INPUTS), Tag("<texts>")]
@@ -72,7 +72,7 @@ def to_embedding_request(body: EmbeddingBody) -> EmbeddingRequest:
 
 
 def spelling_of_embeddings(body: EmbeddingBody) -> dict[str, str]:
-    """`inputs.2` is `input.2` here, and `input` where there is but one."""
+    """`inputs.2` is `input.2` here, and `input` if there is only one."""
     is_one = len(_inputs(body)) == 1
     return ({"inputs.0": "input"} if is_one else {}) | {"inputs": "input"}
 
@@ -99,7 +99,7 @@ def _inputs(body: EmbeddingBody) -> Sequence[object]:
 
 
 def _numbers(vector: str) -> list[float]:
-    """Each float32 as the double that equals it, in JSON: vector by vector, as C code that writes millions of them
-    at one go would let nothing else run."""
+    """Each float32 as the equal double, in JSON. Vector by vector, because C code that writes millions at once would
+    block all other threads."""
     packed = base64.b64decode(vector)
     return cast(list[float], orjson.Fragment(orjson.dumps(struct.unpack(f"<{len(packed) // 4}f", packed))))

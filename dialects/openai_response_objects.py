@@ -1,7 +1,7 @@
-"""Responses on their way out: a job as a response, its output items, and the events that tell how they came to be.
+"""Responses on their way out: a job as a response, its output items and its events.
 
-Both follow from the job's chunks alone. So a stream that is read again has the same events under the same numbers, and
-whoever resumes it misses none and gets none twice.
+Items and events follow from the job's chunks alone. So a stream that is read again has the same events under the same
+numbers, and a client that resumes it gets each one exactly once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ class OutputTextView(View):
     text: str
     annotations: list[dict[str, Any]]
     logprobs: NotRequired[
-        Annotated[list[TokenLogprobView] | None, Field(description="Of what was sent there are none.")]
+        Annotated[list[TokenLogprobView] | None, Field(description="Always empty for items that were sent.")]
     ]
 
 
@@ -121,7 +121,7 @@ class InputTokensView(View):
 class ResponseErrorView(View):
     code: Literal["server_error"]
     message: str
-    type: Annotated[str, Field(description="Our code of the error.")]
+    type: Annotated[str, Field(description="Our error code.")]
 
 
 class IncompleteDetailsView(View):
@@ -194,26 +194,26 @@ class ResponseView(View):
     presence_penalty: float
     frequency_penalty: float
     truncation: Literal["disabled"]
-    usage: Annotated[ResponseUsageView | None, Field(description="Of one that has ended.")]
+    usage: Annotated[ResponseUsageView | None, Field(description="Only present in a response that has ended.")]
     user: str | None
 
 
 OutputItem = dict[str, Any]
 
-ResponseEvent = dict[str, Any]  # with its `type`, and still without its `sequence_number`
+ResponseEvent = dict[str, Any]  # with its `type`, without its `sequence_number`
 
 
 class ResponseOutput:
-    """Feed it with a job's text in order, and `finish` it. `items` are those of the response so far."""
+    """`push` a job's text in order, then `finish`. `items` are those of the response so far."""
 
     def __init__(self, job_id: UUID, parser: OutputParser) -> None:
         self.items: list[OutputItem] = []
         self._ulid = external_id(job_id, "resp").removeprefix("resp_")
         self.parser = parser
-        self._is_open = False  # the last of `items`
+        self._is_open = False  # whether the last of `items` is
 
     def push(self, text: str, logprobs: Sequence[TokenLogprob] | None = None) -> Iterator[ResponseEvent]:
-        """`logprobs` go with the first visible text of their chunk."""
+        """`logprobs` are attached to the first visible text of their chunk."""
         tokens = content_logprobs(logprobs or ())
         for piece in self.parser.push(text):
             yield from self._grow(piece, tokens)
@@ -222,7 +222,7 @@ class ResponseOutput:
             yield from self._grow(ContentPiece(""), tokens)
 
     def finish(self, status: str) -> Iterator[ResponseEvent]:
-        """The text is over: `completed` or `incomplete`. What was said to the end is a message, if an empty one."""
+        """The text has ended: `completed` or `incomplete`. A completed text makes a message, even if it is empty."""
         for piece in self.parser.finish(is_cut=status != "completed"):
             yield from self._grow(piece, [])
         if not self.items and status == "completed":
@@ -247,7 +247,7 @@ class ResponseOutput:
             yield from self._open(new())
 
     def _open(self, item: OutputItem) -> Iterator[ResponseEvent]:
-        """The item before it is over: it was written to its end."""
+        """Open an item, which completes the one before it."""
         yield from self._close("completed")
         self.items.append(item)
         self._is_open = True
@@ -318,7 +318,7 @@ class ResponseOutput:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Where a response stands, in its own words."""
+    """The state of a response, in the dialect's terms."""
 
     status: Status
     error: ResponseErrorView | None = None
@@ -330,12 +330,12 @@ class Ending:
 
 
 def ending_of(job: Job) -> Ending:
-    """A job that is under way has not ended: its status alone."""
+    """The ending of a job; of an unfinished one, only its status."""
     match job.status:
         case JobStatus.COMPLETED if job.finish_reason is FinishReason.LENGTH:
             return Ending("incomplete", incomplete_details={"reason": "max_output_tokens"})
         case JobStatus.EXPIRED if job.num_committed_tokens:
-            # No reason of OpenAI's says so; clients that know only theirs read a response that is not complete.
+            # OpenAI has no reason for this; clients that only know OpenAI's reasons see an incomplete response.
             return Ending("incomplete", incomplete_details={"reason": None, "stop_reason": "deadline"})
         case JobStatus.EXPIRED:
             return Ending("failed", error=_error(DeadlineExceeded.code, "the deadline passed before any output"))
@@ -345,7 +345,7 @@ def ending_of(job: Job) -> Ending:
     return Ending(_STATUS[job.status])
 
 
-#: Of a job that is under way, or was cancelled, or completed.
+#: For a job that is running, was cancelled or completed.
 _STATUS: dict[JobStatus, Status] = {
     JobStatus.QUEUED: "queued",
     JobStatus.IN_PROGRESS: "in_progress",
@@ -355,7 +355,7 @@ _STATUS: dict[JobStatus, Status] = {
 
 
 def from_result(record: JobRecord, body: ResponseBody, parser: OutputParser) -> ResponseView:
-    """The response of a job that has ended. `record` comes with its request."""
+    """The response of a job that has ended. `record` includes its request."""
     ending = ending_of(record.job)
     output = ResponseOutput(record.job.id, parser)
     for choice in record.result.choices if isinstance(record.result, GenerationResult) else ():
@@ -365,7 +365,7 @@ def from_result(record: JobRecord, body: ResponseBody, parser: OutputParser) -> 
 
 
 def response_object(record: JobRecord, body: ResponseBody, ending: Ending, output: ResponseOutput) -> ResponseView:
-    """`record` comes with its request. Usage is known when the job has ended with a result, all in `output`."""
+    """`record` includes its request. Usage is known once the job has ended with a result that is all in `output`."""
     job, request = record.job, record.request
     assert isinstance(request, GenerationRequest)
     has_ended = ending.status not in ("queued", "in_progress")
@@ -428,8 +428,8 @@ def _format(body: ResponseBody) -> PlainFormatView | JsonSchemaFormatView:
 
 
 def _error(code: str, message: str) -> ResponseErrorView:
-    """Clients know a few codes only, none of them ours: ours is the type."""
-    return {"code": "server_error", "message": message or "the job failed without a word", "type": code}
+    """Clients only know a few codes, none of them ours, so our code becomes the type."""
+    return {"code": "server_error", "message": message or "the job failed without an error message", "type": code}
 
 
 def _usage(result: JobOutput, parser: OutputParser) -> ResponseUsageView:

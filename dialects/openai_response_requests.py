@@ -1,11 +1,4 @@
-"""Responses on their way in: the body, the conversation so far, and the request that they make.
-
-The body of a response.
-
-The input of a response: items as clients send them, as the messages of a prompt, and as they are listed.
-
-A response's body as a job's request: the conversation so far, tools, and what the output must look like.
-"""
+"""Responses on their way in: the body, the conversation so far, and the request that they make."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, Self
@@ -61,7 +54,7 @@ def _text_only(kind: str) -> str:
 
 
 class ResponseContentPart(OpenAIModel):
-    """Also one that came out of an answer and is sent back, with what is no concern of the prompt."""
+    """A part as clients send it, including one from an earlier answer, with fields that do not concern the prompt."""
 
     type: Annotated[str, AfterValidator(_text_only)]
     text: Text | None = None
@@ -97,7 +90,7 @@ class FunctionCallItem(OpenAIModel):
 class FunctionCallOutputItem(OpenAIModel):
     type: Literal["function_call_output"]
     call_id: ItemId
-    name: str | None = None  # whose output it is, which its call says
+    name: str | None = None  # the function's name, which its call already gives
     output: ResponseContent
     id: ItemId | None = None
     status: ItemStatus | None = None
@@ -114,7 +107,7 @@ class ThoughtPart(OpenAIModel):
 
 
 class ReasoningItem(OpenAIModel):
-    """Of an earlier answer, sent back. No model reads its old thoughts again, so it adds nothing to the prompt."""
+    """From an earlier answer. Models do not read their old reasoning again, so it adds nothing to the prompt."""
 
     type: Literal["reasoning"]
     summary: Annotated[list[SummaryPart], Field(max_length=MAX_PARTS)] | None = None
@@ -167,7 +160,7 @@ class TextFormat(OpenAIModel):
         given = {"name", "description", "schema_", "strict"} & self.model_fields_set
         if self.type != "json_schema" and given:
             name = min(given).rstrip("_")
-            raise ValueError(f"{name} is given, but type is {self.type!r}; send json_schema or leave {name} out")
+            raise ValueError(f"{name} is given, but type is {self.type!r}; send json_schema, or leave out {name}")
         return self
 
 
@@ -201,21 +194,21 @@ ResponseToolChoice = Annotated[
 
 
 class ResponseStreamOptions(OpenAIModel):
-    """Empty, once the hints are taken out."""
+    """Empty after the hints are removed."""
 
 
 class ReasoningConfig(OpenAIModel):
     effort: Effort | None = None
 
 
-LOGPROBS: Final = "message.output_text.logprobs"  # all that there is to include
+LOGPROBS: Final = "message.output_text.logprobs"  # the only value that has an effect
 
 Includable = Annotated[str, only(LOGPROBS, *NOT_INCLUDED)]
 
 
 def _refuse_no_output(max_output_tokens: int) -> int:
     if max_output_tokens == 0:
-        raise ValueError("it is 0, which leaves nothing to answer; raise it or leave it out")
+        raise ValueError("it is 0, so there is nothing to return; raise it or leave it out")
     return max_output_tokens
 
 
@@ -232,7 +225,7 @@ class ResponseBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: Annotated[list[Includable], Field(max_length=16)] | None = None
-    max_tool_calls: int | None = None  # of tools that are run here, of which there are none
+    max_tool_calls: int | None = None  # of built-in tools, which do not exist here
     stream_options: ResponseStreamOptions | None = None
     stop: Strings | None = None  # an extension here
 
@@ -254,7 +247,7 @@ class ResponseBody(GenerationBody):
 
 
 class InputTokensBody(OpenAIModel):
-    """What of a response makes its prompt, to be counted."""
+    """The parts of a response's body that make its prompt, whose tokens are to be counted."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     input: ResponseInput
@@ -271,8 +264,8 @@ class InputTokensBody(OpenAIModel):
 def messages_of(
     input_: ResponseInput, *, instructions: str | None, context: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Messages as `domain.requests.ChatMessage` takes them: the instructions, then `context`, the conversation so far,
-    then the input."""
+    """Messages in the form of `domain.requests.ChatMessage`: the instructions, then `context` (the conversation so
+    far), then the input."""
     messages = [dict(message) for message in context]
     if isinstance(input_, str):
         messages.append({"role": "user", "content": input_})
@@ -283,7 +276,7 @@ def messages_of(
 
 
 def add_output(messages: list[dict[str, Any]], items: Iterable[Mapping[str, Any]]) -> None:
-    """The output items of an answer, as part of the conversation that goes on from it."""
+    """Append the output items of an answer to the conversation that continues from it."""
     for item in items:
         if item["type"] == "message":
             messages.append({"role": "assistant", "content": item["content"][0]["text"]})
@@ -292,7 +285,7 @@ def add_output(messages: list[dict[str, Any]], items: Iterable[Mapping[str, Any]
 
 
 def listed_items(job_id: UUID, input_: ResponseInput) -> list[dict[str, Any]]:
-    """Each with an id: its own, or one that stays the same."""
+    """The items as they are listed, each with an id: its own or a stable one."""
     ulid = external_id(job_id, "resp").removeprefix("resp_")
     items = [MessageItem(role="user", content=input_)] if isinstance(input_, str) else input_
     return [_listed(item, f"{ulid}_in{number}") for number, item in enumerate(items)]
@@ -310,7 +303,7 @@ def _add_item(messages: list[dict[str, Any]], item: InputItem) -> None:
 
 
 def _add_call(messages: list[dict[str, Any]], call_id: str, name: str, arguments: str) -> None:
-    """Calls belong to the message of the assistant that they follow."""
+    """Calls are added to the assistant message that they follow."""
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
     calls = (*(messages[-1].get("tool_calls") or ()), {"id": call_id, "name": name, "arguments": arguments})
@@ -345,7 +338,7 @@ def _listed(item: InputItem, suffix: str) -> dict[str, Any]:
 
 
 def _said(part: ResponseContentPart) -> dict[str, Any]:
-    """A part of an assistant's message; without its logprobs, which nobody sends back to read them here."""
+    """A part of an assistant's message, without its logprobs, which have no use in the input."""
     if part.type == "refusal":
         return {"type": "refusal", "refusal": text_of([part])}
     return {"type": "output_text", "text": text_of([part]), "annotations": part.annotations or []}
@@ -361,13 +354,12 @@ SCHEMA_PLACE = "text.format.schema"
 def to_generation_request(
     body: ResponseBody, view: ModelView, context: Sequence[dict[str, Any]] = ()
 ) -> GenerationRequest:
-    """`view` is that of the body's model, `context` the messages of the conversation that the response goes on from.
-    Raises InvalidRequest."""
+    """`view` is that of the body's model, `context` the messages of the conversation so far. Raises InvalidRequest."""
     try:
         return _generation_request(body, view, context)
     except InvalidRequest as exc:
         if (exc.param or "").startswith("messages"):
-            # Items are no messages: they are counted otherwise, and there may be more messages than these.
+            # Items are not messages: one item may make several, so they are counted differently.
             exc.message, exc.param = exc.message.replace(str(exc.param), "input", 1), "input"
         raise with_body_names(exc, spelling_of(body)) from None
 
@@ -415,19 +407,17 @@ def _asked_tools(body: ResponseBody) -> AskedTools:
 
 
 def _answer(body: ResponseBody) -> StructuredOutput | None:
-    """What an output that is no calls must look like."""
+    """What an output without calls must look like."""
     format = _format_of(body)
     if format is None:
         return body.structured_output
     if body.structured_output is not None:
-        raise InvalidRequest(
-            "structured_output and text.format both shape the output; send one of them", param="text.format"
-        )
+        raise InvalidRequest("structured_output and text.format are both given; send one", param="text.format")
     return _formatted(format)
 
 
 def _format_of(body: ResponseBody) -> TextFormat | None:
-    """None where any text will do."""
+    """The format; None if any text is allowed."""
     format = body.text.format if body.text else None
     return None if format is None or format.type == "text" else format
 

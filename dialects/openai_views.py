@@ -1,6 +1,6 @@
-"""What the OpenAI routes answer, and what all views are.
+"""The views that the OpenAI routes answer with, the pages of lists, and usage.
 
-A view is a TypedDict: the published schema of an answer and the type of the dict that orjson encodes, in one
+A view is a TypedDict: both the published schema of an answer and the type of the dict that orjson encodes
 (docs/adr/0031).
 """
 
@@ -20,13 +20,13 @@ from text.outputs import END_THINK, OutputParser
 #: Where the OpenAPI document keeps all schemas.
 REFERENCE = "#/components/schemas/{model}"
 
-#: As `timestamp` writes it.
+#: A time as `timestamp` writes it.
 Timestamp = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
 
 
 @with_config(ConfigDict(extra="forbid"))
 class View(TypedDict):
-    """Without keys of its own; nothing but a view's keys is answered."""
+    """The base of all views, without keys; answers have no keys but their view's."""
 
 
 class DeletedView(View):
@@ -36,7 +36,7 @@ class DeletedView(View):
 
 
 class PageView(View):
-    """Subclasses have the `data`."""
+    """Subclasses add the `data`."""
 
     object: Literal["list"]
     first_id: str | None
@@ -45,7 +45,7 @@ class PageView(View):
 
 
 def page(data: Sequence[Mapping[str, Any]], limit: int) -> dict[str, Any]:
-    """As `PageView` says. `data` may hold more than `limit`, which says that there is more."""
+    """A page in the form of `PageView`. `data` may have one item more than `limit`, which means that there is more."""
     shown = data[:limit]
     return {
         "object": "list",
@@ -76,12 +76,12 @@ class ModelCardView(View):
     created: int
     owned_by: str
     max_model_len: Annotated[
-        int | None, Field(description="Tokens, prompt and output together; null while it is unavailable.")
+        int | None, Field(description="Of prompt and output together; null while it is unavailable.")
     ]
     loaded: Annotated[
         bool | None, Field(description="A worker is ready for its jobs; null while the database does not answer.")
     ]
-    unavailable: Annotated[str | None, Field(description="Why no job is taken for it; null where jobs are.")]
+    unavailable: Annotated[str | None, Field(description="Why it does not accept jobs; null if it does.")]
 
 
 class ModelListView(View):
@@ -147,7 +147,7 @@ class ChatChoiceView(View):
 
 
 class AnswerHeadView(View):
-    """What both kinds of completions have, and each chunk of them."""
+    """The fields of both kinds of completions and of each of their chunks."""
 
     id: str
     created: Annotated[int, Field(description="Seconds since 1970.")]
@@ -214,7 +214,7 @@ class CompletionView(AnswerView):
 
 
 class AnsweredJob(Protocol):
-    """What every answer says of its job, as a row of SQL and a running request both know it."""
+    """What every answer says about its job; known both to a row of SQL and to a running request."""
 
     @property
     def model(self) -> str: ...
@@ -232,14 +232,14 @@ class StreamedJob(AnsweredJob, Protocol):
 
 
 def tier_of(asked: str | None, priority: int) -> ServiceTierName:
-    """The tier that was used; only who asked for one by the name of `fast` is answered so."""
+    """The tier used. `fast` is an alias of `priority` and is echoed only if it was requested."""
     if asked == "fast":
         return "fast"
     return "priority" if priority > 0 else "flex" if priority < 0 else "default"
 
 
 def content_logprobs(logprobs: Sequence[TokenLogprob]) -> list[TokenLogprobView]:
-    """`logprobs.content`, the tokens of the content: the one that ends it has no text and is none of them."""
+    """`logprobs.content`: the tokens of the content, without the end token, which has no text."""
     return [_logprob_object(logprob) for logprob in logprobs if logprob.bytes]
 
 
@@ -267,7 +267,7 @@ class ResponseUsageView(View):
 
 
 def answer_head(job_id: UUID, prefix: str, job: AnsweredJob, service_tier: str | None) -> AnswerHeadView:
-    """`service_tier` is the one that was asked for."""
+    """`service_tier` is the one that was requested."""
     return {
         "id": external_id(job_id, prefix),
         "created": int(job.created_at.timestamp()),
@@ -278,7 +278,7 @@ def answer_head(job_id: UUID, prefix: str, job: AnsweredJob, service_tier: str |
 
 
 def usage_object(usage: Usage, *, num_reasoning_tokens: int = 0) -> CompletionUsageView:
-    """Of chat completions and completions."""
+    """The usage of a chat or text completion."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -299,12 +299,12 @@ def response_usage(usage: Usage, *, num_reasoning_tokens: int) -> ResponseUsageV
 
 
 def count_reasoning_tokens(choices: Sequence[ResultChoice], parsers: Sequence[OutputParser]) -> int:
-    """The tokens of all choices up to and including the one that completes </think>; all of a choice that was still
-    thinking when it ended. `parsers`, by index, have taken the whole text of their choices."""
+    """The tokens of all choices up to and including the one that completes </think>; all tokens of a choice that ended
+    while thinking. `parsers`, by index, have consumed the whole text of their choices."""
     return sum(_of_choice(choice) for choice in choices if parsers[choice.index].has_reasoning)
 
 
 def _of_choice(choice: ResultChoice) -> int:
     if choice.num_reasoning_tokens is not None:
         return choice.num_reasoning_tokens
-    return choice.num_tokens if END_THINK not in choice.text else 0  # an older job, of which nobody counted them
+    return choice.num_tokens if END_THINK not in choice.text else 0  # an older job, from before they were counted

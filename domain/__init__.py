@@ -1,1 +1,1 @@
-"""Words and rules: what a job, a request and a chunk are. Imports pydantic and the standard library, nothing else."""
+"""The data model: jobs, requests, chunks and their rules. Imports only pydantic and the standard library."""

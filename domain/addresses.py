@@ -1,15 +1,13 @@
-"""Addresses from settings: which hosts and origins are let in without a key, and where Redis is.
+"""Addresses from settings: which hosts and web pages may come in without a key, and where Redis is.
 
-Who is let in where no key is asked for: this machine's own programs, and no web page that its browser has open.
+Without keys, this machine's own programs are let in, but no web page that its browser has open. Such a page can send
+requests to the loopback interface, but it can forge neither the `Host` its browser thinks it talks to (after DNS
+rebinding that is the page's own name), nor `Origin` (RFC 6454), nor the `Sec-Fetch-*` headers of Fetch Metadata
+(https://www.w3.org/TR/fetch-metadata/).
 
-A page can send requests to a server on the loopback interface. Two things in them cannot be forged by a page: the
-`Host` that its browser thinks it talks to, which is the page's own name after DNS rebinding, and the page's `Origin`
-(RFC 6454) with the `Sec-Fetch-*` of Fetch Metadata (https://www.w3.org/TR/fetch-metadata/).
-
-One Redis URL for both halves of the system: redis-py's clients and Celery's transport (kombu), which spell
-databases, Unix sockets and TLS differently, and verify differently where nothing is said.
-
-Sources: redis-py `Redis.from_url`, Celery "Using Redis" and `broker_use_ssl`; kombu leaves `rediss://` unverified.
+One Redis URL serves both redis-py and Celery's transport (kombu). They spell databases, Unix sockets and TLS
+differently and have different defaults for verification; kombu leaves `rediss://` unverified. Sources: redis-py
+`Redis.from_url`, Celery "Using Redis" and `broker_use_ssl`.
 """
 
 import difflib
@@ -24,33 +22,35 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 NAVIGATION = {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
 
-MAX_SHOWN = 80  # characters of what somebody sent, in a refusal
+MAX_SHOWN = 80  # how many characters of a header value a refusal repeats
 
 
 class Door:
-    """Judges requests by their headers. `allowed_hosts` are names beside the loopback ones, `*.example.com` any name
-    below it; `cors_origins` are pages that may (`https://app.example.com`)."""
+    """Decides by their headers which requests may enter without a key. `allowed_hosts` are names besides the loopback
+    ones, `*.example.com` meaning any name below it; `cors_origins` are the web pages that may call
+    (`https://app.example.com`)."""
 
     def __init__(self, allowed_hosts: Collection[str] = (), cors_origins: Collection[str] = ()) -> None:
         self._hosts = {name.lower() for name in allowed_hosts}
         self._origins = {origin.lower() for origin in cors_origins}
 
     def refusal(self, method: str, headers: Mapping[str, str]) -> str | None:
-        """Why this request stays outside; None lets it in. `headers` have lower-case names."""
+        """Why this request is refused; None if it may enter. `headers` have lower-case names."""
         return self.refusal_of_host(headers) or self.refusal_of_page(method, headers)
 
     def refusal_of_host(self, headers: Mapping[str, str]) -> str | None:
-        """A request without `Host` is HTTP/1.0, which no browser speaks."""
+        """Why the `Host` is refused. A request without one is HTTP/1.0, which browsers do not speak."""
         host = headers.get("host", "localhost")
         if self._is_ours(_name_of(host)):
             return None
         return (
-            f"the Host header is {host[:MAX_SHOWN]!r}; without keys this server answers to localhost, 127.0.0.1 "
-            "and [::1] alone; add the name to CELERIAC_ALLOWED_HOSTS, or set CELERIAC_AUTH=api_key"
+            f"the Host header is {host[:MAX_SHOWN]!r}; without keys this server only answers to localhost, 127.0.0.1 "
+            f""
+            "and [::1]; add the name to CELERIAC_ALLOWED_HOSTS, or set CELERIAC_AUTH=api_key"
         )
 
     def refusal_of_page(self, method: str, headers: Mapping[str, str]) -> str | None:
-        """Of what another page than the server's own sent, unless the settings name that page."""
+        """Why the request's page is refused: it is neither the server's own nor named in the settings."""
         origin = headers.get("origin")
         if origin is not None:
             is_let_in = self._may_ask(origin, headers.get("host", ""))
@@ -66,14 +66,14 @@ class Door:
         return any(pattern.startswith("*.") and name.endswith(pattern[1:]) for pattern in self._hosts)
 
     def _may_ask(self, origin: str, host: str) -> bool:
-        """The server's own pages, and those that the settings name."""
+        """True for the server's own pages and those that the settings name."""
         scheme, separator, place = origin.lower().partition("://")
         is_own = bool(separator) and scheme in ("http", "https") and place == host.lower()
         return is_own or origin.lower() in self._origins
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a host name or address can only be this machine: RFC 6761 gives all of `.localhost` to it."""
+    """Whether a host name or address can only mean this machine; RFC 6761 reserves all of `.localhost` for it."""
     try:
         return ip_address(name.strip("[]")).is_loopback
     except ValueError:
@@ -81,7 +81,7 @@ def is_loopback(name: str) -> bool:
 
 
 def _name_of(host: str) -> str:
-    """Without the port, in lower case; empty where it cannot be read, which is nobody's name."""
+    """The host without its port, in lower case; empty, which matches nothing, if it cannot be parsed."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -90,13 +90,13 @@ def _name_of(host: str) -> str:
 
 
 def _is_navigation(method: str, headers: Mapping[str, str]) -> bool:
-    """Somebody followed a link, or typed: the page that they left sees nothing of the answer."""
+    """Whether the user followed a link or typed the address: then no other page sees the answer."""
     return method in ("GET", "HEAD") and all(headers.get(name) == value for name, value in NAVIGATION.items())
 
 
 def _foreign_page(seen: str) -> str:
     return (
-        f"{seen}: without keys no other web page may use this server; "
+        f"{seen}: without keys other web pages may not use this server; "
         "add its origin to CELERIAC_CORS_ORIGINS, or set CELERIAC_AUTH=api_key"
     )
 
@@ -121,15 +121,15 @@ Options = Mapping[str, str | int | bool]
 
 
 class UnreadableRedisUrl(ValueError):
-    """Says which part is wrong, and nothing of what may be a password."""
+    """The message says which part is wrong and repeats nothing that may be a password."""
 
 
 @dataclass(frozen=True, slots=True)
 class RedisUrl:
-    """What a Redis URL says. `where` is host and port, or the path of a Unix socket."""
+    """A parsed Redis URL. `where` is host and port, or the path of a Unix socket."""
 
     scheme: str
-    credentials: str  # as the URL spells them, with the @; or empty
+    credentials: str  # as in the URL, with the @; may be empty
     where: str
     database: int
     tls: Options
@@ -158,7 +158,7 @@ class RedisUrl:
 
     @property
     def for_redis(self) -> str:
-        """As redis-py reads it."""
+        """The URL in redis-py's form."""
         options = {name: str(value) for name, value in (*self.tls.items(), *self.sockets.items())}
         if self.scheme == "unix":
             options = {"db": str(self.database)} | options
@@ -168,7 +168,8 @@ class RedisUrl:
 
     @property
     def for_celery(self) -> str:
-        """As kombu and Flower read it. TLS and sockets go beside it: `broker_use_ssl` and the transport's options."""
+        """The URL in the form of kombu and Flower. TLS and sockets go into `broker_use_ssl` and the transport's
+        options."""
         if self.scheme == "unix":
             return f"redis+socket://{self.credentials}{self.where}?virtual_host={self.database}"
         return f"{self.scheme}://{self.credentials}{self.where}/{self.database}"
@@ -195,13 +196,13 @@ def _options(query: str) -> dict[str, str]:
         name = "db" if name == "virtual_host" else name
         if name in OUR_TIMEOUTS:
             raise UnreadableRedisUrl(
-                f"its option {name!r} cannot be given, as each use has a bound of its own; leave it out"
+                f"its option {name!r} cannot be set here, since each use has its own limit; leave it out"
             )
         if name not in OPTIONS:
             close = difflib.get_close_matches(name.lower(), OPTIONS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(OPTIONS)}"
             where = "; user and password stand before the host" if name in ("username", "password") else ""
-            tls = "; TLS is asked for with rediss://" if name in ("ssl", "tls") else ""
+            tls = "; for TLS write rediss://" if name in ("ssl", "tls") else ""
             raise UnreadableRedisUrl(f"its option {name[:40]!r} is not known{where}{tls}; {hint}")
         if options.get(name, value) != value:
             raise UnreadableRedisUrl(f"its option {name!r} is given twice; leave one")
@@ -220,7 +221,7 @@ def _database(options: Mapping[str, str], path: str) -> int:
 
 
 def _tls(scheme: str, options: Mapping[str, str]) -> Options:
-    """Everything that decides whether the server is who it says, said aloud: no half is left to its own default."""
+    """All that decides how the server's identity is verified, explicitly: neither client uses its defaults."""
     given = {name: options[name] for name in TLS_OPTIONS if name in options}
     if scheme != "rediss":
         if given:
@@ -228,9 +229,9 @@ def _tls(scheme: str, options: Mapping[str, str]) -> Options:
         return MappingProxyType({})
     for name in TLS_PATHS:
         if name in given and not Path(given[name]).exists():
-            raise UnreadableRedisUrl(f"its {name} is {given[name]!r}, which is not there; give the path of a file")
+            raise UnreadableRedisUrl(f"its {name} is {given[name]!r}, but there is no such file; give the path of one")
     if "ssl_keyfile" in given and "ssl_certfile" not in given:
-        raise UnreadableRedisUrl("its ssl_keyfile has no ssl_certfile; give both")
+        raise UnreadableRedisUrl("it has ssl_keyfile without ssl_certfile; give both")
     requirement = given.get("ssl_cert_reqs", "required").lower().removeprefix("ssl.").removeprefix("cert_")
     if requirement not in ("required", "optional", "none"):
         raise UnreadableRedisUrl(

@@ -1,4 +1,4 @@
-"""The model registry: `models.toml` read into one entry for each model, for the API, maintenance and workers alike."""
+"""The model registry: reads `models.toml` into one entry per model, for the API, maintenance and workers."""
 
 import logging
 import tomllib
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 
 class ModelEntry(Frozen):
     """One model as models.toml names it. `path` is a local folder (relative to models.toml) or a Hugging Face
-    repository id. docs/models.md tells what each key is for."""
+    repository id. docs/models.md explains each key."""
 
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
     path: str = Field(min_length=1)
     revision: str = "main"  # part of the job row: a resumed job never mixes two revisions
     backend: Literal["transformers", "fake"] = "transformers"
     task: Literal["generation", "embedding"] = "generation"  # embedding: an encoder, or a decoder made for vectors
-    max_model_len: int | None = Field(default=None, ge=16, le=10_000_000)  # tokens, prompt and output; default: its own
+    max_model_len: int | None = Field(default=None, ge=16, le=10_000_000)  # prompt and output; default: its own
     max_num_seqs: int | None = Field(default=None, ge=1, le=1024)  # sequences in the running batch; default: by device
     max_num_batched_tokens: int | None = Field(default=None, ge=16)  # per step, prompts included; default: by device
     kv_cache_tokens: int | None = Field(default=None, ge=256)  # size of the paged cache; default: by memory
@@ -32,14 +32,14 @@ class ModelEntry(Frozen):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     decode_graphs: bool = True  # on a GPU: capture the passes of decodes at load, for speed
     system_prompt: str | None = None
-    chat_template: str | None = None  # which one, where the model has several
-    special_tokens_in_content: bool = False  # read them in what clients write, too
+    chat_template: str | None = None  # which one, if the model has several
+    special_tokens_in_content: bool = False  # also recognise them in clients' texts
     trust_remote_code: bool = False
-    fake: dict[str, float | int | str | bool] = Field(default_factory=dict)  # knobs of the fake back end
+    fake: dict[str, float | int | str | bool] = Field(default_factory=dict)  # options of the fake back end
 
     @property
     def can_embed(self) -> bool:
-        """A model that generates can embed, too, where its back end shows its hidden states."""
+        """Whether it can embed: generating models can, too, if their back end exposes hidden states."""
         return self.backend in ("transformers", "fake")
 
     @property
@@ -49,22 +49,22 @@ class ModelEntry(Frozen):
 
 
 class StepSize(NamedTuple):
-    """How much one engine step takes on, where models.toml does not say."""
+    """Default limits of one engine step, used where models.toml has none."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
 
 
-#: A CPU is at its limit with a few rows: more would only make every running text wait longer for its next token.
+#: A few rows saturate a CPU; more would only make every running sequence wait longer for its next token.
 CPU_STEP = StepSize(max_num_seqs=16, max_num_batched_tokens=512)
-#: An H100 reads 16 GB of weights per step (an 8B model in bfloat16) in 5 ms, and computes some 300 tokens in that time:
-#: up to 256 sequences decode at the price of one. A step with a prompt chunk costs 10 to 20 ms of launches whatever its
-#: size, so a prompt of 16,000 tokens is read in two steps instead of thirty-two.
+#: An H100 reads 16 GB of weights per step (an 8B model in bfloat16) in 5 ms, and can compute about 300 tokens in that
+#: time, so 256 sequences decode for the price of one. A step with a prompt chunk costs 10 to 20 ms of launches whatever
+#: its size, so a prompt of 16,000 tokens is read in two steps instead of thirty-two.
 CUDA_STEP = StepSize(max_num_seqs=256, max_num_batched_tokens=8192)
 
 
 class ModelSpec(ModelEntry):
-    """A model that can be served: its length and the size of its steps are known."""
+    """A model that can be served: its context length and step size are resolved."""
 
     max_model_len: int = Field(ge=16, le=10_000_000)
     max_num_seqs: int = Field(default=CPU_STEP.max_num_seqs, ge=1, le=1024)
@@ -73,19 +73,19 @@ class ModelSpec(ModelEntry):
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What one reading of the file came to."""
+    """The result of reading the file once."""
 
     default_id: str
     entry_by_id: Mapping[str, ModelEntry]
-    reason_by_id: Mapping[str, str] = field(default_factory=dict)  # of entries that make no sense
+    reason_by_id: Mapping[str, str] = field(default_factory=dict)  # of invalid entries
 
 
 class Catalog:
-    """All models of one `models.toml`; the first one is the default. An entry that makes no sense is kept with the
-    reason, and stands in nobody's way. Thread-safe."""
+    """All models of one `models.toml`; the first one is the default. An invalid entry is kept with its reason and does
+    not affect the others. Thread-safe."""
 
     def __init__(self, entries: Iterable[ModelEntry], path: Path | None = None) -> None:
-        """`path` is where `refresh` reads; None where there is no file."""
+        """`path` is the file that `refresh` reads; None if there is none."""
         entry_by_id = {entry.id: entry for entry in entries}
         self._content = _Content(next(iter(entry_by_id), ""), entry_by_id)
         self._failures: dict[str, str] = {}
@@ -94,15 +94,15 @@ class Catalog:
 
     @classmethod
     def load(cls, path: Path) -> "Catalog":
-        """Raises ValueError or OSError where nothing can be made of the file as a whole."""
+        """Raises ValueError or OSError if the file as a whole cannot be read or parsed."""
         catalog = cls([], path)
         catalog._read_as = _signature(path)
         catalog._content = _read(path)
         return catalog
 
     def refresh(self) -> bool:
-        """Read the file again if it changed. What is wrong with an edit is logged, and what was there before stays.
-        True where there is something new."""
+        """Read the file again if it changed. An invalid edit is logged and the models stay as they were. True if
+        something is new."""
         if self._path is None:
             return False
         signature = _signature(self._path)
@@ -121,7 +121,7 @@ class Catalog:
         return True
 
     def get(self, model_id: str) -> ModelEntry:
-        """Raises ModelNotFound, which lists what there is, or ModelUnavailable, which says why."""
+        """The spec of a model. Raises ModelNotFound, which lists the models, or ModelUnavailable, which says why."""
         content = self._content
         reason = self.unavailable.get(model_id)
         if reason is not None:
@@ -135,41 +135,41 @@ class Catalog:
         return entry
 
     def entry_of(self, model_id: str) -> ModelEntry:
-        """Of a model that there are jobs of, whatever models.toml says of it now: they go on as long as its workers."""
+        """The entry of a model that has jobs, whatever models.toml says now: they continue while its workers do."""
         return self._content.entry_by_id.get(model_id) or ModelEntry(id=model_id, path=model_id)
 
     @property
     def default(self) -> ModelEntry:
-        """Raises ModelUnavailable: no other model answers in the place of the first one."""
+        """The default model. Raises ModelUnavailable; another model never takes the place of the first one."""
         return self.get(self._content.default_id)
 
     @property
     def first(self) -> ModelEntry:
-        """What a worker serves that is told no model: the first one that is available. Raises ModelUnavailable."""
+        """The first available model, which a worker serves if it is not told another. Raises ModelUnavailable."""
         return next(iter(self), None) or self.default
 
     @property
     def default_id(self) -> str:
-        """Whether it is available or not."""
+        """The id of the default model, even if it is unavailable."""
         return self._content.default_id
 
     @property
     def ids(self) -> list[str]:
-        """Of the models that are available, the default one first."""
+        """The ids of the available models, the default one first."""
         return [entry.id for entry in self]
 
     @property
     def entries(self) -> list[ModelEntry]:
-        """Those that make sense, also where their files do not."""
+        """The valid entries, including those whose model files are not."""
         return list(self._content.entry_by_id.values())
 
     @property
     def unavailable(self) -> Mapping[str, str]:
-        """Why, by id."""
+        """The reason by model id."""
         return {**self._content.reason_by_id, **self._failures}
 
     def set_failures(self, reason_by_id: Mapping[str, str]) -> None:
-        """Which models' files make no sense, or cannot be had now."""
+        """Set which models' files are invalid or cannot be loaded now."""
         self._failures = dict(reason_by_id)
 
     def __iter__(self) -> Iterator[ModelEntry]:
@@ -178,7 +178,7 @@ class Catalog:
         return iter([entry for entry in self.entries if entry.id not in unavailable])
 
 
-RETRY_SECONDS = 30.0  # between two tries to read the files of a model that is unavailable
+RETRY_SECONDS = 30.0  # between attempts to read the files of an unavailable model
 
 
 def _signature(path: Path) -> object:
@@ -193,10 +193,10 @@ def _read(path: Path) -> _Content:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as exc:  # not TOML, or not UTF-8
-        raise ValueError(f"{path}: {exc}; mend the file") from exc
+        raise ValueError(f"{path}: {exc}; correct the file") from exc
     tables = document.get("models", [])
     if not isinstance(tables, list) or not tables:
-        raise ValueError(f"{path} names no model; add a [[models]] table with id and path")
+        raise ValueError(f"{path} has no models; add a [[models]] table with id and path")
     ids = [_id_of(table, number) for number, table in enumerate(tables, 1)]
     entry_by_id: dict[str, ModelEntry] = {}
     reason_by_id: dict[str, str] = {}
@@ -223,7 +223,7 @@ def _in_words(exc: ValidationError) -> str:
     if error["type"] == "missing":
         return f"{name} is missing; a model needs id and path; max_model_len and others may be left out"
     if error["type"] == "extra_forbidden":
-        return f"{name} is no key of a model; remove it, or see docs/models.md for the one that was meant"
+        return f"{name} is not a key of a model; remove it, or see docs/models.md for the known keys"
     return f"{name} is {repr(error['input'])[:100]}, but: {error['msg'][:1].lower()}{error['msg'][1:]}; mend it"
 
 

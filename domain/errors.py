@@ -4,17 +4,17 @@ CeleriacError
 ├── InvalidRequest                 invalid_value: a field is wrong; says which, the value seen and the remedy
 │   ├── ContextLengthExceeded      context_length_exceeded
 │   ├── UnsupportedParameter       unsupported_parameter
-│   ├── PreviousResponseNotFound   previous_response_not_found: a conversation cannot go on from it
-│   ├── InvalidCursor              invalid_cursor: a stream position or page cursor that cannot be
-│   ├── InvalidJsonLine            invalid_json_line: a line of a batch is no JSON object
+│   ├── PreviousResponseNotFound   previous_response_not_found: a conversation cannot continue from it
+│   ├── InvalidCursor              invalid_cursor: an invalid stream position or page cursor
+│   ├── InvalidJsonLine            invalid_json_line: a line of a batch is not a JSON object
 │   ├── MissingParameter           missing_required_parameter: a line of a batch lacks one of its four members
 │   ├── InvalidUrl                 invalid_url: a line of a batch is for another route than its batch
 │   └── StreamingUnsupported       streaming_unsupported: a line of a batch asks for a stream
 ├── IdempotencyKeyReused           idempotency_key_reused: same key, different request
-├── PoisonRequest                  poison_request: the same request crashed an engine lately
-├── JobNotRetryable                job_not_retryable: it has not ended, or has ended well
+├── PoisonRequest                  poison_request: the same request crashed an engine recently
+├── JobNotRetryable                job_not_retryable: it is still running, or completed
 ├── RequestTooLarge                request_too_large
-├── InsufficientQuota              insufficient_quota: a bound that waiting does not lift
+├── InsufficientQuota              insufficient_quota: a limit that waiting does not lift
 ├── StorageFull                    storage_full: the disk has no room for it
 ├── AuthenticationFailed           invalid_api_key
 ├── PermissionDenied               permission_denied
@@ -23,16 +23,16 @@ CeleriacError
 │   ├── JobNotFound                job_not_found (also for another tenant's job)
 │   ├── FileNotFound               file_not_found, likewise
 │   └── BatchNotFound              batch_not_found, likewise
-├── NotOffered                     not_implemented: a route of OpenAI that has no counterpart here
+├── NotOffered                     not_implemented: an OpenAI route without a counterpart here
 ├── CursorExpired                  cursor_expired: the log before this position was pruned
 ├── Overloaded                     retry later; carries retry_after_seconds
 │   ├── TooManyQueuedJobs          too_many_queued_jobs: the tenant's bound
 │   ├── ServerOverloaded           server_is_overloaded: our own bound
 │   ├── NoWorkers                  no_workers: no live worker serves the model
-│   ├── ModelUnavailable           model_unavailable: its entry or its files make no sense, or cannot be had now
+│   ├── ModelUnavailable           model_unavailable: its entry or files are invalid or cannot be loaded now
 │   └── StorageUnavailable         storage_unavailable: the database does not answer
 ├── DeadlineExceeded               deadline_exceeded
-├── JobCancelled                   job_cancelled: somebody cancelled the job that this request waits for
+├── JobCancelled                   job_cancelled: the job that this request waits for was cancelled
 └── JobFailure                     why a job failed; stored as its JobError
     ├── EngineError                engine_error: the model could not run this sequence
     ├── WorkerLost                 worker_lost: the retry budget is spent on lost or crashed workers
@@ -45,7 +45,7 @@ from typing import ClassVar
 
 
 class CeleriacError(Exception):
-    """`param` names the request field at fault, where there is one."""
+    """`param` names the request field at fault, if there is one."""
 
     code: ClassVar[str] = "server_error"
     retryable: ClassVar[bool] = False

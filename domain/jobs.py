@@ -1,17 +1,6 @@
-"""What a job is, where its workers stand, why it waits, and what a batch of jobs is.
+"""Jobs, workers and batches: their statuses, why a queued job waits, and how each batch line ended.
 
-Models that stop at the first bad item of a list.
-
-pydantic looks at every item and collects what is wrong with each: seconds, and hundreds of megabytes, for a list of
-some hundred thousand. Nobody is told of more than the first.
-
-What a job is: its statuses and their allowed transitions, how it ends, what it used.
-
-What a GPU worker is at.
-
-Why a queued job waits: said by facts of the job and of the workers that live, and never guessed.
-
-What a batch is: its statuses, what is wrong with it, and how each of its lines ended.
+Reasons for waiting follow from facts about the job and the live workers; they are never guessed.
 """
 
 from collections.abc import Sequence
@@ -37,7 +26,11 @@ def _failing_fast(schema: Any) -> Any:
 
 
 class FirstErrorModel(BaseModel):
-    """As pydantic's `FailFast` on every list that is a field, or lies in one."""
+    """A model that stops at the first bad item of a list.
+
+    pydantic checks every item and collects an error for each, which takes seconds and hundreds of megabytes for some
+    hundred thousand items, while clients are only told of the first. This is pydantic's `FailFast`, applied to every
+    list within the fields."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -50,7 +43,7 @@ class JobStatus(StrEnum):
     IN_PROGRESS = "in_progress"  # claimed by one GPU worker under a lease
     COMPLETED = "completed"  # the model stopped, or max_tokens was reached
     FAILED = "failed"  # a permanent error, or the retry budget is spent
-    CANCELLED = "cancelled"  # asked for; partial output is kept
+    CANCELLED = "cancelled"  # on request; partial output is kept
     EXPIRED = "expired"  # its deadline passed; partial output is kept
 
     @property
@@ -72,14 +65,14 @@ ALLOWED_TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
 
 
 class Endpoint(StrEnum):
-    """Through which route a job came: what a repeated request is told apart by, and which list shows it."""
+    """The route through which a job came: the scope of its idempotency key and of the lists that show it."""
 
     JOBS = "jobs"
     CHAT = "chat"
     COMPLETIONS = "completions"
     RESPONSES = "responses"
     EMBEDDINGS = "embeddings"
-    SIMPLE = "simple"  # /generate and its like
+    SIMPLE = "simple"  # /generate and similar
 
 
 class JobKind(StrEnum):
@@ -89,7 +82,7 @@ class JobKind(StrEnum):
 
 MIN_PRIORITY = -10  # the lowest that a client may give its job
 
-BATCH_PRIORITY = -20  # of the lines of batches: they run where nobody else wants to
+BATCH_PRIORITY = -20  # of batch lines: they run where no other job wants to
 
 
 class Lane(StrEnum):
@@ -98,13 +91,13 @@ class Lane(StrEnum):
 
 
 class AttemptOutcome(StrEnum):
-    """How one attempt ended. Only the first four end the job, too, as a matter of course."""
+    """How one attempt ended. The first four always end the job as well."""
 
     COMPLETED = "completed"
     FAILED = "failed"  # the engine gave the job up
     CANCELLED = "cancelled"
     EXPIRED = "expired"
-    RELEASED = "released"  # given back uncharged: the worker drained, or had to stop
+    RELEASED = "released"  # given back without counting as a failure: the worker drained or had to stop
     LOST = "lost"  # the lease lapsed
     CRASHED = "crashed"  # the engine died
     STALLED = "stalled"  # the lease was renewed, but no token came for too long
@@ -131,7 +124,7 @@ class Usage(Frozen):
 
 
 class JobError(Frozen):
-    """Why a job failed, in the words of `domain.errors`: HTTP, SSE, webhook and CLI all say the same."""
+    """Why a job failed, as in `domain.errors`; the same in HTTP, SSE, webhooks and the CLI."""
 
     code: str
     message: str
@@ -143,46 +136,46 @@ class WorkerState(StrEnum):
 
     LOADING = "loading"  # its engine is being started, or started again
     READY = "ready"
-    DRAINING = "draining"  # it takes no more; what runs may end
-    UNLOADED = "unloaded"  # it has no engine process, and waits for its model to be loaded
+    DRAINING = "draining"  # it takes no new jobs; running ones may finish
+    UNLOADED = "unloaded"  # it has no engine process and waits for a request to load its model
 
 
 class WaitingFor(StrEnum):
-    SLOTS = "slots"  # its turn: the slots of the workers that could run it are taken, or it is on its way to one
-    WORKER = "worker"  # no worker of its model lives
-    MODEL_LOAD = "model_load"  # those that could run it are loading it
-    REVISION = "revision"  # it has output, and nobody serves the revision that made it
-    ISOLATION = "isolation"  # it must run alone, and is let in between the others
-    LIMIT = "limit"  # batches have their share of the slots, or it failed a moment ago and is tried again soon
-    PAUSE = "pause"  # an admin has unloaded its model, or those that could run it take no more: they drain
+    SLOTS = "slots"  # all slots of suitable workers are taken, or it is on its way to one
+    WORKER = "worker"  # its model has no live worker
+    MODEL_LOAD = "model_load"  # suitable workers are loading the model
+    REVISION = "revision"  # it has output, and no worker serves the revision that made it
+    ISOLATION = "isolation"  # it must run alone and waits for a gap between the others
+    LIMIT = "limit"  # batches have used their share of the slots, or it just failed and will be retried soon
+    PAUSE = "pause"  # an admin unloaded its model, or suitable workers are draining
 
 
-#: Meant to be so: that jobs wait for these is nothing to look after.
+#: Intended: jobs that wait for these need no attention.
 IN_GOOD_ORDER = frozenset({WaitingFor.SLOTS, WaitingFor.LIMIT})
 
 
 @dataclass(frozen=True, slots=True)
 class WaitingJob:
-    """What of a queued job decides who may run it, and when."""
+    """The facts of a queued job that decide which workers may run it, and when."""
 
     lane: Lane = Lane.STANDARD
-    revision: str | None = None  # that made its output; None: it has none, and any will do
-    is_held_line: bool = False  # of a batch, and not let out to a worker yet
-    is_delayed: bool = False  # it failed a moment ago
+    revision: str | None = None  # that made its output; None: no output yet, any revision will do
+    is_held_line: bool = False  # a batch line that has not been dispatched yet
+    is_delayed: bool = False  # it just failed
 
 
 @dataclass(frozen=True, slots=True)
 class LiveWorker:
     state: WorkerState
-    revision: str | None  # None: it does not tell, and may be any
+    revision: str | None  # None: not reported, may be any
 
 
 @dataclass(frozen=True, slots=True)
 class ModelService:
-    """Who serves a model."""
+    """The workers that serve a model."""
 
     workers: Sequence[LiveWorker] = ()
-    is_loaded: bool = True  # else an admin has unloaded it
+    is_loaded: bool = True  # False: an admin has unloaded it
     is_batch_share_taken: bool = False
 
 
@@ -204,20 +197,20 @@ def waiting_for(job: WaitingJob, service: ModelService) -> WaitingFor:
 
 MAX_LINES = 50_000
 
-MAX_INPUTS = 50_000  # of embeddings, over all lines
+MAX_INPUTS = 50_000  # embedding inputs, over all lines
 
 MAX_LINE_BYTES = 1_048_576
 
-MAX_ERRORS = 50  # that a refused file is told of
+MAX_ERRORS = 50  # reported for a refused file
 
-PIECE_BYTES = 1_048_576  # every piece of a file but its last is exactly so long, so a byte is found by its place
+PIECE_BYTES = 1_048_576  # every piece but the last has exactly this length, so a byte's piece follows from its offset
 
 
 class BatchStatus(StrEnum):
     VALIDATING = "validating"
     FAILED = "failed"  # the file was refused
     IN_PROGRESS = "in_progress"
-    FINALIZING = "finalizing"  # every line has ended, the output is being frozen
+    FINALIZING = "finalizing"  # every line has ended; the output files are being written
     COMPLETED = "completed"
     EXPIRED = "expired"  # its window closed before its last line ended
     CANCELLING = "cancelling"
@@ -237,14 +230,14 @@ class LineOutcome(StrEnum):
     """How a line ended. Only completed ones are in the output file, all others are in the error file."""
 
     COMPLETED = "completed"
-    FAILED = "failed"  # its job failed, or none could be made of it
+    FAILED = "failed"  # its job failed, or no job could be made of it
     EXPIRED = "expired"
     CANCELLED = "cancelled"
 
 
 class FileStatus(StrEnum):
-    UPLOADING = "uploading"  # not to be seen yet
-    LIVE = "live"  # of a batch that runs: its content is what the lines have come to
+    UPLOADING = "uploading"  # not visible yet
+    LIVE = "live"  # of a running batch: its content is the results so far
     PROCESSED = "processed"
 
 
@@ -262,7 +255,7 @@ class BatchErrors(Frozen):
 
 
 class LineRefusal(Frozen):
-    """Why no job was made of a line, as the endpoint would have answered it."""
+    """Why no job was made of a line: what the endpoint would have answered."""
 
     status_code: int
     type: str

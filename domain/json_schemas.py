@@ -1,13 +1,9 @@
-"""JSON schemas as we understand them: their keywords and their references.
+"""JSON schemas: which keywords are enforced, and how references are resolved.
 
-What becomes of each JSON schema keyword: it is enforced, says nothing about what is valid, or cannot be enforced.
+`tests/unit/test_schema_keywords.py` compares the table of keywords with what llguidance really does.
 
-`tests/unit/test_schema_keywords.py` holds the table to what llguidance really does.
-
-`$ref` within a schema: where it points, and a form of the schema in which each points to a definition of its own.
-
-A generator may point anywhere, as `#/properties/from` does. What changes the shape of a schema would break such a
-pointer, so each target becomes a definition first.
+`$ref` may point anywhere in a schema, as generators' `#/properties/from` does. Rewriting a schema would break such a
+pointer, so each target is first made a definition of its own (`gather`).
 """
 
 import re
@@ -21,8 +17,8 @@ JsonSchema = dict[str, Any]
 
 class Treatment(StrEnum):
     ENFORCED = "enforced"
-    ANNOTATION = "annotation"  # never sent to the compiler, and not counted against its bounds
-    NOT_ENFORCED = "not enforced"  # refused where the schema is strict, left out where it is not
+    ANNOTATION = "annotation"  # never sent to the compiler and not counted against its limits
+    NOT_ENFORCED = "not enforced"  # refused in a strict schema, removed from any other
 
 
 #: Keywords whose value is a schema, a list of schemas (`items` in drafts before 2020-12), or schemas by name.
@@ -45,7 +41,7 @@ _ENFORCED = (
 )
 
 #: JSON Schema 2020-12, sections 8 and 9 of the core and 8 and 9 of the validation vocabulary, where contentEncoding and
-#: contentMediaType are annotations, too; `discriminator`, `xml`, `externalDocs` and `example` are OpenAPI's.
+#: contentMediaType are annotations as well; `discriminator`, `xml`, `externalDocs` and `example` are OpenAPI's.
 _ANNOTATIONS = (
     *("$schema", "$id", "id", "$comment", "$vocabulary", "title", "description", "default", "examples"),
     *("deprecated", "readOnly", "writeOnly", "contentEncoding", "contentMediaType", "contentSchema"),
@@ -69,25 +65,26 @@ FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid", "unknown"}
 )
 
-#: What the Rust regex crate and llguidance have not: look-around, atomic groups, word boundaries, back-references, and
-#: the escapes and empty classes of other dialects.
+#: What the Rust regex crate and llguidance lack: look-around, atomic groups, word boundaries, back-references, and the
+#: escapes and empty classes of other dialects.
 _FOREIGN_REGEX = re.compile(r"\(\?(?:[=!>]|<[=!])|\\(?:[^\W_aftnrvxuUpPdDsSwWAz])|\[\^?\]")
 
 _ESCAPED_BACKSLASH = re.compile(r"\\\\")
 
 
 def is_annotation(keyword: str) -> bool:
-    """OpenAPI's `x-...` are notes, all but `x-guidance`: that is the compiler's own, and changes what is enforced."""
+    """Whether it only describes. OpenAPI's `x-...` do, except `x-guidance`, which is the compiler's and changes what is
+    enforced."""
     return TREATMENTS.get(keyword) is Treatment.ANNOTATION or (keyword.startswith("x-") and keyword != "x-guidance")
 
 
 def is_foreign_regex(pattern: str) -> bool:
-    """Whether it uses what cannot be followed. One that uses nothing of that may still be none at all."""
+    """Whether it uses syntax that cannot be enforced. False does not mean that the pattern is valid."""
     return _FOREIGN_REGEX.search(_ESCAPED_BACKSLASH.sub("", pattern)) is not None
 
 
 def children_of(schema: JsonSchema) -> Iterator[tuple[Any, str]]:
-    """The schemas directly within, each with its path."""
+    """The direct subschemas, each with its path."""
     for keyword, value in schema.items():
         if keyword in SCHEMA_MAPS and isinstance(value, dict):
             yield from ((child, f"{keyword}/{_escaped(name)}") for name, child in value.items())
@@ -98,7 +95,7 @@ def children_of(schema: JsonSchema) -> Iterator[tuple[Any, str]]:
 
 
 def with_children(schema: JsonSchema, change: Callable[[Any, str], Any]) -> JsonSchema:
-    """A copy in which each schema directly within is what `change` makes of it and its path."""
+    """A copy with each direct subschema replaced by `change(subschema, path)`."""
     changed: JsonSchema = {}
     for keyword, value in schema.items():
         if keyword in SCHEMA_MAPS and isinstance(value, dict):
@@ -123,7 +120,7 @@ def list_of(schema: JsonSchema, keyword: str) -> list[Any]:
 
 
 def without_annotations(schema: Any) -> Any:
-    """A copy of what the compiler has to know. `schema` is no deeper than `schema_bounds.MAX_VALUE_DEPTH`."""
+    """A copy with only what the compiler must know. `schema` is no deeper than `structured_output.MAX_VALUE_DEPTH`."""
     if not isinstance(schema, dict):
         return schema
     kept = {keyword: value for keyword, value in schema.items() if not is_annotation(keyword)}
@@ -140,14 +137,14 @@ MAX_PLACE_CHARS = 200
 
 
 def check_references(schema: JsonSchema) -> None:
-    """Raises ValueError for a reference to nothing, and for one that leads back to itself without any progress."""
+    """Raises ValueError for a reference to nothing and for one that leads directly back to itself."""
     checked: set[str] = set()
     for subschema, place in walk(schema):
         reference = local_reference(subschema)
         if reference is None:
             continue
         if not _leads_somewhere(schema, reference):
-            raise ValueError(f"$ref at {place} is {reference[:64]!r}, and there is nothing at that place; correct it")
+            raise ValueError(f"$ref at {place} is {reference[:64]!r}, but there is nothing at that place; correct it")
         if reference not in checked:
             _check_progress(schema, reference, checked)
 
@@ -167,17 +164,18 @@ def walk(schema: Any) -> Iterator[tuple[JsonSchema, str]]:
 
 
 def local_reference(schema: JsonSchema) -> str | None:
-    """The JSON pointer that `$ref` is, None where it is none or points elsewhere."""
+    """The JSON pointer in `$ref`; None if there is none or it points outside the schema."""
     reference = schema.get("$ref")
     is_local = isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))
     return reference if is_local else None
 
 
 def gather(schema: JsonSchema) -> JsonSchema:
-    """The same schema; each local reference is `#/$defs/N`, and all definitions are used. `check_references` passed."""
+    """The same schema with each local reference as `#/$defs/N` and without unused definitions. `check_references` has
+    passed."""
     targets: set[tuple[str, ...]] = set()
     waiting: list[Any] = [schema]
-    while waiting:  # what is pointed to may lie under a keyword of no schema, and point on
+    while waiting:  # a target may lie outside any known subschema and contain references itself
         for found in _schemas_in(waiting.pop()):
             reference = local_reference(found)
             if reference is not None and (steps := _steps(reference)) not in targets:
@@ -204,7 +202,7 @@ def gather(schema: JsonSchema) -> JsonSchema:
 
 
 def _check_progress(schema: JsonSchema, reference: str, checked: set[str]) -> None:
-    """Follow `$ref` and `allOf` only: whoever has to satisfy a schema has to satisfy these at the same place."""
+    """Follow only `$ref` and `allOf`: a value that satisfies a schema must satisfy these at the same place."""
     path: dict[str, Iterator[str]] = {reference: _at_the_same_place(schema, reference)}
     while path:
         pointer, following = next(reversed(path.items()))
@@ -214,15 +212,15 @@ def _check_progress(schema: JsonSchema, reference: str, checked: set[str]) -> No
             checked.add(pointer)
         elif followed in path:
             raise ValueError(
-                f"$ref to {followed[:64]!r} leads back to itself without anything between; "
-                "put the reference into properties, items or a branch of anyOf"
+                f"$ref to {followed[:64]!r} leads back to itself directly; put the reference into properties, items "
+                f"or a branch of anyOf"
             )
         elif followed not in checked:
             path[followed] = _at_the_same_place(schema, followed)
 
 
 def _at_the_same_place(schema: JsonSchema, reference: str) -> Iterator[str]:
-    """Nothing where the reference leads nowhere: that is found where it stands."""
+    """What applies at the same place as `reference`; empty if it points to nothing, which its own check reports."""
     waiting: list[Any] = [_resolve(schema, _steps(reference))] if _leads_somewhere(schema, reference) else []
     while waiting:
         found = waiting.pop()

@@ -1,14 +1,7 @@
 """What is asked for and what comes back: generations, their chunks, embeddings, and options of a job.
 
-A chunk: the smallest piece of a job's stream that is committed, published and replayed.
-
-What is asked for (GenerationRequest) and what comes back (GenerationResult). Both are stored as they stand here.
-
-Texts to vectors: what is asked for (EmbeddingRequest) and what comes back (EmbeddingResult).
-
-A job's request and its result, of whichever kind the job is: told apart by `kind`, which every dump bears.
-
-A job's options beside its request, and the bounds of its deadline.
+Requests and results are stored as these classes dump them; `kind` in each dump says which one it is. A chunk is the
+smallest piece of a job's stream that is committed, published and replayed.
 """
 
 import base64
@@ -31,9 +24,9 @@ def _utf8(text: str) -> tuple[int, ...]:
 
 
 class TokenLogprob(Frozen):
-    """A token may be a part of a character: its `bytes` are what it adds to the UTF-8 of the text, and in `token` those
-    that are no character by themselves are written `\\xNN`, as the OpenAI API does it. A special token adds none; as an
-    alternative it has those of its name. Chunks stored before tokens had bytes get those of the text."""
+    """A token may be only part of a character: `bytes` is what it adds to the UTF-8 of the text, and `token` spells
+    bytes that are not a character by themselves as `\\xNN`, as the OpenAI API does. A special token adds no bytes; as
+    an alternative it has those of its name. Chunks stored before tokens had bytes get those of the text."""
 
     token: str
     token_id: int
@@ -48,13 +41,13 @@ class TokenLogprob(Frozen):
 class TokenChunk(Frozen):
     """What one sequence of a job gained since its last chunk.
 
-    `sequence_number` counts the chunks of the whole job from 1 without a hole, over all its sequences and attempts.
-    What a reset made void is gone from the log: its numbers are not used again, and the reset takes the next one.
-    `text` may lag behind `token_ids`: text that could still become a stop string, or is half a UTF-8 character, comes
-    with a later chunk. The concatenated `text` of one `index` is the sequence's final text, byte for byte.
+    `sequence_number` counts the chunks of the whole job from 1 without gaps, over all its sequences and attempts. A
+    reset deletes the chunks before it from the log; it takes the next number, and theirs are not reused. `text` may lag
+    behind `token_ids`: text that may still become a stop string, or is half a UTF-8 character, comes with a later
+    chunk. The concatenated `text` of one `index` is the sequence's final text, byte for byte.
 
-    What a later attempt needs to know rides on the chunks: under best_of the sum of the tokens' logprobs, on the first
-    chunk of all the prompt's, where they are asked for, and where the first </think> ends.
+    Chunks also carry what a later attempt needs: the sum of the tokens' logprobs (with best_of), the prompt's logprobs
+    if requested (on the very first chunk), and where the first </think> ends.
     """
 
     sequence_number: int = Field(ge=1)
@@ -63,10 +56,10 @@ class TokenChunk(Frozen):
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None  # set on the last chunk of its index
     logprobs: tuple[TokenLogprob, ...] | None = None
-    sum_logprobs: float | None = None  # of token_ids, under best_of
+    sum_logprobs: float | None = None  # of token_ids, with best_of
     num_reasoning_tokens: int | None = None  # of the sequence up to </think>, on the chunk whose tokens complete it
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # one per prompt token; the first has none
-    is_reset: bool = False  # the job begins anew here: whatever came before is void, and this chunk says nothing else
+    is_reset: bool = False  # the job starts over: all earlier chunks are void; all other fields are empty
 
 
 MAX_MESSAGES = 256
@@ -83,9 +76,9 @@ MAX_BAD_TOKENS = 1024
 
 MAX_PROMPT_TOKENS = 1_000_000
 
-MAX_PROMPT_LOGPROBS = 65_536  # logprobs of one prompt, alternatives included: they travel in one chunk
+MAX_PROMPT_LOGPROBS = 65_536  # logprobs of one prompt, alternatives included; they must fit in one chunk
 
-NO_BOUND = -1  # as a max_tokens or a top_k: there is none, as other servers have it
+NO_BOUND = -1  # as max_tokens or top_k: no limit, as on other servers
 
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
@@ -110,21 +103,21 @@ class ChatMessage(Frozen):
     name: str | None = Field(default=None, max_length=64)
     reasoning_content: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS)  # of an assistant
     tool_calls: tuple[ToolCall, ...] = Field(default=(), max_length=MAX_TOOLS)  # of an assistant
-    tool_call_id: str | None = Field(default=None, max_length=128)  # which call a tool answers
+    tool_call_id: str | None = Field(default=None, max_length=128)  # the call that a tool message answers
 
 
 class SamplingParams(Frozen):
     """How tokens are drawn. `None` means the model's own default (its generation config), resolved at submit."""
 
-    max_tokens: Annotated[int | None, AfterValidator(_unbounded)] = Field(  # 0 only scores: see prompt_logprobs
+    max_tokens: Annotated[int | None, AfterValidator(_unbounded)] = Field(
         default=None, ge=NO_BOUND, le=1_000_000
-    )
+    )  # 0: only score the prompt
     min_tokens: int = Field(default=0, ge=0, le=1_000_000)
     temperature: Finite | None = Field(default=None, ge=0, le=2)  # 0 is greedy
     top_p: Finite | None = Field(default=None, ge=0, le=1)  # 0 is greedy, too
     top_k: Annotated[int | None, AfterValidator(_off)] = Field(default=None, ge=NO_BOUND, le=1_000_000)  # 0 is off
     min_p: Finite = Field(default=0.0, ge=0, le=1)
-    seed: Seed | None = None  # drawn at accept where the client gives none
+    seed: Seed | None = None  # drawn when the job is accepted if the client gives none
     stop: tuple[StopString, ...] = Field(default=(), max_length=MAX_STOP_STRINGS)
     stop_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=64)
     bad_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=MAX_BAD_TOKENS)  # never drawn
@@ -135,15 +128,15 @@ class SamplingParams(Frozen):
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] = Field(
         default_factory=dict, max_length=MAX_LOGIT_BIAS
     )
-    logprobs: int | None = Field(default=None, ge=0, le=20)  # how many alternatives beside the drawn token
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)  # of each prompt token: how many alternatives
+    logprobs: int | None = Field(default=None, ge=0, le=20)  # how many alternatives besides the drawn token
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)  # how many alternatives for each prompt token
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
-    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)  # so many run; the n best by mean logprob are kept
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)  # candidates; the n best by mean logprob are kept
     structured_output: StructuredOutput | None = None
 
     @property
     def num_sequences(self) -> int:
-        """How many run at once: the candidates of best_of, else n."""
+        """How many sequences run: best_of if given, else n."""
         return self.best_of or self.n
 
     @model_validator(mode="after")
@@ -163,12 +156,12 @@ class SamplingParams(Frozen):
         if self.max_tokens == 0 and self.prompt_logprobs is None:
             raise ValueError("max_tokens is 0, which only scores the prompt; ask for prompt_logprobs, or for a token")
         if self.max_tokens == 0 and self.num_sequences > 1:
-            raise ValueError("max_tokens is 0: there is no output to choose from; leave n and best_of out")
+            raise ValueError("max_tokens is 0: so there is no output to choose from; leave out n and best_of")
         return self
 
 
 class GenerationRequest(Frozen):
-    """One generation: a plain prompt to continue, in text or token ids, or chat messages to answer."""
+    """One generation: a prompt to continue, as text or token ids, or chat messages to answer."""
 
     kind: Literal["generation"] = "generation"
     model: str = Field(min_length=1, max_length=256)
@@ -182,13 +175,15 @@ class GenerationRequest(Frozen):
     @model_validator(mode="after")
     def _tools_in_a_chat(self) -> Self:
         if self.tools and self.messages is None:
-            raise ValueError("tools are shown by the chat template, so they need messages; leave them out")
+            raise ValueError(
+                "tools are rendered by the chat template, so they need messages; leave them out or send messages"
+            )
         return self
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         if sum(given is not None for given in (self.prompt, self.messages, self.prompt_token_ids)) != 1:
-            raise ValueError("give prompt, messages or prompt_token_ids, exactly one of them")
+            raise ValueError("give exactly one of prompt, messages and prompt_token_ids")
         return self
 
     @property
@@ -201,11 +196,12 @@ class GenerationRequest(Frozen):
 class ResultChoice(Frozen):
     """One finished sequence. `text` is the concatenated text of its chunks.
 
-    Under best_of the choices are the n best candidates, best first: `candidate` is the index that the stream's chunks
-    of this one bear, `mean_logprob` what it was chosen by (None where it ended before its first token).
+    With best_of the choices are the n best candidates, best first: `candidate` is the index of its chunks in the
+    stream, `mean_logprob` is what it was chosen by (None if it ended before its first token).
 
-    `num_reasoning_tokens` are its tokens up to and including the one that completes the first </think>, whether or not
-    that ends a reasoning: only who knows the model's format can tell. None where there is no </think>.
+    `num_reasoning_tokens` counts the tokens up to and including the one that completes the first </think>, even if that
+    tag does not end a reasoning section; only code that knows the model's format can decide. None if there is no
+    </think>.
     """
 
     index: int
@@ -227,7 +223,7 @@ class GenerationResult(Frozen):
 
 
 def best_choices(candidates: Sequence[ResultChoice], num_choices: int) -> tuple[ResultChoice, ...]:
-    """The candidates with the highest mean_logprob, best first, earlier ones before equals, and numbered anew."""
+    """The candidates with the highest mean_logprob, best first, renumbered from 0; ties go to the earlier one."""
     ranked = sorted(candidates, key=_mean_logprob, reverse=True)[:num_choices]
     return tuple(
         choice.model_copy(update={"index": index, "candidate": choice.index}) for index, choice in enumerate(ranked)
@@ -240,9 +236,9 @@ def _mean_logprob(choice: ResultChoice) -> float:
 
 MAX_INPUTS = 2048
 
-MAX_INPUT_TOKENS = 300_000  # of one request, over all its inputs
+MAX_INPUT_TOKENS = 300_000  # per request, over all its inputs
 
-MAX_NUMBERS = 2**22  # of one result, 16 MiB of them: they travel in one frame and lie in one row
+MAX_NUMBERS = 2**22  # per result (16 MiB): they must fit in one frame and one row
 
 MAX_DIMENSIONS = 65_536
 
@@ -250,7 +246,7 @@ _Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHA
 
 _TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=MAX_INPUT_TOKENS)]
 
-#: The tags keep the two branches out of error messages.
+#: The tags keep the names of both branches out of error messages.
 EmbeddingInput = Annotated[
     Annotated[_Text, Tag("<text>")] | Annotated[_TokenIds, Tag("<token ids>")],
     Discriminator(lambda value: "<text>" if isinstance(value, str) else "<token ids>"),
@@ -295,7 +291,7 @@ JobOutput = GenerationResult | EmbeddingResult
 
 
 def kind_of(value: Any) -> str:
-    """Of a request or result, or its dump. Those that were stored before there were kinds are of a generation."""
+    """The kind of a request or result, or of its dump. Dumps from before there were kinds are generations."""
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
     return str(kind or JobKind.GENERATION)
 
@@ -320,7 +316,7 @@ MAX_DEADLINE_AHEAD = timedelta(days=365)
 
 @dataclass(frozen=True, slots=True)
 class JobOptions:
-    """A job's options beside its request."""
+    """A job's options that are not part of its request, and the bounds of its deadline."""
 
     priority: int = 0
     deadline_at: datetime | None = None
@@ -329,12 +325,12 @@ class JobOptions:
     result_ttl_seconds: int | None = None  # None: the installation's
     idempotency_key: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
-    webhook_url: str | None = None  # told of the ends in webhook_statuses
+    webhook_url: str | None = None  # notified of the ends in webhook_statuses
     webhook_statuses: Sequence[JobStatus] = TELLABLE_STATUSES
-    deadline_after_seconds: float | None = None  # since the accept; no part of what a repeated request must share
+    deadline_after_seconds: float | None = None  # from acceptance; a repeated request may differ in it
     endpoint: Endpoint = Endpoint.JOBS
     is_stored: bool = False
-    endpoint_body: str | None = None  # JSON, kept beside the request for the route that shows it again
+    endpoint_body: str | None = None  # JSON, stored for the route that shows the request again
 
 
 def refuse_impossible_deadline(options: JobOptions) -> None:
@@ -343,13 +339,13 @@ def refuse_impossible_deadline(options: JobOptions) -> None:
     now = datetime.now(UTC)
     if not now < options.deadline_at < now + MAX_DEADLINE_AHEAD:
         raise InvalidRequest(
-            f"deadline is {options.deadline_at.isoformat()}; name a time to come within {MAX_DEADLINE_AHEAD.days} days",
+            f"deadline is {options.deadline_at.isoformat()}; give a future time within {MAX_DEADLINE_AHEAD.days} days",
             param="deadline",
         )
 
 
 def deadline_of(options: JobOptions) -> datetime | None:
-    """The earlier of the two that may be given."""
+    """The earlier of the two deadlines that may be given."""
     if options.deadline_after_seconds is None:
         return options.deadline_at
     relative = datetime.now(UTC) + timedelta(seconds=options.deadline_after_seconds)

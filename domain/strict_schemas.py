@@ -1,15 +1,12 @@
 """JSON schemas rewritten: closed, as strict tools demand, or reduced to what can be enforced.
 
-A function's parameters as a call may fill them: with what they list, and nothing else.
+Closed (`closed`): JSON Schema lets an object have unlisted properties, but a function takes only listed arguments. So
+an object is closed wherever `properties` is given and `additionalProperties` is not, at every depth. What is spread
+over `allOf`, `$ref` and the branches of `anyOf` is closed as a whole, as `unevaluatedProperties: false` would.
 
-JSON Schema lets an object have any property beside those that are listed, a function takes no such argument. So an
-object is closed wherever `properties` is given and `additionalProperties` is not, at every depth. What is spread over
-`allOf`, `$ref` and the branches of `anyOf` is closed as a whole, as `unevaluatedProperties: false` would.
-
-A schema without what cannot be enforced: for whoever did not ask for strictness.
-
-JSON Schema 2020-12 (core, 6.5 and validation, 7.2.1) makes annotations of unknown keywords and formats. What can be
-said in another way is: `nullable` as a type, `propertyNames` as properties, `oneOf` as `anyOf`.
+Reduced (`enforceable`): for clients that did not ask for strictness. JSON Schema 2020-12 (core, 6.5 and validation,
+7.2.1) treats unknown keywords and formats as annotations. What can be expressed in another way is: `nullable` as a
+type, `propertyNames` as properties, `oneOf` as `anyOf`.
 """
 
 import itertools
@@ -33,9 +30,9 @@ from domain.json_schemas import (
 )
 from domain.structured_output import MAX_PATTERN_CHARS, MAX_REPEAT, holds_long_repetition
 
-MAX_CLOSED_SCHEMAS = 4_096  # looked at in one schema: each way to a definition closes it in its own way
+MAX_CLOSED_SCHEMAS = 4_096  # per schema; a definition is closed separately for each path that leads to it
 
-FREE_DEPTH = 5  # of values that the schema says nothing of: a model may nest them without an end
+FREE_DEPTH = 5  # of unconstrained values, which a model might otherwise nest without end
 
 _PARTS = ("allOf", "anyOf", "oneOf")
 
@@ -46,8 +43,8 @@ _NO_NAMES: frozenset[str] = frozenset()
 
 @dataclass(slots=True)
 class _Declared:
-    """What a schema, and all that stands at the same place, says of properties: `is_listed`, which there are, if only
-    that there are none; `is_open`, that there may be others."""
+    """What a schema and everything at the same place declare about properties: `is_listed` that they are listed (even
+    if empty), `is_open` that others are allowed."""
 
     names: dict[str, None] = field(default_factory=dict)  # in their order
     patterns: dict[str, None] = field(default_factory=dict)
@@ -56,11 +53,11 @@ class _Declared:
 
 
 def closed(schema: JsonSchema, *, is_strict: bool) -> JsonSchema:
-    """`schema` is as `schema_references.gather` makes it. A strict one is closed where it says that it is open, too.
-    Raises ValueError."""
+    """`schema` is a result of `json_schemas.gather`. A strict one is closed even where it says that it is open. Raises
+    ValueError."""
     kind = schema.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        raise ValueError(f"type at # is {str(kind)[:64]!r}, but a function's arguments are an object; send that")
+        raise ValueError(f"type at # is {str(kind)[:64]!r}, but a function's arguments are an object; give object")
     closer = _Closer(map_of(schema, "$defs"), is_strict)
     bare = {keyword: value for keyword, value in schema.items() if keyword != "$defs"}
     if not {"$ref", *_PARTS, *_SHAPING} & set(bare):
@@ -83,7 +80,7 @@ class _Closer:
     _num_seen: int = 0
 
     def close(self, schema: Any, outside: frozenset[str]) -> Any:
-        """`outside` are the names that are declared beside it, at the same place."""
+        """`outside` are the names declared elsewhere at the same place."""
         if not isinstance(schema, dict):
             return schema
         self._count()
@@ -101,14 +98,14 @@ class _Closer:
         return _shut(_with_parts(own, self.open), declared, outside)
 
     def open(self, schema: Any) -> Any:
-        """Closed within its values only."""
+        """Close only the values within."""
         if not isinstance(schema, dict):
             return schema
         self._count()
         return _with_parts(self._with_closed_values(schema), self.open)
 
     def finish(self) -> None:
-        """Make the definitions that are referred to."""
+        """Build the definitions that are referred to."""
         while self._waiting:
             name, definition, outside = self._waiting.pop()
             target = self.definitions[definition]
@@ -139,7 +136,7 @@ class _Closer:
         return schema.get("additionalProperties", False) is not False
 
     def _with_closed_values(self, schema: JsonSchema) -> JsonSchema:
-        """What is said of values within is closed; the parts that stand at the same place are left as they are."""
+        """Close the schemas of values within; parts at the same place stay as they are."""
         here = {keyword: value for keyword, value in schema.items() if keyword not in _PARTS}
         parts = {keyword: value for keyword, value in schema.items() if keyword in _PARTS}
         reference = _definition_of(schema)
@@ -154,7 +151,7 @@ class _Closer:
         return self.close(schema, _NO_NAMES)
 
     def _bounded(self, schema: JsonSchema) -> JsonSchema:
-        """Objects and lists of which nothing is said; a strict schema has no such objects."""
+        """Unconstrained objects and lists, to a limited depth; a strict schema has no such objects."""
         kinds = schema.get("type")
         kinds = kinds if isinstance(kinds, list) else [kinds]
         if "object" in kinds and not _SHAPING & set(schema):
@@ -164,7 +161,7 @@ class _Closer:
         return schema
 
     def _refer(self, definition: str, outside: frozenset[str] | None) -> JsonSchema:
-        """To the definition, closed beside the names from outside, or left open (None)."""
+        """A reference to the definition, closed given the names from outside, or left open (None)."""
         key = (definition, outside)
         if key not in self._names:
             name = self._names[key] = str(len(self._names))
@@ -187,7 +184,7 @@ def _definition_of(schema: JsonSchema) -> str | None:
 
 
 def _own_names(schema: JsonSchema) -> dict[str, None]:
-    """What is required is declared, too."""
+    """Required names count as declared."""
     if "properties" not in schema and "patternProperties" not in schema:
         return {}
     required = [name for name in list_of(schema, "required") if isinstance(name, str)]
@@ -226,12 +223,13 @@ def _free_values() -> dict[str, JsonSchema]:
     return values
 
 
-#: Beyond it neighbouring integers are the same double (RFC 8259, section 6), and a bound could not be kept exactly.
+#: Beyond this, neighbouring integers are the same double (RFC 8259, section 6), so a bound could not be enforced
+#: exactly.
 MAX_BOUND = 2**53
 
-MIN_BOUND = 1e-15  # but for 0
+MIN_BOUND = 1e-15  # except 0
 
-MAX_DIVISOR, MIN_DIVISOR = 10_000, 1e-9  # of multipleOf: a divisor has as many states as its size
+MAX_DIVISOR, MIN_DIVISOR = 10_000, 1e-9  # of multipleOf: the automaton has as many states as the divisor's size
 
 _BEGINNING = re.compile(r"\^([A-Za-z0-9_-]+)(?![*?{+|])")  # characters that every name must begin with
 
@@ -239,7 +237,7 @@ _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 def enforceable(schema: Any) -> Any:
-    """`schema` is as `schema_references.gather` makes it, and `check_structure` passed."""
+    """`schema` is a result of `json_schemas.gather` that has passed `check_structure`."""
     if not isinstance(schema, dict):
         return schema
     said_otherwise = _with_conditional_properties(_with_numeric_bounds(_with_prefix_items(schema)))
@@ -281,7 +279,7 @@ def _is_followed(pattern: str) -> bool:
 
 
 def _with_prefix_items(schema: JsonSchema) -> JsonSchema:
-    """Tuples as drafts before 2020-12 write them."""
+    """Tuples in the spelling of drafts before 2020-12."""
     if not isinstance(schema.get("items"), list):
         return schema
     others = {keyword: value for keyword, value in schema.items() if keyword not in ("items", "additionalItems")}
@@ -299,7 +297,7 @@ def _with_numeric_bounds(schema: JsonSchema) -> JsonSchema:
 
 
 def _with_names_as_properties(schema: JsonSchema) -> JsonSchema:
-    """`propertyNames` of known names, and `patternProperties` that cannot be told apart or followed."""
+    """`propertyNames` as properties; drops `patternProperties` that overlap or cannot be enforced."""
     changed = dict(schema)
     names = changed.pop("propertyNames", None)
     known = list_of(names, "enum") if isinstance(names, dict) else []
@@ -323,7 +321,7 @@ def _can_be_told_apart(patterns: list[str]) -> bool:
 
 
 def _with_conditional_properties(schema: JsonSchema) -> JsonSchema:
-    """Properties that are listed under a condition only are still listed."""
+    """Properties that are listed only under a condition count as listed."""
     conditional = [schema.get("then"), schema.get("else"), *map_of(schema, "dependentSchemas").values()]
     listed: dict[str, list[Any]] = {}
     for part in conditional:
@@ -336,7 +334,7 @@ def _with_conditional_properties(schema: JsonSchema) -> JsonSchema:
 
 
 def _with_any_of(schema: JsonSchema) -> JsonSchema:
-    """At least one branch for exactly one: whether branches overlap cannot be told."""
+    """`oneOf` as `anyOf`: whether branches overlap cannot be determined."""
     branches = schema.get("oneOf")
     if not isinstance(branches, list):
         return schema

@@ -1,12 +1,7 @@
-"""What an output must look like: JSON schemas within bounds, tools, regular expressions, choices.
+"""What an output must look like: JSON schemas within bounds, tools, regular expressions, choices, grammars.
 
-What a JSON schema may be before anything is spent on it: small, shallow, self-contained, made of known keywords.
-
-Whether it can be compiled is found out elsewhere (`text/grammars.py`); here it is only looked at, in linear time.
-
-Functions that a model may ask its client to call: what is offered, and what was asked for.
-
-What an output must look like: a JSON schema, a regular expression, one of some strings, or a grammar.
+Here they are only inspected, in linear time, before anything is spent on them: schemas must be small, shallow,
+self-contained and made of known keywords. `text/grammars.py` finds out whether they compile.
 """
 
 import difflib
@@ -54,32 +49,31 @@ _STRICT_KEYWORDS = frozenset(
     keyword for keyword, treatment in TREATMENTS.items() if treatment is not Treatment.NOT_ENFORCED
 )
 
-# A repetition of a regular expression; \{, \x{...}, \u{...} and \p{...} are none.
+# A repetition in a regular expression; \\{, \\x{...}, \\u{...} and \\p{...} are not.
 _REPETITION = re.compile(r"(?<!\\)(?<!\\[xuU])\{(\d+)(?:,(\d*))?\}")
 
 
 def check_schema(schema: JsonSchema) -> None:
-    """That all of it can be enforced. Raises ValueError with the place, the value seen and the remedy."""
+    """Check that all of it can be enforced. Raises ValueError with the place, the value seen and the remedy."""
     check_structure(bounded(schema))
     check_keywords(schema)
 
 
 def bounded(schema: JsonSchema) -> JsonSchema:
-    """The schema without its annotations, small enough for all that is done to it. Raises ValueError."""
+    """The schema without its annotations. Raises ValueError if it is too large for what follows."""
     _check_depth_of_values(schema)
     kept: JsonSchema = without_annotations(schema)
     num_bytes = len(json.dumps(kept, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace"))
     if num_bytes > MAX_SCHEMA_BYTES:
         raise ValueError(
-            f"the schema has {num_bytes} bytes without its descriptions; at most {MAX_SCHEMA_BYTES} are taken: "
-            "shorten it"
+            f"the schema has {num_bytes} bytes without its descriptions; at most {MAX_SCHEMA_BYTES} are allowed: "
+            f"shorten it"
         )
     return kept
 
 
 def check_structure(schema: JsonSchema) -> None:
-    """That it is a schema, of which the compiler may make something: without asking whether all of its keywords can be
-    enforced. Raises ValueError."""
+    """Check that it is a schema within bounds, not that all of its keywords can be enforced. Raises ValueError."""
     _check_depth(schema)
     num_properties = num_enum_values = 0
     for subschema, place in walk(schema):
@@ -92,7 +86,7 @@ def check_structure(schema: JsonSchema) -> None:
 
 
 def check_keywords(schema: JsonSchema) -> None:
-    """That each can be enforced. Raises ValueError."""
+    """Check that each keyword can be enforced. Raises ValueError."""
     for subschema, place in walk(schema):
         _check_keywords(subschema, place)
         _check_format(subschema, place)
@@ -116,9 +110,9 @@ def check_numbers(schema: JsonSchema) -> None:
 
 
 def check_regex(regex: str, name: str) -> None:
-    """Raises ValueError. A regular expression that passes may still be refused when it is compiled."""
+    """Raises ValueError for one out of bounds. One that passes may still be refused by the compiler."""
     if len(regex) > MAX_PATTERN_CHARS:
-        raise ValueError(f"{name} has {len(regex)} characters; at most {MAX_PATTERN_CHARS} are taken: shorten it")
+        raise ValueError(f"{name} has {len(regex)} characters; at most {MAX_PATTERN_CHARS} are allowed: shorten it")
     check_repetitions(regex, name)
 
 
@@ -130,7 +124,7 @@ def check_repetitions(text: str, name: str) -> None:
     """Raises ValueError for an {m,n} that is too large."""
     for repetition in _REPETITION.finditer(text):
         if _is_long(repetition):
-            raise ValueError(f"{name} repeats {repetition[0][:24]} times; at most {MAX_REPEAT} are taken: lower it")
+            raise ValueError(f"{name} repeats {repetition[0][:24]} times; at most {MAX_REPEAT} is allowed: lower it")
 
 
 def _is_long(repetition: re.Match[str]) -> bool:
@@ -163,7 +157,7 @@ def _patterns(schema: JsonSchema) -> list[str]:
 
 
 def _check_keywords(schema: JsonSchema, place: str) -> None:
-    """A keyword that would be ignored is refused: a misspelt bound is no bound."""
+    """Refuse keywords that would be ignored, since a misspelt limit would not be enforced."""
     unknown = next((word for word in schema if word not in _STRICT_KEYWORDS and not is_annotation(word)), None)
     if unknown is None:
         return
@@ -185,17 +179,17 @@ def _check_counts(schema: JsonSchema, place: str) -> None:
     for keyword in COUNT_KEYWORDS:
         count = schema.get(keyword)
         if isinstance(count, int | float) and count > MAX_REPEAT:
-            raise ValueError(f"{keyword} at {place} is {count}; at most {MAX_REPEAT} are taken: lower it")
+            raise ValueError(f"{keyword} at {place} is {count}; at most {MAX_REPEAT} is allowed: lower it")
 
 
 def _check_least_properties(schema: JsonSchema, place: str) -> None:
-    """Names that the schema does not list may come twice in the output, and would count once."""
+    """Unlisted names may occur twice in the output but would count once, so they cannot be counted on."""
     least, required = schema.get("minProperties"), schema.get("required")
     num_required = len(required) if isinstance(required, list) else 0
     if isinstance(least, int | float) and least > max(1, num_required):
         raise ValueError(
             f"minProperties at {place} is {least}, more than the {num_required} required properties; "
-            "name those that must be there in required"
+            "list the needed ones in required"
         )
 
 
@@ -203,20 +197,19 @@ def _check_reference(schema: JsonSchema, place: str) -> None:
     reference = schema.get("$ref")
     if isinstance(reference, str) and not (reference == "#" or reference.startswith("#/")):
         raise ValueError(
-            f"$ref at {place} is {reference[:64]!r}; only references within the schema (#/$defs/...) are followed"
+            f"$ref at {place} is {reference[:64]!r}; only references within the schema are supported; write #/$defs/..."
         )
     if "$id" in schema and place != "#":
-        raise ValueError(f"$id at {place} is within the schema; only the whole schema may have one: remove it")
+        raise ValueError(f"$id at {place} is inside the schema; only the schema itself may have one: remove it")
 
 
 def _check_total(what: str, number: int, bound: int) -> None:
     if number > bound:
-        raise ValueError(f"the schema has {number} {what} in all; at most {bound} are taken: remove some")
+        raise ValueError(f"the schema has {number} {what} in all; at most {bound} are allowed: remove some")
 
 
 def _check_depth_of_values(schema: JsonSchema) -> None:
-    """What a recursive reader could not follow, and more values than there may be bytes, of which no more than that are
-    looked at."""
+    """Refuse what a recursive reader could not follow, and more values than bytes are allowed; stops at that number."""
     waiting: list[tuple[Any, int]] = [(schema, 1)]
     num_values = 1
     while waiting:
@@ -227,7 +220,8 @@ def _check_depth_of_values(schema: JsonSchema) -> None:
         num_values += len(children)
         if num_values > MAX_SCHEMA_BYTES:
             raise ValueError(
-                f"the schema has more than {MAX_SCHEMA_BYTES} values; at most so many bytes are taken: shorten it"
+                f"the schema has more than {MAX_SCHEMA_BYTES} values, which cannot fit the allowed {MAX_SCHEMA_BYTES} "
+                f"bytes: shorten it"
             )
         waiting += [(child, depth + 1) for child in children]
 
@@ -243,13 +237,14 @@ MAX_TOOLS = 128
 
 MAX_TOOL_CHARS = 100_000
 
-MAX_CALLS_BYTES = 65_536  # of all schemas that a grammar of calls is made of
+MAX_CALLS_BYTES = 65_536  # total of the schemas in one grammar of calls
 
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
 class ToolDefinition(Frozen):
-    """`parameters` is the JSON schema of the arguments, an object; without one, there are none."""
+    """A function that the model may call. `parameters` is the JSON schema (an object) of its arguments; None means no
+    arguments."""
 
     name: ToolName
     description: str | None = Field(default=None, max_length=MAX_TOOL_CHARS)
@@ -258,7 +253,7 @@ class ToolDefinition(Frozen):
 
 
 class ToolCall(Frozen):
-    """`arguments` is JSON as the model wrote it, so not always valid."""
+    """`arguments` is JSON as the model wrote it, which may be invalid."""
 
     id: str = Field(min_length=1, max_length=128)
     name: ToolName
@@ -274,14 +269,14 @@ class ToolFormat(StrEnum):
 
 
 class CallableTool(Frozen):
-    """`arguments` is the JSON schema that a call's arguments are held to, as it is to be compiled."""
+    """`arguments` is the JSON schema that is compiled to constrain a call's arguments."""
 
     name: ToolName
     arguments: dict[str, Any]
 
 
 class ToolCalls(Frozen):
-    """Calls that an output may consist of: of any of these tools, one after the other, or a single one.
+    """Calls that an output may consist of: any number of calls of these tools, or exactly one (`is_single`).
 
     `marker_token_id` is a special token that the model may write before its calls.
     """
@@ -300,8 +295,9 @@ class ToolCalls(Frozen):
             num_bytes += len(json.dumps(tool.arguments, separators=(",", ":"), ensure_ascii=False).encode())
         if num_bytes > MAX_CALLS_BYTES:
             raise ValueError(
-                f"the tools' parameters have more than {MAX_CALLS_BYTES} bytes without their descriptions, and so many "
-                "are taken where calls follow a grammar: send fewer tools"
+                f"the tools' parameters have more than {MAX_CALLS_BYTES} bytes without their descriptions, "
+                "the "
+                f"limit where calls are constrained by a grammar: send fewer tools"
             )
         return self
 
@@ -314,10 +310,10 @@ OutputChoice = Annotated[str, StringConstraints(min_length=1, max_length=1_024)]
 
 
 class StructuredOutput(Frozen):
-    """Exactly one field is given, and the whole output follows it: nothing before it, nothing behind it. Beside `calls`
-    there may be another: the output is then calls, or what the other field says.
+    """Exactly one field is given, and it constrains the whole output. Only `calls` may be combined with another: the
+    output is then either calls or what the other field demands.
 
-    `regex` and the schema's patterns are of the Rust regex crate's dialect, without look-around and back-references;
+    `regex` and the schema's patterns use the syntax of the Rust regex crate, without look-around and back-references;
     `regex` matches the whole output. `lark` is llguidance's variant of Lark, with the rule `start`. The JSON of
     `json_schema` is written without whitespace, its properties in the schema's order.
     """
@@ -331,7 +327,7 @@ class StructuredOutput(Frozen):
 
     @property
     def kind(self) -> str:
-        """The name of the field that is given; beside calls, of the other."""
+        """The name of the given field; if combined with `calls`, of the other one."""
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
     @field_validator("json_schema")
@@ -356,7 +352,7 @@ class StructuredOutput(Frozen):
             return None
         num_bytes = len(lark.encode())
         if num_bytes > MAX_LARK_BYTES:
-            raise ValueError(f"the grammar has {num_bytes} bytes; at most {MAX_LARK_BYTES} are taken: shorten it")
+            raise ValueError(f"the grammar has {num_bytes} bytes; at most {MAX_LARK_BYTES} are allowed: shorten it")
         check_repetitions(lark, "the grammar")
         return lark
 

@@ -1,14 +1,12 @@
-"""Webhooks in words: their URLs, the types of events, what is sent, how it is signed, when it is tried again.
+"""Webhooks: how a URL is parsed, the types of events, what is sent, how it is signed, and when it is retried.
 
-The one parser of webhook URLs. What it returns is what is stored and connected to, so that no second parser can see
-another host in the same text.
+`parse_webhook_url` is the only parser of webhook URLs: its result is what is stored and connected to, so no second
+parser can see a different host in the same text. It deliberately accepts little: `scheme://name[:port]/path[?query]` in
+visible ASCII. A host must be a DNS name whose last label is not a number in any base, so no spelling of an IP address
+passes as a name.
 
-It takes little on purpose: `scheme://name[:port]/path[?query]` in visible ASCII. A host must be a DNS name whose last
-label is not a number, in any base, so no spelling of an address passes for a name.
-
-Webhooks in words: the types of events, what is sent, how it is signed, and when it is tried again.
-
-The form is Standard Webhooks (standardwebhooks.com), as the OpenAI SDK's `client.webhooks.unwrap` checks it.
+Payload and signature follow Standard Webhooks (standardwebhooks.com), as the OpenAI SDK's `client.webhooks.unwrap`
+checks them.
 """
 
 import base64
@@ -36,22 +34,22 @@ _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)
 
-#: Names that mean a machine of ours whatever a resolver says; matched with all that ends in them.
+#: Names that mean a local machine whatever a resolver says; every name that ends in one matches, too.
 LOCAL_NAMES = ("localhost", "local", "internal", "localdomain", "home.arpa", "lan", "intranet", "onion")
 
-_IPV6_UNICAST = ip_network("2000::/3")  # the rest of IPv6 is local, special or not given out
+_IPV6_UNICAST = ip_network("2000::/3")  # the rest of IPv6 is local, special or unassigned
 
-#: Global by the registry, and yet a way to addresses that are not: IPv4 inside IPv6, relays, protocol assignments.
+#: Registered as global, yet they lead to addresses that are not: IPv4 inside IPv6, relays, protocol assignments.
 _INDIRECT = [ip_network(text) for text in ("2001::/23", "2002::/16", "192.0.0.0/24", "192.88.99.0/24")]
 
 
 class BadWebhookUrl(ValueError):
-    """Says what is wrong with a URL and what to give instead, without repeating it: it may hold a token."""
+    """Says what is wrong with a URL and what to give instead, without repeating the URL: it may hold a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class WebhookUrl:
-    """A URL whose parts are known. `str()` spells it as it is stored, to be parsed to the same parts again."""
+    """A parsed URL. `str()` is how it is stored; parsing that gives the same parts again."""
 
     scheme: str
     host: str
@@ -64,7 +62,7 @@ class WebhookUrl:
 
 
 def parse_webhook_url(text: str) -> WebhookUrl:
-    """Raises BadWebhookUrl. Which schemes, ports and networks are allowed is judged elsewhere."""
+    """Raises BadWebhookUrl. Which schemes, ports and networks are allowed is checked elsewhere."""
     if len(text) > MAX_URL_BYTES:
         raise BadWebhookUrl(f"it has {len(text)} characters; give at most {MAX_URL_BYTES}")
     match = _URL.fullmatch(text)
@@ -77,25 +75,25 @@ def parse_webhook_url(text: str) -> WebhookUrl:
     _refuse_bad_host(host)
     number = int(port) if port else DEFAULT_PORT_BY_SCHEME[scheme]
     if not 1 <= number <= 65_535:
-        raise BadWebhookUrl(f"its port is {number}; give one from 1 to 65535")
+        raise BadWebhookUrl(f"the port is {number}; give one from 1 to 65535")
     return WebhookUrl(scheme, host, number, target if target.startswith("/") else f"/{target}")
 
 
 def _refuse_bad_host(host: str) -> None:
     labels = host.split(".")
     if not all(_LABEL.fullmatch(label) for label in labels):
-        raise BadWebhookUrl("its host is no DNS name; write one, an international one in its xn-- form")
+        raise BadWebhookUrl("the host is not a DNS name; give one, international names in xn-- form")
     if _NUMBER.fullmatch(labels[-1]):
-        raise BadWebhookUrl("its host is an IP address; give a DNS name")
+        raise BadWebhookUrl("the host is an IP address; give a DNS name")
 
 
 def is_local_name(host: str) -> bool:
-    """A name that no public resolver knows: a single label, or one under a suffix for private use."""
+    """Whether no public resolver knows the name: a single label, or one under a suffix for private use."""
     return "." not in host or host.endswith(tuple(f".{name}" for name in LOCAL_NAMES))
 
 
 def is_public_address(address: str) -> bool:
-    """Whether an address is global unicast and leads nowhere else. False for what is none, and for scoped ones."""
+    """Whether an address is global unicast and leads nowhere else. False for non-addresses and scoped ones."""
     try:
         parsed = ip_address(address)
     except ValueError:
@@ -106,10 +104,10 @@ def is_public_address(address: str) -> bool:
     return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved and not is_indirect
 
 
-#: The ends of a job that a webhook can tell of.
+#: The final statuses that a webhook can report.
 TELLABLE_STATUSES = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED)
 
-#: Every type an endpoint may ask for. The part before the dot says what `data.id` is.
+#: Every event type that an endpoint may subscribe to. The part before the dot says what `data.id` is.
 EVENT_TYPES = (
     *(f"job.{status.value}" for status in TELLABLE_STATUSES),
     *(f"response.{end}" for end in ("completed", "failed", "cancelled", "incomplete")),
@@ -122,7 +120,7 @@ SECRET_PREFIX = "whsec_"  # noqa: S105  (what a secret begins with)
 
 NUM_SECRET_BYTES = 32
 
-#: Seconds to wait after the 1st, 2nd, ... failed attempt; the last one again and again, until 72 hours are over.
+#: Seconds to wait after the 1st, 2nd, ... failed attempt; the last value repeats until 72 hours are over.
 RETRY_SECONDS = (5.0, 30.0, 120.0, 600.0, 3_600.0, 14_400.0, 43_200.0, 86_400.0)
 
 RETRY_HOURS = 72
@@ -131,7 +129,7 @@ RETRY_HOURS = 72
 class DeliveryStatus(StrEnum):
     PENDING = "pending"  # due at next_attempt_at
     DELIVERED = "delivered"  # the receiver answered 2xx
-    FAILED = "failed"  # given up: no 2xx in 72 hours, or the receiver is gone
+    FAILED = "failed"  # given up: no 2xx in 72 hours, or the endpoint was deleted
 
 
 def new_secret() -> str:
@@ -152,8 +150,8 @@ def payload(event_id: UUID, event_type: str, created_at: datetime) -> bytes:
 
 
 def signature_headers(event_id: UUID, body: bytes, signing_secrets: Sequence[str], at: int) -> dict[str, str]:
-    """The three headers of Standard Webhooks. `at` is in seconds since 1970, by the clock of this attempt: receivers
-    refuse what is more than 5 minutes old. One signature per secret, so that either one of a rotation verifies."""
+    """The three headers of Standard Webhooks. `at` is the time of this attempt in seconds since 1970: receivers refuse
+    anything older than 5 minutes. One signature per secret, so that during a rotation either one verifies."""
     webhook_id = external_id(event_id, "evt")
     signed = f"{webhook_id}.{at}.".encode() + body
     signatures = [
@@ -168,5 +166,5 @@ def signature_headers(event_id: UUID, body: bytes, signing_secrets: Sequence[str
 
 
 def secret_hint(secret: str) -> str:
-    """Enough to tell two secrets apart, too little to sign with."""
+    """Enough to tell secrets apart, too little to sign with."""
     return f"{SECRET_PREFIX}...{secret[-4:]}"

@@ -1,4 +1,4 @@
-"""The file of a batch is read, some lines a step, and refused with the numbers of the lines at fault, or begun."""
+"""Validates the file of a batch, some lines per step: bad lines fail the batch with their numbers, else it starts."""
 
 import logging
 from collections.abc import Iterator
@@ -34,24 +34,24 @@ from text.models import ModelView, ModelViews
 log = logging.getLogger(__name__)
 
 LINES_PER_STEP = 2_000
-STEP_SECONDS = 0.25  # for long lines: then what was read is written down
+STEP_SECONDS = 0.25  # per step, which long lines reach; then progress is saved
 
 
 @dataclass
 class ReadLines:
-    """What a step has found in the file, and where it stands behind that."""
+    """What a step has found in the file, and how far it has read."""
 
     num_bytes_read: int
     num_lines_read: int
     num_inputs: int
     model: str | None
-    is_end: bool = False  # of the file
-    lines: list[NewLine] = field(default_factory=list)  # the valid ones
+    is_end: bool = False  # whether the file is at its end
+    lines: list[NewLine] = field(default_factory=list)  # the valid lines
     errors: list[BatchError] = field(default_factory=list)
 
 
 class BatchValidation:
-    """Where it stands is in the batch's row alone."""
+    """Its progress is stored only in the batch's row."""
 
     def __init__(self, sessions: sessionmaker[Session], views: ModelViews, surface: BatchSurface) -> None:
         self._sessions = sessions
@@ -59,12 +59,12 @@ class BatchValidation:
         self._surface = surface
 
     def step(self, batch: Batch) -> bool:
-        """Read the next lines; behind the last one the batch begins, or fails. True: the next step need not wait."""
+        """Read the next lines; after the last one the batch starts or fails. True: the next step need not wait."""
         read = self._read_some(batch)
         with self._sessions.begin() as session:
             locked = batches.lock(session, batch.id, BatchStatus.VALIDATING)
             if locked is None or locked.num_bytes_read != batch.num_bytes_read:
-                return False  # cancelled meanwhile, or another process was here
+                return False  # cancelled in the meantime, or advanced by another process
             if locked.expires_at <= batches.now(session):
                 batches.expire(session, locked)
             else:
@@ -88,7 +88,7 @@ class BatchValidation:
         return read
 
     def _parts(self, file_id: UUID, first_byte: int) -> Iterator[bytes]:
-        """The content from a byte on. Between two reads no transaction is open: that is when lines are parsed."""
+        """The content from a byte on. Lines are parsed between reads, while no transaction is open."""
         number, skipped = divmod(first_byte, PIECE_BYTES)
         while True:
             with self._sessions() as session:
@@ -109,8 +109,8 @@ class BatchValidation:
                 BatchError(code=exc.code, message=exc.message, line=read.num_lines_read, param=exc.param)
             )
         except (OSError, MemoryError, KeyboardInterrupt, SystemExit):
-            raise  # trouble of the machine, not of the line
-        except BaseException as exc:  # what a line does to its parser, a panic in Rust included, is that line's error
+            raise  # a fault of the machine, not of the line
+        except BaseException as exc:  # whatever breaks the parser, even a panic in Rust, is the line's error
             log.exception(
                 "a line of a batch could not be read: %s",
                 describe_exception(exc),
@@ -129,7 +129,7 @@ class BatchValidation:
         model = view.spec.id
         if read.model is not None and read.model != model:
             raise InvalidRequest(
-                f"body.model is {model!r}, but the lines before it ask for {read.model!r}; make it a batch of its own",
+                f"body.model is {model!r}, but earlier lines use {read.model!r}; put it into a separate batch",
                 param="body.model",
             )
         read.model = model
@@ -145,12 +145,12 @@ class BatchValidation:
         errors = [*(batch.errors.data if batch.errors is not None else ()), *read.errors]
         errors += _add(session, batch, read.lines)
         if read.is_end and batch.num_lines == 0 and not errors:
-            errors.append(BatchError(code="empty_file", message="the file holds no request; send one a line"))
+            errors.append(BatchError(code="empty_file", message="the file has no requests; send one per line"))
         too_many = _too_many(batch)
         self._conclude(session, batch, [*errors, *too_many], is_over=read.is_end or bool(too_many))
 
     def _conclude(self, session: Session, batch: Batch, errors: list[BatchError], *, is_over: bool) -> None:
-        """`is_over`: nothing more of the file is to be read."""
+        """`is_over`: nothing more of the file will be read."""
         in_order = sorted(errors, key=lambda error: error.line or 0)
         kept = BatchErrors(data=tuple(in_order[:MAX_ERRORS])) if errors else None
         if kept is not None and (is_over or len(errors) >= MAX_ERRORS):
@@ -162,13 +162,13 @@ class BatchValidation:
 
 
 def _add(session: Session, batch: Batch, lines: list[NewLine]) -> list[BatchError]:
-    """What is wrong with those whose custom_id another has."""
+    """Add the lines; returns the errors of those whose custom_id is taken."""
     added = batches.add_lines(session, batch.id, lines) if lines else set()
     batch.num_lines += len(added)
     return [
         BatchError(
             code="duplicate_custom_id",
-            message=f"custom_id {line.custom_id[:64]!r} is that of an earlier line; give each line its own",
+            message=f"custom_id {line.custom_id[:64]!r} is already used by an earlier line; give each line its own",
             line=line.line,
             param="custom_id",
         )
@@ -188,11 +188,11 @@ def _refuse_unfit(asked: LineRequest, view: ModelView) -> None:
 
 
 def _too_many(batch: Batch) -> list[BatchError]:
-    """What is wrong with the file as a whole as soon as so much of it was read."""
+    """What is wrong with the file as a whole, given what has been read so far."""
     errors = []
     if batch.num_lines > MAX_LINES:
-        errors.append(BatchError(code="too_many_tasks", message=f"the file holds more than {MAX_LINES} requests"))
+        errors.append(BatchError(code="too_many_tasks", message=f"the file has more than {MAX_LINES} requests"))
     if batch.num_inputs > MAX_INPUTS:
-        message = f"the lines hold more than {MAX_INPUTS} inputs together; make several batches of them"
+        message = f"the lines have more than {MAX_INPUTS} inputs together; split them into several batches"
         errors.append(BatchError(code="too_many_inputs", message=message, param="body.input"))
     return errors

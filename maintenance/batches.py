@@ -1,11 +1,11 @@
-"""What maintenance does for batches: read the file, feed its lines as jobs, see them end, freeze what came of them.
+"""Runs batches: reads the file, feeds its lines as jobs, follows them to their ends, and writes the output files.
 
-A step reads where the batch stands, does its work with no transaction open, and writes it down in a short one, under
-the lock of the batch's row and if the batch still stands there. So any number of processes may take steps, and one that
-is killed in the midst of a step has not taken it. A line's job is accepted where it is noted at the line:
-nothing is fed twice, and nothing forgotten.
+A step reads the batch's progress, works without an open transaction, and saves the result in a short one, under the
+lock of the batch's row and only if the progress is unchanged. So any number of processes may take steps, and a step
+that is killed midway has not happened. A line's job is accepted in the transaction that records it at the line, so no
+line is fed twice or forgotten.
 
-Tenants take turns: each has a slice of a round, whatever the number and the size of its batches.
+Tenants take turns: each gets a slice of a round, whatever the number and size of its batches.
 """
 
 import asyncio
@@ -40,11 +40,11 @@ from text.models import ModelViews
 
 log = logging.getLogger(__name__)
 
-BYTES_PER_FEED = 16_777_216  # of lines
-FEED_SECONDS = 0.5  # then the lines that are ready are accepted
-SLICE_SECONDS = 0.25  # of a tenant, then the next one has its turn; a step that has begun is ended
+BYTES_PER_FEED = 16_777_216  # bytes of lines
+FEED_SECONDS = 0.5  # then the prepared lines are accepted
+SLICE_SECONDS = 0.25  # per tenant and turn; a step that has started is finished
 TICK_SECONDS = 2.0
-UNTIL_FROZEN_SECONDS = 315_360_000  # ten years: results are kept until their batch lets them go
+UNTIL_FROZEN_SECONDS = 315_360_000  # ten years: results are kept until their batch releases them
 
 
 class BatchWork:
@@ -59,7 +59,7 @@ class BatchWork:
         *,
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_turn` is called whenever the database has said which batches there are, and after each tenant's turn."""
+        """`on_turn` is called each time the batches have been read from the database, and after each tenant's turn."""
         self._sessions = sessions
         self._views = views
         self._settings = settings
@@ -67,12 +67,12 @@ class BatchWork:
         self._on_turn = on_turn
         self._validation = BatchValidation(sessions, views, surface)
         self._preparer = RequestPreparer(views)
-        self._loop = asyncio.new_event_loop()  # the settler's; it turns only within a step
-        self._failed_ids: set[UUID] = set()  # of batches that rest until the next tick
+        self._loop = asyncio.new_event_loop()  # the preparer's; it runs only within a step
+        self._failed_ids: set[UUID] = set()  # batches that are skipped until the next tick
         self._last_by_tenant: dict[UUID, UUID] = {}  # the batch that had a tenant's last turn
 
     def tick(self) -> bool:
-        """Take every unfinished batch as far as it can go now. True: some could go further, and time is over."""
+        """Advance every unfinished batch as far as it can go now. True: time is up and some could go further."""
         until = monotonic() + TICK_SECONDS
         self._failed_ids.clear()
         while is_moving := self._round():
@@ -81,7 +81,7 @@ class BatchWork:
         return is_moving
 
     def _round(self) -> bool:
-        """A turn for each tenant. True: somebody's batches move, and wait for the next one."""
+        """A turn for each tenant. True: some batches can go on in the next round."""
         ids_by_tenant = self._unfinished_ids()
         if ids_by_tenant is None:
             return False
@@ -98,8 +98,8 @@ class BatchWork:
         return is_moving
 
     def _turn(self, tenant_id: UUID, batch_ids: Sequence[UUID]) -> bool:
-        """One batch of the tenant after another, beginning behind the one that had its last turn. True: time was over
-        while they moved."""
+        """One batch of the tenant after another, starting after the one that had the last turn. True: time ran out
+        before they stopped moving."""
         until = monotonic() + SLICE_SECONDS
         last = self._last_by_tenant.get(tenant_id)
         in_turn = sorted(batch_ids, key=lambda batch_id: (last is not None and batch_id <= last, batch_id))
@@ -124,39 +124,39 @@ class BatchWork:
             return None
 
     def _advance(self, batch_id: UUID) -> bool:
-        """A step. True where the next one need not wait for anybody."""
+        """Take a step. True if the next one need not wait."""
         if batch_id in self._failed_ids:
             return False
         about = {"batch_id": external_id(batch_id, "batch")}
         try:
             return self.step(batch_id)
-        except (*OUTAGES, OSError, MemoryError) as exc:  # trouble of the machine, not of the batch
+        except (*OUTAGES, OSError, MemoryError) as exc:  # a fault of the machine, not of the batch
             log.warning("a batch waits: %s", describe_exception(exc), extra=about)
-        except Exception as exc:  # an outermost loop: the other batches must go on
-            log.exception("a batch could not go on: %s", describe_exception(exc), extra=about)
+        except Exception as exc:  # an outermost loop: the other batches must continue
+            log.exception("a step of a batch failed: %s", describe_exception(exc), extra=about)
             self._failed_ids.add(batch_id)
             self._note_failure(batch_id, exc)
         return False
 
     def _note_failure(self, batch_id: UUID, exc: Exception) -> None:
-        """A step that fails again and again in the same way would do so for ever: then the batch fails."""
+        """Count a failed step. One that keeps failing in the same way would do so forever, so the batch fails."""
         place = traceback.extract_tb(exc.__traceback__)[-1]
-        way = f"{type(exc).__name__} at {Path(place.filename).name}:{place.lineno}"  # messages hold ids and numbers
+        way = f"{type(exc).__name__} at {Path(place.filename).name}:{place.lineno}"  # messages contain ids and numbers
         try:
             with self._sessions.begin() as session:
                 if not batches.note_step_failure(session, batch_id, way):
                     return
                 asked = jobs.request_cancel(session, batches.in_flight_job_ids(session, batch_id))
-                message = f"the server failed {batches.MAX_STEP_FAILURES} times to take this batch further: "
+                message = f"the server failed {batches.MAX_STEP_FAILURES} times to advance this batch:  "
                 message += describe_exception(exc)
                 error = BatchError(code=CeleriacError.code, message=message)
                 batches.give_up(session, batch_id, error, job_ttl_seconds=self._settings.result_ttl_seconds)
             job_log.ends(job for job in asked if job.status.is_terminal)
         except OUTAGES as outage:
-            log.warning("a failed step was not noted: %s", describe_exception(outage))
+            log.warning("a failed step could not be recorded: %s", describe_exception(outage))
 
     def step(self, batch_id: UUID) -> bool:
-        """True where the next step need not wait for anybody."""
+        """Take one step. True if the next one need not wait."""
         step_by_status: dict[BatchStatus, Callable[[Batch], bool]] = {
             BatchStatus.VALIDATING: self._validation.step,
             BatchStatus.IN_PROGRESS: self._run,
@@ -194,7 +194,7 @@ class BatchWork:
         return bool(waiting) and self._feed(batch, dict(zip(waiting, contents, strict=True)))
 
     def _feed(self, batch: Batch, content_by_line: dict[BatchLine, bytes]) -> bool:
-        """Make jobs of these lines, as many as get ready in time. True: there may be more to feed."""
+        """Make jobs of as many of these lines as can be prepared in time. True: there may be more to feed."""
         new_jobs: dict[int, NewJob] = {}
         refusals: dict[int, LineRefusal] = {}
         until = monotonic() + FEED_SECONDS
@@ -207,7 +207,7 @@ class BatchWork:
                 refusals[line.line] = self._surface.refusal_of(exc)
             if monotonic() > until:
                 break  # the others come with the next step
-        # Of one wave, whose jobs are equally old, the ids say who is first.
+        # Jobs of one wave are equally old, so their ids decide the order.
         ordered = sorted(new_job.id for new_job in new_jobs.values())
         new_jobs = {line: replace(job, id=id_) for (line, job), id_ in zip(new_jobs.items(), ordered, strict=True)}
         if not new_jobs and not refusals:
@@ -223,8 +223,8 @@ class BatchWork:
     def _accept(
         self, session: Session, batch: Batch, new_jobs: dict[int, NewJob], refusals: dict[int, LineRefusal]
     ) -> tuple[list[NewJob], list[LineRefusal]]:
-        """Write down what became of lines that still wait; returns the jobs that are new, and what was refused. The
-        jobs are accepted last: until the commit behind it, the tenant's other submissions wait."""
+        """Record the outcome of lines that still wait; returns the new jobs and the refusals. Jobs are accepted last,
+        because from then to the commit the tenant's other submissions wait."""
         locked = batches.lock(session, batch.id, BatchStatus.IN_PROGRESS)
         if locked is None or locked.expires_at <= batches.now(session):
             return [], []
@@ -255,10 +255,10 @@ class BatchWork:
             raise_refusal(answer, JobOptions())
         except CeleriacError as exc:
             return self._surface.refusal_of(exc)
-        raise AssertionError(f"{answer.outcome} is no refusal")
+        raise AssertionError(f"{answer.outcome} is not a refusal")
 
     def _num_wanted(self, session: Session, batch: Batch) -> int:
-        """A quarter of the tenant's queue at most: the rest is for its own requests."""
+        """At most a quarter of the tenant's queue: the rest is for its live requests."""
         tenant = tenants.get_tenant(session, batch.tenant_id)
         bound = tenant.max_queued if tenant is not None and tenant.max_queued is not None else None
         max_queued = self._settings.max_queued_jobs if bound is None else bound
@@ -266,7 +266,7 @@ class BatchWork:
         return max(0, allowed - batches.num_in_flight(session, batch.tenant_id))
 
     def _job_of(self, batch: Batch, line: BatchLine, content: bytes) -> NewJob:
-        """Raises CeleriacError, also for what no request should be able to do: that is the line's failure alone."""
+        """The job of a line. Raises CeleriacError, also for unexpected errors, so that only this line fails."""
         try:
             asked = self._surface.read_line(content, batch.endpoint)
             try:
@@ -276,10 +276,10 @@ class BatchWork:
             view, options = self._views.get(asked.request.model), _options(batch, line, asked)
             return make_job(batch.tenant_id, asked.request, options, view, prepared, settings=self._settings)
         except (CeleriacError, OSError, MemoryError, KeyboardInterrupt, SystemExit, asyncio.CancelledError):
-            raise  # a refusal; or trouble of the machine, not of the line
-        except BaseException as exc:  # a panic in a library written in Rust is no Exception
+            raise  # a refusal, or a fault of the machine, not of the line
+        except BaseException as exc:  # a panic in a Rust library is not an Exception
             log.exception(
-                "a line of a batch could not be made a job: %s",
+                "a batch line could not be made into a job: %s",
                 describe_exception(exc),
                 extra={"batch_id": external_id(batch.id, "batch"), "line": line.line},
             )
@@ -292,7 +292,7 @@ class BatchWork:
     # The end
 
     def _stop(self, batch: Batch) -> bool:
-        """A cancelled batch: nothing more is fed, what runs is asked to stop."""
+        """Stop a cancelled batch: nothing more is fed, and running jobs are asked to stop."""
         with self._sessions.begin() as session:
             locked = batches.lock(session, batch.id, BatchStatus.CANCELLING)
             if locked is None:
@@ -307,7 +307,7 @@ class BatchWork:
         return not is_begun or (is_done and self._freeze(batch))
 
     def _freeze(self, batch: Batch) -> bool:
-        """Write what the next lines came to; behind the last one the batch ends."""
+        """Write the results of the next lines; after the last one the batch ends."""
         with self._sessions() as session:
             lines = read_ended(session, batch, after=batch.num_frozen)
         output: list[bytes] = []
@@ -322,7 +322,7 @@ class BatchWork:
         with self._sessions.begin() as session:
             locked = batches.lock(session, batch.id, batch.status)
             if locked is None or locked.num_frozen != batch.num_frozen:
-                return False  # another process was here
+                return False  # another process has advanced it
             if not lines:
                 batches.end(session, locked, job_ttl_seconds=self._settings.result_ttl_seconds)
                 return False
@@ -340,7 +340,7 @@ def _is_done(batch: Batch) -> bool:
 
 
 def _options(batch: Batch, line: BatchLine, asked: LineRequest) -> JobOptions:
-    """The key holds a blank, which no client's can: it is ours alone."""
+    """The idempotency key contains a space, which clients' keys cannot, so it never collides with one."""
     return JobOptions(
         priority=BATCH_PRIORITY,
         deadline_at=batch.expires_at,

@@ -1,11 +1,7 @@
 """The janitor: rules that find what was left behind and put it right, once a second.
 
-What becomes of jobs that had begun under a revision of their model which no worker serves any more.
-
-The janitor: rules that find what somebody left behind and put it right, once a second.
-
-Every rule looks at the state as it is (nothing hangs on an event that could be missed), takes a bounded bite, skips
-rows that others have locked, and fails alone. Any number of janitors may run.
+Every rule looks at the current state (it does not depend on events, which could be missed), handles a bounded number
+of rows, skips rows that others have locked, and fails alone. Any number of janitors may run.
 
 Redis keys
 | name                  | type   | lifetime                  | writer           | reader  |
@@ -46,8 +42,8 @@ Revision = tuple[str, str]  # (model, revision)
 
 
 class RevisionWatch:
-    """Since when each revision is gone, as this process saw it: a restart of it makes jobs wait for longer, and a
-    worker that comes back in between ends the count."""
+    """Moves jobs away from model revisions that no worker has served for a while. Absence is measured by this process:
+    its restart makes jobs wait longer, and a worker that returns resets the count."""
 
     def __init__(self, sessions: sessionmaker[Session], settings: Settings) -> None:
         self._sessions = sessions
@@ -58,7 +54,7 @@ class RevisionWatch:
         self._gone_since: dict[Revision, float] = {}
 
     def look(self, now: float) -> list[Restarted | Returned]:
-        """The jobs that were moved; `now` is monotonic."""
+        """Returns the jobs that were moved; `now` is monotonic."""
         if now - self._looked_at < self._look_every_seconds:
             return []
         self._looked_at = now
@@ -74,7 +70,7 @@ class RevisionWatch:
         for (model, revision), num_jobs in num_jobs_by_revision.items():
             if (model, revision) not in self._gone_since:
                 log.warning(
-                    "jobs had begun under a model revision that no worker serves any more",
+                    "jobs started under a model revision that is no longer served",
                     extra={"model": model, "model_revision": revision, "num_jobs": num_jobs, "policy": self._policy},
                 )
         self._gone_since = {rev: self._gone_since.get(rev, now) for rev in num_jobs_by_revision}
@@ -96,39 +92,39 @@ class RevisionWatch:
 
 
 def status_after(job: Restarted | Returned) -> JobStatus:
-    """What open streams are told."""
+    """The status that open streams are told."""
     return job.status if isinstance(job, Returned) else JobStatus.QUEUED
 
 
 EPOCH_KEY = "celeriac:epoch"
 
-OLD_QUEUE = "celeriac-maintenance"  # through which earlier releases sent their ticks
+OLD_QUEUE = "celeriac-maintenance"  # earlier releases sent their ticks through it
 
 PRUNE_EVERY_SECONDS = 10.0
 
-CHECK_EVERY_SECONDS = 60.0  # what reads every unfinished job
+CHECK_EVERY_SECONDS = 60.0  # the check reads every unfinished job
 
-UNSERVED_SECONDS = 30.0  # a worker that starts has so long until its model counts as unserved
+UNSERVED_SECONDS = 30.0  # a starting worker has this long before its model counts as unserved
 
 
 class OutageGuard:
-    """Says when leases can be believed. After an outage of the database, and after its clock stepped, every lease looks
-    lapsed although its owner lives: then rescue waits for one lease, in which the owners renew. `clock` is monotonic,
-    of no later than the first question to the database."""
+    """Says when leases can be trusted. After an outage of the database or a step of its clock, every lease looks lapsed
+    although its owner lives; then rescue waits for one lease, during which the owners renew. `clock`: time.monotonic(),
+    read before the first query."""
 
     def __init__(self, lease_seconds: float, clock: float) -> None:
         self._lease_seconds = lease_seconds
         self._answered_at = clock
-        self._database_now: datetime | None = None  # of the last answer
+        self._database_now: datetime | None = None  # at the last answer
         self._hold_until = 0.0
 
     def may_rescue(self, database_now: datetime, clock: float) -> bool:
-        """To be called at every tick that reached the database. What may be rescued had lapsed by `database_now`: the
-        server may be frozen between this answer and the next statement."""
+        """Call at every tick that reached the database. Only leases that had lapsed by `database_now` may be rescued:
+        the server may freeze between this answer and the next statement."""
         silence = clock - self._answered_at
         step = (database_now - (self._database_now or database_now)).total_seconds() - silence
-        # Owners renew every third of a lease: an outage has found each with two thirds of it, and a smaller step leaves
-        # each of them some of it.
+        # Owners renew every third of a lease, so at any time each has at least two thirds of it left, and a smaller
+        # step leaves all of them some.
         if silence > self._lease_seconds * 2 / 3 or step > self._lease_seconds / 3:
             self._hold_until = clock + self._lease_seconds
         self._answered_at, self._database_now = clock, database_now
@@ -147,7 +143,7 @@ class Janitor:
         *,
         on_tick: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_tick` is called after a tick in which every rule did its work, but for what needs Redis."""
+        """`on_tick` is called after a tick in which every rule succeeded, apart from what needs Redis."""
         self._sessions = sessions
         self._client = client
         self._catalog = catalog
@@ -160,8 +156,8 @@ class Janitor:
         self._is_redispatch_due = False
         self._pruned_at = 0.0
         self._checked_at = 0.0
-        self._leases_as_of: datetime | None = None  # None: they cannot be believed now
-        self._has_redis = False  # it answered in this tick
+        self._leases_as_of: datetime | None = None  # None: leases cannot be trusted now
+        self._has_redis = False  # whether Redis answered in this tick
         self._has_cleared = False
 
     def tick(self) -> dict[str, int]:
@@ -175,7 +171,7 @@ class Janitor:
         return counts
 
     def _rules(self) -> list[tuple[str, Callable[[], int]]]:
-        """In an order that lets a rescued job be sent in the same tick."""
+        """Ordered so that a rescued job is dispatched in the same tick."""
         models = [entry.id for entry in self._catalog.entries]
         sends = [(f"dispatched {model}", partial(self._dispatch, model)) for model in models]
         return [
@@ -237,17 +233,18 @@ class Janitor:
 
     def _dispatch(self, model: str) -> int:
         if not self._has_redis:
-            return 0  # to find that out once a tick is enough: rescue must not wait for it
+            return 0  # finding out once per tick is enough: rescue must not wait for it
         return dispatch(self._sessions, self._client, self._catalog.entry_of(model), self._settings)
 
     def _dispatch_unlisted(self) -> int:
-        """A model that models.toml does not name any more takes no jobs, but those it has go on as its workers do."""
+        """Dispatch for models that models.toml no longer lists: they accept no jobs, but existing ones run while
+        workers do."""
         with self._sessions() as session:
             served = {worker.model for worker in workers.list_live(session)}
         return sum(map(self._dispatch, served - {entry.id for entry in self._catalog.entries}))
 
     def _follow_epoch(self) -> int:
-        """Redis was emptied or replaced since the last look: what it held must be sent again."""
+        """Detect that Redis was emptied or replaced: then its messages must be sent again."""
         self._has_redis = False
         pipeline = self._client.pipeline(transaction=False)
         pipeline.set(EPOCH_KEY, str(uuid4()), nx=True)
@@ -257,7 +254,7 @@ class Janitor:
         self._has_redis = True
         epoch = (value, info["run_id"])
         if was_missing or self._epoch not in (None, epoch):
-            self._is_redispatch_due = True  # stays so until the database did it
+            self._is_redispatch_due = True  # stays true until the database has done it
         self._epoch = epoch
         if not self._is_redispatch_due:
             return 0
@@ -278,7 +275,7 @@ class Janitor:
             return files.prune(session)
 
     def _check(self) -> int:
-        """What must never be found, counted for the metrics; the sum is 0 where all is well."""
+        """Count what must never be found, for the metrics; the sum is 0 if all is well."""
         if monotonic() - self._checked_at < CHECK_EVERY_SECONDS:
             return 0
         self._checked_at = monotonic()
@@ -292,13 +289,13 @@ class Janitor:
             )
             maintenance.set_figures(session, "unserved_jobs", dict[str, float](unserved))
         if drift or orphans:
-            log.error("the tables disagree", extra={"load_drift": drift, "orphans": orphans})
+            log.error("the tables are inconsistent", extra={"load_drift": drift, "orphans": orphans})
         for lane, num_jobs in unserved.items():
-            log.error("no live worker serves jobs that wait", extra={"lane": lane, "num_jobs": num_jobs})
+            log.error("waiting jobs have no live worker", extra={"lane": lane, "num_jobs": num_jobs})
         return drift + orphans + sum(unserved.values())
 
     def _clear_old_queue(self) -> int:
-        """What nobody reads any more would lie there for ever. Once per process, as soon as Redis answers."""
+        """Delete keys that nobody reads any more. Once per process, as soon as Redis answers."""
         if self._has_cleared or not self._has_redis:
             return 0
         self._has_cleared = True
@@ -306,12 +303,12 @@ class Janitor:
 
 
 def _run(name: str, rule: Callable[[], int]) -> int | None:
-    """None: the rule could not do its work, and Redis is not to blame."""
+    """None: the rule failed, and not because of Redis."""
     try:
         return rule()
     except redis.RedisError as exc:
         log.warning("janitor rule %r failed, will try again: %s", name, describe_exception(exc))
         return 0
-    except Exception as exc:  # an outermost loop: the other rules must go on
+    except Exception as exc:  # an outermost loop: the other rules must run
         log.warning("janitor rule %r failed, will try again: %s", name, describe_exception(exc))
         return None

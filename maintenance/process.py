@@ -1,8 +1,9 @@
-"""The maintenance process: janitor, batches and webhooks, each by its own clock, and a port that says how they are.
+"""The maintenance process: janitor, batches and webhooks, each on its own clock, and a port for health and metrics.
 
-The clocks are tasks of one event loop. What blocks runs on a thread of its clock, so a clock that hangs or fails stops
-no other. None of them needs Redis to tick. Any number of these processes may run: rows are locked, skipped and fenced
-in SQL. Each writes down there when its clocks last ticked, since the API asks whether anybody's do.
+The clocks are tasks of one event loop. Blocking work runs on each clock's own thread, so a clock that hangs or fails
+does not stop the others. None of them needs Redis to tick. Any number of these processes may run: rows are locked,
+skipped and fenced in SQL. Each records there when its clocks last ticked, because the API reports whether any process's
+do.
 """
 
 import asyncio
@@ -45,14 +46,14 @@ from text.models import ModelViews, follow_models
 log = logging.getLogger(__name__)
 
 REDIS_TIMEOUT_SECONDS = 1.0
-TELL_SECONDS = 1.0  # between two notes in SQL of when the clocks ticked
-PATIENCE_SECONDS = 5.0  # without a database; then we say what to do about it
-PAUSE_SECONDS = 5.0  # before a sender that failed begins anew
-STOP_SECONDS = 20.0  # for the ticks and deliveries in hand; what hangs longer is left behind
+TELL_SECONDS = 1.0  # between two records in SQL of the last ticks
+PATIENCE_SECONDS = 5.0  # without a database; then the log says what to do
+PAUSE_SECONDS = 5.0  # before a failed sender restarts
+STOP_SECONDS = 20.0  # for the current ticks and deliveries; what hangs longer is abandoned
 
 
 class Clock:
-    """When something that should happen again and again did so last."""
+    """When something periodic last happened."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -65,7 +66,7 @@ class Clock:
 
     @property
     def seconds_since_last_tick(self) -> float:
-        """Since the start, where it has not ticked yet."""
+        """Since the start, if it has not ticked yet."""
         return monotonic() - self._at
 
 
@@ -82,7 +83,7 @@ class Maintenance:
         self._stopping.set()
 
     async def run(self) -> bool:
-        """False: something hung, and is left behind."""
+        """Run until `stop`. False: something hung and was abandoned."""
         settings = self._settings
         catalog = Catalog.load(settings.models_file)
         job_log.begin([entry.id for entry in catalog.entries], [AttemptOutcome.LOST, AttemptOutcome.STALLED])
@@ -109,7 +110,7 @@ class Maintenance:
         following.cancel()
         _, hanging = await asyncio.wait(work, timeout=STOP_SECONDS)
         if hanging:
-            log.error("maintenance ends although something hangs", extra={"num_hanging": len(hanging)})
+            log.error("maintenance exits although something hangs", extra={"num_hanging": len(hanging)})
             return False
         await database.dispose()
         sync_database.dispose()
@@ -118,7 +119,7 @@ class Maintenance:
     async def _keep_ticking(
         self, name: str, tick: Callable[[], object], *, at_the_end: Callable[[], None] = lambda: None
     ) -> None:
-        """`tick` returns True where it wants to go on at once."""
+        """`tick` returns True if it should run again at once."""
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         while not self._stopping.is_set():
@@ -128,8 +129,8 @@ class Maintenance:
                 is_hurried = await loop.run_in_executor(thread, tick) is True
             except asyncio.CancelledError:
                 raise
-            except BaseException as exc:  # an outermost loop; a panic in a library written in Rust is no Exception
-                log.exception("%s failed, will tick again: %s", name, describe_exception(exc))
+            except BaseException as exc:  # an outermost loop; a panic in a Rust library is not an Exception
+                log.exception("%s failed, will retry at the next tick: %s", name, describe_exception(exc))
             if not is_hurried:
                 await self._rest(self._settings.janitor_interval_seconds - (monotonic() - started))
         await loop.run_in_executor(thread, at_the_end)
@@ -142,14 +143,14 @@ class Maintenance:
             stop = asyncio.create_task(_afterwards(self._stopping.wait(), sender.stop))
             try:
                 await sender.run()
-            except Exception as exc:  # an outermost loop: what was in hand comes due again
-                log.exception("webhooks failed, will begin anew: %s", describe_exception(exc))
+            except Exception as exc:  # an outermost loop: current deliveries become due again
+                log.exception("webhooks failed, will restart: %s", describe_exception(exc))
                 await self._rest(PAUSE_SECONDS)
             finally:
                 stop.cancel()
 
     async def _keep_telling(self, sessions: async_sessionmaker[AsyncSession]) -> None:
-        """Write down when the clocks ticked. Their times are ours, so a clock that hangs grows old in SQL, too."""
+        """Record when the clocks last ticked. The times are their own, so one that hangs looks old in SQL, too."""
         started, is_known = monotonic(), False
         while not self._stopping.is_set():
             ages = {clock.name: clock.seconds_since_last_tick for clock in self.clocks if clock.has_ticked}
@@ -157,11 +158,12 @@ class Maintenance:
                 async with sessions.begin() as session:
                     await session.run_sync(record_ticks, ages)
                 is_known = True
-            except Exception as exc:  # an outermost loop: the clocks go on, and are told of later
+            except Exception as exc:  # an outermost loop: the clocks go on and are recorded later
                 if not is_known and monotonic() - started > PATIENCE_SECONDS:
-                    is_known = True  # said once
+                    is_known = True  # logged once
                     log.error(
-                        "maintenance waits for its database: %s; start it, run `celeriac migrate`, name another in "
+                        "maintenance is waiting for its database: %s; start it, run `celeriac migrate`, name another "
+                        "in "
                         "CELERIAC_DATABASE_URL, or start everything with `celeriac up`; trying again",
                         describe_exception(exc),
                     )
@@ -173,7 +175,7 @@ class Maintenance:
 
 
 def create_app(clocks: tuple[Clock, ...], silence_seconds: float) -> Starlette:
-    """What the port serves: /health, which is 503 where a clock has not ticked for `silence_seconds`, and /metrics."""
+    """What the port serves: /health, which is 503 if a clock has not ticked for `silence_seconds`, and /metrics."""
 
     def health(_: Request) -> Response:
         ages = {clock.name: round(clock.seconds_since_last_tick, 3) for clock in clocks}
@@ -188,7 +190,7 @@ def create_app(clocks: tuple[Clock, ...], silence_seconds: float) -> Starlette:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers: the end of the process is not the server's."""
+    """uvicorn's server without its signal handlers: the server does not decide when the process ends."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -196,11 +198,11 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT. Raises OSError where the port is taken."""
+    """Run until SIGTERM or SIGINT. Raises OSError if the port is taken."""
     configure_logging(settings.log_level, settings.log_format)
     if not asyncio.run(_serve(settings)):
         logging.shutdown()
-        os._exit(1)  # the interpreter would wait for the thread that hangs
+        os._exit(1)  # the interpreter would wait for the hanging thread
 
 
 async def _serve(settings: Settings) -> bool:

@@ -1,11 +1,7 @@
 """Sends webhooks, with a share for each receiving host. Any number of processes may do so.
 
-How much each receiving host is given at a time, so that one that is slow or down takes nothing from the others.
-
-Sends webhooks: a loop of the maintenance process. Any number of processes may run one.
-
-Each round, in one transaction, it records what came of earlier attempts and claims what is due; between rounds the
-attempts are under way. It needs the database alone.
+A host that is slow or down takes nothing from the others. Each round, in one transaction, records the outcomes of
+earlier attempts and claims what is due; between rounds the attempts are under way. Only the database is needed.
 """
 
 import asyncio
@@ -30,14 +26,14 @@ log = logging.getLogger(__name__)
 
 MAX_PER_HOST = 16
 
-NUM_FAILURES_TO_OPEN = 3  # in a row, without any HTTP answer
+NUM_FAILURES_TO_OPEN = 3  # consecutive attempts without any HTTP answer
 
 REST_SECONDS = 30.0
 
 
 class Hosts:
-    """Attempts in hand per host, and a circuit breaker for those that do not answer: after a few failures in a row a
-    host rests, and is then tried with one attempt at a time until it answers. `clock` readings are monotonic."""
+    """Current attempts per host, with a circuit breaker: after a few consecutive failures a host rests, and then gets
+    one attempt at a time until it answers. `clock` readings are monotonic."""
 
     def __init__(self) -> None:
         self._num_in_hand: Counter[str] = Counter()
@@ -60,7 +56,7 @@ class Hosts:
             self._rests_until[host] = clock + REST_SECONDS
 
     def rooms(self, clock: float) -> dict[str, int]:
-        """How many more attempts each host may be given; those that are missing may have MAX_PER_HOST."""
+        """How many more attempts each host may get; hosts that are not listed may get MAX_PER_HOST."""
         self._forget(clock)
         rooms = {host: max(0, MAX_PER_HOST - num) for host, num in self._num_in_hand.items()}
         for host, until in self._rests_until.items():
@@ -68,7 +64,7 @@ class Hosts:
         return rooms
 
     def _forget(self, clock: float) -> None:
-        """What was last heard of long ago: the hosts of the world are many."""
+        """Forget hosts not used for long, so that memory stays bounded."""
         for host in [host for host, until in self._rests_until.items() if clock > until + 10 * REST_SECONDS]:
             del self._rests_until[host]
             self._num_failures.pop(host, None)
@@ -76,7 +72,7 @@ class Hosts:
 
 POLL_SECONDS = 1.0  # how long an event may wait for an idle sender
 
-LEASE_SECONDS = 3 * TOTAL_SECONDS  # what a sender that died had in hand is sent by another one after this
+LEASE_SECONDS = 3 * TOTAL_SECONDS  # after this another sender takes over from one that died
 
 PAUSE_SECONDS = 5.0  # after the database failed
 
@@ -84,8 +80,8 @@ MAX_IN_HAND = MAX_CONNECTIONS
 
 
 class WebhookSender:
-    """Use within one event loop: `run` until `stop`. `on_round` is called whenever the database was asked what is due;
-    that is once in POLL_SECONDS at least."""
+    """Bound to one event loop: `run` until `stop`. `on_round` is called after each query for what is due, at least once
+    every POLL_SECONDS."""
 
     def __init__(
         self,
@@ -105,7 +101,7 @@ class WebhookSender:
         self._is_stopping = False
 
     def stop(self) -> None:
-        """Nothing more is claimed; what is in hand ends and is recorded."""
+        """Claim nothing more; current attempts end and are recorded."""
         self._is_stopping = True
         self._wakeup.set()
 
@@ -121,9 +117,9 @@ class WebhookSender:
         try:
             num_claimed = await self._record_and_claim()
         except (SQLAlchemyError, OSError) as exc:
-            log.warning("webhooks pause: the database does not answer: %s", describe_exception(exc))
+            log.warning("webhooks paused, the database does not answer: %s", describe_exception(exc))
             if self._is_stopping:
-                self._outcomes.clear()  # their leases lapse, and others send them again
+                self._outcomes.clear()  # their leases lapse, so they are sent again
             await self._wait(PAUSE_SECONDS)
             return
         self._on_round()
@@ -161,10 +157,10 @@ class WebhookSender:
     async def _attempt(self, delivery: ClaimedDelivery) -> None:
         try:
             answer = await self._send(delivery)
-        except Exception as exc:  # an outermost loop: one delivery must not keep its host's room for ever
+        except Exception as exc:  # an outermost loop: a failed delivery must free its host's slot
             log.exception("a webhook could not be sent", extra={"delivery_id": external_id(delivery.id, "whd")})
             answer = WebhookResponse(None, describe_exception(exc), 0.0)
-        is_silent = answer.status_code is None and answer.seconds > 0  # 0: it was not asked at all
+        is_silent = answer.status_code is None and answer.seconds > 0  # 0: no attempt was made
         self._hosts.end(delivery.host, time.monotonic(), has_answered=not is_silent)
         webhook_attempts_total.labels("delivered" if answer.is_success else "failed").inc()
         webhook_attempt_seconds.observe(answer.seconds)
@@ -184,7 +180,7 @@ class WebhookSender:
 
 
 def judge(delivery: ClaimedDelivery, answer: WebhookResponse) -> Outcome:
-    """What becomes of a delivery after this answer, unless its time is over."""
+    """The next status of a delivery after this answer, unless its time has run out."""
     is_over = answer.is_gone or not delivery.secrets
     status = DeliveryStatus.FAILED if is_over else DeliveryStatus.PENDING
     if answer.is_success:

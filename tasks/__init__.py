@@ -1,1 +1,1 @@
-"""The queue: what can be asked for, and how it is asked."""
+"""The queue: from a request to a Celery message, and webhooks over HTTP."""

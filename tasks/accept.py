@@ -1,6 +1,7 @@
-"""Group commit: all submissions that arrived while the last accept was on its way go into the next one.
+"""Group commit: all submissions that arrive during one accept go into the next one.
 
-One statement and one COMMIT for the group, so a hundred jobs cost little more than one. Accepted means COMMIT returned.
+A group is one statement and one COMMIT, so a hundred jobs cost little more than one. Accepted means that COMMIT
+returned.
 """
 
 import asyncio
@@ -51,7 +52,7 @@ class _Flush:
 
 
 class GroupAcceptor:
-    """Accepts jobs in groups. Use within one event loop, between `start` and `stop`."""
+    """Accepts jobs in groups. Bound to one event loop; use between `start` and `stop`."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class GroupAcceptor:
             _refuse(self._waiting.popleft(), StorageUnavailable("this server is shutting down; retry"))
 
     async def accept(self, new_job: NewJob) -> Accepted:
-        """Returns once the group's COMMIT did. Raises ServerOverloaded or StorageUnavailable, at once where known."""
+        """Returns after the group's COMMIT. Raises ServerOverloaded or StorageUnavailable, at once if already known."""
         self._refuse_hopeless()
         waiting = _Waiting(new_job, asyncio.get_running_loop().create_future(), time.monotonic())
         self._waiting.append(waiting)
@@ -96,7 +97,7 @@ class GroupAcceptor:
             raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=5)
 
     async def _give_up_on_the_late(self) -> None:
-        """A database that hangs answers nobody, so somebody has to. One look at all costs less than a timer each."""
+        """Answer those whom a hanging database keeps waiting. Checking all at once costs less than a timer each."""
         while True:
             await asyncio.sleep(ANSWER_SECONDS / 10)
             too_old = time.monotonic() - ANSWER_SECONDS
@@ -113,15 +114,15 @@ class GroupAcceptor:
             self._under_way[number] = _Flush(group, time.monotonic())
             try:
                 await self._flush(group)
-            except Exception as exc:  # an outermost loop: one bad group must not end all accepting
+            except Exception as exc:  # an outermost loop: one bad group must not stop accepting
                 log.exception("accepting a group of jobs failed", extra={"num_jobs": len(group)})
                 _refuse_all(group, exc)
             finally:
                 del self._under_way[number]
-                _refuse_all(group, _unconfirmed())  # only a flush cut short by `stop` leaves someone without answer
+                _refuse_all(group, _unconfirmed())  # only a flush interrupted by `stop` leaves anyone unanswered
 
     def _take_group(self) -> list[_Waiting]:
-        """Clients that hung up before their job was on its way are left out."""
+        """The next group, without clients that hung up before their job was sent."""
         group: list[_Waiting] = []
         while self._waiting and len(group) < MAX_GROUP:
             waiting = self._waiting.popleft()
@@ -134,7 +135,7 @@ class GroupAcceptor:
         try:
             outcomes = await self._accept_surely([waiting.new_job for waiting in group])
         except _UNREACHABLE as exc:
-            log.warning("accept refused: database unavailable", extra={"reason": describe_exception(exc)})
+            log.warning("submissions refused, the database is unavailable", extra={"reason": describe_exception(exc)})
             _refuse_all(group, _unconfirmed())
         except DBAPIError:
             await self._flush_halves(group)
@@ -144,7 +145,7 @@ class GroupAcceptor:
                     waiting.answer.set_result(accepted)
 
     async def _flush_halves(self, group: list[_Waiting]) -> None:
-        """One job that SQL refuses must not take its group down: look for it by halves."""
+        """Isolate a job that SQL refuses by bisection, so that it does not fail its group."""
         if len(group) == 1:
             log.exception("a job was refused by the database", extra={"model": group[0].new_job.request.model})
             _refuse(group[0], RuntimeError("the database refused a validated job"))
@@ -154,8 +155,8 @@ class GroupAcceptor:
         await self._flush(group[middle:])
 
     async def _accept_surely(self, new_jobs: list[NewJob]) -> list[Accepted]:
-        """Repeat a group whose connection broke: the ids are the same, so what was committed is found, not doubled. The
-        first break may be an old one, of a connection that was lost while it was idle."""
+        """Accept, and repeat if the connection broke: the ids are the same, so what was committed is found, not
+        duplicated. The first break may be that of a connection lost while idle."""
         for _ in range(NUM_RETRIES):
             with contextlib.suppress(*OUTAGES):
                 return await self._accept(new_jobs)
@@ -173,7 +174,7 @@ class GroupAcceptor:
 
 @asynccontextmanager
 async def open_acceptor(settings: Settings) -> AsyncIterator[GroupAcceptor]:
-    """An acceptor on connections of its own."""
+    """An acceptor with its own connections."""
     database = open_statement_database(settings.database_url, pool_size=NUM_FLUSHERS, max_overflow=0)
     acceptor = GroupAcceptor(
         async_session_factory(database),
@@ -189,7 +190,7 @@ async def open_acceptor(settings: Settings) -> AsyncIterator[GroupAcceptor]:
 
 
 def _as_first_time(job_id: UUID, accepted: Accepted) -> Accepted:
-    """A duplicate of itself is this very job, accepted by the try whose answer was lost."""
+    """A job that duplicates itself was accepted by the attempt whose answer was lost."""
     if accepted.outcome is AcceptOutcome.DUPLICATE and accepted.job_id == job_id:
         return Accepted(job_id, AcceptOutcome.ACCEPTED, datetime.now(UTC))
     return accepted

@@ -1,17 +1,14 @@
 """The Celery app: one object for workers, API, Flower and the command line, its control commands and its task.
 
-What Celery's own commands (`celery -A tasks.app control|inspect`) may ask of GPU workers.
+All of them share every broker option. Nothing here reaches torch or `gpu_worker`: the worker's own app module decides
+what runs a GPU task.
 
-Here and not in `gpu_worker`, since the command line knows only what its app registers; the answers are the pool's. A
-drain is asked of the runner, which writes it down: a message that is lost leaves no worker in a state nobody knows of.
+The control commands (`celery -A tasks.app control|inspect`) are registered here because the command line only knows
+those of its app; the worker's pool answers them. The runner records a drain in SQL, so a lost message does not leave a
+worker in an unknown state.
 
-The Celery app: one object for workers, API, Flower and the command line, so that all share every broker option.
-
-Nothing here reaches torch or `gpu_worker`: what runs a GPU task is decided by the worker's own app module.
-
-The GPU task, as the queue sees it. Its id is the job's external id and it has no arguments: the rest is in SQL.
-
-The body never runs on a GPU worker: there the pool hands the delivery to the engine (`gpu_worker/pool.py`).
+The GPU task's id is the job's external id; it has no arguments, since everything else is in SQL. Its body never runs on
+a GPU worker: there the pool hands the delivery to the engine (`gpu_worker/pool.py`).
 """
 
 import logging
@@ -47,9 +44,9 @@ def engine_stats(state: Any, **_: Any) -> dict[str, Any]:
 
 @control_command(args=[("exit", int), ("seconds", float)], signature="[exit=0 [seconds=CELERIAC_DRAIN_SECONDS]]")
 def engine_drain(state: Any, exit: int = 0, seconds: float | None = None, **_: Any) -> dict[str, str]:
-    """Take no more jobs and let the running ones end; with exit=1 end the worker then.
+    """Accept no new jobs and let the running ones end; with exit=1, then end the worker.
 
-    Without it the order holds for the worker's name until engine_resume, over restarts."""
+    Without exit=1 the order stays in force for the worker's name until engine_resume, even across restarts."""
     pool = state.consumer.pool
     if not hasattr(pool, "engine_figures"):
         return _NO_ENGINE
@@ -64,7 +61,7 @@ def engine_drain(state: Any, exit: int = 0, seconds: float | None = None, **_: A
 
 @control_command()
 def engine_resume(state: Any, **_: Any) -> dict[str, str]:
-    """Take jobs again after engine_drain."""
+    """Accept jobs again after engine_drain."""
     pool = state.consumer.pool
     if not hasattr(pool, "engine_figures"):
         return _NO_ENGINE
@@ -76,19 +73,19 @@ def engine_resume(state: Any, **_: Any) -> dict[str, str]:
 _NO_ENGINE = {"error": "this worker has no engine; name one that has with -d NAME"}
 
 
-# A message is in hand for seconds before it is claimed and acked, so an unacked one of a dead worker may return early.
-# The same number in every process: whoever drains a queue or waits for a reply restores by its own.
+# A message is claimed and acked within seconds, so an unacked one of a dead worker may return early. The same in every
+# process, since any process that consumes a queue or waits for a reply restores messages by its own value.
 VISIBILITY_TIMEOUT_SECONDS = 60
 
 
 def make_app(settings: Settings) -> Celery:
-    """The app over the models of `settings.models_file`. A plain worker serves no queue: a model's needs
+    """The app over the models of `settings.models_file`. A plain worker does not serve any queue: a model's queue needs
     `gpu_worker.app`."""
     redis = settings.redis_parts
     app = Celery("celeriac", broker=redis.for_celery, include=["tasks.app"])
     app.backend_cls = NoResults
     models = Catalog.load(settings.models_file)
-    default_queue = models.entry_of(models.default_id).queue  # also where that one model makes no sense
+    default_queue = models.entry_of(models.default_id).queue  # even if that model is invalid
     app.conf.update(
         task_queues=[_queue(spec.queue) for spec in models],
         task_default_queue=default_queue,
@@ -111,8 +108,8 @@ class NoResults(DisabledBackend):
 
 
 class BrokerInStats(bootsteps.StartStopStep):
-    """What `inspect stats`, and Flower with it, tell of the broker. Kombu has the whole URL of a Unix socket, with its
-    password, for the name of a host."""
+    """The broker's part of `inspect stats`, which Flower shows: kombu reports the whole URL of a Unix socket, with its
+    password, as host name."""
 
     requires = (Connection,)
 
@@ -124,12 +121,12 @@ class BrokerInStats(bootsteps.StartStopStep):
 
 
 def _queue(name: str) -> Queue:
-    """With an exchange of its own: queues that share one would each get what is meant for another."""
+    """A queue with its own exchange: queues that share one would get each other's messages."""
     return Queue(name, Exchange(name, type="direct"), routing_key=name)
 
 
 _SAFETY = {
-    # Whoever can write to Redis can send messages: nothing but JSON is read.
+    # Anyone who can write to Redis can send messages, so only JSON is read.
     "task_serializer": "json",
     "accept_content": ["json"],
     "event_serializer": "json",
@@ -143,7 +140,7 @@ _SAFETY = {
 _BROKER = {
     "broker_connection_retry_on_startup": True,
     "broker_connection_max_retries": None,
-    # A failover or a full Redis answers with channel errors: without this they end the worker.
+    # A failover or a full Redis raises channel errors, which would otherwise end the worker.
     "broker_channel_error_retry": True,
 }
 
@@ -164,28 +161,28 @@ _WORKER = {
     "task_acks_late": False,  # acked when the SQL claim committed: from then on the lease protects the job
     "worker_prefetch_multiplier": 1,
     "worker_enable_prefetch_count_reduction": False,
-    "worker_disable_rate_limits": True,  # a limit set from Flower would park deliveries in memory
+    "worker_disable_rate_limits": True,  # a limit set in Flower would hold deliveries in memory
     "worker_cancel_long_running_tasks_on_connection_loss": False,
     "worker_soft_shutdown_timeout": 0,
     "worker_send_task_events": True,
     "worker_redirect_stdouts": False,
 }
 
-# One line or two per task: events tell it to Flower, and our own lines tell what matters.
+# Celery logs one or two lines per task: Flower has the events, and our own log lines cover what matters.
 _LOGGERS_OF_EVERY_TASK = ("celery.worker.strategy", "celery.app.trace")
 
 
 @signals.celeryd_init.connect
 def _begin_the_log(instance: Any, **_: object) -> None:
-    """Celery has a banner to print and a warning to give before it asks how to log."""
+    """Suppress what Celery prints before it sets up logging: a banner and a warning."""
     instance.quiet = True
-    warnings.simplefilter("ignore", SecurityWarning)  # a worker of root's that reads pickles; ours reads JSON alone
+    warnings.simplefilter("ignore", SecurityWarning)  # about workers of root that read pickles; ours only reads JSON
     log_as_every_process_does()
 
 
 @signals.setup_logging.connect
 def log_as_every_process_does(**_: object) -> None:
-    """Every line of this process is one of ours, from now on."""
+    """From now on log every line of this process in our format."""
     settings = get_settings()
     configure_logging(settings.log_level, settings.log_format)
     for name in _LOGGERS_OF_EVERY_TASK:

@@ -1,4 +1,4 @@
-"""The lines of a batch: found in the file that came in, written for those that go out."""
+"""The lines of a batch: found in the input file, written to the output files."""
 
 import hashlib
 from codecs import BOM_UTF8
@@ -19,9 +19,9 @@ from storage.batches import EndedLine
 from storage.files import Batch
 
 LINES_PER_READ = 50
-BYTES_PER_READ = 4_194_304  # of results: log-probabilities and vectors come by the megabyte
+BYTES_PER_READ = 4_194_304  # bytes of results; logprobs and vectors can take megabytes
 PREFIX_CHARS = 512
-#: What some programs take for line breaks (Python's `splitlines` does), as JSON may spell it in strings.
+#: Characters that some programs (and Python's `splitlines`) treat as line breaks, and their JSON escapes.
 SEPARATORS = {"\x85".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
 
 ENDED_BADLY = {
@@ -32,7 +32,7 @@ ENDED_BADLY = {
 
 @dataclass(frozen=True, slots=True)
 class FoundLine:
-    """A line without its line break, and where it begins. `content` is None where it is too long to be read."""
+    """A line without its line break, and where it begins. `content` is None if it is too long to be read."""
 
     first_byte: int
     content: bytes | None
@@ -40,8 +40,8 @@ class FoundLine:
 
 
 def split_lines(parts: Iterator[bytes], first_byte: int) -> Iterator[FoundLine]:
-    """The lines of a file from a byte on, which begins one; a last line need not end in a line break. No more of a line
-    than MAX_LINE_BYTES is ever held. The mark that some programs put before UTF-8 belongs to no line."""
+    """The lines of a file from `first_byte`, the start of a line; the last line need not end in a line break. At most
+    MAX_LINE_BYTES of a line are held. A byte order mark is skipped."""
     for number, line in enumerate(_split(parts, first_byte)):
         if number or line.first_byte or line.content is None or not line.content.startswith(BOM_UTF8):
             yield line
@@ -66,8 +66,8 @@ def _split(parts: Iterator[bytes], first_byte: int) -> Iterator[FoundLine]:
 
 
 def prefix_hash(request: JobRequest) -> int:
-    """Equal for requests that begin alike, so that they can be run one after another and find each other's prefix in
-    the cache. Signed, 64 bits. Vectors are made without the cache: their lines run in the order of the file."""
+    """Equal for requests with the same beginning, so that they run one after another and hit each other's prefix in the
+    cache. Signed, 64 bits. Embeddings do not use the cache, so their lines run in file order."""
     if not isinstance(request, GenerationRequest):
         return 0
     if request.messages is not None:
@@ -80,14 +80,14 @@ def prefix_hash(request: JobRequest) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AnsweredLine:
-    """A line that has ended, and what it asked, where that is needed to write its answer."""
+    """A line that has ended, with its request if that is needed to write the answer."""
 
     ended: EndedLine
     asked: bytes | None
 
 
 def write_line(batch: Batch, line: AnsweredLine, surface: BatchSurface) -> bytes:
-    """As the output or the error file says it. Takes time, and no session: hold no transaction open meanwhile."""
+    """A line of the output or error file. Slow, and needs no session: do not hold a transaction open meanwhile."""
     ended = line.ended
     response, error = _response(batch, ended, line.asked, surface), None
     if response is None:
@@ -108,7 +108,7 @@ def write_line(batch: Batch, line: AnsweredLine, surface: BatchSurface) -> bytes
 
 
 def _response(batch: Batch, ended: EndedLine, asked: bytes | None, surface: BatchSurface) -> dict[str, object] | None:
-    """None: nobody answered."""
+    """None: there was no answer."""
     if ended.line.refusal is not None:
         return _refused(ended.line.refusal, external_id(line_id(batch.id, ended.line.line), "batch_req"))
     if ended.record is None or ended.line.outcome in ENDED_BADLY:
@@ -129,12 +129,12 @@ def _refused(refusal: LineRefusal, request_id: str) -> dict[str, object]:
 
 
 def line_id(batch_id: UUID, line: int) -> UUID:
-    """What names a line that has no job."""
+    """The id of a line without a job."""
     return uuid5(batch_id, str(line))
 
 
 def read_ended(session: Session, batch: Batch, *, after: int, is_completed: bool | None = None) -> list[AnsweredLine]:
-    """As many ended lines behind `after` as are written in one go, with what the input file says they asked."""
+    """As many ended lines after `after` as are written at once, with their requests from the input file."""
     ended = batches.ended_lines(
         session, batch.id, after=after, limit=LINES_PER_READ, max_bytes=BYTES_PER_READ, is_completed=is_completed
     )

@@ -1,8 +1,8 @@
 """Hands queued jobs to Celery: a bounded window of messages per queue, fairest first.
 
-The backlog stays in SQL, where fairness, priority, cancel and deadline are decided late. Called after accept (API, by
-`Dispatcher.nudge`), after finalise (GPU worker) and by the janitor (both by `dispatch`). The commit comes first, the
-push second: what gets lost in between comes due again by itself, and the janitor sends it.
+The backlog stays in SQL, so that fairness, priority, cancel and deadline are decided as late as possible. Called after
+accept (API, by `Dispatcher.nudge`), after a job's end (GPU worker) and by the janitor (both by `dispatch`). The commit
+comes first, then the push: what is lost in between becomes due again and the janitor sends it.
 """
 
 import asyncio
@@ -40,14 +40,14 @@ FULL_WINDOW_SECONDS = 0.25
 
 
 def room(settings: Settings, *, num_live_slots: int, num_waiting: int) -> int:
-    """How many more messages a queue may hold: enough that no slot waits for a dispatch, few enough to decide late."""
+    """How many more messages a queue may hold: enough to keep slots busy, few enough to decide late."""
     window = max(settings.dispatch_window_min, math.ceil(settings.dispatch_window_factor * num_live_slots))
     return max(window - num_waiting, 0)
 
 
 def batch_share(settings: Settings, num_live_slots: int) -> int:
-    """How many slots lines of batches may hold, those on their way to one included. The others are kept for requests
-    that somebody waits for; a single slot is shared."""
+    """How many slots batch lines may hold, including lines on their way to one. The rest is kept for live requests; a
+    single slot is shared."""
     return min(num_live_slots, max(1, math.floor(num_live_slots * (1 - settings.batch_reserve))))
 
 
@@ -63,14 +63,14 @@ def dispatch(sessions: sessionmaker[Session], client: redis.Redis, spec: ModelEn
             share = batch_share(settings, num_live_slots)
             job_ids += _dispatch_batch_lines(session, spec.id, share=share, free=free - len(job_ids))
     finally:
-        # Also where the answer to the commit was lost: jobs that are marked and not sent would wait for their next
-        # turn, and a message too many is dropped.
+        # Push even if the answer to the commit was lost: jobs marked but not sent would wait for their next turn, while
+        # a surplus message is dropped.
         push(client, spec.queue, job_ids)
     return len(job_ids)
 
 
 def _dispatch_batch_lines(session: Session, model: str, *, share: int, free: int) -> list[UUID]:
-    """What nobody else wants, within the share. One process at a time, so that two do not both fill it."""
+    """Fill leftover room with batch lines, within their share; one process at a time, to fill it only once."""
     if share == 0 or free <= 0 or not batches.has_unfinished(session):
         return []
     num_outstanding = batches.count_outstanding(session, model)
@@ -80,7 +80,7 @@ def _dispatch_batch_lines(session: Session, model: str, *, share: int, free: int
 
 
 def count_waiting(client: redis.Redis, queue: str) -> int:
-    """Messages in the lists of one queue."""
+    """Count the messages in the lists of one queue."""
     pipeline = client.pipeline(transaction=False)
     for key in priority_keys(queue):
         pipeline.llen(key)
@@ -88,7 +88,7 @@ def count_waiting(client: redis.Redis, queue: str) -> int:
 
 
 def push(client: redis.Redis, queue: str, job_ids: Sequence[UUID]) -> None:
-    """Send these jobs, the first one foremost, and wake the workers: one round trip."""
+    """Send these jobs in order and wake the workers, in one round trip."""
     if job_ids:
         pipeline = client.pipeline(transaction=True)
         _push(pipeline, queue, job_ids)
@@ -96,7 +96,7 @@ def push(client: redis.Redis, queue: str, job_ids: Sequence[UUID]) -> None:
 
 
 class Dispatcher:
-    """The API's dispatch: never waited for by a request. At most one runs per model, and one more after it."""
+    """The API's dispatch, which requests never wait for. Per model at most one runs and one more is due after it."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: set[str] = set()
         self._wanted_again: set[str] = set()
-        self._full: set[str] = set()  # models whose window had no room at the last look
+        self._full: set[str] = set()  # models whose window had no room when last checked
 
     def nudge(self, model: str) -> None:
         """Jobs of this model were accepted: fill its window soon. Returns at once and never raises; event loop only."""
@@ -123,16 +123,16 @@ class Dispatcher:
         self._start(self._dispatch_while_wanted(self._catalog.entry_of(model)))
 
     def revoke_running(self, job_id: UUID) -> None:
-        """Tell all workers of a cancel that is in SQL already, so that it takes effect within a step rather than at the
-        next chunk commit. Returns at once, best effort; event loop only."""
+        """Tell all workers of a cancel that is already in SQL, so that it takes effect within a step instead of at the
+        next chunk commit. Best effort; returns at once; event loop only."""
         self._start(self._publish_revoke(job_id))
 
     async def aclose(self) -> None:
-        """Let what has begun end; it is bounded by the deadlines of broker and database."""
+        """Wait for started dispatches, which the timeouts of broker and database bound."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def dispatch(self, spec: ModelEntry) -> int:
-        """As the function `dispatch`. Also raises TimeoutError, when the broker does not answer in time."""
+        """As the function `dispatch`. Also raises TimeoutError if the broker does not answer in time."""
         num_waiting, num_live_slots = await asyncio.gather(self._count_waiting(spec), self._count_live_slots(spec))
         free = room(self._settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
         (self._full.discard if free else self._full.add)(spec.id)
@@ -169,9 +169,9 @@ class Dispatcher:
                 try:
                     await self.dispatch(spec)
                 except (*REDIS_OUTAGES, SQLAlchemyError) as exc:
-                    log.warning("dispatch failed, left to the janitor: %s", type(exc).__name__)
+                    log.warning("dispatch failed, the janitor will retry: %s", type(exc).__name__)
                 if spec.id in self._full:
-                    # To look again at every accept would cost more than accepting; who makes room dispatches, too.
+                    # Checking at every accept would cost more than accepting; whatever makes room dispatches as well.
                     await asyncio.sleep(FULL_WINDOW_SECONDS)
                 if spec.id not in self._wanted_again:
                     return
@@ -184,11 +184,11 @@ class Dispatcher:
             async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
                 await self._client.publish(revoke_channel(database), revoke_message([job_id]))
         except REDIS_OUTAGES as exc:
-            log.warning("revoke not broadcast, the worker reads it in SQL: %s", type(exc).__name__)
+            log.warning("revoke not broadcast, the worker will read it in SQL: %s", type(exc).__name__)
 
     def _start(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)  # the loop keeps weak references only
+        self._tasks.add(task)  # the loop keeps only weak references
         task.add_done_callback(self._tasks.discard)
 
 

@@ -1,7 +1,7 @@
-"""Flower with a door: `celery -A tasks.flower flower` is the Flower of `tasks.app`, closed to other pages and hosts.
+"""Flower behind the API's host and origin checks: `celery -A tasks.flower flower` instead of `-A tasks.app`.
 
-Flower cancels jobs and stops workers. It checks the origin of its own POSTs, but neither what is read nor the host's
-name. A browser sends the password of FLOWER_BASIC_AUTH along with whatever page asks, so origins count there, too.
+Flower cancels jobs and stops workers. It checks the origin of its own POSTs, but not of reads, and not the host name. A
+browser sends the password of FLOWER_BASIC_AUTH along whichever page asks, so origins matter there, too.
 """
 
 import os
@@ -28,12 +28,12 @@ class Refused(RequestHandler):
 
 
 def find_handler(flower: Flower, request: HTTPServerRequest, **options: Any) -> HTTPMessageDelegate:
-    """Tornado asks this for every request, before any route of Flower's is looked at."""
+    """Tornado calls this for every request, before any of Flower's routes."""
     settings = get_settings()
     door = Door(settings.allowed_host_names, settings.cors_origin_list)
     headers = {name.lower(): value for name, value in request.headers.items()}
     reason = door.refusal_of_page(request.method or "", headers)
-    if reason is None and not os.environ.get("FLOWER_BASIC_AUTH"):  # a name that was rebound brings no password along
+    if reason is None and not os.environ.get("FLOWER_BASIC_AUTH"):  # a rebound name gets no password
         reason = door.refusal_of_host(headers)
     if reason is None:
         handler: HTTPMessageDelegate = Application.find_handler(flower, request, **options)
@@ -42,5 +42,5 @@ def find_handler(flower: Flower, request: HTTPServerRequest, **options: Any) -> 
     return delegate
 
 
-log_as_every_process_does()  # before Tornado finds that nobody does, and logs in colours
+log_as_every_process_does()  # before Tornado sets up its own coloured logs
 Flower.find_handler = find_handler

@@ -1,8 +1,8 @@
-"""The life of a job in logs and metrics: a line and a count for each step, by the process that did it.
+"""The life of a job in logs and metrics: one INFO line and one count per step, by the process that made it.
 
-Both come after the step's commit, the line at INFO.
-`grep JOB_ID` over the logs of all processes tells the story. Every line has `job_id` and, where an HTTP request brought
-the job, that one's `request_id`, which travels through SQL; never a prompt, an output or a key.
+Both follow the step's commit. `grep JOB_ID` over the logs of all processes tells the story. Every line has `job_id`
+and, if the job came by HTTP, the `request_id` of that request, which is kept in SQL. Lines never contain a prompt, an
+output or a key.
 """
 
 import logging
@@ -27,7 +27,7 @@ from storage.jobs import ClaimedJob, Finalisation, Restarted, Returned
 
 logger = logging.getLogger("celeriac.jobs")
 
-#: Of completed jobs it is the first sequence's, and that of an embedding is `stop`.
+#: For completed jobs that of the first sequence; for embeddings `stop`.
 REASON_BY_STATUS = {
     JobStatus.FAILED: FinishReason.ERROR,
     JobStatus.CANCELLED: FinishReason.CANCELLED,
@@ -42,8 +42,7 @@ VERB_BY_OUTCOME = {
 
 
 def begin(models: Iterable[str], outcomes: Iterable[AttemptOutcome]) -> None:
-    """Let what may happen to jobs in this process stand at 0 until it does: an alert on an increase does not see one
-    that begins at 1."""
+    """Start the counters of this process at 0: an alert on an increase would miss one that starts at 1."""
     for model in models:
         labelled(jobs_finished_total, model, JobStatus.COMPLETED.value, FinishReason.STOP.value)
         labelled(jobs_finished_total, model, JobStatus.COMPLETED.value, FinishReason.LENGTH.value)
@@ -54,7 +53,7 @@ def begin(models: Iterable[str], outcomes: Iterable[AttemptOutcome]) -> None:
 
 
 def submitted(model: str, outcome: str) -> None:
-    """What became of a submission that brought no new job: `duplicate`, or the code of the refusal."""
+    """A submission without a new job: `outcome` is `duplicate` or the code of the refusal."""
     labelled(jobs_submitted_total, model, outcome).inc()
 
 
@@ -93,7 +92,7 @@ def ended(job: ClaimedJob, ending: Finalisation, *, num_tokens: int, seconds: fl
 
 
 def returned(outcome: AttemptOutcome, jobs: Iterable[Returned]) -> None:
-    """Jobs whose attempt ended so: they went back to the queue, or have ended by it."""
+    """Jobs whose attempt ended with `outcome`: they went back to the queue or ended."""
     for job in jobs:
         labelled(jobs_returned_total, job.model, outcome.value).inc()
         facts: dict[str, object] = {"attempt": job.attempt, "tokens": job.num_tokens}
@@ -117,7 +116,7 @@ def _count_end(model: str, status: JobStatus, reason: FinishReason) -> None:
 def restarted(jobs: Iterable[Restarted], model_revision: str) -> None:
     for job in jobs:
         facts = {"attempt": job.attempt, "discarded_tokens": job.num_tokens, "model_revision": model_revision}
-        _tell("begins anew, as no worker serves its model revision any more", job.job_id, job.request_id, facts)
+        _tell("starts over, its model revision is no longer served", job.job_id, job.request_id, facts)
 
 
 def _tell(what: str, job_id: UUID, request_id: str | None, facts: dict[str, object]) -> None:

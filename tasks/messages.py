@@ -1,7 +1,7 @@
-"""Celery messages built by hand: what Celery itself would send, at a tenth of its price.
+"""Celery messages built by hand: what Celery itself would send, at a tenth of the cost.
 
-A message carries a job id and nothing else; everything about the job is in SQL. `tests/unit/test_messages.py` compares
-every key with Celery's own messages at the pinned versions.
+A message only carries a job id; everything else about the job is in SQL. `tests/unit/test_messages.py` compares every
+key with Celery's own messages at the pinned versions.
 
 Redis keys (the broker's database; `queue` is `ModelSpec.queue`)
 | name                           | type    | lifetime                   | writer                  | reader      |
@@ -22,7 +22,7 @@ from domain.ids import external_id
 
 GENERATE = "celeriac.generate"
 PRIORITY_STEPS = (0, 3, 6, 9)  # one list per step and queue; 0 is served first
-MAX_RINGS = 64  # more would only wake workers for nothing
+MAX_RINGS = 64  # more would wake workers for nothing
 
 _SEPARATOR = "\x06\x16"
 _NO_ARGUMENTS: tuple[object, ...] = ((), {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})

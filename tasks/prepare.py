@@ -1,13 +1,7 @@
 """A request made complete: checked, tokenized, its defaults filled in, its grammar compiled.
 
-Checks a request's bounds and fills in its defaults, so that a default that changes later changes no accepted job.
-
-An embedding request on its way in: its inputs counted, and refused where this model cannot take them.
-
-Prompts to token ids off the event loop: bounded in length, in time and in how many wait.
-
-Turns a request into a complete one: checks it, tokenizes it, compiles its grammar. For live requests and lines of
-batches.
+Used for live requests and batch lines. Defaults are filled in here, so that a default that changes later does not
+change accepted jobs. Prompts are tokenized off the event loop, bounded in length, in time and in how many wait.
 """
 
 import asyncio
@@ -34,16 +28,16 @@ from metrics import labelled, tokenize_seconds
 from text.grammar_compiler import GrammarGate
 from text.models import ModelView, ModelViews
 
-DEFAULT_MAX_TOKENS = 4_096  # where neither the request nor the model names a number; less where the context ends sooner
+DEFAULT_MAX_TOKENS = 4_096  # if neither request nor model sets one; less if the context ends sooner
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request with nothing left open, counted in tokens."""
+    """A complete request, counted in tokens."""
 
     request: JobRequest
     prompt_token_ids: list[int]
-    input_lengths: list[int] | None  # of an embedding: tokens of each input
+    input_lengths: list[int] | None  # of an embedding: tokens per input
     max_tokens: int
     seed: int
 
@@ -51,13 +45,13 @@ class PreparedRequest:
 def refuse_ungenerable(view: ModelView) -> None:
     if view.spec.task == "embedding":
         raise UnsupportedParameter(
-            f"{view.spec.id} makes embeddings and generates no text; send inputs, or choose another model",
+            f"{view.spec.id} only makes embeddings; send inputs, or choose a model that generates text",
             param="model",
         )
 
 
 def prepare_generation(request: GenerationRequest, view: ModelView, prompt_token_ids: list[int]) -> PreparedRequest:
-    """Raises where a bound is broken; whether its grammar, if it has one, can be followed is still to be asked."""
+    """Raises if a limit is exceeded. Does not check whether its grammar can be followed."""
     resolved = resolve_params(request, view, len(prompt_token_ids))
     assert resolved.max_tokens is not None
     assert resolved.seed is not None
@@ -80,7 +74,7 @@ def prepare_embedding(request: EmbeddingRequest, view: ModelView, inputs: list[l
 
 
 def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> SamplingParams:
-    """Every default filled in, so that a changed one never changes an accepted job. Raises where a bound is broken."""
+    """The parameters with every default filled in. Raises if a limit is exceeded."""
     params = request.params
     _refuse_endless_structure(params)
     _refuse_unknown_tokens(params, view)
@@ -89,7 +83,7 @@ def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_token
     max_tokens = _resolve_max_tokens(request, view, num_prompt_tokens)
     if params.min_tokens > max_tokens:
         raise InvalidRequest(
-            f"params.min_tokens is {params.min_tokens} but only {max_tokens} tokens may come; lower it",
+            f"params.min_tokens is {params.min_tokens} but only {max_tokens} tokens fit; lower it",
             param="params.min_tokens",
         )
     defaults, given = view.defaults, params.model_fields_set
@@ -98,7 +92,7 @@ def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_token
     return params.model_copy(
         update={
             "max_tokens": max_tokens,
-            # A share of 0 leaves the most likely token, which is what greedy means.
+            # A top_p of 0 leaves only the most likely token, which is greedy decoding.
             "temperature": temperature if top_p else 0.0,
             "top_p": top_p or 1.0,
             "top_k": defaults.top_k if params.top_k is None else params.top_k,
@@ -117,7 +111,7 @@ def _resolve_max_tokens(request: GenerationRequest, view: ModelView, num_prompt_
     room = view.max_model_len - num_prompt_tokens
     holds = f"{view.spec.id} holds {view.max_model_len} tokens, prompt and output together"
     if num_prompt_tokens == 0:
-        raise InvalidRequest(f"{source} comes to no token at all; send some text", param=source)
+        raise InvalidRequest(f"{source} has no tokens; send some text", param=source)
     if room < (0 if asked == 0 else 1):
         raise ContextLengthExceeded(
             f"{source} comes to {num_prompt_tokens} tokens but {holds}; shorten it by at least {1 - room} tokens",
@@ -135,7 +129,7 @@ def _resolve_max_tokens(request: GenerationRequest, view: ModelView, num_prompt_
 def _refuse_endless_structure(params: SamplingParams) -> None:
     if params.structured_output is not None and params.ignore_eos:
         raise InvalidRequest(
-            "params.ignore_eos is true, but a structured output ends where its grammar says; leave one of them out",
+            "params.ignore_eos is true, but a structured output ends where its grammar does; leave out one of the two",
             param="params.ignore_eos",
         )
 
@@ -182,8 +176,8 @@ def refuse_unembeddable(request: EmbeddingRequest, view: ModelView) -> None:
     """What can be told before anything is tokenized."""
     if not view.spec.can_embed:
         raise UnsupportedParameter(
-            f"{view.spec.id} makes no embeddings: its back end {view.spec.backend!r} shows no hidden states; "
-            "choose another model",
+            f"{view.spec.id} cannot make embeddings: its back end {view.spec.backend!r} does not expose hidden "
+            f"states; choose another model",
             param="model",
         )
     width = view.embedding_width
@@ -209,7 +203,7 @@ def encode_inputs(request: EmbeddingRequest, view: ModelView) -> list[list[int]]
 def _check_lengths(lengths: Sequence[int], view: ModelView) -> None:
     for place, length in enumerate(lengths):
         if not length:
-            raise InvalidRequest(f"inputs.{place} comes to no token at all; send some text", param=f"inputs.{place}")
+            raise InvalidRequest(f"inputs.{place} has no tokens; send some text", param=f"inputs.{place}")
         if length > view.max_model_len:
             raise ContextLengthExceeded(
                 f"inputs.{place} comes to {length} tokens but {view.spec.id} holds {view.max_model_len}; shorten it",
@@ -221,11 +215,11 @@ def _check_lengths(lengths: Sequence[int], view: ModelView) -> None:
         )
 
 
-# Ordinary text has three to five characters a token. More than this many cannot fit the context, so the tokenizer is
-# spared the attempt; what it does get takes well under a second at its worst.
+# Ordinary text has three to five characters per token. More than this cannot fit the context and is refused without
+# tokenizing; anything below takes well under a second.
 MAX_CHARS_PER_TOKEN = 16
 
-INLINE_CHARS = 2_000  # a third of a millisecond of tokenizer: less than two thread switches under load are worth
+INLINE_CHARS = 2_000  # a third of a millisecond: less than two thread switches cost under load
 
 NUM_THREADS = 2
 
@@ -237,7 +231,7 @@ Ids = TypeVar("Ids")
 
 
 class TokenizingPool:
-    """Short prompts are tokenized where they are, long ones in a few threads (the tokenizer lets go of the GIL)."""
+    """Tokenizes short prompts on the event loop and long ones in a few threads (the tokenizer releases the GIL)."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
@@ -273,10 +267,10 @@ class TokenizingPool:
             ) from None
 
     def _forget(self, work: asyncio.Future[Any]) -> None:
-        # A thread cannot be stopped: a prompt given up on keeps its place in the bound until the thread is through.
+        # A thread cannot be stopped, so an abandoned prompt counts against the limit until its thread is done.
         self._num_waiting -= 1
         if not work.cancelled():
-            work.exception()  # read, so that one nobody waited for is not reported as never retrieved
+            work.exception()  # retrieved, so that asyncio does not report an exception that nobody awaited
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -305,7 +299,8 @@ def refuse_endless_prompt(view: ModelView, request: GenerationRequest, num_chars
 
 
 class RequestPreparer:
-    """For one event loop. Holds the threads that tokenize and the processes that compile grammars."""
+    """Turns requests into complete ones. Bound to one event loop; owns the tokenizing threads and the grammar
+    compilers."""
 
     def __init__(self, views: ModelViews) -> None:
         self._views = views
@@ -313,11 +308,11 @@ class RequestPreparer:
         self._grammar_gate = GrammarGate()
 
     def prepare_grammars(self) -> None:
-        """Start preparing in the background what the models' grammars need. Call it again when models have changed."""
+        """Start preparing in the background what the models' grammars need. Call again when the models change."""
         self._grammar_gate.prepare(self._views.loaded())
 
     async def prepare(self, request: JobRequest, tenant_id: UUID) -> PreparedRequest:
-        """Raises the CeleriacError that says why no job can be made of it."""
+        """Raises the CeleriacError that says why it cannot become a job."""
         view = self._views.get(request.model)
         refuse_unfit(request, view)
         if isinstance(request, EmbeddingRequest):
@@ -328,7 +323,7 @@ class RequestPreparer:
         return prepared
 
     async def count_prompt_tokens(self, request: GenerationRequest) -> int:
-        """Of a request that is not submitted. Raises the CeleriacError that says why it cannot be."""
+        """The tokens of a prompt that is not submitted. Raises the CeleriacError that says why it cannot be counted."""
         return len(await self._tokenizing.encode(self._views.get(request.model), request))
 
     async def aclose(self) -> None:
@@ -337,7 +332,7 @@ class RequestPreparer:
 
 
 def refuse_unfit(request: JobRequest, view: ModelView) -> None:
-    """What can be told before anything is tokenized. Raises UnsupportedParameter or InvalidRequest."""
+    """Refuse what can be recognised before tokenizing. Raises UnsupportedParameter or InvalidRequest."""
     if isinstance(request, EmbeddingRequest):
         refuse_unembeddable(request, view)
     else:

@@ -1,12 +1,7 @@
-"""The one door for jobs: prepare the request, check its options, accept it, have it dispatched.
+"""The one way to submit jobs: prepare the request, check its options, accept it, have it dispatched.
 
-What makes two requests the same: to an idempotency key, and to an engine.
-
-The one door for jobs: resolve the model, count the prompt, check the bounds, fill in defaults, accept, dispatch.
-
-Every API and the command line come through `Submitter.submit`, so a job means the same wherever it came from.
-
-An ended job submitted once more: a new job that names the old one and has its request, with the same defaults.
+Every API and the command line use `Submitter.submit`, so a job means the same wherever it came from. Resubmitting an
+ended job makes a new job that names the old one and has the same request and defaults.
 """
 
 import hashlib
@@ -45,7 +40,7 @@ from text.models import ModelView, ModelViews
 
 
 def request_hash(request: JobRequest, options: JobOptions) -> bytes:
-    """What two submissions under one idempotency key must share: all that was asked for, before defaults and seed."""
+    """What two submissions under one idempotency key must share: everything requested, before defaults and seed."""
     asked = _asked(request) | {
         "options": [
             options.priority,
@@ -66,8 +61,8 @@ def _dump(part: BaseModel) -> dict[str, Any]:
 
 
 def fingerprint(model_revision: str, prompt_token_ids: Sequence[int], request: JobRequest) -> bytes:
-    """What makes a request the same to an engine: by this a poisonous one is known again. The seed is that which was
-    asked for, not one that was drawn."""
+    """What makes a request the same for an engine. Identifies a poisonous request if it is sent again. Uses the
+    requested seed, not a drawn one."""
     asked: list[object] = [model_revision, list(prompt_token_ids)]
     if isinstance(request, EmbeddingRequest):
         asked += ["embedding", request.dimensions]
@@ -83,7 +78,7 @@ def _asked(request: JobRequest) -> dict[str, object]:
         "model": request.model,
         "prompt": request.prompt,
         "messages": request.messages and [_dump(message) for message in request.messages],
-        "tools": [orjson.dumps(_dump(tool)).decode() for tool in request.tools],  # as text: the order is seen, too
+        "tools": [orjson.dumps(_dump(tool)).decode() for tool in request.tools],  # as text, so that the order counts
         "parallel_tool_calls": request.parallel_tool_calls,
         "prompt_token_ids": request.prompt_token_ids,
         "params": request.params.model_dump(mode="json"),
@@ -92,7 +87,7 @@ def _asked(request: JobRequest) -> dict[str, object]:
 
 
 def _schema_text(params: SamplingParams) -> str | None:
-    """The order of a schema's properties, which sorted keys hide, is the order of the output."""
+    """The schema as text, because the order of its properties, which sorted keys would hide, is that of the output."""
     output = params.structured_output
     if output is None or (output.json_schema is None and output.calls is None):
         return None
@@ -103,17 +98,17 @@ def _schema_text(params: SamplingParams) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """`job_id` is an earlier job's where the idempotency key was used before for the same request."""
+    """`job_id` is an earlier job's if the idempotency key was used before for the same request."""
 
     job_id: UUID
     is_new: bool
     created_at: datetime
     new_job: NewJob
-    room: QueueRoom | None = None  # None where the job is an earlier one
+    room: QueueRoom | None = None  # None for an earlier job
 
 
 class Submitter:
-    """Everything between a validated request and a committed job."""
+    """Takes a validated request to a committed job."""
 
     def __init__(
         self,
@@ -143,7 +138,7 @@ class Submitter:
         return self.conclude(new_job, accepted)
 
     def conclude(self, new_job: NewJob, accepted: Accepted) -> Submitted:
-        """The submission was committed: tell of it, and have a new job dispatched."""
+        """The submission was committed: log and count it, and have a new job dispatched."""
         is_new = accepted.outcome is AcceptOutcome.ACCEPTED
         if is_new:
             job_log.accepted(new_job)
@@ -161,18 +156,18 @@ class Submitter:
         return make_job(tenant_id, request, options, view, prepared, settings=self._settings, webhook_url=webhook_url)
 
     async def _check_webhook(self, url: str | None) -> str | None:
-        """As it is stored. Raises InvalidRequest."""
+        """The URL in its stored form. Raises InvalidRequest."""
         try:
             return None if url is None else str(await self._webhook_guard.check(url))
         except BadWebhookUrl as exc:
             raise InvalidRequest(f"webhook: {exc}", param="webhook") from None
 
     def prepare_grammars(self) -> None:
-        """Start preparing in the background what the models' grammars need. Call it again when models have changed."""
+        """Start preparing in the background what the models' grammars need. Call again when the models change."""
         self._preparer.prepare_grammars()
 
     async def count_prompt_tokens(self, request: GenerationRequest) -> int:
-        """Of a request that is not submitted. Raises the CeleriacError that says why it cannot be."""
+        """The tokens of a prompt that is not submitted. Raises the CeleriacError that says why it cannot be counted."""
         return await self._preparer.count_prompt_tokens(request)
 
     async def aclose(self) -> None:
@@ -181,7 +176,7 @@ class Submitter:
 
 @contextmanager
 def counting_refusals(model: str) -> Iterator[None]:
-    """Of a submission that asks for a model there is: of others the clients choose the names, and there is no end."""
+    """Count refused submissions for known models; clients could invent any number of other names."""
     try:
         yield
     except CeleriacError as exc:
@@ -199,7 +194,7 @@ def make_job(
     settings: Settings,
     webhook_url: str | None = None,
 ) -> NewJob:
-    """`request` is as it was asked for, `prepared` has every default filled in."""
+    """`request` is as it was received, `prepared` has every default filled in."""
     return NewJob(
         id=new_id(),
         tenant_id=tenant_id,
@@ -231,7 +226,8 @@ def make_job(
 def raise_refusal(accepted: Accepted, options: JobOptions) -> None:
     if accepted.outcome is AcceptOutcome.KEY_REUSED:
         raise IdempotencyKeyReused(
-            "this idempotency key came before with another request; send the same request again or use a new key",
+            "this idempotency key was already used for a different request; send the same request again or use a new "
+            "key",
             param="idempotency_key",
         )
     if accepted.outcome is AcceptOutcome.POISON:
@@ -242,7 +238,7 @@ def raise_refusal(accepted: Accepted, options: JobOptions) -> None:
         )
     if accepted.outcome is AcceptOutcome.TOO_MANY_QUEUED:
         raise TooManyQueuedJobs(
-            "your queue is full: as many jobs as you may have are waiting; retry when some are done",
+            "your queue is full: the maximum number of your jobs is waiting; retry when some are done",
             retry_after_seconds=5,
         )
 
@@ -250,8 +246,8 @@ def raise_refusal(accepted: Accepted, options: JobOptions) -> None:
 @dataclass(frozen=True, slots=True)
 class Resubmission:
     verb: Literal["retry", "replay"]
-    keeps_output: bool = False  # go on behind what was committed, where the model is still the same
-    is_poison_allowed: bool = False  # then it runs alone
+    keeps_output: bool = False  # continue after the committed output if the model is still the same
+    is_poison_allowed: bool = False  # it runs alone then
 
 
 async def resubmit(
@@ -260,16 +256,16 @@ async def resubmit(
     how: Resubmission,
     accept: Callable[[NewJob, bool], Awaitable[Accepted]],
 ) -> Submitted:
-    """Returns once the new job is committed; an earlier call's, where there was one. Raises the CeleriacError that says
+    """Returns once the new job is committed; if an earlier call made one, that one. Raises the CeleriacError that says
     why not. `record` holds the request of an ended job; `accept(new_job, keeps_output)` commits. The old job's deadline
-    is not taken over: it is past, or belonged to another time."""
+    is not taken over, since it belonged to the old job's time."""
     assert record.request is not None
     old = record.job
     options = JobOptions(
         priority=old.priority,
         run_timeout_seconds=old.run_timeout_seconds,
         result_ttl_seconds=old.result_ttl_seconds,
-        # With blanks, which no client's own key may have; so a repeated call finds the first one's job.
+        # Contains spaces, which clients' keys cannot, so that only a repeated call finds this job.
         idempotency_key=f"{how.verb} of {external_id(old.id)}",
         metadata=old.job_metadata,
         endpoint=old.endpoint,

@@ -117,9 +117,9 @@ class TargetGuard:
         if url.scheme != "https":
             raise BadWebhookUrl("it begins with http://; give one that begins with https://")
         if url.port not in self._ports:
-            raise BadWebhookUrl(f"its port is {url.port}; allowed are: {', '.join(map(str, sorted(self._ports)))}")
+            raise BadWebhookUrl(f"the port is {url.port}; allowed are:  {', '.join(map(str, sorted(self._ports)))}")
         if is_local_name(url.host):
-            raise BadWebhookUrl("its host is a name inside a network; give one that the internet knows")
+            raise BadWebhookUrl("the host is a private name; give a public one")
         return url
 
     async def check(self, text: str) -> WebhookUrl:
@@ -130,9 +130,9 @@ class TargetGuard:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self.addresses(url.host, url.port)
         except TargetRefused:
-            raise BadWebhookUrl("its host has an address that is not public; give one that the internet sees") from None
+            raise BadWebhookUrl("the host's address is not public; give a host on the internet") from None
         except TargetUnknown:
-            raise BadWebhookUrl("its host has no address; check the name") from None
+            raise BadWebhookUrl("the host has no address; check the name") from None
         except (OSError, TimeoutError):
             return url
         return url

@@ -1,1 +1,1 @@
-"""What a model makes of text: its files, templates, tokens, grammars, output. Free of torch, for API and engines."""
+"""Model files, chat templates, tokens, grammars and outputs, without torch; shared by the API and engines."""

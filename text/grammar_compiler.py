@@ -1,16 +1,12 @@
-"""Every grammar is compiled once before its job is accepted, in a process of its model.
+"""The gate for structured output: each grammar is compiled once before its job is accepted, in a process of its model.
 
-One model's compiler of grammars: a child process that has the model's vocabulary, and the grammars that wait for it.
+A grammar of a few bytes can cost hours or gigabytes, so it is compiled in a child process with little time and memory.
+The verdict is remembered per model revision.
 
-A vocabulary of 262,000 tokens takes seven seconds of CPU time to read and, for that while, up to 900 MB; then the
-process keeps some 250 MB. So there is a process for each model, which reads its vocabulary ahead of the first grammar
-and keeps it as long as the model is served: nobody waits for another model's, and forks share its pages. Large ones are
-read one at a time. A process that ends is started again.
-
-The gate for structured output: each grammar is compiled once before its job is accepted, in a process that may die.
-
-A grammar of a few bytes can ask for hours or gigabytes. So it is compiled where that does no harm: in a child process
-with little time and memory. Verdicts are remembered, for the model's revision that they were made for.
+A vocabulary of 262,000 tokens takes seven seconds of CPU time to read and up to 900 MB meanwhile; then the process
+keeps some 250 MB. So each model has its own process, which reads the vocabulary before the first grammar arrives and
+lives as long as the model is served: models do not wait for each other, and forks share its pages. Large vocabularies
+are read one at a time. A process that dies is restarted.
 """
 
 import asyncio
@@ -46,15 +42,15 @@ MAX_WAITING_OF_TENANT = 32
 
 MAX_WAITING = 512
 
-FIRST_PAUSE_SECONDS = 1.0  # before a process that ended is started again; doubled each time, until one is ready
+FIRST_PAUSE_SECONDS = 1.0  # before a dead process is restarted; doubled each time until one is ready
 
 LAST_PAUSE_SECONDS = 60.0
 
-MAX_LINE_BYTES = 65_536  # of what the process says
+MAX_LINE_BYTES = 65_536  # per line of the process's output
 
 MAX_LOGGED = 500  # characters
 
-#: How the compiling of a grammar ends that goes beyond its limits: by its own timer, or by a refused allocation.
+#: How the compiler dies of a grammar beyond its limits: by its own timer, or by a refused allocation.
 _EXCESS_BY_RETURN_CODE = {
     -signal.SIGPROF: "time",
     -signal.SIGABRT: "memory",
@@ -64,7 +60,7 @@ _EXCESS_BY_RETURN_CODE = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`reason` is None where the grammar can be followed; `place` is the field of the output that it is about."""
+    """`reason` is None if the grammar can be followed; `place` is the field of the structured output at fault."""
 
     reason: str | None
     place: str
@@ -72,7 +68,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The answer is a result, never an exception: nobody may be there any more to take it."""
+    """The future's result, never its exception, holds the answer: nobody may be waiting for it any more."""
 
     output: dict[str, Any]
     answer: "asyncio.Future[Verdict | CeleriacError]" = field(
@@ -85,7 +81,7 @@ class ProcessLost(Exception):
 
 
 class GrammarCompiler:
-    """Used on one event loop, from when it is made until `stop`."""
+    """One model's compiler process and the grammars that wait for it. Bound to one event loop until `stop`."""
 
     def __init__(
         self,
@@ -103,15 +99,16 @@ class GrammarCompiler:
         self._vocabulary = vocabulary
         self._turn_to_load = large_loads if vocabulary.size > LARGE_VOCABULARY else contextlib.nullcontext()
         self._known, self._remember = known, remember
-        self._waiting: OrderedDict[UUID, OrderedDict[bytes, Question]] = OrderedDict()  # by tenant, in turn
+        self._waiting: OrderedDict[UUID, OrderedDict[bytes, Question]] = OrderedDict()  # by tenant; tenants take turns
         self._has_work = asyncio.Event()
-        self._unsupported: str | None = None  # why no grammar can be followed
+        self._unsupported: str | None = None  # why the model cannot follow any grammar
         self._attending: asyncio.Task[None] | None = None
         self._running = asyncio.create_task(self._run())
 
     def ask(self, tenant_id: UUID, key: bytes, output: dict[str, Any]) -> "asyncio.Future[Verdict | CeleriacError]":
-        """Tenants take turns, so that one with many slow grammars delays another by one of them. Await the answer
-        without cancelling it: others may wait for the same. Raises ServerOverloaded or UnsupportedParameter."""
+        """The answer's future. Tenants take turns, so that one with many slow grammars delays the others by at most
+        one. Do not cancel the future: others may await the same one. Raises ServerOverloaded or
+        UnsupportedParameter."""
         if self._unsupported is not None:
             raise unsupported(self.model_id, self._unsupported)
         asked: Mapping[bytes, Question] = self._waiting.get(tenant_id, {})
@@ -126,7 +123,7 @@ class GrammarCompiler:
         return question.answer
 
     def stop(self) -> "asyncio.Task[None]":
-        """The task ends when the process has."""
+        """Stop the process; the task ends with it."""
         self._running.cancel()
         return self._running
 
@@ -136,7 +133,7 @@ class GrammarCompiler:
             while self._unsupported is None:
                 try:
                     await self._load_and_serve()
-                except Exception as exc:  # an outermost loop: whatever it was, the process is started again
+                except Exception as exc:  # an outermost loop: whatever happened, the process is restarted
                     pause_seconds = FIRST_PAUSE_SECONDS if self.is_ready else pause_seconds
                     reason = describe_exception(exc)
                     log.warning("the grammar compiler ended", extra={"model": self.model_id, "reason": reason})
@@ -155,11 +152,12 @@ class GrammarCompiler:
                 if self._unsupported is not None:
                     question.answer.set_result(unsupported(self.model_id, self._unsupported))
                 else:
-                    question.answer.set_result(ServerOverloaded("the model was loaded anew; retry in a moment"))
+                    question.answer.set_result(ServerOverloaded("the model was reloaded; retry in a moment"))
         self._waiting.clear()
 
     async def _load_and_serve(self) -> None:
-        """Until the process ends. Raises ProcessLost or OSError. Returns where no grammar can be followed."""
+        """Serve until the process ends, then raise ProcessLost or OSError. Returns only if the model cannot follow any
+        grammar."""
         async with self._turn_to_load:
             process = await self._start_process()
             vocabulary = self._vocabulary
@@ -186,7 +184,7 @@ class GrammarCompiler:
         key, question = self._take_next()
         answer: Verdict | CeleriacError = ServerOverloaded("the grammar could not be compiled; retry in a moment")
         try:
-            verdict = self._known(key)  # another may have asked the same meanwhile
+            verdict = self._known(key)  # another request may have asked the same in the meantime
             if verdict is None:
                 verdict = _verdict_of(question.output, await self._tell(process, orjson.dumps(question.output) + b"\n"))
                 if verdict is not None:
@@ -210,17 +208,17 @@ class GrammarCompiler:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             limit=MAX_LINE_BYTES,
-            start_new_session=True,  # Ctrl-C is for the API, which ends this process in its turn
+            start_new_session=True,  # Ctrl-C is meant for the API, which then ends this process
         )
         self._attending = asyncio.create_task(self._attend(self.process))
         return self.process
 
     async def _attend(self, process: asyncio.subprocess.Process) -> None:
-        """Log what it has to say, which quotes no grammar, and hear of its end."""
+        """Log the process's stderr, which does not quote grammars, until it ends."""
         assert process.stderr is not None
         while said := await process.stderr.read(MAX_LINE_BYTES):
             for line in filter(None, said.decode(errors="replace").splitlines()):
-                log.warning("the grammar compiler says: %s", line[:MAX_LOGGED], extra={"model": self.model_id})
+                log.warning("the grammar compiler wrote: %s", line[:MAX_LOGGED], extra={"model": self.model_id})
         await process.wait()
         self._has_work.set()
 
@@ -249,7 +247,7 @@ class GrammarCompiler:
 
 
 def _verdict_of(output: dict[str, Any], answer: dict[str, Any]) -> Verdict | None:
-    """None where the machine is to blame, not the grammar."""
+    """None if the machine is at fault, not the grammar."""
     if "return_code" not in answer:
         return Verdict(answer["reason"], answer["place"])
     excess = _EXCESS_BY_RETURN_CODE.get(answer["return_code"])
@@ -259,20 +257,21 @@ def _verdict_of(output: dict[str, Any], answer: dict[str, Any]) -> Verdict | Non
 
 def unsupported(model_id: str, reason: str) -> UnsupportedParameter:
     return UnsupportedParameter(
-        f"{model_id} cannot follow a structured output: {reason}; leave params.structured_output out",
+        f"{model_id} does not support structured output: {reason}; leave out params.structured_output",
         param="params.structured_output",
     )
 
 
 MAX_REMEMBERED = 4_096  # verdicts, of at most a few hundred bytes
 
-PATIENCE_SECONDS = 15.0  # of a request, for its model's vocabulary and for its turn
+PATIENCE_SECONDS = 15.0  # how long a request waits for the vocabulary and for its turn
 
 RETRY_SECONDS = 5.0
 
 
 class GrammarGate:
-    """Used on one event loop. A model's compiler starts when it is prepared, or with the first grammar that comes."""
+    """The compilers of all models. Bound to one event loop. A model's compiler starts when it is prepared or its first
+    grammar arrives."""
 
     def __init__(self) -> None:
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
@@ -281,7 +280,7 @@ class GrammarGate:
         self._large_loads = asyncio.Lock()
 
     def prepare(self, views: Iterable[ModelView]) -> None:
-        """Have the vocabularies of these models read in the background, and let go of all others'."""
+        """Read the vocabularies of these models in the background, and stop the compilers of all others."""
         by_model = {view.spec.id: view for view in views if view.vocabulary is not None}
         for model_id in self._compilers.keys() - by_model.keys():
             self._stop(model_id)
@@ -304,13 +303,13 @@ class GrammarGate:
             )
 
     def process_id(self, model_id: str) -> int | None:
-        """None while there is no process."""
+        """None if there is no process."""
         compiler = self._compilers.get(model_id)
         process = compiler.process if compiler is not None else None
         return process.pid if process is not None and process.returncode is None else None
 
     def is_ready(self, model_id: str) -> bool:
-        """Whether the model's vocabulary is read."""
+        """Whether the model's vocabulary has been read."""
         compiler = self._compilers.get(model_id)
         return compiler is not None and compiler.is_ready
 
@@ -351,7 +350,7 @@ class GrammarGate:
 
 
 async def _answer_in_time(compiler: GrammarCompiler, answer: "asyncio.Future[Verdict | CeleriacError]") -> Verdict:
-    """What comes too late is remembered for the next try."""
+    """Wait for the answer for a limited time; one that comes later is remembered for the next try."""
     await asyncio.wait({answer}, timeout=PATIENCE_SECONDS)
     if not answer.done():
         reason = "is not compiled yet" if compiler.is_ready else f"waits for the vocabulary of {compiler.model_id}"

@@ -1,8 +1,8 @@
-"""Main of the process that judges grammars for the API, in forks that may die of one that is too costly.
+"""Main of the process that judges grammars for the API, in forks that may die of a grammar that is too costly.
 
-It reads a header and the model's tokenizer from stdin, and then outputs to be judged, one JSON line each; it answers on
-stdout, one JSON line each: a reason against it, or null, and the field it is about; or the return code that the fork
-died with. What it writes to stderr quotes no grammar. The process ends with its stdin.
+It reads a header and the model's tokenizer from stdin, then one output to be judged per JSON line. It answers each on
+stdout with one JSON line: a reason against it (or null) and the field at fault, or the return code that the fork died
+with. What it writes to stderr never quotes a grammar. The process ends when its stdin is closed.
 """
 
 import os
@@ -20,17 +20,17 @@ from llguidance import LLMatcher, LLTokenizer
 from domain.structured_output import StructuredOutput, ToolCalls
 from text.grammars import error_of, in_short, make_grammar_tokenizer, make_matcher
 
-CPU_SECONDS = 0.5  # for one grammar: the engine compiles it once more, and its batch waits meanwhile
-JUDGE_SECONDS = 10.0  # by the clock, on a busy machine
-LOAD_CPU_SECONDS = 60.0  # for a tokenizer: one of 262,000 tokens takes seven
-LOAD_SECONDS = 600.0  # by the clock
+CPU_SECONDS = 0.5  # per grammar; the engine compiles it again while its whole batch waits
+JUDGE_SECONDS = 10.0  # wall-clock time, on a busy machine
+LOAD_CPU_SECONDS = 60.0  # per tokenizer; one with 262,000 tokens takes seven
+LOAD_SECONDS = 600.0  # wall-clock time
 MAX_MASK_SECONDS = 0.1
-MEMORY_BYTES = 256 * 2**20  # for one grammar, on top of the tokenizers
-NUM_STEPS = 32  # of a walk through the grammar: what fails or stalls there would fail a job
+MEMORY_BYTES = 256 * 2**20  # per grammar, on top of the tokenizer
+NUM_STEPS = 32  # tokens to walk through the grammar; what fails or stalls there would fail a job
 
 
 def judge(tokenizer: LLTokenizer, output: StructuredOutput) -> dict[str, str | None]:
-    """`reason` says why the grammar cannot be followed, None where it can; `place` is the field that is to blame."""
+    """`reason` says why the grammar cannot be followed, None if it can; `place` is the field at fault."""
     reason = _reason_against(tokenizer, output)
     if reason is None or output.calls is None:
         return {"reason": reason, "place": output.kind}
@@ -60,7 +60,7 @@ def _reason_against(tokenizer: LLTokenizer, output: StructuredOutput) -> str | N
 
 
 def _walk(matcher: LLMatcher) -> str | None:
-    """Follow the grammar along some path, the same each time."""
+    """Follow the grammar along one deterministic path."""
     slowest = 0.0
     for number in range(NUM_STEPS):
         started = time.process_time()
@@ -77,7 +77,8 @@ def _walk(matcher: LLMatcher) -> str | None:
 
 
 def _nth_set_bit(mask: int, number: int) -> int:
-    """Found by halving: looking at each bit would, for a large vocabulary, take longer than the grammar."""
+    """The position of a set bit, by bisection: for a large vocabulary, looking at each bit would take longer than the
+    grammar."""
     wanted = number * 7919 % mask.bit_count()
     first, num_bits = 0, mask.bit_length()
     while num_bits > 1:
@@ -112,8 +113,7 @@ def main() -> None:
 
 
 def _judge_apart(tokenizer: LLTokenizer, line: bytes) -> int:
-    """In a fork, which is what dies of a grammar and has the vocabulary from the start. It answers where it returns
-    0."""
+    """Judge in a fork, which shares the vocabulary and may die of the grammar. It answers if its return code is 0."""
     process_id = os.fork()
     if process_id == 0:
         _judge_and_exit(tokenizer, orjson.loads(line))
@@ -122,9 +122,9 @@ def _judge_apart(tokenizer: LLTokenizer, line: bytes) -> int:
 
 
 def _judge_and_exit(tokenizer: LLTokenizer, request: dict[str, Any]) -> NoReturn:
-    """Beyond its limits the fork dies: by SIGPROF for time, by an abort for memory."""
+    """In the fork. Beyond its limits it dies: of SIGPROF for time, of an abort for memory."""
     errors = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a compiler prints as it dies may quote the grammar
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a dying compiler prints may quote the grammar
     try:
         _limit_memory(MEMORY_BYTES)
         _limit_time(CPU_SECONDS, JUDGE_SECONDS)
@@ -134,7 +134,7 @@ def _judge_and_exit(tokenizer: LLTokenizer, request: dict[str, Any]) -> NoReturn
         _answer(answer)
     except MemoryError:
         os.abort()
-    except BaseException as exc:  # a panic in a library written in Rust is no Exception
+    except BaseException as exc:  # a panic in a Rust library is not an Exception
         _limit_time(0, 0)
         place = traceback.extract_tb(exc.__traceback__)[-1]
         os.write(errors, f"{type(exc).__name__} in line {place.lineno} of {place.filename}\n".encode())
@@ -144,13 +144,13 @@ def _judge_and_exit(tokenizer: LLTokenizer, request: dict[str, Any]) -> NoReturn
 
 
 def _limit_time(cpu_seconds: float, seconds: float) -> None:
-    """0 is without limit. Beyond them the process dies of SIGPROF or SIGALRM."""
+    """Beyond these limits the process dies of SIGPROF or SIGALRM; 0 means no limit."""
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _limit_memory(num_bytes: int) -> None:
-    """How much the address space may still grow."""
+    """Limit how much the address space may still grow."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space_bytes() + num_bytes, hard))
 

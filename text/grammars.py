@@ -1,14 +1,11 @@
-"""Structured output and tool calls as grammars of llguidance.
-
-Tool calls as a grammar: in the words in which their model calls, with arguments held to each tool's schema.
-
-Beside calls an answer in JSON may be allowed. The two are told apart by their first characters, also where a call is
-bare JSON: the calls' own keys are followed by a colon and a blank, and JSON that a grammar leads has no blanks.
-
-Structured output as llguidance takes it: read in one way by the API, which judges it, and the engine, which obeys.
+"""Structured output and tool calls as grammars of llguidance, read the same way by the API and the engine.
 
 llguidance (https://github.com/guidance-ai/llguidance) walks a grammar and a tokenizer's vocabulary together and says
-which tokens may come next. It raises nothing for a bad grammar: a matcher is then in error, and stays so.
+which tokens may come next. A bad grammar does not raise: its matcher enters an error state and stays there.
+
+Tool calls are written as their model writes them, with arguments constrained by each tool's schema. A JSON answer may
+be allowed instead of calls. The first characters tell the two apart, even if a call is bare JSON: in calls a space
+follows the colon of their own keys, and constrained JSON has no spaces.
 """
 
 import json
@@ -21,10 +18,10 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from domain.json_schemas import without_annotations
 from domain.structured_output import CallableTool, StructuredOutput, ToolCalls, ToolFormat
 
-#: Without whitespace: a model that may write some can write it for ever. What cannot be kept is refused (`lenient`).
+#: No whitespace: a model that may write some can write it forever. What cannot be enforced is refused (`lenient`).
 JSON_OPTIONS = {"whitespace_flexible": False, "coerce_one_of": False, "lenient": False}
 
-#: One call, and any number of them.
+#: One call, and any number of calls.
 _SHAPES = {
     ToolFormat.HERMES: (
         r'"<tool_call>\n" call "\n</tool_call>"',
@@ -38,7 +35,7 @@ _ARGUMENTS_KEYS = {ToolFormat.HERMES: "arguments", ToolFormat.MISTRAL: "argument
 
 
 def calls_in_lark(calls: ToolCalls, *, alternative: str | None = None) -> str:
-    """llguidance's variant of Lark. `alternative` is the rule of an output that is no calls."""
+    """The calls in llguidance's variant of Lark. `alternative` is the rule for an output without calls."""
     shape = _SHAPES[calls.format][0 if calls.is_single else 1]
     marker = "" if calls.marker_token_id is None else f"<[{calls.marker_token_id}]>? "
     any_tool = " | ".join(f"tool_{number}" for number in range(len(calls.tools)))
@@ -49,8 +46,8 @@ def calls_in_lark(calls: ToolCalls, *, alternative: str | None = None) -> str:
 
 
 def _rules_of(number: int, tool: CallableTool, key: str) -> tuple[str, str]:
-    """The schema stands by itself, so that what it refers to is found in it. The pieces of the head are those in which
-    a JSON answer is read: of a longer one, its first character would already decide for a call."""
+    """The rules of one tool. Its schema stays separate, so that its references resolve within it. The head is split
+    into the same pieces as a JSON answer: the first character of a longer piece would already decide for a call."""
     head = ("{", '"name"', ": ", f'"{tool.name}"', ", ", f'"{key}"', ": ")
     schema = tool.arguments | {"x-guidance": JSON_OPTIONS}
     return (
@@ -59,9 +56,9 @@ def _rules_of(number: int, tool: CallableTool, key: str) -> tuple[str, str]:
     )
 
 
-#: Beyond these a matcher is in error. Measured on adversarial grammars: the worst mask takes some 30 ms of one core and
-#: the memory stays below 150 MB, where llguidance's own limits allow 1.5 s and 300 MB. Rows are wide enough for as many
-#: properties as a schema may have.
+#: Beyond these a matcher enters its error state. Measured on adversarial grammars: the worst mask takes about 30 ms of
+#: one core and memory stays below 150 MB, while llguidance's defaults allow 1.5 s and 300 MB. Rows are wide enough for
+#: the most properties that a schema may have.
 LIMITS = LLParserLimits(
     max_items_in_row=5_000,
     initial_lexer_fuel=200_000,
@@ -72,13 +69,13 @@ LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 
-#: What llguidance says in words of its own, in those of whoever wrote the grammar.
+#: llguidance's messages, reworded for the author of the grammar.
 _PLAIN_WORDS = (
-    (re.compile("NoExtensionBias"), "its rules refer to each other without ever coming to a character"),
+    (re.compile("NoExtensionBias"), "its rules refer to each other without ever reaching a character"),
     (re.compile("circular references with sibling keys.*"), "a $ref leads back to itself without anything between"),
     (
         re.compile("oneOf constraints are not supported.*"),
-        "the branches of a oneOf may overlap, so that it cannot be told that exactly one is met; use anyOf",
+        "the branches of a oneOf may overlap, so matching exactly one cannot be enforced; use anyOf",
     ),
     (re.compile(r"Unimplemented keys: \[(.*?)\]"), r"it has keywords that cannot be enforced: \1"),
     (re.compile(r"Failed to generate regex for (integer|float) range:.*"), r"a bound of a number is too large"),
@@ -103,9 +100,10 @@ _PLAIN_DECODER = {
 
 
 def make_grammar_tokenizer(tokenizer_json: str, vocab_size: int, eos_token_ids: Iterable[int]) -> LLTokenizer:
-    """The vocabulary as bytes. `tokenizer_json` is a `tokenizers.Tokenizer` as text; `vocab_size` may be padded.
+    """The vocabulary as bytes. `tokenizer_json` is a serialised `tokenizers.Tokenizer`; `vocab_size` may be padded.
 
-    Takes a second for 100,000 tokens. Raises ValueError where the tokens cannot be read as bytes, or none ends a text.
+    Takes a second for 100,000 tokens. Raises ValueError if the tokens cannot be read as bytes or none of them ends a
+    text.
     """
     tokenizer: dict[str, Any] = json.loads(tokenizer_json)
     tokenizer |= {"truncation": None, "padding": None, "decoder": _readable_decoder(tokenizer.get("decoder"))}
@@ -117,17 +115,17 @@ def make_grammar_tokenizer(tokenizer_json: str, vocab_size: int, eos_token_ids: 
 
 
 def make_matcher(tokenizer: LLTokenizer, output: StructuredOutput) -> LLMatcher:
-    """In error where the grammar cannot be followed: ask `is_error`. Lets go of the GIL."""
+    """Check `is_error` for whether the grammar can be followed. Releases the GIL."""
     return LLMatcher(tokenizer, _grammar_of(output), log_level=0, limits=LIMITS)
 
 
 def error_of(matcher: LLMatcher) -> str:
-    """What a matcher in error says, without the grammar around it."""
+    """The message of a matcher in its error state, without the grammar that it quotes."""
     return in_short(matcher.get_error())
 
 
 def in_short(message: str) -> str:
-    """The first line, and the one that a parser of regular expressions adds below its drawing of the place."""
+    """The first line, and the line that the regex parser adds below its picture of the place."""
     first, *others = message.splitlines() or [""]
     details = [line.removeprefix("error: ") for line in others if line.startswith("error: ")]
     for internal, plain in _PLAIN_WORDS:
@@ -136,7 +134,7 @@ def in_short(message: str) -> str:
 
 
 def _grammar_of(output: StructuredOutput) -> str:
-    """llguidance's JSON form. Raises ValueError for a schema that is none."""
+    """The grammar in llguidance's JSON form. Raises ValueError for an invalid schema."""
     if output.calls is None:
         return json.dumps({"grammars": [_answer_of(output)]})
     if output.kind == "calls":
@@ -146,7 +144,7 @@ def _grammar_of(output: StructuredOutput) -> str:
 
 
 def _answer_of(output: StructuredOutput) -> dict[str, Any]:
-    """Of an output that is no calls."""
+    """The grammar of an output without calls."""
     if output.json_schema is not None:
         return {"json_schema": without_annotations(output.json_schema) | {"x-guidance": JSON_OPTIONS}}
     if output.json_object is not None:
@@ -161,7 +159,7 @@ def _answer_of(output: StructuredOutput) -> dict[str, Any]:
 
 
 def _count_tokens(tokenizer: dict[str, Any]) -> int:
-    """The highest id and one. Unigram models list their tokens in order, the others map them to ids."""
+    """The highest id plus one. Unigram models list their tokens in order, the others map them to ids."""
     vocabulary = tokenizer["model"]["vocab"]
     highest: int = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1
     added_ids: list[int] = [token["id"] for token in tokenizer.get("added_tokens", [])]
@@ -169,5 +167,5 @@ def _count_tokens(tokenizer: dict[str, Any]) -> int:
 
 
 def _readable_decoder(decoder: dict[str, Any] | None) -> dict[str, Any] | None:
-    """SentencePiece's way of writing spaces, in the one form that llguidance reads."""
+    """The decoder with SentencePiece's spaces spelled in the one form that llguidance reads."""
     return _PLAIN_DECODER if decoder is not None and _SPACE_MARK in json.dumps(decoder, ensure_ascii=False) else decoder

@@ -1,10 +1,7 @@
-"""The files of a model: where they lie, the revision that they make, what they say, and what we cannot serve.
+"""The files of a model: where they are, the revision that they make, what they say, and which models are refused.
 
-The files of a model: where they lie, and the revision that they make.
-
-What the files of a model say: each value is checked where it is read, and named with its file where it is bad.
-
-What no worker can serve is called by its name before a job is accepted for it, by the model's files alone.
+Each value is checked where it is read; errors name its file. A model that no worker can serve is recognised by its
+files alone, before any job is accepted for it.
 """
 
 import ast
@@ -19,7 +16,7 @@ from typing import Any
 
 from domain.catalog import ModelEntry
 
-#: How an embedding model makes one vector of many, in the manner of sentence-transformers.
+#: How an embedding model pools many vectors into one, as in sentence-transformers.
 POOLING_FILES = ("modules.json", "1_Pooling/config.json")
 
 ADDITIONAL_TEMPLATES = "additional_chat_templates"
@@ -35,7 +32,7 @@ _DESCRIPTION_FILES = (
     *POOLING_FILES,
 )
 
-#: They are read, too, but do not change what a model says.
+#: Also read, but without influence on a model's output.
 _OTHER_FILES = ("adapter_config.json", "sentence_bert_config.json")
 
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf"})
@@ -46,16 +43,18 @@ _WEIGHT_SAMPLE_BYTES = 65_536
 
 
 def model_folder(entry: ModelEntry) -> Path:
-    """Where the files that describe the model lie; for a hub id they are downloaded first, weights never. Raises
-    ValueError that says what `path` is, or why it cannot be had."""
+    """The folder with the files that describe the model; for a hub id they are downloaded first, but never its weights.
+    Raises ValueError that says what is wrong with `path` or why it cannot be fetched."""
     path = Path(entry.path)
     if path.is_dir():
         return path
     if path.is_file():
-        kind = "a GGUF file, which is not served" if path.suffix == ".gguf" else "a file"
+        kind = "a GGUF file, which is not supported" if path.suffix == ".gguf" else "a file"
         raise ValueError(f"path {entry.path!r} is {kind}; name the folder of a model with safetensors")
     if path.is_absolute() or entry.path[0] in ".~" or entry.path.count("/") > 1:
-        raise ValueError(f"path {entry.path!r} is no folder on this machine; mend it, or name a model of the hub")
+        raise ValueError(
+            f"path {entry.path!r} is not a folder on this machine; correct it, or give the id of a model on the hub"
+        )
     return _fetch(entry)
 
 
@@ -76,25 +75,28 @@ def _fetch(entry: ModelEntry) -> Path:
     except GatedRepoError as exc:
         raise ValueError(f"{entry.path} is gated on the hub; ask for access there and set HF_TOKEN") from exc
     except RevisionNotFoundError as exc:
-        raise ValueError(f"the hub has no revision {entry.revision!r} of {entry.path}; mend revision") from exc
+        raise ValueError(f"the hub has no revision {entry.revision!r} of {entry.path}; correct revision") from exc
     except RepositoryNotFoundError as exc:
         raise ValueError(
-            f"{entry.path!r} is no folder here and no model of the hub; mend path, or set HF_TOKEN"
+            f"{entry.path!r} is neither a folder here nor a model on the hub; correct path, or set HF_TOKEN"
         ) from exc
     except HFValidationError as exc:
-        raise ValueError(f"path {entry.path!r} is no folder here and cannot be a model of the hub; mend it") from exc
+        raise ValueError(
+            f"path {entry.path!r} is not a folder here and cannot be a model on the hub; correct it"
+        ) from exc
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
         raise ValueError(
-            f"{entry.path!r} is no folder here and could not be fetched from the hub; check path, revision and the "
+            f"{entry.path!r} is not a folder here and could not be fetched from the hub; check path, revision and the "
             "network"
         ) from exc
 
 
 def model_revision(spec: ModelEntry) -> str:
-    """What a job is pinned to once it has output: equal on every machine that serves the same files.
+    """The revision that a job is pinned to once it has output: equal on every machine that serves the same files.
 
-    A local folder is hashed: its descriptions whole, its weights by size and evenly spread samples, so that retrained
-    weights differ and a large model costs milliseconds. A hub model is the commit that its revision names.
+    For a local folder it is a hash: of the descriptive files as a whole, and of the weights' sizes and evenly spaced
+    samples, so that retrained weights differ and a large model costs milliseconds. For a hub model it is the commit
+    that its revision names.
     """
     if spec.backend == "fake" and not Path(spec.path).is_dir():
         return f"fake:{spec.revision}"
@@ -130,15 +132,15 @@ def _hash_samples(digest: "hashlib._Hash", file: Path) -> None:
 
 
 def read_json_file(file: Path) -> dict[str, Any]:
-    """Empty where there is no such file. Raises ValueError that names it."""
+    """The object in a JSON file; empty if there is no such file. Raises ValueError that names the file."""
     if not file.is_file():
         return {}
     try:
         content = json.loads(read_text_file(file))
     except ValueError as exc:
-        raise ValueError(f"{file.name} holds no JSON: {exc}; mend it") from exc
+        raise ValueError(f"{file.name} is not valid JSON: {exc}; correct it") from exc
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} holds {type(content).__name__}, not a JSON object; mend it")
+        raise ValueError(f"{file.name} holds {type(content).__name__}, not a JSON object; correct it")
     return content
 
 
@@ -146,10 +148,10 @@ def read_text_file(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as exc:
-        raise ValueError(f"{file.name} is not UTF-8: {exc}; mend it") from exc
+        raise ValueError(f"{file.name} is not UTF-8: {exc}; correct it") from exc
 
 
-#: Families whose positions begin behind the id of the padding token.
+#: Families whose positions start after the id of the padding token.
 POSITIONS_BEHIND_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -158,14 +160,14 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequen
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 
-_NO_LENGTH = 10**9  # transformers writes 10^30 where a tokenizer has no bound
+_NO_LENGTH = 10**9  # transformers writes 10^30 for a tokenizer without a limit
 
 _MAX_LENGTH = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """What applies where a request says nothing: the model's generation_config.json, else the neutral values."""
+    """Defaults for what a request leaves out: the model's generation_config.json, else neutral values."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -176,8 +178,8 @@ class GenerationDefaults:
 
 
 def generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
-    """`do_sample: false` only counts where it is written down: it is also the value of an absent one. A top_k of -1,
-    as some write it, is off like 0. Raises ValueError that names the field."""
+    """`do_sample: false` only counts if it is in the file, since it is also the default. A top_k of -1 means off, like
+    0. Raises ValueError that names the field."""
     neutral = GenerationDefaults()
     temperature = 0.0 if config.get("do_sample") is False else neutral.temperature
     return GenerationDefaults(
@@ -205,18 +207,18 @@ def eos_token_ids(generation_config: Mapping[str, Any], config: Mapping[str, Any
 
 
 def vocabulary_size(config: Mapping[str, Any], *, default: int) -> int:
-    """Of the model, which may know more tokens than its tokenizer, or fewer."""
+    """The size of the model's vocabulary, which may differ from its tokenizer's."""
     return _whole(_text_config(config), _CONFIG, "vocab_size", at_least=1) or default
 
 
 def embedding_width(config: Mapping[str, Any]) -> int:
-    """Of the hidden states, by the names that families have for it; 0 where none of them is there."""
+    """The size of the hidden states, under any of the names that model families use; 0 if none of them is present."""
     widths = (_whole(_text_config(config), _CONFIG, name, at_least=1) for name in _WIDTHS)
     return next((width for width in widths if width), 0)
 
 
 def own_length(entry: ModelEntry, folder: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> int:
-    """How many tokens the model was made for. Raises ValueError where its files do not say."""
+    """The context length that the model was made for. Raises ValueError if its files do not say."""
     positions = _positions(config)
     bound = _whole(tokenizer_config, _TOKENIZER, "model_max_length", at_least=1)
     bound = None if bound is None or bound >= _NO_LENGTH else bound
@@ -228,7 +230,7 @@ def own_length(entry: ModelEntry, folder: Path, config: Mapping[str, Any], token
     else:
         length = positions or bound
     if length is None:
-        raise ValueError("max_model_len is missing, and the model's files do not say how many tokens it holds; add it")
+        raise ValueError("max_model_len is missing, and the model's files do not give its context length; add it")
     return min(length, _MAX_LENGTH)
 
 
@@ -241,7 +243,7 @@ def _positions(config: Mapping[str, Any]) -> int | None:
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A model that sees pictures, too, describes its language model apart."""
+    """The language model's part of the config, which multimodal models keep separate."""
     text_config = config.get("text_config")
     return config if not isinstance(text_config, dict) else {**config, **text_config}
 
@@ -250,7 +252,7 @@ def _whole(config: Mapping[str, Any], file_name: str, name: str, *, at_least: in
     value = config.get(name)
     if value is None:
         return None
-    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # 1e30 is one, too
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # 1e30 counts, too
     if not is_whole or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{file_name}: {name} is {value!r}; it must be a whole number, {at_least} or more")
     return int(value)
@@ -274,20 +276,20 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 def refuse_unservable(entry: ModelEntry, folder: Path, config: Mapping[str, Any]) -> None:
     """Raises ValueError that says what `folder` holds instead of a model that can be served, and what to do."""
-    is_whole = Path(entry.path).is_dir()  # of a model of the hub, only the descriptions are here
+    is_whole = Path(entry.path).is_dir()  # of a hub model, only the descriptive files are here
     has_weights = any(folder.glob("*.safetensors"))
     if (folder / "adapter_config.json").is_file() and not (config and (has_weights or not is_whole)):
         raise ValueError(
-            f"{entry.path} holds a LoRA adapter, which is not served by itself; merge it into its base model with "
+            f"{entry.path} holds a LoRA adapter, which cannot be served by itself; merge it into its base model with "
             "merge_and_unload(), and save that"
         )
     if not config and (any(folder.glob("*.gguf")) or "gguf" in entry.path.lower()):
-        raise ValueError(f"{entry.path} holds GGUF files, which are not served; name a folder with safetensors")
+        raise ValueError(f"{entry.path} holds GGUF files, which are not supported; name a folder with safetensors")
     missing = [name for name in ("tokenizer.json", "config.json") if not (folder / name).is_file()]
     if is_whole and not has_weights and entry.backend == "transformers":
         missing.append("*.safetensors")
     if missing:
-        raise ValueError(f"{entry.path} has no {', no '.join(missing)}; {_remedy(folder, missing)}")
+        raise ValueError(f"{entry.path} has no {' and no '.join(missing)}; {_remedy(folder, missing)}")
     if entry.backend == "transformers":
         _refuse_configuration(entry, config)
 
@@ -300,7 +302,7 @@ def _remedy(folder: Path, missing: list[str]) -> str:
         return "save the model's fast tokenizer there"
     if missing == ["*.safetensors"] and any(file for pattern in _PICKLES for file in folder.glob(pattern)):
         return "its weights are pickled, so convert them with save_pretrained(…), which writes safetensors"
-    return "add what is missing, or name the folder where it lies"
+    return "add what is missing, or name the folder that has it"
 
 
 def _refuse_configuration(entry: ModelEntry, config: Mapping[str, Any]) -> None:
@@ -308,17 +310,17 @@ def _refuse_configuration(entry: ModelEntry, config: Mapping[str, Any]) -> None:
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         raise ValueError(
-            f"{entry.path} is quantised by {method or 'an unknown method'}, which is not served; name the model that "
-            "it was made of"
+            f"{entry.path} is quantised by {method or 'an unknown method'}, which is not supported; name the model "
+            f"that it was made from"
         )
     if "auto_map" in config and not entry.trust_remote_code:
-        raise ValueError(f"{entry.path} brings its own code; set trust_remote_code = true to run it, if you trust it")
+        raise ValueError(f"{entry.path} needs its own code; if you trust it, set trust_remote_code = true to run it")
     model_type = config.get("model_type")
     known = _known_architectures(_ARCHITECTURES_BY_TASK[entry.task])
     if "auto_map" in config or (model_type is not None and (model_type in known or not known)):
         return
     if not isinstance(model_type, str):
-        raise ValueError("config.json: model_type is missing, so nobody knows the model's architecture; add it")
+        raise ValueError("config.json: model_type is missing, so the model's architecture is unknown; add it")
     raise ValueError(
         f"config.json: model_type is {model_type!r}, an architecture that transformers does not know for task "
         f"{entry.task!r}; change task, or update transformers"
@@ -327,7 +329,8 @@ def _refuse_configuration(entry: ModelEntry, config: Mapping[str, Any]) -> None:
 
 @lru_cache(maxsize=2)
 def _known_architectures(table: str) -> frozenset[str]:
-    """Read as text: transformers takes seconds to import. Empty where it is not installed."""
+    """The model types in a table of transformers, read as text because the import takes seconds. Empty if it is not
+    installed."""
     package = find_spec("transformers")
     if package is None or package.origin is None:
         return frozenset()

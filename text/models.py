@@ -1,4 +1,4 @@
-"""What the API has to know of a model, without torch: its tokenizer, chat templates, defaults, length and revision."""
+"""What the API must know about a model, without torch: tokenizer, chat templates, defaults, length, revision."""
 
 import asyncio
 import logging
@@ -46,9 +46,9 @@ log = logging.getLogger(__name__)
 
 FAKE_EMBEDDING_WIDTH = 8
 FAKE_LENGTH = 1_024
-#: What NVIDIA's driver makes, on Linux and in WSL.
+#: Devices that NVIDIA's driver creates, on Linux and in WSL.
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
-FOLLOW_SECONDS = 2.0  # between two looks at models.toml
+FOLLOW_SECONDS = 2.0  # between checks of models.toml
 
 FAKE_CHAT_TEMPLATE = (
     "{% for tool in tools or [] %}tool: {{ tool | tojson }}, called by <tool_call>\n{% endfor %}"
@@ -60,8 +60,8 @@ FAKE_CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What following a grammar takes to know of a model's tokens. `size` counts those that pad the model's output.
-    `tokenizer_json` is kept since making it holds all threads for some 0.4 s where the vocabulary is large."""
+    """What following a grammar requires about a model's tokens. `size` includes the tokens that only pad the model's
+    output. `tokenizer_json` is kept because serialising a large vocabulary blocks all threads for about 0.4 s."""
 
     tokenizer: Tokenizer
     size: int
@@ -85,7 +85,7 @@ class ModelView:
         embedding_width: int = 0,
         marks: ContentMarks | None = None,
     ) -> None:
-        """`vocabulary` is None where no grammar can be followed, `marks` where contents may hold control tokens."""
+        """`vocabulary` is None if the model cannot follow grammars, `marks` if contents may hold control tokens."""
         self.spec = spec
         self.revision = revision
         self.defaults = defaults
@@ -93,7 +93,7 @@ class ModelView:
         self.vocabulary = vocabulary
         self._chat_template = chat_template or TemplateChoice(spec, {})
         self.output_format = _output_format(self._chat_template)
-        self.embedding_width = embedding_width  # numbers in a vector, where the model makes any
+        self.embedding_width = embedding_width  # numbers per vector, if the model can embed
         self._encoder = encoder
         self._marks = marks or ContentMarks([])
 
@@ -102,7 +102,7 @@ class ModelView:
         return self.spec.max_model_len
 
     def render(self, messages: Sequence[ChatMessage], tools: Sequence[ToolDefinition] = ()) -> str:
-        """The prompt text of `messages`, with the installation's system prompt first if they bring none."""
+        """The prompt text of `messages`, starting with the installation's system prompt if they have none."""
         return self._render(messages, tools).text
 
     def _render(self, messages: Sequence[ChatMessage], tools: Sequence[ToolDefinition]) -> Rendered:
@@ -120,8 +120,8 @@ class ModelView:
         return rendered
 
     def encode(self, request: GenerationRequest) -> list[int]:
-        """The token ids the engine starts from. A chat template writes its special tokens itself, and what it shows of
-        messages and tools is no control token, whatever it spells. Raises InvalidRequest."""
+        """The token ids that the engine starts from. A chat template writes its special tokens itself; text from
+        messages and tools never becomes a control token, whatever it spells. Raises InvalidRequest."""
         if request.messages is not None:
             ids = self._encoder.encode_rendered(self._render(request.messages, request.tools))
             return self._spelt(ids, "messages")
@@ -131,7 +131,7 @@ class ModelView:
         return self._spelt(self._encoder.encode(request.prompt, add_special_tokens=True), "prompt")
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a prompt that came as ids, special tokens included."""
+        """The text of a prompt that was given as ids, special tokens included."""
         return self._encoder.decode(token_ids)
 
     def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
@@ -139,7 +139,7 @@ class ModelView:
         return self._encoder.pieces(token_ids, skip_special_tokens=skip_special_tokens)
 
     def encode_input(self, value: str | Sequence[int], place: int) -> list[int]:
-        """One of the inputs of an embedding request, with the special tokens that the model wants around it."""
+        """The token ids of one input of an embedding request, with the special tokens that the model expects."""
         if isinstance(value, str):
             return self._spelt(self._encoder.encode(value, add_special_tokens=True), f"inputs.{place}")
         return self._checked(value, f"inputs.{place}")
@@ -155,7 +155,7 @@ class ModelView:
         return list(token_ids)
 
     def _spelt(self, token_ids: list[int], param: str) -> list[int]:
-        """A tokenizer may know tokens that the model does not, such as those for pictures."""
+        """Refuse text with tokens that the tokenizer knows and the model does not, such as those for images."""
         highest = max(token_ids, default=0)
         if highest >= self.vocab_size:
             raise InvalidRequest(
@@ -170,53 +170,53 @@ def _output_format(templates: TemplateChoice) -> OutputFormat:
     try:
         prompt = templates.choose(has_tools=False).render([{"role": "user", "content": "Hello"}])
     except InvalidRequest:
-        prompt = ""  # it wants other messages, and says so to those who send them
+        prompt = ""  # it requires other messages; requests get its own message
     return output_format_of(templates.text, prompt)
 
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """`entry` is what models.toml said when the view was made."""
+    """A view and the entry of models.toml that it was made from."""
 
     entry: ModelEntry
     view: ModelView
 
 
 class ModelViews:
-    """The views of a catalog's models, all loaded before the first request. One that cannot be loaded is unavailable,
-    and is tried again."""
+    """The views of a catalog's models, all loaded before the first request. A model that cannot be loaded is
+    unavailable and retried."""
 
     def __init__(self, catalog: Catalog) -> None:
-        """Blocking: reads (or downloads) tokenizers."""
+        """Loads every model. Blocking: reads (or downloads) tokenizers."""
         self.catalog = catalog
         self._loaded: dict[str, _Loaded] = {}
-        self._failed: dict[str, tuple[ModelEntry, float]] = {}  # the entry, and when to try it again
+        self._failed: dict[str, tuple[ModelEntry, float]] = {}  # the entry, and when to retry it
         self._reasons: dict[str, str] = {}
         self._refreshing = Lock()
         for model_id, reason in catalog.unavailable.items():
-            log.error("a model of models.toml makes no sense", extra={"model": model_id, "reason": reason})
+            log.error("a model of models.toml is invalid", extra={"model": model_id, "reason": reason})
         self._load_new()
 
     def get(self, model_id: str) -> ModelView:
-        """For a new job. Raises ModelNotFound or ModelUnavailable."""
+        """The view for a new job. Raises ModelNotFound or ModelUnavailable."""
         loaded = self._loaded.get(self.catalog.get(model_id).id)
         if loaded is None:
             raise ModelUnavailable(f"model {model_id!r} is being loaded; retry in a moment", param="model")
         return loaded.view
 
     def loaded(self) -> list[ModelView]:
-        """Those of models.toml that a job may be asked of."""
+        """The views of the models that accept jobs."""
         loaded = [self._loaded.get(entry.id) for entry in self.catalog.entries]
         return [one.view for one in loaded if one is not None]
 
     def output_format(self, model_id: str) -> OutputFormat:
-        """For a job that there is, whose model may have been taken out since."""
+        """The format for an existing job, whose model may have been removed since."""
         loaded = self._loaded.get(model_id)
         return loaded.view.output_format if loaded is not None else OutputFormat()
 
     def refresh(self) -> None:
-        """Follow models.toml, and try again what is unavailable. Blocking; returns at once where another thread is at
-        it. A model whose new entry cannot be loaded stays as it was."""
+        """Follow models.toml and retry unavailable models. Blocking; returns at once if another thread is doing it. A
+        model whose new entry cannot be loaded stays as it was."""
         if self._refreshing.acquire(blocking=False):
             try:
                 self.catalog.refresh()
@@ -235,7 +235,7 @@ class ModelViews:
                 self._loaded[entry.id] = _Loaded(entry, load_model_view(entry))
                 self._failed.pop(entry.id, None)
                 reasons.pop(entry.id, None)
-            except Exception as exc:  # whatever is wrong with one model's files, the others are served
+            except Exception as exc:  # a model with bad files must not affect the others
                 self._failed[entry.id] = (entry, monotonic() + RETRY_SECONDS)
                 reason = str(exc) if isinstance(exc, ValueError) else describe_exception(exc)
                 if entry.id not in self._loaded:
@@ -252,18 +252,18 @@ class ModelViews:
 
 
 async def follow_models(views: ModelViews, *, on_look: Callable[[], None] = lambda: None) -> None:
-    """Keep them as models.toml says, until cancelled. `on_look` is called after each look at it."""
+    """Keep the views in step with models.toml until cancelled. `on_look` is called after each check."""
     while True:
         try:
             await asyncio.to_thread(views.refresh)
             on_look()
-        except Exception as exc:  # an outermost loop: what was there before stays
-            log.exception("models.toml was not followed, will look again: %s", describe_exception(exc))
+        except Exception as exc:  # an outermost loop: the models stay as they were
+            log.exception("models.toml could not be followed, will retry: %s", describe_exception(exc))
         await asyncio.sleep(FOLLOW_SECONDS)
 
 
 def load_model_view(entry: ModelEntry) -> ModelView:
-    """Blocking. Raises ValueError if the model's files are missing or make no sense."""
+    """Load one model. Blocking. Raises ValueError if its files are missing or invalid."""
     if entry.backend == "fake" and not Path(entry.path).is_dir():
         return _fake_view(entry)
     try:
@@ -273,8 +273,8 @@ def load_model_view(entry: ModelEntry) -> ModelView:
 
 
 def complete(entry: ModelEntry) -> ModelSpec:
-    """With the model's own length, and steps for its device, where models.toml names none. Blocking. Raises ValueError
-    that names the model, and what is wrong with its files."""
+    """The spec of an entry: what models.toml leaves out comes from the model (its length) and the device (step size).
+    Blocking. Raises ValueError that names the model and what is wrong with its files."""
     if entry.backend == "fake" and not Path(entry.path).is_dir():
         return _spec_of(entry, entry.max_model_len or FAKE_LENGTH)
     try:
@@ -288,7 +288,7 @@ def complete(entry: ModelEntry) -> ModelSpec:
 
 
 def files_at_fault(catalog: Catalog) -> dict[str, str]:
-    """Why models of folders on this machine cannot be served, by id. Nothing is fetched."""
+    """By id, why models in folders on this machine cannot be served. Downloads nothing."""
     reasons = {}
     for entry in catalog:
         try:
@@ -306,8 +306,8 @@ def _spec_of(entry: ModelEntry, max_model_len: int) -> ModelSpec:
 
 
 def _is_for_cuda(entry: ModelEntry) -> bool:
-    """Whether the engine is going to choose a GPU, as far as that can be told without torch: this machine has one, and
-    it is not hidden."""
+    """Whether the engine will choose a GPU, as far as can be seen without torch: this machine has one, and it is not
+    hidden."""
     if entry.device != "auto" or entry.backend != "transformers":
         return entry.device == "cuda"
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
@@ -325,7 +325,7 @@ def _load_view(entry: ModelEntry) -> ModelView:
     vocab_size = vocabulary_size(config, default=tokenizer.get_vocab_size())
     vocabulary = None
     if entry.backend != "fake" and entry.task == "generation":
-        # Described before the encoder adds a token of its own.
+        # Taken before the encoder adds its own token.
         eos_ids = eos_token_ids(generation_config, config)
         vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids, tokenizer.to_str().encode())
     templates = load_templates(entry, folder, tokenizer_config, special_tokens)

@@ -1,21 +1,17 @@
-"""A model's text taken apart as it comes: reasoning, content, tool calls.
+"""A model's text taken apart as it arrives: reasoning, content, tool calls.
 
-How a model writes tool calls and reasoning into its text, told by its chat template: no model says it otherwise.
+A model's chat template shows how it writes tool calls and reasoning; nothing else does:
 
-| format  | what the model writes                                               | told by                     |
+| format  | what the model writes                                               | recognised by               |
 |---------|---------------------------------------------------------------------|-----------------------------|
 | hermes  | <tool_call>{"name": …, "arguments": {…}}</tool_call>, repeated      | <tool_call> (Qwen, Hermes)  |
 | mistral | [TOOL_CALLS][{"name": …, "arguments": {…}}, …]                      | [TOOL_CALLS]                |
-| llama3  | {"name": …, "parameters": {…}}, alone, perhaps behind <|python_tag|> | "parameters" and ipython    |
+| llama3  | {"name": …, "parameters": {…}}, alone, perhaps after <|python_tag|> | "parameters" and ipython    |
 
 Markers that are special tokens never reach the text, so mistral and llama3 are known by how the output begins.
 
-A tool call as a model writes it, a JSON object, read as it comes.
-
-A model's text taken apart as it comes: reasoning, content, tool calls. No half of a tag ever shows as content.
-
-What looks like a call and turns out to be none is content, so that no text is lost. A call's arguments are passed on
-as the model writes them, once its name is known.
+Half a tag never shows as content. What looks like a call and turns out not to be one is content, so that no text is
+lost. Once a call's name is known, its arguments are passed on as the model writes them.
 """
 
 import json
@@ -32,20 +28,20 @@ THINK, END_THINK = "<think>", "</think>"
 
 
 class ReasoningFormat(StrEnum):
-    TAGGED = "tagged"  # the output may begin with <think>…</think>
-    OPENED = "opened"  # the prompt ends in <think>, so the output begins within
+    TAGGED = "tagged"  # the output may start with <think>…</think>
+    OPENED = "opened"  # the prompt ends in <think>, so the output starts inside
 
 
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """None: the model has no such thing."""
+    """None: the model does not have it."""
 
     tools: ToolFormat | None = None
     reasoning: ReasoningFormat | None = None
 
 
 def output_format_of(template_source: str, rendered_prompt: str) -> OutputFormat:
-    """`rendered_prompt` is any that the template makes."""
+    """`rendered_prompt` is any prompt that the template makes."""
     reasoning = ReasoningFormat.TAGGED if THINK in template_source else None
     if rendered_prompt.rstrip().endswith(THINK):
         reasoning = ReasoningFormat.OPENED
@@ -69,7 +65,7 @@ _MAX_HEAD_CHARS = 512
 
 @dataclass(slots=True)
 class ToolCallText:
-    """Its name as soon as it is known, its arguments as they come."""
+    """A tool call, a JSON object, read as it arrives: its name as soon as it is known, its arguments as they come."""
 
     text: str = ""
     name: str | None = None
@@ -79,13 +75,13 @@ class ToolCallText:
     _depth: int = 0
     _is_in_string: bool = False
     _is_escaped: bool = False
-    _arguments_begin: int = -1  # once they come in order
+    _arguments_begin: int = -1  # set once they arrive after the name
     _num_passed_on: int = 0
-    _closings: list[int] = field(default_factory=list)  # where values of the object itself ended
-    _whole_arguments: str | None = None  # where they came before the name
+    _closings: list[int] = field(default_factory=list)  # where the top-level values ended
+    _whole_arguments: str | None = None  # if they came before the name
 
     def feed(self, text: str) -> int:
-        """How much of `text` belongs to it."""
+        """Read `text`; returns how much of it belongs to the call."""
         num_before = len(self.text)
         self.text += text
         end = self._scan()
@@ -108,7 +104,7 @@ class ToolCallText:
         return arguments
 
     def _scan(self) -> int:
-        """Where the object ends, or the text."""
+        """Where the object or the text ends."""
         for place in range(self._num_scanned, len(self.text)):
             character = self.text[place]
             if self._is_escaped:
@@ -149,7 +145,7 @@ MARKERS = {ToolFormat.MISTRAL: "[TOOL_CALLS]", ToolFormat.LLAMA3: "<|python_tag|
 
 _BARE_HEAD = '{"name":'
 
-#: As grammars write calls, and no other JSON: with a blank behind the colon.
+#: Only calls are written like this by a grammar, with a space after the colon.
 _BEGINNING_OF_CALLS = {
     ToolFormat.HERMES: CALL,
     ToolFormat.MISTRAL: '[{"name": "',
@@ -166,7 +162,7 @@ class ReasoningPiece(NamedTuple):
 
 
 class CallName(NamedTuple):
-    """A call begins; `number` counts the calls of the output from 0."""
+    """A call starts; `number` counts the calls of the output from 0."""
 
     number: int
     name: str
@@ -181,7 +177,7 @@ Piece = ContentPiece | ReasoningPiece | CallName | CallArguments
 
 
 class OutputParser:
-    """One sequence's text to pieces. Feed it with `push`, and `finish` it."""
+    """Parses one sequence's text into pieces: `push` text, then `finish`."""
 
     def __init__(
         self,
@@ -191,16 +187,16 @@ class OutputParser:
         max_calls: int | None = None,
         follows_grammar: bool = False,
     ) -> None:
-        """Without `tool_names` no call is looked for; calls beyond `max_calls` are dropped. An output that
-        `follows_grammar` is calls from its first character on, in just the grammar's words, or has none at all."""
+        """Without `tool_names` calls are not looked for; calls beyond `max_calls` are dropped. An output that
+        `follows_grammar` either consists of calls, exactly as the grammar writes them, or contains none."""
         self._tools = format.tools if tool_names else None
         self._tool_names = tool_names
         self._max_calls = max_calls
         self._follows_grammar = follows_grammar
-        self._held = ""  # text that may be the beginning of something
+        self._held = ""  # text that may be the start of a tag or call
         self._call: ToolCallText | None = None
         self.num_calls = 0
-        self.has_reasoning = format.reasoning is ReasoningFormat.OPENED  # an empty one, too
+        self.has_reasoning = format.reasoning is ReasoningFormat.OPENED  # even if it is empty
         starts = {
             None: self._in_content,
             ReasoningFormat.TAGGED: self._at_start,
@@ -215,7 +211,7 @@ class OutputParser:
         return _joined(self._advance(is_end=False))
 
     def finish(self, *, is_cut: bool) -> list[Piece]:
-        """What was held back, now that nothing more comes. Of an output that was cut off, half a tag is left out."""
+        """The text that was held back until the end. Half a tag at the end of an output that was cut off is dropped."""
         pieces = self._advance(is_end=True)
         held = self._take()
         if held and not (is_cut and self._is_half_tag(held.strip())):
@@ -225,12 +221,12 @@ class OutputParser:
         return _joined(pieces)
 
     def _is_half_tag(self, text: str) -> bool:
-        """A single < is more likely to be one, but for behind a call."""
+        """Whether this is half a tag. A single < counts as text, except after a call."""
         is_prefix = any(tag.startswith(text) for tag in (THINK, END_THINK, CALL, END_CALL))
         return is_prefix and (len(text) > 1 or self.num_calls > 0)
 
     def _advance(self, *, is_end: bool) -> list[Piece]:
-        """Let the states take what they can, until nothing changes any more."""
+        """Let the states consume what they can until nothing changes any more."""
         pieces: list[Piece] = []
         while True:
             state, before = self._state, self._held
@@ -238,7 +234,7 @@ class OutputParser:
             if self._state == state and self._held == before:
                 return pieces
 
-    # States. Each takes from `_held` what it can tell, and may hand over to another.
+    # States. Each consumes from `_held` what it can decide, and may hand over to another.
 
     def _at_start(self, *, is_end: bool) -> Iterator[Piece]:
         text = self._held.lstrip()
@@ -278,7 +274,8 @@ class OutputParser:
             self._state = self._before_bare_call if self._tools in MARKERS else self._in_content
 
     def _at_calls_or_answer(self, *, is_end: bool) -> Iterator[Piece]:
-        """An answer may hold what would be a call elsewhere: a tag within a string, the keys of a call."""
+        """The output is either calls or an answer, which may contain what would be a call elsewhere: a tag inside a
+        string, the keys of a call."""
         assert self._tools is not None
         beginning = _BEGINNING_OF_CALLS[self._tools]
         if self._held.startswith(beginning):
@@ -301,7 +298,7 @@ class OutputParser:
             yield ContentPiece(self._release(CALL))
 
     def _before_bare_call(self, *, is_end: bool) -> Iterator[Piece]:
-        """At the very beginning of an output, where calls are JSON without a tag, or behind one that may not show."""
+        """At the start of an output whose calls are JSON without a tag, or follow a tag that may not show."""
         assert self._tools is not None
         marker = MARKERS[self._tools]
         text = self._held.lstrip()
@@ -319,7 +316,7 @@ class OutputParser:
         yield from ()
 
     def _between_bare_calls(self, *, is_end: bool) -> Iterator[Piece]:
-        """Only separators and blanks stand between calls, and behind the last one."""
+        """Between calls, and after the last one, there are only separators and whitespace."""
         text = self._held.lstrip(" \n\t,;]")
         self._held = text
         if text.startswith("{"):
@@ -365,7 +362,7 @@ class OutputParser:
             return
         self._state = self._in_content
         is_half = is_tagged and not call.is_over and END_CALL not in call.text
-        if not is_half:  # one that the end of the output cut off before its name is not shown as text
+        if not is_half:  # a call cut off before its name is not shown as text
             yield ContentPiece((CALL if is_tagged else self._prefix) + call.text)
 
     def _behind_call(self, *, is_end: bool) -> Iterator[Piece]:
@@ -382,18 +379,18 @@ class OutputParser:
         return text
 
     def _release(self, tag: str) -> str:
-        """All but the blanks and the part of `tag` at the end of what is held."""
+        """Release everything except whitespace and a part of `tag` at the end of what is held."""
         text = self._held
         num_tag = next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
         released = text[: len(text) - num_tag].rstrip()
         self._held = text[len(released) :]
         return released
 
-    _prefix = ""  # what stood before a bare call, should it turn out to be none
+    _prefix = ""  # the text before a bare call, in case it is not a call
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Without empty ones, neighbours of one kind put together."""
+    """Without empty pieces, and with neighbours of one kind joined."""
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
@@ -409,7 +406,7 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
 
 
 def parser_of(request: GenerationRequest, format: OutputFormat) -> OutputParser:
-    """An output that must look like something is that from its first character on, so it has no reasoning before it."""
+    """Structured output starts at the first character, so no reasoning section precedes it."""
     structured = request.params.structured_output
     return OutputParser(
         format if structured is None else OutputFormat(format.tools),

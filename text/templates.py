@@ -1,11 +1,8 @@
-"""Chat messages to the prompt text of a model, by the template that ships with it.
+"""Chat messages to the prompt text of a model, by one of the Jinja templates that ship with it.
 
-Chat messages to the prompt text of a model, by the Jinja template that ships with it.
-
-The environment is the one for which model authors write: the options, filters and globals of transformers'
-`apply_chat_template`, sandboxed, without transformers. Templates come with the model, never from a client.
-
-Which chat template of a model renders a conversation: a model may have several, by name, as in transformers.
+Templates run in the environment that model authors write for: the options, filters and globals of transformers'
+`apply_chat_template`, sandboxed, without transformers. They come with the model, never from a client. As in
+transformers, a model may have several, by name.
 """
 
 import json
@@ -30,7 +27,7 @@ from domain.structured_output import ToolCall, ToolDefinition
 from text.model_files import read_json_file, read_text_file
 from text.tokenizers import MARK
 
-#: What a template may raise over messages it was not written for: its own refusals, and Python's.
+#: What a template may raise for messages that it was not written for: its own errors and Python's.
 _TEMPLATE_ERRORS = (
     TemplateError,
     ArithmeticError,
@@ -41,13 +38,13 @@ _TEMPLATE_ERRORS = (
     ValueError,
 )
 
-_NOT_ASCII = re.compile(f"[^\0-\x7f{MARK}]")  # a mark is no text, so it is not escaped
+_NOT_ASCII = re.compile(f"[^\0-\x7f{MARK}]")  # marks are not text, so they are not escaped
 
 _PROBE = "kohlrabi"
 
 _USER = {"role": "user", "content": "Hello"}
 
-#: What stands before and after a message of a role in a conversation that any template takes.
+#: The messages around one of a given role, in a conversation that any template accepts.
 _PROBES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "user": ([], []),
     "system": ([], [_USER]),
@@ -60,7 +57,7 @@ class ChatTemplate:
     """A compiled template. Rendering is pure and thread-safe."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """`special_tokens` is what the template sees by name: bos_token, eos_token, ... Raises TemplateError."""
+        """`special_tokens` are those the template sees by name: bos_token, eos_token, ... Raises TemplateError."""
         environment = _environment()
         self._template = environment.from_string(source)
         self.source = source
@@ -73,7 +70,8 @@ class ChatTemplate:
         self._is_blind = not self._shows_probe([{"role": "user", "content": _PROBE}])
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The prompt that asks for the next assistant message. Raises InvalidRequest where the template refuses."""
+        """The prompt that asks for the next assistant message. Raises InvalidRequest if the template refuses the
+        messages."""
         try:
             return self._template.render(
                 messages=[self._as_written_for(message) for message in messages],
@@ -85,15 +83,16 @@ class ChatTemplate:
         except _TEMPLATE_ERRORS as exc:
             reason = str(exc)[:200] or type(exc).__name__
             raise InvalidRequest(
-                f"messages is refused by the chat template of this model: {reason!r}", param="messages"
+                f"messages are refused by the chat template of this model: {reason!r}; change them to what it accepts",
+                param="messages",
             ) from exc
 
     def refuse_unseen(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> None:
-        """Raises InvalidRequest where nothing that the user wrote shows in the prompt."""
+        """Raises InvalidRequest if nothing that the user wrote shows in the prompt."""
         has_written = any(message["role"] == "user" and message["content"].strip() for message in messages)
         if not self._is_blind or not has_written:
             return
-        # It may want other messages than the probe, so the question is whether others would give another prompt.
+        # It may require other messages than the probe, so test whether different ones give a different prompt.
         others = [
             {**message, "content": message["content"][::-1] + _PROBE} if message["role"] == "user" else message
             for message in messages
@@ -115,7 +114,7 @@ class ChatTemplate:
         return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
     def _wants_parts(self, role: str) -> bool:
-        """Whether a message of this role is only seen where its content is a list of parts."""
+        """Whether a message of this role only shows if its content is a list of parts."""
         before, after = _PROBES[role]
         as_text = {"role": role, "content": _PROBE}
         as_parts = {"role": role, "content": [{"type": "text", "text": _PROBE}]}
@@ -129,7 +128,7 @@ class ChatTemplate:
 
 
 def plain_message(message: ChatMessage) -> dict[str, Any]:
-    """As templates are written for: without what is not there, and arguments as an object where they are one."""
+    """The message as templates expect it: without absent fields, and with arguments as an object if they are one."""
     plain: dict[str, Any] = {"role": message.role, "content": message.content}
     optional = ("name", "reasoning_content", "tool_call_id")
     plain |= {name: value for name in optional if (value := getattr(message, name)) is not None}
@@ -202,7 +201,7 @@ def _strftime_now(format: str) -> str:
 
 
 class _TemplateDict:
-    """`dict(...)` in a template, without the attributes of the real type, which lead out of the sandbox."""
+    """`dict(...)` in a template, without the attributes of the real type, which allow escaping the sandbox."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -211,7 +210,7 @@ class _TemplateDict:
 
 
 class _TemplateNamespace(Namespace):
-    """`namespace(...)` without underscore names, which lead out of the sandbox."""
+    """`namespace(...)` without underscore names, which allow escaping the sandbox."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *values = args  # as in Jinja, so that namespace(self=...) still works
@@ -237,7 +236,7 @@ class TemplateChoice:
     """All chat templates of one model. Thread-safe."""
 
     def __init__(self, spec: ModelEntry, templates: Mapping[str, ChatTemplate]) -> None:
-        """Raises ValueError where models.toml names a template that is not among them."""
+        """Raises ValueError if models.toml names a template that is not among them."""
         if spec.chat_template is not None and spec.chat_template not in templates:
             raise ValueError(
                 f"model {spec.id}: chat_template is {spec.chat_template!r}, but its files hold "
@@ -248,11 +247,11 @@ class TemplateChoice:
 
     @property
     def text(self) -> str:
-        """All that these templates may write."""
+        """The source of all templates: everything they may write."""
         return "\n".join(template.source for template in self._templates.values())
 
     def choose(self, *, has_tools: bool) -> ChatTemplate:
-        """The one that models.toml names; else `tool_use` for a conversation with tools, where there is one; else
+        """The template that models.toml names; else `tool_use` for a conversation with tools, if there is one; else
         `default`. Raises InvalidRequest or UnsupportedParameter."""
         if not self._templates:
             raise InvalidRequest(f"{self._spec.id} has no chat template; send prompt instead", param="messages")
@@ -264,14 +263,16 @@ class TemplateChoice:
                 param="messages",
             )
         if has_tools and not self._templates[name].shows_tools:
-            raise UnsupportedParameter(f"the chat template of {self._spec.id} has no tools; remove them", param="tools")
+            raise UnsupportedParameter(
+                f"the chat template of {self._spec.id} does not support tools; remove them", param="tools"
+            )
         return self._templates[name]
 
 
 def load_templates(
     spec: ModelEntry, folder: Path, tokenizer_config: Mapping[str, Any], special_tokens: Mapping[str, str]
 ) -> TemplateChoice:
-    """Raises ValueError that names the template that does not compile."""
+    """All templates of a model. Raises ValueError that names a template that does not compile."""
     templates = {}
     for name, source in _read_sources(folder, tokenizer_config).items():
         try:
@@ -282,7 +283,7 @@ def load_templates(
 
 
 def _read_sources(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """Template files win over tokenizer_config.json, and that over chat_template.json, where processors keep theirs."""
+    """Template files take precedence over tokenizer_config.json, and that over chat_template.json of processors."""
     sources = {file.stem: read_text_file(file) for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         sources[DEFAULT] = read_text_file(folder / "chat_template.jinja")
@@ -301,7 +302,7 @@ def _by_name(value: Any, file_name: str) -> dict[str, str]:
         value = {entry.get("name"): entry.get("template") for entry in value}
     if not isinstance(value, dict) or not all(isinstance(part, str) for item in value.items() for part in item):
         raise ValueError(
-            f"{file_name}: chat_template is neither a text nor a list of {{name, template}}; mend it, or remove it"
+            f"{file_name}: chat_template is neither a string nor a list of {{name, template}}; correct or remove it"
         )
     return value
 

@@ -1,18 +1,14 @@
 """Text to token ids and back, without torch or transformers.
 
-What each token of a model is worth: whether it shows in a text, and with which bytes. Without torch or transformers.
+Tokens spell bytes in one of two ways, which the decoder tells (https://huggingface.co/docs/tokenizers, "Decoders"):
+ByteLevel writes each byte as one printable character (GPT-2's alphabet); ByteFallback has a token `<0xNN>` for each
+byte that no other token covers (SentencePiece). With all other decoders, tokens are pieces of text.
 
-Two ways of writing bytes as tokens are in use, and a decoder says which (https://huggingface.co/docs/tokenizers,
-"Decoders"): ByteLevel spells each byte as one printable character (GPT-2's alphabet); ByteFallback has a token `<0xNN>`
-for each byte that no other token covers (SentencePiece). The tokens of all other decoders are pieces of text.
-
-What clients write stays text: a model's control tokens come from its chat template, never from a message.
-
-A template joins what clients wrote with its own text, and the tokenizer cannot tell one from the other. So before a
-template sees it, what a client wrote gets a mark wherever a control token could be read in it, or out of it and its
-neighbours. A mark is a character: it goes through whatever a template does to strings. In the rendered text the marks
-that stand within a control token's name are where the tokenizer must not read on; the others are dropped. So what holds
-no control token is rendered and tokenized as if there were no marks.
+Control tokens come from the chat template, never from a client's message. A template joins both, and the tokenizer
+cannot tell them apart. So before rendering, a mark (a character, which survives a template's string operations) is put
+wherever a client's text, alone or with its neighbours, could be read as a control token. In the rendered text, marks
+inside a control token's name become cuts that the tokenizer must not read across; the others are dropped. Text that
+cannot form a control token is rendered and tokenized exactly as without marks.
 """
 
 import json
@@ -34,15 +30,15 @@ BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 class TokenKind(Enum):
     HIDDEN = auto()  # special, or unknown to the tokenizer: `decode` leaves it out
-    BYTE = auto()  # `<0xNN>`: what its run of bytes means is known at the run's end only
+    BYTE = auto()  # `<0xNN>`: only at the end of a run of bytes is its text known
     TEXT = auto()
 
 
 class TokenPiece(NamedTuple):
-    """A token of a text. Either may be a part of a character."""
+    """A token of a text: its name and the bytes it adds. Either may be only part of a character."""
 
     name: bytes
-    added: bytes  # to the UTF-8 of the text; nothing where the token is left out of it
+    added: bytes  # to the UTF-8 of the text; empty if the token is left out of it
 
 
 def _byte_by_character() -> dict[str, int]:
@@ -56,7 +52,7 @@ _BYTE_BY_CHARACTER = _byte_by_character()
 
 
 class TokenTable:
-    """Remembers what it was asked for, so that each token is looked at once."""
+    """What each token writes: whether it shows in a text, and its bytes. Each token is only looked up once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -65,7 +61,7 @@ class TokenTable:
         self._decoders = frozenset(_decoder_types(tokenizer))
         self._kinds: dict[int, TokenKind] = {}
         self._bytes: dict[int, bytes] = {}
-        self._word: int | None = None  # an ordinary one; found when it is first needed
+        self._word: int | None = None  # an ordinary token, found on first use
 
     def kind(self, token_id: int) -> TokenKind:
         kind = self._kinds.get(token_id)
@@ -78,15 +74,14 @@ class TokenTable:
         return self.kind(token_id) is not TokenKind.HIDDEN
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What the token adds to a text that something stands in already; of a special token the way it is written, of
-        an id that the tokenizer does not know nothing."""
+        """The bytes that the token adds within a text: for a special token its name, for an unknown id nothing."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self._find_bytes(token_id)
         return found
 
     def first_bytes_of(self, token_id: int) -> bytes:
-        """The same at the start of a text, where many decoders leave a leading space out."""
+        """The same at the start of a text, where many decoders drop a leading space."""
         found = self.bytes_of(token_id)
         is_half_a_character = self.kind(token_id) is TokenKind.BYTE and not found.isascii()
         if is_half_a_character or not self.shows(token_id) or "ByteLevel" in self._decoders:
@@ -94,7 +89,7 @@ class TokenTable:
         return self._decode(token_id).encode()
 
     def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
-        """The tokens of a text, which is what `decode` makes of them all."""
+        """The text that `decode` makes of these tokens, token by token."""
         pieces: list[TokenPiece] = []
         is_first = True
         for token_id in token_ids:
@@ -122,7 +117,7 @@ class TokenTable:
         if "ByteLevel" in self._decoders:
             try:
                 return bytes(_BYTE_BY_CHARACTER[character] for character in spelling)
-            except KeyError:  # an added token, which is written as it is
+            except KeyError:  # an added token, which stands for itself
                 return spelling.encode()
         return self._text_behind_a_word(token_id).encode()
 
@@ -150,7 +145,7 @@ def as_text(token: bytes) -> str:
 
 @lru_cache(maxsize=4)
 def token_table_of(tokenizer: Tokenizer) -> TokenTable:
-    """The one of this tokenizer object, which must not change any more."""
+    """The table of this tokenizer object, which must not change any more."""
     return TokenTable(tokenizer)
 
 
@@ -164,7 +159,7 @@ def _decoder_types(tokenizer: Tokenizer) -> Iterator[str]:
         waiting += decoder.get("decoders", [])
 
 
-#: A lone surrogate: no valid text holds one, it is neither a letter nor a blank, and JSON leaves it alone.
+#: A lone surrogate: it is not valid in any text, neither a letter nor whitespace, and JSON keeps it.
 MARK = "\udc80"
 
 FindTokens = Callable[[str], Iterable[tuple[int, int]]]
@@ -189,12 +184,12 @@ class ContentMarks:
     """Marks for one model's control tokens. Thread-safe."""
 
     def __init__(self, control_tokens: Iterable[str], find_others: FindTokens | None = None) -> None:
-        """`find_others` gives the spans of control tokens that stand in a text without being spelt there, as a
-        tokenizer finds them that folds case or width first."""
+        """`find_others` finds control tokens that a text contains in another spelling: some tokenizers fold case or
+        width first."""
         tokens = sorted({token for token in control_tokens if len(token) > 1})
         self._spelt = re.compile(_pattern_of(tokens))
         self._find_others = find_others
-        # Where marks are set, letters count without their case: a template may change it.
+        # Marks are set regardless of case, since a template may change it.
         tokens = sorted({token.lower() for token in tokens})
         self._spelt_in_any_case = re.compile(_pattern_of(tokens), re.IGNORECASE)
         self._max_part = max(map(len, tokens), default=1) - 1
@@ -213,7 +208,7 @@ class ContentMarks:
         return [self.protect(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def mark(self, text: str) -> str:
-        """`text` itself where it needs no mark."""
+        """`text` with its marks; the same object if it needs none."""
         if not self._heads:
             return text
         places = {start + 1 for start, _ in self._spans(self._spelt_in_any_case, text)}
@@ -228,7 +223,7 @@ class ContentMarks:
         return MarkedContent(MARK.join(stretches), self)
 
     def resolve(self, marked: str) -> Rendered:
-        """The text without its marks, and which of them are needed."""
+        """The text without its marks, and the cuts at those that are needed."""
         stretches = [_SURROGATES.sub("\ufffd", stretch) for stretch in marked.split(MARK)]
         text = "".join(stretches)
         if len(stretches) == 1:
@@ -239,7 +234,8 @@ class ContentMarks:
         return Rendered(text, tuple(sorted(cuts)))
 
     def _spans(self, spelt: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
-        """Of all control tokens in `text`, those that overlap included; of several that begin together the longest."""
+        """The spans of all control tokens in `text`, including overlapping ones; the longest of those that start
+        together."""
         start = 0
         while (match := spelt.search(text, start)) is not None:
             yield match.span()
@@ -256,8 +252,8 @@ class ContentMarks:
 
 
 class MarkedContent(str):
-    """A string with marks that a template sees without them: it tests, cuts and compares what the client wrote, and
-    writes it with marks. What forgets that it is one, as a join does, keeps the marks."""
+    """A marked string that a template sees without its marks: it tests, slices and compares what the client wrote, but
+    writes it with marks. Operations that lose this type, such as join, keep the marks."""
 
     __slots__ = ("_marks",)
     _marks: ContentMarks
@@ -291,7 +287,7 @@ def _marked_anew(value: Any, marks: ContentMarks) -> Any:
     return value
 
 
-# Without `format` and `%`, whose left side is a template's own text, and `+`, which would give marks to it.
+# Without `format` and `%`, whose left side is the template's own text, and `+`, which would mark that text.
 _METHODS = (
     "__contains__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __len__ __getitem__ __repr__ "
     "capitalize casefold center count endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit "
@@ -304,8 +300,8 @@ for _name in _METHODS.split():
 
 
 def _pattern_of(words: Sequence[str]) -> str:
-    """A regular expression for the longest of `words`, sorted ones, that begins somewhere, without one for nothing: it
-    looks at each character once, however many words there are."""
+    """A regular expression for the longest of the sorted `words` at each place, in one pass over the text; for no
+    words, one that never matches."""
     if not words:
         return "(?!)"
     pairs = zip(words[0], words[-1], strict=False)
@@ -318,7 +314,7 @@ def _pattern_of(words: Sequence[str]) -> str:
     return f"{re.escape(head)}(?:{'|'.join(map(_pattern_of, groups))}){'?' if is_word else ''}"
 
 
-#: Across it a tokenizer does not read. Nobody outside of this process can write it.
+#: A boundary that the tokenizer does not read across. Only this process can produce it.
 _SEPARATOR = "\ue000" + secrets.token_hex(16)
 
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -332,7 +328,7 @@ class Encoder(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def encode_rendered(self, rendered: Rendered) -> list[int]:
-        """Without tokens across its cuts. What it begins with was written by a chat template."""
+        """Without tokens across its cuts, and without adding special tokens, which the chat template wrote."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
@@ -341,7 +337,7 @@ class Encoder(Protocol):
 
 
 class TokenizerEncoder:
-    """A Rust tokenizer. The batch call is the one that lets go of the GIL, and skips offsets."""
+    """A Rust tokenizer. Uses the batch call, which releases the GIL and skips offsets."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -366,9 +362,9 @@ class TokenizerEncoder:
 
 
 class ByteEncoder:
-    """One token per byte of UTF-8, for the fake back end, which has no vocabulary of its own for prompts."""
+    """One token per byte of UTF-8, for the fake back end, which has no vocabulary for prompts."""
 
-    vocab_size = 257  # that of the fake back end: the bytes and its end token
+    vocab_size = 257  # as in the fake back end: the bytes and an end token
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(text.encode())
@@ -385,20 +381,21 @@ class ByteEncoder:
 
 
 def special_tokens_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """By name, as templates see them. A token is a string, or an object with its content and flags."""
+    """The special tokens by name, as templates see them. In the file each is a string or an object with content and
+    flags."""
     values = {name: config.get(name) for name in _SPECIAL_TOKEN_NAMES}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def load_tokenizer(folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> Tokenizer:
-    """tokenizer.json and the tokens that only tokenizer_config.json knows, as AutoTokenizer has it; add_bos_token is
-    ignored there too: what a prompt begins with is said by tokenizer.json. Raises ValueError that names the file."""
+    """As AutoTokenizer does: tokenizer.json plus tokens that only tokenizer_config.json has. add_bos_token is ignored,
+    since tokenizer.json defines how a prompt starts. Raises ValueError that names the file."""
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as exc:  # the library raises nothing narrower
+    except Exception as exc:  # the library raises plain Exception
         raise ValueError(
-            f"tokenizer.json cannot be read: {str(exc)[:200]}; save the model's fast tokenizer anew"
+            f"tokenizer.json cannot be read: {str(exc)[:200]}; save the model's fast tokenizer again"
         ) from exc
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -406,7 +403,7 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any], special_tokens: Mapp
     try:
         _add_missing_tokens(tokenizer, config, special_tokens)
     except (AttributeError, KeyError, TypeError, ValueError) as exc:
-        raise ValueError(f"tokenizer_config.json: a token that it adds cannot be read: {exc!r}; mend it") from exc
+        raise ValueError(f"tokenizer_config.json: an added token cannot be read: {exc!r}; correct it") from exc
     return tokenizer
 
 
@@ -427,9 +424,8 @@ def _extra_special_tokens(config: Mapping[str, Any]) -> list[str]:
 
 
 def content_marks(tokenizer: Tokenizer, template_text: str) -> ContentMarks:
-    """For the control tokens of a model: its special tokens, and of the others that were added those that its chat
-    template writes or that look like <|this|>. Words, tags of HTML and runs of blanks, which some models add to their
-    vocabulary, may come from anywhere."""
+    """Marks for a model's control tokens: its special tokens, and those added tokens that its chat template writes or
+    that look like <|this|>. Other added tokens, such as words, HTML tags and runs of spaces, may come from anyone."""
     tokens = [
         (token_id, token)
         for token_id, token in tokenizer.get_added_tokens_decoder().items()

@@ -25,7 +25,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | str | bytes, int, str, str | None, str
         400,
         "invalid_value",
         None,
-        "exactly one of them",
+        "exactly one of prompt, messages and prompt_token_ids",
     ),
     "prompt beyond the context": (
         body(prompt="x" * CONTEXT),
@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | str | bytes, int, str, str | None, str
         "string of 3 characters",
     ),
     "long idempotency key": (body(idempotency_key="k" * 256), 400, "invalid_value", "idempotency_key", "256"),
-    "passed deadline": (body(deadline="2020-01-01T00:00:00Z"), 400, "invalid_value", "deadline", "a time to come"),
+    "passed deadline": (body(deadline="2020-01-01T00:00:00Z"), 400, "invalid_value", "deadline", "a future time"),
     "deadline beyond time": (
         body(deadline="9999-12-31T23:59:59-14:00"),
         400,
@@ -175,7 +175,7 @@ def test_every_id_that_is_not_ones_own_is_simply_not_there(http: httpx.Client, j
         ("order=up", "order", "'asc' or 'desc'"),
         ("created_after=yesterday", "created_after", "write it as 2026-"),
         ("created_after=2026-01-01T00:00:00", "created_after", "timezone"),
-        ("after=job_1", "after", "is no job id"),
+        ("after=job_1", "after", "is not a job id"),
         ("satus=queued", "satus", "did you mean status?"),
         ("limit=1&limit=2", "limit", "more than once"),
         ("metadata=1&metadata[a]=1", "metadata[a]", "more than once"),

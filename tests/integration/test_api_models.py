@@ -53,12 +53,12 @@ def test_a_model_that_is_unavailable_says_why_on_every_route(http: httpx.Client)
     for path, answer in post_everywhere(http, "bad", "hello").items():
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (503, "model_unavailable"), path
-        assert "no folder on this machine" in error["message"]
+        assert "not a folder on this machine" in error["message"]
         assert int(answer.headers["retry-after"]) >= 1
     served, bad = http.get("/v1/models").json()["data"]
     assert (served["id"], served["unavailable"], served["max_model_len"]) == ("fake", None, 64)
     assert (bad["id"], bad["loaded"], bad["max_model_len"]) == ("bad", False, None)
-    assert "no folder on this machine" in bad["unavailable"]
+    assert "not a folder on this machine" in bad["unavailable"]
     assert http.get("/v1/models/bad").json()["unavailable"] == bad["unavailable"]
     health = http.get("/health").json()
     assert (health["status"], health["models"], health["models_unavailable"]) == ("degraded", ["fake"], ["bad"])

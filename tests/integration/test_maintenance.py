@@ -171,4 +171,4 @@ def test_a_database_that_does_not_answer_is_said_once_with_what_to_do(tmp_path: 
         wait_until(lambda: "start everything with `celeriac up`" in running.log, "it is said")
         assert running.health()[1]["status"] == "ok", "it has not been silent for long"
         assert running.terminate() == 0
-    assert running.log.count("maintenance waits for its database") == 1
+    assert running.log.count("maintenance is waiting for its database") == 1

@@ -79,7 +79,7 @@ def model_folder(tmp_path: Path) -> Path:
         pytest.param(leave_a_layer_out, "", "9 weights are missing, model.layers.1.", id="missing weights"),
         pytest.param(widen_a_layer, "", "model.norm.weight has the shape", id="weights that do not fit"),
         pytest.param(break_the_tokenizer, "", "its tokenizer cannot be read: ", id="a tokenizer that cannot be read"),
-        pytest.param(take_the_folder_away, "", "is no folder on this machine; mend it", id="no folder"),
+        pytest.param(take_the_folder_away, "", "is not a folder on this machine; correct it", id="no folder"),
     ],
 )
 def test_a_model_that_cannot_be_loaded_ends_the_worker_with_the_reason(

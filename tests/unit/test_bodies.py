@@ -171,7 +171,7 @@ def test_any_json_is_either_a_request_or_a_client_error(value: dict[str, object]
             "7",
             "the key '7' appears more than once in one object; send it once",
         ),
-        (b'{"model":"m","a":[%s1]}' % (b"[[]]," * 100_000), "a", "a is made of 200002 lists and objects"),
+        (b'{"model":"m","a":[%s1]}' % (b"[[]]," * 100_000), "a", "a has 200002 lists and objects"),
     ],
 )
 def test_what_is_too_long_is_refused_by_its_length_and_by_name(body: bytes, param: str, words: str) -> None:

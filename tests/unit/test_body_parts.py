@@ -217,7 +217,7 @@ def test_hints_are_taken_out_and_named() -> None:
     [("n_predict", 5), ("truncation", "on"), ("echo", True), ("length_penalty", True), ("skip_special_tokens", 1)],
 )
 def test_a_value_that_would_change_the_answer_is_refused_with_those_that_would_not(field: str, value: object) -> None:
-    with pytest.raises(InvalidRequest, match=f"{field} is .*: it is taken as .* only") as caught:
+    with pytest.raises(InvalidRequest, match=f"{field} is .*: only .* is accepted") as caught:
         read(ChatCompletionBody, CHAT | {field: value})
     assert (caught.value.param, caught.value.code) == (field, "unsupported_parameter")
 

@@ -29,12 +29,12 @@ def write(folder: Path, text: str) -> Path:
         ('id = "bad"', "path is missing"),
         ('id = "bad"\npath = "x"\nmax_model_len = 4', "max_model_len is 4, but: input should be greater"),
         ('id = "bad"\npath = "x"\nmax_model_len = "64k"', "max_model_len is '64k'"),
-        ('id = "bad"\npath = "x"\nmax_num_seq = 4', "max_num_seq is no key of a model"),
+        ('id = "bad"\npath = "x"\nmax_num_seq = 4', "max_num_seq is not a key of a model"),
         ('id = "bad"\npath = 3', "path is 3"),
         ('id = "bad"\npath = "x"\nbackend = "vllm"', "backend is 'vllm'"),
         ('id = "bad"\npath = "x"\n[[models]]\nid = "bad"\npath = "y"', "more than once"),
-        ('id = "bad"\npath = "/nowhere/at/all"', "no folder on this machine"),
-        ('id = "bad"\npath = "./nowhere"', "no folder on this machine"),
+        ('id = "bad"\npath = "/nowhere/at/all"', "not a folder on this machine"),
+        ('id = "bad"\npath = "./nowhere"', "not a folder on this machine"),
         ('id = "bad"\npath = "fake"\nbackend = "fake"\nchat_template = "rag"', "chat_template is 'rag'"),
     ],
 )
@@ -170,17 +170,20 @@ UNSERVABLE: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: change_config(folder, quantization_config={"quant_method": "awq"}), "quantised by awq"),
     (lambda folder: change_config(folder, model_type=None), "model_type is missing"),
     (lambda folder: change_config(folder, auto_map={"AutoModel": "x.Y"}), "trust_remote_code = true"),
-    (lambda folder: (folder / "config.json").write_text("{"), r"config\.json holds no JSON"),
+    (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not valid JSON"),
     (lambda folder: (folder / "config.json").write_text("[1]"), r"config\.json holds list"),
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), r"tokenizer\.json cannot be read"),
-    (lambda folder: (folder / "generation_config.json").write_text('{"a": '), r"generation_config\.json holds no JSON"),
+    (
+        lambda folder: (folder / "generation_config.json").write_text('{"a": '),
+        r"generation_config\.json is not valid JSON",
+    ),
     (
         lambda folder: (folder / "tokenizer_config.json").write_bytes(b"\xff\xfe{}"),
         r"tokenizer_config\.json is not UTF-8",
     ),
     (lambda folder: change_config(folder, vocab_size="300"), r"config\.json: vocab_size is '300'"),
     (lambda folder: change_config(folder, "tokenizer_config.json", chat_template=3), r"tokenizer_config\.json: chat_t"),
-    (lambda folder: change_config(folder, "tokenizer_config.json", added_tokens_decoder=[1]), "token that it adds"),
+    (lambda folder: change_config(folder, "tokenizer_config.json", added_tokens_decoder=[1]), "an added token"),
     (
         lambda folder: change_config(folder, "tokenizer_config.json", chat_template="{% if %}"),
         "'default' does not comp",
@@ -212,7 +215,7 @@ def test_what_cannot_be_served_is_called_by_its_name(
 def test_a_gguf_file_is_called_by_its_name(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="is a GGUF file, which is not served"):
+    with pytest.raises(ValueError, match="is a GGUF file, which is not supported"):
         load_model_view(make_spec(file))
 
 

@@ -99,7 +99,7 @@ def test_an_unknown_model_is_refused_with_those_there_are(tmp_path: Path) -> Non
 
 
 def test_a_registry_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="names no model"):
+    with pytest.raises(ValueError, match="has no models"):
         Catalog.load(write(tmp_path))
 
 

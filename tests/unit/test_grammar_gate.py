@@ -53,7 +53,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"json_schema": {"allOf": [{"type": "string", "pattern": f".*{c}.*"} for c in "abcdefghijklmnop"]}}, ""),
     ({"json_schema": {"type": "number", "oneOf": [{"minimum": 1}, {"maximum": 2}]}}, "use anyOf"),
     ({"json_schema": {"type": "number", "maximum": 1e300}}, "a bound of a number is too large"),
-    ({"lark": "start: start"}, "without ever coming to a character"),
+    ({"lark": "start: start"}, "without ever reaching a character"),
     ({"json_schema": {"pattern": "(?=a)a"}}, "look-around"),
     ({"json_schema": {"type": "object", "properties": {"a": False}, "required": ["a"]}}, "nothing can match it"),
     ({"regex": "((a{4096}){4096}){4096}"}, ""),

@@ -84,7 +84,7 @@ def test_what_this_model_cannot_do_is_refused(view: ModelView, params: dict[str,
 
 
 def test_a_prompt_that_comes_to_nothing_is_refused(view: ModelView) -> None:
-    with pytest.raises(InvalidRequest, match="no token at all"):
+    with pytest.raises(InvalidRequest, match="has no tokens"):
         resolve_params(make_request(), view, 0)
 
 

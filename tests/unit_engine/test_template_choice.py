@@ -45,7 +45,7 @@ def test_tool_use_is_taken_with_tools_and_default_without(tmp_path: Path) -> Non
 
 
 def test_a_default_without_tools_still_refuses_them(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedParameter, match="has no tools"):
+    with pytest.raises(UnsupportedParameter, match="does not support tools"):
         render(write_model(tmp_path / "tiny", chat_template=listed(default=PLAIN, rag=WITH_TOOLS)), TOOLS)
 
 
