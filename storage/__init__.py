@@ -1,1 +1,1 @@
-"""Everything that survives a restart, and the live channel beside it."""
+"""Everything that survives a restart (PostgreSQL), and live streams over Redis."""

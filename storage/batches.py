@@ -1,16 +1,9 @@
-"""Batches and their lines: created, taken a step further under a lock, ended.
+"""Batches and their lines: created, advanced under a lock, ended.
 
-Batches: created, taken a step further by whoever holds the lock on their row, ended. Their lines are in
-`storage/batches.py`.
-
-A step is prepared without a lock, and then written down in one short transaction under the lock of the batch's row, if
-the batch still stands where it stood: the lines it moves, their jobs and the batch's own counters change together or
-not at all. So it does not matter when the process that takes it is killed, nor how many take the same one. All
-functions are synchronous on a `Session` and do not commit.
-
-The lines of a batch: found valid, made jobs of, seen to end.
-
-What is said in `storage/batches.py` holds here, too: whoever writes holds the lock on the batch's row, and commits.
+A step is prepared without a lock and then written in one short transaction, under the lock of the batch's row and only
+if the batch has not changed: its lines, their jobs and the batch's counters change together or not at all. So it does
+not matter when the process that takes a step is killed, or how many take the same one. All functions are synchronous on
+a `Session` and do not commit; those that write need the lock on the batch's row.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,11 +25,11 @@ from storage.job_queries import JobRecord
 from storage.tables import Job, JobResult
 from storage.webhooks import write_batch_deliveries
 
-MAX_UNFINISHED = 100  # batches of one tenant
+MAX_UNFINISHED = 100  # batches per tenant
 
-MAX_STEP_FAILURES = 3  # of one kind, one after another; then the batch fails
+MAX_STEP_FAILURES = 3  # consecutive failures of one kind before the batch fails
 
-# What was kept for the batch alone may go when every finished job of today goes.
+# Jobs kept only for the batch may go when all jobs finished today do.
 LET_JOBS_GO = text("""
 UPDATE jobs j SET prune_at = least(prune_at, statement_timestamp() + make_interval(secs => :ttl_seconds))
 FROM batch_lines l WHERE l.batch_id = :batch_id AND j.id = l.job_id AND j.finished_at IS NOT NULL
@@ -54,11 +47,11 @@ def create(
     metadata: Mapping[str, str],
     output_ttl_seconds: int,
 ) -> Batch:
-    """Raises FileNotFound, or TooManyQueuedJobs where the tenant has MAX_UNFINISHED batches already."""
+    """Raises FileNotFound, or TooManyQueuedJobs if the tenant already has MAX_UNFINISHED batches."""
     file = session.scalar(
         select(File)
         .where(File.id == input_file_id, File.tenant_id == tenant_id, File.status == FileStatus.PROCESSED)
-        .with_for_update(read=True)  # a delete waits, and then finds the batch
+        .with_for_update(read=True)  # a concurrent delete waits, and then finds the batch
     )
     if file is None:
         raise FileNotFound(
@@ -67,7 +60,7 @@ def create(
     unfinished = select(func.count()).where(Batch.tenant_id == tenant_id, text(UNFINISHED))
     if (session.scalar(unfinished) or 0) >= MAX_UNFINISHED:
         raise TooManyQueuedJobs(
-            f"{MAX_UNFINISHED} of your batches are unfinished; wait for one", retry_after_seconds=60
+            f"{MAX_UNFINISHED} of your batches are unfinished; wait for one to end", retry_after_seconds=60
         )
     batch = Batch(
         id=new_id(),
@@ -87,7 +80,7 @@ def create(
 def find_again(
     session: Session, tenant_id: UUID, *, input_file_id: UUID, endpoint: str, within_seconds: float
 ) -> Batch | None:
-    """The newest batch that the same request made lately: a client asks again for what it did not get."""
+    """The newest batch that the same request created recently, for clients that retry after losing the answer."""
     since = func.statement_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, within_seconds)
     same = (Batch.tenant_id == tenant_id, Batch.input_file_id == input_file_id, Batch.endpoint == endpoint)
     batch = session.scalar(select(Batch).where(*same, Batch.created_at > since).order_by(Batch.id.desc()).limit(1))
@@ -113,7 +106,7 @@ def of_file(session: Session, file_id: UUID) -> Batch | None:
 def list_batches(
     session: Session, tenant_id: UUID, *, after: UUID | None, limit: int, order: Literal["asc", "desc"] = "desc"
 ) -> list[Batch]:
-    """One page in the order of ids, which is that of creation; `after` is the last id of the page before."""
+    """One page in the order of ids, which is the order of creation; `after` is the last id of the previous page."""
     statement: Select[Batch] = select(Batch).where(Batch.tenant_id == tenant_id)
     if after is not None:
         statement = statement.where(Batch.id > after if order == "asc" else Batch.id < after)
@@ -124,7 +117,7 @@ def list_batches(
 
 
 def cancel(session: Session, batch_id: UUID, tenant_id: UUID) -> Batch | None:
-    """Ask it to stop; one that has ended, or is about to, stays as it is. None: no such batch of this tenant."""
+    """Ask the batch to stop; one that has ended or is about to stays as it is. None: the tenant has no such batch."""
     is_open = Batch.status.in_([BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS])
     session.execute(
         update(Batch)
@@ -138,7 +131,7 @@ def cancel(session: Session, batch_id: UUID, tenant_id: UUID) -> Batch | None:
 
 
 def unfinished_ids(session: Session) -> dict[UUID, list[UUID]]:
-    """By tenant, each tenant's oldest first."""
+    """Ids by tenant, each tenant's oldest first."""
     ids_by_tenant: dict[UUID, list[UUID]] = {}
     for row in session.execute(select(Batch.tenant_id, Batch.id).where(text(UNFINISHED)).order_by(Batch.id)):
         ids_by_tenant.setdefault(row.tenant_id, []).append(row.id)
@@ -146,7 +139,7 @@ def unfinished_ids(session: Session) -> dict[UUID, list[UUID]]:
 
 
 def find_unfinished(session: Session, batch_id: UUID) -> Batch | None:
-    """As it stands now, without a lock. None: it has ended."""
+    """The current row, without a lock. None: it has ended."""
     batch = session.scalar(select(Batch).where(Batch.id == batch_id, text(UNFINISHED)))
     if batch is not None:
         session.expunge(batch)
@@ -154,8 +147,8 @@ def find_unfinished(session: Session, batch_id: UUID) -> Batch | None:
 
 
 def lock(session: Session, batch_id: UUID, status: BatchStatus) -> Batch | None:
-    """The right to write down a step of a batch with this status, until the transaction ends. None: somebody else is at
-    it, or the status is another one by now."""
+    """Lock a batch with this status until the transaction ends, to write a step. None: another process has the lock, or
+    the status has changed."""
     statement = select(Batch).where(Batch.id == batch_id, Batch.status == status)
     return session.scalar(
         statement.with_for_update(skip_locked=True, key_share=True).execution_options(populate_existing=True)
@@ -163,7 +156,7 @@ def lock(session: Session, batch_id: UUID, status: BatchStatus) -> Batch | None:
 
 
 def note_step_failure(session: Session, batch_id: UUID, way: str) -> bool:
-    """A step of it failed in this way. True: so did the ones before, and it will not get any further."""
+    """Record that a step failed in this way. True: it keeps failing like this, so the batch must be given up."""
     is_same = Batch.step_failure == way
     statement = (
         update(Batch)
@@ -175,7 +168,7 @@ def note_step_failure(session: Session, batch_id: UUID, way: str) -> bool:
 
 
 def forget_step_failures(session: Session, batch_id: UUID) -> None:
-    """A step went well."""
+    """Record that a step succeeded."""
     session.execute(update(Batch).where(Batch.id == batch_id).values(step_failure=None, num_step_failures=0))
 
 
@@ -187,7 +180,7 @@ def now(session: Session) -> datetime:
 
 
 def begin(session: Session, batch: Batch) -> None:
-    """Every line is valid."""
+    """Start the batch; every line is valid."""
     name = external_id(batch.id, "batch")
     batch.output_file_id = files.create_live(session, batch.tenant_id, f"{name}_output.jsonl")
     batch.error_file_id = files.create_live(session, batch.tenant_id, f"{name}_error.jsonl")
@@ -195,19 +188,19 @@ def begin(session: Session, batch: Batch) -> None:
 
 
 def fail(session: Session, batch: Batch, errors: BatchErrors) -> None:
-    """The file is refused: no line of it runs."""
+    """Refuse the file: none of its lines run."""
     batch.errors = errors
     _end(session, batch, BatchStatus.FAILED)
 
 
 def expire(session: Session, batch: Batch) -> None:
-    """Its window closed before its file was read to the end: no line of it runs."""
+    """The completion window closed before the whole file was read: none of its lines run."""
     _end(session, batch, BatchStatus.EXPIRED)
 
 
 def give_up(session: Session, batch_id: UUID, error: BatchError, *, job_ttl_seconds: int) -> None:
-    """A batch that cannot be taken any further fails. What was written of its output can be read; its jobs are let go,
-    and the caller asks those in flight to stop."""
+    """Fail a batch that cannot be advanced. The output so far can be read; its jobs are released, and the caller asks
+    running ones to stop."""
     batch = session.scalar(
         select(Batch)
         .where(Batch.id == batch_id, text(UNFINISHED))
@@ -221,7 +214,7 @@ def give_up(session: Session, batch_id: UUID, error: BatchError, *, job_ttl_seco
 
 
 def num_in_flight(session: Session, tenant_id: UUID) -> int:
-    """Lines of all its batches whose jobs have not been seen to end."""
+    """The tenant's lines, over all batches, whose jobs are not known to have ended."""
     session.flush()
     total = select(func.coalesce(func.sum(Batch.num_in_flight), 0)).where(
         Batch.tenant_id == tenant_id, text(UNFINISHED)
@@ -230,7 +223,7 @@ def num_in_flight(session: Session, tenant_id: UUID) -> int:
 
 
 def end(session: Session, batch: Batch, *, job_ttl_seconds: int) -> None:
-    """Everything is written: freeze the files, let the jobs go, tell the webhooks."""
+    """End a batch whose output is complete: freeze the files, release the jobs, notify webhooks."""
     _close_files(session, batch, job_ttl_seconds)
     if batch.cancelling_at is not None:
         _end(session, batch, BatchStatus.CANCELLED)
@@ -269,7 +262,7 @@ def _detached(session: Session, batch: Batch) -> Batch:
     return batch
 
 
-# A line whose job was deleted by its owner has ended, too.
+# A line whose job was deleted by its owner has also ended.
 RECORD_ENDED = text("""
 WITH ended AS MATERIALIZED (
     SELECT l.line, coalesce(j.status, 'cancelled') AS outcome, j.num_prompt_tokens, j.num_committed_tokens
@@ -307,7 +300,7 @@ ended AS (
 SELECT count(*) FROM waiting
 """)
 
-# Sequences of lines that are in the hands of workers, or on the way there.
+# Sequences of lines that workers run or are about to get.
 OUTSTANDING = text("""
 SELECT coalesce(sum(l.num_sequences), 0) FROM batch_lines l JOIN jobs j ON j.id = l.job_id
 WHERE l.job_id IS NOT NULL AND l.outcome IS NULL AND j.model = :model AND (j.status = 'in_progress'
@@ -319,7 +312,7 @@ TAKE_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended('celeriac ba
 
 @dataclass(frozen=True, slots=True)
 class NewLine:
-    """A valid line and where it lies."""
+    """A valid line and its place in the file."""
 
     line: int
     custom_id: str
@@ -330,14 +323,14 @@ class NewLine:
 
 @dataclass(frozen=True, slots=True)
 class EndedLine:
-    """A line that has ended; `record` is None where it had no job, or has none any more."""
+    """A line that has ended; `record` is None if it had no job, or its job was deleted."""
 
     line: BatchLine
     record: JobRecord | None
 
 
 def add_lines(session: Session, batch_id: UUID, lines: Sequence[NewLine]) -> set[int]:
-    """Returns the numbers of those whose custom_id nobody had before them."""
+    """Returns the numbers of the lines whose custom_id was still free."""
     columns = {
         "lines": [line.line for line in lines],
         "custom_ids": [line.custom_id for line in lines],
@@ -349,7 +342,7 @@ def add_lines(session: Session, batch_id: UUID, lines: Sequence[NewLine]) -> set
 
 
 def record_ended(session: Session, batch: Batch) -> None:
-    """Look which lines' jobs have ended."""
+    """Record which lines' jobs have ended."""
     ended = session.execute(RECORD_ENDED, {"batch_id": batch.id}).one()
     batch.num_in_flight -= ended.num_ended
     batch.num_completed += ended.num_completed
@@ -359,7 +352,7 @@ def record_ended(session: Session, batch: Batch) -> None:
 
 
 def waiting_lines(session: Session, batch_id: UUID, *, limit: int, max_bytes: int) -> list[BatchLine]:
-    """The next lines without a job, at least one and then within `max_bytes`; such as begin alike together."""
+    """The next lines without a job: at least one, up to `max_bytes`; those with the same beginning are adjacent."""
     statement = (
         select(BatchLine)
         .where(BatchLine.batch_id == batch_id, BatchLine.job_id.is_(None), BatchLine.outcome.is_(None))
@@ -371,7 +364,7 @@ def waiting_lines(session: Session, batch_id: UUID, *, limit: int, max_bytes: in
 
 
 def still_waiting(session: Session, batch_id: UUID, lines: Iterable[int]) -> dict[int, BatchLine]:
-    """Those of these lines that are still without a job and an outcome, by number."""
+    """By number, which of these lines still have neither a job nor an outcome."""
     waiting = (BatchLine.job_id.is_(None), BatchLine.outcome.is_(None))
     statement = select(BatchLine).where(BatchLine.batch_id == batch_id, BatchLine.line.in_(list(lines)), *waiting)
     found = session.scalars(statement.execution_options(populate_existing=True))
@@ -379,7 +372,7 @@ def still_waiting(session: Session, batch_id: UUID, lines: Iterable[int]) -> dic
 
 
 def attach_jobs(session: Session, batch: Batch, jobs: Mapping[int, tuple[UUID, int]]) -> None:
-    """`jobs`: line to the job it became, and its number of sequences."""
+    """`jobs` maps a line to its job and the job's number of sequences."""
     columns = {
         "lines": list(jobs),
         "job_ids": [job_id for job_id, _ in jobs.values()],
@@ -390,13 +383,13 @@ def attach_jobs(session: Session, batch: Batch, jobs: Mapping[int, tuple[UUID, i
 
 
 def refuse_line(batch: Batch, line: BatchLine, refusal: LineRefusal) -> None:
-    """No job can be made of this line."""
+    """Record that no job can be made of this line."""
     line.outcome, line.refusal = LineOutcome.FAILED, refusal
     batch.num_failed += 1
 
 
 def end_waiting_lines(session: Session, batch: Batch, outcome: LineOutcome) -> None:
-    """Lines that have no job get none any more."""
+    """End all lines that have no job yet."""
     batch.num_failed += session.execute(END_WAITING, {"batch_id": batch.id, "outcome": outcome.value}).scalar_one()
 
 
@@ -410,8 +403,8 @@ def in_flight_job_ids(session: Session, batch_id: UUID) -> list[UUID]:
 def ended_lines(
     session: Session, batch_id: UUID, *, after: int, limit: int, max_bytes: int, is_completed: bool | None = None
 ) -> list[EndedLine]:
-    """Lines with a number above `after` that have ended, in order; all, or those that did well, or the others. At least
-    one, and then as many as have `max_bytes` together, of requests and of results as these are stored."""
+    """Ended lines with a number above `after`, in order: all, only completed ones, or only the others. At least one, up
+    to `max_bytes` of stored requests and results in total."""
     num_bytes = func.coalesce(func.pg_column_size(JobResult.result), 0) + BatchLine.num_bytes
     statement = (
         select(BatchLine, num_bytes)
@@ -433,7 +426,7 @@ def ended_lines(
 
 
 def num_within(sizes: Iterable[int], bound: int) -> int:
-    """How many of the first come to no more than `bound` together, but at least one."""
+    """How many of the first sizes add up to at most `bound`, but at least one."""
     return max(1, sum(total <= bound for total in accumulate(sizes)))
 
 
@@ -441,13 +434,13 @@ def num_within(sizes: Iterable[int], bound: int) -> int:
 
 
 def count_outstanding(session: Session, model: str) -> int | None:
-    """Sequences of batches that run or are about to. None: somebody else counts at the moment; until this transaction
-    ends nobody else does."""
+    """Sequences of batch lines that run or are about to, counted exclusively until the transaction ends. None: another
+    process is counting."""
     if not session.execute(TAKE_TURN, {"model": model}).scalar_one():
         return None
     return num_outstanding(session, model)
 
 
 def num_outstanding(session: Session, model: str) -> int:
-    """The same for whoever only looks."""
+    """The same count, without the lock."""
     return int(session.execute(OUTSTANDING, {"model": model}).scalar_one())

@@ -1,12 +1,9 @@
 """Engines and sessions on PostgreSQL: what we rely on in each, and the migration of the schema.
 
-What we rely on in a session of PostgreSQL: its time limits and planner settings, and that it is ours alone.
-
-The settings are made after connecting, since a pooler (PgBouncer) refuses or drops those that come with the connection.
-They and prepared statements belong to a session; behind a pooler in transaction or statement mode, each transaction
-may run in another one. PgBouncer, "Features", has the list: https://www.pgbouncer.org/features.html
-
-Engines and session factories from one URL, sync for workers and async for the API, and the schema's migration.
+Sessions must be ours alone: time limits, planner settings and prepared statements belong to a session, and a pooler in
+transaction or statement mode may run each transaction in a different one. The settings are made after connecting, since
+a pooler (PgBouncer) refuses or drops those that come with the connection. PgBouncer lists this under "Features":
+https://www.pgbouncer.org/features.html
 """
 
 import asyncio
@@ -30,27 +27,27 @@ STATEMENT_TIMEOUT_SECONDS = 30
 
 LOCK_TIMEOUT_SECONDS = 10
 
-NUM_LOOKS = 8  # at a busy pooler one look may miss that two connections share a session
+NUM_LOOKS = 8  # with a busy pooler one check may miss that two connections share a session
 
-# A plan cached while a table was empty would read the whole table for minutes after it filled; and the rows of a
-# queue are in memory, so looking one up by its id costs little more than reading the next one.
+# A plan cached while a table was empty would keep reading the whole table for minutes after it has filled. A queue's
+# rows are in memory, so finding one by id costs little more than reading the next one.
 PLANNER = {"plan_cache_mode": "force_custom_plan", "jit": "off", "random_page_cost": "1.1"}
 
 SHARED = (
     "CELERIAC_DATABASE_URL leads to a pooler in transaction or statement mode: two of our connections share a session "
-    "of PostgreSQL, so that time limits, locks and prepared statements would be lost; "
+    "of PostgreSQL, so time limits, locks and prepared statements would be lost; "
     "set pool_mode = session there, or name PostgreSQL itself"
 )
 
-STATEMENT_MODE = "in statement pooling mode"  # what PgBouncer refuses a BEGIN with
+STATEMENT_MODE = "in statement pooling mode"  # in PgBouncer's refusal of a BEGIN
 
 
 class SharedSessions(Exception):
-    """The database is behind a pooler that gives us no session of our own."""
+    """The database is behind a pooler that does not give us our own sessions."""
 
 
 def guard_sessions(database: Engine, idle_seconds: float) -> None:
-    """Every connection of this engine gets our settings before its first use."""
+    """Give every connection of this engine our settings before its first use."""
     timeouts = {
         "statement_timeout": STATEMENT_TIMEOUT_SECONDS,
         "lock_timeout": LOCK_TIMEOUT_SECONDS,
@@ -64,12 +61,12 @@ def guard_sessions(database: Engine, idle_seconds: float) -> None:
         cursor = connection.cursor()
         cursor.execute(statement)
         cursor.close()
-        connection.commit()  # a rollback would take the settings back
+        connection.commit()  # a rollback would undo the settings
 
 
 def refuse_shared_sessions(url: URL) -> None:
-    """Raise SharedSessions where two connections are served by one session of PostgreSQL, or one connection by two.
-    Raises OperationalError where the server does not answer."""
+    """Raise SharedSessions if one session of PostgreSQL serves two connections, or two sessions serve one. Raises
+    OperationalError if the server does not answer."""
     options = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "prepare_threshold": None}
     database = create_engine(url, isolation_level="AUTOCOMMIT", pool_size=2, connect_args=options)
     try:
@@ -92,7 +89,7 @@ def _session_of(connection: Connection) -> int:
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 
-MIGRATION_LOCK = 0x63656C6572696163  # "celeriac": the advisory lock that lets one process migrate at a time
+MIGRATION_LOCK = 0x63656C6572696163  # "celeriac": the advisory lock for migrations
 
 P = ParamSpec("P")
 
@@ -100,22 +97,22 @@ T = TypeVar("T")
 
 MIGRATION_WAIT_SECONDS = 60.0
 
-POOL_TIMEOUT_SECONDS = 2.0  # a caller without a connection by then answers 503
+POOL_TIMEOUT_SECONDS = 2.0  # a caller that gets no connection by then answers 503
 
 IDLE_SECONDS = 5.0  # a third of the default lease; see Settings.idle_transaction_seconds
 
 CONNECT_ARGS = {
     "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-    # A peer that vanished without a word is noticed in seconds, not after the kernel's two hours.
+    # A silently vanished peer is noticed in seconds, not after the kernel's two hours.
     "keepalives_idle": 5,
     "keepalives_interval": 2,
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
 }
 
-OUTAGES = (OperationalError, InterfaceError, PoolTimeout)  # the database is away, or asks for another try
+OUTAGES = (OperationalError, InterfaceError, PoolTimeout)  # the database is away or asks for a retry
 
-# The same, though psycopg files them under InternalError; the second comes from a server that has become a standby.
+# Also outages, but psycopg raises them as InternalError; the second comes from a server that became a standby.
 OTHER_OUTAGES = (IdleInTransactionSessionTimeout, ReadOnlySqlTransaction)
 
 
@@ -130,8 +127,8 @@ def database_url(url: str) -> URL:
 
 
 def open_database(url: str, *, pool_size: int = 4, max_overflow: int = 4, idle_seconds: float = IDLE_SECONDS) -> Engine:
-    """A pool of sync connections, for workers and maintenance. Nothing connects before the first use. The server ends a
-    transaction that stands idle for `idle_seconds`."""
+    """A pool of sync connections, for workers and maintenance. Connects on first use. The server ends transactions that
+    are idle for `idle_seconds`."""
     database = create_engine(
         database_url(url),
         pool_size=pool_size,
@@ -163,14 +160,14 @@ def open_async_database(
 
 
 def open_statement_database(url: str, *, pool_size: int = 10, max_overflow: int = 10) -> AsyncEngine:
-    """As `open_async_database`, for what is one statement and may be repeated: it commits by itself, in one round trip
-    instead of four, and a connection that was lost while idle is found out by its use; see `repeatable`."""
+    """As `open_async_database`, for single statements that may be repeated: they autocommit, in one round trip instead
+    of four, and a connection lost while idle is only noticed when used; see `repeatable`."""
     database = create_async_engine(
         database_url(url),
         pool_size=pool_size,
         max_overflow=max_overflow,
         pool_timeout=POOL_TIMEOUT_SECONDS,
-        pool_use_lifo=True,  # few connections do most of the work, and have its statements prepared
+        pool_use_lifo=True,  # few connections do most of the work, with prepared statements
         isolation_level="AUTOCOMMIT",
         connect_args=CONNECT_ARGS,
     )
@@ -185,7 +182,7 @@ async def repeatable(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> T:
-    """Call a storage function that may be called twice: once more on a new connection where the first one was lost."""
+    """Call a storage function that may be called twice: again on a new connection if the first one was lost."""
     try:
         async with sessions() as session:
             return await session.run_sync(function, *args, **kwargs)
@@ -197,14 +194,14 @@ async def repeatable(
 
 
 async def within(seconds: float, reading: Coroutine[Any, Any, T]) -> T:
-    """What `reading` comes to. Raises TimeoutError where that takes longer: it is then given up in the background, as
-    a connection whose server is gone would keep a caller that cancels it waiting for ten seconds more."""
+    """The result of `reading`. Raises TimeoutError if that takes longer; it is then abandoned in the background,
+    because cancelling a connection whose server is gone would block the caller for ten more seconds."""
     task = asyncio.create_task(reading)
     try:
         await asyncio.wait((task,), timeout=seconds)
         if task.done():
             return task.result()
-        raise TimeoutError(f"the database gave no answer within {seconds:g} s")
+        raise TimeoutError(f"the database did not answer within {seconds:g} s")
     finally:
         if not task.done():
             task.cancel()
@@ -212,17 +209,17 @@ async def within(seconds: float, reading: Coroutine[Any, Any, T]) -> T:
             task.add_done_callback(_forget)
 
 
-_given_up: set["asyncio.Task[Any]"] = set()  # the event loop alone would let them be collected
+_given_up: set["asyncio.Task[Any]"] = set()  # the event loop keeps only weak references
 
 
 def _forget(task: "asyncio.Task[Any]") -> None:
     _given_up.discard(task)
     if not task.cancelled():
-        task.exception()  # nobody waits for it any more
+        task.exception()  # nobody awaits it any more
 
 
 def session_factory(database: Engine) -> sessionmaker[Session]:
-    """Rows stay readable after the commit: they are answers, not handles."""
+    """Sessions whose rows stay readable after the commit: they are results, not handles."""
     return sessionmaker(database, expire_on_commit=False)
 
 
@@ -232,14 +229,14 @@ def async_session_factory(database: AsyncEngine) -> async_sessionmaker[AsyncSess
 
 
 class MigrationRunning(Exception):
-    """Somebody else has been migrating for longer than we wait."""
+    """Another process has been migrating for longer than we wait."""
 
 
 def migrate(url: str, say: Callable[[str], None] = log.warning) -> None:
     """Bring the schema up to date. Safe to call from many processes at once: the others wait and find nothing to do.
 
-    The lock belongs to a transaction, which ends with the client also behind a pooler. `say` hears why we wait. Raises
-    MigrationRunning after MIGRATION_WAIT_SECONDS, and SharedSessions.
+    The lock belongs to a transaction, which ends with the client even behind a pooler. `say` is told why we wait.
+    Raises MigrationRunning after MIGRATION_WAIT_SECONDS, and SharedSessions.
     """
     parsed = database_url(url)
     refuse_shared_sessions(parsed)
@@ -253,8 +250,8 @@ def migrate(url: str, say: Callable[[str], None] = log.warning) -> None:
 
 
 def _take_migration_lock(connection: Connection, say: Callable[[str], None]) -> None:
-    """Hold it to the end of the transaction."""
-    # Idle without end, as a migration may take its time.
+    """Take the lock until the end of the transaction."""
+    # No idle timeout, since a migration may take long.
     connection.execute(select(func.set_config("idle_in_transaction_session_timeout", "0", True)))
     if connection.scalar(select(func.pg_try_advisory_xact_lock(MIGRATION_LOCK))):
         return
@@ -273,7 +270,7 @@ def _take_migration_lock(connection: Connection, say: Callable[[str], None]) -> 
 
 
 def _lock_holder(connection: Connection) -> str:
-    """The session that holds it, as PostgreSQL numbers them. A lock's key is shown in two halves."""
+    """The pid of the session that holds the lock. PostgreSQL shows a lock's key in two halves."""
     statement = text(
         "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1"
         " AND classid = :high AND objid = :low AND database = (SELECT oid FROM pg_database"
@@ -284,7 +281,7 @@ def _lock_holder(connection: Connection) -> str:
 
 
 def _upgrade(connection: Connection) -> None:
-    from alembic import command  # a fifth of a worker's start, and only this function needs it
+    from alembic import command  # takes a fifth of a worker's start, and only this function needs it
     from alembic.config import Config
 
     config = Config()
@@ -295,7 +292,7 @@ def _upgrade(connection: Connection) -> None:
 
 
 def _tell_outages(database: Engine) -> None:
-    """Raise OTHER_OUTAGES as OperationalError, and keep no connection that had one."""
+    """Raise OTHER_OUTAGES as OperationalError, and drop connections that had one."""
 
     @event.listens_for(database, "handle_error")
     def tell(context: ExceptionContext) -> OperationalError | None:

@@ -1,11 +1,8 @@
-"""Files in SQL, and the row classes of files and batches.
+"""Files in SQL, written piece by piece, read in parts, always one tenant's; and the row classes of files and batches.
 
-The row classes of files and batches. A file's content is in SQL, too: docs/adr/0012-files-are-in-sql.md says why.
-
-Files in SQL: written piece by piece while they arrive, seen when they are whole, read in parts, always one tenant's.
-
-A piece is a transaction of its own, so an upload holds no connection while it waits for its client; until the last one
-the file is `uploading`, and nobody sees it. All functions are synchronous on a `Session` and do not commit.
+docs/adr/0012-files-are-in-sql.md says why the content is in SQL, too. Each piece is its own transaction, so an upload
+holds no connection while it waits for its client; until the last piece the file is `uploading` and invisible. All
+functions are synchronous on a `Session` and do not commit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +38,7 @@ UNFINISHED = "status IN ('validating', 'in_progress', 'finalizing', 'cancelling'
 
 
 class File(Row):
-    """A file that was uploaded, or that a batch writes."""
+    """A file that was uploaded or that a batch writes."""
 
     __tablename__ = "files"
     __table_args__ = (
@@ -59,7 +56,7 @@ class File(Row):
     status: Mapped[FileStatus] = mapped_column(TextEnum(FileStatus))
     num_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    touched_at: Mapped[datetime] = mapped_column(server_default=func.now())  # when its last piece came
+    touched_at: Mapped[datetime] = mapped_column(server_default=func.now())  # when its last piece arrived
     expires_at: Mapped[datetime | None]
 
 
@@ -70,11 +67,11 @@ class FilePiece(Row):
 
     file_id: Mapped[UUID] = mapped_column(ForeignKey("files.id", ondelete="CASCADE"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)  # from 0
-    content: Mapped[bytes]  # stored as it is: parts of it are read
+    content: Mapped[bytes]  # uncompressed, since parts of it are read
 
 
 class Batch(Row):
-    """One batch and how far it has come. The lock on this row is the right to take it a step further."""
+    """One batch and its progress. A step may only be written while holding the lock on this row."""
 
     __tablename__ = "batches"
     __table_args__ = (
@@ -93,7 +90,7 @@ class Batch(Row):
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
     status: Mapped[BatchStatus] = mapped_column(TextEnum(BatchStatus), server_default="validating")
     endpoint: Mapped[str]
-    input_file_id: Mapped[UUID]  # no foreign key: it may be deleted when the batch is done
+    input_file_id: Mapped[UUID]  # no foreign key: it may be deleted once the batch is done
     completion_window: Mapped[str]
     batch_metadata: Mapped[dict[str, str]] = mapped_column("metadata")
     output_ttl_seconds: Mapped[int]
@@ -102,18 +99,18 @@ class Batch(Row):
     output_file_id: Mapped[UUID | None]
     error_file_id: Mapped[UUID | None]
     num_bytes_read: Mapped[int] = mapped_column(BigInteger, server_default="0")  # by validation
-    num_lines_read: Mapped[int] = mapped_column(server_default="0")  # empty ones, too
+    num_lines_read: Mapped[int] = mapped_column(server_default="0")  # including empty ones
     num_lines: Mapped[int] = mapped_column(server_default="0")
-    num_inputs: Mapped[int] = mapped_column(server_default="0")  # of embeddings, over all lines
-    num_in_flight: Mapped[int] = mapped_column(server_default="0")  # lines whose job has not been seen to end
+    num_inputs: Mapped[int] = mapped_column(server_default="0")  # embedding inputs, over all lines
+    num_in_flight: Mapped[int] = mapped_column(server_default="0")  # lines whose job is not known to have ended
     num_completed: Mapped[int] = mapped_column(server_default="0")
     num_failed: Mapped[int] = mapped_column(server_default="0")
-    num_frozen: Mapped[int] = mapped_column(server_default="0")  # the last line whose outcome is in a file
+    num_frozen: Mapped[int] = mapped_column(server_default="0")  # the last line written to an output file
     prompt_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")
     cached_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")
     completion_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    step_failure: Mapped[str | None]  # how the last step failed, where it did
-    num_step_failures: Mapped[int] = mapped_column(server_default="0")  # so, one after another
+    step_failure: Mapped[str | None]  # how the last step failed, if it did
+    num_step_failures: Mapped[int] = mapped_column(server_default="0")  # consecutive, in this way
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime]
     in_progress_at: Mapped[datetime | None]
@@ -126,7 +123,7 @@ class Batch(Row):
 
 
 class BatchLine(Row):
-    """Where a line is in its file, which job it became, and how it ended. Gone when the output is frozen."""
+    """Where a line is in its file, its job, and how it ended. Deleted when the output is frozen."""
 
     __tablename__ = "batch_lines"
     __table_args__ = (
@@ -148,18 +145,18 @@ class BatchLine(Row):
     custom_id: Mapped[str]
     first_byte: Mapped[int] = mapped_column(BigInteger)
     num_bytes: Mapped[int]
-    prefix_hash: Mapped[int] = mapped_column(BigInteger)  # lines that begin alike run one after another
+    prefix_hash: Mapped[int] = mapped_column(BigInteger)  # lines with the same beginning run one after another
     num_sequences: Mapped[int] = mapped_column(server_default="1")
     job_id: Mapped[UUID | None]  # no foreign key: a tenant may delete the job
     outcome: Mapped[LineOutcome | None] = mapped_column(TextEnum(LineOutcome))
     refusal: Mapped[LineRefusal | None] = mapped_column(PydanticJSON(LineRefusal))
 
 
-STALE_UPLOAD_SECONDS = 600  # an upload whose client or server went away
+STALE_UPLOAD_SECONDS = 600  # until an interrupted upload is discarded
 
 PIECES_PER_READ = 4
 
-# Each range of a file is put together from the one, two or more pieces it lies in.
+# Each range is assembled from the pieces that it spans.
 READ_RANGES = text("""
 SELECT w.place, string_agg(substring(p.content
         FROM greatest(w.first - p.number::bigint * :size, 0)::int + 1
@@ -172,8 +169,8 @@ GROUP BY w.place ORDER BY w.place
 
 
 def begin_upload(session: Session, tenant_id: UUID, *, max_bytes: int) -> UUID:
-    """The id of a file that is nobody's to see yet. Raises InsufficientQuota where the tenant's files come to
-    `max_bytes` already."""
+    """Create a file that is not visible yet; returns its id. Raises InsufficientQuota if the tenant's files already
+    have `max_bytes`."""
     _refuse_over_quota(session, tenant_id, max_bytes)
     file = File(id=new_id(), tenant_id=tenant_id, filename="", purpose="batch", status=FileStatus.UPLOADING)
     session.add(file)
@@ -182,7 +179,7 @@ def begin_upload(session: Session, tenant_id: UUID, *, max_bytes: int) -> UUID:
 
 
 def append(session: Session, file_id: UUID, number: int, content: bytes) -> None:
-    """The piece `number`, which counts from 0. All but the last have PIECE_BYTES."""
+    """Write the piece `number`, counted from 0. All but the last have PIECE_BYTES."""
     session.execute(insert(FilePiece).values(file_id=file_id, number=number, content=content))
     grown = {"num_bytes": File.num_bytes + len(content), "touched_at": func.statement_timestamp()}
     session.execute(update(File).where(File.id == file_id).values(**grown))
@@ -191,7 +188,7 @@ def append(session: Session, file_id: UUID, number: int, content: bytes) -> None
 def finish_upload(
     session: Session, file_id: UUID, tenant_id: UUID, *, filename: str, purpose: str, ttl_seconds: int, max_bytes: int
 ) -> File:
-    """Let the tenant see it. Raises InsufficientQuota; two uploads that end together cannot both pass the bound."""
+    """Make the file visible. Raises InsufficientQuota; two uploads that end together cannot both exceed the limit."""
     session.execute(select(Tenant.id).where(Tenant.id == tenant_id).with_for_update(key_share=True))
     _refuse_over_quota(session, tenant_id, max_bytes + 1)
     file = session.get_one(File, file_id, populate_existing=True)
@@ -203,22 +200,22 @@ def finish_upload(
 
 
 def _refuse_over_quota(session: Session, tenant_id: UUID, bound: int) -> None:
-    """Uploads under way count with what has arrived."""
+    """Current uploads count with what has arrived."""
     num_bytes = session.scalar(select(func.coalesce(func.sum(File.num_bytes), 0)).where(File.tenant_id == tenant_id))
     if int(num_bytes or 0) >= bound:
         raise InsufficientQuota(
-            f"your files come to {num_bytes} bytes and may come to {bound}; delete some, or let them expire earlier",
+            f"your files have {num_bytes} bytes, the limit is {bound}; delete some, or let them expire earlier",
             param="file",
         )
 
 
 def discard(session: Session, file_id: UUID) -> None:
-    """An upload that came to nothing."""
+    """Delete an upload that was interrupted."""
     session.execute(delete(File).where(File.id == file_id, File.status == FileStatus.UPLOADING))
 
 
 def get(session: Session, file_id: UUID, tenant_id: UUID) -> File | None:
-    """None: no such file of this tenant, or not yet, or not any more."""
+    """None: the tenant has no such file, or not yet, or not any more."""
     file = session.scalar(
         select(File)
         .where(File.id == file_id, File.tenant_id == tenant_id, *_visible())
@@ -238,7 +235,7 @@ def list_files(
     limit: int = 10_000,
     order: Literal["asc", "desc"] = "desc",
 ) -> list[File]:
-    """One page in the order of ids, which is that of creation; `after` is the last id of the page before."""
+    """One page in the order of ids, which is the order of creation; `after` is the last id of the previous page."""
     statement: Select[File] = select(File).where(File.tenant_id == tenant_id, *_visible())
     if purpose is not None:
         statement = statement.where(File.purpose == purpose)
@@ -257,7 +254,7 @@ def _visible() -> tuple[ColumnElement[bool], ...]:
 
 def delete_file(session: Session, file_id: UUID, tenant_id: UUID) -> bool:
     """False: no such file. Raises InvalidRequest while an unfinished batch reads or writes it."""
-    # Locked as by the batch that is about to name it, so that one of the two sees the other.
+    # The same lock as of a batch that is about to use the file, so that one of the two sees the other.
     file = session.scalar(
         select(File).where(File.id == file_id, File.tenant_id == tenant_id, *_visible()).with_for_update()
     )
@@ -265,7 +262,7 @@ def delete_file(session: Session, file_id: UUID, tenant_id: UUID) -> bool:
         return False
     if session.scalar(select(exists().where(_in_use(file_id)))):
         raise InvalidRequest(
-            "an unfinished batch needs this file; wait for its end, or cancel it first", param="file_id"
+            "an unfinished batch needs this file; cancel it or wait for its end first", param="file_id"
         )
     session.execute(delete(File).where(File.id == file_id))
     return True
@@ -277,7 +274,7 @@ def _in_use(file_id: "UUID | ColumnElement[UUID]") -> ColumnElement[bool]:
 
 
 def read_pieces(session: Session, file_id: UUID, *, first: int) -> list[bytes]:
-    """A few pieces in order, from the number `first`; none behind the last."""
+    """A few pieces in order, from the number `first`; none after the last."""
     statement = (
         select(FilePiece.content)
         .where(FilePiece.file_id == file_id, FilePiece.number >= first)
@@ -288,7 +285,7 @@ def read_pieces(session: Session, file_id: UUID, *, first: int) -> list[bytes]:
 
 
 def read_ranges(session: Session, file_id: UUID, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """The bytes at each (first byte, length), in order, without reading what lies between them."""
+    """The bytes of each (first byte, length), in order, without reading what is between them."""
     parameters = {
         "file_id": file_id,
         "firsts": [first for first, _ in ranges],
@@ -299,7 +296,7 @@ def read_ranges(session: Session, file_id: UUID, ranges: Sequence[tuple[int, int
 
 
 def read_from(session: Session, file_id: UUID, first_byte: int) -> Iterator[bytes]:
-    """The content from a byte on, in parts. Reads as it is asked."""
+    """The content from a byte on, in parts, read lazily."""
     number, skipped = divmod(first_byte, PIECE_BYTES)
     while pieces := read_pieces(session, file_id, first=number):
         for piece in pieces:
@@ -309,7 +306,7 @@ def read_from(session: Session, file_id: UUID, first_byte: int) -> Iterator[byte
 
 
 def create_live(session: Session, tenant_id: UUID, filename: str) -> UUID:
-    """A file that a batch will write. Until then its content is made of the batch's lines."""
+    """A file that a batch will write. Until then its content is assembled from the batch's lines."""
     file = File(id=new_id(), tenant_id=tenant_id, filename=filename, purpose="batch_output", status=FileStatus.LIVE)
     session.add(file)
     session.flush()
@@ -317,7 +314,7 @@ def create_live(session: Session, tenant_id: UUID, filename: str) -> UUID:
 
 
 def extend(session: Session, file_id: UUID, content: bytes) -> None:
-    """Write behind what is there: fill the last piece, then add more. The caller is the only writer."""
+    """Append to the content: fill the last piece, then add more. The caller is the only writer."""
     num_bytes = session.scalars(select(File.num_bytes).where(File.id == file_id)).one()
     number, used = divmod(num_bytes, PIECE_BYTES)
     if used and content:
@@ -331,7 +328,7 @@ def extend(session: Session, file_id: UUID, content: bytes) -> None:
 
 
 def freeze(session: Session, file_id: UUID, *, ttl_seconds: int) -> bool:
-    """Let the content be what was written. False: nothing was, so the file is gone."""
+    """Make what was written the final content. False: nothing was written, so the file is deleted."""
     file = session.get_one(File, file_id, populate_existing=True)
     if file.num_bytes == 0:
         session.delete(file)
@@ -343,7 +340,7 @@ def freeze(session: Session, file_id: UUID, *, ttl_seconds: int) -> bool:
 
 
 def prune(session: Session, *, limit: int = 20) -> int:
-    """Delete files that expired and that no unfinished batch needs, and uploads that broke off."""
+    """Delete expired files that no unfinished batch needs, and interrupted uploads."""
     now = func.statement_timestamp()
     is_stale = (File.status == FileStatus.UPLOADING) & (
         File.touched_at < now - func.make_interval(0, 0, 0, 0, 0, 0, STALE_UPLOAD_SECONDS)

@@ -1,8 +1,6 @@
-"""Jobs come in: a group of them in one statement, and what became of each.
+"""Jobs come in: a group of new jobs in one statement, and what became of each.
 
-Jobs come in: a group of new jobs in one statement, and what became of each of them.
-
-The rules of `storage/jobs.py` hold here too: synchronous on a `Session`, and nothing commits.
+As in `storage/jobs.py`, all functions are synchronous on a `Session` and do not commit.
 """
 
 import json
@@ -30,7 +28,7 @@ MAX_POISON_JOBS_PER_HOUR = 3
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A validated request on its way into the job table. `request` has every default resolved."""
+    """A validated request for the job table. `request` has every default resolved."""
 
     id: UUID
     tenant_id: UUID
@@ -42,8 +40,8 @@ class NewJob:
     max_failures: int
     result_ttl_seconds: int
     request_hash: bytes
-    fingerprint: bytes | None = None  # of the request as an engine sees it
-    lane: Lane = Lane.STANDARD  # isolated: also where the request is known as poison
+    fingerprint: bytes | None = None  # identifies the request to an engine
+    lane: Lane = Lane.STANDARD  # isolated also if the request is known as poison
     retry_of: UUID | None = None
     idempotency_key: str | None = None
     priority: int = 0
@@ -52,21 +50,21 @@ class NewJob:
     run_timeout_seconds: float | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     input_lengths: Sequence[int] | None = None  # of an embedding: tokens of each input; their ids are prompt_token_ids
-    webhook_url: str | None = None  # checked, and spelt as `domain.webhooks` does
-    webhook_statuses: Sequence[JobStatus] = ()  # the ends that it is told of
+    webhook_url: str | None = None  # checked, spelled as by `domain.webhooks`
+    webhook_statuses: Sequence[JobStatus] = ()  # the final statuses it is notified of
     endpoint: Endpoint = Endpoint.JOBS
     is_stored: bool = False
     endpoint_body: str | None = None  # JSON
-    request_id: str | None = None  # of the HTTP request that brought it
+    request_id: str | None = None  # of the HTTP request that submitted it
 
     @property
     def cost(self) -> int:
-        """The most tokens it can take: what fairness charges until the end tells."""
+        """The most tokens it can take, which fairness charges until its end."""
         return len(self.prompt_token_ids) + self.num_sequences * self.max_tokens
 
     @property
     def num_sequences(self) -> int:
-        """Slots that it takes of a worker."""
+        """How many of a worker's slots it takes."""
         return self.request.params.num_sequences if isinstance(self.request, GenerationRequest) else 1
 
 
@@ -80,7 +78,7 @@ class AcceptOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class QueueRoom:
-    """How many jobs a tenant may have waiting, and how many more that are after an accept."""
+    """How many waiting jobs a tenant may have, and how many more it may add after this accept."""
 
     max_queued: int
     num_free: int
@@ -90,8 +88,8 @@ class QueueRoom:
 class Accepted:
     job_id: UUID
     outcome: AcceptOutcome
-    created_at: datetime | None = None  # of ACCEPTED, by the database's clock
-    room: QueueRoom | None = None  # of ACCEPTED
+    created_at: datetime | None = None  # if ACCEPTED; by the database's clock
+    room: QueueRoom | None = None  # if ACCEPTED
 
 
 def accept(
@@ -102,8 +100,8 @@ def accept(
     max_poison_jobs_per_hour: int = MAX_POISON_JOBS_PER_HOUR,
 ) -> list[Accepted]:
     """Insert a group of jobs as `queued` in one statement; one outcome per job, in order. Safe to repeat after an
-    ambiguous commit: the same id or idempotency key answers DUPLICATE. `max_queued_jobs` bounds tenants without a
-    bound of their own; beyond `max_poison_jobs_per_hour` all jobs of a tenant run isolated."""
+    ambiguous commit: the same id or idempotency key answers DUPLICATE. `max_queued_jobs` limits tenants without their
+    own limit; beyond `max_poison_jobs_per_hour` all jobs of a tenant run isolated."""
     if not new_jobs:
         return []
     firsts = first_of_each(new_jobs)
@@ -124,7 +122,7 @@ def _accepted(row: Row[Any]) -> Accepted:
 
 
 def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> dict[int, Accepted]:
-    """What became of the jobs that were not inserted: they exist already, or there was no room."""
+    """The outcomes of jobs that were not inserted: they exist already, or there was no room."""
     if not job_by_place:
         return {}
     places, new_jobs = list(job_by_place), list(job_by_place.values())
@@ -177,7 +175,7 @@ def of_new_jobs(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
 
 
 def of_fingerprints(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
-    """What tells whether a request is known as poison."""
+    """Parameters that find requests known as poison."""
     return {
         "tenant_ids": [job.tenant_id for job in new_jobs],
         "fingerprints": Packed(job.fingerprint for job in new_jobs),
@@ -186,12 +184,12 @@ def of_fingerprints(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
 
 
 def _int_array(numbers: "Sequence[int] | None") -> str | None:
-    """A tenth of the time that `str` takes of each: a long prompt has a hundred thousand of them."""
+    """Ten times faster than `str` of each number: a long prompt has a hundred thousand of them."""
     return None if numbers is None else "{" + orjson.dumps(list(numbers))[1:-1].decode() + "}"
 
 
 def of_names(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
-    """What tells whether a job is there already."""
+    """Parameters that find jobs that exist already."""
     return {
         "ids": [job.id for job in new_jobs],
         "tenant_ids": [job.tenant_id for job in new_jobs],
@@ -201,7 +199,7 @@ def of_names(new_jobs: "Sequence[NewJob]") -> dict[str, Any]:
 
 
 def first_of_each(new_jobs: "Sequence[NewJob]") -> list[int]:
-    """The places of the jobs that are not the second of their id or idempotency key in this group."""
+    """The places of the first job with each id and idempotency key in this group."""
     seen: set[tuple[UUID, str] | UUID] = set()
     firsts = []
     for place, job in enumerate(new_jobs):

@@ -1,15 +1,10 @@
-"""How jobs end: the statements, revisions that are gone, and what a job without its worker is left with.
+"""How jobs end: the statements, revisions that are gone, and the partial result of a job whose worker is gone.
 
-The statements that end jobs or give them back, as text; the rules they share are told in `storage/job_statements.py`.
+The rules that all statements share are in `storage/job_statements.py`.
 
-The statements for jobs that had begun under a revision of their model which no worker serves any more. The rules
-they share are told in `storage/job_statements.py`.
-
-A revision counts as served while a live worker of it is there, whatever it is at: one that loads will go on with its
-jobs. It counts as gone only where another revision of the same model is ready to run, and every live worker says which
-one it has; without a worker a job waits for a worker, not for a revision.
-
-What a job that ended without its worker is left with: an error, and a result made of the chunks it committed.
+A model revision counts as served while it has a live worker in any state: one that is loading will run its jobs. It
+counts as gone only if another revision of the same model is ready and every live worker reports its revision; without
+any worker a job waits for a worker, not for a revision.
 """
 
 # ruff: noqa: S608  (only constants of the storage modules are put into the text; values are bound)
@@ -36,7 +31,7 @@ from storage.webhooks import IS_TOLD
 
 BEGAN = f"coalesce(j.attempt_started_at, j.started_at, {CLOCK}) AS attempt_started_at"
 
-# One row of history for each attempt in `over`: by the statement that ended it, so that none is missing.
+# One row of history per attempt in `over`, written by the statement that ended it, so that none is missing.
 NOTED = f"""
 noted AS (
     INSERT INTO job_attempts (job_id, attempt, worker_id, worker_name, started_at, ended_at, outcome, error_code,
@@ -84,7 +79,7 @@ SELECT j.id, false FROM jobs j JOIN ending USING (id) WHERE j.status = ending.st
 
 
 def told(jobs: str, *, has_chunks: str) -> str:
-    """What callers and their logs say of the jobs in the CTE `jobs`: how they stand, and how long it took so far."""
+    """What callers log and return about the jobs in the CTE `jobs`: their state and the time so far."""
     return f"""
 SELECT t.id, t.model, t.status, t.attempt, {has_chunks} AS has_chunks, t.is_told, t.num_committed_tokens AS num_tokens,
     extract(epoch FROM {CLOCK} - t.created_at)::float8 AS seconds,
@@ -123,8 +118,8 @@ moved AS (
 
 
 def _charged(is_poison: str) -> str:
-    """What a failure charged to a job makes of it. The next attempt is at once after a first failure and after every
-    attempt that brought output; a job that fails again without any waits for up to 2, 4, then 8 s."""
+    """The columns of a job after a failure is charged to it. The next attempt is immediate after a first failure and
+    after any attempt with output; a job that fails again without output waits up to 2, 4, then 8 s."""
     return f"""j.num_failures + 1 AS num_failures,
         CASE WHEN j.num_failures = 0 OR j.num_committed_tokens > j.num_tokens_at_claim THEN 0
             ELSE power(2, least(j.num_failures, 3)) * (0.5 + 0.5 * random()) END AS delay_seconds,
@@ -164,7 +159,7 @@ poisoned AS (  -- the same request again is refused for a day
     )
 )
 
-# The lease is judged on the locked row, not on the one the snapshot saw: a renewal in between wins.
+# The lease is checked on the locked row, not on the one in the snapshot, so a renewal in between wins.
 RESCUE = text(
     _returned(f"""
     SELECT j.id, j.lease_owner AS owner, 'lost' AS outcome, j.lane, j.num_suspicions, {_charged("false")} FROM jobs j
@@ -174,8 +169,8 @@ RESCUE = text(
     ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED""")
 )
 
-# Somebody renews the lease, and yet nothing comes. A job without a token in this attempt may still be reading its
-# prompt, or wait for its turn in the engine: it gets ten times as long.
+# The lease is renewed, yet no token arrives. A job without a token in this attempt may still be in prefill or waiting
+# for its turn in the engine, so it gets ten times as long.
 STALL = text(
     _returned(f"""
     SELECT j.id, j.lease_owner AS owner, 'stalled' AS outcome, j.lane, j.num_suspicions, {_charged("false")}
@@ -242,7 +237,7 @@ moved AS (
 SELECT id FROM deleted
 """)
 
-# For a job that ended without its worker: the output it had committed becomes its result.
+# For a job that ended without its worker: its committed output becomes its result.
 STORE_PARTIAL = text("""
 WITH partial AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:finish_reasons AS text[]), CAST(:results AS text[]))
@@ -287,8 +282,8 @@ pick AS MATERIALIZED (
     ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
 )"""
 
-# No attempt is under way, so there is none to fence off: the next claim raises the attempt as ever. The reset takes the
-# number after the last chunk, and the chunks themselves go.
+# No attempt is running, so there is none to fence off: the next claim raises the attempt as usual. The reset takes the
+# number after the last chunk, and the chunks are deleted.
 RESTART = text(f"""
 WITH {PICK},
 discarded AS (DELETE FROM job_chunks c USING pick WHERE c.job_id = pick.id),
@@ -328,18 +323,18 @@ def _stored_error(error: type[CeleriacError], message: str) -> str:
     return JobError(code=error.code, message=message, retryable=error.retryable).model_dump_json()
 
 
-#: Why a job failed or expired without its worker saying so.
+#: Errors of jobs that failed or expired without their worker.
 ERRORS = {
     "deadline_error": _stored_error(DeadlineExceeded, "the deadline passed before the job was done"),
     "poison_error": _stored_error(PoisonJob, "the engine crashed while it ran this job alone"),
     "lost_error": _stored_error(WorkerLost, "the worker was lost or crashed more often than max_failures allows"),
     "revision_error": _stored_error(
         ModelRevisionGone,
-        "it had begun under a revision of the model that no worker serves any more; retry it to begin anew",
+        "it started under a model revision that is no longer served; retry it to start over",
     ),
 }
 
-#: What cut off the unfinished sequences of a job that ended so.
+#: The finish reason of the unfinished sequences of a job with this status.
 REASON_BY_STATUS = {
     JobStatus.CANCELLED: FinishReason.CANCELLED,
     JobStatus.EXPIRED: FinishReason.DEADLINE,
@@ -354,8 +349,8 @@ def partial_result(
     cut_off_by: FinishReason,
     params: SamplingParams = SamplingParams(),  # noqa: B008  (frozen)
 ) -> GenerationResult:
-    """The result that `chunks`, in order and at least one, amount to. Sequences without a chunk are left out; those
-    that had not finished get the reason `cut_off_by`."""
+    """The result that `chunks` (in order, at least one) add up to. Sequences without a chunk are left out; unfinished
+    ones get the reason `cut_off_by`."""
     by_index: dict[int, list[TokenChunk]] = {}
     for chunk in chunks:
         if not chunk.is_reset:
@@ -376,7 +371,7 @@ def store_partial_results(session: Session, status_by_job_id: Mapping[UUID, JobS
     for row in session.execute(COMMITTED_OUTPUT, {"ids": list(status_by_job_id)}):
         chunks = [TokenChunk.model_validate_json(chunk) for chunk in row.chunks]
         if chunks[-1].is_reset:
-            continue  # it began anew, and came no further
+            continue  # it started over and produced nothing since
         reason = REASON_BY_STATUS[status_by_job_id[row.id]]
         request = REQUEST.validate_json(row.request)
         params = request.params if isinstance(request, GenerationRequest) else SamplingParams()

@@ -1,9 +1,7 @@
-"""Reading jobs: one query each, and never a job of another tenant. Writing is in `storage/jobs.py`.
+"""Reading jobs: one query each, never a job of another tenant. Writing is in `storage/jobs.py`.
 
-The history of a tenant's jobs: their attempts, and the dead letters, which are the jobs that failed.
-
-What the jobs of the OpenAI and the simple routes need: retries that find their job, repeated requests that find an
-answer, what was delivered, what is listed.
+Also the history of jobs (attempts, dead letters), and what the OpenAI and simple routes need: retries that find their
+job, repeated requests that find an answer, delivery marks, and lists of stored chats.
 """
 
 # ruff: noqa: S608  (only constants of this module are put into the text; values are bound)
@@ -27,7 +25,7 @@ STREAM_STATES = text("""
 SELECT id, status, attempt, committed_sequence_number FROM jobs WHERE id = ANY(CAST(:ids AS uuid[]))
 """)
 
-# Why a queued job waits depends on these, beside the workers that live.
+# Why a queued job waits depends on these and on the live workers.
 WAITING_JOB = f"""j.lane, CASE WHEN {BEGUN} THEN j.model_revision END AS revision,
     j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0 AS is_held_line,
     j.available_at > {CLOCK} AS is_delayed"""
@@ -73,33 +71,33 @@ FROM jobs j WHERE j.id = :job_id
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job as it stood; `job` is detached from the session. `request`, `result` and `endpoint_body` are None where not
-    asked for; `result` also while there is none, and `endpoint_body` where the route keeps none."""
+    """A job at one moment; `job` is detached from the session. `request`, `result` and `endpoint_body` are None if not
+    requested, `result` also while there is none, and `endpoint_body` if the route does not keep one."""
 
     job: Job
     request: JobRequest | None
     result: JobOutput | None
     endpoint_body: dict[str, Any] | None = None
-    worker: str | None = None  # the name of the one that runs it, or ran it last; where asked for
+    worker: str | None = None  # the name of the worker that runs it or ran it last, if requested
 
 
 @dataclass(frozen=True, slots=True)
 class WaitingGroup:
-    """Queued jobs of one model that wait for the same thing, whatever that is."""
+    """Queued jobs of one model that wait for the same thing."""
 
     job: WaitingJob
     num_jobs: int
-    cost: int  # tokens, prompts and the most that may come
-    oldest_seconds: float  # since the oldest of them was accepted
+    cost: int  # tokens of prompts and the most that may be generated
+    oldest_seconds: float  # since the oldest was accepted
 
 
 @dataclass(frozen=True, slots=True)
 class QueueFigures:
-    """What one model has to do."""
+    """The work queued and running for one model."""
 
     waiting: Sequence[WaitingGroup] = ()
     num_running: int = 0
-    running_cost: int = 0  # tokens that may come of the jobs under way, less what they committed
+    running_cost: int = 0  # tokens that running jobs may still generate
 
     @property
     def num_queued(self) -> int:
@@ -111,13 +109,13 @@ class QueueFigures:
 
     @property
     def oldest_queued_seconds(self) -> float:
-        """0 where nothing waits."""
+        """0 if nothing waits."""
         return max((group.oldest_seconds for group in self.waiting), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """Where a stream stands in SQL; what a reader without news from Redis asks."""
+    """The state of a stream in SQL, which a reader checks when Redis is silent."""
 
     status: JobStatus
     attempt: int
@@ -126,14 +124,14 @@ class StreamState:
 
 @dataclass(frozen=True, slots=True)
 class QueuePosition:
-    """How many queued jobs of the model run earlier under the current order, and the tokens they may take."""
+    """How many queued jobs of the model run earlier in the current order, and the tokens that they may take."""
 
     num_ahead: int
     cost_ahead: int
     job: WaitingJob = field(default_factory=WaitingJob)
 
 
-# Of the worker that runs a job, else of the one that ran it last.
+# The worker that runs a job, or else the one that ran it last.
 WORKER_NAME = case(
     (
         Job.lease_owner.is_not(None),
@@ -151,7 +149,7 @@ WORKER_NAME = case(
 def get(
     session: Session, job_id: UUID, tenant_id: UUID, *, with_request: bool = False, with_result: bool = True
 ) -> JobRecord | None:
-    """None: no such job of this tenant."""
+    """None: the tenant has no such job."""
     statement = _get_statement(with_request, with_result)
     row = session.execute(statement, {"job_id": job_id, "tenant_id": tenant_id}).one_or_none()
     if row is None:
@@ -162,7 +160,7 @@ def get(
 
 @lru_cache
 def _get_statement(with_request: bool, with_result: bool) -> Select[Job, Any, Any]:
-    """Built once: building it takes as long as running it."""
+    """Cached, since building the statement takes as long as running it."""
     request = JobPayload.request if with_request else literal(None)
     result = JobResult.result if with_result else literal(None)
     body = JobPayload.endpoint_body if with_request else literal(None)
@@ -187,7 +185,7 @@ def list_jobs(
     limit: int = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> list[Job]:
-    """One page in the order of ids, which is that of creation; `after` is the last id of the page before."""
+    """One page in the order of ids, which is the order of creation; `after` is the last id of the previous page."""
     statement: Select[Job] = select(Job).where(Job.tenant_id == tenant_id)
     if status is not None:
         statement = statement.where(Job.status == status)
@@ -207,13 +205,13 @@ def list_jobs(
 
 
 def worker_names(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, str | None]:
-    """Of the workers that run these jobs, or ran them last."""
+    """By job, the name of the worker that runs it or ran it last."""
     rows = session.execute(select(Job.id, WORKER_NAME).where(Job.id.in_(job_ids)))
     return {row[0]: row[1] for row in rows}
 
 
 def read_chunks(session: Session, job_id: UUID, *, after: int = 0, limit: int = 500) -> list[TokenChunk]:
-    """The committed chunks with a sequence number above `after`, in order. The caller has checked whose job it is."""
+    """The committed chunks with a sequence number above `after`, in order. The caller has checked the job's tenant."""
     statement = (
         select(JobChunk.chunk)
         .where(JobChunk.job_id == job_id, JobChunk.sequence_number > after)
@@ -224,7 +222,7 @@ def read_chunks(session: Session, job_id: UUID, *, after: int = 0, limit: int = 
 
 
 def read_log(session: Session, job_id: UUID, *, after: int, limit: int) -> tuple[StreamState | None, list[TokenChunk]]:
-    """What a stream that has come to `after` needs to go on, as of one moment. No state: the job was deleted."""
+    """The state and next chunks of a stream that is at `after`, from one snapshot. No state: the job was deleted."""
     row = session.execute(READ_LOG, {"job_id": job_id, "after": after, "limit": limit}).one_or_none()
     if row is None:
         return None, []
@@ -233,7 +231,7 @@ def read_log(session: Session, job_id: UUID, *, after: int, limit: int) -> tuple
 
 
 def stream_states(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, StreamState]:
-    """Where many streams stand, in one query. A job that is missing was deleted."""
+    """The states of many streams in one query. Missing jobs were deleted."""
     if not job_ids:
         return {}
     rows = session.execute(STREAM_STATES, {"ids": list(job_ids)})
@@ -241,7 +239,8 @@ def stream_states(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, Strea
 
 
 def queue_figures(session: Session) -> dict[str, QueueFigures]:
-    """By model; models without an unfinished job are missing. Reads every unfinished job: ask at most once a second."""
+    """Figures by model; models without unfinished jobs are missing. Reads every unfinished job: call at most once a
+    second."""
     groups: dict[str, list[WaitingGroup]] = {}
     for row in session.execute(WAITING_GROUPS):
         group = WaitingGroup(_waiting_job(row), row.num_jobs, row.cost, row.oldest_seconds)
@@ -251,9 +250,9 @@ def queue_figures(session: Session) -> dict[str, QueueFigures]:
 
 
 def positions(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, QueuePosition]:
-    """Where queued jobs stand, exact under the order that `dispatch` and `claim_next` follow now; later arrivals may
-    still overtake. Jobs that do not wait are missing. Ranks every queued job of their models (milliseconds for each
-    thousand), so ask for many jobs at once, at most once a second."""
+    """The positions of queued jobs, exact in the current order of `dispatch` and `claim_next`; later arrivals may still
+    overtake. Jobs that are not queued are missing. Ranks every queued job of their models (milliseconds per thousand),
+    so ask for many jobs at once, at most once a second."""
     if not job_ids:
         return {}
     rows = session.execute(POSITIONS, {"ids": list(job_ids)})
@@ -261,7 +260,7 @@ def positions(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, QueuePosi
 
 
 def waiting_job(job: Job, now: datetime) -> WaitingJob:
-    """What the row of a queued job says of why it waits."""
+    """The facts in a queued job's row about why it waits."""
     has_output = job.committed_sequence_number > job.reset_sequence_number
     is_line = job.lane is Lane.STANDARD and job.priority < MIN_PRIORITY
     return WaitingJob(
@@ -282,16 +281,15 @@ def position(session: Session, job_id: UUID) -> QueuePosition | None:
 
 
 def has_metadata(key: str, value: str) -> ColumnElement[bool]:
-    """Whether a job's metadata has this entry. PostgreSQL cannot take a value out of JSON that holds an escaped NUL, so
-    such metadata matches nothing."""
+    """Whether a job's metadata has this entry. PostgreSQL cannot extract values from JSON with an escaped NUL, so such
+    metadata never matches."""
     metadata = Job.__table__.c.metadata
     holds_nul = cast(metadata, Text).contains("\\u0000", autoescape=True)
     return case((holds_nul, False), else_=metadata.op("->>")(key) == value)
 
 
 def attempts_of(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, list[JobAttempt]]:
-    """The attempts that have ended, in order; jobs without any have an empty list. The caller has checked whose jobs
-    they are."""
+    """The ended attempts of each job, in order; may be empty. The caller has checked the jobs' tenant."""
     statement = select(JobAttempt).where(JobAttempt.job_id.in_(job_ids)).order_by(JobAttempt.attempt)
     attempts: dict[UUID, list[JobAttempt]] = {job_id: [] for job_id in job_ids}
     for attempt in session.scalars(statement.execution_options(populate_existing=True)):
@@ -303,7 +301,8 @@ def attempts_of(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, list[Jo
 def list_dead_letters(
     session: Session, tenant_id: UUID, *, after: UUID | None, limit: int
 ) -> list[tuple[Job, list[JobAttempt]]]:
-    """One page of the tenant's failed jobs with their attempts, newest first; `after` is the last id before it."""
+    """One page of the tenant's failed jobs with their attempts, newest first; `after` is the last id of the previous
+    page."""
     statement = select(Job).where(Job.tenant_id == tenant_id, Job.status == JobStatus.FAILED)
     if after is not None:
         statement = statement.where(Job.id < after)
@@ -336,8 +335,8 @@ UPDATE jobs SET delivered_at = {CLOCK} WHERE id = ANY(CAST(:ids AS uuid[])) AND 
 
 
 def find_attachable(session: Session, tenant_id: UUID, request_hash: bytes, *, within_seconds: float) -> UUID | None:
-    """The newest job for the same request that is under way, or ended and nobody has its answer. One that failed is
-    found, too: its client was cut off before it could be told why."""
+    """The newest job for the same request that is unfinished, or ended without its answer being delivered. This
+    includes failed ones, whose client was cut off before it learnt why."""
     parameters = {"tenant_id": tenant_id, "request_hash": request_hash, "within_seconds": within_seconds}
     job_id: UUID | None = session.scalar(ATTACHABLE, parameters)
     return job_id
@@ -345,14 +344,14 @@ def find_attachable(session: Session, tenant_id: UUID, request_hash: bytes, *, w
 
 def find_completed(session: Session, tenant_id: UUID, request_hash: bytes, *, model_revision: str) -> JobRecord | None:
     """The newest job for the same request that is completed under this revision and still kept, with its request and
-    result. Whether its output is this request's, too, is for the caller to judge."""
+    result. The caller decides whether its output fits this request."""
     parameters = {"tenant_id": tenant_id, "request_hash": request_hash, "model_revision": model_revision}
     job_id: UUID | None = session.scalar(COMPLETED, parameters)
     return None if job_id is None else get(session, job_id, tenant_id, with_request=True)
 
 
 def mark_delivered(session: Session, job_ids: Sequence[UUID]) -> None:
-    """Note that a client has the whole answer: a retry of the same request is a new one from now on. The note need not
+    """Record that a client has the whole answer, so that the same request now makes a new job. The record need not
     survive a crash of the database."""
     session.execute(MARK_DELIVERED, {"ids": list(job_ids)})
 
@@ -368,7 +367,7 @@ def list_stored(
     limit: int,
     order: Literal["asc", "desc"],
 ) -> list[JobRecord]:
-    """One page of the completed jobs that were asked for with store=true, with requests and results, by id."""
+    """One page of the completed jobs requested with store=true, with requests and results, by id."""
     statement = (
         select(Job, JobPayload.request, JobResult.result)
         .join(JobPayload, JobPayload.job_id == Job.id)
@@ -390,6 +389,6 @@ def list_stored(
 
 
 def set_metadata(session: Session, job_id: UUID, tenant_id: UUID, metadata: Mapping[str, str]) -> None:
-    """Replace a stored job's metadata. The caller has looked that there is one."""
+    """Replace a stored job's metadata. The caller has checked that the job exists."""
     statement = update(Job).where(Job.id == job_id, Job.tenant_id == tenant_id, Job.is_stored)
     session.execute(statement.values(job_metadata=dict(metadata)))

@@ -1,10 +1,9 @@
 """The statements of the job protocol, as text, and the arrays that they take.
 
-The statements of the job protocol, as text: what `storage/jobs.py` executes. Those that end jobs or give them back
-are in `storage/job_ends.py`.
+`storage/jobs.py` executes them. Those that end jobs or give them back are in `storage/job_ends.py`.
 
-Each is one statement under READ COMMITTED that names the status it starts from and judges it on the locked row, so a
-row that moved meanwhile is left alone. Shared rules:
+Each is one statement under READ COMMITTED that names the status it starts from and checks it on the locked row, so a
+row that has changed meanwhile is left alone. Shared rules:
 
 - `pick` locks the rows that qualify, in order of id or skipping locked ones; what follows touches only these.
 - A statement that moves jobs has a CTE `moved(id, tenant_id, queued, running, charge)`, the change it makes to the
@@ -37,16 +36,16 @@ CLOCK = "statement_timestamp()"
 
 RUNNING = "j.status || '' = 'in_progress'"
 
-# A queue's order within a tenant, in seconds: by arrival, as if each step of priority had made a job come ten minutes
-# earlier. It is what jobs_ready_idx holds, to the letter. As it does not change with time, waiting jobs rise by it
-# without being touched, and none waits for ever behind a stream of more urgent ones.
+# A queue's order within a tenant, in seconds: by arrival, as if each step of priority had made the job arrive ten
+# minutes earlier. Must be spelled exactly as in jobs_ready_idx. It does not change with time, so waiting jobs rise
+# without updates, and none waits forever behind a stream of more urgent ones.
 AGEING_SECONDS = 600
 
 RANK = f"(extract(epoch FROM j.available_at AT TIME ZONE 'UTC') - {AGEING_SECONDS} * j.priority)"
 
-LIFTED = f"floor((extract(epoch FROM {CLOCK}) - {RANK}) / {AGEING_SECONDS})"  # the priority it has risen to by now
+LIFTED = f"floor((extract(epoch FROM {CLOCK}) - {RANK}) / {AGEING_SECONDS})"  # the priority that it has risen to by now
 
-PROVEN_TOKENS = 16  # of one attempt: then the job is not suspected of having crashed an engine any more
+PROVEN_TOKENS = 16  # in one attempt: then the job is no longer suspected of an engine crash
 
 COUNTED = """
 change AS (
@@ -63,7 +62,7 @@ counted AS (
     WHERE l.tenant_id = locked.tenant_id
 )"""
 
-# What the end of a job adds to its tenant's virtual time: the tokens it took, less what its first claim charged.
+# What the end of a job adds to its tenant's virtual time: the tokens it took minus what its first claim charged.
 CORRECTION = "CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens + j.num_committed_tokens - j.cost ELSE 0 END"
 
 ACCEPT = text(f"""
@@ -132,7 +131,7 @@ SELECT id, {CLOCK} AS created_at, max_queued, (room - count(*) OVER (PARTITION B
 FROM inserted JOIN load USING (tenant_id)
 """)
 
-# Asked in a second statement, whose snapshot sees the row that our insert ran into.
+# A second statement, whose snapshot sees the row that our insert conflicted with.
 EXISTING = text("""
 SELECT n.place, j.id, j.tenant_id = n.tenant_id AND j.request_hash = n.request_hash AS is_same
 FROM unnest(CAST(:ids AS uuid[]), CAST(:tenant_ids AS uuid[]), CAST(:idempotency_keys AS text[]),
@@ -140,7 +139,7 @@ FROM unnest(CAST(:ids AS uuid[]), CAST(:tenant_ids AS uuid[]), CAST(:idempotency
 JOIN jobs j ON j.id = n.id OR (j.tenant_id = n.tenant_id AND j.idempotency_key = n.idempotency_key)
 """)
 
-# Of the same moment as EXISTING: why a job that is not there was not inserted, if it was not for lack of room.
+# As of the same moment as EXISTING: why a job was not inserted, apart from lack of room.
 POISONED = text(f"""
 SELECT n.place FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]))
     WITH ORDINALITY AS n(tenant_id, fingerprint, lane, place)
@@ -148,8 +147,8 @@ JOIN poison_requests p USING (tenant_id, fingerprint)
 WHERE n.lane <> 'isolated' AND p.created_at > {CLOCK} - interval '1 day'
 """)
 
-# The output of an ended job, for the one that was just accepted to go on from it: up to the chunk that says where it
-# was cut off, as that may hold text which only an end brings out.
+# Copies the output of an ended job to the one just accepted to continue it, excluding the final chunk: it may contain
+# text that was held back and is only flushed at an end.
 INHERIT = text("""
 WITH old AS (
     SELECT j.id FROM jobs j JOIN jobs n ON n.id = :id AND n.retry_of = j.id AND n.tenant_id = j.tenant_id
@@ -172,7 +171,7 @@ WHERE jobs.id = :id AND jobs.attempt = 0 AND total.last IS NOT NULL
 RETURNING committed_sequence_number
 """)
 
-# It has output, and whoever goes on must be of the revision that made it.
+# It has output, so it must continue under the revision that made it.
 BEGUN = "(j.committed_sequence_number > j.reset_sequence_number)"
 
 RUNNABLE = f"""
@@ -186,11 +185,11 @@ CLAIMABLE = f"""{RUNNABLE} AND j.lane = :lane AND j.cancel_requested_at IS NULL
 
 
 def _ranked(condition: str) -> str:
-    """`ranked(id, place)`: the jobs of a model that meet `condition`, in the order in which they should run. Priority
-    first, then the tenant that got least per weight, where each job of a tenant counts for its next one; then age.
-    Waiting raises a priority by one every AGEING_SECONDS, but to no more than the highest that waits beside it: an old
-    job catches up with urgent ones, and does not overtake other tenants' new ones. The lateral joins read the head of
-    each tenant's queue only."""
+    """`ranked(id, place)`: the jobs of a model that meet `condition`, in the order in which they should run: by
+    priority, then the tenant that got least per weight (each job of a tenant counts towards its next one), then age.
+    Waiting raises a priority by one every AGEING_SECONDS, but at most to the highest priority that is waiting: an old
+    job catches up with urgent ones and does not overtake other tenants' new ones. The lateral joins only read the head
+    of each tenant's queue."""
     due = f"j.model = :model AND j.tenant_id = l.tenant_id AND {condition}"
     return f"""
     waiting AS (
@@ -212,7 +211,7 @@ def _ranked(condition: str) -> str:
 
 
 def _locked_in_order(condition: str, *, limit: str) -> str:
-    """`pick(id, place)`: the first of `ranked` that nobody else holds and that still meet `condition`, locked."""
+    """`pick(id, place)`: the first of `ranked` that are not locked and still meet `condition`; locks them."""
     return f"""
 pick AS MATERIALIZED (
     SELECT j.id, r.place FROM (SELECT id, place FROM ranked ORDER BY place) r
@@ -221,7 +220,7 @@ pick AS MATERIALIZED (
 )"""
 
 
-# A mark that a crash of the database takes back costs a second message, so its commit need not wait for the disk.
+# Losing this update in a database crash only causes a duplicate message, so it commits without waiting for the disk.
 DISPATCH = text(f"""
 WITH {_ranked(DUE)},
 {_locked_in_order(DUE, limit=":room")},
@@ -235,7 +234,7 @@ SELECT id FROM dispatched CROSS JOIN (SELECT set_config('synchronous_commit', 'o
 
 
 def _claimed(pick: str) -> str:
-    """Take what `pick(id, place)` locked: issue the fence, begin the lease, answer with all that the engine needs."""
+    """Claim what `pick(id, place)` locked: raise the fence, start the lease, and return all that the engine needs."""
     return f"""
 {pick},
 claimed AS (
@@ -270,7 +269,7 @@ pick AS MATERIALIZED (
 )""")
 )
 
-# Lines of batches only once they were dispatched, which is where their share of the slots is kept.
+# Batch lines only after dispatch, which enforces their share of the slots.
 CLAIMABLE_UNASKED = f"""{CLAIMABLE}
     AND (j.priority >= {MIN_PRIORITY} OR j.num_dispatches > 0 OR j.lane = 'isolated')
     AND j.num_suspicions >= :min_suspicions"""
@@ -282,7 +281,7 @@ SELECT job_id, array_agg(chunk::text ORDER BY sequence_number) AS chunks FROM jo
 WHERE job_id = ANY(CAST(:ids AS uuid[])) GROUP BY job_id
 """)
 
-# A repeated commit finds its own chunks there: same attempt, so nobody else can have written them.
+# A repeated commit finds its own chunks: in the same attempt no one else can have written them.
 NUM_COMMITTED = """j.num_committed_tokens
             + CASE WHEN j.committed_sequence_number = flush.before THEN flush.num_tokens ELSE 0 END"""
 
@@ -330,8 +329,8 @@ UPDATE jobs SET dispatch_at = {CLOCK}, num_dispatches = 0 WHERE status = 'queued
 
 
 class Packed(list[Any]):
-    """An array that travels in binary: as text, every quote in it is escaped by a regular expression, which costs more
-    than all the rest of a statement's parameters."""
+    """An array sent in binary: as text, a regular expression would escape every quote, which costs more than all other
+    parameters of the statement."""
 
 
 psycopg.adapters.register_dumper(Packed, ListBinaryDumper)

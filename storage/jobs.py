@@ -1,13 +1,9 @@
 """The job protocol: every transition of an accepted job is one fenced compare-and-set statement.
 
-The job protocol: every transition of an accepted job is one fenced compare-and-set statement of this module.
-
-The only writer of `Job.status`, but for `storage/job_accept.py`, where jobs come in. All functions are synchronous on
-a `Session` and do not commit; the API calls them through `AsyncSession.run_sync`. Only the database's clock sets and
-judges leases and deadlines. The statements are in `storage/job_statements.py`, `storage/job_ends.py` and
+This module is the only writer of `Job.status`, except for `storage/job_accept.py`, where jobs come in. All functions
+are synchronous on a `Session` and do not commit; the API calls them through `AsyncSession.run_sync`. Only the
+database's clock sets and judges leases and deadlines. The statements are in `storage/job_statements.py` and
 `storage/job_ends.py`; reading is in `storage/job_queries.py`.
-
-An ended job once more, as a new one that may begin with the output of the old.
 """
 
 from collections.abc import Sequence
@@ -30,12 +26,12 @@ from storage.job_statements import INHERIT, Packed
 from storage.tables import Job, JobPayload
 from storage.webhooks import write_deliveries
 
-DEPTH = 16  # how much further than asked a tenant's queue is read: others may hold its head at the moment
+DEPTH = 16  # how much further than needed a tenant's queue is read, since others may hold locks at its head
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimedJob:
-    """A job this worker now owns under `attempt`, with all it needs to start or to continue where others stopped."""
+    """A job this worker now owns under `attempt`, with all it needs to start or to continue earlier attempts."""
 
     id: UUID
     tenant_id: UUID
@@ -46,12 +42,12 @@ class ClaimedJob:
     seed: int
     priority: int
     lane: Lane
-    num_suspicions: int  # more than 0: it was in an engine that crashed, and has not proven itself since
+    num_suspicions: int  # above 0: it was in an engine that crashed and has not been cleared since
     committed_chunks: list[TokenChunk]  # in order; empty on a first attempt
     input_lengths: list[int] | None = None
-    request_id: str | None = None  # of the HTTP request that brought it
+    request_id: str | None = None  # of the HTTP request that submitted it
     seconds_since_accept: float = 0.0  # at the claim
-    seconds_since_start: float = 0.0  # since the first claim; 0 where this one is
+    seconds_since_start: float = 0.0  # since the first claim; 0 if this is the first
 
     @property
     def last_sequence_number(self) -> int:
@@ -73,7 +69,7 @@ class ChunkCommit:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a successful commit or renewal says of a job: still ours, and what its owner wants."""
+    """What a successful commit or renewal returns for a job that is still ours: what its client wants."""
 
     job_id: UUID
     attempt: int
@@ -96,7 +92,7 @@ class Finalisation:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """Where a job went that was given back, cut off or asked to stop: `queued` again, terminal, or running still."""
+    """The state of a job that was given back, cut off or asked to stop: `queued` again, terminal, or still running."""
 
     job_id: UUID
     status: JobStatus
@@ -105,12 +101,12 @@ class Returned:
     num_tokens: int = 0  # committed
     seconds: float = 0.0  # since it was accepted
     request_id: str | None = None
-    is_moved: bool = True  # else it had ended before, and the call changed nothing
+    is_moved: bool = True  # False: it had ended before, and the call changed nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Restarted:
-    """A queued job that begins anew under another revision of its model; `num_tokens` were discarded."""
+    """A queued job that starts over under another revision of its model; `num_tokens` were discarded."""
 
     job_id: UUID
     attempt: int
@@ -119,8 +115,9 @@ class Restarted:
 
 
 def dispatch(session: Session, model: str, *, room: int, min_priority: int = MIN_PRIORITY) -> list[UUID]:
-    """Mark up to `room` due jobs of `model` as dispatched, fairest first, and return their ids in order. They come due
-    again on their own if nobody claims them. Those below `min_priority` are left: lines of batches have a share."""
+    """Mark up to `room` due jobs of `model` as dispatched, fairest first, and return their ids in order. They become
+    due again if nobody claims them. Jobs below `min_priority` (batch lines) are skipped; they are dispatched separately
+    within their share."""
     if room <= 0:
         return []
     parameters = {"model": model, "room": room, "depth": 2 * room + DEPTH, "min_priority": min_priority}
@@ -136,9 +133,9 @@ def claim(
     lease_seconds: float,
     lane: Lane = Lane.STANDARD,
 ) -> list[ClaimedJob]:
-    """Take the queued ones among `job_ids`: attempt + 1, lease, request and committed prefix, in one round trip.
-    A job with output is taken only under its own `model_revision`; any other becomes one of this revision.
-    A job that is missing in the answer is done, cancelled, expired, or somebody else's: drop its message."""
+    """Take the queued ones among `job_ids`: attempt + 1, lease, request and committed prefix, in one round trip. A job
+    with output is only taken under its own `model_revision`; any other gets this revision. A job missing from the
+    result is done, cancelled, expired, or claimed by another worker: drop its message."""
     if not job_ids:
         return []
     parameters = {
@@ -162,10 +159,10 @@ def claim_next(
     lane: Lane = Lane.STANDARD,
     min_suspicions: int = 0,
 ) -> list[ClaimedJob]:
-    """Claim due jobs straight from SQL, fairest first, for a worker that has free slots and hears nothing from the
-    queue. It takes dispatched jobs too; whoever holds their message finds nothing to claim. The isolated lane is
-    served by this alone: its jobs are never dispatched. With `min_suspicions` only those that crashes brought there,
-    none that a tenant's past or a retry did."""
+    """Claim due jobs directly from SQL, fairest first, for a worker with free slots that gets no messages. It also
+    takes dispatched jobs; the receiver of their message then finds nothing to claim. Only this serves the isolated
+    lane, whose jobs are never dispatched. With `min_suspicions` only those isolated because of crashes, not because of
+    their tenant or a retry."""
     if limit <= 0:
         return []
     parameters = {
@@ -182,9 +179,9 @@ def claim_next(
 
 
 def commit_chunks(session: Session, commits: Sequence[ChunkCommit], *, lease_seconds: float) -> list[Held]:
-    """Append the chunks of the whole running batch, renew the leases and read the cancel flags, in one statement.
-    A job missing in the answer was fenced off: abort its sequences and publish nothing. Safe to repeat after an
-    ambiguous commit. Each job at most once, each with at least one chunk."""
+    """Append the chunks of the whole running batch, renew the leases and read the cancel flags, in one statement. A job
+    missing from the result was fenced off: abort its sequences and publish nothing. Safe to repeat after an ambiguous
+    commit. Pass each job at most once, with at least one chunk."""
     if not commits:
         return []
     parameters = of_commits(commits) | {"lease_seconds": lease_seconds}
@@ -192,7 +189,7 @@ def commit_chunks(session: Session, commits: Sequence[ChunkCommit], *, lease_sec
 
 
 def renew(session: Session, job_ids: Sequence[UUID], *, owner: UUID, lease_seconds: float) -> list[Held]:
-    """Renew the leases of jobs that had no chunk lately. Missing in the answer: no longer ours."""
+    """Renew the leases of jobs without a recent chunk. Jobs missing from the result are no longer ours."""
     if not job_ids:
         return []
     parameters = {"ids": list(job_ids), "owner": owner, "lease_seconds": lease_seconds}
@@ -200,8 +197,8 @@ def renew(session: Session, job_ids: Sequence[UUID], *, owner: UUID, lease_secon
 
 
 def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UUID]:
-    """Make jobs terminal, with their results. Returns the ids that were ours to end, also those that an earlier call,
-    whose commit was ambiguous, ended so. Without a result, the committed chunks become a partial one."""
+    """Make jobs terminal, with their results. Returns the ids that were ours to end, including those already ended by
+    an earlier call with an ambiguous commit. Without a result, the committed chunks become a partial one."""
     if not finalisations:
         return []
     rows = session.execute(ends.FINALISE, of_endings(finalisations)).all()
@@ -217,16 +214,16 @@ def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UU
 
 
 def release(session: Session, job_ids: Sequence[UUID], *, owner: UUID) -> list[Returned]:
-    """Give running jobs back to the queue at once, to their old place, committed prefix kept, nothing charged (drain).
-    One that was asked to cancel ends as cancelled instead."""
+    """Give running jobs back to their old place in the queue, with the committed prefix and without charging a failure
+    (drain). Jobs with a requested cancel end as cancelled instead."""
     if not job_ids:
         return []
     return _returned(session, ends.RELEASE, {"ids": list(job_ids), "owner": owner})
 
 
 def report_crash(session: Session, weight_by_job_id: dict[UUID, int], *, owner: UUID) -> list[Returned]:
-    """Give back the jobs of a crashed engine: one failure charged to each, suspicion by weight, isolated from 2 on.
-    A job with a weight that crashed an engine while isolated, so alone, fails for good."""
+    """Give back the jobs of a crashed engine: each is charged one failure, suspicion grows by weight, and from 2 on the
+    job is isolated. A job with a weight that crashed an engine while isolated (alone) fails for good."""
     if not weight_by_job_id:
         return []
     parameters = {"ids": list(weight_by_job_id), "weights": list(weight_by_job_id.values()), "owner": owner}
@@ -236,21 +233,21 @@ def report_crash(session: Session, weight_by_job_id: dict[UUID, int], *, owner: 
 def rescue(
     session: Session, *, as_of: datetime, grace_seconds: float, quiet_seconds: float, limit: int = 200
 ) -> list[Returned]:
-    """Give back the jobs whose lease had lapsed `grace_seconds` before `as_of`, a moment of the database's clock. Does
-    nothing until the server is `quiet_seconds` up: after an outage every lease looks lapsed."""
+    """Give back the jobs whose lease had lapsed `grace_seconds` before `as_of` (database clock). Does nothing until the
+    server has been up for `quiet_seconds`, since after an outage every lease looks lapsed."""
     parameters = {"as_of": as_of, "grace_seconds": grace_seconds, "quiet_seconds": quiet_seconds, "limit": limit}
     return _returned(session, ends.RESCUE, parameters | ERRORS)
 
 
 def release_stalled(session: Session, *, as_of: datetime, stall_seconds: float, limit: int = 200) -> list[Returned]:
-    """Take jobs from owners that renew their leases and had brought no token for so long at `as_of`; charged as a lost
-    worker is."""
+    """Take jobs from owners that renew leases but had not committed a token for `stall_seconds` at `as_of`; charged
+    like a lost worker."""
     return _returned(session, ends.STALL, {"as_of": as_of, "stall_seconds": stall_seconds, "limit": limit} | ERRORS)
 
 
 def cancel(session: Session, job_id: UUID, tenant_id: UUID) -> Returned | None:
-    """Cancel a queued job now, or ask a running one to stop. Returns how it stands after it; None: no such job here.
-    Idempotent: a terminal job keeps its status."""
+    """Cancel a queued job now, or ask a running one to stop. Returns its state afterwards; None: the tenant has no such
+    job. Idempotent: a terminal job keeps its status."""
     asked = _returned(session, ends.CANCEL, {"ids": [job_id], "tenant_id": tenant_id})
     if asked:
         return asked[0]
@@ -259,8 +256,8 @@ def cancel(session: Session, job_id: UUID, tenant_id: UUID) -> Returned | None:
 
 
 def request_cancel(session: Session, job_ids: Sequence[UUID]) -> list[Returned]:
-    """The worker's side of a cancel that came from Flower or `celery control`, by whoever owns the jobs: as `cancel`,
-    without a tenant. Returns those that were not terminal."""
+    """Cancel jobs on behalf of Flower or `celery control`, called by the worker that owns them: as `cancel`, without a
+    tenant. Returns those that were not terminal."""
     if not job_ids:
         return []
     return _returned(session, ends.CANCEL, {"ids": list(job_ids), "tenant_id": None})
@@ -272,8 +269,8 @@ def expire(session: Session, *, limit: int = 200) -> list[Returned]:
 
 
 def gone_revisions(session: Session, *, live_seconds: float) -> dict[tuple[str, str], int]:
-    """How many queued jobs had begun under a revision of their model that is nowhere served while another one is, by
-    (model, revision). Reads every queued job: ask every few seconds at most."""
+    """By (model, revision), how many queued jobs have output of a revision that is gone. Reads every queued job: call
+    at most every few seconds."""
     rows = session.execute(revisions.GONE_REVISIONS, {"live_seconds": live_seconds})
     return {(row.model, row.model_revision): row.num_jobs for row in rows}
 
@@ -281,8 +278,8 @@ def gone_revisions(session: Session, *, live_seconds: float) -> dict[tuple[str, 
 def restart(
     session: Session, model: str, model_revision: str, *, live_seconds: float, limit: int = 200
 ) -> list[Restarted]:
-    """Let queued jobs that had begun under this revision, which must be gone, begin anew under the one that is served:
-    their chunks are discarded, and a reset in their stream says so to every reader."""
+    """Let queued jobs with output of this revision, which must be gone, start over under the one that is served: their
+    chunks are discarded, and a reset in their stream tells every reader."""
     parameters = {"model": model, "model_revision": model_revision, "live_seconds": live_seconds, "limit": limit}
     return [Restarted(*row) for row in session.execute(revisions.RESTART, parameters)]
 
@@ -290,13 +287,14 @@ def restart(
 def fail_gone(
     session: Session, model: str, model_revision: str, *, live_seconds: float, limit: int = 200
 ) -> list[Returned]:
-    """End the same jobs as failed instead; what they had produced is kept."""
+    """End such jobs as failed instead; their output is kept."""
     parameters = {"model": model, "model_revision": model_revision, "live_seconds": live_seconds, "limit": limit}
     return _returned(session, revisions.FAIL_GONE, parameters | ERRORS)
 
 
 def prune(session: Session, *, limit: int = 200) -> int:
-    """Delete finished jobs older than their result_ttl_seconds, with all that hangs on them, and forget old poison."""
+    """Delete finished jobs older than their result_ttl_seconds with all that belongs to them, and expired poison
+    records."""
     session.execute(ends.FORGET_POISON)
     return _num_rows(session, ends.PRUNE, {"limit": limit})
 
@@ -307,12 +305,12 @@ def redispatch_all(session: Session) -> int:
 
 
 def delete(session: Session, job_id: UUID, tenant_id: UUID) -> bool:
-    """Erase a job's rows, input and output with them; the owner of a running one finds itself fenced off."""
+    """Delete a job with its input and output; the owner of a running one is fenced off."""
     return session.scalar(ends.DELETE, {"id": job_id, "tenant_id": tenant_id}) is not None
 
 
 def _returned(session: Session, statement: TextClause, parameters: dict[str, Any]) -> list[Returned]:
-    """Run a statement that ends jobs or gives them back; keep the output of the ended, and have their ends told."""
+    """Run a statement that ends jobs or gives them back; store partial results and webhook deliveries of the ended."""
     rows = session.execute(statement, parameters).all()
     returned = [
         Returned(row.id, JobStatus(row.status), row.attempt, row.model, row.num_tokens, row.seconds, row.request_id)
@@ -331,8 +329,8 @@ def _num_rows(session: Session, statement: TextClause, parameters: dict[str, Any
 
 
 def _claimed_jobs(session: Session, rows: Sequence[Row[Any]]) -> list[ClaimedJob]:
-    # While the statement waited for a row, another worker may have taken, continued and released the job: then its
-    # newest chunks are not in the statement's snapshot.
+    # While the statement waited for a row, another worker may have claimed, continued and released the job, whose
+    # newest chunks are then not in the statement's snapshot.
     chunks = {row.id: _parsed(row.chunks) for row in rows}
     stale = [row.id for row in rows if _last_number(chunks[row.id]) != row.committed_sequence_number]
     if stale:
@@ -396,8 +394,8 @@ def _json_array(chunks: Sequence[TokenChunk]) -> str:
 
 
 def retry(session: Session, new_job: NewJob, keeps_output: bool, *, max_queued_jobs: int) -> Accepted:
-    """Accept a job that is a `retry_of` an ended one; with `keeps_output` it goes on where that was cut off, if that
-    ran under the same revision. Its idempotency key must name the old job: the same call again finds the first."""
+    """Accept a job that is a `retry_of` an ended one; with `keeps_output` it continues where that was cut off, if the
+    revision is the same. Its idempotency key must name the old job, so that a repeated call finds the first one."""
     known = session.scalar(select(JobPayload.fingerprint).where(JobPayload.job_id == new_job.retry_of))
     new_job = replace(new_job, fingerprint=known or new_job.fingerprint)
     [accepted] = accept(session, [new_job], max_queued_jobs=max_queued_jobs)

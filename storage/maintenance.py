@@ -1,9 +1,4 @@
-"""What maintenance checks beside moving jobs, and the figures of the newest jobs.
-
-What the janitor checks beside moving jobs, and the figures it leaves for the API to show.
-
-How the newest jobs fared: of all tenants together, numbers only. For /health.
-"""
+"""Consistency checks of the janitor, figures for the metrics, and how the newest jobs fared."""
 
 import time
 from collections.abc import Mapping
@@ -17,9 +12,9 @@ from sqlalchemy.orm import Session
 from storage.job_statements import CLOCK
 from storage.tables import MaintenanceFigure, MaintenanceTick
 
-CLOCKS = ("janitor", "batches", "webhooks")  # that tick in every maintenance process
+CLOCKS = ("janitor", "batches", "webhooks")  # in every maintenance process
 
-# One statement, one snapshot: the counters move in the statements that move the rows, so they must agree at any moment.
+# One statement, one snapshot: counters change in the same statements as the rows, so they must always agree.
 DRIFT = text("""
 SELECT l.tenant_id, abs(l.num_queued - count(j.id) FILTER (WHERE j.status = 'queued'))
     + abs(l.num_running - count(j.id) FILTER (WHERE j.status = 'in_progress')) AS drift
@@ -29,7 +24,7 @@ GROUP BY l.tenant_id, l.num_queued, l.num_running
 
 LOCK_LOAD = text("SELECT FROM tenant_load WHERE tenant_id = ANY(CAST(:ids AS uuid[])) ORDER BY tenant_id FOR UPDATE")
 
-# Who moves a job meanwhile waits for our lock with a change that we do not see, and adds it to what we write.
+# A concurrent change of a job waits for our lock and adds to what we write.
 RECOUNT = text("""
 UPDATE tenant_load l SET
     num_queued = (SELECT count(*) FROM jobs j WHERE j.tenant_id = l.tenant_id AND j.status = 'queued'),
@@ -37,7 +32,7 @@ UPDATE tenant_load l SET
 WHERE l.tenant_id = ANY(CAST(:ids AS uuid[]))
 """)
 
-# Waiting although they could run, where no live worker serves the model. Every worker serves both lanes.
+# Jobs that could run but have no live worker of their model. Every worker serves both lanes.
 UNSERVED = text(f"""
 SELECT j.model, j.lane, count(*) AS num_jobs FROM jobs j
 WHERE j.status = 'queued' AND j.available_at < {CLOCK} - make_interval(secs => :patience_seconds)
@@ -46,7 +41,7 @@ WHERE j.status = 'queued' AND j.available_at < {CLOCK} - make_interval(secs => :
 GROUP BY j.model, j.lane
 """)  # noqa: S608  (CLOCK is a constant)
 
-# Rows that no statement of the protocol leaves behind; of those that ended, the latest are looked at.
+# Rows that no statement of the protocol leaves behind; of ended jobs only the latest are checked.
 ORPHANS = text(f"""
 SELECT (SELECT count(*) FROM jobs j WHERE j.status IN ('queued', 'in_progress')
         AND NOT EXISTS (SELECT FROM job_payloads p WHERE p.job_id = j.id))
@@ -58,7 +53,7 @@ SELECT (SELECT count(*) FROM jobs j WHERE j.status IN ('queued', 'in_progress')
                 WHERE c.job_id = j.id)))
 """)  # noqa: S608  (CLOCK is a constant)
 
-# Several processes have clocks of one name: the newest tick counts. A crash of the database may take one back.
+# Several processes have clocks of the same name: the newest tick counts. A database crash may lose one.
 RECORD_TICKS = text(f"""
 INSERT INTO maintenance_ticks (clock, ticked_at)
 SELECT clock, {CLOCK} - make_interval(secs => age)
@@ -68,8 +63,8 @@ ON CONFLICT (clock) DO UPDATE SET ticked_at = greatest(maintenance_ticks.ticked_
 
 
 def reconcile_load(session: Session) -> int:
-    """Compare the tenants' counters with the rows they count, and put wrong ones right. Returns by how many jobs they
-    were wrong: anything but 0 is a bug."""
+    """Compare the tenants' counters with the rows they count, and correct them. Returns by how many jobs they were
+    wrong: anything but 0 is a bug."""
     drift_by_tenant = {row.tenant_id: row.drift for row in session.execute(DRIFT) if row.drift}
     if drift_by_tenant:
         session.execute(LOCK_LOAD, {"ids": list(drift_by_tenant)})
@@ -78,25 +73,25 @@ def reconcile_load(session: Session) -> int:
 
 
 def unserved_jobs(session: Session, *, patience_seconds: float, live_seconds: float) -> dict[str, int]:
-    """How many jobs wait for nobody, by "model/lane"."""
+    """By "model/lane", how many jobs wait without a live worker."""
     rows = session.execute(UNSERVED, {"patience_seconds": patience_seconds, "live_seconds": live_seconds})
     return {f"{row.model}/{row.lane}": row.num_jobs for row in rows}
 
 
 def count_orphans(session: Session) -> int:
-    """Rows that break what the protocol promises: anything but 0 is a bug."""
+    """Count rows that violate the protocol: anything but 0 is a bug."""
     return int(session.scalar(ORPHANS) or 0)
 
 
 def set_figures(session: Session, name: str, value_by_label: dict[str, float]) -> None:
-    """What a rule found now, in place of what it found before."""
+    """Replace what a rule found before by what it finds now."""
     session.execute(delete(MaintenanceFigure).where(MaintenanceFigure.name == name))
     for label, value in value_by_label.items():
         _add(session, name, label, value)
 
 
 def count_figure(session: Session, name: str, more: int) -> None:
-    """Add to a figure that only grows."""
+    """Increase a counter."""
     _add(session, name, "", more)
 
 
@@ -110,7 +105,7 @@ def _add(session: Session, name: str, label: str, value: float) -> None:
 
 
 def figures(session: Session) -> dict[tuple[str, str], float]:
-    """By (name, label)."""
+    """All figures by (name, label)."""
     return {(row.name, row.label): row.value for row in session.scalars(select(MaintenanceFigure))}
 
 
@@ -118,22 +113,22 @@ def figures(session: Session) -> dict[tuple[str, str], float]:
 
 
 def record_ticks(session: Session, age_by_clock: Mapping[str, float]) -> None:
-    """How many seconds ago each clock of this process ticked."""
+    """Record how many seconds ago each clock of this process ticked."""
     session.execute(text("SET LOCAL synchronous_commit = off"))
     session.execute(RECORD_TICKS, {"clocks": list(age_by_clock), "ages": list(age_by_clock.values())})
 
 
 def seconds_since_ticks(session: Session) -> dict[str, float]:
-    """By clock, over all processes; those that never ticked are missing."""
+    """By clock, the time since the newest tick of all processes; clocks that never ticked are missing."""
     age = func.extract("epoch", func.clock_timestamp() - MaintenanceTick.ticked_at)
     return {row[0]: float(row[1]) for row in session.execute(select(MaintenanceTick.clock, age))}
 
 
 WINDOW_SECONDS = 300.0
 
-MAX_JOBS = 1_000  # that are looked at: the newest, where more came within the window
+MAX_JOBS = 1_000  # only the newest are considered if there are more
 
-# An id begins with the time of its creation, so the primary key finds the newest jobs.
+# Ids start with their creation time, so the primary key finds the newest jobs.
 RECENT = text(f"""
 SELECT count(*) AS num_jobs, extract(epoch FROM {CLOCK} - min(created_at))::float8 AS age_seconds,
     count(finished_at) AS num_ended, count(*) FILTER (WHERE status = 'failed') AS num_failed,
@@ -154,7 +149,7 @@ FROM (SELECT * FROM jobs WHERE id >= :since ORDER BY id DESC LIMIT :limit) newes
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Seconds; None where no job says."""
+    """Seconds; None without any job to measure."""
 
     p50: float | None
     p95: float | None
@@ -164,18 +159,19 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class RecentJobs:
-    seconds: float  # back to where jobs were looked at
+    seconds: float  # how far back jobs were considered
     num_ended: int
     num_failed: int
     num_completed: int
-    num_tokens: int  # of output, unfinished jobs included
-    latency: Spread  # accept to end, of completed jobs
-    wait: Spread  # accept to first claim
-    time_to_first_token: Spread  # accept to the commit of the first chunk
+    num_tokens: int  # output tokens, including unfinished jobs
+    latency: Spread  # from accept to end, of completed jobs
+    wait: Spread  # from accept to first claim
+    time_to_first_token: Spread  # from accept to the commit of the first chunk
 
 
 def recent_jobs(session: Session) -> RecentJobs:
-    """Of the jobs accepted within WINDOW_SECONDS, at most the newest MAX_JOBS. Costs a millisecond or two."""
+    """How jobs accepted within WINDOW_SECONDS fared, at most the newest MAX_JOBS, of all tenants together. Costs a
+    millisecond or two."""
     since = UUID(int=int((time.time() - WINDOW_SECONDS) * 1000) << 80)
     parameters = {"since": since, "limit": MAX_JOBS, "fractions": [0.5, 0.95, 0.99]}
     row = session.execute(RECENT, parameters).one()

@@ -6,15 +6,12 @@ Redis keys
 | celeriac:stream:{job_id} | channel | -        | worker, API, janitor       | API    |
 
 A message is JSON: {"chunk": TokenChunk}, or {"status": JobStatus} after a transition, which makes the reader look.
-Pub/sub may lose, repeat or delay anything: the reader subscribes first, replays SQL, goes live, drops repeats and
-fills gaps. It emits a chunk only where it is the next one, and a status only as SQL has it.
+Pub/sub may lose, repeat or delay anything: the reader subscribes first, replays SQL, goes live, drops repeats and fills
+gaps. It emits a chunk only if it is the next one, and a status only from SQL.
 
-What the asyncio client raises where Redis is away, slow, or lost in mid-sentence.
-
-The Redis side of live streams: one pub/sub connection for all streams of this process, kept alive for ever.
-
-Redis may be down, slow or flushed; then nothing comes, and the reader finds out by silence. Whenever messages may have
-been missed, that is when a subscription begins or begins again, `on_gap` says so.
+One pub/sub connection serves all streams of a process and is kept alive forever. Redis may be down, slow or flushed;
+then nothing arrives, and the reader notices the silence. Whenever a subscription starts or restarts, messages may have
+been missed; `on_gap` reports it.
 """
 
 import asyncio
@@ -48,17 +45,18 @@ from storage.job_queries import StreamState, read_log, stream_states
 
 log = logging.getLogger(__name__)
 
-#: RuntimeError is uvloop's: "the handler is closed", where a connection that Redis cut is written to before its end was
-#: read. AttributeError is the client's own, where another task closes the connection while this one writes: it has no
-#: writer any more. TimeoutError (an OSError) is that of our own deadlines too.
+#: What the asyncio client raises if Redis is away, slow, or lost midway. RuntimeError is uvloop's "the handler is
+#: closed", on writing to a connection that Redis cut before its end was read. AttributeError comes from the client if
+#: another task closes the connection while this one writes. TimeoutError (an OSError) is also that of our own
+#: deadlines.
 REDIS_OUTAGES = (RedisError, OSError, RuntimeError, AttributeError)
 
 
 PREFIX = "celeriac:stream:"
 
-SUBSCRIBE_SECONDS = 0.25  # how long a new stream waits for its subscription before it reads SQL without
+SUBSCRIBE_SECONDS = 0.25  # how long a new stream waits for its subscription before it reads SQL without it
 
-PING_SECONDS = 3.0  # of silence; as much again without an answer, and the connection is taken for dead
+PING_SECONDS = 3.0  # of silence before a PING; without an answer for as long again the connection is dead
 
 MAX_BACKOFF_SECONDS = 2.0
 
@@ -74,12 +72,12 @@ async def num_listening_processes(client: "redis.asyncio.Redis", job_id: UUID) -
 
 
 class ChannelListener:
-    """Calls `on_message(job_id, message)` for each message and `on_gap(job_id)` when a subscription takes hold."""
+    """Calls `on_message(job_id, message)` for each message and `on_gap(job_id)` when a subscription starts."""
 
     def __init__(
         self, redis_url: str, *, on_message: Callable[[UUID, bytes], None], on_gap: Callable[[UUID], None]
     ) -> None:
-        # RESP2, whatever the server speaks: a message is then a plain list.
+        # Always RESP2, in which a message is a plain list.
         self._pool = ConnectionPool.from_url(
             redis_url, protocol=2, socket_connect_timeout=2, socket_timeout=2, retry=Retry(NoBackoff(), 0)
         )
@@ -90,7 +88,7 @@ class ChannelListener:
         self._sending = asyncio.Lock()
 
     async def add(self, job_id: UUID) -> None:
-        """Subscribe to a job's channel. Returns when Redis confirmed it, or without that if Redis is away or slow."""
+        """Subscribe to a job's channel. Returns once Redis confirms it, or unconfirmed if Redis is away or slow."""
         subscribed = self._subscribed.setdefault(job_id, asyncio.Event())
         await self._send("SUBSCRIBE", job_id)
         if self._connection is None:
@@ -115,7 +113,7 @@ class ChannelListener:
             except REDIS_OUTAGES as exc:
                 num_failures += 1
                 if num_failures == 1:
-                    log.warning("live streams have lost Redis and read SQL instead: %s", exc)
+                    log.warning("live streams lost Redis and read SQL instead: %s", exc)
             finally:
                 await self._disconnect()
             await asyncio.sleep(min(MAX_BACKOFF_SECONDS, 0.05 * 2**num_failures) * random.uniform(0.5, 1))
@@ -154,7 +152,7 @@ class ChannelListener:
                     await self._connection.send_command("PING")
 
     def _receive(self, message: list[bytes]) -> None:
-        """[kind, channel, payload]; also b"pong" and whatever else somebody sends us, which is dropped."""
+        """Handle [kind, channel, payload]; b"pong" and anything unknown are dropped."""
         kind = message[0] if isinstance(message, list) and len(message) == 3 else b""
         if kind not in (b"message", b"subscribe"):
             return
@@ -168,14 +166,14 @@ class ChannelListener:
             self._on_gap(job_id)
 
     async def _send(self, command: str, job_id: UUID) -> None:
-        """Nothing is sent while Redis is away: a new connection subscribes to all that is wanted then."""
+        """Send a command, unless Redis is away: a new connection will subscribe to everything needed."""
         async with self._sending:
             if self._connection is None or (job_id in self._subscribed) != (command == "SUBSCRIBE"):
-                return  # while we waited, it was asked for again, or no longer
+                return  # meanwhile it was wanted again, or no longer
             try:
                 await self._connection.send_command(command, channel_of(job_id))
             except REDIS_OUTAGES as exc:
-                log.debug("%s not sent: %s", command, exc)  # the listening task sees the same and reconnects
+                log.debug("%s not sent: %s", command, exc)  # the listening task sees the same error and reconnects
 
 
 def _job_id_of(channel: bytes) -> UUID | None:
@@ -185,7 +183,7 @@ def _job_id_of(channel: bytes) -> UUID | None:
         return None
 
 
-MAX_LIVE_CHUNKS = 256  # per stream; a consumer that lags further catches up from SQL
+MAX_LIVE_CHUNKS = 256  # per stream; a consumer that lags further behind catches up from SQL
 
 PAGE = 500
 
@@ -193,7 +191,7 @@ SILENCE_SECONDS = 1.0
 
 STORAGE_RETRY_SECONDS = 0.5
 
-READ_SECONDS = 2.0  # then another connection is tried: one that died silently is found out by the kernel after ten
+READ_SECONDS = 2.0  # then another connection is tried; the kernel notices a silently dead one only after ten
 
 Event = TokenChunk | JobStatus
 
@@ -204,14 +202,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StatusChange:
-    """`in_progress`: an attempt began; `queued`: it was lost and another will follow; terminal: the last event."""
+    """`in_progress`: an attempt started; `queued`: it was lost and another will follow; terminal: the last event."""
 
     status: JobStatus
     attempt: int
 
 
 class StreamMessage(BaseModel):
-    """What is published. Unknown fields are left to later versions."""
+    """What is published. Unknown fields belong to later versions and are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -220,10 +218,10 @@ class StreamMessage(BaseModel):
 
 
 def publish(client: "redis.Redis", events: Iterable[tuple[UUID, Event]]) -> bool:
-    """Tell open streams of committed chunks and transitions, all in one round trip. Never before their COMMIT.
+    """Publish committed chunks and transitions to open streams, in one round trip. Never call before their COMMIT.
 
-    Returns whether Redis took them. Failing is no error: who misses a message reads SQL a second later. `client`
-    should have short timeouts.
+    Returns whether Redis accepted them. A failure is not an error, since readers that miss a message read SQL a second
+    later. `client` should have short timeouts.
     """
     pipeline = client.pipeline(transaction=False)
     for job_id, event in events:
@@ -239,13 +237,13 @@ def publish(client: "redis.Redis", events: Iterable[tuple[UUID, Event]]) -> bool
 
 @dataclass(eq=False, slots=True)
 class _Stream:
-    """One consumer of one job's stream: where it is, and what came for it meanwhile."""
+    """One consumer of one job's stream: its position and what has arrived for it."""
 
     job_id: UUID
-    last: int  # the sequence number emitted last
-    stage: tuple[int, int] = (0, 1)  # (attempt, stage within it), emitted last; see _stage
+    last: int  # the last sequence number emitted
+    stage: tuple[int, int] = (0, 1)  # the last (attempt, stage within it) emitted; see _stage
     live: deque[TokenChunk] = field(default_factory=deque)
-    is_behind: bool = True  # SQL has, or may have, something that the live queue has not
+    is_behind: bool = True  # whether SQL has or may have something that the live queue lacks
     heard_at: float = field(default_factory=monotonic)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -270,7 +268,7 @@ class _Stream:
 
 
 class StreamReader:
-    """All streams of this process: one Redis connection, and one query a second for all that are silent. Use as an
+    """All streams of this process: one Redis connection, and one query per second for all silent streams. Use as an
     async context manager."""
 
     def __init__(
@@ -300,10 +298,10 @@ class StreamReader:
 
     async def read(self, job_id: UUID, *, starting_after: int = 0) -> AsyncGenerator[TokenChunk | StatusChange]:
         """Every chunk after `starting_after`, each once and in order, and the status changes between them; ends after
-        the terminal one, or when the job is deleted. A job that runs already begins with its `in_progress`. After a
-        chunk that `is_reset` all that came before is void.
+        the terminal one, or when the job is deleted. The stream of a running job starts with its `in_progress`. A chunk
+        that `is_reset` makes everything before it void.
 
-        The caller has checked whose job it is. Close it (`contextlib.aclosing`) where the consumer may leave early.
+        The caller has checked the job's tenant. Close it (`contextlib.aclosing`) if the consumer may leave early.
         """
         stream = _Stream(job_id, starting_after)
         self._streams.setdefault(job_id, []).append(stream)
@@ -339,14 +337,14 @@ class StreamReader:
                 await stream.news.wait()
 
     async def _read_log(self, stream: _Stream) -> tuple[StreamState | None, Sequence[TokenChunk]]:
-        """State and chunks of one moment, so that a terminal state comes with all its chunks. Keeps trying while the
+        """State and chunks from one snapshot, so that a terminal state comes with all its chunks. Retries while the
         database is away."""
         while True:
             try:
                 reading = self._run(read_log, stream.job_id, after=stream.last, limit=PAGE)
                 state, chunks = await within(READ_SECONDS, reading)
             except (DBAPIError, PoolTimeout, TimeoutError) as exc:
-                log.warning("stream waits for the database: %s", exc.__class__.__name__)
+                log.warning("stream is waiting for the database: %s", exc.__class__.__name__)
                 await asyncio.sleep(STORAGE_RETRY_SECONDS)
                 continue
             stream.is_behind |= len(chunks) == PAGE
@@ -364,12 +362,12 @@ class StreamReader:
             await self._listener.remove(stream.job_id)
 
     def _on_message(self, job_id: UUID, payload: bytes) -> None:
-        """Redis is not to be trusted: what is no message is dropped."""
+        """Redis is not trusted: what is not a valid message is dropped."""
         streams = self._streams.get(job_id, [])
         try:
             message = StreamMessage.model_validate_json(payload)
         except ValidationError:
-            log.warning("malformed message on a stream dropped", extra={"job_id": str(job_id)})
+            log.warning("dropped a malformed message on a stream", extra={"job_id": str(job_id)})
             return
         for stream in streams:
             if message.chunk is not None:
@@ -378,12 +376,12 @@ class StreamReader:
                 stream.look()
 
     def _on_gap(self, job_id: UUID) -> None:
-        """Not a look at once: after an outage of Redis all streams come here, and one query serves them all."""
+        """Does not read SQL at once: after an outage of Redis all streams get here, and one query serves them all."""
         for stream in self._streams.get(job_id, []):
             stream.heard_at = -math.inf
 
     async def _watch_silence(self) -> None:
-        """A dead Redis or a lost message costs latency, not chunks: silent streams ask SQL whether there is news."""
+        """Check SQL for silent streams, so that a dead Redis or a lost message costs latency, not chunks."""
         while True:
             await asyncio.sleep(self._silence_seconds / 2)
             silent_since = monotonic() - self._silence_seconds
@@ -394,7 +392,7 @@ class StreamReader:
                 job_ids = list({stream.job_id for stream in silent})
                 states = await within(READ_SECONDS, self._run(stream_states, job_ids))
             except (DBAPIError, PoolTimeout, TimeoutError) as exc:
-                log.warning("silent streams could not be looked up: %s", exc.__class__.__name__)
+                log.warning("silent streams could not be checked: %s", exc.__class__.__name__)
                 continue
             for stream in silent:
                 stream.heard_at = monotonic()
@@ -406,14 +404,14 @@ class StreamReader:
 def _advance(
     stream: _Stream, state: StreamState | None, chunks: Sequence[TokenChunk]
 ) -> Iterable[TokenChunk | StatusChange]:
-    """What a look into SQL adds: the beginning of an attempt comes before its chunks, its end after them."""
+    """Emit what SQL adds: the start of an attempt comes before its chunks, its end after them."""
     is_new = state is not None and _stage(state) > stream.stage
     if state is not None and is_new and state.status is JobStatus.IN_PROGRESS:
         stream.stage = _stage(state)
         yield StatusChange(state.status, state.attempt)
     for chunk in chunks:
         if chunk.sequence_number == stream.last + 1 or (chunk.is_reset and chunk.sequence_number > stream.last):
-            stream.last = chunk.sequence_number  # what a reset made void is not in the log any more
+            stream.last = chunk.sequence_number  # chunks before a reset are no longer in the log
             yield chunk
     is_complete = state is not None and stream.last >= state.committed_sequence_number
     if state is not None and is_new and is_complete and state.status is not JobStatus.IN_PROGRESS:
@@ -422,7 +420,7 @@ def _advance(
 
 
 def _stage(state: StreamState) -> tuple[int, int]:
-    """Orders the statuses of a job in time: attempt by attempt, running, then queued again, then over."""
+    """Orders a job's statuses in time: by attempt, then running, queued again, ended."""
     if state.status.is_terminal:
         return state.attempt, 2
     return state.attempt, int(state.status is JobStatus.QUEUED)

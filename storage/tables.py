@@ -1,8 +1,6 @@
-"""Every row class but those of files, batches and webhooks. SQL is the only truth.
+"""Every row class except those of files, batches and webhooks, and how domain objects are stored in columns.
 
-How objects of the domain lie in columns.
-
-Every row class. SQL is the only truth: no fact about a job exists only in Redis.
+SQL is the only truth: no fact about a job exists only in Redis.
 """
 
 from datetime import datetime
@@ -38,7 +36,7 @@ from domain.requests import REQUEST, RESULT, JobOutput, JobRequest, TokenChunk
 
 
 class PydanticJSON(TypeDecorator[BaseModel]):
-    """A JSON column that holds one Pydantic class. `json`, not `jsonb`, which refuses U+0000."""
+    """A JSON column for one Pydantic class. `json`, not `jsonb`, which refuses U+0000."""
 
     impl = JSON
     cache_ok = True
@@ -55,7 +53,7 @@ class PydanticJSON(TypeDecorator[BaseModel]):
 
 
 class AdaptedJSON(TypeDecorator[Any]):
-    """A JSON column that holds one of several Pydantic classes, which tell themselves apart."""
+    """A JSON column for several Pydantic classes, told apart by a tag in the JSON."""
 
     impl = JSON
     cache_ok = True
@@ -72,7 +70,7 @@ class AdaptedJSON(TypeDecorator[Any]):
 
 
 class TextEnum(TypeDecorator[Any]):
-    """A text column that holds one StrEnum; the CHECK constraints name the values."""
+    """A text column for a StrEnum; the CHECK constraints name the values."""
 
     impl = Text
     cache_ok = True
@@ -122,20 +120,20 @@ class Row(DeclarativeBase):
 
 
 class Tenant(Row):
-    """Who jobs belong to; what fairness, bounds and isolation are about."""
+    """The owner of jobs; fairness, limits and isolation are per tenant."""
 
     __tablename__ = "tenants"
     __table_args__ = (CheckConstraint("weight > 0", name="weight"),)
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
-    max_queued: Mapped[int | None]  # None: the installation's bound
+    max_queued: Mapped[int | None]  # None: the installation's limit
     weight: Mapped[float] = mapped_column(REAL, server_default="1")
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class TenantLoad(Row):
-    """Counters of one tenant, moved in the same statement as the job rows they count."""
+    """Counters of one tenant, changed in the same statement as the job rows they count."""
 
     __tablename__ = "tenant_load"
     __table_args__ = (
@@ -147,7 +145,7 @@ class TenantLoad(Row):
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True)
     num_queued: Mapped[int] = mapped_column(server_default="0")
     num_running: Mapped[int] = mapped_column(server_default="0")
-    virtual_time: Mapped[float] = mapped_column(Double, server_default="0")  # tokens served, over the tenant's weight
+    virtual_time: Mapped[float] = mapped_column(Double, server_default="0")  # tokens / weight
 
 
 class ApiKey(Row):
@@ -158,7 +156,7 @@ class ApiKey(Row):
     id: Mapped[str] = mapped_column(primary_key=True)  # the public part of the key
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
     secret_sha256: Mapped[bytes]
-    is_admin: Mapped[bool] = mapped_column(server_default="false")  # may look after the installation, too
+    is_admin: Mapped[bool] = mapped_column(server_default="false")  # may also administer the installation
     name: Mapped[str] = mapped_column(server_default="")
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime | None]
@@ -166,7 +164,7 @@ class ApiKey(Row):
 
 
 class Job(Row):
-    """One request, its status and how far it got. Narrow and hot: input and output lie in tables beside it."""
+    """One request, its status and its progress. Narrow and hot: input and output are in other tables."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -192,7 +190,7 @@ class Job(Row):
             text("LEAST(deadline_at, start_deadline_at)"),
             postgresql_where=text("status = 'queued' AND LEAST(deadline_at, start_deadline_at) IS NOT NULL"),
         ),
-        # Native jobs are never looked up so, and pay nothing for it.
+        # Native jobs are never looked up this way, so they are not indexed.
         Index("jobs_request_hash_idx", "tenant_id", "request_hash", postgresql_where=text("endpoint <> 'jobs'")),
         Index("jobs_stored_idx", "tenant_id", "endpoint", text("id DESC"), postgresql_where=text("is_stored")),
         Index("jobs_prune_idx", "prune_at", postgresql_where=text("prune_at IS NOT NULL")),
@@ -202,9 +200,9 @@ class Job(Row):
     id: Mapped[UUID] = mapped_column(primary_key=True)  # a ULID drawn by the API before the insert
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
     model: Mapped[str]
-    model_revision: Mapped[str]  # of the files that its output comes from; at first, of those at the API
+    model_revision: Mapped[str]  # of the files that make its output; at first, of those at the API
     endpoint: Mapped[Endpoint] = mapped_column(server_default="jobs")
-    is_stored: Mapped[bool] = mapped_column(server_default="false")  # asked for with store=true: listed on its route
+    is_stored: Mapped[bool] = mapped_column(server_default="false")  # requested with store=true: listed on its route
     kind: Mapped[JobKind] = mapped_column(server_default="generation")
     lane: Mapped[Lane] = mapped_column(server_default="standard")
     priority: Mapped[int] = mapped_column(SmallInteger, server_default="0")  # higher runs earlier
@@ -212,20 +210,20 @@ class Job(Row):
     request_hash: Mapped[bytes]
     status: Mapped[JobStatus] = mapped_column(server_default="queued")
     attempt: Mapped[int] = mapped_column(server_default="0")  # the fencing token: +1 at every claim, never reset
-    num_failures: Mapped[int] = mapped_column(server_default="0")  # attempts charged; a drain charges none
+    num_failures: Mapped[int] = mapped_column(server_default="0")  # drains do not count
     max_failures: Mapped[int]
     num_suspicions: Mapped[int] = mapped_column(server_default="0")  # weight of the engine crashes it was part of
     available_at: Mapped[datetime] = mapped_column(server_default=func.now())
     start_deadline_at: Mapped[datetime | None]  # expires if not claimed by then
-    deadline_at: Mapped[datetime | None]  # expires wherever it is then
+    deadline_at: Mapped[datetime | None]  # expires then in any state
     run_timeout_seconds: Mapped[float | None] = mapped_column(Double)  # narrows deadline_at at the first claim
-    dispatch_at: Mapped[datetime] = mapped_column(server_default=func.now())  # the outbox: due for a message
+    dispatch_at: Mapped[datetime] = mapped_column(server_default=func.now())  # the outbox: when it is due for a message
     num_dispatches: Mapped[int] = mapped_column(server_default="0")
     lease_owner: Mapped[UUID | None]
     lease_expires_at: Mapped[datetime | None]
     cancel_requested_at: Mapped[datetime | None]
     committed_sequence_number: Mapped[int] = mapped_column(server_default="0")
-    reset_sequence_number: Mapped[int] = mapped_column(server_default="0")  # where its output begins anew
+    reset_sequence_number: Mapped[int] = mapped_column(server_default="0")  # where its output starts over
     num_committed_tokens: Mapped[int] = mapped_column(server_default="0")
     num_prompt_tokens: Mapped[int]
     max_tokens: Mapped[int]  # resolved at submit, never None
@@ -235,37 +233,37 @@ class Job(Row):
     error: Mapped[JobError | None]
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata")
     result_ttl_seconds: Mapped[int]
-    webhook_url: Mapped[str | None]  # whom its end is told, beside the tenant's endpoints
-    webhook_statuses: Mapped[list[str] | None]  # which ends
+    webhook_url: Mapped[str | None]  # notified of its end, besides the tenant's endpoints
+    webhook_statuses: Mapped[list[str] | None]  # of which final statuses
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]  # the first claim
-    first_token_at: Mapped[datetime | None]  # its first chunk was committed; none of an embedding
+    first_token_at: Mapped[datetime | None]  # when its first chunk was committed; None for embeddings
     finished_at: Mapped[datetime | None]
     delivered_at: Mapped[datetime | None]  # when the whole answer reached a client
     prune_at: Mapped[datetime | None]  # finished_at + result_ttl_seconds
     attempt_started_at: Mapped[datetime | None]  # the newest claim
-    progressed_at: Mapped[datetime | None]  # the newest claim or chunk: a lease may be renewed without progress
+    progressed_at: Mapped[datetime | None]  # the newest claim or chunk; leases may be renewed without progress
     num_tokens_at_claim: Mapped[int] = mapped_column(server_default="0")  # committed before the newest claim
-    retry_of: Mapped[UUID | None]  # the ended job that this one repeats; it may have been pruned
+    retry_of: Mapped[UUID | None]  # the ended job that this one repeats, which may have been pruned
 
 
 class JobPayload(Row):
-    """What was asked: written once at accept."""
+    """A job's input: written once, at accept."""
 
     __tablename__ = "job_payloads"
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
-    # The full dump, defaults resolved: a changed default never changes an old job.
+    # The full dump with defaults resolved, so that a changed default does not change old jobs.
     request: Mapped[JobRequest] = mapped_column(AdaptedJSON(REQUEST))
-    prompt_token_ids: Mapped[list[int]]  # of an embedding job: of all inputs, one behind the other
-    input_lengths: Mapped[list[int] | None]  # of an embedding job: tokens of each input
-    fingerprint: Mapped[bytes | None]  # of what the engine is asked: the same for every repetition of a request
-    endpoint_body: Mapped[dict[str, Any] | None]  # as the client sent it, where its route shows it again
-    request_id: Mapped[str | None]  # of the HTTP request that brought it: what the logs of every process name
+    prompt_token_ids: Mapped[list[int]]  # for embeddings: of all inputs, concatenated
+    input_lengths: Mapped[list[int] | None]  # for embeddings: tokens per input
+    fingerprint: Mapped[bytes | None]  # of what the engine is asked: the same for repeated requests
+    endpoint_body: Mapped[dict[str, Any] | None]  # as the client sent it, if its route shows it again
+    request_id: Mapped[str | None]  # of the HTTP request that submitted it; in the logs of every process
 
 
 class JobChunk(Row):
-    """One committed piece of a stream; append-only, but for a job that begins anew."""
+    """One committed piece of a stream; append-only, except for a job that starts over."""
 
     __tablename__ = "job_chunks"
 
@@ -276,7 +274,7 @@ class JobChunk(Row):
 
 
 class JobResult(Row):
-    """What was answered: written once, in the statement that makes the job terminal."""
+    """A job's output: written once, in the statement that makes the job terminal."""
 
     __tablename__ = "job_results"
 
@@ -286,7 +284,7 @@ class JobResult(Row):
 
 
 class JobAttempt(Row):
-    """An attempt that has ended, however: written by the statement that ended it."""
+    """An attempt that has ended: written by the statement that ended it."""
 
     __tablename__ = "job_attempts"
     __table_args__ = (
@@ -304,22 +302,22 @@ class JobAttempt(Row):
     ended_at: Mapped[datetime]
     outcome: Mapped[AttemptOutcome]
     error_code: Mapped[str | None]
-    num_tokens: Mapped[int]  # that it committed itself
+    num_tokens: Mapped[int]  # committed in this attempt
 
 
 class PoisonRecord(Row):
-    """A request that crashed an engine while it ran alone: not accepted again for a day."""
+    """A request that crashed an engine while it ran alone; not accepted again for a day."""
 
     __tablename__ = "poison_requests"
 
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True)
     fingerprint: Mapped[bytes] = mapped_column(primary_key=True)
-    job_id: Mapped[UUID]  # the newest job that failed so; it may have been pruned
+    job_id: Mapped[UUID]  # the newest job that failed this way; may have been pruned
     created_at: Mapped[datetime]
 
 
 class MaintenanceFigure(Row):
-    """What a rule of the janitor found last, or has counted: the API shows it among its metrics."""
+    """What a rule of the janitor found last or has counted; part of the metrics."""
 
     __tablename__ = "maintenance_figures"
 
@@ -339,15 +337,16 @@ class MaintenanceTick(Row):
 
 
 class Worker(Row):
-    """A live GPU worker process, seen lately. Dispatch windows and /health read it; no correctness hangs on it."""
+    """A GPU worker process that reported recently. Used for dispatch windows and /health; correctness does not depend
+    on it."""
 
     __tablename__ = "workers"
     __table_args__ = (CheckConstraint("state IN ('loading', 'ready', 'draining', 'unloaded')", name="state"),)
 
-    id: Mapped[UUID] = mapped_column(primary_key=True)  # fresh per process incarnation; also the lease owner
+    id: Mapped[UUID] = mapped_column(primary_key=True)  # new for each process; also the lease owner
     hostname: Mapped[str]  # the Celery node name
     model: Mapped[str]
-    model_revision: Mapped[str | None]  # None: of a release that did not tell
+    model_revision: Mapped[str | None]  # None: from a release that did not report it
     max_num_seqs: Mapped[int]
     num_running: Mapped[int] = mapped_column(server_default="0")
     tokens_per_second: Mapped[float] = mapped_column(Double, server_default="0")
@@ -357,7 +356,7 @@ class Worker(Row):
 
 
 class WorkerDrain(Row):
-    """An order to take no jobs, to the worker of this name. Without a row it takes them."""
+    """An order to the worker of this name to accept no jobs. Without a row it accepts them."""
 
     __tablename__ = "worker_drains"
 
@@ -367,7 +366,7 @@ class WorkerDrain(Row):
 
 
 class ModelState(Row):
-    """Whether a model is to be loaded. Without a row it is."""
+    """Whether a model should be loaded. Without a row it should."""
 
     __tablename__ = "model_states"
 

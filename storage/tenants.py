@@ -1,10 +1,7 @@
-"""Tenants and their API keys.
+"""Tenants, each with a load row, and their API keys.
 
-Tenants: who jobs belong to, with the load row that every one of them needs.
-
-API keys: `sk_<id>_<secret>`. Only the id and a hash of the secret are stored.
-
-The hash is a plain SHA-256: the secret has 256 random bits, so there is nothing to guess slowly.
+A key is `sk_<id>_<secret>`; only its id and a hash of its secret are stored. The hash is a plain SHA-256: the secret
+has 256 random bits, so guessing need not be slowed down.
 """
 
 import hashlib
@@ -23,7 +20,7 @@ from storage.tables import ApiKey, Tenant, TenantLoad
 
 
 def create_tenant(session: Session, name: str, *, max_queued: int | None = None, weight: float = 1.0) -> Tenant:
-    """Raises IntegrityError where the name is taken."""
+    """Raises IntegrityError if the name is taken."""
     tenant = Tenant(id=uuid4(), name=name, max_queued=max_queued, weight=weight)
     session.add(tenant)
     session.flush()
@@ -58,7 +55,7 @@ class MalformedKey(ValueError):
 def create_key(
     session: Session, tenant_id: UUID, *, name: str = "", expires_at: datetime | None = None, is_admin: bool = False
 ) -> str:
-    """Store a new key and return it: the only time that its secret is seen."""
+    """Store a new key and return it; its secret cannot be read again."""
     key_id = "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))
     secret = secrets.token_urlsafe(32)
     stored = ApiKey(id=key_id, tenant_id=tenant_id, secret_sha256=_sha256(secret), name=name, expires_at=expires_at)
@@ -69,8 +66,8 @@ def create_key(
 
 
 def ensure_key(session: Session, key: str, tenant_id: UUID, *, name: str = "") -> None:
-    """Store a key that was made elsewhere (a deployment's bootstrap key); again and again if need be. A key of that id
-    gets this secret, and lives again if it was revoked. Raises MalformedKey."""
+    """Store a key made elsewhere (a deployment's bootstrap key); idempotent. An existing key with that id gets this
+    secret and becomes valid again if it was revoked. Raises MalformedKey."""
     key_id, secret = _parts(key)
     if len(secret) < MIN_SECRET_LENGTH:
         raise MalformedKey(
@@ -82,7 +79,7 @@ def ensure_key(session: Session, key: str, tenant_id: UUID, *, name: str = "") -
 
 
 def resolve_key(session: Session, key: str) -> ApiKey | None:
-    """The row of a valid key; None for one that is malformed, unknown, wrong, expired or revoked, all in like time."""
+    """The row of a valid key; None if it is malformed, unknown, wrong, expired or revoked, all in similar time."""
     try:
         key_id, secret = _parts(key)
     except MalformedKey:
@@ -95,7 +92,7 @@ def resolve_key(session: Session, key: str) -> ApiKey | None:
 
 
 def revoke_key(session: Session, key_id: str, tenant_id: UUID) -> bool:
-    """False: no such live key of this tenant."""
+    """False: the tenant has no such valid key."""
     statement = (
         update(ApiKey)
         .where(ApiKey.id == key_id, ApiKey.tenant_id == tenant_id, ApiKey.revoked_at.is_(None))
@@ -106,13 +103,13 @@ def revoke_key(session: Session, key_id: str, tenant_id: UUID) -> bool:
 
 
 def list_keys(session: Session, tenant_id: UUID) -> Sequence[ApiKey]:
-    """All of a tenant's keys, revoked ones too, newest first."""
+    """All of a tenant's keys, including revoked ones, newest first."""
     statement = select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.created_at.desc(), ApiKey.id)
     return session.scalars(statement.execution_options(populate_existing=True)).all()
 
 
 def _parts(key: str) -> tuple[str, str]:
-    """(id, secret). Nothing of the key is put into the error: it may be somebody's secret."""
+    """Returns (id, secret). The error does not repeat the key, which may be a secret."""
     parts = key.split("_", 2)
     is_well_formed = len(key) <= MAX_KEY_LENGTH and len(parts) == 3 and parts[0] == PREFIX and key.isascii()
     if not is_well_formed or not parts[1].isalnum() or not parts[2]:

@@ -1,7 +1,7 @@
-"""Deliveries of webhooks: claimed by a sender, recorded with what came of them, listed, asked for once more.
+"""Webhook deliveries: claimed by a sender, recorded with their outcome, listed, requested again.
 
-A claim moves `next_attempt_at` to the end of its lease and counts the attempt, which is the fence of what is recorded
-afterwards: what a dead sender had in hand comes due again by itself. Only the database's clock is asked.
+A claim moves `next_attempt_at` to the end of its lease and counts the attempt. That count fences what is recorded
+later, and deliveries of a dead sender become due again. Only the database's clock is used.
 """
 
 import random
@@ -19,10 +19,10 @@ from storage.job_statements import CLOCK
 from storage.webhooks import WebhookAttempt, WebhookDelivery
 
 KEPT_DAYS = 7
-GONE = "the receiver answered 410: it wants no more"
+GONE = "the receiver answered 410 (gone)"
 
-# The hosts with pending deliveries are found by skipping through the index from one to the next, and each gives the
-# head of its queue: ten thousand deliveries for one host hide nobody else's.
+# Skips through the index from one host with pending deliveries to the next and takes the head of each one's queue: ten
+# thousand deliveries for one host do not delay the others.
 CLAIM = text(f"""
 WITH RECURSIVE hosts(host) AS (
     (SELECT host FROM webhook_deliveries WHERE status = 'pending' ORDER BY host LIMIT 1)
@@ -86,7 +86,7 @@ FROM webhook_deliveries WHERE status = 'pending'
 
 @dataclass(frozen=True, slots=True)
 class ClaimedDelivery:
-    """An attempt that this sender is to make. `secrets` sign it, the newest first; none: its endpoint is gone."""
+    """An attempt for this sender to make. `secrets` sign it, the newest first; none: its endpoint was deleted."""
 
     id: UUID
     event_id: UUID
@@ -96,14 +96,14 @@ class ClaimedDelivery:
     url: str
     host: str
     attempt: int
-    num_tries: int  # since it was last asked for, this one included
+    num_tries: int  # since it was last requested, including this one
     now: datetime
     secrets: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of an attempt. `status` PENDING: to be tried again."""
+    """The outcome of an attempt. `status` PENDING: to be retried."""
 
     delivery: ClaimedDelivery
     status: DeliveryStatus
@@ -116,7 +116,7 @@ class Outcome:
 def claim(
     session: Session, *, room: int, room_per_host: int, room_by_host: Mapping[str, int], lease_seconds: float
 ) -> list[ClaimedDelivery]:
-    """Take up to `room` due deliveries, from each host at most what `room_by_host` says, else `room_per_host`."""
+    """Claim up to `room` due deliveries, per host at most `room_by_host`, or else `room_per_host`."""
     if room <= 0:
         return []
     parameters = {
@@ -147,7 +147,7 @@ def claim(
 def _secrets(
     session: Session, tenant_id: UUID, endpoint_id: UUID | None, stored: tuple[str | None, str | None]
 ) -> tuple[str, ...]:
-    """A tenant whose secret nobody has looked at yet gets one now."""
+    """The signing secrets; a tenant without one gets one now."""
     found = tuple(secret for secret in stored if secret is not None)
     if found or endpoint_id is not None:
         return found
@@ -155,8 +155,8 @@ def _secrets(
 
 
 def record(session: Session, outcomes: Sequence[Outcome]) -> dict[UUID, DeliveryStatus]:
-    """Log attempts and say what their deliveries become. Those that another sender has taken since are only logged, and
-    missing in the answer. An endpoint that answered 410 is disabled. Safe to repeat."""
+    """Log attempts and update their deliveries. Deliveries that another sender has claimed since are only logged, and
+    missing from the result. An endpoint that answered 410 is disabled. Safe to repeat."""
     if not outcomes:
         return {}
     parameters = {
@@ -176,7 +176,7 @@ def record(session: Session, outcomes: Sequence[Outcome]) -> dict[UUID, Delivery
 
 
 def retry_delay(num_tries: int) -> float:
-    """Seconds after the `num_tries`th failure, spread by a tenth: what failed together need not come together."""
+    """Seconds after the `num_tries`th failure, with 10 % jitter, so that joint failures are not retried together."""
     return RETRY_SECONDS[min(num_tries, len(RETRY_SECONDS)) - 1] * random.uniform(0.9, 1.1)
 
 
@@ -190,7 +190,7 @@ def list_deliveries(
     after: UUID | None = None,
     limit: int,
 ) -> list[WebhookDelivery]:
-    """A tenant's deliveries, newest first. An `after` that is unknown here ends the list."""
+    """A tenant's deliveries, newest first. Empty after an unknown `after`."""
     wanted: list[ColumnElement[bool]] = [WebhookDelivery.tenant_id == tenant_id]
     if job_id is not None:
         wanted.append(WebhookDelivery.event_id == job_id)
@@ -212,7 +212,7 @@ def _is_after(tenant_id: UUID, after: UUID) -> ColumnElement[bool]:
 
 
 def get(session: Session, delivery_id: UUID, tenant_id: UUID) -> tuple[WebhookDelivery, list[WebhookAttempt]] | None:
-    """A delivery with its attempts in order; None: no such one of this tenant."""
+    """A delivery with its attempts in order; None: the tenant has no such delivery."""
     delivery = session.get(WebhookDelivery, delivery_id, populate_existing=True)
     if delivery is None or delivery.tenant_id != tenant_id:
         return None
@@ -221,14 +221,14 @@ def get(session: Session, delivery_id: UUID, tenant_id: UUID) -> tuple[WebhookDe
 
 
 def redeliver(session: Session, delivery_id: UUID, tenant_id: UUID) -> bool:
-    """Due again at once, with a new 72 hours, whatever became of it. One that is in hand now may arrive twice. False:
-    no such one of this tenant."""
+    """Make a delivery due again at once, for another 72 hours, whatever its status. If an attempt is under way it may
+    arrive twice. False: the tenant has no such delivery."""
     statement = (
         update(WebhookDelivery)
         .where(WebhookDelivery.id == delivery_id, WebhookDelivery.tenant_id == tenant_id)
         .values(
             status=DeliveryStatus.PENDING,
-            num_attempts=WebhookDelivery.num_attempts + 1,  # fences off an attempt in hand: its number is spent
+            num_attempts=WebhookDelivery.num_attempts + 1,  # fences off a current attempt by using up its number
             num_attempts_before=WebhookDelivery.num_attempts + 1,
             next_attempt_at=func.statement_timestamp(),
             retry_until=func.statement_timestamp() + text(f"interval '{RETRY_HOURS} hours'"),
@@ -240,13 +240,13 @@ def redeliver(session: Session, delivery_id: UUID, tenant_id: UUID) -> bool:
 
 
 def backlog(session: Session) -> tuple[int, float]:
-    """Over all tenants: how many deliveries are not made yet, and for how many seconds the oldest due one waits."""
+    """Over all tenants: how many deliveries are pending, and for how many seconds the oldest due one has waited."""
     row = session.execute(BACKLOG).one()
     return row.num_pending, row.oldest_due_seconds
 
 
 def prune(session: Session, *, limit: int = 1_000) -> int:
-    """Delete what was delivered or given up and is a week old, with its attempts."""
+    """Delete deliveries that ended a week ago, with their attempts."""
     too_old = WebhookDelivery.created_at < func.statement_timestamp() - text(f"interval '{KEPT_DAYS} days'")
     done = WebhookDelivery.status != DeliveryStatus.PENDING
     old = select(WebhookDelivery.id).where(done, too_old).limit(limit).with_for_update(skip_locked=True)

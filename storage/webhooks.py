@@ -1,16 +1,10 @@
 """Webhook endpoints, their secrets, and the outbox that the ends of jobs write to.
 
-The row classes of webhooks: whom to tell, what is due, and how every attempt went.
+Secrets are stored as they are, because signing needs them. They are shown when created; only the tenant's own secret,
+which signs for URLs that come with jobs, can be read again.
 
-Endpoints of webhooks and the secrets that sign for them, always one tenant's.
-
-Secrets are stored as they are: whoever signs needs them. They are shown when they are made; a tenant's own one, which
-signs for the URLs that come with jobs, can be read again.
-
-The outbox of webhooks: the ends of jobs are written down for delivery in the transaction that makes them.
-
-The statements that end jobs only say of each whether anybody may want to hear of it (IS_TOLD), so that a job without a
-webhook costs nothing beside; for the others `write_deliveries` follows.
+Deliveries are written in the transaction that ends a job. The ending statements only report whether anyone may want to
+hear of it (IS_TOLD), so a job without a webhook costs nothing more; for the others `write_deliveries` follows.
 """
 
 # ruff: noqa: S608  (only constants of this module are put into the text; values are bound)
@@ -42,7 +36,7 @@ from storage.tables import Row, TextEnum
 
 
 class WebhookEndpoint(Row):
-    """Where a tenant wants to hear of events of certain types."""
+    """Where a tenant wants to be notified of certain types of events."""
 
     __tablename__ = "webhook_endpoints"
     __table_args__ = (Index("webhook_endpoints_tenant_idx", "tenant_id", text("id DESC")),)
@@ -52,16 +46,16 @@ class WebhookEndpoint(Row):
     name: Mapped[str]
     url: Mapped[str]
     event_types: Mapped[list[str]]
-    secret: Mapped[str]  # as it is: a signature needs it
+    secret: Mapped[str]  # in plain text, since signing needs it
     previous_secret: Mapped[str | None]
     previous_secret_expires_at: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    disabled_at: Mapped[datetime | None]  # it answered 410, or was told to rest
+    disabled_at: Mapped[datetime | None]  # it answered 410, or was disabled by the tenant
 
 
 class WebhookSecret(Row):
-    """What signs the events of jobs that named a URL themselves."""
+    """A tenant's secret, which signs events for URLs that came with jobs."""
 
     __tablename__ = "webhook_secrets"
 
@@ -73,7 +67,7 @@ class WebhookSecret(Row):
 
 
 class WebhookDelivery(Row):
-    """One event for one destination. It outlives its job; nothing of the job but its id is in it."""
+    """One event for one destination. It outlives its job, of which it only contains the id."""
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (
@@ -88,15 +82,15 @@ class WebhookDelivery(Row):
 
     id: Mapped[UUID] = mapped_column(primary_key=True, server_default=func.gen_random_uuid())
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
-    event_id: Mapped[UUID]  # of the job it is about: one end, one event
+    event_id: Mapped[UUID]  # the id of the job it is about: one end, one event
     type: Mapped[str]
     endpoint_id: Mapped[UUID | None]  # None: the URL came with the job. No foreign key, see storage/webhooks.py
     url: Mapped[str]
     host: Mapped[str] = mapped_column(Computed("split_part(url, '/', 3)", persisted=True))  # and port, if it has one
     status: Mapped[DeliveryStatus] = mapped_column(TextEnum(DeliveryStatus), server_default="pending")
     num_attempts: Mapped[int] = mapped_column(server_default="0")  # also the fence: +1 at every claim, never reset
-    num_attempts_before: Mapped[int] = mapped_column(server_default="0")  # those before it was asked for once more
-    next_attempt_at: Mapped[datetime] = mapped_column(server_default=func.now())  # while in hand: the end of the lease
+    num_attempts_before: Mapped[int] = mapped_column(server_default="0")  # those before it was requested again
+    next_attempt_at: Mapped[datetime] = mapped_column(server_default=func.now())  # lease end if under way
     retry_until: Mapped[datetime] = mapped_column(server_default=text("now() + interval '72 hours'"))
     last_status_code: Mapped[int | None]
     last_error: Mapped[str | None]
@@ -105,7 +99,7 @@ class WebhookDelivery(Row):
 
 
 class WebhookAttempt(Row):
-    """How one attempt went. One whose sender died before it could say so is missing."""
+    """How one attempt went. Missing if the sender died before recording it."""
 
     __tablename__ = "webhook_attempts"
 
@@ -117,7 +111,7 @@ class WebhookAttempt(Row):
     error: Mapped[str | None]
 
 
-MAX_ENDPOINTS = 50  # of one tenant; every end of a job looks at them
+MAX_ENDPOINTS = 50  # per tenant; every end of a job reads them
 
 OVERLAP_HOURS = 24
 
@@ -129,7 +123,7 @@ _OVERLAP_ENDS = _NOW + text(f"interval '{OVERLAP_HOURS} hours'")
 def create_endpoint(
     session: Session, tenant_id: UUID, *, name: str, url: str, event_types: Sequence[str]
 ) -> WebhookEndpoint | None:
-    """With a new secret. None: the tenant has as many as it may have."""
+    """Create an endpoint with a new secret. None: the tenant has the maximum number."""
     owned = select(func.count()).select_from(WebhookEndpoint).where(WebhookEndpoint.tenant_id == tenant_id)
     if (session.scalar(owned) or 0) >= MAX_ENDPOINTS:
         return None
@@ -165,7 +159,7 @@ def change_endpoint(
     event_types: Sequence[str] | None = None,
     enabled: bool | None = None,
 ) -> WebhookEndpoint | None:
-    """Change what is not None. What is still to be delivered goes to the new URL. None: no such one of this tenant."""
+    """Change what is not None. Pending deliveries go to the new URL. None: the tenant has no such endpoint."""
     endpoint = get_endpoint(session, endpoint_id, tenant_id)
     if endpoint is None:
         return None
@@ -183,7 +177,7 @@ def change_endpoint(
 
 
 def remove_endpoint(session: Session, endpoint_id: UUID, tenant_id: UUID) -> bool:
-    """With its deliveries. False: no such one of this tenant."""
+    """Delete an endpoint with its deliveries. False: the tenant has no such endpoint."""
     wanted = (WebhookEndpoint.id == endpoint_id, WebhookEndpoint.tenant_id == tenant_id)
     if session.scalar(delete(WebhookEndpoint).where(*wanted).returning(WebhookEndpoint.id)) is None:
         return False
@@ -194,7 +188,8 @@ def remove_endpoint(session: Session, endpoint_id: UUID, tenant_id: UUID) -> boo
 def rotate_secret(
     session: Session, endpoint_id: UUID, tenant_id: UUID, *, with_overlap: bool
 ) -> WebhookEndpoint | None:
-    """A new secret; `with_overlap` the old one signs as well for another day. None: no such one of this tenant."""
+    """Create a new secret; `with_overlap` the old one also signs for another day. None: the tenant has no such
+    endpoint."""
     wanted = (WebhookEndpoint.id == endpoint_id, WebhookEndpoint.tenant_id == tenant_id)
     values = {
         "secret": new_secret(),
@@ -207,7 +202,7 @@ def rotate_secret(
 
 
 def disable_endpoint(session: Session, endpoint_id: UUID, url: str, reason: str) -> None:
-    """The receiver at `url` wants no more. Nothing happens if the endpoint has another URL by now."""
+    """Disable an endpoint whose receiver at `url` wants no more events, unless its URL has changed since."""
     wanted = (WebhookEndpoint.id == endpoint_id, WebhookEndpoint.url == url, WebhookEndpoint.disabled_at.is_(None))
     values = {"disabled_at": _NOW, "updated_at": _NOW}
     if session.scalar(update(WebhookEndpoint).where(*wanted).values(**values).returning(WebhookEndpoint.id)):
@@ -215,7 +210,7 @@ def disable_endpoint(session: Session, endpoint_id: UUID, url: str, reason: str)
 
 
 def tenant_secret(session: Session, tenant_id: UUID) -> WebhookSecret:
-    """What signs for the URLs that come with jobs; made at its first use."""
+    """The secret that signs for URLs that come with jobs; created on first use."""
     session.execute(insert(WebhookSecret).values(tenant_id=tenant_id, secret=new_secret()).on_conflict_do_nothing())
     return session.get_one(WebhookSecret, tenant_id, populate_existing=True)
 
@@ -249,7 +244,7 @@ def _give_up(session: Session, endpoint_id: UUID, reason: str) -> None:
 IS_TOLD = """(j.webhook_url IS NOT NULL OR EXISTS (
         SELECT FROM webhook_endpoints p WHERE p.tenant_id = j.tenant_id)) AS is_told"""
 
-# What the end of a job is called outside, and what the route calls it that the job came by: as OpenAI's SDKs know it.
+# The public name of a job's end, and its name on the job's route, as OpenAI's SDKs know it.
 JOB_EVENT = "'job.' || j.status"
 
 EVENT_OF_ROUTE = f"""CASE WHEN j.endpoint <> 'responses' THEN {JOB_EVENT} ELSE 'response.' || CASE
@@ -257,8 +252,8 @@ EVENT_OF_ROUTE = f"""CASE WHEN j.endpoint <> 'responses' THEN {JOB_EVENT} ELSE '
         WHEN j.status = 'expired' THEN CASE WHEN j.num_committed_tokens > 0 THEN 'incomplete' ELSE 'failed' END
         ELSE j.status END END"""
 
-# The event has the id of its job, so a second one for the same destination cannot exist. An endpoint is not a foreign
-# key: one that is deleted at this moment must not keep jobs from ending.
+# The event has its job's id, so there cannot be two for the same destination. Endpoints are not foreign keys, so that
+# deleting one at this moment does not keep jobs from ending.
 WRITE_DELIVERIES = text(f"""
 WITH ended AS MATERIALIZED (
     SELECT j.id, j.tenant_id, {JOB_EVENT} AS job_event, {EVENT_OF_ROUTE} AS event_of_route,
@@ -277,13 +272,13 @@ ON CONFLICT DO NOTHING
 
 
 def write_deliveries(session: Session, job_ids: Sequence[UUID]) -> None:
-    """One delivery per destination that asked for it, of each of these jobs that has ended. Belongs in the transaction
-    that ended them; once more does nothing."""
+    """Write one delivery per interested destination for each of these jobs that has ended. Call in the transaction that
+    ended them; repeating it has no effect."""
     if job_ids:
         session.execute(WRITE_DELIVERIES, {"ids": list(job_ids)})
 
 
-# A batch ends once, in a transaction that holds its row, so its event needs no further guard than its id.
+# A batch ends once, in a transaction that locks its row, so its event needs no guard besides its id.
 WRITE_BATCH_DELIVERIES = text("""
 INSERT INTO webhook_deliveries (tenant_id, event_id, type, endpoint_id, url)
 SELECT tenant_id, :batch_id, :type, id, url FROM webhook_endpoints
@@ -293,6 +288,6 @@ ON CONFLICT DO NOTHING
 
 
 def write_batch_deliveries(session: Session, batch_id: UUID, tenant_id: UUID, status: str) -> None:
-    """As `write_deliveries`, of a batch that ends as `status`."""
+    """As `write_deliveries`, for a batch that ends with `status`."""
     parameters = {"batch_id": batch_id, "tenant_id": tenant_id, "type": f"batch.{status}"}
     session.execute(WRITE_BATCH_DELIVERIES, parameters)

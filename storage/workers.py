@@ -1,13 +1,8 @@
-"""GPU workers: which are alive, which are drained, and which models they are to hold.
+"""GPU workers: which are alive, which are drained, and which models they should load.
 
-Which models are to be loaded: what admins ask for, and GPU workers obey. A model without a row is loaded.
-
-Which GPU workers are to take no jobs: an operator's order to one worker, by its name, kept until it is taken back.
-
-It outlives the worker's process: what comes back under the same name drains on, since whoever asked for it did not ask
-for a restart. What is not asked for is no row.
-
-Which GPU workers are alive. Dispatch windows and /health read it; no correctness hangs on it.
+Dispatch windows and /health read which workers are alive; correctness does not depend on it. Admins set which models
+are loaded; a model without a row is. A drain is an operator's order to a worker by name, kept until it is revoked. It
+outlives the worker's process, since a restart must not undo it.
 """
 
 from collections.abc import Sequence
@@ -24,7 +19,7 @@ from storage.tables import ModelState, Worker, WorkerDrain
 
 
 def set_model_loaded(session: Session, model: str, *, is_loaded: bool) -> datetime:
-    """Have the model loaded or unloaded. Returns since when it is so: earlier, where it was asked for before."""
+    """Have the model loaded or unloaded. Returns when that was first requested."""
     statement = insert(ModelState).values(model=model, is_loaded=is_loaded, changed_at=func.statement_timestamp())
     session.execute(
         statement.on_conflict_do_update(
@@ -37,20 +32,20 @@ def set_model_loaded(session: Session, model: str, *, is_loaded: bool) -> dateti
 
 
 def is_model_loaded(session: Session, model: str) -> bool:
-    """Whether it is to be loaded."""
+    """Whether the model should be loaded."""
     return session.scalar(select(ModelState.is_loaded).where(ModelState.model == model)) is not False
 
 
 def unloaded_models(session: Session) -> frozenset[str]:
-    """Those that are not to be loaded."""
+    """The models that should not be loaded."""
     return frozenset(session.scalars(select(ModelState.model).where(~ModelState.is_loaded)))
 
 
-FORGET_DAYS = 30  # an order to a worker that is gone; names are often drawn anew
+FORGET_DAYS = 30  # orders to workers that are gone, since names are often random
 
 
 def drain(session: Session, hostname: str, *, release_after_seconds: float) -> None:
-    """Have the worker take no jobs, and release what still runs after so long. Asking again changes nothing."""
+    """Have the worker accept no jobs, and release what still runs after this time. Repeating it has no effect."""
     statement = insert(WorkerDrain).values(hostname=hostname, release_after_seconds=release_after_seconds)
     session.execute(statement.on_conflict_do_nothing())
     is_old = WorkerDrain.since < func.now() - func.make_interval(0, 0, 0, FORGET_DAYS)
@@ -58,33 +53,33 @@ def drain(session: Session, hostname: str, *, release_after_seconds: float) -> N
 
 
 def resume(session: Session, hostname: str) -> bool:
-    """Have it take jobs again. Returns whether it had been told not to."""
+    """Have it accept jobs again. Returns whether it was drained."""
     gone = session.execute(delete(WorkerDrain).where(WorkerDrain.hostname == hostname).returning(WorkerDrain.hostname))
     return gone.first() is not None
 
 
 def find_drain(session: Session, hostname: str) -> WorkerDrain | None:
-    """The order to this worker."""
+    """The drain order to this worker, if any."""
     found = session.get(WorkerDrain, hostname, populate_existing=True)
     session.expunge_all()
     return found
 
 
 def list_drains(session: Session) -> Sequence[WorkerDrain]:
-    """Every order, oldest first."""
+    """Every drain order, oldest first."""
     drains = session.scalars(select(WorkerDrain).order_by(WorkerDrain.since, WorkerDrain.hostname)).all()
     session.expunge_all()
     return drains
 
 
-LIVE_SECONDS = 15.0  # a worker not seen for so long is taken for gone
+LIVE_SECONDS = 15.0  # a worker that has not reported for this long counts as gone
 
 FORGET_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """What a worker says of itself; `id` is fresh per process incarnation and is also its lease owner."""
+    """What a worker reports about itself; `id` is new for each process and is also the lease owner."""
 
     id: UUID
     hostname: str
@@ -98,15 +93,15 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What admins want of a worker."""
+    """What admins want a worker to do."""
 
-    is_loaded: bool  # its model is to be loaded
-    release_after_seconds: float | None = None  # it is to take no jobs, and to release after that; None: to take them
+    is_loaded: bool  # whether its model should be loaded
+    release_after_seconds: float | None = None  # accept no jobs and release running ones after this; None: accept jobs
 
 
 def heartbeat(session: Session, report: WorkerReport) -> Orders:
-    """Say that the worker lives, and how it does. Every few seconds; workers long silent are dropped on the way.
-    Returns what it is to do."""
+    """Report that the worker is alive, and its state; call every few seconds. Also drops workers that are long silent.
+    Returns its orders."""
     statement = insert(Worker).values(**asdict(report))
     changed = {name: statement.excluded[name] for name in asdict(report) if name != "id"}
     session.execute(
@@ -120,12 +115,12 @@ def heartbeat(session: Session, report: WorkerReport) -> Orders:
 
 
 def forget(session: Session, worker_id: UUID) -> None:
-    """The worker ends in good order."""
+    """Remove a worker that shuts down."""
     session.execute(delete(Worker).where(Worker.id == worker_id))
 
 
 def list_live(session: Session, *, model: str | None = None) -> Sequence[Worker]:
-    """The workers seen within LIVE_SECONDS, whatever they are at, oldest first."""
+    """The workers that reported within LIVE_SECONDS, in any state, oldest first."""
     statement = select(Worker).where(Worker.seen_at > _seconds_ago(LIVE_SECONDS)).order_by(Worker.started_at)
     if model is not None:
         statement = statement.where(Worker.model == model)

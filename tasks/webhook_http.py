@@ -117,7 +117,7 @@ class TargetGuard:
         if url.scheme != "https":
             raise BadWebhookUrl("it begins with http://; give one that begins with https://")
         if url.port not in self._ports:
-            raise BadWebhookUrl(f"the port is {url.port}; allowed are:  {', '.join(map(str, sorted(self._ports)))}")
+            raise BadWebhookUrl(f"the port is {url.port}; allowed are: {', '.join(map(str, sorted(self._ports)))}")
         if is_local_name(url.host):
             raise BadWebhookUrl("the host is a private name; give a public one")
         return url
