@@ -445,6 +445,4 @@ def _finish_reason(reason: FinishReason, parser: OutputParser) -> FinishReasonNa
 
 
 def _logprobs(logprobs: Sequence[TokenLogprob] | None) -> ChatLogprobsView | None:
-    if logprobs is None:
-        return None
-    return {"content": content_logprobs(logprobs), "refusal": None}
+    return None if logprobs is None else {"content": content_logprobs(logprobs), "refusal": None}

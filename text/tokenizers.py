@@ -5,10 +5,10 @@ ByteLevel writes each byte as one printable character (GPT-2's alphabet); ByteFa
 byte that no other token covers (SentencePiece). With all other decoders, tokens are pieces of text.
 
 Control tokens come from the chat template, never from a client's message. A template joins both, and the tokenizer
-cannot tell them apart. So before rendering, a mark (a character, which survives a template's string operations) is put
-wherever a client's text, alone or with its neighbours, could be read as a control token. In the rendered text, marks
-inside a control token's name become cuts that the tokenizer must not read across; the others are dropped. Text that
-cannot form a control token is rendered and tokenized exactly as without marks.
+cannot tell them apart. So before rendering, a mark (a character, which survives string operations) is put wherever a
+client's text, alone or with its neighbours, could be read as a control token. In the rendered text, marks inside a
+control token's name become cuts that the tokenizer must not read across; the others are dropped. Other text is
+tokenized as without marks.
 """
 
 import json
@@ -252,8 +252,8 @@ class ContentMarks:
 
 
 class MarkedContent(str):
-    """A marked string that a template sees without its marks: it tests, slices and compares what the client wrote, but
-    writes it with marks. Operations that lose this type, such as join, keep the marks."""
+    """A marked string that a template tests, slices and compares without its marks, but writes with them. Operations
+    that lose this type, such as join, keep the marks."""
 
     __slots__ = ("_marks",)
     _marks: ContentMarks
@@ -300,8 +300,8 @@ for _name in _METHODS.split():
 
 
 def _pattern_of(words: Sequence[str]) -> str:
-    """A regular expression for the longest of the sorted `words` at each place, in one pass over the text; for no
-    words, one that never matches."""
+    """A regular expression for the longest of the sorted `words` at each place, in one pass; without words it never
+    matches."""
     if not words:
         return "(?!)"
     pairs = zip(words[0], words[-1], strict=False)
