@@ -147,7 +147,7 @@ def test_any_json_is_either_a_request_or_a_client_error(value: dict[str, object]
             b'{"model":"m","prompt":"a","params":{"structured_output":{"json_schema":{"anyOf":[%s{}]}}}}'
             % (b"{}," * 300_000),
             "params.structured_output.json_schema.anyOf",
-            "made of 300006 lists and objects",
+            "has 300006 lists and objects",
         ),
         (
             b'{"model":"m","prompt":"a","params":{"structured_output":{"json_schema":{"enum":[%s1]}}}}'
