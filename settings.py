@@ -88,8 +88,8 @@ class Settings(BaseSettings):
     # The worker
     worker_model: str | None = None  # which model a GPU worker serves; default the first one of models_file
     worker_name: str | None = None  # its Celery node name, unique in the installation; default drawn at start
-    worker_metrics_host: str = "127.0.0.1"  # where a GPU worker serves its /metrics, to whoever comes
-    worker_metrics_port: int = Field(default=0, ge=0, le=65535)  # or the next free one; 0: any, told in its log
+    worker_metrics_host: str = "127.0.0.1"  # where a GPU worker serves its /metrics, without authentication
+    worker_metrics_port: int = Field(default=0, ge=0, le=65535)  # or the next free one; 0: any, written to its log
     lookahead: int | None = Field(default=None, ge=0)  # messages held beyond the free slots; default a quarter of them
     engine_heartbeat_seconds: float = Field(default=10.0, gt=0)  # restarted after three without a sign of life
     engine_load_seconds: float = Field(default=1_800.0, gt=0)  # the longest that a model may take to load

@@ -52,7 +52,7 @@ class LineRequest:
 @dataclass(frozen=True, slots=True)
 class BatchSurface:
     """What batches need from the routes. `read_line(line, url)` raises CeleriacError, `refuse_unfinished(record)`
-    raises the error that a job ended with, and `refusal_of` is an error in the form that a route answers it."""
+    raises the error that a job ended with, and `refusal_of` is an error in the form in which a route answers it."""
 
     read_line: Callable[[bytes, str], LineRequest]
     refuse_unfinished: Callable[[JobRecord], None]

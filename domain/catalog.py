@@ -224,7 +224,7 @@ def _in_words(exc: ValidationError) -> str:
         return f"{name} is missing; a model needs id and path; max_model_len and others may be left out"
     if error["type"] == "extra_forbidden":
         return f"{name} is not a key of a model; remove it, or see docs/models.md for the known keys"
-    return f"{name} is {repr(error['input'])[:100]}, but: {error['msg'][:1].lower()}{error['msg'][1:]}; mend it"
+    return f"{name} is {repr(error['input'])[:100]}, but: {error['msg'][:1].lower()}{error['msg'][1:]}; correct it"
 
 
 def _keeping_what_was_good(new: _Content, old: _Content) -> _Content:

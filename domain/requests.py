@@ -39,7 +39,7 @@ class TokenLogprob(Frozen):
 
 
 class TokenChunk(Frozen):
-    """What one sequence of a job gained since its last chunk.
+    """The new output of one sequence of a job since its last chunk.
 
     `sequence_number` counts the chunks of the whole job from 1 without gaps, over all its sequences and attempts. A
     reset deletes the chunks before it from the log; it takes the next number, and theirs are not reused. `text` may lag
@@ -156,7 +156,7 @@ class SamplingParams(Frozen):
         if self.max_tokens == 0 and self.prompt_logprobs is None:
             raise ValueError("max_tokens is 0, which only scores the prompt; ask for prompt_logprobs, or for a token")
         if self.max_tokens == 0 and self.num_sequences > 1:
-            raise ValueError("max_tokens is 0: so there is no output to choose from; leave out n and best_of")
+            raise ValueError("max_tokens is 0, so there is no output to choose from; leave out n and best_of")
         return self
 
 
@@ -215,7 +215,7 @@ class ResultChoice(Frozen):
 
 
 class GenerationResult(Frozen):
-    """What a finished job holds; partial for cancelled and expired jobs. `usage` counts every candidate's tokens."""
+    """The output of a finished job; partial for cancelled and expired jobs. `usage` counts every candidate's tokens."""
 
     choices: tuple[ResultChoice, ...]
     usage: Usage

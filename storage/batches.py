@@ -88,7 +88,7 @@ def find_again(
 
 
 def get(session: Session, batch_id: UUID, tenant_id: UUID) -> Batch | None:
-    """None: no such batch of this tenant."""
+    """None: the tenant has no such batch."""
     batch = session.scalar(
         select(Batch)
         .where(Batch.id == batch_id, Batch.tenant_id == tenant_id)

@@ -9,11 +9,11 @@ row that has changed meanwhile is left alone. Shared rules:
 - A statement that moves jobs has a CTE `moved(id, tenant_id, queued, running, charge)`, the change it makes to the
   tenant's counters, and ends in COUNTED, which applies it. Locks are taken on job rows first and then on tenant_load in
   the order of tenant_id (accept has no older job row to lock), so that no two statements wait for each other.
-- Fairness charges a job's `cost` at its first claim and corrects it to the tokens it really took when it ends.
-- `statement_timestamp()`, not `now()`: a lease must not be shorter for a transaction that was open a while.
-- The planner must not come to compare each of n ids with each of m rows, which it does where stale statistics say that
-  there are next to none: unnest() is MATERIALIZED, locked rows are found by id alone and carry along (RETURNING) what
-  the next step needs, and where a status must be named beside a join it is spelt so that no partial index offers
+- Fairness charges a job's `cost` at its first claim and corrects it to the tokens really used when it ends.
+- `statement_timestamp()`, not `now()`: a lease must not be shorter because a transaction was open for a while.
+- The planner must not compare each of n ids with each of m rows, which it does if stale statistics say that
+  there are next to none: unnest() is MATERIALIZED, locked rows are found only by id and carry along (RETURNING) what
+  the next step needs, and a status that must be named next to a join is spelled so that no partial index offers
   itself (RUNNING).
 
 Jobs, chunks and endings as the statements of `storage/job_statements.py` take them: one array per column.

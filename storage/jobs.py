@@ -79,7 +79,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Finalisation:
-    """The end of one attempt. `last_sequence_number` is the last chunk committed: the second fence beside `attempt`."""
+    """The end of one attempt. `last_sequence_number` is the last chunk committed: a second fence besides `attempt`."""
 
     job_id: UUID
     attempt: int

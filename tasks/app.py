@@ -104,7 +104,7 @@ class NoResults(DisabledBackend):
     warning for every job that is cancelled."""
 
     def get_state(self, task_id: str) -> str:
-        return str(states.STARTED)  # of which Celery leaves the end to whoever runs the task
+        return str(states.STARTED)  # Celery leaves the end of this state to the code that runs the task
 
 
 class BrokerInStats(bootsteps.StartStopStep):

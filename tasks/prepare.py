@@ -114,12 +114,12 @@ def _resolve_max_tokens(request: GenerationRequest, view: ModelView, num_prompt_
         raise InvalidRequest(f"{source} has no tokens; send some text", param=source)
     if room < (0 if asked == 0 else 1):
         raise ContextLengthExceeded(
-            f"{source} comes to {num_prompt_tokens} tokens but {holds}; shorten it by at least {1 - room} tokens",
+            f"{source} has {num_prompt_tokens} tokens but {holds}; shorten it by at least {1 - room} tokens",
             param=source,
         )
     if asked is not None and asked > room:
         raise ContextLengthExceeded(
-            f"{source} comes to {num_prompt_tokens} tokens and max_tokens is {asked}, but {holds}; "
+            f"{source} has {num_prompt_tokens} tokens and max_tokens is {asked}, but {holds}; "
             f"lower max_tokens to {room} or shorten the prompt",
             param="params.max_tokens",
         )
@@ -150,7 +150,8 @@ def _refuse_too_many_logprobs(params: SamplingParams, num_prompt_tokens: int) ->
     num_logprobs = num_prompt_tokens * (1 + params.prompt_logprobs)
     if num_logprobs > MAX_PROMPT_LOGPROBS:
         raise InvalidRequest(
-            f"params.prompt_logprobs comes to {num_logprobs} logprobs for {num_prompt_tokens} prompt tokens, more than "
+            f"params.prompt_logprobs amounts to {num_logprobs} logprobs for {num_prompt_tokens} prompt tokens, more "
+            f"than "
             f"{MAX_PROMPT_LOGPROBS}; ask for fewer alternatives, or shorten the prompt",
             param="params.prompt_logprobs",
         )
@@ -173,7 +174,7 @@ def _refuse_unknown_tokens(params: SamplingParams, view: ModelView) -> None:
 
 
 def refuse_unembeddable(request: EmbeddingRequest, view: ModelView) -> None:
-    """What can be told before anything is tokenized."""
+    """Refuse what can be recognised before tokenizing."""
     if not view.spec.can_embed:
         raise UnsupportedParameter(
             f"{view.spec.id} cannot make embeddings: its back end {view.spec.backend!r} does not expose hidden "
@@ -188,7 +189,7 @@ def refuse_unembeddable(request: EmbeddingRequest, view: ModelView) -> None:
     num_numbers = len(request.inputs) * (request.dimensions or width)
     if num_numbers > MAX_NUMBERS:
         raise InvalidRequest(
-            f"inputs come to {num_numbers} numbers, more than {MAX_NUMBERS} in one job; send fewer",
+            f"the vectors of inputs have {num_numbers} numbers, more than {MAX_NUMBERS} in one job; send fewer",
             param="inputs",
         )
 
@@ -206,12 +207,12 @@ def _check_lengths(lengths: Sequence[int], view: ModelView) -> None:
             raise InvalidRequest(f"inputs.{place} has no tokens; send some text", param=f"inputs.{place}")
         if length > view.max_model_len:
             raise ContextLengthExceeded(
-                f"inputs.{place} comes to {length} tokens but {view.spec.id} holds {view.max_model_len}; shorten it",
+                f"inputs.{place} has {length} tokens but {view.spec.id} holds {view.max_model_len}; shorten it",
                 param=f"inputs.{place}",
             )
     if sum(lengths) > MAX_INPUT_TOKENS:
         raise InvalidRequest(
-            f"inputs come to {sum(lengths)} tokens, more than {MAX_INPUT_TOKENS} in one job; send fewer", param="inputs"
+            f"inputs have {sum(lengths)} tokens, more than {MAX_INPUT_TOKENS} in one job; send fewer", param="inputs"
         )
 
 

@@ -1,18 +1,12 @@
-"""POSTs to webhook receivers: never into our own network, bounded in time and bytes.
+"""POSTs to webhook receivers: never into our own network (SSRF), bounded in time and bytes.
 
-The guard against webhooks into our own network (SSRF): which URLs are allowed, and a connection that goes only where
-the guard looked.
+A name is resolved once, every address in the answer must be public, and the connection goes to one of these very
+addresses, so a name that changes its answer in between (DNS rebinding) gains nothing. Proxies and redirects are not
+followed.
 
-A name is resolved once, every address of the answer must be public, and the connection is made to one of these very
-addresses, so a name that changes its answer in between (DNS rebinding) gains nothing. Proxies and redirects are unknown
-here.
-
-HTTP connections kept per origin.
-
-httpcore's own pool looks at all of its connections several times per request, with a system call each: with many
-receivers that costs far more than the request. Here a request looks at the oldest one and at those of its own origin.
-
-One POST to a webhook's receiver: bounded in time and bytes, over guarded connections, its outcome a value.
+httpcore's own pool checks all of its connections several times per request, with a system call each; with many
+receivers that costs far more than the request. Here a request only checks the oldest one and those of its own
+origin.
 """
 
 import asyncio
@@ -35,7 +29,7 @@ CONNECT_SECONDS = 3.0
 
 MAX_ADDRESSES_TRIED = 2
 
-MAX_LOOKUPS = 256  # of one process at a time; those that nobody waits for any more count, too
+MAX_LOOKUPS = 256  # at a time per process, including abandoned ones
 
 SocketOptions = Iterable[httpcore.SOCKET_OPTION]
 
@@ -43,7 +37,8 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
 class TargetRefused(Exception):
-    """The name leads to an address that no webhook may reach. Says nothing of the address: it may be ours."""
+    """The name leads to an address that webhooks may not reach. The message does not name the address, which may be
+    internal."""
 
 
 class TargetUnknown(Exception):
@@ -71,7 +66,7 @@ class LookupThreads:
         return await asyncio.wrap_future(self._begin(host, port))
 
     def _begin(self, host: str, port: int) -> "Future[list[str]]":
-        """Whoever asks for a name that is being looked up waits for the same answer."""
+        """Resolve a name; concurrent callers for the same name share one lookup."""
         with self._lock:
             lookup = self._lookups.get((host, port))
             if lookup is not None:
@@ -79,7 +74,7 @@ class LookupThreads:
             if len(self._lookups) >= self._max_lookups:
                 raise OSError(f"{self._max_lookups} names are being looked up already")
             lookup = self._lookups[host, port] = Future()
-            lookup.set_running_or_notify_cancel()  # who gives up must not take the answer from the others
+            lookup.set_running_or_notify_cancel()  # a caller that gives up must not cancel the lookup for the others
             Thread(target=self._run, args=(host, port, lookup), name="webhook-lookup", daemon=True).start()
             return lookup
 
@@ -88,7 +83,7 @@ class LookupThreads:
         error: Exception | None = None
         try:
             addresses = self._look_up(host, port)
-        except Exception as exc:  # to whoever asked
+        except Exception as exc:  # passed on to the callers
             error = exc
         with self._lock:
             del self._lookups[host, port]
@@ -102,7 +97,7 @@ LOOKUPS = LookupThreads()
 
 
 class TargetGuard:
-    """What the settings allow. With `webhook_private_targets`: http, any port and any address, too."""
+    """Checks what the settings allow. With `webhook_private_targets`: also http, any port and any address."""
 
     def __init__(self, settings: Settings, resolve: Resolve = LOOKUPS.resolve) -> None:
         self._allows_private = settings.webhook_private_targets
@@ -110,7 +105,7 @@ class TargetGuard:
         self._resolve = resolve
 
     def parse(self, text: str) -> WebhookUrl:
-        """Everything that can be known without asking a resolver. Raises BadWebhookUrl."""
+        """Parse and check a URL without asking a resolver. Raises BadWebhookUrl."""
         url = parse_webhook_url(text)
         if self._allows_private:
             return url
@@ -123,8 +118,8 @@ class TargetGuard:
         return url
 
     async def check(self, text: str) -> WebhookUrl:
-        """As `parse`, and where its name leads now. A resolver that does not answer refuses nothing: every delivery
-        asks again. Raises BadWebhookUrl."""
+        """As `parse`, and checks where its name leads now. If the resolver does not answer nothing is refused, since
+        every delivery checks again. Raises BadWebhookUrl."""
         url = self.parse(text)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
@@ -209,8 +204,8 @@ Origin = tuple[str, str, int]  # scheme, host, port
 
 
 class Connections:
-    """For one event loop. At most `max_open` are open, in use or idle: a new one closes the one that has been idle
-    longest, and waits while all are in use."""
+    """Connections kept per origin. Bound to one event loop. At most `max_open` are open, in use or idle: a new one
+    replaces the one idle longest, or waits while all are in use."""
 
     def __init__(self, network: httpcore.AsyncNetworkBackend, max_open: int) -> None:
         self._network = network
@@ -322,7 +317,8 @@ class WebhookResponse:
 
 
 class WebhookClient:
-    """For one event loop. Keeps connections for a few seconds, each to an address that was checked when it was made."""
+    """Posts webhooks. Bound to one event loop. Keeps connections for a few seconds, each to an address that was checked
+    when it was opened."""
 
     def __init__(self, guard: TargetGuard, network: httpcore.AsyncNetworkBackend | None = None) -> None:
         self._connections = Connections(GuardedNetwork(guard, network), MAX_CONNECTIONS)

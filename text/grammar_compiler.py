@@ -197,7 +197,7 @@ class GrammarCompiler:
         tenant_id, asked = self._waiting.popitem(last=False)
         key, question = asked.popitem(last=False)
         if asked:
-            self._waiting[tenant_id] = asked  # behind the others
+            self._waiting[tenant_id] = asked  # after the others
         return key, question
 
     async def _start_process(self) -> asyncio.subprocess.Process:

@@ -139,7 +139,7 @@ class TokenTable:
 
 
 def as_text(token: bytes) -> str:
-    """A token as the OpenAI API writes it: bytes that are no character by themselves as `\\xNN`."""
+    """A token as the OpenAI API writes it: bytes that are not a character as `\\xNN`."""
     return token.decode(errors="backslashreplace")
 
 
@@ -321,8 +321,6 @@ _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad
 
 
 class Encoder(Protocol):
-    """Text to token ids, and back."""
-
     vocab_size: int
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...

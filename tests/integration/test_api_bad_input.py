@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | str | bytes, int, str, str | None, str
         400,
         "context_length_exceeded",
         "prompt",
-        "comes to 64 tokens but fake holds 64 tokens, prompt and output together; shorten it by at least 1",
+        "has 64 tokens but fake holds 64 tokens, prompt and output together; shorten it by at least 1",
     ),
     "messages beyond the context": (
         {"model": MODEL, "messages": [{"role": "user", "content": "x" * 100}]},
