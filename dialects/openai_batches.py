@@ -49,16 +49,6 @@ class LineRequest:
     answer: Callable[[JobRecord], Mapping[str, object]]
 
 
-@dataclass(frozen=True, slots=True)
-class BatchSurface:
-    """What batches need from the routes. `read_line(line, url)` raises CeleriacError, `refuse_unfinished(record)`
-    raises the error that a job ended with, and `refusal_of` is an error in the form in which a route answers it."""
-
-    read_line: Callable[[bytes, str], LineRequest]
-    refuse_unfinished: Callable[[JobRecord], None]
-    refusal_of: Callable[[CeleriacError], LineRefusal]
-
-
 Body = TypeVar("Body", bound=GenerationBody | EmbeddingBody)
 
 Request = TypeVar("Request", bound=JobRequest)
@@ -150,10 +140,6 @@ class Line(OpenAIModel):
     body: dict[str, Any]
 
 
-def batch_surface(views: ModelViews) -> BatchSurface:
-    return BatchSurface(lambda content, url: read_line(content, url, views), refuse_unfinished, refusal_of)
-
-
 def read_line(content: bytes, url: str, views: ModelViews) -> LineRequest:
     """Parse a line. Raises CeleriacError whose `param` is a field of the line."""
     _refuse_odd_line(content)
@@ -228,5 +214,6 @@ def _metadata_of(body: GenerationBody | EmbeddingBody) -> Mapping[str, str]:
 
 
 def refusal_of(exc: CeleriacError) -> LineRefusal:
+    """The error as a route would answer it."""
     http = HTTP_BY_CODE[exc.code]
     return LineRefusal(status_code=http.status, type=http.type, code=exc.code, message=exc.message, param=exc.param)

@@ -9,7 +9,8 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from dialects.openai_batches import BatchSurface, LineRequest
+from dialects import openai_batches
+from dialects.openai_batches import LineRequest
 from domain.errors import CeleriacError, InvalidRequest
 from domain.ids import external_id
 from domain.jobs import (
@@ -53,10 +54,9 @@ class ReadLines:
 class BatchValidation:
     """Its progress is stored only in the batch's row."""
 
-    def __init__(self, sessions: sessionmaker[Session], views: ModelViews, surface: BatchSurface) -> None:
+    def __init__(self, sessions: sessionmaker[Session], views: ModelViews) -> None:
         self._sessions = sessions
         self._views = views
-        self._surface = surface
 
     def step(self, batch: Batch) -> bool:
         """Read the next lines; after the last one the batch starts or fails. True: the next step need not wait."""
@@ -123,7 +123,7 @@ class BatchValidation:
         """Raises CeleriacError."""
         if found.content is None:
             raise InvalidRequest(f"the line is longer than {MAX_LINE_BYTES} bytes; shorten it")
-        request = self._surface.read_line(found.content, batch.endpoint)
+        request = openai_batches.read_line(found.content, batch.endpoint, self._views)
         view = self._views.get(request.request.model)
         _refuse_unfit(request, view)
         model = view.spec.id

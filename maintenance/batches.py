@@ -20,7 +20,8 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from dialects.openai_batches import BatchSurface, LineRequest
+from dialects import openai_batches
+from dialects.openai_batches import LineRequest, refusal_of
 from domain.errors import CeleriacError, Overloaded
 from domain.ids import external_id
 from domain.jobs import BATCH_PRIORITY, BatchError, BatchStatus, LineOutcome, LineRefusal
@@ -55,7 +56,6 @@ class BatchWork:
         sessions: sessionmaker[Session],
         views: ModelViews,
         settings: Settings,
-        surface: BatchSurface,
         *,
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
@@ -63,9 +63,8 @@ class BatchWork:
         self._sessions = sessions
         self._views = views
         self._settings = settings
-        self._surface = surface
         self._on_turn = on_turn
-        self._validation = BatchValidation(sessions, views, surface)
+        self._validation = BatchValidation(sessions, views)
         self._preparer = RequestPreparer(views)
         self._loop = asyncio.new_event_loop()  # the preparer's; it runs only within a step
         self._failed_ids: set[UUID] = set()  # batches that are skipped until the next tick
@@ -204,7 +203,7 @@ class BatchWork:
             except Overloaded:
                 break
             except CeleriacError as exc:
-                refusals[line.line] = self._surface.refusal_of(exc)
+                refusals[line.line] = refusal_of(exc)
             if monotonic() > until:
                 break  # the others come with the next step
         # Jobs of one wave are equally old, so their ids decide the order.
@@ -254,7 +253,7 @@ class BatchWork:
         try:
             raise_refusal(answer, JobOptions())
         except CeleriacError as exc:
-            return self._surface.refusal_of(exc)
+            return refusal_of(exc)
         raise AssertionError(f"{answer.outcome} is not a refusal")
 
     def _num_wanted(self, session: Session, batch: Batch) -> int:
@@ -268,7 +267,7 @@ class BatchWork:
     def _job_of(self, batch: Batch, line: BatchLine, content: bytes) -> NewJob:
         """The job of a line. Raises CeleriacError, also for unexpected errors, so that only this line fails."""
         try:
-            asked = self._surface.read_line(content, batch.endpoint)
+            asked = openai_batches.read_line(content, batch.endpoint, self._views)
             try:
                 prepared = self._loop.run_until_complete(self._preparer.prepare(asked.request, batch.tenant_id))
             except CeleriacError as exc:
@@ -315,7 +314,7 @@ class BatchWork:
         cached_tokens = 0
         for line in lines:
             is_completed = line.ended.line.outcome is LineOutcome.COMPLETED
-            (output if is_completed else errors).append(write_line(batch, line, self._surface))
+            (output if is_completed else errors).append(write_line(batch, line, self._views))
             record = line.ended.record
             if is_completed and record is not None and record.result is not None:
                 cached_tokens += record.result.usage.cached_tokens

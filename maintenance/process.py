@@ -28,7 +28,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from api.server import BoundedHttp, open_socket
-from dialects.openai_batches import batch_surface
 from domain.catalog import Catalog
 from domain.jobs import AttemptOutcome
 from maintenance.batches import BatchWork
@@ -97,9 +96,7 @@ class Maintenance:
         janitor = Janitor(
             session_factory(sync_database), _redis_client(settings), catalog, settings, on_tick=self.janitor.tick
         )
-        batches = BatchWork(
-            session_factory(sync_database), views, settings, batch_surface(views), on_turn=self.batches.tick
-        )
+        batches = BatchWork(session_factory(sync_database), views, settings, on_turn=self.batches.tick)
         work = [
             asyncio.create_task(self._keep_ticking(self.janitor.name, janitor.tick)),
             asyncio.create_task(self._keep_ticking(self.batches.name, batches.tick, at_the_end=batches.close)),

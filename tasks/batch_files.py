@@ -9,7 +9,8 @@ from uuid import UUID, uuid5
 import orjson
 from sqlalchemy.orm import Session
 
-from dialects.openai_batches import BatchSurface
+from dialects.errors import refuse_unfinished
+from dialects.openai_batches import read_line, refusal_of
 from domain.errors import CeleriacError
 from domain.ids import external_id
 from domain.jobs import MAX_LINE_BYTES, LineOutcome, LineRefusal
@@ -17,6 +18,7 @@ from domain.requests import GenerationRequest, JobRequest
 from storage import batches, files
 from storage.batches import EndedLine
 from storage.files import Batch
+from text.models import ModelViews
 
 LINES_PER_READ = 50
 BYTES_PER_READ = 4_194_304  # bytes of results; logprobs and vectors can take megabytes
@@ -86,10 +88,10 @@ class AnsweredLine:
     asked: bytes | None
 
 
-def write_line(batch: Batch, line: AnsweredLine, surface: BatchSurface) -> bytes:
+def write_line(batch: Batch, line: AnsweredLine, views: ModelViews) -> bytes:
     """A line of the output or error file. Slow, and needs no session: do not hold a transaction open meanwhile."""
     ended = line.ended
-    response, error = _response(batch, ended, line.asked, surface), None
+    response, error = _response(batch, ended, line.asked, views), None
     if response is None:
         outcome = LineOutcome(ended.line.outcome or LineOutcome.CANCELLED)
         code, message = ENDED_BADLY.get(outcome, ("job_deleted", "its job was deleted before it was read"))
@@ -107,7 +109,7 @@ def write_line(batch: Batch, line: AnsweredLine, surface: BatchSurface) -> bytes
     return content + b"\n"
 
 
-def _response(batch: Batch, ended: EndedLine, asked: bytes | None, surface: BatchSurface) -> dict[str, object] | None:
+def _response(batch: Batch, ended: EndedLine, asked: bytes | None, views: ModelViews) -> dict[str, object] | None:
     """None: there was no answer."""
     if ended.line.refusal is not None:
         return _refused(ended.line.refusal, external_id(line_id(batch.id, ended.line.line), "batch_req"))
@@ -115,11 +117,11 @@ def _response(batch: Batch, ended: EndedLine, asked: bytes | None, surface: Batc
         return None
     request_id = external_id(ended.record.job.id)
     try:
-        body = surface.read_line(asked, batch.endpoint).answer(ended.record) if asked is not None else None
+        body = read_line(asked, batch.endpoint, views).answer(ended.record) if asked is not None else None
         if body is None:
-            surface.refuse_unfinished(ended.record)
+            refuse_unfinished(ended.record)
     except CeleriacError as exc:
-        return _refused(surface.refusal_of(exc), request_id)
+        return _refused(refusal_of(exc), request_id)
     return {"status_code": 200, "request_id": request_id, "body": body}
 
 

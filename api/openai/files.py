@@ -21,7 +21,6 @@ from api.errors import RequestTimeout, UnsupportedMediaType, json_response
 from api.inputs import PageQuery, list_page, listing, read_query
 from api.openapi import BYTES
 from api.services import Services, caller_of, private_router
-from dialects.openai_batches import BatchSurface, batch_surface
 from dialects.openai_views import DeletedView, PageView, View
 from domain.errors import CeleriacError, FileNotFound, InvalidRequest, RequestTooLarge, UnsupportedParameter
 from domain.ids import external_id, parse_id_of_other
@@ -29,6 +28,7 @@ from domain.jobs import PIECE_BYTES, FileStatus
 from storage import batches, files
 from storage.files import Batch, File
 from tasks.batch_files import AnsweredLine, read_ended, write_line
+from text.models import ModelViews
 
 FORM_BYTES = 65_536  # what a form may have around its file
 
@@ -334,16 +334,15 @@ async def _content(services: Services, file_id: UUID) -> AsyncIterator[bytes]:
 
 
 async def _live_content(services: Services, batch: Batch, *, is_output: bool) -> AsyncIterator[bytes]:
-    surface = batch_surface(services.views)
     after: int | None = 0
     while after is not None:
         lines = await services.read(read_ended, batch, after=after, is_completed=is_output)
         after = lines[-1].ended.line.line if lines else None
-        yield await asyncio.to_thread(_written, batch, lines, surface)
+        yield await asyncio.to_thread(_written, batch, lines, services.views)
 
 
-def _written(batch: Batch, lines: list[AnsweredLine], surface: BatchSurface) -> bytes:
-    return b"".join(write_line(batch, line, surface) for line in lines)
+def _written(batch: Batch, lines: list[AnsweredLine], views: ModelViews) -> bytes:
+    return b"".join(write_line(batch, line, views) for line in lines)
 
 
 async def find_file(services: Services, tenant_id: UUID, file_id: str) -> File:

@@ -13,7 +13,6 @@ from openai.types import Batch as SdkBatch
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from dialects.openai_batches import batch_surface
 from domain.catalog import Catalog, ModelSpec
 from domain.ids import parse_id_of_other
 from domain.jobs import BATCH_PRIORITY
@@ -49,7 +48,7 @@ def rig_work(embedding: Served) -> Iterator[BatchWork]:
     """Maintenance of `embedding`, to be stepped by hand."""
     rig = embedding.rig
     views = ModelViews(Catalog.load(rig.settings.models_file))
-    work = BatchWork(rig.sessions, views, rig.settings, batch_surface(views))
+    work = BatchWork(rig.sessions, views, rig.settings)
     yield work
     work.close()
 
@@ -160,7 +159,7 @@ def test_a_model_that_makes_only_vectors_is_refused_for_text_when_the_file_is_re
 ) -> None:
     spec = ModelSpec(id="vectors", path="fake", backend="fake", task="embedding", max_model_len=64)
     views = ModelViews(Catalog([spec]))
-    work = BatchWork(session_factory, views, api_settings, batch_surface(views))
+    work = BatchWork(session_factory, views, api_settings)
     chat = {"model": "vectors", "messages": [{"role": "user", "content": "Hi"}]}
     batch = create(client, line(1, url="/v1/chat/completions") | {"body": chat})
     work.tick()

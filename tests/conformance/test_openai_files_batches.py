@@ -19,7 +19,6 @@ from openai.types.responses import Response
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from dialects.openai_batches import batch_surface
 from domain.ids import external_id, parse_id_of_other
 from maintenance.batches import BatchWork
 from settings import Settings
@@ -46,7 +45,7 @@ def api_settings(database_url: str, redis_url: str, settings_changes: dict[str, 
 @pytest.fixture
 def work(session_factory: sessionmaker[Session], api_settings: Settings) -> Iterator[BatchWork]:
     views = ModelViews(CATALOG)
-    work = BatchWork(session_factory, views, api_settings, batch_surface(views))
+    work = BatchWork(session_factory, views, api_settings)
     yield work
     work.close()
 
@@ -88,7 +87,7 @@ def test_a_look_at_batches_without_a_database_is_put_off(
 ) -> None:
     views = ModelViews(CATALOG)
     sessions = database.session_factory(database.open_database("postgresql://nobody@127.0.0.1:1/none"))
-    work = BatchWork(sessions, views, api_settings, batch_surface(views))
+    work = BatchWork(sessions, views, api_settings)
     work.tick()
     work.close()
     assert "batches wait for the database" in caplog.text

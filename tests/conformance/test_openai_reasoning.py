@@ -15,7 +15,6 @@ from openai.types.chat import ChatCompletion
 from openai.types.responses import Response, ResponseStreamEvent
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from dialects.openai_batches import batch_surface
 from domain.catalog import Catalog
 from domain.ids import parse_id
 from domain.jobs import BATCH_PRIORITY
@@ -112,7 +111,7 @@ def reasoning_of(answer: Any) -> int:
 def run_batch(thinking: Served, body: dict[str, Any]) -> ChatCompletion:
     """The answer to a batch of one line."""
     settings, views = thinking.rig.settings, ModelViews(Catalog.load(thinking.rig.settings.models_file))
-    work = BatchWork(thinking.rig.sessions, views, settings, batch_surface(views))
+    work = BatchWork(thinking.rig.sessions, views, settings)
     line = {"custom_id": "a", "method": "POST", "url": CHAT, "body": body}
     file = thinking.client.files.create(file=("in.jsonl", io.BytesIO(json.dumps(line).encode())), purpose="batch")
     batch = thinking.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
-from dialects.openai_batches import batch_surface
 from domain.catalog import Catalog, ModelSpec
 from domain.ids import external_id
 from domain.jobs import JobStatus
@@ -99,7 +98,7 @@ def call_tools(worker: HandWorker) -> None:
 def running_batches(rig: Rig, runner: RecordingRunner, settings: Settings, catalog: Catalog) -> Iterator[None]:
     """What maintenance and the dispatcher do: lines become jobs, and jobs are offered to the worker."""
     views = ModelViews(catalog)
-    work = BatchWork(rig.sessions, views, settings, batch_surface(views))
+    work = BatchWork(rig.sessions, views, settings)
 
     def step() -> None:
         work.tick()

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from dialects.openai_batches import LineRequest, batch_surface
+from dialects import openai_batches
+from dialects.openai_batches import LineRequest
 from domain.jobs import PIECE_BYTES, BatchStatus, LineOutcome
 from maintenance.batches import BatchWork
 from metrics import jobs_submitted_total
@@ -25,7 +26,7 @@ from tests.integration.api_harness import CATALOG
 from text.models import ModelViews
 
 CHAT = "/v1/chat/completions"
-ReadLine = Callable[[bytes, str], LineRequest]
+ReadLine = Callable[[bytes, str, ModelViews], LineRequest]
 
 
 def line(number: int, **body: Any) -> bytes:
@@ -40,6 +41,7 @@ class Bench:
 
     sessions: sessionmaker[Session]
     settings: Settings
+    monkeypatch: pytest.MonkeyPatch
     works: list[BatchWork] = field(default_factory=list)
 
     def make_batch(self, content: bytes, tenant_id: UUID = DEFAULT_TENANT_ID) -> UUID:
@@ -62,10 +64,9 @@ class Bench:
         return batch.id
 
     def work(self, wrap: Callable[[ReadLine], ReadLine] = lambda read_line: read_line) -> BatchWork:
-        """`wrap` changes how lines are read."""
-        views = ModelViews(CATALOG)
-        surface = batch_surface(views)
-        work = BatchWork(self.sessions, views, self.settings, replace(surface, read_line=wrap(surface.read_line)))
+        """`wrap` changes how lines are read, by all works from now on."""
+        self.monkeypatch.setattr(openai_batches, "read_line", wrap(openai_batches.read_line))
+        work = BatchWork(self.sessions, ModelViews(CATALOG), self.settings)
         self.works.append(work)
         return work
 
@@ -90,8 +91,10 @@ class Bench:
 
 
 @pytest.fixture
-def bench(session_factory: sessionmaker[Session], database_url: str) -> Iterator[Bench]:
-    bench = Bench(session_factory, Settings(database_url=database_url))
+def bench(
+    session_factory: sessionmaker[Session], database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Bench]:
+    bench = Bench(session_factory, Settings(database_url=database_url), monkeypatch)
     yield bench
     for work in bench.works:
         work.close()
@@ -108,9 +111,9 @@ def test_no_transaction_is_open_while_lines_are_read_and_prepared(bench: Bench) 
     found: list[int] = []
 
     def watched(read_line: ReadLine) -> ReadLine:
-        def read(content: bytes, url: str) -> LineRequest:
+        def read(content: bytes, url: str, views: ModelViews) -> LineRequest:
             found.append(bench.num_idle_transactions())
-            return read_line(content, url)
+            return read_line(content, url, views)
 
         return read
 
@@ -126,14 +129,14 @@ def test_a_batch_is_cancelled_at_once_while_its_lines_are_prepared(bench: Bench,
     num_read = 0
 
     def cancelling(read_line: ReadLine) -> ReadLine:
-        def read(content: bytes, url: str) -> LineRequest:
+        def read(content: bytes, url: str, views: ModelViews) -> LineRequest:
             nonlocal num_read
             num_read += 1
             if num_read == reading:
                 with bench.sessions.begin() as session:
                     session.execute(text("SET LOCAL lock_timeout = '1s'"))
                     batches.cancel(session, batch_id, DEFAULT_TENANT_ID)
-            return read_line(content, url)
+            return read_line(content, url, views)
 
         return read
 
@@ -150,12 +153,12 @@ def test_a_step_that_another_process_has_taken_meanwhile_is_not_taken_twice(benc
     num_read = 0
 
     def overtaken(read_line: ReadLine) -> ReadLine:
-        def read(content: bytes, url: str) -> LineRequest:
+        def read(content: bytes, url: str, views: ModelViews) -> LineRequest:
             nonlocal num_read
             num_read += 1
             if num_read == reading:
                 assert bench.work().step(batch_id)
-            return read_line(content, url)
+            return read_line(content, url, views)
 
         return read
 
@@ -182,12 +185,12 @@ def test_whatever_a_line_does_to_its_parser_is_that_lines_error(
     num_read = 0
 
     def failing(read_line: ReadLine) -> ReadLine:
-        def read(content: bytes, url: str) -> LineRequest:
+        def read(content: bytes, url: str, views: ModelViews) -> LineRequest:
             nonlocal num_read
             num_read += 1
             if b"Number 2" in content and (num_read > 3) == is_read:
                 raise kind("it is too much")
-            return read_line(content, url)
+            return read_line(content, url, views)
 
         return read
 
@@ -293,12 +296,12 @@ def test_a_neighbours_long_files_do_not_hold_up_a_line(bench: Bench, make_tenant
     num_slow = 0
 
     def slow(read_line: ReadLine) -> ReadLine:
-        def read(content: bytes, url: str) -> LineRequest:
+        def read(content: bytes, url: str, views: ModelViews) -> LineRequest:
             nonlocal num_slow
             if b"slow" in content:
                 num_slow += 1
                 time.sleep(0.05)
-            return read_line(content, url)
+            return read_line(content, url, views)
 
         return read
 
@@ -314,10 +317,10 @@ def test_a_neighbours_long_files_do_not_hold_up_a_line(bench: Bench, make_tenant
 
 def test_the_batches_of_a_tenant_take_turns_too(bench: Bench) -> None:
     def slow(read_line: ReadLine) -> ReadLine:
-        def read(content: bytes, url: str) -> LineRequest:
+        def read(content: bytes, url: str, views: ModelViews) -> LineRequest:
             if b"slow" in content:
                 time.sleep(0.05)
-            return read_line(content, url)
+            return read_line(content, url, views)
 
         return read
 
