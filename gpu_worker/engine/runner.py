@@ -77,7 +77,7 @@ def results_of(rows: Rows[ScheduledRow], scores: Rows[tuple[Drawn, ...]], logits
 
 
 #: The names under which models of transformers take and return what they remember of a sequence.
-STATE_NAMES = ("past_key_values", "cache_params", "state")
+STATE_NAMES = ("cache", "state")
 
 
 @dataclass(frozen=True, slots=True)
