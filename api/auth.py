@@ -28,7 +28,7 @@ class Authenticator:
     """Resolves the Authorization header. Remembers answers, refusals too, by the hash of the key."""
 
     def __init__(self, sessions: async_sessionmaker[AsyncSession], *, is_open: bool) -> None:
-        """`is_open`: no key is asked for, everything belongs to the default tenant, and everybody is an admin."""
+        """`is_open`: no key is required; every request belongs to the default tenant and is an admin's."""
         self._sessions = sessions
         self._is_open = is_open
         self._remembered: dict[bytes, tuple[Identity | None, float]] = {}
@@ -55,8 +55,8 @@ class Authenticator:
         return identity
 
     async def wait_until_revoked(self, authorization: str | None) -> None:
-        """Returns once the key of an identified request is revoked or expired; where no key is asked for, never. A
-        database that does not answer revokes nothing."""
+        """Returns once the key of an identified request is revoked or expired; never if no key is required. A database
+        that does not answer revokes nothing."""
         if self._is_open:
             await asyncio.Event().wait()
         key = _bearer_key(authorization)

@@ -50,8 +50,8 @@ EXPOSED_HEADERS = (
 
 
 class DoorWithoutKeys:
-    """Refuses foreign hosts and foreign pages with 403, whatever they ask for. Only where no key is asked for: a page
-    cannot send a key that it does not know."""
+    """Refuses foreign hosts and foreign pages with 403. Only used if no key is required, since a page cannot send a key
+    that it does not know."""
 
     def __init__(self, app: ASGIApp, door: Door) -> None:
         self.app = app

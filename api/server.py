@@ -1,12 +1,9 @@
-"""The process around the application: its socket, its event loop, its bounds on a request's head, its end.
+"""The process around the application: its socket, its event loop, limits on a request's head, and how it ends.
 
-What uvicorn leaves open around a request: bounds on its head, its unread rest, and clients of HTTP/1.0.
-
-One client could fill our memory with a header that never ends. And one that is answered while it still sends would read
-a reset of its connection instead of the answer, if that were closed at once (RFC 9112, 9.6): what it sends is read and
-dropped first, within bounds.
-
-The process around the application: its socket, its event loop, and how it ends.
+Adds what uvicorn lacks: limits on the request head, reading of unread bodies, and clients of HTTP/1.0. A header that
+never ends could fill our memory. A client that is answered while it still sends would see a connection reset instead
+of the answer if the connection were closed at once (RFC 9112, 9.6), so the rest is first read and dropped, within
+limits.
 """
 
 import asyncio
@@ -141,7 +138,7 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.write_eof()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "these bytes are no HTTP request")
+        self._refuse(400, "this is not an HTTP request")
 
     def _start_head(self) -> None:
         self._stop_head_timer()

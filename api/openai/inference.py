@@ -8,7 +8,7 @@ POST /v1/embeddings: texts or token ids in, vectors out, as numbers or in base64
 
 Chat completions that were asked for with store=true: listed, read, labelled and deleted while their jobs are kept.
 
-What is not completed is no completion yet, so it is not found here; `/v1/jobs` has it.
+An unfinished job is not a completion yet, so it is not found here; `/v1/jobs` has it.
 """
 
 from collections.abc import Sequence
