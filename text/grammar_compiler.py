@@ -59,7 +59,7 @@ _EXCESS_BY_RETURN_CODE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GrammarVerdict:
     """`reason` is None if the grammar can be followed; `place` is the field of the structured output at fault."""
 
     reason: str | None
@@ -71,7 +71,7 @@ class Question:
     """The future's result, never its exception, holds the answer: nobody may be waiting for it any more."""
 
     output: dict[str, Any]
-    answer: "asyncio.Future[Verdict | CeleriacError]" = field(
+    answer: "asyncio.Future[GrammarVerdict | CeleriacError]" = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
@@ -89,8 +89,8 @@ class GrammarCompiler:
         vocabulary: Vocabulary,
         *,
         large_loads: asyncio.Lock,
-        known: Callable[[bytes], Verdict | None],
-        remember: Callable[[bytes, Verdict], None],
+        known: Callable[[bytes], GrammarVerdict | None],
+        remember: Callable[[bytes, GrammarVerdict], None],
     ) -> None:
         """`large_loads` is held while a large vocabulary is read. `known` and `remember` keep verdicts by key."""
         self.model_id, self.revision = view.spec.id, view.revision
@@ -105,7 +105,9 @@ class GrammarCompiler:
         self._attending: asyncio.Task[None] | None = None
         self._running = asyncio.create_task(self._run())
 
-    def ask(self, tenant_id: UUID, key: bytes, output: dict[str, Any]) -> "asyncio.Future[Verdict | CeleriacError]":
+    def ask(
+        self, tenant_id: UUID, key: bytes, output: dict[str, Any]
+    ) -> "asyncio.Future[GrammarVerdict | CeleriacError]":
         """The answer's future. Tenants take turns, so that one with many slow grammars delays the others by at most
         one. Do not cancel the future: others may await the same one. Raises ServerOverloaded or
         UnsupportedParameter."""
@@ -182,7 +184,9 @@ class GrammarCompiler:
     async def _answer_next(self, process: asyncio.subprocess.Process) -> None:
         """Raises ProcessLost or OSError."""
         key, question = self._take_next()
-        answer: Verdict | CeleriacError = ServerOverloaded("the grammar could not be compiled; retry in a moment")
+        answer: GrammarVerdict | CeleriacError = ServerOverloaded(
+            "the grammar could not be compiled; retry in a moment"
+        )
         try:
             verdict = self._known(key)  # another request may have asked the same in the meantime
             if verdict is None:
@@ -246,13 +250,13 @@ class GrammarCompiler:
             await self._attending
 
 
-def _verdict_of(output: dict[str, Any], answer: dict[str, Any]) -> Verdict | None:
+def _verdict_of(output: dict[str, Any], answer: dict[str, Any]) -> GrammarVerdict | None:
     """None if the machine is at fault, not the grammar."""
     if "return_code" not in answer:
-        return Verdict(answer["reason"], answer["place"])
+        return GrammarVerdict(answer["reason"], answer["place"])
     excess = _EXCESS_BY_RETURN_CODE.get(answer["return_code"])
     kind = next(name for name in StructuredOutput.model_fields if name in output)
-    return None if excess is None else Verdict(f"it takes too much {excess} to compile", place=kind)
+    return None if excess is None else GrammarVerdict(f"it takes too much {excess} to compile", place=kind)
 
 
 def unsupported(model_id: str, reason: str) -> UnsupportedParameter:
@@ -274,7 +278,7 @@ class GrammarGate:
     grammar arrives."""
 
     def __init__(self) -> None:
-        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, GrammarVerdict] = OrderedDict()
         self._compilers: dict[str, GrammarCompiler] = {}  # by model
         self._stopping: set[asyncio.Task[None]] = set()
         self._large_loads = asyncio.Lock()
@@ -337,19 +341,21 @@ class GrammarGate:
         self._stopping.add(task)
         task.add_done_callback(self._stopping.discard)
 
-    def _known(self, key: bytes) -> Verdict | None:
+    def _known(self, key: bytes) -> GrammarVerdict | None:
         verdict = self._verdicts.get(key)
         if verdict is not None:
             self._verdicts.move_to_end(key)
         return verdict
 
-    def _remember(self, key: bytes, verdict: Verdict) -> None:
+    def _remember(self, key: bytes, verdict: GrammarVerdict) -> None:
         self._verdicts[key] = verdict
         if len(self._verdicts) > MAX_REMEMBERED:
             self._verdicts.popitem(last=False)
 
 
-async def _answer_in_time(compiler: GrammarCompiler, answer: "asyncio.Future[Verdict | CeleriacError]") -> Verdict:
+async def _answer_in_time(
+    compiler: GrammarCompiler, answer: "asyncio.Future[GrammarVerdict | CeleriacError]"
+) -> GrammarVerdict:
     """Wait for the answer for a limited time; one that comes later is remembered for the next try."""
     await asyncio.wait({answer}, timeout=PATIENCE_SECONDS)
     if not answer.done():

@@ -140,7 +140,7 @@ def start_beating(pulse: Pulse, *, heartbeat_seconds: float) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class ProcessUsage:
     """What a process has used since its start, all threads together unless stated otherwise."""
 
     main_run_seconds: float  # of the main thread, on a core
@@ -155,7 +155,7 @@ class Look:
     """What was seen when a silent engine was last looked at."""
 
     at: float
-    usage: Usage | None
+    usage: ProcessUsage | None
     num_beats: int
 
 
@@ -216,7 +216,7 @@ def _work_seconds(last: Look, look: Look) -> float:
     return after.run_seconds - before.run_seconds + after.wait_seconds - before.wait_seconds
 
 
-def read_usage(pid: int, proc: Path = Path("/proc")) -> Usage | None:
+def read_usage(pid: int, proc: Path = Path("/proc")) -> ProcessUsage | None:
     """None if the kernel does not tell, or the process is gone."""
     try:
         state, *numbers = (proc / str(pid) / "stat").read_text().rpartition(") ")[2].split()
@@ -224,7 +224,7 @@ def read_usage(pid: int, proc: Path = Path("/proc")) -> Usage | None:
         main_run_seconds = times[pid][0]
     except (OSError, KeyError, ValueError):
         return None
-    return Usage(
+    return ProcessUsage(
         main_run_seconds=main_run_seconds,
         run_seconds=sum(run for run, _ in times.values()),
         wait_seconds=sum(wait for _, wait in times.values()),

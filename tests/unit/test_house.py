@@ -239,3 +239,13 @@ def _imports_of(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return {name.split(".")[0] for name in plain | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}}
+
+
+def test_no_two_classes_have_one_name() -> None:
+    """Whoever reads a name knows what it is, wherever it stands."""
+    files_by_class: dict[str, list[str]] = {}
+    for path in source_files():
+        for node in ast.parse((ROOT / path).read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                files_by_class.setdefault(node.name, []).append(str(path))
+    assert {name: files for name, files in files_by_class.items() if len(files) > 1} == {}
