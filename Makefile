@@ -5,7 +5,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-# The interpreter that makes .venv: the first of these that is 3.11 or newer. 3.11 is the one the pins are tested with.
+# The interpreter that makes .venv: the first of these that is 3.11 or newer. Every change is tested with 3.11; 3.12 and
+# 3.13 were tried.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
