@@ -92,13 +92,7 @@ class Rig:
 
     def write_catalog(self, *, max_num_seqs: int = 8, **knobs: object) -> None:
         """The model of runners started from now on; `knobs` are the fake back end's."""
-        lines = [
-            "[[models]]",
-            f'id = "{MODEL}"',
-            'path = "none"',
-            'backend = "fake"',
-            f"max_model_len = {self._context_length}",
-        ]
+        lines = ["[[models]]", f'id = "{MODEL}"', 'path = "none"', 'backend = "fake"']
         lines += [f"max_model_len = {self._context_length}", f"max_num_seqs = {max_num_seqs}", "[models.fake]"]
         lines += [f"{name} = {json.dumps(value)}" for name, value in ({"step_seconds": 0.005} | knobs).items()]
         self.settings.models_file.write_text("\n".join(lines))
