@@ -1,4 +1,4 @@
-"""What a command looks at before it starts a process, so that what is wrong is one line with its remedy."""
+"""Checks before a process is started, so that a mistake is answered with one line that says what to do."""
 
 import os
 from contextlib import suppress
@@ -31,7 +31,7 @@ def refuse_unknown_model(settings: "Settings") -> None:
 
 
 def refuse_shared_sessions(settings: "Settings") -> None:
-    """A database that does not answer is for the process to wait for."""
+    """If the database does not answer yet, the process itself waits for it."""
     from sqlalchemy.exc import OperationalError
 
     from storage.database import database_url, refuse_shared_sessions
@@ -41,7 +41,7 @@ def refuse_shared_sessions(settings: "Settings") -> None:
 
 
 def refuse_taken_port(setting: str, host: str, port: int) -> None:
-    """Raise where nothing can listen there. `setting` is what names the port."""
+    """Raise ClickException if we cannot listen there. `setting` is the one that gives the port."""
     import socket
 
     try:
@@ -51,11 +51,11 @@ def refuse_taken_port(setting: str, host: str, port: int) -> None:
     except (OSError, OverflowError) as exc:
         number = exc.errno if isinstance(exc, OSError) and exc.errno else 0
         reason = os.strerror(number) if number > 0 else str(exc)
-        raise click.ClickException(f"nothing can listen on {host}:{port} ({reason}); give another {setting}") from exc
+        raise click.ClickException(f"cannot listen on {host}:{port} ({reason}); give another {setting}") from exc
 
 
 def api_url(settings: "Settings") -> str:
-    """Where the API of this folder is. Nothing is asked that merely happens to listen on the usual port."""
+    """The URL of this folder's API. Never a guess at the usual port, where something else may be listening."""
     from settings import find_running
 
     if settings.api_url is not None:
@@ -68,6 +68,6 @@ def api_url(settings: "Settings") -> str:
     if running is not None:
         raise click.ClickException("`celeriac up` is still starting here; try again when it says that it is up")
     raise click.ClickException(
-        "no `celeriac up` runs in this folder, and no API is named; start it with `celeriac up`, "
-        "or name one with --url or CELERIAC_API_URL"
+        "`celeriac up` does not run in this folder, and no API is named; start it, "
+        "or name an API with --url or CELERIAC_API_URL"
     )

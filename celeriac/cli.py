@@ -20,7 +20,7 @@ LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
 
 
 class Commands(click.Group):
-    """Commands in the order in which one meets them."""
+    """Commands in the order in which they are defined."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -37,16 +37,16 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="celeriac")
 def main() -> None:
-    """LLM generation as durable jobs: accepted means committed, and every stream can be taken up where it broke off.
+    """LLM generation as durable jobs: an accepted job is committed, and a broken stream resumes where it stopped.
 
     \b
     celeriac up                                everything on this machine, with a first job
     celeriac submit "What is 17 + 25?"         run a job and watch its text arrive
-    celeriac jobs                              what ran, what runs, what waits
+    celeriac jobs                              list jobs, newest first
 
-    Without a database of your own, `celeriac up` brings one. The other commands use CELERIAC_DATABASE_URL and
-    CELERIAC_REDIS_URL where those are set, else what the `celeriac up` of this folder started. Every setting is an
-    environment variable; docs/operations.md lists them.
+    `celeriac up` brings its own PostgreSQL and Redis unless you name yours. The other commands use
+    CELERIAC_DATABASE_URL and CELERIAC_REDIS_URL if those are set, and otherwise the servers that `celeriac up` started
+    in this folder. Every setting is an environment variable; docs/operations.md lists them.
     """
 
 
@@ -58,9 +58,9 @@ def main() -> None:
 def up(first_job: bool) -> None:
     """Start everything here and keep it running until Ctrl-C.
 
-    PostgreSQL and Redis (embedded, unless their URLs are set), the schema, the API, one GPU worker, maintenance
-    and Flower. What dies is restarted. Logs and data lie in .celeriac; ports that are taken move to the next
-    free one.
+    That is PostgreSQL and Redis (embedded, unless their URLs are set), the schema, the API, one GPU worker,
+    maintenance and Flower. Whatever dies is restarted. Logs and data are in .celeriac. If a port is taken, the next
+    free one is used.
     """
     from celeriac.up import Up
     from domain.errors import ModelUnavailable
@@ -69,7 +69,7 @@ def up(first_job: bool) -> None:
     settings = get_settings()
     catalog = checks.read_catalog(settings)
     with _explained(ModelUnavailable):
-        _ = catalog.first  # what is wrong is said at once, and not by a worker that does not start
+        _ = catalog.first  # say now what is wrong with it, instead of starting a worker that cannot start
     Up(settings, with_first_job=first_job).run()
 
 
@@ -107,10 +107,10 @@ def worker(model: str | None, name: str | None) -> None:
 
 @main.command()
 def maintenance() -> None:
-    """Run the clocks that no job waits for, but all depend on.
+    """Run the background work that keeps jobs moving.
 
-    Once a second the janitor dispatches, rescues, expires and prunes what nobody else did, batches go further, and
-    webhooks are sent. Its /health and /metrics are on CELERIAC_MAINTENANCE_PORT.
+    Every second the janitor dispatches, rescues, expires and prunes the jobs that were left behind, batches advance,
+    and webhooks are sent. /health and /metrics are on CELERIAC_MAINTENANCE_PORT.
     """
     settings = _settings()
     from maintenance.process import serve
@@ -131,11 +131,11 @@ def maintenance() -> None:
 def flower(address: str, port: int | None) -> None:
     """Serve Flower, which shows GPU workers and their tasks.
 
-    Beyond this machine only with FLOWER_BASIC_AUTH=user:password in the environment.
+    To listen beyond this machine, set FLOWER_BASIC_AUTH=user:password in the environment.
     """
     if address not in LOOPBACK_ADDRESSES and not os.environ.get("FLOWER_BASIC_AUTH"):
         raise click.UsageError(
-            f"Flower on {address} could be used by anybody who reaches it to cancel jobs and stop workers; "
+            f"anybody who reaches Flower on {address} could cancel jobs and stop workers; "
             "set FLOWER_BASIC_AUTH=user:password, or leave it on 127.0.0.1"
         )
     _set("CELERIAC_FLOWER_PORT", port)
@@ -150,7 +150,7 @@ def flower(address: str, port: int | None) -> None:
 def migrate() -> None:
     """Bring the database schema up to date.
 
-    Puts the key of CELERIAC_BOOTSTRAP_API_KEY in place, too, where it is set. Safe to repeat.
+    Also creates the API key that CELERIAC_BOOTSTRAP_API_KEY gives, if any. Safe to repeat.
     """
     settings = _settings()
     from storage.database import migrate as migrate_database
@@ -191,7 +191,7 @@ def env() -> None:
 def connection_options(command: Any) -> Any:
     """--url and --key."""
     command = click.option("--key", help="API key.  [default: CELERIAC_API_KEY]")(command)
-    text = "Where the API is.  [default: CELERIAC_API_URL, else that of `celeriac up` here]"
+    text = "URL of the API.  [default: CELERIAC_API_URL, else that of `celeriac up` in this folder]"
     return click.option("--url", help=text)(command)
 
 
@@ -199,17 +199,19 @@ def connection_options(command: Any) -> Any:
 @click.argument("prompt")
 @click.option("--model", help="Model to ask.  [default: the first one of models.toml]")
 @click.option("--max-tokens", type=click.IntRange(1), help="Stop after this many tokens.")
-@click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the most likely token.")
 @click.option("--seed", type=int, help="The same seed, prompt and model give the same text.")
 @click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
 @click.option("--system", help="Instructions that come before the prompt.")
 @click.option("--complete", is_flag=True, help="Continue the prompt as it stands instead of answering it.")
 @click.option("--stream", "mode", flag_value="stream", default="stream", help="Print the text as it arrives (default).")
 @click.option("--wait", "mode", flag_value="wait", help="Print the whole text at the end.")
-@click.option("--detach", "mode", flag_value="detach", help="Print the job's id and leave.")
+@click.option("--detach", "mode", flag_value="detach", help="Print the job's id and exit.")
 @connection_options
 def submit(prompt: str, mode: str, url: str | None, key: str | None, **options: Any) -> None:
-    """Run PROMPT as a job. The text goes to standard output, everything else to standard error; - reads standard input.
+    """Run PROMPT as a job. A PROMPT of - is read from standard input.
+
+    The text goes to standard output, everything else to standard error.
 
     \b
     celeriac submit "Tell me a story about a fox."
@@ -217,7 +219,7 @@ def submit(prompt: str, mode: str, url: str | None, key: str | None, **options: 
     celeriac submit --wait - < prompt.txt > answer.txt
     id=$(celeriac submit --detach "Hello!"); celeriac watch $id
 
-    The job lives on its own: Ctrl-C or a lost connection ends the watching, not the job.
+    The job runs by itself: Ctrl-C or a lost connection ends the watching, not the job.
     """
     from celeriac.client import job_body
     from celeriac.terminal import follow
@@ -238,11 +240,11 @@ def submit(prompt: str, mode: str, url: str | None, key: str | None, **options: 
 @click.option("--after", metavar="N", help="Begin after the event with this number instead of at the start.")
 @connection_options
 def watch(job_id: str, after: str | None, url: str | None, key: str | None) -> None:
-    """Print a job's text, as it is and as it goes on.
+    """Print a job's text so far, and the rest as it arrives.
 
     \b
     celeriac watch job_01...               from its start
-    celeriac watch --after 12 job_01...    behind the event with the id 12
+    celeriac watch --after 12 job_01...    after the event with the id 12
     """
     from celeriac.terminal import follow
 
@@ -254,7 +256,7 @@ def watch(job_id: str, after: str | None, url: str | None, key: str | None) -> N
 @click.argument("job_id")
 @connection_options
 def cancel(job_id: str, url: str | None, key: str | None) -> None:
-    """End JOB_ID; what it has produced is kept."""
+    """Cancel JOB_ID; the text it has produced is kept."""
     with _client(url, key) as client:
         job = client.cancel(job_id)
     click.echo(
@@ -299,7 +301,7 @@ main.add_command(keys)
 
 
 def _set(name: str, value: object) -> None:
-    """An option is a setting by another name; through the environment it reaches the process we become, too."""
+    """An option overrides its setting, through the environment, so that a process that we become sees it, too."""
     if value is not None:
         os.environ[name] = str(value)
 
@@ -311,7 +313,7 @@ def _settings() -> "Settings":
 
 
 def _become_celery(app: str, *arguments: str) -> NoReturn:
-    """Replace this process by Celery's command on `app`: signals and exit codes are Celery's own."""
+    """Replace this process with Celery's command for `app`: signals and exit codes are Celery's own."""
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "celery", "-A", app, *arguments])  # noqa: S606
 
@@ -332,7 +334,7 @@ def _default_model() -> str:
 
 @contextmanager
 def _explained(*kinds: type[Exception]) -> Iterator[None]:
-    """These errors are about what the user wrote, and say so."""
+    """Show these errors as messages: they are about what the user wrote."""
     try:
         yield
     except kinds as exc:

@@ -1,4 +1,10 @@
-"""The HTTP client behind `celeriac submit`, `watch` and `jobs`. It keeps a stream whole over dropped connections."""
+"""The HTTP client behind `celeriac submit`, `watch` and `jobs`. It resumes a stream whose connection drops.
+
+with Client("http://127.0.0.1:8000") as client:
+    job = client.submit({"model": "celeriac-mini", "prompt": "Once upon a time", "params": {"max_tokens": 50}})
+    for event in client.events(job["id"]):
+        print(event.data.get("text", ""), end="")
+"""
 
 import json
 import secrets
@@ -23,7 +29,7 @@ class ApiUnreachable(Exception):
 
 
 class ApiError(Exception):
-    """The API refused; the message is its own, with the field at fault and the code."""
+    """The API answered with an error; the message is its own, with the field at fault and the code."""
 
     def __init__(self, status_code: int, body: Any) -> None:
         error = body.get("error") if isinstance(body, dict) else None
@@ -36,7 +42,7 @@ class ApiError(Exception):
 
     @property
     def is_passing(self) -> bool:
-        """Whether the same request may well succeed in a moment."""
+        """Whether the same request may succeed in a moment."""
         return self.status_code in (429, 500, 502, 503)
 
 
@@ -74,7 +80,7 @@ class Client:
         self._http.close()
 
     def submit(self, body: dict[str, Any], idempotency_key: str | None = None) -> dict[str, Any]:
-        """Post a job and return it as accepted. Posted again after a dropped connection, it is still one job."""
+        """Post a job and return it as accepted. If the connection drops, it is posted again, and is still one job."""
         headers = {"idempotency-key": idempotency_key or secrets.token_hex(16)}
         for num_left in reversed(range(NUM_SUBMIT_TRIES)):
             try:
@@ -85,7 +91,7 @@ class Client:
         raise AssertionError("the last try returns or raises")
 
     def job(self, job_id: str, *, wait_seconds: int = 0) -> dict[str, Any]:
-        """The job as it is, or as it is at the end where that comes within `wait_seconds` (at most 60)."""
+        """The job as it is now, or as it ended if it ends within `wait_seconds` (at most 60)."""
         timeout = httpx.Timeout(wait_seconds + 30, connect=CONNECT_SECONDS)
         params = {"wait": wait_seconds} if wait_seconds else {}
         return self._ask("GET", f"/v1/jobs/{job_id}", params=params, timeout=timeout)
@@ -107,7 +113,7 @@ class Client:
             raise self._unreachable(exc) from exc
 
     def events(self, job_id: str, *, starting_after: str | None = None) -> Iterator[StreamEvent]:
-        """Every event of the job up to its terminal one. A dropped connection is taken up after the last event seen."""
+        """Every event of the job up to its terminal one. If the connection drops, continues after the last one."""
         cursor = starting_after
         gives_up_at = time.monotonic() + PATIENCE_SECONDS
         while True:
@@ -161,11 +167,11 @@ class Client:
 
 
 def job_body(text: str, *, model: str, system: str | None, complete: bool, **params: Any) -> dict[str, Any]:
-    """The body that asks for an answer to `text`, or for its continuation. Params that were not given are left out."""
+    """The body that asks for an answer to `text`, or for its continuation. Params that are not given are left out."""
     if not text.strip():
         raise ValueError("the prompt is empty; give some text, or - and some text on standard input")
     if complete and system:
-        raise ValueError("--system belongs to a chat; leave out --complete, or put the instructions into the prompt")
+        raise ValueError("--complete takes no --system; leave out --complete, or put the instructions into the prompt")
     messages = [{"role": "system", "content": system}] if system else []
     request = {"prompt": text} if complete else {"messages": [*messages, {"role": "user", "content": text}]}
     given = {name: value for name, value in params.items() if value not in (None, ())}
@@ -173,7 +179,7 @@ def job_body(text: str, *, model: str, system: str | None, complete: bool, **par
 
 
 def parse_events(lines: Iterable[str]) -> Iterator[StreamEvent]:
-    """Server-sent events out of the lines of a response; comments (heartbeats) and empty events are left out."""
+    """The server-sent events in the lines of a response, without comments (heartbeats) and empty events."""
     name, event_id, data = "message", None, list[str]()
     for line in lines:
         if not line:

@@ -1,4 +1,4 @@
-"""What the command says of errors that are the situation's and not ours: what happened, and what to do about it."""
+"""What users read of expected errors, in place of a traceback: what happened, and what to do about it."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ EXPECTED_ERRORS = frozenset(
 
 
 def explain(exc: Exception) -> str | None:
-    """What to tell of an error that is the situation's and not ours: what happened, and what to do. None: a bug."""
+    """The message of an expected error; None if the error is a bug."""
     names = {kind.__name__ for kind in type(exc).__mro__}
     if names & EXPECTED_ERRORS:
         return str(exc)
@@ -37,7 +37,7 @@ def explain(exc: Exception) -> str | None:
 
 
 def explain_setting(error: dict[str, Any]) -> str:
-    """One of Pydantic's errors on the settings. URLs and keys hold secrets: their values are not shown."""
+    """The message of one of Pydantic's errors. URLs and keys hold secrets, so their values are not shown."""
     name = "_".join(map(str, error["loc"]))
     is_secret = name.endswith(("_url", "_key"))
     value, reason = "wrong" if is_secret else repr(error["input"]), error["msg"].removeprefix("Value error, ")

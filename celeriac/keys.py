@@ -16,21 +16,19 @@ if TYPE_CHECKING:
 
 @click.group()
 def keys() -> None:
-    """Make, list and revoke API keys.
+    """Create, list and revoke API keys.
 
-    They are asked for where CELERIAC_AUTH=api_key.
+    Requests need one if CELERIAC_AUTH=api_key.
     """
 
 
 @keys.command("create")
 @click.option("--name", default="", help="What the key is for.")
-@click.option(
-    "--tenant", default="default", show_default=True, help="Whose jobs it runs; a new name makes a new tenant."
-)
-@click.option("--days", type=click.IntRange(1), help="Valid for so many days.  [default: until revoked]")
+@click.option("--tenant", default="default", show_default=True, help="Whose key it is; a new name makes a new tenant.")
+@click.option("--days", type=click.IntRange(1), help="Number of days until it expires.  [default: never]")
 @click.option("--admin", "is_admin", is_flag=True, help="May also use /v1/admin.")
 def create_key(name: str, tenant: str, days: int | None, is_admin: bool) -> None:
-    """Make a key and print it. This is the only time that it is shown."""
+    """Create a key and print it. It is shown only this once."""
     from datetime import UTC, datetime, timedelta
 
     from local.lock import settings_here
@@ -58,7 +56,7 @@ def list_keys(tenant: str) -> None:
 @click.argument("key_id")
 @click.option("--tenant", default="default", show_default=True)
 def revoke_key(key_id: str, tenant: str) -> None:
-    """Make a key worthless. KEY_ID is its middle part: sk_<id>_..."""
+    """Revoke a key. KEY_ID is the middle part of it: sk_<id>_..."""
     from local.lock import settings_here
     from storage import tenants
 
@@ -87,6 +85,6 @@ def _tenant_id(session: "Session", name: str) -> "UUID":
     tenant = tenants.get_tenant_by_name(session, name)
     if tenant is None:
         raise click.ClickException(
-            f"there is no tenant {name}; make it with a key: celeriac keys create --tenant {name}"
+            f"there is no tenant {name}; create it with its first key: celeriac keys create --tenant {name}"
         )
     return tenant.id

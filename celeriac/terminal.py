@@ -1,4 +1,4 @@
-"""What the commands print: the rows of a start, the text of a job as it arrives, tables, where everything is."""
+"""What the commands print: the progress of a start, a job's text as it arrives, tables, and where everything is."""
 
 import time
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ STYLE_BY_STATUS = {
 
 
 class Board:
-    """What is starting, and how long it took: live rows on a terminal, one line per part elsewhere."""
+    """What is starting and how long it took: live rows on a terminal, else a line for each part that is ready."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -64,9 +64,9 @@ class Board:
 
 
 class JobPrinter:
-    """Prints a job's stream: its text to `out`, as it arrives or at the end, and what happens to it to `notes`.
+    """Prints a job's stream: its text to `out`, as it arrives or at the end, and other events to `notes`.
 
-    Of a job with several choices the first one is live; the others follow whole, with their numbers.
+    If the job has several choices, the first one is printed live and the others at the end, with their numbers.
     """
 
     def __init__(self, out: Console, notes: Console, *, is_live: bool = True) -> None:
@@ -101,7 +101,7 @@ class JobPrinter:
         has_text = any(self._texts.values())
         self._texts = {0: ""}
         if has_text:
-            note = "\n(the model was replaced: the answer begins anew, what is printed above is void)"
+            note = "\n(the model was replaced: the answer starts again, and what is printed above does not count)"
             self._notes.print(note, style="dim", markup=False)
 
     def _finish(self, event: StreamEvent) -> None:
@@ -130,7 +130,7 @@ def follow(client: Client, job_id: str, *, is_live: bool, starting_after: str | 
     try:
         end = printer.print_all(client.events(job_id, starting_after=starting_after))
     except KeyboardInterrupt:
-        notes.print(f"\n{job_id} runs on; see it: celeriac watch {job_id}; end it: celeriac cancel {job_id}")
+        notes.print(f"\n{job_id} is still running; see it: celeriac watch {job_id}; end it: celeriac cancel {job_id}")
         return 130
     return 0 if end.name == "job.completed" else 1
 
@@ -141,7 +141,7 @@ def plain_console(*, stderr: bool = False) -> Console:
 
 
 def show(table: Table) -> None:
-    """In a pipe on lines as long as need be: what is cut there cannot be used by the next program."""
+    """Into a pipe without cutting any cell, since the next program needs them whole."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
@@ -149,7 +149,7 @@ def show(table: Table) -> None:
 
 
 def _table(whole: str, *others: str, folded: str | None = None) -> Table:
-    """A table whose column `whole` is never cut, however narrow the terminal; `folded` goes on in the next line."""
+    """A table whose column `whole` is never cut, however narrow the terminal, and whose column `folded` wraps."""
     table = Table(Column(whole, no_wrap=True, overflow="ignore", min_width=MIN_ID_WIDTH), box=None, pad_edge=False)
     for name in others:
         table.add_column(name, overflow="fold" if name == folded else "ellipsis")
@@ -172,7 +172,7 @@ def jobs_table(jobs: Iterable[dict[str, Any]]) -> Table:
 
 
 def models_table(catalog: Catalog) -> Table:
-    """The models that are available."""
+    """The available models."""
     table = _table("model", "context", "at once", "back end", "from", folded="from")
     for entry in catalog:
         name = f"{entry.id} [dim](default)[/]" if entry.id == catalog.default_id else entry.id
@@ -208,7 +208,7 @@ def where_everything_is(*, api_url: str, maintenance_url: str, worker_url: str, 
 
 
 def first_steps(api_url: str, model: str, job_id: str, celeriac: str, *, needs_key: bool) -> str:
-    """Commands to paste, with the real port and a job that is there."""
+    """Commands to paste, with the real port and a job that exists."""
     key = f"  export CELERIAC_API_KEY=$({celeriac} keys create)\n" if needs_key else ""
     header = ' -H "authorization: Bearer $CELERIAC_API_KEY"' if needs_key else ""
     return f"""Try it from another terminal:
@@ -223,17 +223,17 @@ def first_steps(api_url: str, model: str, job_id: str, celeriac: str, *, needs_k
 
 
 def _describe(event: StreamEvent) -> str | None:
-    """A line for what happens to a job between its events of text; None for what need not be said."""
+    """A line for an event that is not text; None if it need not be shown."""
     data = event.data
     if event.name == "job.queued" and data.get("position"):
         return f"queued, position {data['position']}"
     if event.name == "job.retrying":
-        return f"\n(goes on with attempt {data.get('attempt', '?')}; what is printed stands)"
+        return f"\n(continuing with attempt {data.get('attempt', '?')}; what is printed above still counts)"
     return None
 
 
 def _age(since: str, until: str | None) -> str:
-    """`until` None is now."""
+    """The time between the two; up to now if `until` is None."""
     end = datetime.fromisoformat(until) if until else datetime.now(UTC)
     seconds = (end - datetime.fromisoformat(since)).total_seconds()
     for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):

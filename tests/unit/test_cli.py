@@ -158,7 +158,7 @@ def test_a_models_file_that_makes_no_sense_stops_up_before_it_starts(run: Any, t
 def test_nothing_is_asked_that_merely_listens_on_the_usual_port(run: Any, command: list[str]) -> None:
     result = run(*command)
     assert result.exit_code == 1
-    assert "no `celeriac up` runs in this folder" in result.output
+    assert "`celeriac up` does not run in this folder" in result.output
     assert "CELERIAC_API_URL" in result.output
 
 
@@ -252,7 +252,7 @@ def test_a_prompt_becomes_a_chat_and_only_given_options_are_sent() -> None:
 
 def test_complete_sends_the_prompt_as_it_stands() -> None:
     assert job_body("Once", model="m", system=None, complete=True)["prompt"] == "Once"
-    with pytest.raises(ValueError, match="--system belongs to a chat"):
+    with pytest.raises(ValueError, match="--complete takes no --system"):
         job_body("Once", model="m", system="x", complete=True)
 
 
