@@ -1,4 +1,4 @@
-"""`celeriac up`: everything on this machine, started in order, told on the terminal, kept running until Ctrl-C."""
+"""`celeriac up`: everything on this machine, started in order and kept running until Ctrl-C."""
 
 import http.client
 import json
@@ -18,15 +18,13 @@ from celeriac.client import ApiError, ApiUnreachable, Client
 from celeriac.terminal import Board, JobPrinter, first_steps, plain_console, where_everything_is
 from domain.catalog import Catalog
 from local.lock import UpLock
-from local.processes import Launcher, Service, free_port, is_free, set_aside, short_path
-from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, EmbeddedServerError
+from local.processes import MAX_DEATHS_AT_START, ChildProcess, free_port, is_free, set_aside, short_path, stop_in_turn
+from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
 from settings import ROOT, Settings
 
 FIRST_PROMPT = "Tell me a story about a brave little fox."
 FIRST_MAX_TOKENS = 160
-MAX_DEATHS_AT_START = 3
-PATIENCE_SECONDS = 30.0  # then we point at the log of what still starts
-SERVER_RETRY_SECONDS = 5.0
+PATIENCE_SECONDS = 30.0  # then we name the log of whatever is still starting
 DRAIN_MARGIN_SECONDS = 15.0  # beyond the worker's own drain: releasing, saying goodbye
 API_STOP_SECONDS = 15.0  # more than it gives to its open requests
 MAINTENANCE_STOP_SECONDS = 25.0  # more than it gives to the webhooks in hand
@@ -38,11 +36,11 @@ class StartFailed(Exception):
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM came while we were starting."""
+    """Ctrl-C or SIGTERM came during the start."""
 
 
 class Up:
-    """One run of `celeriac up`. `run` returns when it was told to stop and everything has ended."""
+    """One run of `celeriac up`. `run` returns after a request to stop, when everything has ended."""
 
     def __init__(self, settings: Settings, *, with_first_job: bool = True) -> None:
         self._settings = settings
@@ -55,7 +53,7 @@ class Up:
         self._maintenance_port, self._worker_metrics_port = settings.maintenance_port, settings.worker_metrics_port
         self._database_url, self._redis_url = settings.database_url, settings.redis_url
         self._servers: list[EmbeddedServer] = []
-        self._launcher = Launcher(say=self._say, is_hurried=lambda: self._num_stop_requests > 1)
+        self._services: list[ChildProcess] = []
 
     def run(self) -> None:
         """Raises AlreadyUp, StartFailed or EmbeddedServerError, each with everything stopped again."""
@@ -82,8 +80,8 @@ class Up:
             board.begin("Schema")
             self._migrate()
             board.done("Schema")
-            self._lock.write(self._servers_note())  # `celeriac keys create` need not wait for a worker
-            self._launcher.services = self._services()
+            self._lock.write(self._servers_note())  # so that `celeriac keys create` need not wait for a worker
+            self._services = self._make_services()
             self._start_services(board)
 
     def _start_servers(self, board: Board) -> None:
@@ -93,14 +91,14 @@ class Up:
         if "redis_url" not in given:
             self._redis_url = self._start_server(board, EmbeddedRedis(folder / "redis"))
         elif reason := why_redis_refuses(self._redis_url):
-            self._say(f"Redis does not let us in: {reason}; look at CELERIAC_REDIS_URL. Until then jobs run slowly")
+            self._say(f"Redis does not let us in: {reason}; check CELERIAC_REDIS_URL. Until then jobs run slowly")
 
     def _start_server(self, board: Board, server: EmbeddedServer) -> str:
         self._raise_if_stopped()
         self._servers.append(server)
-        board.begin(server.name)
+        board.begin(server.title)
         url = server.start()
-        board.done(server.name)
+        board.done(server.title)
         return url
 
     def _migrate(self) -> None:
@@ -113,12 +111,12 @@ class Up:
         if done.returncode != 0:
             raise StartFailed(f"the database could not be migrated; {log_path} ends:\n{log_path.read_text()[-1500:]}")
 
-    def _services(self) -> list[Service]:
-        """In the order of their start: the worker first, since it takes longest."""
+    def _make_services(self) -> list[ChildProcess]:
+        """In the order of their start: the worker first, since it takes the longest."""
         worker = self._service("GPU worker", "worker", lambda: self._has_engine(worker))
         worker.prepare = self._choose_worker_metrics_port
         worker.stop_seconds = self._settings.drain_seconds + DRAIN_MARGIN_SECONDS
-        worker.hurry_signal = signal.SIGQUIT  # gives running jobs back to the queue at once
+        worker.abort_signal = signal.SIGQUIT  # gives running jobs back to the queue at once
         api = self._service("API", "api", lambda: bool(self._health()))
         api.prepare = self._choose_api_port
         api.stop_seconds = API_STOP_SECONDS
@@ -129,27 +127,29 @@ class Up:
         flower.prepare = self._choose_flower_port
         return [worker, api, maintenance, flower]
 
-    def _has_engine(self, worker: Service) -> bool:
-        """Its log says so, where INFO is logged. Else the API does, to which the worker of an `up` that was killed
-        seconds ago looks the same."""
+    def _has_engine(self, worker: ChildProcess) -> bool:
+        """Its log says so, if INFO is logged. Otherwise the API does, which may still list the worker of an `up` that
+        was killed seconds ago."""
         if self._settings.log_level in ("DEBUG", "INFO"):
-            return any(map(worker.log_has, (b"the engine is ready", b"the model is unloaded", b"draining, as was")))
+            return any(map(worker.log_has, (b"the engine is ready", b"unloading the model", b"draining, as ordered")))
         return bool(self._health().get("workers"))
 
-    def _service(self, title: str, command: str, is_ready: Callable[[], bool]) -> Service:
+    def _service(self, title: str, command: str, is_ready: Callable[[], bool]) -> ChildProcess:
         log_path = self._log_path(command)
         set_aside(log_path)
-        return Service(title, _celeriac(command), is_ready, log_path, ROOT, self._environment)
+        return ChildProcess(
+            title, lambda: _celeriac(command), log_path, ROOT, environment=self._environment, is_ready=is_ready
+        )
 
     def _start_services(self, board: Board) -> None:
-        waiting = list(self._launcher.services)
+        waiting = list(self._services)
         for service in waiting:
             board.begin(service.title)
             service.start()
         patient_until = time.monotonic() + PATIENCE_SECONDS
         while waiting:
             self._raise_if_stopped()
-            self._launcher.restart_the_dead()
+            self._revive_the_dead()
             for service in waiting.copy():
                 if service.last_words is not None:
                     raise StartFailed(f"{service.title} cannot work: {service.last_words}")
@@ -161,7 +161,7 @@ class Up:
             if time.monotonic() > patient_until:
                 patient_until += PATIENCE_SECONDS
                 for service in waiting:
-                    self._say(f"{service.title} is still starting; what it says: {short_path(service.log_path)}")
+                    self._say(f"{service.title} is still starting; its log: {short_path(service.log_path)}")
             self._stop_requested.wait(0.1)
 
     def _choose_api_port(self) -> None:
@@ -190,11 +190,11 @@ class Up:
     # Running
 
     def _introduce(self) -> None:
-        """The first job as it runs, then where everything is. On a thread: meanwhile `_watch` restarts what dies."""
+        """Show the first job as it runs, then where everything is. On a thread, while `_watch` restarts what dies."""
         model = Catalog.load(self._settings.models_file).default.id
         is_unloaded = model in self._health().get("models_unloaded", ())
         if is_unloaded:
-            self._say(f"{model} is unloaded, its jobs wait; load it with POST /v1/admin/models/{model}/load")
+            self._say(f"{model} is unloaded, so its jobs wait; load it with POST /v1/admin/models/{model}/load")
         job_id = self._run_first_job(model) if self._with_first_job and not is_unloaded else None
         seconds, folder = time.monotonic() - self._begun_at, short_path(self._settings.data_dir)
         self._say(f"\nCeleriac is up after {seconds:.1f} s. Ctrl-C stops it; jobs and results stay in {folder}.")
@@ -212,7 +212,7 @@ class Up:
         self._say(first_steps(self._api_url, model, job_id or "job_...", celeriac, needs_key=needs_key))
 
     def _run_first_job(self, model: str) -> str | None:
-        """Submit one job and print its text as it arrives. Returns its id; None where it could not be run."""
+        """Submit one job and print its text as it arrives. Returns its id, or None if it could not be run."""
         body = {
             "model": model,
             "messages": [{"role": "user", "content": FIRST_PROMPT}],
@@ -230,7 +230,7 @@ class Up:
 
     @contextmanager
     def _own_key(self) -> Iterator[str | None]:
-        """A key for the first job: the one that was given, else one that is worth nothing when it has run."""
+        """A key for the first job: the one that was given, else one that is revoked when the job has run."""
         given = self._settings.api_key or self._settings.bootstrap_api_key
         if given is not None or self._settings.auth == "none":
             yield given
@@ -250,19 +250,12 @@ class Up:
 
     def _watch(self) -> None:
         while not self._stop_requested.wait(0.25):
-            for server in self._servers:
-                self._restart_if_dead(server)
-            self._launcher.restart_the_dead()
+            self._revive_the_dead()
 
-    def _restart_if_dead(self, server: EmbeddedServer) -> None:
-        if server.is_running:
-            return
-        self._say(f"{server.name} ended; restarting it, log: {short_path(server.folder / 'server.log')}")
-        try:
-            server.start()
-        except EmbeddedServerError as exc:
-            self._say(f"{exc}\ntrying again in {SERVER_RETRY_SECONDS:.0f} s")
-            self._stop_requested.wait(SERVER_RETRY_SECONDS)
+    def _revive_the_dead(self) -> None:
+        for process in (*(server.process for server in self._servers), *self._services):
+            if ending := process.revive():
+                self._say(ending)
 
     # Stopping
 
@@ -275,13 +268,13 @@ class Up:
             raise Stopped
 
     def _stop(self) -> None:
-        services = self._launcher.services
         if self._stop_requested.is_set():
             patience = f"running jobs get {self._settings.drain_seconds:.0f} s to finish"
             self._say(f"\nStopping: {patience}; Ctrl-C again puts them back in the queue at once.")
         # The API goes after the workers, so that a stream can be followed to its end.
-        api = [service for service in services if service.title == "API"]
-        self._launcher.stop([[service for service in reversed(services) if service not in api], api])
+        api = [service for service in self._services if service.title == "API"]
+        others = [service for service in self._services if service.title != "API"]
+        stop_in_turn([others, api], is_hurried=lambda: self._num_stop_requests > 1)
         for server in reversed(self._servers):
             server.stop()
         self._say("Stopped.")
@@ -305,14 +298,14 @@ class Up:
         return f"http://{LOOPBACK}:{self._flower_port}"
 
     def _health(self) -> dict[str, Any]:
-        """The API's account of the system; empty while it does not answer."""
+        """What the API says of the system's health; empty while it does not answer."""
         return _health_of(self._api_url)
 
     def _log_path(self, name: str) -> Path:
         return self._settings.data_dir / "logs" / f"{name}.log"
 
     def _note(self) -> dict[str, Any]:
-        """What other commands in this folder may want to know (`settings.find_running`)."""
+        """For other commands in this folder (`settings.find_running`)."""
         return {
             **self._servers_note(),
             "api_url": self._api_url,
@@ -323,18 +316,18 @@ class Up:
         return {"pid": os.getpid(), "database_url": self._database_url, "redis_url": self._redis_url}
 
     def _say(self, line: str) -> None:
-        # Nobody may be listening any more: a terminal that was closed, a pipe whose reader left (for which rich exits).
+        # There may be no reader any more: a closed terminal, or a pipe whose reader ended (for which rich exits).
         with suppress(OSError, SystemExit):
             self._console.print(line, markup=False)
 
 
 def _reachable(host: str) -> str:
-    """Where something that listens on `host` is reached from here, as a URL spells it."""
+    """The address, as URLs spell it, at which we reach something that listens on `host`."""
     return {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
 
 
 def why_redis_refuses(url: str) -> str | None:
-    """In Redis's own words, or TLS's: a wrong password, a certificate that does not verify, nobody there."""
+    """In the words of Redis or TLS: a wrong password, a bad certificate, no answer. None if it lets us in."""
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry

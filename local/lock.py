@@ -1,4 +1,4 @@
-"""Which `celeriac up` runs on a data folder: the lock that makes it one, and the note that tells others its URLs."""
+"""The lock that makes `celeriac up` one per data folder, and the note in it that tells other commands its URLs."""
 
 import fcntl
 import json
@@ -16,66 +16,80 @@ class AlreadyUp(Exception):
 
 
 class UnusableFolder(Exception):
-    """The data folder cannot be made or written to."""
+    """The data folder cannot be created or written to."""
+
+
+class FileLock:
+    """One holder per file. The lock is the kernel's (flock), so one that a killed process left behind is free."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: IO[str] | None = None
+
+    def take(self) -> bool:
+        """Whether it is ours now. Tries for a moment: `find_running` of another command holds it while it looks."""
+        if self.file is not None:
+            return True
+        file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+")  # noqa: SIM115  (held until release)
+        for _ in range(20):
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.file = file
+                return True
+            time.sleep(0.02)
+        file.close()
+        return False
+
+    def release(self) -> None:
+        if self.file is not None:
+            fcntl.flock(self.file, fcntl.LOCK_UN)  # a child that another thread is just forking would keep it a moment
+            self.file.close()
+        self.file = None
 
 
 class UpLock:
-    """The lock that makes `celeriac up` one per data folder, with a note for other commands: its pid and its URLs.
-
-    The lock is the kernel's (flock), so one that a killed process left behind is free.
-    """
+    """The lock that makes `celeriac up` one per data folder, with a note for other commands: its pid and its URLs."""
 
     def __init__(self, data_dir: Path) -> None:
-        self._path = data_dir / "up.json"
-        self._file: IO[str] | None = None
+        self._lock = FileLock(data_dir / "up.json")
 
     def take(self) -> Self:
         """Raises AlreadyUp, which names the holder, and UnusableFolder."""
+        path = self._lock.path
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+")  # noqa: SIM115  (held until release)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_ours = self._lock.take()
         except OSError as exc:
             raise UnusableFolder(
-                f"CELERIAC_DATA_DIR is {self._path.parent}: {exc.strerror}; give a folder that can be written to"
+                f"CELERIAC_DATA_DIR is {path.parent}: {exc.strerror}; give a folder that can be written to"
             ) from exc
-        if not _locked(file):
-            note = note_in(file)
-            file.close()
+        if not is_ours:
+            with path.open() as file:
+                note = note_in(file)
             raise AlreadyUp(
-                f"celeriac up runs here already (pid {note.get('pid', '?')}, {note.get('api_url', 'still starting')}); "
+                f"celeriac up already runs here (pid {note.get('pid', '?')}, {note.get('api_url', 'still starting')}); "
                 f"stop it with Ctrl-C in its terminal or with: kill {note.get('pid', '?')}"
             )
-        self._file = file
         self.write({"pid": os.getpid()})
         return self
 
     def write(self, note: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.seek(0)
-        self._file.truncate()
-        json.dump(note, self._file)
-        self._file.flush()
+        file = self._lock.file
+        assert file is not None
+        file.seek(0)
+        file.truncate()
+        json.dump(note, file)
+        file.flush()
 
     def release(self) -> None:
-        if self._file is not None:
-            self._file.truncate(0)
-            self._file.close()
-        self._file = None
-
-
-def _locked(file: IO[str]) -> bool:
-    """Take the lock. Tries for a moment: `find_running` of another command holds it while it looks."""
-    for _ in range(20):
-        with suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(0.02)
-    return False
+        if self._lock.file is not None:
+            self._lock.file.truncate(0)
+        self._lock.release()
 
 
 def settings_here() -> Settings:
-    """The settings, with the servers of the `celeriac up` of this folder where none are named. They go into the
-    environment, so that a process we become finds them, too."""
+    """The settings; servers that are not named are those of the `celeriac up` of this folder. They go into the
+    environment, so that a process that we become finds them, too."""
     given = Settings()
     running = find_running(given.data_dir) or {}
     found = [name for name in ("database_url", "redis_url") if name in running and name not in given.model_fields_set]

@@ -1,8 +1,4 @@
-"""The processes of `celeriac up`: started, watched, restarted with a back-off, stopped in reverse order.
-
-Nothing that was started here outlives us: each process has a guard that waits on a pipe which closes when we end,
-however we end, and then stops the process and its children.
-"""
+"""Child processes: started, watched, restarted, stopped in order. None outlives us (local/lifetime.py)."""
 
 import json
 import os
@@ -10,77 +6,150 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+from local.lifetime import ending_with_us
 
 MAX_LOG_BYTES = 50_000_000
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
 MENDING_SECONDS = 300.0  # before a process is started again that said that a restart is of no use
 STEADY_SECONDS = 60.0  # a process that lived this long is restarted as if for the first time
-GUARD_SECONDS = 10  # what an orphan gets between TERM and KILL
+MAX_DEATHS_AT_START = 3
+ABORT_SECONDS = 5.0  # what a process gets to end at once, before SIGKILL
 
-# $1 is the process, and the group of its children. `read` returns when the pipe closes.
-GUARD = (
-    'read -r _; kill -s TERM "$1" 2>/dev/null; seconds=0; '
-    'while [ "$seconds" -lt "$2" ] && kill -0 "$1" 2>/dev/null; do sleep 1; seconds=$((seconds + 1)); done; '
-    'kill -s KILL -- "-$1" 2>/dev/null'
-)
+#: The one thread that starts processes: they end with the thread that started them, and this one ends with us.
+_STARTER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="process-starter")
 
 
-@dataclass
-class Service:
-    """One process of ours. `prepare` is called and `environment` asked at every start: a port may be taken by then."""
+class ProcessFailed(Exception):
+    """A process does not start; the message carries the end of its log."""
+
+
+@dataclass(eq=False)
+class ChildProcess:
+    """A process of ours in a session of its own, whose output goes to a log. Any thread may start it.
+
+    At every start `prepare` is called, then `command` and `environment`: a port may be taken by then. `is_ready` is
+    asked while it runs.
+    """
 
     title: str
-    command: list[str]
-    is_ready: Callable[[], bool]
+    command: Callable[[], list[str]]
     log_path: Path
     folder: Path
-    environment: Callable[[], dict[str, str]]
+    environment: Callable[[], Mapping[str, str]] = lambda: os.environ
     prepare: Callable[[], None] = lambda: None
-    stop_seconds: float = 10.0  # what TERM is given before KILL
-    hurry_signal: signal.Signals = signal.SIGKILL  # what a second Ctrl-C sends
+    is_ready: Callable[[], bool] = lambda: True
+    user: str = ""  # the system user that runs it, where that is not ours
+    stop_signal: signal.Signals = signal.SIGTERM  # asks it to finish what it has
+    stop_seconds: float = 10.0  # and how long that may take
+    abort_signal: signal.Signals = signal.SIGKILL  # asks it to end at once
+    orphan_signal: signal.Signals = signal.SIGKILL  # what it gets when we end without stopping it
 
-    process: subprocess.Popen[bytes] | None = None
+    popen: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     restart_at: float | None = None
     num_deaths: int = 0  # in a row, each after less than STEADY_SECONDS
     last_words: str | None = None  # why it is of no use to start it again, where it has said so
-    _guard: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self) -> subprocess.Popen[bytes]:
+        self.num_deaths, self.last_words = 0, None
+        return self._spawn()
+
+    def start_until_ready(self, *, seconds: float) -> None:
+        """Also starts it again if it ends at once, since what was in its way may go by itself. Raises ProcessFailed."""
+        self.start()
+        deadline = time.monotonic() + seconds
+        while self.num_deaths < MAX_DEATHS_AT_START and time.monotonic() < deadline:
+            if self.is_running and self.is_ready():
+                return
+            self.revive()
+            time.sleep(0.02)
+        raise ProcessFailed(f"{self.title} does not start; its log ends:\n{self.log_tail()}")
+
+    def revive(self) -> str | None:
+        """One look, for several a second: notices its end, which the answer tells in one line, and starts it again
+        when its pause is over. Keeps its log short."""
+        trim_log(self.log_path)
+        if self.popen is not None and not self.is_running:
+            return self._bury()
+        if self.restart_at is not None and time.monotonic() >= self.restart_at:
+            self._spawn()
+        return None
+
+    @property
+    def is_running(self) -> bool:
+        if self.popen is None or self.popen.returncode is not None:
+            return False
+        if self.popen.poll() is None:
+            return True
+        self._kill_group()  # what it left behind; at once, since its pid may soon be another's
+        return False
+
+    @property
+    def pid(self) -> int | None:
+        return self.popen.pid if self.popen is not None else None
+
+    def send(self, signal_number: signal.Signals) -> None:
+        if self.popen is not None and self.is_running:
+            os.kill(self.popen.pid, signal_number)
+
+    def stop(self) -> None:
+        """As politely as it lets us: stop_signal, abort_signal, SIGKILL. Does nothing where it does not run."""
+        stop_in_turn([[self]])
+
+    def kill(self) -> None:
+        """End it and all its children, now."""
+        if self.popen is not None and self.is_running:
+            self._kill_group()
+            self.popen.wait()
+        self.popen = self.restart_at = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def log_has(self, words: bytes) -> bool:
+        return self.log_path.exists() and words in self.log_path.read_bytes()
+
+    def log_tail(self) -> str:
+        text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+        return text[-1500:].strip() or "(its log is empty)"
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
         self.started_at, self.restart_at = time.monotonic(), None
         self.prepare()
+        trim_log(self.log_path)
+        self.popen = _STARTER.submit(self._popen).result()
+        return self.popen
+
+    def _popen(self) -> subprocess.Popen[bytes]:
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command,
+            return subprocess.Popen(
+                ending_with_us(self.command(), signal_number=self.orphan_signal, user=self.user),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
                 env=self.environment(),
-                start_new_session=True,  # Ctrl-C is for us; we stop the processes in order
+                start_new_session=True,  # Ctrl-C is for us; we stop processes in order
             )
-        self._guard = subprocess.Popen(
-            ["sh", "-c", GUARD, "celeriac-guard", str(self.process.pid), str(GUARD_SECONDS)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
 
-    @property
-    def is_running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def bury(self) -> str:
-        """After its end: clear away what it left behind, plan the restart, and say how it ended."""
-        assert self.process is not None
-        self._end_group()
+    def _bury(self) -> str:
+        """After its end: plan the restart, and say how it ended."""
+        assert self.popen is not None
         lived_seconds = time.monotonic() - self.started_at
         self.num_deaths = 1 if lived_seconds > STEADY_SECONDS else self.num_deaths + 1
-        return_code, self.process = self.process.wait(), None
+        return_code, self.popen = self.popen.wait(), None
         self.last_words = self._last_message() if return_code == os.EX_CONFIG else None
         if self.last_words is None:
             backoff_seconds = min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** (self.num_deaths - 1))
@@ -91,30 +160,6 @@ class Service:
         pause = f"restarting in {backoff_seconds:g} s"
         return f"{self.title} {ending}; {pause}, log: {short_path(self.log_path)}"
 
-    def begin_stop(self) -> None:
-        """Ask it to end; `finish_stop` waits for it."""
-        self.restart_at = None
-        self.send(signal.SIGTERM)
-
-    def send(self, signal_number: signal.Signals) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal_number)
-
-    def finish_stop(self) -> None:
-        """End it and all its children, now."""
-        if self.process is None:
-            return
-        self._end_group()
-        self.process.wait()
-        self.process = None
-
-    def log_has(self, words: bytes) -> bool:
-        return self.log_path.exists() and words in self.log_path.read_bytes()
-
-    def log_tail(self) -> str:
-        text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
-        return text[-1500:].strip() or "(its log is empty)"
-
     def _last_message(self) -> str:
         """What the last line of its log says, in either format."""
         line = self.log_tail().splitlines()[-1]
@@ -122,55 +167,32 @@ class Service:
             return str(json.loads(line)["message"])
         return line
 
-    def _end_group(self) -> None:
-        assert self.process is not None
+    def _kill_group(self) -> None:
+        assert self.popen is not None
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        if self._guard is not None:
-            self._guard.kill()
-            self._guard.communicate()
-            self._guard = None
+            os.killpg(self.popen.pid, signal.SIGKILL)
 
 
-@dataclass
-class Launcher:
-    """The services in the order of their start. `say` prints one line."""
-
-    say: Callable[[str], None]
-    services: list[Service] = field(default_factory=list)
-    is_hurried: Callable[[], bool] = lambda: False
-
-    def restart_the_dead(self) -> None:
-        """One look at every service; called several times a second."""
-        for service in self.services:
-            if service.process is not None and not service.is_running:
-                self.say(service.bury())
-            if service.restart_at is not None and time.monotonic() >= service.restart_at:
-                service.start()
-            trim_log(service.log_path)
-
-    def stop(self, tiers: list[list[Service]]) -> None:
-        """Tier after tier: TERM, wait as long as the slowest is given, then KILL what is left."""
-        for tier in tiers:
-            for service in tier:
-                service.begin_stop()
-            self._wait_for_end(tier)
-            for service in tier:
-                service.finish_stop()
-
-    def _wait_for_end(self, tier: list[Service]) -> None:
-        started_at, hurried_at = time.monotonic(), None
-        while running := [service for service in tier if service.is_running]:
+def stop_in_turn(tiers: Iterable[Iterable[ChildProcess]], *, is_hurried: Callable[[], bool] = lambda: False) -> None:
+    """Tier after tier: ask all of it to stop; abort what takes longer than it is given, or all that is left once
+    `is_hurried`; kill what outlasts that."""
+    for tier in map(list, tiers):
+        for process in tier:
+            process.restart_at = None
+            process.send(process.stop_signal)
+        asked_at, aborted_at = time.monotonic(), dict[ChildProcess, float]()
+        while running := [process for process in tier if process.is_running]:
             now = time.monotonic()
-            if hurried_at is None and self.is_hurried():
-                hurried_at = now
-                for service in running:
-                    service.send(service.hurry_signal)
-            if hurried_at is not None and now - hurried_at > FIRST_BACKOFF_SECONDS * 10:
-                return
-            if all(now - started_at > service.stop_seconds for service in running):
-                return
-            time.sleep(0.05)
+            for process in running:
+                if process in aborted_at:
+                    if now - aborted_at[process] > ABORT_SECONDS:
+                        process.kill()
+                elif is_hurried() or now - asked_at > process.stop_seconds:
+                    process.send(process.abort_signal)
+                    aborted_at[process] = now
+            time.sleep(0.02)
+        for process in tier:
+            process.kill()  # what is left of its children
 
 
 def free_port(host: str, wanted: int) -> int:

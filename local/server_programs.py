@@ -1,4 +1,4 @@
-"""Where the programs of the embedded servers are, and how another system user comes to run them."""
+"""Where the programs of the embedded servers are, and how another system user can run them."""
 
 import shutil
 import stat
@@ -35,7 +35,7 @@ def redis_program() -> str:
 
 
 def make_passable(path: Path) -> None:
-    """Let everybody through `path` and the folders above it, where they are closed."""
+    """Let everybody pass through `path` and the folders above it."""
     for folder in (path, *path.parents):
         mode = folder.stat().st_mode
         if not mode & stat.S_IXOTH:
@@ -43,7 +43,7 @@ def make_passable(path: Path) -> None:
 
 
 def make_readable(root: Path) -> None:
-    """Give everybody the read and execute rights that the owner has: a strict umask at install time took them away."""
+    """Give everybody the read and execute rights that the owner has, which a strict umask may have withheld."""
     if root.stat().st_mode & stat.S_IROTH and (root / "bin" / "postgres").stat().st_mode & stat.S_IXOTH:
         return
     for path in (root, *root.rglob("*")):
@@ -52,6 +52,6 @@ def make_readable(root: Path) -> None:
 
 
 def _package_folder(name: str) -> Path | None:
-    """Where a package lies, without importing it: both have imports that cost more than the server's start."""
+    """Where a package is, without importing it: the imports of both cost more than the server's start."""
     spec = find_spec(name)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None

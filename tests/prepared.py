@@ -29,6 +29,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from local.lifetime import end_with_parent
+
 ROOT = Path(__file__).resolve().parents[1]
 #: Everything heavy. None of it reads the environment while it is imported, as tasks.app and gpu_worker.app do.
 MODULES = (
@@ -155,6 +157,7 @@ def _descriptor(output: IO[bytes] | int) -> int:
 def main(control: socket.socket) -> None:
     """Returns in each fork, which then runs what it was asked for; the nursery itself exits with who made it."""
     told: dict[int, int] = {}  # by pid: where its exit code goes
+    nursery_pid = os.getpid()
     woken, wake = socket.socketpair()
     wake.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -174,6 +177,7 @@ def main(control: socket.socket) -> None:
             os._exit(0)
         pid = os.fork()
         if pid == 0:
+            end_with_parent(nursery_pid)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for own in (control, woken, wake):

@@ -27,6 +27,7 @@ import orjson
 
 from domain.errors import CeleriacError, InvalidRequest, ServerOverloaded, UnsupportedParameter
 from domain.structured_output import StructuredOutput
+from local.lifetime import ending_with_us
 from observability import describe_exception
 from text.models import ModelView, Vocabulary
 
@@ -206,7 +207,7 @@ class GrammarCompiler:
 
     async def _start_process(self) -> asyncio.subprocess.Process:
         self.process = await asyncio.create_subprocess_exec(
-            *COMMAND,
+            *ending_with_us(COMMAND),
             cwd=ROOT,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

@@ -18,6 +18,7 @@ import orjson
 from llguidance import LLMatcher, LLTokenizer
 
 from domain.structured_output import StructuredOutput, ToolCalls
+from local.lifetime import end_with_parent
 from text.grammars import error_of, in_short, make_grammar_tokenizer, make_matcher
 
 CPU_SECONDS = 0.5  # per grammar; the engine compiles it again while its whole batch waits
@@ -114,8 +115,10 @@ def main() -> None:
 
 def _judge_apart(tokenizer: LLTokenizer, line: bytes) -> int:
     """Judge in a fork, which shares the vocabulary and may die of the grammar. It answers if its return code is 0."""
+    our_id = os.getpid()
     process_id = os.fork()
     if process_id == 0:
+        end_with_parent(our_id)
         _judge_and_exit(tokenizer, orjson.loads(line))
     _, status = os.waitpid(process_id, 0)
     return os.waitstatus_to_exitcode(status)

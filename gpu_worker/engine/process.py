@@ -39,7 +39,7 @@ from gpu_worker.engine_process.frames import (
     encode,
 )
 from gpu_worker.engine_process.signs_of_life import RECORDER_BYTES, FlightRecorder, Pulse, RecordedJob, start_beating
-from gpu_worker.engine_process.template import die_with_parent, fork_engines
+from gpu_worker.engine_process.template import fork_engines
 from observability import configure_logging
 from settings import get_settings
 
@@ -176,10 +176,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="gpu_worker.engine.process")
     parser.add_argument("--spec", required=True, help="a ModelSpec as JSON")
     parser.add_argument("--control-fd", type=int, required=True)
-    parser.add_argument("--parent-pid", type=int, required=True)
     parser.add_argument("--heartbeat-seconds", type=float, required=True)
     arguments = parser.parse_args()
-    die_with_parent(arguments.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C drains the worker, which then ends its engine
     settings = get_settings()
     configure_logging(settings.log_level, settings.log_format)

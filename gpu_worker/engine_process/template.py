@@ -9,7 +9,6 @@ ended, its exit code, 4 bytes each.
 """
 
 import contextlib
-import ctypes
 import gc
 import os
 import signal
@@ -19,6 +18,7 @@ import subprocess
 import sys
 
 from domain.catalog import ModelSpec
+from local.lifetime import end_with_parent, ending_with_us
 from settings import PREFIX, ROOT
 
 _MESSAGE = struct.Struct(">i")
@@ -40,10 +40,10 @@ class EngineTemplate:
         self._control, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "gpu_worker.engine.process", "--spec", spec.model_dump_json()]
-            command += ["--control-fd", str(theirs.fileno()), "--parent-pid", str(os.getpid())]
+            command += ["--control-fd", str(theirs.fileno())]
             command += ["--heartbeat-seconds", str(heartbeat_seconds)]
             self._process = subprocess.Popen(
-                command,
+                ending_with_us(command),
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 env=_engine_environment(),
@@ -104,9 +104,6 @@ class EngineTemplate:
             (self._exit_code,) = _MESSAGE.unpack(message)
 
 
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-
-
 def fork_engines(control: socket.socket) -> tuple[int, int]:
     """Returns in each engine, with the descriptors of its socket and its recorder. The template itself stays in here,
     forks one engine after the other, and exits when its supervisor hangs up."""
@@ -120,7 +117,7 @@ def fork_engines(control: socket.socket) -> tuple[int, int]:
         pid = os.fork()
         if pid == 0:
             control.close()
-            die_with_parent(template_pid)
+            end_with_parent(template_pid)
             socket_fd, recorder_fd = descriptors
             return socket_fd, recorder_fd
         for descriptor in descriptors:
@@ -128,12 +125,3 @@ def fork_engines(control: socket.socket) -> tuple[int, int]:
         control.sendall(_MESSAGE.pack(pid))
         _, status = os.waitpid(pid, 0)
         control.sendall(_MESSAGE.pack(os.waitstatus_to_exitcode(status)))
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, for whatever reason. So an engine ends
-    with its template, and the template with its worker."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        sys.exit("the parent ended before this process started")

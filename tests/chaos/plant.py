@@ -23,14 +23,14 @@ import psutil
 import psycopg
 import redis
 
-from local.processes import GUARD, free_port
+from local.lifetime import ending_with_us
+from local.processes import free_port
 from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
 from settings import ROOT
 from storage.database import migrate
 from tests.prepared import PreparedProcess, nursery
 
 RESTART_SECONDS = 0.3
-GUARD_SECONDS = 0  # what an orphan gets: nothing
 START_SECONDS = 60.0
 
 
@@ -39,9 +39,9 @@ Start = Callable[[list[str], Mapping[str, str], IO[bytes], Path], Process]
 
 
 def start_python(arguments: list[str], environment: Mapping[str, str], log: IO[bytes], folder: Path) -> Process:
-    """`python -m ARGUMENTS` in a folder."""
+    """`python -m ARGUMENTS` in a folder. It ends with the thread that starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
+        ending_with_us([sys.executable, "-m", *arguments]),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
@@ -63,7 +63,6 @@ class Incarnation:
     """One process of a part, from its start to its end."""
 
     process: Process
-    guard: subprocess.Popen[bytes]
     started_at: float
     ended_at: float | None = None
     pauses: list[tuple[float, float | None]] = field(default_factory=list)
@@ -104,10 +103,7 @@ class Part:
     def start(self) -> None:
         with self._log_path.open("ab") as log:
             process = self._start(self._arguments, self._environment, log, self._folder)
-        # Nothing that was started here outlives us, however we end.
-        guard_command = ["sh", "-c", GUARD, "celeriac-guard", str(process.pid), str(GUARD_SECONDS)]
-        guard = subprocess.Popen(guard_command, stdin=subprocess.PIPE, start_new_session=True)
-        self.incarnations.append(Incarnation(process, guard, time.time()))
+        self.incarnations.append(Incarnation(process, time.time()))
 
     def __repr__(self) -> str:
         return self.name
@@ -181,8 +177,6 @@ class Part:
             self.newest.ended_at = time.time()
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
-            self.newest.guard.kill()
-            self.newest.guard.communicate()
 
 
 class Plant:

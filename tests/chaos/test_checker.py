@@ -179,7 +179,7 @@ def test_a_rescue_from_a_well_worker_is_told_with_the_faults_around_it(tmp_path:
     worker = Part("gpu-1", ["true"], {}, tmp_path / "log", tmp_path)
     done = subprocess.Popen(["true"])
     done.wait()
-    worker.incarnations.append(Incarnation(done, done, started_at=10.0))
+    worker.incarnations.append(Incarnation(done, started_at=10.0))
     struck = [
         Struck("half-open postgres", "gpu to postgres", 93.0, 94.5),
         Struck("postgres restart", "postgres", 92.0, 93.0),
@@ -203,8 +203,8 @@ def test_the_times_without_any_api_are_known(tmp_path: Path) -> None:
     done = subprocess.Popen(["true"])
     done.wait()
     apis = [Part(f"api-{number}", ["true"], {}, tmp_path / "log", tmp_path) for number in (1, 2)]
-    apis[0].incarnations.append(Incarnation(done, done, started_at=0.0, ended_at=20.0))
-    apis[1].incarnations.append(Incarnation(done, done, started_at=18.0))  # its first answer is due three seconds later
+    apis[0].incarnations.append(Incarnation(done, started_at=0.0, ended_at=20.0))
+    apis[1].incarnations.append(Incarnation(done, started_at=18.0))  # its first answer is due three seconds later
     spans = times_without(apis, 10.0, 30.0)
     assert sum(until - since for since, until in spans) == pytest.approx(1.0, abs=0.2)
     assert all(19.9 < since < until < 21.1 for since, until in spans)

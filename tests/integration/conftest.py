@@ -11,7 +11,6 @@ import pytest
 import redis
 from sqlalchemy.orm import Session, sessionmaker
 
-from gpu_worker import commits
 from gpu_worker.engine_process import template
 from settings import Settings
 from tests.conftest import MakeJob
@@ -49,15 +48,8 @@ def start_template(
     command: Sequence[str], *, env: Mapping[str, str], pass_fds: Sequence[int], **_others: Any
 ) -> PreparedProcess:
     """An engine's template without a second of imports. It ends with the nursery, as it would with its worker."""
-    module, *arguments = command[2:]  # behind `python -m`
-    arguments[arguments.index("--parent-pid") + 1] = str(nursery().pid)
+    module, *arguments = command[command.index("-m") + 1 :]
     return nursery().start(module, arguments, environment=env, output=STDERR, pass_fds=pass_fds, start_new_session=True)
-
-
-@pytest.fixture
-def context_length() -> int:
-    """Of the model of a `rig`. A test that has a job fill it names a small one."""
-    return 4096
 
 
 @pytest.fixture
@@ -67,14 +59,12 @@ def rig(
     database_url: str,
     redis_url: str,
     make_job: MakeJob,
-    context_length: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Rig]:
     """JobRunners on this test's own database and Redis, each with a real engine process on the fake back end."""
     settings = Settings(database_url=database_url, redis_url=redis_url, models_file=tmp_path / "models.toml")
     starting = SimpleNamespace(Popen=start_template, DEVNULL=subprocess.DEVNULL)
     monkeypatch.setattr(template, "subprocess", starting)
-    monkeypatch.setattr(commits, "REPORT_SECONDS", 0.2)  # a worker's orders come with the answers to its reports
-    rig = Rig(session_factory, settings, make_job, context_length)
+    rig = Rig(session_factory, settings, make_job)
     yield rig
     rig.close()

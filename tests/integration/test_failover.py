@@ -1,7 +1,7 @@
 """PostgreSQL's machine is lost, and its standby takes over: what was accepted is there, and all goes on."""
 
 import contextlib
-import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from domain.catalog import Catalog
 from domain.ids import parse_id
 from domain.jobs import JobStatus
 from gpu_worker.threads import RunnerEventKind
+from local.lifetime import ending_with_us
 from local.server_programs import postgres_programs
 from local.servers import EmbeddedPostgres
 from storage import database as storage_database
@@ -111,19 +112,12 @@ def _copy(primary: EmbeddedPostgres, standby: EmbeddedPostgres) -> None:
     """Make the standby's data folder, with how it follows the primary in it."""
     data = standby.folder / "data"
     data.mkdir(mode=0o700, parents=True)
-    if primary.uid is not None and primary.gid is not None:
-        os.chown(data, primary.uid, primary.gid)
+    if primary.user:
+        shutil.chown(data, primary.user)
     program = str(postgres_programs() / "pg_basebackup")
     host = primary.url.partition("host=")[2]
     arguments = ["-h", host, "-U", "postgres", "-D", str(data), "-R", "-c", "fast"]
-    subprocess.run(
-        [program, *arguments],
-        check=True,
-        cwd="/",
-        user=primary.uid,
-        group=primary.gid,
-        extra_groups=None if primary.uid is None else [],
-    )
+    subprocess.run(ending_with_us([program, *arguments], user=primary.user), check=True, cwd="/")
     (data / ".s.PGSQL.5432.lock").unlink()  # of the primary's socket, which lies among its data
 
 

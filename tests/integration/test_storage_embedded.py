@@ -65,8 +65,8 @@ def test_a_folder_in_use_is_refused(redis_server: EmbeddedRedis) -> None:
 def test_a_stopped_servers_folder_is_free_though_a_child_still_holds_its_files(server_folder: Path) -> None:
     server = EmbeddedRedis(server_folder / "forked")
     with server:
-        assert server._lock is not None
-        held = os.dup(server._lock.fileno())  # as a fork does, until its exec
+        assert server._lock.file is not None
+        held = os.dup(server._lock.file.fileno())  # as a fork does, until its exec
     with server:
         assert server.is_running
     os.close(held)
@@ -108,11 +108,8 @@ def test_what_an_owner_left_behind_is_stopped_before_the_next_start(tmp_path: Pa
     first.start()
     assert first.pid is not None
     leftover = psutil.Process(first.pid)
-    first._stop_guard()  # the owner and its guard die together
-    assert first._lock is not None
-    first._lock.close()
+    first._lock.release()  # as its owner's death does, while the server is still ending
     with EmbeddedRedis(tmp_path) as second:
         assert second.is_running
         assert not leftover.is_running() or leftover.status() == psutil.STATUS_ZOMBIE
-    assert first._process is not None
-    first._process.wait(5)
+    first.stop()

@@ -177,7 +177,7 @@ def test_up_runs_a_job_is_alone_in_its_folder_and_keeps_its_jobs(
     assert httpx.get(f"{flower_url}/healthcheck", timeout=30).status_code == 200
 
     second = celeriac("up")
-    assert "celeriac up runs here already" in second.communicate()[1]
+    assert "celeriac up already runs here" in second.communicate()[1]
     assert second.returncode == 1
     assert job_id in celeriac("jobs").communicate()[0]  # it finds the API without being told
 
@@ -254,7 +254,7 @@ def test_a_killed_up_leaves_nothing_behind_and_its_jobs_in_place(start_up: Start
 
 def test_a_part_that_cannot_start_ends_it_with_the_reason(environment: dict[str, str], folder: Path) -> None:
     up = RunningUp(environment | {"FLOWER_MAX_TASKS": "many"})
-    assert up.wait() == 1
+    assert up.wait() == 1, up.output
     up.wait_for(r"Flower does not start; its log ends:(.|\n)*many")
     assert processes_of(folder) == []
 
@@ -262,7 +262,7 @@ def test_a_part_that_cannot_start_ends_it_with_the_reason(environment: dict[str,
 def test_a_model_that_cannot_be_loaded_ends_it_with_the_reason(environment: dict[str, str], folder: Path) -> None:
     (folder / "models.toml").write_text(MODELS.replace("step_seconds", "no_such_knob"))
     up = RunningUp(environment)
-    assert up.wait() == 1
+    assert up.wait() == 1, up.output
     up.wait_for(r"(?s)Error: GPU worker cannot work: exiting: model 'celeriac-mini' cannot be loaded: .*no_such_knob")
     assert up.output.count("GPU worker cannot work") == 2, "as it happens, and at the end"
     assert "Traceback" not in up.output
