@@ -26,7 +26,7 @@ from api.services import caller_of, services_of
 from dialects.bodies import Model, invalid_request, parse_model
 from dialects.ignored_fields import HintTree
 from dialects.native import NO_NUL, JobOptionFields, MetadataKey, MetadataValue
-from dialects.openai_views import View, page
+from dialects.openai_views import REFERENCE, View, page
 from domain.errors import InvalidCursor, InvalidRequest
 from domain.ids import parse_id, parse_id_of_other
 from domain.jobs import FirstErrorModel, JobStatus
@@ -75,7 +75,7 @@ def require_json(request: Request) -> None:
 
 Query = TypeVar("Query", bound="QueryModel")
 
-Item = TypeVar("Item")
+Listed = TypeVar("Listed")
 
 MAX_PARAMETERS = 64  # no route has half as many, those of a mapping counted one by one
 
@@ -119,8 +119,8 @@ class PageQuery(QueryModel):
 async def list_page(
     request: Request,
     query: PageQuery,
-    reader: Callable[..., Sequence[Item]],
-    view: Callable[[Item], Mapping[str, Any]],
+    reader: Callable[..., Sequence[Listed]],
+    view: Callable[[Listed], Mapping[str, Any]],
     *,
     prefix: str | None = None,
     **filters: object,
@@ -170,7 +170,7 @@ def read_query(request: Request, model: type[Query]) -> Query:
 
 def query_parameters(model: type[BaseModel]) -> list[Mapping[str, object]]:
     """The parameters of `model` as OpenAPI lists them."""
-    whole = model.model_json_schema()
+    whole = model.model_json_schema(ref_template=REFERENCE)
     defs = {"$defs": whole["$defs"]} if "$defs" in whole else {}
     return [
         {"name": name, "in": "query", "required": False, "schema": schema | defs, **_style(schema)}

@@ -1,7 +1,7 @@
 """The OpenAPI document: what FastAPI writes from the routes, and what is the same for all of them.
 
-Bodies and query strings are read by our own code, so routes declare them by hand; their schemas come whole, with
-definitions of their own, which move to where the document keeps all of them.
+Bodies and query strings are read by our own code (docs/adr/0031 says why), so routes declare them by hand; the
+definitions of their schemas move to where the document keeps all of them.
 """
 
 from typing import Any, Final
@@ -10,7 +10,7 @@ import orjson
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
-from dialects.openai_views import View
+from dialects.openai_views import REFERENCE, View
 
 NEEDS_KEY: Final[dict[str, Any]] = {"security": [{"key": []}]}
 _KEY_SCHEME = {"key": {"type": "http", "scheme": "bearer", "description": "Not asked for under CELERIAC_AUTH=none."}}
@@ -63,7 +63,7 @@ REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
 
 def request_body(model: type[BaseModel], *, is_required: bool = True) -> dict[str, Any]:
     """The JSON body of a route, for its `openapi_extra`."""
-    content = {"application/json": {"schema": model.model_json_schema()}}
+    content = {"application/json": {"schema": model.model_json_schema(ref_template=REFERENCE)}}
     return {"requestBody": {"required": is_required, "content": content}}
 
 
@@ -73,37 +73,20 @@ def streamed_or(model: type[View]) -> dict[int | str, dict[str, Any]]:
 
 
 def document_of(app: FastAPI) -> dict[str, Any]:
-    """The whole document; made once."""
-    document = app.openapi()
+    """The whole document."""
+    document: dict[str, Any] = orjson.loads(orjson.dumps(app.openapi()))  # a copy: the routes keep theirs
     components = document.setdefault("components", {})
-    if "securitySchemes" not in components:
-        components["securitySchemes"] = _KEY_SCHEME
-        _move_definitions(document["paths"], components.setdefault("schemas", {}))
+    components["securitySchemes"] = _KEY_SCHEME
+    _move_definitions(document["paths"], components.setdefault("schemas", {}))
     return document
 
 
 def _move_definitions(part: Any, schemas: dict[str, Any]) -> None:
-    """Take every `$defs` below `part` into `schemas`, and point to them there."""
+    """Take every `$defs` below `part` into `schemas`, where the references point already."""
     if isinstance(part, dict):
-        if "$defs" in part:
-            _take_definitions(part, schemas)
+        for name, schema in part.pop("$defs", {}).items():
+            assert schemas.setdefault(name, schema) == schema, f"two schemas are called {name}; rename one"
         part = list(part.values())
     if isinstance(part, list):
         for item in part:
             _move_definitions(item, schemas)
-
-
-def _take_definitions(owner: dict[str, Any], schemas: dict[str, Any]) -> None:
-    """Under their own names, or behind the owner's where one of these means something else already."""
-    definitions = _pointing(owner["$defs"], "")
-    is_clear = all(schemas.get(name, schema) == schema for name, schema in definitions.items())
-    prefix = "" if is_clear else f"{owner.get('title', 'Body')}_"
-    moved = _pointing(owner, prefix)
-    schemas |= {prefix + name: schema for name, schema in moved.pop("$defs").items()}
-    owner.clear()
-    owner |= moved
-
-
-def _pointing(schema: Any, prefix: str) -> Any:
-    """A copy whose references point into the document."""
-    return orjson.loads(orjson.dumps(schema).replace(b"#/$defs/", b"#/components/schemas/" + prefix.encode()))

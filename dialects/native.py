@@ -11,7 +11,7 @@ import orjson
 from pydantic import AwareDatetime, Field, StringConstraints, TypeAdapter, model_validator
 
 from dialects.errors import JobErrorView, job_error_view
-from dialects.openai_views import PageView, Timestamp, View, optional_timestamp, timestamp
+from dialects.openai_views import REFERENCE, PageView, Timestamp, View, optional_timestamp, timestamp
 from domain.ids import external_id
 from domain.jobs import FinishReason, Frozen, JobKind, JobStatus, WaitingFor
 from domain.requests import EmbeddingRequest, EmbeddingResult, GenerationRequest, JobOptions, JobOutput, JobRequest
@@ -95,7 +95,7 @@ class EmbeddingJobBody(JobOptionFields, EmbeddingRequest):
         return EmbeddingRequest.model_construct(model=self.model, inputs=self.inputs, dimensions=self.dimensions)
 
 
-BODY_SCHEMA = TypeAdapter(JobBody | EmbeddingJobBody).json_schema()
+BODY_SCHEMA = TypeAdapter(JobBody | EmbeddingJobBody).json_schema(ref_template=REFERENCE)
 
 
 def body_class(body: bytes) -> type[JobBody] | type[EmbeddingJobBody]:
@@ -223,7 +223,7 @@ class JobListView(PageView):
     data: list[JobView]
 
 
-_NULLS: dict[str, object] = dict.fromkeys(sorted(JobView.__required_keys__))
+_NULLS: dict[str, object] = dict.fromkeys(name for name in JobView.__annotations__ if name in JobView.__required_keys__)
 
 
 def urls_of(job_id: str) -> UrlsView:

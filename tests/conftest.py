@@ -33,8 +33,8 @@ MakeJob = Callable[..., Job]
 
 TEMPLATE = "migrated_template"
 
-
-hypothesis.settings.register_profile("no clock", deadline=None)
+# How long an example takes to make and to run is the machine's affair.
+hypothesis.settings.register_profile("no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("no clock")
 
 

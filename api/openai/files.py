@@ -7,13 +7,13 @@ An upload as it streams in: a form whose file goes to SQL piece by piece, and is
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Literal, cast
 from uuid import UUID
 
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from pydantic import Field, TypeAdapter, ValidationError
-from python_multipart.exceptions import MultipartParseError
-from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
@@ -31,6 +31,8 @@ from tasks.batch_files import AnsweredLine, read_ended, write_line
 from text.models import ModelViews
 
 FORM_BYTES = 65_536  # what a form may have around its file
+
+FILE = "file"  # the field that holds it
 
 MAX_PARTS = 16
 
@@ -51,85 +53,66 @@ class Form:
     def __init__(self, content_type: str) -> None:
         """Raises UnsupportedMediaType or InvalidRequest."""
         kind, options = parse_options_header(content_type)
-        if kind != b"multipart/form-data":
+        if kind != "multipart/form-data":
             raise UnsupportedMediaType(f"Content-Type is {content_type[:64]!r}; send the file as multipart/form-data")
-        boundary = options.get(b"boundary", b"")
-        if not 0 < len(boundary) <= MAX_BOUNDARY_CHARS:
+        boundary = options.get("boundary", "")
+        if not 0 < len(boundary) <= MAX_BOUNDARY_CHARS or not boundary.isascii():
             raise InvalidRequest("the form's Content-Type names no boundary; let your HTTP client write it")
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self.content = bytearray()
-        self.is_whole = False
         self._num_parts = 0
-        self._header = [b"", b""]
-        self._disposition = b""
-        self._name: str | None = None
+        self._name = ""
         self._value = bytearray()
-        self._is_in_file = False
-        self._parser = MultipartParser(boundary, self._callbacks())  # type: ignore[arg-type]
+        self._parser = PushMultipartParser(boundary)
 
     def feed(self, data: bytes) -> None:
         """Raises InvalidRequest."""
-        try:
-            self._parser.write(data)
-        except MultipartParseError:
-            raise InvalidRequest("the body is no multipart form; let your HTTP client write it") from None
+        with _refuse_malformed():
+            for event in self._parser.parse(data):
+                if isinstance(event, MultipartSegment):
+                    self._begin_part(event)
+                elif event is not None:
+                    self._take(event)
+                elif self._name != FILE:
+                    self.fields[self._name] = self._value.decode(errors="replace")
 
-    def _callbacks(self) -> dict[str, object]:
-        return {
-            "on_part_begin": self._begin_part,
-            "on_header_field": lambda data, start, end: self._add_to_header(0, data[start:end]),
-            "on_header_value": lambda data, start, end: self._add_to_header(1, data[start:end]),
-            "on_header_end": self._end_header,
-            "on_headers_finished": self._begin_content,
-            "on_part_data": lambda data, start, end: self._take(data[start:end]),
-            "on_part_end": self._end_part,
-            "on_end": self._end,
-        }
+    def finish(self) -> None:
+        """Raises InvalidRequest where something is missing."""
+        with _refuse_malformed():
+            self._parser.close()
+        if self.filename is None:
+            raise InvalidRequest("file is missing; send it as a part of the form", param=FILE)
 
-    def _begin_part(self) -> None:
+    def _begin_part(self, part: MultipartSegment) -> None:
         self._num_parts += 1
         if self._num_parts > MAX_PARTS:
             raise InvalidRequest(
                 f"the form has more than {MAX_PARTS} parts; send file, purpose and expires_after alone"
             )
-        self._disposition, self._value = b"", bytearray()
-
-    def _add_to_header(self, place: int, data: bytes) -> None:
-        self._header[place] += data
-
-    def _end_header(self) -> None:
-        name, value = self._header
-        if name.lower() == b"content-disposition":
-            self._disposition = value
-        self._header = [b"", b""]
-
-    def _begin_content(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        self._name = options.get(b"name", b"").decode(errors="replace")
-        self._is_in_file = self._name == "file"
-        if self._is_in_file:
-            if self.filename is not None:
-                raise InvalidRequest("the form has more than one file; send one", param="file")
-            self.filename = options.get(b"filename", b"upload").decode(errors="replace").replace("\0", "")[:255]
-        elif self._name in self.fields:
-            raise InvalidRequest(f"{self._name[:64]} appears more than once; send it once", param=self._name[:64])
+        self._name, self._value = str(part.name), bytearray()
+        if self._name in self.fields or (self._name == FILE and self.filename is not None):
+            name = self._name[:64]
+            raise InvalidRequest(f"the form has {name} more than once; send it once", param=name)
+        if self._name == FILE:
+            self.filename = (part.filename or "upload").replace("\0", "")[:255]
 
     def _take(self, data: bytes) -> None:
-        if self._is_in_file:
+        if self._name == FILE:
             self.content += data
             return
         self._value += data
         if len(self._value) > MAX_FIELD_BYTES:
-            name = (self._name or "")[:64]
+            name = self._name[:64]
             raise InvalidRequest(f"{name} is longer than {MAX_FIELD_BYTES} bytes; shorten it", param=name)
 
-    def _end_part(self) -> None:
-        if not self._is_in_file and self._name is not None:
-            self.fields[self._name] = self._value.decode(errors="replace")
 
-    def _end(self) -> None:
-        self.is_whole = True
+@contextmanager
+def _refuse_malformed() -> Iterator[None]:
+    try:
+        yield
+    except MultipartError as exc:
+        raise InvalidRequest(f"the body is not a multipart form ({exc}); let your HTTP client write it") from None
 
 
 class Upload:
@@ -158,8 +141,7 @@ class Upload:
             await self._write(form, PIECE_BYTES)
         if problem is not None:
             raise problem
-        if not form.is_whole or form.filename is None:
-            raise InvalidRequest("file is missing; send it as a part of the form", param="file")
+        form.finish()
         await self._write(form, 1)
         return form
 

@@ -9,10 +9,10 @@ from domain.catalog import Catalog
 from gpu_worker import intake
 from tests.conformance.harness import Served
 from tests.integration.api_harness import ApiServer
-from tests.integration.conftest import api, api_settings, hand_worker, http, rig
+from tests.integration.conftest import api, api_settings, context_length, hand_worker, http, rig
 from tests.integration.runner_harness import Rig
 
-__all__ = ["api", "api_settings", "hand_worker", "http", "rig"]
+__all__ = ["api", "api_settings", "context_length", "hand_worker", "http", "rig"]
 
 
 @pytest.fixture

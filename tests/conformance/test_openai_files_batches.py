@@ -604,7 +604,7 @@ def test_a_step_that_is_cut_off_was_not_taken(
 
     create(client, *map(line, range(3)))
     with monkeypatch.context() as broken:
-        broken.setattr(batches, "attach", lambda *_: 1 / 0)
+        broken.setattr(batches, "attach_jobs", lambda *_: 1 / 0)
         work.tick()
     assert job_ids(session_factory) == []
     work.tick()

@@ -178,6 +178,7 @@ def test_what_cannot_be_is_refused_by_name(api: ApiServer, fields: dict[str, Any
     assert answer.json()["error"]["param"].startswith(param)
 
 
+@pytest.mark.parametrize("context_length", [128])
 def test_t5_frames_are_named_numbered_and_without_ids(served: Served) -> None:
     body = {"model": MODEL, "input": "Hi", "stream": True}
     answer = httpx.post(f"{served.server.url}/v1/responses", json=body, timeout=30)

@@ -15,7 +15,7 @@ from tests.waiting import wait_until
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12), max_size=12)
 END = st.sampled_from(["stop", "length"])
 anew = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )  # the server is the same for all examples, and each has a job of its own
 
 

@@ -11,6 +11,7 @@ import pytest
 import redis
 from sqlalchemy.orm import Session, sessionmaker
 
+from gpu_worker import commits
 from gpu_worker.engine_process import template
 from settings import Settings
 from tests.conftest import MakeJob
@@ -53,18 +54,26 @@ def start_template(
 
 
 @pytest.fixture
+def context_length() -> int:
+    """Of the model of a `rig`. A test that has a job fill it names a small one."""
+    return 4096
+
+
+@pytest.fixture
 def rig(
     tmp_path: Path,
     session_factory: sessionmaker[Session],
     database_url: str,
     redis_url: str,
     make_job: MakeJob,
+    context_length: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Rig]:
     """JobRunners on this test's own database and Redis, each with a real engine process on the fake back end."""
     settings = Settings(database_url=database_url, redis_url=redis_url, models_file=tmp_path / "models.toml")
     starting = SimpleNamespace(Popen=start_template, DEVNULL=subprocess.DEVNULL)
     monkeypatch.setattr(template, "subprocess", starting)
-    rig = Rig(session_factory, settings, make_job)
+    monkeypatch.setattr(commits, "REPORT_SECONDS", 0.2)  # a worker's orders come with the answers to its reports
+    rig = Rig(session_factory, settings, make_job, context_length)
     yield rig
     rig.close()

@@ -241,7 +241,7 @@ plans = st.lists(st.sampled_from(["a", "é", "\n", "🙂"]), min_size=1, max_siz
 cuts = st.lists(st.integers(0, 12), max_size=4)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=plans, cuts=cuts, is_published=st.lists(st.booleans(), min_size=12, max_size=12))
 def test_a_reader_that_is_cut_off_anywhere_sees_every_event_once(
     http: httpx.Client, hand_worker: HandWorker, texts: list[str], cuts: list[int], is_published: list[bool]

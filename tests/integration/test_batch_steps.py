@@ -210,7 +210,7 @@ def fail_at_attach(monkeypatch: pytest.MonkeyPatch, kinds: Iterator[type[Excepti
     def attach(*_: object) -> None:
         raise next(kinds)("it cannot be noted")
 
-    monkeypatch.setattr(batches, "attach", attach)
+    monkeypatch.setattr(batches, "attach_jobs", attach)
 
 
 def test_a_step_that_fails_three_times_in_the_same_way_fails_its_batch_alone(

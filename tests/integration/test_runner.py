@@ -4,10 +4,12 @@ import signal
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
+import pytest
 from sqlalchemy.orm import Session
 
 from domain.jobs import FinishReason, JobStatus, WorkerState
 from domain.requests import SamplingParams, TokenChunk
+from gpu_worker import intake
 from gpu_worker.engine.backends.fake import fake_text
 from gpu_worker.threads import RunnerEventKind
 from storage import jobs, workers
@@ -113,6 +115,12 @@ def test_an_offer_that_nobody_can_claim_is_dropped(rig: Rig) -> None:
     assert [worker.story(job_id) for job_id in (done, elsewhere, unknown)] == [[DROPPED]] * 3
 
 
+@pytest.fixture
+def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "POLL_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("quick_polls")
 def test_without_a_queue_jobs_are_found_in_sql(rig: Rig) -> None:
     worker = rig.start()
     job_id = rig.add_job()
@@ -120,6 +128,7 @@ def test_without_a_queue_jobs_are_found_in_sql(rig: Rig) -> None:
     rig.assert_intact(job_id)
 
 
+@pytest.mark.usefixtures("quick_polls")
 def test_the_late_delivery_of_a_job_found_in_sql_is_settled_by_that_run(rig: Rig) -> None:
     job_id = rig.add_job(max_tokens=LONG)
     worker = rig.start()

@@ -319,7 +319,6 @@ def test_any_sequence_of_calls_leaves_what_the_model_says(session_factory: sessi
         settings=settings(
             max_examples=30,
             stateful_step_count=30,
-            deadline=None,
             derandomize=True,
             database=None,
             suppress_health_check=list(HealthCheck),

@@ -197,5 +197,5 @@ class Blocks(RuleBasedStateMachine):
                 assert content.setdefault(block, tokens) == tokens
 
 
-Blocks.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Blocks.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestBlocks = Blocks.TestCase

@@ -5,7 +5,7 @@ from typing import Any
 from uuid import UUID
 
 import openai
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseCompletedEvent, ResponseCreatedEvent, ResponseStreamEvent
@@ -43,7 +43,6 @@ def read_by_sdk(events: list[ResponseEvent], items: list[OutputItem]) -> Respons
     return final
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(min_value=0, max_value=len(TEXT)), max_size=30))
 def test_however_the_text_is_cut_the_items_are_the_same(cuts: list[int]) -> None:
     events, items = told(TEXT, cuts)
@@ -57,7 +56,6 @@ def test_however_the_text_is_cut_the_items_are_the_same(cuts: list[int]) -> None
     read_by_sdk(events, items)
 
 
-@settings(deadline=None)
 @given(st.integers(min_value=0, max_value=len(TEXT)), st.lists(st.integers(min_value=0, max_value=len(TEXT))))
 def test_a_text_that_was_cut_off_still_closes_what_it_opened(length: int, cuts: list[int]) -> None:
     events, items = told(TEXT[:length], [cut for cut in cuts if cut <= length], "incomplete")

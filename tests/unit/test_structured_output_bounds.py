@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -125,7 +125,6 @@ json_values = st.recursive(
 keywords = st.sampled_from(["type", "properties", "items", "anyOf", "enum", "$ref", "pattern", "maxItems", "$defs"])
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(schema=st.dictionaries(keywords, json_values, max_size=4))
 def test_a_senseless_schema_is_looked_at_without_a_crash(schema: dict[str, Any]) -> None:
     with contextlib.suppress(ValidationError):

@@ -279,7 +279,7 @@ innocent = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=st.lists(texts, min_size=1, max_size=4))
 def test_any_conversation_has_the_control_tokens_of_its_template_alone(
     view: ModelView, tokenizer: Any, contents: list[str]
@@ -291,7 +291,7 @@ def test_any_conversation_has_the_control_tokens_of_its_template_alone(
     assert view.decode(ids) == f"{written}<|im_start|>assistant\n"
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=st.lists(innocent, min_size=1, max_size=4))
 def test_contents_without_control_tokens_have_the_ids_of_transformers(
     view: ModelView, tokenizer: Any, contents: list[str]

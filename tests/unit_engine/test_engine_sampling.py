@@ -90,7 +90,6 @@ ROWS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(rows=st.lists(ROWS, min_size=2, max_size=6), positions=st.lists(st.integers(0, 9), min_size=6, max_size=6))
 def test_a_row_draws_the_same_alone_and_in_any_company(rows: list[dict[str, Any]], positions: list[int]) -> None:
     logits = random_logits(len(rows), vocab_size=1000)
@@ -113,7 +112,7 @@ def defined_scores(logits: Tensor, sequence: Sequence) -> Tensor:
     return (scaled + noise).masked_fill(scaled < floor, -math.inf)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     row=ROWS.filter(lambda row: row["temperature"] > 0),
     vocab_size=st.sampled_from([1, 2, 60, 1000, 32_000]),

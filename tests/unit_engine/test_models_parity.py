@@ -53,7 +53,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return load_model_view(spec), AutoTokenizer.from_pretrained(Path(spec.path))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=texts)
 def test_a_prompt_has_the_same_tokens(pair: tuple[ModelView, AutoTokenizer], text: str) -> None:
     view, tokenizer = pair
@@ -61,7 +61,7 @@ def test_a_prompt_has_the_same_tokens(pair: tuple[ModelView, AutoTokenizer], tex
     assert view.encode(request) == tokenizer(text)["input_ids"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(turns=conversations)
 def test_a_conversation_has_the_same_tokens(
     pair: tuple[ModelView, AutoTokenizer], turns: list[tuple[str, str]]
