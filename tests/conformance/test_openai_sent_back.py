@@ -224,7 +224,7 @@ def test_a_response_shows_the_penalties_it_was_made_with(served: Served) -> None
 
 
 REFUSED: list[tuple[str, dict[str, Any], str, str, str]] = [
-    ("/v1/responses", {"input": "word " * 30}, "input", "input comes to", "messages"),
+    ("/v1/responses", {"input": "word " * 30}, "input", "input has", "messages"),
     (
         "/v1/responses",
         {"input": "Hi", "max_output_tokens": 5000},

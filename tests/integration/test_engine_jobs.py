@@ -269,8 +269,8 @@ def test_a_job_that_was_waiting_is_aborted_too(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"prompt_token_ids": [1, VOCAB_SIZE]}, InvalidRequest, f"token {VOCAB_SIZE}"),
-        ({"prompt_token_ids": [-1]}, InvalidRequest, "token -1"),
+        ({"prompt_token_ids": [1, VOCAB_SIZE]}, InvalidRequest, f"token id {VOCAB_SIZE}"),
+        ({"prompt_token_ids": [-1]}, InvalidRequest, "token id -1"),
         ({"prompt_token_ids": []}, InvalidRequest, "no tokens"),
         ({"prompt_token_ids": [1] * 256}, ContextLengthExceeded, "256 tokens"),
         ({"logit_bias": {VOCAB_SIZE: 1.0}}, InvalidRequest, "logit_bias"),

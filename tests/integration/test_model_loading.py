@@ -180,4 +180,4 @@ def came_back(client: httpx.Client, before: str) -> bool:
 
 def never_ready_since(worker: Part) -> bool:
     """The newest incarnation has not started an engine."""
-    return "the engine is ready" not in worker.log().rpartition("the model is unloaded")[2]
+    return "the engine is ready" not in worker.log().rpartition("unloading the model")[2]
