@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,8 +26,13 @@ import redis
 from local.lifetime import ending_with_us
 from local.lock import FileLock
 from local.processes import ChildProcess, ProcessFailed, free_port, is_free
-from local.server_programs import EmbeddedServerError as EmbeddedServerError
-from local.server_programs import make_passable, make_readable, postgres_programs, redis_program
+from local.server_programs import (
+    EmbeddedServerError,
+    make_passable,
+    make_readable,
+    postgres_programs,
+    redis_program,
+)
 
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
@@ -46,7 +52,7 @@ POSTGRES_SETTINGS = {
 }
 
 
-class EmbeddedServer:
+class EmbeddedServer(ABC):
     """One server process: start() -> URL, stop(); a context manager. start() after the server died restarts it."""
 
     title: str
@@ -113,20 +119,20 @@ class EmbeddedServer:
         return self.process.pid
 
     @property
-    def url(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def url(self) -> str: ...
 
+    @abstractmethod
     def _prepare(self) -> None:
         """Create what the server needs before it starts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _command(self) -> list[str]:
         """The server's command line, in the foreground. It names the folder, which is how a leftover is recognised."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _answers(self) -> bool:
         """Whether the server takes commands now."""
-        raise NotImplementedError
 
     def _stop_leftover(self) -> None:
         """End the server of an owner that died. We hold the lock, so nobody else owns it."""

@@ -5,7 +5,7 @@ holds no connection while it waits for its client; until the last piece the file
 functions are synchronous on a `Session` and do not commit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal
 from uuid import UUID
@@ -293,16 +293,6 @@ def read_ranges(session: Session, file_id: UUID, ranges: Sequence[tuple[int, int
         "size": PIECE_BYTES,
     }
     return [bytes(row.content) for row in session.execute(READ_RANGES, parameters)]
-
-
-def read_from(session: Session, file_id: UUID, first_byte: int) -> Iterator[bytes]:
-    """The content from a byte on, in parts, read lazily."""
-    number, skipped = divmod(first_byte, PIECE_BYTES)
-    while pieces := read_pieces(session, file_id, first=number):
-        for piece in pieces:
-            yield piece[skipped:]
-            skipped = 0
-        number += len(pieces)
 
 
 def create_live(session: Session, tenant_id: UUID, filename: str) -> UUID:

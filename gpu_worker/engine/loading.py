@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from domain.catalog import ModelSpec
 from gpu_worker.engine.detokenizer import with_visible_reasoning
 from observability import describe_exception
+from text.model_files import POSITIONS_BEHIND_PADDING
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +155,6 @@ SMALL_MODEL_PARAMETERS = 50_000_000
 MAX_SMALL_MODEL_THREADS = 4
 
 MAX_COPIED_EMBEDDING_BYTES = 2**28
-
-#: Families whose positions start after the id of the padding token.
-POSITIONS_BEHIND_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
 
 
 def choose_device(spec: ModelSpec) -> torch.device:

@@ -1,10 +1,10 @@
-"""One forward pass over the scheduled rows: tensors in, drawn tokens out. Two runners behind one protocol.
+"""One forward pass over the scheduled rows: the protocol of all runners, and the slow one of them.
 
-PagedRunner packs all rows into one pass over the paged cache of a CPU. SequentialRunner serves models whose attention
-cannot be replaced (own attention code, recurrent state), on any device: one pass per sequence, with a cache of
-transformers' own.
+SequentialRunner serves models whose attention cannot be replaced (own attention code, recurrent state), on any device:
+one pass per sequence, with a cache of transformers' own. The fast ones are in cpu/runner.py and cuda/runner.py.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -45,11 +45,11 @@ class ModelRunner(Protocol):
         """The sequence has ended, or its computed tokens are void."""
 
 
-class AtOnce:
+class AtOnce(ABC):
     """A runner that does not overlap anything: `collect` does the work."""
 
-    def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
-        raise NotImplementedError
+    @abstractmethod
+    def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]: ...
 
     def launch(self, rows: Rows[ScheduledRow]) -> Rows[ScheduledRow]:
         return rows

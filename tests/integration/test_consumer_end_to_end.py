@@ -83,7 +83,8 @@ def test_dispatched_jobs_run_to_their_end_and_flower_hears_of_each(
     rig: Rig, worker: Worker, send: Callable[[], int], events: EventLog
 ) -> None:
     job_ids = rig.add_jobs(40)  # more than slots and window
-    assert send() <= 16  # none where the worker has been hungry for long and filled its window by itself
+    assert send() <= 16  # the rest of the window, which an idle worker may have begun to fill by itself
+    assert sum(rig.job(job_id).num_dispatches > 0 for job_id in job_ids) >= 16
     wait_until(lambda: have_status(rig, job_ids, JobStatus.COMPLETED), "all jobs are completed")
     for job_id in job_ids:
         rig.assert_intact(job_id)

@@ -12,7 +12,8 @@ import psycopg
 import pytest
 import redis
 
-from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, EmbeddedServerError
+from local.server_programs import EmbeddedServerError
+from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
 
 
 def kill(server: EmbeddedServer) -> None:
