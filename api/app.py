@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 from api import admin, health, jobs, simple, webhooks
 from api.errors import ImpliedMethods, build_routes, register_error_handlers
 from api.middleware import BodyLimit, Cors, DoorWithoutKeys, RequestContext
-from api.openai import batches, files, inference, models, responses
+from api.openai import batches, files, inference, responses
 from api.openai.files import FORM_BYTES
 from api.openapi import document_of
 from api.services import open_services, private_router
@@ -119,7 +119,7 @@ for prefix in INSTEAD_BY_PREFIX:
 #: The routes, under the titles of the documentation.
 SECTIONS = {
     "Jobs": (jobs.router,),
-    "OpenAI": tuple(module.router for module in (inference, responses, models, files, batches)),
+    "OpenAI": tuple(module.router for module in (inference, responses, files, batches)),
     "Simple": (simple.router,),
     "Webhooks": (webhooks.router,),
     "Operations": (health.router, health.public, admin.router),

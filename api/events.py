@@ -26,8 +26,7 @@ from api.limits import StreamSlots
 from api.services import Services
 from dialects.native import PartialChoiceView, QueueView, job_view
 from domain.errors import InvalidCursor, StorageUnavailable
-from domain.ids import external_id
-from domain.jobs import JobStatus
+from domain.jobs import JobStatus, external_id
 from domain.requests import TokenChunk
 from metrics import stream_ends_total
 from storage import job_queries

@@ -24,12 +24,11 @@ from starlette.responses import Response
 from api.errors import RequestTimeout, UnsupportedMediaType, json_response
 from api.services import caller_of, services_of
 from dialects.bodies import Model, invalid_request, parse_model
-from dialects.ignored_fields import HintTree
+from dialects.fields import HintTree
 from dialects.native import NO_NUL, JobOptionFields, MetadataKey, MetadataValue
 from dialects.openai_views import REFERENCE, View, page
 from domain.errors import InvalidCursor, InvalidRequest
-from domain.ids import parse_id, parse_id_of_other
-from domain.jobs import FirstErrorModel, JobStatus
+from domain.jobs import FirstErrorModel, JobStatus, parse_id, parse_id_of_other
 
 BODY_SECONDS = 30.0
 

@@ -57,8 +57,7 @@ from dialects.native import (
 )
 from dialects.openai_views import DeletedView, page
 from domain.errors import JobNotFound, JobNotRetryable
-from domain.ids import external_id, parse_id
-from domain.jobs import FirstErrorModel, JobKind, JobStatus
+from domain.jobs import FirstErrorModel, JobKind, JobStatus, external_id, parse_id
 from metrics import stream_resumes_total
 from observability import job_id_context
 from storage import job_queries, jobs

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import error_response
-from dialects.ignored_fields import HEADER, header_value, ignored_fields_context
+from dialects.fields import HEADER, header_value, ignored_fields_context
 from domain.addresses import Door
 from domain.errors import CeleriacError, InvalidRequest, PermissionDenied, RequestTooLarge, ServerOverloaded
 from metrics import http_request_seconds, http_requests_in_progress, http_requests_total, labelled

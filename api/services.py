@@ -1,11 +1,7 @@
-"""What one API process holds open while it runs, and how routes come by it and by their caller.
-
-What one API process holds open while it runs: the database, Redis, and what lives on them.
-
-What every route stands on: the process's services, and the tenant whose key came with the request.
-"""
+"""What one API process holds open while it runs, and how a route gets at it and at its caller."""
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -18,23 +14,24 @@ from uuid import UUID
 import redis.asyncio
 from fastapi import APIRouter, Response
 from fastapi.routing import APIRoute
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from starlette.requests import Request
 
-from api.auth import REMEMBER_SECONDS, Authenticator
 from api.limits import LargeWork, StreamSlots, UploadSlots
 from api.openapi import NEEDS_KEY, REFUSALS
 from api.queue_monitor import QueueMonitor
 from dialects.native import QueueView
 from domain.catalog import Catalog
-from domain.errors import PermissionDenied, StorageFull, StorageUnavailable
+from domain.errors import AuthenticationFailed, PermissionDenied, StorageFull, StorageUnavailable
 from domain.jobs import JobStatus
 from observability import LoopWatch, describe_exception
 from settings import Settings
-from storage import jobs
+from storage import jobs, tenants
 from storage.database import OUTAGES, async_session_factory, open_async_database, open_statement_database, repeatable
 from storage.streams import REDIS_OUTAGES, StreamMessage, StreamReader, channel_of
+from storage.tables import DEFAULT_TENANT_ID
 from tasks import job_log
 from tasks.accept import open_acceptor
 from tasks.dispatch import Dispatcher
@@ -42,6 +39,100 @@ from tasks.submit import Submitter
 from text.models import ModelViews, follow_models
 
 log = logging.getLogger(__name__)
+
+REMEMBER_SECONDS = 5.0  # a revoked key is refused everywhere after this
+
+RECHECK_SECONDS = 2.0  # and what it has opened and still reads ends after this
+
+MAX_REMEMBERED = 10_000
+
+
+class Identity(NamedTuple):
+    tenant_id: UUID
+    is_admin: bool
+
+
+class Authenticator:
+    """Resolves the Authorization header. Remembers answers, refusals too, by the hash of the key."""
+
+    def __init__(self, sessions: async_sessionmaker[AsyncSession], *, is_open: bool) -> None:
+        """`is_open`: no key is required; every request belongs to the default tenant and is an admin's."""
+        self._sessions = sessions
+        self._is_open = is_open
+        self._remembered: dict[bytes, tuple[Identity | None, float]] = {}
+        self._watched: dict[str, tuple[asyncio.Event, int]] = {}  # by key: set when it is dead; how many wait
+        self._watching: asyncio.Task[None] | None = None
+
+    async def aclose(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait((self._watching,))
+
+    async def identify(self, authorization: str | None) -> Identity:
+        """Raises AuthenticationFailed, the same for every kind of wrong key, or StorageUnavailable."""
+        if self._is_open:
+            return Identity(DEFAULT_TENANT_ID, is_admin=True)
+        key = _bearer_key(authorization)
+        digest = hashlib.sha256(key.encode()).digest()
+        identity, until = self._remembered.get(digest, (None, 0.0))
+        if time.monotonic() >= until:
+            identity = await self._look_up(key)
+            self._remember(digest, identity)
+        if identity is None:
+            raise AuthenticationFailed("this API key is not known here; check it, or ask for a new one")
+        return identity
+
+    async def wait_until_revoked(self, authorization: str | None) -> None:
+        """Returns once the key of an identified request is revoked or expired; never if no key is required. A database
+        that does not answer revokes nothing."""
+        if self._is_open:
+            await asyncio.Event().wait()
+        key = _bearer_key(authorization)
+        dead, num_waiting = self._watched.get(key, (asyncio.Event(), 0))
+        self._watched[key] = dead, num_waiting + 1
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._watch())
+        try:
+            await dead.wait()
+        finally:
+            dead, num_waiting = self._watched.pop(key)
+            if num_waiting > 1:
+                self._watched[key] = dead, num_waiting - 1
+
+    async def _watch(self) -> None:
+        """One question per key and round, however many streams it has open; ends when nothing is open any more."""
+        while self._watched:
+            await asyncio.sleep(RECHECK_SECONDS)
+            for key, (dead, _) in list(self._watched.items()):
+                try:
+                    identity = await self._look_up(key)
+                except StorageUnavailable:
+                    break  # ask again in the next round
+                if identity is None:
+                    self._remember(hashlib.sha256(key.encode()).digest(), None)
+                    dead.set()
+
+    async def _look_up(self, key: str) -> Identity | None:
+        try:
+            row = await repeatable(self._sessions, tenants.resolve_key, key)
+        except (SQLAlchemyError, OSError) as exc:
+            raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2) from exc
+        return None if row is None else Identity(row.tenant_id, row.is_admin)
+
+    def _remember(self, digest: bytes, identity: Identity | None) -> None:
+        if len(self._remembered) >= MAX_REMEMBERED:
+            self._remembered.clear()
+        self._remembered[digest] = (identity, time.monotonic() + REMEMBER_SECONDS)
+
+
+def _bearer_key(authorization: str | None) -> str:
+    scheme, _, key = (authorization or "").partition(" ")
+    if not authorization:
+        raise AuthenticationFailed("no API key was sent; send Authorization: Bearer <key>")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise AuthenticationFailed("the Authorization header holds no key; send Authorization: Bearer <key>")
+    return key.strip()
+
 
 REDIS_TIMEOUT_SECONDS = 2.0
 

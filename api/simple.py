@@ -19,8 +19,7 @@ from api.services import Services, caller_of, private_router, services_of
 from dialects.openai import OpenAIModel, Strings, build, publish_bounds, strings
 from dialects.openai_views import View
 from domain.errors import InvalidRequest, ServerOverloaded, TooManyQueuedJobs
-from domain.ids import external_id
-from domain.jobs import Endpoint
+from domain.jobs import Endpoint, external_id
 from domain.requests import GenerationRequest, GenerationResult, JobOptions, SamplingParams, TokenChunk
 from storage import job_queries
 from storage.job_queries import JobRecord

@@ -7,8 +7,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 from api.inputs import PageQuery
 from dialects.native import NO_NUL, WebhookUrlText
 from dialects.openai_views import PageView, Timestamp, View, optional_timestamp, timestamp
-from domain.ids import external_id
-from domain.jobs import FirstErrorModel
+from domain.jobs import FirstErrorModel, external_id
 from domain.webhooks import EVENT_TYPES, PREFIX_BY_OBJECT, DeliveryStatus, secret_hint
 from storage.webhooks import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
 

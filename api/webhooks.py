@@ -37,7 +37,7 @@ from api.webhook_schemas import (
 from dialects.bodies import parse_model
 from dialects.openai_views import DeletedView
 from domain.errors import InvalidRequest, NotFound
-from domain.ids import external_id, new_id, parse_id, parse_id_of_other
+from domain.jobs import external_id, new_id, parse_id, parse_id_of_other
 from domain.webhooks import EVENT_TYPES, BadWebhookUrl, payload, signature_headers
 from storage import webhook_deliveries, webhooks
 from storage.webhooks import WebhookEndpoint

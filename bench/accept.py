@@ -27,7 +27,7 @@ import psutil
 from dialects.bodies import parse_model
 from dialects.native import JobBody, QueueView, new_job_view
 from domain.catalog import Catalog
-from domain.ids import new_id
+from domain.jobs import new_id
 from local.servers import EmbeddedPostgres, EmbeddedRedis
 from settings import ROOT
 from storage import job_accept

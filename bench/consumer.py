@@ -23,7 +23,7 @@ from uuid import UUID
 import psutil
 import redis
 
-from domain.ids import external_id, new_id
+from domain.jobs import external_id, new_id
 from gpu_worker.transport import CLAIM, IDLE_SECONDS, idle_key
 from local.servers import EmbeddedRedis
 from tasks.dispatch import count_waiting, push

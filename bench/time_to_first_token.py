@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.accept import server
 from domain.catalog import Catalog, ModelSpec
-from domain.ids import external_id, new_id
+from domain.jobs import external_id, new_id
 from domain.requests import GenerationRequest, SamplingParams
 from gpu_worker.engine_process.frames import AddJob, StepDone
 from gpu_worker.engine_process.supervisor import EngineProcess

@@ -3,17 +3,16 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from celeriac import checks
-from celeriac.errors import explain
 from celeriac.keys import keys
 
 if TYPE_CHECKING:
     from celeriac.client import Client
+    from domain.catalog import Catalog
     from settings import Settings
 
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
@@ -29,6 +28,8 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except Exception as exc:
+            from celeriac.terminal import explain
+
             if message := explain(exc):
                 raise click.ClickException(message) from exc
             raise
@@ -67,7 +68,7 @@ def up(first_job: bool) -> None:
     from settings import get_settings
 
     settings = get_settings()
-    catalog = checks.read_catalog(settings)
+    catalog = read_catalog(settings)
     with _explained(ModelUnavailable):
         _ = catalog.first  # say now what is wrong with it, instead of starting a worker that cannot start
     Up(settings, with_first_job=first_job).run()
@@ -86,9 +87,9 @@ def api(host: str | None, port: int | None) -> None:
 
     with _explained(ValueError):
         refuse_open_door(settings)
-        checks.read_catalog(settings)
-    checks.refuse_shared_sessions(settings)
-    checks.refuse_taken_port("CELERIAC_PORT", settings.host, settings.port)
+        read_catalog(settings)
+    refuse_shared_sessions(settings)
+    refuse_taken_port("CELERIAC_PORT", settings.host, settings.port)
     serve(settings)
 
 
@@ -100,8 +101,8 @@ def worker(model: str | None, name: str | None) -> None:
     _set("CELERIAC_WORKER_MODEL", model)
     _set("CELERIAC_WORKER_NAME", name)
     settings = _settings()
-    checks.refuse_unknown_model(settings)
-    checks.refuse_shared_sessions(settings)
+    refuse_unknown_model(settings)
+    refuse_shared_sessions(settings)
     _become_celery("gpu_worker.app", "worker")
 
 
@@ -115,8 +116,8 @@ def maintenance() -> None:
     settings = _settings()
     from maintenance.process import serve
 
-    checks.read_catalog(settings)
-    checks.refuse_shared_sessions(settings)
+    read_catalog(settings)
+    refuse_shared_sessions(settings)
     try:
         serve(settings)
     except OSError as exc:
@@ -140,7 +141,7 @@ def flower(address: str, port: int | None) -> None:
         )
     _set("CELERIAC_FLOWER_PORT", port)
     settings = _settings()
-    checks.refuse_taken_port("CELERIAC_FLOWER_PORT", address, settings.flower_port)
+    refuse_taken_port("CELERIAC_FLOWER_PORT", address, settings.flower_port)
     _become_celery(
         "tasks.flower", "flower", f"--address={address}", f"--port={settings.flower_port}", "--max_tasks=10000"
     )
@@ -287,7 +288,7 @@ def models() -> None:
     from celeriac.terminal import models_table, show
     from text.models import files_at_fault
 
-    catalog = checks.read_catalog(_settings())
+    catalog = read_catalog(_settings())
     catalog.set_failures(files_at_fault(catalog))
     show(models_table(catalog))
     for model_id, reason in catalog.unavailable.items():
@@ -295,7 +296,6 @@ def models() -> None:
 
 
 main.add_command(keys)
-
 
 # Helpers
 
@@ -323,13 +323,13 @@ def _client(url: str | None, key: str | None) -> "Client":
     from settings import get_settings
 
     settings = get_settings()
-    return Client(url or checks.api_url(settings), key or settings.api_key)
+    return Client(url or api_url(settings), key or settings.api_key)
 
 
 def _default_model() -> str:
     from settings import get_settings
 
-    return checks.read_catalog(get_settings()).default_id
+    return read_catalog(get_settings()).default_id
 
 
 @contextmanager
@@ -339,3 +339,68 @@ def _explained(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as exc:
         raise click.ClickException(str(exc)) from exc
+
+
+# Checks before a process starts, so that a mistake is answered with one line that says what to do
+
+
+def read_catalog(settings: "Settings") -> "Catalog":
+    from domain.catalog import Catalog
+
+    try:
+        return Catalog.load(settings.models_file)
+    except OSError as exc:
+        raise click.ClickException(
+            f"CELERIAC_MODELS_FILE is {settings.models_file}: {exc.strerror}; give the path of a models.toml"
+        ) from exc
+    except ValueError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+def refuse_unknown_model(settings: "Settings") -> None:
+    catalog = read_catalog(settings)
+    if settings.worker_model is not None:
+        catalog.get(settings.worker_model)
+
+
+def refuse_shared_sessions(settings: "Settings") -> None:
+    """If the database does not answer yet, the process itself waits for it."""
+    from sqlalchemy.exc import OperationalError
+
+    from storage.database import database_url, refuse_shared_sessions
+
+    with suppress(OperationalError):
+        refuse_shared_sessions(database_url(settings.database_url))
+
+
+def refuse_taken_port(setting: str, host: str, port: int) -> None:
+    """Raise ClickException if we cannot listen there. `setting` is the one that gives the port."""
+    import socket
+
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.create_server((host, port), family=family):
+            return
+    except (OSError, OverflowError) as exc:
+        number = exc.errno if isinstance(exc, OSError) and exc.errno else 0
+        reason = os.strerror(number) if number > 0 else str(exc)
+        raise click.ClickException(f"cannot listen on {host}:{port} ({reason}); give another {setting}") from exc
+
+
+def api_url(settings: "Settings") -> str:
+    """The URL of this folder's API. Never a guess at the usual port, where something else may be listening."""
+    from settings import find_running
+
+    if settings.api_url is not None:
+        return settings.api_url
+    running = find_running(settings.data_dir)
+    if running is not None and "api_url" in running:
+        return str(running["api_url"])
+    if settings.model_fields_set & {"host", "port"}:
+        return f"http://{settings.host}:{settings.port}"
+    if running is not None:
+        raise click.ClickException("`celeriac up` is still starting here; try again when it says that it is up")
+    raise click.ClickException(
+        "`celeriac up` does not run in this folder, and no API is named; start it, "
+        "or name an API with --url or CELERIAC_API_URL"
+    )

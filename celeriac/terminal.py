@@ -1,4 +1,4 @@
-"""What the commands print: the progress of a start, a job's text as it arrives, tables, and where everything is."""
+"""What the commands print: a start's progress, a job's text as it arrives, tables, URLs, and errors in one line."""
 
 import time
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from storage.tables import ApiKey
 
 PIPE_WIDTH = 10_000  # characters in a line, where no terminal bounds it
+
 MIN_ID_WIDTH = 30  # of a job: job_ and 26 characters
 
 STYLE_BY_STATUS = {
@@ -240,3 +241,45 @@ def _age(since: str, until: str | None) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s"
+
+
+#: Errors that explain themselves: shown as one line, without a traceback. By name, since importing them takes long.
+EXPECTED_ERRORS = frozenset(
+    {
+        "AlreadyUp",
+        "ApiError",
+        "ApiUnreachable",
+        "EmbeddedServerError",
+        "MalformedKey",
+        "MigrationRunning",
+        "SharedSessions",
+        "StartFailed",
+        "UnknownSetting",
+        "UnusableFolder",
+    }
+)
+
+
+def explain(exc: Exception) -> str | None:
+    """The message of an expected error; None if the error is a bug."""
+    names = {kind.__name__ for kind in type(exc).__mro__}
+    if names & EXPECTED_ERRORS:
+        return str(exc)
+    if "CeleriacError" in names:
+        return str(exc)
+    if "OperationalError" in names:
+        return (
+            f"the database does not answer: {str(exc).strip().splitlines()[0]}; "
+            "start everything with `celeriac up`, or name a server in CELERIAC_DATABASE_URL"
+        )
+    if getattr(exc, "title", "") == "Settings":
+        return "; ".join(explain_setting(error) for error in exc.errors(include_url=False))  # type: ignore[attr-defined]
+    return None
+
+
+def explain_setting(error: dict[str, Any]) -> str:
+    """The message of one of Pydantic's errors. URLs and keys hold secrets, so their values are not shown."""
+    name = "_".join(map(str, error["loc"]))
+    is_secret = name.endswith(("_url", "_key"))
+    value, reason = "wrong" if is_secret else repr(error["input"]), error["msg"].removeprefix("Value error, ")
+    return f"CELERIAC_{name.upper()} is {value}: {reason}"

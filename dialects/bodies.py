@@ -11,8 +11,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origi
 
 from pydantic import BaseModel, Discriminator, Tag, ValidationError
 
-from dialects.ignored_fields import HintTree, hint_at, note_ignored, take_hints
-from dialects.lengths import Overlong, UnknownFields, first_excess
+from dialects.fields import HintTree, Overlong, UnknownFields, first_excess, hint_at, note_ignored, take_hints
 from domain.errors import InvalidRequest, UnsupportedParameter
 
 

@@ -4,14 +4,8 @@ import logging
 from typing import NamedTuple
 
 from dialects.openai_views import View
-from domain.errors import (
-    CeleriacError,
-    DeadlineExceeded,
-    JobCancelled,
-    JobFailure,
-)
-from domain.ids import external_id
-from domain.jobs import JobError, JobStatus
+from domain.errors import CeleriacError, DeadlineExceeded, JobCancelled, JobFailure
+from domain.jobs import JobError, JobStatus, external_id
 from storage.job_queries import JobRecord
 
 log = logging.getLogger(__name__)

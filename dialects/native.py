@@ -12,8 +12,7 @@ from pydantic import AwareDatetime, Field, StringConstraints, TypeAdapter, model
 
 from dialects.errors import JobErrorView, job_error_view
 from dialects.openai_views import REFERENCE, PageView, Timestamp, View, optional_timestamp, timestamp
-from domain.ids import external_id
-from domain.jobs import FinishReason, Frozen, JobKind, JobStatus, WaitingFor
+from domain.jobs import FinishReason, Frozen, JobKind, JobStatus, WaitingFor, external_id
 from domain.requests import EmbeddingRequest, EmbeddingResult, GenerationRequest, JobOptions, JobOutput, JobRequest
 from domain.webhooks import MAX_URL_BYTES
 from storage.job_accept import NewJob

@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from dialects.bodies import UNSUPPORTED, invalid_request
-from dialects.ignored_fields import FOREIGN_TOOLS, is_foreign_tool, note_ignored
+from dialects.fields import FOREIGN_TOOLS, is_foreign_tool, note_ignored
 from dialects.native import MetadataKey, MetadataValue
 from domain.errors import CeleriacError, InvalidRequest, UnsupportedParameter
 from domain.jobs import FinishReason, FirstErrorModel

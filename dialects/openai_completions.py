@@ -1,36 +1,53 @@
-"""Text completions, the older API: the body, its requests, and jobs' outputs as choices.
+"""Completions and embeddings, the routes whose input is plain text or token ids: bodies, requests, answers.
 
-Logprobs have the old form: parallel lists, with the offset at which each token begins.
+Completions are the older API. Their logprobs are parallel lists, with the offset at which each token begins.
 """
 
+import base64
 import codecs
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Discriminator, Field, Tag
+import orjson
+from pydantic import Discriminator, Field, StringConstraints, Tag
 
 from dialects.openai import (
     FINISH_REASONS,
+    CallerId,
     GenerationBody,
+    OpenAIModel,
     StreamOptions,
     Strings,
     Unsupported,
     build,
     refuse_idle_stream_options,
     strings,
+    with_body_names,
 )
 from dialects.openai_views import (
     CompletionChoiceView,
     CompletionLogprobsView,
     CompletionView,
     StreamedJob,
+    View,
     answer_head,
     usage_object,
 )
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.jobs import Usage
-from domain.requests import MAX_PROMPT_TOKENS, GenerationRequest, GenerationResult, TokenChunk, TokenLogprob
+from domain.requests import (
+    MAX_INPUT_TOKENS,
+    MAX_INPUTS,
+    MAX_PROMPT_TOKENS,
+    EmbeddingRequest,
+    EmbeddingResult,
+    GenerationRequest,
+    GenerationResult,
+    TokenChunk,
+    TokenLogprob,
+)
 from storage.job_queries import JobRecord
 from text.models import ModelView
 from text.tokenizers import TokenPiece, as_text
@@ -298,3 +315,93 @@ def prompt_of(body: CompletionBody, generation: GenerationRequest, view: ModelVi
         pieces=() if body.logprobs is None else tuple(view.pieces(token_ids, skip_special_tokens=is_text)),
         is_alone=body.max_tokens == 0,
     )
+
+
+def _shape(value: object) -> str:
+    if isinstance(value, str):
+        return "<text>"
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, list):
+        return "<lists of token ids>"
+    return "<texts>" if isinstance(first, str) else "<token ids>"
+
+
+TokenIds = Annotated[list[int], Field(max_length=MAX_INPUT_TOKENS)]
+
+#: The tags keep the names of the branches out of error messages.
+EmbeddingInputs = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Field(max_length=MAX_INPUTS), Tag("<texts>")]
+    | Annotated[TokenIds, Tag("<token ids>")]
+    | Annotated[list[TokenIds], Field(max_length=MAX_INPUTS), Tag("<lists of token ids>")],
+    Discriminator(_shape),
+]
+
+
+class EmbeddingBody(OpenAIModel):
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    input: EmbeddingInputs
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: CallerId | None = None
+
+
+class EmbeddingView(View):
+    object: Literal["embedding"]
+    index: int
+    embedding: Annotated[list[float] | str, Field(description="Numbers; or little-endian float32 in base64.")]
+
+
+class EmbeddingUsageView(View):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingListView(View):
+    object: Literal["list"]
+    data: list[EmbeddingView]
+    model: str
+    usage: EmbeddingUsageView
+
+
+def to_embedding_request(body: EmbeddingBody) -> EmbeddingRequest:
+    """Raises InvalidRequest."""
+    fields = {"model": body.model, "inputs": _inputs(body), "dimensions": body.dimensions}
+    try:
+        return build(EmbeddingRequest, fields)
+    except InvalidRequest as exc:
+        raise with_body_names(exc, spelling_of_embeddings(body)) from None
+
+
+def spelling_of_embeddings(body: EmbeddingBody) -> dict[str, str]:
+    """`inputs.2` is `input.2` here, and `input` if there is only one."""
+    is_one = len(_inputs(body)) == 1
+    return ({"inputs.0": "input"} if is_one else {}) | {"inputs": "input"}
+
+
+def embeddings_from_result(record: JobRecord, body: EmbeddingBody) -> EmbeddingListView:
+    """The embeddings of a completed job."""
+    assert isinstance(record.result, EmbeddingResult)
+    usage = record.result.usage
+    is_base64 = body.encoding_format == "base64"
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": vector if is_base64 else _numbers(vector)}
+            for index, vector in enumerate(record.result.embeddings)
+        ],
+        "model": record.job.model,
+        "usage": {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens},
+    }
+
+
+def _inputs(body: EmbeddingBody) -> Sequence[object]:
+    is_one = isinstance(body.input, str) or (bool(body.input) and isinstance(body.input[0], int))
+    return [body.input] if is_one else body.input
+
+
+def _numbers(vector: str) -> list[float]:
+    """Each float32 as the equal double, in JSON. Vector by vector, because C code that writes millions at once would
+    block all other threads."""
+    packed = base64.b64decode(vector)
+    return cast(list[float], orjson.Fragment(orjson.dumps(struct.unpack(f"<{len(packed) // 4}f", packed))))

@@ -23,8 +23,7 @@ from dialects.openai_views import (
     tier_of,
 )
 from domain.errors import DeadlineExceeded
-from domain.ids import external_id
-from domain.jobs import FinishReason, JobStatus
+from domain.jobs import FinishReason, JobStatus, external_id
 from domain.requests import NO_BOUND, GenerationRequest, GenerationResult, JobOutput, TokenLogprob
 from storage.job_queries import JobRecord
 from storage.tables import Job

@@ -6,7 +6,7 @@ from uuid import UUID
 
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
-from dialects.ignored_fields import NOT_INCLUDED
+from dialects.fields import NOT_INCLUDED
 from dialects.openai import (
     MAX_PARTS,
     AskedTools,
@@ -31,7 +31,7 @@ from dialects.openai import (
     with_body_names,
 )
 from domain.errors import InvalidRequest
-from domain.ids import external_id
+from domain.jobs import external_id
 from domain.requests import MAX_MESSAGES, MAX_PROMPT_CHARS, NO_BOUND, GenerationRequest
 from domain.structured_output import MAX_TOOL_CHARS, MAX_TOOLS, StructuredOutput, ToolName
 from text.models import ModelView

@@ -12,8 +12,7 @@ from uuid import UUID
 from pydantic import ConfigDict, Field, WithJsonSchema, with_config
 from typing_extensions import TypedDict
 
-from domain.ids import external_id
-from domain.jobs import Usage
+from domain.jobs import Usage, external_id
 from domain.requests import ResultChoice, TokenLogprob
 from text.outputs import END_THINK, OutputParser
 

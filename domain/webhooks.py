@@ -21,8 +21,7 @@ from enum import StrEnum
 from ipaddress import IPv6Address, ip_address, ip_network
 from uuid import UUID
 
-from domain.ids import external_id
-from domain.jobs import JobStatus
+from domain.jobs import JobStatus, external_id
 
 MAX_URL_BYTES = 2_048
 

@@ -75,13 +75,13 @@ class StreamNotifier:
 
 
 class JobStorage:
-    """One worker's transactions."""
+    """One worker's transactions, on one connection: all run in the storage thread."""
 
     def __init__(self, settings: Settings, spec: ModelSpec, owner: UUID, worker_name: str) -> None:
         self._worker_name = worker_name
         self._database = database.open_database(
             settings.database_url,
-            pool_size=2,  # the requester of dispatches has the other
+            pool_size=1,
             max_overflow=0,
             idle_seconds=settings.idle_transaction_seconds,
         )

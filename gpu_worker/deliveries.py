@@ -16,8 +16,7 @@ from celery.worker import state
 from celery.worker.request import Request
 from kombu.message import Message
 
-from domain.ids import external_id, parse_id
-from domain.jobs import JobStatus
+from domain.jobs import JobStatus, external_id, parse_id
 from gpu_worker.threads import RunnerEvent, RunnerEventKind
 from gpu_worker.transport import ClaimingChannel
 from tasks.messages import GENERATE

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 from threading import Lock
 from uuid import UUID
 
-from domain.ids import external_id
-from domain.jobs import Lane
+from domain.jobs import Lane, external_id
 from gpu_worker.commits import JobStorage
 from gpu_worker.quarantine import Quarantine
 from gpu_worker.threads import Answer, StorageThread

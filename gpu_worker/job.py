@@ -9,8 +9,7 @@ from itertools import accumulate
 from time import monotonic
 
 from domain.errors import CeleriacError, DeadlineExceeded
-from domain.ids import external_id
-from domain.jobs import FinishReason, JobError, JobStatus, Usage
+from domain.jobs import FinishReason, JobError, JobStatus, Usage, external_id
 from domain.requests import (
     EmbeddingResult,
     GenerationRequest,

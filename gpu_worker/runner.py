@@ -16,8 +16,7 @@ from uuid import UUID
 import msgspec
 
 from domain.catalog import Catalog, ModelSpec
-from domain.ids import external_id
-from domain.jobs import AttemptOutcome, WorkerState
+from domain.jobs import AttemptOutcome, WorkerState, external_id
 from gpu_worker.batch import RunningBatch
 from gpu_worker.commits import JobStorage, Publisher, WorkerReporter
 from gpu_worker.engine_process.frames import CannotLoad, Ready, Report, StepDone
@@ -69,7 +68,7 @@ class RunnerThread:
         self._on_unhealthy = on_unhealthy
         self._storage = JobStorage(settings, spec, owner, hostname)
         self._storage_thread = StorageThread(self.mailbox.post)
-        self._dispatcher = DispatchRequester(self._storage.sessions, spec, settings)
+        self._dispatcher = DispatchRequester(spec, settings)
         self._supervisor = Supervisor(
             spec,
             heartbeat_seconds=settings.engine_heartbeat_seconds,

@@ -27,7 +27,6 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session, sessionmaker
 
 import metrics
 from domain.catalog import ModelSpec
@@ -35,7 +34,7 @@ from domain.jobs import JobStatus, WorkerState
 from gpu_worker.engine_process.frames import EngineStats
 from observability import describe_exception
 from settings import Settings
-from storage.database import OUTAGES
+from storage.database import OUTAGES, open_database, session_factory
 from tasks.dispatch import dispatch
 
 log = logging.getLogger(__name__)
@@ -257,12 +256,16 @@ REDIS_TIMEOUT_SECONDS = 0.2
 
 
 class DispatchRequester:
-    """`request` from any thread; requests during a dispatch become one more after it."""
+    """`request` from any thread; requests during a dispatch become one more after it. Its connections are its own, and
+    its thread closes them: a dispatch may outlast everything else of a runner that stops."""
 
-    def __init__(self, sessions: sessionmaker[Session], spec: ModelSpec, settings: Settings) -> None:
-        self._sessions = sessions
+    def __init__(self, spec: ModelSpec, settings: Settings) -> None:
         self._spec = spec
         self._settings = settings
+        self._database = open_database(
+            settings.database_url, pool_size=1, max_overflow=0, idle_seconds=settings.idle_transaction_seconds
+        )
+        self._sessions = session_factory(self._database)
         self._client = redis.Redis.from_url(
             settings.redis_url,
             socket_timeout=REDIS_TIMEOUT_SECONDS,
@@ -289,6 +292,7 @@ class DispatchRequester:
             self._requested.clear()
             self._stopping.wait(PAUSE_SECONDS if self._dispatch() else PAUSE_AFTER_FAILURE_SECONDS)
         self._client.close()
+        self._database.dispose()
 
     def _dispatch(self) -> bool:
         try:

@@ -12,7 +12,6 @@ from sqlalchemy.orm import Session, sessionmaker
 from dialects import openai_batches
 from dialects.openai_batches import LineRequest
 from domain.errors import CeleriacError, InvalidRequest
-from domain.ids import external_id
 from domain.jobs import (
     MAX_ERRORS,
     MAX_INPUTS,
@@ -22,6 +21,7 @@ from domain.jobs import (
     BatchError,
     BatchErrors,
     BatchStatus,
+    external_id,
 )
 from domain.requests import EmbeddingRequest
 from observability import describe_exception

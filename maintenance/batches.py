@@ -23,8 +23,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from dialects import openai_batches
 from dialects.openai_batches import LineRequest, refusal_of
 from domain.errors import CeleriacError, Overloaded
-from domain.ids import external_id
-from domain.jobs import BATCH_PRIORITY, BatchError, BatchStatus, LineOutcome, LineRefusal
+from domain.jobs import BATCH_PRIORITY, BatchError, BatchStatus, LineOutcome, LineRefusal, external_id
 from domain.requests import JobOptions
 from maintenance.batch_validation import BatchValidation
 from observability import describe_exception

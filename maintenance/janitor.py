@@ -22,8 +22,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog
-from domain.ids import external_id
-from domain.jobs import AttemptOutcome, JobStatus
+from domain.jobs import AttemptOutcome, JobStatus, external_id
 from observability import describe_exception
 from settings import Settings
 from storage import files, jobs, maintenance, webhook_deliveries, workers

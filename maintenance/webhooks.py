@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
-from domain.ids import external_id
+from domain.jobs import external_id
 from domain.webhooks import BadWebhookUrl, DeliveryStatus, payload, signature_headers
 from metrics import webhook_attempt_seconds, webhook_attempts_total
 from observability import describe_exception

@@ -17,8 +17,7 @@ from sqlalchemy import Select, case, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from domain.errors import FileNotFound, TooManyQueuedJobs
-from domain.ids import external_id, new_id
-from domain.jobs import BatchError, BatchErrors, BatchStatus, FileStatus, LineOutcome, LineRefusal
+from domain.jobs import BatchError, BatchErrors, BatchStatus, FileStatus, LineOutcome, LineRefusal, external_id, new_id
 from storage import files
 from storage.files import UNFINISHED, Batch, BatchLine, File
 from storage.job_queries import JobRecord

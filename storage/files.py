@@ -30,8 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from domain.errors import InsufficientQuota, InvalidRequest
-from domain.ids import new_id
-from domain.jobs import PIECE_BYTES, BatchErrors, BatchStatus, FileStatus, LineOutcome, LineRefusal
+from domain.jobs import PIECE_BYTES, BatchErrors, BatchStatus, FileStatus, LineOutcome, LineRefusal, new_id
 from storage.tables import PydanticJSON, Row, Tenant, TextEnum
 
 UNFINISHED = "status IN ('validating', 'in_progress', 'finalizing', 'cancelling')"

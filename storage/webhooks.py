@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from domain.ids import new_id
+from domain.jobs import new_id
 from domain.webhooks import DeliveryStatus, new_secret
 from storage.tables import Row, TextEnum
 

@@ -12,8 +12,7 @@ from sqlalchemy.orm import Session
 from dialects.errors import refuse_unfinished
 from dialects.openai_batches import read_line, refusal_of
 from domain.errors import CeleriacError
-from domain.ids import external_id
-from domain.jobs import MAX_LINE_BYTES, LineOutcome, LineRefusal
+from domain.jobs import MAX_LINE_BYTES, LineOutcome, LineRefusal, external_id
 from domain.requests import GenerationRequest, JobRequest
 from storage import batches, files
 from storage.batches import EndedLine

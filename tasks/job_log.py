@@ -9,8 +9,7 @@ import logging
 from collections.abc import Iterable
 from uuid import UUID
 
-from domain.ids import external_id
-from domain.jobs import AttemptOutcome, FinishReason, JobStatus
+from domain.jobs import AttemptOutcome, FinishReason, JobStatus, external_id
 from metrics import (
     jobs_finished_total,
     jobs_latency_seconds,

@@ -18,7 +18,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from uuid import UUID, uuid4
 
-from domain.ids import external_id
+from domain.jobs import external_id
 
 GENERATE = "celeriac.generate"
 PRIORITY_STEPS = (0, 3, 6, 9)  # one list per step and queue; 0 is served first

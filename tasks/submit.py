@@ -16,8 +16,7 @@ import orjson
 from pydantic import BaseModel
 
 from domain.errors import CeleriacError, IdempotencyKeyReused, InvalidRequest, PoisonRequest, TooManyQueuedJobs
-from domain.ids import external_id, new_id
-from domain.jobs import JobStatus, Lane
+from domain.jobs import JobStatus, Lane, external_id, new_id
 from domain.requests import (
     EmbeddingRequest,
     GenerationRequest,

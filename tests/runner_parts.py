@@ -3,8 +3,7 @@
 from typing import Any
 from uuid import UUID
 
-from domain.ids import external_id, new_id
-from domain.jobs import Lane
+from domain.jobs import Lane, external_id, new_id
 from domain.requests import GenerationRequest, SamplingParams, TokenChunk
 from gpu_worker.engine_process.frames import SequenceOutput
 from gpu_worker.job import RunningJob

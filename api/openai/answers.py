@@ -25,8 +25,7 @@ from api.middleware import CUT
 from api.openai.running import Run, first_unserved, headers_of
 from dialects.errors import refuse_unfinished
 from domain.errors import AuthenticationFailed, CeleriacError, DeadlineExceeded, JobNotFound, ServerOverloaded
-from domain.ids import external_id
-from domain.jobs import JobStatus
+from domain.jobs import JobStatus, external_id
 from domain.requests import TokenChunk
 from storage import job_queries
 from storage.job_queries import JobRecord

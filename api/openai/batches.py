@@ -19,8 +19,7 @@ from dialects.openai import Metadata, OpenAIModel
 from dialects.openai_batches import ROUTES
 from dialects.openai_views import InputTokensDetailsView, OutputTokensDetailsView, PageView, View
 from domain.errors import BatchNotFound, InvalidRequest
-from domain.ids import external_id, parse_id_of_other
-from domain.jobs import BatchErrors, BatchStatus
+from domain.jobs import BatchErrors, BatchStatus, external_id, parse_id_of_other
 from observability import request_id_context
 from storage import batches
 from storage.files import Batch

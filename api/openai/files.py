@@ -23,8 +23,7 @@ from api.openapi import BYTES
 from api.services import Services, caller_of, private_router
 from dialects.openai_views import DeletedView, PageView, View
 from domain.errors import CeleriacError, FileNotFound, InvalidRequest, RequestTooLarge, UnsupportedParameter
-from domain.ids import external_id, parse_id_of_other
-from domain.jobs import PIECE_BYTES, FileStatus
+from domain.jobs import PIECE_BYTES, FileStatus, external_id, parse_id_of_other
 from storage import batches, files
 from storage.files import Batch, File
 from tasks.batch_files import AnsweredLine, read_ended, write_line

@@ -1,14 +1,7 @@
-"""Chat completions, completions and embeddings: a request in, an answer out, whole or as it comes.
+"""The routes that run a model: chat completions, completions, embeddings; and /v1/models, the list of them.
 
-POST /v1/chat/completions: messages in, a message out, whole or as it comes.
-
-POST /v1/completions, the older way: prompts as text or token ids, one job for each of them.
-
-POST /v1/embeddings: texts or token ids in, vectors out, as numbers or in base64.
-
-Chat completions that were asked for with store=true: listed, read, labelled and deleted while their jobs are kept.
-
-An unfinished job is not a completion yet, so it is not found here; `/v1/jobs` has it.
+Chat completions that were asked for with store=true can be listed, read, labelled and deleted while their jobs are
+kept. An unfinished job is not a completion yet, so it is not found here; `/v1/jobs` has it.
 """
 
 from collections.abc import Sequence
@@ -17,6 +10,7 @@ from typing import Literal
 from uuid import UUID
 
 from pydantic import Field
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -26,46 +20,39 @@ from api.openai.answers import WholeAnswer, stream_answer, stream_answers
 from api.openai.running import Asked, start, start_all
 from api.openapi import request_body, streamed_or
 from api.services import Caller, Services, caller_of, private_router, services_of
-from dialects.ignored_fields import HINT_TREE
+from dialects.fields import HINT_TREE
 from dialects.native import NO_NUL
-from dialects.openai import (
-    Metadata,
-    OpenAIModel,
-)
+from dialects.openai import Metadata, OpenAIModel
 from dialects.openai_chat import ChatCompletionBody, ChatStream, from_result, spelling_of, to_generation_request
 from dialects.openai_completions import (
     CompletionBody,
     CompletionStream,
-    Prompt,
-    from_results,
-    prompt_of,
-    to_generation_requests,
-    usage_chunk,
-)
-from dialects.openai_embeddings import (
     EmbeddingBody,
     EmbeddingListView,
+    Prompt,
     embeddings_from_result,
+    from_results,
+    prompt_of,
     spelling_of_embeddings,
     to_embedding_request,
+    to_generation_requests,
+    usage_chunk,
 )
 from dialects.openai_views import (
     ChatCompletionListView,
     ChatCompletionView,
     CompletionView,
     DeletedView,
+    ModelCardView,
+    ModelListView,
     StoredChatCompletionView,
     StoredMessageListView,
     StoredMessageView,
     page,
 )
 from domain.errors import JobNotFound, ModelNotFound
-from domain.ids import external_id, parse_id
-from domain.jobs import Endpoint, JobStatus
-from domain.requests import (
-    ChatMessage,
-    GenerationRequest,
-)
+from domain.jobs import Endpoint, JobStatus, external_id, parse_id
+from domain.requests import ChatMessage, GenerationRequest
 from storage import job_queries, jobs
 from storage.job_queries import JobRecord
 from text.models import ModelView
@@ -269,3 +256,49 @@ def _message_object(id_: str, message: ChatMessage) -> StoredMessageView:
     if message.tool_call_id is not None:
         view["tool_call_id"] = message.tool_call_id
     return view
+
+
+@router.get("/v1/models", responses={200: {"model": ModelListView}})
+async def list_models(request: Request) -> Response:
+    services, _ = caller_of(request)
+    catalog = services.catalog
+    models = [_model_object(services, model) for model in dict.fromkeys([*catalog.ids, *catalog.unavailable])]
+    return json_response({"object": "list", "data": models})
+
+
+@router.get("/v1/models/{model:path}", responses={200: {"model": ModelCardView}})
+async def get_model(model: str, request: Request) -> Response:
+    """Slashes in a model's name come percent-encoded from the SDKs, and plain from people."""
+    services, _ = caller_of(request)
+    if not model:
+        raise HTTPException(404)
+    if model not in services.catalog.unavailable:
+        model = services.catalog.get(model).id
+    return json_response(_model_object(services, model))
+
+
+def _model_object(services: Services, model: str) -> ModelCardView:
+    reason = services.catalog.unavailable.get(model)
+    return {
+        "id": model,
+        "object": "model",
+        "created": _created(services),
+        "owned_by": "celeriac",
+        "max_model_len": services.views.get(model).max_model_len if reason is None else None,
+        "loaded": _is_loaded(services, model) if reason is None else False,
+        "unavailable": reason,
+    }
+
+
+def _created(services: Services) -> int:
+    """When the list of models was last changed: nothing says when a model was made. 0 where there is no such file."""
+    try:
+        return int(services.settings.models_file.stat().st_mtime)
+    except OSError:
+        return 0
+
+
+def _is_loaded(services: Services, model: str) -> bool | None:
+    """By the figures of the last second, so that asking costs nothing; None while nobody can say."""
+    queue = services.monitor.queues.get(model)
+    return None if queue is None else queue.num_workers > 0  # workers report themselves once theirs is

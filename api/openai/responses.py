@@ -28,7 +28,7 @@ from api.openai.running import Asked, Run, start
 from api.openapi import request_body, streamed_or
 from api.services import Services, caller_of, private_router
 from dialects.errors import refuse_unfinished
-from dialects.ignored_fields import HINT_TREE
+from dialects.fields import HINT_TREE
 from dialects.openai import with_body_names
 from dialects.openai_response_objects import (
     Ending,
@@ -59,8 +59,7 @@ from domain.errors import (
     PreviousResponseNotFound,
     ServerOverloaded,
 )
-from domain.ids import external_id, parse_id
-from domain.jobs import Endpoint, JobStatus
+from domain.jobs import Endpoint, JobStatus, external_id, parse_id
 from domain.requests import GenerationRequest, TokenChunk
 from storage import job_queries, jobs
 from storage.job_queries import JobRecord

@@ -24,15 +24,8 @@ from api.inputs import parse_idempotency_key
 from api.services import Services, caller_of
 from dialects.native import WEEK_SECONDS
 from dialects.openai import PRIORITY_BY_SERVICE_TIER, spelling_of_params, with_body_names
-from domain.errors import (
-    CeleriacError,
-    InvalidRequest,
-    JobNotFound,
-    NoWorkers,
-    StorageUnavailable,
-)
-from domain.ids import external_id
-from domain.jobs import Endpoint, JobStatus
+from domain.errors import CeleriacError, InvalidRequest, JobNotFound, NoWorkers, StorageUnavailable
+from domain.jobs import Endpoint, JobStatus, external_id
 from domain.requests import JobOptions, JobRequest
 from domain.webhooks import MAX_URL_BYTES, TELLABLE_STATUSES
 from observability import job_id_context

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import psycopg
 
-from domain.ids import external_id
+from domain.jobs import external_id
 from tests.chaos.checker import TERMINAL, Violation
 from tests.chaos.faults import Struck
 from tests.chaos.plant import Incarnation, Part

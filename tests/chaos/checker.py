@@ -14,7 +14,7 @@ from zlib import crc32
 
 import psycopg
 
-from domain.ids import external_id
+from domain.jobs import external_id
 from tests.chaos.clients import Connection, History
 
 TERMINAL = frozenset({"completed", "failed", "cancelled", "expired"})

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import psycopg
 
-from domain.ids import external_id
+from domain.jobs import external_id
 from tests.chaos.clients import Connection, History
 
 #: What the server is to note from its next start on. A worker may be paused between a chunk's statement and its commit.

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from domain.ids import parse_id
+from domain.jobs import parse_id
 from storage.job_statements import PROVEN_TOKENS
 from tests.chaos import audit
 from tests.chaos.checker import judge, percentiles, read_stored

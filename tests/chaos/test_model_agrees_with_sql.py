@@ -9,8 +9,7 @@ import pytest
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.ids import new_id
-from domain.jobs import JobStatus, Usage
+from domain.jobs import JobStatus, Usage, new_id
 from domain.requests import GenerationRequest, GenerationResult, SamplingParams, TokenChunk
 from storage import job_accept, jobs, workers
 from storage.job_accept import AcceptOutcome, NewJob

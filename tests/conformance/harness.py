@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import openai
 
-from domain.ids import parse_id
+from domain.jobs import parse_id
 from gpu_worker.engine.backends.fake import fake_text
 from tests.integration.api_harness import ApiServer
 from tests.integration.runner_harness import RecordingRunner, Rig

@@ -4,7 +4,7 @@ import httpx
 import openai
 import pytest
 
-from domain.ids import external_id, parse_id
+from domain.jobs import external_id, parse_id
 from tests.conformance.harness import MESSAGES, Served, chat_body, frames_of
 
 MODEL = "test-model"

@@ -5,7 +5,7 @@ from typing import Any
 import openai
 import pytest
 
-from domain.ids import parse_id
+from domain.jobs import parse_id
 from gpu_worker.engine.backends.fake import fake_text
 from tests.conformance.harness import Served
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 from openai.types.responses import ResponseStreamEvent
 
-from domain.ids import parse_id
+from domain.jobs import parse_id
 from gpu_worker.engine.backends.fake import fake_text
 from tests.chaos.plant import Plant, start_prepared
 

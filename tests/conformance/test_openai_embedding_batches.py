@@ -14,8 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
-from domain.ids import parse_id_of_other
-from domain.jobs import BATCH_PRIORITY
+from domain.jobs import BATCH_PRIORITY, parse_id_of_other
 from domain.requests import EmbeddingRequest
 from maintenance.batches import BatchWork
 from settings import Settings

@@ -19,7 +19,7 @@ from openai.types.responses import Response
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.ids import external_id, parse_id_of_other
+from domain.jobs import external_id, parse_id_of_other
 from maintenance.batches import BatchWork
 from settings import Settings
 from storage import database, files, jobs

@@ -13,8 +13,7 @@ import pytest
 from openai.types.responses import Response
 from sqlalchemy import update
 
-from domain.ids import external_id, parse_id
-from domain.jobs import JobError, JobStatus
+from domain.jobs import JobError, JobStatus, external_id, parse_id
 from settings import Settings
 from storage import job_queries, jobs
 from storage.streams import publish

@@ -16,8 +16,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from domain.catalog import Catalog
-from domain.ids import parse_id
-from domain.jobs import BATCH_PRIORITY
+from domain.jobs import BATCH_PRIORITY, parse_id
 from gpu_worker import intake
 from maintenance.batches import BatchWork
 from storage import jobs

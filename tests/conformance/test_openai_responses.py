@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai.types.responses import Response, ResponseOutputMessage
 
-from domain.ids import parse_id
+from domain.jobs import parse_id
 from gpu_worker.engine.backends.fake import WORDS, fake_text
 from tests.conformance.harness import MESSAGES, Served
 from tests.integration.api_harness import ApiServer

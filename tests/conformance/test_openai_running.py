@@ -15,8 +15,7 @@ import openai
 import pytest
 from sqlalchemy import update
 
-from domain.ids import external_id, parse_id
-from domain.jobs import JobError, JobStatus
+from domain.jobs import JobError, JobStatus, external_id, parse_id
 from domain.requests import GenerationRequest
 from settings import ROOT
 from storage import job_queries, jobs

@@ -9,7 +9,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from domain.ids import parse_id
+from domain.jobs import parse_id
 from tests.conformance.harness import MESSAGES, Served, chat_body
 from tests.conformance.test_openai_tools import CALL, answer_newest, answer_next
 from tests.integration.api_harness import ApiServer, HandWorker

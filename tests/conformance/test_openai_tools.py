@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from domain.ids import external_id, parse_id
+from domain.jobs import external_id, parse_id
 from storage import job_queries
 from storage.tables import DEFAULT_TENANT_ID
 from tests.conformance.harness import MESSAGES

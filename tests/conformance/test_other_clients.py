@@ -20,8 +20,7 @@ import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
-from domain.ids import external_id
-from domain.jobs import JobStatus
+from domain.jobs import JobStatus, external_id
 from gpu_worker import intake
 from maintenance.batches import BatchWork
 from settings import ROOT, Settings

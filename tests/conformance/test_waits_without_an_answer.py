@@ -9,8 +9,7 @@ import httpx
 import openai
 import pytest
 
-from domain.ids import external_id
-from domain.jobs import JobError, JobStatus
+from domain.jobs import JobError, JobStatus, external_id
 from settings import Settings
 from storage import job_queries
 from storage.tables import DEFAULT_TENANT_ID

@@ -22,8 +22,7 @@ from api.server import make_server, open_socket
 from api.services import Services
 from celeriac.client import StreamEvent, parse_events
 from domain.catalog import Catalog, ModelSpec
-from domain.ids import parse_id
-from domain.jobs import FinishReason, JobError, JobStatus, Usage
+from domain.jobs import FinishReason, JobError, JobStatus, Usage, parse_id
 from domain.requests import EmbeddingResult, TokenChunk, encode_vector
 from settings import Settings
 from storage import jobs

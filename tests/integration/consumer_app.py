@@ -14,8 +14,7 @@ from uuid import UUID
 
 from celery import signals
 
-from domain.ids import external_id
-from domain.jobs import JobStatus, WorkerState
+from domain.jobs import JobStatus, WorkerState, external_id
 from gpu_worker import consumer
 from gpu_worker.app import app, model
 from gpu_worker.pool import EnginePool

@@ -16,7 +16,7 @@ import pytest
 import redis
 from celery import Celery
 
-from domain.ids import external_id, new_id
+from domain.jobs import external_id, new_id
 from local.servers import EmbeddedRedis
 from settings import Settings
 from tasks.app import make_app

@@ -10,8 +10,7 @@ from pydantic import TypeAdapter
 
 from dialects.native import JobView
 from domain.catalog import Catalog
-from domain.ids import parse_id
-from domain.jobs import JobKind, JobStatus
+from domain.jobs import JobKind, JobStatus, parse_id
 from domain.requests import MAX_INPUTS
 from tests.integration.api_harness import CONTEXT, MODEL, ApiServer, HandWorker
 from tests.integration.runner_harness import Rig

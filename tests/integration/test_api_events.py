@@ -18,8 +18,7 @@ from sqlalchemy.exc import OperationalError
 from api import events as job_events
 from celeriac.client import StreamEvent
 from dialects.native import JobView
-from domain.ids import external_id
-from domain.jobs import FinishReason, JobStatus
+from domain.jobs import FinishReason, JobStatus, external_id
 from domain.requests import TokenChunk, TokenLogprob
 from local.servers import EmbeddedRedis
 from settings import Settings

@@ -11,8 +11,7 @@ from pydantic import TypeAdapter
 from sqlalchemy.orm import Session, sessionmaker
 
 from dialects.native import JobListView, JobView
-from domain.ids import external_id
-from domain.jobs import JobError, JobStatus
+from domain.jobs import JobError, JobStatus, external_id
 from storage import workers
 from storage.workers import WorkerReport
 from tests.integration.api_harness import CONTEXT, MODEL, ApiServer, HandWorker, body, make_chunk, post_job

@@ -9,8 +9,7 @@ import httpx
 import pytest
 
 from domain.catalog import Catalog
-from domain.ids import parse_id
-from domain.jobs import JobStatus
+from domain.jobs import JobStatus, parse_id
 from gpu_worker import intake
 from gpu_worker.engine.backends.fake import fake_text
 from storage import tenants

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from domain.ids import external_id, new_id
+from domain.jobs import external_id, new_id
 from tasks.messages import GENERATE, bell_key, generate_message, priority_key
 from tests.integration.consumer_harness import (
     QUEUE,

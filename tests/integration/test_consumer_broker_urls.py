@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from local.server_programs import redis_program
-from local.servers import EmbeddedRedis
+from local.servers import EmbeddedRedis, redis_program
 from tests.integration.consumer_harness import Plant
 from tests.waiting import wait_until
 

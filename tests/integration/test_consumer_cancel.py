@@ -2,7 +2,7 @@
 
 import pytest
 
-from domain.ids import external_id, new_id
+from domain.jobs import external_id, new_id
 from tests.integration.consumer_harness import (
     EventLog,
     MakePlant,

@@ -11,8 +11,7 @@ import redis
 from celery import Celery
 
 from domain.catalog import Catalog
-from domain.ids import external_id
-from domain.jobs import JobStatus, WorkerState
+from domain.jobs import JobStatus, WorkerState, external_id
 from storage import workers
 from tasks.app import make_app
 from tasks.dispatch import count_waiting, dispatch

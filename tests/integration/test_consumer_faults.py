@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import redis
 
-from domain.ids import external_id
+from domain.jobs import external_id
 from local.servers import EmbeddedRedis
 from tasks.app import make_app
 from tests.integration.consumer_harness import QUEUE, EventLog, MakePlant, Plant, events, make_plant

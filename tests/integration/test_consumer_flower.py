@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from domain.ids import external_id
+from domain.jobs import external_id
 from tests.integration.consumer_harness import ROOT, Plant, plant, shared_plant
 from tests.waiting import wait_until
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from domain.ids import external_id
+from domain.jobs import external_id
 from local.lock import UpLock
 from local.servers import EmbeddedRedis
 from settings import FOUND

@@ -9,8 +9,7 @@ from pydantic import TypeAdapter
 from sqlalchemy.orm import Session, sessionmaker
 
 from dialects.native import AttemptView, DeadLetterListView, JobView
-from domain.ids import parse_id
-from domain.jobs import FinishReason, JobError, JobStatus, Lane
+from domain.jobs import FinishReason, JobError, JobStatus, Lane, parse_id
 from storage import job_queries, jobs
 from storage.jobs import ClaimedJob
 from storage.tables import Job

@@ -18,8 +18,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
-from domain.ids import external_id, new_id
-from domain.jobs import JobStatus, WorkerState
+from domain.jobs import JobStatus, WorkerState, external_id, new_id
 from local.servers import EmbeddedRedis
 from settings import Settings
 from storage import workers

@@ -14,12 +14,10 @@ import psycopg
 import pytest
 
 from domain.catalog import Catalog
-from domain.ids import parse_id
-from domain.jobs import JobStatus
+from domain.jobs import JobStatus, parse_id
 from gpu_worker.threads import RunnerEventKind
 from local.lifetime import ending_with_us
-from local.server_programs import postgres_programs
-from local.servers import EmbeddedPostgres
+from local.servers import EmbeddedPostgres, postgres_programs
 from storage import database as storage_database
 from tests.integration.api_harness import ApiServer
 from tests.integration.runner_harness import MODEL, Rig

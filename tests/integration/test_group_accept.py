@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from domain.errors import ServerOverloaded, StorageUnavailable
-from domain.ids import new_id
+from domain.jobs import new_id
 from domain.requests import GenerationRequest
 from storage import job_accept
 from storage.database import async_session_factory, open_statement_database

@@ -13,8 +13,7 @@ from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
-from domain.ids import external_id
-from domain.jobs import JobStatus, Lane
+from domain.jobs import JobStatus, Lane, external_id
 from local.servers import EmbeddedRedis
 from maintenance.janitor import EPOCH_KEY, Janitor
 from settings import Settings

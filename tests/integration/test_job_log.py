@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.ids import parse_id
+from domain.jobs import parse_id
 from local.processes import free_port
 from maintenance.janitor import Janitor
 from settings import Settings

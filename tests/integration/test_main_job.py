@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from domain.ids import parse_id
+from domain.jobs import parse_id
 from settings import ROOT, Settings
 from tasks.app import make_app
 from tests.chaos.checker import judge, read_stored

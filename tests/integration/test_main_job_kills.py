@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from domain.ids import parse_id
+from domain.jobs import parse_id
 from settings import ROOT
 from tests.chaos.checker import judge, read_stored
 from tests.chaos.clients import Clients, History

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from api.queue_monitor import QueueMonitor
 from domain.catalog import Catalog, ModelSpec
-from domain.ids import new_id
+from domain.jobs import new_id
 from settings import Settings
 from storage import job_queries
 from storage.database import async_session_factory, open_statement_database

@@ -10,8 +10,7 @@ import redis
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.ids import parse_id
-from domain.jobs import JobStatus, WorkerState
+from domain.jobs import JobStatus, WorkerState, parse_id
 from domain.requests import GenerationResult
 from maintenance.janitor import Janitor, RevisionWatch
 from settings import Settings

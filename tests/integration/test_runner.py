@@ -2,14 +2,16 @@
 
 import signal
 from datetime import UTC, datetime, timedelta
+from threading import Event
 from uuid import uuid4
 
 import pytest
-from sqlalchemy.orm import Session
+from sqlalchemy import make_url, text
+from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import FinishReason, JobStatus, WorkerState
 from domain.requests import SamplingParams, TokenChunk
-from gpu_worker import intake
+from gpu_worker import intake, threads
 from gpu_worker.engine.backends.fake import fake_text
 from gpu_worker.threads import RunnerEventKind
 from storage import jobs, workers
@@ -317,3 +319,33 @@ def assert_cut_off(rig: Rig, worker: RecordingRunner, job_id: object, status: Jo
         assert choice.text == text == fake_text(PROMPT, job.seed, choice.index, choice.num_tokens)
         assert 0 < choice.num_tokens < job.max_tokens
         assert choice.finish_reason is reason
+
+
+def test_a_dispatch_that_outlasts_its_runner_leaves_no_connection_open(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun, may_end = Event(), Event()
+
+    def slow_dispatch(sessions: sessionmaker[Session], *_: object) -> None:
+        with sessions.begin() as session:
+            session.execute(text("SELECT 1"))
+            has_begun.set()
+            may_end.wait()
+
+    monkeypatch.setattr(threads, "dispatch", slow_dispatch)
+    url = make_url(rig.settings.database_url).update_query_dict({"application_name": "the worker"})
+    worker = rig.start(database_url=url.render_as_string(hide_password=False))
+    requester = worker.runner._runner._dispatcher
+    requester.request()
+    wait_until(has_begun.is_set, "the dispatch has begun")
+    worker.runner.stop(release=True)
+    assert _num_connections(rig, "the worker") == 1
+    may_end.set()
+    requester._thread.join()
+    wait_until(lambda: _num_connections(rig, "the worker") == 0, "its connections are closed")
+
+
+def _num_connections(rig: Rig, name: str) -> int:
+    statement = text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :name")
+    with rig.sessions() as session:
+        return session.execute(statement, {"name": name}).scalar_one()

@@ -11,9 +11,6 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from storage import (
-    webhooks,  # noqa: F401  (their tables are part of the schema)
-)
 from storage.database import MIGRATIONS, OUTAGES, migrate, open_database, session_factory
 from storage.database import database_url as normalised
 from storage.tables import DEFAULT_TENANT_ID, Row, Tenant, TenantLoad

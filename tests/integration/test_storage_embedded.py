@@ -12,8 +12,7 @@ import psycopg
 import pytest
 import redis
 
-from local.server_programs import EmbeddedServerError
-from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
+from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, EmbeddedServerError
 
 
 def kill(server: EmbeddedServer) -> None:

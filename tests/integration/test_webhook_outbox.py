@@ -8,8 +8,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.ids import new_id
-from domain.jobs import Endpoint, JobStatus
+from domain.jobs import Endpoint, JobStatus, new_id
 from domain.webhooks import EVENT_TYPES, new_secret
 from storage import job_accept, jobs
 from storage.tables import DEFAULT_TENANT_ID

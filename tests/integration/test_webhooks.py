@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.ids import external_id, new_id
+from domain.jobs import external_id, new_id
 from domain.webhooks import EVENT_TYPES, DeliveryStatus, new_secret
 from settings import Settings
 from storage import jobs, webhook_deliveries, webhooks

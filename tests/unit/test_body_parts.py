@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from api.simple import GenerateBody
 from api.webhook_schemas import CreateBody
 from dialects.bodies import drop_nulls, owner_at, parse_model
-from dialects.ignored_fields import (
+from dialects.fields import (
     FOREIGN_TOOLS,
     HINT_TREE,
     HINTS,
@@ -24,8 +24,7 @@ from dialects.ignored_fields import (
 )
 from dialects.native import EmbeddingJobBody, JobBody
 from dialects.openai_chat import ChatCompletionBody
-from dialects.openai_completions import CompletionBody
-from dialects.openai_embeddings import EmbeddingBody
+from dialects.openai_completions import CompletionBody, EmbeddingBody
 from dialects.openai_response_requests import LOGPROBS, ResponseBody
 from domain.errors import InvalidRequest
 

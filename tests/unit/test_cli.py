@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from celeriac import cli, terminal
 from celeriac.client import job_body, parse_events
-from celeriac.errors import explain
+from celeriac.terminal import explain
 from settings import Settings, get_settings
 
 ROOT = Path(cli.__file__).parent

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ulid import ULID
 
-from domain.ids import SEPARATOR_BY_PREFIX, external_id, new_id, parse_id
+from domain.jobs import SEPARATOR_BY_PREFIX, external_id, new_id, parse_id
 
 
 @given(st.uuids(), st.sampled_from(sorted(SEPARATOR_BY_PREFIX)))

@@ -8,7 +8,7 @@ import pytest
 from celery import Celery
 from kombu.transport.redis import Channel as RedisChannel
 
-from domain.ids import external_id, new_id
+from domain.jobs import external_id, new_id
 from settings import Settings
 from tasks.app import generate, make_app
 from tasks.messages import (

@@ -6,11 +6,10 @@ import re
 import pytest
 
 from dialects.bodies import owner_at
-from dialects.ignored_fields import HINTS
+from dialects.fields import HINTS
 from dialects.openai import OpenAIModel, Unsupported
 from dialects.openai_chat import ChatCompletionBody
-from dialects.openai_completions import CompletionBody
-from dialects.openai_embeddings import EmbeddingBody
+from dialects.openai_completions import CompletionBody, EmbeddingBody
 from dialects.openai_response_requests import ResponseBody
 from settings import ROOT
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from domain.ids import external_id
-from domain.jobs import Lane
+from domain.jobs import Lane, external_id
 from gpu_worker.engine_process.signs_of_life import RecordedJob
 from gpu_worker.engine_process.supervisor import EngineExit
 from gpu_worker.job import RunningJob
