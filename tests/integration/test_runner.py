@@ -348,4 +348,4 @@ def test_a_dispatch_that_outlasts_its_runner_leaves_no_connection_open(
 def _num_connections(rig: Rig, name: str) -> int:
     statement = text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :name")
     with rig.sessions() as session:
-        return session.execute(statement, {"name": name}).scalar_one()
+        return int(session.execute(statement, {"name": name}).scalar_one())
