@@ -24,7 +24,7 @@ import psutil
 import redis
 
 from domain.jobs import external_id, new_id
-from gpu_worker.transport import CLAIM, IDLE_SECONDS, idle_key
+from gpu_worker.transport import IDLE_SECONDS, TAKE, idle_key
 from local.servers import EmbeddedRedis
 from tasks.dispatch import count_waiting, push
 from tasks.messages import PRIORITY_STEPS, bell_key, priority_keys
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUEUE = "celeriac.bench"
 NUM_SLOTS = 64
 LOOKAHEAD = 16
-CLAIM_SIZE = NUM_SLOTS + LOOKAHEAD
+TAKE_SIZE = NUM_SLOTS + LOOKAHEAD
 
 
 class Bench:
@@ -102,16 +102,16 @@ def end(worker: subprocess.Popen[bytes]) -> None:
 
 
 def bench_ceiling(bench: Bench, num_jobs: int) -> float:
-    """Claims and acks as the worker's channel makes them, and nothing else."""
+    """Takes and acks as the worker's channel makes them, and nothing else."""
     bench.reset()
     bench.publish(num_jobs)
-    script = bench.client.register_script(CLAIM)
+    script = bench.client.register_script(TAKE)
     keys = ["unacked", "unacked_index", bell_key(QUEUE), idle_key(QUEUE), *priority_keys(QUEUE)]
     queues = [QUEUE] * len(PRIORITY_STEPS)
     started_at = time.monotonic()
     num_done = 0
     while num_done < num_jobs:
-        found: Any = script(keys, [CLAIM_SIZE, time.time(), 0, "bench", 1, *queues, int(IDLE_SECONDS * 1000)])
+        found: Any = script(keys, [TAKE_SIZE, time.time(), 0, "bench", 1, *queues, int(IDLE_SECONDS * 1000)])
         tags = [json.loads(text)["properties"]["delivery_tag"] for text in found[1::2]]
         pipeline = bench.client.pipeline(transaction=False)
         pipeline.hdel("unacked", *tags)
@@ -202,7 +202,7 @@ def bench_kills(bench: Bench, num_kills: int) -> tuple[int, int]:
 def run(bench: Bench, options: argparse.Namespace) -> dict[str, object]:
     """Every measurement, printed as it comes; returns the figures."""
     ceiling = max(bench_ceiling(bench, options.jobs) for _ in range(options.rounds))
-    print(f"ceiling: claims of {CLAIM_SIZE} and their acks, no Celery   {ceiling:8.0f} jobs/s", flush=True)
+    print(f"ceiling: claims of {TAKE_SIZE} and their acks, no Celery   {ceiling:8.0f} jobs/s", flush=True)
 
     rounds = [bench_throughput(bench, options.jobs) for _ in range(options.rounds)]
     rates = sorted(round(result.jobs_per_second) for result in rounds)

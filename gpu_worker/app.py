@@ -64,7 +64,7 @@ settings = get_settings()
 model = _model_or_leave(settings)
 
 for alias in ("redis", "rediss"):
-    TRANSPORT_ALIASES[alias] = "gpu_worker.transport:ClaimingTransport"
+    TRANSPORT_ALIASES[alias] = "gpu_worker.transport:BulkTransport"
 
 app.conf.update(
     worker_pool="gpu_worker.pool:EnginePool",  # do not pass -P: it takes no dotted name

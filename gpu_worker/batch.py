@@ -11,7 +11,7 @@ from time import monotonic
 from uuid import UUID
 
 from domain.jobs import FinishReason, JobStatus, Lane
-from gpu_worker.commits import FlushOutcome, JobFlush, JobStorage, Publisher, commit
+from gpu_worker.commits import FlushOutcome, FlushPacer, JobFlush, JobStorage, commit
 from gpu_worker.engine_process.frames import AbortJob, EmbeddingOutput, JobFailed, SequenceOutput, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from gpu_worker.job import RunningEmbedding, RunningJob, make_running
@@ -32,14 +32,14 @@ class RunningBatch:
         self,
         supervisor: Supervisor,
         quarantine: Quarantine,
-        publisher: Publisher,
+        pacer: FlushPacer,
         storage: JobStorage,
         thread: StorageThread,
         emit: Callable[[RunnerEvent], None],
     ) -> None:
         self._supervisor = supervisor
         self._quarantine = quarantine
-        self._publisher = publisher
+        self._pacer = pacer
         self._storage = storage
         self._storage_thread = thread
         self._emit = emit
@@ -146,17 +146,17 @@ class RunningBatch:
             self.num_prompt_tokens += len(job.claimed.prompt_token_ids)
 
     def seconds_until_due(self, now: float) -> float | None:
-        return self._publisher.seconds_until_due(self._jobs.values(), now)
+        return self._pacer.seconds_until_due(self._jobs.values(), now)
 
     def flush_due(self, now: float) -> None:
         """Commit and publish what is due; renew the leases of jobs without output."""
-        flushes = self._publisher.take_due(self._jobs.values(), now)
+        flushes = self._pacer.take_due(self._jobs.values(), now)
         if flushes:
-            self._commit(flushes, on_finished=self._publisher.finish)
+            self._commit(flushes, on_finished=self._pacer.finish)
 
     def flush(self, jobs: Sequence[RunningJob]) -> None:
         """Commit the output of these jobs now."""
-        flushes = self._publisher.take(jobs, monotonic())
+        flushes = self._pacer.take(jobs, monotonic())
         if flushes:
             self._commit(flushes, on_finished=lambda outcome: None)
 

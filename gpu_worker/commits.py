@@ -4,7 +4,7 @@
 the storage thread. `is_repeated` says that an earlier try of the same call may have been committed although its answer
 was lost; methods without it can be repeated as they are.
 
-`Publisher` decides on the runner's thread which jobs' output is due; `commit` runs on the storage thread, for all of
+`FlushPacer` decides on the runner's thread which jobs' output is due; `commit` runs on the storage thread, for all of
 them in one transaction. The first chunk of a job and its end are due at once; the chunks between them wait for an
 interval that depends on the cost of commits.
 
@@ -208,7 +208,7 @@ class FlushOutcome:
     cost_seconds: float = 0.0
 
 
-class Publisher:
+class FlushPacer:
     """Paces the flushes of one worker. One regular flush at a time."""
 
     def __init__(self, settings: Settings) -> None:

@@ -19,7 +19,7 @@ from celery.worker.consumer.heart import Heart
 from celery.worker.consumer.tasks import Tasks
 
 from gpu_worker.pool import EnginePool
-from gpu_worker.transport import ClaimingChannel
+from gpu_worker.transport import BulkChannel
 from observability import describe_exception
 from settings import PREFIX, Settings, get_settings, moved_servers
 from tasks.app import VISIBILITY_TIMEOUT_SECONDS
@@ -142,7 +142,7 @@ class EngineStep(bootsteps.StartStopStep):
         super().__init__(c, **options)
         c.pool.consumer = c
         c.initial_prefetch_count = c.pool.limit + c.pool.lookahead  # what `inspect stats` shows; `room` decides
-        self._num_claims_seen = 0
+        self._num_takes_seen = 0
         self._stalled_since: float | None = None
 
     def start(self, c: EngineConsumer) -> None:
@@ -192,11 +192,11 @@ class EngineStep(bootsteps.StartStopStep):
         if pool.is_lookahead_paused and is_late and pool.room().num_idle == 0:
             logger.info("gave %d deliveries back to a worker with free slots", pool.give_back())
 
-    def _notice_a_stall(self, c: EngineConsumer, channel: ClaimingChannel) -> None:
+    def _notice_a_stall(self, c: EngineConsumer, channel: BulkChannel) -> None:
         """Reconnect if there is credit and messages wait, but the queue has not been read for a long time, for whatever
         reason."""
-        is_healthy = channel.num_claims != self._num_claims_seen or c.pool.room().credit <= 0
-        self._num_claims_seen = channel.num_claims
+        is_healthy = channel.num_takes != self._num_takes_seen or c.pool.room().credit <= 0
+        self._num_takes_seen = channel.num_takes
         if is_healthy:
             self._stalled_since = None
             return

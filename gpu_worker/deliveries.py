@@ -18,7 +18,7 @@ from kombu.message import Message
 
 from domain.jobs import JobStatus, external_id, parse_id
 from gpu_worker.threads import RunnerEvent, RunnerEventKind
-from gpu_worker.transport import ClaimingChannel
+from gpu_worker.transport import BulkChannel
 from tasks.messages import GENERATE
 
 logger = get_logger(__name__)
@@ -134,7 +134,7 @@ class Deliveries:
         self._event_dispatcher: Any = None
         self.in_hand: dict[UUID, Delivery] = {}  # in order of arrival
         self.running: dict[UUID, Delivery] = {}
-        self.channel: ClaimingChannel | None = None  # None while there is no connection
+        self.channel: BulkChannel | None = None  # None while there is no connection
         self.lost_acks: set[str] = set()  # tags; sent again once there is a connection
 
     @property
@@ -188,7 +188,7 @@ class Deliveries:
         for delivery in self.in_hand.values():
             channel.qos._delivered.pop(delivery.tag, None)  # so that closing the channel does not requeue it
 
-    def attach(self, channel: ClaimingChannel, event_dispatcher: Any) -> None:
+    def attach(self, channel: BulkChannel, event_dispatcher: Any) -> None:
         """There is a connection: the first one, or a new one after a loss."""
         self.channel, self._event_dispatcher = channel, event_dispatcher
         for delivery in self.in_hand.values():

@@ -107,6 +107,8 @@ class EnginePool(BasePool):
         accept_callback: Any = None,
         **_: Any,
     ) -> Any:
+        """What Celery calls to run a task. Its requests pass their own method as `accept_callback`, and ours are
+        deliveries (see gpu_worker/app.py), so that is where the delivery is found."""
         delivery = getattr(accept_callback, "__self__", None)
         if not isinstance(delivery, Delivery):
             return apply_target(

@@ -18,7 +18,7 @@ import msgspec
 from domain.catalog import Catalog, ModelSpec
 from domain.jobs import AttemptOutcome, WorkerState, external_id
 from gpu_worker.batch import RunningBatch
-from gpu_worker.commits import JobStorage, Publisher, WorkerReporter
+from gpu_worker.commits import FlushPacer, JobStorage, WorkerReporter
 from gpu_worker.engine_process.frames import CannotLoad, Ready, Report, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from gpu_worker.intake import Intake, Offers
@@ -79,7 +79,7 @@ class RunnerThread:
         self._batch = RunningBatch(
             self._supervisor,
             self._quarantine,
-            Publisher(settings),
+            FlushPacer(settings),
             self._storage,
             self._storage_thread,
             self._events.append,

@@ -1,4 +1,4 @@
-"""kombu's Redis transport with an atomic claim: takes as many messages as there is room for, in one round trip.
+"""kombu's Redis transport, changed to take as many messages as there is room for, atomically and in one round trip.
 
 Stock kombu pops a message and then records it as unacked; a kill in between loses it. Here one script does both. The
 blocking pop waits on a second list, the bell, to which publishers push in the same pipeline, so the only thing that a
@@ -8,8 +8,8 @@ second). Keys and formats are kombu's, so stock workers, restoring and Flower wo
 Redis keys (`queue` is `ModelSpec.queue`; the lists themselves are described in `tasks/messages.py`)
 | name            | type       | lifetime               | writer                        | reader      |
 |-----------------|------------|------------------------|-------------------------------|-------------|
-| unacked         | hash       | until acked or restored| claim, kombu                  | all workers |
-| unacked_index   | sorted set | until acked or restored| claim, kombu                  | all workers |
+| unacked         | hash       | until acked or restored| take, kombu                   | all workers |
+| unacked_index   | sorted set | until acked or restored| take, kombu                   | all workers |
 | {queue}:bell    | list       | until the queue is empty| dispatch, give_back          | GPU workers |
 | {queue}:idle    | string     | two seconds            | a worker with free slots      | GPU workers |
 """
@@ -31,12 +31,12 @@ from tasks.messages import MAX_RINGS, bell_key, priority_keys
 # KEYS: unacked, unacked_index, the bell of each queue, the idle key of each, all lists in the order of service.
 # ARGV: limit, now, idle slots, name of the worker, number of queues, the queue of each list, milliseconds of "idle".
 # Returns queue, message, queue, message, ... A message without a delivery tag is returned too, and kept nowhere.
-CLAIM = """
+TAKE = """
 local limit, num_queues = tonumber(ARGV[1]), tonumber(ARGV[5])
-local first_list, claimed = 3 + 2 * num_queues, {}
+local first_list, taken = 3 + 2 * num_queues, {}
 for i = first_list, #KEYS do
   local queue = ARGV[6 + i - first_list]
-  while #claimed < 2 * limit do
+  while #taken < 2 * limit do
     local message = redis.call('RPOP', KEYS[i])
     if not message then break end
     local ok, tag = pcall(function() return cjson.decode(message).properties.delivery_tag end)
@@ -44,18 +44,18 @@ for i = first_list, #KEYS do
       redis.call('ZADD', KEYS[2], ARGV[2], tag)
       redis.call('HSET', KEYS[1], tag, '[' .. message .. ',"",' .. cjson.encode(queue) .. ']')
     end
-    claimed[#claimed + 1] = queue
-    claimed[#claimed + 1] = message
+    taken[#taken + 1] = queue
+    taken[#taken + 1] = message
   end
 end
-if #claimed < 2 * limit then
+if #taken < 2 * limit then
   -- The lists are empty, so the rings that are left would wake workers for nothing.
   redis.call('DEL', unpack(KEYS, 3, 2 + num_queues))
-  if #claimed / 2 < tonumber(ARGV[3]) then
+  if #taken / 2 < tonumber(ARGV[3]) then
     for i = 3 + num_queues, 2 + 2 * num_queues do redis.call('SET', KEYS[i], ARGV[4], 'PX', ARGV[#ARGV]) end
   end
 end
-return claimed
+return taken
 """
 
 # KEYS: unacked, unacked_index, the bell, then the list of each message. ARGV: delivery tag and text of each message.
@@ -87,15 +87,15 @@ class Room(NamedTuple):
     num_idle: int
 
 
-class ClaimingQoS(stock.QoS):
+class BulkQoS(stock.QoS):
     """Unacked messages of one channel, in order of arrival."""
 
     def can_consume(self) -> bool:
-        # Listening to the bell needs no credit, as it carries no message; `_brpop_start` and `claim` check the credit.
+        # Listening to the bell needs no credit, as it carries no message; `_brpop_start` and `take` check the credit.
         return self.channel.room is not None or super().can_consume()
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        if self.channel.is_delivering_claimed:  # the script has recorded it already
+        if self.channel.is_delivering_taken:  # the script has recorded it already
             virtual.QoS.append(self, message, delivery_tag)
         else:
             super().append(message, delivery_tag)
@@ -119,16 +119,16 @@ class ClaimingQoS(stock.QoS):
         return len(self._delivered) - len(self._dirty)
 
 
-class ClaimingChannel(stock.Channel):
-    """A stock channel until `room` is set; from then on its queues are consumed by atomic claims."""
+class BulkChannel(stock.Channel):
+    """A stock channel until `room` is set; from then on it takes messages in bulk, by the script TAKE."""
 
-    QoS = ClaimingQoS
+    QoS = BulkQoS
 
     room: Callable[[], Room] | None = None
     worker_name = ""
-    has_backlog = True  # there may be more messages than were claimed last
-    is_delivering_claimed = False
-    num_claims = 0
+    has_backlog = True  # there may be more messages than were taken last
+    is_delivering_taken = False
+    num_takes = 0
     _sync_client: Any = None
 
     @contextmanager
@@ -145,11 +145,11 @@ class ClaimingChannel(stock.Channel):
         return self._sync_client
 
     def refill(self) -> None:
-        """Claim if there is credit again and there may be messages. Called at every turn of the event loop."""
+        """Take if there is credit again and there may be messages. Called at every turn of the event loop."""
         if self.has_backlog and self.room is not None and self.room().credit > 0:
-            self.claim()
+            self.take()
 
-    def claim(self) -> int:
+    def take(self) -> int:
         """Take as many messages from the queues as the credit allows; returns how many."""
         assert self.room is not None
         room, queues = self.room(), self.active_queues
@@ -157,13 +157,13 @@ class ClaimingChannel(stock.Channel):
         if room.credit <= 0 or not queues:
             return 0
         with self.conn_or_acquire() as client:
-            found = self._claim_script(*self._claim_arguments(room, queues), client=client)
-        self.num_claims += 1
+            found = self._take_script(*self._take_arguments(room, queues), client=client)
+        self.num_takes += 1
         self.has_backlog = len(found) == 2 * room.credit
-        self._deliver_claimed(found)
+        self._deliver_taken(found)
         return len(found) // 2
 
-    def _claim_arguments(self, room: Room, queues: Sequence[str]) -> tuple[list[str], list[Any]]:
+    def _take_arguments(self, room: Room, queues: Sequence[str]) -> tuple[list[str], list[Any]]:
         keys_by_queue = {queue: priority_keys(queue) for queue in queues}
         num_steps = len(self.priority_steps)
         # Priority first, then the order of the queues.
@@ -173,13 +173,13 @@ class ClaimingChannel(stock.Channel):
         arguments = [room.credit, time(), room.num_idle, self.worker_name, len(queues)]
         return keys, [*arguments, *(queue for queue, _ in lists), int(IDLE_SECONDS * 1000)]
 
-    def _deliver_claimed(self, found: Sequence[bytes]) -> None:
-        self.is_delivering_claimed = True
+    def _deliver_taken(self, found: Sequence[bytes]) -> None:
+        self.is_delivering_taken = True
         try:
             for queue, text in zip(found[::2], found[1::2], strict=True):
                 self._deliver_one(queue.decode(), text)
         finally:
-            self.is_delivering_claimed = False
+            self.is_delivering_taken = False
 
     def _deliver_one(self, queue: str, text: bytes) -> None:
         """Drop a message that cannot be delivered: its job is in SQL, and the other messages must get through. (Celery
@@ -267,7 +267,7 @@ class ClaimingChannel(stock.Channel):
             self._flush_brpop_reauth()
         if ring and self.room().credit <= 0:
             self._pass_on(ring[0])
-        elif not self.claim():
+        elif not self.take():
             raise Empty
         return True
 
@@ -285,18 +285,18 @@ class ClaimingChannel(stock.Channel):
             client.pipeline().lpush(bell, 1).ltrim(bell, 0, MAX_RINGS - 1).execute()
 
     @cached_property
-    def _claim_script(self) -> Any:
-        return self._client_of_pool().register_script(CLAIM)
+    def _take_script(self) -> Any:
+        return self._client_of_pool().register_script(TAKE)
 
     @cached_property
     def _give_back_script(self) -> Any:
         return self._client_of_pool().register_script(GIVE_BACK)
 
 
-class ClaimingTransport(stock.Transport):
+class BulkTransport(stock.Transport):
     """Replaces kombu's `redis` transport in a GPU worker."""
 
-    Channel = ClaimingChannel
+    Channel = BulkChannel
 
 
 def idle_key(queue: str) -> str:

@@ -1,4 +1,4 @@
-"""The statements of the job protocol, as text, and the arrays that they take.
+"""The SQL of the job protocol: the statements that let jobs in, dispatch, claim and commit.
 
 `storage/jobs.py` executes them. Those that end jobs or give them back are in `storage/job_ends.py`.
 
@@ -16,21 +16,18 @@ row that has changed meanwhile is left alone. Shared rules:
   the next step needs, and a status that must be named next to a join is spelled so that no partial index offers
   itself (RUNNING).
 
-Jobs, chunks and endings as the statements of `storage/job_statements.py` take them: one array per column.
+Jobs, chunks and endings are passed in as arrays, one per column: `unnest` makes rows of them again.
 """
 
 # ruff: noqa: S608  (only constants of this module are put into the text; values are bound)
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 from psycopg.types.array import ListBinaryDumper
 from sqlalchemy import text
 
 from domain.jobs import MIN_PRIORITY
-
-if TYPE_CHECKING:
-    pass
 
 CLOCK = "statement_timestamp()"
 

@@ -18,11 +18,10 @@ from sqlalchemy.orm import Session
 from domain.jobs import MIN_PRIORITY, FinishReason, JobError, JobStatus, Lane
 from domain.requests import REQUEST, JobOutput, JobRequest, TokenChunk
 from storage import job_ends as ends
-from storage import job_ends as revisions
 from storage import job_statements as sql
 from storage.job_accept import Accepted, AcceptOutcome, NewJob, accept
 from storage.job_ends import ERRORS, store_partial_results
-from storage.job_statements import INHERIT, Packed
+from storage.job_statements import Packed
 from storage.tables import Job, JobPayload
 from storage.webhooks import write_deliveries
 
@@ -271,7 +270,7 @@ def expire(session: Session, *, limit: int = 200) -> list[Returned]:
 def gone_revisions(session: Session, *, live_seconds: float) -> dict[tuple[str, str], int]:
     """By (model, revision), how many queued jobs have output of a revision that is gone. Reads every queued job: call
     at most every few seconds."""
-    rows = session.execute(revisions.GONE_REVISIONS, {"live_seconds": live_seconds})
+    rows = session.execute(ends.GONE_REVISIONS, {"live_seconds": live_seconds})
     return {(row.model, row.model_revision): row.num_jobs for row in rows}
 
 
@@ -281,7 +280,7 @@ def restart(
     """Let queued jobs with output of this revision, which must be gone, start over under the one that is served: their
     chunks are discarded, and a reset in their stream tells every reader."""
     parameters = {"model": model, "model_revision": model_revision, "live_seconds": live_seconds, "limit": limit}
-    return [Restarted(*row) for row in session.execute(revisions.RESTART, parameters)]
+    return [Restarted(*row) for row in session.execute(ends.RESTART, parameters)]
 
 
 def fail_gone(
@@ -289,7 +288,7 @@ def fail_gone(
 ) -> list[Returned]:
     """End such jobs as failed instead; their output is kept."""
     parameters = {"model": model, "model_revision": model_revision, "live_seconds": live_seconds, "limit": limit}
-    return _returned(session, revisions.FAIL_GONE, parameters | ERRORS)
+    return _returned(session, ends.FAIL_GONE, parameters | ERRORS)
 
 
 def prune(session: Session, *, limit: int = 200) -> int:
@@ -365,7 +364,7 @@ def _last_number(chunks: Sequence[TokenChunk]) -> int:
     return chunks[-1].sequence_number if chunks else 0
 
 
-def of_commits(commits: "Sequence[ChunkCommit]") -> dict[str, Any]:
+def of_commits(commits: Sequence[ChunkCommit]) -> dict[str, Any]:
     return {
         "ids": [commit.job_id for commit in commits],
         "attempts": [commit.attempt for commit in commits],
@@ -376,7 +375,7 @@ def of_commits(commits: "Sequence[ChunkCommit]") -> dict[str, Any]:
     }
 
 
-def of_endings(finalisations: "Sequence[Finalisation]") -> dict[str, Any]:
+def of_endings(finalisations: Sequence[Finalisation]) -> dict[str, Any]:
     return {
         "ids": [ending.job_id for ending in finalisations],
         "attempts": [ending.attempt for ending in finalisations],
@@ -400,5 +399,5 @@ def retry(session: Session, new_job: NewJob, keeps_output: bool, *, max_queued_j
     new_job = replace(new_job, fingerprint=known or new_job.fingerprint)
     [accepted] = accept(session, [new_job], max_queued_jobs=max_queued_jobs)
     if keeps_output and accepted.outcome is AcceptOutcome.ACCEPTED:
-        session.execute(INHERIT, {"id": new_job.id})
+        session.execute(sql.INHERIT, {"id": new_job.id})
     return accepted

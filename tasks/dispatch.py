@@ -132,7 +132,8 @@ class Dispatcher:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def dispatch(self, spec: ModelEntry) -> int:
-        """As the function `dispatch`. Also raises TimeoutError if the broker does not answer in time."""
+        """As the function `dispatch`, but without batch lines, which nobody is waiting for. Also raises TimeoutError if
+        the broker does not answer in time."""
         num_waiting, num_live_slots = await asyncio.gather(self._count_waiting(spec), self._count_live_slots(spec))
         free = room(self._settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
         (self._full.discard if free else self._full.add)(spec.id)

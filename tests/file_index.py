@@ -8,7 +8,6 @@ from settings import ROOT
 #: In the order of the layers, from what people start down to what knows nothing of the rest.
 PACKAGES = (
     "celeriac",
-    "local",
     "maintenance",
     "api",
     "gpu_worker",
@@ -17,6 +16,7 @@ PACKAGES = (
     "text",
     "storage",
     "domain",
+    "local",
 )
 HEAD = """# Every source file
 

@@ -19,7 +19,7 @@ from gpu_worker import consumer
 from gpu_worker.app import app, model
 from gpu_worker.pool import EnginePool
 from gpu_worker.threads import RunnerEvent, RunnerEventKind, RunnerStats, WorkerFailure
-from gpu_worker.transport import ClaimingChannel
+from gpu_worker.transport import BulkChannel
 
 __all__ = ["app"]
 
@@ -189,14 +189,14 @@ def housekeeping() -> None:
 
 def _freeze_first_channel() -> None:
     """The first channel connects and listens, but never takes a message: what every stalled consumer looks like."""
-    claim = ClaimingChannel.claim
-    frozen: list[ClaimingChannel] = []
+    take = BulkChannel.take
+    frozen: list[BulkChannel] = []
 
-    def claim_unless_first(channel: ClaimingChannel) -> int:
+    def take_unless_first(channel: BulkChannel) -> int:
         frozen.append(channel)
-        return 0 if channel is frozen[0] else claim(channel)
+        return 0 if channel is frozen[0] else take(channel)
 
-    ClaimingChannel.claim = claim_unless_first  # type: ignore[assignment, method-assign]
+    BulkChannel.take = take_unless_first  # type: ignore[assignment, method-assign]
     consumer.STALL_SECONDS = 1.5
 
 

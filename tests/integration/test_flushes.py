@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import ModelSpec
 from domain.jobs import JobStatus, Lane
-from gpu_worker.commits import JobFlush, JobStorage, Publisher, commit
+from gpu_worker.commits import FlushPacer, JobFlush, JobStorage, commit
 from gpu_worker.job import RunningJob
 from settings import Settings
 from storage.tables import Job, JobChunk
@@ -33,8 +33,8 @@ def storage(settings: Settings) -> Iterator[JobStorage]:
 
 
 @pytest.fixture
-def publisher(settings: Settings) -> Publisher:
-    return Publisher(settings)
+def pacer(settings: Settings) -> FlushPacer:
+    return FlushPacer(settings)
 
 
 def claim(storage: JobStorage, job_ids: list[UUID], *, is_repeated: bool = False) -> list[RunningJob]:
@@ -42,10 +42,10 @@ def claim(storage: JobStorage, job_ids: list[UUID], *, is_repeated: bool = False
     return [RunningJob(job, claimed_at=0.0) for job in claimed]
 
 
-def say(publisher: Publisher, jobs: list[RunningJob], text: str, *, is_last: bool = False) -> list[JobFlush]:
+def say(pacer: FlushPacer, jobs: list[RunningJob], text: str, *, is_last: bool = False) -> list[JobFlush]:
     for job in jobs:
         job.absorb(make_output(job, text, finish_reason="stop" if is_last else None))
-    return publisher.take(jobs, 0.0)
+    return pacer.take(jobs, 0.0)
 
 
 def num_chunks(sessions: sessionmaker[Session], job_id: UUID) -> int:
@@ -54,10 +54,10 @@ def num_chunks(sessions: sessionmaker[Session], job_id: UUID) -> int:
 
 
 def test_a_flush_whose_answer_was_lost_may_be_repeated(
-    storage: JobStorage, publisher: Publisher, make_job: MakeJob
+    storage: JobStorage, pacer: FlushPacer, make_job: MakeJob
 ) -> None:
     running, ending = claim(storage, [make_job().id, make_job().id])
-    flushes = say(publisher, [running], "a") + say(publisher, [ending], "b", is_last=True)
+    flushes = say(pacer, [running], "a") + say(pacer, [ending], "b", is_last=True)
     outcomes = [commit(storage, flushes) for _ in range(2)]
     for outcome in outcomes:
         assert running.id in outcome.held
@@ -66,25 +66,25 @@ def test_a_flush_whose_answer_was_lost_may_be_repeated(
 
 
 def test_a_job_that_was_fenced_off_is_in_neither_answer_and_publishes_nothing(
-    storage: JobStorage, settings: Settings, publisher: Publisher, make_job: MakeJob
+    storage: JobStorage, settings: Settings, pacer: FlushPacer, make_job: MakeJob
 ) -> None:
     fenced, deleted, ours = claim(storage, [make_job().id for _ in range(3)])
     with storage.sessions.begin() as session:
         session.execute(update(Job).where(Job.id == fenced.id).values(attempt=2))
         session.execute(delete(Job).where(Job.id == deleted.id))
     with listening(settings.redis_url, fenced.id) as read:
-        outcome = commit(storage, say(publisher, [fenced, deleted, ours], "a", is_last=True))
+        outcome = commit(storage, say(pacer, [fenced, deleted, ours], "a", is_last=True))
         assert read() == []
     assert set(outcome.held) == set(outcome.ended) == {ours.id}
     assert num_chunks(storage.sessions, fenced.id) == 0
 
 
 def test_output_that_no_row_can_hold_fails_its_job_alone(
-    storage: JobStorage, settings: Settings, publisher: Publisher, make_job: MakeJob
+    storage: JobStorage, settings: Settings, pacer: FlushPacer, make_job: MakeJob
 ) -> None:
     bad, good = claim(storage, [make_job().id, make_job().id])
-    commit(storage, say(publisher, [bad, good], "fine"))
-    flushes = say(publisher, [bad], "half a surrogate: \ud800") + say(publisher, [good], "good", is_last=True)
+    commit(storage, say(pacer, [bad, good], "fine"))
+    flushes = say(pacer, [bad], "half a surrogate: \ud800") + say(pacer, [good], "good", is_last=True)
     with listening(settings.redis_url, bad.id) as read:
         outcome = commit(storage, flushes)
         assert read() == [{"status": "failed"}]
