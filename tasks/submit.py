@@ -1,7 +1,8 @@
-"""The one way to submit jobs: prepare the request, check its options, accept it, have it dispatched.
+"""How a request becomes a job: prepare it, check its options, have it accepted, then dispatched.
 
-Every API and the command line use `Submitter.submit`, so a job means the same wherever it came from. Resubmitting an
-ended job makes a new job that names the old one and has the same request and defaults.
+Every route that makes a job uses `Submitter.submit`. A batch line is prepared and made (`make_job`) in the same way and
+accepted by its batch, so a job means the same wherever it came from. Resubmitting an ended job makes a new job that
+names the old one and has the same request and defaults.
 """
 
 import hashlib
