@@ -287,7 +287,7 @@ def commit(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
         log.exception("the output of a job cannot be stored", extra={"job_id": flushes[0].job.name})
         return _give_up(storage, flushes[0], exc)
     cost_seconds = monotonic() - started_at
-    _tell(flushes, held, ended)
+    _log_progress(flushes, held, ended)
     storage.notifier.publish(_events(flushes, held, ended))
     return FlushOutcome(held, ended, cost_seconds)
 
@@ -327,12 +327,12 @@ def _give_up(storage: JobStorage, flush: JobFlush, exc: Exception) -> FlushOutco
     )
     with storage.sessions.begin() as session:
         ended = dict.fromkeys(jobs.finalise(session, [ending]), JobStatus.FAILED)
-    _tell([JobFlush(flush.job, None, ending)], {}, ended)
+    _log_progress([JobFlush(flush.job, None, ending)], {}, ended)
     storage.notifier.publish(ended.items())
     return FlushOutcome(ended=ended)
 
 
-def _tell(flushes: Sequence[JobFlush], held: dict[UUID, Held], ended: dict[UUID, JobStatus]) -> None:
+def _log_progress(flushes: Sequence[JobFlush], held: dict[UUID, Held], ended: dict[UUID, JobStatus]) -> None:
     """Log first tokens and ends."""
     for flush in flushes:
         job = flush.job

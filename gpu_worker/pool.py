@@ -110,10 +110,8 @@ class EnginePool(BasePool):
         """What Celery calls to run a task. Its requests pass their own method as `accept_callback`, and ours are
         deliveries (see gpu_worker/app.py), so that is where the delivery is found."""
         delivery = getattr(accept_callback, "__self__", None)
-        if not isinstance(delivery, Delivery):
-            return apply_target(
-                target, args, kwargs, callback, accept_callback
-            )  # one of Celery's own small tasks: run it here
+        if not isinstance(delivery, Delivery):  # one of Celery's own small tasks: run it here
+            return apply_target(target, args, kwargs, callback, accept_callback)
         job_id = self.deliveries.take(delivery)
         if job_id is None:
             return delivery
