@@ -26,8 +26,10 @@ those below it.
 
 
 def source_files() -> list[Path]:
-    """Relative to the root; packages in order, files by name."""
-    packaged = [sorted((ROOT / package).rglob("*.py")) for package in PACKAGES]
+    """Relative to the root; packages in order, the files of a folder by name and before those of its subfolders."""
+    packaged = [
+        sorted((ROOT / package).rglob("*.py"), key=lambda path: (path.parent, path.name)) for package in PACKAGES
+    ]
     top_level = sorted(ROOT.glob("*.py"))
     return [path.relative_to(ROOT) for paths in (*packaged, top_level) for path in paths]
 

@@ -49,6 +49,8 @@ def test_the_readme_tree_has_every_folder_and_top_level_file_with_a_comment() ->
 
 def test_the_index_of_files_is_what_the_files_say_of_themselves() -> None:
     assert (ROOT / "docs" / "files.md").read_text() == file_index(), "write it again: make index"
+    headings = re.findall(r"^## (.+)$", file_index(), re.MULTILINE)
+    assert len(headings) == len(set(headings)), "the files of a folder are in one place"
 
 
 def test_every_module_says_in_one_line_what_it_is_for() -> None:
