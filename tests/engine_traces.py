@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.sampling import sample
-from gpu_worker.engine.scheduler import ModelLimits, make_job
+from gpu_worker.engine.scheduler import ModelLimits, make_engine_job
 from gpu_worker.engine.sequence import Grammars
 from gpu_worker.engine_process.frames import AddJob
 from tests.engine_driver import (
@@ -204,7 +204,7 @@ class Oracle:
         )
         limits = ModelLimits(VOCAB_SIZE, 256, frozenset({EOS_TOKEN_ID}))
         grammars = Grammars(TOKENIZER, VOCAB_SIZE, {EOS_TOKEN_ID})
-        sequence = make_job(again, limits, TOKENIZER, grammars, arrival=0).sequences[index]
+        sequence = make_engine_job(again, limits, TOKENIZER, grammars, arrival=0).sequences[index]
         self._model.set_attn_implementation("eager")
         logits = self._model(input_ids=torch.tensor([sequence.token_ids])).logits[:, -1].clone()
         self._model.set_attn_implementation("celeriac")

@@ -20,7 +20,7 @@ from domain.jobs import FinishReason
 from gpu_worker.engine.backends import RecordStep, StepMember
 from gpu_worker.engine.runner import DrawAgain, ModelRunner
 from gpu_worker.engine.sampling import Drawn, GrammarFailed
-from gpu_worker.engine.scheduler import ModelLimits, ScheduledRow, Scheduler, make_job
+from gpu_worker.engine.scheduler import ModelLimits, ScheduledRow, Scheduler, make_engine_job
 from gpu_worker.engine.sequence import EngineJob, Grammars, Sequence
 from gpu_worker.engine_process.frames import AddJob, EngineStats, JobFailed, SequenceOutput, StepDone
 from text.tokenizers import as_text, token_table_of
@@ -68,7 +68,7 @@ class Engine:
 
     def add(self, command: AddJob) -> None:
         """Raises a CeleriacError with which the job is to fail; nothing of the job is kept then."""
-        job = make_job(command, self._limits, self._tokenizer, self._grammars, arrival=self._num_jobs)
+        job = make_engine_job(command, self._limits, self._tokenizer, self._grammars, arrival=self._num_jobs)
         self._num_jobs += 1
         self._jobs[job.id, job.attempt] = job
         for sequence in job.sequences:

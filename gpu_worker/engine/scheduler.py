@@ -4,7 +4,7 @@ A step is one forward pass over the decoding sequences (one token each) and, wit
 of prompts. Sequences run in order of rank; the last one is preempted when the cache is full. The budget shrinks when
 the device runs out of memory, and then slowly grows again (AIMD).
 
-An AddJob frame becomes sequences by `make_job`, which checks all that can be checked before the job joins a step.
+An AddJob frame becomes sequences by `make_engine_job`, which checks all that it can before the job joins a step.
 """
 
 import sys
@@ -254,7 +254,7 @@ class ModelLimits:
     eos_token_ids: frozenset[int]
 
 
-def make_job(
+def make_engine_job(
     command: AddJob, limits: ModelLimits, tokenizer: Tokenizer, grammars: Grammars, *, arrival: int
 ) -> EngineJob:
     """The job with its unfinished sequences, committed tokens replayed. Raises the fitting CeleriacError."""

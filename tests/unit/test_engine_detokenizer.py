@@ -13,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 
 from domain.jobs import FinishReason
 from gpu_worker.engine.detokenizer import REPLACEMENT, Detokenizer, StopMatcher, TextStream
-from gpu_worker.engine.scheduler import ModelLimits, make_job
+from gpu_worker.engine.scheduler import ModelLimits, make_engine_job
 from gpu_worker.engine.sequence import Grammars
 from gpu_worker.engine_process.frames import AddJob
 from tests.engine_parts import byte_tokenizer
@@ -135,7 +135,7 @@ def test_a_job_resumed_at_any_place_goes_on_with_the_text_that_was_not_sent() ->
             finished_indexes=[],
         )
         grammars = Grammars(BYTE_FALLBACK, limits.vocab_size, limits.eos_token_ids)
-        (sequence,) = make_job(command, limits, BYTE_FALLBACK, grammars, arrival=0).sequences
+        (sequence,) = make_engine_job(command, limits, BYTE_FALLBACK, grammars, arrival=0).sequences
         for token_id in token_ids[num_committed:]:
             sequence.append(token_id)
         sequence.finish(FinishReason.CANCELLED)
