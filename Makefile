@@ -31,8 +31,8 @@ SEED := 1
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: $(READY_TO_RUN) ## start everything on this machine and keep it running until Ctrl-C
-	@$(BIN)/celeriac up
+run: $(READY_TO_RUN) ## start everything on this machine until Ctrl-C; with a pulled model: make run MODEL=smollm2-135m
+	@$(BIN)/celeriac up $(if $(MODEL),--model $(MODEL))
 
 test: check ## every check, then every test, on PostgreSQL and Redis that the tests start themselves
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

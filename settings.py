@@ -31,6 +31,8 @@ class Settings(BaseSettings):
     database_url: str = Field(default="postgresql://localhost/celeriac", repr=False)
     redis_url: str = Field(default="redis://localhost:6379/0", repr=False)  # also rediss:// and unix:///path/to?db=0
     models_file: Path = ROOT / "models.toml"
+    models_dir: Path | None = None  # where `celeriac models pull` keeps models; default the folder models of data_dir
+    default_model: str | None = None  # of requests that name none, and of workers; default the first one of models_file
     data_dir: Path = ROOT / ".celeriac"  # the embedded servers and the logs of `celeriac up` live here
 
     host: str = "127.0.0.1"
@@ -132,6 +134,11 @@ class Settings(BaseSettings):
             ):
                 raise ValueError(f"{origin[:80]!r} is not an origin; write https://app.example.com, without a path")
         return text
+
+    @property
+    def store_dir(self) -> Path:
+        """The folder of the models that were pulled."""
+        return self.models_dir or self.data_dir / "models"
 
     @property
     def allowed_host_names(self) -> tuple[str, ...]:

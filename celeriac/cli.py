@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from celeriac.keys import keys
+from celeriac.models import models
 
 if TYPE_CHECKING:
     from celeriac.client import Client
@@ -55,8 +56,9 @@ def main() -> None:
 
 
 @main.command()
+@click.option("--model", help="Which model to serve; requests that name none get it.  [default: the first one]")
 @click.option("--first-job/--no-first-job", default=True, help="Run one job at the start and show its text.")
-def up(first_job: bool) -> None:
+def up(model: str | None, first_job: bool) -> None:
     """Start everything here and keep it running until Ctrl-C.
 
     That is PostgreSQL and Redis (embedded, unless their URLs are set), the schema, the API, one GPU worker,
@@ -67,8 +69,10 @@ def up(first_job: bool) -> None:
     from domain.errors import ModelUnavailable
     from settings import get_settings
 
+    _set("CELERIAC_DEFAULT_MODEL", model)
     settings = get_settings()
     catalog = read_catalog(settings)
+    refuse_unknown_default(settings, catalog)
     with _explained(ModelUnavailable):
         _ = catalog.first  # say now what is wrong with it, instead of starting a worker that cannot start
     Up(settings, with_first_job=first_job).run()
@@ -282,19 +286,7 @@ def jobs(status: str | None, model: str | None, limit: int, url: str | None, key
     show(jobs_table(page["data"]))
 
 
-@main.command()
-def models() -> None:
-    """List the models of models.toml."""
-    from celeriac.terminal import models_table, show
-    from text.models import files_at_fault
-
-    catalog = read_catalog(_settings())
-    catalog.set_failures(files_at_fault(catalog))
-    show(models_table(catalog))
-    for model_id, reason in catalog.unavailable.items():
-        click.echo(f"{model_id} is unavailable: {reason}")
-
-
+main.add_command(models)
 main.add_command(keys)
 
 # Helpers
@@ -327,9 +319,7 @@ def _client(url: str | None, key: str | None) -> "Client":
 
 
 def _default_model() -> str:
-    from settings import get_settings
-
-    return read_catalog(get_settings()).default_id
+    return read_catalog(_settings()).default_id
 
 
 @contextmanager
@@ -348,7 +338,7 @@ def read_catalog(settings: "Settings") -> "Catalog":
     from domain.catalog import Catalog
 
     try:
-        return Catalog.load(settings.models_file)
+        return Catalog.load(settings.models_file, store=settings.store_dir, default_id=settings.default_model)
     except OSError as exc:
         raise click.ClickException(
             f"CELERIAC_MODELS_FILE is {settings.models_file}: {exc.strerror}; give the path of a models.toml"
@@ -361,6 +351,16 @@ def refuse_unknown_model(settings: "Settings") -> None:
     catalog = read_catalog(settings)
     if settings.worker_model is not None:
         catalog.get(settings.worker_model)
+
+
+def refuse_unknown_default(settings: "Settings", catalog: "Catalog") -> None:
+    from celeriac.store.known import known_models
+
+    name = settings.default_model
+    if name is None or name in {entry.id for entry in catalog.entries} | catalog.unavailable.keys():
+        return
+    remedy = f"pull it: celeriac models pull {name}" if name in known_models() else "see celeriac models list"
+    raise click.ClickException(f"model {name!r} is not here; {remedy}")
 
 
 def refuse_shared_sessions(settings: "Settings") -> None:

@@ -1,13 +1,22 @@
 """What the commands print: a start's progress, a job's text as it arrives, tables, URLs, and errors in one line."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column, Table
 
 from celeriac.client import Client, StreamEvent
@@ -15,6 +24,8 @@ from domain.catalog import Catalog
 from local.processes import short_path
 
 if TYPE_CHECKING:
+    from celeriac.store.known import KnownModel
+    from celeriac.store.store import Manifest
     from storage.tables import ApiKey
 
 PIPE_WIDTH = 10_000  # characters in a line, where no terminal bounds it
@@ -62,6 +73,61 @@ class Board:
         self._progress.stop_task(task_id)  # and with it its clock
         if not self._console.is_terminal:
             self._console.print(f"{title} is ready after {time.monotonic() - begun_at:.1f} s")
+
+
+class PullPrinter:
+    """What a pull is at, with bytes and rate: a bar on a terminal, else a line when a step ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        columns = (
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task_id: TaskID | None = None
+        self._what = ""
+        self._num_bytes = 0
+        self._begun_at = 0.0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if exc is None:
+            self._end_step()
+        self._progress.stop()
+
+    def begin(self, what: str, num_bytes: int | None) -> None:
+        self._end_step()
+        self._what, self._num_bytes, self._begun_at = what, 0, time.monotonic()
+        self._task_id = self._progress.add_task(what, total=num_bytes)
+
+    def advance(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        if self._task_id is not None:
+            self._progress.update(self._task_id, advance=num_bytes)
+
+    def wait(self, why: str) -> None:
+        self._console.print(why, markup=False)
+
+    def _end_step(self) -> None:
+        if self._task_id is None:
+            return
+        self._progress.update(self._task_id, total=self._num_bytes or 1, completed=self._num_bytes or 1)
+        self._progress.stop_task(self._task_id)
+        if not self._console.is_terminal:
+            seconds = max(time.monotonic() - self._begun_at, 1e-3)
+            rate = f", {self._num_bytes / 1e6:,.1f} MB, {self._num_bytes / 1e6 / seconds:,.1f} MB/s"
+            self._console.print(f"{self._what}: {seconds:.1f} s{rate if self._num_bytes else ''}", markup=False)
+        self._task_id = None
 
 
 class JobPrinter:
@@ -180,6 +246,22 @@ def models_table(catalog: Catalog) -> Table:
         length = f"{entry.max_model_len} tokens" if entry.max_model_len is not None else "its own"
         at_once = f"{entry.max_num_seqs} sequences" if entry.max_num_seqs is not None else "by device"
         table.add_row(name, length, at_once, entry.backend, short_path(entry.path))
+    return table
+
+
+def stored_models_table(manifests: Iterable["Manifest"]) -> Table:
+    table = _table("model", "size", "pulled", "licence", "source", folded="source")
+    for manifest in manifests:
+        size = f"{manifest.num_bytes / 1e6:,.0f} MB"
+        table.add_row(manifest.name, size, f"{manifest.pulled_at:%Y-%m-%d}", manifest.licence, manifest.source)
+    return table
+
+
+def known_models_table(known_by_name: Mapping[str, "KnownModel"]) -> Table:
+    table = _table("name", "to fetch", "licence", "what it is", folded="what it is")
+    for name, known in known_by_name.items():
+        licence = f"{known.licence} (--accept-licence)" if known.must_accept else known.licence
+        table.add_row(name, f"{known.num_bytes / 1e6:,.0f} MB", licence, known.title)
     return table
 
 

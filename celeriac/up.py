@@ -191,7 +191,9 @@ class Up:
 
     def _introduce(self) -> None:
         """Show the first job as it runs, then where everything is. On a thread, while `_watch` restarts what dies."""
-        model = Catalog.load(self._settings.models_file).default.id
+        settings = self._settings
+        catalog = Catalog.load(settings.models_file, store=settings.store_dir, default_id=settings.default_model)
+        model = catalog.default.id
         is_unloaded = model in self._health().get("models_unloaded", ())
         if is_unloaded:
             self._say(f"{model} is unloaded, so its jobs wait; load it with POST /v1/admin/models/{model}/load")
@@ -313,7 +315,12 @@ class Up:
         }
 
     def _servers_note(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), "database_url": self._database_url, "redis_url": self._redis_url}
+        return {
+            "pid": os.getpid(),
+            "database_url": self._database_url,
+            "redis_url": self._redis_url,
+            "default_model": self._settings.default_model,
+        }
 
     def _say(self, line: str) -> None:
         # There may be no reader any more: a closed terminal, or a pipe whose reader ended (for which rich exits).

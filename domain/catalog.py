@@ -1,4 +1,4 @@
-"""The model registry: reads `models.toml` into one entry per model, for the API, maintenance and workers."""
+"""The model registry: `models.toml` and the store's models as one entry each, for the API, maintenance and workers."""
 
 import logging
 import tomllib
@@ -13,6 +13,9 @@ from domain.errors import ModelNotFound, ModelUnavailable
 from domain.jobs import Frozen
 
 log = logging.getLogger(__name__)
+
+#: In each folder of the store: what models.toml would say of the model that lies there.
+ENTRY_FILE = "models.toml"
 
 
 class ModelEntry(Frozen):
@@ -81,8 +84,8 @@ class _Content:
 
 
 class Catalog:
-    """All models of one `models.toml`; the first one is the default. An invalid entry is kept with its reason and does
-    not affect the others. Thread-safe."""
+    """All models of one `models.toml`, and those that were pulled into a store. The first one is the default, unless
+    another is named. An invalid entry is kept with its reason and does not affect the others. Thread-safe."""
 
     def __init__(self, entries: Iterable[ModelEntry], path: Path | None = None) -> None:
         """`path` is the file that `refresh` reads; None if there is none."""
@@ -90,14 +93,19 @@ class Catalog:
         self._content = _Content(next(iter(entry_by_id), ""), entry_by_id)
         self._failures: dict[str, str] = {}
         self._path = path
+        self._store: Path | None = None
+        self._chosen_default: str | None = None
         self._read_as: object = None
 
     @classmethod
-    def load(cls, path: Path) -> "Catalog":
-        """Raises ValueError or OSError if the file as a whole cannot be read or parsed."""
+    def load(cls, path: Path, *, store: Path | None = None, default_id: str | None = None) -> "Catalog":
+        """`store` is a folder with a folder for each model that was pulled. Raises ValueError or OSError if models.toml
+        as a whole cannot be read or parsed."""
         catalog = cls([], path)
-        catalog._read_as = _signature(path)
-        catalog._content = _read(path)
+        catalog._store = store
+        catalog._chosen_default = default_id
+        catalog._read_as = _signatures(path, store)
+        catalog._content = _read_all(path, store, default_id)
         return catalog
 
     def refresh(self) -> bool:
@@ -105,12 +113,12 @@ class Catalog:
         something is new."""
         if self._path is None:
             return False
-        signature = _signature(self._path)
+        signature = _signatures(self._path, self._store)
         if signature == self._read_as:
             return False
         self._read_as = signature
         try:
-            content = _read(self._path)
+            content = _read_all(self._path, self._store, self._chosen_default)
         except (OSError, ValueError) as exc:
             log.error(
                 "models.toml changed and cannot be read; its models stay as they were", extra={"reason": str(exc)}
@@ -181,12 +189,41 @@ class Catalog:
 RETRY_SECONDS = 30.0  # between attempts to read the files of an unavailable model
 
 
+def _signatures(path: Path, store: Path | None) -> object:
+    return _signature(path), [(file, _signature(file)) for file in _entry_files(store)]
+
+
+def _entry_files(store: Path | None) -> list[Path]:
+    """Those of the store's complete models: what is still being pulled lies in hidden folders."""
+    files = [] if store is None else sorted(store.glob(f"*/{ENTRY_FILE}"))
+    return [file for file in files if not file.parent.name.startswith(".")]
+
+
 def _signature(path: Path) -> object:
     try:
         stat = path.stat()
     except OSError as exc:
         return type(exc)
     return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def _read_all(path: Path, store: Path | None, default_id: str | None) -> _Content:
+    """An entry of models.toml takes precedence over a model of the store with the same id."""
+    content = _read(path)
+    entry_by_id, reason_by_id = dict(content.entry_by_id), dict(content.reason_by_id)
+    for file in _entry_files(store):
+        try:
+            pulled = _read(file)
+        except (OSError, ValueError) as exc:
+            reason_by_id.setdefault(file.parent.name, str(exc))
+            continue
+        taken = entry_by_id.keys() | reason_by_id.keys()
+        entry_by_id |= {key: entry for key, entry in pulled.entry_by_id.items() if key not in taken}
+        reason_by_id |= {key: reason for key, reason in pulled.reason_by_id.items() if key not in taken}
+    if default_id is None:
+        return _Content(content.default_id, entry_by_id, reason_by_id)
+    chosen = {default_id: entry_by_id[default_id]} if default_id in entry_by_id else {}
+    return _Content(default_id, chosen | entry_by_id, reason_by_id)
 
 
 def _read(path: Path) -> _Content:

@@ -39,7 +39,7 @@ NO_ROOM = Room(credit=0, num_idle=0)
 def served_model(settings: Settings) -> ModelSpec:
     """The one model that a GPU worker under these settings serves. Raises ModelNotFound, ModelUnavailable, or
     ValueError where its files cannot be served."""
-    catalog = Catalog.load(settings.models_file)
+    catalog = Catalog.load(settings.models_file, store=settings.store_dir, default_id=settings.default_model)
     return complete(catalog.first if settings.worker_model is None else catalog.get(settings.worker_model))
 
 

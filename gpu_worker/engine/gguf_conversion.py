@@ -1,0 +1,57 @@
+"""Makes safetensors, a config and a tokenizer of a GGUF file: `python -m gpu_worker.engine.gguf_conversion FILE DIR`.
+
+Quantised weights become bfloat16: what that rounds off is a small part of what their quantisation did, and it is the
+type that a GPU wants. Those that were whole stay as they are.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+DTYPE_BY_FILE_TYPE = {0: "float32", 1: "float16"}  # `general.file_type`: ALL_F32, MOSTLY_F16
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Raises ValueError, or whatever transformers raises, for files that it does not know."""
+    import gguf.gguf_reader
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    gguf.gguf_reader.np = PlainArrays()
+    logging.set_verbosity_error()
+    file_type = gguf.GGUFReader(file).fields.get("general.file_type")
+    dtype = DTYPE_BY_FILE_TYPE.get(int(file_type.contents()) if file_type else -1, "bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=getattr(torch, dtype))
+    _forget_quantisation(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def _forget_quantisation(model: Any) -> None:
+    """Its weights are whole now, but it still says that they are not, and could not be saved."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+class PlainArrays:
+    """numpy as gguf's reader is to see it. The reader takes each of half a million strings and numbers as a slice of
+    the mapped file, and a slice of a `memmap` costs several times one of an array: most of a conversion's time."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def memmap(self, path: Path, mode: Literal["r"]) -> Any:
+        return np.memmap(path, mode=mode).view(np.ndarray)
+
+
+if __name__ == "__main__":
+    try:
+        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    except ImportError as exc:
+        sys.exit(f"{exc.name} is not installed; pip install 'celeriac[worker]' brings what a GGUF file needs")
+    except Exception as exc:  # of any kind, for faulty files: the last line is what the user sees
+        sys.exit(f"{type(exc).__name__}: {exc}".replace("\n", " "))
