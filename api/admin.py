@@ -20,7 +20,7 @@ from domain.jobs import WorkerState
 from storage import workers
 from storage.tables import Worker, WorkerDrain
 
-router = private_router()
+router = private_router("Operations")
 
 LOOK_SECONDS = 0.2  # between two looks at the workers that a client waits for
 

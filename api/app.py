@@ -8,21 +8,19 @@ The HTTP API as one ASGI application: routes, error handlers, and what lives as 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import BaseRoute
 from starlette.staticfiles import StaticFiles
 
 from api import admin, health, jobs, simple, webhooks
-from api.errors import ImpliedMethods, build_routes, register_error_handlers
+from api.errors import ImpliedMethods, register_error_handlers
 from api.middleware import BodyLimit, Cors, DoorWithoutKeys, RequestContext
 from api.openai import batches, files, inference, responses
 from api.openai.files import FORM_BYTES
@@ -102,7 +100,7 @@ INSTEAD_BY_PREFIX = {
     "/v1/realtime": "follow a job as it runs: GET /v1/jobs/{job_id}/events",
 }
 
-not_offered_router = private_router()
+not_offered_router = private_router("Not offered")
 
 
 async def refuse(request: Request) -> NoReturn:
@@ -116,14 +114,16 @@ for prefix in INSTEAD_BY_PREFIX:
         not_offered_router.add_api_route(path, refuse, methods=METHODS, include_in_schema=False, response_model=None)
 
 
-#: The routes, under the titles of the documentation.
-SECTIONS = {
-    "Jobs": (jobs.router,),
-    "OpenAI": tuple(module.router for module in (inference, responses, files, batches)),
-    "Simple": (simple.router,),
-    "Webhooks": (webhooks.router,),
-    "Operations": (health.router, health.public, admin.router),
-}
+ROUTERS = (
+    not_offered_router,  # first: some of its paths look like ids to others
+    jobs.router,
+    *(module.router for module in (inference, responses, files, batches)),
+    simple.router,
+    webhooks.router,
+    health.router,
+    health.public,
+    admin.router,
+)
 
 
 def create_app(settings: Settings | None = None, catalog: Catalog | None = None) -> FastAPI:
@@ -156,21 +156,10 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     if settings.cors_origin_list:
         app.add_middleware(Cors, origins=settings.cors_origin_list)  # around the rest: a page may read refusals, too
     register_error_handlers(app)
-    app.router.routes.extend(_routes())
+    # Not `include_router`, which would build each route's schemas again and look two levels deep at every request.
+    app.router.routes.extend(route for router in ROUTERS for route in router.routes)
     add_pages(app)
     return app
-
-
-@cache
-def _routes() -> Sequence[BaseRoute]:
-    """The same for every application of this process: building them takes a quarter of a second."""
-    all_routes = APIRouter()
-    all_routes.include_router(not_offered_router)  # first: some of its paths look like ids to others
-    for title, routers in SECTIONS.items():
-        for router in routers:
-            all_routes.include_router(router, tags=[title])
-    build_routes(all_routes.routes)
-    return tuple(all_routes.routes)
 
 
 def refuse_open_door(settings: Settings) -> None:

@@ -10,7 +10,7 @@ Every error leaves in one shape, on every route: {"error": {"message", "type", "
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import orjson
 from fastapi import FastAPI
@@ -58,7 +58,12 @@ def methods_of(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
 def _routed_methods(routes: Sequence[BaseRoute], scope: Scope) -> set[str]:
     """Starlette names the methods of one route alone, and others may share its path. A path that is a route's own is no
     id of another's."""
-    own = {method for route in _flat(routes) if route.path == scope["path"] for method in route.methods or ()}
+    own = {
+        method
+        for route in routes
+        if isinstance(route, Route) and route.path == scope["path"]
+        for method in route.methods or ()
+    }
     if own:
         return own
     tried = [(method, {**scope, "method": method}) for method in ROUTED_METHODS]
@@ -67,21 +72,6 @@ def _routed_methods(routes: Sequence[BaseRoute], scope: Scope) -> set[str]:
 
 def _is_match(route: BaseRoute, scope: Scope) -> bool:
     return route.matches(scope)[0] is Match.FULL
-
-
-def _flat(routes: Iterable[BaseRoute]) -> Iterator[Route]:
-    """With those of included routers."""
-    for route in routes:
-        if isinstance(route, Route):
-            yield route
-        elif (included := getattr(route, "original_router", None)) is not None:
-            yield from _flat(included.routes)
-
-
-def build_routes(routes: Sequence[BaseRoute]) -> None:
-    """FastAPI makes an included route of its declaration when it is first looked at: for all of them together that is
-    long enough for an event loop to be missed, so it is done before anybody is there."""
-    methods_of(routes, {"type": "http", "path": "/none of them", "root_path": "", "headers": []})
 
 
 class ImpliedMethods:

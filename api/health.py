@@ -29,9 +29,9 @@ from storage.streams import REDIS_OUTAGES
 
 CHECK_SECONDS = 2.0
 
-public = APIRouter()
+public = APIRouter(tags=["Operations"])
 
-router = private_router()
+router = private_router("Operations")
 
 ComponentStatus = Literal["ok", "unavailable"]
 

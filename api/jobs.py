@@ -65,7 +65,7 @@ from storage.job_queries import JobRecord
 from storage.tables import Job, JobAttempt
 from tasks.submit import Resubmission, Submitted, resubmit
 
-router = private_router()
+router = private_router("Jobs")
 
 POLL_MILLISECONDS = 1_000  # how often a client without long polling should look
 

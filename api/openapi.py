@@ -41,9 +41,15 @@ class ErrorView(BaseModel):
     request_id: str | None
 
 
+#: By reference. With `model`, FastAPI would build the schema anew for each status of each route, which takes a start
+#: of the API half a second.
+ERROR: Final[dict[str, Any]] = {
+    "content": {"application/json": {"schema": {"$ref": REFERENCE.format(model="ErrorView")}}}
+}
+
 #: What a private route may answer instead of what was asked for. 500 is none of it: that is a bug, or a job's failure.
 REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
-    status: {"model": ErrorView, "description": description}
+    status: {"description": description, **ERROR}
     for status, description in {
         400: "The request is not understood, or asks for what cannot be.",
         401: "The key is missing, unknown or revoked.",
@@ -77,7 +83,9 @@ def document_of(app: FastAPI) -> dict[str, Any]:
     document: dict[str, Any] = orjson.loads(orjson.dumps(app.openapi()))  # a copy: the routes keep theirs
     components = document.setdefault("components", {})
     components["securitySchemes"] = _KEY_SCHEME
-    _move_definitions(document["paths"], components.setdefault("schemas", {}))
+    schemas = components.setdefault("schemas", {})
+    schemas["ErrorView"] = ErrorView.model_json_schema(ref_template=REFERENCE)
+    _move_definitions([document["paths"], schemas["ErrorView"]], schemas)
     return document
 
 

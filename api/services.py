@@ -329,9 +329,10 @@ class Caller(NamedTuple):
     tenant_id: UUID
 
 
-def private_router() -> APIRouter:
-    """Where every route belongs but health: none of its routes answers without a key, whatever their functions do."""
-    return APIRouter(route_class=PrivateRoute, responses=REFUSALS)
+def private_router(section: str) -> APIRouter:
+    """For all routes but those of health: none of them answers without a key. `section` is their heading in the OpenAPI
+    document."""
+    return APIRouter(route_class=PrivateRoute, responses=REFUSALS, tags=[section])
 
 
 class PrivateRoute(APIRoute):

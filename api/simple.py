@@ -29,7 +29,7 @@ from tasks.submit import request_hash
 MAX_PROMPTS = 64
 CHAT_MAX_TOKENS = 100
 
-router = private_router()
+router = private_router("Simple")
 
 Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 

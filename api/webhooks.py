@@ -43,7 +43,7 @@ from storage import webhook_deliveries, webhooks
 from storage.webhooks import WebhookEndpoint
 from tasks.webhook_http import TargetGuard, WebhookClient
 
-router = private_router()
+router = private_router("Webhooks")
 
 
 @router.get("/v1/webhook_event_types", responses={200: {"model": EventTypeListView}})

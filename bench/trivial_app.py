@@ -39,7 +39,7 @@ class Bare:
 
 def main() -> None:
     configure_logging("INFO", "text")
-    router = private_router()
+    router = private_router("Jobs")
 
     @router.post("/v1/jobs")
     async def answer_nothing(request: Request) -> Response:
@@ -49,7 +49,7 @@ def main() -> None:
     spec = ModelSpec(id="fake", path="fake", backend="fake", max_model_len=64)
     app = create_app(get_settings(), Catalog([spec]))
     app.router.routes.clear()
-    app.include_router(router)
+    app.router.routes.extend(router.routes)
     app.add_middleware(Bare)
     collect_garbage_seldom()
     with open_socket("127.0.0.1", 0) as listening:

@@ -13,7 +13,7 @@ from api.errors import json_response
 from api.inputs import PageQuery, list_page, listing, read_model, read_query
 from api.openai.files import MAX_TTL_SECONDS, MIN_TTL_SECONDS, parse_file_id, refuse_odd_ttl
 from api.openai.running import read_job_headers
-from api.openapi import ErrorView, request_body
+from api.openapi import ERROR, request_body
 from api.services import caller_of, private_router
 from dialects.openai import Metadata, OpenAIModel
 from dialects.openai_batches import ROUTES
@@ -24,7 +24,7 @@ from observability import request_id_context
 from storage import batches
 from storage.files import Batch
 
-router = private_router()
+router = private_router("OpenAI")
 
 MAX_WINDOW_HOURS = 7 * 24
 ENDED_OTHERWISE = frozenset({BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.EXPIRED})  # than by a cancel
@@ -156,7 +156,10 @@ async def read_batch(batch_id: str, request: Request) -> Response:
     return _answer(batch)
 
 
-@router.post("/v1/batches/{batch_id}/cancel", responses={200: {"model": BatchView}, 409: {"model": ErrorView}})
+@router.post(
+    "/v1/batches/{batch_id}/cancel",
+    responses={200: {"model": BatchView}, 409: {"description": "It has ended.", **ERROR}},
+)
 async def cancel_batch(batch_id: str, request: Request) -> Response:
     """Nothing more of it begins, what runs is stopped, and what is done can be read. Again, it changes nothing. 409 for
     a batch that has ended otherwise."""

@@ -217,7 +217,7 @@ async def receive_file(request: Request, services: Services, tenant_id: UUID) ->
             raise
 
 
-router = private_router()
+router = private_router("OpenAI")
 
 MIN_TTL_SECONDS, MAX_TTL_SECONDS = 3_600, 2_592_000
 

@@ -58,7 +58,7 @@ from storage.job_queries import JobRecord
 from text.models import ModelView
 from text.outputs import OutputFormat
 
-router = private_router()
+router = private_router("OpenAI")
 
 
 @router.post(

@@ -230,7 +230,7 @@ POLL_HEADERS = {"retry-after": "1", "openai-poll-after-ms": "1000"}
 
 Included = list[Includable]
 
-router = private_router()
+router = private_router("OpenAI")
 
 
 class ResponseIdConvertor(StringConvertor):
