@@ -30,7 +30,7 @@ from tests.chaos import audit, stalls
 from tests.chaos.clients import Clients
 from tests.chaos.faults import WEIGHTS, Fault, Striker, make_schedule
 from tests.chaos.mutants import MUTANTS
-from tests.chaos.plant import Plant, host_and_port
+from tests.chaos.plant import Plant, host_and_port, start_prepared, start_python
 from tests.chaos.proxy import Link
 from tests.chaos.trees import Edit, copy_tree
 from tests.chaos.verdict import REAL_WORKER, judge_run
@@ -68,6 +68,7 @@ class Options:
     edits: tuple[Edit, ...] = ()  # that make a mutant of the code
     weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
     schedule: tuple[Fault, ...] = ()  # instead of one that is drawn
+    is_prepared: bool = False  # processes are forks of one that has imported this tree; else they run a copy of it
 
 
 class Run:
@@ -90,7 +91,8 @@ class Run:
             worker_models=worker_models,
             num_apis=options.num_apis,
             settings=SETTINGS,
-            root=copy_tree(self._folder / "tree", options.edits),
+            root=ROOT if options.is_prepared else copy_tree(self._folder / "tree", options.edits),
+            start=start_prepared if options.is_prepared else start_python,
         )
         self._links: dict[str, Link] = {}
         self._phase = "starting"

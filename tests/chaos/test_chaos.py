@@ -11,7 +11,9 @@ from tests.chaos.mutants import MUTANTS
 from tests.chaos.run import Options, Run
 from tests.chaos.trees import copy_tree
 
-SMOKE = Options(seconds=35, seed=20, faults_per_minute=60, num_clients=10, num_workers=2, has_real_model=False)
+SMOKE = Options(
+    seconds=35, seed=20, faults_per_minute=60, num_clients=10, num_workers=2, has_real_model=False, is_prepared=True
+)
 
 
 def test_a_schedule_follows_from_its_seed_and_has_every_kind() -> None:

@@ -14,7 +14,7 @@ STEPS = (
     *(("worker drain", number / NUM_WORKERS) for number in range(NUM_WORKERS)),
     ("maintenance drain", 0.0),
 )
-SECONDS_APART = 6.0  # a process ends, and the next one of its place is at work
+SECONDS_APART = 4.0  # a process ends, and the next one of its place is at work
 ROLLING = tuple(
     Fault(at=3 + number * SECONDS_APART, kind=kind, choice=choice + 0.01, size=0)
     for number, (kind, choice) in enumerate(STEPS)
@@ -31,6 +31,7 @@ def test_a_rolling_restart_of_everything_is_not_seen() -> None:
         num_workers=NUM_WORKERS,
         has_real_model=False,
         schedule=ROLLING,
+        is_prepared=True,
     )
     report = asyncio.run(Run(options, Console(width=160)).run())
     assert report["violations"] == {}
