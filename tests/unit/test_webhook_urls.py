@@ -12,6 +12,8 @@ from domain.webhooks import BadWebhookUrl, is_public_address, parse_webhook_url
 from settings import Settings
 from tasks.webhook_http import CONNECT_SECONDS, GuardedNetwork, LookupThreads, TargetGuard, TargetRefused, WebhookClient
 
+SETTINGS = Settings()
+
 GOOD = [
     "https://example.com",
     "https://example.com/",
@@ -98,7 +100,7 @@ class Sink(httpcore.AsyncNetworkBackend):
 
 @pytest.mark.parametrize("text", GOOD)
 def test_a_good_url_is_taken_and_stored_as_it_was_understood(text: str) -> None:
-    url = TargetGuard(Settings()).parse(text)
+    url = TargetGuard(SETTINGS).parse(text)
     assert parse_webhook_url(str(url)) == url
     assert str(parse_webhook_url(str(url))) == str(url)
     assert str(url).split("/")[2].partition(":")[0] == url.host  # what SQL takes for the host
@@ -111,7 +113,7 @@ def test_the_corpus_is_large_enough() -> None:
 @pytest.mark.parametrize("text", BAD)
 def test_a_bad_url_is_refused(text: str) -> None:
     with pytest.raises(BadWebhookUrl):
-        TargetGuard(Settings()).parse(text)
+        TargetGuard(SETTINGS).parse(text)
 
 
 @pytest.mark.parametrize("address", PRIVATE)
@@ -126,7 +128,7 @@ def test_a_public_address_is_known(address: str) -> None:
 
 async def attempts_of(texts: list[str], *addresses: str) -> list[str]:
     """Where a client connects that is given these URLs, past all that refuses them at registration."""
-    guard = TargetGuard(Settings(), resolver(*addresses))
+    guard = TargetGuard(SETTINGS, resolver(*addresses))
     sink = Sink()
     client = WebhookClient(guard, sink)
     for text in texts:
@@ -160,7 +162,7 @@ def test_a_name_that_turns_private_after_the_registration_is_refused() -> None:
         return next(answers)
 
     async def rebind() -> None:
-        guard = TargetGuard(Settings(), rebinding)
+        guard = TargetGuard(SETTINGS, rebinding)
         await guard.check("https://example.com/")
         network = GuardedNetwork(guard, Sink())
         with pytest.raises(TargetRefused):
@@ -176,7 +178,7 @@ def test_a_name_is_refused_where_the_resolver_says_that_there_is_none(error: int
     async def failing(host: str, port: int) -> list[str]:
         raise socket.gaierror(error, "no")
 
-    check = TargetGuard(Settings(), failing).check("https://example.com/")
+    check = TargetGuard(SETTINGS, failing).check("https://example.com/")
     if is_refused:
         with pytest.raises(BadWebhookUrl, match="has no address"):
             asyncio.run(check)
