@@ -1,7 +1,7 @@
 """Tiny random models and a hand crank for the engine: what its tests and benches share."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,9 +9,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from domain.catalog import ModelSpec
-from gpu_worker.engine.backends.transformers import build_engine
+from gpu_worker.engine.backends.transformers import BLOCK_SIZE, _sequential, build_engine
+from gpu_worker.engine.cpu.attention import BlockCache
 from gpu_worker.engine.cpu.draws import keyed_noise, noise_key
+from gpu_worker.engine.cpu.runner import PagedRunner
 from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.kv_cache import BlockPool
+from gpu_worker.engine.runner import ModelRunner, SequentialRunner
+from gpu_worker.engine.sampling import max_num_scored_tokens
+from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.sequence import Sequence as EngineSequence
 from gpu_worker.engine_process.frames import AddJob, JobFailed, StepDone
 from tests.engine_parts import byte_tokenizer
@@ -64,6 +70,33 @@ def make_spec(**changes: Any) -> ModelSpec:
 
 def make_engine(model: Any = None, **spec_changes: Any) -> Engine:
     return build_engine(make_spec(**spec_changes), model or tiny_model(), byte_tokenizer(), CPU)
+
+
+def make_another(engine: Engine, **spec_changes: Any) -> Engine:
+    """An engine that nothing ran on, around the model of one: that was probed and fused once, which takes ten passes.
+    What the model is wrapped in comes with it."""
+    spec = make_spec(**spec_changes)
+    runner, scheduler = _another_runner(engine._runner, spec)
+    limits = replace(engine._limits, max_model_len=spec.max_model_len)
+    return Engine(scheduler=scheduler, runner=runner, tokenizer=engine._tokenizer, limits=limits)
+
+
+def _another_runner(runner: Any, spec: ModelSpec) -> tuple[ModelRunner, Scheduler]:
+    if isinstance(runner, SequentialRunner):
+        return _sequential(spec, runner._model, CPU)
+    assert spec.kv_cache_tokens is not None
+    num_blocks = -(-spec.kv_cache_tokens // BLOCK_SIZE) + 1
+    layers = [
+        BlockCache(*(cache.new_zeros(num_blocks, *cache.shape[1:]) for cache in (layer.keys, layer.values)))
+        for layer in runner._layers
+    ]
+    scheduler = Scheduler(
+        BlockPool(num_blocks, BLOCK_SIZE),
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+        max_num_scored_tokens=max_num_scored_tokens(VOCAB_SIZE),
+    )
+    return PagedRunner(runner._model, layers), scheduler
 
 
 def num_sequences(params: Mapping[str, object]) -> int:

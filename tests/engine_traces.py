@@ -25,6 +25,7 @@ from tests.engine_driver import (
     Finished,
     gumbel_noise,
     make_add,
+    make_another,
     make_engine,
     num_sequences,
     run,
@@ -93,11 +94,11 @@ def random_params(rng: random.Random) -> dict[str, Any]:
     return params | {name: rng.choice(values) for name, values in options.items() if rng.random() < 0.2}
 
 
-def random_jobs(rng: random.Random) -> list[AddJob]:
+def random_jobs(rng: random.Random, num_jobs: int) -> list[AddJob]:
     """Jobs whose prompts often begin alike. Trap and poison tokens only in prompts: these jobs must fail."""
     stems = [[rng.randrange(1, 257) for _ in range(rng.choice([20, 48, 90]))] for _ in range(4)]
     jobs = []
-    for number in range(NUM_DISTINCT_JOBS):
+    for number in range(num_jobs):
         stem = rng.choice([*stems, []])
         prompt = stem + [rng.randrange(1, 257) for _ in range(rng.randrange(1, 30))]
         if number % 16 == 5:
@@ -129,10 +130,11 @@ class Oracle:
     """Runs traces on engines that live on from one to the next, their prefix caches with them. `make` makes these from
     a model and spec changes; the solo runs are always the plain engine's."""
 
-    def __init__(self, seed: int, make: Callable[..., Engine] = make_engine) -> None:
+    def __init__(self, seed: int, make: Callable[..., Engine], num_jobs: int) -> None:
         self._rng = random.Random(seed)
         self._model = poisoned_model()
-        self._jobs = random_jobs(self._rng)
+        self._plain = trapped(make_engine(self._model))
+        self._jobs = random_jobs(self._rng, num_jobs)
         judged = poisoned_model()
         self._engines = [trapped(make(judged, **changes)) for changes in ENGINES]
         self._solo: dict[str, Collected] = {}
@@ -156,7 +158,7 @@ class Oracle:
             for index in range(n):
                 others = [other for other in range(n) if other != index]
                 alone = run(
-                    trapped(make_engine(self._model, max_num_batched_tokens=1024)),
+                    make_another(self._plain, max_num_batched_tokens=1024),
                     [msgspec.structs.replace(command, finished_indexes=others)],
                 )
                 collected.sequences |= alone.sequences
@@ -326,9 +328,11 @@ def _lose_tail(sequence: Finished, num_tokens: int) -> None:
         sequence.text = sequence.text[: max(0, len(sequence.text) - 4 * num_tokens)]
 
 
-def run_traces(seed: int, num_traces: int, make: Callable[..., Engine] = make_engine) -> Iterator[Report]:
+def run_traces(
+    seed: int, num_traces: int, make: Callable[..., Engine] = make_engine, *, num_jobs: int = NUM_DISTINCT_JOBS
+) -> Iterator[Report]:
     """The report after each trace."""
-    oracle = Oracle(seed, make)
+    oracle = Oracle(seed, make, num_jobs)
     for _ in range(num_traces):
         oracle.run_trace()
         yield oracle.report

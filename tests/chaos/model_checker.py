@@ -6,11 +6,14 @@ finish, and its client with it, without another fault.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import json
 import sys
 import time
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tests.chaos.model import (
@@ -56,7 +59,18 @@ class Verdict:
 
 def check(protocol: Protocol, budget: Budget) -> Verdict:
     """Breadth first, so that the trace of a violation is a shortest one. Ends at the first unsafe state."""
-    return _Search(protocol, budget).run()
+    with _collecting_no_garbage():
+        return _Search(protocol, budget).run()
+
+
+@contextlib.contextmanager
+def _collecting_no_garbage() -> Iterator[None]:
+    """There is none, as a search keeps all of its states; and to walk through them again and again takes long."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class _Search:
@@ -80,8 +94,8 @@ class _Search:
             state = self._states[place]
             for step in steps(state, self._protocol):
                 num_steps += 1
-                self._add(place, step)
-                if what := unsafety(state, step):
+                is_new = self._add(place, step)
+                if what := (unsafe_by_itself(step.after) if is_new else None) or unsafe_change(state, step):
                     unsafe = Violation(what, [*self._trace(place), step.name])
                     break
             place += 1
@@ -92,9 +106,11 @@ class _Search:
         verdict.seconds = time.perf_counter() - began_at
         return verdict
 
-    def _add(self, source: int, step: Step) -> None:
+    def _add(self, source: int, step: Step) -> bool:
+        """Whether it leads to a state that was not met before."""
         place = self._place_of.setdefault(step.after, len(self._states))
-        if place == len(self._states):
+        is_new = place == len(self._states)
+        if is_new:
             self._states.append(step.after)
             self._came_from.append(source)
             self._came_by.append(step.name)
@@ -103,6 +119,7 @@ class _Search:
             self._next_in.append(self._newest_in[place])
             self._newest_in[place] = len(self._sources)
             self._sources.append(source)
+        return is_new
 
     def _find_stuck(self, verdict: Verdict) -> None:
         """Walk backwards from every end; what is not met cannot get there."""
@@ -130,43 +147,45 @@ class _Search:
         return names[::-1]
 
 
-def unsafety(before: State, step: Step) -> str | None:
-    """What must never happen, judged by what a client and the table show."""
-    after = step.after
-    if after.seen != after.chunks[: len(after.seen)]:
+def unsafe_by_itself(state: State) -> str | None:
+    """What no state may be, judged by what a client and the table show."""
+    chunks, status = state.chunks, state.status
+    if state.seen != chunks[: len(state.seen)]:
         return "the client saw what is not committed"
-    if after.chunks[: len(before.chunks)] != before.chunks:
-        return "a committed chunk changed"
-    if is_terminal(before.status) and (after.status, after.chunks, after.result) != (
-        before.status,
-        before.chunks,
-        before.result,
-    ):
-        return "a terminal job changed"
-    if is_terminal(after.status) and after.result != text_of(after.chunks):
+    text = text_of(chunks)
+    if is_terminal(status) and state.result != text:
         return "the result is not the text of the stream"
-    if after.status == COMPLETED and len(text_of(after.chunks)) != NUM_TOKENS:
+    if status == COMPLETED and len(text) != NUM_TOKENS:
         return "the job completed with another number of tokens"
-    if after.stream == "ended" and (after.seen != after.chunks or not is_terminal(after.status)):
+    if state.stream == "ended" and (state.seen != chunks or not is_terminal(status)):
         return "the client's stream ended early"
-    if before.has_accepted and after.status is None:
-        return "an accepted job is gone"
-    if len({token // 100 for token in text_of(after.chunks)}) > 1:
+    if len({token // 100 for token in text}) > 1:
         return "two revisions made one text"
-    return _spliced_or_robbed(before, step)
-
-
-def _spliced_or_robbed(before: State, step: Step) -> str | None:
-    """Only the holder of the current attempt may move a running job, or whoever finds its lease lapsed."""
-    after = step.after
-    holders = [w for w in after.workers if isinstance(w, Worker) and w.attempt == after.attempt]
-    if after.status == IN_PROGRESS and any(
-        text_of(after.chunks)[: holder.num_committed] != holder.text[: holder.num_committed] for holder in holders
+    if status == IN_PROGRESS and any(
+        text[: holder.num_committed] != holder.text[: holder.num_committed]
+        for holder in state.workers
+        if isinstance(holder, Worker) and holder.attempt == state.attempt
     ):
         return "two attempts made one text"
+    return None
+
+
+def unsafe_change(before: State, step: Step) -> str | None:
+    """What no step may do. Only the holder of the current attempt may move a running job, or whoever finds its lease
+    lapsed."""
+    after = step.after
+    has_other_chunks = after.chunks is not before.chunks and after.chunks != before.chunks
+    if has_other_chunks and after.chunks[: len(before.chunks)] != before.chunks:
+        return "a committed chunk changed"
+    if is_terminal(before.status) and (
+        has_other_chunks or (after.status, after.result) != (before.status, before.result)
+    ):
+        return "a terminal job changed"
+    if before.has_accepted and after.status is None:
+        return "an accepted job is gone"
     if before.status != IN_PROGRESS or step.by_attempt == before.attempt:
         return None
-    if after.chunks != before.chunks:
+    if has_other_chunks:
         return "another than the holder wrote a chunk"
     if after.status != IN_PROGRESS and (before.is_lease_valid or step.by_attempt):
         return "an attempt was ended under its holder"

@@ -22,6 +22,13 @@ from tests.prepared import PreparedProcess, nursery
 STDERR = 2
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, of all folders: at the end of the run there are only short ones left, which whoever
+    is idle can steal."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def api_settings(database_url: str, redis_url: str) -> Settings:
     return Settings(database_url=database_url, redis_url=redis_url)

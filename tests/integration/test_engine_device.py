@@ -13,8 +13,11 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.engine_process.frames import StepDone
 from tests.device_engine import ReplayedFunction, make_device_engine
 from tests.engine_driver import Collected, make_add, make_engine, run, step, tiny_model
-from tests.engine_traces import run_traces
+from tests.engine_traces import NUM_DISTINCT_JOBS, run_traces
 from tests.integration.test_engine_parity import CONFIGS, generate
+from tests.thorough import IS_THOROUGH
+
+SEEDS, NUM_TRACES, NUM_JOBS = (range(2), 14, NUM_DISTINCT_JOBS) if IS_THOROUGH else (range(1), 10, 24)
 
 PROMPTS = [[5, 6, 7], list(range(20, 60)), [9] * 17]
 
@@ -30,10 +33,11 @@ def drain(engine: Engine, collected: Collected) -> Collected:
     return collected
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
 def test_every_request_gets_the_tokens_of_its_solo_run(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "gpu_worker")  # the traps are meant to spring
-    for report in run_traces(seed, 14, make_device_engine):
+    for report in run_traces(seed, NUM_TRACES, make_device_engine, num_jobs=NUM_JOBS):
         assert report.contaminated == []
     assert report.num_preemptions > 0
     assert min(report.num_cancelled, report.num_resumed, report.num_failed, report.num_cached_tokens) > 0

@@ -15,6 +15,8 @@ from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from settings import ROOT
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 NUM_TOKENS = 20
 SPEC = ModelSpec(id="mini", path=f"{ROOT}/models/celeriac-mini", max_model_len=256, max_num_seqs=2)
 

@@ -27,6 +27,8 @@ from tests.chaos.plant import Plant, start_prepared
 from tests.integration.consumer_harness import EventLog
 from tests.waiting import slowness
 
+pytestmark = pytest.mark.slow
+
 NUM_JOBS = 64
 NUM_SLOTS = 16
 MODEL = "celeriac-mini"

@@ -14,6 +14,8 @@ from celeriac.client import parse_events
 from tests.chaos.plant import Part, Plant, start_prepared
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 MODEL = "fake"
 MODELS = f"""
 [[models]]

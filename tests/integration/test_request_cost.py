@@ -9,6 +9,8 @@ import pytest
 
 from bench.request_cost import Kind, api_process, bodies_by_kind, cost_of, post
 
+pytestmark = pytest.mark.slow
+
 MAX_LOOP_MILLISECONDS = 100
 MAX_HEALTH_MILLISECONDS = 150
 USUAL_MILLISECONDS = 60  # of `milliseconds_of_this_machine` on one where these bounds were measured

@@ -22,6 +22,8 @@ from storage.job_statements import PROVEN_TOKENS
 from tests.integration.runner_harness import MODEL, RecordingRunner, Rig
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SLOW_STEP_SECONDS = 0.05  # a job that is to be caught running must not be over before
 StartProcess = Callable[[Sequence[UUID]], subprocess.Popen[str]]

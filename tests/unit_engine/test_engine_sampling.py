@@ -15,6 +15,7 @@ from gpu_worker.engine.sampling import sample
 from gpu_worker.engine.sequence import Sequence
 from tests.engine_driver import gumbel_noise
 from tests.engine_parts import extend, make_sequence
+from tests.thorough import IS_THOROUGH
 
 VOCAB_SIZE = 24
 NUM_DRAWS = 4000
@@ -112,7 +113,7 @@ def defined_scores(logits: Tensor, sequence: Sequence) -> Tensor:
     return (scaled + noise).masked_fill(scaled < floor, -math.inf)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300 if IS_THOROUGH else 100)
 @given(
     row=ROWS.filter(lambda row: row["temperature"] > 0),
     vocab_size=st.sampled_from([1, 2, 60, 1000, 32_000]),
