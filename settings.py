@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from domain.addresses import RedisUrl
+from domain.catalog import Catalog
 
 ROOT = Path(__file__).resolve().parent
 PREFIX = "CELERIAC_"
@@ -139,6 +140,10 @@ class Settings(BaseSettings):
     def store_dir(self) -> Path:
         """The folder of the models that were pulled."""
         return self.models_dir or self.data_dir / "models"
+
+    def load_catalog(self) -> Catalog:
+        """The models that are served: those of models_file and of the store. Raises as `Catalog.load` does."""
+        return Catalog.load(self.models_file, store=self.store_dir, default_id=self.default_model)
 
     @property
     def allowed_host_names(self) -> tuple[str, ...]:

@@ -129,7 +129,7 @@ ROUTERS = (
 def create_app(settings: Settings | None = None, catalog: Catalog | None = None) -> FastAPI:
     """Raises ValueError where the settings would open the API to strangers, or the models file makes no sense."""
     settings = settings or get_settings()
-    catalog = catalog or Catalog.load(settings.models_file, store=settings.store_dir, default_id=settings.default_model)
+    catalog = catalog or settings.load_catalog()
     refuse_open_door(settings)
 
     @asynccontextmanager

@@ -335,10 +335,9 @@ def _explained(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def read_catalog(settings: "Settings") -> "Catalog":
-    from domain.catalog import Catalog
 
     try:
-        return Catalog.load(settings.models_file, store=settings.store_dir, default_id=settings.default_model)
+        return settings.load_catalog()
     except OSError as exc:
         raise click.ClickException(
             f"CELERIAC_MODELS_FILE is {settings.models_file}: {exc.strerror}; give the path of a models.toml"

@@ -16,7 +16,6 @@ from typing import Any
 
 from celeriac.client import ApiError, ApiUnreachable, Client
 from celeriac.terminal import Board, JobPrinter, first_steps, plain_console, where_everything_is
-from domain.catalog import Catalog
 from local.lock import UpLock
 from local.processes import MAX_DEATHS_AT_START, ChildProcess, free_port, is_free, set_aside, short_path, stop_in_turn
 from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
@@ -192,7 +191,7 @@ class Up:
     def _introduce(self) -> None:
         """Show the first job as it runs, then where everything is. On a thread, while `_watch` restarts what dies."""
         settings = self._settings
-        catalog = Catalog.load(settings.models_file, store=settings.store_dir, default_id=settings.default_model)
+        catalog = settings.load_catalog()
         model = catalog.default.id
         is_unloaded = model in self._health().get("models_unloaded", ())
         if is_unloaded:

@@ -23,7 +23,7 @@ from celery.concurrency.base import BasePool, apply_target
 from celery.utils.log import get_logger
 from celery.worker import state
 
-from domain.catalog import Catalog, ModelSpec
+from domain.catalog import ModelSpec
 from domain.jobs import WorkerState
 from gpu_worker.deliveries import Deliveries, Delivery
 from gpu_worker.runner import JobRunner
@@ -39,7 +39,7 @@ NO_ROOM = Room(credit=0, num_idle=0)
 def served_model(settings: Settings) -> ModelSpec:
     """The one model that a GPU worker under these settings serves. Raises ModelNotFound, ModelUnavailable, or
     ValueError where its files cannot be served."""
-    catalog = Catalog.load(settings.models_file, store=settings.store_dir, default_id=settings.default_model)
+    catalog = settings.load_catalog()
     return complete(catalog.first if settings.worker_model is None else catalog.get(settings.worker_model))
 
 

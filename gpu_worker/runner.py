@@ -15,7 +15,7 @@ from uuid import UUID
 
 import msgspec
 
-from domain.catalog import Catalog, ModelSpec
+from domain.catalog import ModelSpec
 from domain.jobs import AttemptOutcome, WorkerState, external_id
 from gpu_worker.batch import RunningBatch
 from gpu_worker.commits import FlushPacer, JobStorage, WorkerReporter
@@ -380,7 +380,7 @@ class JobRunner:
         settings = settings or get_settings()
         self._offers = Offers()
         self._runner = RunnerThread(
-            spec=complete(Catalog.load(settings.models_file).get(model)),
+            spec=complete(settings.load_catalog().get(model)),
             settings=settings,
             owner=owner,
             hostname=hostname,

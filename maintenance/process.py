@@ -28,7 +28,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from api.server import BoundedHttp, open_socket
-from domain.catalog import Catalog
 from domain.jobs import AttemptOutcome
 from maintenance.batches import BatchWork
 from maintenance.janitor import Janitor
@@ -84,7 +83,7 @@ class Maintenance:
     async def run(self) -> bool:
         """Run until `stop`. False: something hung and was abandoned."""
         settings = self._settings
-        catalog = Catalog.load(settings.models_file)
+        catalog = settings.load_catalog()
         job_log.begin([entry.id for entry in catalog.entries], [AttemptOutcome.LOST, AttemptOutcome.STALLED])
         views = await asyncio.to_thread(ModelViews, catalog)
         following = asyncio.create_task(follow_models(views))

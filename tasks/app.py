@@ -24,7 +24,6 @@ from celery.worker.control import control_command, inspect_command
 from kombu import Exchange, Queue
 from kombu.utils.url import maybe_sanitize_url
 
-from domain.catalog import Catalog
 from observability import configure_logging
 from settings import Settings, get_settings
 from tasks.messages import GENERATE, PRIORITY_STEPS
@@ -84,7 +83,7 @@ def make_app(settings: Settings) -> Celery:
     redis = settings.redis_parts
     app = Celery("celeriac", broker=redis.for_celery, include=["tasks.app"])
     app.backend_cls = NoResults
-    models = Catalog.load(settings.models_file, store=settings.store_dir, default_id=settings.default_model)
+    models = settings.load_catalog()
     default_queue = models.entry_of(models.default_id).queue  # even if that model is invalid
     app.conf.update(
         task_queues=[_queue(spec.queue) for spec in models],

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from celeriac.store.files import ModelRefused
@@ -11,6 +12,17 @@ from local.lifetime import ending_with_us
 from settings import ROOT
 
 PROGRAM = "gpu_worker.engine.gguf_conversion"
+PACKAGES = ("torch", "transformers", "gguf", "accelerate")
+
+
+def refuse_without_packages(file_name: str) -> None:
+    """Raises ModelRefused where a GGUF file could be fetched but not made use of."""
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if missing:
+        raise ModelRefused(
+            f"{file_name} has to be converted, which needs {', '.join(missing)}; install the extra `worker`, or pull "
+            "the model's safetensors"
+        )
 
 
 def convert(file: Path, folder: Path) -> None:

@@ -24,7 +24,7 @@ from celeriac.store.files import (
     refuse_broken_weights,
     refuse_description,
 )
-from celeriac.store.gguf import convert
+from celeriac.store.gguf import convert, refuse_without_packages
 from celeriac.store.sources import Source, refuse_full_disk
 from domain.catalog import ENTRY_FILE, ModelEntry
 from domain.jobs import Frozen
@@ -195,6 +195,8 @@ class ModelStore:
         files = choose(wanted.source.list_files(scratch, watcher.advance), wanted.source.name)
         num_bytes = sum(file.size for file in files)
         converted_from = next((file.path for file in files if file.path.endswith(".gguf")), "")
+        if converted_from:
+            refuse_without_packages(converted_from)
         refuse_full_disk(partial, num_bytes * (1 + CONVERTED_RATIO) if converted_from else num_bytes)
         watcher.begin(f"Storing {wanted.name}", num_bytes)
         self._fetch_files(wanted, files, partial, watcher)

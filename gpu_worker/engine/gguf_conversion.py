@@ -5,9 +5,12 @@ type that a GPU wants. Those that were whole stay as they are.
 """
 
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import gguf
+import gguf.gguf_reader
 import numpy as np
 
 DTYPE_BY_FILE_TYPE = {0: "float32", 1: "float16"}  # `general.file_type`: ALL_F32, MOSTLY_F16
@@ -15,12 +18,11 @@ DTYPE_BY_FILE_TYPE = {0: "float32", 1: "float16"}  # `general.file_type`: ALL_F3
 
 def convert(file: Path, folder: Path) -> None:
     """Raises ValueError, or whatever transformers raises, for files that it does not know."""
-    import gguf.gguf_reader
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    gguf.gguf_reader.np = PlainArrays()
+    _spare_repetitions()
     logging.set_verbosity_error()
     file_type = gguf.GGUFReader(file).fields.get("general.file_type")
     dtype = DTYPE_BY_FILE_TYPE.get(int(file_type.contents()) if file_type else -1, "bfloat16")
@@ -37,6 +39,13 @@ def _forget_quantisation(model: Any) -> None:
         del model.config.quantization_config
 
 
+def _spare_repetitions() -> None:
+    """transformers reads the file three times, and makes the table of names anew for each module: half of the time."""
+    gguf.gguf_reader.np = PlainArrays()
+    gguf.GGUFReader = cache(gguf.GGUFReader)
+    gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)
+
+
 class PlainArrays:
     """numpy as gguf's reader is to see it. The reader takes each of half a million strings and numbers as a slice of
     the mapped file, and a slice of a `memmap` costs several times one of an array: most of a conversion's time."""
@@ -51,7 +60,5 @@ class PlainArrays:
 if __name__ == "__main__":
     try:
         convert(Path(sys.argv[1]), Path(sys.argv[2]))
-    except ImportError as exc:
-        sys.exit(f"{exc.name} is not installed; pip install 'celeriac[worker]' brings what a GGUF file needs")
     except Exception as exc:  # of any kind, for faulty files: the last line is what the user sees
         sys.exit(f"{type(exc).__name__}: {exc}".replace("\n", " "))

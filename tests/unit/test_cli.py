@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from celeriac import cli, terminal
 from celeriac.client import job_body, parse_events
 from celeriac.terminal import explain
+from local.lock import UpLock
 from settings import Settings, get_settings
 
 ROOT = Path(cli.__file__).parent
@@ -178,6 +179,37 @@ def test_a_worker_for_an_unknown_model_does_not_start(run: Any) -> None:
     result = run("worker", "--model", "nope")
     assert result.exit_code == 1
     assert "model 'nope' is not served here; choose one of: celeriac-mini" in result.output
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("smollm2-135m", "model 'smollm2-135m' is not here; pull it: celeriac models pull smollm2-135m"),
+        ("nope", "model 'nope' is not here; see celeriac models list"),
+    ],
+)
+def test_a_model_that_is_not_here_stops_up_before_it_starts(run: Any, tmp_path: Path, model: str, says: str) -> None:
+    result = run("up", "--model", model)
+    assert result.exit_code == 1
+    assert says in result.output
+    assert not (tmp_path / "postgres").exists()
+
+
+def test_commands_beside_an_up_take_its_model_for_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELERIAC_DATA_DIR", str(tmp_path))
+    lock = UpLock(tmp_path).take()
+    lock.write({"pid": os.getpid(), "default_model": "smollm2-135m"})
+    code = "from local.lock import settings_here; print(settings_here().default_model)"
+
+    def default_model(**variables: str) -> str:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT.parent, env=os.environ | variables, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    assert default_model() == "smollm2-135m"
+    assert default_model(CELERIAC_DEFAULT_MODEL="mine") == "mine"
+    lock.release()
+    assert default_model() == "None"
 
 
 @pytest.mark.parametrize("command", ["api", "worker", "maintenance", "up", "models"])

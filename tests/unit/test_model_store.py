@@ -22,7 +22,7 @@ from celeriac.store.store import ModelStore, Wanted, name_of
 from domain.catalog import Catalog
 from domain.errors import ModelNotFound
 from local.lock import FileLock
-from settings import get_settings
+from settings import Settings, get_settings
 from tests.unit.test_models import write_model
 from tests.waiting import wait_until
 
@@ -122,6 +122,17 @@ def test_the_catalogue_has_what_was_pulled_and_follows_a_remove(
     assert catalog.refresh()
     with pytest.raises(ModelNotFound):
         catalog.get("tiny")
+
+
+def test_every_process_finds_what_was_pulled_by_its_settings(
+    store: ModelStore, published: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "models.toml").write_text(MODELS_TOML)
+    pull(store, published)
+    files = {"models_file": tmp_path / "models.toml", "models_dir": store.folder}
+    assert Settings(**files).load_catalog().ids == ["first", "tiny"]  # type: ignore[arg-type]
+    assert Settings(**files, default_model="tiny").load_catalog().default.id == "tiny"  # type: ignore[arg-type]
+    assert Settings(data_dir=tmp_path / "data").store_dir == tmp_path / "data" / "models"
 
 
 def test_models_toml_takes_precedence_and_a_spoilt_entry_harms_no_other(
@@ -300,6 +311,24 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_anything_is_fetched(
     monkeypatch.setattr(sources, "SPACE_RESERVE_BYTES", 10**18)
     with pytest.raises(ModelRefused, match="make room, or set CELERIAC_MODELS_DIR"):
         pull(store, published)
+    assert store.manifests() == []
+
+
+def test_a_gguf_file_is_refused_before_it_is_fetched_where_it_could_not_be_converted(
+    store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "q4.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("celeriac.store.gguf.PACKAGES", ("torch", "no_such_package"))
+    heard = Heard()
+    with pytest.raises(ModelRefused, match="needs no_such_package; install the extra `worker`"):
+        store.pull(Wanted("q4", FolderSource(str(tmp_path / "q4.gguf"))), heard)
+    assert heard.num_bytes == 0
+
+
+def test_a_gguf_file_that_cannot_be_read_is_refused_in_one_line(store: ModelStore, tmp_path: Path) -> None:
+    (tmp_path / "q4.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ModelRefused, match=r"q4.gguf could not be made into safetensors: \w+Error: "):
+        store.pull(Wanted("q4", FolderSource(str(tmp_path / "q4.gguf"))), Heard())
     assert store.manifests() == []
 
 
