@@ -19,7 +19,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from api import admin, health, jobs, simple, webhooks
+from api import admin, anthropic, anthropic_batches, health, jobs, simple, webhooks
+from api.anthropic_batches import MAX_BATCH_BYTES
 from api.errors import ImpliedMethods, register_error_handlers
 from api.middleware import BodyLimit, Cors, DoorWithoutKeys, RequestContext
 from api.openai import batches, files, inference, responses
@@ -118,6 +119,8 @@ ROUTERS = (
     not_offered_router,  # first: some of its paths look like ids to others
     jobs.router,
     *(module.router for module in (inference, responses, files, batches)),
+    anthropic.router,
+    anthropic_batches.router,
     simple.router,
     webhooks.router,
     health.router,
@@ -147,7 +150,10 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
         docs_url=None,
         redoc_url=None,
     )
-    uploads = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
+    uploads = {
+        "/v1/files": settings.max_file_bytes + FORM_BYTES,
+        "/v1/messages/batches": min(settings.max_file_bytes, MAX_BATCH_BYTES),
+    }
     app.add_middleware(ImpliedMethods)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, max_body_bytes_by_path=uploads)
     if settings.auth == "none":

@@ -2,7 +2,8 @@
 
 Which methods a path answers to, known in one place: for 405's `Allow`, for OPTIONS, and for HEAD wherever GET is.
 
-Every error leaves in one shape, on every route: {"error": {"message", "type", "param", "code"}, "request_id"}.
+Every error leaves in one shape: {"error": {"message", "type", "param", "code"}, "request_id"}; on the routes of
+Anthropic's API in Anthropic's (dialects/anthropic_errors.py).
 
 `HTTP_BY_CODE` is the one table from a code of `domain.errors` to a status and a type. Clients retry 408, 409, 429 and
 5xx by themselves, so a lasting refusal never carries one of those.
@@ -11,6 +12,7 @@ Every error leaves in one shape, on every route: {"error": {"message", "type", "
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 
 import orjson
 from fastapi import FastAPI
@@ -21,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dialects.errors import HTTP_BY_CODE
+from dialects.errors import OPENAI_ERRORS, ErrorDialect
 from domain.errors import (
     CeleriacError,
     DeadlineExceeded,
@@ -139,9 +141,12 @@ def register_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
 
 
+#: Of the current route; set by whoever sees the request first, so that every layer's refusals have one shape.
+error_dialect_context: ContextVar[ErrorDialect] = ContextVar("error_dialect", default=OPENAI_ERRORS)
+
+
 def error_body(code: str, message: str, param: str | None = None) -> dict[str, object]:
-    error = {"message": message, "type": HTTP_BY_CODE[code].type, "param": param, "code": code}
-    return {"error": error, "request_id": request_id_context.get()}
+    return error_dialect_context.get().body_of(code, message, param, request_id_context.get())
 
 
 def json_response(content: object, status_code: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -150,7 +155,7 @@ def json_response(content: object, status_code: int = 200, headers: Mapping[str,
 
 def error_response(exc: CeleriacError) -> Response:
     """`exc` as HTTP, with the headers that steer the retries of clients."""
-    status = HTTP_BY_CODE[exc.code].status
+    status = error_dialect_context.get().http_of(exc.code).status
     headers = {}
     if isinstance(exc, Overloaded):
         headers["retry-after"] = str(jittered_retry_after(exc.retry_after_seconds))

@@ -77,6 +77,7 @@ class EventStream(Response):
         draining: asyncio.Event,
         headers: Mapping[str, str] | None = None,
         early_end_frame: bytes = b"",
+        heartbeat: bytes = HEARTBEAT,
         on_end: Callable[[str], None] = lambda reason: None,
         unserved: Callable[[], Awaitable[bytes]] | None = None,
     ) -> None:
@@ -94,6 +95,7 @@ class EventStream(Response):
         self._slots = slots
         self._draining = draining
         self._early_end_frame = early_end_frame
+        self._heartbeat = heartbeat
         self._on_end = on_end
         self._unserved = unserved or _never
 
@@ -145,7 +147,7 @@ class EventStream(Response):
                         return reason
                 if time.monotonic() >= ends_at:
                     return "lifetime"
-                body = HEARTBEAT
+                body = self._heartbeat
                 if following in done:
                     body, following = following.result(), None
                 async with asyncio.timeout(SEND_TIMEOUT_SECONDS):

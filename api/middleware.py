@@ -19,7 +19,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import error_response
+from api.errors import error_dialect_context, error_response
+from dialects.anthropic_errors import ANTHROPIC_ERRORS
+from dialects.errors import OPENAI_ERRORS, ErrorDialect
 from dialects.fields import HEADER, header_value, ignored_fields_context
 from domain.addresses import Door
 from domain.errors import CeleriacError, InvalidRequest, PermissionDenied, RequestTooLarge, ServerOverloaded
@@ -35,6 +37,7 @@ EXPOSED_HEADERS = (
     "x-job-id",
     "x-job-ids",
     "x-request-id",
+    "request-id",
     "x-ignored-fields",
     "x-retry-attached",
     "x-should-retry",
@@ -121,7 +124,9 @@ class RequestContext:
         submitted_job_ids.set([])
         ignored: list[str] = []
         ignored_token = ignored_fields_context.set(ignored)
-        answer = _Answer(send, request_id, ignored)
+        dialect = dialect_of(scope)
+        dialect_token = error_dialect_context.set(dialect)
+        answer = _Answer(send, request_id, ignored, dialect)
         started = time.perf_counter()
         http_requests_in_progress.inc()
         try:
@@ -141,20 +146,22 @@ class RequestContext:
             _count(scope, answer.status or CLIENT_CLOSED_REQUEST, time.perf_counter() - started)
             request_id_context.reset(token)
             ignored_fields_context.reset(ignored_token)
+            error_dialect_context.reset(dialect_token)
 
 
 class _Answer:
-    def __init__(self, send: Send, request_id: str, ignored: list[str]) -> None:
+    def __init__(self, send: Send, request_id: str, ignored: list[str], dialect: ErrorDialect) -> None:
         """`ignored` is filled by whoever reads the request."""
+        names = (b"x-request-id", b"request-id") if dialect is ANTHROPIC_ERRORS else (b"x-request-id",)
         self._send = send
-        self._header = (b"x-request-id", request_id.encode())
+        self._id_headers = [(name, request_id.encode()) for name in names]
         self._ignored = ignored
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), self._header, *self._ignored_header()]
+            message["headers"] = [*message.get("headers", ()), *self._id_headers, *self._ignored_header()]
         await self._send(message)
 
     def _ignored_header(self) -> list[tuple[bytes, bytes]]:
@@ -165,6 +172,14 @@ class _Answer:
         if job_ids := submitted_job_ids.get():
             response.headers["x-job-id"] = job_ids[-1]
         await response(scope, receive, self.send)
+
+
+def dialect_of(scope: Scope) -> ErrorDialect:
+    """Anthropic's on the routes that only it has, and where both have one, for who names a version of its API."""
+    path: str = scope["path"]
+    is_shared = path.startswith("/v1/models") and b"anthropic-version" in dict(scope["headers"])
+    is_own = path == "/v1/messages" or path.startswith("/v1/messages/")
+    return ANTHROPIC_ERRORS if is_own or is_shared else OPENAI_ERRORS
 
 
 def _internal_error() -> CeleriacError:

@@ -347,7 +347,7 @@ class PrivateRoute(APIRoute):
         answer = super().get_route_handler()
 
         async def answer_authenticated(request: Request) -> Response:
-            authorization = request.headers.get("authorization")
+            authorization = _authorization_of(request)
             authenticator = services_of(request).authenticator
             request.state.tenant_id, request.state.is_admin = await authenticator.identify(authorization)
             request.state.until_revoked = partial(authenticator.wait_until_revoked, authorization)
@@ -358,6 +358,12 @@ class PrivateRoute(APIRoute):
             return response
 
         return answer_authenticated
+
+
+def _authorization_of(request: Request) -> str | None:
+    """Older clients of Anthropic's send the key in a header of its own."""
+    key = request.headers.get("x-api-key")
+    return request.headers.get("authorization") or (None if key is None else f"Bearer {key}")
 
 
 def caller_of(request: Request) -> Caller:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from api.errors import json_response
 from api.inputs import off_loop, read_model
-from api.openai.answers import WholeAnswer, stream_answer
+from api.openai.answers import Framing, WholeAnswer, stream_answer
 from api.openai.running import Asked, answer_headers, start, start_all
 from api.openapi import EVENTS, request_body
 from api.services import Services, caller_of, private_router, services_of
@@ -152,7 +152,7 @@ async def generate_stream(request: Request) -> Response:
     body = await read_model(request, GenerateStreamBody)
     generation = body.to_request(services_of(request), {"prompt": body.text()})
     run = await start(request, generation, Asked(Endpoint.SIMPLE, has_stream=True))
-    return stream_answer(run, GeneratedStream(), last_frame=b"")
+    return stream_answer(run, GeneratedStream(), Framing(last_frame=b""))
 
 
 @router.post("/chat", responses={200: {"model": TextView}}, openapi_extra=request_body(ChatBody))

@@ -1,7 +1,8 @@
 """The HTTP form of each error: one table from the codes of `domain.errors` to status and type."""
 
 import logging
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 from dialects.openai_views import View
 from domain.errors import CeleriacError, DeadlineExceeded, JobCancelled, JobFailure
@@ -60,6 +61,22 @@ HTTP_BY_CODE: dict[str, HttpError] = {
     "not_implemented": HttpError(501, "invalid_request_error"),
     "server_error": HttpError(500, "server_error"),
 }
+
+
+class ErrorDialect(NamedTuple):
+    """How a family of routes writes its errors: status and type by code; and the body, of code, message, param and the
+    request's id."""
+
+    http_of: Callable[[str], HttpError]
+    body_of: Callable[[str, str, str | None, str | None], dict[str, Any]]
+
+
+def _openai_error_body(code: str, message: str, param: str | None, request_id: str | None) -> dict[str, Any]:
+    error = {"message": message, "type": HTTP_BY_CODE[code].type, "param": param, "code": code}
+    return {"error": error, "request_id": request_id}
+
+
+OPENAI_ERRORS: Final = ErrorDialect(HTTP_BY_CODE.__getitem__, _openai_error_body)
 
 
 class JobErrorView(View):

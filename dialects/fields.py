@@ -289,8 +289,13 @@ NEUTRAL: Final = "nothing: this value is the default behaviour"
 
 
 def is_foreign_tool(tool: object) -> bool:
-    kind = tool.get("type") if isinstance(tool, dict) else None
-    return isinstance(kind, str) and _DATE.sub("", kind) in FOREIGN_TOOLS
+    return kind_of_tool(tool) in FOREIGN_TOOLS
+
+
+def kind_of_tool(tool: object) -> str:
+    """Its type without the date; empty where it has none."""
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return _DATE.sub("", kind) if isinstance(kind, str) else ""
 
 
 def _hints(reason: str, *names: str, places: Iterable[str] = ("",)) -> dict[str, Hint]:

@@ -83,6 +83,7 @@ class JobBody(JobOptionFields, GenerationRequest):
             prompt_token_ids=self.prompt_token_ids,
             tools=self.tools,
             parallel_tool_calls=self.parallel_tool_calls,
+            continue_final_message=self.continue_final_message,
             params=self.params,
         )
 
@@ -138,6 +139,7 @@ class ChoiceView(PartialChoiceView):
     num_reasoning_tokens: Annotated[
         int | None, Field(description="Tokens up to the end of the first </think>, if there is one.")
     ]
+    stop_string: Annotated[str | None, Field(description="That ended it; no part of its text.")]
     logprobs: list[Any] | None
     candidate: Annotated[int | None, Field(description="With best_of: the index of this choice in the stream.")]
     mean_logprob: Annotated[float | None, Field(description="With best_of: the mean logprob that it was chosen by.")]

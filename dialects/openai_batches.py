@@ -7,15 +7,24 @@ other servers (test_batches_errors.py of Llama Stack).
 import json
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
 from pydantic import StringConstraints
 
-from dialects import openai_chat, openai_completions, openai_response_objects, openai_response_requests
+from dialects import (
+    anthropic_answers,
+    anthropic_requests,
+    openai_chat,
+    openai_completions,
+    openai_response_objects,
+    openai_response_requests,
+)
+from dialects.anthropic_fields import ANTHROPIC_HINT_TREE
+from dialects.anthropic_requests import MessagesBody
 from dialects.bodies import parse_model
 from dialects.errors import HTTP_BY_CODE, refuse_unfinished
-from dialects.fields import HINT_TREE
+from dialects.fields import HINT_TREE, HintTree
 from dialects.native import NO_NUL
 from dialects.openai import GenerationBody, OpenAIModel, spelling_of_params, with_body_names
 from dialects.openai_chat import ChatCompletionBody
@@ -48,7 +57,7 @@ class LineRequest:
     answer: Callable[[JobRecord], Mapping[str, object]]
 
 
-Body = TypeVar("Body", bound=GenerationBody | EmbeddingBody)
+Body = TypeVar("Body", bound=GenerationBody | EmbeddingBody | MessagesBody)
 
 Request = TypeVar("Request", bound=JobRequest)
 
@@ -62,6 +71,7 @@ class LineRoute(Generic[Body, Request]):
     to_request: Callable[[Body, ModelView], Request]
     spelling_of: Callable[[Body], Mapping[str, str]]
     from_result: Callable[[JobRecord, Request, Body, ModelView], Mapping[str, object]]
+    hints: HintTree = field(default_factory=lambda: HINT_TREE)
 
 
 def _chat_answer(
@@ -115,6 +125,12 @@ def _embedding_answer(
     return openai_completions.embeddings_from_result(record, body)
 
 
+def _message_answer(
+    record: JobRecord, request: GenerationRequest, body: MessagesBody, view: ModelView
+) -> Mapping[str, object]:
+    return anthropic_answers.from_result(record, request, body, view.output_format)
+
+
 def _spelling_of_completions(_: CompletionBody) -> Mapping[str, str]:
     return spelling_of_params()
 
@@ -128,6 +144,13 @@ ROUTES: dict[str, LineRoute[Any, Any]] = {
     "/v1/completions": LineRoute(CompletionBody, _completion_request, _spelling_of_completions, _completion_answer),
     "/v1/embeddings": LineRoute(
         EmbeddingBody, _embedding_request, openai_completions.spelling_of_embeddings, _embedding_answer
+    ),
+    "/v1/messages": LineRoute(
+        MessagesBody,
+        anthropic_requests.to_generation_request,
+        anthropic_requests.spelling_of,
+        _message_answer,
+        ANTHROPIC_HINT_TREE,
     ),
 }
 
@@ -186,7 +209,7 @@ def _not_json(reason: str) -> InvalidJsonLine:
 
 
 def _read_body(line: Line, route: LineRoute[Body, Request], views: ModelViews) -> LineRequest:
-    body = parse_model(json.dumps(line.body).encode(), route.body, HINT_TREE)
+    body = parse_model(json.dumps(line.body).encode(), route.body, route.hints)
     metadata = _metadata_of(body)
     view = views.get(body.model)
     request = route.to_request(body, view)
@@ -201,7 +224,7 @@ def _read_body(line: Line, route: LineRoute[Body, Request], views: ModelViews) -
     return LineRequest(line.custom_id, request, metadata, in_words, answer)
 
 
-def _metadata_of(body: GenerationBody | EmbeddingBody) -> Mapping[str, str]:
+def _metadata_of(body: GenerationBody | EmbeddingBody | MessagesBody) -> Mapping[str, str]:
     """The metadata of a line. Raises StreamingUnsupported for a body that asks for a stream."""
     if isinstance(body, EmbeddingBody):
         return {}
@@ -209,7 +232,7 @@ def _metadata_of(body: GenerationBody | EmbeddingBody) -> Mapping[str, str]:
         raise StreamingUnsupported(
             "Streaming is not supported in the Batch API: stream is true; leave it out", param="stream"
         )
-    return body.metadata or {}
+    return body.job_metadata if isinstance(body, MessagesBody) else body.metadata or {}
 
 
 def refusal_of(exc: CeleriacError) -> LineRefusal:

@@ -2,7 +2,7 @@
 
 An id is a UUID inside and in SQL, and a prefixed ULID outside (HTTP, Celery, Flower, logs): the same 128 bits in
 Crockford's base 32 (https://github.com/ulid/spec), so both spellings sort by creation time. One job has the same 26
-characters under every prefix: `job_01J...`, `chatcmpl-01J...`, `cmpl-01J...`, `resp_01J...`.
+characters under every prefix: `job_01J...`, `chatcmpl-01J...`, `cmpl-01J...`, `resp_01J...`, `msg_01J...`.
 
 Reasons for waiting follow from facts about the job and the live workers; they are never guessed.
 """
@@ -22,12 +22,13 @@ ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 ULID_LENGTH = 26
 
-SEPARATOR_BY_PREFIX = {"job": "_", "resp": "_", "chatcmpl": "-", "cmpl": "-"}
+SEPARATOR_BY_PREFIX = {"job": "_", "resp": "_", "msg": "_", "chatcmpl": "-", "cmpl": "-"}
 
 # An event has the same 26 characters as its object.
 SEPARATOR_BY_PREFIX_OF_OTHERS = {
     "batch": "_",
     "batch_req": "_",
+    "msgbatch": "_",
     "evt": "_",
     "file": "-",
     "wh": "_",
@@ -140,6 +141,7 @@ class Endpoint(StrEnum):
     CHAT = "chat"
     COMPLETIONS = "completions"
     RESPONSES = "responses"
+    MESSAGES = "messages"  # Anthropic's
     EMBEDDINGS = "embeddings"
     SIMPLE = "simple"  # /generate and similar
 

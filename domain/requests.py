@@ -55,6 +55,7 @@ class TokenChunk(Frozen):
     text: str = ""
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None  # set on the last chunk of its index
+    stop_string: str | None = None  # that ended it, on that chunk
     logprobs: tuple[TokenLogprob, ...] | None = None
     sum_logprobs: float | None = None  # of token_ids, with best_of
     num_reasoning_tokens: int | None = None  # of the sequence up to </think>, on the chunk whose tokens complete it
@@ -62,7 +63,7 @@ class TokenChunk(Frozen):
     is_reset: bool = False  # the job starts over: all earlier chunks are void; all other fields are empty
 
 
-MAX_MESSAGES = 256
+MAX_MESSAGES = 2_048  # an agent at work has hundreds of turns
 
 MAX_PROMPT_CHARS = 1_000_000
 
@@ -104,6 +105,11 @@ class ChatMessage(Frozen):
     reasoning_content: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS)  # of an assistant
     tool_calls: tuple[ToolCall, ...] = Field(default=(), max_length=MAX_TOOLS)  # of an assistant
     tool_call_id: str | None = Field(default=None, max_length=128)  # the call that a tool message answers
+
+    @property
+    def begins_an_answer(self) -> bool:
+        """Whether the model can go on writing it."""
+        return self.role == "assistant" and bool(self.content) and not self.tool_calls
 
 
 class SamplingParams(Frozen):
@@ -170,6 +176,7 @@ class GenerationRequest(Frozen):
     prompt_token_ids: tuple[TokenId, ...] | None = Field(default=None, min_length=1, max_length=MAX_PROMPT_TOKENS)
     tools: tuple[ToolDefinition, ...] = Field(default=(), max_length=MAX_TOOLS)  # shown by the chat template
     parallel_tool_calls: bool = True
+    continue_final_message: bool = False  # the last message is the beginning of the answer
     params: SamplingParams = SamplingParams()
 
     @model_validator(mode="after")
@@ -177,6 +184,15 @@ class GenerationRequest(Frozen):
         if self.tools and self.messages is None:
             raise ValueError(
                 "tools are rendered by the chat template, so they need messages; leave them out or send messages"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _begun_by_the_assistant(self) -> Self:
+        if self.continue_final_message and (not self.messages or not self.messages[-1].begins_an_answer):
+            raise ValueError(
+                "continue_final_message is true, so the last message must be the assistant's, with text and no tool "
+                "calls; leave continue_final_message out or send such a message"
             )
         return self
 
@@ -209,6 +225,7 @@ class ResultChoice(Frozen):
     finish_reason: FinishReason
     num_tokens: int
     num_reasoning_tokens: int | None = None
+    stop_string: str | None = None  # that ended it; no part of `text`
     logprobs: tuple[TokenLogprob, ...] | None = None
     candidate: int | None = None
     mean_logprob: float | None = None

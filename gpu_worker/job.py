@@ -40,6 +40,7 @@ class SequenceProgress:
     finish_reason: FinishReason | None = None
     heard_at: float | None = None  # when this attempt's last tokens came; monotonic
     num_reasoning_tokens: int | None = None  # up to the first </think>
+    stop_string: str | None = None  # that ended it
     pending_text: list[str] = field(default_factory=list)
     pending_token_ids: list[int] = field(default_factory=list)
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -62,6 +63,7 @@ class SequenceProgress:
             logprobs=tuple(self.pending_logprobs) or None,
             sum_logprobs=self.pending_sum_logprobs,
             num_reasoning_tokens=self.pending_num_reasoning_tokens,
+            stop_string=self.stop_string if self.is_end_pending else None,
         )
         self.append(chunk)
         self.pending_text, self.pending_token_ids, self.pending_logprobs = [], [], []
@@ -75,6 +77,7 @@ class SequenceProgress:
         self.logprobs += chunk.logprobs or ()
         self.sum_logprobs += chunk.sum_logprobs or 0.0
         self.finish_reason = chunk.finish_reason
+        self.stop_string = chunk.stop_string
         if chunk.num_reasoning_tokens is not None:
             self.num_reasoning_tokens = chunk.num_reasoning_tokens
 
@@ -184,6 +187,7 @@ class RunningJob:
             sequence.pending_num_reasoning_tokens = output.num_reasoning_tokens
         if output.finish_reason is not None:
             sequence.finish_reason = FinishReason(output.finish_reason)
+            sequence.stop_string = output.stop_string
             sequence.is_end_pending = True
         self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
 
@@ -266,6 +270,7 @@ class RunningJob:
                 finish_reason=sequence.finish_reason,
                 num_tokens=len(sequence.token_ids),
                 num_reasoning_tokens=sequence.num_reasoning_tokens,
+                stop_string=sequence.stop_string,
                 logprobs=tuple(sequence.logprobs) or None,
                 mean_logprob=self._mean_logprob(sequence),
             )

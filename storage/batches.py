@@ -17,7 +17,18 @@ from sqlalchemy import Select, case, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from domain.errors import FileNotFound, TooManyQueuedJobs
-from domain.jobs import BatchError, BatchErrors, BatchStatus, FileStatus, LineOutcome, LineRefusal, external_id, new_id
+from domain.jobs import (
+    PIECE_BYTES,
+    TERMINAL_BATCH_STATUSES,
+    BatchError,
+    BatchErrors,
+    BatchStatus,
+    FileStatus,
+    LineOutcome,
+    LineRefusal,
+    external_id,
+    new_id,
+)
 from storage import files
 from storage.files import UNFINISHED, Batch, BatchLine, File
 from storage.job_queries import JobRecord
@@ -86,6 +97,74 @@ def find_again(
     return None if batch is None else _detached(session, batch)
 
 
+def create_with_file(
+    session: Session,
+    tenant_id: UUID,
+    content: bytes,
+    *,
+    file_name: str,
+    max_bytes: int,
+    endpoint: str,
+    completion_window: str,
+    window_seconds: int,
+    metadata: Mapping[str, str],
+    ttl_seconds: int,
+) -> Batch:
+    """A batch whose lines came with the request for it. Raises as `create` does, and InsufficientQuota where the
+    tenant's files have `max_bytes`."""
+    file_id = files.begin_upload(session, tenant_id, max_bytes=max_bytes)
+    for number, first in enumerate(range(0, len(content), PIECE_BYTES)):
+        files.append(session, file_id, number, content[first : first + PIECE_BYTES])
+    files.finish_upload(
+        session,
+        file_id,
+        tenant_id,
+        filename=file_name,
+        purpose="batch",
+        ttl_seconds=ttl_seconds,
+        max_bytes=max_bytes,
+    )
+    return create(
+        session,
+        tenant_id,
+        input_file_id=file_id,
+        endpoint=endpoint,
+        completion_window=completion_window,
+        window_seconds=window_seconds,
+        metadata=metadata,
+        output_ttl_seconds=ttl_seconds,
+    )
+
+
+def find_with_file(session: Session, tenant_id: UUID, *, file_name: str, within_seconds: float) -> Batch | None:
+    """The newest batch that was created recently with a file of this name."""
+    since = func.statement_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, within_seconds)
+    batch = session.scalar(
+        select(Batch)
+        .join(File, File.id == Batch.input_file_id)
+        .where(Batch.tenant_id == tenant_id, File.filename == file_name, Batch.created_at > since)
+        .order_by(Batch.id.desc())
+        .limit(1)
+    )
+    return None if batch is None else _detached(session, batch)
+
+
+def delete_ended(session: Session, batch_id: UUID, tenant_id: UUID) -> bool:
+    """Delete a batch with its files. False: the tenant has no such batch that has ended."""
+    batch = session.scalar(
+        select(Batch)
+        .where(Batch.id == batch_id, Batch.tenant_id == tenant_id, Batch.status.in_(TERMINAL_BATCH_STATUSES))
+        .with_for_update()
+    )
+    if batch is None:
+        return False
+    file_ids = [id_ for id_ in (batch.input_file_id, batch.output_file_id, batch.error_file_id) if id_ is not None]
+    session.delete(batch)
+    session.flush()
+    session.execute(delete(File).where(File.id.in_(file_ids), File.tenant_id == tenant_id))
+    return True
+
+
 def get(session: Session, batch_id: UUID, tenant_id: UUID) -> Batch | None:
     """None: the tenant has no such batch."""
     batch = session.scalar(
@@ -103,10 +182,18 @@ def of_file(session: Session, file_id: UUID) -> Batch | None:
 
 
 def list_batches(
-    session: Session, tenant_id: UUID, *, after: UUID | None, limit: int, order: Literal["asc", "desc"] = "desc"
+    session: Session,
+    tenant_id: UUID,
+    *,
+    after: UUID | None,
+    limit: int,
+    order: Literal["asc", "desc"] = "desc",
+    endpoint: str | None = None,
 ) -> list[Batch]:
     """One page in the order of ids, which is the order of creation; `after` is the last id of the previous page."""
     statement: Select[Batch] = select(Batch).where(Batch.tenant_id == tenant_id)
+    if endpoint is not None:
+        statement = statement.where(Batch.endpoint == endpoint)
     if after is not None:
         statement = statement.where(Batch.id > after if order == "asc" else Batch.id < after)
     statement = statement.order_by(Batch.id.asc() if order == "asc" else Batch.id.desc()).limit(limit)

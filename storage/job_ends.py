@@ -397,6 +397,7 @@ def _choice(index: int, chunks: list[TokenChunk], cut_off_by: FinishReason) -> R
         finish_reason=chunks[-1].finish_reason or cut_off_by,
         num_tokens=num_tokens,
         num_reasoning_tokens=next(told, None),
+        stop_string=chunks[-1].stop_string,
         logprobs=logprobs or None,
         mean_logprob=sum(sums) / num_tokens if sums and num_tokens else None,
     )

@@ -62,6 +62,7 @@ def prepare_generation(request: GenerationRequest, view: ModelView, prompt_token
         prompt_token_ids=request.prompt_token_ids,
         tools=request.tools,
         parallel_tool_calls=request.parallel_tool_calls,
+        continue_final_message=request.continue_final_message,
         params=resolved,
     )
     return PreparedRequest(whole, prompt_token_ids, None, resolved.max_tokens, resolved.seed)

@@ -74,7 +74,9 @@ def fingerprint(model_revision: str, prompt_token_ids: Sequence[int], request: J
 def _asked(request: JobRequest) -> dict[str, object]:
     if isinstance(request, EmbeddingRequest):
         return request.model_dump(mode="json")
-    return {
+    # Only where it is true, so that the hashes of older requests stay as they are.
+    continued = {"continue_final_message": True} if request.continue_final_message else {}
+    return continued | {
         "model": request.model,
         "prompt": request.prompt,
         "messages": request.messages and [_dump(message) for message in request.messages],

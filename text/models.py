@@ -12,7 +12,7 @@ from time import monotonic
 from tokenizers import Tokenizer
 
 from domain.catalog import CPU_STEP, CUDA_STEP, RETRY_SECONDS, Catalog, ModelEntry, ModelSpec
-from domain.errors import InvalidRequest, ModelUnavailable
+from domain.errors import InvalidRequest, ModelUnavailable, UnsupportedParameter
 from domain.requests import ChatMessage, GenerationRequest
 from domain.structured_output import ToolDefinition
 from observability import describe_exception
@@ -28,7 +28,7 @@ from text.model_files import (
     refuse_unservable,
     vocabulary_size,
 )
-from text.outputs import OutputFormat, output_format_of
+from text.outputs import OutputFormat, ReasoningFormat, output_format_of
 from text.templates import DEFAULT, ChatTemplate, TemplateChoice, load_templates, plain_message, plain_tool
 from text.tokenizers import (
     ByteEncoder,
@@ -105,7 +105,23 @@ class ModelView:
         """The prompt text of `messages`, starting with the installation's system prompt if they have none."""
         return self._render(messages, tools).text
 
-    def _render(self, messages: Sequence[ChatMessage], tools: Sequence[ToolDefinition]) -> Rendered:
+    def _rendered(self, request: GenerationRequest) -> Rendered:
+        assert request.messages is not None
+        if not request.continue_final_message:
+            return self._render(request.messages, request.tools)
+        *before, begun = request.messages
+        if self.output_format.reasoning is ReasoningFormat.OPENED:
+            raise UnsupportedParameter(
+                f"the last message is the assistant's, but {self.spec.id} begins every answer by thinking, so none can "
+                "be begun for it; end with a message of the user",
+                param=f"messages.{len(before)}",
+            )
+        return self._render(before, request.tools, beginning=begun.content)
+
+    def _render(
+        self, messages: Sequence[ChatMessage], tools: Sequence[ToolDefinition], *, beginning: str = ""
+    ) -> Rendered:
+        """`beginning` is that of the answer."""
         template = self._chat_template.choose(has_tools=bool(tools))
         plain = [plain_message(message) for message in messages]
         if self.spec.system_prompt is not None and all(message["role"] != "system" for message in plain):
@@ -115,7 +131,7 @@ class ModelView:
             for message in plain
         ]
         marked_tools = self._marks.protect([plain_tool(tool) for tool in tools])
-        rendered = self._marks.resolve(template.render(marked, marked_tools))
+        rendered = self._marks.resolve(template.render(marked, marked_tools) + self._marks.mark(beginning))
         template.refuse_unseen(plain, marked_tools)
         return rendered
 
@@ -123,8 +139,7 @@ class ModelView:
         """The token ids that the engine starts from. A chat template writes its special tokens itself; text from
         messages and tools never becomes a control token, whatever it spells. Raises InvalidRequest."""
         if request.messages is not None:
-            ids = self._encoder.encode_rendered(self._render(request.messages, request.tools))
-            return self._spelt(ids, "messages")
+            return self._spelt(self._encoder.encode_rendered(self._rendered(request)), "messages")
         if request.prompt_token_ids is not None:
             return self._checked(request.prompt_token_ids, "prompt_token_ids")
         assert request.prompt is not None

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Protocol
 
 import orjson
@@ -19,7 +20,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.errors import error_body, error_response
-from api.events import EventStream, data_frame, retry_until_storage_answers, wait_for_disconnect, wait_for_revocation
+from api.events import (
+    HEARTBEAT,
+    EventStream,
+    data_frame,
+    retry_until_storage_answers,
+    wait_for_disconnect,
+    wait_for_revocation,
+)
 from api.limits import size_of
 from api.middleware import CUT
 from api.openai.running import Run, first_unserved, headers_of
@@ -49,12 +57,27 @@ class Translator(Protocol):
         """Of a completed job."""
 
 
-def stream_answer(run: Run, translator: Translator, *, last_frame: bytes = DONE) -> EventStream:
-    return stream_answers([run], [translator], lambda records: translator.finish(records[0]), last_frame=last_frame)
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How the objects of an endpoint travel. Behind the last of them comes `last_frame`."""
+
+    frame_of: Callable[[Mapping[str, object]], bytes] = data_frame
+    last_frame: bytes = DONE
+    heartbeat: bytes = HEARTBEAT
+
+    def error_frame_of(self, exc: CeleriacError) -> bytes:
+        return self.frame_of(error_body(exc.code, exc.message, exc.param))
+
+
+OPENAI_FRAMING = Framing()
+
+
+def stream_answer(run: Run, translator: Translator, framing: Framing = OPENAI_FRAMING) -> EventStream:
+    return stream_answers([run], [translator], lambda records: translator.finish(records[0]), framing)
 
 
 def stream_answers(
-    runs: Sequence[Run], translators: Sequence[Translator], finish: Finish, *, last_frame: bytes = DONE
+    runs: Sequence[Run], translators: Sequence[Translator], finish: Finish, framing: Framing = OPENAI_FRAMING
 ) -> EventStream:
     """The streams of several jobs as one, as they come; `finish` says the last words when all are completed."""
     services = runs[0].services
@@ -67,40 +90,37 @@ def stream_answers(
                 run.note_disconnected()
 
     async def unserved() -> bytes:
-        return error_frame(await first_unserved(runs))
+        return framing.error_frame_of(await first_unserved(runs))
 
     return EventStream(
-        _frames(runs, translators, finish, last_frame),
+        _frames(runs, translators, finish, framing),
         heartbeat_seconds=services.settings.stream_heartbeat_seconds,
         lifetime_seconds=services.settings.stream_lifetime_seconds,
         slots=services.slots,
         draining=services.draining,
         headers=headers_of(runs),
-        early_end_frame=_early_end_frame(runs[0]),
+        early_end_frame=framing.error_frame_of(_early_end(runs[0])),
+        heartbeat=framing.heartbeat,
         on_end=on_end,
         unserved=unserved,
     )
 
 
-def error_frame(exc: CeleriacError) -> bytes:
-    return data_frame(error_body(exc.code, exc.message, exc.param))
-
-
 async def _frames(
-    runs: Sequence[Run], translators: Sequence[Translator], finish: Finish, last_frame: bytes
+    runs: Sequence[Run], translators: Sequence[Translator], finish: Finish, framing: Framing
 ) -> AsyncGenerator[bytes, None]:
     streams = [_translated(run, translator) for run, translator in zip(runs, translators, strict=True)]
     try:
         async with aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as datas:
             async for data in datas:
-                yield data_frame(data)
+                yield framing.frame_of(data)
         records = [await _last_look(run) for run in runs]
         for data in finish(records):
-            yield data_frame(data)
-        if last_frame:
-            yield last_frame
+            yield framing.frame_of(data)
+        if framing.last_frame:
+            yield framing.last_frame
     except CeleriacError as exc:
-        yield error_frame(exc)
+        yield framing.error_frame_of(exc)
 
 
 async def _translated(run: Run, translator: Translator) -> AsyncGenerator[Mapping[str, object], None]:
@@ -168,9 +188,9 @@ async def _last_look(run: Run) -> JobRecord:
     return record
 
 
-def _early_end_frame(run: Run) -> bytes:
+def _early_end(run: Run) -> CeleriacError:
     name = external_id(run.job_id)
-    return error_frame(ServerOverloaded(f"this stream ends here, but {name} goes on: see /v1/jobs/{name}/events"))
+    return ServerOverloaded(f"this stream ends here, but {name} goes on: see /v1/jobs/{name}/events")
 
 
 KEEP_ALIVE = b"\n"  # JSON may have blanks before it
@@ -289,8 +309,10 @@ class WholeAnswer(Response):
 
     async def _cut(self, scope: Scope, gone: "asyncio.Task[None]", answer: Response) -> None:
         """End the connection without the end of the body: the client raises, as for any connection that breaks."""
-        code = orjson.loads(answer.body)["error"]["code"]
-        log.info("cut a kept-alive answer that came to nothing", extra={"job_id": self._name, "code": code})
+        log.info(
+            "cut a kept-alive answer that came to nothing",
+            extra={"job_id": self._name, "status": answer.status_code},
+        )
         scope["extensions"][CUT]["close"]()
         await gone
 

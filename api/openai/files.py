@@ -311,7 +311,7 @@ async def read_content(file_id: str, request: Request) -> Response:
             live = _live_content(services, batch, is_output=batch.output_file_id == file.id)
             return StreamingResponse(live, headers=HEADERS, media_type="application/octet-stream")
     headers = HEADERS | {"content-length": str(file.num_bytes)}
-    return StreamingResponse(_content(services, file.id), headers=headers, media_type="application/octet-stream")
+    return StreamingResponse(content_of(services, file.id), headers=headers, media_type="application/octet-stream")
 
 
 @router.delete("/v1/files/{file_id}", responses={200: {"model": DeletedView}})
@@ -324,7 +324,7 @@ async def delete_file(file_id: str, request: Request) -> Response:
     return json_response({"id": external_id(id_, "file"), "object": "file", "deleted": True})
 
 
-async def _content(services: Services, file_id: UUID) -> AsyncIterator[bytes]:
+async def content_of(services: Services, file_id: UUID) -> AsyncIterator[bytes]:
     number = 0
     while pieces := await services.read(files.read_pieces, file_id, first=number):
         number += len(pieces)

@@ -20,6 +20,7 @@ from api.openai.answers import WholeAnswer, stream_answer, stream_answers
 from api.openai.running import Asked, start, start_all
 from api.openapi import request_body, streamed_or
 from api.services import Caller, Services, caller_of, private_router, services_of
+from dialects.anthropic_answers import AnthropicModelListView, AnthropicModelView, anthropic_page, model_object
 from dialects.fields import HINT_TREE
 from dialects.native import NO_NUL
 from dialects.openai import Metadata, OpenAIModel
@@ -258,15 +259,17 @@ def _message_object(id_: str, message: ChatMessage) -> StoredMessageView:
     return view
 
 
-@router.get("/v1/models", responses={200: {"model": ModelListView}})
+@router.get("/v1/models", responses={200: {"model": ModelListView | AnthropicModelListView}})
 async def list_models(request: Request) -> Response:
     services, _ = caller_of(request)
     catalog = services.catalog
     models = [_model_object(services, model) for model in dict.fromkeys([*catalog.ids, *catalog.unavailable])]
+    if "anthropic-version" in request.headers:
+        return json_response(anthropic_page([model_object(model) for model in models], len(models)))
     return json_response({"object": "list", "data": models})
 
 
-@router.get("/v1/models/{model:path}", responses={200: {"model": ModelCardView}})
+@router.get("/v1/models/{model:path}", responses={200: {"model": ModelCardView | AnthropicModelView}})
 async def get_model(model: str, request: Request) -> Response:
     """Slashes in a model's name come percent-encoded from the SDKs, and plain from people."""
     services, _ = caller_of(request)
@@ -274,7 +277,8 @@ async def get_model(model: str, request: Request) -> Response:
         raise HTTPException(404)
     if model not in services.catalog.unavailable:
         model = services.catalog.get(model).id
-    return json_response(_model_object(services, model))
+    card = _model_object(services, model)
+    return json_response(model_object(card) if "anthropic-version" in request.headers else card)
 
 
 def _model_object(services: Services, model: str) -> ModelCardView:

@@ -178,6 +178,7 @@ class Run:
     priority: int
     created_at: datetime
     started: float  # monotonic, when the request came
+    num_prompt_tokens: int
     has_keep_alive: bool = True  # while a client waits for a whole answer
     on_disconnect: Literal["cancel", "continue"] = "cancel"
     room: QueueRoom | None = None  # where the job is new
@@ -389,6 +390,7 @@ async def _submit(
         priority=submitted.new_job.priority,
         created_at=submitted.created_at,
         started=started,
+        num_prompt_tokens=len(submitted.new_job.prompt_token_ids),
         room=submitted.room,
     )
 
@@ -404,6 +406,7 @@ async def _found(services: Services, tenant_id: UUID, job_id: UUID, started: flo
         priority=job.priority,
         created_at=job.created_at,
         started=started,
+        num_prompt_tokens=job.num_prompt_tokens,
     )
 
 

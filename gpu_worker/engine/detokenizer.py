@@ -160,6 +160,7 @@ class StopMatcher:
         self._stop_strings = tuple(stop_strings)
         self._max_stop_length = max(map(len, stop_strings), default=0)
         self._held = ""
+        self.found: str | None = None  # the stop string that ended the stream
         self._prefixes_by_last_character: dict[str, list[str]] = {}
         prefixes = {stop[:length] for stop in stop_strings for length in range(1, len(stop))}
         for prefix in sorted(prefixes, key=len, reverse=True):
@@ -171,10 +172,10 @@ class StopMatcher:
         if not self._stop_strings:
             return piece, False
         text = self._held + piece
-        found = [(start + len(stop), start) for stop in self._stop_strings if (start := text.find(stop)) >= 0]
+        found = [(start + len(stop), start, stop) for stop in self._stop_strings if (start := text.find(stop)) >= 0]
         if found and may_stop:
             self._held = ""
-            _, start = min(found)  # the first to be complete, however the text was split into pieces
+            _, start, self.found = min(found)  # the first to be complete, however the text was split into pieces
             return text[:start], True
         num_held = self._num_held(text)
         self._held = text[len(text) - num_held :]
@@ -207,6 +208,11 @@ class TextStream:
         self._matcher = StopMatcher(stop_strings)
         self._end = ""  # of the text so far: as much as may be part of a tag
         self.has_reasoned = False  # whether the first </think> is complete, even if its text is held back
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the sequence, if one did."""
+        return self._matcher.found
 
     def push(self, token_id: int, *, may_stop: bool) -> tuple[str, bool]:
         piece = self._detokenizer.push(token_id)

@@ -302,6 +302,7 @@ class Engine:
                 sum_logprobs=result.sum_logprobs.get(sequence),
                 prompt_logprobs=result.prompt_logprobs.get(sequence),
                 num_reasoning_tokens=sequence.num_reasoning_tokens,
+                stop_string=sequence.stream.stop_string,
             )
             for sequence, token_ids in result.token_ids.items()
         ]

@@ -94,6 +94,7 @@ class SequenceOutput(msgspec.Struct, frozen=True):
         None  # dumped TokenLogprobs; once per job, before any token
     )
     num_reasoning_tokens: int | None = None  # output tokens up to the first </think>, once that is complete
+    stop_string: str | None = None  # that ended the sequence
 
 
 class EmbeddingOutput(msgspec.Struct, frozen=True):

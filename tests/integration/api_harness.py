@@ -123,9 +123,12 @@ class HandWorker:
         *texts: str,
         status: JobStatus = JobStatus.COMPLETED,
         error: JobError | None = None,
+        **last: Any,
     ) -> None:
-        """End the job after chunks that said `texts`. Cut off, its result is what storage finds committed."""
+        """End the job after chunks that said `texts`, the last with the fields `last`. Cut off, its result is what
+        storage finds committed."""
         chunks = [make_chunk(number, text) for number, text in enumerate(texts, start=1)]
+        chunks[-1:] = [chunk.model_copy(update=last) for chunk in chunks[-1:]]
         num_prompt_tokens = len(job.prompt_token_ids)
         result = partial_result(chunks, num_prompt_tokens=num_prompt_tokens, cut_off_by=FinishReason.STOP)
         ending = Finalisation(

@@ -1,5 +1,6 @@
 """Keys and tenants: nothing but health and the pages answers without a key, and nobody's job is anybody else's."""
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -60,8 +61,19 @@ def test_every_route_but_health_and_pages_asks_for_a_key(api: ApiServer, http: h
             assert response.status_code in (200, 503), path
         else:
             assert response.status_code == 401, (method, path)
-            assert method == "HEAD" or response.json()["error"]["code"] == "invalid_api_key"
+            assert method == "HEAD" or "invalid_api_key" in json.dumps(response.json()["error"]), path
             assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_a_key_comes_in_the_header_of_either_api(http: httpx.Client, make_key: Callable[..., str]) -> None:
+    key = make_key()
+    counted = {"model": "large", "messages": [{"role": "user", "content": "Hi"}]}
+    for headers in ({"x-api-key": key}, {"authorization": f"Bearer {key}"}):
+        answer = http.post("/v1/messages/count_tokens", json=counted, headers=headers)
+        assert answer.json() == {"input_tokens": len("user: Hi\nassistant: ")}
+        assert http.get("/v1/jobs", headers=headers).status_code == 200
+    refused = http.post("/v1/messages/count_tokens", json=counted, headers={"x-api-key": "wrong"})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
 
 
 @pytest.mark.parametrize(

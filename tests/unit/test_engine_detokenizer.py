@@ -222,7 +222,9 @@ def test_stop_strings_are_passed_over_while_the_text_must_go_on() -> None:
     stream = TextStream(TOKENIZER, [], ["b"])
     a, b = TOKENIZER.encode("ab").ids
     assert [stream.push(token, may_stop=False) for token in (a, b, a)] == [("a", False), ("b", False), ("a", False)]
+    assert stream.stop_string is None
     assert stream.push(b, may_stop=True) == ("", True)
+    assert stream.stop_string == "b"
 
 
 @pytest.mark.parametrize("stop", ["€", "x€y", "€y", "y"])

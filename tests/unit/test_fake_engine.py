@@ -70,6 +70,16 @@ def test_an_end_token_ends_the_text_where_chance_has_it() -> None:
     )
 
 
+def test_a_stop_string_is_told_with_the_end() -> None:
+    backend = make_backend()
+    add(backend)
+    text = "".join(done.outputs[0].text for done in run(backend))
+    add(backend, stop=("never comes", text[5:8]))
+    outputs = [done.outputs[0] for done in run(backend)]
+    assert outputs[-1].stop_string == text[5:8]
+    assert "".join(output.text for output in outputs) == text[: text.index(text[5:8])]
+
+
 def test_held_back_text_lags_and_comes_with_the_end() -> None:
     backend = make_backend(hold_back_chars=12)
     add(backend)

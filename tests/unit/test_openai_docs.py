@@ -6,7 +6,7 @@ import re
 import pytest
 
 from dialects.bodies import owner_at
-from dialects.fields import HINTS
+from dialects.fields import HINTS, Hints
 from dialects.openai import OpenAIModel, Unsupported
 from dialects.openai_chat import ChatCompletionBody
 from dialects.openai_completions import CompletionBody, EmbeddingBody
@@ -21,9 +21,9 @@ BODIES: dict[str, type[OpenAIModel]] = {
 }
 
 
-def documented(heading: str) -> dict[str, str]:
+def documented(heading: str, page: str = "api.md") -> dict[str, str]:
     """Parameter -> what is said of it."""
-    section = (ROOT / "docs" / "api.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / page).read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     said: dict[str, str] = {}
     for names, text in re.findall(r"^\| (`.+?`) \| (.*) \|$", section, re.MULTILINE):
         said |= {name: text for name in re.findall(r"`(\w+)`", names)}
@@ -39,10 +39,10 @@ def test_every_parameter_is_documented_as_it_is(heading: str) -> None:
     assert refused or body is EmbeddingBody
 
 
-def hint_rows() -> list[str]:
+def hint_rows(hints: Hints) -> list[str]:
     """The table of the hints: what has one reason in the same places is one row."""
     parents_by_field: dict[tuple[str, str], list[str]] = {}
-    for place, hint in HINTS.items():
+    for place, hint in hints.items():
         parent, _, name = place.rpartition(".")
         values = " or ".join(json.dumps(value) for value in hint.values)
         field = f"`{name}`" + (f" ({values})" if values else "")
@@ -55,7 +55,7 @@ def hint_rows() -> list[str]:
 
 def test_every_hint_is_documented_with_its_reason() -> None:
     section = (ROOT / "docs" / "api.md").read_text().split("## Fields that are taken and named\n")[1].split("\n## ")[0]
-    assert [line for line in section.splitlines() if line.startswith("| ")][1:] == hint_rows()
+    assert [line for line in section.splitlines() if line.startswith("| ")][1:] == hint_rows(HINTS)
 
 
 def test_no_hint_takes_away_what_a_part_of_a_body_reads() -> None:

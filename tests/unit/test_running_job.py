@@ -86,6 +86,22 @@ def test_the_result_is_the_committed_prefix_and_what_came_after_it() -> None:
     assert job.summary() == "4 tokens, length"
 
 
+def test_the_stop_string_that_ended_it_is_in_the_last_chunk_and_in_the_result() -> None:
+    job = make_running()
+    job.absorb(make_output(job, "a"))
+    job.take_chunks()
+    job.absorb(make_output(job, "b", finish_reason="stop", stop_string="END"))
+    [last] = job.take_chunks()
+    assert last.stop_string == "END"
+    for result in (
+        job.finalisation().result,
+        make_running(committed_chunks=[last]).finalisation().result,
+        partial_result([last], num_prompt_tokens=3, cut_off_by=FinishReason.CANCELLED),
+    ):
+        assert isinstance(result, GenerationResult)
+        assert result.choices[0].stop_string == "END"
+
+
 @pytest.mark.parametrize(
     ("reasons", "status"),
     [

@@ -155,6 +155,7 @@ class FakeSequence:
     text: str
     num_emitted_chars: int
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None  # that ended it
     link: int = 0  # of chained tokens: the checksum of those so far
 
 
@@ -378,6 +379,7 @@ class FakeBackend:
             logprobs=None if job.params.logprobs is None else [_logprob(token_id) for token_id in token_ids],
             sum_logprobs=None if job.params.best_of is None else _sum_logprobs(token_ids),
             prompt_logprobs=prompt_logprobs,
+            stop_string=sequence.stop_string,
         )
 
     def _stable_length(self, text: str, stop: tuple[str, ...]) -> int:
@@ -424,9 +426,10 @@ def _append_text(sequence: FakeSequence, word: str, stop: tuple[str, ...]) -> No
     """Add the text of one token; a stop string ends the sequence and is cut off with what follows it."""
     search_from = max(0, len(sequence.text) - max(map(len, stop), default=0))
     sequence.text += word
-    found = [position for position in (sequence.text.find(string, search_from) for string in stop) if position >= 0]
+    found = [(start, string) for string in stop if (start := sequence.text.find(string, search_from)) >= 0]
     if found:
-        sequence.text = sequence.text[: min(found)]
+        start, sequence.stop_string = min(found)
+        sequence.text = sequence.text[:start]
         sequence.finish_reason = FinishReason.STOP
 
 
