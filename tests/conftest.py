@@ -1,4 +1,4 @@
-"""What every test may ask for: a real PostgreSQL and a real Redis, a fresh database per test, rows in any state.
+"""What every test may ask for: a real PostgreSQL and a real Redis, a database as good as new, rows in any state.
 
 Each xdist worker has servers of its own, so tests never share anything.
 """
@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -18,6 +19,7 @@ import hypothesis
 import psycopg
 import pytest
 import redis
+import redis.utils
 from sqlalchemy import Engine, update
 from sqlalchemy.orm import Session, sessionmaker
 from ulid import ULID
@@ -27,11 +29,10 @@ from domain.requests import GenerationRequest, JobRequest
 from local.servers import EmbeddedPostgres, EmbeddedRedis
 from storage import database as storage_database
 from storage.tables import DEFAULT_TENANT_ID, Job, JobPayload, Tenant, TenantLoad
+from tests.databases import Databases
 
 MakeTenant = Callable[..., Tenant]
 MakeJob = Callable[..., Job]
-
-TEMPLATE = "migrated_template"
 
 # How long an example takes to make and to run is the machine's affair.
 hypothesis.settings.register_profile("no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -55,6 +56,14 @@ def _one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_look_at_redis_version() -> Iterator[None]:
+    """Each connection parses the metadata of the package for it, which takes milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redis.utils, "get_lib_version", cache(redis.utils.get_lib_version))
+        yield
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
@@ -71,6 +80,7 @@ def server_folder() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def postgres_server(server_folder: Path) -> Iterator[EmbeddedPostgres]:
     settings = {"fsync": "off", "full_page_writes": "off"}  # a test's database need not survive a power cut
+    settings["autovacuum"] = "off"  # nothing changes between two tests
     with EmbeddedPostgres(server_folder / "postgres", settings=settings) as server:
         yield server
 
@@ -83,11 +93,18 @@ def redis_server(server_folder: Path) -> Iterator[EmbeddedRedis]:
 
 @pytest.fixture(scope="session")
 def postgres_administrator(postgres_server: EmbeddedPostgres) -> Iterator[psycopg.Connection[Any]]:
-    """A connection that creates and drops databases; the migrated template is there."""
+    """A connection that creates and drops databases."""
     with psycopg.connect(postgres_server.url_of("postgres"), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {TEMPLATE}")
-        storage_database.migrate(postgres_server.url_of(TEMPLATE))
         yield connection
+
+
+@pytest.fixture(scope="session")
+def databases(
+    postgres_server: EmbeddedPostgres, postgres_administrator: psycopg.Connection[Any]
+) -> Iterator[Databases]:
+    databases = Databases(postgres_server.url_of, postgres_administrator)
+    yield databases
+    databases.close()
 
 
 @pytest.fixture
@@ -102,12 +119,11 @@ def empty_database_url(
 
 
 @pytest.fixture
-def database_url(postgres_server: EmbeddedPostgres, postgres_administrator: psycopg.Connection[Any]) -> Iterator[str]:
-    """The URL of a fresh, migrated database of this test's own."""
-    name = f"test_{secrets.token_hex(6)}"
-    postgres_administrator.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
-    yield postgres_server.url_of(name)
-    postgres_administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
+def database_url(databases: Databases) -> Iterator[str]:
+    """The URL of a migrated database of this test's own, in which nothing has happened."""
+    database = databases.take()
+    yield database.url
+    databases.give_back(database)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NoReturn
 
 from local.lifetime import end_with_parent
@@ -44,6 +45,15 @@ MODULES = (
     "kombu.transport.redis",
     "maintenance.process",
 )
+#: For engines that compute, and for what the tests' models are made of.
+ENGINE_MODULES = (
+    "gpu_worker.engine.backends.transformers",
+    "gpu_worker.engine_process.signs_of_life",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+)
+#: As an engine's template sets them for its imports.
+ENGINE_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 MAX_PACKET_BYTES = 100_000
 MAX_DESCRIPTORS = 16
 HIGH_DESCRIPTOR = 500  # above all that a test passes on
@@ -93,11 +103,14 @@ class PreparedProcess:
 class Nursery:
     """One process to fork from. Its forks end with it."""
 
-    def __init__(self, modules: Iterable[str] = MODULES) -> None:
+    def __init__(self, modules: Iterable[str] = MODULES, variables: Mapping[str, str] = MappingProxyType({})) -> None:
+        """`variables` are there while it imports."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, "-m", "tests.prepared", str(theirs.fileno()), *modules]
-            self._process = subprocess.Popen(command, cwd=ROOT, pass_fds=(theirs.fileno(),), start_new_session=True)
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | variables, pass_fds=(theirs.fileno(),), start_new_session=True
+            )
         self._lock = threading.Lock()
 
     @property
@@ -143,6 +156,14 @@ class Nursery:
 def nursery() -> Nursery:
     """This process's own."""
     nursery = Nursery()
+    atexit.register(nursery.close)
+    return nursery
+
+
+@cache
+def engine_nursery() -> Nursery:
+    """The one for engines that compute."""
+    nursery = Nursery(ENGINE_MODULES, ENGINE_VARIABLES)
     atexit.register(nursery.close)
     return nursery
 

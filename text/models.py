@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from time import monotonic
@@ -357,12 +358,17 @@ def _load_view(entry: ModelEntry) -> ModelView:
     )
 
 
+@cache
+def _fake_template() -> ChatTemplate:
+    return ChatTemplate(FAKE_CHAT_TEMPLATE, {})
+
+
 def _fake_view(entry: ModelEntry) -> ModelView:
     return ModelView(
         complete(entry),
         revision=model_revision(entry),
         encoder=ByteEncoder(),
-        chat_template=TemplateChoice(entry, {DEFAULT: ChatTemplate(FAKE_CHAT_TEMPLATE, {})}),
+        chat_template=TemplateChoice(entry, {DEFAULT: _fake_template()}),
         defaults=GenerationDefaults(),
         vocab_size=ByteEncoder.vocab_size,
         embedding_width=FAKE_EMBEDDING_WIDTH,

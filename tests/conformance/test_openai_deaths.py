@@ -15,6 +15,7 @@ from openai.types.responses import ResponseStreamEvent
 from domain.jobs import parse_id
 from gpu_worker.engine.backends.fake import fake_text
 from tests.chaos.plant import Plant, start_prepared
+from tests.waiting import wait_until
 
 MODEL = "slow"
 MODELS = (
@@ -26,8 +27,9 @@ PROMPT = list(b"user: Hi\nassistant: ")
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plant() -> Iterator[Plant]:
+    """Each test finds it whole: what the one before has killed is started again."""
     folder = Path(tempfile.mkdtemp(prefix="celeriac-deaths-"))
     settings = {"lease_seconds": 3, "flush_min_seconds": 0.02, "flush_max_seconds": 0.1}
     workers = {"gpu-1": MODEL, "gpu-2": MODEL}
@@ -36,14 +38,20 @@ def plant() -> Iterator[Plant]:
     ) as plant:
         plant.start_servers()
         plant.start_parts()
-        plant.wait_until_ready()
         yield plant
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
 def clients(plant: Plant) -> Iterator[list[openai.OpenAI]]:
-    """One for each API process."""
+    """One for each API process, once all processes are there and ready."""
+
+    def is_whole() -> bool:
+        plant.watch()
+        return all(part.is_running for part in plant.parts)
+
+    wait_until(is_whole, "what was killed has been started again")
+    plant.wait_until_ready()
     with ExitStack() as stack:
         yield [
             stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key="any", timeout=60, max_retries=0))

@@ -36,7 +36,8 @@ CLIENTS = ROOT / ".venv" / "clients"
 NODE_FOLDER = ROOT / "tests" / "conformance" / "node"
 BY_HAND = ModelSpec(id="by-hand", path="fake", backend="fake", max_model_len=4096)
 CALL = ('<tool_call>\n{"name": "ad', 'd", "arguments": {"a"', ": 1}}\n</tool_call>")
-PROGRAM_SECONDS = 100  # pytest gives up after 120
+PROGRAM_SECONDS = 500  # for one that hangs; pytest gives up after 600
+PAUSE_SECONDS = 0.05  # between two looks for work, which would take the clients' CPU time
 
 Environment = dict[str, str]
 
@@ -71,7 +72,7 @@ def again_and_again(work: Callable[[], None]) -> Iterator[None]:
     is_over = threading.Event()
 
     def run() -> None:
-        while not is_over.wait(0.01):
+        while not is_over.wait(PAUSE_SECONDS):
             work()
 
     thread = threading.Thread(target=run)

@@ -5,18 +5,27 @@ from typing import Any
 
 import httpx
 import openai
-from hypothesis import HealthCheck, given, settings
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from settings import Settings
 from tests.conformance.harness import MESSAGES, frames_of
 from tests.integration.api_harness import ApiServer, HandWorker, all_events, make_chunk, numbered, post_job
 from tests.waiting import wait_until
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12), max_size=12)
 END = st.sampled_from(["stop", "length"])
-anew = settings(
+anew = hypothesis_settings(
     max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )  # the server is the same for all examples, and each has a job of its own
+
+
+@pytest.fixture
+def api_settings(database_url: str, redis_url: str) -> Settings:
+    """Nobody reports as a worker, however long this takes."""
+    return Settings(database_url=database_url, redis_url=redis_url, no_workers_seconds=3_600)
 
 
 def say(worker: HandWorker, job_id: str, texts: list[str], end: str) -> None:

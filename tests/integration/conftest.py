@@ -11,13 +11,14 @@ import pytest
 import redis
 from sqlalchemy.orm import Session, sessionmaker
 
+from domain.catalog import ModelSpec
 from gpu_worker import commits
 from gpu_worker.engine_process import template
 from settings import Settings
 from tests.conftest import MakeJob
 from tests.integration.api_harness import ApiServer, HandWorker
 from tests.integration.runner_harness import Rig
-from tests.prepared import PreparedProcess, nursery
+from tests.prepared import PreparedProcess, engine_nursery, nursery
 
 STDERR = 2
 
@@ -57,7 +58,9 @@ def start_template(
 ) -> PreparedProcess:
     """An engine's template without a second of imports. It ends with the nursery, as it would with its worker."""
     module, *arguments = command[command.index("-m") + 1 :]
-    return nursery().start(module, arguments, environment=env, output=STDERR, pass_fds=pass_fds, start_new_session=True)
+    spec = ModelSpec.model_validate_json(arguments[arguments.index("--spec") + 1])
+    prepared = nursery() if spec.backend == "fake" else engine_nursery()
+    return prepared.start(module, arguments, environment=env, output=STDERR, pass_fds=pass_fds, start_new_session=True)
 
 
 @pytest.fixture
