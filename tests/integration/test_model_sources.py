@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from celeriac.store.files import ModelRefused
-from celeriac.store.sources import BucketSource
+from celeriac.store.sources import BucketSource, FolderSource
 from celeriac.store.store import Manifest, ModelStore, Wanted
 from settings import ROOT
 from tests.unit.test_model_store import Heard, write_published
@@ -191,4 +191,12 @@ def test_a_bucket_or_a_prefix_that_is_not_there_is_named(bucket: str, tmp_path: 
     for url in ("s3://nosuchbucket/x", f"s3://{BUCKET}/nothing"):
         with pytest.raises(ModelRefused, match=f"{url} could not be fetched"):
             store.pull(Wanted("tiny", BucketSource(url)), Heard())
+    assert store.manifests() == []
+
+
+def test_a_gguf_file_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "q4.gguf").write_bytes(b"GGUF" + bytes(100))
+    store = ModelStore(tmp_path / "store")
+    with pytest.raises(ModelRefused, match=r"q4.gguf could not be made into safetensors: \w+Error: "):
+        store.pull(Wanted("q4", FolderSource(str(tmp_path / "q4.gguf"))), Heard())
     assert store.manifests() == []
