@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from domain.addresses import RedisUrl
 from domain.catalog import Catalog
+from domain.errors import ExpectedError
 
 ROOT = Path(__file__).resolve().parent
 PREFIX = "CELERIAC_"
@@ -188,7 +189,7 @@ def _without_its_words(*kinds: type[Exception]) -> Iterator[None]:
         ) from None
 
 
-class UnknownSetting(ValueError):
+class UnknownSetting(ExpectedError):
     """An environment variable with our prefix that no setting reads."""
 
 

@@ -16,6 +16,8 @@ from typing import Any, Self
 
 import httpx
 
+from domain.errors import ExpectedError
+
 CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = 45.0  # three of the API's heartbeats; a stream that is silent for longer is a dead connection
 PATIENCE_SECONDS = 60.0  # how long a dropped stream is reconnected before giving up
@@ -24,11 +26,11 @@ NUM_SUBMIT_TRIES = 3
 TERMINAL_EVENTS = frozenset({"job.completed", "job.failed", "job.cancelled", "job.expired"})
 
 
-class ApiUnreachable(Exception):
+class ApiUnreachable(ExpectedError):
     """Nothing answers at the URL."""
 
 
-class ApiError(Exception):
+class ApiError(ExpectedError):
     """The API answered with an error; the message is its own, with the field at fault and the code."""
 
     def __init__(self, status_code: int, body: Any) -> None:

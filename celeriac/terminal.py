@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,6 +22,7 @@ from rich.table import Column, Table
 
 from celeriac.client import Client, StreamEvent
 from domain.catalog import Catalog
+from domain.errors import ExpectedError
 from local.processes import short_path
 
 if TYPE_CHECKING:
@@ -325,41 +327,23 @@ def _age(since: str, until: str | None) -> str:
     return f"{seconds:.1f} s"
 
 
-#: Errors that explain themselves: shown as one line, without a traceback. By name, since importing them takes long.
-EXPECTED_ERRORS = frozenset(
-    {
-        "AlreadyUp",
-        "ApiError",
-        "ApiUnreachable",
-        "EmbeddedServerError",
-        "MalformedKey",
-        "MigrationRunning",
-        "SharedSessions",
-        "StartFailed",
-        "UnknownSetting",
-        "UnusableFolder",
-    }
-)
-
-
 def explain(exc: Exception) -> str | None:
-    """The message of an expected error; None if the error is a bug."""
-    names = {kind.__name__ for kind in type(exc).__mro__}
-    if names & EXPECTED_ERRORS:
+    """The message of an expected error in one line; None if the error is a bug."""
+    from sqlalchemy.exc import OperationalError  # imported here, since only failed commands need it
+
+    if isinstance(exc, ExpectedError):
         return str(exc)
-    if "CeleriacError" in names:
-        return str(exc)
-    if "OperationalError" in names:
+    if isinstance(exc, OperationalError):
         return (
             f"the database does not answer: {str(exc).strip().splitlines()[0]}; "
             "start everything with `celeriac up`, or name a server in CELERIAC_DATABASE_URL"
         )
-    if getattr(exc, "title", "") == "Settings":
-        return "; ".join(explain_setting(error) for error in exc.errors(include_url=False))  # type: ignore[attr-defined]
+    if isinstance(exc, ValidationError) and exc.title == "Settings":
+        return "; ".join(explain_setting(error) for error in exc.errors(include_url=False))
     return None
 
 
-def explain_setting(error: dict[str, Any]) -> str:
+def explain_setting(error: Mapping[str, Any]) -> str:
     """The message of one of Pydantic's errors. URLs and keys hold secrets, so their values are not shown."""
     name = "_".join(map(str, error["loc"]))
     is_secret = name.endswith(("_url", "_key"))

@@ -16,6 +16,7 @@ from typing import Any
 
 from celeriac.client import ApiError, ApiUnreachable, Client
 from celeriac.terminal import Board, JobPrinter, first_steps, plain_console, where_everything_is
+from domain.errors import ExpectedError
 from local.lock import UpLock
 from local.processes import MAX_DEATHS_AT_START, ChildProcess, free_port, is_free, set_aside, short_path, stop_in_turn
 from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
@@ -30,7 +31,7 @@ MAINTENANCE_STOP_SECONDS = 25.0  # more than it gives to the webhooks in hand
 LOOPBACK = "127.0.0.1"
 
 
-class StartFailed(Exception):
+class StartFailed(ExpectedError):
     """A part did not start; the message carries the end of its log."""
 
 

@@ -44,7 +44,11 @@ CeleriacError
 from typing import ClassVar
 
 
-class CeleriacError(Exception):
+class ExpectedError(Exception):
+    """An error whose message tells a user what to do: commands print it without a traceback."""
+
+
+class CeleriacError(ExpectedError):
     """`param` names the request field at fault, if there is one."""
 
     code: ClassVar[str] = "server_error"

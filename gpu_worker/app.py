@@ -1,7 +1,7 @@
 """The Celery app of a GPU worker: `celery -A gpu_worker.app worker`. One worker serves one model on one engine.
 
-Here, too, are the control commands of Celery that a GPU worker executes differently; those of our own are in
-`tasks.app`. They run on Celery's hub thread, so they answer from memory and never wait.
+Celery's control commands that a GPU worker implements differently are here as well; our own commands are in
+`tasks.app`. They all run on Celery's hub thread, so they answer from memory and must not block.
 """
 
 import logging
@@ -31,7 +31,7 @@ from tasks.app import app, generate
 
 @control_command(name="shutdown")
 def shutdown(state: Any, msg: str = "", **_: Any) -> dict[str, str]:
-    """Shut down the worker(s) as SIGTERM does."""
+    """Shut down worker(s), like SIGTERM."""
     state.consumer.pool.worker_exit.drain("the shutdown command")
     return {"ok": "draining, then exiting"}
 
@@ -50,7 +50,8 @@ __all__ = ["app"]
 
 
 def _model_or_leave(settings: Settings) -> ModelSpec:
-    """A fault that the files already show ends the worker before it starts, with one line in the log."""
+    """The model to serve. If the configuration or the model's files are faulty, log one line and exit before the worker
+    starts."""
     try:
         return served_model(settings)
     except (CeleriacError, OSError, ValueError) as exc:
@@ -67,7 +68,7 @@ for alias in ("redis", "rediss"):
     TRANSPORT_ALIASES[alias] = "gpu_worker.transport:BulkTransport"
 
 app.conf.update(
-    worker_pool="gpu_worker.pool:EnginePool",  # do not pass -P: it takes no dotted name
+    worker_pool="gpu_worker.pool:EnginePool",  # do not pass -P: it does not accept a dotted name
     worker_consumer="gpu_worker.consumer:EngineConsumer",
     worker_concurrency=model.max_num_seqs,
 )
@@ -83,9 +84,9 @@ generate.Request = Delivery
 
 @signals.celeryd_init.connect
 def _choose_node_name(instance: Any, **_: Any) -> None:
-    """Flower and inspect take two workers with the same name for one, so the default name is made unique."""
+    """Make the default node name unique: Flower and inspect treat two workers with the same name as one."""
     if instance.hostname != f"celery@{socket.gethostname()}":
-        return  # chosen by -n
+        return  # set with -n
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", model.id)
     name = settings.worker_name or f"gpu-{readable}-{secrets.token_hex(4)}"
     instance.hostname = name if "@" in name else f"{name}@{socket.gethostname()}"

@@ -1,7 +1,7 @@
-"""Every job claimed by this worker, from its claim to its end: into the engine, out in chunks, and what interrupts it.
+"""All jobs that this worker has claimed, from claim to end: sends them to the engine, stores their output, ends them.
 
-Belongs to the runner's thread. A job leaves in exactly one way: it is finalised, fenced off (by SQL, or because its
-lease is over by our own clock), released, or reported as crashed.
+Used only by the runner's thread. A job leaves the batch in exactly one way: it is finalised, fenced off (by SQL, or
+because its lease has expired by our own clock), released, or reported as crashed.
 """
 
 import logging
@@ -22,11 +22,11 @@ from storage.jobs import ClaimedJob, Returned
 
 log = logging.getLogger(__name__)
 
-LEASE_MARGIN = 0.1  # of the lease: so long before its end we must know that it was renewed
+LEASE_MARGIN = 0.1  # share of the lease before whose last part we must know that it was renewed
 
 
 class RunningBatch:
-    """`emit` gets the events of all jobs, in order."""
+    """`emit` is called with the events of all jobs, in order."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class RunningBatch:
         self._emit = emit
         self._jobs: dict[UUID, RunningJob] = {}
         self._jobs_by_name: dict[str, RunningJob] = {}
-        # In this worker's life: tokens that were received, and prompt tokens of jobs that had an output.
+        # Since this worker started: tokens received, and prompt tokens of the jobs that have had output.
         self.num_tokens = self.num_prompt_tokens = 0
         self._latency = inter_token_latency_seconds.labels(storage.model)
 
@@ -63,17 +63,17 @@ class RunningBatch:
     # In
 
     def admit(self, claimed: Sequence[ClaimedJob], sent_at: float) -> None:
-        """Take in claimed jobs; the claim was sent at `sent_at`."""
+        """Start these jobs. `sent_at` is the monotonic time just before the claim was sent: no lease began earlier."""
         for claim in claimed:
             self._admit(make_running(claim, claimed_at=sent_at))
 
     def adopt(self, job_ids: Sequence[UUID]) -> None:
-        """Deliveries arrived for jobs that run here already, since they were claimed without one."""
+        """Report jobs as claimed whose deliveries arrived only now, because they had been claimed without them."""
         for job_id in job_ids:
             self._emit(RunnerEvent(RunnerEventKind.CLAIMED, job_id))
 
     def serve_quarantine(self, now: float) -> None:
-        """Do what the job that must run alone needs next."""
+        """Take the next action for the job that must run alone, if there is one."""
         job = self._quarantine.job
         if job is None or job.is_ending:
             return
@@ -92,7 +92,7 @@ class RunningBatch:
 
     def _admit(self, job: RunningJob) -> None:
         stale = self._jobs.get(job.id)
-        if stale is not None:  # an earlier attempt that was rescued without our knowledge
+        if stale is not None:  # an earlier attempt that the janitor has rescued without our noticing
             self._silence(stale)
             self._forget(stale)
         self._jobs[job.id] = self._jobs_by_name[job.name] = job
@@ -100,8 +100,8 @@ class RunningBatch:
         if job.claimed.lane is Lane.ISOLATED:
             self._quarantine.admit(job)
         elif self._supervisor.ready is None and not job.is_over:
-            self.release([job])  # the engine died during the claim
-        elif not job.is_over:  # otherwise only its finalisation is missing, which the next flush does
+            self.release([job])  # the engine died while the job was being claimed
+        elif not job.is_over:  # otherwise it only needs to be finalised, which the next flush does
             self._run(job)
 
     def _run(self, job: RunningJob) -> None:
@@ -109,7 +109,7 @@ class RunningBatch:
         self._supervisor.send(job.command())
 
     def release_unstarted(self) -> None:
-        """Release the job that still waits to run alone."""
+        """Release the job that is waiting to run alone, if there is one."""
         job = self._quarantine.job
         if job is not None and not job.is_in_engine:
             self.release([job])
@@ -117,9 +117,9 @@ class RunningBatch:
     # Out
 
     def absorb(self, done: StepDone) -> None:
-        """Take what a step produced, except for jobs that have left meanwhile."""
+        """Add a step's outputs to their jobs. Outputs of jobs that have left in the meantime are ignored."""
         now = monotonic()
-        gaps: Counter[float] = Counter()  # between two outputs of a sequence; those that decode together have the same
+        gaps: Counter[float] = Counter()  # seconds since a sequence's last output; equal for all that decode together
         for output in done.outputs:
             self.num_tokens += len(output.token_ids)
             if (job := self._running(output)) is not None:
@@ -136,7 +136,9 @@ class RunningBatch:
         for failure in done.failures:
             if (job := self._running(failure)) is not None:
                 log.warning(
-                    "the engine cannot run a job: %s", failure.code, extra={"job_id": job.name, "attempt": job.attempt}
+                    "the engine could not run a job: %s",
+                    failure.code,
+                    extra={"job_id": job.name, "attempt": job.attempt},
                 )
                 job.fail(failure)
 
@@ -149,7 +151,7 @@ class RunningBatch:
         return self._pacer.seconds_until_due(self._jobs.values(), now)
 
     def flush_due(self, now: float) -> None:
-        """Commit and publish what is due; renew the leases of jobs without output."""
+        """Commit and publish the output that is due, and renew the leases of jobs without output."""
         flushes = self._pacer.take_due(self._jobs.values(), now)
         if flushes:
             self._commit(flushes, on_finished=self._pacer.finish)
@@ -175,7 +177,7 @@ class RunningBatch:
         self._storage_thread.submit(lambda is_repeated: commit(self._storage, flushes), on_done, on_error)
 
     def _finish(self, flush: JobFlush, answer: Answer[FlushOutcome]) -> None:
-        """Act on SQL's answer for one job of a flush. The job may be ending with a later flush."""
+        """Apply the outcome of a flush to one of its jobs. A later flush of the job may already be on its way."""
         job = flush.job
         if self._jobs.get(job.id) is not job:
             return
@@ -186,7 +188,9 @@ class RunningBatch:
             runtime_seconds = monotonic() - job.started_at
             self._emit(RunnerEvent(RunnerEventKind.ENDED, job.id, status, runtime_seconds, job.summary()))
         elif held is None or held.attempt != job.attempt or flush.finalisation is not None:
-            log.warning("fenced off: another worker owns the job", extra={"job_id": job.name, "attempt": job.attempt})
+            log.warning(
+                "another worker owns the job now; stopping it here", extra={"job_id": job.name, "attempt": job.attempt}
+            )
             self._lose(job)
         else:
             job.leased_at = answer.sent_at
@@ -198,13 +202,13 @@ class RunningBatch:
     # Interruptions
 
     def cancel(self, job_id: UUID) -> None:
-        """End the job with the output it has, if it runs here; the caller updates SQL."""
+        """End the job with the output that it has so far, if it runs here. The caller must update SQL."""
         job = self._jobs.get(job_id)
         if job is not None:
             self._abort(job, FinishReason.CANCELLED)
 
     def release(self, jobs: Sequence[RunningJob]) -> None:
-        """Give jobs back to the queue with all their output, without charging them a failure."""
+        """Requeue these jobs, with all their output and without counting a failure."""
         jobs = [job for job in jobs if not job.is_ending]
         self.flush(jobs)
         jobs = [job for job in jobs if not job.is_ending]
@@ -224,16 +228,16 @@ class RunningBatch:
         self.release(list(self._jobs.values()))
 
     def fence(self, now: float) -> None:
-        """Stop jobs whose leases are over by our own clock. What counts is the fence in SQL; this only frees the
-        engine."""
+        """Stop jobs whose leases have expired by our own clock. Correctness depends on the fence in SQL; this only
+        frees the engine early."""
         lease_seconds = self._storage.lease_seconds * (1 - LEASE_MARGIN)
         lapsed = [job for job in self._jobs.values() if not job.is_ending and now - job.leased_at > lease_seconds]
         if lapsed:
-            log.warning("%d leases could not be renewed in time; stopping their jobs", len(lapsed))
+            log.warning("could not renew the leases of %d jobs in time; stopping them", len(lapsed))
             self.release(lapsed)
 
     def report_exit(self, exit_: EngineExit) -> None:
-        """The engine is gone: keep what it sent before, report its jobs, and plan its restart."""
+        """The engine has ended: commit what it sent before, report its jobs as crashed, and plan its restart."""
         in_engine = [job for job in self._jobs.values() if job.is_in_engine]
         self.flush(in_engine)
         lost = [job for job in in_engine if not job.is_ending]
@@ -272,7 +276,7 @@ class RunningBatch:
             self._emit(RunnerEvent(RunnerEventKind.RELEASED, job_id))
 
     def _abort(self, job: RunningJob, reason: FinishReason) -> None:
-        """Once per job; its last output comes with the engine's next step."""
+        """Tell the engine to abort the job, once. Its final output comes with the engine's next step."""
         if job.abort_reason is not None or job.is_over:
             return
         job.abort_reason = reason
@@ -282,7 +286,7 @@ class RunningBatch:
             job.cut_off(reason)
 
     def _lose(self, job: RunningJob) -> None:
-        """The job is not ours any more."""
+        """Drop a job that this worker no longer owns."""
         if self._jobs.get(job.id) is job:
             self._silence(job)
             self._forget(job)

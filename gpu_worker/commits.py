@@ -1,15 +1,15 @@
-"""What the runner writes: claims, chunks, ends and heartbeats, each in its transaction, then published.
+"""The worker's transactions: claims, chunks, ends of jobs and heartbeats. What is committed is then published.
 
-`JobStorage` has one method per transaction; open streams are notified after the commit. Its methods block and run on
-the storage thread. `is_repeated` says that an earlier try of the same call may have been committed although its answer
-was lost; methods without it can be repeated as they are.
+`JobStorage` has one method per transaction and notifies open streams after the commit. Its methods block; they run on
+the storage thread. `is_repeated` means that an earlier attempt at the same call may have been committed although its
+answer was lost. Methods without this parameter are idempotent.
 
-`FlushPacer` decides on the runner's thread which jobs' output is due; `commit` runs on the storage thread, for all of
-them in one transaction. The first chunk of a job and its end are due at once; the chunks between them wait for an
-interval that depends on the cost of commits.
+`FlushPacer` decides, on the runner's thread, which jobs' output is due. `commit` stores it, on the storage thread, in
+one transaction for all of them. The first chunk of a job and its end are due immediately; the chunks in between wait
+for an interval that depends on the cost of commits.
 
-`WorkerReporter` sends the worker's heartbeat. Dispatch, /health and admins rely on it, and admins' orders come back
-with it.
+`WorkerReporter` sends the worker's heartbeat, on which dispatch, /health and the admin API rely. The answer contains
+the operators' orders for this worker.
 """
 
 import logging
@@ -43,12 +43,12 @@ log = logging.getLogger(__name__)
 
 REDIS_TIMEOUT_SECONDS = 0.2
 
-REDIS_PAUSE_SECONDS = 1.0  # after a failure, publish nothing for so long: readers fall back to SQL anyway
+REDIS_PAUSE_SECONDS = 1.0  # after a failure, publish nothing for this long; readers fall back to SQL anyway
 
 
 class StreamNotifier:
-    """Publishes what was committed. If Redis is away, that costs one short timeout per second here, and readers are up
-    to a second late."""
+    """Publishes committed chunks and changes of status. During a Redis outage, this costs one short timeout per second,
+    and readers get their chunks up to a second late."""
 
     def __init__(self, redis_url: str) -> None:
         self._client = redis.Redis.from_url(
@@ -75,7 +75,7 @@ class StreamNotifier:
 
 
 class JobStorage:
-    """One worker's transactions, on one connection: all run in the storage thread."""
+    """One worker's transactions, all on one connection and on the storage thread."""
 
     def __init__(self, settings: Settings, spec: ModelSpec, owner: UUID, worker_name: str) -> None:
         self._worker_name = worker_name
@@ -91,10 +91,10 @@ class JobStorage:
         self.lease_seconds = settings.lease_seconds
         self._spec = spec
         self.model = spec.id
-        self.model_revision = model_revision(spec)  # that of the files, as the API writes it into the job; not a name
+        self.model_revision = model_revision(spec)  # computed from the files, like the one that the API stores in jobs
 
     def claim(self, job_ids: Sequence[UUID], known: frozenset[UUID], *, is_repeated: bool) -> list[ClaimedJob]:
-        """Claim those of `job_ids` that can be claimed; `known` are the jobs that run here already."""
+        """Claim those of `job_ids` that can be claimed. `known` are the jobs that already run here."""
         return self._claim(
             lambda session: jobs.claim(
                 session,
@@ -110,7 +110,7 @@ class JobStorage:
     def claim_next(
         self, limit: int, lane: Lane, known: frozenset[UUID], *, min_suspicions: int, is_repeated: bool
     ) -> list[ClaimedJob]:
-        """Claim the next jobs of a lane without messages."""
+        """Claim up to `limit` jobs of a lane directly from SQL, without messages."""
         return self._claim(
             lambda session: jobs.claim_next(
                 session,
@@ -146,7 +146,7 @@ class JobStorage:
         self.notifier.publish((job.job_id, JobStatus.CANCELLED) for job in asked)
 
     def heartbeat(self, report: WorkerReport) -> Orders:
-        """Returns what the worker is to do."""
+        """Store the worker's report and return its orders."""
         with self.sessions.begin() as session:
             return workers.heartbeat(session, report)
 
@@ -178,21 +178,22 @@ class JobStorage:
         return claimed
 
     def _release_unknown(self, session: Session, known: frozenset[UUID]) -> list[Returned]:
-        """Release jobs that are ours in SQL but do not run here: the lost answer of a claim may have named them."""
+        """Release jobs that are ours according to SQL but do not run here, because the answer to their claim was
+        lost."""
         owned = session.scalars(
             select(Job.id).where(Job.lease_owner == self.owner, Job.status == JobStatus.IN_PROGRESS)
         )
         return jobs.release(session, [job_id for job_id in owned if job_id not in known], owner=self.owner)
 
 
-COST_SHARE = 0.1  # of the storage thread's time may go into commits in the middle of jobs
+COST_SHARE = 0.1  # the share of the storage thread's time that may go into commits in the middle of jobs
 
-COST_SMOOTHING = 0.2  # weight of the latest commit
+COST_SMOOTHING = 0.2  # weight of the latest commit in the moving average
 
 
 @dataclass(frozen=True, slots=True)
 class JobFlush:
-    """What one job has to store: chunks, its end, or (neither) a renewed lease."""
+    """What one job has to store: chunks, its end, or both; if neither, only its lease is renewed."""
 
     job: RunningJob
     commit: ChunkCommit | None
@@ -201,7 +202,7 @@ class JobFlush:
 
 @dataclass(frozen=True, slots=True)
 class FlushOutcome:
-    """SQL's answer. A job in neither was fenced off."""
+    """The result of a commit. A job that appears in neither field was fenced off."""
 
     held: dict[UUID, Held] = field(default_factory=dict)
     ended: dict[UUID, JobStatus] = field(default_factory=dict)
@@ -209,7 +210,7 @@ class FlushOutcome:
 
 
 class FlushPacer:
-    """Paces the flushes of one worker. One regular flush at a time."""
+    """Decides when the jobs of one worker are flushed. At most one regular flush is in progress at a time."""
 
     def __init__(self, settings: Settings) -> None:
         self._min_seconds = settings.flush_min_seconds
@@ -221,22 +222,22 @@ class FlushPacer:
 
     @property
     def interval_seconds(self) -> float:
-        """Between two flushes in the middle of a job."""
+        """The interval between two flushes in the middle of a job."""
         return min(max(self._cost_seconds / COST_SHARE, self._min_seconds), self._max_seconds)
 
     def seconds_until_due(self, running: Iterable[RunningJob], now: float) -> float | None:
-        """0 if something is due, None if nothing will be."""
+        """Seconds until the next regular flush: 0 if one is due now, None if none is pending."""
         if self._is_under_way:
-            return None  # its answer will wake us
+            return None  # a flush is in progress, and its answer will wake the runner
         due = [self._seconds_until_due(job, now) for job in running if not job.is_ending]
         return max(0.0, min(due)) if due else None
 
     def take_due(self, running: Iterable[RunningJob], now: float) -> list[JobFlush]:
-        """The next regular flush; empty while nothing is due. Otherwise `finish` must be called afterwards."""
+        """The next regular flush; empty if nothing is due. Otherwise the caller must call `finish` when it is done."""
         running = [job for job in running if not job.is_ending]
         if self.seconds_until_due(running, now) != 0.0:
             return []
-        # After half of the interval, take along everything that is pending: fewer, larger commits.
+        # Once half of the interval has passed, include everything that is pending, for fewer and larger commits.
         is_round = now >= self._flushed_at + self.interval_seconds / 2
         if is_round:
             self._flushed_at = now
@@ -245,11 +246,12 @@ class FlushPacer:
         return flushes
 
     def take(self, running: Iterable[RunningJob], now: float) -> list[JobFlush]:
-        """Everything these jobs have to store, due or not. A job with nothing pending only renews its lease, if due."""
+        """Everything that these jobs have to store, due or not. A job with nothing pending is included only if its
+        lease must be renewed."""
         return [flush for job in running if not job.is_ending and (flush := self._take(job, now)) is not None]
 
     def finish(self, outcome: FlushOutcome | None) -> None:
-        """The regular flush is done; `outcome` None: it failed."""
+        """Call when the regular flush is done. `outcome` is None if it failed."""
         self._is_under_way = False
         if outcome is not None:
             self._cost_seconds += COST_SMOOTHING * (outcome.cost_seconds - self._cost_seconds)
@@ -275,7 +277,7 @@ class FlushPacer:
 
 
 def commit(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
-    """Commit, then publish. Blocks. May be repeated with the same flushes if the answer was lost."""
+    """Commit, then publish. Blocks. It is safe to repeat this with the same flushes if the answer was lost."""
     started_at = monotonic()
     try:
         held, ended = _transact(storage, flushes)
@@ -284,7 +286,7 @@ def commit(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
     except Exception as exc:
         if len(flushes) > 1:
             return _commit_one_by_one(storage, flushes)
-        log.exception("the output of a job cannot be stored", extra={"job_id": flushes[0].job.name})
+        log.exception("a job's output cannot be stored", extra={"job_id": flushes[0].job.name})
         return _give_up(storage, flushes[0], exc)
     cost_seconds = monotonic() - started_at
     _log_progress(flushes, held, ended)
@@ -305,7 +307,7 @@ def _transact(storage: JobStorage, flushes: Sequence[JobFlush]) -> tuple[dict[UU
 
 
 def _commit_one_by_one(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
-    """If one job's output cannot be stored, the others' still must be."""
+    """Commit each job on its own, since one whose output cannot be stored must not hold up the others."""
     outcomes = [commit(storage, [flush]) for flush in flushes]
     return FlushOutcome(
         held={job_id: held for outcome in outcomes for job_id, held in outcome.held.items()},
@@ -315,7 +317,7 @@ def _commit_one_by_one(storage: JobStorage, flushes: Sequence[JobFlush]) -> Flus
 
 
 def _give_up(storage: JobStorage, flush: JobFlush, exc: Exception) -> FlushOutcome:
-    """Fail the job; what was committed before this flush stays."""
+    """Fail the job. Whatever was committed before this flush is kept."""
     chunks = flush.commit.chunks if flush.commit is not None else ()
     ending = Finalisation(
         job_id=flush.job.id,
@@ -360,15 +362,16 @@ def _events(
 
 
 def _news_of(chunk: TokenChunk) -> streams.Event:
-    """A prompt's logprobs may be megabytes, too much for Redis: only tell readers to look into SQL."""
+    """The event to publish for a chunk. Prompt logprobs can be megabytes, too much for Redis, so readers are only told
+    to read such a chunk from SQL."""
     return chunk if chunk.prompt_logprobs is None else JobStatus.IN_PROGRESS
 
 
-REPORT_SECONDS = 2.0  # between two reports, and the longest that an order waits
+REPORT_SECONDS = 2.0  # between two reports, and so the longest time until an order is followed
 
 
 class WorkerReporter:
-    """After each report, `on_answer(orders)` is told what the worker is to do."""
+    """Sends the worker's reports. After each of them, `on_answer` is called with the worker's orders."""
 
     def __init__(
         self,
@@ -391,12 +394,12 @@ class WorkerReporter:
         self._told: WorkerState | None = None
 
     def beat_soon(self) -> None:
-        """An order has changed: fetch it at the next turn."""
+        """Report at the next opportunity, to fetch an order that has changed."""
         self._due_at = 0.0
 
     def beat(self, now: float, state: WorkerState, *, num_running: int, tokens_per_second: float) -> None:
-        """Report if it is time to, or if the state has changed. One at a time: orders are followed before the next
-        report."""
+        """Report if it is due or if the state has changed. Reports do not overlap: the orders of one are followed
+        before the next is sent."""
         if self._is_under_way or (now < self._due_at and state is self._told):
             return
         self._due_at, self._is_under_way, self._told = now + REPORT_SECONDS, True, state

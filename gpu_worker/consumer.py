@@ -1,7 +1,7 @@
-"""The prefetch batching consumer: Celery's consumer with an exact credit, which keeps its jobs through broker outages.
+"""The prefetch batching consumer: Celery's consumer with an exact credit. Its jobs survive broker outages.
 
-Messages in hand follow the engine: as many as it could start now, and a small look-ahead beyond, so that a freed slot
-is filled between two steps. Everything else in Celery (task protocol, events, inspect, revoke) stays stock.
+The number of messages in hand follows the engine: as many as it could start now, plus a small look-ahead, so that a
+freed slot can be filled between two steps. The rest of Celery (task protocol, events, inspect, revoke) is unchanged.
 """
 
 import os
@@ -30,7 +30,8 @@ PATIENCE_SECONDS = 5.0
 
 
 class BrokerOutage:
-    """Told of every failed connection attempt. `leave` gives the worker's jobs back; it is called before a restart."""
+    """What to do about failed connection attempts. `leave` must give the worker's jobs back; it is called before the
+    worker replaces itself."""
 
     def __init__(self, settings: Settings, leave: Callable[[], None]) -> None:
         self._settings = settings
@@ -45,12 +46,12 @@ class BrokerOutage:
         if not self._is_told:
             self._is_told = True
             logger.error(
-                "Redis does not answer: %s; start it, set CELERIAC_REDIS_URL to another one, or start everything with "
-                "`celeriac up`; still trying",
+                "cannot connect to Redis: %s; start it, set CELERIAC_REDIS_URL to another server, or start everything "
+                "with `celeriac up`; still trying",
                 describe_exception(exc),
             )
         if moved := moved_servers(self._settings.data_dir):
-            logger.warning("`celeriac up` now runs with other servers; restarting with those")
+            logger.warning("`celeriac up` is now running with different servers; restarting to use those")
             self._leave()
             os.environ.update({PREFIX + name.upper(): url for name, url in moved.items()})
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
@@ -65,7 +66,7 @@ MAX_BUFFERED_EVENTS = 512
 
 WATCH_SECONDS = 1.0
 
-SHARE_SECONDS = 0.25  # between two checks whether another worker has free slots
+SHARE_SECONDS = 0.25  # between two checks for another worker with free slots
 
 MAX_LOOKAHEAD_SECONDS = 0.25  # how long a delivery may wait here while another worker has free slots
 
@@ -80,16 +81,16 @@ class EngineConsumer(Consumer):
     pool: EnginePool
 
     def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **options: Any) -> None:
-        # SQL holds everything that workers share; without mingle and gossip, starts and reconnects are a second faster.
+        # Workers share their state through SQL. Starts and reconnects are a second faster without mingle and gossip.
         alone = dict(worker_options or {}, without_mingle=True, without_gossip=True)
         super().__init__(*args, worker_options=alone, **options)
         self._outage = BrokerOutage(get_settings(), leave=self.pool.stop_runner)
 
     def on_send_event_buffered(self) -> None:
-        """Nothing: a timer flushes. Stock Celery publishes at every turn of the event loop."""
+        """Does nothing, since a timer flushes events. Stock Celery publishes them at every turn of the event loop."""
 
     def ensure_connected(self, conn: Any) -> Any:
-        """Retry every 0.2 to 2 seconds; stock Celery waits 2, 4, 6 and up to 30."""
+        """Connect, retrying every 0.2 to 2 seconds. Stock Celery waits 2, 4, 6 and up to 30 seconds."""
         ensure = conn.ensure_connection
 
         def ensure_quickly(errback: Any, max_retries: Any, **options: Any) -> Any:
@@ -106,17 +107,17 @@ class EngineConsumer(Consumer):
         return connected
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Keep the deliveries in hand: stock Celery requeues them all, and another worker would start them again."""
+        """Keep the deliveries in hand. Stock Celery requeues them, and other workers would start their jobs again."""
         self.pool.deliveries.detach()
         self.hub.on_tick.clear()  # kombu adds one callback per connection and removes none
         if isinstance(exc, self.channel_errors):
-            sleep(REFUSED_SECONDS)  # it answers but refuses (full, or a replica); stock would retry at once, for ever
+            sleep(REFUSED_SECONDS)  # Redis answers but refuses (full, or a replica): do not retry in a tight loop
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about a setting for late acks, which we do not use
+            warnings.simplefilter("ignore")  # Celery warns about a setting for late acks, which we do not use
             super().on_connection_error_after_connected(exc)
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
-        """As stock Celery does, but without logging the whole message: it may contain somebody's prompt."""
+        """Reject the message like stock Celery, but do not log its body, which may contain somebody's prompt."""
         name, task_id = str(message.headers.get("task"))[:64], str(message.headers.get("id"))[:64]
         reason = f"there is no task called {name!r} here; submit jobs to the API (POST /v1/jobs)"
         logger.error("refused a task that did not come from the API: %s", reason, extra={"task_id": task_id})
@@ -128,15 +129,15 @@ class EngineWorker(Worker):
     """`celery worker` for an EnginePool."""
 
     def on_consumer_ready(self, consumer: Any) -> None:
-        """Stock Celery logs "ready" here, but a worker is only ready when its engine is."""
+        """Stock Celery logs "ready" here, but our worker is ready only when its engine is."""
         signals.worker_ready.send(sender=consumer)
-        logger.info("%s is connected; it takes jobs when its engine is ready", self.hostname)
+        logger.info("%s is connected and takes jobs as soon as its engine is ready", self.hostname)
 
 
 class EngineStep(bootsteps.StartStopStep):
-    """Ties channel, pool and event loop together, after every connect."""
+    """Connects the channel, the pool and the event loop with each other, after every connect."""
 
-    requires = (Tasks, Heart)  # so it stops before the heart, which sends worker-offline
+    requires = (Tasks, Heart)  # so that it stops before Heart, which sends worker-offline
 
     def __init__(self, c: EngineConsumer, **options: Any) -> None:
         super().__init__(c, **options)
@@ -153,10 +154,10 @@ class EngineStep(bootsteps.StartStopStep):
         c.pool.deliveries.attach(channel, c.event_dispatcher)
 
     def stop(self, c: EngineConsumer) -> None:
-        c._flush_events()  # what fails here, the next dispatcher takes over
+        c._flush_events()  # events that cannot be sent now are passed on to the next dispatcher
 
     def register_with_event_loop(self, c: EngineConsumer, hub: Any) -> None:
-        """Called after every connect: the timers of the old connection were cancelled with it."""
+        """Set up timers. Called after every connect, since the old connection's timers were cancelled with it."""
         channel = c.task_consumer.channel
         hub.on_tick.add(channel.refill)
         hub.call_repeatedly(EVENT_FLUSH_SECONDS, c._flush_events)
@@ -165,7 +166,7 @@ class EngineStep(bootsteps.StartStopStep):
         hub.call_repeatedly(SHARE_SECONDS, self._share_lookahead, c.pool)
 
     def info(self, c: EngineConsumer) -> dict[str, Any]:
-        """For `inspect stats`; Flower shows it in the tab "Other"."""
+        """Figures for `inspect stats`, which Flower shows on its "Other" tab."""
         return {"engine": c.pool.engine_figures()}
 
     def _keep_in_hand(self, c: EngineConsumer) -> None:
@@ -181,8 +182,8 @@ class EngineStep(bootsteps.StartStopStep):
         self._notice_a_stall(c, channel)
 
     def _share_lookahead(self, pool: EnginePool) -> None:
-        """A delivery must not wait for our slots while another worker has free ones: pause the look-ahead then, and
-        give back what waits."""
+        """Pause the look-ahead and give back waiting deliveries if another worker has free slots, so that no delivery
+        waits here needlessly."""
         channel = pool.deliveries.channel
         if channel is None:
             return
@@ -190,11 +191,11 @@ class EngineStep(bootsteps.StartStopStep):
         oldest = next(iter(pool.deliveries.in_hand.values()), None)
         is_late = oldest is not None and oldest.age_seconds > MAX_LOOKAHEAD_SECONDS
         if pool.is_lookahead_paused and is_late and pool.room().num_idle == 0:
-            logger.info("gave %d deliveries back to a worker with free slots", pool.give_back())
+            logger.info("requeued %d deliveries, since another worker has free slots", pool.give_back())
 
     def _notice_a_stall(self, c: EngineConsumer, channel: BulkChannel) -> None:
-        """Reconnect if there is credit and messages wait, but the queue has not been read for a long time, for whatever
-        reason."""
+        """Raise ConnectionError, which makes Celery reconnect, if there is credit and messages are waiting but the
+        queue has not been read for a long time, whatever the reason."""
         is_healthy = channel.num_takes != self._num_takes_seen or c.pool.room().credit <= 0
         self._num_takes_seen = channel.num_takes
         if is_healthy:
@@ -204,4 +205,4 @@ class EngineStep(bootsteps.StartStopStep):
         if monotonic() - self._stalled_since < STALL_SECONDS or not channel.num_waiting():
             return
         self._stalled_since = None
-        raise ConnectionError(f"{c.hostname} has room but has taken nothing for {STALL_SECONDS:.0f} s; reconnecting")
+        raise ConnectionError(f"{c.hostname} has room but has taken no jobs for {STALL_SECONDS:.0f} s; reconnecting")

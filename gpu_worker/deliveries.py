@@ -1,7 +1,7 @@
-"""All deliveries of this worker, across claims and reconnects: in hand until claimed, running until the job ends here.
+"""All deliveries of this worker: in hand until their jobs are claimed, then running until the jobs end here.
 
-A delivery is one `generate` message. Connections come and go, deliveries stay: they are acked by tag, which Redis
-accepts from any connection.
+A delivery is one `generate` message. Deliveries outlive the connection on which they arrived, since they are acked by
+tag, which Redis accepts from any connection.
 """
 
 import os
@@ -25,14 +25,14 @@ logger = get_logger(__name__)
 
 
 class Delivery(Request):
-    """Celery's request, accepted, cancelled and ended by the rules of the job protocol. Hub thread only.
+    """Celery's request, but accepted, cancelled and ended by the rules of the job protocol. Hub thread only.
 
-    It is acked once the claim of its job is committed. From then on the lease makes the job ours, and the delivery only
-    serves to tell Flower about the job.
+    It is acked once the claim of its job is committed. From then on we own the job through its lease, and the delivery
+    only serves to report the job to Flower.
     """
 
     acknowledged: bool = False
-    is_cancel_wanted = False  # it was revoked here: its end is reported as revoked
+    is_cancel_wanted = False  # whether it was revoked here, so that its end must be reported as revoked
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -40,7 +40,7 @@ class Delivery(Request):
 
     @classmethod
     def without_message(cls, job_id: UUID, **options: Any) -> "Delivery":
-        """For a job claimed straight from SQL, so that Flower shows and cancels it like any other."""
+        """A delivery for a job claimed directly from SQL, so that Flower shows and cancels it like any other."""
         headers = {"id": external_id(job_id), "task": GENERATE, "argsrepr": "()", "kwargsrepr": "{}"}
         message = Message(headers=headers, properties={}, delivery_info={}, delivery_tag="")
         delivery = cls(message, headers=headers, body=([], {}, {}), decoded=True, **options)
@@ -49,7 +49,7 @@ class Delivery(Request):
 
     @property
     def job_id(self) -> UUID:
-        """Raises ValueError if the task id is not a job id."""
+        """The task id as a job id. Raises ValueError if it is not one."""
         return parse_id(self.id)
 
     @property
@@ -61,33 +61,33 @@ class Delivery(Request):
         return monotonic() - self.received_at
 
     def revoked(self) -> bool:
-        """Never: the pool cancels the job in SQL first, and the end is announced once it has happened."""
+        """Always False: the pool cancels the job in SQL, and `end` reports it as revoked when it has ended."""
         return False
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
-        """A revoke with `terminate` from Flower or `celery control`."""
+        """Called for a revoke with `terminate` from Flower or `celery control`."""
         pool.cancel(self)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
-        """Nothing: Celery calls this in a cold shutdown, where our jobs are released and continue elsewhere."""
+        """Does nothing. Celery calls this in a cold shutdown, in which our jobs are released to continue elsewhere."""
 
     def acknowledge(self) -> None:
-        # Stock Celery leaves the ack to the next turn of the event loop, up to a second away.
+        # Stock Celery acks at the next turn of the event loop, which may be a second away.
         if not self.acknowledged:
             self.acknowledged = True
             self._message.ack_log_error(logger, self._connection_errors)
 
     def receive(self) -> None:
-        """Do what Celery does when a message arrives, for a job without a message."""
+        """For a job without a message, do what Celery does when a message arrives."""
         state.task_reserved(self)
         self.send_event("task-received", name=self.name, args=self.argsrepr, kwargs=self.kwargsrepr, retries=0)
 
     def start(self) -> None:
-        """The claim is committed."""
+        """Call when the claim has been committed."""
         self.on_accepted(os.getpid(), monotonic())
 
     def end(self, status: JobStatus, *, runtime_seconds: float, summary: str) -> None:
-        """The job is terminal in SQL."""
+        """Call when the job is terminal in SQL."""
         state.task_ready(self, successful=status is JobStatus.COMPLETED)
         if status is JobStatus.COMPLETED:
             self.send_event("task-succeeded", result=summary, runtime=runtime_seconds)
@@ -97,7 +97,7 @@ class Delivery(Request):
             self._announce_end_without_result(is_expired=status is JobStatus.EXPIRED)
 
     def drop(self) -> None:
-        """There was nothing to claim: the job is done, cancelled or owned by another worker."""
+        """Call if there was nothing to claim: the job has ended, or another worker owns it."""
         state.task_ready(self)
         if self.is_cancel_wanted:
             self._announce_end_without_result(is_expired=False)
@@ -105,28 +105,28 @@ class Delivery(Request):
             self.send_event("task-rejected", requeue=False)
 
     def refuse(self, reason: str) -> None:
-        """It belongs to no job: whoever sent it finds a failed task in Flower, or in its events."""
+        """Fail a message that does not belong to any job, so that its sender finds a failed task in Flower."""
         state.task_ready(self)
         self.send_event("task-failed", exception=reason, traceback="")
 
     def release(self) -> None:
-        """The job went back to the queue, or has another owner; Flower shows it as waiting for a retry."""
+        """Call when the job was requeued or has another owner. Flower then shows it as waiting for a retry."""
         state.task_ready(self)
         self.send_event("task-retried", exception="released", traceback="")
 
     def forget(self) -> None:
-        """The message is back in its queue, or this was a duplicate."""
+        """Drop a delivery whose message is back in its queue, or which was a duplicate."""
         state.task_ready(self)
 
     def _announce_end_without_result(self, *, is_expired: bool) -> None:
         self.send_event("task-revoked", terminated=not is_expired, signum="SIGTERM", expired=is_expired)
 
 
-MAX_ID_CHARS = 64  # of an invalid id, in the log
+MAX_ID_CHARS = 64  # how much of an invalid id is logged
 
 
 class Deliveries:
-    """Hub thread only. (Other threads may check whether there are any.)"""
+    """All deliveries of one worker. Hub thread only, except that other threads may check whether there are any."""
 
     def __init__(self, app: Celery, hostname: str) -> None:
         self._app = app
@@ -135,16 +135,16 @@ class Deliveries:
         self.in_hand: dict[UUID, Delivery] = {}  # in order of arrival
         self.running: dict[UUID, Delivery] = {}
         self.channel: BulkChannel | None = None  # None while there is no connection
-        self.lost_acks: set[str] = set()  # tags; sent again once there is a connection
+        self.lost_acks: set[str] = set()  # delivery tags whose acks are sent again once there is a connection
 
     @property
     def num_in_hand(self) -> int:
-        """Messages received and not acked."""
+        """The number of messages received but not acked."""
         unacked = self.channel.qos.num_unacked if self.channel is not None else 0
         return max(len(self.in_hand), unacked)
 
     def take(self, delivery: Delivery) -> UUID | None:
-        """Keep a new delivery and return its job; None if it was dropped: it belongs to no job, or is a duplicate."""
+        """Keep a new delivery and return its job's id; None if it is a duplicate or does not belong to any job."""
         try:
             job_id = delivery.job_id
         except ValueError:
@@ -167,38 +167,36 @@ class Deliveries:
         for event in events:
             try:
                 self._apply_one(event)
-            except Exception:  # an exception in a hub callback would end the worker, and with it all other jobs
-                logger.exception("could not act on %s of job %s", event.kind, event.job_id)
+            except Exception:  # an exception in a hub callback would end the worker and interrupt all other jobs
+                logger.exception("could not apply the event %s of job %s", event.kind, event.job_id)
 
     def give_back(self, job_ids: Iterable[UUID]) -> int:
-        """Put these deliveries back at the head of their queue, keeping their order. Returns how many went back."""
+        """Requeue these deliveries at the head of their queue, in the same order. Returns how many were requeued."""
         given = [self.in_hand.pop(job_id) for job_id in job_ids if job_id in self.in_hand]
         for delivery in given:
-            delivery.acknowledged = True  # it is not ours to ack any more
+            delivery.acknowledged = True  # the message is no longer ours, so it must not be acked
             delivery.forget()
         if self.channel is None or not given:
             return 0
         return self.channel.give_back([delivery.tag for delivery in given])
 
     def detach(self) -> None:
-        """The connection broke. Deliveries in hand stay offered: claiming them only needs SQL."""
+        """Call when the connection is lost. Deliveries in hand stay offered, since claiming them needs only SQL."""
         channel, self.channel = self.channel, None
         if channel is None or channel._qos is None:
             return
         for delivery in self.in_hand.values():
-            channel.qos._delivered.pop(delivery.tag, None)  # so that closing the channel does not requeue it
+            channel.qos._delivered.pop(delivery.tag, None)  # otherwise, closing the channel would requeue it
 
     def attach(self, channel: BulkChannel, event_dispatcher: Any) -> None:
-        """There is a connection: the first one, or a new one after a loss."""
+        """Call when there is a connection: the first one, or a new one after a loss."""
         self.channel, self._event_dispatcher = channel, event_dispatcher
         for delivery in self.in_hand.values():
             delivery._message.channel = channel
             channel.qos._delivered[delivery.tag] = delivery._message
-            state.task_reserved(delivery)  # Celery forgot it with the old connection
+            state.task_reserved(delivery)  # Celery has forgotten it together with the old connection
         for delivery in (*self.in_hand.values(), *self.running.values()):
-            delivery.eventer = (
-                event_dispatcher  # the old one is closed: without this, their end would never be announced
-            )
+            delivery.eventer = event_dispatcher  # the old one is closed; events of these deliveries would be lost
         self.repeat_lost_acks()
 
     def repeat_lost_acks(self) -> None:
@@ -207,7 +205,7 @@ class Deliveries:
 
     def _drop_duplicate(self, duplicate: Delivery, known: Delivery) -> None:
         duplicate.forget()
-        state.requests[known.id] = known  # the duplicate has replaced it there
+        state.requests[known.id] = known  # Celery has replaced it by the duplicate
         is_same_message = duplicate.tag == known.tag and not known.acknowledged
         if not is_same_message:
             duplicate.acknowledge()
@@ -222,7 +220,8 @@ class Deliveries:
         self._ack([delivery.tag for delivery in deliveries])
 
     def _ack(self, tags: list[str]) -> None:
-        """Now, or after the next reconnect. A lost ack only causes a second delivery, which finds nothing to claim."""
+        """Ack now, or after the next reconnect. A lost ack does no harm: the message is delivered again, and then there
+        is nothing to claim."""
         if not tags:
             return
         if self.channel is None:
@@ -231,7 +230,7 @@ class Deliveries:
         try:
             self.channel.ack_many(tags)
         except (*self.channel.connection_errors, self.channel.ResponseError) as exc:
-            logger.warning("could not ack %d messages, will try again: %s", len(tags), exc)
+            logger.warning("could not ack %d messages; will retry: %s", len(tags), exc)
             self.lost_acks.update(tags)
 
     def _apply_one(self, event: RunnerEvent) -> None:
@@ -247,7 +246,7 @@ class Deliveries:
 
     def _start(self, job_id: UUID) -> None:
         if job_id in self.running:
-            return  # it was claimed straight from SQL, and its message arrived afterwards
+            return  # it was claimed directly from SQL before its message arrived
         delivery = self.in_hand.pop(job_id, None) or self._deliver_from_sql(job_id)
         self.running[job_id] = delivery
         delivery.start()

@@ -1,6 +1,7 @@
-"""How jobs come in: offered deliveries are claimed together as room allows; when none arrive, SQL is asked.
+"""How jobs come in: claims offered deliveries in groups as room allows, and polls SQL when none arrive.
 
-The isolated lane is never dispatched: its jobs are claimed by asking SQL, as often as gpu_worker/quarantine.py says.
+Jobs of the isolated lane are never dispatched. They are claimed by polling SQL, as often as gpu_worker/quarantine.py
+decides.
 """
 
 import logging
@@ -17,11 +18,11 @@ from storage.jobs import ClaimedJob
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 2.0  # ask SQL after having free slots but no offer for so long
+POLL_SECONDS = 2.0  # poll SQL after having free slots but no offers for this long
 
 
 class Offers:
-    """Jobs that were offered and are not claimed yet, in order of arrival. Thread-safe."""
+    """Jobs that have been offered but not claimed yet, in order of arrival. Thread-safe."""
 
     def __init__(self) -> None:
         self._job_ids: dict[UUID, None] = {}
@@ -35,7 +36,7 @@ class Offers:
             self._job_ids[job_id] = None
 
     def take(self, limit: int | None = None) -> list[UUID]:
-        """Remove and return the first ones."""
+        """Remove and return the first `limit` offers, or all of them."""
         with self._lock:
             taken = list(self._job_ids)[:limit]
             for job_id in taken:
@@ -43,16 +44,17 @@ class Offers:
         return taken
 
     def put_back(self, job_ids: Iterable[UUID]) -> None:
-        """At the head, where they came from."""
+        """Return offers to the head of the queue, from where they were taken."""
         with self._lock:
             self._job_ids = dict.fromkeys(job_ids) | self._job_ids
 
 
 class Intake:
-    """Claims jobs for the runner's thread. One claim per lane at a time, so that offers gather meanwhile.
+    """Claims jobs for the runner's thread. There is at most one claim per lane at a time, and offers that arrive
+    meanwhile go into the next one.
 
-    `on_claimed(jobs, sent_at)` gets the claimed jobs, `on_known(ids)` the offered jobs that run here already, and
-    `on_dropped(ids)` those that could not be claimed.
+    `on_claimed(jobs, sent_at)` is called with the claimed jobs, `on_known(ids)` with offered jobs that already run
+    here, and `on_dropped(ids)` with those that could not be claimed.
     """
 
     def __init__(
@@ -74,16 +76,16 @@ class Intake:
         self._on_known = on_known
         self._on_dropped = on_dropped
         self._busy_lanes: set[Lane] = set()
-        self._heard_at: float | None = None  # when an offer came or SQL was asked last, or when there was room first
+        self._heard_at: float | None = None  # when an offer last came, SQL was last polled, or there first was room
 
     @property
     def is_claiming(self) -> bool:
         return bool(self._busy_lanes)
 
     def claim(self, now: float, *, num_free: int, known: frozenset[UUID]) -> None:
-        """Claim what is offered and fits; without offers, ask SQL now and then. `known` jobs run here already."""
+        """Claim the offers that fit, or poll SQL now and then if there are none. `known` jobs already run here."""
         if num_free <= 0 or self._busy_lanes or self._storage_thread.is_away:
-            return  # also while the isolated lane is being asked: a job from there must run alone
+            return  # a claim is in progress; if it is for the isolated lane, its job must run alone
         self._heard_at = self._heard_at or now
         if job_ids := self._offers.take(num_free):
             self._heard_at = now
@@ -94,7 +96,7 @@ class Intake:
             self._claim_next(Lane.STANDARD, num_free, known, min_suspicions=0)
 
     def look_into_quarantine(self, now: float, *, is_resting: bool, known: frozenset[UUID]) -> None:
-        """Claim one job that must run alone, if it is time to."""
+        """Claim one job that must run alone, if it is time to look for one."""
         if Lane.ISOLATED in self._busy_lanes or self._storage_thread.is_away:
             return
         min_suspicions = self._quarantine.take_look(now, is_resting=is_resting)
@@ -117,9 +119,9 @@ class Intake:
             if isinstance(exc, OUTAGES):
                 self._offers.put_back(job_ids)
             elif len(job_ids) == 1:
-                log.error("the job cannot be claimed", exc_info=exc, extra={"job_id": external_id(job_ids[0])})
+                log.error("a job cannot be claimed", exc_info=exc, extra={"job_id": external_id(job_ids[0])})
                 self._on_dropped(job_ids)
-            else:  # a row that cannot be read must not keep the others from being claimed
+            else:  # one row that cannot be read must not prevent the others from being claimed
                 for job_id in job_ids:
                     self._claim_offered([job_id], known)
 

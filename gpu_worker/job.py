@@ -1,6 +1,6 @@
-"""A claimed job while it runs here: what its stream holds so far, and the output since its last chunk. No I/O.
+"""A claimed job while it runs here: its position in the stream, and the output since its last chunk. No I/O.
 
-An embedding job has no stream, only a result at the end.
+An embedding job has no stream, just a result at its end.
 """
 
 from collections.abc import Iterator
@@ -25,35 +25,35 @@ from domain.requests import (
 from gpu_worker.engine_process.frames import AddJob, EmbeddingOutput, EmbedJob, JobFailed, SequenceOutput
 from storage.jobs import ClaimedJob, Finalisation
 
-#: The status of an aborted job, by the finish reason of its sequences.
+#: The final status of an aborted job, by the finish reason of its sequences.
 STATUS_BY_REASON = {FinishReason.DEADLINE: JobStatus.EXPIRED, FinishReason.CANCELLED: JobStatus.CANCELLED}
 
 
 @dataclass(slots=True)
 class SequenceProgress:
-    """One of the job's texts: what is in numbered chunks already, and what is pending."""
+    """One of the job's texts: totals over its chunks, and the output that is not in a chunk yet."""
 
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    sum_logprobs: float = 0.0  # of token_ids, under best_of
+    sum_logprobs: float = 0.0  # sum over token_ids; used by best_of
     finish_reason: FinishReason | None = None
-    heard_at: float | None = None  # when this attempt's last tokens came; monotonic
-    num_reasoning_tokens: int | None = None  # up to the first </think>
-    stop_string: str | None = None  # that ended it
+    heard_at: float | None = None  # monotonic time at which this attempt's last tokens arrived
+    num_reasoning_tokens: int | None = None  # output tokens up to the first </think>
+    stop_string: str | None = None  # the one that ended it
     pending_text: list[str] = field(default_factory=list)
     pending_token_ids: list[int] = field(default_factory=list)
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)
     pending_sum_logprobs: float | None = None
     pending_num_reasoning_tokens: int | None = None
-    is_end_pending: bool = False  # the finish reason is not in a chunk yet
+    is_end_pending: bool = False  # whether the finish reason is not in a chunk yet
 
     @property
     def has_pending(self) -> bool:
         return bool(self.pending_text or self.pending_token_ids or self.is_end_pending)
 
     def take_chunk(self, sequence_number: int, index: int) -> TokenChunk:
-        """Everything pending, as the next chunk."""
+        """Remove everything that is pending and return it as the next chunk."""
         chunk = TokenChunk(
             sequence_number=sequence_number,
             index=index,
@@ -83,27 +83,27 @@ class SequenceProgress:
 
 
 class RunningJob:
-    """Belongs to the runner's thread."""
+    """One attempt at a job. Used only by the runner's thread."""
 
     def __init__(self, claimed: ClaimedJob, *, claimed_at: float) -> None:
-        """`claimed_at` is the time just before the claim was sent: the lease began no earlier."""
+        """`claimed_at` is the monotonic time just before the claim was sent: the lease began no earlier."""
         self.id = claimed.id
         self.attempt = claimed.attempt
-        self.name = external_id(claimed.id)  # what the engine and the logs call it
+        self.name = external_id(claimed.id)  # its id in the engine and in logs
         self.claimed = claimed
         self.started_at = monotonic()
         self.leased_at = claimed_at
-        self.has_spoken = False  # whether a chunk of this attempt has been taken
+        self.has_spoken = False  # whether this attempt has had a chunk
         self.is_in_engine = False
-        self.has_output = False  # of this attempt
-        self.is_ending = False  # its finalisation is on its way: nothing else is done with it
+        self.has_output = False  # whether this attempt has had output
+        self.is_ending = False  # whether its finalisation is in progress, so that nothing else may be done with it
         self.abort_reason: FinishReason | None = None
         request = claimed.request
         self.params = request.params if isinstance(request, GenerationRequest) else SamplingParams()
         self.sequences = [SequenceProgress() for _ in range(self.params.num_sequences)]
         self.last_sequence_number = 0
         self._prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-        self._is_prompt_pending = False  # the prompt's logprobs are not in a chunk yet
+        self._is_prompt_pending = False  # whether the prompt's logprobs are not in a chunk yet
         self._error: JobError | None = None
         self._num_cached_tokens = 0
         for chunk in claimed.committed_chunks:
@@ -116,7 +116,7 @@ class RunningJob:
 
     @property
     def num_new_tokens(self) -> int:
-        """Of this attempt."""
+        """The number of tokens that this attempt has generated."""
         return self.num_completion_tokens + self._num_pending_tokens - self._num_inherited_tokens
 
     @property
@@ -133,7 +133,7 @@ class RunningJob:
 
     @property
     def is_over(self) -> bool:
-        """Every sequence has ended, or the engine cannot run the job."""
+        """Whether every sequence has ended, or the engine cannot run the job."""
         return self._error is not None or all(sequence.finish_reason for sequence in self.sequences)
 
     @property
@@ -142,11 +142,11 @@ class RunningJob:
 
     @property
     def is_urgent(self) -> bool:
-        """Its first chunk or its end is pending, which deserve a flush of their own."""
+        """Whether its first chunk or its end is pending, both of which are flushed immediately."""
         return self.is_over or (not self.has_spoken and self.has_pending)
 
     def command(self) -> AddJob | EmbedJob:
-        """What the engine must know to start the job, or to continue where the last attempt stopped."""
+        """The command that makes the engine start the job, or continue where the last attempt stopped."""
         claimed = self.claimed
         return AddJob(
             job_id=self.name,
@@ -164,13 +164,14 @@ class RunningJob:
         )
 
     def hear(self, index: int, now: float) -> float | None:
-        """Tokens of a sequence came. Returns for how long it had been silent; None: they are this attempt's first."""
+        """Note that tokens of a sequence have arrived at `now`. Returns the seconds since its previous ones, or None if
+        they are the first of this attempt."""
         sequence = self.sequences[index]
         heard_at, sequence.heard_at = sequence.heard_at, now
         return None if heard_at is None else now - heard_at
 
     def absorb(self, output: SequenceOutput) -> None:
-        """Take the output of one of its sequences; ignored if the sequence has ended."""
+        """Add the output of one of its sequences. Ignored if that sequence has ended."""
         sequence = self.sequences[output.index]
         if sequence.finish_reason is not None:
             return
@@ -192,18 +193,18 @@ class RunningJob:
         self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
 
     def fail(self, failure: JobFailed) -> None:
-        """The engine cannot run it."""
+        """End it with the engine's failure."""
         self._error = _job_error(failure.code, failure.message)
 
     def cut_off(self, reason: FinishReason) -> None:
-        """End it without the engine, which does not have it yet."""
+        """End all its sequences without the engine, which has not been given the job yet."""
         for sequence in self.sequences:
             if sequence.finish_reason is None:
                 sequence.finish_reason = reason
                 sequence.is_end_pending = True
 
     def take_chunks(self) -> list[TokenChunk]:
-        """Everything pending, numbered: at most one chunk per sequence."""
+        """Take everything that is pending, as numbered chunks, at most one per sequence."""
         chunks = []
         for index, sequence in enumerate(self.sequences):
             if sequence.has_pending:
@@ -216,8 +217,8 @@ class RunningJob:
         return chunks
 
     def finalisation(self) -> Finalisation:
-        """How it ends; all its chunks must have been taken before. Storage builds a failed job's result from what is
-        committed."""
+        """The final status and result of the job; all its chunks must have been taken before. For a failed job, storage
+        builds the result from the committed chunks."""
         assert self.is_over
         result = None if self._status() is JobStatus.FAILED else self._result()
         reason = result.choices[0].finish_reason if result else self.sequences[0].finish_reason
@@ -226,7 +227,7 @@ class RunningJob:
     def _finalisation(self, result: JobOutput | None, reason: FinishReason | None) -> Finalisation:
         status, error = self._status(), self._error
         if status is JobStatus.EXPIRED:
-            error = _job_error(DeadlineExceeded.code, "the deadline passed before the job was done")
+            error = _job_error(DeadlineExceeded.code, "the deadline passed before the job was finished")
         return Finalisation(
             job_id=self.id,
             attempt=self.attempt,
@@ -238,7 +239,7 @@ class RunningJob:
         )
 
     def summary(self) -> str:
-        """For events and logs: never contains the job's text."""
+        """A line for events and logs. It never contains the job's text."""
         if self._error is not None:
             return self._error.code
         reasons = dict.fromkeys(sequence.finish_reason or "unfinished" for sequence in self.sequences)
@@ -286,7 +287,7 @@ def _logprob(entry: dict[str, object] | None) -> TokenLogprob | None:
 
 
 def _job_error(code: str, message: str) -> JobError:
-    """With the `retryable` of its class in domain.errors; unknown codes are not retryable."""
+    """A JobError that is retryable if the error class with this code is; unknown codes are not retryable."""
     error_class = next((cls for cls in _walk(CeleriacError) if cls.code == code), CeleriacError)
     return JobError(code=code, message=message, retryable=error_class.retryable)
 
@@ -298,7 +299,7 @@ def _walk(cls: type[CeleriacError]) -> Iterator[type[CeleriacError]]:
 
 
 class RunningEmbedding(RunningJob):
-    """To the rest of the worker this is a job with one sequence that never has any output."""
+    """An embedding job. The rest of the worker sees it as a job with one sequence that never has any output."""
 
     def __init__(self, claimed: ClaimedJob, *, claimed_at: float) -> None:
         super().__init__(claimed, claimed_at=claimed_at)
@@ -341,6 +342,6 @@ class RunningEmbedding(RunningJob):
 
 
 def make_running(claimed: ClaimedJob, *, claimed_at: float) -> RunningJob:
-    """By the job's kind."""
+    """The running job of the class that fits its kind."""
     is_generation = isinstance(claimed.request, GenerationRequest)
     return (RunningJob if is_generation else RunningEmbedding)(claimed, claimed_at=claimed_at)

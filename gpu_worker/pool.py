@@ -1,12 +1,13 @@
 """A Celery worker pool whose slots are those of the engine: deliveries in, events of their jobs out, in order.
 
-Deliveries are offered to the `JobRunner`, which claims them in SQL when the engine has room and emits events on its own
-thread. The events wait in a queue, because Celery's hub keeps its callbacks in an unordered set, and are acted on by
-the hub thread, the only one that may touch requests, Celery events and channels.
+Deliveries are offered to the `JobRunner`, which claims their jobs in SQL when the engine has room, and emits events on
+its own thread. Only the hub thread may touch requests, Celery events and channels, so the events wait in a queue until
+it applies them. (Celery's hub itself keeps callbacks in an unordered set.)
 
-`WorkerExit` ends the worker: after a drain, during which heartbeats, inspect and revoke still work, or at once,
-releasing its jobs. Celery's warm shutdown stops its event loop first, and its cold one cancels requests; both are
-replaced. Signal handlers only start a thread, since the main thread may hold any lock when a signal arrives.
+`WorkerExit` ends the worker: either after a drain, during which heartbeats, inspect and revoke still work, or
+immediately, releasing its jobs. It replaces Celery's warm shutdown, which would stop the event loop first, and its cold
+shutdown, which would cancel the requests. Signal handlers only start a thread, since the main thread may hold any lock
+when a signal arrives.
 """
 
 import os
@@ -37,14 +38,14 @@ NO_ROOM = Room(credit=0, num_idle=0)
 
 
 def served_model(settings: Settings) -> ModelSpec:
-    """The one model that a GPU worker under these settings serves. Raises ModelNotFound, ModelUnavailable, or
-    ValueError where its files cannot be served."""
+    """The one model that a GPU worker with these settings serves. Raises ModelNotFound, ModelUnavailable, or ValueError
+    if its files cannot be used."""
     catalog = settings.load_catalog()
     return complete(catalog.first if settings.worker_model is None else catalog.get(settings.worker_model))
 
 
 class EnginePool(BasePool):
-    """Between Celery and the runner. Methods belong to the hub thread unless they say otherwise."""
+    """Connects Celery to the runner. Methods must be called on the hub thread unless documented otherwise."""
 
     body_can_be_buffer = True
     task_join_will_block = False
@@ -88,7 +89,7 @@ class EnginePool(BasePool):
     # Deliveries in
 
     def room(self) -> Room:
-        """How many messages may be taken now: as many as the engine could start, and a few ahead of that."""
+        """How many messages may be taken now: as many as the engine could start, plus a small look-ahead."""
         if self.is_draining or self.runner.stats().state is not WorkerState.READY:
             return NO_ROOM
         num_free = self.runner.num_free
@@ -110,57 +111,57 @@ class EnginePool(BasePool):
         """What Celery calls to run a task. Its requests pass their own method as `accept_callback`, and ours are
         deliveries (see gpu_worker/app.py), so that is where the delivery is found."""
         delivery = getattr(accept_callback, "__self__", None)
-        if not isinstance(delivery, Delivery):  # one of Celery's own small tasks: run it here
+        if not isinstance(delivery, Delivery):  # one of Celery's own built-in tasks: run it here
             return apply_target(target, args, kwargs, callback, accept_callback)
         job_id = self.deliveries.take(delivery)
         if job_id is None:
             return delivery
         if delivery.id in state.revoked:
-            self.cancel(delivery)  # before the offer, so that there is nothing left to claim
+            self.cancel(delivery)  # before it is offered, so that there is nothing to claim
         self.runner.offer(job_id)
         return delivery
 
     def cancel(self, delivery: Delivery) -> None:
-        """Stop the job of a delivery, running or not. It is requested in SQL, so it works whoever runs the job."""
+        """Cancel the job of a delivery, running or not. The request goes through SQL, so any worker may run the job."""
         delivery.is_cancel_wanted = True
         self.runner.cancel(delivery.job_id)
 
     def cancel_in_hand(self, task_ids: Iterable[str]) -> None:
-        """A plain revoke: stops what has not started, as in every Celery worker."""
+        """Handle a plain revoke: cancel only what has not started, as in every Celery worker."""
         wanted = set(task_ids)
         for delivery in [held for held in self.deliveries.in_hand.values() if held.id in wanted]:
             self.cancel(delivery)
 
     def give_back(self) -> int:
-        """Put all deliveries in hand that are not being claimed back into their queue; returns how many."""
+        """Requeue all deliveries in hand that are not being claimed; returns how many."""
         return self.deliveries.give_back(self.runner.withdraw())
 
     # Events out
 
     def _on_runner_event(self, event: RunnerEvent) -> None:
-        """On the runner's thread."""
+        """Called on the runner's thread."""
         self._events.append(event)
         if not self._is_taking_due and self._hub is not None:
             self._is_taking_due = True
             self._hub.call_soon(self.take_events)
 
     def take_events(self) -> None:
-        """Act on all events so far, in order."""
-        self._is_taking_due = False  # first: an event that arrives from here on asks for another call
+        """Apply all events so far, in order."""
+        self._is_taking_due = False  # first, so that an event that arrives from here on requests another call
         events = []
         while self._events:
             events.append(self._events.popleft())
         self.deliveries.apply(events)
 
     def wake_hub(self) -> None:
-        """Make the event loop turn, so that it notices what another thread did. Any thread."""
+        """Wake the event loop, so that it notices what another thread has done. Any thread."""
         if self._hub is not None:
             self._hub.call_soon(self.take_events)
 
     # The end
 
     def begin_drain(self, *, release_after_seconds: float) -> None:
-        """Take no more messages, give back those in hand, and let running jobs end; the process exits then. Any
+        """Take no more messages, requeue those in hand, and let running jobs end; then the process exits. Any
         thread."""
         self.is_draining = True
         self.runner.begin_drain(release_after_seconds=release_after_seconds)
@@ -169,18 +170,18 @@ class EnginePool(BasePool):
 
     @property
     def is_drained(self) -> bool:
-        """Nothing runs, and everything has been announced or given back, if there is a connection to do so. Any
-        thread."""
+        """Whether no jobs are running, and all events have been sent and deliveries requeued, provided that there is a
+        connection. Any thread."""
         if self.runner.stats().num_running > 0:
             return False
         return self.deliveries.channel is None or not (self.deliveries.running or self.deliveries.in_hand)
 
     def stop_runner(self) -> None:
-        """Release running jobs and end the engine; only the first call does. Any thread."""
+        """Release running jobs and end the engine. Calls after the first have no effect. Any thread."""
         with self._stop_lock:
             if not self._is_runner_stopped:
                 self._is_runner_stopped = True
-                self.runner.withdraw()  # closing the channel puts their messages back
+                self.runner.withdraw()  # closing the channel requeues their messages
                 self.runner.stop(release=True)
 
     def on_stop(self) -> None:
@@ -193,12 +194,12 @@ class EnginePool(BasePool):
     on_terminate = on_stop
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:
-        """Nothing: there is no process to signal; `Delivery.terminate` does the work."""
+        """Does nothing, since there is no process to signal; `Delivery.terminate` cancels the job."""
 
     # Flower and `celery inspect`
 
     def engine_figures(self) -> dict[str, Any]:
-        """Flat and short: Flower shows it as one row."""
+        """Figures for Flower, flat and short, since it shows them in one row."""
         stats = self.runner.stats()
         return {
             "credit": self.room().credit,
@@ -237,28 +238,28 @@ logger = get_logger(__name__)
 
 EXIT_OK, EXIT_FAILURE = 0, 1
 
-EXIT_LASTING = os.EX_CONFIG  # sysexits.h: tells a supervisor that restarting is useless until something is fixed
+EXIT_LASTING = os.EX_CONFIG  # sysexits.h: a supervisor should not restart the worker until something has been fixed
 
-_GRACE_SECONDS = 10.0  # after the drain: the runner releases what still runs and reports it
+_GRACE_SECONDS = 10.0  # after the drain, for the runner to release and report the jobs that are still running
 
 _POLL_SECONDS = 0.05
 
 
 class WorkerExit:
-    """One per worker. The first SIGTERM or SIGINT drains; a second one, or SIGQUIT, releases everything at once."""
+    """Ends one worker. The first SIGTERM or SIGINT drains it; a second one, or SIGQUIT, releases all jobs at once."""
 
     def __init__(self, pool: "EnginePool") -> None:
         self._pool = pool
         self._is_draining = False
 
     def install(self) -> None:
-        """Replace Celery's signal handlers. Main thread, after Celery has installed them."""
+        """Replace Celery's signal handlers. Call on the main thread, after Celery has installed them."""
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signal_number, self._on_stop_signal)
         signal.signal(signal.SIGQUIT, self._on_quit_signal)
 
     def drain(self, reason: str, *, release_after_seconds: float | None = None) -> None:
-        """Let running jobs end, then exit. `reason` is for the log. Returns at once. Any thread."""
+        """Let running jobs end, then exit. `reason` is for the log. Returns immediately. Any thread."""
         if self._is_draining:
             return
         self._is_draining = True
@@ -266,8 +267,8 @@ class WorkerExit:
         Thread(target=self._drain, args=(reason, seconds), name="drain", daemon=True).start()
 
     def fail(self, failure: WorkerFailure) -> None:
-        """The engine cannot be kept alive: exit, so that a supervisor starts a new worker, or gives up. The jobs have
-        been released already. Any thread."""
+        """Exit because the engine cannot be kept alive. The exit code tells a supervisor whether to restart the worker.
+        The jobs must have been released already. Any thread."""
         logger.critical("exiting: %s", failure.reason)
         state.should_stop = EXIT_LASTING if failure.is_lasting else EXIT_FAILURE
         self._pool.wake_hub()
@@ -286,19 +287,21 @@ class WorkerExit:
         Thread(target=self._quit, args=(reason,), name="quit", daemon=True).start()
 
     def _drain(self, reason: str, release_after_seconds: float) -> None:
-        logger.warning("draining on %s, then exiting: running jobs have %.0f seconds", reason, release_after_seconds)
+        logger.warning(
+            "draining on %s, then exiting; running jobs have %.0f seconds to end", reason, release_after_seconds
+        )
         self._pool.begin_drain(release_after_seconds=release_after_seconds)
         deadline = monotonic() + release_after_seconds + _GRACE_SECONDS
         while not self._pool.is_drained:
             if monotonic() > deadline:
-                logger.error("the drain took too long; releasing the jobs that are left")
+                logger.error("the drain took too long; releasing the remaining jobs")
                 break
             sleep(_POLL_SECONDS)
         state.should_stop = EXIT_OK
         self._pool.wake_hub()
 
     def _quit(self, reason: str) -> None:
-        logger.warning("exiting at once on %s: running jobs go back to the queue", reason)
+        logger.warning("exiting immediately on %s; running jobs go back to the queue", reason)
         state.should_terminate = EXIT_OK
         self._pool.wake_hub()
-        self._pool.stop_runner()  # here, since the main thread may be waiting for a broker that is down
+        self._pool.stop_runner()  # on this thread, since the main thread may be waiting for a broker that is down

@@ -1,8 +1,8 @@
-"""Which jobs may have crashed an engine, and how the guilty one is found: the state machine of suspicion.
+"""Finds the job that crashes engines: the state machine of suspicion and quarantine.
 
-When an engine dies, the jobs of its last step are accused. What a job is from then on is kept in SQL, as its `lane` and
-its `num_suspicions`; the transitions are made by the statements REPORT_CRASH (storage/job_ends.py) and
-COMMIT_CHUNKS (storage/job_statements.py). What a worker does about them is decided here.
+When an engine dies, the jobs of its last step are accused. A job's state is then stored in SQL, in `lane` and
+`num_suspicions`. The statements REPORT_CRASH (storage/job_ends.py) and COMMIT_CHUNKS (storage/job_statements.py) make
+the transitions; this file decides what a worker does about them.
 
 | state       | lane, num_suspicions | runs                   | accused of a crash   | 16 new tokens |
 |-------------|----------------------|------------------------|----------------------|---------------|
@@ -11,21 +11,22 @@ COMMIT_CHUNKS (storage/job_statements.py). What a worker does about them is deci
 | quarantined | isolated, 2 or more  | alone: its trial       | failed: `poison_job` | clear         |
 | confined    | isolated, 0          | alone, to its end      | failed: `poison_job` | confined      |
 
-A confined job is a permitted retry of a poison job, or belongs to a tenant with many of them. "Alone" means in an
-engine that has had no other job.
+A confined job is an explicitly permitted retry of a poison job, or belongs to a tenant with many of them. "Alone" means
+in an engine that has had no other job.
 
-| the engine ended                                            | accused                                            |
-|-------------------------------------------------------------|----------------------------------------------------|
-| by a signal or an exit code of its own, or killed as hung   | its last step: +2 for who just came in, +1 for others |
-| killed from outside, and the kernel has counted an OOM kill | its last step, +1; nobody who ran alone            |
-| killed from outside otherwise (an operator, a daemon)       | nobody                                             |
-| at rest, or before it was loaded                            | nobody                                             |
+| the engine ended                                            | accused                                              |
+|-------------------------------------------------------------|------------------------------------------------------|
+| by a signal or exit code of its own, or killed as hung      | its last step: +2 for jobs that just came in, else +1 |
+| killed from outside, and the kernel has counted an OOM kill | its last step, +1, unless the job ran alone          |
+| killed from outside otherwise (an operator, a daemon)       | no job                                               |
+| while idle, or before it was loaded                         | no job                                               |
 
-An OOM kill convicts nobody, since the memory may have been another process's.
-So a poisonous job costs at most three engines, two of them shared, and no job fails for a crash that it shared with
-others (but each counts as one of the failures that CELERIAC_MAX_FAILURES bounds). Crashes may also be the worker's own
-fault, its device's or its installation's: too many in a short time, or several in which no two accused the same job.
-Then the worker releases its jobs and ends.
+An OOM kill never fails a job, since another process may have taken the memory.
+
+A poison job therefore costs at most three engines, two of them shared. No job fails for a crash that it shared with
+others, although each such crash counts as one of the failures that CELERIAC_MAX_FAILURES limits. Crashes may also be
+due to the worker itself, its device or its installation: too many in a short time, or several that have no accused job
+in common. Then the worker releases its jobs and exits.
 """
 
 import logging
@@ -46,24 +47,24 @@ from storage.job_statements import PROVEN_TOKENS
 
 log = logging.getLogger(__name__)
 
-RECENT_STEPS = 3  # a job that came in this lately is suspected first
+RECENT_STEPS = 3  # a job that came in within this many steps is suspected more strongly
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 HOST_COUNTERS = Path("/proc/vmstat")
-COUNTER = "oom_kill"  # of processes killed, by that name in both files
+COUNTER = "oom_kill"  # the number of killed processes; both files use this name
 
 
 @dataclass(frozen=True, slots=True)
 class QuarantineRules:
-    """How soon a worker looks for jobs that must run alone, and how many crashes are its own fault."""
+    """How often a worker looks for jobs that must run alone, and how many crashes it takes to blame the worker."""
 
-    idle_look_seconds: float = 2.0  # between two looks of a worker without jobs
-    busy_look_seconds: float = 30.0  # between two looks of a busy worker: whoever is confined runs alone to the end
-    busy_trial_look_seconds: float = 10.0  # the same for quarantined jobs, whose trial is short
-    neighbour_seconds: float = 1.0  # how long the others may go on before a trial; then they are released
-    max_crashes: int = 5  # within `crash_seconds`, whoever is accused of them: one more than a worker may have
+    idle_look_seconds: float = 2.0  # how often an idle worker looks
+    busy_look_seconds: float = 30.0  # how often a busy worker looks for confined jobs, which run alone to their end
+    busy_trial_look_seconds: float = 10.0  # how often it looks for quarantined jobs, whose trial is short
+    neighbour_seconds: float = 1.0  # how long the others may continue before a trial; then they are released
+    max_crashes: int = 5  # this many within `crash_seconds` are the worker's fault, whichever jobs are accused
     crash_seconds: float = 120.0
-    max_unrelated_crashes: int = 3  # within `unrelated_seconds`, no two of which accuse the same job
+    max_unrelated_crashes: int = 3  # likewise within `unrelated_seconds`, if no two of them accuse the same job
     unrelated_seconds: float = 600.0
 
 
@@ -71,7 +72,7 @@ SHIPPED_RULES = QuarantineRules()
 
 
 class Action(Enum):
-    """What the job that must run alone needs next."""
+    """What to do next for the job that must run alone."""
 
     WAIT = auto()
     RELEASE_OTHERS = auto()
@@ -81,7 +82,7 @@ class Action(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """One that no trial explains."""
+    """A crash that was not part of a trial."""
 
     at: float
     accused: frozenset[UUID]
@@ -90,22 +91,22 @@ class Crash:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """On one crash."""
+    """The conclusions from one crash."""
 
-    weight_by_job_id: dict[UUID, int]  # of all the engine's jobs; 0: it is not accused
-    num_crashes_before: int  # lately, without those that a trial explains
+    weight_by_job_id: dict[UUID, int]  # for all jobs in the engine; 0 if the job is not accused
+    num_crashes_before: int  # recent crashes that were not part of a trial
 
 
 class OomKills:
-    """The kernel's count of OOM kills in our own control group and below (cgroup v2), or else on the whole host: tells
-    whether lack of memory explains a SIGKILL."""
+    """Tells whether a SIGKILL may have come from the OOM killer. Uses the kernel's count of OOM kills in our control
+    group and below it (cgroup v2), or else on the whole host."""
 
     def __init__(self, paths: Sequence[Path] | None = None) -> None:
         self._paths = [*_own_group(), HOST_COUNTERS] if paths is None else paths
         self._num_seen = self._count()
 
     def is_possible(self) -> bool:
-        """Whether the OOM killer has killed since the last call; True if the kernel's count cannot be read."""
+        """Whether the OOM killer has killed any process since the last call; True if the count cannot be read."""
         num_before, self._num_seen = self._num_seen, self._count()
         return self._num_seen is None or self._num_seen != num_before
 
@@ -118,7 +119,7 @@ class OomKills:
 
 
 def _own_group() -> list[Path]:
-    """`memory.events` of the group that we and the engine belong to; the root group has none."""
+    """The `memory.events` file of the control group of worker and engine; empty for the root group, which has none."""
     with suppress(OSError):
         groups = [line.removeprefix("0::/") for line in OWN_CGROUPS.read_text().splitlines() if line.startswith("0::/")]
         return [CGROUP_ROOT / group / "memory.events" for group in groups]
@@ -126,19 +127,20 @@ def _own_group() -> list[Path]:
 
 
 class Quarantine:
-    """One worker's. Belongs to the runner's thread; does no I/O but reading the kernel's count of OOM kills."""
+    """One worker's view of suspects. Used only by the runner's thread. Its only I/O is reading the kernel's count of
+    OOM kills."""
 
     def __init__(self, rules: QuarantineRules = SHIPPED_RULES, oom_kills: OomKills | None = None) -> None:
         self._rules = rules
         self._oom_kills = oom_kills or OomKills()
         self._crashes: deque[Crash] = deque(maxlen=rules.max_crashes)
         self._looked_at = self._looked_for_trials_at = -math.inf
-        self.job: RunningJob | None = None  # it waits until it is alone, or runs alone; the others wait for it
+        self.job: RunningJob | None = None  # the job that runs alone, or waits to; no other job is started meanwhile
 
-    # When to look for one
+    # When to look for a job that must run alone
 
     def take_look(self, now: float, *, is_resting: bool) -> int | None:
-        """Whether to claim a job of the isolated lane now: the least `num_suspicions` it must have; None: not yet."""
+        """The least `num_suspicions` of a job to claim from the isolated lane now; None if it is not time to look."""
         look_seconds = self._rules.idle_look_seconds if is_resting else self._rules.busy_look_seconds
         if now - self._looked_at >= look_seconds:
             self._looked_at = self._looked_for_trials_at = now
@@ -149,31 +151,33 @@ class Quarantine:
         return None
 
     def look_soon(self) -> None:
-        """For a trial: the engine is fresh and still empty, or a trial has ended and there may be more to do."""
+        """Look for the next trial without waiting: the engine is fresh and still empty, or a trial has just ended."""
         self._looked_for_trials_at = -math.inf
 
     # The job that runs alone
 
     def admit(self, job: RunningJob) -> None:
-        log.warning("a job is run alone", extra={"job_id": job.name, "attempt": job.attempt})
+        log.warning(
+            "running a job alone, since it may crash the engine", extra={"job_id": job.name, "attempt": job.attempt}
+        )
         self.job = job
 
     def discharge(self, job: RunningJob) -> None:
-        """It is not this worker's any more."""
+        """Call when the job has left this worker."""
         if job is self.job:
             self.job = None
 
     def discharge_if_clear(self) -> None:
-        """Let others join a job whose trial has ended well. SQL clears it with the commit of the same tokens."""
+        """Let other jobs join once the trial has succeeded. SQL clears the job when the same tokens are committed."""
         job = self.job
         if job is not None and job.claimed.num_suspicions > 0 and job.num_new_tokens >= PROVEN_TOKENS:
-            log.info("a suspect is cleared", extra={"job_id": job.name, "attempt": job.attempt})
+            log.info("a suspected job is cleared", extra={"job_id": job.name, "attempt": job.attempt})
             self.job = None
             self.look_soon()
 
     def next_action(self, now: float, *, is_alone: bool, is_engine_fresh: bool, is_engine_ready: bool) -> Action:
-        """For a trial the others make room soon, and go on elsewhere or after it; a confined job waits for their ends.
-        The engine must be fresh: what another job left behind in it must not be blamed on this one."""
+        """What to do next for `job`. Before a trial, the other jobs are soon released; a confined job waits until they
+        have ended. The engine must be fresh, so that the job is not blamed for what another one left behind in it."""
         job = self.job
         if job is None or job.is_in_engine or job.is_over:
             return Action.WAIT
@@ -187,7 +191,8 @@ class Quarantine:
     # Crashes
 
     def judge(self, exit_: EngineExit, jobs: Sequence[RunningJob]) -> Verdict:
-        """Who is accused; `jobs` were in the engine. To be called once for each end that nobody asked for."""
+        """Decide which of `jobs`, which were in the engine, are accused. Call once for each engine that ended
+        unexpectedly."""
         now = monotonic()
         num_before = sum(now - crash.at < self._rules.crash_seconds for crash in self._crashes)
         is_trial = self.job is not None and list(jobs) == [self.job]
@@ -208,11 +213,11 @@ class Quarantine:
 
     @property
     def is_worker_at_fault(self) -> bool:
-        """So much has gone wrong that it cannot be a job."""
+        """Whether there have been too many crashes to blame a job."""
         now, rules = monotonic(), self._rules
         if len(self._crashes) == rules.max_crashes and now - self._crashes[0].at < rules.crash_seconds:
             return True
-        # A kill from outside says nothing about the device.
+        # A kill from outside does not tell anything about the device.
         recent = [c for c in self._crashes if now - c.at < rules.unrelated_seconds and not c.is_outside_kill]
         last = recent[-rules.max_unrelated_crashes :]
         num_accused = sum(len(crash.accused) for crash in last)
@@ -221,5 +226,5 @@ class Quarantine:
 
 
 def weight_of(job: RecordedJob) -> int:
-    """How strongly a job is suspected when this step was the last."""
+    """How strongly a job is suspected if the engine crashed in this step."""
     return 2 if job.is_prefill or job.num_steps <= RECENT_STEPS else 1

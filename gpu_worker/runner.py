@@ -1,8 +1,8 @@
-"""The runner: one thread between Celery and the engine, which feeds the engine and owns the batch.
+"""The runner: a thread between Celery and the engine. It feeds the engine and owns the running batch.
 
-`RunnerThread` waits for the engine, for storage and for callers. SQL and Redis are left to the storage thread, whose
-answers come back through the mailbox. So an absent database stops neither the engine, nor a cancel, nor the supervision
-of the engine. `JobRunner` is what Celery's hub thread sees of it: short, thread-safe methods.
+`RunnerThread` waits for the engine, the storage thread and its callers. Only the storage thread uses SQL and Redis; its
+answers come back through the mailbox. An outage of the database therefore stops neither the engine and its supervision
+nor cancellations. `JobRunner` is the interface for Celery's hub thread: methods that are thread-safe and do not block.
 """
 
 import logging
@@ -41,13 +41,13 @@ from text.models import complete
 
 log = logging.getLogger(__name__)
 
-HOUSEKEEPING_SECONDS = 0.1  # the longest wait, and so the precision of all timers
+HOUSEKEEPING_SECONDS = 0.1  # the longest wait, and therefore the precision of all timers
 
-RATE_SECONDS = 1.0  # over which tokens per second are measured
+RATE_SECONDS = 1.0  # the window over which tokens per second are measured
 
 
 class RunnerThread:
-    """What `run` does belongs to its thread; to call any other method, post the call to `mailbox`."""
+    """The runner's thread, which executes `run`. To call any other method, post the call to `mailbox`."""
 
     def __init__(
         self,
@@ -105,11 +105,11 @@ class RunnerThread:
         self._exits = engine_exits_total.labels(spec.id)
         job_log.begin([spec.id], [AttemptOutcome.RELEASED, AttemptOutcome.CRASHED])
         self._drain_seconds = settings.drain_seconds
-        self._drain_deadline: float | None = None  # draining until then, because the process is to exit
-        self._unload_deadline: float | None = None  # the same, because the model is unloaded
-        self._order_deadline: float | None = None  # the same, because an operator ordered it
-        self._is_loaded: bool | None = None  # whether the model is to be loaded; None until SQL has told
-        self._has_been_ready = False  # whether an engine of this worker ever was
+        self._drain_deadline: float | None = None  # set while draining because the process is about to exit
+        self._unload_deadline: float | None = None  # set while draining because the model is being unloaded
+        self._order_deadline: float | None = None  # set while draining because an operator ordered it
+        self._is_loaded: bool | None = None  # whether the model should be loaded; None until read from SQL
+        self._has_been_ready = False  # whether any engine of this worker has been ready
         self._is_healthy = True
         self._is_stopping = False
         self._rate_since, self._rate_tokens = monotonic(), 0
@@ -120,7 +120,7 @@ class RunnerThread:
         self.num_free = 0
 
     def run(self) -> None:
-        """Until `stop`. An unexpected error makes the worker unhealthy rather than silent."""
+        """Run until stopped. After an unexpected error, the worker reports itself unhealthy and exits."""
         self._storage_thread.start()
         self._dispatcher.start()
         try:
@@ -143,15 +143,15 @@ class RunnerThread:
         self._batch.release_unstarted()
 
     def order_drain(self, release_after_seconds: float) -> None:
-        """Like `begin_drain`, but stored in SQL: it holds until it is revoked, whatever happens to this process."""
+        """Like `begin_drain`, but stored in SQL: the order stands until it is revoked, even if this process ends."""
         self._order(lambda is_repeated: self._storage.order_drain(release_after_seconds))
 
     def order_resume(self) -> None:
         self._order(lambda is_repeated: self._storage.order_resume())
 
     def _order(self, write: Callable[[bool], None]) -> None:
-        """The order is followed once the next report has read it from SQL, so that orders are followed as they were
-        written."""
+        """Write an order to SQL. It is followed when the next report has read it from there, so that orders are
+        followed in the order in which they were written."""
         self._storage_thread.submit(write, lambda answer: self._reporter.beat_soon())
 
     def stop(self, release: bool) -> None:
@@ -182,7 +182,7 @@ class RunnerThread:
         self._emit_events()
 
     def _wait(self, now: float) -> None:
-        """Until something arrives or is due; then write what the engine can take."""
+        """Wait until something arrives or is due, then write as much as the engine's socket takes."""
         poll = select.poll()
         poll.register(self.mailbox, select.POLLIN)
         for frame_socket in self._supervisor.readers():
@@ -200,7 +200,7 @@ class RunnerThread:
             self._meter.forget_engine()
             return
         if isinstance(report, CannotLoad):
-            return  # the exit that follows contains it
+            return  # the EngineExit that follows contains the reason
         self._meter.stats = report.stats
         if isinstance(report, StepDone):
             self._batch.absorb(report)
@@ -221,14 +221,14 @@ class RunnerThread:
             self._give_up(failure)
 
     def _failure_of(self, exit_: EngineExit) -> WorkerFailure | None:
-        """Why another engine would be of no use; None if it may be."""
+        """The reason not to start another engine; None if it is worth trying."""
         if exit_.why_not_loaded is not None:
-            # If it was loaded before, the configuration is right: memory may be short for a while.
+            # If the model has been loaded before, its configuration is right, and memory may just be short for a while.
             reason = f"model {self._spec.id!r} cannot be loaded: {exit_.why_not_loaded}"
             remedy = "fix its files or models.toml, then start the worker again"
             return WorkerFailure(f"{reason}; {remedy}", is_lasting=not self._has_been_ready)
         if self._quarantine.is_worker_at_fault:
-            return WorkerFailure(f"the engine keeps crashing; the last time: {exit_.description}")
+            return WorkerFailure(f"the engine keeps crashing; the last exit: {exit_.description}")
         return None
 
     def _follow_orders(self, orders: Orders) -> None:
@@ -242,17 +242,17 @@ class RunnerThread:
             log.warning("taking jobs again, as ordered")
             self._order_deadline = None
             return
-        log.warning("draining, as ordered; running jobs have %.0f seconds", release_after_seconds)
+        log.warning("draining, as ordered; running jobs have %.0f seconds to end", release_after_seconds)
         self._order_deadline = monotonic() + release_after_seconds
         self._batch.release_unstarted()
 
     def _follow_load_order(self, is_loaded: bool) -> None:
-        """If the model is to be unloaded, drain the engine, then stop it."""
+        """If the model should be unloaded, drain the engine, then stop it."""
         if is_loaded is self._is_loaded:
             return
         self._is_loaded, self._unload_deadline = is_loaded, None
         if not is_loaded:
-            log.warning("unloading the model; running jobs have %.0f seconds", self._drain_seconds)
+            log.warning("unloading the model; running jobs have %.0f seconds to end", self._drain_seconds)
             self._unload_deadline = monotonic() + self._drain_seconds
             self._batch.release_unstarted()
 
@@ -270,7 +270,7 @@ class RunnerThread:
         self._intake.claim(now, num_free=self._count_free(), known=self._batch.job_ids)
 
     def _emit_events(self) -> None:
-        """Update the figures first, since the listener looks at them."""
+        """Emit pending events, after updating the figures, which the listener reads."""
         self.num_free = self._count_free()
         self.stats = self._make_stats()
         events = self._events[:]
@@ -284,7 +284,7 @@ class RunnerThread:
         try:
             self._on_event(event)
         except Exception:  # a faulty listener must not end all jobs
-            log.exception("the listener failed on an event", extra={"job_id": external_id(event.job_id)})
+            log.exception("the listener failed to handle an event", extra={"job_id": external_id(event.job_id)})
 
     def _drop(self, job_ids: Sequence[UUID]) -> None:
         self._events += [RunnerEvent(RunnerEventKind.DROPPED, job_id) for job_id in job_ids]
@@ -296,7 +296,7 @@ class RunnerThread:
 
     @property
     def _release_at(self) -> float | None:
-        """When running jobs are released; None unless draining."""
+        """The monotonic time at which running jobs are released; None unless draining."""
         deadlines = (self._drain_deadline, self._unload_deadline, self._order_deadline)
         return min((at for at in deadlines if at is not None), default=None)
 
@@ -343,14 +343,14 @@ class RunnerThread:
     # The end
 
     def _give_up(self, failure: WorkerFailure) -> None:
-        """This worker cannot work: all jobs go back to the queue, and the process should exit."""
+        """Release all jobs and report that this worker cannot continue, so that the process exits."""
         self._is_healthy = False
         self._batch.release_all()
         self._supervisor.stop()
         self._on_unhealthy(failure)
 
     def _close(self) -> None:
-        """What was submitted to storage is still done, and its events are emitted."""
+        """Finish the storage calls that have been submitted, emit their events, and free all resources."""
         self._dispatcher.stop()
         self._storage_thread.submit(lambda is_repeated: self._storage.forget_worker(), lambda answer: None)
         self._supervisor.stop()
@@ -362,9 +362,11 @@ class RunnerThread:
 
 
 class JobRunner:
-    """One engine, one thread. Every method but `stop` is thread-safe and returns at once. `on_event` is called on the
-    runner's thread, in order. `on_unhealthy` is called once, when the engine cannot be kept alive: the jobs have been
-    released by then, and the process should exit."""
+    """Runs one engine with one thread. All methods are thread-safe, and all except `stop` return immediately.
+
+    `on_event` is called on the runner's thread, with the events in order. `on_unhealthy` is called once, if the engine
+    cannot be kept alive. By then the jobs have been released, and the process should exit.
+    """
 
     def __init__(
         self,
@@ -396,24 +398,25 @@ class JobRunner:
         self._thread.start()
 
     def offer(self, job_id: UUID) -> None:
-        """Have the job of a delivery claimed, with all others that fit, as soon as the engine has room."""
+        """Offer the job of a delivery. It is claimed, together with others, as soon as the engine has room."""
         self._offers.add(job_id)
         self._runner.mailbox.post(lambda: None)
 
     def withdraw(self) -> list[UUID]:
-        """Take back all offered jobs that are not claimed yet, in order of arrival; no events follow for them."""
+        """Take back all offers that are not claimed yet, in order of arrival. No events will follow for them."""
         return self._offers.take()
 
     def cancel(self, job_id: UUID) -> None:
-        """Stop a running or offered job: its owner finds the request in SQL; our own engine is told at once."""
+        """Cancel a running or offered job. Its owner finds the request in SQL; our own engine is told directly."""
         self._runner.mailbox.post(lambda: self._runner.cancel(job_id))
 
     def begin_drain(self, *, release_after_seconds: float) -> None:
-        """Claim no more jobs, let running ones end, and release those that still run after the given time."""
+        """Claim no more jobs, let running jobs end, and release those that are still running after the given time."""
         self._runner.mailbox.post(lambda: self._runner.begin_drain(release_after_seconds))
 
     def order_drain(self, *, release_after_seconds: float) -> None:
-        """Like `begin_drain`, but stored under the worker's name: it outlives the process, until `order_resume`."""
+        """Like `begin_drain`, but stored under the worker's name: it outlives the process, until `order_resume` is
+        called."""
         self._runner.mailbox.post(lambda: self._runner.order_drain(release_after_seconds))
 
     def order_resume(self) -> None:
@@ -421,7 +424,7 @@ class JobRunner:
         self._runner.mailbox.post(self._runner.order_resume)
 
     def stop(self, *, release: bool) -> None:
-        """End the thread and the engine process; with `release`, running jobs go back to the queue first. Blocks."""
+        """End the thread and the engine process. With `release`, first put running jobs back into the queue. Blocks."""
         if not self._thread.is_alive():
             return
         self._runner.mailbox.post(lambda: self._runner.stop(release))
@@ -429,7 +432,7 @@ class JobRunner:
 
     @property
     def num_free(self) -> int:
-        """Sequences the engine could take now, beyond those claimed. 0 while it is not ready or draining."""
+        """How many sequences the engine could take on top of those claimed; 0 while it is draining or not ready."""
         return self._runner.num_free
 
     def stats(self) -> RunnerStats:

@@ -1,13 +1,14 @@
-"""How the worker's threads talk to each other, and two threads that wait on behalf of others.
+"""How the worker's threads talk to each other, and two threads that do blocking work for the runner.
 
-`RunnerEvent` is what the runner reports, `EngineMeter` turns the figures of its engines into metrics, `Mailbox` lets
-other threads call one that waits on sockets.
+The runner reports to the pool with `RunnerEvent`s. `EngineMeter` turns the engine's statistics into metrics. `Mailbox`
+lets other threads run callbacks on a thread that waits on sockets.
 
-`StorageThread` does everything that waits for SQL or Redis. Calls run in order, and each is repeated until it is
-answered. The runner relies on the order: a crash report follows the commit of the last chunks before the crash, a
-release the commit before it. While the database is away, the queue stands still and the engine continues.
+`StorageThread` makes every call that waits for PostgreSQL or Redis. Calls run in the order in which they were
+submitted, and each is retried until the database answers. The runner relies on this order: a crash is recorded after
+the chunks that preceded it, and a job is released after its last commit. During a database outage calls wait in the
+queue while the engine keeps generating.
 
-`DispatchRequester` runs a dispatch after room has been made, off the critical path: at most fifty times a second.
+`DispatchRequester` runs a dispatch on a thread of its own when the worker has freed room, at most fifty times a second.
 """
 
 import logging
@@ -42,42 +43,42 @@ log = logging.getLogger(__name__)
 
 class RunnerEventKind(StrEnum):
     CLAIMED = "claimed"  # the claim is committed in SQL: ack the message, send task-started
-    DROPPED = "dropped"  # there was nothing to claim (done, cancelled, another owner): ack the message, forget it
+    DROPPED = "dropped"  # nothing to claim (finished, cancelled, or owned by another worker): ack it and forget it
     ENDED = "ended"  # terminal in SQL: send task-succeeded, task-failed or task-revoked by `status`
-    REFUSED = "refused"  # no jobs are taken at the moment: put the message back into its queue, forget it
-    RELEASED = "released"  # given back to the queue, or lost to another owner: forget it, without a final Celery event
+    REFUSED = "refused"  # the worker is not taking jobs at the moment: requeue the message and forget it
+    RELEASED = "released"  # requeued, or lost to another owner: forget it without a final Celery event
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerEvent:
-    """What happened to one job: CLAIMED, later ENDED or RELEASED; or only DROPPED or REFUSED.
+    """One step in a job's life on this worker: CLAIMED and then ENDED or RELEASED; or just DROPPED or REFUSED.
 
-    Jobs that the runner claimed straight from SQL, without a delivery, are reported, too. If such a job's message
-    arrives while it is already running here, CLAIMED is reported a second time.
+    Jobs that the runner claimed directly from SQL, without a delivery, are reported as well. If the message of such a
+    job arrives while the job is running here, CLAIMED is reported a second time.
     """
 
     kind: RunnerEventKind
     job_id: UUID
-    status: JobStatus | None = None  # of ENDED
+    status: JobStatus | None = None  # set for ENDED
     runtime_seconds: float = 0.0
-    summary: str = ""  # of ENDED: "12 tokens, stop" or the error code; never text of the job
+    summary: str = ""  # set for ENDED: "12 tokens, stop", or the error code; never the job's text
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFailure:
-    """Why a worker cannot continue: one line, with the remedy if it is known."""
+    """Why the worker cannot continue. `reason` is one line and includes the remedy if it is known."""
 
     reason: str
-    is_lasting: bool = False  # a worker that is restarted right away would fail in the same way
+    is_lasting: bool = False  # a worker restarted right away would fail the same way
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerStats:
-    """Figures for Flower, /health and the credit. Any thread."""
+    """Figures for Flower, /health and the consumer's credit. Immutable, so any thread may read them."""
 
     max_num_seqs: int
-    num_running: int  # claimed and not yet ended
-    num_offered: int  # in hand, not claimed yet
+    num_running: int  # jobs claimed and not yet ended
+    num_offered: int  # deliveries in hand whose jobs are not claimed yet
     is_engine_ready: bool
     state: WorkerState
     tokens_per_second: float
@@ -85,11 +86,11 @@ class RunnerStats:
 
 
 class EngineMeter:
-    """Adds up what one engine after the other counts from 0: to the metrics nothing has happened between them."""
+    """Turns the statistics of successive engines, each of which counts from 0, into counters that only increase."""
 
     def __init__(self, model: str) -> None:
-        self.stats = EngineStats()  # of the engine that runs, as it said last
-        self._counted = EngineStats()  # how much of that is in the counters
+        self.stats = EngineStats()  # the current engine's latest report
+        self._counted = EngineStats()  # the part of it that the counters already include
         self._counters = {
             "num_steps": metrics.engine_steps_total.labels(model),
             "num_preemptions": metrics.engine_preemptions_total.labels(model),
@@ -105,7 +106,7 @@ class EngineMeter:
         }
 
     def count(self) -> None:
-        """Bring the metrics up to date."""
+        """Bring the metrics up to date with `stats`."""
         for name, counter in self._counters.items():
             counter.inc(max(0, getattr(self.stats, name) - getattr(self._counted, name)))
         for name, gauge in self._gauges.items():
@@ -113,14 +114,14 @@ class EngineMeter:
         self._counted = self.stats
 
     def forget_engine(self) -> None:
-        """It has ended; the next one begins at 0."""
+        """Call when the engine has ended: the next one starts counting at 0."""
         self.count()
         self.stats = self._counted = EngineStats()
         self.count()
 
 
 class Mailbox:
-    """`post` may be called from any thread, everything else only from the owner's."""
+    """Callbacks for a thread that waits on sockets. Any thread may call `post`, only the owner the other methods."""
 
     def __init__(self) -> None:
         self._callbacks: deque[Callable[[], None]] = deque()
@@ -129,7 +130,7 @@ class Mailbox:
         self._theirs.setblocking(False)
 
     def fileno(self) -> int:
-        """Readable once something was posted."""
+        """A descriptor to wait on: readable once something has been posted."""
         return self._ours.fileno()
 
     def post(self, callback: Callable[[], None]) -> None:
@@ -137,10 +138,10 @@ class Mailbox:
         try:
             self._theirs.send(b"!")
         except OSError:
-            pass  # full: the owner has been woken already; or closed: there is nobody to wake
+            pass  # full: the owner has a wake-up pending already; or closed: nobody is left to wake
 
     def run_all(self) -> None:
-        """Run everything that was posted so far, in order."""
+        """Run all callbacks posted so far, in order."""
         try:
             while self._ours.recv(4096):
                 pass
@@ -160,21 +161,21 @@ FIRST_RETRY_SECONDS = 0.05
 
 MAX_RETRY_SECONDS = 1.0
 
-STOP_PATIENCE_SECONDS = 5.0  # how long the last calls may wait for an absent database
+STOP_PATIENCE_SECONDS = 5.0  # how long the last calls may keep retrying while the database is down
 
-HUNG_SECONDS = 5.0  # how long to wait for the current call: a frozen server never answers
+HUNG_SECONDS = 5.0  # how much longer to wait for the call in progress: a frozen server never answers
 
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[T]):
-    """What a call returned. `sent_at` is the monotonic time at which its last try began."""
+    """A call's return value. `sent_at` is the monotonic time at which its successful attempt began."""
 
     value: T
     sent_at: float
 
 
 class StorageThread:
-    """`post` passes a callback to the thread that owns this object."""
+    """Runs storage calls one at a time, retrying through outages. `post` hands a callback to the owning thread."""
 
     def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
         self._post = post
@@ -182,7 +183,7 @@ class StorageThread:
         self._stopping = Event()
         self._stop_deadline = float("inf")
         self._thread = Thread(target=self._run, name="job-storage", daemon=True)
-        self.is_away = False  # whether the database does not answer at the moment
+        self.is_away = False  # whether the database is currently not answering
 
     def start(self) -> None:
         self._thread.start()
@@ -193,8 +194,11 @@ class StorageThread:
         on_done: Callable[[Answer[T]], None],
         on_error: Callable[[Exception], None] | None = None,
     ) -> None:
-        """Run `call(is_repeated)` after all earlier calls. `is_repeated` says that an earlier try may have taken effect
-        although no answer came. `on_done` or `on_error` is posted; without `on_error`, errors are logged."""
+        """Run `call(is_repeated)` after all earlier calls, then post `on_done` or `on_error` to the owner.
+
+        `is_repeated` is True if an earlier attempt may have taken effect without its answer reaching us. Without
+        `on_error`, errors are logged.
+        """
 
         def run() -> None:
             try:
@@ -207,7 +211,7 @@ class StorageThread:
         self._calls.put(run)
 
     def stop(self) -> None:
-        """End after the calls submitted so far; if an outage holds them up, give them up after a while. Blocks."""
+        """Finish the calls submitted so far, but give up on them after a few seconds of outage. Blocks."""
         self._stop_deadline = monotonic() + STOP_PATIENCE_SECONDS
         self._stopping.set()
         self._calls.put(None)
@@ -227,7 +231,7 @@ class StorageThread:
                 if monotonic() > self._stop_deadline:
                     raise
                 if not self.is_away:
-                    log.warning("the database does not answer; retrying: %s", describe_exception(exc))
+                    log.warning("the database is not answering; retrying: %s", describe_exception(exc))
                 self.is_away = is_repeated = True
                 self._wait(wait_seconds)
                 wait_seconds = min(2 * wait_seconds, MAX_RETRY_SECONDS)
@@ -239,7 +243,7 @@ class StorageThread:
 
     def _wait(self, seconds: float) -> None:
         if self._stopping.wait(seconds):
-            Event().wait(FIRST_RETRY_SECONDS)  # stopping: try more often
+            Event().wait(FIRST_RETRY_SECONDS)  # stopping: retry at the shortest interval
 
     def _report(self, exc: Exception, on_error: Callable[[Exception], None] | None) -> None:
         if on_error is None:
@@ -256,8 +260,12 @@ REDIS_TIMEOUT_SECONDS = 0.2
 
 
 class DispatchRequester:
-    """`request` from any thread; requests during a dispatch become one more after it. Its connections are its own, and
-    its thread closes them: a dispatch may outlast everything else of a runner that stops."""
+    """Dispatches on a thread of its own. `request` may be called from any thread; requests made during a dispatch are
+    merged into one more after it.
+
+    The thread opens its own connections and closes them itself, since a dispatch may outlast the rest of a runner that
+    is stopping.
+    """
 
     def __init__(self, spec: ModelSpec, settings: Settings) -> None:
         self._spec = spec
@@ -283,7 +291,7 @@ class DispatchRequester:
         self._requested.set()
 
     def stop(self) -> None:
-        """Returns at once; a dispatch in progress may end later."""
+        """Returns immediately; a dispatch in progress may finish later."""
         self._stopping.set()
         self._requested.set()
 
@@ -298,6 +306,6 @@ class DispatchRequester:
         try:
             dispatch(self._sessions, self._client, self._spec, self._settings)
         except (RedisError, SQLAlchemyError, OSError) as exc:
-            log.warning("a dispatch failed; the janitor will make up for it: %s", describe_exception(exc))
+            log.warning("dispatch failed; the janitor will dispatch within a second: %s", describe_exception(exc))
             return False
         return True

@@ -1,9 +1,10 @@
 """kombu's Redis transport, changed to take as many messages as there is room for, atomically and in one round trip.
 
-Stock kombu pops a message and then records it as unacked; a kill in between loses it. Here one script does both. The
-blocking pop waits on a second list, the bell, to which publishers push in the same pipeline, so the only thing that a
-broken socket can lose is a ring. A lost ring, or a publisher that does not ring, costs at most `brpop_timeout` (one
-second). Keys and formats are kombu's, so stock workers, restoring and Flower work as usual.
+Stock kombu pops a message and then records it as unacked; if the worker is killed in between, the message is lost. Here
+one script does both. The blocking pop waits on a second list, the bell, to which publishers push in the same pipeline,
+so a broken socket can lose only a notification, not a message. A lost notification, or a publisher that sends none,
+costs at most `brpop_timeout` (one second). Keys and formats are kombu's, so stock workers, the recovery of abandoned
+messages and Flower work as usual.
 
 Redis keys (`queue` is `ModelSpec.queue`; the lists themselves are described in `tasks/messages.py`)
 | name            | type       | lifetime               | writer                        | reader      |
@@ -28,9 +29,9 @@ from kombu.utils.json import dumps, loads
 
 from tasks.messages import MAX_RINGS, bell_key, priority_keys
 
-# KEYS: unacked, unacked_index, the bell of each queue, the idle key of each, all lists in the order of service.
+# KEYS: unacked, unacked_index, the bell of each queue, the idle key of each queue, all lists in order of service.
 # ARGV: limit, now, idle slots, name of the worker, number of queues, the queue of each list, milliseconds of "idle".
-# Returns queue, message, queue, message, ... A message without a delivery tag is returned too, and kept nowhere.
+# Returns queue, message, queue, message, ... A message without a delivery tag is returned as well, but not recorded.
 TAKE = """
 local limit, num_queues = tonumber(ARGV[1]), tonumber(ARGV[5])
 local first_list, taken = 3 + 2 * num_queues, {}
@@ -49,7 +50,7 @@ for i = first_list, #KEYS do
   end
 end
 if #taken < 2 * limit then
-  -- The lists are empty, so the rings that are left would wake workers for nothing.
+  -- The lists are empty, so the remaining notifications would wake workers for nothing.
   redis.call('DEL', unpack(KEYS, 3, 2 + num_queues))
   if #taken / 2 < tonumber(ARGV[3]) then
     for i = 3 + num_queues, 2 + 2 * num_queues do redis.call('SET', KEYS[i], ARGV[4], 'PX', ARGV[#ARGV]) end
@@ -59,7 +60,7 @@ return taken
 """
 
 # KEYS: unacked, unacked_index, the bell, then the list of each message. ARGV: delivery tag and text of each message.
-# Returns how many went back; the others are not listed as unacked any more, so another worker has them.
+# Returns how many were requeued. The others are no longer listed as unacked, so another worker has them.
 GIVE_BACK = """
 local num_given = 0
 for i = 4, #KEYS do
@@ -81,7 +82,7 @@ IDLE_SECONDS = 2.0
 
 
 class Room(NamedTuple):
-    """What the worker can take now: `num_idle` jobs could start at once; `credit` counts the look-ahead, too."""
+    """What the worker can take now: `num_idle` jobs could start immediately; `credit` includes the look-ahead."""
 
     credit: int
     num_idle: int
@@ -91,17 +92,17 @@ class BulkQoS(stock.QoS):
     """Unacked messages of one channel, in order of arrival."""
 
     def can_consume(self) -> bool:
-        # Listening to the bell needs no credit, as it carries no message; `_brpop_start` and `take` check the credit.
+        # Listening to the bell takes no message and so needs no credit; `_brpop_start` and `take` check the credit.
         return self.channel.room is not None or super().can_consume()
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        if self.channel.is_delivering_taken:  # the script has recorded it already
+        if self.channel.is_delivering_taken:  # the script has already recorded the message
             virtual.QoS.append(self, message, delivery_tag)
         else:
             super().append(message, delivery_tag)
 
     def restore_unacked(self, client: Any = None) -> None:
-        """Put everything in hand back at the head of its queue, in order of arrival. Stock kombu reverses the order."""
+        """Requeue everything in hand at the head of its queue, in order of arrival. Stock kombu reverses the order."""
         if self.channel.room is None:
             super().restore_unacked(client)
             return
@@ -111,8 +112,8 @@ class BulkQoS(stock.QoS):
     def restore_visible(self, *args: Any, **options: Any) -> None:
         try:
             super().restore_visible(*args, **options)
-        except self.channel.ResponseError as exc:  # locking needs a write, which a full Redis or a replica refuses
-            logger.warning("cannot search for abandoned messages now: %s", exc)
+        except self.channel.ResponseError as exc:  # taking the lock is a write, which a full Redis or a replica refuses
+            logger.warning("cannot look for abandoned messages at the moment: %s", exc)
 
     @property
     def num_unacked(self) -> int:
@@ -120,20 +121,21 @@ class BulkQoS(stock.QoS):
 
 
 class BulkChannel(stock.Channel):
-    """A stock channel until `room` is set; from then on it takes messages in bulk, by the script TAKE."""
+    """A stock channel until `room` is set; from then on, it takes messages in bulk, by the script TAKE."""
 
     QoS = BulkQoS
 
     room: Callable[[], Room] | None = None
     worker_name = ""
-    has_backlog = True  # there may be more messages than were taken last
+    has_backlog = True  # whether there may be more messages than were taken last
     is_delivering_taken = False
     num_takes = 0
     _sync_client: Any = None
 
     @contextmanager
     def conn_or_acquire(self, client: Any = None) -> Iterator[Any]:
-        """One client per channel: stock kombu makes a `redis.Redis` for every command, a fifth of the hub's time."""
+        """Use one client per channel. Stock kombu creates a `redis.Redis` for every command, which takes a fifth of the
+        hub's time."""
         if client is not None:
             yield client
         else:
@@ -145,12 +147,12 @@ class BulkChannel(stock.Channel):
         return self._sync_client
 
     def refill(self) -> None:
-        """Take if there is credit again and there may be messages. Called at every turn of the event loop."""
+        """Take messages if there is credit and there may be any. Called at every turn of the event loop."""
         if self.has_backlog and self.room is not None and self.room().credit > 0:
             self.take()
 
     def take(self) -> int:
-        """Take as many messages from the queues as the credit allows; returns how many."""
+        """Take as many messages from the queues as the credit allows. Returns how many."""
         assert self.room is not None
         room, queues = self.room(), self.active_queues
         self.has_backlog = room.credit <= 0
@@ -166,7 +168,7 @@ class BulkChannel(stock.Channel):
     def _take_arguments(self, room: Room, queues: Sequence[str]) -> tuple[list[str], list[Any]]:
         keys_by_queue = {queue: priority_keys(queue) for queue in queues}
         num_steps = len(self.priority_steps)
-        # Priority first, then the order of the queues.
+        # By priority, then by the order of the queues.
         lists = [(queue, keys_by_queue[queue][step]) for step in range(num_steps) for queue in queues]
         bells, idle = [bell_key(queue) for queue in queues], [idle_key(queue) for queue in queues]
         keys = [self.unacked_key, self.unacked_index_key, *bells, *idle, *(key for _, key in lists)]
@@ -182,67 +184,67 @@ class BulkChannel(stock.Channel):
             self.is_delivering_taken = False
 
     def _deliver_one(self, queue: str, text: bytes) -> None:
-        """Drop a message that cannot be delivered: its job is in SQL, and the other messages must get through. (Celery
-        would even take a KeyError for a connection error and restart the consumer, for ever.)"""
+        """Deliver a message, or drop it if that is impossible: its job is in SQL, and it must not hold up the others.
+        (Celery would even treat a KeyError as a connection error and restart the consumer, again and again.)"""
         tag = None
         try:
             message = loads(text)
             properties = message["properties"]
             if not isinstance(properties["delivery_tag"], str):
-                raise TypeError("its delivery tag is not a string")  # so the script has not recorded it, either
+                raise TypeError("its delivery tag is not a string")  # so the script has not recorded it either
             tag = properties["delivery_tag"]
             properties["delivery_info"] = {**properties.get("delivery_info", {}), "exchange": "", "routing_key": queue}
             self.connection._deliver(message, queue)
         except Exception:
-            logger.exception("dropped a message of %d bytes from %s: not a Celery task", len(text), queue)
+            logger.exception("dropped a message of %d bytes from %s: it is not a Celery task", len(text), queue)
             if tag is not None:
                 self.ack_many([tag])
 
     def ack_many(self, tags: Sequence[str]) -> None:
-        """Remove these messages, here and in Redis, in one round trip. May be repeated."""
+        """Remove these messages, here and in Redis, in one round trip. Idempotent."""
         for tag in tags:
             self.qos._delivered.pop(tag, None)
-        # Not in a transaction: a full Redis refuses those, even if they only delete. In this order, dying in between
-        # leaves an index entry without a message, which the next search for abandoned messages removes.
+        # Not in a transaction, since a full Redis refuses transactions even if they only delete. In this order, a crash
+        # in between leaves an index entry without a message, which the next search for abandoned messages removes.
         with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipeline:
             pipeline.hdel(self.unacked_key, *tags).zrem(self.unacked_index_key, *tags).execute()
 
     def keep_in_hand(self, tags: Sequence[str]) -> None:
-        """Renew the timestamps of these messages, so that nobody restores them as abandoned."""
+        """Renew the timestamps of these messages, so that no worker requeues them as abandoned."""
         now = time()
         with self.conn_or_acquire() as client:
             client.zadd(self.unacked_index_key, {tag: now for tag in tags}, xx=True)
 
     def give_back(self, tags: Sequence[str]) -> int:
-        """Put messages in hand back at the head of their queue, in the order of `tags`, and ring the bell for each.
-        Skips those that Redis no longer lists as unacked. Returns how many went back."""
+        """Requeue messages in hand at the head of their queue, in the order of `tags`, and ring the bell for each.
+        Messages that Redis no longer lists as unacked are skipped. Returns how many were requeued."""
         messages = [self.qos._delivered.pop(tag) for tag in tags if tag in self.qos._delivered]
         if not messages:
             return 0
         keys, arguments = [self.unacked_key, self.unacked_index_key, bell_key(_queue_of(messages[0]))], []
-        for message in reversed(messages):  # the last one pushed is popped first
+        for message in reversed(messages):  # the one pushed last is popped first
             keys.append(self._q_for_pri(_queue_of(message), self._get_message_priority(message._raw, reverse=False)))
             arguments += [message.delivery_tag, dumps(_as_redelivered(message._raw))]
         with self.conn_or_acquire() as client:
             return int(self._give_back_script(keys, arguments, client=client))
 
     def is_another_idle(self) -> bool:
-        """Whether another worker has lately reported free slots and an empty queue."""
+        """Whether another worker has recently reported free slots and an empty queue."""
         with self.conn_or_acquire() as client:
             names = client.mget([idle_key(queue) for queue in self.active_queues])
         return any(name is not None and name.decode() != self.worker_name for name in names)
 
     def num_waiting(self) -> int:
-        """Messages in the queues of this channel."""
+        """The number of messages in the queues of this channel."""
         return sum(self._size(queue) for queue in self.active_queues)
 
     def close(self) -> None:
-        # Stock kombu waits for the pending pop, lest its message be lost; ours can only lose a ring.
+        # Stock kombu waits for the pending pop, whose message might be lost; ours can lose only a notification.
         if self.room is not None:
             self._in_poll = None
         super().close()
 
-    # Called by kombu's poller: start to wait, and read the result.
+    # Called by kombu's poller, to start waiting and to read the result
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         if self.room is None:
@@ -250,7 +252,7 @@ class BulkChannel(stock.Channel):
             return
         bells = [bell_key(queue) for queue in self.active_queues]
         if self.room().credit <= 0 or not bells:
-            self.has_backlog = True  # not listening, so messages may have arrived when there is credit again
+            self.has_backlog = True  # not listening: by the time there is credit again, messages may have arrived
             return
         connection = self.client.connection
         self._in_poll = connection
@@ -279,7 +281,7 @@ class BulkChannel(stock.Channel):
             raise
 
     def _pass_on(self, bell: bytes) -> None:
-        """The bell rang but we can take nothing: wake another worker, if Redis accepts writes."""
+        """The bell has rung but we cannot take any jobs: wake another worker instead, if Redis accepts writes."""
         self.has_backlog = True
         with self.conn_or_acquire() as client, suppress(self.ResponseError):
             client.pipeline().lpush(bell, 1).ltrim(bell, 0, MAX_RINGS - 1).execute()

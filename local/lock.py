@@ -8,14 +8,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
+from domain.errors import ExpectedError
 from settings import FOUND, PREFIX, Settings, find_running, get_settings, note_in
 
 
-class AlreadyUp(Exception):
+class AlreadyUp(ExpectedError):
     """Another `celeriac up` holds the folder."""
 
 
-class UnusableFolder(Exception):
+class UnusableFolder(ExpectedError):
     """The data folder cannot be created or written to."""
 
 

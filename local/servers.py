@@ -25,12 +25,13 @@ from typing import IO, Self
 import psycopg
 import redis
 
+from domain.errors import ExpectedError
 from local.lifetime import ending_with_us
 from local.lock import FileLock
 from local.processes import ChildProcess, ProcessFailed, free_port, is_free
 
 
-class EmbeddedServerError(RuntimeError):
+class EmbeddedServerError(ExpectedError):
     """A server cannot start; the message says why, and carries the end of its log where there is one."""
 
 

@@ -1,1 +1,1 @@
-"""Everything that survives a restart (PostgreSQL), and live streams over Redis."""
+"""Everything that survives a restart (in PostgreSQL), and live streams over Redis."""

@@ -1,9 +1,9 @@
 """Batches and their lines: created, advanced under a lock, ended.
 
-A step is prepared without a lock and then written in one short transaction, under the lock of the batch's row and only
-if the batch has not changed: its lines, their jobs and the batch's counters change together or not at all. So it does
-not matter when the process that takes a step is killed, or how many take the same one. All functions are synchronous on
-a `Session` and do not commit; those that write need the lock on the batch's row.
+A step is prepared without a lock. It is then written in one short transaction, under the lock on the batch's row, and
+only if the batch has not changed: its lines, their jobs and the batch's counters change together or not at all. A
+process may therefore be killed at any time, and several may attempt the same step. All functions are synchronous on a
+`Session` and do not commit; those that write need the lock on the batch's row.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,11 +35,11 @@ from storage.job_queries import JobRecord
 from storage.tables import Job, JobResult
 from storage.webhooks import write_batch_deliveries
 
-MAX_UNFINISHED = 100  # batches per tenant
+MAX_UNFINISHED = 100  # unfinished batches per tenant
 
 MAX_STEP_FAILURES = 3  # consecutive failures of one kind before the batch fails
 
-# Jobs kept only for the batch may go when all jobs finished today do.
+# Jobs that were kept only for the batch may now be pruned like jobs that finish today.
 LET_JOBS_GO = text("""
 UPDATE jobs j SET prune_at = least(prune_at, statement_timestamp() + make_interval(secs => :ttl_seconds))
 FROM batch_lines l WHERE l.batch_id = :batch_id AND j.id = l.job_id AND j.finished_at IS NOT NULL
@@ -57,11 +57,11 @@ def create(
     metadata: Mapping[str, str],
     output_ttl_seconds: int,
 ) -> Batch:
-    """Raises FileNotFound, or TooManyQueuedJobs if the tenant already has MAX_UNFINISHED batches."""
+    """Create a batch. Raises FileNotFound, or TooManyQueuedJobs if the tenant has MAX_UNFINISHED unfinished batches."""
     file = session.scalar(
         select(File)
         .where(File.id == input_file_id, File.tenant_id == tenant_id, File.status == FileStatus.PROCESSED)
-        .with_for_update(read=True)  # a concurrent delete waits, and then finds the batch
+        .with_for_update(read=True)  # a concurrent delete of the file waits, and then finds the batch
     )
     if file is None:
         raise FileNotFound(
@@ -166,7 +166,7 @@ def delete_ended(session: Session, batch_id: UUID, tenant_id: UUID) -> bool:
 
 
 def get(session: Session, batch_id: UUID, tenant_id: UUID) -> Batch | None:
-    """None: the tenant has no such batch."""
+    """The batch, or None if the tenant has no such batch."""
     batch = session.scalar(
         select(Batch)
         .where(Batch.id == batch_id, Batch.tenant_id == tenant_id)
@@ -203,7 +203,8 @@ def list_batches(
 
 
 def cancel(session: Session, batch_id: UUID, tenant_id: UUID) -> Batch | None:
-    """Ask the batch to stop; one that has ended or is about to stays as it is. None: the tenant has no such batch."""
+    """Ask the batch to stop. Returns it unchanged if it has ended or is about to; None if the tenant has no such
+    batch."""
     is_open = Batch.status.in_([BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS])
     session.execute(
         update(Batch)
@@ -217,7 +218,7 @@ def cancel(session: Session, batch_id: UUID, tenant_id: UUID) -> Batch | None:
 
 
 def unfinished_ids(session: Session) -> dict[UUID, list[UUID]]:
-    """Ids by tenant, each tenant's oldest first."""
+    """The ids of unfinished batches by tenant, each tenant's oldest first."""
     ids_by_tenant: dict[UUID, list[UUID]] = {}
     for row in session.execute(select(Batch.tenant_id, Batch.id).where(text(UNFINISHED)).order_by(Batch.id)):
         ids_by_tenant.setdefault(row.tenant_id, []).append(row.id)
@@ -225,7 +226,7 @@ def unfinished_ids(session: Session) -> dict[UUID, list[UUID]]:
 
 
 def find_unfinished(session: Session, batch_id: UUID) -> Batch | None:
-    """The current row, without a lock. None: it has ended."""
+    """The current row, without a lock; None if the batch has ended."""
     batch = session.scalar(select(Batch).where(Batch.id == batch_id, text(UNFINISHED)))
     if batch is not None:
         session.expunge(batch)
@@ -233,8 +234,8 @@ def find_unfinished(session: Session, batch_id: UUID) -> Batch | None:
 
 
 def lock(session: Session, batch_id: UUID, status: BatchStatus) -> Batch | None:
-    """Lock a batch with this status until the transaction ends, to write a step. None: another process has the lock, or
-    the status has changed."""
+    """Lock a batch with this status until the transaction ends, to write a step. None if another process has the lock
+    or the status has changed."""
     statement = select(Batch).where(Batch.id == batch_id, Batch.status == status)
     return session.scalar(
         statement.with_for_update(skip_locked=True, key_share=True).execution_options(populate_existing=True)
@@ -242,7 +243,8 @@ def lock(session: Session, batch_id: UUID, status: BatchStatus) -> Batch | None:
 
 
 def note_step_failure(session: Session, batch_id: UUID, way: str) -> bool:
-    """Record that a step failed in this way. True: it keeps failing like this, so the batch must be given up."""
+    """Record that a step failed in this way. Returns True if it keeps failing like this, so that the batch must be
+    given up."""
     is_same = Batch.step_failure == way
     statement = (
         update(Batch)
@@ -266,7 +268,7 @@ def now(session: Session) -> datetime:
 
 
 def begin(session: Session, batch: Batch) -> None:
-    """Start the batch; every line is valid."""
+    """Start the batch, all of whose lines are valid."""
     name = external_id(batch.id, "batch")
     batch.output_file_id = files.create_live(session, batch.tenant_id, f"{name}_output.jsonl")
     batch.error_file_id = files.create_live(session, batch.tenant_id, f"{name}_error.jsonl")
@@ -274,19 +276,19 @@ def begin(session: Session, batch: Batch) -> None:
 
 
 def fail(session: Session, batch: Batch, errors: BatchErrors) -> None:
-    """Refuse the file: none of its lines run."""
+    """Fail the batch because of its file; none of its lines will run."""
     batch.errors = errors
     _end(session, batch, BatchStatus.FAILED)
 
 
 def expire(session: Session, batch: Batch) -> None:
-    """The completion window closed before the whole file was read: none of its lines run."""
+    """End the batch because its completion window closed before the whole file was read; none of its lines will run."""
     _end(session, batch, BatchStatus.EXPIRED)
 
 
 def give_up(session: Session, batch_id: UUID, error: BatchError, *, job_ttl_seconds: int) -> None:
-    """Fail a batch that cannot be advanced. The output so far can be read; its jobs are released, and the caller asks
-    running ones to stop."""
+    """Fail a batch that cannot be advanced. Its output so far can be read, and its jobs may be pruned. The caller must
+    ask running jobs to stop."""
     batch = session.scalar(
         select(Batch)
         .where(Batch.id == batch_id, text(UNFINISHED))
@@ -300,7 +302,7 @@ def give_up(session: Session, batch_id: UUID, error: BatchError, *, job_ttl_seco
 
 
 def num_in_flight(session: Session, tenant_id: UUID) -> int:
-    """The tenant's lines, over all batches, whose jobs are not known to have ended."""
+    """The number of the tenant's lines, over all batches, whose jobs are not known to have ended."""
     session.flush()
     total = select(func.coalesce(func.sum(Batch.num_in_flight), 0)).where(
         Batch.tenant_id == tenant_id, text(UNFINISHED)
@@ -309,7 +311,7 @@ def num_in_flight(session: Session, tenant_id: UUID) -> int:
 
 
 def end(session: Session, batch: Batch, *, job_ttl_seconds: int) -> None:
-    """End a batch whose output is complete: freeze the files, release the jobs, notify webhooks."""
+    """End a batch whose output is complete: freeze its files, let its jobs be pruned, notify webhooks."""
     _close_files(session, batch, job_ttl_seconds)
     if batch.cancelling_at is not None:
         _end(session, batch, BatchStatus.CANCELLED)
@@ -348,7 +350,7 @@ def _detached(session: Session, batch: Batch) -> Batch:
     return batch
 
 
-# A line whose job was deleted by its owner has also ended.
+# A line has also ended if the tenant has deleted its job.
 RECORD_ENDED = text("""
 WITH ended AS MATERIALIZED (
     SELECT l.line, coalesce(j.status, 'cancelled') AS outcome, j.num_prompt_tokens, j.num_committed_tokens
@@ -386,7 +388,7 @@ ended AS (
 SELECT count(*) FROM waiting
 """)
 
-# Sequences of lines that workers run or are about to get.
+# The number of sequences of lines that workers are running or are about to get.
 OUTSTANDING = text("""
 SELECT coalesce(sum(l.num_sequences), 0) FROM batch_lines l JOIN jobs j ON j.id = l.job_id
 WHERE l.job_id IS NOT NULL AND l.outcome IS NULL AND j.model = :model AND (j.status = 'in_progress'
@@ -398,7 +400,7 @@ TAKE_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended('celeriac ba
 
 @dataclass(frozen=True, slots=True)
 class NewLine:
-    """A valid line and its place in the file."""
+    """A valid line and its position in the file."""
 
     line: int
     custom_id: str
@@ -416,7 +418,7 @@ class EndedLine:
 
 
 def add_lines(session: Session, batch_id: UUID, lines: Sequence[NewLine]) -> set[int]:
-    """Returns the numbers of the lines whose custom_id was still free."""
+    """Add lines to the batch. Returns the numbers of those whose custom_id was not taken."""
     columns = {
         "lines": [line.line for line in lines],
         "custom_ids": [line.custom_id for line in lines],
@@ -438,7 +440,8 @@ def record_ended(session: Session, batch: Batch) -> None:
 
 
 def waiting_lines(session: Session, batch_id: UUID, *, limit: int, max_bytes: int) -> list[BatchLine]:
-    """The next lines without a job: at least one, up to `max_bytes`; those with the same beginning are adjacent."""
+    """The next lines without a job, at least one if there are any, up to `max_bytes` in total. Lines with the same
+    beginning are adjacent."""
     statement = (
         select(BatchLine)
         .where(BatchLine.batch_id == batch_id, BatchLine.job_id.is_(None), BatchLine.outcome.is_(None))
@@ -450,7 +453,7 @@ def waiting_lines(session: Session, batch_id: UUID, *, limit: int, max_bytes: in
 
 
 def still_waiting(session: Session, batch_id: UUID, lines: Iterable[int]) -> dict[int, BatchLine]:
-    """By number, which of these lines still have neither a job nor an outcome."""
+    """Those of these lines that still have neither a job nor an outcome, by number."""
     waiting = (BatchLine.job_id.is_(None), BatchLine.outcome.is_(None))
     statement = select(BatchLine).where(BatchLine.batch_id == batch_id, BatchLine.line.in_(list(lines)), *waiting)
     found = session.scalars(statement.execution_options(populate_existing=True))
@@ -458,7 +461,7 @@ def still_waiting(session: Session, batch_id: UUID, lines: Iterable[int]) -> dic
 
 
 def attach_jobs(session: Session, batch: Batch, jobs: Mapping[int, tuple[UUID, int]]) -> None:
-    """`jobs` maps a line to its job and the job's number of sequences."""
+    """Record the lines' jobs. `jobs` maps a line number to the job's id and its number of sequences."""
     columns = {
         "lines": list(jobs),
         "job_ids": [job_id for job_id, _ in jobs.values()],
@@ -469,7 +472,7 @@ def attach_jobs(session: Session, batch: Batch, jobs: Mapping[int, tuple[UUID, i
 
 
 def refuse_line(batch: Batch, line: BatchLine, refusal: LineRefusal) -> None:
-    """Record that no job can be made of this line."""
+    """Record that this line cannot become a job."""
     line.outcome, line.refusal = LineOutcome.FAILED, refusal
     batch.num_failed += 1
 
@@ -489,8 +492,8 @@ def in_flight_job_ids(session: Session, batch_id: UUID) -> list[UUID]:
 def ended_lines(
     session: Session, batch_id: UUID, *, after: int, limit: int, max_bytes: int, is_completed: bool | None = None
 ) -> list[EndedLine]:
-    """Ended lines with a number above `after`, in order: all, only completed ones, or only the others. At least one, up
-    to `max_bytes` of stored requests and results in total."""
+    """Ended lines with a number above `after`, in order. `is_completed` selects completed lines, the others, or (None)
+    all. At least one line if there are any, up to `max_bytes` of stored requests and results in total."""
     num_bytes = func.coalesce(func.pg_column_size(JobResult.result), 0) + BatchLine.num_bytes
     statement = (
         select(BatchLine, num_bytes)
@@ -512,7 +515,7 @@ def ended_lines(
 
 
 def num_within(sizes: Iterable[int], bound: int) -> int:
-    """How many of the first sizes add up to at most `bound`, but at least one."""
+    """How many sizes, from the first on, add up to at most `bound`; at least 1."""
     return max(1, sum(total <= bound for total in accumulate(sizes)))
 
 
@@ -520,8 +523,8 @@ def num_within(sizes: Iterable[int], bound: int) -> int:
 
 
 def count_outstanding(session: Session, model: str) -> int | None:
-    """Sequences of batch lines that run or are about to, counted exclusively until the transaction ends. None: another
-    process is counting."""
+    """The number of sequences of batch lines that run or are about to. No other process can count them until the
+    transaction ends; None if another one already does."""
     if not session.execute(TAKE_TURN, {"model": model}).scalar_one():
         return None
     return num_outstanding(session, model)

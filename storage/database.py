@@ -1,8 +1,8 @@
-"""Engines and sessions on PostgreSQL: what we rely on in each, and the migration of the schema.
+"""SQLAlchemy engines and sessions on PostgreSQL, with the settings that we rely on, and the migration of the schema.
 
-Sessions must be ours alone: time limits, planner settings and prepared statements belong to a session, and a pooler in
-transaction or statement mode may run each transaction in a different one. The settings are made after connecting, since
-a pooler (PgBouncer) refuses or drops those that come with the connection. PgBouncer lists this under "Features":
+Each connection must have a session of its own: time limits, planner settings and prepared statements belong to a
+session, and a pooler in transaction or statement mode may run each transaction in a different one. Settings are made
+after connecting, since PgBouncer refuses or drops those that come with the connection; it lists this under "Features":
 https://www.pgbouncer.org/features.html
 """
 
@@ -19,6 +19,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
+from domain.errors import ExpectedError
+
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_SECONDS = 3
@@ -27,7 +29,7 @@ STATEMENT_TIMEOUT_SECONDS = 30
 
 LOCK_TIMEOUT_SECONDS = 10
 
-NUM_LOOKS = 8  # with a busy pooler one check may miss that two connections share a session
+NUM_LOOKS = 8  # with a busy pooler, one check may miss that two connections share a session
 
 # A plan cached while a table was empty would keep reading the whole table for minutes after it has filled. A queue's
 # rows are in memory, so finding one by id costs little more than reading the next one.
@@ -36,14 +38,14 @@ PLANNER = {"plan_cache_mode": "force_custom_plan", "jit": "off", "random_page_co
 SHARED = (
     "CELERIAC_DATABASE_URL leads to a pooler in transaction or statement mode: two of our connections share a session "
     "of PostgreSQL, so time limits, locks and prepared statements would be lost; "
-    "set pool_mode = session there, or name PostgreSQL itself"
+    "set pool_mode = session in the pooler, or use the URL of PostgreSQL itself"
 )
 
-STATEMENT_MODE = "in statement pooling mode"  # in PgBouncer's refusal of a BEGIN
+STATEMENT_MODE = "in statement pooling mode"  # part of PgBouncer's error message when it refuses a BEGIN
 
 
-class SharedSessions(Exception):
-    """The database is behind a pooler that does not give us our own sessions."""
+class SharedSessions(ExpectedError):
+    """The database is behind a pooler that does not give our connections sessions of their own."""
 
 
 def guard_sessions(database: Engine, idle_seconds: float) -> None:
@@ -65,8 +67,8 @@ def guard_sessions(database: Engine, idle_seconds: float) -> None:
 
 
 def refuse_shared_sessions(url: URL) -> None:
-    """Raise SharedSessions if one session of PostgreSQL serves two connections, or two sessions serve one. Raises
-    OperationalError if the server does not answer."""
+    """Raise SharedSessions if one session of PostgreSQL serves two connections, or two sessions serve one connection.
+    Raises OperationalError if the server does not answer."""
     options = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "prepare_threshold": None}
     database = create_engine(url, isolation_level="AUTOCOMMIT", pool_size=2, connect_args=options)
     try:
@@ -97,32 +99,32 @@ T = TypeVar("T")
 
 MIGRATION_WAIT_SECONDS = 60.0
 
-POOL_TIMEOUT_SECONDS = 2.0  # a caller that gets no connection by then answers 503
+POOL_TIMEOUT_SECONDS = 2.0  # a route that does not get a connection within this time answers 503
 
 IDLE_SECONDS = 5.0  # a third of the default lease; see Settings.idle_transaction_seconds
 
 CONNECT_ARGS = {
     "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-    # A silently vanished peer is noticed in seconds, not after the kernel's two hours.
+    # Notice within seconds, not after the kernel's two hours, if the peer has silently vanished.
     "keepalives_idle": 5,
     "keepalives_interval": 2,
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
 }
 
-OUTAGES = (OperationalError, InterfaceError, PoolTimeout)  # the database is away or asks for a retry
+OUTAGES = (OperationalError, InterfaceError, PoolTimeout)  # the database is down or asks for a retry
 
-# Also outages, but psycopg raises them as InternalError; the second comes from a server that became a standby.
+# Also outages, but psycopg raises them as InternalError. The second comes from a server that has become a standby.
 OTHER_OUTAGES = (IdleInTransactionSessionTimeout, ReadOnlySqlTransaction)
 
 
 def database_url(url: str) -> URL:
-    """`postgresql://…` or `postgres://…` for SQLAlchemy: through psycopg 3, which serves sync and async."""
+    """Convert `postgresql://…` or `postgres://…` for SQLAlchemy with psycopg 3, which supports both sync and async."""
     parsed = make_url(url)
     if parsed.drivername in ("postgresql", "postgres"):
         return parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername != "postgresql+psycopg":
-        raise ValueError(f"database URL begins with {parsed.drivername}://; give postgresql://user@host:port/name")
+        raise ValueError(f"the database URL begins with {parsed.drivername}://; give postgresql://user@host:port/name")
     return parsed
 
 
@@ -145,7 +147,7 @@ def open_database(url: str, *, pool_size: int = 4, max_overflow: int = 4, idle_s
 def open_async_database(
     url: str, *, pool_size: int = 10, max_overflow: int = 10, idle_seconds: float = IDLE_SECONDS
 ) -> AsyncEngine:
-    """A pool of async connections, for the API; otherwise as `open_database`."""
+    """A pool of async connections, for the API; otherwise like `open_database`."""
     database = create_async_engine(
         database_url(url),
         pool_size=pool_size,
@@ -160,14 +162,14 @@ def open_async_database(
 
 
 def open_statement_database(url: str, *, pool_size: int = 10, max_overflow: int = 10) -> AsyncEngine:
-    """As `open_async_database`, for single statements that may be repeated: they autocommit, in one round trip instead
-    of four, and a connection lost while idle is only noticed when used; see `repeatable`."""
+    """Like `open_async_database`, but for single statements that may be repeated. They autocommit, in one round trip
+    instead of four, and a connection lost while idle is noticed only when it is used; see `repeatable`."""
     database = create_async_engine(
         database_url(url),
         pool_size=pool_size,
         max_overflow=max_overflow,
         pool_timeout=POOL_TIMEOUT_SECONDS,
-        pool_use_lifo=True,  # few connections do most of the work, with prepared statements
+        pool_use_lifo=True,  # so that few connections do most of the work and can reuse their prepared statements
         isolation_level="AUTOCOMMIT",
         connect_args=CONNECT_ARGS,
     )
@@ -182,7 +184,8 @@ async def repeatable(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> T:
-    """Call a storage function that may be called twice: again on a new connection if the first one was lost."""
+    """Call a storage function, and call it again on a new connection if the first one was lost. It must be safe to call
+    twice."""
     try:
         async with sessions() as session:
             return await session.run_sync(function, *args, **kwargs)
@@ -194,8 +197,8 @@ async def repeatable(
 
 
 async def within(seconds: float, reading: Coroutine[Any, Any, T]) -> T:
-    """The result of `reading`. Raises TimeoutError if that takes longer; it is then abandoned in the background,
-    because cancelling a connection whose server is gone would block the caller for ten more seconds."""
+    """The result of `reading`. Raises TimeoutError if it takes longer than `seconds`. It then continues in the
+    background, because cancelling a connection whose server is gone would block the caller for ten more seconds."""
     task = asyncio.create_task(reading)
     try:
         await asyncio.wait((task,), timeout=seconds)
@@ -215,28 +218,28 @@ _given_up: set["asyncio.Task[Any]"] = set()  # the event loop keeps only weak re
 def _forget(task: "asyncio.Task[Any]") -> None:
     _given_up.discard(task)
     if not task.cancelled():
-        task.exception()  # nobody awaits it any more
+        task.exception()  # retrieve it, since nobody awaits the task any more
 
 
 def session_factory(database: Engine) -> sessionmaker[Session]:
-    """Sessions whose rows stay readable after the commit: they are results, not handles."""
+    """Sessions whose rows stay readable after the commit, so that functions can return them."""
     return sessionmaker(database, expire_on_commit=False)
 
 
 def async_session_factory(database: AsyncEngine) -> async_sessionmaker[AsyncSession]:
-    """As `session_factory`; storage functions run on it through `AsyncSession.run_sync`."""
+    """Like `session_factory`. Storage functions run on these sessions through `AsyncSession.run_sync`."""
     return async_sessionmaker(database, expire_on_commit=False)
 
 
-class MigrationRunning(Exception):
-    """Another process has been migrating for longer than we wait."""
+class MigrationRunning(ExpectedError):
+    """Another process has been migrating the schema for longer than we are prepared to wait."""
 
 
 def migrate(url: str, say: Callable[[str], None] = log.warning) -> None:
-    """Bring the schema up to date. Safe to call from many processes at once: the others wait and find nothing to do.
+    """Bring the schema up to date. May be called from many processes at once: one migrates, the others wait for it.
 
-    The lock belongs to a transaction, which ends with the client even behind a pooler. `say` is told why we wait.
-    Raises MigrationRunning after MIGRATION_WAIT_SECONDS, and SharedSessions.
+    The lock belongs to a transaction, which ends with the client even behind a pooler. `say` is called with the reason
+    for waiting. Raises MigrationRunning after MIGRATION_WAIT_SECONDS, and SharedSessions.
     """
     parsed = database_url(url)
     refuse_shared_sessions(parsed)
@@ -251,7 +254,7 @@ def migrate(url: str, say: Callable[[str], None] = log.warning) -> None:
 
 def _take_migration_lock(connection: Connection, say: Callable[[str], None]) -> None:
     """Take the lock until the end of the transaction."""
-    # No idle timeout, since a migration may take long.
+    # No idle timeout, since a migration may take a long time.
     connection.execute(select(func.set_config("idle_in_transaction_session_timeout", "0", True)))
     if connection.scalar(select(func.pg_try_advisory_xact_lock(MIGRATION_LOCK))):
         return
@@ -281,7 +284,7 @@ def _lock_holder(connection: Connection) -> str:
 
 
 def _upgrade(connection: Connection) -> None:
-    from alembic import command  # takes a fifth of a worker's start, and only this function needs it
+    from alembic import command  # imported here: it takes a fifth of a worker's start, and only this function needs it
     from alembic.config import Config
 
     config = Config()

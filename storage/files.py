@@ -1,8 +1,9 @@
-"""Files in SQL, written piece by piece, read in parts, always one tenant's; and the row classes of files and batches.
+"""Files in SQL, written piece by piece and read in parts, and the row classes of files and batches.
 
-docs/adr/0012-files-are-in-sql.md says why the content is in SQL, too. Each piece is its own transaction, so an upload
-holds no connection while it waits for its client; until the last piece the file is `uploading` and invisible. All
-functions are synchronous on a `Session` and do not commit.
+docs/adr/0012-files-are-in-sql.md explains why the content is in SQL as well. Each piece is written in its own
+transaction, so an upload does not hold a connection while it waits for its client. Until the last piece has arrived,
+the file is `uploading` and invisible. Every file belongs to one tenant. All functions are synchronous on a `Session`
+and do not commit.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ UNFINISHED = "status IN ('validating', 'in_progress', 'finalizing', 'cancelling'
 
 
 class File(Row):
-    """A file that was uploaded or that a batch writes."""
+    """A file that a client has uploaded or that a batch writes."""
 
     __tablename__ = "files"
     __table_args__ = (
@@ -60,17 +61,17 @@ class File(Row):
 
 
 class FilePiece(Row):
-    """PIECE_BYTES of a file's content; the last piece may have fewer."""
+    """PIECE_BYTES of a file's content; the last piece may be shorter."""
 
     __tablename__ = "file_pieces"
 
     file_id: Mapped[UUID] = mapped_column(ForeignKey("files.id", ondelete="CASCADE"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)  # from 0
-    content: Mapped[bytes]  # uncompressed, since parts of it are read
+    content: Mapped[bytes]  # stored uncompressed, so that parts of it can be read
 
 
 class Batch(Row):
-    """One batch and its progress. A step may only be written while holding the lock on this row."""
+    """One batch and its progress. A step may be written only while holding the lock on this row."""
 
     __tablename__ = "batches"
     __table_args__ = (
@@ -97,7 +98,7 @@ class Batch(Row):
     errors: Mapped[BatchErrors | None] = mapped_column(PydanticJSON(BatchErrors))
     output_file_id: Mapped[UUID | None]
     error_file_id: Mapped[UUID | None]
-    num_bytes_read: Mapped[int] = mapped_column(BigInteger, server_default="0")  # by validation
+    num_bytes_read: Mapped[int] = mapped_column(BigInteger, server_default="0")  # how far validation has read the file
     num_lines_read: Mapped[int] = mapped_column(server_default="0")  # including empty ones
     num_lines: Mapped[int] = mapped_column(server_default="0")
     num_inputs: Mapped[int] = mapped_column(server_default="0")  # embedding inputs, over all lines
@@ -122,7 +123,7 @@ class Batch(Row):
 
 
 class BatchLine(Row):
-    """Where a line is in its file, its job, and how it ended. Deleted when the output is frozen."""
+    """One line of a batch: its position in the file, its job, and its outcome. Deleted when the output is frozen."""
 
     __tablename__ = "batch_lines"
     __table_args__ = (
@@ -140,7 +141,7 @@ class BatchLine(Row):
     )
 
     batch_id: Mapped[UUID] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True)
-    line: Mapped[int] = mapped_column(primary_key=True)  # in the file, from 1
+    line: Mapped[int] = mapped_column(primary_key=True)  # its number in the file, from 1
     custom_id: Mapped[str]
     first_byte: Mapped[int] = mapped_column(BigInteger)
     num_bytes: Mapped[int]
@@ -151,7 +152,7 @@ class BatchLine(Row):
     refusal: Mapped[LineRefusal | None] = mapped_column(PydanticJSON(LineRefusal))
 
 
-STALE_UPLOAD_SECONDS = 600  # until an interrupted upload is discarded
+STALE_UPLOAD_SECONDS = 600  # an upload without a new piece for this long is discarded
 
 PIECES_PER_READ = 4
 
@@ -168,8 +169,8 @@ GROUP BY w.place ORDER BY w.place
 
 
 def begin_upload(session: Session, tenant_id: UUID, *, max_bytes: int) -> UUID:
-    """Create a file that is not visible yet; returns its id. Raises InsufficientQuota if the tenant's files already
-    have `max_bytes`."""
+    """Create a file that is not visible yet, and return its id. Raises InsufficientQuota if the tenant's files already
+    have `max_bytes` in total."""
     _refuse_over_quota(session, tenant_id, max_bytes)
     file = File(id=new_id(), tenant_id=tenant_id, filename="", purpose="batch", status=FileStatus.UPLOADING)
     session.add(file)
@@ -178,7 +179,7 @@ def begin_upload(session: Session, tenant_id: UUID, *, max_bytes: int) -> UUID:
 
 
 def append(session: Session, file_id: UUID, number: int, content: bytes) -> None:
-    """Write the piece `number`, counted from 0. All but the last have PIECE_BYTES."""
+    """Write piece `number`, counted from 0. All pieces but the last must have PIECE_BYTES."""
     session.execute(insert(FilePiece).values(file_id=file_id, number=number, content=content))
     grown = {"num_bytes": File.num_bytes + len(content), "touched_at": func.statement_timestamp()}
     session.execute(update(File).where(File.id == file_id).values(**grown))
@@ -187,7 +188,8 @@ def append(session: Session, file_id: UUID, number: int, content: bytes) -> None
 def finish_upload(
     session: Session, file_id: UUID, tenant_id: UUID, *, filename: str, purpose: str, ttl_seconds: int, max_bytes: int
 ) -> File:
-    """Make the file visible. Raises InsufficientQuota; two uploads that end together cannot both exceed the limit."""
+    """Make the file visible. Raises InsufficientQuota, even if two uploads that together exceed the quota end at the
+    same time."""
     session.execute(select(Tenant.id).where(Tenant.id == tenant_id).with_for_update(key_share=True))
     _refuse_over_quota(session, tenant_id, max_bytes + 1)
     file = session.get_one(File, file_id, populate_existing=True)
@@ -199,11 +201,12 @@ def finish_upload(
 
 
 def _refuse_over_quota(session: Session, tenant_id: UUID, bound: int) -> None:
-    """Current uploads count with what has arrived."""
+    """Raise InsufficientQuota if the tenant's files have at least `bound` bytes. Uploads in progress count with the
+    bytes that have arrived."""
     num_bytes = session.scalar(select(func.coalesce(func.sum(File.num_bytes), 0)).where(File.tenant_id == tenant_id))
     if int(num_bytes or 0) >= bound:
         raise InsufficientQuota(
-            f"your files have {num_bytes} bytes, the limit is {bound}; delete some, or let them expire earlier",
+            f"your files have {num_bytes} bytes, but the limit is {bound}; delete some, or let them expire earlier",
             param="file",
         )
 
@@ -214,7 +217,7 @@ def discard(session: Session, file_id: UUID) -> None:
 
 
 def get(session: Session, file_id: UUID, tenant_id: UUID) -> File | None:
-    """None: the tenant has no such file, or not yet, or not any more."""
+    """The file, or None if the tenant does not have it, or it is still being uploaded, or it has expired."""
     file = session.scalar(
         select(File)
         .where(File.id == file_id, File.tenant_id == tenant_id, *_visible())
@@ -252,8 +255,8 @@ def _visible() -> tuple[ColumnElement[bool], ...]:
 
 
 def delete_file(session: Session, file_id: UUID, tenant_id: UUID) -> bool:
-    """False: no such file. Raises InvalidRequest while an unfinished batch reads or writes it."""
-    # The same lock as of a batch that is about to use the file, so that one of the two sees the other.
+    """Delete a file. False if the tenant has no such file. Raises InvalidRequest while an unfinished batch uses it."""
+    # Conflicts with the lock taken for a batch that is about to use the file, so that one of the two sees the other.
     file = session.scalar(
         select(File).where(File.id == file_id, File.tenant_id == tenant_id, *_visible()).with_for_update()
     )
@@ -261,7 +264,7 @@ def delete_file(session: Session, file_id: UUID, tenant_id: UUID) -> bool:
         return False
     if session.scalar(select(exists().where(_in_use(file_id)))):
         raise InvalidRequest(
-            "an unfinished batch needs this file; cancel it or wait for its end first", param="file_id"
+            "an unfinished batch needs this file; cancel the batch or wait until it ends", param="file_id"
         )
     session.execute(delete(File).where(File.id == file_id))
     return True
@@ -273,7 +276,7 @@ def _in_use(file_id: "UUID | ColumnElement[UUID]") -> ColumnElement[bool]:
 
 
 def read_pieces(session: Session, file_id: UUID, *, first: int) -> list[bytes]:
-    """A few pieces in order, from the number `first`; none after the last."""
+    """A few consecutive pieces from number `first` on; empty after the last."""
     statement = (
         select(FilePiece.content)
         .where(FilePiece.file_id == file_id, FilePiece.number >= first)
@@ -284,7 +287,7 @@ def read_pieces(session: Session, file_id: UUID, *, first: int) -> list[bytes]:
 
 
 def read_ranges(session: Session, file_id: UUID, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """The bytes of each (first byte, length), in order, without reading what is between them."""
+    """The bytes of each range (first byte, length), in order, without reading the bytes in between."""
     parameters = {
         "file_id": file_id,
         "firsts": [first for first, _ in ranges],
@@ -295,7 +298,7 @@ def read_ranges(session: Session, file_id: UUID, ranges: Sequence[tuple[int, int
 
 
 def create_live(session: Session, tenant_id: UUID, filename: str) -> UUID:
-    """A file that a batch will write. Until then its content is assembled from the batch's lines."""
+    """Create a file that a batch will write. Until it is frozen, its content is assembled from the batch's lines."""
     file = File(id=new_id(), tenant_id=tenant_id, filename=filename, purpose="batch_output", status=FileStatus.LIVE)
     session.add(file)
     session.flush()
@@ -303,7 +306,7 @@ def create_live(session: Session, tenant_id: UUID, filename: str) -> UUID:
 
 
 def extend(session: Session, file_id: UUID, content: bytes) -> None:
-    """Append to the content: fill the last piece, then add more. The caller is the only writer."""
+    """Append to the content: fill the last piece, then add more. The caller must be the only writer."""
     num_bytes = session.scalars(select(File.num_bytes).where(File.id == file_id)).one()
     number, used = divmod(num_bytes, PIECE_BYTES)
     if used and content:
@@ -317,7 +320,7 @@ def extend(session: Session, file_id: UUID, content: bytes) -> None:
 
 
 def freeze(session: Session, file_id: UUID, *, ttl_seconds: int) -> bool:
-    """Make what was written the final content. False: nothing was written, so the file is deleted."""
+    """Make the content written so far final. If there is none, delete the file and return False."""
     file = session.get_one(File, file_id, populate_existing=True)
     if file.num_bytes == 0:
         session.delete(file)
@@ -329,7 +332,7 @@ def freeze(session: Session, file_id: UUID, *, ttl_seconds: int) -> bool:
 
 
 def prune(session: Session, *, limit: int = 20) -> int:
-    """Delete expired files that no unfinished batch needs, and interrupted uploads."""
+    """Delete interrupted uploads, and expired files that no unfinished batch needs. Returns how many."""
     now = func.statement_timestamp()
     is_stale = (File.status == FileStatus.UPLOADING) & (
         File.touched_at < now - func.make_interval(0, 0, 0, 0, 0, 0, STALE_UPLOAD_SECONDS)

@@ -1,4 +1,4 @@
-"""Jobs come in: a group of new jobs in one statement, and what became of each.
+"""How jobs come in: inserts a group of new jobs in one statement, and reports the outcome of each.
 
 As in `storage/jobs.py`, all functions are synchronous on a `Session` and do not commit.
 """
@@ -25,7 +25,7 @@ MAX_POISON_JOBS_PER_HOUR = 3
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A validated request for the job table. `request` has every default resolved."""
+    """A validated request that is to become a job. `request` has all defaults resolved."""
 
     id: UUID
     tenant_id: UUID
@@ -37,8 +37,8 @@ class NewJob:
     max_failures: int
     result_ttl_seconds: int
     request_hash: bytes
-    fingerprint: bytes | None = None  # identifies the request to an engine
-    lane: Lane = Lane.STANDARD  # isolated also if the request is known as poison
+    fingerprint: bytes | None = None  # equal for requests that are the same to an engine
+    lane: Lane = Lane.STANDARD  # isolated: accept the job even if its request is known to be poison
     retry_of: UUID | None = None
     idempotency_key: str | None = None
     priority: int = 0
@@ -46,36 +46,36 @@ class NewJob:
     start_timeout_seconds: float | None = None
     run_timeout_seconds: float | None = None
     metadata: dict[str, str] = field(default_factory=dict)
-    input_lengths: Sequence[int] | None = None  # of an embedding: tokens of each input; their ids are prompt_token_ids
-    webhook_url: str | None = None  # checked, spelled as by `domain.webhooks`
-    webhook_statuses: Sequence[JobStatus] = ()  # the final statuses it is notified of
+    input_lengths: Sequence[int] | None = None  # for embeddings: tokens per input; the ids are in prompt_token_ids
+    webhook_url: str | None = None  # validated, and normalised by `domain.webhooks`
+    webhook_statuses: Sequence[JobStatus] = ()  # the final statuses that are sent to it
     endpoint: Endpoint = Endpoint.JOBS
     is_stored: bool = False
     endpoint_body: str | None = None  # JSON
-    request_id: str | None = None  # of the HTTP request that submitted it
+    request_id: str | None = None  # the id of the HTTP request that submitted it
 
     @property
     def cost(self) -> int:
-        """The most tokens it can take, which fairness charges until its end."""
+        """The most tokens that the job can take. Fairness charges this until the actual number is known."""
         return len(self.prompt_token_ids) + self.num_sequences * self.max_tokens
 
     @property
     def num_sequences(self) -> int:
-        """How many of a worker's slots it takes."""
+        """How many of a worker's slots the job takes."""
         return self.request.params.num_sequences if isinstance(self.request, GenerationRequest) else 1
 
 
 class AcceptOutcome(StrEnum):
     ACCEPTED = "accepted"
-    DUPLICATE = "duplicate"  # same idempotency key (or id), same request: `job_id` names the first one
-    KEY_REUSED = "key_reused"  # same idempotency key, another request
-    TOO_MANY_QUEUED = "too_many_queued"  # the tenant's bound
-    POISON = "poison"  # the same request crashed an engine within a day
+    DUPLICATE = "duplicate"  # same idempotency key (or id) and same request: `job_id` is that of the first one
+    KEY_REUSED = "key_reused"  # same idempotency key, but a different request
+    TOO_MANY_QUEUED = "too_many_queued"  # the tenant has reached its limit
+    POISON = "poison"  # the same request has crashed an engine within the last day
 
 
 @dataclass(frozen=True, slots=True)
 class QueueRoom:
-    """How many waiting jobs a tenant may have, and how many more it may add after this accept."""
+    """How many queued jobs a tenant may have, and how many more it may add after this group."""
 
     max_queued: int
     num_free: int
@@ -85,8 +85,8 @@ class QueueRoom:
 class Accepted:
     job_id: UUID
     outcome: AcceptOutcome
-    created_at: datetime | None = None  # if ACCEPTED; by the database's clock
-    room: QueueRoom | None = None  # if ACCEPTED
+    created_at: datetime | None = None  # set if ACCEPTED; by the database's clock
+    room: QueueRoom | None = None  # set if ACCEPTED
 
 
 def accept(
@@ -96,9 +96,12 @@ def accept(
     max_queued_jobs: int,
     max_poison_jobs_per_hour: int = MAX_POISON_JOBS_PER_HOUR,
 ) -> list[Accepted]:
-    """Insert a group of jobs as `queued` in one statement; one outcome per job, in order. Safe to repeat after an
-    ambiguous commit: the same id or idempotency key answers DUPLICATE. `max_queued_jobs` limits tenants without their
-    own limit; beyond `max_poison_jobs_per_hour` all jobs of a tenant run isolated."""
+    """Insert a group of jobs as `queued` in one statement. Returns one outcome per job, in order.
+
+    Safe to repeat after an ambiguous commit: jobs with the same id or idempotency key then get DUPLICATE.
+    `max_queued_jobs` applies to tenants without a limit of their own. If a tenant has had more than
+    `max_poison_jobs_per_hour`, all its new jobs run isolated.
+    """
     if not new_jobs:
         return []
     firsts = first_of_each(new_jobs)
@@ -119,7 +122,7 @@ def _accepted(row: Row[Any]) -> Accepted:
 
 
 def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> dict[int, Accepted]:
-    """The outcomes of jobs that were not inserted: they exist already, or there was no room."""
+    """The outcomes of jobs that were not inserted, because they already exist, are poison, or did not have room."""
     if not job_by_place:
         return {}
     places, new_jobs = list(job_by_place), list(job_by_place.values())
@@ -172,7 +175,7 @@ def of_new_jobs(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
 
 
 def of_fingerprints(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
-    """Parameters that find requests known as poison."""
+    """Parameters for finding requests that are known to be poison."""
     return {
         "tenant_ids": [job.tenant_id for job in new_jobs],
         "fingerprints": Packed(job.fingerprint for job in new_jobs),
@@ -181,12 +184,13 @@ def of_fingerprints(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
 
 
 def _int_array(numbers: Sequence[int] | None) -> str | None:
-    """Ten times faster than `str` of each number: a long prompt has a hundred thousand of them."""
+    """A PostgreSQL array literal. Ten times faster than calling `str` for each number, of which a long prompt has a
+    hundred thousand."""
     return None if numbers is None else "{" + orjson.dumps(list(numbers))[1:-1].decode() + "}"
 
 
 def of_names(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
-    """Parameters that find jobs that exist already."""
+    """Parameters for finding jobs that already exist."""
     return {
         "ids": [job.id for job in new_jobs],
         "tenant_ids": [job.tenant_id for job in new_jobs],
@@ -196,7 +200,7 @@ def of_names(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
 
 
 def first_of_each(new_jobs: Sequence[NewJob]) -> list[int]:
-    """The places of the first job with each id and idempotency key in this group."""
+    """For each id and idempotency key in this group, the position of the first job that has it."""
     seen: set[tuple[UUID, str] | UUID] = set()
     firsts = []
     for place, job in enumerate(new_jobs):

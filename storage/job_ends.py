@@ -1,13 +1,13 @@
-"""How jobs end: the statements, revisions that are gone, and the partial result of a job whose worker is gone.
+"""How jobs end: the statements, jobs of model revisions that are gone, and partial results of jobs without a worker.
 
 The rules that all statements share are in `storage/job_statements.py`.
 
-A model revision counts as served while it has a live worker in any state: one that is loading will run its jobs. It
-counts as gone only if another revision of the same model is ready and every live worker reports its revision; without
-any worker a job waits for a worker, not for a revision.
+A model revision counts as served while it has a live worker in any state, since one that is still loading will run its
+jobs. It counts as gone only if another revision of the same model is ready and all live workers have reported their
+revision. If there is no worker at all, jobs wait for a worker, and no revision counts as gone.
 """
 
-# ruff: noqa: S608  (only constants of the storage modules are put into the text; values are bound)
+# ruff: noqa: S608  (only constants of the storage modules are inserted into the text; values are bound)
 
 from collections.abc import Mapping, Sequence
 from uuid import UUID
@@ -31,7 +31,7 @@ from storage.webhooks import IS_TOLD
 
 BEGAN = f"coalesce(j.attempt_started_at, j.started_at, {CLOCK}) AS attempt_started_at"
 
-# One row of history per attempt in `over`, written by the statement that ended it, so that none is missing.
+# Writes one row of history for each attempt in `over`. It is part of the statement that ends them, so none is missing.
 NOTED = f"""
 noted AS (
     INSERT INTO job_attempts (job_id, attempt, worker_id, worker_name, started_at, ended_at, outcome, error_code,
@@ -72,14 +72,14 @@ written AS (
 moved AS (SELECT id, tenant_id, 0 AS queued, -1 AS running, charge FROM ended),
 {COUNTED}
 SELECT id, is_told FROM ended
-UNION ALL  -- a repeated call: the first one's commit was applied though its answer was lost
+UNION ALL  -- a repeated call: the first one was committed, but its answer was lost
 SELECT j.id, false FROM jobs j JOIN ending USING (id) WHERE j.status = ending.status AND j.attempt = ending.attempt
     AND j.committed_sequence_number = ending.last
 """)
 
 
 def told(jobs: str, *, has_chunks: str) -> str:
-    """What callers log and return about the jobs in the CTE `jobs`: their state and the time so far."""
+    """Select what callers log and return about the jobs in the CTE `jobs`: their state, and the time since accept."""
     return f"""
 SELECT t.id, t.model, t.status, t.attempt, {has_chunks} AS has_chunks, t.is_told, t.num_committed_tokens AS num_tokens,
     extract(epoch FROM {CLOCK} - t.created_at)::float8 AS seconds,
@@ -88,9 +88,12 @@ FROM {jobs} t"""
 
 
 def _returned(pick: str, *, also: str = "") -> str:
-    """Give back or end the running jobs that `pick` locked. Its columns say what they become: id, next_status (queued
-    or terminal), lane, num_failures, num_suspicions, delay_seconds, error; and how the attempt ended: owner, outcome.
-    `also` is one more CTE on what was `returned`."""
+    """Requeue or end the running jobs that `pick` has locked.
+
+    The columns of `pick` are the jobs' new values (id, next_status, which is queued or terminal, lane, num_failures,
+    num_suspicions, delay_seconds, error) and how the attempt ended (owner, outcome). `also` is an additional CTE that
+    may refer to `returned`.
+    """
     return f"""
 WITH pick AS MATERIALIZED ({pick}),
 returned AS (
@@ -99,7 +102,7 @@ returned AS (
         finished_at = CASE WHEN pick.next_status <> 'queued' THEN {CLOCK} END,
         prune_at = CASE WHEN pick.next_status <> 'queued'
             THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END,
-        available_at = CASE WHEN pick.delay_seconds > 0  -- else its old place in the queue
+        available_at = CASE WHEN pick.delay_seconds > 0  -- else it keeps its place in the queue
             THEN {CLOCK} + make_interval(secs => pick.delay_seconds) ELSE j.available_at END,
         dispatch_at = {CLOCK}, num_dispatches = 0
     FROM pick WHERE j.id = pick.id
@@ -118,8 +121,8 @@ moved AS (
 
 
 def _charged(is_poison: str) -> str:
-    """The columns of a job after a failure is charged to it. The next attempt is immediate after a first failure and
-    after any attempt with output; a job that fails again without output waits up to 2, 4, then 8 s."""
+    """The columns of a job to which a failure is charged. After a first failure, and after any attempt with output, the
+    next attempt may begin immediately; a job that fails again without output waits for up to 2, 4, then 8 s."""
     return f"""j.num_failures + 1 AS num_failures,
         CASE WHEN j.num_failures = 0 OR j.num_committed_tokens > j.num_tokens_at_claim THEN 0
             ELSE power(2, least(j.num_failures, 3)) * (0.5 + 0.5 * random()) END AS delay_seconds,
@@ -149,7 +152,7 @@ REPORT_CRASH = text(
     FROM unnest(CAST(:ids AS uuid[]), CAST(:weights AS int[])) AS crash(id, weight) JOIN jobs j USING (id)
     WHERE {RUNNING} AND j.lease_owner = :owner ORDER BY j.id FOR NO KEY UPDATE OF j""",
         also=f"""
-poisoned AS (  -- the same request again is refused for a day
+poisoned AS (  -- the same request will be refused for a day
     INSERT INTO poison_requests (tenant_id, fingerprint, job_id, created_at)
     SELECT DISTINCT ON (r.tenant_id, p.fingerprint) r.tenant_id, p.fingerprint, r.id, {CLOCK}
     FROM returned r JOIN job_payloads p ON p.job_id = r.id
@@ -159,7 +162,7 @@ poisoned AS (  -- the same request again is refused for a day
     )
 )
 
-# The lease is checked on the locked row, not on the one in the snapshot, so a renewal in between wins.
+# The lease is checked on the locked row, not on the one in the snapshot, so that a renewal in between wins.
 RESCUE = text(
     _returned(f"""
     SELECT j.id, j.lease_owner AS owner, 'lost' AS outcome, j.lane, j.num_suspicions, {_charged("false")} FROM jobs j
@@ -169,8 +172,8 @@ RESCUE = text(
     ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED""")
 )
 
-# The lease is renewed, yet no token arrives. A job without a token in this attempt may still be in prefill or waiting
-# for its turn in the engine, so it gets ten times as long.
+# The lease is being renewed, but no tokens arrive. A job that has had no token in this attempt may still be in prefill
+# or waiting for its turn in the engine, so it gets ten times as long.
 STALL = text(
     _returned(f"""
     SELECT j.id, j.lease_owner AS owner, 'stalled' AS outcome, j.lane, j.num_suspicions, {_charged("false")}
@@ -237,7 +240,7 @@ moved AS (
 SELECT id FROM deleted
 """)
 
-# For a job that ended without its worker: its committed output becomes its result.
+# Makes the committed output of a job that ended without its worker its result.
 STORE_PARTIAL = text("""
 WITH partial AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:finish_reasons AS text[]), CAST(:results AS text[]))
@@ -282,8 +285,8 @@ pick AS MATERIALIZED (
     ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
 )"""
 
-# No attempt is running, so there is none to fence off: the next claim raises the attempt as usual. The reset takes the
-# number after the last chunk, and the chunks are deleted.
+# No attempt is running, so none has to be fenced off; the next claim increments the attempt as usual. The chunks are
+# deleted, and the reset gets the sequence number after the last of them.
 RESTART = text(f"""
 WITH {PICK},
 discarded AS (DELETE FROM job_chunks c USING pick WHERE c.job_id = pick.id),
@@ -325,8 +328,8 @@ def _stored_error(error: type[CeleriacError], message: str) -> str:
 
 #: Errors of jobs that failed or expired without their worker.
 ERRORS = {
-    "deadline_error": _stored_error(DeadlineExceeded, "the deadline passed before the job was done"),
-    "poison_error": _stored_error(PoisonJob, "the engine crashed while it ran this job alone"),
+    "deadline_error": _stored_error(DeadlineExceeded, "the deadline passed before the job was finished"),
+    "poison_error": _stored_error(PoisonJob, "the engine crashed while it was running this job alone"),
     "lost_error": _stored_error(WorkerLost, "the worker was lost or crashed more often than max_failures allows"),
     "revision_error": _stored_error(
         ModelRevisionGone,
@@ -334,7 +337,7 @@ ERRORS = {
     ),
 }
 
-#: The finish reason of the unfinished sequences of a job with this status.
+#: By a job's final status, the finish reason of those of its sequences that had not finished.
 REASON_BY_STATUS = {
     JobStatus.CANCELLED: FinishReason.CANCELLED,
     JobStatus.EXPIRED: FinishReason.DEADLINE,
@@ -349,8 +352,8 @@ def partial_result(
     cut_off_by: FinishReason,
     params: SamplingParams = SamplingParams(),  # noqa: B008  (frozen)
 ) -> GenerationResult:
-    """The result that `chunks` (in order, at least one) add up to. Sequences without a chunk are left out; unfinished
-    ones get the reason `cut_off_by`."""
+    """The result that `chunks`, at least one and in order, add up to. Sequences without a chunk are left out, and
+    unfinished ones get the finish reason `cut_off_by`."""
     by_index: dict[int, list[TokenChunk]] = {}
     for chunk in chunks:
         if not chunk.is_reset:
@@ -364,14 +367,14 @@ def partial_result(
 
 
 def store_partial_results(session: Session, status_by_job_id: Mapping[UUID, JobStatus]) -> None:
-    """Write the results of terminal jobs that have chunks, in the transaction that ended them."""
+    """Write partial results for terminal jobs that have chunks, in the transaction that ended the jobs."""
     if not status_by_job_id:
         return
     results: dict[UUID, GenerationResult] = {}
     for row in session.execute(COMMITTED_OUTPUT, {"ids": list(status_by_job_id)}):
         chunks = [TokenChunk.model_validate_json(chunk) for chunk in row.chunks]
         if chunks[-1].is_reset:
-            continue  # it started over and produced nothing since
+            continue  # it has started over and produced nothing since
         reason = REASON_BY_STATUS[status_by_job_id[row.id]]
         request = REQUEST.validate_json(row.request)
         params = request.params if isinstance(request, GenerationRequest) else SamplingParams()

@@ -1,10 +1,10 @@
-"""Reading jobs: one query each, never a job of another tenant. Writing is in `storage/jobs.py`.
+"""Reading jobs, with one query each, and never those of another tenant. Writing is in `storage/jobs.py`.
 
-Also the history of jobs (attempts, dead letters), and what the OpenAI and simple routes need: retries that find their
-job, repeated requests that find an answer, delivery marks, and lists of stored chats.
+This includes the history of jobs (attempts, dead letters) and what the OpenAI and simple routes need: finding the job
+of a retried request, finding an answer for a repeated one, delivery marks, and lists of stored chats.
 """
 
-# ruff: noqa: S608  (only constants of this module are put into the text; values are bound)
+# ruff: noqa: S608  (only constants of this module are inserted into the text; values are bound)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ STREAM_STATES = text("""
 SELECT id, status, attempt, committed_sequence_number FROM jobs WHERE id = ANY(CAST(:ids AS uuid[]))
 """)
 
-# Why a queued job waits depends on these and on the live workers.
+# The reason why a queued job waits depends on these columns and on the live workers.
 WAITING_JOB = f"""j.lane, CASE WHEN {BEGUN} THEN j.model_revision END AS revision,
     j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0 AS is_held_line,
     j.available_at > {CLOCK} AS is_delayed"""
@@ -71,14 +71,14 @@ FROM jobs j WHERE j.id = :job_id
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job at one moment; `job` is detached from the session. `request`, `result` and `endpoint_body` are None if not
-    requested, `result` also while there is none, and `endpoint_body` if the route does not keep one."""
+    """A job at one moment; `job` is detached from the session. `request`, `result` and `endpoint_body` are None if they
+    were not asked for; `result` is also None while there is none, and `endpoint_body` if the route does not keep it."""
 
     job: Job
     request: JobRequest | None
     result: JobOutput | None
     endpoint_body: dict[str, Any] | None = None
-    worker: str | None = None  # the name of the worker that runs it or ran it last, if requested
+    worker: str | None = None  # the name of the worker that runs it or ran it last, if asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,8 @@ class WaitingGroup:
 
     job: WaitingJob
     num_jobs: int
-    cost: int  # tokens of prompts and the most that may be generated
-    oldest_seconds: float  # since the oldest was accepted
+    cost: int  # tokens of their prompts plus the most that they may generate
+    oldest_seconds: float  # time since the oldest of them was accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +109,13 @@ class QueueFigures:
 
     @property
     def oldest_queued_seconds(self) -> float:
-        """0 if nothing waits."""
+        """How long ago the oldest queued job was accepted; 0 if none is queued."""
         return max((group.oldest_seconds for group in self.waiting), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """The state of a stream in SQL, which a reader checks when Redis is silent."""
+    """The state of a stream according to SQL, which a reader checks when Redis is silent."""
 
     status: JobStatus
     attempt: int
@@ -124,7 +124,7 @@ class StreamState:
 
 @dataclass(frozen=True, slots=True)
 class QueuePosition:
-    """How many queued jobs of the model run earlier in the current order, and the tokens that they may take."""
+    """How many queued jobs of the model come earlier in the current order, and how many tokens they may take."""
 
     num_ahead: int
     cost_ahead: int
@@ -149,7 +149,7 @@ WORKER_NAME = case(
 def get(
     session: Session, job_id: UUID, tenant_id: UUID, *, with_request: bool = False, with_result: bool = True
 ) -> JobRecord | None:
-    """None: the tenant has no such job."""
+    """The job, or None if the tenant has no such job."""
     statement = _get_statement(with_request, with_result)
     row = session.execute(statement, {"job_id": job_id, "tenant_id": tenant_id}).one_or_none()
     if row is None:
@@ -160,7 +160,7 @@ def get(
 
 @lru_cache
 def _get_statement(with_request: bool, with_result: bool) -> Select[Job, Any, Any]:
-    """Cached, since building the statement takes as long as running it."""
+    """The statement of `get`. Cached, since building it takes as long as executing it."""
     request = JobPayload.request if with_request else literal(None)
     result = JobResult.result if with_result else literal(None)
     body = JobPayload.endpoint_body if with_request else literal(None)
@@ -205,13 +205,13 @@ def list_jobs(
 
 
 def worker_names(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, str | None]:
-    """By job, the name of the worker that runs it or ran it last."""
+    """For each job, the name of the worker that runs it or ran it last."""
     rows = session.execute(select(Job.id, WORKER_NAME).where(Job.id.in_(job_ids)))
     return {row[0]: row[1] for row in rows}
 
 
 def read_chunks(session: Session, job_id: UUID, *, after: int = 0, limit: int = 500) -> list[TokenChunk]:
-    """The committed chunks with a sequence number above `after`, in order. The caller has checked the job's tenant."""
+    """The committed chunks with a sequence number above `after`, in order. The caller must have checked the tenant."""
     statement = (
         select(JobChunk.chunk)
         .where(JobChunk.job_id == job_id, JobChunk.sequence_number > after)
@@ -222,7 +222,8 @@ def read_chunks(session: Session, job_id: UUID, *, after: int = 0, limit: int = 
 
 
 def read_log(session: Session, job_id: UUID, *, after: int, limit: int) -> tuple[StreamState | None, list[TokenChunk]]:
-    """The state and next chunks of a stream that is at `after`, from one snapshot. No state: the job was deleted."""
+    """The state of a stream and its next chunks after `after`, from one snapshot. The state is None if the job was
+    deleted."""
     row = session.execute(READ_LOG, {"job_id": job_id, "after": after, "limit": limit}).one_or_none()
     if row is None:
         return None, []
@@ -231,7 +232,7 @@ def read_log(session: Session, job_id: UUID, *, after: int, limit: int) -> tuple
 
 
 def stream_states(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, StreamState]:
-    """The states of many streams in one query. Missing jobs were deleted."""
+    """The states of many streams in one query. Jobs that are missing from the result were deleted."""
     if not job_ids:
         return {}
     rows = session.execute(STREAM_STATES, {"ids": list(job_ids)})
@@ -239,8 +240,8 @@ def stream_states(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, Strea
 
 
 def queue_figures(session: Session) -> dict[str, QueueFigures]:
-    """Figures by model; models without unfinished jobs are missing. Reads every unfinished job: call at most once a
-    second."""
+    """Figures by model; models without unfinished jobs are left out. Reads every unfinished job, so call it at most
+    once a second."""
     groups: dict[str, list[WaitingGroup]] = {}
     for row in session.execute(WAITING_GROUPS):
         group = WaitingGroup(_waiting_job(row), row.num_jobs, row.cost, row.oldest_seconds)
@@ -250,9 +251,11 @@ def queue_figures(session: Session) -> dict[str, QueueFigures]:
 
 
 def positions(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, QueuePosition]:
-    """The positions of queued jobs, exact in the current order of `dispatch` and `claim_next`; later arrivals may still
-    overtake. Jobs that are not queued are missing. Ranks every queued job of their models (milliseconds per thousand),
-    so ask for many jobs at once, at most once a second."""
+    """The positions of queued jobs in the current order of `dispatch` and `claim_next`; later jobs may still overtake.
+
+    Jobs that are not queued are left out. This ranks every queued job of their models (milliseconds per thousand), so
+    ask for many jobs at once, and at most once a second.
+    """
     if not job_ids:
         return {}
     rows = session.execute(POSITIONS, {"ids": list(job_ids)})
@@ -276,20 +279,20 @@ def _waiting_job(row: Row[Any]) -> WaitingJob:
 
 
 def position(session: Session, job_id: UUID) -> QueuePosition | None:
-    """As `positions`, for one job."""
+    """Like `positions`, for one job."""
     return positions(session, [job_id]).get(job_id)
 
 
 def has_metadata(key: str, value: str) -> ColumnElement[bool]:
-    """Whether a job's metadata has this entry. PostgreSQL cannot extract values from JSON with an escaped NUL, so such
-    metadata never matches."""
+    """Whether a job's metadata has this entry. Metadata with an escaped NUL never matches, since PostgreSQL cannot
+    extract values from such JSON."""
     metadata = Job.__table__.c.metadata
     holds_nul = cast(metadata, Text).contains("\\u0000", autoescape=True)
     return case((holds_nul, False), else_=metadata.op("->>")(key) == value)
 
 
 def attempts_of(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, list[JobAttempt]]:
-    """The ended attempts of each job, in order; may be empty. The caller has checked the jobs' tenant."""
+    """The ended attempts of each job, in order; possibly none. The caller must have checked the jobs' tenant."""
     statement = select(JobAttempt).where(JobAttempt.job_id.in_(job_ids)).order_by(JobAttempt.attempt)
     attempts: dict[UUID, list[JobAttempt]] = {job_id: [] for job_id in job_ids}
     for attempt in session.scalars(statement.execution_options(populate_existing=True)):
@@ -335,24 +338,24 @@ UPDATE jobs SET delivered_at = {CLOCK} WHERE id = ANY(CAST(:ids AS uuid[])) AND 
 
 
 def find_attachable(session: Session, tenant_id: UUID, request_hash: bytes, *, within_seconds: float) -> UUID | None:
-    """The newest job for the same request that is unfinished, or ended without its answer being delivered. This
-    includes failed ones, whose client was cut off before it learnt why."""
+    """The newest job for the same request that is unfinished, or that ended without its answer being delivered. This
+    includes failed jobs, whose clients were disconnected before they learnt why."""
     parameters = {"tenant_id": tenant_id, "request_hash": request_hash, "within_seconds": within_seconds}
     job_id: UUID | None = session.scalar(ATTACHABLE, parameters)
     return job_id
 
 
 def find_completed(session: Session, tenant_id: UUID, request_hash: bytes, *, model_revision: str) -> JobRecord | None:
-    """The newest job for the same request that is completed under this revision and still kept, with its request and
-    result. The caller decides whether its output fits this request."""
+    """The newest job for the same request that completed under this revision and has not expired, with its request and
+    result. The caller must decide whether its output fits the new request."""
     parameters = {"tenant_id": tenant_id, "request_hash": request_hash, "model_revision": model_revision}
     job_id: UUID | None = session.scalar(COMPLETED, parameters)
     return None if job_id is None else get(session, job_id, tenant_id, with_request=True)
 
 
 def mark_delivered(session: Session, job_ids: Sequence[UUID]) -> None:
-    """Record that a client has the whole answer, so that the same request now makes a new job. The record need not
-    survive a crash of the database."""
+    """Record that a client has received the whole answer, so that the same request will create a new job. The record
+    need not survive a crash of the database."""
     session.execute(MARK_DELIVERED, {"ids": list(job_ids)})
 
 
@@ -367,7 +370,8 @@ def list_stored(
     limit: int,
     order: Literal["asc", "desc"],
 ) -> list[JobRecord]:
-    """One page of the completed jobs requested with store=true, with requests and results, by id."""
+    """One page, in the order of ids, of completed jobs that were requested with store=true, with requests and
+    results."""
     statement = (
         select(Job, JobPayload.request, JobResult.result)
         .join(JobPayload, JobPayload.job_id == Job.id)
@@ -389,6 +393,6 @@ def list_stored(
 
 
 def set_metadata(session: Session, job_id: UUID, tenant_id: UUID, metadata: Mapping[str, str]) -> None:
-    """Replace a stored job's metadata. The caller has checked that the job exists."""
+    """Replace a stored job's metadata. The caller must have checked that the job exists."""
     statement = update(Job).where(Job.id == job_id, Job.tenant_id == tenant_id, Job.is_stored)
     session.execute(statement.values(job_metadata=dict(metadata)))

@@ -1,25 +1,26 @@
 """The SQL of the job protocol: the statements that let jobs in, dispatch, claim and commit.
 
-`storage/jobs.py` executes them. Those that end jobs or give them back are in `storage/job_ends.py`.
+`storage/jobs.py` executes them. Those that end or requeue jobs are in `storage/job_ends.py`.
 
-Each is one statement under READ COMMITTED that names the status it starts from and checks it on the locked row, so a
-row that has changed meanwhile is left alone. Shared rules:
+Each transition is one statement under READ COMMITTED. It names the status that a job must have and checks it on the
+locked row, so a row that has changed in the meantime is left alone. Shared rules:
 
-- `pick` locks the rows that qualify, in order of id or skipping locked ones; what follows touches only these.
-- A statement that moves jobs has a CTE `moved(id, tenant_id, queued, running, charge)`, the change it makes to the
-  tenant's counters, and ends in COUNTED, which applies it. Locks are taken on job rows first and then on tenant_load in
-  the order of tenant_id (accept has no older job row to lock), so that no two statements wait for each other.
-- Fairness charges a job's `cost` at its first claim and corrects it to the tokens really used when it ends.
-- `statement_timestamp()`, not `now()`: a lease must not be shorter because a transaction was open for a while.
-- The planner must not compare each of n ids with each of m rows, which it does if stale statistics say that
-  there are next to none: unnest() is MATERIALIZED, locked rows are found only by id and carry along (RETURNING) what
-  the next step needs, and a status that must be named next to a join is spelled so that no partial index offers
-  itself (RUNNING).
+- `pick` locks the rows that qualify, in order of id or skipping locked ones. The rest of the statement touches only
+  these rows.
+- A statement that moves jobs has a CTE `moved(id, tenant_id, queued, running, charge)` with the changes to the tenants'
+  counters, and ends in COUNTED, which applies them. Job rows are locked first, then tenant_load in the order of
+  tenant_id (accept has no existing job rows to lock), so that statements cannot deadlock.
+- Fairness charges a job's `cost` at its first claim, and corrects it to the tokens actually used when the job ends.
+- Statements use `statement_timestamp()`, not `now()`, so that a lease does not get shorter if its transaction was open
+  for a while.
+- The planner must not compare each of n ids with each of m rows, which it does when stale statistics claim that there
+  are hardly any. Therefore unnest() is MATERIALIZED; locked rows are looked up only by id, and RETURNING passes on
+  whatever the next step needs; and a status next to a join is written such that no partial index matches (RUNNING).
 
 Jobs, chunks and endings are passed in as arrays, one per column: `unnest` makes rows of them again.
 """
 
-# ruff: noqa: S608  (only constants of this module are put into the text; values are bound)
+# ruff: noqa: S608  (only constants of this module are inserted into the text; values are bound)
 
 from typing import Any
 
@@ -33,16 +34,18 @@ CLOCK = "statement_timestamp()"
 
 RUNNING = "j.status || '' = 'in_progress'"
 
-# A queue's order within a tenant, in seconds: by arrival, as if each step of priority had made the job arrive ten
-# minutes earlier. Must be spelled exactly as in jobs_ready_idx. It does not change with time, so waiting jobs rise
-# without updates, and none waits forever behind a stream of more urgent ones.
+# The order of one tenant's queue, in seconds: by arrival, where each step of priority counts as ten minutes earlier.
+# Must be written exactly as in jobs_ready_idx. It does not change with time, so waiting jobs advance without being
+# updated, and none waits forever behind a stream of more urgent jobs.
 AGEING_SECONDS = 600
 
 RANK = f"(extract(epoch FROM j.available_at AT TIME ZONE 'UTC') - {AGEING_SECONDS} * j.priority)"
 
-LIFTED = f"floor((extract(epoch FROM {CLOCK}) - {RANK}) / {AGEING_SECONDS})"  # the priority that it has risen to by now
+LIFTED = (
+    f"floor((extract(epoch FROM {CLOCK}) - {RANK}) / {AGEING_SECONDS})"  # the priority to which it has risen by now
+)
 
-PROVEN_TOKENS = 16  # in one attempt: then the job is no longer suspected of an engine crash
+PROVEN_TOKENS = 16  # after this many tokens in one attempt, a job is no longer suspected of crashing engines
 
 COUNTED = """
 change AS (
@@ -59,7 +62,7 @@ counted AS (
     WHERE l.tenant_id = locked.tenant_id
 )"""
 
-# What the end of a job adds to its tenant's virtual time: the tokens it took minus what its first claim charged.
+# What the end of a job adds to its tenant's virtual time: the tokens that it took, minus the charge at its first claim.
 CORRECTION = "CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens + j.num_committed_tokens - j.cost ELSE 0 END"
 
 ACCEPT = text(f"""
@@ -117,7 +120,7 @@ payload AS (
         request_id
     FROM inserted JOIN new USING (id)
 ),
-counted AS (  -- a tenant back from idle starts level with the active ones: it neither banks credit nor is starved
+counted AS (  -- a tenant that was idle starts level with the active ones, so it neither has credit nor starves
     UPDATE tenant_load l SET num_queued = l.num_queued + change.queued,
         virtual_time = CASE WHEN l.num_queued + l.num_running > 0 THEN l.virtual_time ELSE greatest(l.virtual_time,
             (SELECT min(virtual_time) FROM tenant_load WHERE num_queued + num_running > 0)) END
@@ -128,7 +131,7 @@ SELECT id, {CLOCK} AS created_at, max_queued, (room - count(*) OVER (PARTITION B
 FROM inserted JOIN load USING (tenant_id)
 """)
 
-# A second statement, whose snapshot sees the row that our insert conflicted with.
+# A second statement, because only its snapshot includes the row with which our insert conflicted.
 EXISTING = text("""
 SELECT n.place, j.id, j.tenant_id = n.tenant_id AND j.request_hash = n.request_hash AS is_same
 FROM unnest(CAST(:ids AS uuid[]), CAST(:tenant_ids AS uuid[]), CAST(:idempotency_keys AS text[]),
@@ -136,7 +139,7 @@ FROM unnest(CAST(:ids AS uuid[]), CAST(:tenant_ids AS uuid[]), CAST(:idempotency
 JOIN jobs j ON j.id = n.id OR (j.tenant_id = n.tenant_id AND j.idempotency_key = n.idempotency_key)
 """)
 
-# As of the same moment as EXISTING: why a job was not inserted, apart from lack of room.
+# Like EXISTING, run after the insert: tells jobs that were refused as poison from those that did not have room.
 POISONED = text(f"""
 SELECT n.place FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]))
     WITH ORDINALITY AS n(tenant_id, fingerprint, lane, place)
@@ -144,8 +147,8 @@ JOIN poison_requests p USING (tenant_id, fingerprint)
 WHERE n.lane <> 'isolated' AND p.created_at > {CLOCK} - interval '1 day'
 """)
 
-# Copies the output of an ended job to the one just accepted to continue it, excluding the final chunk: it may contain
-# text that was held back and is only flushed at an end.
+# Copies the output of an ended job to the newly accepted job that continues it. Excludes the final chunk, which may
+# contain text that had been held back and was flushed only because the job ended.
 INHERIT = text("""
 WITH old AS (
     SELECT j.id FROM jobs j JOIN jobs n ON n.id = :id AND n.retry_of = j.id AND n.tenant_id = j.tenant_id
@@ -168,7 +171,7 @@ WHERE jobs.id = :id AND jobs.attempt = 0 AND total.last IS NOT NULL
 RETURNING committed_sequence_number
 """)
 
-# It has output, so it must continue under the revision that made it.
+# The job has output, so it must continue under the revision that generated it.
 BEGUN = "(j.committed_sequence_number > j.reset_sequence_number)"
 
 RUNNABLE = f"""
@@ -182,11 +185,13 @@ CLAIMABLE = f"""{RUNNABLE} AND j.lane = :lane AND j.cancel_requested_at IS NULL
 
 
 def _ranked(condition: str) -> str:
-    """`ranked(id, place)`: the jobs of a model that meet `condition`, in the order in which they should run: by
-    priority, then the tenant that got least per weight (each job of a tenant counts towards its next one), then age.
-    Waiting raises a priority by one every AGEING_SECONDS, but at most to the highest priority that is waiting: an old
-    job catches up with urgent ones and does not overtake other tenants' new ones. The lateral joins only read the head
-    of each tenant's queue."""
+    """The CTE `ranked(id, place)`: the jobs of a model that meet `condition`, in the order in which they should run.
+
+    The order is by priority, then by tenant, the one that has received least per weight first (each of its jobs counts
+    before its next one), then by age. Waiting raises a job's priority by one every AGEING_SECONDS, but at most to the
+    highest priority that is waiting: an old job catches up with urgent ones, but does not overtake other tenants' new
+    ones. The lateral joins read only the head of each tenant's queue.
+    """
     due = f"j.model = :model AND j.tenant_id = l.tenant_id AND {condition}"
     return f"""
     waiting AS (
@@ -208,7 +213,7 @@ def _ranked(condition: str) -> str:
 
 
 def _locked_in_order(condition: str, *, limit: str) -> str:
-    """`pick(id, place)`: the first of `ranked` that are not locked and still meet `condition`; locks them."""
+    """The CTE `pick(id, place)`: locks the first of `ranked` that are not locked and still meet `condition`."""
     return f"""
 pick AS MATERIALIZED (
     SELECT j.id, r.place FROM (SELECT id, place FROM ranked ORDER BY place) r
@@ -217,11 +222,11 @@ pick AS MATERIALIZED (
 )"""
 
 
-# Losing this update in a database crash only causes a duplicate message, so it commits without waiting for the disk.
+# If a database crash loses this update, that only causes a duplicate message, so it need not wait for the disk.
 DISPATCH = text(f"""
 WITH {_ranked(DUE)},
 {_locked_in_order(DUE, limit=":room")},
-dispatched AS (  -- due again by itself, should the message be lost: after 15, 30, 60, 120 s, give or take a fifth
+dispatched AS (  -- due again automatically, in case the message is lost: after 15, 30, 60, 120 s, give or take a fifth
     UPDATE jobs j SET num_dispatches = num_dispatches + 1, dispatch_at = {CLOCK}
         + make_interval(secs => 15 * power(2, least(num_dispatches, 3)) * (0.8 + 0.4 * random()))
     FROM pick WHERE j.id = pick.id RETURNING j.id, pick.place
@@ -231,12 +236,13 @@ SELECT id FROM dispatched CROSS JOIN (SELECT set_config('synchronous_commit', 'o
 
 
 def _claimed(pick: str) -> str:
-    """Claim what `pick(id, place)` locked: raise the fence, start the lease, and return all that the engine needs."""
+    """Claim the jobs that `pick(id, place)` has locked: increment the attempt, which fences off earlier owners, start
+    the lease, and return everything that the engine needs."""
     return f"""
 {pick},
 claimed AS (
     UPDATE jobs j SET status = 'in_progress', attempt = j.attempt + 1, lease_owner = :owner,
-        model_revision = :model_revision,  -- that of all its output: of what it has, or of what will be its first
+        model_revision = :model_revision,  -- the revision of all its output: of what it has, or of the first to come
         lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds),
         started_at = coalesce(j.started_at, {CLOCK}), attempt_started_at = {CLOCK}, progressed_at = {CLOCK},
         num_tokens_at_claim = j.num_committed_tokens,
@@ -266,7 +272,7 @@ pick AS MATERIALIZED (
 )""")
 )
 
-# Batch lines only after dispatch, which enforces their share of the slots.
+# Batch lines may be claimed only once they are dispatched, since dispatch enforces their share of the slots.
 CLAIMABLE_UNASKED = f"""{CLAIMABLE}
     AND (j.priority >= {MIN_PRIORITY} OR j.num_dispatches > 0 OR j.lane = 'isolated')
     AND j.num_suspicions >= :min_suspicions"""
@@ -278,7 +284,7 @@ SELECT job_id, array_agg(chunk::text ORDER BY sequence_number) AS chunks FROM jo
 WHERE job_id = ANY(CAST(:ids AS uuid[])) GROUP BY job_id
 """)
 
-# A repeated commit finds its own chunks: in the same attempt no one else can have written them.
+# A repeated commit finds its own chunks, since nobody else can have written any in the same attempt.
 NUM_COMMITTED = """j.num_committed_tokens
             + CASE WHEN j.committed_sequence_number = flush.before THEN flush.num_tokens ELSE 0 END"""
 
@@ -326,8 +332,8 @@ UPDATE jobs SET dispatch_at = {CLOCK}, num_dispatches = 0 WHERE status = 'queued
 
 
 class Packed(list[Any]):
-    """An array sent in binary: as text, a regular expression would escape every quote, which costs more than all other
-    parameters of the statement."""
+    """An array that is sent in binary format. For the text format, psycopg escapes every quote with a regular
+    expression, which costs more than all other parameters of the statement."""
 
 
 psycopg.adapters.register_dumper(Packed, ListBinaryDumper)

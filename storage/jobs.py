@@ -1,9 +1,9 @@
 """The job protocol: every transition of an accepted job is one fenced compare-and-set statement.
 
-This module is the only writer of `Job.status`, except for `storage/job_accept.py`, where jobs come in. All functions
-are synchronous on a `Session` and do not commit; the API calls them through `AsyncSession.run_sync`. Only the
-database's clock sets and judges leases and deadlines. The statements are in `storage/job_statements.py` and
-`storage/job_ends.py`; reading is in `storage/job_queries.py`.
+Only this module and `storage/job_accept.py`, where jobs come in, write `Job.status`. All functions are synchronous on a
+`Session` and do not commit; the API calls them through `AsyncSession.run_sync`. Leases and deadlines are set and judged
+only by the database's clock. The statements are in `storage/job_statements.py` and `storage/job_ends.py`; reading is in
+`storage/job_queries.py`.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,13 @@ from storage.job_statements import Packed
 from storage.tables import Job, JobPayload
 from storage.webhooks import write_deliveries
 
-DEPTH = 16  # how much further than needed a tenant's queue is read, since others may hold locks at its head
+DEPTH = 16  # how many more jobs of each tenant are read than needed, since those at the head may be locked
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimedJob:
-    """A job this worker now owns under `attempt`, with all it needs to start or to continue earlier attempts."""
+    """A job that the worker now owns under `attempt`, with all that it needs to start, or to continue an earlier
+    attempt."""
 
     id: UUID
     tenant_id: UUID
@@ -41,12 +42,12 @@ class ClaimedJob:
     seed: int
     priority: int
     lane: Lane
-    num_suspicions: int  # above 0: it was in an engine that crashed and has not been cleared since
+    num_suspicions: int  # above 0 if it was in an engine that crashed and has not been cleared since
     committed_chunks: list[TokenChunk]  # in order; empty on a first attempt
     input_lengths: list[int] | None = None
-    request_id: str | None = None  # of the HTTP request that submitted it
-    seconds_since_accept: float = 0.0  # at the claim
-    seconds_since_start: float = 0.0  # since the first claim; 0 if this is the first
+    request_id: str | None = None  # the id of the HTTP request that submitted it
+    seconds_since_accept: float = 0.0  # at the time of the claim
+    seconds_since_start: float = 0.0  # since the first claim; 0 if this is the first one
 
     @property
     def last_sequence_number(self) -> int:
@@ -59,7 +60,7 @@ class ClaimedJob:
 
 @dataclass(frozen=True, slots=True)
 class ChunkCommit:
-    """The chunks one job gained in this flush: consecutive, starting at committed_sequence_number + 1."""
+    """The new chunks of one job. Their sequence numbers are consecutive, from committed_sequence_number + 1 on."""
 
     job_id: UUID
     attempt: int
@@ -68,7 +69,7 @@ class ChunkCommit:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a successful commit or renewal returns for a job that is still ours: what its client wants."""
+    """The result of a commit or renewal for a job that is still ours: whether it should be stopped, and why."""
 
     job_id: UUID
     attempt: int
@@ -78,7 +79,8 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Finalisation:
-    """The end of one attempt. `last_sequence_number` is the last chunk committed: a second fence besides `attempt`."""
+    """The end of one attempt. `last_sequence_number` is that of the last committed chunk, and serves as a second fence
+    besides `attempt`."""
 
     job_id: UUID
     attempt: int
@@ -91,21 +93,21 @@ class Finalisation:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """The state of a job that was given back, cut off or asked to stop: `queued` again, terminal, or still running."""
+    """The state of a job after it was released, ended from outside or asked to stop: queued, terminal or running."""
 
     job_id: UUID
     status: JobStatus
     attempt: int
     model: str = ""
-    num_tokens: int = 0  # committed
-    seconds: float = 0.0  # since it was accepted
+    num_tokens: int = 0  # committed output tokens
+    seconds: float = 0.0  # time since it was accepted
     request_id: str | None = None
-    is_moved: bool = True  # False: it had ended before, and the call changed nothing
+    is_moved: bool = True  # False if it had ended before, so that the call changed nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Restarted:
-    """A queued job that starts over under another revision of its model; `num_tokens` were discarded."""
+    """A queued job that starts over under another revision of its model. `num_tokens` tokens were discarded."""
 
     job_id: UUID
     attempt: int
@@ -114,9 +116,11 @@ class Restarted:
 
 
 def dispatch(session: Session, model: str, *, room: int, min_priority: int = MIN_PRIORITY) -> list[UUID]:
-    """Mark up to `room` due jobs of `model` as dispatched, fairest first, and return their ids in order. They become
-    due again if nobody claims them. Jobs below `min_priority` (batch lines) are skipped; they are dispatched separately
-    within their share."""
+    """Mark up to `room` due jobs of `model` as dispatched, fairest first, and return their ids in order.
+
+    They become due again if nobody claims them. Jobs below `min_priority` are skipped: these are batch lines, which are
+    dispatched separately, within their share.
+    """
     if room <= 0:
         return []
     parameters = {"model": model, "room": room, "depth": 2 * room + DEPTH, "min_priority": min_priority}
@@ -132,9 +136,12 @@ def claim(
     lease_seconds: float,
     lane: Lane = Lane.STANDARD,
 ) -> list[ClaimedJob]:
-    """Take the queued ones among `job_ids`: attempt + 1, lease, request and committed prefix, in one round trip. A job
-    with output is only taken under its own `model_revision`; any other gets this revision. A job missing from the
-    result is done, cancelled, expired, or claimed by another worker: drop its message."""
+    """Claim those of `job_ids` that are queued: increment the attempt, start a lease, and return request and committed
+    chunks, in one round trip.
+
+    A job with output is claimed only if its revision equals `model_revision`; any other job gets this revision. A job
+    that is missing from the result has ended or is owned by another worker, so its message can be dropped.
+    """
     if not job_ids:
         return []
     parameters = {
@@ -158,10 +165,12 @@ def claim_next(
     lane: Lane = Lane.STANDARD,
     min_suspicions: int = 0,
 ) -> list[ClaimedJob]:
-    """Claim due jobs directly from SQL, fairest first, for a worker with free slots that gets no messages. It also
-    takes dispatched jobs; the receiver of their message then finds nothing to claim. Only this serves the isolated
-    lane, whose jobs are never dispatched. With `min_suspicions` only those isolated because of crashes, not because of
-    their tenant or a retry."""
+    """Claim due jobs directly from SQL, fairest first, for a worker with free slots that receives no messages.
+
+    This includes dispatched jobs; whoever receives their message will find nothing to claim. Jobs of the isolated lane
+    can be claimed only like this, since they are never dispatched. `min_suspicions` above 0 selects those that are
+    isolated because of crashes, not because of their tenant or as a retry.
+    """
     if limit <= 0:
         return []
     parameters = {
@@ -178,9 +187,11 @@ def claim_next(
 
 
 def commit_chunks(session: Session, commits: Sequence[ChunkCommit], *, lease_seconds: float) -> list[Held]:
-    """Append the chunks of the whole running batch, renew the leases and read the cancel flags, in one statement. A job
-    missing from the result was fenced off: abort its sequences and publish nothing. Safe to repeat after an ambiguous
-    commit. Pass each job at most once, with at least one chunk."""
+    """Append the new chunks of the whole running batch, renew the leases and read the cancel flags, in one statement.
+
+    A job that is missing from the result was fenced off: abort it and publish nothing. Safe to repeat after an
+    ambiguous commit. Each job must appear at most once and have at least one chunk.
+    """
     if not commits:
         return []
     parameters = of_commits(commits) | {"lease_seconds": lease_seconds}
@@ -188,7 +199,7 @@ def commit_chunks(session: Session, commits: Sequence[ChunkCommit], *, lease_sec
 
 
 def renew(session: Session, job_ids: Sequence[UUID], *, owner: UUID, lease_seconds: float) -> list[Held]:
-    """Renew the leases of jobs without a recent chunk. Jobs missing from the result are no longer ours."""
+    """Renew the leases of jobs without a recent chunk. Jobs that are missing from the result are no longer ours."""
     if not job_ids:
         return []
     parameters = {"ids": list(job_ids), "owner": owner, "lease_seconds": lease_seconds}
@@ -196,8 +207,11 @@ def renew(session: Session, job_ids: Sequence[UUID], *, owner: UUID, lease_secon
 
 
 def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UUID]:
-    """Make jobs terminal, with their results. Returns the ids that were ours to end, including those already ended by
-    an earlier call with an ambiguous commit. Without a result, the committed chunks become a partial one."""
+    """Make jobs terminal and store their results. If there is none, the committed chunks become a partial result.
+
+    Returns the ids of the jobs that we still owned, including those that an earlier call with an ambiguous commit had
+    already ended.
+    """
     if not finalisations:
         return []
     rows = session.execute(ends.FINALISE, of_endings(finalisations)).all()
@@ -213,16 +227,16 @@ def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UU
 
 
 def release(session: Session, job_ids: Sequence[UUID], *, owner: UUID) -> list[Returned]:
-    """Give running jobs back to their old place in the queue, with the committed prefix and without charging a failure
-    (drain). Jobs with a requested cancel end as cancelled instead."""
+    """Return running jobs to their old place in the queue, as in a drain: with their committed output and without
+    charging a failure. Jobs that were asked to cancel end as cancelled instead."""
     if not job_ids:
         return []
     return _returned(session, ends.RELEASE, {"ids": list(job_ids), "owner": owner})
 
 
 def report_crash(session: Session, weight_by_job_id: dict[UUID, int], *, owner: UUID) -> list[Returned]:
-    """Give back the jobs of a crashed engine: each is charged one failure, suspicion grows by weight, and from 2 on the
-    job is isolated. A job with a weight that crashed an engine while isolated (alone) fails for good."""
+    """Requeue the jobs of a crashed engine. Each is charged one failure, and its suspicions grow by its weight; from 2
+    on, it is isolated. An isolated job with a weight above 0 has crashed an engine on its own and fails for good."""
     if not weight_by_job_id:
         return []
     parameters = {"ids": list(weight_by_job_id), "weights": list(weight_by_job_id.values()), "owner": owner}
@@ -232,21 +246,21 @@ def report_crash(session: Session, weight_by_job_id: dict[UUID, int], *, owner: 
 def rescue(
     session: Session, *, as_of: datetime, grace_seconds: float, quiet_seconds: float, limit: int = 200
 ) -> list[Returned]:
-    """Give back the jobs whose lease had lapsed `grace_seconds` before `as_of` (database clock). Does nothing until the
-    server has been up for `quiet_seconds`, since after an outage every lease looks lapsed."""
+    """Requeue the jobs whose lease had expired at least `grace_seconds` before `as_of` (by the database's clock). Does
+    nothing until the server has been up for `quiet_seconds`, since after an outage all leases appear to be expired."""
     parameters = {"as_of": as_of, "grace_seconds": grace_seconds, "quiet_seconds": quiet_seconds, "limit": limit}
     return _returned(session, ends.RESCUE, parameters | ERRORS)
 
 
 def release_stalled(session: Session, *, as_of: datetime, stall_seconds: float, limit: int = 200) -> list[Returned]:
-    """Take jobs from owners that renew leases but had not committed a token for `stall_seconds` at `as_of`; charged
-    like a lost worker."""
+    """Requeue jobs whose owner renews the lease but, at `as_of`, had not committed a token for `stall_seconds`. They
+    are charged a failure, as if the worker had been lost."""
     return _returned(session, ends.STALL, {"as_of": as_of, "stall_seconds": stall_seconds, "limit": limit} | ERRORS)
 
 
 def cancel(session: Session, job_id: UUID, tenant_id: UUID) -> Returned | None:
-    """Cancel a queued job now, or ask a running one to stop. Returns its state afterwards; None: the tenant has no such
-    job. Idempotent: a terminal job keeps its status."""
+    """Cancel a queued job, or ask a running one to stop. Returns its state afterwards, or None if the tenant has no
+    such job. Idempotent: a terminal job keeps its status."""
     asked = _returned(session, ends.CANCEL, {"ids": [job_id], "tenant_id": tenant_id})
     if asked:
         return asked[0]
@@ -255,21 +269,21 @@ def cancel(session: Session, job_id: UUID, tenant_id: UUID) -> Returned | None:
 
 
 def request_cancel(session: Session, job_ids: Sequence[UUID]) -> list[Returned]:
-    """Cancel jobs on behalf of Flower or `celery control`, called by the worker that owns them: as `cancel`, without a
-    tenant. Returns those that were not terminal."""
+    """Like `cancel`, but for any tenant's jobs: a worker calls it on behalf of Flower or `celery control`. Returns the
+    jobs that were not terminal."""
     if not job_ids:
         return []
     return _returned(session, ends.CANCEL, {"ids": list(job_ids), "tenant_id": None})
 
 
 def expire(session: Session, *, limit: int = 200) -> list[Returned]:
-    """End queued jobs whose deadline or start deadline passed."""
+    """End queued jobs whose deadline or start deadline has passed."""
     return _returned(session, ends.EXPIRE, {"limit": limit} | ERRORS)
 
 
 def gone_revisions(session: Session, *, live_seconds: float) -> dict[tuple[str, str], int]:
-    """By (model, revision), how many queued jobs have output of a revision that is gone. Reads every queued job: call
-    at most every few seconds."""
+    """By (model, revision), the number of queued jobs with output of a revision that is gone. Reads every queued job,
+    so call it at most every few seconds."""
     rows = session.execute(ends.GONE_REVISIONS, {"live_seconds": live_seconds})
     return {(row.model, row.model_revision): row.num_jobs for row in rows}
 
@@ -277,8 +291,8 @@ def gone_revisions(session: Session, *, live_seconds: float) -> dict[tuple[str, 
 def restart(
     session: Session, model: str, model_revision: str, *, live_seconds: float, limit: int = 200
 ) -> list[Restarted]:
-    """Let queued jobs with output of this revision, which must be gone, start over under the one that is served: their
-    chunks are discarded, and a reset in their stream tells every reader."""
+    """Let queued jobs with output of this revision, which must be gone, start over under the one that is served. Their
+    chunks are discarded, and a reset in their stream tells all readers."""
     parameters = {"model": model, "model_revision": model_revision, "live_seconds": live_seconds, "limit": limit}
     return [Restarted(*row) for row in session.execute(ends.RESTART, parameters)]
 
@@ -286,30 +300,32 @@ def restart(
 def fail_gone(
     session: Session, model: str, model_revision: str, *, live_seconds: float, limit: int = 200
 ) -> list[Returned]:
-    """End such jobs as failed instead; their output is kept."""
+    """Fail the jobs that `restart` would restart. Their output is kept."""
     parameters = {"model": model, "model_revision": model_revision, "live_seconds": live_seconds, "limit": limit}
     return _returned(session, ends.FAIL_GONE, parameters | ERRORS)
 
 
 def prune(session: Session, *, limit: int = 200) -> int:
-    """Delete finished jobs older than their result_ttl_seconds with all that belongs to them, and expired poison
-    records."""
+    """Delete finished jobs that are older than their result_ttl_seconds, with everything that belongs to them, and
+    expired poison records. Returns the number of jobs."""
     session.execute(ends.FORGET_POISON)
     return _num_rows(session, ends.PRUNE, {"limit": limit})
 
 
 def redispatch_all(session: Session) -> int:
-    """Make every queued job due for a message now: Redis lost what it held."""
+    """Make every queued job due for dispatch now, because Redis has lost its messages. Returns how many."""
     return _num_rows(session, sql.REDISPATCH_ALL, {})
 
 
 def delete(session: Session, job_id: UUID, tenant_id: UUID) -> bool:
-    """Delete a job with its input and output; the owner of a running one is fenced off."""
+    """Delete a job with its input and output. If it is running, its owner is fenced off. False if the tenant has no
+    such job."""
     return session.scalar(ends.DELETE, {"id": job_id, "tenant_id": tenant_id}) is not None
 
 
 def _returned(session: Session, statement: TextClause, parameters: dict[str, Any]) -> list[Returned]:
-    """Run a statement that ends jobs or gives them back; store partial results and webhook deliveries of the ended."""
+    """Execute a statement that ends or requeues jobs. Store partial results and webhook deliveries of those that
+    ended."""
     rows = session.execute(statement, parameters).all()
     returned = [
         Returned(row.id, JobStatus(row.status), row.attempt, row.model, row.num_tokens, row.seconds, row.request_id)
@@ -328,7 +344,7 @@ def _num_rows(session: Session, statement: TextClause, parameters: dict[str, Any
 
 
 def _claimed_jobs(session: Session, rows: Sequence[Row[Any]]) -> list[ClaimedJob]:
-    # While the statement waited for a row, another worker may have claimed, continued and released the job, whose
+    # While the statement was waiting for a row, another worker may have claimed, continued and released the job. Its
     # newest chunks are then not in the statement's snapshot.
     chunks = {row.id: _parsed(row.chunks) for row in rows}
     stale = [row.id for row in rows if _last_number(chunks[row.id]) != row.committed_sequence_number]
@@ -393,8 +409,9 @@ def _json_array(chunks: Sequence[TokenChunk]) -> str:
 
 
 def retry(session: Session, new_job: NewJob, keeps_output: bool, *, max_queued_jobs: int) -> Accepted:
-    """Accept a job that is a `retry_of` an ended one; with `keeps_output` it continues where that was cut off, if the
-    revision is the same. Its idempotency key must name the old job, so that a repeated call finds the first one."""
+    """Accept a job whose `retry_of` is an ended job. With `keeps_output`, it continues where that job was cut off,
+    provided that the revision is the same. Its idempotency key must be derived from the old job, so that a repeated
+    call finds the first retry."""
     known = session.scalar(select(JobPayload.fingerprint).where(JobPayload.job_id == new_job.retry_of))
     new_job = replace(new_job, fingerprint=known or new_job.fingerprint)
     [accepted] = accept(session, [new_job], max_queued_jobs=max_queued_jobs)

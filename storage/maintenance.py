@@ -1,4 +1,4 @@
-"""Consistency checks of the janitor, figures for the metrics, and how the newest jobs fared."""
+"""Consistency checks for the janitor, figures for the metrics, and statistics on the newest jobs."""
 
 import time
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 from storage.job_statements import CLOCK
 from storage.tables import MaintenanceFigure, MaintenanceTick
 
-CLOCKS = ("janitor", "batches", "webhooks")  # in every maintenance process
+CLOCKS = ("janitor", "batches", "webhooks")  # every maintenance process has one of each
 
-# One statement, one snapshot: counters change in the same statements as the rows, so they must always agree.
+# In the snapshot of one statement, the counters must always agree with the rows, since they change together.
 DRIFT = text("""
 SELECT l.tenant_id, abs(l.num_queued - count(j.id) FILTER (WHERE j.status = 'queued'))
     + abs(l.num_running - count(j.id) FILTER (WHERE j.status = 'in_progress')) AS drift
@@ -24,7 +24,7 @@ GROUP BY l.tenant_id, l.num_queued, l.num_running
 
 LOCK_LOAD = text("SELECT FROM tenant_load WHERE tenant_id = ANY(CAST(:ids AS uuid[])) ORDER BY tenant_id FOR UPDATE")
 
-# A concurrent change of a job waits for our lock and adds to what we write.
+# A concurrent change of a job waits for our lock, and then adds to the numbers that we have written.
 RECOUNT = text("""
 UPDATE tenant_load l SET
     num_queued = (SELECT count(*) FROM jobs j WHERE j.tenant_id = l.tenant_id AND j.status = 'queued'),
@@ -53,7 +53,7 @@ SELECT (SELECT count(*) FROM jobs j WHERE j.status IN ('queued', 'in_progress')
                 WHERE c.job_id = j.id)))
 """)  # noqa: S608  (CLOCK is a constant)
 
-# Several processes have clocks of the same name: the newest tick counts. A database crash may lose one.
+# Several processes may have a clock of the same name; the newest tick counts. A database crash may lose one.
 RECORD_TICKS = text(f"""
 INSERT INTO maintenance_ticks (clock, ticked_at)
 SELECT clock, {CLOCK} - make_interval(secs => age)
@@ -63,8 +63,8 @@ ON CONFLICT (clock) DO UPDATE SET ticked_at = greatest(maintenance_ticks.ticked_
 
 
 def reconcile_load(session: Session) -> int:
-    """Compare the tenants' counters with the rows they count, and correct them. Returns by how many jobs they were
-    wrong: anything but 0 is a bug."""
+    """Compare the tenants' counters with the rows that they count, and correct them. Returns by how many jobs they were
+    off; anything but 0 is a bug."""
     drift_by_tenant = {row.tenant_id: row.drift for row in session.execute(DRIFT) if row.drift}
     if drift_by_tenant:
         session.execute(LOCK_LOAD, {"ids": list(drift_by_tenant)})
@@ -73,18 +73,18 @@ def reconcile_load(session: Session) -> int:
 
 
 def unserved_jobs(session: Session, *, patience_seconds: float, live_seconds: float) -> dict[str, int]:
-    """By "model/lane", how many jobs wait without a live worker."""
+    """By "model/lane", how many jobs are waiting without a live worker."""
     rows = session.execute(UNSERVED, {"patience_seconds": patience_seconds, "live_seconds": live_seconds})
     return {f"{row.model}/{row.lane}": row.num_jobs for row in rows}
 
 
 def count_orphans(session: Session) -> int:
-    """Count rows that violate the protocol: anything but 0 is a bug."""
+    """The number of rows that violate the protocol; anything but 0 is a bug."""
     return int(session.scalar(ORPHANS) or 0)
 
 
 def set_figures(session: Session, name: str, value_by_label: dict[str, float]) -> None:
-    """Replace what a rule found before by what it finds now."""
+    """Replace all values of a figure with these."""
     session.execute(delete(MaintenanceFigure).where(MaintenanceFigure.name == name))
     for label, value in value_by_label.items():
         _add(session, name, label, value)
@@ -113,20 +113,20 @@ def figures(session: Session) -> dict[tuple[str, str], float]:
 
 
 def record_ticks(session: Session, age_by_clock: Mapping[str, float]) -> None:
-    """Record how many seconds ago each clock of this process ticked."""
+    """Record how many seconds ago each clock of this process last ticked."""
     session.execute(text("SET LOCAL synchronous_commit = off"))
     session.execute(RECORD_TICKS, {"clocks": list(age_by_clock), "ages": list(age_by_clock.values())})
 
 
 def seconds_since_ticks(session: Session) -> dict[str, float]:
-    """By clock, the time since the newest tick of all processes; clocks that never ticked are missing."""
+    """By clock, the time since its newest tick in any process. Clocks that have never ticked are left out."""
     age = func.extract("epoch", func.clock_timestamp() - MaintenanceTick.ticked_at)
     return {row[0]: float(row[1]) for row in session.execute(select(MaintenanceTick.clock, age))}
 
 
 WINDOW_SECONDS = 300.0
 
-MAX_JOBS = 1_000  # only the newest are considered if there are more
+MAX_JOBS = 1_000  # if there are more, only the newest are considered
 
 # Ids start with their creation time, so the primary key finds the newest jobs.
 RECENT = text(f"""
@@ -149,7 +149,7 @@ FROM (SELECT * FROM jobs WHERE id >= :since ORDER BY id DESC LIMIT :limit) newes
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Seconds; None without any job to measure."""
+    """A distribution of durations in seconds; its figures are None if there are no jobs to measure."""
 
     p50: float | None
     p95: float | None
@@ -159,19 +159,19 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class RecentJobs:
-    seconds: float  # how far back jobs were considered
+    seconds: float  # the age of the oldest job that was considered
     num_ended: int
     num_failed: int
     num_completed: int
-    num_tokens: int  # output tokens, including unfinished jobs
-    latency: Spread  # from accept to end, of completed jobs
+    num_tokens: int  # output tokens, including those of unfinished jobs
+    latency: Spread  # from accept to end, for completed jobs
     wait: Spread  # from accept to first claim
     time_to_first_token: Spread  # from accept to the commit of the first chunk
 
 
 def recent_jobs(session: Session) -> RecentJobs:
-    """How jobs accepted within WINDOW_SECONDS fared, at most the newest MAX_JOBS, of all tenants together. Costs a
-    millisecond or two."""
+    """Statistics on the jobs accepted within the last WINDOW_SECONDS, at most MAX_JOBS of them, over all tenants. Takes
+    a millisecond or two."""
     since = UUID(int=int((time.time() - WINDOW_SECONDS) * 1000) << 80)
     parameters = {"since": since, "limit": MAX_JOBS, "fractions": [0.5, 0.95, 0.99]}
     row = session.execute(RECENT, parameters).one()

@@ -1,17 +1,17 @@
-"""Live chunks: published by the worker after their commit, read by the API.
+"""Live chunks: the worker publishes them after their commit, and the API reads them.
 
 Redis keys
 | name                     | type    | lifetime | writer                     | reader |
 |--------------------------|---------|----------|----------------------------|--------|
 | celeriac:stream:{job_id} | channel | -        | worker, API, janitor       | API    |
 
-A message is JSON: {"chunk": TokenChunk}, or {"status": JobStatus} after a transition, which makes the reader look.
-Pub/sub may lose, repeat or delay anything: the reader subscribes first, replays SQL, goes live, drops repeats and fills
-gaps. It emits a chunk only if it is the next one, and a status only from SQL.
+A message is JSON: {"chunk": TokenChunk}, or {"status": JobStatus} after a transition, which makes the reader check SQL.
+Pub/sub may lose, repeat or delay any message. The reader therefore subscribes first, replays SQL, goes live, drops
+repeats and fills gaps. It emits a chunk only if it is the next one in sequence, and takes statuses only from SQL.
 
-One pub/sub connection serves all streams of a process and is kept alive forever. Redis may be down, slow or flushed;
-then nothing arrives, and the reader notices the silence. Whenever a subscription starts or restarts, messages may have
-been missed; `on_gap` reports it.
+One pub/sub connection serves all streams of a process and is kept open. If Redis is down, slow or flushed, nothing
+arrives, and the reader notices the silence. Whenever a subscription starts or restarts, messages may have been missed;
+this is reported to `on_gap`.
 """
 
 import asyncio
@@ -45,10 +45,10 @@ from storage.job_queries import StreamState, read_log, stream_states
 
 log = logging.getLogger(__name__)
 
-#: What the asyncio client raises if Redis is away, slow, or lost midway. RuntimeError is uvloop's "the handler is
-#: closed", on writing to a connection that Redis cut before its end was read. AttributeError comes from the client if
-#: another task closes the connection while this one writes. TimeoutError (an OSError) is also that of our own
-#: deadlines.
+#: What the asyncio client raises if Redis is down, slow, or lost midway. RuntimeError is uvloop's "the handler is
+#: closed", raised when writing to a connection that Redis has closed and whose end has not been read yet.
+#: AttributeError comes from the client if another task closes the connection while this one is writing. Our own
+#: deadlines raise TimeoutError, which is an OSError.
 REDIS_OUTAGES = (RedisError, OSError, RuntimeError, AttributeError)
 
 
@@ -56,7 +56,7 @@ PREFIX = "celeriac:stream:"
 
 SUBSCRIBE_SECONDS = 0.25  # how long a new stream waits for its subscription before it reads SQL without it
 
-PING_SECONDS = 3.0  # of silence before a PING; without an answer for as long again the connection is dead
+PING_SECONDS = 3.0  # send a PING after this much silence; if there is no answer for as long again, reconnect
 
 MAX_BACKOFF_SECONDS = 2.0
 
@@ -66,7 +66,7 @@ def channel_of(job_id: UUID) -> str:
 
 
 async def num_listening_processes(client: "redis.asyncio.Redis", job_id: UUID) -> int:
-    """How many API processes have a stream of this job open. Raises RedisError."""
+    """How many API processes have an open stream of this job. Raises RedisError."""
     [(_, num_listening)] = await client.pubsub_numsub(channel_of(job_id))
     return int(num_listening)
 
@@ -77,7 +77,7 @@ class ChannelListener:
     def __init__(
         self, redis_url: str, *, on_message: Callable[[UUID, bytes], None], on_gap: Callable[[UUID], None]
     ) -> None:
-        # Always RESP2, in which a message is a plain list.
+        # RESP2, in which a message is a plain list.
         self._pool = ConnectionPool.from_url(
             redis_url, protocol=2, socket_connect_timeout=2, socket_timeout=2, retry=Retry(NoBackoff(), 0)
         )
@@ -88,7 +88,8 @@ class ChannelListener:
         self._sending = asyncio.Lock()
 
     async def add(self, job_id: UUID) -> None:
-        """Subscribe to a job's channel. Returns once Redis confirms it, or unconfirmed if Redis is away or slow."""
+        """Subscribe to a job's channel. Returns when Redis has confirmed it, or without that if Redis is down or
+        slow."""
         subscribed = self._subscribed.setdefault(job_id, asyncio.Event())
         await self._send("SUBSCRIBE", job_id)
         if self._connection is None:
@@ -113,7 +114,7 @@ class ChannelListener:
             except REDIS_OUTAGES as exc:
                 num_failures += 1
                 if num_failures == 1:
-                    log.warning("live streams lost Redis and read SQL instead: %s", exc)
+                    log.warning("live streams have lost Redis and read from SQL instead: %s", exc)
             finally:
                 await self._disconnect()
             await asyncio.sleep(min(MAX_BACKOFF_SECONDS, 0.05 * 2**num_failures) * random.uniform(0.5, 1))
@@ -166,10 +167,10 @@ class ChannelListener:
             self._on_gap(job_id)
 
     async def _send(self, command: str, job_id: UUID) -> None:
-        """Send a command, unless Redis is away: a new connection will subscribe to everything needed."""
+        """Send a command, unless there is no connection: a new one will subscribe to everything that is needed."""
         async with self._sending:
             if self._connection is None or (job_id in self._subscribed) != (command == "SUBSCRIBE"):
-                return  # meanwhile it was wanted again, or no longer
+                return  # in the meantime the subscription was requested again, or dropped
             try:
                 await self._connection.send_command(command, channel_of(job_id))
             except REDIS_OUTAGES as exc:
@@ -183,7 +184,7 @@ def _job_id_of(channel: bytes) -> UUID | None:
         return None
 
 
-MAX_LIVE_CHUNKS = 256  # per stream; a consumer that lags further behind catches up from SQL
+MAX_LIVE_CHUNKS = 256  # per stream; a consumer that falls further behind catches up from SQL
 
 PAGE = 500
 
@@ -191,7 +192,7 @@ SILENCE_SECONDS = 1.0
 
 STORAGE_RETRY_SECONDS = 0.5
 
-READ_SECONDS = 2.0  # then another connection is tried; the kernel notices a silently dead one only after ten
+READ_SECONDS = 2.0  # then try another connection; the kernel takes ten seconds to notice a silently dead one
 
 Event = TokenChunk | JobStatus
 
@@ -202,14 +203,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StatusChange:
-    """`in_progress`: an attempt started; `queued`: it was lost and another will follow; terminal: the last event."""
+    """`in_progress` means that an attempt has started; `queued`, that it was lost and another will follow. A terminal
+    status is the last event."""
 
     status: JobStatus
     attempt: int
 
 
 class StreamMessage(BaseModel):
-    """What is published. Unknown fields belong to later versions and are ignored."""
+    """A published message. Unknown fields come from later versions and are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -230,20 +232,20 @@ def publish(client: "redis.Redis", events: Iterable[tuple[UUID, Event]]) -> bool
     try:
         pipeline.execute()
     except redis.RedisError as exc:
-        log.warning("live chunks not published: %s", exc)
+        log.warning("could not publish live chunks: %s", exc)
         return False
     return True
 
 
 @dataclass(eq=False, slots=True)
 class _Stream:
-    """One consumer of one job's stream: its position and what has arrived for it."""
+    """One consumer of one job's stream: its position, and the messages that have arrived for it."""
 
     job_id: UUID
     last: int  # the last sequence number emitted
     stage: tuple[int, int] = (0, 1)  # the last (attempt, stage within it) emitted; see _stage
     live: deque[TokenChunk] = field(default_factory=deque)
-    is_behind: bool = True  # whether SQL has or may have something that the live queue lacks
+    is_behind: bool = True  # whether SQL may have something that the live queue does not have
     heard_at: float = field(default_factory=monotonic)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -258,7 +260,7 @@ class _Stream:
         self.news.set()
 
     def look(self) -> None:
-        """Make it read SQL."""
+        """Make the stream read SQL."""
         self.is_behind = True
         self.heard_at = monotonic()
         self.news.set()
@@ -297,11 +299,11 @@ class StreamReader:
         return len(self._streams.get(job_id, ()))
 
     async def read(self, job_id: UUID, *, starting_after: int = 0) -> AsyncGenerator[TokenChunk | StatusChange]:
-        """Every chunk after `starting_after`, each once and in order, and the status changes between them; ends after
-        the terminal one, or when the job is deleted. The stream of a running job starts with its `in_progress`. A chunk
-        that `is_reset` makes everything before it void.
+        """Yield every chunk after `starting_after`, each once and in order, and the status changes between them.
 
-        The caller has checked the job's tenant. Close it (`contextlib.aclosing`) if the consumer may leave early.
+        Ends after a terminal status, or when the job is deleted. The stream of a running job starts with `in_progress`.
+        A chunk that `is_reset` invalidates everything before it. The caller must have checked the job's tenant, and
+        must close the generator (`contextlib.aclosing`) if the consumer may leave early.
         """
         stream = _Stream(job_id, starting_after)
         self._streams.setdefault(job_id, []).append(stream)
@@ -319,7 +321,7 @@ class StreamReader:
     async def _follow(self, stream: _Stream) -> AsyncGenerator[TokenChunk | StatusChange]:
         while True:
             if stream.is_behind:
-                stream.is_behind = False  # before reading, so that news during the read is not lost
+                stream.is_behind = False  # before reading, so that a message during the read is not lost
                 state, chunks = await self._read_log(stream)
                 for event in _advance(stream, state, chunks):
                     yield event
@@ -337,8 +339,8 @@ class StreamReader:
                 await stream.news.wait()
 
     async def _read_log(self, stream: _Stream) -> tuple[StreamState | None, Sequence[TokenChunk]]:
-        """State and chunks from one snapshot, so that a terminal state comes with all its chunks. Retries while the
-        database is away."""
+        """The state and the next chunks from one snapshot, so that a terminal state comes with all its chunks. Retries
+        while the database is down."""
         while True:
             try:
                 reading = self._run(read_log, stream.job_id, after=stream.last, limit=PAGE)
@@ -362,7 +364,7 @@ class StreamReader:
             await self._listener.remove(stream.job_id)
 
     def _on_message(self, job_id: UUID, payload: bytes) -> None:
-        """Redis is not trusted: what is not a valid message is dropped."""
+        """Queue a message for the job's streams. Redis is not trusted: an invalid message is dropped."""
         streams = self._streams.get(job_id, [])
         try:
             message = StreamMessage.model_validate_json(payload)
@@ -376,7 +378,8 @@ class StreamReader:
                 stream.look()
 
     def _on_gap(self, job_id: UUID) -> None:
-        """Does not read SQL at once: after an outage of Redis all streams get here, and one query serves them all."""
+        """Mark the job's streams to be checked. Does not read SQL immediately: after an outage of Redis, this is called
+        for all streams, and one query serves them all."""
         for stream in self._streams.get(job_id, []):
             stream.heard_at = -math.inf
 
@@ -404,7 +407,8 @@ class StreamReader:
 def _advance(
     stream: _Stream, state: StreamState | None, chunks: Sequence[TokenChunk]
 ) -> Iterable[TokenChunk | StatusChange]:
-    """Emit what SQL adds: the start of an attempt comes before its chunks, its end after them."""
+    """Advance the stream to what SQL has returned, and yield what is new: the start of an attempt comes before its
+    chunks, its end after them."""
     is_new = state is not None and _stage(state) > stream.stage
     if state is not None and is_new and state.status is JobStatus.IN_PROGRESS:
         stream.stage = _stage(state)
@@ -420,7 +424,7 @@ def _advance(
 
 
 def _stage(state: StreamState) -> tuple[int, int]:
-    """Orders a job's statuses in time: by attempt, then running, queued again, ended."""
+    """A key that orders a job's statuses in time: by attempt, then running, queued again, ended."""
     if state.status.is_terminal:
         return state.attempt, 2
     return state.attempt, int(state.status is JobStatus.QUEUED)

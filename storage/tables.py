@@ -53,7 +53,7 @@ class PydanticJSON(TypeDecorator[BaseModel]):
 
 
 class AdaptedJSON(TypeDecorator[Any]):
-    """A JSON column for several Pydantic classes, told apart by a tag in the JSON."""
+    """A JSON column for several Pydantic classes, which a tag in the JSON distinguishes."""
 
     impl = JSON
     cache_ok = True
@@ -200,7 +200,7 @@ class Job(Row):
     id: Mapped[UUID] = mapped_column(primary_key=True)  # a ULID drawn by the API before the insert
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
     model: Mapped[str]
-    model_revision: Mapped[str]  # of the files that make its output; at first, of those at the API
+    model_revision: Mapped[str]  # of the files that generate its output; until the first claim, of the API's files
     endpoint: Mapped[Endpoint] = mapped_column(server_default="jobs")
     is_stored: Mapped[bool] = mapped_column(server_default="false")  # requested with store=true: listed on its route
     kind: Mapped[JobKind] = mapped_column(server_default="generation")
@@ -212,10 +212,10 @@ class Job(Row):
     attempt: Mapped[int] = mapped_column(server_default="0")  # the fencing token: +1 at every claim, never reset
     num_failures: Mapped[int] = mapped_column(server_default="0")  # drains do not count
     max_failures: Mapped[int]
-    num_suspicions: Mapped[int] = mapped_column(server_default="0")  # weight of the engine crashes it was part of
+    num_suspicions: Mapped[int] = mapped_column(server_default="0")  # summed weights of the engine crashes it was in
     available_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    start_deadline_at: Mapped[datetime | None]  # expires if not claimed by then
-    deadline_at: Mapped[datetime | None]  # expires then in any state
+    start_deadline_at: Mapped[datetime | None]  # the job expires if it has not been claimed by then
+    deadline_at: Mapped[datetime | None]  # the job expires then in any state
     run_timeout_seconds: Mapped[float | None] = mapped_column(Double)  # narrows deadline_at at the first claim
     dispatch_at: Mapped[datetime] = mapped_column(server_default=func.now())  # the outbox: when it is due for a message
     num_dispatches: Mapped[int] = mapped_column(server_default="0")
@@ -233,8 +233,8 @@ class Job(Row):
     error: Mapped[JobError | None]
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata")
     result_ttl_seconds: Mapped[int]
-    webhook_url: Mapped[str | None]  # notified of its end, besides the tenant's endpoints
-    webhook_statuses: Mapped[list[str] | None]  # of which final statuses
+    webhook_url: Mapped[str | None]  # notified of its end, in addition to the tenant's endpoints
+    webhook_statuses: Mapped[list[str] | None]  # the final statuses of which it is notified
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]  # the first claim
     first_token_at: Mapped[datetime | None]  # when its first chunk was committed; None for embeddings
@@ -302,7 +302,7 @@ class JobAttempt(Row):
     ended_at: Mapped[datetime]
     outcome: Mapped[AttemptOutcome]
     error_code: Mapped[str | None]
-    num_tokens: Mapped[int]  # committed in this attempt
+    num_tokens: Mapped[int]  # output tokens committed in this attempt
 
 
 class PoisonRecord(Row):

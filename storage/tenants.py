@@ -16,11 +16,12 @@ from sqlalchemy import func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from domain.errors import ExpectedError
 from storage.tables import ApiKey, Tenant, TenantLoad
 
 
 def create_tenant(session: Session, name: str, *, max_queued: int | None = None, weight: float = 1.0) -> Tenant:
-    """Raises IntegrityError if the name is taken."""
+    """Create a tenant and its load row. Raises IntegrityError if the name is taken."""
     tenant = Tenant(id=uuid4(), name=name, max_queued=max_queued, weight=weight)
     session.add(tenant)
     session.flush()
@@ -48,8 +49,8 @@ MIN_SECRET_LENGTH = 16
 MAX_KEY_LENGTH = 256
 
 
-class MalformedKey(ValueError):
-    """Not of the form sk_<id>_<secret>."""
+class MalformedKey(ExpectedError):
+    """The key does not have the form sk_<id>_<secret>."""
 
 
 def create_key(
@@ -92,7 +93,7 @@ def resolve_key(session: Session, key: str) -> ApiKey | None:
 
 
 def revoke_key(session: Session, key_id: str, tenant_id: UUID) -> bool:
-    """False: the tenant has no such valid key."""
+    """Revoke a key. False if the tenant has no such valid key."""
     statement = (
         update(ApiKey)
         .where(ApiKey.id == key_id, ApiKey.tenant_id == tenant_id, ApiKey.revoked_at.is_(None))
@@ -109,7 +110,7 @@ def list_keys(session: Session, tenant_id: UUID) -> Sequence[ApiKey]:
 
 
 def _parts(key: str) -> tuple[str, str]:
-    """Returns (id, secret). The error does not repeat the key, which may be a secret."""
+    """Split a key into (id, secret). The error does not contain the key, which may be a secret."""
     parts = key.split("_", 2)
     is_well_formed = len(key) <= MAX_KEY_LENGTH and len(parts) == 3 and parts[0] == PREFIX and key.isascii()
     if not is_well_formed or not parts[1].isalnum() or not parts[2]:

@@ -1,7 +1,7 @@
 """Webhook deliveries: claimed by a sender, recorded with their outcome, listed, requested again.
 
-A claim moves `next_attempt_at` to the end of its lease and counts the attempt. That count fences what is recorded
-later, and deliveries of a dead sender become due again. Only the database's clock is used.
+A claim moves `next_attempt_at` to the end of its lease and increments the number of attempts. That number is the fence
+for recording the outcome. Deliveries of a dead sender become due again. Only the database's clock is used.
 """
 
 import random
@@ -21,8 +21,8 @@ from storage.webhooks import WebhookAttempt, WebhookDelivery
 KEPT_DAYS = 7
 GONE = "the receiver answered 410 (gone)"
 
-# Skips through the index from one host with pending deliveries to the next and takes the head of each one's queue: ten
-# thousand deliveries for one host do not delay the others.
+# Skips through the index from one host with pending deliveries to the next and takes the head of each host's queue, so
+# that ten thousand deliveries for one host do not delay the others.
 CLAIM = text(f"""
 WITH RECURSIVE hosts(host) AS (
     (SELECT host FROM webhook_deliveries WHERE status = 'pending' ORDER BY host LIMIT 1)
@@ -86,7 +86,8 @@ FROM webhook_deliveries WHERE status = 'pending'
 
 @dataclass(frozen=True, slots=True)
 class ClaimedDelivery:
-    """An attempt for this sender to make. `secrets` sign it, the newest first; none: its endpoint was deleted."""
+    """An attempt that this sender must make. `secrets` are those to sign it with, newest first; empty if the endpoint
+    was deleted."""
 
     id: UUID
     event_id: UUID
@@ -96,14 +97,14 @@ class ClaimedDelivery:
     url: str
     host: str
     attempt: int
-    num_tries: int  # since it was last requested, including this one
+    num_tries: int  # attempts since it was last requested, including this one
     now: datetime
     secrets: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of an attempt. `status` PENDING: to be retried."""
+    """The outcome of an attempt. A `status` of PENDING means that it will be retried."""
 
     delivery: ClaimedDelivery
     status: DeliveryStatus
@@ -116,7 +117,7 @@ class Outcome:
 def claim(
     session: Session, *, room: int, room_per_host: int, room_by_host: Mapping[str, int], lease_seconds: float
 ) -> list[ClaimedDelivery]:
-    """Claim up to `room` due deliveries, per host at most `room_by_host`, or else `room_per_host`."""
+    """Claim up to `room` due deliveries. For each host, at most its entry in `room_by_host`, else `room_per_host`."""
     if room <= 0:
         return []
     parameters = {
@@ -147,7 +148,7 @@ def claim(
 def _secrets(
     session: Session, tenant_id: UUID, endpoint_id: UUID | None, stored: tuple[str | None, str | None]
 ) -> tuple[str, ...]:
-    """The signing secrets; a tenant without one gets one now."""
+    """The secrets to sign with, newest first. A tenant without a secret gets one now."""
     found = tuple(secret for secret in stored if secret is not None)
     if found or endpoint_id is not None:
         return found
@@ -155,8 +156,8 @@ def _secrets(
 
 
 def record(session: Session, outcomes: Sequence[Outcome]) -> dict[UUID, DeliveryStatus]:
-    """Log attempts and update their deliveries. Deliveries that another sender has claimed since are only logged, and
-    missing from the result. An endpoint that answered 410 is disabled. Safe to repeat."""
+    """Log attempts and update their deliveries. Returns the new statuses. Deliveries that another sender has claimed in
+    the meantime are logged but left out of the result. An endpoint that answered 410 is disabled. Safe to repeat."""
     if not outcomes:
         return {}
     parameters = {
@@ -176,7 +177,8 @@ def record(session: Session, outcomes: Sequence[Outcome]) -> dict[UUID, Delivery
 
 
 def retry_delay(num_tries: int) -> float:
-    """Seconds after the `num_tries`th failure, with 10 % jitter, so that joint failures are not retried together."""
+    """Seconds to wait after the `num_tries`th failure, with 10 % jitter, so that deliveries which failed together are
+    not retried together."""
     return RETRY_SECONDS[min(num_tries, len(RETRY_SECONDS)) - 1] * random.uniform(0.9, 1.1)
 
 
@@ -212,7 +214,7 @@ def _is_after(tenant_id: UUID, after: UUID) -> ColumnElement[bool]:
 
 
 def get(session: Session, delivery_id: UUID, tenant_id: UUID) -> tuple[WebhookDelivery, list[WebhookAttempt]] | None:
-    """A delivery with its attempts in order; None: the tenant has no such delivery."""
+    """A delivery with its attempts in order, or None if the tenant has no such delivery."""
     delivery = session.get(WebhookDelivery, delivery_id, populate_existing=True)
     if delivery is None or delivery.tenant_id != tenant_id:
         return None
@@ -221,8 +223,8 @@ def get(session: Session, delivery_id: UUID, tenant_id: UUID) -> tuple[WebhookDe
 
 
 def redeliver(session: Session, delivery_id: UUID, tenant_id: UUID) -> bool:
-    """Make a delivery due again at once, for another 72 hours, whatever its status. If an attempt is under way it may
-    arrive twice. False: the tenant has no such delivery."""
+    """Make a delivery due immediately, and for another 72 hours, whatever its status. If an attempt is in progress, it
+    may arrive twice. False if the tenant has no such delivery."""
     statement = (
         update(WebhookDelivery)
         .where(WebhookDelivery.id == delivery_id, WebhookDelivery.tenant_id == tenant_id)
@@ -240,13 +242,13 @@ def redeliver(session: Session, delivery_id: UUID, tenant_id: UUID) -> bool:
 
 
 def backlog(session: Session) -> tuple[int, float]:
-    """Over all tenants: how many deliveries are pending, and for how many seconds the oldest due one has waited."""
+    """The number of pending deliveries of all tenants, and for how many seconds the oldest has been due."""
     row = session.execute(BACKLOG).one()
     return row.num_pending, row.oldest_due_seconds
 
 
 def prune(session: Session, *, limit: int = 1_000) -> int:
-    """Delete deliveries that ended a week ago, with their attempts."""
+    """Delete ended deliveries that are more than KEPT_DAYS old, with their attempts. Returns how many."""
     too_old = WebhookDelivery.created_at < func.statement_timestamp() - text(f"interval '{KEPT_DAYS} days'")
     done = WebhookDelivery.status != DeliveryStatus.PENDING
     old = select(WebhookDelivery.id).where(done, too_old).limit(limit).with_for_update(skip_locked=True)

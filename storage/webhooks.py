@@ -1,13 +1,13 @@
-"""Webhook endpoints, their secrets, and the outbox that the ends of jobs write to.
+"""Webhook endpoints, their secrets, and the outbox to which the ends of jobs are written.
 
-Secrets are stored as they are, because signing needs them. They are shown when created; only the tenant's own secret,
-which signs for URLs that come with jobs, can be read again.
+Secrets are stored in plain text, because signing needs them. They are shown when they are created; only the tenant's
+own secret, which signs events for URLs that came with jobs, can be read again.
 
-Deliveries are written in the transaction that ends a job. The ending statements only report whether anyone may want to
-hear of it (IS_TOLD), so a job without a webhook costs nothing more; for the others `write_deliveries` follows.
+Deliveries are written in the transaction that ends a job. The statements that end jobs only report whether there may be
+a receiver (IS_TOLD), so a job without a webhook has no further cost; for other jobs, `write_deliveries` is called.
 """
 
-# ruff: noqa: S608  (only constants of this module are put into the text; values are bound)
+# ruff: noqa: S608  (only constants of this module are inserted into the text; values are bound)
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -51,7 +51,7 @@ class WebhookEndpoint(Row):
     previous_secret_expires_at: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    disabled_at: Mapped[datetime | None]  # it answered 410, or was disabled by the tenant
+    disabled_at: Mapped[datetime | None]  # set when it answered 410 or the tenant disabled it
 
 
 class WebhookSecret(Row):
@@ -67,7 +67,7 @@ class WebhookSecret(Row):
 
 
 class WebhookDelivery(Row):
-    """One event for one destination. It outlives its job, of which it only contains the id."""
+    """One event for one destination. It outlives its job, of which it contains only the id."""
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (
@@ -82,15 +82,15 @@ class WebhookDelivery(Row):
 
     id: Mapped[UUID] = mapped_column(primary_key=True, server_default=func.gen_random_uuid())
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
-    event_id: Mapped[UUID]  # the id of the job it is about: one end, one event
+    event_id: Mapped[UUID]  # the id of the job that ended; a job ends once, so there is one event per job
     type: Mapped[str]
     endpoint_id: Mapped[UUID | None]  # None: the URL came with the job. No foreign key, see storage/webhooks.py
     url: Mapped[str]
     host: Mapped[str] = mapped_column(Computed("split_part(url, '/', 3)", persisted=True))  # and port, if it has one
     status: Mapped[DeliveryStatus] = mapped_column(TextEnum(DeliveryStatus), server_default="pending")
     num_attempts: Mapped[int] = mapped_column(server_default="0")  # also the fence: +1 at every claim, never reset
-    num_attempts_before: Mapped[int] = mapped_column(server_default="0")  # those before it was requested again
-    next_attempt_at: Mapped[datetime] = mapped_column(server_default=func.now())  # lease end if under way
+    num_attempts_before: Mapped[int] = mapped_column(server_default="0")  # attempts before it was requested again
+    next_attempt_at: Mapped[datetime] = mapped_column(server_default=func.now())  # during an attempt: end of its lease
     retry_until: Mapped[datetime] = mapped_column(server_default=text("now() + interval '72 hours'"))
     last_status_code: Mapped[int | None]
     last_error: Mapped[str | None]
@@ -99,7 +99,7 @@ class WebhookDelivery(Row):
 
 
 class WebhookAttempt(Row):
-    """How one attempt went. Missing if the sender died before recording it."""
+    """The outcome of one attempt. Missing if the sender died before recording it."""
 
     __tablename__ = "webhook_attempts"
 
@@ -123,7 +123,7 @@ _OVERLAP_ENDS = _NOW + text(f"interval '{OVERLAP_HOURS} hours'")
 def create_endpoint(
     session: Session, tenant_id: UUID, *, name: str, url: str, event_types: Sequence[str]
 ) -> WebhookEndpoint | None:
-    """Create an endpoint with a new secret. None: the tenant has the maximum number."""
+    """Create an endpoint with a new secret, or return None if the tenant already has MAX_ENDPOINTS."""
     owned = select(func.count()).select_from(WebhookEndpoint).where(WebhookEndpoint.tenant_id == tenant_id)
     if (session.scalar(owned) or 0) >= MAX_ENDPOINTS:
         return None
@@ -142,7 +142,7 @@ def get_endpoint(session: Session, endpoint_id: UUID, tenant_id: UUID) -> Webhoo
 
 
 def list_endpoints(session: Session, tenant_id: UUID, *, after: UUID | None, limit: int) -> list[WebhookEndpoint]:
-    """Newest first."""
+    """One page of the tenant's endpoints, newest first."""
     statement = select(WebhookEndpoint).where(WebhookEndpoint.tenant_id == tenant_id)
     if after is not None:
         statement = statement.where(WebhookEndpoint.id < after)
@@ -159,7 +159,8 @@ def change_endpoint(
     event_types: Sequence[str] | None = None,
     enabled: bool | None = None,
 ) -> WebhookEndpoint | None:
-    """Change what is not None. Pending deliveries go to the new URL. None: the tenant has no such endpoint."""
+    """Change the fields that are not None. Pending deliveries go to the new URL. Returns None if the tenant has no such
+    endpoint."""
     endpoint = get_endpoint(session, endpoint_id, tenant_id)
     if endpoint is None:
         return None
@@ -177,7 +178,7 @@ def change_endpoint(
 
 
 def remove_endpoint(session: Session, endpoint_id: UUID, tenant_id: UUID) -> bool:
-    """Delete an endpoint with its deliveries. False: the tenant has no such endpoint."""
+    """Delete an endpoint with its deliveries. False if the tenant has no such endpoint."""
     wanted = (WebhookEndpoint.id == endpoint_id, WebhookEndpoint.tenant_id == tenant_id)
     if session.scalar(delete(WebhookEndpoint).where(*wanted).returning(WebhookEndpoint.id)) is None:
         return False
@@ -188,8 +189,8 @@ def remove_endpoint(session: Session, endpoint_id: UUID, tenant_id: UUID) -> boo
 def rotate_secret(
     session: Session, endpoint_id: UUID, tenant_id: UUID, *, with_overlap: bool
 ) -> WebhookEndpoint | None:
-    """Create a new secret; `with_overlap` the old one also signs for another day. None: the tenant has no such
-    endpoint."""
+    """Create a new secret. With `with_overlap`, the old one signs as well for another day. Returns None if the tenant
+    has no such endpoint."""
     wanted = (WebhookEndpoint.id == endpoint_id, WebhookEndpoint.tenant_id == tenant_id)
     values = {
         "secret": new_secret(),
@@ -210,7 +211,7 @@ def disable_endpoint(session: Session, endpoint_id: UUID, url: str, reason: str)
 
 
 def tenant_secret(session: Session, tenant_id: UUID) -> WebhookSecret:
-    """The secret that signs for URLs that come with jobs; created on first use."""
+    """The secret that signs events for URLs that came with jobs. Created on first use."""
     session.execute(insert(WebhookSecret).values(tenant_id=tenant_id, secret=new_secret()).on_conflict_do_nothing())
     return session.get_one(WebhookSecret, tenant_id, populate_existing=True)
 
@@ -244,7 +245,7 @@ def _give_up(session: Session, endpoint_id: UUID, reason: str) -> None:
 IS_TOLD = """(j.webhook_url IS NOT NULL OR EXISTS (
         SELECT FROM webhook_endpoints p WHERE p.tenant_id = j.tenant_id)) AS is_told"""
 
-# The public name of a job's end, and its name on the job's route, as OpenAI's SDKs know it.
+# The public name of the event, and its name on the job's route, which is the one that OpenAI's SDKs expect.
 JOB_EVENT = "'job.' || j.status"
 
 EVENT_OF_ROUTE = f"""CASE WHEN j.endpoint <> 'responses' THEN {JOB_EVENT} ELSE 'response.' || CASE

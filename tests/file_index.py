@@ -15,8 +15,8 @@ PACKAGES = (
     "dialects",
     "text",
     "storage",
-    "domain",
     "local",
+    "domain",
 )
 HEAD = """# Every source file
 

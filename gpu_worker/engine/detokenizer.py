@@ -1,4 +1,4 @@
-"""Token ids to text as they arrive, in constant time per token: never half a character, never part of a stop string."""
+"""Turns token ids into text as they arrive, in constant time per token, without partial characters or stop strings."""
 
 import codecs
 import json
@@ -10,15 +10,15 @@ from text.outputs import END_THINK, THINK
 from text.tokenizers import TokenKind, token_table_of
 
 REPLACEMENT = "\ufffd"
-MAX_WINDOW = 12  # tokens decoded again for each new one, a run of byte tokens apart
-NUM_CONTEXT_TOKENS = 6  # kept of them, and of the prompt: the first token of a text is often decoded differently
+MAX_WINDOW = 12  # tokens decoded again with each new one, not counting a run of byte tokens
+NUM_CONTEXT_TOKENS = 6  # how many of them, or of the prompt's, stay as context: a first token often decodes differently
 
 _new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 def with_visible_reasoning(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, changed if necessary so that reasoning tags have a text. Some models declare them special, and
-    then one could not tell from their text where the answer begins."""
+    """The tokenizer, modified if necessary so that reasoning tags decode to text. Some models declare them special;
+    their text would then not show where the answer begins."""
     hidden = [
         token
         for token in tokenizer.get_added_tokens_decoder().values()
@@ -26,33 +26,33 @@ def with_visible_reasoning(tokenizer: Tokenizer) -> Tokenizer:
     ]
     if not hidden:
         return tokenizer
-    plain = json.loads(tokenizer.to_str())  # a token once added as special stays so
+    plain = json.loads(tokenizer.to_str())  # `add_tokens` cannot make a special token ordinary
     for token in plain["added_tokens"]:
         token["special"] &= token["content"] not in (THINK, END_THINK)
     return Tokenizer.from_str(json.dumps(plain))
 
 
 class Detokenizer:
-    """Incremental decoding of one sequence. Its pieces and the result of `flush`, joined, equal `decode` of all tokens
-    for any decoder. A token is decoded together with the last few before it, so that its cost does not grow.
+    """Incremental decoding of one sequence. The pieces and the result of `flush`, joined, equal `decode` of all tokens,
+    whatever the decoder. Each token is decoded together with the last few before it, so its cost does not grow.
 
-    Two things wait. The first bytes of a character wait for the rest. And a run of byte tokens (`<0xNN>`) waits for the
-    token after it, since it is decoded as a whole: one invalid byte turns every byte of the run into U+FFFD, even
-    those that made up whole characters (docs/adr/0019).
+    Text is held back in two cases. The first bytes of a character wait for the rest. A run of byte tokens (`<0xNN>`)
+    waits for the token after it, because it is decoded as a whole: one invalid byte turns every byte of the run into
+    U+FFFD, even bytes that formed whole characters (docs/adr/0019).
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._tokens = token_table_of(tokenizer)
         self._utf8 = _new_utf8_decoder("replace")
-        self._run: ByteRun | None = None  # that waits
-        self._window: list[int] = []  # the last tokens that have a text
-        self._num_sent = 0  # characters of the window's text
+        self._run: ByteRun | None = None  # the byte tokens that are held back
+        self._window: list[int] = []  # the last tokens that have text
+        self._num_sent = 0  # how many characters of the window's text have been returned
         self._has_pushed = False
         self._begin_behind(prompt_token_ids)
 
     def push(self, token_id: int) -> str:
-        """The text that became final with this token: often the token's own, sometimes empty."""
+        """The text that this token makes final: usually its own, sometimes empty."""
         kind = self._tokens.kind(token_id)
         if kind is TokenKind.HIDDEN:
             return ""
@@ -66,13 +66,14 @@ class Detokenizer:
         return self._send()
 
     def flush(self) -> str:
-        """What is still waiting at the end of the sequence."""
+        """The text that is still held back at the end of the sequence."""
         self._run = None
         self._utf8.reset()
         return self._send() if self._has_pushed else ""
 
     def last_characters_waiting(self, max_count: int) -> str:
-        """The last characters of a run of byte tokens if it ended here; empty if it ends in half a character."""
+        """The last characters of the held-back run of byte tokens, as if it ended here; empty if it ends within a
+        character."""
         return "" if self._run is None else self._run.last_characters(max_count)
 
     def _push_byte(self, token_id: int) -> None:
@@ -90,19 +91,20 @@ class Detokenizer:
     def _slide(self) -> None:
         kept = self._window[-NUM_CONTEXT_TOKENS:]
         text = self._final_text(kept)
-        if text:  # a decoder that strips the start of a text has done so, and will not strip what follows
+        if text:  # a decoder that strips the start of a text has done so by now and will not strip anything else
             self._window, self._num_sent = kept, len(text)
 
     def _final_text(self, token_ids: list[int]) -> str:
-        """Without half a character at the end, which `decode` writes as one U+FFFD."""
+        """The tokens' text without an incomplete character at its end, which `decode` turns into one U+FFFD."""
         if not token_ids:
-            return ""  # on which some decoders panic
+            return ""  # some decoders panic on an empty list
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         has_half_a_character = bool(self._utf8.getstate()[0])
         return text.removesuffix(REPLACEMENT) if has_half_a_character else text
 
     def _begin_behind(self, prompt_token_ids: Sequence[int]) -> None:
-        """The prompt's text counts as sent, except for half a character at its end, which the output may complete."""
+        """Start with the prompt's text marked as sent, except for an incomplete character at its end, which the output
+        may complete."""
         context: list[int] = []
         run: list[int] = []
         for token_id in reversed(prompt_token_ids):
@@ -122,7 +124,7 @@ class Detokenizer:
 
 
 class ByteRun:
-    """The text of a run of byte tokens if it ended here."""
+    """A run of byte tokens that is held back, and its text as if it ended here."""
 
     def __init__(self) -> None:
         self._utf8 = _new_utf8_decoder("strict")
@@ -144,7 +146,7 @@ class ByteRun:
 
 
 def num_bytes_of_half_a_character(text: bytes) -> int:
-    """How many bytes at the end begin a character that is not complete; 0 if the text is not UTF-8."""
+    """How many bytes at the end are the start of an incomplete character; 0 if the text is not UTF-8."""
     utf8 = _new_utf8_decoder("strict")
     try:
         utf8.decode(text)
@@ -175,38 +177,39 @@ class StopMatcher:
         found = [(start + len(stop), start, stop) for stop in self._stop_strings if (start := text.find(stop)) >= 0]
         if found and may_stop:
             self._held = ""
-            _, start, self.found = min(found)  # the first to be complete, however the text was split into pieces
+            _, start, self.found = min(found)  # the one completed first, however the text was split into pieces
             return text[:start], True
         num_held = self._num_held(text)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], False
 
     def ends_in_stop(self, last_characters: Callable[[int], str]) -> bool:
-        """Whether text that is not pushed yet ends in a stop string; `last_characters(n)` returns its last n."""
+        """Whether text that has not been pushed yet ends in a stop string. `last_characters(n)` returns its last n
+        characters."""
         if not self._stop_strings:
             return False
         waiting = last_characters(self._max_stop_length)
         return bool(waiting) and (self._held + waiting).endswith(self._stop_strings)
 
     def flush(self) -> str:
-        """What was held back and did not become a stop string."""
+        """The text that was held back and did not become a stop string."""
         held, self._held = self._held, ""
         return held
 
     def _num_held(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop string begins."""
+        """Length of the longest suffix of `text` that is a prefix of a stop string."""
         if not text:
             return 0
         return next((len(p) for p in self._prefixes_by_last_character.get(text[-1], ()) if text.endswith(p)), 0)
 
 
 class TextStream:
-    """From tokens to text that may be sent."""
+    """Tokens in, text that may be sent out: a Detokenizer followed by a StopMatcher."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop_strings: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids)
         self._matcher = StopMatcher(stop_strings)
-        self._end = ""  # of the text so far: as much as may be part of a tag
+        self._end = ""  # the end of the text so far, as long as a tag that it may be part of
         self.has_reasoned = False  # whether the first </think> is complete, even if its text is held back
 
     @property
@@ -217,12 +220,12 @@ class TextStream:
     def push(self, token_id: int, *, may_stop: bool) -> tuple[str, bool]:
         piece = self._detokenizer.push(token_id)
         if may_stop and self._matcher.ends_in_stop(self._detokenizer.last_characters_waiting):
-            piece = self._detokenizer.flush()  # the sequence ends here, and with it the run of bytes
+            piece = self._detokenizer.flush()  # the run of bytes ends with the sequence
         self._look_for_reasoning(piece)
         return self._matcher.push(piece, may_stop=may_stop)
 
     def flush(self) -> str:
-        """What was held back, at the end of a sequence that did not end with a stop string."""
+        """The text that was held back, for a sequence that ended without a stop string."""
         piece = self._detokenizer.flush()
         self._look_for_reasoning(piece)
         text, _ = self._matcher.push(piece, may_stop=False)

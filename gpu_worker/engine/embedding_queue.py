@@ -1,7 +1,7 @@
-"""An engine's embedding jobs: in each step a limited number of tokens of their inputs, along with the running batch.
+"""An engine's embedding jobs: each step embeds inputs of a limited number of tokens, next to the running batch.
 
-Free of torch. Inputs of several jobs share a pass; if it fails, each half is run on its own, down to the guilty input,
-whose job fails.
+Free of torch. Inputs of several jobs share a pass. If it fails, each half is run on its own, until the input that fails
+is alone; its job fails.
 """
 
 import logging
@@ -18,17 +18,17 @@ from gpu_worker.engine_process.frames import EmbeddingOutput, EmbedJob, EngineSt
 
 log = logging.getLogger(__name__)
 
-SHARE_WITH_TEXTS = 4  # a quarter of a step's tokens while texts run too: neither starves
-MAX_OUTPUT_BYTES = 2**24  # of one step, but at least one job's: a frame has its limit
+SHARE_WITH_TEXTS = 4  # embeddings get a quarter of a step's tokens while texts are generated, so that neither starves
+MAX_OUTPUT_BYTES = 2**24  # per step, though at least one job's output: the size of a frame is limited
 
-#: (num_inputs, width) in float32, one row per input, of any length.
+#: From the token ids of each input to float32 (num_inputs, width), in the same order; vectors may have any length.
 Embed = Callable[[Sequence[Sequence[int]]], NDArray[np.float32]]
 
 
 @dataclass(slots=True, eq=False)
 class QueuedEmbedding:
     command: EmbedJob
-    vectors: list[bytes] = field(default_factory=list)  # of its first inputs
+    vectors: list[bytes] = field(default_factory=list)  # for the inputs embedded so far, in order
 
     @property
     def key(self) -> tuple[str, int]:
@@ -36,7 +36,7 @@ class QueuedEmbedding:
 
 
 class EmbeddingQueue:
-    """`fatal` are the exceptions that must end the process."""
+    """Exceptions of the types `fatal` must end the process and are not caught."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class EmbeddingQueue:
         self._jobs = dict(sorted(self._jobs.items(), key=lambda item: -item[1].command.priority))
 
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
-        """Like a back end's: the final output comes with the next step; there is none if `reason` is empty."""
+        """Like Backend.abort: the next step returns the job's final output, or none if `reason` is empty."""
         if self._jobs.pop((job_id, attempt), None) is not None and reason:
             self._ended.append(EmbeddingOutput(job_id, attempt, vectors=[], finish_reason=reason))
         elif not reason:
@@ -88,7 +88,8 @@ class EmbeddingQueue:
         generate: Callable[[RecordStep], StepDone] | None,
         stats: Callable[[], EngineStats],
     ) -> StepDone:
-        """One step for vectors and texts together; `generate` makes the texts, where there are any."""
+        """Run one step of embeddings, and `generate`, if given, for the step of the texts. `record` is called with the
+        jobs of both."""
         members = self._plan(self._max_step_tokens // (SHARE_WITH_TEXTS if generate else 1))
         record(members)
         if generate is None:
@@ -113,7 +114,7 @@ class EmbeddingQueue:
             )
 
     def _plan(self, num_tokens: int) -> list[StepMember]:
-        """The next inputs, in order, within `num_tokens`, but at least one: an input is never split."""
+        """Choose the next inputs, in order, up to `num_tokens` in total. At least one is chosen; none is split."""
         self._planned = []
         for job in self._jobs.values():
             for token_ids in job.command.inputs[len(job.vectors) :]:
@@ -137,7 +138,9 @@ class EmbeddingQueue:
         except Exception as exc:
             if len(planned) == 1:
                 return [self._fail(planned[0][0], exc)]
-            log.warning("embedding failed, running its halves", extra={"num_inputs": len(planned), "error": repr(exc)})
+            log.warning(
+                "embedding failed; running each half on its own", extra={"num_inputs": len(planned), "error": repr(exc)}
+            )
             middle = len(planned) // 2
             return self._run(planned[:middle]) + self._run(planned[middle:])
         for (job, token_ids), vector in zip(planned, encoded, strict=True):
@@ -168,8 +171,8 @@ class EmbeddingQueue:
 
 
 def _encode(vector: NDArray[np.float32], dimensions: int | None) -> bytes:
-    """The first `dimensions` numbers, scaled to unit length, as little-endian float32. Raises ValueError for a vector
-    without a direction."""
+    """The first `dimensions` numbers, scaled to unit length, as little-endian float32. Raises ValueError if they are
+    all zero or not finite."""
     front = vector[:dimensions].astype(np.float64)
     length = float(np.linalg.norm(front))
     if not np.isfinite(length) or length == 0.0:

@@ -1,7 +1,10 @@
-"""The engine: admit, run, commit, emit. A bad job never affects another, and every job's end is reported.
+"""The engine: each step admits sequences, runs the model, commits the drawn tokens and returns the outputs.
 
-If the model runner can, the engine runs one step ahead: while the device draws a step's tokens, the next step of the
-same sequences is launched behind it and takes the tokens from the device's memory. Each `step` commits one step.
+A bad job never affects another, and the end of every job is reported.
+
+If the model runner supports it, the engine runs one step ahead: while the device is still drawing a step's tokens, the
+next step of the same sequences is queued on the device and reads the tokens from its memory. Each call of `step`
+commits one step.
 """
 
 import logging
@@ -27,12 +30,12 @@ from text.tokenizers import as_text, token_table_of
 
 log = logging.getLogger(__name__)
 
-STEPS_PER_MEMORY_READING = 64  # it costs a system call
+STEPS_PER_MEMORY_READING = 64  # each reading costs a system call
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What is reported at the end of a step, by sequence."""
+    """What a step has produced, by sequence; becomes its StepDone."""
 
     token_ids: dict[Sequence, list[int]] = field(default_factory=dict)
     logprobs: dict[Sequence, list[dict[str, object]]] = field(default_factory=dict)
@@ -44,7 +47,7 @@ class StepResult:
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
     rows: Rows[ScheduledRow]
-    launched: Any  # what the model runner returned
+    launched: Any  # what ModelRunner.launch returned
 
 
 class Engine:
@@ -56,8 +59,8 @@ class Engine:
         self._limits = limits
         self._grammars = Grammars(tokenizer, limits.vocab_size, limits.eos_token_ids)
         self._jobs: dict[tuple[str, int], EngineJob] = {}
-        self._ended: list[Sequence] = []  # since the last step: aborted, or complete when they were added
-        self._ahead: LaunchedStep | None = None  # behind the last step that was committed
+        self._ended: list[Sequence] = []  # ended since the last step: aborted, or complete when they were added
+        self._ahead: LaunchedStep | None = None  # the step after the last committed one, if it is launched already
         self._num_jobs = self._num_steps = self._num_generation_tokens = self._num_prompt_tokens = 0
         self._step_seconds = 0.0
         self._memory_bytes = _memory_bytes()
@@ -67,7 +70,7 @@ class Engine:
         return bool(self._jobs or self._ended)
 
     def add(self, command: AddJob) -> None:
-        """Raises a CeleriacError with which the job is to fail; nothing of the job is kept then."""
+        """Add a job to the batch. Raises a CeleriacError if it can never run, and then keeps nothing of it."""
         job = make_engine_job(command, self._limits, self._tokenizer, self._grammars, arrival=self._num_jobs)
         self._num_jobs += 1
         self._jobs[job.id, job.attempt] = job
@@ -79,7 +82,7 @@ class Engine:
         self._forget_if_done(job)
 
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
-        """Take the job out. Its final outputs come with the next step; there are none if `reason` is empty."""
+        """Remove the job, if it is here. The next step returns its final outputs; none if `reason` is empty."""
         job = self._jobs.pop((job_id, attempt), None)
         if job is None:
             return
@@ -92,7 +95,7 @@ class Engine:
             self._ended = [sequence for sequence in self._ended if sequence.job is not job]
 
     def step(self, record: RecordStep) -> StepDone:
-        """One iteration over the running batch."""
+        """Run one step of the batch and commit it. `record` is called with the step's jobs before the model runs."""
         started = time.perf_counter()
         result = StepResult({sequence: [] for sequence in self._ended})
         self._ended = []
@@ -137,7 +140,10 @@ class Engine:
     def _run(
         self, rows: Rows[ScheduledRow], step: LaunchedStep | None, record: RecordStep, result: StepResult
     ) -> list[tuple[ScheduledRow, Drawn | None]]:
-        """Compute the rows, unless `step` has begun to, and launch the step after them if it can be foreseen."""
+        """Compute `rows`, launched already if `step` is given, and launch the step after them if that is possible.
+
+        Returns the rows that were computed, each with its draw.
+        """
         if not rows:
             return []
         try:
@@ -145,9 +151,9 @@ class Engine:
             self._ahead = self._launch_ahead(rows, record)
             drawn = list(zip(rows, self._runner.collect(launched), strict=True))
         except torch.AcceleratorError:
-            raise  # the device's context is lost, and every sequence with it: the process must end
+            raise  # the CUDA context is lost, and with it every sequence: the process must end
         except Exception as exc:
-            self._ahead = None  # it may depend on what failed
+            self._ahead = None  # it may depend on the step that failed
             return self._run_again(rows, exc, result)
         self.scheduler.budget.count_good_step()
         return drawn
@@ -164,14 +170,14 @@ class Engine:
         except torch.AcceleratorError:
             raise
         except Exception as exc:
-            log.warning("could not run ahead", extra={"num_rows": len(ahead), "error": repr(exc)})
-            return None  # the step is run again in its turn, and fails or succeeds then
+            log.warning("could not launch the next step ahead", extra={"num_rows": len(ahead), "error": repr(exc)})
+            return None  # it will be scheduled again in its turn, and fail or succeed then
 
     def _run_again(
         self, rows: Rows[ScheduledRow], exc: Exception, result: StepResult
     ) -> list[tuple[ScheduledRow, Drawn | None]]:
-        """After a failure: run each half on its own, down to the guilty row, whose job fails. If memory ran out, the
-        later half waits instead, and steps become smaller."""
+        """After a failure, bisect: run each half on its own, until the row that fails is alone, and fail its job. If
+        memory ran out, preempt the later half instead and make steps smaller."""
         rows = [row for row in rows if self._is_running(row.sequence)]
         if isinstance(exc, DrawAgain):
             return self._run_part(rows, result)
@@ -183,7 +189,7 @@ class Engine:
         if len(rows) == 1:
             self._fail(rows[0].sequence.job, exc, result)
             return []
-        log.warning("step failed, running its halves", extra={"num_rows": len(rows), "error": repr(exc)})
+        log.warning("step failed; running each half on its own", extra={"num_rows": len(rows), "error": repr(exc)})
         middle = len(rows) // 2
         return self._run_part(rows[:middle], result) + self._run_part(rows[middle:], result)
 
@@ -201,14 +207,18 @@ class Engine:
     def _run_less(
         self, rows: Rows[ScheduledRow], exc: Exception, result: StepResult
     ) -> list[tuple[ScheduledRow, Drawn | None]]:
-        """Out of memory: preempt the later half. A row alone is tried again in smaller chunks before it fails."""
+        """Out of memory: shrink the budget, preempt the lower-ranking half and run the rest. A single row is retried in
+        smaller chunks before its job fails."""
         self._runner.free_memory()
         budget = self.scheduler.budget
         if len(rows) == 1 and (rows[0].num_new_tokens <= budget.tokens // 2 or budget.is_least):
             self._fail(rows[0].sequence.job, exc, result)
             return []
         budget.shrink()
-        log.warning("out of memory", extra={"num_rows": len(rows), "max_num_batched_tokens": budget.tokens})
+        log.warning(
+            "the step ran out of memory; steps become smaller",
+            extra={"num_rows": len(rows), "max_num_batched_tokens": budget.tokens},
+        )
         if len(rows) <= 1:
             return []  # its next chunk is smaller
         ranked = sorted(rows, key=lambda row: row.sequence.rank)
@@ -219,14 +229,14 @@ class Engine:
         return self._run_part(ranked[:middle], result)
 
     def _commit(self, row: ScheduledRow, drawn: Drawn | None, result: StepResult) -> None:
-        """Count what was computed and take the drawn token."""
+        """Record the row's computed tokens, append its drawn token, and end the sequence if it is complete."""
         sequence = row.sequence
         if not self._is_running(sequence):
-            return  # it ended during this step, or a sibling failed in it, and so the job
+            return  # the sequence ended during this step, or its job failed because of a sibling
         num_prompt_left = max(0, sequence.num_prompt_tokens - sequence.num_computed_tokens)
         self._num_prompt_tokens += min(row.num_new_tokens, num_prompt_left)
         if drawn is not None and drawn.prompt_scores:
-            del sequence.prompt_logprobs[sequence.num_computed_tokens + 1 :]  # from before a preemption
+            del sequence.prompt_logprobs[sequence.num_computed_tokens + 1 :]  # scored before a preemption
             first = sequence.num_computed_tokens + 1
             sequence.prompt_logprobs += [
                 self._describe(sequence, first + number, score) for number, score in enumerate(drawn.prompt_scores)
@@ -253,7 +263,8 @@ class Engine:
             result.sum_logprobs[sequence] = drawn.logprob
 
     def _tell_scores(self, sequence: Sequence, result: StepResult) -> None:
-        """Once per job, with the first token. If no token is asked for, the sequence ends here."""
+        """Report the prompt's scores: once per job, with its first token. If the job asks for no tokens, the sequence
+        ends here."""
         sequence.job.is_scored = True
         result.token_ids.setdefault(sequence, [])
         result.prompt_logprobs[sequence] = sequence.prompt_logprobs
@@ -271,7 +282,7 @@ class Engine:
         self._runner.wipe_blocks(suspect_blocks)
         is_memory = isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(exc)
         code = OutOfMemory.code if is_memory else EngineError.code
-        # The exception's text is only for the log: it may contain paths and shapes that are not for clients.
+        # The exception's text goes only to the log: clients should not see the paths or shapes that it may contain.
         reason = exc.message if isinstance(exc, GrammarFailed) else type(exc).__name__
         message = f"the model could not run this job: {reason}"
         result.failures.append(JobFailed(job_id=job.id, attempt=job.attempt, code=code, message=message))
@@ -308,7 +319,7 @@ class Engine:
         ]
 
     def _describe(self, sequence: Sequence, place: int, drawn: Drawn) -> dict[str, object]:
-        """A dumped TokenLogprob of the token at `place`."""
+        """The token at position `place`, as a dumped TokenLogprob."""
         assert drawn.token_id is not None
         has_text_before = any(map(self._tokens.shows, islice(sequence.token_ids, place)))
         bytes_of = self._tokens.bytes_of if has_text_before else self._tokens.first_bytes_of
@@ -336,7 +347,7 @@ def _members(rows: Rows[ScheduledRow]) -> list[StepMember]:
 
 
 def _memory_bytes() -> int:
-    """Of the GPU if there is one, else of this process."""
+    """GPU memory allocated by torch if there is a GPU, else the resident memory of this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.memory_allocated())
     with open("/proc/self/statm") as statm:

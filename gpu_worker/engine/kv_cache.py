@@ -1,7 +1,7 @@
-"""Which block of the key/value cache belongs to which sequence: block tables, reference counts, prefix reuse.
+"""Which blocks of the key/value cache belong to which sequence: block tables, reference counts, prefix reuse.
 
-Free of torch: the tensors are the model runners'; here a block is a number. Block 0 is never given out: it pads block
-tables, and padding rows of captured passes write to it.
+After PagedAttention (Kwon et al. 2023). Free of torch: here a block is just a number; the tensors belong to the model
+runners. Block 0 is never allocated: it pads block tables, and the padding rows of captured passes write to it.
 """
 
 from array import array
@@ -21,8 +21,8 @@ class BlockCopy:
 
 
 class BlockPool:
-    """All blocks of one model. A block without readers keeps its content, and its place in the prefix cache, until it
-    is needed and is the least recently used free one."""
+    """All blocks of one model. A block without readers is free, but keeps its content and its entry in the prefix cache
+    until it is reallocated, least recently used first."""
 
     def __init__(self, num_blocks: int, block_size: int, *, use_prefix_cache: bool = True) -> None:
         self.block_size = block_size
@@ -31,7 +31,7 @@ class BlockPool:
         self._num_readers = [0] * num_blocks
         self._free: dict[int, None] = dict.fromkeys(
             range(1, num_blocks)
-        )  # in order of last use; a dict for removal from the middle
+        )  # least recently used first; a dict, so that a block can be removed from the middle
         self._hash_by_block: dict[int, bytes] = {}
         self._block_by_hash: dict[bytes, int] = {}
 
@@ -47,7 +47,7 @@ class BlockPool:
         return (num_tokens + self.block_size - 1) // self.block_size
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend the block table to `num_tokens`. If there are too few free blocks, take none and return False."""
+        """Extend the block table to hold `num_tokens`. If there are too few free blocks, take none and return False."""
         num_missing = self.num_blocks_for(num_tokens) - len(sequence.block_ids)
         if num_missing > self.num_free:
             return False
@@ -55,8 +55,8 @@ class BlockPool:
         return True
 
     def grow_all(self, sequences: Iterable[Sequence], *, num_more_tokens: int) -> bool:
-        """Extend every block table beyond its sequence's tokens. If that is impossible, take no blocks and return
-        False."""
+        """Extend every block table to hold `num_more_tokens` beyond its sequence's tokens. If there are too few free
+        blocks, take none and return False."""
         lengths = {sequence: len(sequence.token_ids) + num_more_tokens for sequence in sequences}
         num_missing = sum(
             max(0, self.num_blocks_for(length) - len(sequence.block_ids)) for sequence, length in lengths.items()
@@ -64,7 +64,8 @@ class BlockPool:
         return num_missing <= self.num_free and all(self.grow(*item) for item in lengths.items())
 
     def admit(self, sequence: Sequence, *, num_spare: int) -> bool:
-        """Give a waiting sequence blocks for all its tokens, shared ones first; `num_spare` blocks must stay free."""
+        """Allocate blocks for all tokens of a waiting sequence, reusing cached ones for its prefix. Takes none and
+        returns False unless `num_spare` blocks would stay free."""
         shared = self._find_prefix(sequence)
         num_missing = self.num_blocks_for(len(sequence.token_ids)) - len(shared)
         num_idle = sum(1 for block in shared if not self._num_readers[block])
@@ -78,8 +79,11 @@ class BlockPool:
         return True
 
     def fork(self, parent: Sequence, child: Sequence, *, num_spare: int) -> tuple[BlockCopy, ...] | None:
-        """Start `child` on its parent's prompt, except for the last token, whose logits it needs: full blocks are
-        shared, the one that both will write to is copied. None if there are too few free blocks."""
+        """Let `child` reuse its parent's prompt, except for the last token, whose logits it needs. Full blocks are
+        shared; a partly filled one, which both will write to, is copied.
+
+        Returns the copies to make; None if fewer than `num_spare` blocks would stay free.
+        """
         num_shared_tokens = child.num_prompt_tokens - 1
         num_full, num_partial = divmod(num_shared_tokens, self.block_size)
         num_missing = self.num_blocks_for(len(child.token_ids)) - num_full
@@ -94,7 +98,7 @@ class BlockPool:
         return (BlockCopy(parent.block_ids[num_full], child.block_ids[num_full]),) if num_partial else ()
 
     def free(self, sequence: Sequence) -> None:
-        """Give the blocks back, the last one first, so that the start of a prefix outlives its end."""
+        """Release the sequence's blocks, the last one first, so that the start of a prefix outlives its end."""
         for block in reversed(sequence.block_ids):
             self._num_readers[block] -= 1
             if not self._num_readers[block]:
@@ -116,8 +120,8 @@ class BlockPool:
         sequence.num_published_blocks = num_full
 
     def forget(self, sequence: Sequence) -> list[int]:
-        """Remove the blocks that only this sequence reads from the prefix cache, as their content cannot be trusted.
-        Returns them so that they can be wiped."""
+        """Remove from the prefix cache the blocks that only this sequence reads, because their content cannot be
+        trusted. Returns them so that they can be wiped."""
         own = [block for block in sequence.block_ids if self._num_readers[block] == 1]
         for block in own:
             self._unpublish(block)
@@ -140,8 +144,8 @@ class BlockPool:
             del self._block_by_hash[digest]
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached blocks with which this sequence begins. At least one token is left to compute: its logits are
-        needed."""
+        """The cached blocks of the longest prefix of this sequence. At least one token is left to compute, since its
+        logits are needed."""
         blocks: list[int] = []
         if not self.use_prefix_cache or sequence.is_scoring:
             return blocks
@@ -153,7 +157,8 @@ class BlockPool:
         return blocks
 
     def _block_hash(self, sequence: Sequence, number: int) -> bytes:
-        """Hash of block `number` and all before it. Cryptographic, so that no tenant can make two prefixes collide."""
+        """Hash of block `number` and all blocks before it. Cryptographic, so that nobody can construct two prefixes
+        that collide."""
         hashes = sequence.block_hashes
         while len(hashes) <= number:
             before = hashes[-1] if hashes else blake2b(sequence.job.cache_salt.encode(), digest_size=32).digest()

@@ -1,7 +1,8 @@
-"""Weights, tokenizer and limits of one model, from a folder or a hub id: only safetensors, no foreign code unasked.
+"""Loads a model's weights and tokenizer, from a folder or a hub id, and finds its limits.
 
-Also what a family of models needs that its configuration does not reliably say, and how much memory this machine has
-left for us: what Linux reports, or else all that is built in.
+Only safetensors are loaded, and code that comes with a model runs only with trust_remote_code. This file also holds
+facts about model families that their configurations do not reliably state, and finds out how much memory is available:
+as Linux reports it, or else all physical memory.
 """
 
 import logging
@@ -30,18 +31,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`turn_ends` are tokens that end a turn in the family's chat format. Many checkpoints name only the end of a text
-    in their configuration, and would otherwise talk on in the user's name."""
+    """Facts about a family of models.
+
+    `turn_ends` are the tokens that end a turn in its chat format. Many checkpoints list only the end-of-text token in
+    their configuration, so that the model would go on and write the user's next message.
+    """
 
     turn_ends: tuple[str, ...] = ()
-    pooling: Literal["mean", "cls", "last"] = "last"  # of embeddings, where the model's files say nothing
+    pooling: Literal["mean", "cls", "last"] = "last"  # for embeddings, unless the model's files specify it
 
 
 ENCODER = Family(pooling="mean")
 
 CHAT_ML = Family(turn_ends=("<|im_end|>",))
 
-#: By `model_type` of the configuration; a family that is missing needs nothing.
+#: By the `model_type` of the configuration. A family that is not listed needs no special treatment.
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         ("albert", "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"),
@@ -63,7 +67,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def turn_end_token_ids(model_type: str, tokenizer: Tokenizer) -> frozenset[int]:
-    """The family's turn ends that this tokenizer has as special tokens: what is ordinary text to it ends nothing."""
+    """The family's turn ends that are special tokens of this tokenizer; one that it treats as ordinary text is left
+    out."""
     special = {
         token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
     }
@@ -73,7 +78,7 @@ def turn_end_token_ids(model_type: str, tokenizer: Tokenizer) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class GroupFiles:
-    """What a version of control groups calls its files, and a line of its `memory.stat`."""
+    """The names that one version of control groups gives to its files, and to a line of its `memory.stat`."""
 
     limit: str
     usage: str
@@ -87,19 +92,22 @@ GROUP_FILES_BY_VERSION = {
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """The least of what the host has available and what each of our control groups leaves us. Pages of files that the
-    kernel would give up count as available, in both (https://docs.kernel.org/filesystems/proc.html, MemAvailable;
-    https://docs.kernel.org/admin-guide/cgroup-v2.html). `root` is that of the files read."""
+    """Memory available to this process: the host's, or what is left in any of our control groups if that is less.
+
+    In both cases, file pages that the kernel can reclaim count as available
+    (https://docs.kernel.org/filesystems/proc.html, MemAvailable; https://docs.kernel.org/admin-guide/cgroup-v2.html).
+    `root` is the directory that holds `proc` and `sys`.
+    """
     return max(0, min([_of_host(root), *_left_by_groups(root)]))
 
 
 def anonymous_bytes(root: Path = Path("/")) -> int:
-    """Resident memory of this process that no file stands behind; 0 where nobody counts."""
+    """Resident memory of this process that is not backed by a file; 0 if the kernel does not report it."""
     return _kibibytes(root / "proc/self/status").get("RssAnon", 0)
 
 
 def lazy_zeros(num_bytes: int) -> mmap.mmap:
-    """Zeroed by the kernel, page by page, when they are first touched."""
+    """Anonymous memory, which the kernel zeroes page by page when it is first touched."""
     return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
@@ -110,7 +118,7 @@ def _of_host(root: Path) -> int:
 
 def _left_by_groups(root: Path) -> Iterator[int]:
     for folder, files in _groups(root):
-        with suppress(OSError, ValueError):  # no such controller here, or "max"
+        with suppress(OSError, ValueError):  # no memory controller here, or the limit is "max"
             limit = int((folder / files.limit).read_text())
             usage = int((folder / files.usage).read_text())
             stat = (folder / "memory.stat").read_text().splitlines()
@@ -119,8 +127,8 @@ def _left_by_groups(root: Path) -> Iterator[int]:
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, GroupFiles]]:
-    """The folders of our group and of those around it. A container may see its own group as the top one, under a path
-    that is the host's."""
+    """The folders of our control group and of its ancestors. Inside a container, our group may appear as the root of
+    the hierarchy although its path is the one that the host knows."""
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             number, controllers, path = line.split(":", 2)
@@ -146,8 +154,8 @@ def _kibibytes(path: Path) -> Mapping[str, int]:
     return sizes
 
 
-# Its first call compiles a thousand patterns for all families, a third of the time it takes to load a small model. Here
-# it is part of the imports, which an engine after a crash need not repeat.
+# The first call compiles a thousand patterns for all families, which takes a third of the time needed to load a small
+# model. Made here, it is part of the imports, whose result an engine that is restarted after a crash inherits.
 get_checkpoint_conversion_mapping("")
 
 SMALL_MODEL_PARAMETERS = 50_000_000
@@ -164,8 +172,11 @@ def choose_device(spec: ModelSpec) -> torch.device:
 
 
 def set_threads(model: Any) -> None:
-    """As the environment says; else all cores. For a small model all but one: its threads synchronise every few
-    microseconds, and if another process takes one core, they all wait for the thread that lost it."""
+    """Set the number of torch threads, unless OMP_NUM_THREADS is set: all cores, or for a small model all but one.
+
+    The threads of a small model synchronise every few microseconds. If another process takes one of their cores, all
+    of them wait for the thread that lost it.
+    """
     if "OMP_NUM_THREADS" in os.environ:
         return
     num_cores = len(os.sched_getaffinity(0))
@@ -175,9 +186,9 @@ def set_threads(model: Any) -> None:
 
 @torch.no_grad()
 def store_weights_by_column(model: Any) -> None:
-    """Lay every linear layer's weight out as its transpose; shape and meaning stay.
+    """Store every linear layer's weight in column-major order, in place. Shapes do not change.
 
-    On a CPU in float32 this makes products with few rows up to twice as fast. An output layer that shares its weight
+    On a CPU, this makes float32 products with few rows up to twice as fast. An output layer that shares its weight
     with the embedding gets its own copy, since the embedding reads rows.
     """
     embedding = model.get_input_embeddings().weight
@@ -190,9 +201,10 @@ def store_weights_by_column(model: Any) -> None:
 
 
 def load_model(spec: ModelSpec, device: torch.device) -> Any:
-    """The model in evaluation mode on its device. Raises ValueError if the entry in models.toml cannot be served."""
+    """The model in evaluation mode on its device. Raises ValueError if its files or its entry in models.toml are not
+    usable."""
     started = time.monotonic()
-    transformers_logging.disable_progress_bar()  # a log is not a terminal
+    transformers_logging.disable_progress_bar()  # its output would go to the log
     config = _load_config(spec)
     log.info("loading model", extra={"model": spec.id, "path": spec.path, "architecture": config.architectures})
     model_class = AutoModel if spec.task == "embedding" else AutoModelForCausalLM
@@ -216,15 +228,15 @@ def load_model(spec: ModelSpec, device: torch.device) -> Any:
 
 
 def _refuse_gaps(spec: ModelSpec, told: Mapping[str, Any]) -> None:
-    """transformers fills weights that are missing or have another shape with random numbers. A missing pooler is fine
-    for embeddings: we pool ourselves, and many files leave it out."""
+    """Raise ValueError for weights that are missing or have the wrong shape: transformers would fill them with random
+    numbers. An embedding model may lack a pooler; we do the pooling, and many checkpoints leave it out."""
     for name, found, wanted in sorted(told["mismatched_keys"]):
         raise ValueError(
-            f"{name} has the shape {tuple(found)} and not {tuple(wanted)}; the weights do not belong to config.json"
+            f"{name} has shape {tuple(found)}, but config.json implies {tuple(wanted)}; the weights do not match it"
         )
     names = sorted(name for name in told["missing_keys"] if spec.task != "embedding" or "pooler" not in name.split("."))
     if names:
-        raise ValueError(f"{len(names)} weights are missing, {names[0]} among them; fetch the model's files again")
+        raise ValueError(f"{len(names)} weights are missing, including {names[0]}; fetch the model's files again")
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
@@ -232,28 +244,30 @@ def load_tokenizer(spec: ModelSpec) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(
             spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    except Exception as exc:  # transformers raises errors of any kind for faulty files
+    except Exception as exc:  # transformers raises all kinds of errors for broken files
         raise ValueError(f"its tokenizer cannot be read: {describe_exception(exc)}") from exc
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(f"model {spec.id!r} has no tokenizer.json; convert its tokenizer to a fast one")
+        raise ValueError(f"model {spec.id!r} has no tokenizer.json; convert its tokenizer to a fast tokenizer")
     return with_visible_reasoning(backend)
 
 
 def check_length(spec: ModelSpec, model: Any) -> None:
-    """Refuse a context longer than the model was made for: positions would be unknown, or all of them would change."""
+    """Raise ValueError if max_model_len exceeds the positions that the model was trained for: beyond them it has none,
+    or would have to rescale all of them."""
     config = model.config.get_text_config()
     max_positions = getattr(config, "max_position_embeddings", None)
     if max_positions is not None and config.model_type in POSITIONS_BEHIND_PADDING:
         max_positions -= config.pad_token_id + 1
     if max_positions is not None and spec.max_model_len > max_positions:
         raise ValueError(
-            f"max_model_len of model {spec.id!r} is {spec.max_model_len}, but it was made for {max_positions}; lower it"
+            f"max_model_len of model {spec.id!r} is {spec.max_model_len}, but the model supports {max_positions} "
+            "positions; lower it"
         )
 
 
 def eos_token_ids(model: Any) -> frozenset[int]:
-    """All tokens that end a text of this model, according to its generation config and its config."""
+    """All end-of-text tokens of this model, according to its generation config and its config."""
     token_ids: set[int] = set()
     for config in (model.generation_config, model.config.get_text_config()):
         eos = getattr(config, "eos_token_id", None)
@@ -262,7 +276,7 @@ def eos_token_ids(model: Any) -> frozenset[int]:
 
 
 def vocab_size(model: Any) -> int:
-    """The number of tokens that can go in and come out."""
+    """The number of token ids that are valid both as input and as output."""
     sizes = [e.weight.shape[0] for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None]
     return int(min(sizes))
 
@@ -271,14 +285,14 @@ def _load_config(spec: ModelSpec) -> PreTrainedConfig:
     values, _ = PreTrainedConfig.get_config_dict(spec.path, revision=spec.revision)
     if "auto_map" in values and not spec.trust_remote_code:
         raise ValueError(
-            f"model {spec.id!r} brings its own code; set trust_remote_code = true to run it, if you trust it"
+            f"model {spec.id!r} comes with its own code; if you trust it, set trust_remote_code = true to run it"
         )
     config = AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     return config
 
 
 def _choose_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype | str:
-    """`auto` is the checkpoint's own type on a GPU; a CPU computes fastest, and exactly, in float32."""
+    """`auto` means the checkpoint's own type on a GPU, and float32 on a CPU, where it is fastest and most exact."""
     if spec.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[spec.dtype]
     return "auto" if device.type == "cuda" else torch.float32

@@ -1,4 +1,4 @@
-"""Whether a model's attention can be replaced by ours, found out at load by trying: never a wrong answer later."""
+"""Checks at load whether our paged attention can replace a model's own, by running both and comparing their logits."""
 
 import inspect
 import logging
@@ -27,23 +27,25 @@ log = logging.getLogger(__name__)
 
 PROBE_NAME = "celeriac_probe"
 BLOCK_SIZE = 4
-NUM_TOKENS = 22  # two prompt chunks and two decodes over several blocks
+NUM_TOKENS = 22  # enough for two prompt chunks and two decodes that span several blocks
 CHUNKS = (9, 11, 1, 1)
 
 KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-#: Keyword arguments that modules pass and attention need not act upon; any other that is set may change the result.
+#: Keyword arguments that modules pass and attention may ignore. Any other argument, if set, could change the result.
 IGNORED_ARGUMENTS = frozenset({"ctx", "use_cache", "position_ids", "cache_position", "position_embeddings"})
 HONOURED_ARGUMENTS = frozenset(inspect.signature(paged_attention).parameters)
-LONG_ROPE = "longrope"  # frequencies that depend on the longest sequence of the pass: it would change its neighbours
+LONG_ROPE = "longrope"  # its frequencies depend on the longest sequence in the pass, which would affect all others
 
 
 class NotPageable(Exception):
-    """Says why the model needs the slower path."""
+    """The model cannot use paged attention; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    key_shape: tuple[int, int]  # heads, dim
+    """What one attention layer passes to its attention function, as recorded by the probe."""
+
+    key_shape: tuple[int, int]  # (num_kv_heads, dim)
     value_shape: tuple[int, int]
     dtype: torch.dtype
     window: int | None
@@ -59,12 +61,12 @@ class LayerShape:
         return (key_heads * key_dim + value_heads * value_dim) * self.dtype.itemsize
 
     def allocate(self, num_slots: int, device: torch.device) -> LayerCache:
-        """Zeroed: what padding reads must be finite."""
+        """Slots for a device. They are zeroed, since padding rows read them and must get finite numbers."""
         keys = torch.zeros(num_slots, *self.key_shape, dtype=self.dtype, device=device)
         return LayerCache(keys, torch.zeros(num_slots, *self.value_shape, dtype=self.dtype, device=device))
 
     def allocate_blocks(self, num_blocks: int, block_size: int, device: torch.device) -> BlockCache:
-        """Zeroed, too; on a CPU by the kernel, page by page as blocks come into use."""
+        """Blocks for a CPU, zeroed as well: by the kernel, page by page, as blocks come into use."""
         key_heads, key_dim = self.key_shape
         value_heads, value_dim = self.value_shape
         keys = _zeros((num_blocks, key_heads, block_size, key_dim), self.dtype, device)
@@ -85,8 +87,11 @@ class Recording:
 
 
 def probe_layers(model: Any, max_model_len: int, device: torch.device) -> list[LayerShape]:
-    """What each layer's cache must hold. Leaves the model with our attention in place, or, raising NotPageable, with
-    any: the caller puts its own back."""
+    """Return the shape of each layer's keys and values, and leave the model with our attention installed.
+
+    Raises NotPageable if the model cannot use it. The model may then have any attention installed; the caller must
+    restore its own.
+    """
     register()
     AttentionInterface.register(PROBE_NAME, _record)
     try:
@@ -94,7 +99,7 @@ def probe_layers(model: Any, max_model_len: int, device: torch.device) -> list[L
     except NotPageable:
         raise
     except Exception as exc:
-        # Whatever a foreign module raises when its attention is replaced, it can still run as it is.
+        # Third-party modules may raise anything when their attention is replaced; the model still runs unmodified.
         raise NotPageable(f"the probe failed with {type(exc).__name__}: {exc}") from exc
 
 
@@ -116,7 +121,8 @@ def _probe(model: Any, max_model_len: int, device: torch.device) -> list[LayerSh
 
 @torch.inference_mode()
 def fuse(model: Any, shapes: list[LayerShape], max_model_len: int, device: torch.device) -> Any:
-    """The faster form of the model where there is one that computes the same, else the model; its probe came first."""
+    """Return a fused version of the model if there is one and its logits agree, else the model. Call after
+    `probe_layers`, whose result is `shapes`."""
     if not can_fuse(model):
         return model
     token_ids = _token_ids(model, device)
@@ -125,7 +131,7 @@ def fuse(model: Any, shapes: list[LayerShape], max_model_len: int, device: torch
         fused = FusedLlama(model, [shape.window for shape in shapes], max_model_len)
         _compare(_run_paged(fused, shapes, token_ids, device), expected, shapes[0].dtype)
     except Exception as exc:
-        # A part that is not as expected: the modules' own code knows how to run it.
+        # Some part of the model is not what the fused version expects; the model's own code can run it.
         log.warning("model runs unfused", extra={"error": repr(exc)})
         return model
     return fused
@@ -145,11 +151,13 @@ def _check_config(config: Any, max_model_len: int) -> None:
             continue
         original: int = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if max_model_len > original:
-            raise NotPageable(f"the rotary frequencies of a whole batch change with its longest text beyond {original}")
+            raise NotPageable(
+                f"its LongRoPE frequencies change for the whole batch once any text exceeds {original} tokens"
+            )
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """One dict, or one per layer type."""
+    """The model's rotary settings: one dict, or one per layer type."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     return nested or [rope]
@@ -164,9 +172,9 @@ def _record(
     ctx: Recording | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function that notes what it is given; its output has the right shape and no meaning."""
+    """An attention function that records its arguments and returns zeros of the right shape."""
     if ctx is None or attention_mask is not None:
-        raise NotPageable("its layers do not pass our context on, or make a mask of their own")
+        raise NotPageable("its layers do not pass our context to attention, or build their own attention mask")
     index = int(module.layer_idx)  # type: ignore[arg-type]
     ctx.num_calls += 1
     ctx.shape_by_layer[index] = LayerShape(
@@ -199,12 +207,15 @@ def _check_recording(recording: Recording, config: Any, max_model_len: int) -> l
         layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
         for shape, layer_type in zip(shapes, layer_types, strict=True):
             if layer_type == "sliding_attention" and shape.window != window:
-                raise NotPageable("it has sliding layers that do not say so to their attention function")
+                raise NotPageable("its sliding-window layers do not pass their window to attention")
     return shapes
 
 
 def _run_paged(model: Any, shapes: list[LayerShape], token_ids: Tensor, device: torch.device) -> Tensor:
-    """All logits of the sequence, computed in chunks and decodes over blocks in reverse order."""
+    """Compute the sequence's logits chunk by chunk, then token by token, over blocks in reverse order.
+
+    The result is float32 (NUM_TOKENS, vocab_size).
+    """
     num_blocks = -(-NUM_TOKENS // BLOCK_SIZE) + 1
     layers = [shape.allocate_blocks(num_blocks, BLOCK_SIZE, device) for shape in shapes]
     blocks = torch.arange(num_blocks - 1, 0, -1, device=device)
@@ -218,8 +229,8 @@ def _run_paged(model: Any, shapes: list[LayerShape], token_ids: Tensor, device: 
         ctx = AttentionContext(
             layers=layers,
             slots=slots[start:stop],
-            decodes=[DecodeGroup(0, 1, table, [stop])] if is_decode else [],
-            prefills=[] if is_decode else [PrefillSpan(0, size, start, table)],
+            decodes=[DecodeGroup(table, 0, 1, [stop])] if is_decode else [],
+            prefills=[] if is_decode else [PrefillSpan(table, 0, size, start)],
         )
         output = model(
             input_ids=token_ids[:, start:stop],

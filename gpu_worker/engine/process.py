@@ -1,8 +1,8 @@
 """Main of the engine process: a loop around a back end that takes command frames and sends report frames.
 
-gpu_worker/engine_process/template.py starts a template as `python -m gpu_worker.engine.process`; every engine is a
-fork of it. One thread does the work; another only counts beats, so that the supervisor can tell a slow step from a hung
-process.
+gpu_worker/engine_process/template.py starts a template process as `python -m gpu_worker.engine.process`; every engine
+is forked from it. One thread does the work. A second one only counts heartbeats in shared memory, so that the
+supervisor can tell a slow step from a hung process.
 """
 
 import argparse
@@ -45,15 +45,15 @@ from settings import get_settings
 
 log = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 0.25  # in this time a live worker reads something
+PATIENCE_SECONDS = 0.25  # a live worker reads something within this time
 LOOK_AGAIN_SECONDS = 0.02
 MAX_REASON_CHARS = 500
 
 
 class EngineLoop:
-    """Applies commands, steps while there is work, reports each step in one frame.
+    """Applies commands, runs steps while there is work, and reports each step in one frame.
 
-    Pauses when the worker stops reading: a frozen worker loses its leases, so more tokens would be wasted.
+    Pauses when the worker stops reading: a frozen worker loses its leases, so further tokens would be wasted.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class EngineLoop:
         self._recorder = recorder
         self._pulse = pulse
         self._heartbeat_seconds = heartbeat_seconds
-        self._num_unread = 0  # right after the last report was sent
-        self._read_at = monotonic()  # the worker last read then, or later
-        self._num_steps_by_job: dict[tuple[str, int], int] = {}  # of the jobs of the last step
-        self._failures: list[JobFailed] = []  # of `add`; sent with the next step's frame
+        self._num_unread = 0  # bytes that the worker had not read right after the last report was sent
+        self._read_at = monotonic()  # the worker has read something at this time or later
+        self._num_steps_by_job: dict[tuple[str, int], int] = {}  # for the jobs of the last step
+        self._failures: list[JobFailed] = []  # jobs that `add` refused; sent with the next step's frame
         self._is_shut_down = False
 
     def run(self) -> None:
-        """Returns after an EndEngine. Raises PeerClosed when the worker is gone."""
+        """Run until an EndEngine arrives. Raises PeerClosed when the worker is gone."""
         while not self._is_shut_down:
             is_ahead = self._is_far_ahead()
             if is_ahead:
@@ -92,7 +92,7 @@ class EngineLoop:
             if self._backend.has_work or self._failures:
                 self._step()
             elif frames:
-                self._beat()  # a silent abort has no output, but the figures have changed
+                self._beat()  # an abort without a reason has no output, but changes the statistics
 
     def _is_far_ahead(self) -> bool:
         return monotonic() - self._read_at > PATIENCE_SECONDS and not self._is_being_read()
@@ -121,7 +121,7 @@ class EngineLoop:
             self._fail(command, exc)
         except Exception as exc:
             # One job that breaks the back end must not take the others down.
-            log.exception("the back end failed on a job", extra={"job_id": command.job_id})
+            log.exception("the back end could not add a job", extra={"job_id": command.job_id})
             self._fail(command, EngineError(f"the engine could not start the job: {type(exc).__name__}"))
 
     def _fail(self, command: AddJob | EmbedJob, failure: CeleriacError) -> None:
@@ -167,7 +167,7 @@ class EngineLoop:
 
 
 def volunteer_for_the_oom_killer() -> None:
-    """When the machine runs out of memory, restarting the engine is the smallest loss."""
+    """If the machine runs out of memory, let the kernel kill this process first: restarting the engine costs least."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
@@ -182,7 +182,7 @@ def main() -> None:
     settings = get_settings()
     configure_logging(settings.log_level, settings.log_format)
     spec = ModelSpec.model_validate_json(arguments.spec)
-    # Read when CUDA starts: otherwise passes of varying sizes would fragment the memory.
+    # Without this, passes of varying sizes would fragment the GPU's memory. torch reads it when CUDA starts.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     make_backend = _import_without_cuda(spec)
     socket_fd, recorder_fd = fork_engines(socket.socket(fileno=arguments.control_fd))
@@ -208,12 +208,15 @@ def main() -> None:
             heartbeat_seconds=arguments.heartbeat_seconds,
         ).run()
     except PeerClosed:
-        log.warning("the worker is gone; exiting, too")
+        log.warning("the worker is gone; the engine exits as well")
 
 
 def _import_without_cuda(spec: ModelSpec) -> Callable[[ModelSpec], Backend]:
-    """Modules that look for GPUs while they are imported are answered by NVML, since CUDA, once started, does not
-    survive a fork. If the import fails, the engine raises the error again, as it can report it."""
+    """Import the back end without initialising CUDA, which would not survive a fork. torch asks NVML instead when a
+    module looks for GPUs while it is being imported.
+
+    If the import fails, the engine gets a function that raises the error, because the engine can report it.
+    """
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     try:
         return import_backend(spec)
@@ -235,7 +238,7 @@ def _send_last(frame_socket: FrameSocket, report: Report) -> None:
 
 
 def _describe(exc: Exception) -> str:
-    """One bounded line. Errors that users can fix explain themselves; for others the type helps."""
+    """The error in one line of limited length. Its type is included unless it is an error that users can fix."""
     text = " ".join(str(exc).split())[:MAX_REASON_CHARS]
     return text if text and isinstance(exc, CeleriacError | OSError | ValueError) else f"{type(exc).__name__}: {text}"
 

@@ -1,7 +1,7 @@
-"""One forward pass over the scheduled rows: the protocol of all runners, and the slow one of them.
+"""One forward pass over the scheduled rows: the protocol of all model runners, and the slowest, most general of them.
 
-SequentialRunner serves models whose attention cannot be replaced (own attention code, recurrent state), on any device:
-one pass per sequence, with a cache of transformers' own. The fast ones are in cpu/runner.py and cuda/runner.py.
+SequentialRunner serves models whose attention cannot be replaced (custom attention code, recurrent state), on any
+device: one pass per sequence, with transformers' own cache. The fast runners are in cpu/runner.py and cuda/runner.py.
 """
 
 from abc import ABC, abstractmethod
@@ -19,34 +19,42 @@ from gpu_worker.engine.sequence import Sequence
 
 
 class DrawAgain(Exception):
-    """Some rows keep more tokens than were considered. Launched again, the same rows are drawn in another way."""
+    """Some rows' filters keep more tokens than the sampler considered. Launch the same rows again: the sampler will
+    then use a method without this limit."""
 
 
 class ModelRunner(Protocol):
-    def copy_blocks(self, copies: Rows[BlockCopy]) -> None: ...
+    def copy_blocks(self, copies: Rows[BlockCopy]) -> None:
+        """Copy the keys and values of whole blocks, in all layers, before the next launch reads them."""
 
-    def wipe_blocks(self, blocks: Rows[int]) -> None: ...
+    def wipe_blocks(self, blocks: Rows[int]) -> None:
+        """Zero blocks whose content may not be finite."""
 
     def launch(self, rows: Rows[ScheduledRow]) -> Any:
-        """Begin to compute the rows. The result is for `collect`, or may be dropped. Does not change any sequence, and
-        may be repeated, in whole or in parts, with the same result. Raises whatever the model raises."""
+        """Start computing the rows. Pass the result to `collect`, or drop it.
+
+        Does not change any sequence, and may be repeated, for all the rows or some of them, with the same result.
+        Raises whatever the model raises.
+        """
 
     def collect(self, launched: Any) -> list[Drawn | None]:
-        """Wait for the step and return its draws, one entry per row, in order. Raises like `launch`, for the whole
-        step."""
+        """Wait for the step and return its draws: one entry per row, in order, None for rows that need no token.
+
+        Raises DrawAgain, GrammarFailed, or whatever the model raises; the whole step is lost then.
+        """
 
     def can_run_ahead(self, rows: Rows[ScheduledRow]) -> bool:
-        """Whether the step after these rows, which were launched last and are not collected yet, may be launched."""
+        """Whether the step after `rows`, which were launched last, may be launched before they are collected."""
 
     def free_memory(self) -> None:
-        """The device ran out of memory: free what is held in reserve."""
+        """Return cached memory to the device, which has run out of it."""
 
     def discard(self, sequence: Sequence) -> None:
-        """The sequence has ended, or its computed tokens are void."""
+        """Forget what is kept for the sequence: it has ended, or its computed tokens are no longer valid."""
 
 
 class AtOnce(ABC):
-    """A runner that does not overlap anything: `collect` does the work."""
+    """A runner without overlap between host and device: `launch` does nothing and `collect` does all the work."""
 
     @abstractmethod
     def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]: ...
@@ -66,7 +74,8 @@ class AtOnce(ABC):
 
 
 def results_of(rows: Rows[ScheduledRow], scores: Rows[tuple[Drawn, ...]], logits: Tensor) -> list[Drawn | None]:
-    """Draw for the rows that need a token; `logits` are theirs, (num_drawing, vocab_size)."""
+    """Draw a token for each row that needs one and attach the rows' prompt scores. `logits` is (num_drawing,
+    vocab_size), for those rows only."""
     drawing = [row.sequence for row in rows if row.needs_token]
     drawn = iter(sample(logits, drawing) if drawing else ())
     results = [next(drawn) if row.needs_token else None for row in rows]
@@ -76,13 +85,13 @@ def results_of(rows: Rows[ScheduledRow], scores: Rows[tuple[Drawn, ...]], logits
     ]
 
 
-#: The names under which models of transformers take and return what they remember of a sequence.
+#: Argument and output names that transformers models use for their cache or recurrent state, apart from the usual one.
 STATE_NAMES = ("cache", "state")
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """What a model remembers of one sequence's first `num_tokens` tokens."""
+    """A model's cache or recurrent state after the first `num_tokens` tokens of a sequence."""
 
     num_tokens: int
     arguments: dict[str, Any]
@@ -90,7 +99,7 @@ class SequenceState:
 
 class SequentialRunner(AtOnce):
     """Runs any causal language model of transformers correctly, one sequence at a time, with the inputs that generate()
-    gives it. Prompts are not chunked, shared or forked: the scheduler is told so."""
+    would pass. Prompts cannot be chunked, shared or forked, so the scheduler is configured not to."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model = model
@@ -101,7 +110,7 @@ class SequentialRunner(AtOnce):
         assert not copies
 
     def wipe_blocks(self, blocks: Rows[int]) -> None:
-        """Nothing: no memory is shared."""
+        """Does nothing: sequences share no memory."""
 
     def discard(self, sequence: Sequence) -> None:
         self._state_by_sequence.pop(sequence, None)
@@ -118,11 +127,11 @@ class SequentialRunner(AtOnce):
         return results_of(rows, scores, torch.cat(ends) if ends else torch.empty(0))
 
     def _forward(self, sequence: Sequence) -> Tensor:
-        """Logits of the sequence's new tokens, and of those before them if it had to start over: (any, vocab_size). A
-        sequence whose prompt is scored always starts over, unless all its tokens are new."""
+        """Logits of the sequence's new tokens, or of all its tokens if it had to start over: (num_tokens, vocab_size).
+        A sequence whose prompt is scored always starts over, unless all its tokens are new."""
         state = self._state_by_sequence.pop(sequence, None)
         if state is None or state.num_tokens != sequence.num_computed_tokens:
-            # Nothing is remembered, or an earlier try of this step got further than was counted: start over.
+            # There is no state, or a failed attempt at this step has advanced it too far: start over.
             state = SequenceState(0, {})
         num_tokens = len(sequence.token_ids)
         inputs = self._model.prepare_inputs_for_generation(

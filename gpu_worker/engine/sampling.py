@@ -1,16 +1,16 @@
-"""From logits to tokens: grammar masks, one batched draw per step in any mix of parameters, and the scores of prompts.
+"""From logits to tokens: grammar masks, one batched draw per step for any mix of parameters, and prompt logprobs.
 
-Order per row: raw log-probabilities, logit bias, penalties, bans (min_tokens, bad_token_ids, what a structured output
-does not allow), temperature, top-k, top-p, min-p, draw.
+The order for each row is: raw log-probabilities, logit bias, penalties, bans (end tokens before min_tokens,
+bad_token_ids, tokens that the grammar does not allow), temperature, top-k, top-p, min-p, draw.
 
-A draw is the token with the highest scaled logit plus Gumbel noise, and the noise of a token is a hash of (seed,
-sequence index, output position, token id): see cpu/draws.py. So a draw does not depend on who else is in the batch, on
-preemption, or on how often the job was resumed; and the last bits of the logits, which do depend on the batch's shape,
-change a token no more often than they change the distribution itself.
+The draw uses the Gumbel-max trick: the token with the highest sum of scaled logit and Gumbel noise wins. A token's
+noise is a hash of (seed, sequence index, output position, token id); see cpu/draws.py. A draw therefore does not depend
+on the other sequences in the batch, on preemptions, or on how often the job was resumed. The last bits of the logits do
+depend on the batch's shape, but they change a token no more often than they change the distribution itself.
 
-The score of a prompt is the logprob of each of its tokens given those before it: the logits of one position score the
-token at the next. The scheduler limits how many positions are scored in a step, since each needs a row of logits over
-the whole vocabulary.
+The score of a prompt token is its logprob given the tokens before it: the logits at one position score the token at the
+next. The scheduler limits how many positions are scored in a step, since each needs a row of logits over the whole
+vocabulary.
 """
 
 from collections.abc import Sequence as Rows
@@ -28,7 +28,7 @@ from gpu_worker.engine.sequence import BITS, EngineJob, Sequence, words_of
 
 
 class GrammarFailed(EngineError):
-    """`job` has no token that it may go on with. Says nothing of its grammar or output: it will be logged."""
+    """`job` has no token left to continue with. The message is logged, so it must not quote the grammar or output."""
 
     def __init__(self, job: EngineJob, message: str) -> None:
         super().__init__(message)
@@ -37,38 +37,42 @@ class GrammarFailed(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
-    """`words[i]` has a bit for each token that row `rows[i]` may draw; valid until the next step."""
+    """Bit masks of the tokens that rows with a grammar may draw: `words[i]` belongs to row `rows[i]`. Valid until the
+    next step."""
 
     rows: list[int]
-    words: NDArray[np.int32]  # (num_rows, words)
+    words: NDArray[np.int32]  # (len(rows), num_words), BITS tokens per word, lowest bit first
 
     def apply(self, logits: Tensor) -> None:
-        """Ban all other tokens, in place."""
+        """Set the logits of all other tokens to -inf, in place."""
         banned = self._banned(logits)
         for number, row in enumerate(self.rows):
             logits[row, : banned.shape[1]].masked_fill_(banned[number], -torch.inf)
             logits[row, banned.shape[1] :] = -torch.inf
 
     def _banned(self, logits: Tensor) -> Tensor:
-        """Bool, (num_rows, num_tokens), on the device of the logits: to a GPU the bits travel packed."""
+        """Bool (num_rows, num_tokens) on the logits' device. Masks travel to a GPU packed and are unpacked there."""
         num_tokens = min(logits.shape[1], self.words.shape[1] * BITS)
         bits = bits_on_cpu(self.words) if logits.device.type == "cpu" else bits_on_device(self.words, logits.device)
         return bits[:, :num_tokens] == 0
 
 
 def bits_on_cpu(words: NDArray[np.int32]) -> Tensor:
-    """Ones and zeros, (num_rows, num_tokens), by numpy, which has an instruction for it."""
+    """Unpack masks to zeros and ones, uint8 (num_rows, num_tokens). numpy has a fast routine for this."""
     return torch.from_numpy(np.unpackbits(words.view(np.uint8), axis=1, bitorder="little"))
 
 
 def bits_on_device(words: NDArray[np.int32], device: torch.device) -> Tensor:
-    """The same, unpacked where they are used."""
+    """Like `bits_on_cpu`, but int32 and unpacked on the device."""
     shifts = torch.arange(BITS, dtype=torch.int32, device=device)
     return ((torch.from_numpy(words).to(device)[:, :, None] >> shifts) & 1).flatten(1)
 
 
 def token_masks(sequences: Rows[Sequence]) -> TokenMasks | None:
-    """Of the rows with a grammar, banned tokens taken out; None if there is no such row. Raises GrammarFailed."""
+    """The masks of the rows that have a grammar, without their banned tokens; None if no row has one.
+
+    Raises GrammarFailed if a row may not draw any token.
+    """
     pairs = [(row, sequence.grammar) for row, sequence in enumerate(sequences) if sequence.grammar is not None]
     if not pairs:
         return None
@@ -77,13 +81,13 @@ def token_masks(sequences: Rows[Sequence]) -> TokenMasks | None:
     for number, (row, grammar) in enumerate(pairs):
         sequence = sequences[row]
         if grammar.matcher.is_error():
-            # Its own words may quote the output, and this will be logged.
-            raise GrammarFailed(sequence.job, "its structured output cannot be followed any further; simplify it")
+            # llguidance's own message may quote the output, and ours is logged.
+            raise GrammarFailed(sequence.job, "its structured output cannot be continued; simplify the schema")
         banned = _banned_token_ids(sequence)
         if banned:
             words[number] &= ~words_of(banned, words.shape[1] * BITS)
         if not words[number].any():
-            raise GrammarFailed(sequence.job, "every token that its structured output allows here is banned")
+            raise GrammarFailed(sequence.job, "its other parameters ban every token that its structured output allows")
     return TokenMasks(rows, words)
 
 
@@ -94,23 +98,22 @@ def _banned_token_ids(sequence: Sequence) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A row's next token; None if it only scored its prompt. `logprob` and `top` (token id, logprob; most likely first)
-    are set if the job asks for them."""
+    """The result of one row. `logprob` and `top` are set if the job asks for them."""
 
-    token_id: int | None
+    token_id: int | None  # None if the row only scored its prompt
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    prompt_scores: "tuple[Drawn, ...]" = ()  # of the prompt tokens from the row's second on, if the job asks
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+    prompt_scores: "tuple[Drawn, ...]" = ()  # for the row's prompt tokens from its second on, if the job asks
 
 
 def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Drawn]:
     """Draw one token per row.
 
-    `logits` is float32 (num_sequences, vocab_size); on a CPU it is overwritten, from another device it is copied.
-    Raises GrammarFailed, or ValueError if a row is not a distribution; the caller finds out which one by trying fewer
-    rows.
+    `logits` is float32 (num_sequences, vocab_size). On a CPU it is overwritten; from another device it is copied.
+    Raises GrammarFailed, or ValueError if the logits of some row are not finite or all banned; the caller finds that
+    row by retrying with fewer rows.
     """
-    masks = token_masks(sequences)  # first, since a GPU is still at work on the logits
+    masks = token_masks(sequences)  # first, because a GPU may still be computing the logits
     logits = logits.cpu()
     if not _is_finite(logits.numpy()):
         raise ValueError("the model's logits are not finite")
@@ -133,7 +136,8 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Drawn]:
 
 
 def _is_finite(logits: NDArray[np.float32]) -> bool:
-    """By each row's argmax, which points at a NaN if there is one: numpy's argmax is faster than torch's isfinite."""
+    """Look only at each row's argmax, which is a NaN if the row has one: numpy's argmax is faster than torch's
+    isfinite."""
     return bool(np.isfinite(logits[range(len(logits)), logits.argmax(-1)]).all())
 
 
@@ -155,7 +159,7 @@ def _is_adjusted(sequence: Sequence) -> bool:
 
 
 def _adjust(row: Tensor, sequence: Sequence) -> None:
-    """Bias, penalties and bans of one row, in place."""
+    """Apply bias, penalties and bans to one row of logits, in place."""
     params = sequence.job.params
     if params.logit_bias:
         row[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()))
@@ -176,7 +180,7 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
 
 
 def _draw(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[int]:
-    """Greedy rows take the argmax, the others draw; rows do not affect each other."""
+    """One token id per row: the argmax for greedy rows, a draw for the others."""
     token_ids = logits.argmax(-1)
     drawing = [row for row, sequence in enumerate(sequences) if sequence.job.params.temperature != 0]
     if len(drawing) == len(sequences):
@@ -187,20 +191,21 @@ def _draw(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[int]:
     return chosen
 
 
-MAX_NUMBERS = 2**24  # logits at a time: 64 MiB
+MAX_NUMBERS = 2**24  # logits held at a time for scoring: 64 MiB
 
-LEAST_LOGPROB = -9999.0  # JSON has no infinity
+LEAST_LOGPROB = -9999.0  # stands for -inf, which JSON cannot express
 
 
 def max_num_scored_tokens(vocab_size: int) -> int:
-    """Of one step, over all its rows."""
+    """How many prompt positions a step may score, over all its rows."""
     return max(1, MAX_NUMBERS // vocab_size)
 
 
 def split_scores(logits: Tensor, rows: Rows[ScheduledRow]) -> tuple[list[tuple[Drawn, ...]], Tensor]:
-    """The scores of each row, and the logits of the rows that draw: (num_drawing, vocab_size).
+    """Separate the rows' prompt scores from the logits of the rows that draw, (num_drawing, vocab_size).
 
-    `logits` holds, row by row, the positions that judge the prompt, then the one that gives the next token.
+    `logits` is (num_kept, vocab_size): for each row in order, the positions that score its prompt, then the position
+    that predicts its next token, if it needs one.
     """
     if not any(row.num_scored_tokens for row in rows):
         return [()] * len(rows), logits
@@ -217,7 +222,7 @@ def split_scores(logits: Tensor, rows: Rows[ScheduledRow]) -> tuple[list[tuple[D
 
 
 def score_row(logits: Tensor, row: ScheduledRow) -> tuple[Drawn, ...]:
-    """`logits` is (num_scored_tokens, vocab_size), of the row's first positions."""
+    """One Drawn per scored prompt token. `logits` is (num_scored_tokens, vocab_size), at the row's first positions."""
     first = row.start + 1
     token_ids = row.sequence.token_ids[first : first + row.num_scored_tokens]
     num_top = row.sequence.job.params.prompt_logprobs or 0

@@ -1,10 +1,11 @@
-"""Which sequences run in the next step, how many tokens of each, and how jobs become sequences. Free of torch.
+"""Decides which sequences run in the next step and how many tokens of each; turns jobs into sequences. Free of torch.
 
-A step is one forward pass over the decoding sequences (one token each) and, within the rest of the token budget, chunks
-of prompts. Sequences run in order of rank; the last one is preempted when the cache is full. The budget shrinks when
-the device runs out of memory, and then slowly grows again (AIMD).
+A step is one forward pass over one token of each decoding sequence and, within what is left of the token budget, chunks
+of prompts (chunked prefill, after Sarathi-Serve, Agrawal et al. 2024). Sequences run in order of rank; when the cache
+is full, the one with the last rank is preempted. When the device runs out of memory, the budget is halved, and then
+grows back slowly (additive increase, multiplicative decrease).
 
-An AddJob frame becomes sequences by `make_engine_job`, which checks all that it can before the job joins a step.
+`make_engine_job` turns an AddJob frame into sequences and validates everything that it can before the job joins a step.
 """
 
 import sys
@@ -22,12 +23,14 @@ from gpu_worker.engine.kv_cache import BlockCopy, BlockPool
 from gpu_worker.engine.sequence import EngineJob, Grammars, Sequence
 from gpu_worker.engine_process.frames import AddJob
 
-STEPS_PER_RISE = 64  # steps without a shortage for each sixteenth of the budget that comes back
+STEPS_PER_RISE = 64  # steps without running out of memory before the budget grows by a sixteenth
 
 RISES_TO_FULL = 16
 
 
 class TokenBudget:
+    """How many tokens a step may compute: at most `full`, at least `floor`."""
+
     def __init__(self, full: int, floor: int = 16) -> None:
         self._full = full
         self._floor = min(floor, full)
@@ -50,10 +53,10 @@ class TokenBudget:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRow:
-    """The next `num_new_tokens` of a sequence are computed in this step.
+    """One sequence's share of a step: its next `num_new_tokens` tokens are computed.
 
-    A row that `is_ahead` computes the one token that the step before it is still drawing; the sequence does not hold it
-    yet. What the properties say is true until that step is committed.
+    If `is_ahead`, the one token of the row is still being drawn by the previous step and is not in the sequence yet.
+    The properties of such a row are valid until that step is committed.
     """
 
     sequence: Sequence
@@ -67,18 +70,18 @@ class ScheduledRow:
 
     @property
     def num_output_tokens(self) -> int:
-        """Drawn before this row draws: the output position of its token."""
+        """Tokens drawn before this row's, which is also the output position of the token that it draws."""
         return self.sequence.num_output_tokens + self.is_ahead
 
     @property
     def needs_token(self) -> bool:
-        """True where the row reaches the sequence's end, so that its logits give the next token."""
+        """Whether the row reaches the end of the sequence, so that a next token is drawn from its logits."""
         is_end = self.num_new_tokens == self.sequence.num_uncomputed_tokens
         return self.is_ahead or (is_end and self.sequence.job.max_tokens > 0)
 
     @property
     def num_scored_tokens(self) -> int:
-        """How many of the row's positions, the first ones, judge the prompt token behind them."""
+        """How many of the row's positions, counted from its start, score the prompt token that follows them."""
         if not self.sequence.is_scoring:
             return 0
         return max(0, min(self.num_new_tokens, self.sequence.num_prompt_tokens - 1 - self.start))
@@ -87,7 +90,7 @@ class ScheduledRow:
 @dataclass(slots=True)
 class SchedulerOutput:
     rows: list[ScheduledRow] = field(default_factory=list)
-    copies: list[BlockCopy] = field(default_factory=list)  # to be made before the forward pass
+    copies: list[BlockCopy] = field(default_factory=list)  # to be carried out before the forward pass
     preempted: list[Sequence] = field(default_factory=list)
 
 
@@ -96,7 +99,7 @@ def _rank(sequence: Sequence) -> tuple[int, int, int]:
 
 
 class Scheduler:
-    """`can_fork` is False where sequences have nothing in common that could be shared (SequentialRunner)."""
+    """Owns the waiting and running sequences. `can_fork` is False if they cannot share blocks (SequentialRunner)."""
 
     def __init__(
         self,
@@ -111,20 +114,20 @@ class Scheduler:
         self.can_fork = can_fork
         self.max_num_seqs = max_num_seqs
         self.budget = TokenBudget(max_num_batched_tokens, floor=16 if can_fork else max_num_batched_tokens)
-        self.max_num_scored_tokens = max_num_scored_tokens  # positions of a step that may judge a prompt
-        self._num_scorable_tokens = max_num_scored_tokens  # of them, what is left in this step
+        self.max_num_scored_tokens = max_num_scored_tokens  # prompt positions that one step may score
+        self._num_scorable_tokens = max_num_scored_tokens  # how many of them are left in this step
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prefix_cache_queries = self.num_prefix_cache_hits = 0  # tokens
-        self._is_entry_blocked = True  # those who wait can enter only when another leaves
+        self._is_entry_blocked = True  # no waiting sequence can be admitted until another one leaves
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_rank)
         self._is_entry_blocked = False
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free its blocks."""
+        """Remove a waiting or running sequence and free its blocks."""
         for queue in (self.running, self.waiting):
             if sequence in queue:
                 queue.remove(sequence)
@@ -135,18 +138,18 @@ class Scheduler:
         output = SchedulerOutput()
         self._num_scorable_tokens = self.max_num_scored_tokens
         self._schedule_decodes(output)
-        # However many decode, a share is left for prompts: waiting sequences must not wait for running ones to end.
+        # Prompts get at least a quarter of the budget, however many sequences decode; otherwise waiting sequences might
+        # have to wait for running ones to end.
         budget = max(self.budget.tokens - len(output.rows), self.budget.tokens // 4)
         budget = self._schedule_prefills(output, budget)
         self._is_entry_blocked = self._admit(output, budget)
         return output
 
     def schedule_ahead(self, rows: Rows[ScheduledRow]) -> list[ScheduledRow]:
-        """The step after the one that computes `rows` and is not committed yet; empty if it depends on that one's
-        tokens, so that they must be waited for.
+        """Schedule the step after `rows`, which are still being computed. Empty if that step depends on their tokens.
 
-        Only steps in which all sequences decode are foreseen. A sequence that reaches its length with the current token
-        is left out; one that ends with it for another reason runs once in vain.
+        This is possible only if all sequences in both steps decode. A sequence that reaches its maximum length with the
+        current token is left out. If one ends for another reason, the row scheduled for it here is wasted.
         """
         if self.waiting and not self._is_entry_blocked:
             return []
@@ -160,13 +163,13 @@ class Scheduler:
         return [ScheduledRow(sequence, 1, is_ahead=True) for sequence in going_on]
 
     def _schedule_decodes(self, output: SchedulerOutput) -> None:
-        """One token for every decoding sequence, whatever the budget: a prompt never stalls a text under way."""
+        """One token for every decoding sequence, whatever the budget, so that prompts never stall decoding."""
         for sequence in list(self.running):
             if sequence.num_uncomputed_tokens == 1 and sequence.block_ids and self._grow(sequence, output):
                 output.rows.append(ScheduledRow(sequence, 1))
 
     def _grow(self, sequence: Sequence, output: SchedulerOutput) -> bool:
-        """Make room for the sequence's last token; False where the sequence itself had to give way."""
+        """Make room for the sequence's last token, preempting others if needed. False if it was preempted itself."""
         while not self.pool.grow(sequence, len(sequence.token_ids)):
             victim = self.running[-1]
             self.preempt(victim)
@@ -176,14 +179,16 @@ class Scheduler:
         return True
 
     def preempt(self, victim: Sequence) -> None:
-        """Back to the waiting; its tokens are kept, their keys and values are computed again (or found) later."""
+        """Move a running sequence back to the waiting ones. Its tokens are kept; their keys and values will be
+        recomputed, or found in the prefix cache, when it is admitted again."""
         self.running.remove(victim)
         self.pool.free(victim)
         self.add(victim)
         self.num_preemptions += 1
 
     def _schedule_prefills(self, output: SchedulerOutput, budget: int) -> int:
-        """The next chunk of every prompt under way; its blocks are there since its admission."""
+        """Schedule the next chunk of every prompt in progress, whose blocks were allocated at admission. Returns the
+        remaining budget."""
         for sequence in self.running:
             if budget > 0 and sequence.num_uncomputed_tokens > 1:
                 budget -= self._schedule_chunk(output, sequence, budget)
@@ -200,8 +205,8 @@ class Scheduler:
         return num_new_tokens
 
     def _admit(self, output: SchedulerOutput, budget: int) -> bool:
-        """Let waiting sequences in, in order; the first that does not fit holds up those behind it, lest it starve.
-        True if none of those left can enter until another sequence leaves."""
+        """Admit waiting sequences in order of rank. The first that does not fit blocks those behind it, so that it
+        cannot starve. Returns True if no waiting sequence can be admitted until another one leaves."""
         is_blocked = True
         for sequence in list(self.waiting):
             if len(self.running) >= self.max_num_seqs:
@@ -211,7 +216,7 @@ class Scheduler:
             parent = self._running_sibling(sequence)
             if parent is not None and parent.num_computed_tokens < parent.num_prompt_tokens:
                 is_blocked = False
-                continue  # the prompt is being computed for its sibling: wait and fork
+                continue  # a sibling is computing the same prompt: wait, then fork it
             if not (self._fork(parent, sequence, output) if parent else self._enter(sequence)):
                 return is_blocked
             self.waiting.remove(sequence)
@@ -220,7 +225,7 @@ class Scheduler:
         return is_blocked
 
     def _running_sibling(self, sequence: Sequence) -> Sequence | None:
-        """The sequence of the same job that runs and is furthest; once past the prompt it can be forked."""
+        """The running sequence of the same job that has computed the most tokens. Past the prompt, it can be forked."""
         siblings = [sibling for sibling in sequence.job.sequences if sibling.block_ids and self.can_fork]
         return max(siblings, key=lambda sibling: sibling.num_computed_tokens, default=None)
 
@@ -234,7 +239,8 @@ class Scheduler:
         return True
 
     def _enter(self, sequence: Sequence) -> bool:
-        """One spare block for each running sequence keeps an admission from forcing a preemption a step later."""
+        """Admit one sequence if it fits. One block per running sequence is kept spare, so that the admission does not
+        force a preemption one step later."""
         if not self.pool.admit(sequence, num_spare=len(self.running)):
             return False
         if self.pool.use_prefix_cache and not sequence.is_scoring:
@@ -247,7 +253,7 @@ class Scheduler:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a job may ask of the model."""
+    """The model's limits, against which jobs are validated."""
 
     vocab_size: int
     max_model_len: int
@@ -257,11 +263,14 @@ class ModelLimits:
 def make_engine_job(
     command: AddJob, limits: ModelLimits, tokenizer: Tokenizer, grammars: Grammars, *, arrival: int
 ) -> EngineJob:
-    """The job with its unfinished sequences, committed tokens replayed. Raises the fitting CeleriacError."""
+    """Make the job and its unfinished sequences, with committed tokens replayed.
+
+    `arrival` orders jobs of equal priority. Raises InvalidRequest, UnsupportedParameter or ContextLengthExceeded.
+    """
     try:
         params = SamplingParams.model_validate(command.params)
     except ValidationError as exc:
-        raise InvalidRequest(f"the sampling parameters are not valid: {exc}", param="params") from exc
+        raise InvalidRequest(f"the sampling parameters are invalid: {exc}", param="params") from exc
     _check(command, params, limits)
     job = EngineJob(
         id=command.job_id,
@@ -283,7 +292,7 @@ def make_engine_job(
 
 
 def _make_sequence(job: EngineJob, command: AddJob, tokenizer: Tokenizer, grammars: Grammars, index: int) -> Sequence:
-    """Replay the committed tokens as if they had just been drawn; text that was sent is not sent again."""
+    """Replay the committed tokens as if they had just been drawn. Text that was committed is not emitted again."""
     prompt = command.prompt_token_ids
     stream = TextStream(tokenizer, prompt, job.params.stop)
     output = job.params.structured_output
@@ -328,5 +337,5 @@ def _check_token_ids(param: str, token_ids: Rows[int], limits: ModelLimits) -> N
     if token_ids and not 0 <= min(token_ids) <= max(token_ids) < limits.vocab_size:
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < limits.vocab_size)
         raise InvalidRequest(
-            f"{param} contains token id {wrong}; the model knows 0 to {limits.vocab_size - 1}", param=param
+            f"{param} contains token id {wrong}; the model's ids are 0 to {limits.vocab_size - 1}", param=param
         )

@@ -1,7 +1,7 @@
 """A sequence: one text being decoded, with everything that must survive a preemption. Free of torch.
 
-Its grammar, if any, tells which tokens a structured output allows next. Only the sequence's tokens, drawn or replayed,
-advance the grammar's matcher: a step that is run again, in whole or in halves, gets the same answers.
+If it has a grammar, that determines which tokens its structured output allows next. The grammar's matcher advances only
+when a token is appended to the sequence, so a step that is run again, in whole or in halves, gets the same masks.
 """
 
 import logging
@@ -25,39 +25,43 @@ from text.grammars import error_of, make_grammar_tokenizer, make_matcher
 
 log = logging.getLogger(__name__)
 
-MAX_COMPILED = 64  # grammars kept for jobs to come
+MAX_COMPILED = 64  # compiled grammars kept for later jobs
 
-BITS = 32  # of a mask's words
+BITS = 32  # per word of a mask
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """How far one sequence has come in its grammar."""
+    """The state of one sequence within its grammar."""
 
     matcher: LLMatcher
     grammars: "Grammars"
 
     def advance(self, token_id: int) -> bool:
-        """Take the token; True if nothing may follow it. A token that is not allowed makes the next mask fail."""
+        """Consume the token; True if the grammar allows nothing after it. After a token that is not allowed, the next
+        mask raises GrammarFailed."""
         self.matcher.consume_token(token_id)
         return bool(self.matcher.is_stopped() and not self.matcher.is_error())
 
 
 class Grammars:
-    """The model's vocabulary as grammars see it, recently compiled grammars, and a buffer for the masks of a step."""
+    """The model's vocabulary in the form that llguidance needs, recently compiled grammars, and a buffer for the masks
+    of one step."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
         self._tokenizer = _make_tokenizer(tokenizer, vocab_size, eos_token_ids)
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._executor: LLExecutor | None = None
         self._words = allocate_token_bitmask(0, vocab_size)
-        self._known = words_of(range(vocab_size), vocab_size)  # a tokenizer may have tokens that its model lacks
+        self._known = words_of(range(vocab_size), vocab_size)  # a tokenizer may have more tokens than its model
 
     def start(self, output: StructuredOutput) -> Grammar:
-        """The grammar at its beginning. Raises UnsupportedParameter or InvalidRequest. Takes up to half a second if the
-        grammar was not used recently."""
+        """A grammar in its initial state. Takes up to half a second if the grammar has not been used recently. Raises
+        UnsupportedParameter or InvalidRequest."""
         if self._tokenizer is None:
-            raise UnsupportedParameter("the model cannot follow a structured output", param="params.structured_output")
+            raise UnsupportedParameter(
+                "this model does not support structured output", param="params.structured_output"
+            )
         key = output.model_dump_json()
         if key not in self._compiled:
             self._compiled[key] = _compile(self._tokenizer, output)
@@ -67,7 +71,7 @@ class Grammars:
         return Grammar(self._compiled[key].deep_copy(), self)
 
     def fill(self, matchers: Rows[LLMatcher]) -> NDArray[np.int32]:
-        """A mask for each, (num_matchers, words), overwritten by the next call."""
+        """Bit masks of the allowed tokens, (num_matchers, num_words). Overwritten by the next call."""
         assert self._tokenizer is not None
         if self._executor is None:
             self._executor = LLExecutor()
@@ -81,7 +85,7 @@ class Grammars:
 
 
 def words_of(token_ids: Iterable[int], num_bits: int) -> NDArray[np.int32]:
-    """A bit for each of the tokens, in words like those of the masks."""
+    """A bit mask of these tokens, in words like those of `Grammars.fill`. All ids must be below `num_bits`."""
     bits = np.zeros(-(-num_bits // BITS) * BITS, dtype=np.uint8)
     bits[list(token_ids)] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)
@@ -91,7 +95,7 @@ def _compile(tokenizer: LLTokenizer, output: StructuredOutput) -> LLMatcher:
     matcher = make_matcher(tokenizer, output)
     if matcher.is_error():
         raise InvalidRequest(
-            f"the structured output cannot be followed: {error_of(matcher)}", param="params.structured_output"
+            f"the structured output cannot be used: {error_of(matcher)}", param="params.structured_output"
         )
     return matcher
 
@@ -115,17 +119,17 @@ class EngineJob:
     seed: int
     priority: int
     cache_salt: str
-    arrival: int  # counts the jobs of this engine; earlier ones run first within a priority
+    arrival: int  # the job's number in this engine; among jobs of equal priority, the lower one runs first
     max_model_len: int
     end_token_ids: frozenset[int]  # end-of-sequence tokens (unless ignored) and the job's stop tokens
-    penalised_prompt_ids: frozenset[int]  # the prompt's tokens where a repetition penalty counts them, else none
-    is_scored: bool = False  # the prompt's logprobs have been reported, or are not asked for
+    penalised_prompt_ids: frozenset[int]  # the prompt's tokens if there is a repetition penalty, else empty
+    is_scored: bool = False  # the prompt's logprobs have been reported, or were not requested
     sequences: "list[Sequence]" = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`token_ids` is the prompt and the output; keys and values exist for the first `num_computed_tokens` of it."""
+    """`token_ids` is the prompt followed by the output. Keys and values exist for its first `num_computed_tokens`."""
 
     job: EngineJob
     index: int
@@ -134,15 +138,15 @@ class Sequence:
     stream: TextStream
     grammar: Grammar | None = None  # if the job asks for structured output
     num_computed_tokens: int = 0
-    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at its first admission
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at the first admission
     block_ids: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)  # of the first full blocks, chained; grows as needed
-    num_published_blocks: int = 0  # how many of those are in the prefix cache
-    output_counts: Counter[int] = field(default_factory=Counter)  # of each token in the output, for the penalties
+    block_hashes: list[bytes] = field(default_factory=list)  # chained hashes of its first full blocks; grows as needed
+    num_published_blocks: int = 0  # how many of those blocks are in the prefix cache
+    output_counts: Counter[int] = field(default_factory=Counter)  # occurrences of each output token, for penalties
     finish_reason: FinishReason | None = None
     unsent_text: str = ""
-    num_reasoning_tokens: int | None = None  # of the output, up to the one that completes the first </think>
-    prompt_logprobs: list[dict[str, object] | None] = field(default_factory=lambda: [None])  # of the computed tokens
+    num_reasoning_tokens: int | None = None  # output tokens up to the one that completes the first </think>
+    prompt_logprobs: list[dict[str, object] | None] = field(default_factory=lambda: [None])  # for the computed tokens
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -163,7 +167,7 @@ class Sequence:
 
     @property
     def is_scoring(self) -> bool:
-        """The logprobs of its prompt are still to be reported, so every position must be computed here."""
+        """Whether its prompt's logprobs have yet to be reported, so that no position may come from the prefix cache."""
         return self.job.params.prompt_logprobs is not None and not self.job.is_scored
 
     @property
@@ -173,12 +177,14 @@ class Sequence:
 
     @property
     def ends_with_next_token(self) -> bool:
-        """Whatever that token is."""
+        """Whether the next token reaches the maximum length, whatever token it is."""
         return self.num_output_tokens + 1 >= self.job.max_tokens or len(self.token_ids) + 1 >= self.job.max_model_len
 
     def append(self, token_id: int) -> None:
-        """Take a drawn or committed token: text, stop strings, limits. Fresh and replayed tokens are treated the same,
-        so that a resumed sequence is exactly where it was."""
+        """Append a drawn or replayed token, update the text, and end the sequence at a stop string or limit.
+
+        Drawn and replayed tokens take the same path, so that a resumed sequence is in exactly the state that it had.
+        """
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
         if token_id in self.job.end_token_ids:
@@ -197,7 +203,7 @@ class Sequence:
             self.finish(FinishReason.LENGTH)
 
     def finish(self, reason: FinishReason) -> None:
-        """End without a stop string: text that was held back for one belongs to the output after all."""
+        """End without a stop string. Text that was held back as the possible start of one is now part of the output."""
         self.unsent_text += self.stream.flush()
         self.finish_reason = reason
 

@@ -1,1 +1,1 @@
-"""The engine's process as the worker sees it: forked, spoken to in frames, watched, ended."""
+"""The worker's side of the engine process: forks it, exchanges frames with it, watches it and ends it."""

@@ -1,6 +1,6 @@
 """The messages between the worker's main process and its engine process: msgpack frames over a socket pair.
 
-A frame is a 4-byte big-endian length and one msgspec-encoded struct. Never pickle. Torch-free.
+A frame is a 4-byte big-endian length followed by one struct, encoded by msgspec (never by pickle). Free of torch.
 """
 
 import fcntl
@@ -13,11 +13,11 @@ import msgspec
 
 
 class AddJob(msgspec.Struct, tag="add", frozen=True):
-    """Run this job. It is answered by SequenceOutputs, the last one of each index with a finish reason.
+    """Run this job. The engine answers with SequenceOutputs; the last one of each sequence has a finish reason.
 
-    `params` is a dumped `SamplingParams` with every default resolved. The engine continues sequence i after
-    `committed_token_ids[i]`. Of their text `num_emitted_chars[i]` characters were committed, too; the rest is emitted
-    again.
+    `params` is a dumped `SamplingParams` with all defaults resolved. The engine continues sequence i after
+    `committed_token_ids[i]`. The first `num_emitted_chars[i]` characters of their text are committed as well; the rest
+    of it is emitted again.
     """
 
     job_id: str
@@ -28,14 +28,15 @@ class AddJob(msgspec.Struct, tag="add", frozen=True):
     seed: int
     priority: int
     cache_salt: str  # prefix-cache entries are shared only under the same salt (one per tenant)
-    committed_token_ids: list[list[int]]  # one list per sequence, n of them; empty lists on a first attempt
+    committed_token_ids: list[list[int]]  # one list for each of the n sequences; empty lists on a first attempt
     num_emitted_chars: list[int]
-    finished_indexes: list[int]  # sequences whose last chunk is committed already
-    has_prompt_logprobs: bool = False  # those of the prompt are committed already, if the job asks for them
+    finished_indexes: list[int]  # sequences whose last chunk is already committed
+    has_prompt_logprobs: bool = False  # whether the prompt's logprobs, if the job asks for them, are already committed
 
 
 class EmbedJob(msgspec.Struct, tag="embed", frozen=True):
-    """Make a vector of each input; the answer is one EmbeddingOutput. `dimensions` None keeps all of them."""
+    """Compute a vector for each input. The engine answers with one EmbeddingOutput. If `dimensions` is None, vectors
+    keep their full width."""
 
     job_id: str
     attempt: int
@@ -45,12 +46,12 @@ class EmbedJob(msgspec.Struct, tag="embed", frozen=True):
 
 
 class AbortJob(msgspec.Struct, tag="abort", frozen=True):
-    """Take the job out of the running batch at the next step. Each running sequence gets a final SequenceOutput with
-    `reason`; none if `reason` is empty (the job was fenced off)."""
+    """Remove the job from the running batch at the next step. Each running sequence gets a final SequenceOutput with
+    `reason`, or none if `reason` is empty because another worker owns the job now."""
 
     job_id: str
     attempt: int
-    reason: str  # a FinishReason: cancelled or deadline
+    reason: str  # a FinishReason (cancelled or deadline), or empty
 
 
 class EndEngine(msgspec.Struct, tag="shutdown", frozen=True):
@@ -79,7 +80,7 @@ class CannotLoad(msgspec.Struct, tag="cannot_load", frozen=True):
 
 
 class SequenceOutput(msgspec.Struct, frozen=True):
-    """What one sequence gained in a step."""
+    """The tokens and text that one sequence gained in a step."""
 
     job_id: str
     attempt: int
@@ -89,16 +90,16 @@ class SequenceOutput(msgspec.Struct, frozen=True):
     finish_reason: str | None = None  # a FinishReason; set on the last output of the sequence
     logprobs: list[dict[str, object]] | None = None  # dumped TokenLogprob, one per token id
     num_cached_tokens: int = 0
-    sum_logprobs: float | None = None  # of token_ids, under best_of
+    sum_logprobs: float | None = None  # sum over token_ids; set if the job has best_of
     prompt_logprobs: list[dict[str, object] | None] | None = (
-        None  # dumped TokenLogprobs; once per job, before any token
+        None  # dumped TokenLogprobs; set once per job, before any of its tokens
     )
-    num_reasoning_tokens: int | None = None  # output tokens up to the first </think>, once that is complete
-    stop_string: str | None = None  # that ended the sequence
+    num_reasoning_tokens: int | None = None  # output tokens up to the first </think>, once it is complete
+    stop_string: str | None = None  # the one that ended the sequence
 
 
 class EmbeddingOutput(msgspec.Struct, frozen=True):
-    """All vectors of a job: little-endian float32, unit length. Empty if the job was aborted."""
+    """All vectors of a job, in the order of its inputs: little-endian float32, unit length. Empty if it was aborted."""
 
     job_id: str
     attempt: int
@@ -107,7 +108,7 @@ class EmbeddingOutput(msgspec.Struct, frozen=True):
 
 
 class JobFailed(msgspec.Struct, frozen=True):
-    """The engine cannot run this job and has removed it; the others continue."""
+    """The engine cannot run this job and has removed it. The other jobs continue."""
 
     job_id: str
     attempt: int
@@ -116,7 +117,7 @@ class JobFailed(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """The engine's figures for Flower and /health."""
+    """The engine's statistics for Flower, /health and the metrics. Counters start at 0 with each engine."""
 
     num_steps: int = 0
     num_running: int = 0
@@ -126,13 +127,13 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_prompt_tokens: int = 0
     num_prefix_cache_queries: int = 0  # tokens
     num_prefix_cache_hits: int = 0  # tokens
-    cache_usage: float = 0.0  # 0..1
-    step_seconds: float = 0.0  # of the last step
+    cache_usage: float = 0.0  # share of the key/value cache in use, 0 to 1
+    step_seconds: float = 0.0  # duration of the last step
     memory_bytes: int = 0
 
 
 class StepDone(msgspec.Struct, tag="step", frozen=True):
-    """All that one step produced, in order."""
+    """Everything that one step produced, in order."""
 
     outputs: list[SequenceOutput]
     failures: list[JobFailed]
@@ -141,7 +142,7 @@ class StepDone(msgspec.Struct, tag="step", frozen=True):
 
 
 class StillAlive(msgspec.Struct, tag="heartbeat", frozen=True):
-    """The loop is alive but has nothing else to report."""
+    """Sent while there is nothing else to report."""
 
     stats: EngineStats
 
@@ -163,11 +164,12 @@ _LENGTH = struct.Struct(">I")
 
 
 class PeerClosed(Exception):
-    """The other end is gone, or does not speak our protocol."""
+    """The other end of the socket has closed it, or has violated the protocol."""
 
 
 class FrameSocket:
-    """Reads never block; writes are kept until the other end takes them, so a reader that stalls does not stall us."""
+    """A socket that sends and receives whole frames. Neither direction blocks: outgoing frames are kept in memory until
+    the other end reads them, so that a stalled reader does not stall the sender."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -180,11 +182,11 @@ class FrameSocket:
 
     @property
     def has_outgoing(self) -> bool:
-        """Whether `flush` has something left: then wait for the socket to be writable too."""
+        """Whether `flush` has anything left to write. If so, wait for the socket to become writable as well."""
         return bool(self._outgoing)
 
     def send(self, frame: bytes) -> None:
-        """Queue one frame and write what the socket takes. Raises PeerClosed, and ValueError for one too long."""
+        """Queue one frame and write as much as the socket takes. Raises PeerClosed; ValueError if it is too long."""
         if len(frame) > MAX_FRAME_BYTES:
             raise ValueError(f"a frame of {len(frame)} bytes exceeds {MAX_FRAME_BYTES}; send less in one step")
         self._outgoing += _LENGTH.pack(len(frame))
@@ -192,7 +194,7 @@ class FrameSocket:
         self.flush()
 
     def flush(self) -> None:
-        """Write what the socket takes now."""
+        """Write as much as the socket takes without blocking. Raises PeerClosed."""
         try:
             while self._outgoing:
                 num_sent = self._socket.send(self._outgoing)
@@ -203,19 +205,20 @@ class FrameSocket:
             raise PeerClosed(f"cannot write: {exc}") from exc
 
     def flush_all(self) -> None:
-        """Write everything, however long the other end takes."""
+        """Write everything, blocking until the other end has taken it. Raises PeerClosed."""
         while self._outgoing:
             select.select([], [self._socket], [])
             self.flush()
 
     @property
     def num_unread(self) -> int:
-        """Bytes the other end has not read yet, kernel overhead included; 0 if it has read everything."""
+        """Bytes that the other end has not read yet, including kernel overhead; 0 if it has read everything."""
         (num_bytes,) = struct.unpack("i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, b"\0\0\0\0"))
         return int(num_bytes)
 
     def receive(self) -> list[bytes]:
-        """Every whole frame that has arrived. Raises PeerClosed at the end, after what came before it."""
+        """All complete frames that have arrived. Raises PeerClosed at the end of the stream, once all frames before it
+        have been returned."""
         is_open = self._read_available()
         frames = list(self._split_frames())
         if not is_open and not frames:
@@ -223,19 +226,19 @@ class FrameSocket:
         return frames
 
     def wait_readable(self, timeout_seconds: float) -> bool:
-        """Whether bytes (or the end) arrived in time."""
+        """Wait until there is something to read, or the end of the stream; False if the time runs out first."""
         return bool(select.select([self._socket], [], [], timeout_seconds)[0])
 
     def close(self) -> None:
         self._socket.close()
 
     def _read_available(self) -> bool:
-        """Returns False at the end of the stream."""
+        """Read without blocking; False at the end of the stream."""
         try:
             while received := self._socket.recv(READ_BYTES):
                 self._incoming += received
                 if len(self._incoming) > MAX_FRAME_BYTES:
-                    return True  # enough for now: what stays in the socket slows the sender down
+                    return True  # enough for now: a full socket slows the sender down
         except BlockingIOError:
             return True
         except OSError:
@@ -247,7 +250,7 @@ class FrameSocket:
         while len(self._incoming) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._incoming, start)
             if length > MAX_FRAME_BYTES:
-                raise PeerClosed(f"the other end announced a frame of {length} bytes; the limit is {MAX_FRAME_BYTES}")
+                raise PeerClosed(f"the other end sent a frame of {length} bytes; the limit is {MAX_FRAME_BYTES}")
             end = start + _LENGTH.size + length
             if len(self._incoming) < end:
                 break

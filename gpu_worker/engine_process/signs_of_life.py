@@ -1,14 +1,14 @@
-"""Tells whether an engine that reports nothing is dead, hung or only slow, and which jobs were in its last step.
+"""Tells whether an engine that reports nothing is dead, hung or just slow, and which jobs were in its last step.
 
-On a busy host all three are silent. So in the engine a thread counts beats in shared memory, even while a step or a
-load occupies the main thread. What the process does is read from Linux' /proc
-(https://docs.kernel.org/filesystems/proc.html, https://docs.kernel.org/scheduler/sched-stats.html): a process that
-computes, or waits for a core or a disk, is at work, even if the beats stop because a step holds the interpreter's lock.
-Without /proc the beats are all there is.
+On a busy host, all three are equally silent. A thread in the engine therefore counts beats in shared memory, even while
+a step or the loading of the model occupies the main thread. In addition, Linux' /proc shows what the process is doing
+(https://docs.kernel.org/filesystems/proc.html, https://docs.kernel.org/scheduler/sched-stats.html). A process that
+computes, or that waits for a core or a disk, is at work, even if the beats stop because a step holds the interpreter's
+lock. Without /proc, only the beats are used.
 
-The same memory holds the flight recorder. The engine writes the jobs of each step before it, in microseconds; the
-supervisor reads them after the engine's death. Two slots are written alternately, each with a checksum, so that dying
-in the middle of a write leaves the previous step readable.
+The same memory holds the flight recorder. Before each step, the engine writes down its jobs, which takes microseconds;
+after the engine's death, the supervisor reads them. Two slots are written in turn, each with a checksum, so that a
+crash in the middle of a write leaves the previous step readable.
 """
 
 import mmap
@@ -28,13 +28,13 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108  (never a name in it, only an unlinked 
 
 SLOT_BYTES = 512 * 1024
 
-RECORDER_BYTES = 2 * SLOT_BYTES  # followed by a page for the engine's pulse: signs_of_life.py
+RECORDER_BYTES = 2 * SLOT_BYTES  # followed in memory by a page for the Pulse
 
 _HEADER = struct.Struct(">QII")  # step number, payload bytes, checksum of the payload
 
 
 class RecordedJob(msgspec.Struct, frozen=True, array_like=True):
-    """A member of a recorded step. `num_steps` counts the steps it has been in, this one included."""
+    """A job in a recorded step. `num_steps` counts the steps that it has been in, this one included."""
 
     job_id: str
     attempt: int
@@ -48,7 +48,7 @@ _decode = msgspec.msgpack.Decoder(list[RecordedJob]).decode
 
 
 def create_memory() -> int:
-    """A file descriptor of new shared memory, for both sides. It has no name, so nothing is left behind."""
+    """A file descriptor of new shared memory for both processes. The file has no name, so nothing is left behind."""
     folder = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
     with tempfile.TemporaryFile(dir=folder) as file:
         file.truncate(RECORDER_BYTES + mmap.PAGESIZE)
@@ -56,14 +56,16 @@ def create_memory() -> int:
 
 
 class FlightRecorder:
-    """Either side of the memory. The descriptor may be closed afterwards."""
+    """The jobs of the last steps in shared memory: the engine records, the supervisor reads. The descriptor is mapped
+    and may then be closed."""
 
     def __init__(self, memory_fd: int) -> None:
         self._memory = mmap.mmap(memory_fd, RECORDER_BYTES)
         self._step_number = 0
 
     def record(self, jobs: Sequence[RecordedJob]) -> None:
-        """Write down the jobs of the next step; an empty list means that the engine is idle."""
+        """Record the jobs of the next step; an empty list means that the engine is idle. A list that is too long is
+        cut."""
         self._step_number += 1
         payload = _encode(jobs)
         if len(payload) > SLOT_BYTES - _HEADER.size:
@@ -88,29 +90,30 @@ class FlightRecorder:
         return step_number, _decode(payload)
 
 
-NUM_SILENT_HEARTBEATS = 3  # without any sign: it is stopped or dead
+NUM_SILENT_HEARTBEATS = 3  # no sign of life for this long: the process is stopped or dead
 
-NUM_IDLE_HEARTBEATS = 12  # of a main thread that neither reports nor works, while the process lives: it is hung
+NUM_IDLE_HEARTBEATS = 12  # beats, but the main thread neither reports nor works for this long: it is hung
 
-NUM_BUSY_HEARTBEATS = 60  # of computing without a report: an endless loop
+NUM_BUSY_HEARTBEATS = 60  # the main thread computes for this long without a report: an endless loop
 
-IDLE_STEPS, BUSY_STEPS = 10, 20  # the same in multiples of the longest step so far; the larger bound counts
+IDLE_STEPS, BUSY_STEPS = 10, 20  # the last two bounds in multiples of the longest step so far; the larger bound applies
 
-LEAST_WORK = 0.05  # of the time; less is what the beats themselves cost
+LEAST_WORK = 0.05  # share of the time that counts as work; the beats themselves cost less
 
 BEATS_PER_HEARTBEAT = 4
 
-_NUMBERS = struct.Struct("=QQ")  # beats, steps begun
+_NUMBERS = struct.Struct("=QQ")  # number of beats, number of steps begun
 
 
 class Pulse:
-    """Either side of the shared memory, from `offset` on. The descriptor may be closed afterwards."""
+    """Two counters in shared memory at `offset`: the engine counts, the supervisor reads. The descriptor is mapped and
+    may then be closed."""
 
     def __init__(self, memory_fd: int, *, offset: int) -> None:
         self._memory = mmap.mmap(memory_fd, mmap.PAGESIZE, offset=offset)
 
     def read(self) -> tuple[int, int]:
-        """The number of beats, and of steps begun."""
+        """The number of beats and the number of steps begun."""
         num_beats, num_steps = _NUMBERS.unpack_from(self._memory)
         return num_beats, num_steps
 
@@ -129,7 +132,7 @@ class Pulse:
 
 
 def start_beating(pulse: Pulse, *, heartbeat_seconds: float) -> None:
-    """In a thread, for as long as the process lives."""
+    """Start a thread that counts beats for as long as the process lives."""
 
     def beat() -> None:
         never = Event()
@@ -141,18 +144,18 @@ def start_beating(pulse: Pulse, *, heartbeat_seconds: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ProcessUsage:
-    """What a process has used since its start, all threads together unless stated otherwise."""
+    """The time that a process has used since its start, summed over its threads unless stated otherwise."""
 
-    main_run_seconds: float  # of the main thread, on a core
-    run_seconds: float  # on a core
-    wait_seconds: float  # waiting for a core
-    is_waiting_for_disk: bool  # the main thread, now
+    main_run_seconds: float  # the main thread's time on a core
+    run_seconds: float  # time on a core
+    wait_seconds: float  # time waiting for a core
+    is_waiting_for_disk: bool  # whether the main thread is waiting for a disk now
     num_major_faults: int
 
 
 @dataclass(slots=True)
 class Look:
-    """What was seen when a silent engine was last looked at."""
+    """One observation of a silent engine."""
 
     at: float
     usage: ProcessUsage | None
@@ -160,7 +163,7 @@ class Look:
 
 
 class SignsOfLife:
-    """Of one engine, kept by its supervisor. All times are from the monotonic clock."""
+    """Watches one engine on behalf of its supervisor. All times are from the monotonic clock."""
 
     def __init__(self, pulse: Pulse, *, heartbeat_seconds: float, now: float) -> None:
         self._pulse = pulse
@@ -169,20 +172,20 @@ class SignsOfLife:
         self.hear(now)
 
     def hear(self, now: float, *, step_seconds: float = 0.0) -> None:
-        """The engine has reported."""
+        """Call when the engine has reported."""
         self._longest_step_seconds = max(self._longest_step_seconds, step_seconds)
         self._heard_at = self._sign_at = now
         self._idle_seconds = self._busy_seconds = 0.0
         self._look: Look | None = None
 
     def judge(self, now: float, pid: int | None) -> str | None:
-        """Why the engine must be killed; None if it need not be. To be called a few times a second."""
+        """The reason to kill the engine; None if there is none. Call this a few times a second."""
         if now - self._heard_at <= self._heartbeat_seconds:
             return None
         num_beats, num_steps = self._pulse.read()
         last, self._look = self._look, Look(now, None if pid is None else read_usage(pid), num_beats)
         if last is None:
-            return None  # it takes two looks to see what it does
+            return None  # it takes two observations to see what the engine is doing
         self._compare(last, self._look)
         if now - self._sign_at > NUM_SILENT_HEARTBEATS * self._heartbeat_seconds:
             return f"it has shown no sign of life for {now - self._sign_at:.1f} s"
@@ -196,7 +199,7 @@ class SignsOfLife:
         return max(num_heartbeats * self._heartbeat_seconds, num_steps * self._longest_step_seconds)
 
     def _compare(self, last: Look, look: Look) -> None:
-        """Add the time between two looks to the idle or the busy time."""
+        """Add the time between two observations to the idle time or the busy time."""
         seconds = look.at - last.at
         work_seconds = min(seconds, _work_seconds(last, look))
         self._idle_seconds += seconds - work_seconds
@@ -207,7 +210,7 @@ class SignsOfLife:
 
 
 def _work_seconds(last: Look, look: Look) -> float:
-    """Between two looks. Waiting for a disk counts as work."""
+    """The process's working time between two observations. Waiting for a disk counts as work."""
     before, after = last.usage, look.usage
     if before is None or after is None:
         return 0.0
@@ -217,7 +220,7 @@ def _work_seconds(last: Look, look: Look) -> float:
 
 
 def read_usage(pid: int, proc: Path = Path("/proc")) -> ProcessUsage | None:
-    """None if the kernel does not tell, or the process is gone."""
+    """The usage of a process; None if the kernel does not report it or the process is gone."""
     try:
         state, *numbers = (proc / str(pid) / "stat").read_text().rpartition(") ")[2].split()
         times = dict(_thread_times(proc / str(pid) / "task"))
@@ -234,8 +237,8 @@ def read_usage(pid: int, proc: Path = Path("/proc")) -> ProcessUsage | None:
 
 
 def _thread_times(tasks: Path) -> Iterator[tuple[int, tuple[float, float]]]:
-    """By thread: seconds on a core, and seconds waiting for one."""
+    """For each thread id: seconds on a core, and seconds waiting for one."""
     for task in tasks.iterdir():
-        with suppress(FileNotFoundError):  # it has just ended
+        with suppress(FileNotFoundError):  # the thread has just ended
             run, wait, _ = (task / "schedstat").read_text().split()
             yield int(task.name), (int(run) / 1e9, int(wait) / 1e9)

@@ -1,6 +1,6 @@
 """Owns the engine process: has it forked, watches it, reports how it ended, and restarts it.
 
-Belongs to the runner's thread, which it only blocks for a moment when a process starts or ends.
+The supervisor runs in the runner's thread, and blocks it only briefly, when a process starts or ends.
 """
 
 import logging
@@ -39,27 +39,28 @@ from gpu_worker.engine_process.template import EngineTemplate
 
 log = logging.getLogger(__name__)
 
-LINGER_SECONDS = 5.0  # between the end of the connection and that of the process, which may dump core
-SHUTDOWN_SECONDS = 3.0  # for the current step to end before the process is killed
-REAP_SECONDS = 30.0  # for a killed process to end: the driver frees the GPU's memory first
+LINGER_SECONDS = 5.0  # how long a process may live on after closing its connection, for instance to dump core
+SHUTDOWN_SECONDS = 3.0  # how long the current step may take before the process is killed
+REAP_SECONDS = 30.0  # how long a killed process may take to end, since the driver first frees the GPU's memory
 FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineExit:
-    """How an engine process ended that was not told to."""
+    """How an engine process ended that had not been told to."""
 
-    exit_code: int  # or minus the signal that killed it
-    was_killed_by_us: bool  # since it was silent, or sent garbage
+    exit_code: int  # or minus the number of the signal that killed it
+    was_killed_by_us: bool
     was_ready: bool
     last_step: list[RecordedJob]
-    killed_because: str = "it was silent"  # if it was killed by us
-    why_not_loaded: str | None = None  # if the engine itself said that the model cannot be loaded
+    killed_because: str = "it was silent"  # set if it was killed by us
+    why_not_loaded: str | None = None  # set if the engine reported that the model cannot be loaded
 
     @property
     def is_outside_kill(self) -> bool:
-        """SIGKILL that we did not send: an operator, or the kernel's OOM killer. No job can do that by itself."""
+        """Whether somebody else sent it SIGKILL: an operator, or the kernel's OOM killer. No job can do that by
+        itself."""
         return self.exit_code == -signal.SIGKILL and not self.was_killed_by_us
 
     @property
@@ -74,7 +75,7 @@ class EngineExit:
 
 
 class EngineProcess:
-    """One engine process, from fork to end."""
+    """One engine process, from its fork to its end."""
 
     def __init__(self, template: EngineTemplate, *, heartbeat_seconds: float) -> None:
         ours, theirs = socket.socketpair()
@@ -93,11 +94,11 @@ class EngineProcess:
         self.has_had_jobs = False
         self.was_killed_by_us = False
         self.killed_because = ""
-        self.closed_at: float | None = None  # when the connection ended; the process is about to
+        self.closed_at: float | None = None  # when the connection was closed; the process ends shortly after
 
     @property
     def pid(self) -> int | None:
-        """None until it is forked."""
+        """None until the engine has been forked."""
         self._template.wait(0)
         return self._template.engine_pid
 
@@ -118,7 +119,7 @@ class EngineProcess:
             self._note_closed()
 
     def receive(self) -> list[Report]:
-        """Every report that has arrived."""
+        """All reports that have arrived."""
         if self.closed_at is not None:
             return []
         try:
@@ -127,9 +128,9 @@ class EngineProcess:
             self._note_closed()
             return []
         except msgspec.DecodeError:
-            log.exception("the engine sent garbage and is killed")
+            log.exception("the engine sent a frame that cannot be decoded; killing it")
             self._note_closed()
-            self.kill("it sent garbage")
+            self.kill("it sent a frame that cannot be decoded")
             return []
         for report in reports:
             if isinstance(report, Ready):
@@ -145,12 +146,12 @@ class EngineProcess:
         self._template.kill_engine()
 
     def abandon(self) -> None:
-        """Kill it together with its template, which has failed to report how the engine ended."""
+        """Kill the engine together with its template, which did not report how the engine ended."""
         self.was_killed_by_us, self.killed_because = True, "its template did not report how it ended"
         self._template.kill()
 
     def end(self) -> EngineExit:
-        """Find out how the process ended, which it has done or is about to do, and free its resources."""
+        """Wait for the process, which has ended or is about to, and free its resources. Returns how it ended."""
         exit_code = self._template.wait(REAP_SECONDS)
         if exit_code is None:
             self.abandon()
@@ -174,32 +175,33 @@ class EngineProcess:
 
 
 class Supervisor:
-    """Keeps one engine process running. `watch` is to be called a few times a second, and after every report."""
+    """Keeps one engine process running. The owner must call `watch` a few times a second and after every report."""
 
     def __init__(self, spec: ModelSpec, *, heartbeat_seconds: float, load_seconds: float = 1800.0) -> None:
-        """`load_seconds` is the most that loading the model may take, which can be slow for good reasons."""
+        """`load_seconds` limits the time for loading the model; it is generous, since loading can legitimately be
+        slow."""
         self._load_seconds = load_seconds
         self._spec = spec
         self._heartbeat_seconds = heartbeat_seconds
-        self._template: EngineTemplate | None = None  # from the first engine on
+        self._template: EngineTemplate | None = None  # started with the first engine
         self._engine: EngineProcess | None = None
-        self._start_at = 0.0  # when the next process may start
+        self._start_at = 0.0  # monotonic time at which the next process may start
         self._watched_at = monotonic()
-        self._is_loadable = True  # until an engine says that the model is not
+        self._is_loadable = True  # until an engine reports that it cannot load the model
 
     @property
     def ready(self) -> Ready | None:
-        """What the engine reported when it was loaded; None while there is none that takes jobs."""
+        """The engine's report that it is ready for jobs; None while there is no such engine."""
         return self._engine.ready if self._engine is not None and self._engine.closed_at is None else None
 
     @property
     def has_engine(self) -> bool:
-        """There is an engine process, in whatever state."""
+        """Whether there is an engine process, whatever its state."""
         return self._engine is not None
 
     @property
     def is_fresh(self) -> bool:
-        """The engine has had no job yet."""
+        """Whether the engine has not had any jobs yet."""
         return self._engine is not None and not self._engine.has_had_jobs
 
     def readers(self) -> list[FrameSocket]:
@@ -207,7 +209,7 @@ class Supervisor:
         return [self._engine.frame_socket] if self._engine is not None and self._engine.closed_at is None else []
 
     def send(self, command: Command) -> None:
-        """Send to the engine; dropped if there is none (`watch` reports its exit)."""
+        """Send to the engine. Dropped if there is none; `watch` reports its exit."""
         if self._engine is not None:
             self._engine.send(command)
 
@@ -219,9 +221,11 @@ class Supervisor:
         return self._engine.receive() if self._engine is not None else []
 
     def watch(self, now: float) -> EngineExit | None:
-        """Start the engine when it is time to, kill it if it hangs, and return its exit once; call `plan_restart` then.
-        All its reports have been received by that time. After an engine that cannot load its model, no other is
-        started."""
+        """Start the engine when it is due, kill it if it hangs, and return its exit, once, when it has ended.
+
+        All reports of that engine have been received by then. The caller must then call `plan_restart`. After an engine
+        that could not load its model, no other engine is started.
+        """
         if self._engine is None:
             if self._is_loadable and now >= self._start_at:
                 self._engine = EngineProcess(self._living_template(), heartbeat_seconds=self._heartbeat_seconds)
@@ -234,17 +238,18 @@ class Supervisor:
         return engine.end()
 
     def plan_restart(self, num_crashes_before: int) -> None:
-        """At once after a single crash, later when they pile up."""
+        """Schedule the next engine: immediately after a single crash, with growing delays after repeated ones."""
         backoff = FIRST_BACKOFF_SECONDS * 2 ** (num_crashes_before - 1) if num_crashes_before else 0.0
         self._start_at = monotonic() + min(backoff, MAX_BACKOFF_SECONDS)
 
     def restart(self) -> None:
-        """Replace the engine by a fresh one. It must not be running any jobs."""
+        """Replace the engine, which must not be running any jobs, with a fresh one."""
         self._end_engine()
         self._start_at = 0.0
 
     def stop(self) -> None:
-        """End the engine, gently first, and its template. Blocks for a moment; further reports are lost."""
+        """Ask the engine to exit, kill it if it does not, and end its template. Blocks briefly; further reports are
+        lost."""
         self._end_engine()
         if self._template is not None:
             self._template.close()
@@ -255,7 +260,7 @@ class Supervisor:
             return
         engine, self._engine = self._engine, None
         engine.send(EndEngine())
-        # Until it has loaded its model, it does not listen.
+        # An engine does not read commands while it is loading its model.
         if engine.ready is None or not engine.has_ended(within_seconds=SHUTDOWN_SECONDS):
             engine.kill("it did not exit when told to")
         engine.end()
@@ -269,9 +274,9 @@ class Supervisor:
         return self._template
 
     def _look_after(self, engine: EngineProcess, now: float) -> None:
-        """Kill it if it hangs."""
+        """Kill the engine if it hangs."""
         if now - self._watched_at > self._heartbeat_seconds:
-            engine.signs.hear(now)  # it was us who were away: we heard nothing because we did not listen
+            engine.signs.hear(now)  # we were suspended ourselves, so the silence does not tell anything
         self._watched_at = now
         reason = None
         if engine.ready is not None:
@@ -283,7 +288,7 @@ class Supervisor:
             engine.kill(reason)
 
     def _has_ended(self, engine: EngineProcess, now: float) -> bool:
-        """The process is gone, and everything it sent has been read."""
+        """Whether the process is gone and everything that it sent has been read."""
         if engine.closed_at is None:
             return False
         if engine.has_ended():

@@ -1,11 +1,11 @@
-"""The process that engines are forked from: as the supervisor sees it, and its own side.
+"""The template process from which engines are forked: the supervisor's handle to it, and the code that runs in it.
 
-It imports the back end once and waits; each engine is a fork of it, so that an engine after a crash starts without
-these imports (docs/adr/0015).
+The template imports the back end once and then waits. Each engine is a fork of it, so that an engine that replaces a
+crashed one need not repeat the imports (docs/adr/0015).
 
-It has one thread, has computed nothing and has not started CUDA, since a fork would break that (docs/adr/0015). Its
-control socket receives one byte with the two descriptors of an engine, and sends the engine's pid and, when it has
-ended, its exit code, 4 bytes each.
+The template has a single thread, has computed nothing and has not initialised CUDA, since neither thread pools nor CUDA
+survive a fork. On its control socket it receives, for each engine, one byte with two file descriptors. It answers with
+the engine's pid and later with its exit code, 4 bytes each.
 """
 
 import contextlib
@@ -25,16 +25,17 @@ _MESSAGE = struct.Struct(">i")
 
 
 def _engine_environment() -> dict[str, str]:
-    """Ours without the secrets, which the engine does not need."""
+    """Our environment without the secrets, which the engine does not need."""
     secrets = {PREFIX + name for name in ("DATABASE_URL", "REDIS_URL", "API_KEY", "BOOTSTRAP_API_KEY")}
     ours = {name: value for name, value in os.environ.items() if name not in secrets}
-    # OpenMP's threads spin while they wait for each other. When other processes want the cores, too, that makes each
-    # step of a small model on a CPU ten times as long.
+    # By default, OpenMP's threads spin while they wait for each other. When other processes compete for the cores, a
+    # step of a small model on a CPU then takes ten times as long.
     return {"OMP_WAIT_POLICY": "PASSIVE"} | ours
 
 
 class EngineTemplate:
-    """A template and its engine, one at most. Dies with the thread that made it."""
+    """A template process and its engine, of which there is at most one at a time. Both die with the thread that created
+    this object."""
 
     def __init__(self, spec: ModelSpec, *, heartbeat_seconds: float) -> None:
         self._control, theirs = socket.socketpair()
@@ -48,10 +49,10 @@ class EngineTemplate:
                 stdin=subprocess.DEVNULL,
                 env=_engine_environment(),
                 pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # Ctrl-C drains the worker; the engine must outlive that
+                start_new_session=True,  # Ctrl-C drains the worker, which needs the engine to stay alive
             )
         self.pid = self._process.pid
-        self.engine_pid: int | None = None  # None until `wait` has learnt that it was forked
+        self.engine_pid: int | None = None  # None until `wait` has received it
         self._exit_code: int | None = None
 
     @property
@@ -59,15 +60,15 @@ class EngineTemplate:
         return self._process.poll() is None
 
     def fork(self, socket_fd: int, recorder_fd: int) -> None:
-        """Ask for an engine, which gets copies of both descriptors. It is forked once the imports are done; the
+        """Request a new engine, which inherits copies of both descriptors. It is forked once the imports are done. The
         previous engine must have ended."""
         self.engine_pid = self._exit_code = None
-        with contextlib.suppress(OSError):  # the template is dead, and `wait` says how it died
+        with contextlib.suppress(OSError):  # the template is dead; `wait` returns its exit code
             socket.send_fds(self._control, [b"f"], [socket_fd, recorder_fd])
 
     def wait(self, timeout_seconds: float | None) -> int | None:
-        """The engine's exit code, or minus the signal that killed it; None while it lives. If the template dies, so
-        does its engine, and the template's exit code is returned."""
+        """The engine's exit code, or minus the number of the signal that killed it; None while it lives. If the
+        template dies, its engine dies too, and the template's exit code is returned."""
         self._control.settimeout(timeout_seconds)
         with contextlib.suppress(TimeoutError, BlockingIOError):
             while self._exit_code is None:
@@ -75,18 +76,18 @@ class EngineTemplate:
         return self._exit_code
 
     def kill_engine(self) -> None:
-        """And the template with it, if it has not forked yet."""
+        """Kill the engine, or the template if it has not forked the engine yet."""
         if self.wait(0) is not None:
             return
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.engine_pid or self.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """The kernel kills the engine with it."""
+        """Kill the template; the kernel then kills its engine."""
         self._process.kill()
 
     def close(self) -> None:
-        """Kill it and free what it used."""
+        """Kill the template and free its resources."""
         self.kill()
         self._process.wait()
         self._control.close()
@@ -105,10 +106,10 @@ class EngineTemplate:
 
 
 def fork_engines(control: socket.socket) -> tuple[int, int]:
-    """Returns in each engine, with the descriptors of its socket and its recorder. The template itself stays in here,
-    forks one engine after the other, and exits when its supervisor hangs up."""
+    """Fork an engine for each request on `control`. Returns only in the engines, with the descriptors of the engine's
+    socket and recorder. The template stays in this function and exits when its supervisor closes `control`."""
     gc.collect()
-    gc.freeze()  # or a collection in an engine would write to every page that it shares with the template
+    gc.freeze()  # otherwise, a collection in an engine would write to every page that it shares with the template
     template_pid = os.getpid()
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 2)

@@ -89,7 +89,7 @@ def test_a_quit_releases_everything_at_once(make_plant: MakePlant, signals: list
         worker.send_signal(signal_number)
         wait_until(lambda: "draining" in plant.log() or "exiting" in plant.log(), "the signal is heard")
     wait_until(has_ended(worker), "the worker left", seconds=20)  # the drain would take 30
-    assert f"exiting at once on {signals[-1].name}" in plant.log()
+    assert f"exiting immediately on {signals[-1].name}" in plant.log()
     assert plant.jobs("released") == job_ids[:2]
     assert plant.jobs("cancelled") == []
     assert not list((plant.folder / "cancelled").iterdir())

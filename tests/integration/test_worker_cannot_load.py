@@ -65,7 +65,7 @@ def model_folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("spoil", "entry", "reason"),
     [
-        pytest.param(spoil_nothing, "max_model_len = 512", "was made for 256; lower it", id="too long"),
+        pytest.param(spoil_nothing, "max_model_len = 512", "supports 256 positions; lower it", id="too long"),
         pytest.param(
             spoil_nothing,
             'device = "cuda"',
@@ -76,8 +76,8 @@ def model_folder(tmp_path: Path) -> Path:
         pytest.param(spoil_nothing, "kv_cache_tokens = 16", "kv_cache_tokens is 16", id="an entry that makes no sense"),
         pytest.param(corrupt_the_weights, "", "SafetensorError", id="corrupt weights"),
         pytest.param(cut_the_weights, "", "SafetensorError", id="cut weights"),
-        pytest.param(leave_a_layer_out, "", "9 weights are missing, model.layers.1.", id="missing weights"),
-        pytest.param(widen_a_layer, "", "model.norm.weight has the shape", id="weights that do not fit"),
+        pytest.param(leave_a_layer_out, "", "9 weights are missing, including model.layers.1.", id="missing weights"),
+        pytest.param(widen_a_layer, "", "model.norm.weight has shape", id="weights that do not fit"),
         pytest.param(break_the_tokenizer, "", "its tokenizer cannot be read: ", id="a tokenizer that cannot be read"),
         pytest.param(take_the_folder_away, "", "is not a folder on this machine; correct it", id="no folder"),
     ],

@@ -61,5 +61,5 @@ def test_a_frame_beyond_the_limit_is_refused_on_both_sides(ends: tuple[FrameSock
     with pytest.raises(ValueError, match="exceeds"):
         left.send(bytes(MAX_FRAME_BYTES + 1))
     left._socket.send((MAX_FRAME_BYTES + 1).to_bytes(4))
-    with pytest.raises(PeerClosed, match="announced a frame"):
+    with pytest.raises(PeerClosed, match="sent a frame"):
         right.receive()

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from celeriac import cli, terminal
 from celeriac.client import job_body, parse_events
 from celeriac.terminal import explain
-from local.lock import UpLock
+from domain.errors import ModelNotFound
+from local.lock import AlreadyUp, UpLock
 from settings import Settings, get_settings
 
 ROOT = Path(cli.__file__).parent
@@ -257,6 +258,11 @@ def test_the_first_steps_show_the_key_where_one_is_asked_for() -> None:
 
 def test_a_bug_keeps_its_traceback() -> None:
     assert explain(KeyError("x")) is None
+
+
+def test_an_error_that_tells_users_what_to_do_needs_no_traceback() -> None:
+    assert explain(AlreadyUp("stop it first")) == "stop it first"
+    assert explain(ModelNotFound("there is no such model")) == "there is no such model"
 
 
 def test_flower_stays_on_this_machine_unless_it_asks_for_a_password(run: Any) -> None:

@@ -91,7 +91,7 @@ def test_a_write_that_went_elsewhere_is_found_out() -> None:
 
 
 def test_a_device_that_has_none_of_them_is_refused() -> None:
-    with pytest.raises(NotPageable, match="no attention kernel for cpu"):
+    with pytest.raises(NotPageable, match="no attention kernel supports its layers on cpu"):
         choose_attention([make_shape()], 16, CPU)
 
 

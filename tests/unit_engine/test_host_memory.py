@@ -96,7 +96,7 @@ def test_a_cpus_cache_takes_a_quarter_of_what_is_left_and_says_so(
     with caplog.at_level(logging.INFO):
         assert num_cache_tokens(kv_cache_tokens=None, max_num_seqs=1000) == 1024
     [line] = [record.getMessage() for record in caplog.records if "key/value cache" in record.getMessage()]
-    assert line == "key/value cache of tiny: 1024 tokens, 0 MiB, as memory allows"
+    assert line == "key/value cache of tiny: 1024 tokens, 0 MiB, limited by memory"
 
 
 def test_a_cache_is_no_larger_than_its_sequences_can_use(on_host: Path) -> None:

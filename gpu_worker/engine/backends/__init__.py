@@ -1,7 +1,7 @@
-"""What an engine process runs its model with: the Backend protocol, and every implementation by name.
+"""Back ends, which run the model in an engine process: the Backend protocol, and all implementations by name.
 
-A back end belongs to one thread and knows neither sockets nor SQL. Its class is imported when it is asked for, so that
-a worker with one back end needs the libraries of no other.
+A back end is used by one thread and does no I/O with the worker or the database. Its class is imported on demand, so
+that a worker needs only the libraries of its own back end.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, Step
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What is known once the model is loaded."""
+    """Facts that are known once the model is loaded."""
 
     device: str
     num_cache_tokens: int
@@ -23,7 +23,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class StepMember:
-    """A job that takes part in the step at hand; the flight recorder keeps these in case the step is the last one."""
+    """A job that takes part in a step. The flight recorder keeps these, in case the engine dies in the step."""
 
     job_id: str
     attempt: int
@@ -43,29 +43,31 @@ class Backend(Protocol):
     def loaded(self) -> LoadedModel: ...
 
     def add(self, command: AddJob) -> None:
-        """Let the job join at a coming step. Raises a CeleriacError (EngineError, ...) if it can never run; the caller
-        then reports it, and nothing of the job stays behind. A (job_id, attempt) is added once."""
+        """Let the job join the batch at a later step. The same (job_id, attempt) must not be added twice.
+
+        Raises a CeleriacError if the job can never run. The back end then keeps nothing of it; the caller reports it.
+        """
 
     def embed(self, command: EmbedJob) -> None:
-        """As `add`, for vectors; refuses where the model makes none."""
+        """Like `add`, for an embedding job. Raises UnsupportedParameter if the model cannot make embeddings."""
 
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
-        """Take the job out before the next step; a job that is not here has just ended and is ignored.
+        """Remove the job before the next step. A job that is not here has just ended, and is ignored.
 
-        With a `reason`, that step's outputs hold one final output for each sequence that had not ended; without, they
-        hold nothing of the job.
+        With a `reason`, the next step's outputs include a final output for each sequence that had not ended. If
+        `reason` is empty, they include nothing of the job.
         """
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do or to say; True while the outputs of an abort are due."""
+        """Whether `step` has anything to compute or to report, such as the final outputs of an aborted job."""
 
     def step(self, record: RecordStep) -> StepDone:
-        """One iteration: admit, run the model, sample; the outputs of all sequences, final ones included.
+        """One iteration: admit, run the model, sample. Returns the outputs of all sequences, final ones included.
 
-        `record` is called after admission and before the model runs, with every job whose step is under way: of this
-        step, and of the next one where that is launched already. A job that
-        cannot go on is reported in `failures` and leaves; an exception that escapes ends the process.
+        `record` is called after admission and before the model runs, with every job in this step, and in the next one
+        if that is launched ahead. A job that cannot continue is reported in `failures` and removed. An exception that
+        escapes ends the process.
         """
 
     def stats(self) -> EngineStats: ...
@@ -79,7 +81,7 @@ CLASS_BY_BACKEND: dict[str, tuple[str, str]] = {
 
 
 def import_backend(spec: ModelSpec) -> type[Backend]:
-    """The class that `spec` names, with what it needs imported. Raises KeyError for a name that is not registered."""
+    """Import the class that `spec.backend` names. Raises KeyError for a name that is not registered."""
     is_encoder = spec.task == "embedding" and spec.backend == "transformers"
     module_name, class_name = CLASS_BY_BACKEND["encoder" if is_encoder else spec.backend]
     return cast(type[Backend], getattr(import_module(module_name), class_name))

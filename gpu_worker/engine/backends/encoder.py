@@ -1,8 +1,8 @@
-"""The back end of embedding models: the last hidden states of each input, pooled as the model's own files say.
+"""The back end for embedding models: pools the last hidden states of each input as the model's files specify.
 
 It serves encoders (BERT and its family) and decoders that were trained for embeddings. PackedEmbedder shares a model
-with the paged runner, whose attention it uses without a cache. PaddedEmbedder is for models that keep their own
-attention, encoders above all.
+with the paged runner and uses its attention without a cache. PaddedEmbedder is for models that keep their own
+attention, which most encoders do.
 """
 
 import json
@@ -27,7 +27,7 @@ from text.model_files import model_folder
 
 Pooling = Literal["mean", "cls", "last"]
 
-#: By the flags of sentence-transformers' 1_Pooling/config.json.
+#: By the flags in sentence-transformers' 1_Pooling/config.json.
 POOLING_BY_FLAG: dict[str, Pooling] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -38,7 +38,7 @@ KNOWN_MODULES = frozenset({"Transformer", "Pooling", "Normalize"})
 
 
 def make_embedding_queue(spec: ModelSpec, model: Any, device: torch.device) -> EmbeddingQueue:
-    """Raises ValueError where the model's files ask for a pooling that is not known here."""
+    """A queue for the model's embedding jobs. Raises ValueError if its files specify an unsupported pooling."""
     pooling = read_pooling(spec, model.config.get_text_config().model_type)
     embed: Embed
     if model.config._attn_implementation == ATTENTION_NAME:
@@ -46,7 +46,7 @@ def make_embedding_queue(spec: ModelSpec, model: Any, device: torch.device) -> E
     elif model.config._attn_implementation == DEVICE_ATTENTION_NAME:
         embed = Unhooked(model, PaddedEmbedder(model.base_model, pooling, device, max_group=spec.max_num_seqs))
     else:
-        max_group = spec.max_num_seqs if spec.task == "embedding" else 1  # who knows what padding does to a state
+        max_group = spec.max_num_seqs if spec.task == "embedding" else 1  # padding could change a recurrent state
         embed = PaddedEmbedder(model.base_model, pooling, device, max_group=max_group)
     return EmbeddingQueue(
         embed,
@@ -58,13 +58,14 @@ def make_embedding_queue(spec: ModelSpec, model: Any, device: torch.device) -> E
 
 
 def read_pooling(spec: ModelSpec, model_type: str) -> Pooling:
-    """As its files say, in the manner of sentence-transformers; else by its family. Vectors are always normalised."""
+    """The pooling that the model's sentence-transformers files specify, else that of its family. Vectors are normalised
+    in any case. Raises ValueError if it is not supported."""
     folder = Path(spec.path) if Path(spec.path).is_dir() else model_folder(spec)
     modules = folder / "modules.json"
     if modules.is_file():
         kinds = {module["type"].rpartition(".")[2] for module in json.loads(modules.read_text())}
         if unknown := kinds - KNOWN_MODULES:
-            raise ValueError(f"model {spec.id!r} has modules of type {', '.join(sorted(unknown))}, not known here")
+            raise ValueError(f"model {spec.id!r} has modules of unsupported type: {', '.join(sorted(unknown))}")
     config = folder / "1_Pooling" / "config.json"
     if not config.is_file():
         return FAMILIES.get(model_type, Family()).pooling
@@ -72,19 +73,21 @@ def read_pooling(spec: ModelSpec, model_type: str) -> Pooling:
         name for name, value in json.loads(config.read_text()).items() if name.startswith("pooling_mode_") and value
     }
     if len(flags) != 1 or not flags <= POOLING_BY_FLAG.keys():
-        raise ValueError(f"model {spec.id!r} pools by {', '.join(sorted(flags))}; known is one of mean, cls, lasttoken")
+        raise ValueError(
+            f"model {spec.id!r} pools by {', '.join(sorted(flags))}; supported is one of mean, cls and lasttoken"
+        )
     return POOLING_BY_FLAG[flags.pop()]
 
 
 class NoCache(BlockCache):
-    """Keys and values of whole inputs are needed in their own pass only."""
+    """Stands in for a layer's cache: an embedding's keys and values are needed only in its own pass."""
 
     def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """Nothing is kept."""
+        """Does nothing."""
 
 
 class PackedEmbedder:
-    """All inputs in one row, each attending to itself, as the paged runner's prompts do."""
+    """Runs all inputs in one row, each attending only to itself, like the paged runner's prompts."""
 
     def __init__(self, base_model: Any, pooling: Pooling, device: torch.device) -> None:
         self._base_model = base_model
@@ -102,7 +105,7 @@ class PackedEmbedder:
         spans: list[PrefillSpan] = []
         for token_ids in inputs:
             start = spans[-1].stop if spans else 0
-            spans.append(PrefillSpan(start, start + len(token_ids), 0, no_blocks))
+            spans.append(PrefillSpan(no_blocks, start, start + len(token_ids), 0))
         context = AttentionContext(layers=self._layers, slots=no_slots, decodes=[], prefills=spans)
         output = self._base_model(
             input_ids=torch.tensor([[token_id for ids in inputs for token_id in ids]], device=self._device),
@@ -115,7 +118,7 @@ class PackedEmbedder:
 
 
 class PaddedEmbedder:
-    """Inputs of about one length side by side, padded on the right."""
+    """Runs inputs of similar length side by side, padded on the right."""
 
     def __init__(self, base_model: Any, pooling: Pooling, device: torch.device, *, max_group: int) -> None:
         self._base_model = base_model
@@ -147,8 +150,8 @@ class PaddedEmbedder:
 
 
 class Unhooked:
-    """Around a model whose attention is that of the device path, which knows no whole inputs: it has transformers'
-    own for the time of a pass."""
+    """Wraps a model on which the CUDA path's attention is installed, which cannot embed whole inputs: for the duration
+    of a pass, the model gets transformers' own attention back."""
 
     def __init__(self, model: Any, embed: Embed) -> None:
         self._model = model
@@ -163,7 +166,7 @@ class Unhooked:
 
 
 def pool(states: Tensor, pooling: Pooling) -> Tensor:
-    """`states` is (num_tokens, width), without padding; the result is float32 (width,)."""
+    """One vector, float32 (width,), from one input's hidden states, (num_tokens, width), without padding."""
     if pooling == "mean":
         return states.float().mean(0)
     return states[0 if pooling == "cls" else -1].float()
@@ -179,7 +182,7 @@ class EncoderBackend:
         device = choose_device(spec)
         model = load_model(spec, device)
         if model.config.is_encoder_decoder:
-            raise ValueError(f"model {spec.id!r} is an encoder and a decoder; choose one that is either")
+            raise ValueError(f"model {spec.id!r} is an encoder-decoder; choose a model that is one or the other")
         model.config.use_cache = False
         check_length(spec, model)
         set_threads(model)
@@ -197,7 +200,7 @@ class EncoderBackend:
         return self._embeddings.has_work
 
     def add(self, command: AddJob) -> None:
-        raise UnsupportedParameter(f"{self._spec.id} generates no text", param="model")
+        raise UnsupportedParameter(f"{self._spec.id} does not generate text", param="model")
 
     def embed(self, command: EmbedJob) -> None:
         self._embeddings.add(command)

@@ -1,8 +1,8 @@
-"""A back end without a model: deterministic text, real batching, and an option for every way an engine goes wrong.
+"""A back end without a model, for tests: deterministic text, real batching, and an option for every kind of failure.
 
-The text of a sequence depends only on (prompt, seed, index, position), so a resumed job continues exactly where it
-stopped, and a test knows in advance what it will read: `fake_text`. All fake engines of a system can count the tokens
-that they draw in each attempt, however they end.
+The text of a sequence depends only on (prompt, seed, index, position). A resumed job therefore continues exactly where
+it stopped, and a test can compute the expected text with `fake_text`. Fake engines can count, across all processes, the
+tokens that they draw in each attempt; the counts survive any kind of crash.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ from gpu_worker.engine.backends import LoadedModel, RecordStep, StepMember
 from gpu_worker.engine.embedding_queue import EmbeddingQueue
 from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, JobFailed, SequenceOutput, StepDone
 
-_ENTRY = struct.Struct(">36sIQ")  # job, attempt, tokens
+_ENTRY = struct.Struct(">36sIQ")  # job id, attempt, number of tokens
 
-_MAX_ATTEMPTS = 50_000  # of one process; the file is sparse
+_MAX_ATTEMPTS = 50_000  # counted per process; the file is sparse
 
 
 class DrawnTokens:
-    """The counts of one process, in a file of its own in `folder`. It is in the kernel's hands: no signal loses it."""
+    """The counts of one process, in its own file in `folder`. The file is mapped, so no signal can lose its content."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ class DrawnTokens:
 
 
 def num_drawn_tokens(folder: Path) -> Counter[tuple[str, int]]:
-    """By job and attempt, of all processes that ever counted there."""
+    """Drawn tokens by job and attempt, over all processes that have ever counted in `folder`."""
     drawn = Counter[tuple[str, int]]()
     for file in folder.iterdir():
         entries = _ENTRY.iter_unpack(file.read_bytes())
@@ -73,7 +73,7 @@ END_TOKEN_ID = len(WORDS)  # its text is empty
 
 
 def hash_of(prompt_token_ids: list[int], seed: int, index: int) -> "hashlib.blake2b":
-    """What all tokens of one sequence are drawn from."""
+    """The hash from which all tokens of one sequence are drawn."""
     key = struct.pack(f">qI{len(prompt_token_ids)}q", seed, index, *prompt_token_ids)
     return hashlib.blake2b(key, digest_size=8)
 
@@ -88,7 +88,7 @@ def draw_token(sequence_hash: "hashlib.blake2b", position: int, end_chance: floa
 
 
 def next_allowed(token_id: int, bad_token_ids: Collection[int]) -> int:
-    """The token, or the first word after it that is not banned; the end where all are."""
+    """The token, or else the next word that is not banned, or the end token if all words are banned."""
     words = ((token_id + step) % len(WORDS) for step in range(len(WORDS)))
     if token_id not in bad_token_ids:
         return token_id
@@ -96,20 +96,20 @@ def next_allowed(token_id: int, bad_token_ids: Collection[int]) -> int:
 
 
 def fake_text(prompt_token_ids: list[int], seed: int, index: int, num_tokens: int) -> str:
-    """The text of the first `num_tokens` tokens, if no end comes before."""
+    """The text of the first `num_tokens` tokens, if the sequence does not end before."""
     sequence_hash = hash_of(prompt_token_ids, seed, index)
     return "".join(WORDS[draw_token(sequence_hash, position, 0.0)] for position in range(num_tokens))
 
 
 def fake_vector(token_ids: Sequence[int]) -> list[float]:
-    """Eight numbers from -1 to 1, a function of the input; not of unit length."""
+    """Eight numbers from -1 to 1, determined by the input; not of unit length."""
     digest = hashlib.blake2b(struct.pack(f">{len(token_ids)}q", *token_ids), digest_size=8).digest()
     return [(byte - 127.5) / 127.5 for byte in digest]
 
 
 def chained_token(attempt: int, link: int) -> int:
-    """Eight hexadecimal digits: two for the attempt, six for the checksum of the digits before. A text of them that
-    was spliced from two attempts, or lost or repeated a piece, does not add up."""
+    """A token whose text is eight hexadecimal digits: two for the attempt, six for a checksum of all digits before.
+    A text that mixes two attempts, or lost or repeated a piece, fails the check."""
     return (1 + attempt % 255) << 24 | link
 
 
@@ -124,25 +124,25 @@ def word_of(token_id: int) -> str:
 
 
 class FakeKnobs(BaseModel):
-    """`ModelSpec.fake`. Where a `..._seed` is given, the mishap befalls only jobs with that seed."""
+    """The options in `ModelSpec.fake`. If a `..._seed` is given, the failure affects only jobs with that seed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     load_seconds: float = 0.0
     step_seconds: float = 0.01
     tokens_per_step: int = Field(default=1, ge=1)  # per sequence
-    end_chance: float = Field(default=0.0, ge=0, le=1)  # of the end-of-sequence token, at every position
-    hold_back_chars: int = Field(default=0, ge=0)  # text lags this far behind the tokens, as before a stop string
-    chained: bool = False  # no two attempts draw the same token, and each checks all before it: see chained_token
-    fail_at_token: int | None = None  # the job is reported as failed
+    end_chance: float = Field(default=0.0, ge=0, le=1)  # probability of the end token at every position
+    hold_back_chars: int = Field(default=0, ge=0)  # text lags this far behind the tokens, as if for a stop string
+    chained: bool = False  # each attempt draws different tokens, which check all those before them: see chained_token
+    fail_at_token: int | None = None  # the engine reports the job as failed
     fail_seed: int | None = None
     crash_at_token: int | None = None  # the process dies
     crash_seed: int | None = None
     crash_how: Literal["segv", "exit", "kill", "raise"] = "segv"
     hang_at_token: int | None = None  # the step never ends
     hang_seed: int | None = None
-    oom_above_n: int | None = None  # sequences that fit; more are preempted, and a job that needs more fails
-    count_folder: str | None = None  # where the drawn tokens are counted, those too that nobody commits
+    oom_above_n: int | None = None  # how many sequences fit; more are preempted, and a job that needs more fails
+    count_folder: str | None = None  # where drawn tokens are counted, including those that are never committed
 
 
 @dataclass(slots=True)
@@ -155,13 +155,13 @@ class FakeSequence:
     text: str
     num_emitted_chars: int
     finish_reason: FinishReason | None = None
-    stop_string: str | None = None  # that ended it
-    link: int = 0  # of chained tokens: the checksum of those so far
+    stop_string: str | None = None  # the one that ended it
+    link: int = 0  # checksum of the chained tokens so far
 
 
 @dataclass(slots=True)
 class FakeJob:
-    """A job of the batch, with its sequences that have not ended."""
+    """A job in the batch, with those of its sequences that have not ended."""
 
     command: AddJob
     params: SamplingParams
@@ -180,7 +180,7 @@ class FakeJob:
 
 
 class FakeBackend:
-    """Admits by priority, then arrival; every running sequence gains `tokens_per_step` tokens a step."""
+    """Admits jobs by priority, then arrival. In each step, every running sequence gains `tokens_per_step` tokens."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
@@ -189,7 +189,7 @@ class FakeBackend:
         self._waiting: list[FakeJob] = []
         self._running: list[FakeJob] = []
         self._final_outputs: list[SequenceOutput] = []  # final outputs of aborted jobs, due with the next step
-        self._room = spec.max_num_seqs  # sequences; less once memory ran out
+        self._room = spec.max_num_seqs  # sequences that may run; fewer once memory has run out
         self._num_added = self._num_steps = self._num_preemptions = 0
         self._num_generation_tokens = self._num_prompt_tokens = 0
         self._drawn = DrawnTokens(Path(self._knobs.count_folder)) if self._knobs.count_folder else None
@@ -208,11 +208,13 @@ class FakeBackend:
     def add(self, command: AddJob) -> None:
         params = SamplingParams.model_validate(command.params)
         if params.structured_output is not None:
-            raise UnsupportedParameter("the fake engine follows no grammar", param="params.structured_output")
+            raise UnsupportedParameter(
+                "the fake engine does not support structured output", param="params.structured_output"
+            )
         num_prompt_tokens = len(command.prompt_token_ids)
         if num_prompt_tokens + min(1, command.max_tokens) > self._spec.max_model_len:
             raise ContextLengthExceeded(
-                f"prompt is {num_prompt_tokens} tokens but {self._spec.id} accepts {self._spec.max_model_len}"
+                f"the prompt has {num_prompt_tokens} tokens, but {self._spec.id} accepts {self._spec.max_model_len}"
             )
         if self._knobs.oom_above_n is not None and params.num_sequences > self._knobs.oom_above_n:
             raise OutOfMemory(f"{params.num_sequences} sequences do not fit into room for {self._knobs.oom_above_n}")
@@ -319,7 +321,7 @@ class FakeBackend:
         return outputs
 
     def _decode(self, job: FakeJob, sequence: FakeSequence) -> SequenceOutput:
-        """Draw the step's tokens of one sequence, and say what it gained."""
+        """Draw the step's tokens of one sequence and return its output."""
         command, params = job.command, job.params
         num_before = len(sequence.token_ids)
         limit = min(command.max_tokens, self._spec.max_model_len - len(command.prompt_token_ids))
@@ -349,7 +351,7 @@ class FakeBackend:
         return self._output(job, sequence, sequence.token_ids[num_before:], self._scores(job))
 
     def _scores(self, job: FakeJob) -> list[dict[str, object] | None] | None:
-        """The prompt's logprobs, with the first output of the job."""
+        """The prompt's logprobs, if they are due: with the job's first output."""
         if job.is_scored:
             return None
         job.is_scored = True
@@ -383,7 +385,7 @@ class FakeBackend:
         )
 
     def _stable_length(self, text: str, stop: tuple[str, ...]) -> int:
-        """How much of `text` no stop string can take back any more."""
+        """How many characters of `text` are final, whatever stop string may follow."""
         held_back = self._knobs.hold_back_chars
         for stop_string in stop:
             for length in range(min(len(stop_string) - 1, len(text)), held_back, -1):
@@ -423,7 +425,7 @@ def _resumed_sequence(command: AddJob, index: int) -> FakeSequence:
 
 
 def _append_text(sequence: FakeSequence, word: str, stop: tuple[str, ...]) -> None:
-    """Add the text of one token; a stop string ends the sequence and is cut off with what follows it."""
+    """Add the text of one token. A stop string ends the sequence; it is cut off together with everything after it."""
     search_from = max(0, len(sequence.text) - max(map(len, stop), default=0))
     sequence.text += word
     found = [(start, string) for string in stop if (start := sequence.text.find(string, search_from)) >= 0]
@@ -434,7 +436,7 @@ def _append_text(sequence: FakeSequence, word: str, stop: tuple[str, ...]) -> No
 
 
 def _sum_logprobs(token_ids: list[int]) -> float | None:
-    """Of each token its id over the number of ids, less one, so that candidates differ."""
+    """The sum of each token's id / number of ids - 1, so that candidates get different values."""
     return sum(token_id / END_TOKEN_ID - 1.0 for token_id in token_ids) if token_ids else None
 
 

@@ -1,7 +1,7 @@
-"""Any causal language model of transformers, run by our own loop over a paged cache.
+"""The back end for any causal language model of transformers, run by our own engine over a paged cache.
 
-The fast path replaces the model's attention function. A model that fails the probe at load (own attention code,
-recurrent state) takes the slower path: one pass per sequence, with the same scheduler and sampler.
+The fast path replaces the model's attention function. A model that fails the probe at load (because of custom attention
+code or recurrent state) takes the slow path: one pass per sequence, with the same scheduler and sampler.
 """
 
 import logging
@@ -39,9 +39,9 @@ from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, Step
 
 log = logging.getLogger(__name__)
 
-BLOCK_SIZE = 16  # of a CPU's cache
-CPU_CACHE_SHARE = 0.25  # of the memory that the weights leave: there may be other workers
-MAX_CPU_CACHE_SHARE = 0.5  # if the share has no room for one text of full length
+BLOCK_SIZE = 16  # tokens per block on a CPU
+CPU_CACHE_SHARE = 0.25  # of the memory that the weights leave, since there may be other workers
+MAX_CPU_CACHE_SHARE = 0.5  # if that share has no room for one text of full length
 CPU = torch.device("cpu")
 WHOLE_PROMPTS = 2**31  # a token budget that never splits a prompt
 
@@ -87,7 +87,7 @@ class TransformersBackend:
 
 
 def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torch.device) -> Engine:
-    """An engine around a loaded model, which it takes over."""
+    """An engine for a loaded model, which it takes over and may modify."""
     check_length(spec, model)
     if device.type == "cpu":
         store_weights_by_column(model)
@@ -103,7 +103,7 @@ def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torc
         else:
             runner, scheduler = _paged(spec, model, shapes)
     except NotPageable as exc:
-        log.warning("model runs on the slower path", extra={"model": spec.id, "reason": str(exc)})
+        log.warning("model runs on the slow path", extra={"model": spec.id, "reason": str(exc)})
         model.set_attn_implementation(own_attention)
         runner, scheduler = _sequential(spec, model, device)
     return Engine(scheduler=scheduler, runner=runner, tokenizer=tokenizer, limits=limits)
@@ -111,7 +111,7 @@ def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torc
 
 def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -> tuple[PagedRunner, Scheduler]:
     forward = fuse(model, shapes, spec.max_model_len, CPU)
-    num_blocks = -(-_count_cache_tokens(spec, model, shapes) // BLOCK_SIZE) + 1  # and the one that pads tables
+    num_blocks = -(-_count_cache_tokens(spec, model, shapes) // BLOCK_SIZE) + 1  # plus the padding block
     layers = [shape.allocate_blocks(num_blocks, BLOCK_SIZE, CPU) for shape in shapes]
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),
@@ -123,7 +123,8 @@ def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -> tuple[Paged
 
 
 def _sequential(spec: ModelSpec, model: Any, device: torch.device) -> tuple[SequentialRunner, Scheduler]:
-    """transformers' caches grow by themselves; the pool only counts blocks, so that admission and preemption work."""
+    """A runner whose caches grow by themselves in transformers, and a pool that only counts blocks, so that admission
+    and preemption work as usual."""
     num_tokens = max(spec.max_model_len, spec.kv_cache_tokens or spec.max_num_seqs * spec.max_model_len)
     pool = BlockPool(-(-num_tokens // 16) + 1, 16, use_prefix_cache=False)
     scheduler = Scheduler(pool, max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=WHOLE_PROMPTS, can_fork=False)
@@ -131,15 +132,16 @@ def _sequential(spec: ModelSpec, model: Any, device: torch.device) -> tuple[Sequ
 
 
 def _count_cache_tokens(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -> int:
-    """kv_cache_tokens if set; else as much as all sequences could use, within a share of the memory that is left."""
+    """The size of the cache in tokens: kv_cache_tokens if set; else what all sequences together could use, limited to a
+    share of the available memory."""
     bytes_per_token = sum(shape.bytes_per_token for shape in shapes)
     num_wanted = spec.max_num_seqs * spec.max_model_len
     if spec.kv_cache_tokens is not None:
-        num_tokens, reason = spec.kv_cache_tokens, "as kv_cache_tokens says"
+        num_tokens, reason = spec.kv_cache_tokens, "as set by kv_cache_tokens"
     else:
         room = _cache_bytes(model, least_bytes=spec.max_model_len * bytes_per_token)
         num_tokens = min(num_wanted, room // bytes_per_token)
-        reason = "for all sequences at full length" if num_tokens == num_wanted else "as memory allows"
+        reason = "enough for all sequences at full length" if num_tokens == num_wanted else "limited by memory"
     if num_tokens < spec.max_model_len:
         raise ValueError(
             f"the cache of model {spec.id!r} has room for {num_tokens} tokens, at {bytes_per_token} bytes each, but "
@@ -151,8 +153,11 @@ def _count_cache_tokens(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -
 
 
 def _cache_bytes(model: Any, *, least_bytes: int) -> int:
-    """What the cache may take; `least_bytes` is one text of full length. Weights in mapped files may not have been read
-    yet, but count as used whatever the kernel says about their pages."""
+    """How much memory the cache may take; `least_bytes` is the size of one text of full length.
+
+    Weights in mapped files may not have been read yet. They count as used, even if the kernel reports their pages as
+    available.
+    """
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     available = available_bytes() - max(0, weight_bytes - anonymous_bytes())
     share = int(available * CPU_CACHE_SHARE)

@@ -1,1 +1,1 @@
-"""Running a model on a CPU."""
+"""Runs models on a CPU."""

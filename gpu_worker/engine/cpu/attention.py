@@ -1,12 +1,13 @@
-"""Paged attention on a CPU, for unmodified modules of transformers: its cache, its groups, its kernels.
+"""Paged attention on a CPU for unmodified transformers models.
 
-It is attached through AttentionInterface and forward kwargs. One forward pass holds the new tokens of all scheduled
-sequences in one row, [1, num_tokens]: first the decodes, one token each, then the prompt chunks. `paged_attention`
-writes their keys and values into the paged cache and lets every token attend to its own sequence only.
+It is installed through transformers' AttentionInterface and gets its context as a keyword argument of `forward`. One
+forward pass holds the new tokens of all scheduled sequences in one row, (1, num_tokens): first the decodes, one token
+each, then the prompt chunks. `paged_attention` writes their keys and values to the paged cache and lets each token
+attend only to its own sequence.
 
-Gathering a sequence's blocks copies everything that attention reads, and takes longer than attention itself. So a group
-of decoding sequences of about the same length that continues unchanged, each one token further, only appends the new
-tokens to what it gathered before.
+Gathering a sequence's blocks copies everything that attention reads, and takes longer than attention itself. Decoding
+sequences of similar length therefore form groups. If a group is the same in the next pass, one token later, it only
+appends the new tokens to the keys and values that it has gathered before.
 """
 
 import math
@@ -24,8 +25,8 @@ from gpu_worker.engine.sequence import Sequence
 
 @dataclass(slots=True)
 class BlockCache:
-    """Keys and values of one layer, (num_blocks, num_kv_heads, block_size, dim): the tokens of a head are adjacent, so
-    that a CPU's attention kernel reads gathered blocks fastest."""
+    """Keys and values of one layer, (num_blocks, num_kv_heads, block_size, dim). The tokens of a head are adjacent in
+    memory, which is the layout that torch's CPU attention kernel reads fastest."""
 
     keys: Tensor
     values: Tensor
@@ -43,15 +44,15 @@ class BlockCache:
         return self.num_heads * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
 
     def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """`key` and `value` are (1, num_kv_heads, num_tokens, dim), as modules pass them; `rows` are
-        their places, by token, then head."""
+        """Write new keys and values. `key` and `value` are (1, num_kv_heads, num_tokens, dim), as modules pass them;
+        `rows` is int64 (num_tokens * num_kv_heads,): see AttentionContext.rows."""
         for cache, new in ((self.keys, key), (self.values, value)):
             dim = cache.shape[3]
             cache.view(-1, dim).index_copy_(0, rows, new[0].transpose(0, 1).reshape(-1, dim))
 
     def gather(self, heads: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
-        """(num_sequences, num_kv_heads, num_tokens, dim) of both; `heads` are those of the wanted blocks, in this
-        order."""
+        """Copies of keys and values, each (num_sequences, num_kv_heads, num_tokens, dim), padding included. `heads` are
+        the sequences' GatheredBlocks.heads."""
         num_kv_heads = self.keys.shape[1]
         keys, values = (
             cache.view(-1, self.block_size * cache.shape[3])
@@ -62,36 +63,43 @@ class BlockCache:
         return keys, values
 
 
-def heads_of(block_table: Tensor, num_heads: int) -> Tensor:
-    """Row numbers of BlockCache.gather for blocks (num_sequences, num_blocks)."""
-    heads = torch.arange(num_heads, device=block_table.device)[:, None]
-    return (block_table[:, None] * num_heads + heads).view(-1)
+MAX_PADDING = 512  # padding tokens that one attention call may read; costs about as much as another call
 
-
-MAX_PADDING = 512  # padding tokens that one attention call may read; about the cost of another call
-
-MAX_KEPT_BYTES = 2**28  # of gathered keys and values; groups beyond it are gathered in every pass
+MAX_KEPT_BYTES = 2**28  # of gathered keys and values; groups that exceed it are gathered anew in every pass
 
 
 @dataclass(slots=True)
-class DecodeGroup:
-    """Rows start..stop of the pass, one new token each."""
+class GatheredBlocks:
+    """The blocks that attention gathers for one or more sequences, in every layer of a pass."""
+
+    block_table: Tensor  # int64 (num_sequences, num_blocks), padded with block 0
+    _heads_by_count: dict[int, Tensor] = field(default_factory=dict, init=False)
+
+    def heads(self, num_heads: int) -> Tensor:
+        """The row numbers for BlockCache.gather, computed once for all layers with this number of heads."""
+        if num_heads not in self._heads_by_count:
+            heads = torch.arange(num_heads, device=self.block_table.device)[:, None]
+            self._heads_by_count[num_heads] = (self.block_table[:, None] * num_heads + heads).view(-1)
+        return self._heads_by_count[num_heads]
+
+
+@dataclass(slots=True)
+class DecodeGroup(GatheredBlocks):
+    """Rows start..stop of the pass: one new token of each of the group's sequences."""
 
     start: int
     stop: int
-    block_table: Tensor  # int64 (num_sequences, num_blocks), padded with block 0
     lengths: list[int]  # tokens of each sequence, the new one included; the longest comes first
-    kept: dict[int, tuple[Tensor, Tensor]] | None = None  # what has been gathered, by the id of the layer's cache
-    _heads: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, tuple[Tensor, Tensor]] | None = None  # gathered keys and values, by id(layer); None: do not keep
     _rows: dict[int, Tensor] = field(default_factory=dict)
     _mask_by_window: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def read(self, layer: BlockCache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """(num_sequences, num_kv_heads, longest, dim) of both. `key` and `value` are those of the pass, as modules
-        pass them; they are in the layer's blocks already."""
+        """The group's keys and values, each (num_sequences, num_kv_heads, longest, dim). `key` and `value` are those of
+        the whole pass, as modules pass them, and must already be in the layer's blocks."""
         gathered = None if self.kept is None else self.kept.get(id(layer))
         if gathered is None:
-            gathered = layer.gather(self._heads_of(layer.num_heads), len(self.lengths))
+            gathered = layer.gather(self.heads(layer.num_heads), len(self.lengths))
             if self.kept is not None:
                 self.kept[id(layer)] = gathered
         else:
@@ -101,7 +109,7 @@ class DecodeGroup:
         return keys[:, :, : self.lengths[0]], values[:, :, : self.lengths[0]]
 
     def _write(self, gathered: Tensor, new: Tensor) -> None:
-        """`new` is (num_kv_heads, num_sequences, dim)."""
+        """Append each sequence's new token to what was gathered. `new` is (num_kv_heads, num_sequences, dim)."""
         num_kv_heads, num_tokens, dim = gathered.shape[1:]
         if num_kv_heads not in self._rows:
             lasts = torch.tensor(self.lengths, device=gathered.device)[:, None] - 1
@@ -109,13 +117,9 @@ class DecodeGroup:
             self._rows[num_kv_heads] = (heads * num_tokens + lasts).view(-1)
         gathered.view(-1, dim).index_copy_(0, self._rows[num_kv_heads], new.transpose(0, 1).reshape(-1, dim))
 
-    def _heads_of(self, num_heads: int) -> Tensor:
-        if num_heads not in self._heads:
-            self._heads[num_heads] = heads_of(self.block_table, num_heads)
-        return self._heads[num_heads]
-
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """(num_sequences, 1, 1, max_length), 0 for what each new token sees and -inf; None where it sees all."""
+        """An additive mask, (num_sequences, 1, 1, longest): 0 for tokens that the new token sees, else -inf. None if
+        every new token sees all tokens."""
         if window not in self._mask_by_window:
             self._mask_by_window[window] = self._make_mask(window, dtype)
         return self._mask_by_window[window]
@@ -133,12 +137,12 @@ class DecodeGroup:
 
 
 def as_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What kernels would otherwise make of a boolean mask, again in every layer."""
+    """Turn a boolean mask into an additive one. Given a boolean mask, torch would do this again in every layer."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 class DecodeGroups:
-    """Makes the groups of a pass, and keeps them for the next one to continue with."""
+    """Makes the decode groups of each pass, continuing those of the previous pass where it can."""
 
     def __init__(self, layers: Rows[BlockCache]) -> None:
         self._block_size = layers[0].block_size
@@ -146,8 +150,11 @@ class DecodeGroups:
         self._kept: dict[tuple[Sequence, ...], DecodeGroup] = {}
 
     def take(self, sequences: Rows[Sequence]) -> dict[tuple[Sequence, ...], DecodeGroup]:
-        """Groups for these sequences, given the longest first. Until `keep` is called, nothing is kept: a pass that
-        fails half way leaves groups that are further in some layers than in others."""
+        """Groups for these sequences, which must be given longest first.
+
+        The groups are kept for the next pass only once `keep` is called, since a pass that fails halfway leaves groups
+        that have advanced in some layers but not in others.
+        """
         before, self._kept = self._kept, {}
         lengths = [sequence.num_computed_tokens + 1 for sequence in sequences]
         groups: dict[tuple[Sequence, ...], DecodeGroup] = {}
@@ -155,7 +162,7 @@ class DecodeGroups:
         for start, stop in group_by_length(lengths):
             members = tuple(sequences[start:stop])
             group = self._extended(before.get(members), start, lengths[start:stop]) or DecodeGroup(
-                start, stop, self._block_table(members), lengths[start:stop], {}
+                self._block_table(members), start, stop, lengths[start:stop], {}
             )
             num_bytes += group.block_table.numel() * self._block_size * self._bytes_per_token
             if num_bytes > MAX_KEPT_BYTES:
@@ -170,15 +177,15 @@ class DecodeGroups:
         self._kept = {members: group for members, group in self._kept.items() if sequence not in members}
 
     def _extended(self, before: DecodeGroup | None, start: int, lengths: list[int]) -> DecodeGroup | None:
-        """The group one token further, if the sequences are, and if there is room."""
+        """The group advanced by one token; None unless all its sequences have advanced by one and there is room."""
         if before is None or before.kept is None or lengths != [length + 1 for length in before.lengths]:
             return None
         if lengths[0] > before.block_table.shape[1] * self._block_size:
             return None
-        return DecodeGroup(start, start + len(lengths), before.block_table, lengths, before.kept)
+        return DecodeGroup(before.block_table, start, start + len(lengths), lengths, before.kept)
 
     def _block_table(self, sequences: Rows[Sequence]) -> Tensor:
-        """Padded to one block more than the first sequence, the longest, has: room to continue."""
+        """The sequences' block table, padded to one block more than the first and longest one has, as room to grow."""
         num_blocks = sequences[0].num_computed_tokens // self._block_size + 2
         return torch.tensor([self._padded_blocks(s, num_blocks) for s in sequences])
 
@@ -188,8 +195,8 @@ class DecodeGroups:
 
 
 def group_by_length(lengths: Rows[int]) -> list[tuple[int, int]]:
-    """Cut descending lengths into runs (start, stop), each padded to its longest: a new run begins where the padding
-    would cost more than another call."""
+    """Split descending lengths into runs (start, stop), each of which will be padded to its longest. A new run begins
+    where more padding would cost more than another call."""
     groups: list[tuple[int, int]] = []
     start = num_padding = 0
     for number, length in enumerate(lengths):
@@ -204,28 +211,23 @@ ATTENTION_NAME = "celeriac"
 
 
 @dataclass(slots=True)
-class PrefillSpan:
-    """One chunk of one prompt: rows start..stop of the pass, positions num_computed.. of the sequence."""
+class PrefillSpan(GatheredBlocks):
+    """One chunk of one prompt: rows start..stop of the pass. Its block table covers the sequence up to its end."""
 
     start: int
     stop: int
-    num_computed_tokens: int
-    block_table: Tensor  # int64 (1, num_blocks): of all the sequence's tokens up to the end of this chunk
-    _heads: dict[int, Tensor] = field(default_factory=dict)
+    num_computed_tokens: int  # tokens of the sequence before this chunk
 
     @property
     def length(self) -> int:
+        """Tokens of the sequence up to the end of this chunk."""
         return self.num_computed_tokens + self.stop - self.start
-
-    def heads(self, num_heads: int) -> Tensor:
-        if num_heads not in self._heads:
-            self._heads[num_heads] = heads_of(self.block_table, num_heads)
-        return self._heads[num_heads]
 
 
 @dataclass(slots=True)
 class AttentionContext:
-    """What one pass tells every layer. Masks and row numbers are made once, by the first layer that needs them."""
+    """What every layer needs for one pass. Masks and row numbers are computed once, for the first layer that needs
+    them."""
 
     layers: list[BlockCache]
     slots: Tensor  # int64 (num_tokens,): block * block_size + offset, where each new token's key and value go
@@ -235,7 +237,7 @@ class AttentionContext:
     _rows: dict[int, Tensor] = field(default_factory=dict)
 
     def rows(self, num_heads: int) -> Tensor:
-        """Where BlockCache.write puts the new tokens."""
+        """The row numbers for BlockCache.write, ordered by token, then head."""
         if num_heads not in self._rows:
             block_size = self.layers[0].block_size
             block, offset = self.slots // block_size, self.slots % block_size
@@ -244,7 +246,8 @@ class AttentionContext:
         return self._rows[num_heads]
 
     def prefill_mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """(num_new, length) of prompt chunk `number`, 0 and -inf; None where plain causal attention says the same."""
+        """The additive mask of prompt chunk `number`, (num_new, length); None if plain causal attention is
+        equivalent."""
         if (number, window) not in self._masks:
             self._masks[number, window] = _causal_mask(self.prefills[number], window, dtype)
         return self._masks[number, window]
@@ -262,12 +265,12 @@ def _causal_mask(span: PrefillSpan, window: int | None, dtype: torch.dtype) -> T
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How a layer turns queries and keys into weights."""
+    """How a layer computes attention weights from queries and keys."""
 
     scale: float
     window: int | None = None
     softcap: float | None = None
-    sinks: Tensor | None = None  # (num_heads,)
+    sinks: Tensor | None = None  # (num_heads,): logits of attention sinks, as in gpt-oss
 
     @property
     def is_plain(self) -> bool:
@@ -288,7 +291,8 @@ def paged_attention(
     ctx: AttentionContext | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """`query` is (1, num_heads, num_tokens, head_dim); the result is (1, num_tokens, num_heads, value_dim)."""
+    """The attention function that transformers calls. `query` is (1, num_heads, num_tokens, head_dim); the result is
+    (1, num_tokens, num_heads, value_dim)."""
     assert ctx is not None
     assert attention_mask is None
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
@@ -300,7 +304,8 @@ def paged_attention(
 def attend(
     layer: BlockCache, query: Tensor, key: Tensor, value: Tensor, ctx: AttentionContext, scoring: Scoring
 ) -> Tensor:
-    """Write the new keys and values, then look: (num_tokens, num_heads, value_dim). Shapes as the modules have them."""
+    """Write the new keys and values to the cache, then attend. `query`, `key` and `value` have the shapes that modules
+    pass; the result is (num_tokens, num_heads, value_dim)."""
     layer.write(ctx.rows(key.shape[1]), key, value)
     outputs = [_attend_decodes(layer, query, key, value, group, scoring) for group in ctx.decodes]
     for number, span in enumerate(ctx.prefills):
@@ -311,10 +316,10 @@ def attend(
 def _attend_decodes(
     layer: BlockCache, query: Tensor, key: Tensor, value: Tensor, group: DecodeGroup, scoring: Scoring
 ) -> Tensor:
-    """One query per sequence over its gathered blocks: (num_sequences, num_heads, value_dim)."""
+    """Attend with one query per sequence to its gathered blocks: (num_sequences, num_heads, value_dim)."""
     keys, values = group.read(layer, key, value)
     num_sequences, num_kv_heads = keys.shape[:2]
-    # The query heads that share a key head become query positions of it: nothing is repeated in memory.
+    # Query heads that share a key head become query positions of that head, so keys need not be repeated in memory.
     rows = query[0, :, group.start : group.stop].transpose(0, 1)
     grouped = rows.reshape(num_sequences, num_kv_heads, -1, query.shape[-1])
     mask = group.mask(scoring.window, query.dtype)
@@ -336,7 +341,7 @@ def _attend_prefill(
     span: PrefillSpan,
     scoring: Scoring,
 ) -> Tensor:
-    """One prompt chunk over its own sequence: (num_new, num_heads, value_dim)."""
+    """Attend with one prompt chunk to its own sequence: (num_new, num_heads, value_dim)."""
     query = query[:, :, span.start : span.stop]
     if span.num_computed_tokens:
         key, value = layer.gather(span.heads(key.shape[1]), 1)
@@ -362,8 +367,8 @@ def _attend_prefill(
 def _attend_by_hand(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring, sinks: Tensor | None
 ) -> Tensor:
-    """Softcapped scores and attention sinks, which the fused kernels do not know. A sink takes part in the softmax and
-    is then dropped."""
+    """Attention with softcapped scores or attention sinks, which torch's fused kernels do not support. A sink takes
+    part in the softmax, and its weight is then dropped."""
     scores = query @ key.transpose(-1, -2) * scoring.scale
     if scoring.softcap is not None:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
@@ -377,5 +382,5 @@ def _attend_by_hand(
 
 
 def register() -> None:
-    """Make the function known to transformers. No mask function is registered, so that no mask is ever made."""
+    """Register `paged_attention` with transformers. Without a mask function for it, transformers builds no masks."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention)

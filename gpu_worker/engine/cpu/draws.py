@@ -1,14 +1,17 @@
 """Draws on a CPU: exactly the tokens that sampling.py defines, without computing noise for the whole vocabulary.
 
-The noise of a token is a hash of (seed, sequence index, output position, token id), so a draw does not depend on who
-else is in the batch, on preemption, or on how often the job was resumed. The hash is the "lowbias32" finaliser, keyed
-twice; its lower 31 bits become standard Gumbel noise: the lower they are, the higher it is.
+A token's noise is a hash of (seed, sequence index, output position, token id), so a draw does not depend on the other
+sequences in the batch, on preemptions, or on how often the job was resumed. The hash is Chris Wellons' integer hash
+"lowbias32", keyed in two places (https://github.com/skeeto/hash-prospector). Its lower 31 bits are mapped to standard
+Gumbel noise in descending order: the lower the bits, the higher the noise.
 
-Take the tokens whose noise is highest, and the greatest of their logits. Any other token can only win if its logit is
-even greater. Both kinds are about as many as the square root of the vocabulary's size, whatever the distribution.
+Gumbel-max without noise for every token: find the tokens with the highest noise ("loud" tokens) and the greatest of
+their logits. Any other token can win only if its logit is greater still. There are about as many candidates of either
+kind as the square root of the vocabulary's size, whatever the distribution.
 
-Every filter keeps the tokens from a certain logit on, its floor. Top-p's would need a sort. Instead draw first: if the
-tokens more likely than the drawn one hold less than top_p of the mass, top-p keeps the drawn one.
+Each filter keeps the tokens whose logit reaches a certain floor. To find the floor of top-p, one would have to sort.
+Instead, draw without it first: if the tokens more likely than the drawn one have less than top_p of the probability
+mass, then top-p keeps the drawn token.
 """
 
 import struct
@@ -28,19 +31,20 @@ from gpu_worker.engine.sequence import Sequence
 
 FACTORS = (0x9E3779B9, 0x7FEB352D, 0x846CA68B)
 
-CACHED_NUMBERS = 2**16  # per buffer, so that a CPU's second-level cache holds three of them
+CACHED_NUMBERS = 2**16  # per buffer; three such buffers fit into a CPU's level 2 cache
 
 
 def noise_key(seed: int, index: int, position: int) -> tuple[int, int]:
-    """64 bits that identify one draw, the same on every machine and in every version."""
+    """A 64-bit key that identifies one draw, in two halves. It must stay the same on every machine and in every
+    version, so that resumed jobs continue with the same noise."""
     digest = blake2b(struct.pack("<qqq", seed, index, position), digest_size=8).digest()
     first, second = struct.unpack("<ii", digest)
     return first, second
 
 
 def keyed_noise(token_ids: Tensor, keys: Tensor) -> Tensor:
-    """Float32, one row per draw. `token_ids` is int32 (num_draws or 1, num_tokens), `keys` int32 (num_draws, 2): the
-    noise_key of each."""
+    """Gumbel noise, float32 (num_draws, num_tokens). `token_ids` is int32 (num_draws or 1, num_tokens); `keys` is int32
+    (num_draws, 2) and holds the noise_key of each draw."""
     first, second = keys.T[:, :, None]
     return _gumbel(_mix(token_ids, first, second))
 
@@ -48,7 +52,7 @@ def keyed_noise(token_ids: Tensor, keys: Tensor) -> Tensor:
 def noise_of(
     token_ids: NDArray[np.int64], first: NDArray[np.uint32], second: NDArray[np.uint32]
 ) -> NDArray[np.float32]:
-    """The same on a CPU for single tokens, each with its own key; all arrays are (num_tokens,)."""
+    """Like `keyed_noise`, for single tokens that each have their own key. All arrays are (num_tokens,)."""
     bits = token_ids.astype(np.uint32)
     bits *= np.uint32(FACTORS[0])
     bits += first
@@ -64,7 +68,7 @@ def _gumbel(bits: Tensor) -> Tensor:
 
 
 def _mix(token_ids: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """In wrapping int32 arithmetic, whose shifts copy the sign."""
+    """lowbias32 in wrapping int32 arithmetic; the masks undo the sign extension of its right shifts."""
     scatter, mix, mix_again = (factor - 2**32 if factor >= 2**31 else factor for factor in FACTORS)
     bits = (token_ids * scatter).add(first)
     bits = bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(mix)
@@ -73,7 +77,8 @@ def _mix(token_ids: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _mix_but_last(bits: NDArray[np.uint32], second: NDArray[np.uint32], shifted: NDArray[np.uint32]) -> None:
-    """The same from the first shift on, without the last one, in place; `shifted` is a buffer of the same size."""
+    """`_mix` in place and in uint32, from its first shift on and without its last. `shifted` is a buffer of the same
+    size."""
     np.bitwise_xor(bits, np.right_shift(bits, 16, out=shifted), out=bits)
     np.multiply(bits, np.uint32(FACTORS[1]), out=bits)
     np.bitwise_xor(bits, np.right_shift(bits, 15, out=shifted), out=bits)
@@ -82,17 +87,17 @@ def _mix_but_last(bits: NDArray[np.uint32], second: NDArray[np.uint32], shifted:
 
 
 class LoudTokens:
-    """Finds, on a CPU, the tokens whose noise is high in a draw: about the square root of the vocabulary's size.
+    """Finds the tokens with the highest noise in a draw, about the square root of the vocabulary's size in number.
 
-    The hash's last shift does not change its upper bits, so comparing only these needs neither that shift nor a
-    logarithm. One per vocabulary; not thread-safe.
+    The last shift of the hash does not change its upper bits. It is enough to compare these, which needs neither the
+    shift nor a logarithm. One instance per vocabulary size; not thread-safe, since its buffers are reused.
     """
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         num_rows = max(1, CACHED_NUMBERS // vocab_size)
         num_quantiles = ceil(2**15 / sqrt(vocab_size))
-        self._limit = np.uint32(min(num_quantiles << 17, 2**32 - 1))  # on the bits without their sign, doubled
+        self._limit = np.uint32(min(num_quantiles << 17, 2**32 - 1))  # for the lower 31 bits, shifted left by one
         self._scattered = np.arange(vocab_size, dtype=np.uint32) * np.uint32(FACTORS[0])
         self._bits = np.empty((num_rows, vocab_size), np.uint32)
         self._shifted = np.empty_like(self._bits)
@@ -101,8 +106,11 @@ class LoudTokens:
     def find(
         self, first: NDArray[np.uint32], second: NDArray[np.uint32]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows and token ids; each row is a draw with its key, whose halves are (num_rows,). Every token that is not
-        returned has less noise than any that is."""
+        """The loud tokens of each draw, as two arrays: row numbers and token ids.
+
+        `first` and `second`, (num_rows,), are the halves of the draws' keys. Within a row, every token that is not
+        returned has less noise than any that is.
+        """
         size = len(self._bits)
         cells = [
             self._find(first[start : start + size, None], second[start : start + size, None]) + start * self._vocab_size
@@ -111,7 +119,7 @@ class LoudTokens:
         return np.divmod(np.concatenate(cells), self._vocab_size) if cells else (np.empty(0, int), np.empty(0, int))
 
     def _find(self, first: NDArray[np.uint32], second: NDArray[np.uint32]) -> NDArray[np.int64]:
-        """Row times vocabulary plus token id, ascending."""
+        """The loud tokens of at most `len(self._bits)` draws, as row * vocab_size + token id, ascending."""
         bits = self._bits[: len(first)]
         np.add(self._scattered, first, out=bits)
         _mix_but_last(bits, second, self._shifted[: len(first)])
@@ -129,19 +137,19 @@ LEAST_TEMPERATURE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """One per row. The arrays are (num_rows,) unless stated otherwise."""
+    """What one draw per row needs. The arrays are (num_rows,) unless stated otherwise."""
 
     logits: NDArray[np.float32]  # (num_rows, vocab_size)
     best: NDArray[np.int64]  # the most likely token
     temperatures: NDArray[np.float32]
-    first: NDArray[np.uint32]  # half of the noise's key
-    second: NDArray[np.uint32]  # the other half
-    floors: NDArray[np.float32]
-    is_narrow: NDArray[np.bool_]  # few tokens are above the floor
-    top_p: NDArray[np.float64]  # unless the floor covers it already; else 1
+    first: NDArray[np.uint32]  # first half of the noise key
+    second: NDArray[np.uint32]  # second half
+    floors: NDArray[np.float32]  # the lowest logit that the row's filters keep
+    is_narrow: NDArray[np.bool_]  # whether few tokens reach the floor
+    top_p: NDArray[np.float64]  # 1 if the floor already takes top-p into account
 
     def logits_of(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Of one token per row."""
+        """The logits of one token per row."""
         return self.logits[np.arange(len(token_ids)), token_ids]
 
 
@@ -152,8 +160,8 @@ class Floor:
 
 
 def draw(logits: NDArray[np.float32], best: NDArray[np.int64], sequences: Rows[Sequence]) -> NDArray[np.int64]:
-    """One token per row, none of them greedy. `logits` is (num_rows, vocab_size), `best` the most likely token of each
-    row."""
+    """Draw one token per row; no row may be greedy. `logits` is (num_rows, vocab_size), and `best`, (num_rows,), is the
+    most likely token of each row."""
     draws = _make_draws(logits, best, sequences)
     token_ids = _draw_above_floors(draws)
     wrong, masses = _rows_below_top_p(draws, token_ids)
@@ -186,7 +194,7 @@ def _make_draws(logits: NDArray[np.float32], best: NDArray[np.int64], sequences:
 
 
 def _floor(row: NDArray[np.float32], greatest: np.float32, temperature: float, params: SamplingParams) -> Floor:
-    """From min-p and top-k, and from top-p if it is a share of what top-k keeps."""
+    """The floor of min-p and top-k; of top-p as well if top-k is set, since then only its tokens need sorting."""
     floor = float(greatest + temperature * log(params.min_p)) if params.min_p else -np.inf
     if not params.top_k or params.top_k >= len(row):
         return Floor(floor, is_narrow=False)
@@ -199,15 +207,18 @@ def _floor(row: NDArray[np.float32], greatest: np.float32, temperature: float, p
 
 
 def _is_narrow(num_kept: int, vocab_size: int) -> bool:
-    """Whether computing noise for so many tokens costs less than searching for those with high noise."""
+    """Whether computing the noise of this many tokens costs less than searching for loud tokens."""
     return num_kept <= vocab_size // 16
 
 
 def _top_p_floor(
     logits: NDArray[np.float32], greatest: np.float32, temperature: float, share: float, mass: float | None = None
 ) -> np.float32:
-    """The logit at which the probabilities of these logits, a row's highest in any order, reach the share of `mass`
-    (None: of their own sum). The most likely token has mass 1."""
+    """The logit at which the cumulative probability, from the most likely token down, reaches `share` of `mass`.
+
+    `logits` are a row's highest, in any order. `mass` is in units of the most likely token's probability; None means
+    the sum over `logits`.
+    """
     descending = np.sort(logits)[::-1]
     cumulative = np.exp((descending - greatest) / np.float32(temperature)).cumsum(dtype=np.float64)
     reached = np.searchsorted(cumulative, share * (cumulative[-1] if mass is None else mass))
@@ -216,7 +227,7 @@ def _top_p_floor(
 
 
 def _draw_above_floors(draws: Draws) -> NDArray[np.int64]:
-    """The token of each row with the highest score among those that are not below its floor."""
+    """For each row, the token with the highest score among those that reach its floor."""
     num_rows, vocab_size = draws.logits.shape
     wide = np.flatnonzero(~draws.is_narrow)
     rows, loud_ids = loud_tokens(vocab_size).find(draws.first[wide], draws.second[wide])
@@ -229,7 +240,7 @@ def _draw_above_floors(draws: Draws) -> NDArray[np.int64]:
 
 
 def _scores(draws: Draws, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Scaled logit plus noise; -inf below the row's floor."""
+    """Scaled logit plus noise of each (row, token id); -inf below the row's floor."""
     logits = draws.logits[rows, token_ids]
     scores = logits / draws.temperatures.take(rows)
     scores += noise_of(token_ids, draws.first.take(rows), draws.second.take(rows))
@@ -240,7 +251,7 @@ def _scores(draws: Draws, rows: NDArray[np.int64], token_ids: NDArray[np.int64])
 def _winners(
     num_rows: int, rows: NDArray[np.int64], token_ids: NDArray[np.int64], scores: NDArray[np.float32]
 ) -> NDArray[np.int64]:
-    """Each row's token with the highest score; of equal ones the lowest, as argmax does."""
+    """Each row's token with the highest score; among equals the lowest id, as argmax would choose."""
     highest = np.full(num_rows, -np.inf, np.float32)
     np.maximum.at(highest, rows, scores)
     is_highest = scores == highest[rows]
@@ -250,8 +261,8 @@ def _winners(
 
 
 def _rows_below_top_p(draws: Draws, drawn: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The rows whose drawn token top-p does not keep, since the tokens above it already hold the share; and the mass of
-    all tokens of each such row."""
+    """The rows whose drawn token top-p excludes, because the tokens above it already have the required mass; and the
+    total mass of each such row."""
     rows = np.flatnonzero(draws.top_p < 1.0)
     masses, masses_above = _masses(draws, rows, draws.logits_of(drawn))
     is_wrong = masses_above >= draws.top_p[rows] * masses
@@ -261,8 +272,8 @@ def _rows_below_top_p(draws: Draws, drawn: NDArray[np.int64]) -> tuple[NDArray[n
 def _masses(
     draws: Draws, rows: NDArray[np.int64], bounds: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The mass of all tokens of each row, and of those with a logit above the row's bound; the most likely token has
-    1."""
+    """The probability mass of all tokens of each of `rows`, and of those with a logit above the row's bound, both in
+    units of the most likely token's. `bounds` has an entry for every row of `draws`."""
     greatest, vocab_size = draws.logits_of(draws.best), draws.logits.shape[1]
     scales = 1.0 / draws.temperatures
     num_at_once = max(1, CACHED_NUMBERS // vocab_size)
@@ -270,11 +281,11 @@ def _masses(
     masses, masses_above = np.empty(len(rows)), np.empty(len(rows))
     for start in range(0, len(rows), num_at_once):
         part = rows[start : start + num_at_once]
-        mass = np.take(draws.logits, part, 0, out=room[: len(part)], mode="clip")  # other modes make another copy
+        mass = np.take(draws.logits, part, 0, out=room[: len(part)], mode="clip")  # other modes would buffer the output
         is_above = mass > bounds[part, None]
         mass -= greatest[part, None]
         mass *= scales[part, None]
-        tensor = torch.from_numpy(mass).exp_()  # torch is faster at this and the sum
+        tensor = torch.from_numpy(mass).exp_()  # torch computes exp and the sum faster than numpy
         masses[start : start + num_at_once] = tensor.sum(-1).numpy()
         mass *= is_above
         masses_above[start : start + num_at_once] = tensor.sum(-1).numpy()
@@ -282,7 +293,7 @@ def _masses(
 
 
 def _at_top_p(draws: Draws, rows: NDArray[np.int64], drawn: NDArray[np.int64], masses: NDArray[np.float64]) -> Draws:
-    """Draws for these rows only, at the floor of their top-p, which is above what they drew."""
+    """The draws of `rows` only, with their floors raised to that of top-p, which lies above the tokens drawn before."""
     floors = draws.floors[rows]
     is_narrow = np.zeros(len(rows), np.bool_)
     for number, row in enumerate(rows.tolist()):

@@ -1,8 +1,9 @@
-"""Forward passes on a CPU, and Llama and similar models in a third of the operations.
+"""Forward passes on a CPU, and a fused version of Llama and similar models with a third of the operations.
 
-Fewer operations pay off if the model is small and calls are many. The weights stay the model's own: projections of the
-same input become one matrix, of which the modules keep views. The arithmetic is that of transformers' modules; probe.py
-compares the results at load, and if they differ, or the model has an unknown part, the modules run as they are.
+Fewer operations pay off for small models, where the overhead of each call matters. No weights are duplicated:
+projections of the same input are joined into one matrix, of which the modules keep views. The arithmetic is that of
+transformers' modules. At load, probe.py compares the results; if they differ, or if the model has an unknown part, the
+unfused modules run.
 """
 
 import math
@@ -31,7 +32,7 @@ from gpu_worker.engine.sequence import Sequence
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
 
-#: Rotary frequencies that do not change with the length of a text.
+#: Types of rotary embeddings whose frequencies do not depend on the length of the text.
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
 
@@ -51,7 +52,7 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """Root mean square, with the mean taken as a sum: its divisor is in the weight and in epsilon."""
+    """RMS norm computed with a sum instead of a mean; the divisor is folded into the weight and epsilon."""
 
     weight: Tensor
     epsilon: float
@@ -80,7 +81,7 @@ class FusedOutput:
 
 
 class FusedLlama:
-    """Called as PagedRunner calls a model of transformers."""
+    """A fused model that PagedRunner can call like the transformers model it was made from."""
 
     def __init__(self, model: Any, windows: Rows[int | None], max_model_len: int) -> None:
         config = model.config
@@ -95,7 +96,8 @@ class FusedLlama:
         self._cosines, self._sines = self._rotations(model.model.rotary_emb, max_model_len)
 
     def _rotations(self, rotary: nn.Module, max_model_len: int) -> tuple[Tensor, Tensor]:
-        """(max_model_len, 1, 1, head_dim / 2) and, for both halves of a head, (max_model_len, 1, 2, head_dim / 2)."""
+        """Cosines, (max_model_len, 1, 1, head_dim / 2), and sines for both halves of a head, (max_model_len, 1, 2,
+        head_dim / 2)."""
         positions = torch.arange(max_model_len, device=self._embedding.device)[None]
         cosines, sines = (
             table[0, :, None, None, : self._head_dim // 2] for table in rotary(self._embedding, positions)
@@ -111,7 +113,7 @@ class FusedLlama:
         ctx: AttentionContext,
         use_cache: bool = False,
     ) -> FusedOutput:
-        """`input_ids` and `position_ids` are (1, num_tokens); the logits (1, num_kept, vocab_size)."""
+        """`input_ids` and `position_ids` are (1, num_tokens); the logits are (1, num_kept, vocab_size)."""
         assert not use_cache
         hidden = self._embedding.index_select(0, input_ids[0])
         rotation = self._cosines.index_select(0, position_ids[0]), self._sines.index_select(0, position_ids[0])
@@ -122,7 +124,7 @@ class FusedLlama:
     def _run_layer(
         self, layer: FusedLayer, ctx: AttentionContext, number: int, hidden: Tensor, rotation: tuple[Tensor, Tensor]
     ) -> None:
-        """Adds to `hidden`."""
+        """Run one layer and add its output to `hidden`, in place."""
         num_tokens = hidden.shape[0]
         qkv = layer.qkv(layer.attention_norm(hidden)).view(num_tokens, -1, self._head_dim)
         turned = self._rotate(qkv[:, : self._num_heads + self._num_kv_heads], *rotation)
@@ -138,7 +140,8 @@ class FusedLlama:
         layer.down.add_to(hidden, layer.activation(gate).mul_(up))
 
     def _rotate(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """Of (num_tokens, num_heads, head_dim), each dimension with the one half a head away."""
+        """Apply rotary embeddings to `heads`, (num_tokens, num_heads, head_dim): each dimension is paired with the one
+        half a head away."""
         halves = heads.view(*heads.shape[:2], 2, -1)
         return (halves * cosines).addcmul_(halves.flip(2), sines).view(heads.shape)
 
@@ -170,7 +173,8 @@ def _norm(module: Any) -> Norm:
 
 
 def _fuse(*modules: Any) -> Projection:
-    """One matrix, laid out as the modules' own are (by row, or by column: see loading.py); they keep views of it."""
+    """Join the modules' weights into one matrix of the same memory layout (by row, or by column: see loading.py). The
+    modules keep views of it."""
     is_by_row = modules[0].weight.is_contiguous()
     weight = torch.cat([module.weight for module in modules]) if is_by_row else _cat_by_column(modules)
     start = 0
@@ -202,7 +206,7 @@ class PagedRunner(AtOnce):
                 cache[destinations] = cache[sources]
 
     def wipe_blocks(self, blocks: Rows[int]) -> None:
-        """Zero blocks that may contain infinities: padded reads multiply them by zero, and 0 * inf is not 0."""
+        """Zero blocks that may contain infinities or NaNs: padding is multiplied by zero, and 0 * inf is NaN."""
         for layer in self._layers:
             for cache in (layer.keys, layer.values):
                 cache[list(blocks)] = 0
@@ -221,8 +225,8 @@ class PagedRunner(AtOnce):
         return [results[number] for number in range(len(rows))]
 
     def _forward(self, rows: Rows[ScheduledRow], num_decodes: int) -> Tensor:
-        """Logits, float32, row by row: of the positions that judge the prompt, then of the last one where the row needs
-        a token; (num_kept, vocab_size)."""
+        """Float32 logits, (num_kept, vocab_size): for each row in order, the positions that score its prompt, then its
+        last position if it needs a token."""
         token_ids: list[int] = []
         positions: list[int] = []
         kept: list[int] = []
@@ -255,7 +259,7 @@ class PagedRunner(AtOnce):
             slots += [self._slot(sequence, position) for position in range(start, stop)]
             if row.num_new_tokens > 1:
                 blocks = torch.tensor([sequence.block_ids[: -(-stop // self._block_size)]])
-                prefills.append(PrefillSpan(num_rows, len(slots), start, blocks))
+                prefills.append(PrefillSpan(blocks, num_rows, len(slots), start))
         return AttentionContext(
             layers=self._layers,
             slots=torch.tensor(slots),

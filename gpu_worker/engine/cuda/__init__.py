@@ -1,1 +1,1 @@
-"""Running a model on a CUDA device."""
+"""Runs models on a CUDA device."""

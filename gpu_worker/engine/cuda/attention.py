@@ -1,7 +1,7 @@
-"""Paged attention on a device: its cache, decodes and prompt chunks of one pass, without the host in between.
+"""Paged attention on a CUDA device, for the decodes and prompt chunks of one pass, without waiting for the host.
 
-Two implementations of one protocol; backend.py tries at load which of them works for this device and model. If neither
-does, the model runs one sequence at a time (SequentialRunner).
+There are two implementations of one protocol. At load, backend.py finds out which of them works for this device and
+model. If neither does, the model runs one sequence at a time (SequentialRunner).
 """
 
 import math
@@ -19,13 +19,14 @@ from gpu_worker.engine.cpu.attention import Scoring
 
 @dataclass(slots=True)
 class LayerCache:
-    """Keys and values of one layer: (num_slots, num_kv_heads, head_dim), slot = block * block_size + offset."""
+    """Keys and values of one layer, each (num_slots, num_kv_heads, head_dim); slot = block * block_size + offset."""
 
     keys: Tensor
     values: Tensor
 
     def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """`key` and `value` are (1, num_kv_heads, num_tokens, head_dim), as the modules hand them over."""
+        """`slots` is int64 (num_tokens,); `key` and `value` are (1, num_kv_heads, num_tokens, head_dim), as modules
+        pass them."""
         self.keys.index_copy_(0, slots, key[0].transpose(0, 1))
         self.values.index_copy_(0, slots, value[0].transpose(0, 1))
 
@@ -35,21 +36,21 @@ ATTENTION_NAME = "celeriac_device"
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """Rows of one pass: tokens token_start..token_stop of it."""
+    """Some rows of one pass, decodes or prompt chunks, which are its tokens token_start..token_stop."""
 
     token_start: int
     token_stop: int
-    starts: Tensor  # int32 (num_rows + 1,), counted from token_start
-    key_starts: Tensor  # int32 (num_rows + 1,), counted from this group's first row
-    lengths: Tensor  # int32 (num_rows,)
+    starts: Tensor  # int32 (num_rows + 1,): cumulative numbers of new tokens, from 0
+    key_starts: Tensor  # int32 (num_rows + 1,): cumulative lengths, from 0
+    lengths: Tensor  # int32 (num_rows,): tokens of each sequence, the new ones included
     block_tables: Tensor  # int32 (num_rows, max_blocks)
     max_new_tokens: int
-    max_length: int  # no row is longer
+    max_length: int  # an upper bound on `lengths`
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One prompt chunk as the host knows it: tokens start..stop of the pass, row `row` of the prefills."""
+    """One prompt chunk, in numbers on the host: tokens start..stop of the pass, row `row` of the prefill group."""
 
     row: int
     start: int
@@ -65,23 +66,24 @@ class DeviceAttention(Protocol):
     def attend_decodes(
         self, query: Tensor, layer: LayerCache, group: RowGroup, block_size: int, scoring: Scoring
     ) -> Tensor:
-        """`query` is (num_rows, num_heads, head_dim), one token each; the result (num_rows, num_heads, value_dim).
-        Can be captured."""
+        """Attend with one new token per row. `query` is (num_rows, num_heads, head_dim), the result (num_rows,
+        num_heads, value_dim). Can be captured in a CUDA graph."""
 
     def attend_prefills(
         self, query: Tensor, layer: LayerCache, ctx: "DeviceContext", group: RowGroup, scoring: Scoring
     ) -> Tensor:
-        """`query` is (num_tokens, num_heads, head_dim) of all prompt chunks."""
+        """Attend with all prompt chunks. `query` is (num_tokens, num_heads, head_dim), the result (num_tokens,
+        num_heads, value_dim)."""
 
 
 @dataclass(slots=True)
 class DeviceContext:
-    """What one pass tells every layer."""
+    """What every layer needs for one pass."""
 
     attention: DeviceAttention
     layers: list[LayerCache]
     block_size: int
-    slots: Tensor  # int64 (num_tokens,)
+    slots: Tensor  # int64 (num_tokens,): where each new token's key and value go
     decodes: RowGroup | None
     prefills: RowGroup | None
     spans: tuple[Span, ...] = ()
@@ -101,7 +103,8 @@ def device_attention(
     ctx: DeviceContext | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """`query` is (1, num_heads, num_tokens, head_dim); the result is (1, num_tokens, num_heads, value_dim)."""
+    """The attention function that transformers calls. `query` is (1, num_heads, num_tokens, head_dim); the result is
+    (1, num_tokens, num_heads, value_dim)."""
     assert ctx is not None
     assert attention_mask is None
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
@@ -120,7 +123,7 @@ def device_attention(
 
 
 class VarlenAttention:
-    """torch's variable-length flash attention over block tables: float16 and bfloat16, no softcap, no sinks."""
+    """torch's variable-length flash attention over block tables: float16 and bfloat16 only, no softcap, no sinks."""
 
     name = "varlen"
 
@@ -142,7 +145,7 @@ class VarlenAttention:
 
     def _attend(self, query: Tensor, layer: LayerCache, group: RowGroup, block_size: int, scoring: Scoring) -> Tensor:
         if not scoring.is_plain:
-            raise NotImplementedError("flash attention has no softcap and no sinks")
+            raise NotImplementedError("flash attention supports neither softcap nor sinks")
         output: Tensor = self._varlen_attn(
             query,
             layer.keys.view(-1, block_size, *layer.keys.shape[1:]),
@@ -152,7 +155,7 @@ class VarlenAttention:
             group.max_new_tokens,
             group.max_length,
             scale=scoring.scale,
-            # Our window includes the query's own token, flash attention counts those before it.
+            # Our window includes the query's own token; flash attention's counts only those before it.
             window_size=(-1 if scoring.window is None else scoring.window - 1, 0),
             enable_gqa=True,
             seqused_k=group.lengths,
@@ -162,7 +165,7 @@ class VarlenAttention:
 
 
 class TritonAttention:
-    """Kernels of our own for decodes and writes; prompt chunks one by one over gathered keys."""
+    """Our own Triton kernels for decodes and writes; prompt chunks run one by one over gathered keys and values."""
 
     name = "triton"
 
@@ -213,13 +216,13 @@ class TritonAttention:
 
 
 def _gather(cache: Tensor, blocks: Tensor, block_size: int, length: int) -> Tensor:
-    """(length, num_kv_heads, dim) of one sequence."""
+    """One sequence's first `length` keys or values, (length, num_kv_heads, dim)."""
     return cache.view(-1, block_size, *cache.shape[1:])[blocks].flatten(0, 1)[:length]
 
 
 def attend_span(query: Tensor, keys: Tensor, values: Tensor, num_before: int, scoring: Scoring) -> Tensor:
-    """New tokens of one sequence over all of it: `query` is (num_new, num_heads, dim), `keys` and `values` (length,
-    num_kv_heads, dim), the result (num_new, num_heads, value_dim)."""
+    """Attend with the new tokens of one sequence to all of its tokens. `query` is (num_new, num_heads, dim), `keys` and
+    `values` are (length, num_kv_heads, dim), and the result is (num_new, num_heads, value_dim)."""
     query, keys, values = (tensor.transpose(0, 1)[None] for tensor in (query, keys, values))
     num_new, length = query.shape[2], keys.shape[2]
     mask = None

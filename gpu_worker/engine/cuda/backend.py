@@ -1,7 +1,7 @@
-"""Builds the model runner of a GPU: chooses attention, sizes the cache, captures decode passes.
+"""Builds the model runner for a GPU: chooses an attention implementation, sizes the cache, captures decode passes.
 
-Attention is chosen by trying: the first of a ladder whose results agree with plain arithmetic on random data of the
-model's own shapes.
+The implementations are tried in order of preference, on random data of the model's own shapes. The first whose results
+agree with plain arithmetic is used.
 """
 
 import importlib.util
@@ -34,26 +34,26 @@ from gpu_worker.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-#: The trial's rows: decodes on both sides of a block's edge (and a short window's), then prompt chunks.
+#: The rows of a trial: decodes on both sides of a block boundary (and of a short window's), then prompt chunks.
 DECODE_BLOCKS = (0.02, 0.999, 1.01, 2.5)  # lengths, in blocks
 
-CHUNK_BLOCKS = ((0.0, 0.3), (0.9, 0.6))  # computed before, and new
+CHUNK_BLOCKS = ((0.0, 0.3), (0.9, 0.6))  # (tokens computed before, new tokens), in blocks
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
 class WrongResult(Exception):
-    """The message says by how much."""
+    """An attention implementation failed its trial; the message says how."""
 
 
 def choose_attention(shapes: Iterable[LayerShape], block_size: int, device: torch.device) -> DeviceAttention:
-    """Raises NotPageable if none of them computes this model on this device."""
+    """The preferred implementation that works for these layers. Raises NotPageable if none does."""
     for make in (_make_varlen, _make_triton):
         attention = _try(make, set(shapes), block_size, device)
         if attention is not None:
             log.info("attention chosen", extra={"attention": attention.name, "device": str(device)})
             return attention
-    raise NotPageable(f"no attention kernel for {device} computes its layers; the log says why of each")
+    raise NotPageable(f"no attention kernel supports its layers on {device}; the log has the reason for each kernel")
 
 
 def _make_varlen(device: torch.device) -> DeviceAttention:
@@ -77,22 +77,23 @@ def _try(
         for shape in shapes:
             check_attention(attention, shape, block_size, device)
     except torch.AcceleratorError:
-        raise  # the device's context is lost
+        raise  # the CUDA context is lost
     except Exception as exc:
-        # Whatever a kernel raises if it does not support this device, type or head size: try the next one.
-        log.info("attention not taken", extra={"attention": name, "reason": f"{type(exc).__name__}: {exc}"[:500]})
+        # A kernel may raise anything if it does not support this device, type or head size: try the next one.
+        log.info("attention not usable", extra={"attention": name, "reason": f"{type(exc).__name__}: {exc}"[:500]})
         return None
     return attention
 
 
 @torch.inference_mode()
 def check_attention(attention: DeviceAttention, shape: LayerShape, block_size: int, device: torch.device) -> None:
-    """Write and attend as one layer of `shape` would, and compare. Raises WrongResult, or what the kernels raise."""
+    """Write and attend as a layer of this shape would, and compare with plain arithmetic. Raises WrongResult, or
+    whatever the kernels raise."""
     trial = _Trial(shape, block_size, device)
     attention.write(trial.layer, trial.slots, trial.new_keys, trial.new_values)
     for cache, new in ((trial.layer.keys, trial.new_keys), (trial.layer.values, trial.new_values)):
         if not torch.equal(cache[trial.slots], new[0].transpose(0, 1)):
-            raise WrongResult("what was written to the cache is not there")
+            raise WrongResult("the cache does not contain what was written to it")
     ctx = trial.context(attention)
     assert ctx.decodes is not None
     assert ctx.prefills is not None
@@ -102,17 +103,17 @@ def check_attention(attention: DeviceAttention, shape: LayerShape, block_size: i
     expected = trial.expected()
     difference = (torch.cat([decoded, prefilled]).float() - expected).abs().max().item()
     if not difference <= TOLERANCE[shape.dtype] * max(1.0, expected.abs().max().item()):
-        raise WrongResult(f"its results are off by {difference:.2g}")
+        raise WrongResult(f"its results differ by up to {difference:.2g}")
 
 
 class _Trial:
-    """A cache full of random numbers and a pass over it. Blocks are in reverse order."""
+    """A cache of random numbers and a pass over it. Blocks are allocated in reverse order."""
 
     def __init__(self, shape: LayerShape, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         lengths = [max(1, int(blocks * block_size)) for blocks in DECODE_BLOCKS]
         chunks = [(int(before * block_size), max(2, int(new * block_size))) for before, new in CHUNK_BLOCKS]
-        self.rows = [(length - 1, 1) for length in lengths] + chunks  # computed before, and new
+        self.rows = [(length - 1, 1) for length in lengths] + chunks  # (tokens computed before, new tokens)
         self._num_decodes = len(lengths)
         num_blocks = [-(-(before + new) // block_size) for before, new in self.rows]
         self._tables = torch.zeros(len(self.rows), max(num_blocks), dtype=torch.int32)
@@ -129,7 +130,7 @@ class _Trial:
         self.layer.keys.copy_(numbers(*self.layer.keys.shape))
         self.layer.values.copy_(numbers(*self.layer.values.shape))
         num_tokens = sum(new for _, new in self.rows)
-        # As modules pass them: heads before tokens, but in memory the other way round.
+        # As modules pass them: the shape has heads before tokens, but memory has tokens before heads.
         self.query = numbers(num_tokens, shape.num_heads, shape.key_shape[1])
         self.new_keys = numbers(1, num_tokens, *shape.key_shape).transpose(1, 2)
         self.new_values = numbers(1, num_tokens, *shape.value_shape).transpose(1, 2)
@@ -168,7 +169,7 @@ class _Trial:
         )
 
     def expected(self) -> Tensor:
-        """In float32, row by row."""
+        """The correct result, computed in float32, row by row."""
         sinks = None if self.scoring.sinks is None else self.scoring.sinks.float()
         scoring = Scoring(self.scoring.scale, self.scoring.window, self.scoring.softcap, sinks)
         outputs, start = [], 0
@@ -180,23 +181,23 @@ class _Trial:
         return torch.cat(outputs)
 
 
-BLOCK_SIZE = 256  # flash attention's paged kernels need multiples of it
+BLOCK_SIZE = 256  # flash attention's paged kernels need a multiple of this
 
-CACHE_SHARE = 0.92  # of the memory that weights, passes and graphs leave free
+CACHE_SHARE = 0.92  # the cache's share of the memory left by weights, passes and graphs
 
-GRAPH_SHARE = 0.03  # of the device's memory at most, for captured passes
+GRAPH_SHARE = 0.03  # the most that captured passes may take of the device's memory
 
 
 def build_device_runner(
     spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device
 ) -> tuple[DeviceRunner, Scheduler]:
-    """Raises NotPageable if no attention kernel for this device can run the model."""
+    """The runner and a scheduler with a cache that fits the device. Raises NotPageable if no attention kernel works."""
     attention = choose_attention(shapes, BLOCK_SIZE, device)
     register()
     model.set_attn_implementation(ATTENTION_NAME)
     limits = pass_limits(spec, model)
     num_tokens = _count_cache_tokens(spec, model, shapes, attention, limits, device)
-    num_blocks = -(-num_tokens // BLOCK_SIZE) + 1  # and the one that pads
+    num_blocks = -(-num_tokens // BLOCK_SIZE) + 1  # plus the padding block
     layers = [shape.allocate(num_blocks * BLOCK_SIZE, device) for shape in shapes]
     runner = DeviceRunner(model, layers, BLOCK_SIZE, device, attention, limits)
     if spec.decode_graphs:
@@ -214,7 +215,7 @@ def make_scheduler(spec: ModelSpec, pool: BlockPool, limits: PassLimits) -> Sche
 
 
 def pass_limits(spec: ModelSpec, model: Any) -> PassLimits:
-    """Every sequence may decode in each step, whatever the token budget."""
+    """The largest possible pass. It has room for every sequence to decode, whatever the token budget."""
     vocab_size = model.get_output_embeddings().weight.shape[0]
     max_tokens = spec.max_num_seqs + spec.max_num_batched_tokens
     return PassLimits(max_tokens, spec.max_num_seqs, spec.max_model_len, vocab_size)
@@ -239,7 +240,8 @@ def _count_cache_tokens(
     limits: PassLimits,
     device: torch.device,
 ) -> int:
-    """kv_cache_tokens if set; else as much as all sequences could use, within the memory that a full pass leaves."""
+    """The size of the cache in tokens: kv_cache_tokens if set; else what all sequences together could use, limited by
+    the memory that the largest pass leaves."""
     bytes_per_token = sum(shape.bytes_per_token for shape in shapes)
     num_tokens = spec.kv_cache_tokens
     if num_tokens is None:
@@ -250,7 +252,7 @@ def _count_cache_tokens(
         log.info("cache sized", extra={"pass_bytes": pass_bytes, "free_bytes": free, "num_cache_tokens": num_tokens})
     if num_tokens < spec.max_model_len:
         raise ValueError(
-            f"model {spec.id!r} has room for {num_tokens} tokens in its cache and max_model_len = "
+            f"the cache of model {spec.id!r} has room for {num_tokens} tokens, but max_model_len is "
             f"{spec.max_model_len}; lower max_model_len or raise kv_cache_tokens"
         )
     return num_tokens
@@ -259,7 +261,7 @@ def _count_cache_tokens(
 def _measure_pass(
     model: Any, shapes: list[LayerShape], attention: DeviceAttention, limits: PassLimits, device: torch.device
 ) -> int:
-    """Bytes that the largest pass and its logits take in addition to weights and cache, tried on a cache of one
+    """Bytes that the largest pass and its logits need in addition to weights and cache, measured on a cache of one
     block."""
     layers = [shape.allocate(BLOCK_SIZE, device) for shape in shapes]
     runner = DeviceRunner(model, layers, BLOCK_SIZE, device, attention, limits)

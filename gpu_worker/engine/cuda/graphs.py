@@ -1,7 +1,7 @@
-"""Decode passes, captured once and replayed: one launch per pass instead of hundreds.
+"""Decode passes captured as CUDA graphs and replayed: one launch per pass instead of hundreds.
 
-One graph per batch size of a ladder; a batch is padded to the smallest graph that holds it. Graphs read the tensors of
-PassInputs. Only one runs at a time, so they share one pool of memory, except for their outputs.
+There is one graph for each of a series of batch sizes; a batch is padded to the smallest size that holds it. Graphs
+read the tensors of PassInputs. Only one graph runs at a time, so they share a memory pool, except for their outputs.
 """
 
 import logging
@@ -13,20 +13,20 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-NUM_WARM_UPS = 2  # so that kernels are compiled and libraries loaded before the capture
+NUM_WARM_UPS = 2  # runs before the capture, to compile kernels and load libraries
 
-#: Runs a pass and captures it: calling the result runs it again on its inputs' current content, and returns its output.
+#: Captures a pass. Calling the result replays it on the current content of its inputs and returns its output.
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, 8, then in steps of 8, of 16 from 32, of 32 from 128, and `max_num_seqs`."""
+    """1, 2, 4, 8, then in steps of 8 up to 32, of 16 up to 128, and of 32 beyond; `max_num_seqs` is always included."""
     sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 128, 16), *range(128, 1025, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 class CudaCapture:
-    """Captures into one pool, on a stream of its own."""
+    """Captures passes on a stream of its own, into one memory pool."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -59,11 +59,11 @@ class DecodeGraphs:
         return sorted(self._replay_by_size)
 
     def size_for(self, num_rows: int) -> int | None:
-        """The smallest captured batch size that holds so many rows; None if there is none."""
+        """The smallest captured batch size for this many rows; None if there is none."""
         return next((size for size in self.sizes if size >= num_rows), None)
 
     def replay(self, size: int) -> Tensor:
-        """The pass's output, valid until the next replay of any size."""
+        """Run the pass and return its output, which is valid until the next replay of any size."""
         return self._replay_by_size[size]()
 
     def capture_all(
@@ -73,8 +73,8 @@ class DecodeGraphs:
         capture: Capture,
         has_room: Callable[[], bool],
     ) -> None:
-        """Largest first, since the smaller ones then fit into its memory. What cannot be captured runs eagerly and is
-        logged."""
+        """Capture passes of these batch sizes, largest first, since the smaller ones then reuse its memory. Sizes that
+        cannot be captured are logged and will run eagerly."""
         started = time.monotonic()
         for size in sorted(sizes, reverse=True):
             if not has_room():
@@ -94,15 +94,15 @@ class DecodeGraphs:
             log.warning("decode passes run eagerly", extra={"batch_size": size, "reason": _first_line(exc)})
             return False
         except Exception as exc:
-            # A model may do things on the host that cannot be captured (dynamic rotary frequencies, experts chosen in
-            # Python).
+            # A model may do work on the host that cannot be captured, such as dynamic rotary frequencies or choosing
+            # experts in Python.
             log.warning("decode passes run eagerly", extra={"batch_size": size, "reason": _first_line(exc)})
             return False
         return True
 
 
 def _is_capture_error(exc: Exception) -> bool:
-    """The device refused an operation during capture, which harms nothing but the capture."""
+    """Whether the device only refused an operation during capture, so that its context is still usable."""
     return "capturing" in str(exc) or "capture" in str(exc)
 
 

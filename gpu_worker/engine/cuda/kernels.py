@@ -1,8 +1,8 @@
-"""Paged attention of decoding sequences, and the write to the cache, as Triton kernels.
+"""Triton kernels: paged attention for decoding sequences (Flash-Decoding, Dao et al. 2023), and writes to the cache.
 
-A program takes one sequence, one key head with all query heads that share it, and one part of the sequence's tokens:
-a single long sequence is spread over the whole device. A second kernel puts the parts together. Flash decoding, after
-Dao et al. 2023. This module needs triton, which comes with PyTorch's CUDA builds.
+Each program handles one sequence, one key head with all query heads that share it, and one part of the sequence's
+tokens, so that even a single long sequence occupies the whole device. A second kernel combines the parts. This module
+needs triton, which comes with PyTorch's CUDA builds.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
 TILE = 64  # tokens read at a time
-MIN_DOT_ROWS = 16  # tl.dot wants no fewer
+MIN_DOT_ROWS = 16  # the fewest rows that tl.dot accepts
 MAX_SPLITS = 32
 PROGRAMS_PER_PROCESSOR = 4
 
@@ -36,7 +36,8 @@ def _write_kernel(  # type: ignore[no-untyped-def]
 
 
 def write(cache: Tensor, slots: Tensor, new: Tensor) -> None:
-    """`cache` is (num_slots, num_heads, dim); `new` is (1, num_heads, num_tokens, dim), dense in its last dimension."""
+    """Write one new token to each of `slots`, int64 (num_tokens,). `cache` is (num_slots, num_heads, dim); `new` is
+    (1, num_heads, num_tokens, dim), contiguous in its last dimension."""
     _, num_heads, num_tokens, dim = new.shape
     _write_kernel[(num_tokens, num_heads)](
         new,
@@ -113,7 +114,7 @@ def _part_kernel(  # type: ignore[no-untyped-def]
             scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        # The first tile of a window may hold nothing that is seen: no part of it may become inf - inf.
+        # A window may start beyond its first tile's tokens, so that all of them are masked: avoid -inf - -inf = NaN.
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp(scores - safe_top[:, None])
         fade = tl.exp(top - safe_top)
@@ -169,7 +170,8 @@ def _join_kernel(  # type: ignore[no-untyped-def]
 
 
 def count_splits(num_rows: int, num_kv_heads: int, num_processors: int, max_length: int) -> int:
-    """Parts for each sequence: enough programs to keep the whole device's memory busy, none without a tile."""
+    """How many parts to split each sequence into: enough to use the whole device's memory bandwidth, but no more than
+    the longest sequence has tiles."""
     wanted = -(-PROGRAMS_PER_PROCESSOR * num_processors // (num_rows * num_kv_heads))
     return max(1, min(wanted, MAX_SPLITS, -(-max_length // TILE)))
 
@@ -188,8 +190,8 @@ def decode(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """`query` is (num_rows, num_heads, key_dim), one new token each; `keys` and `values` are (num_slots, num_kv_heads,
-    dim), dense; every length is at least 1. The result is (num_rows, num_heads, value_dim)."""
+    """Attend with one new token per row. `query` is (num_rows, num_heads, key_dim); `keys` and `values` are (num_slots,
+    num_kv_heads, dim), contiguous. Every length is at least 1. The result is (num_rows, num_heads, value_dim)."""
     num_rows, num_heads, key_dim = query.shape
     num_kv_heads, value_dim = values.shape[1:]
     group = num_heads // num_kv_heads

@@ -1,15 +1,15 @@
-"""One forward pass on a device, during which the host can do something else.
+"""One forward pass on a CUDA device, asynchronous to the host.
 
-`launch` queues a whole step on the device and returns: inputs in two copies, the pass, the draws, and one copy back.
-`collect` waits for that last copy, the only wait of a step. A step with decodes only replays a captured graph, and may
-start from the draws of the previous step, which are still on the device.
+`launch` queues a whole step on the device and returns: two copies of inputs, the pass, the draws, and one copy back.
+`collect` waits for that last copy, the only wait in a step. A step of decodes alone replays a captured graph, and may
+start from the previous step's draws, which are still on the device.
 
-The host still waits when a sequence with penalties joins (its counts are written), for structured output (a mask
-depends on the previous token), when prompts are scored, when a block is copied or wiped, and whenever a model that is
-not captured itself waits for the device.
+The host still has to wait in these cases: a sequence with penalties joins (its counts are written), there is structured
+output (a mask depends on the previous token), prompts are scored, blocks are copied or wiped, or a model that is not
+captured waits for the device by itself.
 
-The tensors of inputs keep their addresses on the device, so that a captured pass finds each step's numbers in the same
-place. Rows are first the decodes, one token each, then the prompt chunks.
+The input tensors keep their addresses on the device, so that a captured pass finds the numbers of each step in the same
+place. The rows of a pass are first the decodes, one token each, then the prompt chunks.
 """
 
 from collections.abc import Callable
@@ -28,22 +28,22 @@ from gpu_worker.engine.sampling import Drawn, split_scores, token_masks
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
 
-NUM_STAGES = 2  # the host fills one while the device may still be reading the other
+NUM_STAGES = 2  # staging buffers: the host fills one while the device may still be reading the other
 
 FROM_HOST = -1
 
 
 @dataclass(frozen=True, slots=True)
 class PassTensors:
-    """Views of two flat buffers; their addresses only depend on `num_tokens` and `num_rows`."""
+    """The inputs of a pass: views of two flat buffers, at addresses that depend only on `num_tokens` and `num_rows`."""
 
     token_ids: Tensor  # int64 (num_tokens,)
     positions: Tensor  # int64 (num_tokens,)
     slots: Tensor  # int64 (num_tokens,): where each token's key and value go
-    sources: Tensor  # int32 (num_rows,): which of the last step's draws is the row's token, or FROM_HOST
+    sources: Tensor  # int32 (num_rows,): index of the row's token among the last step's draws, or FROM_HOST
     lengths: Tensor  # int32 (num_rows,): tokens of each sequence, the new ones included
-    starts: Tensor  # int32 (num_rows + 1,): row i is the tokens starts[i]..starts[i + 1] of the pass
-    key_starts: Tensor  # int32 (num_rows + 1,): the same for all tokens of the sequences
+    starts: Tensor  # int32 (num_rows + 1,): row i consists of the pass's tokens starts[i]..starts[i + 1]
+    key_starts: Tensor  # int32 (num_rows + 1,): cumulative lengths of the sequences
     block_tables: Tensor  # int32 (num_rows, max_blocks), padded with the padding block
 
 
@@ -62,7 +62,7 @@ class FlatBuffers:
 
 
 class PassInputs:
-    """For passes of up to `max_tokens` tokens of `max_rows` sequences of `max_blocks` blocks."""
+    """The inputs of passes with up to `max_tokens` tokens of `max_rows` sequences with `max_blocks` blocks each."""
 
     def __init__(self, max_tokens: int, max_rows: int, max_blocks: int, block_size: int, device: torch.device) -> None:
         self._max_blocks = max_blocks
@@ -83,12 +83,12 @@ class PassInputs:
         self._turn = 0
 
     def tensors(self, num_tokens: int, num_rows: int) -> PassTensors:
-        """On the device."""
+        """Views of the buffers on the device."""
         return self._on_device.lay_out(num_tokens, num_rows, self._max_blocks)
 
     def load(self, rows: Rows[ScheduledRow], sources: Rows[int], *, num_padding_rows: int = 0) -> PassTensors:
-        """Start copying the inputs for `rows`, decodes first, to the device. Padding rows have one token, in the
-        padding block, and write to it."""
+        """Start copying the inputs of `rows`, which must have decodes first, to the device. Padding rows follow; each
+        has one token, which is in the padding block."""
         self._turn = (self._turn + 1) % NUM_STAGES
         self._wait_for_stage()
         num_rows = len(rows) + num_padding_rows
@@ -102,7 +102,7 @@ class PassInputs:
     def _wait_for_stage(self) -> None:
         event = self._copied[self._turn]
         if event is not None:
-            event.synchronize()  # of two steps ago: long done
+            event.synchronize()  # recorded two steps ago, so this does not actually wait
 
     def _copy(self, stage: FlatBuffers, num_wide: int, num_narrow: int) -> None:
         self._on_device.wide[:num_wide].copy_(stage.wide[:num_wide], non_blocking=True)
@@ -149,7 +149,7 @@ class PassInputs:
 
 @dataclass(frozen=True, slots=True)
 class PassLimits:
-    max_tokens: int  # of one pass
+    max_tokens: int  # per pass
     max_rows: int
     max_model_len: int
     vocab_size: int
@@ -157,18 +157,20 @@ class PassLimits:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedPass:
-    """`numbers` are the positions of the drawing rows among those that were launched, in the order of their draws."""
+    """A step queued on the device. `numbers` are the positions, among the launched rows, of those that draw, in the
+    order of their draws."""
 
     num_rows: int
     numbers: list[int]
-    scores: dict[int, tuple[Drawn, ...]]  # of the prompt's tokens, by position among the rows
+    scores: dict[int, tuple[Drawn, ...]]  # prompt scores, by position among the launched rows
     sampled: SampledStep | None = None
-    packed: Tensor | None = None  # the draws on the host, once `is_done`
+    packed: Tensor | None = None  # the draws on the host, valid once `is_done` has happened
     is_done: torch.cuda.Event | None = None
 
 
 class DeviceRunner:
-    """`runs_ahead` False makes every step wait for its predecessor's draws, to measure the difference."""
+    """Runs passes on one device. With `runs_ahead` False, every step waits for the previous step's draws; this exists
+    to measure the difference."""
 
     def __init__(
         self,
@@ -192,7 +194,7 @@ class DeviceRunner:
         max_blocks = -(-limits.max_model_len // block_size)
         self._inputs = PassInputs(limits.max_tokens, limits.max_rows, max_blocks, block_size, device)
         self._sampler = DeviceSampler(limits.vocab_size, limits.max_rows, device)
-        self._draw_by_sequence: dict[Sequence, int] = {}  # of the last launch: its place in the sampler's token_ids
+        self._draw_by_sequence: dict[Sequence, int] = {}  # index into the sampler's token_ids, for the last launch
 
     def copy_blocks(self, copies: Rows[BlockCopy]) -> None:
         if not copies:
@@ -203,12 +205,12 @@ class DeviceRunner:
             cache[destinations] = cache[sources]
 
     def wipe_blocks(self, blocks: Rows[int]) -> None:
-        """Zero blocks that may contain infinities: a kernel that masks by multiplication would spread them."""
+        """Zero blocks that may contain infinities or NaNs: a kernel that masks by multiplication would spread them."""
         for cache in self._caches():
             cache[list(blocks)] = 0
 
     def _caches(self) -> list[Tensor]:
-        """Of all layers, by block."""
+        """The keys and values of all layers, viewed by block."""
         caches = [cache for layer in self._layers for cache in (layer.keys, layer.values)]
         return [cache.view(-1, self._block_size, *cache.shape[1:]) for cache in caches]
 
@@ -253,7 +255,7 @@ class DeviceRunner:
         self._draw_by_sequence = {row.sequence: place for place, row in enumerate(drawing)}
         if not drawing:
             return LaunchedPass(len(rows), numbers, scores)
-        masks = token_masks([row.sequence for row in drawing])  # while the device is at work on the logits
+        masks = token_masks([row.sequence for row in drawing])  # while the device is computing the logits
         sampled = self._sampler.sample(logits, drawing, masks)
         packed, is_done = self._copy_home(sampled.packed)
         return LaunchedPass(len(rows), numbers, scores, sampled, packed, is_done)
@@ -275,8 +277,8 @@ class DeviceRunner:
         return self._sampler.read(launched.sampled, launched.packed.numpy())
 
     def _forward(self, rows: Rows[ScheduledRow], num_decodes: int) -> Tensor:
-        """Logits, float32, row by row: of the positions that judge the prompt, then of the last one where the row needs
-        a token; (num_kept, vocab_size). The caller may write to them."""
+        """Float32 logits, (num_kept, vocab_size): for each row in order, the positions that score its prompt, then its
+        last position if it needs a token. The caller may overwrite them."""
         sources = [self._draw_by_sequence[row.sequence] if row.is_ahead else FROM_HOST for row in rows]
         is_decoding = num_decodes == len(rows) and all(row.needs_token for row in rows)
         size = self.graphs.size_for(len(rows)) if is_decoding else None
@@ -289,12 +291,13 @@ class DeviceRunner:
         return self._mixed(tensors, rows, num_decodes)
 
     def decode_pass(self, num_rows: int) -> Callable[[], Tensor]:
-        """The pass to capture: over whatever the inputs contain when it runs, rows of any length; for now padding."""
+        """The pass to capture. It reads whatever the inputs contain when it is replayed, and supports rows of any
+        length. For the capture, the inputs are padding."""
         tensors = self._inputs.load([], [], num_padding_rows=num_rows)
         return lambda: self._decode(tensors, self._limits.max_model_len)
 
     def trial_pass(self) -> Tensor:
-        """The largest possible pass, over an empty cache: the memory that it takes must be left free."""
+        """Run the largest possible pass over an empty cache, to find out how much memory must be left free for it."""
         num_rows = self._limits.max_rows
         num_each = max(1, self._limits.max_tokens // num_rows)
         tensors = self._inputs.tensors(num_rows * num_each, num_rows)
@@ -305,7 +308,7 @@ class DeviceRunner:
         group = _group(tensors, 0, num_rows, 0, num_rows * num_each, num_each, num_each)
         ends = [span.stop - 1 for span in spans]
         scores = self._run_model(tensors, tensors.token_ids, ends, self._context(tensors, prefills=group, spans=spans))
-        return scores.log_softmax(-1).add_(scores)  # about as much as the draws need at a time
+        return scores.log_softmax(-1).add_(scores)  # needs about as much memory at a time as the draws
 
     def _decode(self, tensors: PassTensors, max_length: int) -> Tensor:
         sources = tensors.sources.long()
@@ -333,7 +336,7 @@ class DeviceRunner:
     def _run_model(
         self, tensors: PassTensors, token_ids: Tensor, ends: list[int] | None, context: DeviceContext
     ) -> Tensor:
-        """Logits, float32, at the tokens `ends`; None: at all tokens."""
+        """Float32 logits at the pass's tokens `ends`, or at all tokens if None."""
         output = self._model(
             input_ids=token_ids[None],
             position_ids=tensors.positions[None],
@@ -362,7 +365,7 @@ class DeviceRunner:
 
 
 def _needs_host(sequence: Sequence) -> bool:
-    """Whether its next draw depends on something only the host can compute: the grammar's mask."""
+    """Whether its next draw depends on something that only the host can compute, which is the mask of its grammar."""
     return sequence.job.params.structured_output is not None
 
 
@@ -384,7 +387,7 @@ def _group(
 
 
 def _kept_and_spans(rows: Rows[ScheduledRow], num_decodes: int) -> tuple[list[int], tuple[Span, ...]]:
-    """The tokens whose logits are needed, and the prompt chunks."""
+    """The positions in the pass whose logits are needed, and the prompt chunks."""
     kept: list[int] = []
     spans: list[Span] = []
     start = 0

@@ -1,11 +1,13 @@
-"""The draws of sampling.py without the host: everything stays on the device until one copy brings it back.
+"""The draws of sampling.py, computed on the device, so that one copy at the end brings all results to the host.
 
-The definition, the order and the noise are the same. But sampling.py looks at intermediate results to take a cheaper
-way; here each row's way is chosen beforehand. A row for which that was wrong is flagged in its draw, and drawn again.
+The definition, the order and the noise are the same. But where sampling.py looks at intermediate results to choose a
+cheaper method, here the method of each row is chosen beforehand. If it turns out to be insufficient for a row, the
+result is flagged and the step is drawn again with another method.
 
-A batch's sampling parameters are tensors, made whenever the batch changes. How often each token is in the output of a
-sequence with a penalty is counted on the device: the host's counts are the truth, from which a row is filled when its
-sequence first draws; then it counts along, so that a step can be launched before the host knows the previous token.
+A batch's sampling parameters are tensors that are rebuilt whenever the batch changes. For sequences with a penalty, the
+device counts how often each output token occurs. The host's counts are authoritative: a row is filled from them when
+its sequence first draws. From then on the device counts as well, so that a step can be launched before the host knows
+the previous step's tokens.
 """
 
 import math
@@ -28,6 +30,8 @@ FIRST_CAPACITY = 4
 
 
 class OutputCounts:
+    """Output token counts on the device, int32 (num_rows, vocab_size), one row per sequence with a penalty."""
+
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
@@ -36,11 +40,11 @@ class OutputCounts:
         self.is_in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
 
     def rows_of(self, sequences: Rows[Sequence]) -> list[int]:
-        """The row of each, counted up to its last committed token at least."""
+        """Each sequence's row. Its counts include at least all committed tokens."""
         return [self._row_of(sequence) for sequence in sequences]
 
     def add(self, rows: Tensor, token_ids: Tensor) -> None:
-        """`rows` and `token_ids` are int64 (num_sequences,)."""
+        """Count one more token per row. `rows` and `token_ids` are int64 (num_sequences,)."""
         ones = torch.ones_like(token_ids, dtype=torch.int32)
         self.counts.index_put_((rows, token_ids), ones, accumulate=True)
 
@@ -48,7 +52,7 @@ class OutputCounts:
         self._row_by_sequence.pop(sequence, None)
 
     def reset(self) -> None:
-        """After a failure: what was counted may never be committed."""
+        """Drop all counts after a failure, since counted tokens may never be committed."""
         self._row_by_sequence.clear()
 
     def _row_of(self, sequence: Sequence) -> int:
@@ -83,12 +87,12 @@ class OutputCounts:
         return torch.tensor(list(values), device=self._device)
 
 
-NUM_CANDIDATES = 256  # most filters keep fewer tokens; for the others the whole vocabulary is sorted
+NUM_CANDIDATES = 256  # most filters keep fewer tokens than this; otherwise the whole vocabulary is sorted
 
 
 @dataclass(frozen=True, slots=True)
 class SparseTerms:
-    """Values for single logits, each with its row and token."""
+    """Values for individual logits, each with its row and token id."""
 
     rows: Tensor  # int64 (num_terms,)
     token_ids: Tensor  # int64 (num_terms,)
@@ -98,7 +102,7 @@ class SparseTerms:
 @dataclass(frozen=True, slots=True)
 class Penalties:
     rows: Tensor  # int64 (num_penalised,)
-    repetition: Tensor  # float32 (num_penalised, 1), and so the others
+    repetition: Tensor  # float32 (num_penalised, 1), like the next two
     presence: Tensor
     frequency: Tensor
     sequences: Rows[Sequence]
@@ -106,7 +110,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class DrawGroup:
-    """Rows that draw in the same way. Tensors are (num_rows, 1) unless stated otherwise."""
+    """Rows that draw with the same method. Tensors are (num_rows, 1) unless stated otherwise."""
 
     rows: Tensor  # int64 (num_rows,)
     temperature: Tensor
@@ -120,20 +124,21 @@ class DrawGroup:
 class SamplingPlan:
     sequences: Rows[Sequence]
     bias: SparseTerms | None
-    bans: SparseTerms | None  # always -inf
-    ends: SparseTerms | None  # values: the output position from which on the token may be drawn
+    bans: SparseTerms | None  # values are always -inf
+    ends: SparseTerms | None  # values are the output positions from which the token may be drawn
     penalties: Penalties | None
-    whole: DrawGroup | None  # from the whole vocabulary
-    likely: DrawGroup | None  # among the most likely tokens, NUM_CANDIDATES of them
-    sorted: DrawGroup | None  # among those that are left after sorting the vocabulary
-    logprob_rows: Tensor | None  # int64 (num_asking,)
-    num_top_logprobs: int  # the most that any row asks for
+    whole: DrawGroup | None  # rows with at most min-p: draw from the whole vocabulary
+    likely: DrawGroup | None  # rows that filter the NUM_CANDIDATES most likely tokens
+    sorted: DrawGroup | None  # rows that sort and filter the whole vocabulary
+    logprob_rows: Tensor | None  # int64 (num_asking,): rows that ask for logprobs
+    num_top_logprobs: int  # the largest number that any row asks for
 
 
 def make_plan(
     sequences: Rows[Sequence], wide: Iterable[Sequence], vocab_size: int, device: torch.device
 ) -> SamplingPlan:
-    """`wide` are sequences whose filters have turned out to keep more than NUM_CANDIDATES tokens."""
+    """Choose each row's method and build the tensors. `wide` are sequences whose filters have turned out to keep more
+    than NUM_CANDIDATES tokens."""
     maker = _Maker(sequences, vocab_size, device)
     params = [sequence.job.params for sequence in sequences]
     drawing = [row for row, p in enumerate(params) if p.temperature != 0]
@@ -184,7 +189,7 @@ class _Maker:
         return self._to_device(torch.tensor(values, dtype=dtype))[:, None]
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        """From pinned memory, which the copy does not wait for; the allocator keeps it until the copy is done."""
+        """Copy asynchronously from pinned memory, which the allocator does not reuse until the copy is done."""
         if self._device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)
@@ -234,15 +239,16 @@ IS_FINITE, IS_COMPLETE = 1, 2
 
 @dataclass(frozen=True, slots=True)
 class SampledStep:
-    """`packed` is int32: token ids, flags, and for rows that ask for them: the token's logprob, the ids of the most
-    likely tokens, and their logprobs; floats by their bits."""
+    """A step's results on the device. `packed` is one int32 vector: token ids, flags, and for rows that ask for them
+    the token's logprob, the ids of the most likely tokens, and their logprobs. Floats are stored as their bits."""
 
     plan: SamplingPlan
     packed: Tensor
 
 
 class DeviceSampler:
-    """`token_ids` holds the last step's draws, in the order of its rows, for the next step to start from."""
+    """Draws tokens on the device. `token_ids`, int64 (max_num_seqs,), holds the last step's draws, in the order of its
+    rows, for the next step to start from."""
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
@@ -258,13 +264,13 @@ class DeviceSampler:
         self._counts.discard(sequence)
 
     def forget(self) -> None:
-        """A step failed or was dropped: rebuild the plan and the counts next time."""
+        """Call when a step has failed or was dropped: the next one rebuilds the plan and the counts."""
         self._plan = None
         self._counts.reset()
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Rows[ScheduledRow], masks: TokenMasks | None = None) -> SampledStep:
-        """`logits` is float32 (num_rows, vocab_size) and is overwritten."""
+        """Queue the draws of `rows`. `logits` is float32 (num_rows, vocab_size) and is overwritten."""
         plan = self._plan_for([row.sequence for row in rows])
         keys, positions = self._step_numbers(rows)
         is_finite = logits.amax(-1).isfinite()
@@ -287,8 +293,11 @@ class DeviceSampler:
         return SampledStep(plan, torch.cat(packed))
 
     def read(self, step: SampledStep, packed: "np.ndarray[tuple[int], np.dtype[np.int32]]") -> list[Drawn]:
-        """`packed` is the step's, on the host. Raises ValueError if a row is not a distribution, DrawAgain if rows must
-        be drawn in another way; the whole step must be repeated then."""
+        """Unpack a step's results; `packed` is its vector, copied to the host.
+
+        Raises ValueError if a row's logits are not finite or all banned, and DrawAgain if some rows need another
+        method. In both cases the whole step must be repeated.
+        """
         num_rows = len(step.plan.sequences)
         token_ids, flags = packed[:num_rows].tolist(), packed[num_rows : 2 * num_rows]
         if not (flags & IS_FINITE).all():
@@ -306,7 +315,7 @@ class DeviceSampler:
         return self._plan
 
     def _step_numbers(self, rows: Rows[ScheduledRow]) -> tuple[Tensor, Tensor]:
-        """Keys of the noise, int32 (num_rows, 2), and output positions, float32 (num_rows,)."""
+        """The rows' noise keys, int32 (num_rows, 2), and output positions, float32 (num_rows,)."""
         positions = [row.num_output_tokens for row in rows]
         keys = [noise_key(r.sequence.job.seed, r.sequence.index, p) for r, p in zip(rows, positions, strict=True)]
         numbers = torch.tensor([(*key, position) for key, position in zip(keys, positions, strict=True)]).int()
@@ -316,7 +325,7 @@ class DeviceSampler:
         return numbers[:, :2], numbers[:, 2].float()
 
     def _adjust(self, logits: Tensor, plan: SamplingPlan, positions: Tensor) -> Tensor:
-        """Bias, penalties and bans, in place. Returns for each row whether a token is left."""
+        """Apply bias, penalties and bans in place. Returns, bool (num_rows,), whether each row has a token left."""
         if plan.bias is not None:
             _add(logits, plan.bias, plan.bias.values)
         if plan.penalties is not None:
@@ -345,7 +354,8 @@ class DeviceSampler:
         logits[penalties.rows] = values
 
     def _draw(self, logits: Tensor, plan: SamplingPlan, keys: Tensor, token_ids: Tensor, is_complete: Tensor) -> None:
-        """Overwrites the tokens of rows that draw; the others keep the most likely one."""
+        """Overwrite the entries of `token_ids` for rows that draw; greedy rows keep their most likely token. Clears the
+        entries of `is_complete` whose row needs another method."""
         if plan.whole is not None:
             token_ids[plan.whole.rows] = self._draw_whole(logits[plan.whole.rows], plan.whole, keys)
         if plan.likely is not None:
@@ -385,7 +395,7 @@ def _add(logits: Tensor, terms: SparseTerms, values: Tensor) -> None:
 
 
 def _cutoffs(values: Tensor, scaled: Tensor, group: DrawGroup) -> Tensor:
-    """The least scaled logit that each row's filters keep."""
+    """The lowest scaled logit that each row's filters keep."""
     num_candidates, vocab_size = values.shape[-1], scaled.shape[-1]
     cumulative = (values.double() - scaled.logsumexp(-1, keepdim=True)).exp_().cumsum(-1)
     last = group.top_k.clamp(max=num_candidates) - 1
@@ -404,7 +414,7 @@ def _logprob_parts(logprobs: Tensor, token_ids: Tensor, num_top: int) -> list[Te
 def _read_logprobs(
     plan: SamplingPlan, packed: "np.ndarray[tuple[int], np.dtype[np.int32]]"
 ) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
-    """By row: the logprob of its token, and the most likely tokens with theirs."""
+    """By row number: the logprob of its token, and the most likely tokens with their logprobs."""
     num_tops = {row: s.job.params.logprobs or 0 for row, s in enumerate(plan.sequences) if asks_logprobs(s)}
     asking = list(num_tops)
     count, width = len(asking), plan.num_top_logprobs
