@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 import anthropic
 import httpx
@@ -41,14 +42,21 @@ class Stack:
     http: httpx.Client
     is_asking: bool = False
 
-    def answer_next(self, *texts: str, **last: Any) -> str:
-        """Run the one job that waits so that it says `texts`, the last of them with the fields `last`; its id."""
+    def newest_job_id(self) -> UUID | None:
+        with self.worker.sessions() as session:
+            return next((job.id for job in job_queries.list_jobs(session, DEFAULT_TENANT_ID, limit=1)), None)
+
+    def answer_next(self, *texts: str, after: UUID | None = None, **last: Any) -> str:
+        """Run the next job that waits, behind `after`, so that it says `texts`, the last with the fields `last`; its
+        id."""
 
         def waiting() -> Any:
             if not self.is_asking:
                 raise NothingAsked
             with self.worker.sessions() as session:
-                return job_queries.list_jobs(session, DEFAULT_TENANT_ID, status=JobStatus.QUEUED, limit=1)
+                return job_queries.list_jobs(
+                    session, DEFAULT_TENANT_ID, status=JobStatus.QUEUED, after=after, order="asc", limit=1
+                )
 
         [waiting_job] = wait_until(waiting)
         job = self.worker.claim(external_id(waiting_job.id))
@@ -62,8 +70,9 @@ class Stack:
     def saying(self, *texts: str, **last: Any) -> Iterator[None]:
         """What is asked inside is answered with `texts`."""
         self.is_asking = True
+        before = self.newest_job_id()  # one that nobody answered may still wait
         with ThreadPoolExecutor(1) as threads:
-            answered = threads.submit(self.answer_next, *texts, **last)
+            answered = threads.submit(self.answer_next, *texts, after=before, **last)
             try:
                 yield
             except BaseException:

@@ -7,9 +7,7 @@ import anthropic
 import httpx
 import pytest
 
-from domain.jobs import JobStatus
 from tests.conformance.anthropic_stack import ASKED, HI, Stack, stack
-from tests.waiting import wait_until
 
 __all__ = ["stack"]
 
@@ -237,14 +235,14 @@ def test_what_has_no_effect_is_named(stack: Stack) -> None:
 def test_a_retry_of_what_was_not_delivered_attaches(stack: Stack) -> None:
     headers = {"x-stainless-retry-count": "1", "x-stainless-read-timeout": "600", "X-On-Disconnect": "continue"}
     asked = ASKED | {"system": "a request of its own"}
-    with stack.client.messages.create(**asked, stream=True) as stream:
-        job_id = stream.response.headers["x-job-id"]
-        with stack.saying("the whole ", "text"):
-            retried = stack.http.post("/v1/messages", json=asked | {"stream": True}, headers=headers)
+    before, stack.is_asking = stack.newest_job_id(), True
+    with (
+        stack.client.messages.create(**asked, stream=True) as first,
+        stack.http.stream("POST", "/v1/messages", json=asked | {"stream": True}, headers=headers) as retried,
+    ):
+        job_id = stack.answer_next("the whole ", "text", after=before)
+        retried.read()
     assert retried.headers["x-retry-attached"] == "true"
-    assert retried.headers["x-job-id"] == job_id
-    text = "".join(
-        event["delta"].get("text", "") for event in events_of(retried) if "index" in event and "delta" in event
-    )
-    assert text == "the whole text"
-    wait_until(lambda: stack.http.get(f"/v1/jobs/{job_id}").json()["status"] == JobStatus.COMPLETED)
+    assert retried.headers["x-job-id"] == first.response.headers["x-job-id"] == job_id
+    told = [event for event in events_of(retried) if event["type"] == "content_block_delta"]
+    assert "".join(event["delta"]["text"] for event in told) == "the whole text"

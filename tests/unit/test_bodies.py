@@ -135,7 +135,11 @@ def test_any_json_is_either_a_request_or_a_client_error(value: dict[str, object]
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
-        (b'{"model":"m","messages":[%s{}]}' % (b"{}," * 300_000), "messages", "messages has 300001 items; at most 256"),
+        (
+            b'{"model":"m","messages":[%s{}]}' % (b"{}," * 300_000),
+            "messages",
+            "messages has 300001 items; at most 2048",
+        ),
         (b'{"model":"m","prompt":"a","tools":[%s{}]}' % (b"{}," * 300_000), "tools", "tools has 300001 items"),
         (
             b'{"model":"m","prompt_token_ids":[%s-1]}' % (b"-1," * 300_000),
