@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from celeriac.engines import engines
 from celeriac.keys import keys
 from celeriac.models import models
 
@@ -287,6 +288,7 @@ def jobs(status: str | None, model: str | None, limit: int, url: str | None, key
 
 
 main.add_command(models)
+main.add_command(engines)
 main.add_command(keys)
 
 # Helpers

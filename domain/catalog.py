@@ -18,6 +18,17 @@ log = logging.getLogger(__name__)
 ENTRY_FILE = "models.toml"
 
 
+class LlamaCppOptions(Frozen):
+    """How llama.cpp runs a model; llama.h explains each. Its n_ctx is kv_cache_tokens, its n_batch
+    max_num_batched_tokens."""
+
+    n_gpu_layers: int = Field(default=999, ge=0)  # on a build for GPUs; 999 are all
+    n_threads: int | None = Field(default=None, ge=1)  # default: one for each core
+    n_ubatch: int = Field(default=512, ge=16)  # tokens computed at once
+    repack: bool = False  # lay weights out for the CPU's matrix instructions, which not every virtual machine runs
+    cache_type: Literal["f32", "f16", "q8_0", "q4_0"] = "f16"  # of keys and values
+
+
 class ModelEntry(Frozen):
     """One model as models.toml names it. `path` is a local folder (relative to models.toml) or a Hugging Face
     repository id. docs/models.md explains each key."""
@@ -25,7 +36,8 @@ class ModelEntry(Frozen):
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
     path: str = Field(min_length=1)
     revision: str = "main"  # part of the job row: a resumed job never mixes two revisions
-    backend: Literal["transformers", "fake"] = "transformers"
+    backend: Literal["transformers", "llama_cpp", "fake"] = "transformers"
+    python: str | None = Field(default=None, min_length=1)  # the engine's interpreter; default: see docs/engines.md
     task: Literal["generation", "embedding"] = "generation"  # embedding: an encoder, or a decoder made for vectors
     max_model_len: int | None = Field(default=None, ge=16, le=10_000_000)  # prompt and output; default: its own
     max_num_seqs: int | None = Field(default=None, ge=1, le=1024)  # sequences in the running batch; default: by device
@@ -38,6 +50,7 @@ class ModelEntry(Frozen):
     chat_template: str | None = None  # which one, if the model has several
     special_tokens_in_content: bool = False  # also recognise them in clients' texts
     trust_remote_code: bool = False
+    llama_cpp: LlamaCppOptions = LlamaCppOptions()
     fake: dict[str, float | int | str | bool] = Field(default_factory=dict)  # options of the fake back end
 
     @property
@@ -242,7 +255,7 @@ def _read(path: Path) -> _Content:
             reason_by_id[model_id] = f"{path.name} names {model_id} more than once; give each model an id of its own"
             continue
         try:
-            entry_by_id[model_id] = _with_absolute_path(ModelEntry.model_validate(table), path.parent)
+            entry_by_id[model_id] = _with_absolute_paths(ModelEntry.model_validate(table), path.parent)
         except ValidationError as exc:
             reason_by_id[model_id] = f"{path.name}: {_in_words(exc)}"
     return _Content(ids[0], entry_by_id, reason_by_id)
@@ -273,6 +286,9 @@ def _keeping_what_was_good(new: _Content, old: _Content) -> _Content:
     return _Content(new.default_id, {**new.entry_by_id, **kept}, reasons)
 
 
-def _with_absolute_path(entry: ModelEntry, base: Path) -> ModelEntry:
+def _with_absolute_paths(entry: ModelEntry, base: Path) -> ModelEntry:
     place = base / Path(entry.path).expanduser()
-    return entry.model_copy(update={"path": str(place.resolve())}) if place.exists() else entry
+    paths = {"path": str(place.resolve())} if place.exists() else {}
+    if entry.python is not None:
+        paths["python"] = str(base.absolute() / Path(entry.python).expanduser())  # a link tells which environment it is
+    return entry.model_copy(update=paths)

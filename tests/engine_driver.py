@@ -11,14 +11,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from domain.catalog import ModelSpec
 from gpu_worker.engine.backends.transformers import BLOCK_SIZE, _sequential, build_engine
 from gpu_worker.engine.cpu.attention import BlockCache
-from gpu_worker.engine.cpu.draws import keyed_noise, noise_key
+from gpu_worker.engine.cpu.draws import noise_key
 from gpu_worker.engine.cpu.runner import PagedRunner
+from gpu_worker.engine.cuda.noise import keyed_noise
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.kv_cache import BlockPool
-from gpu_worker.engine.runner import ModelRunner, SequentialRunner
+from gpu_worker.engine.runner import ModelRunner
 from gpu_worker.engine.sampling import max_num_scored_tokens
 from gpu_worker.engine.scheduler import Scheduler
 from gpu_worker.engine.sequence import Sequence as EngineSequence
+from gpu_worker.engine.sequential import SequentialRunner
 from gpu_worker.engine_process.frames import AddJob, JobFailed, StepDone
 from tests.engine_parts import byte_tokenizer
 

@@ -210,7 +210,7 @@ class Oracle:
         self._model.set_attn_implementation("eager")
         logits = self._model(input_ids=torch.tensor([sequence.token_ids])).logits[:, -1].clone()
         self._model.set_attn_implementation("celeriac")
-        sample(logits, [sequence])  # leaves bias, penalties and bans in place
+        sample(logits.numpy(), [sequence])  # leaves bias, penalties and bans in place
         temperature = sequence.job.params.temperature
         scores: Tensor = logits[0]
         if not temperature:

@@ -7,6 +7,7 @@ files alone, before any job is accepted for it.
 import ast
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from domain.catalog import ModelEntry
+from local.engine_environments import missing_interpreter
 
 #: How an embedding model pools many vectors into one, as in sentence-transformers.
 POOLING_FILES = ("modules.json", "1_Pooling/config.json")
@@ -49,8 +51,7 @@ def model_folder(entry: ModelEntry) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        kind = "a GGUF file, which is not supported" if path.suffix == ".gguf" else "a file"
-        raise ValueError(f"path {entry.path!r} is {kind}; name the folder of a model with safetensors")
+        raise ValueError(f"path {entry.path!r} is a file; name the folder that holds it and the model's tokenizer.json")
     if path.is_absolute() or entry.path[0] in ".~" or entry.path.count("/") > 1:
         raise ValueError(
             f"path {entry.path!r} is not a folder on this machine; correct it, or give the id of a model on the hub"
@@ -283,8 +284,12 @@ def refuse_unservable(entry: ModelEntry, folder: Path, config: Mapping[str, Any]
             f"{entry.path} holds a LoRA adapter, which cannot be served by itself; merge it into its base model with "
             "merge_and_unload(), and save that"
         )
-    if not config and (any(folder.glob("*.gguf")) or "gguf" in entry.path.lower()):
-        raise ValueError(f"{entry.path} holds GGUF files, which are not supported; name a folder with safetensors")
+    if entry.python is not None and not os.access(entry.python, os.X_OK):
+        raise ValueError(missing_interpreter(entry.python))
+    if entry.backend == "llama_cpp":
+        gguf_file(folder)
+    elif not config and (any(folder.glob("*.gguf")) or "gguf" in entry.path.lower()):
+        raise ValueError(f'{entry.path} holds GGUF files; set backend = "llama_cpp", or name a folder with safetensors')
     missing = [name for name in ("tokenizer.json", "config.json") if not (folder / name).is_file()]
     if is_whole and not has_weights and entry.backend == "transformers":
         missing.append("*.safetensors")
@@ -292,6 +297,16 @@ def refuse_unservable(entry: ModelEntry, folder: Path, config: Mapping[str, Any]
         raise ValueError(f"{entry.path} has no {' and no '.join(missing)}; {_remedy(folder, missing)}")
     if entry.backend == "transformers":
         _refuse_configuration(entry, config)
+
+
+def gguf_file(folder: Path) -> Path:
+    """The weights of a model for llama.cpp; of a file in parts the first one. Raises ValueError unless there is one."""
+    files = sorted(folder.glob("*.gguf"))
+    whole = [file for file in files if "-of-" not in file.stem or "-00001-of-" in file.stem]
+    if len(whole) != 1:
+        names = ", ".join(file.name for file in whole) or "none"
+        raise ValueError(f"backend llama_cpp needs one GGUF file in {folder}, which has {names}; leave or add one")
+    return whole[0]
 
 
 def _remedy(folder: Path, missing: list[str]) -> str:

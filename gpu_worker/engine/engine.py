@@ -8,14 +8,12 @@ commits one step.
 """
 
 import logging
-import os
 import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from domain.errors import EngineError, OutOfMemory
@@ -63,7 +61,7 @@ class Engine:
         self._ahead: LaunchedStep | None = None  # the step after the last committed one, if it is launched already
         self._num_jobs = self._num_steps = self._num_generation_tokens = self._num_prompt_tokens = 0
         self._step_seconds = 0.0
-        self._memory_bytes = _memory_bytes()
+        self._memory_bytes = runner.memory_bytes()
 
     @property
     def has_work(self) -> bool:
@@ -108,7 +106,7 @@ class Engine:
             self._commit(row, token, result)
         self._num_steps += 1
         if self._num_steps % STEPS_PER_MEMORY_READING == 0:
-            self._memory_bytes = _memory_bytes()
+            self._memory_bytes = self._runner.memory_bytes()
         self._step_seconds = time.perf_counter() - started
         return StepDone(outputs=self._outputs(result), failures=result.failures, stats=self.stats())
 
@@ -150,8 +148,8 @@ class Engine:
             launched = self._runner.launch(rows) if step is None else step.launched
             self._ahead = self._launch_ahead(rows, record)
             drawn = list(zip(rows, self._runner.collect(launched), strict=True))
-        except torch.AcceleratorError:
-            raise  # the CUDA context is lost, and with it every sequence: the process must end
+        except self._runner.fatal_errors:
+            raise  # the device's context is lost, and with it every sequence: the process must end
         except Exception as exc:
             self._ahead = None  # it may depend on the step that failed
             return self._run_again(rows, exc, result)
@@ -167,7 +165,7 @@ class Engine:
         record(_members([*rows, *ahead]))
         try:
             return LaunchedStep(ahead, self._runner.launch(ahead))
-        except torch.AcceleratorError:
+        except self._runner.fatal_errors:
             raise
         except Exception as exc:
             log.warning("could not launch the next step ahead", extra={"num_rows": len(ahead), "error": repr(exc)})
@@ -184,7 +182,7 @@ class Engine:
         if isinstance(exc, GrammarFailed):
             self._fail(exc.job, exc, result)
             return self._run_part(rows, result)
-        if isinstance(exc, torch.OutOfMemoryError):
+        if isinstance(exc, self._runner.memory_errors):
             return self._run_less(rows, exc, result)
         if len(rows) == 1:
             self._fail(rows[0].sequence.job, exc, result)
@@ -199,7 +197,7 @@ class Engine:
             return []
         try:
             return list(zip(rows, self._runner.collect(self._runner.launch(rows)), strict=True))
-        except torch.AcceleratorError:
+        except self._runner.fatal_errors:
             raise
         except Exception as exc:
             return self._run_again(rows, exc, result)
@@ -280,7 +278,7 @@ class Engine:
             self._leave(sequence)
             result.token_ids.pop(sequence, None)
         self._runner.wipe_blocks(suspect_blocks)
-        is_memory = isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(exc)
+        is_memory = isinstance(exc, (*self._runner.memory_errors, MemoryError)) or "can't allocate memory" in str(exc)
         code = OutOfMemory.code if is_memory else EngineError.code
         # The exception's text goes only to the log: clients should not see the paths or shapes that it may contain.
         reason = exc.message if isinstance(exc, GrammarFailed) else type(exc).__name__
@@ -339,16 +337,8 @@ def _members(rows: Rows[ScheduledRow]) -> list[StepMember]:
     """One member per job; a job with any prompt chunk in the step counts as prefill."""
     phase_by_job: dict[EngineJob, bool] = {}
     for row in rows:
-        job = row.sequence.job
-        phase_by_job[job] = phase_by_job.get(job, False) or row.num_new_tokens > 1
+        job, is_prompt = row.sequence.job, row.start < row.sequence.num_prompt_tokens
+        phase_by_job[job] = phase_by_job.get(job, False) or is_prompt or row.num_new_tokens > 1
     return [
         StepMember(job.id, job.attempt, "prefill" if is_long else "decode") for job, is_long in phase_by_job.items()
     ]
-
-
-def _memory_bytes() -> int:
-    """GPU memory allocated by torch if there is a GPU, else the resident memory of this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.memory_allocated())
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Protocol
 
 from gpu_worker.engine.sequence import Sequence
 
@@ -18,6 +19,33 @@ PADDING_BLOCK = 0
 class BlockCopy:
     source: int
     destination: int
+
+
+class CachePool(Protocol):
+    """Which part of a cache belongs to which sequence: what the scheduler and the engine ask of it. BlockPool explains
+    each method."""
+
+    use_prefix_cache: bool
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def usage(self) -> float: ...
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> bool: ...
+
+    def grow_all(self, sequences: Iterable[Sequence], *, num_more_tokens: int) -> bool: ...
+
+    def admit(self, sequence: Sequence, *, num_spare: int) -> bool: ...
+
+    def fork(self, parent: Sequence, child: Sequence, *, num_spare: int) -> tuple[BlockCopy, ...] | None: ...
+
+    def free(self, sequence: Sequence) -> None: ...
+
+    def publish(self, sequence: Sequence) -> None: ...
+
+    def forget(self, sequence: Sequence) -> list[int]: ...
 
 
 class BlockPool:
@@ -34,6 +62,11 @@ class BlockPool:
         )  # least recently used first; a dict, so that a block can be removed from the middle
         self._hash_by_block: dict[int, bytes] = {}
         self._block_by_hash: dict[bytes, int] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """How many have room, all sequences together."""
+        return (self.num_blocks - 1) * self.block_size
 
     @property
     def num_free(self) -> int:

@@ -1,19 +1,13 @@
 """Loads a model's weights and tokenizer, from a folder or a hub id, and finds its limits.
 
-Only safetensors are loaded, and code that comes with a model runs only with trust_remote_code. This file also holds
-facts about model families that their configurations do not reliably state, and finds out how much memory is available:
-as Linux reports it, or else all physical memory.
+Only safetensors are loaded, and code that comes with a model runs only with trust_remote_code.
 """
 
 import logging
-import mmap
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -27,131 +21,6 @@ from observability import describe_exception
 from text.model_files import POSITIONS_BEHIND_PADDING
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Facts about a family of models.
-
-    `turn_ends` are the tokens that end a turn in its chat format. Many checkpoints list only the end-of-text token in
-    their configuration, so that the model would go on and write the user's next message.
-    """
-
-    turn_ends: tuple[str, ...] = ()
-    pooling: Literal["mean", "cls", "last"] = "last"  # for embeddings, unless the model's files specify it
-
-
-ENCODER = Family(pooling="mean")
-
-CHAT_ML = Family(turn_ends=("<|im_end|>",))
-
-#: By the `model_type` of the configuration. A family that is not listed needs no special treatment.
-FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(
-        ("albert", "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"),
-        ENCODER,
-    ),
-    "cohere2": Family(turn_ends=("<|END_OF_TURN_TOKEN|>",)),
-    "gemma2": Family(turn_ends=("<end_of_turn>",)),
-    "gemma3_text": Family(turn_ends=("<end_of_turn>",)),
-    "gpt_oss": Family(turn_ends=("<|return|>", "<|call|>")),
-    "llama": Family(turn_ends=("<|eot_id|>", "<|eom_id|>", "<|im_end|>")),
-    "mixtral": CHAT_ML,
-    "olmo2": CHAT_ML,
-    "phi3": Family(turn_ends=("<|end|>", "<|im_end|>")),
-    "qwen2": CHAT_ML,
-    "qwen3": CHAT_ML,
-    "qwen3_moe": CHAT_ML,
-    "smollm3": CHAT_ML,
-}
-
-
-def turn_end_token_ids(model_type: str, tokenizer: Tokenizer) -> frozenset[int]:
-    """The family's turn ends that are special tokens of this tokenizer; one that it treats as ordinary text is left
-    out."""
-    special = {
-        token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
-    }
-    turn_ends = FAMILIES.get(model_type, Family()).turn_ends
-    return frozenset(special[content] for content in turn_ends if content in special)
-
-
-@dataclass(frozen=True, slots=True)
-class GroupFiles:
-    """The names that one version of control groups gives to its files, and to a line of its `memory.stat`."""
-
-    limit: str
-    usage: str
-    reclaimable: str
-
-
-GROUP_FILES_BY_VERSION = {
-    2: GroupFiles("memory.max", "memory.current", "inactive_file"),
-    1: GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
-
-
-def available_bytes(root: Path = Path("/")) -> int:
-    """Memory available to this process: the host's, or what is left in any of our control groups if that is less.
-
-    In both cases, file pages that the kernel can reclaim count as available
-    (https://docs.kernel.org/filesystems/proc.html, MemAvailable; https://docs.kernel.org/admin-guide/cgroup-v2.html).
-    `root` is the directory that holds `proc` and `sys`.
-    """
-    return max(0, min([_of_host(root), *_left_by_groups(root)]))
-
-
-def anonymous_bytes(root: Path = Path("/")) -> int:
-    """Resident memory of this process that is not backed by a file; 0 if the kernel does not report it."""
-    return _kibibytes(root / "proc/self/status").get("RssAnon", 0)
-
-
-def lazy_zeros(num_bytes: int) -> mmap.mmap:
-    """Anonymous memory, which the kernel zeroes page by page when it is first touched."""
-    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def _of_host(root: Path) -> int:
-    available = _kibibytes(root / "proc/meminfo").get("MemAvailable")
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if available is None else available
-
-
-def _left_by_groups(root: Path) -> Iterator[int]:
-    for folder, files in _groups(root):
-        with suppress(OSError, ValueError):  # no memory controller here, or the limit is "max"
-            limit = int((folder / files.limit).read_text())
-            usage = int((folder / files.usage).read_text())
-            stat = (folder / "memory.stat").read_text().splitlines()
-            reclaimable = next((int(line.split()[1]) for line in stat if line.startswith(f"{files.reclaimable} ")), 0)
-            yield limit - usage + reclaimable
-
-
-def _groups(root: Path) -> Iterator[tuple[Path, GroupFiles]]:
-    """The folders of our control group and of its ancestors. Inside a container, our group may appear as the root of
-    the hierarchy although its path is the one that the host knows."""
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            version = 2 if number == "0" else 1
-            if version == 1 and "memory" not in controllers.split(","):
-                continue
-            mount = root / "sys/fs/cgroup" / ("" if version == 2 else "memory")
-            own = mount / path.lstrip("/")
-            for folder in (own, *own.parents):
-                yield folder, GROUP_FILES_BY_VERSION[version]
-                if folder == mount:
-                    break
-
-
-def _kibibytes(path: Path) -> Mapping[str, int]:
-    """The lines `name: number kB` of a file in /proc, in bytes."""
-    sizes: dict[str, int] = {}
-    with suppress(OSError):
-        for line in path.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if value.endswith(" kB"):
-                sizes[name] = int(value.removesuffix(" kB")) * 1024
-    return sizes
 
 
 # The first call compiles a thousand patterns for all families, which takes a third of the time needed to load a small

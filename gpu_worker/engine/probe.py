@@ -21,7 +21,7 @@ from gpu_worker.engine.cpu.attention import (
 )
 from gpu_worker.engine.cpu.runner import FusedLlama, can_fuse
 from gpu_worker.engine.cuda.attention import LayerCache
-from gpu_worker.engine.loading import lazy_zeros
+from gpu_worker.engine.host_memory import lazy_zeros
 
 log = logging.getLogger(__name__)
 

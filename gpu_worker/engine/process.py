@@ -1,11 +1,10 @@
 """Main of the engine process: a loop around a back end that takes command frames and sends report frames.
 
-gpu_worker/engine_process/template.py starts a template process as `python -m gpu_worker.engine.process`; every engine
-is forked from it. One thread does the work. A second one only counts heartbeats in shared memory, so that the
-supervisor can tell a slow step from a hung process.
+gpu_worker/engine_process/template.py starts a template as `python -m gpu_worker.engine.child`, in the environment that
+the model's entry names; every engine is a fork of it. Only the back end may need more than a few light packages. One
+thread does the work; another only counts beats, so that the supervisor can tell a slow step from a hung process.
 """
 
-import argparse
 import contextlib
 import logging
 import os
@@ -15,12 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
+from typing import Literal
 
 import msgspec
 
 from domain.catalog import ModelSpec
 from domain.errors import CeleriacError, EngineError
 from gpu_worker.engine.backends import Backend, StepMember, import_backend
+from gpu_worker.engine.child import missing_package
 from gpu_worker.engine_process.frames import (
     AbortJob,
     AddJob,
@@ -41,7 +42,6 @@ from gpu_worker.engine_process.frames import (
 from gpu_worker.engine_process.signs_of_life import RECORDER_BYTES, FlightRecorder, Pulse, RecordedJob, start_beating
 from gpu_worker.engine_process.template import fork_engines
 from observability import configure_logging
-from settings import get_settings
 
 log = logging.getLogger(__name__)
 
@@ -172,24 +172,26 @@ def volunteer_for_the_oom_killer() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="gpu_worker.engine.process")
-    parser.add_argument("--spec", required=True, help="a ModelSpec as JSON")
-    parser.add_argument("--control-fd", type=int, required=True)
-    parser.add_argument("--heartbeat-seconds", type=float, required=True)
-    arguments = parser.parse_args()
+def run_template(
+    spec_json: str,
+    control: socket.socket,
+    *,
+    heartbeat_seconds: float,
+    log_level: str,
+    log_format: Literal["json", "text"],
+) -> None:
+    """In the template: import the back end, fork engines. In each engine: run it to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C drains the worker, which then ends its engine
-    settings = get_settings()
-    configure_logging(settings.log_level, settings.log_format)
-    spec = ModelSpec.model_validate_json(arguments.spec)
-    # Without this, passes of varying sizes would fragment the GPU's memory. torch reads it when CUDA starts.
+    configure_logging(log_level, log_format)
+    spec = ModelSpec.model_validate_json(spec_json)
+    # Read when CUDA starts: otherwise passes of varying sizes would fragment the memory.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     make_backend = _import_without_cuda(spec)
-    socket_fd, recorder_fd = fork_engines(socket.socket(fileno=arguments.control_fd))
+    socket_fd, recorder_fd = fork_engines(control)
     volunteer_for_the_oom_killer()
     recorder = FlightRecorder(recorder_fd)
     pulse = Pulse(recorder_fd, offset=RECORDER_BYTES)
-    start_beating(pulse, heartbeat_seconds=arguments.heartbeat_seconds)
+    start_beating(pulse, heartbeat_seconds=heartbeat_seconds)
     frame_socket = FrameSocket(socket.socket(fileno=socket_fd))
     try:
         backend = make_backend(spec)
@@ -205,7 +207,7 @@ def main() -> None:
             frame_socket,
             recorder,
             pulse,
-            heartbeat_seconds=arguments.heartbeat_seconds,
+            heartbeat_seconds=heartbeat_seconds,
         ).run()
     except PeerClosed:
         log.warning("the worker is gone; the engine exits as well")
@@ -239,6 +241,8 @@ def _send_last(frame_socket: FrameSocket, report: Report) -> None:
 
 def _describe(exc: Exception) -> str:
     """The error in one line of limited length. Its type is included unless it is an error that users can fix."""
+    if isinstance(exc, ImportError):
+        return missing_package(exc)
     text = " ".join(str(exc).split())[:MAX_REASON_CHARS]
     return text if text and isinstance(exc, CeleriacError | OSError | ValueError) else f"{type(exc).__name__}: {text}"
 
@@ -253,7 +257,3 @@ def _ready(spec: ModelSpec, backend: Backend) -> Ready:
         num_cache_tokens=backend.loaded.num_cache_tokens,
         pid=os.getpid(),
     )
-
-
-if __name__ == "__main__":
-    main()

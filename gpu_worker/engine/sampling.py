@@ -8,18 +8,21 @@ noise is a hash of (seed, sequence index, output position, token id); see cpu/dr
 on the other sequences in the batch, on preemptions, or on how often the job was resumed. The last bits of the logits do
 depend on the batch's shape, but they change a token no more often than they change the distribution itself.
 
-The score of a prompt token is its logprob given the tokens before it: the logits at one position score the token at the
-next. The scheduler limits how many positions are scored in a step, since each needs a row of logits over the whole
-vocabulary.
+The score of a prompt is the logprob of each of its tokens given those before it: the logits of one position score the
+token at the next. The scheduler limits how many positions are scored in a step, since each needs a row of logits over
+over the whole vocabulary.
+
+Free of torch, since every engine on a CPU samples here, those in environments of their own, too. On a GPU
+cuda/sampler.py draws, and scoring.py scores.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from domain.errors import EngineError
 from gpu_worker.engine.cpu.draws import draw
@@ -43,29 +46,18 @@ class TokenMasks:
     rows: list[int]
     words: NDArray[np.int32]  # (len(rows), num_words), BITS tokens per word, lowest bit first
 
-    def apply(self, logits: Tensor) -> None:
-        """Set the logits of all other tokens to -inf, in place."""
-        banned = self._banned(logits)
+    def apply(self, logits: NDArray[np.float32]) -> None:
+        """Ban all other tokens, in place."""
+        allowed = unpacked(self.words)[:, : logits.shape[1]].view(np.bool_)
+        num_tokens = allowed.shape[1]
         for number, row in enumerate(self.rows):
-            logits[row, : banned.shape[1]].masked_fill_(banned[number], -torch.inf)
-            logits[row, banned.shape[1] :] = -torch.inf
-
-    def _banned(self, logits: Tensor) -> Tensor:
-        """Bool (num_rows, num_tokens) on the logits' device. Masks travel to a GPU packed and are unpacked there."""
-        num_tokens = min(logits.shape[1], self.words.shape[1] * BITS)
-        bits = bits_on_cpu(self.words) if logits.device.type == "cpu" else bits_on_device(self.words, logits.device)
-        return bits[:, :num_tokens] == 0
+            logits[row, :num_tokens][~allowed[number]] = -np.inf
+            logits[row, num_tokens:] = -np.inf
 
 
-def bits_on_cpu(words: NDArray[np.int32]) -> Tensor:
-    """Unpack masks to zeros and ones, uint8 (num_rows, num_tokens). numpy has a fast routine for this."""
-    return torch.from_numpy(np.unpackbits(words.view(np.uint8), axis=1, bitorder="little"))
-
-
-def bits_on_device(words: NDArray[np.int32], device: torch.device) -> Tensor:
-    """Like `bits_on_cpu`, but int32 and unpacked on the device."""
-    shifts = torch.arange(BITS, dtype=torch.int32, device=device)
-    return ((torch.from_numpy(words).to(device)[:, :, None] >> shifts) & 1).flatten(1)
+def unpacked(words: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """Ones and zeros, (num_rows, num_tokens)."""
+    return np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
 
 
 def token_masks(sequences: Rows[Sequence]) -> TokenMasks | None:
@@ -106,29 +98,27 @@ class Drawn:
     prompt_scores: "tuple[Drawn, ...]" = ()  # for the row's prompt tokens from its second on, if the job asks
 
 
-def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Drawn]:
+def sample(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[Drawn]:
     """Draw one token per row.
 
-    `logits` is float32 (num_sequences, vocab_size). On a CPU it is overwritten; from another device it is copied.
-    Raises GrammarFailed, or ValueError if the logits of some row are not finite or all banned; the caller finds that
-    row by retrying with fewer rows.
+    `logits` is (num_sequences, vocab_size) and is overwritten. Raises GrammarFailed, or ValueError if a row is not a
+    distribution; the caller finds out which one by trying fewer rows.
     """
-    masks = token_masks(sequences)  # first, because a GPU may still be computing the logits
-    logits = logits.cpu()
-    if not _is_finite(logits.numpy()):
+    masks = token_masks(sequences)
+    if not _is_finite(logits):
         raise ValueError("the model's logits are not finite")
     num_top_by_row = {
         row: s.job.params.logprobs or 0
         for row, s in enumerate(sequences)
         if s.job.params.logprobs is not None or s.job.params.best_of is not None
     }
-    raw_logprobs = {row: logits[row].log_softmax(-1) for row in num_top_by_row}
+    raw_logprobs = {row: log_softmax(logits[row]) for row in num_top_by_row}
     for row, sequence in enumerate(sequences):
         if _is_adjusted(sequence):
             _adjust(logits[row], sequence)
     if masks is not None:
         masks.apply(logits)
-    token_ids = _draw(logits.numpy(), sequences)
+    token_ids = _draw(logits, sequences)
     return [
         _with_logprobs(raw_logprobs[row], token_id, num_top_by_row[row]) if row in raw_logprobs else Drawn(token_id)
         for row, token_id in enumerate(token_ids)
@@ -136,14 +126,29 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Drawn]:
 
 
 def _is_finite(logits: NDArray[np.float32]) -> bool:
-    """Look only at each row's argmax, which is a NaN if the row has one: numpy's argmax is faster than torch's
-    isfinite."""
+    """By each row's argmax, which points at a NaN if there is one, and is faster than looking at all."""
     return bool(np.isfinite(logits[range(len(logits)), logits.argmax(-1)]).all())
 
 
-def _with_logprobs(logprobs: Tensor, token_id: int, num_top: int) -> Drawn:
-    values, ids = logprobs.topk(min(num_top, logprobs.shape[0]))
-    return Drawn(token_id, logprobs[token_id].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the last axis."""
+    logprobs: NDArray[np.float32] = logits - logits.max(-1, keepdims=True)
+    logprobs -= np.log(np.exp(logprobs).sum(-1, keepdims=True))
+    return logprobs
+
+
+def _with_logprobs(logprobs: NDArray[np.float32], token_id: int, num_top: int) -> Drawn:
+    return Drawn(token_id, float(logprobs[token_id]), _top(logprobs, num_top))
+
+
+def _top(logprobs: NDArray[np.float32], num_top: int) -> tuple[tuple[int, float], ...]:
+    """The most likely tokens of one row; of equal ones those with the lower ids come first."""
+    if not num_top:
+        return ()
+    least = np.partition(logprobs, -num_top)[-num_top] if num_top < len(logprobs) else -np.inf
+    ids = np.flatnonzero(logprobs >= least)
+    ids = ids[np.argsort(-logprobs[ids], kind="stable")][:num_top]
+    return tuple(zip(ids.tolist(), logprobs[ids].tolist(), strict=True))
 
 
 def _is_adjusted(sequence: Sequence) -> bool:
@@ -158,24 +163,24 @@ def _is_adjusted(sequence: Sequence) -> bool:
     )
 
 
-def _adjust(row: Tensor, sequence: Sequence) -> None:
-    """Apply bias, penalties and bans to one row of logits, in place."""
+def _adjust(row: NDArray[np.float32], sequence: Sequence) -> None:
+    """Bias, penalties and bans of one row, in place."""
     params = sequence.job.params
     if params.logit_bias:
-        row[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()))
+        row[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), np.float32)
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(list(sequence.job.penalised_prompt_ids | sequence.output_counts.keys()))
-        values = row[seen]
-        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        seen = list(sequence.job.penalised_prompt_ids | sequence.output_counts.keys())
+        values, penalty = row[seen], np.float32(params.repetition_penalty)
+        row[seen] = np.where(values > 0, values / penalty, values * penalty)
     counts = sequence.output_counts
     if counts and (params.presence_penalty or params.frequency_penalty):
-        amounts = torch.tensor(list(counts.values()), dtype=row.dtype)
-        row[list(counts)] -= params.presence_penalty + params.frequency_penalty * amounts
+        amounts = np.array(list(counts.values()), np.float32)
+        row[list(counts)] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * amounts
     if not sequence.may_end:
-        row[[token_id for token_id in sequence.job.end_token_ids if token_id < row.shape[0]]] = -torch.inf
+        row[[token_id for token_id in sequence.job.end_token_ids if token_id < len(row)]] = -np.inf
     if params.bad_token_ids:
-        row[list(params.bad_token_ids)] = -torch.inf
-        if bool(torch.isneginf(row.amax())):
+        row[list(params.bad_token_ids)] = -np.inf
+        if np.isneginf(row.max()):
             raise ValueError("every token is banned")
 
 
@@ -201,11 +206,17 @@ def max_num_scored_tokens(vocab_size: int) -> int:
     return max(1, MAX_NUMBERS // vocab_size)
 
 
-def split_scores(logits: Tensor, rows: Rows[ScheduledRow]) -> tuple[list[tuple[Drawn, ...]], Tensor]:
-    """Separate the rows' prompt scores from the logits of the rows that draw, (num_drawing, vocab_size).
+#: Scores tokens by the logits before them, which are (num_tokens, vocab_size); with as many of the most likely ones.
+ScoreTokens = Callable[[Any, list[int], int], list[Drawn]]
 
-    `logits` is (num_kept, vocab_size): for each row in order, the positions that score its prompt, then the position
-    that predicts its next token, if it needs one.
+
+def split_scores(
+    logits: Any, rows: Rows[ScheduledRow], score_tokens: ScoreTokens
+) -> tuple[list[tuple[Drawn, ...]], Any]:
+    """The scores of each row, and the logits of the rows that draw: (num_drawing, vocab_size).
+
+    `logits` holds, row by row, the positions that judge the prompt, then the one that gives the next token. It is an
+    array of numpy or a tensor, and so is the result.
     """
     if not any(row.num_scored_tokens for row in rows):
         return [()] * len(rows), logits
@@ -213,7 +224,7 @@ def split_scores(logits: Tensor, rows: Rows[ScheduledRow]) -> tuple[list[tuple[D
     drawing: list[int] = []
     place = 0
     for row in rows:
-        scores.append(score_row(logits[place : place + row.num_scored_tokens], row))
+        scores.append(score_row(logits[place : place + row.num_scored_tokens], row, score_tokens))
         place += row.num_scored_tokens
         if row.needs_token:
             drawing.append(place)
@@ -221,8 +232,8 @@ def split_scores(logits: Tensor, rows: Rows[ScheduledRow]) -> tuple[list[tuple[D
     return scores, logits[drawing]
 
 
-def score_row(logits: Tensor, row: ScheduledRow) -> tuple[Drawn, ...]:
-    """One Drawn per scored prompt token. `logits` is (num_scored_tokens, vocab_size), at the row's first positions."""
+def score_row(logits: Any, row: ScheduledRow, score_tokens: ScoreTokens) -> tuple[Drawn, ...]:
+    """`logits` is (num_scored_tokens, vocab_size), of the row's first positions."""
     first = row.start + 1
     token_ids = row.sequence.token_ids[first : first + row.num_scored_tokens]
     num_top = row.sequence.job.params.prompt_logprobs or 0
@@ -230,15 +241,25 @@ def score_row(logits: Tensor, row: ScheduledRow) -> tuple[Drawn, ...]:
     return tuple(
         score
         for start in range(0, len(token_ids), size)
-        for score in _score_tokens(logits[start : start + size], token_ids[start : start + size], num_top)
+        for score in score_tokens(logits[start : start + size], token_ids[start : start + size], num_top)
     )
 
 
-def _score_tokens(logits: Tensor, token_ids: list[int], num_top: int) -> list[Drawn]:
-    logprobs = logits.float().log_softmax(-1).clamp_(min=LEAST_LOGPROB)
-    if not bool(torch.isfinite(logprobs).all()):
+def score_tokens(logits: NDArray[np.float32], token_ids: list[int], num_top: int) -> list[Drawn]:
+    logprobs = np.maximum(log_softmax(logits), np.float32(LEAST_LOGPROB))
+    if not np.isfinite(logprobs).all():
         raise ValueError("the model's logits are not finite")
-    given = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None]).squeeze(1).tolist()
-    values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]))
-    tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
-    return [Drawn(token_id, logprob, top) for token_id, logprob, top in zip(token_ids, given, tops, strict=True)]
+    return [_with_logprobs(row, token_id, num_top) for row, token_id in zip(logprobs, token_ids, strict=True)]
+
+
+def results_of(
+    rows: Rows[ScheduledRow], scores: Rows[tuple[Drawn, ...]], logits: NDArray[np.float32]
+) -> list[Drawn | None]:
+    """Draw for the rows that need a token; `logits` are theirs, (num_drawing, vocab_size)."""
+    drawing = [row.sequence for row in rows if row.needs_token]
+    drawn = iter(sample(logits, drawing) if drawing else ())
+    results = [next(drawn) if row.needs_token else None for row in rows]
+    return [
+        replace(result or Drawn(None), prompt_scores=scored) if scored else result
+        for result, scored in zip(results, scores, strict=True)
+    ]

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from domain.errors import ContextLengthExceeded, InvalidRequest
 from domain.requests import SamplingParams
 from gpu_worker.engine.detokenizer import TextStream
-from gpu_worker.engine.kv_cache import BlockCopy, BlockPool
+from gpu_worker.engine.kv_cache import BlockCopy, CachePool
 from gpu_worker.engine.sequence import EngineJob, Grammars, Sequence
 from gpu_worker.engine_process.frames import AddJob
 
@@ -103,7 +103,7 @@ class Scheduler:
 
     def __init__(
         self,
-        pool: BlockPool,
+        pool: CachePool,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,

@@ -167,8 +167,15 @@ class EngineProcess:
             self.ready is not None,
             last_step,
             self.killed_because,
-            self.why_not_loaded,
+            self.why_not_loaded or self._why_never_forked(exit_code),
         )
+
+    def _why_never_forked(self, exit_code: int) -> str | None:
+        """An interpreter that ends by itself before there is an engine would do so again."""
+        if self._template.engine_pid is not None or self.was_killed_by_us or exit_code == -signal.SIGKILL:
+            return None
+        how = f"exit code {exit_code}" if exit_code >= 0 else signal.Signals(-exit_code).name
+        return f"the engine's interpreter ended during its imports, by {how}; its last lines in the log say why"
 
     def _note_closed(self) -> None:
         self.closed_at = self.closed_at or monotonic()
@@ -234,8 +241,9 @@ class Supervisor:
         if not self._has_ended(self._engine, now):
             return None
         engine, self._engine = self._engine, None
-        self._is_loadable = engine.why_not_loaded is None
-        return engine.end()
+        exit_ = engine.end()
+        self._is_loadable = exit_.why_not_loaded is None
+        return exit_
 
     def plan_restart(self, num_crashes_before: int) -> None:
         """Schedule the next engine: immediately after a single crash, with growing delays after repeated ones."""

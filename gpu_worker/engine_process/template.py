@@ -18,8 +18,9 @@ import subprocess
 import sys
 
 from domain.catalog import ModelSpec
+from local.engine_environments import engine_python
 from local.lifetime import end_with_parent, ending_with_us
-from settings import PREFIX, ROOT
+from settings import PREFIX, ROOT, get_settings
 
 _MESSAGE = struct.Struct(">i")
 
@@ -40,9 +41,13 @@ class EngineTemplate:
     def __init__(self, spec: ModelSpec, *, heartbeat_seconds: float) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "gpu_worker.engine.process", "--spec", spec.model_dump_json()]
-            command += ["--control-fd", str(theirs.fileno())]
+            settings = get_settings()
+            python = engine_python(spec.python, spec.backend, settings.data_dir)
+            # What cannot be run is reported by our own interpreter.
+            command = [python if os.access(python, os.X_OK) else sys.executable, "-m", "gpu_worker.engine.child"]
+            command += ["--spec", spec.model_dump_json(), "--python", python, "--control-fd", str(theirs.fileno())]
             command += ["--heartbeat-seconds", str(heartbeat_seconds)]
+            command += ["--log-level", settings.log_level, "--log-format", settings.log_format]
             self._process = subprocess.Popen(
                 ending_with_us(command),
                 cwd=ROOT,

@@ -160,7 +160,7 @@ class Part:
         """Of a worker's engine process, the child of its template."""
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.pid).children():
-                if "gpu_worker.engine.process" in child.cmdline():
+                if "gpu_worker.engine.child" in child.cmdline():
                     return next((engine.pid for engine in child.children()), None)
         return None
 

@@ -1,24 +1,37 @@
 """What every engine back end promises, held against each of them: gpu_worker/engine/backends/__init__.py."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from domain.catalog import ModelSpec
-from domain.errors import ContextLengthExceeded
+from domain.catalog import LlamaCppOptions, ModelSpec
+from domain.errors import CeleriacError, ContextLengthExceeded
 from domain.requests import TokenLogprob
 from gpu_worker.engine.backends import Backend, StepMember, import_backend
-from gpu_worker.engine_process.frames import AddJob, SequenceOutput, StepDone
+from gpu_worker.engine_process.frames import AddJob, EmbedJob, SequenceOutput, StepDone
 from settings import ROOT
+from tests import llama_cpp_model
 
 PROMPT = [40, 41, 42]
 NUM_SLOTS = 4
 MAX_MODEL_LEN = 128
 
+LLAMA_CPP = ModelSpec(
+    id="celeriac-mini",
+    path="made by the fixture",
+    backend="llama_cpp",
+    max_model_len=MAX_MODEL_LEN,
+    max_num_seqs=NUM_SLOTS,
+    llama_cpp=LlamaCppOptions(n_threads=1, cache_type="f32"),
+)
+
 SPECS = {
+    "llama_cpp": LLAMA_CPP,
     "fake": ModelSpec(
         id="fake",
         path="none",
@@ -37,9 +50,17 @@ SPECS = {
 }
 
 
+@pytest.fixture(scope="module")
+def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    llama_cpp_model.make_importable()
+    return llama_cpp_model.write_mini(tmp_path_factory.mktemp("gguf"))
+
+
 @pytest.fixture(scope="module", params=SPECS)
 def loaded_backend(request: pytest.FixtureRequest) -> Backend:
     spec = SPECS[request.param]
+    if request.param == "llama_cpp":
+        spec = spec.model_copy(update={"path": str(request.getfixturevalue("gguf_folder"))})
     backend = import_backend(spec)(spec)
     if request.param == "transformers":
         torch.set_num_threads(1)  # tests run beside each other
@@ -273,3 +294,65 @@ def test_the_members_of_a_step_are_recorded_before_it_speaks(backend: Backend) -
             phases.setdefault(member.job_id, []).append(member.phase)
     assert all(seen[0] == "prefill" and seen[-1] == "decode" for seen in phases.values())
     assert len(phases) == NUM_SLOTS + 2
+
+
+def test_structured_output_is_followed_whatever_the_model_would_say(
+    backend: Backend, request: pytest.FixtureRequest
+) -> None:
+    if is_fake(request):
+        pytest.skip("the fake back end follows no grammar")
+    output = {"regex": "(red|green) [0-9]{3}"}
+    spoken = run(backend, [make_add(structured_output=output, temperature=1.0), make_add("free")])
+    assert re.fullmatch("(red|green) [0-9]{3}", spoken["job", 0].text)
+    assert spoken["job", 0].finish_reasons == ["stop"]
+    assert spoken["free", 0] == run(backend, [make_add("free")])["free", 0]
+
+
+def test_a_prompt_is_scored_token_by_token(backend: Backend) -> None:
+    backend.add(make_add(prompt=[40, 41, 42, 43, 44], prompt_logprobs=2))
+    scores: list[dict[str, object] | None] = []
+    while backend.has_work:
+        for output in step(backend).outputs:
+            scores += output.prompt_logprobs or []
+    assert scores[0] is None
+    assert [score["token_id"] for score in scores[1:] if score] == [41, 42, 43, 44]
+
+
+def test_a_common_beginning_is_not_computed_twice(backend: Backend, request: pytest.FixtureRequest) -> None:
+    if is_fake(request):
+        pytest.skip("the fake back end has no cache")
+    beginning = list(range(100, 150))
+    cold = run(backend, [make_add(prompt=[*beginning, 1], cache_salt="tenant")])
+    num_hits = backend.stats().num_prefix_cache_hits
+    warm = run(backend, [make_add(prompt=[*beginning, 1], cache_salt="tenant", attempt=2)])
+    assert warm == cold
+    assert backend.stats().num_prefix_cache_hits >= num_hits + 48
+    num_hits = backend.stats().num_prefix_cache_hits
+    run(backend, [make_add(prompt=[*beginning, 1], cache_salt="another tenant")])
+    assert backend.stats().num_prefix_cache_hits == num_hits
+
+
+def test_embeddings_are_made_or_refused_by_name(backend: Backend, request: pytest.FixtureRequest) -> None:
+    command = EmbedJob("vectors", 1, [[40, 41]], None, 0)
+    if "llama_cpp" not in request.node.callspec.params.values():
+        backend.embed(command)
+        while backend.has_work:
+            step(backend)
+        return
+    with pytest.raises(CeleriacError, match="backend llama_cpp makes no embeddings"):
+        backend.embed(command)
+    assert not backend.has_work
+
+
+def test_llama_cpp_says_what_transformers_says_with_the_same_weights(gguf_folder: Path) -> None:
+    spec = LLAMA_CPP.model_copy(update={"path": str(gguf_folder)})
+    texts = [
+        run(import_backend(spec)(spec), [make_add(max_tokens=60), make_add("drawn", temperature=0.8, seed=3)])
+        for spec in (spec, SPECS["transformers"])
+    ]
+    assert texts[0]["job", 0] == texts[1]["job", 0]
+    assert texts[0]["drawn", 0] == texts[1]["drawn", 0]
+
+
+def is_fake(request: pytest.FixtureRequest) -> bool:
+    return "fake" in request.node.callspec.params.values()

@@ -16,7 +16,7 @@ from gpu_worker.engine.backends.transformers import TransformersBackend, build_e
 from gpu_worker.engine.cpu.runner import FusedLlama
 from gpu_worker.engine.loading import eos_token_ids, load_model
 from gpu_worker.engine.probe import NotPageable
-from gpu_worker.engine.runner import SequentialRunner
+from gpu_worker.engine.sequential import SequentialRunner
 from settings import ROOT
 from tests.engine_driver import (
     CPU,

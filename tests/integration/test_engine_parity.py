@@ -32,7 +32,7 @@ from transformers import (
 
 from gpu_worker.engine.cpu.runner import PagedRunner
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.runner import SequentialRunner
+from gpu_worker.engine.sequential import SequentialRunner
 from gpu_worker.engine_process.frames import AddJob
 from tests.engine_driver import (
     EOS_TOKEN_ID,

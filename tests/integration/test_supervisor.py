@@ -263,7 +263,8 @@ def test_an_import_that_fails_is_told_like_a_load(
     crank = make_crank()
     crank.supervisor = Supervisor(ModelSpec(id="any", path="none", max_model_len=64), heartbeat_seconds=5.0)
     crank.turn_until(lambda: crank.exits, "the load has failed")
-    assert crank.exits[0].why_not_loaded == "ImportError: this torch is broken"
+    assert crank.exits[0].why_not_loaded is not None
+    assert "cannot import: this torch is broken" in crank.exits[0].why_not_loaded
 
 
 def test_a_restart_on_purpose_is_no_crash(make_crank: MakeCrank) -> None:
@@ -320,15 +321,6 @@ def test_a_template_that_cannot_tell_of_its_engines_end_is_replaced(
     os.kill(engine_pid, signal.SIGKILL)
     crank.turn_until(lambda: crank.exits, "the engine is given up")
     assert crank.template_of(crank.turn_until_ready()) != template
-
-
-def test_a_template_that_cannot_start_is_a_crash_that_says_why(
-    make_crank: MakeCrank, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CELERIAC_LOG_LEVEL", "nonsense")
-    crank = make_crank()
-    crank.turn_until(lambda: crank.exits, "the start has failed")
-    assert (crank.exits[0].exit_code, crank.exits[0].was_ready) == (1, False)
 
 
 def test_stopping_leaves_nobody_behind(make_crank: MakeCrank) -> None:

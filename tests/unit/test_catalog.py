@@ -215,7 +215,7 @@ def test_what_cannot_be_served_is_called_by_its_name(
 def test_a_gguf_file_is_called_by_its_name(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="is a GGUF file, which is not supported"):
+    with pytest.raises(ValueError, match="name the folder that holds it"):
         load_model_view(make_spec(file))
 
 

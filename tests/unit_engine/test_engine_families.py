@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import AddedToken
 
-from gpu_worker.engine.loading import FAMILIES, turn_end_token_ids
+from gpu_worker.engine.families import FAMILIES, turn_end_token_ids
 from tests.engine_parts import byte_tokenizer
 
 

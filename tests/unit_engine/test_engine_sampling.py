@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from gpu_worker.engine.sampling import sample
+from gpu_worker.engine import torch_runner
+from gpu_worker.engine.cpu.draws import noise_key
+from gpu_worker.engine.cpu.draws import noise_of as noise_of_single_tokens
+from gpu_worker.engine.cuda.noise import keyed_noise
+from gpu_worker.engine.sampling import sample, score_tokens
 from gpu_worker.engine.sequence import Sequence
 from tests.engine_driver import gumbel_noise
 from tests.engine_parts import extend, make_sequence
@@ -33,7 +38,7 @@ def at_position(position: int, **changes: Any) -> Sequence:
 
 
 def draw(logits: Tensor, *sequences: Sequence) -> list[int]:
-    return [drawn.token_id for drawn in sample(logits.clone(), sequences) if drawn.token_id is not None]
+    return [drawn.token_id for drawn in sample(logits.clone().numpy(), sequences) if drawn.token_id is not None]
 
 
 def frequencies(logits: Tensor, **params: Any) -> Counter[int]:
@@ -131,7 +136,7 @@ def test_noise_for_few_tokens_draws_what_noise_for_all_would(
     logits[0, 1 : 1 + num_banned] = -math.inf
     row = row if vocab_size > 1 else row | {"repetition_penalty": 1.0}  # the prompt's token 1 must exist
     sequence = make_sequence([1], **row)
-    (drawn,) = sample(logits, [sequence])
+    (drawn,) = sample(logits.numpy(), [sequence])
     scores = defined_scores(logits, sequence)
     assert drawn.token_id == scores.argmax()
 
@@ -216,7 +221,7 @@ def test_repetition_penalty_is_that_of_transformers_over_prompt_and_output() -> 
     sequence = make_sequence(seen[:2], repetition_penalty=1.5)
     extend(sequence, seen[2:])
     adjusted = logits.clone()
-    sample(adjusted, [sequence])
+    sample(adjusted.numpy(), [sequence])
     assert torch.allclose(adjusted, expected)
 
 
@@ -224,7 +229,7 @@ def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
     logits = torch.zeros(1, 8)
     sequence = make_sequence([1, 1, 2], presence_penalty=0.5, frequency_penalty=0.25)
     extend(sequence, [2, 3, 3])
-    sample(logits, [sequence])
+    sample(logits.numpy(), [sequence])
     assert logits[0].tolist() == [0, 0, -0.75, -1.0, 0, 0, 0, 0]
 
 
@@ -250,7 +255,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     logits = random_logits(2)
     expected = logits[0].log_softmax(-1)
     params = {"temperature": 0.7, "top_k": 2, "logit_bias": {4: 30.0}, "logprobs": 3}
-    drawn, plain = sample(logits.clone(), [make_sequence([1], **params), make_sequence([1])])
+    drawn, plain = sample(logits.clone().numpy(), [make_sequence([1], **params), make_sequence([1])])
     assert drawn.token_id == 4
     assert drawn.logprob == pytest.approx(expected[4].item())
     assert [token_id for token_id, _ in drawn.top] == expected.topk(3).indices.tolist()
@@ -259,7 +264,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
 
 
 def test_zero_alternatives_still_give_the_tokens_own_logprob() -> None:
-    (drawn,) = sample(random_logits(), [make_sequence([1], logprobs=0)])
+    (drawn,) = sample(random_logits().numpy(), [make_sequence([1], logprobs=0)])
     assert drawn.logprob is not None
     assert drawn.top == ()
 
@@ -269,4 +274,24 @@ def test_logits_that_are_no_distribution_are_refused(poison: float) -> None:
     logits = random_logits(2)
     logits[1, 3] = poison
     with pytest.raises(ValueError, match="not finite"):
-        sample(logits, [make_sequence([1]), make_sequence([1])])
+        sample(logits.numpy(), [make_sequence([1]), make_sequence([1])])
+
+
+def test_the_noise_of_single_tokens_is_that_of_all() -> None:
+    keys = [noise_key(seed, 1, 2) for seed in range(20)]
+    ids = np.arange(5000, dtype=np.int64)
+    for first, second in keys:
+        halves = (np.full(len(ids), half, np.int32).view(np.uint32) for half in (first, second))
+        on_device = keyed_noise(torch.from_numpy(ids.astype(np.int32))[None], torch.tensor([[first, second]]).int())[0]
+        np.testing.assert_allclose(noise_of_single_tokens(ids, *halves), on_device.numpy(), rtol=1e-6, atol=1e-6)
+
+
+@given(seed=st.integers(0, 1000), num_top=st.integers(0, 30))
+def test_prompts_are_scored_the_same_with_and_without_torch(seed: int, num_top: int) -> None:
+    logits = random_logits(6, seed=seed)
+    token_ids = list(range(6))
+    plain = score_tokens(logits.numpy(), token_ids, min(num_top, VOCAB_SIZE))
+    for ours, theirs in zip(plain, torch_runner.score_tokens(logits, token_ids, num_top), strict=True):
+        assert ours.token_id == theirs.token_id
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+        assert [token_id for token_id, _ in ours.top] == [token_id for token_id, _ in theirs.top]

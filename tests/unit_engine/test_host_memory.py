@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpu_worker.engine.backends import transformers
-from gpu_worker.engine.loading import anonymous_bytes, available_bytes
+from gpu_worker.engine.host_memory import anonymous_bytes, available_bytes
 from gpu_worker.engine.probe import LayerShape
 from tests.engine_driver import CPU, make_engine, tiny_model
 
@@ -84,8 +84,7 @@ def on_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def num_cache_tokens(**changes: int | None) -> int:
-    pool = make_engine(tiny_model(), **changes).scheduler.pool
-    return (pool.num_blocks - 1) * pool.block_size
+    return make_engine(tiny_model(), **changes).scheduler.pool.num_tokens
 
 
 def test_a_cpus_cache_takes_a_quarter_of_what_is_left_and_says_so(

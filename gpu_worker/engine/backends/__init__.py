@@ -76,6 +76,7 @@ class Backend(Protocol):
 CLASS_BY_BACKEND: dict[str, tuple[str, str]] = {
     "encoder": ("gpu_worker.engine.backends.encoder", "EncoderBackend"),
     "fake": ("gpu_worker.engine.backends.fake", "FakeBackend"),
+    "llama_cpp": ("gpu_worker.engine.backends.llama_cpp", "LlamaCppBackend"),
     "transformers": ("gpu_worker.engine.backends.transformers", "TransformersBackend"),
 }
 

@@ -21,7 +21,8 @@ from gpu_worker.engine.backends import LoadedModel, RecordStep
 from gpu_worker.engine.cpu.attention import ATTENTION_NAME, AttentionContext, BlockCache, PrefillSpan, group_by_length
 from gpu_worker.engine.cuda.attention import ATTENTION_NAME as DEVICE_ATTENTION_NAME
 from gpu_worker.engine.embedding_queue import Embed, EmbeddingQueue
-from gpu_worker.engine.loading import FAMILIES, Family, check_length, choose_device, load_model, set_threads, vocab_size
+from gpu_worker.engine.families import FAMILIES, Family
+from gpu_worker.engine.loading import check_length, choose_device, load_model, set_threads, vocab_size
 from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, StepDone
 from text.model_files import model_folder
 

@@ -17,10 +17,10 @@ from gpu_worker.engine.backends.encoder import make_embedding_queue
 from gpu_worker.engine.cpu.runner import PagedRunner
 from gpu_worker.engine.cuda.backend import build_device_runner
 from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.families import turn_end_token_ids
+from gpu_worker.engine.host_memory import anonymous_bytes, available_bytes
 from gpu_worker.engine.kv_cache import BlockPool
 from gpu_worker.engine.loading import (
-    anonymous_bytes,
-    available_bytes,
     check_length,
     choose_device,
     eos_token_ids,
@@ -28,13 +28,13 @@ from gpu_worker.engine.loading import (
     load_tokenizer,
     set_threads,
     store_weights_by_column,
-    turn_end_token_ids,
     vocab_size,
 )
 from gpu_worker.engine.probe import LayerShape, NotPageable, fuse, probe_layers
-from gpu_worker.engine.runner import ModelRunner, SequentialRunner
+from gpu_worker.engine.runner import ModelRunner
 from gpu_worker.engine.sampling import max_num_scored_tokens
 from gpu_worker.engine.scheduler import ModelLimits, Scheduler
+from gpu_worker.engine.sequential import SequentialRunner
 from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, StepDone
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ class TransformersBackend:
         set_threads(model)
         self._engine = build_engine(spec, model, tokenizer, device)
         self._embeddings = make_embedding_queue(spec, model, device)
-        pool = self._engine.scheduler.pool
-        self._loaded = LoadedModel(device=str(device), num_cache_tokens=(pool.num_blocks - 1) * pool.block_size)
+        self._loaded = LoadedModel(device=str(device), num_cache_tokens=self._engine.scheduler.pool.num_tokens)
 
     @property
     def loaded(self) -> LoadedModel:

@@ -1,5 +1,7 @@
 """Draws on a CPU: exactly the tokens that sampling.py defines, without computing noise for the whole vocabulary.
 
+Free of torch, since engines in environments of their own draw by it, too; cuda/noise.py has the same noise for a GPU.
+
 A token's noise is a hash of (seed, sequence index, output position, token id), so a draw does not depend on the other
 sequences in the batch, on preemptions, or on how often the job was resumed. The hash is Chris Wellons' integer hash
 "lowbias32", keyed in two places (https://github.com/skeeto/hash-prospector). Its lower 31 bits are mapped to standard
@@ -22,9 +24,7 @@ from hashlib import blake2b
 from math import ceil, log, sqrt
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from domain.requests import SamplingParams
 from gpu_worker.engine.sequence import Sequence
@@ -42,43 +42,28 @@ def noise_key(seed: int, index: int, position: int) -> tuple[int, int]:
     return first, second
 
 
-def keyed_noise(token_ids: Tensor, keys: Tensor) -> Tensor:
-    """Gumbel noise, float32 (num_draws, num_tokens). `token_ids` is int32 (num_draws or 1, num_tokens); `keys` is int32
-    (num_draws, 2) and holds the noise_key of each draw."""
-    first, second = keys.T[:, :, None]
-    return _gumbel(_mix(token_ids, first, second))
-
-
 def noise_of(
     token_ids: NDArray[np.int64], first: NDArray[np.uint32], second: NDArray[np.uint32]
 ) -> NDArray[np.float32]:
-    """Like `keyed_noise`, for single tokens that each have their own key. All arrays are (num_tokens,)."""
+    """Of single tokens, each with its own key; all arrays are (num_tokens,)."""
     bits = token_ids.astype(np.uint32)
     bits *= np.uint32(FACTORS[0])
     bits += first
     _mix_but_last(bits, second, np.empty_like(bits))
     bits ^= bits >> np.uint32(16)
-    noise: NDArray[np.float32] = _gumbel(torch.from_numpy(bits.view(np.int32))).numpy()
+    return _gumbel(bits)
+
+
+def _gumbel(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """The logarithms are taken in double precision, so that no library's float32 shows in a draw."""
+    uniform = ((bits & np.uint32(0x7FFFFFFF)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-31)
+    with np.errstate(divide="ignore"):  # the largest values round to 1, whose noise is minus infinity
+        noise: NDArray[np.float32] = -np.log(-np.log1p(-uniform.astype(np.float64))).astype(np.float32)
     return noise
 
 
-def _gumbel(bits: Tensor) -> Tensor:
-    bits = bits.bitwise_and_(0x7FFFFFFF)
-    return bits.float().add_(0.5).mul_(-(2.0**-31)).log1p_().neg_().log_().neg_()
-
-
-def _mix(token_ids: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """lowbias32 in wrapping int32 arithmetic; the masks undo the sign extension of its right shifts."""
-    scatter, mix, mix_again = (factor - 2**32 if factor >= 2**31 else factor for factor in FACTORS)
-    bits = (token_ids * scatter).add(first)
-    bits = bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(mix)
-    bits = bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).bitwise_xor_(second).mul_(mix_again)
-    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
-
-
 def _mix_but_last(bits: NDArray[np.uint32], second: NDArray[np.uint32], shifted: NDArray[np.uint32]) -> None:
-    """`_mix` in place and in uint32, from its first shift on and without its last. `shifted` is a buffer of the same
-    size."""
+    """The hash from its first shift on, without the last one, in place; `shifted` is a buffer of the same size."""
     np.bitwise_xor(bits, np.right_shift(bits, 16, out=shifted), out=bits)
     np.multiply(bits, np.uint32(FACTORS[1]), out=bits)
     np.bitwise_xor(bits, np.right_shift(bits, 15, out=shifted), out=bits)
@@ -285,10 +270,10 @@ def _masses(
         is_above = mass > bounds[part, None]
         mass -= greatest[part, None]
         mass *= scales[part, None]
-        tensor = torch.from_numpy(mass).exp_()  # torch computes exp and the sum faster than numpy
-        masses[start : start + num_at_once] = tensor.sum(-1).numpy()
+        np.exp(mass, out=mass)
+        masses[start : start + num_at_once] = mass.sum(-1)
         mass *= is_above
-        masses_above[start : start + num_at_once] = tensor.sum(-1).numpy()
+        masses_above[start : start + num_at_once] = mass.sum(-1)
     return masses, masses_above
 
 

@@ -25,10 +25,10 @@ from gpu_worker.engine.cpu.attention import (
     attend,
 )
 from gpu_worker.engine.kv_cache import BlockCopy
-from gpu_worker.engine.runner import AtOnce, results_of
-from gpu_worker.engine.sampling import Drawn, split_scores
+from gpu_worker.engine.sampling import Drawn, results_of, split_scores
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.torch_runner import TorchAtOnce, score_tokens
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
 
@@ -189,7 +189,7 @@ def _cat_by_column(modules: Rows[Any]) -> Tensor:
     return torch.cat([module.weight.t() for module in modules], 1).t()
 
 
-class PagedRunner(AtOnce):
+class PagedRunner(TorchAtOnce):
     def __init__(self, model: Any, layers: list[BlockCache]) -> None:
         self._model = model
         self._layers = layers
@@ -220,8 +220,8 @@ class PagedRunner(AtOnce):
         decodes.sort(key=lambda number: rows[number].sequence.num_computed_tokens, reverse=True)
         prefills = [number for number, row in enumerate(rows) if row.num_new_tokens > 1]
         ordered = [rows[number] for number in decodes + prefills]
-        scores, logits = split_scores(self._forward(ordered, len(decodes)), ordered)
-        results = dict(zip(decodes + prefills, results_of(ordered, scores, logits), strict=True))
+        scores, logits = split_scores(self._forward(ordered, len(decodes)), ordered, score_tokens)
+        results = dict(zip(decodes + prefills, results_of(ordered, scores, logits.numpy()), strict=True))
         return [results[number] for number in range(len(rows))]
 
     def _forward(self, rows: Rows[ScheduledRow], num_decodes: int) -> Tensor:

@@ -27,6 +27,7 @@ from gpu_worker.engine.kv_cache import PADDING_BLOCK, BlockCopy
 from gpu_worker.engine.sampling import Drawn, split_scores, token_masks
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.torch_runner import TorchErrors, score_tokens
 
 NUM_STAGES = 2  # staging buffers: the host fills one while the device may still be reading the other
 
@@ -168,7 +169,7 @@ class LaunchedPass:
     is_done: torch.cuda.Event | None = None
 
 
-class DeviceRunner:
+class DeviceRunner(TorchErrors):
     """Runs passes on one device. With `runs_ahead` False, every step waits for the previous step's draws; this exists
     to measure the difference."""
 
@@ -218,10 +219,6 @@ class DeviceRunner:
         self._sampler.discard(sequence)
         self._draw_by_sequence.pop(sequence, None)
 
-    def free_memory(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def can_run_ahead(self, rows: Rows[ScheduledRow]) -> bool:
         return self._runs_ahead and not any(_needs_host(row.sequence) for row in rows)
 
@@ -249,7 +246,7 @@ class DeviceRunner:
         prefills = [number for number, row in enumerate(rows) if row.num_new_tokens > 1]
         numbers = [number for number in decodes + prefills if rows[number].needs_token]
         ordered = [rows[number] for number in decodes + prefills]
-        all_scores, logits = split_scores(self._forward(ordered, len(decodes)), ordered)
+        all_scores, logits = split_scores(self._forward(ordered, len(decodes)), ordered, score_tokens)
         scores = {number: row for number, row in zip(decodes + prefills, all_scores, strict=True) if row}
         drawing = [rows[number] for number in numbers]
         self._draw_by_sequence = {row.sequence: place for place, row in enumerate(drawing)}

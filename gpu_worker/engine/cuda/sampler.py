@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from domain.requests import SamplingParams
-from gpu_worker.engine.cpu.draws import LEAST_TEMPERATURE, keyed_noise, noise_key
+from gpu_worker.engine.cpu.draws import LEAST_TEMPERATURE, noise_key
+from gpu_worker.engine.cuda.masks import apply_masks
+from gpu_worker.engine.cuda.noise import keyed_noise
 from gpu_worker.engine.runner import DrawAgain
 from gpu_worker.engine.sampling import Drawn, TokenMasks
 from gpu_worker.engine.scheduler import ScheduledRow
@@ -278,7 +280,7 @@ class DeviceSampler:
         raw_logprobs = None if asking is None else logits[asking].log_softmax(-1)
         is_finite &= self._adjust(logits, plan, positions)
         if masks is not None:
-            masks.apply(logits)
+            apply_masks(masks, logits)
         token_ids = logits.argmax(-1)
         is_complete = torch.ones_like(is_finite)
         self._draw(logits, plan, keys, token_ids, is_complete)

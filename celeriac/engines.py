@@ -1,0 +1,42 @@
+"""`celeriac engines`: the environments that engines may have of their own."""
+
+import subprocess
+
+import click
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def engines(ctx: click.Context) -> None:
+    """List the engines that can have an environment of their own, or install one."""
+    if ctx.invoked_subcommand is not None:
+        return
+    from local.engine_environments import installed, recipes
+    from local.lock import settings_here
+
+    data_dir = settings_here().data_dir
+    for recipe in recipes().values():
+        found = installed(recipe, data_dir)
+        state = "not installed" if found is None else f"{recipe.package} {found.version}, devices: {found.devices}"
+        click.echo(f"{recipe.backend}: {recipe.title}; {state}")
+
+
+@engines.command()
+@click.argument("name")
+def install(name: str) -> None:
+    """Make the environment of an engine under the data directory, or make it anew with this release's versions."""
+    from local.engine_environments import install as make
+    from local.engine_environments import recipes
+    from local.lock import settings_here
+
+    recipe = recipes().get(name)
+    if recipe is None:
+        raise click.ClickException(f"no engine is called {name[:100]!r}; choose one of: {', '.join(recipes())}")
+    click.echo(f"Installing {recipe.package} {recipe.version}; compiling it can take some minutes.")
+    try:
+        python = make(recipe, settings_here().data_dir)
+    except subprocess.CalledProcessError as exc:
+        raise click.ClickException(
+            f"{recipe.backend} could not be installed, see above; what was there before is unchanged"
+        ) from exc
+    click.echo(f'Done: entries with backend = "{recipe.backend}" use {python}.')
