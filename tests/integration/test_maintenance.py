@@ -23,11 +23,14 @@ from tests.integration.maintenance_harness import RunningMaintenance, maintainin
 from tests.integration.test_janitor import AN_HOUR_AGO, client, is_sent, status_of
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["client", "events"]
 
 MakeJob = Callable[..., Job]
 Servers = tuple[Path, str, str]
 FAULTY = "tests.integration.faulty_maintenance"
+SILENCE_SECONDS = 1.0  # of processes in a hurry
 
 
 @pytest.fixture
@@ -98,7 +101,9 @@ def test_redis_may_stall_again_and_again(
 
 @pytest.fixture
 def watching_api(database_url: str, redis_url: str) -> Any:
-    with ApiServer(Settings(database_url=database_url, redis_url=redis_url, maintenance_silence_seconds=3)) as api:
+    with ApiServer(
+        Settings(database_url=database_url, redis_url=redis_url, maintenance_silence_seconds=SILENCE_SECONDS)
+    ) as api:
         yield api
 
 
@@ -112,14 +117,15 @@ def test_a_process_that_is_frozen_or_killed_is_missed_unless_another_ticks(
     servers: Servers, watching_api: ApiServer
 ) -> None:
     wait_until(lambda: upkeep_of(watching_api) == "silent", "that none ever ticked is seen")
-    with maintaining(*servers) as running:
+    in_a_hurry = (FAULTY, "none")
+    with maintaining(*servers, program=in_a_hurry) as running:
         running.wait_until_ready()
         wait_until(lambda: upkeep_of(watching_api) == "ok", "it is seen to tick")
         running.send(signal.SIGSTOP)
         wait_until(lambda: upkeep_of(watching_api) == "silent", "that it is frozen is seen")
         finding = 'celeriac_maintenance_findings{label="janitor",name="silent_clocks"} 1.0'
         wait_until(lambda: finding in httpx.get(f"{watching_api.url}/metrics", timeout=10).text, "it is a finding")
-        with maintaining(*servers) as other:
+        with maintaining(*servers, program=in_a_hurry) as other:
             other.wait_until_ready()
             wait_until(lambda: upkeep_of(watching_api) == "ok", "another one does its work")
         wait_until(lambda: upkeep_of(watching_api) == "silent", "that the other was killed is seen")
@@ -139,14 +145,14 @@ def test_a_process_that_is_frozen_or_killed_is_missed_unless_another_ticks(
 def test_a_clock_that_does_not_tick_is_seen_and_stops_no_other(
     servers: Servers, watching_api: ApiServer, client: redis.Redis, make_job: MakeJob, fault: str, clock: str
 ) -> None:
-    with maintaining(*servers, program=(FAULTY, fault), maintenance_silence_seconds=3) as running:
+    with maintaining(*servers, program=(FAULTY, fault), maintenance_silence_seconds=SILENCE_SECONDS) as running:
         running.wait_until_ready()
 
         def answer_of_api() -> dict[str, Any]:
             answer: dict[str, Any] = httpx.get(f"{watching_api.url}/health", timeout=10).json()
             return answer
 
-        wait_until(lambda: silent_clocks(running, beyond_seconds=3) == {clock}, "it alone is silent")
+        wait_until(lambda: silent_clocks(running, beyond_seconds=SILENCE_SECONDS) == {clock}, "it alone is silent")
         wait_until(lambda: running.health()[0] == 503, "its own health check fails")
         job = make_job()
         wait_until(partial(is_sent, client, job), "the job is sent")
