@@ -1,4 +1,4 @@
-"""The lock that makes `celeriac up` one per data folder, and the note in it that tells other commands its URLs."""
+"""The lock that allows one `celeriac up` per data folder, and the note in it that tells other commands its URLs."""
 
 import fcntl
 import json
@@ -13,7 +13,7 @@ from settings import FOUND, PREFIX, Settings, find_running, get_settings, note_i
 
 
 class AlreadyUp(ExpectedError):
-    """Another `celeriac up` holds the folder."""
+    """Another `celeriac up` is using the folder."""
 
 
 class UnusableFolder(ExpectedError):
@@ -21,14 +21,15 @@ class UnusableFolder(ExpectedError):
 
 
 class FileLock:
-    """One holder per file. The lock is the kernel's (flock), so one that a killed process left behind is free."""
+    """A lock on a file. The kernel keeps it (flock), so it is released when its holder ends, however that happens."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file: IO[str] | None = None
 
     def take(self) -> bool:
-        """Whether it is ours now. Tries for a moment: `find_running` of another command holds it while it looks."""
+        """Try to take the lock; False if another process holds it. Retries for a moment, since other commands hold it
+        briefly in `find_running`."""
         if self.file is not None:
             return True
         file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+")  # noqa: SIM115  (held until release)

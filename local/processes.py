@@ -1,4 +1,4 @@
-"""Child processes: started, watched, restarted, stopped in order. None outlives us (local/lifetime.py)."""
+"""Child processes: starts, watches, restarts them, and stops them in order. None outlives us (local/lifetime.py)."""
 
 import json
 import os
@@ -18,25 +18,25 @@ from local.lifetime import ending_with_us
 MAX_LOG_BYTES = 50_000_000
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
-MENDING_SECONDS = 300.0  # before a process is started again that said that a restart is of no use
-STEADY_SECONDS = 60.0  # a process that lived this long is restarted as if for the first time
+MENDING_SECONDS = 300.0  # the pause after an exit code which means that a restart would not help
+STEADY_SECONDS = 60.0  # after living this long, a process is restarted as if it had not failed before
 MAX_DEATHS_AT_START = 3
-ABORT_SECONDS = 5.0  # what a process gets to end at once, before SIGKILL
+ABORT_SECONDS = 5.0  # how long a process may take to abort before it gets SIGKILL
 
-#: The one thread that starts processes: they end with the thread that started them, and this one ends with us.
+#: The one thread that starts processes: a process ends with the thread that started it, and this thread ends with us.
 _STARTER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="process-starter")
 
 
 class ProcessFailed(Exception):
-    """A process does not start; the message carries the end of its log."""
+    """A process does not start; the message includes the end of its log."""
 
 
 @dataclass(eq=False)
 class ChildProcess:
-    """A process of ours in a session of its own, whose output goes to a log. Any thread may start it.
+    """A child process in a session of its own, whose output goes to a log. Any thread may start it.
 
-    At every start `prepare` is called, then `command` and `environment`: a port may be taken by then. `is_ready` is
-    asked while it runs.
+    `prepare`, `command` and `environment` are called, in this order, at every start, since a port may have been taken
+    in the meantime. `is_ready` is called only while the process is running.
     """
 
     title: str
@@ -46,24 +46,25 @@ class ChildProcess:
     environment: Callable[[], Mapping[str, str]] = lambda: os.environ
     prepare: Callable[[], None] = lambda: None
     is_ready: Callable[[], bool] = lambda: True
-    user: str = ""  # the system user that runs it, where that is not ours
-    stop_signal: signal.Signals = signal.SIGTERM  # asks it to finish what it has
-    stop_seconds: float = 10.0  # and how long that may take
-    abort_signal: signal.Signals = signal.SIGKILL  # asks it to end at once
-    orphan_signal: signal.Signals = signal.SIGKILL  # what it gets when we end without stopping it
+    user: str = ""  # the system user that runs it, if not ours
+    stop_signal: signal.Signals = signal.SIGTERM  # asks it to finish its work and exit
+    stop_seconds: float = 10.0  # how long that may take
+    abort_signal: signal.Signals = signal.SIGKILL  # asks it to exit immediately
+    orphan_signal: signal.Signals = signal.SIGKILL  # sent by the kernel if we end without stopping it
 
     popen: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     restart_at: float | None = None
-    num_deaths: int = 0  # in a row, each after less than STEADY_SECONDS
-    last_words: str | None = None  # why it is of no use to start it again, where it has said so
+    num_deaths: int = 0  # consecutive ones, each after less than STEADY_SECONDS
+    last_words: str | None = None  # the last line of its log, if its exit code means that a restart would not help
 
     def start(self) -> subprocess.Popen[bytes]:
         self.num_deaths, self.last_words = 0, None
         return self._spawn()
 
     def start_until_ready(self, *, seconds: float) -> None:
-        """Also starts it again if it ends at once, since what was in its way may go by itself. Raises ProcessFailed."""
+        """Start it and wait until it is ready, restarting it if it ends, since the cause may be temporary. Raises
+        ProcessFailed after `seconds`, or after MAX_DEATHS_AT_START attempts."""
         self.start()
         deadline = time.monotonic() + seconds
         while self.num_deaths < MAX_DEATHS_AT_START and time.monotonic() < deadline:
@@ -74,8 +75,8 @@ class ChildProcess:
         raise ProcessFailed(f"{self.title} does not start; its log ends:\n{self.log_tail()}")
 
     def revive(self) -> str | None:
-        """One look, for several a second: notices its end, which the answer tells in one line, and starts it again
-        when its pause is over. Keeps its log short."""
+        """Check on the process; call this several times a second. If it has ended, returns how, in one line, and plans
+        a restart, which a later call carries out. Also keeps its log short."""
         trim_log(self.log_path)
         if self.popen is not None and not self.is_running:
             return self._bury()
@@ -89,7 +90,7 @@ class ChildProcess:
             return False
         if self.popen.poll() is None:
             return True
-        self._kill_group()  # what it left behind; at once, since its pid may soon be another's
+        self._kill_group()  # kill what it has left behind, now, since its pid may soon be reused
         return False
 
     @property
@@ -101,11 +102,12 @@ class ChildProcess:
             os.kill(self.popen.pid, signal_number)
 
     def stop(self) -> None:
-        """As politely as it lets us: stop_signal, abort_signal, SIGKILL. Does nothing where it does not run."""
+        """Stop it with stop_signal, if necessary abort_signal, and finally SIGKILL. Does nothing if it is not
+        running."""
         stop_in_turn([[self]])
 
     def kill(self) -> None:
-        """End it and all its children, now."""
+        """Kill the process and all its children immediately."""
         if self.popen is not None and self.is_running:
             self._kill_group()
             self.popen.wait()
@@ -145,7 +147,7 @@ class ChildProcess:
             )
 
     def _bury(self) -> str:
-        """After its end: plan the restart, and say how it ended."""
+        """Plan the restart of a process that has ended, and return how it ended."""
         assert self.popen is not None
         lived_seconds = time.monotonic() - self.started_at
         self.num_deaths = 1 if lived_seconds > STEADY_SECONDS else self.num_deaths + 1
@@ -161,7 +163,7 @@ class ChildProcess:
         return f"{self.title} {ending}; {pause}, log: {short_path(self.log_path)}"
 
     def _last_message(self) -> str:
-        """What the last line of its log says, in either format."""
+        """The message in the last line of its log, whichever format that has."""
         line = self.log_tail().splitlines()[-1]
         with suppress(ValueError, KeyError, TypeError):
             return str(json.loads(line)["message"])
@@ -174,8 +176,8 @@ class ChildProcess:
 
 
 def stop_in_turn(tiers: Iterable[Iterable[ChildProcess]], *, is_hurried: Callable[[], bool] = lambda: False) -> None:
-    """Tier after tier: ask all of it to stop; abort what takes longer than it is given, or all that is left once
-    `is_hurried`; kill what outlasts that."""
+    """Stop one tier of processes after another. In each, ask all to stop, abort those that exceed their stop_seconds
+    (or all once `is_hurried`), and kill those that do not end then."""
     for tier in map(list, tiers):
         for process in tier:
             process.restart_at = None
@@ -192,11 +194,11 @@ def stop_in_turn(tiers: Iterable[Iterable[ChildProcess]], *, is_hurried: Callabl
                     aborted_at[process] = now
             time.sleep(0.02)
         for process in tier:
-            process.kill()  # what is left of its children
+            process.kill()  # its remaining children
 
 
 def free_port(host: str, wanted: int) -> int:
-    """`wanted` where it is free, else the next free one; any free one for 0."""
+    """The first free port from `wanted` on, or any free port if that is 0. Raises OSError if there is none."""
     for port in range(wanted, min(wanted + 200, 65_536)):
         if is_free(host, port):
             return port if port else _any_port(host)
@@ -230,19 +232,19 @@ def describe_exit(return_code: int) -> str:
 
 
 def short_path(path: str | Path) -> str:
-    """The path as one would type it here; what lies elsewhere, or is no path, as it is."""
+    """The path relative to the current folder if it is inside it; otherwise, and if it is not a path, unchanged."""
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
 
 
 def set_aside(log_path: Path) -> None:
-    """Keep the last run's log under another name, and begin a new one."""
+    """Rename the log of the last run, so that a new one can begin."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     if log_path.exists():
         log_path.replace(log_path.with_suffix(".log.1"))
 
 
 def trim_log(log_path: Path) -> None:
-    """Empty a log that has grown too long; its process appends, so it goes on at the new end."""
+    """Copy and then empty a log that has grown too long. Its process appends, so it continues at the new end."""
     if log_path.exists() and log_path.stat().st_size > MAX_LOG_BYTES:
         log_path.with_suffix(".log.1").write_bytes(log_path.read_bytes())
         os.truncate(log_path, 0)

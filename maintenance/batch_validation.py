@@ -1,4 +1,4 @@
-"""Validates the file of a batch, some lines per step: bad lines fail the batch with their numbers, else it starts."""
+"""Validates the file of a batch, some lines per step. Invalid lines fail the batch and are listed; else it starts."""
 
 import logging
 from collections.abc import Iterator
@@ -35,31 +35,31 @@ from text.models import ModelView, ModelViews
 log = logging.getLogger(__name__)
 
 LINES_PER_STEP = 2_000
-STEP_SECONDS = 0.25  # per step, which long lines reach; then progress is saved
+STEP_SECONDS = 0.25  # after this much time in a step, its progress is saved
 
 
 @dataclass
 class ReadLines:
-    """What a step has found in the file, and how far it has read."""
+    """What a step has read: valid lines, errors, and its position in the file."""
 
     num_bytes_read: int
     num_lines_read: int
     num_inputs: int
     model: str | None
-    is_end: bool = False  # whether the file is at its end
+    is_end: bool = False  # whether the end of the file has been reached
     lines: list[NewLine] = field(default_factory=list)  # the valid lines
     errors: list[BatchError] = field(default_factory=list)
 
 
 class BatchValidation:
-    """Its progress is stored only in the batch's row."""
+    """Validates batches. Progress is stored only in a batch's row, never here."""
 
     def __init__(self, sessions: sessionmaker[Session], views: ModelViews) -> None:
         self._sessions = sessions
         self._views = views
 
     def step(self, batch: Batch) -> bool:
-        """Read the next lines; after the last one the batch starts or fails. True: the next step need not wait."""
+        """Read the next lines; after the last one, start or fail the batch. True if the next step need not wait."""
         read = self._read_some(batch)
         with self._sessions.begin() as session:
             locked = batches.lock(session, batch.id, BatchStatus.VALIDATING)
@@ -83,12 +83,12 @@ class BatchValidation:
             if found.content is None or found.content.strip():
                 self._read(batch, found, read)
             if len(read.errors) >= MAX_ERRORS or monotonic() > until:
-                break  # the others come with the next step
+                break  # the next step reads the others
         read.is_end = num_found == 0
         return read
 
     def _parts(self, file_id: UUID, first_byte: int) -> Iterator[bytes]:
-        """The content from a byte on. Lines are parsed between reads, while no transaction is open."""
+        """Yield the content from `first_byte` on. No transaction is open between two reads, while lines are parsed."""
         number, skipped = divmod(first_byte, PIECE_BYTES)
         while True:
             with self._sessions() as session:
@@ -101,7 +101,7 @@ class BatchValidation:
             number += len(pieces)
 
     def _read(self, batch: Batch, found: FoundLine, read: ReadLines) -> None:
-        """Add the line, or what is wrong with it."""
+        """Add the line, or its error, to `read`."""
         try:
             read.lines.append(self._line_of(batch, found, read))
         except CeleriacError as exc:
@@ -109,18 +109,18 @@ class BatchValidation:
                 BatchError(code=exc.code, message=exc.message, line=read.num_lines_read, param=exc.param)
             )
         except (OSError, MemoryError, KeyboardInterrupt, SystemExit):
-            raise  # a fault of the machine, not of the line
-        except BaseException as exc:  # whatever breaks the parser, even a panic in Rust, is the line's error
+            raise  # the machine is at fault, not the line
+        except BaseException as exc:  # anything that breaks the parser, even a panic in Rust, is an error of the line
             log.exception(
                 "a line of a batch could not be read: %s",
                 describe_exception(exc),
                 extra={"batch_id": external_id(batch.id, "batch"), "line": read.num_lines_read},
             )
-            message = f"the server failed to read this line ({type(exc).__name__}); change it, and report this"
+            message = f"the server failed to read this line ({type(exc).__name__}); change it, and report this error"
             read.errors.append(BatchError(code=CeleriacError.code, message=message, line=read.num_lines_read))
 
     def _line_of(self, batch: Batch, found: FoundLine, read: ReadLines) -> NewLine:
-        """Raises CeleriacError."""
+        """The line as a row for the batch. Raises CeleriacError if it is invalid."""
         if found.content is None:
             raise InvalidRequest(f"the line is longer than {MAX_LINE_BYTES} bytes; shorten it")
         request = openai_batches.read_line(found.content, batch.endpoint, self._views)
@@ -150,7 +150,7 @@ class BatchValidation:
         self._conclude(session, batch, [*errors, *too_many], is_over=read.is_end or bool(too_many))
 
     def _conclude(self, session: Session, batch: Batch, errors: list[BatchError], *, is_over: bool) -> None:
-        """`is_over`: nothing more of the file will be read."""
+        """Start or fail the batch if its file has been read to the end, or if `is_over`, when no more will be read."""
         in_order = sorted(errors, key=lambda error: error.line or 0)
         kept = BatchErrors(data=tuple(in_order[:MAX_ERRORS])) if errors else None
         if kept is not None and (is_over or len(errors) >= MAX_ERRORS):
@@ -162,7 +162,7 @@ class BatchValidation:
 
 
 def _add(session: Session, batch: Batch, lines: list[NewLine]) -> list[BatchError]:
-    """Add the lines; returns the errors of those whose custom_id is taken."""
+    """Add the lines to the batch. Returns errors for those whose custom_id is taken."""
     added = batches.add_lines(session, batch.id, lines) if lines else set()
     batch.num_lines += len(added)
     return [
@@ -178,7 +178,7 @@ def _add(session: Session, batch: Batch, lines: list[NewLine]) -> list[BatchErro
 
 
 def _refuse_unfit(asked: LineRequest, view: ModelView) -> None:
-    """Raises CeleriacError whose `param` is a field of the line."""
+    """Raise a CeleriacError, whose `param` is a field of the line, if the model cannot run this request."""
     try:
         refuse_unfit(asked.request, view)
     except CeleriacError as exc:
@@ -188,7 +188,7 @@ def _refuse_unfit(asked: LineRequest, view: ModelView) -> None:
 
 
 def _too_many(batch: Batch) -> list[BatchError]:
-    """What is wrong with the file as a whole, given what has been read so far."""
+    """Errors of the file as a whole, considering what has been read so far."""
     errors = []
     if batch.num_lines > MAX_LINES:
         errors.append(BatchError(code="too_many_tasks", message=f"the file has more than {MAX_LINES} requests"))

@@ -1,11 +1,11 @@
-"""Runs batches: reads the file, feeds its lines as jobs, follows them to their ends, and writes the output files.
+"""Runs batches: reads the file, submits its lines as jobs, follows the jobs to their ends, and writes the output files.
 
-A step reads the batch's progress, works without an open transaction, and saves the result in a short one, under the
-lock of the batch's row and only if the progress is unchanged. So any number of processes may take steps, and a step
-that is killed midway has not happened. A line's job is accepted in the transaction that records it at the line, so no
-line is fed twice or forgotten.
+A step reads the batch's progress, works without an open transaction, and saves the result in a short transaction, under
+the lock on the batch's row and only if the progress is unchanged. Any number of processes may therefore take steps, and
+a step that is killed midway has no effect. A line's job is accepted in the same transaction that records it in the
+line, so no line is submitted twice or forgotten.
 
-Tenants take turns: each gets a slice of a round, whatever the number and size of its batches.
+Tenants take turns: each gets a slice of every round, however many batches it has and however large they are.
 """
 
 import asyncio
@@ -40,15 +40,15 @@ from text.models import ModelViews
 
 log = logging.getLogger(__name__)
 
-BYTES_PER_FEED = 16_777_216  # bytes of lines
-FEED_SECONDS = 0.5  # then the prepared lines are accepted
+BYTES_PER_FEED = 16_777_216  # total length of the lines that are prepared at a time
+FEED_SECONDS = 0.5  # after this much time, the lines prepared so far are accepted
 SLICE_SECONDS = 0.25  # per tenant and turn; a step that has started is finished
 TICK_SECONDS = 2.0
 UNTIL_FROZEN_SECONDS = 315_360_000  # ten years: results are kept until their batch releases them
 
 
 class BatchWork:
-    """One per process; its ticks never overlap."""
+    """Advances all batches. There is one per process, and its ticks do not overlap."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class BatchWork:
         self._last_by_tenant: dict[UUID, UUID] = {}  # the batch that had a tenant's last turn
 
     def tick(self) -> bool:
-        """Advance every unfinished batch as far as it can go now. True: time is up and some could go further."""
+        """Advance every unfinished batch as far as possible. True if time ran out while some could go further."""
         until = monotonic() + TICK_SECONDS
         self._failed_ids.clear()
         while is_moving := self._round():
@@ -79,7 +79,7 @@ class BatchWork:
         return is_moving
 
     def _round(self) -> bool:
-        """A turn for each tenant. True: some batches can go on in the next round."""
+        """Give each tenant a turn. True if some batches can continue in the next round."""
         ids_by_tenant = self._unfinished_ids()
         if ids_by_tenant is None:
             return False
@@ -87,7 +87,7 @@ class BatchWork:
         self._last_by_tenant = {
             tenant: last for tenant, last in self._last_by_tenant.items() if tenant in ids_by_tenant
         }
-        # In any order, so that several processes seldom prepare the same lines.
+        # In random order, so that several processes rarely prepare the same lines.
         tenant_ids = random.sample(list(ids_by_tenant), len(ids_by_tenant))
         is_moving = False
         for tenant_id in tenant_ids:
@@ -96,8 +96,8 @@ class BatchWork:
         return is_moving
 
     def _turn(self, tenant_id: UUID, batch_ids: Sequence[UUID]) -> bool:
-        """One batch of the tenant after another, starting after the one that had the last turn. True: time ran out
-        before they stopped moving."""
+        """Advance the tenant's batches one after another, starting after the one that had the last turn. True if time
+        ran out while some could go further."""
         until = monotonic() + SLICE_SECONDS
         last = self._last_by_tenant.get(tenant_id)
         in_turn = sorted(batch_ids, key=lambda batch_id: (last is not None and batch_id <= last, batch_id))
@@ -113,12 +113,12 @@ class BatchWork:
         return False
 
     def _unfinished_ids(self) -> dict[UUID, list[UUID]] | None:
-        """None: the database does not answer."""
+        """The unfinished batches by tenant; None if the database does not answer."""
         try:
             with self._sessions() as session:
                 return batches.unfinished_ids(session)
         except OUTAGES as exc:
-            log.warning("batches wait for the database: %s", describe_exception(exc))
+            log.warning("batches are waiting for the database: %s", describe_exception(exc))
             return None
 
     def _advance(self, batch_id: UUID) -> bool:
@@ -128,8 +128,8 @@ class BatchWork:
         about = {"batch_id": external_id(batch_id, "batch")}
         try:
             return self.step(batch_id)
-        except (*OUTAGES, OSError, MemoryError) as exc:  # a fault of the machine, not of the batch
-            log.warning("a batch waits: %s", describe_exception(exc), extra=about)
+        except (*OUTAGES, OSError, MemoryError) as exc:  # the machine is at fault, not the batch
+            log.warning("a batch has to wait: %s", describe_exception(exc), extra=about)
         except Exception as exc:  # an outermost loop: the other batches must continue
             log.exception("a step of a batch failed: %s", describe_exception(exc), extra=about)
             self._failed_ids.add(batch_id)
@@ -137,7 +137,7 @@ class BatchWork:
         return False
 
     def _note_failure(self, batch_id: UUID, exc: Exception) -> None:
-        """Count a failed step. One that keeps failing in the same way would do so forever, so the batch fails."""
+        """Count a failed step. A batch whose steps keep failing in the same way is failed, since it would never end."""
         place = traceback.extract_tb(exc.__traceback__)[-1]
         way = f"{type(exc).__name__} at {Path(place.filename).name}:{place.lineno}"  # messages contain ids and numbers
         try:
@@ -192,7 +192,7 @@ class BatchWork:
         return bool(waiting) and self._feed(batch, dict(zip(waiting, contents, strict=True)))
 
     def _feed(self, batch: Batch, content_by_line: dict[BatchLine, bytes]) -> bool:
-        """Make jobs of as many of these lines as can be prepared in time. True: there may be more to feed."""
+        """Submit as many of these lines as can be prepared in time. True if there may be more to submit."""
         new_jobs: dict[int, NewJob] = {}
         refusals: dict[int, LineRefusal] = {}
         until = monotonic() + FEED_SECONDS
@@ -204,8 +204,8 @@ class BatchWork:
             except CeleriacError as exc:
                 refusals[line.line] = refusal_of(exc)
             if monotonic() > until:
-                break  # the others come with the next step
-        # Jobs of one wave are equally old, so their ids decide the order.
+                break  # the next step submits the others
+        # Jobs accepted together are equally old, so their ids determine the order.
         ordered = sorted(new_job.id for new_job in new_jobs.values())
         new_jobs = {line: replace(job, id=id_) for (line, job), id_ in zip(new_jobs.items(), ordered, strict=True)}
         if not new_jobs and not refusals:
@@ -221,8 +221,8 @@ class BatchWork:
     def _accept(
         self, session: Session, batch: Batch, new_jobs: dict[int, NewJob], refusals: dict[int, LineRefusal]
     ) -> tuple[list[NewJob], list[LineRefusal]]:
-        """Record the outcome of lines that still wait; returns the new jobs and the refusals. Jobs are accepted last,
-        because from then to the commit the tenant's other submissions wait."""
+        """Record the outcomes of lines that are still waiting. Returns the new jobs and the refusals. Jobs are accepted
+        last, because the tenant's other submissions have to wait from then until the commit."""
         locked = batches.lock(session, batch.id, BatchStatus.IN_PROGRESS)
         if locked is None or locked.expires_at <= batches.now(session):
             return [], []
@@ -256,7 +256,8 @@ class BatchWork:
         raise AssertionError(f"{answer.outcome} is not a refusal")
 
     def _num_wanted(self, session: Session, batch: Batch) -> int:
-        """At most a quarter of the tenant's queue: the rest is for its live requests."""
+        """How many more jobs to submit. Batches use at most a quarter of the tenant's queue; the rest is left for its
+        live requests."""
         tenant = tenants.get_tenant(session, batch.tenant_id)
         bound = tenant.max_queued if tenant is not None and tenant.max_queued is not None else None
         max_queued = self._settings.max_queued_jobs if bound is None else bound
@@ -264,7 +265,7 @@ class BatchWork:
         return max(0, allowed - batches.num_in_flight(session, batch.tenant_id))
 
     def _job_of(self, batch: Batch, line: BatchLine, content: bytes) -> NewJob:
-        """The job of a line. Raises CeleriacError, also for unexpected errors, so that only this line fails."""
+        """Make a line into a job. Raises CeleriacError, even for unexpected errors, so that only this line fails."""
         try:
             asked = openai_batches.read_line(content, batch.endpoint, self._views)
             try:
@@ -274,14 +275,14 @@ class BatchWork:
             view, options = self._views.get(asked.request.model), _options(batch, line, asked)
             return make_job(batch.tenant_id, asked.request, options, view, prepared, settings=self._settings)
         except (CeleriacError, OSError, MemoryError, KeyboardInterrupt, SystemExit, asyncio.CancelledError):
-            raise  # a refusal, or a fault of the machine, not of the line
+            raise  # a refusal, or the machine is at fault, not the line
         except BaseException as exc:  # a panic in a Rust library is not an Exception
             log.exception(
                 "a batch line could not be made into a job: %s",
                 describe_exception(exc),
                 extra={"batch_id": external_id(batch.id, "batch"), "line": line.line},
             )
-            raise CeleriacError(f"the server failed on this line ({type(exc).__name__}); report this") from exc
+            raise CeleriacError(f"the server failed on this line ({type(exc).__name__}); report this error") from exc
 
     def close(self) -> None:
         self._loop.run_until_complete(self._preparer.aclose())
@@ -290,7 +291,7 @@ class BatchWork:
     # The end
 
     def _stop(self, batch: Batch) -> bool:
-        """Stop a cancelled batch: nothing more is fed, and running jobs are asked to stop."""
+        """Stop a cancelled batch: submit no more lines, and ask running jobs to stop."""
         with self._sessions.begin() as session:
             locked = batches.lock(session, batch.id, BatchStatus.CANCELLING)
             if locked is None:
@@ -305,7 +306,7 @@ class BatchWork:
         return not is_begun or (is_done and self._freeze(batch))
 
     def _freeze(self, batch: Batch) -> bool:
-        """Write the results of the next lines; after the last one the batch ends."""
+        """Write the results of the next lines; after the last one, end the batch."""
         with self._sessions() as session:
             lines = read_ended(session, batch, after=batch.num_frozen)
         output: list[bytes] = []
@@ -338,7 +339,8 @@ def _is_done(batch: Batch) -> bool:
 
 
 def _options(batch: Batch, line: BatchLine, asked: LineRequest) -> JobOptions:
-    """The idempotency key contains a space, which clients' keys cannot, so it never collides with one."""
+    """The options of a line's job. Its idempotency key contains a space, which clients' keys cannot contain, so the two
+    never collide."""
     return JobOptions(
         priority=BATCH_PRIORITY,
         deadline_at=batch.expires_at,

@@ -1,7 +1,7 @@
-"""The janitor: rules that find what was left behind and put it right, once a second.
+"""The janitor: rules that find and repair what processes have left behind, once a second.
 
-Every rule looks at the current state (it does not depend on events, which could be missed), handles a bounded number
-of rows, skips rows that others have locked, and fails alone. Any number of janitors may run.
+Every rule examines the current state, not events, which could be missed. It handles a limited number of rows and skips
+those that others have locked. A rule that fails does not stop the others. Any number of janitors may run.
 
 Redis keys
 | name                  | type   | lifetime                  | writer           | reader  |
@@ -41,8 +41,8 @@ Revision = tuple[str, str]  # (model, revision)
 
 
 class RevisionWatch:
-    """Moves jobs away from model revisions that no worker has served for a while. Absence is measured by this process:
-    its restart makes jobs wait longer, and a worker that returns resets the count."""
+    """Moves jobs away from model revisions that no worker has served for a while. This process measures that time, so
+    its restart makes jobs wait longer, and a worker that returns resets it."""
 
     def __init__(self, sessions: sessionmaker[Session], settings: Settings) -> None:
         self._sessions = sessions
@@ -53,7 +53,7 @@ class RevisionWatch:
         self._gone_since: dict[Revision, float] = {}
 
     def look(self, now: float) -> list[Restarted | Returned]:
-        """Returns the jobs that were moved; `now` is monotonic."""
+        """Move the jobs that are due, and return them. `now` is monotonic."""
         if now - self._looked_at < self._look_every_seconds:
             return []
         self._looked_at = now
@@ -91,7 +91,7 @@ class RevisionWatch:
 
 
 def status_after(job: Restarted | Returned) -> JobStatus:
-    """The status that open streams are told."""
+    """The status to report to open streams."""
     return job.status if isinstance(job, Returned) else JobStatus.QUEUED
 
 
@@ -103,13 +103,13 @@ PRUNE_EVERY_SECONDS = 10.0
 
 CHECK_EVERY_SECONDS = 60.0  # the check reads every unfinished job
 
-UNSERVED_SECONDS = 30.0  # a starting worker has this long before its model counts as unserved
+UNSERVED_SECONDS = 30.0  # how long jobs may wait for a starting worker before their model counts as unserved
 
 
 class OutageGuard:
-    """Says when leases can be trusted. After an outage of the database or a step of its clock, every lease looks lapsed
-    although its owner lives; then rescue waits for one lease, during which the owners renew. `clock`: time.monotonic(),
-    read before the first query."""
+    """Decides when leases can be trusted. After an outage of the database or a step of its clock, all leases appear to
+    have expired although their owners are alive. Rescue then waits for the length of one lease, so that the owners can
+    renew. `clock` is time.monotonic(), read before the first query."""
 
     def __init__(self, lease_seconds: float, clock: float) -> None:
         self._lease_seconds = lease_seconds
@@ -118,12 +118,12 @@ class OutageGuard:
         self._hold_until = 0.0
 
     def may_rescue(self, database_now: datetime, clock: float) -> bool:
-        """Call at every tick that reached the database. Only leases that had lapsed by `database_now` may be rescued:
-        the server may freeze between this answer and the next statement."""
+        """Call at every tick that has reached the database. Only jobs whose leases had expired by `database_now` may be
+        rescued, since the server may freeze between this answer and the next statement."""
         silence = clock - self._answered_at
         step = (database_now - (self._database_now or database_now)).total_seconds() - silence
-        # Owners renew every third of a lease, so at any time each has at least two thirds of it left, and a smaller
-        # step leaves all of them some.
+        # Owners renew every third of a lease, so each has at least two thirds of it left at any time. Thus no lease
+        # expires because of a shorter silence and a smaller step.
         if silence > self._lease_seconds * 2 / 3 or step > self._lease_seconds / 3:
             self._hold_until = clock + self._lease_seconds
         self._answered_at, self._database_now = clock, database_now
@@ -142,7 +142,7 @@ class Janitor:
         *,
         on_tick: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_tick` is called after a tick in which every rule succeeded, apart from what needs Redis."""
+        """`on_tick` is called after each tick in which every rule succeeded, except for those that need Redis."""
         self._sessions = sessions
         self._client = client
         self._catalog = catalog
@@ -155,12 +155,12 @@ class Janitor:
         self._is_redispatch_due = False
         self._pruned_at = 0.0
         self._checked_at = 0.0
-        self._leases_as_of: datetime | None = None  # None: leases cannot be trusted now
+        self._leases_as_of: datetime | None = None  # None while leases cannot be trusted
         self._has_redis = False  # whether Redis answered in this tick
         self._has_cleared = False
 
     def tick(self) -> dict[str, int]:
-        """Run every rule once; returns how many jobs each one moved, without the zeros."""
+        """Run every rule once. Returns how many jobs each rule has moved, leaving out those that moved none."""
         count_by_rule = {name: _run(name, rule) for name, rule in self._rules()}
         if None not in count_by_rule.values():
             self._on_tick()
@@ -170,7 +170,7 @@ class Janitor:
         return counts
 
     def _rules(self) -> list[tuple[str, Callable[[], int]]]:
-        """Ordered so that a rescued job is dispatched in the same tick."""
+        """The rules, in an order in which a rescued job is dispatched within the same tick."""
         models = [entry.id for entry in self._catalog.entries]
         sends = [(f"dispatched {model}", partial(self._dispatch, model)) for model in models]
         return [
@@ -213,7 +213,9 @@ class Janitor:
             if returned:
                 maintenance.count_figure(session, "stalled_jobs", len(returned))
         for job in returned:
-            log.error("a job with a lease made no progress", extra={"job_id": external_id(job.job_id)})
+            log.error(
+                "a job was taken from its worker because it made no progress", extra={"job_id": external_id(job.job_id)}
+            )
         job_log.returned(AttemptOutcome.STALLED, returned)
         publish(self._client, [(job.job_id, job.status) for job in returned])
         return len(returned)
@@ -232,18 +234,18 @@ class Janitor:
 
     def _dispatch(self, model: str) -> int:
         if not self._has_redis:
-            return 0  # finding out once per tick is enough: rescue must not wait for it
+            return 0  # try Redis only once per tick, since rescue must not wait for it
         return dispatch(self._sessions, self._client, self._catalog.entry_of(model), self._settings)
 
     def _dispatch_unlisted(self) -> int:
-        """Dispatch for models that models.toml no longer lists: they accept no jobs, but existing ones run while
-        workers do."""
+        """Dispatch jobs of models that models.toml no longer lists. Such models accept no new jobs, but existing ones
+        run as long as there are workers."""
         with self._sessions() as session:
             served = {worker.model for worker in workers.list_live(session)}
         return sum(map(self._dispatch, served - {entry.id for entry in self._catalog.entries}))
 
     def _follow_epoch(self) -> int:
-        """Detect that Redis was emptied or replaced: then its messages must be sent again."""
+        """Detect that Redis has been emptied or replaced, so that its messages must be sent again."""
         self._has_redis = False
         pipeline = self._client.pipeline(transaction=False)
         pipeline.set(EPOCH_KEY, str(uuid4()), nx=True)
@@ -274,7 +276,7 @@ class Janitor:
             return files.prune(session)
 
     def _check(self) -> int:
-        """Count what must never be found, for the metrics; the sum is 0 if all is well."""
+        """Count inconsistencies, which should never occur, for the metrics. Returns their sum."""
         if monotonic() - self._checked_at < CHECK_EVERY_SECONDS:
             return 0
         self._checked_at = monotonic()
@@ -294,7 +296,7 @@ class Janitor:
         return drift + orphans + sum(unserved.values())
 
     def _clear_old_queue(self) -> int:
-        """Delete keys that nobody reads any more. Once per process, as soon as Redis answers."""
+        """Delete keys of earlier releases. Runs once per process, as soon as Redis answers."""
         if self._has_cleared or not self._has_redis:
             return 0
         self._has_cleared = True
@@ -302,7 +304,7 @@ class Janitor:
 
 
 def _run(name: str, rule: Callable[[], int]) -> int | None:
-    """None: the rule failed, and not because of Redis."""
+    """Run one rule. None if it failed for a reason other than Redis."""
     try:
         return rule()
     except redis.RedisError as exc:

@@ -1,9 +1,9 @@
 """The maintenance process: janitor, batches and webhooks, each on its own clock, and a port for health and metrics.
 
 The clocks are tasks of one event loop. Blocking work runs on each clock's own thread, so a clock that hangs or fails
-does not stop the others. None of them needs Redis to tick. Any number of these processes may run: rows are locked,
-skipped and fenced in SQL. Each records there when its clocks last ticked, because the API reports whether any process's
-do.
+does not stop the others. None of them needs Redis to tick. Any number of these processes may run, since rows are
+locked, skipped and fenced in SQL. Each process also records in SQL when its clocks last ticked, so that the API can
+report clocks that do not tick in any process.
 """
 
 import asyncio
@@ -44,10 +44,10 @@ from text.models import ModelViews, follow_models
 log = logging.getLogger(__name__)
 
 REDIS_TIMEOUT_SECONDS = 1.0
-TELL_SECONDS = 1.0  # between two records in SQL of the last ticks
-PATIENCE_SECONDS = 5.0  # without a database; then the log says what to do
-PAUSE_SECONDS = 5.0  # before a failed sender restarts
-STOP_SECONDS = 20.0  # for the current ticks and deliveries; what hangs longer is abandoned
+TELL_SECONDS = 1.0  # how often the last ticks are recorded in SQL
+PATIENCE_SECONDS = 5.0  # after this long without a database, the log explains what to do
+PAUSE_SECONDS = 5.0  # before a failed sender is restarted
+STOP_SECONDS = 20.0  # how long current ticks and deliveries may take at the end before they are abandoned
 
 
 class Clock:
@@ -64,7 +64,7 @@ class Clock:
 
     @property
     def seconds_since_last_tick(self) -> float:
-        """Since the start, if it has not ticked yet."""
+        """Seconds since the last tick, or since the start if there has been none."""
         return monotonic() - self._at
 
 
@@ -81,7 +81,7 @@ class Maintenance:
         self._stopping.set()
 
     async def run(self) -> bool:
-        """Run until `stop`. False: something hung and was abandoned."""
+        """Run until `stop`. False if something hung and was abandoned."""
         settings = self._settings
         catalog = settings.load_catalog()
         job_log.begin([entry.id for entry in catalog.entries], [AttemptOutcome.LOST, AttemptOutcome.STALLED])
@@ -106,7 +106,7 @@ class Maintenance:
         following.cancel()
         _, hanging = await asyncio.wait(work, timeout=STOP_SECONDS)
         if hanging:
-            log.error("maintenance exits although something hangs", extra={"num_hanging": len(hanging)})
+            log.error("maintenance exits although some work is hanging", extra={"num_hanging": len(hanging)})
             return False
         await database.dispose()
         sync_database.dispose()
@@ -115,7 +115,7 @@ class Maintenance:
     async def _keep_ticking(
         self, name: str, tick: Callable[[], object], *, at_the_end: Callable[[], None] = lambda: None
     ) -> None:
-        """`tick` returns True if it should run again at once."""
+        """Call `tick` at every interval, and again immediately if it returns True."""
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         while not self._stopping.is_set():
@@ -126,7 +126,7 @@ class Maintenance:
             except asyncio.CancelledError:
                 raise
             except BaseException as exc:  # an outermost loop; a panic in a Rust library is not an Exception
-                log.exception("%s failed, will retry at the next tick: %s", name, describe_exception(exc))
+                log.exception("%s failed; retrying at the next tick: %s", name, describe_exception(exc))
             if not is_hurried:
                 await self._rest(self._settings.janitor_interval_seconds - (monotonic() - started))
         await loop.run_in_executor(thread, at_the_end)
@@ -146,7 +146,7 @@ class Maintenance:
                 stop.cancel()
 
     async def _keep_telling(self, sessions: async_sessionmaker[AsyncSession]) -> None:
-        """Record when the clocks last ticked. The times are their own, so one that hangs looks old in SQL, too."""
+        """Record in SQL when each clock last ticked, so that one that hangs is noticed there."""
         started, is_known = monotonic(), False
         while not self._stopping.is_set():
             ages = {clock.name: clock.seconds_since_last_tick for clock in self.clocks if clock.has_ticked}

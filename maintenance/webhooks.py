@@ -1,7 +1,7 @@
-"""Sends webhooks, with a share for each receiving host. Any number of processes may do so.
+"""Sends webhooks, limiting the attempts per receiving host. Any number of processes may do so.
 
-A host that is slow or down takes nothing from the others. Each round, in one transaction, records the outcomes of
-earlier attempts and claims what is due; between rounds the attempts are under way. Only the database is needed.
+A host that is slow or down does not affect the others. Each round is one transaction, which records the outcomes of
+earlier attempts and claims deliveries that are due. The attempts run between rounds. Redis is not needed.
 """
 
 import asyncio
@@ -32,8 +32,8 @@ REST_SECONDS = 30.0
 
 
 class Hosts:
-    """Current attempts per host, with a circuit breaker: after a few consecutive failures a host rests, and then gets
-    one attempt at a time until it answers. `clock` readings are monotonic."""
+    """Current attempts per host, with a circuit breaker: after a few consecutive failures a host gets a pause, and then
+    one attempt at a time until it answers. Values of `clock` are monotonic."""
 
     def __init__(self) -> None:
         self._num_in_hand: Counter[str] = Counter()
@@ -56,7 +56,7 @@ class Hosts:
             self._rests_until[host] = clock + REST_SECONDS
 
     def rooms(self, clock: float) -> dict[str, int]:
-        """How many more attempts each host may get; hosts that are not listed may get MAX_PER_HOST."""
+        """How many more attempts each host may get. Hosts that are not listed may get MAX_PER_HOST."""
         self._forget(clock)
         rooms = {host: max(0, MAX_PER_HOST - num) for host, num in self._num_in_hand.items()}
         for host, until in self._rests_until.items():
@@ -64,7 +64,7 @@ class Hosts:
         return rooms
 
     def _forget(self, clock: float) -> None:
-        """Forget hosts not used for long, so that memory stays bounded."""
+        """Forget hosts that have not been used for a long time, so that memory stays bounded."""
         for host in [host for host, until in self._rests_until.items() if clock > until + 10 * REST_SECONDS]:
             del self._rests_until[host]
             self._num_failures.pop(host, None)
@@ -72,16 +72,16 @@ class Hosts:
 
 POLL_SECONDS = 1.0  # how long an event may wait for an idle sender
 
-LEASE_SECONDS = 3 * TOTAL_SECONDS  # after this another sender takes over from one that died
+LEASE_SECONDS = 3 * TOTAL_SECONDS  # after this, another sender takes over from one that has died
 
-PAUSE_SECONDS = 5.0  # after the database failed
+PAUSE_SECONDS = 5.0  # after a failure of the database
 
 MAX_IN_HAND = MAX_CONNECTIONS
 
 
 class WebhookSender:
-    """Bound to one event loop: `run` until `stop`. `on_round` is called after each query for what is due, at least once
-    every POLL_SECONDS."""
+    """Sends webhooks on one event loop, from `run` until `stop`. `on_round` is called after each query for due
+    deliveries, at least once every POLL_SECONDS."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class WebhookSender:
         self._is_stopping = False
 
     def stop(self) -> None:
-        """Claim nothing more; current attempts end and are recorded."""
+        """Claim no more deliveries. Current attempts are finished and recorded."""
         self._is_stopping = True
         self._wakeup.set()
 
@@ -119,7 +119,7 @@ class WebhookSender:
         except (SQLAlchemyError, OSError) as exc:
             log.warning("webhooks paused, the database does not answer: %s", describe_exception(exc))
             if self._is_stopping:
-                self._outcomes.clear()  # their leases lapse, so they are sent again
+                self._outcomes.clear()  # their leases will expire, so they are sent again
             await self._wait(PAUSE_SECONDS)
             return
         self._on_round()
@@ -180,7 +180,7 @@ class WebhookSender:
 
 
 def judge(delivery: ClaimedDelivery, answer: WebhookResponse) -> Outcome:
-    """The next status of a delivery after this answer, unless its time has run out."""
+    """The outcome of an attempt with this answer. Storage turns a pending one into a failure if its time is up."""
     is_over = answer.is_gone or not delivery.secrets
     status = DeliveryStatus.FAILED if is_over else DeliveryStatus.PENDING
     if answer.is_success:
