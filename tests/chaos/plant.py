@@ -29,6 +29,7 @@ from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer
 from settings import ROOT
 from storage.database import migrate
 from tests.prepared import PreparedProcess, nursery
+from tests.waiting import wait_until
 
 RESTART_SECONDS = 0.3
 START_SECONDS = 60.0
@@ -245,12 +246,12 @@ class Plant:
 
     def wait_until_ready(self) -> None:
         """Every API answers and every worker takes jobs."""
-        deadline = time.monotonic() + START_SECONDS
-        while not (self._num_ready_workers() >= len(self.workers) and all(map(_answers, self.api_urls))):
-            self.watch()
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the system did not start; its logs are in {self.folder / 'logs'}")
-            time.sleep(0.1)
+        what = f"the system starts; its logs are in {self.folder / 'logs'}"
+        wait_until(self._is_ready, what, seconds=START_SECONDS, pause_seconds=0.1)
+
+    def _is_ready(self) -> bool:
+        self.watch()
+        return self._num_ready_workers() >= len(self.workers) and all(map(_answers, self.api_urls))
 
     def connect(self) -> psycopg.Connection[tuple[object, ...]]:
         """To the real server, past everything that goes wrong on purpose."""
