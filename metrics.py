@@ -1,7 +1,7 @@
-"""Every Prometheus metric of the project, declared for the processes that count it, and how they are served.
+"""All Prometheus metrics, each declared for the processes that measure it, and the server for them.
 
-Each process serves what it counts itself (docs/adr/0029), and no other one shows a 0 that is nobody's figure. Never in
-a label: a tenant, a prompt, an output, a key.
+Each process serves only the metrics that it measures itself (docs/adr/0029), so no process shows a meaningless 0.
+Tenants, prompts, outputs and keys are never labels.
 """
 
 import errno
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Process(StrEnum):
-    """Who serves a /metrics."""
+    """The kinds of processes that serve /metrics."""
 
     API = "API"
     WORKER = "worker"
@@ -41,7 +41,7 @@ API, WORKER, MAINTENANCE = Process
 
 registries = {process: CollectorRegistry() for process in Process}
 
-# Else each counter and histogram has a second series, which tells when it began.
+# Otherwise each counter and histogram has a second series with the time of its creation.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 for _registry in registries.values():
@@ -50,7 +50,7 @@ for _registry in registries.values():
 
 
 class CountedHistogram(Histogram):
-    """A histogram that takes many equal values at once."""
+    """A histogram that can observe many equal values at once."""
 
     def observe_many(self, value: float, count: int) -> None:
         self._sum.inc(value * count)
@@ -61,7 +61,7 @@ Metric = TypeVar("Metric", Counter, Gauge, Histogram, CountedHistogram)
 
 
 class _CountedBy:
-    """Declares metrics for the processes that count them."""
+    """Declares metrics for the processes that measure them."""
 
     def __init__(self, *processes: Process) -> None:
         self._processes = processes
@@ -98,13 +98,13 @@ def _child(metric: Counter | Gauge | Histogram, *labels: str) -> Any:
 
 
 def labelled(metric: Metric, *labels: str) -> Metric:
-    """As `metric.labels(*labels)`, remembered: for what is counted a thousand times a second."""
+    """`metric.labels(*labels)`, cached, for metrics that change a thousand times a second."""
     child: Metric = _child(metric, *labels)
     return child
 
 
-# Metrics. Seconds, tokens and ratios, never milliseconds or per cent; labels have few values: model ids, statuses,
-# routes, codes.
+# Metrics. Units are seconds, tokens and ratios, never milliseconds or per cent. Labels have few values: model ids,
+# statuses, routes, codes.
 
 _FAST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -128,138 +128,145 @@ http_requests_in_progress = _api.gauge(
 
 stream_connections = _api.gauge("stream_connections", "Open SSE streams.")
 
-stream_resumes_total = _api.counter("stream_resumes_total", "Streams opened after a cursor.")
+stream_resumes_total = _api.counter("stream_resumes_total", "Streams opened with a cursor.")
 
 stream_ends_total = _api.counter("stream_ends_total", "Streams by how they ended.", ["reason"])
 
-# A histogram: a loop that stood still is in it for good, where a gauge would forget it before it is scraped.
+# A histogram, as it keeps every stall of the loop; a gauge could return to normal before it is scraped.
 event_loop_lag_seconds = _api_and_maintenance.histogram(
-    "event_loop_lag_seconds", "How late the event loop came to a timer, ten times a second.", buckets=_FAST_BUCKETS
+    "event_loop_lag_seconds",
+    "How late a timer of the event loop fired, measured ten times a second.",
+    buckets=_FAST_BUCKETS,
 )
 
-# The life of a job, in order. tasks/job_log.py counts most of it, where it writes the job's lines.
+# The life of a job, in order. tasks/job_log.py counts most of it, where it logs the same transitions.
 
 tokenize_seconds = _api_and_maintenance.histogram(
-    "tokenize_seconds", "Template and tokenizer, one prompt.", ["model"], buckets=_FAST_BUCKETS
+    "tokenize_seconds", "Rendering and tokenizing one prompt.", ["model"], buckets=_FAST_BUCKETS
 )
 
 jobs_submitted_total = _api_and_maintenance.counter(
-    "jobs_submitted_total", "Submissions by what became of them.", ["model", "outcome"]
+    "jobs_submitted_total", "Submissions by outcome.", ["model", "outcome"]
 )
 
 submitted_prompt_tokens_total = _api_and_maintenance.counter(
     "submitted_prompt_tokens_total", "Prompt tokens of accepted jobs.", ["model"]
 )
 
-jobs_accept_group_size = _api.histogram(
-    "jobs_accept_group_size", "Jobs committed by one accept.", buckets=_SIZE_BUCKETS
-)
+jobs_accept_group_size = _api.histogram("jobs_accept_group_size", "Jobs accepted by one commit.", buckets=_SIZE_BUCKETS)
 
 jobs_accept_seconds = _api.histogram(
-    "jobs_accept_seconds", "One accept statement with its COMMIT.", buckets=_FAST_BUCKETS
+    "jobs_accept_seconds", "One accept statement with its commit.", buckets=_FAST_BUCKETS
 )
 
 jobs_accept_waiting = _api.gauge("jobs_accept_waiting", "Submissions waiting for the next accept.")
 
-jobs_queue_seconds = _worker.histogram("jobs_queue_seconds", "Accept to first claim.", ["model"], buckets=_SLOW_BUCKETS)
+jobs_queue_seconds = _worker.histogram(
+    "jobs_queue_seconds", "From acceptance to the first claim.", ["model"], buckets=_SLOW_BUCKETS
+)
 
 time_to_first_token_seconds = _worker.histogram(
-    "time_to_first_token_seconds", "Accept to the commit of a job's first output.", ["model"], buckets=_SLOW_BUCKETS
+    "time_to_first_token_seconds",
+    "From acceptance to the commit of the first output.",
+    ["model"],
+    buckets=_SLOW_BUCKETS,
 )
 
 inter_token_latency_seconds = _worker.histogram(
     "inter_token_latency_seconds",
-    "Between two outputs of one sequence, as they come from the engine.",
+    "Between two outputs of a sequence, as the engine produces them.",
     ["model"],
     buckets=_TOKEN_BUCKETS,
 )
 
 jobs_returned_total = _worker_and_maintenance.counter(
-    "jobs_returned_total", "Attempts that ended without the job's doing.", ["model", "outcome"]
+    "jobs_returned_total", "Attempts that ended for reasons outside the job.", ["model", "outcome"]
 )
 
 jobs_finished_total = _all.counter(
-    "jobs_finished_total", "Jobs that this process made terminal.", ["model", "status", "finish_reason"]
+    "jobs_finished_total", "Jobs that this process brought to their end.", ["model", "status", "finish_reason"]
 )
 
 jobs_run_seconds = _worker.histogram(
-    "jobs_run_seconds", "First claim to the end, of completed jobs.", ["model"], buckets=_SLOW_BUCKETS
+    "jobs_run_seconds", "From the first claim to the end, completed jobs only.", ["model"], buckets=_SLOW_BUCKETS
 )
 
 jobs_latency_seconds = _worker.histogram(
-    "jobs_latency_seconds", "Accept to the end, of completed jobs.", ["model"], buckets=_SLOW_BUCKETS
+    "jobs_latency_seconds", "From acceptance to the end, completed jobs only.", ["model"], buckets=_SLOW_BUCKETS
 )
 
-# What stands in SQL, as each API reads it once a second
+# The state of SQL, which each API process reads once a second
 
 jobs_queued = _api.gauge("jobs_queued", "Queued jobs by what they wait for.", ["model", "reason"])
 
 jobs_oldest_queued_seconds = _api.gauge(
-    "jobs_oldest_queued_seconds", "Age of the oldest queued job that waits for this.", ["model", "reason"]
+    "jobs_oldest_queued_seconds", "Age of the oldest queued job that waits for this reason.", ["model", "reason"]
 )
 
 jobs_running = _api.gauge("jobs_running", "Jobs in progress.", ["model"])
 
 worker_processes = _api.gauge("worker_processes", "Live GPU workers whose engine is ready.", ["model"])
 
-worker_slots = _api.gauge("worker_slots", "Sequences that they can run at once.", ["model"])
+worker_slots = _api.gauge("worker_slots", "Sequences that these workers can run at once.", ["model"])
 
-webhook_deliveries_pending = _api.gauge("webhook_deliveries_pending", "Deliveries not made yet.")
+webhook_deliveries_pending = _api.gauge("webhook_deliveries_pending", "Deliveries that are neither done nor given up.")
 
-webhook_oldest_due_seconds = _api.gauge("webhook_oldest_due_seconds", "How long the oldest due delivery waits.")
+webhook_oldest_due_seconds = _api.gauge(
+    "webhook_oldest_due_seconds", "How long the oldest due delivery has been waiting."
+)
 
 maintenance_findings = _api.gauge(
     "maintenance_findings",
-    "stalled_jobs and load_drift ever; orphans, unserved_jobs, gone_revision_jobs and silent_clocks now.",
+    "Totals of stalled_jobs and load_drift; current orphans, unserved_jobs, gone_revision_jobs and silent_clocks.",
     ["name", "label"],
 )
 
 maintenance_seconds_since_last_tick = _api_and_maintenance.gauge(
     "maintenance_seconds_since_last_tick",
-    "By clock: in a maintenance process its own; in an API the newest of all processes, from SQL.",
+    "By clock. Maintenance processes report their own ticks, API processes the newest tick of all, from SQL.",
     ["clock"],
 )
 
 # Webhooks
 
-webhook_attempts_total = _maintenance.counter(
-    "webhook_attempts_total", "Attempts to deliver, by what came of them.", ["outcome"]
-)
+webhook_attempts_total = _maintenance.counter("webhook_attempts_total", "Delivery attempts by outcome.", ["outcome"])
 
 webhook_attempt_seconds = _maintenance.histogram(
-    "webhook_attempt_seconds", "One request to a receiver.", buckets=_FAST_BUCKETS
+    "webhook_attempt_seconds", "The duration of one request to a receiver.", buckets=_FAST_BUCKETS
 )
 
-# The engine of a worker, through all its restarts; brought up to date once a second
+# A worker's engine, across its restarts; updated once a second
 
-prompt_tokens_total = _worker.counter("prompt_tokens_total", "Prompt tokens of attempts that had an output.", ["model"])
+prompt_tokens_total = _worker.counter(
+    "prompt_tokens_total", "Prompt tokens of attempts that produced output.", ["model"]
+)
 
-generated_tokens_total = _worker.counter("generated_tokens_total", "Tokens drawn.", ["model"])
+generated_tokens_total = _worker.counter("generated_tokens_total", "Tokens generated.", ["model"])
 
 engine_computed_prompt_tokens_total = _worker.counter(
-    "engine_computed_prompt_tokens_total", "Prompt tokens that were computed, not found in the cache.", ["model"]
+    "engine_computed_prompt_tokens_total", "Prompt tokens that were computed, not taken from the cache.", ["model"]
 )
 
 engine_prefix_cache_queried_tokens_total = _worker.counter(
-    "engine_prefix_cache_queried_tokens_total", "Tokens that were looked for in the prefix cache.", ["model"]
+    "engine_prefix_cache_queried_tokens_total", "Prompt tokens that were looked up in the prefix cache.", ["model"]
 )
 
 engine_prefix_cache_hit_tokens_total = _worker.counter(
-    "engine_prefix_cache_hit_tokens_total", "Tokens that were found there.", ["model"]
+    "engine_prefix_cache_hit_tokens_total", "Prompt tokens that were found in the prefix cache.", ["model"]
 )
 
 engine_preemptions_total = _worker.counter(
-    "engine_preemptions_total", "Sequences that gave their cache to others.", ["model"]
+    "engine_preemptions_total", "Sequences that were preempted to free their cache for others.", ["model"]
 )
 
-engine_steps_total = _worker.counter("engine_steps_total", "Steps of the running batch.", ["model"])
+engine_steps_total = _worker.counter("engine_steps_total", "Steps of the engine.", ["model"])
 
-engine_exits_total = _worker.counter("engine_exits_total", "Engine processes that ended unasked.", ["model"])
+engine_exits_total = _worker.counter("engine_exits_total", "Engine processes that ended unexpectedly.", ["model"])
 
 engine_sequences_running = _worker.gauge("engine_sequences_running", "Sequences in the running batch.", ["model"])
 
 engine_sequences_waiting = _worker.gauge(
-    "engine_sequences_waiting", "Sequences of claimed jobs that wait for room.", ["model"]
+    "engine_sequences_waiting", "Sequences of claimed jobs that wait for room in the batch.", ["model"]
 )
 
 engine_kv_cache_usage_ratio = _worker.gauge(
@@ -267,11 +274,11 @@ engine_kv_cache_usage_ratio = _worker.gauge(
 )
 
 engine_memory_bytes = _worker.gauge(
-    "engine_memory_bytes", "Memory of the device that the engine holds, or its own.", ["model"]
+    "engine_memory_bytes", "Device memory that the engine uses; on a CPU, the memory of its process.", ["model"]
 )
 
-# The same numbers under vLLM's names, so that scalers and dashboards made for it read ours. Held to vLLM 0.33.0
-# (vllm/v1/metrics/loggers.py), the older names of two of them added.
+# The same numbers under vLLM's names, so that scalers and dashboards made for vLLM can read them. As in vLLM 0.33.0
+# (vllm/v1/metrics/loggers.py), plus the older names of two of them.
 
 Labels = Mapping[str, str]
 
@@ -288,7 +295,7 @@ def _as_vllm_success(labels: Labels) -> dict[str, str]:
 
 
 class VllmNames(Collector):
-    """Views of metrics of ours: equal labels are added up."""
+    """Our metrics under vLLM's names. Samples whose labels become equal are added up."""
 
     def __init__(self, metric_by_name: Mapping[str, Counter | Gauge | Histogram]) -> None:
         self._metric_by_name = metric_by_name
@@ -334,22 +341,23 @@ registries[WORKER].register(
     )
 )
 
-MAX_PORTS = 100  # that are tried from the wanted one on: several workers of a machine have the same settings
+MAX_PORTS = 100  # to try from the configured one on, as all workers of a machine may have the same settings
 
 
 def serve_metrics(process: Process, host: str, port: int) -> str | None:
-    """Serve them on a thread of their own. Returns the URL; None where that cannot be, which is no reason to stop."""
+    """Serve the metrics in a thread. Returns the URL, or None if no port can be opened, which is logged but not
+    fatal."""
     for candidate in range(port, min(port + MAX_PORTS, 65_536)) if port else (0,):
         try:
             server, _ = start_http_server(candidate, host, registries[process])
         except OSError as exc:
             if exc.errno == errno.EADDRINUSE:
                 continue
-            log.error("no metrics are served on %s, port %s: %s", host, port, exc.strerror or exc)
+            log.error("cannot serve metrics on %s, port %s: %s", host, port, exc.strerror or exc)
             return None
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{server.server_port}/metrics"
         log.info("metrics on %s", url)
         return url
-    log.error("no metrics are served: the %d ports of %s from %d on are taken", MAX_PORTS, host, port)
+    log.error("cannot serve metrics: all %d ports of %s from %d on are in use", MAX_PORTS, host, port)
     return None

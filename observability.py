@@ -1,11 +1,10 @@
-"""JSON logging with the ids of what is being worked on, and a watch on event loops.
+"""Structured logging with job and request ids, and detection of blocked event loops.
 
-Never in a log: a prompt, an output, a key. Only ids, lengths, counts and codes. Exceptions are logged with
-their first line alone, because database and validation errors repeat the values they choked on in the lines below it.
+Prompts, outputs and keys are never logged; ids, lengths, counts and codes are. Of an exception only the first line is
+logged, because database and validation errors repeat values in the lines after it.
 
-How late an event loop comes to its work, as a metric; and where it stands, in the log, when it stands still.
-
-For every process that runs on asyncio. The beat is a timer of the loop; a thread beside it looks whether it comes.
+EventLoopMonitor is for every process that runs asyncio: it measures the lag of the event loop as a metric, and logs the
+stack when the loop is blocked.
 """
 
 import asyncio
@@ -32,7 +31,7 @@ job_id_context: ContextVar[str | None] = ContextVar("job_id", default=None)
 
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-#: The ids of jobs that a request is having accepted, latest last: what is known of them if it ends before its answer.
+#: The ids of the jobs that a request has submitted, newest last, for an error response if the request fails later.
 submitted_job_ids: ContextVar[list[str] | None] = ContextVar("submitted_job_ids", default=None)
 
 _MAX_EXCEPTION_CHARS = 300
@@ -47,7 +46,7 @@ def note_submitted(job_id: str) -> None:
 
 @contextlib.contextmanager
 def job_context(job_id: str) -> Iterator[None]:
-    """Every log line inside names this job (the external id)."""
+    """Every log line within this context has the job's id. `job_id` is the external one."""
     token = job_id_context.set(job_id)
     try:
         yield
@@ -56,7 +55,7 @@ def job_context(job_id: str) -> Iterator[None]:
 
 
 def configure_logging(level: str, log_format: Literal["json", "text"]) -> None:
-    """Send all logging of this process to stderr in one format. Repeatable: the last call wins."""
+    """Send all logging of this process to stderr in one format. May be called again: the last call wins."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_add_context)
     handler.addFilter(_shorten)
@@ -65,19 +64,19 @@ def configure_logging(level: str, log_format: Literal["json", "text"]) -> None:
     root.handlers = [handler]
     logging.captureWarnings(True)
     root.setLevel(level)
-    # Their INFO lines repeat ours or fire per request.
+    # Their INFO lines repeat ours, or there is one per request.
     for name in ("uvicorn.access", "httpx", "httpcore", "sqlalchemy.engine"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 
 def describe_exception(exc: BaseException) -> str:
-    """`Type: first line`, short enough and without the values that the further lines of a database error quote."""
+    """`Type: first line`, shortened. The other lines are left out, as database errors quote values there."""
     first_line = str(exc).partition("\n")[0][:_MAX_EXCEPTION_CHARS]
     return f"{type(exc).__name__}: {first_line}" if first_line else type(exc).__name__
 
 
 def _shorten(record: logging.LogRecord) -> bool:
-    """One line in the log for each: Celery and others break theirs."""
+    """Make each record one line: Celery and others log messages with line breaks."""
     message = record.getMessage()
     if "\n" in message:
         record.msg, record.args = " ".join(message.split()), ()
@@ -106,7 +105,7 @@ def _format_exception(exc_info: _ExcInfo) -> str:
 
 
 class _TextFormatter(logging.Formatter):
-    """As the JSON lines, everything that a line was given is in it: why something failed is often there alone."""
+    """Appends the `extra` fields, as the JSON format does: they often have the reason of a failure."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         given = {name: value for name, value in vars(record).items() if name not in RESERVED_ATTRS}
@@ -129,20 +128,23 @@ def _json_formatter() -> logging.Formatter:
     )
 
 
-BEAT_SECONDS = 0.1
+BEAT_SECONDS = 0.1  # between two measurements
 
-STALL_SECONDS = 0.25
+STALL_SECONDS = 0.25  # a loop that is this late counts as blocked
 
-MAX_FRAMES = 25
+MAX_FRAMES = 25  # of a logged stack
 
 
-class LoopWatch:
-    """Watches the loop that it is entered on, as an async context manager."""
+class EventLoopMonitor:
+    """Monitors the event loop on which it is entered. Use as an async context manager.
+
+    A timer on the loop measures how late it fires; a thread checks the timer and takes the stack while the loop is
+    blocked."""
 
     def __init__(self, *, stall_seconds: float = STALL_SECONDS) -> None:
         self._stall_seconds = stall_seconds
-        self._due_at = 0.0  # of the next beat
-        self._told_at = 0.0  # the beat whose stall was logged
+        self._due_at = 0.0  # when the timer should fire next; monotonic
+        self._logged_at = 0.0  # the due time of the timer whose delay was logged
         self._is_over = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -150,7 +152,7 @@ class LoopWatch:
         self._loop = asyncio.get_running_loop()
         self._thread_id = threading.get_ident()
         self._plan_beat()
-        self._thread = threading.Thread(target=self._look, name="loop-watch", daemon=True)
+        self._thread = threading.Thread(target=self._check, name="event-loop-monitor", daemon=True)
         self._thread.start()
         return self
 
@@ -166,25 +168,25 @@ class LoopWatch:
     def _beat(self) -> None:
         late_seconds = max(0.0, monotonic() - self._due_at)
         event_loop_lag_seconds.observe(late_seconds)
-        if late_seconds > self._stall_seconds and self._told_at != self._due_at:
-            # Code that never let go of the interpreter's lock kept the thread from looking, too.
-            self._tell(late_seconds, "it was over before anybody could look")
+        if late_seconds > self._stall_seconds and self._logged_at != self._due_at:
+            # Code that held the interpreter's lock blocked the thread, too.
+            self._log(late_seconds, "not known: the thread that takes it was blocked, too")
         self._plan_beat()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         while not self._is_over.wait(BEAT_SECONDS):
             due_at = self._due_at
             late_seconds = monotonic() - due_at
             frame = sys._current_frames().get(self._thread_id)
-            if late_seconds > self._stall_seconds and self._told_at != due_at and frame is not None:
-                self._told_at = due_at
-                self._tell(late_seconds, describe_stack(frame))
+            if late_seconds > self._stall_seconds and self._logged_at != due_at and frame is not None:
+                self._logged_at = due_at
+                self._log(late_seconds, describe_stack(frame))
 
-    def _tell(self, late_seconds: float, stack: str) -> None:
-        log.warning("the event loop stands still", extra={"seconds_so_far": round(late_seconds, 3), "stack": stack})
+    def _log(self, late_seconds: float, stack: str) -> None:
+        log.warning("the event loop is blocked", extra={"seconds_so_far": round(late_seconds, 3), "stack": stack})
 
 
 def describe_stack(frame: FrameType) -> str:
-    """Innermost first: files, lines and functions, and none of the values they work on."""
+    """Files, lines and functions, innermost first, without any values."""
     summary = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=MAX_FRAMES, lookup_lines=False)
     return " < ".join(f"{'/'.join(PurePath(one.filename).parts[-2:])}:{one.lineno} {one.name}" for one in summary)

@@ -1,4 +1,4 @@
-"""Every setting of Celeriac: one frozen object, read from CELERIAC_* environment variables."""
+"""All settings: one frozen object, read from CELERIAC_* environment variables."""
 
 import difflib
 import fcntl
@@ -23,9 +23,9 @@ PREFIX = "CELERIAC_"
 
 
 class Settings(BaseSettings):
-    """Units are in the names. The defaults suit one machine; production sets at least the two URLs.
+    """Units are in the names. The defaults suit a single machine; in production, set at least the two URLs.
 
-    Fields that may hold a password are shown neither in the repr nor in a ValidationError."""
+    Fields that may contain a password appear neither in the repr nor in a ValidationError."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -33,9 +33,9 @@ class Settings(BaseSettings):
     database_url: str = Field(default="postgresql://localhost/celeriac", repr=False)
     redis_url: str = Field(default="redis://localhost:6379/0", repr=False)  # also rediss:// and unix:///path/to?db=0
     models_file: Path = ROOT / "models.toml"
-    models_dir: Path | None = None  # where `celeriac models pull` keeps models; default the folder models of data_dir
-    default_model: str | None = None  # of requests that name none, and of workers; default the first one of models_file
-    data_dir: Path = ROOT / ".celeriac"  # the embedded servers and the logs of `celeriac up` live here
+    models_dir: Path | None = None  # where `celeriac models pull` stores models; default: the folder models of data_dir
+    default_model: str | None = None  # of requests without a model, and of workers; default: the first of models_file
+    data_dir: Path = ROOT / ".celeriac"  # the data of the embedded servers and the logs of `celeriac up`
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -43,26 +43,26 @@ class Settings(BaseSettings):
     maintenance_host: str = "127.0.0.1"  # where a maintenance process serves its /health and /metrics
     maintenance_port: int = Field(default=0, ge=0, le=65535)  # 0: any free port, written to its log
     maintenance_silence_seconds: float = Field(default=30.0, gt=0)  # without a tick before /health reports it
-    auth: Literal["none", "api_key"] = "none"  # "none" only serves the loopback interface
-    allowed_hosts: str = ""  # names besides localhost that may reach the API and Flower without keys, comma-separated
-    cors_origins: str = ""  # pages that may use the API from a browser, as https://app.example.com, comma-separated
-    api_url: str | None = None  # where CLI commands such as `celeriac submit` find the API; default: on this machine
-    api_key: str | None = Field(default=None, repr=False)  # the key they send
-    bootstrap_api_key: str | None = Field(default=None, repr=False)  # created by migrate for "default"
+    auth: Literal["none", "api_key"] = "none"  # "none" is allowed only on the loopback interface
+    allowed_hosts: str = ""  # host names besides localhost for the API and Flower without keys, comma-separated
+    cors_origins: str = ""  # origins of pages that may use the API, such as https://app.example.com, comma-separated
+    api_url: str | None = None  # of the API, for CLI commands such as `celeriac submit`; default: this machine
+    api_key: str | None = Field(default=None, repr=False)  # the key that these commands send
+    bootstrap_api_key: str | None = Field(default=None, repr=False)  # created by migrate for the default tenant
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "json"
 
     # The job protocol (docs/job_lifecycle.md)
-    lease_seconds: float = Field(default=15.0, gt=0)  # renewed by every chunk, or else every third of this
-    lease_grace_seconds: float = Field(default=2.0, ge=0)  # how long past its lease a job is left before rescue
+    lease_seconds: float = Field(default=15.0, gt=0)  # renewed by every chunk commit, and at least every third of this
+    lease_grace_seconds: float = Field(default=2.0, ge=0)  # how long after its lease expires a job is rescued
     max_failures: int = Field(default=3, ge=0)  # lost or crashed attempts before a job fails for good
-    max_poison_jobs_per_hour: int = Field(default=3, ge=0)  # per tenant; beyond this all of its jobs run alone
+    max_poison_jobs_per_hour: int = Field(default=3, ge=0)  # per tenant; beyond this, all of its jobs run alone
     revision_policy: Literal["restart", "wait", "fail"] = "restart"  # for a job whose revision is no longer served
-    revision_seconds: float = Field(default=300.0, gt=0)  # how long such a job first waits for its revision
-    stall_seconds: float = Field(default=60.0, gt=0)  # without a token; 10 x this in prefill
+    revision_seconds: float = Field(default=300.0, gt=0)  # how long such a job waits for its revision before that
+    stall_seconds: float = Field(default=60.0, gt=0)  # without a token until an attempt is stalled; 10 x in prefill
     flush_min_seconds: float = Field(default=0.05, gt=0)  # between two chunk commits of the running batch
     flush_max_seconds: float = Field(default=0.5, gt=0)
-    dispatch_window_factor: float = Field(default=2.0, gt=0)  # messages per queue = this x the live slots
+    dispatch_window_factor: float = Field(default=2.0, gt=0)  # messages per queue: this x the live slots
     dispatch_window_min: int = Field(default=16, ge=1)
     janitor_interval_seconds: float = Field(default=1.0, gt=0)
     result_ttl_seconds: int = Field(default=86_400, ge=60)  # how long a finished job is kept
@@ -73,31 +73,31 @@ class Settings(BaseSettings):
     max_streams: int = Field(default=4_000, ge=1)  # open SSE streams per API process
     stream_lifetime_seconds: float = Field(default=3_600.0, gt=0)
     stream_heartbeat_seconds: float = Field(default=15.0, gt=0)
-    no_workers_seconds: float = Field(default=60.0, gt=0)  # without a live worker before waiting requests are refused
+    no_workers_seconds: float = Field(default=60.0, gt=0)  # without a live worker, before waiting requests are refused
     request_timeout_seconds: float = Field(default=30.0, gt=0)  # of /api/v1/infer
     disconnect_grace_seconds: float = Field(default=10.0, ge=0)  # before a job whose only client left is cancelled
 
     # Webhooks (docs/webhooks.md)
-    webhook_ports: str = Field(default="443,8443", pattern=r"^[0-9]{1,5}(,[0-9]{1,5})*$")  # those allowed
-    webhook_private_targets: bool = False  # allow http, any port and private addresses: for tests and intranets
+    webhook_ports: str = Field(default="443,8443", pattern=r"^[0-9]{1,5}(,[0-9]{1,5})*$")  # the allowed ones
+    webhook_private_targets: bool = False  # allow http, any port and private addresses, for tests and intranets
 
     # Files and batches
     max_file_bytes: int = Field(default=209_715_200, ge=1024)
     max_file_bytes_per_tenant: int = Field(default=10_737_418_240, ge=1024)  # total of all its files
-    file_ttl_seconds: int = Field(default=2_592_000, ge=3_600)  # how long a file is kept, unless it says otherwise
+    file_ttl_seconds: int = Field(default=2_592_000, ge=3_600)  # how long a file is kept if its upload sets no time
     max_uploads: int = Field(default=8, ge=1)  # at once, per API process
     batch_jobs_in_flight: int = Field(default=256, ge=1)  # per tenant; also at most a quarter of its queue
-    batch_reserve: float = Field(default=0.25, ge=0, lt=1)  # share of a model's slots that batch lines never take
+    batch_reserve: float = Field(default=0.25, ge=0, lt=1)  # the share of a model's slots that batch lines never take
 
     # The worker
-    worker_model: str | None = None  # which model a GPU worker serves; default the first one of models_file
-    worker_name: str | None = None  # its Celery node name, unique in the installation; default drawn at start
+    worker_model: str | None = None  # the model that a GPU worker serves; default: the first one of models_file
+    worker_name: str | None = None  # its Celery node name, unique in the installation; default: random
     worker_metrics_host: str = "127.0.0.1"  # where a GPU worker serves its /metrics, without authentication
     worker_metrics_port: int = Field(default=0, ge=0, le=65535)  # or the next free one; 0: any, written to its log
-    lookahead: int | None = Field(default=None, ge=0)  # messages held beyond the free slots; default a quarter of them
+    lookahead: int | None = Field(default=None, ge=0)  # messages held beyond the free slots; default: slots / 4
     engine_heartbeat_seconds: float = Field(default=10.0, gt=0)  # restarted after three without a sign of life
     engine_load_seconds: float = Field(default=1_800.0, gt=0)  # the longest that a model may take to load
-    drain_seconds: float = Field(default=30.0, ge=0)  # how long SIGTERM lets running jobs finish before release
+    drain_seconds: float = Field(default=30.0, ge=0)  # how long jobs may run on after SIGTERM, until released
 
     @field_validator("database_url")
     @classmethod
@@ -106,15 +106,15 @@ class Settings(BaseSettings):
         from sqlalchemy.exc import ArgumentError
 
         _refuse_other_schemes(url, "postgresql://", "postgres://", "postgresql+psycopg://")
-        with _without_its_words(ValueError, ArgumentError):
+        with _without_quoting(ValueError, ArgumentError):
             if "@" in (make_url(url).host or ""):
-                raise ValueError("the host holds the end of a password")
+                raise ValueError("the host contains part of a password")
         return url
 
     @field_validator("redis_url")
     @classmethod
     def _readable_redis(cls, url: str) -> str:
-        """Normalise every spelling to redis-py's, with all TLS options explicit."""
+        """Normalise the URL to redis-py's form, with all TLS options explicit."""
         return RedisUrl.read(url).for_redis
 
     @field_validator("allowed_hosts")
@@ -123,7 +123,7 @@ class Settings(BaseSettings):
         for name in _items(text):
             if not re.fullmatch(r"(\*\.)?[A-Za-z0-9_.\-]+|[0-9a-f:]+", name):
                 raise ValueError(
-                    f"{name[:80]!r} is not a host name; write names without scheme and port, or *.example.com"
+                    f"{name[:80]!r} is not a host name; use names without scheme and port, or *.example.com"
                 )
         return text
 
@@ -134,7 +134,9 @@ class Settings(BaseSettings):
             if origin not in ("*", "null") and not re.fullmatch(
                 r"[a-z][a-z0-9+.\-]*://[^/\s*?#@]+", origin, re.IGNORECASE
             ):
-                raise ValueError(f"{origin[:80]!r} is not an origin; write https://app.example.com, without a path")
+                raise ValueError(
+                    f"{origin[:80]!r} is not an origin; use a form like https://app.example.com, without a path"
+                )
         return text
 
     @property
@@ -156,8 +158,8 @@ class Settings(BaseSettings):
 
     @property
     def idle_transaction_seconds(self) -> float:
-        """After this PostgreSQL ends an idle transaction. A process that froze in one holds locks that others may need
-        to renew their leases, which they do every third of a lease."""
+        """After this long PostgreSQL ends an idle transaction. A process that freezes in a transaction holds locks that
+        others may need to renew their leases, which they do every third of a lease."""
         return self.lease_seconds / 3
 
     @property
@@ -174,17 +176,17 @@ def _items(text: str) -> tuple[str, ...]:
 def _refuse_other_schemes(url: str, *schemes: str) -> None:
     """Raise ValueError without repeating the URL: if the scheme is missing, it may begin with a password."""
     if not url.startswith(schemes):
-        raise ValueError(f"it begins with none of {', '.join(schemes)}")
+        raise ValueError(f"it does not begin with one of {', '.join(schemes)}")
 
 
 @contextmanager
-def _without_its_words(*kinds: type[Exception]) -> Iterator[None]:
-    """Replace a parser's message: it quotes part of the malformed URL, often part of the password."""
+def _without_quoting(*kinds: type[Exception]) -> Iterator[None]:
+    """Replace a parser's message, as it quotes part of the malformed URL, often part of the password."""
     try:
         yield
     except kinds:
         raise ValueError(
-            "it does not read as scheme://user:password@host:port/name with a number as port; "
+            "it is not of the form scheme://user:password@host:port/name with a number as port; "
             "write / as %2F, @ as %40, : as %3A, # as %23 and ? as %3F in a password"
         ) from None
 
@@ -200,8 +202,8 @@ def refuse_unknown_variables(environment: dict[str, str]) -> None:
         if not name.upper().startswith(PREFIX) or name.upper() in known:
             continue
         close = difflib.get_close_matches(name.upper(), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are: {', '.join(sorted(known))}"
-        raise UnknownSetting(f"{name} is set but no setting reads it; {hint}")
+        hint = f"did you mean {close[0]}?" if close else f"the settings are: {', '.join(sorted(known))}"
+        raise UnknownSetting(f"{name} is set but there is no such setting; {hint}")
 
 
 @lru_cache(maxsize=1)
@@ -211,16 +213,18 @@ def get_settings() -> Settings:
     return Settings()
 
 
-# The servers that `celeriac up` runs on this data folder, for commands that were given no others
+# For commands without settings of their own: the servers that `celeriac up` runs on this data folder
 
-FOUND = "_CELERIAC_FOUND"  # environment variable: which settings nobody gave but were found in the note
+#: An environment variable with the names of the settings that were found in the note of `celeriac up`, not set by the
+#: user.
+FOUND = "_CELERIAC_FOUND"
 
 
 def find_running(data_dir: Path) -> dict[str, Any] | None:
-    """The note of the `celeriac up` that runs on this data folder now; None if none does."""
+    """The note of the `celeriac up` that is running on this data folder; None if there is none."""
     try:
         file = (data_dir / "up.json").open()
-    except OSError:  # there is none, or we may not read it
+    except OSError:  # there is no note, or we may not read it
         return None
     with file:
         try:
@@ -231,6 +235,7 @@ def find_running(data_dir: Path) -> dict[str, Any] | None:
 
 
 def note_in(file: IO[str]) -> dict[str, Any]:
+    """The settings in a note; empty if it cannot be read."""
     try:
         return dict(json.loads(file.read()))
     except (ValueError, OSError):
@@ -238,7 +243,7 @@ def note_in(file: IO[str]) -> dict[str, Any]:
 
 
 def moved_servers(data_dir: Path) -> dict[str, str]:
-    """By setting, the servers that `celeriac up` has now in place of those that this command found."""
+    """The URLs, by setting, that `celeriac up` now has in place of those that this command found."""
     found = [name for name in os.environ.get(FOUND, "").split(",") if name]
     running = find_running(data_dir) or {}
     known = {name: os.environ[PREFIX + name.upper()] for name in found}

@@ -1,1 +1,1 @@
-"""HTTP in, domain objects out. Never torch, never gpu_worker."""
+"""The HTTP API. It imports neither torch nor gpu_worker."""

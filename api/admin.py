@@ -1,4 +1,4 @@
-"""/v1/admin: who serves what, models loaded and unloaded, workers drained. For keys with the admin role only."""
+"""/v1/admin: which workers serve which models, loading and unloading models, draining workers. Admin keys only."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ from storage.tables import Worker, WorkerDrain
 
 router = private_router("Operations")
 
-LOOK_SECONDS = 0.2  # between two looks at the workers that a client waits for
+POLL_SECONDS = 0.2  # between two reads of the workers while a client waits for them
 
 
 class WorkerView(View):
@@ -32,12 +32,12 @@ class WorkerView(View):
     max_num_seqs: int
     tokens_per_second: float
     started_at: datetime
-    drained_since: datetime | None  # an operator told it to take no jobs; null: it takes them
+    drained_since: datetime | None  # when an operator ordered the drain; null if the worker takes jobs
 
 
 class ModelStatusView(View):
-    """`is_loaded` is what was asked for, `status` what the workers are at, best first. `waiting`: no live worker takes
-    jobs of it, so they wait. `revision` is that of newly accepted jobs."""
+    """`is_loaded` is the state that was ordered; `status` is the most advanced state of any of the model's workers.
+    `waiting`: no live worker takes its jobs. `revision` is the one that newly accepted jobs get."""
 
     id: str
     is_loaded: bool
@@ -78,20 +78,21 @@ async def list_model_statuses(request: Request) -> ModelStatusListView:
 
 @router.post("/v1/admin/models/{model:path}/load", status_code=202, **ORDER)
 async def load_model(model: str, request: Request) -> Response:
-    """Workers of the model start their engines and take its jobs again. 202 once that is committed; with
-    `Prefer: wait=N`, 200 if there are workers and all of them are ready within N seconds."""
+    """The model's workers start their engines and take its jobs again. Answers 202 once the order is committed; with
+    `Prefer: wait=N`, 200 if the model has workers and all of them are ready within N seconds."""
     return await _order(request, model, WorkerState.READY)
 
 
 @router.post("/v1/admin/models/{model:path}/unload", status_code=202, **ORDER)
 async def unload_model(model: str, request: Request) -> Response:
-    """Workers of the model drain as at SIGTERM, then end their engines, which frees the GPU, and stay. Its jobs wait.
-    202 once that is committed; with `Prefer: wait=N`, 200 if no worker has an engine any more within N seconds."""
+    """The model's workers drain as they do on SIGTERM, then stop their engines, which frees the GPU, and keep running.
+    Its jobs wait. Answers 202 once the order is committed; with `Prefer: wait=N`, 200 if every engine has stopped
+    within N seconds."""
     return await _order(request, model, WorkerState.UNLOADED)
 
 
 async def _order(request: Request, model: str, wanted: WorkerState) -> Response:
-    """Asking again for what is asked for changes nothing."""
+    """Idempotent: repeating an order changes nothing."""
     require_admin(request)
     services = services_of(request)
     spec = services.catalog.get(model)
@@ -105,7 +106,7 @@ async def _order(request: Request, model: str, wanted: WorkerState) -> Response:
         is_done = _have_all_obeyed(own, wanted, changed_at)
         if is_done or time.monotonic() >= gives_up_at or services.draining.is_set():
             break
-        await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(POLL_SECONDS)
     view = _status(services, spec, own, is_loaded, await services.read(workers.list_drains))
     headers = {} if wait_seconds is None else {"preference-applied": f"wait={wait_seconds}"}
     status_code = 200 if wait_seconds and is_done else 202
@@ -113,15 +114,16 @@ async def _order(request: Request, model: str, wanted: WorkerState) -> Response:
 
 
 def _have_all_obeyed(own: Sequence[Worker], wanted: WorkerState, changed_at: datetime) -> bool:
-    """Whoever reported after the change has heard of it, and obeyed what came before it."""
+    """A worker that has reported since the change knows of it, so the state that it reported takes it into account."""
     has_any = bool(own) or wanted is WorkerState.UNLOADED
     return has_any and all(worker.state is wanted and worker.seen_at > changed_at for worker in own)
 
 
 @router.post("/v1/admin/workers/{hostname}/drain")
 async def drain_worker(hostname: str, request: Request) -> WorkerView:
-    """The worker takes no more jobs, lets running ones end for CELERIAC_DRAIN_SECONDS, and stays. It hears of it within
-    two seconds. The order holds for its name, over restarts, until it is resumed; asking again changes nothing."""
+    """The worker takes no more jobs, gives running ones CELERIAC_DRAIN_SECONDS to finish, and keeps running. It notices
+    the order within two seconds. The order applies to the worker's name, across restarts, until the worker is resumed;
+    repeating it changes nothing."""
     require_admin(request)
     services = services_of(request)
     await _live_worker(services, hostname)
@@ -150,7 +152,7 @@ async def _live_worker(services: Services, hostname: str) -> Worker:
         if worker.hostname == hostname:
             return worker
     known = ", ".join(sorted(worker.hostname for worker in live)) or "none"
-    raise NotFound(f"no live worker is called {hostname[:200]!r}; there are: {known}")
+    raise NotFound(f"there is no live worker named {hostname[:200]!r}; the live workers are: {known}")
 
 
 def _status(

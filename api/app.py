@@ -1,10 +1,7 @@
-"""The HTTP API as one ASGI application: routes, error handlers, pages, and what lives as long as the process.
+"""The HTTP API as one ASGI application: routes, middleware, error handlers, and the pages for browsers.
 
-What a browser is shown: a page of links at `/`, and the whole API at `/docs`, without anything from the internet.
-
-Routes of OpenAI that have no counterpart here: 501, and what there is instead. Behind the key.
-
-The HTTP API as one ASGI application: routes, error handlers, and what lives as long as the process.
+`/` is a page of links and `/docs` shows the whole API; neither loads anything from the internet. OpenAI routes that
+have no counterpart here answer 501 with an alternative, and need a key like the others.
 """
 
 import asyncio
@@ -22,19 +19,19 @@ from starlette.staticfiles import StaticFiles
 from api import admin, anthropic, anthropic_batches, health, jobs, simple, webhooks
 from api.anthropic_batches import MAX_BATCH_BYTES
 from api.errors import ImpliedMethods, register_error_handlers
-from api.middleware import BodyLimit, Cors, DoorWithoutKeys, RequestContext
+from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
 from api.openai import batches, files, inference, responses
 from api.openai.files import FORM_BYTES
 from api.openapi import document_of
 from api.services import open_services, private_router
-from domain.addresses import Door, is_loopback
+from domain.addresses import OriginPolicy, is_loopback
 from domain.catalog import Catalog
 from domain.errors import NotOffered
 from settings import Settings, get_settings
 
 STATIC = Path(__file__).parent / "static"
 
-#: Scripts and styles come from here alone, and nobody may frame the page. Swagger UI sets styles on its elements.
+#: Scripts and styles only from this server, and no framing. `unsafe-inline`: Swagger UI sets styles on its elements.
 SECURITY = {
     "content-security-policy": (
         "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
@@ -55,13 +52,13 @@ LINKS = {
 
 
 def add_pages(app: FastAPI) -> None:
-    """Open to everybody: they say how the API looks, which is no secret, and nothing of what is in it. A browser could
-    not send a key with them. FastAPI remembers these functions for ever, so none of them holds the application."""
-    making = asyncio.Lock()
+    """Add the pages that need no key, which a browser could not send: they describe the API, which is not secret, and
+    contain no data. FastAPI caches these functions for the life of the process, so none of them may refer to `app`."""
+    building = asyncio.Lock()
 
     @app.get("/", include_in_schema=False)
     async def root(request: Request) -> Response:
-        """Links: a page for people, JSON for programs."""
+        """Links: an HTML page for people, JSON for programs."""
         if "text/html" in request.headers.get("accept", ""):
             return _page("index.html")
         return JSONResponse({"name": "celeriac", "version": version("celeriac"), "links": LINKS}, headers=VARY)
@@ -72,7 +69,7 @@ def add_pages(app: FastAPI) -> None:
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi(request: Request) -> Response:
-        async with making:  # the first time takes a second, in which streams go on
+        async with building:  # the first build takes a second; in a thread, so that streams go on
             return JSONResponse(await asyncio.to_thread(document_of, request.app))
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
@@ -87,18 +84,18 @@ def _page(name: str) -> Response:
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
-#: What stands below each of these, and what to use instead.
+#: Prefixes of OpenAI paths that are not offered, and what to use instead.
 INSTEAD_BY_PREFIX = {
     "/v1/chat/completions/input_tokens": "count the same messages as the input of /v1/responses/input_tokens",
-    "/v1/audio": "models here read and write text: transcribe elsewhere and send the text to /v1/chat/completions",
-    "/v1/images": "models here read and write text: /v1/chat/completions",
-    "/v1/fine_tuning": "train elsewhere and name the folder in models.toml",
+    "/v1/audio": "models here take text only: transcribe elsewhere and send the text to /v1/chat/completions",
+    "/v1/images": "models here produce text only: use /v1/chat/completions",
+    "/v1/fine_tuning": "train elsewhere and add the model's folder to models.toml",
     "/v1/responses/compact": "shorten the conversation yourself and send it to /v1/responses",
-    "/v1/moderations": "ask a model for a verdict: /v1/chat/completions with a JSON schema as response_format",
+    "/v1/moderations": "ask a model for a verdict, with a JSON schema as the response_format of /v1/chat/completions",
     "/v1/assistants": "keep the conversation yourself and send it to /v1/chat/completions",
     "/v1/threads": "keep the conversation yourself and send it to /v1/chat/completions",
-    "/v1/vector_stores": "keep vectors in a database of your own",
-    "/v1/realtime": "follow a job as it runs: GET /v1/jobs/{job_id}/events",
+    "/v1/vector_stores": "store the vectors in your own database",
+    "/v1/realtime": "stream a job's events instead: GET /v1/jobs/{job_id}/events",
 }
 
 not_offered_router = private_router("Not offered")
@@ -116,7 +113,7 @@ for prefix in INSTEAD_BY_PREFIX:
 
 
 ROUTERS = (
-    not_offered_router,  # first: some of its paths look like ids to others
+    not_offered_router,  # first: other routes would take some of its paths for ids
     jobs.router,
     *(module.router for module in (inference, responses, files, batches)),
     anthropic.router,
@@ -130,10 +127,10 @@ ROUTERS = (
 
 
 def create_app(settings: Settings | None = None, catalog: Catalog | None = None) -> FastAPI:
-    """Raises ValueError where the settings would open the API to strangers, or the models file makes no sense."""
+    """Raises ValueError if the settings would open the API to strangers, or if the models file is invalid."""
     settings = settings or get_settings()
     catalog = catalog or settings.load_catalog()
-    refuse_open_door(settings)
+    refuse_public_access_without_keys(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -145,7 +142,7 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
         title="Celeriac",
         version="1",
         lifespan=lifespan,
-        redirect_slashes=False,  # a redirected POST is a second request, or an error that does not say why
+        redirect_slashes=False,  # a redirected POST would be sent twice, or fail without an explanation
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
@@ -157,10 +154,10 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.add_middleware(ImpliedMethods)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, max_body_bytes_by_path=uploads)
     if settings.auth == "none":
-        app.add_middleware(DoorWithoutKeys, door=Door(settings.allowed_host_names, settings.cors_origin_list))
+        app.add_middleware(OriginGuard, policy=OriginPolicy(settings.allowed_host_names, settings.cors_origin_list))
     app.add_middleware(RequestContext)
     if settings.cors_origin_list:
-        app.add_middleware(Cors, origins=settings.cors_origin_list)  # around the rest: a page may read refusals, too
+        app.add_middleware(Cors, origins=settings.cors_origin_list)  # outermost, so that pages can read refusals, too
     register_error_handlers(app)
     # Not `include_router`, which would build each route's schemas again and look two levels deep at every request.
     app.router.routes.extend(route for router in ROUTERS for route in router.routes)
@@ -168,18 +165,18 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     return app
 
 
-def refuse_open_door(settings: Settings) -> None:
-    """Without keys everybody who reaches the API owns every job, so only this machine may reach it, and no page that
-    its browser happens to show."""
+def refuse_public_access_without_keys(settings: Settings) -> None:
+    """Without keys anyone who reaches the API owns every job, so only this machine may reach it, and no web page that
+    happens to be open in its browser. Raises ValueError."""
     if settings.auth != "none":
         return
     if not is_loopback(settings.host):
         raise ValueError(
-            f"CELERIAC_HOST is {settings.host!r} and CELERIAC_AUTH is 'none': anybody could use this API; "
+            f"CELERIAC_HOST is {settings.host!r} and CELERIAC_AUTH is 'none': anyone on the network could use the API; "
             "set CELERIAC_AUTH=api_key, or leave CELERIAC_HOST at 127.0.0.1"
         )
     if "*" in settings.cors_origin_list:
         raise ValueError(
-            "CELERIAC_CORS_ORIGINS is '*' and CELERIAC_AUTH is 'none': any web page could use this API; "
+            "CELERIAC_CORS_ORIGINS is '*' and CELERIAC_AUTH is 'none': any web page could use the API; "
             "name the origins, or set CELERIAC_AUTH=api_key"
         )

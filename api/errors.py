@@ -1,12 +1,12 @@
-"""Every error leaves in one shape, on every route; and the methods that a path answers to.
+"""Error responses, which have one shape on every route, and the HTTP methods that each path supports.
 
-Which methods a path answers to, known in one place: for 405's `Allow`, for OPTIONS, and for HEAD wherever GET is.
+The shape: {"error": {"message", "type", "param", "code"}, "request_id"}; the routes of Anthropic's API have Anthropic's
+(dialects/anthropic_errors.py). `HTTP_BY_CODE` in dialects/errors.py maps each code of domain/errors.py to a status and
+a type. Clients retry 408, 409, 429 and 5xx by themselves, so a permanent refusal has none of these statuses, or has
+`x-should-retry: false` with it.
 
-Every error leaves in one shape: {"error": {"message", "type", "param", "code"}, "request_id"}; on the routes of
-Anthropic's API in Anthropic's (dialects/anthropic_errors.py).
-
-`HTTP_BY_CODE` is the one table from a code of `domain.errors` to a status and a type. Clients retry 408, 409, 429 and
-5xx by themselves, so a lasting refusal never carries one of those.
+The methods of a path are needed for the `Allow` of a 405, for OPTIONS, and for HEAD, which every path with GET
+supports.
 """
 
 import logging
@@ -41,13 +41,13 @@ from observability import describe_exception, request_id_context
 
 log = logging.getLogger(__name__)
 
-ROUTED_METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")  # those that routes here are declared for
+ROUTED_METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")  # those that our routes declare
 
-WHOLE_SERVER = "*"  # OPTIONS may ask of no path in particular (RFC 9112, 3.2.4)
+WHOLE_SERVER = "*"  # the target of an OPTIONS request about the whole server (RFC 9112, 3.2.4)
 
 
 def methods_of(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
-    """In order; empty where there is no such path."""
+    """The methods of the path in `scope`, sorted; empty if there is no such path."""
     if scope["path"] == WHOLE_SERVER:
         return sorted({*ROUTED_METHODS, "HEAD", "OPTIONS"})
     methods = _routed_methods(routes, scope)
@@ -58,8 +58,8 @@ def methods_of(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
 
 
 def _routed_methods(routes: Sequence[BaseRoute], scope: Scope) -> set[str]:
-    """Starlette names the methods of one route alone, and others may share its path. A path that is a route's own is no
-    id of another's."""
+    """The union over all routes: Starlette reports the methods of the first matching one only. A route whose path is
+    exactly this one wins over routes that would take part of the path for an id."""
     own = {
         method
         for route in routes
@@ -95,7 +95,8 @@ class ImpliedMethods:
             await self.app(scope, receive, send)
 
     async def _answer_head(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A stream sees its reader leave once the headers are out: `receive` says so of an answer that is complete."""
+        """Run the GET route and send its headers only. The response is then complete, so `receive` reports a disconnect
+        and a stream ends."""
 
         async def send_head(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -107,7 +108,7 @@ class ImpliedMethods:
             await self.app(as_get, receive, send_head)
         finally:
             if "route" in as_get:
-                scope["route"] = as_get["route"]  # for the figures
+                scope["route"] = as_get["route"]  # for the metrics
 
 
 async def _answer_options(methods: Sequence[str], send: Send) -> None:
@@ -118,7 +119,7 @@ async def _answer_options(methods: Sequence[str], send: Send) -> None:
 
 MIN_RETRY_AFTER_SECONDS = 1
 
-MAX_RETRY_AFTER_SECONDS = 60  # the SDKs ignore more and fall back to their own short delay
+MAX_RETRY_AFTER_SECONDS = 60  # the SDKs ignore higher values and use their own short delay instead
 
 
 class MethodNotAllowed(CeleriacError):
@@ -135,7 +136,7 @@ class RequestTimeout(CeleriacError):
 
 
 def register_error_handlers(app: FastAPI) -> None:
-    """Replace every default of FastAPI and Starlette. Unhandled exceptions are the business of api/middleware.py."""
+    """Replace all default handlers of FastAPI and Starlette. api/middleware.py answers unhandled exceptions."""
     app.add_exception_handler(CeleriacError, _answer_celeriac_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
@@ -154,7 +155,7 @@ def json_response(content: object, status_code: int = 200, headers: Mapping[str,
 
 
 def error_response(exc: CeleriacError) -> Response:
-    """`exc` as HTTP, with the headers that steer the retries of clients."""
+    """`exc` as an HTTP response, with the headers that control whether and when clients retry."""
     status = error_dialect_context.get().http_of(exc.code).status
     headers = {}
     if isinstance(exc, Overloaded):
@@ -169,7 +170,8 @@ def error_response(exc: CeleriacError) -> Response:
 
 
 def jittered_retry_after(seconds: float) -> int:
-    """Whole seconds, spread by a fifth so that clients refused together do not come back together."""
+    """Whole seconds, randomised by up to 20% so that clients refused at the same time do not all retry at the same
+    time."""
     spread = round(seconds * random.uniform(0.8, 1.2))
     return min(max(spread, MIN_RETRY_AFTER_SECONDS), MAX_RETRY_AFTER_SECONDS)
 
@@ -183,7 +185,7 @@ async def _answer_celeriac_error(request: Request, exc: Exception) -> Response:
 
 
 async def _answer_http_exception(request: Request, exc: Exception) -> Response:
-    """What Starlette itself raises: no such route, wrong method, unreadable request."""
+    """Errors that Starlette itself raises: unknown route, wrong method, unreadable request."""
     assert isinstance(exc, HTTPException)
     headers = dict(exc.headers or {})
     if exc.status_code == 405:
@@ -196,10 +198,10 @@ async def _answer_http_exception(request: Request, exc: Exception) -> Response:
 def _as_celeriac_error(request: Request, exc: HTTPException, headers: Mapping[str, str]) -> CeleriacError:
     path = request.url.path[:128]
     if exc.status_code == 404:
-        remedy = "leave out the slash at its end" if path.endswith("/") else "/openapi.json lists every route"
-        return NotFound(f"there is no {path!r} here; {remedy}")
+        remedy = "remove the trailing slash" if path.endswith("/") else "/openapi.json lists every route"
+        return NotFound(f"there is no route {path!r}; {remedy}")
     if exc.status_code == 405:
-        return MethodNotAllowed(f"{path} does not answer {request.method[:16]}; use {headers['Allow']}")
+        return MethodNotAllowed(f"{path} does not support {request.method[:16]}; use {headers['Allow']}")
     if exc.status_code == 413:
         return RequestTooLarge(str(exc.detail))
     if exc.status_code in (401, 403):
@@ -210,7 +212,7 @@ def _as_celeriac_error(request: Request, exc: HTTPException, headers: Mapping[st
 
 
 async def _answer_validation_error(request: Request, exc: Exception) -> Response:
-    """A query, path or header parameter that FastAPI refused. The value stays out: it may be a secret."""
+    """A query, path or header parameter that FastAPI refused. Its value is not repeated, as it may be a secret."""
     assert isinstance(exc, RequestValidationError)
     first = exc.errors()[0]
     name = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])

@@ -1,12 +1,10 @@
-"""Server-sent events: the frames, a response that keeps a stream alive, and a job as events.
+"""Server-sent events: encoding, the streaming response with heartbeats and limits, and the event stream of a job.
 
-Server-sent events: the frames, and a response that keeps a stream alive, bounded, and ended on purpose.
-
-A job as server-sent events: what was committed, each chunk once and in order, then live, to exactly one last event.
-
-`id:` is the chunk's sequence number, and one more for the terminal event. A job that begins anew says so in a
-`job.reset`, which has a number as a chunk has: the text before it is void. News of the job's life (job.queued, started,
-retrying, snapshot) carries no id and no number: a client that resumes is told anew.
+The stream of a job has every committed chunk once and in order, then live chunks, then exactly one terminal event.
+`id:` is the chunk's sequence number; the terminal event's is one higher than the last chunk's. If the job starts over,
+a `job.reset`, which is numbered like a chunk, voids the text before it. Status events (job.queued, job.started,
+job.retrying, job.snapshot) have no `id:`, so they do not move a client's cursor; a client that resumes gets the current
+ones.
 """
 
 import asyncio
@@ -30,33 +28,36 @@ from domain.jobs import JobStatus, external_id
 from domain.requests import TokenChunk
 from metrics import stream_ends_total
 from storage import job_queries
-from storage.job_queries import JobRecord
-from storage.streams import StatusChange
+from storage.job_queries import CHUNKS_PER_READ, JobRecord
+from storage.streams import STORAGE_RETRY_SECONDS, StatusChange
 from storage.tables import Job
 
-SEND_TIMEOUT_SECONDS = 20.0  # a client that reads nothing for so long is cut; it resumes with its cursor
+#: The reasons for the end of a stream whose reader will not fetch the rest of it.
+ABANDONED = frozenset({"disconnected", "slow", "unserved"})
 
-# Without a blank line after it: decoders that remember an id take the blank line for an empty event.
+SEND_TIMEOUT_SECONDS = 20.0  # a client that reads nothing for this long is disconnected; it can resume
+
+# No blank line after it: decoders that keep the last id would dispatch an empty event at the blank line.
 HEARTBEAT = b": hb\n"
 
-# No line breaks to JSON or to server-sent events, but to the str.splitlines of many a client.
+# JSON and server-sent events do not count these as line breaks, but str.splitlines, which many clients use, does.
 _LINE_BREAKS = {b"\xc2\x85": b"\\u0085", b"\xe2\x80\xa8": b"\\u2028", b"\xe2\x80\xa9": b"\\u2029"}
 
 HEADERS = {
     "cache-control": "no-cache, no-transform",
-    "x-accel-buffering": "no",  # or nginx keeps the stream to itself
+    "x-accel-buffering": "no",  # keeps nginx from buffering the stream
     "content-type": "text/event-stream; charset=utf-8",
 }
 
 
 def frame(event: str, data: Mapping[str, object], *, id: int | None = None) -> bytes:
-    """One event. `data` is JSON on one line, so no text in it can end the frame or forge a field."""
+    """Encode one event. `data` becomes JSON on one line, so no text in it can end the event or inject a field."""
     head = f"event: {event}\n" if id is None else f"id: {id}\nevent: {event}\n"
     return head.encode() + data_frame(data)
 
 
 def data_frame(data: Mapping[str, object]) -> bytes:
-    """An event without name and id, as `frame`."""
+    """Encode an event that has neither name nor id."""
     body = orjson.dumps(data)
     for character, escape in _LINE_BREAKS.items():
         if character in body:
@@ -65,7 +66,7 @@ def data_frame(data: Mapping[str, object]) -> bytes:
 
 
 class EventStream(Response):
-    """Sends the frames of `frames` as they come, and closes them however the stream ends."""
+    """Sends the frames of a generator as they come, with heartbeats between them, and always closes the generator."""
 
     def __init__(
         self,
@@ -81,11 +82,11 @@ class EventStream(Response):
         on_end: Callable[[str], None] = lambda reason: None,
         unserved: Callable[[], Awaitable[bytes]] | None = None,
     ) -> None:
-        """When `draining` is set, the lifetime is over or the reader's key is revoked, the stream ends without its
-        terminal event: resume it. Readers that cannot resume get `early_end_frame`. `on_end` hears why the stream
-        ended: complete, disconnected, slow, draining, lifetime, revoked or unserved. Once `unserved` returns, nobody
-        works on what is awaited, and its bytes are the last ones."""
-        # Not super().__init__(), which would announce the length of an empty body.
+        """The stream ends without its terminal event when `draining` is set, when its lifetime is over, or when the
+        reader's key is revoked; the reader may then resume it. `early_end_frame` is sent first, for readers that cannot
+        resume. `unserved` returns once no worker serves the job's model; its bytes are then sent last. `on_end` is
+        called with the reason: complete, disconnected, slow, draining, lifetime, revoked or unserved."""
+        # Not super().__init__(), which would set a Content-Length of 0.
         self.status_code = 200
         self.background = None
         self.init_headers({**HEADERS, **(headers or {})})
@@ -131,8 +132,8 @@ class EventStream(Response):
             await self._frames.aclose()
 
     async def _send_frames(self, send: Send, reason_by_end: Mapping["asyncio.Future[Any]", str]) -> str:
-        """Returns why the stream ended: the reason of a task that is done, the first that stands in the mapping, or
-        one of its own."""
+        """Returns why the stream ended: the reason of the first future in `reason_by_end` that is done, or else
+        complete, lifetime or slow."""
         ends_at = time.monotonic() + self._lifetime_seconds
         following: asyncio.Task[bytes] | None = None
         try:
@@ -157,7 +158,7 @@ class EventStream(Response):
         except TimeoutError:
             return "slow"
         finally:
-            if following is not None:  # also one that has just ended: its last word must be heard
+            if following is not None:  # even if it has just finished: its exception must be retrieved
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)
 
@@ -168,7 +169,8 @@ async def _never() -> bytes:
 
 
 async def wait_for_revocation(scope: Scope) -> None:
-    """Of the key that came with a request of a private route, which put the question into the request's state."""
+    """Returns once the key of the request is revoked. `scope` is that of a private route, which sets
+    `until_revoked`."""
     await scope["state"]["until_revoked"]()
 
 
@@ -177,67 +179,65 @@ async def wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-#: Before the first look at the place in the queue, and each that follows. A job that starts sooner never says that it
-#: waited, and the database is not asked.
-QUEUE_NEWS_SECONDS = (0.1, 1.0)
+#: How long to wait before the first query for a job's queue position, and between two later ones. A job that starts
+#: sooner than that has no job.queued event and costs no query.
+QUEUE_POLL_SECONDS = (0.1, 1.0)
 
-STORAGE_RETRY_SECONDS = 0.5
-
-PAGE = 500
-
-COMMENT_AND_RETRY = b"retry: 1000\n: celeriac\n"  # an event block without data: sets the delay, dispatches nothing
+COMMENT_AND_RETRY = b"retry: 1000\n: celeriac\n"  # sets the reconnection delay; without data, no event is dispatched
 
 Beginning = Literal["start", "snapshot", "now"]
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a stream begins: after a chunk, or with a snapshot of all text so far."""
+    """Where a stream begins: after the chunk with the sequence number `after`, or with a snapshot of the text so
+    far."""
 
     after: int
     has_snapshot: bool = False
 
 
 def terminal_id(job: Job) -> int:
-    """The id of the last event of a terminal job."""
+    """The id of the terminal event of a job that has ended."""
     return job.committed_sequence_number + 1
 
 
 def start_of(job: Job, cursor: int | None, beginning: Beginning) -> Start | None:
-    """A cursor wins over `from`. None: the client has seen the terminal event. Raises InvalidCursor."""
+    """A cursor takes precedence over `beginning`. None if the client has already seen the terminal event. Raises
+    InvalidCursor."""
     if cursor is None:
         after = job.committed_sequence_number if beginning == "now" else 0
         return Start(after, has_snapshot=beginning == "snapshot")
     highest = terminal_id(job) if job.status.is_terminal else job.committed_sequence_number
     if not 0 <= cursor <= highest:
         raise InvalidCursor(
-            f"the cursor is {cursor} but this stream has come to {highest}; begin at 0, or with the last id you saw",
+            f"the cursor is {cursor} but the stream is only at {highest}; send 0, or the last id that you received",
             param="starting_after",
         )
     return None if job.status.is_terminal and cursor == terminal_id(job) else Start(cursor)
 
 
 class JobEventStream:
-    """The frames of one client. Whoever makes one has checked that the job is the client's own."""
+    """The encoded events of one job for one client. The caller has checked that the job belongs to the client."""
 
     def __init__(self, services: Services, record: JobRecord, start: Start, *, with_token_ids: bool) -> None:
         self._services = services
         self._job = record.job
         self._job_id = external_id(record.job.id)
         self._start = start
-        self._last = start.after  # the sequence number sent last
+        self._last = start.after  # the last sequence number sent
         self._with_token_ids = with_token_ids
         self._is_queued = record.job.status is JobStatus.QUEUED
-        self._queue: QueueView | None = None  # sent last
+        self._queue: QueueView | None = None  # the last one sent
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
-        """Ends after the terminal event; without one only where the job was deleted meanwhile."""
+        """Ends after the terminal event, or without one if the job was deleted meanwhile."""
         yield COMMENT_AND_RETRY
         if self._start.has_snapshot:
             yield await self._snapshot()
         async with aclosing(self._services.streams.read(self._job.id, starting_after=self._last)) as events:
-            told = interleave(events, self._queue_news, waits=QUEUE_NEWS_SECONDS, is_wanted=lambda: self._is_queued)
-            async for event in told:
+            merged = interleave(events, self._queue_event, waits=QUEUE_POLL_SECONDS, is_wanted=lambda: self._is_queued)
+            async for event in merged:
                 for one in await self._frames_of(event):
                     yield one
 
@@ -249,16 +249,16 @@ class JobEventStream:
             return [self._reset(event) if event.is_reset else self._delta(event)]
         self._is_queued = event.status is JobStatus.QUEUED
         if event.status is JobStatus.IN_PROGRESS:
-            return [self._news("job.started", attempt=event.attempt, sequence_number=self._last)]
+            return [self._status_event("job.started", attempt=event.attempt, sequence_number=self._last)]
         if event.status is JobStatus.QUEUED:
-            return [self._news("job.retrying", attempt=event.attempt + 1, sequence_number=self._last)]
+            return [self._status_event("job.retrying", attempt=event.attempt + 1, sequence_number=self._last)]
         return await self._terminal_frames()
 
-    def _news(self, event: str, **data: object) -> bytes:
+    def _status_event(self, event: str, **data: object) -> bytes:
         return frame(event, {"job_id": self._job_id, **data})
 
     def _reset(self, chunk: TokenChunk) -> bytes:
-        """What was sent before is void: the job begins anew under another revision of its model."""
+        """Voids what was sent before: the job has started over with another revision of its model."""
         data = {"job_id": self._job_id, "sequence_number": chunk.sequence_number, "reason": "model_revision"}
         return frame("job.reset", data, id=chunk.sequence_number)
 
@@ -279,8 +279,8 @@ class JobEventStream:
             data["prompt_logprobs"] = [entry and entry.model_dump(mode="json") for entry in chunk.prompt_logprobs]
         return frame("output.delta", data, id=chunk.sequence_number)
 
-    async def _queue_news(self) -> bytes:
-        """The place in the queue; empty where it is the one that was sent last, or nobody can say."""
+    async def _queue_event(self) -> bytes:
+        """A job.queued event with the position in the queue; empty if that has not changed or is not known."""
         try:
             queue = await self._services.monitor.position(self._job.id, self._job.model)
         except (SQLAlchemyError, OSError):
@@ -288,16 +288,16 @@ class JobEventStream:
         if queue is None or queue == self._queue:
             return b""
         self._queue = queue
-        return self._news("job.queued", **queue)
+        return self._status_event("job.queued", **queue)
 
     async def _snapshot(self) -> bytes:
-        """All text so far in one event; the deltas after it go on from there."""
+        """All text so far in one event; the deltas that follow continue from there."""
         chunks = await retry_until_storage_answers(lambda: read_all_chunks(self._services, self._job.id))
         self._last = chunks[-1].sequence_number if chunks else 0
-        return self._news("job.snapshot", sequence_number=self._last, choices=choices_of(chunks))
+        return self._status_event("job.snapshot", sequence_number=self._last, choices=choices_of(chunks))
 
     async def _terminal_frames(self) -> list[bytes]:
-        """The terminal event: the job as it will stay."""
+        """The terminal event, with the job in its final state; empty if the job was deleted."""
         record = await retry_until_storage_answers(
             lambda: self._services.read(job_queries.get, self._job.id, self._job.tenant_id)
         )
@@ -308,11 +308,11 @@ class JobEventStream:
 
 Item = TypeVar("Item")
 
-News = TypeVar("News")
+Answer = TypeVar("Answer")
 
 
 async def retry_until_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Item:
-    """A stream that has begun waits for a database that is away: it has no other way to say so."""
+    """Ask again until the database answers: a stream that has begun cannot answer with a 503 any more."""
     while True:
         with suppress(StorageUnavailable):
             return await ask()
@@ -321,19 +321,19 @@ async def retry_until_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Ite
 
 async def interleave(
     items: AsyncIterator[Item],
-    ask: Callable[[], Awaitable[News]],
+    ask: Callable[[], Awaitable[Answer]],
     *,
     waits: tuple[float, float],
     is_wanted: Callable[[], bool],
-) -> AsyncGenerator[Item | News, None]:
-    """The items, none of which waits for an answer; and what `ask` answers, while `is_wanted`: asked the first of
-    `waits` seconds after that began, then the second after each answer."""
+) -> AsyncGenerator[Item | Answer, None]:
+    """Yields the items as they come and, while `is_wanted()`, the results of `ask()` between them. `waits`: seconds
+    before the first call of `ask`, and between an answer and the next call. Items never wait for `ask`."""
     following: asyncio.Task[Item] | None = None
-    asking: asyncio.Task[News] | None = None
+    asking: asyncio.Task[Answer] | None = None
     first, then = waits
     try:
         while True:
-            following = following or asyncio.ensure_future(_next_of(items))
+            following = following or asyncio.ensure_future(next_of(items))
             if is_wanted():
                 asking = asking or asyncio.create_task(_later(first, ask))
                 await asyncio.wait((following, asking), return_when=asyncio.FIRST_COMPLETED)
@@ -359,12 +359,13 @@ async def interleave(
             await asyncio.wait(left)
 
 
-async def _later(seconds: float, ask: Callable[[], Awaitable[News]]) -> News:
+async def _later(seconds: float, ask: Callable[[], Awaitable[Answer]]) -> Answer:
     await asyncio.sleep(seconds)
     return await ask()
 
 
-async def _next_of(items: AsyncIterator[Item]) -> Item:
+async def next_of(items: AsyncIterator[Item]) -> Item:
+    """`anext` as a coroutine, of which a task can be made."""
     return await anext(items)
 
 
@@ -373,14 +374,14 @@ async def read_all_chunks(services: Services, job_id: UUID) -> list[TokenChunk]:
     chunks: list[TokenChunk] = []
     while True:
         after = chunks[-1].sequence_number if chunks else 0
-        page = await services.read(job_queries.read_chunks, job_id, after=after, limit=PAGE)
+        page = await services.read(job_queries.read_chunks, job_id, after=after, limit=CHUNKS_PER_READ)
         chunks += page
-        if len(page) < PAGE:
+        if len(page) < CHUNKS_PER_READ:
             return chunks
 
 
 def choices_of(chunks: Iterable[TokenChunk]) -> list[PartialChoiceView]:
-    """What the chunks amount to so far, one entry per sequence that has any."""
+    """The chunks joined to one entry per choice, in order of their index; choices without a chunk are left out."""
     by_index: dict[int, list[TokenChunk]] = {}
     for chunk in chunks:
         if not chunk.is_reset:

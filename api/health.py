@@ -1,8 +1,6 @@
-"""How this process and what it stands on are doing, and GET /v1/queue: what each model has to do.
+"""/health, /metrics and /v1/queue: the state of the API process and its dependencies, and of every model's queue.
 
-How this API process and what it stands on are doing. Open to everybody but /metrics, and tells no secrets.
-
-GET /v1/queue: what every model has to do, and how fast it is done.
+The health routes need no key, as they reveal no secrets and nothing about single jobs.
 """
 
 import asyncio
@@ -18,16 +16,15 @@ from starlette.requests import Request
 
 from api.openapi import TEXT
 from api.queue_monitor import Finding, ModelQueue
-from api.services import Services, private_router, require_admin, services_of
+from api.services import Services, database_unavailable, private_router, require_admin, services_of
 from dialects.openai_views import View
-from domain.errors import StorageUnavailable
 from domain.jobs import IN_GOOD_ORDER, WaitingFor
 from metrics import Process, registries
 from storage.job_queries import QueuePosition
 from storage.maintenance import RecentJobs, Spread
 from storage.streams import REDIS_OUTAGES
 
-CHECK_SECONDS = 2.0
+CHECK_SECONDS = 2.0  # how long the database and Redis may each take to answer
 
 public = APIRouter(tags=["Operations"])
 
@@ -45,7 +42,7 @@ class ReadyView(View):
 
 
 class SpreadView(View):
-    """Seconds; null where no job says."""
+    """Seconds; null if there is no job to measure."""
 
     p50: float | None
     p95: float | None
@@ -65,8 +62,9 @@ class ThroughputView(View):
 
 
 class MetricsView(View):
-    """Of jobs accepted within the last `window_seconds`, at most the newest 1,000. `errors` are failed jobs; `latency`
-    is accept to end of the completed ones, `queue` accept to start, `ttft` accept to the commit of the first token."""
+    """About the newest jobs accepted within the last `window_seconds`, at most 1,000. `errors` counts failed jobs.
+    Times begin when a job was accepted: `latency` is that to completion, `queue` that to the start, `ttft` that to the
+    commit of the first token."""
 
     window_seconds: float
     requests: RequestsView
@@ -77,15 +75,15 @@ class MetricsView(View):
 
 
 class MaintenanceView(View):
-    """By clock (`janitor`, `batches`, `webhooks`), the newest tick of all maintenance processes. `silent`: one of them
-    has not ticked for CELERIAC_MAINTENANCE_SILENCE_SECONDS."""
+    """For each clock (`janitor`, `batches`, `webhooks`), the time since the last tick of any maintenance process.
+    `silent`: a clock has not ticked for CELERIAC_MAINTENANCE_SILENCE_SECONDS."""
 
     status: Literal["ok", "silent"]
     seconds_since_last_tick: dict[str, float]
 
 
 class FindingView(View):
-    """Jobs of a model have waited for the same thing, and not for slots, for `seconds` at least, which is over a
+    """Jobs of a model have been waiting for something other than a free slot for at least `seconds`, more than a
     minute."""
 
     model: str
@@ -95,24 +93,25 @@ class FindingView(View):
     message: str
 
 
-#: What to look at, by what jobs wait for.
+#: What an operator should do, by what the jobs wait for.
 ADVICE = {
-    WaitingFor.WORKER: "no worker of this model lives: start one with celeriac worker --model {model}",
+    WaitingFor.WORKER: "this model has no live worker: start one with celeriac worker --model {model}",
     WaitingFor.MODEL_LOAD: "its workers are loading the model: see their logs",
-    WaitingFor.REVISION: "they had begun under a revision of the model that no worker serves any more: see "
+    WaitingFor.REVISION: "they started with a revision of the model that no worker serves any more: see "
     "CELERIAC_REVISION_POLICY, or cancel and retry them",
-    WaitingFor.ISOLATION: "they run alone, as they or their tenant's jobs crashed an engine: see the workers' logs",
-    WaitingFor.LIMIT: "lines of batches have taken their share of the slots: see CELERIAC_BATCH_RESERVE",
-    WaitingFor.PAUSE: "the model is unloaded, or its workers drain: load it, or resume or start a worker",
+    WaitingFor.ISOLATION: "they must run alone, as their tenant's jobs have crashed an engine: see the workers' logs",
+    WaitingFor.LIMIT: "batch jobs have used up their share of the slots: see CELERIAC_BATCH_RESERVE",
+    WaitingFor.PAUSE: "the model is unloaded, or its workers are draining: load it, or resume or start a worker",
 }
 
 
 class HealthView(View):
-    """`workers_drained_since` has the workers that an operator told to take no jobs.
+    """`workers_drained_since` lists the workers that an operator has drained.
 
-    `degraded` still accepts jobs: Redis is away (slower, nothing lost), no worker is there to run them, a clock of
-    maintenance is silent, jobs have waited for long for what does not come by itself (`findings`), or a model is
-    unavailable (`/v1/models` says why)."""
+    `degraded`: jobs are accepted, but Redis is unavailable (streams are slower, nothing is lost), there are no workers,
+    a maintenance clock is silent, jobs are stuck (`findings`), or a model is unavailable (`/v1/models` gives the
+    reason).
+    """
 
     status: Literal["ok", "degraded", "unhealthy"]
     database: ComponentStatus
@@ -134,13 +133,13 @@ class HealthView(View):
 
 @public.get("/health/live")
 async def live() -> LiveView:
-    """The process answers. Restart it only when this fails."""
+    """Liveness: 200 whenever the process can answer. Restart it only if this fails."""
     return LiveView(status="ok")
 
 
 @public.get("/health/ready", responses={503: {"model": ReadyView}})
 async def ready(request: Request, response: Response) -> ReadyView:
-    """Whether requests should be sent here."""
+    """Readiness: 200 if requests should be sent to this process, else 503."""
     services = services_of(request)
     status: Literal["ok", "draining", "unavailable"] = "ok"
     if services.draining.is_set():
@@ -153,7 +152,7 @@ async def ready(request: Request, response: Response) -> ReadyView:
 
 @public.get("/health", responses={503: {"model": HealthView}})
 async def health(request: Request, response: Response) -> HealthView:
-    """The whole picture. 503 only where jobs cannot be accepted."""
+    """The state of the whole installation. 503 only if jobs cannot be accepted."""
     services = services_of(request)
     database, redis = await asyncio.gather(_check_database(services), _check_redis(services))
     queues = services.monitor.queues.values()
@@ -172,7 +171,7 @@ async def health(request: Request, response: Response) -> HealthView:
         models=[spec.id for spec in services.catalog],
         models_unavailable=list(services.catalog.unavailable),
         models_unloaded=[queue.model for queue in queues if not queue.is_loaded],
-        model_loaded=num_workers > 0,  # workers report themselves once theirs is
+        model_loaded=num_workers > 0,  # a worker is counted once it has loaded its model
         workers=num_workers,
         workers_drained_since=dict(services.monitor.drained_since),
         queue_size=sum(queue.num_queued for queue in queues),
@@ -191,8 +190,8 @@ async def health(request: Request, response: Response) -> HealthView:
 
 @router.get("/metrics", response_class=Response, responses={200: TEXT})
 async def metrics(request: Request) -> Response:
-    """Prometheus: what this process counts, and the figures of the whole installation; so where there are keys only an
-    admin's opens it. A scraper sends it as `Authorization: Bearer`."""
+    """Prometheus metrics of this process and of the whole installation. If keys are required, this needs an admin key;
+    a scraper sends it as `Authorization: Bearer`."""
     require_admin(request)
     return Response(generate_latest(registries[Process.API]), media_type=CONTENT_TYPE_LATEST)
 
@@ -253,7 +252,7 @@ class ModelQueueView(View):
     tokens_ahead: int
     tokens_per_second: float
     eta_seconds: float | None
-    waiting_for: Annotated[dict[WaitingFor, int], Field(description="Queued jobs by what they wait for.")]
+    waiting_for: Annotated[dict[WaitingFor, int], Field(description="Number of queued jobs by what they wait for.")]
 
 
 class QueueListView(View):
@@ -263,11 +262,11 @@ class QueueListView(View):
 
 @router.get("/v1/queue")
 async def read_queue(request: Request) -> QueueListView:
-    """Of all tenants together: numbers only. `eta_seconds` is that of a job submitted now."""
+    """The queue of every model, over all tenants. `eta_seconds` is an estimate for a job submitted now."""
     try:
         queues = await services_of(request).monitor.read()
     except (SQLAlchemyError, OSError) as exc:
-        raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2) from exc
+        raise database_unavailable() from exc
     return QueueListView(object="list", data=[_view(queue) for queue in queues.values()])
 
 

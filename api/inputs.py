@@ -1,14 +1,8 @@
-"""What routes read from a request: JSON bodies, query strings, and headers that steer it.
+"""Reading requests: JSON bodies, query strings with pagination, and the headers of the job routes.
 
-JSON bodies in: strict, bounded, and refused with the field, the value seen and the remedy.
-
-Nothing here takes more than linear time, and little of that for what is refused: lengths come first, then the first
-error alone. What is done to a large body is done off the event loop.
-
-Query strings: typed, bounded, and refused like bodies where a name is unknown or a value cannot be; and the pages of
-lists, which are asked for with them.
-
-What the job routes read besides bodies: query strings, and headers with options of a request.
+Unknown fields and invalid values are refused, with the field, the value seen and the remedy. Parsing takes linear time,
+and much less for a refused request: lengths are checked first, and only the first error is reported. Large bodies are
+parsed off the event loop.
 """
 
 import asyncio
@@ -30,7 +24,7 @@ from dialects.openai_views import REFERENCE, View, page
 from domain.errors import InvalidCursor, InvalidRequest
 from domain.jobs import FirstErrorModel, JobStatus, parse_id, parse_id_of_other
 
-BODY_SECONDS = 30.0
+BODY_SECONDS = 30.0  # how long the whole body may take to arrive
 
 P = ParamSpec("P")
 
@@ -38,8 +32,8 @@ WorkResult = TypeVar("WorkResult")
 
 
 async def read_model(request: Request, model: type[Model], hints: HintTree | None = None) -> Model:
-    """The body as a `model`, without what `hints` let be left out. Raises InvalidRequest or UnsupportedMediaType; the
-    size was bounded by the middleware."""
+    """The body, validated as `model`; unknown fields that `hints` lists are dropped. The middleware has bounded its
+    size. Raises InvalidRequest, UnsupportedMediaType, RequestTimeout or ServerOverloaded."""
     require_json(request)
     return await off_loop(request, parse_model, await read_body(request), model, hints)
 
@@ -47,19 +41,19 @@ async def read_model(request: Request, model: type[Model], hints: HintTree | Non
 async def off_loop(
     request: Request, function: Callable[P, WorkResult], *args: P.args, **kwargs: P.kwargs
 ) -> WorkResult:
-    """What takes time with the size of a body, which was read: in a thread where it is a large one. Raises what
-    `function` does, and ServerOverloaded."""
+    """Call a function whose running time grows with the size of the body: in a thread if the body is large. The body
+    has been read already. Raises what `function` raises, and ServerOverloaded."""
     large_work = services_of(request).large_work
     return await large_work.run(len(await request.body()), function, *args, **kwargs)
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises RequestTimeout for one that trickles in."""
+    """The whole body. Raises RequestTimeout if it takes longer than BODY_SECONDS."""
     try:
         async with asyncio.timeout(BODY_SECONDS):
             return await request.body()
     except TimeoutError:
-        raise RequestTimeout(f"the body did not arrive within {BODY_SECONDS:.0f} s; send it at once") from None
+        raise RequestTimeout(f"the body did not arrive within {BODY_SECONDS:.0f} s; send it without pauses") from None
 
 
 def require_json(request: Request) -> None:
@@ -76,7 +70,7 @@ Query = TypeVar("Query", bound="QueryModel")
 
 Listed = TypeVar("Listed")
 
-MAX_PARAMETERS = 64  # no route has half as many, those of a mapping counted one by one
+MAX_PARAMETERS = 64  # more than twice what any route accepts, each entry of a mapping counted
 
 
 class QueryModel(FirstErrorModel):
@@ -84,7 +78,7 @@ class QueryModel(FirstErrorModel):
 
     @classmethod
     def lists(cls) -> set[str]:
-        """The parameters that may come more than once."""
+        """The names of the parameters that may be repeated."""
         return {
             name
             for name, field in cls.model_fields.items()
@@ -93,24 +87,24 @@ class QueryModel(FirstErrorModel):
 
 
 class PageQuery(QueryModel):
-    after: str | None = Field(default=None, description="The last id of the page before.")
+    after: str | None = Field(default=None, description="The last_id of the previous page.")
     limit: int = Field(default=20, ge=1, le=100)
 
     def cursor(self, prefix: str | None = None) -> UUID | None:
-        """The id that the page begins after: of a job, or of what has ids with this prefix. Raises InvalidCursor."""
+        """`after`, parsed: a job's id or, with `prefix`, the id of another kind of object. Raises InvalidCursor."""
         if self.after is None:
             return None
         try:
             return parse_id(self.after) if prefix is None else parse_id_of_other(self.after, prefix)
         except ValueError as exc:
-            raise InvalidCursor(f"after: {exc}; send the last_id of the page before", param="after") from None
+            raise InvalidCursor(f"after: {exc}; send the last_id of the previous page", param="after") from None
 
     def items_after(self, items: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """Of a list that is here whole. Raises InvalidCursor."""
+        """The part of a complete list that follows `after`. Raises InvalidCursor."""
         ids = [item["id"] for item in items]
         if self.after is not None and self.after not in ids:
             raise InvalidCursor(
-                f"after is {self.after[:64]!r}, which is not in this list; send a last_id", param="after"
+                f"after is {self.after[:64]!r}, which is not in this list; send the last_id of a page", param="after"
             )
         return items if self.after is None else items[ids.index(self.after) + 1 :]
 
@@ -124,8 +118,9 @@ async def list_page(
     prefix: str | None = None,
     **filters: object,
 ) -> Response:
-    """A page of what `reader(session, tenant_id, after=, limit=, **filters)` finds, whose ids have `prefix`: without
-    one, of jobs. Raises InvalidCursor."""
+    """The page of the caller's objects that `query` asks for. `reader(session, tenant_id, after=, limit=, **filters)`
+    finds them, `view` makes each the JSON object of the answer. `prefix` is that of their ids; None means jobs. Raises
+    InvalidCursor."""
     services, tenant_id = caller_of(request)
     after = query.cursor(prefix)
     found = await services.read(reader, tenant_id, after=after, limit=query.limit + 1, **filters)
@@ -133,7 +128,7 @@ async def list_page(
 
 
 def listing(view: type[View], query: type[PageQuery]) -> dict[str, Any]:
-    """The options of a route that lists: what it answers, and what it reads from its query string."""
+    """The keyword arguments that declare a list route in the OpenAPI document: its answer and its query parameters."""
     return {"responses": {200: {"model": view}}, "openapi_extra": {"parameters": query_parameters(query)}}
 
 
@@ -142,13 +137,11 @@ def _is_list(annotation: object) -> bool:
 
 
 def read_query(request: Request, model: type[Query]) -> Query:
-    """`a[k]=v` becomes the entry k of the mapping a, and `a`, `a[]` or `a[0]` an item of the list a. Raises
-    InvalidRequest, also for an unknown or repeated name."""
+    """The query string, validated as `model`. `a[k]=v` is the entry `k` of the mapping `a`; `a`, `a[]` and `a[0]` are
+    items of the list `a`. Raises InvalidRequest, also for unknown or repeated names."""
     parameters = request.query_params.multi_items()
     if len(parameters) > MAX_PARAMETERS:
-        raise InvalidRequest(
-            f"the query has {len(parameters)} parameters; at most {MAX_PARAMETERS} are read, send fewer"
-        )
+        raise InvalidRequest(f"the query string has {len(parameters)} parameters; send at most {MAX_PARAMETERS}")
     given: dict[str, Any] = {}
     for name, value in parameters:
         outer, bracket, key = name.partition("[")
@@ -168,7 +161,7 @@ def read_query(request: Request, model: type[Query]) -> Query:
 
 
 def query_parameters(model: type[BaseModel]) -> list[Mapping[str, object]]:
-    """The parameters of `model` as OpenAPI lists them."""
+    """The OpenAPI parameter objects of `model`."""
     whole = model.model_json_schema(ref_template=REFERENCE)
     defs = {"$defs": whole["$defs"]} if "$defs" in whole else {}
     return [
@@ -181,29 +174,31 @@ def _style(schema: Mapping[str, object]) -> dict[str, object]:
     return {"style": "deepObject", "explode": True} if schema.get("type") == "object" else {}
 
 
-MAX_WAIT_SECONDS = 60
+MAX_WAIT_SECONDS = 60  # of one long poll
 
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,9})\"?", re.IGNORECASE)
 
 
 def _refuse_number(value: object) -> object:
-    """A number would be read as seconds since 1970, which no other time here is written as."""
+    """Refuse numbers, which pydantic would take for seconds since 1970. Raises ValueError."""
     if isinstance(value, str) and not value[4:5] == "-":
         raise ValueError(f"it is {value[:40]!r}; write it as 2026-10-20T12:00:00Z")
     return value
 
 
 class WaitQuery(QueryModel):
-    wait: int = Field(default=0, ge=0, le=MAX_WAIT_SECONDS, description="Seconds to wait for the end of the job.")
-    include: str = Field(default="", description="input, output, attempts; output of a running job is partial.")
+    wait: int = Field(default=0, ge=0, le=MAX_WAIT_SECONDS, description="How many seconds to wait for the job to end.")
+    include: str = Field(
+        default="", description="Any of input, output, attempts. The output of a running job is partial."
+    )
 
 
 class EventsQuery(QueryModel):
-    starting_after: int | None = Field(default=None, description="The last sequence number seen.")
+    starting_after: int | None = Field(default=None, description="The last sequence number received.")
     from_: Literal["start", "snapshot", "now"] = Field(
-        default="start", alias="from", description="Where to begin without a cursor."
+        default="start", alias="from", description="Where to begin if no cursor is sent."
     )
-    include: str = Field(default="", description="token_ids: the tokens of each delta.")
+    include: str = Field(default="", description="token_ids adds the token ids of each delta.")
 
 
 class ListQuery(PageQuery):
@@ -217,58 +212,65 @@ class ListQuery(PageQuery):
 
 
 class OutputQuery(QueryModel):
-    index: int = Field(default=0, ge=0, le=1_000, description="Which of the n choices, as text.")
+    index: int = Field(default=0, ge=0, le=1_000, description="Which of the n choices to return as text.")
 
 
 def idempotency_key(request: Request, body: JobOptionFields) -> str | None:
+    """From the header or the body. Raises InvalidRequest if it is malformed, or if the two differ."""
     header = parse_idempotency_key(request.headers.get("idempotency-key"))
     if header is None:
         return body.idempotency_key
     if body.idempotency_key is not None and body.idempotency_key != header:
-        raise InvalidRequest("Idempotency-Key and idempotency_key differ; send one of them", param="idempotency_key")
+        raise InvalidRequest(
+            "the Idempotency-Key header and idempotency_key differ; send only one of them", param="idempotency_key"
+        )
     return header
 
 
 def parse_idempotency_key(header: str | None) -> str | None:
-    """Raises InvalidRequest for one that cannot be."""
+    """The header's value, checked. Raises InvalidRequest."""
     if header is None:
         return None
     if not 1 <= len(header) <= 255 or not header.isascii() or not header.isprintable() or " " in header:
         raise InvalidRequest(
-            f"Idempotency-Key has {len(header)} characters; send 1 to 255 visible ASCII characters without blanks",
+            f"Idempotency-Key has {len(header)} characters; send 1 to 255 printable ASCII characters without spaces",
             param="idempotency_key",
         )
     return header
 
 
 def preferred_wait(prefer: str | None) -> int | None:
-    """RFC 7240: what we cannot read is ignored, what is more than we grant is granted in part."""
+    """The seconds of `Prefer: wait=N` (RFC 7240), at most MAX_WAIT_SECONDS; None if there is no such preference or it
+    cannot be parsed, which RFC 7240 says to ignore."""
     match = _WAIT.search(prefer or "")
     return min(int(match[1]), MAX_WAIT_SECONDS) if match else None
 
 
 def included(include: str, known: set[str]) -> set[str]:
+    """The names in a comma-separated `include`. Raises InvalidRequest for one that is not in `known`."""
     names = {name.strip() for name in include.split(",") if name.strip()}
     if unknown := names - known:
         raise InvalidRequest(
-            f"include names {sorted(unknown)[0][:64]!r}; known are: {', '.join(sorted(known))}", param="include"
+            f"include has {sorted(unknown)[0][:64]!r}; it may have: {', '.join(sorted(known))}", param="include"
         )
     return names
 
 
 def stream_cursor(last_event_id: str | None, starting_after: int | None) -> int | None:
-    """A browser that reconnects repeats its first URL, so the header is the newer one."""
+    """The header takes precedence: a browser that reconnects repeats its first URL, so the header is newer. Raises
+    InvalidCursor."""
     if last_event_id is None or not last_event_id.strip():
         return starting_after
     if not last_event_id.isascii() or not last_event_id.isdigit() or len(last_event_id) > 18:
         raise InvalidCursor(
-            f"Last-Event-ID is {last_event_id[:40]!r}; send the id of the last event you saw", param="Last-Event-ID"
+            f"Last-Event-ID is {last_event_id[:40]!r}; send the id of the last event that you received",
+            param="Last-Event-ID",
         )
     return int(last_event_id)
 
 
 def accepts_json(accept: str) -> bool:
-    """Plain text unless JSON is asked for and comes first."""
+    """Whether the Accept header names application/json before any plain text or wildcard type."""
     kinds = [kind.partition(";")[0].strip().lower() for kind in accept.split(",")]
     wanted = [kind for kind in kinds if kind in ("application/json", "text/plain", "text/*", "*/*")]
     return bool(wanted) and wanted[0] == "application/json"

@@ -1,10 +1,7 @@
-"""The native job API: submit, look, wait, watch, read, cancel, delete; dead letters, and another try.
+"""/v1/jobs and /v1/dead_letters: submit, read, wait for, stream, cancel, delete, replay and retry jobs.
 
-The native job API: submit, look, wait, watch, read, cancel, delete. Every other endpoint is a view of these jobs.
-
-What went wrong, and another try: dead letters with their attempts, replay, retry.
-
-An ended job stays as it is, so every further try is a new job that names the old one (docs/adr/0011).
+Every other endpoint is a view of these jobs. A job that has ended never changes, so each replay or retry is a new job
+that names the old one (docs/adr/0011).
 """
 
 from collections.abc import Sequence
@@ -67,7 +64,7 @@ from tasks.submit import Resubmission, Submitted, resubmit
 
 router = private_router("Jobs")
 
-POLL_MILLISECONDS = 1_000  # how often a client without long polling should look
+POLL_MILLISECONDS = 1_000  # how often a client that does not use long polling should poll
 
 
 @router.post(
@@ -86,7 +83,7 @@ POLL_MILLISECONDS = 1_000  # how often a client without long polling should look
     },
 )
 async def submit_job(request: Request) -> Response:
-    """202 once the job is committed. With `Prefer: wait=N`, 200 and the result if it is done within N seconds."""
+    """Answers 202 once the job is committed. With `Prefer: wait=N`, 200 and the result if it ends within N seconds."""
     services, tenant_id = caller_of(request)
     require_json(request)
     content = await read_body(request)
@@ -113,7 +110,7 @@ def _parse(content: bytes) -> JobBody | EmbeddingJobBody:
 
 @router.get("/v1/jobs", **listing(JobListView, ListQuery))
 async def list_jobs(request: Request) -> Response:
-    """The tenant's jobs, newest first, without their output. Go on with `after` = `last_id` while `has_more`."""
+    """The tenant's jobs, newest first, without their output. For the next page send `after` = `last_id`."""
     services, tenant_id = caller_of(request)
     query = read_query(request, ListQuery)
     found = await services.read(
@@ -139,7 +136,7 @@ async def list_jobs(request: Request) -> Response:
     openapi_extra={"parameters": query_parameters(WaitQuery)},
 )
 async def read_job(job_id: str, request: Request) -> Response:
-    """The job as it is; with `wait`, as it is at its end or when the time is over."""
+    """The current state of the job. With `wait`, the answer is held until the job ends or the time is over."""
     services, tenant_id = caller_of(request)
     query = read_query(request, WaitQuery)
     include = included(query.include, {"input", "output", "attempts"})
@@ -159,11 +156,12 @@ async def read_job(job_id: str, request: Request) -> Response:
 @router.get(
     "/v1/jobs/{job_id}/events",
     response_class=Response,
-    responses={200: EVENTS, 204: {"description": "The last event was seen already."}},
+    responses={200: EVENTS, 204: {"description": "The client has already received the last event."}},
     openapi_extra={"parameters": query_parameters(EventsQuery)},
 )
 async def stream_job(job_id: str, request: Request) -> Response:
-    """Server-sent events from the start, a cursor (`Last-Event-ID` or `starting_after`), a snapshot or now."""
+    """The job as server-sent events: from the start, after a cursor (`Last-Event-ID` or `starting_after`), from a
+    snapshot, or from now on."""
     services, tenant_id = caller_of(request)
     query = read_query(request, EventsQuery)
     include = included(query.include, {"token_ids"})
@@ -171,7 +169,7 @@ async def stream_job(job_id: str, request: Request) -> Response:
     record = await find_job(services, job_id, tenant_id, with_result=False)
     start = start_of(record.job, cursor, query.from_)
     if start is None:
-        return Response(status_code=204)  # tells a browser's EventSource to stop reconnecting
+        return Response(status_code=204)  # makes a browser's EventSource stop reconnecting
     services.slots.refuse_if_full()
     if cursor is not None:
         stream_resumes_total.inc()
@@ -193,7 +191,7 @@ async def stream_job(job_id: str, request: Request) -> Response:
     openapi_extra={"parameters": query_parameters(OutputQuery)},
 )
 async def read_output(job_id: str, request: Request) -> Response:
-    """The text of one choice as text/plain, or all choices as JSON, by `Accept`; partial while the job runs."""
+    """One choice as text/plain or, if `Accept` asks for it, all choices as JSON. Partial while the job runs."""
     services, tenant_id = caller_of(request)
     query = read_query(request, OutputQuery)
     record = await find_job(services, job_id, tenant_id)
@@ -203,7 +201,7 @@ async def read_output(job_id: str, request: Request) -> Response:
     headers = {
         "x-job-id": external_id(record.job.id),
         "x-job-status": record.job.status.value,
-        "x-content-type-options": "nosniff",  # it is a model's text: no browser may take it for a page
+        "x-content-type-options": "nosniff",  # the text of a model: no browser may render it as a page
         "vary": "accept",
     }
     if not is_text or accepts_json(request.headers.get("accept", "")):
@@ -215,8 +213,8 @@ async def read_output(job_id: str, request: Request) -> Response:
 
 @router.post("/v1/jobs/{job_id}/cancel", responses={200: {"model": JobView}})
 async def cancel_job(job_id: str, request: Request) -> Response:
-    """A queued job is cancelled now, a running one within a step of its engine; its output so far is kept. A finished
-    one stays as it is."""
+    """A queued job is cancelled at once, a running one within one step of its engine; the output so far is kept. A job
+    that has ended is returned unchanged."""
     services, tenant_id = caller_of(request)
     id_ = _parse_job_id(job_id)
     if await services.cancel(id_, tenant_id) is None:
@@ -227,14 +225,14 @@ async def cancel_job(job_id: str, request: Request) -> Response:
 
 @router.delete("/v1/jobs/{job_id}", responses={200: {"model": DeletedView}})
 async def delete_job(job_id: str, request: Request) -> Response:
-    """Erase the job with its input, output and stream. One that runs is stopped."""
+    """Erase the job with its input, output and stream. A running job is stopped."""
     services, tenant_id = caller_of(request)
     record = await find_job(services, job_id, tenant_id, with_result=False)
     if not await services.write(jobs.delete, record.job.id, tenant_id):
         raise _not_found(job_id)
     if record.job.status is JobStatus.IN_PROGRESS:
         services.dispatcher.revoke_running(record.job.id)
-    await services.announce(record.job.id, JobStatus.CANCELLED)  # open streams look, and find it gone
+    await services.announce(record.job.id, JobStatus.CANCELLED)  # wakes open streams, which find the job gone
     deleted = {"id": external_id(record.job.id), "object": "job", "deleted": True}
     return json_response(deleted)
 
@@ -242,7 +240,7 @@ async def delete_job(job_id: str, request: Request) -> Response:
 async def find_job(
     services: Services, job_id: str, tenant_id: UUID, *, with_request: bool = False, with_result: bool = True
 ) -> JobRecord:
-    """Raises JobNotFound, the same for a malformed id, an unknown one and another tenant's."""
+    """Raises JobNotFound, with the same message for a malformed id, an unknown one and one of another tenant."""
     id_ = _parse_job_id(job_id)
     record = await services.read(job_queries.get, id_, tenant_id, with_request=with_request, with_result=with_result)
     if record is None:
@@ -259,11 +257,13 @@ def _parse_job_id(job_id: str) -> UUID:
 
 
 def _not_found(job_id: str) -> JobNotFound:
-    return JobNotFound(f"there is no job {job_id[:64]!r}; check the id, or it may have been deleted", param="job_id")
+    return JobNotFound(
+        f"there is no job {job_id[:64]!r}; check the id, as the job may have been deleted", param="job_id"
+    )
 
 
 async def view_after_submit(services: Services, tenant_id: UUID, submitted: Submitted, *, is_waited: bool) -> JobView:
-    """Of a job just accepted, what is known without asking; it is asked for where time has passed or it is older."""
+    """The view of a new job is built without a query. If the request waited, or the job existed before, it is read."""
     if submitted.is_new and not is_waited:
         queue = services.monitor.joining(submitted.new_job.request.model)
         services.monitor.accepted(submitted.new_job.request.model)
@@ -285,7 +285,7 @@ async def _partial_output(services: Services, job_id: UUID) -> OutputView:
 
 
 def answer_job(view: JobView, headers: dict[str, str], *, pending_status: int) -> Response:
-    """A job's view, with advice on when to look again while it is not finished."""
+    """A job's view. Until the job has ended, headers suggest when to poll again and give its place in the queue."""
     is_terminal = view["finished_at"] is not None
     if not is_terminal:
         headers |= {"retry-after": "1", "openai-poll-after-ms": str(POLL_MILLISECONDS)}
@@ -302,16 +302,19 @@ RETRYABLE = frozenset({JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED}
 
 
 class ReplayBody(FirstErrorModel):
-    """POST .../replay; may be left out."""
+    """The body of POST .../replay, which is optional."""
 
     model_config = ConfigDict(extra="forbid")
 
-    allow_poison: bool = Field(default=False, description="Run it, alone, although it crashed an engine within a day.")
+    allow_poison: bool = Field(
+        default=False,
+        description="Run the job although it has crashed an engine within the last day. It then runs alone.",
+    )
 
 
 @router.get("/v1/dead_letters", **listing(DeadLetterListView, PageQuery))
 async def list_dead_letters(request: Request) -> Response:
-    """The tenant's failed jobs with all their attempts, newest first. Go on with `after` = `last_id`."""
+    """The tenant's failed jobs with all their attempts, newest first. For the next page send `after` = `last_id`."""
     return await list_page(request, read_query(request, PageQuery), job_queries.list_dead_letters, _dead_letter_view)
 
 
@@ -322,7 +325,8 @@ async def list_dead_letters(request: Request) -> Response:
     openapi_extra=request_body(ReplayBody, is_required=False),
 )
 async def replay_dead_letter(job_id: str, request: Request) -> Response:
-    """A new job with the same request and nothing of the old output. The same call again answers with the same job."""
+    """Submit the same request as a new job, without the old output. Idempotent: a repeated call returns the same
+    job."""
     raw = await read_body(request)
     if raw:
         require_json(request)
@@ -333,8 +337,8 @@ async def replay_dead_letter(job_id: str, request: Request) -> Response:
 
 @router.post("/v1/jobs/{job_id}/retry", status_code=202, responses={200: {"model": JobView}, 202: {"model": JobView}})
 async def retry_job(job_id: str, request: Request) -> Response:
-    """A new job that goes on behind the output of one that failed, expired or was cancelled, while its model revision
-    is served; else from the start. The same call again answers with the same job."""
+    """Submit a new job that continues the output of one that failed, expired or was cancelled, or starts over if its
+    model revision is no longer served. Idempotent: a repeated call returns the same job."""
     return await _submit_again(job_id, request, Resubmission("retry", keeps_output=True), allowed=RETRYABLE)
 
 
@@ -349,7 +353,7 @@ async def _submit_again(job_id: str, request: Request, how: Resubmission, *, all
     record = await find_job(services, job_id, tenant_id, with_request=True, with_result=False)
     if record.job.status not in allowed:
         raise JobNotRetryable(
-            f"the job is {record.job.status}; {how.verb} takes one that is {' or '.join(sorted(allowed))}",
+            f"the job is {record.job.status}; {how.verb} is for jobs that are {' or '.join(sorted(allowed))}",
             param="job_id",
         )
     max_queued_jobs = services.settings.max_queued_jobs

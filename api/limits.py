@@ -1,11 +1,8 @@
-"""What one process takes at a time: large bodies and answers, uploads, streams.
+"""Limits on what one API process does at the same time: large bodies and answers, uploads, streams.
 
-Work that grows with the size of a request or of an answer: off the event loop where the size is large.
-
-The thread shares the interpreter's lock with the loop, which gets its turn every few milliseconds while Python runs,
-and has to wait for what C code does at one go. One thread, because two would take from the loop twice and be no faster.
-
-How many uploads one process takes at once, and how many of them may be one tenant's.
+Work on large bodies and answers runs in a single thread beside the event loop. The two share the interpreter's lock:
+Python code yields it every few milliseconds, C code only when it returns. A second thread would take more time from the
+loop and finish no sooner.
 """
 
 import asyncio
@@ -22,13 +19,13 @@ from domain.errors import ServerOverloaded
 from domain.requests import EmbeddingResult, JobOutput
 from metrics import stream_connections
 
-LARGE_BYTES = 65_536  # what is smaller takes the loop less than a thread's switch under load is worth
+LARGE_BYTES = 65_536  # smaller work blocks the loop for less time than a thread switch under load would cost
 
-MAX_WAITING = 64
+MAX_WAITING = 64  # pieces of large work, the running one included
 
-NUMBER_BYTES = 4  # of an embedding's JSON, for each character of its base64
+NUMBER_BYTES = 4  # of JSON, for each character of an embedding's base64
 
-TOKEN_BYTES = 80  # of one token among logprobs
+TOKEN_BYTES = 80  # of JSON, for each token that has a logprob
 
 P = ParamSpec("P")
 
@@ -36,7 +33,7 @@ Result = TypeVar("Result")
 
 
 def size_of(output: JobOutput | None) -> int:
-    """About how many bytes an answer has that shows all of it."""
+    """The approximate size in bytes of an answer with this output."""
     if output is None:
         return 0
     if isinstance(output, EmbeddingResult):
@@ -48,19 +45,20 @@ def size_of(output: JobOutput | None) -> int:
 
 
 class LargeWork:
-    """The thread, and how much waits for it."""
+    """A single thread for large work, with a bounded queue."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="large-work")
         self._num_waiting = 0
 
     async def run(self, num_bytes: int, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
-        """What `function` returns or raises; it touches nothing that belongs to the event loop. `num_bytes` is the size
-        of what it works on. Raises ServerOverloaded where too much waits already."""
+        """Returns or raises what `function` does; it must not touch anything that belongs to the event loop.
+        `num_bytes` is the size of its input or output; small work is done at once, without the thread. Raises
+        ServerOverloaded if the queue is full."""
         if num_bytes <= LARGE_BYTES:
             return function(*args, **kwargs)
         if self._num_waiting >= MAX_WAITING:
-            raise ServerOverloaded(f"{MAX_WAITING} large bodies wait for their turn here; retry in a moment")
+            raise ServerOverloaded(f"{MAX_WAITING} large requests are waiting to be processed here; retry in a moment")
         self._num_waiting += 1
         work = partial(copy_context().run, function, *args, **kwargs)
         future = asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -68,7 +66,7 @@ class LargeWork:
         return await asyncio.shield(future)
 
     def _forget(self, future: "asyncio.Future[Any]") -> None:
-        # A thread cannot be stopped: what nobody waits for any more keeps its place in the bound until it is through.
+        # A thread cannot be interrupted, so abandoned work counts towards the bound until it is finished.
         self._num_waiting -= 1
         if not future.cancelled():
             future.exception()  # read, so that it is not reported as never retrieved
@@ -77,34 +75,36 @@ class LargeWork:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-TENANT_SHARE = 0.75  # of the places; where there is more than one, a tenant never has them all
+TENANT_SHARE = 0.75  # of the upload slots; no tenant ever holds all of them
 
 
 class UploadSlots:
-    """The places, and who holds them."""
+    """How many uploads one process receives at once, in total and per tenant."""
 
     def __init__(self, max_open: int, *, is_shared: bool) -> None:
-        """`is_shared`: several tenants may come."""
+        """`is_shared`: there may be several tenants, so each gets at most TENANT_SHARE of the slots."""
         self._max_open = max_open
         self._max_per_tenant = max(1, int(max_open * TENANT_SHARE)) if is_shared else max_open
         self._num_by_tenant: Counter[UUID] = Counter()
 
     @contextlib.contextmanager
     def hold(self, tenant_id: UUID) -> Iterator[None]:
-        """Raises ServerOverloaded where no place is free."""
+        """Raises ServerOverloaded if there is no free slot, or none for this tenant."""
         if self._num_by_tenant.total() >= self._max_open:
-            raise ServerOverloaded("as many uploads as this server takes at once are under way; retry in a moment")
+            raise ServerOverloaded(
+                f"{self._max_open} uploads are in progress, the most this server takes at once; retry in a moment"
+            )
         if self._num_by_tenant[tenant_id] >= self._max_per_tenant:
             raise ServerOverloaded(
-                f"{self._max_per_tenant} uploads of yours are under way, as many as one tenant may have; retry when "
-                "one is done"
+                f"{self._max_per_tenant} of your uploads are in progress, the most one tenant may have; retry when one "
+                "is done"
             )
         self._num_by_tenant[tenant_id] += 1
         try:
             yield
         finally:
             self._num_by_tenant[tenant_id] -= 1
-            self._num_by_tenant += Counter()  # forgets those who hold none
+            self._num_by_tenant += Counter()  # drops tenants without uploads
 
 
 class StreamSlots:
@@ -119,8 +119,11 @@ class StreamSlots:
         return self.num_open >= self.max_open
 
     def refuse_if_full(self) -> None:
+        """Raises ServerOverloaded."""
         if self.is_full:
-            raise ServerOverloaded(f"{self.max_open} streams are open here already; retry, or poll the job instead")
+            raise ServerOverloaded(
+                f"{self.max_open} streams are open, the most this server allows; retry later, or poll the job instead"
+            )
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:

@@ -1,10 +1,6 @@
-"""Around every request, as plain ASGI: an id, figures, a bound on the body, the door without keys, CORS.
+"""The middleware around every request: request ids, metrics, CORS, origin checks and a limit on the body.
 
-What stands before every route: the door where there are no keys, and CORS for the pages that may come in.
-
-Around every request, as plain ASGI: an id, figures, a bound on the body, and a plain 500 for what went wrong.
-
-Plain ASGI because Starlette's BaseHTTPMiddleware puts a task and a queue between a stream and its client.
+Plain ASGI, because Starlette's BaseHTTPMiddleware puts a task and a queue between a stream and its client.
 """
 
 import asyncio
@@ -23,16 +19,16 @@ from api.errors import error_dialect_context, error_response
 from dialects.anthropic_errors import ANTHROPIC_ERRORS
 from dialects.errors import OPENAI_ERRORS, ErrorDialect
 from dialects.fields import HEADER, header_value, ignored_fields_context
-from domain.addresses import Door
+from domain.addresses import OriginPolicy
 from domain.errors import CeleriacError, InvalidRequest, PermissionDenied, RequestTooLarge, ServerOverloaded
 from metrics import http_request_seconds, http_requests_in_progress, http_requests_total, labelled
 from observability import request_id_context, submitted_job_ids
 
 log = logging.getLogger(__name__)
 
-MAX_AGE_SECONDS = 600
+MAX_AGE_SECONDS = 600  # how long a browser may cache a preflight
 
-#: What the answers' scripts may read beside the body: ids, and what steers a client's retries.
+#: The response headers that scripts of other origins may read.
 EXPOSED_HEADERS = (
     "x-job-id",
     "x-job-ids",
@@ -52,13 +48,13 @@ EXPOSED_HEADERS = (
 )
 
 
-class DoorWithoutKeys:
-    """Refuses foreign hosts and foreign pages with 403. Only used if no key is required, since a page cannot send a key
-    that it does not know."""
+class OriginGuard:
+    """Refuses requests to foreign hosts and from foreign web pages with 403. Used only if no key is required: otherwise
+    a page would have to know one."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
+    def __init__(self, app: ASGIApp, policy: OriginPolicy) -> None:
         self.app = app
-        self._door = door
+        self._policy = policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (refusal := self._refusal(scope)) is not None:
@@ -73,19 +69,19 @@ class DoorWithoutKeys:
             return error_response(InvalidRequest(f"there are {len(hosts)} Host headers; send exactly one"))
         if len(headers.getlist("origin")) > 1:
             return error_response(InvalidRequest("there are several Origin headers; send at most one"))
-        reason = self._door.refusal(scope["method"], headers)
+        reason = self._policy.refusal(scope["method"], headers)
         return None if reason is None else error_response(PermissionDenied(reason))
 
 
 class Cors(CORSMiddleware):
-    """Starlette's, for the origins of the settings; a preflight that it refuses is answered in our error shape."""
+    """Starlette's CORS middleware for the configured origins; refused preflights get our error body."""
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
         super().__init__(
             app,
             allow_origins=origins,
             allow_methods=("DELETE", "GET", "HEAD", "OPTIONS", "POST"),
-            allow_headers=("*",),  # those that are asked for: SDKs send ever new ones
+            allow_headers=("*",),  # whatever is asked for, as new versions of the SDKs send new headers
             allow_private_network=True,
             expose_headers=EXPOSED_HEADERS,
             max_age=MAX_AGE_SECONDS,
@@ -98,19 +94,20 @@ class Cors(CORSMiddleware):
         method = request_headers["access-control-request-method"][:16]
         refusal = error_response(
             PermissionDenied(
-                f"a page of {request_headers['origin'][:80]!r} may not send {method} here; "
-                "its origin must be in CELERIAC_CORS_ORIGINS"
+                f"pages from {request_headers['origin'][:80]!r} may not send {method} here; "
+                "the origin must be in CELERIAC_CORS_ORIGINS and the method one that the API uses"
             )
         )
         refusal.headers["vary"] = answer.headers["vary"]
         return refusal
 
 
-CLIENT_CLOSED_REQUEST = 499  # for the figures only: nobody is there to read it
+CLIENT_CLOSED_REQUEST = 499  # for the metrics only; never sent
 
 
 class RequestContext:
-    """Names the request in its answer, in every log line and in every error; counts it; answers what nobody caught."""
+    """Gives each request an id, for its headers, log lines and errors; measures it; answers exceptions nobody
+    caught."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -137,9 +134,9 @@ class RequestContext:
             if answer.status is not None:
                 raise
             await answer.send_whole(_stopping(), scope, receive)
-        except Exception:  # an outermost loop: whatever it is, the client gets the one shape and no detail
+        except Exception:  # outermost: whatever it is, the client gets the usual error body and no details
             log.exception("request failed", extra={"method": scope["method"], "route": _route_of(scope)})
-            if answer.status is None:  # else half an answer is out: the server cuts it, and the client sees that
+            if answer.status is None:  # else part of the answer is out, and uvicorn closes the connection
                 await answer.send_whole(_internal_error(), scope, receive)
         finally:
             http_requests_in_progress.dec()
@@ -151,7 +148,7 @@ class RequestContext:
 
 class _Answer:
     def __init__(self, send: Send, request_id: str, ignored: list[str], dialect: ErrorDialect) -> None:
-        """`ignored` is filled by whoever reads the request."""
+        """`ignored` is filled while the body is parsed: the fields that were dropped."""
         names = (b"x-request-id", b"request-id") if dialect is ANTHROPIC_ERRORS else (b"x-request-id",)
         self._send = send
         self._id_headers = [(name, request_id.encode()) for name in names]
@@ -183,21 +180,21 @@ def dialect_of(scope: Scope) -> ErrorDialect:
 
 
 def _internal_error() -> CeleriacError:
-    return CeleriacError(f"the server failed; quote the request id when you report it{_what_of_the_job()}")
+    return CeleriacError(f"the server failed; quote the request id when you report it{_accepted_job()}")
 
 
 def _stopping() -> CeleriacError:
-    """Of a request that is not answered when the time is over that a stopping server grants."""
-    return ServerOverloaded(f"this server is stopping; retry in a moment{_what_of_the_job()}", retry_after_seconds=2)
+    """For a request that was not answered within the grace period of a stopping server."""
+    return ServerOverloaded(f"this server is stopping; retry in a moment{_accepted_job()}", retry_after_seconds=2)
 
 
-def _what_of_the_job() -> str:
+def _accepted_job() -> str:
     job_ids = submitted_job_ids.get()
-    return f"; {job_ids[-1]} may have been accepted: look at /v1/jobs/{job_ids[-1]} first" if job_ids else ""
+    return f"; {job_ids[-1]} may have been accepted: check /v1/jobs/{job_ids[-1]} first" if job_ids else ""
 
 
 def _route_of(scope: Scope) -> str:
-    """The path template: a label must not hold ids."""
+    """The path template, as ids must not become metric labels."""
     return getattr(scope.get("route"), "path_format", "unmatched")
 
 
@@ -208,8 +205,8 @@ def _count(scope: Scope, status: int, seconds: float) -> None:
 
 
 class BodyLimit:
-    """Refuses bodies beyond `max_body_bytes`, or beyond what their path may have: by their announced length at once,
-    else as soon as they pass it."""
+    """Refuses bodies of more than `max_body_bytes`, or of more than the limit of their path: at once by Content-Length,
+    else as soon as they exceed it."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, max_body_bytes_by_path: Mapping[str, int]) -> None:
         self.app = app
@@ -232,14 +229,15 @@ class BodyLimit:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > bound:
-                raise _too_large(f"goes beyond {bound} bytes", bound)
+                raise _too_large(f"has more than {bound} bytes", bound)
             return message
 
         await self.app(scope, receive_bounded, send)
 
 
 def _too_large(size: str, bound: int) -> RequestTooLarge:
-    return RequestTooLarge(f"the body {size}; at most {bound} are read, send less")
+    return RequestTooLarge(f"the body {size}; send at most {bound} bytes")
 
 
-CUT = "celeriac.cut"  # an ASGI extension: its "close" ends the connection in mid-answer, which the client can see
+#: An ASGI extension: its "close" closes the connection in the middle of an answer, so that the client sees a failure.
+CUT = "celeriac.cut"

@@ -1,7 +1,7 @@
-"""The OpenAPI document: what FastAPI writes from the routes, and what is the same for all of them.
+"""The OpenAPI document: the security scheme, the error responses, and helpers with which routes declare their bodies.
 
-Bodies and query strings are read by our own code (docs/adr/0031 says why), so routes declare them by hand; the
-definitions of their schemas move to where the document keeps all of them.
+Our own code parses bodies and query strings (docs/adr/0031 says why), so routes declare them by hand. The `$defs` of
+their schemas are moved to the components of the document.
 """
 
 from typing import Any, Final
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dialects.openai_views import REFERENCE, View
 
 NEEDS_KEY: Final[dict[str, Any]] = {"security": [{"key": []}]}
-_KEY_SCHEME = {"key": {"type": "http", "scheme": "bearer", "description": "Not asked for under CELERIAC_AUTH=none."}}
+_KEY_SCHEME = {"key": {"type": "http", "scheme": "bearer", "description": "Not needed if CELERIAC_AUTH is none."}}
 
 
 EVENTS: Final[dict[str, Any]] = {"content": {"text/event-stream": {}}, "description": "Server-sent events."}
@@ -28,12 +28,12 @@ class ErrorDetail(BaseModel):
 
     message: str = Field(description="What is wrong, with the value seen and the remedy.")
     type: str
-    param: str | None = Field(description="The field that is wrong.")
-    code: str = Field(description="Stable; made for programs.")
+    param: str | None = Field(description="The field that the error is about.")
+    code: str = Field(description="A stable identifier of the error, for programs.")
 
 
 class ErrorView(BaseModel):
-    """Every refusal, on every route."""
+    """The body of every error, on every route."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -41,46 +41,46 @@ class ErrorView(BaseModel):
     request_id: str | None
 
 
-#: By reference. With `model`, FastAPI would build the schema anew for each status of each route, which takes a start
-#: of the API half a second.
+#: By reference: with `model`, FastAPI would build the schema again for each status of each route, which would take half
+#: a second at every start of the API.
 ERROR: Final[dict[str, Any]] = {
     "content": {"application/json": {"schema": {"$ref": REFERENCE.format(model="ErrorView")}}}
 }
 
-#: What a private route may answer instead of what was asked for. 500 is none of it: that is a bug, or a job's failure.
+#: The errors that any private route may answer. 500 is not listed: it means a bug, or a failed job.
 REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"description": description, **ERROR}
     for status, description in {
-        400: "The request is not understood, or asks for what cannot be.",
+        400: "The request is malformed or has an invalid value.",
         401: "The key is missing, unknown or revoked.",
         403: "The key may not do this.",
-        404: "There is no such thing, or it is another tenant's.",
-        408: "The body came too slowly.",
-        410: "It was there and is not any more: the stream's cursor, or a job that was cancelled.",
+        404: "The object does not exist, or belongs to another tenant.",
+        408: "The body arrived too slowly.",
+        410: "The job was cancelled, or the cursor has expired.",
         413: "The body is too large.",
-        415: "The body is no JSON, or compressed.",
-        422: "The request is well formed, and refused for good.",
-        429: "Too much is queued; come back after Retry-After.",
-        503: "The server or its database is too busy or away; come back after Retry-After.",
-        504: "The job's deadline came first.",
+        415: "The body is not JSON, or is compressed.",
+        422: "The request is well formed, but refused permanently.",
+        429: "Too many jobs are queued; retry after Retry-After.",
+        503: "The server is overloaded or its database is unavailable; retry after Retry-After.",
+        504: "The deadline passed before the job was done.",
     }.items()
 }
 
 
 def request_body(model: type[BaseModel], *, is_required: bool = True) -> dict[str, Any]:
-    """The JSON body of a route, for its `openapi_extra`."""
+    """Declare the JSON body of a route: its `openapi_extra`."""
     content = {"application/json": {"schema": model.model_json_schema(ref_template=REFERENCE)}}
     return {"requestBody": {"required": is_required, "content": content}}
 
 
 def streamed_or(model: type[View]) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route that answers with a `model`, or with server-sent events where the body asks for them."""
+    """The `responses` of a route that answers with a `model` or, if the body asks for it, with server-sent events."""
     return {200: {"model": model, **EVENTS}}
 
 
 def document_of(app: FastAPI) -> dict[str, Any]:
-    """The whole document."""
-    document: dict[str, Any] = orjson.loads(orjson.dumps(app.openapi()))  # a copy: the routes keep theirs
+    """The complete document, as JSON objects that the caller owns."""
+    document: dict[str, Any] = orjson.loads(orjson.dumps(app.openapi()))  # a copy, as FastAPI keeps its own
     components = document.setdefault("components", {})
     components["securitySchemes"] = _KEY_SCHEME
     schemas = components.setdefault("schemas", {})
@@ -90,7 +90,7 @@ def document_of(app: FastAPI) -> dict[str, Any]:
 
 
 def _move_definitions(part: Any, schemas: dict[str, Any]) -> None:
-    """Take every `$defs` below `part` into `schemas`, where the references point already."""
+    """Move every `$defs` in `part` to `schemas`, where the references already point."""
     if isinstance(part, dict):
         for name, schema in part.pop("$defs", {}).items():
             assert schemas.setdefault(name, schema) == schema, f"two schemas are called {name}; rename one"

@@ -1,4 +1,4 @@
-"""What waits, what runs and how soon it is one's turn: figures read once a second, positions asked for in groups."""
+"""Queue lengths, waiting times and ETAs of all models: read once a second; single positions are queried in groups."""
 
 import asyncio
 import logging
@@ -40,27 +40,28 @@ from tasks.dispatch import batch_share
 log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 1.0
-STALE_SECONDS = 5.0  # older figures are not shown to anybody
-ANSWER_SECONDS = 2.0  # then a question is given up, and the next one asked on another connection
-FINDING_SECONDS = 60.0  # nobody looks after a queue for less
-MAX_SHARE = 0.2  # of one database connection that questions for positions may take
+STALE_SECONDS = 5.0  # older figures are not shown
+ANSWER_SECONDS = 2.0  # after this a query is abandoned, and the next one uses another connection
+FINDING_SECONDS = 60.0  # shorter waits are not worth an operator's attention
+MAX_SHARE = 0.2  # of its time one database connection may spend on queries for positions
 
 
-#: Where a job stands of which no figures are known.
+#: The place of a job about which nothing is known.
 UNKNOWN_PLACE: QueueView = {"position": None, "eta_seconds": None, "waiting_for": None}
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The jobs of a model that wait for one thing."""
+    """The jobs of a model that wait for the same thing."""
 
     num_jobs: int
-    oldest_seconds: float  # since the oldest of them was accepted
+    oldest_seconds: float  # the age of the oldest of them, since it was accepted
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Jobs have waited for something other than slots for long: `seconds` at least."""
+    """Jobs have been waiting for something other than a free slot for at least `seconds`, which is suspiciously
+    long."""
 
     model: str
     reason: WaitingFor
@@ -70,7 +71,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class ModelQueue:
-    """One model's queue and the live workers that drain it."""
+    """One model's queue and the ready workers that serve it. Tokens are the most that the jobs may still take."""
 
     model: str
     num_queued: int = 0
@@ -82,25 +83,25 @@ class ModelQueue:
     num_slots: int = 0
     tokens_per_second: float = 0.0
     service: ModelService = field(default_factory=ModelService)
-    waiting: Mapping[WaitingFor, Waiting] = field(default_factory=dict)  # reasons without a job are left out
+    waiting: Mapping[WaitingFor, Waiting] = field(default_factory=dict)  # only reasons that apply to some job
 
     @property
     def is_loaded(self) -> bool:
-        """Else an admin has unloaded it, and its jobs wait."""
+        """False if an admin has unloaded the model; its jobs then wait."""
         return self.service.is_loaded
 
     def place(self, position: QueuePosition) -> QueueView:
-        """What a queued job is told."""
+        """The place that a queued job is shown."""
         reason = waiting_for(position.job, self.service)
         eta_seconds = self.eta_seconds(position)
         return {"position": position.num_ahead, "eta_seconds": eta_seconds, "waiting_for": reason}
 
     def eta_seconds(self, position: QueuePosition) -> float | None:
-        """Until the job at `position` starts, as if all work ahead drained evenly; None where it waits for something
-        other than slots, or no rate was measured.
+        """Estimated seconds until the job at `position` starts, if the work ahead of it is done at a constant rate.
+        None if the job waits for something other than a free slot, or if no rate has been measured.
 
-        Jobs count with the most tokens they may take, so it errs on the late side. The jobs that share the slots with
-        it when it starts need not be through by then: half of their work is left out.
+        The estimate is pessimistic, as jobs count with the most tokens that they may take. When the job starts, the
+        other slots hold jobs that are, on average, half done, so half of the work of one slotful is left out.
         """
         if waiting_for(position.job, self.service) is not WaitingFor.SLOTS:
             return None
@@ -115,7 +116,7 @@ class ModelQueue:
 
 
 def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[str, ModelQueue]:
-    """Every model of the catalog, by id."""
+    """The queue of every model in the catalog, by model id."""
     figures = job_queries.queue_figures(session)
     live = workers.list_live(session)
     unloaded = workers.unloaded_models(session)
@@ -159,7 +160,7 @@ def _by_reason(groups: Sequence[WaitingGroup], service: ModelService) -> dict[Wa
 
 
 class QueueMonitor:
-    """Keeps the figures of all queues fresh and answers for positions. Use as an async context manager."""
+    """Keeps figures about all queues up to date and looks up positions. Use as an async context manager."""
 
     def __init__(self, sessions: async_sessionmaker[AsyncSession], catalog: Catalog, settings: Settings) -> None:
         self._sessions = sessions
@@ -169,12 +170,12 @@ class QueueMonitor:
         self._queues: dict[str, ModelQueue] = {}
         self._drains: Sequence[WorkerDrain] = ()
         self._read_at = float("-inf")  # monotonic
-        self._served_at = {spec.id: time.monotonic() for spec in catalog}  # when a worker was last seen
-        self._ticked_at = dict.fromkeys(maintenance.CLOCKS, time.monotonic())  # by this process's clock
+        self._served_at = {spec.id: time.monotonic() for spec in catalog}  # monotonic: when a live worker was last seen
+        self._ticked_at = dict.fromkeys(maintenance.CLOCKS, time.monotonic())  # monotonic
         for clock in maintenance.CLOCKS:
             age = partial(self._seconds_since_tick, clock)
             maintenance_seconds_since_last_tick.labels(clock).set_function(age)
-        self._waiting_since: dict[tuple[str, WaitingFor], float] = {}  # by this process's clock
+        self._waiting_since: dict[tuple[str, WaitingFor], float] = {}  # monotonic
         self._recent: RecentJobs | None = None
         self._recent_at = float("-inf")  # monotonic
         self._reading = asyncio.Lock()
@@ -195,22 +196,22 @@ class QueueMonitor:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the database answered lately."""
+        """Whether the figures are at most STALE_SECONDS old."""
         return time.monotonic() - self._read_at < STALE_SECONDS
 
     @property
     def queues(self) -> Mapping[str, ModelQueue]:
-        """As last read, at most STALE_SECONDS ago; empty while the database does not answer."""
+        """The queues by model, at most STALE_SECONDS old; empty while the database does not answer."""
         return self._queues if self.is_fresh else {}
 
     @property
     def drained_since(self) -> Mapping[str, datetime]:
-        """By the names of the workers that operators told to take no jobs; as fresh as `queues`."""
+        """When each drained worker was drained, by its name; as fresh as `queues`."""
         return {drain.hostname: drain.since for drain in self._drains} if self.is_fresh else {}
 
     async def read(self, *, max_age_seconds: float = 0.25) -> Mapping[str, ModelQueue]:
-        """The figures, read now where they are older. Raises SQLAlchemyError or OSError."""
-        async with self._reading:  # whoever waited here finds them fresh
+        """The queues, read again if they are older than `max_age_seconds`. Raises SQLAlchemyError or OSError."""
+        async with self._reading:  # those that waited for the lock find fresh figures
             if time.monotonic() - self._read_at > max_age_seconds:
                 await within(ANSWER_SECONDS, self._read())
         return self._queues
@@ -237,8 +238,8 @@ class QueueMonitor:
 
     @property
     def seconds_since_ticks(self) -> dict[str, float]:
-        """By clock of maintenance: for how long no process is known to have ticked. Of those that never did, since this
-        process began to look. Goes on while the database does not answer."""
+        """For each maintenance clock, the seconds since its last known tick; for one that never ticked, since this
+        process started. Keeps growing while the database does not answer."""
         return {clock: self._seconds_since_tick(clock) for clock in self._ticked_at}
 
     def _seconds_since_tick(self, clock: str) -> float:
@@ -246,13 +247,13 @@ class QueueMonitor:
 
     @property
     def silent_clocks(self) -> list[str]:
-        """Those that should have ticked by now."""
+        """The maintenance clocks whose last tick is longer ago than CELERIAC_MAINTENANCE_SILENCE_SECONDS."""
         return [clock for clock, age in self.seconds_since_ticks.items() if age > self._silence_seconds]
 
     @property
     def findings(self) -> list[Finding]:
-        """For what jobs have waited longer than a minute, slots aside: both the oldest of them and the reason, which
-        this process has found at every look since."""
+        """The reasons, free slots aside, for which jobs have been waiting for more than FINDING_SECONDS. That holds for
+        the oldest of the jobs, and for the reason itself, which every read since then has found."""
         return [
             Finding(model, reason, queue.waiting[reason].num_jobs, round(seconds, 1))
             for (model, reason), since in self._waiting_since.items()
@@ -261,12 +262,13 @@ class QueueMonitor:
         ]
 
     def unserved_seconds(self, model: str) -> float:
-        """For how long no live worker has been seen that serves this model, since this process looks; 0 while nobody
-        can say."""
+        """Seconds since a live worker of this model was last seen, or since this process started; 0 while the figures
+        are stale."""
         return time.monotonic() - self._served_at.get(model, time.monotonic()) if self.is_fresh else 0.0
 
     async def recent(self) -> RecentJobs | None:
-        """How the newest jobs fared, read at most once a second, as everybody may ask; None where nothing is known."""
+        """Statistics of the newest jobs, read at most once a second, as anyone may ask; None if the database does not
+        answer."""
         async with self._reading:
             if time.monotonic() - self._recent_at > REFRESH_SECONDS:
                 self._recent_at = time.monotonic()
@@ -274,15 +276,15 @@ class QueueMonitor:
                     self._recent = await within(ANSWER_SECONDS, repeatable(self._sessions, recent_jobs))
                 except (SQLAlchemyError, OSError) as exc:
                     self._recent = None
-                    log.warning("recent jobs not read", extra={"reason": describe_exception(exc)})
+                    log.warning("could not read the recent jobs", extra={"reason": describe_exception(exc)})
         return self._recent
 
     def accepted(self, model: str) -> None:
-        """A job joined this model's queue after the figures were read."""
+        """Note that a job has joined this model's queue since the figures were read."""
         self._num_accepted_since[model] = self._num_accepted_since.get(model, 0) + 1
 
     def joining(self, model: str) -> QueueView:
-        """Where a job that is accepted now stands, by the last figures: at the end, as if all were served in order."""
+        """The place of a job accepted now, by the last figures: behind all queued jobs, whatever its priority."""
         queue = self.queues.get(model)
         if queue is None:
             return UNKNOWN_PLACE
@@ -290,7 +292,7 @@ class QueueMonitor:
         return queue.place(QueuePosition(num_ahead, queue.queued_tokens))
 
     def place_of(self, job: Job) -> QueueView:
-        """Why a queued job waits, by the last figures; where it stands is not looked up."""
+        """What a queued job waits for, by the last figures; its position is not looked up."""
         queue = self.queues.get(job.model)
         if queue is None:
             return UNKNOWN_PLACE
@@ -298,10 +300,10 @@ class QueueMonitor:
         return {**UNKNOWN_PLACE, "waiting_for": reason}
 
     async def position(self, job_id: UUID, model: str) -> QueueView | None:
-        """Where a queued job stands now; None if it does not wait any more. Raises SQLAlchemyError.
+        """The current place of a queued job; None if it is no longer queued. Raises SQLAlchemyError or OSError.
 
-        Ranking costs the database milliseconds, so all that is asked while one question is under way goes into the
-        next, and there is a pause between two.
+        A ranking costs the database milliseconds, so requests that arrive while one query runs share the next one, and
+        there is a pause between queries.
         """
         answer = self._asked.get(job_id)
         if answer is None:
@@ -324,19 +326,19 @@ class QueueMonitor:
             except (SQLAlchemyError, OSError) as exc:
                 for answer in asked.values():
                     answer.set_exception(exc)
-                    answer.exception()  # read: whoever asked may have left
+                    answer.exception()  # retrieved, in case nobody awaits it any more
             else:
                 for job_id, answer in asked.items():
                     answer.set_result(positions.get(job_id))
             pause = (time.monotonic() - started) * (1 / MAX_SHARE - 1)
-            await asyncio.sleep(min(pause, REFRESH_SECONDS))  # an outage is no cost
+            await asyncio.sleep(min(pause, REFRESH_SECONDS))  # bounded, as time spent in an outage was no work
 
     async def _refresh_forever(self) -> None:
         while True:
             try:
                 await self.read()
             except (SQLAlchemyError, OSError) as exc:
-                log.warning("queue figures not read", extra={"reason": describe_exception(exc)})
+                log.warning("could not read the queues", extra={"reason": describe_exception(exc)})
             await asyncio.sleep(REFRESH_SECONDS)
 
 
@@ -352,7 +354,7 @@ def _publish(queues: Mapping[str, ModelQueue]) -> None:
 
 
 def _publish_findings(value_by_name: Mapping[tuple[str, str], float], silent_clocks: Sequence[str]) -> None:
-    maintenance_findings.clear()  # a lane that is served again must not stay
+    maintenance_findings.clear()  # drops findings that no longer apply
     for clock in silent_clocks:
         maintenance_findings.labels("silent_clocks", clock).set(1)
     for (name, label), value in value_by_name.items():

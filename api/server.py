@@ -1,9 +1,9 @@
-"""The process around the application: its socket, its event loop, limits on a request's head, and how it ends.
+"""The API server process: its socket, event loop, limits on request heads, and graceful shutdown.
 
-Adds what uvicorn lacks: limits on the request head, reading of unread bodies, and clients of HTTP/1.0. A header that
-never ends could fill our memory. A client that is answered while it still sends would see a connection reset instead
-of the answer if the connection were closed at once (RFC 9112, 9.6), so the rest is first read and dropped, within
-limits.
+Adds what uvicorn lacks: limits on the request head, draining of unread bodies, and support for HTTP/1.0. Without a
+limit, an endless header could fill our memory. If a client is answered while it is still sending, and the connection
+is closed at once, it sees a reset instead of the answer (RFC 9112, 9.6); so the rest is read and discarded first,
+within limits.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 32_768
 
-HEAD_SECONDS = 30.0
+HEAD_SECONDS = 30.0  # how long a request head may take to arrive
 
-DROPPED_BYTES = 64 * 2**20  # of a request that was answered before it was read
+MAX_DISCARDED_BYTES = 64 * 2**20  # of a body whose request was answered before it was read
 
-DROPPING_SECONDS = 30.0
+DISCARD_SECONDS = 30.0  # how long the rest of such a body may take to arrive
 
 
 class Answering:
-    """How one request's answer reaches the wire: stands between uvicorn's cycle, its transport and its `send`."""
+    """Sits between uvicorn's request cycle and the transport, and corrects how one answer is sent."""
 
     def __init__(self, protocol: "BoundedHttp", cycle: RequestResponseCycle) -> None:
         self._protocol = protocol
@@ -46,15 +46,15 @@ class Answering:
         self._is_old = cycle.scope["http_version"] == "1.0"
         self._ends_by_close = False
         if self._is_old:
-            cycle.waiting_for_100_continue = False  # RFC 9110, 10.1.1: it cannot have meant it
+            cycle.waiting_for_100_continue = False  # RFC 9110, 10.1.1: ignored in an HTTP/1.0 request
 
     async def send(self, message: ASGISendEvent) -> None:
         if message["type"] == "http.response.start":
-            # A body that waits for a 100 that does not come may never be sent, so no request can be told behind it.
+            # A client that never got its 100 Continue may not send the body, so the next bytes could be either.
             self._cycle.keep_alive &= not self._cycle.waiting_for_100_continue
             if self._is_old and not any(name.lower() == b"content-length" for name, _ in message.get("headers", ())):
                 self._ends_by_close = True
-                self._cycle.chunked_encoding = False  # RFC 9112, 6.1: it does not know that coding
+                self._cycle.chunked_encoding = False  # RFC 9112, 6.1: HTTP/1.0 does not have it
         elif self._ends_by_close:
             self._cycle.expected_content_length = len(cast(dict[str, Any], message).get("body", b""))
         await self._send(message)
@@ -73,7 +73,7 @@ class Answering:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """One connection. A head that is too long or too slow ends it; all refusals are in the one error shape."""
+    """One connection. It is closed if a head is too long or too slow; refusals have our usual error body."""
 
     _head_timer: asyncio.TimerHandle | None = None
     _drop_timer: asyncio.TimerHandle | None = None
@@ -95,19 +95,19 @@ class BoundedHttp(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._drop_timer is not None:
             self._num_dropped_bytes += len(data)
-            if self._num_dropped_bytes > DROPPED_BYTES:
+            if self._num_dropped_bytes > MAX_DISCARDED_BYTES:
                 self._close()
         if self._is_refused or self.transport.is_closing():
             return
         self._num_head_bytes += len(data)
         super().data_received(data)
         if not self._is_refused and not self._is_head_complete and self._num_head_bytes > MAX_HEAD_BYTES:
-            self._refuse(431, f"the request line and headers go beyond {MAX_HEAD_BYTES} bytes; send fewer")
+            self._refuse(431, f"the request line and headers have more than {MAX_HEAD_BYTES} bytes; send fewer")
 
     def on_message_begin(self) -> None:
         self._start_head()
         if self.cycle is not None:
-            self._num_head_bytes = 0  # what was read with it may be the end of the request before
+            self._num_head_bytes = 0  # what arrived in the same read may belong to the previous request
         super().on_message_begin()
         self.scope["extensions"] = {CUT: {"close": self._close}}
 
@@ -132,13 +132,14 @@ class BoundedHttp(HttpToolsProtocol):
             self._drop_rest()
 
     def close_once_read(self) -> None:
-        """The answer is out, and the last one; whoever waits for its end sees it."""
+        """Close the connection once the rest of the body is read. The write side is closed now, so that a client that
+        reads to the end of the answer need not wait."""
         self._is_last_request = True
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "this is not an HTTP request")
+        self._refuse(400, "not an HTTP request; send HTTP/1.1 or HTTP/1.0")
 
     def _start_head(self) -> None:
         self._stop_head_timer()
@@ -152,7 +153,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _drop_rest(self) -> None:
         self._num_dropped_bytes = 0
-        self._drop_timer = self.loop.call_later(DROPPING_SECONDS, self._close)
+        self._drop_timer = self.loop.call_later(DISCARD_SECONDS, self._close)
 
     def _stop_dropping(self) -> None:
         if self._drop_timer is not None:
@@ -164,7 +165,7 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer by hand, as nothing behind us has a request to answer."""
+        """Write the response here, as the application has no request to answer."""
         if self.transport.is_closing():
             return
         body = orjson.dumps(error_body("invalid_value", message))
@@ -177,13 +178,13 @@ class BoundedHttp(HttpToolsProtocol):
         self._drop_rest()
 
 
-GRACE_SECONDS = 10  # what open requests get at SIGTERM; streams end at once and are resumed elsewhere
+GRACE_SECONDS = 10  # how long open requests get to finish on SIGTERM; streams end at once, to be resumed elsewhere
 
-KEEP_ALIVE_SECONDS = 75  # longer than the clients' pools keep idle connections, so that they never lose a race
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that none is closed under a new request
 
-GARBAGE_THRESHOLDS = (50_000, 20, 50)  # the interpreter's own collect a hundred times as often: a quarter of all CPU
+GARBAGE_THRESHOLDS = (50_000, 20, 50)  # CPython's own collect a hundred times as often: a quarter of all CPU time
 
-UNREAD_SECONDS = 30  # a peer that takes nothing for so long is dropped by the kernel
+UNREAD_SECONDS = 30  # the kernel drops a peer that acknowledges nothing for this long
 
 
 def serve(settings: Settings) -> None:
@@ -193,22 +194,22 @@ def serve(settings: Settings) -> None:
     with open_socket(settings.host, settings.port) as listening:
         host, port = listening.getsockname()[:2]
         log.info("listening on http://%s:%s", f"[{host}]" if ":" in host else host, port)
-        collect_garbage_seldom()
+        collect_garbage_rarely()
         make_server(app).run(sockets=[listening])
 
 
-def collect_garbage_seldom() -> None:
-    """Requests leave few cycles behind, and what is imported by now stays: no collection needs to walk it."""
+def collect_garbage_rarely() -> None:
+    """Requests leave few reference cycles behind, and what is imported by now stays, so collections may skip it."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GARBAGE_THRESHOLDS)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one."""
+    """A listening socket. Port 0 means any free port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, port), family=family, backlog=2048)
-    # Inherited by every connection: ends those whose client neither reads nor closes, which would hold memory for ever.
+    # Inherited by every connection. Closes those whose client neither reads nor closes: they would hold memory forever.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
@@ -224,7 +225,7 @@ def make_server(app: FastAPI) -> "GracefulServer":
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # nothing here asks who the client is
+        proxy_headers=False,  # client addresses are not used
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
@@ -232,7 +233,7 @@ def make_server(app: FastAPI) -> "GracefulServer":
 
 
 class GracefulServer(uvicorn.Server):
-    """uvicorn's server that first tells the application it is going to stop: otherwise it waits for streams in vain."""
+    """Tells the application to end its streams before uvicorn shuts down and waits for them."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""What one API process holds open while it runs, and how a route gets at it and at its caller."""
+"""The services that all requests of an API process share, authentication, and the base class of private routes."""
 
 import asyncio
 import hashlib
@@ -26,7 +26,7 @@ from dialects.native import QueueView
 from domain.catalog import Catalog
 from domain.errors import AuthenticationFailed, PermissionDenied, StorageFull, StorageUnavailable
 from domain.jobs import JobStatus
-from observability import LoopWatch, describe_exception
+from observability import EventLoopMonitor, describe_exception
 from settings import Settings
 from storage import jobs, tenants
 from storage.database import OUTAGES, async_session_factory, open_async_database, open_statement_database, repeatable
@@ -40,11 +40,11 @@ from text.models import ModelViews, follow_models
 
 log = logging.getLogger(__name__)
 
-REMEMBER_SECONDS = 5.0  # a revoked key is refused everywhere after this
+REMEMBER_SECONDS = 5.0  # how long a result is cached; after this, a revoked key is refused everywhere
 
-RECHECK_SECONDS = 2.0  # and what it has opened and still reads ends after this
+RECHECK_SECONDS = 2.0  # between two checks of the keys that have streams open
 
-MAX_REMEMBERED = 10_000
+MAX_REMEMBERED = 10_000  # keys
 
 
 class Identity(NamedTuple):
@@ -53,14 +53,14 @@ class Identity(NamedTuple):
 
 
 class Authenticator:
-    """Resolves the Authorization header. Remembers answers, refusals too, by the hash of the key."""
+    """Resolves the Authorization header. Caches results, including refusals, by the hash of the key."""
 
     def __init__(self, sessions: async_sessionmaker[AsyncSession], *, is_open: bool) -> None:
-        """`is_open`: no key is required; every request belongs to the default tenant and is an admin's."""
+        """`is_open`: no key is required; every request belongs to the default tenant and has the admin role."""
         self._sessions = sessions
         self._is_open = is_open
         self._remembered: dict[bytes, tuple[Identity | None, float]] = {}
-        self._watched: dict[str, tuple[asyncio.Event, int]] = {}  # by key: set when it is dead; how many wait
+        self._watched: dict[str, tuple[asyncio.Event, int]] = {}  # by key: set once revoked; number of waiters
         self._watching: asyncio.Task[None] | None = None
 
     async def aclose(self) -> None:
@@ -69,7 +69,7 @@ class Authenticator:
             await asyncio.wait((self._watching,))
 
     async def identify(self, authorization: str | None) -> Identity:
-        """Raises AuthenticationFailed, the same for every kind of wrong key, or StorageUnavailable."""
+        """Raises AuthenticationFailed, with the same message for every kind of invalid key, or StorageUnavailable."""
         if self._is_open:
             return Identity(DEFAULT_TENANT_ID, is_admin=True)
         key = _bearer_key(authorization)
@@ -79,44 +79,44 @@ class Authenticator:
             identity = await self._look_up(key)
             self._remember(digest, identity)
         if identity is None:
-            raise AuthenticationFailed("this API key is not known here; check it, or ask for a new one")
+            raise AuthenticationFailed("this API key is not valid; check it, or ask for a new one")
         return identity
 
     async def wait_until_revoked(self, authorization: str | None) -> None:
-        """Returns once the key of an identified request is revoked or expired; never if no key is required. A database
-        that does not answer revokes nothing."""
+        """Returns once the key of an authenticated request is revoked or expires; never if no key is required. While
+        the database does not answer, a key counts as valid."""
         if self._is_open:
             await asyncio.Event().wait()
         key = _bearer_key(authorization)
-        dead, num_waiting = self._watched.get(key, (asyncio.Event(), 0))
-        self._watched[key] = dead, num_waiting + 1
+        revoked, num_waiting = self._watched.get(key, (asyncio.Event(), 0))
+        self._watched[key] = revoked, num_waiting + 1
         if self._watching is None or self._watching.done():
             self._watching = asyncio.create_task(self._watch())
         try:
-            await dead.wait()
+            await revoked.wait()
         finally:
-            dead, num_waiting = self._watched.pop(key)
+            revoked, num_waiting = self._watched.pop(key)
             if num_waiting > 1:
-                self._watched[key] = dead, num_waiting - 1
+                self._watched[key] = revoked, num_waiting - 1
 
     async def _watch(self) -> None:
-        """One question per key and round, however many streams it has open; ends when nothing is open any more."""
+        """One query per key and round, however many streams it has open. Ends when no stream is open any more."""
         while self._watched:
             await asyncio.sleep(RECHECK_SECONDS)
-            for key, (dead, _) in list(self._watched.items()):
+            for key, (revoked, _) in list(self._watched.items()):
                 try:
                     identity = await self._look_up(key)
                 except StorageUnavailable:
-                    break  # ask again in the next round
+                    break  # try again in the next round
                 if identity is None:
                     self._remember(hashlib.sha256(key.encode()).digest(), None)
-                    dead.set()
+                    revoked.set()
 
     async def _look_up(self, key: str) -> Identity | None:
         try:
             row = await repeatable(self._sessions, tenants.resolve_key, key)
         except (SQLAlchemyError, OSError) as exc:
-            raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2) from exc
+            raise database_unavailable() from exc
         return None if row is None else Identity(row.tenant_id, row.is_admin)
 
     def _remember(self, digest: bytes, identity: Identity | None) -> None:
@@ -128,9 +128,9 @@ class Authenticator:
 def _bearer_key(authorization: str | None) -> str:
     scheme, _, key = (authorization or "").partition(" ")
     if not authorization:
-        raise AuthenticationFailed("no API key was sent; send Authorization: Bearer <key>")
+        raise AuthenticationFailed("there is no API key; send Authorization: Bearer <key>")
     if scheme.lower() != "bearer" or not key.strip():
-        raise AuthenticationFailed("the Authorization header holds no key; send Authorization: Bearer <key>")
+        raise AuthenticationFailed("the Authorization header has no bearer key; send Authorization: Bearer <key>")
     return key.strip()
 
 
@@ -138,11 +138,11 @@ REDIS_TIMEOUT_SECONDS = 2.0
 
 DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
 
-ANNOUNCE_SECONDS = 0.5
+ANNOUNCE_SECONDS = 0.5  # how long Redis may take to publish a transition
 
-AFTER_ALL_CHUNKS = 2**31 - 1  # a stream that begins there brings the statuses alone
+AFTER_ALL_CHUNKS = 2**31 - 1  # a stream that begins here has status changes only
 
-ANSWER_SECONDS = 5.0  # what a question to the database may take before the client is told to come back
+ANSWER_SECONDS = 5.0  # how long a query may take before the client gets a 503
 
 P = ParamSpec("P")
 
@@ -151,13 +151,13 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Services:
-    """Shared by all requests of a process; used on its event loop only."""
+    """Shared by all requests of a process; to be used on its event loop only."""
 
     settings: Settings
     catalog: Catalog
     views: ModelViews
     sessions: async_sessionmaker[AsyncSession]  # transactions
-    statements: async_sessionmaker[AsyncSession]  # every statement commits by itself
+    statements: async_sessionmaker[AsyncSession]  # autocommit
     redis: "redis.asyncio.Redis"
     authenticator: Authenticator
     submitter: Submitter
@@ -167,43 +167,44 @@ class Services:
     slots: StreamSlots
     large_work: LargeWork
     uploads: UploadSlots
-    draining: asyncio.Event = field(default_factory=asyncio.Event)  # set at SIGTERM: not ready, streams end
-    afterwards: set["asyncio.Task[None]"] = field(default_factory=set)  # what goes on behind an answer that was sent
+    draining: asyncio.Event = field(default_factory=asyncio.Event)  # set on SIGTERM: no longer ready, and streams end
+    background: set["asyncio.Task[None]"] = field(default_factory=set)  # the tasks of `spawn` that are not done
 
     async def read(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a storage function that changes nothing. Raises StorageUnavailable."""
-        return await self._ask(repeatable(self.statements, function, *args, **kwargs))
+        """Call a read-only storage function. Raises StorageUnavailable."""
+        return await self._query(repeatable(self.statements, function, *args, **kwargs))
 
     async def write(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a storage function and commit. Raises StorageUnavailable, also where the commit may have happened."""
-        return await self._ask(self._write(function, *args, **kwargs))
+        """Call a storage function and commit. Raises StorageFull, or StorageUnavailable: then it may have been
+        committed."""
+        return await self._query(self._write(function, *args, **kwargs))
 
     async def _write(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         async with self.sessions.begin() as session:
             return await session.run_sync(function, *args, **kwargs)
 
-    async def _ask(self, question: Coroutine[Any, Any, T]) -> T:
-        # A question to a server that hangs cannot be cancelled before it answers, so it is left behind.
-        task = asyncio.create_task(question)
+    async def _query(self, query: Coroutine[Any, Any, T]) -> T:
+        # A query to a server that hangs cannot be cancelled until the server answers, so it is abandoned instead.
+        task = asyncio.create_task(query)
         task.add_done_callback(_read_exception)
         try:
             return await asyncio.wait_for(asyncio.shield(task), ANSWER_SECONDS)
         except (*OUTAGES, OSError, TimeoutError) as exc:
             if getattr(getattr(exc, "orig", None), "sqlstate", None) == DISK_FULL:
-                raise StorageFull("the disk of the database is full; nothing of this was kept, retry later") from exc
-            raise _unavailable() from exc
+                raise StorageFull("the disk of the database is full; nothing was stored, retry later") from exc
+            raise database_unavailable() from exc
 
     async def position(self, job_id: UUID, model: str) -> QueueView | None:
-        """Where a queued job stands; None if it does not wait any more. Raises StorageUnavailable."""
-        return await self._ask(self.monitor.position(job_id, model))
+        """The place of a queued job; None if it is no longer queued. Raises StorageUnavailable."""
+        return await self._query(self.monitor.position(job_id, model))
 
     async def refresh_queues(self) -> None:
-        """What was just changed is to be seen by the next request to this process. Raises StorageUnavailable."""
-        await self._ask(self.monitor.read(max_age_seconds=0))
+        """Read the queues now, so that later requests to this process see a change. Raises StorageUnavailable."""
+        await self._query(self.monitor.read(max_age_seconds=0))
 
     async def wait_for_end(self, job_id: UUID, seconds: float) -> None:
-        """Returns when the job is terminal or deleted, the time is over, or this server drains; at once where no more
-        waiting is granted. The caller has checked whose job it is."""
+        """Returns when the job has ended or was deleted, when the time is over, or when this server drains; at once if
+        all stream slots are taken. The caller has checked the job's tenant."""
         if self.slots.is_full:
             return
         drained = asyncio.create_task(self.draining.wait())
@@ -217,57 +218,58 @@ class Services:
             await asyncio.wait((drained, ended))
 
     async def read_to_end(self, job_id: UUID) -> None:
-        """Returns when the job is terminal or deleted. The caller has checked whose job it is."""
+        """Returns when the job has ended or was deleted. The caller has checked the job's tenant."""
         async with aclosing(self.streams.read(job_id, starting_after=AFTER_ALL_CHUNKS)) as events:
             async for _ in events:
                 pass
 
     async def cancel(self, job_id: UUID, tenant_id: UUID) -> JobStatus | None:
-        """Cancel a queued job now, stop a running one within a step. The status after it; None: no such job here."""
+        """Cancel a queued job at once, or stop a running one within a step. Returns the job's status afterwards, or
+        None if the tenant has no such job. Raises StorageUnavailable."""
         job = await self.write(jobs.cancel, job_id, tenant_id)
         if job is None:
             return None
         if job.status is JobStatus.IN_PROGRESS:
             self.dispatcher.revoke_running(job_id)
         elif job.is_moved:
-            job_log.ends([job])
+            job_log.ended_without_worker([job])
             await self.announce(job_id, job.status)
         return job.status
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do something behind an answer that was sent. What is not done when this process ends is left undone."""
+        """Run `work` in the background, past the end of the request. It is cancelled when this process ends."""
         task = asyncio.create_task(work)
-        self.afterwards.add(task)
+        self.background.add(task)
         task.add_done_callback(self._forget)
 
     def _forget(self, task: "asyncio.Task[None]") -> None:
-        self.afterwards.discard(task)
+        self.background.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
-            log.warning("what follows an answer failed", extra={"reason": describe_exception(exc)})
+            log.warning("background task failed", extra={"reason": describe_exception(exc)})
 
     async def cancel_spawned(self) -> None:
-        tasks = list(self.afterwards)
+        tasks = list(self.background)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def announce(self, job_id: UUID, status: JobStatus) -> None:
-        """Tell open streams of a transition that is committed; best effort: they find out by themselves."""
+        """Notify open streams of a committed transition. Best effort: they would notice it by themselves, but later."""
         message = StreamMessage(status=status).model_dump_json(exclude_defaults=True)
         try:
             async with asyncio.timeout(ANNOUNCE_SECONDS):
                 await self.redis.publish(channel_of(job_id), message)
         except REDIS_OUTAGES as exc:
-            log.warning("streams not told of a transition", extra={"reason": describe_exception(exc)})
+            log.warning("could not notify streams of a transition", extra={"reason": describe_exception(exc)})
 
 
 @asynccontextmanager
 async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[Services]:
-    """Neither the database nor Redis needs to be up: requests say so until they are."""
+    """Neither the database nor Redis needs to be up: until they are, requests are refused."""
     job_log.begin([entry.id for entry in catalog.entries], [])
     views = await asyncio.to_thread(ModelViews, catalog)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(LoopWatch())
+        await stack.enter_async_context(EventLoopMonitor())
         database = open_async_database(
             settings.database_url, pool_size=2, max_overflow=6, idle_seconds=settings.idle_transaction_seconds
         )
@@ -304,11 +306,11 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             uploads=UploadSlots(settings.max_uploads, is_shared=settings.auth != "none"),
         )
         stack.push_async_callback(services.cancel_spawned)
-        services.spawn(follow_models(views, on_look=submitter.prepare_grammars))
+        services.spawn(follow_models(views, on_check=submitter.prepare_grammars))
         yield services
 
 
-def _unavailable() -> StorageUnavailable:
+def database_unavailable() -> StorageUnavailable:
     return StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2)
 
 
@@ -319,7 +321,7 @@ def open_redis(url: str) -> "redis.asyncio.Redis":
 
 
 def _read_exception(task: "asyncio.Task[Any]") -> None:
-    """One that was left behind must not be reported as never retrieved."""
+    """Retrieve the exception of an abandoned task, so that asyncio does not report it."""
     if not task.cancelled():
         task.exception()
 
@@ -330,14 +332,14 @@ class Caller(NamedTuple):
 
 
 def private_router(section: str) -> APIRouter:
-    """For all routes but those of health: none of them answers without a key. `section` is their heading in the OpenAPI
-    document."""
+    """For all routes but health checks and pages. None of its routes answers without a valid key. `section` is their
+    heading in the OpenAPI document."""
     return APIRouter(route_class=PrivateRoute, responses=REFUSALS, tags=[section])
 
 
 class PrivateRoute(APIRoute):
-    """Authenticates before anything else is looked at. Not a FastAPI dependency: solving those would cost more than
-    all the rest of the way in."""
+    """Authenticates before anything else happens. Not a FastAPI dependency, as resolving one would cost more than all
+    other work before the route function."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         options["openapi_extra"] = NEEDS_KEY | (options.get("openapi_extra") or {})
@@ -354,7 +356,7 @@ class PrivateRoute(APIRoute):
             started = time.monotonic()
             response = await answer(request)
             if request.method == "GET" and time.monotonic() - started > REMEMBER_SECONDS:
-                await authenticator.identify(authorization)  # a long poll tells nothing to a key revoked meanwhile
+                await authenticator.identify(authorization)  # a key revoked during a long poll gets no answer
             return response
 
         return answer_authenticated
@@ -367,14 +369,16 @@ def _authorization_of(request: Request) -> str | None:
 
 
 def caller_of(request: Request) -> Caller:
-    """On a private route: the services, and who asks."""
+    """The services and the tenant of a request to a private route."""
     return Caller(services_of(request), request.state.tenant_id)
 
 
 def require_admin(request: Request) -> None:
-    """On a private route. Raises PermissionDenied."""
+    """For requests to private routes. Raises PermissionDenied."""
     if not request.state.is_admin:
-        raise PermissionDenied("this key may not do that; use one made with: celeriac keys create --admin")
+        raise PermissionDenied(
+            "this key does not have the admin role; use one created with: celeriac keys create --admin"
+        )
 
 
 def services_of(request: Request) -> Services:

@@ -1,4 +1,7 @@
-"""Text in, text out, with few fields: thin adapters over the same jobs. `request_id` in an answer is the job's id."""
+"""/generate, /generate_stream, /chat and /api/v1/infer: minimal routes that take and return text.
+
+`request_id` in an answer is the id of the job.
+"""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -27,7 +30,7 @@ from tasks.prepare import resolve_params
 from tasks.submit import request_hash
 
 MAX_PROMPTS = 64
-CHAT_MAX_TOKENS = 100
+CHAT_MAX_TOKENS = 100  # the default of /chat
 
 router = private_router("Simple")
 
@@ -35,11 +38,11 @@ Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 
 class SimpleBody(OpenAIModel):
-    """What every simple route takes beside its prompt. Defaults are the model's own."""
+    """The parameters that every simple route takes. Those left out have the model's defaults."""
 
     model_config = ConfigDict(json_schema_extra=publish_bounds)
 
-    model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None  # the catalog's default
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None  # None: the default one
     max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
@@ -53,7 +56,8 @@ class SimpleBody(OpenAIModel):
     repetition_penalty: float | None = None
 
     def to_request(self, services: Services, source: Mapping[str, Any], **params: Any) -> GenerationRequest:
-        """`source` is the prompt or the messages. Raises InvalidRequest, also for a model that is not served."""
+        """`source` is {"prompt": ...} or {"messages": ...}; `params` override fields of the body. Raises
+        InvalidRequest."""
         fields = {name: getattr(self, name, None) for name in SamplingParams.model_fields}
         sampling = build(SamplingParams, fields | {"stop": strings(self.stop)} | params)
         model = self.model or services.catalog.default.id
@@ -63,7 +67,7 @@ class SimpleBody(OpenAIModel):
 class GenerateBody(SimpleBody):
     prompt: str | None = None
     prompts: Prompts | None = None
-    inputs: str | None = None  # another name of prompt
+    inputs: str | None = None  # an alias of prompt
 
     def to_requests(self, services: Services) -> list[GenerationRequest]:
         """Raises InvalidRequest."""
@@ -74,7 +78,7 @@ class GenerateBody(SimpleBody):
         given = [name for name in ("prompt", "prompts", "inputs") if getattr(self, name) is not None]
         if len(given) != 1:
             seen = " and ".join(given) or "none"
-            raise InvalidRequest(f"prompt, prompts or inputs: {seen} came; send exactly one", param="prompt")
+            raise InvalidRequest(f"{seen} of prompt, prompts and inputs was sent; send exactly one", param="prompt")
         return strings(getattr(self, given[0])) or []
 
 
@@ -85,7 +89,7 @@ class GenerateStreamBody(SimpleBody):
     def text(self) -> str:
         """Raises InvalidRequest unless exactly one of the two is given."""
         if self.prompt is not None and self.inputs is not None:
-            raise InvalidRequest("prompt and inputs are the same thing; send one of them", param="inputs")
+            raise InvalidRequest("prompt and inputs mean the same; send only one of them", param="inputs")
         text = self.inputs if self.prompt is None else self.prompt
         if text is None:
             raise InvalidRequest("prompt is missing; add it", param="prompt")
@@ -106,11 +110,11 @@ class TextView(View):
 
 
 class AnsweredView(TextView):
-    """What /generate and /api/v1/infer both say of a job."""
+    """The fields that /generate and /api/v1/infer have in common."""
 
     request_id: Annotated[str, Field(description="The job's id.")]
     tokens_generated: int
-    latency_ms: Annotated[float, Field(description="From the accept to the end, the queue included.")]
+    latency_ms: Annotated[float, Field(description="From acceptance to completion, time in the queue included.")]
 
 
 class GeneratedView(AnsweredView):
@@ -122,7 +126,7 @@ class GeneratedListView(View):
 
 
 class InferredView(AnsweredView):
-    cached: Annotated[bool, Field(description="An earlier job's answer.")]
+    cached: Annotated[bool, Field(description="Whether the answer is that of an earlier job.")]
 
 
 @router.post(
@@ -131,7 +135,7 @@ class InferredView(AnsweredView):
     openapi_extra=request_body(GenerateBody),
 )
 async def generate(request: Request) -> Response:
-    """Continue one prompt, or up to 64 of them: one job each, run together."""
+    """Continue one prompt, or up to 64 of them: each is a job, and they run at the same time."""
     body = await read_model(request, GenerateBody)
     services = services_of(request)
     generations = await off_loop(request, body.to_requests, services)
@@ -148,7 +152,7 @@ async def generate(request: Request) -> Response:
     openapi_extra=request_body(GenerateStreamBody),
 )
 async def generate_stream(request: Request) -> Response:
-    """The same for one prompt, as it comes; the event with `done` is the last one."""
+    """Continue one prompt and stream the text; the last event has `done`."""
     body = await read_model(request, GenerateStreamBody)
     generation = body.to_request(services_of(request), {"prompt": body.text()})
     run = await start(request, generation, Asked(Endpoint.SIMPLE, has_stream=True))
@@ -157,7 +161,7 @@ async def generate_stream(request: Request) -> Response:
 
 @router.post("/chat", responses={200: {"model": TextView}}, openapi_extra=request_body(ChatBody))
 async def chat(request: Request) -> Response:
-    """Answer a prompt, behind the model's system prompt where models.toml has one."""
+    """Answer a prompt as a chat message, with the model's system prompt if models.toml has one."""
     body = await read_model(request, ChatBody)
     source = {"messages": [{"role": "user", "content": body.prompt}]}
     max_tokens = CHAT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -168,7 +172,8 @@ async def chat(request: Request) -> Response:
 
 @router.post("/api/v1/infer", responses={200: {"model": InferredView}}, openapi_extra=request_body(InferBody))
 async def infer(request: Request) -> Response:
-    """Continue a prompt within the request timeout; a deterministic request may be answered by an earlier job."""
+    """Continue a prompt within CELERIAC_REQUEST_TIMEOUT_SECONDS. A deterministic request may get the answer of an
+    earlier job."""
     started = time.monotonic()
     body = await read_model(request, InferBody)
     services, tenant_id = caller_of(request)
@@ -182,20 +187,20 @@ async def infer(request: Request) -> Response:
         )
     except TooManyQueuedJobs as exc:
         raise ServerOverloaded(exc.message, retry_after_seconds=exc.retry_after_seconds) from exc
-    run = replace(run, has_keep_alive=False)  # which would send 200 before a timeout can be told
+    run = replace(run, has_keep_alive=False)  # keep-alive would commit to a 200 before a timeout is known
     return WholeAnswer([run], lambda records: inferred(records[0]), timeout_seconds=timeout_seconds)
 
 
 async def find_answered(services: Services, tenant_id: UUID, generation: GenerationRequest) -> JobRecord | None:
-    """The newest completed job of the tenant whose output is what this request would come to: same model revision,
-    prompt and parameters once defaults are filled in, and nothing left to chance."""
+    """The tenant's newest completed job whose output this request would reproduce: same model revision, same prompt,
+    same parameters once defaults are filled in, and no randomness. None if there is none."""
     view = services.views.get(generation.model)
     key = request_hash(generation, JobOptions(endpoint=Endpoint.SIMPLE))
     record = await services.read(job_queries.find_completed, tenant_id, key, model_revision=view.revision)
     if record is None or not isinstance(record.request, GenerationRequest):
         return None
     stored = record.request.params
-    # Same prompt and revision: its tokens were counted when that job came.
+    # Same prompt and revision, so the token count of that job applies.
     resolved = resolve_params(generation, view, record.job.num_prompt_tokens)
     if generation.params.seed is None and resolved.temperature != 0:
         return None
@@ -210,7 +215,7 @@ def _answer_known(record: JobRecord, started: float) -> Response:
 
 
 class GeneratedStream:
-    """A job's stream as tokens; `index` counts them. A piece that was committed at once comes as one event."""
+    """A job's stream as token events. `index` is the number of tokens before the event, which has one chunk's text."""
 
     def __init__(self) -> None:
         self._num_tokens = 0
@@ -267,7 +272,7 @@ def _finish_reason(record: JobRecord) -> str:
 
 
 def _latency_ms(record: JobRecord) -> float:
-    """From the accept to the end, the queue included, by the database's clock."""
+    """From acceptance to completion, time in the queue included, by the database's clock."""
     assert record.job.finished_at is not None
     return _milliseconds((record.job.finished_at - record.job.created_at).total_seconds())
 

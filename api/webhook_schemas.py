@@ -1,4 +1,4 @@
-"""Webhook endpoints, secrets and deliveries from outside; endpoints as the OpenAI SDK 3.x has them."""
+"""Request and response schemas of the webhook routes; endpoints have the fields of the OpenAI SDK 3.x."""
 
 from typing import Annotated, Literal, NotRequired
 
@@ -29,16 +29,16 @@ class CreateBody(WebhookBody):
 
 
 class UpdateBody(WebhookBody):
-    """POST /v1/webhook_endpoints/{id}: what is given is changed."""
+    """POST /v1/webhook_endpoints/{id}: the fields that are given are changed."""
 
     name: Name | None = None
     url: WebhookUrlText | None = None
     event_types: EventTypes | None = None
-    enabled: bool | None = Field(default=None, description="false: nothing is sent, and what waits is given up.")
+    enabled: bool | None = Field(default=None, description="false: nothing more is sent, and pending deliveries fail.")
 
 
 class RotateBody(WebhookBody):
-    """POST .../rotate_secret, of an endpoint or the tenant's own."""
+    """POST .../rotate_secret, for an endpoint or for the tenant."""
 
     keep_old_secret_active_for_24_hours: bool = False
 
@@ -50,8 +50,8 @@ class TestBody(WebhookBody):
 
 
 class DeliveriesQuery(PageQuery):
-    job_id: str | None = Field(default=None, description="Of this job.")
-    webhook_endpoint_id: str | None = Field(default=None, description="To this endpoint.")
+    job_id: str | None = Field(default=None, description="Only deliveries about this job.")
+    webhook_endpoint_id: str | None = Field(default=None, description="Only deliveries to this endpoint.")
     status: Literal["pending", "delivered", "failed"] | None = None
 
     @property
@@ -77,7 +77,7 @@ class EndpointView(View):
 
 
 class EndpointWithSecretView(EndpointView):
-    signing_secret: Annotated[str, Field(description="Not shown again.")]
+    signing_secret: Annotated[str, Field(description="Shown only in this answer.")]
 
 
 class EndpointTestView(View):
@@ -112,7 +112,7 @@ class DeliveryView(View):
     object: Literal["webhook_delivery"]
     event_id: str
     event_type: str
-    about: Annotated[str, Field(description="The job, or what else the event is about.")]
+    about: Annotated[str, Field(description="The id of the job or other object that the event is about.")]
     webhook_endpoint_id: str | None
     url: str
     status: DeliveryStatus
@@ -123,7 +123,7 @@ class DeliveryView(View):
     delivered_at: Timestamp | None
     next_attempt_at: Timestamp | None
     attempts: NotRequired[
-        Annotated[list[DeliveryAttemptView] | None, Field(description="Where one delivery is asked for.")]
+        Annotated[list[DeliveryAttemptView] | None, Field(description="Only when a single delivery is read.")]
     ]
 
 
@@ -155,7 +155,7 @@ def secret_view(secret: WebhookSecret) -> SecretView:
 
 
 def delivery_view(delivery: WebhookDelivery) -> DeliveryView:
-    """The newest state; `attempts` are added where one delivery is asked for."""
+    """Without `attempts`, which the route for a single delivery adds."""
     prefix = PREFIX_BY_OBJECT[delivery.type.partition(".")[0]]
     return {
         "id": external_id(delivery.id, "whd"),

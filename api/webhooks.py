@@ -1,8 +1,7 @@
-"""Webhook endpoints, the secret that signs, and the log of deliveries.
+"""/v1/webhook_endpoints, /v1/webhook_secret and /v1/webhook_deliveries: manage endpoints, secrets and deliveries.
 
-Webhook endpoints as the OpenAI SDK 3.x manages them, and the secret that signs for the URLs of single jobs.
-
-The log of webhook deliveries: what was sent where, how every attempt went, and once more on request.
+Endpoints are those of the OpenAI SDK 3.x. The tenant's secret signs deliveries to the URLs of single jobs. The delivery
+log has every attempt, and can deliver an event again.
 """
 
 import time
@@ -48,7 +47,7 @@ router = private_router("Webhooks")
 
 @router.get("/v1/webhook_event_types", responses={200: {"model": EventTypeListView}})
 async def list_event_types(request: Request) -> Response:
-    """What an endpoint can ask for."""
+    """The event types that an endpoint can subscribe to."""
     return json_response({"object": "list", "data": list(EVENT_TYPES)})
 
 
@@ -58,7 +57,7 @@ async def list_event_types(request: Request) -> Response:
     openapi_extra=request_body(CreateBody),
 )
 async def create_endpoint(request: Request) -> Response:
-    """The answer shows the secret, which is not shown again."""
+    """Create an endpoint. Only this answer contains its signing secret."""
     services, tenant_id = caller_of(request)
     body = await read_model(request, CreateBody)
     endpoint = await services.write(
@@ -70,14 +69,14 @@ async def create_endpoint(request: Request) -> Response:
     )
     if endpoint is None:
         raise InvalidRequest(
-            f"there are {webhooks.MAX_ENDPOINTS} webhook endpoints, as many as may be; delete one first"
+            f"there are {webhooks.MAX_ENDPOINTS} webhook endpoints, the most a tenant may have; delete one first"
         )
     return json_response(endpoint_view(endpoint) | {"signing_secret": endpoint.secret})
 
 
 @router.get("/v1/webhook_endpoints", **listing(EndpointListView, PageQuery))
 async def list_endpoints(request: Request) -> Response:
-    """Newest first."""
+    """The tenant's endpoints, newest first."""
     query = read_query(request, PageQuery)
     return await list_page(request, query, webhooks.list_endpoints, endpoint_view, prefix="wh")
 
@@ -94,7 +93,7 @@ async def read_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
     openapi_extra=request_body(UpdateBody),
 )
 async def update_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
-    """What is given is changed. What still waits for delivery goes to the new URL."""
+    """Change the fields that are given. Pending deliveries go to the new URL."""
     services, tenant_id = caller_of(request)
     body = await read_model(request, UpdateBody)
     id_ = _parse(webhook_endpoint_id)
@@ -112,7 +111,7 @@ async def update_endpoint(webhook_endpoint_id: str, request: Request) -> Respons
 
 @router.delete("/v1/webhook_endpoints/{webhook_endpoint_id}", responses={200: {"model": DeletedView}})
 async def delete_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
-    """With its deliveries and their log."""
+    """Delete the endpoint with its deliveries and their log."""
     services, tenant_id = caller_of(request)
     id_ = _parse(webhook_endpoint_id)
     if not await services.write(webhooks.remove_endpoint, id_, tenant_id):
@@ -126,7 +125,8 @@ async def delete_endpoint(webhook_endpoint_id: str, request: Request) -> Respons
     openapi_extra=request_body(RotateBody, is_required=False),
 )
 async def rotate_secret(webhook_endpoint_id: str, request: Request) -> Response:
-    """The answer shows the new secret. The old one is void at once unless it is kept for a day."""
+    """Create a new secret, which the answer contains. The old one stops working at once, unless the body keeps it for
+    24 hours."""
     services, tenant_id = caller_of(request)
     keep = (await _read_rotation(request)).keep_old_secret_active_for_24_hours
     id_ = _parse(webhook_endpoint_id)
@@ -141,7 +141,8 @@ async def rotate_secret(webhook_endpoint_id: str, request: Request) -> Response:
     openapi_extra=request_body(TestBody),
 )
 async def test_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
-    """Send a sample event now, once. Its status code is answered, whatever it is; 400 where there was none."""
+    """Send a sample event once, now. Returns the status code of the answer, whatever it is; 400 if there was no
+    answer."""
     services, tenant_id = caller_of(request)
     body = await read_model(request, TestBody)
     endpoint = await _find(services, webhook_endpoint_id, tenant_id)
@@ -159,7 +160,7 @@ async def test_endpoint(webhook_endpoint_id: str, request: Request) -> Response:
 
 @router.get("/v1/webhook_secret", responses={200: {"model": SecretView}})
 async def read_secret(request: Request) -> Response:
-    """What signs for the URLs that come with single jobs."""
+    """The secret that signs deliveries to the URLs of single jobs."""
     services, tenant_id = caller_of(request)
     return json_response(secret_view(await services.write(webhooks.tenant_secret, tenant_id)))
 
@@ -177,7 +178,7 @@ async def rotate_tenant_secret(request: Request) -> Response:
 
 
 async def checked_url(services: Services, text: str) -> str:
-    """As it is stored. Raises InvalidRequest."""
+    """The URL in the form that is stored. Raises InvalidRequest if deliveries to it are not allowed."""
     try:
         return str(await TargetGuard(services.settings).check(text))
     except BadWebhookUrl as exc:
@@ -192,16 +193,16 @@ async def _send_sample(guard: TargetGuard, endpoint: WebhookEndpoint, event_type
         url = guard.parse(endpoint.url)
         answer = await client.post(url, signature_headers(event_id, body, [endpoint.secret], now), body)
     except BadWebhookUrl as exc:
-        raise InvalidRequest(f"the endpoint's url is refused: {exc}") from None
+        raise InvalidRequest(f"the endpoint's URL is not allowed: {exc}") from None
     finally:
         await client.aclose()
     if answer.status_code is None:
-        raise InvalidRequest(f"the endpoint gave no answer: {answer.error}; check its url")
+        raise InvalidRequest(f"the endpoint did not answer: {answer.error}; check its URL")
     return answer.status_code
 
 
 async def _read_rotation(request: Request) -> RotateBody:
-    """The SDK sends no body where nothing is chosen."""
+    """The body, which the SDK leaves out if all fields have their defaults."""
     raw = await read_body(request)
     return await off_loop(request, parse_model, raw, RotateBody) if raw.strip() else RotateBody()
 
@@ -230,7 +231,7 @@ def _not_found(endpoint_id: str) -> NotFound:
 
 @router.get("/v1/webhook_deliveries", **listing(DeliveryListView, DeliveriesQuery))
 async def list_deliveries(request: Request) -> Response:
-    """Newest first, without their attempts; those that are done are kept for a week."""
+    """Deliveries, newest first, without their attempts. Finished ones are kept for a week."""
     query = read_query(request, DeliveriesQuery)
     return await list_page(
         request,
@@ -246,14 +247,14 @@ async def list_deliveries(request: Request) -> Response:
 
 @router.get("/v1/webhook_deliveries/{delivery_id}", responses={200: {"model": DeliveryView}})
 async def read_delivery(delivery_id: str, request: Request) -> Response:
-    """With every attempt."""
+    """One delivery with all its attempts."""
     services, tenant_id = caller_of(request)
     return await _view(services, _parse_delivery_id(delivery_id), tenant_id, delivery_id)
 
 
 @router.post("/v1/webhook_deliveries/{delivery_id}/redeliver", responses={200: {"model": DeliveryView}})
 async def redeliver(delivery_id: str, request: Request) -> Response:
-    """Send it once more, at once and with a new 72 hours of retries; its id and its event stay the same."""
+    """Deliver the event again: at once, and with another 72 hours of retries. Its id and content stay the same."""
     services, tenant_id = caller_of(request)
     id_ = _parse_delivery_id(delivery_id)
     if not await services.write(webhook_deliveries.redeliver, id_, tenant_id):

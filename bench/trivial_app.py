@@ -7,7 +7,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.app import create_app
-from api.server import collect_garbage_seldom, make_server, open_socket
+from api.server import collect_garbage_rarely, make_server, open_socket
 from api.services import private_router
 from domain.catalog import Catalog, ModelSpec
 from observability import configure_logging
@@ -51,7 +51,7 @@ def main() -> None:
     app.router.routes.clear()
     app.router.routes.extend(router.routes)
     app.add_middleware(Bare)
-    collect_garbage_seldom()
+    collect_garbage_rarely()
     with open_socket("127.0.0.1", 0) as listening:
         logging.getLogger("bench").info("listening on http://127.0.0.1:%s", listening.getsockname()[1])
         make_server(app).run(sockets=[listening])

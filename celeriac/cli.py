@@ -87,11 +87,11 @@ def api(host: str | None, port: int | None) -> None:
     _set("CELERIAC_HOST", host)
     _set("CELERIAC_PORT", port)
     settings = _settings()
-    from api.app import refuse_open_door
+    from api.app import refuse_public_access_without_keys
     from api.server import serve
 
     with _explained(ValueError):
-        refuse_open_door(settings)
+        refuse_public_access_without_keys(settings)
         read_catalog(settings)
     refuse_shared_sessions(settings)
     refuse_taken_port("CELERIAC_PORT", settings.host, settings.port)

@@ -1,1 +1,1 @@
-"""The dialects of clients, as pure translation: JSON bodies to requests, and jobs' results to JSON answers."""
+"""The API dialects, as pure translation: JSON bodies to requests, and jobs to JSON answers. No HTTP, no I/O."""

@@ -1,4 +1,4 @@
-"""JSON bodies parsed: strict, bounded, and refused with the field, the value seen and the remedy."""
+"""Strict, bounded parsing of JSON bodies. Refusals name the field, the value seen and the remedy."""
 
 import difflib
 import json
@@ -17,8 +17,8 @@ from domain.errors import InvalidRequest, UnsupportedParameter
 
 @dataclass(slots=True)
 class Shape:
-    """What a model declares for one of its fields: an object, a list, or one of several by a tag. None of them if the
-    value is the user's own."""
+    """What a pydantic model declares for one of its fields: an object, a list, or one of several shapes chosen by a
+    tag. None of these if the value is the user's own, such as metadata."""
 
     model: type[BaseModel] | None = None
     items: "Shape | None" = None
@@ -33,8 +33,8 @@ class Shape:
 
 
 def drop_nulls(body: object, model: type[BaseModel]) -> bool:
-    """Remove nulls without meaning from `body`: those of unknown fields and of fields that may be omitted. The user's
-    own values, such as schemas and metadata, stay as they are. True if anything was removed."""
+    """Remove from `body` the nulls that mean nothing: those of unknown fields and of fields that may be omitted. The
+    user's own values, such as schemas and metadata, stay as they are. True if anything was removed."""
     is_changed = False
     waiting: list[tuple[object, Shape]] = [(body, Shape(model))]
     while waiting:
@@ -61,8 +61,8 @@ def _drop_own(value: dict[str, Any], model: type[BaseModel]) -> bool:
 
 
 def owner_at(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel] | None:
-    """The model of the object at `location`, which is spelled as in pydantic's errors, with the tags of unions. Without
-    a tag it is one of the possible ones."""
+    """The model of the object at `location`, which has the form of pydantic's error locations, with the tags of unions.
+    If a tag is missing, one of the possible models."""
     shape: Shape | None = Shape(model)
     for step in location:
         shape = _step_into(shape, step) if shape is not None else None
@@ -113,7 +113,7 @@ def _tagged(union: Any) -> dict[Hashable, Shape]:
 
 MAX_DEPTH = 32
 
-MAX_FEW = 1_024
+MAX_SEARCHED = 1_024  # entries of one container, when the largest part of a body is looked for
 
 MAX_CONTAINERS = 65_536  # lists and objects per body, at any depth
 
@@ -140,11 +140,10 @@ def parse_model(body: bytes, model: type[Model], hints: HintTree | None = None) 
     if num_containers > MAX_CONTAINERS:
         param = _param_of(_heaviest(value))
         raise InvalidRequest(
-            f"{param or 'the body'} has {num_containers} lists and objects; at most {MAX_CONTAINERS} are allowed "
-            "in all, send fewer",
+            f"{param or 'the body'} has {num_containers} lists and objects; send at most {MAX_CONTAINERS} in all",
             param=param,
         )
-    body = _without_nothing(value, body, model, hints or {})
+    body = _cleaned(value, body, model, hints or {})
     try:
         return model.model_validate_json(body, strict=True)
     except ValidationError as exc:
@@ -165,8 +164,8 @@ def _refused_hint(exc: ValidationError, hints: HintTree) -> UnsupportedParameter
     )
 
 
-def _without_nothing(parsed: object, body: bytes, model: type[BaseModel], hints: HintTree) -> bytes:
-    """The body without what does not count. Modifies `parsed`."""
+def _cleaned(parsed: object, body: bytes, model: type[BaseModel], hints: HintTree) -> bytes:
+    """The body without meaningless nulls and ignored fields. Modifies `parsed`."""
     is_changed = b"null" in body and drop_nulls(parsed, model)
     own_fields = {field.alias or name for name, field in model.model_fields.items()}
     ignored = take_hints(parsed, hints, own_fields=own_fields)
@@ -181,7 +180,7 @@ def _parse_json(body: bytes) -> object:
     try:
         return json.loads(body.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except UnicodeDecodeError as exc:
-        raise InvalidRequest(f"the body is not UTF-8: byte {exc.start} is invalid") from None
+        raise InvalidRequest(f"the body is not UTF-8: byte {exc.start} is invalid; encode it as UTF-8") from None
     except json.JSONDecodeError as exc:
         raise InvalidRequest(f"the body is not JSON: {exc.msg} at line {exc.lineno} column {exc.colno}") from None
     except RecursionError:
@@ -205,8 +204,8 @@ def _num_containers(value: object) -> int:
 
 
 def _heaviest(value: object) -> tuple[int | str, ...]:
-    """The place with most of the lists and objects: goes inwards while one part has more than half of them."""
-    if not isinstance(value, dict | list) or len(value) > MAX_FEW:
+    """The path of the part with most of the lists and objects: descends while one part has more than half of them."""
+    if not isinstance(value, dict | list) or len(value) > MAX_SEARCHED:
         return ()
     parts = dict(value.items() if isinstance(value, dict) else enumerate(value))
     num_inside = {name: _num_containers(part) for name, part in parts.items()}
@@ -231,19 +230,17 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 f"the key {key[:64]!r} appears more than once in one object; send it once", param=key[:64]
             )
         seen.add(key)
-    raise AssertionError("fewer keys than pairs, and none twice")
+    raise AssertionError("there are fewer keys than pairs, but no key appears twice")
 
 
 def _refuse_excess(value: object, model: type[BaseModel]) -> None:
     match first_excess(value, model):
         case Overlong(location, length, bound):
             param = _param_of(location)
-            raise InvalidRequest(
-                f"{param or 'the body'} has {length} items; at most {bound} are allowed, send fewer", param=param
-            )
+            raise InvalidRequest(f"{param or 'the body'} has {length} items; send at most {bound}", param=param)
         case UnknownFields(location):
             param = _param_of(location)
-            raise InvalidRequest(f"{param} is not a field here; {_suggestion(location, model)}", param=param)
+            raise InvalidRequest(f"{param} is not a known field; {_suggestion(location, model)}", param=param)
 
 
 def _param_of(location: tuple[int | str, ...]) -> str | None:
@@ -281,7 +278,7 @@ def _describe(error: Any, param: str | None, model: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{param} is missing; add it"
     if kind == "extra_forbidden":
-        return f"{param} is not a field here; {_suggestion(error['loc'], model)}"
+        return f"{param} is not a known field; {_suggestion(error['loc'], model)}"
     if kind == "json_invalid":
         return f"the body is not JSON: {message}"
     if kind == UNSUPPORTED:
@@ -297,7 +294,7 @@ def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
     close = difflib.get_close_matches(str(location[-1])[:64], known, n=1)
     if close:
         return f"did you mean {close[0]}?"
-    return f"known are: {', '.join(known)}" if known else "remove it"
+    return f"the fields are: {', '.join(known)}" if known else "remove it"
 
 
 def _shown(location: tuple[int | str, ...], value: object) -> str:

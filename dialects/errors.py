@@ -1,4 +1,4 @@
-"""The HTTP form of each error: one table from the codes of `domain.errors` to status and type."""
+"""Errors as clients see them: the table from the codes of domain/errors.py to HTTP statuses and types."""
 
 import logging
 from collections.abc import Callable
@@ -87,7 +87,8 @@ class JobErrorView(View):
 
 
 def job_error_view(error: JobError) -> JobErrorView:
-    """A job's stored error as clients see it. Unknown codes, from another version, are server errors."""
+    """A job's stored error as clients see it. Codes of other versions, which are not in the table, are server
+    errors."""
     code = error.code if error.code in HTTP_BY_CODE else "server_error"
     return {"code": error.code, "message": error.message, "type": HTTP_BY_CODE[code].type, "retryable": error.retryable}
 
@@ -110,4 +111,4 @@ def _failure(record: JobRecord) -> CeleriacError:
     error = record.job.error
     classes = {JobFailure.code: JobFailure} | {cls.code: cls for cls in JobFailure.__subclasses__()}
     cls = classes.get(error.code if error is not None else JobFailure.code, JobFailure)
-    return cls(error.message if error is not None else "it failed without an error message; report its id")
+    return cls(error.message if error is not None else "the job failed without an error message; report its id")

@@ -1,4 +1,4 @@
-"""Fields before they are validated: bounds on lengths, and the table of those accepted and ignored.
+"""Checks on fields before validation: limits on lengths, and the table of fields that are accepted but ignored.
 
 The lists and objects of a body are counted before anything in them is inspected. The limits are those that the body's
 JSON schema publishes, so every limit published there is enforced here.
@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
-MAX_UNKNOWN_FIELDS = 64  # per object: so many are inspected one by one, to be named or accepted
+MAX_UNKNOWN_FIELDS = 64  # per object: up to this many are inspected one by one, to be named or ignored
 
 Location = tuple[int | str, ...]
 
@@ -131,7 +131,7 @@ def _bounds_of_object(schema: Schema, definitions: Mapping[str, Schema]) -> Obje
 
 
 def _widest(branches: Iterable[Bounds | None]) -> Bounds | None:
-    """The widest limits among several kinds of value: which kind a value is, is decided later."""
+    """The widest limits of several kinds of value, as the kind of a value is determined only by validation."""
     known = [bounds for bounds in branches if bounds is not None]
     lists = [bounds.of_list for bounds in known if bounds.of_list is not None]
     objects = [bounds.of_object for bounds in known if bounds.of_object is not None]
@@ -182,7 +182,7 @@ class Hint(NamedTuple):
     def covers(self, value: object) -> bool:
         if self.covers_item is not None:
             return self.covers_item(value)
-        return not self.values or any(value == known and _is_truth(value) == _is_truth(known) for known in self.values)
+        return not self.values or any(value == known and _is_bool(value) == _is_bool(known) for known in self.values)
 
 
 Hints = Mapping[str, Hint]  # by path: steps joined by dots, `*` meaning any item of a list
@@ -235,8 +235,8 @@ def hint_at(tree: HintTree, path: Sequence[int | str]) -> Hint | None:
     return tree.get(HERE)
 
 
-def _is_truth(value: object) -> bool:
-    """Whether it is a bool, which Python counts as a number."""
+def _is_bool(value: object) -> bool:
+    """For telling True from 1, which Python considers equal."""
     return isinstance(value, bool)
 
 
@@ -285,7 +285,7 @@ _CALLS = ("messages.*.tool_calls.*.", "messages.*.tool_calls.*.function.")
 
 _TOOLS = ("tools.*.", "tools.*.function.")
 
-NEUTRAL: Final = "nothing: this value is the default behaviour"
+NEUTRAL: Final = "nothing, as this value is the default behaviour"
 
 
 def is_foreign_tool(tool: object) -> bool:
@@ -310,20 +310,20 @@ _CALLER = "the client or its user"
 
 _CACHE = "prompt caching, which is automatic here"
 
-_ROUTE = "the choice of provider, server or model; there is only one here"
+_ROUTE = "the choice of a provider, server or model, of which there is only one here"
 
-_WIRE = "how the answer travels"
+_WIRE = "how the answer is transmitted"
 
 _BESIDE = "an extra that is not available here"
 
-_KEPT = "what clients store with a message or call; it has no place in the prompt"
+_KEPT = "what clients store with a message or call, which is not part of the prompt"
 
 _THOUGHTS = "earlier reasoning, which models do not read again"
 
 HINTS: Final[Hints] = (
     _hints(_CALLER, "client_metadata", "litellm_metadata", "request_id", "session_id", "trace")
     | _hints(_CALLER, "metadata", "prompt_cache_key", "safety_identifier", "user")
-    | _hints("whether the answer is stored; only chats and responses can be", "store")
+    | _hints("whether the answer is stored, which only chat completions and responses can be", "store")
     | _hints(_CACHE, "cache_prompt", "cache_salt", "prompt_cache_options", "prompt_cache_retention")
     | _hints(_CACHE, "cache_control", places=("", *_MESSAGES, *_PARTS, *_CALLS, *_TOOLS))
     | _hints(_CACHE, "prompt_cache_breakpoint", places=_PARTS)
@@ -335,8 +335,8 @@ HINTS: Final[Hints] = (
     | {"include.*": Hint(_BESIDE, NOT_INCLUDED)}
     | _hints(_BESIDE, "generate_summary", "summary", places=("reasoning.",))
     | _hints("verbosity, which models here are not told about", "verbosity", "text.verbosity")
-    | {"truncation": Hint("truncation of long conversations; they are refused instead", ("auto", "disabled"))}
-    | {"tools.*": Hint("tools other than functions; the model is not told of them", covers_item=is_foreign_tool)}
+    | {"truncation": Hint("truncation of long conversations, which are refused instead", ("auto", "disabled"))}
+    | {"tools.*": Hint("tools other than functions, which the model is not told about", covers_item=is_foreign_tool)}
     | _hints("how a tool is loaded, called or billed", "allowed_callers", "async", "defer_loading", places=_TOOLS)
     | _hints("inputs and outputs of a tool besides its schema", "input_examples", "output_schema", places=_TOOLS)
     | _hints(_KEPT, "created", "created_at", "created_by", "extra_content", "metadata", places=_MESSAGES)

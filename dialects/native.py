@@ -1,4 +1,4 @@
-"""Our own dialect: the body that asks for a job, and the views of a job.
+"""The native dialect: the body of a job submission, and the views of a job.
 
 A view is built as a plain dict and dumped once; `JobView` is its type and its published schema.
 """
@@ -39,10 +39,18 @@ class JobOptionFields(Frozen):
 
     priority: int = Field(default=0, ge=-10, le=10, description="Higher runs earlier.")
     deadline: AwareDatetime | None = Field(default=None, description="The job expires at this time.")
-    start_timeout: TimeoutSeconds | None = Field(default=None, description="Seconds it may wait to be started.")
-    run_timeout: TimeoutSeconds | None = Field(default=None, description="Seconds it may run once started.")
-    result_ttl: int | None = Field(default=None, ge=60, le=30 * 86_400, description="Seconds it is kept after its end.")
-    idempotency_key: IdempotencyKey | None = Field(default=None, description="Also a header, Idempotency-Key.")
+    start_timeout: TimeoutSeconds | None = Field(
+        default=None, description="How many seconds the job may wait in the queue."
+    )
+    run_timeout: TimeoutSeconds | None = Field(
+        default=None, description="How many seconds the job may run once started."
+    )
+    result_ttl: int | None = Field(
+        default=None, ge=60, le=30 * 86_400, description="For how many seconds the job is kept after it has ended."
+    )
+    idempotency_key: IdempotencyKey | None = Field(
+        default=None, description="May be sent as the Idempotency-Key header instead."
+    )
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=16)
     webhook: WebhookUrlText | None = Field(default=None, description="A URL that is notified of the job's end.")
     webhook_events: list[Literal["completed", "failed", "cancelled", "expired"]] = Field(
@@ -55,7 +63,7 @@ class JobOptionFields(Frozen):
     @model_validator(mode="after")
     def _refuse_events_for_nobody(self) -> Self:
         if self.webhook is None and "webhook_events" in self.model_fields_set:
-            raise ValueError("webhook_events is given without webhook; add webhook, or remove webhook_events")
+            raise ValueError("webhook_events is set but webhook is not; add webhook, or remove webhook_events")
         return self
 
     def to_options(self, idempotency_key: str | None) -> JobOptions:
@@ -73,7 +81,7 @@ class JobOptionFields(Frozen):
 
 
 class JobBody(JobOptionFields, GenerationRequest):
-    """POST /v1/jobs: a generation request and the job's own options."""
+    """POST /v1/jobs: a generation request and the options of the job."""
 
     def to_request(self) -> GenerationRequest:
         return GenerationRequest.model_construct(
@@ -89,7 +97,7 @@ class JobBody(JobOptionFields, GenerationRequest):
 
 
 class EmbeddingJobBody(JobOptionFields, EmbeddingRequest):
-    """POST /v1/jobs with `inputs`: an embedding request and the job's own options."""
+    """POST /v1/jobs with `inputs`: an embedding request and the options of the job."""
 
     def to_request(self) -> EmbeddingRequest:
         return EmbeddingRequest.model_construct(model=self.model, inputs=self.inputs, dimensions=self.dimensions)
@@ -99,7 +107,7 @@ BODY_SCHEMA = TypeAdapter(JobBody | EmbeddingJobBody).json_schema(ref_template=R
 
 
 def body_class(body: bytes) -> type[JobBody] | type[EmbeddingJobBody]:
-    """Chosen by `inputs` or `kind`. A body that cannot be read is left for the parser to refuse."""
+    """The class for a body, by its `kind` or by whether it has `inputs`. Malformed bodies are left to the parser."""
     if b'"inputs"' not in body and b'"embedding"' not in body:
         return JobBody
     try:
@@ -111,12 +119,14 @@ def body_class(body: bytes) -> type[JobBody] | type[EmbeddingJobBody]:
 
 
 class QueueView(View):
-    position: Annotated[int | None, Field(description="Jobs of this model that run earlier in the current order.")]
+    position: Annotated[
+        int | None, Field(description="How many jobs of this model are ahead of it in the current order.")
+    ]
     eta_seconds: Annotated[
         float | None,
-        Field(description="Until its start, at the current rate of the live workers; null if it waits for more."),
+        Field(description="Estimated time until it starts; null if it waits for more than a free slot."),
     ]
-    waiting_for: Annotated[WaitingFor | None, Field(description="What keeps it from running.")]
+    waiting_for: Annotated[WaitingFor | None, Field(description="Why it is not running yet.")]
 
 
 class UsageView(View):
@@ -131,7 +141,7 @@ class PartialChoiceView(View):
 
     index: int
     text: str
-    finish_reason: Annotated[FinishReason | None, Field(description="Null: it is still running.")]
+    finish_reason: Annotated[FinishReason | None, Field(description="Null while it is still running.")]
     num_tokens: int
 
 
@@ -142,18 +152,18 @@ class ChoiceView(PartialChoiceView):
     stop_string: Annotated[str | None, Field(description="That ended it; no part of its text.")]
     logprobs: list[Any] | None
     candidate: Annotated[int | None, Field(description="With best_of: the index of this choice in the stream.")]
-    mean_logprob: Annotated[float | None, Field(description="With best_of: the mean logprob that it was chosen by.")]
+    mean_logprob: Annotated[float | None, Field(description="With best_of: the mean logprob by which it was chosen.")]
 
 
 class OutputView(View):
-    text: Annotated[str, Field(description="Of the first choice.")]
+    text: Annotated[str, Field(description="The text of the first choice.")]
     choices: Sequence[ChoiceView | PartialChoiceView]
-    prompt_logprobs: NotRequired[Annotated[list[Any] | None, Field(description="If requested: one per prompt token.")]]
+    prompt_logprobs: NotRequired[Annotated[list[Any] | None, Field(description="One per prompt token, if requested.")]]
 
 
 class VectorsView(View):
     embeddings: Annotated[
-        list[str], Field(description="One for each input, in order: little-endian float32 in base64.")
+        list[str], Field(description="One per input, in order: little-endian float32 numbers in base64.")
     ]
     dimensions: int
 
@@ -168,18 +178,18 @@ class UrlsView(View):
 class AttemptView(View):
     attempt: int
     worker_id: str
-    worker: Annotated[str | None, Field(description="The worker's name, if it had reported itself.")]
+    worker: Annotated[str | None, Field(description="The worker's name; null if it had not registered.")]
     started_at: Timestamp
-    ended_at: Annotated[Timestamp | None, Field(description="Null: it runs.")]
+    ended_at: Annotated[Timestamp | None, Field(description="Null while it runs.")]
     outcome: Annotated[
         str | None, Field(description="completed, failed, cancelled, expired, released, lost, crashed, stalled.")
     ]
     error_code: str | None
-    num_tokens: Annotated[int, Field(description="Committed by this attempt.")]
+    num_tokens: Annotated[int, Field(description="How many tokens this attempt committed.")]
 
 
 class JobView(View):
-    """A job. Terminal jobs have `output`: complete, or partial if they were cancelled or expired."""
+    """A job. A job that has ended has `output`: complete, or partial if it was cancelled or has expired."""
 
     id: str
     object: Literal["job"]
@@ -188,16 +198,18 @@ class JobView(View):
     model: str
     created_at: Timestamp
     started_at: Timestamp | None
-    first_token_at: Annotated[Timestamp | None, Field(description="When its first output was committed.")]
+    first_token_at: Annotated[Timestamp | None, Field(description="When the first output was committed.")]
     finished_at: Timestamp | None
-    expires_at: Annotated[Timestamp | None, Field(description="When a finished job is deleted.")]
+    expires_at: Annotated[Timestamp | None, Field(description="When the job is deleted; null until it has ended.")]
     deadline: Timestamp | None
     priority: int
     attempt: int
-    worker: Annotated[str | None, Field(description="The name of the worker that runs it or ran it last.")]
+    worker: Annotated[str | None, Field(description="The name of the worker that runs it, or ran it last.")]
     queue: Annotated[QueueView | None, Field(description="Only while queued.")]
     cancel_requested: bool
-    finish_reason: Annotated[FinishReason | None, Field(description="Of the first choice. `error`: the job failed.")]
+    finish_reason: Annotated[
+        FinishReason | None, Field(description="That of the first choice; `error` if the job failed.")
+    ]
     usage: UsageView | None
     output: OutputView | VectorsView | None
     error: JobErrorView | None
@@ -233,7 +245,7 @@ def urls_of(job_id: str) -> UrlsView:
 
 
 def new_job_view(new_job: NewJob, created_at: datetime, queue: QueueView) -> JobView:
-    """The view of a job that was just accepted, without a query: what it does not have yet is null."""
+    """The view of a job that was just accepted, built without a query: fields that it does not have yet are null."""
     job_id = external_id(new_job.id)
     known = {
         "id": job_id,
@@ -255,7 +267,7 @@ def new_job_view(new_job: NewJob, created_at: datetime, queue: QueueView) -> Job
 
 
 def job_view(record: JobRecord, queue: QueueView | None = None) -> JobView:
-    """The view of a stored job, with its input if the record has it."""
+    """The view of a stored job, with its input if `record` includes the request."""
     job, job_id = record.job, external_id(record.job.id)
     view: JobView = {
         "id": job_id,
@@ -331,7 +343,7 @@ def _input_view(request: JobRequest) -> dict[str, object]:
 
 
 def usage_view(job: Job, result: JobOutput | None) -> UsageView | None:
-    """The usage of a started job; while it runs, of what it has committed."""
+    """The usage of a job that has started; while it runs, that of its committed output."""
     if result is not None:
         usage = result.usage
         prompt, completion, cached = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens

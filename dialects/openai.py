@@ -1,4 +1,4 @@
-"""What the bodies of the OpenAI routes share: strictness, sampling parameters, output formats, tools.
+"""Shared by the bodies of the OpenAI routes: strictness, sampling parameters, output formats and tools.
 
 A body declares only types; the limits are those of `domain.requests`, to which every body is converted.
 
@@ -46,7 +46,7 @@ from domain.structured_output import (
 from text.models import ModelView
 from text.outputs import MARKERS
 
-#: The reasons that clients know. A job that was cut off for another reason ends in an error.
+#: The reasons that clients know. A job that ended for any other reason is answered with an error.
 FINISH_REASONS: Final[dict[FinishReason, Literal["stop", "length"]]] = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
@@ -58,7 +58,7 @@ Domain = TypeVar("Domain", bound=BaseModel)
 
 
 class OpenAIModel(FirstErrorModel):
-    """Part of a body: unknown fields are refused; null means absent."""
+    """A body or part of one: unknown fields are refused; null means absent."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -70,7 +70,7 @@ def refuse(reason: str) -> PydanticCustomError:
 def _refuse_any(value: Any) -> None:
     """Refuse every value but an empty one, which asks for nothing."""
     if value is not None and value not in ("", [], {}):
-        raise refuse("is not supported here; leave it out")
+        raise refuse("is not supported; leave it out")
 
 
 def only(*harmless: Any) -> AfterValidator:
@@ -144,7 +144,7 @@ class GenerationBody(OpenAIModel):
     seed: int | None = None
     stream: bool | None = None
 
-    # Who asks; has no effect here.
+    # About the caller; no effect here.
     user: CallerId | None = None
     safety_identifier: CallerId | None = None
     prompt_cache_key: CallerId | None = None
@@ -163,8 +163,8 @@ class GenerationBody(OpenAIModel):
     structured_output: StructuredOutput | None = None
 
     def sampling(self, **given: Any) -> SamplingParams:
-        """The parameters of this body, plus `given` ones that it spells differently. None leaves the default. Raises
-        InvalidRequest, with the names of SamplingParams."""
+        """The sampling parameters of this body. `given` has those that the body names differently; None leaves the
+        default. Raises InvalidRequest, whose names are those of SamplingParams."""
         fields = {name: getattr(self, name, None) for name in SamplingParams.model_fields}
         return build(SamplingParams, fields | given)
 
@@ -173,18 +173,18 @@ class StreamOptions(OpenAIModel):
     include_usage: bool | None = None
 
 
-def refuse_idle_stream_options(body: GenerationBody) -> None:
+def refuse_unused_stream_options(body: GenerationBody) -> None:
     """Refuse stream_options without stream, as OpenAI does. Raises InvalidRequest."""
     if getattr(body, "stream_options", None) is not None and not body.stream:
         raise InvalidRequest(
-            "stream_options is given, but stream is not true; set it, or leave stream_options out",
+            "stream_options is set but stream is not true; set stream, or leave out stream_options",
             param="stream_options",
         )
 
 
 def take_effort(effort: Effort | None, view: ModelView, *, place: str) -> None:
-    """For a model that never thinks an effort is a hint, which is noted. For others their chat template decides how
-    long they think. Raises UnsupportedParameter."""
+    """Ignore and note a reasoning effort for a model that does not reason. For other models, the chat template decides
+    how long they do. Raises UnsupportedParameter."""
     if effort is None:
         return
     if view.output_format.reasoning is None:
@@ -205,7 +205,7 @@ def build(model: type[Domain], fields: dict[str, Any]) -> Domain:
 
 
 def build_at(place: str, model: type[Domain], fields: dict[str, Any]) -> Domain:
-    """As `build`, for part of the body: the refusal names the whole path."""
+    """Like `build`, for part of a body: an error has the full path."""
     try:
         return build(model, fields)
     except InvalidRequest as exc:
@@ -215,19 +215,19 @@ def build_at(place: str, model: type[Domain], fields: dict[str, Any]) -> Domain:
 
 
 def spelling_of_params(**names: str) -> dict[str, str]:
-    """How a generating body spells the fields of our requests; `names` are those that differ."""
+    """What a generation body calls the fields of our requests: `names`, and what all routes have in common."""
     return names | {"prompt_token_ids": "prompt"}
 
 
 def with_body_names(exc: CeleriacError, spelling: Mapping[str, str]) -> CeleriacError:
-    """The same refusal with the body's field names in place of our own. Quoted text is the client's and is kept."""
+    """The same error, with the body's field names instead of ours. Quoted text is the client's and stays as it is."""
     exc.message = _QUOTED_OR_NAME.sub(lambda found: found[1] or _spelt(found[2], spelling), exc.message)
     exc.param = exc.param and _spelt(exc.param, spelling)
     return exc
 
 
 def _spelt(path: str, spelling: Mapping[str, str]) -> str:
-    """Renames the longest prefix of a path that the body spells differently."""
+    """Rename the longest prefix of a path that the body names differently."""
     path = path.removeprefix("params.")
     for length in range(path.count(".") + 1, 0, -1):
         steps = path.split(".")
@@ -245,7 +245,7 @@ MAX_REMEMBERED = 1_024  # tool parameters, of at most MAX_SCHEMA_BYTES each
 
 
 def answer_of(schema: dict[str, Any], *, is_strict: bool, place: str) -> StructuredOutput:
-    """`place` is the schema's path in the body. Raises InvalidRequest."""
+    """The structured output for a JSON schema. `place` is the schema's path in the body. Raises InvalidRequest."""
     try:
         if is_strict:
             return _output(place, json_schema=schema)
@@ -257,7 +257,7 @@ def answer_of(schema: dict[str, Any], *, is_strict: bool, place: str) -> Structu
 
 
 def callable_tool(tool: ToolDefinition, *, place: str) -> CallableTool:
-    """`place` is the path of its parameters in the body. Raises InvalidRequest."""
+    """The tool with its arguments' schema. `place` is the path of its parameters in the body. Raises InvalidRequest."""
     schema = tool.parameters or {"type": "object", "properties": {}}
     try:
         arguments = _arguments_of(json.dumps(bounded(schema)), is_strict=tool.strict is True)
@@ -268,7 +268,7 @@ def callable_tool(tool: ToolDefinition, *, place: str) -> CallableTool:
 
 @functools.lru_cache(maxsize=MAX_REMEMBERED)
 def _arguments_of(schema_json: str, *, is_strict: bool) -> dict[str, Any]:
-    """Cached, since agents send the same tools at every turn. Callers do not modify the result."""
+    """Cached, since agents send the same tools at every turn. Callers must not modify the result."""
     schema = json.loads(schema_json)
     check_structure(schema)
     if is_strict:
@@ -295,8 +295,8 @@ def _refusal(exc: ValueError, place: str) -> InvalidRequest:
 
 @dataclass(frozen=True, slots=True)
 class AskedTools:
-    """What a body says about tools. `definitions` are its functions, by their numbers among all tools; `place` is the
-    path of a tool in the body, with `{}` for its number."""
+    """What a body says about tools. `definitions` are its functions, by their index among all tools; `place` is the
+    path of a tool in the body, with `{}` for the index."""
 
     definitions: Mapping[int, dict[str, Any]]
     place: str
@@ -314,7 +314,7 @@ def tools_of(asked: AskedTools, view: ModelView) -> tuple[ToolDefinition, ...]:
     """The tools that the model is shown: none if it must not call any. Raises InvalidRequest."""
     if not asked.definitions:
         if asked.must_call:
-            raise InvalidRequest("tool_choice demands a call but tools has no functions; add some", param="tools")
+            raise InvalidRequest("tool_choice requires a call but tools has no functions; add some", param="tools")
         return ()
     tools = tuple(
         build_at(asked.place.format(number), ToolDefinition, definition)
@@ -335,15 +335,15 @@ def tools_of(asked: AskedTools, view: ModelView) -> tuple[ToolDefinition, ...]:
 def output_of(
     asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...], answer: StructuredOutput | None
 ) -> StructuredOutput | None:
-    """What the output must be: calls if one is required; calls or what `answer` says if one is allowed and `answer`
-    says anything. Raises InvalidRequest."""
+    """What the output must be. Calls if one is required; if one is only allowed, calls or `answer`, provided there is
+    an `answer`. Raises InvalidRequest."""
     if not tools or (answer is None and not asked.must_call):
         return answer
     return with_calls(None if asked.must_call else answer, _calls(asked, view, tools))
 
 
 def spelling_of_output(asked: AskedTools, answer: Mapping[str, str]) -> dict[str, str]:
-    """Where the parts of a structured output are in the body; `answer` gives it for those other than calls."""
+    """The path in the body of each part of a structured output. `answer` has those of parts other than calls."""
     places = [
         (f"structured_output.calls.tools.{index}", f"{asked.place.format(number)}.parameters")
         for index, (number, _) in enumerate(_callable_ones(asked))
@@ -352,7 +352,7 @@ def spelling_of_output(asked: AskedTools, answer: Mapping[str, str]) -> dict[str
 
 
 def _callable_ones(asked: AskedTools) -> list[tuple[int, dict[str, Any]]]:
-    """The functions that may be called, with their numbers among all tools."""
+    """The functions that may be called, with their index among all tools."""
     return [pair for pair in asked.definitions.items() if asked.name in (None, pair[1]["name"])]
 
 
@@ -360,7 +360,7 @@ def _calls(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]
     assert view.output_format.tools is not None
     if not _callable_ones(asked):
         raise InvalidRequest(
-            f"tool_choice names {str(asked.name)[:64]!r}, which is not among the tools; name one of them",
+            f"tool_choice names {str(asked.name)[:64]!r}, which is not one of the tools; name one of them",
             param=asked.name_place,
         )
     fields = {
@@ -377,7 +377,7 @@ def _calls(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]
 
 
 def _callable_tools(asked: AskedTools, tools: tuple[ToolDefinition, ...]) -> list[CallableTool]:
-    """At most one more than may be sent."""
+    """The callable tools, up to the first that exceeds the limit on their size, which is then refused."""
     by_name = {tool.name: tool for tool in tools}
     callable_tools: list[CallableTool] = []
     num_bytes = 0
@@ -391,7 +391,7 @@ def _callable_tools(asked: AskedTools, tools: tuple[ToolDefinition, ...]) -> lis
 
 
 def _marker_token_id(view: ModelView) -> int | None:
-    """The special token that the model has learnt to write before its calls."""
+    """The id of the special token that the model writes before its calls; None if it has none."""
     marker = MARKERS.get(view.output_format.tools) if view.output_format.tools else None
     if marker is None or view.vocabulary is None:
         return None

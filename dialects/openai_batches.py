@@ -1,4 +1,4 @@
-"""The lines of batches: how each becomes its route's request, and a finished job the route's answer.
+"""Batch lines: parsed to the request of their route, and answered in the form of that route.
 
 Error codes and the first words of messages are OpenAI's, taken from its batches and from public integration tests of
 other servers (test_batches_errors.py of Llama Stack).
@@ -47,8 +47,8 @@ from text.outputs import parser_of
 
 @dataclass(frozen=True, slots=True)
 class LineRequest:
-    """A valid line. `in_words` returns a refusal of the request with the body's field names; `answer` makes the route's
-    answer from the finished job, or raises the CeleriacError that says why there is none."""
+    """A valid line. `in_words` renames the fields in an error to those of the body; `answer` makes the route's answer
+    from the finished job, or raises the CeleriacError that says why there is none."""
 
     custom_id: str
     request: JobRequest
@@ -64,8 +64,8 @@ Request = TypeVar("Request", bound=JobRequest)
 
 @dataclass(frozen=True, slots=True)
 class LineRoute(Generic[Body, Request]):
-    """The pure functions of a route. The first and the last raise CeleriacError; `spelling_of` gives the body's names
-    for the fields of the request."""
+    """The pure functions of a route. `to_request` and `from_result` raise CeleriacError; `spelling_of` has the body's
+    names for the fields of the request."""
 
     body: type[Body]
     to_request: Callable[[Body, ModelView], Request]
@@ -104,7 +104,7 @@ def _completion_request(body: CompletionBody, view: ModelView) -> GenerationRequ
     requests = to_generation_requests(body)
     if len(requests) > 1:
         raise UnsupportedParameter(
-            f"prompt is a list of {len(requests)}; in a batch send one prompt per line", param="prompt"
+            f"prompt is a list of {len(requests)} prompts; in a batch, send one prompt per line", param="prompt"
         )
     return requests[0]
 
@@ -168,8 +168,8 @@ def read_line(content: bytes, url: str, views: ModelViews) -> LineRequest:
     line = parse_model(content, Line)
     if line.url != url:
         raise InvalidUrl(
-            f"The URL provided for this request does not match the batch endpoint: url is {line.url[:64]!r}, and the "
-            f"batch is for {url}; send it there",
+            f"The URL provided for this request does not match the batch endpoint: url is {line.url[:64]!r} but "
+            f"the batch is for {url}; change one of them",
             param="url",
         )
     try:
@@ -180,7 +180,7 @@ def read_line(content: bytes, url: str, views: ModelViews) -> LineRequest:
 
 
 def _refuse_odd_line(content: bytes) -> None:
-    """Refuse what is not a JSON object or lacks a member. Raises InvalidJsonLine or MissingParameter."""
+    """Refuse a line that is not a JSON object or lacks a field. Raises InvalidJsonLine or MissingParameter."""
     try:
         line = json.loads(content.decode(), parse_constant=_refuse_constant)
     except RecursionError:
@@ -201,7 +201,7 @@ def _refuse_odd_line(content: bytes) -> None:
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"it holds {constant}")
+    raise ValueError(f"it contains {constant}, which is not JSON")
 
 
 def _not_json(reason: str) -> InvalidJsonLine:
@@ -236,6 +236,6 @@ def _metadata_of(body: GenerationBody | EmbeddingBody | MessagesBody) -> Mapping
 
 
 def refusal_of(exc: CeleriacError) -> LineRefusal:
-    """The error as a route would answer it."""
+    """The error in the form in which a route would answer it."""
     http = HTTP_BY_CODE[exc.code]
     return LineRefusal(status_code=http.status, type=http.type, code=exc.code, message=exc.message, param=exc.param)

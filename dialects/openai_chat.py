@@ -1,6 +1,6 @@
-"""Chat completions: the body, the request that it makes, and a job's output as message or deltas.
+"""Chat completions: the body, its translation to a request, and a job's output as a message or as deltas.
 
-Whole answers and streams go through the same parser, so they agree.
+Complete answers and streams use the same parser, so they agree.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from dialects.openai import (
     only,
     output_of,
     refuse,
-    refuse_idle_stream_options,
+    refuse_unused_stream_options,
     spelling_of_output,
     spelling_of_params,
     strings,
@@ -78,7 +78,7 @@ from text.outputs import (
 
 def _text_only(kind: str) -> str:
     if kind not in ("text", "refusal"):
-        raise refuse(f"is {kind[:40]!r}; only text can be read here")
+        raise refuse(f"is {kind[:40]!r}; only text is supported")
     return kind
 
 
@@ -107,7 +107,7 @@ class MessageToolCall(OpenAIModel):
 
 
 class Message(OpenAIModel):
-    """A message as clients send it, including one from an earlier answer; the extra fields of those are hints."""
+    """A message as clients send it. It may come from an earlier answer, whose extra fields are ignored as hints."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: ChatContent | None = None
@@ -115,7 +115,7 @@ class Message(OpenAIModel):
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    refusal: str | None = None  # given instead of content
+    refusal: str | None = None  # instead of content
     audio: Unsupported = None
     function_call: Unsupported = None
 
@@ -193,7 +193,7 @@ SCHEMA_PLACE = "response_format.json_schema.schema"
 
 def to_generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
     """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model does not support."""
-    refuse_idle_stream_options(body)
+    refuse_unused_stream_options(body)
     take_effort(body.reasoning_effort, view, place="reasoning_effort")
     asked = _asked_tools(body)
     tools = tools_of(asked, view)
@@ -231,7 +231,7 @@ def to_message(message: Message, number: int) -> ChatMessage:
         )
     if (message.role == "tool") != (message.tool_call_id is not None):
         raise InvalidRequest(
-            f"{place} has the role {message.role}; only messages of role tool have tool_call_id, and they must",
+            f"{place} has the role {message.role}; tool messages must have a tool_call_id, and no others may",
             param=f"{place}.tool_call_id",
         )
     calls = [{"id": call.id} | call.function.model_dump() for call in message.tool_calls or ()]
@@ -247,7 +247,8 @@ def to_message(message: Message, number: int) -> ChatMessage:
 
 
 def content_text(message: Message) -> str:
-    """Parts are joined with line breaks, as templates for plain text expect. A refusal stands in for the content."""
+    """The text of the content; parts are joined with line breaks, as chat templates expect. A refusal counts as
+    content."""
     if message.content is None:
         return message.refusal or ""
     if isinstance(message.content, str):
@@ -272,11 +273,13 @@ def _asked_tools(body: ChatCompletionBody) -> AskedTools:
 
 
 def _answer(body: ChatCompletionBody) -> StructuredOutput | None:
-    """What an output without calls must look like."""
+    """The required form of an output without calls; None if any text is allowed."""
     if not _is_formatted(body):
         return body.structured_output
     if body.structured_output is not None:
-        raise InvalidRequest("structured_output and response_format are both given; send one", param="response_format")
+        raise InvalidRequest(
+            "structured_output and response_format are both set; send only one", param="response_format"
+        )
     assert body.response_format is not None
     return _formatted(body.response_format)
 
@@ -310,7 +313,7 @@ def _max_tokens(body: ChatCompletionBody) -> int | None:
 def _num_logprobs(body: ChatCompletionBody) -> int | None:
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest(
-            f"top_logprobs is {body.top_logprobs} but logprobs is not true; set it", param="top_logprobs"
+            f"top_logprobs is {body.top_logprobs} but logprobs is not true; set logprobs", param="top_logprobs"
         )
     return (body.top_logprobs or 0) if body.logprobs else None
 
@@ -318,7 +321,7 @@ def _num_logprobs(body: ChatCompletionBody) -> int | None:
 def from_result(
     record: JobRecord, request: GenerationRequest, format: OutputFormat, service_tier: str | None = None
 ) -> ChatCompletionView:
-    """The chat completion of a completed job. `request` is the job's request; `format` is the model's."""
+    """The chat completion of a completed job. `request` is the job's request, `format` its model's output format."""
     result = record.result
     assert isinstance(result, GenerationResult)
     parsers = [parser_of(request, format) for _ in range(request.params.n)]
@@ -352,8 +355,8 @@ class ChatStream:
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
 
     def from_chunk(self, chunk: TokenChunk) -> Iterable[Mapping[str, object]]:
-        """The text first, then the finish reason in a separate event. A reason that clients do not know is left to the
-        error event that follows."""
+        """The text first, then the finish reason in a separate event. A finish reason that clients do not know is left
+        out, as an error event follows."""
         parser = self._parsers[chunk.index]
         pieces = parser.push(chunk.text)
         if chunk.finish_reason is not None:
@@ -380,7 +383,7 @@ class ChatStream:
 
 
 def _usage(result: GenerationResult, parsers: Sequence[OutputParser]) -> CompletionUsageView:
-    """`parsers` have consumed all the text."""
+    """`parsers` must have consumed all the text."""
     return usage_object(result.usage, num_reasoning_tokens=count_reasoning_tokens(result.choices, parsers))
 
 

@@ -1,6 +1,6 @@
-"""Completions and embeddings, the routes whose input is plain text or token ids: bodies, requests, answers.
+"""Completions and embeddings, whose input is text or token ids: bodies, requests and answers.
 
-Completions are the older API. Their logprobs are parallel lists, with the offset at which each token begins.
+Completions are OpenAI's older API. Their logprobs are parallel lists, one of which has the text offset of each token.
 """
 
 import base64
@@ -22,7 +22,7 @@ from dialects.openai import (
     Strings,
     Unsupported,
     build,
-    refuse_idle_stream_options,
+    refuse_unused_stream_options,
     strings,
     with_body_names,
 )
@@ -55,14 +55,14 @@ from text.tokenizers import TokenPiece, as_text
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What of a prompt appears in its choices. `text` and `pieces` (its tokens) are only used for echo."""
+    """What the choices of a prompt need to know about it. `text` and `pieces` (its tokens) are only used for echo."""
 
-    first_index: int  # index of its first choice
+    first_index: int  # the index of its first choice
     num_choices: int
-    logprobs: int | None  # how many alternatives
+    logprobs: int | None  # the number of alternatives
     text: str = ""
     pieces: tuple[TokenPiece, ...] = ()
-    is_alone: bool = False  # the prompt is only scored, without output
+    is_alone: bool = False  # the prompt is only scored; there is no output
 
 
 def from_results(records: Sequence[JobRecord], prompts: Sequence[Prompt], service_tier: str | None) -> CompletionView:
@@ -93,7 +93,7 @@ class CompletionStream:
         return ()
 
     def from_chunk(self, chunk: TokenChunk) -> Iterable[Mapping[str, object]]:
-        """The echo comes with the first chunk, which has the prompt's logprobs."""
+        """The echo is sent with the first chunk, which has the prompt's logprobs."""
         if not self._is_echoed:
             self._is_echoed = True
             yield from self._echo(chunk.prompt_logprobs)
@@ -126,7 +126,7 @@ class CompletionStream:
 
 
 def usage_chunk(records: Sequence[JobRecord], service_tier: str | None) -> Iterable[Mapping[str, object]]:
-    """The last chunk, with the usage of all jobs together."""
+    """The last chunk, with the total usage of all jobs."""
     first = records[0].job
     usage = _sum([record.result.usage for record in records if record.result is not None])
     head = answer_head(first.id, "cmpl", first, service_tier)
@@ -194,8 +194,8 @@ def _name_of(logprob: TokenLogprob) -> str:
 
 
 def _entry(logprob: TokenLogprob, num_top: int, token: str, added: bytes) -> _Entry:
-    """The alternatives, plus the token itself if it is not among them. Of two with the same name the more likely one
-    counts."""
+    """The alternatives, plus the token itself if it is not among them. Of two with the same name, the more likely one
+    is kept."""
     values: dict[str, float] = {}
     for (_, _, value), utf8 in zip(logprob.top[:num_top], logprob.top_bytes, strict=False):
         values.setdefault(_name(bytes(utf8)), value)
@@ -203,7 +203,7 @@ def _entry(logprob: TokenLogprob, num_top: int, token: str, added: bytes) -> _En
 
 
 def _name(token: bytes) -> str:
-    """A token as the old API writes it if it is only part of a character."""
+    """The token as text or, if it is only part of a character, in the notation of the old API: `bytes:...`."""
     text = as_text(token)
     return text if text.encode() == token else f"bytes:{text}"
 
@@ -227,7 +227,7 @@ def _sum(usages: Sequence[Usage]) -> Usage:
 
 MAX_PROMPTS = 128
 
-DEFAULT_MAX_TOKENS = 16  # this route has always had its own
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default for this route
 
 
 def _kind_of(prompt: object) -> str:
@@ -266,10 +266,10 @@ class CompletionBody(GenerationBody):
 
 def to_generation_requests(body: CompletionBody) -> list[GenerationRequest]:
     """One per prompt. Raises InvalidRequest."""
-    refuse_idle_stream_options(body)
+    refuse_unused_stream_options(body)
     if body.stream and body.best_of is not None and body.best_of > 1:
         raise UnsupportedParameter(
-            "best_of cannot be streamed, since the best are only known at the end; leave out stream or best_of",
+            "best_of cannot be streamed, since the best choices are known only at the end; leave out stream or best_of",
             param="best_of",
         )
     if body.max_tokens == 0 and not body.echo:
@@ -349,7 +349,9 @@ class EmbeddingBody(OpenAIModel):
 class EmbeddingView(View):
     object: Literal["embedding"]
     index: int
-    embedding: Annotated[list[float] | str, Field(description="Numbers; or little-endian float32 in base64.")]
+    embedding: Annotated[
+        list[float] | str, Field(description="A list of numbers, or little-endian float32 numbers in base64.")
+    ]
 
 
 class EmbeddingUsageView(View):
@@ -374,7 +376,7 @@ def to_embedding_request(body: EmbeddingBody) -> EmbeddingRequest:
 
 
 def spelling_of_embeddings(body: EmbeddingBody) -> dict[str, str]:
-    """`inputs.2` is `input.2` here, and `input` if there is only one."""
+    """Our `inputs.2` is `input.2` in the body, or `input` if there is only one."""
     is_one = len(_inputs(body)) == 1
     return ({"inputs.0": "input"} if is_one else {}) | {"inputs": "input"}
 
@@ -401,7 +403,7 @@ def _inputs(body: EmbeddingBody) -> Sequence[object]:
 
 
 def _numbers(vector: str) -> list[float]:
-    """Each float32 as the equal double, in JSON. Vector by vector, because C code that writes millions at once would
-    block all other threads."""
+    """The vector as JSON numbers, each the double equal to its float32. One vector at a time, because encoding millions
+    of numbers in one call would block all other threads."""
     packed = base64.b64decode(vector)
     return cast(list[float], orjson.Fragment(orjson.dumps(struct.unpack(f"<{len(packed) // 4}f", packed))))

@@ -1,7 +1,7 @@
-"""Responses on their way out: a job as a response, its output items and its events.
+"""Responses: a job as a response object, with its output items and its stream events.
 
-Items and events follow from the job's chunks alone. So a stream that is read again has the same events under the same
-numbers, and a client that resumes it gets each one exactly once.
+Items and events are derived only from the job's chunks. So a stream that is read again has the same events with the
+same numbers, and a client that resumes it gets each of them exactly once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,9 +41,7 @@ class OutputTextView(View):
     type: Literal["output_text"]
     text: str
     annotations: list[dict[str, Any]]
-    logprobs: NotRequired[
-        Annotated[list[TokenLogprobView] | None, Field(description="Always empty for items that were sent.")]
-    ]
+    logprobs: NotRequired[Annotated[list[TokenLogprobView] | None, Field(description="Always empty for input items.")]]
 
 
 class RefusalView(View):
@@ -107,7 +105,7 @@ InputItemView = InputMessageView | OutputMessageView | ReasoningView | FunctionC
 class InputItemListView(View):
     object: Literal["list"]
     data: list[InputItemView]
-    first_id: Annotated[str, Field(description="Empty on an empty page.")]
+    first_id: Annotated[str, Field(description="An empty string on an empty page.")]
     last_id: str
     has_more: bool
 
@@ -203,13 +201,13 @@ ResponseEvent = dict[str, Any]  # with its `type`, without its `sequence_number`
 
 
 class ResponseOutput:
-    """`push` a job's text in order, then `finish`. `items` are those of the response so far."""
+    """Builds a response's items and events: `push` a job's text in order, then `finish`. `items` are those so far."""
 
     def __init__(self, job_id: UUID, parser: OutputParser) -> None:
         self.items: list[OutputItem] = []
         self._ulid = external_id(job_id, "resp").removeprefix("resp_")
         self.parser = parser
-        self._is_open = False  # whether the last of `items` is
+        self._is_open = False  # whether the last of `items` may still grow
 
     def push(self, text: str, logprobs: Sequence[TokenLogprob] | None = None) -> Iterator[ResponseEvent]:
         """`logprobs` are attached to the first visible text of their chunk."""
@@ -221,7 +219,7 @@ class ResponseOutput:
             yield from self._grow(ContentPiece(""), tokens)
 
     def finish(self, status: str) -> Iterator[ResponseEvent]:
-        """The text has ended: `completed` or `incomplete`. A completed text makes a message, even if it is empty."""
+        """The text has ended; `status` is `completed` or `incomplete`. A completed text is a message, even if empty."""
         for piece in self.parser.finish(is_cut=status != "completed"):
             yield from self._grow(piece, [])
         if not self.items and status == "completed":
@@ -317,7 +315,7 @@ class ResponseOutput:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The state of a response, in the dialect's terms."""
+    """The status of a response, with the reason for it."""
 
     status: Status
     error: ResponseErrorView | None = None
@@ -329,22 +327,24 @@ class Ending:
 
 
 def ending_of(job: Job) -> Ending:
-    """The ending of a job; of an unfinished one, only its status."""
+    """The status and, if the job has ended, the reason."""
     match job.status:
         case JobStatus.COMPLETED if job.finish_reason is FinishReason.LENGTH:
             return Ending("incomplete", incomplete_details={"reason": "max_output_tokens"})
         case JobStatus.EXPIRED if job.num_committed_tokens:
-            # OpenAI has no reason for this; clients that only know OpenAI's reasons see an incomplete response.
+            # OpenAI has no such reason; clients that know only its reasons see an incomplete response.
             return Ending("incomplete", incomplete_details={"reason": None, "stop_reason": "deadline"})
         case JobStatus.EXPIRED:
-            return Ending("failed", error=_error(DeadlineExceeded.code, "the deadline passed before any output"))
+            return Ending(
+                "failed", error=_error(DeadlineExceeded.code, "the deadline passed before there was any output")
+            )
         case JobStatus.FAILED:
             error = job.error
             return Ending("failed", error=_error(error.code, error.message) if error else _error("server_error", ""))
     return Ending(_STATUS[job.status])
 
 
-#: For a job that is running, was cancelled or completed.
+#: The statuses that need no further detail.
 _STATUS: dict[JobStatus, Status] = {
     JobStatus.QUEUED: "queued",
     JobStatus.IN_PROGRESS: "in_progress",
@@ -354,7 +354,7 @@ _STATUS: dict[JobStatus, Status] = {
 
 
 def from_result(record: JobRecord, body: ResponseBody, parser: OutputParser) -> ResponseView:
-    """The response of a job that has ended. `record` includes its request."""
+    """The response of a job that has ended. `record` must include its request."""
     ending = ending_of(record.job)
     output = ResponseOutput(record.job.id, parser)
     for choice in record.result.choices if isinstance(record.result, GenerationResult) else ():
@@ -364,7 +364,7 @@ def from_result(record: JobRecord, body: ResponseBody, parser: OutputParser) -> 
 
 
 def response_object(record: JobRecord, body: ResponseBody, ending: Ending, output: ResponseOutput) -> ResponseView:
-    """`record` includes its request. Usage is known once the job has ended with a result that is all in `output`."""
+    """`record` must include its request. If the job has ended, `output` must have all of its text, for the usage."""
     job, request = record.job, record.request
     assert isinstance(request, GenerationRequest)
     has_ended = ending.status not in ("queued", "in_progress")
@@ -394,11 +394,7 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
         "temperature": request.params.temperature if body.temperature is None else body.temperature,
         "text": {"format": _format(body)},
         "tool_choice": _tool_choice(body),
-        "tools": [
-            cast(ResponseToolView, tool.model_dump())
-            for tool in body.tools or ()
-            if isinstance(tool, ResponseFunctionTool)
-        ],
+        "tools": _tools(body),
         "top_logprobs": body.top_logprobs or 0,
         "top_p": request.params.top_p if body.top_p is None else body.top_p,
         "presence_penalty": request.params.presence_penalty,
@@ -427,7 +423,7 @@ def _format(body: ResponseBody) -> PlainFormatView | JsonSchemaFormatView:
 
 
 def _error(code: str, message: str) -> ResponseErrorView:
-    """Clients only know a few codes, none of them ours, so our code becomes the type."""
+    """Clients know only a few codes, none of them ours, so our code becomes the type."""
     return {"code": "server_error", "message": message or "the job failed without an error message", "type": code}
 
 

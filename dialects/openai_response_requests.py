@@ -1,4 +1,4 @@
-"""Responses on their way in: the body, the conversation so far, and the request that they make."""
+"""The bodies of /v1/responses, and how they become requests together with the conversation so far."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, Self
@@ -21,7 +21,7 @@ from dialects.openai import (
     only,
     output_of,
     refuse,
-    refuse_idle_stream_options,
+    refuse_unused_stream_options,
     spelling_of_output,
     spelling_of_params,
     strings,
@@ -49,12 +49,12 @@ Phase = Literal["commentary", "final_answer"]
 
 def _text_only(kind: str) -> str:
     if kind not in PART_TYPES:
-        raise refuse(f"is {kind[:40]!r}; only text can be read here")
+        raise refuse(f"is {kind[:40]!r}; only text is supported")
     return kind
 
 
 class ResponseContentPart(OpenAIModel):
-    """A part as clients send it, including one from an earlier answer, with fields that do not concern the prompt."""
+    """A part as clients send it. It may come from an earlier answer, with fields that are not part of the prompt."""
 
     type: Annotated[str, AfterValidator(_text_only)]
     text: Text | None = None
@@ -90,7 +90,7 @@ class FunctionCallItem(OpenAIModel):
 class FunctionCallOutputItem(OpenAIModel):
     type: Literal["function_call_output"]
     call_id: ItemId
-    name: str | None = None  # the function's name, which its call already gives
+    name: str | None = None  # of the function, which is also in its call
     output: ResponseContent
     id: ItemId | None = None
     status: ItemStatus | None = None
@@ -107,7 +107,7 @@ class ThoughtPart(OpenAIModel):
 
 
 class ReasoningItem(OpenAIModel):
-    """From an earlier answer. Models do not read their old reasoning again, so it adds nothing to the prompt."""
+    """An item from an earlier answer. Models do not read their earlier reasoning, so it is left out of the prompt."""
 
     type: Literal["reasoning"]
     summary: Annotated[list[SummaryPart], Field(max_length=MAX_PARTS)] | None = None
@@ -160,7 +160,7 @@ class TextFormat(OpenAIModel):
         given = {"name", "description", "schema_", "strict"} & self.model_fields_set
         if self.type != "json_schema" and given:
             name = min(given).rstrip("_")
-            raise ValueError(f"{name} is given, but type is {self.type!r}; send json_schema, or leave out {name}")
+            raise ValueError(f"{name} is set but type is {self.type!r}; set type to json_schema, or leave out {name}")
         return self
 
 
@@ -194,7 +194,7 @@ ResponseToolChoice = Annotated[
 
 
 class ResponseStreamOptions(OpenAIModel):
-    """Empty after the hints are removed."""
+    """All its fields are hints, which are removed before validation."""
 
 
 class ReasoningConfig(OpenAIModel):
@@ -208,7 +208,7 @@ Includable = Annotated[str, only(LOGPROBS, *NOT_INCLUDED)]
 
 def _refuse_no_output(max_output_tokens: int) -> int:
     if max_output_tokens == 0:
-        raise ValueError("it is 0, so there is nothing to return; raise it or leave it out")
+        raise ValueError("it is 0, so there would be nothing to return; raise it or leave it out")
     return max_output_tokens
 
 
@@ -225,7 +225,7 @@ class ResponseBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: Annotated[list[Includable], Field(max_length=16)] | None = None
-    max_tool_calls: int | None = None  # of built-in tools, which do not exist here
+    max_tool_calls: int | None = None  # about built-in tools, of which there are none here
     stream_options: ResponseStreamOptions | None = None
     stop: Strings | None = None  # an extension here
 
@@ -247,7 +247,7 @@ class ResponseBody(GenerationBody):
 
 
 class InputTokensBody(OpenAIModel):
-    """The parts of a response's body that make its prompt, whose tokens are to be counted."""
+    """The fields of a response's body that determine its prompt, for counting its tokens."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     input: ResponseInput
@@ -276,7 +276,7 @@ def messages_of(
 
 
 def add_output(messages: list[dict[str, Any]], items: Iterable[Mapping[str, Any]]) -> None:
-    """Append the output items of an answer to the conversation that continues from it."""
+    """Append the output items of an answer to the conversation that continues it."""
     for item in items:
         if item["type"] == "message":
             messages.append({"role": "assistant", "content": item["content"][0]["text"]})
@@ -303,7 +303,7 @@ def _add_item(messages: list[dict[str, Any]], item: InputItem) -> None:
 
 
 def _add_call(messages: list[dict[str, Any]], call_id: str, name: str, arguments: str) -> None:
-    """Calls are added to the assistant message that they follow."""
+    """Add a call to the assistant message before it, or to a new one."""
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
     calls = (*(messages[-1].get("tool_calls") or ()), {"id": call_id, "name": name, "arguments": arguments})
@@ -338,7 +338,7 @@ def _listed(item: InputItem, suffix: str) -> dict[str, Any]:
 
 
 def _said(part: ResponseContentPart) -> dict[str, Any]:
-    """A part of an assistant's message, without its logprobs, which have no use in the input."""
+    """A part of an assistant's message. Its logprobs are left out, as they are not part of the input."""
     if part.type == "refusal":
         return {"type": "refusal", "refusal": text_of([part])}
     return {"type": "output_text", "text": text_of([part]), "annotations": part.annotations or []}
@@ -359,13 +359,13 @@ def to_generation_request(
         return _generation_request(body, view, context)
     except InvalidRequest as exc:
         if (exc.param or "").startswith("messages"):
-            # Items are not messages: one item may make several, so they are counted differently.
+            # Items do not correspond to messages one to one, so an index of a message would be misleading.
             exc.message, exc.param = exc.message.replace(str(exc.param), "input", 1), "input"
         raise with_body_names(exc, spelling_of(body)) from None
 
 
 def _generation_request(body: ResponseBody, view: ModelView, context: Sequence[dict[str, Any]]) -> GenerationRequest:
-    refuse_idle_stream_options(body)
+    refuse_unused_stream_options(body)
     take_effort(body.reasoning.effort if body.reasoning else None, view, place="reasoning.effort")
     asked = _asked_tools(body)
     tools = tools_of(asked, view)
@@ -407,17 +407,17 @@ def _asked_tools(body: ResponseBody) -> AskedTools:
 
 
 def _answer(body: ResponseBody) -> StructuredOutput | None:
-    """What an output without calls must look like."""
+    """The required form of an output without calls; None if any text is allowed."""
     format = _format_of(body)
     if format is None:
         return body.structured_output
     if body.structured_output is not None:
-        raise InvalidRequest("structured_output and text.format are both given; send one", param="text.format")
+        raise InvalidRequest("structured_output and text.format are both set; send only one", param="text.format")
     return _formatted(format)
 
 
 def _format_of(body: ResponseBody) -> TextFormat | None:
-    """The format; None if any text is allowed."""
+    """The format that the body requires; None if any text is allowed."""
     format = body.text.format if body.text else None
     return None if format is None or format.type == "text" else format
 

@@ -1,4 +1,4 @@
-"""The views that the OpenAI routes answer with, the pages of lists, and usage.
+"""The response schemas of the OpenAI routes, list pages, and usage.
 
 A view is a TypedDict: both the published schema of an answer and the type of the dict that orjson encodes
 (docs/adr/0031).
@@ -16,7 +16,7 @@ from domain.jobs import Usage, external_id
 from domain.requests import ResultChoice, TokenLogprob
 from text.outputs import END_THINK, OutputParser
 
-#: Where the OpenAPI document keeps all schemas.
+#: The reference to a schema in the OpenAPI document.
 REFERENCE = "#/components/schemas/{model}"
 
 #: A time as `timestamp` writes it.
@@ -25,7 +25,7 @@ Timestamp = Annotated[str, WithJsonSchema({"type": "string", "format": "date-tim
 
 @with_config(ConfigDict(extra="forbid"))
 class View(TypedDict):
-    """The base of all views, without keys; answers have no keys but their view's."""
+    """The base of all views. An answer has only the keys of its view."""
 
 
 class DeletedView(View):
@@ -35,7 +35,7 @@ class DeletedView(View):
 
 
 class PageView(View):
-    """Subclasses add the `data`."""
+    """A page of a list. Subclasses add `data`."""
 
     object: Literal["list"]
     first_id: str | None
@@ -44,7 +44,7 @@ class PageView(View):
 
 
 def page(data: Sequence[Mapping[str, Any]], limit: int) -> dict[str, Any]:
-    """A page in the form of `PageView`. `data` may have one item more than `limit`, which means that there is more."""
+    """A page in the form of `PageView`. If `data` has one item more than `limit`, there are further pages."""
     shown = data[:limit]
     return {
         "object": "list",
@@ -60,7 +60,7 @@ def optional_timestamp(at: datetime | None) -> str | None:
 
 
 def timestamp(at: datetime) -> str:
-    """UTC to the millisecond, as 2026-10-20T12:00:00.000Z."""
+    """UTC to the millisecond, such as 2026-10-20T12:00:00.000Z."""
     return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -75,12 +75,12 @@ class ModelCardView(View):
     created: int
     owned_by: str
     max_model_len: Annotated[
-        int | None, Field(description="Of prompt and output together; null while it is unavailable.")
+        int | None, Field(description="Tokens of prompt and output together; null while unavailable.")
     ]
     loaded: Annotated[
-        bool | None, Field(description="A worker is ready for its jobs; null while the database does not answer.")
+        bool | None, Field(description="Whether a worker is ready for its jobs; null while this is not known.")
     ]
-    unavailable: Annotated[str | None, Field(description="Why it does not accept jobs; null if it does.")]
+    unavailable: Annotated[str | None, Field(description="Why the model does not accept jobs; null if it does.")]
 
 
 class ModelListView(View):
@@ -146,7 +146,7 @@ class ChatChoiceView(View):
 
 
 class AnswerHeadView(View):
-    """The fields of both kinds of completions and of each of their chunks."""
+    """The fields that chat completions, completions and their chunks have in common."""
 
     id: str
     created: Annotated[int, Field(description="Seconds since 1970.")]
@@ -213,7 +213,7 @@ class CompletionView(AnswerView):
 
 
 class AnsweredJob(Protocol):
-    """What every answer says about its job; known both to a row of SQL and to a running request."""
+    """What every answer needs to know about its job. Both `Job`, the row, and `Run`, a request in progress, have it."""
 
     @property
     def model(self) -> str: ...
@@ -306,4 +306,4 @@ def count_reasoning_tokens(choices: Sequence[ResultChoice], parsers: Sequence[Ou
 def _of_choice(choice: ResultChoice) -> int:
     if choice.num_reasoning_tokens is not None:
         return choice.num_reasoning_tokens
-    return choice.num_tokens if END_THINK not in choice.text else 0  # an older job, from before they were counted
+    return choice.num_tokens if END_THINK not in choice.text else 0  # a job from before they were counted

@@ -1,1 +1,1 @@
-"""The data model: jobs, requests, chunks and their rules. Imports only pydantic and the standard library."""
+"""The data model: jobs, requests, results and their rules. Imports only pydantic and the standard library."""

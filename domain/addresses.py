@@ -1,9 +1,8 @@
-"""Addresses from settings: which hosts and web pages may come in without a key, and where Redis is.
+"""Addresses from the settings: which hosts and web origins may use the API without a key, and where Redis is.
 
-Without keys, this machine's own programs are let in, but no web page that its browser has open. Such a page can send
-requests to the loopback interface, but it can forge neither the `Host` its browser thinks it talks to (after DNS
-rebinding that is the page's own name), nor `Origin` (RFC 6454), nor the `Sec-Fetch-*` headers of Fetch Metadata
-(https://www.w3.org/TR/fetch-metadata/).
+Without keys, programs on this machine may use the API, but web pages open in its browser may not. Such a page can send
+requests to the loopback interface, but it cannot forge the `Host` header (after DNS rebinding it is the page's own
+name), `Origin` (RFC 6454) or the `Sec-Fetch-*` headers of Fetch Metadata (https://www.w3.org/TR/fetch-metadata/).
 
 One Redis URL serves both redis-py and Celery's transport (kombu). They spell databases, Unix sockets and TLS
 differently and have different defaults for verification; kombu leaves `rediss://` unverified. Sources: redis-py
@@ -25,17 +24,17 @@ NAVIGATION = {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
 MAX_SHOWN = 80  # how many characters of a header value a refusal repeats
 
 
-class Door:
-    """Decides by their headers which requests may enter without a key. `allowed_hosts` are names besides the loopback
-    ones, `*.example.com` meaning any name below it; `cors_origins` are the web pages that may call
-    (`https://app.example.com`)."""
+class OriginPolicy:
+    """Decides by their headers which requests are allowed without a key. `allowed_hosts` are host names besides the
+    loopback ones, where `*.example.com` is any name below example.com; `cors_origins` are the origins of the web pages
+    that may use the API, such as `https://app.example.com`."""
 
     def __init__(self, allowed_hosts: Collection[str] = (), cors_origins: Collection[str] = ()) -> None:
         self._hosts = {name.lower() for name in allowed_hosts}
         self._origins = {origin.lower() for origin in cors_origins}
 
     def refusal(self, method: str, headers: Mapping[str, str]) -> str | None:
-        """Why this request is refused; None if it may enter. `headers` have lower-case names."""
+        """Why this request is refused; None if it is allowed. `headers` has lower-case names."""
         return self.refusal_of_host(headers) or self.refusal_of_page(method, headers)
 
     def refusal_of_host(self, headers: Mapping[str, str]) -> str | None:
@@ -44,8 +43,7 @@ class Door:
         if self._is_ours(_name_of(host)):
             return None
         return (
-            f"the Host header is {host[:MAX_SHOWN]!r}; without keys this server only answers to localhost, 127.0.0.1 "
-            f""
+            f"the Host header is {host[:MAX_SHOWN]!r}; without keys this server answers only to localhost, 127.0.0.1 "
             "and [::1]; add the name to CELERIAC_ALLOWED_HOSTS, or set CELERIAC_AUTH=api_key"
         )
 
@@ -53,8 +51,8 @@ class Door:
         """Why the request's page is refused: it is neither the server's own nor named in the settings."""
         origin = headers.get("origin")
         if origin is not None:
-            is_let_in = self._may_ask(origin, headers.get("host", ""))
-            return None if is_let_in else _foreign_page(f"Origin is {origin[:MAX_SHOWN]!r}")
+            is_allowed = self._is_allowed(origin, headers.get("host", ""))
+            return None if is_allowed else _foreign_page(f"Origin is {origin[:MAX_SHOWN]!r}")
         site = headers.get("sec-fetch-site", "none")
         if site in ("none", "same-origin") or _is_navigation(method, headers):
             return None
@@ -65,7 +63,7 @@ class Door:
             return True
         return any(pattern.startswith("*.") and name.endswith(pattern[1:]) for pattern in self._hosts)
 
-    def _may_ask(self, origin: str, host: str) -> bool:
+    def _is_allowed(self, origin: str, host: str) -> bool:
         """True for the server's own pages and those that the settings name."""
         scheme, separator, place = origin.lower().partition("://")
         is_own = bool(separator) and scheme in ("http", "https") and place == host.lower()
@@ -96,8 +94,8 @@ def _is_navigation(method: str, headers: Mapping[str, str]) -> bool:
 
 def _foreign_page(seen: str) -> str:
     return (
-        f"{seen}: without keys other web pages may not use this server; "
-        "add its origin to CELERIAC_CORS_ORIGINS, or set CELERIAC_AUTH=api_key"
+        f"{seen}; without keys, pages of other origins may not use this server; "
+        "add the origin to CELERIAC_CORS_ORIGINS, or set CELERIAC_AUTH=api_key"
     )
 
 
@@ -121,7 +119,7 @@ Options = Mapping[str, str | int | bool]
 
 
 class UnreadableRedisUrl(ValueError):
-    """The message says which part is wrong and repeats nothing that may be a password."""
+    """The message says which part is wrong, without repeating anything that may be a password."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,14 +137,14 @@ class RedisUrl:
     def read(cls, url: str) -> Self:
         """Raises UnreadableRedisUrl."""
         if not url.startswith(SCHEMES):
-            raise UnreadableRedisUrl(f"it begins with none of {', '.join(SCHEMES)}")
+            raise UnreadableRedisUrl(f"it does not begin with one of {', '.join(SCHEMES)}")
         parts = _split(url)
         scheme = "unix" if parts.scheme == "redis+socket" else parts.scheme
         options = _options(parts.query)
         database = _database(options, "" if scheme == "unix" else unquote(parts.path).strip("/"))
         credentials, at, host = parts.netloc.rpartition("@")
         if scheme == "unix" and (host or len(parts.path) < 2):
-            raise UnreadableRedisUrl("a socket's URL holds its whole path: unix:///path/to/socket?db=0")
+            raise UnreadableRedisUrl("the URL of a socket must have its absolute path: unix:///path/to/socket?db=0")
         return cls(
             scheme,
             credentials + at,
@@ -168,8 +166,8 @@ class RedisUrl:
 
     @property
     def for_celery(self) -> str:
-        """The URL in the form of kombu and Flower. TLS and sockets go into `broker_use_ssl` and the transport's
-        options."""
+        """The URL in the form of kombu and Flower. Options for TLS and sockets are set elsewhere: in `broker_use_ssl`
+        and in the transport's options."""
         if self.scheme == "unix":
             return f"redis+socket://{self.credentials}{self.where}?virtual_host={self.database}"
         return f"{self.scheme}://{self.credentials}{self.where}/{self.database}"
@@ -177,7 +175,7 @@ class RedisUrl:
 
 def _split(url: str) -> SplitResult:
     malformed = UnreadableRedisUrl(
-        "it does not read as scheme://user:password@host:port/name with a number as port; "
+        "it is not of the form scheme://user:password@host:port/name with a number as port; "
         "write / as %2F, @ as %40, : as %3A, # as %23 and ? as %3F in a password"
     )
     try:
@@ -196,16 +194,16 @@ def _options(query: str) -> dict[str, str]:
         name = "db" if name == "virtual_host" else name
         if name in OUR_TIMEOUTS:
             raise UnreadableRedisUrl(
-                f"its option {name!r} cannot be set here, since each use has its own limit; leave it out"
+                f"its option {name!r} cannot be set in the URL, as each use has its own timeout; leave it out"
             )
         if name not in OPTIONS:
             close = difflib.get_close_matches(name.lower(), OPTIONS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(OPTIONS)}"
-            where = "; user and password stand before the host" if name in ("username", "password") else ""
+            hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(OPTIONS)}"
+            where = "; put user and password before the host" if name in ("username", "password") else ""
             tls = "; for TLS write rediss://" if name in ("ssl", "tls") else ""
-            raise UnreadableRedisUrl(f"its option {name[:40]!r} is not known{where}{tls}; {hint}")
+            raise UnreadableRedisUrl(f"it has an unknown option {name[:40]!r}{where}{tls}; {hint}")
         if options.get(name, value) != value:
-            raise UnreadableRedisUrl(f"its option {name!r} is given twice; leave one")
+            raise UnreadableRedisUrl(f"its option {name!r} appears twice; remove one")
         options[name] = value
     return options
 
@@ -213,15 +211,15 @@ def _options(query: str) -> dict[str, str]:
 def _database(options: Mapping[str, str], path: str) -> int:
     given = {value for value in (path, options.get("db", "")) if value}
     if len(given) > 1:
-        raise UnreadableRedisUrl("its path and its option 'db' name two databases; leave one")
+        raise UnreadableRedisUrl("its path and its option 'db' name different databases; remove one")
     text = given.pop() if given else "0"
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise UnreadableRedisUrl(f"its database is {text[:40]!r}; give a number, as in redis://host:6379/0")
+        raise UnreadableRedisUrl(f"its database is {text[:40]!r}; use a number, as in redis://host:6379/0")
     return int(text)
 
 
 def _tls(scheme: str, options: Mapping[str, str]) -> Options:
-    """All that decides how the server's identity is verified, explicitly: neither client uses its defaults."""
+    """Everything about verifying the server's identity, made explicit, so that no client's own defaults apply."""
     given = {name: options[name] for name in TLS_OPTIONS if name in options}
     if scheme != "rediss":
         if given:
@@ -229,13 +227,13 @@ def _tls(scheme: str, options: Mapping[str, str]) -> Options:
         return MappingProxyType({})
     for name in TLS_PATHS:
         if name in given and not Path(given[name]).exists():
-            raise UnreadableRedisUrl(f"its {name} is {given[name]!r}, but there is no such file; give the path of one")
+            raise UnreadableRedisUrl(f"its {name} is {given[name]!r}, but there is no such file; correct the path")
     if "ssl_keyfile" in given and "ssl_certfile" not in given:
-        raise UnreadableRedisUrl("it has ssl_keyfile without ssl_certfile; give both")
+        raise UnreadableRedisUrl("it has ssl_keyfile but not ssl_certfile; set both")
     requirement = given.get("ssl_cert_reqs", "required").lower().removeprefix("ssl.").removeprefix("cert_")
     if requirement not in ("required", "optional", "none"):
         raise UnreadableRedisUrl(
-            f"its ssl_cert_reqs is {given['ssl_cert_reqs'][:40]!r}; give required (the default), optional or none"
+            f"its ssl_cert_reqs is {given['ssl_cert_reqs'][:40]!r}; use required (the default), optional or none"
         )
     checks_name = requirement != "none" and _truth("ssl_check_hostname", given.get("ssl_check_hostname", "true"))
     return MappingProxyType(given | {"ssl_cert_reqs": requirement, "ssl_check_hostname": checks_name})
@@ -245,11 +243,11 @@ def _socket(name: str, text: str) -> int | bool:
     if name == "socket_keepalive":
         return _truth(name, text)
     if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= MAX_HEALTH_CHECK_SECONDS:
-        raise UnreadableRedisUrl(f"its {name} is {text[:40]!r}; give whole seconds, 1 to {MAX_HEALTH_CHECK_SECONDS}")
+        raise UnreadableRedisUrl(f"its {name} is {text[:40]!r}; use whole seconds, 1 to {MAX_HEALTH_CHECK_SECONDS}")
     return int(text)
 
 
 def _truth(name: str, text: str) -> bool:
     if text.lower() not in TRUE + FALSE:
-        raise UnreadableRedisUrl(f"its {name} is {text[:40]!r}; give true or false")
+        raise UnreadableRedisUrl(f"its {name} is {text[:40]!r}; use true or false")
     return text.lower() in TRUE

@@ -1,4 +1,4 @@
-"""The model registry: `models.toml` and the store's models as one entry each, for the API, maintenance and workers."""
+"""The model catalogue: one entry per model of `models.toml` and of the store, for the API, maintenance and workers."""
 
 import logging
 import tomllib
@@ -30,7 +30,7 @@ class LlamaCppOptions(Frozen):
 
 
 class ModelEntry(Frozen):
-    """One model as models.toml names it. `path` is a local folder (relative to models.toml) or a Hugging Face
+    """One model as described in models.toml. `path` is a local folder (relative to models.toml) or a Hugging Face
     repository id. docs/models.md explains each key."""
 
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
@@ -47,15 +47,16 @@ class ModelEntry(Frozen):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     decode_graphs: bool = True  # on a GPU: capture the passes of decodes at load, for speed
     system_prompt: str | None = None
-    chat_template: str | None = None  # which one, if the model has several
-    special_tokens_in_content: bool = False  # also recognise them in clients' texts
+    chat_template: str | None = None  # the name of one, if the model has several
+    special_tokens_in_content: bool = False  # whether to recognise them in clients' texts, too
     trust_remote_code: bool = False
     llama_cpp: LlamaCppOptions = LlamaCppOptions()
     fake: dict[str, float | int | str | bool] = Field(default_factory=dict)  # options of the fake back end
 
     @property
     def can_embed(self) -> bool:
-        """Whether it can embed: generating models can, too, if their back end exposes hidden states."""
+        """Whether the model can make embeddings. Generation models can, too, if their back end exposes hidden
+        states."""
         return self.backend in ("transformers", "fake")
 
     @property
@@ -74,8 +75,8 @@ class StepSize(NamedTuple):
 #: A few rows saturate a CPU; more would only make every running sequence wait longer for its next token.
 CPU_STEP = StepSize(max_num_seqs=16, max_num_batched_tokens=512)
 #: An H100 reads 16 GB of weights per step (an 8B model in bfloat16) in 5 ms, and can compute about 300 tokens in that
-#: time, so 256 sequences decode for the price of one. A step with a prompt chunk costs 10 to 20 ms of launches whatever
-#: its size, so a prompt of 16,000 tokens is read in two steps instead of thirty-two.
+#: time, so 256 sequences decode in the time of one. A step with a prompt chunk costs 10 to 20 ms of kernel
+#: launches whatever its size, so a prompt of 16,000 tokens takes two steps instead of thirty-two.
 CUDA_STEP = StepSize(max_num_seqs=256, max_num_batched_tokens=8192)
 
 
@@ -122,8 +123,8 @@ class Catalog:
         return catalog
 
     def refresh(self) -> bool:
-        """Read the file again if it changed. An invalid edit is logged and the models stay as they were. True if
-        something is new."""
+        """Read the file again if it has changed. An invalid edit is logged, and the models stay as they were. Returns
+        whether anything is new."""
         if self._path is None:
             return False
         signature = _signatures(self._path, self._store)
@@ -134,15 +135,15 @@ class Catalog:
             content = _read_all(self._path, self._store, self._chosen_default)
         except (OSError, ValueError) as exc:
             log.error(
-                "models.toml changed and cannot be read; its models stay as they were", extra={"reason": str(exc)}
+                "models.toml has changed but cannot be read; its models stay as they were", extra={"reason": str(exc)}
             )
             return False
-        self._content = _keeping_what_was_good(content, self._content)
-        log.info("models.toml was read again", extra={"models": list(self._content.entry_by_id)})
+        self._content = _with_former_entries(content, self._content)
+        log.info("models.toml has changed and was read again", extra={"models": list(self._content.entry_by_id)})
         return True
 
     def get(self, model_id: str) -> ModelEntry:
-        """The spec of a model. Raises ModelNotFound, which lists the models, or ModelUnavailable, which says why."""
+        """The entry of a model. Raises ModelNotFound, which lists the models, or ModelUnavailable, which says why."""
         content = self._content
         reason = self.unavailable.get(model_id)
         if reason is not None:
@@ -156,17 +157,18 @@ class Catalog:
         return entry
 
     def entry_of(self, model_id: str) -> ModelEntry:
-        """The entry of a model that has jobs, whatever models.toml says now: they continue while its workers do."""
+        """The entry of a model that has jobs, even if it is no longer in models.toml: they run as long as it has
+        workers."""
         return self._content.entry_by_id.get(model_id) or ModelEntry(id=model_id, path=model_id)
 
     @property
     def default(self) -> ModelEntry:
-        """The default model. Raises ModelUnavailable; another model never takes the place of the first one."""
+        """The default model. Raises ModelUnavailable if it is unavailable; no other model replaces it."""
         return self.get(self._content.default_id)
 
     @property
     def first(self) -> ModelEntry:
-        """The first available model, which a worker serves if it is not told another. Raises ModelUnavailable."""
+        """The first available model, which a worker serves by default. Raises ModelUnavailable if there is none."""
         return next(iter(self), None) or self.default
 
     @property
@@ -181,16 +183,16 @@ class Catalog:
 
     @property
     def entries(self) -> list[ModelEntry]:
-        """The valid entries, including those whose model files are not."""
+        """The valid entries, including those whose model files are invalid."""
         return list(self._content.entry_by_id.values())
 
     @property
     def unavailable(self) -> Mapping[str, str]:
-        """The reason by model id."""
+        """Why models are unavailable, by model id."""
         return {**self._content.reason_by_id, **self._failures}
 
     def set_failures(self, reason_by_id: Mapping[str, str]) -> None:
-        """Set which models' files are invalid or cannot be loaded now."""
+        """Set why models' files are invalid or cannot be loaded now, by model id."""
         self._failures = dict(reason_by_id)
 
     def __iter__(self) -> Iterator[ModelEntry]:
@@ -252,7 +254,7 @@ def _read(path: Path) -> _Content:
     reason_by_id: dict[str, str] = {}
     for model_id, table in zip(ids, tables, strict=True):
         if ids.count(model_id) > 1:
-            reason_by_id[model_id] = f"{path.name} names {model_id} more than once; give each model an id of its own"
+            reason_by_id[model_id] = f"{path.name} has {model_id} more than once; give each model a unique id"
             continue
         try:
             entry_by_id[model_id] = _with_absolute_paths(ModelEntry.model_validate(table), path.parent)
@@ -271,17 +273,18 @@ def _in_words(exc: ValidationError) -> str:
     error = exc.errors(include_url=False)[0]
     name = ".".join(map(str, error["loc"])) or "the entry"
     if error["type"] == "missing":
-        return f"{name} is missing; a model needs id and path; max_model_len and others may be left out"
+        return f"{name} is missing; a model needs id and path, all other keys are optional"
     if error["type"] == "extra_forbidden":
-        return f"{name} is not a key of a model; remove it, or see docs/models.md for the known keys"
+        return f"{name} is not a known key; remove it, or see docs/models.md for the keys of a model"
     return f"{name} is {repr(error['input'])[:100]}, but: {error['msg'][:1].lower()}{error['msg'][1:]}; correct it"
 
 
-def _keeping_what_was_good(new: _Content, old: _Content) -> _Content:
+def _with_former_entries(new: _Content, old: _Content) -> _Content:
+    """`new`, but with the former entries of models whose new ones are invalid."""
     kept = {model_id: old.entry_by_id[model_id] for model_id in new.reason_by_id if model_id in old.entry_by_id}
     for model_id, reason in new.reason_by_id.items():
         remains = "it stays as it was" if model_id in kept else "it is unavailable"
-        log.error(f"a model of models.toml makes no sense; {remains}", extra={"model": model_id, "reason": reason})
+        log.error(f"a model of models.toml is invalid; {remains}", extra={"model": model_id, "reason": reason})
     reasons = {model_id: reason for model_id, reason in new.reason_by_id.items() if model_id not in kept}
     return _Content(new.default_id, {**new.entry_by_id, **kept}, reasons)
 

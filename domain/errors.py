@@ -1,21 +1,21 @@
-"""The exception tree. Every class has a stable `code`; `api/errors.py` maps code to HTTP in one table.
+"""The exception tree. Every class has a stable `code`, which `dialects/errors.py` maps to HTTP.
 
 CeleriacError
-├── InvalidRequest                 invalid_value: a field is wrong; says which, the value seen and the remedy
+├── InvalidRequest                 invalid_value: a field is invalid; the message has the value seen and the remedy
 │   ├── ContextLengthExceeded      context_length_exceeded
 │   ├── UnsupportedParameter       unsupported_parameter
-│   ├── PreviousResponseNotFound   previous_response_not_found: a conversation cannot continue from it
+│   ├── PreviousResponseNotFound   previous_response_not_found: there is no such response to continue
 │   ├── InvalidCursor              invalid_cursor: an invalid stream position or page cursor
 │   ├── InvalidJsonLine            invalid_json_line: a line of a batch is not a JSON object
-│   ├── MissingParameter           missing_required_parameter: a line of a batch lacks one of its four members
+│   ├── MissingParameter           missing_required_parameter: a line of a batch lacks one of its four fields
 │   ├── InvalidUrl                 invalid_url: a line of a batch is for another route than its batch
 │   └── StreamingUnsupported       streaming_unsupported: a line of a batch asks for a stream
 ├── IdempotencyKeyReused           idempotency_key_reused: same key, different request
 ├── PoisonRequest                  poison_request: the same request crashed an engine recently
-├── JobNotRetryable                job_not_retryable: it is still running, or completed
+├── JobNotRetryable                job_not_retryable: the job has not ended, or is completed
 ├── RequestTooLarge                request_too_large
-├── InsufficientQuota              insufficient_quota: a limit that waiting does not lift
-├── StorageFull                    storage_full: the disk has no room for it
+├── InsufficientQuota              insufficient_quota: a limit that does not pass with time
+├── StorageFull                    storage_full: the disk of the database is full
 ├── AuthenticationFailed           invalid_api_key
 ├── PermissionDenied               permission_denied
 ├── NotFound
@@ -26,8 +26,8 @@ CeleriacError
 ├── NotOffered                     not_implemented: an OpenAI route without a counterpart here
 ├── CursorExpired                  cursor_expired: the log before this position was pruned
 ├── Overloaded                     retry later; carries retry_after_seconds
-│   ├── TooManyQueuedJobs          too_many_queued_jobs: the tenant's bound
-│   ├── ServerOverloaded           server_is_overloaded: our own bound
+│   ├── TooManyQueuedJobs          too_many_queued_jobs: the limit of the tenant
+│   ├── ServerOverloaded           server_is_overloaded: a limit of the server
 │   ├── NoWorkers                  no_workers: no live worker serves the model
 │   ├── ModelUnavailable           model_unavailable: its entry or files are invalid or cannot be loaded now
 │   └── StorageUnavailable         storage_unavailable: the database does not answer
@@ -35,10 +35,10 @@ CeleriacError
 ├── JobCancelled                   job_cancelled: the job that this request waits for was cancelled
 └── JobFailure                     why a job failed; stored as its JobError
     ├── EngineError                engine_error: the model could not run this sequence
-    ├── WorkerLost                 worker_lost: the retry budget is spent on lost or crashed workers
-    ├── PoisonJob                  poison_job: it crashed an engine while it ran alone
-    ├── OutOfMemory                out_of_memory: it does not fit, even alone
-    └── ModelRevisionGone          model_revision_gone: it had begun under a revision that no worker serves any more
+    ├── WorkerLost                 worker_lost: all attempts ended with lost or crashed workers
+    ├── PoisonJob                  poison_job: the job crashed an engine while it ran alone
+    ├── OutOfMemory                out_of_memory: the job does not fit, even alone
+    └── ModelRevisionGone          model_revision_gone: it started with a revision that is no longer served
 """
 
 from typing import ClassVar

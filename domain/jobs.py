@@ -1,10 +1,11 @@
-"""What a job is and how its id is written, the states of workers, why a job waits, and what a batch is.
+"""The states of jobs, attempts, workers and batches; ids; and why a queued job waits.
 
-An id is a UUID inside and in SQL, and a prefixed ULID outside (HTTP, Celery, Flower, logs): the same 128 bits in
-Crockford's base 32 (https://github.com/ulid/spec), so both spellings sort by creation time. One job has the same 26
-characters under every prefix: `job_01J...`, `chatcmpl-01J...`, `cmpl-01J...`, `resp_01J...`, `msg_01J...`.
+Internally and in SQL an id is a UUID; externally (HTTP, Celery, Flower, logs) it is a prefixed ULID: the same 128 bits
+in Crockford's base 32 (https://github.com/ulid/spec). Both forms sort by creation time. A job has the same 26
+characters with every prefix: `job_01J...`, `chatcmpl-01J...`, `cmpl-01J...`, `resp_01J...`,
+`msg_01J...`.
 
-Reasons for waiting follow from facts about the job and the live workers; they are never guessed.
+Reasons for waiting are derived from facts about the job and the live workers, never guessed.
 """
 
 import secrets
@@ -24,7 +25,7 @@ ULID_LENGTH = 26
 
 SEPARATOR_BY_PREFIX = {"job": "_", "resp": "_", "msg": "_", "chatcmpl": "-", "cmpl": "-"}
 
-# An event has the same 26 characters as its object.
+# An event has the same 26 characters as the object that it is about.
 SEPARATOR_BY_PREFIX_OF_OTHERS = {
     "batch": "_",
     "batch_req": "_",
@@ -39,12 +40,12 @@ _VALUE_BY_CHARACTER = {character: value for value, character in enumerate(ALPHAB
 
 
 def new_id() -> UUID:
-    """A fresh id: milliseconds since 1970 in the upper 48 bits, 80 random ones below."""
+    """A new id: milliseconds since 1970 in the upper 48 bits, 80 random bits below."""
     return UUID(int=(time.time_ns() // 1_000_000) << 80 | secrets.randbits(80))
 
 
 def external_id(id_: UUID, prefix: str = "job") -> str:
-    """The id as clients see it. Raises ValueError for an unknown prefix."""
+    """The external form of an id. Raises ValueError for an unknown prefix."""
     separator = SEPARATOR_BY_PREFIX.get(prefix) or SEPARATOR_BY_PREFIX_OF_OTHERS.get(prefix)
     if separator is None:
         raise ValueError(f"no id has the prefix {prefix!r}; choose one of: {', '.join(SEPARATOR_BY_PREFIX)}")
@@ -54,18 +55,18 @@ def external_id(id_: UUID, prefix: str = "job") -> str:
 
 
 def parse_id(text: str) -> UUID:
-    """The job behind an external id, whatever its prefix; letters may be in either case. Raises ValueError."""
+    """The job's id from its external form with any prefix, letters in either case. Raises ValueError."""
     prefix, ulid = text[:-ULID_LENGTH], text[-ULID_LENGTH:].upper()
     if SEPARATOR_BY_PREFIX.get(prefix[:-1]) != prefix[-1:] or not text.isascii():
-        raise ValueError(f"{text[:64]!r} is not a job id; they look like job_01JABCDEFGHJKMNPQRSTVWXYZ0")
+        raise ValueError(f"{text[:64]!r} is not a job id; job ids look like job_01JABCDEFGHJKMNPQRSTVWXYZ0")
     return _parse_ulid(text, ulid)
 
 
 def parse_id_of_other(text: str, prefix: str) -> UUID:
-    """As `parse_id`, for objects other than jobs, which have exactly one prefix. Raises ValueError."""
+    """Like `parse_id`, for objects other than jobs, which have exactly one prefix. Raises ValueError."""
     beginning = f"{prefix}{SEPARATOR_BY_PREFIX_OF_OTHERS[prefix]}"
     if text[:-ULID_LENGTH] != beginning or not text.isascii():
-        raise ValueError(f"{text[:64]!r} is not an id of this kind; they begin with {beginning}")
+        raise ValueError(f"{text[:64]!r} is not an id of this kind; such ids begin with {beginning}")
     return _parse_ulid(text, text[-ULID_LENGTH:].upper())
 
 
@@ -77,7 +78,7 @@ def _parse_ulid(text: str, ulid: str) -> UUID:
             raise ValueError(f"{text[:64]!r} is not an id: {character!r} is not a character of Crockford's base 32")
         value = value << 5 | digit
     if value >= 1 << 128:
-        raise ValueError(f"{text[:64]!r} is not an id: its first digit is above 7")
+        raise ValueError(f"{text[:64]!r} is not an id: its first character must be 0 to 7")
     return UUID(int=value)
 
 
@@ -96,11 +97,11 @@ def _failing_fast(schema: Any) -> Any:
 
 
 class FirstErrorModel(BaseModel):
-    """A model that stops at the first bad item of a list.
+    """A model whose validation stops at the first invalid item of a list.
 
-    pydantic checks every item and collects an error for each, which takes seconds and hundreds of megabytes for some
-    hundred thousand items, while clients are only told of the first. This is pydantic's `FailFast`, applied to every
-    list within the fields."""
+    By default pydantic collects an error for every item, which takes seconds and hundreds of megabytes for some hundred
+    thousand items, while clients are told only the first. This applies pydantic's `FailFast` to every list in the
+    fields."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -112,7 +113,7 @@ class JobStatus(StrEnum):
     QUEUED = "queued"  # accepted, waiting in SQL; also between two attempts
     IN_PROGRESS = "in_progress"  # claimed by one GPU worker under a lease
     COMPLETED = "completed"  # the model stopped, or max_tokens was reached
-    FAILED = "failed"  # a permanent error, or the retry budget is spent
+    FAILED = "failed"  # a permanent error, or too many failed attempts
     CANCELLED = "cancelled"  # on request; partial output is kept
     EXPIRED = "expired"  # its deadline passed; partial output is kept
 
@@ -123,7 +124,7 @@ class JobStatus(StrEnum):
 
 TERMINAL_STATUSES = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED})
 
-#: Every transition that a statement in `storage/jobs.py` may make. Terminal statuses absorb.
+#: Every transition that a statement in `storage/jobs.py` may make. Terminal statuses are final.
 ALLOWED_TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     JobStatus.QUEUED: TERMINAL_STATUSES - {JobStatus.COMPLETED} | {JobStatus.IN_PROGRESS},
     JobStatus.IN_PROGRESS: TERMINAL_STATUSES | {JobStatus.QUEUED},
@@ -135,7 +136,7 @@ ALLOWED_TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
 
 
 class Endpoint(StrEnum):
-    """The route through which a job came: the scope of its idempotency key and of the lists that show it."""
+    """The route through which a job was submitted: the scope of its idempotency key and of the lists that show it."""
 
     JOBS = "jobs"
     CHAT = "chat"
@@ -151,9 +152,9 @@ class JobKind(StrEnum):
     EMBEDDING = "embedding"
 
 
-MIN_PRIORITY = -10  # the lowest that a client may give its job
+MIN_PRIORITY = -10  # the lowest that a client may request
 
-BATCH_PRIORITY = -20  # of batch lines: they run where no other job wants to
+BATCH_PRIORITY = -20  # of batch lines, which run when no other job is waiting
 
 
 class Lane(StrEnum):
@@ -165,11 +166,11 @@ class AttemptOutcome(StrEnum):
     """How one attempt ended. The first four always end the job as well."""
 
     COMPLETED = "completed"
-    FAILED = "failed"  # the engine gave the job up
+    FAILED = "failed"  # the engine reported a permanent error
     CANCELLED = "cancelled"
     EXPIRED = "expired"
-    RELEASED = "released"  # given back without counting as a failure: the worker drained or had to stop
-    LOST = "lost"  # the lease lapsed
+    RELEASED = "released"  # returned to the queue, not as a failure: the worker drained or had to stop
+    LOST = "lost"  # the lease expired
     CRASHED = "crashed"  # the engine died
     STALLED = "stalled"  # the lease was renewed, but no token came for too long
 
@@ -181,7 +182,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_tokens or the context length
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
-    ERROR = "error"  # the job failed; only in a result, since the stream of a failed job just ends
+    ERROR = "error"  # the job failed; never in a chunk, as the stream of a failed job just ends
 
 
 class Frozen(FirstErrorModel):
@@ -191,11 +192,11 @@ class Frozen(FirstErrorModel):
 class Usage(Frozen):
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cached_tokens: int = 0  # prompt tokens whose keys and values came from the prefix cache
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
 
 
 class JobError(Frozen):
-    """Why a job failed, as in `domain.errors`; the same in HTTP, SSE, webhooks and the CLI."""
+    """Why a job failed. `code` is one of `domain.errors`; the same everywhere: in HTTP, SSE and the CLI."""
 
     code: str
     message: str
@@ -208,11 +209,11 @@ class WorkerState(StrEnum):
     LOADING = "loading"  # its engine is being started, or started again
     READY = "ready"
     DRAINING = "draining"  # it takes no new jobs; running ones may finish
-    UNLOADED = "unloaded"  # it has no engine process and waits for a request to load its model
+    UNLOADED = "unloaded"  # it has no engine process and waits for an order to load its model
 
 
 class WaitingFor(StrEnum):
-    SLOTS = "slots"  # all slots of suitable workers are taken, or it is on its way to one
+    SLOTS = "slots"  # a slot: those of suitable workers are taken, or the job is on its way to one
     WORKER = "worker"  # its model has no live worker
     MODEL_LOAD = "model_load"  # suitable workers are loading the model
     REVISION = "revision"  # it has output, and no worker serves the revision that made it
@@ -221,7 +222,7 @@ class WaitingFor(StrEnum):
     PAUSE = "pause"  # an admin unloaded its model, or suitable workers are draining
 
 
-#: Intended: jobs that wait for these need no attention.
+#: Normal reasons, which need no attention.
 IN_GOOD_ORDER = frozenset({WaitingFor.SLOTS, WaitingFor.LIMIT})
 
 
@@ -230,7 +231,7 @@ class WaitingJob:
     """The facts of a queued job that decide which workers may run it, and when."""
 
     lane: Lane = Lane.STANDARD
-    revision: str | None = None  # that made its output; None: no output yet, any revision will do
+    revision: str | None = None  # the one that made its output; None: no output yet, so any revision will do
     is_held_line: bool = False  # a batch line that has not been dispatched yet
     is_delayed: bool = False  # it just failed
 
@@ -238,7 +239,7 @@ class WaitingJob:
 @dataclass(frozen=True, slots=True)
 class LiveWorker:
     state: WorkerState
-    revision: str | None  # None: not reported, may be any
+    revision: str | None  # None: not reported, so it may be any
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +252,7 @@ class ModelService:
 
 
 def waiting_for(job: WaitingJob, service: ModelService) -> WaitingFor:
+    """What the job waits for; the first reason that applies."""
     if not service.is_loaded:
         return WaitingFor.PAUSE
     if not service.workers:
@@ -266,7 +268,7 @@ def waiting_for(job: WaitingJob, service: ModelService) -> WaitingFor:
     return WaitingFor.ISOLATION if job.lane is Lane.ISOLATED else WaitingFor.SLOTS
 
 
-MAX_LINES = 50_000
+MAX_LINES = 50_000  # of a batch
 
 MAX_INPUTS = 50_000  # embedding inputs, over all lines
 
@@ -274,7 +276,7 @@ MAX_LINE_BYTES = 1_048_576
 
 MAX_ERRORS = 50  # reported for a refused file
 
-PIECE_BYTES = 1_048_576  # every piece but the last has exactly this length, so a byte's piece follows from its offset
+PIECE_BYTES = 1_048_576  # exactly, for every piece but the last, so that an offset tells the piece
 
 
 class BatchStatus(StrEnum):
@@ -283,7 +285,7 @@ class BatchStatus(StrEnum):
     IN_PROGRESS = "in_progress"
     FINALIZING = "finalizing"  # every line has ended; the output files are being written
     COMPLETED = "completed"
-    EXPIRED = "expired"  # its window closed before its last line ended
+    EXPIRED = "expired"  # its completion window ended before its last line
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
 
@@ -298,17 +300,17 @@ TERMINAL_BATCH_STATUSES = frozenset(
 
 
 class LineOutcome(StrEnum):
-    """How a line ended. Only completed ones are in the output file, all others are in the error file."""
+    """How a line ended. Completed lines are in the output file, all others in the error file."""
 
     COMPLETED = "completed"
-    FAILED = "failed"  # its job failed, or no job could be made of it
+    FAILED = "failed"  # its job failed, or the line was refused
     EXPIRED = "expired"
     CANCELLED = "cancelled"
 
 
 class FileStatus(StrEnum):
     UPLOADING = "uploading"  # not visible yet
-    LIVE = "live"  # of a running batch: its content is the results so far
+    LIVE = "live"  # the output of a running batch: its content is the results so far
     PROCESSED = "processed"
 
 
@@ -326,7 +328,7 @@ class BatchErrors(Frozen):
 
 
 class LineRefusal(Frozen):
-    """Why no job was made of a line: what the endpoint would have answered."""
+    """Why a line was refused: the error that its route would have answered with."""
 
     status_code: int
     type: str

@@ -1,9 +1,9 @@
-"""JSON schemas: which keywords are enforced, and how references are resolved.
+"""JSON schemas: which keywords are enforced, traversal, and the resolution of references.
 
 `tests/unit/test_schema_keywords.py` compares the table of keywords with what llguidance really does.
 
-`$ref` may point anywhere in a schema, as generators' `#/properties/from` does. Rewriting a schema would break such a
-pointer, so each target is first made a definition of its own (`gather`).
+`$ref` may point anywhere in a schema; some generators write `#/properties/from`. Rewriting the schema would break such
+a pointer, so each target first becomes a definition of its own (`gather`).
 """
 
 import re
@@ -65,21 +65,21 @@ FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid", "unknown"}
 )
 
-#: What the Rust regex crate and llguidance lack: look-around, atomic groups, word boundaries, back-references, and the
-#: escapes and empty classes of other dialects.
+#: What the Rust regex crate and llguidance do not support: look-around, atomic groups, word boundaries,
+#: back-references, and the escapes and empty classes of other dialects.
 _FOREIGN_REGEX = re.compile(r"\(\?(?:[=!>]|<[=!])|\\(?:[^\W_aftnrvxuUpPdDsSwWAz])|\[\^?\]")
 
 _ESCAPED_BACKSLASH = re.compile(r"\\\\")
 
 
 def is_annotation(keyword: str) -> bool:
-    """Whether it only describes. OpenAPI's `x-...` do, except `x-guidance`, which is the compiler's and changes what is
-    enforced."""
+    """Whether the keyword only describes. OpenAPI's `x-...` keywords do, except `x-guidance`, an option of llguidance
+    that changes what is enforced."""
     return TREATMENTS.get(keyword) is Treatment.ANNOTATION or (keyword.startswith("x-") and keyword != "x-guidance")
 
 
 def is_foreign_regex(pattern: str) -> bool:
-    """Whether it uses syntax that cannot be enforced. False does not mean that the pattern is valid."""
+    """Whether the pattern has syntax that cannot be enforced. False does not mean that it is valid."""
     return _FOREIGN_REGEX.search(_ESCAPED_BACKSLASH.sub("", pattern)) is not None
 
 
@@ -120,7 +120,7 @@ def list_of(schema: JsonSchema, keyword: str) -> list[Any]:
 
 
 def without_annotations(schema: Any) -> Any:
-    """A copy with only what the compiler must know. `schema` is no deeper than `structured_output.MAX_VALUE_DEPTH`."""
+    """A copy with only what the compiler needs. `schema` must be no deeper than `structured_output.MAX_VALUE_DEPTH`."""
     if not isinstance(schema, dict):
         return schema
     kept = {keyword: value for keyword, value in schema.items() if not is_annotation(keyword)}
@@ -137,14 +137,14 @@ MAX_PLACE_CHARS = 200
 
 
 def check_references(schema: JsonSchema) -> None:
-    """Raises ValueError for a reference to nothing and for one that leads directly back to itself."""
+    """Raises ValueError for a reference whose target does not exist, or that leads directly back to itself."""
     checked: set[str] = set()
     for subschema, place in walk(schema):
         reference = local_reference(subschema)
         if reference is None:
             continue
         if not _leads_somewhere(schema, reference):
-            raise ValueError(f"$ref at {place} is {reference[:64]!r}, but there is nothing at that place; correct it")
+            raise ValueError(f"$ref at {place} is {reference[:64]!r}, which does not exist; correct it")
         if reference not in checked:
             _check_progress(schema, reference, checked)
 
@@ -171,8 +171,8 @@ def local_reference(schema: JsonSchema) -> str | None:
 
 
 def gather(schema: JsonSchema) -> JsonSchema:
-    """The same schema with each local reference as `#/$defs/N` and without unused definitions. `check_references` has
-    passed."""
+    """An equivalent schema whose local references are all `#/$defs/N`, without unused definitions. `schema` must have
+    passed `check_references`."""
     targets: set[tuple[str, ...]] = set()
     waiting: list[Any] = [schema]
     while waiting:  # a target may lie outside any known subschema and contain references itself
@@ -212,15 +212,16 @@ def _check_progress(schema: JsonSchema, reference: str, checked: set[str]) -> No
             checked.add(pointer)
         elif followed in path:
             raise ValueError(
-                f"$ref to {followed[:64]!r} leads back to itself directly; put the reference into properties, items "
-                f"or a branch of anyOf"
+                f"$ref to {followed[:64]!r} leads directly back to itself; put the reference into properties, items or "
+                "a branch of anyOf"
             )
         elif followed not in checked:
             path[followed] = _at_the_same_place(schema, followed)
 
 
 def _at_the_same_place(schema: JsonSchema, reference: str) -> Iterator[str]:
-    """What applies at the same place as `reference`; empty if it points to nothing, which its own check reports."""
+    """References that apply to the same value as `reference`; none if its target does not exist, which is reported
+    elsewhere."""
     waiting: list[Any] = [_resolve(schema, _steps(reference))] if _leads_somewhere(schema, reference) else []
     while waiting:
         found = waiting.pop()
@@ -239,7 +240,7 @@ def _leads_somewhere(schema: JsonSchema, reference: str) -> bool:
 
 
 def _steps(reference: str) -> tuple[str, ...]:
-    """RFC 6901."""
+    """The steps of a JSON pointer (RFC 6901) in the form of a URI fragment."""
     return tuple(unquote(step).replace("~1", "/").replace("~0", "~") for step in reference.split("/")[1:])
 
 

@@ -1,7 +1,7 @@
-"""What is asked for and what comes back: generations, their chunks, embeddings, and options of a job.
+"""Requests and results of generations and embeddings, the chunks of a stream, and the options of a job.
 
-Requests and results are stored as these classes dump them; `kind` in each dump says which one it is. A chunk is the
-smallest piece of a job's stream that is committed, published and replayed.
+Requests and results are stored in the form in which these classes dump them, where `kind` tells the classes apart. A
+chunk is the smallest piece of a job's stream that is committed, published and replayed.
 """
 
 import base64
@@ -24,9 +24,9 @@ def _utf8(text: str) -> tuple[int, ...]:
 
 
 class TokenLogprob(Frozen):
-    """A token may be only part of a character: `bytes` is what it adds to the UTF-8 of the text, and `token` spells
-    bytes that are not a character by themselves as `\\xNN`, as the OpenAI API does. A special token adds no bytes; as
-    an alternative it has those of its name. Chunks stored before tokens had bytes get those of the text."""
+    """A token may be only part of a character: `bytes` is what it adds to the UTF-8 of the text, and in `token` bytes
+    that are not a whole character are written as `\\xNN`, as in the OpenAI API. A special token adds no bytes; as an
+    alternative it has those of its name. In chunks that were stored without bytes, they are those of the text."""
 
     token: str
     token_id: int
@@ -42,16 +42,16 @@ class TokenChunk(Frozen):
     """The new output of one sequence of a job since its last chunk.
 
     `sequence_number` counts the chunks of the whole job from 1 without gaps, over all its sequences and attempts. A
-    reset deletes the chunks before it from the log; it takes the next number, and theirs are not reused. `text` may lag
-    behind `token_ids`: text that may still become a stop string, or is half a UTF-8 character, comes with a later
-    chunk. The concatenated `text` of one `index` is the sequence's final text, byte for byte.
+    reset deletes the chunks before it from the log; it has the next number, and theirs are not reused. `text` may lag
+    behind `token_ids`: text that may still become a stop string, or is part of a UTF-8 character, is in a later chunk.
+    The concatenated `text` of one `index` is the sequence's final text, byte for byte.
 
     Chunks also carry what a later attempt needs: the sum of the tokens' logprobs (with best_of), the prompt's logprobs
     if requested (on the very first chunk), and where the first </think> ends.
     """
 
     sequence_number: int = Field(ge=1)
-    index: int = Field(default=0, ge=0)  # which of the job's n sequences
+    index: int = Field(default=0, ge=0)  # of the sequence within the job
     text: str = ""
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None  # set on the last chunk of its index
@@ -60,14 +60,14 @@ class TokenChunk(Frozen):
     sum_logprobs: float | None = None  # of token_ids, with best_of
     num_reasoning_tokens: int | None = None  # of the sequence up to </think>, on the chunk whose tokens complete it
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # one per prompt token; the first has none
-    is_reset: bool = False  # the job starts over: all earlier chunks are void; all other fields are empty
+    is_reset: bool = False  # the job starts over: all earlier chunks are void, and all other fields here are empty
 
 
 MAX_MESSAGES = 2_048  # an agent at work has hundreds of turns
 
 MAX_PROMPT_CHARS = 1_000_000
 
-MAX_CHOICES = 8
+MAX_CHOICES = 8  # n and best_of
 
 MAX_STOP_STRINGS = 16
 
@@ -77,7 +77,7 @@ MAX_BAD_TOKENS = 1024
 
 MAX_PROMPT_TOKENS = 1_000_000
 
-MAX_PROMPT_LOGPROBS = 65_536  # logprobs of one prompt, alternatives included; they must fit in one chunk
+MAX_PROMPT_LOGPROBS = 65_536  # of one prompt, alternatives included; they must fit in one chunk
 
 NO_BOUND = -1  # as max_tokens or top_k: no limit, as on other servers
 
@@ -113,7 +113,7 @@ class ChatMessage(Frozen):
 
 
 class SamplingParams(Frozen):
-    """How tokens are drawn. `None` means the model's own default (its generation config), resolved at submit."""
+    """How tokens are sampled. `None` means the model's own default (its generation config), filled in at submission."""
 
     max_tokens: Annotated[int | None, AfterValidator(_unbounded)] = Field(
         default=None, ge=NO_BOUND, le=1_000_000
@@ -123,7 +123,7 @@ class SamplingParams(Frozen):
     top_p: Finite | None = Field(default=None, ge=0, le=1)  # 0 is greedy, too
     top_k: Annotated[int | None, AfterValidator(_off)] = Field(default=None, ge=NO_BOUND, le=1_000_000)  # 0 is off
     min_p: Finite = Field(default=0.0, ge=0, le=1)
-    seed: Seed | None = None  # drawn when the job is accepted if the client gives none
+    seed: Seed | None = None  # chosen at submission if the client sends none
     stop: tuple[StopString, ...] = Field(default=(), max_length=MAX_STOP_STRINGS)
     stop_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=64)
     bad_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=MAX_BAD_TOKENS)  # never drawn
@@ -142,25 +142,27 @@ class SamplingParams(Frozen):
 
     @property
     def num_sequences(self) -> int:
-        """How many sequences run: best_of if given, else n."""
+        """How many sequences run: best_of if set, else n."""
         return self.best_of or self.n
 
     @model_validator(mode="after")
     def _min_within_max(self) -> Self:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}; lower it")
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}, more than max_tokens, which is {self.max_tokens}; lower it"
+            )
         return self
 
     @model_validator(mode="after")
     def _best_of_at_least_n(self) -> Self:
         if self.best_of is not None and self.best_of < self.n:
-            raise ValueError(f"best_of is {self.best_of}, less than n {self.n}; raise it or leave it out")
+            raise ValueError(f"best_of is {self.best_of}, less than n, which is {self.n}; raise it or leave it out")
         return self
 
     @model_validator(mode="after")
     def _scoring_or_some_output(self) -> Self:
         if self.max_tokens == 0 and self.prompt_logprobs is None:
-            raise ValueError("max_tokens is 0, which only scores the prompt; ask for prompt_logprobs, or for a token")
+            raise ValueError("max_tokens is 0, which only scores the prompt; set prompt_logprobs, or raise max_tokens")
         if self.max_tokens == 0 and self.num_sequences > 1:
             raise ValueError("max_tokens is 0, so there is no output to choose from; leave out n and best_of")
         return self
@@ -183,7 +185,7 @@ class GenerationRequest(Frozen):
     def _tools_in_a_chat(self) -> Self:
         if self.tools and self.messages is None:
             raise ValueError(
-                "tools are rendered by the chat template, so they need messages; leave them out or send messages"
+                "tools are rendered by the chat template, so they need messages; send messages, or leave out tools"
             )
         return self
 
@@ -199,12 +201,12 @@ class GenerationRequest(Frozen):
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         if sum(given is not None for given in (self.prompt, self.messages, self.prompt_token_ids)) != 1:
-            raise ValueError("give exactly one of prompt, messages and prompt_token_ids")
+            raise ValueError("send exactly one of prompt, messages and prompt_token_ids")
         return self
 
     @property
     def source(self) -> str:
-        """The field that gives the input."""
+        """The name of the field that has the input."""
         fields = {"prompt": self.prompt, "messages": self.messages, "prompt_token_ids": self.prompt_token_ids}
         return next(name for name, value in fields.items() if value is not None)
 
@@ -213,10 +215,10 @@ class ResultChoice(Frozen):
     """One finished sequence. `text` is the concatenated text of its chunks.
 
     With best_of the choices are the n best candidates, best first: `candidate` is the index of its chunks in the
-    stream, `mean_logprob` is what it was chosen by (None if it ended before its first token).
+    stream, `mean_logprob` is the value by which it was chosen (None if it ended before its first token).
 
     `num_reasoning_tokens` counts the tokens up to and including the one that completes the first </think>, even if that
-    tag does not end a reasoning section; only code that knows the model's format can decide. None if there is no
+    tag does not end a reasoning section, which only code that knows the model's format can tell. None if there is no
     </think>.
     """
 
@@ -255,7 +257,7 @@ MAX_INPUTS = 2048
 
 MAX_INPUT_TOKENS = 300_000  # per request, over all its inputs
 
-MAX_NUMBERS = 2**22  # per result (16 MiB): they must fit in one frame and one row
+MAX_NUMBERS = 2**22  # per result (16 MiB), which must fit in one frame and one row
 
 MAX_DIMENSIONS = 65_536
 
@@ -271,7 +273,8 @@ EmbeddingInput = Annotated[
 
 
 class EmbeddingRequest(Frozen):
-    """One vector for each of `inputs`, texts or token ids. `dimensions` are kept from the front of each vector."""
+    """One vector for each of `inputs`, which are texts or token ids. Only the first `dimensions` of each are
+    returned."""
 
     kind: Literal["embedding"] = "embedding"
     model: str = Field(min_length=1, max_length=256)
@@ -290,7 +293,7 @@ class EmbeddingRequest(Frozen):
 
 
 class EmbeddingResult(Frozen):
-    """`embeddings` are unit vectors in the order of the inputs: little-endian float32, in base64."""
+    """`embeddings` are unit vectors in the order of the inputs: little-endian float32 numbers in base64."""
 
     kind: Literal["embedding"] = "embedding"
     embeddings: tuple[str, ...]
@@ -308,7 +311,8 @@ JobOutput = GenerationResult | EmbeddingResult
 
 
 def kind_of(value: Any) -> str:
-    """The kind of a request or result, or of its dump. Dumps from before there were kinds are generations."""
+    """The kind of a request or result, or of its dump. Dumps without a kind, which older versions made, are
+    generations."""
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
     return str(kind or JobKind.GENERATION)
 
@@ -333,36 +337,37 @@ MAX_DEADLINE_AHEAD = timedelta(days=365)
 
 @dataclass(frozen=True, slots=True)
 class JobOptions:
-    """A job's options that are not part of its request, and the bounds of its deadline."""
+    """The options of a job that are not part of its request."""
 
     priority: int = 0
     deadline_at: datetime | None = None
     start_timeout_seconds: float | None = None
     run_timeout_seconds: float | None = None
-    result_ttl_seconds: int | None = None  # None: the installation's
+    result_ttl_seconds: int | None = None  # None: CELERIAC_RESULT_TTL_SECONDS
     idempotency_key: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
-    webhook_url: str | None = None  # notified of the ends in webhook_statuses
+    webhook_url: str | None = None  # notified if the job ends with one of webhook_statuses
     webhook_statuses: Sequence[JobStatus] = TELLABLE_STATUSES
-    deadline_after_seconds: float | None = None  # from acceptance; a repeated request may differ in it
+    deadline_after_seconds: float | None = None  # from acceptance; a repeated request may have another one
     endpoint: Endpoint = Endpoint.JOBS
     is_stored: bool = False
-    endpoint_body: str | None = None  # JSON, stored for the route that shows the request again
+    endpoint_body: str | None = None  # JSON, stored for routes that return the request again
 
 
 def refuse_impossible_deadline(options: JobOptions) -> None:
+    """Raises InvalidRequest."""
     if options.deadline_at is None:
         return
     now = datetime.now(UTC)
     if not now < options.deadline_at < now + MAX_DEADLINE_AHEAD:
         raise InvalidRequest(
-            f"deadline is {options.deadline_at.isoformat()}; give a future time within {MAX_DEADLINE_AHEAD.days} days",
+            f"deadline is {options.deadline_at.isoformat()}; send a future time within {MAX_DEADLINE_AHEAD.days} days",
             param="deadline",
         )
 
 
 def deadline_of(options: JobOptions) -> datetime | None:
-    """The earlier of the two deadlines that may be given."""
+    """The earlier of the absolute and the relative deadline; None if neither is set."""
     if options.deadline_after_seconds is None:
         return options.deadline_at
     relative = datetime.now(UTC) + timedelta(seconds=options.deadline_after_seconds)

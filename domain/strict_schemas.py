@@ -1,12 +1,13 @@
-"""JSON schemas rewritten: closed, as strict tools demand, or reduced to what can be enforced.
+"""Rewrites JSON schemas: closed, as strict tools require, or reduced to what can be enforced.
 
 Closed (`closed`): JSON Schema lets an object have unlisted properties, but a function takes only listed arguments. So
-an object is closed wherever `properties` is given and `additionalProperties` is not, at every depth. What is spread
-over `allOf`, `$ref` and the branches of `anyOf` is closed as a whole, as `unevaluatedProperties: false` would.
+an object is closed, at every depth, wherever it has `properties` but not `additionalProperties`. If its properties are
+spread over `allOf`, `$ref` and the branches of `anyOf`, it is closed as a whole, as `unevaluatedProperties: false`
+would do.
 
 Reduced (`enforceable`): for clients that did not ask for strictness. JSON Schema 2020-12 (core, 6.5 and validation,
-7.2.1) treats unknown keywords and formats as annotations. What can be expressed in another way is: `nullable` as a
-type, `propertyNames` as properties, `oneOf` as `anyOf`.
+7.2.1) treats unknown keywords and formats as annotations, so what cannot be enforced is removed. Some keywords are
+expressed in another way instead: `nullable` as a type, `propertyNames` as properties, `oneOf` as `anyOf`.
 """
 
 import itertools
@@ -32,7 +33,7 @@ from domain.structured_output import MAX_PATTERN_CHARS, MAX_REPEAT, holds_long_r
 
 MAX_CLOSED_SCHEMAS = 4_096  # per schema; a definition is closed separately for each path that leads to it
 
-FREE_DEPTH = 5  # of unconstrained values, which a model might otherwise nest without end
+FREE_DEPTH = 5  # of unconstrained values, which a model might otherwise nest endlessly
 
 _PARTS = ("allOf", "anyOf", "oneOf")
 
@@ -43,8 +44,8 @@ _NO_NAMES: frozenset[str] = frozenset()
 
 @dataclass(slots=True)
 class _Declared:
-    """What a schema and everything at the same place declare about properties: `is_listed` that they are listed (even
-    if empty), `is_open` that others are allowed."""
+    """What a schema and all that applies to the same value declare about properties. `is_listed`: properties are
+    listed, even if the list is empty. `is_open`: others are allowed."""
 
     names: dict[str, None] = field(default_factory=dict)  # in their order
     patterns: dict[str, None] = field(default_factory=dict)
@@ -53,11 +54,11 @@ class _Declared:
 
 
 def closed(schema: JsonSchema, *, is_strict: bool) -> JsonSchema:
-    """`schema` is a result of `json_schemas.gather`. A strict one is closed even where it says that it is open. Raises
-    ValueError."""
+    """The schema with all objects closed. `schema` must be a result of `json_schemas.gather`. A strict one is closed
+    even where it is explicitly open. Raises ValueError."""
     kind = schema.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        raise ValueError(f"type at # is {str(kind)[:64]!r}, but a function's arguments are an object; give object")
+        raise ValueError(f"type at # is {str(kind)[:64]!r}, but a function's arguments are an object; use object")
     closer = _Closer(map_of(schema, "$defs"), is_strict)
     bare = {keyword: value for keyword, value in schema.items() if keyword != "$defs"}
     if not {"$ref", *_PARTS, *_SHAPING} & set(bare):
@@ -80,7 +81,7 @@ class _Closer:
     _num_seen: int = 0
 
     def close(self, schema: Any, outside: frozenset[str]) -> Any:
-        """`outside` are the names declared elsewhere at the same place."""
+        """`outside` has the names of properties that are declared elsewhere for the same value."""
         if not isinstance(schema, dict):
             return schema
         self._count()
@@ -98,7 +99,7 @@ class _Closer:
         return _shut(_with_parts(own, self.open), declared, outside)
 
     def open(self, schema: Any) -> Any:
-        """Close only the values within."""
+        """Close only the values inside."""
         if not isinstance(schema, dict):
             return schema
         self._count()
@@ -136,7 +137,7 @@ class _Closer:
         return schema.get("additionalProperties", False) is not False
 
     def _with_closed_values(self, schema: JsonSchema) -> JsonSchema:
-        """Close the schemas of values within; parts at the same place stay as they are."""
+        """Close the schemas of values inside; parts that apply to the same value stay as they are."""
         here = {keyword: value for keyword, value in schema.items() if keyword not in _PARTS}
         parts = {keyword: value for keyword, value in schema.items() if keyword in _PARTS}
         reference = _definition_of(schema)
@@ -151,7 +152,7 @@ class _Closer:
         return self.close(schema, _NO_NAMES)
 
     def _bounded(self, schema: JsonSchema) -> JsonSchema:
-        """Unconstrained objects and lists, to a limited depth; a strict schema has no such objects."""
+        """Limit the depth of unconstrained objects and lists; in a strict schema, such objects are empty."""
         kinds = schema.get("type")
         kinds = kinds if isinstance(kinds, list) else [kinds]
         if "object" in kinds and not _SHAPING & set(schema):
@@ -161,7 +162,7 @@ class _Closer:
         return schema
 
     def _refer(self, definition: str, outside: frozenset[str] | None) -> JsonSchema:
-        """A reference to the definition, closed given the names from outside, or left open (None)."""
+        """A reference to the definition, closed together with the names in `outside`, or left open (None)."""
         key = (definition, outside)
         if key not in self._names:
             name = self._names[key] = str(len(self._names))
@@ -175,7 +176,7 @@ class _Closer:
     def _count(self) -> None:
         self._num_seen += 1
         if self._num_seen > MAX_CLOSED_SCHEMAS:
-            raise ValueError("its references combine in too many ways; use fewer in allOf and anyOf")
+            raise ValueError("its references can be combined in too many ways; use fewer in allOf and anyOf")
 
 
 def _definition_of(schema: JsonSchema) -> str | None:
@@ -184,7 +185,7 @@ def _definition_of(schema: JsonSchema) -> str | None:
 
 
 def _own_names(schema: JsonSchema) -> dict[str, None]:
-    """Required names count as declared."""
+    """The names of the schema's own properties; required ones count, too."""
     if "properties" not in schema and "patternProperties" not in schema:
         return {}
     required = [name for name in list_of(schema, "required") if isinstance(name, str)]
@@ -229,7 +230,7 @@ MAX_BOUND = 2**53
 
 MIN_BOUND = 1e-15  # except 0
 
-MAX_DIVISOR, MIN_DIVISOR = 10_000, 1e-9  # of multipleOf: the automaton has as many states as the divisor's size
+MAX_DIVISOR, MIN_DIVISOR = 10_000, 1e-9  # of multipleOf: the automaton has as many states as the divisor
 
 _BEGINNING = re.compile(r"\^([A-Za-z0-9_-]+)(?![*?{+|])")  # characters that every name must begin with
 
@@ -237,15 +238,16 @@ _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 def enforceable(schema: Any) -> Any:
-    """`schema` is a result of `json_schemas.gather` that has passed `check_structure`."""
+    """The schema without what cannot be enforced. `schema` must be a result of `json_schemas.gather` that has passed
+    `check_structure`."""
     if not isinstance(schema, dict):
         return schema
-    said_otherwise = _with_conditional_properties(_with_numeric_bounds(_with_prefix_items(schema)))
-    said_otherwise = _with_names_as_properties(said_otherwise)
+    expressed = _with_conditional_properties(_with_numeric_bounds(_with_prefix_items(schema)))
+    expressed = _with_names_as_properties(expressed)
     kept = {
         keyword: value
-        for keyword, value in said_otherwise.items()
-        if TREATMENTS.get(keyword) is Treatment.ENFORCED and _is_enforceable(keyword, value, said_otherwise)
+        for keyword, value in expressed.items()
+        if TREATMENTS.get(keyword) is Treatment.ENFORCED and _is_enforceable(keyword, value, expressed)
     }
     kept = with_children(kept, lambda child, _: enforceable(child))
     return _with_null(_with_any_of(kept), schema)
@@ -279,7 +281,7 @@ def _is_followed(pattern: str) -> bool:
 
 
 def _with_prefix_items(schema: JsonSchema) -> JsonSchema:
-    """Tuples in the spelling of drafts before 2020-12."""
+    """Tuples in the syntax of drafts before 2020-12, as `prefixItems`."""
     if not isinstance(schema.get("items"), list):
         return schema
     others = {keyword: value for keyword, value in schema.items() if keyword not in ("items", "additionalItems")}
@@ -288,7 +290,7 @@ def _with_prefix_items(schema: JsonSchema) -> JsonSchema:
 
 
 def _with_numeric_bounds(schema: JsonSchema) -> JsonSchema:
-    """`exclusiveMinimum: true` beside `minimum`, as in draft 4 and OpenAPI 3.0."""
+    """`exclusiveMinimum: true` beside `minimum`, as in draft 4 and OpenAPI 3.0, as a number."""
     changed = dict(schema)
     for exclusive, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if changed.get(exclusive) is True and inclusive in changed:
@@ -345,7 +347,7 @@ def _with_any_of(schema: JsonSchema) -> JsonSchema:
 
 
 def _with_null(schema: JsonSchema, asked: JsonSchema) -> JsonSchema:
-    """OpenAPI 3.0's `nullable`."""
+    """OpenAPI 3.0's `nullable`, as a branch of `anyOf`."""
     if asked.get("nullable") is not True or not schema:
         return schema
     definitions = {"$defs": schema["$defs"]} if "$defs" in schema else {}

@@ -1,7 +1,7 @@
-"""What an output must look like: JSON schemas within bounds, tools, regular expressions, choices, grammars.
+"""The form that an output must have: JSON schemas, tools, regular expressions, choices and grammars, within limits.
 
-Here they are only inspected, in linear time, before anything is spent on them: schemas must be small, shallow,
-self-contained and made of known keywords. `text/grammars.py` finds out whether they compile.
+They are only inspected here, in linear time, before anything expensive is done with them: schemas must be small,
+shallow, self-contained and made of known keywords. `text/grammar_compiler.py` finds out whether they compile.
 """
 
 import difflib
@@ -54,26 +54,25 @@ _REPETITION = re.compile(r"(?<!\\)(?<!\\[xuU])\{(\d+)(?:,(\d*))?\}")
 
 
 def check_schema(schema: JsonSchema) -> None:
-    """Check that all of it can be enforced. Raises ValueError with the place, the value seen and the remedy."""
+    """Check that the whole schema can be enforced. Raises ValueError with the place, the value seen and the remedy."""
     check_structure(bounded(schema))
     check_keywords(schema)
 
 
 def bounded(schema: JsonSchema) -> JsonSchema:
-    """The schema without its annotations. Raises ValueError if it is too large for what follows."""
+    """The schema without its annotations. Raises ValueError if it is too large."""
     _check_depth_of_values(schema)
     kept: JsonSchema = without_annotations(schema)
     num_bytes = len(json.dumps(kept, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace"))
     if num_bytes > MAX_SCHEMA_BYTES:
         raise ValueError(
-            f"the schema has {num_bytes} bytes without its descriptions; at most {MAX_SCHEMA_BYTES} are allowed: "
-            f"shorten it"
+            f"the schema has {num_bytes} bytes without its descriptions; shorten it to at most {MAX_SCHEMA_BYTES}"
         )
     return kept
 
 
 def check_structure(schema: JsonSchema) -> None:
-    """Check that it is a schema within bounds, not that all of its keywords can be enforced. Raises ValueError."""
+    """Check that it is a schema within the limits, but not whether its keywords can be enforced. Raises ValueError."""
     _check_depth(schema)
     num_properties = num_enum_values = 0
     for subschema, place in walk(schema):
@@ -98,21 +97,21 @@ def check_keywords(schema: JsonSchema) -> None:
 
 
 def check_numbers(schema: JsonSchema) -> None:
-    """Raises ValueError for numbers that a 64-bit reader would refuse or change."""
+    """Raises ValueError for numbers that a parser with 64-bit numbers would refuse or change."""
     waiting: list[Any] = [schema]
     while waiting:
         value = waiting.pop()
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError("the schema holds a number that is not finite; send one within 64 bits")
+            raise ValueError("the schema has a number that is not finite; send one within 64 bits")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError(f"the schema holds an integer of {value.bit_length()} bits; send one within 64 bits")
+            raise ValueError(f"the schema has an integer of {value.bit_length()} bits; send one within 64 bits")
         waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def check_regex(regex: str, name: str) -> None:
-    """Raises ValueError for one out of bounds. One that passes may still be refused by the compiler."""
+    """Raises ValueError if the pattern exceeds a limit. One that passes may still be refused by the compiler."""
     if len(regex) > MAX_PATTERN_CHARS:
-        raise ValueError(f"{name} has {len(regex)} characters; at most {MAX_PATTERN_CHARS} are allowed: shorten it")
+        raise ValueError(f"{name} has {len(regex)} characters; send at most {MAX_PATTERN_CHARS} characters")
     check_repetitions(regex, name)
 
 
@@ -124,7 +123,7 @@ def check_repetitions(text: str, name: str) -> None:
     """Raises ValueError for an {m,n} that is too large."""
     for repetition in _REPETITION.finditer(text):
         if _is_long(repetition):
-            raise ValueError(f"{name} repeats {repetition[0][:24]} times; at most {MAX_REPEAT} is allowed: lower it")
+            raise ValueError(f"{name} has the repetition {repetition[0][:24]}; lower it to at most {MAX_REPEAT}")
 
 
 def _is_long(repetition: re.Match[str]) -> bool:
@@ -148,7 +147,7 @@ def _check_types(schema: JsonSchema, place: str) -> None:
     asked = schema.get("type")
     for name in asked if isinstance(asked, list) else [] if asked is None else [asked]:
         if name not in _TYPES:
-            raise ValueError(f"type at {place} is {str(name)[:64]!r}; known are {', '.join(_TYPES)}")
+            raise ValueError(f"type at {place} is {str(name)[:64]!r}; use one of {', '.join(_TYPES)}")
 
 
 def _patterns(schema: JsonSchema) -> list[str]:
@@ -157,7 +156,7 @@ def _patterns(schema: JsonSchema) -> list[str]:
 
 
 def _check_keywords(schema: JsonSchema, place: str) -> None:
-    """Refuse keywords that would be ignored, since a misspelt limit would not be enforced."""
+    """Refuse keywords that would be ignored, as a misspelt limit would not be enforced."""
     unknown = next((word for word in schema if word not in _STRICT_KEYWORDS and not is_annotation(word)), None)
     if unknown is None:
         return
@@ -170,7 +169,7 @@ def _check_format(schema: JsonSchema, place: str) -> None:
     name = schema.get("format")
     if isinstance(name, str) and name not in FORMATS and schema.get("type") not in ("integer", "number", "boolean"):
         raise ValueError(
-            f"format at {place} is {name[:64]!r}, which cannot be enforced; remove it, or send one of "
+            f"format at {place} is {name[:64]!r}, which cannot be enforced; remove it, or use one of "
             f"{', '.join(sorted(FORMATS - {'unknown'}))}"
         )
 
@@ -179,11 +178,11 @@ def _check_counts(schema: JsonSchema, place: str) -> None:
     for keyword in COUNT_KEYWORDS:
         count = schema.get(keyword)
         if isinstance(count, int | float) and count > MAX_REPEAT:
-            raise ValueError(f"{keyword} at {place} is {count}; at most {MAX_REPEAT} is allowed: lower it")
+            raise ValueError(f"{keyword} at {place} is {count}; lower it to at most {MAX_REPEAT}")
 
 
 def _check_least_properties(schema: JsonSchema, place: str) -> None:
-    """Unlisted names may occur twice in the output but would count once, so they cannot be counted on."""
+    """Unlisted names may occur twice in the output but count only once, so a minimum number cannot be enforced."""
     least, required = schema.get("minProperties"), schema.get("required")
     num_required = len(required) if isinstance(required, list) else 0
     if isinstance(least, int | float) and least > max(1, num_required):
@@ -197,19 +196,19 @@ def _check_reference(schema: JsonSchema, place: str) -> None:
     reference = schema.get("$ref")
     if isinstance(reference, str) and not (reference == "#" or reference.startswith("#/")):
         raise ValueError(
-            f"$ref at {place} is {reference[:64]!r}; only references within the schema are supported; write #/$defs/..."
+            f"$ref at {place} is {reference[:64]!r}; use a reference within the schema, such as #/$defs/..."
         )
     if "$id" in schema and place != "#":
-        raise ValueError(f"$id at {place} is inside the schema; only the schema itself may have one: remove it")
+        raise ValueError(f"$id at {place} is inside the schema, but only the schema itself may have one; remove it")
 
 
 def _check_total(what: str, number: int, bound: int) -> None:
     if number > bound:
-        raise ValueError(f"the schema has {number} {what} in all; at most {bound} are allowed: remove some")
+        raise ValueError(f"the schema has {number} {what} in all, more than {bound}; remove some")
 
 
 def _check_depth_of_values(schema: JsonSchema) -> None:
-    """Refuse what a recursive reader could not follow, and more values than bytes are allowed; stops at that number."""
+    """Refuse schemas too deep for recursive functions, and those with more values than the allowed number of bytes."""
     waiting: list[tuple[Any, int]] = [(schema, 1)]
     num_values = 1
     while waiting:
@@ -220,14 +219,14 @@ def _check_depth_of_values(schema: JsonSchema) -> None:
         num_values += len(children)
         if num_values > MAX_SCHEMA_BYTES:
             raise ValueError(
-                f"the schema has more than {MAX_SCHEMA_BYTES} values, which cannot fit the allowed {MAX_SCHEMA_BYTES} "
-                f"bytes: shorten it"
+                f"the schema has more than {MAX_SCHEMA_BYTES} values, which cannot fit into the allowed "
+                f"{MAX_SCHEMA_BYTES} bytes; shorten it"
             )
         waiting += [(child, depth + 1) for child in children]
 
 
 def check_patterns(schema: JsonSchema) -> None:
-    """Raises ValueError for a regular expression beyond its bounds."""
+    """Raises ValueError if a regular expression in the schema exceeds a limit."""
     for subschema, place in walk(schema):
         for pattern in _patterns(subschema):
             check_regex(pattern, f"the pattern at {place}")
@@ -253,7 +252,7 @@ class ToolDefinition(Frozen):
 
 
 class ToolCall(Frozen):
-    """`arguments` is JSON as the model wrote it, which may be invalid."""
+    """A call that a model made. `arguments` is JSON as the model wrote it, which may be invalid."""
 
     id: str = Field(min_length=1, max_length=128)
     name: ToolName
@@ -261,7 +260,7 @@ class ToolCall(Frozen):
 
 
 class ToolFormat(StrEnum):
-    """How a model writes calls; see `text/outputs.py`."""
+    """The syntax in which a model writes calls; see `text/outputs.py`."""
 
     HERMES = "hermes"
     MISTRAL = "mistral"
@@ -295,9 +294,8 @@ class ToolCalls(Frozen):
             num_bytes += len(json.dumps(tool.arguments, separators=(",", ":"), ensure_ascii=False).encode())
         if num_bytes > MAX_CALLS_BYTES:
             raise ValueError(
-                f"the tools' parameters have more than {MAX_CALLS_BYTES} bytes without their descriptions, "
-                "the "
-                f"limit where calls are constrained by a grammar: send fewer tools"
+                f"the tools' parameters have {num_bytes} bytes without their descriptions, more than the "
+                f"{MAX_CALLS_BYTES} for calls that are constrained by a grammar; send fewer tools"
             )
         return self
 
@@ -310,8 +308,8 @@ OutputChoice = Annotated[str, StringConstraints(min_length=1, max_length=1_024)]
 
 
 class StructuredOutput(Frozen):
-    """Exactly one field is given, and it constrains the whole output. Only `calls` may be combined with another: the
-    output is then either calls or what the other field demands.
+    """Exactly one field is set, and it constrains the whole output. Only `calls` may be combined with another: the
+    output is then either calls or what the other field requires.
 
     `regex` and the schema's patterns use the syntax of the Rust regex crate, without look-around and back-references;
     `regex` matches the whole output. `lark` is llguidance's variant of Lark, with the rule `start`. The JSON of
@@ -327,7 +325,7 @@ class StructuredOutput(Frozen):
 
     @property
     def kind(self) -> str:
-        """The name of the given field; if combined with `calls`, of the other one."""
+        """The name of the field that is set; if `calls` is combined with another, the other one."""
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
     @field_validator("json_schema")
@@ -352,7 +350,7 @@ class StructuredOutput(Frozen):
             return None
         num_bytes = len(lark.encode())
         if num_bytes > MAX_LARK_BYTES:
-            raise ValueError(f"the grammar has {num_bytes} bytes; at most {MAX_LARK_BYTES} are allowed: shorten it")
+            raise ValueError(f"the grammar has {num_bytes} bytes; send at most {MAX_LARK_BYTES}")
         check_repetitions(lark, "the grammar")
         return lark
 
@@ -361,5 +359,5 @@ class StructuredOutput(Frozen):
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) - (self.calls is not None) > 1 or not given:
             known = ", ".join(name for name in type(self).model_fields if name != "calls")
-            raise ValueError(f"{' and '.join(given) or 'nothing'} is given; give exactly one of {known}")
+            raise ValueError(f"{' and '.join(given) or 'nothing'} is set; set exactly one of {known}")
         return self

@@ -1,8 +1,8 @@
-"""Webhooks: how a URL is parsed, the types of events, what is sent, how it is signed, and when it is retried.
+"""Webhooks: parsing of URLs, event types, payloads, signatures, and the retry schedule.
 
 `parse_webhook_url` is the only parser of webhook URLs: its result is what is stored and connected to, so no second
-parser can see a different host in the same text. It deliberately accepts little: `scheme://name[:port]/path[?query]` in
-visible ASCII. A host must be a DNS name whose last label is not a number in any base, so no spelling of an IP address
+parser can see a different host in the same text. It is deliberately strict: `scheme://name[:port]/path[?query]` in
+visible ASCII. A host must be a DNS name whose last label is not a number in any base, so that no form of an IP address
 passes as a name.
 
 Payload and signature follow Standard Webhooks (standardwebhooks.com), as the OpenAI SDK's `client.webhooks.unwrap`
@@ -33,22 +33,22 @@ _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)
 
-#: Names that mean a local machine whatever a resolver says; every name that ends in one matches, too.
+#: Names of local machines, whatever a resolver says; every name that ends in one of them counts, too.
 LOCAL_NAMES = ("localhost", "local", "internal", "localdomain", "home.arpa", "lan", "intranet", "onion")
 
 _IPV6_UNICAST = ip_network("2000::/3")  # the rest of IPv6 is local, special or unassigned
 
-#: Registered as global, yet they lead to addresses that are not: IPv4 inside IPv6, relays, protocol assignments.
+#: Registered as global, but leading to other addresses: IPv4 inside IPv6, relays, protocol assignments.
 _INDIRECT = [ip_network(text) for text in ("2001::/23", "2002::/16", "192.0.0.0/24", "192.88.99.0/24")]
 
 
 class BadWebhookUrl(ValueError):
-    """Says what is wrong with a URL and what to give instead, without repeating the URL: it may hold a token."""
+    """Says what is wrong with a URL and what to use instead, without repeating the URL, which may contain a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class WebhookUrl:
-    """A parsed URL. `str()` is how it is stored; parsing that gives the same parts again."""
+    """A parsed URL. `str()` is the form that is stored; parsing it gives the same parts again."""
 
     scheme: str
     host: str
@@ -63,36 +63,37 @@ class WebhookUrl:
 def parse_webhook_url(text: str) -> WebhookUrl:
     """Raises BadWebhookUrl. Which schemes, ports and networks are allowed is checked elsewhere."""
     if len(text) > MAX_URL_BYTES:
-        raise BadWebhookUrl(f"it has {len(text)} characters; give at most {MAX_URL_BYTES}")
+        raise BadWebhookUrl(f"it has {len(text)} characters; use at most {MAX_URL_BYTES}")
     match = _URL.fullmatch(text)
     if match is None or "\\" in text or "#" in text:
         raise BadWebhookUrl(
             "it is not of the form https://name[:port]/path?query in visible ASCII characters, "
-            "without user, password, fragment, backslash or address; give one that is"
+            "without user, password, fragment, backslash or IP address; correct it"
         )
     scheme, host, port, target = match[1], match[2].lower(), match[3], match[4]
     _refuse_bad_host(host)
     number = int(port) if port else DEFAULT_PORT_BY_SCHEME[scheme]
     if not 1 <= number <= 65_535:
-        raise BadWebhookUrl(f"the port is {number}; give one from 1 to 65535")
+        raise BadWebhookUrl(f"the port is {number}; use one from 1 to 65535")
     return WebhookUrl(scheme, host, number, target if target.startswith("/") else f"/{target}")
 
 
 def _refuse_bad_host(host: str) -> None:
     labels = host.split(".")
     if not all(_LABEL.fullmatch(label) for label in labels):
-        raise BadWebhookUrl("the host is not a DNS name; give one, international names in xn-- form")
+        raise BadWebhookUrl("the host is not a DNS name; use one, with international names in their xn-- form")
     if _NUMBER.fullmatch(labels[-1]):
-        raise BadWebhookUrl("the host is an IP address; give a DNS name")
+        raise BadWebhookUrl("the host is an IP address; use a DNS name")
 
 
 def is_local_name(host: str) -> bool:
-    """Whether no public resolver knows the name: a single label, or one under a suffix for private use."""
+    """Whether the name is private: a single label, or a name with a suffix for private use."""
     return "." not in host or host.endswith(tuple(f".{name}" for name in LOCAL_NAMES))
 
 
 def is_public_address(address: str) -> bool:
-    """Whether an address is global unicast and leads nowhere else. False for non-addresses and scoped ones."""
+    """Whether this is a global unicast address that does not lead to another one. False for malformed or scoped
+    ones."""
     try:
         parsed = ip_address(address)
     except ValueError:
@@ -106,7 +107,7 @@ def is_public_address(address: str) -> bool:
 #: The final statuses that a webhook can report.
 TELLABLE_STATUSES = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED)
 
-#: Every event type that an endpoint may subscribe to. The part before the dot says what `data.id` is.
+#: Every event type that an endpoint may subscribe to. The part before the dot is the type of the object in `data.id`.
 EVENT_TYPES = (
     *(f"job.{status.value}" for status in TELLABLE_STATUSES),
     *(f"response.{end}" for end in ("completed", "failed", "cancelled", "incomplete")),
@@ -115,11 +116,11 @@ EVENT_TYPES = (
 
 PREFIX_BY_OBJECT = {"job": "job", "response": "resp", "batch": "batch"}
 
-SECRET_PREFIX = "whsec_"  # noqa: S105  (what a secret begins with)
+SECRET_PREFIX = "whsec_"  # noqa: S105  (the prefix of a secret)
 
 NUM_SECRET_BYTES = 32
 
-#: Seconds to wait after the 1st, 2nd, ... failed attempt; the last value repeats until 72 hours are over.
+#: Seconds to wait after the 1st, 2nd, ... failed attempt. The last value repeats until RETRY_HOURS are over.
 RETRY_SECONDS = (5.0, 30.0, 120.0, 600.0, 3_600.0, 14_400.0, 43_200.0, 86_400.0)
 
 RETRY_HOURS = 72
@@ -136,7 +137,7 @@ def new_secret() -> str:
 
 
 def payload(event_id: UUID, event_type: str, created_at: datetime) -> bytes:
-    """The body of an event, the same bytes at every attempt."""
+    """The body of an event; every attempt sends the same bytes."""
     object_name = event_type.partition(".")[0]
     event = {
         "id": external_id(event_id, "evt"),
@@ -165,5 +166,5 @@ def signature_headers(event_id: UUID, body: bytes, signing_secrets: Sequence[str
 
 
 def secret_hint(secret: str) -> str:
-    """Enough to tell secrets apart, too little to sign with."""
+    """Enough of a secret to tell it from others, too little to sign with."""
     return f"{SECRET_PREFIX}...{secret[-4:]}"

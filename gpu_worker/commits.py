@@ -142,7 +142,7 @@ class JobStorage:
     def request_cancel(self, job_id: UUID) -> None:
         with self.sessions.begin() as session:
             asked = jobs.request_cancel(session, [job_id])
-        job_log.ends(job for job in asked if job.status.is_terminal)
+        job_log.ended_without_worker(job for job in asked if job.status.is_terminal)
         self.notifier.publish((job.job_id, JobStatus.CANCELLED) for job in asked)
 
     def heartbeat(self, report: WorkerReport) -> Orders:

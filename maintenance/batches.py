@@ -149,7 +149,7 @@ class BatchWork:
                 message += describe_exception(exc)
                 error = BatchError(code=CeleriacError.code, message=message)
                 batches.give_up(session, batch_id, error, job_ttl_seconds=self._settings.result_ttl_seconds)
-            job_log.ends(job for job in asked if job.status.is_terminal)
+            job_log.ended_without_worker(job for job in asked if job.status.is_terminal)
         except OUTAGES as outage:
             log.warning("a failed step could not be recorded: %s", describe_exception(outage))
 
@@ -302,7 +302,7 @@ class BatchWork:
             is_begun, is_done = locked.in_progress_at is not None, _is_done(locked)
             if not is_begun:
                 batches.end(session, locked, job_ttl_seconds=self._settings.result_ttl_seconds)
-        job_log.ends(job for job in asked if job.status.is_terminal)
+        job_log.ended_without_worker(job for job in asked if job.status.is_terminal)
         return not is_begun or (is_done and self._freeze(batch))
 
     def _freeze(self, batch: Batch) -> bool:

@@ -85,7 +85,7 @@ class RevisionWatch:
             elif self._policy == "fail":
                 with self._sessions.begin() as session:
                     failed = jobs.fail_gone(session, model, revision, live_seconds=LIVE_SECONDS)
-                job_log.ends(failed)
+                job_log.ended_without_worker(failed)
                 moved += failed
         return moved
 
@@ -223,7 +223,7 @@ class Janitor:
     def _expire(self) -> int:
         with self._sessions.begin() as session:
             expired = jobs.expire(session)
-        job_log.ends(expired)
+        job_log.ended_without_worker(expired)
         publish(self._client, [(job.job_id, job.status) for job in expired])
         return len(expired)
 

@@ -33,7 +33,7 @@ from maintenance.batches import BatchWork
 from maintenance.janitor import Janitor
 from maintenance.webhooks import WebhookSender
 from metrics import Process, maintenance_seconds_since_last_tick, registries
-from observability import LoopWatch, configure_logging, describe_exception
+from observability import EventLoopMonitor, configure_logging, describe_exception
 from settings import Settings
 from storage.database import async_session_factory, open_async_database, open_database, session_factory
 from storage.maintenance import CLOCKS, record_ticks
@@ -212,7 +212,7 @@ async def _serve(settings: Settings) -> bool:
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         host, port = listening.getsockname()[:2]
         log.info("maintenance is ready; health and metrics on http://%s:%s", host, port)
-        async with LoopWatch():
+        async with EventLoopMonitor():
             has_ended = await maintenance.run()
         server.should_exit = True
         await serving

@@ -1,4 +1,4 @@
-"""How Alembic reaches the database: over the connection that `storage.database.migrate` hands in."""
+"""Alembic's environment: runs the migrations over the connection that `storage.database.migrate` passes in."""
 
 from alembic import context
 

@@ -210,7 +210,10 @@ def worker_names(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, str | 
     return {row[0]: row[1] for row in rows}
 
 
-def read_chunks(session: Session, job_id: UUID, *, after: int = 0, limit: int = 500) -> list[TokenChunk]:
+CHUNKS_PER_READ = 500
+
+
+def read_chunks(session: Session, job_id: UUID, *, after: int = 0, limit: int = CHUNKS_PER_READ) -> list[TokenChunk]:
     """The committed chunks with a sequence number above `after`, in order. The caller must have checked the tenant."""
     statement = (
         select(JobChunk.chunk)

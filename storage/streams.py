@@ -41,7 +41,7 @@ from sqlalchemy.orm import Session
 from domain.jobs import JobStatus
 from domain.requests import TokenChunk
 from storage.database import within
-from storage.job_queries import StreamState, read_log, stream_states
+from storage.job_queries import CHUNKS_PER_READ, StreamState, read_log, stream_states
 
 log = logging.getLogger(__name__)
 
@@ -186,11 +186,9 @@ def _job_id_of(channel: bytes) -> UUID | None:
 
 MAX_LIVE_CHUNKS = 256  # per stream; a consumer that falls further behind catches up from SQL
 
-PAGE = 500
-
 SILENCE_SECONDS = 1.0
 
-STORAGE_RETRY_SECONDS = 0.5
+STORAGE_RETRY_SECONDS = 0.5  # before a database that did not answer is asked again
 
 READ_SECONDS = 2.0  # then try another connection; the kernel takes ten seconds to notice a silently dead one
 
@@ -343,13 +341,13 @@ class StreamReader:
         while the database is down."""
         while True:
             try:
-                reading = self._run(read_log, stream.job_id, after=stream.last, limit=PAGE)
+                reading = self._run(read_log, stream.job_id, after=stream.last, limit=CHUNKS_PER_READ)
                 state, chunks = await within(READ_SECONDS, reading)
             except (DBAPIError, PoolTimeout, TimeoutError) as exc:
                 log.warning("stream is waiting for the database: %s", exc.__class__.__name__)
                 await asyncio.sleep(STORAGE_RETRY_SECONDS)
                 continue
-            stream.is_behind |= len(chunks) == PAGE
+            stream.is_behind |= len(chunks) == CHUNKS_PER_READ
             return state, chunks
 
     async def _run(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,1 +1,1 @@
-"""The queue: from a request to a Celery message, and webhooks over HTTP."""
+"""Submission and dispatch: from a request to a committed job and its Celery message; and the webhook HTTP client."""

@@ -1,7 +1,7 @@
-"""Group commit: all submissions that arrive during one accept go into the next one.
+"""Group commit of submissions: all that arrive during one commit go into the next one.
 
-A group is one statement and one COMMIT, so a hundred jobs cost little more than one. Accepted means that COMMIT
-returned.
+A group is one statement and one COMMIT, so a hundred jobs cost little more than one. A job is accepted once that COMMIT
+has returned.
 """
 
 import asyncio
@@ -29,11 +29,11 @@ from storage.job_accept import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome
 log = logging.getLogger(__name__)
 
 MAX_GROUP = 256
-MAX_WAITING = 4_096
+MAX_WAITING = 4_096  # submissions
 NUM_FLUSHERS = 2  # one prepares while the other waits for the disk
 NUM_RETRIES = 2  # of a group whose COMMIT may or may not have happened
-ANSWER_SECONDS = 5.0
-STALLED_SECONDS = 2.0
+ANSWER_SECONDS = 5.0  # the longest that a submission waits for the database
+STALLED_SECONDS = 2.0  # if all flushers have waited this long, submissions are refused at once
 
 _UNREACHABLE = (*OUTAGES, OSError)
 
@@ -52,7 +52,7 @@ class _Flush:
 
 
 class GroupAcceptor:
-    """Accepts jobs in groups. Bound to one event loop; use between `start` and `stop`."""
+    """Accepts jobs in groups. Bound to one event loop; to be used between `start` and `stop`."""
 
     def __init__(
         self,
@@ -70,18 +70,19 @@ class GroupAcceptor:
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._flush_forever(number)) for number in range(NUM_FLUSHERS)]
-        self._tasks.append(asyncio.create_task(self._give_up_on_the_late()))
+        self._tasks.append(asyncio.create_task(self._refuse_overdue()))
 
     async def stop(self) -> None:
-        """Jobs still waiting are refused as unavailable; their clients retry elsewhere."""
+        """Waiting submissions are refused with StorageUnavailable, so that clients retry with another server."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         while self._waiting:
-            _refuse(self._waiting.popleft(), StorageUnavailable("this server is shutting down; retry"))
+            _refuse(self._waiting.popleft(), StorageUnavailable("this server is shutting down; retry in a moment"))
 
     async def accept(self, new_job: NewJob) -> Accepted:
-        """Returns after the group's COMMIT. Raises ServerOverloaded or StorageUnavailable, at once if already known."""
+        """Returns after the group's COMMIT. Raises ServerOverloaded or StorageUnavailable; at once if the cause is
+        known."""
         self._refuse_hopeless()
         waiting = _Waiting(new_job, asyncio.get_running_loop().create_future(), time.monotonic())
         self._waiting.append(waiting)
@@ -96,8 +97,9 @@ class GroupAcceptor:
         if len(flushes) == NUM_FLUSHERS and all(flush.since < stalled_since for flush in flushes):
             raise StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=5)
 
-    async def _give_up_on_the_late(self) -> None:
-        """Answer those whom a hanging database keeps waiting. Checking all at once costs less than a timer each."""
+    async def _refuse_overdue(self) -> None:
+        """Refuse submissions that a hanging database keeps waiting. One periodic check costs less than a timer for
+        each."""
         while True:
             await asyncio.sleep(ANSWER_SECONDS / 10)
             too_old = time.monotonic() - ANSWER_SECONDS
@@ -135,7 +137,7 @@ class GroupAcceptor:
         try:
             outcomes = await self._accept_surely([waiting.new_job for waiting in group])
         except _UNREACHABLE as exc:
-            log.warning("submissions refused, the database is unavailable", extra={"reason": describe_exception(exc)})
+            log.warning("submissions refused: the database is unavailable", extra={"reason": describe_exception(exc)})
             _refuse_all(group, _unconfirmed())
         except DBAPIError:
             await self._flush_halves(group)
@@ -155,8 +157,8 @@ class GroupAcceptor:
         await self._flush(group[middle:])
 
     async def _accept_surely(self, new_jobs: list[NewJob]) -> list[Accepted]:
-        """Accept, and repeat if the connection broke: the ids are the same, so what was committed is found, not
-        duplicated. The first break may be that of a connection lost while idle."""
+        """Accept, and retry if the connection breaks. The ids are the same, so jobs that were committed are found, not
+        duplicated. Retried more than once, as the first error may be that of a connection lost while idle."""
         for _ in range(NUM_RETRIES):
             with contextlib.suppress(*OUTAGES):
                 return await self._accept(new_jobs)
@@ -190,7 +192,7 @@ async def open_acceptor(settings: Settings) -> AsyncIterator[GroupAcceptor]:
 
 
 def _as_first_time(job_id: UUID, accepted: Accepted) -> Accepted:
-    """A job that duplicates itself was accepted by the attempt whose answer was lost."""
+    """A job that is a duplicate of itself was accepted by an earlier try, whose answer was lost."""
     if accepted.outcome is AcceptOutcome.DUPLICATE and accepted.job_id == job_id:
         return Accepted(job_id, AcceptOutcome.ACCEPTED, datetime.now(UTC))
     return accepted
@@ -198,8 +200,8 @@ def _as_first_time(job_id: UUID, accepted: Accepted) -> Accepted:
 
 def _unconfirmed() -> StorageUnavailable:
     return StorageUnavailable(
-        "the database did not confirm the job, which may have been accepted or not; "
-        "retry with the same Idempotency-Key to get it once",
+        "the database did not confirm whether the job was accepted; "
+        "retry with the same Idempotency-Key to have it accepted exactly once",
         retry_after_seconds=2,
     )
 

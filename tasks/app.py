@@ -1,7 +1,7 @@
-"""The Celery app: one object for workers, API, Flower and the command line, its control commands and its task.
+"""The Celery app for workers, the API, Flower and the command line, with its control commands and its one task.
 
-All of them share every broker option. Nothing here reaches torch or `gpu_worker`: the worker's own app module decides
-what runs a GPU task.
+All of them share every broker option. This module imports neither torch nor `gpu_worker`: the worker's own app module
+decides what runs a GPU task.
 
 The control commands (`celery -A tasks.app control|inspect`) are registered here because the command line only knows
 those of its app; the worker's pool answers them. The runner records a drain in SQL, so a lost message does not leave a
@@ -33,7 +33,7 @@ logger = get_logger(__name__)
 
 @inspect_command()
 def engine_stats(state: Any, **_: Any) -> dict[str, Any]:
-    """Figures of the engine."""
+    """Statistics of the engine."""
     pool = state.consumer.pool
     if not hasattr(pool, "engine_figures"):
         return _NO_ENGINE
@@ -43,7 +43,7 @@ def engine_stats(state: Any, **_: Any) -> dict[str, Any]:
 
 @control_command(args=[("exit", int), ("seconds", float)], signature="[exit=0 [seconds=CELERIAC_DRAIN_SECONDS]]")
 def engine_drain(state: Any, exit: int = 0, seconds: float | None = None, **_: Any) -> dict[str, str]:
-    """Accept no new jobs and let the running ones end; with exit=1, then end the worker.
+    """Take no new jobs and let the running ones finish; with exit=1, then stop the worker.
 
     Without exit=1 the order stays in force for the worker's name until engine_resume, even across restarts."""
     pool = state.consumer.pool
@@ -53,23 +53,23 @@ def engine_drain(state: Any, exit: int = 0, seconds: float | None = None, **_: A
     if exit:
         pool.worker_exit.drain("the engine_drain command", release_after_seconds=release_after_seconds)
     else:
-        logger.warning("draining on the engine_drain command: running jobs have %.0f seconds", release_after_seconds)
+        logger.warning("draining on the engine_drain command; running jobs have %.0f seconds", release_after_seconds)
         pool.runner.order_drain(release_after_seconds=release_after_seconds)
     return {"ok": "draining"}
 
 
 @control_command()
 def engine_resume(state: Any, **_: Any) -> dict[str, str]:
-    """Accept jobs again after engine_drain."""
+    """Take jobs again after engine_drain."""
     pool = state.consumer.pool
     if not hasattr(pool, "engine_figures"):
         return _NO_ENGINE
-    logger.warning("taking jobs again after the engine_resume command")
+    logger.warning("taking jobs again on the engine_resume command")
     pool.runner.order_resume()
     return {"ok": "taking jobs"}
 
 
-_NO_ENGINE = {"error": "this worker has no engine; name one that has with -d NAME"}
+_NO_ENGINE = {"error": "this worker has no engine; choose one that has one with -d NAME"}
 
 
 # A message is claimed and acked within seconds, so an unacked one of a dead worker may return early. The same in every
@@ -99,16 +99,16 @@ def make_app(settings: Settings) -> Celery:
 
 
 class NoResults(DisabledBackend):
-    """Results are SQL's. A revoke asks for the task's state before it writes one; stock raises, and the worker logs a
-    warning for every job that is cancelled."""
+    """Results are in SQL. A revoke reads the task's state before it writes one; Celery's DisabledBackend raises, and
+    the worker then logs a warning for every cancelled job."""
 
     def get_state(self, task_id: str) -> str:
         return str(states.STARTED)  # Celery leaves the end of this state to the code that runs the task
 
 
 class BrokerInStats(bootsteps.StartStopStep):
-    """The broker's part of `inspect stats`, which Flower shows: kombu reports the whole URL of a Unix socket, with its
-    password, as host name."""
+    """The broker's part of `inspect stats`, which Flower shows. For a Unix socket, kombu reports the whole URL as the
+    host name, including the password."""
 
     requires = (Connection,)
 
@@ -130,7 +130,7 @@ _SAFETY = {
     "accept_content": ["json"],
     "event_serializer": "json",
     "task_create_missing_queues": False,
-    # Results, retries and schedules are SQL's.
+    # Results, retries and schedules are in SQL.
     "result_backend": None,
     "task_ignore_result": True,
     "task_send_sent_event": False,
@@ -157,7 +157,7 @@ _TRANSPORT = {
 }
 
 _WORKER = {
-    "task_acks_late": False,  # acked when the SQL claim committed: from then on the lease protects the job
+    "task_acks_late": False,  # acked once the claim is committed in SQL: from then on the lease protects the job
     "worker_prefetch_multiplier": 1,
     "worker_enable_prefetch_count_reduction": False,
     "worker_disable_rate_limits": True,  # a limit set in Flower would hold deliveries in memory
@@ -173,15 +173,17 @@ _LOGGERS_OF_EVERY_TASK = ("celery.worker.strategy", "celery.app.trace")
 
 @signals.celeryd_init.connect
 def _begin_the_log(instance: Any, **_: object) -> None:
-    """Suppress what Celery prints before it sets up logging: a banner and a warning."""
+    """Suppress the banner and the warning that Celery prints before it sets up logging."""
     instance.quiet = True
-    warnings.simplefilter("ignore", SecurityWarning)  # about workers of root that read pickles; ours only reads JSON
-    log_as_every_process_does()
+    warnings.simplefilter(
+        "ignore", SecurityWarning
+    )  # about workers that run as root and accept pickles; ours accept only JSON
+    use_our_logging()
 
 
 @signals.setup_logging.connect
-def log_as_every_process_does(**_: object) -> None:
-    """From now on log every line of this process in our format."""
+def use_our_logging(**_: object) -> None:
+    """Send all logging of this process to our handler, in the configured format."""
     settings = get_settings()
     configure_logging(settings.log_level, settings.log_format)
     for name in _LOGGERS_OF_EVERY_TASK:
@@ -192,7 +194,7 @@ app = make_app(get_settings())
 
 
 class WrongWorker(RuntimeError):
-    """A generation reached a worker that has no engine."""
+    """A generation task reached a worker that has no engine."""
 
 
 @app.task(name=GENERATE, bind=True)

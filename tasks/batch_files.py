@@ -1,4 +1,4 @@
-"""The lines of a batch: found in the input file, written to the output files."""
+"""Batch files: splitting the input file into lines, and writing the lines of the output and error files."""
 
 import hashlib
 from codecs import BOM_UTF8
@@ -20,20 +20,20 @@ from storage.files import Batch
 from text.models import ModelViews
 
 LINES_PER_READ = 50
-BYTES_PER_READ = 4_194_304  # bytes of results; logprobs and vectors can take megabytes
-PREFIX_CHARS = 512
+BYTES_PER_READ = 4_194_304  # of results; logprobs and vectors can take megabytes
+PREFIX_CHARS = 512  # of the first message, unless it is a system message, or of the prompt
 #: Characters that some programs (and Python's `splitlines`) treat as line breaks, and their JSON escapes.
 SEPARATORS = {"\x85".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
 
 ENDED_BADLY = {
-    LineOutcome.EXPIRED: ("batch_expired", "the completion window closed before this line was done"),
+    LineOutcome.EXPIRED: ("batch_expired", "the completion window ended before this line was done"),
     LineOutcome.CANCELLED: ("batch_cancelled", "the batch was cancelled before this line was done"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class FoundLine:
-    """A line without its line break, and where it begins. `content` is None if it is too long to be read."""
+    """A line without its line break, with its offsets in the file. `content` is None if the line is too long."""
 
     first_byte: int
     content: bytes | None
@@ -41,8 +41,8 @@ class FoundLine:
 
 
 def split_lines(parts: Iterator[bytes], first_byte: int) -> Iterator[FoundLine]:
-    """The lines of a file from `first_byte`, the start of a line; the last line need not end in a line break. At most
-    MAX_LINE_BYTES of a line are held. A byte order mark is skipped."""
+    """The lines of a file from `first_byte`, the start of a line. The last line need not end in a line break. At most
+    MAX_LINE_BYTES of a line are kept in memory. A byte order mark is skipped."""
     for number, line in enumerate(_split(parts, first_byte)):
         if number or line.first_byte or line.content is None or not line.content.startswith(BOM_UTF8):
             yield line
@@ -67,8 +67,8 @@ def _split(parts: Iterator[bytes], first_byte: int) -> Iterator[FoundLine]:
 
 
 def prefix_hash(request: JobRequest) -> int:
-    """Equal for requests with the same beginning, so that they run one after another and hit each other's prefix in the
-    cache. Signed, 64 bits. Embeddings do not use the cache, so their lines run in file order."""
+    """Equal for requests with the same beginning, so that they run one after another and share a cached prefix. A
+    signed 64-bit integer. Embeddings do not use the cache, so their lines run in file order."""
     if not isinstance(request, GenerationRequest):
         return 0
     if request.messages is not None:
@@ -81,19 +81,20 @@ def prefix_hash(request: JobRequest) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AnsweredLine:
-    """A line that has ended, with its request if that is needed to write the answer."""
+    """A line that has ended, with its request as bytes if writing the answer needs it."""
 
     ended: EndedLine
     asked: bytes | None
 
 
 def write_line(batch: Batch, line: AnsweredLine, views: ModelViews) -> bytes:
-    """A line of the output or error file. Slow, and needs no session: do not hold a transaction open meanwhile."""
+    """Encode a line of the output or error file. Slow and needs no session, so do not hold a transaction open
+    meanwhile."""
     ended = line.ended
     response, error = _response(batch, ended, line.asked, views), None
     if response is None:
         outcome = LineOutcome(ended.line.outcome or LineOutcome.CANCELLED)
-        code, message = ENDED_BADLY.get(outcome, ("job_deleted", "its job was deleted before it was read"))
+        code, message = ENDED_BADLY.get(outcome, ("job_deleted", "the job was deleted before its result was read"))
         error = {"code": code, "message": message}
     id_ = ended.line.job_id or line_id(batch.id, ended.line.line)
     written = {
@@ -109,7 +110,7 @@ def write_line(batch: Batch, line: AnsweredLine, views: ModelViews) -> bytes:
 
 
 def _response(batch: Batch, ended: EndedLine, asked: bytes | None, views: ModelViews) -> dict[str, object] | None:
-    """None: there was no answer."""
+    """The response of a line; None if it has none."""
     if ended.line.refusal is not None:
         return _refused(ended.line.refusal, external_id(line_id(batch.id, ended.line.line), "batch_req"))
     if ended.record is None or ended.line.outcome in ENDED_BADLY:
@@ -135,7 +136,8 @@ def line_id(batch_id: UUID, line: int) -> UUID:
 
 
 def read_ended(session: Session, batch: Batch, *, after: int, is_completed: bool | None = None) -> list[AnsweredLine]:
-    """As many ended lines after `after` as are written at once, with their requests from the input file."""
+    """The next ended lines after line `after`, as many as are written at once, with their requests from the input
+    file."""
     ended = batches.ended_lines(
         session, batch.id, after=after, limit=LINES_PER_READ, max_bytes=BYTES_PER_READ, is_completed=is_completed
     )

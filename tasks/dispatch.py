@@ -1,8 +1,9 @@
 """Hands queued jobs to Celery: a bounded window of messages per queue, fairest first.
 
-The backlog stays in SQL, so that fairness, priority, cancel and deadline are decided as late as possible. Called after
-accept (API, by `Dispatcher.nudge`), after a job's end (GPU worker) and by the janitor (both by `dispatch`). The commit
-comes first, then the push: what is lost in between becomes due again and the janitor sends it.
+The backlog stays in SQL, so that fairness, priority, cancellation and deadlines are decided as late as possible. The
+API dispatches after an accept (`Dispatcher.nudge`); GPU workers after the end of a job and the janitor periodically
+(`dispatch`). The commit comes before the push: a job whose message is lost in between becomes due again, and the
+janitor sends it.
 """
 
 import asyncio
@@ -35,19 +36,19 @@ from tasks.messages import (
 
 log = logging.getLogger(__name__)
 
-BROKER_DEADLINE_SECONDS = 0.5
-FULL_WINDOW_SECONDS = 0.25
+BROKER_DEADLINE_SECONDS = 0.5  # for one round trip to Redis
+FULL_WINDOW_SECONDS = 0.25  # before a full window is checked again
 
 
 def room(settings: Settings, *, num_live_slots: int, num_waiting: int) -> int:
-    """How many more messages a queue may hold: enough to keep slots busy, few enough to decide late."""
+    """How many more messages a queue may hold: enough to keep the slots busy, few enough to decide late."""
     window = max(settings.dispatch_window_min, math.ceil(settings.dispatch_window_factor * num_live_slots))
     return max(window - num_waiting, 0)
 
 
 def batch_share(settings: Settings, num_live_slots: int) -> int:
-    """How many slots batch lines may hold, including lines on their way to one. The rest is kept for live requests; a
-    single slot is shared."""
+    """How many slots batch lines may take, including lines on their way to a slot. The rest is reserved for live
+    requests; a single slot is shared."""
     return min(num_live_slots, max(1, math.floor(num_live_slots * (1 - settings.batch_reserve))))
 
 
@@ -63,8 +64,8 @@ def dispatch(sessions: sessionmaker[Session], client: redis.Redis, spec: ModelEn
             share = batch_share(settings, num_live_slots)
             job_ids += _dispatch_batch_lines(session, spec.id, share=share, free=free - len(job_ids))
     finally:
-        # Push even if the answer to the commit was lost: jobs marked but not sent would wait for their next turn, while
-        # a surplus message is dropped.
+        # Push even if the answer to the commit was lost: jobs marked as sent but not sent would have to wait until they
+        # are due again, while a surplus message is just dropped.
         push(client, spec.queue, job_ids)
     return len(job_ids)
 
@@ -96,7 +97,7 @@ def push(client: redis.Redis, queue: str, job_ids: Sequence[UUID]) -> None:
 
 
 class Dispatcher:
-    """The API's dispatch, which requests never wait for. Per model at most one runs and one more is due after it."""
+    """The API's dispatch, for which requests never wait. Per model, at most one runs and one more is pending."""
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class Dispatcher:
         self._full: set[str] = set()  # models whose window had no room when last checked
 
     def nudge(self, model: str) -> None:
-        """Jobs of this model were accepted: fill its window soon. Returns at once and never raises; event loop only."""
+        """Fill this model's window soon, as jobs were accepted. Returns at once and never raises; event loop only."""
         if model in self._running:
             self._wanted_again.add(model)
             return
@@ -123,17 +124,17 @@ class Dispatcher:
         self._start(self._dispatch_while_wanted(self._catalog.entry_of(model)))
 
     def revoke_running(self, job_id: UUID) -> None:
-        """Tell all workers of a cancel that is already in SQL, so that it takes effect within a step instead of at the
-        next chunk commit. Best effort; returns at once; event loop only."""
+        """Notify all workers of a cancellation that is already in SQL, so that it takes effect within a step instead of
+        at the next chunk commit. Best effort; returns at once; event loop only."""
         self._start(self._publish_revoke(job_id))
 
     async def aclose(self) -> None:
-        """Wait for started dispatches, which the timeouts of broker and database bound."""
+        """Wait for dispatches in progress, which are bounded by the timeouts of the broker and the database."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def dispatch(self, spec: ModelEntry) -> int:
-        """As the function `dispatch`, but without batch lines, which nobody is waiting for. Also raises TimeoutError if
-        the broker does not answer in time."""
+        """Like the function `dispatch`, but without batch lines, for which nobody is waiting. Also raises TimeoutError
+        if the broker does not answer in time."""
         num_waiting, num_live_slots = await asyncio.gather(self._count_waiting(spec), self._count_live_slots(spec))
         free = room(self._settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
         (self._full.discard if free else self._full.add)(spec.id)
@@ -170,9 +171,9 @@ class Dispatcher:
                 try:
                     await self.dispatch(spec)
                 except (*REDIS_OUTAGES, SQLAlchemyError) as exc:
-                    log.warning("dispatch failed, the janitor will retry: %s", type(exc).__name__)
+                    log.warning("dispatch failed; the janitor will retry: %s", type(exc).__name__)
                 if spec.id in self._full:
-                    # Checking at every accept would cost more than accepting; whatever makes room dispatches as well.
+                    # Checking after every accept would cost more than accepting. Whatever makes room dispatches, too.
                     await asyncio.sleep(FULL_WINDOW_SECONDS)
                 if spec.id not in self._wanted_again:
                     return
@@ -185,11 +186,11 @@ class Dispatcher:
             async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
                 await self._client.publish(revoke_channel(database), revoke_message([job_id]))
         except REDIS_OUTAGES as exc:
-            log.warning("revoke not broadcast, the worker will read it in SQL: %s", type(exc).__name__)
+            log.warning("could not broadcast a revoke; the worker will read it in SQL: %s", type(exc).__name__)
 
     def _start(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)  # the loop keeps only weak references
+        self._tasks.add(task)  # the event loop keeps only weak references
         task.add_done_callback(self._tasks.discard)
 
 

@@ -1,7 +1,8 @@
 """Flower behind the API's host and origin checks: `celery -A tasks.flower flower` instead of `-A tasks.app`.
 
-Flower cancels jobs and stops workers. It checks the origin of its own POSTs, but not of reads, and not the host name. A
-browser sends the password of FLOWER_BASIC_AUTH along whichever page asks, so origins matter there, too.
+Flower can cancel jobs and stop workers. It checks the origin of its own POSTs, but neither that of reads nor the host
+name. A browser sends the password of FLOWER_BASIC_AUTH with the requests of any page, so with a password origins still
+matter.
 """
 
 import os
@@ -11,9 +12,9 @@ from flower.app import Flower
 from tornado.httputil import HTTPMessageDelegate, HTTPServerRequest
 from tornado.web import Application, RequestHandler
 
-from domain.addresses import Door
+from domain.addresses import OriginPolicy
 from settings import get_settings
-from tasks.app import app, log_as_every_process_does
+from tasks.app import app, use_our_logging
 
 __all__ = ["app"]
 
@@ -30,11 +31,13 @@ class Refused(RequestHandler):
 def find_handler(flower: Flower, request: HTTPServerRequest, **options: Any) -> HTTPMessageDelegate:
     """Tornado calls this for every request, before any of Flower's routes."""
     settings = get_settings()
-    door = Door(settings.allowed_host_names, settings.cors_origin_list)
+    policy = OriginPolicy(settings.allowed_host_names, settings.cors_origin_list)
     headers = {name.lower(): value for name, value in request.headers.items()}
-    reason = door.refusal_of_page(request.method or "", headers)
-    if reason is None and not os.environ.get("FLOWER_BASIC_AUTH"):  # a rebound name gets no password
-        reason = door.refusal_of_host(headers)
+    reason = policy.refusal_of_page(request.method or "", headers)
+    if reason is None and not os.environ.get(
+        "FLOWER_BASIC_AUTH"
+    ):  # with a password, DNS rebinding gains nothing: browsers send it to no other name
+        reason = policy.refusal_of_host(headers)
     if reason is None:
         handler: HTTPMessageDelegate = Application.find_handler(flower, request, **options)
         return handler
@@ -42,5 +45,5 @@ def find_handler(flower: Flower, request: HTTPServerRequest, **options: Any) -> 
     return delegate
 
 
-log_as_every_process_does()  # before Tornado sets up its own coloured logs
+use_our_logging()  # before Tornado sets up its own coloured logs
 Flower.find_handler = find_handler

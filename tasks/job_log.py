@@ -1,8 +1,8 @@
-"""The life of a job in logs and metrics: one INFO line and one count per step, by the process that made it.
+"""The life of a job in logs and metrics: one INFO line and one count per transition, by the process that made it.
 
-Both follow the step's commit. `grep JOB_ID` over the logs of all processes tells the story. Every line has `job_id`
-and, if the job came by HTTP, the `request_id` of that request, which is kept in SQL. Lines never contain a prompt, an
-output or a key.
+Both follow the transition's commit. `grep JOB_ID` over the logs of all processes shows a job's history. Every line has
+`job_id` and, if the job was submitted over HTTP, the `request_id` of that request, which is stored in SQL. Lines never
+contain a prompt, an output or a key.
 """
 
 import logging
@@ -26,7 +26,7 @@ from storage.jobs import ClaimedJob, Finalisation, Restarted, Returned
 
 logger = logging.getLogger("celeriac.jobs")
 
-#: For completed jobs that of the first sequence; for embeddings `stop`.
+#: The finish reason by status. Completed jobs have that of their first sequence, or `stop` for embeddings.
 REASON_BY_STATUS = {
     JobStatus.FAILED: FinishReason.ERROR,
     JobStatus.CANCELLED: FinishReason.CANCELLED,
@@ -41,7 +41,8 @@ VERB_BY_OUTCOME = {
 
 
 def begin(models: Iterable[str], outcomes: Iterable[AttemptOutcome]) -> None:
-    """Start the counters of this process at 0: an alert on an increase would miss one that starts at 1."""
+    """Create the counters of this process at 0: an alert on an increase would miss a counter that first appears as
+    1."""
     for model in models:
         labelled(jobs_finished_total, model, JobStatus.COMPLETED.value, FinishReason.STOP.value)
         labelled(jobs_finished_total, model, JobStatus.COMPLETED.value, FinishReason.LENGTH.value)
@@ -52,7 +53,7 @@ def begin(models: Iterable[str], outcomes: Iterable[AttemptOutcome]) -> None:
 
 
 def submitted(model: str, outcome: str) -> None:
-    """A submission without a new job: `outcome` is `duplicate` or the code of the refusal."""
+    """Count a submission. `outcome` is `accepted`, `duplicate` or the code of the refusal."""
     labelled(jobs_submitted_total, model, outcome).inc()
 
 
@@ -61,7 +62,7 @@ def accepted(new_job: NewJob) -> None:
     submitted(request.model, AcceptOutcome.ACCEPTED.value)
     labelled(submitted_prompt_tokens_total, request.model).inc(len(new_job.prompt_token_ids))
     facts = {"model": request.model, "kind": request.kind, "prompt_tokens": len(new_job.prompt_token_ids)}
-    _tell("accepted", new_job.id, new_job.request_id, facts | {"max_tokens": new_job.max_tokens})
+    _log("accepted", new_job.id, new_job.request_id, facts | {"max_tokens": new_job.max_tokens})
 
 
 def claimed(jobs: Iterable[ClaimedJob], worker: str) -> None:
@@ -69,17 +70,17 @@ def claimed(jobs: Iterable[ClaimedJob], worker: str) -> None:
         if job.attempt == 1:
             labelled(jobs_queue_seconds, job.request.model).observe(job.seconds_since_accept)
         facts = {"worker": worker, "attempt": job.attempt, "model": job.request.model, "lane": job.lane.value}
-        _tell("claimed", job.id, job.request_id, facts | {"tokens": job.num_committed_tokens})
+        _log("claimed", job.id, job.request_id, facts | {"tokens": job.num_committed_tokens})
 
 
 def first_token(job: ClaimedJob, *, seconds: float) -> None:
-    """`seconds` since the claim."""
+    """The first token was committed, `seconds` after the claim."""
     labelled(time_to_first_token_seconds, job.request.model).observe(job.seconds_since_accept + seconds)
-    _tell("first token", job.id, job.request_id, {"attempt": job.attempt, "seconds": round(seconds, 3)})
+    _log("first token", job.id, job.request_id, {"attempt": job.attempt, "seconds": round(seconds, 3)})
 
 
 def ended(job: ClaimedJob, ending: Finalisation, *, num_tokens: int, seconds: float) -> None:
-    """The worker that had claimed the job ended it, `seconds` after the claim."""
+    """The worker that had claimed the job finished it, `seconds` after the claim."""
     model = job.request.model
     _count_end(model, ending.status, ending.finish_reason or FinishReason.STOP)
     if ending.status is JobStatus.COMPLETED:
@@ -87,7 +88,7 @@ def ended(job: ClaimedJob, ending: Finalisation, *, num_tokens: int, seconds: fl
         labelled(jobs_latency_seconds, model).observe(job.seconds_since_accept + seconds)
     facts: dict[str, object] = {"status": ending.status.value, "attempt": job.attempt, "tokens": num_tokens}
     facts |= {"seconds": round(seconds, 3)} | ({"code": ending.error.code} if ending.error is not None else {})
-    _tell("ended", job.id, job.request_id, facts)
+    _log("ended", job.id, job.request_id, facts)
 
 
 def returned(outcome: AttemptOutcome, jobs: Iterable[Returned]) -> None:
@@ -95,17 +96,17 @@ def returned(outcome: AttemptOutcome, jobs: Iterable[Returned]) -> None:
     for job in jobs:
         labelled(jobs_returned_total, job.model, outcome.value).inc()
         facts: dict[str, object] = {"attempt": job.attempt, "tokens": job.num_tokens}
-        _tell(VERB_BY_OUTCOME[outcome], job.job_id, job.request_id, facts)
+        _log(VERB_BY_OUTCOME[outcome], job.job_id, job.request_id, facts)
         if job.status.is_terminal:
-            ends([job])
+            ended_without_worker([job])
 
 
-def ends(jobs: Iterable[Returned]) -> None:
-    """Jobs that ended without a worker, `seconds` after they were accepted."""
+def ended_without_worker(jobs: Iterable[Returned]) -> None:
+    """Jobs that ended without a worker. Their `seconds` are those since acceptance."""
     for job in jobs:
         _count_end(job.model, job.status, FinishReason.STOP)
         facts: dict[str, object] = {"status": job.status.value, "attempt": job.attempt, "tokens": job.num_tokens}
-        _tell("ended", job.job_id, job.request_id, facts | {"seconds": round(job.seconds, 3)})
+        _log("ended", job.job_id, job.request_id, facts | {"seconds": round(job.seconds, 3)})
 
 
 def _count_end(model: str, status: JobStatus, reason: FinishReason) -> None:
@@ -115,10 +116,10 @@ def _count_end(model: str, status: JobStatus, reason: FinishReason) -> None:
 def restarted(jobs: Iterable[Restarted], model_revision: str) -> None:
     for job in jobs:
         facts = {"attempt": job.attempt, "discarded_tokens": job.num_tokens, "model_revision": model_revision}
-        _tell("starts over, its model revision is no longer served", job.job_id, job.request_id, facts)
+        _log("starts over, its model revision is no longer served", job.job_id, job.request_id, facts)
 
 
-def _tell(what: str, job_id: UUID, request_id: str | None, facts: dict[str, object]) -> None:
+def _log(what: str, job_id: UUID, request_id: str | None, facts: dict[str, object]) -> None:
     if not logger.isEnabledFor(logging.INFO):
         return
     ids: dict[str, object] = {"job_id": external_id(job_id)}

@@ -1,9 +1,9 @@
-"""Celery messages built by hand: what Celery itself would send, at a tenth of the cost.
+"""Celery messages built by hand: identical to what Celery would send, at a tenth of the cost.
 
 A message only carries a job id; everything else about the job is in SQL. `tests/unit/test_messages.py` compares every
 key with Celery's own messages at the pinned versions.
 
-Redis keys (the broker's database; `queue` is `ModelSpec.queue`)
+Redis keys (in the broker's database; `queue` is `ModelEntry.queue`)
 | name                           | type    | lifetime                   | writer                  | reader      |
 |--------------------------------|---------|----------------------------|-------------------------|-------------|
 | {queue}, {queue}\\x06\\x16{step} | list    | until claimed              | dispatch, Celery        | GPU workers |
@@ -22,7 +22,7 @@ from domain.jobs import external_id
 
 GENERATE = "celeriac.generate"
 PRIORITY_STEPS = (0, 3, 6, 9)  # one list per step and queue; 0 is served first
-MAX_RINGS = 64  # more would wake workers for nothing
+MAX_RINGS = 64  # more would only wake workers needlessly
 
 _SEPARATOR = "\x06\x16"
 _NO_ARGUMENTS: tuple[object, ...] = ((), {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
@@ -75,7 +75,7 @@ def generate_message(job_id: UUID, queue: str, *, priority: int = 0) -> str:
         "delivery_info": {"exchange": "", "routing_key": queue},
         "priority": priority,
         "body_encoding": "base64",
-        "delivery_tag": str(uuid4()),  # fresh for every message: kombu keeps unacked messages by it
+        "delivery_tag": str(uuid4()),  # unique per message: the key under which kombu keeps unacked messages
     }
     return json.dumps(
         {
@@ -89,12 +89,12 @@ def generate_message(job_id: UUID, queue: str, *, priority: int = 0) -> str:
 
 
 def revoke_channel(database: int) -> str:
-    """The channel on which all workers hear remote control; pub/sub ignores databases, so the name holds the number."""
+    """The channel of all workers' remote control. Pub/sub ignores databases, so the name has the database number."""
     return f"/{database}.celery.pidbox"
 
 
 def revoke_message(job_ids: Sequence[UUID]) -> str:
-    """The broadcast of `celery control revoke --terminate`: it makes a cancel known before the next chunk commit."""
+    """The broadcast of `celery control revoke --terminate`, so that workers learn of a cancellation at once."""
     command = {
         "method": "revoke",
         "arguments": {"task_id": [external_id(job_id) for job_id in job_ids], "terminate": True, "signal": "SIGTERM"},

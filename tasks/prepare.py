@@ -1,7 +1,7 @@
-"""A request made complete: checked, tokenized, its defaults filled in, its grammar compiled.
+"""Prepares requests for acceptance: checks limits, tokenizes, fills in defaults and compiles grammars.
 
-Used for live requests and batch lines. Defaults are filled in here, so that a default that changes later does not
-change accepted jobs. Prompts are tokenized off the event loop, bounded in length, in time and in how many wait.
+Used for live requests and batch lines. Defaults are filled in here, so that later changes to them do not affect
+accepted jobs. Prompts are tokenized off the event loop, with limits on length, time and the number that wait.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ DEFAULT_MAX_TOKENS = 4_096  # if neither request nor model sets one; less if the
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A complete request, counted in tokens."""
+    """A complete request, with its prompt as tokens."""
 
     request: JobRequest
     prompt_token_ids: list[int]
@@ -43,15 +43,16 @@ class PreparedRequest:
 
 
 def refuse_ungenerable(view: ModelView) -> None:
+    """Raises UnsupportedParameter for a model that cannot generate text."""
     if view.spec.task == "embedding":
         raise UnsupportedParameter(
-            f"{view.spec.id} only makes embeddings; send inputs, or choose a model that generates text",
+            f"{view.spec.id} is an embedding model; send inputs, or choose a model that generates text",
             param="model",
         )
 
 
 def prepare_generation(request: GenerationRequest, view: ModelView, prompt_token_ids: list[int]) -> PreparedRequest:
-    """Raises if a limit is exceeded. Does not check whether its grammar can be followed."""
+    """Raises InvalidRequest if a limit is exceeded. Does not check the grammar."""
     resolved = resolve_params(request, view, len(prompt_token_ids))
     assert resolved.max_tokens is not None
     assert resolved.seed is not None
@@ -75,7 +76,7 @@ def prepare_embedding(request: EmbeddingRequest, view: ModelView, inputs: list[l
 
 
 def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> SamplingParams:
-    """The parameters with every default filled in. Raises if a limit is exceeded."""
+    """The parameters with every default filled in. Raises InvalidRequest if a limit is exceeded."""
     params = request.params
     _refuse_endless_structure(params)
     _refuse_unknown_tokens(params, view)
@@ -84,7 +85,7 @@ def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_token
     max_tokens = _resolve_max_tokens(request, view, num_prompt_tokens)
     if params.min_tokens > max_tokens:
         raise InvalidRequest(
-            f"params.min_tokens is {params.min_tokens} but only {max_tokens} tokens fit; lower it",
+            f"params.min_tokens is {params.min_tokens} but max_tokens is {max_tokens}; lower it",
             param="params.min_tokens",
         )
     defaults, given = view.defaults, params.model_fields_set
@@ -110,17 +111,17 @@ def _resolve_max_tokens(request: GenerationRequest, view: ModelView, num_prompt_
     source = request.source
     asked = request.params.max_tokens
     room = view.max_model_len - num_prompt_tokens
-    holds = f"{view.spec.id} holds {view.max_model_len} tokens, prompt and output together"
+    context = f"{view.spec.id} has a context of {view.max_model_len} tokens for prompt and output together"
     if num_prompt_tokens == 0:
         raise InvalidRequest(f"{source} has no tokens; send some text", param=source)
     if room < (0 if asked == 0 else 1):
         raise ContextLengthExceeded(
-            f"{source} has {num_prompt_tokens} tokens but {holds}; shorten it by at least {1 - room} tokens",
+            f"{source} has {num_prompt_tokens} tokens but {context}; shorten it by at least {1 - room} tokens",
             param=source,
         )
     if asked is not None and asked > room:
         raise ContextLengthExceeded(
-            f"{source} has {num_prompt_tokens} tokens and max_tokens is {asked}, but {holds}; "
+            f"{source} has {num_prompt_tokens} tokens and max_tokens is {asked}, but {context}; "
             f"lower max_tokens to {room} or shorten the prompt",
             param="params.max_tokens",
         )
@@ -130,7 +131,7 @@ def _resolve_max_tokens(request: GenerationRequest, view: ModelView, num_prompt_
 def _refuse_endless_structure(params: SamplingParams) -> None:
     if params.structured_output is not None and params.ignore_eos:
         raise InvalidRequest(
-            "params.ignore_eos is true, but a structured output ends where its grammar does; leave out one of the two",
+            "params.ignore_eos is true, but structured output ends where its grammar does; leave out one of the two",
             param="params.ignore_eos",
         )
 
@@ -151,9 +152,9 @@ def _refuse_too_many_logprobs(params: SamplingParams, num_prompt_tokens: int) ->
     num_logprobs = num_prompt_tokens * (1 + params.prompt_logprobs)
     if num_logprobs > MAX_PROMPT_LOGPROBS:
         raise InvalidRequest(
-            f"params.prompt_logprobs amounts to {num_logprobs} logprobs for {num_prompt_tokens} prompt tokens, more "
-            f"than "
-            f"{MAX_PROMPT_LOGPROBS}; ask for fewer alternatives, or shorten the prompt",
+            f"params.prompt_logprobs is {params.prompt_logprobs}, which makes {num_logprobs} logprobs for "
+            f"{num_prompt_tokens} prompt tokens, more than {MAX_PROMPT_LOGPROBS}; request fewer alternatives, or "
+            "shorten the prompt",
             param="params.prompt_logprobs",
         )
 
@@ -164,33 +165,34 @@ def _refuse_unknown_tokens(params: SamplingParams, view: ModelView) -> None:
         highest = max(ids, default=0)
         if highest >= view.vocab_size:
             raise InvalidRequest(
-                f"params.{name} names token {highest} but {view.spec.id} has ids 0 to {view.vocab_size - 1}; remove it",
+                f"params.{name} has token {highest} but {view.spec.id} has ids 0 to {view.vocab_size - 1}; remove it",
                 param=f"params.{name}",
             )
     if len(set(params.bad_token_ids)) == view.vocab_size:
         raise InvalidRequest(
-            f"params.bad_token_ids names all {view.vocab_size} tokens of {view.spec.id}; leave some to be drawn",
+            f"params.bad_token_ids has all {view.vocab_size} tokens of {view.spec.id}; leave some out",
             param="params.bad_token_ids",
         )
 
 
 def refuse_unembeddable(request: EmbeddingRequest, view: ModelView) -> None:
-    """Refuse what can be recognised before tokenizing."""
+    """Checks that need no tokenizing. Raises UnsupportedParameter or InvalidRequest."""
     if not view.spec.can_embed:
         raise UnsupportedParameter(
-            f"{view.spec.id} cannot make embeddings: its back end {view.spec.backend!r} does not expose hidden "
-            f"states; choose another model",
+            f"{view.spec.id} cannot make embeddings, as its back end {view.spec.backend!r} does not expose hidden "
+            "states; choose another model",
             param="model",
         )
     width = view.embedding_width
     if request.dimensions is not None and request.dimensions > width:
         raise InvalidRequest(
-            f"dimensions is {request.dimensions} but {view.spec.id} has {width}; lower it", param="dimensions"
+            f"dimensions is {request.dimensions} but the vectors of {view.spec.id} have {width}; lower it",
+            param="dimensions",
         )
     num_numbers = len(request.inputs) * (request.dimensions or width)
     if num_numbers > MAX_NUMBERS:
         raise InvalidRequest(
-            f"the vectors of inputs have {num_numbers} numbers, more than {MAX_NUMBERS} in one job; send fewer",
+            f"the vectors of inputs have {num_numbers} numbers, more than the {MAX_NUMBERS} of one job; send fewer",
             param="inputs",
         )
 
@@ -208,26 +210,27 @@ def _check_lengths(lengths: Sequence[int], view: ModelView) -> None:
             raise InvalidRequest(f"inputs.{place} has no tokens; send some text", param=f"inputs.{place}")
         if length > view.max_model_len:
             raise ContextLengthExceeded(
-                f"inputs.{place} has {length} tokens but {view.spec.id} holds {view.max_model_len}; shorten it",
+                f"inputs.{place} has {length} tokens but {view.spec.id} takes at most {view.max_model_len}; shorten it",
                 param=f"inputs.{place}",
             )
     if sum(lengths) > MAX_INPUT_TOKENS:
         raise InvalidRequest(
-            f"inputs have {sum(lengths)} tokens, more than {MAX_INPUT_TOKENS} in one job; send fewer", param="inputs"
+            f"inputs have {sum(lengths)} tokens in all, more than the {MAX_INPUT_TOKENS} of one job; send fewer",
+            param="inputs",
         )
 
 
-# Ordinary text has three to five characters per token. More than this cannot fit the context and is refused without
-# tokenizing; anything below takes well under a second.
+# Ordinary text has three to five characters per token. A prompt beyond this cannot fit into the context, so it is
+# refused without tokenizing; any other takes well under a second.
 MAX_CHARS_PER_TOKEN = 16
 
 INLINE_CHARS = 2_000  # a third of a millisecond: less than two thread switches cost under load
 
 NUM_THREADS = 2
 
-MAX_WAITING = 128
+MAX_WAITING = 128  # long prompts
 
-TIMEOUT_SECONDS = 10.0
+TIMEOUT_SECONDS = 10.0  # for one prompt, waiting included
 
 Ids = TypeVar("Ids")
 
@@ -272,7 +275,7 @@ class TokenizingPool:
         # A thread cannot be stopped, so an abandoned prompt counts against the limit until its thread is done.
         self._num_waiting -= 1
         if not work.cancelled():
-            work.exception()  # retrieved, so that asyncio does not report an exception that nobody awaited
+            work.exception()  # retrieved, so that asyncio does not report it
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -294,15 +297,14 @@ def refuse_endless_prompt(view: ModelView, request: GenerationRequest, num_chars
     bound = view.max_model_len * MAX_CHARS_PER_TOKEN
     if num_chars > bound:
         raise ContextLengthExceeded(
-            f"the prompt has {num_chars} characters, but {view.spec.id} holds {view.max_model_len} tokens, prompt and "
-            f"output together; shorten it to far less than {bound} characters",
+            f"the prompt has {num_chars} characters but {view.spec.id} has a context of {view.max_model_len} tokens; "
+            f"shorten it to far less than {bound} characters",
             param=request.source,
         )
 
 
 class RequestPreparer:
-    """Turns requests into complete ones. Bound to one event loop; owns the tokenizing threads and the grammar
-    compilers."""
+    """Prepares requests. Bound to one event loop; owns the tokenizing threads and the grammar compilers."""
 
     def __init__(self, views: ModelViews) -> None:
         self._views = views
@@ -310,11 +312,11 @@ class RequestPreparer:
         self._grammar_gate = GrammarGate()
 
     def prepare_grammars(self) -> None:
-        """Start preparing in the background what the models' grammars need. Call again when the models change."""
+        """Start the models' grammar compilers in the background. Call it again when the models change."""
         self._grammar_gate.prepare(self._views.loaded())
 
     async def prepare(self, request: JobRequest, tenant_id: UUID) -> PreparedRequest:
-        """Raises the CeleriacError that says why it cannot become a job."""
+        """Raises the CeleriacError that says why the request cannot become a job."""
         view = self._views.get(request.model)
         refuse_unfit(request, view)
         if isinstance(request, EmbeddingRequest):
@@ -325,7 +327,8 @@ class RequestPreparer:
         return prepared
 
     async def count_prompt_tokens(self, request: GenerationRequest) -> int:
-        """The tokens of a prompt that is not submitted. Raises the CeleriacError that says why it cannot be counted."""
+        """The number of tokens of a prompt, without submitting it. Raises the CeleriacError that says why it is
+        invalid."""
         return len(await self._tokenizing.encode(self._views.get(request.model), request))
 
     async def aclose(self) -> None:
@@ -334,7 +337,7 @@ class RequestPreparer:
 
 
 def refuse_unfit(request: JobRequest, view: ModelView) -> None:
-    """Refuse what can be recognised before tokenizing. Raises UnsupportedParameter or InvalidRequest."""
+    """Checks that need no tokenizing. Raises UnsupportedParameter or InvalidRequest."""
     if isinstance(request, EmbeddingRequest):
         refuse_unembeddable(request, view)
     else:

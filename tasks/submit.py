@@ -1,8 +1,8 @@
-"""How a request becomes a job: prepare it, check its options, have it accepted, then dispatched.
+"""Job submission: prepare the request, check its options, have the job accepted, then dispatched.
 
 Every route that makes a job uses `Submitter.submit`. A batch line is prepared and made (`make_job`) in the same way and
-accepted by its batch, so a job means the same wherever it came from. Resubmitting an ended job makes a new job that
-names the old one and has the same request and defaults.
+accepted by its batch, so a job means the same wherever it comes from. Resubmitting a job that has ended makes a new
+job, which names the old one and has the same request and defaults.
 """
 
 import hashlib
@@ -40,7 +40,8 @@ from text.models import ModelView, ModelViews
 
 
 def request_hash(request: JobRequest, options: JobOptions) -> bytes:
-    """What two submissions under one idempotency key must share: everything requested, before defaults and seed."""
+    """Equal for submissions that may share an idempotency key: covers everything requested, before defaults and
+    seed."""
     asked = _asked(request) | {
         "options": [
             options.priority,
@@ -61,8 +62,8 @@ def _dump(part: BaseModel) -> dict[str, Any]:
 
 
 def fingerprint(model_revision: str, prompt_token_ids: Sequence[int], request: JobRequest) -> bytes:
-    """What makes a request the same for an engine. Identifies a poisonous request if it is sent again. Uses the
-    requested seed, not a drawn one."""
+    """Equal for requests that are the same for an engine, so that a request that crashes engines is recognised when it
+    is sent again. Uses the requested seed, not a drawn one."""
     asked: list[object] = [model_revision, list(prompt_token_ids)]
     if isinstance(request, EmbeddingRequest):
         asked += ["embedding", request.dimensions]
@@ -89,7 +90,7 @@ def _asked(request: JobRequest) -> dict[str, object]:
 
 
 def _schema_text(params: SamplingParams) -> str | None:
-    """The schema as text, because the order of its properties, which sorted keys would hide, is that of the output."""
+    """The schema as text, because the order of its properties matters: it is that of the output."""
     output = params.structured_output
     if output is None or (output.json_schema is None and output.calls is None):
         return None
@@ -100,7 +101,7 @@ def _schema_text(params: SamplingParams) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """`job_id` is an earlier job's if the idempotency key was used before for the same request."""
+    """`job_id` is that of an earlier job if the idempotency key was used for the same request before."""
 
     job_id: UUID
     is_new: bool
@@ -110,7 +111,7 @@ class Submitted:
 
 
 class Submitter:
-    """Takes a validated request to a committed job."""
+    """Turns validated requests into committed jobs."""
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class Submitter:
         self._webhook_guard = TargetGuard(settings)
 
     async def submit(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> Submitted:
-        """Returns once the job is committed. Raises the CeleriacError that says why not."""
+        """Returns once the job is committed. Raises the CeleriacError that says why it was not."""
         view = self._views.get(request.model)
         with counting_refusals(view.spec.id):
             new_job = await self.prepare(tenant_id, request, options)
@@ -140,7 +141,7 @@ class Submitter:
         return self.conclude(new_job, accepted)
 
     def conclude(self, new_job: NewJob, accepted: Accepted) -> Submitted:
-        """The submission was committed: log and count it, and have a new job dispatched."""
+        """Call after the commit: logs and counts the submission, and has a new job dispatched."""
         is_new = accepted.outcome is AcceptOutcome.ACCEPTED
         if is_new:
             job_log.accepted(new_job)
@@ -150,7 +151,8 @@ class Submitter:
         return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job, accepted.room)
 
     async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
-        """The job to accept, every bound checked; nothing is committed. Raises the CeleriacError that says why not."""
+        """The job to be accepted, all limits checked; nothing is committed. Raises the CeleriacError that says what is
+        wrong."""
         view = self._views.get(request.model)
         refuse_impossible_deadline(options)
         webhook_url = await self._check_webhook(options.webhook_url)
@@ -165,11 +167,12 @@ class Submitter:
             raise InvalidRequest(f"webhook: {exc}", param="webhook") from None
 
     def prepare_grammars(self) -> None:
-        """Start preparing in the background what the models' grammars need. Call again when the models change."""
+        """Start the models' grammar compilers in the background. Call it again when the models change."""
         self._preparer.prepare_grammars()
 
     async def count_prompt_tokens(self, request: GenerationRequest) -> int:
-        """The tokens of a prompt that is not submitted. Raises the CeleriacError that says why it cannot be counted."""
+        """The number of tokens of a prompt, without submitting it. Raises the CeleriacError that says why it is
+        invalid."""
         return await self._preparer.count_prompt_tokens(request)
 
     async def aclose(self) -> None:
@@ -178,7 +181,7 @@ class Submitter:
 
 @contextmanager
 def counting_refusals(model: str) -> Iterator[None]:
-    """Count refused submissions for known models; clients could invent any number of other names."""
+    """Count refused submissions, for known models only, as clients could make up any number of names."""
     try:
         yield
     except CeleriacError as exc:
@@ -196,7 +199,7 @@ def make_job(
     settings: Settings,
     webhook_url: str | None = None,
 ) -> NewJob:
-    """`request` is as it was received, `prepared` has every default filled in."""
+    """`request` is the one received; `prepared` has every default filled in."""
     return NewJob(
         id=new_id(),
         tenant_id=tenant_id,
@@ -234,13 +237,13 @@ def raise_refusal(accepted: Accepted, options: JobOptions) -> None:
         )
     if accepted.outcome is AcceptOutcome.POISON:
         raise PoisonRequest(
-            "the same request crashed an engine within the last day and is not run again until then; change the "
-            "prompt or params, or replay its dead letter with allow_poison",
+            "the same request crashed an engine within the last day, so it is not run again for now; change the prompt "
+            "or params, or replay its dead letter with allow_poison",
             param="prompt",
         )
     if accepted.outcome is AcceptOutcome.TOO_MANY_QUEUED:
         raise TooManyQueuedJobs(
-            "your queue is full: the maximum number of your jobs is waiting; retry when some are done",
+            "your queue is full, as the maximum number of your jobs is waiting; retry when some are done",
             retry_after_seconds=5,
         )
 
@@ -248,8 +251,8 @@ def raise_refusal(accepted: Accepted, options: JobOptions) -> None:
 @dataclass(frozen=True, slots=True)
 class Resubmission:
     verb: Literal["retry", "replay"]
-    keeps_output: bool = False  # continue after the committed output if the model is still the same
-    is_poison_allowed: bool = False  # it runs alone then
+    keeps_output: bool = False  # continue after the committed output if its model revision is still served
+    is_poison_allowed: bool = False  # if so, the job runs alone
 
 
 async def resubmit(
@@ -258,16 +261,16 @@ async def resubmit(
     how: Resubmission,
     accept: Callable[[NewJob, bool], Awaitable[Accepted]],
 ) -> Submitted:
-    """Returns once the new job is committed; if an earlier call made one, that one. Raises the CeleriacError that says
-    why not. `record` holds the request of an ended job; `accept(new_job, keeps_output)` commits. The old job's deadline
-    is not taken over, since it belonged to the old job's time."""
+    """Returns once the new job is committed, or the one that an earlier call made. `record` is that of a job that has
+    ended, with its request; `accept(new_job, keeps_output)` commits the new one. The old job's deadline is not carried
+    over, as it has usually passed. Raises the CeleriacError that says why the job was not accepted."""
     assert record.request is not None
     old = record.job
     options = JobOptions(
         priority=old.priority,
         run_timeout_seconds=old.run_timeout_seconds,
         result_ttl_seconds=old.result_ttl_seconds,
-        # Contains spaces, which clients' keys cannot, so that only a repeated call finds this job.
+        # Contains spaces, which clients' keys cannot, so only a repeated call finds this job.
         idempotency_key=f"{how.verb} of {external_id(old.id)}",
         metadata=old.job_metadata,
         endpoint=old.endpoint,

@@ -1,11 +1,11 @@
-"""POSTs to webhook receivers: never into our own network (SSRF), bounded in time and bytes.
+"""The webhook HTTP client: never connects to our own network (SSRF), and is bounded in time and bytes.
 
-A name is resolved once, every address in the answer must be public, and the connection goes to one of these very
-addresses, so a name that changes its answer in between (DNS rebinding) gains nothing. Proxies and redirects are not
-followed.
+A name is resolved once, every address in the answer must be public, and the connection goes to one of exactly these
+addresses, so a name whose answer changes in between (DNS rebinding) gains nothing. Proxies are not used and redirects
+are not followed.
 
 httpcore's own pool checks all of its connections several times per request, with a system call each; with many
-receivers that costs far more than the request. Here a request only checks the oldest one and those of its own
+receivers that costs far more than the request. Here a request checks only the oldest connection and those of its own
 origin.
 """
 
@@ -37,7 +37,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
 class TargetRefused(Exception):
-    """The name leads to an address that webhooks may not reach. The message does not name the address, which may be
+    """The name resolves to an address that webhooks may not reach. The message does not have the address, which may be
     internal."""
 
 
@@ -52,8 +52,8 @@ def look_up(host: str, port: int) -> list[str]:
 
 
 class LookupThreads:
-    """A thread for each name that is being looked up. One whose name server is silent is lost for half a minute, and
-    an event loop has a handful of threads for that (uvloop four in all), which find the database's address, too."""
+    """A thread for each name that is being looked up. A thread whose name server does not answer is blocked for half a
+    minute, and an event loop has only a few threads (uvloop four), which also look up the database's address."""
 
     def __init__(self, look_up: Callable[[str, int], list[str]] = look_up, *, max_lookups: int = MAX_LOOKUPS) -> None:
         self._look_up = look_up
@@ -72,7 +72,7 @@ class LookupThreads:
             if lookup is not None:
                 return lookup
             if len(self._lookups) >= self._max_lookups:
-                raise OSError(f"{self._max_lookups} names are being looked up already")
+                raise OSError(f"{self._max_lookups} names are already being looked up")
             lookup = self._lookups[host, port] = Future()
             lookup.set_running_or_notify_cancel()  # a caller that gives up must not cancel the lookup for the others
             Thread(target=self._run, args=(host, port, lookup), name="webhook-lookup", daemon=True).start()
@@ -83,7 +83,7 @@ class LookupThreads:
         error: Exception | None = None
         try:
             addresses = self._look_up(host, port)
-        except Exception as exc:  # passed on to the callers
+        except Exception as exc:  # raised in the callers
             error = exc
         with self._lock:
             del self._lookups[host, port]
@@ -97,7 +97,8 @@ LOOKUPS = LookupThreads()
 
 
 class TargetGuard:
-    """Checks what the settings allow. With `webhook_private_targets`: also http, any port and any address."""
+    """Checks whether the settings allow a target. `webhook_private_targets` also allows http, any port and any
+    address."""
 
     def __init__(self, settings: Settings, resolve: Resolve = LOOKUPS.resolve) -> None:
         self._allows_private = settings.webhook_private_targets
@@ -105,27 +106,29 @@ class TargetGuard:
         self._resolve = resolve
 
     def parse(self, text: str) -> WebhookUrl:
-        """Parse and check a URL without asking a resolver. Raises BadWebhookUrl."""
+        """Parse and check a URL without resolving its host. Raises BadWebhookUrl."""
         url = parse_webhook_url(text)
         if self._allows_private:
             return url
         if url.scheme != "https":
-            raise BadWebhookUrl("it begins with http://; give one that begins with https://")
+            raise BadWebhookUrl("it begins with http://; use one that begins with https://")
         if url.port not in self._ports:
-            raise BadWebhookUrl(f"the port is {url.port}; allowed are: {', '.join(map(str, sorted(self._ports)))}")
+            raise BadWebhookUrl(
+                f"the port is {url.port}; the allowed ports are: {', '.join(map(str, sorted(self._ports)))}"
+            )
         if is_local_name(url.host):
-            raise BadWebhookUrl("the host is a private name; give a public one")
+            raise BadWebhookUrl("the host is a private name; use a public one")
         return url
 
     async def check(self, text: str) -> WebhookUrl:
-        """As `parse`, and checks where its name leads now. If the resolver does not answer nothing is refused, since
-        every delivery checks again. Raises BadWebhookUrl."""
+        """Like `parse`, and also resolves the host. If the resolver does not answer, the URL passes, as every delivery
+        checks again. Raises BadWebhookUrl."""
         url = self.parse(text)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self.addresses(url.host, url.port)
         except TargetRefused:
-            raise BadWebhookUrl("the host's address is not public; give a host on the internet") from None
+            raise BadWebhookUrl("the address of the host is not public; use a public host") from None
         except TargetUnknown:
             raise BadWebhookUrl("the host has no address; check the name") from None
         except (OSError, TimeoutError):
@@ -133,7 +136,8 @@ class TargetGuard:
         return url
 
     async def addresses(self, host: str, port: int) -> list[str]:
-        """Where to connect for this name. Raises TargetRefused if one of them is not public, TargetUnknown, OSError."""
+        """The addresses of a host, all of them allowed. Raises TargetRefused if any is not, TargetUnknown or
+        OSError."""
         try:
             found = await self._resolve(host, port)
         except socket.gaierror as exc:
@@ -150,7 +154,7 @@ class TargetGuard:
 
 
 class GuardedNetwork(httpcore.AsyncNetworkBackend):
-    """How httpcore's connections are made here. Host header and TLS keep the name; the socket gets the address."""
+    """Makes httpcore's connections: the socket gets a checked address; the Host header and TLS keep the name."""
 
     def __init__(self, guard: TargetGuard, network: httpcore.AsyncNetworkBackend | None = None) -> None:
         self._guard = guard
@@ -186,7 +190,7 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         peer = stream.get_extra_info("server_addr")
         if peer is None or str(peer[0]) != address:
             await stream.aclose()
-            raise TargetRefused(f"connected to another address than {address}")
+            raise TargetRefused(f"connected to an address other than {address}")
         return stream
 
     async def connect_unix_socket(
@@ -204,8 +208,8 @@ Origin = tuple[str, str, int]  # scheme, host, port
 
 
 class Connections:
-    """Connections kept per origin. Bound to one event loop. At most `max_open` are open, in use or idle: a new one
-    replaces the one idle longest, or waits while all are in use."""
+    """A connection pool. Bound to one event loop. At most `max_open` connections are open, in use or idle: a new one
+    replaces the one that has been idle longest, or waits while all are in use."""
 
     def __init__(self, network: httpcore.AsyncNetworkBackend, max_open: int) -> None:
         self._network = network
@@ -213,13 +217,14 @@ class Connections:
         self._max_open = max_open
         self._room = asyncio.Semaphore(max_open)
         self._num_in_use = 0
-        self._idle: dict[httpcore.AsyncHTTPConnection, Origin] = {}  # idle longest first
+        self._idle: dict[httpcore.AsyncHTTPConnection, Origin] = {}  # the longest idle first
         self._idle_by_origin: defaultdict[Origin, list[httpcore.AsyncHTTPConnection]] = defaultdict(list)
         self._dropped: list[httpcore.AsyncHTTPConnection] = []  # to be closed
 
     @asynccontextmanager
     async def use(self, url: WebhookUrl) -> AsyncIterator[httpcore.AsyncHTTPConnection]:
-        """For one request, with which a new connection connects. Kept if the whole answer was read."""
+        """A connection for one request; a new one connects with that request. It is kept if the whole answer was
+        read."""
         origin = (url.scheme, url.host, url.port)
         async with self._room:
             connection = self._take(origin)
@@ -230,7 +235,7 @@ class Connections:
                 await self._give_back(connection, origin)
 
     async def aclose(self) -> None:
-        """Call when none is in use."""
+        """Call only when no connection is in use."""
         self._dropped += self._idle
         self._idle.clear()
         self._idle_by_origin.clear()
@@ -246,7 +251,7 @@ class Connections:
         return connection
 
     def _take_idle(self, origin: Origin) -> httpcore.AsyncHTTPConnection | None:
-        """The one used last, so that those beyond what an origin needs expire."""
+        """The most recently used one, so that connections that an origin does not need expire."""
         while origin in self._idle_by_origin:
             connection = self._idle_by_origin[origin][-1]
             if not connection.has_expired():
@@ -290,9 +295,9 @@ class Connections:
             await self._dropped.pop().aclose()
 
 
-TOTAL_SECONDS = 10.0
+TOTAL_SECONDS = 10.0  # for a whole attempt
 
-MAX_ANSWER_BYTES = 4_096
+MAX_ANSWER_BYTES = 4_096  # more is not read
 
 MAX_CONNECTIONS = 256
 
@@ -301,7 +306,7 @@ USER_AGENT = "Celeriac-Webhooks/1"
 
 @dataclass(frozen=True, slots=True)
 class WebhookResponse:
-    """How an attempt went: the receiver's status code, or why there is none."""
+    """The result of an attempt: the receiver's status code, or why there is none."""
 
     status_code: int | None
     error: str | None
@@ -317,8 +322,8 @@ class WebhookResponse:
 
 
 class WebhookClient:
-    """Posts webhooks. Bound to one event loop. Keeps connections for a few seconds, each to an address that was checked
-    when it was opened."""
+    """Posts webhooks. Bound to one event loop. Keeps connections open for a few seconds, each to an address that was
+    checked when it was opened."""
 
     def __init__(self, guard: TargetGuard, network: httpcore.AsyncNetworkBackend | None = None) -> None:
         self._connections = Connections(GuardedNetwork(guard, network), MAX_CONNECTIONS)
@@ -327,7 +332,7 @@ class WebhookClient:
         await self._connections.aclose()
 
     async def post(self, url: WebhookUrl, headers: dict[str, str], body: bytes) -> WebhookResponse:
-        """Never raises for what the receiver or the network does. The answer's body is dropped."""
+        """Never raises for errors of the receiver or the network. The body of the answer is discarded."""
         began_at = time.monotonic()
         status_code, error = None, None
         try:

@@ -1,1 +1,1 @@
-"""Model files, chat templates, tokens, grammars and outputs, without torch; shared by the API and engines."""
+"""Model files, chat templates, tokenizers, grammars and output parsing; shared by the API and engines. No torch."""

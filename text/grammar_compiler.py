@@ -1,7 +1,7 @@
-"""The gate for structured output: each grammar is compiled once before its job is accepted, in a process of its model.
+"""Checks structured output: every grammar is compiled before its job is accepted, in one child process per model.
 
-A grammar of a few bytes can cost hours or gigabytes, so it is compiled in a child process with little time and memory.
-The verdict is remembered per model revision.
+A grammar of a few bytes can cost hours or gigabytes, so it is compiled in a child process with tight limits on time and
+memory. Verdicts are cached per model revision.
 
 A vocabulary of 262,000 tokens takes seven seconds of CPU time to read and up to 900 MB meanwhile; then the process
 keeps some 250 MB. So each model has its own process, which reads the vocabulary before the first grammar arrives and
@@ -39,9 +39,9 @@ COMMAND = (sys.executable, "-m", "text.grammar_process")
 
 LARGE_VOCABULARY = 100_000  # tokens
 
-MAX_WAITING_OF_TENANT = 32
+MAX_WAITING_OF_TENANT = 32  # grammars, per model
 
-MAX_WAITING = 512
+MAX_WAITING = 512  # grammars of all tenants, per model
 
 FIRST_PAUSE_SECONDS = 1.0  # before a dead process is restarted; doubled each time until one is ready
 
@@ -51,7 +51,7 @@ MAX_LINE_BYTES = 65_536  # per line of the process's output
 
 MAX_LOGGED = 500  # characters
 
-#: How the compiler dies of a grammar beyond its limits: by its own timer, or by a refused allocation.
+#: The return codes with which a compiler that exceeds its limits dies: its own timer, or a failed allocation.
 _EXCESS_BY_RETURN_CODE = {
     -signal.SIGPROF: "time",
     -signal.SIGABRT: "memory",
@@ -69,7 +69,7 @@ class GrammarVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The future's result, never its exception, holds the answer: nobody may be waiting for it any more."""
+    """A grammar to compile. An error is the result of `answer`, not its exception, which might never be retrieved."""
 
     output: dict[str, Any]
     answer: "asyncio.Future[GrammarVerdict | CeleriacError]" = field(
@@ -78,7 +78,7 @@ class Question:
 
 
 class ProcessLost(Exception):
-    """The process ended."""
+    """The compiler process ended."""
 
 
 class GrammarCompiler:
@@ -93,7 +93,8 @@ class GrammarCompiler:
         known: Callable[[bytes], GrammarVerdict | None],
         remember: Callable[[bytes, GrammarVerdict], None],
     ) -> None:
-        """`large_loads` is held while a large vocabulary is read. `known` and `remember` keep verdicts by key."""
+        """`large_loads` is held while a large vocabulary is read. `known` and `remember` access the cache of
+        verdicts."""
         self.model_id, self.revision = view.spec.id, view.revision
         self.is_ready = False
         self.process: asyncio.subprocess.Process | None = None
@@ -109,8 +110,8 @@ class GrammarCompiler:
     def ask(
         self, tenant_id: UUID, key: bytes, output: dict[str, Any]
     ) -> "asyncio.Future[GrammarVerdict | CeleriacError]":
-        """The answer's future. Tenants take turns, so that one with many slow grammars delays the others by at most
-        one. Do not cancel the future: others may await the same one. Raises ServerOverloaded or
+        """A future of the answer, which must not be cancelled, as others may await it, too. Tenants take turns, so a
+        tenant with many slow grammars delays the others by at most one. Raises ServerOverloaded or
         UnsupportedParameter."""
         if self._unsupported is not None:
             raise unsupported(self.model_id, self._unsupported)
@@ -126,7 +127,7 @@ class GrammarCompiler:
         return question.answer
 
     def stop(self) -> "asyncio.Task[None]":
-        """Stop the process; the task ends with it."""
+        """Stop the process. The returned task is done when the process has ended."""
         self._running.cancel()
         return self._running
 
@@ -139,7 +140,9 @@ class GrammarCompiler:
                 except Exception as exc:  # an outermost loop: whatever happened, the process is restarted
                     pause_seconds = FIRST_PAUSE_SECONDS if self.is_ready else pause_seconds
                     reason = describe_exception(exc)
-                    log.warning("the grammar compiler ended", extra={"model": self.model_id, "reason": reason})
+                    log.warning(
+                        "the grammar compiler ended unexpectedly", extra={"model": self.model_id, "reason": reason}
+                    )
                 finally:
                     self.is_ready = False
                     await self._end_process()
@@ -155,7 +158,7 @@ class GrammarCompiler:
                 if self._unsupported is not None:
                     question.answer.set_result(unsupported(self.model_id, self._unsupported))
                 else:
-                    question.answer.set_result(ServerOverloaded("the model was reloaded; retry in a moment"))
+                    question.answer.set_result(ServerOverloaded("the model was reloaded meanwhile; retry in a moment"))
         self._waiting.clear()
 
     async def _load_and_serve(self) -> None:
@@ -189,7 +192,7 @@ class GrammarCompiler:
             "the grammar could not be compiled; retry in a moment"
         )
         try:
-            verdict = self._known(key)  # another request may have asked the same in the meantime
+            verdict = self._known(key)  # it may have been compiled for another request in the meantime
             if verdict is None:
                 verdict = _verdict_of(question.output, await self._tell(process, orjson.dumps(question.output) + b"\n"))
                 if verdict is not None:
@@ -202,7 +205,7 @@ class GrammarCompiler:
         tenant_id, asked = self._waiting.popitem(last=False)
         key, question = asked.popitem(last=False)
         if asked:
-            self._waiting[tenant_id] = asked  # after the others
+            self._waiting[tenant_id] = asked  # behind the other tenants
         return key, question
 
     async def _start_process(self) -> asyncio.subprocess.Process:
@@ -213,7 +216,7 @@ class GrammarCompiler:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             limit=MAX_LINE_BYTES,
-            start_new_session=True,  # Ctrl-C is meant for the API, which then ends this process
+            start_new_session=True,  # so that Ctrl-C reaches only the API, which then stops this process
         )
         self._attending = asyncio.create_task(self._attend(self.process))
         return self.process
@@ -228,7 +231,7 @@ class GrammarCompiler:
         self._has_work.set()
 
     async def _tell(self, process: asyncio.subprocess.Process, *parts: bytes) -> dict[str, Any]:
-        """The answer. Raises ProcessLost or OSError."""
+        """Send `parts` and read one answer. Raises ProcessLost or OSError."""
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.writelines(parts)
@@ -252,7 +255,7 @@ class GrammarCompiler:
 
 
 def _verdict_of(output: dict[str, Any], answer: dict[str, Any]) -> GrammarVerdict | None:
-    """None if the machine is at fault, not the grammar."""
+    """The verdict; None if the process died for a reason other than the grammar."""
     if "return_code" not in answer:
         return GrammarVerdict(answer["reason"], answer["place"])
     excess = _EXCESS_BY_RETURN_CODE.get(answer["return_code"])
@@ -267,16 +270,16 @@ def unsupported(model_id: str, reason: str) -> UnsupportedParameter:
     )
 
 
-MAX_REMEMBERED = 4_096  # verdicts, of at most a few hundred bytes
+MAX_REMEMBERED = 4_096  # verdicts, of at most a few hundred bytes each
 
 PATIENCE_SECONDS = 15.0  # how long a request waits for the vocabulary and for its turn
 
-RETRY_SECONDS = 5.0
+RETRY_SECONDS = 5.0  # Retry-After of a request whose grammar was not compiled in time
 
 
 class GrammarGate:
-    """The compilers of all models. Bound to one event loop. A model's compiler starts when it is prepared or its first
-    grammar arrives."""
+    """The compilers of all models. Bound to one event loop. A model's compiler starts when the model is prepared or its
+    first grammar arrives."""
 
     def __init__(self) -> None:
         self._verdicts: OrderedDict[bytes, GrammarVerdict] = OrderedDict()
@@ -293,7 +296,8 @@ class GrammarGate:
             self._compiler_of(view)
 
     async def check(self, view: ModelView, output: StructuredOutput, tenant_id: UUID) -> None:
-        """Raises InvalidRequest, UnsupportedParameter or ServerOverloaded."""
+        """Returns if the model can follow the grammar. Raises InvalidRequest, UnsupportedParameter or
+        ServerOverloaded."""
         dumped = output.model_dump(mode="json", exclude_none=True)
         names = f"{view.spec.id}\0{view.revision}\0".encode()
         key = hashlib.sha256(names + orjson.dumps(dumped)).digest()
@@ -303,12 +307,12 @@ class GrammarGate:
             verdict = await _answer_in_time(compiler, compiler.ask(tenant_id, key, dumped))
         if verdict.reason is not None:
             raise InvalidRequest(
-                f"params.structured_output.{verdict.place} cannot be followed: {verdict.reason}; simplify it",
+                f"params.structured_output.{verdict.place} cannot be enforced: {verdict.reason}; simplify it",
                 param=f"params.structured_output.{verdict.place}",
             )
 
     def process_id(self, model_id: str) -> int | None:
-        """None if there is no process."""
+        """The id of the model's compiler process; None if there is no process."""
         compiler = self._compilers.get(model_id)
         process = compiler.process if compiler is not None else None
         return process.pid if process is not None and process.returncode is None else None
@@ -326,7 +330,7 @@ class GrammarGate:
     def _compiler_of(self, view: ModelView) -> GrammarCompiler:
         """Raises UnsupportedParameter."""
         if view.vocabulary is None:
-            raise unsupported(view.spec.id, "it runs without a vocabulary")
+            raise unsupported(view.spec.id, "it has no vocabulary")
         compiler = self._compilers.get(view.spec.id)
         if compiler is not None and compiler.revision != view.revision:
             self._stop(view.spec.id)
@@ -357,10 +361,10 @@ class GrammarGate:
 async def _answer_in_time(
     compiler: GrammarCompiler, answer: "asyncio.Future[GrammarVerdict | CeleriacError]"
 ) -> GrammarVerdict:
-    """Wait for the answer for a limited time; one that comes later is remembered for the next try."""
+    """Wait for the answer for a limited time. A later answer is cached for the retry."""
     await asyncio.wait({answer}, timeout=PATIENCE_SECONDS)
     if not answer.done():
-        reason = "is not compiled yet" if compiler.is_ready else f"waits for the vocabulary of {compiler.model_id}"
+        reason = "is not compiled yet" if compiler.is_ready else f"is waiting for the vocabulary of {compiler.model_id}"
         raise ServerOverloaded(f"the grammar {reason}; retry in a moment", retry_after_seconds=RETRY_SECONDS)
     verdict = answer.result()
     if isinstance(verdict, CeleriacError):

@@ -1,8 +1,8 @@
-"""Main of the process that judges grammars for the API, in forks that may die of a grammar that is too costly.
+"""The grammar compiler process: checks grammars for the API, each in a fork that a too costly grammar may kill.
 
-It reads a header and the model's tokenizer from stdin, then one output to be judged per JSON line. It answers each on
-stdout with one JSON line: a reason against it (or null) and the field at fault, or the return code that the fork died
-with. What it writes to stderr never quotes a grammar. The process ends when its stdin is closed.
+It reads a header and the model's tokenizer from stdin, then one JSON line per structured output. It answers each with
+one JSON line on stdout: why the output cannot be enforced (or null) and the field at fault, or the return code with
+which the fork died. What it writes to stderr never quotes a grammar. The process ends when its stdin is closed.
 """
 
 import os
@@ -27,11 +27,11 @@ LOAD_CPU_SECONDS = 60.0  # per tokenizer; one with 262,000 tokens takes seven
 LOAD_SECONDS = 600.0  # wall-clock time
 MAX_MASK_SECONDS = 0.1
 MEMORY_BYTES = 256 * 2**20  # per grammar, on top of the tokenizer
-NUM_STEPS = 32  # tokens to walk through the grammar; what fails or stalls there would fail a job
+NUM_STEPS = 32  # how many tokens to follow the grammar for; an error or stall there would make a job fail
 
 
 def judge(tokenizer: LLTokenizer, output: StructuredOutput) -> dict[str, str | None]:
-    """`reason` says why the grammar cannot be followed, None if it can; `place` is the field at fault."""
+    """`reason` is why the grammar cannot be enforced, or None; `place` is the field at fault."""
     reason = _reason_against(tokenizer, output)
     if reason is None or output.calls is None:
         return {"reason": reason, "place": output.kind}
@@ -70,7 +70,7 @@ def _walk(matcher: LLMatcher) -> str | None:
         if matcher.is_error():
             return error_of(matcher)
         if slowest > MAX_MASK_SECONDS:
-            return f"one token takes {slowest:.1f} s to choose"
+            return f"choosing one token takes {slowest:.1f} s"
         if matcher.is_stopped() or not mask:
             return None if matcher.is_accepting() else "no output matches it"
         matcher.consume_token(_nth_set_bit(mask, number))
@@ -78,8 +78,8 @@ def _walk(matcher: LLMatcher) -> str | None:
 
 
 def _nth_set_bit(mask: int, number: int) -> int:
-    """The position of a set bit, by bisection: for a large vocabulary, looking at each bit would take longer than the
-    grammar."""
+    """The position of a set bit, found by bisection: for a large vocabulary, a scan of all bits would take longer than
+    the grammar itself."""
     wanted = number * 7919 % mask.bit_count()
     first, num_bits = 0, mask.bit_length()
     while num_bits > 1:
@@ -114,7 +114,8 @@ def main() -> None:
 
 
 def _judge_apart(tokenizer: LLTokenizer, line: bytes) -> int:
-    """Judge in a fork, which shares the vocabulary and may die of the grammar. It answers if its return code is 0."""
+    """Judge in a fork, which shares the vocabulary and may be killed by the grammar. If it returns 0, it has
+    answered."""
     our_id = os.getpid()
     process_id = os.fork()
     if process_id == 0:
@@ -125,7 +126,7 @@ def _judge_apart(tokenizer: LLTokenizer, line: bytes) -> int:
 
 
 def _judge_and_exit(tokenizer: LLTokenizer, request: dict[str, Any]) -> NoReturn:
-    """In the fork. Beyond its limits it dies: of SIGPROF for time, of an abort for memory."""
+    """Runs in the fork, which dies if it exceeds its limits: of SIGPROF for time, of SIGABRT for memory."""
     errors = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a dying compiler prints may quote the grammar
     try:
@@ -141,13 +142,13 @@ def _judge_and_exit(tokenizer: LLTokenizer, request: dict[str, Any]) -> NoReturn
         _limit_time(0, 0)
         place = traceback.extract_tb(exc.__traceback__)[-1]
         os.write(errors, f"{type(exc).__name__} in line {place.lineno} of {place.filename}\n".encode())
-        _answer({"reason": f"the compiler fails on it ({type(exc).__name__})", "place": next(iter(request))})
+        _answer({"reason": f"the grammar compiler failed ({type(exc).__name__})", "place": next(iter(request))})
     finally:
         os._exit(0)
 
 
 def _limit_time(cpu_seconds: float, seconds: float) -> None:
-    """Beyond these limits the process dies of SIGPROF or SIGALRM; 0 means no limit."""
+    """Kill this process with SIGPROF or SIGALRM once a limit is exceeded; 0 means no limit."""
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
     signal.setitimer(signal.ITIMER_REAL, seconds)
 

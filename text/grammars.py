@@ -1,11 +1,11 @@
-"""Structured output and tool calls as grammars of llguidance, read the same way by the API and the engine.
+"""Structured output and tool calls as grammars for llguidance, built the same way in the API and the engine.
 
-llguidance (https://github.com/guidance-ai/llguidance) walks a grammar and a tokenizer's vocabulary together and says
+llguidance (https://github.com/guidance-ai/llguidance) follows a grammar over a tokenizer's vocabulary and computes
 which tokens may come next. A bad grammar does not raise: its matcher enters an error state and stays there.
 
-Tool calls are written as their model writes them, with arguments constrained by each tool's schema. A JSON answer may
-be allowed instead of calls. The first characters tell the two apart, even if a call is bare JSON: in calls a space
-follows the colon of their own keys, and constrained JSON has no spaces.
+Tool calls have the model's own syntax, with arguments constrained by each tool's schema. A JSON answer may be allowed
+instead of calls. The two differ in their first characters, even if a call is bare JSON: a call has a space after the
+colon of each of its own keys, and constrained JSON has no spaces.
 """
 
 import json
@@ -18,7 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from domain.json_schemas import without_annotations
 from domain.structured_output import CallableTool, StructuredOutput, ToolCalls, ToolFormat
 
-#: No whitespace: a model that may write some can write it forever. What cannot be enforced is refused (`lenient`).
+#: No whitespace, as a model that may write it could write it forever. Not lenient: what cannot be enforced is refused.
 JSON_OPTIONS = {"whitespace_flexible": False, "coerce_one_of": False, "lenient": False}
 
 #: One call, and any number of calls.
@@ -71,8 +71,8 @@ LIMITS = LLParserLimits(
 
 #: llguidance's messages, reworded for the author of the grammar.
 _PLAIN_WORDS = (
-    (re.compile("NoExtensionBias"), "its rules refer to each other without ever reaching a character"),
-    (re.compile("circular references with sibling keys.*"), "a $ref leads back to itself without anything between"),
+    (re.compile("NoExtensionBias"), "its rules refer to each other without ever producing a character"),
+    (re.compile("circular references with sibling keys.*"), "a $ref leads directly back to itself"),
     (
         re.compile("oneOf constraints are not supported.*"),
         "the branches of a oneOf may overlap, so matching exactly one cannot be enforced; use anyOf",
@@ -81,8 +81,8 @@ _PLAIN_WORDS = (
     (re.compile(r"Failed to generate regex for (integer|float) range:.*"), r"a bound of a number is too large"),
     (re.compile(r"Value for 'multipleOf' has too many digits.*"), "a multipleOf has too many digits"),
     (re.compile(r"patternProperty regexes (.*) are not disjoint"), r"the patternProperties \1 overlap"),
-    (re.compile(r"Pointer '(.*?)' does not exist"), r"a $ref leads to \1, and there is nothing"),
-    (re.compile(r"Unsatisfiable schema: "), "nothing can match it: "),
+    (re.compile(r"Pointer '(.*?)' does not exist"), r"a $ref points to \1, which does not exist"),
+    (re.compile(r"Unsatisfiable schema: "), "no value can match it: "),
     (re.compile(r"^(.* )?at \d+\(\d+\): |failed to compile JSON schema: "), ""),
     (re.compile(r"anyOf is empty"), "no branch of an anyOf or enum is possible"),
 )
@@ -100,10 +100,11 @@ _PLAIN_DECODER = {
 
 
 def make_grammar_tokenizer(tokenizer_json: str, vocab_size: int, eos_token_ids: Iterable[int]) -> LLTokenizer:
-    """The vocabulary as bytes. `tokenizer_json` is a serialised `tokenizers.Tokenizer`; `vocab_size` may be padded.
+    """The vocabulary for llguidance. `tokenizer_json` is a serialised `tokenizers.Tokenizer`; `vocab_size` may be
+    padded.
 
-    Takes a second for 100,000 tokens. Raises ValueError if the tokens cannot be read as bytes or none of them ends a
-    text.
+    Takes a second for 100,000 tokens. Raises ValueError if the tokens cannot be read as bytes, or if none of them is an
+    end token.
     """
     tokenizer: dict[str, Any] = json.loads(tokenizer_json)
     tokenizer |= {"truncation": None, "padding": None, "decoder": _readable_decoder(tokenizer.get("decoder"))}
@@ -115,7 +116,7 @@ def make_grammar_tokenizer(tokenizer_json: str, vocab_size: int, eos_token_ids: 
 
 
 def make_matcher(tokenizer: LLTokenizer, output: StructuredOutput) -> LLMatcher:
-    """Check `is_error` for whether the grammar can be followed. Releases the GIL."""
+    """A matcher for the output; check its `is_error`. Releases the GIL."""
     return LLMatcher(tokenizer, _grammar_of(output), log_level=0, limits=LIMITS)
 
 
@@ -125,7 +126,7 @@ def error_of(matcher: LLMatcher) -> str:
 
 
 def in_short(message: str) -> str:
-    """The first line, and the line that the regex parser adds below its picture of the place."""
+    """The first line in plain words, plus the line that the regex parser adds below its diagram."""
     first, *others = message.splitlines() or [""]
     details = [line.removeprefix("error: ") for line in others if line.startswith("error: ")]
     for internal, plain in _PLAIN_WORDS:
@@ -167,5 +168,5 @@ def _count_tokens(tokenizer: dict[str, Any]) -> int:
 
 
 def _readable_decoder(decoder: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The decoder with SentencePiece's spaces spelled in the one form that llguidance reads."""
+    """The decoder with SentencePiece's spaces in the one form that llguidance understands."""
     return _PLAIN_DECODER if decoder is not None and _SPACE_MARK in json.dumps(decoder, ensure_ascii=False) else decoder

@@ -1,6 +1,6 @@
-"""The files of a model: where they are, the revision that they make, what they say, and which models are refused.
+"""A model's files: finding or downloading them, their revision, the values in them, and which models are refused.
 
-Each value is checked where it is read; errors name its file. A model that no worker can serve is recognised by its
+Each value is checked where it is read, and errors name its file. A model that no worker can serve is recognised by its
 files alone, before any job is accepted for it.
 """
 
@@ -34,7 +34,7 @@ _DESCRIPTION_FILES = (
     *POOLING_FILES,
 )
 
-#: Also read, but without influence on a model's output.
+#: Also read, but without effect on a model's output.
 _OTHER_FILES = ("adapter_config.json", "sentence_bert_config.json")
 
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf"})
@@ -45,8 +45,8 @@ _WEIGHT_SAMPLE_BYTES = 65_536
 
 
 def model_folder(entry: ModelEntry) -> Path:
-    """The folder with the files that describe the model; for a hub id they are downloaded first, but never its weights.
-    Raises ValueError that says what is wrong with `path` or why it cannot be fetched."""
+    """The folder with the files that describe the model. For a hub id they are downloaded first, but never the weights.
+    Raises ValueError, which says what is wrong with `path` or why the files cannot be downloaded."""
     path = Path(entry.path)
     if path.is_dir():
         return path
@@ -54,7 +54,7 @@ def model_folder(entry: ModelEntry) -> Path:
         raise ValueError(f"path {entry.path!r} is a file; name the folder that holds it and the model's tokenizer.json")
     if path.is_absolute() or entry.path[0] in ".~" or entry.path.count("/") > 1:
         raise ValueError(
-            f"path {entry.path!r} is not a folder on this machine; correct it, or give the id of a model on the hub"
+            f"path {entry.path!r} is not a folder on this machine; correct it, or use the id of a model on the hub"
         )
     return _fetch(entry)
 
@@ -133,7 +133,7 @@ def _hash_samples(digest: "hashlib._Hash", file: Path) -> None:
 
 
 def read_json_file(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file. Raises ValueError that names the file."""
+    """The object in a JSON file; empty if there is no such file. Raises ValueError, which names the file."""
     if not file.is_file():
         return {}
     try:
@@ -141,7 +141,7 @@ def read_json_file(file: Path) -> dict[str, Any]:
     except ValueError as exc:
         raise ValueError(f"{file.name} is not valid JSON: {exc}; correct it") from exc
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} holds {type(content).__name__}, not a JSON object; correct it")
+        raise ValueError(f"{file.name} contains a {type(content).__name__}, not a JSON object; correct it")
     return content
 
 
@@ -153,7 +153,7 @@ def read_text_file(file: Path) -> str:
 
 
 #: Families whose positions start after the id of the padding token.
-POSITIONS_BEHIND_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
+POSITIONS_AFTER_PADDING = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 
@@ -180,7 +180,7 @@ class GenerationDefaults:
 
 def generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
     """`do_sample: false` only counts if it is in the file, since it is also the default. A top_k of -1 means off, like
-    0. Raises ValueError that names the field."""
+    0. Raises ValueError, which names the field."""
     neutral = GenerationDefaults()
     temperature = 0.0 if config.get("do_sample") is False else neutral.temperature
     return GenerationDefaults(
@@ -196,7 +196,7 @@ def generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
 
 
 def eos_token_ids(generation_config: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Raises ValueError that names the file."""
+    """The tokens that end a text. Raises ValueError, which names the file."""
     token_ids: set[int] = set()
     for file_name, values in ((_GENERATION, generation_config), (_CONFIG, _text_config(config))):
         value = values.get("eos_token_id")
@@ -219,7 +219,7 @@ def embedding_width(config: Mapping[str, Any]) -> int:
 
 
 def own_length(entry: ModelEntry, folder: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> int:
-    """The context length that the model was made for. Raises ValueError if its files do not say."""
+    """The context length of the model. Raises ValueError if its files do not have it."""
     positions = _positions(config)
     bound = _whole(tokenizer_config, _TOKENIZER, "model_max_length", at_least=1)
     bound = None if bound is None or bound >= _NO_LENGTH else bound
@@ -238,7 +238,7 @@ def own_length(entry: ModelEntry, folder: Path, config: Mapping[str, Any], token
 def _positions(config: Mapping[str, Any]) -> int | None:
     config = _text_config(config)
     length = next(filter(None, (_whole(config, _CONFIG, name, at_least=1) for name in _LENGTHS)), None)
-    if length is not None and config.get("model_type") in POSITIONS_BEHIND_PADDING:
+    if length is not None and config.get("model_type") in POSITIONS_AFTER_PADDING:
         length -= (_whole(config, _CONFIG, "pad_token_id", at_least=0) or 0) + 1
     return length
 
@@ -276,13 +276,13 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 def refuse_unservable(entry: ModelEntry, folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises ValueError that says what `folder` holds instead of a model that can be served, and what to do."""
+    """Raises ValueError if `folder` does not have a model that can be served; the message says what to do."""
     is_whole = Path(entry.path).is_dir()  # of a hub model, only the descriptive files are here
     has_weights = any(folder.glob("*.safetensors"))
     if (folder / "adapter_config.json").is_file() and not (config and (has_weights or not is_whole)):
         raise ValueError(
-            f"{entry.path} holds a LoRA adapter, which cannot be served by itself; merge it into its base model with "
-            "merge_and_unload(), and save that"
+            f"{entry.path} contains a LoRA adapter, which cannot be served by itself; merge it into its base model "
+            "with merge_and_unload(), and save the result"
         )
     if entry.python is not None and not os.access(entry.python, os.X_OK):
         raise ValueError(missing_interpreter(entry.python))
@@ -312,12 +312,12 @@ def gguf_file(folder: Path) -> Path:
 def _remedy(folder: Path, missing: list[str]) -> str:
     is_tokenizer_slow = any(folder.glob("*.model")) or (folder / "vocab.json").is_file()
     if missing == ["tokenizer.json"] and is_tokenizer_slow:
-        return "its tokenizer is a slow one, so convert it with AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+        return "it has only a slow tokenizer; convert it with AutoTokenizer.from_pretrained(…).save_pretrained(…)"
     if missing == ["tokenizer.json"]:
         return "save the model's fast tokenizer there"
     if missing == ["*.safetensors"] and any(file for pattern in _PICKLES for file in folder.glob(pattern)):
-        return "its weights are pickled, so convert them with save_pretrained(…), which writes safetensors"
-    return "add what is missing, or name the folder that has it"
+        return "its weights are pickled; convert them with save_pretrained(…), which writes safetensors"
+    return "add the missing files, or use the folder that has them"
 
 
 def _refuse_configuration(entry: ModelEntry, config: Mapping[str, Any]) -> None:
@@ -325,8 +325,8 @@ def _refuse_configuration(entry: ModelEntry, config: Mapping[str, Any]) -> None:
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         raise ValueError(
-            f"{entry.path} is quantised by {method or 'an unknown method'}, which is not supported; name the model "
-            f"that it was made from"
+            f"{entry.path} is quantised with {method or 'an unknown method'}, which is not supported; use the model "
+            "that it was made from"
         )
     if "auto_map" in config and not entry.trust_remote_code:
         raise ValueError(f"{entry.path} needs its own code; if you trust it, set trust_remote_code = true to run it")
@@ -337,7 +337,7 @@ def _refuse_configuration(entry: ModelEntry, config: Mapping[str, Any]) -> None:
     if not isinstance(model_type, str):
         raise ValueError("config.json: model_type is missing, so the model's architecture is unknown; add it")
     raise ValueError(
-        f"config.json: model_type is {model_type!r}, an architecture that transformers does not know for task "
+        f"config.json: model_type is {model_type!r}, which the installed transformers does not support for task "
         f"{entry.task!r}; change task, or update transformers"
     )
 

@@ -1,4 +1,4 @@
-"""What the API must know about a model, without torch: tokenizer, chat templates, defaults, length, revision."""
+"""Models as the API sees them, without torch: tokenizer, chat templates, defaults, context length and revision."""
 
 import asyncio
 import logging
@@ -61,7 +61,7 @@ FAKE_CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What following a grammar requires about a model's tokens. `size` includes the tokens that only pad the model's
+    """The vocabulary of a model, as a grammar compiler needs it. `size` includes tokens that only pad the model's
     output. `tokenizer_json` is kept because serialising a large vocabulary blocks all threads for about 0.4 s."""
 
     tokenizer: Tokenizer
@@ -86,7 +86,7 @@ class ModelView:
         embedding_width: int = 0,
         marks: ContentMarks | None = None,
     ) -> None:
-        """`vocabulary` is None if the model cannot follow grammars, `marks` if contents may hold control tokens."""
+        """`vocabulary` is None if the model cannot follow grammars, `marks` if contents may contain control tokens."""
         self.spec = spec
         self.revision = revision
         self.defaults = defaults
@@ -137,14 +137,14 @@ class ModelView:
         return rendered
 
     def encode(self, request: GenerationRequest) -> list[int]:
-        """The token ids that the engine starts from. A chat template writes its special tokens itself; text from
-        messages and tools never becomes a control token, whatever it spells. Raises InvalidRequest."""
+        """The token ids of the prompt. A chat template writes its special tokens itself; text from messages and tools
+        never becomes a control token, even if it looks like one. Raises InvalidRequest."""
         if request.messages is not None:
-            return self._spelt(self._encoder.encode_rendered(self._rendered(request)), "messages")
+            return self._in_vocabulary(self._encoder.encode_rendered(self._rendered(request)), "messages")
         if request.prompt_token_ids is not None:
-            return self._checked(request.prompt_token_ids, "prompt_token_ids")
+            return self._checked_ids(request.prompt_token_ids, "prompt_token_ids")
         assert request.prompt is not None
-        return self._spelt(self._encoder.encode(request.prompt, add_special_tokens=True), "prompt")
+        return self._in_vocabulary(self._encoder.encode(request.prompt, add_special_tokens=True), "prompt")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a prompt that was given as ids, special tokens included."""
@@ -157,26 +157,26 @@ class ModelView:
     def encode_input(self, value: str | Sequence[int], place: int) -> list[int]:
         """The token ids of one input of an embedding request, with the special tokens that the model expects."""
         if isinstance(value, str):
-            return self._spelt(self._encoder.encode(value, add_special_tokens=True), f"inputs.{place}")
-        return self._checked(value, f"inputs.{place}")
+            return self._in_vocabulary(self._encoder.encode(value, add_special_tokens=True), f"inputs.{place}")
+        return self._checked_ids(value, f"inputs.{place}")
 
-    def _checked(self, token_ids: Sequence[int], param: str) -> list[int]:
+    def _checked_ids(self, token_ids: Sequence[int], param: str) -> list[int]:
         highest = max(token_ids)
         if highest >= self.vocab_size:
             raise InvalidRequest(
-                f"{param} names token {highest} but {self.spec.id} has ids 0 to {self.vocab_size - 1}; "
+                f"{param} has token {highest} but {self.spec.id} has ids 0 to {self.vocab_size - 1}; "
                 "send ids of this model's tokenizer",
                 param=param,
             )
         return list(token_ids)
 
-    def _spelt(self, token_ids: list[int], param: str) -> list[int]:
-        """Refuse text with tokens that the tokenizer knows and the model does not, such as those for images."""
+    def _in_vocabulary(self, token_ids: list[int], param: str) -> list[int]:
+        """Refuse text with tokens that only the tokenizer has, not the model, such as those for images."""
         highest = max(token_ids, default=0)
         if highest >= self.vocab_size:
             raise InvalidRequest(
-                f"{param} spells {self._encoder.decode([highest])!r}, which is token {highest}, but {self.spec.id} has "
-                f"ids 0 to {self.vocab_size - 1}; take it out",
+                f"{param} contains {self._encoder.decode([highest])!r}, which is token {highest}, but {self.spec.id} "
+                f"has ids 0 to {self.vocab_size - 1}; remove it",
                 param=param,
             )
         return token_ids
@@ -186,13 +186,13 @@ def _output_format(templates: TemplateChoice) -> OutputFormat:
     try:
         prompt = templates.choose(has_tools=False).render([{"role": "user", "content": "Hello"}])
     except InvalidRequest:
-        prompt = ""  # it requires other messages; requests get its own message
+        prompt = ""  # it requires other messages, and refuses requests with its own error
     return output_format_of(templates.text, prompt)
 
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """A view and the entry of models.toml that it was made from."""
+    """A view and the entry of models.toml from which it was made."""
 
     entry: ModelEntry
     view: ModelView
@@ -231,8 +231,8 @@ class ModelViews:
         return loaded.view.output_format if loaded is not None else OutputFormat()
 
     def refresh(self) -> None:
-        """Follow models.toml and retry unavailable models. Blocking; returns at once if another thread is doing it. A
-        model whose new entry cannot be loaded stays as it was."""
+        """Apply changes of models.toml and retry unavailable models. Blocking; returns at once if another thread is
+        doing so. A model whose new entry cannot be loaded stays as it was."""
         if self._refreshing.acquire(blocking=False):
             try:
                 self.catalog.refresh()
@@ -267,14 +267,14 @@ class ModelViews:
         return failed is None or failed[0] != entry or monotonic() >= failed[1]
 
 
-async def follow_models(views: ModelViews, *, on_look: Callable[[], None] = lambda: None) -> None:
-    """Keep the views in step with models.toml until cancelled. `on_look` is called after each check."""
+async def follow_models(views: ModelViews, *, on_check: Callable[[], None] = lambda: None) -> None:
+    """Keep the views in step with models.toml until cancelled. `on_check` is called after each check."""
     while True:
         try:
             await asyncio.to_thread(views.refresh)
-            on_look()
+            on_check()
         except Exception as exc:  # an outermost loop: the models stay as they were
-            log.exception("models.toml could not be followed, will retry: %s", describe_exception(exc))
+            log.exception("could not apply models.toml, will retry: %s", describe_exception(exc))
         await asyncio.sleep(FOLLOW_SECONDS)
 
 
@@ -290,7 +290,7 @@ def load_model_view(entry: ModelEntry) -> ModelView:
 
 def complete(entry: ModelEntry) -> ModelSpec:
     """The spec of an entry: what models.toml leaves out comes from the model (its length) and the device (step size).
-    Blocking. Raises ValueError that names the model and what is wrong with its files."""
+    Blocking. Raises ValueError, which names the model and says what is wrong with its files."""
     if entry.backend == "fake" and not Path(entry.path).is_dir():
         return _spec_of(entry, entry.max_model_len or FAKE_LENGTH)
     try:
@@ -304,7 +304,7 @@ def complete(entry: ModelEntry) -> ModelSpec:
 
 
 def files_at_fault(catalog: Catalog) -> dict[str, str]:
-    """By id, why models in folders on this machine cannot be served. Downloads nothing."""
+    """Why models in folders on this machine cannot be served, by id. Downloads nothing."""
     reasons = {}
     for entry in catalog:
         try:
@@ -322,7 +322,7 @@ def _spec_of(entry: ModelEntry, max_model_len: int) -> ModelSpec:
 
 
 def _is_for_cuda(entry: ModelEntry) -> bool:
-    """Whether the engine will choose a GPU, as far as can be seen without torch: this machine has one, and it is not
+    """Whether the engine will use a GPU, as far as can be told without torch: this machine has one that is not
     hidden."""
     if entry.device != "auto" or entry.backend != "transformers":
         return entry.device == "cuda"
@@ -341,7 +341,7 @@ def _load_view(entry: ModelEntry) -> ModelView:
     vocab_size = vocabulary_size(config, default=tokenizer.get_vocab_size())
     vocabulary = None
     if entry.backend != "fake" and entry.task == "generation":
-        # Taken before the encoder adds its own token.
+        # Must be taken before the encoder adds its separator token.
         eos_ids = eos_token_ids(generation_config, config)
         vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids, tokenizer.to_str().encode())
     templates = load_templates(entry, folder, tokenizer_config, special_tokens)

@@ -1,6 +1,6 @@
-"""A model's text taken apart as it arrives: reasoning, content, tool calls.
+"""Parses a model's text, as it arrives, into reasoning, content and tool calls.
 
-A model's chat template shows how it writes tool calls and reasoning; nothing else does:
+How a model writes tool calls and reasoning is recognised by its chat template alone:
 
 | format  | what the model writes                                               | recognised by               |
 |---------|---------------------------------------------------------------------|-----------------------------|
@@ -8,10 +8,11 @@ A model's chat template shows how it writes tool calls and reasoning; nothing el
 | mistral | [TOOL_CALLS][{"name": …, "arguments": {…}}, …]                      | [TOOL_CALLS]                |
 | llama3  | {"name": …, "parameters": {…}}, alone, perhaps after <|python_tag|> | "parameters" and ipython    |
 
-Markers that are special tokens never reach the text, so mistral and llama3 are known by how the output begins.
+Markers that are special tokens do not appear in the text, so mistral and llama3 calls are recognised by how the output
+begins.
 
-Half a tag never shows as content. What looks like a call and turns out not to be one is content, so that no text is
-lost. Once a call's name is known, its arguments are passed on as the model writes them.
+Part of a tag is never passed on as content. What looks like a call but turns out not to be one is content, so that no
+text is lost. Once a call's name is known, its arguments are passed on as the model writes them.
 """
 
 import json
@@ -34,14 +35,14 @@ class ReasoningFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """None: the model does not have it."""
+    """How a model writes tool calls and reasoning; None if it does not."""
 
     tools: ToolFormat | None = None
     reasoning: ReasoningFormat | None = None
 
 
 def output_format_of(template_source: str, rendered_prompt: str) -> OutputFormat:
-    """`rendered_prompt` is any prompt that the template makes."""
+    """`rendered_prompt` is any prompt rendered with the template."""
     reasoning = ReasoningFormat.TAGGED if THINK in template_source else None
     if rendered_prompt.rstrip().endswith(THINK):
         reasoning = ReasoningFormat.OPENED
@@ -65,11 +66,11 @@ _MAX_HEAD_CHARS = 512
 
 @dataclass(slots=True)
 class ToolCallText:
-    """A tool call, a JSON object, read as it arrives: its name as soon as it is known, its arguments as they come."""
+    """Parses one tool call, a JSON object, as it arrives. `name` is set as soon as it is known."""
 
     text: str = ""
     name: str | None = None
-    is_told: bool = False
+    is_passed_on: bool = False  # whether its name was
     is_over: bool = False
     _num_scanned: int = 0
     _depth: int = 0
@@ -93,6 +94,7 @@ class ToolCallText:
         return end - num_before
 
     def take_arguments(self) -> str:
+        """The part of the arguments that has arrived since the last call."""
         if self._whole_arguments is not None:
             whole, self._whole_arguments = self._whole_arguments, ""
             return whole
@@ -104,7 +106,7 @@ class ToolCallText:
         return arguments
 
     def _scan(self) -> int:
-        """Where the object or the text ends."""
+        """The end of the object, or of the text if the object is not complete."""
         for place in range(self._num_scanned, len(self.text)):
             character = self.text[place]
             if self._is_escaped:
@@ -145,7 +147,7 @@ MARKERS = {ToolFormat.MISTRAL: "[TOOL_CALLS]", ToolFormat.LLAMA3: "<|python_tag|
 
 _BARE_HEAD = '{"name":'
 
-#: Only calls are written like this by a grammar, with a space after the colon.
+#: A grammar writes only calls like this, with a space after the colon.
 _BEGINNING_OF_CALLS = {
     ToolFormat.HERMES: CALL,
     ToolFormat.MISTRAL: '[{"name": "',
@@ -187,8 +189,8 @@ class OutputParser:
         max_calls: int | None = None,
         follows_grammar: bool = False,
     ) -> None:
-        """Without `tool_names` calls are not looked for; calls beyond `max_calls` are dropped. An output that
-        `follows_grammar` either consists of calls, exactly as the grammar writes them, or contains none."""
+        """Calls are recognised only if there are `tool_names`; those beyond `max_calls` are dropped. An output that
+        `follows_grammar` either consists of calls, exactly in the form of the grammar, or contains none."""
         self._tools = format.tools if tool_names else None
         self._tool_names = tool_names
         self._max_calls = max_calls
@@ -196,7 +198,7 @@ class OutputParser:
         self._held = ""  # text that may be the start of a tag or call
         self._call: ToolCallText | None = None
         self.num_calls = 0
-        self.has_reasoning = format.reasoning is ReasoningFormat.OPENED  # even if it is empty
+        self.has_reasoning = format.reasoning is ReasoningFormat.OPENED  # even if the reasoning is empty
         starts = {
             None: self._in_content,
             ReasoningFormat.TAGGED: self._at_start,
@@ -207,26 +209,27 @@ class OutputParser:
             self._begin_content()
 
     def push(self, text: str) -> list[Piece]:
+        """The pieces that are complete enough to be passed on."""
         self._held += text
         return _joined(self._advance(is_end=False))
 
     def finish(self, *, is_cut: bool) -> list[Piece]:
-        """The text that was held back until the end. Half a tag at the end of an output that was cut off is dropped."""
+        """The text that was held back. If the output was cut off (`is_cut`), part of a tag at its end is dropped."""
         pieces = self._advance(is_end=True)
         held = self._take()
-        if held and not (is_cut and self._is_half_tag(held.strip())):
+        if held and not (is_cut and self._is_partial_tag(held.strip())):
             pieces.append(ReasoningPiece(held) if self._state == self._thinking else ContentPiece(held))
         if self.num_calls:
             pieces = [piece for piece in pieces if not isinstance(piece, ContentPiece) or piece.text.strip()]
         return _joined(pieces)
 
-    def _is_half_tag(self, text: str) -> bool:
-        """Whether this is half a tag. A single < counts as text, except after a call."""
+    def _is_partial_tag(self, text: str) -> bool:
+        """Whether this is the beginning of a tag. A single < counts as text, except after a call."""
         is_prefix = any(tag.startswith(text) for tag in (THINK, END_THINK, CALL, END_CALL))
         return is_prefix and (len(text) > 1 or self.num_calls > 0)
 
     def _advance(self, *, is_end: bool) -> list[Piece]:
-        """Let the states consume what they can until nothing changes any more."""
+        """Run the states until nothing changes any more."""
         pieces: list[Piece] = []
         while True:
             state, before = self._state, self._held
@@ -234,7 +237,7 @@ class OutputParser:
             if self._state == state and self._held == before:
                 return pieces
 
-    # States. Each consumes from `_held` what it can decide, and may hand over to another.
+    # The states. Each consumes from `_held` what it can classify, and may set the next state.
 
     def _at_start(self, *, is_end: bool) -> Iterator[Piece]:
         text = self._held.lstrip()
@@ -256,12 +259,12 @@ class OutputParser:
         before, tag, after = self._held.partition(END_THINK)
         if tag:
             self._held = after.lstrip()
-            self._state = self._behind_thought
+            self._state = self._after_thought
             yield ReasoningPiece(before.rstrip())
         elif not is_end:
             yield ReasoningPiece(self._release(END_THINK))
 
-    def _behind_thought(self, *, is_end: bool) -> Iterator[Piece]:
+    def _after_thought(self, *, is_end: bool) -> Iterator[Piece]:
         self._held = self._held.lstrip()
         if self._held:
             self._begin_content()
@@ -274,8 +277,8 @@ class OutputParser:
             self._state = self._before_bare_call if self._tools in MARKERS else self._in_content
 
     def _at_calls_or_answer(self, *, is_end: bool) -> Iterator[Piece]:
-        """The output is either calls or an answer, which may contain what would be a call elsewhere: a tag inside a
-        string, the keys of a call."""
+        """The output is either calls or an answer, and the answer may contain what would otherwise be a call: a tag
+        inside a string, or the keys of a call."""
         assert self._tools is not None
         beginning = _BEGINNING_OF_CALLS[self._tools]
         if self._held.startswith(beginning):
@@ -298,7 +301,8 @@ class OutputParser:
             yield ContentPiece(self._release(CALL))
 
     def _before_bare_call(self, *, is_end: bool) -> Iterator[Piece]:
-        """At the start of an output whose calls are JSON without a tag, or follow a tag that may not show."""
+        """At the start of an output whose calls are JSON without a tag, or follow a marker that may not be in the
+        text."""
         assert self._tools is not None
         marker = MARKERS[self._tools]
         text = self._held.lstrip()
@@ -334,38 +338,38 @@ class OutputParser:
         call, text = self._call, self._take()
         length = call.feed(text)
         self._held = text[length:]
-        if call.name is not None and not call.is_told and self._is_known(call.name):
-            call.is_told = True
-            yield from self._tell(CallName(self.num_calls, call.name))
+        if call.name is not None and not call.is_passed_on and self._is_known(call.name):
+            call.is_passed_on = True
+            yield from self._limited(CallName(self.num_calls, call.name))
             self.num_calls += 1
-        if call.is_told:
-            yield from self._tell(CallArguments(self.num_calls - 1, call.take_arguments()))
+        if call.is_passed_on:
+            yield from self._limited(CallArguments(self.num_calls - 1, call.take_arguments()))
         if call.is_over or is_end or self._is_broken(call):
             yield from self._end_call(call)
 
     def _is_known(self, name: str) -> bool:
-        """A tag says that a call is meant; bare JSON is a call only if it names a tool."""
+        """With a tag any name is a call; bare JSON is a call only if it has the name of a tool."""
         return self._tools is ToolFormat.HERMES or name in self._tool_names
 
     def _is_broken(self, call: ToolCallText) -> bool:
-        return self._tools is ToolFormat.HERMES and END_CALL in call.text and not call.is_told
+        return self._tools is ToolFormat.HERMES and END_CALL in call.text and not call.is_passed_on
 
-    def _tell(self, piece: CallName | CallArguments) -> Iterator[Piece]:
+    def _limited(self, piece: CallName | CallArguments) -> Iterator[Piece]:
         if self._max_calls is None or piece.number < self._max_calls:
             yield piece
 
     def _end_call(self, call: ToolCallText) -> Iterator[Piece]:
         self._call = None
         is_tagged = self._tools is ToolFormat.HERMES
-        if call.is_told:
-            self._state = self._behind_call if is_tagged else self._between_bare_calls
+        if call.is_passed_on:
+            self._state = self._after_call if is_tagged else self._between_bare_calls
             return
         self._state = self._in_content
         is_half = is_tagged and not call.is_over and END_CALL not in call.text
-        if not is_half:  # a call cut off before its name is not shown as text
+        if not is_half:  # a call that was cut off before its name is dropped
             yield ContentPiece((CALL if is_tagged else self._prefix) + call.text)
 
-    def _behind_call(self, *, is_end: bool) -> Iterator[Piece]:
+    def _after_call(self, *, is_end: bool) -> Iterator[Piece]:
         text = self._held.lstrip()
         if text.startswith(END_CALL):
             self._held = text.removeprefix(END_CALL)
@@ -379,7 +383,7 @@ class OutputParser:
         return text
 
     def _release(self, tag: str) -> str:
-        """Release everything except whitespace and a part of `tag` at the end of what is held."""
+        """Take the held text, except whitespace and part of `tag` at its end."""
         text = self._held
         num_tag = next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
         released = text[: len(text) - num_tag].rstrip()
@@ -390,7 +394,7 @@ class OutputParser:
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Without empty pieces, and with neighbours of one kind joined."""
+    """The pieces without empty ones, and with adjacent pieces of the same kind joined."""
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
@@ -406,7 +410,8 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
 
 
 def parser_of(request: GenerationRequest, format: OutputFormat) -> OutputParser:
-    """Structured output starts at the first character, so no reasoning section precedes it."""
+    """The parser for a choice of this request. Structured output starts at the first character, so without
+    reasoning."""
     structured = request.params.structured_output
     return OutputParser(
         format if structured is None else OutputFormat(format.tools),

@@ -1,8 +1,8 @@
-"""Chat messages to the prompt text of a model, by one of the Jinja templates that ship with it.
+"""Renders chat messages to the prompt text of a model, with one of the Jinja templates that come with the model.
 
-Templates run in the environment that model authors write for: the options, filters and globals of transformers'
-`apply_chat_template`, sandboxed, without transformers. They come with the model, never from a client. As in
-transformers, a model may have several, by name.
+Templates run in the environment for which model authors write them: the options, filters and globals of transformers'
+`apply_chat_template`, sandboxed, but without transformers. Clients cannot supply templates. As in transformers, a
+model may have several, by name.
 """
 
 import json
@@ -27,7 +27,7 @@ from domain.structured_output import ToolCall, ToolDefinition
 from text.model_files import read_json_file, read_text_file
 from text.tokenizers import MARK
 
-#: What a template may raise for messages that it was not written for: its own errors and Python's.
+#: What a template may raise for messages that it does not support: its own errors and Python's.
 _TEMPLATE_ERRORS = (
     TemplateError,
     ArithmeticError,
@@ -57,7 +57,8 @@ class ChatTemplate:
     """A compiled template. Rendering is pure and thread-safe."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """`special_tokens` are those the template sees by name: bos_token, eos_token, ... Raises TemplateError."""
+        """`special_tokens` are those that the template can use by name: bos_token, eos_token, ... Raises
+        TemplateError."""
         environment = _environment()
         self._template = environment.from_string(source)
         self.source = source
@@ -83,16 +84,16 @@ class ChatTemplate:
         except _TEMPLATE_ERRORS as exc:
             reason = str(exc)[:200] or type(exc).__name__
             raise InvalidRequest(
-                f"messages are refused by the chat template of this model: {reason!r}; change them to what it accepts",
+                f"the chat template of this model refuses the messages: {reason!r}; change them to what it accepts",
                 param="messages",
             ) from exc
 
     def refuse_unseen(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> None:
-        """Raises InvalidRequest if nothing that the user wrote shows in the prompt."""
+        """Raises InvalidRequest if nothing of the user's messages appears in the prompt."""
         has_written = any(message["role"] == "user" and message["content"].strip() for message in messages)
         if not self._is_blind or not has_written:
             return
-        # It may require other messages than the probe, so test whether different ones give a different prompt.
+        # It may require messages other than the probe, so test whether different ones give a different prompt.
         others = [
             {**message, "content": message["content"][::-1] + _PROBE} if message["role"] == "user" else message
             for message in messages
@@ -103,8 +104,8 @@ class ChatTemplate:
             return
         if is_unseen:
             raise InvalidRequest(
-                "the chat template of this model shows nothing of the user's messages; send prompt instead, or give "
-                "the model another template",
+                "the chat template of this model ignores the user's messages; send prompt instead, or give the model "
+                "another template",
                 param="messages",
             )
 
@@ -114,7 +115,7 @@ class ChatTemplate:
         return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
     def _wants_parts(self, role: str) -> bool:
-        """Whether a message of this role only shows if its content is a list of parts."""
+        """Whether a message of this role appears in the prompt only if its content is a list of parts."""
         before, after = _PROBES[role]
         as_text = {"role": role, "content": _PROBE}
         as_parts = {"role": role, "content": [{"type": "text", "text": _PROBE}]}
@@ -128,7 +129,8 @@ class ChatTemplate:
 
 
 def plain_message(message: ChatMessage) -> dict[str, Any]:
-    """The message as templates expect it: without absent fields, and with arguments as an object if they are one."""
+    """The message as templates expect it: without absent fields, and with the arguments of calls as objects if
+    valid."""
     plain: dict[str, Any] = {"role": message.role, "content": message.content}
     optional = ("name", "reasoning_content", "tool_call_id")
     plain |= {name: value for name in optional if (value := getattr(message, name)) is not None}
@@ -236,11 +238,11 @@ class TemplateChoice:
     """All chat templates of one model. Thread-safe."""
 
     def __init__(self, spec: ModelEntry, templates: Mapping[str, ChatTemplate]) -> None:
-        """Raises ValueError if models.toml names a template that is not among them."""
+        """Raises ValueError if models.toml names a template that the model does not have."""
         if spec.chat_template is not None and spec.chat_template not in templates:
             raise ValueError(
-                f"model {spec.id}: chat_template is {spec.chat_template!r}, but its files hold "
-                f"{_listed(templates)}; name one of them, or leave it out"
+                f"model {spec.id}: chat_template is {spec.chat_template!r}, but the model has "
+                f"{_listed(templates)}; use one of them, or leave it out"
             )
         self._spec = spec
         self._templates = dict(templates)
@@ -258,8 +260,8 @@ class TemplateChoice:
         name = self._spec.chat_template or (TOOL_USE if has_tools and TOOL_USE in self._templates else DEFAULT)
         if name not in self._templates:
             raise InvalidRequest(
-                f"{self._spec.id} has no default chat template but {_listed(self._templates)}; name one of them as its "
-                "chat_template in models.toml, or send prompt instead",
+                f"{self._spec.id} has no default chat template, only {_listed(self._templates)}; set one of them as "
+                "its chat_template in models.toml, or send prompt instead",
                 param="messages",
             )
         if has_tools and not self._templates[name].shows_tools:
@@ -272,7 +274,7 @@ class TemplateChoice:
 def load_templates(
     spec: ModelEntry, folder: Path, tokenizer_config: Mapping[str, Any], special_tokens: Mapping[str, str]
 ) -> TemplateChoice:
-    """All templates of a model. Raises ValueError that names a template that does not compile."""
+    """All templates of a model. Raises ValueError, which names the template that does not compile."""
     templates = {}
     for name, source in _read_sources(folder, tokenizer_config).items():
         try:

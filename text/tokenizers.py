@@ -1,14 +1,14 @@
 """Text to token ids and back, without torch or transformers.
 
-Tokens spell bytes in one of two ways, which the decoder tells (https://huggingface.co/docs/tokenizers, "Decoders"):
+Tokens encode bytes in one of two ways, by the decoder (https://huggingface.co/docs/tokenizers, "Decoders"):
 ByteLevel writes each byte as one printable character (GPT-2's alphabet); ByteFallback has a token `<0xNN>` for each
 byte that no other token covers (SentencePiece). With all other decoders, tokens are pieces of text.
 
-Control tokens come from the chat template, never from a client's message. A template joins both, and the tokenizer
-cannot tell them apart. So before rendering, a mark (a character, which survives string operations) is put wherever a
-client's text, alone or with its neighbours, could be read as a control token. In the rendered text, marks inside a
-control token's name become cuts that the tokenizer must not read across; the others are dropped. Other text is
-tokenized as without marks.
+Control tokens may come only from the chat template, never from a client's message. A template joins the two, and the
+tokenizer cannot tell them apart. So before rendering, a mark (a character, which survives string operations) is put
+wherever a client's text, alone or with its neighbours, could be read as a control token. In the rendered text, a mark
+inside the name of a control token becomes a cut, across which no token may extend; all other marks are dropped. Other
+text is tokenized as if there were no marks.
 """
 
 import json
@@ -29,8 +29,8 @@ BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenKind(Enum):
-    HIDDEN = auto()  # special, or unknown to the tokenizer: `decode` leaves it out
-    BYTE = auto()  # `<0xNN>`: only at the end of a run of bytes is its text known
+    HIDDEN = auto()  # special, or unknown to the tokenizer; `decode` leaves it out
+    BYTE = auto()  # `<0xNN>`; its text is known only at the end of a run of such tokens
     TEXT = auto()
 
 
@@ -42,7 +42,7 @@ class TokenPiece(NamedTuple):
 
 
 def _byte_by_character() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on."""
+    """GPT-2's alphabet: printable bytes are written as themselves, the others as the characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
@@ -52,7 +52,7 @@ _BYTE_BY_CHARACTER = _byte_by_character()
 
 
 class TokenTable:
-    """What each token writes: whether it shows in a text, and its bytes. Each token is only looked up once."""
+    """The bytes of each token, and whether the token appears in a text. Each token is looked up only once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -70,18 +70,18 @@ class TokenTable:
         return kind
 
     def shows(self, token_id: int) -> bool:
-        """Whether `decode` without special tokens writes anything for it."""
+        """Whether the token appears in the text if `decode` skips special tokens."""
         return self.kind(token_id) is not TokenKind.HIDDEN
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The bytes that the token adds within a text: for a special token its name, for an unknown id nothing."""
+        """The bytes that the token adds within a text; of a special token, its name; of an unknown id, none."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self._find_bytes(token_id)
         return found
 
     def first_bytes_of(self, token_id: int) -> bytes:
-        """The same at the start of a text, where many decoders drop a leading space."""
+        """Like `bytes_of`, at the start of a text, where many decoders drop a leading space."""
         found = self.bytes_of(token_id)
         is_half_a_character = self.kind(token_id) is TokenKind.BYTE and not found.isascii()
         if is_half_a_character or not self.shows(token_id) or "ByteLevel" in self._decoders:
@@ -139,13 +139,13 @@ class TokenTable:
 
 
 def as_text(token: bytes) -> str:
-    """A token as the OpenAI API writes it: bytes that are not a character as `\\xNN`."""
+    """A token in the notation of the OpenAI API: bytes that are not a character are written as `\\xNN`."""
     return token.decode(errors="backslashreplace")
 
 
 @lru_cache(maxsize=4)
 def token_table_of(tokenizer: Tokenizer) -> TokenTable:
-    """The table of this tokenizer object, which must not change any more."""
+    """The cached table of this tokenizer object, which must not be modified any more."""
     return TokenTable(tokenizer)
 
 
@@ -169,7 +169,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A prompt's text, and the offsets at which the tokenizer must not read across."""
+    """A prompt's text, and the offsets across which no token may extend."""
 
     text: str
     cuts: tuple[int, ...] = ()
@@ -184,7 +184,7 @@ class ContentMarks:
     """Marks for one model's control tokens. Thread-safe."""
 
     def __init__(self, control_tokens: Iterable[str], find_others: FindTokens | None = None) -> None:
-        """`find_others` finds control tokens that a text contains in another spelling: some tokenizers fold case or
+        """`find_others` finds control tokens that a text contains in another spelling, as some tokenizers fold case or
         width first."""
         tokens = sorted({token for token in control_tokens if len(token) > 1})
         self._spelt = re.compile(_pattern_of(tokens))
@@ -208,7 +208,7 @@ class ContentMarks:
         return [self.protect(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def mark(self, text: str) -> str:
-        """`text` with its marks; the same object if it needs none."""
+        """`text` with marks; the same object if it needs none."""
         if not self._heads:
             return text
         places = {start + 1 for start, _ in self._spans(self._spelt_in_any_case, text)}
@@ -252,8 +252,8 @@ class ContentMarks:
 
 
 class MarkedContent(str):
-    """A marked string that a template tests, slices and compares without its marks, but writes with them. Operations
-    that lose this type, such as join, keep the marks."""
+    """A marked string. A template tests, slices and compares it as if it had no marks, but writes it with them.
+    Operations that lose this type, such as join, keep the marks."""
 
     __slots__ = ("_marks",)
     _marks: ContentMarks
@@ -287,7 +287,7 @@ def _marked_anew(value: Any, marks: ContentMarks) -> Any:
     return value
 
 
-# Without `format` and `%`, whose left side is the template's own text, and `+`, which would mark that text.
+# Not `format` and `%`, whose left side is the template's own text, nor `+`, which would mark that text.
 _METHODS = (
     "__contains__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __len__ __getitem__ __repr__ "
     "capitalize casefold center count endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit "
@@ -300,8 +300,8 @@ for _name in _METHODS.split():
 
 
 def _pattern_of(words: Sequence[str]) -> str:
-    """A regular expression for the longest of the sorted `words` at each place, in one pass; without words it never
-    matches."""
+    """A regular expression that finds the longest of the sorted `words` at each place, in one pass. Without words it
+    never matches."""
     if not words:
         return "(?!)"
     pairs = zip(words[0], words[-1], strict=False)
@@ -314,7 +314,7 @@ def _pattern_of(words: Sequence[str]) -> str:
     return f"{re.escape(head)}(?:{'|'.join(map(_pattern_of, groups))}){'?' if is_word else ''}"
 
 
-#: A boundary that the tokenizer does not read across. Only this process can produce it.
+#: Separates stretches of text, so that no token extends across. Random, so that no client can send it.
 _SEPARATOR = "\ue000" + secrets.token_hex(16)
 
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -326,7 +326,8 @@ class Encoder(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def encode_rendered(self, rendered: Rendered) -> list[int]:
-        """Without tokens across its cuts, and without adding special tokens, which the chat template wrote."""
+        """Encode without tokens across the cuts, and without adding special tokens, which the chat template has
+        written."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
@@ -335,7 +336,7 @@ class Encoder(Protocol):
 
 
 class TokenizerEncoder:
-    """A Rust tokenizer. Uses the batch call, which releases the GIL and skips offsets."""
+    """An encoder with a Rust tokenizer. Uses the batch call, which releases the GIL and computes no offsets."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -379,16 +380,15 @@ class ByteEncoder:
 
 
 def special_tokens_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens by name, as templates see them. In the file each is a string or an object with content and
-    flags."""
+    """The special tokens by name, for templates. In the file, each is a string or an object with content and flags."""
     values = {name: config.get(name) for name in _SPECIAL_TOKEN_NAMES}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def load_tokenizer(folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> Tokenizer:
-    """As AutoTokenizer does: tokenizer.json plus tokens that only tokenizer_config.json has. add_bos_token is ignored,
-    since tokenizer.json defines how a prompt starts. Raises ValueError that names the file."""
+    """Load what AutoTokenizer would: tokenizer.json, plus tokens that only tokenizer_config.json has. add_bos_token is
+    ignored, as tokenizer.json defines how a prompt starts. Raises ValueError, which names the file."""
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as exc:  # the library raises plain Exception

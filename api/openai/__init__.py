@@ -1,1 +1,1 @@
-"""The OpenAI surface: each endpoint turns its body into a job's request, and a job's output into its own objects."""
+"""The OpenAI-compatible routes: each turns its body into the request of a job, and the job's output into its answer."""

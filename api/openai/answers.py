@@ -1,11 +1,8 @@
-"""How the OpenAI routes answer: whole, or as a stream of events.
+"""The answers of the OpenAI routes: a complete response, or a stream of events.
 
-A streamed answer: the endpoint's objects as nameless events without ids, and an end that nobody can mistake.
-
-The SDKs take every blank line behind an `id:` for an event, and every named event for a chunk, so there are neither;
-and what just closes looks finished to them, so whatever ends early says so in an error frame.
-
-A whole answer, for which the client waits: an error with its own status while that is still possible.
+Stream events have neither a name nor an id: the SDKs take each blank line after an `id:` for an event, and each named
+event for a chunk. They also take a stream that just closes for a complete one, so a stream that ends early sends an
+error event first. A complete response has the status of an error as long as no byte of it was sent.
 """
 
 import asyncio
@@ -21,9 +18,11 @@ from starlette.types import Receive, Scope, Send
 
 from api.errors import error_body, error_response
 from api.events import (
+    ABANDONED,
     HEARTBEAT,
     EventStream,
     data_frame,
+    next_of,
     retry_until_storage_answers,
     wait_for_disconnect,
     wait_for_revocation,
@@ -46,15 +45,16 @@ Finish = Callable[[Sequence[JobRecord]], Iterable[Mapping[str, object]]]
 
 
 class Translator(Protocol):
-    """A job's stream in the words of one endpoint. Stateful: made for one stream, and fed every chunk in order."""
+    """Translates the chunks of one job to the events of one endpoint. Stateful: one per stream, given every chunk in
+    order."""
 
     def begin(self) -> Iterable[Mapping[str, object]]:
-        """Once the job runs."""
+        """The events to send when the job starts to run."""
 
     def from_chunk(self, chunk: TokenChunk) -> Iterable[Mapping[str, object]]: ...
 
     def finish(self, record: JobRecord) -> Iterable[Mapping[str, object]]:
-        """Of a completed job."""
+        """The events to send when the job is completed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +79,14 @@ def stream_answer(run: Run, translator: Translator, framing: Framing = OPENAI_FR
 def stream_answers(
     runs: Sequence[Run], translators: Sequence[Translator], finish: Finish, framing: Framing = OPENAI_FRAMING
 ) -> EventStream:
-    """The streams of several jobs as one, as they come; `finish` says the last words when all are completed."""
+    """The streams of several jobs merged into one; `finish` returns the last events once all jobs are completed."""
     services = runs[0].services
 
     def on_end(reason: str) -> None:
         for run in runs:
             if reason == "complete":
                 run.note_delivered()
-            elif reason in ("disconnected", "slow", "unserved"):
+            elif reason in ABANDONED:
                 run.note_disconnected()
 
     async def unserved() -> bytes:
@@ -114,7 +114,7 @@ async def _frames(
         async with aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as datas:
             async for data in datas:
                 yield framing.frame_of(data)
-        records = [await _last_look(run) for run in runs]
+        records = [await _completed(run) for run in runs]
         for data in finish(records):
             yield framing.frame_of(data)
         if framing.last_frame:
@@ -124,7 +124,7 @@ async def _frames(
 
 
 async def _translated(run: Run, translator: Translator) -> AsyncGenerator[Mapping[str, object], None]:
-    """Ends with the job. Raises the CeleriacError that says why it is not completed."""
+    """Ends when the job is completed; otherwise raises the CeleriacError that says why it is not."""
     is_begun = has_text = False
     async with aclosing(run.services.streams.read(run.job_id)) as events:
         async for event in events:
@@ -138,24 +138,24 @@ async def _translated(run: Run, translator: Translator) -> AsyncGenerator[Mappin
                 has_text = True
                 for data in translator.from_chunk(event):
                     yield data
-    await _last_look(run)
+    await _completed(run)
 
 
 def refuse_reset(run: Run, *, has_text: bool) -> None:
-    """These streams cannot take back what was sent. Raises ServerOverloaded where there is something to take back."""
+    """Handle a job that starts over: these streams cannot retract text, so raises ServerOverloaded if any was sent."""
     if has_text:
         run.note_disconnected()
         raise ServerOverloaded(
-            f"the model was replaced while {external_id(run.job_id)} ran, and its answer begins anew: discard what was "
-            "sent, and send the request again to get the new one"
+            f"the model was replaced while {external_id(run.job_id)} ran, so its answer starts over: discard what you "
+            "received, and repeat the request to get the new answer"
         )
 
 
 async def _merged(
     streams: Sequence[AsyncGenerator[Mapping[str, object], None]],
 ) -> AsyncGenerator[Mapping[str, object], None]:
-    """Whatever comes first. One that fails ends all."""
-    following = {asyncio.ensure_future(_next_of(stream)): stream for stream in streams}
+    """Yields from all streams, in the order of arrival. An exception in one ends all of them."""
+    following = {asyncio.ensure_future(next_of(stream)): stream for stream in streams}
     try:
         while following:
             done, _ = await asyncio.wait(following, return_when=asyncio.FIRST_COMPLETED)
@@ -166,7 +166,7 @@ async def _merged(
                 except StopAsyncIteration:
                     continue
                 yield data
-                following[asyncio.ensure_future(_next_of(stream))] = stream
+                following[asyncio.ensure_future(next_of(stream))] = stream
     finally:
         for task in following:
             task.cancel()
@@ -175,12 +175,8 @@ async def _merged(
             await stream.aclose()
 
 
-async def _next_of(stream: AsyncGenerator[Mapping[str, object], None]) -> Mapping[str, object]:
-    return await anext(stream)
-
-
-async def _last_look(run: Run) -> JobRecord:
-    """The completed job. Raises the CeleriacError that says why it is not."""
+async def _completed(run: Run) -> JobRecord:
+    """The job, read again. Raises the CeleriacError that says why it is not completed."""
     record = await retry_until_storage_answers(lambda: run.services.read(job_queries.get, run.job_id, run.tenant_id))
     if record is None:
         raise JobNotFound(f"{external_id(run.job_id)} was deleted")
@@ -190,23 +186,23 @@ async def _last_look(run: Run) -> JobRecord:
 
 def _early_end(run: Run) -> CeleriacError:
     name = external_id(run.job_id)
-    return ServerOverloaded(f"this stream ends here, but {name} goes on: see /v1/jobs/{name}/events")
+    return ServerOverloaded(f"this stream ends early, but {name} continues: read /v1/jobs/{name}/events")
 
 
-KEEP_ALIVE = b"\n"  # JSON may have blanks before it
+KEEP_ALIVE = b"\n"  # JSON allows whitespace before a value
 
 Render = Callable[[Sequence[JobRecord]], Mapping[str, object]]
 
-Refuse = Callable[[JobRecord], None]  # raises the CeleriacError that says why a terminal job has no answer
+Refuse = Callable[[JobRecord], None]  # raises the CeleriacError that says why a job has no answer
 
 
 class WholeAnswer(Response):
-    """Waits for the end of all `runs` and sends what `render` makes of them.
+    """Waits until all `runs` have ended, then sends the JSON object that `render` makes of their jobs.
 
-    Nothing is sent at first, so that a job that fails soon does so with its own status. A client that tells its read
-    timeout waits like that to the end. For others a wait that is longer is kept alive with line breaks, which any JSON
-    parser skips, behind a status 200: where there is no answer in the end, the connection is cut, since no client looks
-    for an error in a 200. Their retry is told the reason, with its status.
+    Nothing is sent at first, so that a job that fails early can still be answered with the status of its error. If the
+    client has sent its read timeout, that holds to the end. For other clients, a longer wait is kept alive: a status
+    200 is sent, then line breaks, which every JSON parser skips. If there is then no answer in the end, the connection
+    is closed in the middle of the body, since no client looks for an error in a 200. A retry gets the error's status.
     """
 
     def __init__(
@@ -217,9 +213,9 @@ class WholeAnswer(Response):
         refuse: Refuse = refuse_unfinished,
         timeout_seconds: float | None = None,
     ) -> None:
-        """`render` gets what `refuse` lets pass. Past `timeout_seconds` the answer is an error; the jobs have a
-        deadline of their own."""
-        # Not super().__init__(), as there is neither body nor status yet.
+        """`refuse` raises for jobs that have no answer; `render` gets the others. After `timeout_seconds` the answer is
+        an error; the jobs must have a deadline of their own."""
+        # Not super().__init__(), as neither the body nor the status is known yet.
         self.background = None
         self._runs = runs
         self._render = render
@@ -248,7 +244,7 @@ class WholeAnswer(Response):
             if ended.done():
                 answer = await self._whole_answer(ended)
             elif revoked.done():
-                answer = error_response(AuthenticationFailed("this API key was revoked while its answer was awaited"))
+                answer = error_response(AuthenticationFailed("this API key was revoked during the request"))
             elif unserved.done():
                 answer = error_response(unserved.result())
             elif late.done():
@@ -272,7 +268,7 @@ class WholeAnswer(Response):
 
     async def _wait_for_timeout(self) -> None:
         if self._timeout_seconds is None:
-            await asyncio.Event().wait()  # for ever
+            await asyncio.Event().wait()  # never returns
         else:
             await asyncio.sleep(self._timeout_seconds)
 
@@ -287,7 +283,7 @@ class WholeAnswer(Response):
         await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
 
     async def _whole_answer(self, ended: "asyncio.Task[None]") -> Response:
-        """What there is to say, as if nothing had been sent yet."""
+        """The answer or the error, as if nothing had been sent yet."""
         try:
             ended.result()
             records = [await run.read(with_request=True) for run in self._runs]
@@ -302,15 +298,17 @@ class WholeAnswer(Response):
         return orjson.dumps(self._render(records))
 
     def _late(self) -> CeleriacError:
-        return DeadlineExceeded(f"{self._name} was not done within {self._timeout_seconds:g} s and is stopped")
+        return DeadlineExceeded(f"{self._name} was not done within {self._timeout_seconds:g} s, so it was stopped")
 
     def _restarted(self) -> CeleriacError:
-        return ServerOverloaded(f"this server is being restarted; {self._name} goes on: ask again for its answer")
+        return ServerOverloaded(
+            f"this server is restarting, but {self._name} continues: repeat the request to get its answer"
+        )
 
     async def _cut(self, scope: Scope, gone: "asyncio.Task[None]", answer: Response) -> None:
-        """End the connection without the end of the body: the client raises, as for any connection that breaks."""
+        """Close the connection before the end of the body: the client raises, as for any broken connection."""
         log.info(
-            "cut a kept-alive answer that came to nothing",
+            "closed a connection kept alive for an answer that failed",
             extra={"job_id": self._name, "status": answer.status_code},
         )
         scope["extensions"][CUT]["close"]()

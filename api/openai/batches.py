@@ -1,4 +1,4 @@
-"""/v1/batches: a file of requests, run when nothing else wants to, its answers in a file."""
+"""/v1/batches: run a file of requests with the lowest priority; the answers are written to a file."""
 
 import re
 from datetime import datetime
@@ -27,7 +27,7 @@ from storage.files import Batch
 router = private_router("OpenAI")
 
 MAX_WINDOW_HOURS = 7 * 24
-ENDED_OTHERWISE = frozenset({BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.EXPIRED})  # than by a cancel
+ENDED_BEFORE_CANCEL = frozenset({BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.EXPIRED})
 
 
 class ExpiresAfter(OpenAIModel):
@@ -39,7 +39,7 @@ class BatchBody(OpenAIModel):
     input_file_id: Annotated[str, StringConstraints(max_length=128)]
     endpoint: Annotated[str, StringConstraints(max_length=128)] = Field(json_schema_extra={"enum": list(ROUTES)})
     completion_window: Annotated[str, StringConstraints(max_length=16)] = Field(
-        description="24h; from 1h to 7d.", json_schema_extra={"pattern": "^([1-9][0-9]?h|[1-7]d)$"}
+        description="1h to 7d, such as 24h.", json_schema_extra={"pattern": "^([1-9][0-9]?h|[1-7]d)$"}
     )
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
@@ -108,7 +108,8 @@ class BatchListView(PageView):
     openapi_extra=request_body(BatchBody),
 )
 async def create_batch(request: Request) -> Response:
-    """Its file is read next; what is wrong with it is in `errors` of the batch, with the numbers of the lines."""
+    """Create a batch. Its file is validated afterwards: problems are listed in the batch's `errors`, with line
+    numbers."""
     services, tenant_id = caller_of(request)
     body = await read_model(request, BatchBody)
     job_headers = read_job_headers(request.headers)
@@ -142,7 +143,7 @@ async def create_batch(request: Request) -> Response:
 
 @router.get("/v1/batches", **listing(BatchListView, PageQuery))
 async def list_batches(request: Request) -> Response:
-    """Newest first. Go on with `after` = `last_id` while `has_more`."""
+    """The tenant's batches, newest first. For the next page send `after` = `last_id`."""
     query = read_query(request, PageQuery)
     return await list_page(request, query, batches.list_batches, batch_object, prefix="batch")
 
@@ -161,17 +162,17 @@ async def read_batch(batch_id: str, request: Request) -> Response:
     responses={200: {"model": BatchView}, 409: {"description": "It has ended.", **ERROR}},
 )
 async def cancel_batch(batch_id: str, request: Request) -> Response:
-    """Nothing more of it begins, what runs is stopped, and what is done can be read. Again, it changes nothing. 409 for
-    a batch that has ended otherwise."""
+    """No further lines are started, running ones are stopped, and finished ones stay readable. Repeating it changes
+    nothing. 409 if the batch has already completed, failed or expired."""
     services, tenant_id = caller_of(request)
     batch = await services.write(batches.cancel, _parse_batch_id(batch_id), tenant_id)
     if batch is None:
         raise _not_found(batch_id)
-    return _answer(batch) if batch.status not in ENDED_OTHERWISE else _too_late(batch)
+    return _answer(batch) if batch.status not in ENDED_BEFORE_CANCEL else _too_late(batch)
 
 
 def _too_late(batch: Batch) -> Response:
-    """The one 409 there is, for OpenAI's is one. Clients would retry it, so they are told not to."""
+    """The only 409 in this API, as OpenAI's answer is one. Clients retry a 409, so a header tells them not to."""
     message = f"Cannot cancel a batch with status '{batch.status.value}'."
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": "batch_not_cancellable"}
     body = {"error": error, "request_id": request_id_context.get()}
@@ -236,9 +237,7 @@ def _answer(batch: Batch) -> Response:
 
 def _endpoint(endpoint: str) -> str:
     if endpoint not in ROUTES:
-        raise InvalidRequest(
-            f"endpoint is {endpoint[:64]!r}; batches can be for: {', '.join(ROUTES)}", param="endpoint"
-        )
+        raise InvalidRequest(f"endpoint is {endpoint[:64]!r}; send one of: {', '.join(ROUTES)}", param="endpoint")
     return endpoint
 
 
@@ -246,9 +245,7 @@ def _window_seconds(window: str) -> int:
     match = re.fullmatch(r"(\d{1,3})([hd])", window)
     hours = int(match[1]) * (24 if match[2] == "d" else 1) if match else 0
     if not 1 <= hours <= MAX_WINDOW_HOURS:
-        raise InvalidRequest(
-            f"completion_window is {window!r}; send a time from 1h to 7d, as 24h", param="completion_window"
-        )
+        raise InvalidRequest(f"completion_window is {window!r}; send 1h to 7d, such as 24h", param="completion_window")
     return hours * 3_600
 
 

@@ -1,8 +1,6 @@
-"""/v1/files: what batches read and write, and how an upload streams in.
+"""/v1/files: the input and output files of batches.
 
-An upload as it streams in: a form whose file goes to SQL piece by piece, and is never whole in memory.
-
-/v1/files: what batches read and write.
+An upload is a multipart form. Its file goes to the database in pieces as it arrives, and is never in memory as a whole.
 """
 
 import asyncio
@@ -29,34 +27,34 @@ from storage.files import Batch, File
 from tasks.batch_files import AnsweredLine, read_ended, write_line
 from text.models import ModelViews
 
-FORM_BYTES = 65_536  # what a form may have around its file
+FORM_BYTES = 65_536  # of a form, besides its file
 
-FILE = "file"  # the field that holds it
+FILE = "file"  # the field that has the file
 
 MAX_PARTS = 16
 
 MAX_FIELD_BYTES = 1_024
 
-SILENCE_SECONDS = 30.0
+SILENCE_SECONDS = 30.0  # the longest pause in an upload
 
-GRACE_SECONDS = 30.0  # before a rate is asked for
+GRACE_SECONDS = 30.0  # before the minimum rate applies
 
-MIN_BYTES_PER_SECOND = 32_768  # averaged from the start; what is slower keeps a place from others
+MIN_BYTES_PER_SECOND = 32_768  # on average; slower uploads would keep their slot from others
 
 MAX_BOUNDARY_CHARS = 200
 
 
 class Form:
-    """A form that is being read: its fields, and what has arrived of its file since it was last taken."""
+    """A multipart form as it arrives: its fields, and the part of its file that has not been stored yet."""
 
     def __init__(self, content_type: str) -> None:
-        """Raises UnsupportedMediaType or InvalidRequest."""
+        """Raises UnsupportedMediaType, or InvalidRequest without a boundary."""
         kind, options = parse_options_header(content_type)
         if kind != "multipart/form-data":
             raise UnsupportedMediaType(f"Content-Type is {content_type[:64]!r}; send the file as multipart/form-data")
         boundary = options.get("boundary", "")
         if not 0 < len(boundary) <= MAX_BOUNDARY_CHARS or not boundary.isascii():
-            raise InvalidRequest("the form's Content-Type names no boundary; let your HTTP client write it")
+            raise InvalidRequest("the Content-Type of the form has no valid boundary; let your HTTP client set it")
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self.content = bytearray()
@@ -66,7 +64,7 @@ class Form:
         self._parser = PushMultipartParser(boundary)
 
     def feed(self, data: bytes) -> None:
-        """Raises InvalidRequest."""
+        """Parse the next bytes of the body. Raises InvalidRequest."""
         with _refuse_malformed():
             for event in self._parser.parse(data):
                 if isinstance(event, MultipartSegment):
@@ -77,22 +75,22 @@ class Form:
                     self.fields[self._name] = self._value.decode(errors="replace")
 
     def finish(self) -> None:
-        """Raises InvalidRequest where something is missing."""
+        """Raises InvalidRequest if the form or its file is incomplete."""
         with _refuse_malformed():
             self._parser.close()
         if self.filename is None:
-            raise InvalidRequest("file is missing; send it as a part of the form", param=FILE)
+            raise InvalidRequest("file is missing; send it as a field of the form", param=FILE)
 
     def _begin_part(self, part: MultipartSegment) -> None:
         self._num_parts += 1
         if self._num_parts > MAX_PARTS:
             raise InvalidRequest(
-                f"the form has more than {MAX_PARTS} parts; send file, purpose and expires_after alone"
+                f"the form has more than {MAX_PARTS} fields; send only file, purpose and expires_after"
             )
         self._name, self._value = str(part.name), bytearray()
         if self._name in self.fields or (self._name == FILE and self.filename is not None):
             name = self._name[:64]
-            raise InvalidRequest(f"the form has {name} more than once; send it once", param=name)
+            raise InvalidRequest(f"{name} appears more than once in the form; send it once", param=name)
         if self._name == FILE:
             self.filename = (part.filename or "upload").replace("\0", "")[:255]
 
@@ -111,11 +109,13 @@ def _refuse_malformed() -> Iterator[None]:
     try:
         yield
     except MultipartError as exc:
-        raise InvalidRequest(f"the body is not a multipart form ({exc}); let your HTTP client write it") from None
+        raise InvalidRequest(
+            f"the body is not a valid multipart form ({exc}); let your HTTP client encode it"
+        ) from None
 
 
 class Upload:
-    """One upload under way. What it wrote is discarded unless it is finished."""
+    """An upload in progress. What it has stored must be finished or discarded."""
 
     def __init__(self, services: Services, tenant_id: UUID) -> None:
         self._services = services
@@ -125,8 +125,8 @@ class Upload:
         self._num_bytes = 0
 
     async def receive(self, request: Request) -> Form:
-        """Read the whole form and write its file. Raises CeleriacError; a client that sends what is not a form is
-        heard to its end first, so that it reads our answer."""
+        """Read the whole form and store its file. Raises CeleriacError. A malformed form is still read to its end, so
+        that the client gets to read the answer."""
         form = Form(request.headers.get("content-type", ""))
         problem: CeleriacError | None = None
         async for data in _stream(request):
@@ -145,14 +145,14 @@ class Upload:
         return form
 
     async def _write(self, form: Form, at_least: int) -> None:
-        """All whole pieces; at the end, with `at_least` 1, the last one, too."""
+        """Store pieces of PIECE_BYTES while `form` has `at_least` bytes; 1 stores the last, smaller piece, too."""
         settings = self._services.settings
         while len(form.content) >= at_least:
             piece = bytes(form.content[:PIECE_BYTES])
             del form.content[:PIECE_BYTES]
             self._num_bytes += len(piece)
             if self._num_bytes > settings.max_file_bytes:
-                raise RequestTooLarge(f"the file goes beyond {settings.max_file_bytes} bytes; split it", param="file")
+                raise RequestTooLarge(f"the file has more than {settings.max_file_bytes} bytes; split it", param="file")
             if self._file_id is None:
                 self._file_id = await self._services.write(
                     files.begin_upload, self._tenant_id, max_bytes=settings.max_file_bytes_per_tenant
@@ -162,7 +162,7 @@ class Upload:
 
     async def finish(self, *, filename: str, purpose: str, ttl_seconds: int) -> File:
         if self._file_id is None:
-            raise InvalidRequest("file is empty; send some lines", param="file")
+            raise InvalidRequest("file is empty; send at least one line", param="file")
         file = await self._services.write(
             files.finish_upload,
             self._file_id,
@@ -176,14 +176,15 @@ class Upload:
         return file
 
     def discard(self) -> None:
-        """Nothing after `finish`. What cannot be discarded now is found by the janitor."""
+        """Delete what was stored, in the background. Does nothing after `finish`. The janitor deletes what is left
+        over."""
         if self._file_id is not None:
             self._services.spawn(self._services.write(files.discard, self._file_id))
 
 
 async def _stream(request: Request) -> AsyncIterator[bytes]:
-    """Raises RequestTimeout for a client that falls silent or trickles, ClientDisconnect for one that goes. As every
-    byte buys its share of a second, and bytes are bounded, so is the time."""
+    """The body as it arrives. Raises RequestTimeout if the client pauses too long or is too slow, ClientDisconnect if
+    it leaves. As the size is bounded and a minimum rate is enforced, so is the total time."""
     stream = request.stream()
     started, num_bytes = time.monotonic(), 0
     while True:
@@ -201,13 +202,13 @@ async def _stream(request: Request) -> AsyncIterator[bytes]:
 
 def _too_slow(num_bytes: int, seconds: float) -> RequestTimeout:
     return RequestTimeout(
-        f"{num_bytes} bytes came in {seconds:.0f} s; send the file without a pause, at {MIN_BYTES_PER_SECOND} bytes a "
-        "second at least"
+        f"only {num_bytes} bytes arrived in {seconds:.0f} s; send the file without pauses, at "
+        f"{MIN_BYTES_PER_SECOND} bytes per second or more"
     )
 
 
 async def receive_file(request: Request, services: Services, tenant_id: UUID) -> tuple[Form, Upload]:
-    """Raises CeleriacError. On success the upload is whole and waits to be finished or discarded."""
+    """Receive a form and its file. The caller must finish or discard the upload. Raises CeleriacError."""
     with services.uploads.hold(tenant_id):
         upload = Upload(services, tenant_id)
         try:
@@ -223,7 +224,7 @@ MIN_TTL_SECONDS, MAX_TTL_SECONDS = 3_600, 2_592_000
 
 FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
 
-HEADERS = {"x-content-type-options": "nosniff"}  # anybody's text: no browser may take it for a page
+HEADERS = {"x-content-type-options": "nosniff"}  # untrusted text: no browser may render it as a page
 
 Purpose = Literal["batch", "batch_output"]
 
@@ -273,7 +274,7 @@ class FileListView(PageView):
     },
 )
 async def upload_file(request: Request) -> Response:
-    """A file of requests, one a line. It is there once this answers, whole; before, it is not."""
+    """Upload a file of requests, one per line. The file appears, complete, when this succeeds; never in part."""
     services, tenant_id = caller_of(request)
     form, upload = await receive_file(request, services, tenant_id)
     try:
@@ -287,7 +288,7 @@ async def upload_file(request: Request) -> Response:
 
 @router.get("/v1/files", **listing(FileListView, FilesQuery))
 async def list_files(request: Request) -> Response:
-    """Newest first. Go on with `after` = `last_id` while `has_more`."""
+    """The tenant's files, newest first. For the next page send `after` = `last_id`."""
     query = read_query(request, FilesQuery)
     return await list_page(
         request, query, files.list_files, file_object, prefix="file", purpose=query.purpose, order=query.order
@@ -302,7 +303,7 @@ async def read_file(file_id: str, request: Request) -> Response:
 
 @router.get("/v1/files/{file_id}/content", response_class=Response, responses={200: BYTES})
 async def read_content(file_id: str, request: Request) -> Response:
-    """The file as it was sent. What a batch writes can be read while it runs: the lines that are done."""
+    """The content of the file. While a batch runs, its output has the lines that are done so far."""
     services, tenant_id = caller_of(request)
     file = await find_file(services, tenant_id, file_id)
     if file.status is FileStatus.LIVE:
@@ -316,7 +317,7 @@ async def read_content(file_id: str, request: Request) -> Response:
 
 @router.delete("/v1/files/{file_id}", responses={200: {"model": DeletedView}})
 async def delete_file(file_id: str, request: Request) -> Response:
-    """One that an unfinished batch needs is refused."""
+    """Delete a file, unless an unfinished batch needs it."""
     services, tenant_id = caller_of(request)
     id_ = parse_file_id(file_id)
     if not await services.write(files.delete_file, id_, tenant_id):
@@ -345,7 +346,7 @@ def _written(batch: Batch, lines: list[AnsweredLine], views: ModelViews) -> byte
 
 
 async def find_file(services: Services, tenant_id: UUID, file_id: str) -> File:
-    """Raises FileNotFound, the same for a malformed id, an unknown one and another tenant's."""
+    """Raises FileNotFound, with the same message for a malformed id, an unknown one and one of another tenant."""
     file = await services.read(files.get, parse_file_id(file_id), tenant_id)
     if file is None:
         raise not_found(file_id)
@@ -360,7 +361,7 @@ def parse_file_id(file_id: str, param: str = "file_id") -> UUID:
 
 
 def not_found(file_id: str, param: str = "file_id") -> FileNotFound:
-    return FileNotFound(f"there is no file {file_id[:64]!r}; check the id, or it may have expired", param=param)
+    return FileNotFound(f"there is no file {file_id[:64]!r}; check the id, as the file may have expired", param=param)
 
 
 def file_object(file: File) -> FileView:
@@ -380,12 +381,14 @@ def _purpose(form: Form) -> str:
     unknown = sorted(set(form.fields) - set(FIELDS))
     if unknown:
         known = ", ".join(FIELDS)
-        raise InvalidRequest(f"{unknown[0][:64]} is not a field here; known are: {known}", param=unknown[0][:64])
+        raise InvalidRequest(
+            f"{unknown[0][:64]} is not a field of this form; the fields are: {known}", param=unknown[0][:64]
+        )
     purpose = form.fields.get("purpose")
     if purpose is None:
         raise InvalidRequest("purpose is missing; send 'batch'", param="purpose")
     if purpose != "batch":
-        raise UnsupportedParameter(f"purpose is {purpose[:40]!r}; files are kept for 'batch' only", param="purpose")
+        raise UnsupportedParameter(f"purpose is {purpose[:40]!r}; only 'batch' is supported", param="purpose")
     return purpose
 
 
@@ -394,7 +397,9 @@ def _ttl_seconds(form: Form, default: int) -> int:
     if anchor is None and seconds is None:
         return default
     if anchor != "created_at":
-        raise InvalidRequest("expires_after[anchor] must be 'created_at'", param="expires_after[anchor]")
+        raise InvalidRequest(
+            f"expires_after[anchor] is {(anchor or '')[:40]!r}; send 'created_at'", param="expires_after[anchor]"
+        )
     try:
         number = TypeAdapter(int).validate_python(seconds)
     except ValidationError:
@@ -403,6 +408,9 @@ def _ttl_seconds(form: Form, default: int) -> int:
 
 
 def refuse_odd_ttl(seconds: int, param: str) -> int:
+    """Returns `seconds`. Raises InvalidRequest if it is out of range."""
     if not MIN_TTL_SECONDS <= seconds <= MAX_TTL_SECONDS:
-        raise InvalidRequest(f"{param} must be a number from {MIN_TTL_SECONDS} to {MAX_TTL_SECONDS}", param=param)
+        raise InvalidRequest(
+            f"{param} must be a number of seconds from {MIN_TTL_SECONDS} to {MAX_TTL_SECONDS}", param=param
+        )
     return seconds

@@ -1,7 +1,7 @@
-"""The routes that run a model: chat completions, completions, embeddings; and /v1/models, the list of them.
+"""/v1/chat/completions, /v1/completions and /v1/embeddings, stored chat completions, and /v1/models.
 
-Chat completions that were asked for with store=true can be listed, read, labelled and deleted while their jobs are
-kept. An unfinished job is not a completion yet, so it is not found here; `/v1/jobs` has it.
+Chat completions created with store=true can be listed, read, updated and deleted while their jobs are kept. A job that
+is not completed is not a chat completion yet, so it is found under /v1/jobs only.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ router = private_router("OpenAI")
     openapi_extra=request_body(ChatCompletionBody),
 )
 async def create_chat_completion(request: Request) -> Response:
-    """A chat completion as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""
+    """A chat completion like OpenAI's. It is a job like any other: the `x-job-id` header has its id for /v1/jobs."""
     body = await read_model(request, ChatCompletionBody, HINT_TREE)
     view = services_of(request).views.get(body.model)
     generation = await off_loop(request, to_generation_request, body, view)
@@ -99,7 +99,8 @@ def _asked(body: ChatCompletionBody) -> Asked:
     openapi_extra=request_body(CompletionBody),
 )
 async def create_completion(request: Request) -> Response:
-    """Choices are numbered prompt by prompt: choice `i * n + j` is answer `j` to prompt `i`."""
+    """A completion like OpenAI's. Each prompt has `n` consecutive choices: choice `i * n + j` is answer `j` to prompt
+    `i`."""
     body = await read_model(request, CompletionBody, HINT_TREE)
     view = services_of(request).views.get(body.model)
     generations = await off_loop(request, to_generation_requests, body)
@@ -133,7 +134,7 @@ def _asked_completion(body: CompletionBody) -> Asked:
     openapi_extra=request_body(EmbeddingBody),
 )
 async def create_embeddings(request: Request) -> Response:
-    """Embeddings as OpenAI's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""
+    """Embeddings like OpenAI's. They are a job like any other: the `x-job-id` header has its id for /v1/jobs."""
     body = await read_model(request, EmbeddingBody, HINT_TREE)
     asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of_embeddings(body))
     run = await start(request, await off_loop(request, to_embedding_request, body), asked)
@@ -180,7 +181,7 @@ async def read_chat_completion(completion_id: str, request: Request) -> Response
     openapi_extra=request_body(MetadataBody),
 )
 async def update_chat_completion(completion_id: str, request: Request) -> Response:
-    """Replaces the metadata, which is all that may change."""
+    """Replace the metadata, which is all that can be changed."""
     caller = caller_of(request)
     body = await read_model(request, MetadataBody)
     record = await _find(caller, completion_id)
@@ -190,7 +191,7 @@ async def update_chat_completion(completion_id: str, request: Request) -> Respon
 
 @router.delete("/v1/chat/completions/{completion_id}", responses={200: {"model": DeletedView}})
 async def delete_chat_completion(completion_id: str, request: Request) -> Response:
-    """Erases the job, input and output with it."""
+    """Erase the job with its input and output."""
     caller = caller_of(request)
     record = await _find(caller, completion_id)
     await caller.services.write(jobs.delete, record.job.id, caller.tenant_id)
@@ -200,7 +201,7 @@ async def delete_chat_completion(completion_id: str, request: Request) -> Respon
 
 @router.get("/v1/chat/completions/{completion_id}/messages", **listing(StoredMessageListView, MessagesQuery))
 async def list_messages(completion_id: str, request: Request) -> Response:
-    """The messages that were sent. Their ids are the completion's with their place."""
+    """The messages of the request. Their ids are the completion's id with a number from 0."""
     query = read_query(request, MessagesQuery)
     record = await _find(caller_of(request), completion_id)
     assert isinstance(record.request, GenerationRequest)
@@ -217,16 +218,17 @@ def stored_completion(services: Services, record: JobRecord) -> StoredChatComple
     try:
         format = services.views.output_format(record.job.model)
     except ModelNotFound:
-        format = OutputFormat()  # the model is not served any more, but its text is here
+        format = OutputFormat()  # the model is no longer served; its output is still readable as text
     return {**from_result(record, record.request, format), "metadata": record.job.job_metadata}
 
 
 async def _find(caller: Caller, completion_id: str) -> JobRecord:
-    """Raises JobNotFound, the same for what was not stored, is not completed, or is another tenant's."""
+    """Raises JobNotFound, with the same message for a job that is unknown, not stored, not completed, or of another
+    tenant."""
     record = await _read(caller, completion_id)
     if record is None or not _is_stored_chat(record):
         raise JobNotFound(
-            f"there is no stored chat completion {completion_id[:64]!r}; only those with store=true are kept here",
+            f"there is no stored chat completion {completion_id[:64]!r}; only completed ones with store=true are kept",
             param="completion_id",
         )
     return record
@@ -271,7 +273,7 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/v1/models/{model:path}", responses={200: {"model": ModelCardView | AnthropicModelView}})
 async def get_model(model: str, request: Request) -> Response:
-    """Slashes in a model's name come percent-encoded from the SDKs, and plain from people."""
+    """A slash in the model's name may be percent-encoded, as the SDKs do, or not."""
     services, _ = caller_of(request)
     if not model:
         raise HTTPException(404)
@@ -295,7 +297,8 @@ def _model_object(services: Services, model: str) -> ModelCardView:
 
 
 def _created(services: Services) -> int:
-    """When the list of models was last changed: nothing says when a model was made. 0 where there is no such file."""
+    """The modification time of the models file, as the age of a model itself is not known; 0 if there is no such
+    file."""
     try:
         return int(services.settings.models_file.stat().st_mtime)
     except OSError:
@@ -303,6 +306,6 @@ def _created(services: Services) -> int:
 
 
 def _is_loaded(services: Services, model: str) -> bool | None:
-    """By the figures of the last second, so that asking costs nothing; None while nobody can say."""
+    """From the queue figures, so that it costs no query; None while they are not known."""
     queue = services.monitor.queues.get(model)
-    return None if queue is None else queue.num_workers > 0  # workers report themselves once theirs is
+    return None if queue is None else queue.num_workers > 0  # a worker is counted once it has loaded its model

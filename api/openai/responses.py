@@ -1,13 +1,8 @@
-"""/v1/responses: an answer as an object that is created, waited for or streamed, read again, gone on from.
+"""/v1/responses: create, stream, read, continue, cancel and delete responses.
 
-Responses that were created before: found by id, shown as they stand, and gone on from.
-
-A response as it comes to be: named events, numbered from 0, the same ones whenever they are read.
-
-The numbers follow from the chunks of the job, in the order in which they were committed, so a cursor holds for as long
-as the job is kept, whoever serves it and however many workers the job has worn out.
-
-/v1/responses: an answer as an object that is created, waited for or streamed, read again, and gone on from.
+A response's events are numbered from 0 and are the same whenever they are read: the numbers are derived from the job's
+committed chunks. So a cursor stays valid for as long as the job is kept, whichever API process serves it and however
+many workers the job has had.
 """
 
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.events import EventStream, frame, read_all_chunks, retry_until_storage_answers
+from api.events import ABANDONED, EventStream, frame, read_all_chunks, retry_until_storage_answers
 from api.inputs import PageQuery, QueryModel, listing, off_loop, query_parameters, read_model, read_query
 from api.openai.answers import WholeAnswer
 from api.openai.running import Asked, Run, start
@@ -67,10 +62,10 @@ from text.outputs import OutputFormat, OutputParser, parser_of
 
 
 async def find_response(services: Services, tenant_id: UUID, response_id: str) -> JobRecord:
-    """With its request. Raises JobNotFound: the same for a malformed id, another tenant's, and what is no stored
-    response."""
+    """The job of a stored response, with its request. Raises JobNotFound, with the same message for a malformed id, one
+    of another tenant, and a job that is not a stored response."""
     not_found = JobNotFound(
-        f"there is no response {response_id[:64]!r}; it may have expired, or was created with store=false",
+        f"there is no response {response_id[:64]!r}; it may have expired, or have been created with store=false",
         param="response_id",
     )
     try:
@@ -84,13 +79,13 @@ async def find_response(services: Services, tenant_id: UUID, response_id: str) -
 
 
 def body_of(record: JobRecord) -> ResponseBody:
-    """What the client sent. `record` comes with its request."""
+    """The body that the client sent. `record` must include its request."""
     assert record.endpoint_body is not None
     return ResponseBody.model_validate(record.endpoint_body)
 
 
 def parser_for(services: Services, record: JobRecord) -> OutputParser:
-    """Of the job's output. A model that is served no more leaves plain text."""
+    """A parser for the job's output; for plain text if its model is no longer served."""
     assert isinstance(record.request, GenerationRequest)
     try:
         format = services.views.output_format(record.job.model)
@@ -105,7 +100,7 @@ def as_it_ended(services: Services, record: JobRecord) -> ResponseView:
 
 
 async def as_it_stands(services: Services, record: JobRecord) -> ResponseView:
-    """With the text so far."""
+    """The response in its current state, with the text so far."""
     if record.job.status.is_terminal:
         return as_it_ended(services, record)
     output = ResponseOutput(record.job.id, parser_for(services, record))
@@ -115,8 +110,8 @@ async def as_it_stands(services: Services, record: JobRecord) -> ResponseView:
 
 
 async def conversation_of(services: Services, tenant_id: UUID, response_id: str) -> list[dict[str, Any]]:
-    """The messages of a completed response and its answer, as what comes next takes them up: instructions are of one
-    response only. Raises InvalidRequest."""
+    """The messages and output of a completed response, as the start of the next conversation turn. Without its
+    instructions, which apply to one response only. Raises InvalidRequest."""
     try:
         record = await find_response(services, tenant_id, response_id)
     except JobNotFound as exc:
@@ -124,7 +119,8 @@ async def conversation_of(services: Services, tenant_id: UUID, response_id: str)
     previous = as_it_ended(services, record)
     if previous["status"] not in ("completed", "incomplete"):
         raise InvalidRequest(
-            f"{previous['id']} is {previous['status']}; go on from one that is completed", param="previous_response_id"
+            f"{previous['id']} is {previous['status']}; send the id of a completed response",
+            param="previous_response_id",
         )
     assert isinstance(record.request, GenerationRequest)
     dumped = [message.model_dump(exclude_defaults=True) for message in record.request.messages or ()]
@@ -137,13 +133,13 @@ LAST_EVENTS = {"completed": "response.completed", "incomplete": "response.incomp
 
 
 class ResponseStream:
-    """The frames of one reader. Whoever makes one has checked that the job is the reader's own."""
+    """The encoded events of one response for one reader. The caller has checked that the job belongs to the reader."""
 
     def __init__(
         self, services: Services, record: JobRecord, body: ResponseBody, parser: OutputParser, *, starting_after: int
     ) -> None:
-        """`record` comes with its request. `starting_after`: the number of the last event that the reader has, or
-        -1."""
+        """`record` must include its request. `starting_after` is the number of the last event that the reader has, or
+        -1 for none."""
         self._services = services
         self._record = record
         self._body = body
@@ -162,7 +158,7 @@ class ResponseStream:
                     for data in self._numbered(self._start()):
                         yield data
                 if isinstance(event, TokenChunk) and event.is_reset and (has_text or self._starting_after >= 0):
-                    yield frame("error", error_event(_begun_anew(self._record)))
+                    yield frame("error", error_event(_started_over(self._record)))
                     return
                 if isinstance(event, TokenChunk) and not event.is_reset:
                     has_text = True
@@ -172,7 +168,7 @@ class ResponseStream:
             yield data
 
     def _beginning(self) -> Iterator[ResponseEvent]:
-        """Who waits for a response is told that it has begun; only one in the background has a queue to show."""
+        """Only a background response is ever shown as queued; others are in progress from the start."""
         begun = self._response(Ending("queued" if self._body.background else "in_progress"))
         yield {"type": "response.created", "response": begun}
         yield {"type": f"response.{begun['status']}", "response": begun}
@@ -205,18 +201,18 @@ class ResponseStream:
 
     @property
     def early_end_frame(self) -> bytes:
-        """Of a server that leaves before the job is done."""
+        """The event to send if this server ends the stream before the job is done."""
         name = external_id(self._record.job.id, "resp")
-        event = error_event(ServerOverloaded(f"this stream ends here, but {name} goes on: retrieve it"))
+        event = error_event(ServerOverloaded(f"this stream ends early, but {name} continues: retrieve it"))
         return frame("error", event)
 
 
-def _begun_anew(record: JobRecord) -> CeleriacError:
-    """Events that were numbered once cannot be taken back."""
+def _started_over(record: JobRecord) -> CeleriacError:
+    """For a job that starts over: events that were numbered and sent cannot be retracted."""
     name = external_id(record.job.id, "resp")
     return ServerOverloaded(
-        f"the model was replaced while {name} ran, and its output begins anew: discard what was sent, and read {name} "
-        "without starting_after"
+        f"the model was replaced while {name} ran, so its output starts over: discard what you received, and retrieve "
+        f"{name} without starting_after"
     )
 
 
@@ -224,7 +220,7 @@ def error_event(exc: CeleriacError) -> ResponseEvent:
     return {"type": "error", "code": exc.code, "message": exc.message, "param": exc.param}
 
 
-CANCEL_SECONDS = 2.0  # more than a step; a worker that was lost takes longer
+CANCEL_SECONDS = 2.0  # longer than a step; if the worker was lost, cancelling takes longer than this
 
 POLL_HEADERS = {"retry-after": "1", "openai-poll-after-ms": "1000"}
 
@@ -234,7 +230,8 @@ router = private_router("OpenAI")
 
 
 class ResponseIdConvertor(StringConvertor):
-    """/v1/responses/input_tokens is no response: it has a route of its own, and any other method gets a 405."""
+    """Excludes /v1/responses/input_tokens, which is not a response: it has its own route, and other methods get a
+    405."""
 
     regex = "(?!input_tokens$)[^/]+"
 
@@ -245,8 +242,8 @@ register_url_convertor("response_id", ResponseIdConvertor())
 class RetrieveQuery(QueryModel):
     stream: bool = False
     starting_after: Annotated[int, Field(ge=-1, le=2**53)] = -1
-    include_obfuscation: bool | None = None  # there is none
-    include: Included | None = None  # they are there if the request asked for them
+    include_obfuscation: bool | None = None  # accepted and ignored
+    include: Included | None = None  # ignored: the request that created the response decides
 
 
 class ItemsQuery(PageQuery):
@@ -260,12 +257,13 @@ class ItemsQuery(PageQuery):
     openapi_extra=request_body(ResponseBody),
 )
 async def create_response(request: Request) -> Response:
-    """A response as OpenAI's, and a job as any other. In the background, and wherever it is stored, it goes on without
-    its client, who reads it again by its id."""
+    """A response like OpenAI's. It is a job like any other. If it is stored or in the background, it continues when its
+    client disconnects, and can be read by its id."""
     body = await read_model(request, ResponseBody, HINT_TREE)
     if body.background and not body.is_stored:
         raise InvalidRequest(
-            "background is true and store false, so nobody could read the answer; change one", param="store"
+            "background is true but store is false, so the answer could never be read; change one of them",
+            param="store",
         )
     services, _ = caller_of(request)
     run = await start(request, await _generation(request, body), _asked(body))
@@ -283,7 +281,7 @@ async def create_response(request: Request) -> Response:
     openapi_extra=request_body(InputTokensBody),
 )
 async def count_input_tokens(request: Request) -> Response:
-    """How many tokens the prompt of such a response would have."""
+    """Count the tokens of the prompt that a response with this body would have."""
     services, _ = caller_of(request)
     counted = await read_model(request, InputTokensBody, HINT_TREE)
     body = await off_loop(request, _counted_as_response, counted)
@@ -301,7 +299,7 @@ async def count_input_tokens(request: Request) -> Response:
     openapi_extra={"parameters": query_parameters(RetrieveQuery)},
 )
 async def read_response(response_id: str, request: Request) -> Response:
-    """As it stands, with the text so far; or its events from the start, or after one, for as long as it is kept."""
+    """The response in its current state or, with `stream=true`, its events from the start or after `starting_after`."""
     services, tenant_id = caller_of(request)
     query = read_query(request, RetrieveQuery)
     record = await find_response(services, tenant_id, response_id)
@@ -313,13 +311,13 @@ async def read_response(response_id: str, request: Request) -> Response:
 
 @router.post("/v1/responses/{response_id}/cancel", responses={200: {"model": ResponseView}})
 async def cancel_response(response_id: str, request: Request) -> Response:
-    """One in the background is stopped within a step, for which this waits; its text so far is kept. One that has
-    ended stays as it is."""
+    """Stop a background response. Waits for it, usually for less than a step; the text so far is kept. A response that
+    has ended is returned unchanged."""
     services, tenant_id = caller_of(request)
     record = await find_response(services, tenant_id, response_id)
     if not body_of(record).background:
         raise InvalidRequest(
-            "only a response that was created with background=true can be cancelled; close the connection instead",
+            "only responses created with background=true can be cancelled; close the connection instead",
             param="response_id",
         )
     if await services.cancel(record.job.id, tenant_id) is JobStatus.IN_PROGRESS:
@@ -330,7 +328,7 @@ async def cancel_response(response_id: str, request: Request) -> Response:
 
 @router.delete("/v1/responses/{response_id:response_id}", responses={200: {"model": DeletedView}})
 async def delete_response(response_id: str, request: Request) -> Response:
-    """Erases it with its input; one that is under way is stopped."""
+    """Erase the response with its input. One that is not finished is stopped."""
     services, tenant_id = caller_of(request)
     record = await find_response(services, tenant_id, response_id)
     await services.cancel(record.job.id, tenant_id)
@@ -340,7 +338,7 @@ async def delete_response(response_id: str, request: Request) -> Response:
 
 @router.get("/v1/responses/{response_id}/input_items", **listing(InputItemListView, ItemsQuery))
 async def list_input_items(response_id: str, request: Request) -> Response:
-    """What was sent as `input`, an item each; the conversation before it belongs to the responses before it."""
+    """The items of the request's `input`, without those of earlier responses in the conversation."""
     services, tenant_id = caller_of(request)
     query = read_query(request, ItemsQuery)
     record = await find_response(services, tenant_id, response_id)
@@ -348,7 +346,7 @@ async def list_input_items(response_id: str, request: Request) -> Response:
     if query.order == "desc":
         items.reverse()
     listed = page(query.items_after(items), query.limit)
-    # Clients know no null here.
+    # The SDKs expect strings here, even for an empty list.
     return json_response(listed | {"first_id": listed["first_id"] or "", "last_id": listed["last_id"] or ""})
 
 
@@ -379,7 +377,7 @@ def _asked(body: ResponseBody) -> Asked:
 
 
 def _refuse_without_answer(record: JobRecord) -> None:
-    """Raises CeleriacError. An incomplete response is an answer, whatever cut it off."""
+    """Raises CeleriacError for a job without an answer. An incomplete response is an answer, whatever cut it short."""
     if ending_of(record.job).status != "incomplete":
         refuse_unfinished(record)
 
@@ -392,7 +390,7 @@ def _stream(services: Services, record: JobRecord, *, starting_after: int = -1, 
     def on_end(reason: str) -> None:
         if run is not None and reason == "complete":
             run.note_delivered()
-        elif run is not None and reason in ("disconnected", "slow", "unserved"):
+        elif run is not None and reason in ABANDONED:
             run.note_disconnected()
 
     async def unserved() -> bytes:

@@ -1,8 +1,6 @@
-"""A request of the OpenAI routes as a job: submitted, or found again, watched over, and cancelled.
+"""Runs the requests of the OpenAI routes as jobs: headers, submission, matching of retries, and cancellation.
 
-The headers of the OpenAI routes: options of a job on the way in, what clients steer by on the way out.
-
-A request of the OpenAI routes as a job: submitted, or found again, watched over, and cancelled when nobody waits.
+A job is cancelled when its client has disconnected and no other reader waits for it.
 """
 
 import asyncio
@@ -37,19 +35,20 @@ from tasks.submit import request_hash
 
 log = logging.getLogger(__name__)
 
-OPENAI_VERSION = "2020-10-01"  # the only one there is; SDKs log it
+OPENAI_VERSION = "2020-10-01"  # the only version there is; SDKs log it
 
-DEFAULT_READ_TIMEOUT_SECONDS = 600.0  # of the SDKs
+DEFAULT_READ_TIMEOUT_SECONDS = 600.0  # the default of the SDKs
 
-RETRY_SECONDS = 60.0  # behind a client's read timeout, within which its retries arrive
+RETRY_SECONDS = 60.0  # how long after a client's read timeout its retry may arrive
 
 _DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6}(?:\.\d{1,3})?)s?)?")
 
 
 @dataclass(frozen=True, slots=True)
 class JobHeaders:
-    """What a request says in headers. `read_timeout_seconds` is None where the client does not say; where it does, it
-    waits for so long without a sign of life, and gets none, so that its answer comes with a status that is true."""
+    """The job options that a request has in headers. `read_timeout_seconds` is None if the client does not send it. A
+    client that does waits that long without receiving anything, so it gets no keep-alive by default, and its answer has
+    the right status."""
 
     idempotency_key: str | None
     cancel_after_seconds: float | None
@@ -63,12 +62,12 @@ class JobHeaders:
 
     @property
     def attach_seconds(self) -> float:
-        """For so long after its accept a job may still be asked for by a retry of the same request."""
+        """How long after its acceptance a job may be matched to a retry of the same request."""
         return (self.read_timeout_seconds or DEFAULT_READ_TIMEOUT_SECONDS) + RETRY_SECONDS
 
 
 def read_job_headers(headers: Headers) -> JobHeaders:
-    """Raises InvalidRequest. What the SDKs send by themselves is ignored where it cannot be read."""
+    """Raises InvalidRequest. The headers that SDKs add by themselves are ignored if they cannot be parsed."""
     read_timeout_seconds = _number(headers.get("x-stainless-read-timeout", headers.get("x-stainless-timeout")))
     keep_alive = _one_of(headers, "X-Keep-Alive", "on", "off") or ("on" if read_timeout_seconds is None else "off")
     return JobHeaders(
@@ -93,7 +92,9 @@ def _duration(headers: Headers, name: str) -> float | None:
     hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0)
     duration = hours * 3600 + minutes * 60 + seconds
     if not 0 < duration <= WEEK_SECONDS:
-        raise InvalidRequest(f"{name} is {text[:40]!r}; send a time up to a week, as 90s, 5m or 1h30m", param=name)
+        raise InvalidRequest(
+            f"{name} is {text[:40]!r}; send a duration of at most a week, such as 90s, 5m or 1h30m", param=name
+        )
     return duration
 
 
@@ -108,7 +109,7 @@ def _priority(text: str | None) -> int | None:
 def _webhook_url(text: str | None) -> str | None:
     if text is not None and not 1 <= len(text) <= MAX_URL_BYTES:
         raise InvalidRequest(
-            f"X-Webhook has {len(text)} characters; send a URL of up to {MAX_URL_BYTES}", param="webhook"
+            f"X-Webhook has {len(text)} characters; send a URL of 1 to {MAX_URL_BYTES} characters", param="webhook"
         )
     return text
 
@@ -137,7 +138,8 @@ def _number(text: str | None) -> float | None:
 
 
 def answer_headers(started: float, *, room: QueueRoom | None) -> dict[str, str]:
-    """`started`: monotonic. The limit is the tenant's bound on queued jobs, the only one there is on requests."""
+    """The headers that OpenAI's answers have. `started` is monotonic. The rate limit is the tenant's limit on queued
+    jobs, as there is no other; without `room` it is left out."""
     headers = {
         "openai-version": OPENAI_VERSION,
         "openai-processing-ms": str(round((time.monotonic() - started) * 1000)),
@@ -149,26 +151,26 @@ def answer_headers(started: float, *, room: QueueRoom | None) -> dict[str, str]:
     return headers
 
 
-UNSERVED_LOOK_SECONDS = 1.0
+UNSERVED_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a body says of its job beside the generation itself."""
+    """The job options that come from the body of a request."""
 
     endpoint: Endpoint
     has_stream: bool
-    is_stored: bool = False  # also: it goes on without its client
+    is_stored: bool = False  # such a job continues when its client disconnects
     service_tier: str | None = None
     metadata: dict[str, str] | None = None
-    spelling: Mapping[str, str] = field(default_factory=spelling_of_params)  # the body's, of our request's fields
-    endpoint_body: str | None = None  # JSON, where the route shows it again
-    timeout_seconds: float | None = None  # nobody waits for the whole answer any longer
+    spelling: Mapping[str, str] = field(default_factory=spelling_of_params)  # the names of our fields in the body
+    endpoint_body: str | None = None  # JSON, if the route needs the body again
+    timeout_seconds: float | None = None  # after this nobody waits for the answer any more
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One job on behalf of one request."""
+    """A job and the request that waits for it."""
 
     services: Services
     tenant_id: UUID
@@ -177,13 +179,13 @@ class Run:
     model_revision: str
     priority: int
     created_at: datetime
-    started: float  # monotonic, when the request came
+    started: float  # monotonic: when the request arrived
     num_prompt_tokens: int
-    has_keep_alive: bool = True  # while a client waits for a whole answer
+    has_keep_alive: bool = True  # while the client waits for a complete answer
     on_disconnect: Literal["cancel", "continue"] = "cancel"
-    room: QueueRoom | None = None  # where the job is new
-    is_replayed: bool = False  # its idempotency key came before
-    is_retry_attached: bool = False  # the client asks again for what it did not get
+    room: QueueRoom | None = None  # None if the job is not new
+    is_replayed: bool = False  # found by its idempotency key
+    is_retry_attached: bool = False  # matched to a retry without a key
 
     @property
     def headers(self) -> dict[str, str]:
@@ -195,11 +197,12 @@ class Run:
         return headers
 
     def note_delivered(self) -> None:
-        """The client has the whole answer."""
+        """The client has received the complete answer."""
         self.services.spawn(self.services.write(job_queries.mark_delivered, [self.job_id]))
 
     def note_disconnected(self) -> None:
-        """The client is gone: so is its job after a grace, unless somebody else came to wait for it."""
+        """The client has disconnected: cancel the job after a grace period, unless another reader waits for it by
+        then."""
         if self.on_disconnect == "cancel":
             self.services.spawn(self._cancel_if_alone())
 
@@ -208,13 +211,13 @@ class Run:
         if await _has_readers(self.services, self.job_id):
             return
         await self.services.cancel(self.job_id, self.tenant_id)
-        log.info("cancelled, as its client is gone", extra={"job_id": external_id(self.job_id)})
+        log.info("cancelled a job whose client disconnected", extra={"job_id": external_id(self.job_id)})
 
     async def wait_until_unserved(self) -> NoWorkers:
-        """Returns once the job has waited for as long as CELERIAC_NO_WORKERS_SECONDS says without a live worker that
-        serves its model: the refusal that it would have met at the door. A job that runs is left to its worker."""
+        """Returns once the job is queued and its model has had no live worker for CELERIAC_NO_WORKERS_SECONDS, or is
+        unloaded. The result is the error with which a new request would be refused."""
         while True:
-            await asyncio.sleep(UNSERVED_LOOK_SECONDS)
+            await asyncio.sleep(UNSERVED_POLL_SECONDS)
             try:
                 _refuse_unserved(self.services, self.model)
             except NoWorkers as refusal:
@@ -223,12 +226,12 @@ class Run:
                         return refusal
 
     async def read(self, *, with_request: bool = False) -> JobRecord:
-        """Raises JobNotFound where it was deleted meanwhile, or StorageUnavailable."""
+        """Raises JobNotFound if the job was deleted meanwhile, or StorageUnavailable."""
         return await read_job(self.services, self.job_id, self.tenant_id, with_request=with_request)
 
 
 def headers_of(runs: Sequence[Run]) -> dict[str, str]:
-    """Of an answer that several jobs give together: the first one's, and all their ids."""
+    """The headers of an answer from several jobs: those of the first job, and the ids of all."""
     headers = runs[0].headers
     if len(runs) > 1:
         headers["x-job-ids"] = ",".join(external_id(run.job_id) for run in runs)
@@ -236,14 +239,14 @@ def headers_of(runs: Sequence[Run]) -> dict[str, str]:
 
 
 async def start(request: Request, generation: JobRequest, asked: Asked) -> Run:
-    """Returns once the job is committed, or found: it came before under the same idempotency key, or the client is
-    trying again. Raises CeleriacError whose `param` is a field of the body."""
+    """Returns once the job is committed, or an existing one is found by its idempotency key or because the request is a
+    retry. Raises CeleriacError, whose `param` is a field of the body."""
     [run] = await start_all(request, [generation], asked)
     return run
 
 
 async def start_all(request: Request, generations: Sequence[JobRequest], asked: Asked) -> list[Run]:
-    """As `start`, for several jobs that answer one request: all of them, or none."""
+    """Like `start`, for a request that takes several jobs: either all are accepted, or none is kept."""
     started = time.monotonic()
     services, tenant_id = caller_of(request)
     job_headers = read_job_headers(request.headers)
@@ -263,7 +266,7 @@ async def start_all(request: Request, generations: Sequence[JobRequest], asked: 
 
 
 async def first_unserved(runs: Sequence[Run]) -> NoWorkers:
-    """`Run.wait_until_unserved` of whichever comes first."""
+    """The result of the first `Run.wait_until_unserved` to return."""
     waiting = [asyncio.create_task(run.wait_until_unserved()) for run in runs]
     try:
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -274,25 +277,24 @@ async def first_unserved(runs: Sequence[Run]) -> NoWorkers:
 
 
 def _refuse_unserved(services: Services, model: str) -> None:
-    """Nobody should wait where nobody works. Raises NoWorkers."""
+    """Raises NoWorkers if the model is unloaded or has had no worker for too long."""
     queue = services.monitor.queues.get(model)
     if queue is not None and not queue.is_loaded:
         raise NoWorkers(
-            f"{model[:128]} was unloaded by an admin; have it loaded, or leave a job at /v1/jobs",
+            f"{model[:128]} was unloaded by an admin; have it loaded, or submit a job to /v1/jobs, which can wait",
             retry_after_seconds=10,
         )
     seconds = services.monitor.unserved_seconds(model)
     if seconds > services.settings.no_workers_seconds:
         raise NoWorkers(
-            f"no worker has served {model[:128]} for {seconds:.0f} s; retry later, or leave a job at /v1/jobs",
+            f"no worker has served {model[:128]} for {seconds:.0f} s; retry, or submit it to /v1/jobs, which can wait",
             retry_after_seconds=10,
         )
 
 
 def _options(asked: Asked, job_headers: JobHeaders, number: int) -> JobOptions:
-    """Of job `number` of the request. No client's key has a blank in it, so those of later jobs are their own."""
+    """The options of job `number` of the request. The keys of later jobs contain a space, which no client's key may."""
     key = job_headers.idempotency_key
-
     priority = (
         PRIORITY_BY_SERVICE_TIER[asked.service_tier or "auto"] if job_headers.priority is None else job_headers.priority
     )
@@ -311,7 +313,8 @@ def _options(asked: Asked, job_headers: JobHeaders, number: int) -> JobOptions:
 
 
 def _deadline_after_seconds(asked: Asked, job_headers: JobHeaders) -> float | None:
-    """A client that waits for a whole answer, and says for how long, has no use for it once no retry can fetch it."""
+    """A client that has sent its read timeout has no use for the answer once its retries are over, unless it asked for
+    the job to go on."""
     if job_headers.cancel_after_seconds is not None:
         return job_headers.cancel_after_seconds
     if asked.timeout_seconds is not None:
@@ -327,8 +330,8 @@ async def _find_retried(
     options: JobOptions,
     job_headers: JobHeaders,
 ) -> list[UUID]:
-    """The SDKs repeat a request that timed out, without a key: two calls that are meant both count 0 retries. Empty
-    where not every job is found, or one is found twice."""
+    """The jobs of the request that this one retries, without an idempotency key; empty if not every one is found, or if
+    one is found twice. The SDKs send the number of retries; two intentional equal requests both send 0."""
     if job_headers.num_retries < 1 or options.idempotency_key is not None:
         return []
     found: dict[UUID, None] = {}
@@ -411,7 +414,7 @@ async def _found(services: Services, tenant_id: UUID, job_id: UUID, started: flo
 
 
 async def read_job(services: Services, job_id: UUID, tenant_id: UUID, **options: Any) -> JobRecord:
-    """Raises JobNotFound, also for another tenant's, or StorageUnavailable."""
+    """Raises JobNotFound, also for a job of another tenant, or StorageUnavailable."""
     record = await services.read(job_queries.get, job_id, tenant_id, **options)
     if record is None:
         raise JobNotFound(f"there is no job {external_id(job_id)!r}; it may have been deleted")
@@ -419,7 +422,7 @@ async def read_job(services: Services, job_id: UUID, tenant_id: UUID, **options:
 
 
 async def _has_readers(services: Services, job_id: UUID) -> bool:
-    """Here or in another process. Without Redis nobody can say, and the job goes on."""
+    """Whether any API process streams the job. Without Redis that is not known, so True: the job continues."""
     if services.streams.num_readers(job_id):
         return True
     try:

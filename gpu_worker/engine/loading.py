@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from domain.catalog import ModelSpec
 from gpu_worker.engine.detokenizer import with_visible_reasoning
 from observability import describe_exception
-from text.model_files import POSITIONS_BEHIND_PADDING
+from text.model_files import POSITIONS_AFTER_PADDING
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def check_length(spec: ModelSpec, model: Any) -> None:
     or would have to rescale all of them."""
     config = model.config.get_text_config()
     max_positions = getattr(config, "max_position_embeddings", None)
-    if max_positions is not None and config.model_type in POSITIONS_BEHIND_PADDING:
+    if max_positions is not None and config.model_type in POSITIONS_AFTER_PADDING:
         max_positions -= config.pad_token_id + 1
     if max_positions is not None and spec.max_model_len > max_positions:
         raise ValueError(

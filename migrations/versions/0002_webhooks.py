@@ -1,4 +1,4 @@
-"""Webhooks: whom jobs tell of their end, the deliveries that are due, and every attempt at them."""
+"""Webhooks: endpoints, secrets, pending deliveries and every delivery attempt."""
 
 from alembic import op
 

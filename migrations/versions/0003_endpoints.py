@@ -1,4 +1,4 @@
-"""Through which route a job came, whether that route lists it, and whether its answer was delivered.
+"""The route through which a job was submitted, whether that route lists it, and whether its answer was delivered.
 
 The defaults make every older job a native one, which no index of this migration holds.
 """

@@ -1,4 +1,4 @@
-"""The history of attempts, requests known as poison, ageing in the queue, and what maintenance found.
+"""The history of attempts, poison requests, ageing in the queue, and the findings of maintenance.
 
 The ready index orders each tenant's queue by when a job would have come, had every step of its priority made it come
 ten minutes earlier: that order never changes while jobs wait, so that old ones rise without being touched.

@@ -1,4 +1,4 @@
-"""Files with their content, batches, and the lines of those that run."""
+"""Files with their content, batches, and the lines of unfinished batches."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""What a client sent, for the routes that show it again."""
+"""The body of a request, for the routes that return it again."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""Jobs of another kind: embeddings, whose payload says where one input ends and the next begins."""
+"""Embedding jobs, whose payload also has the length of each input."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""Keys that may also look after the installation. Every older key may not."""
+"""The admin role of keys. Existing keys do not have it."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""Models that an admin has unloaded, and what each worker is at instead of whether it drains."""
+"""Models that an admin has unloaded, and the state of each worker instead of whether it is draining."""
 
 from alembic import op
 

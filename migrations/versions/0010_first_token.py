@@ -1,4 +1,4 @@
-"""When the first token of a job was committed: /health tells how long that takes."""
+"""When the first token of a job was committed, for the statistics in /health."""
 
 from alembic import op
 

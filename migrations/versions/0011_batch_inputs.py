@@ -1,4 +1,4 @@
-"""Lines of batches may be embeddings: how many inputs they have together is bounded."""
+"""The number of embedding inputs of a batch, which is limited."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""When the clocks of maintenance last ticked, and how often a batch's step failed in the same way."""
+"""The last tick of each maintenance clock, and how often a batch's step has failed in the same way."""
 
 from alembic import op
 

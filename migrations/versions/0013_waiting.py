@@ -1,4 +1,4 @@
-"""Which revision a worker serves and where a job began anew; and which request a job came with, for the logs."""
+"""The revision that a worker serves, where a job started over, and the id of a job's request, for the logs."""
 
 from alembic import op
 

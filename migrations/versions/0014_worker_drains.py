@@ -1,4 +1,4 @@
-"""Which GPU workers are to take no jobs, by name."""
+"""GPU workers that an operator has drained, by name."""
 
 from alembic import op
 

@@ -169,7 +169,7 @@ def test_what_cannot_be_followed_names_the_field_of_the_request(client: openai.O
         client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=50, **asked)
     expected = {"response_format": "response_format.json_schema.schema", "tools": "tools.1.function.parameters"}[place]
     assert refused.value.param == expected
-    assert f"{expected} cannot be followed: nothing can match it" in refused.value.message
+    assert f"{expected} cannot be enforced: no value can match it" in refused.value.message
 
 
 def test_a_response_calls_a_tool_and_goes_on_from_its_output(client: openai.OpenAI) -> None:

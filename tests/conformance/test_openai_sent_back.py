@@ -280,7 +280,7 @@ def test_a_list_of_models_was_created_when_its_file_was(served: Served) -> None:
 def test_a_slash_at_the_end_is_named(http: httpx.Client, path: str) -> None:
     answer = http.get(path)
     assert answer.status_code == 404
-    assert answer.json()["error"]["message"] == f"there is no {path!r} here; leave out the slash at its end"
+    assert answer.json()["error"]["message"] == f"there is no route {path!r}; remove the trailing slash"
 
 
 def test_counting_the_tokens_of_a_chat_names_where_it_is_done(http: httpx.Client) -> None:

@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | str | bytes, int, str, str | None, str
         400,
         "context_length_exceeded",
         "prompt",
-        "has 64 tokens but fake holds 64 tokens, prompt and output together; shorten it by at least 1",
+        "has 64 tokens but fake has a context of 64 tokens for prompt and output together; shorten it by at least 1",
     ),
     "messages beyond the context": (
         {"model": MODEL, "messages": [{"role": "user", "content": "x" * 100}]},
@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | str | bytes, int, str, str | None, str
     ),
     "NaN": ('{"model":"fake","prompt":"a","params":{"temperature":NaN}}', 400, "invalid_value", None, "NaN"),
     "unknown field": (body(promt="x"), 400, "invalid_value", "promt", "did you mean prompt?"),
-    "server's own field": (body(tenant_id="x"), 400, "invalid_value", "tenant_id", "is not a field here"),
+    "server's own field": (body(tenant_id="x"), 400, "invalid_value", "tenant_id", "is not a known field"),
     "too many choices": (body(params={"n": 9}), 400, "invalid_value", "params.n", "is 9"),
     "more choices than slots": (body(params={"n": 8}), 400, "invalid_value", "params.n", "runs 4 sequences at once"),
     "token outside the vocabulary": (
@@ -152,7 +152,7 @@ def test_a_chunked_body_beyond_the_limit_is_refused(http: httpx.Client) -> None:
             yield b" " * 65_536
 
     response = http.post("/v1/jobs", content=parts(), headers={"content-type": "application/json"})
-    assert_refused(response, 413, "request_too_large", None, "send less")
+    assert_refused(response, 413, "request_too_large", None, "send at most")
 
 
 @pytest.mark.parametrize(

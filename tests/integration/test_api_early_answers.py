@@ -94,7 +94,7 @@ def test_a_head_that_is_too_long_is_refused_readably_while_more_comes(api: ApiSe
 
 
 def test_reading_on_is_bounded_in_bytes(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.server.DROPPED_BYTES", 2_000_000)
+    monkeypatch.setattr("api.server.MAX_DISCARDED_BYTES", 2_000_000)
     with closing(socket.create_connection(("127.0.0.1", api.port), timeout=20)) as connection:
         connection.sendall(b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-length: 900000000\r\n\r\n")
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
@@ -105,7 +105,7 @@ def test_reading_on_is_bounded_in_bytes(api: ApiServer, monkeypatch: pytest.Monk
 def test_reading_on_is_bounded_in_time(
     api: ApiServer, monkeypatch: pytest.MonkeyPatch, connection_header: bytes
 ) -> None:
-    monkeypatch.setattr("api.server.DROPPING_SECONDS", 0.3)
+    monkeypatch.setattr("api.server.DISCARD_SECONDS", 0.3)
     head = b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\n" + connection_header + b"content-length: 9000000\r\n\r\n"
     with closing(socket.create_connection(("127.0.0.1", api.port), timeout=20)) as connection:
         connection.sendall(head + b"{")

@@ -242,7 +242,7 @@ class TestReaders:
             assert "an old " in next(lines)
             self.restart(session_factory, hand_worker, parse_id(name))
             *_, last = lines
-        assert "begins anew" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert "starts over" in json.loads(last.removeprefix("data: "))["error"]["message"]
         retry = {"x-stainless-retry-count": "1"}
         with http.stream("POST", "/v1/completions", json=body, headers=retry) as response:
             assert response.headers["x-job-id"] == name

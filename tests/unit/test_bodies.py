@@ -34,10 +34,10 @@ REFUSED = {
     "empty prompt": (b'{"model":"m","prompt":""}', "prompt is a string of 0 characters: it must have at least 1"),
     "both inputs": (b'{"model":"m","prompt":"a","messages":[{"role":"user","content":"b"}]}', "exactly one"),
     "no input": (b'{"model":"m"}', "exactly one"),
-    "unknown field": (b'{"model":"m","prompt":"a","promt":"b"}', "promt is not a field here; did you mean prompt?"),
+    "unknown field": (b'{"model":"m","prompt":"a","promt":"b"}', "promt is not a known field; did you mean prompt?"),
     "unknown inner field": (
         b'{"model":"m","prompt":"a","params":{"temprature":1}}',
-        "params.temprature is not a field here; did you mean temperature?",
+        "params.temprature is not a known field; did you mean temperature?",
     ),
     "NaN": (b'{"model":"m","prompt":"a","params":{"temperature":NaN}}', "NaN, which is not JSON"),
     "minus infinity": (b'{"model":"m","prompt":"a","params":{"temperature":-Infinity}}', "-Infinity, which"),
@@ -138,7 +138,7 @@ def test_any_json_is_either_a_request_or_a_client_error(value: dict[str, object]
         (
             b'{"model":"m","messages":[%s{}]}' % (b"{}," * 300_000),
             "messages",
-            "messages has 300001 items; at most 2048",
+            "messages has 300001 items; send at most 2048",
         ),
         (b'{"model":"m","prompt":"a","tools":[%s{}]}' % (b"{}," * 300_000), "tools", "tools has 300001 items"),
         (
@@ -161,13 +161,13 @@ def test_any_json_is_either_a_request_or_a_client_error(value: dict[str, object]
         (
             b'{"model":"m","prompt":"a",%s"z":1}' % b"".join(b'"a%d":1,' % n for n in range(80_000)),
             "a0",
-            "a0 is not a field here",
+            "a0 is not a known field",
         ),
         (
             b'{"model":"m","prompt":"a","params":{"logit_bias":{%s"z":1}}}'
             % b"".join(b'"a%d":1,' % n for n in range(60_000)),
             "params.logit_bias",
-            "has 60001 items; at most 1024",
+            "has 60001 items; send at most 1024",
         ),
         (
             b'{"model":"m","prompt":"a","metadata":{%s"7":1}}' % b"".join(b'"%d":1,' % n for n in range(60_000)),
@@ -186,7 +186,7 @@ def test_what_is_too_long_is_refused_by_its_length_and_by_name(body: bytes, para
 
 def test_a_few_unknown_fields_are_left_to_be_looked_at_one_by_one() -> None:
     body = b'{"model":"m","prompt":"a",%s"z":1}' % b"".join(b'"a%d":1,' % n for n in range(10))
-    with pytest.raises(InvalidRequest, match=r"a0 is not a field here.*\(and 10 more\)"):
+    with pytest.raises(InvalidRequest, match=r"a0 is not a known field.*\(and 10 more\)"):
         parse_model(body, GenerationRequest)
 
 

@@ -53,9 +53,9 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"json_schema": {"allOf": [{"type": "string", "pattern": f".*{c}.*"} for c in "abcdefghijklmnop"]}}, ""),
     ({"json_schema": {"type": "number", "oneOf": [{"minimum": 1}, {"maximum": 2}]}}, "use anyOf"),
     ({"json_schema": {"type": "number", "maximum": 1e300}}, "a bound of a number is too large"),
-    ({"lark": "start: start"}, "without ever reaching a character"),
+    ({"lark": "start: start"}, "without ever producing a character"),
     ({"json_schema": {"pattern": "(?=a)a"}}, "look-around"),
-    ({"json_schema": {"type": "object", "properties": {"a": False}, "required": ["a"]}}, "nothing can match it"),
+    ({"json_schema": {"type": "object", "properties": {"a": False}, "required": ["a"]}}, "no value can match it"),
     ({"regex": "((a{4096}){4096}){4096}"}, ""),
     ({"regex": "("}, "unclosed group"),
     ({"regex": r"\bword"}, "lookarounds"),
@@ -203,7 +203,7 @@ def test_while_a_large_vocabulary_is_read_others_go_on_and_its_own_wait(
         assert gate.process_id("other") is None, "two large ones at once"
         with monkeypatch.context() as patch:
             patch.setattr(grammar_compiler, "PATIENCE_SECONDS", 0.01)
-            with pytest.raises(ServerOverloaded, match="waits for the vocabulary of large") as refused:
+            with pytest.raises(ServerOverloaded, match="is waiting for the vocabulary of large") as refused:
                 await gate.check(large, make(regex="a"), TENANT)
         assert refused.value.retry_after_seconds >= 1
         waiting = asyncio.create_task(gate.check(large, make(regex="b"), TENANT))
@@ -261,7 +261,7 @@ process.main()
     monkeypatch.setattr(grammar_compiler, "COMMAND", (sys.executable, "-c", main))
 
     async def body(gate: GrammarGate) -> None:
-        with pytest.raises(InvalidRequest, match="the compiler fails on it"):
+        with pytest.raises(InvalidRequest, match="the grammar compiler failed"):
             await gate.check(view, make(regex="private"), TENANT)
         process_id = gate.process_id(MINI.id)
         assert process_id is not None
@@ -289,7 +289,7 @@ def test_models_that_come_and_go_in_models_toml_are_prepared_and_let_go(
     async def body(gate: GrammarGate) -> None:
         write("first")
         views = ModelViews(Catalog.load(file))
-        following = asyncio.create_task(follow_models(views, on_look=lambda: gate.prepare(views.loaded())))
+        following = asyncio.create_task(follow_models(views, on_check=lambda: gate.prepare(views.loaded())))
         await wait_until_async(lambda: gate.is_ready("first"))
         write("second", "third")
         await wait_until_async(lambda: gate.is_ready("second") and gate.is_ready("third"))

@@ -179,7 +179,7 @@ def test_the_table_of_keywords_is_what_the_compiler_does(tokenizer: LLTokenizer)
     ("schema", "reason"),
     [
         ({"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}, "$ref at #/properties/a"),
-        ({"$ref": "#"}, "leads back to itself"),
+        ({"$ref": "#"}, "directly back to itself"),
         ({"type": "array"}, "a function's arguments are an object"),
         ({"type": "object", "properties": {"a": {"type": "int"}}}, "type at #/properties/a is 'int'"),
         ({"type": "object", "properties": {"a": {"const": "x" * 20_000}}}, "at most 16384"),

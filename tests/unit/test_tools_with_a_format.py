@@ -193,7 +193,7 @@ def test_what_the_compiler_refuses_is_told_in_the_words_of_the_request(
         request = request_of(view, route, **changes)
         assert request.params.structured_output is not None
         verdict = judge(tokenizer, request.params.structured_output)
-        assert (verdict["place"], "nothing can match it" in str(verdict["reason"])) == (place, True)
+        assert (verdict["place"], "no value can match it" in str(verdict["reason"])) == (place, True)
         refusal = InvalidRequest("", param=f"params.structured_output.{place}")
         expected = "tools.1.function.parameters" if route == "chat" else "tools.1.parameters"
         if place == "json_schema":

@@ -234,7 +234,7 @@ def test_a_silent_name_is_looked_up_once_for_all_and_only_so_many_are_at_a_time(
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0):
                 await lookups.resolve("b.example", 443)
-        with pytest.raises(OSError, match="2 names are being looked up"):
+        with pytest.raises(OSError, match="2 names are already being looked up"):
             await lookups.resolve("c.example", 443)
         same[0].cancel()
         may_end.set()

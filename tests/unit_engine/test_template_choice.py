@@ -52,7 +52,7 @@ def test_a_default_without_tools_still_refuses_them(tmp_path: Path) -> None:
 def test_models_toml_names_another_one(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "tiny", chat_template=listed(default=PLAIN, rag="rag: {{ messages[-1].content }}"))
     assert render(folder, chat_template="rag") == "rag: hi"
-    with pytest.raises(ValueError, match="'nope', but its files hold 'default', 'rag'"):
+    with pytest.raises(ValueError, match="'nope', but the model has 'default', 'rag'"):
         render(folder, chat_template="nope")
 
 
@@ -126,7 +126,7 @@ def test_only_the_roles_whose_parts_are_read_get_them(tmp_path: Path) -> None:
     ],
 )
 def test_a_user_who_would_not_be_heard_is_told_so(tmp_path: Path, template: str) -> None:
-    with pytest.raises(InvalidRequest, match="shows nothing of the user's messages"):
+    with pytest.raises(InvalidRequest, match="ignores the user's messages"):
         render(write_model(tmp_path / "tiny", chat_template=template))
 
 

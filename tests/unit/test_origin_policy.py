@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from domain.addresses import Door, is_loopback
+from domain.addresses import OriginPolicy, is_loopback
 from settings import Settings
 
 PAGE = "https://evil.example"
@@ -24,7 +24,7 @@ NAVIGATE = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-f
     ],
 )
 def test_names_of_this_machine_come_in(host: str) -> None:
-    assert Door().refusal("GET", {"host": host}) is None
+    assert OriginPolicy().refusal("GET", {"host": host}) is None
 
 
 @pytest.mark.parametrize(
@@ -53,18 +53,18 @@ def test_names_of_this_machine_come_in(host: str) -> None:
     ],
 )
 def test_other_names_stay_outside(host: str) -> None:
-    refusal = Door().refusal("GET", {"host": host})
+    refusal = OriginPolicy().refusal("GET", {"host": host})
     assert refusal is not None
     assert "CELERIAC_ALLOWED_HOSTS" in refusal
     assert repr(host[:80]) in refusal
 
 
 def test_the_settings_let_names_in() -> None:
-    door = Door(allowed_hosts=["llm.lan", "*.intern.example", "10.0.0.5"])
+    policy = OriginPolicy(allowed_hosts=["llm.lan", "*.intern.example", "10.0.0.5"])
     for host in ("llm.lan", "LLM.lan:443", "a.intern.example", "a.b.intern.example:8000", "10.0.0.5:80"):
-        assert door.refusal("POST", {"host": host}) is None, host
+        assert policy.refusal("POST", {"host": host}) is None, host
     for host in ("x.llm.lan", "intern.example", "evilintern.example", "10.0.0.50"):
-        assert door.refusal("POST", {"host": host}) is not None, host
+        assert policy.refusal("POST", {"host": host}) is not None, host
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "HEAD", "OPTIONS"])
@@ -89,7 +89,7 @@ def test_the_settings_let_names_in() -> None:
     ],
 )
 def test_another_page_may_neither_change_nor_read(method: str, headers: dict[str, str]) -> None:
-    refusal = Door().refusal(method, {"host": "localhost:8000", **headers})
+    refusal = OriginPolicy().refusal(method, {"host": "localhost:8000", **headers})
     assert refusal is not None
     assert "CELERIAC_CORS_ORIGINS" in refusal
 
@@ -107,23 +107,23 @@ def test_another_page_may_neither_change_nor_read(method: str, headers: dict[str
     ],
 )
 def test_own_pages_links_and_programs_come_in(method: str, headers: dict[str, str]) -> None:
-    assert Door().refusal(method, {"host": "localhost:8000", **headers}) is None
+    assert OriginPolicy().refusal(method, {"host": "localhost:8000", **headers}) is None
 
 
 def test_a_form_that_navigates_stays_outside() -> None:
-    assert Door().refusal("POST", {"host": "localhost", **NAVIGATE}) is not None
+    assert OriginPolicy().refusal("POST", {"host": "localhost", **NAVIGATE}) is not None
 
 
 def test_pages_of_the_settings_come_in() -> None:
-    door = Door(cors_origins=["https://app.example.com", "null"])
+    policy = OriginPolicy(cors_origins=["https://app.example.com", "null"])
     for origin in ("https://app.example.com", "https://APP.example.com", "null"):
-        assert door.refusal("POST", {"host": "localhost", "origin": origin, "sec-fetch-site": "cross-site"}) is None
+        assert policy.refusal("POST", {"host": "localhost", "origin": origin, "sec-fetch-site": "cross-site"}) is None
     for origin in ("http://app.example.com", "https://app.example.com:8443", "https://x.app.example.com"):
-        assert door.refusal("POST", {"host": "localhost", "origin": origin}) is not None, origin
+        assert policy.refusal("POST", {"host": "localhost", "origin": origin}) is not None, origin
 
 
 def test_a_request_without_a_host_is_no_browsers() -> None:
-    assert Door().refusal("GET", {}) is None
+    assert OriginPolicy().refusal("GET", {}) is None
 
 
 @pytest.mark.parametrize("name", ["", "example.com", "::", "0.0.0.0", "localhost.example"])
@@ -145,5 +145,5 @@ def test_what_is_not_loopback(name: str) -> None:
     ],
 )
 def test_a_setting_that_would_let_in_nobody_or_everybody_is_refused(setting: str, value: str) -> None:
-    with pytest.raises(ValidationError, match="write"):
+    with pytest.raises(ValidationError, match="; use "):
         Settings.model_validate({setting: value})
