@@ -182,7 +182,7 @@ def beyond_the_vocabulary(folder: Path, **fields: object) -> ModelView:
 
 def test_a_text_that_spells_a_token_beyond_the_vocabulary_is_refused_by_its_name(tmp_path: Path) -> None:
     view = beyond_the_vocabulary(tmp_path / "tiny")
-    with pytest.raises(InvalidRequest, match="prompt spells '<image_soft_token>'") as refused:
+    with pytest.raises(InvalidRequest, match="prompt contains '<image_soft_token>'") as refused:
         view.encode(GenerationRequest(model="tiny", prompt="a <image_soft_token> b"))
     assert refused.value.param == "prompt"
     with pytest.raises(InvalidRequest, match="<image_soft_token>") as refused:
@@ -194,6 +194,6 @@ def test_in_a_message_it_is_text_unless_the_model_reads_its_tokens_there(tmp_pat
     view = beyond_the_vocabulary(tmp_path / "tiny")
     assert max(view.encode(chat(("user", "a <image_soft_token> b")))) < view.vocab_size
     view = beyond_the_vocabulary(tmp_path / "other", special_tokens_in_content=True)
-    with pytest.raises(InvalidRequest, match="messages spells '<image_soft_token>'") as refused:
+    with pytest.raises(InvalidRequest, match="messages contains '<image_soft_token>'") as refused:
         view.encode(chat(("user", "a <image_soft_token> b")))
     assert refused.value.param == "messages"
