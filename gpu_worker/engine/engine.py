@@ -240,8 +240,9 @@ class Engine:
                 self._describe(sequence, first + number, score) for number, score in enumerate(drawn.prompt_scores)
             ]
         sequence.num_computed_tokens += row.num_new_tokens
-        self.scheduler.pool.publish(sequence)
         if drawn is not None and drawn.token_id is not None:
+            # Only now: finite logits show that every block behind them can be trusted by other jobs.
+            self.scheduler.pool.publish(sequence)
             self._take_token(sequence, drawn, result)
         if sequence.is_scoring and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
             self._tell_scores(sequence, result)
