@@ -152,7 +152,7 @@ def test_a_models_file_that_makes_no_sense_stops_up_before_it_starts(run: Any, t
     (tmp_path / "models.toml").write_text('[[models]]\nid = "m"\n')
     result = run("up", CELERIAC_MODELS_FILE=str(tmp_path / "models.toml"))
     assert result.exit_code == 1
-    assert "max_model_len" in result.output
+    assert "path is missing" in result.output
     assert not (tmp_path / "postgres").exists()
 
 
