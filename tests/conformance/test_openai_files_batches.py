@@ -94,7 +94,7 @@ def test_a_look_at_batches_without_a_database_is_put_off(
     work = BatchWork(sessions, views, api_settings)
     work.tick()
     work.close()
-    assert "batches wait for the database" in caplog.text
+    assert "batches are waiting for the database" in caplog.text
 
 
 def test_a_file_comes_back_as_it_was_sent(client: openai.OpenAI) -> None:

@@ -159,7 +159,7 @@ def test_a_consumer_that_stopped_consuming_connects_again(make_plant: MakePlant)
     plant.start_worker(job_seconds=0, freeze=1)
     job_ids = plant.send(3)
     plant.wait_for("completed", job_ids)
-    assert "has room but has taken nothing" in plant.log()
+    assert "has room but has taken no jobs" in plant.log()
 
 
 def test_a_full_broker_is_survived(make_plant: MakePlant) -> None:

@@ -12,7 +12,7 @@ from tests.engine_traces import NUM_DISTINCT_JOBS, run_traces
 from tests.thorough import IS_THOROUGH
 
 SEEDS: Sequence[int]
-SEEDS, NUM_TRACES, NUM_JOBS = (range(4), 40, NUM_DISTINCT_JOBS) if IS_THOROUGH else ((0, 2), 12, 24)
+SEEDS, NUM_TRACES, NUM_JOBS = (range(4), 40, NUM_DISTINCT_JOBS) if IS_THOROUGH else ((0, 1), 12, 24)
 
 
 @pytest.mark.slow
