@@ -1,6 +1,6 @@
-"""Anthropic's routes: a message, whole or as it comes, and the tokens of a prompt counted.
+"""Anthropic's routes for messages, whole or streamed, and for counting the tokens of a prompt.
 
-A message is a job as any other: `msg_01J…` and `job_01J…` are the same job, and a request that is repeated finds it.
+A message is a job like any other: `msg_01J…` and `job_01J…` are the same job, and a repeated request gets that job.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ FRAMING = Framing(frame_of=_named_frame, last_frame=b"", heartbeat=_named_frame(
 
 @router.post("/v1/messages", responses=streamed_or(MessageView), openapi_extra=request_body(MessagesBody))
 async def create_message(request: Request) -> Response:
-    """A message as Anthropic's, and a job as any other: `x-job-id` names it, `/v1/jobs` knows it."""
+    """A message as Anthropic defines it, and a job like any other: `x-job-id` has its id for `/v1/jobs`."""
     body = await read_model(request, MessagesBody, ANTHROPIC_HINT_TREE)
     view = services_of(request).views.get(body.model)
     generation = await off_loop(request, to_generation_request, body, view)
@@ -59,7 +59,7 @@ async def create_message(request: Request) -> Response:
     openapi_extra=request_body(PromptBody),
 )
 async def count_message_tokens(request: Request) -> Response:
-    """Exactly as many as the same message would be charged for: by the model's own chat template and tokenizer."""
+    """Exactly the number that the message itself would have, by the model's own chat template and tokenizer."""
     body = await read_model(request, PromptBody, ANTHROPIC_HINT_TREE)
     services = services_of(request)
     generation = await off_loop(request, to_prompt, body, services.views.get(body.model))
@@ -76,8 +76,8 @@ def _asked(body: MessagesBody) -> Asked:
 
 
 async def _start(request: Request, generation: GenerationRequest, asked: Asked, view: ModelView) -> Run:
-    """Where the context has no room for so many tokens, as many as it has: these clients always ask for a model's most,
-    and are told of the context's end by the stop reason. Raises as `start` does."""
+    """Start the job. If the context has no room for `max_tokens`, allow as many as it has room for: these clients
+    always ask for a model's maximum, and the stop reason tells them when the context is full. Raises as `start`."""
     try:
         return await start(request, generation, asked)
     except ContextLengthExceeded as exc:

@@ -1,4 +1,4 @@
-"""Anthropic's Message Batches: many messages in one request, run when nothing else wants to, their results as JSONL."""
+"""Anthropic's Message Batches: many messages in one request, run when slots are free, with results as JSONL."""
 
 import asyncio
 import hashlib
@@ -40,11 +40,11 @@ from domain.jobs import BatchStatus, external_id, parse_id_of_other
 from storage import batches, files
 from storage.files import Batch
 
-MAX_BATCH_BYTES = 33_554_432  # of a request: it is read as a whole
+MAX_BATCH_BYTES = 33_554_432  # per request, which is read as a whole
 
 WINDOW_SECONDS = 86_400
 
-NUM_REQUESTS = "num_requests"  # in the batch's metadata, since it is known before the file is read
+NUM_REQUESTS = "num_requests"  # a key of the batch's metadata: the number is needed before the file is read
 
 router = APIRouter(route_class=PrivateRoute, responses=ANTHROPIC_REFUSALS, tags=["Anthropic"])
 
@@ -53,7 +53,7 @@ class BatchesQuery(QueryModel):
     before_id: str | None = None
     after_id: str | None = None
     limit: int = Field(default=20, ge=1, le=1_000)
-    beta: bool | None = None  # the SDK's, of its beta routes
+    beta: bool | None = None  # sent by the SDK's beta routes
 
 
 @router.post(
@@ -62,7 +62,7 @@ class BatchesQuery(QueryModel):
     openapi_extra=request_body(MessageBatchBody),
 )
 async def create_message_batch(request: Request) -> Response:
-    """Every request is checked before this answers; what is wrong with one refuses all of them."""
+    """Every request is checked before this answers. If one is invalid, all are refused."""
     services, tenant_id = caller_of(request)
     body = await read_model(request, MessageBatchBody)
     job_headers = read_job_headers(request.headers)
@@ -95,7 +95,7 @@ async def create_message_batch(request: Request) -> Response:
     openapi_extra={"parameters": query_parameters(BatchesQuery)},
 )
 async def list_message_batches(request: Request) -> Response:
-    """Newest first. Go on with `after_id` = `last_id` while `has_more`, or back with `before_id` = `first_id`."""
+    """Newest first. While `has_more`, continue with `after_id` = `last_id`; go back with `before_id` = `first_id`."""
     services, tenant_id = caller_of(request)
     query = read_query(request, BatchesQuery)
     if query.before_id is not None and query.after_id is not None:
@@ -122,8 +122,8 @@ async def read_message_batch(message_batch_id: str, request: Request) -> Respons
 
 @router.post("/v1/messages/batches/{message_batch_id}/cancel", responses={200: {"model": MessageBatchView}})
 async def cancel_message_batch(message_batch_id: str, request: Request) -> Response:
-    """Nothing more of it begins, what runs is stopped, and what is done can be read. One that has ended stays as it
-    is."""
+    """No more of its requests begin, running ones are stopped, and finished ones can be read. A batch that has ended
+    stays as it is."""
     caller = caller_of(request)
     batch = await _find(caller, message_batch_id)
     cancelled = await caller.services.write(batches.cancel, batch.id, caller.tenant_id)
@@ -132,12 +132,12 @@ async def cancel_message_batch(message_batch_id: str, request: Request) -> Respo
 
 @router.delete("/v1/messages/batches/{message_batch_id}", responses={200: {"model": DeletedMessageBatchView}})
 async def delete_message_batch(message_batch_id: str, request: Request) -> Response:
-    """With its requests and results. One that has not ended is refused."""
+    """Delete the batch with its requests and results. Refused if it has not ended."""
     caller = caller_of(request)
     batch = await _find(caller, message_batch_id)
     if not await caller.services.write(batches.delete_ended, batch.id, caller.tenant_id):
         raise InvalidRequest(
-            f"{message_batch_id} has not ended; cancel it, and delete it once it has", param="message_batch_id"
+            f"{message_batch_id} has not ended; cancel it, and delete it once it has ended", param="message_batch_id"
         )
     return json_response({"id": external_id(batch.id, "msgbatch"), "type": "message_batch_deleted"})
 
@@ -148,17 +148,17 @@ async def delete_message_batch(message_batch_id: str, request: Request) -> Respo
     responses={200: {"content": {"application/x-jsonl": {"schema": {"type": "string"}}}, "description": "JSONL."}},
 )
 async def read_message_batch_results(message_batch_id: str, request: Request) -> Response:
-    """A line for each request, in any order: match them by `custom_id`."""
+    """One line per request, in any order: match them by `custom_id`."""
     caller = caller_of(request)
     batch = await _find(caller, message_batch_id)
     if not batch.status.is_terminal:
         raise InvalidRequest(
-            f"{message_batch_id} has not ended, so it has no results yet; ask again when it has",
+            f"{message_batch_id} has not ended, so it has no results yet; ask again when it has ended",
             param="message_batch_id",
         )
     for file_id in _result_files(batch):
         if await caller.services.read(files.get, file_id, caller.tenant_id) is None:
-            raise BatchNotFound(f"the results of {message_batch_id} are not kept any more", param="message_batch_id")
+            raise BatchNotFound(f"the results of {message_batch_id} are no longer kept", param="message_batch_id")
     return StreamingResponse(_results(caller.services, batch), headers=HEADERS, media_type="application/x-jsonl")
 
 
@@ -182,7 +182,7 @@ def _translated(lines: Sequence[bytes]) -> list[MessageBatchResultView]:
 
 
 async def _lines_of(services: Services, file_id: UUID) -> AsyncIterator[list[bytes]]:
-    """The lines of a file, some at a time, without empty ones."""
+    """The lines of a file in groups, without empty ones."""
     rest = b""
     async for piece in content_of(services, file_id):
         *lines, rest = (rest + piece).split(b"\n")
@@ -200,7 +200,7 @@ def _num_requests(batch: Batch) -> int:
 
 
 def _outcome_of_rest(batch: Batch) -> Outcome:
-    """Of the requests that the ended batch never came to."""
+    """The outcome of the requests that the ended batch never reached."""
     if batch.status is BatchStatus.CANCELLED:
         return "canceled"
     return "expired" if batch.status is BatchStatus.EXPIRED else "errored"
@@ -244,7 +244,7 @@ async def _answer(request: Request, batch: Batch) -> Response:
 
 
 async def _find(caller: Caller, message_batch_id: str) -> Batch:
-    """Raises BatchNotFound, also for another tenant's, and for one whose lines are for another route."""
+    """Raises BatchNotFound, also for a batch of another tenant or for another route."""
     try:
         batch = await caller.services.read(
             batches.get, parse_id_of_other(message_batch_id, "msgbatch"), caller.tenant_id

@@ -40,14 +40,14 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="celeriac")
 def main() -> None:
-    """LLM generation as durable jobs: an accepted job is committed, and a broken stream resumes where it stopped.
+    """Run LLM generation as durable jobs: accepted jobs survive crashes, and broken streams resume where they stopped.
 
     \b
     celeriac up                                everything on this machine, with a first job
     celeriac submit "What is 17 + 25?"         run a job and watch its text arrive
     celeriac jobs                              list jobs, newest first
 
-    `celeriac up` brings its own PostgreSQL and Redis unless you name yours. The other commands use
+    `celeriac up` starts its own PostgreSQL and Redis unless you give the URLs of yours. The other commands use
     CELERIAC_DATABASE_URL and CELERIAC_REDIS_URL if those are set, and otherwise the servers that `celeriac up` started
     in this folder. Every setting is an environment variable; docs/operations.md lists them.
     """
@@ -57,14 +57,14 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", help="Which model to serve; requests that name none get it.  [default: the first one]")
+@click.option("--model", help="Model to serve, also for requests that name none.  [default: the first one]")
 @click.option("--first-job/--no-first-job", default=True, help="Run one job at the start and show its text.")
 def up(model: str | None, first_job: bool) -> None:
     """Start everything here and keep it running until Ctrl-C.
 
-    That is PostgreSQL and Redis (embedded, unless their URLs are set), the schema, the API, one GPU worker,
-    maintenance and Flower. Whatever dies is restarted. Logs and data are in .celeriac. If a port is taken, the next
-    free one is used.
+    This starts PostgreSQL and Redis (embedded, unless their URLs are set), brings the schema up to date, and starts the
+    API, one GPU worker, maintenance and Flower. Processes that die are restarted. Logs and data are in .celeriac. If a
+    port is taken, the next free one is used.
     """
     from celeriac.up import Up
     from domain.errors import ModelUnavailable
@@ -75,7 +75,7 @@ def up(model: str | None, first_job: bool) -> None:
     catalog = read_catalog(settings)
     refuse_unknown_default(settings, catalog)
     with _explained(ModelUnavailable):
-        _ = catalog.first  # say now what is wrong with it, instead of starting a worker that cannot start
+        _ = catalog.first  # raise now if no model is available, instead of starting a worker that cannot start
     Up(settings, with_first_job=first_job).run()
 
 
@@ -99,8 +99,8 @@ def api(host: str | None, port: int | None) -> None:
 
 
 @main.command()
-@click.option("--model", help="Which model of models.toml to serve.  [default: the first one]")
-@click.option("--name", help="Node name, unique in the installation.  [default: drawn at start]")
+@click.option("--model", help="Model from models.toml to serve.  [default: the first one]")
+@click.option("--name", help="Node name; must be unique in the installation.  [default: a random one]")
 def worker(model: str | None, name: str | None) -> None:
     """Run one GPU worker: one model, one engine process."""
     _set("CELERIAC_WORKER_MODEL", model)
@@ -127,7 +127,7 @@ def maintenance() -> None:
         serve(settings)
     except OSError as exc:
         raise click.ClickException(
-            f"CELERIAC_MAINTENANCE_PORT is {settings.maintenance_port}: {exc.strerror}; give another, or 0 for any"
+            f"CELERIAC_MAINTENANCE_PORT is {settings.maintenance_port}: {exc.strerror}; choose another, or 0 for any"
         ) from exc
 
 
@@ -141,8 +141,8 @@ def flower(address: str, port: int | None) -> None:
     """
     if address not in LOOPBACK_ADDRESSES and not os.environ.get("FLOWER_BASIC_AUTH"):
         raise click.UsageError(
-            f"anybody who reaches Flower on {address} could cancel jobs and stop workers; "
-            "set FLOWER_BASIC_AUTH=user:password, or leave it on 127.0.0.1"
+            f"anyone who can reach Flower on {address} could cancel jobs and stop workers; "
+            "set FLOWER_BASIC_AUTH=user:password, or keep it on 127.0.0.1"
         )
     _set("CELERIAC_FLOWER_PORT", port)
     settings = _settings()
@@ -156,7 +156,7 @@ def flower(address: str, port: int | None) -> None:
 def migrate() -> None:
     """Bring the database schema up to date.
 
-    Also creates the API key that CELERIAC_BOOTSTRAP_API_KEY gives, if any. Safe to repeat.
+    Also creates the API key in CELERIAC_BOOTSTRAP_API_KEY, if there is one. Safe to repeat.
     """
     settings = _settings()
     from storage.database import migrate as migrate_database
@@ -203,7 +203,7 @@ def connection_options(command: Any) -> Any:
 
 @main.command()
 @click.argument("prompt")
-@click.option("--model", help="Model to ask.  [default: the first one of models.toml]")
+@click.option("--model", help="Model to use.  [default: the installation's default model]")
 @click.option("--max-tokens", type=click.IntRange(1), help="Stop after this many tokens.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the most likely token.")
 @click.option("--seed", type=int, help="The same seed, prompt and model give the same text.")
@@ -225,7 +225,7 @@ def submit(prompt: str, mode: str, url: str | None, key: str | None, **options: 
     celeriac submit --wait - < prompt.txt > answer.txt
     id=$(celeriac submit --detach "Hello!"); celeriac watch $id
 
-    The job runs by itself: Ctrl-C or a lost connection ends the watching, not the job.
+    The job runs on its own: Ctrl-C or a lost connection ends the output, not the job.
     """
     from celeriac.client import job_body
     from celeriac.terminal import follow
@@ -250,7 +250,7 @@ def watch(job_id: str, after: str | None, url: str | None, key: str | None) -> N
 
     \b
     celeriac watch job_01...               from its start
-    celeriac watch --after 12 job_01...    after the event with the id 12
+    celeriac watch --after 12 job_01...    after event 12
     """
     from celeriac.terminal import follow
 
@@ -295,7 +295,7 @@ main.add_command(keys)
 
 
 def _set(name: str, value: object) -> None:
-    """An option overrides its setting, through the environment, so that a process that we become sees it, too."""
+    """Let an option override its setting. Sets the environment variable, so that the override survives an exec."""
     if value is not None:
         os.environ[name] = str(value)
 
@@ -307,7 +307,7 @@ def _settings() -> "Settings":
 
 
 def _become_celery(app: str, *arguments: str) -> NoReturn:
-    """Replace this process with Celery's command for `app`: signals and exit codes are Celery's own."""
+    """Replace this process with Celery's command for `app`, so that signals and exit codes are Celery's own."""
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "celery", "-A", app, *arguments])  # noqa: S606
 
@@ -326,18 +326,18 @@ def _default_model() -> str:
 
 @contextmanager
 def _explained(*kinds: type[Exception]) -> Iterator[None]:
-    """Show these errors as messages: they are about what the user wrote."""
+    """Show these errors without a traceback, since the user's input caused them."""
     try:
         yield
     except kinds as exc:
         raise click.ClickException(str(exc)) from exc
 
 
-# Checks before a process starts, so that a mistake is answered with one line that says what to do
+# Checks before a process starts, so that users get one line that tells them what to do
 
 
 def read_catalog(settings: "Settings") -> "Catalog":
-
+    """Raises ClickException."""
     try:
         return settings.load_catalog()
     except OSError as exc:
@@ -361,7 +361,7 @@ def refuse_unknown_default(settings: "Settings", catalog: "Catalog") -> None:
     if name is None or name in {entry.id for entry in catalog.entries} | catalog.unavailable.keys():
         return
     remedy = f"pull it: celeriac models pull {name}" if name in known_models() else "see celeriac models list"
-    raise click.ClickException(f"model {name!r} is not here; {remedy}")
+    raise click.ClickException(f"there is no model {name!r} here; {remedy}")
 
 
 def refuse_shared_sessions(settings: "Settings") -> None:
@@ -375,7 +375,7 @@ def refuse_shared_sessions(settings: "Settings") -> None:
 
 
 def refuse_taken_port(setting: str, host: str, port: int) -> None:
-    """Raise ClickException if we cannot listen there. `setting` is the one that gives the port."""
+    """Raise ClickException if we cannot listen there. `setting` names the setting for the port."""
     import socket
 
     try:
@@ -385,11 +385,11 @@ def refuse_taken_port(setting: str, host: str, port: int) -> None:
     except (OSError, OverflowError) as exc:
         number = exc.errno if isinstance(exc, OSError) and exc.errno else 0
         reason = os.strerror(number) if number > 0 else str(exc)
-        raise click.ClickException(f"cannot listen on {host}:{port} ({reason}); give another {setting}") from exc
+        raise click.ClickException(f"cannot listen on {host}:{port} ({reason}); choose another {setting}") from exc
 
 
 def api_url(settings: "Settings") -> str:
-    """The URL of this folder's API. Never a guess at the usual port, where something else may be listening."""
+    """The URL of this folder's API. Does not guess the default port, where something else may be listening."""
     from settings import find_running
 
     if settings.api_url is not None:
@@ -402,6 +402,6 @@ def api_url(settings: "Settings") -> str:
     if running is not None:
         raise click.ClickException("`celeriac up` is still starting here; try again when it says that it is up")
     raise click.ClickException(
-        "`celeriac up` does not run in this folder, and no API is named; start it, "
+        "`celeriac up` is not running in this folder, and no API is named; start it, "
         "or name an API with --url or CELERIAC_API_URL"
     )

@@ -20,7 +20,7 @@ from domain.errors import ExpectedError
 
 CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = 45.0  # three of the API's heartbeats; a stream that is silent for longer is a dead connection
-PATIENCE_SECONDS = 60.0  # how long a dropped stream is reconnected before giving up
+PATIENCE_SECONDS = 60.0  # how long to keep trying to reconnect a dropped stream
 NUM_SUBMIT_TRIES = 3
 
 TERMINAL_EVENTS = frozenset({"job.completed", "job.failed", "job.cancelled", "job.expired"})
@@ -31,7 +31,7 @@ class ApiUnreachable(ExpectedError):
 
 
 class ApiError(ExpectedError):
-    """The API answered with an error; the message is its own, with the field at fault and the code."""
+    """The API answered with an error; the message is the API's own, with the field at fault and the code."""
 
     def __init__(self, status_code: int, body: Any) -> None:
         error = body.get("error") if isinstance(body, dict) else None
@@ -50,7 +50,7 @@ class ApiError(ExpectedError):
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
-    """One server-sent event. `id` is the cursor to go on from."""
+    """One server-sent event. `id` is the cursor for resuming after it."""
 
     name: str
     data: dict[str, Any]
@@ -71,7 +71,7 @@ class Client:
         self._http = httpx.Client(
             base_url=self.url, headers=headers, timeout=httpx.Timeout(30, connect=CONNECT_SECONDS)
         )
-        self._name = str(self._http.base_url.copy_with(userinfo=b"")).rstrip("/")  # as it may be shown
+        self._name = str(self._http.base_url.copy_with(userinfo=b"")).rstrip("/")  # for messages: no credentials
 
     def __enter__(self) -> Self:
         return self
@@ -82,7 +82,8 @@ class Client:
         self._http.close()
 
     def submit(self, body: dict[str, Any], idempotency_key: str | None = None) -> dict[str, Any]:
-        """Post a job and return it as accepted. If the connection drops, it is posted again, and is still one job."""
+        """Submit a job and return it as accepted. If the connection drops, it is sent again; the idempotency key
+        keeps it one job."""
         headers = {"idempotency-key": idempotency_key or secrets.token_hex(16)}
         for num_left in reversed(range(NUM_SUBMIT_TRIES)):
             try:
@@ -108,7 +109,7 @@ class Client:
         return self._ask("POST", f"/v1/jobs/{job_id}/cancel")
 
     def health(self) -> dict[str, Any]:
-        """The API's own account of itself, whatever its status code."""
+        """The body of /health, whatever the status code."""
         try:
             return dict(self._http.get("/health", timeout=CONNECT_SECONDS).json())
         except (httpx.HTTPError, ValueError) as exc:
@@ -169,11 +170,11 @@ class Client:
 
 
 def job_body(text: str, *, model: str, system: str | None, complete: bool, **params: Any) -> dict[str, Any]:
-    """The body that asks for an answer to `text`, or for its continuation. Params that are not given are left out."""
+    """The request body for an answer to `text`, or for a continuation of it. Params that are not given are left out."""
     if not text.strip():
         raise ValueError("the prompt is empty; give some text, or - and some text on standard input")
     if complete and system:
-        raise ValueError("--complete takes no --system; leave out --complete, or put the instructions into the prompt")
+        raise ValueError("--complete and --system cannot be combined; leave out one, or put both texts into the prompt")
     messages = [{"role": "system", "content": system}] if system else []
     request = {"prompt": text} if complete else {"messages": [*messages, {"role": "user", "content": text}]}
     given = {name: value for name, value in params.items() if value not in (None, ())}

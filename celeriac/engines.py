@@ -1,4 +1,4 @@
-"""`celeriac engines`: the environments that engines may have of their own."""
+"""`celeriac engines`: separate Python environments for engines."""
 
 import subprocess
 
@@ -8,7 +8,7 @@ import click
 @click.group(invoke_without_command=True)
 @click.pass_context
 def engines(ctx: click.Context) -> None:
-    """List the engines that can have an environment of their own, or install one."""
+    """List the engines that can have a Python environment of their own, or install one."""
     if ctx.invoked_subcommand is not None:
         return
     from local.engine_environments import installed, recipes
@@ -24,7 +24,7 @@ def engines(ctx: click.Context) -> None:
 @engines.command()
 @click.argument("name")
 def install(name: str) -> None:
-    """Make the environment of an engine under the data directory, or make it anew with this release's versions."""
+    """Create the environment of an engine in the data directory, or recreate it with this release's versions."""
     from local.engine_environments import install as make
     from local.engine_environments import recipes
     from local.lock import settings_here
@@ -37,6 +37,6 @@ def install(name: str) -> None:
         python = make(recipe, settings_here().data_dir)
     except subprocess.CalledProcessError as exc:
         raise click.ClickException(
-            f"{recipe.backend} could not be installed, see above; what was there before is unchanged"
+            f"{recipe.backend} could not be installed, see above; an earlier installation is unchanged"
         ) from exc
     click.echo(f'Done: entries with backend = "{recipe.backend}" use {python}.')

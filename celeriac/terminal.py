@@ -1,4 +1,4 @@
-"""What the commands print: a start's progress, a job's text as it arrives, tables, URLs, and errors in one line."""
+"""What the commands print: progress, a job's text as it arrives, tables, URLs, and errors in one line."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from celeriac.store.store import Manifest
     from storage.tables import ApiKey
 
-PIPE_WIDTH = 10_000  # characters in a line, where no terminal bounds it
+PIPE_WIDTH = 10_000  # characters per line if the output is not a terminal
 
-MIN_ID_WIDTH = 30  # of a job: job_ and 26 characters
+MIN_ID_WIDTH = 30  # of a job's id: job_ and 26 characters
 
 STYLE_BY_STATUS = {
     "queued": "yellow",
@@ -45,7 +45,7 @@ STYLE_BY_STATUS = {
 
 
 class Board:
-    """What is starting and how long it took: live rows on a terminal, else a line for each part that is ready."""
+    """What is starting and how long it takes: live rows on a terminal, otherwise a line for each part when ready."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -72,13 +72,13 @@ class Board:
     def done(self, title: str) -> None:
         task_id, begun_at = self._rows[title]
         self._progress.update(task_id, completed=1)
-        self._progress.stop_task(task_id)  # and with it its clock
+        self._progress.stop_task(task_id)  # stops its clock, too
         if not self._console.is_terminal:
             self._console.print(f"{title} is ready after {time.monotonic() - begun_at:.1f} s")
 
 
 class PullPrinter:
-    """What a pull is at, with bytes and rate: a bar on a terminal, else a line when a step ends."""
+    """The progress of a pull, with bytes and rate: a bar on a terminal, otherwise a line after each step."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -147,7 +147,7 @@ class JobPrinter:
         self._texts: dict[int, str] = {0: ""}
 
     def print_all(self, events: Iterable[StreamEvent]) -> StreamEvent:
-        """Print to the terminal event, and return it."""
+        """Print events up to and including the terminal one, and return that."""
         for event in events:
             if event.name == "output.delta":
                 self._add(event.data["index"], event.data["text"])
@@ -170,7 +170,7 @@ class JobPrinter:
         has_text = any(self._texts.values())
         self._texts = {0: ""}
         if has_text:
-            note = "\n(the model was replaced: the answer starts again, and what is printed above does not count)"
+            note = "\n(the model was replaced: the answer starts again, and the text above is void)"
             self._notes.print(note, style="dim", markup=False)
 
     def _finish(self, event: StreamEvent) -> None:
@@ -205,12 +205,12 @@ def follow(client: Client, job_id: str, *, is_live: bool, starting_after: str | 
 
 
 def plain_console(*, stderr: bool = False) -> Console:
-    """A console that prints what it is given: no wrapping, no highlighting, no markup of other people's text."""
+    """A console that prints text as it is, without wrapping, highlighting or emoji codes."""
     return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
 
 
 def show(table: Table) -> None:
-    """Into a pipe without cutting any cell, since the next program needs them whole."""
+    """Print a table. In a pipe no cell is cut, since the next program needs whole values."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
@@ -242,7 +242,7 @@ def jobs_table(jobs: Iterable[dict[str, Any]]) -> Table:
 
 def models_table(catalog: Catalog) -> Table:
     """The available models."""
-    table = _table("model", "context", "at once", "back end", "from", folded="from")
+    table = _table("model", "context", "at once", "back end", "path", folded="path")
     for entry in catalog:
         name = f"{entry.id} [dim](default)[/]" if entry.id == catalog.default_id else entry.id
         length = f"{entry.max_model_len} tokens" if entry.max_model_len is not None else "its own"
@@ -260,7 +260,7 @@ def stored_models_table(manifests: Iterable["Manifest"]) -> Table:
 
 
 def known_models_table(known_by_name: Mapping[str, "KnownModel"]) -> Table:
-    table = _table("name", "to fetch", "licence", "what it is", folded="what it is")
+    table = _table("name", "download", "licence", "what it is", folded="what it is")
     for name, known in known_by_name.items():
         licence = f"{known.licence} (--accept-licence)" if known.must_accept else known.licence
         table.add_row(name, f"{known.num_bytes / 1e6:,.0f} MB", licence, known.title)
@@ -268,7 +268,7 @@ def known_models_table(known_by_name: Mapping[str, "KnownModel"]) -> Table:
 
 
 def keys_table(rows: Iterable["ApiKey"]) -> Table:
-    table = _table("id", "name", "made", "state")
+    table = _table("id", "name", "created", "state")
     for row in rows:
         state = "live"
         if row.revoked_at is not None:
@@ -313,12 +313,12 @@ def _describe(event: StreamEvent) -> str | None:
     if event.name == "job.queued" and data.get("position"):
         return f"queued, position {data['position']}"
     if event.name == "job.retrying":
-        return f"\n(continuing with attempt {data.get('attempt', '?')}; what is printed above still counts)"
+        return f"\n(continuing with attempt {data.get('attempt', '?')}; the text above remains valid)"
     return None
 
 
 def _age(since: str, until: str | None) -> str:
-    """The time between the two; up to now if `until` is None."""
+    """The time from `since` to `until`, or to now if that is None."""
     end = datetime.fromisoformat(until) if until else datetime.now(UTC)
     seconds = (end - datetime.fromisoformat(since)).total_seconds()
     for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):

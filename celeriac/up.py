@@ -24,23 +24,23 @@ from settings import ROOT, Settings
 
 FIRST_PROMPT = "Tell me a story about a brave little fox."
 FIRST_MAX_TOKENS = 160
-PATIENCE_SECONDS = 30.0  # then we name the log of whatever is still starting
-DRAIN_MARGIN_SECONDS = 15.0  # beyond the worker's own drain: releasing, saying goodbye
-API_STOP_SECONDS = 15.0  # more than it gives to its open requests
-MAINTENANCE_STOP_SECONDS = 25.0  # more than it gives to the webhooks in hand
+PATIENCE_SECONDS = 30.0  # after this, we name the logs of the parts that are still starting
+DRAIN_MARGIN_SECONDS = 15.0  # on top of the worker's own drain: releasing jobs, signing off
+API_STOP_SECONDS = 15.0  # longer than the API waits for its open requests
+MAINTENANCE_STOP_SECONDS = 25.0  # longer than maintenance waits for the webhooks being sent
 LOOPBACK = "127.0.0.1"
 
 
 class StartFailed(ExpectedError):
-    """A part did not start; the message carries the end of its log."""
+    """A part did not start; the message includes the end of its log."""
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM came during the start."""
+    """Ctrl-C or SIGTERM arrived during the start."""
 
 
 class Up:
-    """One run of `celeriac up`. `run` returns after a request to stop, when everything has ended."""
+    """One run of `celeriac up`. `run` returns when everything has ended after a request to stop."""
 
     def __init__(self, settings: Settings, *, with_first_job: bool = True) -> None:
         self._settings = settings
@@ -56,7 +56,7 @@ class Up:
         self._services: list[ChildProcess] = []
 
     def run(self) -> None:
-        """Raises AlreadyUp, StartFailed or EmbeddedServerError, each with everything stopped again."""
+        """Raises AlreadyUp, StartFailed or EmbeddedServerError, after stopping everything again."""
         for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signal_number, self._request_stop)
         self._lock = UpLock(self._settings.data_dir).take()
@@ -74,7 +74,7 @@ class Up:
     # Starting
 
     def _start(self) -> None:
-        self._say(f"Celeriac starts in {short_path(self._settings.data_dir)}")
+        self._say(f"Starting Celeriac in {short_path(self._settings.data_dir)}")
         with Board(self._console) as board:
             self._start_servers(board)
             board.begin("Schema")
@@ -91,7 +91,7 @@ class Up:
         if "redis_url" not in given:
             self._redis_url = self._start_server(board, EmbeddedRedis(folder / "redis"))
         elif reason := why_redis_refuses(self._redis_url):
-            self._say(f"Redis does not let us in: {reason}; check CELERIAC_REDIS_URL. Until then jobs run slowly")
+            self._say(f"Redis refuses us: {reason}; check CELERIAC_REDIS_URL. Until it is right, jobs run slowly")
 
     def _start_server(self, board: Board, server: EmbeddedServer) -> str:
         self._raise_if_stopped()
@@ -112,7 +112,7 @@ class Up:
             raise StartFailed(f"the database could not be migrated; {log_path} ends:\n{log_path.read_text()[-1500:]}")
 
     def _make_services(self) -> list[ChildProcess]:
-        """In the order of their start: the worker first, since it takes the longest."""
+        """The services in starting order: the worker first, since it takes the longest."""
         worker = self._service("GPU worker", "worker", lambda: self._has_engine(worker))
         worker.prepare = self._choose_worker_metrics_port
         worker.stop_seconds = self._settings.drain_seconds + DRAIN_MARGIN_SECONDS
@@ -128,8 +128,8 @@ class Up:
         return [worker, api, maintenance, flower]
 
     def _has_engine(self, worker: ChildProcess) -> bool:
-        """Its log says so, if INFO is logged. Otherwise the API does, which may still list the worker of an `up` that
-        was killed seconds ago."""
+        """Whether the worker's engine has started: by its log if INFO is logged, otherwise by the API, which may still
+        list the worker of an `up` that was killed seconds ago."""
         if self._settings.log_level in ("DEBUG", "INFO"):
             return any(map(worker.log_has, (b"the engine is ready", b"unloading the model", b"draining, as ordered")))
         return bool(self._health().get("workers"))
@@ -190,7 +190,7 @@ class Up:
     # Running
 
     def _introduce(self) -> None:
-        """Show the first job as it runs, then where everything is. On a thread, while `_watch` restarts what dies."""
+        """Show the first job as it runs, then where everything is. Runs on a thread, beside `_watch`."""
         settings = self._settings
         catalog = settings.load_catalog()
         model = catalog.default.id
@@ -232,7 +232,7 @@ class Up:
 
     @contextmanager
     def _own_key(self) -> Iterator[str | None]:
-        """A key for the first job: the one that was given, else one that is revoked when the job has run."""
+        """A key for the first job: the configured one, or a new one that is revoked after the job."""
         given = self._settings.api_key or self._settings.bootstrap_api_key
         if given is not None or self._settings.auth == "none":
             yield given
@@ -273,7 +273,7 @@ class Up:
         if self._stop_requested.is_set():
             patience = f"running jobs get {self._settings.drain_seconds:.0f} s to finish"
             self._say(f"\nStopping: {patience}; Ctrl-C again puts them back in the queue at once.")
-        # The API goes after the workers, so that a stream can be followed to its end.
+        # The API stops after the workers, so that clients can follow streams to their end.
         api = [service for service in self._services if service.title == "API"]
         others = [service for service in self._services if service.title != "API"]
         stop_in_turn([others, api], is_hurried=lambda: self._num_stop_requests > 1)
@@ -300,14 +300,14 @@ class Up:
         return f"http://{LOOPBACK}:{self._flower_port}"
 
     def _health(self) -> dict[str, Any]:
-        """What the API says of the system's health; empty while it does not answer."""
+        """The body of the API's /health; empty while the API does not answer."""
         return _health_of(self._api_url)
 
     def _log_path(self, name: str) -> Path:
         return self._settings.data_dir / "logs" / f"{name}.log"
 
     def _note(self) -> dict[str, Any]:
-        """For other commands in this folder (`settings.find_running`)."""
+        """What other commands in this folder may read (`settings.find_running`)."""
         return {
             **self._servers_note(),
             "api_url": self._api_url,
@@ -323,18 +323,18 @@ class Up:
         }
 
     def _say(self, line: str) -> None:
-        # There may be no reader any more: a closed terminal, or a pipe whose reader ended (for which rich exits).
+        # Nobody may be reading any more: a closed terminal, or a pipe whose reader has ended (then rich exits).
         with suppress(OSError, SystemExit):
             self._console.print(line, markup=False)
 
 
 def _reachable(host: str) -> str:
-    """The address, as URLs spell it, at which we reach something that listens on `host`."""
+    """The address, as URLs spell it, for connecting to something that listens on `host`."""
     return {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
 
 
 def why_redis_refuses(url: str) -> str | None:
-    """In the words of Redis or TLS: a wrong password, a bad certificate, no answer. None if it lets us in."""
+    """The reason as Redis or TLS words it: a wrong password, a bad certificate, no answer. None if we can connect."""
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry

@@ -1,7 +1,7 @@
-"""Anthropic's Messages: a job's output as one message, or as the events of its stream.
+"""Anthropic's Messages: a job's output as one message or as a stream of events.
 
-Whole answers and streams go through the same parser, so they agree. The events are those of
-https://platform.claude.com/docs/en/build-with-claude/streaming, in its order.
+Whole messages and streams use the same parser, so they agree. The events and their order are those of
+https://platform.claude.com/docs/en/build-with-claude/streaming.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "mod
 
 
 class ContentBlockView(View):
-    """Of one type; the fields of each are those of Anthropic's reference."""
+    """A block of one type, with the fields that Anthropic's reference gives that type."""
 
     type: Literal["text", "thinking", "tool_use"]
     text: NotRequired[str]
@@ -48,7 +48,7 @@ class ThinkingTokensView(View):
 
 
 class MessageUsageView(View):
-    """`input_tokens` are those that were computed; all of the prompt are they and those read from the cache."""
+    """`input_tokens` counts the prompt tokens that were computed, without those read from the cache."""
 
     input_tokens: int
     cache_creation_input_tokens: int
@@ -69,7 +69,7 @@ class MessageView(MessageHeadView):
     content: list[ContentBlockView]
     stop_reason: StopReason | None
     stop_sequence: str | None
-    stop_details: None  # of refusals, which there are none of
+    stop_details: None  # for refusals, which do not exist here
     usage: MessageUsageView
 
 
@@ -120,7 +120,7 @@ def from_result(record: JobRecord, request: GenerationRequest, body: MessagesBod
 
 
 class MessageStream:
-    """A job's chunks as the events of a message. At most one block is open at a time, the last one."""
+    """Makes the events of a message from a job's chunks. Only the last block can be open."""
 
     def __init__(
         self, job: StreamedMessageJob, request: GenerationRequest, body: MessagesBody, format: OutputFormat
@@ -129,7 +129,7 @@ class MessageStream:
         self._body = body
         self._parser = parser_of(request, format)
         self._num_blocks = 0
-        self._open: type[Piece] | None = None  # what the last block was begun by, while it is open
+        self._open: type[Piece] | None = None  # what began the last block, while that is open
 
     def begin(self) -> Iterable[Mapping[str, object]]:
         usage = Usage(prompt_tokens=self._job.num_prompt_tokens)
@@ -207,7 +207,7 @@ def model_object(card: ModelCardView) -> AnthropicModelView:
 
 
 def anthropic_page(data: Sequence[Mapping[str, Any]], limit: int) -> dict[str, Any]:
-    """As `page`, in the form of Anthropic's lists."""
+    """Like `page`, in the form of Anthropic's lists."""
     return {name: value for name, value in page(data, limit).items() if name != "object"}
 
 
@@ -216,7 +216,7 @@ def _head(job_id: UUID, model: str) -> MessageHeadView:
 
 
 def _content(job_id: UUID, pieces: Sequence[Piece], body: MessagesBody) -> list[ContentBlockView]:
-    """Neighbouring pieces of one kind are one block, as in a stream."""
+    """The content blocks. Consecutive pieces of one kind become one block, as in a stream."""
     blocks: list[ContentBlockView] = []
     for place, piece in enumerate(pieces):
         if isinstance(piece, CallName):
@@ -234,7 +234,7 @@ def _content(job_id: UUID, pieces: Sequence[Piece], body: MessagesBody) -> list[
 
 
 def _input(arguments: str) -> dict[str, Any]:
-    """The arguments of a call, also of one that was cut off: what the SDK makes of those of a stream."""
+    """The arguments of a call. If it was cut off, as much of them as the SDK would read from a stream."""
     try:
         value = from_json(arguments, allow_partial=True)
     except ValueError:
@@ -265,12 +265,12 @@ def _is_omitted(body: MessagesBody) -> bool:
 
 
 def _call_id(job_id: UUID, number: int) -> str:
-    """The same each time this output is read."""
+    """The same whenever this output is read."""
     return f"toolu_{_digest(job_id, number)}"
 
 
 def _signature(job_id: UUID) -> str:
-    """Clients send it back with the thoughts; nobody checks it, since nothing depends on whose they are."""
+    """Clients send it back with the thoughts. Nobody checks it, since their origin does not matter here."""
     return _digest(job_id, "thinking")
 
 
@@ -279,7 +279,7 @@ def _digest(*parts: object) -> str:
 
 
 def _stop_reason(choice: ResultChoice, parser: OutputParser, body: MessagesBody) -> StopReason:
-    """A call that was cut off must not be executed, so only an output that the model ended itself is `tool_use`."""
+    """`tool_use` only if the model ended the output itself, since a call that was cut off must not be executed."""
     if choice.finish_reason is FinishReason.LENGTH:
         return "max_tokens" if choice.num_tokens >= body.max_tokens else "model_context_window_exceeded"
     if choice.stop_string is not None:
@@ -288,7 +288,7 @@ def _stop_reason(choice: ResultChoice, parser: OutputParser, body: MessagesBody)
 
 
 def _usage(result: GenerationResult, parser: OutputParser, priority: int) -> MessageUsageView:
-    """`parser` has consumed all the text."""
+    """`parser` must have consumed all the text."""
     num_thinking_tokens = count_reasoning_tokens(result.choices, [parser])
     return _usage_object(result.usage, num_thinking_tokens=num_thinking_tokens, priority=priority)
 

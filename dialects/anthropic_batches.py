@@ -1,6 +1,6 @@
-"""Anthropic's Message Batches in the words of ours: the body as lines of a file, our output files as results.
+"""Translates Anthropic's Message Batches: the body into the lines of a batch file, our output files into results.
 
-A batch here is a batch as any other, whose lines are for /v1/messages; docs/batches.md says how it runs.
+A Message Batch is a batch like any other, with lines for /v1/messages; docs/batches.md says how it runs.
 """
 
 import json
@@ -35,7 +35,7 @@ class MessageBatchBody(OpenAIModel):
 
 
 class MessageBatchCountsView(View):
-    """All are processing until the batch has ended."""
+    """All requests count as processing until the batch has ended."""
 
     processing: int
     succeeded: int
@@ -89,7 +89,7 @@ class MessageBatchResultView(View):
 
 
 def to_lines(body: MessageBatchBody, views: ModelViews) -> bytes:
-    """The file of the batch. Every request in it is valid. Raises the CeleriacError that says which is not."""
+    """The batch file, in which every request is valid. Raises a CeleriacError that names the first invalid one."""
     lines: list[bytes] = []
     seen: set[str] = set()
     model: object = None
@@ -97,7 +97,7 @@ def to_lines(body: MessageBatchBody, views: ModelViews) -> bytes:
         place = f"requests.{number}"
         if request.custom_id in seen:
             raise InvalidRequest(
-                f"{place}.custom_id is {request.custom_id!r}, as that of an earlier request; give each its own",
+                f"{place}.custom_id is {request.custom_id!r}, which an earlier request has, too; give each its own",
                 param=f"{place}.custom_id",
             )
         seen.add(request.custom_id)
@@ -105,7 +105,7 @@ def to_lines(body: MessageBatchBody, views: ModelViews) -> bytes:
         model = model if number else request.params.get("model")
         if request.params.get("model") != model:
             raise InvalidRequest(
-                f"{place}.params.model is another than that of the requests before it; put it into a separate batch",
+                f"{place}.params.model differs from that of the requests before it; put it into a separate batch",
                 param=f"{place}.params.model",
             )
     return b"".join(lines)
@@ -130,7 +130,7 @@ def custom_ids_of(lines: Iterable[bytes]) -> Iterator[str]:
 
 
 def result_of(line: bytes) -> MessageBatchResultView:
-    """A line of our output or error file as one of Anthropic's results."""
+    """Translate a line of our output or error file into one of Anthropic's results."""
     written = json.loads(line)
     custom_id, response = written["custom_id"], written["response"]
     if response is None:
@@ -145,7 +145,7 @@ def unanswered(outcome: Outcome) -> ErroredView | NotRunView:
     """The result of a request that was never run."""
     if outcome in ("canceled", "expired"):
         return {"type": "canceled" if outcome == "canceled" else "expired"}
-    return _errored(CeleriacError.code, "the batch was given up before this request was run; send it again", None)
+    return _errored(CeleriacError.code, "the batch failed before this request was run; send it again", None)
 
 
 def _outcome_of(code: str) -> Outcome:

@@ -1,7 +1,7 @@
-"""Errors in Anthropic's shape and under its names: {"type": "error", "error": {"type", "message"}, "request_id"}.
+"""Errors with Anthropic's shape and types: {"type": "error", "error": {"type", "message"}, "request_id"}.
 
-The reference is https://platform.claude.com/docs/en/api/errors. Our code and the field at fault are in `details`, where
-its SDKs look for an `error_code`.
+The reference is https://platform.claude.com/docs/en/api/errors. Our own code and the field at fault are in `details`,
+where Anthropic's SDKs look for an `error_code`.
 """
 
 from typing import Any, Final, Literal, NotRequired
@@ -41,7 +41,7 @@ class AnthropicErrorView(View):
 
 
 def anthropic_http_of(code: str) -> HttpError:
-    """Where the other routes say that the server is too busy or something is away (503), this API is overloaded."""
+    """Status and type of an error. What is 503 on other routes (too busy, or something is down) is 529 here."""
     status = HTTP_BY_CODE[code].status
     status = OVERLOADED if status == 503 else status
     return HttpError(status, TYPE_BY_STATUS.get(status, "invalid_request_error" if status < 500 else "api_error"))

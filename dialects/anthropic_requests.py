@@ -1,6 +1,6 @@
-"""Anthropic's Messages: the body, and the generation request that it makes.
+"""Anthropic's Messages: the request body, and its translation into a generation request.
 
-The reference is https://platform.claude.com/docs/en/api/messages and the types of the `anthropic` SDK, 2.14.
+The references are https://platform.claude.com/docs/en/api/messages and the types of the `anthropic` SDK, 2.14.
 """
 
 import json
@@ -52,11 +52,11 @@ class TextBlock(OpenAIModel):
 class ThinkingBlock(OpenAIModel):
     type: Literal["thinking"]
     thinking: str
-    signature: str | None = None  # ours need not be checked: a client may think for the model
+    signature: str | None = None  # not checked: a client may write the model's thoughts
 
 
 class RedactedThinkingBlock(OpenAIModel):
-    """Only its place is kept: nobody but Anthropic can read it."""
+    """Only its position is kept, since nobody but Anthropic can read it."""
 
     type: Literal["redacted_thinking"]
     data: str
@@ -70,11 +70,11 @@ class ToolUseBlock(OpenAIModel):
 
 
 def _text_only(kind: str) -> str:
-    raise refuse(f"is {kind[:40]!r}; only text, and tools with their results, can be read here")
+    raise refuse(f"is {kind[:40]!r}; only text, thoughts, tool calls and their results can be read here")
 
 
 class UnreadableBlock(OpenAIModel):
-    """An image, a document, or what a tool of Anthropic's wrote."""
+    """An image, a document, or the output of one of Anthropic's tools."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -139,7 +139,7 @@ class CustomTool(OpenAIModel):
 
 
 class ForeignAnthropicTool(OpenAIModel):
-    """Only its place among the tools is kept."""
+    """Only its position among the tools is kept."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -179,7 +179,7 @@ class RequestMetadata(OpenAIModel):
 
 
 class PromptBody(OpenAIModel):
-    """What the prompt is made of."""
+    """The fields that determine the prompt."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     messages: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -191,7 +191,7 @@ class PromptBody(OpenAIModel):
 
     @property
     def shows_thinking(self) -> bool:
-        """Thoughts are answered where they are asked for, as at Anthropic; else nobody is told of them."""
+        """Whether the answer includes thoughts: as with Anthropic, only if the request asks for them."""
         return self.thinking is not None and self.thinking.type != "disabled"
 
     @property
@@ -222,7 +222,7 @@ MODE_BY_CHOICE: Final = {"auto": "auto", "any": "required", "tool": "named", "no
 
 
 def to_generation_request(body: MessagesBody, view: ModelView) -> GenerationRequest:
-    """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model does not support."""
+    """`view` is the view of the body's model. Raises InvalidRequest, also for tools that the model does not support."""
     _note_idle_fields(body, view)
     try:
         asked = _asked_tools(body)
@@ -254,8 +254,8 @@ def _request(body: PromptBody, **fields: Any) -> GenerationRequest:
     if is_begun and not messages[-1].begins_an_answer:
         place = f"messages.{len(body.messages) - 1}"
         raise InvalidRequest(
-            f"{place} is the assistant's and ends the conversation, but is no text that could be gone on with; send a "
-            "message of the user after it",
+            f"{place} is the assistant's and ends the conversation, but is not text that can be continued; send a "
+            "user message after it",
             param=place,
         )
     given = {"model": body.model, "messages": messages, "continue_final_message": is_begun}
@@ -263,7 +263,7 @@ def _request(body: PromptBody, **fields: Any) -> GenerationRequest:
 
 
 def spelling_of(body: PromptBody) -> dict[str, str]:
-    """How the body spells the fields of our requests."""
+    """The body's names for the fields of our requests."""
     places = {"structured_output.json_schema": SCHEMA_PLACE}
     spelling = spelling_of_params(stop="stop_sequences", **spelling_of_output(_asked_tools(body), places))
     parameters = {
@@ -273,7 +273,7 @@ def spelling_of(body: PromptBody) -> dict[str, str]:
 
 
 def _note_idle_fields(body: MessagesBody, view: ModelView) -> None:
-    """Name what is accepted and has no effect on this model: how long it thinks is its chat template's matter."""
+    """Name the accepted fields that have no effect on this model: its chat template decides how long it thinks."""
     if body.thinking is not None:
         is_thinker = view.output_format.reasoning is not None
         if not is_thinker:
@@ -290,7 +290,7 @@ def _asked_tools(body: PromptBody) -> AskedTools:
     choice = body.tool_choice
     if choice is not None and (choice.type == "tool") != (choice.name is not None):
         raise InvalidRequest(
-            f"tool_choice.type is {choice.type!r}, and only 'tool' has a name, which it must; correct one of them",
+            f"tool_choice.type is {choice.type!r}; 'tool' needs a name, and no other type has one; correct one of them",
             param="tool_choice.name",
         )
     tools = {number: tool for number, tool in enumerate(body.tools or ()) if isinstance(tool, CustomTool)}
@@ -312,19 +312,19 @@ def _asked_tools(body: PromptBody) -> AskedTools:
 
 
 def _answer(body: MessagesBody) -> StructuredOutput | None:
-    """What an output without calls must look like."""
+    """The format that output without tool calls must have."""
     if body.output_config is None or body.output_config.format is None:
         return None
     if body.messages[-1].role == "assistant":
         raise UnsupportedParameter(
-            "output_config.format is given, but the answer is begun by the last message; leave out one of the two",
+            "output_config.format is given, but the last message begins the answer; leave out one of the two",
             param="output_config.format",
         )
     return answer_of(body.output_config.format.schema_, is_strict=True, place=SCHEMA_PLACE)
 
 
 class _Piece(NamedTuple):
-    """Part of one of our messages, and where the body has it."""
+    """Part of one of our messages, and its place in the body."""
 
     place: str
     role: str
@@ -335,7 +335,8 @@ class _Piece(NamedTuple):
 
 
 def to_messages(body: PromptBody) -> list[ChatMessage]:
-    """Raises InvalidRequest. Neighbours of one role are one message, as at Anthropic; a tool's result is one here."""
+    """Consecutive messages of one role become one, as with Anthropic; each tool result becomes one. Raises
+    InvalidRequest."""
     pieces = [_Piece("system", "system", _text_of(body.system))] if body.system else []
     for number, message in enumerate(body.messages):
         pieces += _pieces_of(message, f"messages.{number}")
@@ -365,7 +366,7 @@ def _piece_of(block: OpenAIModel, message: InputMessage, place: str) -> _Piece:
         case ToolResultBlock():
             _refuse_other_role(message, "user", block.type, place)
             text = _text_of(block.content or "")
-            # Templates have no other word for a failure.
+            # Chat templates have no other way to express a failure.
             return _Piece(place, "tool", f"Error: {text}" if block.is_error else text, tool_call_id=block.tool_use_id)
         case ToolUseBlock():
             _refuse_other_role(message, "assistant", block.type, place)
@@ -385,13 +386,13 @@ def _piece_of(block: OpenAIModel, message: InputMessage, place: str) -> _Piece:
 def _refuse_other_role(message: InputMessage, role: str, kind: str, place: str) -> None:
     if message.role != role:
         raise InvalidRequest(
-            f"{place} is a {kind} block in a message of role {message.role}; only those of role {role} may have one",
+            f"{place} is a {kind} block in a message of role {message.role}; only messages of role {role} may have one",
             param=place,
         )
 
 
 def _joined(pieces: Sequence[_Piece]) -> dict[str, Any]:
-    """Texts are joined by line breaks, as templates for plain text expect."""
+    """One message. Texts are joined by line breaks, as templates for plain text expect."""
     return {
         "role": pieces[0].role,
         "content": "\n".join(piece.text for piece in pieces if piece.text),

@@ -1,1 +1,1 @@
-"""Everything on one machine: processes, and PostgreSQL and Redis among them, that end when their owner does."""
+"""What runs on this machine: child processes and embedded servers that end with their owner, engines' environments."""

@@ -1,7 +1,7 @@
-"""Environments of their own for engines, so that the pins of one never meet those of another or ours.
+"""Separate Python environments for engines, so that their pinned versions cannot conflict with each other or ours.
 
-Each lies in the folder engines of the data directory. The standard library alone, since engines import this file before
-they know what else they have.
+Each is a folder in `engines` of the data directory. This file needs only the standard library, since engines import it
+before they know which packages they have.
 """
 
 import os
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-#: What every engine imports, whatever its back end; they need nothing that is large, and agree with any torch.
+#: What every engine imports, whatever its back end. These have no large dependencies and work with any torch.
 LIGHT_PACKAGES = (
     "llguidance",
     "msgspec",
@@ -28,12 +28,12 @@ LIGHT_PACKAGES = (
 
 RECIPES_FILE = Path(__file__).with_name("engines.toml")
 CONSTRAINTS_FILE = RECIPES_FILE.parents[1] / "constraints.txt"
-DEVICES_SECONDS = 60.0  # in which an environment says what it has
+DEVICES_SECONDS = 60.0  # for listing an environment's devices
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How the environment of a back end is made: a table of engines.toml."""
+    """How to create the environment of a back end: a table of engines.toml."""
 
     backend: str
     title: str
@@ -51,7 +51,7 @@ class Installed:
 
 def engine_python(named: str | None, backend: str, data_dir: Path) -> str:
     """The interpreter of a model's engine: the one that its entry names, else that of the environment installed for its
-    back end, else ours. One that is named need not exist."""
+    back end, else ours. A named interpreter may not exist."""
     if named is not None:
         return named
     installed = _python_in(environment_folder(data_dir, backend))
@@ -59,9 +59,9 @@ def engine_python(named: str | None, backend: str, data_dir: Path) -> str:
 
 
 def missing_interpreter(python: str) -> str:
-    """What is wrong with an entry, and what to do."""
+    """The message for an entry whose interpreter cannot be run."""
     return (
-        f"python is {python!r}, which cannot be run here; correct it, or take it out and run `celeriac engines install`"
+        f"python is {python!r}, which cannot be run here; correct it, or remove it and run `celeriac engines install`"
     )
 
 
@@ -76,9 +76,9 @@ def recipes() -> dict[str, Recipe]:
 
 
 def install(recipe: Recipe, data_dir: Path) -> Path:
-    """Make the environment, or make it anew; pip says on stdout and stderr how far it is. Returns its interpreter.
+    """Create or recreate the environment, and return its interpreter. pip reports its progress on stdout and stderr.
 
-    It is made beside its place and moved there when it is whole. Raises subprocess.CalledProcessError.
+    The environment gets its name only when it is complete. Raises subprocess.CalledProcessError.
     """
     folder = environment_folder(data_dir, recipe.backend)
     new = folder.with_name(f".{recipe.backend}.new")
@@ -106,7 +106,7 @@ def installed(recipe: Recipe, data_dir: Path) -> Installed | None:
         timeout=DEVICES_SECONDS,
         check=False,
     )
-    last_line = (asked.stderr.strip().splitlines() or ["it does not say why"])[-1]
+    last_line = (asked.stderr.strip().splitlines() or ["it gives no reason"])[-1]
     return Installed(version, asked.stdout.strip() if asked.returncode == 0 else f"cannot be started: {last_line}")
 
 

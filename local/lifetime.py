@@ -1,11 +1,12 @@
-"""Nothing that we start outlives us, however we end: the one way in which a process ends with its parent.
+"""Makes child processes end with their parent, however the parent ends. Everything that we start uses this.
 
-On Linux the kernel sees to it. A process that asked for it by prctl(PR_SET_PDEATHSIG) is sent a signal when the thread
-that started it ends; so start it from a thread that lives as long as you do. An exec keeps the request, a fork does not
-inherit it, and a change of user takes it back. Elsewhere (macOS) a watcher looks once a second.
+On Linux the kernel does it: a process that has called prctl(PR_SET_PDEATHSIG) is sent a signal when the thread that
+started it ends. So start it from a thread that lives as long as the parent. The request survives an exec, is not
+inherited by a fork, and is cancelled by a change of user. Elsewhere (macOS) a watcher process checks once a second.
 
-Python must not run between a fork and its exec, since another thread may hold any lock. So `ending_with_us` puts this
-file in front of a command: a fresh interpreter changes the user, makes the request, and becomes the command.
+Python must not run between a fork and its exec, since another thread may have held any lock during the fork. So
+`ending_with_us` puts this file in front of a command: a fresh interpreter changes the user, makes the request, and
+execs the command.
 """
 
 import ctypes
@@ -19,33 +20,33 @@ from collections.abc import Sequence
 
 PROGRAM = os.path.abspath(__file__)
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # which an exec would hand on to the command
+IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # an exec would pass this on to the command
 
 
 def ending_with_us(command: Sequence[str], *, signal_number: int = signal.SIGKILL, user: str = "") -> list[str]:
-    """`command`, made to get the signal when the thread that starts it ends; run by another system user if one is
-    named."""
+    """`command`, wrapped so that it gets the signal when the thread that starts it ends, and runs as another system
+    user if one is named."""
     return [sys.executable, "-IS", PROGRAM, str(os.getpid()), str(int(signal_number)), user, *command]
 
 
 def end_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
-    """Have this process sent the signal when its parent ends. Exits if it has ended already."""
+    """Arrange for this process to get the signal when its parent ends. Exits if the parent has already ended."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(PR_SET_PDEATHSIG, int(signal_number)) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     else:
         _start_watcher(parent_pid, signal_number)
-    if os.getppid() != parent_pid:  # it ended before we had asked
+    if os.getppid() != parent_pid:  # the parent ended before the request
         sys.exit("the parent ended before this process started")
 
 
 def _start_watcher(parent_pid: int, signal_number: int) -> None:
-    """A child of this process, and in its process group. It ends with either of the two."""
+    """Fork a watcher, a child in our process group. It ends when this process or its parent ends."""
     pid = os.getpid()
     if os.fork() != 0:
         return
-    os.closerange(0, 256)  # what it held open would look as if this process were alive
+    os.closerange(0, 256)  # inherited open files would make this process look alive
     while os.getppid() == pid:
         if not _is_alive(parent_pid):
             os.kill(pid, signal_number)

@@ -1,4 +1,4 @@
-"""The lock that allows one `celeriac up` per data folder, and the note in it that tells other commands its URLs."""
+"""The lock that allows one `celeriac up` per data folder; a note in it gives other commands its URLs."""
 
 import fcntl
 import json
@@ -44,13 +44,13 @@ class FileLock:
 
     def release(self) -> None:
         if self.file is not None:
-            fcntl.flock(self.file, fcntl.LOCK_UN)  # a child that another thread is just forking would keep it a moment
+            fcntl.flock(self.file, fcntl.LOCK_UN)  # a child that another thread is forking may hold it, too
             self.file.close()
         self.file = None
 
 
 class UpLock:
-    """The lock that makes `celeriac up` one per data folder, with a note for other commands: its pid and its URLs."""
+    """Allows one `celeriac up` per data folder. The file holds a note for other commands: its pid and URLs."""
 
     def __init__(self, data_dir: Path) -> None:
         self._lock = FileLock(data_dir / "up.json")
@@ -69,7 +69,8 @@ class UpLock:
             with path.open() as file:
                 note = note_in(file)
             raise AlreadyUp(
-                f"celeriac up already runs here (pid {note.get('pid', '?')}, {note.get('api_url', 'still starting')}); "
+                f"celeriac up is already running here (pid {note.get('pid', '?')}, "
+                f"{note.get('api_url', 'still starting')}); "
                 f"stop it with Ctrl-C in its terminal or with: kill {note.get('pid', '?')}"
             )
         self.write({"pid": os.getpid()})
@@ -90,8 +91,8 @@ class UpLock:
 
 
 def settings_here() -> Settings:
-    """The settings; servers and a default model that are not named are those of the `celeriac up` of this folder. They
-    go into the environment, so that a process that we become finds them, too."""
+    """The settings. Servers and a default model that are not set are those of the `celeriac up` in this folder. They go
+    into the environment, so that they survive an exec."""
     given = Settings()
     running = find_running(given.data_dir) or {}
     found = [name for name in ("database_url", "redis_url") if name in running and name not in given.model_fields_set]

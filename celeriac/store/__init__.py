@@ -1,1 +1,1 @@
-"""Models on this machine: pulled from where they are published, kept with a manifest of hashes, checked, removed."""
+"""The local model store: pulls models from where they are published, checks them against hashes, removes them."""

@@ -1,4 +1,4 @@
-"""Which of a source's files make a model, and which are refused before or after they are here."""
+"""Chooses the files of a source that make up a model, and refuses unsafe or broken ones."""
 
 import json
 import struct
@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from text.model_files import read_json_file
 
-#: What a model may consist of besides its weights, as patterns of paths.
+#: The files that a model may have besides its weights, as path patterns.
 DESCRIPTIONS = (
     "*.json",
     "*.jinja",
@@ -21,19 +21,19 @@ DESCRIPTIONS = (
     "NOTICE*",
     "README.md",
 )
-MAX_DESCRIPTION_BYTES = 256 * 1024**2  # no tokenizer comes near it
+MAX_DESCRIPTION_BYTES = 256 * 1024**2  # far more than any tokenizer needs
 PICKLES = (".bin", ".ckpt", ".h5", ".msgpack", ".pickle", ".pkl", ".pt", ".pth")
-NUM_SHOWN = 8  # names in a message
-MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+NUM_SHOWN = 8  # file names per message
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 
 class ModelRefused(ValueError):
-    """This source, or what it holds, cannot become a model here; the message says why and what to do."""
+    """The source, or its content, cannot be stored as a model; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a source. `path` is relative to the model's folder; `sha256` is what the source says, if it does."""
+    """A file of a source. `path` is relative to the model's folder; `sha256` is the published hash, if any."""
 
     path: str
     size: int
@@ -45,7 +45,7 @@ class RemoteFile:
 
 
 def under(prefix: str, files: Iterable[RemoteFile]) -> list[RemoteFile]:
-    """Those at or below `prefix`, with paths relative to it."""
+    """The files at or below `prefix`, with paths relative to it."""
     chosen = []
     for file in files:
         if file.path == prefix:
@@ -56,8 +56,8 @@ def under(prefix: str, files: Iterable[RemoteFile]) -> list[RemoteFile]:
 
 
 def choose(files: Sequence[RemoteFile], source: str) -> list[RemoteFile]:
-    """The files that make the model: safetensors and what describes them, or one GGUF file. Descriptions come first.
-    Raises ModelRefused."""
+    """The files to store: safetensors with configuration and tokenizer, or one GGUF file. Weights come last. Raises
+    ModelRefused."""
     for file in files:
         refuse_unsafe_path(file.path)
     ggufs = [file for file in files if "/" not in file.path and file.path.endswith(".gguf")]
@@ -69,7 +69,7 @@ def choose(files: Sequence[RemoteFile], source: str) -> list[RemoteFile]:
     described = [file for file in files if not file.is_weights and _is_description(file.path)]
     for file in described:
         if file.size > MAX_DESCRIPTION_BYTES:
-            raise ModelRefused(f"{file.path} of {source} has {file.size:,} bytes, too many for what describes a model")
+            raise ModelRefused(f"{file.path} of {source} has {file.size:,} bytes, too many for a file without weights")
     return [*sorted(described, key=lambda file: file.size), *weights]
 
 
@@ -78,7 +78,7 @@ def _is_description(path: str) -> bool:
 
 
 def _safetensors(files: Iterable[RemoteFile]) -> list[RemoteFile]:
-    """Many repositories hold their weights twice, under the names of transformers and of their makers."""
+    """Many repositories hold their weights twice, under transformers' names and their own. The former are preferred."""
     all_of_them = [file for file in files if "/" not in file.path and file.path.endswith(".safetensors")]
     usual = [file for file in all_of_them if file.path == "model.safetensors" or fnmatch(file.path, "model-*-of-*")]
     return usual or all_of_them
@@ -88,19 +88,19 @@ def _why_no_weights(files: Iterable[RemoteFile], ggufs: Sequence[RemoteFile], so
     names = [file.path for file in files]
     if ggufs:
         shown = ", ".join(file.path for file in ggufs[:NUM_SHOWN])
-        return f"{source} holds {len(ggufs)} GGUF files; name one of them: {source}/FILE with FILE as in {shown}"
+        return f"{source} holds {len(ggufs)} GGUF files; choose one as {source}/FILE, FILE being one of {shown}"
     if any(name.endswith(PICKLES) for name in names):
         return (
-            f"{source} has its weights as pickles only, which can run code when they are loaded; "
+            f"{source} has its weights only as pickles, which can run code when they are loaded; "
             "convert them with save_pretrained(…), which writes safetensors, and pull that folder"
         )
     if not names:
-        return f"{source} holds no files; correct it"
-    return f"{source} holds neither safetensors nor GGUF but {', '.join(sorted(names)[:NUM_SHOWN])}; correct it"
+        return f"{source} holds no files; check the source"
+    return f"{source} holds neither safetensors nor GGUF, but {', '.join(sorted(names)[:NUM_SHOWN])}; check the source"
 
 
 def refuse_unsafe_path(path: str) -> None:
-    """Refuse what would be written elsewhere than into the model's folder, on any system."""
+    """Refuse a path that leads out of the model's folder on any system."""
     parts = path.split("/")
     if not path or "\\" in path or ":" in path or not path.isprintable() or {"", ".", ".."} & set(parts):
         raise ModelRefused(
@@ -109,12 +109,12 @@ def refuse_unsafe_path(path: str) -> None:
 
 
 def refuse_description(folder: Path, source: str) -> None:
-    """What config.json and its like already tell, before the weights are fetched."""
+    """Refuse a model for what its configuration files say, before the weights are fetched."""
     for name in ("config.json", "tokenizer_config.json"):
         if "auto_map" in read_json_file(folder / name):
             raise ModelRefused(
-                f"{source} brings code of its own ({name} has an auto_map), which would run here; pull a model that "
-                "transformers knows, or name the folder in models.toml with trust_remote_code = true"
+                f"{source} ships its own code ({name} has an auto_map), which would run here; pull a model that "
+                "transformers supports, or name the folder in models.toml with trust_remote_code = true"
             )
     quantisation = read_json_file(folder / "config.json").get("quantization_config")
     if quantisation:
@@ -125,21 +125,21 @@ def refuse_description(folder: Path, source: str) -> None:
 
 
 def refuse_broken_weights(file: Path) -> None:
-    """Raises ModelRefused for a file that is not what its name says, or not all of it."""
+    """Raises ModelRefused for a file that is incomplete, or not of the format that its name claims."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         if file.suffix == ".gguf":
             if stream.read(4) != b"GGUF":
-                raise ModelRefused(f"{file.name} does not begin as a GGUF file does; its source is broken")
+                raise ModelRefused(f"{file.name} does not begin like a GGUF file; its source is broken")
             return
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > min(size, MAX_HEADER_BYTES):
-            raise ModelRefused(f"{file.name} does not begin as a safetensors file does; its source is broken")
+            raise ModelRefused(f"{file.name} does not begin like a safetensors file; its source is broken")
         try:
             tensors = json.loads(stream.read(length))
             ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as exc:
-            raise ModelRefused(f"{file.name} has a header that makes no sense; its source is broken") from exc
+            raise ModelRefused(f"{file.name} has an invalid header; its source is broken") from exc
     if 8 + length + max(ends, default=0) != size:
-        raise ModelRefused(f"{file.name} has {size:,} bytes, not those that its header announces; fetch it again")
+        raise ModelRefused(f"{file.name} has {size:,} bytes, which does not match its header; fetch it again")

@@ -1,4 +1,4 @@
-"""A GGUF file made into safetensors, by a process of the engine's room: only it may import torch."""
+"""Converts a GGUF file to safetensors in a child process, since only the engine's package may import torch."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "transformers", "gguf", "accelerate")
 
 
 def refuse_without_packages(file_name: str) -> None:
-    """Raises ModelRefused where a GGUF file could be fetched but not made use of."""
+    """Raises ModelRefused if a package that the conversion needs is missing."""
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise ModelRefused(
@@ -32,6 +32,6 @@ def convert(file: Path, folder: Path) -> None:
     with tempfile.TemporaryFile("w+") as said:
         done = subprocess.run(ending_with_us(command), cwd=ROOT, env=environment, stdout=said, stderr=said, check=False)
         said.seek(0)
-        lines = said.read().strip().splitlines() or ["it says nothing"]
+        lines = said.read().strip().splitlines() or ["it printed nothing"]
     if done.returncode != 0:
-        raise ModelRefused(f"{file.name} could not be made into safetensors: {lines[-1]}")
+        raise ModelRefused(f"{file.name} could not be converted to safetensors: {lines[-1]}")

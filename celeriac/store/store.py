@@ -1,6 +1,6 @@
 """The store: one folder per model, complete or absent, with a manifest of hashes and an entry for the catalogue.
 
-A pull writes into a hidden folder beside them, which becomes the model's by one rename when all is there and checked.
+A pull writes into a hidden folder next to the models. Once all is there and checked, one rename makes it the model's.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from text.models import load_model_view
 MANIFEST = "manifest.json"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 LOCK_LOOK_SECONDS = 0.5
-#: What bfloat16 weights take, as a multiple of the GGUF file that they are made from: 16 bits for its 4, and a bit.
+#: Size of converted bfloat16 weights as a multiple of their GGUF file: 16 bits per weight instead of 4 or a bit more.
 CONVERTED_RATIO = 4
 
 Task = Literal["generation", "embedding"]
@@ -50,7 +50,7 @@ class StoredFile(Frozen):
 
 
 class Manifest(Frozen):
-    """Where a model came from, and all of its files but the catalogue's entry, which may be edited."""
+    """Where a model came from, and all of its files except the catalogue entry, which users may edit."""
 
     name: str
     source: str
@@ -65,10 +65,10 @@ class Manifest(Frozen):
 
 
 class Watcher(Protocol):
-    """Hears how a pull gets on."""
+    """Is told how a pull progresses."""
 
     def begin(self, what: str, num_bytes: int | None) -> None:
-        """A step begins; the one before is done."""
+        """A step begins; the previous one is done."""
         ...
 
     def advance(self, num_bytes: int) -> None: ...
@@ -78,7 +78,7 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a pull is to bring. Left out: `sha256` that the weights must have, and the task, which the files tell."""
+    """What to pull. `sha256` is what the weights must have, if known; without a `task`, the model's files decide it."""
 
     name: str
     source: Source
@@ -89,21 +89,21 @@ class Wanted:
 
 
 class ModelStore:
-    """All models below one folder. Processes may share it: a pull and a remove of one name take turns."""
+    """All models in one folder. Processes may share it: pulls and removals of the same name take turns."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        """Raises ModelRefused for what is no name."""
+        """Raises ModelRefused if `name` is not valid."""
         if not NAME.fullmatch(name):
             raise ModelRefused(
-                f"{name!r} is no name for a model; use a-z, 0-9, and . _ - between them, up to 64 characters"
+                f"{name!r} is not a valid model name; use up to 64 of a-z, 0-9, . _ -, beginning with a letter or digit"
             )
         return self.folder / name
 
     def manifests(self) -> list[Manifest]:
-        """Those of all models that are here, by name."""
+        """The manifests of all stored models, sorted by name."""
         if not self.folder.is_dir():
             return []
         names = sorted(path.parent.name for path in self.folder.glob(f"*/{MANIFEST}"))
@@ -115,13 +115,13 @@ class ModelStore:
         try:
             return Manifest.model_validate_json(file.read_bytes())
         except FileNotFoundError:
-            here = ", ".join(manifest.name for manifest in self.manifests()) or "none yet"
-            raise ModelRefused(f"{name} is not in {self.folder}; there are: {here}") from None
+            here = ", ".join(manifest.name for manifest in self.manifests()) or "none"
+            raise ModelRefused(f"{name} is not in {self.folder}; stored models: {here}") from None
         except (OSError, ValidationError) as exc:
             raise ModelRefused(f"{file} cannot be read; remove the model and pull it again") from exc
 
     def pull(self, wanted: Wanted, watcher: Watcher) -> Manifest:
-        """The manifest of the model, which is here afterwards. One that is here already is left as it is."""
+        """Store the model and return its manifest. One that is already stored is left unchanged."""
         place = self.path(wanted.name)
         self._make_folder()
         with self._turn(wanted.name, watcher):
@@ -129,7 +129,7 @@ class ModelStore:
                 return self.manifest(wanted.name)
             refuse_full_disk(self.folder, wanted.num_bytes or 0)
             partial = self.folder / f".{wanted.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)  # of a pull that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by a pull that was killed
             try:
                 manifest = self._fetch(wanted, partial, watcher)
                 os.replace(partial, place)
@@ -138,7 +138,7 @@ class ModelStore:
         return manifest
 
     def problems(self, name: str, watcher: Watcher) -> list[str]:
-        """What differs from the manifest, in words; empty if nothing does."""
+        """Descriptions of all differences from the manifest."""
         manifest, place, found = self.manifest(name), self.path(name), []
         watcher.begin(f"Checking {name}", manifest.num_bytes)
         for file in manifest.files:
@@ -146,15 +146,15 @@ class ModelStore:
             if not path.is_file():
                 found.append(f"{file.path} is missing")
             elif path.stat().st_size != file.size:
-                found.append(f"{file.path} has {path.stat().st_size:,} bytes and not {file.size:,}")
+                found.append(f"{file.path} has {path.stat().st_size:,} bytes instead of {file.size:,}")
             elif sha256_of(path, watcher.advance) != file.sha256:
                 found.append(f"{file.path} has changed: its SHA-256 is not {file.sha256}")
         expected = {file.path for file in manifest.files} | {MANIFEST, ENTRY_FILE}
         others = {path.relative_to(place).as_posix() for path in place.rglob("*") if not path.is_dir()} - expected
-        return found + [f"{path} does not belong to it" for path in sorted(others)]
+        return found + [f"{path} does not belong to the model" for path in sorted(others)]
 
     def remove(self, name: str, watcher: Watcher) -> int:
-        """The number of bytes that were freed. A worker that serves the model goes on with what it has loaded."""
+        """Delete the model; returns the bytes freed. A worker that serves it continues with what it has loaded."""
         with self._turn(name, watcher):
             num_bytes = self.manifest(name).num_bytes
             leaving = self.folder / f".{name}.removed"
@@ -168,19 +168,19 @@ class ModelStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise ModelRefused(
-                f"{self.folder} cannot be made ({exc.strerror}); name another folder in CELERIAC_MODELS_DIR"
+                f"{self.folder} cannot be created ({exc.strerror}); set CELERIAC_MODELS_DIR to another folder"
             ) from exc
 
     @contextmanager
     def _turn(self, name: str, watcher: Watcher) -> Iterator[None]:
-        """The lock is the kernel's, so a killed pull holds nothing up."""
+        """Hold the lock on `name`. The kernel releases it if the process is killed."""
         if not self.folder.is_dir():
-            self.manifest(name)  # says that it is not here
+            self.manifest(name)  # raises ModelRefused
         lock = FileLock(self.folder / f".{name}.lock")
         is_told = False
         while not lock.take():
             if not is_told:
-                watcher.wait(f"another command is at work on {name}; waiting for it")
+                watcher.wait(f"another command is working on {name}; waiting for it")
                 is_told = True
             time.sleep(LOCK_LOOK_SECONDS)
         try:
@@ -205,7 +205,7 @@ class ModelStore:
             watcher.begin(f"Converting {converted_from} to safetensors", None)
             convert(partial / converted_from, partial)
         entry = _entry_of(wanted, partial)
-        load_model_view(entry)  # as the API will
+        load_model_view(entry)  # as the API will, which finds broken files now
         (partial / ENTRY_FILE).write_text(_entry_text(wanted.name, entry.task), encoding="utf-8")
         watcher.begin(f"Hashing {wanted.name}", None)
         manifest = Manifest(
@@ -221,7 +221,7 @@ class ModelStore:
         return manifest
 
     def _fetch_files(self, wanted: Wanted, files: list[RemoteFile], partial: Path, watcher: Watcher) -> None:
-        """Descriptions come first, and what they give away is refused before any weights are fetched."""
+        """Weights come last, so that a model can be refused for its configuration before they are fetched."""
         for file in files:
             target = partial / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +230,7 @@ class ModelStore:
             wanted.source.fetch(file, target, watcher.advance)
             if target.stat().st_size != file.size:
                 raise ModelRefused(
-                    f"{file.path} came with {target.stat().st_size:,} bytes, not {file.size:,}; pull it again"
+                    f"{file.path} arrived with {target.stat().st_size:,} bytes instead of {file.size:,}; pull it again"
                 )
             expected = file.sha256 or (wanted.sha256 if file.is_weights else None)
             if expected is not None and sha256_of(target) != expected:
@@ -242,7 +242,7 @@ class ModelStore:
 
 
 def name_of(source: str) -> str:
-    """What a model is called if nobody says: the last part of its source without version, suffix and capitals."""
+    """A model's default name: the last part of its source in lower case, without version and suffix."""
     last = re.sub(r"@[\w.-]+", "", source).rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^a-z0-9._-]+", "-", last.lower().removesuffix(".gguf"))
     return name.strip("._-")[:64]
@@ -273,7 +273,7 @@ def _entry_of(wanted: Wanted, folder: Path) -> ModelEntry:
 
 def _entry_text(name: str, task: Task) -> str:
     lines = [
-        "# Written by `celeriac models pull`. Any key of docs/models.md may be added; `models check` allows it.",
+        "# Written by `celeriac models pull`. You may add any key of docs/models.md; `models check` ignores this file.",
         "[[models]]",
         f'id = "{name}"',
         'path = "."',
@@ -283,7 +283,7 @@ def _entry_text(name: str, task: Task) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """The rename must not outlive what it names, if the power goes."""
+    """Flush all files to disk, so that after a power failure a renamed folder is complete."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

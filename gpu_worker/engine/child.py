@@ -1,7 +1,7 @@
-"""Where an engine's template begins, in whatever environment: it imports the rest, or says why it cannot.
+"""Entry point of an engine's template process in any environment: imports the rest, or reports why it cannot.
 
-Only the standard library is imported before that, and the one message is written by hand, so that an interpreter which
-lacks a package of ours can still name it.
+Until then it imports only the standard library, and it encodes its one message by hand, so that even an interpreter
+that lacks a package can report which one.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from local.engine_environments import missing_interpreter
 
 MAX_REASON_BYTES = 500
 
-_CANNOT_LOAD = b"\x82\xa4type\xabcannot_load\xa6reason\xda"  # msgpack up to the reason's length: frames.CannotLoad
+_CANNOT_LOAD = b"\x82\xa4type\xabcannot_load\xa6reason\xda"  # frames.CannotLoad up to the reason's length
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="gpu_worker.engine.child")
     parser.add_argument("--spec", required=True, help="a ModelSpec as JSON")
-    parser.add_argument("--python", required=True, help="the interpreter that is wanted")
+    parser.add_argument("--python", required=True, help="the interpreter that should run the engine")
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--heartbeat-seconds", type=float, required=True)
     parser.add_argument("--log-level", required=True)
@@ -48,7 +48,7 @@ def missing_package(exc: ImportError) -> str:
 
 
 def tell_why(control: socket.socket, reason: str) -> None:
-    """Report to the first engine that is asked for, and exit."""
+    """Report the reason on the connection of the first engine to be started, and exit."""
     _, descriptors, _, _ = socket.recv_fds(control, 1, 2)
     if descriptors:
         text = " ".join(reason.split()).encode()[:MAX_REASON_BYTES]

@@ -339,7 +339,7 @@ def test_embeddings_are_made_or_refused_by_name(backend: Backend, request: pytes
         while backend.has_work:
             step(backend)
         return
-    with pytest.raises(CeleriacError, match="backend llama_cpp makes no embeddings"):
+    with pytest.raises(CeleriacError, match="backend llama_cpp does not support embeddings"):
         backend.embed(command)
     assert not backend.has_work
 

@@ -177,7 +177,7 @@ def test_up_runs_a_job_is_alone_in_its_folder_and_keeps_its_jobs(
     assert httpx.get(f"{flower_url}/healthcheck", timeout=30).status_code == 200
 
     second = celeriac("up")
-    assert "celeriac up already runs here" in second.communicate()[1]
+    assert "celeriac up is already running here" in second.communicate()[1]
     assert second.returncode == 1
     assert job_id in celeriac("jobs").communicate()[0]  # it finds the API without being told
 

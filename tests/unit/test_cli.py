@@ -160,7 +160,7 @@ def test_a_models_file_that_makes_no_sense_stops_up_before_it_starts(run: Any, t
 def test_nothing_is_asked_that_merely_listens_on_the_usual_port(run: Any, command: list[str]) -> None:
     result = run(*command)
     assert result.exit_code == 1
-    assert "`celeriac up` does not run in this folder" in result.output
+    assert "`celeriac up` is not running in this folder" in result.output
     assert "CELERIAC_API_URL" in result.output
 
 
@@ -185,8 +185,8 @@ def test_a_worker_for_an_unknown_model_does_not_start(run: Any) -> None:
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("smollm2-135m", "model 'smollm2-135m' is not here; pull it: celeriac models pull smollm2-135m"),
-        ("nope", "model 'nope' is not here; see celeriac models list"),
+        ("smollm2-135m", "there is no model 'smollm2-135m' here; pull it: celeriac models pull smollm2-135m"),
+        ("nope", "there is no model 'nope' here; see celeriac models list"),
     ],
 )
 def test_a_model_that_is_not_here_stops_up_before_it_starts(run: Any, tmp_path: Path, model: str, says: str) -> None:
@@ -226,7 +226,7 @@ def test_a_taken_port_is_named_with_the_remedy(run: Any, command: str, setting: 
         port = taken.getsockname()[1]
         result = run(command, CELERIAC_DATABASE_URL="postgresql://127.0.0.1:1/none", **{setting: str(port)})
     assert result.exit_code == 1
-    assert f"127.0.0.1:{port} (Address already in use); give another {setting}" in result.output
+    assert f"127.0.0.1:{port} (Address already in use); choose another {setting}" in result.output
 
 
 def test_ids_and_paths_are_whole_in_a_pipe_and_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +290,7 @@ def test_a_prompt_becomes_a_chat_and_only_given_options_are_sent() -> None:
 
 def test_complete_sends_the_prompt_as_it_stands() -> None:
     assert job_body("Once", model="m", system=None, complete=True)["prompt"] == "Once"
-    with pytest.raises(ValueError, match="--complete takes no --system"):
+    with pytest.raises(ValueError, match="--complete and --system cannot be combined"):
         job_body("Once", model="m", system="x", complete=True)
 
 

@@ -1,4 +1,4 @@
-"""A GGUF file run by llama.cpp, with our scheduler, our sampler and our texts; see docs/engines.md."""
+"""The back end that runs GGUF files by llama.cpp, with our scheduler, sampler and detokenizer; see docs/engines.md."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class LlamaCppBackend:
         self._engine.add(command)
 
     def embed(self, command: EmbedJob) -> None:
-        raise UnsupportedParameter("backend llama_cpp makes no embeddings", param="model")
+        raise UnsupportedParameter("backend llama_cpp does not support embeddings", param="model")
 
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
         self._engine.abort(job_id, attempt, reason)
@@ -63,7 +63,7 @@ class LlamaCppBackend:
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer:
-    """As the API loads it: text becomes token ids there, and they become text here."""
+    """Load it as the API does: the API turns text into token ids, and this process turns them into text."""
     config = read_json_file(folder / "tokenizer_config.json")
     special_tokens = special_tokens_of(read_json_file(folder / "special_tokens_map.json") | config)
     return with_visible_reasoning(load_tokenizer(folder, config, special_tokens))
