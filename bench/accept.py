@@ -1,8 +1,8 @@
-"""How fast one API process accepts jobs, with fsync on, and where the time goes: `python -m bench.accept`.
+"""Measures how fast one API process accepts jobs with fsync on, and where the time goes: `python -m bench.accept`.
 
 Prints the ceilings (the load generator against an application that does nothing; the accept statement without HTTP),
 then the measurement (closed loop, and open loop at --rate with latencies from when each request was due), then the CPU
-of one job by stage, then one JSON line. Jobs are accepted and dispatched, not run: no worker is there.
+time of one job by stage, then one JSON line. Jobs are accepted and dispatched but not run, since there is no worker.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def request_body() -> bytes:
 
 @contextmanager
 def server(command: list[str], environment: dict[str, str], log: Path) -> Iterator[tuple[psutil.Process, int]]:
-    """A server process and its port, once it says where it listens."""
+    """A server process and its port, once it has logged where it listens."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=output)
     try:
@@ -72,7 +72,7 @@ def _port_of(process: "subprocess.Popen[bytes]", log: Path) -> int:
         if found := LISTENING.search(log.read_text()):
             return int(found[1])
         time.sleep(0.05)
-    raise RuntimeError(f"no server came up:\n{log.read_text()[-2000:]}")
+    raise RuntimeError(f"no server started:\n{log.read_text()[-2000:]}")
 
 
 def load(port: int, body: Path, *, path: str, seconds: float, connections: int, rate: float | None) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 
 def measured(name: str, process: psutil.Process, port: int, body: Path, **options: Any) -> tuple[dict[str, Any], float]:
-    """A load report, and the CPU microseconds of the process per request."""
+    """A load report, and the process's CPU time per request in microseconds."""
     load(port, body, **options | {"seconds": 1.0})  # warm
     before = cpu_seconds(process)
     report = load(port, body, **options)
@@ -104,7 +104,7 @@ def measured(name: str, process: psutil.Process, port: int, body: Path, **option
 
 
 def microseconds(function: Callable[[], object], *, repeats: int = NUM_REPEATS, per_call: int = 1) -> float:
-    """CPU of this process for one job, without what the first calls cost."""
+    """CPU time of this process per job in microseconds, without the cost of the first calls."""
     for _ in range(repeats // 10):
         function()
     started = time.process_time()
@@ -135,7 +135,8 @@ def make_new_job(body: JobBody, view: ModelView) -> NewJob:
 
 
 def bench_sql(database_url: str, new_job: NewJob) -> tuple[float, float]:
-    """The accept statement in groups, one connection, no HTTP: (jobs/s, CPU microseconds of the client per job)."""
+    """Run the accept statement in groups over one connection, without HTTP. Returns jobs/s and the client's CPU
+    microseconds per job."""
     database = open_database(database_url)
     sessions = session_factory(database)
 
@@ -214,7 +215,7 @@ def run(folder: Path, given: argparse.Namespace) -> dict[str, object]:
 def bench_ceilings(
     folder: Path, environment: dict[str, str], body: Path, given: argparse.Namespace
 ) -> tuple[dict[str, Any], float]:
-    """The generator's own report, and the CPU of a request that does nothing."""
+    """Reports of the generator's own limit, and the CPU time of a request that does nothing."""
     options = {"seconds": 3.0, "connections": given.connections, "rate": None}
     trivial = [sys.executable, "-m", "bench.trivial_app"]
     with server(trivial, environment, folder / "trivial.log") as (process, port):
@@ -226,7 +227,7 @@ def bench_ceilings(
 def bench_api(
     folder: Path, environment: dict[str, str], body: Path, given: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, Any], float]:
-    """The reports of the closed and the open loop, and the CPU of an accepted job."""
+    """Reports of the closed and the open loop, and the CPU time of an accepted job."""
     options = {"path": "/v1/jobs", "seconds": given.seconds, "connections": given.connections}
     serve = "from api.server import serve; from settings import get_settings; serve(get_settings())"
     with server([sys.executable, "-c", serve], environment, folder / "api.log") as (process, port):

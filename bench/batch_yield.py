@@ -1,10 +1,11 @@
-"""What a batch costs those who wait: time to first token alone, and while a batch fills its share of the slots.
+"""Measures what a batch costs interactive requests: time to first token with and without a batch in its slots.
 
     python -m bench.batch_yield --model fake
     python -m bench.batch_yield --model celeriac-mini
 
-The whole system as it is shipped, on this machine; one streamed request after another, from the POST to the first text.
-The ceiling is the same request on the idle system. Prints both, then one JSON line; the aim is a median ratio below 2.
+Runs the whole system as it is shipped on this machine, and times one streamed request after another from the POST to
+the first text. The ceiling is the same request on the idle system. Prints both, then one JSON line; the aim is a median
+ratio below 2.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def first_token_milliseconds(client: openai.OpenAI, model: str, number: int) -> 
         for chunk in stream:
             if chunk.choices and chunk.choices[0].delta.content:
                 return (time.perf_counter() - started) * 1000
-    raise AssertionError("the model said nothing")
+    raise AssertionError("the stream had no text")
 
 
 def measure(client: openai.OpenAI, model: str, num_requests: int) -> list[float]:
@@ -72,7 +73,7 @@ def start_batch(client: openai.OpenAI, model: str, num_lines: int) -> str:
 
 
 def wait_until_it_fills_its_share(plant: Plant) -> int:
-    """How many lines run then."""
+    """Returns the number of lines that are then running."""
     num_running = 0
     while num_running < NUM_SLOTS // 2:
         time.sleep(0.1)

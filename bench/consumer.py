@@ -1,4 +1,4 @@
-"""The consumer alone, without engine and SQL, on an embedded Redis: `python -m bench.consumer`.
+"""Measures the consumer alone, without engine and SQL, on an embedded Redis: `python -m bench.consumer`.
 
 Prints the ceiling (claims and acks without Celery), the jobs/s of one worker with Flower's events on, the time from
 publish to admission on an idle worker, and the messages lost to SIGKILLs at full pull speed; then one JSON line.
@@ -73,7 +73,7 @@ class Bench:
         return job_ids
 
     def claims(self) -> dict[UUID, float]:
-        """When each job was claimed, monotonic."""
+        """The monotonic time at which each job was claimed."""
         lines = [line.split() for line in self._ledger.read_text().splitlines()]
         return {UUID(words[0]): float(words[1]) for words in lines if len(words) == 2}
 
@@ -81,7 +81,7 @@ class Bench:
         return self._ledger.read_bytes().count(b"\n")
 
     def in_broker(self) -> set[str]:
-        """External ids of the jobs whose messages wait or are unacked."""
+        """External ids of the jobs whose messages are waiting or unacknowledged."""
         lists: list[Any] = [self.client.lrange(key, 0, -1) for key in priority_keys(QUEUE)]
         waiting = [json.loads(message) for messages in lists for message in messages]
         unacked: Any = self.client.hvals("unacked")
@@ -92,7 +92,7 @@ def wait_until(is_true: Callable[[], bool], *, seconds: float = 120.0, poll_seco
     deadline = time.monotonic() + seconds
     while not is_true():
         if time.monotonic() > deadline:
-            raise TimeoutError("the worker did not get there")
+            raise TimeoutError("the worker took too long")
         time.sleep(poll_seconds)
 
 
@@ -102,7 +102,7 @@ def end(worker: subprocess.Popen[bytes]) -> None:
 
 
 def bench_ceiling(bench: Bench, num_jobs: int) -> float:
-    """Takes and acks as the worker's channel makes them, and nothing else."""
+    """Jobs/s with nothing but the takes and acks that the worker's channel makes."""
     bench.reset()
     bench.publish(num_jobs)
     script = bench.client.register_script(TAKE)
@@ -123,8 +123,8 @@ def bench_ceiling(bench: Bench, num_jobs: int) -> float:
 
 class Throughput(NamedTuple):
     jobs_per_second: float  # from the first claim to the last ack
-    events_per_job: float  # task events that came out at the other end
-    cpu_ms_per_job: float  # of the worker's main process; other load on the machine does not show in it
+    events_per_job: float  # task events that the subscriber received
+    cpu_ms_per_job: float  # of the worker's main process; independent of other load on the machine
 
 
 def bench_throughput(bench: Bench, num_jobs: int) -> Throughput:
@@ -162,7 +162,7 @@ def count_events(data: bytes) -> int:
 
 
 def bench_latency(bench: Bench, num_jobs: int) -> list[float]:
-    """Sorted milliseconds from before the publish to the claim, one job at a time, with pauses."""
+    """Milliseconds from before the publish to the claim, sorted; one job at a time, with pauses."""
     bench.reset()
     worker = bench.start_worker()
     bench.publish(1)
@@ -180,8 +180,8 @@ def bench_latency(bench: Bench, num_jobs: int) -> list[float]:
 
 
 def bench_kills(bench: Bench, num_kills: int) -> tuple[int, int]:
-    """SIGKILL a worker that pulls at full speed, again and again. Returns jobs published and jobs lost: neither claimed
-    nor in the broker."""
+    """SIGKILL a worker that pulls at full speed, again and again. Returns the numbers of jobs published and of jobs
+    lost, which were neither claimed nor left in the broker."""
     bench.reset()
     published: list[UUID] = []
     for _ in range(num_kills):
@@ -200,7 +200,7 @@ def bench_kills(bench: Bench, num_kills: int) -> tuple[int, int]:
 
 
 def run(bench: Bench, options: argparse.Namespace) -> dict[str, object]:
-    """Every measurement, printed as it comes; returns the figures."""
+    """Run all measurements, print each as it is made, and return the figures."""
     ceiling = max(bench_ceiling(bench, options.jobs) for _ in range(options.rounds))
     print(f"ceiling: claims of {TAKE_SIZE} and their acks, no Celery   {ceiling:8.0f} jobs/s", flush=True)
 

@@ -1,4 +1,4 @@
-"""The GPU worker that `bench/consumer.py` measures: all of Celery, and jobs that end as soon as they start."""
+"""The GPU worker that `bench/consumer.py` measures: Celery as usual, but jobs end as soon as they start."""
 
 import os
 import threading
@@ -19,7 +19,7 @@ LEDGER = Path(os.environ["CONSUMER_BENCH_LEDGER"])
 
 
 class NoOpRunner:
-    """JobRunner's contract without engine and SQL. Every claim is a line in the ledger: job id, monotonic time."""
+    """JobRunner's interface without engine and SQL. Every claim adds a line to the ledger: job id, monotonic time."""
 
     def __init__(self, *, on_event: Callable[[RunnerEvent], None], **_: object) -> None:
         self._on_event = on_event
@@ -37,16 +37,16 @@ class NoOpRunner:
         return []
 
     def cancel(self, job_id: UUID) -> None:
-        """Nothing runs long enough."""
+        """Does nothing: no job runs long enough."""
 
     def begin_drain(self, *, release_after_seconds: float) -> None:
-        """Nothing runs long enough."""
+        """Does nothing: no job runs long enough."""
 
     def order_drain(self, *, release_after_seconds: float) -> None:
-        """Nobody asks."""
+        """Does nothing: nobody orders a drain."""
 
     def order_resume(self) -> None:
-        """Nothing was drained."""
+        """Does nothing: nothing was drained."""
 
     def stop(self, *, release: bool) -> None:
         self._offered.put(None)

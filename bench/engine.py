@@ -1,10 +1,10 @@
-"""The engine against its peers: the same weights, lengths, arrivals and threads, greedy, in float32.
+"""Compares the engine with its peers: the same weights, lengths, arrivals and threads, greedy, in float32.
 
     python -m bench.engine                                          # both models, about seven minutes
     python -m bench.engine --models 15m --peers engine llama_cpp --rounds 5
 
-Requests of mixed lengths arrive as a Poisson process, an open loop, as fast as the ceiling allows: nobody keeps up, and
-a figure is what a peer can do, not what it is asked for. They are served by
+Requests of mixed lengths arrive in an open loop, as a Poisson process, as fast as the ceiling allows. No peer keeps up,
+so a figure shows what a peer can do, not the rate of arrivals. The peers are
 
     engine           this project's continuous batching
     one              one at a time with model.generate()
@@ -12,10 +12,11 @@ a figure is what a peer can do, not what it is asked for. They are served by
     generate_batch   transformers' own continuous batching
     llama_cpp        continuous batches through llama.cpp's batch API; needs `pip install llama-cpp-python gguf`
 
-First the ceiling: the matrix products of the weights alone. Then what a step costs outside the forward pass. Then each
-round runs every peer once; a figure is useful tokens over the time from the first arrival to the last token, and over
-CPU time. Greedy tokens are compared with the engine's: texts part where two tokens are about equally likely. The last
-line is one JSON object with the medians, and median, least and greatest of the ratios over the rounds.
+First comes the ceiling: the matrix products of the weights alone. Then comes the cost of a step outside the forward
+pass. Then each round runs every peer once; the figures are useful tokens divided by the time from the first arrival to
+the last token, and by CPU time. Greedy tokens are compared with the engine's: texts diverge where two tokens are about
+equally likely. The last line is one JSON object with the medians, and the median, least and greatest of the ratios over
+the rounds.
 """
 
 import argparse
@@ -59,8 +60,8 @@ def load(name: str) -> Any:
 
 @torch.no_grad()
 def _calmed(model: Any) -> Any:
-    """Smaller random weights: with large ones a change in the last bit grows from layer to layer, and no two programs
-    would draw the same text."""
+    """Make random weights smaller: with large ones, a difference in the last bit grows from layer to layer, and no two
+    programs would draw the same text."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(0.2)
@@ -69,7 +70,7 @@ def _calmed(model: Any) -> Any:
 
 @torch.inference_mode()
 def seconds_of_products(model: Any, num_rows: int) -> float:
-    """The least of 20 tries at all of the model's linear layers, and nothing else, on `num_rows` rows."""
+    """The fastest of 20 runs of the model's linear layers, and nothing else, on `num_rows` rows."""
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     inputs = {layer: torch.randn(num_rows, layer.in_features) for layer in layers}
 
@@ -83,7 +84,7 @@ def seconds_of_products(model: Any, num_rows: int) -> float:
 
 
 def overhead(model: Any, slots: int, params: dict[str, float]) -> float:
-    """The share of a step's CPU time that is not the forward pass: the lower quartile over decoding steps."""
+    """The share of a step's CPU time spent outside the forward pass: the lower quartile over decoding steps."""
     engine = make_engine(model, max_model_len=MAX_MODEL_LEN, max_num_seqs=slots, kv_cache_tokens=slots * MAX_MODEL_LEN)
     for number in range(slots):
         prompt = [10 + (number * 37 + position) % 1000 for position in range(64)]
@@ -116,7 +117,7 @@ def agreement(measured: Measured, ours: Measured | None) -> str:
 
 
 def run_round(models: dict[str, Any], requests: list[Request], peers: list[str], slots: int) -> dict[str, Any]:
-    """Useful tokens per second, and per second of CPU, of every peer."""
+    """Run every peer once, and return its useful tokens per second and per CPU second."""
     figures: dict[str, Any] = {}
     ours: Measured | None = None
     for name in peers:
@@ -147,7 +148,7 @@ def summarise(results: list[dict[str, Any]], peers: list[str]) -> dict[str, Any]
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    # The engine lays its weights out anew and replaces the attention function, so each side has a model of its own.
+    # The engine rearranges its weights and replaces the attention function, so each side has its own model.
     models = {"engine": load(name), "peers": load(name)}
     store_weights_by_column(models["engine"])
     models["peers"].generation_config.eos_token_id = None
@@ -180,11 +181,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mini", "15m"], help="mini (the embedded one), 15m, or folders")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument(
-        "--rate", type=float, help="requests per second; 0: all at once; default: as the ceiling allows"
+        "--rate", type=float, help="requests per second; 0: all at once; default: as many as the ceiling allows"
     )
     parser.add_argument("--prompt", type=int, help="longest prompt, tokens; default 128, for 15m 256")
     parser.add_argument("--new", type=int, default=96, help="longest output, tokens")
-    parser.add_argument("--slots", type=int, default=16, help="sequences in a batch, everybody's")
+    parser.add_argument("--slots", type=int, default=16, help="sequences per batch, for every peer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="everybody's")
     parser.add_argument("--seed", type=int, default=0)

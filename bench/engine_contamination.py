@@ -1,10 +1,10 @@
-"""Contamination oracle, long: random concurrent traces against the solo run of every request.
+"""A long run of the contamination oracle: random concurrent traces against the solo run of every request.
 
     python bench/engine_contamination.py --traces 2000 --seed 1
 
 Cancelled, preempted, resumed, prefix-sharing and failing requests in any mix of sampling parameters, on a tiny random
 Llama in float32 (the embedded model's layout). The last line is one JSON object; the exit status is 1 if any request
-was contaminated. A difference counts as a tie where the solo run's scores of the two tokens are within 1e-4.
+was contaminated. A difference counts as a tie if the solo run's scores of the two tokens are within 1e-4.
 """
 
 import argparse
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.engine_traces import Report, run_traces
 
-TRACES_PER_ORACLE = 250  # then new jobs, a new model run and cold caches
+TRACES_PER_ORACLE = 250  # then come new jobs, a new model and cold caches
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    logging.disable(logging.CRITICAL)  # the traps are meant to spring
+    logging.disable(logging.CRITICAL)  # the engine's failures are intended
     started = time.monotonic()
     reports: list[Report] = []
     for number, start in enumerate(range(0, arguments.traces, TRACES_PER_ORACLE)):

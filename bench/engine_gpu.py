@@ -1,18 +1,18 @@
-"""The engine on one GPU, all its open questions in one run of about eight minutes; nothing is downloaded.
+"""Measures the engine on one GPU in one run of about eight minutes; nothing is downloaded.
 
     python -m bench.engine_gpu [--layers 32] [--seconds 480] [--skip tests,peer]
 
-First the ceiling: the memory bandwidth as copies see it. Then, each on its own, so that one that fails hides no other:
+First comes the ceiling: the memory bandwidth of copies. Then come these parts, each run even if another fails:
 
-    kernels    does varlen_attn take block tables, and under capture; do the Triton kernels compute the same; how fast
+    kernels    varlen_attn with block tables, also captured; whether the Triton kernels agree; how fast
     tests      tests/gpu
     decode     a Llama of 8B's shape in bfloat16 with random weights, 1,000 tokens of context, batches 1, 8, 64 and 256:
-               tokens/s and the share of the ceiling, eager, captured, captured and one step ahead
-    sampling   what a draw costs at a batch of 64: greedy, plain, top-k, top-p, penalties
+               tokens/s and the share of the ceiling: eager; captured; captured and one step ahead
+    sampling   the cost of a draw in a batch of 64: greedy, plain, top-k, top-p, penalties
     peer       transformers' generate_batch on the same 64 prompts, and the engine on the same
 
-The last line is one JSON object. The ceiling of a step is the bytes of the weights and of the batch's keys and values
-over the bandwidth.
+The last line is one JSON object. The ceiling of a step is the bytes of the weights and of the batch's keys and values,
+divided by the bandwidth.
 """
 
 import argparse
@@ -52,7 +52,7 @@ BLOCK_SIZE = 256
 
 
 def seconds_of(run: Callable[[], Any], repeats: int = 20) -> float:
-    """Of one call, by the device's clock, warmed up."""
+    """Seconds of one call, by the device's clock, after a warm-up."""
     for _ in range(3):
         run()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -65,7 +65,7 @@ def seconds_of(run: Callable[[], Any], repeats: int = 20) -> float:
 
 
 def measure_bandwidth() -> float:
-    """Bytes per second, read and written."""
+    """Bytes per second, reads and writes counted."""
     source = torch.empty(2**31, dtype=torch.uint8, device=CUDA)
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds_of(lambda: target.copy_(source))
@@ -151,7 +151,7 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def fill(engine: Engine, batch: int, **params: Any) -> None:
-    """Prompts computed, everybody decoding."""
+    """Compute all prompts, so that all sequences are decoding."""
     for number, prompt in enumerate(prompts(batch)):
         engine.add(make_add(f"{batch} {number}", prompt, max_tokens=1000, ignore_eos=True, seed=number, **params))
     while engine.scheduler.waiting or any(s.num_uncomputed_tokens > 1 for s in engine.scheduler.running):
@@ -164,7 +164,7 @@ def empty(engine: Engine, batch: int) -> None:
 
 
 def seconds_per_step(engine: Engine) -> float:
-    """By the host's clock: what a reader of the stream would see."""
+    """By the host's clock, as a reader of the stream would see it."""
     for _ in range(4):
         step(engine)
     torch.cuda.synchronize()
@@ -241,7 +241,7 @@ def peer(model: Any, engine: Engine) -> dict[str, Any]:
 
 
 def guarded(part: Callable[[], Any]) -> Any:
-    """What the part found, or what it raised."""
+    """The part's result, or the error that it raised."""
     try:
         return part()
     except Exception as exc:
@@ -252,11 +252,11 @@ def guarded(part: Callable[[], Any]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=480, help="no part begins after so many")
-    parser.add_argument("--skip", default="", help="parts, by comma")
+    parser.add_argument("--seconds", type=float, default=480, help="no part begins after this many seconds")
+    parser.add_argument("--skip", default="", help="parts to skip, separated by commas")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("no CUDA device here; this bench is about one")
+        sys.exit("this benchmark needs a CUDA device, and there is none")
     configure_logging("INFO", "json")
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(CUDA), "torch": torch.__version__}
     started = time.monotonic()

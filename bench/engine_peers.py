@@ -1,4 +1,4 @@
-"""Whom the engine is measured against, each serving the same requests as they arrive."""
+"""The peers that the engine is compared with. Each serves the same requests as they arrive."""
 
 import random
 import time
@@ -33,17 +33,17 @@ class Case:
 
 @dataclass(slots=True)
 class Measured:
-    """One peer, one round. Times count from the first arrival."""
+    """The results of one peer in one round. Times count from the first arrival."""
 
     seconds: float = 0.0
-    cpu_seconds: float = 0.0  # of this process: what other work on the machine changes least
+    cpu_seconds: float = 0.0  # of this process; least affected by other work on the machine
     token_ids: dict[int, list[int]] = field(default_factory=dict)
     first_token_seconds: dict[int, float] = field(default_factory=dict)
     done_seconds: dict[int, float] = field(default_factory=dict)
 
 
 class Clock:
-    """Hands the requests out as they fall due."""
+    """Hands out requests when they are due."""
 
     def __init__(self, requests: list[Request]) -> None:
         self._due = list(requests)
@@ -64,7 +64,7 @@ class Clock:
         return bool(self._due)
 
     def arrived(self, max_count: int | None = None) -> list[Request]:
-        """Without waiting."""
+        """Take up to `max_count` of the requests that have arrived, without waiting."""
         now = self.now
         num_due = sum(1 for request in self._due if request.arrives_at <= now)
         count = num_due if max_count is None else min(num_due, max_count)
@@ -72,14 +72,15 @@ class Clock:
         return taken
 
     def wait_for(self, max_count: int) -> list[Request]:
-        """At least one."""
+        """Wait until a request has arrived, and take up to `max_count`."""
         while not (taken := self.arrived(max_count)):
             time.sleep(max(0.0, self._due[0].arrives_at - self.now))
         return taken
 
 
 def make_requests(case: Case, rate: float, seed: int) -> list[Request]:
-    """A Poisson process. Prompt lengths are uniform from a quarter of the longest, outputs from an eighth."""
+    """Requests that arrive as a Poisson process. Prompt lengths are uniform between a quarter of the maximum and the
+    maximum, output lengths between an eighth and the maximum."""
     rng = random.Random(seed)
     requests, at = [], 0.0
     for number in range(case.num_requests):
@@ -114,13 +115,13 @@ def run_engine(model: Any, requests: list[Request], slots: int) -> Measured:
 
 
 def run_one_at_a_time(model: Any, requests: list[Request], slots: int) -> Measured:
-    """A quarter of the requests: its speed does not depend on how many there are."""
+    """Run a quarter of the requests, since the speed does not depend on their number."""
     return run_static(model, requests[: len(requests) // 4], 1)
 
 
 @torch.inference_mode()
 def run_static(model: Any, requests: list[Request], slots: int) -> Measured:
-    """No token reaches its client before its whole batch is done."""
+    """Run static batches. No token reaches its client before its whole batch is done."""
     clock, measured = Clock(requests), Measured()
     while clock.has_more:
         batch = clock.wait_for(slots)
@@ -137,7 +138,7 @@ def run_static(model: Any, requests: list[Request], slots: int) -> Measured:
 
 
 def run_generate_batch(model: Any, requests: list[Request], slots: int) -> Measured:
-    """transformers' ContinuousBatchingManager, requests added as they arrive."""
+    """Run transformers' ContinuousBatchingManager, adding requests as they arrive."""
     measured = Measured()
     config = ContinuousBatchingConfig(
         page_size=32, num_blocks=slots * MAX_MODEL_LEN // 32, max_batch_tokens=512, max_requests_per_batch=slots
@@ -167,7 +168,7 @@ def run_generate_batch(model: Any, requests: list[Request], slots: int) -> Measu
 
 
 def greedy(num_new_tokens: int) -> GenerationConfig:
-    """No end token: every peer makes exactly the tokens that were asked for."""
+    """A config without an end token, so that every peer makes exactly as many tokens as requested."""
     return GenerationConfig(
         do_sample=False, max_new_tokens=num_new_tokens, min_new_tokens=None, eos_token_id=None, pad_token_id=0
     )

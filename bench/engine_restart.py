@@ -1,8 +1,8 @@
-"""From the SIGKILL of an engine to the first token of the next one: `python -m bench.engine_restart`.
+"""Measures the time from an engine's SIGKILL to the next one's first token: `python -m bench.engine_restart`.
 
-The ceiling is an engine that is there. Then the first start, imports included, and the restarts, each with a job that
-waits for it. CPU seconds are the engine's own until that token. Memory is the proportional set size of each process: a
-page that two share counts half for each. Prints all that, then one JSON line.
+The ceiling is an engine that is already running. Then come the first start, including imports, and the restarts, each
+with a job waiting for it. CPU seconds are the engine's own up to that token. Memory is the proportional set size of a
+process: a page that two of them share counts half for each. Prints all of this, then one JSON line.
 """
 
 import argparse
@@ -31,14 +31,14 @@ POLL_SECONDS = 0.005
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """What it took; `cpu_seconds` since the engine's start."""
+    """The time to a first token; `cpu_seconds` counts from the engine's start."""
 
     wall_seconds: float
     cpu_seconds: float
 
 
 class Crank:
-    """A supervisor, turned as the runner's thread does."""
+    """Turns a supervisor as the runner's thread does."""
 
     def __init__(self, model: str) -> None:
         spec = complete(Catalog.load(get_settings().models_file).get(model))
@@ -47,7 +47,7 @@ class Crank:
         self._num_jobs = 0
 
     def first_token(self) -> FirstToken:
-        """Of a job that waits for the engine, where there is none."""
+        """The first token of a new job, which waits for the engine if there is none."""
         started = time.perf_counter()
         self._turn_until(lambda: self.supervisor.ready is not None)
         self._reports.clear()
@@ -116,7 +116,7 @@ def show(name: str, firsts: list[FirstToken]) -> dict[str, float]:
 
 
 def show_memory() -> list[float]:
-    """Of this process's descendants, parents first, in MB."""
+    """Print the memory of this process's descendants in MB, parents first."""
     family = psutil.Process().children(recursive=True)
     sizes = [round(process.memory_full_info().pss / 1e6, 1) for process in family]
     print(f"  memory, parents first: {sizes} MB")

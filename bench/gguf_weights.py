@@ -1,8 +1,8 @@
-"""A Llama of transformers as a GGUF file in float32, for llama.cpp to run the very same weights.
+"""Writes a Llama model of transformers as a float32 GGUF file, so that llama.cpp runs the very same weights.
 
     python -m bench.gguf_weights models/celeriac-mini /tmp/mini.gguf
 
-No tokenizer goes along: the benches speak in token ids. Needs `pip install gguf`.
+The file has no tokenizer, since the benchmarks use token ids. Needs `pip install gguf`.
 """
 
 import argparse
@@ -29,10 +29,10 @@ NAME_BY_MODULE = {
 
 
 def write_gguf(model: Any, path: Path) -> None:
-    """Raises ValueError for what is no plain Llama."""
+    """Raises ValueError if the model is not a plain Llama."""
     config = model.config
     if config.model_type != "llama" or config.attention_bias or config.rope_parameters["rope_type"] != "default":
-        raise ValueError(f"{config.model_type} with rope {config.rope_parameters} is no plain Llama")
+        raise ValueError(f"{config.model_type} with rope {config.rope_parameters} is not a plain Llama")
     writer = gguf.GGUFWriter(str(path), "llama")
     _add_shape(writer, config)
     weights = model.state_dict()

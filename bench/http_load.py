@@ -1,10 +1,10 @@
-"""A lean HTTP load generator in a process of its own: raw sockets, keep-alive, prebuilt bytes, one answer at a time.
+"""A lean HTTP load generator in a process of its own: keep-alive sockets, prebuilt requests, one at a time on each.
 
     python -m bench.http_load --port 8000 --path /v1/jobs --body body.json --connections 64 --seconds 10 [--rate 1500]
 
-Without --rate the loop is closed: every connection posts again as soon as it is answered. With it the loop is open:
-requests fall due as a Poisson process, and a latency counts from when its request was due, so a server that stalls
-cannot hide what it would have been asked meanwhile. Prints one JSON line.
+Without --rate the loop is closed: every connection posts again as soon as it is answered. With --rate the loop is open:
+requests are due as a Poisson process, and latencies count from when a request was due, so that a server that stalls
+cannot hide the requests it delayed. Prints one JSON line.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class LoadReport:
 
 
 class Load:
-    """What all connections share: the request, the schedule and the tally."""
+    """The state that all connections share: the request, the schedule and the counts."""
 
     def __init__(self, request: bytes, *, seconds: float, rate: float | None) -> None:
         self.request = request
@@ -60,7 +60,7 @@ class Load:
             self.idle.append(connection)
 
     async def schedule(self) -> None:
-        """Let requests fall due at `rate` until the end."""
+        """Make requests due at `rate` until the end."""
         assert self.rate is not None
         next_at = time.perf_counter()
         while next_at < self.ends_at:
@@ -82,7 +82,7 @@ class Connection(asyncio.Protocol):
         self.is_waiting = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has the same interface, but another base class
 
     def post(self, due_at: float) -> None:
         self._due_at = due_at
@@ -130,7 +130,7 @@ async def run(port: int, path: str, body: bytes, *, connections: int, seconds: f
 
 
 async def _settle(load: Load, protocols: list[Connection]) -> None:
-    """Until every request that was sent is answered, at most ten seconds past the end."""
+    """Wait until every request sent is answered, but at most ten seconds past the end."""
     while time.perf_counter() < load.ends_at or any(protocol.is_waiting for protocol in protocols):
         await asyncio.sleep(0.01)
         if time.perf_counter() > load.ends_at + 10:

@@ -1,6 +1,6 @@
-"""llama.cpp as a peer: continuous batches through its batch API, as many sequences as the engine runs.
+"""llama.cpp as a peer of the engine: continuous batches through its batch API, with as many sequences.
 
-Needs `pip install llama-cpp-python gguf` (it compiles llama.cpp for this machine, some minutes).
+Needs `pip install llama-cpp-python gguf` (which compiles llama.cpp for this machine in a few minutes).
 """
 
 import ctypes
@@ -21,7 +21,7 @@ _silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 class Asked(Protocol):
-    """What a sequence needs of a request."""
+    """The parts of a request that a sequence needs."""
 
     @property
     def number(self) -> int: ...
@@ -46,7 +46,7 @@ class Running:
 
 
 class LlamaCpp:
-    """Greedy, as many threads as torch has."""
+    """llama.cpp with greedy decoding and as many threads as torch."""
 
     def __init__(self, model: Any, slots: int, max_model_len: int) -> None:
         llama_cpp.llama_log_set(_silent, None)
@@ -78,7 +78,7 @@ class LlamaCpp:
         self.running.append(Running(request, self._free.pop(), list(request.prompt)))
 
     def step(self) -> list[Running]:
-        """The next token of every decoding sequence and chunks of prompts; returns those that got a token."""
+        """Compute a token of every decoding sequence, and chunks of prompts. Returns the sequences that got one."""
         self._batch.n_tokens = 0
         drawing: list[Running] = []
         for sequence in sorted(self.running, key=lambda s: len(s.token_ids) - s.num_computed):
@@ -93,7 +93,7 @@ class LlamaCpp:
         return drawing
 
     def _put(self, sequence: Running) -> bool:
-        """As much of the sequence as there is room for; True where its last token is among it."""
+        """Add as much of the sequence as there is room for. True if its last token was added."""
         batch, start = self._batch, sequence.num_computed
         stop = min(len(sequence.token_ids), start + NUM_BATCHED_TOKENS - batch.n_tokens)
         for position in range(start, stop):
@@ -121,8 +121,8 @@ class LlamaCpp:
 
 
 def _context_parameters(slots: int, max_model_len: int) -> Any:
-    """What is fastest here: one cache for all sequences, keys and values in float16, its default. In float32, as
-    everybody else's, it takes up to twice as long."""
+    """The fastest settings here: one cache for all sequences, with keys and values in float16, llama.cpp's default.
+    In float32, as for the other peers, it takes up to twice as long."""
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = slots * max_model_len
     parameters.n_seq_max = slots

@@ -1,8 +1,9 @@
-"""What one request of the largest size costs an API process, kind by kind: `python -m bench.request_cost`.
+"""Measures what one request of the largest size costs an API process, by kind: `python -m bench.request_cost`.
 
-Each request fills the bound on bodies with one thing: keys, items, tokens, brackets. Printed for each are the CPU of
-the event loop's thread and of the whole process, and the longest answer of /health/live meanwhile; then one JSON line.
-First comes the ceiling: /health/live with nothing else going on, and a body of that size that is refused unread.
+Each request is as large as bodies may be, and consists mostly of one thing: keys, items, tokens or brackets. Prints for
+each the CPU time of the event loop's thread and of the whole process, and the slowest answer of /health/live meanwhile;
+then one JSON line. First comes the ceiling: /health/live with nothing else going on, and a body of that size that is
+refused unread.
 """
 
 import argparse
@@ -28,10 +29,10 @@ from settings import ROOT
 from storage.database import migrate
 
 MAX_BYTES = 1_048_576
-PROBE_SECONDS = 0.002  # between two looks at /health/live
-AFTERWARDS_SECONDS = 0.05  # a stream that was asked for may begin behind its headers
+PROBE_SECONDS = 0.002  # between two requests for /health/live
+AFTERWARDS_SECONDS = 0.05  # a stream may begin some time after its headers
 MODEL = "celeriac-mini"
-LARGE = "large"  # whose context is as long as the longest in use; its tokens are bytes
+LARGE = "large"  # a model with the longest context in use, whose tokens are bytes
 MODELS = f"""
 [[models]]
 id = "{MODEL}"
@@ -52,7 +53,7 @@ class Kind(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Milliseconds, but for the status."""
+    """The status, and times in milliseconds."""
 
     status: int
     loop_cpu: float
@@ -62,7 +63,7 @@ class Cost(NamedTuple):
 
 
 def repeated(before: str, item: str, after: str, *, between: str = ",") -> bytes:
-    """As many items as the bound on bodies lets through; `#` in one is its number."""
+    """As many items as the bound on bodies allows. A `#` in an item becomes its number."""
     room = MAX_BYTES - len(before) - len(after)
     width = len(item.replace("#", "0" * 7)) + len(between)
     num_items = room // width
@@ -81,7 +82,7 @@ TOOL = '{"type":"function","function":{"name":"a","parameters":'
 
 
 def _keys(before: str, after: str, value: str = '""') -> bytes:
-    """Keys of which the last one comes twice."""
+    """Keys, the last of which appears twice."""
     return repeated(before, f'"#":{value}', f',"x":1,"x":1{after}')
 
 
@@ -92,7 +93,7 @@ def _accepted(before: str, item: str, *, num_items: int = 240) -> bytes:
 
 @lru_cache
 def bodies_by_kind() -> dict[str, Kind]:
-    """Every kind of large body that a route may be sent, the acceptable ones, too."""
+    """Every kind of large body that may be sent to a route, including acceptable ones."""
     job, chat, response = "/v1/jobs", "/v1/chat/completions", "/v1/responses"
     completion, embedding = "/v1/completions", "/v1/embeddings"
     kinds = {
@@ -230,7 +231,7 @@ def bodies_by_kind() -> dict[str, Kind]:
 
 
 class LoopWatch:
-    """Looks at /health/live as often as it can, and remembers the longest answer."""
+    """Requests /health/live as often as it can, and remembers the slowest answer."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -258,7 +259,7 @@ class LoopWatch:
 
 
 def thread_cpu_seconds(pid: int) -> float:
-    """Of the main thread, which runs the event loop."""
+    """CPU time of the main thread, which runs the event loop."""
     return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
@@ -272,7 +273,7 @@ def post(port: int, kind: Kind, headers: Mapping[str, str] | None = None) -> int
         connection.request("POST", kind.path, kind.body, {"content-type": "application/json", **(headers or {})})
         answer = connection.getresponse()
         if not answer.getheader("content-type", "").startswith("text/event-stream"):
-            answer.read()  # nobody works here, so a stream would not end
+            answer.read()  # there are no workers, so a stream would not end
         return answer.status
 
 
@@ -284,7 +285,7 @@ def look_once(port: int) -> int:
 
 
 def cost_of(pid: int, port: int, send: Callable[[], int]) -> Cost:
-    """Of two requests: one alone, for the CPU, and one that is watched, as looking costs something, too."""
+    """The cost of two requests: one alone, for the CPU time, and one that is watched, since watching costs CPU, too."""
     started, loop_cpu, process_cpu = time.perf_counter(), thread_cpu_seconds(pid), process_cpu_seconds(pid)
     status = send()
     answered_after = time.perf_counter() - started
@@ -309,7 +310,7 @@ def api_process(folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[
             "CELERIAC_REDIS_URL": redis.url,
             "CELERIAC_PORT": "0",
             "CELERIAC_MODELS_FILE": str(models_file),
-            "CELERIAC_NO_WORKERS_SECONDS": "86400",  # nobody works here, and every request is to be looked at
+            "CELERIAC_NO_WORKERS_SECONDS": "86400",  # there are no workers, but every request must be examined
         }
         serve = "from api.server import serve; from settings import get_settings; serve(get_settings())"
         with server([sys.executable, "-c", serve], servers | dict(environment), folder / "api.log") as (process, port):
@@ -331,7 +332,7 @@ def measure(pid: int, port: int, kinds: Mapping[str, Kind]) -> dict[str, Cost]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="kinds whose names hold this")
+    parser.add_argument("--only", default="", help="only kinds whose names contain this")
     given = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     kinds = {name: kind for name, kind in bodies_by_kind().items() if given.only in name}

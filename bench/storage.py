@@ -1,4 +1,4 @@
-"""What the job protocol's statements cost on a fresh embedded PostgreSQL with fsync on: `python -m bench.storage`.
+"""Measures the job protocol's statements on a new embedded PostgreSQL with fsync on: `python -m bench.storage`.
 
 Prints the ceiling (an empty COMMIT of one row), then each statement, then one JSON line.
 """
@@ -47,7 +47,7 @@ def new_job() -> NewJob:
 
 
 def timed(sessions: sessionmaker[Session], statement: Callable[[Session], object], *, repeats: int) -> list[float]:
-    """Milliseconds of `statement` and its COMMIT, each time."""
+    """Milliseconds of each run of `statement` and its COMMIT."""
     milliseconds = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -90,7 +90,7 @@ def bench_accept(sessions: sessionmaker[Session], figures: dict[str, float]) -> 
 
 
 def bench_dispatch_and_claim(sessions: sessionmaker[Session], figures: dict[str, float]) -> None:
-    """Against the backlog that bench_accept left."""
+    """Dispatch and claim from the backlog that bench_accept left."""
     dispatched: list[list[UUID]] = []
     for size in (16, 64):
         dispatch = timed(sessions, lambda s, n=size: dispatched.append(jobs.dispatch(s, MODEL, room=n)), repeats=30)  # type: ignore[misc]

@@ -1,10 +1,10 @@
-"""What a structured output costs: compiling it, a mask, and its share of a step of the embedded model.
+"""Measures the cost of structured outputs: compilation, masks, and their share of a step of the embedded model.
 
     python -m bench.structured_output --rows 16 --steps 60
 
-First the ceiling: the same rows without a grammar. Then each kind of output for all rows at once, at a temperature of
-0.7. Times are CPU time of the process, all threads, so that a busy machine changes them little; "mask" is the making of
-the masks alone, per row. The last line is one JSON object.
+First comes the ceiling: the same rows without a grammar. Then comes each kind of output, for all rows at once, at a
+temperature of 0.7. Times are CPU times of all the process's threads, which a busy machine changes little; "mask" is the
+time to make the masks alone, per row. The last line is one JSON object.
 """
 
 import argparse
@@ -43,7 +43,7 @@ OUTPUT_BY_NAME: dict[str, dict[str, Any]] = {
 
 
 def compile_seconds(tokenizer: Any, output: StructuredOutput) -> float:
-    """Of the fastest of five; the first mask is a part of it."""
+    """CPU time of the fastest of five compilations, including the first mask."""
     times = []
     for _ in range(5):
         started = time.process_time()
@@ -53,14 +53,14 @@ def compile_seconds(tokenizer: Any, output: StructuredOutput) -> float:
 
 
 def run_steps(engine: Engine, num_rows: int, num_steps: int, output: dict[str, Any] | None) -> tuple[float, float]:
-    """CPU seconds of a step, and of the masks of one row in a step."""
+    """CPU seconds of a step, and of making the masks for one row in a step."""
     params: dict[str, Any] = {"temperature": 0.7, "max_tokens": num_steps + 20, "min_tokens": num_steps + 10}
     if output is not None:
         params["structured_output"] = output
     for number in range(num_rows):
         engine.add(make_add(f"job{number}", [20 + number, 21, 22, 23], seed=number, **params))
     for _ in range(4):
-        step(engine)  # prompts, and what the first masks have to build
+        step(engine)  # computes the prompts, and builds what the first masks need
     started = time.process_time()
     for _ in range(num_steps):
         step(engine)

@@ -1,6 +1,6 @@
-"""What the system adds to the time to first token on an idle machine: `python -m bench.time_to_first_token`.
+"""Measures what the system adds to the time to first token when idle: `python -m bench.time_to_first_token`.
 
-For each model: the ceiling, which is an engine process fed by hand; then the same jobs one at a time through HTTP,
+For each model, first comes the ceiling: an engine process fed directly. Then the same jobs go singly through HTTP,
 PostgreSQL, Redis, the Celery worker, the committed chunk and the event stream, from the first byte of the POST to the
 first output.delta. Prints both, the difference and its parts, then one JSON line.
 """
@@ -37,7 +37,7 @@ from text.models import ModelView, complete, load_model_view
 
 PROMPT = "Once upon a time, a fox"
 MAX_TOKENS = 4
-PAUSE_SECONDS = 0.05  # between two jobs: the system is idle again
+PAUSE_SECONDS = 0.05  # between two jobs, so that the system is idle again
 START_SECONDS = 120
 
 MODELS = f"""
@@ -56,7 +56,7 @@ max_model_len = 1024
 
 
 class Samples:
-    """Milliseconds of one quantity."""
+    """Measurements of one quantity in milliseconds."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -95,7 +95,7 @@ def engine_alone(spec: ModelSpec, num_jobs: int) -> Samples:
 
 
 def _first_token_seconds(engine: EngineProcess, view: ModelView) -> float:
-    """Until the first output; returns when the job is over."""
+    """Seconds until the first output. Returns when the job is over."""
     request = GenerationRequest(model=view.spec.id, prompt=PROMPT, params=SamplingParams(max_tokens=MAX_TOKENS, seed=1))
     token_ids = view.encode(request)
     params = resolve_params(request, view, len(token_ids))
@@ -107,7 +107,7 @@ def _first_token_seconds(engine: EngineProcess, view: ModelView) -> float:
         max_tokens=MAX_TOKENS,
         seed=1,
         priority=0,
-        cache_salt=external_id(new_id()),  # as if every job came from another tenant: no prefix is shared
+        cache_salt=external_id(new_id()),  # as if every job came from another tenant, so that no prefix is shared
         committed_token_ids=[[]],
         num_emitted_chars=[0],
         finished_indexes=[],
@@ -199,7 +199,7 @@ def _wait_for_worker(port: int, log: Path) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port)
     ends_at = time.monotonic() + START_SECONDS
     while _ask(connection, "/health")["workers"] == 0:
-        assert time.monotonic() < ends_at, f"no worker came up:\n{log.read_text()[-2000:]}"
+        assert time.monotonic() < ends_at, f"no worker started:\n{log.read_text()[-2000:]}"
         time.sleep(0.2)
 
 

@@ -25,7 +25,7 @@ async def answer_barely(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class Bare:
-    """In front of everything else."""
+    """Wraps the application, and answers /bare itself."""
 
     def __init__(self, app: object) -> None:
         self._app = app

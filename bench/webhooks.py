@@ -1,9 +1,9 @@
-"""How many webhooks one maintenance process delivers, with fsync on: `python -m bench.webhooks`.
+"""Measures how many webhooks one maintenance process delivers, with fsync on: `python -m bench.webhooks`.
 
-Prints the ceiling (the same signed POSTs by the same client without a database, as many at a time as a host is given),
-what httpcore's own pool would make of them, to one host and to --pool-hosts (docs/adr/0031), and
-then the measurement: from the commit that makes --deliveries due at once until SQL knows of all of them that they were
-delivered, for one receiving host and for --hosts. Last comes one JSON line. The receivers answer at once.
+Prints the ceiling (the same signed POSTs by the same client without a database, as many at a time as one host gets),
+the same with httpcore's own pool, to one host and to --pool-hosts (docs/adr/0031), and then the measurement: the time
+from the commit that makes --deliveries due at once until all of them are recorded as delivered, for one receiving host
+and for --hosts. Last comes one JSON line. The receivers answer immediately.
 """
 
 import argparse
@@ -52,7 +52,7 @@ TYPE = "job.completed"
 
 
 class Receiver(asyncio.Protocol):
-    """Answers each POST when its last byte is there. Reads no more of it than that."""
+    """Answers each POST when its last byte has arrived. Parses only its length."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -67,7 +67,7 @@ class Receiver(asyncio.Protocol):
 
 
 def _request_length(received: bytes) -> int | None:
-    """None: the head is not whole yet."""
+    """The length of the whole request; None if the head is incomplete."""
     head, blank, _ = received.lower().partition(b"\r\n\r\n")
     if not blank:
         return None
@@ -75,7 +75,7 @@ def _request_length(received: bytes) -> int | None:
 
 
 def _receive(ports: Connection, num_hosts: int) -> None:
-    """The process of the receivers."""
+    """Runs in the receivers' process."""
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
@@ -88,7 +88,7 @@ def _receive(ports: Connection, num_hosts: int) -> None:
 
 @contextmanager
 def receivers(num_hosts: int) -> Iterator[list[str]]:
-    """URLs of different hosts, as the sender tells them apart: by their ports."""
+    """URLs of receivers on different ports, which the sender treats as different hosts."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_receive, args=(theirs, num_hosts), daemon=True)
@@ -101,7 +101,7 @@ def receivers(num_hosts: int) -> Iterator[list[str]]:
 
 
 class PoolClient:
-    """As WebhookClient, over httpcore's pool."""
+    """Like WebhookClient, but with httpcore's connection pool."""
 
     def __init__(self, guard: TargetGuard) -> None:
         network = GuardedNetwork(guard)
@@ -121,7 +121,7 @@ class PoolClient:
 async def bench_client(
     make: Callable[[TargetGuard], WebhookClient | PoolClient], urls: Sequence[str], secret: str, num_posts: int
 ) -> float:
-    """Answers per second."""
+    """Returns answers per second."""
     guard = TargetGuard(Settings(webhook_private_targets=True))
     client, numbers = make(guard), iter(range(num_posts))
 
@@ -140,7 +140,7 @@ async def bench_client(
 
 
 def bench_clients(secret: str, num_posts: int, num_hosts: int) -> dict[str, float]:
-    """Of our connections and of httpcore's pool, answers per second, to one host and to many."""
+    """Answers per second with our connections and with httpcore's pool, to one host and to many."""
     rates = {}
     with receivers(num_hosts) as urls:
         for hosts, few in (("1 host", urls[:1]), (f"{num_hosts} hosts", urls)):
@@ -163,7 +163,7 @@ def maintenance(environment: dict[str, str], log: Path) -> Iterator[psutil.Proce
 
 
 def deliver(sessions: sessionmaker[Session], urls: Sequence[str], num_deliveries: int) -> float:
-    """Seconds from the commit until all are delivered."""
+    """Returns the seconds from the commit until all are delivered."""
     rows = [
         {"tenant_id": DEFAULT_TENANT_ID, "event_id": uuid4(), "type": TYPE, "url": urls[number % len(urls)]}
         for number in range(num_deliveries)
@@ -183,7 +183,7 @@ def deliver(sessions: sessionmaker[Session], urls: Sequence[str], num_deliveries
 def measured(
     name: str, process: psutil.Process, sessions: sessionmaker[Session], urls: Sequence[str], num_deliveries: int
 ) -> float:
-    """Deliveries per second."""
+    """Returns deliveries per second."""
     before = cpu_seconds(process)
     rate = num_deliveries / deliver(sessions, urls, num_deliveries)
     cpu = (cpu_seconds(process) - before) / num_deliveries * 1e6
@@ -211,7 +211,7 @@ def run(folder: Path, given: argparse.Namespace) -> dict[str, float]:
             "CELERIAC_WEBHOOK_PRIVATE_TARGETS": "true",
         }
         with maintenance(environment, folder / "maintenance.log") as process:
-            deliver(sessions, urls, 2 * len(urls))  # it is up, and has looked at every host
+            deliver(sessions, urls, 2 * len(urls))  # warms it up, and every host
             one = measured("one host", process, sessions, urls[:1], given.deliveries)
             several = measured(f"{given.hosts} hosts", process, sessions, urls, given.deliveries)
         database.dispose()

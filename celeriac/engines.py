@@ -8,7 +8,7 @@ import click
 @click.group(invoke_without_command=True)
 @click.pass_context
 def engines(ctx: click.Context) -> None:
-    """List the engines that can have a Python environment of their own, or install one."""
+    """List or install engines with their own Python environments."""
     if ctx.invoked_subcommand is not None:
         return
     from local.engine_environments import installed, recipes

@@ -26,7 +26,10 @@ def models(context: click.Context) -> None:
 
 @models.command("list")
 def list_models() -> None:
-    """List the models in models.toml, those that were pulled, and those that can be pulled by name."""
+    """List served, pulled and available models.
+
+    These are the models in models.toml, those that were pulled, and those that can be pulled by name.
+    """
     from celeriac.cli import read_catalog
     from celeriac.store.known import known_models
     from celeriac.terminal import known_models_table, models_table, show, stored_models_table
@@ -59,7 +62,7 @@ def list_models() -> None:
 def pull_model(source: str, name: str | None, task: str | None, accept_licence: bool) -> None:
     """Fetch a model, check it, and store it here.
 
-    SOURCE is a name from `celeriac models list`, or one of
+    SOURCE is a name from `celeriac models list`, or one of:
 
     \b
     a path                              a folder with safetensors, or a .gguf file

@@ -1,6 +1,6 @@
-"""What every test may ask for: a real PostgreSQL and a real Redis, a database as good as new, rows in any state.
+"""Fixtures for all tests: a real PostgreSQL and a real Redis, a database as good as new, rows in any state.
 
-Each xdist worker has servers of its own, so tests never share anything.
+Each xdist worker has its own servers, so concurrent tests share nothing.
 """
 
 import gc
@@ -34,20 +34,20 @@ from tests.databases import Databases
 MakeTenant = Callable[..., Tenant]
 MakeJob = Callable[..., Job]
 
-# How long an example takes to make and to run is the machine's affair.
+# How long an example takes to make and to run depends on the machine, and is no failure.
 hypothesis.settings.register_profile("no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("no clock")
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays. A collection that walks it holds up every thread, also that of an API server."""
+    """Exempt all that is imported by now from garbage collection, which would pause all threads to walk it."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Each HTTP client reads the certificates of all authorities, for a twentieth of a second; no test meets any."""
+    """Trust only one authority. Each HTTP client would spend 50 ms reading all of them; no test needs any."""
     certificates = tmp_path_factory.mktemp("authorities") / "one.pem"
     first, end, _ = Path(certifi.where()).read_text().partition("-----END CERTIFICATE-----\n")
     certificates.write_text(first + end)
@@ -58,7 +58,7 @@ def _one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_look_at_redis_version() -> Iterator[None]:
-    """Each connection parses the metadata of the package for it, which takes milliseconds."""
+    """Look up the client's version once, not once per connection, which takes milliseconds each time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(redis.utils, "get_lib_version", cache(redis.utils.get_lib_version))
         yield
@@ -71,7 +71,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def server_folder() -> Iterator[Path]:
-    """Not pytest's own temporary folder: that one is closed to the system user PostgreSQL runs as under root."""
+    """Not pytest's own temporary folder, which the system user that PostgreSQL runs as under root cannot enter."""
     folder = Path(tempfile.mkdtemp(prefix="celeriac-test-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -80,7 +80,7 @@ def server_folder() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def postgres_server(server_folder: Path) -> Iterator[EmbeddedPostgres]:
     settings = {"fsync": "off", "full_page_writes": "off"}  # a test's database need not survive a power cut
-    settings["autovacuum"] = "off"  # nothing changes between two tests
+    settings["autovacuum"] = "off"  # so that nothing changes between two tests
     with EmbeddedPostgres(server_folder / "postgres", settings=settings) as server:
         yield server
 
@@ -128,7 +128,7 @@ def database_url(databases: Databases) -> Iterator[str]:
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Engine]:
-    """SQLAlchemy's engine on this test's database; `engine` is the word for what runs a model."""
+    """SQLAlchemy's engine for this test's database. In this project, `engine` means what runs a model."""
     database = storage_database.open_database(database_url, pool_size=8, max_overflow=32)
     yield database
     database.dispose()
@@ -147,7 +147,7 @@ def session(session_factory: sessionmaker[Session]) -> Iterator[Session]:
 
 @pytest.fixture
 def redis_url(redis_server: EmbeddedRedis) -> str:
-    """An empty Redis; also when the test before it killed the server."""
+    """The URL of an empty Redis, even if the previous test killed the server."""
     redis_server.start()
     with redis.Redis.from_url(redis_server.url) as client:
         client.flushall()

@@ -1,7 +1,7 @@
-"""Databases for tests: migrated, without a trace of the test before, each for one test at a time.
+"""Databases for tests: migrated, without a trace of earlier tests, each used by one test at a time.
 
-To make one and drop it costs PostgreSQL many times what it costs to empty one. So a database is given out again if
-nobody is connected to it any more, nothing but rows has changed in it, and it has not grown. Any other one is dropped.
+Creating and dropping a database costs PostgreSQL many times more than emptying one. So a database is reused if nobody
+is connected to it any more, only rows have changed in it, and it has not grown. Otherwise it is dropped.
 """
 
 import secrets
@@ -15,10 +15,10 @@ import psycopg
 from storage.database import migrate
 
 TEMPLATE = "migrated_template"
-LEAVING_SECONDS = 0.5  # what a server process takes to end behind a client that has gone
-MAX_GROWTH_BYTES = 2**20  # rows that are gone still take their place, and whoever plans a query sees that
+LEAVING_SECONDS = 0.5  # how long a server process may take to end after its client has left
+MAX_GROWTH_BYTES = 2**20  # deleted rows still take space, which affects query plans
 
-#: Where whatever changes more than rows, ANALYZE too, leaves another version of a row.
+#: The catalogs in which any change to more than rows, even ANALYZE, leaves a new row version.
 CATALOGS = (
     "pg_attribute",
     "pg_class",
@@ -41,17 +41,17 @@ Connection = psycopg.Connection[Any]
 
 @dataclass(frozen=True)
 class Database:
-    """`connection` stays open, for what is done between two tests."""
+    """`connection` stays open for the work between two tests."""
 
     name: str
     url: str
     connection: Connection
-    look: tuple[Any, ...]  # of its catalogs, when it was new
+    look: tuple[Any, ...]  # fingerprint of its catalogs when it was new
     num_bytes: int
 
     @property
     def is_left(self) -> bool:
-        """Only we are connected to it."""
+        """Whether only we are connected to it."""
         others = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
         until = time.monotonic() + LEAVING_SECONDS
         while self.connection.execute(others).fetchone() is not None:
@@ -62,7 +62,7 @@ class Database:
 
 
 class Databases:
-    """On one server, whose `administrator` may do anything."""
+    """The databases on one server. `administrator` is a superuser's connection to it."""
 
     def __init__(self, url_of: Callable[[str], str], administrator: Connection) -> None:
         self._url_of = url_of
@@ -73,7 +73,7 @@ class Databases:
         with psycopg.connect(url_of(TEMPLATE)) as connection:
             tables = [name for (name,) in connection.execute(TABLES)]
             rows = {name: _copy_out(connection, name) for name in tables}
-            assert _row(connection, "SELECT count(*) FROM pg_sequences") == (0,), "none has to be set back"
+            assert _row(connection, "SELECT count(*) FROM pg_sequences") == (0,), "sequences would have to be reset"
         self._rows = {name: copied for name, copied in rows.items() if copied}
         self._empty = "".join(f"DELETE FROM {name};" for name in tables)
 
@@ -88,7 +88,7 @@ class Databases:
     def give_back(self, database: Database) -> None:
         try:
             is_as_new = self._is_as_new(database)
-        except psycopg.OperationalError:  # a test ended all connections
+        except psycopg.OperationalError:  # a test terminated all connections
             is_as_new = False
         if is_as_new:
             self._unused.append(database)
@@ -104,12 +104,12 @@ class Databases:
         self.administrator.execute(f"DROP DATABASE {database.name} WITH (FORCE)")
 
     def _is_as_new(self, database: Database) -> bool:
-        """It is, now that its rows have been set back."""
+        """Reset its rows. True if it is then like new."""
         connection = database.connection
         if not database.is_left or _row(connection, LOOK) != database.look:
             return False
         with connection.transaction():
-            connection.execute("SET LOCAL session_replication_role = replica")  # no trigger, no foreign key
+            connection.execute("SET LOCAL session_replication_role = replica")  # without triggers and foreign keys
             connection.execute(self._empty)
             for table, rows in self._rows.items():
                 with connection.cursor().copy(f"COPY {table} FROM STDIN") as copy:

@@ -1,7 +1,7 @@
-"""The engine's path for devices, on a CPU: the reference attention, and graphs that replay their Python function.
+"""The engine's GPU path on a CPU, with reference attention, and graphs that replay their Python function.
 
-The stand-in for a graph keeps what a real one has: outputs at fixed addresses in one pool that all graphs share, and
-nothing but its tensors to tell it what to do. A number that was baked in or a buffer that was reused too early shows.
+The stand-in for a graph behaves like a real one: its outputs are at fixed addresses in one pool that all graphs share,
+and its tensors are its only inputs. So a number that was baked in, or a buffer that was reused too early, is noticed.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ BLOCK_SIZE = 16
 
 
 class ReplayedFunction:
-    """Captures by remembering the function; counts its replays."""
+    """Captures a function by remembering it, and counts its replays."""
 
     def __init__(self) -> None:
         self.num_replays = 0

@@ -1,4 +1,4 @@
-"""Tiny random models and a hand crank for the engine: what its tests and benches share."""
+"""Tiny random models, and functions that drive the engine step by step, for its tests and benchmarks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,10 +25,10 @@ from gpu_worker.engine_process.frames import AddJob, JobFailed, StepDone
 from tests.engine_parts import byte_tokenizer
 
 EOS_TOKEN_ID = 0
-VOCAB_SIZE = 320  # the end token, 256 bytes, and some that no text has
+VOCAB_SIZE = 320  # the end token, 256 bytes, and some that occur in no text
 CPU = torch.device("cpu")
 
-torch.set_num_threads(1)  # tiny tensors, and tests run beside each other
+torch.set_num_threads(1)  # tensors are tiny, and tests run in parallel
 
 
 def tiny_llama_config(**changes: Any) -> LlamaConfig:
@@ -48,7 +48,7 @@ def tiny_llama_config(**changes: Any) -> LlamaConfig:
 
 
 def tiny_model(config: PreTrainedConfig | None = None, *, seed: int = 0) -> Any:
-    """Random weights, large enough that the next token is rarely a close call."""
+    """A model with random weights, large enough that the next token is rarely a close call."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config or tiny_llama_config()).float().eval()
     with torch.no_grad():
@@ -75,8 +75,8 @@ def make_engine(model: Any = None, **spec_changes: Any) -> Engine:
 
 
 def make_another(engine: Engine, **spec_changes: Any) -> Engine:
-    """An engine that nothing ran on, around the model of one: that was probed and fused once, which takes ten passes.
-    What the model is wrapped in comes with it."""
+    """A fresh engine around the model of another, with everything that the model is wrapped in. This saves probing and
+    fusing the model again, which takes ten passes."""
     spec = make_spec(**spec_changes)
     runner, scheduler = _another_runner(engine._runner, spec)
     limits = replace(engine._limits, max_model_len=spec.max_model_len)
@@ -102,12 +102,12 @@ def _another_runner(runner: Any, spec: ModelSpec) -> tuple[ModelRunner, Schedule
 
 
 def num_sequences(params: Mapping[str, object]) -> int:
-    """How many the job runs."""
+    """The number of sequences that the job runs."""
     return int(str(params.get("best_of") or params.get("n", 1)))
 
 
 def make_add(job_id: str, prompt: Sequence[int], **changes: Any) -> AddJob:
-    """A job with greedy decoding; keyword arguments are frame fields where they name one, else sampling parameters."""
+    """A job with greedy decoding. Keyword arguments that are not fields of the frame are sampling parameters."""
     fields = {name: changes.pop(name) for name in list(changes) if name in AddJob.__struct_fields__}
     params = {"temperature": 0.0, "top_p": 1.0, "top_k": 0} | changes
     n = num_sequences(params)
@@ -126,7 +126,7 @@ def make_add(job_id: str, prompt: Sequence[int], **changes: Any) -> AddJob:
 
 @dataclass(slots=True)
 class Finished:
-    """All that came out of one sequence."""
+    """The complete output of one sequence."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -162,13 +162,13 @@ class Collected:
         return self.sequences[job_id, index].token_ids
 
     def prompt_logprobs(self, job_id: str) -> list[dict[str, object] | None] | None:
-        """The job's, whichever of its sequences told them."""
+        """The job's prompt logprobs, whichever of its sequences reported them."""
         told = (finished.prompt_logprobs for (id_, _), finished in self.sequences.items() if id_ == job_id)
         return next((logprobs for logprobs in told if logprobs is not None), None)
 
 
 def gumbel_noise(token_ids: Tensor, sequences: Sequence[EngineSequence]) -> Tensor:
-    """Of the next draw, one row per sequence; `token_ids` is int32 (num_sequences or 1, num_tokens)."""
+    """The noise of the next draw, one row per sequence; `token_ids` is int32 (num_sequences or 1, num_tokens)."""
     keys = [noise_key(s.job.seed, s.index, s.num_output_tokens) for s in sequences]
     return keyed_noise(token_ids, torch.tensor(keys, dtype=torch.int32))
 
@@ -188,5 +188,5 @@ def run(engine: Engine, commands: Iterable[AddJob]) -> Collected:
 
 
 def run_alone(engine: Engine, command: AddJob) -> Finished:
-    """The first sequence of a job that had the engine for itself."""
+    """The first sequence of a job that ran alone."""
     return run(engine, [command]).sequences[command.job_id, 0]

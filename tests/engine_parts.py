@@ -1,4 +1,4 @@
-"""A tokenizer and sequences for the engine's unit tests, free of torch."""
+"""A tokenizer and sequences for the engine's unit tests, without torch."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def make_sequences(prompt: list[int], **changes: Any) -> list[Sequence]:
-    """The sequences of one job; keyword arguments are EngineJob fields where they name one, else its params."""
+    """The sequences of one job. Keyword arguments are EngineJob fields if they name one, otherwise its params."""
     fields = {name: changes.pop(name) for name in list(changes) if name in EngineJob.__dataclass_fields__}
     params = SamplingParams.model_validate({"temperature": 0.0} | changes)
     defaults: dict[str, Any] = {
@@ -47,7 +47,7 @@ def make_sequences(prompt: list[int], **changes: Any) -> list[Sequence]:
 
 
 def extend(sequence: Sequence, token_ids: list[int]) -> None:
-    """As if these tokens had been drawn, without their text."""
+    """Append these tokens as if they had been drawn, without their text."""
     sequence.token_ids += token_ids
     sequence.output_counts.update(token_ids)
 

@@ -1,7 +1,7 @@
-"""Random concurrent traces and the oracle that judges them: request by request, the tokens of the solo run.
+"""Random concurrent traces, and the oracle that judges them: each request must get the tokens of its solo run.
 
-A trace is a handful of jobs with mixed parameters that arrive, are cancelled, are taken away and resumed, fail and
-share prefixes, on an engine whose cache is roomy or so small that they preempt one another.
+A trace is a handful of jobs with mixed parameters that arrive, are cancelled, are moved and resumed, fail, and share
+prefixes, on an engine whose cache is either large or so small that they preempt one another.
 """
 
 import random
@@ -34,7 +34,7 @@ from tests.engine_driver import (
 )
 from tests.engine_parts import TOKENIZER
 
-TRAP_TOKEN = 300  # the forward pass that meets it raises
+TRAP_TOKEN = 300  # a forward pass with it raises
 POISON_TOKEN = 302  # its embedding is infinite
 NUM_DISTINCT_JOBS = 40  # each runs alone once, and then in many traces
 TIE = 1e-4
@@ -48,7 +48,7 @@ ENGINES: tuple[dict[str, Any], ...] = (
 
 
 class TrapSprung(Exception):
-    """What the trapped forward pass raises."""
+    """Raised by a forward pass with the trap token."""
 
 
 def poisoned_model() -> Any:
@@ -59,7 +59,7 @@ def poisoned_model() -> Any:
 
 
 def trapped(engine: Engine) -> Engine:
-    """The engine, whose forward pass fails whenever the trapped token is among the inputs."""
+    """The engine, with a forward pass that fails whenever the trap token is among the inputs."""
     runner: Any = engine._runner
     forward = runner._model
 
@@ -95,7 +95,7 @@ def random_params(rng: random.Random) -> dict[str, Any]:
 
 
 def random_jobs(rng: random.Random, num_jobs: int) -> list[AddJob]:
-    """Jobs whose prompts often begin alike. Trap and poison tokens only in prompts: these jobs must fail."""
+    """Jobs whose prompts often share a prefix. Trap and poison tokens are only in prompts, and these jobs must fail."""
     stems = [[rng.randrange(1, 257) for _ in range(rng.choice([20, 48, 90]))] for _ in range(4)]
     jobs = []
     for number in range(num_jobs):
@@ -106,7 +106,7 @@ def random_jobs(rng: random.Random, num_jobs: int) -> list[AddJob]:
         params = {"max_tokens": rng.choice([2, 10, 20, 40, 90]), "seed": rng.randrange(1000), **random_params(rng)}
         if rng.random() < 0.1:
             params |= {"max_tokens": 0, "prompt_logprobs": 2, "n": 1, "best_of": None, "min_tokens": 0}
-        # Trap and poison may not be drawn either: a job fails at its start or never.
+        # Trap and poison are never drawn, so a job fails at its start or never.
         params["logit_bias"] = {**params.get("logit_bias", {}), str(TRAP_TOKEN): -100.0, str(POISON_TOKEN): -100.0}
         salt = rng.choice(["", "", "another tenant"])
         jobs.append(make_add(str(number), prompt, priority=rng.choice([0, 0, 1]), cache_salt=salt, **params))
@@ -127,8 +127,8 @@ class Report:
 
 
 class Oracle:
-    """Runs traces on engines that live on from one to the next, their prefix caches with them. `make` makes these from
-    a model and spec changes; the solo runs are always the plain engine's."""
+    """Runs traces on engines that are kept from trace to trace, with their prefix caches. `make` makes these from a
+    model and spec changes; solo runs always use the plain engine."""
 
     def __init__(self, seed: int, make: Callable[..., Engine], num_jobs: int) -> None:
         self._rng = random.Random(seed)
@@ -151,7 +151,7 @@ class Oracle:
         self.report.num_cached_tokens = sum(engine.stats().num_prefix_cache_hits for engine in self._engines)
 
     def _solo_run(self, command: AddJob) -> Collected:
-        """Each sequence in an engine of its own: no siblings, no cache, no chunks."""
+        """Run each sequence in an engine of its own: no siblings, no cache, no chunks."""
         if command.job_id not in self._solo:
             n = num_sequences(command.params)
             collected = Collected()
@@ -185,7 +185,7 @@ class Oracle:
                 self._judge_difference(command, index, actual, expected)
 
     def _judge_difference(self, command: AddJob, index: int, actual: Finished, expected: Finished) -> None:
-        """A difference is a tie where the solo logits hardly tell the two tokens apart."""
+        """A difference is a tie if the solo logits of the two tokens are almost equal."""
         pairs = zip(actual.token_ids, expected.token_ids, strict=False)
         position = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
         if position is not None:
@@ -199,7 +199,7 @@ class Oracle:
 
     @torch.inference_mode()
     def _solo_scores(self, command: AddJob, index: int, output: list[int]) -> Tensor:
-        """What the draw after `output` maximises: scaled logits and noise, by transformers' own forward pass."""
+        """The sum that the draw after `output` maximises: scaled logits and noise, by transformers' forward pass."""
         n = num_sequences(command.params)
         again = msgspec.structs.replace(
             command, finished_indexes=[], committed_token_ids=[output] * n, num_emitted_chars=[0] * n
@@ -210,7 +210,7 @@ class Oracle:
         self._model.set_attn_implementation("eager")
         logits = self._model(input_ids=torch.tensor([sequence.token_ids])).logits[:, -1].clone()
         self._model.set_attn_implementation("celeriac")
-        sample(logits.numpy(), [sequence])  # leaves bias, penalties and bans in place
+        sample(logits.numpy(), [sequence])  # applies bias, penalties and bans in place
         temperature = sequence.job.params.temperature
         scores: Tensor = logits[0]
         if not temperature:
@@ -251,7 +251,7 @@ def _is_close(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 class Trace:
-    """One random schedule: who joins when, who is cancelled, who is taken away in mid-text and comes back."""
+    """One random schedule: which jobs join when, are cancelled, or are removed in mid-text and resumed."""
 
     def __init__(self, engine: Engine, rng: random.Random, jobs: list[AddJob], report: Report) -> None:
         self.jobs = jobs
@@ -292,7 +292,7 @@ class Trace:
             self._join(self._successor(job))
 
     def _successor(self, job: AddJob) -> AddJob:
-        """What another worker would get: a part of the output was committed, the rest is lost and comes again."""
+        """The job as another worker would get it: part of the output was committed, the rest is generated again."""
         committed, emitted, finished = [], [], []
         for index in range(num_sequences(job.params)):
             sequence = self._collected.sequences.setdefault((job.job_id, index), Finished())
@@ -320,7 +320,7 @@ class Trace:
 
 
 def _lose_tail(sequence: Finished, num_tokens: int) -> None:
-    """Drop the last tokens, and their text with them: more than enough of it, so that some is sent again."""
+    """Drop the last tokens, and more than their text, so that some text is sent again."""
     if num_tokens:
         del sequence.token_ids[-num_tokens:]
         del sequence.logprobs[-num_tokens:]
@@ -331,7 +331,7 @@ def _lose_tail(sequence: Finished, num_tokens: int) -> None:
 def run_traces(
     seed: int, num_traces: int, make: Callable[..., Engine] = make_engine, *, num_jobs: int = NUM_DISTINCT_JOBS
 ) -> Iterator[Report]:
-    """The report after each trace."""
+    """Yields the report after each trace."""
     oracle = Oracle(seed, make, num_jobs)
     for _ in range(num_traces):
         oracle.run_trace()

@@ -1,11 +1,11 @@
-"""docs/files.md: each source file with the first line of its docstring. `make index` writes it, a test holds it."""
+"""Makes docs/files.md, the first lines of all source files' docstrings. `make index` writes it; a test checks it."""
 
 import ast
 from pathlib import Path
 
 from settings import ROOT
 
-#: In the order of the layers, from what people start down to what knows nothing of the rest.
+#: In the order of the layers, from what people start down to what depends on nothing else.
 PACKAGES = (
     "celeriac",
     "maintenance",
@@ -26,7 +26,7 @@ those below it.
 
 
 def source_files() -> list[Path]:
-    """Relative to the root; packages in order, the files of a folder by name and before those of its subfolders."""
+    """Paths relative to the root. Packages are in order, files are sorted by name and precede those of subfolders."""
     packaged = [
         sorted((ROOT / package).rglob("*.py"), key=lambda path: (path.parent, path.name)) for package in PACKAGES
     ]

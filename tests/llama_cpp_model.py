@@ -1,6 +1,6 @@
-"""celeriac-mini for llama.cpp, and the environment with llama.cpp, for the tests that find one.
+"""celeriac-mini as a GGUF file, and the environment with llama.cpp, for tests that need them.
 
-`celeriac engines install llama_cpp` makes it in the data directory; LLAMA_CPP_ENVIRONMENT names another.
+`celeriac engines install llama_cpp` creates it in the data directory; LLAMA_CPP_ENVIRONMENT names another one.
 """
 
 import os
@@ -16,7 +16,7 @@ MINI = ROOT / "models" / "celeriac-mini"
 
 
 def environment() -> Path:
-    """Skips the test where there is none of this Python's version."""
+    """The environment's folder. Skips the test if there is none for this Python version."""
     named = os.environ.get("LLAMA_CPP_ENVIRONMENT")
     folder = Path(named) if named else get_settings().data_dir.absolute() / "engines" / "llama_cpp"
     if not (_packages(folder) / "llama_cpp").is_dir():
@@ -29,7 +29,7 @@ def python() -> str:
 
 
 def make_importable() -> None:
-    """For back ends that are tested within this process. Packages that are here, too, stay ours."""
+    """Make llama.cpp importable in this process. Packages that our own environment has, too, still come from there."""
     packages = str(_packages(environment()))
     if packages not in sys.path:
         sys.path.append(packages)
@@ -37,7 +37,7 @@ def make_importable() -> None:
 
 
 def write_mini(folder: Path) -> Path:
-    """Its weights as they are, in float32, with its tokenizer beside them."""
+    """Write the model's unchanged weights in float32, with its tokenizer beside them."""
     from transformers import AutoModelForCausalLM
 
     from bench.gguf_weights import write_gguf

@@ -1,11 +1,11 @@
-"""Python processes that start at once: forks of one that has imported all of it.
+"""Python processes that start instantly: forks of a process that has already imported everything.
 
 A worker, an API or an engine's template spends one to three seconds of CPU time on its imports, and the tests start
-hundreds. `Nursery.start` runs `python -m MODULE ARGUMENTS` in a fork of a process in which nothing but imports has
-happened. What runs, its environment, its descriptors and its death are its own; its parent is the nursery.
+hundreds. `Nursery.start` runs `python -m MODULE ARGUMENTS` in a fork of a process that has done nothing but imports.
+The fork has its own environment and descriptors, and ends on its own; its parent is the nursery.
 
-On the socket to the nursery comes one packet per process: JSON, with the descriptors that it gets and the one on which
-its exit code comes back, 4 bytes; the answer is its pid, 4 bytes.
+To start a process, the nursery gets one packet on its socket: JSON, with the descriptors for the process and the one on
+which its exit code is sent back in 4 bytes. The nursery answers with the pid in 4 bytes.
 """
 
 import atexit
@@ -33,7 +33,7 @@ from typing import IO, Any, NoReturn
 from local.lifetime import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Everything heavy. None of it reads the environment while it is imported, as tasks.app and gpu_worker.app do.
+#: All heavy modules that do not read the environment while they are imported, as tasks.app and gpu_worker.app do.
 MODULES = (
     "api.server",
     "celery.apps.worker",
@@ -45,25 +45,25 @@ MODULES = (
     "kombu.transport.redis",
     "maintenance.process",
 )
-#: For engines that compute, and for what the tests' models are made of.
+#: For engines with real models, and the architectures of the tests' models.
 ENGINE_MODULES = (
     "gpu_worker.engine.backends.transformers",
     "gpu_worker.engine_process.signs_of_life",
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",
 )
-#: As an engine's template sets them for its imports.
+#: The variables that an engine's template sets for its imports.
 ENGINE_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 MAX_PACKET_BYTES = 100_000
 MAX_DESCRIPTORS = 16
-HIGH_DESCRIPTOR = 500  # above all that a test passes on
+HIGH_DESCRIPTOR = 500  # above all descriptors that a test passes on
 
 _NUMBER = struct.Struct(">i")
 _ENDED_WITH_NURSERY = -signal.SIGKILL
 
 
 class PreparedProcess:
-    """As subprocess.Popen, as far as tests need it."""
+    """The part of subprocess.Popen's interface that tests need."""
 
     def __init__(self, pid: int, exit_fd: int) -> None:
         self.pid = pid
@@ -101,10 +101,10 @@ class PreparedProcess:
 
 
 class Nursery:
-    """One process to fork from. Its forks end with it."""
+    """A process to fork from. Its forks end when it does."""
 
     def __init__(self, modules: Iterable[str] = MODULES, variables: Mapping[str, str] = MappingProxyType({})) -> None:
-        """`variables` are there while it imports."""
+        """`variables` are in its environment during the imports."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, "-m", "tests.prepared", str(theirs.fileno()), *modules]
@@ -154,7 +154,7 @@ class Nursery:
 
 @cache
 def nursery() -> Nursery:
-    """This process's own."""
+    """This process's own nursery."""
     nursery = Nursery()
     atexit.register(nursery.close)
     return nursery
@@ -162,7 +162,7 @@ def nursery() -> Nursery:
 
 @cache
 def engine_nursery() -> Nursery:
-    """The one for engines that compute."""
+    """The nursery for engines with real models."""
     nursery = Nursery(ENGINE_MODULES, ENGINE_VARIABLES)
     atexit.register(nursery.close)
     return nursery
@@ -176,8 +176,8 @@ def _descriptor(output: IO[bytes] | int) -> int:
 
 
 def main(control: socket.socket) -> None:
-    """Returns in each fork, which then runs what it was asked for; the nursery itself exits with who made it."""
-    told: dict[int, int] = {}  # by pid: where its exit code goes
+    """Fork on request. Returns in each fork, which then runs its module; the nursery itself exits with its owner."""
+    told: dict[int, int] = {}  # by pid: the descriptor for its exit code
     nursery_pid = os.getpid()
     woken, wake = socket.socketpair()
     wake.setblocking(False)
@@ -226,7 +226,7 @@ def _tell_of_the_ended(told: dict[int, int]) -> None:
 
 
 def _become(asked: dict[str, Any], descriptors: Sequence[int]) -> None:
-    """Take over what the process was given: descriptors under their numbers, environment, arguments."""
+    """Apply the request: descriptors with their numbers, environment, arguments."""
     tell_fd, *given = descriptors
     os.close(tell_fd)
     high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, HIGH_DESCRIPTOR) for descriptor in given]
@@ -240,11 +240,11 @@ def _become(asked: dict[str, Any], descriptors: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update(asked["environment"])
     sys.argv = [asked["module"], *asked["arguments"]]
-    sys.orig_argv = [sys.executable, "-m", *sys.argv]  # what a worker replaces itself with
+    sys.orig_argv = [sys.executable, "-m", *sys.argv]  # a worker that restarts itself execs this
 
 
 def _run() -> NoReturn:
-    """As the interpreter would, but for taking down at the end what is imported, which takes a quarter of a second."""
+    """Run the module as the interpreter would, but skip its teardown of modules, which takes a quarter of a second."""
     exit_code = 1
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

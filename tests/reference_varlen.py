@@ -1,4 +1,4 @@
-"""torch.nn.attention.varlen.varlen_attn in plain arithmetic: its signature, its conventions, any device and type."""
+"""torch.nn.attention.varlen.varlen_attn in plain arithmetic, with its signature, for any device and dtype."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def varlen_attn(
     num_splits: int | None = None,
 ) -> Tensor:
     """`key` and `value` are pages, (num_pages, page_size, num_kv_heads, dim), and the queries of a row are the last of
-    its `seqused_k` tokens: so say the docstring of the original and flash attention's causal alignment."""
+    its `seqused_k` tokens, as in the original's docstring and flash attention's causal alignment."""
     assert cu_seq_k is not None
     assert seqused_k is not None
     assert block_table is not None

@@ -137,7 +137,7 @@ def numbers() -> Iterator[Schema]:
 
 
 def flat() -> list[Schema]:
-    """Each keyword by itself."""
+    """Schemas with one keyword each."""
     return [
         *TYPES,
         *VALUES,
@@ -152,7 +152,7 @@ def flat() -> list[Schema]:
 
 
 def nested() -> Iterator[Schema]:
-    """Flat ones as the property of an object, as an optional one beside another, and in a list of two."""
+    """Flat schemas as a property of an object, as an optional property beside another, and in a list of two."""
     small = [schema for schema in flat() if not {"$ref", "$defs"} & schema.keys() and "'#'" not in str(schema)]
     for number, schema in enumerate(small[11::2]):
         if number % 3 == 0:

@@ -1,4 +1,4 @@
-"""Whether tests that try many cases try all of them: with THOROUGH=1 (`make thorough`), else a sample."""
+"""Whether tests with many cases try all of them: with THOROUGH=1 (`make thorough`), otherwise only a sample."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""One small tokenizer for each way in which decoders make text of tokens, and random sequences of their tokens."""
+"""A small tokenizer for each way in which decoders turn tokens into text, and random sequences of its tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.engine_parts import byte_tokenizer
 MINI = Path(__file__).parents[1] / "models" / "celeriac-mini" / "tokenizer.json"
 CHARACTERS = ("é", "€", "𐍈", "日本", "a", " ", "👩‍👩‍👧")
 TEXTS = ("é", "€ x", "𐍈𐍈", "hello world.", "the cat a", " a", "  ", "don't")
-#: Llama 2, Mistral 7B and Phi-3 decode so; Gemma leaves the last part out.
+#: Llama 2, Mistral 7B and Phi-3 decode like this; Gemma leaves out the last part.
 LLAMA_DECODER = decoders.Sequence(
     [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
 )
@@ -19,7 +19,7 @@ GEMMA_DECODER = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFa
 
 
 def sentencepiece_tokenizer(decoder: decoders.Decoder = LLAMA_DECODER) -> Tokenizer:
-    """BPE with byte fallback. Two added tokens are no special ones."""
+    """BPE with byte fallback. Two of the added tokens are not special."""
     words = ["▁", "▁the", "▁cat", "a", "b", "x", "▁a", "ing", "�", "▁�", "▁▁", "é", "."]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
@@ -92,7 +92,7 @@ TOKENIZERS = {name: make() for name, make in _MAKERS.items()}
 
 
 def random_tokens(tokenizer: Tokenizer, generator: Random) -> list[int]:
-    """Up to some twenty: any tokens, unknown ones too, characters byte by byte, and encoded text."""
+    """Up to about twenty tokens: any tokens, even unknown ones, characters byte by byte, and encoded text."""
     token_ids: list[int] = []
     for _ in range(generator.randrange(1, 6)):
         match generator.randrange(3):

@@ -1,4 +1,4 @@
-"""Parameters of functions as pydantic, FastAPI, MCP servers, zod and browser agents write them."""
+"""Function parameter schemas as pydantic, FastAPI, MCP servers, zod and browser agents write them."""
 
 from dataclasses import dataclass, field
 from datetime import date, datetime, time, timedelta
@@ -16,8 +16,8 @@ Schema = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """`good` arguments may be written, `bad` ones may not. `invalid_as_asked` are good ones that the schema, read to
-    the letter of JSON Schema, does not allow."""
+    """The model may write `good` arguments, but not `bad` ones. `invalid_as_asked` are good ones that the schema does
+    not allow if JSON Schema is taken literally."""
 
     name: str
     schema: Schema
@@ -61,7 +61,7 @@ class Open(BaseModel):
     a: int
 
 
-#: Type -> what may be written for it, and what may not.
+#: Type -> values that may be written for it, and values that may not.
 PYDANTIC_TYPES: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "set of str": (set[str], [[], ["a", "b"]], [[1], {}]),
     "frozenset of int": (frozenset[int], [[1]], [["a"]]),

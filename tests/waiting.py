@@ -1,4 +1,4 @@
-"""How tests wait: for what they name, with a bound that no busy machine reaches."""
+"""How tests wait: for a named condition, with a time limit that even a busy machine does not reach."""
 
 import asyncio
 import subprocess
@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SECONDS = 60.0  # nobody waits so long, unless a test fails
+SECONDS = 60.0  # reached only by a test that fails
 WORK = [sys.executable, "-I", "-S", "-c", "sum(range(2_000_000))"]
-QUIET_SECONDS = 0.1  # that WORK takes where nothing else runs
+QUIET_SECONDS = 0.1  # how long WORK takes on an idle machine
 MAX_PAUSE_SECONDS = 0.05
 
 
 def slowness() -> float:
-    """How many times as long as on a quiet machine it takes here and now to start a process and to compute a little;
-    at least 1. What bounds a duration is multiplied by it, also where a test asserts that something is quick."""
+    """How many times longer than on an idle machine it takes now to start a process and compute a little; at least 1.
+    Multiply every time limit by it, including those by which a test asserts that something is quick."""
     began_at = time.monotonic()
     subprocess.run(WORK, check=True)
     return max(1.0, (time.monotonic() - began_at) / QUIET_SECONDS)
@@ -24,8 +24,8 @@ def slowness() -> float:
 def wait_until(
     is_true: Callable[[], Any], what: str = "it came about", *, seconds: float = SECONDS, pause_seconds: float = 0.01
 ) -> Any:
-    """What `is_true` returns once that is true. `seconds` are those of a quiet machine. `pause_seconds` is the first
-    pause: who has waited for long looks less often, as a look may cost others a query."""
+    """Wait until `is_true` returns something true, and return that. `seconds` is the limit on an idle machine.
+    `pause_seconds` is the first pause; pauses grow with the wait, since each check may cost a query."""
     began_at = time.monotonic()
     while not (value := is_true()):
         waited_seconds = _refuse_to_wait_longer(began_at, seconds, what)
@@ -36,7 +36,7 @@ def wait_until(
 async def wait_until_async(
     is_true: Callable[[], Any], what: str = "it came about", *, seconds: float = SECONDS, pause_seconds: float = 0.01
 ) -> Any:
-    """As `wait_until`, while the event loop goes on."""
+    """Like `wait_until`, without blocking the event loop."""
     began_at = time.monotonic()
     while not (value := is_true()):
         waited_seconds = _refuse_to_wait_longer(began_at, seconds, what)
@@ -45,7 +45,7 @@ async def wait_until_async(
 
 
 def _refuse_to_wait_longer(began_at: float, seconds: float, what: str) -> float:
-    """How long it has been; only who has waited so long asks how slow this machine is."""
+    """The seconds waited so far. Measures how slow the machine is only when `seconds` have passed."""
     waited_seconds = time.monotonic() - began_at
     if waited_seconds > seconds and waited_seconds > seconds * slowness():
         raise AssertionError(f"waited {waited_seconds:.0f} s in vain until {what}")

@@ -1,4 +1,4 @@
-"""A receiver of webhooks on a port of its own, whose every answer the test decides, and a sender beside it."""
+"""A webhook receiver on a port of its own, whose answers the test decides, and a sender."""
 
 import asyncio
 import threading
@@ -26,7 +26,7 @@ def accept_all(received: Received) -> int:
 
 @dataclass
 class Receiver:
-    """`answer` gives the status of each request; what it waits for keeps the sender waiting."""
+    """`answer` gives the status of each request. While it blocks, the sender waits."""
 
     answer: Callable[[Received], int] = accept_all
     answer_headers: dict[str, str] = field(default_factory=dict)
@@ -64,7 +64,7 @@ def receiving() -> Iterator[Receiver]:
                 self.end_headers()
                 self.wfile.write(receiver.answer_body)
             except OSError:
-                self.close_connection = True  # the sender has gone
+                self.close_connection = True  # the sender closed the connection
 
         def log_message(self, *_: object) -> None:
             pass
@@ -98,7 +98,7 @@ class SenderThread:
         self._is_open.wait()
 
     def stop(self) -> None:
-        """Returns when what was in hand is recorded."""
+        """Returns when the deliveries under way are recorded."""
         if self._sender is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._sender.stop)
         self._thread.join(timeout=20)

@@ -1,4 +1,4 @@
-"""A pytest plugin, `-p tests.without_torch`: whoever imports torch or transformers fails. tests/unit needs neither."""
+"""A pytest plugin, `-p tests.without_torch`, that forbids torch and transformers, which tests/unit does not need."""
 
 import sys
 
