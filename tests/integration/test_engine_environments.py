@@ -134,7 +134,7 @@ def test_an_engine_runs_dies_and_comes_back_in_an_environment_with_the_light_pac
 def test_an_interpreter_that_is_missing_is_told_and_not_tried_again(started: list[Engines]) -> None:
     engines = start(started, "/nowhere/bin/python")
     assert engines.exit().why_not_loaded == (
-        "python is '/nowhere/bin/python', which cannot be run here; correct it, or take it out and run "
+        "python is '/nowhere/bin/python', which cannot be run here; correct it, or remove it and run "
         "`celeriac engines install`"
     )
     assert engines.supervisor.watch(time.monotonic()) is None
