@@ -1,6 +1,5 @@
 """One API for all tests of a module that speak Anthropic's words to it, and a worker that says what it is told."""
 
-import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,17 +9,17 @@ from uuid import UUID
 
 import anthropic
 import httpx
-import psycopg
 import pytest
 import redis
 
 from domain.catalog import Catalog, ModelSpec
 from domain.jobs import JobStatus, external_id
-from local.servers import EmbeddedPostgres, EmbeddedRedis
+from local.servers import EmbeddedRedis
 from settings import Settings
 from storage import job_queries
 from storage.database import open_database, session_factory
 from storage.tables import DEFAULT_TENANT_ID
+from tests.databases import Databases
 from tests.integration.api_harness import CATALOG, ApiServer, HandWorker, make_chunk
 from tests.unit.test_models import write_model
 from tests.waiting import wait_until
@@ -90,15 +89,13 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def stack(
-    postgres_server: EmbeddedPostgres,
-    postgres_administrator: psycopg.Connection[Any],
+    databases: Databases,
     redis_server: EmbeddedRedis,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Stack]:
-    name = f"test_{secrets.token_hex(6)}"
     redis_server.start()
-    postgres_administrator.execute(f"CREATE DATABASE {name} TEMPLATE migrated_template")
-    settings = Settings(database_url=postgres_server.url_of(name), redis_url=redis_server.url)
+    own = databases.take()
+    settings = Settings(database_url=own.url, redis_url=redis_server.url)
     settings = settings.model_copy(update={"stream_heartbeat_seconds": 0.2, "no_workers_seconds": 3600.0})
     folder = write_model(tmp_path_factory.mktemp("thinker") / "thinker", chat_template=THINKING)
     thinker = ModelSpec(id="thinker", path=str(folder), backend="fake", max_model_len=1024)
@@ -113,4 +110,4 @@ def stack(
             yield Stack(server, HandWorker(session_factory(database), client), sdk, http)
     finally:
         database.dispose()
-        postgres_administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        databases.give_back(own)
