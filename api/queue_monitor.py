@@ -30,7 +30,7 @@ from metrics import (
 )
 from observability import describe_exception
 from settings import Settings
-from storage import batches, job_queries, maintenance, webhook_deliveries, workers
+from storage import batch_lines, job_queries, maintenance, webhook_deliveries, workers
 from storage.database import repeatable, within
 from storage.job_queries import QueuePosition, WaitingGroup
 from storage.maintenance import RecentJobs, recent_jobs
@@ -131,7 +131,7 @@ def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[
             workers=[LiveWorker(worker.state, worker.model_revision) for worker in alive],
             is_loaded=spec.id not in unloaded,
             is_batch_share_taken=has_held_lines
-            and batches.num_outstanding(session, spec.id) >= batch_share(settings, num_slots),
+            and batch_lines.num_outstanding(session, spec.id) >= batch_share(settings, num_slots),
         )
         queues[spec.id] = ModelQueue(
             model=spec.id,

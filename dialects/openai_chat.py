@@ -1,7 +1,4 @@
-"""Chat completions: the body, its translation to a request, and a job's output as a message or as deltas.
-
-Complete answers and streams use the same parser, so they agree.
-"""
+"""Chat completions: the body, its translation to a request, and a job's output as a message or, equal to it, deltas."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence

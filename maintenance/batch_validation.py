@@ -25,8 +25,8 @@ from domain.jobs import (
 )
 from domain.requests import EmbeddingRequest
 from observability import describe_exception
-from storage import batches, files
-from storage.batches import NewLine
+from storage import batch_lines, batches, files
+from storage.batch_lines import NewLine
 from storage.files import Batch
 from tasks.batch_files import FoundLine, prefix_hash, split_lines
 from tasks.prepare import refuse_unfit
@@ -163,7 +163,7 @@ class BatchValidation:
 
 def _add(session: Session, batch: Batch, lines: list[NewLine]) -> list[BatchError]:
     """Add the lines to the batch. Returns errors for those whose custom_id is taken."""
-    added = batches.add_lines(session, batch.id, lines) if lines else set()
+    added = batch_lines.add_lines(session, batch.id, lines) if lines else set()
     batch.num_lines += len(added)
     return [
         BatchError(

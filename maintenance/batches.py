@@ -28,7 +28,7 @@ from domain.requests import JobOptions
 from maintenance.batch_validation import BatchValidation
 from observability import describe_exception
 from settings import Settings
-from storage import batches, files, job_accept, jobs, tenants
+from storage import batch_lines, batches, files, job_accept, jobs, tenants
 from storage.database import OUTAGES
 from storage.files import Batch, BatchLine
 from storage.job_accept import Accepted, AcceptOutcome, NewJob
@@ -144,7 +144,7 @@ class BatchWork:
             with self._sessions.begin() as session:
                 if not batches.note_step_failure(session, batch_id, way):
                     return
-                asked = jobs.request_cancel(session, batches.in_flight_job_ids(session, batch_id))
+                asked = jobs.request_cancel(session, batch_lines.in_flight_job_ids(session, batch_id))
                 message = f"the server failed {batches.MAX_STEP_FAILURES} times to advance this batch:  "
                 message += describe_exception(exc)
                 error = BatchError(code=CeleriacError.code, message=message)
@@ -178,15 +178,15 @@ class BatchWork:
             locked = batches.lock(session, batch.id, BatchStatus.IN_PROGRESS)
             if locked is None:
                 return False
-            batches.record_ended(session, locked)
+            batch_lines.record_ended(session, locked)
             if locked.expires_at <= batches.now(session):
                 locked.expired_at = locked.expired_at or batches.now(session)
-                batches.end_waiting_lines(session, locked, LineOutcome.EXPIRED)
+                batch_lines.end_waiting_lines(session, locked, LineOutcome.EXPIRED)
             if _is_done(locked):
                 locked.status, locked.finalizing_at = BatchStatus.FINALIZING, batches.now(session)
                 return True
             num_wanted = self._num_wanted(session, locked)
-            waiting = batches.waiting_lines(session, batch.id, limit=num_wanted, max_bytes=BYTES_PER_FEED)
+            waiting = batch_lines.waiting_lines(session, batch.id, limit=num_wanted, max_bytes=BYTES_PER_FEED)
             ranges = [(line.first_byte, line.num_bytes) for line in waiting]
             contents = files.read_ranges(session, batch.input_file_id, ranges) if waiting else []
         return bool(waiting) and self._feed(batch, dict(zip(waiting, contents, strict=True)))
@@ -226,7 +226,7 @@ class BatchWork:
         locked = batches.lock(session, batch.id, BatchStatus.IN_PROGRESS)
         if locked is None or locked.expires_at <= batches.now(session):
             return [], []
-        waiting = batches.still_waiting(session, batch.id, [*new_jobs, *refusals])
+        waiting = batch_lines.still_waiting(session, batch.id, [*new_jobs, *refusals])
         refused = {line: refusal for line, refusal in refusals.items() if line in waiting}
         num_wanted = self._num_wanted(session, locked)
         fed = dict([(line, job) for line, job in new_jobs.items() if line in waiting][:num_wanted])
@@ -239,12 +239,12 @@ class BatchWork:
             if answer.outcome in (AcceptOutcome.ACCEPTED, AcceptOutcome.DUPLICATE)
         }
         if taken:
-            batches.attach_jobs(session, locked, taken)
+            batch_lines.attach_jobs(session, locked, taken)
         refused |= {
             line: self._refusal_of(answer) for (line, _), answer in outcomes if answer.outcome is AcceptOutcome.POISON
         }
         for line, refusal in refused.items():
-            batches.refuse_line(locked, waiting[line], refusal)
+            batch_lines.refuse_line(locked, waiting[line], refusal)
         accepted = [new_job for (_, new_job), answer in outcomes if answer.outcome is AcceptOutcome.ACCEPTED]
         return accepted, list(refused.values())
 
@@ -296,9 +296,9 @@ class BatchWork:
             locked = batches.lock(session, batch.id, BatchStatus.CANCELLING)
             if locked is None:
                 return False
-            batches.record_ended(session, locked)
-            batches.end_waiting_lines(session, locked, LineOutcome.CANCELLED)
-            asked = jobs.request_cancel(session, batches.in_flight_job_ids(session, batch.id))
+            batch_lines.record_ended(session, locked)
+            batch_lines.end_waiting_lines(session, locked, LineOutcome.CANCELLED)
+            asked = jobs.request_cancel(session, batch_lines.in_flight_job_ids(session, batch.id))
             is_begun, is_done = locked.in_progress_at is not None, _is_done(locked)
             if not is_begun:
                 batches.end(session, locked, job_ttl_seconds=self._settings.result_ttl_seconds)

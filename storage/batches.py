@@ -6,10 +6,8 @@ process may therefore be killed at any time, and several may attempt the same st
 `Session` and do not commit; those that write need the lock on the batch's row.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import datetime
-from itertools import accumulate
 from typing import Literal
 from uuid import UUID
 
@@ -24,15 +22,11 @@ from domain.jobs import (
     BatchErrors,
     BatchStatus,
     FileStatus,
-    LineOutcome,
-    LineRefusal,
     external_id,
     new_id,
 )
 from storage import files
 from storage.files import UNFINISHED, Batch, BatchLine, File
-from storage.job_queries import JobRecord
-from storage.tables import Job, JobResult
 from storage.webhooks import write_batch_deliveries
 
 MAX_UNFINISHED = 100  # unfinished batches per tenant
@@ -348,188 +342,3 @@ def _detached(session: Session, batch: Batch) -> Batch:
     session.refresh(batch)
     session.expunge(batch)
     return batch
-
-
-# A line has also ended if the tenant has deleted its job.
-RECORD_ENDED = text("""
-WITH ended AS MATERIALIZED (
-    SELECT l.line, coalesce(j.status, 'cancelled') AS outcome, j.num_prompt_tokens, j.num_committed_tokens
-    FROM batch_lines l LEFT JOIN jobs j ON j.id = l.job_id
-    WHERE l.batch_id = :batch_id AND l.job_id IS NOT NULL AND l.outcome IS NULL
-        AND (j.id IS NULL OR j.finished_at IS NOT NULL)
-),
-recorded AS (
-    UPDATE batch_lines l SET outcome = ended.outcome FROM ended WHERE l.batch_id = :batch_id AND l.line = ended.line
-)
-SELECT count(*) AS num_ended, count(*) FILTER (WHERE outcome = 'completed') AS num_completed,
-    coalesce(sum(num_prompt_tokens) FILTER (WHERE outcome = 'completed'), 0) AS prompt_tokens,
-    coalesce(sum(num_committed_tokens) FILTER (WHERE outcome = 'completed'), 0) AS completion_tokens
-FROM ended
-""")
-
-ADD_LINES = text("""
-INSERT INTO batch_lines (batch_id, line, custom_id, first_byte, num_bytes, prefix_hash)
-SELECT :batch_id, * FROM unnest(CAST(:lines AS int[]), CAST(:custom_ids AS text[]), CAST(:firsts AS bigint[]),
-    CAST(:lengths AS int[]), CAST(:hashes AS bigint[]))
-ON CONFLICT DO NOTHING RETURNING line
-""")
-
-ATTACH = text("""
-UPDATE batch_lines l SET job_id = n.job_id, num_sequences = n.num_sequences
-FROM unnest(CAST(:lines AS int[]), CAST(:job_ids AS uuid[]), CAST(:nums AS int[])) AS n(line, job_id, num_sequences)
-WHERE l.batch_id = :batch_id AND l.line = n.line
-""")
-
-END_WAITING = text("""
-WITH waiting AS (SELECT line FROM batch_lines WHERE batch_id = :batch_id AND job_id IS NULL AND outcome IS NULL),
-ended AS (
-    UPDATE batch_lines l SET outcome = :outcome FROM waiting WHERE l.batch_id = :batch_id AND l.line = waiting.line
-)
-SELECT count(*) FROM waiting
-""")
-
-# The number of sequences of lines that workers are running or are about to get.
-OUTSTANDING = text("""
-SELECT coalesce(sum(l.num_sequences), 0) FROM batch_lines l JOIN jobs j ON j.id = l.job_id
-WHERE l.job_id IS NOT NULL AND l.outcome IS NULL AND j.model = :model AND (j.status = 'in_progress'
-    OR (j.status = 'queued' AND j.num_dispatches > 0 AND j.dispatch_at > statement_timestamp()))
-""")
-
-TAKE_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended('celeriac batches of ' || :model, 0))")
-
-
-@dataclass(frozen=True, slots=True)
-class NewLine:
-    """A valid line and its position in the file."""
-
-    line: int
-    custom_id: str
-    first_byte: int
-    num_bytes: int
-    prefix_hash: int
-
-
-@dataclass(frozen=True, slots=True)
-class EndedLine:
-    """A line that has ended; `record` is None if it had no job, or its job was deleted."""
-
-    line: BatchLine
-    record: JobRecord | None
-
-
-def add_lines(session: Session, batch_id: UUID, lines: Sequence[NewLine]) -> set[int]:
-    """Add lines to the batch. Returns the numbers of those whose custom_id was not taken."""
-    columns = {
-        "lines": [line.line for line in lines],
-        "custom_ids": [line.custom_id for line in lines],
-        "firsts": [line.first_byte for line in lines],
-        "lengths": [line.num_bytes for line in lines],
-        "hashes": [line.prefix_hash for line in lines],
-    }
-    return set(session.execute(ADD_LINES, columns | {"batch_id": batch_id}).scalars())
-
-
-def record_ended(session: Session, batch: Batch) -> None:
-    """Record which lines' jobs have ended."""
-    ended = session.execute(RECORD_ENDED, {"batch_id": batch.id}).one()
-    batch.num_in_flight -= ended.num_ended
-    batch.num_completed += ended.num_completed
-    batch.num_failed += ended.num_ended - ended.num_completed
-    batch.prompt_tokens += int(ended.prompt_tokens)
-    batch.completion_tokens += int(ended.completion_tokens)
-
-
-def waiting_lines(session: Session, batch_id: UUID, *, limit: int, max_bytes: int) -> list[BatchLine]:
-    """The next lines without a job, at least one if there are any, up to `max_bytes` in total. Lines with the same
-    beginning are adjacent."""
-    statement = (
-        select(BatchLine)
-        .where(BatchLine.batch_id == batch_id, BatchLine.job_id.is_(None), BatchLine.outcome.is_(None))
-        .order_by(BatchLine.prefix_hash, BatchLine.line)
-        .limit(limit)
-    )
-    lines = list(session.scalars(statement))
-    return lines[: num_within([line.num_bytes for line in lines], max_bytes)]
-
-
-def still_waiting(session: Session, batch_id: UUID, lines: Iterable[int]) -> dict[int, BatchLine]:
-    """Those of these lines that still have neither a job nor an outcome, by number."""
-    waiting = (BatchLine.job_id.is_(None), BatchLine.outcome.is_(None))
-    statement = select(BatchLine).where(BatchLine.batch_id == batch_id, BatchLine.line.in_(list(lines)), *waiting)
-    found = session.scalars(statement.execution_options(populate_existing=True))
-    return {line.line: line for line in found}
-
-
-def attach_jobs(session: Session, batch: Batch, jobs: Mapping[int, tuple[UUID, int]]) -> None:
-    """Record the lines' jobs. `jobs` maps a line number to the job's id and its number of sequences."""
-    columns = {
-        "lines": list(jobs),
-        "job_ids": [job_id for job_id, _ in jobs.values()],
-        "nums": [num_sequences for _, num_sequences in jobs.values()],
-    }
-    session.execute(ATTACH, columns | {"batch_id": batch.id})
-    batch.num_in_flight += len(jobs)
-
-
-def refuse_line(batch: Batch, line: BatchLine, refusal: LineRefusal) -> None:
-    """Record that this line cannot become a job."""
-    line.outcome, line.refusal = LineOutcome.FAILED, refusal
-    batch.num_failed += 1
-
-
-def end_waiting_lines(session: Session, batch: Batch, outcome: LineOutcome) -> None:
-    """End all lines that have no job yet."""
-    batch.num_failed += session.execute(END_WAITING, {"batch_id": batch.id, "outcome": outcome.value}).scalar_one()
-
-
-def in_flight_job_ids(session: Session, batch_id: UUID) -> list[UUID]:
-    statement = select(BatchLine.job_id).where(
-        BatchLine.batch_id == batch_id, BatchLine.job_id.is_not(None), BatchLine.outcome.is_(None)
-    )
-    return [job_id for job_id in session.scalars(statement) if job_id is not None]
-
-
-def ended_lines(
-    session: Session, batch_id: UUID, *, after: int, limit: int, max_bytes: int, is_completed: bool | None = None
-) -> list[EndedLine]:
-    """Ended lines with a number above `after`, in order. `is_completed` selects completed lines, the others, or (None)
-    all. At least one line if there are any, up to `max_bytes` of stored requests and results in total."""
-    num_bytes = func.coalesce(func.pg_column_size(JobResult.result), 0) + BatchLine.num_bytes
-    statement = (
-        select(BatchLine, num_bytes)
-        .outerjoin(JobResult, JobResult.job_id == BatchLine.job_id)
-        .where(BatchLine.batch_id == batch_id, BatchLine.line > after, BatchLine.outcome.is_not(None))
-    )
-    if is_completed is not None:
-        was_completed = BatchLine.outcome == LineOutcome.COMPLETED
-        statement = statement.where(was_completed if is_completed else ~was_completed)
-    found = session.execute(statement.order_by(BatchLine.line).limit(limit)).all()
-    lines = [row[0] for row in found[: num_within([row[1] for row in found], max_bytes)]]
-    rows = session.execute(
-        select(Job, JobResult.result)
-        .outerjoin(JobResult, JobResult.job_id == Job.id)
-        .where(Job.id.in_([line.job_id for line in lines if line.job_id is not None]))
-    )
-    record_by_id = {row[0].id: JobRecord(row[0], None, row[1]) for row in rows}
-    return [EndedLine(line, record_by_id.get(line.job_id) if line.job_id is not None else None) for line in lines]
-
-
-def num_within(sizes: Iterable[int], bound: int) -> int:
-    """How many sizes, from the first on, add up to at most `bound`; at least 1."""
-    return max(1, sum(total <= bound for total in accumulate(sizes)))
-
-
-# What dispatch asks
-
-
-def count_outstanding(session: Session, model: str) -> int | None:
-    """The number of sequences of batch lines that run or are about to. No other process can count them until the
-    transaction ends; None if another one already does."""
-    if not session.execute(TAKE_TURN, {"model": model}).scalar_one():
-        return None
-    return num_outstanding(session, model)
-
-
-def num_outstanding(session: Session, model: str) -> int:
-    """The same count, without the lock."""
-    return int(session.execute(OUTSTANDING, {"model": model}).scalar_one())

@@ -14,8 +14,8 @@ from dialects.openai_batches import read_line, refusal_of
 from domain.errors import CeleriacError
 from domain.jobs import MAX_LINE_BYTES, LineOutcome, LineRefusal, external_id
 from domain.requests import GenerationRequest, JobRequest
-from storage import batches, files
-from storage.batches import EndedLine
+from storage import batch_lines, files
+from storage.batch_lines import EndedLine
 from storage.files import Batch
 from text.models import ModelViews
 
@@ -138,7 +138,7 @@ def line_id(batch_id: UUID, line: int) -> UUID:
 def read_ended(session: Session, batch: Batch, *, after: int, is_completed: bool | None = None) -> list[AnsweredLine]:
     """The next ended lines after line `after`, as many as are written at once, with their requests from the input
     file."""
-    ended = batches.ended_lines(
+    ended = batch_lines.ended_lines(
         session, batch.id, after=after, limit=LINES_PER_READ, max_bytes=BYTES_PER_READ, is_completed=is_completed
     )
     done = [one.line for one in ended if one.line.outcome is LineOutcome.COMPLETED]

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.catalog import Catalog, ModelEntry
 from domain.jobs import BATCH_PRIORITY, WorkerState
 from settings import Settings
-from storage import batches, jobs, workers
+from storage import batch_lines, batches, jobs, workers
 from storage.streams import REDIS_OUTAGES
 from tasks.messages import (
     MAX_RINGS,
@@ -74,7 +74,7 @@ def _dispatch_batch_lines(session: Session, model: str, *, share: int, free: int
     """Fill leftover room with batch lines, within their share; one process at a time, to fill it only once."""
     if share == 0 or free <= 0 or not batches.has_unfinished(session):
         return []
-    num_outstanding = batches.count_outstanding(session, model)
+    num_outstanding = batch_lines.count_outstanding(session, model)
     if num_outstanding is None:
         return []
     return jobs.dispatch(session, model, room=min(free, share - num_outstanding), min_priority=BATCH_PRIORITY)

@@ -18,7 +18,7 @@ from domain.jobs import BATCH_PRIORITY, parse_id_of_other
 from domain.requests import EmbeddingRequest
 from maintenance.batches import BatchWork
 from settings import Settings
-from storage import batches, jobs
+from storage import batch_lines, jobs
 from storage.files import Batch
 from storage.tables import JobPayload
 from tests.conformance.harness import Served
@@ -214,9 +214,9 @@ def test_lines_with_large_results_are_read_few_at_a_time(
         hand_worker.embed(job_id, numbers)
     batch_id = parse_id_of_other(batch.id, "batch")
     with session_factory.begin() as session:
-        batches.record_ended(session, session.get_one(Batch, batch_id))
+        batch_lines.record_ended(session, session.get_one(Batch, batch_id))
         for max_bytes, num_lines in {1: 1, 2_500_000: 1, 3_500_000: 2, 10**9: 3}.items():
-            found = batches.ended_lines(session, batch_id, after=0, limit=50, max_bytes=max_bytes)
+            found = batch_lines.ended_lines(session, batch_id, after=0, limit=50, max_bytes=max_bytes)
             assert len(found) == num_lines
     work.tick()
     assert client.batches.retrieve(batch.id).status == "completed"
@@ -232,7 +232,7 @@ def test_a_line_of_vectors_takes_one_of_the_slots_that_batches_may_have(
     for job_id in job_ids(session_factory)[:2]:
         hand_worker.claim(job_id)
     with session_factory() as session:
-        assert batches.count_outstanding(session, "fake") == 2
+        assert batch_lines.count_outstanding(session, "fake") == 2
 
 
 def test_lines_run_in_the_order_of_the_file(

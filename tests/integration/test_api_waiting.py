@@ -10,7 +10,7 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import BATCH_PRIORITY, Lane, WorkerState
-from storage import batches, workers
+from storage import batch_lines, workers
 from storage.tables import Job
 from storage.workers import WorkerReport
 from tests.conftest import MakeJob
@@ -81,7 +81,7 @@ def test_lines_of_batches_wait_for_their_share_though_slots_are_free(
     make_job(model=MODEL, priority=BATCH_PRIORITY)
     serve(session_factory)
     wait_until(lambda: queue_of(http)["waiting_for"] == {"slots": 1})
-    monkeypatch.setattr(batches, "num_outstanding", lambda session, model: 3)  # of four slots
+    monkeypatch.setattr(batch_lines, "num_outstanding", lambda session, model: 3)  # of four slots
     wait_until(lambda: queue_of(http)["waiting_for"] == {"limit": 1})
 
 

@@ -18,7 +18,7 @@ from domain.jobs import PIECE_BYTES, BatchStatus, LineOutcome
 from maintenance.batches import BatchWork
 from metrics import jobs_submitted_total
 from settings import Settings
-from storage import batches, files
+from storage import batch_lines, batches, files
 from storage.files import Batch, BatchLine
 from storage.tables import DEFAULT_TENANT_ID, Job
 from tests.conftest import MakeTenant
@@ -210,7 +210,7 @@ def fail_at_attach(monkeypatch: pytest.MonkeyPatch, kinds: Iterator[type[Excepti
     def attach(*_: object) -> None:
         raise next(kinds)("it cannot be noted")
 
-    monkeypatch.setattr(batches, "attach_jobs", attach)
+    monkeypatch.setattr(batch_lines, "attach_jobs", attach)
 
 
 def test_a_step_that_fails_three_times_in_the_same_way_fails_its_batch_alone(
