@@ -604,11 +604,11 @@ def test_a_step_that_is_cut_off_was_not_taken(
     client: openai.OpenAI, work: BatchWork, session_factory: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As kill -9 does between the accept and the note at the lines: the transaction is gone with both."""
-    from storage import batches
+    from storage import batch_lines
 
     create(client, *map(line, range(3)))
     with monkeypatch.context() as broken:
-        broken.setattr(batches, "attach_jobs", lambda *_: 1 / 0)
+        broken.setattr(batch_lines, "attach_jobs", lambda *_: 1 / 0)
         work.tick()
     assert job_ids(session_factory) == []
     work.tick()
