@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu_worker.engine.control_groups import groups
+
 
 @dataclass(frozen=True, slots=True)
 class GroupFiles:
@@ -49,30 +51,14 @@ def _of_host(root: Path) -> int:
 
 
 def _left_by_groups(root: Path) -> Iterator[int]:
-    for folder, files in _groups(root):
+    for folder, version in groups(root, "memory"):
+        files = GROUP_FILES_BY_VERSION[version]
         with suppress(OSError, ValueError):  # no memory controller here, or the limit is "max"
             limit = int((folder / files.limit).read_text())
             usage = int((folder / files.usage).read_text())
             stat = (folder / "memory.stat").read_text().splitlines()
             reclaimable = next((int(line.split()[1]) for line in stat if line.startswith(f"{files.reclaimable} ")), 0)
             yield limit - usage + reclaimable
-
-
-def _groups(root: Path) -> Iterator[tuple[Path, GroupFiles]]:
-    """The folders of our control group and of its ancestors. Inside a container, our group may appear as the root of
-    the hierarchy although its path is the one that the host knows."""
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            version = 2 if number == "0" else 1
-            if version == 1 and "memory" not in controllers.split(","):
-                continue
-            mount = root / "sys/fs/cgroup" / ("" if version == 2 else "memory")
-            own = mount / path.lstrip("/")
-            for folder in (own, *own.parents):
-                yield folder, GROUP_FILES_BY_VERSION[version]
-                if folder == mount:
-                    break
 
 
 def _kibibytes(path: Path) -> Mapping[str, int]:

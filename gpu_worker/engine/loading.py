@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from domain.catalog import ModelSpec
 from gpu_worker.engine.detokenizer import with_visible_reasoning
+from gpu_worker.engine.host_cpus import num_usable_cpus
 from observability import describe_exception
 from text.model_files import POSITIONS_AFTER_PADDING
 
@@ -41,14 +42,15 @@ def choose_device(spec: ModelSpec) -> torch.device:
 
 
 def set_threads(model: Any) -> None:
-    """Set the number of torch threads, unless OMP_NUM_THREADS is set: all cores, or for a small model all but one.
+    """Set the number of torch threads, unless OMP_NUM_THREADS is set: one for each core that this process may use, or
+    for a small model one less.
 
     The threads of a small model synchronise every few microseconds. If another process takes one of their cores, all
     of them wait for the thread that lost it.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
-    num_cores = len(os.sched_getaffinity(0))
+    num_cores = num_usable_cpus()
     is_small = model.num_parameters() < SMALL_MODEL_PARAMETERS
     torch.set_num_threads(max(1, min(num_cores - 1, MAX_SMALL_MODEL_THREADS)) if is_small else num_cores)
 

@@ -5,7 +5,6 @@ Its own words about a failure are kept, since its functions only return nothing 
 
 import ctypes
 import logging
-import os
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from domain.catalog import ModelSpec
+from gpu_worker.engine.host_cpus import num_usable_cpus
 from gpu_worker.engine.host_memory import available_bytes
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class LlamaModel:
         parameters.n_seq_max = spec.max_num_seqs
         parameters.n_batch = self.max_batch
         parameters.n_ubatch = min(options.n_ubatch, self.max_batch)
-        parameters.n_threads = parameters.n_threads_batch = options.n_threads or len(os.sched_getaffinity(0))
+        parameters.n_threads = parameters.n_threads_batch = options.n_threads or num_usable_cpus()
         parameters.type_k = parameters.type_v = NUM_FROM_CACHE_TYPE[options.cache_type]
         parameters.kv_unified = True
         parameters.swa_full = True  # or a sliding window's beginning could not be shared
