@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -14,17 +15,29 @@ from celeriac.models import models
 
 if TYPE_CHECKING:
     from celeriac.client import Client
+    from celeriac.client.protocol import Prompt
     from domain.catalog import Catalog
     from settings import Settings
 
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
+
+#: Whether this is a checkout. `pip install celeriac` installs only the client and the commands that use it.
+HAS_SERVER = (Path(__file__).parents[1] / "gpu_worker").is_dir()
+CLIENT_COMMANDS = frozenset({"submit", "watch", "cancel", "jobs", "batch"})
 
 
 class Commands(click.Group):
     """Commands in the order in which they are defined."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return [name for name in self.commands if HAS_SERVER or name in CLIENT_COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if not HAS_SERVER and cmd_name in self.commands.keys() - CLIENT_COMMANDS:
+            raise click.ClickException(
+                f"`celeriac {cmd_name}` needs the server, but only the client is installed here; run it in a checkout"
+            )
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -227,18 +240,17 @@ def submit(prompt: str, mode: str, url: str | None, key: str | None, **options: 
 
     The job runs on its own: Ctrl-C or a lost connection ends the output, not the job.
     """
-    from celeriac.client import job_body
     from celeriac.terminal import follow
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with _explained(ValueError):
-        body = job_body(text, **options | {"model": options["model"] or _default_model()})
+    content = as_prompt(text, system=options.pop("system"), complete=options.pop("complete"))
+    given = {name: value for name, value in options.items() if value not in (None, ())}
     with _client(url, key) as client:
-        job = client.submit(body)
+        job = client.submit(content, **given)
         if mode == "detach":
-            click.echo(job["id"])
+            click.echo(job.id)
             return
-        sys.exit(follow(client, job["id"], is_live=mode == "stream"))
+        sys.exit(follow(client, job.id, is_live=mode == "stream"))
 
 
 @main.command()
@@ -265,9 +277,7 @@ def cancel(job_id: str, url: str | None, key: str | None) -> None:
     """Cancel JOB_ID; the text it has produced is kept."""
     with _client(url, key) as client:
         job = client.cancel(job_id)
-    click.echo(
-        f"{job['id']}: {job['status']}" + (", stops at the next token" if job["status"] == "in_progress" else "")
-    )
+    click.echo(f"{job.id}: {job.status}" + (", stops at the next token" if job.status == "in_progress" else ""))
 
 
 @main.command()
@@ -281,10 +291,46 @@ def jobs(status: str | None, model: str | None, limit: int, url: str | None, key
 
     with _client(url, key) as client:
         page = client.jobs(status=status, model=model, limit=limit)
-    if not page["data"]:
+    if not page.jobs:
         click.echo('No jobs yet; run one: celeriac submit "Hello!"' if not status else f"No job is {status}.")
         return
-    show(jobs_table(page["data"]))
+    show(jobs_table(page))
+
+
+@main.group()
+def batch() -> None:
+    """Run files of requests. Batches use what is left over by requests that somebody waits for."""
+
+
+@batch.command(name="run")
+@click.argument("requests", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Results go here.")
+@click.option("--window", default="24h", show_default=True, help="Time for the whole batch, from 1h to 7d.")
+@connection_options
+def run_batch(requests: Path, output: Path, window: str, url: str | None, key: str | None) -> None:
+    """Run the REQUESTS of a JSONL file, in OpenAI's format, and write the results.
+
+    Ctrl-C ends the waiting, not the batch: `celeriac batch get` fetches its results later.
+
+    \b
+    celeriac batch run in.jsonl -o out.jsonl
+    """
+    from celeriac.terminal import BatchPrinter
+
+    with _client(url, key) as client, BatchPrinter() as printer:
+        printer.finish(client.batch(requests, output, completion_window=window, on_progress=printer.show))
+
+
+@batch.command(name="get")
+@click.argument("batch_id")
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Results go here.")
+@connection_options
+def get_batch(batch_id: str, output: Path, url: str | None, key: str | None) -> None:
+    """Wait for a batch and write its results."""
+    from celeriac.terminal import BatchPrinter
+
+    with _client(url, key) as client, BatchPrinter() as printer:
+        printer.finish(client.batch_results(batch_id, output, on_progress=printer.show))
 
 
 main.add_command(models)
@@ -314,14 +360,27 @@ def _become_celery(app: str, *arguments: str) -> NoReturn:
 
 def _client(url: str | None, key: str | None) -> "Client":
     from celeriac.client import Client
+
+    if not HAS_SERVER:
+        return Client(url, key)
     from settings import get_settings
 
     settings = get_settings()
     return Client(url or api_url(settings), key or settings.api_key)
 
 
-def _default_model() -> str:
-    return read_catalog(_settings()).default_id
+def as_prompt(text: str, *, system: str | None, complete: bool) -> "Prompt":
+    """The text itself, to be continued, or a chat that ends with it. Raises ClickException."""
+    if not text.strip():
+        raise click.ClickException("the prompt is empty; give some text, or - and some text on standard input")
+    if complete and system:
+        raise click.ClickException(
+            "--complete and --system cannot be combined; leave out one, or put both texts into the prompt"
+        )
+    if complete:
+        return text
+    messages = [{"role": "system", "content": system}] if system else []
+    return [*messages, {"role": "user", "content": text}]
 
 
 @contextmanager

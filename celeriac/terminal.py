@@ -1,33 +1,33 @@
 """What the commands print: progress, a job's text as it arrives, tables, URLs, and errors in one line."""
 
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TaskID,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Column, Table
 
-from celeriac.client import Client, StreamEvent
-from domain.catalog import Catalog
-from domain.errors import ExpectedError
-from local.processes import short_path
+from celeriac.client import BatchSnapshot, Client, ClientError, JobSnapshot, StreamEvent
 
 if TYPE_CHECKING:
     from celeriac.store.known import KnownModel
     from celeriac.store.store import Manifest
+    from domain.catalog import Catalog
     from storage.tables import ApiKey
 
 PIPE_WIDTH = 10_000  # characters per line if the output is not a terminal
@@ -192,12 +192,53 @@ class JobPrinter:
         self._notes.print(", ".join(parts), style="dim", markup=False)
 
 
+class BatchPrinter:
+    """The progress of a batch: a bar on a terminal, otherwise its id at the start and its counts at the end."""
+
+    def __init__(self) -> None:
+        self._notes = plain_console(stderr=True)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        self._progress = Progress(
+            *columns, TimeElapsedColumn(), console=self._notes, disable=not self._notes.is_terminal
+        )
+        self._task_id = self._progress.add_task("", total=None)
+        self._batch_id: str | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        if isinstance(exc, KeyboardInterrupt) and self._batch_id is not None:
+            self._notes.print(f"\n{self._batch_id} goes on; fetch it: celeriac batch get {self._batch_id} -o FILE")
+
+    def show(self, batch: BatchSnapshot) -> None:
+        if self._batch_id is None:
+            self._batch_id = batch.id
+            self._notes.print(f"{batch.id} is accepted", markup=False)
+        num_done = batch.num_completed + batch.num_failed
+        self._progress.update(
+            self._task_id, description=batch.status, total=batch.num_lines or None, completed=num_done
+        )
+
+    def finish(self, batch: BatchSnapshot) -> None:
+        """Print the counts; exit with 1 unless every line was completed."""
+        self._progress.stop()
+        counts = f"{batch.num_completed} of {batch.num_lines} lines completed, {batch.num_failed} failed"
+        self._notes.print(f"{batch.id} is {batch.status}: {counts}", markup=False)
+        if batch.num_completed < batch.num_lines:
+            sys.exit(1)
+
+
 def follow(client: Client, job_id: str, *, is_live: bool, starting_after: str | None = None) -> int:
     """Print a job's text, live or at its end. Returns the exit code: 0 only for a completed job."""
     notes = plain_console(stderr=True)
     printer = JobPrinter(plain_console(), notes, is_live=is_live)
     try:
-        end = printer.print_all(client.events(job_id, starting_after=starting_after))
+        end = printer.print_all(client.stream(job_id, starting_after=starting_after))
     except KeyboardInterrupt:
         notes.print(f"\n{job_id} is still running; see it: celeriac watch {job_id}; end it: celeriac cancel {job_id}")
         return 130
@@ -225,23 +266,25 @@ def _table(whole: str, *others: str, folded: str | None = None) -> Table:
     return table
 
 
-def jobs_table(jobs: Iterable[dict[str, Any]]) -> Table:
+def jobs_table(jobs: Iterable[JobSnapshot]) -> Table:
     table = _table("job", "status", "model", "tokens", "age", "took")
     for job in jobs:
-        tokens = (job.get("usage") or {}).get("completion_tokens", "")
+        began, ended = job.raw["started_at"], job.raw["finished_at"]
         table.add_row(
-            job["id"],
-            f"[{STYLE_BY_STATUS.get(job['status'], '')}]{job['status']}[/]",
-            job["model"],
-            str(tokens),
-            _age(job["created_at"], None),
-            _age(job["started_at"], job["finished_at"]) if job.get("finished_at") and job.get("started_at") else "",
+            job.id,
+            f"[{STYLE_BY_STATUS.get(job.status, '')}]{job.status}[/]",
+            job.model,
+            str(job.usage.get("completion_tokens", "")),
+            _age(job.raw["created_at"], None),
+            _age(began, ended) if began and ended else "",
         )
     return table
 
 
-def models_table(catalog: Catalog) -> Table:
+def models_table(catalog: "Catalog") -> Table:
     """The available models."""
+    from local.processes import short_path
+
     table = _table("model", "context", "at once", "back end", "path", folded="path")
     for entry in catalog:
         name = f"{entry.id} [dim](default)[/]" if entry.id == catalog.default_id else entry.id
@@ -329,7 +372,13 @@ def _age(since: str, until: str | None) -> str:
 
 def explain(exc: Exception) -> str | None:
     """The message of an expected error in one line; None if the error is a bug."""
-    from sqlalchemy.exc import OperationalError  # imported here, since only failed commands need it
+    if isinstance(exc, ClientError):
+        return str(exc)
+    # Imported here, since only failed commands need them.
+    from pydantic import ValidationError
+    from sqlalchemy.exc import OperationalError
+
+    from domain.errors import ExpectedError
 
     if isinstance(exc, ExpectedError):
         return str(exc)

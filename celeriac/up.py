@@ -215,20 +215,16 @@ class Up:
 
     def _run_first_job(self, model: str) -> str | None:
         """Submit one job and print its text as it arrives. Returns its id, or None if it could not be run."""
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": FIRST_PROMPT}],
-            "params": {"max_tokens": FIRST_MAX_TOKENS},
-        }
+        messages = [{"role": "user", "content": FIRST_PROMPT}]
         self._say(f"\nThe first job, through the whole system: {FIRST_PROMPT!r}\n")
         try:
             with self._own_key() as key, Client(self._api_url, key) as client:
-                job = client.submit(body)
-                JobPrinter(self._console, self._console).print_all(client.events(job["id"]))
+                job = client.submit(messages, model=model, max_tokens=FIRST_MAX_TOKENS)
+                JobPrinter(self._console, self._console).print_all(client.stream(job.id))
         except (ApiUnreachable, ApiError) as exc:
             self._say(f"the first job did not run: {exc}")
             return None
-        return str(job["id"])
+        return job.id
 
     @contextmanager
     def _own_key(self) -> Iterator[str | None]:

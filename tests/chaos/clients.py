@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import httpx
 
-from celeriac.client import TERMINAL_EVENTS, StreamEvent
+from celeriac.client.views import TERMINAL_EVENTS, StreamEvent
 
 PATIENCE_SECONDS = 120.0  # for an answer to a submission, over all its tries
 SILENCE_SECONDS = 20.0  # of a stream, heartbeats included, until its client gives the connection up

@@ -20,7 +20,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from api.app import create_app
 from api.server import make_server, open_socket
 from api.services import Services
-from celeriac.client import StreamEvent, parse_events
+from celeriac.client import StreamEvent
+from celeriac.client.protocol import parse_events
 from domain.catalog import Catalog, ModelSpec
 from domain.jobs import FinishReason, JobError, JobStatus, Usage, parse_id
 from domain.requests import EmbeddingResult, TokenChunk, encode_vector

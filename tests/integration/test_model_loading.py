@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from celeriac.client import parse_events
+from celeriac.client.protocol import parse_events
 from tests.chaos.plant import Part, Plant, start_prepared
 from tests.waiting import wait_until
 

@@ -66,9 +66,8 @@ def use_everything(plant: Plant, url: str) -> None:
     watching.start()
     assert begun.wait(30)
     with Client(plant.api_urls[0]) as client:
-        body = {"model": MODEL, "prompt": "Once upon a time", "params": {"max_tokens": 40, "ignore_eos": True}}
         for _ in range(3):
-            *_, last = client.events(client.submit(body)["id"])
+            *_, last = client.stream(client.submit("Once upon a time", model=MODEL, max_tokens=40, ignore_eos=True).id)
             assert last.name == "job.completed"
     assert app.control.inspect(timeout=10, limit=1).stats()
     app.control.revoke("job_" + "0" * 26, terminate=True)

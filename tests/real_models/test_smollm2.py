@@ -95,20 +95,19 @@ def test_tools_that_the_template_cannot_show_are_refused_with_the_reason(sdk: op
 
 def test_a_worker_killed_in_mid_stream_changes_no_token(system: System, client: Client, reference: Reference) -> None:
     """The stream of the job whose worker is killed, and a reader who comes later and begins at its start."""
-    params = {"max_tokens": NUM_LONG_TOKENS, "temperature": 0, "ignore_eos": True}
-    job = client.submit({"model": CHAT, "messages": messages(STORY), "params": params})
+    job = client.submit(messages(STORY), model=CHAT, max_tokens=NUM_LONG_TOKENS, temperature=0, ignore_eos=True)
     text, is_killed = "", False
-    for event in client.events(job["id"]):
+    for event in client.stream(job.id):
         text += event.data["text"] if event.name == "output.delta" else ""
         if text and not is_killed:
             kill_worker(system)
             is_killed = True
-    ended = client.job(job["id"])
-    assert ended["status"] == "completed", ended
-    assert ended["attempt"] > 1, "the worker was killed too late"
-    replayed = "".join(event.data["text"] for event in client.events(job["id"]) if event.name == "output.delta")
+    ended = client.get(job.id)
+    assert ended.status == "completed", ended
+    assert ended.raw["attempt"] > 1, "the worker was killed too late"
+    replayed = "".join(event.data["text"] for event in client.stream(job.id) if event.name == "output.delta")
     eos = reference.model.generation_config.eos_token_id
     reference.model.generation_config.eos_token_id = None  # as `ignore_eos` has it
     expected = reference.greedy(prompt_ids(reference, STORY), NUM_LONG_TOKENS)
     reference.model.generation_config.eos_token_id = eos
-    assert text == replayed == ended["output"]["text"] == reference.text(expected)
+    assert text == replayed == ended.text == reference.text(expected)

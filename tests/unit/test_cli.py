@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import click
 import pytest
 from click.testing import CliRunner
 from pydantic import ValidationError
 
 from celeriac import cli, terminal
-from celeriac.client import job_body, parse_events
+from celeriac.client import JobSnapshot
+from celeriac.client.protocol import parse_events
 from celeriac.terminal import explain
 from domain.errors import ModelNotFound
 from local.lock import AlreadyUp, UpLock
@@ -232,21 +234,16 @@ def test_a_taken_port_is_named_with_the_remedy(run: Any, command: str, setting: 
 def test_ids_and_paths_are_whole_in_a_pipe_and_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    job: dict[str, Any] = {
-        "id": "job_" + "0" * 26,
-        "status": "queued",
-        "model": "m" * 70,
-        "created_at": "2026-01-01T00:00:00+00:00",
-    }
-    job |= {"started_at": None, "finished_at": None}
+    raw = {"id": "job_" + "0" * 26, "status": "queued", "model": "m" * 70, "created_at": "2026-01-01T00:00:00+00:00"}
+    job = JobSnapshot.of(raw | {"started_at": None, "finished_at": None})
     for width, is_terminal in ((60, True), (40, False)):
         monkeypatch.setenv("COLUMNS", str(width))
         written = io.StringIO()
         console = Console(highlight=False, file=written, force_terminal=is_terminal)
         monkeypatch.setattr(terminal, "Console", lambda console=console, **_: console)
         terminal.show(terminal.jobs_table([job]))
-        assert job["id"] in written.getvalue()
-        assert is_terminal or job["model"] in written.getvalue()
+        assert job.id in written.getvalue()
+        assert is_terminal or job.model in written.getvalue()
 
 
 def test_the_first_steps_show_the_key_where_one_is_asked_for() -> None:
@@ -277,21 +274,15 @@ def test_an_empty_prompt_is_refused_before_it_travels(run: Any) -> None:
     assert "the prompt is empty" in result.output
 
 
-def test_a_prompt_becomes_a_chat_and_only_given_options_are_sent() -> None:
-    body = job_body(
-        "Hi", model="m", system="Be brief.", complete=False, temperature=0.0, max_tokens=None, seed=None, stop=("\n",)
-    )
-    assert body == {
-        "model": "m",
-        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
-        "params": {"temperature": 0.0, "stop": ("\n",)},
-    }
+def test_a_prompt_becomes_a_chat() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert cli.as_prompt("Hi", system="Be brief.", complete=False) == messages
 
 
 def test_complete_sends_the_prompt_as_it_stands() -> None:
-    assert job_body("Once", model="m", system=None, complete=True)["prompt"] == "Once"
-    with pytest.raises(ValueError, match="--complete and --system cannot be combined"):
-        job_body("Once", model="m", system="x", complete=True)
+    assert cli.as_prompt("Once", system=None, complete=True) == "Once"
+    with pytest.raises(click.ClickException, match="--complete and --system cannot be combined"):
+        cli.as_prompt("Once", system="x", complete=True)
 
 
 def test_events_are_read_whatever_their_lines_look_like() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from api.events import HEARTBEAT, EventStream, frame
 from api.limits import StreamSlots
-from celeriac.client import parse_events
+from celeriac.client.protocol import parse_events
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 hostile = st.sampled_from(

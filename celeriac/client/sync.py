@@ -1,0 +1,308 @@
+"""The client for threads."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from celeriac.client.errors import ApiUnreachable, ClientError, completed, error_of, not_refused
+from celeriac.client.protocol import (
+    BATCH_POLL_SECONDS,
+    CONNECT_SECONDS,
+    NUM_PENDING_PER_PLACE,
+    STREAM_TIMEOUT,
+    EventParser,
+    Patience,
+    Prompt,
+    Resumption,
+    Waiting,
+    endpoint_of,
+    http_options,
+    job_fields,
+    keys_of_a_run,
+    new_idempotency_key,
+    timeout_of_wait,
+    unreachable,
+    upload,
+    url_of_api,
+    with_bar,
+)
+from celeriac.client.views import BatchSnapshot, JobPage, JobSnapshot, QueueUpdate, StreamEvent
+
+
+class Client:
+    """A connection to one API, for any number of threads.
+
+    Every method raises ApiUnreachable if nothing answers and ApiError if the API refuses. Jobs don't depend on the
+    client: one that dies, or stops waiting, finds its jobs again by their ids.
+
+    ```python
+    with Client("http://127.0.0.1:8000") as client:
+        print(client.subscribe("Once upon a time", max_tokens=50).text)
+    ```
+    """
+
+    def __init__(self, url: str | None = None, key: str | None = None) -> None:
+        """By default CELERIAC_API_URL and CELERIAC_API_KEY. Raises ClientError if no URL is named."""
+        self.url = url_of_api(url)
+        self._http = httpx.Client(**http_options(self.url, key))
+        self._has_answered = False
+        self._default_model: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # One job
+
+    def submit(self, prompt: Prompt | None = None, *, idempotency_key: str | None = None, **fields: Any) -> JobSnapshot:
+        """Submit a job and return it as accepted: from then on it runs to its end, whatever becomes of this client.
+
+        `prompt` is a text to continue, or the messages of a chat to answer; without it, give `prompt_token_ids`, or
+        `inputs` for embeddings. Fields of the job (`model`, `tools`, `priority`, `metadata`, `deadline`, `webhook`, …)
+        and sampling parameters (`max_tokens`, `temperature`, `stop`, `seed`, …) are named arguments. The default model
+        is the installation's. If the connection drops, the request is sent again; its idempotency key keeps it one job.
+
+        ```python
+        job = client.submit([{"role": "user", "content": "What is 17 + 25?"}], max_tokens=20, temperature=0)
+        ```
+        """
+        body = {"model": fields.get("model") or self.default_model()} | job_fields(prompt, fields)
+        headers = {"idempotency-key": idempotency_key or new_idempotency_key()}
+        patience = Patience()
+        while True:
+            try:
+                return JobSnapshot.of(self._ask("POST", "/v1/jobs", json=body, headers=headers))
+            except ApiUnreachable as exc:
+                time.sleep(patience.delay_after(exc))
+
+    def get(self, job_id: str, *, wait_seconds: int = 0) -> JobSnapshot:
+        """The job as it is now, or as it ended if it ends within `wait_seconds` (at most 60)."""
+        params = {"wait": wait_seconds} if wait_seconds else {}
+        options = {"params": params, "timeout": timeout_of_wait(wait_seconds)}
+        return JobSnapshot.of(self._ask("GET", f"/v1/jobs/{job_id}", **options))
+
+    def wait(
+        self,
+        job_id: str,
+        *,
+        timeout: float | None = None,
+        on_queue_update: Callable[[QueueUpdate], None] | None = None,
+    ) -> JobSnapshot:
+        """The job as it ended, whether or not it was completed. Raises TimeoutError after `timeout` seconds; the job
+        goes on. `on_queue_update` is called whenever its place in the queue changes, and when it starts."""
+        waiting = Waiting(job_id, timeout, on_queue_update)
+        while True:
+            try:
+                job = self.get(job_id, wait_seconds=waiting.poll_seconds)
+            except ClientError as exc:
+                time.sleep(waiting.patience.delay_after(exc))
+                continue
+            if waiting.saw(job):
+                return job
+
+    def result(self, job_id: str, *, timeout: float | None = None) -> JobSnapshot:
+        """The completed job. Raises JobNotCompleted, with what it had written, or TimeoutError."""
+        return completed(self.wait(job_id, timeout=timeout))
+
+    def subscribe(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        timeout: float | None = None,
+        on_queue_update: Callable[[QueueUpdate], None] | None = None,
+        **fields: Any,
+    ) -> JobSnapshot:
+        """Submit a job and wait for its result: `submit`, then `result`.
+
+        ```python
+        job = client.subscribe("Once upon a time", max_tokens=50, on_queue_update=lambda at: print(at.position))
+        ```
+        """
+        job = self.submit(prompt, **fields)
+        return completed(self.wait(job.id, timeout=timeout, on_queue_update=on_queue_update))
+
+    def stream(self, job_id: str, *, starting_after: str | None = None) -> Iterator[StreamEvent]:
+        """Every event of the job up to its terminal one, each once, from the start or after the event with the id
+        `starting_after`. If the connection drops, continues after the last one. A `job.reset` voids all text before it.
+
+        ```python
+        for event in client.stream(job.id):
+            print(event.text, end="", flush=True)
+        ```
+        """
+        resumption = Resumption(job_id, starting_after)
+        while not resumption.has_ended:
+            failure: ClientError | None = None
+            try:
+                yield from self._connect(resumption)
+            except httpx.HTTPError as exc:
+                failure = self._unreachable(exc)
+                failure.__cause__ = exc
+            except ClientError as exc:
+                failure = exc
+            if not resumption.has_ended:
+                time.sleep(resumption.delay_after(failure))
+
+    def cancel(self, job_id: str) -> JobSnapshot:
+        """Ask for the job's end; the text it has produced is kept. A job that has ended is returned unchanged."""
+        return JobSnapshot.of(self._ask("POST", f"/v1/jobs/{job_id}/cancel"))
+
+    def delete(self, job_id: str) -> None:
+        """Erase the job with its input, output and stream. A running job is stopped."""
+        self._ask("DELETE", f"/v1/jobs/{job_id}")
+
+    # Many jobs
+
+    def jobs(self, **filters: str | int | None) -> JobPage:
+        """A page of jobs without their output, newest first: `status`, `model`, `limit`, `after`, `created_after`."""
+        params = {name: value for name, value in filters.items() if value is not None}
+        return JobPage.of(self._ask("GET", "/v1/jobs", params=params))
+
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = 16,
+        run: str | None = None,
+        progress: bool = False,
+        **fields: Any,
+    ) -> Iterator[JobSnapshot]:
+        """The jobs of many prompts as they ended, in the order of the prompts, whether or not they were completed.
+
+        At most `concurrency` jobs are under way, and prompts are taken from the iterable as they are needed. An
+        overloaded API is waited for. Give the `run` a name, and repeating it after a crash finds the jobs that it had
+        submitted instead of submitting them again. `progress` shows a bar on a terminal.
+
+        ```python
+        for job in client.map(prompts, model="celeriac-mini", max_tokens=50, run="stories-1", progress=True):
+            print(job.text if job.status == "completed" else job.error)
+        ```
+        """
+        key_of = keys_of_a_run(run)
+
+        def finish(index: int, prompt: Prompt) -> JobSnapshot:
+            job = self._submit_patiently(prompt, key_of(index), fields)
+            return self.wait(job.id)
+
+        pool = ThreadPoolExecutor(concurrency, thread_name_prefix="celeriac-map")
+        pending: deque[Future[JobSnapshot]] = deque()
+        try:
+            for index, prompt in enumerate(with_bar(prompts) if progress else prompts):
+                pending.append(pool.submit(finish, index, prompt))
+                while pending and (pending[0].done() or len(pending) >= NUM_PENDING_PER_PLACE * concurrency):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def batch(
+        self,
+        requests: Path,
+        results: Path,
+        *,
+        completion_window: str = "24h",
+        on_progress: Callable[[BatchSnapshot], None] | None = None,
+    ) -> BatchSnapshot:
+        """Run a file of requests as a batch, and write its results. Failed lines come last in `results`.
+
+        Waits for the batch, which needs neither this client nor its connection: `batch_results` fetches it later.
+        """
+        with requests.open("rb") as file:
+            endpoint = endpoint_of(next(iter(file), b""))
+            file.seek(0)
+            uploaded = self._ask("POST", "/v1/files", timeout=None, **upload(file, requests.name))
+        body = {"input_file_id": uploaded["id"], "endpoint": endpoint, "completion_window": completion_window}
+        batch = BatchSnapshot.of(self._ask("POST", "/v1/batches", json=body))
+        return self.batch_results(batch.id, results, on_progress=on_progress)
+
+    def batch_results(
+        self, batch_id: str, results: Path, *, on_progress: Callable[[BatchSnapshot], None] | None = None
+    ) -> BatchSnapshot:
+        """Wait for a batch and write its results. Raises ClientError if its file was refused."""
+        patience = Patience()
+        while True:
+            try:
+                batch = BatchSnapshot.of(self._ask("GET", f"/v1/batches/{batch_id}"))
+                patience.succeeded()
+            except ClientError as exc:
+                time.sleep(patience.delay_after(exc))
+                continue
+            if on_progress is not None:
+                on_progress(batch)
+            if not_refused(batch).has_ended:
+                break
+            time.sleep(BATCH_POLL_SECONDS)
+        with results.open("wb") as file:
+            for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
+                with self._http.stream("GET", f"/v1/files/{file_id}/content") as response:
+                    if response.is_error:
+                        response.read()
+                        raise error_of(response)
+                    for chunk in response.iter_bytes():
+                        file.write(chunk)
+        return batch
+
+    # The installation
+
+    def default_model(self) -> str:
+        """The id of the model that is used if none is named. Asked for once."""
+        if self._default_model is None:
+            self._default_model = str(self._ask("GET", "/v1/models")["data"][0]["id"])
+        return self._default_model
+
+    def health(self) -> dict[str, Any]:
+        """The body of /health, whatever the status code."""
+        try:
+            return dict(self._http.get("/health", timeout=CONNECT_SECONDS).json())
+        except (httpx.HTTPError, ValueError) as exc:
+            raise self._unreachable(exc) from exc
+
+    def _submit_patiently(self, prompt: Prompt, key: str, fields: dict[str, Any]) -> JobSnapshot:
+        patience = Patience(seconds=float("inf"))
+        while True:
+            try:
+                return self.submit(prompt, idempotency_key=key, **fields)
+            except ClientError as exc:
+                time.sleep(patience.delay_after(exc))
+
+    def _connect(self, resumption: Resumption) -> Iterator[StreamEvent]:
+        parser = EventParser()
+        with self._http.stream("GET", resumption.path, params=resumption.params, timeout=STREAM_TIMEOUT) as response:
+            if response.is_error:
+                response.read()
+                raise error_of(response)
+            self._has_answered = True
+            resumption.connected(response.status_code)
+            for line in response.iter_lines():
+                if event := parser.feed(line):
+                    yield resumption.saw(event)
+
+    def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.HTTPError as exc:
+            raise self._unreachable(exc) from exc
+        self._has_answered = True
+        if response.is_error:
+            raise error_of(response)
+        try:
+            return dict(response.json())
+        except ValueError as exc:
+            raise self._unreachable(exc) from exc
+
+    def _unreachable(self, cause: Exception) -> ApiUnreachable:
+        return unreachable(self._http.base_url, cause, was_there=self._has_answered)
