@@ -75,7 +75,7 @@ bench: $(READY_TO_TEST) ## every speed figure, measured on this machine, beside 
 
 constraints: ## pin every dependency again, at today's versions
 	$(PYTHON) -m venv --clear $(VENV)/repin
-	$(VENV)/repin/bin/python -m pip --disable-pip-version-check --quiet install -e '.[worker,embedded,test]'
+	$(VENV)/repin/bin/python -m pip --disable-pip-version-check --quiet install -e '.[server,worker,embedded,test]'
 	(sed '/^[^#]/,$$d' constraints.txt; $(VENV)/repin/bin/python -m pip freeze --exclude-editable | sed '/^#/d; s/+.*//') > constraints.new
 	mv constraints.new constraints.txt
 	rm -r $(VENV)/repin
@@ -84,11 +84,11 @@ clean: ## remove .venv and caches; the jobs in .celeriac stay
 	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(READY_TO_RUN):
-	@$(MAKE) --no-print-directory install EXTRAS=worker,embedded
+	@$(MAKE) --no-print-directory install EXTRAS=server,worker,embedded
 	@touch $@
 
 $(READY_TO_TEST):
-	@$(MAKE) --no-print-directory install EXTRAS=worker,embedded,test
+	@$(MAKE) --no-print-directory install EXTRAS=server,worker,embedded,test
 	@# An SDK from before, for the tests. What it stands on is here but for distro.
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/openai-1 $(OLD_OPENAI)
 	@touch $@ $(READY_TO_RUN)

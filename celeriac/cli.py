@@ -42,6 +42,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.ClickException:
+            raise
         except Exception as exc:
             from celeriac.terminal import explain
 

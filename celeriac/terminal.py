@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -374,6 +375,12 @@ def explain(exc: Exception) -> str | None:
     """The message of an expected error in one line; None if the error is a bug."""
     if isinstance(exc, ClientError):
         return str(exc)
+    with suppress(ModuleNotFoundError):  # where only the client is installed, there are no others
+        return _explain_server_error(exc)
+    return None
+
+
+def _explain_server_error(exc: Exception) -> str | None:
     # Imported here, since only failed commands need them.
     from pydantic import ValidationError
     from sqlalchemy.exc import OperationalError

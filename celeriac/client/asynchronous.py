@@ -20,7 +20,7 @@ from celeriac.client.protocol import (
     Patience,
     Prompt,
     Resumption,
-    Waiting,
+    WaitForEnd,
     endpoint_of,
     http_options,
     job_fields,
@@ -93,7 +93,7 @@ class AsyncClient:
         on_queue_update: Callable[[QueueUpdate], None] | None = None,
     ) -> JobSnapshot:
         """The job as it ended, whether or not it was completed. Raises TimeoutError; the job goes on."""
-        waiting = Waiting(job_id, timeout, on_queue_update)
+        waiting = WaitForEnd(job_id, timeout, on_queue_update)
         while True:
             try:
                 job = await self.get(job_id, wait_seconds=waiting.poll_seconds)

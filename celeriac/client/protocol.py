@@ -154,7 +154,7 @@ class Resumption:
         return self.patience.delay_after(failure or cut)
 
 
-class Waiting:
+class WaitForEnd:
     """The state of a wait for a job's end by long polls."""
 
     def __init__(

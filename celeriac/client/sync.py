@@ -20,7 +20,7 @@ from celeriac.client.protocol import (
     Patience,
     Prompt,
     Resumption,
-    Waiting,
+    WaitForEnd,
     endpoint_of,
     http_options,
     job_fields,
@@ -103,7 +103,7 @@ class Client:
     ) -> JobSnapshot:
         """The job as it ended, whether or not it was completed. Raises TimeoutError after `timeout` seconds; the job
         goes on. `on_queue_update` is called whenever its place in the queue changes, and when it starts."""
-        waiting = Waiting(job_id, timeout, on_queue_update)
+        waiting = WaitForEnd(job_id, timeout, on_queue_update)
         while True:
             try:
                 job = self.get(job_id, wait_seconds=waiting.poll_seconds)

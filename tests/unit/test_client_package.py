@@ -1,0 +1,70 @@
+"""The wheel: the client and its commands work where nothing else of this tree is installed."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from settings import ROOT
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel holds."""
+    folder = tmp_path_factory.mktemp("site")
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    for package in packages:
+        place = folder / package.replace(".", "/")
+        place.mkdir()
+        for file in (ROOT / package.replace(".", "/")).glob("*.py"):
+            shutil.copy(file, place)
+    return folder
+
+
+def run(installed: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Without the tree, which an editable installation adds to the path."""
+    without = f"import sys; sys.path[:] = [path for path in sys.path if path not in ('', {str(ROOT)!r})]; "
+    begin = f"sys.path.insert(0, {str(installed)!r}); sys.argv[0] = 'celeriac'; "
+    environment = {"PATH": "/usr/bin:/bin"}
+    return subprocess.run(
+        [sys.executable, "-c", without + begin + code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=installed,
+        env=environment,
+        check=False,
+    )
+
+
+CLI = "from celeriac.cli import main; main()"
+
+
+def test_the_client_needs_nothing_of_the_server(installed: Path) -> None:
+    code = "import celeriac.client; print(*sorted(name.partition('.')[0] for name in sys.modules))"
+    done = run(installed, code)
+    assert done.returncode == 0, done.stderr
+    ours = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} - {"celeriac"}
+    loaded = set(done.stdout.split())
+    assert "domain" in ours
+    assert not loaded & (ours | {"settings", "pydantic", "celery", "fastapi"})
+
+
+def test_only_the_commands_of_the_client_are_offered(installed: Path) -> None:
+    shown = run(installed, CLI, "--help").stdout
+    assert "submit" in shown
+    assert "migrate" not in shown
+    refused = run(installed, CLI, "migrate")
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        "Error: `celeriac migrate` needs the server, but only the client is installed here; run it in a checkout\n"
+    )
+
+
+def test_its_commands_name_the_api_and_the_remedy(installed: Path) -> None:
+    assert "CELERIAC_API_URL" in run(installed, CLI, "submit", "Hello!").stderr
+    refused = run(installed, CLI, "jobs", "--url", "http://127.0.0.1:9")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("Error: no answer from the API at http://127.0.0.1:9: Connection refused")
