@@ -265,8 +265,8 @@ def _not_found(job_id: str) -> JobNotFound:
 async def view_after_submit(services: Services, tenant_id: UUID, submitted: Submitted, *, is_waited: bool) -> JobView:
     """The view of a new job is built without a query. If the request waited, or the job existed before, it is read."""
     if submitted.is_new and not is_waited:
-        queue = services.monitor.joining(submitted.new_job.request.model)
-        services.monitor.accepted(submitted.new_job.request.model)
+        queue = services.monitor.joining(submitted.new_job.request.model_id)
+        services.monitor.accepted(submitted.new_job.request.model_id)
         return new_job_view(submitted.new_job, submitted.created_at, queue)
     record = await find_job(services, external_id(submitted.job_id), tenant_id)
     return await _view(services, record)

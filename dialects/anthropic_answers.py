@@ -110,7 +110,7 @@ def from_result(record: JobRecord, request: GenerationRequest, body: MessagesBod
     parser = parser_of(request, format)
     pieces = parser.push(choice.text) + parser.finish(is_cut=choice.finish_reason is not FinishReason.STOP)
     return {
-        **_head(record.job.id, record.job.model),
+        **_head(record.job.id, record.job.model_name),
         "content": _content(record.job.id, pieces, body),
         "stop_reason": _stop_reason(choice, parser, body),
         "stop_sequence": choice.stop_string,
@@ -134,7 +134,7 @@ class MessageStream:
     def begin(self) -> Iterable[Mapping[str, object]]:
         usage = Usage(prompt_tokens=self._job.num_prompt_tokens)
         message: Mapping[str, object] = {
-            **_head(self._job.job_id, self._job.model),
+            **_head(self._job.job_id, self._job.model_name),
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,

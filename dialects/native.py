@@ -274,7 +274,7 @@ def job_view(record: JobRecord, queue: QueueView | None = None) -> JobView:
         "object": "job",
         "kind": job.kind,
         "status": job.status,
-        "model": job.model,
+        "model": job.model_name,
         "created_at": timestamp(job.created_at),
         "started_at": optional_timestamp(job.started_at),
         "first_token_at": optional_timestamp(job.first_token_at),

@@ -392,7 +392,7 @@ def embeddings_from_result(record: JobRecord, body: EmbeddingBody) -> EmbeddingL
             {"object": "embedding", "index": index, "embedding": vector if is_base64 else _numbers(vector)}
             for index, vector in enumerate(record.result.embeddings)
         ],
-        "model": record.job.model,
+        "model": record.job.model_name,
         "usage": {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens},
     }
 

@@ -382,7 +382,7 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
         "max_output_tokens": None if body.max_output_tokens == NO_BOUND else body.max_output_tokens,
         "max_tool_calls": body.max_tool_calls,
         "metadata": job.job_metadata,
-        "model": job.model,
+        "model": job.model_name,
         "output": cast(list[OutputItemView], output.items),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id,

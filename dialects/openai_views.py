@@ -81,6 +81,7 @@ class ModelCardView(View):
         bool | None, Field(description="Whether a worker is ready for its jobs; null while this is not known.")
     ]
     unavailable: Annotated[str | None, Field(description="Why the model does not accept jobs; null if it does.")]
+    parent: Annotated[str | None, Field(description="The model that a LoRA adapter belongs to; null for a model.")]
 
 
 class ModelListView(View):
@@ -216,7 +217,7 @@ class AnsweredJob(Protocol):
     """What every answer needs to know about its job. Both `Job`, the row, and `Run`, a request in progress, have it."""
 
     @property
-    def model(self) -> str: ...
+    def model_name(self) -> str: ...
     @property
     def model_revision(self) -> str: ...
     @property
@@ -270,7 +271,7 @@ def answer_head(job_id: UUID, prefix: str, job: AnsweredJob, service_tier: str |
     return {
         "id": external_id(job_id, prefix),
         "created": int(job.created_at.timestamp()),
-        "model": job.model,
+        "model": job.model_name,
         "service_tier": tier_of(service_tier, job.priority),
         "system_fingerprint": f"fp_{job.model_revision[:16]}",
     }

@@ -5,12 +5,13 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 from domain.errors import ModelNotFound, ModelUnavailable
 from domain.jobs import Frozen
+from domain.model_names import model_name, parse_model_name
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,13 @@ class LlamaCppOptions(Frozen):
     n_ubatch: int = Field(default=512, ge=16)  # tokens computed at once
     repack: bool = False  # lay weights out for the CPU's matrix instructions, which not every virtual machine runs
     cache_type: Literal["f32", "f16", "q8_0", "q4_0"] = "f16"  # of keys and values
+
+
+MAX_ADAPTERS = 64
+
+AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+AdapterPath = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 
 
 class ModelEntry(Frozen):
@@ -50,6 +58,7 @@ class ModelEntry(Frozen):
     chat_template: str | None = None  # the name of one, if the model has several
     special_tokens_in_content: bool = False  # whether to recognise them in clients' texts, too
     trust_remote_code: bool = False
+    adapters: dict[AdapterName, AdapterPath] = Field(default_factory=dict, max_length=MAX_ADAPTERS)  # LoRA, by name
     llama_cpp: LlamaCppOptions = LlamaCppOptions()
     fake: dict[str, float | int | str | bool] = Field(default_factory=dict)  # options of the fake back end
 
@@ -58,6 +67,11 @@ class ModelEntry(Frozen):
         """Whether the model can make embeddings. Generation models can, too, if their back end exposes hidden
         states."""
         return self.backend in ("transformers", "fake")
+
+    @property
+    def names(self) -> list[str]:
+        """What requests may ask for: the model itself, and the model with each of its adapters."""
+        return [model_name(self.id, adapter) for adapter in (None, *self.adapters)]
 
     @property
     def queue(self) -> str:
@@ -142,18 +156,21 @@ class Catalog:
         log.info("models.toml has changed and was read again", extra={"models": list(self._content.entry_by_id)})
         return True
 
-    def get(self, model_id: str) -> ModelEntry:
-        """The entry of a model. Raises ModelNotFound, which lists the models, or ModelUnavailable, which says why."""
+    def get(self, name: str) -> ModelEntry:
+        """The entry of a model, also for the name of one of its adapters. Raises ModelNotFound, which lists the names,
+        or ModelUnavailable, which says why."""
         content = self._content
+        model_id = parse_model_name(name).id
         reason = self.unavailable.get(model_id)
         if reason is not None:
             raise ModelUnavailable(
                 f"model {model_id!r} is unavailable: {reason}", param="model", retry_after_seconds=RETRY_SECONDS
             )
         entry = content.entry_by_id.get(model_id)
-        if entry is None:
-            known = ", ".join(sorted(content.entry_by_id))
-            raise ModelNotFound(f"model {model_id[:128]!r} is not served here; choose one of: {known}", param="model")
+        if entry is None or name not in entry.names:
+            near = content.entry_by_id.values() if entry is None else [entry]
+            known = ", ".join(sorted(known for other in near for known in other.names))
+            raise ModelNotFound(f"model {name[:200]!r} is not served here; choose one of: {known}", param="model")
         return entry
 
     def entry_of(self, model_id: str) -> ModelEntry:
@@ -291,7 +308,9 @@ def _with_former_entries(new: _Content, old: _Content) -> _Content:
 
 def _with_absolute_paths(entry: ModelEntry, base: Path) -> ModelEntry:
     place = base / Path(entry.path).expanduser()
-    paths = {"path": str(place.resolve())} if place.exists() else {}
+    paths: dict[str, Any] = {"path": str(place.resolve())} if place.exists() else {}
+    if entry.adapters:
+        paths["adapters"] = {name: str((base / Path(p).expanduser()).resolve()) for name, p in entry.adapters.items()}
     if entry.python is not None:
         paths["python"] = str(base.absolute() / Path(entry.python).expanduser())  # a link tells which environment it is
     return entry.model_copy(update=paths)

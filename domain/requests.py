@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Ta
 
 from domain.errors import InvalidRequest
 from domain.jobs import Endpoint, FinishReason, Frozen, JobKind, JobStatus, Usage
+from domain.model_names import parse_model_name
 from domain.structured_output import MAX_TOOLS, StructuredOutput, ToolCall, ToolDefinition
 from domain.webhooks import TELLABLE_STATUSES
 
@@ -205,6 +206,14 @@ class GenerationRequest(Frozen):
         return self
 
     @property
+    def model_id(self) -> str:
+        return parse_model_name(self.model).id
+
+    @property
+    def adapter(self) -> str | None:
+        return parse_model_name(self.model).adapter
+
+    @property
     def source(self) -> str:
         """The name of the field that has the input."""
         fields = {"prompt": self.prompt, "messages": self.messages, "prompt_token_ids": self.prompt_token_ids}
@@ -286,6 +295,14 @@ class EmbeddingRequest(Frozen):
         if self.num_chars > MAX_PROMPT_CHARS:
             raise ValueError(f"inputs have {self.num_chars} characters, more than {MAX_PROMPT_CHARS}; send fewer")
         return self
+
+    @property
+    def model_id(self) -> str:
+        return parse_model_name(self.model).id
+
+    @property
+    def adapter(self) -> str | None:
+        return parse_model_name(self.model).adapter
 
     @property
     def num_chars(self) -> int:

@@ -161,6 +161,7 @@ class RunningJob:
             num_emitted_chars=[sum(map(len, sequence.text)) for sequence in self.sequences],
             finished_indexes=[i for i, sequence in enumerate(self.sequences) if sequence.finish_reason],
             has_prompt_logprobs=self._prompt_logprobs is not None,
+            adapter=claimed.request.adapter,
         )
 
     def hear(self, index: int, now: float) -> float | None:

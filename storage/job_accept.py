@@ -143,7 +143,8 @@ def of_new_jobs(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
     return {
         "ids": [job.id for job in new_jobs],
         "tenant_ids": [job.tenant_id for job in new_jobs],
-        "models": [job.request.model for job in new_jobs],
+        "models": [job.request.model_id for job in new_jobs],
+        "adapters": [job.request.adapter for job in new_jobs],
         "model_revisions": [job.model_revision for job in new_jobs],
         "priorities": [job.priority for job in new_jobs],
         "idempotency_keys": [job.idempotency_key for job in new_jobs],

@@ -17,6 +17,7 @@ from sqlalchemy import ColumnElement, Row, Select, Text, bindparam, case, cast, 
 from sqlalchemy.orm import Session
 
 from domain.jobs import MIN_PRIORITY, Endpoint, JobStatus, Lane, WaitingJob
+from domain.model_names import parse_model_name
 from domain.requests import JobOutput, JobRequest, TokenChunk
 from storage.job_statements import BEGUN, CLOCK, LIFTED, RANK
 from storage.tables import Job, JobAttempt, JobChunk, JobPayload, JobResult, Worker
@@ -173,6 +174,12 @@ def _get_statement(with_request: bool, with_result: bool) -> Select[Job, Any, An
     return statement.execution_options(populate_existing=True)
 
 
+def _is_of(name: str) -> list[ColumnElement[bool]]:
+    """Of a model, with any of its adapters or none; or of one adapter, if it is named."""
+    model_id, adapter = parse_model_name(name)
+    return [Job.model == model_id] + ([] if adapter is None else [Job.adapter == adapter])
+
+
 def list_jobs(
     session: Session,
     tenant_id: UUID,
@@ -190,7 +197,7 @@ def list_jobs(
     if status is not None:
         statement = statement.where(Job.status == status)
     if model is not None:
-        statement = statement.where(Job.model == model)
+        statement = statement.where(*_is_of(model))
     if created_after is not None:
         statement = statement.where(Job.created_at > created_after)
     for key, value in (metadata or {}).items():
@@ -383,7 +390,7 @@ def list_stored(
         .where(Job.status == JobStatus.COMPLETED)
     )
     if model is not None:
-        statement = statement.where(Job.model == model)
+        statement = statement.where(*_is_of(model))
     for key, value in metadata.items():
         statement = statement.where(has_metadata(key, value))
     if after is not None:

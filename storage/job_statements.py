@@ -68,7 +68,8 @@ CORRECTION = "CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens + j.num_committed
 ACCEPT = text(f"""
 WITH new AS MATERIALIZED (
     SELECT * FROM unnest(
-        CAST(:ids AS uuid[]), CAST(:tenant_ids AS uuid[]), CAST(:models AS text[]), CAST(:model_revisions AS text[]),
+        CAST(:ids AS uuid[]), CAST(:tenant_ids AS uuid[]), CAST(:models AS text[]), CAST(:adapters AS text[]),
+        CAST(:model_revisions AS text[]),
         CAST(:priorities AS smallint[]), CAST(:idempotency_keys AS text[]), CAST(:request_hashes AS bytea[]),
         CAST(:max_failures AS int[]), CAST(:start_timeouts AS float8[]), CAST(:deadlines AS timestamptz[]),
         CAST(:run_timeouts AS float8[]), CAST(:num_prompt_tokens AS int[]), CAST(:max_tokens AS int[]),
@@ -79,11 +80,10 @@ WITH new AS MATERIALIZED (
         CAST(:endpoint_bodies AS text[]), CAST(:kinds AS text[]), CAST(:input_lengths AS text[]),
         CAST(:request_ids AS text[])
     ) WITH ORDINALITY AS n(
-        id, tenant_id, model, model_revision, priority, idempotency_key, request_hash, max_failures, start_timeout,
-        deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata, result_ttl_seconds,
-        request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint, lane, retry_of,
-        endpoint_body,
-        kind, input_lengths, request_id, place)
+        id, tenant_id, model, adapter, model_revision, priority, idempotency_key, request_hash, max_failures,
+        start_timeout, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata,
+        result_ttl_seconds, request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint,
+        lane, retry_of, endpoint_body, kind, input_lengths, request_id, place)
 ),
 load AS MATERIALIZED (
     SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS max_queued,
@@ -101,12 +101,12 @@ fresh AS (
           AND p.fingerprint = new.fingerprint AND p.created_at > {CLOCK} - interval '1 day'))
 ),
 inserted AS (
-    INSERT INTO jobs (id, tenant_id, model, model_revision, lane, retry_of, priority, idempotency_key, request_hash,
-        max_failures, start_deadline_at, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost,
-        metadata, result_ttl_seconds, webhook_url, webhook_statuses, endpoint, is_stored, kind,
+    INSERT INTO jobs (id, tenant_id, model, adapter, model_revision, lane, retry_of, priority, idempotency_key,
+        request_hash, max_failures, start_deadline_at, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
+        seed, cost, metadata, result_ttl_seconds, webhook_url, webhook_statuses, endpoint, is_stored, kind,
         available_at, dispatch_at, created_at)
-    SELECT id, tenant_id, model, model_revision, CASE WHEN is_quarantined THEN 'isolated' ELSE lane END, retry_of,
-        priority, idempotency_key, request_hash, max_failures,
+    SELECT id, tenant_id, model, adapter, model_revision, CASE WHEN is_quarantined THEN 'isolated' ELSE lane END,
+        retry_of, priority, idempotency_key, request_hash, max_failures,
         {CLOCK} + make_interval(secs => start_timeout), deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
         seed, cost, metadata::json, result_ttl_seconds, webhook_url, webhook_statuses::text[], endpoint, is_stored,
         kind,

@@ -32,6 +32,7 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from domain.jobs import AttemptOutcome, Endpoint, FinishReason, JobError, JobKind, JobStatus, Lane, WorkerState
+from domain.model_names import model_name
 from domain.requests import REQUEST, RESULT, JobOutput, JobRequest, TokenChunk
 
 
@@ -200,6 +201,7 @@ class Job(Row):
     id: Mapped[UUID] = mapped_column(primary_key=True)  # a ULID drawn by the API before the insert
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
     model: Mapped[str]
+    adapter: Mapped[str | None]  # a LoRA adapter of the model
     model_revision: Mapped[str]  # of the files that generate its output; until the first claim, of the API's files
     endpoint: Mapped[Endpoint] = mapped_column(server_default="jobs")
     is_stored: Mapped[bool] = mapped_column(server_default="false")  # requested with store=true: listed on its route
@@ -245,6 +247,11 @@ class Job(Row):
     progressed_at: Mapped[datetime | None]  # the newest claim or chunk; leases may be renewed without progress
     num_tokens_at_claim: Mapped[int] = mapped_column(server_default="0")  # committed before the newest claim
     retry_of: Mapped[UUID | None]  # the ended job that this one repeats, which may have been pruned
+
+    @property
+    def model_name(self) -> str:
+        """By which the request asked for it."""
+        return model_name(self.model, self.adapter)
 
 
 class JobPayload(Row):

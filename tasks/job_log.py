@@ -59,8 +59,8 @@ def submitted(model: str, outcome: str) -> None:
 
 def accepted(new_job: NewJob) -> None:
     request = new_job.request
-    submitted(request.model, AcceptOutcome.ACCEPTED.value)
-    labelled(submitted_prompt_tokens_total, request.model).inc(len(new_job.prompt_token_ids))
+    submitted(request.model_id, AcceptOutcome.ACCEPTED.value)
+    labelled(submitted_prompt_tokens_total, request.model_id).inc(len(new_job.prompt_token_ids))
     facts = {"model": request.model, "kind": request.kind, "prompt_tokens": len(new_job.prompt_token_ids)}
     _log("accepted", new_job.id, new_job.request_id, facts | {"max_tokens": new_job.max_tokens})
 
@@ -68,20 +68,20 @@ def accepted(new_job: NewJob) -> None:
 def claimed(jobs: Iterable[ClaimedJob], worker: str) -> None:
     for job in jobs:
         if job.attempt == 1:
-            labelled(jobs_queue_seconds, job.request.model).observe(job.seconds_since_accept)
+            labelled(jobs_queue_seconds, job.request.model_id).observe(job.seconds_since_accept)
         facts = {"worker": worker, "attempt": job.attempt, "model": job.request.model, "lane": job.lane.value}
         _log("claimed", job.id, job.request_id, facts | {"tokens": job.num_committed_tokens})
 
 
 def first_token(job: ClaimedJob, *, seconds: float) -> None:
     """The first token was committed, `seconds` after the claim."""
-    labelled(time_to_first_token_seconds, job.request.model).observe(job.seconds_since_accept + seconds)
+    labelled(time_to_first_token_seconds, job.request.model_id).observe(job.seconds_since_accept + seconds)
     _log("first token", job.id, job.request_id, {"attempt": job.attempt, "seconds": round(seconds, 3)})
 
 
 def ended(job: ClaimedJob, ending: Finalisation, *, num_tokens: int, seconds: float) -> None:
     """The worker that had claimed the job finished it, `seconds` after the claim."""
-    model = job.request.model
+    model = job.request.model_id
     _count_end(model, ending.status, ending.finish_reason or FinishReason.STOP)
     if ending.status is JobStatus.COMPLETED:
         labelled(jobs_run_seconds, model).observe(job.seconds_since_start + seconds)

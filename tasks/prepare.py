@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from domain.errors import ContextLengthExceeded, InvalidRequest, ServerOverloaded, UnsupportedParameter
+from domain.model_names import model_name
 from domain.requests import (
     MAX_INPUT_TOKENS,
     MAX_NUMBERS,
@@ -57,7 +58,7 @@ def prepare_generation(request: GenerationRequest, view: ModelView, prompt_token
     assert resolved.max_tokens is not None
     assert resolved.seed is not None
     whole = GenerationRequest.model_construct(
-        model=view.spec.id,
+        model=model_name(view.spec.id, request.adapter),
         prompt=request.prompt,
         messages=request.messages,
         prompt_token_ids=request.prompt_token_ids,
@@ -182,6 +183,10 @@ def refuse_unembeddable(request: EmbeddingRequest, view: ModelView) -> None:
             f"{view.spec.id} cannot make embeddings, as its back end {view.spec.backend!r} does not expose hidden "
             "states; choose another model",
             param="model",
+        )
+    if request.adapter is not None:
+        raise UnsupportedParameter(
+            f"adapter {request.adapter!r} does not make embeddings; use model {view.spec.id!r}", param="model"
         )
     width = view.embedding_width
     if request.dimensions is not None and request.dimensions > width:

@@ -68,6 +68,7 @@ def fingerprint(model_revision: str, prompt_token_ids: Sequence[int], request: J
     if isinstance(request, EmbeddingRequest):
         asked += ["embedding", request.dimensions]
     else:
+        asked += [] if request.adapter is None else [request.adapter]
         asked += [request.params.model_dump(mode="json"), _schema_text(request.params)]
     return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
 
@@ -145,9 +146,9 @@ class Submitter:
         is_new = accepted.outcome is AcceptOutcome.ACCEPTED
         if is_new:
             job_log.accepted(new_job)
-            self._dispatch_soon(new_job.request.model)
+            self._dispatch_soon(new_job.request.model_id)
         else:
-            job_log.submitted(new_job.request.model, accepted.outcome.value)
+            job_log.submitted(new_job.request.model_id, accepted.outcome.value)
         return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job, accepted.room)
 
     async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:

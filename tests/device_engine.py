@@ -17,6 +17,7 @@ from gpu_worker.engine.cuda.runner import DeviceRunner
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.kv_cache import BlockPool
 from gpu_worker.engine.loading import eos_token_ids, vocab_size
+from gpu_worker.engine.lora import load_adapters
 from gpu_worker.engine.probe import probe_layers
 from gpu_worker.engine.scheduler import ModelLimits
 from tests.engine_driver import CPU, make_spec, tiny_model
@@ -57,6 +58,7 @@ def make_device_engine(
 ) -> Engine:
     model = model or tiny_model()
     spec = make_spec(**spec_changes)
+    adapters = load_adapters(spec, model)
     shapes = probe_layers(model, spec.max_model_len, CPU)
     register()
     model.set_attn_implementation(ATTENTION_NAME)
@@ -64,7 +66,7 @@ def make_device_engine(
     layers = [shape.allocate(num_blocks * BLOCK_SIZE, CPU) for shape in shapes]
     attention = attention or VarlenAttention(varlen_attn)
     limits = pass_limits(spec, model)
-    runner = DeviceRunner(model, layers, BLOCK_SIZE, CPU, attention, limits, runs_ahead=runs_ahead)
+    runner = DeviceRunner(model, layers, BLOCK_SIZE, CPU, attention, limits, adapters, runs_ahead=runs_ahead)
     with torch.inference_mode():
         sizes = batch_sizes(spec.max_num_seqs)
         runner.graphs.capture_all(runner.decode_pass, sizes, capture or ReplayedFunction(), lambda: True)
@@ -73,5 +75,5 @@ def make_device_engine(
         scheduler=make_scheduler(spec, BlockPool(num_blocks, BLOCK_SIZE), limits),
         runner=runner,
         tokenizer=byte_tokenizer(),
-        limits=ModelLimits(vocab_size(model), spec.max_model_len, eos_token_ids(model)),
+        limits=ModelLimits(vocab_size(model), spec.max_model_len, eos_token_ids(model), adapters.names),
     )

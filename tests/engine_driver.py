@@ -85,7 +85,7 @@ def make_another(engine: Engine, **spec_changes: Any) -> Engine:
 
 def _another_runner(runner: Any, spec: ModelSpec) -> tuple[ModelRunner, Scheduler]:
     if isinstance(runner, SequentialRunner):
-        return _sequential(spec, runner._model, CPU)
+        return _sequential(spec, runner._model, CPU, runner._adapters)
     assert spec.kv_cache_tokens is not None
     num_blocks = -(-spec.kv_cache_tokens // BLOCK_SIZE) + 1
     layers = [
@@ -98,7 +98,7 @@ def _another_runner(runner: Any, spec: ModelSpec) -> tuple[ModelRunner, Schedule
         max_num_batched_tokens=spec.max_num_batched_tokens,
         max_num_scored_tokens=max_num_scored_tokens(VOCAB_SIZE),
     )
-    return PagedRunner(runner._model, layers), scheduler
+    return PagedRunner(runner._model, layers, runner._adapters), scheduler
 
 
 def num_sequences(params: Mapping[str, object]) -> int:

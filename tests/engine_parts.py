@@ -33,6 +33,7 @@ def make_sequences(prompt: list[int], **changes: Any) -> list[Sequence]:
         "seed": 0,
         "priority": 0,
         "cache_salt": "",
+        "adapter": None,
         "arrival": 0,
         "max_model_len": 1000,
         "end_token_ids": frozenset({0}),

@@ -17,6 +17,7 @@ from typing import Any
 
 from domain.catalog import ModelEntry
 from local.engine_environments import missing_interpreter
+from text.adapters import adapters_revision, read_adapters
 
 #: How an embedding model pools many vectors into one, as in sentence-transformers.
 POOLING_FILES = ("modules.json", "1_Pooling/config.json")
@@ -97,13 +98,12 @@ def model_revision(spec: ModelEntry) -> str:
 
     For a local folder it is a hash: of the descriptive files as a whole, and of the weights' sizes and evenly spaced
     samples, so that retrained weights differ and a large model costs milliseconds. For a hub model it is the commit
-    that its revision names.
+    that its revision names. The content of its adapters follows, if it has any.
     """
     if spec.backend == "fake" and not Path(spec.path).is_dir():
         return f"fake:{spec.revision}"
-    if Path(spec.path).is_dir():
-        return _hash_folder(spec.path)
-    return model_folder(spec).name
+    own = _hash_folder(spec.path) if Path(spec.path).is_dir() else model_folder(spec).name
+    return own + adapters_revision(spec)
 
 
 @lru_cache(maxsize=64)
@@ -281,9 +281,10 @@ def refuse_unservable(entry: ModelEntry, folder: Path, config: Mapping[str, Any]
     has_weights = any(folder.glob("*.safetensors"))
     if (folder / "adapter_config.json").is_file() and not (config and (has_weights or not is_whole)):
         raise ValueError(
-            f"{entry.path} contains a LoRA adapter, which cannot be served by itself; merge it into its base model "
-            "with merge_and_unload(), and save the result"
+            f"{entry.path} contains a LoRA adapter, which cannot be served by itself; add it to `adapters` of its base "
+            "model's entry"
         )
+    read_adapters(entry)
     if entry.python is not None and not os.access(entry.python, os.X_OK):
         raise ValueError(missing_interpreter(entry.python))
     if entry.backend == "llama_cpp":

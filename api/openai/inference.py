@@ -53,6 +53,7 @@ from dialects.openai_views import (
 )
 from domain.errors import JobNotFound, ModelNotFound
 from domain.jobs import Endpoint, JobStatus, external_id, parse_id
+from domain.model_names import parse_model_name
 from domain.requests import ChatMessage, GenerationRequest
 from storage import job_queries, jobs
 from storage.job_queries import JobRecord
@@ -265,7 +266,8 @@ def _message_object(id_: str, message: ChatMessage) -> StoredMessageView:
 async def list_models(request: Request) -> Response:
     services, _ = caller_of(request)
     catalog = services.catalog
-    models = [_model_object(services, model) for model in dict.fromkeys([*catalog.ids, *catalog.unavailable])]
+    names = [name for entry in catalog for name in entry.names]
+    models = [_model_object(services, name) for name in dict.fromkeys([*names, *catalog.unavailable])]
     if "anthropic-version" in request.headers:
         return json_response(anthropic_page([model_object(model) for model in models], len(models)))
     return json_response({"object": "list", "data": models})
@@ -273,26 +275,28 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/v1/models/{model:path}", responses={200: {"model": ModelCardView | AnthropicModelView}})
 async def get_model(model: str, request: Request) -> Response:
-    """A slash in the model's name may be percent-encoded, as the SDKs do, or not."""
+    """A slash in the model's name may be percent-encoded, as the SDKs do, or not. `base:adapter` is an adapter."""
     services, _ = caller_of(request)
     if not model:
         raise HTTPException(404)
     if model not in services.catalog.unavailable:
-        model = services.catalog.get(model).id
+        services.catalog.get(model)
     card = _model_object(services, model)
     return json_response(model_object(card) if "anthropic-version" in request.headers else card)
 
 
-def _model_object(services: Services, model: str) -> ModelCardView:
+def _model_object(services: Services, name: str) -> ModelCardView:
+    model, adapter = parse_model_name(name)
     reason = services.catalog.unavailable.get(model)
     return {
-        "id": model,
+        "id": name,
         "object": "model",
         "created": _created(services),
         "owned_by": "celeriac",
         "max_model_len": services.views.get(model).max_model_len if reason is None else None,
         "loaded": _is_loaded(services, model) if reason is None else False,
         "unavailable": reason,
+        "parent": None if adapter is None else model,
     }
 
 

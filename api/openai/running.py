@@ -24,6 +24,7 @@ from dialects.native import WEEK_SECONDS
 from dialects.openai import PRIORITY_BY_SERVICE_TIER, spelling_of_params, with_body_names
 from domain.errors import CeleriacError, InvalidRequest, JobNotFound, NoWorkers, StorageUnavailable
 from domain.jobs import Endpoint, JobStatus, external_id
+from domain.model_names import parse_model_name
 from domain.requests import JobOptions, JobRequest
 from domain.webhooks import MAX_URL_BYTES, TELLABLE_STATUSES
 from observability import job_id_context
@@ -175,7 +176,7 @@ class Run:
     services: Services
     tenant_id: UUID
     job_id: UUID
-    model: str
+    model_name: str  # as in the request
     model_revision: str
     priority: int
     created_at: datetime
@@ -219,7 +220,7 @@ class Run:
         while True:
             await asyncio.sleep(UNSERVED_POLL_SECONDS)
             try:
-                _refuse_unserved(self.services, self.model)
+                _refuse_unserved(self.services, parse_model_name(self.model_name).id)
             except NoWorkers as refusal:
                 with suppress(StorageUnavailable, JobNotFound):
                     if (await self.read()).job.status is JobStatus.QUEUED:
@@ -258,7 +259,7 @@ async def start_all(request: Request, generations: Sequence[JobRequest], asked: 
         runs = [replace(run, is_retry_attached=True) for run in found]
     else:
         if not asked.is_stored:
-            _refuse_unserved(services, generations[0].model)
+            _refuse_unserved(services, generations[0].model_id)
         runs = await _submit_all(services, tenant_id, generations, all_options, asked, started)
     job_id_context.set(external_id(runs[0].job_id))
     on_disconnect = job_headers.on_disconnect or ("continue" if asked.is_stored else "cancel")
@@ -383,12 +384,12 @@ async def _submit(
     submitted = await services.submitter.submit(tenant_id, generation, options)
     if not submitted.is_new:
         return replace(await _found(services, tenant_id, submitted.job_id, started), is_replayed=True)
-    services.monitor.accepted(submitted.new_job.request.model)
+    services.monitor.accepted(submitted.new_job.request.model_id)
     return Run(
         services=services,
         tenant_id=tenant_id,
         job_id=submitted.job_id,
-        model=submitted.new_job.request.model,
+        model_name=submitted.new_job.request.model,
         model_revision=submitted.new_job.model_revision,
         priority=submitted.new_job.priority,
         created_at=submitted.created_at,
@@ -404,7 +405,7 @@ async def _found(services: Services, tenant_id: UUID, job_id: UUID, started: flo
         services=services,
         tenant_id=tenant_id,
         job_id=job_id,
-        model=job.model,
+        model_name=job.model_name,
         model_revision=job.model_revision,
         priority=job.priority,
         created_at=job.created_at,

@@ -22,6 +22,7 @@ from gpu_worker.engine.cpu.attention import (
 from gpu_worker.engine.cpu.runner import FusedLlama, can_fuse
 from gpu_worker.engine.cuda.attention import LayerCache
 from gpu_worker.engine.host_memory import lazy_zeros
+from gpu_worker.engine.lora import Adapters
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def _probe(model: Any, max_model_len: int, device: torch.device) -> list[LayerSh
 
 
 @torch.inference_mode()
-def fuse(model: Any, shapes: list[LayerShape], max_model_len: int, device: torch.device) -> Any:
+def fuse(model: Any, shapes: list[LayerShape], max_model_len: int, device: torch.device, adapters: Adapters) -> Any:
     """Return a fused version of the model if there is one and its logits agree, else the model. Call after
     `probe_layers`, whose result is `shapes`."""
     if not can_fuse(model):
@@ -128,7 +129,7 @@ def fuse(model: Any, shapes: list[LayerShape], max_model_len: int, device: torch
     token_ids = _token_ids(model, device)
     expected = _run_paged(model, shapes, token_ids, device)
     try:
-        fused = FusedLlama(model, [shape.window for shape in shapes], max_model_len)
+        fused = FusedLlama(model, [shape.window for shape in shapes], max_model_len, adapters)
         _compare(_run_paged(fused, shapes, token_ids, device), expected, shapes[0].dtype)
     except Exception as exc:
         # Some part of the model is not what the fused version expects; the model's own code can run it.

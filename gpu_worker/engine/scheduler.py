@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from domain.errors import ContextLengthExceeded, InvalidRequest
+from domain.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from domain.requests import SamplingParams
 from gpu_worker.engine.detokenizer import TextStream
 from gpu_worker.engine.kv_cache import BlockCopy, CachePool
@@ -258,6 +258,7 @@ class ModelLimits:
     vocab_size: int
     max_model_len: int
     eos_token_ids: frozenset[int]
+    adapters: frozenset[str] = frozenset()
 
 
 def make_engine_job(
@@ -279,7 +280,8 @@ def make_engine_job(
         max_tokens=command.max_tokens,
         seed=command.seed,
         priority=command.priority,
-        cache_salt=command.cache_salt,
+        cache_salt=command.cache_salt if command.adapter is None else f"{command.cache_salt}\0{command.adapter}",
+        adapter=command.adapter,
         arrival=arrival,
         max_model_len=limits.max_model_len,
         end_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else limits.eos_token_ids),
@@ -313,6 +315,11 @@ def _make_sequence(job: EngineJob, command: AddJob, tokenizer: Tokenizer, gramma
 
 
 def _check(command: AddJob, params: SamplingParams, limits: ModelLimits) -> None:
+    if command.adapter is not None and command.adapter not in limits.adapters:
+        raise ModelNotFound(
+            f"this worker has no adapter {command.adapter!r}; restart the workers after a change of adapters",
+            param="model",
+        )
     if not command.prompt_token_ids:
         raise InvalidRequest("the prompt has no tokens; give at least one", param="prompt")
     if len(command.prompt_token_ids) + min(1, command.max_tokens) > limits.max_model_len:

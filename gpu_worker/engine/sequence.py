@@ -119,6 +119,7 @@ class EngineJob:
     seed: int
     priority: int
     cache_salt: str
+    adapter: str | None  # the name of a LoRA adapter
     arrival: int  # the job's number in this engine; among jobs of equal priority, the lower one runs first
     max_model_len: int
     end_token_ids: frozenset[int]  # end-of-sequence tokens (unless ignored) and the job's stop tokens

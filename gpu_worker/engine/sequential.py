@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engine.kv_cache import BlockCopy
+from gpu_worker.engine.lora import Adapters
 from gpu_worker.engine.sampling import Drawn, results_of, score_row
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
@@ -32,8 +33,9 @@ class SequentialRunner(TorchAtOnce):
     """Runs any causal language model of transformers correctly, one sequence at a time, with the inputs that generate()
     gives it. Prompts are not chunked, shared or forked: the scheduler is told so."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, adapters: Adapters) -> None:
         self._model = model
+        self._adapters = adapters
         self._device = device
         self._state_by_sequence: dict[Sequence, SequenceState] = {}
 
@@ -51,7 +53,8 @@ class SequentialRunner(TorchAtOnce):
         scores: list[tuple[Drawn, ...]] = []
         ends: list[Tensor] = []
         for row in rows:
-            logits = self._forward(row.sequence)
+            with self._adapters.applied_alone(row.sequence.job.adapter):
+                logits = self._forward(row.sequence)
             scores.append(
                 score_row(logits[: row.num_scored_tokens], row, score_tokens) if row.num_scored_tokens else ()
             )

@@ -13,6 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobKind, JobStatus
+from domain.model_names import model_name
 from domain.requests import EmbeddingRequest, GenerationRequest, GenerationResult, JobOutput, SamplingParams, TokenChunk
 from gpu_worker.engine.backends.fake import fake_text
 from gpu_worker.quarantine import SHIPPED_RULES, QuarantineRules
@@ -25,6 +26,7 @@ from tests.waiting import SECONDS, wait_until
 
 MODEL = "test-model"
 PROMPT = [5, 6, 7]
+ADAPTERS = '{ poems = "poems", prose = "prose" }'
 
 
 class RecordingRunner:
@@ -93,7 +95,8 @@ class Rig:
     def write_catalog(self, *, max_num_seqs: int = 8, **knobs: object) -> None:
         """The model of runners started from now on; `knobs` are the fake back end's."""
         lines = ["[[models]]", f'id = "{MODEL}"', 'path = "none"', 'backend = "fake"']
-        lines += [f"max_model_len = {self._context_length}", f"max_num_seqs = {max_num_seqs}", "[models.fake]"]
+        lines += [f"max_model_len = {self._context_length}", f"max_num_seqs = {max_num_seqs}"]
+        lines += [f"adapters = {ADAPTERS}", "[models.fake]"]
         lines += [f"{name} = {json.dumps(value)}" for name, value in ({"step_seconds": 0.005} | knobs).items()]
         self.settings.models_file.write_text("\n".join(lines))
 
@@ -114,14 +117,22 @@ class Rig:
 
     # Jobs
 
-    def add_job(self, *, max_tokens: int = 20, params: SamplingParams | None = None, **columns: Any) -> UUID:
+    def add_job(
+        self,
+        *,
+        max_tokens: int = 20,
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        **columns: Any,
+    ) -> UUID:
         params = params or SamplingParams(temperature=0.0)
-        request = GenerationRequest(model=MODEL, prompt="x", params=params)
+        request = GenerationRequest(model=model_name(MODEL, adapter), prompt="x", params=params)
         job: Job = self._make_job(
             request=request,
             prompt_token_ids=PROMPT,
             max_tokens=max_tokens,
             model=MODEL,
+            adapter=adapter,
             model_revision="fake:main",
             **columns,
         )
@@ -180,7 +191,7 @@ class Rig:
         for choice in result.choices:
             own = [chunk for chunk in chunks if chunk.index == choice.index]
             assert "".join(chunk.text for chunk in own) == choice.text
-            assert choice.text == fake_text(PROMPT, job.seed, choice.index, job.max_tokens)
+            assert choice.text == fake_text(PROMPT, job.seed, choice.index, job.max_tokens, adapter=job.adapter)
             assert sum(len(chunk.token_ids) for chunk in own) == choice.num_tokens == job.max_tokens
             assert [bool(chunk.finish_reason) for chunk in own] == [False] * (len(own) - 1) + [True]
 

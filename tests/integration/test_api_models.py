@@ -110,3 +110,49 @@ def test_a_text_that_spells_a_token_beyond_the_vocabulary_is_a_400_on_every_rout
             assert (answer.status_code, error["code"]) == (400, "invalid_value"), path
             assert "<image_soft_token>" in error["message"]
             assert error["param"] in ("prompt", "messages", "input", "input.0"), path
+
+
+class TestAdapters:
+    """`base:adapter` on every route, with a back end that has adapters by name."""
+
+    @pytest.fixture
+    def http(self, api_settings: Settings, tmp_path: Path) -> Iterator[httpx.Client]:
+        file = tmp_path / "models.toml"
+        file.write_text(FAKE.format("fake") + 'adapters = { poems = "poems", prose = "prose" }\n')
+        with ApiServer(api_settings, Catalog.load(file)) as server, server.client() as client:
+            yield client
+
+    def test_they_are_listed_with_their_model(self, http: httpx.Client) -> None:
+        models = http.get("/v1/models").json()["data"]
+        assert {model["id"]: model["parent"] for model in models} == {
+            "fake": None,
+            "fake:poems": "fake",
+            "fake:prose": "fake",
+        }
+        card = http.get("/v1/models/fake:poems").json()
+        assert (card["id"], card["parent"], card["max_model_len"]) == ("fake:poems", "fake", 64)
+
+    def test_an_unknown_one_is_a_404_that_names_those_there_are(self, http: httpx.Client) -> None:
+        answers = post_everywhere(http, "fake:verse", "hello") | {"card": http.get("/v1/models/fake:verse")}
+        for path, answer in answers.items():
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (404, "model_not_found"), path
+            assert error["message"].endswith("choose one of: fake, fake:poems, fake:prose")
+
+    def test_its_jobs_go_to_the_models_queue_and_keep_its_name(
+        self, http: httpx.Client, hand_worker: HandWorker
+    ) -> None:
+        job = post_job(http, model="fake:poems")
+        assert job["model"] == "fake:poems"
+        other = post_job(http, model="fake:prose")
+        claimed = hand_worker.claim(job["id"])
+        assert (claimed.request.model_id, claimed.request.adapter) == ("fake", "poems")
+        assert http.get(f"/v1/jobs/{job['id']}").json()["model"] == "fake:poems"
+        for name, ids in (("fake", {job["id"], other["id"]}), ("fake:poems", {job["id"]}), ("fake:verse", set())):
+            assert {one["id"] for one in http.get("/v1/jobs", params={"model": name}).json()["data"]} == ids
+        assert list(http.get("/health").json()["models"]) == ["fake"]
+
+    def test_it_makes_no_embeddings(self, http: httpx.Client) -> None:
+        answer = http.post("/v1/embeddings", json={"model": "fake:poems", "input": "hello"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+        assert "does not make embeddings; use model 'fake'" in answer.json()["error"]["message"]

@@ -70,6 +70,33 @@ def test_jobs_of_a_killed_engine_go_on_where_their_chunks_end(rig: Rig) -> None:
         assert set(rig.attempts_of_chunks(job_id)) == {1, 2}
 
 
+def test_jobs_of_a_killed_engine_keep_their_adapters(rig: Rig) -> None:
+    adapters = ["poems", None, "prose"]
+    job_ids = [rig.add_job(adapter=adapter, max_tokens=200) for adapter in adapters]
+    worker = rig.start()
+    worker.offer(job_ids)
+    rig.wait_for_tokens(job_ids, at_least=20)
+    worker.signal_engine(signal.SIGKILL)
+    worker.wait_for(RunnerEventKind.RELEASED, job_ids)
+    worker.offer(job_ids)
+    wait_until_all_completed(rig, job_ids)
+    for job_id, adapter in zip(job_ids, adapters, strict=True):
+        assert (rig.job(job_id).attempt, rig.job(job_id).adapter) == (2, adapter)
+        rig.assert_intact(job_id)
+    assert len({rig.result(job_id).choices[0].text for job_id in job_ids}) == 3
+
+
+def test_a_job_for_an_adapter_that_its_worker_does_not_have_fails_alone(rig: Rig) -> None:
+    job_ids = [rig.add_job(adapter="verse"), rig.add_job()]
+    worker = rig.start()
+    worker.offer(job_ids)
+    worker.wait_for(RunnerEventKind.ENDED, job_ids)
+    error = rig.job(job_ids[0]).error
+    assert error is not None
+    assert (error.code, "no adapter 'verse'" in error.message) == ("model_not_found", True)
+    rig.assert_intact(job_ids[1])
+
+
 def test_a_silent_engine_is_killed_and_its_jobs_go_on(rig: Rig) -> None:
     job_ids = rig.add_jobs(4, max_tokens=150)
     worker = rig.start(engine_heartbeat_seconds=0.3)

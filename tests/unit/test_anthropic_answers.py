@@ -36,7 +36,7 @@ def body_of(**fields: Any) -> MessagesBody:
 
 
 def record_of(text: str, *, priority: int = 0, **fields: Any) -> JobRecord:
-    job = SimpleNamespace(id=JOB_ID, model="fake", priority=priority, created_at=datetime.now(UTC))
+    job = SimpleNamespace(id=JOB_ID, model_name="fake", priority=priority, created_at=datetime.now(UTC))
     choice = ResultChoice(index=0, text=text, **({"finish_reason": FinishReason.STOP, "num_tokens": 9} | fields))
     usage = Usage(prompt_tokens=20, completion_tokens=9, cached_tokens=16)
     return JobRecord(cast(Any, job), None, GenerationResult(choices=(choice,), usage=usage))
@@ -45,7 +45,7 @@ def record_of(text: str, *, priority: int = 0, **fields: Any) -> JobRecord:
 def streamed(text: str, body: MessagesBody, size: int, **fields: Any) -> list[dict[str, Any]]:
     record = record_of(text, **fields)
     job = SimpleNamespace(
-        job_id=JOB_ID, model="fake", model_revision="r", priority=0, created_at=None, num_prompt_tokens=20
+        job_id=JOB_ID, model_name="fake", model_revision="r", priority=0, created_at=None, num_prompt_tokens=20
     )
     stream = MessageStream(cast(Any, job), to_generation_request(body, FAKE), body, FORMAT)
     events = list(stream.begin())

@@ -1,8 +1,8 @@
 """A back end without a model, for tests: deterministic text, real batching, and an option for every kind of failure.
 
-The text of a sequence depends only on (prompt, seed, index, position). A resumed job therefore continues exactly where
-it stopped, and a test can compute the expected text with `fake_text`. Fake engines can count, across all processes, the
-tokens that they draw in each attempt; the counts survive any kind of crash.
+The text of a sequence depends only on (adapter, prompt, seed, index, position). A resumed job therefore continues
+exactly where it stopped, and a test can compute the expected text with `fake_text`. Fake engines can count, across all
+processes, the tokens that they draw in each attempt; the counts survive any kind of crash.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from domain.catalog import ModelSpec
-from domain.errors import ContextLengthExceeded, EngineError, OutOfMemory, UnsupportedParameter
+from domain.errors import ContextLengthExceeded, EngineError, ModelNotFound, OutOfMemory, UnsupportedParameter
 from domain.jobs import FinishReason
 from domain.requests import SamplingParams, TokenLogprob
 from gpu_worker.engine.backends import LoadedModel, RecordStep, StepMember
@@ -72,10 +72,10 @@ WORDS = tuple(f"{first}{second} " for first in SYLLABLES for second in SYLLABLES
 END_TOKEN_ID = len(WORDS)  # its text is empty
 
 
-def hash_of(prompt_token_ids: list[int], seed: int, index: int) -> "hashlib.blake2b":
+def hash_of(prompt_token_ids: list[int], seed: int, index: int, adapter: str | None) -> "hashlib.blake2b":
     """The hash from which all tokens of one sequence are drawn."""
     key = struct.pack(f">qI{len(prompt_token_ids)}q", seed, index, *prompt_token_ids)
-    return hashlib.blake2b(key, digest_size=8)
+    return hashlib.blake2b(key, digest_size=8, key=(adapter or "").encode())
 
 
 def draw_token(sequence_hash: "hashlib.blake2b", position: int, end_chance: float) -> int:
@@ -95,9 +95,11 @@ def next_allowed(token_id: int, bad_token_ids: Collection[int]) -> int:
     return next((word for word in words if word not in bad_token_ids), END_TOKEN_ID)
 
 
-def fake_text(prompt_token_ids: list[int], seed: int, index: int, num_tokens: int) -> str:
+def fake_text(
+    prompt_token_ids: list[int], seed: int, index: int, num_tokens: int, *, adapter: str | None = None
+) -> str:
     """The text of the first `num_tokens` tokens, if the sequence does not end before."""
-    sequence_hash = hash_of(prompt_token_ids, seed, index)
+    sequence_hash = hash_of(prompt_token_ids, seed, index, adapter)
     return "".join(WORDS[draw_token(sequence_hash, position, 0.0)] for position in range(num_tokens))
 
 
@@ -211,6 +213,8 @@ class FakeBackend:
             raise UnsupportedParameter(
                 "the fake engine does not support structured output", param="params.structured_output"
             )
+        if command.adapter is not None and command.adapter not in self._spec.adapters:
+            raise ModelNotFound(f"the fake engine has no adapter {command.adapter!r}", param="model")
         num_prompt_tokens = len(command.prompt_token_ids)
         if num_prompt_tokens + min(1, command.max_tokens) > self._spec.max_model_len:
             raise ContextLengthExceeded(
@@ -419,7 +423,7 @@ class FakeBackend:
 def _resumed_sequence(command: AddJob, index: int) -> FakeSequence:
     token_ids = list(command.committed_token_ids[index])
     text = "".join(map(word_of, token_ids))
-    sequence_hash = hash_of(command.prompt_token_ids, command.seed, index)
+    sequence_hash = hash_of(command.prompt_token_ids, command.seed, index, command.adapter)
     link = reduce(next_link, token_ids, 0)
     return FakeSequence(index, sequence_hash, token_ids, text, command.num_emitted_chars[index], link=link)
 

@@ -30,6 +30,7 @@ from gpu_worker.engine.loading import (
     store_weights_by_column,
     vocab_size,
 )
+from gpu_worker.engine.lora import Adapters, load_adapters
 from gpu_worker.engine.probe import LayerShape, NotPageable, fuse, probe_layers
 from gpu_worker.engine.runner import ModelRunner
 from gpu_worker.engine.sampling import max_num_scored_tokens
@@ -92,24 +93,25 @@ def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torc
         store_weights_by_column(model)
     config = model.config.get_text_config()
     end_token_ids = eos_token_ids(model) | turn_end_token_ids(config.model_type, tokenizer)
-    limits = ModelLimits(vocab_size(model), spec.max_model_len, end_token_ids)
+    adapters = load_adapters(spec, model)
+    limits = ModelLimits(vocab_size(model), spec.max_model_len, end_token_ids, adapters.names)
     own_attention = model.config._attn_implementation
     runner: ModelRunner
     try:
         shapes = probe_layers(model, spec.max_model_len, device)
         if device.type == "cuda":
-            runner, scheduler = build_device_runner(spec, model, shapes, device)
+            runner, scheduler = build_device_runner(spec, model, shapes, device, adapters)
         else:
-            runner, scheduler = _paged(spec, model, shapes)
+            runner, scheduler = _paged(spec, model, shapes, adapters)
     except NotPageable as exc:
         log.warning("model runs on the slow path", extra={"model": spec.id, "reason": str(exc)})
         model.set_attn_implementation(own_attention)
-        runner, scheduler = _sequential(spec, model, device)
+        runner, scheduler = _sequential(spec, model, device, adapters)
     return Engine(scheduler=scheduler, runner=runner, tokenizer=tokenizer, limits=limits)
 
 
-def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -> tuple[PagedRunner, Scheduler]:
-    forward = fuse(model, shapes, spec.max_model_len, CPU)
+def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape], adapters: Adapters) -> tuple[PagedRunner, Scheduler]:
+    forward = fuse(model, shapes, spec.max_model_len, CPU, adapters)
     num_blocks = -(-_count_cache_tokens(spec, model, shapes) // BLOCK_SIZE) + 1  # plus the padding block
     layers = [shape.allocate_blocks(num_blocks, BLOCK_SIZE, CPU) for shape in shapes]
     scheduler = Scheduler(
@@ -118,16 +120,18 @@ def _paged(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -> tuple[Paged
         max_num_batched_tokens=spec.max_num_batched_tokens,
         max_num_scored_tokens=max_num_scored_tokens(vocab_size(model)),
     )
-    return PagedRunner(forward, layers), scheduler
+    return PagedRunner(forward, layers, adapters), scheduler
 
 
-def _sequential(spec: ModelSpec, model: Any, device: torch.device) -> tuple[SequentialRunner, Scheduler]:
+def _sequential(
+    spec: ModelSpec, model: Any, device: torch.device, adapters: Adapters
+) -> tuple[SequentialRunner, Scheduler]:
     """A runner whose caches grow by themselves in transformers, and a pool that only counts blocks, so that admission
     and preemption work as usual."""
     num_tokens = max(spec.max_model_len, spec.kv_cache_tokens or spec.max_num_seqs * spec.max_model_len)
     pool = BlockPool(-(-num_tokens // 16) + 1, 16, use_prefix_cache=False)
     scheduler = Scheduler(pool, max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=WHOLE_PROMPTS, can_fork=False)
-    return SequentialRunner(model, device), scheduler
+    return SequentialRunner(model, device, adapters), scheduler
 
 
 def _count_cache_tokens(spec: ModelSpec, model: Any, shapes: list[LayerShape]) -> int:

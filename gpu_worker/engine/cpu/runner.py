@@ -25,10 +25,13 @@ from gpu_worker.engine.cpu.attention import (
     attend,
 )
 from gpu_worker.engine.kv_cache import BlockCopy
+from gpu_worker.engine.lora import Adapters, LoraPart
 from gpu_worker.engine.sampling import Drawn, results_of, split_scores
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.torch_runner import TorchAtOnce, score_tokens
+
+CPU = torch.device("cpu")
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
 
@@ -40,14 +43,20 @@ ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 class Projection:
     weight: Tensor  # (num_out, num_in)
     bias: Tensor | None
+    lora: tuple[LoraPart, ...] = ()
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return linear(rows, self.weight, self.bias)
+        outputs = linear(rows, self.weight, self.bias)
+        for part in self.lora:
+            part.add_to(outputs, rows)
+        return outputs
 
     def add_to(self, residual: Tensor, rows: Tensor) -> None:
         residual.addmm_(rows, self.weight.t())
         if self.bias is not None:
             residual.add_(self.bias)
+        for part in self.lora:
+            part.add_to(residual, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +92,15 @@ class FusedOutput:
 class FusedLlama:
     """A fused model that PagedRunner can call like the transformers model it was made from."""
 
-    def __init__(self, model: Any, windows: Rows[int | None], max_model_len: int) -> None:
+    def __init__(self, model: Any, windows: Rows[int | None], max_model_len: int, adapters: Adapters) -> None:
         config = model.config
         attention = model.model.layers[0].self_attn
         self._embedding = model.model.embed_tokens.weight
         self._num_kv_heads = config.num_key_value_heads
         self._num_heads = config.num_attention_heads
         self._head_dim = attention.head_dim
-        self._layers = [_fuse_layer(layer, window) for layer, window in zip(model.model.layers, windows, strict=True)]
+        layers = zip(model.model.layers, windows, strict=True)
+        self._layers = [_fuse_layer(layer, window, adapters) for layer, window in layers]
         self._norm = _norm(model.model.norm)
         self._head = Projection(model.lm_head.weight, model.lm_head.bias)
         self._cosines, self._sines = self._rotations(model.model.rotary_emb, max_model_len)
@@ -153,15 +163,15 @@ def can_fuse(model: Any) -> bool:
 
 
 @torch.no_grad()
-def _fuse_layer(layer: Any, window: int | None) -> FusedLayer:
+def _fuse_layer(layer: Any, window: int | None, adapters: Adapters) -> FusedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     return FusedLayer(
         attention_norm=_norm(layer.input_layernorm),
-        qkv=_fuse(attention.q_proj, attention.k_proj, attention.v_proj),
-        output=Projection(attention.o_proj.weight, attention.o_proj.bias),
+        qkv=_fuse(adapters, attention.q_proj, attention.k_proj, attention.v_proj),
+        output=_project(adapters, attention.o_proj),
         mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=_fuse(mlp.gate_proj, mlp.up_proj),
-        down=Projection(mlp.down_proj.weight, mlp.down_proj.bias),
+        gate_up=_fuse(adapters, mlp.gate_proj, mlp.up_proj),
+        down=_project(adapters, mlp.down_proj),
         activation=mlp.act_fn,
         scoring=Scoring(attention.scaling, window),
     )
@@ -172,7 +182,11 @@ def _norm(module: Any) -> Norm:
     return Norm(module.weight.detach().float() * math.sqrt(size), module.variance_epsilon * size)
 
 
-def _fuse(*modules: Any) -> Projection:
+def _project(adapters: Adapters, module: Any) -> Projection:
+    return Projection(module.weight, module.bias, adapters.parts(module))
+
+
+def _fuse(adapters: Adapters, *modules: Any) -> Projection:
     """Join the modules' weights into one matrix of the same memory layout (by row, or by column: see loading.py). The
     modules keep views of it."""
     is_by_row = modules[0].weight.is_contiguous()
@@ -182,7 +196,7 @@ def _fuse(*modules: Any) -> Projection:
         module.weight = nn.Parameter(weight[start : start + module.out_features], requires_grad=False)
         start += module.out_features
     biases = [module.bias for module in modules]
-    return Projection(weight, None if biases[0] is None else torch.cat(biases))
+    return Projection(weight, None if biases[0] is None else torch.cat(biases), adapters.parts(*modules))
 
 
 def _cat_by_column(modules: Rows[Any]) -> Tensor:
@@ -190,8 +204,9 @@ def _cat_by_column(modules: Rows[Any]) -> Tensor:
 
 
 class PagedRunner(TorchAtOnce):
-    def __init__(self, model: Any, layers: list[BlockCache]) -> None:
+    def __init__(self, model: Any, layers: list[BlockCache], adapters: Adapters) -> None:
         self._model = model
+        self._adapters = adapters
         self._layers = layers
         self._block_size = layers[0].block_size
         self._decode_groups = DecodeGroups(layers)
@@ -239,13 +254,14 @@ class PagedRunner(TorchAtOnce):
             if row.needs_token:
                 kept.append(len(token_ids) - 1)
         groups = self._decode_groups.take([row.sequence for row in rows[:num_decodes]])
-        output = self._model(
-            input_ids=torch.tensor([token_ids]),
-            position_ids=torch.tensor([positions]),
-            use_cache=False,
-            logits_to_keep=torch.tensor(kept, dtype=torch.int64),
-            ctx=self._context(rows, list(groups.values())),
-        )
+        with self._adapters.applied(rows, CPU):
+            output = self._model(
+                input_ids=torch.tensor([token_ids]),
+                position_ids=torch.tensor([positions]),
+                use_cache=False,
+                logits_to_keep=torch.tensor(kept, dtype=torch.int64),
+                ctx=self._context(rows, list(groups.values())),
+            )
         self._decode_groups.keep(groups)
         logits: Tensor = output.logits[0]
         return logits.float()

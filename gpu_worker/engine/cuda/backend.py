@@ -28,6 +28,7 @@ from gpu_worker.engine.cuda.attention import (
 from gpu_worker.engine.cuda.graphs import CudaCapture, batch_sizes
 from gpu_worker.engine.cuda.runner import DeviceRunner, PassLimits
 from gpu_worker.engine.kv_cache import BlockPool
+from gpu_worker.engine.lora import Adapters
 from gpu_worker.engine.probe import LayerShape, NotPageable
 from gpu_worker.engine.sampling import max_num_scored_tokens
 from gpu_worker.engine.scheduler import Scheduler
@@ -189,7 +190,7 @@ GRAPH_SHARE = 0.03  # the most that captured passes may take of the device's mem
 
 
 def build_device_runner(
-    spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device
+    spec: ModelSpec, model: Any, shapes: list[LayerShape], device: torch.device, adapters: Adapters
 ) -> tuple[DeviceRunner, Scheduler]:
     """The runner and a scheduler with a cache that fits the device. Raises NotPageable if no attention kernel works."""
     attention = choose_attention(shapes, BLOCK_SIZE, device)
@@ -199,7 +200,7 @@ def build_device_runner(
     num_tokens = _count_cache_tokens(spec, model, shapes, attention, limits, device)
     num_blocks = -(-num_tokens // BLOCK_SIZE) + 1  # plus the padding block
     layers = [shape.allocate(num_blocks * BLOCK_SIZE, device) for shape in shapes]
-    runner = DeviceRunner(model, layers, BLOCK_SIZE, device, attention, limits)
+    runner = DeviceRunner(model, layers, BLOCK_SIZE, device, attention, limits, adapters)
     if spec.decode_graphs:
         capture_decodes(runner, spec.max_num_seqs, device)
     return runner, make_scheduler(spec, BlockPool(num_blocks, BLOCK_SIZE), limits)
@@ -264,7 +265,7 @@ def _measure_pass(
     """Bytes that the largest pass and its logits need in addition to weights and cache, measured on a cache of one
     block."""
     layers = [shape.allocate(BLOCK_SIZE, device) for shape in shapes]
-    runner = DeviceRunner(model, layers, BLOCK_SIZE, device, attention, limits)
+    runner = DeviceRunner(model, layers, BLOCK_SIZE, device, attention, limits, Adapters())
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     with torch.inference_mode():

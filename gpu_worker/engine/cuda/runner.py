@@ -24,6 +24,7 @@ from gpu_worker.engine.cuda.attention import DeviceAttention, DeviceContext, Lay
 from gpu_worker.engine.cuda.graphs import DecodeGraphs
 from gpu_worker.engine.cuda.sampler import DeviceSampler, SampledStep
 from gpu_worker.engine.kv_cache import PADDING_BLOCK, BlockCopy
+from gpu_worker.engine.lora import Adapters
 from gpu_worker.engine.sampling import Drawn, split_scores, token_masks
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
@@ -181,10 +182,12 @@ class DeviceRunner(TorchErrors):
         device: torch.device,
         attention: DeviceAttention,
         limits: PassLimits,
+        adapters: Adapters,
         *,
         runs_ahead: bool = True,
     ) -> None:
         self._model = model
+        self._adapters = adapters
         self._layers = layers
         self._block_size = block_size
         self._device = device
@@ -278,14 +281,16 @@ class DeviceRunner(TorchErrors):
         last position if it needs a token. The caller may overwrite them."""
         sources = [self._draw_by_sequence[row.sequence] if row.is_ahead else FROM_HOST for row in rows]
         is_decoding = num_decodes == len(rows) and all(row.needs_token for row in rows)
-        size = self.graphs.size_for(len(rows)) if is_decoding else None
+        has_adapters = any(row.sequence.job.adapter is not None for row in rows)  # graphs are captured without
+        size = self.graphs.size_for(len(rows)) if is_decoding and not has_adapters else None
         if size is not None:
             self._inputs.load(rows, sources, num_padding_rows=size - len(rows))
             return self.graphs.replay(size)[: len(rows)]
         tensors = self._inputs.load(rows, sources)
-        if is_decoding:
-            return self._decode(tensors, max(row.start + 1 for row in rows))
-        return self._mixed(tensors, rows, num_decodes)
+        with self._adapters.applied(rows, self._device):
+            if is_decoding:
+                return self._decode(tensors, max(row.start + 1 for row in rows))
+            return self._mixed(tensors, rows, num_decodes)
 
     def decode_pass(self, num_rows: int) -> Callable[[], Tensor]:
         """The pass to capture. It reads whatever the inputs contain when it is replayed, and supports rows of any
