@@ -96,7 +96,7 @@ class FindingView(View):
 #: What an operator should do, by what the jobs wait for.
 ADVICE = {
     WaitingFor.WORKER: "this model has no live worker: start one with celeriac worker --model {model}",
-    WaitingFor.MODEL_LOAD: "its workers are loading the model: see their logs",
+    WaitingFor.MODEL_LOAD: "its workers are loading the model, or wait for its remote server: see their logs",
     WaitingFor.REVISION: "they started with a revision of the model that no worker serves any more: see "
     "CELERIAC_REVISION_POLICY, or cancel and retry them",
     WaitingFor.ISOLATION: "they must run alone, as their tenant's jobs have crashed an engine: see the workers' logs",

@@ -63,6 +63,8 @@ class Prompt:
     text: str = ""
     pieces: tuple[TokenPiece, ...] = ()
     is_alone: bool = False  # the prompt is only scored; there is no output
+    token_ids: tuple[int, ...] | None = None  # if the tokens of prompt and output are to be returned as ids, too
+    is_named_by_ids: bool = False  # whether the logprobs name tokens by their ids
 
 
 def from_results(records: Sequence[JobRecord], prompts: Sequence[Prompt], service_tier: str | None) -> CompletionView:
@@ -87,6 +89,7 @@ class CompletionStream:
         self._prompt = prompt
         self._has_usage = has_usage
         self._is_echoed = False
+        self._begun_indexes: set[int] = set()
         self._places = [_TextPlaces(len(prompt.text)) for _ in range(prompt.num_choices)]
 
     def begin(self) -> Iterable[Mapping[str, object]]:
@@ -102,10 +105,20 @@ class CompletionStream:
             return
         logprobs = None
         if self._prompt.logprobs is not None and chunk.logprobs is not None:
-            logprobs = _logprobs_object(_entries(chunk.logprobs, self._prompt.logprobs), self._places[chunk.index])
+            entries = _entries(chunk.logprobs, self._prompt.logprobs, is_named_by_ids=self._prompt.is_named_by_ids)
+            logprobs = _logprobs_object(entries, self._places[chunk.index])
         finish_reason = FINISH_REASONS.get(chunk.finish_reason) if chunk.finish_reason is not None else None
-        if chunk.text or logprobs or finish_reason:
-            yield self._chunk(chunk.index, chunk.text, logprobs, finish_reason)
+        token_ids = self._token_ids_of(chunk)
+        if chunk.text or logprobs or finish_reason or token_ids:
+            yield self._chunk(chunk.index, chunk.text, logprobs, finish_reason, **token_ids)
+
+    def _token_ids_of(self, chunk: TokenChunk) -> dict[str, object]:
+        """Those of the prompt come with the first chunk of each index."""
+        if self._prompt.token_ids is None:
+            return {}
+        is_first = chunk.index not in self._begun_indexes
+        self._begun_indexes.add(chunk.index)
+        return {"prompt_token_ids": self._prompt.token_ids if is_first else None, "token_ids": chunk.token_ids}
 
     def finish(self, record: JobRecord) -> Iterable[Mapping[str, object]]:
         return ()
@@ -118,9 +131,11 @@ class CompletionStream:
             logprobs = _logprobs_object(entries, _TextPlaces(0)) if entries else None
             yield self._chunk(index, self._prompt.text, logprobs, None)
 
-    def _chunk(self, index: int, text: str, logprobs: object, finish_reason: str | None) -> dict[str, object]:
+    def _chunk(
+        self, index: int, text: str, logprobs: object, finish_reason: str | None, **token_ids: object
+    ) -> dict[str, object]:
         number = self._prompt.first_index + index
-        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason, **token_ids}
         chunk = {**self._head, "choices": [choice]}
         return chunk | {"usage": None} if self._has_usage else chunk
 
@@ -161,7 +176,7 @@ def _choices(result: GenerationResult, prompt: Prompt) -> list[CompletionChoiceV
     choices: list[CompletionChoiceView] = []
     for choice in result.choices:
         written = () if prompt.is_alone else choice.logprobs or ()
-        entries = echoed + _entries(written, prompt.logprobs or 0)
+        entries = echoed + _entries(written, prompt.logprobs or 0, is_named_by_ids=prompt.is_named_by_ids)
         has_logprobs = prompt.logprobs is not None
         choices.append(
             {
@@ -185,8 +200,17 @@ def _prompt_entries(prompt: Prompt, logprobs: Sequence[TokenLogprob | None] | No
     ]
 
 
-def _entries(logprobs: Iterable[TokenLogprob], num_top: int) -> list[_Entry]:
+def _entries(logprobs: Iterable[TokenLogprob], num_top: int, *, is_named_by_ids: bool) -> list[_Entry]:
+    if is_named_by_ids:
+        return [_entry_by_ids(logprob, num_top) for logprob in logprobs]
     return [_entry(logprob, num_top, _name_of(logprob), bytes(logprob.bytes)) for logprob in logprobs]
+
+
+def _entry_by_ids(logprob: TokenLogprob, num_top: int) -> _Entry:
+    """With vLLM's names, which are unique: `token_id:...`."""
+    name = f"token_id:{logprob.token_id}"
+    values = {f"token_id:{token_id}": value for token_id, _, value in logprob.top[:num_top]}
+    return _Entry(name, bytes(logprob.bytes), logprob.logprob, values | {name: logprob.logprob})
 
 
 def _name_of(logprob: TokenLogprob) -> str:
@@ -263,6 +287,10 @@ class CompletionBody(GenerationBody):
     stream_options: StreamOptions | None = None
     suffix: Unsupported = None
 
+    # vLLM's
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
 
 def to_generation_requests(body: CompletionBody) -> list[GenerationRequest]:
     """One per prompt. Raises InvalidRequest."""
@@ -277,6 +305,7 @@ def to_generation_requests(body: CompletionBody) -> list[GenerationRequest]:
             "max_tokens is 0 and echo is not set, so there is nothing to return; set echo or raise max_tokens",
             param="max_tokens",
         )
+    _refuse_ids_elsewhere(body)
     params = body.sampling(
         max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         stop=strings(body.stop),
@@ -284,6 +313,19 @@ def to_generation_requests(body: CompletionBody) -> list[GenerationRequest]:
         prompt_logprobs=_num_prompt_logprobs(body),
     )
     return [build(GenerationRequest, {"model": body.model, "params": params} | prompt) for prompt in _prompts(body)]
+
+
+def _refuse_ids_elsewhere(body: CompletionBody) -> None:
+    if body.return_token_ids and not body.stream:
+        raise UnsupportedParameter(
+            "return_token_ids is only supported for streams; set stream, or leave out return_token_ids",
+            param="return_token_ids",
+        )
+    if body.return_tokens_as_token_ids and body.echo:
+        raise UnsupportedParameter(
+            "return_tokens_as_token_ids is not supported together with echo; leave out one of the two",
+            param="return_tokens_as_token_ids",
+        )
 
 
 def _prompts(body: CompletionBody) -> list[dict[str, Any]]:
@@ -303,9 +345,16 @@ def _num_prompt_logprobs(body: CompletionBody) -> int | None:
 
 def prompt_of(body: CompletionBody, generation: GenerationRequest, view: ModelView, number: int) -> Prompt:
     n = generation.params.n
+    token_ids = view.encode(generation) if body.echo or body.return_token_ids else []
+    returned_ids = tuple(token_ids) if body.return_token_ids else None
     if not body.echo:
-        return Prompt(first_index=number * n, num_choices=n, logprobs=body.logprobs)
-    token_ids = view.encode(generation)
+        return Prompt(
+            first_index=number * n,
+            num_choices=n,
+            logprobs=body.logprobs,
+            token_ids=returned_ids,
+            is_named_by_ids=bool(body.return_tokens_as_token_ids),
+        )
     is_text = generation.prompt is not None
     return Prompt(
         first_index=number * n,
@@ -314,6 +363,7 @@ def prompt_of(body: CompletionBody, generation: GenerationRequest, view: ModelVi
         text=generation.prompt if generation.prompt is not None else view.decode(token_ids),
         pieces=() if body.logprobs is None else tuple(view.pieces(token_ids, skip_special_tokens=is_text)),
         is_alone=body.max_tokens == 0,
+        token_ids=returned_ids,
     )
 
 

@@ -206,6 +206,8 @@ class CompletionChoiceView(View):
     text: str
     logprobs: CompletionLogprobsView | None
     finish_reason: Literal["stop", "length"]
+    prompt_token_ids: NotRequired[list[int] | None]
+    token_ids: NotRequired[list[int] | None]
 
 
 class CompletionView(AnswerView):

@@ -5,9 +5,11 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from domain.errors import ModelNotFound, ModelUnavailable
 from domain.jobs import Frozen
@@ -36,6 +38,45 @@ AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.
 
 AdapterPath = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 
+_UNSHOWN = "unshown"  # the type of an error whose value may be a secret
+
+
+def _plain_url(url: str) -> str:
+    """A key in an address would be shown wherever the address is."""
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise PydanticCustomError(
+            _UNSHOWN, "it has a user, password, query or fragment; put a key in a variable that api_key_env names"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it must be an http or https address such as http://127.0.0.1:8000/v1")
+    return url.rstrip("/")
+
+
+ServerUrl = Annotated[str, Field(max_length=2048), AfterValidator(_plain_url)]
+
+
+class RemoteOptions(Frozen):
+    """An OpenAI-compatible server that runs the model. docs/engines.md explains each option."""
+
+    url: ServerUrl  # up to and including /v1
+    model: str | None = Field(default=None, min_length=1, max_length=256)  # its name there; default: the entry's id
+    mode: Literal["tokens", "text"] = "tokens"  # what is exchanged
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")
+    verify: bool = True  # the server's certificate
+    ca_file: str | None = Field(default=None, min_length=1)  # of the authority that signed it, if not a public one
+    connect_seconds: float = Field(default=5.0, gt=0, le=600)
+    silence_seconds: float = Field(default=300.0, gt=0, le=86_400)  # before a request counts as broken off
+    metrics_url: ServerUrl | None = None  # where it tells how many requests wait there
+
+
+#: Parameters without a counterpart in OpenAI's completions, and those that a continuation could not keep.
+_LACKED_BY_TEXT = frozenset(
+    {"best_of", "ignore_eos", "logit_bias", "logprobs", "min_p", "min_tokens", "repetition_penalty", "stop_token_ids"}
+    | {"top_k"}
+)
+_LACKED_BY_ALL = frozenset({"bad_token_ids", "prompt_logprobs", "structured_output"})
+
 
 class ModelEntry(Frozen):
     """One model as described in models.toml. `path` is a local folder (relative to models.toml) or a Hugging Face
@@ -44,7 +85,7 @@ class ModelEntry(Frozen):
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
     path: str = Field(min_length=1)
     revision: str = "main"  # part of the job row: a resumed job never mixes two revisions
-    backend: Literal["transformers", "llama_cpp", "fake"] = "transformers"
+    backend: Literal["transformers", "llama_cpp", "remote", "fake"] = "transformers"
     python: str | None = Field(default=None, min_length=1)  # the engine's interpreter; default: see docs/engines.md
     task: Literal["generation", "embedding"] = "generation"  # embedding: an encoder, or a decoder made for vectors
     max_model_len: int | None = Field(default=None, ge=16, le=10_000_000)  # prompt and output; default: its own
@@ -60,7 +101,21 @@ class ModelEntry(Frozen):
     trust_remote_code: bool = False
     adapters: dict[AdapterName, AdapterPath] = Field(default_factory=dict, max_length=MAX_ADAPTERS)  # LoRA, by name
     llama_cpp: LlamaCppOptions = LlamaCppOptions()
+    remote: RemoteOptions | None = None
     fake: dict[str, float | int | str | bool] = Field(default_factory=dict)  # options of the fake back end
+
+    @model_validator(mode="after")
+    def _remote_with_its_server(self) -> Self:
+        if (self.backend == "remote") != (self.remote is not None):
+            raise ValueError('backend = "remote" and a table [models.remote] with the url of a server belong together')
+        return self
+
+    @property
+    def lacking_params(self) -> frozenset[str]:
+        """The sampling parameters that the model's engine does not have."""
+        if self.remote is None:
+            return frozenset()
+        return _LACKED_BY_ALL if self.remote.mode == "tokens" else _LACKED_BY_ALL | _LACKED_BY_TEXT
 
     @property
     def can_embed(self) -> bool:
@@ -92,6 +147,8 @@ CPU_STEP = StepSize(max_num_seqs=16, max_num_batched_tokens=512)
 #: time, so 256 sequences decode in the time of one. A step with a prompt chunk costs 10 to 20 ms of kernel
 #: launches whatever its size, so a prompt of 16,000 tokens takes two steps instead of thirty-two.
 CUDA_STEP = StepSize(max_num_seqs=256, max_num_batched_tokens=8192)
+#: A server decides itself how many of its requests it runs at once; only those that it has are there to be resumed.
+REMOTE_STEP = StepSize(max_num_seqs=64, max_num_batched_tokens=512)
 
 
 class ModelSpec(ModelEntry):
@@ -293,6 +350,8 @@ def _in_words(exc: ValidationError) -> str:
         return f"{name} is missing; a model needs id and path, all other keys are optional"
     if error["type"] == "extra_forbidden":
         return f"{name} is not a known key; remove it, or see docs/models.md for the keys of a model"
+    if error["type"] == _UNSHOWN:
+        return f"{name} cannot be used: {error['msg']}"
     return f"{name} is {repr(error['input'])[:100]}, but: {error['msg'][:1].lower()}{error['msg'][1:]}; correct it"
 
 

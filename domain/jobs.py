@@ -206,7 +206,7 @@ class JobError(Frozen):
 class WorkerState(StrEnum):
     """Only a `ready` worker takes jobs."""
 
-    LOADING = "loading"  # its engine is being started, or started again
+    LOADING = "loading"  # its engine is being started, or started again, or waits for its remote server
     READY = "ready"
     DRAINING = "draining"  # it takes no new jobs; running ones may finish
     UNLOADED = "unloaded"  # it has no engine process and waits for an order to load its model
@@ -215,7 +215,7 @@ class WorkerState(StrEnum):
 class WaitingFor(StrEnum):
     SLOTS = "slots"  # a slot: those of suitable workers are taken, or the job is on its way to one
     WORKER = "worker"  # its model has no live worker
-    MODEL_LOAD = "model_load"  # suitable workers are loading the model
+    MODEL_LOAD = "model_load"  # suitable workers are loading the model, or their remote server is away
     REVISION = "revision"  # it has output, and no worker serves the revision that made it
     ISOLATION = "isolation"  # it must run alone and waits for a gap between the others
     LIMIT = "limit"  # batches have used their share of the slots, or it just failed and will be retried soon

@@ -306,14 +306,15 @@ class RunnerThread:
             return WorkerState.UNLOADED
         if self._release_at is not None:
             return WorkerState.DRAINING
-        return WorkerState.LOADING if self._supervisor.ready is None else WorkerState.READY
+        is_served = self._supervisor.ready is not None and not self._meter.stats.waiting_for
+        return WorkerState.READY if is_served else WorkerState.LOADING
 
     @property
     def _can_take_jobs(self) -> bool:
         return self._is_healthy and self._state is WorkerState.READY
 
     def _count_free(self) -> int:
-        if not self._can_take_jobs or self._quarantine.job is not None:
+        if not self._can_take_jobs or self._quarantine.job is not None or self._meter.stats.is_full:
             return 0
         return max(0, self._spec.max_num_seqs - self._batch.num_sequences)
 

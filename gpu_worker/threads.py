@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from threading import Event, Thread
 from time import monotonic
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 import redis
@@ -82,7 +82,7 @@ class RunnerStats:
     is_engine_ready: bool
     state: WorkerState
     tokens_per_second: float
-    engine: dict[str, float]
+    engine: dict[str, Any]
 
 
 class EngineMeter:

@@ -79,6 +79,7 @@ def prepare_embedding(request: EmbeddingRequest, view: ModelView, inputs: list[l
 def resolve_params(request: GenerationRequest, view: ModelView, num_prompt_tokens: int) -> SamplingParams:
     """The parameters with every default filled in. Raises InvalidRequest if a limit is exceeded."""
     params = request.params
+    _refuse_lacking(params, view)
     _refuse_endless_structure(params)
     _refuse_unknown_tokens(params, view)
     _refuse_too_many_sequences(params, view)
@@ -127,6 +128,19 @@ def _resolve_max_tokens(request: GenerationRequest, view: ModelView, num_prompt_
             param="params.max_tokens",
         )
     return asked if asked is not None else min(room, view.defaults.max_new_tokens or DEFAULT_MAX_TOKENS)
+
+
+def _refuse_lacking(params: SamplingParams, view: ModelView) -> None:
+    """Raises UnsupportedParameter for a parameter that the model's engine does not have."""
+    for name in sorted(view.spec.lacking_params):
+        value = getattr(params, name)
+        if value not in (None, SamplingParams.model_fields[name].get_default(call_default_factory=True)):
+            shown = f" {value!r}" if isinstance(value, (int, float)) else ""
+            raise UnsupportedParameter(
+                f"params.{name} is{shown or ' set'}, but the engine of {view.spec.id}, backend {view.spec.backend!r}, "
+                "does not have it; leave it out",
+                param=f"params.{name}",
+            )
 
 
 def _refuse_endless_structure(params: SamplingParams) -> None:

@@ -8,8 +8,8 @@ import ast
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,6 +103,9 @@ def model_revision(spec: ModelEntry) -> str:
     if spec.backend == "fake" and not Path(spec.path).is_dir():
         return f"fake:{spec.revision}"
     own = _hash_folder(spec.path) if Path(spec.path).is_dir() else model_folder(spec).name
+    if spec.remote is not None:  # all that we know of its weights is their name
+        weights = spec.remote.model or spec.id
+        own = f"remote:{hashlib.sha256(f'{weights} {own}'.encode()).hexdigest()[:40]}"
     return own + adapters_revision(spec)
 
 
@@ -176,6 +179,11 @@ class GenerationDefaults:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_new_tokens: int | None = None
+
+    def without(self, params: Iterable[str]) -> "GenerationDefaults":
+        """With neutral values for the parameters that the model's engine does not have."""
+        neutral: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in set(params)}
+        return replace(self, **neutral)
 
 
 def generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:

@@ -12,7 +12,7 @@ from time import monotonic
 
 from tokenizers import Tokenizer
 
-from domain.catalog import CPU_STEP, CUDA_STEP, RETRY_SECONDS, Catalog, ModelEntry, ModelSpec
+from domain.catalog import CPU_STEP, CUDA_STEP, REMOTE_STEP, RETRY_SECONDS, Catalog, ModelEntry, ModelSpec
 from domain.errors import InvalidRequest, ModelUnavailable, UnsupportedParameter
 from domain.requests import ChatMessage, GenerationRequest
 from domain.structured_output import ToolDefinition
@@ -316,7 +316,7 @@ def files_at_fault(catalog: Catalog) -> dict[str, str]:
 
 
 def _spec_of(entry: ModelEntry, max_model_len: int) -> ModelSpec:
-    step = CUDA_STEP if _is_for_cuda(entry) else CPU_STEP
+    step = REMOTE_STEP if entry.backend == "remote" else CUDA_STEP if _is_for_cuda(entry) else CPU_STEP
     given = entry.model_dump(exclude_none=True)
     return ModelSpec.model_validate(step._asdict() | given | {"max_model_len": max_model_len})
 
@@ -350,7 +350,7 @@ def _load_view(entry: ModelEntry) -> ModelView:
         revision=model_revision(entry),
         encoder=TokenizerEncoder(tokenizer),
         chat_template=templates,
-        defaults=generation_defaults(generation_config),
+        defaults=generation_defaults(generation_config).without(entry.lacking_params),
         vocab_size=vocab_size,
         vocabulary=vocabulary,
         embedding_width=embedding_width(config),

@@ -63,6 +63,11 @@ class TokenTable:
         self._bytes: dict[int, bytes] = {}
         self._word: int | None = None  # an ordinary token, found on first use
 
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether the bytes of a text are those of its tokens, whatever stands before."""
+        return self._decoders == {"ByteLevel"}
+
     def kind(self, token_id: int) -> TokenKind:
         kind = self._kinds.get(token_id)
         if kind is None:

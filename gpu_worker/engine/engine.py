@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -20,11 +19,11 @@ from domain.errors import EngineError, OutOfMemory
 from domain.jobs import FinishReason
 from gpu_worker.engine.backends import RecordStep, StepMember
 from gpu_worker.engine.runner import DrawAgain, ModelRunner
-from gpu_worker.engine.sampling import Drawn, GrammarFailed
+from gpu_worker.engine.sampling import Drawn, GrammarFailed, describe
 from gpu_worker.engine.scheduler import ModelLimits, ScheduledRow, Scheduler, make_engine_job
 from gpu_worker.engine.sequence import EngineJob, Grammars, Sequence
 from gpu_worker.engine_process.frames import AddJob, EngineStats, JobFailed, SequenceOutput, StepDone
-from text.tokenizers import as_text, token_table_of
+from text.tokenizers import token_table_of
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +236,8 @@ class Engine:
             del sequence.prompt_logprobs[sequence.num_computed_tokens + 1 :]  # scored before a preemption
             first = sequence.num_computed_tokens + 1
             sequence.prompt_logprobs += [
-                self._describe(sequence, first + number, score) for number, score in enumerate(drawn.prompt_scores)
+                describe(self._tokens, sequence, first + number, score)
+                for number, score in enumerate(drawn.prompt_scores)
             ]
         sequence.num_computed_tokens += row.num_new_tokens
         if drawn is not None and drawn.token_id is not None:
@@ -257,7 +257,7 @@ class Engine:
         result.token_ids[sequence] = [drawn.token_id]
         params = sequence.job.params
         if drawn.logprob is not None and params.logprobs is not None:
-            result.logprobs[sequence] = [self._describe(sequence, len(sequence.token_ids) - 1, drawn)]
+            result.logprobs[sequence] = [describe(self._tokens, sequence, len(sequence.token_ids) - 1, drawn)]
         if drawn.logprob is not None and params.best_of is not None:
             result.sum_logprobs[sequence] = drawn.logprob
 
@@ -316,22 +316,6 @@ class Engine:
             )
             for sequence, token_ids in result.token_ids.items()
         ]
-
-    def _describe(self, sequence: Sequence, place: int, drawn: Drawn) -> dict[str, object]:
-        """The token at position `place`, as a dumped TokenLogprob."""
-        assert drawn.token_id is not None
-        has_text_before = any(map(self._tokens.shows, islice(sequence.token_ids, place)))
-        bytes_of = self._tokens.bytes_of if has_text_before else self._tokens.first_bytes_of
-        top = [(token_id, bytes_of(token_id), logprob) for token_id, logprob in drawn.top]
-        token = bytes_of(drawn.token_id)
-        return {
-            "token": as_text(token),
-            "token_id": drawn.token_id,
-            "logprob": drawn.logprob,
-            "bytes": tuple(token) if self._tokens.shows(drawn.token_id) else (),
-            "top": [(token_id, as_text(other), logprob) for token_id, other, logprob in top],
-            "top_bytes": [tuple(other) for _, other, _ in top],
-        }
 
 
 def _members(rows: Rows[ScheduledRow]) -> list[StepMember]:

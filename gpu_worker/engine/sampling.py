@@ -19,6 +19,7 @@ cuda/sampler.py draws, and scoring.py scores.
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from domain.errors import EngineError
 from gpu_worker.engine.cpu.draws import draw
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import BITS, EngineJob, Sequence, words_of
+from text.tokenizers import TokenTable, as_text
 
 
 class GrammarFailed(EngineError):
@@ -207,6 +209,23 @@ def max_num_scored_tokens(vocab_size: int) -> int:
 
 
 #: Scores tokens by the logits before them, which are (num_tokens, vocab_size); with as many of the most likely ones.
+def describe(tokens: TokenTable, sequence: Sequence, place: int, drawn: Drawn) -> dict[str, object]:
+    """The token at position `place` of the sequence, as a dumped TokenLogprob."""
+    assert drawn.token_id is not None
+    has_text_before = any(map(tokens.shows, islice(sequence.token_ids, place)))
+    bytes_of = tokens.bytes_of if has_text_before else tokens.first_bytes_of
+    top = [(token_id, bytes_of(token_id), logprob) for token_id, logprob in drawn.top]
+    token = bytes_of(drawn.token_id)
+    return {
+        "token": as_text(token),
+        "token_id": drawn.token_id,
+        "logprob": drawn.logprob,
+        "bytes": tuple(token) if tokens.shows(drawn.token_id) else (),
+        "top": [(token_id, as_text(other), logprob) for token_id, other, logprob in top],
+        "top_bytes": [tuple(other) for _, other, _ in top],
+    }
+
+
 ScoreTokens = Callable[[Any, list[int], int], list[Drawn]]
 
 

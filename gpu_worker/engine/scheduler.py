@@ -262,9 +262,10 @@ class ModelLimits:
 
 
 def make_engine_job(
-    command: AddJob, limits: ModelLimits, tokenizer: Tokenizer, grammars: Grammars, *, arrival: int
+    command: AddJob, limits: ModelLimits, tokenizer: Tokenizer, grammars: Grammars | None, *, arrival: int
 ) -> EngineJob:
-    """Make the job and its unfinished sequences, with committed tokens replayed.
+    """Make the job and its unfinished sequences, with committed tokens replayed. `grammars` is None if no sequence has
+    one.
 
     `arrival` orders jobs of equal priority. Raises InvalidRequest, UnsupportedParameter or ContextLengthExceeded.
     """
@@ -293,7 +294,9 @@ def make_engine_job(
     return job
 
 
-def _make_sequence(job: EngineJob, command: AddJob, tokenizer: Tokenizer, grammars: Grammars, index: int) -> Sequence:
+def _make_sequence(
+    job: EngineJob, command: AddJob, tokenizer: Tokenizer, grammars: Grammars | None, index: int
+) -> Sequence:
     """Replay the committed tokens as if they had just been drawn. Text that was committed is not emitted again."""
     prompt = command.prompt_token_ids
     stream = TextStream(tokenizer, prompt, job.params.stop)
@@ -304,7 +307,7 @@ def _make_sequence(job: EngineJob, command: AddJob, tokenizer: Tokenizer, gramma
         token_ids=list(prompt),
         num_prompt_tokens=len(prompt),
         stream=stream,
-        grammar=None if output is None else grammars.start(output),
+        grammar=None if output is None or grammars is None else grammars.start(output),
     )
     for token_id in command.committed_token_ids[index]:
         if sequence.is_finished:

@@ -131,6 +131,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     cache_usage: float = 0.0  # share of the key/value cache in use, 0 to 1
     step_seconds: float = 0.0  # duration of the last step
     memory_bytes: int = 0
+    is_full: bool = False  # whether it should get no more jobs for now, though it has slots
+    waiting_for: str = ""  # why it runs nothing at all, although it is loaded; free of secrets and of texts
 
 
 class StepDone(msgspec.Struct, tag="step", frozen=True):

@@ -1,7 +1,7 @@
 """What every engine back end promises, held against each of them: gpu_worker/engine/backends/__init__.py."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from domain.catalog import LlamaCppOptions, ModelSpec
+from domain.catalog import LlamaCppOptions, ModelSpec, RemoteOptions
 from domain.errors import CeleriacError, ContextLengthExceeded
 from domain.requests import TokenLogprob
 from gpu_worker.engine.backends import Backend, StepMember, import_backend
+from gpu_worker.engine.backends.remote import RemoteBackend
 from gpu_worker.engine_process.frames import AddJob, EmbedJob, SequenceOutput, StepDone
 from settings import ROOT
 from tests import llama_cpp_model
+from tests.remote_server import second_celeriac
 
 PROMPT = [40, 41, 42]
 NUM_SLOTS = 4
@@ -30,7 +32,17 @@ LLAMA_CPP = ModelSpec(
     llama_cpp=LlamaCppOptions(n_threads=1, cache_type="f32"),
 )
 
+REMOTE = ModelSpec(
+    id="celeriac-mini",
+    path=str(ROOT / "models" / "celeriac-mini"),
+    backend="remote",
+    max_model_len=MAX_MODEL_LEN,
+    max_num_seqs=NUM_SLOTS,
+    remote=RemoteOptions(url="http://set.by.the.fixture/v1"),
+)
+
 SPECS = {
+    "remote": REMOTE,
     "llama_cpp": LLAMA_CPP,
     "fake": ModelSpec(
         id="fake",
@@ -56,15 +68,25 @@ def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return llama_cpp_model.write_mini(tmp_path_factory.mktemp("gguf"))
 
 
+@pytest.fixture(scope="module")
+def remote_spec() -> Iterator[ModelSpec]:
+    with second_celeriac() as url:
+        yield REMOTE.model_copy(update={"remote": RemoteOptions(url=url)})
+
+
 @pytest.fixture(scope="module", params=SPECS)
-def loaded_backend(request: pytest.FixtureRequest) -> Backend:
+def loaded_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     spec = SPECS[request.param]
+    if request.param == "remote":
+        spec = request.getfixturevalue("remote_spec")
     if request.param == "llama_cpp":
         spec = spec.model_copy(update={"path": str(request.getfixturevalue("gguf_folder"))})
     backend = import_backend(spec)(spec)
     if request.param == "transformers":
         torch.set_num_threads(1)  # tests run beside each other
-    return backend
+    yield backend
+    if isinstance(backend, RemoteBackend):
+        backend.close()
 
 
 @pytest.fixture
@@ -247,8 +269,10 @@ def test_an_abort_of_a_job_that_is_not_here_is_ignored(backend: Backend) -> None
 @pytest.mark.parametrize("num_committed", [1, 5, 19])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_resumed_job_goes_on_as_if_never_interrupted(
-    backend: Backend, num_committed: int, temperature: float
+    backend: Backend, num_committed: int, temperature: float, request: pytest.FixtureRequest
 ) -> None:
+    if is_remote(request) and temperature:
+        pytest.skip("a remote server draws other numbers after a resume")
     job: dict[str, Any] = {"max_tokens": 20, "temperature": temperature}
     whole = run(backend, [make_add(**job)])["job", 0]
     transcript: Transcript = {}
@@ -299,8 +323,8 @@ def test_the_members_of_a_step_are_recorded_before_it_speaks(backend: Backend) -
 def test_structured_output_is_followed_whatever_the_model_would_say(
     backend: Backend, request: pytest.FixtureRequest
 ) -> None:
-    if is_fake(request):
-        pytest.skip("the fake back end follows no grammar")
+    if is_fake(request) or is_remote(request):
+        pytest.skip("this back end follows no grammar")
     output = {"regex": "(red|green) [0-9]{3}"}
     spoken = run(backend, [make_add(structured_output=output, temperature=1.0), make_add("free")])
     assert re.fullmatch("(red|green) [0-9]{3}", spoken["job", 0].text)
@@ -308,7 +332,9 @@ def test_structured_output_is_followed_whatever_the_model_would_say(
     assert spoken["free", 0] == run(backend, [make_add("free")])["free", 0]
 
 
-def test_a_prompt_is_scored_token_by_token(backend: Backend) -> None:
+def test_a_prompt_is_scored_token_by_token(backend: Backend, request: pytest.FixtureRequest) -> None:
+    if is_remote(request):
+        pytest.skip("prompt logprobs are refused at submit")
     backend.add(make_add(prompt=[40, 41, 42, 43, 44], prompt_logprobs=2))
     scores: list[dict[str, object] | None] = []
     while backend.has_work:
@@ -319,8 +345,8 @@ def test_a_prompt_is_scored_token_by_token(backend: Backend) -> None:
 
 
 def test_a_common_beginning_is_not_computed_twice(backend: Backend, request: pytest.FixtureRequest) -> None:
-    if is_fake(request):
-        pytest.skip("the fake back end has no cache")
+    if is_fake(request) or is_remote(request):
+        pytest.skip("this back end has no cache of its own")
     beginning = list(range(100, 150))
     cold = run(backend, [make_add(prompt=[*beginning, 1], cache_salt="tenant")])
     num_hits = backend.stats().num_prefix_cache_hits
@@ -334,12 +360,13 @@ def test_a_common_beginning_is_not_computed_twice(backend: Backend, request: pyt
 
 def test_embeddings_are_made_or_refused_by_name(backend: Backend, request: pytest.FixtureRequest) -> None:
     command = EmbedJob("vectors", 1, [[40, 41]], None, 0)
-    if "llama_cpp" not in request.node.callspec.params.values():
+    backend_name = next(name for name in SPECS if name in request.node.callspec.params.values())
+    if backend_name not in ("llama_cpp", "remote"):
         backend.embed(command)
         while backend.has_work:
             step(backend)
         return
-    with pytest.raises(CeleriacError, match="backend llama_cpp does not support embeddings"):
+    with pytest.raises(CeleriacError, match=f"backend {backend_name} does not support embeddings"):
         backend.embed(command)
     assert not backend.has_work
 
@@ -356,3 +383,7 @@ def test_llama_cpp_says_what_transformers_says_with_the_same_weights(gguf_folder
 
 def is_fake(request: pytest.FixtureRequest) -> bool:
     return "fake" in request.node.callspec.params.values()
+
+
+def is_remote(request: pytest.FixtureRequest) -> bool:
+    return "remote" in request.node.callspec.params.values()

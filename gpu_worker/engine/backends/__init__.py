@@ -77,6 +77,7 @@ CLASS_BY_BACKEND: dict[str, tuple[str, str]] = {
     "encoder": ("gpu_worker.engine.backends.encoder", "EncoderBackend"),
     "fake": ("gpu_worker.engine.backends.fake", "FakeBackend"),
     "llama_cpp": ("gpu_worker.engine.backends.llama_cpp", "LlamaCppBackend"),
+    "remote": ("gpu_worker.engine.backends.remote", "RemoteBackend"),
     "transformers": ("gpu_worker.engine.backends.transformers", "TransformersBackend"),
 }
 
