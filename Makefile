@@ -23,6 +23,12 @@ CLIENT_PINS := tests/conformance/clients.txt
 # PostgreSQL and a Redis of its own and takes a gigabyte and a half.
 WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 2 ? 2 : cores > 5 ? 8 : cores * 3 / 2)))
 
+# Engines with environments of their own, and the tests that are skipped where these are not installed.
+ENGINES := llama_cpp
+ENGINES_FOLDER := $(or $(CELERIAC_DATA_DIR),.celeriac)/engines
+ENGINE_TESTS := tests/integration/test_engine_contract.py tests/integration/test_engine_contract_sampling.py \
+	tests/integration/test_engine_environments.py $(foreach engine,$(ENGINES),$(wildcard tests/real_models/test_$(engine).py))
+
 FUZZ_REQUESTS := 20000
 SECONDS := 1800
 SEED := 1
@@ -31,7 +37,7 @@ SEED := 1
 SAMPLED := tests/integration/test_engine_contamination.py tests/integration/test_engine_device.py \
 	tests/unit_engine/test_engine_sampling.py tests/chaos/test_model_checker.py
 
-.PHONY: help run test test-fast thorough check index format conformance fuzz chaos bench constraints clean
+.PHONY: help run test test-fast test-engines thorough check index format conformance fuzz chaos bench constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +66,10 @@ index: $(READY_TO_TEST) ## write docs/files.md again, from the first line of eac
 format: $(READY_TO_TEST) ## rewrite the files as `make check` wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+test-engines: $(READY_TO_TEST) ## install engines and test them on real models, minutes: make test-engines ENGINES=llama_cpp
+	@for engine in $(ENGINES); do test -x $(ENGINES_FOLDER)/$$engine/bin/python || $(BIN)/celeriac engines install $$engine || exit 1; done
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS)
 
 conformance: $(READY_TO_TEST) $(VENV)/clients/.ready ## unmodified clients of all kinds, LangChain and LiteLLM too
 	$(BIN)/python -m pytest tests/conformance

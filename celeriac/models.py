@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
-    from celeriac.store.store import ModelStore, Wanted
+    from celeriac.store.store import GgufBackend, ModelStore, Wanted
 
 
 @click.group(invoke_without_command=True)
@@ -58,8 +59,13 @@ def list_models() -> None:
 @click.argument("source")
 @click.option("--name", help="Name to store it under.  [default: derived from the source]")
 @click.option("--task", type=click.Choice(["generation", "embedding"]), help="[default: determined from its files]")
+@click.option(
+    "--backend",
+    type=click.Choice(["llama_cpp", "transformers"]),
+    help="Engine for a GGUF file; transformers has it converted.  [default: llama_cpp if it is installed]",
+)
 @click.option("--accept-licence", is_flag=True, help="Accept the model's terms, if it has any.")
-def pull_model(source: str, name: str | None, task: str | None, accept_licence: bool) -> None:
+def pull_model(source: str, name: str | None, task: str | None, backend: str | None, accept_licence: bool) -> None:
     """Fetch a model, check it, and store it here.
 
     SOURCE is a name from `celeriac models list`, or one of:
@@ -77,7 +83,9 @@ def pull_model(source: str, name: str | None, task: str | None, accept_licence: 
     from celeriac.terminal import PullPrinter, plain_console
 
     with _explained(), PullPrinter(plain_console(stderr=True)) as printer:
-        wanted = _wanted(source, name, task, is_accepted=accept_licence)
+        wanted = replace(
+            _wanted(source, name, task, is_accepted=accept_licence), gguf_backend=_gguf_backend(backend, task)
+        )
         manifest = _store().pull(wanted, printer)
     click.echo(f"Stored {manifest.name}: {manifest.num_bytes / 1e6:,.0f} MB from {manifest.source}.")
     click.echo(f"Serve it: celeriac up --model {manifest.name}")
@@ -141,6 +149,17 @@ def _wanted(text: str, name: str | None, task: str | None, *, is_accepted: bool)
         licence=known.licence,
         task=task,  # type: ignore[arg-type]
     )
+
+
+def _gguf_backend(named: str | None, task: str | None) -> "GgufBackend":
+    """What is to run a GGUF file: unless one is named, llama.cpp where it is installed. It makes no embeddings."""
+    from local.engine_environments import is_installed
+    from local.lock import settings_here
+
+    if named is not None:
+        return named  # type: ignore[return-value]
+    has_llama_cpp = is_installed("llama_cpp", settings_here().data_dir)
+    return "llama_cpp" if has_llama_cpp and task != "embedding" else "transformers"
 
 
 @contextmanager

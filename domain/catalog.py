@@ -28,7 +28,7 @@ class LlamaCppOptions(Frozen):
     n_gpu_layers: int = Field(default=999, ge=0)  # on a build for GPUs; 999 are all
     n_threads: int | None = Field(default=None, ge=1)  # default: one for each core
     n_ubatch: int = Field(default=512, ge=16)  # tokens computed at once
-    repack: bool = False  # lay weights out for the CPU's matrix instructions, which not every virtual machine runs
+    repack: bool | None = None  # lay weights out for the CPU's instructions; default: unless AMX was compiled in
     cache_type: Literal["f32", "f16", "q8_0", "q4_0"] = "f16"  # of keys and values
 
 

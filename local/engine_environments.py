@@ -5,6 +5,7 @@ before they know which packages they have.
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,14 @@ class Recipe:
     package: str
     version: str
     build_arguments: str
+    machine_arguments: dict[str, str]  # more of them, by what platform.machine() says
     devices: str
+
+    @property
+    def cmake_arguments(self) -> str:
+        """Those of CMAKE_ARGS come last, so that they prevail."""
+        here = self.machine_arguments.get(platform.machine(), "")
+        return " ".join(filter(None, [self.build_arguments, here, os.environ.get("CMAKE_ARGS", "")]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +62,11 @@ def engine_python(named: str | None, backend: str, data_dir: Path) -> str:
     back end, else ours. A named interpreter may not exist."""
     if named is not None:
         return named
-    installed = _python_in(environment_folder(data_dir, backend))
-    return str(installed) if installed.exists() else sys.executable
+    return str(_python_in(environment_folder(data_dir, backend))) if is_installed(backend, data_dir) else sys.executable
+
+
+def is_installed(backend: str, data_dir: Path) -> bool:
+    return _python_in(environment_folder(data_dir, backend)).exists()
 
 
 def missing_interpreter(python: str) -> str:
@@ -85,10 +96,9 @@ def install(recipe: Recipe, data_dir: Path) -> Path:
     shutil.rmtree(new, ignore_errors=True)
     new.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, "-m", "venv", new], check=True)
-    arguments = f"{recipe.build_arguments} {os.environ.get('CMAKE_ARGS', '')}".strip()
     command = [str(_python_in(new)), "-m", "pip", "install", "--constraint", str(CONSTRAINTS_FILE), *LIGHT_PACKAGES]
     command.append(f"{recipe.package}=={recipe.version}")
-    subprocess.run(command, env=os.environ | {"CMAKE_ARGS": arguments}, check=True)
+    subprocess.run(command, env=os.environ | {"CMAKE_ARGS": recipe.cmake_arguments}, check=True)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     return _python_in(folder)

@@ -1,4 +1,4 @@
-"""Converts a GGUF file to safetensors in a child process, since only the engine's package may import torch."""
+"""Describes or converts a GGUF file in a child process, since only the engine's package may import torch."""
 
 import os
 import subprocess
@@ -16,22 +16,32 @@ PACKAGES = ("torch", "transformers", "gguf", "accelerate")
 
 
 def refuse_without_packages(file_name: str) -> None:
-    """Raises ModelRefused if a package that the conversion needs is missing."""
+    """Raises ModelRefused if a package that `describe` or `convert` needs is missing."""
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise ModelRefused(
-            f"{file_name} has to be converted, which needs {', '.join(missing)}; install the extra `worker`, or pull "
-            "the model's safetensors"
+            f"reading {file_name} needs {', '.join(missing)}; install the extra `worker`, or pull the model's "
+            "safetensors"
         )
+
+
+def describe(file: Path, folder: Path) -> None:
+    """Write config and tokenizer of `file` into `folder`, for an engine that runs the file itself. Raises
+    ModelRefused."""
+    _run("describe", file, folder, failure="its description could not be read")
 
 
 def convert(file: Path, folder: Path) -> None:
     """Write weights, config and tokenizer of `file` into `folder`. Raises ModelRefused."""
-    command = [sys.executable, "-m", PROGRAM, str(file), str(folder)]
+    _run("convert", file, folder, failure="it could not be converted to safetensors")
+
+
+def _run(verb: str, file: Path, folder: Path, *, failure: str) -> None:
+    command = [sys.executable, "-m", PROGRAM, verb, str(file), str(folder)]
     environment = os.environ | {"TQDM_DISABLE": "1"}
     with tempfile.TemporaryFile("w+") as said:
         done = subprocess.run(ending_with_us(command), cwd=ROOT, env=environment, stdout=said, stderr=said, check=False)
         said.seek(0)
         lines = said.read().strip().splitlines() or ["it printed nothing"]
     if done.returncode != 0:
-        raise ModelRefused(f"{file.name} could not be converted to safetensors: {lines[-1]}")
+        raise ModelRefused(f"{file.name}: {failure}: {lines[-1]}")

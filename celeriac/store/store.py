@@ -24,7 +24,7 @@ from celeriac.store.files import (
     refuse_broken_weights,
     refuse_description,
 )
-from celeriac.store.gguf import convert, refuse_without_packages
+from celeriac.store.gguf import convert, describe, refuse_without_packages
 from celeriac.store.sources import Source, refuse_full_disk
 from domain.catalog import ENTRY_FILE, ModelEntry
 from domain.jobs import Frozen
@@ -39,6 +39,7 @@ LOCK_LOOK_SECONDS = 0.5
 CONVERTED_RATIO = 4
 
 Task = Literal["generation", "embedding"]
+GgufBackend = Literal["llama_cpp", "transformers"]
 
 
 class StoredFile(Frozen):
@@ -56,7 +57,7 @@ class Manifest(Frozen):
     source: str
     licence: str = ""
     pulled_at: datetime
-    converted_from: str = ""  # the GGUF file that its safetensors were made from
+    converted_from: str = ""  # the GGUF file that its safetensors were made from, if they were
     files: list[StoredFile]
 
     @property
@@ -78,7 +79,8 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to pull. `sha256` is what the weights must have, if known; without a `task`, the model's files decide it."""
+    """What to pull. `sha256` is what the weights must have, if known; without a `task`, the model's files decide it.
+    `gguf_backend` is what is to run the model if it is a GGUF file; for transformers it is converted."""
 
     name: str
     source: Source
@@ -86,6 +88,7 @@ class Wanted:
     sha256: str | None = None
     licence: str = ""
     task: Task | None = None
+    gguf_backend: GgufBackend = "transformers"
 
 
 class ModelStore:
@@ -194,9 +197,10 @@ class ModelStore:
         watcher.begin(f"Fetching {wanted.source.name}", wanted.num_bytes)
         files = choose(wanted.source.list_files(scratch, watcher.advance), wanted.source.name)
         num_bytes = sum(file.size for file in files)
-        converted_from = next((file.path for file in files if file.path.endswith(".gguf")), "")
-        if converted_from:
-            refuse_without_packages(converted_from)
+        gguf = next((file.path for file in files if file.path.endswith(".gguf")), "")
+        if gguf:
+            refuse_without_packages(gguf)
+        converted_from = gguf if wanted.gguf_backend == "transformers" else ""
         refuse_full_disk(partial, num_bytes * (1 + CONVERTED_RATIO) if converted_from else num_bytes)
         watcher.begin(f"Storing {wanted.name}", num_bytes)
         self._fetch_files(wanted, files, partial, watcher)
@@ -204,9 +208,12 @@ class ModelStore:
         if converted_from:
             watcher.begin(f"Converting {converted_from} to safetensors", None)
             convert(partial / converted_from, partial)
-        entry = _entry_of(wanted, partial)
+        elif gguf:
+            watcher.begin(f"Reading the description in {gguf}", None)
+            describe(partial / gguf, partial)
+        entry = _entry_of(wanted, partial, wanted.gguf_backend if gguf else "transformers")
         load_model_view(entry)  # as the API will, which finds broken files now
-        (partial / ENTRY_FILE).write_text(_entry_text(wanted.name, entry.task), encoding="utf-8")
+        (partial / ENTRY_FILE).write_text(_entry_text(entry), encoding="utf-8")
         watcher.begin(f"Hashing {wanted.name}", None)
         manifest = Manifest(
             name=wanted.name,
@@ -265,19 +272,20 @@ def _stored_files(folder: Path) -> list[StoredFile]:
     ]
 
 
-def _entry_of(wanted: Wanted, folder: Path) -> ModelEntry:
+def _entry_of(wanted: Wanted, folder: Path, backend: GgufBackend) -> ModelEntry:
     is_pooled = any((folder / name).is_file() for name in POOLING_FILES)
     task: Task = wanted.task or ("embedding" if is_pooled else "generation")
-    return ModelEntry(id=wanted.name, path=str(folder), task=task)
+    return ModelEntry(id=wanted.name, path=str(folder), task=task, backend=backend)
 
 
-def _entry_text(name: str, task: Task) -> str:
+def _entry_text(entry: ModelEntry) -> str:
     lines = [
         "# Written by `celeriac models pull`. You may add any key of docs/models.md; `models check` ignores this file.",
         "[[models]]",
-        f'id = "{name}"',
+        f'id = "{entry.id}"',
         'path = "."',
-        *(['task = "embedding"'] if task == "embedding" else []),
+        *(['backend = "llama_cpp"'] if entry.backend == "llama_cpp" else []),
+        *(['task = "embedding"'] if entry.task == "embedding" else []),
     ]
     return "\n".join(lines) + "\n"
 

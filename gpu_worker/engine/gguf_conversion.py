@@ -1,7 +1,8 @@
-"""Makes safetensors, a config and a tokenizer of a GGUF file: `python -m gpu_worker.engine.gguf_conversion FILE DIR`.
+"""Writes what a GGUF file describes, for transformers: `python -m gpu_worker.engine.gguf_conversion describe FILE DIR`.
 
-Quantised weights become bfloat16: what that rounds off is a small part of what their quantisation did, and it is the
-type that a GPU wants. Those that were whole stay as they are.
+`describe` writes config and tokenizer, which is what the API reads. `convert` also writes the weights as safetensors:
+quantised ones become bfloat16. What that rounds off is a small part of what their quantisation did, and it is the type
+that a GPU wants. Those that were whole stay as they are.
 """
 
 import sys
@@ -16,14 +17,21 @@ import numpy as np
 DTYPE_BY_FILE_TYPE = {0: "float32", 1: "float16"}  # `general.file_type`: ALL_F32, MOSTLY_F16
 
 
-def convert(file: Path, folder: Path) -> None:
+def describe(file: Path, folder: Path) -> None:
     """Raises ValueError, or whatever transformers raises, for files that it does not know."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Raises as `describe` does."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    _spare_repetitions()
-    logging.set_verbosity_error()
     file_type = gguf.GGUFReader(file).fields.get("general.file_type")
     dtype = DTYPE_BY_FILE_TYPE.get(int(file_type.contents()) if file_type else -1, "bfloat16")
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=getattr(torch, dtype))
@@ -57,8 +65,16 @@ class PlainArrays:
         return np.memmap(path, mode=mode).view(np.ndarray)
 
 
+def main(verb: str, file: Path, folder: Path) -> None:
+    from transformers.utils import logging
+
+    _spare_repetitions()
+    logging.set_verbosity_error()
+    {"describe": describe, "convert": convert}[verb](file, folder)
+
+
 if __name__ == "__main__":
     try:
-        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+        main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
     except Exception as exc:  # of any kind, for faulty files: the last line is what the user sees
         sys.exit(f"{type(exc).__name__}: {exc}".replace("\n", " "))

@@ -325,6 +325,36 @@ def test_a_gguf_file_is_refused_before_it_is_fetched_where_it_could_not_be_conve
     assert heard.num_bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("is_installed", "arguments", "says"),
+    [
+        (False, [], "it could not be converted to safetensors"),
+        (True, [], "its description could not be read"),
+        (True, ["--backend", "transformers"], "it could not be converted to safetensors"),
+        (True, ["--task", "embedding"], "it could not be converted to safetensors"),
+        (False, ["--backend", "llama_cpp"], "its description could not be read"),
+    ],
+)
+def test_a_gguf_file_is_for_llama_cpp_where_that_is_installed_and_else_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_installed: bool, arguments: list[str], says: str
+) -> None:
+    """Either way, the program that reads it is replaced by one that fails at once."""
+    monkeypatch.setattr("celeriac.store.gguf.PACKAGES", ())
+    monkeypatch.setattr("celeriac.store.gguf.PROGRAM", "json.tool")
+    monkeypatch.setenv("CELERIAC_DATA_DIR", str(tmp_path / "data"))
+    get_settings.cache_clear()
+    if is_installed:
+        python = tmp_path / "data" / "engines" / "llama_cpp" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.touch()
+    (tmp_path / "q4.gguf").write_bytes(b"GGUF")
+    done = CliRunner().invoke(cli.main, ["models", "pull", str(tmp_path / "q4.gguf"), *arguments])
+    get_settings.cache_clear()
+    assert done.exit_code == 1
+    assert says in done.output
+    assert not (tmp_path / "data" / "models" / "q4").exists()
+
+
 def test_weights_with_another_hash_than_the_list_has_are_refused(store: ModelStore, published: Path) -> None:
     with pytest.raises(ModelRefused, match="is not what was published"):
         store.pull(Wanted("tiny", FolderSource(str(published)), sha256="0" * 64), Heard())

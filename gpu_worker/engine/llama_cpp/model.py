@@ -28,6 +28,7 @@ NUM_FROM_CACHE_TYPE = {
     "q8_0": lib.GGML_TYPE_Q8_0,
     "q4_0": lib.GGML_TYPE_Q4_0,
 }
+VISIBLE_SPACE = "\u2581"  # as SentencePiece writes a space
 WARNING, ERROR = 3, 4  # of ggml_log_level; more is the rest of a line
 
 _last_words: deque[str] = deque(maxlen=3)
@@ -58,7 +59,7 @@ class LlamaModel:
         options = spec.llama_cpp
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = options.n_gpu_layers if lib.llama_supports_gpu_offload() else 0
-        parameters.use_extra_bufts = options.repack
+        parameters.use_extra_bufts = not _has_amx() if options.repack is None else options.repack
         self._model = lib.llama_model_load_from_file(str(file).encode(), parameters)
         if not self._model:
             raise ValueError(f"llama.cpp cannot load {file.name}: {'; '.join(_last_words) or 'it does not say why'}")
@@ -89,13 +90,14 @@ class LlamaModel:
         return frozenset(token for token in range(self.vocab_size) if lib.llama_vocab_is_eog(self._vocab, token))
 
     def refuse_other_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises ValueError unless each token has the same name in tokenizer.json as in the file."""
+        """Raises ValueError unless each token has the same name in tokenizer.json as in the file. Some files of Gemma
+        write the spaces of some tokens as such."""
         if lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
             return
         for token_id in range(min(self.vocab_size, tokenizer.get_vocab_size())):
             ours = tokenizer.id_to_token(token_id)
             theirs = lib.llama_vocab_get_text(self._vocab, token_id).decode(errors="replace")
-            if ours is not None and ours != theirs:
+            if ours is not None and ours.replace(VISIBLE_SPACE, " ") != theirs.replace(VISIBLE_SPACE, " "):
                 raise ValueError(
                     f"tokenizer.json calls token {token_id} {ours!r}, but the GGUF file {theirs!r}; they do not belong "
                     "together, so pull the model again"
@@ -170,6 +172,11 @@ class LlamaModel:
         parameters.kv_unified = True
         parameters.swa_full = True  # or a sliding window's beginning could not be shared
         return parameters
+
+
+def _has_amx() -> bool:
+    """Whether llama.cpp was compiled to use AMX, which some virtual machines announce but do not run."""
+    return b"AMX_INT8 = 1" in lib.llama_print_system_info()
 
 
 class LlamaBatch:

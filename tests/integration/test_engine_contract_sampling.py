@@ -1,0 +1,112 @@
+"""What the back ends that use our sampler promise about what is drawn, where a text ends, and a cache that is full."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from domain.catalog import ModelSpec
+from domain.errors import CeleriacError
+from gpu_worker.engine.backends import Backend, import_backend
+from gpu_worker.engine_process.frames import AddJob
+from tests import llama_cpp_model
+from tests.integration.test_engine_contract import NUM_SLOTS, SPECS, Transcript, hear, make_add, run, step
+
+
+@pytest.fixture(scope="module", params=["transformers", "llama_cpp"])
+def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    if request.param == "transformers":
+        return SPECS[request.param]
+    llama_cpp_model.make_importable()
+    folder: Path = llama_cpp_model.write_mini(tmp_path_factory.mktemp("gguf"))
+    return SPECS[request.param].model_copy(update={"path": str(folder)})
+
+
+@pytest.fixture(scope="module")
+def backend(spec: ModelSpec) -> Backend:
+    return make_backend(spec)
+
+
+def make_backend(spec: ModelSpec) -> Backend:
+    backend = import_backend(spec)(spec)
+    torch.set_num_threads(1)  # tests run beside each other
+    return backend
+
+
+def texts_by_token(backend: Backend, command: AddJob) -> list[str]:
+    """What each token adds to the text. Text is held back now and then, so each length is run by itself."""
+    lengths = range(1, command.max_tokens + 1)
+    texts = [run(backend, [msgspec.structs.replace(command, max_tokens=n)])[command.job_id, 0].text for n in lengths]
+    return [texts[0], *(later.removeprefix(earlier) for earlier, later in pairwise(texts))]
+
+
+def test_a_stop_string_across_tokens_is_found_and_no_part_of_it_is_said(backend: Backend) -> None:
+    texts = texts_by_token(backend, make_add(max_tokens=30))
+    border = next(number for number in range(8, 30) if (texts[number - 1] + texts[number]).isascii())
+    stop = texts[border - 1][-1] + texts[border]
+    before = "".join(texts).partition(stop)[0]
+    stopped = run(backend, [make_add(max_tokens=30, stop=[stop])])["job", 0]
+    assert (stopped.text, stopped.finish_reasons) == (before, ["stop"])
+
+
+def test_a_seed_repeats_its_draws_and_another_draws_otherwise(backend: Backend) -> None:
+    drawn: dict[str, Any] = {"temperature": 1.5, "max_tokens": 20}
+    said = run(backend, [make_add(f"{seed}-{number}", seed=seed, **drawn) for seed in (1, 2) for number in range(2)])
+    assert said["1-0", 0] == said["1-1", 0]
+    assert said["2-0", 0] == said["2-1", 0]
+    assert said["1-0", 0] != said["2-0", 0]
+
+
+@pytest.mark.parametrize("params", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
+def test_a_filter_that_leaves_one_token_makes_draws_greedy(backend: Backend, params: dict[str, Any]) -> None:
+    greedy = run(backend, [make_add()])["job", 0]
+    assert run(backend, [make_add(temperature=1.5, **params)])["job", 0] == greedy
+
+
+def test_penalties_and_biases_change_what_is_drawn(backend: Backend) -> None:
+    greedy = run(backend, [make_add(max_tokens=40)])["job", 0].token_ids
+    wanted = greedy[0] + 1
+    commands = [
+        make_add("banned", bad_token_ids=[greedy[0]]),
+        make_add("less likely", logit_bias={str(greedy[0]): -100.0}),
+        make_add("likelier", logit_bias={str(wanted): 100.0}),
+        make_add("penalised", max_tokens=40, repetition_penalty=5.0),
+        make_add("once each", max_tokens=40, frequency_penalty=2.0, presence_penalty=2.0),
+    ]
+    said = {job_id: spoken.token_ids for (job_id, _), spoken in run(backend, commands).items()}
+    assert greedy[0] not in said["banned"] + said["less likely"]
+    assert set(said["likelier"]) == {wanted}
+    assert len(set(said["penalised"])) > len(set(greedy))
+    assert len(set(said["once each"])) > len(set(greedy))
+
+
+def test_min_tokens_puts_an_end_off(backend: Backend) -> None:
+    greedy = run(backend, [make_add(max_tokens=20)])["job", 0].token_ids
+    ended = run(backend, [make_add(max_tokens=20, stop_token_ids=[greedy[2]], min_tokens=10)])["job", 0]
+    assert len(ended.token_ids) >= 10
+
+
+@pytest.mark.parametrize(
+    "changes", [{"structured_output": {"regex": "("}}, {"prompt": [10**7]}], ids=["grammar", "token"]
+)
+def test_a_faulty_job_is_refused_and_its_neighbour_runs_on(backend: Backend, changes: dict[str, Any]) -> None:
+    transcript: Transcript = {}
+    backend.add(make_add("good"))
+    hear(transcript, step(backend))
+    with pytest.raises(CeleriacError):
+        backend.add(make_add("bad", **changes))
+    while backend.has_work:
+        hear(transcript, step(backend))
+    assert transcript == run(backend, [make_add("good")])
+
+
+def test_where_the_cache_is_too_small_for_all_some_wait_and_all_say_the_same(backend: Backend, spec: ModelSpec) -> None:
+    """Four times 103 tokens do not fit into 256."""
+    small = make_backend(spec.model_copy(update={"kv_cache_tokens": 256}))
+    commands = [make_add(f"job-{number}", prompt=[40, 41, 42 + number], max_tokens=100) for number in range(NUM_SLOTS)]
+    crowded = run(small, commands)
+    assert small.stats().num_preemptions > 0
+    assert crowded == run(backend, commands)

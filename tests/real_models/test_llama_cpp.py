@@ -1,0 +1,164 @@
+"""GGUF files as they are, in llama.cpp: pulled without a conversion, with its own greedy text, whatever is killed.
+
+Only the first test runs where llama.cpp is not installed; `make test-engines` installs it and runs them all.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from celeriac.client import Client
+from celeriac.store.sources import FolderSource
+from celeriac.store.store import ModelStore, Wanted
+from domain.catalog import Catalog
+from tests import llama_cpp_model
+from tests.chaos.plant import Plant, start_prepared
+from tests.integration.test_main_job import System
+from tests.real_models.conftest import CHAT, SETTINGS, Quiet
+
+pytestmark = pytest.mark.slow
+
+MODEL = f"{CHAT}-gguf"
+#: Runs where its terms were accepted: `celeriac models pull gemma3-270m --backend llama_cpp --accept-licence`.
+GEMMA = "gemma3-270m"
+NUM_TOKENS, NUM_LONG_TOKENS, NUM_KILLS = 32, 240, 3
+NUM_CHUNKS = 3  # that the stream has shown between two kills
+PROMPT = "The capital of France is"
+WORDS = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 14, "maxItems": 14}
+FREE: dict[str, Any] = {"ignore_eos": True}
+UNDER_A_SCHEMA: dict[str, Any] = {"structured_output": {"json_schema": WORDS}}
+
+#: llama.cpp by its own high-level interface: FILE, prompt's token ids, number of tokens.
+REFERENCE = """
+import json, sys
+import llama_cpp
+file, prompt, num_tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+llama = llama_cpp.Llama(file, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
+tokens = llama.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)
+print(json.dumps([next(tokens) for _ in range(num_tokens)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(store: ModelStore) -> Path:
+    """SmolLM2 as it was published, in four bits."""
+    [file] = store.path(CHAT).glob("*.gguf")
+    store.pull(Wanted(MODEL, FolderSource(str(file)), gguf_backend="llama_cpp"), Quiet())
+    return store.path(MODEL)
+
+
+def entry(model_id: str, folder: Path) -> str:
+    return f"""
+[[models]]
+id = "{model_id}"
+path = "{folder}"
+backend = "llama_cpp"
+python = "{llama_cpp_model.python()}"
+max_model_len = 512
+max_num_seqs = 4
+llama_cpp = {{ n_threads = 1 }}
+"""
+
+
+def running(model_id: str, model_folder: Path) -> Iterator[System]:
+    folder = Path(tempfile.mkdtemp(prefix="celeriac-llama-"))
+    settings = SETTINGS | {"models_dir": folder / "none"}
+    models = entry(model_id, model_folder)
+    plant = Plant(folder, models=models, worker_models={"cpu": model_id}, settings=settings, start=start_prepared)
+    with System(plant) as system:
+        yield system
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def llama_system(folder: Path) -> Iterator[System]:
+    yield from running(MODEL, folder)
+
+
+@pytest.fixture
+def llama(llama_system: System) -> Iterator[Client]:
+    with Client(llama_system.plant.api_urls[0]) as client:
+        yield client
+
+
+def submit(client: Client, params: dict[str, Any], num_tokens: int, *, model: str = MODEL) -> str:
+    params = {"temperature": 0, "max_tokens": num_tokens} | params
+    return str(client.submit({"model": model, "prompt": PROMPT, "params": params})["id"])
+
+
+def text_of(client: Client, job_id: str) -> str:
+    """What the job's stream says, which is what its row says."""
+    text = "".join(event.data["text"] for event in client.events(job_id) if event.name == "output.delta")
+    job = client.job(job_id)
+    assert job["status"] == "completed", job
+    assert text == job["output"]["text"]
+    return text
+
+
+def reference_text(folder: Path, num_tokens: int) -> str:
+    """By the file's own program and the tokenizer that was read from it."""
+    [file] = folder.glob("*.gguf")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    prompt = json.dumps(tokenizer.encode(PROMPT).ids)
+    command = [llama_cpp_model.python(), "-c", REFERENCE, str(file), prompt, str(num_tokens)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr[-1000:]
+    return str(tokenizer.decode(json.loads(said.stdout)))
+
+
+def test_a_gguf_file_for_llama_cpp_is_described_but_not_converted(store: ModelStore, folder: Path) -> None:
+    manifest = store.manifest(MODEL)
+    assert manifest.converted_from == ""
+    assert [Path(file.path).suffix for file in manifest.files if file.size > 10**7] == [".gguf"]
+    [stored] = Catalog.load(folder / "models.toml").entries
+    assert (stored.id, stored.backend, stored.path) == (MODEL, "llama_cpp", str(folder))
+    for name in ("tokenizer.json", "chat_template.jinja"):  # just as a conversion writes them
+        assert (folder / name).read_text() == (store.path(CHAT) / name).read_text()
+
+
+def test_greedy_text_is_llama_cpps_own(llama: Client, folder: Path) -> None:
+    expected = reference_text(folder, NUM_TOKENS)
+    assert text_of(llama, submit(llama, FREE, NUM_TOKENS)) == expected
+
+
+@pytest.mark.parametrize("params", [FREE, UNDER_A_SCHEMA], ids=["free", "under a schema"])
+def test_an_engine_killed_three_times_in_mid_stream_changes_nothing(
+    llama: Client, llama_system: System, params: dict[str, Any]
+) -> None:
+    undisturbed = text_of(llama, submit(llama, params, NUM_LONG_TOKENS))
+    job_id = submit(llama, params, NUM_LONG_TOKENS)
+    text, killed, num_seen = "", [0], 0
+    for event in llama.events(job_id):
+        if event.name == "output.delta":
+            text += event.data["text"]
+            num_seen += 1
+        pid = llama_system.plant.workers[0].engine_pid()
+        if pid in (None, killed[-1]):  # what still arrives is from before
+            num_seen = 0
+        elif num_seen >= NUM_CHUNKS and len(killed) <= NUM_KILLS:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+    assert len(killed) == 1 + NUM_KILLS, "the job ended before its last kill"
+    assert llama.job(job_id)["attempt"] == 1 + NUM_KILLS
+    assert text == undisturbed == text_of(llama, job_id)
+    if params is UNDER_A_SCHEMA:
+        assert len(json.loads(text)) == WORDS["minItems"]
+
+
+def test_gemma_says_what_it_says_in_llama_cpp(store: ModelStore) -> None:
+    folder = store.path(GEMMA)
+    if not any(folder.glob("*.gguf")) or any(folder.glob("*.safetensors")):
+        pytest.skip(f"{GEMMA} was not pulled for llama.cpp into {store.folder}")
+    expected = reference_text(folder, NUM_TOKENS)
+    for system in running(GEMMA, folder):
+        with Client(system.plant.api_urls[0]) as client:
+            assert text_of(client, submit(client, FREE, NUM_TOKENS, model=GEMMA)) == expected
