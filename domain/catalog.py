@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, StringConstraints, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from domain.errors import ModelNotFound, ModelUnavailable
@@ -85,7 +85,7 @@ class ModelEntry(Frozen):
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
     path: str = Field(min_length=1)
     revision: str = "main"  # part of the job row: a resumed job never mixes two revisions
-    backend: Literal["transformers", "llama_cpp", "remote", "fake"] = "transformers"
+    backend: Literal["transformers", "llama_cpp", "vllm", "remote", "fake"] = "transformers"
     python: str | None = Field(default=None, min_length=1)  # the engine's interpreter; default: see docs/engines.md
     task: Literal["generation", "embedding"] = "generation"  # embedding: an encoder, or a decoder made for vectors
     max_model_len: int | None = Field(default=None, ge=16, le=10_000_000)  # prompt and output; default: its own
@@ -101,6 +101,7 @@ class ModelEntry(Frozen):
     trust_remote_code: bool = False
     adapters: dict[AdapterName, AdapterPath] = Field(default_factory=dict, max_length=MAX_ADAPTERS)  # LoRA, by name
     llama_cpp: LlamaCppOptions = LlamaCppOptions()
+    vllm: dict[str, JsonValue] = Field(default_factory=dict, max_length=64)  # fields of vLLM's EngineArgs
     remote: RemoteOptions | None = None
     fake: dict[str, float | int | str | bool] = Field(default_factory=dict)  # options of the fake back end
 

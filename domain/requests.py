@@ -70,6 +70,8 @@ MAX_PROMPT_CHARS = 1_000_000
 
 MAX_CHOICES = 8  # n and best_of
 
+MAX_ALTERNATIVES = 20  # of a token, in logprobs and prompt_logprobs
+
 MAX_STOP_STRINGS = 16
 
 MAX_LOGIT_BIAS = 1024
@@ -135,8 +137,12 @@ class SamplingParams(Frozen):
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] = Field(
         default_factory=dict, max_length=MAX_LOGIT_BIAS
     )
-    logprobs: int | None = Field(default=None, ge=0, le=20)  # how many alternatives besides the drawn token
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)  # how many alternatives for each prompt token
+    logprobs: int | None = Field(
+        default=None, ge=0, le=MAX_ALTERNATIVES
+    )  # how many alternatives besides the drawn token
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=MAX_ALTERNATIVES
+    )  # how many alternatives for each prompt token
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)  # candidates; the n best by mean logprob are kept
     structured_output: StructuredOutput | None = None

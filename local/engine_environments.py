@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 #: What every engine imports, whatever its back end. These have no large dependencies and work with any torch.
@@ -31,6 +31,9 @@ RECIPES_FILE = Path(__file__).with_name("engines.toml")
 CONSTRAINTS_FILE = RECIPES_FILE.parents[1] / "constraints.txt"
 DEVICES_SECONDS = 60.0  # for listing an environment's devices
 
+#: Devices that NVIDIA's driver creates, on Linux and in WSL.
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -40,9 +43,11 @@ class Recipe:
     title: str
     package: str
     version: str
-    build_arguments: str
-    machine_arguments: dict[str, str]  # more of them, by what platform.machine() says
     devices: str
+    build_arguments: str = ""
+    machine_arguments: dict[str, str] = field(default_factory=dict)  # more of them, by what platform.machine() says
+    chooses_versions: bool = False
+    unwanted: tuple[str, ...] = ()
 
     @property
     def cmake_arguments(self) -> str:
@@ -83,6 +88,11 @@ def environment_folder(data_dir: Path, backend: str) -> Path:
 def recipes() -> dict[str, Recipe]:
     """By back end."""
     tables = tomllib.loads(RECIPES_FILE.read_text(encoding="utf-8"))
+    has_gpu = any(device.exists() for device in GPU_DEVICES)
+    for table in tables.values():
+        without_gpu = table.pop("without_gpu", {})
+        if not has_gpu:
+            table |= without_gpu
     return {backend: Recipe(backend, **table) for backend, table in tables.items()}
 
 
@@ -96,9 +106,12 @@ def install(recipe: Recipe, data_dir: Path) -> Path:
     shutil.rmtree(new, ignore_errors=True)
     new.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, "-m", "venv", new], check=True)
-    command = [str(_python_in(new)), "-m", "pip", "install", "--constraint", str(CONSTRAINTS_FILE), *LIGHT_PACKAGES]
-    command.append(f"{recipe.package}=={recipe.version}")
+    pip = [str(_python_in(new)), "-m", "pip"]
+    versions = [] if recipe.chooses_versions else ["--constraint", str(CONSTRAINTS_FILE)]
+    command = [*pip, "install", *versions, *LIGHT_PACKAGES, f"{recipe.package}=={recipe.version}"]
     subprocess.run(command, env=os.environ | {"CMAKE_ARGS": recipe.cmake_arguments}, check=True)
+    if recipe.unwanted:
+        subprocess.run([*pip, "uninstall", "--yes", *recipe.unwanted], check=True)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     return _python_in(folder)

@@ -300,7 +300,7 @@ def refuse_unservable(entry: ModelEntry, folder: Path, config: Mapping[str, Any]
     elif not config and (any(folder.glob("*.gguf")) or "gguf" in entry.path.lower()):
         raise ValueError(f'{entry.path} holds GGUF files; set backend = "llama_cpp", or name a folder with safetensors')
     missing = [name for name in ("tokenizer.json", "config.json") if not (folder / name).is_file()]
-    if is_whole and not has_weights and entry.backend == "transformers":
+    if is_whole and not has_weights and entry.backend in ("transformers", "vllm"):
         missing.append("*.safetensors")
     if missing:
         raise ValueError(f"{entry.path} has no {' and no '.join(missing)}; {_remedy(folder, missing)}")

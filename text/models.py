@@ -16,6 +16,7 @@ from domain.catalog import CPU_STEP, CUDA_STEP, REMOTE_STEP, RETRY_SECONDS, Cata
 from domain.errors import InvalidRequest, ModelUnavailable, UnsupportedParameter
 from domain.requests import ChatMessage, GenerationRequest
 from domain.structured_output import ToolDefinition
+from local.engine_environments import GPU_DEVICES
 from observability import describe_exception
 from text.model_files import (
     GenerationDefaults,
@@ -47,8 +48,6 @@ log = logging.getLogger(__name__)
 
 FAKE_EMBEDDING_WIDTH = 8
 FAKE_LENGTH = 1_024
-#: Devices that NVIDIA's driver creates, on Linux and in WSL.
-GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 FOLLOW_SECONDS = 2.0  # between checks of models.toml
 
 FAKE_CHAT_TEMPLATE = (
@@ -324,7 +323,7 @@ def _spec_of(entry: ModelEntry, max_model_len: int) -> ModelSpec:
 def _is_for_cuda(entry: ModelEntry) -> bool:
     """Whether the engine will use a GPU, as far as can be told without torch: this machine has one that is not
     hidden."""
-    if entry.device != "auto" or entry.backend != "transformers":
+    if entry.device != "auto" or entry.backend not in ("transformers", "vllm"):
         return entry.device == "cuda"
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
     return not is_hidden and any(device.exists() for device in GPU_DEVICES)

@@ -10,7 +10,7 @@ commits one step.
 import logging
 import time
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -18,27 +18,17 @@ from tokenizers import Tokenizer
 from domain.errors import EngineError, OutOfMemory
 from domain.jobs import FinishReason
 from gpu_worker.engine.backends import RecordStep, StepMember
+from gpu_worker.engine.reports import StepResult
 from gpu_worker.engine.runner import DrawAgain, ModelRunner
 from gpu_worker.engine.sampling import Drawn, GrammarFailed, describe
 from gpu_worker.engine.scheduler import ModelLimits, ScheduledRow, Scheduler, make_engine_job
 from gpu_worker.engine.sequence import EngineJob, Grammars, Sequence
-from gpu_worker.engine_process.frames import AddJob, EngineStats, JobFailed, SequenceOutput, StepDone
+from gpu_worker.engine_process.frames import AddJob, EngineStats, JobFailed, StepDone
 from text.tokenizers import token_table_of
 
 log = logging.getLogger(__name__)
 
 STEPS_PER_MEMORY_READING = 64  # each reading costs a system call
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step has produced, by sequence; becomes its StepDone."""
-
-    token_ids: dict[Sequence, list[int]] = field(default_factory=dict)
-    logprobs: dict[Sequence, list[dict[str, object]]] = field(default_factory=dict)
-    sum_logprobs: dict[Sequence, float] = field(default_factory=dict)
-    prompt_logprobs: dict[Sequence, list[dict[str, object] | None]] = field(default_factory=dict)
-    failures: list[JobFailed] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +97,7 @@ class Engine:
         if self._num_steps % STEPS_PER_MEMORY_READING == 0:
             self._memory_bytes = self._runner.memory_bytes()
         self._step_seconds = time.perf_counter() - started
-        return StepDone(outputs=self._outputs(result), failures=result.failures, stats=self.stats())
+        return StepDone(outputs=result.outputs(), failures=result.failures, stats=self.stats())
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
@@ -243,23 +233,13 @@ class Engine:
         if drawn is not None and drawn.token_id is not None:
             # Only now: finite logits show that every block behind them can be trusted by other jobs.
             self.scheduler.pool.publish(sequence)
-            self._take_token(sequence, drawn, result)
+            self._num_generation_tokens += 1
+            result.take(sequence, drawn, self._tokens)
         if sequence.is_scoring and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
             self._tell_scores(sequence, result)
         if sequence.is_finished:
             self._leave(sequence)
             self._forget_if_done(sequence.job)
-
-    def _take_token(self, sequence: Sequence, drawn: Drawn, result: StepResult) -> None:
-        assert drawn.token_id is not None
-        self._num_generation_tokens += 1
-        sequence.append(drawn.token_id)
-        result.token_ids[sequence] = [drawn.token_id]
-        params = sequence.job.params
-        if drawn.logprob is not None and params.logprobs is not None:
-            result.logprobs[sequence] = [describe(self._tokens, sequence, len(sequence.token_ids) - 1, drawn)]
-        if drawn.logprob is not None and params.best_of is not None:
-            result.sum_logprobs[sequence] = drawn.logprob
 
     def _tell_scores(self, sequence: Sequence, result: StepResult) -> None:
         """Report the prompt's scores: once per job, with its first token. If the job asks for no tokens, the sequence
@@ -277,7 +257,7 @@ class Engine:
         for sequence in job.sequences:
             suspect_blocks += self.scheduler.pool.forget(sequence)
             self._leave(sequence)
-            result.token_ids.pop(sequence, None)
+            result.forget(sequence)
         self._runner.wipe_blocks(suspect_blocks)
         is_memory = isinstance(exc, (*self._runner.memory_errors, MemoryError)) or "can't allocate memory" in str(exc)
         code = OutOfMemory.code if is_memory else EngineError.code
@@ -297,25 +277,6 @@ class Engine:
     def _forget_if_done(self, job: EngineJob) -> None:
         if all(sequence.is_finished for sequence in job.sequences):
             del self._jobs[job.id, job.attempt]
-
-    def _outputs(self, result: StepResult) -> list[SequenceOutput]:
-        return [
-            SequenceOutput(
-                job_id=sequence.job.id,
-                attempt=sequence.job.attempt,
-                index=sequence.index,
-                token_ids=token_ids,
-                text=sequence.take_text(),
-                finish_reason=sequence.finish_reason,
-                logprobs=result.logprobs.get(sequence),
-                num_cached_tokens=sequence.num_cached_tokens or 0,
-                sum_logprobs=result.sum_logprobs.get(sequence),
-                prompt_logprobs=result.prompt_logprobs.get(sequence),
-                num_reasoning_tokens=sequence.num_reasoning_tokens,
-                stop_string=sequence.stream.stop_string,
-            )
-            for sequence, token_ids in result.token_ids.items()
-        ]
 
 
 def _members(rows: Rows[ScheduledRow]) -> list[StepMember]:

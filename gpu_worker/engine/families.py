@@ -1,9 +1,17 @@
-"""What a family of models needs that its configuration does not reliably say. Free of torch."""
+"""A model's tokenizer and end tokens, from its files and its family, which its configuration does not reliably name.
+
+Free of torch.
+"""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from tokenizers import Tokenizer
+
+from gpu_worker.engine.detokenizer import with_visible_reasoning
+from text.model_files import eos_token_ids, read_json_file
+from text.tokenizers import load_tokenizer, special_tokens_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +59,17 @@ def turn_end_token_ids(model_type: str, tokenizer: Tokenizer) -> frozenset[int]:
     }
     turn_ends = FAMILIES.get(model_type, Family()).turn_ends
     return frozenset(special[content] for content in turn_ends if content in special)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Load it as the API does: the API turns text into token ids, and the engine turns them into text."""
+    config = read_json_file(folder / "tokenizer_config.json")
+    special_tokens = special_tokens_of(read_json_file(folder / "special_tokens_map.json") | config)
+    return with_visible_reasoning(load_tokenizer(folder, config, special_tokens))
+
+
+def read_end_token_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a text, or a turn, according to the model's files and its family."""
+    config = read_json_file(folder / "config.json")
+    named = eos_token_ids(read_json_file(folder / "generation_config.json"), config)
+    return frozenset(named) | turn_end_token_ids(str(config.get("model_type")), tokenizer)

@@ -77,7 +77,7 @@ def token_masks(sequences: Rows[Sequence]) -> TokenMasks | None:
         if grammar.matcher.is_error():
             # llguidance's own message may quote the output, and ours is logged.
             raise GrammarFailed(sequence.job, "its structured output cannot be continued; simplify the schema")
-        banned = _banned_token_ids(sequence)
+        banned = banned_token_ids(sequence)
         if banned:
             words[number] &= ~words_of(banned, words.shape[1] * BITS)
         if not words[number].any():
@@ -85,7 +85,8 @@ def token_masks(sequences: Rows[Sequence]) -> TokenMasks | None:
     return TokenMasks(rows, words)
 
 
-def _banned_token_ids(sequence: Sequence) -> list[int]:
+def banned_token_ids(sequence: Sequence) -> list[int]:
+    """What the sequence may not draw next, apart from what its grammar forbids."""
     ends = [] if sequence.may_end else list(sequence.job.end_token_ids)
     return [*ends, *sequence.job.params.bad_token_ids]
 
@@ -116,7 +117,7 @@ def sample(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[Drawn
     }
     raw_logprobs = {row: log_softmax(logits[row]) for row in num_top_by_row}
     for row, sequence in enumerate(sequences):
-        if _is_adjusted(sequence):
+        if is_adjusted(sequence):
             _adjust(logits[row], sequence)
     if masks is not None:
         masks.apply(logits)
@@ -153,7 +154,8 @@ def _top(logprobs: NDArray[np.float32], num_top: int) -> tuple[tuple[int, float]
     return tuple(zip(ids.tolist(), logprobs[ids].tolist(), strict=True))
 
 
-def _is_adjusted(sequence: Sequence) -> bool:
+def is_adjusted(sequence: Sequence) -> bool:
+    """Whether bias, penalties or bans may change the next token."""
     params = sequence.job.params
     return bool(
         params.logit_bias

@@ -186,8 +186,7 @@ class Sequence:
 
         Drawn and replayed tokens take the same path, so that a resumed sequence is in exactly the state that it had.
         """
-        self.token_ids.append(token_id)
-        self.output_counts[token_id] += 1
+        is_complete = self.follow(token_id)
         if token_id in self.job.end_token_ids:
             self.finish(FinishReason.STOP)
             return
@@ -195,13 +194,21 @@ class Sequence:
         self.unsent_text += text
         if self.stream.has_reasoned and self.num_reasoning_tokens is None:
             self.num_reasoning_tokens = self.num_output_tokens
-        is_complete = self.grammar is not None and self.grammar.advance(token_id)
         if is_stopped:
             self.finish_reason = FinishReason.STOP
         elif is_complete:
             self.finish(FinishReason.STOP)
         elif self.num_output_tokens >= self.job.max_tokens or len(self.token_ids) >= self.job.max_model_len:
             self.finish(FinishReason.LENGTH)
+
+    def follow(self, token_id: int) -> bool:
+        """Append a token without its text: only what later draws depend on. True if the grammar allows nothing after
+        it."""
+        self.token_ids.append(token_id)
+        self.output_counts[token_id] += 1
+        if token_id in self.job.end_token_ids:
+            return False
+        return self.grammar is not None and self.grammar.advance(token_id)
 
     def finish(self, reason: FinishReason) -> None:
         """End without a stop string. Text that was held back as the possible start of one is now part of the output."""

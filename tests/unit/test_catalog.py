@@ -31,7 +31,7 @@ def write(folder: Path, text: str) -> Path:
         ('id = "bad"\npath = "x"\nmax_model_len = "64k"', "max_model_len is '64k'"),
         ('id = "bad"\npath = "x"\nmax_num_seq = 4', "max_num_seq is not a known key"),
         ('id = "bad"\npath = 3', "path is 3"),
-        ('id = "bad"\npath = "x"\nbackend = "vllm"', "backend is 'vllm'"),
+        ('id = "bad"\npath = "x"\nbackend = "tensorrt"', "backend is 'tensorrt'"),
         ('id = "bad"\npath = "x"\n[[models]]\nid = "bad"\npath = "y"', "more than once"),
         ('id = "bad"\npath = "/nowhere/at/all"', "not a folder on this machine"),
         ('id = "bad"\npath = "./nowhere"', "not a folder on this machine"),

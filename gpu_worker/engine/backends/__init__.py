@@ -79,6 +79,7 @@ CLASS_BY_BACKEND: dict[str, tuple[str, str]] = {
     "llama_cpp": ("gpu_worker.engine.backends.llama_cpp", "LlamaCppBackend"),
     "remote": ("gpu_worker.engine.backends.remote", "RemoteBackend"),
     "transformers": ("gpu_worker.engine.backends.transformers", "TransformersBackend"),
+    "vllm": ("gpu_worker.engine.backends.vllm", "VllmBackend"),
 }
 
 

@@ -1,32 +1,27 @@
 """The back end that runs GGUF files by llama.cpp, with our scheduler, sampler and detokenizer; see docs/engines.md."""
 
-from pathlib import Path
-
-from tokenizers import Tokenizer
-
 from domain.catalog import ModelSpec
 from domain.errors import UnsupportedParameter
 from gpu_worker.engine.backends import LoadedModel, RecordStep
-from gpu_worker.engine.detokenizer import with_visible_reasoning
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.families import turn_end_token_ids
+from gpu_worker.engine.families import read_end_token_ids, read_tokenizer
 from gpu_worker.engine.llama_cpp.model import LlamaModel
 from gpu_worker.engine.llama_cpp.runner import LlamaRunner
 from gpu_worker.engine.llama_cpp.slots import SlotPool
 from gpu_worker.engine.sampling import max_num_scored_tokens
 from gpu_worker.engine.scheduler import ModelLimits, Scheduler
 from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, StepDone
-from text.model_files import eos_token_ids, gguf_file, model_folder, read_json_file
-from text.tokenizers import load_tokenizer, special_tokens_of
+from text.model_files import gguf_file, model_folder
 
 
 class LlamaCppBackend:
     def __init__(self, spec: ModelSpec) -> None:
         folder = model_folder(spec)
-        tokenizer = _load_tokenizer(folder)
+        tokenizer = read_tokenizer(folder)
         model = LlamaModel(spec, gguf_file(folder))
         model.refuse_other_tokenizer(tokenizer)
-        limits = ModelLimits(model.vocab_size, spec.max_model_len, _end_token_ids(folder, tokenizer, model))
+        end_token_ids = read_end_token_ids(folder, tokenizer) | model.end_token_ids()
+        limits = ModelLimits(model.vocab_size, spec.max_model_len, end_token_ids)
         pool = SlotPool(model, num_slots=spec.max_num_seqs, num_cells=model.num_cells, can_share=model.can_cut)
         scheduler = Scheduler(
             pool,
@@ -60,17 +55,3 @@ class LlamaCppBackend:
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
-
-
-def _load_tokenizer(folder: Path) -> Tokenizer:
-    """Load it as the API does: the API turns text into token ids, and this process turns them into text."""
-    config = read_json_file(folder / "tokenizer_config.json")
-    special_tokens = special_tokens_of(read_json_file(folder / "special_tokens_map.json") | config)
-    return with_visible_reasoning(load_tokenizer(folder, config, special_tokens))
-
-
-def _end_token_ids(folder: Path, tokenizer: Tokenizer, model: LlamaModel) -> frozenset[int]:
-    config = read_json_file(folder / "config.json")
-    named = eos_token_ids(read_json_file(folder / "generation_config.json"), config)
-    turn_ends = turn_end_token_ids(str(config.get("model_type")), tokenizer)
-    return frozenset(named) | turn_ends | model.end_token_ids()

@@ -1,0 +1,49 @@
+"""The arguments that vLLM is started with: ours, the entry's own, and the keys that are refused by name."""
+
+from typing import Any
+
+import pytest
+
+from domain.catalog import ModelSpec
+from gpu_worker.engine.vllm.arguments import engine_arguments
+
+KNOWN = {"enforce_eager", "tensor_parallel_size", "quantization", "load_format", "block_size"}
+
+
+def arguments(is_cpu: bool = True, **keys: Any) -> dict[str, Any]:
+    spec = ModelSpec(id="m", path="owner/name", revision="abc", backend="vllm", max_model_len=64, **keys)
+    return engine_arguments(spec, KNOWN, is_cpu=is_cpu)
+
+
+def test_an_entrys_own_arguments_are_passed_on() -> None:
+    given = arguments(vllm={"tensor_parallel_size": 2, "load_format": "bitsandbytes", "block_size": 64})
+    assert given["tensor_parallel_size"] == 2
+    assert given["load_format"] == "bitsandbytes"
+    assert given["block_size"] == 64
+
+
+def test_the_general_keys_mean_what_they_mean_with_every_engine() -> None:
+    given = arguments(max_num_seqs=3, max_num_batched_tokens=99)
+    assert (given["model"], given["revision"], given["max_model_len"]) == ("owner/name", "abc", 64)
+    assert (given["max_num_seqs"], given["max_num_batched_tokens"]) == (3, 99)
+    assert given["load_format"] == "safetensors"
+    assert given["dtype"] == "float32"
+    assert arguments(is_cpu=False)["dtype"] == "auto"
+    assert arguments(dtype="bfloat16")["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("max_model_len", "set by the model's own key max_model_len"),
+        ("num_gpu_blocks_override", "set by the model's own key kv_cache_tokens"),
+        ("async_scheduling", "set by Celeriac"),
+        ("logits_processors", "set by Celeriac"),
+        ("tensor_paralel_size", "did you mean tensor_parallel_size?"),
+        ("colour", "see vLLM's engine arguments"),
+    ],
+)
+def test_a_key_that_cannot_be_set_is_named_with_the_remedy(key: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"vllm.{key} .*") as refused:
+        arguments(vllm={key: 1})
+    assert remedy in str(refused.value)
