@@ -33,6 +33,7 @@ from domain.requests import (
     MAX_MESSAGES,
     MAX_STOP_STRINGS,
     ChatMessage,
+    Effort,
     Finite,
     GenerationRequest,
     SamplingParams,
@@ -235,7 +236,7 @@ def to_generation_request(body: MessagesBody, view: ModelView) -> GenerationRequ
             top_k=body.top_k,
             structured_output=output_of(asked, view, tools, _answer(body)),
         )
-        return _request(body, tools=tools, params=params)
+        return _request(body, view, tools=tools, params=params)
     except CeleriacError as exc:
         raise with_body_names(exc, spelling_of(body)) from None
 
@@ -243,12 +244,12 @@ def to_generation_request(body: MessagesBody, view: ModelView) -> GenerationRequ
 def to_prompt(body: PromptBody, view: ModelView) -> GenerationRequest:
     """The request whose prompt is to be counted. Raises InvalidRequest."""
     try:
-        return _request(body, tools=tools_of(_asked_tools(body), view))
+        return _request(body, view, tools=tools_of(_asked_tools(body), view))
     except CeleriacError as exc:
         raise with_body_names(exc, spelling_of(body)) from None
 
 
-def _request(body: PromptBody, **fields: Any) -> GenerationRequest:
+def _request(body: PromptBody, view: ModelView, **fields: Any) -> GenerationRequest:
     messages = to_messages(body)
     is_begun = messages[-1].role == "assistant"
     if is_begun and not messages[-1].begins_an_answer:
@@ -259,7 +260,8 @@ def _request(body: PromptBody, **fields: Any) -> GenerationRequest:
             param=place,
         )
     given = {"model": body.model, "messages": messages, "continue_final_message": is_begun}
-    return build(GenerationRequest, given | {"parallel_tool_calls": body.is_parallel} | fields)
+    given |= {"parallel_tool_calls": body.is_parallel, "reasoning_effort": _effort(body, view)}
+    return build(GenerationRequest, given | fields)
 
 
 def spelling_of(body: PromptBody) -> dict[str, str]:
@@ -272,17 +274,29 @@ def spelling_of(body: PromptBody) -> dict[str, str]:
     return {ours: parameters.get(theirs, theirs) for ours, theirs in spelling.items()} | parameters
 
 
+def _effort(body: PromptBody, view: ModelView) -> Effort | None:
+    """The effort that the chat template is given; None leaves it to the template."""
+    if body.thinking is not None and body.thinking.type == "disabled":
+        return "none" if view.thinking.can_switch_off else None
+    effort = body.output_config.effort if body.output_config is not None else None
+    if effort is not None:
+        return effort if view.thinking.takes(effort) else None
+    # Some templates think only if they are told to.
+    return "medium" if body.shows_thinking and view.thinking.switches else None
+
+
 def _note_idle_fields(body: MessagesBody, view: ModelView) -> None:
     """Name the accepted fields that have no effect on this model: its chat template decides how long it thinks."""
+    is_disabled = body.thinking is not None and body.thinking.type == "disabled"
     if body.thinking is not None:
-        is_thinker = view.output_format.reasoning is not None
-        if not is_thinker:
+        if view.output_format.reasoning is None and not view.thinking.takes("low"):
             note_ignored(["thinking"])
-        elif body.thinking.type == "disabled":
+        elif is_disabled and not view.thinking.can_switch_off:
             note_ignored(["thinking.type"])
-        elif body.thinking.budget_tokens is not None:
+        elif not is_disabled and body.thinking.budget_tokens is not None:
             note_ignored(["thinking.budget_tokens"])
-    if body.output_config is not None and body.output_config.effort is not None:
+    effort = body.output_config.effort if body.output_config is not None else None
+    if effort is not None and (is_disabled or not view.thinking.takes(effort)):
         note_ignored(["output_config.effort"])
 
 

@@ -92,6 +92,8 @@ class JobBody(JobOptionFields, GenerationRequest):
             tools=self.tools,
             parallel_tool_calls=self.parallel_tool_calls,
             continue_final_message=self.continue_final_message,
+            reasoning_effort=self.reasoning_effort,
+            chat_template_kwargs=self.chat_template_kwargs,
             params=self.params,
         )
 

@@ -31,7 +31,7 @@ from dialects.native import MetadataKey, MetadataValue
 from domain.errors import CeleriacError, InvalidRequest, UnsupportedParameter
 from domain.jobs import FinishReason, FirstErrorModel
 from domain.json_schemas import gather
-from domain.requests import MAX_STOP_STRINGS, SamplingParams
+from domain.requests import MAX_STOP_STRINGS, Effort, SamplingParams
 from domain.strict_schemas import closed, enforceable
 from domain.structured_output import (
     MAX_CALLS_BYTES,
@@ -43,7 +43,7 @@ from domain.structured_output import (
     check_keywords,
     check_structure,
 )
-from text.models import ModelView
+from text.models import ModelView, refused_effort
 from text.outputs import MARKERS
 
 #: The reasons that clients know. A job that ended for any other reason is answered with an error.
@@ -107,8 +107,6 @@ Strings = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS), Tag("<strings>")],
     Discriminator(lambda value: "<string>" if isinstance(value, str) else "<strings>"),
 ]
-
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 
@@ -182,18 +180,20 @@ def refuse_unused_stream_options(body: GenerationBody) -> None:
         )
 
 
-def take_effort(effort: Effort | None, view: ModelView, *, place: str) -> None:
-    """Ignore and note a reasoning effort for a model that does not reason. For other models, the chat template decides
-    how long they do. Raises UnsupportedParameter."""
-    if effort is None:
-        return
-    if view.output_format.reasoning is None:
+def take_effort(effort: Effort | None, view: ModelView, *, place: str) -> Effort | None:
+    """The effort that the chat template is given. One for a model that does not reason is ignored and noted. Raises
+    UnsupportedParameter for one that the template has no way to apply."""
+    if effort is None or view.thinking.takes(effort):
+        return effort
+    if view.output_format.reasoning is None and not view.thinking.has_level:
         note_ignored([place])
-        return
-    raise UnsupportedParameter(
-        f"{place} is {effort!r}, but the reasoning of {view.spec.id} is set by its chat template; leave it out",
-        param=place,
-    )
+        return None
+    raise refused_effort(effort, view, place)
+
+
+def note_unread(kwargs: Mapping[str, Any] | None, view: ModelView) -> None:
+    """Note the values that no chat template of the model reads."""
+    note_ignored(f"chat_template_kwargs.{name}" for name in kwargs or () if view.template_ignores(name))
 
 
 def build(model: type[Domain], fields: dict[str, Any]) -> Domain:

@@ -5,13 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from dialects.openai import (
     FINISH_REASONS,
-    MAX_PARTS,
     AskedTools,
-    Effort,
     ForeignTool,
     GenerationBody,
     OpenAIModel,
@@ -20,10 +18,9 @@ from dialects.openai import (
     Unsupported,
     answer_of,
     build,
-    build_at,
+    note_unread,
     only,
     output_of,
-    refuse,
     refuse_unused_stream_options,
     spelling_of_output,
     spelling_of_params,
@@ -32,6 +29,7 @@ from dialects.openai import (
     take_effort,
     tools_of,
 )
+from dialects.openai_messages import Message, to_message
 from dialects.openai_views import (
     ChatChoiceView,
     ChatCompletionView,
@@ -51,7 +49,7 @@ from domain.jobs import FinishReason
 from domain.requests import (
     MAX_MESSAGES,
     NO_BOUND,
-    ChatMessage,
+    Effort,
     GenerationRequest,
     GenerationResult,
     ResultChoice,
@@ -59,6 +57,7 @@ from domain.requests import (
     TokenLogprob,
 )
 from domain.structured_output import MAX_TOOLS, StructuredOutput
+from domain.template_kwargs import TemplateKwargs
 from storage.job_queries import JobRecord
 from text.models import ModelView
 from text.outputs import (
@@ -71,50 +70,6 @@ from text.outputs import (
     ReasoningPiece,
     parser_of,
 )
-
-
-def _text_only(kind: str) -> str:
-    if kind not in ("text", "refusal"):
-        raise refuse(f"is {kind[:40]!r}; only text is supported")
-    return kind
-
-
-class ContentPart(OpenAIModel):
-    type: Annotated[str, AfterValidator(_text_only)]
-    text: str | None = None
-    refusal: str | None = None
-
-
-ChatContent = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), Tag("<parts>")],
-    Discriminator(lambda value: "<text>" if isinstance(value, str) else "<parts>"),
-]
-
-
-class CalledFunction(OpenAIModel):
-    name: str
-    arguments: str
-
-
-class MessageToolCall(OpenAIModel):
-    id: str
-    type: Annotated[str, only("function")] = "function"
-    function: CalledFunction
-    index: int | None = None  # present in calls that clients assembled from a stream
-
-
-class Message(OpenAIModel):
-    """A message as clients send it. It may come from an earlier answer, whose extra fields are ignored as hints."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: ChatContent | None = None
-    name: Annotated[str, Field(max_length=64)] | None = None
-    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = None  # instead of content
-    audio: Unsupported = None
-    function_call: Unsupported = None
 
 
 class Function(OpenAIModel):
@@ -176,6 +131,7 @@ class ChatCompletionBody(GenerationBody):
     stream_options: StreamOptions | None = None
     store: bool | None = None
     reasoning_effort: Effort | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
 
     modalities: Annotated[Any, only(["text"])] = None
     audio: Unsupported = None
@@ -191,7 +147,7 @@ SCHEMA_PLACE = "response_format.json_schema.schema"
 def to_generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
     """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model does not support."""
     refuse_unused_stream_options(body)
-    take_effort(body.reasoning_effort, view, place="reasoning_effort")
+    note_unread(body.chat_template_kwargs, view)
     asked = _asked_tools(body)
     tools = tools_of(asked, view)
     params = body.sampling(
@@ -202,7 +158,12 @@ def to_generation_request(body: ChatCompletionBody, view: ModelView) -> Generati
     )
     messages = [to_message(message, number) for number, message in enumerate(body.messages)]
     request: dict[str, Any] = {"model": body.model, "messages": messages, "tools": tools, "params": params}
-    return build(GenerationRequest, request | {"parallel_tool_calls": body.parallel_tool_calls})
+    request |= {
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "reasoning_effort": take_effort(body.reasoning_effort, view, place="reasoning_effort"),
+        "chat_template_kwargs": body.chat_template_kwargs,
+    }
+    return build(GenerationRequest, request)
 
 
 def spelling_of(body: ChatCompletionBody) -> dict[str, str]:
@@ -214,43 +175,6 @@ def _places_of_answer(body: ChatCompletionBody) -> dict[str, str]:
     if body.structured_output is not None or not _is_formatted(body):
         return {}
     return {"structured_output.json_schema": SCHEMA_PLACE, "structured_output.json_object": "response_format"}
-
-
-def to_message(message: Message, number: int) -> ChatMessage:
-    """`number` is its index in the body. Raises InvalidRequest."""
-    place = f"messages.{number}"
-    if message.content is None and not (message.role == "assistant" and (message.tool_calls or message.refusal)):
-        raise InvalidRequest(f"{place}.content is missing; add it", param=f"{place}.content")
-    if message.tool_calls and message.role != "assistant":
-        raise InvalidRequest(
-            f"{place} has the role {message.role}; only assistant messages may have tool_calls",
-            param=f"{place}.tool_calls",
-        )
-    if (message.role == "tool") != (message.tool_call_id is not None):
-        raise InvalidRequest(
-            f"{place} has the role {message.role}; tool messages must have a tool_call_id, and no others may",
-            param=f"{place}.tool_call_id",
-        )
-    calls = [{"id": call.id} | call.function.model_dump() for call in message.tool_calls or ()]
-    fields: dict[str, Any] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": content_text(message),
-        "name": message.name,
-        "reasoning_content": message.reasoning_content,
-        "tool_calls": calls or None,
-        "tool_call_id": message.tool_call_id,
-    }
-    return build_at(place, ChatMessage, fields)
-
-
-def content_text(message: Message) -> str:
-    """The text of the content; parts are joined with line breaks, as chat templates expect. A refusal counts as
-    content."""
-    if message.content is None:
-        return message.refusal or ""
-    if isinstance(message.content, str):
-        return message.content
-    return "\n".join(part.text or part.refusal or "" for part in message.content)
 
 
 def _asked_tools(body: ChatCompletionBody) -> AskedTools:

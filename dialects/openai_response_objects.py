@@ -24,7 +24,7 @@ from dialects.openai_views import (
 )
 from domain.errors import DeadlineExceeded
 from domain.jobs import FinishReason, JobStatus, external_id
-from domain.requests import NO_BOUND, GenerationRequest, GenerationResult, JobOutput, TokenLogprob
+from domain.requests import NO_BOUND, Effort, GenerationRequest, GenerationResult, JobOutput, TokenLogprob
 from storage.job_queries import JobRecord
 from storage.tables import Job
 from text.outputs import CallArguments, CallName, ContentPiece, OutputParser, Piece, ReasoningPiece
@@ -156,7 +156,7 @@ class ResponseTextView(View):
 
 
 class ReasoningConfigView(View):
-    effort: None
+    effort: Effort | None
     summary: None
 
 
@@ -386,7 +386,7 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
         "output": cast(list[OutputItemView], output.items),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
         "safety_identifier": body.safety_identifier,
         "prompt_cache_key": body.prompt_cache_key,
         "service_tier": tier_of(body.service_tier, job.priority),

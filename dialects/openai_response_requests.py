@@ -10,7 +10,6 @@ from dialects.fields import NOT_INCLUDED
 from dialects.openai import (
     MAX_PARTS,
     AskedTools,
-    Effort,
     ForeignTool,
     GenerationBody,
     OpenAIModel,
@@ -18,6 +17,7 @@ from dialects.openai import (
     Unsupported,
     answer_of,
     build,
+    note_unread,
     only,
     output_of,
     refuse,
@@ -32,8 +32,9 @@ from dialects.openai import (
 )
 from domain.errors import InvalidRequest
 from domain.jobs import external_id
-from domain.requests import MAX_MESSAGES, MAX_PROMPT_CHARS, NO_BOUND, GenerationRequest
+from domain.requests import MAX_MESSAGES, MAX_PROMPT_CHARS, NO_BOUND, Effort, GenerationRequest
 from domain.structured_output import MAX_TOOL_CHARS, MAX_TOOLS, StructuredOutput, ToolName
+from domain.template_kwargs import TemplateKwargs
 from text.models import ModelView
 
 PART_TYPES = ("input_text", "output_text", "text", "refusal")
@@ -236,6 +237,7 @@ class ResponseBody(GenerationBody):
     moderation: Unsupported = None
     prompt: Unsupported = None
     reasoning: ReasoningConfig | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
 
     @property
     def is_stored(self) -> bool:
@@ -259,6 +261,7 @@ class InputTokensBody(OpenAIModel):
     text: TextConfig | None = None
     conversation: Unsupported = None
     reasoning: ReasoningConfig | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
 
 
 def messages_of(
@@ -366,7 +369,8 @@ def to_generation_request(
 
 def _generation_request(body: ResponseBody, view: ModelView, context: Sequence[dict[str, Any]]) -> GenerationRequest:
     refuse_unused_stream_options(body)
-    take_effort(body.reasoning.effort if body.reasoning else None, view, place="reasoning.effort")
+    note_unread(body.chat_template_kwargs, view)
+    effort = body.reasoning.effort if body.reasoning else None
     asked = _asked_tools(body)
     tools = tools_of(asked, view)
     params = body.sampling(
@@ -377,12 +381,19 @@ def _generation_request(body: ResponseBody, view: ModelView, context: Sequence[d
     )
     messages = messages_of(body.input, instructions=body.instructions, context=context)
     request: dict[str, Any] = {"model": body.model, "messages": messages, "tools": tools, "params": params}
-    return build(GenerationRequest, request | {"parallel_tool_calls": body.parallel_tool_calls})
+    request |= {
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "reasoning_effort": take_effort(effort, view, place="reasoning.effort"),
+        "chat_template_kwargs": body.chat_template_kwargs,
+    }
+    return build(GenerationRequest, request)
 
 
 def spelling_of(body: ResponseBody) -> dict[str, str]:
     output = spelling_of_output(_asked_tools(body), _places_of_answer(body))
-    return spelling_of_params(**output, max_tokens="max_output_tokens", messages="input")
+    return spelling_of_params(
+        **output, max_tokens="max_output_tokens", messages="input", reasoning_effort="reasoning.effort"
+    )
 
 
 def _places_of_answer(body: ResponseBody) -> dict[str, str]:

@@ -17,6 +17,7 @@ from domain.errors import InvalidRequest
 from domain.jobs import Endpoint, FinishReason, Frozen, JobKind, JobStatus, Usage
 from domain.model_names import parse_model_name
 from domain.structured_output import MAX_TOOLS, StructuredOutput, ToolCall, ToolDefinition
+from domain.template_kwargs import TemplateKwargs
 from domain.webhooks import TELLABLE_STATUSES
 
 
@@ -91,6 +92,9 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def _unbounded(max_tokens: int | None) -> int | None:
@@ -186,6 +190,8 @@ class GenerationRequest(Frozen):
     tools: tuple[ToolDefinition, ...] = Field(default=(), max_length=MAX_TOOLS)  # shown by the chat template
     parallel_tool_calls: bool = True
     continue_final_message: bool = False  # the last message is the beginning of the answer
+    reasoning_effort: Effort | None = None  # None leaves it to the chat template
+    chat_template_kwargs: TemplateKwargs = Field(default_factory=dict)  # more values for the chat template
     params: SamplingParams = SamplingParams()
 
     @model_validator(mode="after")
@@ -194,6 +200,13 @@ class GenerationRequest(Frozen):
             raise ValueError(
                 "tools are rendered by the chat template, so they need messages; send messages, or leave out tools"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _template_in_a_chat(self) -> Self:
+        for name in ("reasoning_effort", "chat_template_kwargs"):
+            if getattr(self, name) and self.messages is None:
+                raise ValueError(f"{name} is for the chat template, so it needs messages; send them, or leave it out")
         return self
 
     @model_validator(mode="after")

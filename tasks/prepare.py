@@ -65,6 +65,8 @@ def prepare_generation(request: GenerationRequest, view: ModelView, prompt_token
         tools=request.tools,
         parallel_tool_calls=request.parallel_tool_calls,
         continue_final_message=request.continue_final_message,
+        reasoning_effort=request.reasoning_effort,
+        chat_template_kwargs=request.chat_template_kwargs,
         params=resolved,
     )
     return PreparedRequest(whole, prompt_token_ids, None, resolved.max_tokens, resolved.seed)

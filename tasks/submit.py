@@ -76,9 +76,10 @@ def fingerprint(model_revision: str, prompt_token_ids: Sequence[int], request: J
 def _asked(request: JobRequest) -> dict[str, object]:
     if isinstance(request, EmbeddingRequest):
         return request.model_dump(mode="json")
-    # Only where it is true, so that the hashes of older requests stay as they are.
-    continued = {"continue_final_message": True} if request.continue_final_message else {}
-    return continued | {
+    # Only where they are given, so that the hashes of older requests stay as they are.
+    newer = ("continue_final_message", "reasoning_effort", "chat_template_kwargs")
+    given: dict[str, object] = {name: value for name in newer if (value := getattr(request, name))}
+    return given | {
         "model": request.model,
         "prompt": request.prompt,
         "messages": request.messages and [_dump(message) for message in request.messages],

@@ -3,18 +3,19 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import Lock
 from time import monotonic
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from domain.catalog import CPU_STEP, CUDA_STEP, REMOTE_STEP, RETRY_SECONDS, Catalog, ModelEntry, ModelSpec
 from domain.errors import InvalidRequest, ModelUnavailable, UnsupportedParameter
-from domain.requests import ChatMessage, GenerationRequest
+from domain.requests import ChatMessage, Effort, GenerationRequest
 from domain.structured_output import ToolDefinition
 from local.engine_environments import GPU_DEVICES
 from observability import describe_exception
@@ -31,7 +32,7 @@ from text.model_files import (
     vocabulary_size,
 )
 from text.outputs import OutputFormat, ReasoningFormat, output_format_of
-from text.templates import DEFAULT, ChatTemplate, TemplateChoice, load_templates, plain_message, plain_tool
+from text.templates import DEFAULT, NO_VALUES, ChatTemplate, TemplateChoice, load_templates, plain_message, plain_tool
 from text.tokenizers import (
     ByteEncoder,
     ContentMarks,
@@ -93,6 +94,7 @@ class ModelView:
         self.vocabulary = vocabulary
         self._chat_template = chat_template or TemplateChoice(spec, {})
         self.output_format = _output_format(self._chat_template)
+        self.thinking = self._chat_template.thinking
         self.embedding_width = embedding_width  # numbers per vector, if the model can embed
         self._encoder = encoder
         self._marks = marks or ContentMarks([])
@@ -108,18 +110,36 @@ class ModelView:
     def _rendered(self, request: GenerationRequest) -> Rendered:
         assert request.messages is not None
         if not request.continue_final_message:
-            return self._render(request.messages, request.tools)
+            return self._render(request.messages, request.tools, self._template_values(request))
         *before, begun = request.messages
-        if self.output_format.reasoning is ReasoningFormat.OPENED:
+        if self.output_format.reasoning_of(request) is ReasoningFormat.OPENED:
             raise UnsupportedParameter(
                 f"the last message is the assistant's, but {self.spec.id} begins every answer by thinking, so none can "
                 "be begun for it; end with a message of the user",
                 param=f"messages.{len(before)}",
             )
-        return self._render(before, request.tools, beginning=begun.content)
+        return self._render(before, request.tools, self._template_values(request), beginning=begun.content)
+
+    def template_ignores(self, name: str) -> bool:
+        """Whether no chat template of the model reads this name."""
+        return name not in self._chat_template.names
+
+    def _template_values(self, request: GenerationRequest) -> Mapping[str, Any]:
+        """What the chat template gets besides the conversation. Raises UnsupportedParameter."""
+        effort = request.reasoning_effort
+        if effort is None:
+            return request.chat_template_kwargs
+        if not self.thinking.takes(effort):
+            raise refused_effort(effort, self, "reasoning_effort")
+        return self.thinking.values_for(effort) | request.chat_template_kwargs
 
     def _render(
-        self, messages: Sequence[ChatMessage], tools: Sequence[ToolDefinition], *, beginning: str = ""
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[ToolDefinition],
+        values: Mapping[str, Any] = NO_VALUES,
+        *,
+        beginning: str = "",
     ) -> Rendered:
         """`beginning` is that of the answer."""
         template = self._chat_template.choose(has_tools=bool(tools))
@@ -131,7 +151,8 @@ class ModelView:
             for message in plain
         ]
         marked_tools = self._marks.protect([plain_tool(tool) for tool in tools])
-        rendered = self._marks.resolve(template.render(marked, marked_tools) + self._marks.mark(beginning))
+        text = template.render(marked, marked_tools, self._marks.protect(dict(values)))
+        rendered = self._marks.resolve(text + self._marks.mark(beginning))
         template.refuse_unseen(plain, marked_tools)
         return rendered
 
@@ -182,11 +203,24 @@ class ModelView:
 
 
 def _output_format(templates: TemplateChoice) -> OutputFormat:
+    switches = templates.thinking.switches
+    off, on = (_sample(templates, dict.fromkeys(switches, is_on)) for is_on in (False, True))
+    return output_format_of(templates.text, _sample(templates), (off, on) if switches else None)
+
+
+def _sample(templates: TemplateChoice, values: Mapping[str, Any] = NO_VALUES) -> str:
+    """Some prompt of the model."""
     try:
-        prompt = templates.choose(has_tools=False).render([{"role": "user", "content": "Hello"}])
+        return templates.choose(has_tools=False).render([{"role": "user", "content": "Hello"}], values=values)
     except InvalidRequest:
-        prompt = ""  # it requires other messages, and refuses requests with its own error
-    return output_format_of(templates.text, prompt)
+        return ""  # it requires other messages, and refuses requests with its own error
+
+
+def refused_effort(effort: Effort, view: ModelView, place: str) -> UnsupportedParameter:
+    remedy = "send 'low'" if view.thinking.takes("low") else "leave it out"
+    return UnsupportedParameter(
+        f"{place} is {effort!r}, but the chat template of {view.spec.id} has no way to do that; {remedy}", param=place
+    )
 
 
 @dataclass(frozen=True, slots=True)

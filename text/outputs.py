@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from domain.requests import GenerationRequest
 from domain.structured_output import ToolFormat
+from text.thinking import asks_to_think
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -39,14 +40,32 @@ class OutputFormat:
 
     tools: ToolFormat | None = None
     reasoning: ReasoningFormat | None = None
+    #: The same where a request turns thinking off, and on; None if the template has no switch.
+    reasoning_by_switch: tuple[ReasoningFormat | None, ReasoningFormat | None] | None = None
+
+    def reasoning_of(self, request: GenerationRequest) -> ReasoningFormat | None:
+        asked = asks_to_think(request)
+        if asked is None or self.reasoning_by_switch is None:
+            return self.reasoning
+        return self.reasoning_by_switch[asked]
 
 
-def output_format_of(template_source: str, rendered_prompt: str) -> OutputFormat:
-    """`rendered_prompt` is any prompt rendered with the template."""
-    reasoning = ReasoningFormat.TAGGED if THINK in template_source else None
-    if rendered_prompt.rstrip().endswith(THINK):
-        reasoning = ReasoningFormat.OPENED
-    return OutputFormat(_tool_format_of(template_source), reasoning)
+def output_format_of(
+    template_source: str, rendered_prompt: str, switched_prompts: tuple[str, str] | None = None
+) -> OutputFormat:
+    """`rendered_prompt` is any prompt rendered with the template; `switched_prompts` are those with thinking turned
+    off, and on."""
+    reasoning = _reasoning_of(template_source, rendered_prompt)
+    if switched_prompts is None:
+        return OutputFormat(_tool_format_of(template_source), reasoning)
+    off, on = (_reasoning_of(template_source, prompt) for prompt in switched_prompts)
+    return OutputFormat(_tool_format_of(template_source), reasoning, (off, on))
+
+
+def _reasoning_of(source: str, prompt: str) -> ReasoningFormat | None:
+    if prompt.rstrip().endswith(THINK):
+        return ReasoningFormat.OPENED
+    return ReasoningFormat.TAGGED if THINK in source else None
 
 
 def _tool_format_of(source: str) -> ToolFormat | None:
@@ -414,7 +433,7 @@ def parser_of(request: GenerationRequest, format: OutputFormat) -> OutputParser:
     reasoning."""
     structured = request.params.structured_output
     return OutputParser(
-        format if structured is None else OutputFormat(format.tools),
+        OutputFormat(format.tools, format.reasoning_of(request) if structured is None else None),
         tool_names=frozenset(tool.name for tool in request.tools),
         max_calls=None if request.parallel_tool_calls else 1,
         follows_grammar=structured is not None,

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import TemplateError, meta, nodes
@@ -25,6 +26,7 @@ from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.requests import ChatMessage
 from domain.structured_output import ToolCall, ToolDefinition
 from text.model_files import read_json_file, read_text_file
+from text.thinking import ThinkingControls
 from text.tokenizers import MARK
 
 #: What a template may raise for messages that it does not support: its own errors and Python's.
@@ -53,6 +55,10 @@ _PROBES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
 }
 
 
+#: Of no further values for a template.
+NO_VALUES: Mapping[str, Any] = MappingProxyType({})
+
+
 class ChatTemplate:
     """A compiled template. Rendering is pure and thread-safe."""
 
@@ -62,7 +68,10 @@ class ChatTemplate:
         environment = _environment()
         self._template = environment.from_string(source)
         self.source = source
-        self.shows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
+        parsed = environment.parse(source)
+        self.shows_tools = "tools" in meta.find_undeclared_variables(parsed)
+        self.names = frozenset(node.name for node in parsed.find_all(nodes.Name))
+        self.words = frozenset(node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str))
         self._special_tokens = dict(special_tokens)
         self._roles_in_parts: frozenset[str] = frozenset()
         for role in _PROBES:
@@ -70,16 +79,21 @@ class ChatTemplate:
                 self._roles_in_parts |= {role}
         self._is_blind = not self._shows_probe([{"role": "user", "content": _PROBE}])
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The prompt that asks for the next assistant message. Raises InvalidRequest if the template refuses the
-        messages."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        values: Mapping[str, Any] = NO_VALUES,
+    ) -> str:
+        """The prompt that asks for the next assistant message. `values` are further ones that the template may read.
+        Raises InvalidRequest if the template refuses the messages."""
         try:
             return self._template.render(
                 messages=[self._as_written_for(message) for message in messages],
                 tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=True,
-                **self._special_tokens,
+                **{**values, **self._special_tokens},
             )
         except _TEMPLATE_ERRORS as exc:
             reason = str(exc)[:200] or type(exc).__name__
@@ -251,6 +265,16 @@ class TemplateChoice:
     def text(self) -> str:
         """The source of all templates: everything they may write."""
         return "\n".join(template.source for template in self._templates.values())
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All that the templates read."""
+        return frozenset().union(*(template.names for template in self._templates.values()))
+
+    @property
+    def thinking(self) -> ThinkingControls:
+        words = (template.words for template in self._templates.values())
+        return ThinkingControls.of(self.names, frozenset().union(*words))
 
     def choose(self, *, has_tools: bool) -> ChatTemplate:
         """The template that models.toml names; else `tool_use` for a conversation with tools, if there is one; else

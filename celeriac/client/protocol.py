@@ -30,6 +30,7 @@ STREAM_TIMEOUT = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
 #: Named arguments of `submit` that belong to the job; all others are sampling parameters.
 JOB_FIELDS = frozenset(
     {
+        "chat_template_kwargs",
         "continue_final_message",
         "deadline",
         "dimensions",
@@ -41,6 +42,7 @@ JOB_FIELDS = frozenset(
         "priority",
         "prompt",
         "prompt_token_ids",
+        "reasoning_effort",
         "result_ttl",
         "run_timeout",
         "start_timeout",

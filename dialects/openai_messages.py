@@ -1,0 +1,91 @@
+"""The messages of a chat completion's body, and their translation to the messages of a request."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Discriminator, Field, Tag
+
+from dialects.openai import MAX_PARTS, OpenAIModel, Unsupported, build_at, only, refuse
+from domain.errors import InvalidRequest
+from domain.requests import ChatMessage
+from domain.structured_output import MAX_TOOLS
+
+
+def _text_only(kind: str) -> str:
+    if kind not in ("text", "refusal"):
+        raise refuse(f"is {kind[:40]!r}; only text is supported")
+    return kind
+
+
+class ContentPart(OpenAIModel):
+    type: Annotated[str, AfterValidator(_text_only)]
+    text: str | None = None
+    refusal: str | None = None
+
+
+ChatContent = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), Tag("<parts>")],
+    Discriminator(lambda value: "<text>" if isinstance(value, str) else "<parts>"),
+]
+
+
+class CalledFunction(OpenAIModel):
+    name: str
+    arguments: str
+
+
+class MessageToolCall(OpenAIModel):
+    id: str
+    type: Annotated[str, only("function")] = "function"
+    function: CalledFunction
+    index: int | None = None  # present in calls that clients assembled from a stream
+
+
+class Message(OpenAIModel):
+    """A message as clients send it. It may come from an earlier answer, whose extra fields are ignored as hints."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: ChatContent | None = None
+    name: Annotated[str, Field(max_length=64)] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None  # instead of content
+    audio: Unsupported = None
+    function_call: Unsupported = None
+
+
+def to_message(message: Message, number: int) -> ChatMessage:
+    """`number` is its index in the body. Raises InvalidRequest."""
+    place = f"messages.{number}"
+    if message.content is None and not (message.role == "assistant" and (message.tool_calls or message.refusal)):
+        raise InvalidRequest(f"{place}.content is missing; add it", param=f"{place}.content")
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequest(
+            f"{place} has the role {message.role}; only assistant messages may have tool_calls",
+            param=f"{place}.tool_calls",
+        )
+    if (message.role == "tool") != (message.tool_call_id is not None):
+        raise InvalidRequest(
+            f"{place} has the role {message.role}; tool messages must have a tool_call_id, and no others may",
+            param=f"{place}.tool_call_id",
+        )
+    calls = [{"id": call.id} | call.function.model_dump() for call in message.tool_calls or ()]
+    fields: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": content_text(message),
+        "name": message.name,
+        "reasoning_content": message.reasoning_content,
+        "tool_calls": calls or None,
+        "tool_call_id": message.tool_call_id,
+    }
+    return build_at(place, ChatMessage, fields)
+
+
+def content_text(message: Message) -> str:
+    """The text of the content; parts are joined with line breaks, as chat templates expect. A refusal counts as
+    content."""
+    if message.content is None:
+        return message.refusal or ""
+    if isinstance(message.content, str):
+        return message.content
+    return "\n".join(part.text or part.refusal or "" for part in message.content)
