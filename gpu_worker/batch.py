@@ -12,7 +12,7 @@ from uuid import UUID
 
 from domain.jobs import FinishReason, JobStatus, Lane
 from gpu_worker.commits import FlushOutcome, FlushPacer, JobFlush, JobStorage, commit
-from gpu_worker.engine_process.frames import AbortJob, EmbeddingOutput, JobFailed, SequenceOutput, StepDone
+from gpu_worker.engine_process.frames import AbortJob, EmbeddingOutput, JobFailed, JobReturned, SequenceOutput, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from gpu_worker.job import RunningEmbedding, RunningJob, make_running
 from gpu_worker.quarantine import Action, Quarantine
@@ -141,6 +141,7 @@ class RunningBatch:
                     extra={"job_id": job.name, "attempt": job.attempt},
                 )
                 job.fail(failure)
+        self.release([job for returned in done.returned if (job := self._running(returned)) is not None])
 
     def _note_output(self, job: RunningJob) -> None:
         if not job.has_output:
@@ -300,6 +301,6 @@ class RunningBatch:
         del self._jobs[job.id], self._jobs_by_name[job.name]
         self._quarantine.discharge(job)
 
-    def _running(self, news: SequenceOutput | EmbeddingOutput | JobFailed) -> RunningJob | None:
+    def _running(self, news: SequenceOutput | EmbeddingOutput | JobFailed | JobReturned) -> RunningJob | None:
         job = self._jobs_by_name.get(news.job_id)
         return job if job is not None and job.attempt == news.attempt and not job.is_ending else None

@@ -139,43 +139,54 @@ def second_celeriac() -> Iterator[str]:
 
 
 class FaultyProxy:
-    """Passes requests on to `target`, except as planned. `refusals` are answered to the next POSTs instead; each number
-    in `cuts` is how many events the next stream passes on before its connection ends without warning."""
+    """Passes requests on to `target()`, except as planned. `refusals` are answered to the next POSTs instead; each
+    number in `cuts` is how many events the next stream passes on before its connection ends without warning; streams
+    pause after `hold_after` events while that is set."""
 
-    def __init__(self) -> None:
-        self.target = ""
-        self.refusals: deque[Response] = deque()
+    def __init__(self, target: Callable[[], str]) -> None:
+        self._target = target
+        self.refusals: deque[int] = deque()  # their statuses
         self.cuts: deque[int] = deque()
-        self.num_posts = 0
+        self.hold_after: int | None = None
+        self.is_away = False  # whether it answers 502 to everything and cuts every stream
+        self.num_posts = self.num_streams = 0  # in all, and open at the moment
         self.http = HttpServer(Starlette(routes=[Route("/{path:path}", self._pass_on, methods=["GET", "POST"])]))
 
     async def _pass_on(self, request: Request) -> Response:
-        if request.method == "POST":
-            self.num_posts += 1
-            if self.refusals:
-                return self.refusals.popleft()
-        client = httpx.AsyncClient(base_url=self.target, timeout=300)
+        is_post = request.method == "POST"
+        self.num_posts += is_post
+        if self.is_away or (is_post and self.refusals):
+            return Response(status_code=502 if self.is_away else self.refusals.popleft())
+        client = httpx.AsyncClient(timeout=300)
         headers = {name: request.headers[name] for name in ("authorization", "content-type") if name in request.headers}
-        content = await request.body()
-        asked = client.build_request(request.method, request.url.path, content=content, headers=headers)
         try:
+            url = self._target() + request.url.path
+            asked = client.build_request(request.method, url, content=await request.body(), headers=headers)
             answer = await client.send(asked, stream=True)
-        except httpx.HTTPError:
+        except (httpx.HTTPError, LookupError):
             await client.aclose()
             return Response(status_code=502)
-        num_events = self.cuts.popleft() if self.cuts and request.method == "POST" else None
-
-        async def pieces() -> AsyncIterator[bytes]:
-            num_passed = 0
-            try:
-                async for piece in answer.aiter_raw():
-                    num_passed += piece.count(b"data:")
-                    if num_events is not None and num_passed > num_events:
-                        raise ConnectionError("as planned")
-                    yield piece
-            finally:
-                await answer.aclose()
-                await client.aclose()
-
+        cut_after = self.cuts.popleft() if self.cuts and is_post else None
         kept = {name: answer.headers[name] for name in ("content-type", "retry-after") if name in answer.headers}
-        return StreamingResponse(pieces(), answer.status_code, headers=kept)
+        return StreamingResponse(self._pieces(client, answer, cut_after), answer.status_code, headers=kept)
+
+    def _is_held(self, num_passed: int) -> bool:
+        return self.hold_after is not None and num_passed > self.hold_after and not self.is_away
+
+    async def _pieces(
+        self, client: httpx.AsyncClient, answer: httpx.Response, cut_after: int | None
+    ) -> AsyncIterator[bytes]:
+        num_passed = 0
+        self.num_streams += 1
+        try:
+            async for piece in answer.aiter_raw():
+                num_passed += piece.count(b"data:")
+                while self._is_held(num_passed):  # noqa: ASYNC110  (another thread ends it)
+                    await asyncio.sleep(0.01)
+                if self.is_away or (cut_after is not None and num_passed > cut_after):
+                    raise ConnectionError("as planned")
+                yield piece
+        finally:
+            self.num_streams -= 1
+            await answer.aclose()
+            await client.aclose()

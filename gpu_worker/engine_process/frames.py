@@ -117,6 +117,14 @@ class JobFailed(msgspec.Struct, frozen=True):
     message: str
 
 
+class JobReturned(msgspec.Struct, frozen=True):
+    """The engine has removed this job, which it cannot run at present through no fault of the job. It goes back to the
+    queue."""
+
+    job_id: str
+    attempt: int
+
+
 class EngineStats(msgspec.Struct, frozen=True):
     """The engine's statistics for Flower, /health and the metrics. Counters start at 0 with each engine."""
 
@@ -142,6 +150,7 @@ class StepDone(msgspec.Struct, tag="step", frozen=True):
     failures: list[JobFailed]
     stats: EngineStats
     embeddings: list[EmbeddingOutput] = []
+    returned: list[JobReturned] = []
 
 
 class StillAlive(msgspec.Struct, tag="heartbeat", frozen=True):

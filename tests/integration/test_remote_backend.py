@@ -10,7 +10,7 @@ from domain.catalog import ModelSpec, RemoteOptions
 from gpu_worker.engine.backends import remote
 from gpu_worker.engine.backends.remote import MAX_BROKEN, RemoteBackend
 from gpu_worker.engine.remote import connection, gate
-from gpu_worker.engine_process.frames import JobFailed
+from gpu_worker.engine_process.frames import JobFailed, JobReturned
 from settings import ROOT
 from tests.integration.test_engine_contract import Spoken, Transcript, make_add, run, run_until, step
 from tests.remote_server import RemoteServer, choice, remote_server
@@ -128,6 +128,31 @@ def test_a_server_that_is_away_is_told_and_asked_until_it_is_back(server: Remote
     wait_until(lambda: not step(backend).stats.waiting_for, "the back end has noticed")
     assert run(backend, [])["job", 0].token_ids == WORDS[:4]
     assert not backend.stats().is_full
+
+
+@pytest.mark.parametrize("status", [429, 502])
+def test_a_job_that_waits_for_long_goes_back_to_the_queue_without_a_failure(
+    server: RemoteServer, start: Start, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(remote, "RETURN_SECONDS", 0.2)
+    backend = start()
+    server.answer = lambda body: say(server, body, 2, is_cut=True)
+    transcript: Transcript = {}
+    backend.add(make_add(max_tokens=4, n=2))
+    run_until(backend, transcript, ("job", 0), 2)
+    run_until(backend, transcript, ("job", 1), 2)
+    server.models_status = status
+    server.answer = lambda body: Response(status_code=status)
+    returned = wait_until(lambda: step(backend).returned, "it is returned")
+    assert returned == [JobReturned("job", 1)]
+    assert not step(backend).outputs
+    assert backend.stats().num_waiting == 0
+    server.models_status = 200
+    server.answer = lambda body: say(server, body)
+    wait_until(lambda: not step(backend).stats.waiting_for, "the server is back")
+    committed = [transcript["job", index].token_ids for index in range(2)]
+    again = make_add(max_tokens=4, n=2, attempt=2, committed_token_ids=committed, num_emitted_chars=[2, 2])
+    assert run(backend, [again])["job", 1].token_ids == WORDS[2:4]
 
 
 def test_a_400_fails_its_job_with_the_servers_words_and_no_other(

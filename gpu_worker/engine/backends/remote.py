@@ -25,7 +25,15 @@ from gpu_worker.engine.remote.gate import FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS, 
 from gpu_worker.engine.sampling import Drawn, describe
 from gpu_worker.engine.scheduler import ModelLimits, make_engine_job
 from gpu_worker.engine.sequence import EngineJob, Sequence
-from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, JobFailed, SequenceOutput, StepDone
+from gpu_worker.engine_process.frames import (
+    AddJob,
+    EmbedJob,
+    EngineStats,
+    JobFailed,
+    JobReturned,
+    SequenceOutput,
+    StepDone,
+)
 from text.model_files import eos_token_ids, model_folder, read_json_file, vocabulary_size
 from text.tokenizers import load_tokenizer, special_tokens_of, token_table_of
 
@@ -34,6 +42,7 @@ log = logging.getLogger(__name__)
 STEP_SECONDS = 0.02  # the longest wait for the server within a step, and so before an abort is applied
 IDLE_STEP_SECONDS = 0.2  # the same while there is no job, but the server is away
 FIRST_PROBE_SECONDS = 2.0  # how long loading waits for the server
+RETURN_SECONDS = 20.0  # without a request under way before a job goes back to the queue; less than a stall
 MAX_BROKEN = 6  # requests of a sequence in a row that the server accepted and then broke off without a token
 
 
@@ -46,6 +55,7 @@ class RemoteSequence:
     has_begun: bool = False  # whether the server has accepted it
     num_broken: int = 0
     not_before: float = 0.0  # monotonic time of its next request
+    waits_since: float = field(default_factory=monotonic)  # when it was added, or last left the server
     has_grown: bool = False  # whether it has gained any token here
 
 
@@ -77,7 +87,7 @@ class RemoteBackend:
         self._gate = Gate()
         self._is_probing = False
         self._connection = Connection(spec.remote, spec.remote.model or spec.id, max_calls=spec.max_num_seqs)
-        self._close_gate(ServerFailure(Fault.AWAY, "it has not answered yet"), sent_at=monotonic())
+        self._gate.close(ServerFailure(Fault.AWAY, "it has not answered yet"), monotonic(), sent_at=monotonic())
         self._probe()
         self._hear_all(self._connection.take(FIRST_PROBE_SECONDS))
 
@@ -126,9 +136,10 @@ class RemoteBackend:
         started_at = monotonic()
         if self._gate.is_away and started_at >= self._gate.opens_at and not self._is_probing:
             self._probe()
+        returned = self._return_waiting(started_at)
         self._send(started_at)
         record(self._members())
-        has_news_already = bool(self._gains or self._failures)
+        has_news_already = bool(self._gains or self._failures or returned)
         news = self._connection.take(0.0 if has_news_already else STEP_SECONDS if self._jobs else IDLE_STEP_SECONDS)
         self._hear_all(news)
         record(self._members())
@@ -139,7 +150,7 @@ class RemoteBackend:
             self._forget_if_done(sequence.job)
         self._step_seconds = monotonic() - started_at
         outputs = [self._output(sequence, gain) for sequence, gain in gains.items()]
-        return StepDone(outputs=outputs, failures=failures, stats=self.stats())
+        return StepDone(outputs=outputs, failures=failures, stats=self.stats(), returned=returned)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -158,6 +169,18 @@ class RemoteBackend:
         gate = self._gate
         is_shut = not gate.is_open and (gate.is_away or bool(self._waiting) or monotonic() < gate.opens_at)
         return is_shut or self._connection.num_waiting_there > 0
+
+    def _return_waiting(self, now: float) -> list[JobReturned]:
+        """Remove the jobs that have waited for long with a shut gate: in the queue they count as waiting, while here
+        they would seem to be stuck. Output that has not been reported yet stays for the step's outputs."""
+        if self._gate.is_open:
+            return []
+        busy = {one.sequence.job for one in self._by_call.values()} | {sequence.job for sequence in self._gains}
+        stale = {one.sequence.job for one in self._waiting if now - one.waits_since > RETURN_SECONDS} - busy
+        for job in stale:
+            del self._jobs[job.id, job.attempt]
+            self._leave(job)
+        return [JobReturned(job.id, job.attempt) for job in stale]
 
     # Requests
 
@@ -230,6 +253,8 @@ class RemoteBackend:
     def _hear_failure(self, one: RemoteSequence, call: Call, failure: ServerFailure) -> None:
         now = monotonic()
         one.call = None
+        if one.has_begun:
+            one.has_begun, one.waits_since = False, now
         if failure.fault is Fault.REFUSED:
             self._fail(one.sequence.job, InvalidRequest.code, failure.message)
             return
