@@ -263,6 +263,21 @@ engine_steps_total = _worker.counter("engine_steps_total", "Steps of the engine.
 
 engine_exits_total = _worker.counter("engine_exits_total", "Engine processes that ended unexpectedly.", ["model"])
 
+model_load_seconds = _worker.histogram(
+    "model_load_seconds",
+    "Time from the start of an engine process until its model was loaded; the count is the number of loads.",
+    ["model"],
+    buckets=(0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+)
+
+model_evictions_total = _worker.counter(
+    "model_evictions_total", "Times that a model was unloaded to make room for another one.", ["model"]
+)
+
+worker_models_memory_bytes = _worker.gauge(
+    "worker_models_memory_bytes", "What the loaded models of the worker need, by estimate or measurement."
+)
+
 engine_sequences_running = _worker.gauge("engine_sequences_running", "Sequences in the running batch.", ["model"])
 
 engine_sequences_waiting = _worker.gauge(

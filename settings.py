@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import ByteSize, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from domain.addresses import RedisUrl
@@ -90,7 +90,9 @@ class Settings(BaseSettings):
     batch_reserve: float = Field(default=0.25, ge=0, lt=1)  # the share of a model's slots that batch lines never take
 
     # The worker
-    worker_model: str | None = None  # the model that a GPU worker serves; default: the first one of models_file
+    worker_model: str | None = None  # the models that a GPU worker serves, comma-separated; default: the first one
+    worker_memory: ByteSize | None = Field(default=None, gt=0)  # of all models of a worker, such as 20GiB
+    model_residency_seconds: float = Field(default=10.0, ge=0)  # a busy model's, before it makes room for another
     worker_name: str | None = None  # its Celery node name, unique in the installation; default: random
     worker_metrics_host: str = "127.0.0.1"  # where a GPU worker serves its /metrics, without authentication
     worker_metrics_port: int = Field(default=0, ge=0, le=65535)  # or the next free one; 0: any, written to its log
@@ -138,6 +140,11 @@ class Settings(BaseSettings):
                     f"{origin[:80]!r} is not an origin; use a form like https://app.example.com, without a path"
                 )
         return text
+
+    @property
+    def worker_models(self) -> tuple[str, ...]:
+        """The ids of the models that a worker serves; empty: the first one of the catalogue."""
+        return tuple(dict.fromkeys(_items(self.worker_model or "")))
 
     @property
     def store_dir(self) -> Path:

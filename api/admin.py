@@ -4,9 +4,9 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -31,17 +31,25 @@ class WorkerView(View):
     num_running: int
     max_num_seqs: int
     tokens_per_second: float
+    load_percent: Annotated[int | None, Field(description="While it loads the model, if the engine can tell.")]
+    ready_in_seconds: Annotated[
+        float | None, Field(description="Estimated time until the model is loaded; null if it is, or unknown.")
+    ]
     started_at: datetime
     drained_since: datetime | None  # when an operator ordered the drain; null if the worker takes jobs
 
 
+Status = Literal["loaded", "loading", "draining", "standby", "unloaded", "waiting"]
+
+
 class ModelStatusView(View):
     """`is_loaded` is the state that was ordered; `status` is the most advanced state of any of the model's workers.
-    `waiting`: no live worker takes its jobs. `revision` is the one that newly accepted jobs get."""
+    `standby`: its workers serve other models and load this one when jobs wait for it. `waiting`: no live worker takes
+    its jobs. `revision` is the one that newly accepted jobs get."""
 
     id: str
     is_loaded: bool
-    status: Literal["loaded", "loading", "draining", "unloaded", "waiting"]
+    status: Status
     revision: str
     max_model_len: int
     workers: list[WorkerView]
@@ -161,13 +169,15 @@ def _status(
     since_by_hostname = {drain.hostname: drain.since for drain in drains}
     states = {worker.state for worker in own}
     view = services.views.get(spec.id)
-    status: Literal["loaded", "loading", "draining", "unloaded", "waiting"] = "waiting" if is_loaded else "unloaded"
+    status: Status = "waiting" if is_loaded else "unloaded"
     if WorkerState.READY in states:
         status = "loaded"
     elif WorkerState.LOADING in states:
         status = "loading"
     elif WorkerState.DRAINING in states:
         status = "draining"
+    elif WorkerState.STANDBY in states:
+        status = "standby"
     return ModelStatusView(
         id=spec.id,
         is_loaded=is_loaded,
@@ -185,6 +195,8 @@ def _view(worker: Worker, drained_since: Mapping[str, datetime]) -> WorkerView:
         num_running=worker.num_running,
         max_num_seqs=worker.max_num_seqs,
         tokens_per_second=round(worker.tokens_per_second, 1),
+        load_percent=worker.load_percent,
+        ready_in_seconds=worker.ready_in_seconds if worker.state is not WorkerState.READY else None,
         started_at=worker.started_at,
         drained_since=drained_since.get(worker.hostname),
     )

@@ -96,7 +96,8 @@ class FindingView(View):
 #: What an operator should do, by what the jobs wait for.
 ADVICE = {
     WaitingFor.WORKER: "this model has no live worker: start one with celeriac worker --model {model}",
-    WaitingFor.MODEL_LOAD: "its workers are loading the model, or wait for its remote server: see their logs",
+    WaitingFor.MODEL_LOAD: "its workers are loading the model or busy with others, or its remote server is away: see "
+    "celeriac workers, and their logs",
     WaitingFor.REVISION: "they started with a revision of the model that no worker serves any more: see "
     "CELERIAC_REVISION_POLICY, or cancel and retry them",
     WaitingFor.ISOLATION: "they must run alone, as their tenant's jobs have crashed an engine: see the workers' logs",
@@ -252,6 +253,7 @@ class ModelQueueView(View):
     tokens_ahead: int
     tokens_per_second: float
     eta_seconds: float | None
+    load_percent: Annotated[int | None, Field(description="How far the model has been loaded, while it is loading.")]
     waiting_for: Annotated[dict[WaitingFor, int], Field(description="Number of queued jobs by what they wait for.")]
 
 
@@ -281,5 +283,6 @@ def _view(queue: ModelQueue) -> ModelQueueView:
         tokens_ahead=queue.queued_tokens + queue.running_tokens,
         tokens_per_second=queue.tokens_per_second,
         eta_seconds=queue.eta_seconds(QueuePosition(queue.num_queued, queue.queued_tokens)),
+        load_percent=queue.load_percent,
         waiting_for={reason: waiting.num_jobs for reason, waiting in queue.waiting.items()},
     )

@@ -47,7 +47,9 @@ MAX_SHARE = 0.2  # of its time one database connection may spend on queries for 
 
 
 #: The place of a job about which nothing is known.
-UNKNOWN_PLACE: QueueView = {"position": None, "eta_seconds": None, "waiting_for": None}
+UNKNOWN_PLACE: QueueView = {"position": None, "eta_seconds": None, "waiting_for": None, "load_percent": None}
+
+WILL_LOAD = (WorkerState.LOADING, WorkerState.STANDBY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,9 @@ class ModelQueue:
     num_workers: int = 0
     num_slots: int = 0
     tokens_per_second: float = 0.0
+    num_coming_slots: int = 0  # of workers that are loading the model or will once they have room
+    load_percent: int | None = None  # of the load that has come furthest
+    ready_in_seconds: float | None = None  # until the first of these workers is ready; None: unknown
     service: ModelService = field(default_factory=ModelService)
     waiting: Mapping[WaitingFor, Waiting] = field(default_factory=dict)  # only reasons that apply to some job
 
@@ -90,20 +95,32 @@ class ModelQueue:
         """False if an admin has unloaded the model; its jobs then wait."""
         return self.service.is_loaded
 
+    @property
+    def is_served(self) -> bool:
+        """Whether a worker takes its jobs, or will as soon as it has made room for the model."""
+        return self.num_workers > 0 or any(worker.state is WorkerState.STANDBY for worker in self.service.workers)
+
     def place(self, position: QueuePosition) -> QueueView:
         """The place that a queued job is shown."""
-        reason = waiting_for(position.job, self.service)
-        eta_seconds = self.eta_seconds(position)
-        return {"position": position.num_ahead, "eta_seconds": eta_seconds, "waiting_for": reason}
+        return {
+            "position": position.num_ahead,
+            "eta_seconds": self.eta_seconds(position),
+            "waiting_for": waiting_for(position.job, self.service),
+            "load_percent": self.load_percent,
+        }
 
     def eta_seconds(self, position: QueuePosition) -> float | None:
         """Estimated seconds until the job at `position` starts, if the work ahead of it is done at a constant rate.
-        None if the job waits for something other than a free slot, or if no rate has been measured.
+        None if the job waits for something other than a free slot or a load, or if no rate has been measured. For a
+        load, only those jobs get an estimate that start at its end: the rate afterwards is not known yet.
 
         The estimate is pessimistic, as jobs count with the most tokens that they may take. When the job starts, the
         other slots hold jobs that are, on average, half done, so half of the work of one slotful is left out.
         """
-        if waiting_for(position.job, self.service) is not WaitingFor.SLOTS:
+        reason = waiting_for(position.job, self.service)
+        if reason is WaitingFor.MODEL_LOAD and position.num_ahead < self.num_coming_slots:
+            return None if self.ready_in_seconds is None else round(self.ready_in_seconds, 1)
+        if reason is not WaitingFor.SLOTS:
             return None
         if position.num_ahead + self.num_running < self.num_slots:
             return 0.0
@@ -124,6 +141,7 @@ def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[
     for spec in catalog.entries:
         alive = [worker for worker in live if worker.model == spec.id]
         own = [worker for worker in alive if worker.state is WorkerState.READY]
+        coming = [] if own else [worker for worker in alive if worker.state in WILL_LOAD]
         queue = figures.get(spec.id, job_queries.QueueFigures())
         num_slots = sum(worker.max_num_seqs for worker in own)
         has_held_lines = any(group.job.is_held_line for group in queue.waiting)
@@ -143,6 +161,11 @@ def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[
             num_workers=len(own),
             num_slots=num_slots,
             tokens_per_second=round(sum(worker.tokens_per_second for worker in own), 1),
+            num_coming_slots=sum(worker.max_num_seqs for worker in coming),
+            load_percent=max((each.load_percent for each in coming if each.load_percent is not None), default=None),
+            ready_in_seconds=min(
+                (each.ready_in_seconds for each in coming if each.ready_in_seconds is not None), default=None
+            ),
             service=service,
             waiting=_by_reason(queue.waiting, service),
         )
@@ -230,7 +253,7 @@ class QueueMonitor:
         }
         self._num_accepted_since.clear()
         self._served_at = {model: self._read_at for model in queues} | self._served_at
-        self._served_at |= {model: self._read_at for model, queue in queues.items() if queue.num_workers}
+        self._served_at |= {model: self._read_at for model, queue in queues.items() if queue.is_served}
         _publish(queues)
         ages = await repeatable(self._sessions, maintenance.seconds_since_ticks)
         self._ticked_at |= {clock: time.monotonic() - ages[clock] for clock in self._ticked_at if clock in ages}

@@ -157,7 +157,7 @@ def bench_stages(content: bytes, view: ModelView, new_job: NewJob) -> dict[str, 
     body = parse_model(content, JobBody)
     request, options = body.to_request(), body.to_options(None)
     num_tokens = len(new_job.prompt_token_ids)
-    queue: QueueView = {"position": 0, "eta_seconds": None, "waiting_for": None}
+    queue: QueueView = {"position": 0, "eta_seconds": None, "waiting_for": None, "load_percent": None}
     now = datetime.now(UTC)
     return {
         "JSON and validation": microseconds(lambda: parse_model(content, JobBody)),

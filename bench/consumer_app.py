@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from uuid import UUID
 
 from domain.jobs import JobStatus, WorkerState
-from gpu_worker.app import app, model
+from gpu_worker.app import app, models
 from gpu_worker.pool import EnginePool
 from gpu_worker.threads import RunnerEvent, RunnerEventKind, RunnerStats
 
@@ -54,11 +54,11 @@ class NoOpRunner:
 
     @property
     def num_free(self) -> int:
-        return model.max_num_seqs - self._num_running
+        return models[0].max_num_seqs - self._num_running
 
     def stats(self) -> RunnerStats:
         return RunnerStats(
-            max_num_seqs=model.max_num_seqs,
+            max_num_seqs=models[0].max_num_seqs,
             num_running=self._num_running,
             num_offered=self._offered.qsize(),
             is_engine_ready=True,

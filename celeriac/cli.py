@@ -114,15 +114,34 @@ def api(host: str | None, port: int | None) -> None:
 
 
 @main.command()
-@click.option("--model", help="Model from models.toml to serve.  [default: the first one]")
+@click.option(
+    "--model", "models_", multiple=True, help="Model to serve; may be given several times.  [default: the first one]"
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="What its models may take together, such as 20GiB.  [default: 90 % of what there is]",
+)
 @click.option("--name", help="Node name; must be unique in the installation.  [default: a random one]")
-def worker(model: str | None, name: str | None) -> None:
-    """Run one GPU worker: one model, one engine process."""
-    _set("CELERIAC_WORKER_MODEL", model)
+@click.option("--gpus", metavar="all|0,2", help="Run one worker for each of these GPUs, until all of them have ended.")
+def worker(models_: tuple[str, ...], memory: str | None, name: str | None, gpus: str | None) -> None:
+    """Run one GPU worker, with an engine process for each model that is loaded.
+
+    \b
+    celeriac worker --model qwen3-8b                     one model, always loaded
+    celeriac worker --model a --model b --memory 20GiB   those that fit; others are loaded when jobs wait
+    celeriac worker --gpus all                           one worker per GPU
+    """
+    _set("CELERIAC_WORKER_MODEL", ",".join(models_) or None)
+    _set("CELERIAC_WORKER_MEMORY", memory)
     _set("CELERIAC_WORKER_NAME", name)
     settings = _settings()
-    refuse_unknown_model(settings)
+    refuse_unknown_models(settings)
     refuse_shared_sessions(settings)
+    if gpus is not None:
+        from celeriac.worker_group import run_workers
+
+        sys.exit(run_workers(settings, gpus))
     _become_celery("gpu_worker.app", "worker")
 
 
@@ -335,6 +354,23 @@ def get_batch(batch_id: str, output: Path, url: str | None, key: str | None) -> 
         printer.finish(client.batch_results(batch_id, output, on_progress=printer.show))
 
 
+@main.command()
+@connection_options
+def workers(url: str | None, key: str | None) -> None:
+    """List the live GPU workers, with the models that each serves and how far loads have come.
+
+    If keys are required, this needs an admin key.
+    """
+    from celeriac.terminal import show, workers_table
+
+    with _client(url, key) as client:
+        statuses = client.model_statuses()
+    if not any(model["workers"] for model in statuses):
+        click.echo("No worker is alive; start one: celeriac worker")
+        return
+    show(workers_table(statuses))
+
+
 main.add_command(models)
 main.add_command(engines)
 main.add_command(keys)
@@ -409,10 +445,10 @@ def read_catalog(settings: "Settings") -> "Catalog":
         raise click.ClickException(str(exc)) from exc
 
 
-def refuse_unknown_model(settings: "Settings") -> None:
+def refuse_unknown_models(settings: "Settings") -> None:
     catalog = read_catalog(settings)
-    if settings.worker_model is not None:
-        catalog.get(settings.worker_model)
+    for model in settings.worker_models:
+        catalog.get(model)
 
 
 def refuse_unknown_default(settings: "Settings", catalog: "Catalog") -> None:

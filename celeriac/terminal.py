@@ -282,6 +282,24 @@ def jobs_table(jobs: Iterable[JobSnapshot]) -> Table:
     return table
 
 
+def workers_table(models: Iterable[dict[str, Any]]) -> Table:
+    """The live workers of these models, as the admin API describes them."""
+    table = _table("worker", "model", "state", "running", "tokens/s")
+    rows = sorted((worker["hostname"], model["id"], worker) for model in models for worker in model["workers"])
+    for hostname, model_id, worker in rows:
+        running = f"{worker['num_running']} of {worker['max_num_seqs']}"
+        table.add_row(
+            hostname, model_id, _with_percent(worker["state"], worker), running, f"{worker['tokens_per_second']:g}"
+        )
+    return table
+
+
+def _with_percent(state: str, facts: Mapping[str, Any]) -> str:
+    """How far a load has come is added if that is known: `loading 43 %`."""
+    percent = facts.get("load_percent")
+    return state if percent is None else f"{state} {percent} %"
+
+
 def models_table(catalog: "Catalog") -> Table:
     """The available models."""
     from local.processes import short_path
@@ -354,6 +372,9 @@ def first_steps(api_url: str, model: str, job_id: str, celeriac: str, *, needs_k
 def _describe(event: StreamEvent) -> str | None:
     """A line for an event that is not text; None if it need not be shown."""
     data = event.data
+    if event.name == "job.queued" and data.get("waiting_for") == "model_load":
+        is_loading = data.get("load_percent") is not None
+        return _with_percent("queued, its model is loading" if is_loading else "queued, its model is not loaded", data)
     if event.name == "job.queued" and data.get("position"):
         return f"queued, position {data['position']}"
     if event.name == "job.retrying":

@@ -126,9 +126,12 @@ class QueueView(View):
     ]
     eta_seconds: Annotated[
         float | None,
-        Field(description="Estimated time until it starts; null if it waits for more than a free slot."),
+        Field(description="Estimated time until it starts; null if it waits for more than a free slot or a load."),
     ]
     waiting_for: Annotated[WaitingFor | None, Field(description="Why it is not running yet.")]
+    load_percent: Annotated[
+        int | None, Field(description="How far its model has been loaded; null if it is not being loaded or unknown.")
+    ]
 
 
 class UsageView(View):

@@ -80,6 +80,9 @@ class ModelCardView(View):
     loaded: Annotated[
         bool | None, Field(description="Whether a worker is ready for its jobs; null while this is not known.")
     ]
+    load_percent: Annotated[
+        int | None, Field(description="How far it has been loaded; null if it is not being loaded or unknown.")
+    ]
     unavailable: Annotated[str | None, Field(description="Why the model does not accept jobs; null if it does.")]
     parent: Annotated[str | None, Field(description="The model that a LoRA adapter belongs to; null for a model.")]
 

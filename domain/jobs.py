@@ -210,12 +210,13 @@ class WorkerState(StrEnum):
     READY = "ready"
     DRAINING = "draining"  # it takes no new jobs; running ones may finish
     UNLOADED = "unloaded"  # it has no engine process and waits for an order to load its model
+    STANDBY = "standby"  # it serves other models at present, and loads this one once jobs wait for it
 
 
 class WaitingFor(StrEnum):
     SLOTS = "slots"  # a slot: those of suitable workers are taken, or the job is on its way to one
     WORKER = "worker"  # its model has no live worker
-    MODEL_LOAD = "model_load"  # suitable workers are loading the model, or their remote server is away
+    MODEL_LOAD = "model_load"  # suitable workers load the model, or will once there is room, or their server is away
     REVISION = "revision"  # it has output, and no worker serves the revision that made it
     ISOLATION = "isolation"  # it must run alone and waits for a gap between the others
     LIMIT = "limit"  # batches have used their share of the slots, or it just failed and will be retried soon

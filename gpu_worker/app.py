@@ -1,4 +1,4 @@
-"""The Celery app of a GPU worker: `celery -A gpu_worker.app worker`. One worker serves one model on one engine.
+"""The Celery app of a GPU worker: `celery -A gpu_worker.app worker`. Each model that it serves has an engine.
 
 Celery's control commands that a GPU worker implements differently are here as well; our own commands are in
 `tasks.app`. They all run on Celery's hub thread, so they answer from memory and must not block.
@@ -23,7 +23,7 @@ from domain.catalog import ModelSpec
 from domain.errors import CeleriacError
 from gpu_worker.consumer import EngineStep, EngineWorker
 from gpu_worker.deliveries import Delivery
-from gpu_worker.pool import served_model
+from gpu_worker.pool import served_models
 from observability import configure_logging
 from settings import Settings, get_settings
 from tasks.app import app, generate
@@ -49,11 +49,11 @@ def revoke(
 __all__ = ["app"]
 
 
-def _model_or_leave(settings: Settings) -> ModelSpec:
-    """The model to serve. If the configuration or the model's files are faulty, log one line and exit before the worker
+def _models_or_leave(settings: Settings) -> list[ModelSpec]:
+    """The models to serve. If the configuration or a model's files are faulty, log one line and exit before the worker
     starts."""
     try:
-        return served_model(settings)
+        return served_models(settings)
     except (CeleriacError, OSError, ValueError) as exc:
         configure_logging(settings.log_level, settings.log_format)
         logging.getLogger(__name__).critical("exiting: %s", exc)
@@ -62,7 +62,7 @@ def _model_or_leave(settings: Settings) -> ModelSpec:
 
 settings = get_settings()
 
-model = _model_or_leave(settings)
+models = _models_or_leave(settings)
 
 for alias in ("redis", "rediss"):
     TRANSPORT_ALIASES[alias] = "gpu_worker.transport:BulkTransport"
@@ -70,14 +70,14 @@ for alias in ("redis", "rediss"):
 app.conf.update(
     worker_pool="gpu_worker.pool:EnginePool",  # do not pass -P: it does not accept a dotted name
     worker_consumer="gpu_worker.consumer:EngineConsumer",
-    worker_concurrency=model.max_num_seqs,
+    worker_concurrency=sum(model.max_num_seqs for model in models),
 )
 
 app.Worker = app.subclass_with_self(EngineWorker)
 
 app.steps["consumer"].add(EngineStep)
 
-app.amqp.queues.select([model.queue])
+app.amqp.queues.select([model.queue for model in models])
 
 generate.Request = Delivery
 
@@ -87,6 +87,6 @@ def _choose_node_name(instance: Any, **_: Any) -> None:
     """Make the default node name unique: Flower and inspect treat two workers with the same name as one."""
     if instance.hostname != f"celery@{socket.gethostname()}":
         return  # set with -n
-    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", model.id)
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", models[0].id) + (f"-and-{len(models) - 1}-more" if models[1:] else "")
     name = settings.worker_name or f"gpu-{readable}-{secrets.token_hex(4)}"
     instance.hostname = name if "@" in name else f"{name}@{socket.gethostname()}"

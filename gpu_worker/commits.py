@@ -150,6 +150,13 @@ class JobStorage:
         with self.sessions.begin() as session:
             return workers.heartbeat(session, report)
 
+    def longest_wait_seconds(self) -> float | None:
+        """How long a job has been waiting for this worker to load the model; None if none has."""
+        with self.sessions.begin() as session:
+            return workers.longest_wait_seconds(
+                session, self.owner, model=self.model, model_revision=self.model_revision
+            )
+
     def order_drain(self, release_after_seconds: float) -> None:
         with self.sessions.begin() as session:
             workers.drain(session, self._worker_name, release_after_seconds=release_after_seconds)
@@ -397,7 +404,16 @@ class WorkerReporter:
         """Report at the next opportunity, to fetch an order that has changed."""
         self._due_at = 0.0
 
-    def beat(self, now: float, state: WorkerState, *, num_running: int, tokens_per_second: float) -> None:
+    def beat(
+        self,
+        now: float,
+        state: WorkerState,
+        *,
+        num_running: int,
+        tokens_per_second: float,
+        load_share: float | None,
+        ready_in_seconds: float | None,
+    ) -> None:
         """Report if it is due or if the state has changed. Reports do not overlap: the orders of one are followed
         before the next is sent."""
         if self._is_under_way or (now < self._due_at and state is self._told):
@@ -412,6 +428,8 @@ class WorkerReporter:
             tokens_per_second=tokens_per_second,
             model_revision=self._storage.model_revision,
             state=state,
+            load_percent=None if load_share is None else int(100 * load_share),
+            ready_in_seconds=ready_in_seconds,
         )
         self._storage_thread.submit(
             lambda is_repeated: self._storage.heartbeat(report),

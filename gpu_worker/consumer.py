@@ -187,16 +187,17 @@ class EngineStep(bootsteps.StartStopStep):
         channel = pool.deliveries.channel
         if channel is None:
             return
-        pool.is_lookahead_paused = channel.is_another_idle()
-        oldest = next(iter(pool.deliveries.in_hand.values()), None)
-        is_late = oldest is not None and oldest.age_seconds > MAX_LOOKAHEAD_SECONDS
-        if pool.is_lookahead_paused and is_late and pool.room().num_idle == 0:
-            logger.info("requeued %d deliveries, since another worker has free slots", pool.give_back())
+        pool.paused_lookaheads = channel.queues_of_idle_others()
+        for queue in pool.paused_lookaheads:
+            oldest = pool.deliveries.oldest_in_hand(queue)
+            is_late = oldest is not None and oldest.age_seconds > MAX_LOOKAHEAD_SECONDS
+            if is_late and pool.room(queue).num_idle == 0:
+                logger.info("requeued %d deliveries, since another worker has free slots", pool.give_back_from(queue))
 
     def _notice_a_stall(self, c: EngineConsumer, channel: BulkChannel) -> None:
         """Raise ConnectionError, which makes Celery reconnect, if there is credit and messages are waiting but the
         queue has not been read for a long time, whatever the reason."""
-        is_healthy = channel.num_takes != self._num_takes_seen or c.pool.room().credit <= 0
+        is_healthy = channel.num_takes != self._num_takes_seen or not channel.queues_with_room()
         self._num_takes_seen = channel.num_takes
         if is_healthy:
             self._stalled_since = None

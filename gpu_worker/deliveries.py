@@ -57,6 +57,11 @@ class Delivery(Request):
         return str(self._message.delivery_tag)
 
     @property
+    def queue(self) -> str:
+        """The queue from which it came; empty for a job without a message."""
+        return str(self._message.delivery_info.get("routing_key", ""))
+
+    @property
     def age_seconds(self) -> float:
         return monotonic() - self.received_at
 
@@ -137,11 +142,13 @@ class Deliveries:
         self.channel: BulkChannel | None = None  # None while there is no connection
         self.lost_acks: set[str] = set()  # delivery tags whose acks are sent again once there is a connection
 
-    @property
-    def num_in_hand(self) -> int:
-        """The number of messages received but not acked."""
+    def num_in_hand(self, queue: str) -> int:
+        """The number of messages received from this queue but not acked."""
         unacked = self.channel.qos.num_unacked if self.channel is not None else 0
-        return max(len(self.in_hand), unacked)
+        return max(len(self.in_hand), unacked) - sum(held.queue != queue for held in self.in_hand.values())
+
+    def oldest_in_hand(self, queue: str) -> Delivery | None:
+        return next((held for held in self.in_hand.values() if held.queue == queue), None)
 
     def take(self, delivery: Delivery) -> UUID | None:
         """Keep a new delivery and return its job's id; None if it is a duplicate or does not belong to any job."""

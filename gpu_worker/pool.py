@@ -1,8 +1,8 @@
-"""A Celery worker pool whose slots are those of the engine: deliveries in, events of their jobs out, in order.
+"""A Celery worker pool whose slots are those of the engines: deliveries in, events of their jobs out, in order.
 
-Deliveries are offered to the `JobRunner`, which claims their jobs in SQL when the engine has room, and emits events on
-its own thread. Only the hub thread may touch requests, Celery events and channels, so the events wait in a queue until
-it applies them. (Celery's hub itself keeps callbacks in an unordered set.)
+Deliveries are offered to the `JobRunner` of their model, which claims their jobs in SQL when its engine has room, and
+emits events on its own thread. Only the hub thread may touch requests, Celery events and channels, so the events wait
+in a queue until it applies them. (Celery's hub itself keeps callbacks in an unordered set.)
 
 `WorkerExit` ends the worker: either after a drain, during which heartbeats, inspect and revoke still work, or
 immediately, releasing its jobs. It replaces Celery's warm shutdown, which would stop the event loop first, and its cold
@@ -13,12 +13,11 @@ when a signal arrives.
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from threading import Lock, Thread
 from time import monotonic, sleep
 from types import FrameType
 from typing import Any
-from uuid import uuid4
 
 from celery.concurrency.base import BasePool, apply_target
 from celery.utils.log import get_logger
@@ -27,7 +26,9 @@ from celery.worker import state
 from domain.catalog import ModelSpec
 from domain.jobs import WorkerState
 from gpu_worker.deliveries import Deliveries, Delivery
-from gpu_worker.runner import JobRunner
+from gpu_worker.model_size import budget_bytes, need_bytes
+from gpu_worker.residency import ModelMemory
+from gpu_worker.serving import JobRunner, ModelRunners
 from gpu_worker.threads import RunnerEvent, WorkerFailure
 from gpu_worker.transport import Room
 from metrics import Process, serve_metrics
@@ -37,11 +38,26 @@ from text.models import complete
 NO_ROOM = Room(credit=0, num_idle=0)
 
 
-def served_model(settings: Settings) -> ModelSpec:
-    """The one model that a GPU worker with these settings serves. Raises ModelNotFound, ModelUnavailable, or ValueError
-    if its files cannot be used."""
+def served_models(settings: Settings) -> list[ModelSpec]:
+    """The models that a GPU worker with these settings serves. Raises ModelNotFound, ModelUnavailable, or ValueError
+    if a model's files cannot be used."""
     catalog = settings.load_catalog()
-    return complete(catalog.first if settings.worker_model is None else catalog.get(settings.worker_model))
+    return [complete(entry) for entry in map(catalog.get, settings.worker_models)] or [complete(catalog.first)]
+
+
+def shared_memory(models: Sequence[ModelSpec], settings: Settings) -> ModelMemory:
+    """The memory that these models share. A single model has it all, so nothing is estimated."""
+    if len(models) == 1:
+        return ModelMemory({models[0].id: 0})
+    budget = budget_bytes(models) if settings.worker_memory is None else settings.worker_memory
+    need_bytes_by_model = {model.id: need_bytes(model, budget_bytes=budget) for model in models}
+    logger.info(
+        "this worker serves %s within %s bytes; they need about %s",
+        [*need_bytes_by_model],
+        budget,
+        [*need_bytes_by_model.values()],
+    )
+    return ModelMemory(need_bytes_by_model, budget_bytes=budget, residency_seconds=settings.model_residency_seconds)
 
 
 class EnginePool(BasePool):
@@ -55,16 +71,21 @@ class EnginePool(BasePool):
     def __init__(self, limit: int, **options: Any) -> None:
         super().__init__(limit, **options)
         settings = get_settings()
-        self.lookahead = max(1, limit // 4) if settings.lookahead is None else settings.lookahead
-        self.is_lookahead_paused = False
+        models = served_models(settings)
+        self._lookahead_by_queue = {
+            model.queue: max(1, model.max_num_seqs // 4) if settings.lookahead is None else settings.lookahead
+            for model in models
+        }
+        self.paused_lookaheads: set[str] = set()  # the queues of which we hold no more than can start now
         self.is_draining = False
         hostname: str = options["initargs"][1]
         self.deliveries = Deliveries(self.app, hostname)
         self.consumer: Any = None
         self.worker_exit = WorkerExit(self)
-        self.runner = self.make_runner(
-            model=served_model(settings).id,
-            owner=uuid4(),
+        self.runner = ModelRunners(
+            type(self).make_runner,
+            models,
+            shared_memory(models, settings),
             hostname=hostname,
             on_event=self._on_runner_event,
             on_unhealthy=self.worker_exit.fail,
@@ -88,15 +109,22 @@ class EnginePool(BasePool):
 
     # Deliveries in
 
-    def room(self) -> Room:
-        """How many messages may be taken now: as many as the engine could start, plus a small look-ahead."""
-        if self.is_draining or self.runner.stats().state is not WorkerState.READY:
+    @property
+    def lookahead(self) -> int:
+        """How many messages may be in hand beyond those that can start now, over all queues."""
+        return sum(num for queue, num in self._lookahead_by_queue.items() if queue not in self.paused_lookaheads)
+
+    def room(self, queue: str) -> Room:
+        """How many messages of this queue may be taken now: as many as the engine of its model could start, plus a
+        small look-ahead; none while the model is not loaded."""
+        runner = self.runner.by_queue[queue]
+        if self.is_draining or runner.stats().state is not WorkerState.READY:
             return NO_ROOM
-        num_free = self.runner.num_free
-        if num_free <= 0 and self.is_lookahead_paused:
+        num_free, is_paused = runner.num_free, queue in self.paused_lookaheads
+        if num_free <= 0 and is_paused:
             return NO_ROOM
-        num_in_hand = self.deliveries.num_in_hand
-        lookahead = 0 if self.is_lookahead_paused else self.lookahead
+        num_in_hand = self.deliveries.num_in_hand(queue)
+        lookahead = 0 if is_paused else self._lookahead_by_queue[queue]
         return Room(max(num_free + lookahead - num_in_hand, 0), max(num_free - num_in_hand, 0))
 
     def on_apply(
@@ -118,7 +146,7 @@ class EnginePool(BasePool):
             return delivery
         if delivery.id in state.revoked:
             self.cancel(delivery)  # before it is offered, so that there is nothing to claim
-        self.runner.offer(job_id)
+        self.runner.by_queue[delivery.queue].offer(job_id)
         return delivery
 
     def cancel(self, delivery: Delivery) -> None:
@@ -135,6 +163,10 @@ class EnginePool(BasePool):
     def give_back(self) -> int:
         """Requeue all deliveries in hand that are not being claimed; returns how many."""
         return self.deliveries.give_back(self.runner.withdraw())
+
+    def give_back_from(self, queue: str) -> int:
+        """Like `give_back`, but only those of this queue."""
+        return self.deliveries.give_back(self.runner.by_queue[queue].withdraw())
 
     # Events out
 
@@ -198,12 +230,16 @@ class EnginePool(BasePool):
 
     # Flower and `celery inspect`
 
+    @property
+    def num_in_hand(self) -> int:
+        return sum(map(self.deliveries.num_in_hand, self.runner.by_queue))
+
     def engine_figures(self) -> dict[str, Any]:
         """Figures for Flower, flat and short, since it shows them in one row."""
         stats = self.runner.stats()
         return {
-            "credit": self.room().credit,
-            "in_hand": self.deliveries.num_in_hand,
+            "credit": sum(self.room(queue).credit for queue in self.runner.by_queue),
+            "in_hand": self.num_in_hand,
             "running": stats.num_running,
             "free": self.runner.num_free,
             "slots": stats.max_num_seqs,
@@ -227,8 +263,8 @@ class EnginePool(BasePool):
             "processes": [os.getpid()],
             "slots-running": stats.num_running,
             "slots-free": self.runner.num_free,
-            "in-hand": self.deliveries.num_in_hand,
-            "look-ahead": 0 if self.is_lookahead_paused else self.lookahead,
+            "in-hand": self.num_in_hand,
+            "look-ahead": self.lookahead,
             "engine-ready": stats.is_engine_ready,
             "state": stats.state.value,
         }

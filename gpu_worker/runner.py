@@ -2,14 +2,13 @@
 
 `RunnerThread` waits for the engine, the storage thread and its callers. Only the storage thread uses SQL and Redis; its
 answers come back through the mailbox. An outage of the database therefore stops neither the engine and its supervision
-nor cancellations. `JobRunner` is the interface for Celery's hub thread: methods that are thread-safe and do not block.
+nor cancellations. gpu_worker/serving.py has the interface for Celery's hub thread.
 """
 
 import logging
 import math
 import select
 from collections.abc import Callable, Sequence
-from threading import Thread
 from time import monotonic
 from uuid import UUID
 
@@ -19,10 +18,11 @@ from domain.catalog import ModelSpec
 from domain.jobs import AttemptOutcome, WorkerState, external_id
 from gpu_worker.batch import RunningBatch
 from gpu_worker.commits import FlushPacer, JobStorage, WorkerReporter
-from gpu_worker.engine_process.frames import CannotLoad, Ready, Report, StepDone
+from gpu_worker.engine_process.frames import CannotLoad, Loading, Ready, Report, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from gpu_worker.intake import Intake, Offers
-from gpu_worker.quarantine import SHIPPED_RULES, Quarantine, QuarantineRules
+from gpu_worker.quarantine import Quarantine, QuarantineRules
+from gpu_worker.residency import ModelMemory, Residence
 from gpu_worker.threads import (
     DispatchRequester,
     EngineMeter,
@@ -34,10 +34,9 @@ from gpu_worker.threads import (
     WorkerFailure,
 )
 from metrics import engine_exits_total, generated_tokens_total, prompt_tokens_total
-from settings import Settings, get_settings
+from settings import Settings
 from storage.workers import Orders
 from tasks import job_log
-from text.models import complete
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +59,7 @@ class RunnerThread:
         on_event: Callable[[RunnerEvent], None],
         on_unhealthy: Callable[[WorkerFailure], None],
         quarantine_rules: QuarantineRules,
+        memory: ModelMemory,
     ) -> None:
         self.mailbox = Mailbox()
         self._spec = spec
@@ -69,6 +69,7 @@ class RunnerThread:
         self._storage = JobStorage(settings, spec, owner, hostname)
         self._storage_thread = StorageThread(self.mailbox.post)
         self._dispatcher = DispatchRequester(spec, settings)
+        self._residence = Residence(memory, spec.id, self._storage, self._storage_thread)
         self._supervisor = Supervisor(
             spec,
             heartbeat_seconds=settings.engine_heartbeat_seconds,
@@ -177,7 +178,12 @@ class RunnerThread:
         self._count_rate(now)
         if self._is_healthy:
             self._reporter.beat(
-                now, self._state, num_running=self._batch.num_sequences, tokens_per_second=self._tokens_per_second
+                now,
+                self._state,
+                num_running=self._batch.num_sequences,
+                tokens_per_second=self._tokens_per_second,
+                load_share=self._supervisor.load_share,
+                ready_in_seconds=None if self._supervisor.ready else self._residence.seconds_until_ready(now),
             )
         self._emit_events()
 
@@ -199,17 +205,22 @@ class RunnerThread:
             self._has_been_ready = True
             self._meter.forget_engine()
             return
-        if isinstance(report, CannotLoad):
-            return  # the EngineExit that follows contains the reason
+        if isinstance(report, Loading | CannotLoad):
+            return  # the supervisor knows the progress; the EngineExit that follows a failure contains the reason
         self._meter.stats = report.stats
         if isinstance(report, StepDone):
             self._batch.absorb(report)
 
     def _watch_engine(self, now: float) -> None:
-        if self._is_loaded is False and not self._batch and not self._intake.is_claiming:
+        is_idle = not self._batch and not self._intake.is_claiming
+        self._settle_memory(now, is_idle=is_idle)
+        if self._is_loaded is False and is_idle:
             self._supervisor.stop()
             self._meter.forget_engine()
-        if not self._is_loaded and not self._supervisor.has_engine:
+        elif not self._residence.is_wanted and is_idle and self._supervisor.has_engine:
+            self._supervisor.restart()
+            self._meter.forget_engine()
+        if not (self._is_loaded and self._residence.is_wanted) and not self._supervisor.has_engine:
             return
         exit_ = self._supervisor.watch(now)
         if exit_ is None:
@@ -219,6 +230,21 @@ class RunnerThread:
         self._batch.report_exit(exit_)
         if failure := self._failure_of(exit_):
             self._give_up(failure)
+
+    def _settle_memory(self, now: float, *, is_idle: bool) -> None:
+        """Agree with the worker's other models whether this one should be loaded. If not, its running jobs end
+        first."""
+        if self._is_loaded is None:
+            return
+        self._residence.update(
+            now,
+            is_allowed=self._is_loaded,
+            engine=self._supervisor,
+            is_busy=not is_idle,
+            is_draining=self._release_at is not None,
+        )
+        if not self._residence.is_wanted:
+            self._batch.release_unstarted()
 
     def _failure_of(self, exit_: EngineExit) -> WorkerFailure | None:
         """The reason not to start another engine; None if it is worth trying."""
@@ -257,7 +283,7 @@ class RunnerThread:
             self._batch.release_unstarted()
 
     def _take_jobs_in(self, now: float) -> None:
-        if self._is_loaded is False or self._order_deadline is not None:
+        if self._is_loaded is False or not self._residence.is_wanted or self._order_deadline is not None:
             self._refuse(self._offers.take())
         if self._supervisor.ready is None and self._quarantine.job is None:
             return
@@ -306,6 +332,8 @@ class RunnerThread:
             return WorkerState.UNLOADED
         if self._release_at is not None:
             return WorkerState.DRAINING
+        if not self._residence.is_wanted:
+            return WorkerState.STANDBY
         is_served = self._supervisor.ready is not None and not self._meter.stats.waiting_for
         return WorkerState.READY if is_served else WorkerState.LOADING
 
@@ -340,6 +368,7 @@ class RunnerThread:
         self._prompt_tokens.inc(self._batch.num_prompt_tokens - self._counted_prompt_tokens)
         self._counted_prompt_tokens = self._batch.num_prompt_tokens
         self._meter.count()
+        self._residence.measure(self._meter.stats.memory_bytes)
 
     # The end
 
@@ -348,6 +377,7 @@ class RunnerThread:
         self._is_healthy = False
         self._batch.release_all()
         self._supervisor.stop()
+        self._residence.leave()
         self._on_unhealthy(failure)
 
     def _close(self) -> None:
@@ -360,81 +390,3 @@ class RunnerThread:
         self._emit_events()
         self._storage.close()
         self.mailbox.close()
-
-
-class JobRunner:
-    """Runs one engine with one thread. All methods are thread-safe, and all except `stop` return immediately.
-
-    `on_event` is called on the runner's thread, with the events in order. `on_unhealthy` is called once, if the engine
-    cannot be kept alive. By then the jobs have been released, and the process should exit.
-    """
-
-    def __init__(
-        self,
-        *,
-        model: str,
-        owner: UUID,
-        hostname: str,
-        on_event: Callable[[RunnerEvent], None],
-        on_unhealthy: Callable[[WorkerFailure], None] | None = None,
-        settings: Settings | None = None,
-        quarantine_rules: QuarantineRules = SHIPPED_RULES,
-    ) -> None:
-        settings = settings or get_settings()
-        self._offers = Offers()
-        self._runner = RunnerThread(
-            spec=complete(settings.load_catalog().get(model)),
-            settings=settings,
-            owner=owner,
-            hostname=hostname,
-            offers=self._offers,
-            on_event=on_event,
-            on_unhealthy=on_unhealthy or (lambda failure: None),
-            quarantine_rules=quarantine_rules,
-        )
-        self._thread = Thread(target=self._runner.run, name="job-runner", daemon=True)
-
-    def start(self) -> None:
-        """Start the engine process and the thread."""
-        self._thread.start()
-
-    def offer(self, job_id: UUID) -> None:
-        """Offer the job of a delivery. It is claimed, together with others, as soon as the engine has room."""
-        self._offers.add(job_id)
-        self._runner.mailbox.post(lambda: None)
-
-    def withdraw(self) -> list[UUID]:
-        """Take back all offers that are not claimed yet, in order of arrival. No events will follow for them."""
-        return self._offers.take()
-
-    def cancel(self, job_id: UUID) -> None:
-        """Cancel a running or offered job. Its owner finds the request in SQL; our own engine is told directly."""
-        self._runner.mailbox.post(lambda: self._runner.cancel(job_id))
-
-    def begin_drain(self, *, release_after_seconds: float) -> None:
-        """Claim no more jobs, let running jobs end, and release those that are still running after the given time."""
-        self._runner.mailbox.post(lambda: self._runner.begin_drain(release_after_seconds))
-
-    def order_drain(self, *, release_after_seconds: float) -> None:
-        """Like `begin_drain`, but stored under the worker's name: it outlives the process, until `order_resume` is
-        called."""
-        self._runner.mailbox.post(lambda: self._runner.order_drain(release_after_seconds))
-
-    def order_resume(self) -> None:
-        """Revoke an `order_drain`, whoever gave it."""
-        self._runner.mailbox.post(self._runner.order_resume)
-
-    def stop(self, *, release: bool) -> None:
-        """End the thread and the engine process. With `release`, first put running jobs back into the queue. Blocks."""
-        if not self._thread.is_alive():
-            return
-        self._runner.mailbox.post(lambda: self._runner.stop(release))
-        self._thread.join()
-
-    @property
-    def num_free(self) -> int:
-        """How many sequences the engine could take on top of those claimed; 0 while it is draining or not ready."""
-        return self._runner.num_free
-
-    def stats(self) -> RunnerStats:
-        return self._runner.stats

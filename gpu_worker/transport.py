@@ -29,32 +29,27 @@ from kombu.utils.json import dumps, loads
 
 from tasks.messages import MAX_RINGS, bell_key, priority_keys
 
-# KEYS: unacked, unacked_index, the bell of each queue, the idle key of each queue, all lists in order of service.
-# ARGV: limit, now, idle slots, name of the worker, number of queues, the queue of each list, milliseconds of "idle".
-# Returns queue, message, queue, message, ... A message without a delivery tag is returned as well, but not recorded.
+# KEYS: unacked, unacked_index, the bell and the idle key of a queue, its lists in order of service.
+# ARGV: limit, now, idle slots, name of the worker, the queue, milliseconds of "idle".
+# Returns the messages. One without a delivery tag is returned as well, but not recorded.
 TAKE = """
-local limit, num_queues = tonumber(ARGV[1]), tonumber(ARGV[5])
-local first_list, taken = 3 + 2 * num_queues, {}
-for i = first_list, #KEYS do
-  local queue = ARGV[6 + i - first_list]
-  while #taken < 2 * limit do
+local limit, taken = tonumber(ARGV[1]), {}
+for i = 5, #KEYS do
+  while #taken < limit do
     local message = redis.call('RPOP', KEYS[i])
     if not message then break end
     local ok, tag = pcall(function() return cjson.decode(message).properties.delivery_tag end)
     if ok and type(tag) == 'string' then
       redis.call('ZADD', KEYS[2], ARGV[2], tag)
-      redis.call('HSET', KEYS[1], tag, '[' .. message .. ',"",' .. cjson.encode(queue) .. ']')
+      redis.call('HSET', KEYS[1], tag, '[' .. message .. ',"",' .. cjson.encode(ARGV[5]) .. ']')
     end
-    taken[#taken + 1] = queue
     taken[#taken + 1] = message
   end
 end
-if #taken < 2 * limit then
+if #taken < limit then
   -- The lists are empty, so the remaining notifications would wake workers for nothing.
-  redis.call('DEL', unpack(KEYS, 3, 2 + num_queues))
-  if #taken / 2 < tonumber(ARGV[3]) then
-    for i = 3 + num_queues, 2 + 2 * num_queues do redis.call('SET', KEYS[i], ARGV[4], 'PX', ARGV[#ARGV]) end
-  end
+  redis.call('DEL', KEYS[3])
+  if #taken < tonumber(ARGV[3]) then redis.call('SET', KEYS[4], ARGV[4], 'PX', ARGV[6]) end
 end
 return taken
 """
@@ -125,9 +120,9 @@ class BulkChannel(stock.Channel):
 
     QoS = BulkQoS
 
-    room: Callable[[], Room] | None = None
+    room: Callable[[str], Room] | None = None  # by queue
     worker_name = ""
-    has_backlog = True  # whether there may be more messages than were taken last
+    emptied: frozenset[str] = frozenset()  # the queues that had no more messages when they were last read
     is_delivering_taken = False
     num_takes = 0
     _sync_client: Any = None
@@ -148,38 +143,39 @@ class BulkChannel(stock.Channel):
 
     def refill(self) -> None:
         """Take messages if there is credit and there may be any. Called at every turn of the event loop."""
-        if self.has_backlog and self.room is not None and self.room().credit > 0:
-            self.take()
+        if self.room is not None:
+            self.take([queue for queue in self.active_queues if queue not in self.emptied])
 
-    def take(self) -> int:
-        """Take as many messages from the queues as the credit allows. Returns how many."""
+    def queues_with_room(self) -> list[str]:
+        return [queue for queue in self.active_queues if self.room is None or self.room(queue).credit > 0]
+
+    def take(self, queues: Sequence[str]) -> int:
+        """Take as many messages from each of these queues as its credit allows. Returns how many."""
+        return sum(map(self._take, queues))
+
+    def _take(self, queue: str) -> int:
         assert self.room is not None
-        room, queues = self.room(), self.active_queues
-        self.has_backlog = room.credit <= 0
-        if room.credit <= 0 or not queues:
+        room = self.room(queue)
+        if room.credit <= 0:
+            self.emptied -= {queue}  # by the time there is credit again, messages may have arrived
             return 0
+        keys = [self.unacked_key, self.unacked_index_key, bell_key(queue), idle_key(queue), *priority_keys(queue)]
+        arguments = [room.credit, time(), room.num_idle, self.worker_name, queue, int(IDLE_SECONDS * 1000)]
         with self.conn_or_acquire() as client:
-            found = self._take_script(*self._take_arguments(room, queues), client=client)
+            found = self._take_script(keys, arguments, client=client)
         self.num_takes += 1
-        self.has_backlog = len(found) == 2 * room.credit
-        self._deliver_taken(found)
-        return len(found) // 2
+        if len(found) == room.credit:
+            self.emptied -= {queue}
+        else:
+            self.emptied |= {queue}
+        self._deliver_taken(queue, found)
+        return len(found)
 
-    def _take_arguments(self, room: Room, queues: Sequence[str]) -> tuple[list[str], list[Any]]:
-        keys_by_queue = {queue: priority_keys(queue) for queue in queues}
-        num_steps = len(self.priority_steps)
-        # By priority, then by the order of the queues.
-        lists = [(queue, keys_by_queue[queue][step]) for step in range(num_steps) for queue in queues]
-        bells, idle = [bell_key(queue) for queue in queues], [idle_key(queue) for queue in queues]
-        keys = [self.unacked_key, self.unacked_index_key, *bells, *idle, *(key for _, key in lists)]
-        arguments = [room.credit, time(), room.num_idle, self.worker_name, len(queues)]
-        return keys, [*arguments, *(queue for queue, _ in lists), int(IDLE_SECONDS * 1000)]
-
-    def _deliver_taken(self, found: Sequence[bytes]) -> None:
+    def _deliver_taken(self, queue: str, found: Sequence[bytes]) -> None:
         self.is_delivering_taken = True
         try:
-            for queue, text in zip(found[::2], found[1::2], strict=True):
-                self._deliver_one(queue.decode(), text)
+            for text in found:
+                self._deliver_one(queue, text)
         finally:
             self.is_delivering_taken = False
 
@@ -219,24 +215,28 @@ class BulkChannel(stock.Channel):
         """Requeue messages in hand at the head of their queue, in the order of `tags`, and ring the bell for each.
         Messages that Redis no longer lists as unacked are skipped. Returns how many were requeued."""
         messages = [self.qos._delivered.pop(tag) for tag in tags if tag in self.qos._delivered]
-        if not messages:
-            return 0
-        keys, arguments = [self.unacked_key, self.unacked_index_key, bell_key(_queue_of(messages[0]))], []
+        queues = dict.fromkeys(map(_queue_of, messages))
+        return sum(self._give_back(queue, [each for each in messages if _queue_of(each) == queue]) for queue in queues)
+
+    def _give_back(self, queue: str, messages: Sequence[Any]) -> int:
+        keys, arguments = [self.unacked_key, self.unacked_index_key, bell_key(queue)], []
         for message in reversed(messages):  # the one pushed last is popped first
-            keys.append(self._q_for_pri(_queue_of(message), self._get_message_priority(message._raw, reverse=False)))
+            keys.append(self._q_for_pri(queue, self._get_message_priority(message._raw, reverse=False)))
             arguments += [message.delivery_tag, dumps(_as_redelivered(message._raw))]
         with self.conn_or_acquire() as client:
             return int(self._give_back_script(keys, arguments, client=client))
 
-    def is_another_idle(self) -> bool:
-        """Whether another worker has recently reported free slots and an empty queue."""
+    def queues_of_idle_others(self) -> set[str]:
+        """The queues of which another worker has recently reported that they are empty and it has free slots."""
+        queues = list(self.active_queues)
         with self.conn_or_acquire() as client:
-            names = client.mget([idle_key(queue) for queue in self.active_queues])
-        return any(name is not None and name.decode() != self.worker_name for name in names)
+            names = client.mget(list(map(idle_key, queues)))
+        found = zip(queues, names, strict=True)
+        return {queue for queue, name in found if name is not None and name.decode() != self.worker_name}
 
     def num_waiting(self) -> int:
-        """The number of messages in the queues of this channel."""
-        return sum(self._size(queue) for queue in self.active_queues)
+        """The number of messages in the queues for which there is room."""
+        return sum(map(self._size, self.queues_with_room()))
 
     def close(self) -> None:
         # Stock kombu waits for the pending pop, whose message might be lost; ours can lose only a notification.
@@ -250,9 +250,10 @@ class BulkChannel(stock.Channel):
         if self.room is None:
             super()._brpop_start(timeout)
             return
-        bells = [bell_key(queue) for queue in self.active_queues]
-        if self.room().credit <= 0 or not bells:
-            self.has_backlog = True  # not listening: by the time there is credit again, messages may have arrived
+        listened = self.queues_with_room()
+        self.emptied &= set(listened)  # for the others, messages may have arrived by the time there is credit again
+        bells = list(map(bell_key, listened))
+        if not bells:
             return
         connection = self.client.connection
         self._in_poll = connection
@@ -267,9 +268,10 @@ class BulkChannel(stock.Channel):
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-        if ring and self.room().credit <= 0:
+        queues = self.queues_with_room()
+        if ring and ring[0].decode() not in map(bell_key, queues):
             self._pass_on(ring[0])
-        elif not self.take():
+        elif not self.take(queues):
             raise Empty
         return True
 
@@ -282,7 +284,6 @@ class BulkChannel(stock.Channel):
 
     def _pass_on(self, bell: bytes) -> None:
         """The bell has rung but we cannot take any jobs: wake another worker instead, if Redis accepts writes."""
-        self.has_backlog = True
         with self.conn_or_acquire() as client, suppress(self.ResponseError):
             client.pipeline().lpush(bell, 1).ltrim(bell, 0, MAX_RINGS - 1).execute()
 

@@ -348,7 +348,9 @@ class Worker(Row):
     on it."""
 
     __tablename__ = "workers"
-    __table_args__ = (CheckConstraint("state IN ('loading', 'ready', 'draining', 'unloaded')", name="state"),)
+    __table_args__ = (
+        CheckConstraint("state IN ('loading', 'ready', 'draining', 'unloaded', 'standby')", name="state"),
+    )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)  # new for each process; also the lease owner
     hostname: Mapped[str]  # the Celery node name
@@ -358,6 +360,8 @@ class Worker(Row):
     num_running: Mapped[int] = mapped_column(server_default="0")
     tokens_per_second: Mapped[float] = mapped_column(Double, server_default="0")
     state: Mapped[WorkerState] = mapped_column(server_default="ready")
+    load_percent: Mapped[int | None] = mapped_column(SmallInteger)  # None: not loading, or unknown
+    ready_in_seconds: Mapped[float | None] = mapped_column(Double)  # None: loaded, or unknown
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
 

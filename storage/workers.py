@@ -5,16 +5,19 @@ are loaded; a model without a row is. A drain is an operator's order to a worker
 outlives the worker's process, since a restart must not undo it.
 """
 
+# ruff: noqa: S608  (only constants of storage/job_statements.py are inserted into the text; values are bound)
+
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, delete, func, select
+from sqlalchemy import ColumnElement, delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from domain.jobs import WorkerState
+from storage.job_statements import BEGUN, CLOCK, RUNNABLE
 from storage.tables import ModelState, Worker, WorkerDrain
 
 
@@ -89,6 +92,8 @@ class WorkerReport:
     tokens_per_second: float
     model_revision: str | None = None
     state: WorkerState = WorkerState.READY
+    load_percent: int | None = None  # of a model that is being loaded, if the engine can tell
+    ready_in_seconds: float | None = None  # an estimate for a model that is not loaded; None: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,25 @@ def heartbeat(session: Session, report: WorkerReport) -> Orders:
 def forget(session: Session, worker_id: UUID) -> None:
     """Remove a worker that shuts down."""
     session.execute(delete(Worker).where(Worker.id == worker_id))
+
+
+# The other workers are those that will take a job of this model soon.
+LONGEST_WAIT = text(f"""
+SELECT extract(epoch FROM {CLOCK} - min(j.created_at))::float8 FROM jobs j
+WHERE j.model = :model AND {RUNNABLE} AND j.cancel_requested_at IS NULL
+    AND (NOT {BEGUN} OR j.model_revision = :model_revision)
+    AND NOT EXISTS (SELECT FROM workers w WHERE w.model = :model AND w.id <> :worker_id
+        AND w.seen_at > {CLOCK} - make_interval(secs => :live_seconds)
+        AND (w.state = 'loading' OR (w.state = 'ready' AND w.num_running < w.max_num_seqs)))
+""")
+
+
+def longest_wait_seconds(session: Session, worker_id: UUID, *, model: str, model_revision: str) -> float | None:
+    """How long the oldest queued job that this worker could run has been waiting; None if there is no such job, or if
+    another worker is loading the model or has free slots for it."""
+    bound = {"model": model, "model_revision": model_revision, "worker_id": worker_id, "live_seconds": LIVE_SECONDS}
+    seconds: float | None = session.scalar(LONGEST_WAIT, bound)
+    return seconds
 
 
 def list_live(session: Session, *, model: str | None = None) -> Sequence[Worker]:

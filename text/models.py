@@ -349,12 +349,12 @@ def files_at_fault(catalog: Catalog) -> dict[str, str]:
 
 
 def _spec_of(entry: ModelEntry, max_model_len: int) -> ModelSpec:
-    step = REMOTE_STEP if entry.backend == "remote" else CUDA_STEP if _is_for_cuda(entry) else CPU_STEP
+    step = REMOTE_STEP if entry.backend == "remote" else CUDA_STEP if uses_gpu(entry) else CPU_STEP
     given = entry.model_dump(exclude_none=True)
     return ModelSpec.model_validate(step._asdict() | given | {"max_model_len": max_model_len})
 
 
-def _is_for_cuda(entry: ModelEntry) -> bool:
+def uses_gpu(entry: ModelEntry) -> bool:
     """Whether the engine will use a GPU, as far as can be told without torch: this machine has one that is not
     hidden."""
     if entry.device != "auto" or entry.backend not in ("transformers", "vllm"):

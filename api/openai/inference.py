@@ -295,6 +295,7 @@ def _model_object(services: Services, name: str) -> ModelCardView:
         "owned_by": "celeriac",
         "max_model_len": services.views.get(model).max_model_len if reason is None else None,
         "loaded": _is_loaded(services, model) if reason is None else False,
+        "load_percent": queue.load_percent if (queue := services.monitor.queues.get(model)) else None,
         "unavailable": reason,
         "parent": None if adapter is None else model,
     }

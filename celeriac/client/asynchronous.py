@@ -237,6 +237,10 @@ class AsyncClient:
             self._default_model = str((await self._ask("GET", "/v1/models"))["data"][0]["id"])
         return self._default_model
 
+    async def model_statuses(self) -> list[dict[str, Any]]:
+        """Every model with its live workers. Needs an admin key if keys are required."""
+        return list((await self._ask("GET", "/v1/admin/models"))["data"])
+
     async def health(self) -> dict[str, Any]:
         """The body of /health, whatever the status code."""
         try:

@@ -264,6 +264,10 @@ class Client:
             self._default_model = str(self._ask("GET", "/v1/models")["data"][0]["id"])
         return self._default_model
 
+    def model_statuses(self) -> list[dict[str, Any]]:
+        """Every model with its live workers. Needs an admin key if keys are required."""
+        return list(self._ask("GET", "/v1/admin/models")["data"])
+
     def health(self) -> dict[str, Any]:
         """The body of /health, whatever the status code."""
         try:

@@ -6,7 +6,7 @@ Only safetensors are loaded, and code that comes with a model runs only with tru
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
 from domain.catalog import ModelSpec
+from gpu_worker.engine import load_progress
 from gpu_worker.engine.detokenizer import with_visible_reasoning
 from gpu_worker.engine.host_cpus import num_usable_cpus
 from observability import describe_exception
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 # The first call compiles a thousand patterns for all families, which takes a third of the time needed to load a small
 # model. Made here, it is part of the imports, whose result an engine that is restarted after a crash inherits.
 get_checkpoint_conversion_mapping("")
+
+WEIGHTS_BAR = "Loading weights"  # what transformers calls the progress bar over the weights
 
 SMALL_MODEL_PARAMETERS = 50_000_000
 
@@ -76,6 +79,7 @@ def load_model(spec: ModelSpec, device: torch.device) -> Any:
     usable."""
     started = time.monotonic()
     transformers_logging.disable_progress_bar()  # its output would go to the log
+    transformers_logging.set_tqdm_hook(_watched_bar)
     config = _load_config(spec)
     log.info("loading model", extra={"model": spec.id, "path": spec.path, "architecture": config.architectures})
     model_class = AutoModel if spec.task == "embedding" else AutoModelForCausalLM
@@ -96,6 +100,20 @@ def load_model(spec: ModelSpec, device: torch.device) -> Any:
         extra={"model": spec.id, "num_parameters": model.num_parameters(), "seconds": time.monotonic() - started},
     )
     return model
+
+
+def _watched_bar(make_bar: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """The progress bar that transformers asks for. Reports how far the one over the weights has come."""
+    bar = make_bar(*args, **options)
+    if options.get("desc") != WEIGHTS_BAR or not args:
+        return bar
+    return _reported(bar, len(args[0]))
+
+
+def _reported(names: Iterable[Any], num_names: int) -> Iterator[Any]:
+    for num_done, name in enumerate(names):
+        load_progress.report(num_done / num_names)
+        yield name
 
 
 def _refuse_gaps(spec: ModelSpec, told: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ import msgspec
 
 from domain.catalog import ModelSpec
 from domain.errors import CeleriacError, EngineError
+from gpu_worker.engine import load_progress
 from gpu_worker.engine.backends import Backend, StepMember, import_backend
 from gpu_worker.engine.child import missing_package
 from gpu_worker.engine_process.frames import (
@@ -31,6 +32,7 @@ from gpu_worker.engine_process.frames import (
     EndEngine,
     FrameSocket,
     JobFailed,
+    Loading,
     PeerClosed,
     Ready,
     Report,
@@ -193,6 +195,7 @@ def run_template(
     pulse = Pulse(recorder_fd, offset=RECORDER_BYTES)
     start_beating(pulse, heartbeat_seconds=heartbeat_seconds)
     frame_socket = FrameSocket(socket.socket(fileno=socket_fd))
+    load_progress.listen(lambda share: _tell_progress(frame_socket, share))
     try:
         backend = make_backend(spec)
     except Exception as exc:
@@ -231,6 +234,11 @@ def _import_without_cuda(spec: ModelSpec) -> Callable[[ModelSpec], Backend]:
         raise failure
 
     return fail
+
+
+def _tell_progress(frame_socket: FrameSocket, share: float) -> None:
+    with contextlib.suppress(PeerClosed):  # the worker is gone; the end of the load will show that
+        frame_socket.send(encode(Loading(share)))
 
 
 def _send_last(frame_socket: FrameSocket, report: Report) -> None:

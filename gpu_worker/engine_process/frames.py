@@ -62,6 +62,12 @@ class EndEngine(msgspec.Struct, tag="shutdown", frozen=True):
 Command = AddJob | EmbedJob | AbortJob | EndEngine
 
 
+class Loading(msgspec.Struct, tag="loading", frozen=True):
+    """How far the model has been loaded. Only from back ends that can tell, a few times a second."""
+
+    share: float  # 0 to 1
+
+
 class Ready(msgspec.Struct, tag="ready", frozen=True):
     """The model is loaded. Sent once."""
 
@@ -159,7 +165,7 @@ class StillAlive(msgspec.Struct, tag="heartbeat", frozen=True):
     stats: EngineStats
 
 
-Report = Ready | CannotLoad | StepDone | StillAlive
+Report = Loading | Ready | CannotLoad | StepDone | StillAlive
 
 encode = msgspec.msgpack.Encoder().encode
 

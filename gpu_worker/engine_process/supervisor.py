@@ -20,6 +20,7 @@ from gpu_worker.engine_process.frames import (
     EmbedJob,
     EndEngine,
     FrameSocket,
+    Loading,
     PeerClosed,
     Ready,
     Report,
@@ -89,6 +90,7 @@ class EngineProcess:
         os.close(memory_fd)
         self.started_at = monotonic()
         self.signs = SignsOfLife(self._pulse, heartbeat_seconds=heartbeat_seconds, now=self.started_at)
+        self.load_share: float | None = None
         self.ready: Ready | None = None
         self.why_not_loaded: str | None = None
         self.has_had_jobs = False
@@ -133,6 +135,8 @@ class EngineProcess:
             self.kill("it sent a frame that cannot be decoded")
             return []
         for report in reports:
+            if isinstance(report, Loading):
+                self.load_share = report.share
             if isinstance(report, Ready):
                 self.ready = report
             if isinstance(report, CannotLoad):
@@ -202,6 +206,11 @@ class Supervisor:
         return self._engine.ready if self._engine is not None and self._engine.closed_at is None else None
 
     @property
+    def load_share(self) -> float | None:
+        """How far the model has been loaded, from 0 to 1; None if the engine has not told, or is not loading."""
+        return self._engine.load_share if self._engine is not None and self.ready is None else None
+
+    @property
     def has_engine(self) -> bool:
         """Whether there is an engine process, whatever its state."""
         return self._engine is not None
@@ -251,7 +260,8 @@ class Supervisor:
         self._start_at = monotonic() + min(backoff, MAX_BACKOFF_SECONDS)
 
     def restart(self) -> None:
-        """Replace the engine, which must not be running any jobs, with a fresh one."""
+        """Replace the engine, which must not be running any jobs, with a fresh one: `watch` starts that. Blocks
+        briefly. Its template stays, so that the next engine need not repeat the imports."""
         self._end_engine()
         self._start_at = 0.0
 

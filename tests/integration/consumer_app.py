@@ -7,7 +7,7 @@ creation of a file, so that one of several workers gets the job, and what happen
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -16,7 +16,7 @@ from celery import signals
 
 from domain.jobs import JobStatus, WorkerState, external_id
 from gpu_worker import consumer
-from gpu_worker.app import app, model
+from gpu_worker.app import app, models
 from gpu_worker.pool import EnginePool
 from gpu_worker.threads import RunnerEvent, RunnerEventKind, RunnerStats, WorkerFailure
 from gpu_worker.transport import BulkChannel
@@ -40,6 +40,7 @@ class LedgerRunner:
         hostname: str,
         on_event: Callable[[RunnerEvent], None],
         on_unhealthy: Callable[[WorkerFailure], None],
+        memory: object,
     ) -> None:
         self._hostname = hostname
         self._on_event = on_event
@@ -92,11 +93,11 @@ class LedgerRunner:
 
     @property
     def num_free(self) -> int:
-        return 0 if self._is_draining else model.max_num_seqs - len(self._started_at)
+        return 0 if self._is_draining else models[0].max_num_seqs - len(self._started_at)
 
     def stats(self) -> RunnerStats:
         return RunnerStats(
-            max_num_seqs=model.max_num_seqs,
+            max_num_seqs=models[0].max_num_seqs,
             num_running=len(self._started_at),
             num_offered=len(self._offered),
             is_engine_ready=True,
@@ -192,9 +193,9 @@ def _freeze_first_channel() -> None:
     take = BulkChannel.take
     frozen: list[BulkChannel] = []
 
-    def take_unless_first(channel: BulkChannel) -> int:
+    def take_unless_first(channel: BulkChannel, queues: Sequence[str]) -> int:
         frozen.append(channel)
-        return 0 if channel is frozen[0] else take(channel)
+        return 0 if channel is frozen[0] else take(channel, queues)
 
     BulkChannel.take = take_unless_first  # type: ignore[assignment, method-assign]
     consumer.STALL_SECONDS = 1.5

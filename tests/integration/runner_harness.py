@@ -17,7 +17,7 @@ from domain.model_names import model_name
 from domain.requests import EmbeddingRequest, GenerationRequest, GenerationResult, JobOutput, SamplingParams, TokenChunk
 from gpu_worker.engine.backends.fake import fake_text
 from gpu_worker.quarantine import SHIPPED_RULES, QuarantineRules
-from gpu_worker.runner import JobRunner
+from gpu_worker.serving import JobRunner
 from gpu_worker.threads import RunnerEvent, RunnerEventKind, WorkerFailure
 from settings import Settings
 from storage.streams import channel_of

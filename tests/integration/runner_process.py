@@ -9,7 +9,7 @@ import sys
 import threading
 from uuid import UUID, uuid4
 
-from gpu_worker.runner import JobRunner
+from gpu_worker.serving import JobRunner
 from gpu_worker.threads import RunnerEvent
 from tests.integration.runner_harness import MODEL
 

@@ -85,7 +85,10 @@ def test_a_live_stream_tells_the_whole_life_of_a_job(http: httpx.Client, hand_wo
     with open_events(http, job_id) as events:
         queued = next(events)
         assert (queued.name, queued.id) == ("job.queued", None)
-        assert queued.data == {"job_id": job_id, "position": 0, "eta_seconds": None, "waiting_for": "worker"}
+        assert queued.data == {"job_id": job_id, "position": 0, "eta_seconds": None} | {
+            "waiting_for": "worker",
+            "load_percent": None,
+        }
         job = hand_worker.claim(job_id)
         started = next(events)
         assert (started.name, started.id) == ("job.started", None)

@@ -74,7 +74,7 @@ def test_a_job_knows_its_place_and_the_place_moves_up(
 def test_a_job_with_a_free_slot_starts_at_once(http: httpx.Client, session_factory: sessionmaker[Session]) -> None:
     beat(session_factory, max_num_seqs=2)
     wait_until(lambda: queue_of(http)["workers"] == 1)
-    assert post_job(http)["queue"] == {"position": 0, "eta_seconds": 0.0, "waiting_for": "slots"}
+    assert post_job(http)["queue"] == {"position": 0, "eta_seconds": 0.0, "waiting_for": "slots", "load_percent": None}
 
 
 def test_health_tells_the_whole_and_what_is_missing(

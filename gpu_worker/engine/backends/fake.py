@@ -28,6 +28,7 @@ from domain.catalog import ModelSpec
 from domain.errors import ContextLengthExceeded, EngineError, ModelNotFound, OutOfMemory, UnsupportedParameter
 from domain.jobs import FinishReason
 from domain.requests import SamplingParams, TokenLogprob
+from gpu_worker.engine import load_progress
 from gpu_worker.engine.backends import LoadedModel, RecordStep, StepMember
 from gpu_worker.engine.embedding_queue import EmbeddingQueue
 from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, JobFailed, SequenceOutput, StepDone
@@ -131,6 +132,7 @@ class FakeKnobs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     load_seconds: float = 0.0
+    memory_bytes: int = Field(default=0, ge=0)  # what it claims to need, for workers with several models
     step_seconds: float = 0.01
     tokens_per_step: int = Field(default=1, ge=1)  # per sequence
     end_chance: float = Field(default=0.0, ge=0, le=1)  # probability of the end token at every position
@@ -187,7 +189,7 @@ class FakeBackend:
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
         self._knobs = FakeKnobs.model_validate(spec.fake)
-        time.sleep(self._knobs.load_seconds)
+        self._load()
         self._waiting: list[FakeJob] = []
         self._running: list[FakeJob] = []
         self._final_outputs: list[SequenceOutput] = []  # final outputs of aborted jobs, due with the next step
@@ -202,6 +204,11 @@ class FakeBackend:
             max_input_tokens=spec.max_model_len,
             max_step_tokens=spec.max_num_batched_tokens,
         )
+
+    def _load(self) -> None:
+        for percent in range(0, 100, 10):
+            load_progress.report(percent / 100)
+            time.sleep(self._knobs.load_seconds / 10)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -299,6 +306,7 @@ class FakeBackend:
             num_prompt_tokens=self._num_prompt_tokens,
             cache_usage=min(1.0, sum(len(job.sequences) for job in self._running) / self._spec.max_num_seqs),
             step_seconds=self._step_seconds,
+            memory_bytes=self._knobs.memory_bytes,
         )
 
     def _admit(self) -> None:
