@@ -81,6 +81,10 @@ class Settings(BaseSettings):
     webhook_ports: str = Field(default="443,8443", pattern=r"^[0-9]{1,5}(,[0-9]{1,5})*$")  # the allowed ones
     webhook_private_targets: bool = False  # allow http, any port and private addresses, for tests and intranets
 
+    # Celery callbacks (docs/celery.md)
+    callback_broker_url: str | None = None  # the broker of clients' Celery applications; default: no callbacks
+    callback_queues: str = Field(default="celery", pattern=r"^[^,\s]+(,[^,\s]+)*$")  # of theirs; * and ? are wildcards
+
     # Files and batches
     max_file_bytes: int = Field(default=209_715_200, ge=1024)
     max_file_bytes_per_tenant: int = Field(default=10_737_418_240, ge=1024)  # total of all its files

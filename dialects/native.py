@@ -12,6 +12,7 @@ from pydantic import AwareDatetime, Field, StringConstraints, TypeAdapter, model
 
 from dialects.errors import JobErrorView, job_error_view
 from dialects.openai_views import REFERENCE, PageView, Timestamp, View, optional_timestamp, timestamp
+from domain.callbacks import CeleryCallback
 from domain.jobs import FinishReason, Frozen, JobKind, JobStatus, WaitingFor, external_id
 from domain.requests import EmbeddingRequest, EmbeddingResult, GenerationRequest, JobOptions, JobOutput, JobRequest
 from domain.webhooks import MAX_URL_BYTES
@@ -53,6 +54,7 @@ class JobOptionFields(Frozen):
     )
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=16)
     webhook: WebhookUrlText | None = Field(default=None, description="A URL that is notified of the job's end.")
+    celery: CeleryCallback | None = Field(default=None, description="A Celery message that is sent at the job's end.")
     webhook_events: list[Literal["completed", "failed", "cancelled", "expired"]] = Field(
         default=["completed", "failed", "cancelled", "expired"],
         min_length=1,
@@ -66,6 +68,12 @@ class JobOptionFields(Frozen):
             raise ValueError("webhook_events is set but webhook is not; add webhook, or remove webhook_events")
         return self
 
+    @model_validator(mode="after")
+    def _one_destination(self) -> Self:
+        if self.webhook is not None and self.celery is not None:
+            raise ValueError("webhook and celery are both set; send only one of them")
+        return self
+
     def to_options(self, idempotency_key: str | None) -> JobOptions:
         return JobOptions(
             priority=self.priority,
@@ -76,6 +84,7 @@ class JobOptionFields(Frozen):
             idempotency_key=idempotency_key,
             metadata=self.metadata,
             webhook_url=self.webhook,
+            callback=self.celery,
             webhook_statuses=[JobStatus(end) for end in dict.fromkeys(self.webhook_events)],
         )
 

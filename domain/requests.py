@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, TypeAdapter, model_validator
 
+from domain.callbacks import CeleryCallback
 from domain.errors import InvalidRequest
 from domain.jobs import Endpoint, FinishReason, Frozen, JobKind, JobStatus, Usage
 from domain.model_names import parse_model_name
@@ -384,6 +385,7 @@ class JobOptions:
     metadata: dict[str, str] = field(default_factory=dict)
     webhook_url: str | None = None  # notified if the job ends with one of webhook_statuses
     webhook_statuses: Sequence[JobStatus] = TELLABLE_STATUSES
+    callback: CeleryCallback | None = None  # the message that is sent when the job has ended
     deadline_after_seconds: float | None = None  # from acceptance; a repeated request may have another one
     endpoint: Endpoint = Endpoint.JOBS
     is_stored: bool = False

@@ -30,6 +30,7 @@ from starlette.routing import Route
 from api.server import BoundedHttp, open_socket
 from domain.jobs import AttemptOutcome
 from maintenance.batches import BatchWork
+from maintenance.callbacks import CallbackPublisher
 from maintenance.janitor import Janitor
 from maintenance.webhooks import WebhookSender
 from metrics import Process, maintenance_seconds_since_last_tick, registries
@@ -135,7 +136,7 @@ class Maintenance:
     async def _keep_sending(self, sessions: async_sessionmaker[AsyncSession]) -> None:
         guard = TargetGuard(self._settings)
         while not self._stopping.is_set():
-            sender = WebhookSender(sessions, guard, on_round=self.webhooks.tick)
+            sender = WebhookSender(sessions, guard, CallbackPublisher(self._settings), on_round=self.webhooks.tick)
             stop = asyncio.create_task(_afterwards(self._stopping.wait(), sender.stop))
             try:
                 await sender.run()

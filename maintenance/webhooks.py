@@ -14,8 +14,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
+from domain.callbacks import URL_PREFIX
 from domain.jobs import external_id
 from domain.webhooks import BadWebhookUrl, DeliveryStatus, payload, signature_headers
+from maintenance.callbacks import CallbackPublisher
 from metrics import webhook_attempt_seconds, webhook_attempts_total
 from observability import describe_exception
 from storage import webhook_deliveries
@@ -87,11 +89,13 @@ class WebhookSender:
         self,
         sessions: async_sessionmaker[AsyncSession],
         guard: TargetGuard,
+        callbacks: CallbackPublisher,
         *,
         on_round: Callable[[], None] = lambda: None,
     ) -> None:
         self._sessions = sessions
         self._guard = guard
+        self._callbacks = callbacks
         self._on_round = on_round
         self._client = WebhookClient(guard)
         self._hosts = Hosts()
@@ -111,6 +115,7 @@ class WebhookSender:
                 await self._round()
         finally:
             await self._client.aclose()
+            await self._callbacks.aclose()
 
     async def _round(self) -> None:
         self._wakeup.clear()
@@ -170,6 +175,10 @@ class WebhookSender:
     async def _send(self, delivery: ClaimedDelivery) -> WebhookResponse:
         if not delivery.secrets:
             return WebhookResponse(None, "the endpoint was deleted", 0.0)
+        if delivery.url.startswith(URL_PREFIX):
+            async with self._sessions() as session:
+                callback = await session.run_sync(webhook_deliveries.callback_of, delivery.event_id)
+            return await self._callbacks.publish(callback, delivery.event_id)
         try:
             url = self._guard.parse(delivery.url)
         except BadWebhookUrl as exc:

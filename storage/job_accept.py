@@ -15,6 +15,7 @@ import orjson
 from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
+from domain.callbacks import CeleryCallback
 from domain.jobs import Endpoint, JobStatus, Lane
 from domain.requests import GenerationRequest, JobRequest
 from storage import job_statements as sql
@@ -52,6 +53,7 @@ class NewJob:
     endpoint: Endpoint = Endpoint.JOBS
     is_stored: bool = False
     endpoint_body: str | None = None  # JSON
+    callback: CeleryCallback | None = None
     request_id: str | None = None  # the id of the HTTP request that submitted it
 
     @property
@@ -172,6 +174,7 @@ def of_new_jobs(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
         "lanes": [job.lane.value for job in new_jobs],
         "retry_ofs": [job.retry_of for job in new_jobs],
         "request_ids": [job.request_id for job in new_jobs],
+        "callbacks": Packed(None if job.callback is None else job.callback.model_dump_json() for job in new_jobs),
     }
 
 

@@ -78,12 +78,13 @@ WITH new AS MATERIALIZED (
         CAST(:webhook_statuses AS text[]), CAST(:endpoints AS text[]), CAST(:are_stored AS boolean[]),
         CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]), CAST(:retry_ofs AS uuid[]),
         CAST(:endpoint_bodies AS text[]), CAST(:kinds AS text[]), CAST(:input_lengths AS text[]),
-        CAST(:request_ids AS text[])
+        CAST(:request_ids AS text[]), CAST(:callbacks AS text[])
     ) WITH ORDINALITY AS n(
         id, tenant_id, model, adapter, model_revision, priority, idempotency_key, request_hash, max_failures,
         start_timeout, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata,
         result_ttl_seconds, request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint,
-        lane, retry_of, endpoint_body, kind, input_lengths, request_id, place)
+        lane, retry_of, endpoint_body, kind, input_lengths, request_id,
+        callback, place)
 ),
 load AS MATERIALIZED (
     SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS max_queued,
@@ -115,9 +116,10 @@ inserted AS (
     ON CONFLICT DO NOTHING RETURNING id, tenant_id
 ),
 payload AS (
-    INSERT INTO job_payloads (job_id, request, prompt_token_ids, input_lengths, fingerprint, endpoint_body, request_id)
+    INSERT INTO job_payloads (job_id, request, prompt_token_ids, input_lengths, fingerprint, endpoint_body, request_id,
+        callback)
     SELECT id, request::json, prompt_token_ids::int[], input_lengths::int[], fingerprint, endpoint_body::json,
-        request_id
+        request_id, callback::json
     FROM inserted JOIN new USING (id)
 ),
 counted AS (  -- a tenant that was idle starts level with the active ones, so it neither has credit nor starves

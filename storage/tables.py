@@ -31,6 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from domain.callbacks import CALLBACK, CeleryCallback
 from domain.jobs import AttemptOutcome, Endpoint, FinishReason, JobError, JobKind, JobStatus, Lane, WorkerState
 from domain.model_names import model_name
 from domain.requests import REQUEST, RESULT, JobOutput, JobRequest, TokenChunk
@@ -267,6 +268,7 @@ class JobPayload(Row):
     fingerprint: Mapped[bytes | None]  # of what the engine is asked: the same for repeated requests
     endpoint_body: Mapped[dict[str, Any] | None]  # as the client sent it, if its route shows it again
     request_id: Mapped[str | None]  # of the HTTP request that submitted it; in the logs of every process
+    callback: Mapped[CeleryCallback | None] = mapped_column(AdaptedJSON(CALLBACK))
 
 
 class JobChunk(Row):

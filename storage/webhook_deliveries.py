@@ -13,9 +13,11 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, and_, delete, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
+from domain.callbacks import CeleryCallback
 from domain.webhooks import RETRY_HOURS, RETRY_SECONDS, DeliveryStatus
 from storage import webhooks
 from storage.job_statements import CLOCK
+from storage.tables import JobPayload
 from storage.webhooks import WebhookAttempt, WebhookDelivery
 
 KEPT_DAYS = 7
@@ -153,6 +155,11 @@ def _secrets(
     if found or endpoint_id is not None:
         return found
     return (webhooks.tenant_secret(session, tenant_id).secret,)
+
+
+def callback_of(session: Session, job_id: UUID) -> CeleryCallback | None:
+    """The Celery message of a job; None if the job was deleted."""
+    return session.scalar(select(JobPayload.callback).where(JobPayload.job_id == job_id))
 
 
 def record(session: Session, outcomes: Sequence[Outcome]) -> dict[UUID, DeliveryStatus]:

@@ -16,7 +16,15 @@ from uuid import UUID
 import orjson
 from pydantic import BaseModel
 
-from domain.errors import CeleriacError, IdempotencyKeyReused, InvalidRequest, PoisonRequest, TooManyQueuedJobs
+from domain.callbacks import URL_PREFIX, CeleryCallback, refusal_of_queue
+from domain.errors import (
+    CeleriacError,
+    IdempotencyKeyReused,
+    InvalidRequest,
+    PoisonRequest,
+    TooManyQueuedJobs,
+    UnsupportedParameter,
+)
 from domain.jobs import JobStatus, Lane, external_id, new_id
 from domain.requests import (
     EmbeddingRequest,
@@ -157,7 +165,7 @@ class Submitter:
         wrong."""
         view = self._views.get(request.model)
         refuse_impossible_deadline(options)
-        webhook_url = await self._check_webhook(options.webhook_url)
+        webhook_url = await self._check_webhook(options.webhook_url) or self._check_callback(options.callback)
         prepared = await self._preparer.prepare(request, tenant_id)
         return make_job(tenant_id, request, options, view, prepared, settings=self._settings, webhook_url=webhook_url)
 
@@ -167,6 +175,20 @@ class Submitter:
             return None if url is None else str(await self._webhook_guard.check(url))
         except BadWebhookUrl as exc:
             raise InvalidRequest(f"webhook: {exc}", param="webhook") from None
+
+    def _check_callback(self, callback: CeleryCallback | None) -> str | None:
+        """Its destination among the deliveries. Raises InvalidRequest."""
+        if callback is None:
+            return None
+        if self._settings.callback_broker_url is None:
+            raise UnsupportedParameter(
+                "celery is set, but this installation sends no callbacks; set CELERIAC_CALLBACK_BROKER_URL for the API "
+                "and maintenance, or leave celery out",
+                param="celery",
+            )
+        if refusal := refusal_of_queue(callback.queue, self._settings.callback_queues.split(",")):
+            raise InvalidRequest(refusal, param="celery.queue")
+        return URL_PREFIX + callback.queue
 
     def prepare_grammars(self) -> None:
         """Start the models' grammar compilers in the background. Call it again when the models change."""
@@ -223,6 +245,7 @@ def make_job(
         metadata=options.metadata,
         webhook_url=webhook_url,
         webhook_statuses=options.webhook_statuses,
+        callback=options.callback,
         endpoint=options.endpoint,
         is_stored=options.is_stored,
         endpoint_body=options.endpoint_body,
@@ -283,7 +306,8 @@ async def resubmit(
             await submitter.prepare(old.tenant_id, record.request, options),
             retry_of=old.id,
             lane=Lane.ISOLATED if how.is_poison_allowed else Lane.STANDARD,
-            webhook_url=old.webhook_url,
+            # A Celery task has been continued by the old job's end, once and for all.
+            webhook_url=None if (old.webhook_url or "").startswith(URL_PREFIX) else old.webhook_url,
             webhook_statuses=[JobStatus(status) for status in old.webhook_statuses or ()],
         )
         accepted = await accept(new_job, how.keeps_output)

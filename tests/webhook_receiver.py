@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from maintenance.callbacks import CallbackPublisher
 from maintenance.webhooks import WebhookSender
 from settings import Settings
 from storage.database import async_session_factory, open_async_database
@@ -109,7 +110,9 @@ class SenderThread:
 
     async def _send(self) -> None:
         database = open_async_database(self._settings.database_url, pool_size=1, max_overflow=1)
-        self._sender = WebhookSender(async_session_factory(database), TargetGuard(self._settings))
+        self._sender = WebhookSender(
+            async_session_factory(database), TargetGuard(self._settings), CallbackPublisher(self._settings)
+        )
         self._is_open.set()
         try:
             await self._sender.run()

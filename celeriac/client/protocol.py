@@ -30,6 +30,7 @@ STREAM_TIMEOUT = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
 #: Named arguments of `submit` that belong to the job; all others are sampling parameters.
 JOB_FIELDS = frozenset(
     {
+        "celery",
         "chat_template_kwargs",
         "continue_final_message",
         "deadline",

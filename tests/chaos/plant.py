@@ -303,6 +303,7 @@ class Plant:
             | {
                 "CELERIAC_DATABASE_URL": self._database_url(name),
                 "CELERIAC_REDIS_URL": self._redis_url(name),
+                "CELERIAC_CALLBACK_BROKER_URL": self.redis.url,
                 "CELERIAC_MODELS_FILE": str(self.folder / "models.toml"),
                 "PYTHONPATH": str(self.root),
                 "OMP_NUM_THREADS": "1",  # many small processes share the machine

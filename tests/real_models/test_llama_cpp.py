@@ -92,15 +92,15 @@ def llama(llama_system: System) -> Iterator[Client]:
 
 def submit(client: Client, params: dict[str, Any], num_tokens: int, *, model: str = MODEL) -> str:
     params = {"temperature": 0, "max_tokens": num_tokens} | params
-    return str(client.submit({"model": model, "prompt": PROMPT, "params": params})["id"])
+    return client.submit(PROMPT, model=model, **params).id
 
 
 def text_of(client: Client, job_id: str) -> str:
     """What the job's stream says, which is what its row says."""
-    text = "".join(event.data["text"] for event in client.events(job_id) if event.name == "output.delta")
-    job = client.job(job_id)
-    assert job["status"] == "completed", job
-    assert text == job["output"]["text"]
+    text = "".join(event.text for event in client.stream(job_id))
+    job = client.get(job_id)
+    assert job.status == "completed", job
+    assert text == job.text
     return text
 
 
@@ -137,7 +137,7 @@ def test_an_engine_killed_three_times_in_mid_stream_changes_nothing(
     undisturbed = text_of(llama, submit(llama, params, NUM_LONG_TOKENS))
     job_id = submit(llama, params, NUM_LONG_TOKENS)
     text, killed, num_seen = "", [0], 0
-    for event in llama.events(job_id):
+    for event in llama.stream(job_id):
         if event.name == "output.delta":
             text += event.data["text"]
             num_seen += 1
@@ -148,7 +148,7 @@ def test_an_engine_killed_three_times_in_mid_stream_changes_nothing(
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
     assert len(killed) == 1 + NUM_KILLS, "the job ended before its last kill"
-    assert llama.job(job_id)["attempt"] == 1 + NUM_KILLS
+    assert llama.get(job_id).raw["attempt"] == 1 + NUM_KILLS
     assert text == undisturbed == text_of(llama, job_id)
     if params is UNDER_A_SCHEMA:
         assert len(json.loads(text)) == WORDS["minItems"]

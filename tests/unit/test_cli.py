@@ -24,7 +24,7 @@ from domain.errors import ModelNotFound
 from local.lock import AlreadyUp, UpLock
 from settings import Settings, get_settings
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(cli.__file__).parents[1]
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_commands_beside_an_up_take_its_model_for_the_default(tmp_path: Path, mo
 
     def default_model(**variables: str) -> str:
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=ROOT.parent, env=os.environ | variables, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
         return done.stdout.strip()
 
     assert default_model() == "smollm2-135m"

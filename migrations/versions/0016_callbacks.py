@@ -1,0 +1,14 @@
+"""The Celery message that continues a task when its job has ended."""
+
+from alembic import op
+
+revision = "0016"
+down_revision = "0015"
+
+
+def upgrade() -> None:
+    op.execute("ALTER TABLE job_payloads ADD COLUMN callback json")
+
+
+def downgrade() -> None:
+    op.execute("ALTER TABLE job_payloads DROP COLUMN callback")
