@@ -19,6 +19,7 @@ from api.openai.answers import Framing, WholeAnswer, stream_answer
 from api.openai.running import Asked, answer_headers, start, start_all
 from api.openapi import EVENTS, request_body
 from api.services import Services, caller_of, private_router, services_of
+from dialects.aliases import MAX_TOKENS, SAMPLING
 from dialects.openai import OpenAIModel, Strings, build, publish_bounds, strings
 from dialects.openai_views import View
 from domain.errors import InvalidRequest, ServerOverloaded, TooManyQueuedJobs
@@ -41,6 +42,8 @@ class SimpleBody(OpenAIModel):
     """The parameters that every simple route takes. Those left out have the model's defaults."""
 
     model_config = ConfigDict(json_schema_extra=publish_bounds)
+
+    ALIASES = SAMPLING | MAX_TOKENS
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None  # None: the default one
     max_tokens: int | None = None

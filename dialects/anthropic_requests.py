@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 from dialects.anthropic_fields import FOREIGN_ANTHROPIC_TOOLS, is_foreign_anthropic_tool
+from dialects.bodies import with_body_names
 from dialects.fields import note_ignored
 from dialects.native import MetadataValue
 from dialects.openai import (
@@ -26,7 +27,6 @@ from dialects.openai import (
     spelling_of_output,
     spelling_of_params,
     tools_of,
-    with_body_names,
 )
 from domain.errors import CeleriacError, InvalidRequest, UnsupportedParameter
 from domain.requests import (

@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import UnionType
@@ -11,8 +11,9 @@ from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origi
 
 from pydantic import BaseModel, Discriminator, Tag, ValidationError
 
+from dialects.aliases import take_aliases
 from dialects.fields import HintTree, Overlong, UnknownFields, first_excess, hint_at, note_ignored, take_hints
-from domain.errors import InvalidRequest, UnsupportedParameter
+from domain.errors import CeleriacError, InvalidRequest, UnsupportedParameter
 
 
 @dataclass(slots=True)
@@ -128,6 +129,9 @@ _PRIVATE_FIELDS = frozenset({"prompt", "messages", "content", "stop", "metadata"
 
 _SUBJECT = re.compile(r"^(Input|String|Tuple|Dictionary|List) should")
 
+#: A client's value in quotation marks (an apostrophe does not open any), or a word such as the path of a field.
+_QUOTED_OR_NAME = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'(?!\w)|"(?:[^"\\]|\\.)*")|(\w+(?:\.\w+)*)""")
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -143,11 +147,14 @@ def parse_model(body: bytes, model: type[Model], hints: HintTree | None = None) 
             f"{param or 'the body'} has {num_containers} lists and objects; send at most {MAX_CONTAINERS} in all",
             param=param,
         )
-    body = _cleaned(value, body, model, hints or {})
+    own_fields = frozenset(field.alias or name for name, field in model.model_fields.items())
+    spelling = take_aliases(value, getattr(model, "ALIASES", {}), own_fields)
+    body = _cleaned(value, body, model, hints or {}, own_fields, is_changed=bool(spelling))
     try:
         return model.model_validate_json(body, strict=True)
     except ValidationError as exc:
-        raise _refused_hint(exc, hints or {}) or invalid_request(exc, model) from None
+        refusal = _refused_hint(exc, hints or {}) or invalid_request(exc, model)
+        raise with_body_names(refusal, spelling) from None
 
 
 def _refused_hint(exc: ValidationError, hints: HintTree) -> UnsupportedParameter | None:
@@ -164,13 +171,21 @@ def _refused_hint(exc: ValidationError, hints: HintTree) -> UnsupportedParameter
     )
 
 
-def _cleaned(parsed: object, body: bytes, model: type[BaseModel], hints: HintTree) -> bytes:
-    """The body without meaningless nulls and ignored fields. Modifies `parsed`."""
-    is_changed = b"null" in body and drop_nulls(parsed, model)
-    own_fields = {field.alias or name for name, field in model.model_fields.items()}
+def _cleaned(
+    parsed: object,
+    body: bytes,
+    model: type[BaseModel],
+    hints: HintTree,
+    own_fields: frozenset[str],
+    *,
+    is_changed: bool,
+) -> bytes:
+    """The body without meaningless nulls and ignored fields. Modifies `parsed`, which differs from the body already if
+    `is_changed`."""
+    has_nulls = b"null" in body and drop_nulls(parsed, model)
     ignored = take_hints(parsed, hints, own_fields=own_fields)
     note_ignored(ignored)
-    return json.dumps(parsed).encode() if is_changed or ignored else body
+    return json.dumps(parsed).encode() if is_changed or has_nulls or ignored else body
 
 
 def _parse_json(body: bytes) -> object:
@@ -311,3 +326,21 @@ def _shown(location: tuple[int | str, ...], value: object) -> str:
 def _is_private(location: tuple[int | str, ...]) -> bool:
     names = [part for part in location if isinstance(part, str)]
     return bool(names) and (names[0] == "metadata" or names[-1] in _PRIVATE_FIELDS)
+
+
+def with_body_names(exc: CeleriacError, spelling: Mapping[str, str]) -> CeleriacError:
+    """The same error, with the body's field names instead of ours. Quoted text is the client's and stays as it is."""
+    exc.message = _QUOTED_OR_NAME.sub(lambda found: found[1] or _spelt(found[2], spelling), exc.message)
+    exc.param = exc.param and _spelt(exc.param, spelling)
+    return exc
+
+
+def _spelt(path: str, spelling: Mapping[str, str]) -> str:
+    """Rename the longest prefix of a path that the body names differently."""
+    path = path.removeprefix("params.")
+    for length in range(path.count(".") + 1, 0, -1):
+        steps = path.split(".")
+        ours, rest = ".".join(steps[:length]), steps[length:]
+        if ours in spelling:
+            return ".".join([spelling[ours], *rest])
+    return path

@@ -332,6 +332,7 @@ HINTS: Final[Hints] = (
     | _hints("a faster answer", "draft_model", "prediction")
     | _hints(_WIRE, "continuous_usage_stats", "include_obfuscation", places=("stream_options.",))
     | _hints(_BESIDE, "include_reasoning", "return_progress", "timings_per_token", "usage")
+    | _hints("which library enforces a grammar", "guided_decoding_backend")
     | {"include.*": Hint(_BESIDE, NOT_INCLUDED)}
     | _hints(_BESIDE, "generate_summary", "summary", places=("reasoning.",))
     | _hints("verbosity, which models here are not told about", "verbosity", "text.verbosity")
@@ -352,9 +353,11 @@ HINTS: Final[Hints] = (
     | _hints(_THOUGHTS, "encrypted_content", places=("input.*.",))
     | _neutral(add_generation_prompt=True, add_special_tokens=False, best_of=1, continue_final_message=False)
     | _neutral(detokenize=True, dry_multiplier=0, dynatemp_range=0, early_stopping=False, echo=False)
-    | _neutral(include_stop_str_in_output=False, length_penalty=1, mirostat=0, n_predict=-1, repeat_penalty=1)
+    | _neutral(include_stop_str_in_output=False, length_penalty=1, mirostat=0)
     | _neutral(return_token_ids=False, return_tokens_as_token_ids=False, skip_special_tokens=True, tfs_z=1)
-    | _neutral(spaces_between_special_tokens=True, top_a=0, typical_p=1, use_beam_search=False, xtc_probability=0)
+    | _neutral(do_sample=True, frequency_penalty_range=0, num_beams=1, separate_reasoning=True, stream_reasoning=True)
+    | _neutral(min_keep=0, return_full_text=False, watermark=False, spaces_between_special_tokens=True, top_a=0)
+    | _neutral(typical_p=1, use_beam_search=False, xtc_probability=0)
 )
 
 HINT_TREE: Final = tree_of(HINTS)

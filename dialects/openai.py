@@ -8,10 +8,9 @@ be enforced is removed, as JSON Schema prescribes for unknown keywords and forma
 
 import functools
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -25,10 +24,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from dialects.aliases import OUTPUT, SAMPLING, Aliases
 from dialects.bodies import UNSUPPORTED, invalid_request
 from dialects.fields import FOREIGN_TOOLS, is_foreign_tool, note_ignored
 from dialects.native import MetadataKey, MetadataValue
-from domain.errors import CeleriacError, InvalidRequest, UnsupportedParameter
+from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.jobs import FinishReason, FirstErrorModel
 from domain.json_schemas import gather
 from domain.requests import MAX_STOP_STRINGS, Effort, SamplingParams
@@ -61,6 +61,8 @@ class OpenAIModel(FirstErrorModel):
     """A body or part of one: unknown fields are refused; null means absent."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    ALIASES: ClassVar[Aliases] = {}
 
 
 def refuse(reason: str) -> PydanticCustomError:
@@ -102,6 +104,13 @@ def tag_of_tool(tool: object) -> str:
     return "<foreign>" if isinstance(tool, ForeignTool) or is_foreign_tool(tool) else "<function>"
 
 
+def tag_of_tool_choice(choice: object) -> str:
+    if isinstance(choice, str):
+        return "<mode>"
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
+    return "<allowed>" if kind == "allowed_tools" else "<named>"
+
+
 #: One stop string, or several. The tags keep the two branches out of error messages.
 Strings = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS), Tag("<strings>")],
@@ -113,9 +122,6 @@ Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 CallerId = Annotated[str, StringConstraints(max_length=512)]
 
 ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
-
-#: A client's value in quotation marks (an apostrophe does not open any), or a word such as the path of a field.
-_QUOTED_OR_NAME = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'(?!\w)|"(?:[^"\\]|\\.)*")|(\w+(?:\.\w+)*)""")
 
 
 def publish_bounds(schema: dict[str, Any]) -> None:
@@ -132,6 +138,8 @@ class GenerationBody(OpenAIModel):
     """The parameters of every route that generates text, and the extensions that arrive through `extra_body`."""
 
     model_config = ConfigDict(json_schema_extra=publish_bounds)
+
+    ALIASES = SAMPLING | OUTPUT
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     temperature: float | None = None
@@ -219,24 +227,6 @@ def spelling_of_params(**names: str) -> dict[str, str]:
     return names | {"prompt_token_ids": "prompt"}
 
 
-def with_body_names(exc: CeleriacError, spelling: Mapping[str, str]) -> CeleriacError:
-    """The same error, with the body's field names instead of ours. Quoted text is the client's and stays as it is."""
-    exc.message = _QUOTED_OR_NAME.sub(lambda found: found[1] or _spelt(found[2], spelling), exc.message)
-    exc.param = exc.param and _spelt(exc.param, spelling)
-    return exc
-
-
-def _spelt(path: str, spelling: Mapping[str, str]) -> str:
-    """Rename the longest prefix of a path that the body names differently."""
-    path = path.removeprefix("params.")
-    for length in range(path.count(".") + 1, 0, -1):
-        steps = path.split(".")
-        ours, rest = ".".join(steps[:length]), steps[length:]
-        if ours in spelling:
-            return ".".join([spelling[ours], *rest])
-    return path
-
-
 def strings(value: str | list[str] | None) -> list[str] | None:
     return [value] if isinstance(value, str) else value
 
@@ -304,6 +294,7 @@ class AskedTools:
     name: str | None = None  # of the function that must be called
     name_place: str = "tool_choice.name"
     is_parallel: bool = True
+    allowed: frozenset[str] | None = None  # the names of the functions that may be called; None: all
 
     @property
     def must_call(self) -> bool:
@@ -324,12 +315,25 @@ def tools_of(asked: AskedTools, view: ModelView) -> tuple[ToolDefinition, ...]:
         raise InvalidRequest("two tools have the same name; rename one", param="tools")
     if asked.mode == "none":
         return ()
+    if asked.allowed is not None:
+        tools = _allowed_tools(asked.allowed, tools)
     if view.output_format.tools is None:
         raise UnsupportedParameter(
             f"the chat template of {view.spec.id} has no tool call format that is supported here; remove tools",
             param="tools",
         )
     return tools
+
+
+def _allowed_tools(allowed: frozenset[str], tools: tuple[ToolDefinition, ...]) -> tuple[ToolDefinition, ...]:
+    """The others are not shown to the model, which so cannot call them. Raises InvalidRequest."""
+    unknown = min(allowed - {tool.name for tool in tools}, default=None)
+    if unknown is not None or not allowed:
+        raise InvalidRequest(
+            f"tool_choice allows {str(unknown or 'nothing')[:64]!r}, which is not one of the tools; name some of them",
+            param="tool_choice",
+        )
+    return tuple(tool for tool in tools if tool.name in allowed)
 
 
 def output_of(
@@ -353,7 +357,11 @@ def spelling_of_output(asked: AskedTools, answer: Mapping[str, str]) -> dict[str
 
 def _callable_ones(asked: AskedTools) -> list[tuple[int, dict[str, Any]]]:
     """The functions that may be called, with their index among all tools."""
-    return [pair for pair in asked.definitions.items() if asked.name in (None, pair[1]["name"])]
+    return [
+        (number, definition)
+        for number, definition in asked.definitions.items()
+        if asked.name in (None, definition["name"]) and (asked.allowed is None or definition["name"] in asked.allowed)
+    ]
 
 
 def _calls(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]) -> ToolCalls:

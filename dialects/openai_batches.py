@@ -16,19 +16,20 @@ from dialects import (
     anthropic_answers,
     anthropic_requests,
     openai_chat,
-    openai_completions,
+    openai_embeddings,
     openai_response_objects,
     openai_response_requests,
 )
 from dialects.anthropic_fields import ANTHROPIC_HINT_TREE
 from dialects.anthropic_requests import MessagesBody
-from dialects.bodies import parse_model
+from dialects.bodies import parse_model, with_body_names
 from dialects.errors import HTTP_BY_CODE, refuse_unfinished
 from dialects.fields import HINT_TREE, HintTree
 from dialects.native import NO_NUL
-from dialects.openai import GenerationBody, OpenAIModel, spelling_of_params, with_body_names
+from dialects.openai import GenerationBody, OpenAIModel, spelling_of_params
 from dialects.openai_chat import ChatCompletionBody
-from dialects.openai_completions import CompletionBody, EmbeddingBody, from_results, prompt_of, to_generation_requests
+from dialects.openai_completions import CompletionBody, from_results, prompt_of, to_generation_requests
+from dialects.openai_embeddings import EmbeddingBody
 from dialects.openai_response_requests import ResponseBody
 from domain.errors import (
     CeleriacError,
@@ -116,13 +117,13 @@ def _completion_answer(
 
 
 def _embedding_request(body: EmbeddingBody, _: ModelView) -> EmbeddingRequest:
-    return openai_completions.to_embedding_request(body)
+    return openai_embeddings.to_embedding_request(body)
 
 
 def _embedding_answer(
     record: JobRecord, _: EmbeddingRequest, body: EmbeddingBody, __: ModelView
 ) -> Mapping[str, object]:
-    return openai_completions.embeddings_from_result(record, body)
+    return openai_embeddings.embeddings_from_result(record, body)
 
 
 def _message_answer(
@@ -143,7 +144,7 @@ ROUTES: dict[str, LineRoute[Any, Any]] = {
     "/v1/responses": LineRoute(ResponseBody, _response_request, openai_response_requests.spelling_of, _response_answer),
     "/v1/completions": LineRoute(CompletionBody, _completion_request, _spelling_of_completions, _completion_answer),
     "/v1/embeddings": LineRoute(
-        EmbeddingBody, _embedding_request, openai_completions.spelling_of_embeddings, _embedding_answer
+        EmbeddingBody, _embedding_request, openai_embeddings.spelling_of_embeddings, _embedding_answer
     ),
     "/v1/messages": LineRoute(
         MessagesBody,

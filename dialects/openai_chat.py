@@ -1,12 +1,14 @@
 """Chat completions: the body, its translation to a request, and a job's output as a message or, equal to it, deltas."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import Discriminator, Field, Tag
 
+from dialects.aliases import MAX_TOKENS
 from dialects.openai import (
     FINISH_REASONS,
     AskedTools,
@@ -16,7 +18,6 @@ from dialects.openai import (
     StreamOptions,
     Strings,
     Unsupported,
-    answer_of,
     build,
     note_unread,
     only,
@@ -26,9 +27,11 @@ from dialects.openai import (
     spelling_of_params,
     strings,
     tag_of_tool,
+    tag_of_tool_choice,
     take_effort,
     tools_of,
 )
+from dialects.openai_formats import ResponseFormat, places_of_answer, wanted_answer
 from dialects.openai_messages import Message, to_message
 from dialects.openai_views import (
     ChatChoiceView,
@@ -56,7 +59,7 @@ from domain.requests import (
     TokenChunk,
     TokenLogprob,
 )
-from domain.structured_output import MAX_TOOLS, StructuredOutput
+from domain.structured_output import MAX_TOOLS
 from domain.template_kwargs import TemplateKwargs
 from storage.job_queries import JobRecord
 from text.models import ModelView
@@ -98,25 +101,32 @@ class NamedTool(OpenAIModel):
     function: NamedFunction
 
 
+class AllowedFunction(OpenAIModel):
+    type: Annotated[str, only("function")]
+    function: NamedFunction
+
+
+class AllowedFunctions(OpenAIModel):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[AllowedFunction], Field(max_length=MAX_TOOLS)]
+
+
+class AllowedTools(OpenAIModel):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[NamedTool, Tag("<named>")],
-    Discriminator(lambda value: "<mode>" if isinstance(value, str) else "<named>"),
+    Annotated[Literal["none", "auto", "required"], Tag("<mode>")]
+    | Annotated[NamedTool, Tag("<named>")]
+    | Annotated[AllowedTools, Tag("<allowed>")],
+    Discriminator(tag_of_tool_choice),
 ]
 
 
-class JsonSchemaFormat(OpenAIModel):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(OpenAIModel):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-
-
 class ChatCompletionBody(GenerationBody):
+    ALIASES = GenerationBody.ALIASES | MAX_TOKENS
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     stop: Strings | None = None
     n: int | None = None
@@ -132,6 +142,8 @@ class ChatCompletionBody(GenerationBody):
     store: bool | None = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: TemplateKwargs | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
     modalities: Annotated[Any, only(["text"])] = None
     audio: Unsupported = None
@@ -141,12 +153,10 @@ class ChatCompletionBody(GenerationBody):
     web_search_options: Unsupported = None
 
 
-SCHEMA_PLACE = "response_format.json_schema.schema"
-
-
 def to_generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
     """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model does not support."""
     refuse_unused_stream_options(body)
+    _refuse_no_answer(body)
     note_unread(body.chat_template_kwargs, view)
     asked = _asked_tools(body)
     tools = tools_of(asked, view)
@@ -154,7 +164,7 @@ def to_generation_request(body: ChatCompletionBody, view: ModelView) -> Generati
         max_tokens=_max_tokens(body),
         stop=strings(body.stop),
         logprobs=_num_logprobs(body),
-        structured_output=output_of(asked, view, tools, _answer(body)),
+        structured_output=output_of(asked, view, tools, wanted_answer(body)),
     )
     messages = [to_message(message, number) for number, message in enumerate(body.messages)]
     request: dict[str, Any] = {"model": body.model, "messages": messages, "tools": tools, "params": params}
@@ -162,19 +172,26 @@ def to_generation_request(body: ChatCompletionBody, view: ModelView) -> Generati
         "parallel_tool_calls": body.parallel_tool_calls,
         "reasoning_effort": take_effort(body.reasoning_effort, view, place="reasoning_effort"),
         "chat_template_kwargs": body.chat_template_kwargs,
+        "continue_final_message": body.continue_final_message,
     }
     return build(GenerationRequest, request)
 
 
+def _refuse_no_answer(body: ChatCompletionBody) -> None:
+    """The two fields say the same: whether the prompt begins a new message. They default to what the other says."""
+    if body.add_generation_prompt is None or body.add_generation_prompt is not bool(body.continue_final_message):
+        return
+    raise InvalidRequest(
+        f"add_generation_prompt is {json.dumps(body.add_generation_prompt)}, and continue_final_message "
+        f"{json.dumps(bool(body.continue_final_message))}: the answer is either a new message or continues the last "
+        "one; set one of them",
+        param="add_generation_prompt",
+    )
+
+
 def spelling_of(body: ChatCompletionBody) -> dict[str, str]:
-    spelling = spelling_of_params(**spelling_of_output(_asked_tools(body), _places_of_answer(body)))
+    spelling = spelling_of_params(**spelling_of_output(_asked_tools(body), places_of_answer(body)))
     return spelling if body.max_completion_tokens is None else spelling | {"max_tokens": "max_completion_tokens"}
-
-
-def _places_of_answer(body: ChatCompletionBody) -> dict[str, str]:
-    if body.structured_output is not None or not _is_formatted(body):
-        return {}
-    return {"structured_output.json_schema": SCHEMA_PLACE, "structured_output.json_object": "response_format"}
 
 
 def _asked_tools(body: ChatCompletionBody) -> AskedTools:
@@ -186,38 +203,24 @@ def _asked_tools(body: ChatCompletionBody) -> AskedTools:
             if isinstance(tool, FunctionTool)
         },
         place="tools.{}.function",
-        mode="named" if isinstance(choice, NamedTool) else choice or "auto",
+        mode=_mode_of(choice),
         name=choice.function.name if isinstance(choice, NamedTool) else None,
         name_place="tool_choice.function.name",
+        allowed=_allowed_by(choice),
         is_parallel=body.parallel_tool_calls is not False,
     )
 
 
-def _answer(body: ChatCompletionBody) -> StructuredOutput | None:
-    """The required form of an output without calls; None if any text is allowed."""
-    if not _is_formatted(body):
-        return body.structured_output
-    if body.structured_output is not None:
-        raise InvalidRequest(
-            "structured_output and response_format are both set; send only one", param="response_format"
-        )
-    assert body.response_format is not None
-    return _formatted(body.response_format)
+def _mode_of(choice: ToolChoice | None) -> str:
+    if isinstance(choice, AllowedTools):
+        return choice.allowed_tools.mode
+    return "named" if isinstance(choice, NamedTool) else choice or "auto"
 
 
-def _is_formatted(body: ChatCompletionBody) -> bool:
-    return body.response_format is not None and body.response_format.type != "text"
-
-
-def _formatted(format: ResponseFormat) -> StructuredOutput:
-    if format.type == "json_object":
-        return StructuredOutput(json_object=True)
-    if format.json_schema is None:
-        raise InvalidRequest("response_format.json_schema is missing; add it", param="response_format.json_schema")
-    schema = format.json_schema.schema_
-    if schema is None:
-        return StructuredOutput(json_object=True)
-    return answer_of(schema, is_strict=format.json_schema.strict is True, place=SCHEMA_PLACE)
+def _allowed_by(choice: ToolChoice | None) -> frozenset[str] | None:
+    if not isinstance(choice, AllowedTools):
+        return None
+    return frozenset(tool.function.name for tool in choice.allowed_tools.tools)
 
 
 def _max_tokens(body: ChatCompletionBody) -> int | None:

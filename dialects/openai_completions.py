@@ -1,48 +1,39 @@
-"""Completions and embeddings, whose input is text or token ids: bodies, requests and answers.
+"""Completions, whose input is text or token ids: body, requests and answers.
 
 Completions are OpenAI's older API. Their logprobs are parallel lists, one of which has the text offset of each token.
 """
 
-import base64
 import codecs
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
-import orjson
-from pydantic import Discriminator, Field, StringConstraints, Tag
+from pydantic import Discriminator, Field, Tag
 
+from dialects.aliases import MAX_TOKENS
 from dialects.openai import (
     FINISH_REASONS,
-    CallerId,
     GenerationBody,
-    OpenAIModel,
     StreamOptions,
     Strings,
     Unsupported,
     build,
     refuse_unused_stream_options,
     strings,
-    with_body_names,
 )
+from dialects.openai_formats import ResponseFormat, wanted_answer
 from dialects.openai_views import (
     CompletionChoiceView,
     CompletionLogprobsView,
     CompletionView,
     StreamedJob,
-    View,
     answer_head,
     usage_object,
 )
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.jobs import Usage
 from domain.requests import (
-    MAX_INPUT_TOKENS,
-    MAX_INPUTS,
     MAX_PROMPT_TOKENS,
-    EmbeddingRequest,
-    EmbeddingResult,
     GenerationRequest,
     GenerationResult,
     TokenChunk,
@@ -277,6 +268,8 @@ CompletionPrompts = Annotated[
 
 
 class CompletionBody(GenerationBody):
+    ALIASES = GenerationBody.ALIASES | MAX_TOKENS
+
     prompt: CompletionPrompts
     max_tokens: int | None = None
     n: int | None = None
@@ -285,6 +278,7 @@ class CompletionBody(GenerationBody):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     stop: Strings | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None  # vLLM's and llama.cpp's
     suffix: Unsupported = None
 
     # vLLM's
@@ -311,6 +305,7 @@ def to_generation_requests(body: CompletionBody) -> list[GenerationRequest]:
         stop=strings(body.stop),
         best_of=None if body.best_of == (body.n or 1) else body.best_of,
         prompt_logprobs=_num_prompt_logprobs(body),
+        structured_output=wanted_answer(body),
     )
     return [build(GenerationRequest, {"model": body.model, "params": params} | prompt) for prompt in _prompts(body)]
 
@@ -365,95 +360,3 @@ def prompt_of(body: CompletionBody, generation: GenerationRequest, view: ModelVi
         is_alone=body.max_tokens == 0,
         token_ids=returned_ids,
     )
-
-
-def _shape(value: object) -> str:
-    if isinstance(value, str):
-        return "<text>"
-    first = value[0] if isinstance(value, list) and value else None
-    if isinstance(first, list):
-        return "<lists of token ids>"
-    return "<texts>" if isinstance(first, str) else "<token ids>"
-
-
-TokenIds = Annotated[list[int], Field(max_length=MAX_INPUT_TOKENS)]
-
-#: The tags keep the names of the branches out of error messages.
-EmbeddingInputs = Annotated[
-    Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Field(max_length=MAX_INPUTS), Tag("<texts>")]
-    | Annotated[TokenIds, Tag("<token ids>")]
-    | Annotated[list[TokenIds], Field(max_length=MAX_INPUTS), Tag("<lists of token ids>")],
-    Discriminator(_shape),
-]
-
-
-class EmbeddingBody(OpenAIModel):
-    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
-    input: EmbeddingInputs
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
-    user: CallerId | None = None
-
-
-class EmbeddingView(View):
-    object: Literal["embedding"]
-    index: int
-    embedding: Annotated[
-        list[float] | str, Field(description="A list of numbers, or little-endian float32 numbers in base64.")
-    ]
-
-
-class EmbeddingUsageView(View):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class EmbeddingListView(View):
-    object: Literal["list"]
-    data: list[EmbeddingView]
-    model: str
-    usage: EmbeddingUsageView
-
-
-def to_embedding_request(body: EmbeddingBody) -> EmbeddingRequest:
-    """Raises InvalidRequest."""
-    fields = {"model": body.model, "inputs": _inputs(body), "dimensions": body.dimensions}
-    try:
-        return build(EmbeddingRequest, fields)
-    except InvalidRequest as exc:
-        raise with_body_names(exc, spelling_of_embeddings(body)) from None
-
-
-def spelling_of_embeddings(body: EmbeddingBody) -> dict[str, str]:
-    """Our `inputs.2` is `input.2` in the body, or `input` if there is only one."""
-    is_one = len(_inputs(body)) == 1
-    return ({"inputs.0": "input"} if is_one else {}) | {"inputs": "input"}
-
-
-def embeddings_from_result(record: JobRecord, body: EmbeddingBody) -> EmbeddingListView:
-    """The embeddings of a completed job."""
-    assert isinstance(record.result, EmbeddingResult)
-    usage = record.result.usage
-    is_base64 = body.encoding_format == "base64"
-    return {
-        "object": "list",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": vector if is_base64 else _numbers(vector)}
-            for index, vector in enumerate(record.result.embeddings)
-        ],
-        "model": record.job.model_name,
-        "usage": {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens},
-    }
-
-
-def _inputs(body: EmbeddingBody) -> Sequence[object]:
-    is_one = isinstance(body.input, str) or (bool(body.input) and isinstance(body.input[0], int))
-    return [body.input] if is_one else body.input
-
-
-def _numbers(vector: str) -> list[float]:
-    """The vector as JSON numbers, each the double equal to its float32. One vector at a time, because encoding millions
-    of numbers in one call would block all other threads."""
-    packed = base64.b64decode(vector)
-    return cast(list[float], orjson.Fragment(orjson.dumps(struct.unpack(f"<{len(packed) // 4}f", packed))))

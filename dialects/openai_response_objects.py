@@ -11,7 +11,8 @@ from uuid import UUID
 
 from pydantic import Field
 
-from dialects.openai_response_requests import ItemStatus, Phase, ResponseBody, ResponseFunctionTool
+from dialects.openai_response_requests import ItemStatus, Phase, ResponseBody
+from dialects.openai_response_tools import ResponseAllowedTools, ResponseFunctionTool, ResponseNamedTool
 from dialects.openai_views import (
     ResponseUsageView,
     ServiceTierName,
@@ -411,9 +412,9 @@ def _tools(body: ResponseBody) -> list[ResponseToolView]:
 
 
 def _tool_choice(body: ResponseBody) -> Literal["none", "auto", "required"] | NamedToolView:
-    if body.tool_choice is None or isinstance(body.tool_choice, str):
-        return body.tool_choice or "auto"
-    return {"type": "function", "name": body.tool_choice.name}
+    if isinstance(body.tool_choice, ResponseNamedTool):
+        return {"type": "function", "name": body.tool_choice.name}
+    return body.tool_choice.mode if isinstance(body.tool_choice, ResponseAllowedTools) else body.tool_choice or "auto"
 
 
 def _format(body: ResponseBody) -> PlainFormatView | JsonSchemaFormatView:

@@ -6,11 +6,12 @@ from uuid import UUID
 
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
+from dialects.aliases import MAX_OUTPUT_TOKENS
+from dialects.bodies import with_body_names
 from dialects.fields import NOT_INCLUDED
 from dialects.openai import (
     MAX_PARTS,
     AskedTools,
-    ForeignTool,
     GenerationBody,
     OpenAIModel,
     Strings,
@@ -25,10 +26,16 @@ from dialects.openai import (
     spelling_of_output,
     spelling_of_params,
     strings,
-    tag_of_tool,
     take_effort,
     tools_of,
-    with_body_names,
+)
+from dialects.openai_response_tools import (
+    ResponseAllowedTools,
+    ResponseFunctionTool,
+    ResponseNamedTool,
+    ResponseTool,
+    ResponseToolChoice,
+    mode_of,
 )
 from domain.errors import InvalidRequest
 from domain.jobs import external_id
@@ -169,31 +176,6 @@ class TextConfig(OpenAIModel):
     format: TextFormat | None = None
 
 
-class ResponseFunctionTool(OpenAIModel):
-    type: Annotated[str, only("function")]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-ResponseTool = Annotated[
-    Annotated[ResponseFunctionTool, Tag("<function>")] | Annotated[ForeignTool, Tag("<foreign>")],
-    Discriminator(tag_of_tool),
-]
-
-
-class ResponseNamedTool(OpenAIModel):
-    type: Annotated[str, only("function")]
-    name: str
-
-
-ResponseToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[ResponseNamedTool, Tag("<tool>")],
-    Discriminator(lambda value: "<mode>" if isinstance(value, str) else "<tool>"),
-]
-
-
 class ResponseStreamOptions(OpenAIModel):
     """All its fields are hints, which are removed before validation."""
 
@@ -214,6 +196,8 @@ def _refuse_no_output(max_output_tokens: int) -> int:
 
 
 class ResponseBody(GenerationBody):
+    ALIASES = GenerationBody.ALIASES | MAX_OUTPUT_TOKENS
+
     input: ResponseInput
     instructions: Text | None = None
     previous_response_id: ItemId | None = None
@@ -411,9 +395,10 @@ def _asked_tools(body: ResponseBody) -> AskedTools:
             if isinstance(tool, ResponseFunctionTool)
         },
         place="tools.{}",
-        mode="named" if isinstance(choice, ResponseNamedTool) else choice or "auto",
+        mode=mode_of(choice),
         name=choice.name if isinstance(choice, ResponseNamedTool) else None,
         is_parallel=body.parallel_tool_calls is not False,
+        allowed=frozenset(tool.name for tool in choice.tools) if isinstance(choice, ResponseAllowedTools) else None,
     )
 
 

@@ -70,7 +70,7 @@ MAX_MESSAGES = 2_048  # an agent at work has hundreds of turns
 
 MAX_PROMPT_CHARS = 1_000_000
 
-MAX_CHOICES = 8  # n and best_of
+MAX_CHOICES = 16  # n and best_of
 
 MAX_ALTERNATIVES = 20  # of a token, in logprobs and prompt_logprobs
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from domain.json_schemas import without_annotations
 from domain.structured_output import CallableTool, StructuredOutput, ToolCalls, ToolFormat
@@ -142,6 +143,24 @@ def _grammar_of(output: StructuredOutput) -> str:
         return json.dumps({"grammars": [{"lark_grammar": calls_in_lark(output.calls)}]})
     calls = {"name": "calls_or_answer", "lark_grammar": calls_in_lark(output.calls, alternative="@answer")}
     return json.dumps({"grammars": [calls, _answer_of(output) | {"name": "answer"}]})
+
+
+MAX_GBNF_CHARS = 8_192
+
+
+def gbnf_in_lark(grammar: str) -> str:
+    """A grammar in llama.cpp's GBNF as one in Lark, whose rule `start` is `root`; one in Lark stays as it is.
+    Raises ValueError."""
+    if len(grammar) > MAX_GBNF_CHARS:
+        raise ValueError(f"the grammar has {len(grammar)} characters; send at most {MAX_GBNF_CHARS}")
+    try:
+        return str(any_to_lark(grammar))
+    except RecursionError:
+        raise ValueError("the grammar is nested too deeply; give its parts names") from None
+    except Exception as exc:  # the converter raises Exception itself for a rule that is missing
+        reason = str(exc).splitlines() or [type(exc).__name__]
+        what = "GBNF" if isinstance(exc, GbnfToLarkError) else "a whole grammar"
+        raise ValueError(f"it is not {what}: {reason[0][:150]}; correct it") from None
 
 
 def _answer_of(output: StructuredOutput) -> dict[str, Any]:

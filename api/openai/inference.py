@@ -28,16 +28,18 @@ from dialects.openai_chat import ChatCompletionBody, ChatStream, from_result, sp
 from dialects.openai_completions import (
     CompletionBody,
     CompletionStream,
-    EmbeddingBody,
-    EmbeddingListView,
     Prompt,
-    embeddings_from_result,
     from_results,
     prompt_of,
-    spelling_of_embeddings,
-    to_embedding_request,
     to_generation_requests,
     usage_chunk,
+)
+from dialects.openai_embeddings import (
+    EmbeddingBody,
+    EmbeddingListView,
+    embeddings_from_result,
+    spelling_of_embeddings,
+    to_embedding_request,
 )
 from dialects.openai_views import (
     ChatCompletionListView,

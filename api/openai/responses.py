@@ -22,9 +22,9 @@ from api.openai.answers import WholeAnswer
 from api.openai.running import Asked, Run, start
 from api.openapi import request_body, streamed_or
 from api.services import Services, caller_of, private_router
+from dialects.bodies import with_body_names
 from dialects.errors import refuse_unfinished
 from dialects.fields import HINT_TREE
-from dialects.openai import with_body_names
 from dialects.openai_response_objects import (
     Ending,
     InputItemListView,

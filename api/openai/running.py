@@ -20,8 +20,9 @@ from starlette.requests import Request
 
 from api.inputs import parse_idempotency_key
 from api.services import Services, caller_of
+from dialects.bodies import with_body_names
 from dialects.native import WEEK_SECONDS
-from dialects.openai import PRIORITY_BY_SERVICE_TIER, spelling_of_params, with_body_names
+from dialects.openai import PRIORITY_BY_SERVICE_TIER, spelling_of_params
 from domain.errors import CeleriacError, InvalidRequest, JobNotFound, NoWorkers, StorageUnavailable
 from domain.jobs import Endpoint, JobStatus, external_id
 from domain.model_names import parse_model_name

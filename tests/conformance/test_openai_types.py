@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from api.openai.batches import BatchListView, BatchView
 from api.openai.files import FileListView, FileView
-from dialects.openai_completions import EmbeddingListView
+from dialects.openai_embeddings import EmbeddingListView
 from dialects.openai_response_objects import InputItemListView, ResponseView
 from tests.conformance.harness import Served
 from tests.integration.runner_harness import MODEL

@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | str | bytes, int, str, str | None, str
     "NaN": ('{"model":"fake","prompt":"a","params":{"temperature":NaN}}', 400, "invalid_value", None, "NaN"),
     "unknown field": (body(promt="x"), 400, "invalid_value", "promt", "did you mean prompt?"),
     "server's own field": (body(tenant_id="x"), 400, "invalid_value", "tenant_id", "is not a known field"),
-    "too many choices": (body(params={"n": 9}), 400, "invalid_value", "params.n", "is 9"),
+    "too many choices": (body(params={"n": 17}), 400, "invalid_value", "params.n", "is 17"),
     "more choices than slots": (body(params={"n": 8}), 400, "invalid_value", "params.n", "runs 4 sequences at once"),
     "token outside the vocabulary": (
         body(params={"logit_bias": {"99999": 1}}),

@@ -14,7 +14,8 @@ from api.simple import GenerateBody
 from dialects.bodies import MAX_DEPTH, parse_model
 from dialects.native import EmbeddingJobBody, JobBody
 from dialects.openai_chat import ChatCompletionBody
-from dialects.openai_completions import CompletionBody, EmbeddingBody
+from dialects.openai_completions import CompletionBody
+from dialects.openai_embeddings import EmbeddingBody
 from dialects.openai_response_requests import ResponseBody
 from domain.errors import InvalidRequest
 from domain.requests import GenerationRequest

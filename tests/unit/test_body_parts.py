@@ -24,7 +24,8 @@ from dialects.fields import (
 )
 from dialects.native import EmbeddingJobBody, JobBody
 from dialects.openai_chat import ChatCompletionBody
-from dialects.openai_completions import CompletionBody, EmbeddingBody
+from dialects.openai_completions import CompletionBody
+from dialects.openai_embeddings import EmbeddingBody
 from dialects.openai_response_requests import LOGPROBS, ResponseBody
 from domain.errors import InvalidRequest
 

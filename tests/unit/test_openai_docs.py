@@ -9,7 +9,8 @@ from dialects.bodies import owner_at
 from dialects.fields import HINTS, Hints
 from dialects.openai import OpenAIModel, Unsupported
 from dialects.openai_chat import ChatCompletionBody
-from dialects.openai_completions import CompletionBody, EmbeddingBody
+from dialects.openai_completions import CompletionBody
+from dialects.openai_embeddings import EmbeddingBody
 from dialects.openai_response_requests import ResponseBody
 from settings import ROOT
 

@@ -8,8 +8,7 @@ import pytest
 from llguidance import LLTokenizer
 
 from dialects import openai_chat, openai_response_requests
-from dialects.bodies import parse_model
-from dialects.openai import with_body_names
+from dialects.bodies import parse_model, with_body_names
 from dialects.openai_chat import ChatCompletionBody
 from dialects.openai_response_requests import ResponseBody
 from domain.catalog import ModelSpec
