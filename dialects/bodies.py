@@ -154,7 +154,7 @@ def parse_model(body: bytes, model: type[Model], hints: HintTree | None = None) 
         return model.model_validate_json(body, strict=True)
     except ValidationError as exc:
         refusal = _refused_hint(exc, hints or {}) or invalid_request(exc, model)
-        raise with_body_names(refusal, spelling) from None
+        raise (with_body_names(refusal, spelling) if spelling else refusal) from None
 
 
 def _refused_hint(exc: ValidationError, hints: HintTree) -> UnsupportedParameter | None:
