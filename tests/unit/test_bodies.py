@@ -56,7 +56,7 @@ REFUSED = {
     "deep object": (b'{"a":' * 40 + b"1" + b"}" * 40, "nested more than 32"),
     "very deep list": (b"[" * 500_000, "nested more than 32"),
     "max below min": (b'{"model":"m","prompt":"a","params":{"min_tokens":5,"max_tokens":3}}', "lower it"),
-    "too many choices": (b'{"model":"m","prompt":"a","params":{"n":1000000000}}', "less than or equal to 8"),
+    "too many choices": (b'{"model":"m","prompt":"a","params":{"n":1000000000}}', "less than or equal to 16"),
 }
 
 

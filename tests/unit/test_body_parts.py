@@ -203,18 +203,18 @@ def test_everything_that_the_sdk_can_ask_to_include_is_known() -> None:
 
 
 def test_hints_are_taken_out_and_named() -> None:
-    body = CHAT | {"client_metadata": {"a": 1}, "verbosity": "low", "n_predict": -1}
+    body = CHAT | {"client_metadata": {"a": 1}, "verbosity": "low", "mirostat": 0}
     body["messages"] = [message | {"cache_control": {"type": "ephemeral"}} for message in CHAT["messages"]]
     taken, ignored = read(ChatCompletionBody, body)
     assert taken == read(ChatCompletionBody, CHAT)[0]
     assert sorted(ignored) == sorted(
-        ["client_metadata", "verbosity", "n_predict", "tools.1", *(f"messages.{n}.cache_control" for n in range(3))]
+        ["client_metadata", "verbosity", "mirostat", "tools.1", *(f"messages.{n}.cache_control" for n in range(3))]
     )
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n_predict", 5), ("truncation", "on"), ("echo", True), ("length_penalty", True), ("skip_special_tokens", 1)],
+    [("mirostat", 5), ("truncation", "on"), ("echo", True), ("length_penalty", True), ("skip_special_tokens", 1)],
 )
 def test_a_value_that_would_change_the_answer_is_refused_with_those_that_would_not(field: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=f"{field} is .*: only .* is accepted") as caught:
