@@ -373,4 +373,7 @@ def _with_absolute_paths(entry: ModelEntry, base: Path) -> ModelEntry:
         paths["adapters"] = {name: str((base / Path(p).expanduser()).resolve()) for name, p in entry.adapters.items()}
     if entry.python is not None:
         paths["python"] = str(base.absolute() / Path(entry.python).expanduser())  # a link tells which environment it is
+    if entry.remote is not None and entry.remote.ca_file is not None:
+        ca_file = str((base / Path(entry.remote.ca_file).expanduser()).absolute())
+        paths["remote"] = entry.remote.model_copy(update={"ca_file": ca_file})
     return entry.model_copy(update=paths)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from domain.catalog import Catalog, ModelEntry, RemoteOptions
 from domain.errors import UnsupportedParameter
@@ -163,6 +163,21 @@ def test_text_becomes_tokens_of_exactly_its_bytes() -> None:
     assert tokenizer.decode(token_ids, skip_special_tokens=True) == "".join(texts)
 
 
+def test_a_character_without_tokens_is_replaced() -> None:
+    vocabulary = {character: token_id for token_id, character in enumerate("abï¿½")}  # the last three are U+FFFD
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    assert tokenizer.decode(TextTokens(tokenizer).encode("a\x13b")) == "a\ufffdb"
+
+
+def test_a_tokenizer_that_changes_text_is_refused() -> None:
+    tokenizer = Tokenizer(models.BPE({"\u2581a": 0}, []))
+    tokenizer.decoder = decoders.Metaspace()
+    with pytest.raises(ValueError, match="byte-level"):
+        TextTokens(tokenizer)
+
+
 # The entry
 
 
@@ -187,6 +202,14 @@ def test_a_server_and_the_back_end_belong_together() -> None:
         ModelEntry(id="m", path="p", backend="remote")
     with pytest.raises(ValueError, match="belong together"):
         ModelEntry(id="m", path="p", remote=RemoteOptions(url="http://host/v1"))
+
+
+def test_the_file_of_an_authority_lies_beside_the_catalogue(tmp_path: Path) -> None:
+    server = '[models.remote]\nurl = "https://host/v1"\nca_file = "ours.pem"\n'
+    (tmp_path / "models.toml").write_text(f'[[models]]\nid = "m"\npath = "p"\nbackend = "remote"\n{server}')
+    remote = Catalog.load(tmp_path / "models.toml").get("m").remote
+    assert remote is not None
+    assert remote.ca_file == str(tmp_path / "ours.pem")
 
 
 def test_another_model_at_the_server_is_another_revision() -> None:

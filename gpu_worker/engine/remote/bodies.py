@@ -68,17 +68,21 @@ def _text_of(sequence: Sequence, tokenizer: Tokenizer) -> str:
     return text
 
 
+REPLACEMENT = "\ufffd"
+
+
 class TextTokens:
-    """Text as token ids that stand for exactly its bytes, piece by piece. The server's own tokens may differ."""
+    """Text as token ids that stand for exactly its bytes, piece by piece. The server's own tokens may differ. A
+    character for which the tokenizer has no tokens, so that its model cannot write it, becomes U+FFFD."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Raises ValueError unless the tokenizer has a token for each byte and writes all bytes as they are."""
+        """Raises ValueError unless the tokenizer writes the bytes of its tokens as they are."""
         self._tokenizer = tokenizer
         self._tokens = TokenTable(tokenizer)
         shown = filter(self._tokens.shows, range(tokenizer.get_vocab_size()))
         found = [(self._tokens.bytes_of(token_id), token_id) for token_id in shown]
         self._id_by_byte = {text[0]: token_id for text, token_id in found if len(text) == 1}
-        if not self._tokens.is_byte_level or len(self._id_by_byte) < 256:
+        if not self._tokens.is_byte_level or not self._id_by_byte.keys() >= set(REPLACEMENT.encode()):
             raise ValueError(
                 'mode = "text" needs a byte-level tokenizer, as those of GPT-2, Llama 3, Qwen or SmolLM; name a folder '
                 "with such a one in path"
@@ -89,4 +93,9 @@ class TextTokens:
         is_exact = all(map(self._tokens.shows, token_ids))
         if is_exact and b"".join(map(self._tokens.bytes_of, token_ids)) == text.encode():
             return token_ids
-        return [self._id_by_byte[byte] for byte in text.encode()]
+        return [token_id for character in text for token_id in self._ids_of(character)]
+
+    def _ids_of(self, character: str) -> list[int]:
+        utf8 = character.encode()
+        known = utf8 if self._id_by_byte.keys() >= set(utf8) else REPLACEMENT.encode()
+        return [self._id_by_byte[byte] for byte in known]
