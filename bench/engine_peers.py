@@ -4,6 +4,8 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -175,9 +177,13 @@ def greedy(num_new_tokens: int) -> GenerationConfig:
 
 
 def run_llama_cpp(model: Any, requests: list[Request], slots: int) -> Measured:
+    from bench.gguf_weights import write_gguf
     from bench.llama_cpp_peer import LlamaCpp
 
-    llama = LlamaCpp(model, slots, MAX_MODEL_LEN)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        write_gguf(model, file)
+        llama = LlamaCpp(file, slots, MAX_MODEL_LEN, torch.get_num_threads())
     clock, measured = Clock(requests), Measured()
     while clock.has_more or llama.running:
         for request in clock.arrived(llama.num_free) if llama.running else clock.wait_for(slots):

@@ -6,14 +6,10 @@ Needs `pip install llama-cpp-python gguf` (which compiles llama.cpp for this mac
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import llama_cpp
 import numpy as np
-import torch
-
-from bench.gguf_weights import write_gguf
 
 NUM_BATCHED_TOKENS = 512
 
@@ -46,20 +42,19 @@ class Running:
 
 
 class LlamaCpp:
-    """llama.cpp with greedy decoding and as many threads as torch."""
+    """A GGUF file with greedy decoding."""
 
-    def __init__(self, model: Any, slots: int, max_model_len: int) -> None:
+    def __init__(self, file: Path, slots: int, max_model_len: int, num_threads: int) -> None:
         llama_cpp.llama_log_set(_silent, None)
         llama_cpp.llama_backend_init()
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "model.gguf"
-            write_gguf(model, path)
-            parameters = llama_cpp.llama_model_default_params()
-            parameters.use_mmap = False
-            self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.use_mmap = False
+        parameters.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()  # see docs/engines.md
+        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), parameters)
         assert self._model is not None
-        self._vocab_size = model.config.vocab_size
-        self._context = llama_cpp.llama_init_from_model(self._model, _context_parameters(slots, max_model_len))
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        parameters = _context_parameters(slots, max_model_len, num_threads)
+        self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         assert self._context is not None
         self._batch = llama_cpp.llama_batch_init(NUM_BATCHED_TOKENS, 0, 1)
         self._free = list(range(slots))
@@ -120,13 +115,13 @@ class LlamaCpp:
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), sequence.slot, -1, -1)
 
 
-def _context_parameters(slots: int, max_model_len: int) -> Any:
+def _context_parameters(slots: int, max_model_len: int, num_threads: int) -> Any:
     """The fastest settings here: one cache for all sequences, with keys and values in float16, llama.cpp's default.
     In float32, as for the other peers, it takes up to twice as long."""
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = slots * max_model_len
     parameters.n_seq_max = slots
     parameters.n_batch = parameters.n_ubatch = NUM_BATCHED_TOKENS
-    parameters.n_threads = parameters.n_threads_batch = torch.get_num_threads()
+    parameters.n_threads = parameters.n_threads_batch = num_threads
     parameters.kv_unified = True
     return parameters

@@ -1,7 +1,12 @@
 """Which of llama.cpp's sequences belongs to which of ours, on a memory that only writes down what it is told."""
 
+import importlib
+import os
 from typing import Any
 
+import pytest
+
+from gpu_worker.engine import llama_cpp
 from gpu_worker.engine.llama_cpp.slots import SPARE_CELLS, SlotPool
 from gpu_worker.engine.sequence import Sequence
 from tests.engine_parts import extend, make_sequence, make_sequences
@@ -114,3 +119,13 @@ def test_what_cannot_be_trusted_or_cut_is_not_kept() -> None:
     pool, cells = make_pool(can_share=False)
     pool.free(enter(pool, cells, [1, 2, 3]))
     assert cells.lengths == [0, 0, 0]
+
+
+def test_llama_cpps_threads_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or another process on one of their cores would stop them all."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    importlib.reload(llama_cpp)
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    importlib.reload(llama_cpp)
+    assert os.environ["GOMP_SPINCOUNT"] == "5"
