@@ -17,7 +17,7 @@ from gpu_worker.engine.child import missing_package
 from gpu_worker.engine_process.frames import AddJob, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from local.engine_environments import LIGHT_PACKAGES
-from tests import llama_cpp_model
+from tests import llama_cpp_model, vllm_model
 from tests.waiting import wait_until
 
 #: What the light packages need themselves, as far as an engine imports it.
@@ -186,6 +186,44 @@ def test_a_text_goes_on_after_a_kill_in_llama_cpps_own_environment(started: list
     engines.start()
     committed = committed[:3]
     assert committed + engines.run(committed, num_tokens=7) == whole
+
+
+def test_a_text_goes_on_after_a_kill_in_vllms_own_environment(
+    started: list[Engines], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    spec = ModelSpec(
+        id="mini",
+        path=str(llama_cpp_model.MINI),
+        backend="vllm",
+        max_model_len=128,
+        max_num_seqs=2,
+        vllm={"enforce_eager": True},
+        python=vllm_model.python(),
+    )
+    engines = start_engines(started, spec)
+    pid = engines.start()
+    whole = engines.run()
+    committed = engines.run(num_tokens=3)[:3]
+    os.kill(pid, signal.SIGKILL)
+    assert engines.exit().exit_code == -signal.SIGKILL
+    engines.start()
+    assert committed + engines.run(committed, num_tokens=7) == whole
+
+
+def test_an_argument_that_vllm_does_not_have_is_told_by_name(started: list[Engines]) -> None:
+    spec = ModelSpec(
+        id="mini",
+        path=str(llama_cpp_model.MINI),
+        backend="vllm",
+        max_model_len=128,
+        vllm={"enforce_eagr": True},
+        python=vllm_model.python(),
+    )
+    reason = start_engines(started, spec).exit().why_not_loaded
+    assert reason == (
+        "vllm.enforce_eagr is not an engine argument of the vLLM installed here; did you mean enforce_eager?"
+    )
 
 
 def test_a_file_that_is_no_gguf_is_told_in_llama_cpps_words(started: list[Engines], tmp_path: Path) -> None:
