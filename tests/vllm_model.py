@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from domain.catalog import ModelSpec
 from settings import get_settings
+from tests.backend_process import BackendProcess
 
 
 def python() -> str:
@@ -18,3 +20,8 @@ def python() -> str:
     if not any(folder.glob("lib/python*/site-packages/vllm")):
         pytest.skip("vLLM is not installed; `celeriac engines install vllm` does that")
     return str(folder / "bin" / "python")
+
+
+def running(spec: ModelSpec) -> BackendProcess:
+    """To be used as a context."""
+    return BackendProcess(spec, python=python(), environment={"OMP_NUM_THREADS": "1"})

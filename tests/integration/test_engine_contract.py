@@ -17,7 +17,6 @@ from gpu_worker.engine.backends.remote import RemoteBackend
 from gpu_worker.engine_process.frames import AddJob, EmbedJob, SequenceOutput, StepDone
 from settings import ROOT
 from tests import llama_cpp_model, vllm_model
-from tests.backend_process import BackendProcess
 from tests.remote_server import second_celeriac
 
 PROMPT = [40, 41, 42]
@@ -87,7 +86,7 @@ def remote_spec() -> Iterator[ModelSpec]:
 def loaded_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     spec = SPECS[request.param]
     if request.param == "vllm":
-        with BackendProcess(spec, python=vllm_model.python(), environment={"OMP_NUM_THREADS": "1"}) as process:
+        with vllm_model.running(spec) as process:
             yield process
         return
     if request.param == "remote":

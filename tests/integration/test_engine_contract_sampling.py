@@ -1,5 +1,7 @@
 """What the back ends that use our sampler promise about what is drawn, where a text ends, and a cache that is full."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,13 @@ from domain.catalog import ModelSpec
 from domain.errors import CeleriacError
 from gpu_worker.engine.backends import Backend, import_backend
 from gpu_worker.engine_process.frames import AddJob
-from tests import llama_cpp_model
+from tests import llama_cpp_model, vllm_model
 from tests.integration.test_engine_contract import NUM_SLOTS, SPECS, Transcript, hear, make_add, run, step
 
 
-@pytest.fixture(scope="module", params=["transformers", "llama_cpp"])
+@pytest.fixture(scope="module", params=["transformers", "llama_cpp", "vllm"])
 def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
-    if request.param == "transformers":
+    if request.param in ("transformers", "vllm"):
         return SPECS[request.param]
     llama_cpp_model.make_importable()
     folder: Path = llama_cpp_model.write_mini(tmp_path_factory.mktemp("gguf"))
@@ -26,14 +28,20 @@ def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def backend(spec: ModelSpec) -> Backend:
-    return make_backend(spec)
+def backend(spec: ModelSpec) -> Iterator[Backend]:
+    with running(spec) as backend:
+        yield backend
 
 
-def make_backend(spec: ModelSpec) -> Backend:
+@contextmanager
+def running(spec: ModelSpec) -> Iterator[Backend]:
+    if spec.backend == "vllm":
+        with vllm_model.running(spec) as process:
+            yield process
+        return
     backend = import_backend(spec)(spec)
     torch.set_num_threads(1)  # tests run beside each other
-    return backend
+    yield backend
 
 
 def texts_by_token(backend: Backend, command: AddJob) -> list[str]:
@@ -105,8 +113,8 @@ def test_a_faulty_job_is_refused_and_its_neighbour_runs_on(backend: Backend, cha
 
 def test_where_the_cache_is_too_small_for_all_some_wait_and_all_say_the_same(backend: Backend, spec: ModelSpec) -> None:
     """Four times 103 tokens do not fit into 256."""
-    small = make_backend(spec.model_copy(update={"kv_cache_tokens": 256}))
     commands = [make_add(f"job-{number}", prompt=[40, 41, 42 + number], max_tokens=100) for number in range(NUM_SLOTS)]
-    crowded = run(small, commands)
-    assert small.stats().num_preemptions > 0
+    with running(spec.model_copy(update={"kv_cache_tokens": 256})) as small:
+        crowded = run(small, commands)
+        assert small.stats().num_preemptions > 0
     assert crowded == run(backend, commands)

@@ -4,9 +4,7 @@ Only the first test runs where llama.cpp is not installed; `make test-engines` i
 """
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -24,18 +22,14 @@ from tests import llama_cpp_model
 from tests.chaos.plant import Plant, start_prepared
 from tests.integration.test_main_job import System
 from tests.real_models.conftest import CHAT, SETTINGS, Quiet
+from tests.real_models.kills import FREE, PROMPT, UNDER_A_SCHEMA, WORDS, submit, text_of, text_through_kills
 
 pytestmark = pytest.mark.slow
 
 MODEL = f"{CHAT}-gguf"
 #: Runs where its terms were accepted: `celeriac models pull gemma3-270m --backend llama_cpp --accept-licence`.
 GEMMA = "gemma3-270m"
-NUM_TOKENS, NUM_LONG_TOKENS, NUM_KILLS = 32, 240, 3
-NUM_CHUNKS = 3  # that the stream has shown between two kills
-PROMPT = "The capital of France is"
-WORDS = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 14, "maxItems": 14}
-FREE: dict[str, Any] = {"ignore_eos": True}
-UNDER_A_SCHEMA: dict[str, Any] = {"structured_output": {"json_schema": WORDS}}
+NUM_TOKENS = 32
 
 #: llama.cpp by its own high-level interface: FILE, prompt's token ids, number of tokens.
 REFERENCE = """
@@ -90,20 +84,6 @@ def llama(llama_system: System) -> Iterator[Client]:
         yield client
 
 
-def submit(client: Client, params: dict[str, Any], num_tokens: int, *, model: str = MODEL) -> str:
-    params = {"temperature": 0, "max_tokens": num_tokens} | params
-    return client.submit(PROMPT, model=model, **params).id
-
-
-def text_of(client: Client, job_id: str) -> str:
-    """What the job's stream says, which is what its row says."""
-    text = "".join(event.text for event in client.stream(job_id))
-    job = client.get(job_id)
-    assert job.status == "completed", job
-    assert text == job.text
-    return text
-
-
 def reference_text(folder: Path, num_tokens: int) -> str:
     """By the file's own program and the tokenizer that was read from it."""
     [file] = folder.glob("*.gguf")
@@ -127,29 +107,14 @@ def test_a_gguf_file_for_llama_cpp_is_described_but_not_converted(store: ModelSt
 
 def test_greedy_text_is_llama_cpps_own(llama: Client, folder: Path) -> None:
     expected = reference_text(folder, NUM_TOKENS)
-    assert text_of(llama, submit(llama, FREE, NUM_TOKENS)) == expected
+    assert text_of(llama, submit(llama, MODEL, FREE, NUM_TOKENS)) == expected
 
 
 @pytest.mark.parametrize("params", [FREE, UNDER_A_SCHEMA], ids=["free", "under a schema"])
 def test_an_engine_killed_three_times_in_mid_stream_changes_nothing(
     llama: Client, llama_system: System, params: dict[str, Any]
 ) -> None:
-    undisturbed = text_of(llama, submit(llama, params, NUM_LONG_TOKENS))
-    job_id = submit(llama, params, NUM_LONG_TOKENS)
-    text, killed, num_seen = "", [0], 0
-    for event in llama.stream(job_id):
-        if event.name == "output.delta":
-            text += event.data["text"]
-            num_seen += 1
-        pid = llama_system.plant.workers[0].engine_pid()
-        if pid in (None, killed[-1]):  # what still arrives is from before
-            num_seen = 0
-        elif num_seen >= NUM_CHUNKS and len(killed) <= NUM_KILLS:
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
-    assert len(killed) == 1 + NUM_KILLS, "the job ended before its last kill"
-    assert llama.get(job_id).raw["attempt"] == 1 + NUM_KILLS
-    assert text == undisturbed == text_of(llama, job_id)
+    text = text_through_kills(llama, llama_system, MODEL, params)
     if params is UNDER_A_SCHEMA:
         assert len(json.loads(text)) == WORDS["minItems"]
 
@@ -161,4 +126,4 @@ def test_gemma_says_what_it_says_in_llama_cpp(store: ModelStore) -> None:
     expected = reference_text(folder, NUM_TOKENS)
     for system in running(GEMMA, folder):
         with Client(system.plant.api_urls[0]) as client:
-            assert text_of(client, submit(client, FREE, NUM_TOKENS, model=GEMMA)) == expected
+            assert text_of(client, submit(client, GEMMA, FREE, NUM_TOKENS)) == expected

@@ -59,6 +59,18 @@ class VllmEngine:
         self._num_added = 0
         self.vocab_size: int = config.model_config.get_vocab_size()
         self.num_cache_tokens: int = (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size
+        if not config.model_config.enforce_eager:
+            self._warm_up(spec)
+
+    def _warm_up(self, spec: ModelSpec) -> None:
+        """vLLM compiles parts of its sampler when they are first used, which takes longer than a step may: here they
+        are, by one row and by several."""
+        params = VllmParams(temperature=0.0, max_tokens=2, logprobs=1, prompt_logprobs=1, detokenize=False)
+        for num_rows in {1, min(2, spec.max_num_seqs)}:
+            for row in range(num_rows):
+                self._engine.add_request(f"warm-up {row}", tokens_input([0, row]), params)
+            while self._engine.has_unfinished_requests():
+                self._engine.step()
 
     def add(self, sequence: Sequence) -> None:
         """Its tokens so far, those that were committed included, are the request's prompt."""

@@ -1,0 +1,49 @@
+"""A text that is followed while its engine is killed three times: what any engine must hold with a real model."""
+
+import os
+import signal
+from typing import Any
+
+from celeriac.client import Client
+from tests.integration.test_main_job import System
+
+NUM_TOKENS, NUM_KILLS = 240, 3
+NUM_CHUNKS = 3  # that the stream has shown between two kills
+PROMPT = "The capital of France is"
+WORDS = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 14, "maxItems": 14}
+FREE: dict[str, Any] = {"ignore_eos": True}
+UNDER_A_SCHEMA: dict[str, Any] = {"structured_output": {"json_schema": WORDS}}
+
+
+def submit(client: Client, model: str, params: dict[str, Any], num_tokens: int = NUM_TOKENS) -> str:
+    return client.submit(PROMPT, model=model, **{"temperature": 0, "max_tokens": num_tokens} | params).id
+
+
+def text_of(client: Client, job_id: str) -> str:
+    """What the job's stream says, which is what its row says."""
+    text = "".join(event.data["text"] for event in client.stream(job_id) if event.name == "output.delta")
+    job = client.get(job_id)
+    assert job.status == "completed", job
+    assert text == job.text
+    return text
+
+
+def text_through_kills(client: Client, system: System, model: str, params: dict[str, Any]) -> str:
+    """The text of a job whose engine is killed in mid-stream, which must be that of a job left in peace."""
+    undisturbed = text_of(client, submit(client, model, params))
+    job_id = submit(client, model, params)
+    text, killed, num_seen = "", [0], 0
+    for event in client.stream(job_id):
+        if event.name == "output.delta":
+            text += event.data["text"]
+            num_seen += 1
+        pid = system.plant.workers[0].engine_pid()
+        if pid in (None, killed[-1]):  # what still arrives is from before
+            num_seen = 0
+        elif num_seen >= NUM_CHUNKS and len(killed) <= NUM_KILLS:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+    assert len(killed) == 1 + NUM_KILLS, "the job ended before its last kill"
+    assert client.get(job_id).raw["attempt"] == 1 + NUM_KILLS
+    assert text == undisturbed == text_of(client, job_id)
+    return text
