@@ -78,8 +78,8 @@ def up(model: str | None, first_job: bool) -> None:
     """Start everything here and keep it running until Ctrl-C.
 
     This starts PostgreSQL and Redis (embedded, unless their URLs are set), brings the schema up to date, and starts the
-    API, one GPU worker, maintenance and Flower. Processes that die are restarted. Logs and data are in .celeriac. If a
-    port is taken, the next free one is used.
+    API, one GPU worker (and one more for each model with autostart = true), maintenance and Flower. Processes that die
+    are restarted. Logs and data are in .celeriac. If a port is taken, the next free one is used.
     """
     from celeriac.up import Up
     from domain.errors import ModelUnavailable

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,11 +113,9 @@ class Up:
             raise StartFailed(f"the database could not be migrated; {log_path} ends:\n{log_path.read_text()[-1500:]}")
 
     def _make_services(self) -> list[ChildProcess]:
-        """The services in starting order: the worker first, since it takes the longest."""
-        worker = self._service("GPU worker", "worker", lambda: self._has_engine(worker))
-        worker.prepare = self._choose_worker_metrics_port
-        worker.stop_seconds = self._settings.drain_seconds + DRAIN_MARGIN_SECONDS
-        worker.abort_signal = signal.SIGQUIT  # gives running jobs back to the queue at once
+        """The services in starting order: the workers first, since they take the longest."""
+        workers = [self._make_worker(), *map(self._make_worker, autostarted(self._settings))]
+        workers[0].prepare = self._choose_worker_metrics_port  # the others take the next free ones
         api = self._service("API", "api", lambda: bool(self._health()))
         api.prepare = self._choose_api_port
         api.stop_seconds = API_STOP_SECONDS
@@ -125,7 +124,19 @@ class Up:
         maintenance.stop_seconds = MAINTENANCE_STOP_SECONDS
         flower = self._service("Flower", "flower", lambda: not is_free(LOOPBACK, self._flower_port))
         flower.prepare = self._choose_flower_port
-        return [worker, api, maintenance, flower]
+        return [*workers, api, maintenance, flower]
+
+    def _make_worker(self, model: str | None = None) -> ChildProcess:
+        """The worker that the settings describe, or one more for a model."""
+        options = [] if model is None else ["--model", model]
+        name = "worker" if model is None else f"worker-{_file_name(model)}"
+        if model is not None and self._settings.worker_name is not None:
+            options += ["--name", f"{_file_name(model)}-{self._settings.worker_name}"]
+        title = "GPU worker" if model is None else f"GPU worker of {model}"
+        worker = self._service(title, "worker", lambda: self._has_engine(worker), *options, log_name=name)
+        worker.stop_seconds = self._settings.drain_seconds + DRAIN_MARGIN_SECONDS
+        worker.abort_signal = signal.SIGQUIT  # gives running jobs back to the queue at once
+        return worker
 
     def _has_engine(self, worker: ChildProcess) -> bool:
         """Whether the worker's engine has started: by its log if INFO is logged, otherwise by the API, which may still
@@ -134,11 +145,18 @@ class Up:
             return any(map(worker.log_has, (b"the engine is ready", b"unloading the model", b"draining, as ordered")))
         return bool(self._health().get("workers"))
 
-    def _service(self, title: str, command: str, is_ready: Callable[[], bool]) -> ChildProcess:
-        log_path = self._log_path(command)
+    def _service(
+        self, title: str, command: str, is_ready: Callable[[], bool], *options: str, log_name: str | None = None
+    ) -> ChildProcess:
+        log_path = self._log_path(log_name or command)
         set_aside(log_path)
         return ChildProcess(
-            title, lambda: _celeriac(command), log_path, ROOT, environment=self._environment, is_ready=is_ready
+            title,
+            lambda: _celeriac(command, *options),
+            log_path,
+            ROOT,
+            environment=self._environment,
+            is_ready=is_ready,
         )
 
     def _start_services(self, board: Board) -> None:
@@ -192,8 +210,7 @@ class Up:
     def _introduce(self) -> None:
         """Show the first job as it runs, then where everything is. Runs on a thread, beside `_watch`."""
         settings = self._settings
-        catalog = settings.load_catalog()
-        model = catalog.default.id
+        model = first_job_model(settings)
         is_unloaded = model in self._health().get("models_unloaded", ())
         if is_unloaded:
             self._say(f"{model} is unloaded, so its jobs wait; load it with POST /v1/admin/models/{model}/load")
@@ -354,5 +371,24 @@ def _health_of(url: str) -> dict[str, Any]:
             return {}
 
 
-def _celeriac(command: str) -> list[str]:
-    return [sys.executable, "-m", "celeriac", command]
+def autostarted(settings: Settings) -> list[str]:
+    """The models for which `up` starts a worker of their own: those with `autostart`, unless the settings name the
+    models to serve, or the first worker serves them anyway."""
+    if settings.worker_models:
+        return []
+    catalog = settings.load_catalog()
+    return [entry.id for entry in catalog if entry.autostart and entry.id != catalog.first.id]
+
+
+def first_job_model(settings: Settings) -> str:
+    """The model of the first job: the default one, unless no worker was started for that. Raises ModelUnavailable."""
+    catalog, served = settings.load_catalog(), settings.worker_models
+    return served[0] if served and catalog.default_id not in served else catalog.default.id
+
+
+def _file_name(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", model)
+
+
+def _celeriac(command: str, *options: str) -> list[str]:
+    return [sys.executable, "-m", "celeriac", command, *options]

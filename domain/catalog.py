@@ -87,6 +87,7 @@ class ModelEntry(Frozen):
     revision: str = "main"  # part of the job row: a resumed job never mixes two revisions
     backend: Literal["transformers", "llama_cpp", "vllm", "remote", "fake"] = "transformers"
     python: str | None = Field(default=None, min_length=1)  # the engine's interpreter; default: see docs/engines.md
+    autostart: bool = False  # whether `celeriac up` starts a worker for it
     task: Literal["generation", "embedding"] = "generation"  # embedding: an encoder, or a decoder made for vectors
     max_model_len: int | None = Field(default=None, ge=16, le=10_000_000)  # prompt and output; default: its own
     max_num_seqs: int | None = Field(default=None, ge=1, le=1024)  # sequences in the running batch; default: by device

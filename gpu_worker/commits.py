@@ -376,6 +376,8 @@ def _news_of(chunk: TokenChunk) -> streams.Event:
 
 REPORT_SECONDS = 2.0  # between two reports, and so the longest time until an order is followed
 
+LOADING_REPORT_SECONDS = 0.5  # while a model is loaded, whose progress somebody may be watching
+
 
 class WorkerReporter:
     """Sends the worker's reports. After each of them, `on_answer` is called with the worker's orders."""
@@ -418,7 +420,8 @@ class WorkerReporter:
         before the next is sent."""
         if self._is_under_way or (now < self._due_at and state is self._told):
             return
-        self._due_at, self._is_under_way, self._told = now + REPORT_SECONDS, True, state
+        pause_seconds = min(REPORT_SECONDS, LOADING_REPORT_SECONDS) if load_share is not None else REPORT_SECONDS
+        self._due_at, self._is_under_way, self._told = now + pause_seconds, True, state
         report = WorkerReport(
             id=self._owner,
             hostname=self._hostname,

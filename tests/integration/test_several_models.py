@@ -1,4 +1,5 @@
-"""One worker, two models, memory for one: all jobs end right, also if engines and the worker are killed meanwhile."""
+"""One worker, two models, memory for one: all jobs end right, also if engines and the worker are killed meanwhile;
+and the progress of loads."""
 
 import os
 import re
@@ -15,8 +16,11 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from domain.jobs import WorkerState
 from gpu_worker.engine.backends.fake import fake_text
+from storage import workers
 from tests.chaos.plant import Part, Plant, start_prepared
+from tests.integration.runner_harness import Rig
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -116,6 +120,24 @@ def engine_pids(part: Part) -> list[int]:
         templates = [child for child in psutil.Process(part.pid).children() if "engine.child" in str(child.cmdline())]
         return [engine.pid for template in templates for engine in template.children()]
     return []
+
+
+def test_the_progress_of_a_load_is_reported_until_the_model_is_ready(rig: Rig) -> None:
+    rig.write_catalog(load_seconds=2.0)
+    seen: list[int] = []
+
+    def is_ready() -> bool:
+        with rig.sessions() as session:
+            live = workers.list_live(session)
+        seen.extend(
+            each.load_percent for each in live if each.load_percent is not None and each.load_percent not in seen
+        )
+        return any(each.state is WorkerState.READY and each.load_percent is None for each in live)
+
+    rig.start(wait=False)
+    wait_until(is_ready, "the model is ready")
+    assert len(seen) > 1, seen
+    assert seen == sorted(seen)
 
 
 @pytest.mark.timeout(600)
