@@ -94,6 +94,7 @@ class ModelEntry(Frozen):
     max_num_batched_tokens: int | None = Field(default=None, ge=16)  # per step, prompts included; default: by device
     kv_cache_tokens: int | None = Field(default=None, ge=256)  # size of the paged cache; default: by memory
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "auto", "int8", "int4"] = "none"  # of the weights, at load, on a CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     decode_graphs: bool = True  # on a GPU: capture the passes of decodes at load, for speed
     system_prompt: str | None = None

@@ -98,7 +98,7 @@ def model_revision(spec: ModelEntry) -> str:
 
     For a local folder it is a hash: of the descriptive files as a whole, and of the weights' sizes and evenly spaced
     samples, so that retrained weights differ and a large model costs milliseconds. For a hub model it is the commit
-    that its revision names. The content of its adapters follows, if it has any.
+    that its revision names. The content of its adapters follows, if it has any, and how its weights are quantised.
     """
     if spec.backend == "fake" and not Path(spec.path).is_dir():
         return f"fake:{spec.revision}"
@@ -106,7 +106,7 @@ def model_revision(spec: ModelEntry) -> str:
     if spec.remote is not None:  # all that we know of its weights is their name
         weights = spec.remote.model or spec.id
         own = f"remote:{hashlib.sha256(f'{weights} {own}'.encode()).hexdigest()[:40]}"
-    return own + adapters_revision(spec)
+    return own + adapters_revision(spec) + ("" if spec.quantization == "none" else f"+{spec.quantization}")
 
 
 @lru_cache(maxsize=64)
@@ -293,6 +293,11 @@ def refuse_unservable(entry: ModelEntry, folder: Path, config: Mapping[str, Any]
             "model's entry"
         )
     read_adapters(entry)
+    if entry.quantization != "none" and entry.backend not in ("transformers", "fake"):
+        raise ValueError(
+            f"quantization is {entry.quantization!r}, but backend {entry.backend!r} does not quantise; remove it, "
+            "and use a checkpoint that is quantised"
+        )
     if entry.python is not None and not os.access(entry.python, os.X_OK):
         raise ValueError(missing_interpreter(entry.python))
     if entry.backend == "llama_cpp":

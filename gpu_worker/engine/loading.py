@@ -166,8 +166,9 @@ def eos_token_ids(model: Any) -> frozenset[int]:
 
 def vocab_size(model: Any) -> int:
     """The number of token ids that are valid both as input and as output."""
-    sizes = [e.weight.shape[0] for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None]
-    return int(min(sizes))
+    embedding, output_layer = model.get_input_embeddings(), model.get_output_embeddings()
+    num_embedded = embedding.weight.shape[0]
+    return int(num_embedded if output_layer is None else min(num_embedded, output_layer.out_features))
 
 
 def _load_config(spec: ModelSpec) -> PreTrainedConfig:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from domain.catalog import ModelSpec
+from gpu_worker.engine.quantization import QuantisedLinear
 from gpu_worker.engine.scheduler import ScheduledRow
 from text.adapters import AdapterFiles, LayerSize, read_adapters
 
@@ -143,25 +144,25 @@ def load_adapters(spec: ModelSpec, model: Any) -> Adapters:
 def _load(model: Any, files: AdapterFiles) -> dict[nn.Module, LowRank]:
     modules = {name: _find(model, files, name, size) for name, size in files.size_by_module.items()}
     pairs: dict[nn.Module, LowRank] = {}
+    device = model.get_input_embeddings().weight.device
     with safe_open(files.weights, framework="pt") as tensors:
         for name, module in modules.items():
             down, up = (tensors.get_tensor(files.tensor_name(name, half)) for half in "AB")
             if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
                 raise ValueError(f"{files.weights.name}: {name} has numbers that are not finite; train it again")
-            like = module.weight
+            dtype = module.dtype if isinstance(module, QuantisedLinear) else module.weight.dtype
             pairs[module] = LowRank(
-                down.t().to(like.device, like.dtype).contiguous(),
-                (up.t().float() * files.scaling).to(like.device, like.dtype).contiguous(),
+                down.t().to(device, dtype).contiguous(), (up.t().float() * files.scaling).to(device, dtype).contiguous()
             )
     return pairs
 
 
-def _find(model: Any, files: AdapterFiles, name: str, size: LayerSize) -> nn.Linear:
+def _find(model: Any, files: AdapterFiles, name: str, size: LayerSize) -> nn.Linear | QuantisedLinear:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{files.weights.name}: the model has no {name}; use the model that it was made for") from None
-    if not isinstance(module, nn.Linear) or module is model.get_output_embeddings():
+    if not isinstance(module, nn.Linear | QuantisedLinear) or module is model.get_output_embeddings():
         raise ValueError(
             f"{files.weights.name}: {name} is a {type(module).__name__} that adapters cannot change here; merge the "
             "adapter into its model"

@@ -23,6 +23,7 @@ from gpu_worker.engine.cpu.runner import FusedLlama, can_fuse
 from gpu_worker.engine.cuda.attention import LayerCache
 from gpu_worker.engine.host_memory import lazy_zeros
 from gpu_worker.engine.lora import Adapters
+from gpu_worker.engine.quantization import QuantisedLinear
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def _probe(model: Any, max_model_len: int, device: torch.device) -> list[LayerSh
     model(input_ids=token_ids, use_cache=False, ctx=recording)
     shapes = _check_recording(recording, config, max_model_len)
     model.set_attn_implementation(ATTENTION_NAME)
-    _compare(_run_paged(model, shapes, token_ids, device), expected, shapes[0].dtype)
+    _compare(_run_paged(model, shapes, token_ids, device), expected, _coarsest_type(model, shapes))
     return shapes
 
 
@@ -130,7 +131,7 @@ def fuse(model: Any, shapes: list[LayerShape], max_model_len: int, device: torch
     expected = _run_paged(model, shapes, token_ids, device)
     try:
         fused = FusedLlama(model, [shape.window for shape in shapes], max_model_len, adapters)
-        _compare(_run_paged(fused, shapes, token_ids, device), expected, shapes[0].dtype)
+        _compare(_run_paged(fused, shapes, token_ids, device), expected, _coarsest_type(model, shapes))
     except Exception as exc:
         # Some part of the model is not what the fused version expects; the model's own code can run it.
         log.warning("model runs unfused", extra={"error": repr(exc)})
@@ -243,6 +244,12 @@ def _run_paged(model: Any, shapes: list[LayerShape], token_ids: Tensor, device: 
         logits.append(output.logits[0].float())
         start = stop
     return torch.cat(logits)
+
+
+def _coarsest_type(model: Any, shapes: list[LayerShape]) -> torch.dtype:
+    """To which activations are rounded on their way through the model."""
+    is_quantised = any(isinstance(module, QuantisedLinear) for module in model.modules())
+    return torch.bfloat16 if is_quantised else shapes[0].dtype
 
 
 def _compare(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

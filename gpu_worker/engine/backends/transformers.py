@@ -32,6 +32,7 @@ from gpu_worker.engine.loading import (
 )
 from gpu_worker.engine.lora import Adapters, load_adapters
 from gpu_worker.engine.probe import LayerShape, NotPageable, fuse, probe_layers
+from gpu_worker.engine.quantization import quantise
 from gpu_worker.engine.runner import ModelRunner
 from gpu_worker.engine.sampling import max_num_scored_tokens
 from gpu_worker.engine.scheduler import ModelLimits, Scheduler
@@ -91,6 +92,7 @@ def build_engine(spec: ModelSpec, model: Any, tokenizer: Tokenizer, device: torc
     check_length(spec, model)
     if device.type == "cpu":
         store_weights_by_column(model)
+    quantise(spec, model, device)
     config = model.config.get_text_config()
     end_token_ids = eos_token_ids(model) | turn_end_token_ids(config.model_type, tokenizer)
     adapters = load_adapters(spec, model)

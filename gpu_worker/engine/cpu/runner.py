@@ -26,6 +26,7 @@ from gpu_worker.engine.cpu.attention import (
 )
 from gpu_worker.engine.kv_cache import BlockCopy
 from gpu_worker.engine.lora import Adapters, LoraPart
+from gpu_worker.engine.quantization import QuantisedLinear
 from gpu_worker.engine.sampling import Drawn, results_of, split_scores
 from gpu_worker.engine.scheduler import ScheduledRow
 from gpu_worker.engine.sequence import Sequence
@@ -60,6 +61,21 @@ class Projection:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantisedProjection:
+    """Layers that read the same rows, some of them quantised. They stay apart, as packed weights cannot be joined, and
+    run with their hooks, which apply adapters."""
+
+    layers: tuple[nn.Module, ...]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        outputs = [layer(rows) for layer in self.layers]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    def add_to(self, residual: Tensor, rows: Tensor) -> None:
+        residual.add_(self(rows))
+
+
+@dataclass(frozen=True, slots=True)
 class Norm:
     """RMS norm computed with a sum instead of a mean; the divisor is folded into the weight and epsilon."""
 
@@ -75,11 +91,11 @@ class Norm:
 @dataclass(frozen=True, slots=True)
 class FusedLayer:
     attention_norm: Norm
-    qkv: Projection
-    output: Projection
+    qkv: Projection | QuantisedProjection
+    output: Projection | QuantisedProjection
     mlp_norm: Norm
-    gate_up: Projection
-    down: Projection
+    gate_up: Projection | QuantisedProjection
+    down: Projection | QuantisedProjection
     activation: nn.Module
     scoring: Scoring
 
@@ -102,7 +118,7 @@ class FusedLlama:
         layers = zip(model.model.layers, windows, strict=True)
         self._layers = [_fuse_layer(layer, window, adapters) for layer, window in layers]
         self._norm = _norm(model.model.norm)
-        self._head = Projection(model.lm_head.weight, model.lm_head.bias)
+        self._head = _fuse(adapters, model.lm_head)
         self._cosines, self._sines = self._rotations(model.model.rotary_emb, max_model_len)
 
     def _rotations(self, rotary: nn.Module, max_model_len: int) -> tuple[Tensor, Tensor]:
@@ -168,10 +184,10 @@ def _fuse_layer(layer: Any, window: int | None, adapters: Adapters) -> FusedLaye
     return FusedLayer(
         attention_norm=_norm(layer.input_layernorm),
         qkv=_fuse(adapters, attention.q_proj, attention.k_proj, attention.v_proj),
-        output=_project(adapters, attention.o_proj),
+        output=_fuse(adapters, attention.o_proj),
         mlp_norm=_norm(layer.post_attention_layernorm),
         gate_up=_fuse(adapters, mlp.gate_proj, mlp.up_proj),
-        down=_project(adapters, mlp.down_proj),
+        down=_fuse(adapters, mlp.down_proj),
         activation=mlp.act_fn,
         scoring=Scoring(attention.scaling, window),
     )
@@ -182,13 +198,13 @@ def _norm(module: Any) -> Norm:
     return Norm(module.weight.detach().float() * math.sqrt(size), module.variance_epsilon * size)
 
 
-def _project(adapters: Adapters, module: Any) -> Projection:
-    return Projection(module.weight, module.bias, adapters.parts(module))
-
-
-def _fuse(adapters: Adapters, *modules: Any) -> Projection:
+def _fuse(adapters: Adapters, *modules: Any) -> Projection | QuantisedProjection:
     """Join the modules' weights into one matrix of the same memory layout (by row, or by column: see loading.py). The
     modules keep views of it."""
+    if any(isinstance(module, QuantisedLinear) for module in modules):
+        return QuantisedProjection(modules)
+    if len(modules) == 1:
+        return Projection(modules[0].weight, modules[0].bias, adapters.parts(modules[0]))
     is_by_row = modules[0].weight.is_contiguous()
     weight = torch.cat([module.weight for module in modules]) if is_by_row else _cat_by_column(modules)
     start = 0
