@@ -17,16 +17,8 @@ from dialects.openai_views import ModelCardView, StreamedJob, Timestamp, View, c
 from domain.jobs import BATCH_PRIORITY, FinishReason, Usage, external_id
 from domain.requests import GenerationRequest, GenerationResult, ResultChoice, TokenChunk
 from storage.job_queries import JobRecord
-from text.outputs import (
-    CallArguments,
-    CallName,
-    ContentPiece,
-    OutputFormat,
-    OutputParser,
-    Piece,
-    ReasoningPiece,
-    parser_of,
-)
+from text.outputs import CallArguments, CallName, ContentPiece, OutputFormat, OutputParser, Piece, ReasoningPiece
+from text.parsers import parser_of
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 

@@ -39,6 +39,7 @@ from domain.structured_output import (
     StructuredOutput,
     ToolCalls,
     ToolDefinition,
+    ToolFormat,
     bounded,
     check_keywords,
     check_structure,
@@ -366,6 +367,12 @@ def _callable_ones(asked: AskedTools) -> list[tuple[int, dict[str, Any]]]:
 
 def _calls(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]) -> ToolCalls:
     assert view.output_format.tools is not None
+    if view.output_format.tools is ToolFormat.HARMONY:
+        raise UnsupportedParameter(
+            f"calls of {view.spec.id}, whose format is harmony, cannot be enforced; leave tool_choice at auto, and "
+            "send either tools or a format",
+            param="tools",
+        )
     if not _callable_ones(asked):
         raise InvalidRequest(
             f"tool_choice names {str(asked.name)[:64]!r}, which is not one of the tools; name one of them",

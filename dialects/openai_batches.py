@@ -43,7 +43,7 @@ from domain.jobs import LineRefusal
 from domain.requests import EmbeddingRequest, GenerationRequest, JobRequest
 from storage.job_queries import JobRecord
 from text.models import ModelView, ModelViews
-from text.outputs import parser_of
+from text.parsers import parser_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,16 +63,8 @@ from domain.structured_output import MAX_TOOLS
 from domain.template_kwargs import TemplateKwargs
 from storage.job_queries import JobRecord
 from text.models import ModelView
-from text.outputs import (
-    CallArguments,
-    CallName,
-    ContentPiece,
-    OutputFormat,
-    OutputParser,
-    Piece,
-    ReasoningPiece,
-    parser_of,
-)
+from text.outputs import CallArguments, CallName, ContentPiece, OutputFormat, OutputParser, Piece, ReasoningPiece
+from text.parsers import parser_of
 
 
 class Function(OpenAIModel):

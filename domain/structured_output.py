@@ -265,6 +265,7 @@ class ToolFormat(StrEnum):
     HERMES = "hermes"
     MISTRAL = "mistral"
     LLAMA3 = "llama3"
+    HARMONY = "harmony"
 
 
 class CallableTool(Frozen):

@@ -7,6 +7,7 @@ How a model writes tool calls and reasoning is recognised by its chat template a
 | hermes  | <tool_call>{"name": …, "arguments": {…}}</tool_call>, repeated      | <tool_call> (Qwen, Hermes)  |
 | mistral | [TOOL_CALLS][{"name": …, "arguments": {…}}, …]                      | [TOOL_CALLS]                |
 | llama3  | {"name": …, "parameters": {…}}, alone, perhaps after <|python_tag|> | "parameters" and ipython    |
+| harmony | <|channel|>commentary to=functions.…<|message|>{…}, see harmony.py   | <|channel|> and <|message|> |
 
 Markers that are special tokens do not appear in the text, so mistral and llama3 calls are recognised by how the output
 begins.
@@ -28,9 +29,16 @@ from text.thinking import asks_to_think
 
 THINK, END_THINK = "<think>", "</think>"
 
+#: Of what completes the reasoning of an output; each is looked for wherever it is.
+REASONING_ENDS = (END_THINK, "<|channel|>commentary", "<|channel|>final")
+
+#: Tokens that a text must show even if the tokenizer declares them special: without them it cannot be parsed.
+MARKER_TOKENS = frozenset({THINK, END_THINK, "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"})
+
 
 class ReasoningFormat(StrEnum):
     TAGGED = "tagged"  # the output may start with <think>…</think>
+    CHANNELS = "channels"  # see text/harmony.py
     OPENED = "opened"  # the prompt ends in <think>, so the output starts inside
 
 
@@ -63,12 +71,16 @@ def output_format_of(
 
 
 def _reasoning_of(source: str, prompt: str) -> ReasoningFormat | None:
+    if "<|channel|>analysis" in source:
+        return ReasoningFormat.CHANNELS
     if prompt.rstrip().endswith(THINK):
         return ReasoningFormat.OPENED
     return ReasoningFormat.TAGGED if THINK in source else None
 
 
 def _tool_format_of(source: str) -> ToolFormat | None:
+    if "<|channel|>" in source and "<|message|>" in source:
+        return ToolFormat.HARMONY
     if "tools" not in source or "<function=" in source or "[ARGS]" in source:
         return None
     if "<tool_call>" in source:
@@ -230,7 +242,7 @@ class OutputParser:
     def push(self, text: str) -> list[Piece]:
         """The pieces that are complete enough to be passed on."""
         self._held += text
-        return _joined(self._advance(is_end=False))
+        return joined(self._advance(is_end=False))
 
     def finish(self, *, is_cut: bool) -> list[Piece]:
         """The text that was held back. If the output was cut off (`is_cut`), part of a tag at its end is dropped."""
@@ -240,7 +252,7 @@ class OutputParser:
             pieces.append(ReasoningPiece(held) if self._state == self._thinking else ContentPiece(held))
         if self.num_calls:
             pieces = [piece for piece in pieces if not isinstance(piece, ContentPiece) or piece.text.strip()]
-        return _joined(pieces)
+        return joined(pieces)
 
     def _is_partial_tag(self, text: str) -> bool:
         """Whether this is the beginning of a tag. A single < counts as text, except after a call."""
@@ -412,29 +424,17 @@ class OutputParser:
     _prefix = ""  # the text before a bare call, in case it is not a call
 
 
-def _joined(pieces: list[Piece]) -> list[Piece]:
+def joined(pieces: list[Piece]) -> list[Piece]:
     """The pieces without empty ones, and with adjacent pieces of the same kind joined."""
-    joined: list[Piece] = []
+    whole: list[Piece] = []
     for piece in pieces:
-        last = joined[-1] if joined else None
+        last = whole[-1] if whole else None
         if isinstance(piece, CallName):
-            joined.append(piece)
+            whole.append(piece)
         elif not piece.text:
             continue
         elif type(last) is type(piece) and not isinstance(last, CallName) and last is not None:
-            joined[-1] = piece._replace(text=last.text + piece.text)
+            whole[-1] = piece._replace(text=last.text + piece.text)
         else:
-            joined.append(piece)
-    return joined
-
-
-def parser_of(request: GenerationRequest, format: OutputFormat) -> OutputParser:
-    """The parser for a choice of this request. Structured output starts at the first character, so without
-    reasoning."""
-    structured = request.params.structured_output
-    return OutputParser(
-        OutputFormat(format.tools, format.reasoning_of(request) if structured is None else None),
-        tool_names=frozenset(tool.name for tool in request.tools),
-        max_calls=None if request.parallel_tool_calls else 1,
-        follows_grammar=structured is not None,
-    )
+            whole.append(piece)
+    return whole

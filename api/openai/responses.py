@@ -58,7 +58,8 @@ from domain.jobs import Endpoint, JobStatus, external_id, parse_id
 from domain.requests import GenerationRequest, TokenChunk
 from storage import job_queries, jobs
 from storage.job_queries import JobRecord
-from text.outputs import OutputFormat, OutputParser, parser_of
+from text.outputs import OutputFormat, OutputParser
+from text.parsers import parser_of
 
 
 async def find_response(services: Services, tenant_id: UUID, response_id: str) -> JobRecord:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 
-from text.outputs import END_THINK, THINK
+from text.outputs import MARKER_TOKENS, REASONING_ENDS
 from text.tokenizers import TokenKind, token_table_of
 
 REPLACEMENT = "\ufffd"
@@ -17,18 +17,18 @@ _new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 def with_visible_reasoning(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, modified if necessary so that reasoning tags decode to text. Some models declare them special;
-    their text would then not show where the answer begins."""
+    """The tokenizer, modified if necessary so that reasoning tags and the markers of channels decode to text. Some
+    models declare them special; their text would then not show where the answer begins."""
     hidden = [
         token
         for token in tokenizer.get_added_tokens_decoder().values()
-        if token.special and token.content in (THINK, END_THINK)
+        if token.special and token.content in MARKER_TOKENS
     ]
     if not hidden:
         return tokenizer
     plain = json.loads(tokenizer.to_str())  # `add_tokens` cannot make a special token ordinary
     for token in plain["added_tokens"]:
-        token["special"] &= token["content"] not in (THINK, END_THINK)
+        token["special"] &= token["content"] not in MARKER_TOKENS
     return Tokenizer.from_str(json.dumps(plain))
 
 
@@ -233,5 +233,5 @@ class TextStream:
 
     def _look_for_reasoning(self, piece: str) -> None:
         if not self.has_reasoned:
-            self._end = self._end[1 - len(END_THINK) :] + piece
-            self.has_reasoned = END_THINK in self._end
+            self._end = self._end[1 - max(map(len, REASONING_ENDS)) :] + piece
+            self.has_reasoned = any(end in self._end for end in REASONING_ENDS)

@@ -17,7 +17,8 @@ from domain.requests import GenerationRequest, JobOptions
 from tasks.submit import request_hash
 from text.model_files import GenerationDefaults
 from text.models import ModelView
-from text.outputs import ReasoningFormat, ReasoningPiece, parser_of
+from text.outputs import ReasoningFormat, ReasoningPiece
+from text.parsers import parser_of
 from text.templates import ChatTemplate, TemplateChoice
 from text.tokenizers import ByteEncoder
 

@@ -19,7 +19,8 @@ from settings import ROOT
 from text.grammar_process import judge
 from text.grammars import make_grammar_tokenizer, make_matcher
 from text.models import ModelView, load_model_view
-from text.outputs import CallName, ContentPiece, OutputFormat, parser_of
+from text.outputs import CallName, ContentPiece, OutputFormat
+from text.parsers import parser_of
 
 SCHEMA = {
     "type": "object",
@@ -39,7 +40,7 @@ TWO_CALLS = {
 }
 ANSWER = '{"name":"go","parameters":{"at":3}}'
 ROUTES = ["chat", "responses"]
-FORMATS = list(ToolFormat)
+FORMATS = list(CALLS)
 
 
 @pytest.fixture(scope="module")
