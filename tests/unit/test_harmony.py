@@ -24,7 +24,7 @@ CALL = '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a":
 FINAL = "<|channel|>final<|message|>It is 3."
 
 REASONING = ReasoningPiece("Hm < 2 <|x")
-ADD = [CallName(0, "add"), CallArguments(0, '{"a": 1}')]
+ADD: list[Piece] = [CallName(0, "add"), CallArguments(0, '{"a": 1}')]
 
 CASES: list[tuple[str, list[Piece]]] = [
     (THOUGHT + "<|end|>" + NEXT + FINAL + "<|return|>", [REASONING, ContentPiece("It is 3.")]),
