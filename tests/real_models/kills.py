@@ -44,6 +44,7 @@ def text_through_kills(client: Client, system: System, model: str, params: dict[
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
     assert len(killed) == 1 + NUM_KILLS, "the job ended before its last kill"
-    assert client.get(job_id).raw["attempt"] == 1 + NUM_KILLS
     assert text == undisturbed == text_of(client, job_id)
+    attempt = client.get(job_id).raw["attempt"]
+    assert attempt > NUM_KILLS, f"the job had ended by its last kill, in attempt {attempt}"  # a lost lease adds more
     return text
