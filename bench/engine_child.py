@@ -79,7 +79,7 @@ class VllmAlone:
     """vLLM's engine in this process. `options`: folder."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}
         from vllm import EngineArgs, LLMEngine
 
         arguments = EngineArgs(

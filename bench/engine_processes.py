@@ -122,14 +122,6 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self.load_seconds = 0.0
 
-    def why_not(self) -> str:
-        """Why it cannot be started here; empty if it can."""
-        if not self._takes_text:
-            return "" if Path(self._command[0]).exists() else f"there is no {self._command[0]}"
-        asked = [self._command[0], "-c", "import llama_cpp.server.app"]
-        done = subprocess.run(asked, capture_output=True, text=True, check=False)
-        return "" if done.returncode == 0 else f"{done.stderr.strip().splitlines()[-1]}; pip install its extra `server`"
-
     @contextmanager
     def running(self) -> Iterator[None]:
         if self._process is None:

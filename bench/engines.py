@@ -21,6 +21,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -106,45 +107,41 @@ def entries(models: Models) -> dict[str, dict[str, Any]]:
 
 def ways(names: list[str], models: Models, data_dir: Path, folder: Path) -> Iterator[Way]:
     """In the order in which a round takes them: ceilings first."""
-    pythons = {
-        name: environment_folder(data_dir, name) / "bin" / "python" for name in ("llama_cpp", "openvino", "vllm")
-    }
     for name in names:
-        environment = name.partition(" ")[0]
-        python = pythons.get(environment)
-        if python is not None and not python.exists():
+        environment, _, kind = name.partition(" ")
+        python = str(environment_folder(data_dir, environment) / "bin" / "python")
+        if environment != "transformers" and not Path(python).exists():
             print(f"without {name}: there is no {python}")
             continue
-        if environment == "llama_cpp":
-            file = next(models.gguf(name.split()[1]).glob("*.gguf"))
-            yield Way(name, "own", Child(str(python), "llama_cpp", {"file": str(file)}, folder))
-            if name.endswith("Q4_1"):
-                yield from _server(
-                    name, python, ["-m", "llama_cpp.server", "--model", str(file), "--n_ctx", "2048"], folder
+        if environment in ("llama_cpp", "openvino"):
+            file = next(models.gguf(kind or "Q4_1").glob("*.gguf"))
+            yield Way(name, "own", Child(python, environment, {"file": str(file)}, folder))
+            if kind == "Q4_1":
+                yield from server(
+                    name, [python, "-m", "llama_cpp.server", "--model", str(file), "--n_ctx", "2048"], folder
                 )
-        if environment == "openvino":
-            file = next(models.gguf("Q4_1").glob("*.gguf"))
-            yield Way(name, "own", Child(str(python), "openvino", {"file": str(file)}, folder))
         if environment == "vllm":
             place = str(models.safetensors())
-            yield Way(name, "own", Child(str(python), "vllm", {"folder": place}, folder))
-            serve = [str(python.with_name("vllm")), "serve", place, "--dtype", "float32"] if python else []
+            yield Way(name, "own", Child(python, "vllm", {"folder": place}, folder))
+            serve = [python, "-m", "vllm.entrypoints.cli.main", "serve", place, "--dtype", "float32"]
             serve += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(NUM_SLOTS)]
-            yield from _server(name, python, serve, folder)
+            yield from server(name, serve, folder)
         if name in BACKENDS:
-            entry = entries(models)[name] | {"id": "bench"} | ({"python": str(python)} if python else {})
+            entry = entries(models)[name] | {"id": "bench"}
+            entry |= {} if environment == "transformers" else {"python": python}
             yield Way(name, "backend", Child(entry.get("python"), "backend", entry, folder))
-            if name != "llama_cpp Q8_0":
+            if kind != "Q8_0":
                 yield Way(name, "system", WholeSystem(entry, folder))
 
 
-def _server(name: str, python: Path | None, arguments: list[str], folder: Path) -> Iterator[Way]:
-    command = arguments if arguments[0] != "-m" else [str(python), *arguments]
-    server = Server(command, folder, takes_text="llama_cpp.server" in command)
-    if reason := server.why_not():
-        print(f"without {name}'s own server: {reason}")
+def server(name: str, command: list[str], folder: Path) -> Iterator[Way]:
+    """An engine's own server, if it is installed with the engine."""
+    takes_text = "llama_cpp.server" in command
+    asked = subprocess.run([command[0], "-c", "import llama_cpp.server.app"], capture_output=True, check=False)
+    if takes_text and asked.returncode != 0:
+        print(f"without {name}'s own server: {command[0]} -m pip install 'llama-cpp-python[server]'")
         return
-    yield Way(name, "server", server)
+    yield Way(name, "server", Server(command, folder, takes_text=takes_text))
 
 
 def run_round(number: int, all_ways: list[Way], tokenizer: Tokenizer, num_jobs: int, figures: Figures) -> None:
