@@ -51,8 +51,12 @@ def start(server: RemoteServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sta
         their = RemoteOptions.model_validate(common | options)
         path = str(ROOT / "models" / "celeriac-mini")
         spec = ModelSpec(id="m", path=path, backend="remote", max_model_len=128, max_num_seqs=4, remote=their)
-        started.append(RemoteBackend(spec))
-        return started[-1]
+        backend = RemoteBackend(spec)
+        started.append(backend)
+        wait_until(
+            lambda: not backend._is_probing or (step(backend) and not backend._is_probing), "the server was asked"
+        )
+        return backend
 
     yield start
     for backend in started:
@@ -136,13 +140,14 @@ def test_a_job_that_waits_for_long_goes_back_to_the_queue_without_a_failure(
 ) -> None:
     monkeypatch.setattr(remote, "RETURN_SECONDS", 0.2)
     backend = start()
-    server.answer = lambda body: say(server, body, 2, is_cut=True)
+    run(backend, [make_add("first", max_tokens=1)])  # so that both requests are sent at once
+    away = Response(status_code=status)
+    server.answer = lambda body: say(server, body, 2, is_cut=True) if len(body["prompt"]) == 3 else away
     transcript: Transcript = {}
     backend.add(make_add(max_tokens=4, n=2))
     run_until(backend, transcript, ("job", 0), 2)
     run_until(backend, transcript, ("job", 1), 2)
     server.models_status = status
-    server.answer = lambda body: Response(status_code=status)
     returned = wait_until(lambda: step(backend).returned, "it is returned")
     assert returned == [JobReturned("job", 1)]
     assert not step(backend).outputs
