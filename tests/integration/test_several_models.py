@@ -187,16 +187,13 @@ def test_a_job_of_a_model_that_is_not_loaded_is_told_so_and_when_it_will_be(plan
     """Both waits, that for the other model's jobs and that for the load, show in its place."""
     first = submit(client, "two", 1)
     wait_until(lambda: client.get(f"/v1/jobs/{first}").json()["status"] == "completed", "both have been loaded once")
-    places: list[dict[str, Any]] = []
-    job_id = submit(client, "one", 2)
 
-    def is_done() -> bool:
-        job = client.get(f"/v1/jobs/{job_id}").json()
-        if job["status"] == "queued":
-            places.append(job["queue"])
-        return bool(job["status"] == "completed")
+    def is_on_standby() -> bool:
+        queues = {queue["model"]: queue for queue in client.get("/v1/queue").json()["data"]}
+        is_loaded = client.get("/v1/models/one").json()["loaded"]
+        return is_loaded is False and queues["one"]["eta_seconds"] is not None
 
-    wait_until(is_done, "it is completed", pause_seconds=0.01)
-    loading = [place for place in places if place["waiting_for"] == "model_load"]
-    assert loading, places
-    assert any(place["eta_seconds"] is not None for place in loading), places
+    wait_until(is_on_standby, "the first model has made room, and how long a load takes is known")
+    place = client.post("/v1/jobs", json={"model": "one", "prompt_token_ids": PROMPT}).json()["queue"]
+    assert place["waiting_for"] == "model_load", place
+    assert place["eta_seconds"] is not None, place
