@@ -285,8 +285,8 @@ def jobs_table(jobs: Iterable[JobSnapshot]) -> Table:
 def workers_table(models: Iterable[dict[str, Any]]) -> Table:
     """The live workers of these models, as the admin API describes them."""
     table = _table("worker", "model", "state", "running", "tokens/s")
-    rows = sorted((worker["hostname"], model["id"], worker) for model in models for worker in model["workers"])
-    for hostname, model_id, worker in rows:
+    rows = [(worker["hostname"], model["id"], worker) for model in models for worker in model["workers"]]
+    for hostname, model_id, worker in sorted(rows, key=lambda row: row[:2]):
         running = f"{worker['num_running']} of {worker['max_num_seqs']}"
         table.add_row(
             hostname, model_id, _with_percent(worker["state"], worker), running, f"{worker['tokens_per_second']:g}"
