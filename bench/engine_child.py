@@ -97,8 +97,9 @@ class VllmAlone:
     def step(self) -> Progress:
         for output in self._engine.step():
             number, length = int(output.request_id), len(output.outputs[0].token_ids)
-            yield number, length - self._lengths.get(number, 0), output.finished
-            self._lengths[number] = length
+            yield number, length - self._lengths.pop(number, 0), output.finished
+            if not output.finished:
+                self._lengths[number] = length
 
 
 class OpenVino:
