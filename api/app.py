@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from api import admin, anthropic, anthropic_batches, health, jobs, simple, webhooks
+from api import admin, anthropic, anthropic_batches, health, jobs, simple, tokens, webhooks
 from api.anthropic_batches import MAX_BATCH_BYTES
 from api.errors import ImpliedMethods, register_error_handlers
 from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
@@ -119,6 +119,8 @@ ROUTERS = (
     anthropic.router,
     anthropic_batches.router,
     simple.router,
+    tokens.router,
+    tokens.public,
     webhooks.router,
     health.router,
     health.public,

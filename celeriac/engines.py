@@ -32,7 +32,7 @@ def install(name: str) -> None:
     recipe = recipes().get(name)
     if recipe is None:
         raise click.ClickException(f"no engine is called {name[:100]!r}; choose one of: {', '.join(recipes())}")
-    click.echo(f"Installing {recipe.package} {recipe.version}; compiling it can take some minutes.")
+    click.echo(f"Installing {recipe.package} {recipe.version}, some minutes and up to some gigabytes.")
     try:
         python = make(recipe, settings_here().data_dir)
     except subprocess.CalledProcessError as exc:

@@ -269,6 +269,10 @@ class TokenizingPool:
         refuse_endless_prompt(view, request, num_chars)
         return await self._run(view, num_chars, lambda: view.encode(request))
 
+    async def encode_text(self, view: ModelView, text: str) -> list[int]:
+        """Without the special tokens around a prompt. Raises InvalidRequest or ServerOverloaded."""
+        return await self._run(view, len(text), lambda: view.encode_text(text))
+
     async def encode_inputs(self, view: ModelView, request: EmbeddingRequest) -> list[list[int]]:
         """Raises ContextLengthExceeded, InvalidRequest or ServerOverloaded."""
         return await self._run(view, request.num_chars, lambda: encode_inputs(request, view))
@@ -347,10 +351,13 @@ class RequestPreparer:
             await self._grammar_gate.check(view, request.params.structured_output, tenant_id)
         return prepared
 
-    async def count_prompt_tokens(self, request: GenerationRequest) -> int:
-        """The number of tokens of a prompt, without submitting it. Raises the CeleriacError that says why it is
-        invalid."""
-        return len(await self._tokenizing.encode(self._views.get(request.model), request))
+    async def encode_prompt(self, request: GenerationRequest) -> list[int]:
+        """The tokens of a prompt, without submitting it. Raises the CeleriacError that says why it is invalid."""
+        return await self._tokenizing.encode(self._views.get(request.model), request)
+
+    async def encode_text(self, model: str, text: str) -> list[int]:
+        """The tokens of a text alone. Raises the CeleriacError that says why there are none."""
+        return await self._tokenizing.encode_text(self._views.get(model), text)
 
     async def aclose(self) -> None:
         self._tokenizing.close()

@@ -197,7 +197,15 @@ class Submitter:
     async def count_prompt_tokens(self, request: GenerationRequest) -> int:
         """The number of tokens of a prompt, without submitting it. Raises the CeleriacError that says why it is
         invalid."""
-        return await self._preparer.count_prompt_tokens(request)
+        return len(await self.encode_prompt(request))
+
+    async def encode_prompt(self, request: GenerationRequest) -> list[int]:
+        """The tokens of a prompt, without submitting it. Raises the CeleriacError that says why it is invalid."""
+        return await self._preparer.encode_prompt(request)
+
+    async def encode_text(self, model: str, text: str) -> list[int]:
+        """The tokens of a text alone, without the special tokens that begin or end a prompt."""
+        return await self._preparer.encode_text(model, text)
 
     async def aclose(self) -> None:
         await self._preparer.aclose()

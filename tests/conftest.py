@@ -57,6 +57,14 @@ def _one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _own_data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whoever pulled models into this checkout, or runs `celeriac up` in it, has the same tests as everybody else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CELERIAC_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_look_at_redis_version() -> Iterator[None]:
     """Look up the client's version once, not once per connection, which takes milliseconds each time."""
     with pytest.MonkeyPatch.context() as patch:

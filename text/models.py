@@ -170,6 +170,14 @@ class ModelView:
         """The text of a prompt that was given as ids, special tokens included."""
         return self._encoder.decode(token_ids)
 
+    def decode_checked(self, token_ids: Sequence[int]) -> str:
+        """Like `decode`, for ids that may not be of this model. Raises InvalidRequest."""
+        return self.decode(self._checked_ids(token_ids, "tokens")) if token_ids else ""
+
+    def encode_text(self, text: str) -> list[int]:
+        """The token ids of a text alone, without the special tokens that begin or end a prompt."""
+        return self._in_vocabulary(self._encoder.encode(text, add_special_tokens=False), "prompt")
+
     def pieces(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> list[TokenPiece]:
         """The tokens of a prompt one by one."""
         return self._encoder.pieces(token_ids, skip_special_tokens=skip_special_tokens)

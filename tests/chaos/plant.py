@@ -298,7 +298,7 @@ class Plant:
     def _part(self, name: str, *arguments: str) -> Part:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("CELERIAC_")}
         environment |= (
-            {"CELERIAC_LOG_FORMAT": "text"}
+            {"CELERIAC_LOG_FORMAT": "text", "CELERIAC_DATA_DIR": str(self.folder / "data")}
             | self._settings
             | {
                 "CELERIAC_DATABASE_URL": self._database_url(name),

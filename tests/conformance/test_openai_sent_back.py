@@ -271,7 +271,7 @@ def test_a_refusal_names_the_fields_of_its_body(http: httpx.Client) -> None:
 
 
 def test_a_list_of_models_was_created_when_its_file_was(served: Served) -> None:
-    [model] = served.client.models.list().data
+    model = served.client.models.list().data[0]
     assert model.created == int(served.rig.settings.models_file.stat().st_mtime)
     assert served.client.models.retrieve(model.id).created == model.created
 

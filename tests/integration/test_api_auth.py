@@ -19,7 +19,7 @@ from storage.tables import Tenant
 from tests.integration.api_harness import CATALOG, ApiServer, HandWorker, body, post_job
 from tests.waiting import slowness
 
-OPEN_PATHS = {"/health", "/health/live", "/health/ready", "/", "/docs", "/openapi.json"}
+OPEN_PATHS = {"/health", "/health/live", "/health/ready", "/ping", "/version", "/", "/docs", "/openapi.json"}
 
 
 @pytest.fixture

@@ -197,6 +197,6 @@ def test_a_bucket_or_a_prefix_that_is_not_there_is_named(bucket: str, tmp_path: 
 def test_a_gguf_file_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "q4.gguf").write_bytes(b"GGUF" + bytes(100))
     store = ModelStore(tmp_path / "store")
-    with pytest.raises(ModelRefused, match=r"q4.gguf could not be converted to safetensors: \w+Error: "):
+    with pytest.raises(ModelRefused, match=r"q4.gguf: it could not be converted to safetensors: \w+Error: "):
         store.pull(Wanted("q4", FolderSource(str(tmp_path / "q4.gguf"))), Heard())
     assert store.manifests() == []
