@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
+from api.health import LiveView
 from api.inputs import off_loop, read_model
 from api.openapi import request_body
 from api.services import Services, caller_of, private_router, services_of
@@ -128,11 +129,11 @@ async def detokenize(request: Request) -> Response:
     return json_response({"prompt": await off_loop(request, view.decode_checked, body.tokens)})
 
 
-@public.get("/ping", response_class=Response)
-@public.post("/ping", response_class=Response)
+@public.get("/ping", responses={200: {"model": LiveView}})
+@public.post("/ping", responses={200: {"model": LiveView}})
 async def ping() -> Response:
     """200 as long as this process answers. Whether it can do anything is at /health."""
-    return Response()
+    return json_response({"status": "ok"})
 
 
 @public.get("/version", responses={200: {"model": VersionView}})
