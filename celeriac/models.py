@@ -31,7 +31,7 @@ def list_models() -> None:
 
     These are the models in models.toml, those that were pulled, and those that can be pulled by name.
     """
-    from celeriac.cli import read_catalog
+    from celeriac.checks import read_catalog
     from celeriac.store.known import known_models
     from celeriac.terminal import known_models_table, models_table, show, stored_models_table
     from local.lock import settings_here
