@@ -18,6 +18,9 @@ _CANNOT_LOAD = b"\x82\xa4type\xabcannot_load\xa6reason\xda"  # frames.CannotLoad
 
 
 def main() -> None:
+    # Before torch or llama.cpp loads OpenMP: threads that spin while they wait for each other take the cores from the
+    # other processes of the system, and from each other (gpu_worker/engine/llama_cpp/__init__.py).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     parser = argparse.ArgumentParser(prog="gpu_worker.engine.child")
     parser.add_argument("--spec", required=True, help="a ModelSpec as JSON")
     parser.add_argument("--python", required=True, help="the interpreter that should run the engine")
