@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 
+from gpu_worker.engine.host_cpus import let_threads_sleep
 from local.engine_environments import missing_interpreter
 
 MAX_REASON_BYTES = 500
@@ -18,9 +19,7 @@ _CANNOT_LOAD = b"\x82\xa4type\xabcannot_load\xa6reason\xda"  # frames.CannotLoad
 
 
 def main() -> None:
-    # Before torch or llama.cpp loads OpenMP: threads that spin while they wait for each other take the cores from the
-    # other processes of the system, and from each other (gpu_worker/engine/llama_cpp/__init__.py).
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    let_threads_sleep()
     parser = argparse.ArgumentParser(prog="gpu_worker.engine.child")
     parser.add_argument("--spec", required=True, help="a ModelSpec as JSON")
     parser.add_argument("--python", required=True, help="the interpreter that should run the engine")

@@ -9,6 +9,15 @@ from pathlib import Path
 from gpu_worker.engine.control_groups import groups
 
 
+def let_threads_sleep() -> None:
+    """Call before torch or llama.cpp loads OpenMP, which then reads how long threads spin while they wait.
+
+    By default they hardly ever sleep. Where another process has one of the cores, each wait lasts until the scheduler
+    takes that away again, and a text takes more than ten times as long (docs/adr/0040).
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def num_usable_cpus(root: Path = Path("/")) -> int:
     """The CPUs that we may run on (taskset, cpuset), or fewer if the quota of any of our control groups is less.
 

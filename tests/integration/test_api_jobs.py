@@ -321,3 +321,11 @@ def test_a_job_names_its_worker_and_the_time_of_its_first_token(
     hand_worker.owner = uuid4()
     hand_worker.claim(name)
     assert seen() == (None, first_token_at, ["gpu@here", None])  # one that has not reported itself
+
+
+def test_a_callback_is_refused_where_none_are_sent(http: httpx.Client) -> None:
+    body = {"model": "fake", "prompt": "a", "celery": {"queue": "celery", "headers": {"id": "t1"}}}
+    refused = http.post("/v1/jobs", json=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "celery"
+    assert "CELERIAC_CALLBACK_BROKER_URL" in refused.json()["error"]["message"]
