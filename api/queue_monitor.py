@@ -192,7 +192,7 @@ class QueueMonitor:
         self._silence_seconds = settings.maintenance_silence_seconds
         self._queues: dict[str, ModelQueue] = {}
         self._drains: Sequence[WorkerDrain] = ()
-        self._read_at = float("-inf")  # monotonic
+        self._read_at = float("-inf")  # monotonic: when the newest successful read began
         self._served_at = {spec.id: time.monotonic() for spec in catalog}  # monotonic: when a live worker was last seen
         self._ticked_at = dict.fromkeys(maintenance.CLOCKS, time.monotonic())  # monotonic
         for clock in maintenance.CLOCKS:
@@ -240,12 +240,13 @@ class QueueMonitor:
         return self._queues
 
     async def _read(self) -> None:
+        began_at = time.monotonic()  # what changes during the read may be missing from it
         queues = await repeatable(self._sessions, read_queues, self._catalog, self._settings)
         num_pending, oldest_due_seconds = await repeatable(self._sessions, webhook_deliveries.backlog)
         webhook_deliveries_pending.set(num_pending)
         webhook_oldest_due_seconds.set(oldest_due_seconds)
         self._drains = await repeatable(self._sessions, workers.list_drains)
-        self._queues, self._read_at = queues, time.monotonic()
+        self._queues, self._read_at = queues, began_at
         self._waiting_since = {
             (model, reason): self._waiting_since.get((model, reason), self._read_at)
             for model, queue in queues.items()

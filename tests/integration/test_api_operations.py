@@ -121,12 +121,15 @@ def test_the_published_schema_knows_every_route(http: httpx.Client) -> None:
     assert set(schema["paths"]) == {
         "/api/v1/infer",
         "/chat",
+        "/detokenize",
         "/generate",
         "/generate_stream",
         "/health",
         "/health/live",
         "/health/ready",
         "/metrics",
+        "/ping",
+        "/tokenize",
         "/v1/admin/models",
         "/v1/admin/models/{model}/load",
         "/v1/admin/models/{model}/unload",
@@ -175,6 +178,7 @@ def test_the_published_schema_knows_every_route(http: httpx.Client) -> None:
         "/v1/webhook_event_types",
         "/v1/webhook_secret",
         "/v1/webhook_secret/rotate_secret",
+        "/version",
     }
     content = schema["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]
     assert {"$ref": "#/components/schemas/JobBody"} in content["schema"]["anyOf"]
