@@ -22,6 +22,7 @@ The task's id is the job's idempotency key, so a task that is delivered twice is
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -31,7 +32,7 @@ from celery.exceptions import Ignore
 from celery.result import AsyncResult
 from celery.signals import task_revoked
 
-from celeriac.client import ApiError, ApiUnreachable, Client, ClientError, JobSnapshot
+from celeriac.client import ApiError, ApiUnreachable, Client, ClientError, JobSnapshot, QueueUpdate
 
 TASK_NAME = "celeriac.celery.generate"  # not that of our own tasks, which workers may see on a shared broker
 TASK_ID = "celery_task_id"  # in the job's metadata
@@ -136,10 +137,13 @@ def generate(self: Any, prompt: Any = None, *, job_id: str | None = None, output
 
 
 def client_of(app: Any) -> Client:
-    """The client of this process. `app.conf.celeriac_url` and `celeriac_key`, else the environment's, name the API."""
+    """The client of this process. `app.conf.celeriac_url` and `celeriac_key`, else the environment's, name the API.
+
+    It has no patience: while the API is away, a task comes back later rather than wait in a worker's slot.
+    """
     key = (os.getpid(), app.conf.get("celeriac_url"), app.conf.get("celeriac_key"))
     if key not in _clients:
-        _clients[key] = Client(key[1], key[2])
+        _clients[key] = Client(key[1], key[2], patience_seconds=0)
     return _clients[key]
 
 
@@ -161,8 +165,7 @@ def value_of(job: JobSnapshot, output: str) -> Any:
 
 def place_of(job: JobSnapshot) -> dict[str, Any]:
     """What `AsyncResult.info` shows until the result is there."""
-    queue = job.raw.get("queue") or {}
-    return {"job_id": job.id, "position": queue.get("position"), "eta_seconds": queue.get("eta_seconds")}
+    return {"job_id": job.id, **asdict(QueueUpdate.of(job))}
 
 
 def priority_of(task: Any) -> int:

@@ -15,6 +15,7 @@ from celeriac.client.protocol import (
     BATCH_POLL_SECONDS,
     CONNECT_SECONDS,
     NUM_PENDING_PER_PLACE,
+    PATIENCE_SECONDS,
     STREAM_TIMEOUT,
     EventParser,
     Patience,
@@ -46,10 +47,16 @@ class AsyncClient:
     ```
     """
 
-    def __init__(self, url: str | None = None, key: str | None = None) -> None:
-        """By default CELERIAC_API_URL and CELERIAC_API_KEY. Raises ClientError if no URL is named."""
+    def __init__(
+        self, url: str | None = None, key: str | None = None, *, patience_seconds: float = PATIENCE_SECONDS
+    ) -> None:
+        """By default CELERIAC_API_URL and CELERIAC_API_KEY. Raises ClientError if no URL is named.
+
+        For `patience_seconds`, what fails because the API is away or overloaded is tried again.
+        """
         self.url = url_of_api(url)
         self._http = httpx.AsyncClient(**http_options(self.url, key))
+        self._patience_seconds = patience_seconds
         self._has_answered = False
         self._default_model: str | None = None
 
@@ -72,7 +79,7 @@ class AsyncClient:
         """Submit a job and return it as accepted."""
         body = {"model": fields.get("model") or await self.default_model()} | job_fields(prompt, fields)
         headers = {"idempotency-key": idempotency_key or new_idempotency_key()}
-        patience = Patience()
+        patience = Patience(self._patience_seconds)
         while True:
             try:
                 return JobSnapshot.of(await self._ask("POST", "/v1/jobs", json=body, headers=headers))
@@ -93,7 +100,7 @@ class AsyncClient:
         on_queue_update: Callable[[QueueUpdate], None] | None = None,
     ) -> JobSnapshot:
         """The job as it ended, whether or not it was completed. Raises TimeoutError; the job goes on."""
-        waiting = WaitForEnd(job_id, timeout, on_queue_update)
+        waiting = WaitForEnd(job_id, timeout, on_queue_update, Patience(self._patience_seconds))
         while True:
             try:
                 job = await self.get(job_id, wait_seconds=waiting.poll_seconds)
@@ -121,7 +128,7 @@ class AsyncClient:
 
     async def stream(self, job_id: str, *, starting_after: str | None = None) -> AsyncGenerator[StreamEvent, None]:
         """Every event of the job up to its terminal one, each once, whatever happens to the connection."""
-        resumption = Resumption(job_id, starting_after)
+        resumption = Resumption(job_id, starting_after, Patience(self._patience_seconds))
         while not resumption.has_ended:
             failure: ClientError | None = None
             try:
@@ -206,7 +213,7 @@ class AsyncClient:
         self, batch_id: str, results: Path, *, on_progress: Callable[[BatchSnapshot], None] | None = None
     ) -> BatchSnapshot:
         """Wait for a batch and write its results. Raises ClientError if its file was refused."""
-        patience = Patience()
+        patience = Patience(self._patience_seconds)
         while True:
             try:
                 batch = BatchSnapshot.of(await self._ask("GET", f"/v1/batches/{batch_id}"))
@@ -249,7 +256,7 @@ class AsyncClient:
             raise self._unreachable(exc) from exc
 
     async def _submit_patiently(self, prompt: Prompt, key: str, fields: dict[str, Any]) -> JobSnapshot:
-        patience = Patience(seconds=float("inf"))
+        patience = Patience(float("inf"))
         while True:
             try:
                 return await self.submit(prompt, idempotency_key=key, **fields)

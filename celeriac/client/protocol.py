@@ -108,7 +108,7 @@ def unreachable(url: httpx.URL, cause: Exception, *, was_there: bool) -> ApiUnre
 class Patience:
     """When to try again after a failure, and when to give up. For one operation that may take many requests."""
 
-    seconds: float = PATIENCE_SECONDS  # since the last success
+    seconds: float  # since the last success
     _gives_up_at: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,8 +130,8 @@ class Resumption:
     """Where a stream stands, so that each new connection continues after the last event that was seen."""
 
     job_id: str
-    cursor: str | None = None
-    patience: Patience = field(default_factory=Patience)
+    cursor: str | None
+    patience: Patience
     has_ended: bool = False
 
     @property
@@ -161,9 +161,13 @@ class WaitForEnd:
     """The state of a wait for a job's end by long polls."""
 
     def __init__(
-        self, job_id: str, timeout: float | None, on_queue_update: Callable[[QueueUpdate], None] | None
+        self,
+        job_id: str,
+        timeout: float | None,
+        on_queue_update: Callable[[QueueUpdate], None] | None,
+        patience: Patience,
     ) -> None:
-        self.patience = Patience()
+        self.patience = patience
         self._job_id = job_id
         self._timeout = timeout
         self._ends_at = None if timeout is None else time.monotonic() + timeout

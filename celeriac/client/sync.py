@@ -15,6 +15,7 @@ from celeriac.client.protocol import (
     BATCH_POLL_SECONDS,
     CONNECT_SECONDS,
     NUM_PENDING_PER_PLACE,
+    PATIENCE_SECONDS,
     STREAM_TIMEOUT,
     EventParser,
     Patience,
@@ -47,10 +48,16 @@ class Client:
     ```
     """
 
-    def __init__(self, url: str | None = None, key: str | None = None) -> None:
-        """By default CELERIAC_API_URL and CELERIAC_API_KEY. Raises ClientError if no URL is named."""
+    def __init__(
+        self, url: str | None = None, key: str | None = None, *, patience_seconds: float = PATIENCE_SECONDS
+    ) -> None:
+        """By default CELERIAC_API_URL and CELERIAC_API_KEY. Raises ClientError if no URL is named.
+
+        For `patience_seconds`, what fails because the API is away or overloaded is tried again.
+        """
         self.url = url_of_api(url)
         self._http = httpx.Client(**http_options(self.url, key))
+        self._patience_seconds = patience_seconds
         self._has_answered = False
         self._default_model: str | None = None
 
@@ -81,7 +88,7 @@ class Client:
         """
         body = {"model": fields.get("model") or self.default_model()} | job_fields(prompt, fields)
         headers = {"idempotency-key": idempotency_key or new_idempotency_key()}
-        patience = Patience()
+        patience = Patience(self._patience_seconds)
         while True:
             try:
                 return JobSnapshot.of(self._ask("POST", "/v1/jobs", json=body, headers=headers))
@@ -103,7 +110,7 @@ class Client:
     ) -> JobSnapshot:
         """The job as it ended, whether or not it was completed. Raises TimeoutError after `timeout` seconds; the job
         goes on. `on_queue_update` is called whenever its place in the queue changes, and when it starts."""
-        waiting = WaitForEnd(job_id, timeout, on_queue_update)
+        waiting = WaitForEnd(job_id, timeout, on_queue_update, Patience(self._patience_seconds))
         while True:
             try:
                 job = self.get(job_id, wait_seconds=waiting.poll_seconds)
@@ -143,7 +150,7 @@ class Client:
             print(event.text, end="", flush=True)
         ```
         """
-        resumption = Resumption(job_id, starting_after)
+        resumption = Resumption(job_id, starting_after, Patience(self._patience_seconds))
         while not resumption.has_ended:
             failure: ClientError | None = None
             try:
@@ -233,7 +240,7 @@ class Client:
         self, batch_id: str, results: Path, *, on_progress: Callable[[BatchSnapshot], None] | None = None
     ) -> BatchSnapshot:
         """Wait for a batch and write its results. Raises ClientError if its file was refused."""
-        patience = Patience()
+        patience = Patience(self._patience_seconds)
         while True:
             try:
                 batch = BatchSnapshot.of(self._ask("GET", f"/v1/batches/{batch_id}"))
@@ -276,7 +283,7 @@ class Client:
             raise self._unreachable(exc) from exc
 
     def _submit_patiently(self, prompt: Prompt, key: str, fields: dict[str, Any]) -> JobSnapshot:
-        patience = Patience(seconds=float("inf"))
+        patience = Patience(float("inf"))
         while True:
             try:
                 return self.submit(prompt, idempotency_key=key, **fields)
