@@ -19,6 +19,7 @@ from domain.requests import ChatMessage, Effort, GenerationRequest
 from domain.structured_output import ToolDefinition
 from local.engine_environments import GPU_DEVICES
 from observability import describe_exception
+from text.content_marks import ContentMarks, Rendered
 from text.model_files import (
     GenerationDefaults,
     embedding_width,
@@ -35,9 +36,7 @@ from text.outputs import OutputFormat, ReasoningFormat, output_format_of
 from text.templates import DEFAULT, NO_VALUES, ChatTemplate, TemplateChoice, load_templates, plain_message, plain_tool
 from text.tokenizers import (
     ByteEncoder,
-    ContentMarks,
     Encoder,
-    Rendered,
     TokenizerEncoder,
     TokenPiece,
     content_marks,

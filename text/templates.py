@@ -25,9 +25,9 @@ from domain.catalog import ModelEntry
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.requests import ChatMessage
 from domain.structured_output import ToolCall, ToolDefinition
+from text.content_marks import MARK
 from text.model_files import read_json_file, read_text_file
 from text.thinking import ThinkingControls
-from text.tokenizers import MARK
 
 #: What a template may raise for messages that it does not support: its own errors and Python's.
 _TEMPLATE_ERRORS = (

@@ -24,7 +24,7 @@ import psycopg
 from rich.console import Console
 from rich.live import Live
 
-from gpu_worker.engine.backends.fake import num_drawn_tokens
+from gpu_worker.engine.fake_tokens import num_drawn_tokens
 from settings import ROOT
 from tests.chaos import audit, stalls
 from tests.chaos.clients import Clients

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from gpu_worker.engine.backends.fake import chained_token, next_link
+from gpu_worker.engine.fake_tokens import chained_token, next_link
 from tests.chaos.audit import Change, Owner, figures, judge_changes
 from tests.chaos.checker import Stored, StoredJob, broken_link, judge
 from tests.chaos.clients import Connection, Delta, History

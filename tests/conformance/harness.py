@@ -8,7 +8,7 @@ import httpx
 import openai
 
 from domain.jobs import parse_id
-from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.engine.fake_tokens import fake_text
 from tests.integration.api_harness import ApiServer
 from tests.integration.runner_harness import RecordingRunner, Rig
 

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from domain.jobs import parse_id
-from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.engine.fake_tokens import fake_text
 from tests.conformance.harness import Served
 
 MODEL = "test-model"

@@ -13,7 +13,7 @@ import pytest
 from openai.types.responses import ResponseStreamEvent
 
 from domain.jobs import parse_id
-from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.engine.fake_tokens import fake_text
 from tests.chaos.plant import Plant, start_prepared
 from tests.waiting import wait_until
 

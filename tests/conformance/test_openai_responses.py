@@ -10,7 +10,7 @@ import pytest
 from openai.types.responses import Response, ResponseOutputMessage
 
 from domain.jobs import parse_id
-from gpu_worker.engine.backends.fake import WORDS, fake_text
+from gpu_worker.engine.fake_tokens import WORDS, fake_text
 from tests.conformance.harness import MESSAGES, Served
 from tests.integration.api_harness import ApiServer
 

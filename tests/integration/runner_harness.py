@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.jobs import JobKind, JobStatus
 from domain.model_names import model_name
 from domain.requests import EmbeddingRequest, GenerationRequest, GenerationResult, JobOutput, SamplingParams, TokenChunk
-from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.engine.fake_tokens import fake_text
 from gpu_worker.quarantine import SHIPPED_RULES, QuarantineRules
 from gpu_worker.serving import JobRunner
 from gpu_worker.threads import RunnerEvent, RunnerEventKind, WorkerFailure

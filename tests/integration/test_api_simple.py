@@ -11,7 +11,7 @@ import pytest
 from domain.catalog import Catalog
 from domain.jobs import JobStatus, parse_id
 from gpu_worker import intake
-from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.engine.fake_tokens import fake_text
 from storage import tenants
 from storage.tables import DEFAULT_TENANT_ID
 from tests.conftest import MakeTenant

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.jobs import FinishReason, JobStatus, WorkerState
 from domain.requests import SamplingParams, TokenChunk
 from gpu_worker import intake, threads
-from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.engine.fake_tokens import fake_text
 from gpu_worker.threads import RunnerEventKind
 from storage import jobs, workers
 from storage.jobs import ChunkCommit

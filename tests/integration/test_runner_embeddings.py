@@ -8,7 +8,7 @@ import numpy as np
 
 from domain.jobs import JobStatus
 from domain.requests import EmbeddingResult
-from gpu_worker.engine.backends.fake import fake_vector
+from gpu_worker.engine.fake_tokens import fake_vector
 from gpu_worker.threads import RunnerEventKind
 from tests.integration.runner_harness import Rig
 from tests.waiting import wait_until

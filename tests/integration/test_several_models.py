@@ -17,7 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from domain.jobs import WorkerState
-from gpu_worker.engine.backends.fake import fake_text
+from gpu_worker.engine.fake_tokens import fake_text
 from storage import workers
 from tests.chaos.plant import Part, Plant, start_prepared
 from tests.integration.runner_harness import Rig

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from domain.catalog import ModelSpec
 from domain.errors import OutOfMemory
-from gpu_worker.engine.backends.fake import END_TOKEN_ID, FakeBackend, fake_text
+from gpu_worker.engine.backends.fake import FakeBackend
+from gpu_worker.engine.fake_tokens import END_TOKEN_ID, fake_text
 from gpu_worker.engine_process.frames import AddJob, StepDone
 
 PROMPT = [1, 2, 3]

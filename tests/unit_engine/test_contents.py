@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from domain.requests import ChatMessage, GenerationRequest
 from domain.structured_output import ToolDefinition
 from tests.unit.test_models import make_spec
+from text.content_marks import MARK, ContentMarks
 from text.models import ModelView, load_model_view
-from text.tokenizers import MARK, ContentMarks
 
 CHATML = (
     "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{{ '\n' }}{% endfor %}"
