@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from api import admin, anthropic, anthropic_batches, health, jobs, simple, tokens, webhooks
+from api import admin, anthropic, anthropic_batches, health, jobs, simple, stream_tokens, tokens, webhooks
 from api.anthropic_batches import MAX_BATCH_BYTES
 from api.errors import ImpliedMethods, register_error_handlers
 from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
@@ -115,6 +115,8 @@ for prefix in INSTEAD_BY_PREFIX:
 ROUTERS = (
     not_offered_router,  # first: other routes would take some of its paths for ids
     jobs.router,
+    jobs.readers,
+    stream_tokens.router,
     *(module.router for module in (inference, responses, files, batches)),
     anthropic.router,
     anthropic_batches.router,

@@ -36,6 +36,7 @@ from domain.errors import (
     PermissionDenied,
     RequestTooLarge,
     StorageFull,
+    StorageUnavailable,
 )
 from observability import describe_exception, request_id_context
 
@@ -115,6 +116,10 @@ async def _answer_options(methods: Sequence[str], send: Send) -> None:
     headers = [(b"allow", ", ".join(methods).encode())]
     await send({"type": "http.response.start", "status": 204, "headers": headers})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def database_unavailable() -> StorageUnavailable:
+    return StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2)
 
 
 MIN_RETRY_AFTER_SECONDS = 1

@@ -14,9 +14,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import Request
 
+from api.errors import database_unavailable
 from api.openapi import TEXT
 from api.queue_monitor import Finding, ModelQueue
-from api.services import Services, database_unavailable, private_router, require_admin, services_of
+from api.services import Services, private_router, require_admin, services_of
 from dialects.openai_views import View
 from domain.jobs import IN_GOOD_ORDER, WaitingFor
 from metrics import Process, registries

@@ -199,6 +199,7 @@ class EventsQuery(QueryModel):
         default="start", alias="from", description="Where to begin if no cursor is sent."
     )
     include: str = Field(default="", description="token_ids adds the token ids of each delta.")
+    token: str | None = Field(default=None, description="A stream token, in place of a key.")
 
 
 class ListQuery(PageQuery):

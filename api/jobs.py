@@ -35,7 +35,7 @@ from api.inputs import (
 )
 from api.limits import size_of
 from api.openapi import EVENTS, TEXT, request_body
-from api.services import Services, caller_of, private_router
+from api.services import Services, caller_of, private_router, stream_router
 from dialects.bodies import parse_model
 from dialects.native import (
     BODY_SCHEMA,
@@ -63,6 +63,8 @@ from storage.tables import Job, JobAttempt
 from tasks.submit import Resubmission, Submitted, resubmit
 
 router = private_router("Jobs")
+
+readers = stream_router("Jobs")
 
 POLL_MILLISECONDS = 1_000  # how often a client that does not use long polling should poll
 
@@ -153,7 +155,7 @@ async def read_job(job_id: str, request: Request) -> Response:
     return answer_job(view, {"x-job-id": str(view["id"])}, pending_status=200)
 
 
-@router.get(
+@readers.get(
     "/v1/jobs/{job_id}/events",
     response_class=Response,
     responses={200: EVENTS, 204: {"description": "The client has already received the last event."}},

@@ -1,7 +1,6 @@
-"""The services that all requests of an API process share, authentication, and the base class of private routes."""
+"""The services that all requests of an API process share, and the base class of private routes."""
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -14,24 +13,24 @@ from uuid import UUID
 import redis.asyncio
 from fastapi import APIRouter, Response
 from fastapi.routing import APIRoute
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from starlette.requests import Request
 
+from api.authentication import REMEMBER_SECONDS, Authenticator, Credential
+from api.errors import database_unavailable
 from api.limits import LargeWork, StreamSlots, UploadSlots
 from api.openapi import NEEDS_KEY, REFUSALS
 from api.queue_monitor import QueueMonitor
 from dialects.native import QueueView
 from domain.catalog import Catalog
-from domain.errors import AuthenticationFailed, PermissionDenied, StorageFull, StorageUnavailable
+from domain.errors import PermissionDenied, StorageFull
 from domain.jobs import JobStatus
 from observability import EventLoopMonitor, describe_exception
 from settings import Settings
-from storage import jobs, tenants
+from storage import jobs
 from storage.database import OUTAGES, async_session_factory, open_async_database, open_statement_database, repeatable
 from storage.streams import REDIS_OUTAGES, StreamMessage, StreamReader, channel_of
-from storage.tables import DEFAULT_TENANT_ID
 from tasks import job_log
 from tasks.accept import open_acceptor
 from tasks.dispatch import Dispatcher
@@ -40,99 +39,9 @@ from text.models import ModelViews, follow_models
 
 log = logging.getLogger(__name__)
 
-REMEMBER_SECONDS = 5.0  # how long a result is cached; after this, a revoked key is refused everywhere
+P = ParamSpec("P")
 
-RECHECK_SECONDS = 2.0  # between two checks of the keys that have streams open
-
-MAX_REMEMBERED = 10_000  # keys
-
-
-class Identity(NamedTuple):
-    tenant_id: UUID
-    is_admin: bool
-
-
-class Authenticator:
-    """Resolves the Authorization header. Caches results, including refusals, by the hash of the key."""
-
-    def __init__(self, sessions: async_sessionmaker[AsyncSession], *, is_open: bool) -> None:
-        """`is_open`: no key is required; every request belongs to the default tenant and has the admin role."""
-        self._sessions = sessions
-        self._is_open = is_open
-        self._remembered: dict[bytes, tuple[Identity | None, float]] = {}
-        self._watched: dict[str, tuple[asyncio.Event, int]] = {}  # by key: set once revoked; number of waiters
-        self._watching: asyncio.Task[None] | None = None
-
-    async def aclose(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait((self._watching,))
-
-    async def identify(self, authorization: str | None) -> Identity:
-        """Raises AuthenticationFailed, with the same message for every kind of invalid key, or StorageUnavailable."""
-        if self._is_open:
-            return Identity(DEFAULT_TENANT_ID, is_admin=True)
-        key = _bearer_key(authorization)
-        digest = hashlib.sha256(key.encode()).digest()
-        identity, until = self._remembered.get(digest, (None, 0.0))
-        if time.monotonic() >= until:
-            identity = await self._look_up(key)
-            self._remember(digest, identity)
-        if identity is None:
-            raise AuthenticationFailed("this API key is not valid; check it, or ask for a new one")
-        return identity
-
-    async def wait_until_revoked(self, authorization: str | None) -> None:
-        """Returns once the key of an authenticated request is revoked or expires; never if no key is required. While
-        the database does not answer, a key counts as valid."""
-        if self._is_open:
-            await asyncio.Event().wait()
-        key = _bearer_key(authorization)
-        revoked, num_waiting = self._watched.get(key, (asyncio.Event(), 0))
-        self._watched[key] = revoked, num_waiting + 1
-        if self._watching is None or self._watching.done():
-            self._watching = asyncio.create_task(self._watch())
-        try:
-            await revoked.wait()
-        finally:
-            revoked, num_waiting = self._watched.pop(key)
-            if num_waiting > 1:
-                self._watched[key] = revoked, num_waiting - 1
-
-    async def _watch(self) -> None:
-        """One query per key and round, however many streams it has open. Ends when no stream is open any more."""
-        while self._watched:
-            await asyncio.sleep(RECHECK_SECONDS)
-            for key, (revoked, _) in list(self._watched.items()):
-                try:
-                    identity = await self._look_up(key)
-                except StorageUnavailable:
-                    break  # try again in the next round
-                if identity is None:
-                    self._remember(hashlib.sha256(key.encode()).digest(), None)
-                    revoked.set()
-
-    async def _look_up(self, key: str) -> Identity | None:
-        try:
-            row = await repeatable(self._sessions, tenants.resolve_key, key)
-        except (SQLAlchemyError, OSError) as exc:
-            raise database_unavailable() from exc
-        return None if row is None else Identity(row.tenant_id, row.is_admin)
-
-    def _remember(self, digest: bytes, identity: Identity | None) -> None:
-        if len(self._remembered) >= MAX_REMEMBERED:
-            self._remembered.clear()
-        self._remembered[digest] = (identity, time.monotonic() + REMEMBER_SECONDS)
-
-
-def _bearer_key(authorization: str | None) -> str:
-    scheme, _, key = (authorization or "").partition(" ")
-    if not authorization:
-        raise AuthenticationFailed("there is no API key; send Authorization: Bearer <key>")
-    if scheme.lower() != "bearer" or not key.strip():
-        raise AuthenticationFailed("the Authorization header has no bearer key; send Authorization: Bearer <key>")
-    return key.strip()
-
+T = TypeVar("T")
 
 REDIS_TIMEOUT_SECONDS = 2.0
 
@@ -143,10 +52,6 @@ ANNOUNCE_SECONDS = 0.5  # how long Redis may take to publish a transition
 AFTER_ALL_CHUNKS = 2**31 - 1  # a stream that begins here has status changes only
 
 ANSWER_SECONDS = 5.0  # how long a query may take before the client gets a 503
-
-P = ParamSpec("P")
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -310,10 +215,6 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         yield services
 
 
-def database_unavailable() -> StorageUnavailable:
-    return StorageUnavailable("the database does not answer; retry in a moment", retry_after_seconds=2)
-
-
 def open_redis(url: str) -> "redis.asyncio.Redis":
     return redis.asyncio.Redis.from_url(
         url, socket_timeout=REDIS_TIMEOUT_SECONDS, socket_connect_timeout=REDIS_TIMEOUT_SECONDS
@@ -329,6 +230,11 @@ def _read_exception(task: "asyncio.Task[Any]") -> None:
 class Caller(NamedTuple):
     services: Services
     tenant_id: UUID
+
+
+def stream_router(section: str) -> APIRouter:
+    """As `private_router`, for routes of one job's stream (`{job_id}` in their paths), which stream tokens may read."""
+    return APIRouter(route_class=StreamRoute, responses=REFUSALS, tags=[section])
 
 
 def private_router(section: str) -> APIRouter:
@@ -349,17 +255,40 @@ class PrivateRoute(APIRoute):
         answer = super().get_route_handler()
 
         async def answer_authenticated(request: Request) -> Response:
-            authorization = _authorization_of(request)
-            authenticator = services_of(request).authenticator
-            request.state.tenant_id, request.state.is_admin = await authenticator.identify(authorization)
-            request.state.until_revoked = partial(authenticator.wait_until_revoked, authorization)
+            credential = self.credential_of(request)
+            identity = await credential.identify()
+            request.state.tenant_id, request.state.is_admin, request.state.key_id = identity
+            request.state.until_revoked = credential.wait_until_revoked
             started = time.monotonic()
             response = await answer(request)
             if request.method == "GET" and time.monotonic() - started > REMEMBER_SECONDS:
-                await authenticator.identify(authorization)  # a key revoked during a long poll gets no answer
+                await credential.identify()  # a key revoked during a long poll gets no answer
             return response
 
         return answer_authenticated
+
+    def credential_of(self, request: Request) -> Credential:
+        authorization = _authorization_of(request)
+        authenticator = services_of(request).authenticator
+        return Credential(
+            partial(authenticator.identify, authorization), partial(authenticator.wait_until_revoked, authorization)
+        )
+
+
+class StreamRoute(PrivateRoute):
+    """A private GET route of one job's stream, which `?token=`, a stream token, opens as well. If there is one, it
+    decides."""
+
+    def credential_of(self, request: Request) -> Credential:
+        token = request.query_params.get("token")
+        if token is None:
+            return super().credential_of(request)
+        job_id = request.path_params["job_id"]
+        authenticator = services_of(request).authenticator
+        return Credential(
+            partial(authenticator.identify_reader, token, job_id),
+            partial(authenticator.wait_until_expired, token, job_id),
+        )
 
 
 def _authorization_of(request: Request) -> str | None:

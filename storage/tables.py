@@ -131,6 +131,7 @@ class Tenant(Row):
     name: Mapped[str] = mapped_column(unique=True)
     max_queued: Mapped[int | None]  # None: the installation's limit
     weight: Mapped[float] = mapped_column(REAL, server_default="1")
+    signing_key: Mapped[UUID] = mapped_column(server_default=func.gen_random_uuid())  # of its stream tokens
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 

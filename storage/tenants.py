@@ -17,7 +17,8 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from domain.errors import ExpectedError
-from storage.tables import ApiKey, Tenant, TenantLoad
+from domain.stream_tokens import StreamToken
+from storage.tables import DEFAULT_TENANT_ID, ApiKey, Tenant, TenantLoad
 
 
 def create_tenant(session: Session, name: str, *, max_queued: int | None = None, weight: float = 1.0) -> Tenant:
@@ -85,11 +86,33 @@ def resolve_key(session: Session, key: str) -> ApiKey | None:
         key_id, secret = _parts(key)
     except MalformedKey:
         return None
-    now = func.statement_timestamp()
-    is_live = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now))
-    row = session.scalar(select(ApiKey).where(ApiKey.id == key_id, *is_live))
+    row = _live_key(session, key_id)
     stored = row.secret_sha256 if row is not None else bytes(32)
     return row if hmac.compare_digest(stored, _sha256(secret)) else None
+
+
+def _live_key(session: Session, key_id: str) -> ApiKey | None:
+    now = func.statement_timestamp()
+    is_live = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now))
+    return session.scalar(select(ApiKey).where(ApiKey.id == key_id, *is_live))
+
+
+def sign(session: Session, token: StreamToken, tenant_id: UUID) -> str:
+    """The token as text, signed for a tenant that exists."""
+    return token.signed(session.scalars(select(Tenant.signing_key).where(Tenant.id == tenant_id)).one())
+
+
+def reader_of(session: Session, token: StreamToken, *, needs_key: bool) -> UUID | None:
+    """The tenant who had the token made; None if it is forged or expired or, where keys are needed, if its key is no
+    longer valid."""
+    if needs_key:
+        key = _live_key(session, token.key_id)
+        tenant_id = None if key is None else key.tenant_id
+    else:
+        tenant_id = DEFAULT_TENANT_ID
+    signing_key = session.scalar(select(Tenant.signing_key).where(Tenant.id == tenant_id))
+    is_valid = signing_key is not None and token.is_signed_with(signing_key) and not token.is_expired
+    return tenant_id if is_valid else None
 
 
 def revoke_key(session: Session, key_id: str, tenant_id: UUID) -> bool:

@@ -116,7 +116,7 @@ def test_a_revoked_key_is_refused_once_it_is_forgotten(
     session_factory: sessionmaker[Session],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("api.services.REMEMBER_SECONDS", 0.2)
+    monkeypatch.setattr("api.authentication.REMEMBER_SECONDS", 0.2)
     key = make_key()
     with api.client(key) as client:
         assert client.get("/v1/jobs").status_code == 200

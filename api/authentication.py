@@ -1,0 +1,175 @@
+"""Who sends a request: keys and stream tokens, looked up in storage and watched while they have streams open."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from uuid import UUID
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+
+from api.errors import database_unavailable
+from domain.errors import AuthenticationFailed, StorageUnavailable
+from domain.jobs import parse_id
+from domain.stream_tokens import StreamToken
+from storage import tenants
+from storage.database import repeatable
+from storage.tables import DEFAULT_TENANT_ID
+
+REMEMBER_SECONDS = 5.0  # how long a result is cached; after this, a revoked key is refused everywhere
+
+RECHECK_SECONDS = 2.0  # between two checks of the keys that have streams open
+
+MAX_REMEMBERED = 10_000  # keys
+
+P = ParamSpec("P")
+
+T = TypeVar("T")
+
+
+class Identity(NamedTuple):
+    tenant_id: UUID
+    is_admin: bool
+    key_id: str | None  # None: no key is required
+
+
+class Credential(NamedTuple):
+    """A request's key or stream token."""
+
+    identify: Callable[[], Coroutine[Any, Any, Identity]]
+    wait_until_revoked: Callable[[], Coroutine[Any, Any, None]]
+
+
+@dataclass(slots=True)
+class Watch:
+    """Of a key or token that has streams open."""
+
+    look_up: Callable[[], Awaitable[object | None]]  # None once it is not valid any more
+    revoked: asyncio.Event = field(default_factory=asyncio.Event)
+    num_waiting: int = 0
+
+
+class Authenticator:
+    """Resolves the Authorization header. Caches results, including refusals, by the hash of the key."""
+
+    def __init__(self, sessions: async_sessionmaker[AsyncSession], *, is_open: bool) -> None:
+        """`is_open`: no key is required; every request belongs to the default tenant and has the admin role."""
+        self._sessions = sessions
+        self._is_open = is_open
+        self._remembered: dict[bytes, tuple[Identity | None, float]] = {}
+        self._watched: dict[str, Watch] = {}  # by key or token
+        self._watching: asyncio.Task[None] | None = None
+
+    async def aclose(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait((self._watching,))
+
+    async def identify(self, authorization: str | None) -> Identity:
+        """Raises AuthenticationFailed, with the same message for every kind of invalid key, or StorageUnavailable."""
+        if self._is_open:
+            return Identity(DEFAULT_TENANT_ID, is_admin=True, key_id=None)
+        key = _bearer_key(authorization)
+        digest = hashlib.sha256(key.encode()).digest()
+        identity, until = self._remembered.get(digest, (None, 0.0))
+        if time.monotonic() >= until:
+            identity = await self._look_up(key)
+            self._remember(digest, identity)
+        if identity is None:
+            raise AuthenticationFailed("this API key is not valid; check it, or ask for a new one")
+        return identity
+
+    async def identify_reader(self, token: str, job_id: str) -> Identity:
+        """Whose job's stream the token opens. Raises AuthenticationFailed, with the same message for every kind of
+        invalid token, or StorageUnavailable."""
+        identity = await self._look_up_token(token, job_id)
+        if identity is None:
+            raise AuthenticationFailed(
+                "this stream token is not valid for this job, or has expired; ask for a new one with "
+                "POST /v1/jobs/{job_id}/stream_token",
+                param="token",
+            )
+        return identity
+
+    async def wait_until_revoked(self, authorization: str | None) -> None:
+        """Returns once the key of an authenticated request is revoked or expires; never if no key is required. While
+        the database does not answer, a key counts as valid."""
+        if self._is_open:
+            await asyncio.Event().wait()
+        key = _bearer_key(authorization)
+        await self._wait_until_invalid(key, partial(self._look_up_again, key))
+
+    async def wait_until_expired(self, token: str, job_id: str) -> None:
+        """Returns once a valid stream token expires, or the key that it was made with is revoked."""
+        await self._wait_until_invalid(token, partial(self._look_up_token, token, job_id))
+
+    async def _wait_until_invalid(self, credential: str, look_up: Callable[[], Awaitable[object | None]]) -> None:
+        watch = self._watched.setdefault(credential, Watch(look_up))
+        watch.num_waiting += 1
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._watch())
+        try:
+            await watch.revoked.wait()
+        finally:
+            watch.num_waiting -= 1
+            if not watch.num_waiting:
+                del self._watched[credential]
+
+    async def _watch(self) -> None:
+        """One query per key or token and round, however many streams it has open. Ends when no stream is open any
+        more."""
+        while self._watched:
+            await asyncio.sleep(RECHECK_SECONDS)
+            for watch in list(self._watched.values()):
+                try:
+                    found = await watch.look_up()
+                except StorageUnavailable:
+                    break  # try again in the next round
+                if found is None:
+                    watch.revoked.set()
+
+    async def _look_up_again(self, key: str) -> Identity | None:
+        identity = await self._look_up(key)
+        if identity is None:
+            self._remember(hashlib.sha256(key.encode()).digest(), None)
+        return identity
+
+    async def _look_up(self, key: str) -> Identity | None:
+        row = await self._ask(tenants.resolve_key, key)
+        return None if row is None else Identity(row.tenant_id, row.is_admin, row.id)
+
+    async def _look_up_token(self, text: str, job_id: str) -> Identity | None:
+        try:
+            token = StreamToken.read(text)
+            is_for_job = parse_id(job_id) == token.job_id
+        except ValueError:
+            return None
+        if token.is_expired or not is_for_job:
+            return None
+        tenant_id = await self._ask(tenants.reader_of, token, needs_key=not self._is_open)
+        return None if tenant_id is None else Identity(tenant_id, is_admin=False, key_id=token.key_id)
+
+    async def _ask(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await repeatable(self._sessions, function, *args, **kwargs)
+        except (SQLAlchemyError, OSError) as exc:
+            raise database_unavailable() from exc
+
+    def _remember(self, digest: bytes, identity: Identity | None) -> None:
+        if len(self._remembered) >= MAX_REMEMBERED:
+            self._remembered.clear()
+        self._remembered[digest] = (identity, time.monotonic() + REMEMBER_SECONDS)
+
+
+def _bearer_key(authorization: str | None) -> str:
+    scheme, _, key = (authorization or "").partition(" ")
+    if not authorization:
+        raise AuthenticationFailed("there is no API key; send Authorization: Bearer <key>")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise AuthenticationFailed("the Authorization header has no bearer key; send Authorization: Bearer <key>")
+    return key.strip()
