@@ -21,6 +21,7 @@ from dialects.bodies import Model, invalid_request, parse_model
 from dialects.fields import HintTree
 from dialects.native import NO_NUL, JobOptionFields, MetadataKey, MetadataValue
 from dialects.openai_views import REFERENCE, View, page
+from domain.catalog import Task
 from domain.errors import InvalidCursor, InvalidRequest
 from domain.jobs import FirstErrorModel, JobStatus, parse_id, parse_id_of_other
 
@@ -36,6 +37,15 @@ async def read_model(request: Request, model: type[Model], hints: HintTree | Non
     size. Raises InvalidRequest, UnsupportedMediaType, RequestTimeout or ServerOverloaded."""
     require_json(request)
     return await off_loop(request, parse_model, await read_body(request), model, hints)
+
+
+async def read_for_model(
+    request: Request, model: type[Model], hints: HintTree | None = None, *, task: Task = "generation"
+) -> Model:
+    """Like `read_model`, for a body with a `model`, which is by default the installation's for the task."""
+    require_json(request)
+    default_model = services_of(request).catalog.default_id_for(task)
+    return await off_loop(request, parse_model, await read_body(request), model, hints, default_model=default_model)
 
 
 async def off_loop(

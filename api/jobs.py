@@ -53,6 +53,7 @@ from dialects.native import (
     output_view,
 )
 from dialects.openai_views import DeletedView, page
+from domain.catalog import Catalog, Task
 from domain.errors import JobNotFound, JobNotRetryable
 from domain.jobs import FirstErrorModel, JobKind, JobStatus, external_id, parse_id
 from metrics import stream_resumes_total
@@ -89,7 +90,7 @@ async def submit_job(request: Request) -> Response:
     services, tenant_id = caller_of(request)
     require_json(request)
     content = await read_body(request)
-    body = await off_loop(request, _parse, content)
+    body = await off_loop(request, _parse, content, services.catalog)
     options = body.to_options(idempotency_key(request, body))
     submitted = await services.submitter.submit(tenant_id, body.to_request(), options)
     wait_seconds = preferred_wait(request.headers.get("prefer"))
@@ -106,8 +107,10 @@ async def submit_job(request: Request) -> Response:
     return answer_job(view, headers, pending_status=202)
 
 
-def _parse(content: bytes) -> JobBody | EmbeddingJobBody:
-    return parse_model(content, body_class(content))
+def _parse(content: bytes, catalog: Catalog) -> JobBody | EmbeddingJobBody:
+    body = body_class(content)
+    task: Task = "embedding" if body is EmbeddingJobBody else "generation"
+    return parse_model(content, body, default_model=catalog.default_id_for(task))
 
 
 @router.get("/v1/jobs", **listing(JobListView, ListQuery))

@@ -9,22 +9,22 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.inputs import off_loop, read_model
+from api.inputs import off_loop, read_for_model
 from api.openai.answers import Framing, WholeAnswer, stream_answer
 from api.openai.running import Asked, answer_headers, start, start_all
 from api.openapi import EVENTS, request_body
-from api.services import Services, caller_of, private_router, services_of
+from api.services import Services, caller_of, private_router
 from dialects.aliases import MAX_TOKENS, SAMPLING
-from dialects.openai import OpenAIModel, Strings, build, publish_bounds, strings
+from dialects.openai import SamplingBody, Strings, build, strings
 from dialects.openai_views import View
 from domain.errors import InvalidRequest, ServerOverloaded, TooManyQueuedJobs
 from domain.jobs import Endpoint, external_id
-from domain.requests import GenerationRequest, GenerationResult, JobOptions, SamplingParams, TokenChunk
+from domain.requests import GenerationRequest, GenerationResult, JobOptions, TokenChunk
 from storage import job_queries
 from storage.job_queries import JobRecord
 from tasks.prepare import resolve_params
@@ -38,33 +38,20 @@ router = private_router("Simple")
 Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 
-class SimpleBody(OpenAIModel):
+class SimpleBody(SamplingBody):
     """The parameters that every simple route takes. Those left out have the model's defaults."""
-
-    model_config = ConfigDict(json_schema_extra=publish_bounds)
 
     ALIASES = SAMPLING | MAX_TOKENS
 
-    model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None  # None: the default one
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
     stop: Strings | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
 
-    def to_request(self, services: Services, source: Mapping[str, Any], **params: Any) -> GenerationRequest:
+    def to_request(self, source: Mapping[str, Any], **params: Any) -> GenerationRequest:
         """`source` is {"prompt": ...} or {"messages": ...}; `params` override fields of the body. Raises
         InvalidRequest."""
-        fields = {name: getattr(self, name, None) for name in SamplingParams.model_fields}
-        sampling = build(SamplingParams, fields | {"stop": strings(self.stop)} | params)
-        model = self.model or services.catalog.default.id
-        return build(GenerationRequest, {"model": model, "params": sampling} | dict(source))
+        sampling = self.sampling(**{"stop": strings(self.stop)} | params)
+        return build(GenerationRequest, {"model": self.model, "params": sampling} | dict(source))
 
 
 class GenerateBody(SimpleBody):
@@ -72,9 +59,9 @@ class GenerateBody(SimpleBody):
     prompts: Prompts | None = None
     inputs: str | None = None  # an alias of prompt
 
-    def to_requests(self, services: Services) -> list[GenerationRequest]:
+    def to_requests(self) -> list[GenerationRequest]:
         """Raises InvalidRequest."""
-        return [self.to_request(services, {"prompt": text}) for text in self.texts()]
+        return [self.to_request({"prompt": text}) for text in self.texts()]
 
     def texts(self) -> list[str]:
         """Raises InvalidRequest unless exactly one of the three is given."""
@@ -139,9 +126,8 @@ class InferredView(AnsweredView):
 )
 async def generate(request: Request) -> Response:
     """Continue one prompt, or up to 64 of them: each is a job, and they run at the same time."""
-    body = await read_model(request, GenerateBody)
-    services = services_of(request)
-    generations = await off_loop(request, body.to_requests, services)
+    body = await read_for_model(request, GenerateBody)
+    generations = await off_loop(request, body.to_requests)
     runs = await start_all(request, generations, Asked(Endpoint.SIMPLE, has_stream=False))
     if body.prompts is None:
         return WholeAnswer(runs, lambda records: generated(records[0]))
@@ -156,8 +142,8 @@ async def generate(request: Request) -> Response:
 )
 async def generate_stream(request: Request) -> Response:
     """Continue one prompt and stream the text; the last event has `done`."""
-    body = await read_model(request, GenerateStreamBody)
-    generation = body.to_request(services_of(request), {"prompt": body.text()})
+    body = await read_for_model(request, GenerateStreamBody)
+    generation = body.to_request({"prompt": body.text()})
     run = await start(request, generation, Asked(Endpoint.SIMPLE, has_stream=True))
     return stream_answer(run, GeneratedStream(), Framing(last_frame=b""))
 
@@ -165,10 +151,10 @@ async def generate_stream(request: Request) -> Response:
 @router.post("/chat", responses={200: {"model": TextView}}, openapi_extra=request_body(ChatBody))
 async def chat(request: Request) -> Response:
     """Answer a prompt as a chat message, with the model's system prompt if models.toml has one."""
-    body = await read_model(request, ChatBody)
+    body = await read_for_model(request, ChatBody)
     source = {"messages": [{"role": "user", "content": body.prompt}]}
     max_tokens = CHAT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    generation = body.to_request(services_of(request), source, max_tokens=max_tokens)
+    generation = body.to_request(source, max_tokens=max_tokens)
     run = await start(request, generation, Asked(Endpoint.SIMPLE, has_stream=False))
     return WholeAnswer([run], lambda records: {"text": _text_of(records[0])})
 
@@ -178,9 +164,9 @@ async def infer(request: Request) -> Response:
     """Continue a prompt within CELERIAC_REQUEST_TIMEOUT_SECONDS. A deterministic request may get the answer of an
     earlier job."""
     started = time.monotonic()
-    body = await read_model(request, InferBody)
+    body = await read_for_model(request, InferBody)
     services, tenant_id = caller_of(request)
-    generation = body.to_request(services, {"prompt": body.prompt})
+    generation = body.to_request({"prompt": body.prompt})
     if body.use_cache and (known := await find_answered(services, tenant_id, generation)) is not None:
         return _answer_known(known, started)
     timeout_seconds = services.settings.request_timeout_seconds

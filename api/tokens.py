@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from api.errors import json_response
 from api.health import LiveView
-from api.inputs import off_loop, read_model
+from api.inputs import off_loop, read_for_model
 from api.openapi import request_body
 from api.services import Services, caller_of, private_router, services_of
 from dialects.aliases import Alias, Aliases
@@ -32,11 +32,11 @@ router = private_router("Tokens")
 class TokensBody(OpenAIModel):
     model_config = ConfigDict(json_schema_extra=publish_bounds)
 
-    model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None  # None: the default one
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
     def view(self, services: Services) -> ModelView:
         """Raises ModelNotFound or ModelUnavailable."""
-        return services.views.get(self.model or services.catalog.default.id)
+        return services.views.get(self.model)
 
 
 class TokenizeBody(TokensBody):
@@ -103,7 +103,7 @@ class VersionView(View):
 async def tokenize(request: Request) -> Response:
     """The tokens of a prompt, as a job with it would have them."""
     services, _ = caller_of(request)
-    body = await read_model(request, TokenizeBody, HINT_TREE)
+    body = await read_for_model(request, TokenizeBody, HINT_TREE)
     view = body.view(services)
     if not body.prompt and body.messages is None:
         token_ids: list[int] = []
@@ -124,7 +124,7 @@ def _names(view: ModelView, token_ids: list[int]) -> list[str]:
 @router.post("/detokenize", responses={200: {"model": DetokenizeView}}, openapi_extra=request_body(DetokenizeBody))
 async def detokenize(request: Request) -> Response:
     """The text of tokens, special ones included."""
-    body = await read_model(request, DetokenizeBody, HINT_TREE)
+    body = await read_for_model(request, DetokenizeBody, HINT_TREE)
     view = body.view(services_of(request))
     return json_response({"prompt": await off_loop(request, view.decode_checked, body.tokens)})
 

@@ -52,8 +52,10 @@ def compile_seconds(tokenizer: Any, output: StructuredOutput) -> float:
     return min(times)
 
 
-def run_steps(engine: Engine, num_rows: int, num_steps: int, output: dict[str, Any] | None) -> tuple[float, float]:
-    """CPU seconds of a step, and of making the masks for one row in a step."""
+def run_steps(
+    engine: Engine, num_rows: int, num_steps: int, output: dict[str, Any] | None, num_tokens: int
+) -> tuple[float, float]:
+    """CPU seconds of a step, and of making the masks for one row in a step, for a vocabulary of `num_tokens`."""
     params: dict[str, Any] = {"temperature": 0.7, "max_tokens": num_steps + 20, "min_tokens": num_steps + 10}
     if output is not None:
         params["structured_output"] = output
@@ -68,7 +70,7 @@ def run_steps(engine: Engine, num_rows: int, num_steps: int, output: dict[str, A
     sequences = list(engine.scheduler.running)
     started = time.process_time()
     for _ in range(20):
-        token_masks(sequences)
+        token_masks(sequences, num_tokens)
     mask_seconds = (time.process_time() - started) / 20 / max(1, len(sequences))
     for number in range(num_rows):
         engine.abort(f"job{number}", 1, "")
@@ -84,16 +86,17 @@ def main() -> None:
     device = torch.device(arguments.device)
     torch.set_num_threads(1)
     model, tokenizer = load_model(SPEC, device), load_tokenizer(SPEC)
-    for_grammars = make_grammar_tokenizer(tokenizer.to_str(), vocab_size(model), eos_token_ids(model))
+    num_tokens = vocab_size(model)
+    for_grammars = make_grammar_tokenizer(tokenizer.to_str(), num_tokens, eos_token_ids(model))
     engine = build_engine(SPEC, model, tokenizer, device)
-    run_steps(engine, arguments.rows, 5, None)  # warm
-    ceiling, _ = run_steps(engine, arguments.rows, arguments.steps, None)
+    run_steps(engine, arguments.rows, 5, None, num_tokens)  # warm
+    ceiling, _ = run_steps(engine, arguments.rows, arguments.steps, None, num_tokens)
     print(f"{SPEC.id} on {device}, {arguments.rows} rows, one thread, CPU time", flush=True)
     print(f"ceiling: a step without grammars {ceiling * 1e3:.2f} ms")
     figures: dict[str, Any] = {"rows": arguments.rows, "device": str(device), "plain_step_ms": round(ceiling * 1e3, 3)}
     for name, output in OUTPUT_BY_NAME.items():
         compiled = compile_seconds(for_grammars, StructuredOutput.model_validate(output))
-        seconds, mask = run_steps(engine, arguments.rows, arguments.steps, output)
+        seconds, mask = run_steps(engine, arguments.rows, arguments.steps, output, num_tokens)
         print(
             f"{name:>26}: compile {compiled * 1e3:6.1f} ms, step {seconds * 1e3:6.2f} ms "
             f"({seconds / ceiling:.2f} of the ceiling's), mask {mask * 1e6:5.0f} us a row"

@@ -135,9 +135,12 @@ _QUOTED_OR_NAME = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'(?!\w)|"(?:[^"\\]|\\.)
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def parse_model(body: bytes, model: type[Model], hints: HintTree | None = None) -> Model:
+def parse_model(
+    body: bytes, model: type[Model], hints: HintTree | None = None, *, default_model: str | None = None
+) -> Model:
     """Parse strictly: no coercion between JSON types, no unknown or duplicate keys, no NaN, no deep nesting. A null
-    means that the field is absent; fields covered by `hints` are dropped and noted."""
+    means that the field is absent; fields covered by `hints` are dropped and noted. A body without a `model` gets
+    `default_model`, if there is one."""
     value = _parse_json(body)
     num_containers = _num_containers(value)
     _refuse_excess(value, model)
@@ -149,7 +152,11 @@ def parse_model(body: bytes, model: type[Model], hints: HintTree | None = None) 
         )
     own_fields = frozenset(field.alias or name for name, field in model.model_fields.items())
     spelling = take_aliases(value, getattr(model, "ALIASES", {}), own_fields)
-    body = _cleaned(value, body, model, hints or {}, own_fields, is_changed=bool(spelling))
+    is_changed = bool(spelling)
+    if default_model is not None and isinstance(value, dict) and value.get("model") is None:
+        value["model"] = default_model
+        is_changed = True
+    body = _cleaned(value, body, model, hints or {}, own_fields, is_changed=is_changed)
     try:
         return model.model_validate_json(body, strict=True)
     except ValidationError as exc:

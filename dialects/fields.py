@@ -333,6 +333,7 @@ HINTS: Final[Hints] = (
     | _hints(_WIRE, "continuous_usage_stats", "include_obfuscation", places=("stream_options.",))
     | _hints(_BESIDE, "include_reasoning", "return_progress", "timings_per_token", "usage")
     | _hints("which library enforces a grammar", "guided_decoding_backend")
+    | _hints("spaces that only vLLM's slow tokenizers add", "spaces_between_special_tokens")
     | {"include.*": Hint(_BESIDE, NOT_INCLUDED)}
     | _hints(_BESIDE, "generate_summary", "summary", places=("reasoning.",))
     | _hints("verbosity, which models here are not told about", "verbosity", "text.verbosity")
@@ -356,7 +357,7 @@ HINTS: Final[Hints] = (
     | _neutral(include_stop_str_in_output=False, length_penalty=1, mirostat=0)
     | _neutral(return_token_ids=False, return_tokens_as_token_ids=False, skip_special_tokens=True, tfs_z=1)
     | _neutral(do_sample=True, frequency_penalty_range=0, num_beams=1, separate_reasoning=True, stream_reasoning=True)
-    | _neutral(min_keep=0, return_full_text=False, watermark=False, spaces_between_special_tokens=True, top_a=0)
+    | _neutral(min_keep=0, return_full_text=False, watermark=False, top_a=0)
     | _neutral(typical_p=1, use_beam_search=False, xtc_probability=0)
 )
 

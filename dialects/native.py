@@ -114,7 +114,15 @@ class EmbeddingJobBody(JobOptionFields, EmbeddingRequest):
         return EmbeddingRequest.model_construct(model=self.model, inputs=self.inputs, dimensions=self.dimensions)
 
 
-BODY_SCHEMA = TypeAdapter(JobBody | EmbeddingJobBody).json_schema(ref_template=REFERENCE)
+def _body_schema() -> dict[str, Any]:
+    """`model` may be left out: the route fills it in."""
+    schema = TypeAdapter(JobBody | EmbeddingJobBody).json_schema(ref_template=REFERENCE)
+    for body in (JobBody, EmbeddingJobBody):
+        schema["$defs"][body.__name__]["required"].remove("model")
+    return schema
+
+
+BODY_SCHEMA = _body_schema()
 
 
 def body_class(body: bytes) -> type[JobBody] | type[EmbeddingJobBody]:

@@ -125,8 +125,14 @@ CallerId = Annotated[str, StringConstraints(max_length=512)]
 ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
 
 
+def publish_default_model(schema: dict[str, Any]) -> None:
+    """Say in a body's schema that `model` may be left out. The route fills it in before the body is validated."""
+    schema["required"] = [name for name in schema.get("required", ()) if name != "model"]
+
+
 def publish_bounds(schema: dict[str, Any]) -> None:
     """Add the limits of the sampling parameters to a body's schema; limits of its own take precedence."""
+    publish_default_model(schema)
     for name, bounds_of_field in SamplingParams.model_json_schema()["properties"].items():
         bounds_by_type = {branch.get("type"): branch for branch in bounds_of_field.get("anyOf", [bounds_of_field])}
         for branch in schema["properties"].get(name, {}).get("anyOf", ()):
@@ -135,20 +141,44 @@ def publish_bounds(schema: dict[str, Any]) -> None:
             branch |= {key: bound for key, bound in bounds.items() if key not in known}
 
 
-class GenerationBody(OpenAIModel):
-    """The parameters of every route that generates text, and the extensions that arrive through `extra_body`."""
+class SamplingBody(OpenAIModel):
+    """What every route that generates text can be told about sampling, with the names of SamplingParams."""
 
     model_config = ConfigDict(json_schema_extra=publish_bounds)
 
-    ALIASES = SAMPLING | OUTPUT
-
-    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
     seed: int | None = None
+
+    # Extensions
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    bad_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+
+    def sampling(self, **given: Any) -> SamplingParams:
+        """The sampling parameters of this body. `given` has those that the body names differently; None leaves the
+        default. Raises InvalidRequest, whose names are those of SamplingParams."""
+        fields = {name: getattr(self, name, None) for name in SamplingParams.model_fields}
+        return build(SamplingParams, fields | given)
+
+
+class GenerationBody(SamplingBody):
+    """The parameters of every route that generates text, and the extensions that arrive through `extra_body`."""
+
+    ALIASES = SAMPLING | OUTPUT
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     stream: bool | None = None
 
     # About the caller; no effect here.
@@ -159,21 +189,8 @@ class GenerationBody(OpenAIModel):
     service_tier: ServiceTier | None = None
     metadata: Metadata | None = None
 
-    # Extensions
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
-    bad_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
+    # An extension
     structured_output: StructuredOutput | None = None
-
-    def sampling(self, **given: Any) -> SamplingParams:
-        """The sampling parameters of this body. `given` has those that the body names differently; None leaves the
-        default. Raises InvalidRequest, whose names are those of SamplingParams."""
-        fields = {name: getattr(self, name, None) for name in SamplingParams.model_fields}
-        return build(SamplingParams, fields | given)
 
 
 class StreamOptions(OpenAIModel):

@@ -31,6 +31,7 @@ from dialects.openai_chat import ChatCompletionBody
 from dialects.openai_completions import CompletionBody, from_results, prompt_of, to_generation_requests
 from dialects.openai_embeddings import EmbeddingBody
 from dialects.openai_response_requests import ResponseBody
+from domain.catalog import Task
 from domain.errors import (
     CeleriacError,
     InvalidJsonLine,
@@ -73,6 +74,7 @@ class LineRoute(Generic[Body, Request]):
     spelling_of: Callable[[Body], Mapping[str, str]]
     from_result: Callable[[JobRecord, Request, Body, ModelView], Mapping[str, object]]
     hints: HintTree = field(default_factory=lambda: HINT_TREE)
+    default_for: Task | None = "generation"  # which default model a line may leave out
 
 
 def _chat_answer(
@@ -144,7 +146,11 @@ ROUTES: dict[str, LineRoute[Any, Any]] = {
     "/v1/responses": LineRoute(ResponseBody, _response_request, openai_response_requests.spelling_of, _response_answer),
     "/v1/completions": LineRoute(CompletionBody, _completion_request, _spelling_of_completions, _completion_answer),
     "/v1/embeddings": LineRoute(
-        EmbeddingBody, _embedding_request, openai_embeddings.spelling_of_embeddings, _embedding_answer
+        EmbeddingBody,
+        _embedding_request,
+        openai_embeddings.spelling_of_embeddings,
+        _embedding_answer,
+        default_for="embedding",
     ),
     "/v1/messages": LineRoute(
         MessagesBody,
@@ -152,6 +158,7 @@ ROUTES: dict[str, LineRoute[Any, Any]] = {
         anthropic_requests.spelling_of,
         _message_answer,
         ANTHROPIC_HINT_TREE,
+        default_for=None,
     ),
 }
 
@@ -210,7 +217,9 @@ def _not_json(reason: str) -> InvalidJsonLine:
 
 
 def _read_body(line: Line, route: LineRoute[Body, Request], views: ModelViews) -> LineRequest:
-    body = parse_model(json.dumps(line.body).encode(), route.body, route.hints)
+    default_model = None if route.default_for is None else views.catalog.default_id_for(route.default_for)
+    content = json.dumps(line.body).encode()
+    body = parse_model(content, route.body, route.hints, default_model=default_model)
     metadata = _metadata_of(body)
     view = views.get(body.model)
     request = route.to_request(body, view)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, cast
 
 import orjson
-from pydantic import Discriminator, Field, StringConstraints, Tag
+from pydantic import ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 from dialects.bodies import with_body_names
 from dialects.openai import (
     CallerId,
     OpenAIModel,
     build,
+    publish_default_model,
 )
 from dialects.openai_views import (
     View,
@@ -49,6 +50,8 @@ EmbeddingInputs = Annotated[
 
 
 class EmbeddingBody(OpenAIModel):
+    model_config = ConfigDict(json_schema_extra=publish_default_model)
+
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     input: EmbeddingInputs
     encoding_format: Literal["float", "base64"] | None = None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, Self
 from uuid import UUID
 
-from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from dialects.aliases import MAX_OUTPUT_TOKENS
 from dialects.bodies import with_body_names
@@ -21,6 +21,7 @@ from dialects.openai import (
     note_unread,
     only,
     output_of,
+    publish_default_model,
     refuse,
     refuse_unused_stream_options,
     spelling_of_output,
@@ -234,6 +235,8 @@ class ResponseBody(GenerationBody):
 
 class InputTokensBody(OpenAIModel):
     """The fields of a response's body that determine its prompt, for counting its tokens."""
+
+    model_config = ConfigDict(json_schema_extra=publish_default_model)
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     input: ResponseInput

@@ -73,9 +73,12 @@ class RemoteOptions(Frozen):
 #: Parameters without a counterpart in OpenAI's completions, and those that a continuation could not keep.
 _LACKED_BY_TEXT = frozenset(
     {"best_of", "ignore_eos", "logit_bias", "logprobs", "min_p", "min_tokens", "repetition_penalty", "stop_token_ids"}
-    | {"top_k"}
+    | {"allowed_token_ids", "skip_special_tokens", "top_k"}
 )
-_LACKED_BY_ALL = frozenset({"bad_token_ids", "prompt_logprobs", "structured_output"})
+_LACKED_BY_ALL = frozenset({"bad_token_ids", "bad_words", "prompt_logprobs", "structured_output"})
+
+
+Task = Literal["generation", "embedding"]
 
 
 class ModelEntry(Frozen):
@@ -88,7 +91,7 @@ class ModelEntry(Frozen):
     backend: Literal["transformers", "llama_cpp", "vllm", "remote", "fake"] = "transformers"
     python: str | None = Field(default=None, min_length=1)  # the engine's interpreter; default: see docs/engines.md
     autostart: bool = False  # whether `celeriac up` starts a worker for it
-    task: Literal["generation", "embedding"] = "generation"  # embedding: an encoder, or a decoder made for vectors
+    task: Task = "generation"  # embedding: an encoder, or a decoder made for vectors
     max_model_len: int | None = Field(default=None, ge=16, le=10_000_000)  # prompt and output; default: its own
     max_num_seqs: int | None = Field(default=None, ge=1, le=1024)  # sequences in the running batch; default: by device
     max_num_batched_tokens: int | None = Field(default=None, ge=16)  # per step, prompts included; default: by device
@@ -252,6 +255,12 @@ class Catalog:
     def default_id(self) -> str:
         """The id of the default model, even if it is unavailable."""
         return self._content.default_id
+
+    def default_id_for(self, task: Task) -> str:
+        """The id of the default model; for embeddings, of the first available model that is made for them, if any is,
+        since the default model may be able to embed as well."""
+        embedders = (entry.id for entry in self if entry.task == "embedding")
+        return next(embedders, self.default_id) if task == "embedding" else self.default_id
 
     @property
     def ids(self) -> list[str]:

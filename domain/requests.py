@@ -80,6 +80,10 @@ MAX_LOGIT_BIAS = 1024
 
 MAX_BAD_TOKENS = 1024
 
+MAX_ALLOWED_TOKENS = 16_384
+
+MAX_BAD_WORDS = 64
+
 MAX_PROMPT_TOKENS = 1_000_000
 
 MAX_PROMPT_LOGPROBS = 65_536  # of one prompt, alternatives included; they must fit in one chunk
@@ -95,6 +99,15 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
+def _visible(word: str) -> str:
+    if not word.strip():
+        raise ValueError("it has no visible character; send a word, or leave it out")
+    return word
+
+
+BadWord = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(_visible)]
+
+
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -104,6 +117,10 @@ def _unbounded(max_tokens: int | None) -> int | None:
 
 def _off(top_k: int | None) -> int | None:
     return 0 if top_k == NO_BOUND else top_k
+
+
+def _is_empty(value: object) -> bool:
+    return not value
 
 
 class ChatMessage(Frozen):
@@ -121,7 +138,11 @@ class ChatMessage(Frozen):
 
 
 class SamplingParams(Frozen):
-    """How tokens are sampled. `None` means the model's own default (its generation config), filled in at submission."""
+    """How tokens are sampled. `None` means the model's own default (its generation config), filled in at submission.
+
+    Fields with `exclude_if` came later than the others: they are dumped only where they are set, so that the hashes of
+    older requests stay as they are, and older processes can read new requests that do not use them.
+    """
 
     max_tokens: Annotated[int | None, AfterValidator(_unbounded)] = Field(
         default=None, ge=NO_BOUND, le=1_000_000
@@ -135,7 +156,15 @@ class SamplingParams(Frozen):
     stop: tuple[StopString, ...] = Field(default=(), max_length=MAX_STOP_STRINGS)
     stop_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=64)
     bad_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=MAX_BAD_TOKENS)  # never drawn
+    allowed_token_ids: tuple[TokenId, ...] | None = Field(
+        default=None, min_length=1, max_length=MAX_ALLOWED_TOKENS, exclude_if=_is_empty
+    )  # no others are drawn, not even end tokens; None: all
+    bad_words: tuple[BadWord, ...] = Field(
+        default=(), max_length=MAX_BAD_WORDS, exclude_if=_is_empty
+    )  # never written; gpu_worker/engine/bans.py says what counts
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = Field(default=False, exclude_if=_is_empty)  # and the token that ended it
+    skip_special_tokens: bool = Field(default=True, exclude_if=bool)  # leave them out of the text
     presence_penalty: Finite = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: Finite = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: Finite = Field(default=1.0, gt=0, le=10)
@@ -256,7 +285,7 @@ class ResultChoice(Frozen):
     finish_reason: FinishReason
     num_tokens: int
     num_reasoning_tokens: int | None = None
-    stop_string: str | None = None  # that ended it; no part of `text`
+    stop_string: str | None = None  # that ended it; no part of `text` unless it was asked to be
     logprobs: tuple[TokenLogprob, ...] | None = None
     candidate: int | None = None
     mean_logprob: float | None = None

@@ -177,14 +177,19 @@ def _refuse_too_many_logprobs(params: SamplingParams, num_prompt_tokens: int) ->
 
 
 def _refuse_unknown_tokens(params: SamplingParams, view: ModelView) -> None:
-    for name in ("logit_bias", "stop_token_ids", "bad_token_ids"):
-        ids: Iterable[int] = getattr(params, name)
+    for name in ("logit_bias", "stop_token_ids", "bad_token_ids", "allowed_token_ids"):
+        ids: Iterable[int] = getattr(params, name) or ()
         highest = max(ids, default=0)
         if highest >= view.vocab_size:
             raise InvalidRequest(
                 f"params.{name} has token {highest} but {view.spec.id} has ids 0 to {view.vocab_size - 1}; remove it",
                 param=f"params.{name}",
             )
+    if params.allowed_token_ids and set(params.allowed_token_ids) <= set(params.bad_token_ids):
+        raise InvalidRequest(
+            "params.bad_token_ids has every token of allowed_token_ids, so there is nothing to draw; leave some out",
+            param="params.bad_token_ids",
+        )
     if len(set(params.bad_token_ids)) == view.vocab_size:
         raise InvalidRequest(
             f"params.bad_token_ids has all {view.vocab_size} tokens of {view.spec.id}; leave some out",

@@ -5,6 +5,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from domain.requests import SamplingParams
+from gpu_worker.engine.bans import bans_of
 from gpu_worker.engine.detokenizer import TextStream
 from gpu_worker.engine.sequence import EngineJob, Sequence
 
@@ -39,9 +40,10 @@ def make_sequences(prompt: list[int], **changes: Any) -> list[Sequence]:
         "end_token_ids": frozenset({0}),
         "penalised_prompt_ids": frozenset(prompt),
     }
+    defaults["bans"] = bans_of(params, TOKENIZER, TOKENIZER.get_vocab_size())
     job = EngineJob(params=params, **defaults | fields)
     job.sequences = [
-        Sequence(job, index, list(prompt), len(prompt), TextStream(TOKENIZER, prompt, params.stop))
+        Sequence(job, index, list(prompt), len(prompt), TextStream(TOKENIZER, prompt, params))
         for index in range(params.n)
     ]
     return job.sequences

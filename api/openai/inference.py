@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.inputs import PageQuery, list_page, listing, off_loop, read_model, read_query
+from api.inputs import PageQuery, list_page, listing, off_loop, read_for_model, read_model, read_query
 from api.openai.answers import WholeAnswer, stream_answer, stream_answers
 from api.openai.running import Asked, start, start_all
 from api.openapi import request_body, streamed_or
@@ -72,7 +72,7 @@ router = private_router("OpenAI")
 )
 async def create_chat_completion(request: Request) -> Response:
     """A chat completion like OpenAI's. It is a job like any other: the `x-job-id` header has its id for /v1/jobs."""
-    body = await read_model(request, ChatCompletionBody, HINT_TREE)
+    body = await read_for_model(request, ChatCompletionBody, HINT_TREE)
     view = services_of(request).views.get(body.model)
     generation = await off_loop(request, to_generation_request, body, view)
     run = await start(request, generation, _asked(body))
@@ -104,7 +104,7 @@ def _asked(body: ChatCompletionBody) -> Asked:
 async def create_completion(request: Request) -> Response:
     """A completion like OpenAI's. Each prompt has `n` consecutive choices: choice `i * n + j` is answer `j` to prompt
     `i`."""
-    body = await read_model(request, CompletionBody, HINT_TREE)
+    body = await read_for_model(request, CompletionBody, HINT_TREE)
     view = services_of(request).views.get(body.model)
     generations = await off_loop(request, to_generation_requests, body)
     runs = await start_all(request, generations, _asked_completion(body))
@@ -138,7 +138,7 @@ def _asked_completion(body: CompletionBody) -> Asked:
 )
 async def create_embeddings(request: Request) -> Response:
     """Embeddings like OpenAI's. They are a job like any other: the `x-job-id` header has its id for /v1/jobs."""
-    body = await read_model(request, EmbeddingBody, HINT_TREE)
+    body = await read_for_model(request, EmbeddingBody, HINT_TREE, task="embedding")
     asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of_embeddings(body))
     run = await start(request, await off_loop(request, to_embedding_request, body), asked)
     return WholeAnswer([run], lambda records: embeddings_from_result(records[0], body))

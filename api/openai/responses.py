@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from api.errors import json_response
 from api.events import ABANDONED, EventStream, frame, read_all_chunks, retry_until_storage_answers
-from api.inputs import PageQuery, QueryModel, listing, off_loop, query_parameters, read_model, read_query
+from api.inputs import PageQuery, QueryModel, listing, off_loop, query_parameters, read_for_model, read_query
 from api.openai.answers import WholeAnswer
 from api.openai.running import Asked, Run, start
 from api.openapi import request_body, streamed_or
@@ -260,7 +260,7 @@ class ItemsQuery(PageQuery):
 async def create_response(request: Request) -> Response:
     """A response like OpenAI's. It is a job like any other. If it is stored or in the background, it continues when its
     client disconnects, and can be read by its id."""
-    body = await read_model(request, ResponseBody, HINT_TREE)
+    body = await read_for_model(request, ResponseBody, HINT_TREE)
     if body.background and not body.is_stored:
         raise InvalidRequest(
             "background is true but store is false, so the answer could never be read; change one of them",
@@ -284,7 +284,7 @@ async def create_response(request: Request) -> Response:
 async def count_input_tokens(request: Request) -> Response:
     """Count the tokens of the prompt that a response with this body would have."""
     services, _ = caller_of(request)
-    counted = await read_model(request, InputTokensBody, HINT_TREE)
+    counted = await read_for_model(request, InputTokensBody, HINT_TREE)
     body = await off_loop(request, _counted_as_response, counted)
     generation = await _generation(request, body)
     try:

@@ -58,7 +58,6 @@ class AsyncClient:
         self._http = httpx.AsyncClient(**http_options(self.url, key))
         self._patience_seconds = patience_seconds
         self._has_answered = False
-        self._default_model: str | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,7 +76,7 @@ class AsyncClient:
         self, prompt: Prompt | None = None, *, idempotency_key: str | None = None, **fields: Any
     ) -> JobSnapshot:
         """Submit a job and return it as accepted."""
-        body = {"model": fields.get("model") or await self.default_model()} | job_fields(prompt, fields)
+        body = job_fields(prompt, fields)
         headers = {"idempotency-key": idempotency_key or new_idempotency_key()}
         patience = Patience(self._patience_seconds)
         while True:
@@ -237,12 +236,6 @@ class AsyncClient:
         return batch
 
     # The installation
-
-    async def default_model(self) -> str:
-        """The id of the model that is used if none is named. Asked for once."""
-        if self._default_model is None:
-            self._default_model = str((await self._ask("GET", "/v1/models"))["data"][0]["id"])
-        return self._default_model
 
     async def model_statuses(self) -> list[dict[str, Any]]:
         """Every model with its live workers. Needs an admin key if keys are required."""

@@ -59,7 +59,6 @@ class Client:
         self._http = httpx.Client(**http_options(self.url, key))
         self._patience_seconds = patience_seconds
         self._has_answered = False
-        self._default_model: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -86,7 +85,7 @@ class Client:
         job = client.submit([{"role": "user", "content": "What is 17 + 25?"}], max_tokens=20, temperature=0)
         ```
         """
-        body = {"model": fields.get("model") or self.default_model()} | job_fields(prompt, fields)
+        body = job_fields(prompt, fields)
         headers = {"idempotency-key": idempotency_key or new_idempotency_key()}
         patience = Patience(self._patience_seconds)
         while True:
@@ -264,12 +263,6 @@ class Client:
         return batch
 
     # The installation
-
-    def default_model(self) -> str:
-        """The id of the model that is used if none is named. Asked for once."""
-        if self._default_model is None:
-            self._default_model = str(self._ask("GET", "/v1/models")["data"][0]["id"])
-        return self._default_model
 
     def model_statuses(self) -> list[dict[str, Any]]:
         """Every model with its live workers. Needs an admin key if keys are required."""

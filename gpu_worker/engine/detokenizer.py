@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 
+from domain.requests import SamplingParams
 from text.outputs import MARKER_TOKENS, REASONING_ENDS
 from text.tokenizers import TokenKind, token_table_of
 
@@ -41,8 +42,12 @@ class Detokenizer:
     U+FFFD, even bytes that formed whole characters (docs/adr/0019).
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> None:
+        """Special tokens are part of the text only without `skip_special_tokens`."""
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._tokens = token_table_of(tokenizer)
         self._utf8 = _new_utf8_decoder("replace")
         self._run: ByteRun | None = None  # the byte tokens that are held back
@@ -53,7 +58,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that this token makes final: usually its own, sometimes empty."""
-        kind = self._tokens.kind(token_id)
+        kind = self._kind(token_id)
         if kind is TokenKind.HIDDEN:
             return ""
         self._has_pushed = True
@@ -75,6 +80,11 @@ class Detokenizer:
         """The last characters of the held-back run of byte tokens, as if it ended here; empty if it ends within a
         character."""
         return "" if self._run is None else self._run.last_characters(max_count)
+
+    def _kind(self, token_id: int) -> TokenKind:
+        kind = self._tokens.kind(token_id)
+        is_named = kind is TokenKind.HIDDEN and not self._skip_special_tokens and self._tokens.bytes_of(token_id)
+        return TokenKind.TEXT if is_named else kind
 
     def _push_byte(self, token_id: int) -> None:
         self._run = self._run or ByteRun()
@@ -98,7 +108,7 @@ class Detokenizer:
         """The tokens' text without an incomplete character at its end, which `decode` turns into one U+FFFD."""
         if not token_ids:
             return ""  # some decoders panic on an empty list
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
         has_half_a_character = bool(self._utf8.getstate()[0])
         return text.removesuffix(REPLACEMENT) if has_half_a_character else text
 
@@ -108,7 +118,7 @@ class Detokenizer:
         context: list[int] = []
         run: list[int] = []
         for token_id in reversed(prompt_token_ids):
-            kind = self._tokens.kind(token_id)
+            kind = self._kind(token_id)
             if kind is TokenKind.BYTE and not context:
                 run.append(token_id)
             elif kind is not TokenKind.HIDDEN:
@@ -158,7 +168,9 @@ def num_bytes_of_half_a_character(text: bytes) -> int:
 class StopMatcher:
     """Finds the first stop string in a stream of text pieces; holds back text that could become one."""
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    def __init__(self, stop_strings: Sequence[str], *, sends_stop: bool = False) -> None:
+        """With `sends_stop` the stop string itself is part of the text."""
+        self._sends_stop = sends_stop
         self._stop_strings = tuple(stop_strings)
         self._max_stop_length = max(map(len, stop_strings), default=0)
         self._held = ""
@@ -169,16 +181,16 @@ class StopMatcher:
             self._prefixes_by_last_character.setdefault(prefix[-1], []).append(prefix)
 
     def push(self, piece: str, *, may_stop: bool = True) -> tuple[str, bool]:
-        """The text that may be sent, and whether a stop string was found; the stop string itself is never sent. With
-        `may_stop` False the stream continues through stop strings."""
+        """The text that may be sent, and whether a stop string was found: nothing after it is sent. With `may_stop`
+        False the stream continues through stop strings."""
         if not self._stop_strings:
             return piece, False
         text = self._held + piece
         found = [(start + len(stop), start, stop) for stop in self._stop_strings if (start := text.find(stop)) >= 0]
         if found and may_stop:
             self._held = ""
-            _, start, self.found = min(found)  # the one completed first, however the text was split into pieces
-            return text[:start], True
+            end, start, self.found = min(found)  # the one completed first, however the text was split into pieces
+            return text[: end if self._sends_stop else start], True
         num_held = self._num_held(text)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], False
@@ -206,9 +218,9 @@ class StopMatcher:
 class TextStream:
     """Tokens in, text that may be sent out: a Detokenizer followed by a StopMatcher."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop_strings: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer, prompt_token_ids)
-        self._matcher = StopMatcher(stop_strings)
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
+        self._matcher = StopMatcher(params.stop, sends_stop=params.include_stop_str_in_output)
         self._end = ""  # the end of the text so far, as long as a tag that it may be part of
         self.has_reasoned = False  # whether the first </think> is complete, even if its text is held back
 

@@ -6,9 +6,11 @@ import mmap
 import os
 import struct
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
+
+from domain.requests import SamplingParams
 
 _ENTRY = struct.Struct(">36sIQ")  # job id, attempt, number of tokens
 
@@ -65,12 +67,17 @@ def draw_token(sequence_hash: "hashlib.blake2b", position: int, end_chance: floa
     return bits % len(WORDS)
 
 
-def next_allowed(token_id: int, bad_token_ids: Collection[int]) -> int:
+def next_allowed(token_id: int, params: SamplingParams) -> int:
     """The token, or else the next word that is not banned, or the end token if all words are banned."""
-    words = ((token_id + step) % len(WORDS) for step in range(len(WORDS)))
-    if token_id not in bad_token_ids:
+
+    def is_allowed(word: int) -> bool:
+        is_bad = params.bad_words and word_of(word).strip() in map(str.strip, params.bad_words)
+        return not is_bad and word not in params.bad_token_ids and word in (params.allowed_token_ids or (word,))
+
+    if is_allowed(token_id):
         return token_id
-    return next((word for word in words if word not in bad_token_ids), END_TOKEN_ID)
+    words = ((token_id + step) % len(WORDS) for step in range(len(WORDS)))
+    return next(filter(is_allowed, words), END_TOKEN_ID)
 
 
 def fake_text(

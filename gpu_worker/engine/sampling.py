@@ -1,7 +1,7 @@
 """From logits to tokens: grammar masks, one batched draw per step for any mix of parameters, and prompt logprobs.
 
 The order for each row is: raw log-probabilities, logit bias, penalties, bans (end tokens before min_tokens,
-bad_token_ids, tokens that the grammar does not allow), temperature, top-k, top-p, min-p, draw.
+bans.py, tokens that the grammar does not allow), temperature, top-k, top-p, min-p, draw.
 
 The draw uses the Gumbel-max trick: the token with the highest sum of scaled logit and Gumbel noise wins. A token's
 noise is a hash of (seed, sequence index, output position, token id); see cpu/draws.py. A draw therefore does not depend
@@ -19,6 +19,7 @@ cuda/sampler.py draws, and scoring.py scores.
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -26,9 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from domain.errors import EngineError
+from gpu_worker.engine.bans import BITS, words_of
 from gpu_worker.engine.cpu.draws import draw
 from gpu_worker.engine.scheduler import ScheduledRow
-from gpu_worker.engine.sequence import BITS, EngineJob, Sequence, words_of
+from gpu_worker.engine.sequence import EngineJob, Grammar, Sequence
 from text.tokenizers import TokenTable, as_text
 
 
@@ -42,7 +44,7 @@ class GrammarFailed(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
-    """Bit masks of the tokens that rows with a grammar may draw: `words[i]` belongs to row `rows[i]`. Valid until the
+    """Bit masks of the tokens that masked rows may draw: `words[i]` belongs to row `rows[i]`. Valid until the
     next step."""
 
     rows: list[int]
@@ -62,33 +64,58 @@ def unpacked(words: NDArray[np.int32]) -> NDArray[np.uint8]:
     return np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
 
 
-def token_masks(sequences: Rows[Sequence]) -> TokenMasks | None:
-    """The masks of the rows that have a grammar, without their banned tokens; None if no row has one.
+def token_masks(sequences: Rows[Sequence], vocab_size: int) -> TokenMasks | None:
+    """The masks of the masked rows, without their banned tokens; None if there are no such rows.
 
     Raises GrammarFailed if a row may not draw any token.
     """
-    pairs = [(row, sequence.grammar) for row, sequence in enumerate(sequences) if sequence.grammar is not None]
-    if not pairs:
+    rows = [row for row, sequence in enumerate(sequences) if sequence.is_masked]
+    if not rows:
         return None
-    rows = [row for row, _ in pairs]
-    words = pairs[0][1].grammars.fill([grammar.matcher for _, grammar in pairs])
-    for number, (row, grammar) in enumerate(pairs):
+    words = np.repeat(_whole_vocabulary(vocab_size)[None], len(rows), axis=0)
+    _keep_grammatical(words, [sequences[row].grammar for row in rows])
+    for number, row in enumerate(rows):
         sequence = sequences[row]
-        if grammar.matcher.is_error():
+        if sequence.grammar is not None and sequence.grammar.matcher.is_error():
             # llguidance's own message may quote the output, and ours is logged.
             raise GrammarFailed(sequence.job, "its structured output cannot be continued; simplify the schema")
-        banned = banned_token_ids(sequence)
-        if banned:
-            words[number] &= ~words_of(banned, words.shape[1] * BITS)
+        _keep_unbanned(words[number], sequence)
         if not words[number].any():
-            raise GrammarFailed(sequence.job, "its other parameters ban every token that its structured output allows")
+            raise GrammarFailed(sequence.job, nothing_left(sequence))
     return TokenMasks(rows, words)
 
 
-def banned_token_ids(sequence: Sequence) -> list[int]:
-    """What the sequence may not draw next, apart from what its grammar forbids."""
-    ends = [] if sequence.may_end else list(sequence.job.end_token_ids)
-    return [*ends, *sequence.job.params.bad_token_ids]
+def nothing_left(sequence: Sequence) -> str:
+    if sequence.grammar is None:
+        return "its parameters ban every token that could come next"
+    return "its other parameters ban every token that its structured output allows"
+
+
+@lru_cache(maxsize=4)
+def _whole_vocabulary(vocab_size: int) -> NDArray[np.int32]:
+    return words_of(range(vocab_size), vocab_size)
+
+
+def _keep_grammatical(words: NDArray[np.int32], grammars: Rows[Grammar | None]) -> None:
+    """Clear the bits of all tokens that a row's grammar does not allow."""
+    pairs = [(number, grammar) for number, grammar in enumerate(grammars) if grammar is not None]
+    if not pairs:
+        return
+    allowed = pairs[0][1].grammars.fill([grammar.matcher for _, grammar in pairs])
+    width = min(allowed.shape[1], words.shape[1])
+    numbers = [number for number, _ in pairs]
+    words[numbers, :width] &= allowed[:, :width]
+    words[numbers, width:] = 0
+
+
+def _keep_unbanned(row: NDArray[np.int32], sequence: Sequence) -> None:
+    allowed = sequence.job.bans.allowed
+    if allowed is not None:
+        row[: len(allowed)] &= allowed[: len(row)]
+        row[len(allowed) :] = 0
+    banned = [token_id for token_id in sequence.banned_token_ids() if token_id < len(row) * BITS]
+    if banned:
+        row &= ~words_of(banned, len(row) * BITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +134,7 @@ def sample(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[Drawn
     `logits` is (num_sequences, vocab_size) and is overwritten. Raises GrammarFailed, or ValueError if a row is not a
     distribution; the caller finds out which one by trying fewer rows.
     """
-    masks = token_masks(sequences)
+    masks = token_masks(sequences, logits.shape[-1])
     if not _is_finite(logits):
         raise ValueError("the model's logits are not finite")
     num_top_by_row = {
@@ -162,7 +189,7 @@ def is_adjusted(sequence: Sequence) -> bool:
         or params.repetition_penalty != 1.0
         or params.presence_penalty
         or params.frequency_penalty
-        or params.bad_token_ids
+        or sequence.job.bans
         or not sequence.may_end
     )
 
@@ -182,8 +209,8 @@ def _adjust(row: NDArray[np.float32], sequence: Sequence) -> None:
         row[list(counts)] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * amounts
     if not sequence.may_end:
         row[[token_id for token_id in sequence.job.end_token_ids if token_id < len(row)]] = -np.inf
-    if params.bad_token_ids:
-        row[list(params.bad_token_ids)] = -np.inf
+    if sequence.job.bans.token_ids:
+        row[list(sequence.job.bans.token_ids)] = -np.inf
         if np.isneginf(row.max()):
             raise ValueError("every token is banned")
 
@@ -218,11 +245,12 @@ def describe(tokens: TokenTable, sequence: Sequence, place: int, drawn: Drawn) -
     bytes_of = tokens.bytes_of if has_text_before else tokens.first_bytes_of
     top = [(token_id, bytes_of(token_id), logprob) for token_id, logprob in drawn.top]
     token = bytes_of(drawn.token_id)
+    is_shown = tokens.shows(drawn.token_id) or not sequence.job.params.skip_special_tokens
     return {
         "token": as_text(token),
         "token_id": drawn.token_id,
         "logprob": drawn.logprob,
-        "bytes": tuple(token) if tokens.shows(drawn.token_id) else (),
+        "bytes": tuple(token) if is_shown else (),
         "top": [(token_id, as_text(other), logprob) for token_id, other, logprob in top],
         "top_bytes": [tuple(other) for _, other, _ in top],
     }

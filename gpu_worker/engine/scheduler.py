@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from domain.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from domain.requests import SamplingParams
+from gpu_worker.engine.bans import bans_of
 from gpu_worker.engine.detokenizer import TextStream
 from gpu_worker.engine.kv_cache import BlockCopy, CachePool
 from gpu_worker.engine.sequence import EngineJob, Grammars, Sequence
@@ -287,6 +288,7 @@ def make_engine_job(
         max_model_len=limits.max_model_len,
         end_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else limits.eos_token_ids),
         penalised_prompt_ids=frozenset(command.prompt_token_ids if params.repetition_penalty != 1.0 else ()),
+        bans=bans_of(params, tokenizer, limits.vocab_size),
         is_scored=command.has_prompt_logprobs,
     )
     indexes = [index for index in range(params.num_sequences) if index not in command.finished_indexes]
@@ -299,7 +301,7 @@ def _make_sequence(
 ) -> Sequence:
     """Replay the committed tokens as if they had just been drawn. Text that was committed is not emitted again."""
     prompt = command.prompt_token_ids
-    stream = TextStream(tokenizer, prompt, job.params.stop)
+    stream = TextStream(tokenizer, prompt, job.params)
     output = job.params.structured_output
     sequence = Sequence(
         job=job,
@@ -339,6 +341,7 @@ def _check(command: AddJob, params: SamplingParams, limits: ModelLimits) -> None
     _check_token_ids("logit_bias", list(params.logit_bias), limits)
     _check_token_ids("stop_token_ids", params.stop_token_ids, limits)
     _check_token_ids("bad_token_ids", params.bad_token_ids, limits)
+    _check_token_ids("allowed_token_ids", params.allowed_token_ids or (), limits)
     for token_ids in command.committed_token_ids:
         _check_token_ids("committed_token_ids", token_ids, limits)
 

@@ -20,14 +20,13 @@ from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.jobs import FinishReason
 from domain.requests import SamplingParams
 from domain.structured_output import StructuredOutput
+from gpu_worker.engine.bans import NO_BANS, Bans, words_of
 from gpu_worker.engine.detokenizer import TextStream
 from text.grammars import error_of, make_grammar_tokenizer, make_matcher
 
 log = logging.getLogger(__name__)
 
 MAX_COMPILED = 64  # compiled grammars kept for later jobs
-
-BITS = 32  # per word of a mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +83,6 @@ class Grammars:
         return words
 
 
-def words_of(token_ids: Iterable[int], num_bits: int) -> NDArray[np.int32]:
-    """A bit mask of these tokens, in words like those of `Grammars.fill`. All ids must be below `num_bits`."""
-    bits = np.zeros(-(-num_bits // BITS) * BITS, dtype=np.uint8)
-    bits[list(token_ids)] = 1
-    return np.packbits(bits, bitorder="little").view(np.int32)
-
-
 def _compile(tokenizer: LLTokenizer, output: StructuredOutput) -> LLMatcher:
     matcher = make_matcher(tokenizer, output)
     if matcher.is_error():
@@ -124,6 +116,7 @@ class EngineJob:
     max_model_len: int
     end_token_ids: frozenset[int]  # end-of-sequence tokens (unless ignored) and the job's stop tokens
     penalised_prompt_ids: frozenset[int]  # the prompt's tokens if there is a repetition penalty, else empty
+    bans: Bans = NO_BANS
     is_scored: bool = False  # the prompt's logprobs have been reported, or were not requested
     sequences: "list[Sequence]" = field(default_factory=list)
 
@@ -177,6 +170,17 @@ class Sequence:
         return self.num_output_tokens >= self.job.params.min_tokens
 
     @property
+    def is_masked(self) -> bool:
+        """Whether only the host can tell which tokens may come next."""
+        return self.grammar is not None or self.job.bans.needs_mask
+
+    def banned_token_ids(self) -> list[int]:
+        """What may not be drawn next, apart from what its grammar forbids or `allowed_token_ids` does not have."""
+        bans = self.job.bans
+        ends = () if self.may_end else self.job.end_token_ids
+        return [*ends, *bans.token_ids, *bans.completing(self.token_ids, self.num_prompt_tokens)]
+
+    @property
     def ends_with_next_token(self) -> bool:
         """Whether the next token reaches the maximum length, whatever token it is."""
         return self.num_output_tokens + 1 >= self.job.max_tokens or len(self.token_ids) + 1 >= self.job.max_model_len
@@ -188,6 +192,8 @@ class Sequence:
         """
         is_complete = self.follow(token_id)
         if token_id in self.job.end_token_ids:
+            if self.job.params.include_stop_str_in_output:
+                self.unsent_text += self.stream.push(token_id, may_stop=False)[0]
             self.finish(FinishReason.STOP)
             return
         text, is_stopped = self.stream.push(token_id, may_stop=self.may_end)

@@ -51,6 +51,37 @@ def texts_by_token(backend: Backend, command: AddJob) -> list[str]:
     return [texts[0], *(later.removeprefix(earlier) for earlier, later in pairwise(texts))]
 
 
+def test_a_stop_string_is_said_on_request_and_so_is_a_stop_token(backend: Backend) -> None:
+    texts = texts_by_token(backend, make_add(max_tokens=20))
+    token_ids = run(backend, [make_add(max_tokens=20)])["job", 0].token_ids
+    border = next(number for number in range(8, 20) if (texts[number - 1] + texts[number]).isascii())
+    stop = texts[border - 1][-1] + texts[border][:1]
+    before = "".join(texts).partition(stop)[0]
+    asked: dict[str, Any] = {"max_tokens": 20, "include_stop_str_in_output": True}
+    stopped = run(backend, [make_add(**asked, stop=[stop])])["job", 0]
+    assert (stopped.text, stopped.finish_reasons) == (before + stop, ["stop"])
+    last = token_ids[border]
+    stopped = run(backend, [make_add(**asked, stop_token_ids=[last])])["job", 0]
+    assert (stopped.text, stopped.finish_reasons) == ("".join(texts[: token_ids.index(last) + 1]), ["stop"])
+
+
+def test_a_bad_word_is_not_completed_and_only_allowed_tokens_are_drawn(backend: Backend) -> None:
+    """Also after a resume, when the word was begun before it."""
+    free = run(backend, [make_add(max_tokens=12)])["job", 0]
+    [first, second, third] = texts_by_token(backend, make_add(max_tokens=12))[4:7]
+    word = first + second + third
+    plain = run(backend, [make_add(max_tokens=12, bad_words=[word])])["job", 0]
+    assert plain.token_ids != free.token_ids
+    assert plain.token_ids[:4] == free.token_ids[:4]
+    assert word not in plain.text
+    resumed = make_add(max_tokens=12, bad_words=[word], committed_token_ids=[plain.token_ids[:6]])
+    resumed = msgspec.structs.replace(resumed, num_emitted_chars=[0])
+    assert run(backend, [resumed])["job", 0].token_ids == plain.token_ids[6:]
+    allowed = sorted({*free.token_ids[2:], 70, 71})
+    kept = run(backend, [make_add(max_tokens=12, temperature=1.5, allowed_token_ids=allowed)])["job", 0]
+    assert set(kept.token_ids) <= set(allowed)
+
+
 def test_a_stop_string_across_tokens_is_found_and_no_part_of_it_is_said(backend: Backend) -> None:
     texts = texts_by_token(backend, make_add(max_tokens=30))
     border = next(number for number in range(8, 30) if (texts[number - 1] + texts[number]).isascii())

@@ -66,7 +66,7 @@ BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (EmbeddingBody, {"model": "m", "input": ["a"]}),
     (JobBody, {"model": "m", "messages": [{"role": "user", "content": "a"}], "params": {"max_tokens": 3}}),
     (EmbeddingJobBody, {"model": "m", "inputs": ["a"]}),
-    (GenerateBody, {"prompt": "a"}),
+    (GenerateBody, {"model": "m", "prompt": "a"}),
     (CreateBody, {"name": "a", "url": "https://example.org", "event_types": ["response.completed"]}),
 ]
 OWN: list[tuple[type[BaseModel], dict[str, Any]]] = [
@@ -214,7 +214,7 @@ def test_hints_are_taken_out_and_named() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("mirostat", 5), ("truncation", "on"), ("echo", True), ("length_penalty", True), ("skip_special_tokens", 1)],
+    [("mirostat", 5), ("truncation", "on"), ("echo", True), ("length_penalty", True), ("return_full_text", 1)],
 )
 def test_a_value_that_would_change_the_answer_is_refused_with_those_that_would_not(field: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=f"{field} is .*: only .* is accepted") as caught:

@@ -62,6 +62,13 @@ def test_no_other_model_takes_the_place_of_a_default_that_is_unavailable(tmp_pat
         _ = catalog.default
 
 
+def test_the_default_for_embeddings_is_made_for_them_if_any_model_is(tmp_path: Path) -> None:
+    entries = [f'[[models]]\nid = "{name}"\npath = "x"\nbackend = "fake"\n' for name in ("text", "one", "two")]
+    catalog = Catalog.load(write(tmp_path, "".join([entries[0], *(e + 'task = "embedding"\n' for e in entries[1:])])))
+    assert (catalog.default_id_for("generation"), catalog.default_id_for("embedding")) == ("text", "one")
+    assert Catalog.load(write(tmp_path, entries[0])).default_id_for("embedding") == "text"
+
+
 @pytest.mark.parametrize("text", ["", "[models", "models = 3", 'title = "x"'])
 def test_a_file_that_names_no_model_is_refused_as_a_whole(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"models\.toml"):

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.decoders import DecodeStream
 
 from domain.jobs import FinishReason
+from domain.requests import SamplingParams
 from gpu_worker.engine.detokenizer import REPLACEMENT, Detokenizer, StopMatcher, TextStream
 from gpu_worker.engine.scheduler import ModelLimits, make_engine_job
 from gpu_worker.engine.sequence import Grammars
@@ -98,7 +99,7 @@ def test_a_run_of_byte_tokens_waits_for_its_end_and_is_judged_as_a_whole() -> No
 
 def test_half_a_character_at_the_end_is_shown_as_decode_shows_it() -> None:
     whole = TOKENIZER.encode("a€").ids
-    stream = TextStream(TOKENIZER, [], ["x"])
+    stream = TextStream(TOKENIZER, [], SamplingParams(stop=("x",)))
     assert "".join(stream.push(token_id, may_stop=True)[0] for token_id in whole[:-1]) == "a"
     assert stream.flush() == REPLACEMENT == TOKENIZER.decode(whole[:-1])[1:]
 
@@ -167,7 +168,7 @@ def test_the_space_before_the_first_word_survives() -> None:
 def test_a_long_run_of_half_characters_costs_no_more_per_token() -> None:
     """Decoding all that waits again for every token would let one job slow its neighbours more and more."""
     for tokenizer, token_ids in ((TOKENIZER, TOKENIZER.encode("€").ids[:1]), (BYTE_FALLBACK, byte_tokens("😀"))):
-        stream = TextStream(tokenizer, [], ["a stop string"])
+        stream = TextStream(tokenizer, [], SamplingParams(stop=("a stop string",)))
         seconds = []
         for _ in range(4):
             started = time.process_time()
@@ -219,12 +220,29 @@ def test_text_held_back_is_sent_at_the_end() -> None:
 
 
 def test_stop_strings_are_passed_over_while_the_text_must_go_on() -> None:
-    stream = TextStream(TOKENIZER, [], ["b"])
+    stream = TextStream(TOKENIZER, [], SamplingParams(stop=("b",)))
     a, b = TOKENIZER.encode("ab").ids
     assert [stream.push(token, may_stop=False) for token in (a, b, a)] == [("a", False), ("b", False), ("a", False)]
     assert stream.stop_string is None
     assert stream.push(b, may_stop=True) == ("", True)
     assert stream.stop_string == "b"
+
+
+def test_a_stop_string_is_kept_where_it_is_asked_for() -> None:
+    stream = TextStream(TOKENIZER, [], SamplingParams(stop=("bc", "c"), include_stop_str_in_output=True))
+    assert [stream.push(token, may_stop=True) for token in TOKENIZER.encode("abc").ids] == [
+        ("a", False),
+        ("", False),
+        ("bc", True),
+    ]
+
+
+@pytest.mark.parametrize(("skips", "expected"), [(True, "ab"), (False, "a<eos>b")])
+def test_special_tokens_are_shown_where_they_are_asked_for(skips: bool, expected: str) -> None:
+    stream = TextStream(TOKENIZER, [], SamplingParams(skip_special_tokens=skips))
+    a, b = TOKENIZER.encode("ab").ids
+    pushed = [stream.push(token_id, may_stop=True)[0] for token_id in (a, 0, b)]
+    assert "".join(pushed) + stream.flush() == expected
 
 
 @pytest.mark.parametrize("stop", ["€", "x€y", "€y", "y"])
@@ -233,14 +251,14 @@ def test_a_stop_string_is_found_at_its_last_byte(stop: str, tokenizer: Tokenizer
     text = "ax€yb"
     token_ids = TOKENIZER.encode(text).ids if tokenizer is TOKENIZER else byte_tokens(text)
     num_needed = len(text[: text.index(stop)].encode() + stop.encode())
-    stream = TextStream(tokenizer, [], [stop])
+    stream = TextStream(tokenizer, [], SamplingParams(stop=(stop,)))
     pushed = [stream.push(token_id, may_stop=True) for token_id in token_ids[:num_needed]]
     assert [is_stopped for _, is_stopped in pushed] == [False] * (num_needed - 1) + [True]
     assert "".join(text for text, _ in pushed) == text.split(stop)[0]
 
 
 def test_a_stop_string_may_begin_before_a_run_of_byte_tokens() -> None:
-    stream = TextStream(BYTE_FALLBACK, [], [" cat€"])
+    stream = TextStream(BYTE_FALLBACK, [], SamplingParams(stop=(" cat€",)))
     token_ids = [*BYTE_FALLBACK.encode("the cat").ids, *byte_tokens("€")]
     pushed = [stream.push(token_id, may_stop=True) for token_id in token_ids]
     assert "".join(text for text, _ in pushed) == "the"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
+from domain.requests import SamplingParams
 from gpu_worker.engine.detokenizer import TextStream, with_visible_reasoning
 from text.harmony import HarmonyParser
 from text.outputs import (
@@ -71,7 +72,7 @@ def test_markers_that_are_special_tokens_appear_in_the_text_and_end_the_reasonin
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="Hm"))
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in words if word.startswith("<|")])
     tokenizer.decoder = decoders.Fuse()
-    stream = TextStream(with_visible_reasoning(tokenizer), [], [])
+    stream = TextStream(with_visible_reasoning(tokenizer), [], SamplingParams())
     ids = [0, 1, 2, 3, 4, 5, 6, 0, 7, 2, 8]
     has_reasoned = []
     text = ""

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from dialects.openai_views import count_reasoning_tokens
 from domain.jobs import FinishReason
-from domain.requests import GenerationResult, ResultChoice, TokenChunk
+from domain.requests import GenerationResult, ResultChoice, SamplingParams, TokenChunk
 from gpu_worker.engine.detokenizer import Detokenizer, TextStream, with_visible_reasoning
 from gpu_worker.job import RunningJob
 from storage.job_ends import partial_result
@@ -90,7 +90,7 @@ def test_the_token_that_brings_the_last_character_of_the_tag_counts_whatever_els
 ) -> None:
     tokenizer = Tokenizer(models.WordLevel({piece: place for place, piece in enumerate(PIECES)}, unk_token="<"))
     tokenizer.decoder = decoders.Fuse()
-    stream = TextStream(tokenizer, [], stop)
+    stream = TextStream(tokenizer, [], SamplingParams(stop=tuple(stop)))
     number = None
     for place, token_id in enumerate(token_ids, start=1):
         stream.push(token_id, may_stop=False)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from gpu_worker.engine.bans import words_of
 from gpu_worker.engine.cuda.masks import apply_masks, bits_on_device
 from gpu_worker.engine.sampling import TokenMasks, unpacked
-from gpu_worker.engine.sequence import words_of
 
 CPU = torch.device("cpu")
 

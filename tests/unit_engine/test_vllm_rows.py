@@ -48,7 +48,8 @@ class Maker:
 
     def copy(self, sequence: Sequence, output: list[int]) -> FollowedRow:
         """`output` is what vLLM has drawn since the request was added."""
-        return make_row(plan_of(sequence), list(sequence.token_ids), output, self._tokenizer, self._grammars)
+        prompt, vocab_size = list(sequence.token_ids), self._limits.vocab_size
+        return make_row(plan_of(sequence), prompt, output, self._tokenizer, self._grammars, vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def maker(tokenizer: Tokenizer, limits: ModelLimits, grammars: Grammars) -> Make
         {"top_k": 20, "min_p": 0.01},
         {"presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
         {"logit_bias": {"60": 20.0}, "bad_token_ids": [61]},
+        {"allowed_token_ids": [*range(60, 90), 200], "bad_words": ["ab", "q"]},
         {"min_tokens": 20, "temperature": 0.0},
         {"structured_output": {"regex": "[a-z ]+[0-9]"}},
     ],
@@ -108,6 +110,8 @@ def test_a_row_says_whether_anything_new_was_drawn(maker: Maker) -> None:
         ({"temperature": 0.0}, False),
         ({"temperature": 0.0, "frequency_penalty": 1.0}, True),
         ({"temperature": 0.0, "min_tokens": 1}, True),
+        ({"temperature": 0.0, "bad_words": ["ab"]}, True),
+        ({"temperature": 0.0, "allowed_token_ids": [60]}, True),
         ({"temperature": 0.0, "structured_output": {"regex": "a"}}, True),
         ({}, True),
     ],

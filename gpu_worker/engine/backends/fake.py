@@ -260,15 +260,16 @@ class FakeBackend:
             can_stop = position >= params.min_tokens
             end_chance = self._knobs.end_chance if can_stop and not params.ignore_eos else 0.0
             token_id = draw_token(sequence.hash, position, end_chance)
-            token_id = next_allowed(token_id, params.bad_token_ids)
+            token_id = next_allowed(token_id, params)
             if self._knobs.chained and token_id != END_TOKEN_ID:
                 token_id = chained_token(command.attempt, sequence.link)
                 sequence.link = next_link(sequence.link, token_id)
             sequence.token_ids.append(token_id)
             if token_id == END_TOKEN_ID or (can_stop and token_id in params.stop_token_ids):
                 sequence.finish_reason = FinishReason.STOP
+                sequence.text += word_of(token_id) if params.include_stop_str_in_output else ""
             else:
-                _append_text(sequence, word_of(token_id), params.stop)
+                _append_text(sequence, word_of(token_id), params)
             if sequence.finish_reason is None and len(sequence.token_ids) >= limit:
                 sequence.finish_reason = FinishReason.LENGTH
         self._num_generation_tokens += len(sequence.token_ids) - num_before
@@ -350,14 +351,16 @@ def _resumed_sequence(command: AddJob, index: int) -> FakeSequence:
     return FakeSequence(index, sequence_hash, token_ids, text, command.num_emitted_chars[index], link=link)
 
 
-def _append_text(sequence: FakeSequence, word: str, stop: tuple[str, ...]) -> None:
-    """Add the text of one token. A stop string ends the sequence; it is cut off together with everything after it."""
-    search_from = max(0, len(sequence.text) - max(map(len, stop), default=0))
+def _append_text(sequence: FakeSequence, word: str, params: SamplingParams) -> None:
+    """Add the text of one token. A stop string ends the sequence; it is cut off, unless it was asked for, together with
+    everything after it."""
+    search_from = max(0, len(sequence.text) - max(map(len, params.stop), default=0))
     sequence.text += word
-    found = [(start, string) for string in stop if (start := sequence.text.find(string, search_from)) >= 0]
+    found = [(start, string) for string in params.stop if (start := sequence.text.find(string, search_from)) >= 0]
     if found:
         start, sequence.stop_string = min(found)
-        sequence.text = sequence.text[:start]
+        kept = sequence.stop_string if params.include_stop_str_in_output else ""
+        sequence.text = sequence.text[:start] + kept
         sequence.finish_reason = FinishReason.STOP
 
 

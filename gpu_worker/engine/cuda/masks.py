@@ -1,12 +1,12 @@
-"""The masks of structured outputs over logits on a device: the bits travel packed."""
+"""Masks over logits on a device: the bits travel packed."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_worker.engine.bans import BITS
 from gpu_worker.engine.sampling import TokenMasks
-from gpu_worker.engine.sequence import BITS
 
 
 def apply_masks(masks: TokenMasks, logits: Tensor) -> None:

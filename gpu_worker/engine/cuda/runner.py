@@ -255,7 +255,8 @@ class DeviceRunner(TorchErrors):
         self._draw_by_sequence = {row.sequence: place for place, row in enumerate(drawing)}
         if not drawing:
             return LaunchedPass(len(rows), numbers, scores)
-        masks = token_masks([row.sequence for row in drawing])  # while the device is computing the logits
+        # While the device is computing the logits.
+        masks = token_masks([row.sequence for row in drawing], logits.shape[-1])
         sampled = self._sampler.sample(logits, drawing, masks)
         packed, is_done = self._copy_home(sampled.packed)
         return LaunchedPass(len(rows), numbers, scores, sampled, packed, is_done)
@@ -367,8 +368,8 @@ class DeviceRunner(TorchErrors):
 
 
 def _needs_host(sequence: Sequence) -> bool:
-    """Whether its next draw depends on something that only the host can compute, which is the mask of its grammar."""
-    return sequence.job.params.structured_output is not None
+    """Whether its next draw depends on something that only the host can compute: the mask of its grammar or bans."""
+    return sequence.job.params.structured_output is not None or sequence.job.bans.needs_mask
 
 
 def _group(

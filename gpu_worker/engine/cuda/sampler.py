@@ -151,7 +151,7 @@ def make_plan(
     return SamplingPlan(
         sequences=sequences,
         bias=maker.terms(lambda s: s.job.params.logit_bias.items()),
-        bans=maker.terms(lambda s: ((token_id, -math.inf) for token_id in s.job.params.bad_token_ids)),
+        bans=maker.terms(lambda s: ((token_id, -math.inf) for token_id in s.job.bans.token_ids)),
         ends=maker.terms(lambda s: _late_ends(s, vocab_size)),
         penalties=maker.penalties(),
         whole=maker.group([row for row in drawing if row not in filtered]),

@@ -52,6 +52,8 @@ def _extensions(sequence: Sequence) -> dict[str, Any]:
     }
     if params.stop_token_ids:
         fields["stop_token_ids"] = list(params.stop_token_ids)
+    if params.allowed_token_ids:
+        fields["allowed_token_ids"] = list(params.allowed_token_ids)
     if params.logit_bias:
         fields["logit_bias"] = {str(token_id): bias for token_id, bias in params.logit_bias.items()}
     if params.logprobs is not None or params.best_of is not None:

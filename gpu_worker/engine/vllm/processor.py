@@ -32,7 +32,7 @@ class OurDraws(LogitsProcessor):
         folder = model_folder(ModelEntry(id="engine", path=model.model, revision=model.revision or "main"))
         self._tokenizer = read_tokenizer(folder)
         end_token_ids = read_end_token_ids(folder, self._tokenizer)
-        vocab_size = model.get_vocab_size()
+        vocab_size = self._vocab_size = model.get_vocab_size()
         self._grammars = Grammars(self._tokenizer, vocab_size, end_token_ids)
         self._failed_token_id = min(end_token_ids, default=0)
         self._rows: dict[int, FollowedRow] = {}
@@ -77,7 +77,7 @@ class OurDraws(LogitsProcessor):
         plan = (getattr(params, "extra_args", None) or {}).get(PLAN)
         if plan is None or prompt_token_ids is None:
             return None  # vLLM's own, while it warms up
-        return make_row(plan, prompt_token_ids, output, self._tokenizer, self._grammars)
+        return make_row(plan, prompt_token_ids, output, self._tokenizer, self._grammars, self._vocab_size)
 
 
 #: A copy of the logits, (num_sequences, vocab_size) in float32, which may be overwritten.
@@ -97,12 +97,13 @@ class GpuSampler:
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
         from gpu_worker.engine.cuda.sampler import DeviceSampler
 
+        self._vocab_size = vocab_size
         self._sampler = DeviceSampler(vocab_size, max_num_seqs, device)
 
     def draw(self, copy_logits: CopyLogits, sequences: list[Sequence]) -> list[int]:
         rows = [ScheduledRow(sequence, 1) for sequence in sequences]
         while True:
-            step = self._sampler.sample(copy_logits(), rows, token_masks(sequences))
+            step = self._sampler.sample(copy_logits(), rows, token_masks(sequences, self._vocab_size))
             try:
                 drawn = self._sampler.read(step, step.packed.cpu().numpy())
             except DrawAgain:

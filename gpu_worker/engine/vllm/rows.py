@@ -14,8 +14,9 @@ import msgspec
 from tokenizers import Tokenizer
 
 from domain.requests import SamplingParams
+from gpu_worker.engine.bans import bans_of
 from gpu_worker.engine.detokenizer import TextStream
-from gpu_worker.engine.sampling import LEAST_LOGPROB, Drawn, GrammarFailed, banned_token_ids, is_adjusted
+from gpu_worker.engine.sampling import LEAST_LOGPROB, Drawn, GrammarFailed, is_adjusted, nothing_left
 from gpu_worker.engine.sequence import EngineJob, Grammars, Sequence
 
 
@@ -72,7 +73,12 @@ class FollowedRow:
 
 
 def make_row(
-    plan: bytes, prompt_token_ids: Rows[int], output: Rows[int], tokenizer: Tokenizer, grammars: Grammars
+    plan: bytes,
+    prompt_token_ids: Rows[int],
+    output: Rows[int],
+    tokenizer: Tokenizer,
+    grammars: Grammars,
+    vocab_size: int,
 ) -> FollowedRow:
     decoded = _decode(plan)
     params = SamplingParams.model_validate_json(decoded.params)
@@ -90,6 +96,7 @@ def make_row(
         max_model_len=0,
         end_token_ids=frozenset(decoded.end_token_ids),
         penalised_prompt_ids=frozenset(prompt if params.repetition_penalty != 1.0 else ()),
+        bans=bans_of(params, tokenizer, vocab_size),
     )
     structured = params.structured_output
     sequence = Sequence(
@@ -97,7 +104,7 @@ def make_row(
         index=decoded.index,
         token_ids=prompt,
         num_prompt_tokens=len(prompt),
-        stream=TextStream(tokenizer, (), ()),
+        stream=TextStream(tokenizer, (), params),
         grammar=None if structured is None else grammars.start(structured),
     )
     for token_id in prompt_token_ids[decoded.num_prompt_tokens :]:
@@ -112,8 +119,8 @@ Draw = Callable[[list[int], list[Sequence]], list[int]]
 
 
 def draw_rows(rows: Mapping[int, Sequence], draw: Draw, failed_token_id: int) -> dict[int, int]:
-    """The token of each row. A row whose structured output cannot go on gets `failed_token_id`, an end token that its
-    grammar does not accept there, so that the back end notices (`refuse_wrong_end`). The others are drawn without."""
+    """The token of each row. A row that has no token left gets `failed_token_id`, an end token that may not come there,
+    so that the back end notices (`refuse_wrong_end`). The others are drawn without."""
     drawing = dict(rows)
     failed: dict[int, int] = {}
     while drawing:
@@ -130,10 +137,12 @@ def draw_rows(rows: Mapping[int, Sequence], draw: Draw, failed_token_id: int) ->
 
 def refuse_wrong_end(sequence: Sequence, token_id: int, eos_token_ids: frozenset[int]) -> None:
     """Call before the token is appended. Raises GrammarFailed if it is the sign of `draw_rows`."""
-    if sequence.grammar is None or token_id not in eos_token_ids:
+    if token_id not in eos_token_ids:
         return
-    if token_id in banned_token_ids(sequence):
-        raise GrammarFailed(sequence.job, "its other parameters ban every token that its structured output allows")
+    if not sequence.job.bans.allow(token_id) or token_id in sequence.banned_token_ids():
+        raise GrammarFailed(sequence.job, nothing_left(sequence))
+    if sequence.grammar is None:
+        return
     if token_id not in sequence.job.params.stop_token_ids and not sequence.grammar.matcher.is_accepting():
         raise GrammarFailed(sequence.job, "its structured output cannot be continued; simplify the schema")
 
