@@ -11,13 +11,15 @@ from celeriac.client import ApiUnreachable, Client
 URL = "http://127.0.0.1:9"
 
 
-def goes_away(client: Client) -> list[str]:
-    """Have the API refuse every connection. Returns the paths asked for."""
+def goes_away(client: Client, *, num_answers: int) -> list[str]:
+    """Have the API answer `num_answers` requests, and no more. Returns the paths asked for."""
     paths: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         paths.append(request.url.path)
-        raise httpx.ConnectError("[Errno 111] Connection refused")
+        if len(paths) > num_answers:
+            raise httpx.ConnectError("[Errno 111] Connection refused")
+        return httpx.Response(200, json={"data": [{"id": "fake"}]})
 
     client._http.close()
     client._http = httpx.Client(base_url=URL, transport=httpx.MockTransport(answer))
@@ -29,7 +31,8 @@ def test_a_submit_is_repeated_until_patience_ends(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     with Client(URL, patience_seconds=5) as client:
-        paths = goes_away(client)
+        paths = goes_away(client, num_answers=1)
+        client._ask("GET", "/v1/models")
         with pytest.raises(ApiUnreachable):
             client.submit("Once")
     assert len(paths) > 3
@@ -41,6 +44,7 @@ def test_a_task_never_waits_in_its_slot_for_an_api_that_went_away(monkeypatch: p
     monkeypatch.setattr(celery_tasks, "_clients", {})
     monkeypatch.setenv("CELERIAC_API_URL", URL)
     with celery_tasks.client_of(celery_tasks.generate.app) as client:
-        goes_away(client)
+        goes_away(client, num_answers=1)
+        client._ask("GET", "/v1/models")
         with pytest.raises(ApiUnreachable):
             client.submit("Once")
