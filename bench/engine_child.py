@@ -39,6 +39,9 @@ class OurBackend:
     """Any engine through our Backend. `options` is a ModelSpec."""
 
     def __init__(self, options: dict[str, Any]) -> None:
+        from gpu_worker.engine.host_cpus import let_threads_sleep
+
+        let_threads_sleep()  # as in an engine process
         from domain.catalog import ModelSpec
         from gpu_worker.engine.backends import import_backend
 

@@ -68,8 +68,10 @@ class Child:
             self._process, told = self._start()
             self.load_seconds = told["load_seconds"]
         _signal_tree(self._process.pid, signal.SIGCONT)
-        yield
-        _signal_tree(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            _signal_tree(self._process.pid, signal.SIGSTOP)
 
     def measure(self, prompts: list[list[int]], num_new_tokens: int, level: int) -> Measured:
         assert self._process is not None
@@ -128,8 +130,10 @@ class Server:
             self._start()
         assert self._process is not None
         _signal_tree(self._process.pid, signal.SIGCONT)
-        yield
-        _signal_tree(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            _signal_tree(self._process.pid, signal.SIGSTOP)
 
     def measure(self, prompts: list[list[int]], num_new_tokens: int, level: int) -> Measured:
         assert self._process is not None

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -99,22 +100,35 @@ def recipes() -> dict[str, Recipe]:
 def install(recipe: Recipe, data_dir: Path) -> Path:
     """Create or recreate the environment, and return its interpreter. pip reports its progress on stdout and stderr.
 
-    The environment gets its name only when it is complete. Raises subprocess.CalledProcessError.
+    It is made in a folder of its own, where it stays, since scripts in its `bin` name its interpreter. `put_in_place`
+    links to that folder once it is complete. Raises subprocess.CalledProcessError.
     """
-    folder = environment_folder(data_dir, recipe.backend)
-    new = folder.with_name(f".{recipe.backend}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-m", "venv", new], check=True)
-    pip = [str(_python_in(new)), "-m", "pip"]
+    place = environment_folder(data_dir, recipe.backend)
+    folder = place.with_name(f".{recipe.backend}.{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    pip = [str(_python_in(folder)), "-m", "pip"]
     versions = [] if recipe.chooses_versions else ["--constraint", str(CONSTRAINTS_FILE)]
     command = [*pip, "install", *versions, *LIGHT_PACKAGES, f"{recipe.package}=={recipe.version}"]
     subprocess.run(command, env=os.environ | {"CMAKE_ARGS": recipe.cmake_arguments}, check=True)
     if recipe.unwanted:
         subprocess.run([*pip, "uninstall", "--yes", *recipe.unwanted], check=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
-    return _python_in(folder)
+    put_in_place(folder, place)
+    return _python_in(place)
+
+
+def put_in_place(folder: Path, place: Path) -> None:
+    """Make `place` a link to the finished environment in `folder`, beside it, and remove all others, including those
+    that were never finished."""
+    link = place.with_name(f".{place.name}.link")
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    if not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)  # of an earlier release, which put the environment itself here
+    link.replace(place)
+    for other in place.parent.glob(f".{place.name}.*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def installed(recipe: Recipe, data_dir: Path) -> Installed | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from local import engine_environments
-from local.engine_environments import recipes
+from local.engine_environments import put_in_place, recipes
 
 
 @pytest.fixture
@@ -29,3 +29,15 @@ def test_every_recipe_names_its_back_end_and_its_version(name: str) -> None:
     recipe = recipes()[name]
     assert recipe.backend == name
     assert recipe.version
+
+
+def test_a_finished_environment_takes_the_place_of_all_others_and_stays_where_it_was_made(tmp_path: Path) -> None:
+    place = tmp_path / "llama_cpp"
+    (place / "bin").mkdir(parents=True)  # of an earlier release
+    for name in (".llama_cpp.new", ".llama_cpp.1", ".llama_cpp.2", ".vllm.1"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+    for name in (".llama_cpp.1", ".llama_cpp.2"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        put_in_place(tmp_path / name, place)
+        assert place.resolve() == tmp_path / name
+        assert {path.name for path in tmp_path.iterdir()} == {"llama_cpp", name, ".vllm.1"}
