@@ -102,7 +102,7 @@ class SenderThread:
         """Returns when the deliveries under way are recorded."""
         if self._sender is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._sender.stop)
-        self._thread.join(timeout=20)
+        self._thread.join()
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:

@@ -89,6 +89,7 @@ def make_things(server: ApiServer, key: str) -> dict[str, str]:
     with server.client(key) as client:
         file = client.post("/v1/files", files={"file": ("a.jsonl", LINE)}, data={"purpose": "batch"}).json()["id"]
         batch = {"input_file_id": file, "endpoint": "/v1/responses", "completion_window": "24h"}
+        message = {"custom_id": "a", "params": {"model": MODEL, "messages": say} | short}
         made = {
             "job_id": client.post("/v1/jobs", json={"model": MODEL, "prompt": "Hi", "params": short}),
             "completion_id": client.post(
@@ -96,6 +97,7 @@ def make_things(server: ApiServer, key: str) -> dict[str, str]:
             ),
             "response_id": client.post("/v1/responses", json={"model": MODEL, "input": "Hi", "max_output_tokens": 4}),
             "batch_id": client.post("/v1/batches", json=batch),
+            "message_batch_id": client.post("/v1/messages/batches", json={"requests": [message]}),
         }
     return {name: answer.json()["id"] for name, answer in made.items()} | {"file_id": file}
 

@@ -46,7 +46,7 @@ class RunningMaintenance:
 
     def terminate(self) -> int:
         self.process.terminate()
-        return self.process.wait(timeout=60)
+        return self.process.wait()
 
     def send(self, signal_number: signal.Signals) -> None:
         self.process.send_signal(signal_number)

@@ -310,9 +310,9 @@ def test_a_connection_may_be_idle_between_two_requests(http: httpx.Client, monke
 def test_a_body_that_trickles_in_is_given_up_on(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.inputs.BODY_SECONDS", 0.2)
     head = b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
-    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=10)) as connection:
+    with closing(socket.create_connection(("127.0.0.1", api.port))) as connection:
         connection.sendall(head)
-        status, answer = answer_of(connection.recv(65_536))
+        status, answer = answer_of(b"".join(iter(lambda: connection.recv(65_536), b"")))
     assert (status, answer["error"]["code"]) == (408, "request_timeout")
 
 

@@ -99,7 +99,7 @@ def test_a_long_poll_returns_when_the_job_ends(http: httpx.Client, api: ApiServe
     waiting.start()
     wait_until(lambda: api.services.streams.num_streams == 1)
     hand_worker.run(job_id, "done")
-    waiting.join(timeout=5)
+    waiting.join()
     assert answers[0].json()["status"] == "completed"
 
 
@@ -127,7 +127,7 @@ def test_a_preferred_wait_brings_the_result_with_the_submission(
     wait_until(lambda: api.services.streams.num_streams == 1)
     with api.client() as other:
         hand_worker.run(other.get("/v1/jobs").json()["data"][0]["id"], "here")
-    submit.join(timeout=5)
+    submit.join()
     assert answers[0].status_code == 200
     assert answers[0].headers["preference-applied"] == "wait=30"
     assert answers[0].json()["output"]["text"] == "here"

@@ -282,7 +282,7 @@ def test_streams_and_long_polls_end_when_the_server_stops_and_go_on_elsewhere(
         wait_until(lambda: api.services.streams.num_streams == 2)
         api.stop()
         assert list(events) == []
-        waiting.join(timeout=10)
+        waiting.join()
         assert answers[0].json()["status"] == "in_progress"
         hand_worker.say(job, "b", first=2)
         hand_worker.finish(job, "a", "b")
@@ -301,7 +301,7 @@ def test_an_answer_under_way_is_given_before_the_end(api: ApiServer) -> None:
         wait_until(lambda: api.services.draining.is_set())
         connection.sendall(b'{"model":"fake","prompt":"abcd"}')
         assert connection.recv(65_536).startswith(b"HTTP/1.1 202")
-        stopping.join(timeout=10)
+        stopping.join()
 
 
 def http_in_progress() -> float:

@@ -46,7 +46,7 @@ def test_uploads_that_trickle_give_their_places_back(
     for connection in trickling:
         connection.sendall(b"a")  # not silent, but far too slow
     for connection in trickling:
-        answer = connection.recv(65_536)
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"bytes per second or more" in answer
     monkeypatch.undo()

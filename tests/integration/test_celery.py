@@ -187,7 +187,7 @@ def test_the_job_table_is_a_result_backend(app: Celery, system: ClientSystem, cl
     url = f"celeriac.celery:CeleriacBackend+{system.plant.api_urls[0]}"
     reading = Celery("reader", broker=system.plant.redis.url, backend=url, set_as_current=False)
     try:
-        assert reading.AsyncResult(result.id).get(timeout=10) == text
+        assert reading.AsyncResult(result.id).get(timeout=300) == text
         assert reading.AsyncResult("unknown").state == "PENDING"
     finally:
         reading.close()

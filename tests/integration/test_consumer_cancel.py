@@ -88,7 +88,7 @@ def test_a_released_job_is_shown_as_waiting_again(make_plant: MakePlant, events:
     (job_id,) = plant.send(1)
     plant.wait_for("claimed", [job_id])
     worker.terminate()
-    worker.wait(timeout=20)
+    worker.wait()
     assert events.of(job_id) == ["received", "started", "retried"]
 
 

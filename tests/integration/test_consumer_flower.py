@@ -42,7 +42,7 @@ class Flower:
 
     def close(self) -> None:
         self._process.terminate()
-        self._process.wait(timeout=20)
+        self._process.wait()
         self._client.close()
         self._log.close()
 

@@ -115,7 +115,7 @@ def assert_all_whole(plant: Plant, client: httpx.Client, job_ids: list[str], rea
     undisturbed = [submit(client, seed) for seed in range(NUM_JOBS)]
     watch_until(plant, lambda: all(read(client, id_)["status"] == "completed" for id_ in undisturbed), "and these")
     for job_id, other_id, reader in zip(job_ids, undisturbed, readers, strict=True):
-        reader.join(timeout=20)
+        reader.join()
         assert text_of(read(client, job_id)) == text_of(read(client, other_id)) == reader.text
         assert reader.numbers == list(range(1, len(reader.numbers) + 1))
         assert reader.last == "job.completed"

@@ -64,7 +64,7 @@ def use_everything(plant: Plant, url: str) -> None:
     begun, ended = threading.Event(), threading.Event()
     watching = threading.Thread(target=_watch, args=(app, begun, ended))
     watching.start()
-    assert begun.wait(30)
+    assert begun.wait(300)
     with Client(plant.api_urls[0]) as client:
         for _ in range(3):
             *_, last = client.stream(client.submit("Once upon a time", model=MODEL, max_tokens=40, ignore_eos=True).id)

@@ -19,7 +19,7 @@ def kill(server: EmbeddedServer) -> None:
     assert server.pid is not None
     process = psutil.Process(server.pid)
     process.kill()
-    process.wait(10)
+    process.wait()
 
 
 def test_postgres_keeps_its_data_over_a_crash_and_a_restart(server_folder: Path) -> None:

@@ -294,7 +294,7 @@ def test_an_engine_ends_with_its_template_and_both_are_replaced(make_crank: Make
     template.kill()
     crank.turn_until(lambda: crank.exits, "the engine has ended")
     assert crank.exits[0].is_outside_kill
-    engine.wait(10)
+    engine.wait()
     assert crank.template_of(crank.turn_until_ready()) != template
 
 

@@ -34,6 +34,6 @@ def test_maintenance_sends_webhooks(session: Session, make_job: MakeJob, databas
             wait_until(lambda: receiver.received)
         finally:
             worker.terminate()
-            assert worker.wait(timeout=40) == 0
+            assert worker.wait() == 0
     delivery = session.scalars(select(WebhookDelivery)).one()
     assert delivery.status is DeliveryStatus.DELIVERED  # recorded, though the worker was told to end

@@ -208,7 +208,7 @@ def test_a_sender_killed_before_it_could_record_leaves_it_to_another(
 ) -> None:
     """Between send and commit: the receiver has answered nothing yet, but it has the event."""
     is_killed = threading.Event()
-    receiver.answer = lambda _: 200 if is_killed.wait(30) else 500
+    receiver.answer = lambda _: 200 if is_killed.wait(300) else 500
     end_job(session, make_job, webhook_url=receiver.url(), webhook_statuses=ALL)
     sender = start_sender_process(database_url)
     wait_until(lambda: len(receiver.received) == 1)
@@ -248,7 +248,7 @@ def test_a_host_that_does_not_answer_blocks_no_other(
 ) -> None:
     is_over = threading.Event()
     with receiving() as slow:
-        slow.answer = lambda _: 200 if is_over.wait(30) else 500
+        slow.answer = lambda _: 200 if is_over.wait(300) else 500
         for _ in range(40):
             end_job(session, make_job, webhook_url=slow.url(), webhook_statuses=ALL)
         with sending(sender_settings):

@@ -36,7 +36,7 @@ def app() -> Iterator[Celery]:
 
 def sent_by_celery(app: Celery, queue: str) -> dict[str, Any]:
     with app.connection_for_write() as connection:
-        message = connection.default_channel._queue_for(queue).get(timeout=1)
+        message = connection.default_channel._queue_for(queue).get(timeout=30)
     assert isinstance(message, dict)
     return message
 
@@ -79,7 +79,7 @@ def test_the_revoke_broadcast_is_the_one_celery_sends(app: Celery) -> None:
         node = app.control.mailbox.Node("listener", channel=connection.channel())
         node.listen(callback=print)
         app.control.revoke([external_id(job_id) for job_id in job_ids], terminate=True)
-        theirs = node.channel._queue_for("listener.celery.pidbox").get(timeout=1)
+        theirs = node.channel._queue_for("listener.celery.pidbox").get(timeout=30)
     ours = json.loads(revoke_message(job_ids))
 
     assert decoded_body(ours) == decoded_body(theirs)

@@ -42,7 +42,7 @@ def test_it_has_an_environment_descriptors_and_a_session_of_its_own(nursery: Nur
             start_new_session=True,
         )
     os.close(write_fd)
-    assert process.wait(60) == 0
+    assert process.wait() == 0
     assert (tmp_path / "output").read_text().startswith(f"{{'NAME': 'value'}} {process.pid}\n")
     with os.fdopen(read_fd, "rb") as pipe:
         assert pipe.read() == b"to you"
@@ -52,19 +52,19 @@ def test_it_knows_what_it_was_started_as(nursery: Nursery, tmp_path: Path) -> No
     """A worker that follows its servers elsewhere replaces itself by the same command."""
     statement = "import sys; print(sys.orig_argv)"
     with (tmp_path / "output").open("wb") as output:
-        assert nursery.start(MODULE, [*OPTIONS, statement], environment={}, output=output).wait(60) == 0
+        assert nursery.start(MODULE, [*OPTIONS, statement], environment={}, output=output).wait() == 0
     command = [sys.executable, "-m", MODULE, *OPTIONS, statement]
     assert (tmp_path / "output").read_text().startswith(f"{command}\n")
 
 
 def test_its_exit_code_is_told_also_where_a_signal_ends_it(nursery: Nursery) -> None:
-    assert nursery.start("json.tool", ["/none"], environment={}).wait(60) != 0
+    assert nursery.start("json.tool", ["/none"], environment={}).wait() != 0
     process = start_sleeping(nursery)
     assert process.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.01)
     process.terminate()
-    assert process.wait(60) == -signal.SIGTERM
+    assert process.wait() == -signal.SIGTERM
     process.kill()  # whoever has its number now
 
 
