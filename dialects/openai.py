@@ -39,13 +39,12 @@ from domain.structured_output import (
     StructuredOutput,
     ToolCalls,
     ToolDefinition,
-    ToolFormat,
     bounded,
     check_keywords,
     check_structure,
 )
+from text.call_formats import CallFormat, call_format
 from text.models import ModelView, refused_effort
-from text.outputs import MARKERS
 
 #: The reasons that clients know. A job that ended for any other reason is answered with an error.
 FINISH_REASONS: Final[dict[FinishReason, Literal["stop", "length"]]] = {
@@ -384,22 +383,20 @@ def _callable_ones(asked: AskedTools) -> list[tuple[int, dict[str, Any]]]:
 
 def _calls(asked: AskedTools, view: ModelView, tools: tuple[ToolDefinition, ...]) -> ToolCalls:
     assert view.output_format.tools is not None
-    if view.output_format.tools is ToolFormat.HARMONY:
-        raise UnsupportedParameter(
-            f"calls of {view.spec.id}, whose format is harmony, cannot be enforced; leave tool_choice at auto, and "
-            "send either tools or a format",
-            param="tools",
-        )
     if not _callable_ones(asked):
         raise InvalidRequest(
             f"tool_choice names {str(asked.name)[:64]!r}, which is not one of the tools; name one of them",
             param=asked.name_place,
         )
+    format = call_format(view.output_format.tools)
+    token_ids = _special_token_ids(view, format)
+    has_optional_marker = format.is_bare is not None
     fields = {
-        "format": view.output_format.tools,
+        "format": format.name,
         "tools": _callable_tools(asked, tools),
         "is_single": asked.name is not None or not asked.is_parallel,
-        "marker_token_id": _marker_token_id(view),
+        "marker_token_id": next(filter(None, map(token_ids.get, format.begins)), None) if has_optional_marker else None,
+        "token_ids": {} if has_optional_marker else token_ids,
     }
     try:
         return ToolCalls.model_validate(fields)
@@ -422,14 +419,13 @@ def _callable_tools(asked: AskedTools, tools: tuple[ToolDefinition, ...]) -> lis
     return callable_tools
 
 
-def _marker_token_id(view: ModelView) -> int | None:
-    """The id of the special token that the model writes before its calls; None if it has none."""
-    marker = MARKERS.get(view.output_format.tools) if view.output_format.tools else None
-    if marker is None or view.vocabulary is None:
-        return None
-    tokenizer = view.vocabulary.tokenizer
-    token_id = tokenizer.token_to_id(marker)
-    if token_id is None or token_id >= view.vocab_size:
-        return None
-    added = tokenizer.get_added_tokens_decoder().get(token_id)
-    return token_id if added is not None and added.special else None
+def _special_token_ids(view: ModelView, format: CallFormat) -> dict[str, int]:
+    """Those of the format's markers that are special tokens, with their ids."""
+    if view.vocabulary is None:
+        return {}
+    added = view.vocabulary.tokenizer.get_added_tokens_decoder()
+    return {
+        token.content: token_id
+        for token_id, token in added.items()
+        if token.special and token.content in format.markers and token_id < view.vocab_size
+    }

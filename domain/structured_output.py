@@ -8,7 +8,6 @@ import difflib
 import json
 import math
 import re
-from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
@@ -259,15 +258,6 @@ class ToolCall(Frozen):
     arguments: str = Field(max_length=MAX_TOOL_CHARS)
 
 
-class ToolFormat(StrEnum):
-    """The syntax in which a model writes calls; see `text/outputs.py`."""
-
-    HERMES = "hermes"
-    MISTRAL = "mistral"
-    LLAMA3 = "llama3"
-    HARMONY = "harmony"
-
-
 class CallableTool(Frozen):
     """`arguments` is the JSON schema that is compiled to constrain a call's arguments."""
 
@@ -278,13 +268,15 @@ class CallableTool(Frozen):
 class ToolCalls(Frozen):
     """Calls that an output may consist of: any number of calls of these tools, or exactly one (`is_single`).
 
-    `marker_token_id` is a special token that the model may write before its calls.
+    `format` is the name of a `text.call_formats.CallFormat`. `marker_token_id` is a special token that the model may
+    write before its calls; `token_ids` are those of the special tokens that it must write in them.
     """
 
-    format: ToolFormat
+    format: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,32}$")]
     tools: tuple[CallableTool, ...] = Field(min_length=1, max_length=MAX_TOOLS)
     is_single: bool = False
     marker_token_id: int | None = Field(default=None, ge=0)
+    token_ids: dict[str, int] = Field(default_factory=dict, max_length=64)
 
     @model_validator(mode="after")
     def _bounded_schemas(self) -> Self:

@@ -10,52 +10,62 @@ colon of each of its own keys, and constrained JSON has no spaces.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from domain.json_schemas import without_annotations
-from domain.structured_output import CallableTool, StructuredOutput, ToolCalls, ToolFormat
+from domain.structured_output import CallableTool, StructuredOutput, ToolCalls
+from text.call_formats import CallShape, call_format
 
 #: No whitespace, as a model that may write it could write it forever. Not lenient: what cannot be enforced is refused.
 JSON_OPTIONS = {"whitespace_flexible": False, "coerce_one_of": False, "lenient": False}
 
-#: One call, and any number of calls.
-_SHAPES = {
-    ToolFormat.HERMES: (
-        r'"<tool_call>\n" call "\n</tool_call>"',
-        r'"<tool_call>\n" call "\n</tool_call>" ("\n<tool_call>\n" call "\n</tool_call>")*',
-    ),
-    ToolFormat.MISTRAL: ('"[" call "]"', '"[" call (", " call)* "]"'),
-    ToolFormat.LLAMA3: ("call", "call"),
-}
-
-_ARGUMENTS_KEYS = {ToolFormat.HERMES: "arguments", ToolFormat.MISTRAL: "arguments", ToolFormat.LLAMA3: "parameters"}
-
 
 def calls_in_lark(calls: ToolCalls, *, alternative: str | None = None) -> str:
     """The calls in llguidance's variant of Lark. `alternative` is the rule for an output without calls."""
-    shape = _SHAPES[calls.format][0 if calls.is_single else 1]
+    shape = call_format(calls.format).shape
     marker = "" if calls.marker_token_id is None else f"<[{calls.marker_token_id}]>? "
     any_tool = " | ".join(f"tool_{number}" for number in range(len(calls.tools)))
-    key = _ARGUMENTS_KEYS[calls.format]
-    rules = [rule for number, tool in enumerate(calls.tools) for rule in _rules_of(number, tool, key)]
+    begin, between, end = (_spelt(text or "", calls) for text in (shape.begin, shape.between, shape.end))
+    others = "" if shape.between is None or calls.is_single else f"({between} call)*"
     start = "calls" if alternative is None else f"calls | {alternative}"
-    return "\n".join([f"start: {start}", f"calls: {marker}{shape}", f"call: {any_tool}", *rules])
+    rules = [rule for number, tool in enumerate(calls.tools) for rule in _rules_of(number, tool, shape, calls)]
+    return "\n".join([f"start: {start}", f"calls: {marker}{begin} call {others} {end}", f"call: {any_tool}", *rules])
 
 
-def _rules_of(number: int, tool: CallableTool, key: str) -> tuple[str, str]:
-    """The rules of one tool. Its schema stays separate, so that its references resolve within it. The head is split
-    into the same pieces as a JSON answer: the first character of a longer piece would already decide for a call."""
-    head = ("{", '"name"', ": ", f'"{tool.name}"', ", ", f'"{key}"', ": ")
-    schema = tool.arguments | {"x-guidance": JSON_OPTIONS}
-    return (
-        f'tool_{number}: {" ".join(map(json.dumps, head))} arguments_{number} "}}"',
-        f"arguments_{number}: %json {json.dumps(schema)}",
-    )
+def _rules_of(number: int, tool: CallableTool, shape: CallShape, calls: ToolCalls) -> Iterator[str]:
+    """The rules of one tool. Its schema stays separate, so that its references resolve within it."""
+    before, _, after = shape.call.replace("{name}", tool.name).partition("{arguments}")
+    yield f"tool_{number}: {_spelt(before, calls)} arguments_{number} {_spelt(after, calls)}"
+    rule = f"arguments_{number}"
+    if shape.arguments is None:
+        yield f"{rule}: {_json_value(tool.arguments)}"
+    else:
+        yield from shape.arguments.rules(rule, tool.arguments, _json_value, lambda text: _spelt(text, calls))
 
+
+def _json_value(schema: Any) -> str:
+    return f"%json {json.dumps(schema | {'x-guidance': JSON_OPTIONS} if isinstance(schema, dict) else schema)}"
+
+
+def _spelt(text: str, calls: ToolCalls) -> str:
+    """A text as terminals: special tokens by their ids, and the rest in the same pieces as a JSON answer: the first
+    character of a longer piece would already decide for a call."""
+    tokens = "|".join(map(re.escape, sorted(calls.token_ids, key=len, reverse=True)))
+    pieces = re.split(f"({tokens})", text) if tokens else [text]
+    spelt = []
+    for piece in filter(None, pieces):
+        if piece in calls.token_ids:
+            spelt.append(f"<[{calls.token_ids[piece]}]>")
+        else:
+            spelt += map(json.dumps, _JSON_PIECE.findall(piece))
+    return " ".join(spelt)
+
+
+_JSON_PIECE = re.compile(r'"[^"]*"|[{}\[\]]|[^"{}\[\]]+|"')
 
 #: Beyond these a matcher enters its error state. Measured on adversarial grammars: the worst mask takes about 30 ms of
 #: one core and memory stays below 150 MB, while llguidance's defaults allow 1.5 s and 300 MB. Rows are wide enough for

@@ -38,9 +38,13 @@ _MAX_HEADER_CHARS = 512
 class HarmonyParser(OutputParser):
     """Like OutputParser, for an output in channels. One that begins otherwise is content."""
 
-    def __init__(self, *, tool_names: frozenset[str], max_calls: int | None = None) -> None:
-        super().__init__(OutputFormat(), tool_names=tool_names, max_calls=max_calls)
+    def __init__(
+        self, *, tool_names: frozenset[str], max_calls: int | None = None, follows_grammar: bool = False
+    ) -> None:
+        """An output that `follows_grammar` consists of one call, or of an answer without any markers."""
+        super().__init__(OutputFormat(), tool_names=tool_names, max_calls=max_calls, follows_grammar=follows_grammar)
         self._is_first = True
+        self._is_plain = False  # whether the output has no channels
         self._kind: type[ContentPiece | ReasoningPiece | CallArguments] | None = None  # None: in a header
 
     def push(self, text: str) -> list[Piece]:
@@ -63,6 +67,7 @@ class HarmonyParser(OutputParser):
     def _read_header(self, *, is_end: bool) -> list[Piece]:
         if self._is_first and not any(self._held.startswith(one) or one.startswith(self._held) for one in _FIRST):
             self._is_first, self._kind = False, ContentPiece
+            self._is_plain = self._follows_grammar
             return []
         header, marker, rest = self._held.partition(_MESSAGE)
         if not marker:
@@ -86,13 +91,13 @@ class HarmonyParser(OutputParser):
         return [ReasoningPiece("\n")] if is_further else []
 
     def _read_body(self, *, is_end: bool) -> list[Piece]:
-        kind, end = self._kind, _END.search(self._held)
+        kind, end = self._kind, None if self._is_plain else _END.search(self._held)
         if end is not None:
             text = self._held[: end.start()]
             self._held = self._held[end.start() if end[0] == "<|channel|>" else end.end() :]
             self._kind = None
         else:
-            num_kept = 0 if is_end else _num_of_marker_at_the_end(self._held)
+            num_kept = 0 if is_end or self._is_plain else _num_of_marker_at_the_end(self._held)
             text = self._held[: len(self._held) - num_kept]
             self._held = self._held[len(text) :]
         if kind is CallArguments:

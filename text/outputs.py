@@ -1,39 +1,34 @@
 """Parses a model's text, as it arrives, into reasoning, content and tool calls.
 
-How a model writes tool calls and reasoning is recognised by its chat template alone:
-
-| format  | what the model writes                                               | recognised by               |
-|---------|---------------------------------------------------------------------|-----------------------------|
-| hermes  | <tool_call>{"name": …, "arguments": {…}}</tool_call>, repeated      | <tool_call> (Qwen, Hermes)  |
-| mistral | [TOOL_CALLS][{"name": …, "arguments": {…}}, …]                      | [TOOL_CALLS]                |
-| llama3  | {"name": …, "parameters": {…}}, alone, perhaps after <|python_tag|> | "parameters" and ipython    |
-| harmony | <|channel|>commentary to=functions.…<|message|>{…}, see harmony.py   | <|channel|> and <|message|> |
-
-Markers that are special tokens do not appear in the text, so mistral and llama3 calls are recognised by how the output
-begins.
+How a model writes them is recognised by its chat template alone: calls by `text/call_formats.py`, reasoning by the tags
+that the template mentions. Markers that are special tokens may be missing from the text, so calls in some formats are
+also recognised by how the output begins.
 
 Part of a tag is never passed on as content. What looks like a call but turns out not to be one is content, so that no
-text is lost. Once a call's name is known, its arguments are passed on as the model writes them.
+text is lost. Once a call's name is known, its arguments are passed on as the model writes them, if that is in JSON.
 """
 
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from domain.requests import GenerationRequest
-from domain.structured_output import ToolFormat
+from text.call_formats import MARKERS, call_format, format_of_template
+from text.call_readers import MAX_HEAD_CHARS, CallReader
 from text.thinking import asks_to_think
 
 THINK, END_THINK = "<think>", "</think>"
 
+#: The tags around reasoning: of most models, of Magistral, and of Command.
+THINK_TAGS = ((THINK, END_THINK), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"))
+
 #: Of what completes the reasoning of an output; each is looked for wherever it is.
-REASONING_ENDS = (END_THINK, "<|channel|>commentary", "<|channel|>final")
+REASONING_ENDS = (*(end for _, end in THINK_TAGS), "<|channel|>commentary", "<|channel|>final")
 
 #: Tokens that a text must show even if the tokenizer declares them special: without them it cannot be parsed.
-MARKER_TOKENS = frozenset({THINK, END_THINK, "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"})
+MARKER_TOKENS = MARKERS.union(*THINK_TAGS)
 
 
 class ReasoningFormat(StrEnum):
@@ -44,12 +39,13 @@ class ReasoningFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """How a model writes tool calls and reasoning; None if it does not."""
+    """How a model writes tool calls (the name of a `CallFormat`) and reasoning; None if it does not."""
 
-    tools: ToolFormat | None = None
+    tools: str | None = None
     reasoning: ReasoningFormat | None = None
     #: The same where a request turns thinking off, and on; None if the template has no switch.
     reasoning_by_switch: tuple[ReasoningFormat | None, ReasoningFormat | None] | None = None
+    think_tags: tuple[str, str] = THINK_TAGS[0]
 
     def reasoning_of(self, request: GenerationRequest) -> ReasoningFormat | None:
         asked = asks_to_think(request)
@@ -63,127 +59,22 @@ def output_format_of(
 ) -> OutputFormat:
     """`rendered_prompt` is any prompt rendered with the template; `switched_prompts` are those with thinking turned
     off, and on."""
-    reasoning = _reasoning_of(template_source, rendered_prompt)
-    if switched_prompts is None:
-        return OutputFormat(_tool_format_of(template_source), reasoning)
-    off, on = (_reasoning_of(template_source, prompt) for prompt in switched_prompts)
-    return OutputFormat(_tool_format_of(template_source), reasoning, (off, on))
+    calls = format_of_template(template_source)
+    tags = next((tags for tags in THINK_TAGS if tags[0] in template_source), THINK_TAGS[0])
+    by_switch = None
+    if switched_prompts is not None:
+        off, on = (_reasoning_of(template_source, prompt, tags[0]) for prompt in switched_prompts)
+        by_switch = (off, on)
+    reasoning = _reasoning_of(template_source, rendered_prompt, tags[0])
+    return OutputFormat(None if calls is None else calls.name, reasoning, by_switch, tags)
 
 
-def _reasoning_of(source: str, prompt: str) -> ReasoningFormat | None:
+def _reasoning_of(source: str, prompt: str, tag: str) -> ReasoningFormat | None:
     if "<|channel|>analysis" in source:
         return ReasoningFormat.CHANNELS
-    if prompt.rstrip().endswith(THINK):
+    if prompt.rstrip().endswith(tag):
         return ReasoningFormat.OPENED
-    return ReasoningFormat.TAGGED if THINK in source else None
-
-
-def _tool_format_of(source: str) -> ToolFormat | None:
-    if "<|channel|>" in source and "<|message|>" in source:
-        return ToolFormat.HARMONY
-    if "tools" not in source or "<function=" in source or "[ARGS]" in source:
-        return None
-    if "<tool_call>" in source:
-        return ToolFormat.HERMES
-    if "[TOOL_CALLS]" in source:
-        return ToolFormat.MISTRAL
-    return ToolFormat.LLAMA3 if "ipython" in source and "parameters" in source else None
-
-
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-
-_MAX_HEAD_CHARS = 512
-
-
-@dataclass(slots=True)
-class ToolCallText:
-    """Parses one tool call, a JSON object, as it arrives. `name` is set as soon as it is known."""
-
-    text: str = ""
-    name: str | None = None
-    is_passed_on: bool = False  # whether its name was
-    is_over: bool = False
-    _num_scanned: int = 0
-    _depth: int = 0
-    _is_in_string: bool = False
-    _is_escaped: bool = False
-    _arguments_begin: int = -1  # set once they arrive after the name
-    _num_passed_on: int = 0
-    _closings: list[int] = field(default_factory=list)  # where the top-level values ended
-    _whole_arguments: str | None = None  # if they came before the name
-
-    def feed(self, text: str) -> int:
-        """Read `text`; returns how much of it belongs to the call."""
-        num_before = len(self.text)
-        self.text += text
-        end = self._scan()
-        self.text = self.text[:end]
-        if self.name is None and len(self.text) <= _MAX_HEAD_CHARS + len(text) and (head := _HEAD.match(self.text)):
-            self.name, self._arguments_begin = json.loads(head[1]), head.end()
-        if self.is_over and self.name is None:
-            self._read_whole()
-        return end - num_before
-
-    def take_arguments(self) -> str:
-        """The part of the arguments that has arrived since the last call."""
-        if self._whole_arguments is not None:
-            whole, self._whole_arguments = self._whole_arguments, ""
-            return whole
-        if self._arguments_begin < 0:
-            return ""
-        end = next((place for place in self._closings if place > self._arguments_begin), len(self.text))
-        arguments = self.text[self._arguments_begin + self._num_passed_on : end]
-        self._num_passed_on += len(arguments)
-        return arguments
-
-    def _scan(self) -> int:
-        """The end of the object, or of the text if the object is not complete."""
-        for place in range(self._num_scanned, len(self.text)):
-            character = self.text[place]
-            if self._is_escaped:
-                self._is_escaped = False
-            elif self._is_in_string:
-                self._is_escaped = character == "\\"
-                self._is_in_string = character != '"'
-            elif character == '"':
-                self._is_in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if self._depth == 1:
-                    self._closings.append(place + 1)
-                if self._depth == 0:
-                    self.is_over = True
-                    self._num_scanned = place + 1
-                    return place + 1
-        self._num_scanned = len(self.text)
-        return len(self.text)
-
-    def _read_whole(self) -> None:
-        try:
-            call = json.loads(self.text)
-        except ValueError:
-            return
-        arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
-        if arguments is None or not isinstance(call.get("name"), str):
-            return
-        self.name = call["name"]
-        self._whole_arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
-CALL, END_CALL = "<tool_call>", "</tool_call>"
-
-MARKERS = {ToolFormat.MISTRAL: "[TOOL_CALLS]", ToolFormat.LLAMA3: "<|python_tag|>"}
-
-_BARE_HEAD = '{"name":'
-
-#: A grammar writes only calls like this, with a space after the colon.
-_BEGINNING_OF_CALLS = {
-    ToolFormat.HERMES: CALL,
-    ToolFormat.MISTRAL: '[{"name": "',
-    ToolFormat.LLAMA3: '{"name": "',
-}
+    return ReasoningFormat.TAGGED if tag in source else None
 
 
 class ContentPiece(NamedTuple):
@@ -209,6 +100,9 @@ class CallArguments(NamedTuple):
 Piece = ContentPiece | ReasoningPiece | CallName | CallArguments
 
 
+NO_PARAMETERS: Mapping[str, Any] = MappingProxyType({})
+
+
 class OutputParser:
     """Parses one sequence's text into pieces: `push` text, then `finish`."""
 
@@ -217,17 +111,25 @@ class OutputParser:
         format: OutputFormat,
         *,
         tool_names: frozenset[str],
+        parameters: Mapping[str, Any] = NO_PARAMETERS,
         max_calls: int | None = None,
         follows_grammar: bool = False,
     ) -> None:
-        """Calls are recognised only if there are `tool_names`; those beyond `max_calls` are dropped. An output that
-        `follows_grammar` either consists of calls, exactly in the form of the grammar, or contains none."""
-        self._tools = format.tools if tool_names else None
+        """Calls are recognised only if there are `tool_names`; `parameters` are the schemas of their arguments. Calls
+        beyond `max_calls` are dropped. An output that `follows_grammar` either consists of calls, exactly in the form
+        of the grammar, or contains none."""
+        self._calls = call_format(format.tools) if tool_names and format.tools is not None else None
         self._tool_names = tool_names
+        self._parameters = parameters
         self._max_calls = max_calls
         self._follows_grammar = follows_grammar
+        self._think, self._end_think = format.think_tags
         self._held = ""  # text that may be the start of a tag or call
-        self._call: ToolCallText | None = None
+        self._call: CallReader | None = None
+        self._passed = ""  # what was consumed since the last call or content, in case that no call follows
+        self._num_in_section = 0  # calls since the last marker with which calls begin
+        self._has_marker = False  # whether there was such a marker
+        self._is_cut = False
         self.num_calls = 0
         self.has_reasoning = format.reasoning is ReasoningFormat.OPENED  # even if the reasoning is empty
         starts = {
@@ -246,6 +148,7 @@ class OutputParser:
 
     def finish(self, *, is_cut: bool) -> list[Piece]:
         """The text that was held back. If the output was cut off (`is_cut`), part of a tag at its end is dropped."""
+        self._is_cut = is_cut
         pieces = self._advance(is_end=True)
         held = self._take()
         if held and not (is_cut and self._is_partial_tag(held.strip())):
@@ -255,9 +158,9 @@ class OutputParser:
         return joined(pieces)
 
     def _is_partial_tag(self, text: str) -> bool:
-        """Whether this is the beginning of a tag. A single < counts as text, except after a call."""
-        is_prefix = any(tag.startswith(text) for tag in (THINK, END_THINK, CALL, END_CALL))
-        return is_prefix and (len(text) > 1 or self.num_calls > 0)
+        """Whether this is the beginning of a tag. A single character counts as text, except after a call."""
+        tags = [self._think, self._end_think, *(self._calls.begins + self._calls.ends if self._calls else ())]
+        return any(tag.startswith(text) for tag in tags) and (len(text) > 1 or self.num_calls > 0)
 
     def _advance(self, *, is_end: bool) -> list[Piece]:
         """Run the states until nothing changes any more."""
@@ -272,11 +175,11 @@ class OutputParser:
 
     def _at_start(self, *, is_end: bool) -> Iterator[Piece]:
         text = self._held.lstrip()
-        if text.startswith(THINK):
-            self._held = text.removeprefix(THINK)
+        if text.startswith(self._think):
+            self._held = text.removeprefix(self._think)
             self.has_reasoning = True
             self._state = self._before_thought
-        elif is_end or not THINK.startswith(text):
+        elif is_end or not self._think.startswith(text):
             self._begin_content()
         return iter(())
 
@@ -287,13 +190,13 @@ class OutputParser:
         return iter(())
 
     def _thinking(self, *, is_end: bool) -> Iterator[Piece]:
-        before, tag, after = self._held.partition(END_THINK)
+        before, tag, after = self._held.partition(self._end_think)
         if tag:
             self._held = after.lstrip()
             self._state = self._after_thought
             yield ReasoningPiece(before.rstrip())
         elif not is_end:
-            yield ReasoningPiece(self._release(END_THINK))
+            yield ReasoningPiece(self._release(self._end_think))
 
     def _after_thought(self, *, is_end: bool) -> Iterator[Piece]:
         self._held = self._held.lstrip()
@@ -302,67 +205,97 @@ class OutputParser:
         return iter(())
 
     def _begin_content(self) -> None:
-        if self._follows_grammar and self._tools is not None:
+        if self._calls is None:
+            self._state = self._in_content
+        elif self._follows_grammar:
             self._state = self._at_calls_or_answer
         else:
-            self._state = self._before_bare_call if self._tools in MARKERS else self._in_content
+            self._state = self._in_content if self._calls.is_bare is None else self._at_bare_call
 
     def _at_calls_or_answer(self, *, is_end: bool) -> Iterator[Piece]:
         """The output is either calls or an answer, and the answer may contain what would otherwise be a call: a tag
         inside a string, or the keys of a call."""
-        assert self._tools is not None
-        beginning = _BEGINNING_OF_CALLS[self._tools]
-        if self._held.startswith(beginning):
-            self._state = self._in_content if self._tools is ToolFormat.HERMES else self._before_bare_call
-        elif not beginning.startswith(self._held):
-            self._tools, self._state = None, self._in_content
+        assert self._calls is not None
+        beginnings = self._calls.beginnings(self._tool_names)
+        if any(self._held.startswith(beginning) for beginning in beginnings):
+            self._state = self._in_content if self._calls.is_bare is None else self._at_bare_call
+        elif not any(beginning.startswith(self._held) for beginning in beginnings):
+            self._calls, self._state = None, self._in_content
         return iter(())
 
     def _in_content(self, *, is_end: bool) -> Iterator[Piece]:
-        if self._tools is not ToolFormat.HERMES:
-            yield ContentPiece(self._take())
-            return
-        before, tag, after = self._held.partition(CALL)
-        if tag:
-            self._held = after
-            self._begin_call()
-            if before.strip():
-                yield ContentPiece(before.rstrip() if not self.num_calls else before.strip())
-        elif not is_end:
-            yield ContentPiece(self._release(CALL))
+        begins = () if self._calls is None else self._calls.begins
+        places = [(place, begin) for begin in begins if (place := self._held.find(begin)) >= 0]
+        if places:
+            place, begin = min(places)
+            content = self._held[:place].rstrip()
+            self._passed = self._held[len(content) : place + len(begin)]
+            self._held = self._held[place + len(begin) :]
+            self._begin_section(has_marker=True)
+            yield ContentPiece(content)
+        elif not is_end or not begins:
+            yield ContentPiece(self._release(*begins) if begins else self._take())
 
-    def _before_bare_call(self, *, is_end: bool) -> Iterator[Piece]:
-        """At the start of an output whose calls are JSON without a tag, or follow a marker that may not be in the
-        text."""
-        assert self._tools is not None
-        marker = MARKERS[self._tools]
+    def _at_bare_call(self, *, is_end: bool) -> Iterator[Piece]:
+        """At the start of an output whose calls may come without a marker."""
+        assert self._calls is not None
+        assert self._calls.is_bare is not None
         text = self._held.lstrip()
-        if not is_end and marker.startswith(text):
-            return
-        text = text.removeprefix(marker).lstrip()
-        if self._tools is ToolFormat.MISTRAL and text.startswith("["):
-            text = text[1:].lstrip()
-        compact = re.sub(r"\s", "", text)[: len(_BARE_HEAD)]
-        if not _BARE_HEAD.startswith(compact):
-            self._state = self._in_content
-        elif len(compact) == len(_BARE_HEAD):
-            self._prefix, self._held = self._held[: len(self._held) - len(text)], text
-            self._begin_call()
-        yield from ()
-
-    def _between_bare_calls(self, *, is_end: bool) -> Iterator[Piece]:
-        """Between calls, and after the last one, there are only separators and whitespace."""
-        text = self._held.lstrip(" \n\t,;]")
-        self._held = text
-        if text.startswith("{"):
-            self._begin_call()
-        elif text:
+        if not is_end and any(begin.startswith(text) for begin in self._calls.begins):
+            return iter(())
+        is_bare = False if text.startswith(self._calls.begins) else self._calls.is_bare(text)
+        if is_bare:
+            self._passed, self._held = self._held[: len(self._held) - len(text)], text
+            self._begin_section(has_marker=False)
+        elif is_bare is False:
             self._state = self._in_content
         return iter(())
 
-    def _begin_call(self) -> None:
-        self._call = ToolCallText()
-        self._state = self._in_call
+    def _begin_section(self, *, has_marker: bool) -> None:
+        self._has_marker = has_marker
+        self._num_in_section = 0
+        self._state = self._between_calls
+
+    def _between_calls(self, *, is_end: bool) -> Iterator[Piece]:
+        """Before, between and behind the calls of a section, where there are only blanks, glue and markers."""
+        assert self._calls is not None
+        calls = self._calls
+        marks = (*calls.glue, *calls.ends, *(calls.begins if self._num_in_section else ()))
+        text = self._held.lstrip()
+        mark = max((mark for mark in marks if text.startswith(mark)), key=len, default="")
+        may_grow = not is_end and any(mark.startswith(text) and mark != text for mark in marks)
+        if may_grow:
+            return
+        if mark:
+            self._pass(len(self._held) - len(text) + len(mark))
+            if mark in calls.begins:
+                self._num_in_section = 0
+            elif mark in calls.ends:
+                yield from self._end_section()
+        elif text or is_end:
+            if text and (calls.is_list or not self._num_in_section):
+                self._pass(len(self._held) - len(text))
+                self._call = calls.reader(text[0], self._parameters, calls.ends)
+                self._state = self._in_call
+            else:
+                yield from self._end_section()
+
+    def _pass(self, num_chars: int) -> None:
+        self._passed += self._held[:num_chars]
+        self._held = self._held[num_chars:]
+
+    def _end_section(self) -> Iterator[Piece]:
+        """What was passed is dropped behind a call, and is content if there was none."""
+        passed, self._passed = self._passed, ""
+        self._state = self._after_calls if self._num_in_section else self._in_content
+        if not self._num_in_section and not self._is_cut:
+            yield ContentPiece(passed)
+
+    def _after_calls(self, *, is_end: bool) -> Iterator[Piece]:
+        self._held = self._held.lstrip()
+        if self._held:
+            self._state = self._in_content
+        return iter(())
 
     def _in_call(self, *, is_end: bool) -> Iterator[Piece]:
         assert self._call is not None
@@ -375,53 +308,42 @@ class OutputParser:
             self.num_calls += 1
         if call.is_passed_on:
             yield from self._limited(CallArguments(self.num_calls - 1, call.take_arguments()))
-        if call.is_over or is_end or self._is_broken(call):
+        if call.is_over or call.is_broken or is_end:
             yield from self._end_call(call)
 
     def _is_known(self, name: str) -> bool:
-        """With a tag any name is a call; bare JSON is a call only if it has the name of a tool."""
-        return self._tools is ToolFormat.HERMES or name in self._tool_names
-
-    def _is_broken(self, call: ToolCallText) -> bool:
-        return self._tools is ToolFormat.HERMES and END_CALL in call.text and not call.is_passed_on
+        """Behind a marker any name is a call; without one a call has the name of a tool."""
+        return self._has_marker or name in self._tool_names
 
     def _limited(self, piece: CallName | CallArguments) -> Iterator[Piece]:
         if self._max_calls is None or piece.number < self._max_calls:
             yield piece
 
-    def _end_call(self, call: ToolCallText) -> Iterator[Piece]:
+    def _end_call(self, call: CallReader) -> Iterator[Piece]:
         self._call = None
-        is_tagged = self._tools is ToolFormat.HERMES
+        passed, self._passed = self._passed, ""
         if call.is_passed_on:
-            self._state = self._after_call if is_tagged else self._between_bare_calls
+            self._num_in_section += 1
+            self._state = self._between_calls
             return
         self._state = self._in_content
-        is_half = is_tagged and not call.is_over and END_CALL not in call.text
+        is_half = self._is_cut and self._has_marker and not call.is_over and len(call.text) <= MAX_HEAD_CHARS
         if not is_half:  # a call that was cut off before its name is dropped
-            yield ContentPiece((CALL if is_tagged else self._prefix) + call.text)
-
-    def _after_call(self, *, is_end: bool) -> Iterator[Piece]:
-        text = self._held.lstrip()
-        if text.startswith(END_CALL):
-            self._held = text.removeprefix(END_CALL)
-            self._state = self._in_content
-        elif is_end or not END_CALL.startswith(text):
-            self._state = self._in_content
-        return iter(())
+            yield ContentPiece(passed + call.text)
 
     def _take(self) -> str:
         text, self._held = self._held, ""
         return text
 
-    def _release(self, tag: str) -> str:
-        """Take the held text, except whitespace and part of `tag` at its end."""
+    def _release(self, *tags: str) -> str:
+        """Take the held text, except whitespace and part of a tag at its end."""
         text = self._held
-        num_tag = next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
+        longest = max(map(len, tags)) - 1
+        counts = range(min(longest, len(text)), 0, -1)
+        num_tag = next((n for n in counts if any(tag.startswith(text[len(text) - n :]) for tag in tags)), 0)
         released = text[: len(text) - num_tag].rstrip()
         self._held = text[len(released) :]
         return released
-
-    _prefix = ""  # the text before a bare call, in case it is not a call
 
 
 def joined(pieces: list[Piece]) -> list[Piece]:

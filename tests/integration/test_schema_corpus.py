@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 
 from dialects.openai import callable_tool
-from domain.structured_output import CallableTool, ToolCalls, ToolDefinition, ToolFormat
+from domain.structured_output import CallableTool, ToolCalls, ToolDefinition
 from gpu_worker.engine_process.frames import AddJob
 from tests.engine_driver import EOS_TOKEN_ID, Collected, make_add, make_engine, run
 from tests.engine_parts import byte_tokenizer
@@ -76,7 +76,7 @@ def tool_of(case: Case) -> CallableTool:
 
 
 def make_call_job(name: str, case: Case, seed: int) -> AddJob:
-    calls = ToolCalls(format=ToolFormat.LLAMA3, tools=(tool_of(case),), is_single=True)
+    calls = ToolCalls(format="llama3", tools=(tool_of(case),), is_single=True)
     return make_add(
         name,
         [seed % 250 + 1, 7],

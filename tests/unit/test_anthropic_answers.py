@@ -14,13 +14,12 @@ from dialects.bodies import parse_model
 from domain.catalog import Catalog, ModelSpec
 from domain.jobs import BATCH_PRIORITY, FinishReason, Usage, new_id
 from domain.requests import GenerationResult, ResultChoice, TokenChunk
-from domain.structured_output import ToolFormat
 from storage.job_queries import JobRecord
 from text.models import ModelViews
 from text.outputs import OutputFormat, ReasoningFormat
 
 FAKE = ModelViews(Catalog([ModelSpec(id="fake", path="fake", backend="fake", max_model_len=1024)])).get("fake")
-FORMAT = OutputFormat(ToolFormat.HERMES, ReasoningFormat.TAGGED)
+FORMAT = OutputFormat("hermes", ReasoningFormat.TAGGED)
 ADD = {"name": "add", "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 JOB_ID = new_id()
 TEXT = (

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.structured_output import ToolFormat
 from text.outputs import (
     CallArguments,
     CallName,
@@ -21,9 +20,9 @@ from text.outputs import (
     output_format_of,
 )
 
-HERMES = OutputFormat(ToolFormat.HERMES, ReasoningFormat.TAGGED)
-MISTRAL = OutputFormat(ToolFormat.MISTRAL)
-LLAMA3 = OutputFormat(ToolFormat.LLAMA3)
+HERMES = OutputFormat("hermes", ReasoningFormat.TAGGED)
+MISTRAL = OutputFormat("mistral")
+LLAMA3 = OutputFormat("llama3")
 OPENED = OutputFormat(None, ReasoningFormat.OPENED)
 NAMES = frozenset({"add", "find"})
 
@@ -168,10 +167,11 @@ def test_calls_beyond_the_first_are_dropped_where_one_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("source", "prompt", "format"),
     [
-        ("{{ tools }} <tool_call>", "x", OutputFormat(ToolFormat.HERMES)),
-        ("{{ tools }} [TOOL_CALLS]", "x", OutputFormat(ToolFormat.MISTRAL)),
-        ("{{ tools }} ipython parameters", "x", OutputFormat(ToolFormat.LLAMA3)),
-        ("{{ tools }} <tool_call><function=", "x", OutputFormat()),
+        ("{{ tools }} <tool_call>", "x", OutputFormat("hermes")),
+        ("{{ tools }} [TOOL_CALLS]", "x", OutputFormat("mistral")),
+        ("{{ tools }} ipython parameters", "x", OutputFormat("llama3")),
+        ("{{ tools }} <tool_call><function=", "x", OutputFormat("qwen3_coder")),
+        ("{{ tools }} in words", "x", OutputFormat()),
         ("<think>", "… <think>\n", OutputFormat(None, ReasoningFormat.OPENED)),
         ("<think>", "… ", OutputFormat(None, ReasoningFormat.TAGGED)),
     ],

@@ -12,13 +12,12 @@ from openai.types.responses import Response, ResponseCompletedEvent, ResponseCre
 from pydantic import TypeAdapter
 
 from dialects.openai_response_objects import OutputItem, ResponseEvent, ResponseOutput
-from domain.structured_output import ToolFormat
 from text.outputs import OutputFormat, OutputParser, ReasoningFormat
 
 JOB_ID = UUID(int=1)
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, "}"]}}\n</tool_call>'
 TEXT = f"<think>Add them, I think.</think>\n\nLet me see 🙂.\n{CALL}\n{CALL}"
-FORMAT = OutputFormat(ToolFormat.HERMES, ReasoningFormat.TAGGED)
+FORMAT = OutputFormat("hermes", ReasoningFormat.TAGGED)
 
 
 def told(text: str, cuts: list[int], status: str = "completed") -> tuple[list[ResponseEvent], list[OutputItem]]:

@@ -14,7 +14,7 @@ from dialects.openai import answer_of, callable_tool
 from domain.catalog import ModelSpec
 from domain.errors import InvalidRequest
 from domain.json_schemas import FORMATS, TREATMENTS, Treatment
-from domain.structured_output import MAX_CALLS_BYTES, StructuredOutput, ToolCalls, ToolDefinition, ToolFormat
+from domain.structured_output import MAX_CALLS_BYTES, StructuredOutput, ToolCalls, ToolDefinition
 from settings import ROOT
 from tests.tool_schema_corpus import BY_GENERATOR, Case
 from text.grammar_process import judge
@@ -34,7 +34,7 @@ def tokenizer() -> LLTokenizer:
 
 def calls_of(schema: dict[str, Any] | None, *, strict: bool | None = None) -> StructuredOutput:
     tool = callable_tool(ToolDefinition(name="f", parameters=schema, strict=strict), place=PLACE)
-    return StructuredOutput(calls=ToolCalls(format=ToolFormat.LLAMA3, tools=(tool,), is_single=True))
+    return StructuredOutput(calls=ToolCalls(format="llama3", tools=(tool,), is_single=True))
 
 
 def takes(tokenizer: LLTokenizer, output: StructuredOutput, text: str) -> bool:
@@ -217,10 +217,10 @@ def test_numbers_that_no_reader_takes_are_left_out_or_refused(tokenizer: LLToken
     assert takes(tokenizer, calls_of({"type": "object", "properties": {"a": bounds}}), call_with({"a": 7}))
     constant = callable_tool(ToolDefinition(name="f", parameters={"properties": {"a": {"const": 2**70}}}), place=PLACE)
     with pytest.raises(ValueError, match="71 bits"):
-        ToolCalls(format=ToolFormat.HERMES, tools=(constant,))
+        ToolCalls(format="hermes", tools=(constant,))
 
 
 def test_all_tools_together_are_bounded() -> None:
     tool = callable_tool(ToolDefinition(name="f", parameters={"const": "x" * 16_000}), place=PLACE)
     with pytest.raises(ValueError, match=str(MAX_CALLS_BYTES)):
-        ToolCalls(format=ToolFormat.HERMES, tools=(tool,) * 5)
+        ToolCalls(format="hermes", tools=(tool,) * 5)

@@ -14,7 +14,6 @@ from dialects.openai_response_requests import ResponseBody
 from domain.catalog import ModelSpec
 from domain.errors import InvalidRequest
 from domain.requests import GenerationRequest
-from domain.structured_output import ToolFormat
 from settings import ROOT
 from text.grammar_process import judge
 from text.grammars import make_grammar_tokenizer, make_matcher
@@ -30,13 +29,13 @@ SCHEMA = {
 GO = {"name": "go", "parameters": {"type": "object", "properties": {"at": {"type": "integer"}}, "required": ["at"]}}
 STOP = {"name": "stop"}
 CALLS = {
-    ToolFormat.HERMES: '<tool_call>\n{"name": "go", "arguments": {"at":3}}\n</tool_call>',
-    ToolFormat.MISTRAL: '[{"name": "go", "arguments": {"at":3}}]',
-    ToolFormat.LLAMA3: '{"name": "go", "parameters": {"at":3}}',
+    "hermes": '<tool_call>\n{"name": "go", "arguments": {"at":3}}\n</tool_call>',
+    "mistral": '[{"name": "go", "arguments": {"at":3}}]',
+    "llama3": '{"name": "go", "parameters": {"at":3}}',
 }
 TWO_CALLS = {
-    ToolFormat.HERMES: "\n".join([CALLS[ToolFormat.HERMES]] * 2),
-    ToolFormat.MISTRAL: '[{"name": "go", "arguments": {"at":3}}, {"name": "stop", "arguments": {}}]',
+    "hermes": "\n".join([CALLS["hermes"]] * 2),
+    "mistral": '[{"name": "go", "arguments": {"at":3}}, {"name": "stop", "arguments": {}}]',
 }
 ANSWER = '{"name":"go","parameters":{"at":3}}'
 ROUTES = ["chat", "responses"]
@@ -55,7 +54,7 @@ def tokenizer(view: ModelView) -> LLTokenizer:
 
 
 def request_of(
-    view: ModelView, route: str, *, format: ToolFormat = ToolFormat.HERMES, choice: Any = "auto",
+    view: ModelView, route: str, *, format: str = "hermes", choice: Any = "auto",
     schema: dict[str, Any] | None = SCHEMA, strict: bool | None = None, tools: Any = (GO, STOP), **more: Any,
 ) -> GenerationRequest:  # fmt: skip
     view.output_format = OutputFormat(format)
@@ -85,7 +84,7 @@ def takes(view: ModelView, tokenizer: LLTokenizer, request: GenerationRequest, t
     return bool(matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting())
 
 
-def parts_of(request: GenerationRequest, format: ToolFormat, text: str) -> tuple[list[str], str]:
+def parts_of(request: GenerationRequest, format: str, text: str) -> tuple[list[str], str]:
     """The names of the calls, and the content."""
     parser = parser_of(request, OutputFormat(format))
     pieces = [piece for character in text for piece in parser.push(character)] + parser.finish(is_cut=False)
@@ -96,7 +95,7 @@ def parts_of(request: GenerationRequest, format: ToolFormat, text: str) -> tuple
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_model_that_may_choose_calls_or_answers(
-    view: ModelView, tokenizer: LLTokenizer, route: str, format: ToolFormat
+    view: ModelView, tokenizer: LLTokenizer, route: str, format: str
 ) -> None:
     request = request_of(view, route, format=format)
     for text, parts in ((CALLS[format], (["go"], "")), (ANSWER, ([], ANSWER))):
@@ -114,7 +113,7 @@ def test_a_model_that_may_choose_calls_or_answers(
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_model_that_must_call_does_not_answer(
-    view: ModelView, tokenizer: LLTokenizer, route: str, format: ToolFormat
+    view: ModelView, tokenizer: LLTokenizer, route: str, format: str
 ) -> None:
     for choice in ("required", named(route, "go")):
         request = request_of(view, route, format=format, choice=choice)
@@ -129,7 +128,7 @@ def test_a_model_that_must_call_does_not_answer(
 def test_a_model_that_must_not_call_answers(view: ModelView, tokenizer: LLTokenizer, route: str) -> None:
     request = request_of(view, route, choice="none")
     assert takes(view, tokenizer, request, ANSWER)
-    assert not takes(view, tokenizer, request, CALLS[ToolFormat.HERMES])
+    assert not takes(view, tokenizer, request, CALLS["hermes"])
 
 
 @pytest.mark.parametrize(
@@ -148,8 +147,8 @@ def test_every_kind_of_structured_output_may_stand_beside_tools(
 ) -> None:
     request = request_of(view, route, schema=None, structured_output=output)
     assert takes(view, tokenizer, request, answer)
-    assert parts_of(request, ToolFormat.HERMES, answer) == ([], answer)
-    assert takes(view, tokenizer, request, CALLS[ToolFormat.HERMES])
+    assert parts_of(request, "hermes", answer) == ([], answer)
+    assert takes(view, tokenizer, request, CALLS["hermes"])
     stored = GenerationRequest.model_validate_json(request.model_dump_json())
     assert stored.params == request.params
 
