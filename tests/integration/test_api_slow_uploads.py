@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from uuid import uuid4
 
 import httpx
@@ -46,7 +47,7 @@ def test_uploads_that_trickle_give_their_places_back(
     for connection in trickling:
         connection.sendall(b"a")  # not silent, but far too slow
     for connection in trickling:
-        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+        answer = b"".join(iter(partial(connection.recv, 65_536), b""))
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"bytes per second or more" in answer
     monkeypatch.undo()
