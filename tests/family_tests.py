@@ -18,7 +18,7 @@ from dialects import openai_chat
 from dialects.bodies import parse_model
 from dialects.openai_chat import ChatCompletionBody
 from domain.catalog import ModelSpec
-from domain.requests import ChatMessage, GenerationRequest
+from domain.requests import ChatMessage, GenerationRequest, SamplingParams
 from domain.structured_output import ToolCall, ToolDefinition
 from gpu_worker.engine.detokenizer import TextStream, with_visible_reasoning
 from settings import ROOT
@@ -135,7 +135,7 @@ class FamilyTests:
         assert view.vocabulary is not None
         tokenizer = with_visible_reasoning(view.vocabulary.tokenizer)
         for text, pieces in self.OUTPUTS:
-            stream = TextStream(tokenizer, [], [])
+            stream = TextStream(tokenizer, [], SamplingParams())
             token_ids = tokenizer.encode(text, add_special_tokens=False).ids
             texts = [stream.push(token_id, may_stop=False)[0] for token_id in token_ids]
             assert self._parse(view, [*texts, stream.flush()]) == joined([*pieces]), text
