@@ -9,6 +9,7 @@ unfused modules run.
 import math
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from gpu_worker.engine.cpu.attention import (
     Scoring,
     attend,
 )
+from gpu_worker.engine.cpu.threads import LoneRowThreads
 from gpu_worker.engine.kv_cache import BlockCopy
 from gpu_worker.engine.lora import Adapters, LoraPart
 from gpu_worker.engine.quantization import QuantisedLinear
@@ -226,6 +228,8 @@ class PagedRunner(TorchAtOnce):
         self._layers = layers
         self._block_size = layers[0].block_size
         self._decode_groups = DecodeGroups(layers)
+        self._num_threads = torch.get_num_threads()
+        self._lone_row_threads = LoneRowThreads(self._num_threads)
 
     def copy_blocks(self, copies: Rows[BlockCopy]) -> None:
         if not copies:
@@ -247,6 +251,17 @@ class PagedRunner(TorchAtOnce):
 
     @torch.inference_mode()
     def run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
+        if sum(row.num_new_tokens for row in rows) > 1:
+            return self._run(rows)
+        torch.set_num_threads(self._lone_row_threads.num_threads)
+        started = perf_counter()
+        try:
+            return self._run(rows)
+        finally:
+            self._lone_row_threads.note(perf_counter() - started)
+            torch.set_num_threads(self._num_threads)
+
+    def _run(self, rows: Rows[ScheduledRow]) -> list[Drawn | None]:
         decodes = [number for number, row in enumerate(rows) if row.num_new_tokens == 1]
         decodes.sort(key=lambda number: rows[number].sequence.num_computed_tokens, reverse=True)
         prefills = [number for number, row in enumerate(rows) if row.num_new_tokens > 1]
