@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from api import admin, anthropic, anthropic_batches, health, jobs, simple, stream_tokens, tokens, webhooks
+from api import admin, anthropic, anthropic_batches, health, jobs, scores, simple, stream_tokens, tokens, webhooks
 from api.anthropic_batches import MAX_BATCH_BYTES
 from api.errors import ImpliedMethods, register_error_handlers
 from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
@@ -121,6 +121,7 @@ ROUTERS = (
     anthropic.router,
     anthropic_batches.router,
     simple.router,
+    scores.router,
     tokens.router,
     tokens.public,
     webhooks.router,

@@ -111,7 +111,12 @@ class EmbeddingJobBody(JobOptionFields, EmbeddingRequest):
     """POST /v1/jobs with `inputs`: an embedding request and the options of the job."""
 
     def to_request(self) -> EmbeddingRequest:
-        return EmbeddingRequest.model_construct(model=self.model, inputs=self.inputs, dimensions=self.dimensions)
+        return EmbeddingRequest.model_construct(
+            model=self.model,
+            inputs=self.inputs,
+            dimensions=self.dimensions,
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+        )
 
 
 def _body_schema() -> dict[str, Any]:

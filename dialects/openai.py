@@ -205,6 +205,14 @@ def refuse_unused_stream_options(body: GenerationBody) -> None:
         )
 
 
+def refuse_streamed_scores(body: GenerationBody) -> None:
+    """Raises UnsupportedParameter: a prompt's logprobs are only part of whole answers, as in vLLM."""
+    if getattr(body, "prompt_logprobs", None) is not None and body.stream:
+        raise UnsupportedParameter(
+            "prompt_logprobs cannot be streamed; leave out stream or prompt_logprobs", param="prompt_logprobs"
+        )
+
+
 def take_effort(effort: Effort | None, view: ModelView, *, place: str) -> Effort | None:
     """The effort that the chat template is given. One for a model that does not reason is ignored and noted. Raises
     UnsupportedParameter for one that the template has no way to apply."""

@@ -77,10 +77,24 @@ class LineRoute(Generic[Body, Request]):
     default_for: Task | None = "generation"  # which default model a line may leave out
 
 
+def _refuse_ids(body: ChatCompletionBody | CompletionBody) -> None:
+    if body.return_token_ids:
+        raise UnsupportedParameter(
+            "return_token_ids is not supported in a batch; leave it out, or send single requests",
+            param="return_token_ids",
+        )
+
+
+def _chat_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
+    _refuse_ids(body)
+    return openai_chat.to_generation_request(body, view)
+
+
 def _chat_answer(
     record: JobRecord, request: GenerationRequest, body: ChatCompletionBody, view: ModelView
 ) -> Mapping[str, object]:
-    return openai_chat.from_result(record, request, view.output_format)
+    ids = openai_chat.asked_ids(body, request, view)
+    return openai_chat.from_result(record, request, view.output_format, ids=ids)
 
 
 def _response_request(body: ResponseBody, view: ModelView) -> GenerationRequest:
@@ -104,6 +118,7 @@ def _response_answer(
 
 
 def _completion_request(body: CompletionBody, view: ModelView) -> GenerationRequest:
+    _refuse_ids(body)
     requests = to_generation_requests(body)
     if len(requests) > 1:
         raise UnsupportedParameter(
@@ -118,8 +133,8 @@ def _completion_answer(
     return from_results([record], [prompt_of(body, request, view, 0)], None)
 
 
-def _embedding_request(body: EmbeddingBody, _: ModelView) -> EmbeddingRequest:
-    return openai_embeddings.to_embedding_request(body)
+def _embedding_request(body: EmbeddingBody, view: ModelView) -> EmbeddingRequest:
+    return openai_embeddings.to_embedding_request(body, view)
 
 
 def _embedding_answer(
@@ -140,9 +155,7 @@ def _spelling_of_completions(_: CompletionBody) -> Mapping[str, str]:
 
 #: Every route that a batch may use.
 ROUTES: dict[str, LineRoute[Any, Any]] = {
-    "/v1/chat/completions": LineRoute(
-        ChatCompletionBody, openai_chat.to_generation_request, openai_chat.spelling_of, _chat_answer
-    ),
+    "/v1/chat/completions": LineRoute(ChatCompletionBody, _chat_request, openai_chat.spelling_of, _chat_answer),
     "/v1/responses": LineRoute(ResponseBody, _response_request, openai_response_requests.spelling_of, _response_answer),
     "/v1/completions": LineRoute(CompletionBody, _completion_request, _spelling_of_completions, _completion_answer),
     "/v1/embeddings": LineRoute(

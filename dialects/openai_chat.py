@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast
 from uuid import UUID
 
 from pydantic import Discriminator, Field, Tag
@@ -22,6 +23,7 @@ from dialects.openai import (
     note_unread,
     only,
     output_of,
+    refuse_streamed_scores,
     refuse_unused_stream_options,
     spelling_of_output,
     spelling_of_params,
@@ -45,6 +47,7 @@ from dialects.openai_views import (
     answer_head,
     content_logprobs,
     count_reasoning_tokens,
+    prompt_logprobs_view,
     usage_object,
 )
 from domain.errors import InvalidRequest
@@ -137,6 +140,11 @@ class ChatCompletionBody(GenerationBody):
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
 
+    # vLLM's
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
     modalities: Annotated[Any, only(["text"])] = None
     audio: Unsupported = None
     functions: Unsupported = None
@@ -148,6 +156,7 @@ class ChatCompletionBody(GenerationBody):
 def to_generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
     """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model does not support."""
     refuse_unused_stream_options(body)
+    refuse_streamed_scores(body)
     _refuse_no_answer(body)
     note_unread(body.chat_template_kwargs, view)
     asked = _asked_tools(body)
@@ -234,19 +243,48 @@ def _num_logprobs(body: ChatCompletionBody) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
+@dataclass(frozen=True, slots=True)
+class AskedIds:
+    """Where an answer has the ids of tokens: beside its text, if `prompt` is set, and as their names in logprobs."""
+
+    prompt: tuple[int, ...] | None = None
+    are_names: bool = False
+
+
+NO_IDS = AskedIds()
+
+
+def asked_ids(body: ChatCompletionBody, generation: GenerationRequest, view: ModelView) -> AskedIds:
+    prompt = tuple(view.encode(generation)) if body.return_token_ids else None
+    return AskedIds(prompt, are_names=bool(body.return_tokens_as_token_ids))
+
+
 def from_result(
-    record: JobRecord, request: GenerationRequest, format: OutputFormat, service_tier: str | None = None
+    record: JobRecord,
+    request: GenerationRequest,
+    format: OutputFormat,
+    service_tier: str | None = None,
+    ids: AskedIds = NO_IDS,
 ) -> ChatCompletionView:
     """The chat completion of a completed job. `request` is the job's request, `format` its model's output format."""
     result = record.result
     assert isinstance(result, GenerationResult)
     parsers = [parser_of(request, format) for _ in range(request.params.n)]
-    return {
+    choices = [_choice(record.job.id, choice, parsers[choice.index], ids) for choice in result.choices]
+    whole = {
         **answer_head(record.job.id, "chatcmpl", record.job, service_tier),
         "object": "chat.completion",
-        "choices": [_choice(record.job.id, choice, parsers[choice.index]) for choice in result.choices],
+        "choices": choices,
         "usage": _usage(result, parsers),
     }
+    answer = cast(ChatCompletionView, whole)
+    if result.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = prompt_logprobs_view(result.prompt_logprobs, request.params.prompt_logprobs or 0)
+    if ids.prompt is not None and record.token_ids is not None:
+        answer["prompt_token_ids"] = ids.prompt
+        for choice in choices:
+            choice["token_ids"] = record.token_ids.get(choice["index"], ())
+    return answer
 
 
 class ChatStream:
@@ -260,15 +298,18 @@ class ChatStream:
         *,
         has_usage: bool,
         service_tier: str | None,
+        ids: AskedIds = NO_IDS,
     ) -> None:
         self._job_id = job.job_id
         self._head = answer_head(job.job_id, "chatcmpl", job, service_tier) | {"object": "chat.completion.chunk"}
         self._parsers = [parser_of(request, format) for _ in range(request.params.n)]
         self._has_usage = has_usage
+        self._ids = ids
 
     def begin(self) -> Iterable[Mapping[str, object]]:
         for index in range(len(self._parsers)):
-            yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+            first = self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+            yield first if self._ids.prompt is None or index else first | {"prompt_token_ids": self._ids.prompt}
 
     def from_chunk(self, chunk: TokenChunk) -> Iterable[Mapping[str, object]]:
         """The text first, then the finish reason in a separate event. A finish reason that clients do not know is left
@@ -278,10 +319,14 @@ class ChatStream:
         if chunk.finish_reason is not None:
             pieces += parser.finish(is_cut=chunk.finish_reason is not FinishReason.STOP)
         deltas = [_delta(self._job_id, chunk.index, piece) for piece in pieces]
-        if chunk.logprobs and not deltas:
+        token_ids: dict[str, Any] = {} if self._ids.prompt is None else {"token_ids": chunk.token_ids}
+        if (chunk.logprobs or token_ids) and not deltas:
             deltas = [{"content": ""}]
         for number, delta in enumerate(deltas):
-            yield self._chunk(chunk.index, delta, logprobs=_logprobs(chunk.logprobs) if number == 0 else None)
+            if number == 0:
+                yield self._chunk(chunk.index, delta, logprobs=_logprobs(chunk.logprobs, self._ids), **token_ids)
+            else:
+                yield self._chunk(chunk.index, delta)
         if chunk.finish_reason in FINISH_REASONS:
             yield self._chunk(chunk.index, {}, finish_reason=_finish_reason(chunk.finish_reason, parser))
 
@@ -291,9 +336,15 @@ class ChatStream:
             yield self._head | {"choices": [], "usage": _usage(record.result, self._parsers)}
 
     def _chunk(
-        self, index: int, delta: Mapping[str, object], *, logprobs: object = None, finish_reason: str | None = None
+        self,
+        index: int,
+        delta: Mapping[str, object],
+        *,
+        logprobs: object = None,
+        finish_reason: str | None = None,
+        **token_ids: object,
     ) -> dict[str, object]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **token_ids}
         chunk = {**self._head, "choices": [choice]}
         return chunk | {"usage": None} if self._has_usage else chunk
 
@@ -303,7 +354,7 @@ def _usage(result: GenerationResult, parsers: Sequence[OutputParser]) -> Complet
     return usage_object(result.usage, num_reasoning_tokens=count_reasoning_tokens(result.choices, parsers))
 
 
-def _choice(job_id: UUID, choice: ResultChoice, parser: OutputParser) -> ChatChoiceView:
+def _choice(job_id: UUID, choice: ResultChoice, parser: OutputParser, ids: AskedIds) -> ChatChoiceView:
     pieces = parser.push(choice.text) + parser.finish(is_cut=choice.finish_reason is not FinishReason.STOP)
     content = "".join(piece.text for piece in pieces if isinstance(piece, ContentPiece))
     reasoning = "".join(piece.text for piece in pieces if isinstance(piece, ReasoningPiece))
@@ -316,7 +367,7 @@ def _choice(job_id: UUID, choice: ResultChoice, parser: OutputParser) -> ChatCho
     return {
         "index": choice.index,
         "message": message,
-        "logprobs": _logprobs(choice.logprobs),
+        "logprobs": _logprobs(choice.logprobs, ids),
         "finish_reason": _finish_reason(choice.finish_reason, parser),
     }
 
@@ -363,5 +414,7 @@ def _finish_reason(reason: FinishReason, parser: OutputParser) -> FinishReasonNa
     return "tool_calls" if reason is FinishReason.STOP and parser.num_calls else FINISH_REASONS[reason]
 
 
-def _logprobs(logprobs: Sequence[TokenLogprob] | None) -> ChatLogprobsView | None:
-    return None if logprobs is None else {"content": content_logprobs(logprobs), "refusal": None}
+def _logprobs(logprobs: Sequence[TokenLogprob] | None, ids: AskedIds) -> ChatLogprobsView | None:
+    if logprobs is None:
+        return None
+    return {"content": content_logprobs(logprobs, are_named_by_ids=ids.are_names), "refusal": None}

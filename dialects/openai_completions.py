@@ -18,6 +18,7 @@ from dialects.openai import (
     Strings,
     Unsupported,
     build,
+    refuse_streamed_scores,
     refuse_unused_stream_options,
     strings,
 )
@@ -28,6 +29,8 @@ from dialects.openai_views import (
     CompletionView,
     StreamedJob,
     answer_head,
+    name_by_id,
+    prompt_logprobs_view,
     usage_object,
 )
 from domain.errors import InvalidRequest, UnsupportedParameter
@@ -56,12 +59,17 @@ class Prompt:
     is_alone: bool = False  # the prompt is only scored; there is no output
     token_ids: tuple[int, ...] | None = None  # if the tokens of prompt and output are to be returned as ids, too
     is_named_by_ids: bool = False  # whether the logprobs name tokens by their ids
+    prompt_logprobs: int | None = None  # the number of alternatives for each token of the prompt, as vLLM shows them
 
 
 def from_results(records: Sequence[JobRecord], prompts: Sequence[Prompt], service_tier: str | None) -> CompletionView:
     """One completion from these completed jobs, in the order of their prompts."""
     results = [record.result for record in records if isinstance(record.result, GenerationResult)]
-    choices = [choice for result, prompt in zip(results, prompts, strict=True) for choice in _choices(result, prompt)]
+    choices = [
+        choice
+        for record, result, prompt in zip(records, results, prompts, strict=True)
+        for choice in _choices(result, prompt, record.token_ids)
+    ]
     usage = usage_object(_sum([result.usage for result in results]))
     first = records[0].job
     return {
@@ -162,7 +170,9 @@ class _Entry:
     top: dict[str, float] | None
 
 
-def _choices(result: GenerationResult, prompt: Prompt) -> list[CompletionChoiceView]:
+def _choices(
+    result: GenerationResult, prompt: Prompt, token_ids: Mapping[int, Sequence[int]] | None
+) -> list[CompletionChoiceView]:
     echoed = _prompt_entries(prompt, result.prompt_logprobs)
     choices: list[CompletionChoiceView] = []
     for choice in result.choices:
@@ -177,6 +187,12 @@ def _choices(result: GenerationResult, prompt: Prompt) -> list[CompletionChoiceV
                 "finish_reason": FINISH_REASONS[choice.finish_reason],
             }
         )
+        if prompt.prompt_logprobs is not None and result.prompt_logprobs is not None:
+            choices[-1]["prompt_logprobs"] = prompt_logprobs_view(result.prompt_logprobs, prompt.prompt_logprobs)
+        if prompt.token_ids is not None and token_ids is not None:
+            index = choice.index if choice.candidate is None else choice.candidate
+            choices[-1]["prompt_token_ids"] = prompt.token_ids
+            choices[-1]["token_ids"] = () if prompt.is_alone else token_ids.get(index, ())
     return choices
 
 
@@ -198,9 +214,8 @@ def _entries(logprobs: Iterable[TokenLogprob], num_top: int, *, is_named_by_ids:
 
 
 def _entry_by_ids(logprob: TokenLogprob, num_top: int) -> _Entry:
-    """With vLLM's names, which are unique: `token_id:...`."""
-    name = f"token_id:{logprob.token_id}"
-    values = {f"token_id:{token_id}": value for token_id, _, value in logprob.top[:num_top]}
+    name = name_by_id(logprob.token_id)
+    values = {name_by_id(token_id): value for token_id, _, value in logprob.top[:num_top]}
     return _Entry(name, bytes(logprob.bytes), logprob.logprob, values | {name: logprob.logprob})
 
 
@@ -282,6 +297,7 @@ class CompletionBody(GenerationBody):
     suffix: Unsupported = None
 
     # vLLM's
+    prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
@@ -299,6 +315,7 @@ def to_generation_requests(body: CompletionBody) -> list[GenerationRequest]:
             "max_tokens is 0 and echo is not set, so there is nothing to return; set echo or raise max_tokens",
             param="max_tokens",
         )
+    refuse_streamed_scores(body)
     _refuse_ids_elsewhere(body)
     params = body.sampling(
         max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
@@ -311,11 +328,6 @@ def to_generation_requests(body: CompletionBody) -> list[GenerationRequest]:
 
 
 def _refuse_ids_elsewhere(body: CompletionBody) -> None:
-    if body.return_token_ids and not body.stream:
-        raise UnsupportedParameter(
-            "return_token_ids is only supported for streams; set stream, or leave out return_token_ids",
-            param="return_token_ids",
-        )
     if body.return_tokens_as_token_ids and body.echo:
         raise UnsupportedParameter(
             "return_tokens_as_token_ids is not supported together with echo; leave out one of the two",
@@ -333,9 +345,9 @@ def _prompts(body: CompletionBody) -> list[dict[str, Any]]:
 
 def _num_prompt_logprobs(body: CompletionBody) -> int | None:
     """A prompt that is only echoed is scored as well, since scoring is all that a job without output does."""
-    if not body.echo:
-        return None
-    return body.logprobs if body.logprobs is not None else 0 if body.max_tokens == 0 else None
+    echoed = body.logprobs if body.logprobs is not None else 0 if body.max_tokens == 0 else None
+    asked = [number for number in (body.prompt_logprobs, echoed if body.echo else None) if number is not None]
+    return max(asked, default=None)
 
 
 def prompt_of(body: CompletionBody, generation: GenerationRequest, view: ModelView, number: int) -> Prompt:
@@ -349,6 +361,7 @@ def prompt_of(body: CompletionBody, generation: GenerationRequest, view: ModelVi
             logprobs=body.logprobs,
             token_ids=returned_ids,
             is_named_by_ids=bool(body.return_tokens_as_token_ids),
+            prompt_logprobs=body.prompt_logprobs,
         )
     is_text = generation.prompt is not None
     return Prompt(
@@ -359,4 +372,5 @@ def prompt_of(body: CompletionBody, generation: GenerationRequest, view: ModelVi
         pieces=() if body.logprobs is None else tuple(view.pieces(token_ids, skip_special_tokens=is_text)),
         is_alone=body.max_tokens == 0,
         token_ids=returned_ids,
+        prompt_logprobs=body.prompt_logprobs,
     )

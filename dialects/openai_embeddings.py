@@ -15,6 +15,7 @@ from dialects.openai import (
     build,
     publish_default_model,
 )
+from dialects.openai_messages import Message, to_message
 from dialects.openai_views import (
     View,
 )
@@ -22,10 +23,13 @@ from domain.errors import InvalidRequest
 from domain.requests import (
     MAX_INPUT_TOKENS,
     MAX_INPUTS,
+    MAX_MESSAGES,
+    MAX_PROMPT_CHARS,
     EmbeddingRequest,
     EmbeddingResult,
 )
 from storage.job_queries import JobRecord
+from text.models import ModelView
 
 
 def _shape(value: object) -> str:
@@ -53,10 +57,15 @@ class EmbeddingBody(OpenAIModel):
     model_config = ConfigDict(json_schema_extra=publish_default_model)
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
-    input: EmbeddingInputs
+    input: EmbeddingInputs | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: CallerId | None = None
+
+    # vLLM's
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_generation_prompt: bool | None = None
+    truncate_prompt_tokens: int | None = None
 
 
 class EmbeddingView(View):
@@ -79,9 +88,16 @@ class EmbeddingListView(View):
     usage: EmbeddingUsageView
 
 
-def to_embedding_request(body: EmbeddingBody) -> EmbeddingRequest:
-    """Raises InvalidRequest."""
-    fields = {"model": body.model, "inputs": _inputs(body), "dimensions": body.dimensions}
+def to_embedding_request(body: EmbeddingBody, view: ModelView) -> EmbeddingRequest:
+    """`view` is that of the body's model. Raises InvalidRequest."""
+    _refuse_other_than_one_input(body)
+    inputs = _inputs(body) if body.messages is None else [_conversation(body.messages, body, view)]
+    fields = {
+        "model": body.model,
+        "inputs": inputs,
+        "dimensions": body.dimensions,
+        "truncate_prompt_tokens": body.truncate_prompt_tokens,
+    }
     try:
         return build(EmbeddingRequest, fields)
     except InvalidRequest as exc:
@@ -90,6 +106,8 @@ def to_embedding_request(body: EmbeddingBody) -> EmbeddingRequest:
 
 def spelling_of_embeddings(body: EmbeddingBody) -> dict[str, str]:
     """Our `inputs.2` is `input.2` in the body, or `input` if there is only one."""
+    if body.input is None:
+        return {"inputs.0": "messages", "inputs": "messages"}
     is_one = len(_inputs(body)) == 1
     return ({"inputs.0": "input"} if is_one else {}) | {"inputs": "input"}
 
@@ -110,7 +128,31 @@ def embeddings_from_result(record: JobRecord, body: EmbeddingBody) -> EmbeddingL
     }
 
 
+def _refuse_other_than_one_input(body: EmbeddingBody) -> None:
+    if body.input is None and body.messages is None:
+        raise InvalidRequest("input is missing; add it, or messages", param="input")
+    if body.input is not None and body.messages is not None:
+        raise InvalidRequest("input and messages are both set; send only one of them", param="messages")
+    if body.add_generation_prompt is not None and body.messages is None:
+        raise InvalidRequest(
+            "add_generation_prompt is for the chat template; send messages, or leave it out",
+            param="add_generation_prompt",
+        )
+
+
+def _conversation(messages: Sequence[Message], body: EmbeddingBody, view: ModelView) -> list[int]:
+    """The tokens of all messages: one input. Raises InvalidRequest."""
+    chat = [to_message(message, number) for number, message in enumerate(messages)]
+    num_chars = sum(len(message.content) for message in chat)
+    if num_chars > MAX_PROMPT_CHARS:
+        raise InvalidRequest(
+            f"messages have {num_chars} characters, more than {MAX_PROMPT_CHARS}; send fewer", param="messages"
+        )
+    return view.encode_conversation(chat, add_generation_prompt=bool(body.add_generation_prompt))
+
+
 def _inputs(body: EmbeddingBody) -> Sequence[object]:
+    assert body.input is not None
     is_one = isinstance(body.input, str) or (bool(body.input) and isinstance(body.input[0], int))
     return [body.input] if is_one else body.input
 

@@ -147,6 +147,7 @@ class ChatChoiceView(View):
     message: ChatMessageView
     logprobs: ChatLogprobsView | None
     finish_reason: FinishReasonName
+    token_ids: NotRequired[Sequence[int]]
 
 
 class AnswerHeadView(View):
@@ -163,9 +164,17 @@ class AnswerView(AnswerHeadView):
     usage: CompletionUsageView
 
 
+class PromptScoreView(View):
+    logprob: float
+    rank: Annotated[int | None, Field(description="From 1; null if the token is not among those asked for.")]
+    decoded_token: str
+
+
 class ChatCompletionView(AnswerView):
     object: Literal["chat.completion"]
     choices: list[ChatChoiceView]
+    prompt_logprobs: NotRequired[list[dict[str, PromptScoreView] | None]]
+    prompt_token_ids: NotRequired[Sequence[int]]
 
 
 class StoredChatCompletionView(ChatCompletionView):
@@ -209,8 +218,9 @@ class CompletionChoiceView(View):
     text: str
     logprobs: CompletionLogprobsView | None
     finish_reason: Literal["stop", "length"]
-    prompt_token_ids: NotRequired[list[int] | None]
-    token_ids: NotRequired[list[int] | None]
+    prompt_logprobs: NotRequired[list[dict[str, PromptScoreView] | None]]
+    prompt_token_ids: NotRequired[Sequence[int] | None]
+    token_ids: NotRequired[Sequence[int] | None]
 
 
 class CompletionView(AnswerView):
@@ -243,16 +253,39 @@ def tier_of(asked: str | None, priority: int) -> ServiceTierName:
     return "priority" if priority > 0 else "flex" if priority < 0 else "default"
 
 
-def content_logprobs(logprobs: Sequence[TokenLogprob]) -> list[TokenLogprobView]:
+def content_logprobs(logprobs: Sequence[TokenLogprob], *, are_named_by_ids: bool = False) -> list[TokenLogprobView]:
     """`logprobs.content`: the tokens of the content, without the end token, which has no text."""
-    return [_logprob_object(logprob) for logprob in logprobs if logprob.bytes]
+    return [_logprob_object(logprob, are_named_by_ids) for logprob in logprobs if logprob.bytes]
 
 
-def _logprob_object(logprob: TokenLogprob) -> TokenLogprobView:
+def name_by_id(token_id: int) -> str:
+    """vLLM's names of tokens, which are unique."""
+    return f"token_id:{token_id}"
+
+
+def _logprob_object(logprob: TokenLogprob, is_named_by_ids: bool) -> TokenLogprobView:
     top = [
-        _token_object(text, value, utf8) for (_, text, value), utf8 in zip(logprob.top, logprob.top_bytes, strict=True)
+        _token_object(name_by_id(token_id) if is_named_by_ids else text, value, utf8)
+        for (token_id, text, value), utf8 in zip(logprob.top, logprob.top_bytes, strict=True)
     ]
-    return {**_token_object(logprob.token, logprob.logprob, logprob.bytes), "top_logprobs": top}
+    name = name_by_id(logprob.token_id) if is_named_by_ids else logprob.token
+    return {**_token_object(name, logprob.logprob, logprob.bytes), "top_logprobs": top}
+
+
+def prompt_logprobs_view(
+    entries: Sequence[TokenLogprob | None], num_top: int
+) -> list[dict[str, PromptScoreView] | None]:
+    """vLLM's: for each prompt token itself and the most likely ones, by their ids. The first token has none."""
+    return [None if entry is None else _scores(entry, num_top) for entry in entries]
+
+
+def _scores(entry: TokenLogprob, num_top: int) -> dict[str, PromptScoreView]:
+    scores: dict[str, PromptScoreView] = {
+        str(token_id): {"logprob": value, "rank": rank, "decoded_token": text}
+        for rank, (token_id, text, value) in enumerate(entry.top[:num_top], start=1)
+    }
+    own: PromptScoreView = {"logprob": entry.logprob, "rank": None, "decoded_token": entry.token}
+    return {str(entry.token_id): own} | scores
 
 
 def _token_object(text: str, logprob: float, utf8: Sequence[int]) -> TokenView:

@@ -23,7 +23,7 @@ ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 ULID_LENGTH = 26
 
-SEPARATOR_BY_PREFIX = {"job": "_", "resp": "_", "msg": "_", "chatcmpl": "-", "cmpl": "-"}
+SEPARATOR_BY_PREFIX = {"job": "_", "resp": "_", "msg": "_", "chatcmpl": "-", "cmpl": "-", "rerank": "-", "score": "-"}
 
 # An event has the same 26 characters as the object that it is about.
 SEPARATOR_BY_PREFIX_OF_OTHERS = {

@@ -123,6 +123,16 @@ def _is_empty(value: object) -> bool:
     return not value
 
 
+def _some_left(max_tokens: int | None) -> int | None:
+    if max_tokens == 0:
+        raise ValueError("it is 0, which leaves nothing; send 1 or more, or -1")
+    return max_tokens
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class ChatMessage(Frozen):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = Field(max_length=MAX_PROMPT_CHARS)
@@ -332,12 +342,15 @@ EmbeddingInput = Annotated[
 
 class EmbeddingRequest(Frozen):
     """One vector for each of `inputs`, which are texts or token ids. Only the first `dimensions` of each are
-    returned."""
+    returned. An input of more than `truncate_prompt_tokens` is cut at its end; -1: to what the model takes."""
 
     kind: Literal["embedding"] = "embedding"
     model: str = Field(min_length=1, max_length=256)
     inputs: tuple[EmbeddingInput, ...] = Field(min_length=1, max_length=MAX_INPUTS)
     dimensions: int | None = Field(default=None, ge=1, le=MAX_DIMENSIONS)
+    truncate_prompt_tokens: Annotated[int | None, AfterValidator(_some_left)] = Field(
+        default=None, ge=NO_BOUND, le=MAX_INPUT_TOKENS, exclude_if=_is_none
+    )
 
     @model_validator(mode="after")
     def _bounded_in_total(self) -> Self:

@@ -80,6 +80,7 @@ class JobRecord:
     result: JobOutput | None
     endpoint_body: dict[str, Any] | None = None
     worker: str | None = None  # the name of the worker that runs it or ran it last, if asked for
+    token_ids: Mapping[int, Sequence[int]] | None = None  # the output of each sequence, if asked for
 
 
 @dataclass(frozen=True, slots=True)

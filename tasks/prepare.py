@@ -19,6 +19,7 @@ from domain.requests import (
     MAX_INPUT_TOKENS,
     MAX_NUMBERS,
     MAX_PROMPT_LOGPROBS,
+    NO_BOUND,
     ChatMessage,
     EmbeddingRequest,
     GenerationRequest,
@@ -225,9 +226,24 @@ def refuse_unembeddable(request: EmbeddingRequest, view: ModelView) -> None:
 
 def encode_inputs(request: EmbeddingRequest, view: ModelView) -> list[list[int]]:
     """The token ids of each input. Raises InvalidRequest or ContextLengthExceeded."""
-    inputs = [view.encode_input(value, place) for place, value in enumerate(request.inputs)]
+    max_tokens = _max_input_tokens(request, view)
+    inputs = [view.encode_input(value, place, max_tokens) for place, value in enumerate(request.inputs)]
     _check_lengths([len(ids) for ids in inputs], view)
     return inputs
+
+
+def _max_input_tokens(request: EmbeddingRequest, view: ModelView) -> int | None:
+    """Where inputs are cut; None if they are not. Raises InvalidRequest."""
+    asked = request.truncate_prompt_tokens
+    if asked == NO_BOUND:
+        return view.max_model_len
+    if asked is not None and asked > view.max_model_len:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens is {asked} but {view.spec.id} takes at most {view.max_model_len} tokens; "
+            "lower it, or send -1",
+            param="truncate_prompt_tokens",
+        )
+    return asked
 
 
 def _check_lengths(lengths: Sequence[int], view: ModelView) -> None:

@@ -139,8 +139,9 @@ class ModelView:
         values: Mapping[str, Any] = NO_VALUES,
         *,
         beginning: str = "",
+        add_generation_prompt: bool = True,
     ) -> Rendered:
-        """`beginning` is that of the answer."""
+        """`beginning` is that of the answer, `add_generation_prompt` whether there is to be one."""
         template = self._chat_template.choose(has_tools=bool(tools))
         plain = [plain_message(message) for message in messages]
         if self.spec.system_prompt is not None and all(message["role"] != "system" for message in plain):
@@ -150,7 +151,8 @@ class ModelView:
             for message in plain
         ]
         marked_tools = self._marks.protect([plain_tool(tool) for tool in tools])
-        text = template.render(marked, marked_tools, self._marks.protect(dict(values)))
+        protected = self._marks.protect(dict(values))
+        text = template.render(marked, marked_tools, protected, add_generation_prompt=add_generation_prompt)
         rendered = self._marks.resolve(text + self._marks.mark(beginning))
         template.refuse_unseen(plain, marked_tools)
         return rendered
@@ -164,6 +166,11 @@ class ModelView:
             return self._checked_ids(request.prompt_token_ids, "prompt_token_ids")
         assert request.prompt is not None
         return self._in_vocabulary(self._encoder.encode(request.prompt, add_special_tokens=True), "prompt")
+
+    def encode_conversation(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> list[int]:
+        """The token ids of a conversation that is not to be answered, but embedded. Raises InvalidRequest."""
+        rendered = self._render(messages, (), add_generation_prompt=add_generation_prompt)
+        return self._in_vocabulary(self._encoder.encode_rendered(rendered), "messages")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a prompt that was given as ids, special tokens included."""
@@ -181,11 +188,24 @@ class ModelView:
         """The tokens of a prompt one by one."""
         return self._encoder.pieces(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def encode_input(self, value: str | Sequence[int], place: int) -> list[int]:
-        """The token ids of one input of an embedding request, with the special tokens that the model expects."""
-        if isinstance(value, str):
-            return self._in_vocabulary(self._encoder.encode(value, add_special_tokens=True), f"inputs.{place}")
-        return self._checked_ids(value, f"inputs.{place}")
+    def encode_input(self, value: str | Sequence[int], place: int, max_tokens: int | None = None) -> list[int]:
+        """The token ids of one input of an embedding request, with the special tokens that the model expects. What is
+        more than `max_tokens` is cut from the end of the text."""
+        if not isinstance(value, str):
+            return self._checked_ids(value, f"inputs.{place}")[:max_tokens]
+        token_ids = self._encoder.encode(value, add_special_tokens=True)
+        if max_tokens is not None and len(token_ids) > max_tokens:
+            token_ids = self._cut(token_ids, self._encoder.encode(value, add_special_tokens=False), max_tokens)
+        return self._in_vocabulary(token_ids, f"inputs.{place}")
+
+    @staticmethod
+    def _cut(token_ids: list[int], text_ids: list[int], max_tokens: int) -> list[int]:
+        """Cut the text, and keep the special tokens around it, as far as there is room."""
+        num_special = len(token_ids) - len(text_ids)
+        starts = range(num_special + 1)
+        start = next((at for at in starts if token_ids[at : at + len(text_ids)] == text_ids), 0)
+        kept = text_ids[: max(0, max_tokens - num_special)]
+        return [*token_ids[:start], *kept, *token_ids[start + len(text_ids) :]][:max_tokens]
 
     def _checked_ids(self, token_ids: Sequence[int], param: str) -> list[int]:
         highest = max(token_ids)

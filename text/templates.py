@@ -84,15 +84,17 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         values: Mapping[str, Any] = NO_VALUES,
+        *,
+        add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt that asks for the next assistant message. `values` are further ones that the template may read.
-        Raises InvalidRequest if the template refuses the messages."""
+        """The prompt that asks for the next assistant message, if there is to be one. `values` are further ones that
+        the template may read. Raises InvalidRequest if the template refuses the messages."""
         try:
             return self._template.render(
                 messages=[self._as_written_for(message) for message in messages],
                 tools=[dict(tool) for tool in tools] or None,
                 documents=None,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 **{**values, **self._special_tokens},
             )
         except _TEMPLATE_ERRORS as exc:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import orjson
@@ -212,9 +212,10 @@ class WholeAnswer(Response):
         *,
         refuse: Refuse = refuse_unfinished,
         timeout_seconds: float | None = None,
+        needs_token_ids: bool = False,
     ) -> None:
-        """`refuse` raises for jobs that have no answer; `render` gets the others. After `timeout_seconds` the answer is
-        an error; the jobs must have a deadline of their own."""
+        """`refuse` raises for jobs that have no answer; `render` gets the others, with their token ids if it needs
+        them. After `timeout_seconds` the answer is an error; the jobs must have a deadline of their own."""
         # Not super().__init__(), as neither the body nor the status is known yet.
         self.background = None
         self._runs = runs
@@ -223,6 +224,7 @@ class WholeAnswer(Response):
         self._services = runs[0].services
         self._is_begun = False
         self._timeout_seconds = timeout_seconds
+        self._needs_token_ids = needs_token_ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(wait_for_disconnect(receive))
@@ -286,13 +288,17 @@ class WholeAnswer(Response):
         """The answer or the error, as if nothing had been sent yet."""
         try:
             ended.result()
-            records = [await run.read(with_request=True) for run in self._runs]
+            records = [await self._read(run) for run in self._runs]
             for record in records:
                 self._refuse(record)
             num_bytes = sum(size_of(record.result) for record in records)
             return Response(await self._services.large_work.run(num_bytes, self._rendered, records))
         except CeleriacError as exc:
             return error_response(exc)
+
+    async def _read(self, run: Run) -> JobRecord:
+        record = await run.read(with_request=True)
+        return replace(record, token_ids=await run.read_token_ids()) if self._needs_token_ids else record
 
     def _rendered(self, records: Sequence[JobRecord]) -> bytes:
         return orjson.dumps(self._render(records))

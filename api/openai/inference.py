@@ -24,7 +24,14 @@ from dialects.anthropic_answers import AnthropicModelListView, AnthropicModelVie
 from dialects.fields import HINT_TREE
 from dialects.native import NO_NUL
 from dialects.openai import Metadata, OpenAIModel
-from dialects.openai_chat import ChatCompletionBody, ChatStream, from_result, spelling_of, to_generation_request
+from dialects.openai_chat import (
+    ChatCompletionBody,
+    ChatStream,
+    asked_ids,
+    from_result,
+    spelling_of,
+    to_generation_request,
+)
 from dialects.openai_completions import (
     CompletionBody,
     CompletionStream,
@@ -76,12 +83,17 @@ async def create_chat_completion(request: Request) -> Response:
     view = services_of(request).views.get(body.model)
     generation = await off_loop(request, to_generation_request, body, view)
     run = await start(request, generation, _asked(body))
+    ids = await off_loop(request, asked_ids, body, generation, view)
     if not body.stream:
         return WholeAnswer(
-            [run], lambda records: from_result(records[0], generation, view.output_format, body.service_tier)
+            [run],
+            lambda records: from_result(records[0], generation, view.output_format, body.service_tier, ids),
+            needs_token_ids=bool(body.return_token_ids),
         )
     has_usage = bool(body.stream_options and body.stream_options.include_usage)
-    stream = ChatStream(run, generation, view.output_format, has_usage=has_usage, service_tier=body.service_tier)
+    stream = ChatStream(
+        run, generation, view.output_format, has_usage=has_usage, service_tier=body.service_tier, ids=ids
+    )
     return stream_answer(run, stream)
 
 
@@ -110,7 +122,11 @@ async def create_completion(request: Request) -> Response:
     runs = await start_all(request, generations, _asked_completion(body))
     prompts = await off_loop(request, _prompts_of, body, generations, view)
     if not body.stream:
-        return WholeAnswer(runs, lambda records: from_results(records, prompts, body.service_tier))
+        return WholeAnswer(
+            runs,
+            lambda records: from_results(records, prompts, body.service_tier),
+            needs_token_ids=bool(body.return_token_ids),
+        )
     has_usage = bool(body.stream_options and body.stream_options.include_usage)
     streams = [
         CompletionStream(runs[0], prompt, has_usage=has_usage, service_tier=body.service_tier) for prompt in prompts
@@ -139,8 +155,9 @@ def _asked_completion(body: CompletionBody) -> Asked:
 async def create_embeddings(request: Request) -> Response:
     """Embeddings like OpenAI's. They are a job like any other: the `x-job-id` header has its id for /v1/jobs."""
     body = await read_for_model(request, EmbeddingBody, HINT_TREE, task="embedding")
+    view = services_of(request).views.get(body.model)
     asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of_embeddings(body))
-    run = await start(request, await off_loop(request, to_embedding_request, body), asked)
+    run = await start(request, await off_loop(request, to_embedding_request, body, view), asked)
     return WholeAnswer([run], lambda records: embeddings_from_result(records[0], body))
 
 

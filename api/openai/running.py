@@ -227,6 +227,16 @@ class Run:
                     if (await self.read()).job.status is JobStatus.QUEUED:
                         return refusal
 
+    async def read_token_ids(self) -> dict[int, list[int]]:
+        """The output tokens of each sequence, from the job's chunks."""
+        token_ids: dict[int, list[int]] = {}
+        after = 0
+        while chunks := await self.services.read(job_queries.read_chunks, self.job_id, after=after):
+            for chunk in chunks:
+                token_ids.setdefault(chunk.index, []).extend(chunk.token_ids)
+            after = chunks[-1].sequence_number
+        return token_ids
+
     async def read(self, *, with_request: bool = False) -> JobRecord:
         """Raises JobNotFound if the job was deleted meanwhile, or StorageUnavailable."""
         return await read_job(self.services, self.job_id, self.tenant_id, with_request=with_request)

@@ -1,4 +1,4 @@
-"""vLLM's ways to get token ids from /v1/completions, which the remote back end of another Celeriac uses."""
+"""vLLM's ways to get token ids and scores; the remote back end of another Celeriac uses some of them."""
 
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -7,11 +7,18 @@ from uuid import UUID
 
 import pytest
 
-from dialects.openai_completions import CompletionBody, CompletionStream, prompt_of, to_generation_requests
+from dialects.openai_chat import ChatCompletionBody, ChatStream, asked_ids, from_result, to_generation_request
+from dialects.openai_completions import (
+    CompletionBody,
+    CompletionStream,
+    from_results,
+    prompt_of,
+    to_generation_requests,
+)
 from domain.catalog import ModelEntry
 from domain.errors import UnsupportedParameter
-from domain.jobs import FinishReason
-from domain.requests import TokenChunk, TokenLogprob
+from domain.jobs import FinishReason, Usage
+from domain.requests import GenerationRequest, GenerationResult, ResultChoice, TokenChunk, TokenLogprob
 from gpu_worker.engine.remote.answers import Delta, ScoredToken, _delta_of
 from text.models import load_model_view
 
@@ -53,8 +60,72 @@ def test_logprobs_name_tokens_by_id_so_that_the_remote_back_end_can_read_them() 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"stream": False, "return_token_ids": True}, {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}],
+    [{"prompt_logprobs": 1, "stream": True}, {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}],
 )
-def test_ids_where_there_are_none_are_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(UnsupportedParameter, match="return_token"):
+def test_what_cannot_be_shown_is_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(UnsupportedParameter, match=r"return_token|prompt_logprobs"):
         choices_of([], **fields)
+
+
+SCORES = (None, TokenLogprob(token="b", token_id=2, logprob=-3.0, top=((9, "x", -0.5), (2, "b", -3.0))))
+
+SHOWN = [
+    None,
+    {
+        "2": {"logprob": -3.0, "rank": 2, "decoded_token": "b"},
+        "9": {"logprob": -0.5, "rank": 1, "decoded_token": "x"},
+    },
+]
+
+
+def record_of(request: GenerationRequest, num_choices: int) -> Any:
+    token = TokenLogprob(token="a", token_id=5, logprob=-0.5, top=((5, "a", -0.5),))
+    choices = tuple(
+        ResultChoice(index=index, text="a", finish_reason=FinishReason.STOP, num_tokens=1, logprobs=(token,))
+        for index in range(num_choices)
+    )
+    result = GenerationResult(choices=choices, usage=Usage(), prompt_logprobs=SCORES)
+    job = SimpleNamespace(**vars(RUN), id=RUN.job_id)
+    return SimpleNamespace(job=job, request=request, result=result, token_ids={0: [5, 6], 1: [7]})
+
+
+def test_a_whole_completion_has_the_ids_and_scores_of_each_choice() -> None:
+    fields = {"model": "fake", "prompt": [1, 2], "n": 2, "return_token_ids": True, "prompt_logprobs": 2}
+    body = CompletionBody.model_validate(fields)
+    view = load_model_view(ModelEntry(id="fake", path="none", backend="fake"))
+    [generation] = to_generation_requests(body)
+    assert generation.params.prompt_logprobs == 2
+    answer = from_results([record_of(generation, 2)], [prompt_of(body, generation, view, 0)], None)
+    assert [(choice["prompt_token_ids"], choice["token_ids"]) for choice in answer["choices"]] == [
+        ((1, 2), [5, 6]),
+        ((1, 2), [7]),
+    ]
+    assert [choice["prompt_logprobs"] for choice in answer["choices"]] == [SHOWN] * 2
+
+
+def test_a_whole_chat_completion_has_them_and_a_stream_the_ids() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    asked = {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": True, "top_logprobs": 1}
+    body = ChatCompletionBody.model_validate({"model": "fake", "messages": messages, "n": 2} | asked)
+    view = load_model_view(ModelEntry(id="fake", path="none", backend="fake"))
+    scored = body.model_copy(update={"prompt_logprobs": 2})
+    generation = to_generation_request(scored, view)
+    ids = asked_ids(body, generation, view)
+    assert ids.prompt
+    answer = from_result(record_of(generation, 2), generation, view.output_format, ids=ids)
+    assert (answer["prompt_token_ids"], answer["prompt_logprobs"]) == (ids.prompt, SHOWN)
+    assert [choice["token_ids"] for choice in answer["choices"]] == [[5, 6], [7]]
+    logprobs: Any = answer["choices"][0]["logprobs"]
+    assert logprobs["content"][0]["token"] == logprobs["content"][0]["top_logprobs"][0]["token"] == "token_id:5"
+
+    stream = ChatStream(RUN, generation, view.output_format, has_usage=False, service_tier=None, ids=ids)
+    begun = list(stream.begin())
+    assert [event.get("prompt_token_ids") for event in begun] == [ids.prompt, None]
+    chunks = [
+        TokenChunk(sequence_number=1, token_ids=(5,)),
+        TokenChunk(sequence_number=2, token_ids=(6,), text="ab", finish_reason=FinishReason.STOP),
+    ]
+    events: list[Any] = [event["choices"] for chunk in chunks for event in stream.from_chunk(chunk)]
+    assert [choice.get("token_ids") for [choice] in events] == [(5,), (6,), None]
+    with pytest.raises(UnsupportedParameter, match="prompt_logprobs"):
+        to_generation_request(scored.model_copy(update={"stream": True}), view)
