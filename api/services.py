@@ -188,7 +188,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         dispatcher = Dispatcher(statements, client, catalog, settings)
         stack.push_async_callback(dispatcher.aclose)
         acceptor = await stack.enter_async_context(open_acceptor(settings))
-        submitter = Submitter(settings, views, acceptor, dispatch_soon=dispatcher.nudge)
+        submitter = Submitter(settings, views, acceptor, ring=dispatcher.ring)
         stack.push_async_callback(submitter.aclose)
         authenticator = Authenticator(statements, is_open=settings.auth == "none")
         stack.push_async_callback(authenticator.aclose)

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from uuid import UUID
@@ -19,7 +19,8 @@ LEDGER = Path(os.environ["CONSUMER_BENCH_LEDGER"])
 
 
 class NoOpRunner:
-    """JobRunner's interface without engine and SQL. Every claim adds a line to the ledger: job id, monotonic time."""
+    """JobRunner's interface without engine and SQL. Every claim adds a line to the ledger: the ticket, and the
+    monotonic time."""
 
     def __init__(self, *, on_event: Callable[[RunnerEvent], None], **_: object) -> None:
         self._on_event = on_event
@@ -30,14 +31,17 @@ class NoOpRunner:
     def start(self) -> None:
         self._thread.start()
 
-    def offer(self, job_id: UUID) -> None:
-        self._offered.put(job_id)
+    def offer(self, ticket_id: UUID) -> None:
+        self._offered.put(ticket_id)
 
     def withdraw(self) -> list[UUID]:
         return []
 
     def cancel(self, job_id: UUID) -> None:
         """Does nothing: no job runs long enough."""
+
+    def cancel_queued(self, job_ids: Sequence[UUID]) -> None:
+        """Does nothing: there is no queue."""
 
     def begin_drain(self, *, release_after_seconds: float) -> None:
         """Does nothing: no job runs long enough."""
@@ -70,18 +74,20 @@ class NoOpRunner:
     def _run(self) -> None:
         with LEDGER.open("a") as ledger:
             while (first := self._offered.get()) is not None:
-                claimed = [first]
-                while not self._offered.empty() and (job_id := self._offered.get()) is not None:
-                    claimed.append(job_id)
-                self._run_jobs(claimed)
-                ledger.write("".join(f"{job_id} {time.monotonic()}\n" for job_id in claimed))
+                tickets = [first]
+                while not self._offered.empty() and (ticket_id := self._offered.get()) is not None:
+                    tickets.append(ticket_id)
+                self._run_jobs(tickets)
+                ledger.write("".join(f"{ticket_id} {time.monotonic()}\n" for ticket_id in tickets))
                 ledger.flush()
 
-    def _run_jobs(self, job_ids: list[UUID]) -> None:
-        self._num_running = len(job_ids)
-        for job_id in job_ids:
-            self._on_event(RunnerEvent(RunnerEventKind.CLAIMED, job_id))
-        for job_id in job_ids:
+    def _run_jobs(self, tickets: list[UUID]) -> None:
+        """Each ticket finds a job, which is called like it."""
+        self._num_running = len(tickets)
+        for kind in (RunnerEventKind.CLAIMED, RunnerEventKind.SPENT):
+            for ticket_id in tickets:
+                self._on_event(RunnerEvent(kind, ticket_id))
+        for job_id in tickets:
             self._on_event(
                 RunnerEvent(RunnerEventKind.ENDED, job_id, status=JobStatus.COMPLETED, summary="0 tokens, stop")
             )

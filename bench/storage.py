@@ -70,9 +70,7 @@ def accept_and_claim(sessions: sessionmaker[Session], num_jobs: int, owner: UUID
     with sessions.begin() as session:
         job_accept.accept(session, [new_job() for _ in range(num_jobs)], max_queued_jobs=10**6)
     with sessions.begin() as session:
-        ids = jobs.dispatch(session, MODEL, room=num_jobs)
-    with sessions.begin() as session:
-        claimed = jobs.claim(session, ids, owner=owner, model_revision="main", lease_seconds=60)
+        claimed = jobs.claim(session, MODEL, limit=num_jobs, owner=owner, model_revision="main", lease_seconds=60)
     assert len(claimed) == num_jobs
     return claimed
 
@@ -89,20 +87,12 @@ def bench_accept(sessions: sessionmaker[Session], figures: dict[str, float]) -> 
         report(f"accept {size}", milliseconds, jobs_per_call=size, figures=figures)
 
 
-def bench_dispatch_and_claim(sessions: sessionmaker[Session], figures: dict[str, float]) -> None:
-    """Dispatch and claim from the backlog that bench_accept left."""
-    dispatched: list[list[UUID]] = []
-    for size in (16, 64):
-        dispatch = timed(sessions, lambda s, n=size: dispatched.append(jobs.dispatch(s, MODEL, room=n)), repeats=30)  # type: ignore[misc]
-        report(f"dispatch {size}", dispatch, jobs_per_call=size, figures=figures)
-        ids = iter(dispatched[-30:])
-        owner = uuid4()
-        claim = timed(
-            sessions,
-            lambda s, i=ids, o=owner: jobs.claim(s, next(i), owner=o, model_revision="main", lease_seconds=60),  # type: ignore[misc]
-            repeats=30,
-        )
-        report(f"claim {size}", claim, jobs_per_call=size, figures=figures)
+def bench_claim(sessions: sessionmaker[Session], figures: dict[str, float]) -> None:
+    """Claim from the backlog that bench_accept left."""
+    owner = uuid4()
+    for size in (1, 16, 64):
+        claim = partial(jobs.claim, model=MODEL, limit=size, owner=owner, model_revision="main", lease_seconds=60)
+        report(f"claim {size}", timed(sessions, claim, repeats=30), jobs_per_call=size, figures=figures)
 
 
 def bench_running_batch(sessions: sessionmaker[Session], figures: dict[str, float]) -> None:
@@ -141,7 +131,7 @@ def main() -> None:
         ceiling = timed(sessions, lambda s: s.execute(text("INSERT INTO ceiling VALUES (1)")), repeats=200)
         report("ceiling: one-row commit", ceiling, jobs_per_call=1, figures=figures)
         bench_accept(sessions, figures)
-        bench_dispatch_and_claim(sessions, figures)
+        bench_claim(sessions, figures)
         bench_running_batch(sessions, figures)
         database.dispose()
     print(json.dumps({"bench": "storage", "cpus": os.cpu_count(), **figures}))

@@ -38,7 +38,7 @@ TimeoutSeconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS, allow_inf_nan=Fal
 class JobOptionFields(Frozen):
     """The options of a job that are not part of its request."""
 
-    priority: int = Field(default=0, ge=-10, le=10, description="Higher runs earlier.")
+    priority: int = Field(default=0, ge=-10, le=10, description="Higher runs earlier, among the jobs of one tenant.")
     deadline: AwareDatetime | None = Field(default=None, description="The job expires at this time.")
     start_timeout: TimeoutSeconds | None = Field(
         default=None, description="How many seconds the job may wait in the queue."

@@ -22,7 +22,7 @@ from kombu.transport import TRANSPORT_ALIASES
 from domain.catalog import ModelSpec
 from domain.errors import CeleriacError
 from gpu_worker.consumer import EngineStep, EngineWorker
-from gpu_worker.deliveries import Delivery
+from gpu_worker.deliveries import strategy
 from gpu_worker.pool import served_models
 from observability import configure_logging
 from settings import Settings, get_settings
@@ -42,7 +42,7 @@ def revoke(
 ) -> Any:
     """Revoke task by task id (or list of ids)."""
     answer = stock.revoke(state, task_id, terminate=terminate, signal=signal, **options)
-    state.consumer.pool.cancel_in_hand(maybe_list(task_id) or [])
+    state.consumer.pool.cancel_queued(maybe_list(task_id) or [])
     return answer
 
 
@@ -79,7 +79,7 @@ app.steps["consumer"].add(EngineStep)
 
 app.amqp.queues.select([model.queue for model in models])
 
-generate.Request = Delivery
+generate.Strategy = strategy
 
 
 @signals.celeryd_init.connect

@@ -67,11 +67,6 @@ class RunningBatch:
         for claim in claimed:
             self._admit(make_running(claim, claimed_at=sent_at))
 
-    def adopt(self, job_ids: Sequence[UUID]) -> None:
-        """Report jobs as claimed whose deliveries arrived only now, because they had been claimed without them."""
-        for job_id in job_ids:
-            self._emit(RunnerEvent(RunnerEventKind.CLAIMED, job_id))
-
     def serve_quarantine(self, now: float) -> None:
         """Take the next action for the job that must run alone, if there is one."""
         job = self._quarantine.job

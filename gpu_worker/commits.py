@@ -93,26 +93,13 @@ class JobStorage:
         self.model = spec.id
         self.model_revision = model_revision(spec)  # computed from the files, like the one that the API stores in jobs
 
-    def claim(self, job_ids: Sequence[UUID], known: frozenset[UUID], *, is_repeated: bool) -> list[ClaimedJob]:
-        """Claim those of `job_ids` that can be claimed. `known` are the jobs that already run here."""
-        return self._claim(
-            lambda session: jobs.claim(
-                session,
-                job_ids,
-                owner=self.owner,
-                model_revision=self.model_revision,
-                lease_seconds=self.lease_seconds,
-            ),
-            known,
-            is_repeated,
-        )
-
-    def claim_next(
+    def claim(
         self, limit: int, lane: Lane, known: frozenset[UUID], *, min_suspicions: int, is_repeated: bool
     ) -> list[ClaimedJob]:
-        """Claim up to `limit` jobs of a lane directly from SQL, without messages."""
-        return self._claim(
-            lambda session: jobs.claim_next(
+        """Claim up to `limit` jobs of a lane, fairest first. `known` are the jobs that already run here."""
+        with self.sessions.begin() as session:
+            released = self._release_unknown(session, known) if is_repeated else []
+            claimed = jobs.claim(
                 session,
                 self._spec.id,
                 limit=limit,
@@ -121,10 +108,17 @@ class JobStorage:
                 lease_seconds=self.lease_seconds,
                 lane=lane,
                 min_suspicions=min_suspicions,
-            ),
-            known,
-            is_repeated,
-        )
+            )
+        job_log.returned(AttemptOutcome.RELEASED, released)
+        job_log.claimed(claimed, self._worker_name)
+        self.notifier.publish((job.id, JobStatus.IN_PROGRESS) for job in claimed)
+        return claimed
+
+    def cancel_queued(self, job_ids: Sequence[UUID]) -> None:
+        with self.sessions.begin() as session:
+            cancelled = jobs.cancel_queued(session, job_ids)
+        job_log.ended_without_worker(cancelled)
+        self.notifier.publish((job.job_id, job.status) for job in cancelled)
 
     def release(self, job_ids: Sequence[UUID]) -> None:
         with self.sessions.begin() as session:
@@ -172,17 +166,6 @@ class JobStorage:
     def close(self) -> None:
         self.notifier.close()
         self._database.dispose()
-
-    def _claim(
-        self, take: Callable[[Session], list[ClaimedJob]], known: frozenset[UUID], is_repeated: bool
-    ) -> list[ClaimedJob]:
-        with self.sessions.begin() as session:
-            released = self._release_unknown(session, known) if is_repeated else []
-            claimed = take(session)
-        job_log.returned(AttemptOutcome.RELEASED, released)
-        job_log.claimed(claimed, self._worker_name)
-        self.notifier.publish((job.id, JobStatus.IN_PROGRESS) for job in claimed)
-        return claimed
 
     def _release_unknown(self, session: Session, known: frozenset[UUID]) -> list[Returned]:
         """Release jobs that are ours according to SQL but do not run here, because the answer to their claim was

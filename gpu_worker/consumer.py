@@ -1,7 +1,8 @@
 """The prefetch batching consumer: Celery's consumer with an exact credit. Its jobs survive broker outages.
 
 The number of messages in hand follows the engine: as many as it could start now, plus a small look-ahead, so that a
-freed slot can be filled between two steps. The rest of Celery (task protocol, events, inspect, revoke) is unchanged.
+freed slot can be filled between two steps. A message lets a job be claimed, and the claim decides which. The rest of
+Celery (events, inspect, revoke) is unchanged.
 """
 
 import os
@@ -68,7 +69,7 @@ WATCH_SECONDS = 1.0
 
 SHARE_SECONDS = 0.25  # between two checks for another worker with free slots
 
-MAX_LOOKAHEAD_SECONDS = 0.25  # how long a delivery may wait here while another worker has free slots
+MAX_LOOKAHEAD_SECONDS = 0.25  # how long a ticket may wait here while another worker has free slots
 
 REFUSED_SECONDS = 1.0
 
@@ -107,7 +108,7 @@ class EngineConsumer(Consumer):
         return connected
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Keep the deliveries in hand. Stock Celery requeues them, and other workers would start their jobs again."""
+        """Keep the tickets in hand. Stock Celery requeues them, and running jobs as well."""
         self.pool.deliveries.detach()
         self.hub.on_tick.clear()  # kombu adds one callback per connection and removes none
         if isinstance(exc, self.channel_errors):
@@ -172,7 +173,7 @@ class EngineStep(bootsteps.StartStopStep):
     def _keep_in_hand(self, c: EngineConsumer) -> None:
         held = c.pool.deliveries
         if held.in_hand and held.channel is not None:
-            held.channel.keep_in_hand([delivery.tag for delivery in held.in_hand.values()])
+            held.channel.keep_in_hand([ticket.tag for ticket in held.in_hand.values()])
 
     def _watch(self, c: EngineConsumer) -> None:
         channel = c.pool.deliveries.channel
@@ -182,8 +183,8 @@ class EngineStep(bootsteps.StartStopStep):
         self._notice_a_stall(c, channel)
 
     def _share_lookahead(self, pool: EnginePool) -> None:
-        """Pause the look-ahead and give back waiting deliveries if another worker has free slots, so that no delivery
-        waits here needlessly."""
+        """Pause the look-ahead and give back waiting tickets if another worker has free slots, so that none waits here
+        needlessly."""
         channel = pool.deliveries.channel
         if channel is None:
             return
@@ -192,7 +193,7 @@ class EngineStep(bootsteps.StartStopStep):
             oldest = pool.deliveries.oldest_in_hand(queue)
             is_late = oldest is not None and oldest.age_seconds > MAX_LOOKAHEAD_SECONDS
             if is_late and pool.room(queue).num_idle == 0:
-                logger.info("requeued %d deliveries, since another worker has free slots", pool.give_back_from(queue))
+                logger.info("requeued %d messages, since another worker has free slots", pool.give_back_from(queue))
 
     def _notice_a_stall(self, c: EngineConsumer, channel: BulkChannel) -> None:
         """Raise ConnectionError, which makes Celery reconnect, if there is credit and messages are waiting but the

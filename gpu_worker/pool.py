@@ -1,8 +1,8 @@
-"""A Celery worker pool whose slots are those of the engines: deliveries in, events of their jobs out, in order.
+"""A Celery worker pool whose slots are those of the engines: tickets in, events of the claimed jobs out, in order.
 
-Deliveries are offered to the `JobRunner` of their model, which claims their jobs in SQL when its engine has room, and
-emits events on its own thread. Only the hub thread may touch requests, Celery events and channels, so the events wait
-in a queue until it applies them. (Celery's hub itself keeps callbacks in an unordered set.)
+Tickets are offered to the `JobRunner` of their model, which claims a job in SQL for each of them when its engine has
+room, and emits events on its own thread. Only the hub thread may touch requests, Celery events and channels, so the
+events wait in a queue until it applies them. (Celery's hub itself keeps callbacks in an unordered set.)
 
 `WorkerExit` ends the worker: either after a drain, during which heartbeats, inspect and revoke still work, or
 immediately, releasing its jobs. It replaces Celery's warm shutdown, which would stop the event loop first, and its cold
@@ -18,14 +18,16 @@ from threading import Lock, Thread
 from time import monotonic, sleep
 from types import FrameType
 from typing import Any
+from uuid import UUID
 
 from celery.concurrency.base import BasePool, apply_target
 from celery.utils.log import get_logger
 from celery.worker import state
+from kombu.message import Message
 
 from domain.catalog import ModelSpec
 from domain.jobs import WorkerState
-from gpu_worker.deliveries import Deliveries, Delivery
+from gpu_worker.deliveries import Deliveries, job_id_of
 from gpu_worker.model_size import budget_bytes, need_bytes
 from gpu_worker.residency import ModelMemory
 from gpu_worker.serving import JobRunner, ModelRunners
@@ -107,7 +109,7 @@ class EnginePool(BasePool):
         self._hub = hub
         hub.call_soon(self.take_events)
 
-    # Deliveries in
+    # Tickets in
 
     @property
     def lookahead(self) -> int:
@@ -136,32 +138,28 @@ class EnginePool(BasePool):
         accept_callback: Any = None,
         **_: Any,
     ) -> Any:
-        """What Celery calls to run a task. Its requests pass their own method as `accept_callback`, and ours are
-        deliveries (see gpu_worker/app.py), so that is where the delivery is found."""
-        delivery = getattr(accept_callback, "__self__", None)
-        if not isinstance(delivery, Delivery):  # one of Celery's own built-in tasks: run it here
-            return apply_target(target, args, kwargs, callback, accept_callback)
-        job_id = self.deliveries.take(delivery)
-        if job_id is None:
-            return delivery
-        if delivery.id in state.revoked:
-            self.cancel(delivery)  # before it is offered, so that there is nothing to claim
-        self.runner.by_queue[delivery.queue].offer(job_id)
-        return delivery
+        """What Celery calls to run a task: one of its own built-in ones, since ours are claimed."""
+        return apply_target(target, args, kwargs, callback, accept_callback)
 
-    def cancel(self, delivery: Delivery) -> None:
-        """Cancel the job of a delivery, running or not. The request goes through SQL, so any worker may run the job."""
-        delivery.is_cancel_wanted = True
-        self.runner.cancel(delivery.job_id)
+    def take_ticket(self, message: Message) -> None:
+        """Offer a ticket to the runner of its model. See `strategy`, which is called for each message of our task."""
+        ticket = self.deliveries.take(message)
+        if ticket is not None:
+            self.runner.by_queue[ticket.queue].offer(ticket.id)
 
-    def cancel_in_hand(self, task_ids: Iterable[str]) -> None:
-        """Handle a plain revoke: cancel only what has not started, as in every Celery worker."""
-        wanted = set(task_ids)
-        for delivery in [held for held in self.deliveries.in_hand.values() if held.id in wanted]:
-            self.cancel(delivery)
+    def cancel(self, job_id: UUID) -> None:
+        """Cancel a job that runs here. The request goes through SQL, so it may have moved to another worker."""
+        self.runner.cancel(job_id)
+
+    def cancel_queued(self, task_ids: Iterable[str]) -> None:
+        """Cancel the jobs of a revoke that have not started, wherever they would start."""
+        job_ids = [job_id for task_id in task_ids if (job_id := job_id_of(task_id)) is not None]
+        waiting = [job_id for job_id in job_ids if job_id not in self.deliveries.running]
+        if waiting:
+            self.runner.cancel_queued(waiting)
 
     def give_back(self) -> int:
-        """Requeue all deliveries in hand that are not being claimed; returns how many."""
+        """Requeue all tickets in hand that are not being used; returns how many."""
         return self.deliveries.give_back(self.runner.withdraw())
 
     def give_back_from(self, queue: str) -> int:
@@ -226,7 +224,7 @@ class EnginePool(BasePool):
     on_terminate = on_stop
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:
-        """Does nothing, since there is no process to signal; `Delivery.terminate` cancels the job."""
+        """Does nothing, since there is no process to signal; `ClaimedTask.terminate` cancels the job."""
 
     # Flower and `celery inspect`
 

@@ -91,8 +91,7 @@ class RunnerThread:
             self._storage_thread,
             self._quarantine,
             on_claimed=self._batch.admit,
-            on_known=self._batch.adopt,
-            on_dropped=self._drop,
+            on_spent=self._spend,
         )
         self._reporter = WorkerReporter(
             self._storage,
@@ -138,6 +137,9 @@ class RunnerThread:
     def cancel(self, job_id: UUID) -> None:
         self._storage_thread.submit(lambda is_repeated: self._storage.request_cancel(job_id), lambda answer: None)
         self._batch.cancel(job_id)
+
+    def cancel_queued(self, job_ids: Sequence[UUID]) -> None:
+        self._storage_thread.submit(lambda is_repeated: self._storage.cancel_queued(job_ids), lambda answer: None)
 
     def begin_drain(self, release_after_seconds: float) -> None:
         self._drain_deadline = monotonic() + release_after_seconds
@@ -312,11 +314,11 @@ class RunnerThread:
         except Exception:  # a faulty listener must not end all jobs
             log.exception("the listener failed to handle an event", extra={"job_id": external_id(event.job_id)})
 
-    def _drop(self, job_ids: Sequence[UUID]) -> None:
-        self._events += [RunnerEvent(RunnerEventKind.DROPPED, job_id) for job_id in job_ids]
+    def _spend(self, ticket_ids: Sequence[UUID]) -> None:
+        self._events += [RunnerEvent(RunnerEventKind.SPENT, ticket_id) for ticket_id in ticket_ids]
 
-    def _refuse(self, job_ids: Sequence[UUID]) -> None:
-        self._events += [RunnerEvent(RunnerEventKind.REFUSED, job_id) for job_id in job_ids]
+    def _refuse(self, ticket_ids: Sequence[UUID]) -> None:
+        self._events += [RunnerEvent(RunnerEventKind.REFUSED, ticket_id) for ticket_id in ticket_ids]
 
     # Figures
 

@@ -70,18 +70,22 @@ class JobRunner:
         """Start the engine process and the thread."""
         self._thread.start()
 
-    def offer(self, job_id: UUID) -> None:
-        """Offer the job of a delivery. It is claimed, together with others, as soon as the engine has room."""
-        self._offers.add(job_id)
+    def offer(self, ticket_id: UUID) -> None:
+        """Offer a ticket. It is used to claim a job, together with others, as soon as the engine has room."""
+        self._offers.add(ticket_id)
         self._runner.mailbox.post(lambda: None)
 
     def withdraw(self) -> list[UUID]:
-        """Take back all offers that are not claimed yet, in order of arrival. No events will follow for them."""
+        """Take back all tickets that have not been used yet, in order of arrival. No events will follow for them."""
         return self._offers.take()
 
     def cancel(self, job_id: UUID) -> None:
-        """Cancel a running or offered job. Its owner finds the request in SQL; our own engine is told directly."""
+        """Cancel a job. Its owner finds the request in SQL; our own engine is told directly."""
         self._runner.mailbox.post(lambda: self._runner.cancel(job_id))
+
+    def cancel_queued(self, job_ids: Sequence[UUID]) -> None:
+        """Cancel those of these jobs that are queued, of whatever model."""
+        self._runner.mailbox.post(lambda: self._runner.cancel_queued(job_ids))
 
     def begin_drain(self, *, release_after_seconds: float) -> None:
         """Claim no more jobs, let running jobs end, and release those that are still running after the given time."""
@@ -144,11 +148,14 @@ class ModelRunners:
             runner.start()
 
     def withdraw(self) -> list[UUID]:
-        return [job_id for runner in self.by_queue.values() for job_id in runner.withdraw()]
+        return [ticket_id for runner in self.by_queue.values() for ticket_id in runner.withdraw()]
 
     def cancel(self, job_id: UUID) -> None:
-        for runner in self.by_queue.values():  # a job that was claimed without a message does not tell its queue
+        for runner in self.by_queue.values():  # a task does not tell which of them runs its job
             runner.cancel(job_id)
+
+    def cancel_queued(self, job_ids: Sequence[UUID]) -> None:
+        next(iter(self.by_queue.values())).cancel_queued(job_ids)
 
     def begin_drain(self, *, release_after_seconds: float) -> None:
         for runner in self.by_queue.values():

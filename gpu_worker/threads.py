@@ -42,23 +42,20 @@ log = logging.getLogger(__name__)
 
 
 class RunnerEventKind(StrEnum):
-    CLAIMED = "claimed"  # the claim is committed in SQL: ack the message, send task-started
-    DROPPED = "dropped"  # nothing to claim (finished, cancelled, or owned by another worker): ack it and forget it
+    CLAIMED = "claimed"  # the claim is committed in SQL: send task-received and task-started
+    SPENT = "spent"  # a ticket has been used for a claim, whether it found a job or not: ack it
     ENDED = "ended"  # terminal in SQL: send task-succeeded, task-failed or task-revoked by `status`
-    REFUSED = "refused"  # the worker is not taking jobs at the moment: requeue the message and forget it
+    REFUSED = "refused"  # a ticket that is not needed, since the worker is not taking jobs: requeue it
     RELEASED = "released"  # requeued, or lost to another owner: forget it without a final Celery event
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerEvent:
-    """One step in a job's life on this worker: CLAIMED and then ENDED or RELEASED; or just DROPPED or REFUSED.
-
-    Jobs that the runner claimed directly from SQL, without a delivery, are reported as well. If the message of such a
-    job arrives while the job is running here, CLAIMED is reported a second time.
-    """
+    """One step in a job's life on this worker, CLAIMED and then ENDED or RELEASED; or the end of a ticket, SPENT or
+    REFUSED."""
 
     kind: RunnerEventKind
-    job_id: UUID
+    job_id: UUID  # of a ticket: the ticket's id
     status: JobStatus | None = None  # set for ENDED
     runtime_seconds: float = 0.0
     summary: str = ""  # set for ENDED: "12 tokens, stop", or the error code; never the job's text
@@ -78,7 +75,7 @@ class RunnerStats:
 
     max_num_seqs: int
     num_running: int  # jobs claimed and not yet ended
-    num_offered: int  # deliveries in hand whose jobs are not claimed yet
+    num_offered: int  # tickets in hand that have not been used yet
     is_engine_ready: bool
     state: WorkerState
     tokens_per_second: float

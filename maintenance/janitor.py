@@ -6,7 +6,6 @@ those that others have locked. A rule that fails does not stop the others. Any n
 Redis keys
 | name                  | type   | lifetime                  | writer           | reader  |
 |-----------------------|--------|---------------------------|------------------|---------|
-| celeriac:epoch        | string | -                         | janitor          | janitor |
 | celeriac-maintenance* | list   | until a janitor sees them | earlier releases | -       |
 """
 
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import partial
 from time import monotonic
-from uuid import uuid4
 
 import redis
 from sqlalchemy import func, select
@@ -95,8 +93,6 @@ def status_after(job: Restarted | Returned) -> JobStatus:
     return job.status if isinstance(job, Returned) else JobStatus.QUEUED
 
 
-EPOCH_KEY = "celeriac:epoch"
-
 OLD_QUEUE = "celeriac-maintenance"  # earlier releases sent their ticks through it
 
 PRUNE_EVERY_SECONDS = 10.0
@@ -151,8 +147,6 @@ class Janitor:
         self.quiet_seconds = settings.lease_seconds + 5  # how long the database server must be up before a rescue
         self._guard = OutageGuard(settings.lease_seconds, monotonic())
         self._revisions = RevisionWatch(sessions, settings)
-        self._epoch: tuple[object, object] | None = None
-        self._is_redispatch_due = False
         self._pruned_at = 0.0
         self._checked_at = 0.0
         self._leases_as_of: datetime | None = None  # None while leases cannot be trusted
@@ -174,7 +168,7 @@ class Janitor:
         models = [entry.id for entry in self._catalog.entries]
         sends = [(f"dispatched {model}", partial(self._dispatch, model)) for model in models]
         return [
-            ("redispatched", self._follow_epoch),
+            ("reached Redis", self._ping_redis),
             ("rescued", self._rescue),
             ("stalled", self._release_stalled),
             ("expired", self._expire),
@@ -244,25 +238,11 @@ class Janitor:
             served = {worker.model for worker in workers.list_live(session)}
         return sum(map(self._dispatch, served - {entry.id for entry in self._catalog.entries}))
 
-    def _follow_epoch(self) -> int:
-        """Detect that Redis has been emptied or replaced, so that its messages must be sent again."""
+    def _ping_redis(self) -> int:
         self._has_redis = False
-        pipeline = self._client.pipeline(transaction=False)
-        pipeline.set(EPOCH_KEY, str(uuid4()), nx=True)
-        pipeline.get(EPOCH_KEY)
-        pipeline.info("server")
-        was_missing, value, info = pipeline.execute()
+        self._client.ping()
         self._has_redis = True
-        epoch = (value, info["run_id"])
-        if was_missing or self._epoch not in (None, epoch):
-            self._is_redispatch_due = True  # stays true until the database has done it
-        self._epoch = epoch
-        if not self._is_redispatch_due:
-            return 0
-        with self._sessions.begin() as session:
-            num_jobs = jobs.redispatch_all(session)
-        self._is_redispatch_due = False
-        return num_jobs
+        return 0
 
     def _prune(self) -> int:
         if monotonic() - self._pruned_at < PRUNE_EVERY_SECONDS:

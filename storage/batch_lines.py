@@ -61,7 +61,7 @@ SELECT count(*) FROM waiting
 OUTSTANDING = text("""
 SELECT coalesce(sum(l.num_sequences), 0) FROM batch_lines l JOIN jobs j ON j.id = l.job_id
 WHERE l.job_id IS NOT NULL AND l.outcome IS NULL AND j.model = :model AND (j.status = 'in_progress'
-    OR (j.status = 'queued' AND j.num_dispatches > 0 AND j.dispatch_at > statement_timestamp()))
+    OR (j.status = 'queued' AND j.num_dispatches > 0))
 """)
 
 TAKE_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended('celeriac batches of ' || :model, 0))")

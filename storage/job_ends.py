@@ -185,7 +185,7 @@ STALL = text(
 
 CANCEL = text(f"""
 WITH pick AS MATERIALIZED (
-    SELECT j.id FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status IN ('queued', 'in_progress')
+    SELECT j.id FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = ANY(CAST(:statuses AS text[]))
         AND (CAST(:tenant_id AS uuid) IS NULL OR j.tenant_id = :tenant_id) ORDER BY j.id FOR NO KEY UPDATE
 ),
 asked AS (

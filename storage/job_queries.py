@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from domain.jobs import MIN_PRIORITY, Endpoint, JobStatus, Lane, WaitingJob
 from domain.model_names import parse_model_name
 from domain.requests import JobOutput, JobRequest, TokenChunk
-from storage.job_statements import BEGUN, CLOCK, LIFTED, RANK
+from storage.job_statements import BEGUN, CLOCK, RANK, STANDING, lead
 from storage.tables import Job, JobAttempt, JobChunk, JobPayload, JobResult, Worker
 
 STREAM_STATES = text("""
@@ -45,15 +45,16 @@ FROM jobs WHERE status = 'in_progress' GROUP BY model
 
 POSITIONS = text(f"""
 WITH timed AS (
-    SELECT j.id, j.model, {RANK} AS rank, j.cost,
-        least({LIFTED}, max(j.priority) OVER (PARTITION BY j.model)) AS priority, l.virtual_time + (sum(j.cost) OVER (
-        PARTITION BY j.model, j.tenant_id ORDER BY {RANK}, j.id) - j.cost) / t.weight AS fair_time
+    SELECT j.id, j.model, {RANK} AS rank, j.cost, {STANDING} AS standing, l.num_running,
+        l.virtual_time + (sum(j.cost) OVER (PARTITION BY j.model, j.tenant_id ORDER BY {RANK}, j.id)
+            - j.cost - {lead("j", "t")}) / t.weight AS fair_time
     FROM jobs j JOIN tenant_load l USING (tenant_id) JOIN tenants t ON t.id = j.tenant_id
     WHERE j.status = 'queued' AND j.model IN (SELECT model FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])))
 ),
 ranked AS (
     SELECT id, row_number() OVER ahead - 1 AS num_ahead, sum(cost) OVER ahead - cost AS cost_ahead FROM timed
-    WINDOW ahead AS (PARTITION BY model ORDER BY priority DESC, fair_time, rank, id ROWS UNBOUNDED PRECEDING)
+    WINDOW ahead AS (PARTITION BY model ORDER BY standing DESC, fair_time, num_running, rank, id
+        ROWS UNBOUNDED PRECEDING)
 )
 SELECT j.id, r.num_ahead, r.cost_ahead, {WAITING_JOB} FROM ranked r JOIN jobs j USING (id)
 WHERE r.id = ANY(CAST(:ids AS uuid[]))
@@ -262,7 +263,7 @@ def queue_figures(session: Session) -> dict[str, QueueFigures]:
 
 
 def positions(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, QueuePosition]:
-    """The positions of queued jobs in the current order of `dispatch` and `claim_next`; later jobs may still overtake.
+    """The positions of queued jobs in the current order of claims; later jobs may still overtake.
 
     Jobs that are not queued are left out. This ranks every queued job of their models (milliseconds per thousand), so
     ask for many jobs at once, and at most once a second.

@@ -1,4 +1,4 @@
-"""The SQL of the job protocol: the statements that let jobs in, dispatch, claim and commit.
+"""The SQL of the job protocol: the statements that let jobs in, claim and commit.
 
 `storage/jobs.py` executes them. Those that end or requeue jobs are in `storage/job_ends.py`.
 
@@ -41,9 +41,18 @@ AGEING_SECONDS = 600
 
 RANK = f"(extract(epoch FROM j.available_at AT TIME ZONE 'UTC') - {AGEING_SECONDS} * j.priority)"
 
-LIFTED = (
-    f"floor((extract(epoch FROM {CLOCK}) - {RANK}) / {AGEING_SECONDS})"  # the priority to which it has risen by now
-)
+# Where a job stands before any fairness: 0, or -1 for a batch line until it has risen to the priority 0 by waiting.
+STANDING = f"""CASE WHEN j.priority >= {MIN_PRIORITY} OR {RANK} <= extract(epoch FROM {CLOCK}) THEN 0 ELSE -1 END"""
+
+# How far a step of priority puts a job before those of other tenants, within the maximum that its tenant was given. The
+# job is charged like any other, so its tenant pays the lead back: in the long run, everybody receives by weight.
+LEAD_TOKENS = 1000
+
+
+def lead(job: str, tenant: str) -> str:
+    """The lead of a job in tokens."""
+    return f"{LEAD_TOKENS} * greatest(0, least({job}.priority, {tenant}.max_priority))"
+
 
 PROVEN_TOKENS = 16  # after this many tokens in one attempt, a job is no longer suspected of crashing engines
 
@@ -122,10 +131,16 @@ payload AS (
         request_id, callback::json
     FROM inserted JOIN new USING (id)
 ),
-counted AS (  -- a tenant that was idle starts level with the active ones, so it neither has credit nor starves
+unused AS (  -- what running jobs were charged and may still not take
+    SELECT tenant_id, sum(cost - num_prompt_tokens - num_committed_tokens) AS num_tokens
+    FROM jobs WHERE status = 'in_progress' GROUP BY tenant_id
+),
+counted AS (  -- a tenant that was idle starts level with what the active ones have received, without credit or debt
     UPDATE tenant_load l SET num_queued = l.num_queued + change.queued,
         virtual_time = CASE WHEN l.num_queued + l.num_running > 0 THEN l.virtual_time ELSE greatest(l.virtual_time,
-            (SELECT min(virtual_time) FROM tenant_load WHERE num_queued + num_running > 0)) END
+            (SELECT min(a.virtual_time - coalesce(r.num_tokens, 0) / t.weight) FROM tenant_load a
+                JOIN tenants t ON t.id = a.tenant_id LEFT JOIN unused r USING (tenant_id)
+             WHERE a.num_queued + a.num_running > 0)) END
     FROM (SELECT tenant_id, count(*) AS queued FROM inserted GROUP BY tenant_id) change
     WHERE l.tenant_id = change.tenant_id
 )
@@ -180,64 +195,74 @@ RUNNABLE = f"""
     j.status = 'queued' AND j.available_at <= {CLOCK} AND (j.deadline_at IS NULL OR j.deadline_at > {CLOCK})
     AND (j.attempt > 0 OR j.start_deadline_at IS NULL OR j.start_deadline_at > {CLOCK})"""
 
-DUE = f"{RUNNABLE} AND j.lane = 'standard' AND j.priority >= :min_priority AND j.dispatch_at <= {CLOCK}"
-
 CLAIMABLE = f"""{RUNNABLE} AND j.lane = :lane AND j.cancel_requested_at IS NULL
-    AND (NOT {BEGUN} OR j.model_revision = :model_revision)"""
+    AND (NOT {BEGUN} OR j.model_revision = :model_revision)
+    AND (j.priority >= {MIN_PRIORITY} OR j.num_dispatches > 0 OR j.lane = 'isolated')  -- a line once it is let in
+    AND j.num_suspicions >= :min_suspicions AND {STANDING} >= :min_standing"""
+
+HELD_LINE = f"{RUNNABLE} AND j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0"
 
 
 def _ranked(condition: str) -> str:
     """The CTE `ranked(id, place)`: the jobs of a model that meet `condition`, in the order in which they should run.
 
-    The order is by priority, then by tenant, the one that has received least per weight first (each of its jobs counts
-    before its next one), then by age. Waiting raises a job's priority by one every AGEING_SECONDS, but at most to the
-    highest priority that is waiting: an old job catches up with urgent ones, but does not overtake other tenants' new
-    ones. The lateral joins read only the head of each tenant's queue.
+    The tenant that has received least per weight comes first, and each of its jobs counts before its next one; of equal
+    tenants, the one that runs fewer jobs. Within a tenant, the order is RANK. The number of rows read depends on how
+    many are wanted, not on how many wait: the tenants come from `tenant_load` in their order, and the lateral joins
+    read the heads of their queues from jobs_ready_idx.
     """
     due = f"j.model = :model AND j.tenant_id = l.tenant_id AND {condition}"
     return f"""
-    waiting AS (
-        SELECT l.tenant_id, l.virtual_time, t.weight FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
-        CROSS JOIN LATERAL (
-            SELECT j.priority, {LIFTED} AS lifted FROM jobs j WHERE {due} ORDER BY {RANK}, j.id LIMIT 1) first
-        WHERE l.num_queued > 0 ORDER BY least(first.lifted, max(first.priority) OVER ()) DESC, l.virtual_time LIMIT 64
+    waiting AS MATERIALIZED (
+        SELECT l.* FROM (
+            SELECT l.tenant_id, l.virtual_time, l.num_running, t.weight, t.max_priority,
+                l.virtual_time - {LEAD_TOKENS} * t.max_priority / t.weight AS earliest
+            FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
+            WHERE l.num_queued > 0 ORDER BY earliest, l.num_running, l.tenant_id
+        ) l
+        CROSS JOIN LATERAL (SELECT FROM jobs j WHERE {due} ORDER BY {RANK}, j.id LIMIT 1) first
+        ORDER BY l.earliest, l.num_running, l.tenant_id LIMIT :num_tenants
     ),
     timed AS (
-        SELECT j.id, j.rank, least(j.lifted, max(j.priority) OVER ()) AS priority, l.virtual_time + (sum(j.cost) OVER (
-            PARTITION BY l.tenant_id ORDER BY j.rank, j.id) - j.cost) / l.weight AS fair_time
+        SELECT j.id, j.rank, l.num_running, l.virtual_time + (sum(j.cost) OVER (
+            PARTITION BY l.tenant_id ORDER BY j.rank, j.id) - j.cost - {lead("j", "l")}) / l.weight AS fair_time
         FROM waiting l CROSS JOIN LATERAL (
-            SELECT j.id, j.priority, {LIFTED} AS lifted, {RANK} AS rank, j.cost FROM jobs j WHERE {due}
-            ORDER BY {RANK}, j.id LIMIT :depth) j
+            SELECT j.id, j.priority, {RANK} AS rank, j.cost FROM jobs j WHERE {due}
+            ORDER BY {RANK}, j.id LIMIT (SELECT :num_rows / count(*) + 1 FROM waiting)) j
     ),
     ranked AS (
-        SELECT id, row_number() OVER (ORDER BY priority DESC, fair_time, rank, id) AS place FROM timed
+        SELECT id, row_number() OVER (ORDER BY fair_time, num_running, rank, id) AS place FROM timed
     )"""
 
 
-def _locked_in_order(condition: str, *, limit: str) -> str:
+def _locked_in_order(condition: str) -> str:
     """The CTE `pick(id, place)`: locks the first of `ranked` that are not locked and still meet `condition`."""
     return f"""
 pick AS MATERIALIZED (
     SELECT j.id, r.place FROM (SELECT id, place FROM ranked ORDER BY place) r
     CROSS JOIN LATERAL (SELECT * FROM jobs WHERE jobs.id = r.id FOR NO KEY UPDATE SKIP LOCKED) j
-    WHERE {condition} LIMIT {limit}
+    WHERE {condition} LIMIT :limit
 )"""
 
 
-# If a database crash loses this update, that only causes a duplicate message, so it need not wait for the disk.
-DISPATCH = text(f"""
-WITH {_ranked(DUE)},
-{_locked_in_order(DUE, limit=":room")},
-dispatched AS (  -- due again automatically, in case the message is lost: after 15, 30, 60, 120 s, give or take a fifth
-    UPDATE jobs j SET num_dispatches = num_dispatches + 1, dispatch_at = {CLOCK}
-        + make_interval(secs => 15 * power(2, least(num_dispatches, 3)) * (0.8 + 0.4 * random()))
-    FROM pick WHERE j.id = pick.id RETURNING j.id, pick.place
-)
-SELECT id FROM dispatched CROSS JOIN (SELECT set_config('synchronous_commit', 'off', true)) AS unsynced ORDER BY place
+# What could be claimed now, for as many messages. Not in order, since that is decided at the claim.
+CLAIMABLE_SOON = text(f"""
+SELECT j.id FROM jobs j WHERE j.model = :model AND {RUNNABLE} AND j.lane = 'standard'
+    AND j.cancel_requested_at IS NULL AND (j.priority >= {MIN_PRIORITY} OR j.num_dispatches > 0)
+    AND (NOT {BEGUN} OR j.model_revision = ANY(CAST(:model_revisions AS text[])))
+LIMIT :limit
+""")
+
+# Lets batch lines in. If a database crash loses this update, they are let in again, so it need not wait for the disk.
+LET_LINES_IN = text(f"""
+WITH {_ranked(HELD_LINE)},
+{_locked_in_order(HELD_LINE)},
+let_in AS (UPDATE jobs j SET num_dispatches = 1 FROM pick WHERE j.id = pick.id RETURNING j.id, pick.place)
+SELECT id FROM let_in CROSS JOIN (SELECT set_config('synchronous_commit', 'off', true)) AS unsynced ORDER BY place
 """)
 
 
-def _claimed(pick: str) -> str:
+def claimed(pick: str) -> str:
     """Claim the jobs that `pick(id, place)` has locked: increment the attempt, which fences off earlier owners, start
     the lease, and return everything that the engine needs."""
     return f"""
@@ -260,26 +285,16 @@ SELECT c.id, c.tenant_id, c.attempt, p.request::text AS request, p.prompt_token_
     c.max_tokens, c.seed, c.priority, p.request_id,
     extract(epoch FROM {CLOCK} - c.created_at)::float8 AS seconds_since_accept,
     extract(epoch FROM {CLOCK} - c.started_at)::float8 AS seconds_since_start,
-    c.lane, c.num_suspicions, c.committed_sequence_number, CASE WHEN c.committed_sequence_number > 0 THEN (SELECT
-        array_agg(k.chunk::text ORDER BY k.sequence_number) FROM job_chunks k WHERE k.job_id = c.id) END AS chunks
-FROM claimed c JOIN job_payloads p ON p.job_id = c.id ORDER BY c.place"""
+    c.lane, c.num_suspicions, c.committed_sequence_number, log.chunks, coalesce(log.last, 0) AS last_chunk
+FROM claimed c JOIN job_payloads p ON p.job_id = c.id
+LEFT JOIN LATERAL (
+    SELECT array_agg(k.chunk::text ORDER BY k.sequence_number) AS chunks, max(k.sequence_number) AS last
+    FROM job_chunks k WHERE c.committed_sequence_number > 0 AND k.job_id = c.id
+) log ON true
+ORDER BY c.place"""
 
 
-CLAIM = text(
-    "WITH "
-    + _claimed(f"""
-pick AS MATERIALIZED (
-    SELECT j.id, array_position(CAST(:ids AS uuid[]), j.id) AS place FROM jobs j
-    WHERE j.id = ANY(CAST(:ids AS uuid[])) AND {CLAIMABLE} ORDER BY j.id FOR NO KEY UPDATE
-)""")
-)
-
-# Batch lines may be claimed only once they are dispatched, since dispatch enforces their share of the slots.
-CLAIMABLE_UNASKED = f"""{CLAIMABLE}
-    AND (j.priority >= {MIN_PRIORITY} OR j.num_dispatches > 0 OR j.lane = 'isolated')
-    AND j.num_suspicions >= :min_suspicions"""
-
-CLAIM_NEXT = text(f"WITH {_ranked(CLAIMABLE_UNASKED)}," + _claimed(_locked_in_order(CLAIMABLE_UNASKED, limit=":limit")))
+CLAIM = text(f"WITH {_ranked(CLAIMABLE)}," + claimed(_locked_in_order(CLAIMABLE)))
 
 CHUNKS_OF = text("""
 SELECT job_id, array_agg(chunk::text ORDER BY sequence_number) AS chunks FROM job_chunks
@@ -325,11 +340,6 @@ UPDATE jobs j SET lease_expires_at = {CLOCK} + make_interval(secs => :lease_seco
 WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'in_progress' AND j.lease_owner = :owner
 RETURNING j.id, j.attempt, j.cancel_requested_at IS NOT NULL AS is_cancel_requested,
     coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline
-""")
-
-REDISPATCH_ALL = text(f"""
-UPDATE jobs SET dispatch_at = {CLOCK}, num_dispatches = 0 WHERE status = 'queued' AND id IN (
-    SELECT id FROM jobs WHERE status = 'queued' AND dispatch_at > {CLOCK} FOR NO KEY UPDATE SKIP LOCKED)
 """)
 
 

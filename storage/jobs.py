@@ -6,16 +6,18 @@ only by the database's clock. The statements are in `storage/job_statements.py` 
 `storage/job_queries.py`.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from pydantic import ValidationError
 from sqlalchemy import Row, TextClause, select
 from sqlalchemy.orm import Session
 
-from domain.jobs import MIN_PRIORITY, FinishReason, JobError, JobStatus, Lane
+from domain.jobs import FinishReason, JobError, JobStatus, Lane, external_id
 from domain.requests import REQUEST, JobOutput, JobRequest, TokenChunk
 from storage import job_ends as ends
 from storage import job_statements as sql
@@ -25,7 +27,13 @@ from storage.job_statements import Packed
 from storage.tables import Job, JobPayload
 from storage.webhooks import write_deliveries
 
-DEPTH = 16  # how many more jobs of each tenant are read than needed, since those at the head may be locked
+log = logging.getLogger(__name__)
+
+NUM_SPARE_ROWS = 16  # how many more jobs are read than needed, over all tenants, since those at the head may be locked
+
+NUM_SPARE_TENANTS = 8  # how many more tenants' queues are read
+
+UNFINISHED = [JobStatus.QUEUED, JobStatus.IN_PROGRESS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,46 +123,21 @@ class Restarted:
     request_id: str | None
 
 
-def dispatch(session: Session, model: str, *, room: int, min_priority: int = MIN_PRIORITY) -> list[UUID]:
-    """Mark up to `room` due jobs of `model` as dispatched, fairest first, and return their ids in order.
+def claimable_soon(session: Session, model: str, *, model_revisions: Sequence[str], limit: int) -> list[UUID]:
+    """Up to `limit` jobs that workers with these revisions could claim now, in no particular order. Changes nothing."""
+    parameters = {"model": model, "model_revisions": list(model_revisions), "limit": limit}
+    return list(session.execute(sql.CLAIMABLE_SOON, parameters).scalars())
 
-    They become due again if nobody claims them. Jobs below `min_priority` are skipped: these are batch lines, which are
-    dispatched separately, within their share.
-    """
-    if room <= 0:
+
+def let_lines_in(session: Session, model: str, *, limit: int) -> list[UUID]:
+    """Let up to `limit` batch lines of `model` be claimed, fairest tenants first, and return their jobs' ids. They run
+    when no other job is waiting. The caller must know their share of the slots."""
+    if limit <= 0:
         return []
-    parameters = {"model": model, "room": room, "depth": 2 * room + DEPTH, "min_priority": min_priority}
-    return list(session.execute(sql.DISPATCH, parameters).scalars())
+    return list(session.execute(sql.LET_LINES_IN, {"model": model} | _extent(limit)).scalars())
 
 
 def claim(
-    session: Session,
-    job_ids: Sequence[UUID],
-    *,
-    owner: UUID,
-    model_revision: str,
-    lease_seconds: float,
-    lane: Lane = Lane.STANDARD,
-) -> list[ClaimedJob]:
-    """Claim those of `job_ids` that are queued: increment the attempt, start a lease, and return request and committed
-    chunks, in one round trip.
-
-    A job with output is claimed only if its revision equals `model_revision`; any other job gets this revision. A job
-    that is missing from the result has ended or is owned by another worker, so its message can be dropped.
-    """
-    if not job_ids:
-        return []
-    parameters = {
-        "ids": list(job_ids),
-        "owner": owner,
-        "model_revision": model_revision,
-        "lease_seconds": lease_seconds,
-        "lane": lane.value,
-    }
-    return _claimed_jobs(session, session.execute(sql.CLAIM, parameters).all())
-
-
-def claim_next(
     session: Session,
     model: str,
     *,
@@ -165,25 +148,32 @@ def claim_next(
     lane: Lane = Lane.STANDARD,
     min_suspicions: int = 0,
 ) -> list[ClaimedJob]:
-    """Claim due jobs directly from SQL, fairest first, for a worker with free slots that receives no messages.
+    """Claim up to `limit` queued jobs of a lane, fairest first: increment the attempt, start a lease, and return
+    request and committed chunks. Batch lines are claimed if there are not enough others.
 
-    This includes dispatched jobs; whoever receives their message will find nothing to claim. Jobs of the isolated lane
-    can be claimed only like this, since they are never dispatched. `min_suspicions` above 0 selects those that are
-    isolated because of crashes, not because of their tenant or as a retry.
+    A job with output is claimed only if its revision equals `model_revision`; any other job gets this revision.
+    `min_suspicions` above 0 selects those that are isolated because of crashes, not because of their tenant or as a
+    retry.
     """
-    if limit <= 0:
-        return []
     parameters = {
         "model": model,
-        "limit": limit,
-        "depth": 2 * limit + DEPTH,
         "owner": owner,
         "model_revision": model_revision,
         "lease_seconds": lease_seconds,
         "lane": lane.value,
         "min_suspicions": min_suspicions,
     }
-    return _claimed_jobs(session, session.execute(sql.CLAIM_NEXT, parameters).all())
+    rows: list[Row[Any]] = []
+    for min_standing in (0, -1):
+        if len(rows) < limit:
+            parameters |= {"min_standing": min_standing} | _extent(limit - len(rows))
+            rows += session.execute(sql.CLAIM, parameters).all()
+    return claimed_jobs(session, rows, owner=owner)
+
+
+def _extent(limit: int) -> dict[str, int]:
+    """How many rows are wanted, and how many are read for that, since others may have locked some of them."""
+    return {"limit": limit, "num_tenants": limit + NUM_SPARE_TENANTS, "num_rows": 2 * limit + NUM_SPARE_ROWS}
 
 
 def commit_chunks(session: Session, commits: Sequence[ChunkCommit], *, lease_seconds: float) -> list[Held]:
@@ -261,7 +251,7 @@ def release_stalled(session: Session, *, as_of: datetime, stall_seconds: float, 
 def cancel(session: Session, job_id: UUID, tenant_id: UUID) -> Returned | None:
     """Cancel a queued job, or ask a running one to stop. Returns its state afterwards, or None if the tenant has no
     such job. Idempotent: a terminal job keeps its status."""
-    asked = _returned(session, ends.CANCEL, {"ids": [job_id], "tenant_id": tenant_id})
+    asked = _returned(session, ends.CANCEL, {"ids": [job_id], "tenant_id": tenant_id, "statuses": UNFINISHED})
     if asked:
         return asked[0]
     row = session.execute(select(Job.status, Job.attempt).where(Job.id == job_id, Job.tenant_id == tenant_id)).first()
@@ -273,7 +263,14 @@ def request_cancel(session: Session, job_ids: Sequence[UUID]) -> list[Returned]:
     jobs that were not terminal."""
     if not job_ids:
         return []
-    return _returned(session, ends.CANCEL, {"ids": list(job_ids), "tenant_id": None})
+    return _returned(session, ends.CANCEL, {"ids": list(job_ids), "tenant_id": None, "statuses": UNFINISHED})
+
+
+def cancel_queued(session: Session, job_ids: Sequence[UUID]) -> list[Returned]:
+    """Like `request_cancel`, but leaves running jobs alone."""
+    if not job_ids:
+        return []
+    return _returned(session, ends.CANCEL, {"ids": list(job_ids), "tenant_id": None, "statuses": [JobStatus.QUEUED]})
 
 
 def expire(session: Session, *, limit: int = 200) -> list[Returned]:
@@ -312,11 +309,6 @@ def prune(session: Session, *, limit: int = 200) -> int:
     return _num_rows(session, ends.PRUNE, {"limit": limit})
 
 
-def redispatch_all(session: Session) -> int:
-    """Make every queued job due for dispatch now, because Redis has lost its messages. Returns how many."""
-    return _num_rows(session, sql.REDISPATCH_ALL, {})
-
-
 def delete(session: Session, job_id: UUID, tenant_id: UUID) -> bool:
     """Delete a job with its input and output. If it is running, its owner is fenced off. False if the tenant has no
     such job."""
@@ -343,33 +335,43 @@ def _num_rows(session: Session, statement: TextClause, parameters: dict[str, Any
     return int(result.rowcount)
 
 
-def _claimed_jobs(session: Session, rows: Sequence[Row[Any]]) -> list[ClaimedJob]:
+def claimed_jobs(session: Session, rows: Sequence[Row[Any]], *, owner: UUID) -> list[ClaimedJob]:
+    """The jobs of a claim's rows. One that cannot be read goes back to the queue, charged with a failure, so that it
+    does not hold up the others: a newer worker may be able to run it."""
     # While the statement was waiting for a row, another worker may have claimed, continued and released the job. Its
     # newest chunks are then not in the statement's snapshot.
-    chunks = {row.id: _parsed(row.chunks) for row in rows}
-    stale = [row.id for row in rows if _last_number(chunks[row.id]) != row.committed_sequence_number]
-    if stale:
-        chunks |= {row.job_id: _parsed(row.chunks) for row in session.execute(sql.CHUNKS_OF, {"ids": stale})}
-    return [
-        ClaimedJob(
-            id=row.id,
-            tenant_id=row.tenant_id,
-            attempt=row.attempt,
-            request=REQUEST.validate_json(row.request),
-            prompt_token_ids=row.prompt_token_ids,
-            max_tokens=row.max_tokens,
-            seed=row.seed,
-            priority=row.priority,
-            input_lengths=row.input_lengths,
-            lane=Lane(row.lane),
-            num_suspicions=row.num_suspicions,
-            committed_chunks=chunks[row.id],
-            request_id=row.request_id,
-            seconds_since_accept=row.seconds_since_accept,
-            seconds_since_start=row.seconds_since_start,
-        )
-        for row in rows
-    ]
+    stale = [row.id for row in rows if row.last_chunk != row.committed_sequence_number]
+    newest = {row.job_id: row.chunks for row in session.execute(sql.CHUNKS_OF, {"ids": stale})} if stale else {}
+    claimed, unreadable = [], []
+    for row in rows:
+        try:
+            claimed.append(_claimed_job(row, newest.get(row.id, row.chunks)))
+        except ValidationError as exc:
+            fields = sorted({".".join(map(str, error["loc"])) for error in exc.errors()})
+            log.error("a job cannot be read: see %s", ", ".join(fields), extra={"job_id": external_id(row.id)})
+            unreadable.append(row.id)
+    report_crash(session, dict.fromkeys(unreadable, 0), owner=owner)
+    return claimed
+
+
+def _claimed_job(row: Row[Any], chunks: Sequence[str] | None) -> ClaimedJob:
+    return ClaimedJob(
+        id=row.id,
+        tenant_id=row.tenant_id,
+        attempt=row.attempt,
+        request=REQUEST.validate_json(row.request),
+        prompt_token_ids=row.prompt_token_ids,
+        max_tokens=row.max_tokens,
+        seed=row.seed,
+        priority=row.priority,
+        input_lengths=row.input_lengths,
+        lane=Lane(row.lane),
+        num_suspicions=row.num_suspicions,
+        committed_chunks=_parsed(chunks),
+        request_id=row.request_id,
+        seconds_since_accept=row.seconds_since_accept,
+        seconds_since_start=row.seconds_since_start,
+    )
 
 
 def _parsed(chunks: Sequence[str] | None) -> list[TokenChunk]:

@@ -125,13 +125,17 @@ class Tenant(Row):
     """The owner of jobs; fairness, limits and isolation are per tenant."""
 
     __tablename__ = "tenants"
-    __table_args__ = (CheckConstraint("weight > 0", name="weight"),)
+    __table_args__ = (
+        CheckConstraint("weight > 0", name="weight"),
+        CheckConstraint("max_priority BETWEEN 0 AND 10", name="max_priority"),
+    )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     max_queued: Mapped[int | None]  # None: the installation's limit
     weight: Mapped[float] = mapped_column(REAL, server_default="1")
     signing_key: Mapped[UUID] = mapped_column(server_default=func.gen_random_uuid())  # of its stream tokens
+    max_priority: Mapped[int] = mapped_column(SmallInteger, server_default="0")  # that counts among other tenants' jobs
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
@@ -221,8 +225,8 @@ class Job(Row):
     start_deadline_at: Mapped[datetime | None]  # the job expires if it has not been claimed by then
     deadline_at: Mapped[datetime | None]  # the job expires then in any state
     run_timeout_seconds: Mapped[float | None] = mapped_column(Double)  # narrows deadline_at at the first claim
-    dispatch_at: Mapped[datetime] = mapped_column(server_default=func.now())  # the outbox: when it is due for a message
-    num_dispatches: Mapped[int] = mapped_column(server_default="0")
+    dispatch_at: Mapped[datetime] = mapped_column(server_default=func.now())  # read by earlier releases only
+    num_dispatches: Mapped[int] = mapped_column(server_default="0")  # of a batch line: above 0 once it is let in
     lease_owner: Mapped[UUID | None]
     lease_expires_at: Mapped[datetime | None]
     cancel_requested_at: Mapped[datetime | None]

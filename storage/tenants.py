@@ -21,9 +21,11 @@ from domain.stream_tokens import StreamToken
 from storage.tables import DEFAULT_TENANT_ID, ApiKey, Tenant, TenantLoad
 
 
-def create_tenant(session: Session, name: str, *, max_queued: int | None = None, weight: float = 1.0) -> Tenant:
+def create_tenant(
+    session: Session, name: str, *, max_queued: int | None = None, weight: float = 1.0, max_priority: int = 0
+) -> Tenant:
     """Create a tenant and its load row. Raises IntegrityError if the name is taken."""
-    tenant = Tenant(id=uuid4(), name=name, max_queued=max_queued, weight=weight)
+    tenant = Tenant(id=uuid4(), name=name, max_queued=max_queued, weight=weight, max_priority=max_priority)
     session.add(tenant)
     session.flush()
     session.add(TenantLoad(tenant_id=tenant.id))

@@ -1,15 +1,18 @@
-"""Hands queued jobs to Celery: a bounded window of messages per queue, fairest first.
+"""Tells workers that there is work: a bounded number of messages per queue, each of which lets one job be claimed.
 
-The backlog stays in SQL, so that fairness, priority, cancellation and deadlines are decided as late as possible. The
-API dispatches after an accept (`Dispatcher.nudge`); GPU workers after the end of a job and the janitor periodically
-(`dispatch`). The commit comes before the push: a job whose message is lost in between becomes due again, and the
-janitor sends it.
+A message is a ticket: whoever takes it claims the job whose turn it is at that moment, so that fairness, priority,
+cancellation and deadlines are decided as late as possible. It names a job, but only for workers from before there were
+tickets, which claim that job. The backlog and its order are in SQL, and nothing is written there about messages: they
+are topped up to the number of jobs that could be claimed, within the window. The API sends one right after the commit
+of an accept (`Dispatcher.ring`); GPU workers after the end of a job, and the janitor every second, send what is missing
+(`dispatch`). A surplus ticket costs its worker a claim that finds nothing.
 """
 
 import asyncio
 import logging
 import math
 from collections.abc import Sequence
+from time import monotonic
 from typing import Any
 from uuid import UUID
 
@@ -20,15 +23,15 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelEntry
-from domain.jobs import BATCH_PRIORITY, WorkerState
+from domain.jobs import WorkerState
 from settings import Settings
 from storage import batch_lines, batches, jobs, workers
 from storage.streams import REDIS_OUTAGES
+from storage.tables import Worker
 from tasks.messages import (
     MAX_RINGS,
     bell_key,
     generate_message,
-    priority_key,
     priority_keys,
     revoke_channel,
     revoke_message,
@@ -37,13 +40,27 @@ from tasks.messages import (
 log = logging.getLogger(__name__)
 
 BROKER_DEADLINE_SECONDS = 0.5  # for one round trip to Redis
-FULL_WINDOW_SECONDS = 0.25  # before a full window is checked again
+FULL_WINDOW_SECONDS = 0.25  # before a full window is tried again
+SLOTS_SECONDS = 2.0  # for which the number of live slots is known; workers report as often
+
+# KEYS: the bell, then the lists of a queue. ARGV: the window, the most rings, messages. Sends as many of the messages
+# as there is room for, rings for each of them, and returns how many.
+SEND = """
+local free = tonumber(ARGV[1])
+for i = 2, #KEYS do free = free - redis.call('LLEN', KEYS[i]) end
+local num_sent = math.max(0, math.min(free, #ARGV - 2))
+for i = 3, 2 + num_sent do
+  redis.call('LPUSH', KEYS[2], ARGV[i])
+  redis.call('LPUSH', KEYS[1], 1)
+end
+redis.call('LTRIM', KEYS[1], 0, tonumber(ARGV[2]) - 1)
+return num_sent
+"""
 
 
-def room(settings: Settings, *, num_live_slots: int, num_waiting: int) -> int:
-    """How many more messages a queue may hold: enough to keep the slots busy, few enough to decide late."""
-    window = max(settings.dispatch_window_min, math.ceil(settings.dispatch_window_factor * num_live_slots))
-    return max(window - num_waiting, 0)
+def window_size(settings: Settings, num_live_slots: int) -> int:
+    """How many messages a queue may hold: enough to keep the slots busy, few enough to bound surplus ones."""
+    return max(settings.dispatch_window_min, math.ceil(settings.dispatch_window_factor * num_live_slots))
 
 
 def batch_share(settings: Settings, num_live_slots: int) -> int:
@@ -53,31 +70,31 @@ def batch_share(settings: Settings, num_live_slots: int) -> int:
 
 
 def dispatch(sessions: sessionmaker[Session], client: redis.Redis, spec: ModelEntry, settings: Settings) -> int:
-    """Fill the window of one model's queue; returns how many jobs were sent. Raises RedisError, SQLAlchemyError."""
+    """Let batch lines in within their share, and send the messages that are missing from one model's queue. Returns how
+    many were sent. Raises RedisError, SQLAlchemyError."""
     num_waiting = count_waiting(client, spec.queue)
-    job_ids: list[UUID] = []
-    try:
-        with sessions.begin() as session:
-            num_live_slots = count_live_slots(session, spec)
-            free = room(settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
-            job_ids += jobs.dispatch(session, spec.id, room=free)
-            share = batch_share(settings, num_live_slots)
-            job_ids += _dispatch_batch_lines(session, spec.id, share=share, free=free - len(job_ids))
-    finally:
-        # Push even if the answer to the commit was lost: jobs marked as sent but not sent would have to wait until they
-        # are due again, while a surplus message is just dropped.
-        push(client, spec.queue, job_ids)
-    return len(job_ids)
+    with sessions.begin() as session:
+        live = workers.list_live(session, model=spec.id)
+        num_live_slots = _count_ready_slots(live)
+        window = window_size(settings, num_live_slots)
+        if num_waiting >= window:
+            return 0
+        revisions = [worker.model_revision for worker in live if worker.model_revision is not None]
+        job_ids = jobs.claimable_soon(session, spec.id, model_revisions=revisions, limit=window)
+        share = batch_share(settings, num_live_slots)
+        job_ids += _let_lines_in(session, spec.id, share=share, free=window - len(job_ids))
+    # Those that were found first are likely to be named by the messages that wait already.
+    return send(client, spec.queue, job_ids[num_waiting:], window=window)
 
 
-def _dispatch_batch_lines(session: Session, model: str, *, share: int, free: int) -> list[UUID]:
+def _let_lines_in(session: Session, model: str, *, share: int, free: int) -> list[UUID]:
     """Fill leftover room with batch lines, within their share; one process at a time, to fill it only once."""
     if share == 0 or free <= 0 or not batches.has_unfinished(session):
         return []
     num_outstanding = batch_lines.count_outstanding(session, model)
     if num_outstanding is None:
         return []
-    return jobs.dispatch(session, model, room=min(free, share - num_outstanding), min_priority=BATCH_PRIORITY)
+    return jobs.let_lines_in(session, model, limit=min(free, share - num_outstanding))
 
 
 def count_waiting(client: redis.Redis, queue: str) -> int:
@@ -88,16 +105,25 @@ def count_waiting(client: redis.Redis, queue: str) -> int:
     return sum(pipeline.execute())
 
 
-def push(client: redis.Redis, queue: str, job_ids: Sequence[UUID]) -> None:
-    """Send these jobs in order and wake the workers, in one round trip."""
-    if job_ids:
-        pipeline = client.pipeline(transaction=True)
-        _push(pipeline, queue, job_ids)
-        pipeline.execute()
+def send(client: redis.Redis, queue: str, job_ids: Sequence[UUID], *, window: int) -> int:
+    """Send messages while fewer than `window` wait, and wake as many workers, in one round trip. Returns how many."""
+    if not job_ids:
+        return 0
+    num_sent: Any = client.eval(SEND, *_send_arguments(queue, job_ids, window))
+    return int(num_sent)
+
+
+def _send_arguments(queue: str, job_ids: Sequence[UUID], window: int) -> list[Any]:
+    keys = [bell_key(queue), *priority_keys(queue)]
+    return [len(keys), *keys, window, MAX_RINGS, *(generate_message(job_id, queue) for job_id in job_ids)]
+
+
+def _count_ready_slots(live: Sequence[Worker]) -> int:
+    return sum(worker.max_num_seqs for worker in live if worker.state is WorkerState.READY)
 
 
 class Dispatcher:
-    """The API's dispatch, for which requests never wait. Per model, at most one runs and one more is pending."""
+    """The API's part, for which requests never wait. Per model, at most one push to Redis runs at a time."""
 
     def __init__(
         self,
@@ -111,17 +137,16 @@ class Dispatcher:
         self._catalog = catalog
         self._settings = settings
         self._tasks: set[asyncio.Task[None]] = set()
-        self._running: set[str] = set()
-        self._wanted_again: set[str] = set()
-        self._full: set[str] = set()  # models whose window had no room when last checked
+        self._accepted: dict[str, list[UUID]] = {}  # by model: jobs for which no message has been sent yet
+        self._windows: dict[str, tuple[int, float]] = {}  # by model: the window, and the monotonic time of its look
 
-    def nudge(self, model: str) -> None:
-        """Fill this model's window soon, as jobs were accepted. Returns at once and never raises; event loop only."""
-        if model in self._running:
-            self._wanted_again.add(model)
+    def ring(self, model: str, job_id: UUID) -> None:
+        """Send a message soon, as this job was accepted. Returns at once and never raises; event loop only."""
+        if model in self._accepted:
+            self._accepted[model].append(job_id)
             return
-        self._running.add(model)
-        self._start(self._dispatch_while_wanted(self._catalog.entry_of(model)))
+        self._accepted[model] = [job_id]
+        self._start(self._send_accepted(self._catalog.entry_of(model)))
 
     def revoke_running(self, job_id: UUID) -> None:
         """Notify all workers of a cancellation that is already in SQL, so that it takes effect within a step instead of
@@ -129,56 +154,38 @@ class Dispatcher:
         self._start(self._publish_revoke(job_id))
 
     async def aclose(self) -> None:
-        """Wait for dispatches in progress, which are bounded by the timeouts of the broker and the database."""
+        """Wait for pushes in progress, which are bounded by the timeouts of the broker and the database."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def dispatch(self, spec: ModelEntry) -> int:
-        """Like the function `dispatch`, but without batch lines, for which nobody is waiting. Also raises TimeoutError
-        if the broker does not answer in time."""
-        num_waiting, num_live_slots = await asyncio.gather(self._count_waiting(spec), self._count_live_slots(spec))
-        free = room(self._settings, num_live_slots=num_live_slots, num_waiting=num_waiting)
-        (self._full.discard if free else self._full.add)(spec.id)
-        job_ids: list[UUID] = []
+    async def _send_accepted(self, spec: ModelEntry) -> None:
         try:
-            async with self._sessions.begin() as session:
-                job_ids += await session.run_sync(jobs.dispatch, spec.id, room=free)
-        finally:
-            await self._push(spec.queue, job_ids)
-        return len(job_ids)
-
-    async def _push(self, queue: str, job_ids: Sequence[UUID]) -> None:
-        if job_ids:
-            async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
-                pipeline = self._client.pipeline(transaction=True)
-                _push(pipeline, queue, job_ids)
-                await pipeline.execute()
-
-    async def _count_waiting(self, spec: ModelEntry) -> int:
-        async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
-            pipeline = self._client.pipeline(transaction=False)
-            for key in priority_keys(spec.queue):
-                pipeline.llen(key)
-            return sum(await pipeline.execute())
-
-    async def _count_live_slots(self, spec: ModelEntry) -> int:
-        async with self._sessions() as session:
-            return await session.run_sync(count_live_slots, spec)
-
-    async def _dispatch_while_wanted(self, spec: ModelEntry) -> None:
-        try:
-            while True:
-                self._wanted_again.discard(spec.id)
+            while job_ids := self._accepted[spec.id]:
+                self._accepted[spec.id] = []
                 try:
-                    await self.dispatch(spec)
+                    is_full = await self._send(spec, job_ids) < len(job_ids)
                 except (*REDIS_OUTAGES, SQLAlchemyError) as exc:
-                    log.warning("dispatch failed; the janitor will retry: %s", type(exc).__name__)
-                if spec.id in self._full:
-                    # Checking after every accept would cost more than accepting. Whatever makes room dispatches, too.
+                    log.warning("could not send messages; the janitor will: %s", type(exc).__name__)
+                    is_full = False
+                if is_full:
+                    # Trying after every accept would cost more than accepting. Whoever makes room sends messages, too.
                     await asyncio.sleep(FULL_WINDOW_SECONDS)
-                if spec.id not in self._wanted_again:
-                    return
         finally:
-            self._running.discard(spec.id)
+            del self._accepted[spec.id]
+
+    async def _send(self, spec: ModelEntry, job_ids: Sequence[UUID]) -> int:
+        window, looked_at = self._windows.get(spec.id) or await self._look(spec)
+        async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
+            arguments = _send_arguments(spec.queue, job_ids[:window], window)
+            num_sent: Any = await self._client.eval(SEND, *arguments)
+        if monotonic() - looked_at > SLOTS_SECONDS:  # for the next push: this one need not wait for it
+            await self._look(spec)
+        return int(num_sent)
+
+    async def _look(self, spec: ModelEntry) -> tuple[int, float]:
+        async with self._sessions() as session:
+            live = await session.run_sync(workers.list_live, model=spec.id)
+        self._windows[spec.id] = window_size(self._settings, _count_ready_slots(live)), monotonic()
+        return self._windows[spec.id]
 
     async def _publish_revoke(self, job_id: UUID) -> None:
         database = int(self._client.connection_pool.connection_kwargs.get("db") or 0)
@@ -192,15 +199,3 @@ class Dispatcher:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)  # the event loop keeps only weak references
         task.add_done_callback(self._tasks.discard)
-
-
-def count_live_slots(session: Session, spec: ModelEntry) -> int:
-    live = workers.list_live(session, model=spec.id)
-    return sum(worker.max_num_seqs for worker in live if worker.state is WorkerState.READY)
-
-
-def _push(pipeline: Any, queue: str, job_ids: Sequence[UUID]) -> None:
-    """Add the commands to a pipeline, sync or async."""
-    pipeline.lpush(priority_key(queue, 0), *(generate_message(job_id, queue) for job_id in job_ids))
-    pipeline.lpush(bell_key(queue), *[1] * min(len(job_ids), MAX_RINGS))
-    pipeline.ltrim(bell_key(queue), 0, MAX_RINGS - 1)

@@ -1,4 +1,4 @@
-"""Job submission: prepare the request, check its options, have the job accepted, then dispatched.
+"""Job submission: prepare the request, check its options, have the job accepted, then ring for a worker.
 
 Every route that makes a job uses `Submitter.submit`. A batch line is prepared and made (`make_job`) in the same way and
 accepted by its batch, so a job means the same wherever it comes from. Resubmitting a job that has ended makes a new
@@ -129,13 +129,13 @@ class Submitter:
         views: ModelViews,
         acceptor: GroupAcceptor,
         *,
-        dispatch_soon: Callable[[str], None],
+        ring: Callable[[str, UUID], None],
     ) -> None:
-        """`dispatch_soon(model id)` is called after each accept; it must return at once and never raise."""
+        """`ring(model id, job id)` is called after each accept; it must return at once and never raise."""
         self._settings = settings
         self._views = views
         self._acceptor = acceptor
-        self._dispatch_soon = dispatch_soon
+        self._ring = ring
         self._preparer = RequestPreparer(views)
         self._webhook_guard = TargetGuard(settings)
 
@@ -151,11 +151,11 @@ class Submitter:
         return self.conclude(new_job, accepted)
 
     def conclude(self, new_job: NewJob, accepted: Accepted) -> Submitted:
-        """Call after the commit: logs and counts the submission, and has a new job dispatched."""
+        """Call after the commit: logs and counts the submission, and lets workers know of a new job."""
         is_new = accepted.outcome is AcceptOutcome.ACCEPTED
         if is_new:
             job_log.accepted(new_job)
-            self._dispatch_soon(new_job.request.model_id)
+            self._ring(new_job.request.model_id, new_job.id)
         else:
             job_log.submitted(new_job.request.model_id, accepted.outcome.value)
         return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job, accepted.room)

@@ -8,8 +8,9 @@ reset made void stay in the model's log, for what a client saw to be judged by. 
 own: it is one that takes no step for a while, and its lease may lapse meanwhile.
 
 Live messages lie in a set that nothing is taken out of: so they come late, twice, in any order, or never. A worker
-that dies between its commit and its publishing is one whose messages never come. Messages in the queue are repeated
-as often as the job comes due again, which is at any time.
+that dies between its commit and its publishing is one whose messages never come. A message in the queue lets its taker
+claim whatever is queued by then. One that is missing is sent again, and one may be too many, since whoever found it
+missing sends it later.
 """
 
 from collections.abc import Iterator
@@ -63,7 +64,6 @@ class State(NamedTuple):
     is_lease_valid: bool = False
     is_cancel_requested: bool = False
     num_failures: int = 0
-    is_due: bool = False  # for a message
     result: Text | None = None
     revision: int = 0
     # Redis
@@ -71,7 +71,7 @@ class State(NamedTuple):
     live: frozenset[tuple[int, int]] = frozenset()  # (sequence number, token) on their way to the client's API
     # Processes
     workers: tuple[WorkerState, WorkerState] = (IDLE, IDLE)
-    is_push_pending: bool = False  # a dispatcher is between its commit and its push
+    is_push_pending: bool = False  # somebody has accepted the job, or found a message missing, and will send one
     is_rescue_pending: bool = False  # only where the janitor acts on a stale snapshot
     served: int = 0  # the revision of workers that claim from now on
     # The client
@@ -91,7 +91,7 @@ class Protocol:
     commits_before_publishing: bool = True
     continues_committed_text: bool = True  # else: starts from scratch
     fills_gaps: bool = True
-    redispatches: bool = True
+    sends_missing: bool = True  # messages; else only the API sends one, after the accept
     pins_revision: bool = True  # a job with output goes on under the revision that it came from
     writes_revision: bool = True  # at a claim
     restarts: bool = True  # begins anew where that revision is gone
@@ -145,8 +145,9 @@ def steps(state: State, protocol: Protocol) -> Iterator[Step]:
 def _client_steps(state: State, protocol: Protocol) -> Iterator[Step]:
     budget = state.budget
     if not state.has_accepted:
-        row = state._replace(status=QUEUED, is_due=True) if state.status is None else state  # else: a duplicate
-        yield Step("accept", row._replace(has_accepted=True))
+        row = state._replace(status=QUEUED) if state.status is None else state  # else: a duplicate
+        is_new = state.status is None
+        yield Step("accept", row._replace(has_accepted=True, is_push_pending=is_new or state.is_push_pending))
         if state.status is None and budget.lost_answers:
             fewer = budget._replace(lost_answers=budget.lost_answers - 1)
             yield Step("accept, answer lost", row._replace(budget=fewer), is_fault=True)
@@ -189,13 +190,12 @@ def _dropping_old(state: State) -> State:
 
 def _dispatch_steps(state: State, protocol: Protocol) -> Iterator[Step]:
     budget = state.budget
-    if state.status == QUEUED and state.is_due and not state.is_push_pending:
-        yield Step("dispatch", state._replace(is_due=False, is_push_pending=True))
+    is_missing = _is_claimable(state, protocol) and not state.num_messages
+    if is_missing and not state.is_push_pending and protocol.sends_missing:
+        yield Step("find a message missing", state._replace(is_push_pending=True))
     if state.is_push_pending:
         num_messages = min(state.num_messages + 1, MAX_MESSAGES)
         yield Step("push", state._replace(is_push_pending=False, num_messages=num_messages))
-    if state.status == QUEUED and not state.is_due and protocol.redispatches:
-        yield Step("come due again", state._replace(is_due=True))
     if budget.flushes and (state.num_messages or state.live):
         fewer = budget._replace(flushes=budget.flushes - 1)
         yield Step("flush Redis", state._replace(num_messages=0, live=frozenset(), budget=fewer), is_fault=True)
@@ -215,7 +215,7 @@ def _janitor_steps(state: State, protocol: Protocol) -> Iterator[Step]:
         yield Step("upgrade", state._replace(served=1 - state.served, budget=fewer), is_fault=True)
     is_gone = bool(text_of(state.chunks)) and state.revision != state.served
     if protocol.restarts and state.status == QUEUED and is_gone:
-        yield Step("restart", state._replace(chunks=(*state.chunks, RESET), is_due=True))
+        yield Step("restart", state._replace(chunks=(*state.chunks, RESET)))
     is_lapsed = state.status == IN_PROGRESS and not state.is_lease_valid
     if protocol.rescues_on_locked_row:
         if is_lapsed:
@@ -239,12 +239,12 @@ def _charge(state: State, protocol: Protocol) -> State:
 def _given_back(state: State) -> State:
     if state.is_cancel_requested:
         return _ended(state, CANCELLED)
-    return state._replace(status=QUEUED, is_lease_valid=False, is_due=True)
+    return state._replace(status=QUEUED, is_lease_valid=False)
 
 
 def _ended(state: State, status: str) -> State:
     """Over; what was committed is its result."""
-    return state._replace(status=status, is_lease_valid=False, is_due=False, result=text_of(state.chunks))
+    return state._replace(status=status, is_lease_valid=False, result=text_of(state.chunks))
 
 
 # Workers
@@ -266,14 +266,18 @@ def _worker_steps(state: State, worker: WorkerState, other: WorkerState, protoco
         yield from _claim_steps(state, other, protocol)
 
 
+def _is_claimable(state: State, protocol: Protocol) -> bool:
+    is_ours = not text_of(state.chunks) or state.revision == state.served or not protocol.pins_revision
+    return state.status == QUEUED and is_ours
+
+
 def _claim_steps(state: State, other: WorkerState, protocol: Protocol) -> Iterator[Step]:
     prefix = text_of(state.chunks)
-    is_ours = not prefix or state.revision == state.served or not protocol.pins_revision
-    if state.status != QUEUED or not is_ours:
+    if not _is_claimable(state, protocol):
         yield Step("find nothing to claim", _with(state, IDLE, other))
         return
     attempt = state.attempt + 1
-    row = state._replace(status=IN_PROGRESS, attempt=attempt, is_lease_valid=True, is_due=False)
+    row = state._replace(status=IN_PROGRESS, attempt=attempt, is_lease_valid=True)
     if protocol.writes_revision:
         row = row._replace(revision=state.served)
     text = prefix if protocol.continues_committed_text else ()

@@ -83,7 +83,6 @@ class Table:
             "is_lease_valid": job.lease_expires_at is not None and job.lease_expires_at > now,
             "is_cancel_requested": job.cancel_requested_at is not None,
             "num_failures": job.num_failures,
-            "is_due": job.status is JobStatus.QUEUED and job.dispatch_at <= now,
             "result": _text_of(result) if isinstance(result, GenerationResult) else "",
             "running": load.num_running,
             "queued": load.num_queued,
@@ -105,11 +104,9 @@ class Table:
         outcome = job_accept.accept(session, [new_job], max_queued_jobs=1000)[0].outcome
         assert outcome is (AcceptOutcome.ACCEPTED if before.status is None else AcceptOutcome.DUPLICATE)
 
-    def _dispatch(self, session: Session, before: State, step: Step) -> None:
-        assert jobs.dispatch(session, MODEL, room=9) == [self._job_id]
-
-    def _come_due_again(self, session: Session, before: State, step: Step) -> None:
-        assert jobs.redispatch_all(session) == 1
+    def _find_a_message_missing(self, session: Session, before: State, step: Step) -> None:
+        served = [str(before.served)]
+        assert jobs.claimable_soon(session, MODEL, model_revisions=served, limit=9) == [self._job_id]
 
     def _lease_lapses(self, session: Session, before: State, step: Step) -> None:
         statement = "UPDATE jobs SET lease_expires_at = now() - interval '1 hour' WHERE id = :id"
@@ -131,7 +128,7 @@ class Table:
     def _claim(self, session: Session, before: State, step: Step) -> None:
         owner = self._owner(step.after.attempt)
         revision = str(before.served)
-        claimed = jobs.claim(session, [self._job_id], owner=owner, model_revision=revision, lease_seconds=3600)
+        claimed = jobs.claim(session, MODEL, limit=2, owner=owner, model_revision=revision, lease_seconds=3600)
         prefix = tuple(token for chunk in claimed[0].committed_chunks for token in chunk.token_ids)
         assert (claimed[0].attempt, prefix) == (step.after.attempt, text_of(before.chunks))
 
@@ -206,7 +203,6 @@ def _expected_row(state: State) -> dict[str, object]:
         "is_lease_valid": state.is_lease_valid,
         "is_cancel_requested": state.is_cancel_requested,
         "num_failures": state.num_failures,
-        "is_due": state.is_due,
         "result": "".join(f"{token} " for token in state.result or ()),
         "running": running,
         "queued": queued,

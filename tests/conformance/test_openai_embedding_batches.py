@@ -14,7 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
-from domain.jobs import BATCH_PRIORITY, parse_id_of_other
+from domain.jobs import parse_id_of_other
 from domain.requests import EmbeddingRequest
 from maintenance.batches import BatchWork
 from settings import Settings
@@ -90,7 +90,7 @@ def test_each_line_is_answered_as_its_route_would_have(embedding: Served, rig_wo
     def has_ended() -> bool:
         rig_work.tick()
         with embedding.rig.sessions.begin() as session:
-            dispatched = jobs.dispatch(session, MODEL, room=8, min_priority=BATCH_PRIORITY)
+            dispatched = jobs.let_lines_in(session, MODEL, limit=8)
         embedding.worker.offer(dispatched)
         return client.batches.retrieve(batch.id).status == "completed"
 

@@ -16,7 +16,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from domain.catalog import Catalog
-from domain.jobs import BATCH_PRIORITY, parse_id
+from domain.jobs import parse_id
 from gpu_worker import intake
 from maintenance.batches import BatchWork
 from storage import jobs
@@ -118,7 +118,7 @@ def run_batch(thinking: Served, body: dict[str, Any]) -> ChatCompletion:
     def has_ended() -> bool:
         work.tick()
         with thinking.rig.sessions.begin() as session:
-            dispatched = jobs.dispatch(session, MODEL, room=8, min_priority=BATCH_PRIORITY)
+            dispatched = jobs.let_lines_in(session, MODEL, limit=8)
         thinking.worker.offer(dispatched)
         return thinking.client.batches.retrieve(batch.id).status == "completed"
 

@@ -24,7 +24,7 @@ from domain.jobs import JobStatus, external_id
 from gpu_worker import intake
 from maintenance.batches import BatchWork
 from settings import ROOT, Settings
-from storage import job_queries, tenants
+from storage import job_queries, jobs, tenants
 from storage.tables import DEFAULT_TENANT_ID, Job
 from tests.integration.api_harness import ApiServer, HandWorker, make_chunk
 from tests.integration.runner_harness import MODEL, RecordingRunner, Rig
@@ -102,6 +102,8 @@ def running_batches(rig: Rig, runner: RecordingRunner, settings: Settings, catal
 
     def step() -> None:
         work.tick()
+        with rig.sessions.begin() as session:
+            jobs.let_lines_in(session, MODEL, limit=100)
         runner.offer([job.id for job in waiting_jobs(rig.sessions, MODEL)])
 
     try:

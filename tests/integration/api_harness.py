@@ -30,6 +30,7 @@ from storage import jobs
 from storage.job_ends import partial_result
 from storage.jobs import ChunkCommit, ClaimedJob, Finalisation
 from storage.streams import publish
+from tests.storage_samples import claim_these
 from tests.waiting import wait_until
 
 MODEL = "fake"
@@ -100,7 +101,7 @@ class HandWorker:
     def claim(self, job_id: str) -> ClaimedJob:
         """Also tells the streams."""
         with self.sessions.begin() as session:
-            [job] = jobs.claim(
+            [job] = claim_these(
                 session, [parse_id(job_id)], owner=self.owner, model_revision="fake:main", lease_seconds=LEASE_SECONDS
             )
         publish(self.redis, [(job.id, JobStatus.IN_PROGRESS)])

@@ -1,9 +1,11 @@
 """A GPU worker whose engine side is a small thread: `celery -A tests.integration.consumer_app worker`.
 
-Celery, kombu and Redis are real. `LedgerRunner` stands for JobRunner and SQL together: a claim is the exclusive
-creation of a file, so that one of several workers gets the job, and what happened is written to one ledger.
+Celery, kombu and Redis are real. `LedgerRunner` stands for JobRunner and SQL together: queued jobs are files, and a
+claim takes the oldest by moving its file, so that one of several workers gets it. What happened is written to one
+ledger.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -14,7 +16,7 @@ from uuid import UUID
 
 from celery import signals
 
-from domain.jobs import JobStatus, WorkerState, external_id
+from domain.jobs import JobStatus, WorkerState, external_id, parse_id
 from gpu_worker import consumer
 from gpu_worker.app import app, models
 from gpu_worker.pool import EnginePool
@@ -46,7 +48,7 @@ class LedgerRunner:
         self._on_event = on_event
         self._on_unhealthy = on_unhealthy
         self._lock = threading.RLock()
-        self._offered: dict[UUID, None] = {}
+        self._tickets: dict[UUID, None] = {}
         self._started_at: dict[UUID, float] = {}
         self._cancelled: set[UUID] = set()
         self._is_draining = False
@@ -58,20 +60,25 @@ class LedgerRunner:
     def start(self) -> None:
         self._thread.start()
 
-    def offer(self, job_id: UUID) -> None:
+    def offer(self, ticket_id: UUID) -> None:
         with self._lock:
-            self._offered[job_id] = None
-            self._max_held = max(self._max_held, len(self._offered) + len(self._started_at))
+            self._tickets[ticket_id] = None
+            self._max_held = max(self._max_held, len(self._tickets) + len(self._started_at))
 
     def withdraw(self) -> list[UUID]:
         with self._lock:
-            withdrawn, self._offered = list(self._offered), {}
+            withdrawn, self._tickets = list(self._tickets), {}
             return withdrawn
 
     def cancel(self, job_id: UUID) -> None:
-        (FOLDER / "cancelled" / external_id(job_id)).touch()
         with self._lock:
             self._cancelled.add(job_id)
+
+    def cancel_queued(self, job_ids: Sequence[UUID]) -> None:
+        for job_id in job_ids:
+            with contextlib.suppress(FileNotFoundError):
+                (FOLDER / "queued" / external_id(job_id)).unlink()
+                self._record("cancelled", job_id)
 
     def begin_drain(self, *, release_after_seconds: float) -> None:
         self._is_draining = True
@@ -79,8 +86,8 @@ class LedgerRunner:
 
     def order_drain(self, *, release_after_seconds: float) -> None:
         self.begin_drain(release_after_seconds=release_after_seconds)
-        for job_id in self.withdraw():
-            self._tell(RunnerEventKind.REFUSED, job_id)
+        for ticket_id in self.withdraw():
+            self._tell(RunnerEventKind.REFUSED, ticket_id)
 
     def order_resume(self) -> None:
         self._is_draining, self._release_at = False, float("inf")
@@ -99,7 +106,7 @@ class LedgerRunner:
         return RunnerStats(
             max_num_seqs=models[0].max_num_seqs,
             num_running=len(self._started_at),
-            num_offered=len(self._offered),
+            num_offered=len(self._tickets),
             is_engine_ready=True,
             state=WorkerState.DRAINING if self._is_draining else WorkerState.READY,
             tokens_per_second=0.0,
@@ -109,7 +116,7 @@ class LedgerRunner:
     def _run(self) -> None:
         while not self._is_stopped.wait(STEP_SECONDS):
             with self._lock:
-                self._claim_offered()
+                self._claim()
                 self._end_due()
                 if time.monotonic() > self._release_at:
                     self._release_all()
@@ -118,26 +125,23 @@ class LedgerRunner:
                     self._on_unhealthy(WorkerFailure("the engine is broken"))
                     return
 
-    def _claim_offered(self) -> None:
-        while self._offered and self.num_free > 0:
-            job_id = next(iter(self._offered))
-            del self._offered[job_id]
-            if self._is_claimable(job_id):
+    def _claim(self) -> None:
+        while self._tickets and self.num_free > 0:
+            job_id = self._oldest_queued()
+            if job_id is not None:
                 self._started_at[job_id] = time.monotonic()
                 self._record("claimed", job_id)
                 self._tell(RunnerEventKind.CLAIMED, job_id)
-            else:
-                self._record("dropped", job_id)
-                self._tell(RunnerEventKind.DROPPED, job_id)
+            ticket_id = next(iter(self._tickets))
+            del self._tickets[ticket_id]
+            self._tell(RunnerEventKind.SPENT, ticket_id)
 
-    def _is_claimable(self, job_id: UUID) -> bool:
-        if (FOLDER / "cancelled" / external_id(job_id)).exists():
-            return False
-        try:
-            (FOLDER / "owned" / external_id(job_id)).touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
+    def _oldest_queued(self) -> UUID | None:
+        for name in sorted(os.listdir(FOLDER / "queued")):
+            with contextlib.suppress(FileNotFoundError):  # another worker was faster
+                (FOLDER / "queued" / name).rename(FOLDER / "owned" / name)
+                return parse_id(name)
+        return None
 
     def _end_due(self) -> None:
         for job_id, started_at in list(self._started_at.items()):
@@ -160,7 +164,7 @@ class LedgerRunner:
     def _release_all(self) -> None:
         for job_id in list(self._started_at):
             del self._started_at[job_id]
-            (FOLDER / "owned" / external_id(job_id)).unlink()
+            (FOLDER / "owned" / external_id(job_id)).rename(FOLDER / "queued" / external_id(job_id))
             self._record("released", job_id)
             self._tell(RunnerEventKind.RELEASED, job_id)
 

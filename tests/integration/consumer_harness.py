@@ -20,7 +20,7 @@ from domain.jobs import external_id, new_id
 from local.servers import EmbeddedRedis
 from settings import Settings
 from tasks.app import make_app
-from tasks.dispatch import count_waiting, push
+from tasks.dispatch import count_waiting, send
 from tests.prepared import PreparedProcess, nursery
 from tests.waiting import SECONDS, wait_until
 
@@ -41,7 +41,7 @@ class Plant:
             '[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n'
             f"max_num_seqs = {num_slots}\n"
         )
-        for name in ("owned", "ends", "cancelled"):
+        for name in ("queued", "owned", "ends"):
             (folder / name).mkdir()
         (folder / "ledger").touch()
         self.settings = Settings(redis_url=redis_url, models_file=self._models_file)
@@ -117,12 +117,24 @@ class Plant:
     # Jobs
 
     def send(self, num_jobs: int) -> list[UUID]:
-        job_ids = [new_id() for _ in range(num_jobs)]
-        push(self.client, QUEUE, job_ids)
+        """Queue jobs, and send a message for each of them."""
+        job_ids = self.queue(num_jobs)
+        self.send_messages(job_ids)
         return job_ids
 
-    def send_one(self, job_id: UUID) -> None:
-        push(self.client, QUEUE, [job_id])
+    def queue(self, num_jobs: int) -> list[UUID]:
+        """Nobody is told of them."""
+        job_ids = sorted(new_id() for _ in range(num_jobs))
+        for job_id in job_ids:
+            (self.folder / "queued" / external_id(job_id)).touch()
+        return job_ids
+
+    def send_messages(self, job_ids: Sequence[UUID]) -> None:
+        """Each lets one job be claimed, not necessarily the one that it names."""
+        assert send(self.client, QUEUE, job_ids, window=10_000) == len(job_ids)
+
+    def num_queued(self) -> int:
+        return len(os.listdir(self.folder / "queued"))
 
     def end(self, job_id: UUID, status: str = "completed") -> None:
         """The job ends as soon as it runs."""
@@ -137,12 +149,14 @@ class Plant:
     def settle(self) -> None:
         """End whatever runs or waits, so that the next test finds the workers idle."""
         self.end_all()
+        for queued in (self.folder / "queued").iterdir():
+            queued.unlink(missing_ok=True)
         wait_until(self._is_settled, "nothing runs or waits")
         (self.folder / "end_all").unlink()
 
     def _is_settled(self) -> bool:
         ended = {line[1] for line in self.ledger() if line[0] in ("completed", "failed", "cancelled", "expired")}
-        return self.is_broker_empty() and set(self.jobs("claimed")) <= ended
+        return self.is_broker_empty() and not self.num_queued() and set(self.jobs("claimed")) <= ended
 
     def ledger(self) -> list[list[str]]:
         return [line.split() for line in (self.folder / "ledger").read_text().splitlines()]

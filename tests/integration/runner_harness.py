@@ -51,11 +51,17 @@ class RecordingRunner:
         wait_until(lambda: self.runner.stats().is_engine_ready, "the engine is ready")
 
     def offer(self, job_ids: Sequence[UUID]) -> None:
+        """A ticket for each of these jobs, by its id, so that as many are claimed: these, if no others are queued."""
         for job_id in job_ids:
             self.runner.offer(job_id)
 
     def story(self, job_id: UUID) -> list[RunnerEventKind]:
-        return [event.kind for event in self.events if event.job_id == job_id]
+        """Of the job, not of its ticket."""
+        kinds = [event.kind for event in self.events if event.job_id == job_id]
+        return [kind for kind in kinds if kind is not RunnerEventKind.SPENT]
+
+    def num_spent(self) -> int:
+        return sum(event.kind is RunnerEventKind.SPENT for event in self.events)
 
     def has_let_go_of(self, job_ids: Sequence[UUID]) -> bool:
         """Each of them was dropped, released, or ended here."""

@@ -10,12 +10,13 @@ import threading
 from uuid import UUID, uuid4
 
 from gpu_worker.serving import JobRunner
-from gpu_worker.threads import RunnerEvent
+from gpu_worker.threads import RunnerEvent, RunnerEventKind
 from tests.integration.runner_harness import MODEL
 
 
 def write(event: RunnerEvent) -> None:
-    print(event.kind, event.job_id, flush=True)
+    if event.kind is not RunnerEventKind.SPENT:  # what happens to jobs, not to tickets
+        print(event.kind, event.job_id, flush=True)
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def app(rig: Rig) -> Iterator[Celery]:
 
 @pytest.fixture
 def send(rig: Rig) -> Iterator[Callable[[], int]]:
-    """What API and janitor do: fill the window of the queue."""
+    """What the janitor does: send the messages that are missing."""
     spec = Catalog.load(rig.settings.models_file).get(MODEL)
     with redis.Redis.from_url(rig.settings.redis_url) as client:
         yield lambda: dispatch(rig.sessions, client, spec, rig.settings)
@@ -82,8 +82,7 @@ def test_dispatched_jobs_run_to_their_end_and_flower_hears_of_each(
     rig: Rig, worker: Worker, send: Callable[[], int], events: EventLog
 ) -> None:
     job_ids = rig.add_jobs(40)  # more than slots and window
-    assert send() <= 16  # the rest of the window, which an idle worker may have begun to fill by itself
-    assert sum(rig.job(job_id).num_dispatches > 0 for job_id in job_ids) >= 16
+    assert send() <= 16  # the window; the worker may have polled before
     wait_until(lambda: have_status(rig, job_ids, JobStatus.COMPLETED), "all jobs are completed")
     for job_id in job_ids:
         rig.assert_intact(job_id)

@@ -27,7 +27,7 @@ def fail(hand_worker: HandWorker, job_id: str) -> ClaimedJob:
 
 def claim_from(session_factory: sessionmaker[Session], hand_worker: HandWorker, lane: Lane) -> list[ClaimedJob]:
     with session_factory.begin() as session:
-        return jobs.claim_next(
+        return jobs.claim(
             session, "fake", limit=1, owner=hand_worker.owner, model_revision="fake:main", lease_seconds=60, lane=lane
         )
 

@@ -80,7 +80,7 @@ def test_redis_may_stall_again_and_again(
         running.wait_until_ready()
 
         def num_failures() -> int:
-            return running.log.count("janitor rule 'redispatched' failed")
+            return running.log.count("janitor rule 'reached Redis' failed")
 
         def has_failed_since(before: int) -> bool:
             return num_failures() > before

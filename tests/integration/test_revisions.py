@@ -21,7 +21,7 @@ from storage.tables import Job, JobChunk
 from storage.workers import WorkerReport
 from tests.conftest import MakeJob
 from tests.integration.api_harness import CATALOG, MODEL, HandWorker, all_events, make_chunk, open_events, post_job
-from tests.storage_samples import chunk, claim
+from tests.storage_samples import chunk, claim, claim_these
 from tests.waiting import wait_until
 
 Sessions = sessionmaker[Session]
@@ -41,7 +41,7 @@ def begin(sessions: Sessions, job_id: UUID, *texts: str, revision: str = GONE) -
     """The job under way with this output, lost by its worker, and queued again."""
     owner = uuid4()
     with sessions.begin() as session:
-        [job] = jobs.claim(session, [job_id], owner=owner, model_revision=revision, lease_seconds=60)
+        [job] = claim_these(session, [job_id], owner=owner, model_revision=revision, lease_seconds=60)
         chunks = [make_chunk(number, text) for number, text in enumerate(texts, start=1)]
         assert jobs.commit_chunks(session, [ChunkCommit(job.id, job.attempt, chunks)], lease_seconds=60)
         assert jobs.release(session, [job.id], owner=owner)
@@ -62,7 +62,7 @@ class TestClaims:
 
     def test_so_does_a_claim_without_a_message(self, session: Session, make_job: MakeJob) -> None:
         job = make_job(model_revision="accepted")
-        [claimed] = jobs.claim_next(session, job.model, limit=1, owner=uuid4(), model_revision="runs", lease_seconds=60)
+        [claimed] = jobs.claim(session, job.model, limit=1, owner=uuid4(), model_revision="runs", lease_seconds=60)
         assert claimed.id == job.id
         assert session.scalar(select(Job.model_revision).where(Job.id == job.id)) == "runs"
 

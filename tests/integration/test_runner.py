@@ -3,7 +3,7 @@
 import signal
 from datetime import UTC, datetime, timedelta
 from threading import Event
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import make_url, text
@@ -17,11 +17,11 @@ from gpu_worker.threads import RunnerEventKind
 from storage import jobs, workers
 from storage.jobs import ChunkCommit
 from tests.integration.runner_harness import PROMPT, RecordingRunner, Rig, listening
+from tests.storage_samples import claim_these
 from tests.waiting import wait_until
 
-CLAIMED, DROPPED, ENDED, REFUSED, RELEASED = (
+CLAIMED, ENDED, REFUSED, RELEASED = (
     RunnerEventKind.CLAIMED,
-    RunnerEventKind.DROPPED,
     RunnerEventKind.ENDED,
     RunnerEventKind.REFUSED,
     RunnerEventKind.RELEASED,
@@ -107,14 +107,30 @@ def test_a_scored_job_and_the_best_of_several_survive_a_killed_engine(rig: Rig) 
     )
 
 
-def test_an_offer_that_nobody_can_claim_is_dropped(rig: Rig) -> None:
-    done = rig.add_job(status=JobStatus.COMPLETED)
-    elsewhere = rig.add_job(status=JobStatus.IN_PROGRESS)
-    unknown = uuid4()
+def test_a_ticket_lets_the_job_in_whose_turn_it_is(rig: Rig) -> None:
+    """Whichever it names: the urgent one came last."""
+    rig.write_catalog(max_num_seqs=2)
+    low = rig.add_jobs(14, priority=-5, max_tokens=60)
     worker = rig.start()
-    worker.offer([done, elsewhere, unknown])
-    worker.wait_for(DROPPED, [done, elsewhere, unknown])
-    assert [worker.story(job_id) for job_id in (done, elsewhere, unknown)] == [[DROPPED]] * 3
+    worker.offer(low)
+    wait_until(lambda: len(claims_of(worker)) == 2, "the slots are taken")
+    urgent = rig.add_job(priority=5)
+    worker.offer([urgent])
+    worker.wait_for(ENDED, [*low, urgent])
+    assert urgent in claims_of(worker)[:4]  # a claim may have been under way
+
+
+def claims_of(worker: RecordingRunner) -> list[UUID]:
+    return [event.job_id for event in worker.events if event.kind is CLAIMED]
+
+
+def test_a_ticket_without_a_job_is_spent(rig: Rig) -> None:
+    rig.add_job(status=JobStatus.COMPLETED)
+    rig.add_job(status=JobStatus.IN_PROGRESS)
+    worker = rig.start()
+    worker.offer([uuid4(), uuid4(), uuid4()])
+    wait_until(lambda: worker.num_spent() == 3, "all are spent")
+    assert claims_of(worker) == []
 
 
 @pytest.fixture
@@ -131,15 +147,15 @@ def test_without_a_queue_jobs_are_found_in_sql(rig: Rig) -> None:
 
 
 @pytest.mark.usefixtures("quick_polls")
-def test_the_late_delivery_of_a_job_found_in_sql_is_settled_by_that_run(rig: Rig) -> None:
+def test_the_late_ticket_of_a_job_found_in_sql_is_spent(rig: Rig) -> None:
     job_id = rig.add_job(max_tokens=LONG)
     worker = rig.start()
     worker.wait_for(CLAIMED, [job_id])
     worker.offer([job_id])
-    wait_until(lambda: worker.story(job_id) == [CLAIMED, CLAIMED], "the delivery is reported as claimed")
+    wait_until(lambda: worker.num_spent() == 1, "the ticket is spent")
     worker.runner.cancel(job_id)
     worker.wait_for(ENDED, [job_id])
-    assert worker.story(job_id) == [CLAIMED, CLAIMED, ENDED]
+    assert worker.story(job_id) == [CLAIMED, ENDED]
     assert rig.job(job_id).attempt == 1
 
 
@@ -166,18 +182,18 @@ def test_a_cancel_written_to_sql_by_somebody_else_stops_the_job(rig: Rig, sessio
     assert_cut_off(rig, worker, job_id, JobStatus.CANCELLED, FinishReason.CANCELLED)
 
 
-def test_cancelling_an_offered_job_drops_it(rig: Rig) -> None:
+def test_a_job_cancelled_in_the_queue_never_starts(rig: Rig) -> None:
     rig.write_catalog(max_num_seqs=1)
-    running, offered = rig.add_job(max_tokens=LONG), rig.add_job()
+    running, queued = rig.add_job(max_tokens=LONG), rig.add_job()
     worker = rig.start()
-    worker.offer([running])
+    worker.offer([running, queued])
     rig.wait_for_tokens([running])
-    worker.offer([offered])
-    worker.runner.cancel(offered)
-    wait_until(lambda: rig.job(offered).status is JobStatus.CANCELLED, "the waiting job is cancelled")
+    worker.runner.cancel_queued([running, queued])
+    wait_until(lambda: rig.job(queued).status is JobStatus.CANCELLED, "the waiting job is cancelled")
     worker.runner.cancel(running)
-    worker.wait_for(DROPPED, [offered])
-    assert worker.story(offered) == [DROPPED]
+    wait_until(lambda: worker.num_spent() == 2, "both tickets are spent")
+    assert worker.story(queued) == []
+    assert worker.ends(running) == [JobStatus.CANCELLED]
 
 
 def test_a_deadline_in_mid_run_expires_the_job_and_keeps_its_output(rig: Rig) -> None:
@@ -209,7 +225,7 @@ def test_a_job_that_the_engine_cannot_run_fails_alone(rig: Rig) -> None:
 
 def test_a_job_whose_text_was_complete_already_is_finalised_without_the_engine(rig: Rig, session: Session) -> None:
     job_id, other = rig.add_job(max_tokens=2), uuid4()
-    jobs.claim(session, [job_id], owner=other, model_revision="fake:main", lease_seconds=60)
+    claim_these(session, [job_id], owner=other, model_revision="fake:main", lease_seconds=60)
     last = TokenChunk(sequence_number=1, text="ba do", token_ids=(1, 2), finish_reason=FinishReason.LENGTH)
     jobs.commit_chunks(session, [ChunkCommit(job_id, 1, [last])], lease_seconds=60)
     jobs.release(session, [job_id], owner=other)
@@ -297,17 +313,12 @@ def test_two_workers_offered_the_same_jobs_run_each_of_them_once(rig: Rig) -> No
     for worker in pair:
         worker.offer(job_ids)
     wait_until(lambda: all(rig.job(job_id).status.is_terminal for job_id in job_ids), "all jobs have ended")
-    wait_until(lambda: all(worker.has_let_go_of(job_ids) for worker in pair), "both have settled them all")
+    wait_until(lambda: all(worker.num_spent() == 40 for worker in pair), "all tickets are spent")
     for job_id in job_ids:
         rig.assert_intact(job_id)
         assert rig.job(job_id).attempt == 1
         told = pair[0].story(job_id) + pair[1].story(job_id)
-        assert told.count(ENDED) == 1
-        assert set(told) == {
-            CLAIMED,
-            DROPPED,
-            ENDED,
-        }  # a slow worker may find its own message after it looked by itself
+        assert told == [CLAIMED, ENDED]
 
 
 def assert_cut_off(rig: Rig, worker: RecordingRunner, job_id: object, status: JobStatus, reason: FinishReason) -> None:

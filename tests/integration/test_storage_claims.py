@@ -1,4 +1,4 @@
-"""Dispatching and claiming: the order is fair, and each job goes to one worker."""
+"""Claiming: the order is fair, and each job goes to one worker."""
 
 import random
 from collections import Counter
@@ -6,75 +6,126 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
-from sqlalchemy import func, select, text, update
+import pytest
+from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.jobs import JobStatus, Lane
+from domain.jobs import BATCH_PRIORITY, JobStatus, Lane
 from domain.requests import GenerationRequest
-from storage import jobs
+from storage import job_accept, jobs
 from storage.jobs import ChunkCommit, Finalisation
-from storage.tables import Job, TenantLoad
+from storage.tables import Job, JobPayload, TenantLoad
 from tests.conftest import MakeJob, MakeTenant
-from tests.storage_samples import MODEL, PAST, chunk, claim, load_of, result
+from tests.storage_samples import MODEL, PAST, chunk, claim, load_of, new_job, result
 
 Sessions = sessionmaker[Session]
 
 
-class TestDispatch:
-    def test_the_order_is_priority_then_age(self, session: Session, make_job: MakeJob) -> None:
+def next_jobs(session: Session, limit: int, **arguments: object) -> list[UUID]:
+    """Claims them, and commits that; in order."""
+    options = {"owner": uuid4(), "model_revision": "main", "lease_seconds": 60.0, **arguments}
+    claimed = jobs.claim(session, MODEL, limit=limit, **options)  # type: ignore[arg-type]
+    session.commit()
+    return [job.id for job in claimed]
+
+
+class TestOrder:
+    def test_the_order_of_one_tenant_is_priority_then_age(self, session: Session, make_job: MakeJob) -> None:
         old = make_job(available_at=datetime.now(UTC) - timedelta(minutes=30))
         middle, urgent = make_job(), make_job(priority=8)
-        assert jobs.dispatch(session, MODEL, room=2) == [urgent.id, old.id]
-        assert jobs.dispatch(session, MODEL, room=2) == [middle.id]
-        assert jobs.dispatch(session, MODEL, room=2) == []
+        assert next_jobs(session, 2) == [urgent.id, old.id]
+        assert next_jobs(session, 2) == [middle.id]
+        assert next_jobs(session, 2) == []
 
-    def test_a_job_nobody_claims_comes_due_again_later_and_later(self, session: Session, make_job: MakeJob) -> None:
-        job = make_job()
-        delays = []
-        for _ in range(5):
-            assert jobs.dispatch(session, MODEL, room=1) == [job.id]
-            row = session.get_one(Job, job.id, populate_existing=True)
-            now = session.execute(select(func.statement_timestamp())).scalar_one()
-            delays.append((row.dispatch_at - now).total_seconds())
-            session.execute(update(Job).where(Job.id == job.id).values(dispatch_at=func.statement_timestamp()))
-        for delay, expected in zip(delays, [15, 30, 60, 120, 120], strict=True):
-            assert expected * 0.79 <= delay <= expected * 1.21
+    def test_an_urgent_job_starts_before_all_that_are_not_claimed(self, session: Session, make_job: MakeJob) -> None:
+        for _ in range(14):
+            make_job(priority=-5)
+        assert len(next_jobs(session, 2)) == 2
+        urgent = make_job(priority=5)
+        assert next_jobs(session, 1) == [urgent.id]
 
-    def test_its_commit_waits_for_no_disk_and_no_other_commit_is_spared(
-        self, session_factory: Sessions, make_job: MakeJob
-    ) -> None:
-        job = make_job()
-        setting = text("SHOW synchronous_commit")
-        with session_factory.begin() as session:
-            assert jobs.dispatch(session, MODEL, room=1) == [job.id]
-            assert session.scalar(setting) == "off"
-        with session_factory.begin() as session:
-            assert claim(session, job.id)
-            assert session.scalar(setting) == "on"
-
-    def test_isolated_jobs_and_other_models_get_no_message(self, session: Session, make_job: MakeJob) -> None:
+    def test_isolated_jobs_and_other_models_are_left(self, session: Session, make_job: MakeJob) -> None:
         make_job(lane=Lane.ISOLATED)
         make_job(model="another")
-        assert jobs.dispatch(session, MODEL, room=8) == []
+        assert next_jobs(session, 8) == []
 
-    def test_a_quiet_tenant_is_not_behind_a_noisy_one(
+    def test_a_new_tenant_is_next_whatever_waits_before_it(
         self, session: Session, make_job: MakeJob, make_tenant: MakeTenant
     ) -> None:
+        """Also when the first one's jobs have used little of what they were charged, as those that stop early."""
         noisy, quiet = make_tenant(), make_tenant()
-        for _ in range(100):
-            make_job(tenant_id=noisy.id)
-        job = make_job(tenant_id=quiet.id)
-        assert job.id in jobs.dispatch(session, MODEL, room=2)
+        for _ in range(20):
+            make_job(tenant_id=noisy.id, cost=1000)
+        running = next_jobs(session, 2)
+        [accepted] = job_accept.accept(session, [new_job(tenant_id=quiet.id)], max_queued_jobs=10)
+        session.commit()
+        ending = Finalisation(running[0], 1, 0, JobStatus.COMPLETED, result(1))
+        assert jobs.finalise(session, [ending]) == running[:1]
+        assert next_jobs(session, 1) == [accepted.job_id]
 
-    def test_tenants_are_served_by_weight(self, session: Session, make_job: MakeJob, make_tenant: MakeTenant) -> None:
-        light, heavy = make_tenant(weight=1), make_tenant(weight=3)
-        tenant_by_job = {make_job(tenant_id=tenant.id).id: tenant for _ in range(40) for tenant in (light, heavy)}
-        served: Counter[UUID] = Counter()
-        while sum(served.values()) < 40:
-            dispatched = jobs.dispatch(session, MODEL, room=4)
-            claimed = claim(session, *dispatched)
-            served.update(tenant_by_job[job.id].id for job in claimed)
-        assert 28 <= served[heavy.id] <= 32
+    def test_priority_does_not_count_among_tenants_without_leave(
+        self, session: Session, make_job: MakeJob, make_tenant: MakeTenant
+    ) -> None:
+        loud, quiet = make_tenant(), make_tenant()
+        tenant_by_job = {
+            make_job(tenant_id=tenant.id, priority=priority).id: tenant.id
+            for _ in range(10)
+            for tenant, priority in ((loud, 10), (quiet, -10))
+        }
+        served = Counter(tenant_by_job[job_id] for _ in range(10) for job_id in next_jobs(session, 1))
+        assert served == {loud.id: 5, quiet.id: 5}
+
+    def test_a_tenant_with_leave_is_first_and_pays_for_it(
+        self, session: Session, make_job: MakeJob, make_tenant: MakeTenant
+    ) -> None:
+        """Two steps are a lead of 2,000 tokens. After that, the shares are as without."""
+        urgent, other = make_tenant(max_priority=2), make_tenant()
+        tenant_by_job = {
+            make_job(tenant_id=tenant.id, priority=10, cost=500).id: tenant.id
+            for _ in range(20)
+            for tenant in (urgent, other)
+        }
+        order = [tenant_by_job[job_id] for _ in range(20) for job_id in next_jobs(session, 1)]
+        assert order[:4] == [urgent.id] * 4
+        assert 7 <= Counter(order[4:])[other.id] <= 9
+
+    @pytest.mark.parametrize("weights", [(1,) * 10, (1, 2, 4)])
+    def test_tenants_get_tokens_by_weight(
+        self, session: Session, make_job: MakeJob, make_tenant: MakeTenant, weights: tuple[int, ...]
+    ) -> None:
+        """Four slots, claimed one at a time; jobs that cost the more or the less, and use all or a part of it."""
+        chooser = random.Random(5)
+        tenants = {make_tenant(weight=weight).id: weight for weight in weights}
+        cost_by_job = {}
+        for tenant_id in tenants:
+            for _ in range(20 + 100 * tenants[tenant_id] // sum(weights)):
+                cost = chooser.choice([20, 50, 200])
+                job = make_job(tenant_id=tenant_id, cost=cost, num_prompt_tokens=chooser.randrange(10, cost))
+                cost_by_job[job.id] = tenant_id, job.num_prompt_tokens
+        running: list[UUID] = next_jobs(session, 4)
+        received: Counter[UUID] = Counter()
+        for _ in range(100):
+            ended = running.pop(chooser.randrange(4))
+            tenant_id, num_tokens = cost_by_job[ended]
+            received[tenant_id] += num_tokens
+            jobs.finalise(session, [Finalisation(ended, 1, 0, JobStatus.COMPLETED, result(1))])
+            running += next_jobs(session, 1)
+        shares = [received[tenant_id] / weight for tenant_id, weight in tenants.items()]
+        assert sum(shares) ** 2 / (len(shares) * sum(share**2 for share in shares)) >= 0.95  # Jain's index
+
+    def test_batch_lines_run_when_no_other_job_waits(
+        self, session: Session, make_job: MakeJob, make_tenant: MakeTenant
+    ) -> None:
+        lines = [make_job(priority=BATCH_PRIORITY).id for _ in range(3)]
+        assert next_jobs(session, 3) == [], "none is let in"
+        assert jobs.let_lines_in(session, MODEL, limit=2) == lines[:2]
+        live = make_job(tenant_id=make_tenant().id)
+        assert next_jobs(session, 3) == [live.id, *lines[:2]]
+
+    def test_a_line_that_has_waited_for_hours_is_as_good_as_others(self, session: Session, make_job: MakeJob) -> None:
+        old = make_job(priority=BATCH_PRIORITY, num_dispatches=1, available_at=PAST - timedelta(hours=3))
+        live = make_job()
+        assert next_jobs(session, 2) == [old.id, live.id]
 
     def test_many_waiting_tenants_do_not_hide_those_of_another_model(
         self, session: Session, make_job: MakeJob, make_tenant: MakeTenant
@@ -85,20 +136,19 @@ class TestDispatch:
         session.execute(update(TenantLoad).where(TenantLoad.tenant_id == late.id).values(virtual_time=1e6))
         session.commit()
         job = make_job(tenant_id=late.id)
-        assert jobs.dispatch(session, MODEL, room=1) == [job.id]
+        assert next_jobs(session, 1) == [job.id]
 
-    def test_concurrent_dispatchers_never_pick_the_same_job(self, session_factory: Sessions, make_job: MakeJob) -> None:
-        ids = [make_job().id for _ in range(60)]
-
-        def pick(_: int) -> list[UUID]:
-            with session_factory.begin() as session:
-                return jobs.dispatch(session, MODEL, room=7)
-
-        with ThreadPoolExecutor(6) as threads:
-            picked = [job_id for group in threads.map(pick, range(20)) for job_id in group]
-        while rest := pick(0):  # what one skipped because another held it
-            picked += rest
-        assert sorted(picked) == sorted(ids)
+    def test_letting_lines_in_waits_for_no_disk_and_no_other_commit_is_spared(
+        self, session_factory: Sessions, make_job: MakeJob
+    ) -> None:
+        job = make_job(priority=BATCH_PRIORITY)
+        setting = text("SHOW synchronous_commit")
+        with session_factory.begin() as session:
+            assert jobs.let_lines_in(session, MODEL, limit=1) == [job.id]
+            assert session.scalar(setting) == "off"
+        with session_factory.begin() as session:
+            assert claim(session, job.id)
+            assert session.scalar(setting) == "on"
 
 
 class TestClaim:
@@ -110,10 +160,12 @@ class TestClaim:
         assert claimed.committed_chunks == []
         assert claim(session, job.id) == []
 
-    def test_the_answer_keeps_the_order_of_the_messages(self, session: Session, make_job: MakeJob) -> None:
-        ids = [make_job().id for _ in range(12)]
-        random.Random(1).shuffle(ids)
-        assert [job.id for job in claim(session, *ids, uuid4())] == ids
+    def test_a_job_that_cannot_be_read_holds_up_no_other(self, session: Session, make_job: MakeJob) -> None:
+        broken, other = make_job(priority=5), make_job()
+        session.execute(update(JobPayload).where(JobPayload.job_id == broken.id).values(request=text("'{}'::json")))
+        assert next_jobs(session, 2) == [other.id]
+        row = session.get_one(Job, broken.id, populate_existing=True)
+        assert (row.status, row.num_failures) == (JobStatus.QUEUED, 1), "a newer worker may be able to read it"
 
     def test_concurrent_claims_give_each_job_to_one_worker(self, session_factory: Sessions, make_job: MakeJob) -> None:
         ids = [make_job().id for _ in range(60)]
@@ -122,9 +174,7 @@ class TestClaim:
             mine = random.Random(seed).sample(ids, 30)
             with session_factory.begin() as session:
                 claimed = claim(session, *mine)
-                claimed += jobs.claim_next(
-                    session, MODEL, limit=2, owner=uuid4(), model_revision="main", lease_seconds=60
-                )
+                claimed += jobs.claim(session, MODEL, limit=2, owner=uuid4(), model_revision="main", lease_seconds=60)
                 return [job.id for job in claimed]
 
         with ThreadPoolExecutor(8) as threads:
@@ -164,12 +214,11 @@ class TestClaim:
         begun = make_job(start_deadline_at=PAST, attempt=1)  # its start was in time
         assert [job.id for job in claim(session, late.id, late_start.id, begun.id)] == [begun.id]
 
-    def test_the_isolated_lane_is_served_by_claim_next_alone(self, session: Session, make_job: MakeJob) -> None:
-        job = make_job(lane=Lane.ISOLATED)
+    def test_the_isolated_lane_is_claimed_by_name(self, session: Session, make_job: MakeJob) -> None:
+        make_job(lane=Lane.ISOLATED)
         options = {"owner": uuid4(), "model_revision": "main", "lease_seconds": 60.0}
-        assert claim(session, job.id) == []
-        assert jobs.claim_next(session, MODEL, limit=1, **options) == []  # type: ignore[arg-type]
-        [claimed] = jobs.claim_next(session, MODEL, limit=1, lane=Lane.ISOLATED, **options)  # type: ignore[arg-type]
+        assert jobs.claim(session, MODEL, limit=1, **options) == []  # type: ignore[arg-type]
+        [claimed] = jobs.claim(session, MODEL, limit=1, lane=Lane.ISOLATED, **options)  # type: ignore[arg-type]
         assert claimed.lane is Lane.ISOLATED
 
     def test_fairness_charges_the_cost_first_and_the_tokens_in_the_end(

@@ -130,7 +130,8 @@ class TestReturning:
         assert released.job_id == job.id
         row = session.get_one(Job, job.id, populate_existing=True)
         assert (row.num_failures, row.available_at, row.lane) == (0, PAST, Lane.STANDARD)
-        assert jobs.dispatch(session, MODEL, room=1) == [job.id]
+        [again] = jobs.claim(session, MODEL, limit=1, owner=uuid4(), model_revision="main", lease_seconds=60)
+        assert again.id == job.id
 
     def test_rescue_waits_until_the_database_has_been_up_a_while(
         self, session: Session, running: Callable[..., ClaimedJob]
@@ -208,7 +209,7 @@ class TestReturning:
         for job, weight in ((suspect, 2), (bystander, 0)):
             jobs.report_crash(session, {job.id: weight}, owner=self.owner_of(session, job))
         assert session.get_one(Job, bystander.id, populate_existing=True).lane is Lane.STANDARD
-        [alone] = jobs.claim_next(
+        [alone] = jobs.claim(
             session, MODEL, limit=1, owner=uuid4(), model_revision="main", lease_seconds=60, lane=Lane.ISOLATED
         )
         assert alone.id == suspect.id
@@ -225,8 +226,8 @@ class TestReturning:
         """A tenant's past, or the retry of a job that failed, isolates without suspicion, and to the end."""
         job = make_job(lane=Lane.ISOLATED, num_suspicions=num_suspicions)
         options = {"owner": uuid4(), "model_revision": "main", "lease_seconds": 60}
-        assert jobs.claim_next(session, MODEL, limit=1, lane=Lane.ISOLATED, min_suspicions=3, **options) == []  # type: ignore[arg-type]
-        assert len(jobs.claim_next(session, MODEL, limit=1, lane=Lane.ISOLATED, **options)) == 1  # type: ignore[arg-type]
+        assert jobs.claim(session, MODEL, limit=1, lane=Lane.ISOLATED, min_suspicions=3, **options) == []  # type: ignore[arg-type]
+        assert len(jobs.claim(session, MODEL, limit=1, lane=Lane.ISOLATED, **options)) == 1  # type: ignore[arg-type]
         for number, num_tokens in ((1, PROVEN_TOKENS - 1), (2, 1)):
             assert session.get_one(Job, job.id, populate_existing=True).lane is Lane.ISOLATED
             piece = TokenChunk(sequence_number=number, index=0, text="", token_ids=(7,) * num_tokens)

@@ -278,12 +278,11 @@ class Store(RuleBasedStateMachine):
             job.reset_number, job.chunks, job.num_chunks_at_claim = job.last_number + 1, [], 0
 
     @rule()
-    def dispatch(self) -> None:
-        with self.sessions.begin() as session:
-            dispatched = jobs.dispatch(session, MODEL, room=10)
-            jobs.redispatch_all(session)
-        due = {job_id for job_id in self.live(JobStatus.QUEUED) if self.jobs[job_id].lane is Lane.STANDARD}
-        assert set(dispatched) == due
+    def look_for_missing_messages(self) -> None:
+        with self.sessions() as session:
+            found = jobs.claimable_soon(session, MODEL, model_revisions=["main"], limit=100)
+        queued = {job_id for job_id in self.live(JobStatus.QUEUED) if self.jobs[job_id].lane is Lane.STANDARD}
+        assert set(found) == queued
 
     @invariant()
     def the_rows_are_as_the_model_says(self) -> None:

@@ -11,7 +11,7 @@ from domain.jobs import JobStatus
 from storage import job_ends, job_statements
 from storage.tables import Job, TenantLoad
 from tests.conftest import MakeJob
-from tests.storage_samples import chunk, result
+from tests.storage_samples import MODEL, chunk, result
 
 
 def flush_parameters(ids: list[UUID]) -> dict[str, Any]:
@@ -29,7 +29,14 @@ def flush_parameters(ids: list[UUID]) -> dict[str, Any]:
         "results": result(1).model_dump_json(),
     }
     lists = {name: [value] * len(ids) for name, value in same.items()} | {"ids": ids}
-    return {**lists, "lease_seconds": 60, "owner": uuid4(), "model_revision": "main", "lane": "standard"}
+    claim: dict[str, object] = {
+        "model": MODEL,
+        "limit": len(ids),
+        "num_tenants": len(ids) + 8,
+        "num_rows": 2 * len(ids) + 16,
+    }
+    claim |= {"model_revision": "main", "lane": "standard", "min_suspicions": 0, "min_standing": 0}
+    return {**lists, **claim, "lease_seconds": 60, "owner": uuid4()}
 
 
 @pytest.mark.parametrize(

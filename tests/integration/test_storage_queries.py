@@ -88,17 +88,18 @@ class TestJobs:
 
 
 class TestQueue:
-    def test_positions_are_the_order_of_dispatch(
+    def test_positions_are_the_order_of_claims(
         self, session: Session, make_job: MakeJob, make_tenant: MakeTenant
     ) -> None:
-        light, heavy = make_tenant(weight=1), make_tenant(weight=2.5)
+        light, heavy = make_tenant(weight=1), make_tenant(weight=2.5, max_priority=1)
         for number in range(30):
             tenant = (light, heavy)[number % 2]
             make_job(tenant_id=tenant.id, priority=number % 3 - 1, cost=10 + number)
         make_job(model="another")
         ids = [job.id for tenant in (light, heavy) for job in job_queries.list_jobs(session, tenant.id, limit=100)]
         positions = job_queries.positions(session, ids)
-        order = jobs.dispatch(session, MODEL, room=100)
+        claimed = jobs.claim(session, MODEL, limit=100, owner=uuid4(), model_revision="main", lease_seconds=60)
+        order = [job.id for job in claimed]
         assert sorted(ids, key=lambda job_id: positions[job_id].num_ahead) == order
         assert [positions[job_id].num_ahead for job_id in order] == list(range(30))
 

@@ -24,6 +24,7 @@ from storage.jobs import ChunkCommit, Finalisation
 from storage.streams import StatusChange, StreamReader, channel_of, publish
 from storage.tables import Job
 from tests.conftest import MakeJob
+from tests.storage_samples import claim_these
 from tests.waiting import wait_until_async
 
 SILENCE_SECONDS = 0.2
@@ -217,7 +218,7 @@ async def test_a_lost_attempt_shows_as_queued_and_the_next_one_goes_on(
         job.publish(JobStatus.QUEUED)
         await wait_until_async(lambda: JobStatus.QUEUED in statuses(received))
         with session_factory.begin() as session:
-            [claimed] = jobs.claim(session, [job.job.id], owner=uuid4(), model_revision="main", lease_seconds=60)
+            [claimed] = claim_these(session, [job.job.id], owner=uuid4(), model_revision="main", lease_seconds=60)
         assert [chunk.sequence_number for chunk in claimed.committed_chunks] == [1, 2, 3]
         job.job.attempt = claimed.attempt
         job.publish(JobStatus.IN_PROGRESS)

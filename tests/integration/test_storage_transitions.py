@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.jobs import ALLOWED_TRANSITIONS, FinishReason, JobStatus, Usage
+from domain.jobs import ALLOWED_TRANSITIONS, BATCH_PRIORITY, FinishReason, JobStatus, Usage
 from domain.requests import GenerationResult, TokenChunk
 from storage import jobs, workers
 from storage.jobs import ChunkCommit, Finalisation
@@ -48,11 +48,7 @@ def commit_chunk(session: Session, job: Job, caller: Caller) -> object:
 
 
 def claim(session: Session, job: Job, caller: Caller) -> object:
-    return jobs.claim(session, [job.id], owner=uuid4(), model_revision="main", lease_seconds=15)
-
-
-def claim_next(session: Session, job: Job, caller: Caller) -> object:
-    return jobs.claim_next(session, job.model, limit=8, owner=uuid4(), model_revision="main", lease_seconds=15)
+    return jobs.claim(session, job.model, limit=8, owner=uuid4(), model_revision="main", lease_seconds=15)
 
 
 def under_another_revision(statement: Callable[..., object]) -> Call:
@@ -67,9 +63,12 @@ def under_another_revision(statement: Callable[..., object]) -> Call:
 
 
 STATEMENTS: dict[str, Call] = {
-    "dispatch": lambda session, job, caller: jobs.dispatch(session, job.model, room=8),
+    "claimable_soon": lambda session, job, caller: jobs.claimable_soon(
+        session, job.model, model_revisions=["main"], limit=8
+    ),
+    "let_lines_in": lambda session, job, caller: jobs.let_lines_in(session, job.model, limit=8),
     "claim": claim,
-    "claim_next": claim_next,
+    "cancel_queued": lambda session, job, caller: jobs.cancel_queued(session, [job.id]),
     "commit_chunks": commit_chunk,
     "renew": lambda session, job, caller: jobs.renew(session, [job.id], owner=caller.owner, lease_seconds=99),
     "finalise completed": finalise_as(COMPLETED),
@@ -86,15 +85,13 @@ STATEMENTS: dict[str, Call] = {
     "restart": under_another_revision(jobs.restart),
     "fail_gone": under_another_revision(jobs.fail_gone),
     "expire": lambda session, job, caller: jobs.expire(session),
-    "redispatch_all": lambda session, job, caller: jobs.redispatch_all(session),
 }
 
 #: status before, statement -> status after. What is not listed leaves the row as it is, whoever calls.
 CHANGES: dict[tuple[JobStatus, str], JobStatus] = {
-    (QUEUED, "dispatch"): QUEUED,
     (QUEUED, "claim"): IN_PROGRESS,
-    (QUEUED, "claim_next"): IN_PROGRESS,
     (QUEUED, "cancel"): CANCELLED,
+    (QUEUED, "cancel_queued"): CANCELLED,
     (QUEUED, "request_cancel"): CANCELLED,
     (IN_PROGRESS, "commit_chunks"): IN_PROGRESS,
     (IN_PROGRESS, "renew"): IN_PROGRESS,
@@ -116,7 +113,13 @@ CONDITIONS: dict[str, tuple[JobStatus, dict[str, object]]] = {
     "lapsed, past deadline": (IN_PROGRESS, {"lease_expires_at": PAST, "deadline_at": PAST}),
     "past deadline": (QUEUED, {"deadline_at": PAST}),
     "past start deadline": (QUEUED, {"start_deadline_at": PAST}),
-    "dispatched": (QUEUED, {"dispatch_at": datetime.now(UTC) + timedelta(hours=1)}),
+    "marked by an earlier release": (
+        QUEUED,
+        {"num_dispatches": 1, "dispatch_at": datetime.now(UTC) + timedelta(hours=1)},
+    ),
+    "line": (QUEUED, {"priority": BATCH_PRIORITY}),
+    "line let in": (QUEUED, {"priority": BATCH_PRIORITY, "num_dispatches": 1}),
+    "isolated line": (QUEUED, {"priority": BATCH_PRIORITY, "lane": "isolated"}),
     "cancel asked": (IN_PROGRESS, {"cancel_requested_at": PAST}),
     "not yet available": (QUEUED, {"available_at": datetime.now(UTC) + timedelta(hours=1)}),
     "isolated": (QUEUED, {"lane": "isolated"}),
@@ -133,19 +136,16 @@ CONDITIONAL_CHANGES: dict[tuple[str, str], JobStatus] = {
     ("lapsed, past deadline", "rescue"): EXPIRED,
     ("past deadline", "expire"): EXPIRED,
     ("past start deadline", "expire"): EXPIRED,
-    ("dispatched", "redispatch_all"): QUEUED,
-    ("dispatched", "claim"): IN_PROGRESS,
-    ("dispatched", "claim_next"): IN_PROGRESS,
-    ("begun under a revision that is gone", "dispatch"): QUEUED,
+    ("marked by an earlier release", "claim"): IN_PROGRESS,
+    ("line", "let_lines_in"): QUEUED,
+    ("line let in", "claim"): IN_PROGRESS,
     ("begun under a revision that is gone", "restart"): QUEUED,
     ("begun under a revision that is gone", "fail_gone"): FAILED,
-    ("begun anew", "dispatch"): QUEUED,
     ("begun anew", "claim"): IN_PROGRESS,
-    ("begun anew", "claim_next"): IN_PROGRESS,
     ("cancel asked", "release"): CANCELLED,
     ("cancel asked", "report_crash"): CANCELLED,
 }
-MAINTENANCE = ("dispatch", "claim", "claim_next", "rescue", "expire", "redispatch_all", "restart", "fail_gone")
+MAINTENANCE = ("claimable_soon", "let_lines_in", "claim", "rescue", "expire", "restart", "fail_gone")
 #: What a stale owner or another tenant may still do: the statements that are nobody's own.
 FENCED_BY_ATTEMPT = [name for name in STATEMENTS if name.startswith(("commit_chunks", "finalise"))]
 FENCED_BY_OWNER = ["renew", "release", "report_crash"]
