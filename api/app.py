@@ -16,7 +16,19 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from api import admin, anthropic, anthropic_batches, health, jobs, scores, simple, stream_tokens, tokens, webhooks
+from api import (
+    admin,
+    anthropic,
+    anthropic_batches,
+    durable_streams,
+    health,
+    jobs,
+    scores,
+    simple,
+    stream_tokens,
+    tokens,
+    webhooks,
+)
 from api.anthropic_batches import MAX_BATCH_BYTES
 from api.errors import ImpliedMethods, register_error_handlers
 from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
@@ -117,6 +129,7 @@ ROUTERS = (
     jobs.router,
     jobs.readers,
     stream_tokens.router,
+    durable_streams.router,
     *(module.router for module in (inference, responses, files, batches)),
     anthropic.router,
     anthropic_batches.router,

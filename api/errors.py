@@ -78,7 +78,8 @@ def _is_match(route: BaseRoute, scope: Scope) -> bool:
 
 
 class ImpliedMethods:
-    """Answers HEAD as GET without its body (RFC 9110, 9.3.2), and OPTIONS with `Allow` (9.3.7), for every route."""
+    """Answers HEAD as GET without its body (RFC 9110, 9.3.2) where no route does so itself, and OPTIONS with `Allow`
+    (9.3.7), for every route."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -87,8 +88,10 @@ class ImpliedMethods:
         if scope["type"] != "http" or scope["method"] not in ("HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
             return
-        methods = methods_of(scope["app"].router.routes, scope)
-        if scope["method"] == "HEAD" and "HEAD" in methods:
+        routes = scope["app"].router.routes
+        methods = methods_of(routes, scope)
+        has_own = any(isinstance(route, Route) and _is_match(route, scope) for route in routes)
+        if scope["method"] == "HEAD" and "HEAD" in methods and not has_own:
             await self._answer_head(scope, receive, send)
         elif scope["method"] == "OPTIONS" and methods:
             await _answer_options(methods, send)

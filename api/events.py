@@ -58,11 +58,16 @@ def frame(event: str, data: Mapping[str, object], *, id: int | None = None) -> b
 
 def data_frame(data: Mapping[str, object]) -> bytes:
     """Encode an event that has neither name nor id."""
+    return b"data: " + json_line(data) + b"\n\n"
+
+
+def json_line(data: object) -> bytes:
+    """JSON on one line, also for those who take more characters for line breaks than JSON does."""
     body = orjson.dumps(data)
     for character, escape in _LINE_BREAKS.items():
         if character in body:
             body = body.replace(character, escape)
-    return b"data: " + body + b"\n\n"
+    return body
 
 
 class EventStream(Response):
@@ -246,7 +251,8 @@ class JobEventStream:
             return [event] if event else []
         if isinstance(event, TokenChunk):
             self._last = event.sequence_number
-            return [self._reset(event) if event.is_reset else self._delta(event)]
+            name, data = event_of(event, self._job_id, with_token_ids=self._with_token_ids)
+            return [frame(name, data, id=event.sequence_number)]
         self._is_queued = event.status is JobStatus.QUEUED
         if event.status is JobStatus.IN_PROGRESS:
             return [self._status_event("job.started", attempt=event.attempt, sequence_number=self._last)]
@@ -256,28 +262,6 @@ class JobEventStream:
 
     def _status_event(self, event: str, **data: object) -> bytes:
         return frame(event, {"job_id": self._job_id, **data})
-
-    def _reset(self, chunk: TokenChunk) -> bytes:
-        """Voids what was sent before: the job has started over with another revision of its model."""
-        data = {"job_id": self._job_id, "sequence_number": chunk.sequence_number, "reason": "model_revision"}
-        return frame("job.reset", data, id=chunk.sequence_number)
-
-    def _delta(self, chunk: TokenChunk) -> bytes:
-        data: dict[str, object] = {
-            "job_id": self._job_id,
-            "sequence_number": chunk.sequence_number,
-            "index": chunk.index,
-            "text": chunk.text,
-            "num_tokens": len(chunk.token_ids),
-            "finish_reason": chunk.finish_reason,
-        }
-        if self._with_token_ids:
-            data["token_ids"] = chunk.token_ids
-        if chunk.logprobs is not None:
-            data["logprobs"] = [logprob.model_dump(mode="json") for logprob in chunk.logprobs]
-        if chunk.prompt_logprobs is not None:
-            data["prompt_logprobs"] = [entry and entry.model_dump(mode="json") for entry in chunk.prompt_logprobs]
-        return frame("output.delta", data, id=chunk.sequence_number)
 
     async def _queue_event(self) -> bytes:
         """A job.queued event with the position in the queue; empty if that has not changed or is not known."""
@@ -304,6 +288,27 @@ class JobEventStream:
         if record is None:
             return []
         return [frame(f"job.{record.job.status.value}", job_view(record), id=terminal_id(record.job))]
+
+
+def event_of(chunk: TokenChunk, job_id: str, *, with_token_ids: bool = False) -> tuple[str, dict[str, object]]:
+    """The name and the data of a chunk's event. job.reset voids what was sent before: the job has started over with
+    another revision of its model."""
+    data: dict[str, object] = {"job_id": job_id, "sequence_number": chunk.sequence_number}
+    if chunk.is_reset:
+        return "job.reset", data | {"reason": "model_revision"}
+    data |= {
+        "index": chunk.index,
+        "text": chunk.text,
+        "num_tokens": len(chunk.token_ids),
+        "finish_reason": chunk.finish_reason,
+    }
+    if with_token_ids:
+        data["token_ids"] = chunk.token_ids
+    if chunk.logprobs is not None:
+        data["logprobs"] = [logprob.model_dump(mode="json") for logprob in chunk.logprobs]
+    if chunk.prompt_logprobs is not None:
+        data["prompt_logprobs"] = [entry and entry.model_dump(mode="json") for entry in chunk.prompt_logprobs]
+    return "output.delta", data
 
 
 Item = TypeVar("Item")

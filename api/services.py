@@ -26,6 +26,7 @@ from dialects.native import QueueView
 from domain.catalog import Catalog
 from domain.errors import PermissionDenied, StorageFull
 from domain.jobs import JobStatus
+from domain.requests import TokenChunk
 from observability import EventLoopMonitor, describe_exception
 from settings import Settings
 from storage import jobs
@@ -110,17 +111,31 @@ class Services:
     async def wait_for_end(self, job_id: UUID, seconds: float) -> None:
         """Returns when the job has ended or was deleted, when the time is over, or when this server drains; at once if
         all stream slots are taken. The caller has checked the job's tenant."""
+        await self._wait_for(self.read_to_end(job_id), seconds)
+
+    async def wait_for_news(self, job_id: UUID, seconds: float, *, after: int) -> None:
+        """As `wait_for_end`, but returns as soon as there is a chunk with a sequence number above `after`."""
+        await self._wait_for(self._read_one(job_id, after), seconds)
+
+    async def _wait_for(self, work: Coroutine[Any, Any, None], seconds: float) -> None:
         if self.slots.is_full:
+            work.close()
             return
         drained = asyncio.create_task(self.draining.wait())
-        ended = asyncio.create_task(self.read_to_end(job_id))
+        done = asyncio.create_task(work)
         try:
             with self.slots.hold():
-                await asyncio.wait((drained, ended), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((drained, done), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (drained, ended):
+            for task in (drained, done):
                 task.cancel()
-            await asyncio.wait((drained, ended))
+            await asyncio.wait((drained, done))
+
+    async def _read_one(self, job_id: UUID, after: int) -> None:
+        async with aclosing(self.streams.read(job_id, starting_after=after)) as events:
+            async for event in events:
+                if isinstance(event, TokenChunk):
+                    return
 
     async def read_to_end(self, job_id: UUID) -> None:
         """Returns when the job has ended or was deleted. The caller has checked the job's tenant."""
