@@ -18,6 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 OLD_OPENAI := openai==1.109.1 distro==1.9.0
 CLIENT_PINS := tests/conformance/clients.txt
+WEB_PINS := tests/conformance/node_web/package.json tests/conformance/node_web/package-lock.json
 
 # Test processes: three for two cores, since a test that runs a whole system waits for a third of its time. Each has a
 # PostgreSQL and a Redis of its own and takes a gigabyte and a half.
@@ -71,7 +72,7 @@ test-engines: $(READY_TO_TEST) ## install engines and test them on real models, 
 	@for engine in $(ENGINES); do test -x $(ENGINES_FOLDER)/$$engine/bin/python || $(BIN)/celeriac engines install $$engine || exit 1; done
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS)
 
-conformance: $(READY_TO_TEST) $(VENV)/clients/.ready ## unmodified clients of all kinds, LangChain and LiteLLM too
+conformance: $(READY_TO_TEST) $(VENV)/clients/.ready $(VENV)/web-clients/.ready ## unmodified clients of all kinds: docs/clients.md
 	$(BIN)/python -m pytest tests/conformance
 
 fuzz: $(READY_TO_TEST) ## requests made from the OpenAPI document, by the thousand: make fuzz FUZZ_REQUESTS=50000
@@ -104,10 +105,15 @@ $(READY_TO_TEST):
 	@touch $@ $(READY_TO_RUN)
 
 $(VENV)/clients/.ready: $(READY_TO_TEST) $(CLIENT_PINS)
-	@echo "Installing LangChain and LiteLLM into $(VENV)/clients, once; some minutes ..."
+	@echo "Installing LangChain, LiteLLM and other clients into $(VENV)/clients, once; some minutes ..."
 	@$(BIN)/python -m venv --clear $(VENV)/clients
 	@$(VENV)/clients/bin/python -m pip --disable-pip-version-check --quiet install --requirement $(CLIENT_PINS)
 	@touch $@
+
+$(VENV)/web-clients/.ready: $(WEB_PINS)
+	@rm -rf $(@D) && mkdir -p $(@D) && cp $(WEB_PINS) $(@D)
+	@if command -v npm >/dev/null; then echo "Installing SDKs for TypeScript into $(@D), once; a minute ..."; \
+	cd $(@D) && npm ci --no-audit --no-fund --silent && touch .ready; else echo "There is no npm: SDKs for TypeScript are skipped"; fi
 
 .PHONY: install
 install:

@@ -28,6 +28,8 @@ from storage import job_queries, jobs, tenants
 from storage.tables import DEFAULT_TENANT_ID, Job
 from tests.integration.api_harness import ApiServer, HandWorker, make_chunk
 from tests.integration.runner_harness import MODEL, RecordingRunner, Rig
+from tests.integration.test_recipes import serving
+from tests.recipes import program
 from tests.webhook_receiver import sending
 from text.models import ModelViews
 
@@ -63,6 +65,8 @@ def environment(rig: Rig, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPat
             **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
             "OPENAI_BASE_URL": f"{server.url}/v1",
             "OPENAI_API_KEY": key,
+            "CELERIAC_API_URL": server.url,
+            "CELERIAC_API_KEY": key,
         }
 
 
@@ -175,10 +179,49 @@ def test_openai_node(environment: Environment, node_folder: Path) -> None:
     report_of(["node", str(node_folder / "client.mjs")], environment, at_least=17)
 
 
-@pytest.mark.parametrize("client", ["langchain", "litellm"])
-def test_frameworks(client: str, environment: Environment) -> None:
+@pytest.mark.parametrize(
+    ("client", "num_cases"),
+    [
+        ("langchain", 4),
+        ("litellm", 8),
+        ("agents", 4),
+        ("pydantic_ai", 3),
+        ("instructor", 3),
+        ("langgraph", 2),
+        ("llm", 3),
+    ],
+)
+def test_frameworks(client: str, num_cases: int, environment: Environment) -> None:
     python = CLIENTS / "bin" / "python"
     if not python.exists():
         pytest.skip(f"{client} is not in .venv/clients; `make conformance` puts it there")
     quiet = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LANGSMITH_TRACING": "false"}
-    report_of([str(python), "-m", f"tests.conformance.programs.{client}_client"], environment | quiet, at_least=4)
+    report_of(
+        [str(python), "-m", f"tests.conformance.programs.{client}_client"], environment | quiet, at_least=num_cases
+    )
+
+
+@pytest.fixture(scope="module")
+def web_folder() -> Path:
+    """Where `make conformance` installed the SDKs for TypeScript, with the programs and the recipe that they run."""
+    folder = ROOT / ".venv" / "web-clients"
+    if not (folder / ".ready").exists():
+        pytest.skip("the SDKs for TypeScript are not in .venv/web-clients; `make conformance` puts them there")
+    for path in (NODE_FOLDER.parent / "node_web").glob("*.mjs"):
+        shutil.copy(path, folder)
+    (folder / "recipe.mjs").write_text(program("A page with `EventSource`", "js"))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "num_cases"), [("sdks", 10), ("browser", 6)])
+def test_typescript(name: str, num_cases: int, environment: Environment, web_folder: Path) -> None:
+    report_of(["node", str(web_folder / f"{name}.mjs")], environment, at_least=num_cases)
+
+
+def test_use_chat(environment: Environment, web_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELERIAC_API_URL", environment["OPENAI_BASE_URL"].removesuffix("/v1"))
+    monkeypatch.setenv("CELERIAC_API_KEY", environment["OPENAI_API_KEY"])
+    names: dict[str, Any] = {"__name__": "recipe"}
+    exec(program("Vercel AI SDK: `useChat` with resume", "python"), names)
+    with serving(names["app"]) as url:
+        report_of(["node", str(web_folder / "use_chat.mjs")], environment | {"CHAT_URL": url}, at_least=4)

@@ -1,5 +1,6 @@
 """What people do with LiteLLM as a client. Asserts for itself."""
 
+import asyncio
 import json
 import os
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from tests.conformance.programs import report
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 ADD: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+CACHED = {"type": "ephemeral"}
 there: Any = {"api_base": os.environ["OPENAI_BASE_URL"], "api_key": os.environ["OPENAI_API_KEY"], "num_retries": 0}
 
 
@@ -55,4 +57,35 @@ def unknown_model() -> None:
     raise AssertionError("a model that is not there answered")
 
 
-report.run([chat, streaming, tool_call, text_completion, embeddings, unknown_model], version=version("litellm"))
+async def bridge(model: str, **options: Any) -> Any:
+    asked: Any = {"max_tokens": 30, "messages": MESSAGES, "api_base": there["api_base"], "api_key": there["api_key"]}
+    return await litellm.anthropic.messages.acreate(model=f"openai/{model}", **(asked | options))
+
+
+def anthropic_bridge() -> None:
+    """Anthropic's Messages over our OpenAI routes, as Claude Code has them through LiteLLM."""
+    whole = asyncio.run(bridge("test-model", system=[{"type": "text", "text": "x", "cache_control": CACHED}]))
+    assert whole["content"][0]["text"]
+    assert whole["usage"]["output_tokens"] == 30
+
+    async def stream() -> list[Any]:
+        return [part async for part in await bridge("test-model", stream=True)]
+
+    assert len(asyncio.run(stream())) > 3
+
+
+def anthropic_bridge_tool() -> None:
+    tool = {"name": "add", "description": "x", "input_schema": ADD["function"]["parameters"], "cache_control": CACHED}
+    whole = asyncio.run(bridge("by-hand", tools=[tool]))
+    [call] = [block for block in whole["content"] if block["type"] == "tool_use"]
+    assert (call["name"], call["input"]) == ("add", {"a": 1})
+    assert whole["stop_reason"] == "tool_use"
+
+
+report.run(
+    [
+        *(chat, streaming, tool_call, text_completion, embeddings, unknown_model),
+        *(anthropic_bridge, anthropic_bridge_tool),
+    ],
+    version=version("litellm"),
+)
