@@ -183,10 +183,10 @@ def test_openai_node(environment: Environment, node_folder: Path) -> None:
     ("client", "num_cases"),
     [
         ("langchain", 4),
-        ("litellm", 8),
+        ("litellm", 9),
         ("agents", 4),
         ("pydantic_ai", 3),
-        ("instructor", 3),
+        ("instructor", 1),
         ("langgraph", 2),
         ("llm", 3),
     ],
