@@ -137,7 +137,7 @@ class Page:
     is_closed: bool  # and all has been read
 
 
-class Asked(NamedTuple):
+class DurableRead(NamedTuple):
     """A request that has been checked."""
 
     services: Services
@@ -205,14 +205,14 @@ async def describe_durable_stream(job_id: str, request: Request) -> Response:
     return answer
 
 
-async def _asked(job_id: str, request: Request) -> Asked:
+async def _asked(job_id: str, request: Request) -> DurableRead:
     services, tenant_id = caller_of(request)
     query = read_query(request, DurableStreamQuery)
     record = await find_job(services, job_id, tenant_id, with_result=False)
     start = start_of_read(query.offset, tail_of(record.job))
     is_text = _prefers_text(request.headers.get("accept", ""))
     content = PlainText(query.index) if is_text else JsonMessages(external_id(record.job.id))
-    return Asked(services, query, record.job, content, start)
+    return DurableRead(services, query, record.job, content, start)
 
 
 def _prefers_text(accept: str) -> bool:
@@ -261,7 +261,7 @@ def _matches(if_none_match: str, etag: str) -> bool:
     return etag in (one.strip().removeprefix("W/") for one in if_none_match.split(",")) or if_none_match.strip() == "*"
 
 
-async def _page(asked: Asked) -> Page:
+async def _page(asked: DurableRead) -> Page:
     """What comes after the start, as far as one answer may go."""
     job, start = asked.job, asked.start
     if asked.query.offset == "now" and asked.query.live is None:
@@ -278,12 +278,12 @@ async def _page(asked: Asked) -> Page:
     return Page(messages, terminal_id(record.job), is_up_to_date=True, is_closed=True)
 
 
-async def _end_message(asked: Asked, record: JobRecord) -> bytes:
+async def _end_message(asked: DurableRead, record: JobRecord) -> bytes:
     view = await asked.services.large_work.run(size_of(record.result), job_view, record)
     return asked.content.of_end(view)
 
 
-def _live(asked: Asked) -> Response:
+def _live(asked: DurableRead) -> Response:
     services, settings = asked.services, asked.services.settings
     services.slots.refuse_if_full()
     if asked.start > 0 and asked.query.offset != "now":
@@ -298,7 +298,7 @@ def _live(asked: Asked) -> Response:
     )
 
 
-async def _frames(asked: Asked) -> AsyncGenerator[bytes, None]:
+async def _frames(asked: DurableRead) -> AsyncGenerator[bytes, None]:
     """A data event for each message and a control event after it; a control event first if there is nothing yet. Ends
     without the closing one if the job is deleted, or if what was sent is void."""
     job, start, tail = asked.job, asked.start, tail_of(asked.job)
@@ -325,12 +325,12 @@ async def _frames(asked: Asked) -> AsyncGenerator[bytes, None]:
                     yield _data(asked, await _end_message(asked, record)) + closing
 
 
-def _data(asked: Asked, message: bytes) -> bytes:
+def _data(asked: DurableRead, message: bytes) -> bytes:
     lines = asked.content.data_lines(message)
     return b"event: data\n" + lines + b"\n" if lines else b""
 
 
-def _control(asked: Asked, end: int, *, is_up_to_date: bool, is_closed: bool) -> bytes:
+def _control(asked: DurableRead, end: int, *, is_up_to_date: bool, is_closed: bool) -> bytes:
     control: dict[str, object] = {"streamNextOffset": offset_of(end), "streamCursor": next_cursor(asked.query.cursor)}
     if is_up_to_date:
         control["upToDate"] = True
