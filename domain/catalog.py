@@ -61,13 +61,29 @@ class RemoteOptions(Frozen):
 
     url: ServerUrl  # up to and including /v1
     model: str | None = Field(default=None, min_length=1, max_length=256)  # its name there; default: the entry's id
-    mode: Literal["tokens", "text"] = "tokens"  # what is exchanged
+    mode: Literal["tokens", "text", "chat"] = "tokens"  # what is exchanged
+    resume: Literal["restart", "fail"] = "restart"  # mode chat: of an interrupted answer
+    structured_output: Literal["none", "response_format", "structured_outputs"] = "none"  # mode chat: what it takes
     api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")
     verify: bool = True  # the server's certificate
     ca_file: str | None = Field(default=None, min_length=1)  # of the authority that signed it, if not a public one
     connect_seconds: float = Field(default=5.0, gt=0, le=600)
     silence_seconds: float = Field(default=300.0, gt=0, le=86_400)  # before a request counts as broken off
     metrics_url: ServerUrl | None = None  # where it tells how many requests wait there
+
+    @property
+    def output_kinds(self) -> frozenset[str]:
+        """The kinds of structured output that are passed to the server in mode chat."""
+        schemas = {"json_schema", "json_object"} if self.structured_output != "none" else set()
+        grammars = {"regex", "choices", "lark"} if self.structured_output == "structured_outputs" else set()
+        return frozenset({"calls", *schemas, *grammars})
+
+    @model_validator(mode="after")
+    def _options_of_chat(self) -> Self:
+        for name in ("resume", "structured_output"):
+            if self.mode != "chat" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f'{name} is set, but mode is {self.mode!r}; it belongs to mode = "chat"')
+        return self
 
 
 #: Parameters without a counterpart in OpenAI's completions, and those that a continuation could not keep.
@@ -121,7 +137,14 @@ class ModelEntry(Frozen):
         """The sampling parameters that the model's engine does not have."""
         if self.remote is None:
             return frozenset()
+        if self.passes_messages:
+            return (_LACKED_BY_ALL | _LACKED_BY_TEXT) - {"structured_output"}
         return _LACKED_BY_ALL if self.remote.mode == "tokens" else _LACKED_BY_ALL | _LACKED_BY_TEXT
+
+    @property
+    def passes_messages(self) -> bool:
+        """Whether a server gets the messages as they are, instead of a prompt."""
+        return self.remote is not None and self.remote.mode == "chat"
 
     @property
     def can_embed(self) -> bool:

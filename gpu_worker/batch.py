@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from uuid import UUID
 
+from domain.errors import EngineError
 from domain.jobs import FinishReason, JobStatus, Lane
 from gpu_worker.commits import FlushOutcome, FlushPacer, JobFlush, JobStorage, commit
 from gpu_worker.engine_process.frames import AbortJob, EmbeddingOutput, JobFailed, JobReturned, SequenceOutput, StepDone
@@ -96,12 +97,27 @@ class RunningBatch:
             self._quarantine.admit(job)
         elif self._supervisor.ready is None and not job.is_over:
             self.release([job])  # the engine died while the job was being claimed
+        elif job.num_completion_tokens and not job.is_over and self._storage.passes_messages:
+            self._begin_anew(job)
         elif not job.is_over:  # otherwise it only needs to be finalised, which the next flush does
             self._run(job)
 
     def _run(self, job: RunningJob) -> None:
         job.is_in_engine = True
-        self._supervisor.send(job.command())
+        self._supervisor.send(job.command(passes_messages=self._storage.passes_messages))
+
+    def _begin_anew(self, job: RunningJob) -> None:
+        """For a job with output that its server cannot continue: as its entry says."""
+        if self._storage.remote_resume == "fail":
+            reason = "the answer was interrupted, and its server cannot continue it; submit the job again"
+            job.fail(JobFailed(job.name, job.attempt, EngineError.code, reason))
+            return
+        self._forget(job)
+        self._storage_thread.submit(
+            lambda is_repeated: self._storage.start_over([job.id]),
+            lambda answer: self._emit_released([job.id]),
+            lambda exc: self._emit_released([job.id]),
+        )
 
     def release_unstarted(self) -> None:
         """Release the job that is waiting to run alone, if there is one."""

@@ -91,6 +91,8 @@ class JobStorage:
         self.lease_seconds = settings.lease_seconds
         self._spec = spec
         self.model = spec.id
+        self.passes_messages = spec.passes_messages
+        self.remote_resume = None if spec.remote is None else spec.remote.resume
         self.model_revision = model_revision(spec)  # computed from the files, like the one that the API stores in jobs
 
     def claim(
@@ -124,6 +126,15 @@ class JobStorage:
         with self.sessions.begin() as session:
             released = jobs.release(session, job_ids, owner=self.owner)
         job_log.returned(AttemptOutcome.RELEASED, released)
+        self.notifier.publish((job.job_id, job.status) for job in released)
+
+    def start_over(self, job_ids: Sequence[UUID]) -> None:
+        """Release these jobs without their output, which a reset in their streams tells."""
+        with self.sessions.begin() as session:
+            released = jobs.release(session, job_ids, owner=self.owner)
+            restarted = jobs.start_over(session, job_ids)
+        job_log.returned(AttemptOutcome.RELEASED, released)
+        job_log.restarted(restarted, "its server cannot continue it")
         self.notifier.publish((job.job_id, job.status) for job in released)
 
     def report_crash(self, weight_by_job_id: dict[UUID, int]) -> list[Returned]:

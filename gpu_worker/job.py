@@ -145,7 +145,7 @@ class RunningJob:
         """Whether its first chunk or its end is pending, both of which are flushed immediately."""
         return self.is_over or (not self.has_spoken and self.has_pending)
 
-    def command(self) -> AddJob | EmbedJob:
+    def command(self, *, passes_messages: bool = False) -> AddJob | EmbedJob:
         """The command that makes the engine start the job, or continue where the last attempt stopped."""
         claimed = self.claimed
         return AddJob(
@@ -162,6 +162,7 @@ class RunningJob:
             finished_indexes=[i for i, sequence in enumerate(self.sequences) if sequence.finish_reason],
             has_prompt_logprobs=self._prompt_logprobs is not None,
             adapter=claimed.request.adapter,
+            conversation=claimed.request.model_dump_json().encode() if passes_messages else None,
         )
 
     def hear(self, index: int, now: float) -> float | None:
@@ -306,7 +307,8 @@ class RunningEmbedding(RunningJob):
         super().__init__(claimed, claimed_at=claimed_at)
         self._vectors: list[bytes] = []
 
-    def command(self) -> EmbedJob:
+    def command(self, *, passes_messages: bool = False) -> EmbedJob:
+        del passes_messages
         claimed = self.claimed
         assert not isinstance(claimed.request, GenerationRequest)
         ends = list(accumulate(claimed.input_lengths or ()))

@@ -78,7 +78,7 @@ class RevisionWatch:
             if self._policy == "restart":
                 with self._sessions.begin() as session:
                     restarted = jobs.restart(session, model, revision, live_seconds=LIVE_SECONDS)
-                job_log.restarted(restarted, revision)
+                job_log.restarted(restarted, "its model revision is no longer served", model_revision=revision)
                 moved += restarted
             elif self._policy == "fail":
                 with self._sessions.begin() as session:

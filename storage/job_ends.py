@@ -285,10 +285,12 @@ pick AS MATERIALIZED (
     ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
 )"""
 
+
 # No attempt is running, so none has to be fenced off; the next claim increments the attempt as usual. The chunks are
 # deleted, and the reset gets the sequence number after the last of them.
-RESTART = text(f"""
-WITH {PICK},
+def _restart(pick: str) -> str:
+    return f"""
+WITH {pick},
 discarded AS (DELETE FROM job_chunks c USING pick WHERE c.job_id = pick.id),
 restarted AS (
     UPDATE jobs j SET committed_sequence_number = j.committed_sequence_number + 1,
@@ -305,7 +307,19 @@ written AS (
 )
 SELECT r.id, r.attempt, r.num_tokens, (SELECT p.request_id FROM job_payloads p WHERE p.job_id = r.id) AS request_id
 FROM restarted r
-""")
+"""
+
+
+RESTART = text(_restart(PICK))
+
+START_OVER = text(
+    _restart(f"""
+pick AS MATERIALIZED (
+    SELECT j.id, j.num_committed_tokens AS num_tokens FROM jobs j
+    WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'queued' AND {BEGUN}
+    ORDER BY j.id FOR NO KEY UPDATE OF j
+)""")
+)
 
 FAIL_GONE = text(f"""
 WITH {PICK},

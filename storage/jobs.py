@@ -115,7 +115,7 @@ class Returned:
 
 @dataclass(frozen=True, slots=True)
 class Restarted:
-    """A queued job that starts over under another revision of its model. `num_tokens` tokens were discarded."""
+    """A queued job that starts over. `num_tokens` tokens were discarded."""
 
     job_id: UUID
     attempt: int
@@ -292,6 +292,11 @@ def restart(
     chunks are discarded, and a reset in their stream tells all readers."""
     parameters = {"model": model, "model_revision": model_revision, "live_seconds": live_seconds, "limit": limit}
     return [Restarted(*row) for row in session.execute(ends.RESTART, parameters)]
+
+
+def start_over(session: Session, job_ids: Sequence[UUID]) -> list[Restarted]:
+    """Discard the chunks of these queued jobs, as `restart` does."""
+    return [Restarted(*row) for row in session.execute(ends.START_OVER, {"ids": list(job_ids)})]
 
 
 def fail_gone(

@@ -113,10 +113,10 @@ def _count_end(model: str, status: JobStatus, reason: FinishReason) -> None:
     labelled(jobs_finished_total, model, status.value, REASON_BY_STATUS.get(status, reason).value).inc()
 
 
-def restarted(jobs: Iterable[Restarted], model_revision: str) -> None:
+def restarted(jobs: Iterable[Restarted], why: str, **more: object) -> None:
     for job in jobs:
-        facts = {"attempt": job.attempt, "discarded_tokens": job.num_tokens, "model_revision": model_revision}
-        _log("starts over, its model revision is no longer served", job.job_id, job.request_id, facts)
+        facts: dict[str, object] = {"attempt": job.attempt, "discarded_tokens": job.num_tokens}
+        _log(f"starts over, {why}", job.job_id, job.request_id, facts | more)
 
 
 def _log(what: str, job_id: UUID, request_id: str | None, facts: dict[str, object]) -> None:

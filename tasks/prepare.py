@@ -144,6 +144,19 @@ def _refuse_lacking(params: SamplingParams, view: ModelView) -> None:
                 "does not have it; leave it out",
                 param=f"params.{name}",
             )
+    output, remote = params.structured_output, view.spec.remote
+    if (
+        view.spec.passes_messages
+        and output is not None
+        and remote is not None
+        and output.kind not in remote.output_kinds
+    ):
+        raise UnsupportedParameter(
+            f"params.structured_output.{output.kind} is set, but the server behind {view.spec.id}, backend "
+            f"{view.spec.backend!r}, is not known to take it; leave it out, or set structured_output in its entry of "
+            "models.toml",
+            param=f"params.structured_output.{output.kind}",
+        )
 
 
 def _refuse_endless_structure(params: SamplingParams) -> None:
@@ -368,7 +381,7 @@ class RequestPreparer:
         if isinstance(request, EmbeddingRequest):
             return prepare_embedding(request, view, await self._tokenizing.encode_inputs(view, request))
         prepared = prepare_generation(request, view, await self._tokenizing.encode(view, request))
-        if request.params.structured_output is not None:
+        if request.params.structured_output is not None and not view.spec.passes_messages:
             await self._grammar_gate.check(view, request.params.structured_output, tenant_id)
         return prepared
 

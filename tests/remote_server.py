@@ -68,6 +68,7 @@ class RemoteServer:
         app = Starlette(
             routes=[
                 Route("/v1/completions", self._complete, methods=["POST"]),
+                Route("/v1/chat/completions", self._complete, methods=["POST"]),
                 Route("/v1/models", self._list),
                 Route("/metrics", lambda request: Response(self.metrics)),
             ]

@@ -33,6 +33,7 @@ from text.model_files import (
     vocabulary_size,
 )
 from text.outputs import OutputFormat, ReasoningFormat, output_format_of
+from text.passed_on import EVERY_EFFORT, PASSED_ON, text_to_count
 from text.templates import DEFAULT, NO_VALUES, ChatTemplate, TemplateChoice, load_templates, plain_message, plain_tool
 from text.tokenizers import (
     ByteEncoder,
@@ -92,8 +93,8 @@ class ModelView:
         self.vocab_size = vocab_size
         self.vocabulary = vocabulary
         self._chat_template = chat_template or TemplateChoice(spec, {})
-        self.output_format = _output_format(self._chat_template)
-        self.thinking = self._chat_template.thinking
+        self.output_format = PASSED_ON if spec.passes_messages else _output_format(self._chat_template)
+        self.thinking = EVERY_EFFORT if spec.passes_messages else self._chat_template.thinking
         self.embedding_width = embedding_width  # numbers per vector, if the model can embed
         self._encoder = encoder
         self._marks = marks or ContentMarks([])
@@ -160,6 +161,8 @@ class ModelView:
     def encode(self, request: GenerationRequest) -> list[int]:
         """The token ids of the prompt. A chat template writes its special tokens itself; text from messages and tools
         never becomes a control token, even if it looks like one. Raises InvalidRequest."""
+        if self.spec.passes_messages:
+            return self._encoder.encode(text_to_count(request, self.spec.id), add_special_tokens=True)
         if request.messages is not None:
             return self._in_vocabulary(self._encoder.encode_rendered(self._rendered(request)), "messages")
         if request.prompt_token_ids is not None:
@@ -400,7 +403,7 @@ def _load_view(entry: ModelEntry) -> ModelView:
     tokenizer = load_tokenizer(folder, tokenizer_config, special_tokens)
     vocab_size = vocabulary_size(config, default=tokenizer.get_vocab_size())
     vocabulary = None
-    if entry.backend != "fake" and entry.task == "generation":
+    if entry.backend != "fake" and entry.task == "generation" and not entry.passes_messages:
         # Must be taken before the encoder adds its separator token.
         eos_ids = eos_token_ids(generation_config, config)
         vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids, tokenizer.to_str().encode())

@@ -33,6 +33,7 @@ class AddJob(msgspec.Struct, tag="add", frozen=True):
     finished_indexes: list[int]  # sequences whose last chunk is already committed
     has_prompt_logprobs: bool = False  # whether the prompt's logprobs, if the job asks for them, are already committed
     adapter: str | None = None  # the name of one of the model's LoRA adapters
+    conversation: bytes | None = None  # a dumped GenerationRequest, for a server that takes messages
 
 
 class EmbedJob(msgspec.Struct, tag="embed", frozen=True):

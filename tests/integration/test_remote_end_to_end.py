@@ -28,7 +28,7 @@ from tests.waiting import slowness, wait_until
 
 pytestmark = pytest.mark.slow
 
-BEHIND, FRONT = "celeriac-mini", "front"
+BEHIND, FRONT, TALK = "celeriac-mini", "front", "talk"
 NUM_JOBS, NUM_TOKENS = 3, 200
 NUM_EVENTS = 2  # that a stream passes on before it is held
 FINISH_SECONDS = 120.0
@@ -65,8 +65,16 @@ def running_chain() -> Iterator[Chain]:
             [models.remote]
             url = "{http.url}/v1"
             model = "{BEHIND}"
+            [[models]]
+            id = "{TALK}"
+            path = "{BEHIND}"
+            backend = "remote"
+            [models.remote]
+            url = "{http.url}/v1"
+            model = "{BEHIND}"
+            mode = "chat"
         """
-        workers = {"behind": BEHIND, "front": FRONT}
+        workers = {"behind": BEHIND, "front": FRONT, "talk": TALK}
         settings = SETTINGS | {"flush_max_seconds": 0.1}
         plant = Plant(folder, models=models, worker_models=workers, settings=settings, start=start_prepared)
         plant.api_urls = apis
@@ -143,6 +151,43 @@ def test_greedy_text_is_that_of_the_model_behind_whatever_befalls(chain: Chain) 
     assert not proxy.refusals
     assert not proxy.cuts
     assert proxy.num_posts >= num_posts + 3 + 3 + NUM_JOBS
+
+
+def chat(model: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "Tell me a long story about a little boat."}]
+    return {"model": model, "messages": messages, "params": {"max_tokens": 60, "temperature": 0}}
+
+
+def test_an_interrupted_conversation_begins_anew_and_its_stream_says_so(chain: Chain) -> None:
+    """Once because its worker is killed, and once because its server breaks off."""
+    proxy = chain.proxy
+    with chain.http as http:
+
+        def finished(job_id: str) -> dict[str, Any]:
+            wait_until(lambda: http.get(f"/v1/jobs/{job_id}").json()["status"] == "completed", "it is completed")
+            found: dict[str, Any] = http.get(f"/v1/jobs/{job_id}").json()
+            return found
+
+        def submitted(model: str) -> str:
+            return str(http.post("/v1/jobs", json=chat(model)).raise_for_status().json()["id"])
+
+        expected = finished(submitted(BEHIND))["output"]["text"]
+        assert len(expected) > 50
+        proxy.refusals += [503, 429]
+        proxy.hold_after = NUM_EVENTS
+        killed = submitted(TALK)
+        wait_until(lambda: http.get(f"/v1/jobs/{killed}").json()["first_token_at"], "it has output")
+        chain.system.plant.workers[2].send(signal.SIGKILL)
+        proxy.hold_after = None
+        jobs = {killed: finished(killed)}
+        proxy.cuts += [NUM_EVENTS]
+        cut = submitted(TALK)
+        jobs[cut] = finished(cut)
+        for job_id, job in jobs.items():
+            assert job["output"]["text"] == expected
+            assert job["attempt"] > 1
+            events = http.get(f"/v1/jobs/{job_id}/events", headers={"last-event-id": "1"}).text
+            assert events.count("event: job.reset") == 1
 
 
 def test_a_cancelled_job_leaves_its_server(chain: Chain) -> None:

@@ -67,6 +67,24 @@ class TestClaims:
         assert session.scalar(select(Job.model_revision).where(Job.id == job.id)) == "runs"
 
 
+def test_a_job_that_its_server_cannot_continue_begins_anew_under_the_same_revision(
+    session_factory: Sessions, make_job: MakeJob
+) -> None:
+    job, untouched = (make_job(model=MODEL, prompt_token_ids=[1, 2]) for _ in range(2))
+    for one in (job, untouched):
+        begin(session_factory, one.id, "an old ", "text")
+    with session_factory.begin() as session:
+        [restarted] = jobs.start_over(session, [job.id])
+        assert restarted.job_id == job.id
+        assert jobs.start_over(session, [job.id]) == []
+    with session_factory() as session:
+        chunks = session.scalars(select(JobChunk.chunk).where(JobChunk.job_id == job.id)).all()
+        assert [(one.sequence_number, one.is_reset) for one in chunks] == [(3, True)]
+        row = session.get_one(Job, job.id)
+        assert (row.num_failures, row.num_committed_tokens) == (0, 0)
+        assert session.get_one(Job, untouched.id).reset_sequence_number == 0
+
+
 @pytest.fixture
 def make_janitor(session_factory: Sessions, redis_url: str) -> Iterator[Callable[..., Janitor]]:
     client = redis.Redis.from_url(redis_url)

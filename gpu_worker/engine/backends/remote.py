@@ -5,21 +5,25 @@ again for what is missing: its prompt followed by the tokens that it has. The se
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from time import monotonic
 from urllib.parse import urlsplit
 
+import msgspec
 from tokenizers import Tokenizer
 
 from domain.catalog import ModelSpec
 from domain.errors import EngineError, InvalidRequest, UnsupportedParameter
 from domain.jobs import FinishReason
+from domain.requests import GenerationRequest
 from gpu_worker.engine.backends import LoadedModel, RecordStep, StepMember
 from gpu_worker.engine.detokenizer import with_visible_reasoning
 from gpu_worker.engine.families import turn_end_token_ids
 from gpu_worker.engine.remote.answers import Delta, Fault, ScoredToken, ServerFailure
 from gpu_worker.engine.remote.bodies import TextTokens, completion_body
+from gpu_worker.engine.remote.chat import ChatReader, chat_body
 from gpu_worker.engine.remote.connection import Begun, Broken, Call, Connection, Grown, News, Probed
 from gpu_worker.engine.remote.gate import FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS, Gate
 from gpu_worker.engine.sampling import Drawn, describe
@@ -57,6 +61,7 @@ class RemoteSequence:
     not_before: float = 0.0  # monotonic time of its next request
     waits_since: float = field(default_factory=monotonic)  # when it was added, or last left the server
     has_grown: bool = False  # whether it has gained any token here
+    request: GenerationRequest | None = None  # whose messages are sent; None for a prompt
 
 
 @dataclass(slots=True)
@@ -76,12 +81,14 @@ class RemoteBackend:
         self._place = urlsplit(spec.remote.url).netloc
         self._tokenizer, self._limits = _read_files(spec)
         self._tokens = token_table_of(self._tokenizer)
-        self._text_tokens = TextTokens(self._tokenizer) if spec.remote.mode == "text" else None
+        self._text_tokens = None if spec.remote.mode == "tokens" else TextTokens(self._tokenizer)
         self._jobs: dict[tuple[str, int], EngineJob] = {}
         self._waiting: list[RemoteSequence] = []  # without a request
         self._by_call: dict[Call, RemoteSequence] = {}
         self._gains: dict[Sequence, Gain] = {}  # of the next StepDone
         self._failures: list[JobFailed] = []
+        self._returned: list[JobReturned] = []
+        self._num_interrupted: Counter[str] = Counter()  # by job, since a text of its began
         self._num_jobs = self._num_steps = self._num_generation_tokens = self._num_prompt_tokens = 0
         self._step_seconds = 0.0
         self._gate = Gate()
@@ -100,6 +107,9 @@ class RemoteBackend:
         self._connection.close()
 
     def add(self, command: AddJob) -> None:
+        request = _request_of(self._spec, command)
+        if request is not None:  # the server sees to the form of the output
+            command = msgspec.structs.replace(command, params=command.params | {"structured_output": None})
         job = make_engine_job(command, self._limits, self._tokenizer, None, arrival=self._num_jobs)
         _refuse_lacking(self._spec, job)
         self._num_jobs += 1
@@ -108,7 +118,7 @@ class RemoteBackend:
             if sequence.is_finished:
                 self._gains[sequence] = Gain()
             else:
-                self._waiting.append(RemoteSequence(sequence))
+                self._waiting.append(RemoteSequence(sequence, request=request))
         self._waiting.sort(key=lambda one: one.sequence.rank)
         self._forget_if_done(job)
 
@@ -130,13 +140,13 @@ class RemoteBackend:
     @property
     def has_work(self) -> bool:
         """True also while the server is away, as only steps find out when it is back."""
-        return bool(self._jobs or self._gains or self._failures or self._gate.is_away)
+        return bool(self._jobs or self._gains or self._failures or self._returned or self._gate.is_away)
 
     def step(self, record: RecordStep) -> StepDone:
         started_at = monotonic()
         if self._gate.is_away and started_at >= self._gate.opens_at and not self._is_probing:
             self._probe()
-        returned = self._return_waiting(started_at)
+        returned, self._returned = self._returned + self._return_waiting(started_at), []
         self._send(started_at)
         record(self._members())
         has_news_already = bool(self._gains or self._failures or returned)
@@ -196,10 +206,16 @@ class RemoteBackend:
         due = [one for one in self._waiting if now >= one.not_before][: max(0, room)]
         for one in due:
             self._waiting.remove(one)
-            body = completion_body(one.sequence, self._spec, self._tokenizer)
-            one.call, one.has_begun = Call(body, max_tokens=body["max_tokens"]), False
+            one.call, one.has_begun = self._make_call(one), False
             self._by_call[one.call] = one
             self._connection.start(one.call)
+
+    def _make_call(self, one: RemoteSequence) -> Call:
+        if one.request is None:
+            body = completion_body(one.sequence, self._spec, self._tokenizer)
+            return Call(body, max_tokens=body["max_tokens"])
+        body = chat_body(one.sequence, self._spec, one.request)
+        return Call(body, max_tokens=body["max_tokens"], path="chat/completions", read=ChatReader().read)
 
     def _probe(self) -> None:
         self._is_probing = True
@@ -271,8 +287,23 @@ class RemoteBackend:
             )
         else:
             self._close_gate(failure, sent_at=call.started_at)
+        if one.request is not None and one.has_grown:
+            self._interrupt(one.sequence.job, failure)
+            return
         self._waiting.append(one)
         self._waiting.sort(key=lambda one: one.sequence.rank)
+
+    def _interrupt(self, job: EngineJob, failure: ServerFailure) -> None:
+        """A server that takes messages cannot continue an answer: the job goes back, and its worker does with it what
+        the entry says. One that is interrupted again and again fails."""
+        self._num_interrupted[job.id] += 1
+        if self._num_interrupted[job.id] >= MAX_BROKEN:
+            times = f"{MAX_BROKEN} times after its first text, and now {failure.message}"
+            self._fail(job, EngineError.code, f"it broke off this job's answer {times}")
+            return
+        self._jobs.pop((job.id, job.attempt), None)
+        self._leave(job)
+        self._returned.append(JobReturned(job.id, job.attempt))
 
     def _fail(self, job: EngineJob, code: str, message: str) -> None:
         self._jobs.pop((job.id, job.attempt), None)
@@ -370,6 +401,16 @@ def _refuse_lacking(spec: ModelSpec, job: EngineJob) -> None:
     """A job that was accepted before its entry was changed."""
     if job.params.structured_output is not None or job.params.prompt_logprobs is not None:
         raise UnsupportedParameter(f"the remote server of {spec.id} has no such output; see docs/engines.md")
+
+
+def _request_of(spec: ModelSpec, command: AddJob) -> GenerationRequest | None:
+    """The request whose messages are sent. Raises UnsupportedParameter for a job that was accepted with a prompt."""
+    if not spec.passes_messages:
+        return None
+    request = None if command.conversation is None else GenerationRequest.model_validate_json(command.conversation)
+    if request is None or request.messages is None:
+        raise UnsupportedParameter(f"the remote server of {spec.id} takes only messages; see docs/engines.md")
+    return request
 
 
 def _read_files(spec: ModelSpec) -> tuple[Tokenizer, ModelLimits]:

@@ -12,7 +12,7 @@ import queue
 import re
 import ssl
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
@@ -44,6 +44,8 @@ class Call:
 
     body: dict[str, Any]
     max_tokens: int
+    path: str = "completions"
+    read: Callable[[bytes], Delta | None] = read_delta  # makes a delta of an event
     started_at: float = field(default_factory=monotonic)
     task: "asyncio.Task[None] | None" = None
 
@@ -171,14 +173,14 @@ class Connection:
     async def _read(self, call: Call) -> None:
         num_tokens = 0
         headers = {"content-type": "application/json", "accept": "text/event-stream"}
-        url = f"{self._options.url}/completions"
+        url = f"{self._options.url}/{call.path}"
         async with self._client.stream("POST", url, content=orjson.dumps(call.body), headers=headers) as response:
             if response.status_code != 200:
                 raise failure_of(response.status_code, await _read_some(response, MAX_ERROR_BYTES), response.headers)
             self._news.put(Begun(call))
             async with contextlib.aclosing(read_events(response.aiter_bytes())) as events:
                 async for data in events:
-                    delta = read_delta(data)
+                    delta = call.read(data)
                     if delta is None:
                         continue
                     num_tokens += len(delta.token_ids or delta.text)
