@@ -85,11 +85,13 @@ class Settings(BaseSettings):
     callback_broker_url: str | None = None  # the broker of clients' Celery applications; default: no callbacks
     callback_queues: str = Field(default="celery", pattern=r"^[^,\s]+(,[^,\s]+)*$")  # of theirs; * and ? are wildcards
 
-    # Files and batches
+    # Files, conversations and batches
     max_file_bytes: int = Field(default=209_715_200, ge=1024)
     max_file_bytes_per_tenant: int = Field(default=10_737_418_240, ge=1024)  # total of all its files
     file_ttl_seconds: int = Field(default=2_592_000, ge=3_600)  # how long a file is kept if its upload sets no time
     max_uploads: int = Field(default=8, ge=1)  # at once, per API process
+    conversation_ttl_seconds: int = Field(default=2_592_000, ge=3_600)  # how long a conversation is kept after its use
+    max_conversation_bytes_per_tenant: int = Field(default=1_073_741_824, ge=65_536)  # total of all its conversations
     batch_jobs_in_flight: int = Field(default=256, ge=1)  # per tenant; also at most a quarter of its queue
     batch_reserve: float = Field(default=0.25, ge=0, lt=1)  # the share of a model's slots that batch lines never take
 

@@ -32,7 +32,7 @@ from api import (
 from api.anthropic_batches import MAX_BATCH_BYTES
 from api.errors import ImpliedMethods, register_error_handlers
 from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
-from api.openai import batches, files, inference, responses
+from api.openai import batches, conversations, files, inference, responses
 from api.openai.files import FORM_BYTES
 from api.openapi import document_of
 from api.services import open_services, private_router
@@ -130,7 +130,7 @@ ROUTERS = (
     jobs.readers,
     stream_tokens.router,
     durable_streams.router,
-    *(module.router for module in (inference, responses, files, batches)),
+    *(module.router for module in (inference, responses, conversations, files, batches)),
     anthropic.router,
     anthropic_batches.router,
     simple.router,

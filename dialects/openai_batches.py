@@ -107,6 +107,10 @@ def _response_request(body: ResponseBody, view: ModelView) -> GenerationRequest:
             "previous_response_id is not supported in a batch; send the conversation as input",
             param="previous_response_id",
         )
+    if body.conversation is not None:
+        raise UnsupportedParameter(
+            "conversation is not supported in a batch; send its items as input", param="conversation"
+        )
     return openai_response_requests.to_generation_request(body, view)
 
 

@@ -11,7 +11,8 @@ from uuid import UUID
 
 from pydantic import Field
 
-from dialects.openai_response_requests import ItemStatus, Phase, ResponseBody
+from dialects.openai_response_items import ItemStatus, Phase
+from dialects.openai_response_requests import ResponseBody
 from dialects.openai_response_tools import ResponseAllowedTools, ResponseFunctionTool, ResponseNamedTool
 from dialects.openai_views import (
     ResponseUsageView,
@@ -161,6 +162,10 @@ class ReasoningConfigView(View):
     summary: None
 
 
+class ConversationNameView(View):
+    id: str
+
+
 class ResponseView(View):
     id: str
     object: Literal["response"]
@@ -178,6 +183,7 @@ class ResponseView(View):
     output: list[OutputItemView]
     parallel_tool_calls: bool
     previous_response_id: str | None
+    conversation: ConversationNameView | None
     reasoning: ReasoningConfigView
     safety_identifier: str | None
     prompt_cache_key: str | None
@@ -387,6 +393,7 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
         "output": cast(list[OutputItemView], output.items),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id,
+        "conversation": None if body.conversation_id is None else {"id": body.conversation_id},
         "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
         "safety_identifier": body.safety_identifier,
         "prompt_cache_key": body.prompt_cache_key,

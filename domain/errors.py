@@ -5,6 +5,7 @@ CeleriacError
 │   ├── ContextLengthExceeded      context_length_exceeded
 │   ├── UnsupportedParameter       unsupported_parameter
 │   ├── PreviousResponseNotFound   previous_response_not_found: there is no such response to continue
+│   ├── ConversationLocked         conversation_locked: another response or change is under way; send it again
 │   ├── InvalidCursor              invalid_cursor: an invalid stream position or page cursor
 │   ├── InvalidJsonLine            invalid_json_line: a line of a batch is not a JSON object
 │   ├── MissingParameter           missing_required_parameter: a line of a batch lacks one of its four fields
@@ -22,7 +23,8 @@ CeleriacError
 │   ├── ModelNotFound              model_not_found
 │   ├── JobNotFound                job_not_found (also for another tenant's job)
 │   ├── FileNotFound               file_not_found, likewise
-│   └── BatchNotFound              batch_not_found, likewise
+│   ├── BatchNotFound              batch_not_found, likewise
+│   └── ConversationNotFound       conversation_not_found, likewise
 ├── NotOffered                     not_implemented: an OpenAI route without a counterpart here
 ├── CursorExpired                  cursor_expired: the log before this position was pruned
 ├── Overloaded                     retry later; carries retry_after_seconds
@@ -74,6 +76,10 @@ class UnsupportedParameter(InvalidRequest):
 
 class PreviousResponseNotFound(InvalidRequest):
     code = "previous_response_not_found"
+
+
+class ConversationLocked(InvalidRequest):
+    code = "conversation_locked"
 
 
 class InvalidCursor(InvalidRequest):
@@ -146,6 +152,10 @@ class FileNotFound(NotFound):
 
 class BatchNotFound(NotFound):
     code = "batch_not_found"
+
+
+class ConversationNotFound(NotFound):
+    code = "conversation_not_found"
 
 
 class NotOffered(CeleriacError):

@@ -29,6 +29,7 @@ SEPARATOR_BY_PREFIX = {"job": "_", "resp": "_", "msg": "_", "chatcmpl": "-", "cm
 SEPARATOR_BY_PREFIX_OF_OTHERS = {
     "batch": "_",
     "batch_req": "_",
+    "conv": "_",
     "msgbatch": "_",
     "evt": "_",
     "file": "-",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, Self
+from uuid import UUID
 
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, TypeAdapter, model_validator
 
@@ -415,6 +416,14 @@ MAX_DEADLINE_AHEAD = timedelta(days=365)
 
 
 @dataclass(frozen=True, slots=True)
+class ConversationTurn:
+    """The conversation that a job continues, as it was read for the job's prompt. `version` changes with its items."""
+
+    conversation_id: UUID
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class JobOptions:
     """The options of a job that are not part of its request."""
 
@@ -432,6 +441,7 @@ class JobOptions:
     endpoint: Endpoint = Endpoint.JOBS
     is_stored: bool = False
     endpoint_body: str | None = None  # JSON, stored for routes that return the request again
+    turn: ConversationTurn | None = None  # to which its input and output belong once it has completed
 
 
 def refuse_impossible_deadline(options: JobOptions) -> None:

@@ -23,7 +23,7 @@ from domain.catalog import Catalog
 from domain.jobs import AttemptOutcome, JobStatus, external_id
 from observability import describe_exception
 from settings import Settings
-from storage import files, jobs, maintenance, webhook_deliveries, workers
+from storage import conversations, files, jobs, maintenance, webhook_deliveries, workers
 from storage.jobs import Restarted, Returned
 from storage.streams import publish
 from storage.workers import LIVE_SECONDS
@@ -177,6 +177,7 @@ class Janitor:
             ("dispatched of models taken out", self._dispatch_unlisted),
             ("pruned", self._prune),
             ("pruned files", self._prune_files),
+            ("pruned conversations", self._prune_conversations),
             ("checked", self._check),
             ("cleared keys of Redis", self._clear_old_queue),
         ]
@@ -254,6 +255,10 @@ class Janitor:
     def _prune_files(self) -> int:
         with self._sessions.begin() as session:
             return files.prune(session)
+
+    def _prune_conversations(self) -> int:
+        with self._sessions.begin() as session:
+            return conversations.prune(session)
 
     def _check(self) -> int:
         """Count inconsistencies, which should never occur, for the metrics. Returns their sum."""

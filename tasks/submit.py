@@ -62,6 +62,9 @@ def request_hash(request: JobRequest, options: JobOptions) -> bytes:
         "endpoint": [options.endpoint, options.is_stored],
         "webhook": options.webhook_url and [options.webhook_url, *options.webhook_statuses],
     }
+    if options.turn is not None:
+        # Its conversation may have grown between a request and its retry, so what counts is what the client wrote.
+        asked |= {"messages": None, "conversation": str(options.turn.conversation_id), "body": options.endpoint_body}
     return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
 
 
@@ -139,13 +142,20 @@ class Submitter:
         self._preparer = RequestPreparer(views)
         self._webhook_guard = TargetGuard(settings)
 
-    async def submit(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> Submitted:
-        """Returns once the job is committed. Raises the CeleriacError that says why it was not."""
+    async def submit(
+        self,
+        tenant_id: UUID,
+        request: JobRequest,
+        options: JobOptions,
+        accept: Callable[[NewJob], Awaitable[Accepted]] | None = None,
+    ) -> Submitted:
+        """Returns once the job is committed: by `accept`, or else in a group with others. Raises the CeleriacError that
+        says why it was not."""
         view = self._views.get(request.model)
         with counting_refusals(view.spec.id):
             new_job = await self.prepare(tenant_id, request, options)
             note_submitted(external_id(new_job.id))
-            accepted = await self._acceptor.accept(new_job)
+            accepted = await (accept or self._acceptor.accept)(new_job)
             note_submitted(external_id(accepted.job_id))
             raise_refusal(accepted, options)
         return self.conclude(new_job, accepted)

@@ -1,14 +1,7 @@
-"""/v1/responses: create, stream, read, continue, cancel and delete responses.
+"""/v1/responses: create, stream, read, continue, cancel and delete responses."""
 
-A response's events are numbered from 0 and are the same whenever they are read: the numbers are derived from the job's
-committed chunks. So a cursor stays valid for as long as the job is kept, whichever API process serves it and however
-many workers the job has had.
-"""
-
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
-from uuid import UUID
 
 from pydantic import Field
 from starlette.convertors import StringConvertor, register_url_convertor
@@ -16,210 +9,40 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.events import ABANDONED, EventStream, frame, read_all_chunks, retry_until_storage_answers
+from api.events import ABANDONED, EventStream, frame
 from api.inputs import PageQuery, QueryModel, listing, off_loop, query_parameters, read_for_model, read_query
 from api.openai.answers import WholeAnswer
+from api.openai.conversation_turns import accept_in, context_in, end_turn_of
+from api.openai.response_records import (
+    as_it_ended,
+    as_it_stands,
+    body_of,
+    conversation_of,
+    find_response,
+    parser_for,
+)
+from api.openai.response_streams import ResponseStream, error_event
 from api.openai.running import Asked, Run, start
 from api.openapi import request_body, streamed_or
 from api.services import Services, caller_of, private_router
 from dialects.bodies import with_body_names
 from dialects.errors import refuse_unfinished
 from dialects.fields import HINT_TREE
-from dialects.openai_response_objects import (
-    Ending,
-    InputItemListView,
-    InputTokensView,
-    ResponseEvent,
-    ResponseOutput,
-    ResponseView,
-    ending_of,
-    from_result,
-    response_object,
-)
+from dialects.openai_response_items import listed_items
+from dialects.openai_response_objects import InputItemListView, InputTokensView, ResponseView, ending_of
 from dialects.openai_response_requests import (
     Includable,
     InputTokensBody,
     ResponseBody,
-    add_output,
-    listed_items,
     spelling_of,
     to_generation_request,
 )
 from dialects.openai_views import DeletedView, page
-from domain.errors import (
-    CeleriacError,
-    InvalidRequest,
-    JobNotFound,
-    ModelNotFound,
-    PreviousResponseNotFound,
-    ServerOverloaded,
-)
-from domain.jobs import Endpoint, JobStatus, external_id, parse_id
-from domain.requests import GenerationRequest, TokenChunk
-from storage import job_queries, jobs
+from domain.errors import CeleriacError, InvalidRequest
+from domain.jobs import Endpoint, JobStatus, external_id
+from domain.requests import ConversationTurn, GenerationRequest
+from storage import jobs
 from storage.job_queries import JobRecord
-from text.outputs import OutputFormat, OutputParser
-from text.parsers import parser_of
-
-
-async def find_response(services: Services, tenant_id: UUID, response_id: str) -> JobRecord:
-    """The job of a stored response, with its request. Raises JobNotFound, with the same message for a malformed id, one
-    of another tenant, and a job that is not a stored response."""
-    not_found = JobNotFound(
-        f"there is no response {response_id[:64]!r}; it may have expired, or have been created with store=false",
-        param="response_id",
-    )
-    try:
-        id_ = parse_id(response_id)
-    except ValueError:
-        raise not_found from None
-    record = await services.read(job_queries.get, id_, tenant_id, with_request=True)
-    if record is None or record.job.endpoint is not Endpoint.RESPONSES or not record.job.is_stored:
-        raise not_found
-    return record
-
-
-def body_of(record: JobRecord) -> ResponseBody:
-    """The body that the client sent. `record` must include its request."""
-    assert record.endpoint_body is not None
-    return ResponseBody.model_validate(record.endpoint_body)
-
-
-def parser_for(services: Services, record: JobRecord) -> OutputParser:
-    """A parser for the job's output; for plain text if its model is no longer served."""
-    assert isinstance(record.request, GenerationRequest)
-    try:
-        format = services.views.output_format(record.job.model)
-    except ModelNotFound:
-        format = OutputFormat()
-    return parser_of(record.request, format)
-
-
-def as_it_ended(services: Services, record: JobRecord) -> ResponseView:
-    """The response of a job that has ended."""
-    return from_result(record, body_of(record), parser_for(services, record))
-
-
-async def as_it_stands(services: Services, record: JobRecord) -> ResponseView:
-    """The response in its current state, with the text so far."""
-    if record.job.status.is_terminal:
-        return as_it_ended(services, record)
-    output = ResponseOutput(record.job.id, parser_for(services, record))
-    for chunk in await read_all_chunks(services, record.job.id):
-        list(output.push(chunk.text, chunk.logprobs))
-    return response_object(record, body_of(record), ending_of(record.job), output)
-
-
-async def conversation_of(services: Services, tenant_id: UUID, response_id: str) -> list[dict[str, Any]]:
-    """The messages and output of a completed response, as the start of the next conversation turn. Without its
-    instructions, which apply to one response only. Raises InvalidRequest."""
-    try:
-        record = await find_response(services, tenant_id, response_id)
-    except JobNotFound as exc:
-        raise PreviousResponseNotFound(exc.message, param="previous_response_id") from None
-    previous = as_it_ended(services, record)
-    if previous["status"] not in ("completed", "incomplete"):
-        raise InvalidRequest(
-            f"{previous['id']} is {previous['status']}; send the id of a completed response",
-            param="previous_response_id",
-        )
-    assert isinstance(record.request, GenerationRequest)
-    dumped = [message.model_dump(exclude_defaults=True) for message in record.request.messages or ()]
-    messages = dumped[1:] if previous["instructions"] else dumped
-    add_output(messages, previous["output"])
-    return messages
-
-
-LAST_EVENTS = {"completed": "response.completed", "incomplete": "response.incomplete"}
-
-
-class ResponseStream:
-    """The encoded events of one response for one reader. The caller has checked that the job belongs to the reader."""
-
-    def __init__(
-        self, services: Services, record: JobRecord, body: ResponseBody, parser: OutputParser, *, starting_after: int
-    ) -> None:
-        """`record` must include its request. `starting_after` is the number of the last event that the reader has, or
-        -1 for none."""
-        self._services = services
-        self._record = record
-        self._body = body
-        self._output = ResponseOutput(record.job.id, parser)
-        self._starting_after = starting_after
-        self._number = -1  # of the last event, sent or skipped
-
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        for data in self._numbered(self._beginning()):
-            yield data
-        has_begun = has_text = False
-        async with aclosing(self._services.streams.read(self._record.job.id)) as events:
-            async for event in events:
-                if not has_begun and (isinstance(event, TokenChunk) or event.attempt > 0):
-                    has_begun = True
-                    for data in self._numbered(self._start()):
-                        yield data
-                if isinstance(event, TokenChunk) and event.is_reset and (has_text or self._starting_after >= 0):
-                    yield frame("error", error_event(_started_over(self._record)))
-                    return
-                if isinstance(event, TokenChunk) and not event.is_reset:
-                    has_text = True
-                    for data in self._numbered(self._output.push(event.text, event.logprobs)):
-                        yield data
-        for data in self._numbered(await self._end()):
-            yield data
-
-    def _beginning(self) -> Iterator[ResponseEvent]:
-        """Only a background response is ever shown as queued; others are in progress from the start."""
-        begun = self._response(Ending("queued" if self._body.background else "in_progress"))
-        yield {"type": "response.created", "response": begun}
-        yield {"type": f"response.{begun['status']}", "response": begun}
-
-    def _start(self) -> Iterator[ResponseEvent]:
-        if self._body.background:
-            yield {"type": "response.in_progress", "response": self._response(Ending("in_progress"))}
-
-    async def _end(self) -> list[ResponseEvent]:
-        job = self._record.job
-        record = await retry_until_storage_answers(
-            lambda: self._services.read(job_queries.get, job.id, job.tenant_id, with_request=True)
-        )
-        if record is None:
-            return [error_event(JobNotFound(f"{external_id(job.id, 'resp')} was deleted"))]
-        self._record = record
-        ending = ending_of(record.job)
-        events = list(self._output.finish(ending.item_status))
-        kind = LAST_EVENTS.get(ending.status, "response.failed")
-        return [*events, {"type": kind, "response": self._response(ending)}]
-
-    def _response(self, ending: Ending) -> ResponseView:
-        return response_object(self._record, self._body, ending, self._output)
-
-    def _numbered(self, events: Iterable[ResponseEvent]) -> Iterator[bytes]:
-        for event in events:
-            self._number += 1
-            if self._number > self._starting_after:
-                yield frame(str(event["type"]), {**event, "sequence_number": self._number})
-
-    @property
-    def early_end_frame(self) -> bytes:
-        """The event to send if this server ends the stream before the job is done."""
-        name = external_id(self._record.job.id, "resp")
-        event = error_event(ServerOverloaded(f"this stream ends early, but {name} continues: retrieve it"))
-        return frame("error", event)
-
-
-def _started_over(record: JobRecord) -> CeleriacError:
-    """For a job that starts over: events that were numbered and sent cannot be retracted."""
-    name = external_id(record.job.id, "resp")
-    return ServerOverloaded(
-        f"the model was replaced while {name} ran, so its output starts over: discard what you received, and retrieve "
-        f"{name} without starting_after"
-    )
-
-
-def error_event(exc: CeleriacError) -> ResponseEvent:
-    return {"type": "error", "code": exc.code, "message": exc.message, "param": exc.param}
-
 
 CANCEL_SECONDS = 2.0  # longer than a step; if the worker was lost, cancelling takes longer than this
 
@@ -267,7 +90,8 @@ async def create_response(request: Request) -> Response:
             param="store",
         )
     services, _ = caller_of(request)
-    run = await start(request, await _generation(request, body), _asked(body))
+    generation, turn = await _generation(request, body)
+    run = await start(request, generation, _asked(services, body, turn))
     if not (body.stream or body.background):
         return WholeAnswer([run], lambda records: as_it_ended(services, records[0]), refuse=_refuse_without_answer)
     record = await run.read(with_request=True)
@@ -286,7 +110,7 @@ async def count_input_tokens(request: Request) -> Response:
     services, _ = caller_of(request)
     counted = await read_for_model(request, InputTokensBody, HINT_TREE)
     body = await off_loop(request, _counted_as_response, counted)
-    generation = await _generation(request, body)
+    generation, _ = await _generation(request, body)
     try:
         num_tokens = await services.submitter.count_prompt_tokens(generation)
     except CeleriacError as exc:
@@ -333,6 +157,7 @@ async def delete_response(response_id: str, request: Request) -> Response:
     services, tenant_id = caller_of(request)
     record = await find_response(services, tenant_id, response_id)
     await services.cancel(record.job.id, tenant_id)
+    await end_turn_of(services, tenant_id, record.job.id)
     await services.write(jobs.delete, record.job.id, tenant_id)
     return json_response({"id": external_id(record.job.id, "resp"), "object": "response", "deleted": True})
 
@@ -351,21 +176,28 @@ async def list_input_items(response_id: str, request: Request) -> Response:
     return json_response(listed | {"first_id": listed["first_id"] or "", "last_id": listed["last_id"] or ""})
 
 
-async def _generation(request: Request, body: ResponseBody) -> GenerationRequest:
-    """Raises InvalidRequest."""
+async def _generation(request: Request, body: ResponseBody) -> tuple[GenerationRequest, ConversationTurn | None]:
+    """The request, and the turn that it is in a conversation. Raises CeleriacError."""
     services, tenant_id = caller_of(request)
     view = services.views.get(body.model)
     context: Sequence[dict[str, Any]] = ()
+    turn: ConversationTurn | None = None
+    if body.previous_response_id is not None and body.conversation_id is not None:
+        raise InvalidRequest(
+            "previous_response_id and conversation are both set; send only one of them", param="conversation"
+        )
     if body.previous_response_id is not None:
         context = await conversation_of(services, tenant_id, body.previous_response_id)
-    return await off_loop(request, to_generation_request, body, view, context)
+    if body.conversation_id is not None:
+        context, turn = await context_in(services, tenant_id, body.conversation_id)
+    return await off_loop(request, to_generation_request, body, view, context), turn
 
 
 def _counted_as_response(counted: InputTokensBody) -> ResponseBody:
     return ResponseBody.model_validate(counted.model_dump(by_alias=True, exclude_unset=True))
 
 
-def _asked(body: ResponseBody) -> Asked:
+def _asked(services: Services, body: ResponseBody, turn: ConversationTurn | None) -> Asked:
     return Asked(
         endpoint=Endpoint.RESPONSES,
         has_stream=bool(body.stream),
@@ -374,6 +206,8 @@ def _asked(body: ResponseBody) -> Asked:
         metadata=body.metadata,
         spelling=spelling_of(body),
         endpoint_body=body.model_dump_json(by_alias=True, exclude_unset=True),
+        turn=turn,
+        accept=None if turn is None else accept_in(services, turn, body),
     )
 
 
@@ -405,7 +239,7 @@ def _stream(services: Services, record: JobRecord, *, starting_after: int = -1, 
         slots=services.slots,
         draining=services.draining,
         headers=run.headers if run is not None else {"x-job-id": external_id(record.job.id)},
-        early_end_frame=stream.early_end_frame,
+        early_end_frame=frame("error", stream.early_end),
         on_end=on_end,
         unserved=None if run is None or body.background else unserved,
     )

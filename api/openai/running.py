@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -26,11 +26,11 @@ from dialects.openai import PRIORITY_BY_SERVICE_TIER, spelling_of_params
 from domain.errors import CeleriacError, InvalidRequest, JobNotFound, NoWorkers, StorageUnavailable
 from domain.jobs import Endpoint, JobStatus, external_id
 from domain.model_names import parse_model_name
-from domain.requests import JobOptions, JobRequest
+from domain.requests import ConversationTurn, JobOptions, JobRequest
 from domain.webhooks import MAX_URL_BYTES, TELLABLE_STATUSES
 from observability import job_id_context
 from storage import job_queries
-from storage.job_accept import QueueRoom
+from storage.job_accept import Accepted, NewJob, QueueRoom
 from storage.job_queries import JobRecord
 from storage.streams import REDIS_OUTAGES, num_listening_processes
 from tasks.submit import request_hash
@@ -155,6 +155,8 @@ def answer_headers(started: float, *, room: QueueRoom | None) -> dict[str, str]:
 
 UNSERVED_POLL_SECONDS = 1.0
 
+Accept = Callable[[NewJob], Awaitable[Accepted]]
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -168,6 +170,8 @@ class Asked:
     spelling: Mapping[str, str] = field(default_factory=spelling_of_params)  # the names of our fields in the body
     endpoint_body: str | None = None  # JSON, if the route needs the body again
     timeout_seconds: float | None = None  # after this nobody waits for the answer any more
+    turn: ConversationTurn | None = None
+    accept: Accept | None = None  # how its job is accepted, if not in a group with others
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +325,7 @@ def _options(asked: Asked, job_headers: JobHeaders, number: int) -> JobOptions:
         endpoint_body=asked.endpoint_body,
         webhook_url=job_headers.webhook_url,
         webhook_statuses=TELLABLE_STATUSES if job_headers.webhook_url is not None else (),
+        turn=asked.turn,
     )
 
 
@@ -369,7 +374,7 @@ async def _submit_all(
     started: float,
 ) -> list[Run]:
     submissions = [
-        _submit(services, tenant_id, generation, options, started)
+        _submit(services, tenant_id, generation, options, started, asked.accept)
         for generation, options in zip(generations, all_options, strict=True)
     ]
     outcomes = await asyncio.gather(*submissions, return_exceptions=True)
@@ -390,9 +395,14 @@ async def _cancel(services: Services, run: Run) -> None:
 
 
 async def _submit(
-    services: Services, tenant_id: UUID, generation: JobRequest, options: JobOptions, started: float
+    services: Services,
+    tenant_id: UUID,
+    generation: JobRequest,
+    options: JobOptions,
+    started: float,
+    accept: Accept | None,
 ) -> Run:
-    submitted = await services.submitter.submit(tenant_id, generation, options)
+    submitted = await services.submitter.submit(tenant_id, generation, options, accept)
     if not submitted.is_new:
         return replace(await _found(services, tenant_id, submitted.job_id, started), is_replayed=True)
     services.monitor.accepted(submitted.new_job.request.model_id)

@@ -47,6 +47,7 @@ def make_sense(body: dict[str, Any], inputs: tuple[str, ...]) -> None:
     if "input_file_id" in body:
         body["input_file_id"] = IDS["file_id"]
     body.pop("previous_response_id", None)
+    body.pop("conversation", None)
     for name in LENGTHS:
         if isinstance(body.get(name), int) and body[name] > MAX_LENGTH:
             del body[name]

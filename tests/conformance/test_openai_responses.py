@@ -147,7 +147,6 @@ def test_deleted_and_not_stored_are_not_found(served: Served) -> None:
     ("fields", "param"),
     [
         ({"background": True, "store": False}, "store"),
-        ({"conversation": "conv_1"}, "conversation"),
         ({"input": []}, "input"),
         ({"input": [{"type": "computer_call", "id": "x"}]}, "input.0.type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0.content.0"),

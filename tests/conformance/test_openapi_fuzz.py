@@ -98,8 +98,9 @@ def make_things(server: ApiServer, key: str) -> dict[str, str]:
             "response_id": client.post("/v1/responses", json={"model": MODEL, "input": "Hi", "max_output_tokens": 4}),
             "batch_id": client.post("/v1/batches", json=batch),
             "message_batch_id": client.post("/v1/messages/batches", json={"requests": [message]}),
+            "conversation_id": client.post("/v1/conversations", json={"items": [say[0] | {"id": "msg_1"}]}),
         }
-    return {name: answer.json()["id"] for name, answer in made.items()} | {"file_id": file}
+    return {name: answer.json()["id"] for name, answer in made.items()} | {"file_id": file, "item_id": "msg_1"}
 
 
 def run_phases(command: list[str], phases: str, folder: Path) -> tuple["subprocess.Popen[bytes]", Path]:

@@ -7,8 +7,8 @@ import pytest
 from openai.types.responses.response_item_list import ResponseItemList
 from pydantic import TypeAdapter
 
+from dialects.openai_response_items import ResponseInput, listed_items
 from dialects.openai_response_objects import InputItemListView
-from dialects.openai_response_requests import ResponseInput, listed_items
 
 JOB_ID = UUID(int=1)
 PART = {"type": "text", "text": "Hi"}

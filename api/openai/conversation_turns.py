@@ -1,0 +1,90 @@
+"""A conversation as responses need it: its turns are closed, its items read for a prompt, a new turn begun."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+from api.limits import size_of
+from api.openai.response_records import as_it_ended, body_of
+from api.services import Services
+from dialects.openai_conversations import context_of, items_of_turn
+from dialects.openai_response_requests import ResponseBody
+from domain.jobs import parse_id_of_other
+from domain.requests import ConversationTurn
+from storage import conversations, job_queries
+from storage.conversations import ConversationRecord
+from storage.job_accept import Accepted, NewJob
+from storage.job_queries import JobRecord
+
+
+async def find_conversation(services: Services, tenant_id: UUID, name: str) -> ConversationRecord:
+    """The conversation with all items of the responses that have ended. Raises ConversationNotFound, with the same
+    message for a malformed id and for one of another tenant."""
+    try:
+        conversation_id = parse_id_of_other(name, "conv")
+    except ValueError:
+        raise conversations.not_found(name) from None
+    while True:
+        record = await services.read(conversations.get, conversation_id, tenant_id)
+        if record is None:
+            raise conversations.not_found(name)
+        if not record.has_ended_turn:
+            return record
+        assert record.job_id is not None
+        await _end_turn(services, tenant_id, conversation_id, record.job_id)
+
+
+async def end_turn_of(services: Services, tenant_id: UUID, job_id: UUID) -> None:
+    """To be called before a job is deleted: what it has added to a conversation stays there."""
+    conversation_id = await services.read(conversations.turn_of, job_id)
+    if conversation_id is None:
+        return
+    record = await services.read(conversations.get, conversation_id, tenant_id)
+    if record is not None and record.job_id == job_id and record.has_ended_turn:
+        await _end_turn(services, tenant_id, conversation_id, job_id)
+
+
+async def _end_turn(services: Services, tenant_id: UUID, conversation_id: UUID, job_id: UUID) -> None:
+    job = await services.read(job_queries.get, job_id, tenant_id, with_request=True)
+    items: list[dict[str, Any]] = []
+    if job is not None:
+        num_bytes = size_of(job.result) + len(orjson.dumps(job.endpoint_body))
+        items = await services.large_work.run(num_bytes, _items_of, services, job)
+    await services.write(conversations.end_turn, conversation_id, tenant_id, job_id, items)
+    await services.write(conversations.set_result_ttl, job_id, services.settings.result_ttl_seconds)
+
+
+def _items_of(services: Services, job: JobRecord) -> list[dict[str, Any]]:
+    return items_of_turn(job.job.id, body_of(job), as_it_ended(services, job))
+
+
+async def context_in(services: Services, tenant_id: UUID, name: str) -> tuple[list[dict[str, Any]], ConversationTurn]:
+    """The messages of a conversation, and the turn that would follow them. Raises ConversationNotFound."""
+    record = await find_conversation(services, tenant_id, name)
+    conversation = record.conversation
+    items = await services.read(conversations.all_items, conversation.id)
+    messages = await services.large_work.run(conversation.num_bytes, context_of, items)
+    return messages, ConversationTurn(conversation.id, conversation.version)
+
+
+def accept_in(
+    services: Services, turn: ConversationTurn, body: ResponseBody
+) -> Callable[[NewJob], Awaitable[Accepted]]:
+    """How a response in a conversation is accepted: together with its turn, or not at all."""
+    settings = services.settings
+
+    async def accept(new_job: NewJob) -> Accepted:
+        return await services.write(
+            conversations.begin_turn,
+            turn,
+            new_job,
+            num_items=1 if isinstance(body.input, str) else len(body.input),
+            ttl_seconds=settings.conversation_ttl_seconds,
+            max_bytes=settings.max_conversation_bytes_per_tenant,
+            max_queued_jobs=settings.max_queued_jobs,
+            max_poison_jobs_per_hour=settings.max_poison_jobs_per_hour,
+        )
+
+    return accept
