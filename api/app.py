@@ -32,7 +32,7 @@ from api import (
 from api.anthropic_batches import MAX_BATCH_BYTES
 from api.errors import ImpliedMethods, register_error_handlers
 from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
-from api.openai import batches, conversations, files, inference, responses
+from api.openai import batches, compact, conversations, files, inference, response_socket, responses
 from api.openai.files import FORM_BYTES
 from api.openapi import document_of
 from api.services import open_services, private_router
@@ -102,7 +102,6 @@ INSTEAD_BY_PREFIX = {
     "/v1/audio": "models here take text only: transcribe elsewhere and send the text to /v1/chat/completions",
     "/v1/images": "models here produce text only: use /v1/chat/completions",
     "/v1/fine_tuning": "train elsewhere and add the model's folder to models.toml",
-    "/v1/responses/compact": "shorten the conversation yourself and send it to /v1/responses",
     "/v1/moderations": "ask a model for a verdict, with a JSON schema as the response_format of /v1/chat/completions",
     "/v1/assistants": "keep the conversation yourself and send it to /v1/chat/completions",
     "/v1/threads": "keep the conversation yourself and send it to /v1/chat/completions",
@@ -130,7 +129,7 @@ ROUTERS = (
     jobs.readers,
     stream_tokens.router,
     durable_streams.router,
-    *(module.router for module in (inference, responses, conversations, files, batches)),
+    *(module.router for module in (inference, responses, compact, conversations, files, batches)),
     anthropic.router,
     anthropic_batches.router,
     simple.router,
@@ -179,6 +178,8 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     register_error_handlers(app)
     # Not `include_router`, which would build each route's schemas again and look two levels deep at every request.
     app.router.routes.extend(route for router in ROUTERS for route in router.routes)
+    app.router.routes.append(response_socket.route)
+    app.state.max_message_bytes = settings.max_body_bytes  # of WebSockets, which the server enforces
     add_pages(app)
     return app
 

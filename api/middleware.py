@@ -62,7 +62,7 @@ class OriginGuard:
         self._policy = policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (refusal := self._refusal(scope)) is not None:
+        if scope["type"] in ("http", "websocket") and (refusal := self._refusal(scope)) is not None:
             await refusal(scope, receive, send)
             return
         await self.app(scope, receive, send)
@@ -74,7 +74,7 @@ class OriginGuard:
             return error_response(InvalidRequest(f"there are {len(hosts)} Host headers; send exactly one"))
         if len(headers.getlist("origin")) > 1:
             return error_response(InvalidRequest("there are several Origin headers; send at most one"))
-        reason = self._policy.refusal(scope["method"], headers)
+        reason = self._policy.refusal(scope.get("method", "GET"), headers)  # a WebSocket begins as a GET
         return None if reason is None else error_response(PermissionDenied(reason))
 
 

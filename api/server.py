@@ -115,9 +115,25 @@ class BoundedHttp(HttpToolsProtocol):
         self._is_head_complete = True
         self._stop_head_timer()
         super().on_headers_complete()
+        if self.parser.should_upgrade() and self._should_upgrade():
+            return  # there is no request to answer
         answering = Answering(self, self.cycle)
         self.cycle.transport = cast(asyncio.Transport, answering)
         self.cycle.send = answering.send  # type: ignore[method-assign]
+
+    def handle_websocket_upgrade(self) -> None:
+        # Imported for the first WebSocket, as most servers never see one.
+        from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+        self.ws_protocol_class = WebSocketsSansIOProtocol
+        super().handle_websocket_upgrade()
+
+    def _should_upgrade_to_ws(self) -> bool:
+        """Only where there is something to connect to; elsewhere the upgrade is ignored (RFC 9110, 7.8)."""
+        return self.parser.get_method() == b"GET" and self.url.partition(b"?")[0] == SOCKET_PATH
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: a client may offer what it likes."""
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -178,6 +194,10 @@ class BoundedHttp(HttpToolsProtocol):
         self._drop_rest()
 
 
+SOCKET_PATH = b"/v1/responses"
+
+PING_SECONDS = 20.0  # between two pings on a WebSocket, and how long a client may take to answer one
+
 GRACE_SECONDS = 10  # how long open requests get to finish on SIGTERM; streams end at once, to be resumed elsewhere
 
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that none is closed under a new request
@@ -220,7 +240,11 @@ def make_server(app: FastAPI) -> "GracefulServer":
         app,
         loop="uvloop",
         http=BoundedHttp,
-        ws="none",
+        ws="none",  # see BoundedHttp
+        ws_max_size=app.state.max_message_bytes,
+        ws_ping_interval=PING_SECONDS,
+        ws_ping_timeout=PING_SECONDS,
+        ws_per_message_deflate=False,  # else a few bytes could become as many as a message may have
         lifespan="on",
         log_config=None,
         access_log=False,

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Response
 from fastapi.routing import APIRoute
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
 from api.authentication import REMEMBER_SECONDS, Authenticator, Credential
 from api.errors import database_unavailable
@@ -271,9 +271,7 @@ class PrivateRoute(APIRoute):
 
         async def answer_authenticated(request: Request) -> Response:
             credential = self.credential_of(request)
-            identity = await credential.identify()
-            request.state.tenant_id, request.state.is_admin, request.state.key_id = identity
-            request.state.until_revoked = credential.wait_until_revoked
+            await authenticate(request, credential)
             started = time.monotonic()
             response = await answer(request)
             if request.method == "GET" and time.monotonic() - started > REMEMBER_SECONDS:
@@ -283,11 +281,7 @@ class PrivateRoute(APIRoute):
         return answer_authenticated
 
     def credential_of(self, request: Request) -> Credential:
-        authorization = _authorization_of(request)
-        authenticator = services_of(request).authenticator
-        return Credential(
-            partial(authenticator.identify, authorization), partial(authenticator.wait_until_revoked, authorization)
-        )
+        return credential_in_headers(services_of(request), request)
 
 
 class StreamRoute(PrivateRoute):
@@ -306,10 +300,24 @@ class StreamRoute(PrivateRoute):
         )
 
 
-def _authorization_of(request: Request) -> str | None:
+async def authenticate(connection: HTTPConnection, credential: Credential) -> None:
+    """Set whose request or WebSocket it is. Raises AuthenticationFailed or StorageUnavailable."""
+    state = connection.state
+    state.tenant_id, state.is_admin, state.key_id = await credential.identify()
+    state.until_revoked = credential.wait_until_revoked
+
+
+def credential_in_headers(services: Services, connection: HTTPConnection) -> Credential:
+    authorization, authenticator = _authorization_of(connection), services.authenticator
+    return Credential(
+        partial(authenticator.identify, authorization), partial(authenticator.wait_until_revoked, authorization)
+    )
+
+
+def _authorization_of(connection: HTTPConnection) -> str | None:
     """Older clients of Anthropic's send the key in a header of its own."""
-    key = request.headers.get("x-api-key")
-    return request.headers.get("authorization") or (None if key is None else f"Bearer {key}")
+    key = connection.headers.get("x-api-key")
+    return connection.headers.get("authorization") or (None if key is None else f"Bearer {key}")
 
 
 def caller_of(request: Request) -> Caller:

@@ -23,6 +23,7 @@ HTTP_BY_CODE: dict[str, HttpError] = {
     "unsupported_parameter": HttpError(400, "invalid_request_error"),
     "previous_response_not_found": HttpError(400, "invalid_request_error"),
     "conversation_locked": HttpError(400, "invalid_request_error"),
+    "websocket_connection_limit_reached": HttpError(400, "invalid_request_error"),
     "invalid_cursor": HttpError(400, "invalid_request_error"),
     "invalid_json_line": HttpError(400, "invalid_request_error"),
     "missing_required_parameter": HttpError(400, "invalid_request_error"),

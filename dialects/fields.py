@@ -19,6 +19,8 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
+from domain.seals import is_sealed
+
 MAX_UNKNOWN_FIELDS = 64  # per object: up to this many are inspected one by one, to be named or ignored
 
 Location = tuple[int | str, ...]
@@ -351,7 +353,7 @@ HINTS: Final[Hints] = (
     | _hints(_KEPT, "annotations", "logprobs", places=("messages.*.content.*.",))
     | _hints(_THOUGHTS, "reasoning", "reasoning_details", "reasoning_items", "thinking", places=("messages.*.",))
     | _hints(_THOUGHTS, "thinking_blocks", places=("messages.*.",))
-    | _hints(_THOUGHTS, "encrypted_content", places=("input.*.",))
+    | {"input.*.encrypted_content": Hint(_THOUGHTS, covers_item=lambda value: not is_sealed(value))}
     | _neutral(add_generation_prompt=True, add_special_tokens=False, best_of=1, continue_final_message=False)
     | _neutral(detokenize=True, dry_multiplier=0, dynatemp_range=0, early_stopping=False, echo=False)
     | _neutral(include_stop_str_in_output=False, length_penalty=1, mirostat=0)

@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter
 
 from dialects.fields import HINT_TREE, HintTree
 from dialects.openai import Metadata, OpenAIModel
-from dialects.openai_response_items import InputItem, listed_items, messages_of
+from dialects.openai_response_items import InputItem, listed_items, messages_of, with_summaries
 from dialects.openai_response_objects import InputItemListView, ResponseView
 from dialects.openai_response_requests import ResponseBody
 from dialects.openai_views import View
@@ -66,9 +66,11 @@ def whole_list(items: Sequence[Mapping[str, Any]]) -> InputItemListView:
     return cast(InputItemListView, page)
 
 
-def context_of(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages of stored items, as the beginning of a prompt."""
-    return messages_of(_ITEMS.validate_python(list(items)), instructions=None, context=())
+def context_of(items: Iterable[Mapping[str, Any]], key: bytes) -> list[dict[str, Any]]:
+    """The messages of stored items, as the beginning of a prompt. Raises InvalidRequest for a compaction that `key`
+    does not open."""
+    parsed = with_summaries(_ITEMS.validate_python(list(items)), key, place="conversation.items")
+    return messages_of(parsed, instructions=None, context=())
 
 
 def items_of_turn(job_id: UUID, body: ResponseBody, response: ResponseView) -> list[dict[str, Any]]:

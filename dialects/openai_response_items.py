@@ -7,8 +7,10 @@ from uuid import UUID
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag
 
 from dialects.openai import MAX_PARTS, OpenAIModel, refuse
+from domain.errors import InvalidRequest
 from domain.jobs import external_id
 from domain.requests import MAX_MESSAGES, MAX_PROMPT_CHARS
+from domain.seals import opened
 from domain.structured_output import MAX_TOOL_CHARS, ToolName
 
 PART_TYPES = ("input_text", "output_text", "text", "refusal")
@@ -91,6 +93,14 @@ class ReasoningItem(OpenAIModel):
     status: ItemStatus | None = None
 
 
+class CompactionItem(OpenAIModel):
+    """A summary that /v1/responses/compact has given. It must be opened before it is part of a prompt."""
+
+    type: Literal["compaction"]
+    encrypted_content: Annotated[str, StringConstraints(max_length=2 * MAX_PROMPT_CHARS)] | None = None
+    id: ItemId | None = None
+
+
 class UnknownItem(OpenAIModel):
     type: Annotated[Any, AfterValidator(lambda kind: _refuse_item(kind))]
 
@@ -99,7 +109,7 @@ def _refuse_item(kind: Any) -> None:
     raise refuse(f"is {str(kind)[:40]!r}; send items of type {', '.join(ITEM_TYPES)}")
 
 
-ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
+ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning", "compaction")
 
 
 def _item_tag(value: Any) -> str:
@@ -112,6 +122,7 @@ InputItem = Annotated[
     | Annotated[FunctionCallItem, Tag("<function_call>")]
     | Annotated[FunctionCallOutputItem, Tag("<function_call_output>")]
     | Annotated[ReasoningItem, Tag("<reasoning>")]
+    | Annotated[CompactionItem, Tag("<compaction>")]
     | Annotated[UnknownItem, Tag("<unknown>")],
     Discriminator(_item_tag),
 ]
@@ -135,6 +146,29 @@ def messages_of(
         for item in input_:
             _add_item(messages, item)
     return [{"role": "system", "content": instructions}, *messages] if instructions else messages
+
+
+SUMMARISED = "The conversation so far has been summarised:\n\n"
+
+
+def with_summaries(items: Sequence[InputItem], key: bytes, *, place: str) -> list[InputItem]:
+    """The items, where each compaction is its summary in a user's message, which gives it no more weight than what any
+    client may send. Raises InvalidRequest for one that was not sealed with this key; `place` is the items' name."""
+    return [
+        _summary_of(item, key, f"{place}.{number}") if isinstance(item, CompactionItem) else item
+        for number, item in enumerate(items)
+    ]
+
+
+def _summary_of(item: CompactionItem, key: bytes, place: str) -> MessageItem:
+    summary = None if item.encrypted_content is None else opened(item.encrypted_content, key)
+    if summary is None:
+        raise InvalidRequest(
+            f"{place}.encrypted_content is not what /v1/responses/compact here has given you; send its items back "
+            "unchanged, or the conversation itself",
+            param=f"{place}.encrypted_content",
+        )
+    return MessageItem(role="user", content=SUMMARISED + summary)
 
 
 def add_output(messages: list[dict[str, Any]], items: Iterable[Mapping[str, Any]]) -> None:
@@ -161,6 +195,8 @@ def _add_item(messages: list[dict[str, Any]], item: InputItem) -> None:
             messages.append({"role": role, "content": text_of(item.content)})
         case FunctionCallItem():
             _add_call(messages, item.call_id, item.name, item.arguments)
+        case CompactionItem():
+            raise InvalidRequest("compaction items are not supported in a batch; send the conversation", param="input")
         case FunctionCallOutputItem():
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": text_of(item.output)})
 
@@ -179,12 +215,20 @@ def text_of(content: ResponseContent) -> str:
     return "\n".join(part.text or part.refusal or "" for part in content)
 
 
-_ID_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+_ID_PREFIXES = {
+    "message": "msg",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "reasoning": "rs",
+    "compaction": "cmp",
+}
 
 
 def _listed(item: InputItem, suffix: str) -> dict[str, Any]:
     listed: dict[str, Any] = item.model_dump(mode="json", exclude_none=True)
     listed.setdefault("id", f"{_ID_PREFIXES[listed['type']]}_{suffix}")
+    if isinstance(item, CompactionItem):
+        return listed
     listed.setdefault("status", "completed")
     match item:
         case MessageItem():

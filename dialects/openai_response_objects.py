@@ -101,7 +101,16 @@ class FunctionCallOutputView(ItemView):
 
 OutputItemView = Annotated[OutputMessageView | ReasoningView | FunctionCallView, Field(discriminator="type")]
 
-InputItemView = InputMessageView | OutputMessageView | ReasoningView | FunctionCallView | FunctionCallOutputView
+
+class CompactionView(View):
+    id: str
+    type: Literal["compaction"]
+    encrypted_content: Annotated[str, Field(description="Sealed, not secret: send it back unchanged.")]
+
+
+InputItemView = (
+    InputMessageView | OutputMessageView | ReasoningView | FunctionCallView | FunctionCallOutputView | CompactionView
+)
 
 
 class InputItemListView(View):
@@ -408,7 +417,7 @@ def response_object(record: JobRecord, body: ResponseBody, ending: Ending, outpu
         "presence_penalty": request.params.presence_penalty,
         "frequency_penalty": request.params.frequency_penalty,
         "truncation": "disabled",
-        "usage": _usage(record.result, output.parser) if has_ended and record.result else None,
+        "usage": response_usage_of(record.result, output.parser) if has_ended and record.result else None,
         "user": body.user,
     }
 
@@ -435,6 +444,6 @@ def _error(code: str, message: str) -> ResponseErrorView:
     return {"code": "server_error", "message": message or "the job failed without an error message", "type": code}
 
 
-def _usage(result: JobOutput, parser: OutputParser) -> ResponseUsageView:
+def response_usage_of(result: JobOutput, parser: OutputParser) -> ResponseUsageView:
     choices = result.choices if isinstance(result, GenerationResult) else ()
     return response_usage(result.usage, num_reasoning_tokens=count_reasoning_tokens(choices, [parser]))

@@ -6,6 +6,7 @@ CeleriacError
 │   ├── UnsupportedParameter       unsupported_parameter
 │   ├── PreviousResponseNotFound   previous_response_not_found: there is no such response to continue
 │   ├── ConversationLocked         conversation_locked: another response or change is under way; send it again
+│   ├── ConnectionTooOld           websocket_connection_limit_reached: a WebSocket has been open for too long
 │   ├── InvalidCursor              invalid_cursor: an invalid stream position or page cursor
 │   ├── InvalidJsonLine            invalid_json_line: a line of a batch is not a JSON object
 │   ├── MissingParameter           missing_required_parameter: a line of a batch lacks one of its four fields
@@ -80,6 +81,10 @@ class PreviousResponseNotFound(InvalidRequest):
 
 class ConversationLocked(InvalidRequest):
     code = "conversation_locked"
+
+
+class ConnectionTooOld(InvalidRequest):
+    code = "websocket_connection_limit_reached"
 
 
 class InvalidCursor(InvalidRequest):

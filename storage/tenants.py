@@ -134,6 +134,12 @@ def list_keys(session: Session, tenant_id: UUID) -> Sequence[ApiKey]:
     return session.scalars(statement.execution_options(populate_existing=True)).all()
 
 
+def seal_key(session: Session, tenant_id: UUID) -> bytes:
+    """The key that seals what the tenant's clients keep for us (domain/seals.py)."""
+    signing_key = session.scalars(select(Tenant.signing_key).where(Tenant.id == tenant_id)).one()
+    return hmac.digest(signing_key.bytes, b"seal", "sha256")  # another one than that of stream tokens
+
+
 def _parts(key: str) -> tuple[str, str]:
     """Split a key into (id, secret). The error does not contain the key, which may be a secret."""
     parts = key.split("_", 2)

@@ -13,7 +13,7 @@ from dialects.openai_conversations import context_of, items_of_turn
 from dialects.openai_response_requests import ResponseBody
 from domain.jobs import parse_id_of_other
 from domain.requests import ConversationTurn
-from storage import conversations, job_queries
+from storage import conversations, job_queries, tenants
 from storage.conversations import ConversationRecord
 from storage.job_accept import Accepted, NewJob
 from storage.job_queries import JobRecord
@@ -65,7 +65,9 @@ async def context_in(services: Services, tenant_id: UUID, name: str) -> tuple[li
     record = await find_conversation(services, tenant_id, name)
     conversation = record.conversation
     items = await services.read(conversations.all_items, conversation.id)
-    messages = await services.large_work.run(conversation.num_bytes, context_of, items)
+    has_summary = any(item["type"] == "compaction" for item in items)
+    key = await services.read(tenants.seal_key, tenant_id) if has_summary else b""
+    messages = await services.large_work.run(conversation.num_bytes, context_of, items, key)
     return messages, ConversationTurn(conversation.id, conversation.version)
 
 

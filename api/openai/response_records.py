@@ -1,5 +1,6 @@
 """Stored responses: found, read as they stand, and as the beginning of the next one."""
 
+from collections.abc import Collection
 from typing import Any
 from uuid import UUID
 
@@ -17,9 +18,11 @@ from text.outputs import OutputFormat, OutputParser
 from text.parsers import parser_of
 
 
-async def find_response(services: Services, tenant_id: UUID, response_id: str) -> JobRecord:
-    """The job of a stored response, with its request. Raises JobNotFound, with the same message for a malformed id, one
-    of another tenant, and a job that is not a stored response."""
+async def find_response(
+    services: Services, tenant_id: UUID, response_id: str, passing: Collection[UUID] = ()
+) -> JobRecord:
+    """The job of a response that is stored or among `passing`, with its request. Raises JobNotFound, with the same
+    message for a malformed id, one of another tenant, and a job that is not such a response."""
     not_found = JobNotFound(
         f"there is no response {response_id[:64]!r}; it may have expired, or have been created with store=false",
         param="response_id",
@@ -29,7 +32,9 @@ async def find_response(services: Services, tenant_id: UUID, response_id: str) -
     except ValueError:
         raise not_found from None
     record = await services.read(job_queries.get, id_, tenant_id, with_request=True)
-    if record is None or record.job.endpoint is not Endpoint.RESPONSES or not record.job.is_stored:
+    if record is None or record.job.endpoint is not Endpoint.RESPONSES:
+        raise not_found
+    if not record.job.is_stored and id_ not in passing:
         raise not_found
     return record
 
@@ -65,11 +70,13 @@ async def as_it_stands(services: Services, record: JobRecord) -> ResponseView:
     return response_object(record, body_of(record), ending_of(record.job), output)
 
 
-async def conversation_of(services: Services, tenant_id: UUID, response_id: str) -> list[dict[str, Any]]:
+async def conversation_of(
+    services: Services, tenant_id: UUID, response_id: str, passing: Collection[UUID] = ()
+) -> list[dict[str, Any]]:
     """The messages and output of a completed response, as the start of the next conversation turn. Without its
     instructions, which apply to one response only. Raises InvalidRequest."""
     try:
-        record = await find_response(services, tenant_id, response_id)
+        record = await find_response(services, tenant_id, response_id, passing)
     except JobNotFound as exc:
         raise PreviousResponseNotFound(exc.message, param="previous_response_id") from None
     previous = as_it_ended(services, record)

@@ -1,7 +1,8 @@
 """/v1/responses: create, stream, read, continue, cancel and delete responses."""
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+from uuid import UUID
 
 from pydantic import Field
 from starlette.convertors import StringConvertor, register_url_convertor
@@ -28,9 +29,11 @@ from api.services import Services, caller_of, private_router
 from dialects.bodies import with_body_names
 from dialects.errors import refuse_unfinished
 from dialects.fields import HINT_TREE
-from dialects.openai_response_items import listed_items
+from dialects.openai_compaction import CompactBody
+from dialects.openai_response_items import CompactionItem, listed_items, with_summaries
 from dialects.openai_response_objects import InputItemListView, InputTokensView, ResponseView, ending_of
 from dialects.openai_response_requests import (
+    ContextBody,
     Includable,
     InputTokensBody,
     ResponseBody,
@@ -41,7 +44,7 @@ from dialects.openai_views import DeletedView, page
 from domain.errors import CeleriacError, InvalidRequest
 from domain.jobs import Endpoint, JobStatus, external_id
 from domain.requests import ConversationTurn, GenerationRequest
-from storage import jobs
+from storage import jobs, tenants
 from storage.job_queries import JobRecord
 
 CANCEL_SECONDS = 2.0  # longer than a step; if the worker was lost, cancelling takes longer than this
@@ -54,10 +57,10 @@ router = private_router("OpenAI")
 
 
 class ResponseIdConvertor(StringConvertor):
-    """Excludes /v1/responses/input_tokens, which is not a response: it has its own route, and other methods get a
-    405."""
+    """Excludes /v1/responses/input_tokens and /v1/responses/compact, which are not responses: they have their own
+    routes, and other methods get a 405."""
 
-    regex = "(?!input_tokens$)[^/]+"
+    regex = "(?!(?:input_tokens|compact)$)[^/]+"
 
 
 register_url_convertor("response_id", ResponseIdConvertor())
@@ -90,14 +93,21 @@ async def create_response(request: Request) -> Response:
             param="store",
         )
     services, _ = caller_of(request)
-    generation, turn = await _generation(request, body)
-    run = await start(request, generation, _asked(services, body, turn))
+    run = await start_response(request, body)
     if not (body.stream or body.background):
         return WholeAnswer([run], lambda records: as_it_ended(services, records[0]), refuse=_refuse_without_answer)
     record = await run.read(with_request=True)
     if body.stream:
         return _stream(services, record, run=run)
     return _answer(await as_it_stands(services, record), run.headers)
+
+
+async def start_response(request: Request, body: ResponseBody, *, passing: Collection[UUID] = ()) -> Run:
+    """Returns once its job is committed. The response may continue those of the jobs `passing`, although they are not
+    stored. Raises CeleriacError."""
+    services, _ = caller_of(request)
+    generation, turn = await _generation(request, body, passing)
+    return await start(request, generation, _asked(services, body, turn))
 
 
 @router.post(
@@ -176,21 +186,43 @@ async def list_input_items(response_id: str, request: Request) -> Response:
     return json_response(listed | {"first_id": listed["first_id"] or "", "last_id": listed["last_id"] or ""})
 
 
-async def _generation(request: Request, body: ResponseBody) -> tuple[GenerationRequest, ConversationTurn | None]:
+async def _generation(
+    request: Request, body: ResponseBody, passing: Collection[UUID] = ()
+) -> tuple[GenerationRequest, ConversationTurn | None]:
     """The request, and the turn that it is in a conversation. Raises CeleriacError."""
     services, tenant_id = caller_of(request)
     view = services.views.get(body.model)
-    context: Sequence[dict[str, Any]] = ()
-    turn: ConversationTurn | None = None
+    opened = await with_opened_input(request, body)
+    context, turn = await context_of_request(services, tenant_id, body, passing)
+    return await off_loop(request, to_generation_request, opened, view, context), turn
+
+
+async def context_of_request(
+    services: Services, tenant_id: UUID, body: ContextBody, passing: Collection[UUID] = ()
+) -> tuple[Sequence[dict[str, Any]], ConversationTurn | None]:
+    """The messages before the input, and the turn that follows if they are a conversation's. Raises CeleriacError."""
     if body.previous_response_id is not None and body.conversation_id is not None:
         raise InvalidRequest(
             "previous_response_id and conversation are both set; send only one of them", param="conversation"
         )
     if body.previous_response_id is not None:
-        context = await conversation_of(services, tenant_id, body.previous_response_id)
+        return await conversation_of(services, tenant_id, body.previous_response_id, passing), None
     if body.conversation_id is not None:
-        context, turn = await context_in(services, tenant_id, body.conversation_id)
-    return await off_loop(request, to_generation_request, body, view, context), turn
+        return await context_in(services, tenant_id, body.conversation_id)
+    return (), None
+
+
+Body = TypeVar("Body", ResponseBody, CompactBody)
+
+
+async def with_opened_input(request: Request, body: Body) -> Body:
+    """The body, whose input has messages in place of compactions. Raises InvalidRequest for one that is not ours."""
+    services, tenant_id = caller_of(request)
+    items = body.input
+    if items is None or isinstance(items, str) or not any(isinstance(item, CompactionItem) for item in items):
+        return body
+    key = await services.read(tenants.seal_key, tenant_id)
+    return body.model_copy(update={"input": await off_loop(request, with_summaries, items, key, place="input")})
 
 
 def _counted_as_response(counted: InputTokensBody) -> ResponseBody:

@@ -173,6 +173,7 @@ def test_the_published_schema_knows_every_route(http: httpx.Client) -> None:
         "/v1/queue",
         "/v1/rerank",
         "/v1/responses",
+        "/v1/responses/compact",
         "/v1/responses/input_tokens",
         "/v1/responses/{response_id}",
         "/v1/responses/{response_id}/cancel",

@@ -236,7 +236,6 @@ NOT_OFFERED = [
     "/v1/audio/transcriptions",
     "/v1/images/generations",
     "/v1/fine_tuning/jobs/ftjob-1/cancel",
-    "/v1/responses/compact",
     "/v1/moderations",
     "/v1/assistants",
     "/v1/threads/thread_1/runs",
