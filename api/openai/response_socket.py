@@ -127,8 +127,10 @@ class ResponseSocket:
         if (text := message.get("text")) is None:
             raise InvalidRequest("the message is binary; send JSON as text")
         body = text.encode()
-        large_work = self._services.large_work
-        create = await large_work.run(len(body), parse_model, body, CreateMessage, HINT_TREE)
+        default_model = self._services.catalog.default_id_for("generation")
+        create = await self._services.large_work.run(
+            len(body), parse_model, body, CreateMessage, HINT_TREE, default_model=default_model
+        )
         lane = create.stream_id
         if lane not in self._lanes and len(self._lanes) >= MAX_LANES:
             raise InvalidRequest(
