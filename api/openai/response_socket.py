@@ -26,7 +26,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from api.errors import error_response
 from api.events import ABANDONED, SEND_TIMEOUT_SECONDS, wait_for_revocation
 from api.openai.response_records import parser_for
-from api.openai.response_streams import ResponseStream, error_event
+from api.openai.response_streams import ResponseStream
 from api.openai.responses import start_response
 from api.services import Services, authenticate, credential_in_headers
 from dialects.bodies import parse_model
@@ -82,7 +82,7 @@ class ResponseSocket:
         self._waiting: dict[str | None, deque[CreateMessage]] = {}  # by lane
         self._lanes: dict[str | None, asyncio.Task[None]] = {}
         self._passing: deque[UUID] = deque(maxlen=MAX_REMEMBERED)  # jobs of responses with store=false
-        self._is_gone = False
+        self._reason = "disconnected"  # why responses end early
 
     async def serve(self) -> None:
         """Until the client closes, its key is revoked, or the connection has had its time."""
@@ -97,12 +97,14 @@ class ResponseSocket:
                     timeout=settings.stream_lifetime_seconds,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-            self._is_gone = reading.done()
             if revoked.done():
+                self._reason = "revoked"
                 await self._close(POLICY, AuthenticationFailed("this API key was revoked"))
             elif not reading.done() and not drained.done():
+                self._reason = "lifetime"
                 await self._close(TRY_AGAIN, _too_old(settings.stream_lifetime_seconds))
             elif not reading.done():
+                self._reason = "draining"
                 await self._close(RESTART, ServerOverloaded("this server is restarting; connect again"))
         finally:
             tasks = (reading, revoked, drained, *self._lanes.values())
@@ -120,7 +122,7 @@ class ResponseSocket:
                 try:
                     await self._take(message)
                 except CeleriacError as exc:
-                    await self._send(error_message(exc))
+                    await self._tell(exc)
 
     async def _take(self, message: Message) -> None:
         """Raises CeleriacError."""
@@ -132,6 +134,7 @@ class ResponseSocket:
             len(body), parse_model, body, CreateMessage, HINT_TREE, default_model=default_model
         )
         lane = create.stream_id
+        self._lanes = {name: task for name, task in self._lanes.items() if not task.done()}
         if lane not in self._lanes and len(self._lanes) >= MAX_LANES:
             raise InvalidRequest(
                 f"stream_id is {lane!r}, but this connection has {MAX_LANES} already; use one of them, or another "
@@ -141,7 +144,7 @@ class ResponseSocket:
         if sum(map(len, self._waiting.values())) >= MAX_WAITING:
             raise ServerOverloaded(f"{MAX_WAITING} messages wait on this connection; send more when some are answered")
         self._waiting.setdefault(lane, deque()).append(create)
-        if lane not in self._lanes or self._lanes[lane].done():
+        if lane not in self._lanes:
             self._lanes[lane] = asyncio.create_task(self._answer_all(lane))
 
     async def _answer_all(self, lane: str | None) -> None:
@@ -151,10 +154,10 @@ class ResponseSocket:
             try:
                 await self._answer(waiting[0])
             except CeleriacError as exc:
-                await self._send(error_message(exc, lane))
+                await self._tell(exc, lane)
             except Exception:  # outermost: the connection and its other lanes go on
                 log.exception("a message on a WebSocket failed")
-                await self._send(error_message(CeleriacError("the server failed; report the time of this"), lane))
+                await self._tell(CeleriacError("the server failed; report the time of this"), lane)
             finally:
                 waiting.popleft()
                 request_id_context.reset(token)
@@ -171,7 +174,7 @@ class ResponseSocket:
         stream = ResponseStream(services, record, body, parser_for(services, record), starting_after=-1)
         sending = asyncio.create_task(self._send_events(stream, lane))
         unserved = asyncio.create_task(run.wait_until_unserved())
-        reason = "disconnected"
+        reason = None
         try:
             with services.slots.hold():
                 await asyncio.wait((sending, unserved), return_when=asyncio.FIRST_COMPLETED)
@@ -179,42 +182,46 @@ class ResponseSocket:
                 reason = sending.result()
             else:
                 reason = "unserved"
-                await self._send(_as_message(error_event(unserved.result()), lane))
+                await self._tell(unserved.result(), lane)
         finally:
             for task in (sending, unserved):
                 task.cancel()
             await asyncio.gather(sending, unserved, return_exceptions=True)
-            if services.draining.is_set() and reason != "complete":
-                reason = "draining"
+            reason = reason or ("draining" if services.draining.is_set() else self._reason)
             stream_ends_total.labels(reason).inc()
             if reason == "complete":
                 run.note_delivered()
             elif reason in ABANDONED:
                 run.note_disconnected()
 
-    async def _send_events(self, stream: ResponseStream, lane: str | None) -> str:
-        """Returns why it ended: complete, slow or disconnected."""
+    async def _send_events(self, stream: ResponseStream, lane: str | None) -> str | None:
+        """Returns complete, or slow, or None if the connection has ended."""
         async with aclosing(stream.events()) as events:
             async for event in events:
-                if not await self._send(_as_message(event, lane)):
-                    return "disconnected" if self._is_gone else "slow"
+                try:
+                    if not await self._send(_as_message(event, lane)):
+                        return None
+                except TimeoutError:
+                    return "slow"
         return "complete"
 
     async def _send(self, message: Mapping[str, Any]) -> bool:
-        """False if the client is gone or reads too slowly; then the connection is closed."""
+        """False if the connection has ended. Raises TimeoutError if the client reads too slowly."""
         try:
             async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
                 await self._websocket.send_text(orjson.dumps(message).decode())
         except (WebSocketDisconnect, RuntimeError):
-            self._is_gone = True
-            return False
-        except TimeoutError:
             return False
         return True
 
+    async def _tell(self, exc: CeleriacError, lane: str | None = None) -> None:
+        """To a client that does not read, pings will put an end."""
+        with suppress(TimeoutError):
+            await self._send(error_message(exc, lane))
+
     async def _close(self, code: int, exc: CeleriacError) -> None:
-        await self._send(error_message(exc))
-        with suppress(WebSocketDisconnect, RuntimeError):
+        with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
+            await self._tell(exc)
             await self._websocket.close(code, exc.message)
 
     def _request(self, body: ResponseBody) -> Request:
