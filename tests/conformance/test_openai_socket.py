@@ -65,12 +65,12 @@ def test_turns_over_one_connection_are_those_of_a_stream(served: Served) -> None
         )
         second = incomplete(connection)
         prompt = f"user: Hi\nassistant: {first.output_text}\nuser: More\nassistant: "
-        assert second.usage.input_tokens == len(prompt)
+        assert second.usage.input_tokens == len(prompt.encode())
         with pytest.raises(openai.NotFoundError):
             served.client.responses.retrieve(second.id)
         connection.response.create(model=MODEL, input="So", max_output_tokens=5, previous_response_id=second.id)
         third = incomplete(connection)
-        assert third.usage.input_tokens == len(f"{prompt}{second.output_text}\nuser: So\nassistant: ")
+        assert third.usage.input_tokens == len(f"{prompt}{second.output_text}\nuser: So\nassistant: ".encode())
 
 
 def test_what_is_wrong_is_told_and_the_connection_goes_on(api: ApiServer, hand_worker: HandWorker) -> None:
