@@ -134,9 +134,8 @@ class Tenant(Row):
     name: Mapped[str] = mapped_column(unique=True)
     max_queued: Mapped[int | None]  # None: the installation's limit
     weight: Mapped[float] = mapped_column(REAL, server_default="1")
-    signing_key: Mapped[UUID] = mapped_column(server_default=func.gen_random_uuid())  # of its stream tokens
-    max_priority: Mapped[int] = mapped_column(SmallInteger, server_default="0")  # that counts among other tenants' jobs
     signing_key: Mapped[UUID] = mapped_column(server_default=func.gen_random_uuid())  # of its stream tokens and seals
+    max_priority: Mapped[int] = mapped_column(SmallInteger, server_default="0")  # that counts among other tenants' jobs
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
