@@ -38,7 +38,7 @@ from storage.tables import Job
 
 router = stream_router("Jobs")
 
-LONG_POLL_SECONDS = 20.0
+LONG_POLL_SECONDS = 15.0
 
 OFFSET_DIGITS = 16
 
