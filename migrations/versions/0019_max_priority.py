@@ -9,7 +9,7 @@ down_revision = "0018"
 def upgrade() -> None:
     op.execute("""
         ALTER TABLE tenants ADD COLUMN max_priority smallint NOT NULL DEFAULT 0
-            CONSTRAINT max_priority CHECK (max_priority BETWEEN 0 AND 10)
+            CONSTRAINT tenants_max_priority_check CHECK (max_priority BETWEEN 0 AND 10)
     """)
 
 
