@@ -170,7 +170,7 @@ def test_a_full_broker_is_survived(make_plant: MakePlant) -> None:
     plant.client.config_set("maxmemory", "1mb")
     try:
         with pytest.raises(redis.ResponseError, match="OOM"):
-            plant.send(1)
+            plant.send_messages(job_ids[:1])
         plant.end_all()
         plant.wait_for("completed", job_ids)
         wait_until(plant.is_broker_empty, "all messages are acked")
