@@ -36,7 +36,7 @@ def test_a_rolling_restart_of_everything_is_not_seen() -> None:
     report = asyncio.run(Run(options, Console(width=160)).run())
     assert report["violations"] == {}
     assert report["faults"] == {"api drain": NUM_APIS, "worker drain": NUM_WORKERS, "maintenance drain": 1}
-    assert report["jobs_accepted"] > 20
+    assert report["jobs_accepted"] > 8
     assert report["jobs_charged"] == 0
     assert report["rescues"] == 0
     assert report["jobs_by_status"].keys() <= {"completed", "cancelled", "expired"}
