@@ -79,7 +79,7 @@ class ResponseSocket:
     def __init__(self, services: Services, websocket: WebSocket) -> None:
         self._services = services
         self._websocket = websocket
-        self._waiting: dict[str | None, deque[CreateMessage]] = {}  # by lane
+        self._waiting: dict[str | None, deque[tuple[CreateMessage, int]]] = {}  # by lane, with their sizes in bytes
         self._lanes: dict[str | None, asyncio.Task[None]] = {}
         self._passing: deque[UUID] = deque(maxlen=MAX_REMEMBERED)  # jobs of responses with store=false
         self._reason = "disconnected"  # why responses end early
@@ -141,9 +141,12 @@ class ResponseSocket:
                 "connection",
                 param="stream_id",
             )
-        if sum(map(len, self._waiting.values())) >= MAX_WAITING:
-            raise ServerOverloaded(f"{MAX_WAITING} messages wait on this connection; send more when some are answered")
-        self._waiting.setdefault(lane, deque()).append(create)
+        sizes = [size for messages in self._waiting.values() for _, size in messages]
+        if len(sizes) >= MAX_WAITING or (sizes and sum(sizes) + len(body) > self._services.settings.max_body_bytes):
+            raise ServerOverloaded(
+                f"{len(sizes)} messages of {sum(sizes)} bytes wait on this connection; send more when some are answered"
+            )
+        self._waiting.setdefault(lane, deque()).append((create, len(body)))
         if lane not in self._lanes:
             self._lanes[lane] = asyncio.create_task(self._answer_all(lane))
 
@@ -152,7 +155,8 @@ class ResponseSocket:
         while waiting:
             token = request_id_context.set(f"req_{secrets.token_hex(12)}")
             try:
-                await self._answer(waiting[0])
+                create, _ = waiting[0]
+                await self._answer(create)
             except CeleriacError as exc:
                 await self._tell(exc, lane)
             except Exception:  # outermost: the connection and its other lanes go on

@@ -126,3 +126,26 @@ def test_a_response_is_taken_up_elsewhere_when_worker_and_api_die(plant: Plant, 
 def id_of(events: list[ResponseStreamEvent]) -> str:
     assert events[0].type == "response.created"
     return events[0].response.id
+
+
+def test_a_conversation_gets_a_turn_once_when_worker_and_api_die(plant: Plant, clients: list[openai.OpenAI]) -> None:
+    conversation = clients[0].conversations.create(items=[{"role": "system", "content": "Be kind."}])
+    seen: list[ResponseStreamEvent] = []
+    stream = clients[0].responses.create(
+        model=MODEL, input="Hi", max_output_tokens=NUM_TOKENS, stream=True, conversation=conversation.id
+    )
+    with suppress(openai.APIError, httpx.HTTPError):
+        for event in stream:
+            seen.append(event)
+            if len(seen) == 12:
+                kill_the_worker_of(plant, id_of(seen))
+                plant.apis[0].kill()
+    *_, last = clients[1].responses.retrieve(id_of(seen), stream=True)
+    assert last.type == "response.incomplete"
+    for _ in range(2):
+        items = list(clients[1].conversations.items.list(conversation.id, order="asc"))
+        texts = [item.content[0].text for item in items if item.type == "message"]  # type: ignore[union-attr]
+        assert texts == ["Be kind.", "Hi", last.response.output_text]
+    assert len(last.response.output_text) >= NUM_TOKENS
+    plant.apis[0].start()
+    plant.wait_until_ready()

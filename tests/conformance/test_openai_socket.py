@@ -95,6 +95,16 @@ def test_what_is_wrong_is_told_and_the_connection_goes_on(api: ApiServer, hand_w
         assert to_the_end(socket)[-1]["response"]["output"][0]["content"][0]["text"] == "Hello"
 
 
+def test_what_waits_is_no_larger_than_one_body(api: ApiServer) -> None:
+    with connected(api) as socket:
+        ask(socket, input="1")
+        large = json.dumps(ASK | {"input": "a" * 600_000})
+        socket.send(large)
+        socket.send(large)
+        error = to_the_end(socket)[-1]["error"]
+        assert error["code"] == "server_is_overloaded"
+
+
 def test_lanes_are_answered_in_order_each_and_at_the_same_time(api: ApiServer, hand_worker: HandWorker) -> None:
     with connected(api) as socket:
         first = ask(socket, input="1", stream_id="a")
