@@ -118,9 +118,10 @@ class Deliveries:
     """The tickets and tasks of one worker. Hub thread only, except that other threads may check whether there are
     any."""
 
-    def __init__(self, app: Celery, hostname: str) -> None:
+    def __init__(self, app: Celery, hostname: str, cancel: Callable[[UUID], None]) -> None:
         self._app = app
         self._hostname = hostname
+        self._cancel = cancel
         self._event_dispatcher: Any = None
         self.in_hand: dict[UUID, Ticket] = {}  # in order of arrival, by the tickets' ids
         self.running: dict[UUID, ClaimedTask] = {}  # by the jobs' ids
@@ -229,3 +230,5 @@ class Deliveries:
             eventer=self._event_dispatcher,
         )
         task.start()
+        if task.id in state.revoked:  # while its claim was being committed
+            self._cancel(job_id)

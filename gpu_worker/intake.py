@@ -7,6 +7,7 @@ have no tickets. They are claimed by polling SQL, as often as gpu_worker/quarant
 import logging
 from collections.abc import Callable, Sequence
 from threading import Lock
+from time import monotonic
 from uuid import UUID
 
 from domain.jobs import Lane
@@ -16,6 +17,8 @@ from gpu_worker.threads import Answer, StorageThread
 from storage.jobs import ClaimedJob
 
 log = logging.getLogger(__name__)
+
+SHORTFALL_SECONDS = 0.1  # poll SQL this long after a claim that found fewer jobs than it could have taken
 
 POLL_SECONDS = 2.0  # poll SQL after having free slots but no tickets for this long
 
@@ -89,7 +92,7 @@ class Intake:
 
     def look_into_quarantine(self, now: float, *, is_resting: bool, known: frozenset[UUID]) -> None:
         """Claim one job that must run alone, if it is time to look for one."""
-        if Lane.ISOLATED in self._busy_lanes or self._storage_thread.is_away:
+        if self._busy_lanes or self._storage_thread.is_away:
             return
         min_suspicions = self._quarantine.take_look(now, is_resting=is_resting)
         if min_suspicions is not None:
@@ -110,6 +113,9 @@ class Intake:
             self._busy_lanes.discard(lane)
             self._on_claimed(answer.value, answer.sent_at)
             self._on_spent(list(ticket_ids))
+            if lane is Lane.STANDARD and len(answer.value) < limit and (answer.value or ticket_ids):
+                # Others may have had the rows locked that it looked at, or only batch lines are left.
+                self._heard_at = monotonic() - POLL_SECONDS + SHORTFALL_SECONDS
 
         def on_error(exc: Exception) -> None:
             # Not an outage, after which the call is repeated. Whoever sends messages finds that some are missing.

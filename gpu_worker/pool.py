@@ -81,7 +81,7 @@ class EnginePool(BasePool):
         self.paused_lookaheads: set[str] = set()  # the queues of which we hold no more than can start now
         self.is_draining = False
         hostname: str = options["initargs"][1]
-        self.deliveries = Deliveries(self.app, hostname)
+        self.deliveries = Deliveries(self.app, hostname, self.cancel)
         self.consumer: Any = None
         self.worker_exit = WorkerExit(self)
         self.runner = ModelRunners(

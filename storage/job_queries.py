@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from domain.jobs import MIN_PRIORITY, Endpoint, JobStatus, Lane, WaitingJob
 from domain.model_names import parse_model_name
 from domain.requests import JobOutput, JobRequest, TokenChunk
-from storage.job_statements import BEGUN, CLOCK, RANK, STANDING, lead
+from storage.job_statements import BEGUN, CLOCK, LIFTED, RANK, STANDING, lead
 from storage.tables import Job, JobAttempt, JobChunk, JobPayload, JobResult, Worker
 
 STREAM_STATES = text("""
@@ -45,14 +45,15 @@ FROM jobs WHERE status = 'in_progress' GROUP BY model
 
 POSITIONS = text(f"""
 WITH timed AS (
-    SELECT j.id, j.model, {RANK} AS rank, j.cost, {STANDING} AS standing, l.num_running,
+    SELECT j.id, j.model, j.tenant_id, {RANK} AS rank, j.cost, {STANDING} AS standing, l.num_running,
         l.virtual_time + (sum(j.cost) OVER (PARTITION BY j.model, j.tenant_id ORDER BY {RANK}, j.id)
             - j.cost - {lead("j", "t")}) / t.weight AS fair_time
     FROM jobs j JOIN tenant_load l USING (tenant_id) JOIN tenants t ON t.id = j.tenant_id
     WHERE j.status = 'queued' AND j.model IN (SELECT model FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])))
 ),
+lifted AS (SELECT id, model, rank, cost, standing, num_running, {LIFTED} AS fair_time FROM timed),
 ranked AS (
-    SELECT id, row_number() OVER ahead - 1 AS num_ahead, sum(cost) OVER ahead - cost AS cost_ahead FROM timed
+    SELECT id, row_number() OVER ahead - 1 AS num_ahead, sum(cost) OVER ahead - cost AS cost_ahead FROM lifted
     WINDOW ahead AS (PARTITION BY model ORDER BY standing DESC, fair_time, num_running, rank, id
         ROWS UNBOUNDED PRECEDING)
 )

@@ -48,11 +48,18 @@ STANDING = f"""CASE WHEN j.priority >= {MIN_PRIORITY} OR {RANK} <= extract(epoch
 # job is charged like any other, so its tenant pays the lead back: in the long run, everybody receives by weight.
 LEAD_TOKENS = 1000
 
+# How far a tenant may have received more than the others and still owe it to them after it was idle.
+MAX_DEBT_TOKENS = 10_000
+
 
 def lead(job: str, tenant: str) -> str:
     """The lead of a job in tokens."""
     return f"{LEAD_TOKENS} * greatest(0, least({job}.priority, {tenant}.max_priority))"
 
+
+# A job comes no later than those of its tenant that RANK puts after it, whatever lead their priority gives them.
+LIFTED = """min(fair_time) OVER (
+    PARTITION BY tenant_id ORDER BY rank, id ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)"""
 
 PROVEN_TOKENS = 16  # after this many tokens in one attempt, a job is no longer suspected of crashing engines
 
@@ -135,13 +142,19 @@ unused AS (  -- what running jobs were charged and may still not take
     SELECT tenant_id, sum(cost - num_prompt_tokens - num_committed_tokens) AS num_tokens
     FROM jobs WHERE status = 'in_progress' GROUP BY tenant_id
 ),
-counted AS (  -- a tenant that was idle starts level with what the active ones have received, without credit or debt
+level AS (  -- what those who run jobs have received; if nobody does, those who wait
+    SELECT coalesce(min(a.virtual_time - coalesce(r.num_tokens, 0) / t.weight) FILTER (WHERE a.num_running > 0),
+        max(a.virtual_time)) AS virtual_time
+    FROM tenant_load a JOIN tenants t ON t.id = a.tenant_id LEFT JOIN unused r USING (tenant_id)
+    WHERE a.num_queued + a.num_running > 0
+),
+counted AS (  -- a tenant that was idle starts level with the active ones, without credit and with little debt
     UPDATE tenant_load l SET num_queued = l.num_queued + change.queued,
-        virtual_time = CASE WHEN l.num_queued + l.num_running > 0 THEN l.virtual_time ELSE greatest(l.virtual_time,
-            (SELECT min(a.virtual_time - coalesce(r.num_tokens, 0) / t.weight) FROM tenant_load a
-                JOIN tenants t ON t.id = a.tenant_id LEFT JOIN unused r USING (tenant_id)
-             WHERE a.num_queued + a.num_running > 0)) END
+        virtual_time = CASE WHEN l.num_queued + l.num_running > 0 THEN l.virtual_time ELSE (
+            SELECT coalesce(least(greatest(l.virtual_time, level.virtual_time),
+                level.virtual_time + {MAX_DEBT_TOKENS} / t.weight), l.virtual_time) FROM level) END
     FROM (SELECT tenant_id, count(*) AS queued FROM inserted GROUP BY tenant_id) change
+        JOIN tenants t ON t.id = change.tenant_id
     WHERE l.tenant_id = change.tenant_id
 )
 SELECT id, {CLOCK} AS created_at, max_queued, (room - count(*) OVER (PARTITION BY tenant_id))::int AS room
@@ -224,14 +237,15 @@ def _ranked(condition: str) -> str:
         ORDER BY l.earliest, l.num_running, l.tenant_id LIMIT :num_tenants
     ),
     timed AS (
-        SELECT j.id, j.rank, l.num_running, l.virtual_time + (sum(j.cost) OVER (
+        SELECT l.tenant_id, j.id, j.rank, l.num_running, l.virtual_time + (sum(j.cost) OVER (
             PARTITION BY l.tenant_id ORDER BY j.rank, j.id) - j.cost - {lead("j", "l")}) / l.weight AS fair_time
         FROM waiting l CROSS JOIN LATERAL (
             SELECT j.id, j.priority, {RANK} AS rank, j.cost FROM jobs j WHERE {due}
             ORDER BY {RANK}, j.id LIMIT (SELECT :num_rows / count(*) + 1 FROM waiting)) j
     ),
+    lifted AS (SELECT id, rank, num_running, {LIFTED} AS fair_time FROM timed),
     ranked AS (
-        SELECT id, row_number() OVER (ORDER BY fair_time, num_running, rank, id) AS place FROM timed
+        SELECT id, row_number() OVER (ORDER BY fair_time, num_running, rank, id) AS place FROM lifted
     )"""
 
 
@@ -295,6 +309,11 @@ ORDER BY c.place"""
 
 
 CLAIM = text(f"WITH {_ranked(CLAIMABLE)}," + claimed(_locked_in_order(CLAIMABLE)))
+
+PUT_OFF = text(f"""
+UPDATE jobs SET available_at = {CLOCK} + make_interval(secs => :seconds)
+WHERE id = ANY(CAST(:ids AS uuid[])) AND status = 'queued'
+""")
 
 CHUNKS_OF = text("""
 SELECT job_id, array_agg(chunk::text ORDER BY sequence_number) AS chunks FROM job_chunks

@@ -33,6 +33,8 @@ NUM_SPARE_ROWS = 16  # how many more jobs are read than needed, over all tenants
 
 NUM_SPARE_TENANTS = 8  # how many more tenants' queues are read
 
+UNREADABLE_SECONDS = 15.0  # before a worker tries a job again that none could read
+
 UNFINISHED = [JobStatus.QUEUED, JobStatus.IN_PROGRESS]
 
 
@@ -149,7 +151,7 @@ def claim(
     min_suspicions: int = 0,
 ) -> list[ClaimedJob]:
     """Claim up to `limit` queued jobs of a lane, fairest first: increment the attempt, start a lease, and return
-    request and committed chunks. Batch lines are claimed if there are not enough others.
+    request and committed chunks. Batch lines are claimed if there is no other job.
 
     A job with output is claimed only if its revision equals `model_revision`; any other job gets this revision.
     `min_suspicions` above 0 selects those that are isolated because of crashes, not because of their tenant or as a
@@ -163,12 +165,11 @@ def claim(
         "lane": lane.value,
         "min_suspicions": min_suspicions,
     }
-    rows: list[Row[Any]] = []
-    for min_standing in (0, -1):
-        if len(rows) < limit:
-            parameters |= {"min_standing": min_standing} | _extent(limit - len(rows))
-            rows += session.execute(sql.CLAIM, parameters).all()
-    return claimed_jobs(session, rows, owner=owner)
+    # Not one after another until there are enough: each locks tenants' loads in order, so two of them could deadlock.
+    for min_standing in (0, -1) if lane is Lane.STANDARD else (-1,):
+        if rows := session.execute(sql.CLAIM, parameters | {"min_standing": min_standing} | _extent(limit)).all():
+            return claimed_jobs(session, rows, owner=owner)
+    return []
 
 
 def _extent(limit: int) -> dict[str, int]:
@@ -341,8 +342,8 @@ def _num_rows(session: Session, statement: TextClause, parameters: dict[str, Any
 
 
 def claimed_jobs(session: Session, rows: Sequence[Row[Any]], *, owner: UUID) -> list[ClaimedJob]:
-    """The jobs of a claim's rows. One that cannot be read goes back to the queue, charged with a failure, so that it
-    does not hold up the others: a newer worker may be able to run it."""
+    """The jobs of a claim's rows. One that cannot be read goes back to the queue, where it waits a while, so that it
+    does not hold up the others: a newer worker can run it."""
     # While the statement was waiting for a row, another worker may have claimed, continued and released the job. Its
     # newest chunks are then not in the statement's snapshot.
     stale = [row.id for row in rows if row.last_chunk != row.committed_sequence_number]
@@ -355,7 +356,9 @@ def claimed_jobs(session: Session, rows: Sequence[Row[Any]], *, owner: UUID) -> 
             fields = sorted({".".join(map(str, error["loc"])) for error in exc.errors()})
             log.error("a job cannot be read: see %s", ", ".join(fields), extra={"job_id": external_id(row.id)})
             unreadable.append(row.id)
-    report_crash(session, dict.fromkeys(unreadable, 0), owner=owner)
+    if unreadable:
+        release(session, unreadable, owner=owner)
+        session.execute(sql.PUT_OFF, {"ids": unreadable, "seconds": UNREADABLE_SECONDS})
     return claimed
 
 

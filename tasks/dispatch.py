@@ -79,7 +79,8 @@ def dispatch(sessions: sessionmaker[Session], client: redis.Redis, spec: ModelEn
         window = window_size(settings, num_live_slots)
         if num_waiting >= window:
             return 0
-        revisions = [worker.model_revision for worker in live if worker.model_revision is not None]
+        ready = [worker for worker in live if worker.state is WorkerState.READY]
+        revisions = [worker.model_revision for worker in ready if worker.model_revision is not None]
         job_ids = jobs.claimable_soon(session, spec.id, model_revisions=revisions, limit=window)
         share = batch_share(settings, num_live_slots)
         job_ids += _let_lines_in(session, spec.id, share=share, free=window - len(job_ids))
