@@ -38,7 +38,7 @@ max_num_seqs = 8
 step_seconds = 0.005
 """
 SETTINGS = {"lease_seconds": 3, "lease_grace_seconds": 0.5, "janitor_interval_seconds": 0.5}
-FINISH_SECONDS = 90.0
+FINISH_SECONDS = 240.0  # a message that a killed worker had in hand comes again after up to two minutes
 NUM_TOKENS = 12
 NUM_CHAINS = 30
 

@@ -126,3 +126,17 @@ class TestAccept:
         job_accept.accept(session, [new_job(tenant_id=idle.id), new_job(tenant_id=credit.id)], max_queued_jobs=9)
         assert load_of(session, idle.id).virtual_time == 500
         assert load_of(session, credit.id).virtual_time == 900
+
+    def test_a_tenant_back_from_idle_owes_little_whoever_waits_in_vain(
+        self, session: Session, make_tenant: MakeTenant
+    ) -> None:
+        """Level are those who run jobs, else those who wait: not one that waits for a model without workers."""
+        stuck, busy, rich = make_tenant(), make_tenant(), make_tenant(weight=2)
+        for tenant, load in (
+            (stuck, {"num_queued": 1}),
+            (busy, {"num_running": 1, "virtual_time": 5e5}),
+            (rich, {"virtual_time": 1e9}),
+        ):
+            session.execute(update(TenantLoad).where(TenantLoad.tenant_id == tenant.id).values(**load))
+        job_accept.accept(session, [new_job(tenant_id=rich.id)], max_queued_jobs=9)
+        assert load_of(session, rich.id).virtual_time == 5e5 + 10_000 / 2
