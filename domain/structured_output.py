@@ -237,7 +237,9 @@ MAX_TOOL_CHARS = 100_000
 
 MAX_CALLS_BYTES = 65_536  # total of the schemas in one grammar of calls
 
-ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+TOOL_NAME = re.compile(r"^[A-Za-z0-9_.-]{1,64}$")
+
+ToolName = Annotated[str, StringConstraints(pattern=TOOL_NAME.pattern)]
 
 
 class ToolDefinition(Frozen):

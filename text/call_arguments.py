@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from domain.json_schemas import list_of, map_of
+from text.call_readers import without_surrogates
 
 Schema = Mapping[str, Any]
 
@@ -26,7 +27,7 @@ JsonValue = Callable[[Any], str]  # makes of a schema the right side of a rule
 
 Spelt = Callable[[str], str]  # makes of a text the terminals of a rule
 
-_MAX_REFERENCES = 16
+_MAX_NODES = 64  # of a schema, to tell the types of a value
 
 _MAX_DEPTH = 64  # of values in a call
 
@@ -56,19 +57,23 @@ class TaggedArguments:
         if head is None:
             raise ValueError("no name")
         schema = parameters.get(head[1]) or {}
-        before, after = (re.escape(part.strip()) for part in self.begin.split("{}"))
-        begin = re.compile(rf"\s*{before}([^<>\"\n]+){after}".replace(r"\n", r"\s*"))
-        end_tag = self.end.strip()
+        before, after = (
+            r"\s*".join(map(re.escape, part.strip().split("\n"))) for part in self.begin.split("{}", maxsplit=1)
+        )
+        begin = re.compile(rf'\s*{before}([^<>"\n]+){after}')
+        end = re.compile(rf"{re.escape(self.end.strip())}(?={begin.pattern}|\s*\Z)")  # a value may have such a tag, too
         arguments: dict[str, Any] = {}
         place = head.end()
         while (found := begin.match(text, place)) is not None:
-            end = text.find(end_tag, found.end())
-            if end < 0:
+            value_end = end.search(text, found.end())
+            if value_end is None:
                 raise ValueError("an argument has no end")
-            value = text[found.end() : end].removeprefix("\n").removesuffix("\n")
+            value = text[found.end() : value_end.start()].removeprefix("\n").removesuffix("\n")
             name = found[1].strip()
             arguments[name] = _value_of(value, _types_of(map_of(schema, "properties").get(name), schema))
-            place = end + len(end_tag)
+            place = value_end.end()
+        if text[place:].strip():
+            raise ValueError("more than arguments")
         return head[1].strip(), _dumped(arguments)
 
     def rules(self, rule: str, schema: Schema, json_value: JsonValue, spelt: Spelt) -> Iterator[str]:
@@ -175,7 +180,7 @@ class DelimitedArguments:
 
     def _object(self, text: str, place: int, depth: int) -> tuple[dict[str, Any], int]:
         members: dict[str, Any] = {}
-        key = re.compile(r'\s*(?:"([^"]*)"|([^:{}\[\],"]+))\s*:')
+        key = re.compile(r'(?:"([^"]*)"\s*|([^:{}\[\],"]+)):')
         while not text.startswith("}", place := _behind_blanks(text, place)):
             found = key.match(text, place)
             if found is None:
@@ -211,7 +216,7 @@ def _behind_comma(text: str, place: int, end: str) -> int:
 
 
 def _dumped(arguments: Mapping[str, Any]) -> str:
-    return json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return without_surrogates(json.dumps(arguments, ensure_ascii=False, allow_nan=False))
 
 
 def _value_of(text: str, types: frozenset[str]) -> Any:
@@ -228,24 +233,33 @@ def _refuse(constant: str) -> Any:
     raise ValueError(constant)  # NaN and Infinity are not JSON
 
 
-def _types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
-    """The types that a value may have; none if the schema does not tell."""
-    if not isinstance(schema, dict) or depth > _MAX_REFERENCES:
+def _types_of(schema: Any, root: Mapping[str, Any], seen: dict[int, frozenset[str]] | None = None) -> frozenset[str]:
+    """The types that a value may have; none if the schema does not tell. `seen` has those of each node that was
+    visited, by its id; none while they are not known yet."""
+    seen = {} if seen is None else seen
+    if not isinstance(schema, dict):
         return frozenset()
+    if id(schema) not in seen and len(seen) < _MAX_NODES:
+        seen[id(schema)] = frozenset()
+        seen[id(schema)] = _types_of_node(schema, root, seen)
+    return seen.get(id(schema), frozenset())
+
+
+def _types_of_node(schema: dict[str, Any], root: Mapping[str, Any], seen: dict[int, frozenset[str]]) -> frozenset[str]:
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.startswith("#/"):
         target: Any = root
         for step in reference[2:].split("/"):
             target = target.get(step) if isinstance(target, dict) else None
-        return _types_of(target, root, depth + 1)
+        return _types_of(target, root, seen)
     kind = schema.get("type")
-    if kind is not None:
+    if isinstance(kind, str | list):
         return frozenset(one for one in ([kind] if isinstance(kind, str) else kind) if isinstance(one, str))
     values = _fixed_values(schema)
     if values:
         return frozenset("string" if isinstance(value, str) else "other" for value in values)
     branches = [*list_of(schema, "anyOf"), *list_of(schema, "oneOf")]
-    types = [_types_of(branch, root, depth + 1) for branch in branches[:_MAX_REFERENCES]]
+    types = [_types_of(branch, root, seen) for branch in branches]
     return frozenset[str]().union(*types) if all(types) else frozenset()
 
 

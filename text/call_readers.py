@@ -8,10 +8,17 @@ import json
 import re
 from collections.abc import Callable
 
+from domain.structured_output import MAX_TOOL_CHARS
+
 MAX_HEAD_CHARS = 512  # of a call before its arguments
 
 #: What makes a whole call of its text: its name, and its arguments in JSON. Raises ValueError if it is none.
 Convert = Callable[[str], tuple[str, str]]
+
+
+def without_surrogates(text: str) -> str:
+    """With the character that each pair of surrogates stands for; escapes in JSON or Python may make halves of them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Brackets:
@@ -137,8 +144,15 @@ class JsonCall(CallReader):
             return 1
         end = self._brackets.find_end(self.text)
         if self.name is None and (head := _JSON_HEAD.match(self.text[: min(MAX_HEAD_CHARS, end or MAX_HEAD_CHARS)])):
-            self.name, self._arguments_begin = json.loads(head[1], strict=False), head.end()
+            self._begin_arguments(head[1], head.end())
         return end
+
+    def _begin_arguments(self, quoted_name: str, place: int) -> None:
+        try:
+            self.name = without_surrogates(json.loads(quoted_name, strict=False))
+        except ValueError:  # an escape that JSON does not have
+            return
+        self._arguments_begin = place
 
     def _end(self) -> None:
         if self.name is not None:
@@ -153,9 +167,10 @@ class JsonCall(CallReader):
         name, arguments = call.get("name", call.get("tool_name")), call.get("arguments", call.get("parameters"))
         if not isinstance(name, str) or arguments is None:
             return
-        self.is_broken = False
-        self.name = name
-        self._whole_arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        whole = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        if len(whole) <= MAX_TOOL_CHARS:
+            self.is_broken = False
+            self.name, self._whole_arguments = without_surrogates(name), without_surrogates(whole)
 
 
 class HeadedCall(CallReader):
@@ -207,9 +222,13 @@ class WholeCall(CallReader):
 
     def _end(self) -> None:
         try:
-            self.name, self._arguments = self._convert(self.text.removesuffix(self._end_tag))
-        except (ValueError, RecursionError, MemoryError, SyntaxError):
+            name, arguments = self._convert(self.text.removesuffix(self._end_tag))
+        except Exception:  # whatever a model writes, it is text if it is no call
             self.is_broken = True
+            return
+        self.is_broken = len(arguments) > MAX_TOOL_CHARS
+        if not self.is_broken:
+            self.name, self._arguments = without_surrogates(name), arguments
 
 
 class PythonCall(WholeCall):

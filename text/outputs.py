@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from domain.requests import GenerationRequest
+from domain.structured_output import TOOL_NAME
 from text.call_formats import MARKERS, call_format, format_of_template
 from text.call_readers import MAX_HEAD_CHARS, CallReader
 from text.thinking import asks_to_think
@@ -312,8 +313,8 @@ class OutputParser:
             yield from self._end_call(call)
 
     def _is_known(self, name: str) -> bool:
-        """Behind a marker any name is a call; without one a call has the name of a tool."""
-        return self._has_marker or name in self._tool_names
+        """Behind a marker any name that a tool may have is a call; without one a call has the name of a tool."""
+        return name in self._tool_names or (self._has_marker and TOOL_NAME.fullmatch(name) is not None)
 
     def _limited(self, piece: CallName | CallArguments) -> Iterator[Piece]:
         if self._max_calls is None or piece.number < self._max_calls:
