@@ -22,19 +22,25 @@ def without_surrogates(text: str) -> str:
 
 
 class Brackets:
-    """Finds the end of a value in brackets, piece by piece."""
+    """Finds the end of a value in brackets, piece by piece. Outside a string it also ends behind one of `end_tags`."""
 
-    def __init__(self, opening: str = "{[", closing: str = "}]", quotes: str = '"') -> None:
+    def __init__(
+        self, opening: str = "{[", closing: str = "}]", quotes: str = '"', end_tags: tuple[str, ...] = ()
+    ) -> None:
         self._opening, self._closing, self._quotes = opening, closing, quotes
+        self._end_tags = end_tags
+        self._tag_starts = {tag[0] for tag in end_tags}
         self.inner_ends: list[int] = []  # where the values directly within the outermost brackets ended
-        self._num_scanned = self._depth = 0
+        self.num_scanned = 0  # characters before the end, without any part of an end tag
+        self._depth = 0
         self._quote = ""  # of the string in which the scan is
         self._is_escaped = False
 
     def find_end(self, text: str, start: int = 0) -> int | None:
         """The end of the value that begins at `start` of `text`, to which text may have been added since the last
         call."""
-        for place in range(max(start, self._num_scanned), len(text)):
+        for place in range(max(start, self.num_scanned), len(text)):
+            self.num_scanned = place
             character = text[place]
             if self._is_escaped:
                 self._is_escaped = False
@@ -50,8 +56,15 @@ class Brackets:
                 if self._depth == 1:
                     self.inner_ends.append(place + 1)
                 if self._depth <= 0:
+                    self.num_scanned = place + 1
                     return place + 1
-        self._num_scanned = len(text)
+            elif character in self._tag_starts:
+                tag = next((tag for tag in self._end_tags if text.startswith(tag, place)), None)
+                if tag is not None:
+                    return place + len(tag)
+                if any(tag.startswith(text[place : place + len(tag)]) for tag in self._end_tags):
+                    return None  # it may become one
+        self.num_scanned = len(text)
         return None
 
 
@@ -121,7 +134,7 @@ class JsonCall(CallReader):
 
     def __init__(self, end_tags: tuple[str, ...] = ()) -> None:
         super().__init__(end_tags)
-        self._brackets = Brackets()
+        self._brackets = Brackets(end_tags=end_tags)
         self._arguments_begin = -1  # set once they arrive after the name
         self._num_taken = 0
         self._whole_arguments: str | None = None  # if they came before the name
@@ -133,7 +146,7 @@ class JsonCall(CallReader):
         if self._arguments_begin < 0:
             return ""
         ends = self._brackets.inner_ends
-        end = next((place for place in ends if place > self._arguments_begin), len(self.text))
+        end = next((place for place in ends if place > self._arguments_begin), self._brackets.num_scanned)
         arguments = self.text[self._arguments_begin + self._num_taken : end]
         self._num_taken += len(arguments)
         return arguments

@@ -103,3 +103,13 @@ def test_tagged_arguments() -> None:
 def test_glm_needs_no_newline_between_key_and_value(between: str) -> None:
     text = f"<tool_call>f\n<arg_key>a</arg_key>{between}<arg_value>1</arg_value></tool_call>"
     assert parse("glm45", text) == call('{"a": 1}')
+
+
+@pytest.mark.parametrize("num_missing", [1, 2])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_missing_brace_swallows_nothing_behind_the_call(num_missing: int, size: int) -> None:
+    broken = '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call>"' + "}" * (2 - num_missing) + "</tool_call>"
+    text = broken + '\n<tool_call>{"name": "f", "arguments": {}}</tool_call> So.'
+    pieces = parse("hermes", *(text[start : start + size] for start in range(0, len(text), size)))
+    first = CallArguments(0, '{"a": "</tool_call>"' + "}" * (2 - num_missing))
+    assert pieces == [CallName(0, "f"), first, CallName(1, "f"), CallArguments(1, "{}"), ContentPiece("So.")]
