@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag
 
 from dialects.openai import MAX_PARTS, OpenAIModel, refuse
 from domain.errors import InvalidRequest
@@ -97,7 +97,11 @@ class CompactionItem(OpenAIModel):
     """A summary that /v1/responses/compact has given. It must be opened before it is part of a prompt."""
 
     type: Literal["compaction"]
-    encrypted_content: Annotated[str, StringConstraints(max_length=2 * MAX_PROMPT_CHARS)] | None = None
+    encrypted_content: Annotated[
+        str,
+        StringConstraints(max_length=2 * MAX_PROMPT_CHARS),
+        BeforeValidator(lambda sealed: _refuse_unsealed(sealed)),
+    ] = Field(default="", validate_default=True)
     id: ItemId | None = None
 
 
@@ -107,6 +111,13 @@ class UnknownItem(OpenAIModel):
 
 def _refuse_item(kind: Any) -> None:
     raise refuse(f"is {str(kind)[:40]!r}; send items of type {', '.join(ITEM_TYPES)}")
+
+
+def _refuse_unsealed(content: Any) -> Any:
+    """What is not sealed has been left out before, since in other items it is something that has no effect."""
+    if content == "":
+        raise refuse("is not what /v1/responses/compact here has given you; send its items back unchanged")
+    return content
 
 
 ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning", "compaction")
@@ -161,7 +172,7 @@ def with_summaries(items: Sequence[InputItem], key: bytes, *, place: str) -> lis
 
 
 def _summary_of(item: CompactionItem, key: bytes, place: str) -> MessageItem:
-    summary = None if item.encrypted_content is None else opened(item.encrypted_content, key)
+    summary = opened(item.encrypted_content, key)
     if summary is None:
         raise InvalidRequest(
             f"{place}.encrypted_content is not what /v1/responses/compact here has given you; send its items back "
