@@ -23,9 +23,14 @@ class Alias(NamedTuple):
 Aliases = Mapping[str, Alias]
 
 
+MAX_SCHEMA_CHARS = 65_536  # of a schema that is sent as a string
+
+
 def _schema(value: Any) -> Any:
     if not isinstance(value, str):
         return value
+    if len(value) > MAX_SCHEMA_CHARS:
+        raise ValueError(f"it is a string of {len(value)} characters; send at most {MAX_SCHEMA_CHARS}, or an object")
     try:
         return json.loads(value)
     except (ValueError, RecursionError):

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,8 @@ def _tagged(union: Any) -> dict[Hashable, Shape]:
 
 MAX_DEPTH = 32
 
+MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
+
 MAX_SEARCHED = 1_024  # entries of one container, when the largest part of a body is looked for
 
 MAX_CONTAINERS = 65_536  # lists and objects per body, at any depth
@@ -142,7 +145,7 @@ def parse_model(
     means that the field is absent; fields covered by `hints` are dropped and noted. A body without a `model` gets
     `default_model`, if there is one."""
     value = _parse_json(body)
-    num_containers = _num_containers(value)
+    num_containers, may_exceed = _walk(value)
     _refuse_excess(value, model)
     if num_containers > MAX_CONTAINERS:
         param = _param_of(_heaviest(value))
@@ -153,15 +156,20 @@ def parse_model(
     own_fields = frozenset(field.alias or name for name, field in model.model_fields.items())
     spelling = take_aliases(value, getattr(model, "ALIASES", {}), own_fields)
     is_changed = bool(spelling)
+    if is_changed:
+        _, may_exceed = _walk(value)  # an alias may have brought in what a string held
     if default_model is not None and isinstance(value, dict) and value.get("model") is None:
         value["model"] = default_model
         is_changed = True
     body = _cleaned(value, body, model, hints or {}, own_fields, is_changed=is_changed)
     try:
-        return model.model_validate_json(body, strict=True)
+        parsed = model.model_validate_json(body, strict=True)
     except ValidationError as exc:
         refusal = _refused_hint(exc, hints or {}) or invalid_request(exc, model)
         raise (with_body_names(refusal, spelling) if spelling else refusal) from None
+    if may_exceed and (found := _excessive_number(value)) is not None:  # fields with bounds have refused theirs before
+        raise with_body_names(_beyond_json(*found), spelling)
+    return parsed
 
 
 def _refused_hint(exc: ValidationError, hints: HintTree) -> UnsupportedParameter | None:
@@ -213,16 +221,48 @@ def _parse_json(body: bytes) -> object:
         ) from None
 
 
-def _num_containers(value: object) -> int:
-    """How many lists and objects there are. Raises InvalidRequest if they are nested too deeply."""
-    level, num_containers = [value], 0
+def _walk(value: object) -> tuple[int, bool]:
+    """How many lists and objects there are, and whether a number may be beyond 64 bits or not finite. Raises
+    InvalidRequest if they are nested too deeply."""
+    level, num_containers, may_exceed = [value], 0, False
     for _ in range(MAX_DEPTH + 1):
+        numbers = [part for part in level if type(part) is int or type(part) is float]
+        may_exceed = may_exceed or bool(numbers and (min(numbers) < MIN_INTEGER or max(numbers) > MAX_INTEGER))
         containers = [part for part in level if isinstance(part, dict | list)]
         if not containers:
-            return num_containers
+            return num_containers, may_exceed
         num_containers += len(containers)
         level = [part for whole in containers for part in (whole.values() if isinstance(whole, dict) else whole)]
     raise _too_deep()
+
+
+def _is_excessive(part: object) -> bool:
+    """Whether it is a number that JSON writers refuse, which bodies meet when they are stored."""
+    if isinstance(part, float):
+        return not math.isfinite(part)
+    return isinstance(part, int) and not MIN_INTEGER <= part <= MAX_INTEGER
+
+
+def _excessive_number(value: object) -> tuple[tuple[int | str, ...], object] | None:
+    """One such number with its path, if there is any."""
+    waiting: list[tuple[tuple[int | str, ...], Any]] = [((), value)]
+    while waiting:
+        location, part = waiting.pop()
+        if isinstance(part, dict | list):
+            parts = part.items() if isinstance(part, dict) else enumerate(part)
+            waiting += [((*location, name), inner) for name, inner in parts]
+        elif _is_excessive(part):
+            return location, part
+    return None
+
+
+def _beyond_json(location: tuple[int | str, ...], number: object) -> InvalidRequest:
+    param = _param_of(location)
+    return InvalidRequest(
+        f"{param or 'the body'} is {_shown(location, number)}: it must be finite and, if an integer, between "
+        f"{MIN_INTEGER} and {MAX_INTEGER}; send it as a string",
+        param=param,
+    )
 
 
 def _heaviest(value: object) -> tuple[int | str, ...]:
@@ -230,7 +270,7 @@ def _heaviest(value: object) -> tuple[int | str, ...]:
     if not isinstance(value, dict | list) or len(value) > MAX_SEARCHED:
         return ()
     parts = dict(value.items() if isinstance(value, dict) else enumerate(value))
-    num_inside = {name: _num_containers(part) for name, part in parts.items()}
+    num_inside = {name: _walk(part)[0] for name, part in parts.items()}
     name = max(num_inside, key=lambda name: num_inside[name], default=None)
     if name is None or 2 * num_inside[name] <= sum(num_inside.values()):
         return ()

@@ -119,7 +119,9 @@ class ResponseBody(ContextBody, GenerationBody):
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: Annotated[list[Includable], Field(max_length=16)] | None = None
-    max_tool_calls: int | None = None  # about built-in tools, of which there are none here
+    max_tool_calls: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = (
+        None  # about built-in tools, of which there are none here
+    )
     stream_options: ResponseStreamOptions | None = None
     stop: Strings | None = None  # an extension here
 

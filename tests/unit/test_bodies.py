@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,8 +18,26 @@ from dialects.openai_chat import ChatCompletionBody
 from dialects.openai_completions import CompletionBody
 from dialects.openai_embeddings import EmbeddingBody
 from dialects.openai_response_requests import ResponseBody
-from domain.errors import InvalidRequest
+from domain.errors import CeleriacError, InvalidRequest
 from domain.requests import GenerationRequest
+
+EXCESSIVE = [
+    ('"max_tool_calls":1000000000000000000000000000000', "max_tool_calls", "less than or equal to 2147483647"),
+    ('"max_tool_calls":-1', "max_tool_calls", "greater than or equal to 0"),
+    (
+        '"tools":[{"type":"function","name":"f","parameters":{"const":1e400}}]',
+        "tools.0.parameters.const",
+        "is Infinity: it must be finite",
+    ),
+    (
+        '"text":{"format":{"type":"json_schema","name":"n","schema":{"enum":[-9223372036854775809]}}}',
+        "text.format.schema.enum.0",
+        "is -9223372036854775809: it must be",
+    ),
+    ('"guided_json":"{\\"const\\":18446744073709551616}"', "guided_json", "send one within 64 bits"),
+    ('"guided_json":"%s"' % ("1" * 65_537), "guided_json", "a string of 65537 characters"),
+    ('"structured_outputs":{"json":"%s"}' % ("1" * 65_537), "structured_outputs", "a string of 65537 characters"),
+]
 
 SECRET = "my diary entry"
 
@@ -58,6 +77,20 @@ REFUSED = {
     "max below min": (b'{"model":"m","prompt":"a","params":{"min_tokens":5,"max_tokens":3}}', "lower it"),
     "too many choices": (b'{"model":"m","prompt":"a","params":{"n":1000000000}}', "less than or equal to 16"),
 }
+
+
+@pytest.mark.parametrize(("field", "param", "reason"), EXCESSIVE)
+def test_numbers_that_cannot_be_stored_are_refused_wherever_they_are(field: str, param: str, reason: str) -> None:
+    with pytest.raises(CeleriacError) as caught:
+        parse_model(f'{{"model":"m","input":"a",{field}}}'.encode(), ResponseBody)
+    assert caught.value.param == param
+    assert reason in caught.value.message
+
+
+def test_numbers_of_64_bits_are_taken() -> None:
+    tool = '{"type":"function","name":"f","parameters":{"enum":[-9223372036854775808,18446744073709551615,1e308]}}'
+    parsed = parse_model(f'{{"model":"m","input":"a","tools":[{tool}]}}'.encode(), ResponseBody)
+    orjson.dumps(parsed.model_dump())
 
 
 @pytest.mark.parametrize("name", REFUSED)
