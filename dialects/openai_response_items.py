@@ -1,5 +1,6 @@
 """The items of a response's input and of a conversation: as clients send them, as prompts and as lists."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -18,6 +19,8 @@ PART_TYPES = ("input_text", "output_text", "text", "refusal")
 Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
 
 ItemId = Annotated[str, StringConstraints(max_length=128)]
+
+_USABLE_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -192,11 +195,18 @@ def add_output(messages: list[dict[str, Any]], items: Iterable[Mapping[str, Any]
 
 
 def listed_items(seed: UUID, input_: ResponseInput) -> list[dict[str, Any]]:
-    """The items as they are listed, each with an id: its own or one made of `seed`, which for the input of a response
-    is the id of its job."""
+    """The items as they are listed, each with an id: its own, if no other has it and paths can hold it, or one made of
+    `seed`, which for the input of a response is the id of its job."""
     ulid = external_id(seed, "resp").removeprefix("resp_")
     items = [MessageItem(role="user", content=input_)] if isinstance(input_, str) else input_
-    return [_listed(item, f"{ulid}_in{number}") for number, item in enumerate(items)]
+    listed: list[dict[str, Any]] = []
+    taken: set[str] = set()
+    for number, item in enumerate(items):
+        given = None if isinstance(item, UnknownItem) else item.id
+        is_usable = given is not None and given not in taken and _USABLE_ID.fullmatch(given)
+        listed.append(_listed(item if is_usable else item.model_copy(update={"id": None}), f"{ulid}_in{number}"))
+        taken.add(listed[-1]["id"])
+    return listed
 
 
 def _add_item(messages: list[dict[str, Any]], item: InputItem) -> None:

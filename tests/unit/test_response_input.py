@@ -1,5 +1,6 @@
 """The input items of a response as they are listed, held to our schema and to the SDK's types."""
 
+import re
 from typing import Any
 from uuid import UUID
 
@@ -42,3 +43,15 @@ def test_an_item_is_listed_as_the_sdk_knows_it(item: dict[str, Any], shown: dict
     page = {"object": "list", "data": [listed], "first_id": "a", "last_id": "a", "has_more": False}
     TypeAdapter(InputItemListView).validate_python(page)
     ResponseItemList.model_validate(page)
+
+
+def test_each_listed_item_has_an_id_of_its_own_that_paths_can_hold() -> None:
+    given = ["mine", "mine", "", "a/b", "a\n", None]
+    parsed = TypeAdapter[Any](ResponseInput).validate_python(
+        [{"role": "user", "content": "Hi"} | ({} if id_ is None else {"id": id_}) for id_ in given]
+    )
+    ids = [item["id"] for item in listed_items(JOB_ID, parsed)]
+    assert ids[0] == "mine"
+    assert len(set(ids)) == len(given)
+    assert all(re.fullmatch("[A-Za-z0-9_-]{1,128}", id_) for id_ in ids)
+    assert ids == [item["id"] for item in listed_items(JOB_ID, parsed)], "pages agree"
