@@ -32,7 +32,7 @@ from api.services import Services, authenticate, credential_in_headers
 from dialects.bodies import parse_model
 from dialects.errors import HTTP_BY_CODE
 from dialects.fields import HINT_TREE
-from dialects.openai import Unsupported, only
+from dialects.openai import only
 from dialects.openai_response_items import ItemId
 from dialects.openai_response_requests import ResponseBody
 from domain.errors import AuthenticationFailed, CeleriacError, ConnectionTooOld, InvalidRequest, ServerOverloaded
@@ -58,7 +58,7 @@ class CreateMessage(ResponseBody):
 
     type: Literal["response.create"]
     stream_id: ItemId | None = None
-    background: Unsupported = None
+    background: Annotated[bool, only(False)] | None = None
     generate: Annotated[bool, only(True)] | None = None
 
 
@@ -165,6 +165,8 @@ class ResponseSocket:
             finally:
                 waiting.popleft()
                 request_id_context.reset(token)
+        # Nothing is awaited after the last look at what waits: a message that arrives now begins a new lane.
+        del self._waiting[lane]
 
     async def _answer(self, create: CreateMessage) -> None:
         """Raises CeleriacError if there will be no response."""

@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 
+from api.openai.response_socket import ResponseSocket
 from storage import tenants
 from storage.tables import DEFAULT_TENANT_ID
 from tests.conformance.harness import Served
@@ -90,9 +91,25 @@ def test_what_is_wrong_is_told_and_the_connection_goes_on(api: ApiServer, hand_w
         for message in ("", "[]", "{", "\ud83d".encode("utf-8", "surrogatepass"), b"{}"):
             socket.send(message)
             assert said(socket)["error"]["type"] == "invalid_request_error"
-        created = ask(socket, input="Hi")
+        created = ask(socket, input="Hi", background=False)
         hand_worker.run(created["response"]["id"], "Hello")
         assert to_the_end(socket)[-1]["response"]["output"][0]["content"][0]["text"] == "Hello"
+
+
+def test_lanes_leave_nothing_behind(api: ApiServer, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[ResponseSocket] = []
+    serve = ResponseSocket.serve
+
+    async def noted(self: ResponseSocket) -> None:
+        made.append(self)
+        await serve(self)
+
+    monkeypatch.setattr(ResponseSocket, "serve", noted)
+    with connected(api) as socket:
+        for lane in ("a", "b", "a"):
+            hand_worker.run(ask(socket, input="Hi", stream_id=lane)["response"]["id"], "Hello")
+            assert to_the_end(socket)[-1]["type"] == "response.completed"
+        wait_until(lambda: not made[0]._waiting)
 
 
 def test_what_waits_is_no_larger_than_one_body(api: ApiServer) -> None:
