@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, cast
 from uuid import UUID
 
-from pydantic import Field, TypeAdapter
+import orjson
+from pydantic import Field, TypeAdapter, ValidationError
 
 from dialects.fields import HINT_TREE, HintTree
 from dialects.openai import Metadata, OpenAIModel
@@ -12,6 +13,7 @@ from dialects.openai_response_items import InputItem, listed_items, messages_of,
 from dialects.openai_response_objects import InputItemListView, ResponseView
 from dialects.openai_response_requests import ResponseBody
 from dialects.openai_views import View
+from domain.errors import InvalidRequest
 from domain.jobs import external_id
 from storage.conversations import Conversation
 
@@ -68,9 +70,30 @@ def whole_list(items: Sequence[Mapping[str, Any]]) -> InputItemListView:
 
 def context_of(items: Iterable[Mapping[str, Any]], key: bytes) -> list[dict[str, Any]]:
     """The messages of stored items, as the beginning of a prompt. Raises InvalidRequest for a compaction that `key`
-    does not open."""
-    parsed = with_summaries(_ITEMS.validate_python(list(items)), key, place="conversation.items")
-    return messages_of(parsed, instructions=None, context=())
+    does not open, and for an item that cannot be read."""
+    stored = list(items)
+    try:
+        valid = _ITEMS.validate_python(stored)
+    except ValidationError as exc:
+        number = next(step for step in exc.errors(include_url=False)[0]["loc"] if isinstance(step, int))
+        raise InvalidRequest(
+            f"the item {stored[number]['id']!r} of the conversation cannot be read; delete it", param="conversation"
+        ) from None
+    return messages_of(with_summaries(valid, key, place="conversation.items"), instructions=None, context=())
+
+
+def readable(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the items that can be stored and read back."""
+    return [item for item in items if _is_readable(item)]
+
+
+def _is_readable(item: dict[str, Any]) -> bool:
+    try:
+        orjson.dumps(item)
+        _ITEMS.validate_python([item])
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def items_of_turn(job_id: UUID, body: ResponseBody, response: ResponseView) -> list[dict[str, Any]]:

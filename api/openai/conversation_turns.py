@@ -1,15 +1,17 @@
 """A conversation as responses need it: its turns are closed, its items read for a prompt, a new turn begun."""
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import UUID
 
 import orjson
+from sqlalchemy.exc import DataError
 
 from api.limits import size_of
 from api.openai.response_records import as_it_ended, body_of
 from api.services import Services
-from dialects.openai_conversations import context_of, items_of_turn
+from dialects.openai_conversations import context_of, items_of_turn, readable
 from dialects.openai_response_requests import ResponseBody
 from domain.jobs import parse_id_of_other
 from domain.requests import ConversationTurn
@@ -18,22 +20,30 @@ from storage.conversations import ConversationRecord
 from storage.job_accept import Accepted, NewJob
 from storage.job_queries import JobRecord
 
+log = logging.getLogger(__name__)
+
 
 async def find_conversation(services: Services, tenant_id: UUID, name: str) -> ConversationRecord:
     """The conversation with all items of the responses that have ended. Raises ConversationNotFound, with the same
     message for a malformed id and for one of another tenant."""
+    while True:
+        record = await find_as_it_is(services, tenant_id, name)
+        if not record.has_ended_turn:
+            return record
+        assert record.job_id is not None
+        await _end_turn(services, tenant_id, record.conversation.id, record.job_id)
+
+
+async def find_as_it_is(services: Services, tenant_id: UUID, name: str) -> ConversationRecord:
+    """The conversation, perhaps without the items of a response that has ended. Raises ConversationNotFound."""
     try:
         conversation_id = parse_id_of_other(name, "conv")
     except ValueError:
         raise conversations.not_found(name) from None
-    while True:
-        record = await services.read(conversations.get, conversation_id, tenant_id)
-        if record is None:
-            raise conversations.not_found(name)
-        if not record.has_ended_turn:
-            return record
-        assert record.job_id is not None
-        await _end_turn(services, tenant_id, conversation_id, record.job_id)
+    record = await services.read(conversations.get, conversation_id, tenant_id)
+    if record is None:
+        raise conversations.not_found(name)
+    return record
 
 
 async def end_turn_of(services: Services, tenant_id: UUID, job_id: UUID) -> None:
@@ -52,12 +62,30 @@ async def _end_turn(services: Services, tenant_id: UUID, conversation_id: UUID, 
     if job is not None:
         num_bytes = size_of(job.result) + len(orjson.dumps(job.endpoint_body))
         items = await services.large_work.run(num_bytes, _items_of, services, job)
-    await services.write(conversations.end_turn, conversation_id, tenant_id, job_id, items)
+    try:
+        await services.write(conversations.end_turn, conversation_id, tenant_id, job_id, items)
+    except (DataError, TypeError, ValueError) as exc:
+        _note_lost(job_id, exc)
+        await services.write(conversations.end_turn, conversation_id, tenant_id, job_id, [])
     await services.write(conversations.set_result_ttl, job_id, services.settings.result_ttl_seconds)
 
 
 def _items_of(services: Services, job: JobRecord) -> list[dict[str, Any]]:
-    return items_of_turn(job.job.id, body_of(job), as_it_ended(services, job))
+    """Those that can be read back: without the others, the conversation goes on."""
+    try:
+        items = items_of_turn(job.job.id, body_of(job), as_it_ended(services, job))
+    except Exception as exc:  # else nothing could ever be done with the conversation again
+        _note_lost(job.job.id, exc)
+        return []
+    kept = readable(items)
+    if len(kept) < len(items):
+        log.error("items of a turn cannot be read back", extra={"job_id": str(job.job.id)})
+    return kept
+
+
+def _note_lost(job_id: UUID, exc: Exception) -> None:
+    """Logs no message of the exception, as it may quote what was said."""
+    log.error("a turn was closed without its items", extra={"job_id": str(job_id), "reason": type(exc).__name__})
 
 
 async def context_in(services: Services, tenant_id: UUID, name: str) -> tuple[list[dict[str, Any]], ConversationTurn]:

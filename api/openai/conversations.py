@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from api.errors import json_response
 from api.inputs import PageQuery, QueryModel, listing, off_loop, query_parameters, read_model, read_query
-from api.openai.conversation_turns import find_conversation
+from api.openai.conversation_turns import find_as_it_is, find_conversation
 from api.openapi import request_body
 from api.services import caller_of, private_router
 from dialects.openai_conversations import (
@@ -96,7 +96,7 @@ async def update_conversation(conversation_id: str, request: Request) -> Respons
 async def delete_conversation(conversation_id: str, request: Request) -> Response:
     """Erase the conversation with its items. Its responses stay until they are deleted or expire."""
     services, tenant_id = caller_of(request)
-    record = await find_conversation(services, tenant_id, conversation_id)
+    record = await find_as_it_is(services, tenant_id, conversation_id)
     id_ = record.conversation.id
     if not await services.write(conversations.delete_conversation, id_, tenant_id):
         raise conversations.not_found(conversation_id)

@@ -8,6 +8,8 @@ from openai.types.conversations import ConversationItem as SdkItem
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
+from api.openai import conversation_turns
+from dialects.openai_conversations import items_of_turn
 from domain.jobs import JobStatus, parse_id, parse_id_of_other
 from storage import conversations, tenants
 from storage.tables import DEFAULT_TENANT_ID
@@ -233,3 +235,45 @@ def test_a_turn_is_kept_until_its_items_are_added(
         assert record is not None
         conversations.end_turn(session, id_, record.conversation.tenant_id, job_id, [{"id": "x", "type": "message"}])
     assert said(all_of(client, conversation.id)) == ["Hi", "Hello"], "whoever comes late adds nothing"
+
+
+@pytest.mark.parametrize("is_raised", [True, False])
+def test_a_turn_whose_items_are_unusable_is_closed_without_them(
+    client: openai.OpenAI, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch, *, is_raised: bool
+) -> None:
+    def broken(*args: Any) -> list[dict[str, Any]]:
+        if is_raised:
+            raise ValueError("odd")
+        return [*items_of_turn(*args), {"id": "x", "type": "odd"}, {"id": "y", "type": "message", "role": 10**30}]
+
+    monkeypatch.setattr(conversation_turns, "items_of_turn", broken)
+    conversation = client.conversations.create()
+    hand_worker.run(ask(client, conversation.id, "Hi").id, "Hello")
+    assert client.conversations.retrieve(conversation.id) == conversation
+    assert said(all_of(client, conversation.id)) == ([] if is_raised else ["Hi", "Hello"])
+    hand_worker.run(ask(client, conversation.id, "More").id, "Yes")
+
+
+def test_a_conversation_can_be_deleted_though_its_turn_cannot_be_closed(
+    client: openai.OpenAI, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation_turns, "_end_turn", None)
+    conversation = client.conversations.create()
+    hand_worker.run(ask(client, conversation.id, "Hi").id, "Hello")
+    assert client.conversations.delete(conversation.id).deleted
+
+
+def test_an_item_that_cannot_be_read_is_named(client: openai.OpenAI, session_factory: sessionmaker[Session]) -> None:
+    conversation = client.conversations.create(
+        items=[{"role": "user", "content": "Hi"}, {"role": "user", "content": "Yo"}]
+    )
+    id_ = all_of(client, conversation.id)[1].id
+    with session_factory.begin() as session:
+        spoil = text(
+            "UPDATE conversation_items SET item = json_build_object('id', item_id, 'type', 'odd') WHERE item_id = :id"
+        )
+        session.execute(spoil, {"id": id_})
+    with pytest.raises(openai.BadRequestError, match=f"item '{id_}' of the conversation cannot be read; delete it"):
+        ask(client, conversation.id, "So")
+    client.conversations.items.delete(id_ or "", conversation_id=conversation.id)
+    ask(client, conversation.id, "So")
