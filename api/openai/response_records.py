@@ -65,8 +65,10 @@ async def as_it_stands(services: Services, record: JobRecord) -> ResponseView:
     if record.job.status.is_terminal:
         return as_it_ended(services, record)
     output = ResponseOutput(record.job.id, parser_for(services, record))
-    for chunk in await read_all_chunks(services, record.job.id):
-        list(output.push(chunk.text, chunk.logprobs))
+    chunks = await read_all_chunks(services, record.job.id)
+    text = "".join(chunk.text for chunk in chunks)
+    logprobs = [logprob for chunk in chunks for logprob in chunk.logprobs or ()]
+    await services.large_work.run(len(text), lambda: list(output.push(text, logprobs)))
     return response_object(record, body_of(record), ending_of(record.job), output)
 
 
