@@ -1,0 +1,56 @@
+"""When a worker claims: for its tickets, soon again if it found too few jobs, and now and then without any."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import pytest
+
+from domain.jobs import Lane
+from gpu_worker import intake
+from gpu_worker.intake import POLL_SECONDS, SHORTFALL_SECONDS, Intake, Offers
+from gpu_worker.quarantine import Quarantine
+from gpu_worker.threads import Answer
+
+
+class Claims:
+    """A storage whose claims find `num_jobs` jobs, and remembers how many were asked for."""
+
+    is_away = False
+
+    def __init__(self) -> None:
+        self.num_jobs = 0
+        self.limits: list[int] = []
+
+    def claim(self, limit: int, lane: Lane, known: frozenset[UUID], **_: Any) -> list[Any]:
+        self.limits.append(limit)
+        return [SimpleNamespace(id=uuid4()) for _ in range(min(limit, self.num_jobs))]
+
+    def submit(self, call: Callable[..., Any], on_done: Callable[[Answer[Any]], None], *_: Any) -> None:
+        on_done(cast(Answer[Any], SimpleNamespace(value=call(is_repeated=False), sent_at=0.0)))
+
+
+@pytest.mark.parametrize(
+    ("num_tickets", "num_found", "is_soon"), [(4, 4, False), (4, 1, True), (4, 0, True), (0, 2, True), (0, 0, False)]
+)
+def test_a_claim_that_found_too_few_jobs_is_repeated_soon(
+    monkeypatch: pytest.MonkeyPatch, num_tickets: int, num_found: int, is_soon: bool
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(intake, "monotonic", lambda: now)
+    offers, claims = Offers(), Claims()
+    spent: list[UUID] = []
+    entry = Intake(
+        offers, cast(Any, claims), cast(Any, claims), Quarantine(), on_claimed=lambda *_: None, on_spent=spent.extend
+    )
+    claims.num_jobs = num_found
+    entry.claim(now - POLL_SECONDS, num_free=4, known=frozenset())
+    tickets = [uuid4() for _ in range(num_tickets)]
+    for ticket in tickets:
+        offers.add(ticket)
+    entry.claim(now, num_free=4, known=frozenset())
+    assert (claims.limits, spent) == ([4], tickets)
+    now += SHORTFALL_SECONDS
+    entry.claim(now, num_free=4, known=frozenset())
+    assert len(claims.limits) == 1 + is_soon
