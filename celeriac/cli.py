@@ -4,33 +4,38 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from celeriac.checks import (
-    api_url,
     read_catalog,
     refuse_shared_sessions,
     refuse_taken_port,
     refuse_unknown_default,
     refuse_unknown_models,
 )
+from celeriac.completion import completion
+from celeriac.dead_letters import dead_letters
+from celeriac.doctor import doctor
 from celeriac.engines import engines
+from celeriac.jobs import batch, cancel, jobs, submit, watch
 from celeriac.keys import keys
+from celeriac.live import queue, top, workers
 from celeriac.models import models
+from celeriac.options import HAS_SERVER, json_option, print_json
 
 if TYPE_CHECKING:
-    from celeriac.client import Client
-    from celeriac.client.protocol import Prompt
     from settings import Settings
+
+INTERRUPTED = 130  # the exit code after Ctrl-C, as in shells: 128 and the number of SIGINT
 
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
 
-#: Whether this is a checkout. `pip install celeriac` installs only the client and the commands that use it.
-HAS_SERVER = (Path(__file__).parents[1] / "gpu_worker").is_dir()
-CLIENT_COMMANDS = frozenset({"submit", "watch", "cancel", "jobs", "batch"})
+#: The commands that only talk to an API.
+CLIENT_COMMANDS = frozenset(
+    {"submit", "watch", "cancel", "jobs", "batch", "dead-letters", "queue", "workers", "top", "completion"}
+)
 
 
 class Commands(click.Group):
@@ -51,6 +56,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except click.ClickException:
             raise
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
         except Exception as exc:
             from celeriac.terminal import explain
 
@@ -71,7 +78,8 @@ def main() -> None:
 
     `celeriac up` starts its own PostgreSQL and Redis unless you give the URLs of yours. The other commands use
     CELERIAC_DATABASE_URL and CELERIAC_REDIS_URL if those are set, and otherwise the servers that `celeriac up` started
-    in this folder. Every setting is an environment variable; docs/operations.md lists them.
+    in this folder. Every setting is an environment variable; docs/operations.md lists them. docs/command_line.md has
+    the exit codes.
     """
 
 
@@ -215,7 +223,8 @@ def migrate() -> None:
 
 
 @main.command()
-def env() -> None:
+@json_option
+def env(as_json: bool) -> None:
     """Print the servers' URLs as shell variables.
 
     For Celery's own commands and psql, for instance:
@@ -228,159 +237,28 @@ def env() -> None:
     import shlex
 
     settings = _settings()
-    click.echo(f"export CELERIAC_DATABASE_URL={shlex.quote(settings.database_url)}")
-    click.echo(f"export CELERIAC_REDIS_URL={shlex.quote(settings.redis_url)}")
-
-
-# Jobs
-
-
-def connection_options(command: Any) -> Any:
-    """--url and --key."""
-    command = click.option("--key", help="API key.  [default: CELERIAC_API_KEY]")(command)
-    text = "URL of the API.  [default: CELERIAC_API_URL, else that of `celeriac up` in this folder]"
-    return click.option("--url", help=text)(command)
-
-
-@main.command()
-@click.argument("prompt")
-@click.option("--model", help="Model to use.  [default: the installation's default model]")
-@click.option("--max-tokens", type=click.IntRange(1), help="Stop after this many tokens.")
-@click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the most likely token.")
-@click.option("--seed", type=int, help="The same seed, prompt and model give the same text.")
-@click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
-@click.option("--system", help="Instructions that come before the prompt.")
-@click.option("--complete", is_flag=True, help="Continue the prompt as it stands instead of answering it.")
-@click.option("--stream", "mode", flag_value="stream", default="stream", help="Print the text as it arrives (default).")
-@click.option("--wait", "mode", flag_value="wait", help="Print the whole text at the end.")
-@click.option("--detach", "mode", flag_value="detach", help="Print the job's id and exit.")
-@connection_options
-def submit(prompt: str, mode: str, url: str | None, key: str | None, **options: Any) -> None:
-    """Run PROMPT as a job. A PROMPT of - is read from standard input.
-
-    The text goes to standard output, everything else to standard error.
-
-    \b
-    celeriac submit "Tell me a story about a fox."
-    celeriac submit --temperature 0 --max-tokens 20 "What is 17 + 25?"
-    celeriac submit --wait - < prompt.txt > answer.txt
-    id=$(celeriac submit --detach "Hello!"); celeriac watch $id
-
-    The job runs on its own: Ctrl-C or a lost connection ends the output, not the job.
-    """
-    from celeriac.terminal import follow
-
-    text = sys.stdin.read() if prompt == "-" else prompt
-    content = as_prompt(text, system=options.pop("system"), complete=options.pop("complete"))
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    with _client(url, key) as client:
-        job = client.submit(content, **given)
-        if mode == "detach":
-            click.echo(job.id)
-            return
-        sys.exit(follow(client, job.id, is_live=mode == "stream"))
-
-
-@main.command()
-@click.argument("job_id")
-@click.option("--after", metavar="N", help="Begin after the event with this number instead of at the start.")
-@connection_options
-def watch(job_id: str, after: str | None, url: str | None, key: str | None) -> None:
-    """Print a job's text so far, and the rest as it arrives.
-
-    \b
-    celeriac watch job_01...               from its start
-    celeriac watch --after 12 job_01...    after event 12
-    """
-    from celeriac.terminal import follow
-
-    with _client(url, key) as client:
-        sys.exit(follow(client, job_id, is_live=True, starting_after=after))
-
-
-@main.command()
-@click.argument("job_id")
-@connection_options
-def cancel(job_id: str, url: str | None, key: str | None) -> None:
-    """Cancel JOB_ID; the text it has produced is kept."""
-    with _client(url, key) as client:
-        job = client.cancel(job_id)
-    click.echo(f"{job.id}: {job.status}" + (", stops at the next token" if job.status == "in_progress" else ""))
-
-
-@main.command()
-@click.option("--status", type=click.Choice(["queued", "in_progress", "completed", "failed", "cancelled", "expired"]))
-@click.option("--model", help="Only jobs of this model.")
-@click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
-@connection_options
-def jobs(status: str | None, model: str | None, limit: int, url: str | None, key: str | None) -> None:
-    """List jobs, newest first."""
-    from celeriac.terminal import jobs_table, show
-
-    with _client(url, key) as client:
-        page = client.jobs(status=status, model=model, limit=limit)
-    if not page.jobs:
-        click.echo('No jobs yet; run one: celeriac submit "Hello!"' if not status else f"No job is {status}.")
+    urls = {"CELERIAC_DATABASE_URL": settings.database_url, "CELERIAC_REDIS_URL": settings.redis_url}
+    if as_json:
+        print_json(urls)
         return
-    show(jobs_table(page))
+    for name, url in urls.items():
+        click.echo(f"export {name}={shlex.quote(url)}")
 
 
-@main.group()
-def batch() -> None:
-    """Run files of requests. Batches use what is left over by requests that somebody waits for."""
-
-
-@batch.command(name="run")
-@click.argument("requests", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Results go here.")
-@click.option("--window", default="24h", show_default=True, help="Time for the whole batch, from 1h to 7d.")
-@connection_options
-def run_batch(requests: Path, output: Path, window: str, url: str | None, key: str | None) -> None:
-    """Run the REQUESTS of a JSONL file, in OpenAI's format, and write the results.
-
-    Ctrl-C ends the waiting, not the batch: `celeriac batch get` fetches its results later.
-
-    \b
-    celeriac batch run in.jsonl -o out.jsonl
-    """
-    from celeriac.terminal import BatchPrinter
-
-    with _client(url, key) as client, BatchPrinter() as printer:
-        printer.finish(client.batch(requests, output, completion_window=window, on_progress=printer.show))
-
-
-@batch.command(name="get")
-@click.argument("batch_id")
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Results go here.")
-@connection_options
-def get_batch(batch_id: str, output: Path, url: str | None, key: str | None) -> None:
-    """Wait for a batch and write its results."""
-    from celeriac.terminal import BatchPrinter
-
-    with _client(url, key) as client, BatchPrinter() as printer:
-        printer.finish(client.batch_results(batch_id, output, on_progress=printer.show))
-
-
-@main.command()
-@connection_options
-def workers(url: str | None, key: str | None) -> None:
-    """List the live GPU workers, with the models that each serves and how far loads have come.
-
-    If keys are required, this needs an admin key.
-    """
-    from celeriac.terminal import show, workers_table
-
-    with _client(url, key) as client:
-        statuses = client.model_statuses()
-    if not any(model["workers"] for model in statuses):
-        click.echo("No worker is alive; start one: celeriac worker")
-        return
-    show(workers_table(statuses))
-
-
+main.add_command(submit)
+main.add_command(watch)
+main.add_command(cancel)
+main.add_command(jobs)
+main.add_command(batch)
+main.add_command(dead_letters)
+main.add_command(queue)
+main.add_command(workers)
+main.add_command(top)
+main.add_command(doctor)
 main.add_command(models)
 main.add_command(engines)
 main.add_command(keys)
+main.add_command(completion)
 
 # Helpers
 
@@ -401,31 +279,6 @@ def _become_celery(app: str, *arguments: str) -> NoReturn:
     """Replace this process with Celery's command for `app`, so that signals and exit codes are Celery's own."""
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "celery", "-A", app, *arguments])  # noqa: S606
-
-
-def _client(url: str | None, key: str | None) -> "Client":
-    from celeriac.client import Client
-
-    if not HAS_SERVER:
-        return Client(url, key)
-    from settings import get_settings
-
-    settings = get_settings()
-    return Client(url or api_url(settings), key or settings.api_key)
-
-
-def as_prompt(text: str, *, system: str | None, complete: bool) -> "Prompt":
-    """The text itself, to be continued, or a chat that ends with it. Raises ClickException."""
-    if not text.strip():
-        raise click.ClickException("the prompt is empty; give some text, or - and some text on standard input")
-    if complete and system:
-        raise click.ClickException(
-            "--complete and --system cannot be combined; leave out one, or put both texts into the prompt"
-        )
-    if complete:
-        return text
-    messages = [{"role": "system", "content": system}] if system else []
-    return [*messages, {"role": "user", "content": text}]
 
 
 @contextmanager

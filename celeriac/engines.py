@@ -4,10 +4,13 @@ import subprocess
 
 import click
 
+from celeriac.options import json_option, print_json
+
 
 @click.group(invoke_without_command=True)
+@json_option
 @click.pass_context
-def engines(ctx: click.Context) -> None:
+def engines(ctx: click.Context, as_json: bool) -> None:
     """List or install engines with their own Python environments."""
     if ctx.invoked_subcommand is not None:
         return
@@ -15,9 +18,14 @@ def engines(ctx: click.Context) -> None:
     from local.lock import settings_here
 
     data_dir = settings_here().data_dir
+    found = {recipe.backend: installed(recipe, data_dir) for recipe in recipes().values()}
+    if as_json:
+        versions = {backend: engine and engine.version for backend, engine in found.items()}
+        print_json([{"backend": backend, "installed": version} for backend, version in versions.items()])
+        return
     for recipe in recipes().values():
-        found = installed(recipe, data_dir)
-        state = "not installed" if found is None else f"{recipe.package} {found.version}, devices: {found.devices}"
+        engine = found[recipe.backend]
+        state = "not installed" if engine is None else f"{recipe.package} {engine.version}, devices: {engine.devices}"
         click.echo(f"{recipe.backend}: {recipe.title}; {state}")
 
 

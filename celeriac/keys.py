@@ -44,7 +44,7 @@ def create_key(name: str, tenant: str, days: int | None, is_admin: bool) -> None
 @click.option("--tenant", default="default", show_default=True)
 def list_keys(tenant: str) -> None:
     """List a tenant's keys, newest first; secrets are not stored and cannot be shown."""
-    from celeriac.terminal import keys_table, show
+    from celeriac.tables import keys_table, show
     from local.lock import settings_here
     from storage import tenants
 

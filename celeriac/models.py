@@ -1,14 +1,18 @@
 """`celeriac models`: list, pull, check and remove models. Each command imports what it needs when it runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from celeriac.options import json_option, print_json
+
 if TYPE_CHECKING:
-    from celeriac.store.store import GgufBackend, ModelStore, Wanted
+    from celeriac.store.known import KnownModel
+    from celeriac.store.store import GgufBackend, Manifest, ModelStore, Wanted
+    from domain.catalog import Catalog
 
 
 @click.group(invoke_without_command=True)
@@ -26,25 +30,29 @@ def models(context: click.Context) -> None:
 
 
 @models.command("list")
-def list_models() -> None:
+@json_option
+def list_models(as_json: bool = False) -> None:
     """List served, pulled and available models.
 
     These are the models in models.toml, those that were pulled, and those that can be pulled by name.
     """
     from celeriac.checks import read_catalog
     from celeriac.store.known import known_models
-    from celeriac.terminal import known_models_table, models_table, show, stored_models_table
+    from celeriac.tables import known_models_table, models_table, show, stored_models_table
     from local.lock import settings_here
     from text.models import files_at_fault
 
     settings = settings_here()
     catalog = read_catalog(settings)
     catalog.set_failures(files_at_fault(catalog))
+    with _explained():
+        manifests = _store().manifests()
+    if as_json:
+        print_json(_as_json(catalog, manifests, known_models()))
+        return
     show(models_table(catalog))
     for model_id, reason in catalog.unavailable.items():
         click.echo(f"{model_id} is unavailable: {reason}")
-    with _explained():
-        manifests = _store().manifests()
     if manifests:
         click.echo(f"\nPulled into {settings.store_dir}:\n")
         show(stored_models_table(manifests))
@@ -118,6 +126,32 @@ def remove_model(name: str) -> None:
     with _explained(), PullPrinter(plain_console(stderr=True)) as printer:
         num_bytes = _store().remove(name, printer)
     click.echo(f"{name} is removed, which frees {num_bytes / 1e6:,.0f} MB.")
+
+
+def _as_json(
+    catalog: "Catalog", manifests: Iterable["Manifest"], known_by_name: Mapping[str, "KnownModel"]
+) -> dict[str, Any]:
+    return {
+        "default": catalog.default_id,
+        "models": [
+            {
+                "id": entry.id,
+                "path": str(entry.path),
+                "backend": entry.backend,
+                "max_model_len": entry.max_model_len,
+                "max_num_seqs": entry.max_num_seqs,
+            }
+            for entry in catalog
+        ],
+        "unavailable": dict(catalog.unavailable),
+        "pulled": [
+            {"id": one.name, "source": one.source, "bytes": one.num_bytes, "licence": one.licence} for one in manifests
+        ],
+        "known": [
+            {"name": name, "bytes": known.num_bytes, "licence": known.licence, "title": known.title}
+            for name, known in known_by_name.items()
+        ],
+    }
 
 
 def _store() -> "ModelStore":

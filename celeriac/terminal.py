@@ -1,12 +1,11 @@
-"""What the commands print: progress, a job's text as it arrives, tables, URLs, and errors in one line."""
+"""What the commands print: progress, a job's text as it arrives, URLs, and errors in one line."""
 
 import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -21,28 +20,9 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Column, Table
 
-from celeriac.client import BatchSnapshot, Client, ClientError, JobSnapshot, StreamEvent
-
-if TYPE_CHECKING:
-    from celeriac.store.known import KnownModel
-    from celeriac.store.store import Manifest
-    from domain.catalog import Catalog
-    from storage.tables import ApiKey
-
-PIPE_WIDTH = 10_000  # characters per line if the output is not a terminal
-
-MIN_ID_WIDTH = 30  # of a job's id: job_ and 26 characters
-
-STYLE_BY_STATUS = {
-    "queued": "yellow",
-    "in_progress": "cyan",
-    "completed": "green",
-    "failed": "red",
-    "cancelled": "dim",
-    "expired": "dim",
-}
+from celeriac.client import BatchSnapshot, Client, ClientError, StreamEvent
+from celeriac.tables import with_percent
 
 
 class Board:
@@ -251,96 +231,6 @@ def plain_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
 
 
-def show(table: Table) -> None:
-    """Print a table. In a pipe no cell is cut, since the next program needs whole values."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH
-    console.print(table)
-
-
-def _table(whole: str, *others: str, folded: str | None = None) -> Table:
-    """A table whose column `whole` is never cut, however narrow the terminal, and whose column `folded` wraps."""
-    table = Table(Column(whole, no_wrap=True, overflow="ignore", min_width=MIN_ID_WIDTH), box=None, pad_edge=False)
-    for name in others:
-        table.add_column(name, overflow="fold" if name == folded else "ellipsis")
-    return table
-
-
-def jobs_table(jobs: Iterable[JobSnapshot]) -> Table:
-    table = _table("job", "status", "model", "tokens", "age", "took")
-    for job in jobs:
-        began, ended = job.raw["started_at"], job.raw["finished_at"]
-        table.add_row(
-            job.id,
-            f"[{STYLE_BY_STATUS.get(job.status, '')}]{job.status}[/]",
-            job.model,
-            str(job.usage.get("completion_tokens", "")),
-            _age(job.raw["created_at"], None),
-            _age(began, ended) if began and ended else "",
-        )
-    return table
-
-
-def workers_table(models: Iterable[dict[str, Any]]) -> Table:
-    """The live workers of these models, as the admin API describes them."""
-    table = _table("worker", "model", "state", "running", "tokens/s")
-    rows = [(worker["hostname"], model["id"], worker) for model in models for worker in model["workers"]]
-    for hostname, model_id, worker in sorted(rows, key=lambda row: row[:2]):
-        running = f"{worker['num_running']} of {worker['max_num_seqs']}"
-        table.add_row(
-            hostname, model_id, _with_percent(worker["state"], worker), running, f"{worker['tokens_per_second']:g}"
-        )
-    return table
-
-
-def _with_percent(state: str, facts: Mapping[str, Any]) -> str:
-    """How far a load has come is added if that is known: `loading 43 %`."""
-    percent = facts.get("load_percent")
-    return state if percent is None else f"{state} {percent} %"
-
-
-def models_table(catalog: "Catalog") -> Table:
-    """The available models."""
-    from local.processes import short_path
-
-    table = _table("model", "context", "at once", "back end", "path", folded="path")
-    for entry in catalog:
-        name = f"{entry.id} [dim](default)[/]" if entry.id == catalog.default_id else entry.id
-        length = f"{entry.max_model_len} tokens" if entry.max_model_len is not None else "its own"
-        at_once = f"{entry.max_num_seqs} sequences" if entry.max_num_seqs is not None else "by device"
-        table.add_row(name, length, at_once, entry.backend, short_path(entry.path))
-    return table
-
-
-def stored_models_table(manifests: Iterable["Manifest"]) -> Table:
-    table = _table("model", "size", "pulled", "licence", "source", folded="source")
-    for manifest in manifests:
-        size = f"{manifest.num_bytes / 1e6:,.0f} MB"
-        table.add_row(manifest.name, size, f"{manifest.pulled_at:%Y-%m-%d}", manifest.licence, manifest.source)
-    return table
-
-
-def known_models_table(known_by_name: Mapping[str, "KnownModel"]) -> Table:
-    table = _table("name", "download", "licence", "what it is", folded="what it is")
-    for name, known in known_by_name.items():
-        licence = f"{known.licence} (--accept-licence)" if known.must_accept else known.licence
-        table.add_row(name, f"{known.num_bytes / 1e6:,.0f} MB", licence, known.title)
-    return table
-
-
-def keys_table(rows: Iterable["ApiKey"]) -> Table:
-    table = _table("id", "name", "created", "state")
-    for row in rows:
-        state = "live"
-        if row.revoked_at is not None:
-            state = f"revoked {row.revoked_at:%Y-%m-%d}"
-        elif row.expires_at is not None:
-            state = f"{'expired' if row.expires_at < datetime.now(UTC) else 'until'} {row.expires_at:%Y-%m-%d}"
-        table.add_row(row.id, row.name, f"{row.created_at:%Y-%m-%d}", state)
-    return table
-
-
 def where_everything_is(*, api_url: str, maintenance_url: str, worker_url: str, flower_url: str, logs: str) -> str:
     return f"""
   API      {api_url}/docs
@@ -374,22 +264,12 @@ def _describe(event: StreamEvent) -> str | None:
     data = event.data
     if event.name == "job.queued" and data.get("waiting_for") == "model_load":
         is_loading = data.get("load_percent") is not None
-        return _with_percent("queued, its model is loading" if is_loading else "queued, its model is not loaded", data)
+        return with_percent("queued, its model is loading" if is_loading else "queued, its model is not loaded", data)
     if event.name == "job.queued" and data.get("position"):
         return f"queued, position {data['position']}"
     if event.name == "job.retrying":
         return f"\n(continuing with attempt {data.get('attempt', '?')}; the text above remains valid)"
     return None
-
-
-def _age(since: str, until: str | None) -> str:
-    """The time from `since` to `until`, or to now if that is None."""
-    end = datetime.fromisoformat(until) if until else datetime.now(UTC)
-    seconds = (end - datetime.fromisoformat(since)).total_seconds()
-    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def explain(exc: Exception) -> str | None:

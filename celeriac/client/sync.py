@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -94,9 +94,11 @@ class Client:
             except ApiUnreachable as exc:
                 time.sleep(patience.delay_after(exc))
 
-    def get(self, job_id: str, *, wait_seconds: int = 0) -> JobSnapshot:
-        """The job as it is now, or as it ended if it ends within `wait_seconds` (at most 60)."""
-        params = {"wait": wait_seconds} if wait_seconds else {}
+    def get(self, job_id: str, *, wait_seconds: int = 0, include: Sequence[str] = ()) -> JobSnapshot:
+        """The job as it is now, or as it ended if it ends within `wait_seconds` (at most 60). `raw` has also what is
+        named in `include`: `input`, `output` (so far, of a job that has not ended) and `attempts`."""
+        params: dict[str, Any] = {"wait": wait_seconds} if wait_seconds else {}
+        params |= {"include": ",".join(include)} if include else {}
         options = {"params": params, "timeout": timeout_of_wait(wait_seconds)}
         return JobSnapshot.of(self._ask("GET", f"/v1/jobs/{job_id}", **options))
 
@@ -176,6 +178,16 @@ class Client:
         """A page of jobs without their output, newest first: `status`, `model`, `limit`, `after`, `created_after`."""
         params = {name: value for name, value in filters.items() if value is not None}
         return JobPage.of(self._ask("GET", "/v1/jobs", params=params))
+
+    def dead_letters(self, **filters: str | int | None) -> JobPage:
+        """A page of failed jobs with their attempts, newest first: `limit`, `after`."""
+        params = {name: value for name, value in filters.items() if value is not None}
+        return JobPage.of(self._ask("GET", "/v1/dead_letters", params=params))
+
+    def replay(self, job_id: str, *, allow_poison: bool = False) -> JobSnapshot:
+        """Submit the request of a failed job as a new job, which is returned; repeating it returns the same one."""
+        body = {"allow_poison": allow_poison}
+        return JobSnapshot.of(self._ask("POST", f"/v1/dead_letters/{job_id}/replay", json=body))
 
     def map(
         self,
@@ -267,6 +279,10 @@ class Client:
     def model_statuses(self) -> list[dict[str, Any]]:
         """Every model with its live workers. Needs an admin key if keys are required."""
         return list(self._ask("GET", "/v1/admin/models")["data"])
+
+    def queues(self) -> list[dict[str, Any]]:
+        """The queue of every model: who waits for what, and for how long."""
+        return list(self._ask("GET", "/v1/queue")["data"])
 
     def health(self) -> dict[str, Any]:
         """The body of /health, whatever the status code."""

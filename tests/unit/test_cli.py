@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from pydantic import ValidationError
 
-from celeriac import cli, terminal
+from celeriac import cli, jobs, tables, terminal
 from celeriac.client import JobSnapshot
 from celeriac.client.protocol import parse_events
 from celeriac.terminal import explain
@@ -240,8 +240,8 @@ def test_ids_and_paths_are_whole_in_a_pipe_and_on_a_narrow_terminal(monkeypatch:
         monkeypatch.setenv("COLUMNS", str(width))
         written = io.StringIO()
         console = Console(highlight=False, file=written, force_terminal=is_terminal)
-        monkeypatch.setattr(terminal, "Console", lambda console=console, **_: console)
-        terminal.show(terminal.jobs_table([job]))
+        monkeypatch.setattr(tables, "Console", lambda console=console, **_: console)
+        tables.show(tables.jobs_table([job]))
         assert job.id in written.getvalue()
         assert is_terminal or job.model in written.getvalue()
 
@@ -276,13 +276,13 @@ def test_an_empty_prompt_is_refused_before_it_travels(run: Any) -> None:
 
 def test_a_prompt_becomes_a_chat() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert cli.as_prompt("Hi", system="Be brief.", complete=False) == messages
+    assert jobs.as_prompt("Hi", system="Be brief.", complete=False) == messages
 
 
 def test_complete_sends_the_prompt_as_it_stands() -> None:
-    assert cli.as_prompt("Once", system=None, complete=True) == "Once"
+    assert jobs.as_prompt("Once", system=None, complete=True) == "Once"
     with pytest.raises(click.ClickException, match="--complete and --system cannot be combined"):
-        cli.as_prompt("Once", system="x", complete=True)
+        jobs.as_prompt("Once", system="x", complete=True)
 
 
 def test_events_are_read_whatever_their_lines_look_like() -> None:

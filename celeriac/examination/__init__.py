@@ -1,0 +1,1 @@
+"""What `celeriac doctor` looks at: this machine, the database, Redis, and the processes of the installation."""

@@ -1,0 +1,160 @@
+"""Checks of PostgreSQL, and of what it knows: the schema, clocks, workers and maintenance."""
+
+import time
+from collections.abc import Iterable, Iterator
+
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from celeriac.examination.results import CheckResult, clock_result, fail, ok, warn
+from domain.jobs import WorkerState
+from settings import Settings
+from storage import job_queries, maintenance, workers
+from storage.database import CONNECT_ARGS, MIGRATIONS, SharedSessions, database_url, refuse_shared_sessions
+from storage.tables import Worker
+
+MIN_POSTGRES = 14
+BUSY_CONNECTIONS = 0.8  # of those that PostgreSQL allows
+STATEMENT_SECONDS = 10
+
+
+def database_results(settings: Settings) -> Iterator[CheckResult]:
+    """All checks that need the database; they end with the first one without which the others make no sense."""
+    url = database_url(settings.database_url)
+    begun_at = time.monotonic()
+    try:
+        refuse_shared_sessions(url)
+    except SharedSessions as exc:
+        yield fail("pooler", str(exc), "set pool_mode = session in the pooler")
+        return
+    except SQLAlchemyError as exc:
+        remedy = "start it with celeriac up, or name a server in CELERIAC_DATABASE_URL"
+        yield fail("database", f"it does not answer: {_first_line(exc)}", remedy)
+        return
+    database = create_engine(
+        url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=CONNECT_ARGS
+    )  # a statement that fails does not harm the next one
+    try:
+        with database.connect() as connection:
+            connection.execute(text(f"SET statement_timeout = '{STATEMENT_SECONDS}s'"))
+            yield from _server_results(connection, time.monotonic() - begun_at)
+            schema = schema_result(connection)
+            yield schema
+            if schema.level == "ok":
+                with Session(connection) as session:
+                    yield from _maintenance_results(session, settings)
+                    yield from _worker_results(session, settings)
+    except SQLAlchemyError as exc:
+        yield fail("database", f"a query failed: {_first_line(exc)}", "see PostgreSQL's log")
+    finally:
+        database.dispose()
+
+
+def _server_results(connection: Connection, seconds: float) -> Iterator[CheckResult]:
+    def shown(name: str) -> str:
+        return str(connection.scalar(text(f"SHOW {name}")))
+
+    release = int(shown("server_version_num")) // 10_000
+    has_tls = connection.scalar(text("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"))
+    seen = f"PostgreSQL {release}, {'with' if has_tls else 'without'} TLS, with sessions of our own ({seconds:.1f} s)"
+    if release < MIN_POSTGRES:
+        yield fail("database", seen, f"upgrade it to PostgreSQL {MIN_POSTGRES} or newer")
+    elif connection.scalar(text("SELECT pg_is_in_recovery()")):
+        remedy = "list all servers in CELERIAC_DATABASE_URL, with target_session_attrs=read-write"
+        yield fail("database", f"{seen}, but a standby, which takes no writes", remedy)
+    elif shown("server_encoding") != "UTF8":
+        yield fail("database", f"{seen}, encoded as {shown('server_encoding')}", "create it with ENCODING 'UTF8'")
+    elif shown("fsync") != "on" or shown("synchronous_commit") == "off":
+        yield warn("database", f"{seen}; a crash may lose accepted jobs", "set fsync = on and synchronous_commit = on")
+    else:
+        yield ok("database", seen)
+    yield _connections_result(connection)
+    asked_at = time.time()
+    server_time = float(connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())")) or 0)
+    yield clock_result("clock of the database", server_time, asked_at, time.time(), "run NTP on both machines")
+
+
+def _connections_result(connection: Connection) -> CheckResult:
+    statement = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+    used, allowed = (
+        int(connection.scalar(text(statement)) or 0),
+        int(str(connection.scalar(text("SHOW max_connections")))),
+    )
+    seen = f"{used} of {allowed} connections are in use"
+    if used > BUSY_CONNECTIONS * allowed:
+        return warn("connections", seen, "raise max_connections of PostgreSQL, or run fewer processes")
+    return ok("connections", seen)
+
+
+def schema_result(connection: Connection) -> CheckResult:
+    """Whether the schema is that of this release."""
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    scripts = ScriptDirectory.from_config(config)
+    head = scripts.get_current_head()
+    found = None
+    if connection.scalar(text("SELECT to_regclass('alembic_version')")) is not None:
+        found = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    if found is None:
+        return fail("schema", "there is none in this database", "celeriac migrate")
+    if found == head:
+        return ok("schema", f"it is that of this release ({head})")
+    if found in {script.revision for script in scripts.walk_revisions()}:
+        return fail("schema", f"it is at {found}, and this release needs {head}", "celeriac migrate")
+    return fail("schema", f"{found} is newer than this release, which knows {head}", "upgrade this installation")
+
+
+def _maintenance_results(session: Session, settings: Settings) -> Iterator[CheckResult]:
+    ages = maintenance.seconds_since_ticks(session)
+    late = {clock: age for clock, age in ages.items() if age > settings.maintenance_silence_seconds}
+    if not ages:
+        yield fail("maintenance", "it has never run: lost jobs are not rescued", "start it: celeriac maintenance")
+    elif late:
+        named = ", ".join(f"{clock} for {age:.0f} s" for clock, age in sorted(late.items()))
+        yield fail("maintenance", f"it is silent: {named}", "start it, or restart it: celeriac maintenance")
+    else:
+        yield ok("maintenance", f"its clocks tick: {', '.join(sorted(ages))}")
+
+
+def _worker_results(session: Session, settings: Settings) -> Iterator[CheckResult]:
+    """Per model that has jobs, workers, or is the default one."""
+    live = workers.list_live(session)
+    drained, unloaded = {drain.hostname for drain in workers.list_drains(session)}, workers.unloaded_models(session)
+    num_queued = {model: figures.num_queued for model, figures in job_queries.queue_figures(session).items()}
+    default = settings.default_model
+    if not live:
+        yield fail("workers", "no worker is alive", "start one: celeriac worker")
+    models = {worker.model for worker in live} | {model for model, num in num_queued.items() if num}
+    for model in sorted(models | ({default} if default and live else set())):
+        own = [worker for worker in live if worker.model == model]
+        if live or num_queued.get(model):
+            yield worker_result(model, own, num_queued.get(model, 0), drained, is_unloaded=model in unloaded)
+
+
+def worker_result(
+    model: str, live: Iterable[Worker], num_queued: int, drained: set[str], *, is_unloaded: bool
+) -> CheckResult:
+    """The workers of one model."""
+    states = [("drained" if worker.hostname in drained else str(worker.state)) for worker in live]
+    num_ready = states.count(WorkerState.READY)
+    waiting = f"; {num_queued} jobs wait" if num_queued else ""
+    counted = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))) or "none is alive"
+    seen = f"{model}: {counted}{waiting}"
+    if num_ready and "drained" not in states:
+        return ok("workers", seen)
+    if is_unloaded:
+        return warn("workers", f"{seen}; it is unloaded", f"load it: POST /v1/admin/models/{model}/load")
+    if "drained" in states:
+        return warn("workers", seen, "resume it: POST /v1/admin/workers/{hostname}/resume")
+    if states:
+        return warn("workers", seen, "wait until the model is loaded; celeriac workers shows how far it has come")
+    return fail("workers", seen, f"start one: celeriac worker --model {model}")
+
+
+def _first_line(exc: SQLAlchemyError) -> str:
+    return str(getattr(exc, "orig", None) or exc).strip().splitlines()[0]

@@ -1,0 +1,185 @@
+"""The tables that the commands print, whose ids and paths are never cut in a pipe."""
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from celeriac.client import JobSnapshot
+
+if TYPE_CHECKING:
+    from celeriac.store.known import KnownModel
+    from celeriac.store.store import Manifest
+    from domain.catalog import Catalog
+    from storage.tables import ApiKey
+
+PIPE_WIDTH = 10_000  # characters per line if the output is not a terminal
+
+MIN_ID_WIDTH = 30  # of a job's id: job_ and 26 characters
+
+STYLE_BY_STATUS = {
+    "queued": "yellow",
+    "in_progress": "cyan",
+    "completed": "green",
+    "failed": "red",
+    "cancelled": "dim",
+    "expired": "dim",
+}
+
+
+def show(table: Table) -> None:
+    """Print a table. In a pipe no cell is cut, since the next program needs whole values."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    console.print(table)
+
+
+def table_of(whole: str, *others: str, folded: str | None = None) -> Table:
+    """A table whose column `whole` is never cut, however narrow the terminal, and whose column `folded` wraps."""
+    table = Table(Column(whole, no_wrap=True, overflow="ignore", min_width=MIN_ID_WIDTH), box=None, pad_edge=False)
+    for name in others:
+        table.add_column(name, overflow="fold" if name == folded else "ellipsis")
+    return table
+
+
+def jobs_table(jobs: Iterable[JobSnapshot]) -> Table:
+    table = table_of("job", "status", "model", "tokens", "age", "took")
+    for job in jobs:
+        began, ended = job.raw["started_at"], job.raw["finished_at"]
+        table.add_row(
+            job.id,
+            f"[{STYLE_BY_STATUS.get(job.status, '')}]{job.status}[/]",
+            escape(job.model),
+            str(job.usage.get("completion_tokens", "")),
+            age_of(job.raw["created_at"], None),
+            age_of(began, ended) if began and ended else "",
+        )
+    return table
+
+
+def dead_letters_table(jobs: Iterable[JobSnapshot]) -> Table:
+    table = table_of("job", "model", "attempts", "failed", "code", "reason", folded="reason")
+    for job in jobs:
+        error = job.error or {}
+        table.add_row(
+            job.id,
+            escape(job.model),
+            str(len(job.raw["attempts"])),
+            f"{age_of(job.raw['finished_at'], None)} ago",
+            error.get("code", ""),
+            escape(error.get("message", "")),
+        )
+    return table
+
+
+def attempts_table(attempts: Iterable[Mapping[str, Any]]) -> Table:
+    table = table_of("attempt on", "number", "outcome", "code", "tokens", "began", "took")
+    for one in attempts:
+        took = age_of(one["started_at"], one["ended_at"]) if one["ended_at"] else ""
+        table.add_row(
+            escape(one["worker"] or one["worker_id"]),
+            str(one["attempt"]),
+            one["outcome"] or "running",
+            one["error_code"] or "",
+            str(one["num_tokens"]),
+            one["started_at"],
+            took,
+        )
+    return table
+
+
+def queues_table(queues: Iterable[Mapping[str, Any]]) -> Table:
+    """The queues of all models, as /v1/queue describes them."""
+    columns = ("queued", "running", "slots", "workers", "tokens/s", "oldest", "ETA", "waiting for")
+    table = table_of("model", *columns)
+    for queue in queues:
+        eta, oldest = queue["eta_seconds"], queue["oldest_queued_seconds"]
+        reasons = ", ".join(f"{reason} {number}" for reason, number in queue["waiting_for"].items() if number)
+        table.add_row(
+            escape(queue["model"]),
+            str(queue["queued"]),
+            str(queue["running"]),
+            str(queue["slots"]),
+            with_percent(str(queue["workers"]), queue),
+            f"{queue['tokens_per_second']:.0f}",
+            duration(oldest) if queue["queued"] else "",
+            "" if eta is None else duration(eta),
+            reasons,
+        )
+    return table
+
+
+def workers_table(models: Iterable[dict[str, Any]]) -> Table:
+    """The live workers of these models, as the admin API describes them."""
+    table = table_of("worker", "model", "state", "running", "tokens/s")
+    rows = [(worker["hostname"], model["id"], worker) for model in models for worker in model["workers"]]
+    for hostname, model_id, worker in sorted(rows, key=lambda row: row[:2]):
+        running = f"{worker['num_running']} of {worker['max_num_seqs']}"
+        table.add_row(
+            hostname, model_id, with_percent(worker["state"], worker), running, f"{worker['tokens_per_second']:g}"
+        )
+    return table
+
+
+def with_percent(state: str, facts: Mapping[str, Any]) -> str:
+    """How far a load has come is added if that is known: `loading 43 %`."""
+    percent = facts.get("load_percent")
+    return state if percent is None else f"{state} {percent} %"
+
+
+def models_table(catalog: "Catalog") -> Table:
+    """The available models."""
+    from local.processes import short_path
+
+    table = table_of("model", "context", "at once", "back end", "path", folded="path")
+    for entry in catalog:
+        name = f"{entry.id} [dim](default)[/]" if entry.id == catalog.default_id else entry.id
+        length = f"{entry.max_model_len} tokens" if entry.max_model_len is not None else "its own"
+        at_once = f"{entry.max_num_seqs} sequences" if entry.max_num_seqs is not None else "by device"
+        table.add_row(name, length, at_once, entry.backend, short_path(entry.path))
+    return table
+
+
+def stored_models_table(manifests: Iterable["Manifest"]) -> Table:
+    table = table_of("model", "size", "pulled", "licence", "source", folded="source")
+    for manifest in manifests:
+        size = f"{manifest.num_bytes / 1e6:,.0f} MB"
+        table.add_row(manifest.name, size, f"{manifest.pulled_at:%Y-%m-%d}", manifest.licence, manifest.source)
+    return table
+
+
+def known_models_table(known_by_name: Mapping[str, "KnownModel"]) -> Table:
+    table = table_of("name", "download", "licence", "what it is", folded="what it is")
+    for name, known in known_by_name.items():
+        licence = f"{known.licence} (--accept-licence)" if known.must_accept else known.licence
+        table.add_row(name, f"{known.num_bytes / 1e6:,.0f} MB", licence, known.title)
+    return table
+
+
+def keys_table(rows: Iterable["ApiKey"]) -> Table:
+    table = table_of("id", "name", "created", "state")
+    for row in rows:
+        state = "live"
+        if row.revoked_at is not None:
+            state = f"revoked {row.revoked_at:%Y-%m-%d}"
+        elif row.expires_at is not None:
+            state = f"{'expired' if row.expires_at < datetime.now(UTC) else 'until'} {row.expires_at:%Y-%m-%d}"
+        table.add_row(row.id, row.name, f"{row.created_at:%Y-%m-%d}", state)
+    return table
+
+
+def age_of(since: str, until: str | None) -> str:
+    """The time from `since` to `until`, or to now if that is None."""
+    end = datetime.fromisoformat(until) if until else datetime.now(UTC)
+    return duration((end - datetime.fromisoformat(since)).total_seconds())
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

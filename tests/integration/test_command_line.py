@@ -1,0 +1,171 @@
+"""The commands on a running system: tables for people, JSON for programs, and exit codes for both."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from celeriac.cli import main
+from settings import get_settings
+from tests.chaos.plant import Plant, start_prepared
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.slow
+
+MODEL = "fake"
+FAILING_SEED = 13
+MODELS = f"""
+[[models]]
+id = "{MODEL}"
+path = "fake"
+backend = "fake"
+max_model_len = 4096
+max_num_seqs = 4
+
+[models.fake]
+step_seconds = 0.01
+fail_at_token = 2
+fail_seed = {FAILING_SEED}
+"""
+
+
+@pytest.fixture(scope="module")
+def plant() -> Iterator[Plant]:
+    folder = Path(tempfile.mkdtemp(prefix="celeriac-commands-"))
+    with Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}, start=start_prepared) as plant:
+        plant.start_servers()
+        plant.start_parts()
+        plant.wait_until_ready()
+        yield plant
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def run(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    settings = {
+        "API_URL": plant.api_urls[0],
+        "DATABASE_URL": plant.postgres.url,
+        "REDIS_URL": plant.redis.url,
+        "MODELS_FILE": str(plant.folder / "models.toml"),
+        "DATA_DIR": str(plant.folder / "data"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(f"CELERIAC_{name}", value)
+    get_settings.cache_clear()
+    yield lambda *arguments: CliRunner().invoke(main, list(arguments))
+    get_settings.cache_clear()
+
+
+def lines_of(outcome: Result) -> list[Any]:
+    return [json.loads(line) for line in outcome.stdout.splitlines()]
+
+
+def failed_job(run: Any, prompt: str) -> str:
+    outcome = run("submit", "--json", "--wait", "--seed", str(FAILING_SEED), "--max-tokens", "9", prompt)
+    [job] = lines_of(outcome)
+    assert (job["status"], outcome.exit_code) == ("failed", 1), job
+    return str(job["id"])
+
+
+def test_a_job_is_followed_by_programs(run: Any) -> None:
+    outcome = run("submit", "--json", "--max-tokens", "5", "Hello!")
+    events = lines_of(outcome)
+    assert (events[-1]["event"], outcome.exit_code) == ("job.completed", 0)
+    job_id = events[-1]["data"]["id"]
+    assert lines_of(run("watch", "--json", job_id))[-1] == events[-1]
+    [detached] = lines_of(run("submit", "--json", "--detach", "--max-tokens", "5", "Hello!"))
+    [cancelled] = lines_of(run("cancel", "--json", detached["id"]))
+    assert cancelled["id"] == detached["id"]
+    [listed] = lines_of(run("jobs", "--json"))
+    assert {job_id, detached["id"]} <= {job["id"] for job in listed}
+
+
+def test_dead_letters_are_listed_shown_retried_and_deleted(run: Any) -> None:
+    job_id = failed_job(run, "a prompt that is shown to programs only")
+    listed = run("dead-letters", "list")
+    assert job_id in listed.stdout
+    assert MODEL in listed.stdout
+    [jobs] = lines_of(run("dead-letters", "list", "--json"))
+    assert job_id in {job["id"] for job in jobs}
+
+    shown = run("dead-letters", "show", job_id)
+    assert "gpu-1" in shown.stdout
+    assert "shown to programs" not in shown.stdout
+    [whole] = lines_of(run("dead-letters", "show", "--json", job_id))
+    assert "shown to programs" in json.dumps(whole["input"])
+    assert len(whole["attempts"]) >= 1
+
+    [again] = lines_of(run("dead-letters", "retry", "--json", job_id))
+    assert again["id"] != job_id
+    assert again["id"] in run("dead-letters", "retry", job_id).stdout, "a repeated retry names the same job"
+    assert run("watch", again["id"]).exit_code == 1, "with the same seed it fails again"
+
+    assert run("dead-letters", "delete", job_id, again["id"]).exit_code == 0
+    [left] = lines_of(run("dead-letters", "list", "--json"))
+    assert not {job_id, again["id"]} & {job["id"] for job in left}
+
+
+def test_a_job_that_has_not_failed_is_no_dead_letter(run: Any) -> None:
+    [job] = lines_of(run("submit", "--json", "--wait", "--max-tokens", "2", "Hello!"))
+    for command in ("retry", "delete"):
+        refused = run("dead-letters", command, job["id"])
+        assert refused.exit_code == 1
+        assert "completed" in refused.stderr
+
+
+def test_top_shows_queues_workers_and_what_is_wrong(run: Any) -> None:
+    [look] = lines_of(run("top", "--once", "--json"))
+    assert look["queues"][0]["model"] == MODEL
+    assert look["workers"][0]["hostname"].startswith("gpu-1@")
+    shown = run("top", "--once").stdout
+    assert look["workers"][0]["hostname"] in shown
+    assert look["url"] in shown
+    assert MODEL in run("queue").stdout
+    assert lines_of(run("queue", "--json"))[0][0]["slots"] == 4
+    assert lines_of(run("workers", "--json"))[0][0]["workers"]
+
+
+def test_a_batch_that_was_left_is_fetched_by_its_id(run: Any, tmp_path: Path) -> None:
+    requests, first, second = (tmp_path / name for name in ("in.jsonl", "one.jsonl", "two.jsonl"))
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+    lines = [
+        {"custom_id": str(n), "method": "POST", "url": "/v1/chat/completions", "body": body | {"seed": n}}
+        for n in range(3)
+    ]
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outcome = run("batch", "run", str(requests), "-o", str(first), "--json")
+    [batch] = lines_of(outcome)
+    assert (batch["status"], outcome.exit_code) == ("completed", 0)
+    assert batch["id"] in outcome.stderr
+    assert run("batch", "get", batch["id"], "-o", str(second)).exit_code == 0
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_doctor_finds_a_running_system_well(run: Any) -> None:
+    def checks() -> dict[str, Any]:
+        return {check["name"]: check for check in lines_of(run("doctor", "--json"))[0]["checks"]}
+
+    wait_until(lambda: checks()["maintenance"]["level"] == "ok", "maintenance has ticked", pause_seconds=0.3)
+    found = checks()
+    for name in ("API", "schema", "workers", "Redis", "permissions", "database"):
+        assert found[name]["level"] == "ok", found[name]
+    assert "-> " not in run("doctor").stdout.partition("API:")[2]
+
+
+@pytest.mark.parametrize("command", ["models", "engines", "env"])
+def test_what_is_here_is_told_to_programs(run: Any, command: str) -> None:
+    arguments = ("models", "list", "--json") if command == "models" else (command, "--json")
+    [told] = lines_of(run(*arguments))
+    assert told
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_printed_for_each_shell(run: Any, shell: str) -> None:
+    outcome = run("completion", shell)
+    assert outcome.exit_code == 0
+    assert "_CELERIAC_COMPLETE" in outcome.stdout
