@@ -62,8 +62,8 @@ class ClientSystem(System):
             "CLIENT_APP_API": self.plant.api_urls[0],
             "CLIENT_APP_CALLBACKS": "1" if self._with_callbacks else "0",
         }
-        # Not threads: with these, Celery's SIGQUIT raises NotImplementedError wherever the consumer is, and a message that
-        # kombu has taken from Redis and not yet noted as unacked is gone.
+        # Not threads: with these, Celery's SIGQUIT raises NotImplementedError wherever the consumer is, and a message
+        # that kombu has taken from Redis and not yet noted as unacked is gone.
         arguments = ["celery", "-A", "tests.integration.celery_app", "worker", "--pool", "prefork", "-c", "2"]
         log_path = self.plant.folder / "logs" / "client.log"
         environment = dict(os.environ) | self.environment | {"PYTHONPATH": str(ROOT)}
