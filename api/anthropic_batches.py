@@ -9,9 +9,10 @@ import orjson
 from fastapi import APIRouter
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from api.anthropic import ANTHROPIC_REFUSALS
+from api.downloads import Download
 from api.errors import json_response
 from api.inputs import QueryModel, off_loop, query_parameters, read_model, read_query
 from api.openai.files import HEADERS, content_of
@@ -150,6 +151,7 @@ async def delete_message_batch(message_batch_id: str, request: Request) -> Respo
 async def read_message_batch_results(message_batch_id: str, request: Request) -> Response:
     """One line per request, in any order: match them by `custom_id`."""
     caller = caller_of(request)
+    caller.services.downloads.refuse_if_full()
     batch = await _find(caller, message_batch_id)
     if not batch.status.is_terminal:
         raise InvalidRequest(
@@ -159,7 +161,8 @@ async def read_message_batch_results(message_batch_id: str, request: Request) ->
     for file_id in _result_files(batch):
         if await caller.services.read(files.get, file_id, caller.tenant_id) is None:
             raise BatchNotFound(f"the results of {message_batch_id} are no longer kept", param="message_batch_id")
-    return StreamingResponse(_results(caller.services, batch), headers=HEADERS, media_type="application/x-jsonl")
+    results = _results(caller.services, batch)
+    return Download(results, caller.services.downloads, headers=HEADERS, media_type="application/x-jsonl")
 
 
 async def _results(services: Services, batch: Batch) -> AsyncIterator[bytes]:

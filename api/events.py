@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.limits import StreamSlots
+from api.limits import StreamPlaces
 from api.services import Services
 from dialects.native import PartialChoiceView, QueueView, job_view
 from domain.errors import InvalidCursor, StorageUnavailable
@@ -79,7 +79,7 @@ class EventStream(Response):
         *,
         heartbeat_seconds: float,
         lifetime_seconds: float,
-        slots: StreamSlots,
+        slots: StreamPlaces,
         draining: asyncio.Event,
         headers: Mapping[str, str] | None = None,
         early_end_frame: bytes = b"",

@@ -178,7 +178,7 @@ async def health(request: Request, response: Response) -> HealthView:
         workers_drained_since=dict(services.monitor.drained_since),
         queue_size=sum(queue.num_queued for queue in queues),
         running=sum(queue.num_running for queue in queues),
-        streams=services.slots.num_open,
+        streams=services.slots.num_taken,
         maintenance=MaintenanceView(
             status="silent" if is_silent else "ok",
             seconds_since_last_tick={

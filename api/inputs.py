@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import RequestTimeout, UnsupportedMediaType, json_response
+from api.limits import LARGE_BYTES
 from api.services import caller_of, services_of
 from dialects.bodies import Model, invalid_request, parse_model
 from dialects.fields import HintTree
@@ -58,7 +59,18 @@ async def off_loop(
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises RequestTimeout if it takes longer than BODY_SECONDS."""
+    """The whole body. Raises RequestTimeout if it takes longer than BODY_SECONDS, and ServerOverloaded if too many
+    large ones of this tenant are arriving."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) <= LARGE_BYTES:
+        return await _whole_body(request)
+    places = services_of(request).large_bodies
+    places.refuse_if_full()
+    with places.hold():
+        return await _whole_body(request)
+
+
+async def _whole_body(request: Request) -> bytes:
     try:
         async with asyncio.timeout(BODY_SECONDS):
             return await request.body()

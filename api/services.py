@@ -19,7 +19,14 @@ from starlette.requests import HTTPConnection, Request
 
 from api.authentication import REMEMBER_SECONDS, Authenticator, Credential
 from api.errors import database_unavailable
-from api.limits import LargeWork, StreamSlots, UploadSlots
+from api.limits import (
+    LargeWork,
+    RequestPlaces,
+    StreamPlaces,
+    places_of_downloads,
+    places_of_large_bodies,
+    places_of_uploads,
+)
 from api.openapi import NEEDS_KEY, REFUSALS
 from api.queue_monitor import QueueMonitor
 from dialects.native import QueueView
@@ -27,6 +34,7 @@ from domain.catalog import Catalog
 from domain.errors import PermissionDenied, StorageFull
 from domain.jobs import JobStatus
 from domain.requests import TokenChunk
+from domain.shares import SharedTurns, current_tenant
 from observability import EventLoopMonitor, describe_exception
 from settings import Settings
 from storage import jobs
@@ -54,6 +62,10 @@ AFTER_ALL_CHUNKS = 2**31 - 1  # a stream that begins here has status changes onl
 
 ANSWER_SECONDS = 5.0  # how long a query may take before the client gets a 503
 
+MAX_QUERIES = 12  # of requests at a time; the rest of the connections is for streams, keys and queues
+
+MAX_WAITING = 4_096  # queries
+
 
 @dataclass(slots=True)
 class Services:
@@ -70,9 +82,12 @@ class Services:
     dispatcher: Dispatcher
     monitor: QueueMonitor
     streams: StreamReader
-    slots: StreamSlots
+    slots: StreamPlaces
     large_work: LargeWork
-    uploads: UploadSlots
+    uploads: RequestPlaces
+    downloads: RequestPlaces
+    large_bodies: RequestPlaces
+    turns: SharedTurns  # of queries
     draining: asyncio.Event = field(default_factory=asyncio.Event)  # set on SIGTERM: no longer ready, and streams end
     background: set["asyncio.Task[None]"] = field(default_factory=set)  # the tasks of `spawn` that are not done
 
@@ -91,7 +106,7 @@ class Services:
 
     async def _query(self, query: Coroutine[Any, Any, T]) -> T:
         # A query to a server that hangs cannot be cancelled until the server answers, so it is abandoned instead.
-        task = asyncio.create_task(query)
+        task = asyncio.create_task(self._in_turn(query))
         task.add_done_callback(_read_exception)
         try:
             return await asyncio.wait_for(asyncio.shield(task), ANSWER_SECONDS)
@@ -99,6 +114,13 @@ class Services:
             if getattr(getattr(exc, "orig", None), "sqlstate", None) == DISK_FULL:
                 raise StorageFull("the disk of the database is full; nothing was stored, retry later") from exc
             raise database_unavailable() from exc
+
+    async def _in_turn(self, query: Coroutine[Any, Any, T]) -> T:
+        try:
+            async with self.turns.hold(current_tenant.get()):
+                return await query
+        finally:
+            query.close()  # does nothing unless its turn never came
 
     async def position(self, job_id: UUID, model: str) -> QueueView | None:
         """The place of a queued job; None if it is no longer queued. Raises StorageUnavailable."""
@@ -207,6 +229,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         stack.push_async_callback(submitter.aclose)
         authenticator = Authenticator(statements, is_open=settings.auth == "none")
         stack.push_async_callback(authenticator.aclose)
+        is_shared = settings.auth != "none"
         large_work = LargeWork()
         stack.callback(large_work.close)
         services = Services(
@@ -221,9 +244,12 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             dispatcher=dispatcher,
             monitor=await stack.enter_async_context(QueueMonitor(statements, catalog, settings)),
             streams=await stack.enter_async_context(StreamReader(settings.redis_url, statements)),
-            slots=StreamSlots(settings.max_streams),
+            slots=StreamPlaces(settings.max_streams, is_shared=is_shared),
             large_work=large_work,
-            uploads=UploadSlots(settings.max_uploads, is_shared=settings.auth != "none"),
+            uploads=places_of_uploads(settings.max_uploads, is_shared=is_shared),
+            downloads=places_of_downloads(is_shared=is_shared),
+            large_bodies=places_of_large_bodies(is_shared=is_shared),
+            turns=SharedTurns(MAX_QUERIES, max_waiting=MAX_WAITING, what="requests are waiting for the database"),
         )
         stack.push_async_callback(services.cancel_spawned)
         services.spawn(follow_models(views, on_check=submitter.prepare_grammars))
@@ -305,6 +331,7 @@ async def authenticate(connection: HTTPConnection, credential: Credential) -> No
     state = connection.state
     state.tenant_id, state.is_admin, state.key_id = await credential.identify()
     state.until_revoked = credential.wait_until_revoked
+    current_tenant.set(state.tenant_id)
 
 
 def credential_in_headers(services: Services, connection: HTTPConnection) -> Credential:

@@ -25,6 +25,7 @@ from dialects.openai_batches import LineRequest, refusal_of
 from domain.errors import CeleriacError, Overloaded
 from domain.jobs import BATCH_PRIORITY, BatchError, BatchStatus, LineOutcome, LineRefusal, external_id
 from domain.requests import JobOptions
+from domain.shares import current_tenant
 from maintenance.batch_validation import BatchValidation
 from observability import describe_exception
 from settings import Settings
@@ -98,6 +99,7 @@ class BatchWork:
     def _turn(self, tenant_id: UUID, batch_ids: Sequence[UUID]) -> bool:
         """Advance the tenant's batches one after another, starting after the one that had the last turn. True if time
         ran out while some could go further."""
+        current_tenant.set(tenant_id)
         until = monotonic() + SLICE_SECONDS
         last = self._last_by_tenant.get(tenant_id)
         in_turn = sorted(batch_ids, key=lambda batch_id: (last is not None and batch_id <= last, batch_id))

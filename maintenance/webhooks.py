@@ -1,7 +1,8 @@
-"""Sends webhooks, limiting the attempts per receiving host. Any number of processes may do so.
+"""Sends webhooks, limiting the attempts per tenant and receiving host. Any number of processes may do so.
 
-A host that is slow or down does not affect the others. Each round is one transaction, which records the outcomes of
-earlier attempts and claims deliveries that are due. The attempts run between rounds. Redis is not needed.
+A host that is slow or down does not affect the others, nor a tenant with many such hosts the other tenants. Each round
+is one transaction, which records the outcomes of earlier attempts and claims deliveries that are due. The attempts run
+between rounds. Redis is not needed.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from uuid import UUID
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -16,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from domain.callbacks import URL_PREFIX
 from domain.jobs import external_id
+from domain.shares import NO_TENANT, SharedPlaces
 from domain.webhooks import BadWebhookUrl, DeliveryStatus, payload, signature_headers
 from maintenance.callbacks import CallbackPublisher
 from metrics import webhook_attempt_seconds, webhook_attempts_total
@@ -33,19 +36,22 @@ NUM_FAILURES_TO_OPEN = 3  # consecutive attempts without any HTTP answer
 REST_SECONDS = 30.0
 
 
+Queue = tuple[UUID, str]  # a tenant, and a receiving host
+
+
 class Hosts:
-    """Current attempts per host, with a circuit breaker: after a few consecutive failures a host gets a pause, and then
-    one attempt at a time until it answers. Values of `clock` are monotonic."""
+    """Current attempts per tenant and host, with a circuit breaker: after a few consecutive failures a host gets a
+    pause from this tenant, and then one attempt at a time until it answers. Values of `clock` are monotonic."""
 
     def __init__(self) -> None:
-        self._num_in_hand: Counter[str] = Counter()
-        self._num_failures: Counter[str] = Counter()
-        self._rests_until: dict[str, float] = {}
+        self._num_in_hand: Counter[Queue] = Counter()
+        self._num_failures: Counter[Queue] = Counter()
+        self._rests_until: dict[Queue, float] = {}
 
-    def begin(self, host: str) -> None:
+    def begin(self, host: Queue) -> None:
         self._num_in_hand[host] += 1
 
-    def end(self, host: str, clock: float, *, has_answered: bool) -> None:
+    def end(self, host: Queue, clock: float, *, has_answered: bool) -> None:
         self._num_in_hand[host] -= 1
         if not self._num_in_hand[host]:
             del self._num_in_hand[host]
@@ -57,7 +63,7 @@ class Hosts:
         if self._num_failures[host] >= NUM_FAILURES_TO_OPEN:
             self._rests_until[host] = clock + REST_SECONDS
 
-    def rooms(self, clock: float) -> dict[str, int]:
+    def rooms(self, clock: float) -> dict[Queue, int]:
         """How many more attempts each host may get. Hosts that are not listed may get MAX_PER_HOST."""
         self._forget(clock)
         rooms = {host: max(0, MAX_PER_HOST - num) for host, num in self._num_in_hand.items()}
@@ -78,7 +84,7 @@ LEASE_SECONDS = 3 * TOTAL_SECONDS  # after this, another sender takes over from 
 
 PAUSE_SECONDS = 5.0  # after a failure of the database
 
-MAX_IN_HAND = MAX_CONNECTIONS
+MAX_IN_HAND = MAX_CONNECTIONS  # of all tenants, which share them
 
 
 class WebhookSender:
@@ -99,6 +105,7 @@ class WebhookSender:
         self._on_round = on_round
         self._client = WebhookClient(guard)
         self._hosts = Hosts()
+        self._places = SharedPlaces(MAX_IN_HAND)
         self._attempts: set[asyncio.Task[None]] = set()
         self._outcomes: list[Outcome] = []  # not yet in SQL
         self._wakeup = asyncio.Event()
@@ -143,7 +150,8 @@ class WebhookSender:
             claimed = await session.run_sync(self._exchange, outcomes)
         del self._outcomes[: len(outcomes)]
         for delivery in claimed:
-            self._hosts.begin(delivery.host)
+            self._hosts.begin(delivery.queue)
+            self._places.take(delivery.tenant_id)
             attempt = asyncio.create_task(self._attempt(delivery))
             self._attempts.add(attempt)
             attempt.add_done_callback(self._attempts.discard)
@@ -153,7 +161,9 @@ class WebhookSender:
         webhook_deliveries.record(session, outcomes)
         return webhook_deliveries.claim(
             session,
-            room=0 if self._is_stopping else MAX_IN_HAND - len(self._attempts),
+            room=0 if self._is_stopping else MAX_IN_HAND - self._places.num_taken,
+            room_per_tenant=self._places.room_of(NO_TENANT),
+            room_by_tenant={tenant: self._places.room_of(tenant) for tenant in self._places.tenants()},
             room_per_host=MAX_PER_HOST,
             room_by_host=self._hosts.rooms(time.monotonic()),
             lease_seconds=LEASE_SECONDS,
@@ -166,7 +176,8 @@ class WebhookSender:
             log.exception("a webhook could not be sent", extra={"delivery_id": external_id(delivery.id, "whd")})
             answer = WebhookResponse(None, describe_exception(exc), 0.0)
         is_silent = answer.status_code is None and answer.seconds > 0  # 0: no attempt was made
-        self._hosts.end(delivery.host, time.monotonic(), has_answered=not is_silent)
+        self._places.leave(delivery.tenant_id)
+        self._hosts.end(delivery.queue, time.monotonic(), has_answered=not is_silent)
         webhook_attempts_total.labels("delivered" if answer.is_success else "failed").inc()
         webhook_attempt_seconds.observe(answer.seconds)
         self._outcomes.append(judge(delivery, answer))

@@ -23,22 +23,33 @@ from storage.webhooks import WebhookAttempt, WebhookDelivery
 KEPT_DAYS = 7
 GONE = "the receiver answered 410 (gone)"
 
-# Skips through the index from one host with pending deliveries to the next and takes the head of each host's queue, so
-# that ten thousand deliveries for one host do not delay the others.
+# Skips through the index from one queue with pending deliveries to the next, and takes the head of each. A queue is
+# what one tenant has for one host, so that ten thousand deliveries do not delay those for another host or of another
+# tenant.
 CLAIM = text(f"""
-WITH RECURSIVE hosts(host) AS (
-    (SELECT host FROM webhook_deliveries WHERE status = 'pending' ORDER BY host LIMIT 1)
+WITH RECURSIVE queues(host, tenant_id) AS (
+    (SELECT host, tenant_id FROM webhook_deliveries WHERE status = 'pending' ORDER BY host, tenant_id LIMIT 1)
     UNION ALL
-    SELECT (SELECT d.host FROM webhook_deliveries d WHERE d.status = 'pending' AND d.host > h.host
-            ORDER BY d.host LIMIT 1) FROM hosts h WHERE h.host IS NOT NULL
+    SELECT n.host, n.tenant_id FROM queues q CROSS JOIN LATERAL (
+        SELECT d.host, d.tenant_id FROM webhook_deliveries d
+        WHERE d.status = 'pending' AND (d.host, d.tenant_id) > (q.host, q.tenant_id)
+        ORDER BY d.host, d.tenant_id LIMIT 1) n
 ),
-busy AS (SELECT * FROM unnest(CAST(:hosts AS text[]), CAST(:rooms AS int[])) AS b(host, room)),
-due AS (
-    SELECT d.id, d.next_attempt_at FROM hosts h LEFT JOIN busy ON busy.host = h.host CROSS JOIN LATERAL (
+busy AS (SELECT * FROM unnest(CAST(:queue_tenants AS uuid[]), CAST(:hosts AS text[]), CAST(:rooms AS int[]))
+    AS b(tenant_id, host, room)),
+shares AS (SELECT * FROM unnest(CAST(:tenants AS uuid[]), CAST(:tenant_rooms AS int[])) AS s(tenant_id, room)),
+heads AS (
+    SELECT d.id, d.next_attempt_at, q.tenant_id,
+        row_number() OVER (PARTITION BY q.tenant_id ORDER BY d.next_attempt_at) AS turn
+    FROM queues q LEFT JOIN busy USING (host, tenant_id) CROSS JOIN LATERAL (
         SELECT id, next_attempt_at FROM webhook_deliveries w
-        WHERE w.host = h.host AND w.status = 'pending' AND w.next_attempt_at <= {CLOCK}
+        WHERE w.host = q.host AND w.tenant_id = q.tenant_id AND w.status = 'pending' AND w.next_attempt_at <= {CLOCK}
         ORDER BY w.next_attempt_at LIMIT coalesce(busy.room, :room_per_host)) d
-    ORDER BY d.next_attempt_at LIMIT :room
+),
+due AS (
+    SELECT heads.id FROM heads LEFT JOIN shares USING (tenant_id)
+    WHERE heads.turn <= coalesce(shares.room, :room_per_tenant)
+    ORDER BY heads.turn, heads.next_attempt_at LIMIT :room
 ),
 pick AS MATERIALIZED (
     SELECT d.id FROM due CROSS JOIN LATERAL (
@@ -92,6 +103,7 @@ class ClaimedDelivery:
     was deleted."""
 
     id: UUID
+    tenant_id: UUID
     event_id: UUID
     type: str
     created_at: datetime
@@ -102,6 +114,10 @@ class ClaimedDelivery:
     num_tries: int  # attempts since it was last requested, including this one
     now: datetime
     secrets: tuple[str, ...]
+
+    @property
+    def queue(self) -> tuple[UUID, str]:
+        return self.tenant_id, self.host
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +133,35 @@ class Outcome:
 
 
 def claim(
-    session: Session, *, room: int, room_per_host: int, room_by_host: Mapping[str, int], lease_seconds: float
+    session: Session,
+    *,
+    room: int,
+    room_per_tenant: int,
+    room_by_tenant: Mapping[UUID, int],
+    room_per_host: int,
+    room_by_host: Mapping[tuple[UUID, str], int],
+    lease_seconds: float,
 ) -> list[ClaimedDelivery]:
-    """Claim up to `room` due deliveries. For each host, at most its entry in `room_by_host`, else `room_per_host`."""
+    """Claim up to `room` due deliveries, in turns of their tenants. For each tenant, at most its entry in
+    `room_by_tenant`, else `room_per_tenant`; for each host of a tenant, its entry in `room_by_host`, else
+    `room_per_host`."""
     if room <= 0:
         return []
     parameters = {
         "room": room,
+        "room_per_tenant": room_per_tenant,
+        "tenants": list(room_by_tenant),
+        "tenant_rooms": list(room_by_tenant.values()),
         "room_per_host": room_per_host,
-        "hosts": list(room_by_host),
+        "queue_tenants": [tenant_id for tenant_id, _ in room_by_host],
+        "hosts": [host for _, host in room_by_host],
         "rooms": list(room_by_host.values()),
         "lease_seconds": lease_seconds,
     }
     return [
         ClaimedDelivery(
             id=row.id,
+            tenant_id=row.tenant_id,
             event_id=row.event_id,
             type=row.type,
             created_at=row.created_at,

@@ -75,6 +75,13 @@ class WebhookDelivery(Row):
         CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="status"),
         CheckConstraint("(status = 'delivered') = (delivered_at IS NOT NULL)", name="delivered_at"),
         Index("webhook_deliveries_due_idx", "host", "next_attempt_at", postgresql_where=text("status = 'pending'")),
+        Index(
+            "webhook_deliveries_turn_idx",
+            "host",
+            "tenant_id",
+            "next_attempt_at",
+            postgresql_where=text("status = 'pending'"),
+        ),
         Index("webhook_deliveries_tenant_idx", "tenant_id", text("created_at DESC"), text("id DESC")),
         Index("webhook_deliveries_endpoint_idx", "endpoint_id", postgresql_where=text("endpoint_id IS NOT NULL")),
         Index("webhook_deliveries_prune_idx", "created_at", postgresql_where=text("status <> 'pending'")),

@@ -8,17 +8,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from uuid import UUID
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from domain.errors import ServerOverloaded, StorageUnavailable
+from domain.errors import StorageUnavailable
+from domain.shares import SharedQueue
 from metrics import jobs_accept_group_size, jobs_accept_seconds, jobs_accept_waiting
 from observability import describe_exception
 from settings import Settings
@@ -29,7 +30,7 @@ from storage.job_accept import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome
 log = logging.getLogger(__name__)
 
 MAX_GROUP = 256
-MAX_WAITING = 4_096  # submissions
+MAX_WAITING = 8_192  # submissions, in turns of their tenants
 NUM_FLUSHERS = 2  # one prepares while the other waits for the disk
 NUM_RETRIES = 2  # of a group whose COMMIT may or may not have happened
 ANSWER_SECONDS = 5.0  # the longest that a submission waits for the database
@@ -63,7 +64,7 @@ class GroupAcceptor:
     ) -> None:
         self._sessions = sessions
         self._bounds = {"max_queued_jobs": max_queued_jobs, "max_poison_jobs_per_hour": max_poison_jobs_per_hour}
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: SharedQueue[_Waiting] = SharedQueue(MAX_WAITING)
         self._wakeup = asyncio.Event()
         self._under_way: dict[int, _Flush] = {}  # by flusher
         self._tasks: list[asyncio.Task[None]] = []
@@ -77,21 +78,19 @@ class GroupAcceptor:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        while self._waiting:
-            _refuse(self._waiting.popleft(), StorageUnavailable("this server is shutting down; retry in a moment"))
+        while len(self._waiting):
+            _refuse(self._waiting.pop()[1], StorageUnavailable("this server is shutting down; retry in a moment"))
 
     async def accept(self, new_job: NewJob) -> Accepted:
         """Returns after the group's COMMIT. Raises ServerOverloaded or StorageUnavailable; at once if the cause is
         known."""
         self._refuse_hopeless()
         waiting = _Waiting(new_job, asyncio.get_running_loop().create_future(), time.monotonic())
-        self._waiting.append(waiting)
+        self._waiting.append(new_job.tenant_id, waiting, what="submissions are waiting to be accepted")
         self._wakeup.set()
         return await waiting.answer
 
     def _refuse_hopeless(self) -> None:
-        if len(self._waiting) >= MAX_WAITING:
-            raise ServerOverloaded(f"{MAX_WAITING} submissions are waiting to be accepted; retry in a moment")
         stalled_since = time.monotonic() - STALLED_SECONDS
         flushes = self._under_way.values()
         if len(flushes) == NUM_FLUSHERS and all(flush.since < stalled_since for flush in flushes):
@@ -103,8 +102,10 @@ class GroupAcceptor:
         while True:
             await asyncio.sleep(ANSWER_SECONDS / 10)
             too_old = time.monotonic() - ANSWER_SECONDS
-            for group in (self._waiting, *(flush.group for flush in self._under_way.values())):
-                _refuse_all([waiting for waiting in group if waiting.since < too_old], _unconfirmed())
+            under_way = (waiting for flush in self._under_way.values() for waiting in flush.group)
+            for waiting in chain(self._waiting, under_way):
+                if waiting.since < too_old:
+                    _refuse(waiting, _unconfirmed())
 
     async def _flush_forever(self, number: int) -> None:
         while True:
@@ -126,8 +127,8 @@ class GroupAcceptor:
     def _take_group(self) -> list[_Waiting]:
         """The next group, without clients that hung up before their job was sent."""
         group: list[_Waiting] = []
-        while self._waiting and len(group) < MAX_GROUP:
-            waiting = self._waiting.popleft()
+        while len(self._waiting) and len(group) < MAX_GROUP:
+            _, waiting = self._waiting.pop()
             if not waiting.answer.done():
                 group.append(waiting)
         jobs_accept_waiting.set(len(self._waiting))

@@ -8,9 +8,8 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import UUID
 
 from domain.errors import ContextLengthExceeded, InvalidRequest, ServerOverloaded, UnsupportedParameter
@@ -26,6 +25,7 @@ from domain.requests import (
     JobRequest,
     SamplingParams,
 )
+from local.shared_threads import SharedThreads
 from metrics import labelled, tokenize_seconds
 from text.grammar_compiler import GrammarGate
 from text.models import ModelView, ModelViews
@@ -283,7 +283,7 @@ INLINE_CHARS = 2_000  # a third of a millisecond: less than two thread switches 
 
 NUM_THREADS = 2
 
-MAX_WAITING = 128  # long prompts
+MAX_WAITING = 256  # long prompts; tenants take turns
 
 TIMEOUT_SECONDS = 10.0  # for one prompt, waiting included
 
@@ -294,8 +294,9 @@ class TokenizingPool:
     """Tokenizes short prompts on the event loop and long ones in a few threads (the tokenizer releases the GIL)."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
-        self._num_waiting = 0
+        self._threads = SharedThreads(
+            NUM_THREADS, max_waiting=MAX_WAITING, name="tokenizer", what="long prompts are waiting to be tokenized"
+        )
 
     async def encode(self, view: ModelView, request: GenerationRequest) -> list[int]:
         """Raises ContextLengthExceeded, InvalidRequest (the chat template refuses) or ServerOverloaded."""
@@ -318,26 +319,16 @@ class TokenizingPool:
         return ids
 
     async def _encode_in_thread(self, encode: Callable[[], Ids]) -> Ids:
-        if self._num_waiting >= MAX_WAITING:
-            raise ServerOverloaded(f"{MAX_WAITING} long prompts are waiting to be tokenized; retry in a moment")
-        self._num_waiting += 1
-        work = asyncio.get_running_loop().run_in_executor(self._threads, encode)
-        work.add_done_callback(self._forget)
         try:
-            return await asyncio.wait_for(asyncio.shield(work), TIMEOUT_SECONDS)
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                return await self._threads.run(encode)
         except TimeoutError:
             raise ServerOverloaded(
                 f"the prompt was not tokenized within {TIMEOUT_SECONDS:.0f} s; retry, or shorten it"
             ) from None
 
-    def _forget(self, work: asyncio.Future[Any]) -> None:
-        # A thread cannot be stopped, so an abandoned prompt counts against the limit until its thread is done.
-        self._num_waiting -= 1
-        if not work.cancelled():
-            work.exception()  # retrieved, so that asyncio does not report it
-
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
 
 def num_prompt_chars(request: GenerationRequest) -> int:

@@ -16,8 +16,9 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from uuid import UUID
 
 import orjson
 
-from domain.errors import CeleriacError, InvalidRequest, ServerOverloaded, UnsupportedParameter
+from domain.errors import CeleriacError, InvalidRequest, Overloaded, ServerOverloaded, UnsupportedParameter
+from domain.shares import SharedQueue
 from domain.structured_output import StructuredOutput
 from local.lifetime import ending_with_us
 from observability import describe_exception
@@ -39,9 +41,7 @@ COMMAND = (sys.executable, "-m", "text.grammar_process")
 
 LARGE_VOCABULARY = 100_000  # tokens
 
-MAX_WAITING_OF_TENANT = 32  # grammars, per model
-
-MAX_WAITING = 512  # grammars of all tenants, per model
+MAX_WAITING = 64  # grammars of all tenants, per model
 
 FIRST_PAUSE_SECONDS = 1.0  # before a dead process is restarted; doubled each time until one is ready
 
@@ -71,6 +71,7 @@ class GrammarVerdict:
 class Question:
     """A grammar to compile. An error is the result of `answer`, not its exception, which might never be retrieved."""
 
+    key: bytes
     output: dict[str, Any]
     answer: "asyncio.Future[GrammarVerdict | CeleriacError]" = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -92,16 +93,18 @@ class GrammarCompiler:
         large_loads: asyncio.Lock,
         known: Callable[[bytes], GrammarVerdict | None],
         remember: Callable[[bytes, GrammarVerdict], None],
+        charge: Callable[[UUID, float], None],
     ) -> None:
-        """`large_loads` is held while a large vocabulary is read. `known` and `remember` access the cache of
-        verdicts."""
+        """`large_loads` is held while a large vocabulary is read. `known` and `remember` access the cache of verdicts.
+        `charge(tenant, seconds)` is called for each grammar that is refused."""
         self.model_id, self.revision = view.spec.id, view.revision
         self.is_ready = False
         self.process: asyncio.subprocess.Process | None = None
         self._vocabulary = vocabulary
         self._turn_to_load = large_loads if vocabulary.size > LARGE_VOCABULARY else contextlib.nullcontext()
-        self._known, self._remember = known, remember
-        self._waiting: OrderedDict[UUID, OrderedDict[bytes, Question]] = OrderedDict()  # by tenant; tenants take turns
+        self._known, self._remember, self._charge = known, remember, charge
+        self._waiting: SharedQueue[Question] = SharedQueue(MAX_WAITING)
+        self._asked: dict[tuple[UUID, bytes], Question] = {}  # those that wait
         self._has_work = asyncio.Event()
         self._unsupported: str | None = None  # why the model cannot follow any grammar
         self._attending: asyncio.Task[None] | None = None
@@ -115,15 +118,12 @@ class GrammarCompiler:
         UnsupportedParameter."""
         if self._unsupported is not None:
             raise unsupported(self.model_id, self._unsupported)
-        asked: Mapping[bytes, Question] = self._waiting.get(tenant_id, {})
-        if key in asked:
-            return asked[key].answer
-        if len(asked) >= MAX_WAITING_OF_TENANT:
-            raise ServerOverloaded(f"{len(asked)} of your grammars are waiting to be compiled; retry in a moment")
-        if sum(map(len, self._waiting.values())) >= MAX_WAITING:
-            raise ServerOverloaded(f"{MAX_WAITING} grammars are waiting to be compiled; retry in a moment")
-        question = self._waiting.setdefault(tenant_id, OrderedDict())[key] = Question(output)
-        self._has_work.set()
+        question = self._asked.get((tenant_id, key))
+        if question is None:
+            question = Question(key, output)
+            self._waiting.append(tenant_id, question, what="grammars are waiting to be compiled")
+            self._asked[tenant_id, key] = question
+            self._has_work.set()
         return question.answer
 
     def stop(self) -> "asyncio.Task[None]":
@@ -153,13 +153,13 @@ class GrammarCompiler:
             self._refuse_waiting()
 
     def _refuse_waiting(self) -> None:
-        for asked in self._waiting.values():
-            for question in asked.values():
-                if self._unsupported is not None:
-                    question.answer.set_result(unsupported(self.model_id, self._unsupported))
-                else:
-                    question.answer.set_result(ServerOverloaded("the model was reloaded meanwhile; retry in a moment"))
-        self._waiting.clear()
+        while len(self._waiting):
+            _, question = self._waiting.pop()
+            if self._unsupported is not None:
+                question.answer.set_result(unsupported(self.model_id, self._unsupported))
+            else:
+                question.answer.set_result(ServerOverloaded("the model was reloaded meanwhile; retry in a moment"))
+        self._asked.clear()
 
     async def _load_and_serve(self) -> None:
         """Serve until the process ends, then raise ProcessLost or OSError. Returns only if the model cannot follow any
@@ -178,7 +178,7 @@ class GrammarCompiler:
             return
         self.is_ready = True
         while process.returncode is None:
-            if self._waiting:
+            if len(self._waiting):
                 await self._answer_next(process)
             else:
                 self._has_work.clear()
@@ -187,26 +187,23 @@ class GrammarCompiler:
 
     async def _answer_next(self, process: asyncio.subprocess.Process) -> None:
         """Raises ProcessLost or OSError."""
-        key, question = self._take_next()
+        tenant_id, question = self._waiting.pop()
+        del self._asked[tenant_id, question.key]
         answer: GrammarVerdict | CeleriacError = ServerOverloaded(
             "the grammar could not be compiled; retry in a moment"
         )
         try:
-            verdict = self._known(key)  # it may have been compiled for another request in the meantime
+            verdict = self._known(question.key)  # it may have been compiled for another request in the meantime
             if verdict is None:
+                began_at = time.monotonic()
                 verdict = _verdict_of(question.output, await self._tell(process, orjson.dumps(question.output) + b"\n"))
                 if verdict is not None:
-                    self._remember(key, verdict)
+                    self._remember(question.key, verdict)
+                if verdict is not None and verdict.reason is not None:
+                    self._charge(tenant_id, time.monotonic() - began_at)
             answer = verdict or answer
         finally:
             question.answer.set_result(answer)
-
-    def _take_next(self) -> tuple[bytes, Question]:
-        tenant_id, asked = self._waiting.popitem(last=False)
-        key, question = asked.popitem(last=False)
-        if asked:
-            self._waiting[tenant_id] = asked  # behind the other tenants
-        return key, question
 
     async def _start_process(self) -> asyncio.subprocess.Process:
         self.process = await asyncio.create_subprocess_exec(
@@ -274,7 +271,40 @@ MAX_REMEMBERED = 4_096  # verdicts, of at most a few hundred bytes each
 
 PATIENCE_SECONDS = 15.0  # how long a request waits for the vocabulary and for its turn
 
+MAX_REFUSAL_SECONDS = 60.0  # that one tenant's refused grammars may take
+
+REGAINED_SECONDS_PER_SECOND = 0.25
+
 RETRY_SECONDS = 5.0  # Retry-After of a request whose grammar was not compiled in time
+
+
+class RefusalBudget:
+    """How much compiling each tenant has spent on grammars that were refused: a bucket that leaks."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._spent: dict[UUID, tuple[float, float]] = {}  # seconds, and as of when
+
+    def charge(self, tenant_id: UUID, seconds: float) -> None:
+        now = self._clock()
+        spent = {tenant: self._seconds_of(tenant) for tenant in self._spent}
+        self._spent = {tenant: (left, now) for tenant, left in spent.items() if left > 0}
+        self._spent[tenant_id] = (spent.get(tenant_id, 0.0) + seconds, now)
+
+    def refuse_if_spent(self, tenant_id: UUID) -> None:
+        """Raises Overloaded."""
+        excess = self._seconds_of(tenant_id) - MAX_REFUSAL_SECONDS
+        if excess > 0:
+            raise Overloaded(
+                f"your refused grammars took more than {MAX_REFUSAL_SECONDS:.0f} s to compile, so no new ones are "
+                "compiled for now; send grammars that were accepted before, or retry later with simpler ones",
+                retry_after_seconds=excess / REGAINED_SECONDS_PER_SECOND,
+                param="params.structured_output",
+            )
+
+    def _seconds_of(self, tenant_id: UUID) -> float:
+        seconds, since = self._spent.get(tenant_id, (0.0, 0.0))
+        return max(0.0, seconds - REGAINED_SECONDS_PER_SECOND * (self._clock() - since))
 
 
 class GrammarGate:
@@ -286,6 +316,7 @@ class GrammarGate:
         self._compilers: dict[str, GrammarCompiler] = {}  # by model
         self._stopping: set[asyncio.Task[None]] = set()
         self._large_loads = asyncio.Lock()
+        self._budget = RefusalBudget()
 
     def prepare(self, views: Iterable[ModelView]) -> None:
         """Read the vocabularies of these models in the background, and stop the compilers of all others."""
@@ -303,6 +334,7 @@ class GrammarGate:
         key = hashlib.sha256(names + orjson.dumps(dumped)).digest()
         verdict = self._known(key)
         if verdict is None:
+            self._budget.refuse_if_spent(tenant_id)
             compiler = self._compiler_of(view)
             verdict = await _answer_in_time(compiler, compiler.ask(tenant_id, key, dumped))
         if verdict.reason is not None:
@@ -337,7 +369,12 @@ class GrammarGate:
             compiler = None
         if compiler is None:
             compiler = self._compilers[view.spec.id] = GrammarCompiler(
-                view, view.vocabulary, large_loads=self._large_loads, known=self._known, remember=self._remember
+                view,
+                view.vocabulary,
+                large_loads=self._large_loads,
+                known=self._known,
+                remember=self._remember,
+                charge=self._budget.charge,
             )
         return compiler
 

@@ -13,8 +13,9 @@ from uuid import UUID
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from pydantic import Field, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
+from api.downloads import Download
 from api.errors import RequestTimeout, UnsupportedMediaType, json_response
 from api.inputs import PageQuery, list_page, listing, read_query
 from api.openapi import BYTES
@@ -209,7 +210,8 @@ def _too_slow(num_bytes: int, seconds: float) -> RequestTimeout:
 
 async def receive_file(request: Request, services: Services, tenant_id: UUID) -> tuple[Form, Upload]:
     """Receive a form and its file. The caller must finish or discard the upload. Raises CeleriacError."""
-    with services.uploads.hold(tenant_id):
+    services.uploads.refuse_if_full()
+    with services.uploads.hold():
         upload = Upload(services, tenant_id)
         try:
             return await upload.receive(request), upload
@@ -305,14 +307,16 @@ async def read_file(file_id: str, request: Request) -> Response:
 async def read_content(file_id: str, request: Request) -> Response:
     """The content of the file. While a batch runs, its output has the lines that are done so far."""
     services, tenant_id = caller_of(request)
+    services.downloads.refuse_if_full()
     file = await find_file(services, tenant_id, file_id)
     if file.status is FileStatus.LIVE:
         batch = await services.read(batches.of_file, file.id)
         if batch is not None:
             live = _live_content(services, batch, is_output=batch.output_file_id == file.id)
-            return StreamingResponse(live, headers=HEADERS, media_type="application/octet-stream")
+            return Download(live, services.downloads, headers=HEADERS, media_type="application/octet-stream")
     headers = HEADERS | {"content-length": str(file.num_bytes)}
-    return StreamingResponse(content_of(services, file.id), headers=headers, media_type="application/octet-stream")
+    content = content_of(services, file.id)
+    return Download(content, services.downloads, headers=headers, media_type="application/octet-stream")
 
 
 @router.delete("/v1/files/{file_id}", responses={200: {"model": DeletedView}})

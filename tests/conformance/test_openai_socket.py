@@ -153,7 +153,7 @@ def test_a_connection_that_breaks_leaves_the_response(api: ApiServer, hand_worke
         assert (answer["status"], answer["output"][0]["content"][0]["text"]) == ("completed", "Hello")
         wait_until(lambda: http.get(f"/v1/jobs/{passing.replace('resp_', 'job_')}").json()["status"] == "cancelled")
     assert len(before) == 4
-    wait_until(lambda: api.services.slots.num_open == 0)
+    wait_until(lambda: api.services.slots.num_taken == 0)
 
 
 def test_whoever_may_not_connect_is_refused_before(api: ApiServer) -> None:
@@ -215,7 +215,7 @@ def test_messages_and_connections_have_their_limits(api: ApiServer) -> None:
         while (event := said(socket))["type"] != "error":
             pass
         assert event["error"]["param"] == "stream_id"
-    api.services.slots.max_open = 0
+    api.services.slots.num_places = 0
     with pytest.raises(refusals.InvalidStatus) as caught_status, connected(api):
         pass
     assert caught_status.value.response.status_code == 503

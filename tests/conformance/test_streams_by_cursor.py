@@ -75,7 +75,7 @@ def test_a_chat_says_what_its_job_says_from_every_cursor(
         assert "".join(again) == "".join(texts)
     if "<" not in "".join(texts):  # the model's marks of calls and reasoning are taken out of what it says
         assert (content, reasoning) == ("".join(texts), "")
-    wait_until(lambda: api.services.slots.num_open == 0)
+    wait_until(lambda: api.services.slots.num_taken == 0)
 
 
 @anew

@@ -312,8 +312,8 @@ def test_a_client_that_leaves_frees_its_place(http: httpx.Client, api: ApiServer
     job_id = post_job(http)["id"]
     with open_events(http, job_id) as events:
         next(events)
-        assert api.services.slots.num_open == 1
-    wait_until(lambda: api.services.slots.num_open == 0)
+        assert api.services.slots.num_taken == 1
+    wait_until(lambda: api.services.slots.num_taken == 0)
     wait_until(lambda: api.services.streams.num_streams == 0)
 
 
@@ -380,4 +380,4 @@ def test_a_reader_that_takes_nothing_for_long_is_cut(
         lazy.sendall(request)
         wait_until(lambda: api.services.streams.num_streams == 1)
         hand_worker.commit(job, *large_chunks(num_megabytes=8))
-        wait_until(lambda: api.services.slots.num_open == 0)
+        wait_until(lambda: api.services.slots.num_taken == 0)

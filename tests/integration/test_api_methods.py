@@ -49,7 +49,7 @@ def test_a_head_of_a_stream_ends_with_its_headers(http: httpx.Client, api: ApiSe
     assert head.status_code == 200
     assert head.headers["content-type"].startswith("text/event-stream")
     assert http.get("/health/live").status_code == 200, "the connection goes on"
-    wait_until(lambda: api.services.slots.num_open == 0)
+    wait_until(lambda: api.services.slots.num_taken == 0)
 
 
 def test_the_body_of_a_head_never_reaches_the_wire(http: httpx.Client, api: ApiServer) -> None:

@@ -199,7 +199,7 @@ class TestWithKeys:
             body = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
             call = threads.submit(http.post, "/v1/chat/completions", json=body)
             poll = threads.submit(http.get, f"/v1/jobs/{job_id}", params={"wait": 8})
-            wait_until(lambda: api.services.slots.num_open == 2)
+            wait_until(lambda: api.services.slots.num_taken == 2)
             revoke(session_factory, key)
             assert call.result().status_code == 401
             assert poll.result().status_code == 401

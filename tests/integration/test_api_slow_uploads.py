@@ -1,17 +1,14 @@
-"""Uploads that trickle end, and one tenant's never take every place."""
+"""Uploads that trickle end and give their places back."""
 
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from functools import partial
-from uuid import uuid4
 
 import httpx
 import pytest
 
-from api.limits import UploadSlots
-from domain.errors import ServerOverloaded
 from tests.integration.api_harness import ApiServer
 from tests.waiting import wait_until
 
@@ -35,7 +32,7 @@ def trickling(api: ApiServer) -> Iterator[list[socket.socket]]:
             address = ("127.0.0.1", api.port)
             connections.append(stack.enter_context(closing(socket.create_connection(address, timeout=30))))
             connections[-1].sendall(HEAD + PART)
-        wait_until(lambda: api.services.uploads._num_by_tenant.total() == len(connections))
+        wait_until(lambda: api.services.uploads.num_taken == len(connections))
         yield connections
 
 
@@ -64,23 +61,3 @@ def test_an_upload_that_keeps_the_rate_goes_on_past_the_grace(api: ApiServer, mo
         time.sleep(1.0)
         connection.sendall(content[-10:])
         assert connection.recv(65_536).startswith(b"HTTP/1.1 200 ")
-
-
-def test_one_tenant_leaves_places_to_others() -> None:
-    slots, one, other = UploadSlots(8, is_shared=True), uuid4(), uuid4()
-    with ExitStack() as stack:
-        for _ in range(6):
-            stack.enter_context(slots.hold(one))
-        with pytest.raises(ServerOverloaded, match="6 of your uploads"):
-            stack.enter_context(slots.hold(one))
-        stack.enter_context(slots.hold(other))
-        stack.enter_context(slots.hold(other))
-        with pytest.raises(ServerOverloaded, match="the most this server takes"):
-            stack.enter_context(slots.hold(other))
-    assert not slots._num_by_tenant
-
-
-def test_a_tenant_that_is_alone_has_every_place() -> None:
-    slots, one = UploadSlots(2, is_shared=False), uuid4()
-    with slots.hold(one), slots.hold(one), pytest.raises(ServerOverloaded), slots.hold(one):
-        pass

@@ -165,7 +165,7 @@ def test_a_long_poll_waits_for_a_chunk_and_for_the_end(
     with ThreadPoolExecutor(1) as threads:
         for at, happen in after_wait.items():
             polling = threads.submit(get, http, url, TEXT, offset=at, live="long-poll")
-            wait_until(lambda: api.services.slots.num_open == 1)
+            wait_until(lambda: api.services.slots.num_taken == 1)
             happen()
             answer = polling.result()
             cursor = int(answer.headers["stream-cursor"])

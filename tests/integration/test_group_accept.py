@@ -212,9 +212,11 @@ async def test_a_database_that_hangs_is_not_waited_for(
 
 
 async def test_more_than_can_wait_is_refused(
-    acceptor: GroupAcceptor, hang: Callable[[], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+    sessions: async_sessionmaker[AsyncSession], hang: Callable[[], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_accept, "MAX_WAITING", 3)
+    monkeypatch.setattr(group_accept, "MAX_WAITING", 6)  # half of it for one tenant
+    acceptor = GroupAcceptor(sessions, max_queued_jobs=1000)
+    acceptor.start()
     await hang()
     waiting = []
     for _ in range(group_accept.NUM_FLUSHERS):  # each flusher takes one and hangs
@@ -224,9 +226,13 @@ async def test_more_than_can_wait_is_refused(
     await asyncio.sleep(0)
     with pytest.raises(ServerOverloaded):
         await acceptor.accept(make_new_job())
-    for task in waiting:
+    another = asyncio.create_task(acceptor.accept(make_new_job(tenant_id=uuid4())))
+    await asyncio.sleep(0)
+    assert not another.done(), "another tenant is refused"
+    for task in (*waiting, another):
         task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
+    await asyncio.gather(*waiting, another, return_exceptions=True)
+    await acceptor.stop()
 
 
 async def test_a_client_that_left_before_its_turn_leaves_no_job(

@@ -157,7 +157,7 @@ def test_any_process_takes_it_and_none_writes_it_down(
                 assert next(events).name == "job.queued"
             assert page.get(token["url"] + "&from=nowhere").status_code == 400
             assert token["token"] not in page.get(token["url"] + "&nothing=1").text
-            wait_until(lambda: restarted.services.slots.num_open == 0)
+            wait_until(lambda: restarted.services.slots.num_taken == 0)
     seen = "\n".join(record.getMessage() + str(record.__dict__) for record in caplog.records if record.name != "httpx")
     assert token["token"] not in seen
 

@@ -167,7 +167,15 @@ def test_it_is_given_up_after_72_hours_of_the_schedule(session: Session, make_jo
     end_job(session, make_job, webhook_url=receiver.url(), webhook_statuses=ALL)
     waits: list[float] = []
     while not is_settled(session):
-        [claimed] = webhook_deliveries.claim(session, room=9, room_per_host=9, room_by_host={}, lease_seconds=30)
+        [claimed] = webhook_deliveries.claim(
+            session,
+            room=9,
+            room_per_tenant=9,
+            room_by_tenant={},
+            room_per_host=9,
+            room_by_host={},
+            lease_seconds=30,
+        )
         outcome = webhook_deliveries.Outcome(claimed, DeliveryStatus.PENDING, 500, "no", 0.1)
         webhook_deliveries.record(session, [outcome])
         wait = text("SELECT extract(epoch FROM next_attempt_at - statement_timestamp()) FROM webhook_deliveries")

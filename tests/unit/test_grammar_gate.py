@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, decoders, models
 
 import text.models
 from domain.catalog import Catalog, ModelSpec
-from domain.errors import InvalidRequest, ServerOverloaded, UnsupportedParameter
+from domain.errors import InvalidRequest, Overloaded, ServerOverloaded, UnsupportedParameter
 from domain.structured_output import StructuredOutput
 from settings import ROOT
 from tests.waiting import wait_until_async
 from text import grammar_compiler
-from text.grammar_compiler import MAX_WAITING_OF_TENANT, GrammarGate
+from text.grammar_compiler import MAX_REFUSAL_SECONDS, MAX_WAITING, GrammarGate, RefusalBudget
 from text.grammar_process import CPU_SECONDS, NUM_STEPS, _nth_set_bit
 from text.model_files import GenerationDefaults
 from text.models import ModelView, ModelViews, Vocabulary, follow_models, load_model_view
@@ -237,13 +237,45 @@ def test_a_tenant_with_many_slow_grammars_delays_another_by_one(view: ModelView)
         await asyncio.sleep(0)
         await gate.check(view, make(regex="mine"), OTHER_TENANT)
         ended = [task.exception() for task in many if task.done()]
-        assert sum(isinstance(exc, ServerOverloaded) for exc in ended) == 40 - MAX_WAITING_OF_TENANT
+        assert sum(isinstance(exc, ServerOverloaded) for exc in ended) == 40 - MAX_WAITING // 2
         assert sum(isinstance(exc, InvalidRequest) for exc in ended) <= 1
         for task in many:
             task.cancel()
         await asyncio.gather(*many, return_exceptions=True)
 
     with_gate(body)
+
+
+def test_refused_grammars_cost_their_tenant_a_budget(view: ModelView, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_compiler, "MAX_REFUSAL_SECONDS", 0.0)
+
+    async def body(gate: GrammarGate) -> None:
+        await gate.check(view, make(regex="a"), TENANT)
+        with pytest.raises(InvalidRequest):
+            await gate.check(view, slow(0), TENANT)
+        with pytest.raises(Overloaded, match="your refused grammars took") as refused:
+            await gate.check(view, make(regex="b"), TENANT)
+        assert refused.value.code == "slow_down"
+        assert refused.value.retry_after_seconds > 0
+        await gate.check(view, make(regex="a"), TENANT)  # the verdict is known
+        await gate.check(view, make(regex="b"), OTHER_TENANT)
+
+    with_gate(body)
+
+
+def test_the_budget_for_refused_grammars_comes_back() -> None:
+    now = 0.0
+    budget = RefusalBudget(lambda: now)
+    budget.charge(TENANT, MAX_REFUSAL_SECONDS + 5)
+    budget.charge(OTHER_TENANT, 1)
+    budget.refuse_if_spent(OTHER_TENANT)
+    with pytest.raises(Overloaded) as refused:
+        budget.refuse_if_spent(TENANT)
+    now = refused.value.retry_after_seconds
+    budget.refuse_if_spent(TENANT)
+    now += 1_000
+    budget.charge(OTHER_TENANT, 1)
+    assert TENANT not in budget._spent, "it is forgotten once it has all of its budget"
 
 
 def test_what_the_process_says_is_logged_without_the_grammar(

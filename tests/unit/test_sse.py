@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.events import HEARTBEAT, EventStream, frame
-from api.limits import StreamSlots
+from api.limits import StreamPlaces
 from celeriac.client.protocol import parse_events
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -53,9 +53,9 @@ async def test_a_client_that_leaves_at_the_very_end_leaves_no_error_behind() -> 
     async def send(message: Any) -> None:
         await asyncio.sleep(0)
 
-    slots, draining = StreamSlots(1), asyncio.Event()
+    slots, draining = StreamPlaces(1, is_shared=False), asyncio.Event()
     stream = EventStream(one_frame(), heartbeat_seconds=1, lifetime_seconds=9, slots=slots, draining=draining)
     await stream({"type": "http"}, receive, send)
     gc.collect()
     assert complaints == []
-    assert slots.num_open == 0
+    assert slots.num_taken == 0

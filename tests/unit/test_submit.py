@@ -154,14 +154,21 @@ async def test_long_prompts_leave_the_event_loop_free_and_short_ones_stay_on_it(
 
 async def test_a_tokenizer_that_takes_too_long_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "TIMEOUT_SECONDS", 0.05)
-    monkeypatch.setattr(prepare, "MAX_WAITING", 1)
+    monkeypatch.setattr(prepare, "NUM_THREADS", 1)
+    monkeypatch.setattr(prepare, "MAX_WAITING", 2)  # half of it for one tenant
     slow, pool = SlowView(), TokenizingPool()
     long = GenerationRequest(model="fake", prompt="x" * (prepare.INLINE_CHARS + 1))
     with pytest.raises(ServerOverloaded, match="not tokenized within"):
         await pool.encode(slow, long)  # type: ignore[arg-type]
-    with pytest.raises(ServerOverloaded, match="are waiting"):  # its thread still runs
+    monkeypatch.setattr(prepare, "TIMEOUT_SECONDS", 300)
+    waiting = asyncio.create_task(pool.encode(slow, long))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    with pytest.raises(
+        ServerOverloaded, match="1 of your long prompts are waiting"
+    ):  # the first one's thread still runs
         await pool.encode(slow, long)  # type: ignore[arg-type]
     slow.may_end.set()
+    assert await waiting == [1, 2, 3]
     pool.close()
 
 

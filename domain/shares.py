@@ -1,0 +1,136 @@
+"""How tenants share what is bounded: places that requests hold, queues in which they wait, turns that they take.
+
+Places follow the rule of dynamic thresholds (Choudhury and Hahne 1998, for the buffers of network switches): a tenant
+may take another place while it holds fewer than are free. So one tenant gets at most half of the places, two get a
+third each, and one that holds none finds a place as long as any is free. Those who wait are served in turns of their
+tenants. docs/adr/0054 lists what is shared in this way.
+"""
+
+import asyncio
+import contextlib
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
+from typing import Generic, TypeVar
+from uuid import UUID
+
+from domain.errors import ServerOverloaded
+
+NO_TENANT = UUID(int=0)
+
+#: Whose work this is. NO_TENANT: the installation's own, such as health checks.
+current_tenant: ContextVar[UUID] = ContextVar("current_tenant", default=NO_TENANT)
+
+Item = TypeVar("Item")
+
+
+class SharedPlaces:
+    """A number of places, and how many of them each tenant holds."""
+
+    def __init__(self, num_places: int, *, is_shared: bool = True) -> None:
+        """`is_shared`: there may be several tenants; a tenant that is always alone may take every place."""
+        self.num_places = num_places
+        self._is_shared = is_shared
+        self._num_by_tenant: Counter[UUID] = Counter()
+        self._num_taken = 0
+
+    @property
+    def num_taken(self) -> int:
+        return self._num_taken
+
+    def num_of(self, tenant_id: UUID) -> int:
+        """How many places the tenant holds."""
+        return self._num_by_tenant.get(tenant_id, 0)
+
+    def room_of(self, tenant_id: UUID) -> int:
+        """How many more places the tenant may take now, if no other tenant takes any."""
+        num_free = self.num_places - self._num_taken
+        num_allowed = (num_free - self.num_of(tenant_id) + 1) // 2 if self._is_shared else num_free
+        return max(0, num_allowed)
+
+    def tenants(self) -> list[UUID]:
+        """Those that hold places."""
+        return list(self._num_by_tenant)
+
+    def take(self, tenant_id: UUID) -> None:
+        self._num_by_tenant[tenant_id] += 1
+        self._num_taken += 1
+
+    def leave(self, tenant_id: UUID) -> None:
+        self._num_taken -= 1
+        self._num_by_tenant[tenant_id] -= 1
+        if not self._num_by_tenant[tenant_id]:
+            del self._num_by_tenant[tenant_id]
+
+
+class SharedQueue(Generic[Item]):
+    """A queue in which tenants take turns and whose places they share. Each tenant's items stay in order."""
+
+    def __init__(self, max_length: int) -> None:
+        self._places = SharedPlaces(max_length)
+        self._items_by_tenant: OrderedDict[UUID, deque[Item]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._places.num_taken
+
+    def __iter__(self) -> Iterator[Item]:
+        return (item for items in self._items_by_tenant.values() for item in items)
+
+    def append(self, tenant_id: UUID, item: Item, *, what: str) -> None:
+        """Raises ServerOverloaded if the tenant has too many items in here, of which `what` says what they do: "large
+        requests are waiting"."""
+        if not self._places.room_of(tenant_id):
+            raise ServerOverloaded(f"{self._places.num_of(tenant_id)} of your {what}; retry in a moment")
+        self._places.take(tenant_id)
+        self._items_by_tenant.setdefault(tenant_id, deque()).append(item)
+
+    def pop(self) -> tuple[UUID, Item]:
+        """The next item, and whose it is. Raises KeyError if there is none."""
+        tenant_id, items = self._items_by_tenant.popitem(last=False)
+        item = items.popleft()
+        if items:
+            self._items_by_tenant[tenant_id] = items  # behind the other tenants
+        self._places.leave(tenant_id)
+        return tenant_id, item
+
+
+class SharedTurns:
+    """Work of which only some runs at a time, while the rest waits. Bound to one event loop."""
+
+    def __init__(self, num_at_once: int, *, max_waiting: int, what: str) -> None:
+        """`what` is for refusals: "large requests are waiting"."""
+        self._num_free = num_at_once
+        self._waiting: SharedQueue[asyncio.Future[None]] = SharedQueue(max_waiting)
+        self._what = what
+
+    async def take(self, tenant_id: UUID) -> None:
+        """Returns when it is the tenant's turn, which `leave` must end. Raises ServerOverloaded if too much of the
+        tenant's work is waiting."""
+        if self._num_free:
+            self._num_free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(tenant_id, turn, what=self._what)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # the turn came in the same moment
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        while len(self._waiting):
+            _, turn = self._waiting.pop()
+            if not turn.done():  # else its waiter has given up
+                turn.set_result(None)
+                return
+        self._num_free += 1
+
+    @contextlib.asynccontextmanager
+    async def hold(self, tenant_id: UUID) -> AsyncIterator[None]:
+        """Raises ServerOverloaded, as `take` does."""
+        await self.take(tenant_id)
+        try:
+            yield
+        finally:
+            self.leave()

@@ -1,0 +1,124 @@
+"""One tenant takes all that it can of everything that requests share; another's request of each kind goes on."""
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+
+import httpx
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session, sessionmaker
+
+from settings import Settings
+from storage import tenants, webhook_deliveries
+from storage.tables import Tenant
+from tests.integration.api_harness import ApiServer, post_job
+from tests.integration.test_api_slow_uploads import HEAD, PART, upload
+from tests.waiting import wait_until
+
+NUM_PLACES = 4
+
+
+@pytest.fixture
+def api_settings(database_url: str, redis_url: str) -> Settings:
+    return Settings(
+        database_url=database_url, redis_url=redis_url, auth="api_key", max_streams=NUM_PLACES, max_uploads=NUM_PLACES
+    )
+
+
+@pytest.fixture
+def keys(session_factory: sessionmaker[Session], make_tenant: Callable[..., Tenant]) -> tuple[str, str]:
+    """Of two tenants."""
+    with session_factory.begin() as session:
+        one, other = (tenants.create_key(session, make_tenant().id) for _ in range(2))
+    return one, other
+
+
+@pytest.fixture
+def clients(api: ApiServer, keys: tuple[str, str]) -> Iterator[tuple[httpx.Client, httpx.Client]]:
+    with api.client(keys[0]) as greedy, api.client(keys[1]) as other:
+        yield greedy, other
+
+
+def refusal_of(answer: httpx.Response) -> str:
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_is_overloaded")
+    assert int(answer.headers["retry-after"]) >= 1
+    return str(answer.json()["error"]["message"])
+
+
+def test_streams_and_waits(api: ApiServer, clients: tuple[httpx.Client, httpx.Client]) -> None:
+    greedy, other = clients
+    job_id, its_job_id = post_job(greedy)["id"], post_job(other)["id"]
+    with ExitStack() as stack:
+        for _ in range(NUM_PLACES // 2):
+            stream = stack.enter_context(greedy.stream("GET", f"/v1/jobs/{job_id}/events"))
+            assert next(stream.iter_raw())
+        said = refusal_of(greedy.get(f"/v1/jobs/{job_id}/events"))
+        assert "2 of your streams are open" in said
+        assert "poll the job instead" in said
+        assert greedy.get(f"/v1/jobs/{job_id}", params={"wait": 60}).json()["status"] == "queued"  # at once
+        with other.stream("GET", f"/v1/jobs/{its_job_id}/events") as stream:
+            assert stream.status_code == 200
+            assert next(stream.iter_raw())
+    wait_until(lambda: api.services.slots.num_taken == 0)
+
+
+def test_uploads_and_large_bodies(
+    api: ApiServer, clients: tuple[httpx.Client, httpx.Client], keys: tuple[str, str]
+) -> None:
+    greedy, other = clients
+    api.services.large_bodies.num_places = NUM_PLACES
+    key = f"authorization: Bearer {keys[0]}\r\n\r\n".encode()
+    job = b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100000\r\n"
+    with ExitStack() as stack:
+        for head in [HEAD[:-2] + key + PART, job + key + b"{"] * (NUM_PLACES // 2):
+            connection = stack.enter_context(closing(socket.create_connection(("127.0.0.1", api.port), timeout=30)))
+            connection.sendall(head)
+        for places in (api.services.uploads, api.services.large_bodies):
+            wait_until(lambda places=places: places.num_taken == NUM_PLACES // 2)
+        assert "2 of your uploads are in progress" in refusal_of(upload(greedy))
+        large = {"model": "large", "prompt": "x" * 70_000, "params": {"max_tokens": 1}}
+        assert "2 of your requests with bodies" in refusal_of(greedy.post("/v1/jobs", json=large))
+        assert upload(other).status_code == 200
+        assert other.post("/v1/jobs", json=large).status_code == 202
+        assert post_job(greedy)["status"] == "queued"  # a small body needs no place
+    for places in (api.services.uploads, api.services.large_bodies):
+        wait_until(lambda places=places: places.num_taken == 0)
+
+
+def test_downloads(api: ApiServer, clients: tuple[httpx.Client, httpx.Client]) -> None:
+    greedy, _ = clients
+    file_ids = [upload(client).json()["id"] for client in clients]
+    api.services.downloads.num_places = 0
+    assert "0 of your downloads" in refusal_of(greedy.get(f"/v1/files/{file_ids[0]}/content"))
+    api.services.downloads.num_places = 1
+    for client, file_id in zip(clients, file_ids, strict=True):
+        assert client.get(f"/v1/files/{file_id}/content").content == b"{}\n"
+        wait_until(lambda: api.services.downloads.num_taken == 0)
+
+
+def test_webhooks_of_a_tenant_leave_room_for_those_of_another(
+    session_factory: sessionmaker[Session], make_tenant: Callable[..., Tenant]
+) -> None:
+    """Even if they are for the same host, older, and to more hosts than there is room for."""
+    greedy, other = make_tenant().id, make_tenant().id
+    insert = text(
+        "INSERT INTO webhook_deliveries (tenant_id, event_id, type, url, next_attempt_at) SELECT :tenant,"
+        " gen_random_uuid(), 'job.completed', 'https://host' || n % :num_hosts || '.test/',"
+        " now() - :age * interval '1 s' FROM generate_series(0, :last) n"
+    )
+    with session_factory.begin() as session:
+        session.execute(insert, {"tenant": greedy, "num_hosts": 50, "age": 60, "last": 499})
+        session.execute(insert, {"tenant": other, "num_hosts": 1, "age": 1, "last": 2})
+        claimed = webhook_deliveries.claim(
+            session,
+            room=64,
+            room_per_tenant=32,
+            room_by_tenant={greedy: 16},
+            room_per_host=8,
+            room_by_host={(greedy, "host0.test"): 0, (other, "host0.test"): 2},
+            lease_seconds=30,
+        )
+    assert [delivery.tenant_id for delivery in claimed].count(other) == 2
+    assert [delivery.tenant_id for delivery in claimed].count(greedy) == 16
+    assert not [delivery for delivery in claimed if delivery.queue == (greedy, "host0.test")]
