@@ -63,6 +63,10 @@ def test_streams_and_waits(api: ApiServer, clients: tuple[httpx.Client, httpx.Cl
     wait_until(lambda: api.services.slots.num_taken == 0)
 
 
+def num_taken(api: ApiServer) -> list[int]:
+    return [api.services.uploads.num_taken, api.services.large_bodies.num_taken]
+
+
 def test_uploads_and_large_bodies(
     api: ApiServer, clients: tuple[httpx.Client, httpx.Client], keys: tuple[str, str]
 ) -> None:
@@ -74,16 +78,14 @@ def test_uploads_and_large_bodies(
         for head in [HEAD[:-2] + key + PART, job + key + b"{"] * (NUM_PLACES // 2):
             connection = stack.enter_context(closing(socket.create_connection(("127.0.0.1", api.port), timeout=30)))
             connection.sendall(head)
-        for places in (api.services.uploads, api.services.large_bodies):
-            wait_until(lambda places=places: places.num_taken == NUM_PLACES // 2)
+        wait_until(lambda: num_taken(api) == [NUM_PLACES // 2] * 2)
         assert "2 of your uploads are in progress" in refusal_of(upload(greedy))
         large = {"model": "large", "prompt": "x" * 70_000, "params": {"max_tokens": 1}}
         assert "2 of your requests with bodies" in refusal_of(greedy.post("/v1/jobs", json=large))
         assert upload(other).status_code == 200
         assert other.post("/v1/jobs", json=large).status_code == 202
         assert post_job(greedy)["status"] == "queued"  # a small body needs no place
-    for places in (api.services.uploads, api.services.large_bodies):
-        wait_until(lambda places=places: places.num_taken == 0)
+    wait_until(lambda: num_taken(api) == [0, 0])
 
 
 def test_downloads(api: ApiServer, clients: tuple[httpx.Client, httpx.Client]) -> None:

@@ -116,11 +116,17 @@ async def test_a_turn_that_nobody_wants_any_more_goes_to_the_next() -> None:
 
 
 async def test_threads_take_turns_and_skip_work_that_was_given_up() -> None:
-    threads, may_end, order = SharedThreads(1, max_waiting=16, name="test", what="items wait"), threading.Event(), []
+    threads, may_end = SharedThreads(1, max_waiting=16, name="test", what="items wait"), threading.Event()
+    order: list[tuple[str, UUID]] = []
 
     async def ask(tenant_id: UUID, name: str) -> None:
         current_tenant.set(tenant_id)
-        await threads.run(lambda: (may_end.wait(300), order.append((name, current_tenant.get()))))
+
+        def work() -> None:
+            assert may_end.wait(300)
+            order.append((name, current_tenant.get()))
+
+        await threads.run(work)
 
     tasks = [asyncio.create_task(ask(ONE, f"one {number}")) for number in range(4)]
     await asyncio.sleep(0)
