@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from settings import Settings
 from storage import tenants, webhook_deliveries
 from storage.tables import Tenant
-from tests.integration.api_harness import ApiServer, post_job
+from tests.integration.api_harness import ApiServer, open_events, post_job
 from tests.integration.test_api_slow_uploads import HEAD, PART, upload
 from tests.waiting import wait_until
 
@@ -50,16 +50,14 @@ def test_streams_and_waits(api: ApiServer, clients: tuple[httpx.Client, httpx.Cl
     greedy, other = clients
     job_id, its_job_id = post_job(greedy)["id"], post_job(other)["id"]
     with ExitStack() as stack:
-        for _ in range(NUM_PLACES // 2):
-            stream = stack.enter_context(greedy.stream("GET", f"/v1/jobs/{job_id}/events"))
-            assert next(stream.iter_raw())
+        streams = [stack.enter_context(open_events(greedy, job_id)) for _ in range(NUM_PLACES // 2)]
+        assert [next(events).name for events in streams] == ["job.queued"] * len(streams)
         said = refusal_of(greedy.get(f"/v1/jobs/{job_id}/events"))
         assert "2 of your streams are open" in said
         assert "poll the job instead" in said
         assert greedy.get(f"/v1/jobs/{job_id}", params={"wait": 60}).json()["status"] == "queued"  # at once
-        with other.stream("GET", f"/v1/jobs/{its_job_id}/events") as stream:
-            assert stream.status_code == 200
-            assert next(stream.iter_raw())
+        with open_events(other, its_job_id) as events:
+            next(events)
     wait_until(lambda: api.services.slots.num_taken == 0)
 
 
