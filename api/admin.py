@@ -1,4 +1,4 @@
-"""/v1/admin: which workers serve which models, loading and unloading models, draining workers. Admin keys only."""
+"""/v1/admin: which workers serve which models, loading and unloading models, draining workers."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from api.errors import json_response
 from api.inputs import preferred_wait
-from api.services import Services, private_router, require_admin, services_of
+from api.services import Services, private_router, services_of
 from dialects.openai_views import View
 from domain.catalog import ModelEntry
 from domain.errors import NotFound
@@ -72,7 +72,6 @@ ORDER: dict[str, Any] = {
 
 @router.get("/v1/admin/models")
 async def list_model_statuses(request: Request) -> ModelStatusListView:
-    require_admin(request)
     services = services_of(request)
     live = await services.read(workers.list_live)
     unloaded = await services.read(workers.unloaded_models)
@@ -101,7 +100,6 @@ async def unload_model(model: str, request: Request) -> Response:
 
 async def _order(request: Request, model: str, wanted: WorkerState) -> Response:
     """Idempotent: repeating an order changes nothing."""
-    require_admin(request)
     services = services_of(request)
     spec = services.catalog.get(model)
     wait_seconds = preferred_wait(request.headers.get("prefer"))
@@ -132,7 +130,6 @@ async def drain_worker(hostname: str, request: Request) -> WorkerView:
     """The worker takes no more jobs, gives running ones CELERIAC_DRAIN_SECONDS to finish, and keeps running. It notices
     the order within two seconds. The order applies to the worker's name, across restarts, until the worker is resumed;
     repeating it changes nothing."""
-    require_admin(request)
     services = services_of(request)
     await _live_worker(services, hostname)
     seconds = services.settings.drain_seconds
@@ -143,7 +140,6 @@ async def drain_worker(hostname: str, request: Request) -> WorkerView:
 @router.post("/v1/admin/workers/{hostname}/resume")
 async def resume_worker(hostname: str, request: Request) -> WorkerView:
     """The worker takes jobs again."""
-    require_admin(request)
     services = services_of(request)
     await services.write(workers.resume, hostname)
     return await _worker_view(services, hostname)

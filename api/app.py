@@ -5,19 +5,20 @@ have no counterpart here answer 501 with an alternative, and need a key like the
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from api import (
     admin,
+    admin_keys,
     anthropic,
     anthropic_batches,
     durable_streams,
@@ -35,7 +36,8 @@ from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
 from api.openai import batches, compact, conversations, files, inference, response_socket, responses
 from api.openai.files import FORM_BYTES
 from api.openapi import document_of
-from api.services import open_services, private_router
+from api.services import PrivateRoute, open_services
+from domain.access import Scope
 from domain.addresses import OriginPolicy, is_loopback
 from domain.catalog import Catalog
 from domain.errors import NotOffered
@@ -109,7 +111,15 @@ INSTEAD_BY_PREFIX = {
     "/v1/realtime": "stream a job's events instead: GET /v1/jobs/{job_id}/events",
 }
 
-not_offered_router = private_router("Not offered")
+
+class NotOfferedRoute(PrivateRoute):
+    """For any key: the answer tells what to use instead."""
+
+    def find_scope(self, methods: Sequence[str], path: str) -> Scope | None:
+        return None
+
+
+not_offered_router = APIRouter(route_class=NotOfferedRoute)
 
 
 async def refuse(request: Request) -> NoReturn:
@@ -140,6 +150,7 @@ ROUTERS = (
     health.router,
     health.public,
     admin.router,
+    admin_keys.router,
 )
 
 

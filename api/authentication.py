@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from api.errors import database_unavailable
+from domain.access import Scope
 from domain.errors import AuthenticationFailed, StorageUnavailable
 from domain.jobs import parse_id
 from domain.stream_tokens import StreamToken
@@ -34,7 +35,7 @@ T = TypeVar("T")
 
 class Identity(NamedTuple):
     tenant_id: UUID
-    is_admin: bool
+    scopes: frozenset[Scope]
     key_id: str | None  # None: no key is required
 
 
@@ -58,7 +59,7 @@ class Authenticator:
     """Resolves the Authorization header. Caches results, including refusals, by the hash of the key."""
 
     def __init__(self, sessions: async_sessionmaker[AsyncSession], *, is_open: bool) -> None:
-        """`is_open`: no key is required; every request belongs to the default tenant and has the admin role."""
+        """`is_open`: no key is required; every request belongs to the default tenant and has every scope."""
         self._sessions = sessions
         self._is_open = is_open
         self._remembered: dict[bytes, tuple[Identity | None, float]] = {}
@@ -73,7 +74,7 @@ class Authenticator:
     async def identify(self, authorization: str | None) -> Identity:
         """Raises AuthenticationFailed, with the same message for every kind of invalid key, or StorageUnavailable."""
         if self._is_open:
-            return Identity(DEFAULT_TENANT_ID, is_admin=True, key_id=None)
+            return Identity(DEFAULT_TENANT_ID, frozenset(Scope), key_id=None)
         key = _bearer_key(authorization)
         digest = hashlib.sha256(key.encode()).digest()
         identity, until = self._remembered.get(digest, (None, 0.0))
@@ -141,7 +142,7 @@ class Authenticator:
 
     async def _look_up(self, key: str) -> Identity | None:
         row = await self._ask(tenants.resolve_key, key)
-        return None if row is None else Identity(row.tenant_id, row.is_admin, row.id)
+        return None if row is None else Identity(row.tenant_id, row.all_scopes, row.id)
 
     async def _look_up_token(self, text: str, job_id: str) -> Identity | None:
         try:
@@ -152,7 +153,7 @@ class Authenticator:
         if token.is_expired or not is_for_job:
             return None
         tenant_id = await self._ask(tenants.reader_of, token, needs_key=not self._is_open)
-        return None if tenant_id is None else Identity(tenant_id, is_admin=False, key_id=token.key_id)
+        return None if tenant_id is None else Identity(tenant_id, frozenset({Scope.READ}), key_id=token.key_id)
 
     async def _ask(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from api.errors import database_unavailable
 from api.openapi import TEXT
 from api.queue_monitor import Finding, ModelQueue
-from api.services import Services, private_router, require_admin, services_of
+from api.services import Services, private_router, services_of
 from dialects.openai_views import View
 from domain.jobs import IN_GOOD_ORDER, WaitingFor
 from metrics import Process, registries
@@ -192,9 +192,8 @@ async def health(request: Request, response: Response) -> HealthView:
 
 @router.get("/metrics", response_class=Response, responses={200: TEXT})
 async def metrics(request: Request) -> Response:
-    """Prometheus metrics of this process and of the whole installation. If keys are required, this needs an admin key;
-    a scraper sends it as `Authorization: Bearer`."""
-    require_admin(request)
+    """Prometheus metrics of this process and of the whole installation. If keys are required, this needs one with
+    the scope `admin`; a scraper sends it as `Authorization: Bearer`."""
     return Response(generate_latest(registries[Process.API]), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,9 @@ from api.limits import (
 )
 from api.openapi import NEEDS_KEY, REFUSALS
 from api.queue_monitor import QueueMonitor
+from api.scopes import scope_of
 from dialects.native import QueueView
+from domain.access import Scope
 from domain.catalog import Catalog
 from domain.errors import PermissionDenied, StorageFull
 from domain.jobs import JobStatus
@@ -289,6 +291,8 @@ class PrivateRoute(APIRoute):
     other work before the route function."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        """Raises ValueError if api/scopes.py does not say what scope the route needs."""
+        self.scope = self.find_scope(options.get("methods") or ["GET"], path)
         options["openapi_extra"] = NEEDS_KEY | (options.get("openapi_extra") or {})
         super().__init__(path, endpoint, **options)
 
@@ -297,7 +301,7 @@ class PrivateRoute(APIRoute):
 
         async def answer_authenticated(request: Request) -> Response:
             credential = self.credential_of(request)
-            await authenticate(request, credential)
+            await authenticate(request, credential, self.scope)
             started = time.monotonic()
             response = await answer(request)
             if request.method == "GET" and time.monotonic() - started > REMEMBER_SECONDS:
@@ -308,6 +312,10 @@ class PrivateRoute(APIRoute):
 
     def credential_of(self, request: Request) -> Credential:
         return credential_in_headers(services_of(request), request)
+
+    def find_scope(self, methods: Sequence[str], path: str) -> Scope | None:
+        """That a key needs for the route; None if any key will do."""
+        return scope_of(methods, path)
 
 
 class StreamRoute(PrivateRoute):
@@ -326,10 +334,18 @@ class StreamRoute(PrivateRoute):
         )
 
 
-async def authenticate(connection: HTTPConnection, credential: Credential) -> None:
-    """Set whose request or WebSocket it is. Raises AuthenticationFailed or StorageUnavailable."""
+async def authenticate(connection: HTTPConnection, credential: Credential, scope: Scope | None) -> None:
+    """Set whose request or WebSocket it is. Raises AuthenticationFailed, PermissionDenied if the key does not have
+    `scope`, or StorageUnavailable."""
     state = connection.state
-    state.tenant_id, state.is_admin, state.key_id = await credential.identify()
+    identity = await credential.identify()
+    if scope is not None and scope not in identity.scopes:
+        held = ", ".join(sorted(identity.scopes)) or "none"
+        raise PermissionDenied(
+            f"this needs a key with the scope {scope}, and yours has {held}; "
+            f"use one made with: celeriac keys create --scope {scope}"
+        )
+    state.tenant_id, state.key_id = identity.tenant_id, identity.key_id
     state.until_revoked = credential.wait_until_revoked
     current_tenant.set(state.tenant_id)
 
@@ -350,14 +366,6 @@ def _authorization_of(connection: HTTPConnection) -> str | None:
 def caller_of(request: Request) -> Caller:
     """The services and the tenant of a request to a private route."""
     return Caller(services_of(request), request.state.tenant_id)
-
-
-def require_admin(request: Request) -> None:
-    """For requests to private routes. Raises PermissionDenied."""
-    if not request.state.is_admin:
-        raise PermissionDenied(
-            "this key does not have the admin role; use one created with: celeriac keys create --admin"
-        )
 
 
 def services_of(request: Request) -> Services:

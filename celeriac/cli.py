@@ -24,6 +24,7 @@ from celeriac.keys import keys
 from celeriac.live import queue, top, workers
 from celeriac.models import models
 from celeriac.options import HAS_SERVER, json_option, print_json
+from celeriac.tenants import tenants
 
 if TYPE_CHECKING:
     from settings import Settings
@@ -213,12 +214,12 @@ def migrate() -> None:
     migrate_database(settings.database_url, lambda line: click.echo(line, err=True))
     click.echo("The schema is up to date.")
     if settings.bootstrap_api_key is not None:
-        from celeriac.keys import transaction
-        from storage import tenants
+        from celeriac.access_options import transaction
         from storage.tables import DEFAULT_TENANT_ID
+        from storage.tenants import ensure_key
 
         with transaction(settings) as session:
-            tenants.ensure_key(session, settings.bootstrap_api_key, DEFAULT_TENANT_ID, name="bootstrap")
+            ensure_key(session, settings.bootstrap_api_key, DEFAULT_TENANT_ID, name="bootstrap")
         click.echo("The bootstrap key is in place.")
 
 
@@ -259,6 +260,7 @@ main.add_command(models)
 main.add_command(engines)
 main.add_command(keys)
 main.add_command(completion)
+main.add_command(tenants)
 
 # Helpers
 

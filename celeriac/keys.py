@@ -1,90 +1,200 @@
-"""`celeriac keys`: create, list and revoke API keys. Each command imports what it needs when it runs."""
+"""`celeriac keys`: create, limit and end API keys. Each command imports what it needs when it runs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-if TYPE_CHECKING:
-    from uuid import UUID
+from celeriac.access_options import in_words, limit_options, limits_given, transaction, user_here
+from celeriac.options import json_option, print_json
 
+if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-    from settings import Settings
+    from storage.tables import ApiKey
+
+SCOPES = ("submit", "read", "cancel", "admin")
 
 
 @click.group()
 def keys() -> None:
-    """Create, list and revoke API keys.
+    """Create, limit and end API keys.
 
-    Requests need one if CELERIAC_AUTH=api_key.
+    Requests need one if CELERIAC_AUTH=api_key. A key has the form sk_<id>_<secret>; these commands take the id. What
+    they change holds for every API process within five seconds, and for streams that are open. `celeriac tenants audit`
+    shows who changed what.
+
+    \b
+    export CELERIAC_API_KEY=$(celeriac keys create --name laptop)
+    celeriac keys create --tenant research --scope read --days 90
+    celeriac keys limit KEY_ID --requests-per-minute 60 --tokens-per-day 1000000
+    celeriac keys rotate KEY_ID --keep-old-minutes 60
     """
 
 
 @keys.command("create")
 @click.option("--name", default="", help="What the key is for.")
 @click.option("--tenant", default="default", show_default=True, help="Tenant that owns the key; created if new.")
-@click.option("--days", type=click.IntRange(1), help="Number of days until it expires.  [default: never]")
-@click.option("--admin", "is_admin", is_flag=True, help="Allow the key to use /v1/admin.")
-def create_key(name: str, tenant: str, days: int | None, is_admin: bool) -> None:
+@click.option("--days", type=click.IntRange(1, 3650), help="Number of days until it expires.  [default: never]")
+@click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice(SCOPES),
+    multiple=True,
+    help="What it may be used for; may be given several times.  [default: submit, read and cancel]",
+)
+@click.option("--admin", "is_admin", is_flag=True, help="Add the scope admin: /v1/admin and /metrics.")
+@limit_options
+@json_option
+def create_key(
+    name: str, tenant: str, days: int | None, scopes: tuple[str, ...], is_admin: bool, as_json: bool, **_: int | None
+) -> None:
     """Create a key and print it. It is shown only this once."""
     from datetime import UTC, datetime, timedelta
 
+    from domain.access import OWN_SCOPES, Scope
     from local.lock import settings_here
-    from storage import tenants
+    from storage import administration, tenants
+    from storage.administration import TenantChanges
 
-    expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
+    given = {Scope(scope) for scope in scopes} or set(OWN_SCOPES)
+    actor = user_here()
     with transaction(settings_here()) as session:
-        owner = tenants.get_tenant_by_name(session, tenant) or tenants.create_tenant(session, tenant)
-        click.echo(tenants.create_key(session, owner.id, name=name, expires_at=expires_at, is_admin=is_admin))
+        owner = tenants.get_tenant_by_name(session, tenant) or administration.create_tenant(
+            session, tenant, TenantChanges(), actor=actor
+        )
+        new = administration.create_key(
+            session,
+            owner,
+            name=name,
+            expires_at=datetime.now(UTC) + timedelta(days=days) if days else None,
+            scopes=given | {Scope.ADMIN} if is_admin else given,
+            key_limits=limits_given(),
+            actor=actor,
+        )
+        print_json(_view(session, new.row) | {"key": new.text}) if as_json else click.echo(new.text)
 
 
 @keys.command("list")
 @click.option("--tenant", default="default", show_default=True)
-def list_keys(tenant: str) -> None:
+@click.option("--all", "is_of_all", is_flag=True, help="List the keys of all tenants.")
+@json_option
+def list_keys(tenant: str, is_of_all: bool, as_json: bool) -> None:
     """List a tenant's keys, newest first; secrets are not stored and cannot be shown."""
-    from celeriac.tables import keys_table, show
+    from celeriac.access_tables import keys_table
+    from celeriac.tables import show
     from local.lock import settings_here
-    from storage import tenants
+    from storage import administration
 
     with transaction(settings_here()) as session:
-        show(keys_table(tenants.list_keys(session, _tenant_id(session, tenant))))
+        owner = None if is_of_all else administration.find_tenant(session, tenant).id
+        views = [_view(session, key) for key in administration.list_keys(session, tenant_id=owner)]
+    if as_json:
+        print_json(views)
+    elif views:
+        show(keys_table(views))
+    else:
+        click.echo(f"{tenant} has no keys yet; create one: celeriac keys create --tenant {tenant}", err=True)
 
 
-@keys.command("revoke")
+@keys.command("show")
 @click.argument("key_id")
-@click.option("--tenant", default="default", show_default=True)
-def revoke_key(key_id: str, tenant: str) -> None:
-    """Revoke a key. KEY_ID is its middle part: sk_<id>_..."""
+@json_option
+def show_key(key_id: str, as_json: bool) -> None:
+    """Show a key with its scopes and limits."""
     from local.lock import settings_here
-    from storage import tenants
+    from storage import administration
 
     with transaction(settings_here()) as session:
-        if not tenants.revoke_key(session, key_id, _tenant_id(session, tenant)):
-            raise click.ClickException(f"tenant {tenant} has no live key {key_id}; list them: celeriac keys list")
-    click.echo(f"Key {key_id} is revoked.")
+        view = _view(session, administration.find_key(session, key_id))
+    if as_json:
+        print_json(view)
+        return
+    for name, value in view.items():
+        text = in_words(value) or "none" if isinstance(value, dict) else value
+        click.echo(f"{name:12} {', '.join(value) if isinstance(value, list) else text}")
 
 
-@contextmanager
-def transaction(settings: "Settings") -> Iterator["Session"]:
-    """One transaction, committed at the end."""
-    from storage.database import open_database, session_factory
+@keys.command("limit")
+@click.argument("key_id")
+@limit_options
+@json_option
+def limit_key(key_id: str, as_json: bool, **_: int | None) -> None:
+    """Set or remove limits of a key; those that are not named stay.
 
-    database = open_database(settings.database_url)
-    try:
-        with session_factory(database).begin() as session:
-            yield session
-    finally:
-        database.dispose()
+    The limits of its tenant apply as well.
+
+    \b
+    celeriac keys limit KEY_ID --requests-per-minute 60
+    celeriac keys limit KEY_ID --requests-per-minute none
+    """
+    if not limits_given().model_fields_set:
+        raise click.UsageError("name a limit, such as --requests-per-minute 60; --help lists all of them")
+    _change(key_id, as_json, f"The limits of {key_id} are set.")
 
 
-def _tenant_id(session: "Session", name: str) -> "UUID":
-    from storage import tenants
+@keys.command("disable")
+@click.argument("key_id")
+@json_option
+def disable_key(key_id: str, as_json: bool) -> None:
+    """Stop accepting a key, until it is enabled again. Its jobs go on."""
+    _change(key_id, as_json, f"Key {key_id} is disabled.", is_enabled=False)
 
-    tenant = tenants.get_tenant_by_name(session, name)
-    if tenant is None:
-        raise click.ClickException(
-            f"there is no tenant {name}; create it with its first key: celeriac keys create --tenant {name}"
-        )
-    return tenant.id
+
+@keys.command("enable")
+@click.argument("key_id")
+@json_option
+def enable_key(key_id: str, as_json: bool) -> None:
+    """Accept a disabled key again."""
+    _change(key_id, as_json, f"Key {key_id} is enabled.", is_enabled=True)
+
+
+@keys.command("rotate")
+@click.argument("key_id")
+@click.option("--keep-old-minutes", type=click.IntRange(1, 10_080), help="Keep the old one valid for so long.")
+@json_option
+def rotate_key(key_id: str, keep_old_minutes: int | None, as_json: bool) -> None:
+    """Print a new key that takes this one's place.
+
+    It has the same name, scopes, expiry and limits. The old one stops working at once, unless --keep-old-minutes is
+    given.
+    """
+    from datetime import UTC, datetime, timedelta
+
+    from local.lock import settings_here
+    from storage import administration
+
+    until = datetime.now(UTC) + timedelta(minutes=keep_old_minutes) if keep_old_minutes else None
+    with transaction(settings_here()) as session:
+        new = administration.rotate_key(session, key_id, keep_old_until=until, actor=user_here())
+        print_json(_view(session, new.row) | {"key": new.text}) if as_json else click.echo(new.text)
+
+
+@keys.command("delete")
+@click.argument("key_id")
+def delete_key(key_id: str) -> None:
+    """Delete a key for good. Its jobs stay."""
+    from local.lock import settings_here
+    from storage import administration
+
+    with transaction(settings_here()) as session:
+        administration.delete_key(session, key_id, actor=user_here())
+    click.echo(f"Key {key_id} is deleted.")
+
+
+def _change(key_id: str, as_json: bool, message: str, *, is_enabled: bool | None = None) -> None:
+    from local.lock import settings_here
+    from storage import administration
+    from storage.administration import KeyChanges
+
+    changes = KeyChanges(is_enabled, limits_given())
+    with transaction(settings_here()) as session:
+        view = _view(session, administration.change_key(session, key_id, changes, actor=user_here()))
+    print_json(view) if as_json else click.echo(message)
+
+
+def _view(session: "Session", key: "ApiKey") -> dict[str, Any]:
+    from dialects.administration import api_key_view
+    from storage import administration, limits
+
+    [name] = administration.names_of_tenants(session, [key.tenant_id]).values()
+    return {**api_key_view(key, name, limits.limits_of_keys(session, [key.id])[key.id])}

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from celeriac.store.known import KnownModel
     from celeriac.store.store import Manifest
     from domain.catalog import Catalog
-    from storage.tables import ApiKey
 
 PIPE_WIDTH = 10_000  # characters per line if the output is not a terminal
 
@@ -157,18 +156,6 @@ def known_models_table(known_by_name: Mapping[str, "KnownModel"]) -> Table:
     for name, known in known_by_name.items():
         licence = f"{known.licence} (--accept-licence)" if known.must_accept else known.licence
         table.add_row(name, f"{known.num_bytes / 1e6:,.0f} MB", licence, known.title)
-    return table
-
-
-def keys_table(rows: Iterable["ApiKey"]) -> Table:
-    table = table_of("id", "name", "created", "state")
-    for row in rows:
-        state = "live"
-        if row.revoked_at is not None:
-            state = f"revoked {row.revoked_at:%Y-%m-%d}"
-        elif row.expires_at is not None:
-            state = f"{'expired' if row.expires_at < datetime.now(UTC) else 'until'} {row.expires_at:%Y-%m-%d}"
-        table.add_row(row.id, row.name, f"{row.created_at:%Y-%m-%d}", state)
     return table
 
 

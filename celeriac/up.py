@@ -250,7 +250,7 @@ class Up:
         if given is not None or self._settings.auth == "none":
             yield given
             return
-        from celeriac.keys import transaction
+        from celeriac.access_options import transaction
         from storage import tenants
         from storage.tables import DEFAULT_TENANT_ID
 

@@ -27,6 +27,7 @@ SEPARATOR_BY_PREFIX = {"job": "_", "resp": "_", "msg": "_", "chatcmpl": "-", "cm
 
 # An event has the same 26 characters as the object that it is about.
 SEPARATOR_BY_PREFIX_OF_OTHERS = {
+    "audit": "_",
     "batch": "_",
     "batch_req": "_",
     "conv": "_",

@@ -31,6 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from domain.access import OWN_SCOPES, Scope
 from domain.callbacks import CALLBACK, CeleryCallback
 from domain.jobs import AttemptOutcome, Endpoint, FinishReason, JobError, JobKind, JobStatus, Lane, WorkerState
 from domain.model_names import model_name
@@ -137,6 +138,7 @@ class Tenant(Row):
     signing_key: Mapped[UUID] = mapped_column(server_default=func.gen_random_uuid())  # of its stream tokens and seals
     max_priority: Mapped[int] = mapped_column(SmallInteger, server_default="0")  # that counts among other tenants' jobs
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    disabled_at: Mapped[datetime | None]  # since when none of its keys is valid
 
 
 class TenantLoad(Row):
@@ -163,11 +165,32 @@ class ApiKey(Row):
     id: Mapped[str] = mapped_column(primary_key=True)  # the public part of the key
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
     secret_sha256: Mapped[bytes]
-    is_admin: Mapped[bool] = mapped_column(server_default="false")  # may also administer the installation
+    is_admin: Mapped[bool] = mapped_column(server_default="false")  # the scope admin
+    scopes: Mapped[list[str]] = mapped_column(server_default=text("'{submit,read,cancel}'"))  # all others
     name: Mapped[str] = mapped_column(server_default="")
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime | None]
-    revoked_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]  # since when it is disabled
+
+    @property
+    def all_scopes(self) -> frozenset[Scope]:
+        """Without scopes of newer releases."""
+        own = frozenset(scope for scope in OWN_SCOPES if scope in self.scopes)
+        return own | {Scope.ADMIN} if self.is_admin else own
+
+
+class AuditEntry(Row):
+    """What an administrator changed. It names tenants and keys, which may be gone by now, and contains no secret."""
+
+    __tablename__ = "audit_log"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)  # a ULID
+    changed_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    actor: Mapped[str]
+    action: Mapped[str]
+    tenant: Mapped[str]  # its name
+    key_id: Mapped[str | None]
+    changes: Mapped[dict[str, Any]]
 
 
 class Job(Row):

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import secrets
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from uuid import UUID, uuid4
 
@@ -16,6 +16,7 @@ from sqlalchemy import func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from domain.access import OWN_SCOPES, Scope
 from domain.errors import ExpectedError
 from domain.stream_tokens import StreamToken
 from storage.tables import DEFAULT_TENANT_ID, ApiKey, Tenant, TenantLoad
@@ -57,13 +58,19 @@ class MalformedKey(ExpectedError):
 
 
 def create_key(
-    session: Session, tenant_id: UUID, *, name: str = "", expires_at: datetime | None = None, is_admin: bool = False
+    session: Session,
+    tenant_id: UUID,
+    *,
+    name: str = "",
+    expires_at: datetime | None = None,
+    scopes: Iterable[Scope] = OWN_SCOPES,
 ) -> str:
     """Store a new key and return it; its secret cannot be read again."""
     key_id = "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))
     secret = secrets.token_urlsafe(32)
     stored = ApiKey(id=key_id, tenant_id=tenant_id, secret_sha256=_sha256(secret), name=name, expires_at=expires_at)
-    stored.is_admin = is_admin
+    stored.is_admin = Scope.ADMIN in (given := set(scopes))
+    stored.scopes = [scope.value for scope in OWN_SCOPES if scope in given]
     session.add(stored)
     session.flush()
     return f"{PREFIX}_{key_id}_{secret}"
@@ -83,7 +90,8 @@ def ensure_key(session: Session, key: str, tenant_id: UUID, *, name: str = "") -
 
 
 def resolve_key(session: Session, key: str) -> ApiKey | None:
-    """The row of a valid key; None if it is malformed, unknown, wrong, expired or revoked, all in similar time."""
+    """The row of a valid key; None if it is malformed, unknown, wrong, expired or disabled, or its tenant is, all in
+    similar time."""
     try:
         key_id, secret = _parts(key)
     except MalformedKey:
@@ -96,7 +104,8 @@ def resolve_key(session: Session, key: str) -> ApiKey | None:
 def _live_key(session: Session, key_id: str) -> ApiKey | None:
     now = func.statement_timestamp()
     is_live = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now))
-    return session.scalar(select(ApiKey).where(ApiKey.id == key_id, *is_live))
+    is_tenant_live = Tenant.disabled_at.is_(None)
+    return session.scalar(select(ApiKey).join(Tenant).where(ApiKey.id == key_id, *is_live, is_tenant_live))
 
 
 def sign(session: Session, token: StreamToken, tenant_id: UUID) -> str:
@@ -129,7 +138,7 @@ def revoke_key(session: Session, key_id: str, tenant_id: UUID) -> bool:
 
 
 def list_keys(session: Session, tenant_id: UUID) -> Sequence[ApiKey]:
-    """All of a tenant's keys, including revoked ones, newest first."""
+    """All of a tenant's keys, including disabled ones, newest first."""
     statement = select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.created_at.desc(), ApiKey.id)
     return session.scalars(statement.execution_options(populate_existing=True)).all()
 

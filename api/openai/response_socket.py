@@ -35,6 +35,7 @@ from dialects.fields import HINT_TREE
 from dialects.openai import only
 from dialects.openai_response_items import ItemId
 from dialects.openai_response_requests import ResponseBody
+from domain.access import Scope
 from domain.errors import AuthenticationFailed, CeleriacError, ConnectionTooOld, InvalidRequest, ServerOverloaded
 from metrics import stream_ends_total
 from observability import request_id_context
@@ -263,7 +264,7 @@ def _too_old(seconds: float) -> CeleriacError:
 async def serve_socket(websocket: WebSocket) -> None:
     services: Services = websocket.app.state.services
     try:
-        await authenticate(websocket, credential_in_headers(services, websocket))
+        await authenticate(websocket, credential_in_headers(services, websocket), Scope.SUBMIT)
         services.slots.refuse_if_full()
     except CeleriacError as exc:
         await websocket.send_denial_response(error_response(exc))

@@ -5,6 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
+from domain.access import Scope
 from domain.catalog import Catalog
 from domain.jobs import JobStatus, WorkerState
 from gpu_worker.threads import RunnerEventKind
@@ -101,7 +102,7 @@ def test_an_order_is_kept_whoever_is_there_to_obey_it(rig: Rig) -> None:
 def test_only_admin_keys_may_look_and_order(rig: Rig) -> None:
     with rig.sessions.begin() as session:
         plain = tenants.create_key(session, DEFAULT_TENANT_ID)
-        admin = tenants.create_key(session, DEFAULT_TENANT_ID, is_admin=True)
+        admin = tenants.create_key(session, DEFAULT_TENANT_ID, scopes=Scope)
     settings = rig.settings.model_copy(update={"auth": "api_key"})
     with ApiServer(settings, Catalog.load(settings.models_file)) as server:
         for key, status in [(None, 401), (plain, 403), (admin, 200), (plain, 403)]:

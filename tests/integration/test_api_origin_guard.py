@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.app import create_app
+from domain.access import Scope
 from settings import Settings
 from storage import tenants
 from storage.tables import DEFAULT_TENANT_ID
@@ -172,7 +173,7 @@ class TestWithKeys:
     ) -> None:
         assert refused(http.get("/metrics"))
         with session_factory.begin() as session:
-            admin_key = tenants.create_key(session, DEFAULT_TENANT_ID, is_admin=True)
+            admin_key = tenants.create_key(session, DEFAULT_TENANT_ID, scopes=Scope)
         with api.client(admin_key) as admin:
             assert "http_requests_total" in admin.get("/metrics").text
 

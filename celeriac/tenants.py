@@ -1,0 +1,170 @@
+"""`celeriac tenants`: create, limit and disable tenants. Each command imports what it needs when it runs."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from celeriac.access_options import limit_options, limits_given, transaction, user_here
+from celeriac.options import json_option, print_json
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from storage.administration import TenantChanges
+    from storage.tables import Tenant
+
+
+@click.group()
+def tenants() -> None:
+    """Create, limit and disable tenants.
+
+    A tenant owns jobs, files and keys, and sees nobody else's. Requests without a key belong to the tenant `default`.
+    What these commands change holds for every API process within five seconds.
+
+    \b
+    celeriac tenants create research --weight 2 --tokens-per-day 5000000
+    celeriac keys create --tenant research
+    celeriac tenants limit research --queued-jobs 500
+    celeriac tenants audit
+    """
+
+
+def standing_options(command: Any) -> Any:
+    """--weight and --max-priority."""
+    text = "How far the priority of its jobs counts among those of other tenants, 0 to 10."
+    command = click.option("--max-priority", type=click.IntRange(0, 10), help=text)(command)
+    text = "Its share of the slots while others wait, relative to theirs.  [default: 1]"
+    return click.option("--weight", type=click.FloatRange(0, 1000, min_open=True), help=text)(command)
+
+
+@tenants.command("create")
+@click.argument("name")
+@standing_options
+@limit_options
+@json_option
+def create_tenant(name: str, weight: float | None, max_priority: int | None, as_json: bool, **_: int | None) -> None:
+    """Create the tenant NAME. It needs a key next: celeriac keys create --tenant NAME."""
+    from local.lock import settings_here
+    from storage import administration
+    from storage.administration import TenantChanges
+
+    changes = TenantChanges(weight=weight, max_priority=max_priority, limits=limits_given())
+    with transaction(settings_here()) as session:
+        view = _view(session, administration.create_tenant(session, name, changes, actor=user_here()))
+    message = f"Tenant {name} is created; give it a key: celeriac keys create --tenant {name}"
+    print_json(view) if as_json else click.echo(message)
+
+
+@tenants.command("list")
+@json_option
+def list_tenants(as_json: bool) -> None:
+    """List all tenants with their limits."""
+    from celeriac.access_tables import tenants_table
+    from celeriac.tables import show
+    from local.lock import settings_here
+    from storage import administration
+
+    with transaction(settings_here()) as session:
+        views = [_view(session, tenant) for tenant in administration.list_tenants(session)]
+    print_json(views) if as_json else show(tenants_table(views))
+
+
+@tenants.command("show")
+@click.argument("name")
+@json_option
+def show_tenant(name: str, as_json: bool) -> None:
+    """Show the tenant NAME."""
+    from celeriac.access_tables import tenants_table
+    from celeriac.tables import show
+    from local.lock import settings_here
+    from storage import administration
+
+    with transaction(settings_here()) as session:
+        view = _view(session, administration.find_tenant(session, name))
+    print_json(view) if as_json else show(tenants_table([view]))
+
+
+@tenants.command("limit")
+@click.argument("name")
+@standing_options
+@limit_options
+@json_option
+def limit_tenant(name: str, weight: float | None, max_priority: int | None, as_json: bool, **_: int | None) -> None:
+    """Set or remove limits of the tenant NAME; those that are not named stay.
+
+    They are for all its keys together; a key may have limits of its own (celeriac keys limit).
+
+    \b
+    celeriac tenants limit research --requests-per-minute 600 --tokens-per-month 100000000
+    celeriac tenants limit research --requests-per-minute none
+    """
+    from storage.administration import TenantChanges
+
+    changes = TenantChanges(weight=weight, max_priority=max_priority, limits=limits_given())
+    if not changes.as_json():
+        raise click.UsageError("name a limit, such as --requests-per-minute 60; --help lists all of them")
+    _change(name, changes, as_json, f"The limits of {name} are set.")
+
+
+@tenants.command("disable")
+@click.argument("name")
+@json_option
+def disable_tenant(name: str, as_json: bool) -> None:
+    """Stop accepting the keys of the tenant NAME, until it is enabled again. Its jobs go on."""
+    from storage.administration import TenantChanges
+
+    _change(name, TenantChanges(is_enabled=False), as_json, f"Tenant {name} is disabled.")
+
+
+@tenants.command("enable")
+@click.argument("name")
+@json_option
+def enable_tenant(name: str, as_json: bool) -> None:
+    """Accept the keys of the tenant NAME again."""
+    from storage.administration import TenantChanges
+
+    _change(name, TenantChanges(is_enabled=True), as_json, f"Tenant {name} is enabled.")
+
+
+@tenants.command("delete")
+@click.argument("name")
+def delete_tenant(name: str) -> None:
+    """Delete the tenant NAME with its keys, files and webhooks; refused while it has jobs."""
+    from local.lock import settings_here
+    from storage import administration
+
+    with transaction(settings_here()) as session:
+        administration.delete_tenant(session, name, actor=user_here())
+    click.echo(f"Tenant {name} is deleted.")
+
+
+@tenants.command("audit")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@json_option
+def show_audit(limit: int, as_json: bool) -> None:
+    """Show what was changed about tenants and keys, newest first."""
+    from celeriac.access_tables import audit_table
+    from celeriac.tables import show
+    from dialects.administration import audit_entry_view
+    from local.lock import settings_here
+    from storage import administration
+
+    with transaction(settings_here()) as session:
+        views = [audit_entry_view(entry) for entry in administration.list_audit(session, limit=limit)]
+    print_json(views) if as_json else show(audit_table(views))
+
+
+def _change(name: str, changes: "TenantChanges", as_json: bool, message: str) -> None:
+    from local.lock import settings_here
+    from storage import administration
+
+    with transaction(settings_here()) as session:
+        view = _view(session, administration.change_tenant(session, name, changes, actor=user_here()))
+    print_json(view) if as_json else click.echo(message)
+
+
+def _view(session: "Session", tenant: "Tenant") -> dict[str, Any]:
+    from dialects.administration import tenant_admin_view
+    from storage import limits
+
+    return {**tenant_admin_view(tenant, limits.limits_of_tenants(session, [tenant])[tenant.id])}

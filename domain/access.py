@@ -1,0 +1,50 @@
+"""What an API key may do, and how much: scopes, and the limits of a key or tenant."""
+
+import re
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+from domain.jobs import FirstErrorModel
+
+
+class Scope(StrEnum):
+    """What a route is for, and what a key may be used for. None includes another."""
+
+    SUBMIT = "submit"  # make and change what belongs to the tenant: jobs, files, batches, conversations, webhooks
+    READ = "read"  # read it
+    CANCEL = "cancel"  # stop and delete it
+    ADMIN = "admin"  # administer the installation: /v1/admin and /metrics
+
+
+OWN_SCOPES = (Scope.SUBMIT, Scope.READ, Scope.CANCEL)  # of a key that is made without naming any
+
+TENANT_NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"  # of new tenants, so that it can be part of a path
+
+
+def is_tenant_name(text: str) -> bool:
+    return re.fullmatch(TENANT_NAME, text) is not None
+
+
+_Limit = Annotated[int | None, Field(ge=1, le=2**53)]
+
+
+class Limits(FirstErrorModel):
+    """The limits of one tenant, or of one of its keys. None: no limit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests_per_minute: _Limit = None
+    tokens_per_minute: _Limit = None
+    queued_jobs: _Limit = None
+    unfinished_jobs: _Limit = None  # queued and running
+    queued_tokens: _Limit = None
+    streams: _Limit = None
+    tokens_per_day: _Limit = None
+    tokens_per_month: _Limit = None
+
+
+NO_LIMITS = Limits()
+
+LIMIT_NAMES = tuple(Limits.model_fields)

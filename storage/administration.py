@@ -1,0 +1,262 @@
+"""What administrators do to tenants and keys. Each change and its entry in the audit log are one transaction.
+
+All functions are synchronous on a `Session` and do not commit. `actor` is who does it: `key <id>` or a user of a
+machine.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import Session
+
+from domain.access import NO_LIMITS, OWN_SCOPES, Limits, Scope, is_tenant_name
+from domain.errors import InvalidCursor, InvalidRequest, NotFound
+from domain.jobs import new_id
+from storage import limits, tenants
+from storage.tables import DEFAULT_TENANT_ID, ApiKey, AuditEntry, Job, Tenant
+
+MAX_WEIGHT = 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class TenantChanges:
+    """None: unchanged."""
+
+    is_enabled: bool | None = None
+    weight: float | None = None
+    max_priority: int | None = None
+    limits: Limits = NO_LIMITS  # those that are set in it
+
+    def as_json(self) -> dict[str, Any]:
+        return _given(
+            enabled=self.is_enabled,
+            weight=self.weight,
+            max_priority=self.max_priority,
+            limits=_limits_json(self.limits),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChanges:
+    """None: unchanged."""
+
+    is_enabled: bool | None = None
+    limits: Limits = NO_LIMITS
+
+    def as_json(self) -> dict[str, Any]:
+        return _given(enabled=self.is_enabled, limits=_limits_json(self.limits))
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    row: ApiKey
+    text: str  # the key itself, which cannot be read again
+
+
+def find_tenant(session: Session, name: str, *, is_locked: bool = False) -> Tenant:
+    """Raises NotFound."""
+    statement = select(Tenant).where(Tenant.name == _storable(name))
+    tenant = session.scalar(statement.with_for_update() if is_locked else statement)
+    if tenant is None:
+        raise NotFound(f"there is no tenant {name[:64]!r}; create it: celeriac tenants create {name[:64]}")
+    return tenant
+
+
+def find_key(session: Session, key_id: str, *, is_locked: bool = False) -> ApiKey:
+    """Raises NotFound."""
+    statement = select(ApiKey).where(ApiKey.id == _storable(key_id))
+    key = session.scalar(statement.with_for_update() if is_locked else statement)
+    if key is None:
+        raise NotFound(f"there is no key with the id {key_id[:64]!r}; list them: celeriac keys list --all")
+    return key
+
+
+def list_tenants(session: Session, *, after: str | None = None, limit: int = 10_000) -> Sequence[Tenant]:
+    """In the order of their names."""
+    later = () if after is None else (Tenant.name > _storable(after),)
+    return session.scalars(select(Tenant).where(*later).order_by(Tenant.name).limit(limit)).all()
+
+
+def list_keys(
+    session: Session, *, tenant_id: UUID | None = None, after: str | None = None, limit: int = 10_000
+) -> Sequence[ApiKey]:
+    """Newest first: of one tenant or of all. `after` is the id of a key. Raises InvalidCursor."""
+    own = () if tenant_id is None else (ApiKey.tenant_id == tenant_id,)
+    older: tuple[ColumnElement[bool], ...] = ()
+    if after is not None:
+        last = session.get(ApiKey, _storable(after))
+        if last is None:
+            raise InvalidCursor(
+                f"after is {after[:64]!r}, and there is no such key; send the last_id of a page", param="after"
+            )
+        older = (func.row(ApiKey.created_at, ApiKey.id) < func.row(last.created_at, last.id),)
+    statement = select(ApiKey).where(*own, *older).order_by(ApiKey.created_at.desc(), ApiKey.id.desc()).limit(limit)
+    return session.scalars(statement).all()
+
+
+def names_of_tenants(session: Session, ids: Iterable[UUID]) -> dict[UUID, str]:
+    rows = session.execute(select(Tenant.id, Tenant.name).where(Tenant.id.in_(set(ids))))
+    return {row.id: row.name for row in rows}
+
+
+def create_tenant(session: Session, name: str, changes: TenantChanges, *, actor: str) -> Tenant:
+    """Raises InvalidRequest if the name is taken or cannot be one."""
+    if not is_tenant_name(name):
+        raise InvalidRequest(
+            f"name is {name[:64]!r}; a tenant's name has 1 to 64 letters, digits or . _ @ -, and begins with a letter "
+            "or digit",
+            param="name",
+        )
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtext(f"tenant {name}"))))
+    if tenants.get_tenant_by_name(session, name) is not None:
+        raise InvalidRequest(
+            f"name is {name!r}, and there is such a tenant already; choose another, or change it: "
+            f"celeriac tenants limit {name}",
+            param="name",
+        )
+    tenant = tenants.create_tenant(session, name)
+    _apply(session, tenant, changes)
+    _note(session, actor, "tenant.create", name, changes=changes.as_json())
+    return tenant
+
+
+def change_tenant(session: Session, name: str, changes: TenantChanges, *, actor: str) -> Tenant:
+    """Raises NotFound."""
+    tenant = find_tenant(session, name, is_locked=True)
+    _apply(session, tenant, changes)
+    _note(session, actor, "tenant.change", name, changes=changes.as_json())
+    return tenant
+
+
+def _apply(session: Session, tenant: Tenant, changes: TenantChanges) -> None:
+    if changes.is_enabled is not None and changes.is_enabled == (tenant.disabled_at is not None):
+        tenant.disabled_at = None if changes.is_enabled else session.scalar(select(func.statement_timestamp()))
+    if changes.weight is not None:
+        tenant.weight = changes.weight
+    if changes.max_priority is not None:
+        tenant.max_priority = changes.max_priority
+    limits.change_tenant_limits(session, tenant, changes.limits)
+    session.flush()
+
+
+def delete_tenant(session: Session, name: str, *, actor: str) -> None:
+    """Also deletes its keys, files and webhooks. Raises NotFound, or InvalidRequest while it has jobs."""
+    tenant = find_tenant(session, name, is_locked=True)
+    if tenant.id == DEFAULT_TENANT_ID:
+        raise InvalidRequest(
+            f"{name} is the tenant of requests without a key and cannot be deleted; disable its keys instead"
+        )
+    if session.scalar(select(Job.id).where(Job.tenant_id == tenant.id).limit(1)) is not None:
+        raise InvalidRequest(
+            f"{name} still has jobs; disable it (celeriac tenants disable {name}), and delete it once they have been "
+            "deleted or have outlived their result_ttl_seconds"
+        )
+    session.delete(tenant)
+    session.flush()
+    _note(session, actor, "tenant.delete", name)
+
+
+def create_key(
+    session: Session,
+    tenant: Tenant,
+    *,
+    name: str = "",
+    expires_at: datetime | None = None,
+    scopes: Iterable[Scope] = OWN_SCOPES,
+    key_limits: Limits = NO_LIMITS,
+    actor: str,
+) -> NewKey:
+    given = frozenset(scopes)
+    text = tenants.create_key(session, tenant.id, name=name, expires_at=expires_at, scopes=given)
+    row = find_key(session, text.split("_")[1])
+    limits.change_key_limits(session, tenant.id, row.id, key_limits)
+    changes = _given(
+        name=name or None,
+        expires_at=expires_at and expires_at.isoformat(timespec="seconds"),
+        scopes=sorted(given),
+        limits=_limits_json(key_limits),
+    )
+    _note(session, actor, "key.create", tenant.name, row.id, changes)
+    return NewKey(row, text)
+
+
+def change_key(session: Session, key_id: str, changes: KeyChanges, *, actor: str) -> ApiKey:
+    """Raises NotFound."""
+    row = find_key(session, key_id, is_locked=True)
+    if changes.is_enabled is not None and changes.is_enabled == (row.revoked_at is not None):
+        row.revoked_at = None if changes.is_enabled else session.scalar(select(func.statement_timestamp()))
+    limits.change_key_limits(session, row.tenant_id, key_id, changes.limits)
+    session.flush()
+    _note(session, actor, "key.change", _name_of(session, row), key_id, changes.as_json())
+    return row
+
+
+def rotate_key(session: Session, key_id: str, *, keep_old_until: datetime | None, actor: str) -> NewKey:
+    """Make a key to take this one's place, with its name, scopes, expiry and limits. The old one is disabled at once,
+    or expires at `keep_old_until`. Raises NotFound, or InvalidRequest if it is not valid any more."""
+    old = find_key(session, key_id, is_locked=True)
+    now = session.scalars(select(func.statement_timestamp())).one()
+    if old.revoked_at is not None or (old.expires_at is not None and old.expires_at <= now):
+        raise InvalidRequest(f"the key {key_id} is disabled or has expired, so nothing can take its place; create one")
+    text = tenants.create_key(session, old.tenant_id, name=old.name, expires_at=old.expires_at, scopes=old.all_scopes)
+    new = find_key(session, text.split("_")[1])
+    limits.copy_limits(session, old.tenant_id, key_id, to_key_id=new.id)
+    if keep_old_until is None:
+        old.revoked_at = now
+    else:
+        old.expires_at = min(keep_old_until, old.expires_at or keep_old_until)
+    session.flush()
+    kept = keep_old_until and keep_old_until.isoformat(timespec="seconds")
+    _note(session, actor, "key.rotate", _name_of(session, old), key_id, _given(new_key_id=new.id, kept_until=kept))
+    return NewKey(new, text)
+
+
+def delete_key(session: Session, key_id: str, *, actor: str) -> None:
+    """Its jobs stay. Raises NotFound."""
+    row = find_key(session, key_id, is_locked=True)
+    name = _name_of(session, row)
+    limits.forget_limits(session, row.tenant_id, key_id)
+    session.delete(row)
+    session.flush()
+    _note(session, actor, "key.delete", name, key_id)
+
+
+def list_audit(session: Session, *, after: UUID | None = None, limit: int = 10_000) -> Sequence[AuditEntry]:
+    """Newest first. `after` is the id of an entry."""
+    older = () if after is None else (AuditEntry.id < after,)
+    return session.scalars(select(AuditEntry).where(*older).order_by(AuditEntry.id.desc()).limit(limit)).all()
+
+
+def _storable(text: str) -> str:
+    """`text` without U+0000, which no name or id contains and PostgreSQL refuses."""
+    return text.replace("\0", "")
+
+
+def _note(
+    session: Session,
+    actor: str,
+    action: str,
+    tenant: str,
+    key_id: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> None:
+    session.add(
+        AuditEntry(id=new_id(), actor=actor, action=action, tenant=tenant, key_id=key_id, changes=dict(changes or {}))
+    )
+    session.flush()
+
+
+def _name_of(session: Session, key: ApiKey) -> str:
+    return session.get_one(Tenant, key.tenant_id).name
+
+
+def _given(**values: object) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _limits_json(given: Limits) -> dict[str, int | None] | None:
+    return given.model_dump(exclude_unset=True) or None

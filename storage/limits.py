@@ -1,0 +1,117 @@
+"""The limits of tenants and keys, and how much of them is used.
+
+Whoever has a limit has a row in `limits`, which every accept of its jobs locks, so that no two of them take the same
+room (storage/admission.py), and one in `limit_usage`, to which the ends of jobs add what was taken. These are two
+tables because accepts lock the former before, and ends the latter after, the counters of the tenant. A tenant without
+limits, whose keys have none, has neither. A tenant's `queued_jobs` is not here but in `tenants.max_queued`.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime
+from uuid import UUID
+
+from sqlalchemy import BigInteger, Double, ForeignKey, ForeignKeyConstraint, delete, func, select, text, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from domain.access import LIMIT_NAMES, NO_LIMITS, Limits
+from storage.tables import Row, Tenant
+
+OF_TENANT = ""  # in the place of a key's id
+
+
+class LimitSet(Row):
+    """The limits of a tenant or key, and the levels of its two token buckets: what may be taken at once."""
+
+    __tablename__ = "limits"
+
+    tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True)
+    key_id: Mapped[str] = mapped_column(primary_key=True)  # or OF_TENANT
+    requests_per_minute: Mapped[int | None] = mapped_column(BigInteger)
+    tokens_per_minute: Mapped[int | None] = mapped_column(BigInteger)
+    queued_jobs: Mapped[int | None] = mapped_column(BigInteger)
+    unfinished_jobs: Mapped[int | None] = mapped_column(BigInteger)
+    queued_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    streams: Mapped[int | None] = mapped_column(BigInteger)
+    tokens_per_day: Mapped[int | None] = mapped_column(BigInteger)
+    tokens_per_month: Mapped[int | None] = mapped_column(BigInteger)
+    requests_level: Mapped[float | None] = mapped_column(Double)  # at `refilled_at`; None: full
+    tokens_level: Mapped[float | None] = mapped_column(Double)
+    refilled_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    num_returned_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")  # that tokens_level knows of
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(**{name: getattr(self, name) for name in LIMIT_NAMES})
+
+
+class LimitUse(Row):
+    """What the jobs of a tenant or key have taken since it has limits. Days and months are those of UTC."""
+
+    __tablename__ = "limit_usage"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "key_id"], ["limits.tenant_id", "limits.key_id"], ondelete="CASCADE"),
+    )
+
+    tenant_id: Mapped[UUID] = mapped_column(primary_key=True)
+    key_id: Mapped[str] = mapped_column(primary_key=True)
+    day: Mapped[date] = mapped_column(server_default=text("(now() AT TIME ZONE 'UTC')::date"))  # of the newest job
+    tokens_on_day: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    tokens_in_month: Mapped[int] = mapped_column(BigInteger, server_default="0")  # the month of `day`
+    num_unused_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")  # charged at accept, never taken
+
+
+def limits_of_tenants(session: Session, tenants: Sequence[Tenant]) -> dict[UUID, Limits]:
+    """By tenant id."""
+    ids = [tenant.id for tenant in tenants]
+    rows = session.scalars(select(LimitSet).where(LimitSet.tenant_id.in_(ids), LimitSet.key_id == OF_TENANT))
+    found = {row.tenant_id: row.limits for row in rows}
+    return {
+        tenant.id: found.get(tenant.id, NO_LIMITS).model_copy(update={"queued_jobs": tenant.max_queued})
+        for tenant in tenants
+    }
+
+
+def limits_of_keys(session: Session, key_ids: Sequence[str]) -> dict[str, Limits]:
+    """By the id of the key."""
+    rows = session.scalars(select(LimitSet).where(LimitSet.key_id.in_([id_ for id_ in key_ids if id_ != OF_TENANT])))
+    found = {row.key_id: row.limits for row in rows}
+    return {key_id: found.get(key_id, NO_LIMITS) for key_id in key_ids}
+
+
+def change_tenant_limits(session: Session, tenant: Tenant, given: Limits) -> None:
+    """Set the limits that `given` names; None removes one."""
+    values = given.model_dump(exclude_unset=True)
+    if "queued_jobs" in values:
+        tenant.max_queued = values.pop("queued_jobs")
+    _change(session, tenant.id, OF_TENANT, values)
+
+
+def change_key_limits(session: Session, tenant_id: UUID, key_id: str, given: Limits) -> None:
+    """Likewise."""
+    _change(session, tenant_id, key_id, given.model_dump(exclude_unset=True))
+
+
+def _change(session: Session, tenant_id: UUID, key_id: str, values: Mapping[str, int | None]) -> None:
+    """A bucket whose limit changes keeps its level, as long as that is not above the new limit."""
+    if not values:
+        return
+    own = (LimitSet.tenant_id == tenant_id, LimitSet.key_id == key_id)
+    if any(value is not None for value in values.values()):
+        session.execute(insert(LimitSet).values(tenant_id=tenant_id, key_id=key_id).on_conflict_do_nothing())
+        session.execute(insert(LimitUse).values(tenant_id=tenant_id, key_id=key_id).on_conflict_do_nothing())
+    session.execute(update(LimitSet).where(*own).values(**values))
+    session.execute(delete(LimitSet).where(*own, *(getattr(LimitSet, name).is_(None) for name in LIMIT_NAMES)))
+
+
+def copy_limits(session: Session, tenant_id: UUID, key_id: str, *, to_key_id: str) -> None:
+    """Give another key the same limits, as far used up as they are."""
+    for rows in (LimitSet, LimitUse):
+        columns = rows.__table__.columns
+        statement = select(*columns).where(columns.tenant_id == tenant_id, columns.key_id == key_id)
+        if (row := session.execute(statement).first()) is not None:
+            session.execute(insert(rows).values(row._asdict() | {"key_id": to_key_id}))
+
+
+def forget_limits(session: Session, tenant_id: UUID, key_id: str) -> None:
+    session.execute(delete(LimitSet).where(LimitSet.tenant_id == tenant_id, LimitSet.key_id == key_id))

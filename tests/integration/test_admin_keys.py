@@ -1,0 +1,262 @@
+"""/v1/admin/tenants, /v1/admin/keys, the audit log, `celeriac tenants` and `celeriac keys`, and the scopes of keys."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from fastapi.routing import APIRoute
+from sqlalchemy.orm import Session, sessionmaker
+
+from api.scopes import SCOPE_BY_ROUTE, scope_of
+from celeriac import cli
+from domain.access import Scope
+from settings import Settings, get_settings
+from storage import tenants
+from storage.tables import DEFAULT_TENANT_ID
+from tests.integration.api_harness import ApiServer, HandWorker, open_events, post_job
+from tests.waiting import slowness
+
+
+@pytest.fixture
+def api_settings(database_url: str, redis_url: str) -> Settings:
+    return Settings(database_url=database_url, redis_url=redis_url, auth="api_key")
+
+
+@pytest.fixture
+def admin(api: ApiServer, session_factory: sessionmaker[Session]) -> Iterator[httpx.Client]:
+    with session_factory.begin() as session:
+        key = tenants.create_key(session, DEFAULT_TENANT_ID, scopes=Scope)
+    with api.client(key) as client:
+        yield client
+
+
+def make_key(admin: httpx.Client, **fields: Any) -> dict[str, Any]:
+    answer = admin.post("/v1/admin/keys", json=fields)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def make_tenant_of(admin: httpx.Client, name: str, **fields: Any) -> dict[str, Any]:
+    answer = admin.post("/v1/admin/tenants", json={"name": name, **fields})
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def test_a_route_without_a_scope_cannot_be_made() -> None:
+    with pytest.raises(ValueError, match=r"POST /v1/brand_new has no scope; add it to the table in api/scopes.py"):
+        scope_of(["POST"], "/v1/brand_new")
+
+
+def test_every_scope_opens_its_own_routes_alone(api: ApiServer, admin: httpx.Client) -> None:
+    """What a route answers to a key with its scope is its own affair; without it, it is always a refusal."""
+    routes = {
+        f"{method} {route.path}"
+        for route in api.app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+        if hasattr(route, "scope") and route.scope is not None
+    }
+    assert routes == set(SCOPE_BY_ROUTE), "the table has no scope for a route, or one for a route that is gone"
+    clients = {scope: api.client(make_key(admin, scopes=[scope])["key"]) for scope in Scope}
+    for route, scope in SCOPE_BY_ROUTE.items():
+        method, path = route.split(" ")
+        path = path.replace("{job_id}", "job_" + "0" * 26)
+        for held, client in clients.items():
+            status = client.request(method, path).status_code
+            assert (status == 403) is (held is not scope), (route, held, status)
+    refusal = clients[Scope.READ].post("/v1/jobs", json={}).json()["error"]
+    assert refusal["code"] == "permission_denied"
+    assert (
+        "the scope submit, and yours has read; use one made with: celeriac keys create --scope submit"
+        in refusal["message"]
+    )
+    for client in clients.values():
+        client.close()
+
+
+def test_a_tenant_is_made_limited_disabled_and_deleted(api: ApiServer, admin: httpx.Client) -> None:
+    made = make_tenant_of(admin, "research", weight=2, limits={"queued_jobs": 1, "tokens_per_day": 500})
+    assert (made["weight"], made["limits"]["queued_jobs"], made["limits"]["tokens_per_day"]) == (2, 1, 500)
+    assert [tenant["name"] for tenant in admin.get("/v1/admin/tenants").json()["data"]] == ["default", "research"]
+    again = admin.post("/v1/admin/tenants", json={"name": "research"})
+    assert (again.status_code, again.json()["error"]["param"]) == (400, "name")
+    key = make_key(admin, tenant="research")["key"]
+    with api.client(key) as client:
+        job = post_job(client)
+        assert client.post("/v1/jobs", json={"model": "fake", "prompt": "x"}).json()["error"]["code"] == (
+            "too_many_queued_jobs"
+        )
+        changed = admin.post("/v1/admin/tenants/research", json={"limits": {"streams": 3}}).json()
+        assert (changed["limits"]["queued_jobs"], changed["limits"]["streams"], changed["weight"]) == (None, 3, 2)
+        refused = admin.delete("/v1/admin/tenants/research")
+        assert (refused.status_code, "still has jobs" in refused.text) == (400, True)
+        assert client.delete(f"/v1/jobs/{job['id']}").status_code == 200
+    assert admin.post("/v1/admin/tenants/research", json={"enabled": False}).json()["enabled"] is False
+    with api.client(make_key(admin, tenant="research")["key"]) as client:
+        assert client.get("/v1/jobs").status_code == 401
+    assert admin.delete("/v1/admin/tenants/research").json()["deleted"] is True
+    assert admin.get("/v1/admin/tenants/research").status_code == 404
+    assert admin.delete("/v1/admin/tenants/default").status_code == 400
+
+
+def test_a_key_is_made_disabled_rotated_and_deleted(
+    api: ApiServer, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.authentication.REMEMBER_SECONDS", 0.0)
+    made = make_key(admin, name="laptop", limits={"requests_per_minute": 5}, expires_in_seconds=3600)
+    assert made["key"].startswith(f"sk_{made['id']}_")
+    shown = admin.get(f"/v1/admin/keys/{made['id']}").json()
+    assert shown == {name: value for name, value in made.items() if name != "key"}
+    with api.client(made["key"]) as client:
+        for is_enabled, status in ((False, 401), (True, 200)):
+            assert admin.post(f"/v1/admin/keys/{made['id']}", json={"enabled": is_enabled}).status_code == 200
+            assert client.get("/v1/jobs").status_code == status
+        new = admin.post(f"/v1/admin/keys/{made['id']}/rotate").json()
+        assert {**new, "id": "", "key": "", "created_at": ""} == {**made, "id": "", "key": "", "created_at": ""}
+        assert client.get("/v1/jobs").status_code == 401
+    kept = admin.post(f"/v1/admin/keys/{new['id']}/rotate", json={"keep_old_seconds": 600}).json()
+    for key in (new["key"], kept["key"]):
+        with api.client(key) as client:
+            assert client.get("/v1/jobs").status_code == 200
+    assert admin.post(f"/v1/admin/keys/{made['id']}/rotate").status_code == 400
+    assert admin.delete(f"/v1/admin/keys/{kept['id']}").json()["deleted"] is True
+    with api.client(kept["key"]) as client:
+        assert client.get("/v1/jobs").status_code == 401
+
+
+@pytest.mark.parametrize("way", ["key disabled", "key rotated", "tenant disabled", "key deleted"])
+def test_an_open_stream_ends_with_its_key(
+    api: ApiServer, admin: httpx.Client, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr("api.authentication.RECHECK_SECONDS", 0.05)
+    name = way.replace(" ", "-")
+    make_tenant_of(admin, name)
+    made = make_key(admin, tenant=name)
+    with api.client(made["key"]) as client:
+        job = post_job(client)
+        with open_events(client, job["id"]) as events:
+            next(events)
+            if way == "key disabled":
+                admin.post(f"/v1/admin/keys/{made['id']}", json={"enabled": False})
+            elif way == "key rotated":
+                admin.post(f"/v1/admin/keys/{made['id']}/rotate")
+            elif way == "tenant disabled":
+                admin.post(f"/v1/admin/tenants/{name}", json={"enabled": False})
+            else:
+                admin.delete(f"/v1/admin/keys/{made['id']}")
+            changed_at = time.monotonic()
+            assert all(event.name != "job.completed" for event in events)
+            assert time.monotonic() - changed_at < 5 * slowness()
+
+
+def test_the_audit_log_names_actor_and_change_but_no_key(admin: httpx.Client) -> None:
+    make_tenant_of(admin, "audited", weight=3)
+    made = make_key(admin, tenant="audited", name="ci", scopes=["read"])
+    admin.post(f"/v1/admin/keys/{made['id']}", json={"limits": {"streams": 2}})
+    new = admin.post(f"/v1/admin/keys/{made['id']}/rotate").json()
+    admin.delete(f"/v1/admin/keys/{new['id']}")
+    first = admin.get("/v1/admin/audit", params={"limit": 3}).json()
+    assert first["has_more"] is True
+    second = admin.get("/v1/admin/audit", params={"limit": 2, "after": first["last_id"]}).json()
+    entries = [*first["data"], *second["data"]]
+    actions = ["key.delete", "key.rotate", "key.change", "key.create", "tenant.create"]
+    assert [entry["action"] for entry in entries] == actions
+    assert {entry["tenant"] for entry in entries} == {"audited"}
+    assert all(entry["actor"].startswith("key ") for entry in entries)
+    assert entries[1]["changes"] == {"new_key_id": new["id"]}
+    assert entries[2]["changes"]["limits"]["streams"] == 2
+    assert entries[3]["changes"] == {"name": "ci", "scopes": ["read"]}
+    assert made["key"].split("_", 2)[2] not in json.dumps(entries)
+    for after in ("x", "-1", "9" * 30, "1;drop"):
+        assert admin.get("/v1/admin/audit", params={"after": after}).json()["error"]["code"] == "invalid_cursor"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/admin/tenants", {"name": ""}, "name"),
+        ("/v1/admin/tenants", {"name": "a/b"}, "name"),
+        ("/v1/admin/tenants", {"name": "x" * 65}, "name"),
+        ("/v1/admin/tenants", {"name": "n", "weight": 0}, "weight"),
+        ("/v1/admin/tenants", {"name": "n", "weight": 1e9}, "weight"),
+        ("/v1/admin/tenants", {"name": "n", "limits": {"streams": 0}}, "limits.streams"),
+        ("/v1/admin/tenants", {"name": "n", "limits": {"tokens_per_day": 2**70}}, "limits.tokens_per_day"),
+        ("/v1/admin/tenants", {"name": "n", "limits": {"rpm": 1}}, "limits.rpm"),
+        ("/v1/admin/keys", {"scopes": []}, "scopes"),
+        ("/v1/admin/keys", {"scopes": ["root"]}, "scopes.0"),
+        ("/v1/admin/keys", {"expires_in_seconds": 0}, "expires_in_seconds"),
+        ("/v1/admin/keys", {"name": "a\0b"}, "name"),
+    ],
+)
+def test_a_wrong_field_is_named(admin: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
+    answer = admin.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_names_that_do_not_exist_are_not_found(admin: httpx.Client) -> None:
+    assert admin.post("/v1/admin/keys", json={"tenant": "nobody"}).status_code == 404
+    for path in ("tenants/nobody", "tenants/a%00b", "keys/nobody", "keys/%00", "keys?tenant=%00", "keys?tenant=nobody"):
+        assert admin.get(f"/v1/admin/{path}").status_code == 404, path
+    assert admin.get("/v1/admin/keys?after=nobody").status_code == 400
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database_url: str) -> Iterator[Callable[..., Any]]:
+    monkeypatch.setenv("CELERIAC_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("CELERIAC_DATABASE_URL", database_url)
+    get_settings.cache_clear()
+    yield lambda *arguments: CliRunner().invoke(cli.main, list(arguments))
+    get_settings.cache_clear()
+
+
+def test_the_commands_do_what_the_routes_do(run: Callable[..., Any]) -> None:
+    assert run("tenants", "create", "lab", "--weight", "2", "--tokens-per-day", "1000").exit_code == 0
+    shown = json.loads(run("tenants", "show", "lab", "--json").output)
+    assert (shown["weight"], shown["limits"]["tokens_per_day"]) == (2, 1000)
+    assert run("tenants", "limit", "lab", "--tokens-per-day", "none", "--queued-jobs", "7").exit_code == 0
+    assert "queued_jobs 7" in run("tenants", "list").output
+    made = json.loads(run("keys", "create", "--tenant", "lab", "--scope", "read", "--streams", "2", "--json").output)
+    assert (made["scopes"], made["limits"]["streams"]) == (["read"], 2)
+    assert run("keys", "limit", made["id"], "--streams", "3").exit_code == 0
+    assert json.loads(run("keys", "show", made["id"], "--json").output)["limits"]["streams"] == 3
+    assert run("keys", "disable", made["id"]).exit_code == 0
+    assert "disabled" in run("keys", "list", "--all").output
+    assert "tokens_per_day" not in run("tenants", "show", "lab").output
+    assert run("keys", "enable", made["id"]).exit_code == 0
+    new = run("keys", "rotate", made["id"], "--keep-old-minutes", "5").output.strip()
+    assert run("keys", "delete", new.split("_")[1]).exit_code == 0
+    for word in ("disable", "enable", "delete"):
+        assert run("tenants", word, "lab").exit_code == 0
+    audit = json.loads(run("tenants", "audit", "--json").output)
+    assert (audit[0]["action"], audit[-1]["action"], "@" in audit[0]["actor"]) == (
+        "tenant.delete",
+        "tenant.create",
+        True,
+    )
+    assert "key.rotate" in run("tenants", "audit").output
+    assert new not in json.dumps(audit)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "remedy"),
+    [
+        (("tenants", "show", "nobody"), 1, "celeriac tenants create nobody"),
+        (("tenants", "create", "a b"), 1, "1 to 64 letters"),
+        (("tenants", "limit", "default"), 2, "--requests-per-minute 60"),
+        (("tenants", "limit", "default", "--streams", "many"), 2, "a whole number from 1, or none"),
+        (("tenants", "limit", "default", "--streams", "0"), 2, "a whole number from 1, or none"),
+        (("tenants", "delete", "default"), 1, "disable its keys instead"),
+        (("keys", "disable", "nobody"), 1, "celeriac keys list --all"),
+        (("keys", "create", "--scope", "root"), 2, "submit"),
+    ],
+)
+def test_a_wrong_command_says_what_to_do(
+    run: Callable[..., Any], arguments: tuple[str, ...], exit_code: int, remedy: str
+) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, remedy in " ".join(result.output.split())) == (exit_code, True), result.output
