@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -21,10 +21,14 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     disable_created_metrics,
+    make_wsgi_app,
     start_http_server,
 )
 from prometheus_client.metrics_core import Metric as MetricFamily
 from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication
 
 log = logging.getLogger(__name__)
 
@@ -359,9 +363,14 @@ registries[WORKER].register(
 MAX_PORTS = 100  # to try from the configured one on, as all workers of a machine may have the same settings
 
 
-def serve_metrics(process: Process, host: str, port: int) -> str | None:
-    """Serve the metrics in a thread. Returns the URL, or None if no port can be opened, which is logged but not
-    fatal."""
+def serve_metrics(
+    process: Process,
+    host: str,
+    port: int,
+    add_pages: Callable[["WSGIApplication"], "WSGIApplication"] = lambda application: application,
+) -> str | None:
+    """Serve the metrics in a thread, and the pages that `add_pages` puts beside them. Returns the URL, or None if no
+    port can be opened, which is logged but not fatal."""
     for candidate in range(port, min(port + MAX_PORTS, 65_536)) if port else (0,):
         try:
             server, _ = start_http_server(candidate, host, registries[process])
@@ -370,6 +379,7 @@ def serve_metrics(process: Process, host: str, port: int) -> str | None:
                 continue
             log.error("cannot serve metrics on %s, port %s: %s", host, port, exc.strerror or exc)
             return None
+        server.set_app(add_pages(make_wsgi_app(registries[process])))
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{server.server_port}/metrics"
         log.info("metrics on %s", url)

@@ -93,8 +93,9 @@ def attempts_table(attempts: Iterable[Mapping[str, Any]]) -> Table:
 
 def queues_table(queues: Iterable[Mapping[str, Any]]) -> Table:
     """The queues of all models, as /v1/queue describes them."""
-    columns = ("queued", "running", "slots", "workers", "tokens/s", "oldest", "ETA", "waiting for")
-    table = table_of("model", *columns)
+    table = Table(Column("model", no_wrap=True, overflow="ignore"), box=None, pad_edge=False)
+    for name in ("queued", "running", "slots", "workers", "tokens/s", "oldest", "ETA", "waiting for"):
+        table.add_column(name, overflow="fold")
     for queue in queues:
         eta, oldest = queue["eta_seconds"], queue["oldest_queued_seconds"]
         reasons = ", ".join(f"{reason} {number}" for reason, number in queue["waiting_for"].items() if number)

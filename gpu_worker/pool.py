@@ -28,6 +28,7 @@ from kombu.message import Message
 from domain.catalog import ModelSpec
 from domain.jobs import WorkerState
 from gpu_worker.deliveries import Deliveries, job_id_of
+from gpu_worker.health import with_health
 from gpu_worker.model_size import budget_bytes, need_bytes
 from gpu_worker.residency import ModelMemory
 from gpu_worker.serving import JobRunner, ModelRunners
@@ -101,7 +102,9 @@ class EnginePool(BasePool):
 
     def on_start(self) -> None:
         settings = get_settings()
-        self.metrics_url = serve_metrics(Process.WORKER, settings.worker_metrics_host, settings.worker_metrics_port)
+        self.metrics_url = serve_metrics(
+            Process.WORKER, settings.worker_metrics_host, settings.worker_metrics_port, with_health(self.runner)
+        )
         self.runner.start()
         self.worker_exit.install()
 

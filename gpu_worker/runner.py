@@ -118,6 +118,7 @@ class RunnerThread:
         self._prompt_tokens, self._counted_prompt_tokens = prompt_tokens_total.labels(spec.id), 0
         self.stats = self._make_stats()
         self.num_free = 0
+        self.turned_at = monotonic()  # when the last turn began
 
     def run(self) -> None:
         """Run until stopped. After an unexpected error, the worker reports itself unhealthy and exits."""
@@ -169,7 +170,7 @@ class RunnerThread:
         self.mailbox.run_all()
         for report in self._supervisor.receive():
             self._take_report(report)
-        now = monotonic()
+        now = self.turned_at = monotonic()
         if self._is_healthy:
             self._watch_engine(now)
         if self._release_at is not None and now > self._release_at:

@@ -7,6 +7,7 @@ its memory (gpu_worker/residency.py), so at any moment only some of them may hav
 import logging
 from collections.abc import Callable, Sequence
 from threading import Thread
+from time import monotonic
 from uuid import UUID, uuid4
 
 from domain.catalog import ModelSpec
@@ -115,6 +116,11 @@ class JobRunner:
     def stats(self) -> RunnerStats:
         return self._runner.stats
 
+    @property
+    def seconds_since_turn(self) -> float:
+        """How long ago the thread last looked at its engine and its messages; it does so several times a second."""
+        return monotonic() - self._runner.turned_at
+
 
 class ModelRunners:
     """All runners of one worker. `on_unhealthy` is called if the worker cannot go on: a model that cannot be loaded
@@ -196,6 +202,11 @@ class ModelRunners:
             tokens_per_second=sum(stats.tokens_per_second for stats in all_stats),
             engine=min(all_stats, key=lambda stats: STATES.index(stats.state)).engine,
         )
+
+    @property
+    def seconds_since_turn(self) -> float:
+        """Of the runner that has been silent for longest."""
+        return max(runner.seconds_since_turn for runner in self.by_queue.values())
 
     def _lose(self, model_id: str, failure: WorkerFailure) -> None:
         """Called on the runner's thread."""

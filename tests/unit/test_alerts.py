@@ -42,6 +42,20 @@ def test_the_table_of_alerts_is_that_of_the_rules() -> None:
     assert told == [rule["alert"] for rule in RULES]
 
 
+def test_each_alert_has_its_section_in_the_runbooks() -> None:
+    headings = re.findall(r"^## (Celeriac\w+)$", (ROOT / "docs/runbooks.md").read_text(), re.MULTILINE)
+    assert headings == [rule["alert"] for rule in RULES]
+    for rule in RULES:
+        assert rule["annotations"]["runbook_url"] == f"docs/runbooks.md#{rule['alert'].lower()}"
+
+
+@pytest.mark.parametrize("board", ["system", "model"])
+def test_a_dashboard_looks_at_metrics_that_there_are(board: str) -> None:
+    text = (DEPLOY / "grafana/dashboards" / f"{board}.json").read_text()
+    names = {re.sub("_(bucket|count|sum)$", "", name) for name in re.findall(r"\bceleriac_\w+", text)}
+    assert names <= served_metrics()
+
+
 def test_each_alert_has_a_test_that_makes_it_fire() -> None:
     tests = yaml.safe_load((DEPLOY / "alerts_test.yml").read_text())["tests"]
     expected = [one for test in tests for one in test.get("alert_rule_test", ()) if one["exp_alerts"]]
