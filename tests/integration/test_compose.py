@@ -31,6 +31,8 @@ SECRETS = {
     "FLOWER_BASIC_AUTH": "admin:flower-secret",
 }
 
+PORTS = ("8000", "5555", "8001", "9101")  # of the containers
+
 
 class MissingVariable(Exception):
     """A variable that the compose file demands (`${NAME:?why}`) is not set."""
@@ -74,14 +76,23 @@ class Stack:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.redis_port, self.api_port, self.flower_port = (free_port("127.0.0.1", 0) for _ in range(3))
+        self.redis_port = free_port("127.0.0.1", 0)
+        self.port_by_port = {port: free_port("127.0.0.1", 0) for port in PORTS}
+
+    @property
+    def api_port(self) -> int:
+        return self.port_by_port["8000"]
+
+    @property
+    def flower_port(self) -> int:
+        return self.port_by_port["5555"]
 
     def here(self, text: str) -> str:
         """Hosts and ports of the containers, put in the place of this machine's."""
         text = text.replace("postgresql://celeriac:postgres-secret@postgres:5432/celeriac", self.database_url)
         text = text.replace("@redis:6379", f"@127.0.0.1:{self.redis_port}")
         text = text.replace("redis-cli ", f"redis-cli -p {self.redis_port} ")
-        return re.sub(r"\b8000\b", str(self.api_port), re.sub(r"\b5555\b", str(self.flower_port), text))
+        return re.sub(rf"\b({'|'.join(PORTS)})\b", lambda match: str(self.port_by_port[match[0]]), text)
 
     def environment(self, name: str) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("CELERIAC_")}
@@ -147,7 +158,7 @@ def test_every_service_runs_by_its_own_command_and_health_check(stack: Stack) ->
     stack.wait_until_healthy("redis")
     assert stack.start("migrate").wait() == 0, (stack.folder / "migrate.log").read_text()
 
-    names = ("gpu-worker", "api", "maintenance", "flower")
+    names = ("cpu-worker", "api", "maintenance", "flower")
     for name in names:
         stack.start(name)
     for name in names:
@@ -190,16 +201,60 @@ def test_flower_is_published_on_this_machine_only() -> None:
 def test_a_worker_gets_more_time_to_stop_than_its_drain_takes() -> None:
     from settings import Settings
 
-    grace = load_services(SECRETS)["gpu-worker"]["stop_grace_period"]
+    grace = load_services(SECRETS)["cpu-worker"]["stop_grace_period"]
     assert float(grace.removesuffix("s")) > Settings.model_fields["drain_seconds"].default + 15
 
 
-def test_the_cuda_worker_differs_from_the_other_by_its_device_alone() -> None:
+def test_each_gpu_has_one_worker_that_differs_from_the_others_by_its_device_and_model_alone() -> None:
     services = load_services(SECRETS)
-    cuda = dict(services["gpu-worker-cuda"])
-    assert cuda.pop("profiles") == ["gpu"]
-    assert cuda.pop("deploy")["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
-    assert cuda == services["gpu-worker"]
+    devices, names = [], set()
+    for name in ("gpu-worker", "gpu-worker-1"):
+        service = {**services[name]}
+        assert service.pop("profiles") == [name.replace("gpu-worker", "gpu")]
+        names.add(service.pop("container_name"))  # with which Compose refuses to scale it
+        [device] = service.pop("deploy")["resources"]["reservations"]["devices"]
+        devices += device["device_ids"]
+        del service["shm_size"]
+        cpu = {**services["cpu-worker"]}
+        assert cpu.pop("profiles") == ["cpu"]
+        assert service == cpu
+    assert len(set(devices)) == len(names) == 2
+
+
+def test_models_are_mounted_and_what_is_downloaded_is_kept() -> None:
+    services = load_services(SECRETS)
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    for name in ("api", "cpu-worker", "gpu-worker", "maintenance"):
+        mounted = {volume.split(":")[1] for volume in services[name]["volumes"]}
+        assert mounted == {"/app/models.toml", "/app/models", "/app/.celeriac"}
+    base = dockerfile.partition("AS api")[0]
+    assert "ENV HF_HOME=/app/.celeriac/huggingface" in base, "the API reads the tokenizers of models from the Hub"
+
+
+def test_monitoring_is_asked_for_and_reads_files_that_there_are() -> None:
+    services = load_services(SECRETS)
+    for name in ("prometheus", "grafana", "grafana-reader"):
+        service = services[name]
+        assert service["profiles"] == ["monitoring"]
+        for volume in service.get("volumes", ()):
+            source = volume.split(":")[0]
+            assert not source.startswith("./") or (ROOT / source).exists(), volume
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    config = yaml.safe_load((ROOT / "deploy/prometheus.yml").read_text())
+    hosts = {name for job in config["scrape_configs"] for dns in job["dns_sd_configs"] for name in dns["names"]}
+    aliases = {alias for name in services for alias in _aliases(services[name])}
+    assert hosts <= services.keys() | aliases
+
+
+def _aliases(service: dict[str, Any]) -> list[str]:
+    networks = service.get("networks", {})
+    return [alias for network in networks.values() for alias in network.get("aliases", ())]
+
+
+def test_every_service_of_ours_bounds_its_logs() -> None:
+    for name, service in load_services(SECRETS).items():
+        if service.get("restart") != "no":
+            assert service["logging"]["options"]["max-size"], name
 
 
 def copied_files(target: str) -> list[str]:
