@@ -17,6 +17,7 @@ READY_TO_TEST := $(VENV)/.ready-to-test-$(PINS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 OLD_OPENAI := openai==1.109.1 distro==1.9.0
+BROWSER_DRIVERS := playwright==1.65.2 axe-playwright-python==0.1.8
 CLIENT_PINS := tests/conformance/clients.txt
 WEB_PINS := tests/conformance/node_web/package.json tests/conformance/node_web/package-lock.json
 
@@ -38,7 +39,7 @@ SEED := 1
 SAMPLED := tests/integration/test_engine_contamination.py tests/integration/test_engine_device.py \
 	tests/integration/test_celery.py tests/unit_engine/test_engine_sampling.py tests/chaos/test_model_checker.py
 
-.PHONY: help run test test-fast test-engines thorough check index format conformance fuzz chaos bench constraints clean
+.PHONY: help run test test-fast test-engines thorough check index format conformance browser fuzz chaos bench constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +75,10 @@ test-engines: $(READY_TO_TEST) ## install engines and test them on real models, 
 
 conformance: $(READY_TO_TEST) $(VENV)/clients/.ready $(VENV)/web-clients/.ready ## unmodified clients of all kinds: docs/clients.md
 	$(BIN)/python -m pytest tests/conformance
+
+browser: $(READY_TO_TEST) ## the dashboard in the Chromium of this machine, with Playwright and axe
+	$(PIP) install $(BROWSER_DRIVERS)
+	$(BIN)/python -m pytest tests/integration/test_dashboard.py
 
 fuzz: $(READY_TO_TEST) ## requests made from the OpenAPI document, by the thousand: make fuzz FUZZ_REQUESTS=50000
 	FUZZ_REQUESTS=$(FUZZ_REQUESTS) $(BIN)/python -m pytest -s tests/conformance/test_openapi_fuzz.py

@@ -1,20 +1,14 @@
-"""The HTTP API as one ASGI application: routes, middleware, error handlers, and the pages for browsers.
+"""The HTTP API as one ASGI application: routes, middleware and error handlers.
 
-`/` is a page of links and `/docs` shows the whole API; neither loads anything from the internet. OpenAI routes that
-have no counterpart here answer 501 with an alternative, and need a key like the others.
+OpenAI routes that have no counterpart here answer 501 with an alternative, and need a key like the others.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from importlib.metadata import version
-from pathlib import Path
 from typing import NoReturn
 
 from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.staticfiles import StaticFiles
 
 from api import (
     admin,
@@ -35,66 +29,13 @@ from api.errors import ImpliedMethods, register_error_handlers
 from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
 from api.openai import batches, compact, conversations, files, inference, response_socket, responses
 from api.openai.files import FORM_BYTES
-from api.openapi import document_of
+from api.pages import add_pages
 from api.services import PrivateRoute, open_services
 from domain.access import Scope
 from domain.addresses import OriginPolicy, is_loopback
 from domain.catalog import Catalog
 from domain.errors import NotOffered
 from settings import Settings, get_settings
-
-STATIC = Path(__file__).parent / "static"
-
-#: Scripts and styles only from this server, and no framing. `unsafe-inline`: Swagger UI sets styles on its elements.
-SECURITY = {
-    "content-security-policy": (
-        "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-        "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-}
-
-LINKS = {
-    "documentation": "/docs",
-    "openapi": "/openapi.json",
-    "health": "/health",
-    "queue": "/v1/queue",
-    "models": "/v1/models",
-    "jobs": "/v1/jobs",
-}
-
-
-def add_pages(app: FastAPI) -> None:
-    """Add the pages that need no key, which a browser could not send: they describe the API, which is not secret, and
-    contain no data. FastAPI caches these functions for the life of the process, so none of them may refer to `app`."""
-    building = asyncio.Lock()
-
-    @app.get("/", include_in_schema=False)
-    async def root(request: Request) -> Response:
-        """Links: an HTML page for people, JSON for programs."""
-        if "text/html" in request.headers.get("accept", ""):
-            return _page("index.html")
-        return JSONResponse({"name": "celeriac", "version": version("celeriac"), "links": LINKS}, headers=VARY)
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return _page("docs.html")
-
-    @app.get("/openapi.json", include_in_schema=False)
-    async def openapi(request: Request) -> Response:
-        async with building:  # the first build takes a second; in a thread, so that streams go on
-            return JSONResponse(await asyncio.to_thread(document_of, request.app))
-
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
-
-
-VARY = {"vary": "accept"}
-
-
-def _page(name: str) -> Response:
-    return FileResponse(STATIC / name, media_type="text/html", headers=SECURITY | VARY)
-
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 

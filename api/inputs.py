@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 from uuid import UUID
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -20,11 +20,11 @@ from api.limits import LARGE_BYTES
 from api.services import caller_of, services_of
 from dialects.bodies import Model, invalid_request, parse_model
 from dialects.fields import HintTree
-from dialects.native import NO_NUL, JobOptionFields, MetadataKey, MetadataValue
+from dialects.native import NO_NUL, IdempotencyKey, JobOptionFields, MetadataKey, MetadataValue
 from dialects.openai_views import REFERENCE, View, page
 from domain.catalog import Task
 from domain.errors import InvalidCursor, InvalidRequest
-from domain.jobs import FirstErrorModel, JobStatus, parse_id, parse_id_of_other
+from domain.jobs import FirstErrorModel, JobStatus, external_id, parse_id, parse_id_of_other
 
 BODY_SECONDS = 30.0  # how long the whole body may take to arrive
 
@@ -224,12 +224,21 @@ class EventsQuery(QueryModel):
     token: str | None = Field(default=None, description="A stream token, in place of a key.")
 
 
+def _whole_batch_id(value: str) -> str:
+    """Raises ValueError."""
+    return external_id(parse_id_of_other(value, "batch"), "batch")
+
+
 class ListQuery(PageQuery):
     status: JobStatus | None = None
     model: str | None = Field(default=None, max_length=128, pattern=NO_NUL)
     created_after: Annotated[AwareDatetime | None, BeforeValidator(_refuse_number)] = None
     metadata: dict[MetadataKey, MetadataValue] = Field(
         default_factory=dict, max_length=16, description="metadata[key]=value"
+    )
+    idempotency_key: IdempotencyKey | None = Field(default=None, description="The job that was submitted with it.")
+    batch: Annotated[str, AfterValidator(_whole_batch_id)] | None = Field(
+        default=None, description="The id of a batch: the jobs of its lines."
     )
     order: Literal["asc", "desc"] = "desc"
 

@@ -125,6 +125,8 @@ async def list_jobs(request: Request) -> Response:
         model=query.model,
         created_after=query.created_after,
         metadata=query.metadata,
+        idempotency_key=query.idempotency_key,
+        batch=query.batch,
         after=query.cursor(),
         limit=query.limit + 1,
         order=query.order,

@@ -233,14 +233,15 @@ def plain_console(*, stderr: bool = False) -> Console:
 
 def where_everything_is(*, api_url: str, maintenance_url: str, worker_url: str, flower_url: str, logs: str) -> str:
     return f"""
-  API      {api_url}/docs
-  Health   {api_url}/health
-           {maintenance_url}/health (maintenance)
-  Metrics  {api_url}/metrics
-           {worker_url}/metrics (worker)
-           {maintenance_url}/metrics (maintenance)
-  Flower   {flower_url}
-  Logs     {logs}
+  Dashboard  {api_url}
+  API        {api_url}/docs
+  Health     {api_url}/health
+             {maintenance_url}/health (maintenance)
+  Metrics    {api_url}/metrics
+             {worker_url}/metrics (worker)
+             {maintenance_url}/metrics (maintenance)
+  Flower     {flower_url}
+  Logs       {logs}
 """
 
 

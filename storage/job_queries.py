@@ -191,11 +191,14 @@ def list_jobs(
     model: str | None = None,
     created_after: datetime | None = None,
     metadata: Mapping[str, str] | None = None,
+    idempotency_key: str | None = None,
+    batch: str | None = None,
     after: UUID | None = None,
     limit: int = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> list[Job]:
-    """One page in the order of ids, which is the order of creation; `after` is the last id of the previous page."""
+    """One page in the order of ids, which is the order of creation; `after` is the last id of the previous page.
+    `batch` is the external id of one, with which the keys of its lines' jobs begin."""
     statement: Select[Job] = select(Job).where(Job.tenant_id == tenant_id)
     if status is not None:
         statement = statement.where(Job.status == status)
@@ -205,6 +208,10 @@ def list_jobs(
         statement = statement.where(Job.created_at > created_after)
     for key, value in (metadata or {}).items():
         statement = statement.where(has_metadata(key, value))
+    if idempotency_key is not None:
+        statement = statement.where(Job.idempotency_key == idempotency_key)
+    if batch is not None:
+        statement = statement.where(Job.idempotency_key.startswith(f"{batch} ", autoescape=True))
     if after is not None:
         statement = statement.where(Job.id > after if order == "asc" else Job.id < after)
     statement = statement.order_by(Job.id.asc() if order == "asc" else Job.id.desc()).limit(limit)

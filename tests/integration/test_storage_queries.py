@@ -76,6 +76,18 @@ class TestJobs:
         [job] = job_queries.list_jobs(session, DEFAULT_TENANT_ID, metadata={"team": "red"})
         assert job.id == done.id
 
+    def test_a_job_is_found_by_its_key_and_by_its_batch(self, session: Session, make_job: MakeJob) -> None:
+        lines = [make_job(idempotency_key=f"batch_1 {number}").id for number in (1, 2)]
+        make_job(idempotency_key="batch_10")
+        other = make_job(idempotency_key="batchX1 3").id
+
+        def found(**filters: str) -> list[UUID]:
+            return [job.id for job in job_queries.list_jobs(session, DEFAULT_TENANT_ID, **filters)]  # type: ignore[arg-type]
+
+        assert found(idempotency_key="batchX1 3") == [other]
+        assert found(idempotency_key="batch") == []
+        assert found(batch="batch_1") == lines[::-1]
+
     def test_chunks_are_read_in_order_from_a_position(self, session: Session, make_job: MakeJob) -> None:
         job = make_job()
         claim(session, job.id)

@@ -1,0 +1,88 @@
+// Requests to the API, all through its public routes, with the key that the user has entered. The key is kept for this
+// tab only, and is never part of a URL.
+
+import { parse } from "./json.js";
+
+const KEY = "celeriac.key";
+const listeners = new Set();
+
+export const readKey = () => sessionStorage.getItem(KEY) ?? "";
+
+export function enterKey(key) {
+  if (key) sessionStorage.setItem(KEY, key);
+  else sessionStorage.removeItem(KEY);
+  for (const listener of listeners) listener();
+}
+
+// Calls `listener` whenever the key changes or is refused. Returns a function that stops that.
+export function onKeyChange(listener) {
+  listeners.add(listener);
+  return () => listeners.delete(listener);
+}
+
+// What the API refused, in its own words, which name the remedy; or that it did not answer (status 0).
+export class Refusal extends Error {
+  constructor(status, error) {
+    super(error.message);
+    this.status = status;
+    this.code = error.code;
+    this.param = error.param;
+  }
+}
+
+const UNREACHABLE = { message: "The server does not answer. Check that it runs; the page asks again by itself.", code: "unreachable" };
+
+export function headersWithKey(headers = {}) {
+  const key = readKey();
+  return key ? { ...headers, authorization: `Bearer ${key}` } : headers;
+}
+
+export async function send(method, path, { query, body, headers, signal } = {}) {
+  const url = new URL(path, document.baseURI);
+  for (const [name, value] of Object.entries(query ?? {})) {
+    if (value !== undefined && value !== null && value !== "") url.searchParams.set(name, value);
+  }
+  const options = { method, signal, headers: headersWithKey(headers), cache: "no-store" };
+  if (body instanceof FormData) options.body = body;
+  else if (body !== undefined) {
+    options.body = JSON.stringify(body);
+    options.headers = { ...options.headers, "content-type": "application/json" };
+  }
+  let response;
+  try {
+    response = await fetch(url, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refusal(0, UNREACHABLE);
+  }
+  if (!response.ok && !(path === "health" && response.status === 503)) throw await refusalOf(response);
+  return response;
+}
+
+export async function refusalOf(response) {
+  if (response.status === 401) queueMicrotask(() => listeners.forEach((listener) => listener()));
+  const said = await response.json().catch(() => null);
+  return new Refusal(response.status, said?.error ?? { message: `The server answered ${response.status} without a reason. Try again; if it stays, look at the log of the API.` });
+}
+
+export const get = async (path, query, signal) => parse(await (await send("GET", path, { query, signal })).text());
+export const post = async (path, body) => parse(await (await send("POST", path, { body })).text());
+export const remove = async (path) => parse(await (await send("DELETE", path)).text());
+
+// Does `act` to all items, four at a time, and returns the refusals; one refusal does not keep the others from it.
+export async function forEach(items, act) {
+  const waiting = [...items];
+  const refusals = [];
+  const work = async () => {
+    while (waiting.length) {
+      const item = waiting.shift();
+      try {
+        await act(item);
+      } catch (error) {
+        refusals.push({ item, error });
+      }
+    }
+  };
+  await Promise.all([work(), work(), work(), work()]);
+  return refusals;
+}

@@ -1,0 +1,140 @@
+// The dashboard: who looks at it, the frame around the views, and which view the address asks for.
+
+import { enterKey, get, onKeyChange, readKey } from "./api.js";
+import { link, useAddress } from "./hooks.js";
+import { html, render, useEffect, useRef, useState } from "./html.js";
+import { useLive } from "./live.js";
+import { Field, Loading, Problem, Status } from "./parts.js";
+import { Batches } from "./batches.js";
+import { DeadLetters } from "./dead_letters.js";
+import { JobPage } from "./job.js";
+import { Jobs } from "./jobs.js";
+import { Models } from "./models.js";
+import { Overview } from "./overview.js";
+import { Playground } from "./playground.js";
+
+const VIEWS = [
+  { path: "", title: "Overview", view: Overview },
+  { path: "jobs", title: "Jobs", view: Jobs },
+  { path: "batches", title: "Batches", view: Batches },
+  { path: "dead-letters", title: "Dead letters", view: DeadLetters },
+  { path: "models", title: "Models", view: Models },
+  { path: "playground", title: "Playground", view: Playground },
+];
+
+// {isIn, isAdmin, error}: whether the API answers this page, with the key if it wants one. null while it is asked.
+async function recognise() {
+  try {
+    await get("v1/jobs", { limit: 1 });
+  } catch (error) {
+    if (error.status === 401) return { isIn: false, error: readKey() ? error : null };
+    if (error.status) return { isIn: true, isAdmin: false };
+    return { isIn: false, isAway: true, error };
+  }
+  const isAdmin = await get("v1/admin/models").then(
+    () => true,
+    () => false,
+  );
+  return { isIn: true, isAdmin };
+}
+
+function useIdentity() {
+  const [identity, setIdentity] = useState(null);
+  useEffect(() => {
+    let isNewest = {};
+    const ask = async () => {
+      const own = (isNewest = {});
+      const found = await recognise();
+      if (own !== isNewest) return;
+      setIdentity((earlier) => (earlier?.isIn && found.isAway ? earlier : found));
+    };
+    ask();
+    const stop = onKeyChange(ask);
+    return () => {
+      isNewest = null;
+      stop();
+    };
+  }, []);
+  return identity;
+}
+
+function KeyForm({ error }) {
+  const field = useRef(null);
+  useEffect(() => field.current.focus(), []);
+  const onSubmit = (event) => {
+    event.preventDefault();
+    enterKey(field.current.value.trim());
+  };
+  return html`
+    <main class="gate" id="main">
+      <img src="static/celeriac.svg" alt="" width="48" height="48" />
+      <h1>Celeriac</h1>
+      <p class="soft">This server asks for an API key. It stays in this tab and is forgotten when you close it; you will see what the key may see.</p>
+      <form onSubmit=${onSubmit}>
+        <${Field} label="API key" hint="From your administrator, or made with: celeriac keys create">
+          <input type="password" name="key" autocomplete="off" required ref=${field} />
+        <//>
+        <button class="primary">Enter</button>
+      </form>
+      ${error && html`<${Problem} error=${error} />`}
+    </main>
+  `;
+}
+
+function ThemeButton() {
+  const system = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  const [theme, setTheme] = useState(document.documentElement.dataset.theme ?? system());
+  const other = theme === "dark" ? "light" : "dark";
+  const turn = () => {
+    document.documentElement.dataset.theme = other;
+    localStorage.setItem("celeriac.theme", other);
+    setTheme(other);
+  };
+  return html`<button type="button" class="quiet" onClick=${turn}>${other === "dark" ? "Dark" : "Light"}</button>`;
+}
+
+function Frame({ chosen, identity, live, children }) {
+  const health = live.data?.health;
+  return html`
+    <a class="skip" href="#main" onClick=${(event) => (event.preventDefault(), document.getElementById("main").focus())}>Skip to the content</a>
+    <header class="top">
+      <a class="brand" href=${link("")}><img src="static/celeriac.svg" alt="" width="26" height="26" />Celeriac</a>
+      <nav aria-label="Views">
+        ${VIEWS.map(({ path, title }) => html`<a key=${path} href=${link(path)} aria-current=${path === chosen.path ? "page" : undefined}>${title}</a>`)}
+      </nav>
+      <div class="end">
+        <span role="status">${live.error ? html`<${Status} of="unhealthy">no answer<//>` : health && html`<${Status} of=${health.status} />`}</span>
+        <a href="docs">API</a>
+        <${ThemeButton} />
+        ${readKey() && html`<button type="button" class="quiet" onClick=${() => enterKey("")}>Forget key</button>`}
+      </div>
+    </header>
+    <main id="main" tabindex="-1">${children}</main>
+  `;
+}
+
+function Dashboard({ identity }) {
+  const address = useAddress();
+  const live = useLive(identity.isAdmin);
+  const [path = "", id] = address.path;
+  const chosen = VIEWS.find((view) => view.path === path);
+  const title = path === "jobs" && id ? "Job" : chosen?.title ?? "Not found";
+  useEffect(() => {
+    document.title = `${title} · Celeriac`;
+    scrollTo(0, 0);
+  }, [path, id]);
+  let content = html`<h1>Not found</h1><p>There is no such view. <a href=${link("")}>Go to the overview</a>.</p>`;
+  if (path === "jobs" && id) content = html`<${JobPage} key=${id} id=${id} />`;
+  else if (chosen) content = html`<${chosen.view} key=${path} address=${address} live=${live} isAdmin=${identity.isAdmin} />`;
+  return html`<${Frame} chosen=${chosen ?? {}} identity=${identity} live=${live}>${content}<//>`;
+}
+
+function App() {
+  const identity = useIdentity();
+  if (!identity) return html`<main class="gate"><${Loading} /></main>`;
+  if (identity.isAway) return html`<main class="gate"><h1>Celeriac</h1><${Problem} error=${identity.error} onRetry=${() => location.reload()} /></main>`;
+  if (!identity.isIn) return html`<${KeyForm} error=${identity.error} />`;
+  return html`<${Dashboard} key=${readKey()} identity=${identity} />`;
+}
+
+render(html`<${App} />`, document.getElementById("app"));

@@ -1,0 +1,69 @@
+// Numbers, times and names as people read them.
+
+const counts = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+const moments = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+const clock = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
+
+export const count = (number) => (number === null || number === undefined ? "–" : counts.format(number));
+export const compact = (number) => (number === null || number === undefined ? "–" : Math.abs(number) < 10_000 ? counts.format(number) : short.format(number));
+export const percent = (share) => (share === null || share === undefined ? "–" : `${Math.round(share * 100)} %`);
+export const rate = (perSecond) => (!perSecond ? "0" : perSecond < 10 ? perSecond.toFixed(1) : counts.format(perSecond));
+
+export function duration(seconds) {
+  if (seconds === null || seconds === undefined || Number.isNaN(seconds)) return "–";
+  if (seconds < 0.0005) return "0 s";
+  if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
+  if (seconds < 60) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${Math.floor(seconds % 60)} s`;
+  if (seconds < 86_400) return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`;
+  return `${Math.floor(seconds / 86_400)} d ${Math.floor((seconds % 86_400) / 3600)} h`;
+}
+
+// Timestamps of the API are ISO 8601 text, or seconds since 1970 on OpenAI's routes.
+export const toDate = (timestamp) => new Date(typeof timestamp === "number" ? timestamp * 1000 : timestamp);
+export const secondsBetween = (from, to) => (toDate(to) - toDate(from)) / 1000;
+export const secondsSince = (timestamp) => Math.max(0, (Date.now() - toDate(timestamp)) / 1000);
+export const moment = (timestamp) => moments.format(toDate(timestamp));
+export const clockTime = (timestamp) => clock.format(toDate(timestamp));
+
+export function ago(timestamp) {
+  const seconds = secondsSince(timestamp);
+  if (seconds < 5) return "just now";
+  if (seconds < 60) return `${Math.floor(seconds)} s ago`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ago`;
+  if (seconds < 86_400) return `${Math.floor(seconds / 3600)} h ago`;
+  return `${Math.floor(seconds / 86_400)} d ago`;
+}
+
+export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
+
+// The last characters of an id tell jobs of one moment apart; the first ones are the same for all of them.
+export const shortId = (id) => (id.length > 18 ? `${id.slice(0, id.indexOf("_") + 1)}…${id.slice(-6)}` : id);
+
+// What queued jobs wait for, by the API's name for it.
+export const WAITING = {
+  slots: "a free slot",
+  worker: "a worker of their model",
+  model_load: "the model to load",
+  revision: "a worker with their model's revision",
+  isolation: "a moment to run alone",
+  limit: "their limit: batches have used their share, or they failed just now",
+  pause: "their model, which is unloaded or draining",
+};
+
+export const WAITING_SHORT = {
+  slots: "free slot",
+  worker: "no worker",
+  model_load: "model loads",
+  revision: "revision gone",
+  isolation: "to run alone",
+  limit: "limit",
+  pause: "paused",
+};
+
+// The id of the job behind any id of the API: `chatcmpl-01J…` and `resp_01J…` have the same 26 characters after it.
+export function jobIdOf(text) {
+  const match = /(?:^|[_-])([0-9A-HJKMNP-TV-Z]{26})$/i.exec(text.trim());
+  return match ? `job_${match[1].toUpperCase()}` : null;
+}

@@ -1,0 +1,76 @@
+// Models and, for admins, their workers: load, unload, drain, resume.
+
+import { get, post } from "./api.js";
+import { compact, duration, rate } from "./format.js";
+import { link, usePolled } from "./hooks.js";
+import { html } from "./html.js";
+import { Card, Chip, Code, Confirmed, Empty, Meter, Polled, Problem, Status, Time, useAction } from "./parts.js";
+
+function Worker({ worker, act, reload }) {
+  const order = (verb) => act(() => post(`v1/admin/workers/${encodeURIComponent(worker.hostname)}/${verb}`)).then(reload);
+  return html`
+    <tr>
+      <td class="mono">${worker.hostname}</td>
+      <td><${Status} of=${worker.drained_since ? "draining" : worker.state}>${worker.drained_since ? "drained" : worker.state}<//>${worker.ready_in_seconds !== null && html` <span class="soft">ready in ${duration(worker.ready_in_seconds)}</span>`}</td>
+      <td><div class="slots"><${Meter} value=${worker.num_running} max=${worker.max_num_seqs} label=${`${worker.num_running} of ${worker.max_num_seqs} slots are taken`} /><span>${worker.num_running} / ${worker.max_num_seqs}</span></div></td>
+      <td class="number">${worker.num_running ? rate(worker.tokens_per_second) : "–"}</td>
+      <td><${Time} at=${worker.started_at} /></td>
+      <td class="actions">${worker.drained_since
+        ? html`<button type="button" onClick=${() => order("resume")}>Resume</button>`
+        : html`<${Confirmed} label="Drain" question="Let its jobs end and give it no more?" onConfirm=${() => order("drain")} />`}</td>
+    </tr>
+  `;
+}
+
+function Loading({ model, card }) {
+  const worker = model.workers.find((one) => one.state === "loading");
+  if (!worker) return null;
+  const known = worker.load_percent ?? card?.load_percent;
+  return html`<div class="slots"><${Meter} value=${known ?? 0} max=${100} label=${`${model.id} is loading`} /><span>${known === null || known === undefined ? "loading" : `${known} %`}${worker.ready_in_seconds ? `, ${duration(worker.ready_in_seconds)} left` : ""}</span></div>`;
+}
+
+function Administered({ model, card, reload }) {
+  const [act, error] = useAction();
+  const order = (verb) => act(() => post(`v1/admin/models/${model.id}/${verb}`)).then(reload);
+  return html`
+    <${Card} title=${model.id} actions=${html`
+      <${Status} of=${model.status} />
+      ${model.is_loaded ? html`<${Confirmed} label="Unload" question="Stop its engines? Its jobs will wait." onConfirm=${() => order("unload")} />` : html`<button type="button" class="primary" onClick=${() => order("load")}>Load</button>`}`}>
+      <p class="soft"><${Chip}>context ${compact(model.max_model_len)} tokens<//> <${Chip} title=${model.revision}>revision ${model.revision.slice(0, 24)}<//> <a href=${link("jobs", { model: model.id })}>its jobs</a></p>
+      ${card?.unavailable && html`<${Problem} error=${{ message: card.unavailable }} />`}
+      <${Loading} model=${model} card=${card} />
+      ${model.workers.length > 0
+        ? html`<div class="scroll"><table>
+            <thead><tr><th>Worker</th><th>State</th><th class="wide">Batch</th><th class="number">Tokens/s</th><th>Started</th><th><span class="unseen">Actions</span></th></tr></thead>
+            <tbody>${model.workers.map((worker) => html`<${Worker} key=${`${worker.hostname} ${worker.started_at}`} worker=${worker} act=${act} reload=${reload} />`)}</tbody>
+          </table></div>`
+        : html`<p class="soft">No worker serves it. Start one with <code>celeriac worker --model ${model.id}</code>.</p>`}
+      ${error && html`<${Problem} error=${error} />`}
+    <//>
+  `;
+}
+
+const Served = ({ card }) => html`
+  <tr>
+    <td>${card.id}${card.parent && html` <${Chip}>adapter of ${card.parent}<//>`}</td>
+    <td>${card.unavailable ? html`<${Status} of="failed">unavailable<//>` : card.load_percent !== null ? html`<${Status} of="loading">loading ${card.load_percent} %<//>` : html`<${Status} of=${card.loaded ? "loaded" : "waiting"}>${card.loaded ? "ready" : "not loaded"}<//>`}</td>
+    <td class="number">${compact(card.max_model_len)}</td>
+    <td>${card.unavailable}</td>
+  </tr>
+`;
+
+export function Models({ live, isAdmin }) {
+  const cards = usePolled((signal) => get("v1/models", {}, signal), 5, []);
+  const byId = new Map(cards.data?.data.map((card) => [card.id, card]));
+  const statuses = live.data?.models;
+  const rest = cards.data?.data.filter((card) => !statuses?.some((model) => model.id === card.id)) ?? [];
+  return html`
+    <h1>Models</h1>
+    ${isAdmin && html`<${Polled} state=${live}>${({ models }) => (models ?? []).map((model) => html`<${Administered} key=${model.id} model=${model} card=${byId.get(model.id)} reload=${live.reload} />`)}<//>`}
+    ${(rest.length > 0 || !isAdmin) && html`
+      <${Card} title=${isAdmin ? "Adapters and unavailable models" : "Served here"}><${Polled} state=${cards}>${() => rest.length === 0
+        ? html`<${Empty} title="No models are served">An administrator adds them to models.toml.<//>`
+        : html`<div class="scroll"><table><thead><tr><th>Model</th><th>State</th><th class="number">Context</th><th>Why</th></tr></thead><tbody>${rest.map((card) => html`<${Served} key=${card.id} card=${card} />`)}</tbody></table></div>`}<//><//>`}
+    ${isAdmin && html`<${Card} title="Add a model"><p class="soft">Pulled on the machine that serves it, with its progress in the terminal; a worker then loads it.</p><${Code} text=${"celeriac models pull smollm2-135m\nceleriac worker --model smollm2-135m"} label="Commands" /><//>`}
+  `;
+}

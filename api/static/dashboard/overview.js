@@ -1,0 +1,134 @@
+// What the installation does now: what waits and why, who works, and what needs attention.
+
+import { get } from "./api.js";
+import { Chart } from "./chart.js";
+import { WAITING, WAITING_SHORT, compact, count, duration, percent, plural, rate } from "./format.js";
+import { link, usePolled } from "./hooks.js";
+import { html } from "./html.js";
+import { findingsOf } from "./live.js";
+import { Card, Chip, Empty, JobLink, Meter, Output, Polled, Status, Time } from "./parts.js";
+import { useStream } from "./stream.js";
+
+const NUM_SHOWN_RUNNING = 3; // each takes one of the six connections that a browser opens to a server
+
+const Tile = ({ name, value, note }) => html`<div class="tile"><dt>${name}</dt><dd>${value}</dd><dd class="soft">${note}</dd></div>`;
+
+function Tiles({ health, queues }) {
+  const slots = queues.reduce((sum, queue) => sum + queue.slots, 0);
+  const running = queues.reduce((sum, queue) => sum + queue.running, 0);
+  const queued = queues.reduce((sum, queue) => sum + queue.queued, 0);
+  const oldest = Math.max(0, ...queues.map((queue) => queue.oldest_queued_seconds));
+  const tokens = queues.reduce((sum, queue) => sum + (queue.running ? queue.tokens_per_second : 0), 0);
+  const recent = health.metrics;
+  const isBusy = recent && recent.requests.total > 0;
+  return html`
+    <dl class="tiles">
+      <${Tile} name="Running" value=${count(running)} note=${slots ? `of ${plural(slots, "slot")}` : "no worker is ready"} />
+      <${Tile} name="Queued" value=${compact(queued)} note=${queued ? `oldest ${duration(oldest)}` : "nothing waits"} />
+      <${Tile} name="Tokens per second" value=${rate(tokens)} note=${plural(health.workers, "worker")} />
+      <${Tile} name="First token" value=${isBusy ? duration(recent.ttft.p50) : "–"} note=${isBusy ? `95 %: ${duration(recent.ttft.p95)}` : "no recent jobs"} />
+      <${Tile} name="Succeeded" value=${isBusy ? percent(recent.requests.success_rate) : "–"} note=${isBusy ? `${plural(recent.requests.total, "job")} in ${duration(recent.window_seconds)}` : "no recent jobs"} />
+    </dl>
+  `;
+}
+
+function Findings({ state }) {
+  const found = findingsOf(state);
+  if (!found.length) return html`<p class="fine"><${Status} of="ok">All is well<//> <span class="soft">Database, Redis, maintenance and workers answer, and nothing is stuck.</span></p>`;
+  return html`<${Card} title="Needs attention"><ul class="findings">${found.map(({ tone, text }) => html`<li key=${text} data-tone=${tone}>${text}</li>`)}</ul><//>`;
+}
+
+const WaitingFor = ({ reasons }) => {
+  const entries = Object.entries(reasons);
+  if (!entries.length) return html`<span class="soft">–</span>`;
+  return entries.map(([reason, number]) => html`<${Chip} key=${reason} tone=${reason === "slots" ? "calm" : "wait"} title=${`${plural(number, "job")} waiting for ${WAITING[reason] ?? reason}`}>${compact(number)} ${WAITING_SHORT[reason] ?? reason}<//>`);
+};
+
+function Queues({ queues }) {
+  const busiestFirst = [...queues].sort((one, other) => other.queued + other.running - (one.queued + one.running) || other.workers - one.workers);
+  return html`
+    <${Card} title="Queues">
+      <div class="scroll"><table>
+        <thead><tr><th>Model</th><th>State</th><th class="wide">Slots</th><th class="number">Queued</th><th class="number">Oldest</th><th class="number">A new job starts in</th><th class="number">Tokens/s</th><th>Waiting for</th></tr></thead>
+        <tbody>${busiestFirst.map((queue) => html`
+          <tr key=${queue.model}>
+            <td><a href=${link("jobs", { model: queue.model })}>${queue.model}</a></td>
+            <td>${queue.load_percent !== null ? html`<${Status} of="loading">loading ${queue.load_percent} %<//>` : html`<${Status} of=${queue.workers ? "ready" : "standby"}>${queue.workers ? "ready" : "not loaded"}<//>`}</td>
+            <td><div class="slots"><${Meter} value=${queue.running} max=${queue.slots} label=${`${queue.running} of ${queue.slots} slots of ${queue.model} are taken`} /><span>${queue.running} / ${queue.slots}</span></div></td>
+            <td class="number">${compact(queue.queued)}</td>
+            <td class="number">${queue.queued ? duration(queue.oldest_queued_seconds) : "–"}</td>
+            <td class="number">${queue.eta_seconds === null ? "–" : queue.eta_seconds === 0 ? "at once" : duration(queue.eta_seconds)}</td>
+            <td class="number">${queue.running ? rate(queue.tokens_per_second) : "–"}</td>
+            <td><${WaitingFor} reasons=${queue.waiting_for} /></td>
+          </tr>`)}</tbody>
+      </table></div>
+    <//>
+  `;
+}
+
+function Workers({ models }) {
+  const workers = models.flatMap((model) => model.workers.map((worker) => ({ ...worker, model: model.id })));
+  return html`
+    <${Card} title="Workers" actions=${html`<a href=${link("models")}>Load, unload, drain</a>`}>
+      ${workers.length === 0
+        ? html`<${Empty} title="No worker has reported within 15 seconds">Start one with <code>celeriac worker --model ID</code>. Jobs that are accepted meanwhile wait for it.<//>`
+        : html`<div class="scroll"><table>
+            <thead><tr><th>Worker</th><th>Model</th><th>State</th><th class="wide">Batch</th><th class="number">Tokens/s</th><th>Started</th></tr></thead>
+            <tbody>${workers.map((worker) => html`
+              <tr key=${`${worker.hostname} ${worker.model} ${worker.started_at}`}>
+                <td class="mono">${worker.hostname}</td>
+                <td>${worker.model}</td>
+                <td><${Status} of=${worker.drained_since ? "draining" : worker.state}>${worker.drained_since ? "drained" : worker.state}${worker.load_percent !== null ? ` ${worker.load_percent} %` : ""}<//></td>
+                <td><div class="slots"><${Meter} value=${worker.num_running} max=${worker.max_num_seqs} label=${`${worker.num_running} of ${worker.max_num_seqs} slots are taken`} /><span>${worker.num_running} / ${worker.max_num_seqs}</span></div></td>
+                <td class="number">${worker.num_running ? rate(worker.tokens_per_second) : "–"}</td>
+                <td><${Time} at=${worker.started_at} /></td>
+              </tr>`)}</tbody>
+          </table></div>`}
+    <//>
+  `;
+}
+
+function RunningJob({ job }) {
+  const stream = useStream(job.id);
+  return html`
+    <article class="running">
+      <header><${JobLink} id=${job.id} /><span class="soft">${job.model}</span><span class="soft end">${stream.numTokens ? plural(stream.numTokens, "token") : ""}</span></header>
+      <${Output} text=${stream.texts[0]} isLive=${!stream.job} label=${`Output of ${job.id}`} placeholder="Waiting for the first token" />
+    </article>
+  `;
+}
+
+function RunningNow() {
+  const ask = (signal) => get("v1/jobs", { status: "in_progress", limit: NUM_SHOWN_RUNNING }, signal);
+  const running = usePolled(ask, 4, []);
+  return html`
+    <${Card} title="Running now" actions=${html`<a href=${link("jobs", { status: "in_progress" })}>All running jobs</a>`}>
+      <${Polled} state=${running}>${({ data }) =>
+        data.length === 0
+          ? html`<${Empty} title="No job of yours is running">Start one in the <a href=${link("playground")}>playground</a>, or see what <a href=${link("jobs")}>ran before</a>.<//>`
+          : html`<div class="runnings">${data.map((job) => html`<${RunningJob} key=${job.id} job=${job} />`)}</div>`}<//>
+    <//>
+  `;
+}
+
+const TOKENS = [{ name: "tokens/s", tone: "--good", of: (sample) => sample.tokensPerSecond }];
+const JOBS = [
+  { name: "running", tone: "--run", of: (sample) => sample.running },
+  { name: "queued", tone: "--wait", of: (sample) => sample.queued },
+];
+
+export function Overview({ live }) {
+  return html`
+    <h1 class="unseen">Overview</h1>
+    <${Polled} state=${live}>${(state) => html`
+      <${Findings} state=${state} />
+      <${Tiles} health=${state.health} queues=${state.queues} />
+      <div class="pair">
+        <section class="card"><${Chart} title="Tokens per second" samples=${state.samples} series=${TOKENS} format=${rate} /></section>
+        <section class="card"><${Chart} title="Jobs" samples=${state.samples} series=${JOBS} format=${compact} /></section>
+      </div>
+      <${Queues} queues=${state.queues} />
+      ${state.models && html`<${Workers} models=${state.models} />`}
+      <${RunningNow} />`}<//>
+  `;
+}

@@ -1,0 +1,287 @@
+"""The dashboard in a real browser, against the real API. Needs Playwright and Chromium: make browser."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.jobs import JobError, JobStatus
+from settings import Settings
+from storage import tenants
+from storage.tables import Tenant
+from tests.integration.api_harness import ApiServer, HandWorker, make_chunk, post_job
+from tests.waiting import SECONDS, slowness, wait_until
+
+playwright: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make browser")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+
+SCRIPT_TEXT = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b>"
+VIEWS = ("#/", "#/jobs", "#/batches", "#/dead-letters", "#/models", "#/playground")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def tab(chromium: Any, url: str, **options: Any) -> Iterator[Any]:
+    """A page in a profile of its own, at `url`. Fails if anything was logged as an error, such as what the policy
+    blocked."""
+    context = chromium.new_context(**options)
+    context.set_default_timeout(SECONDS * 1000 * slowness())
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.goto(url)
+    yield page
+    context.close()
+    unexpected = [text for text in complaints if not text.startswith("Failed to load resource")]  # a refusal
+    assert not unexpected
+
+
+@pytest.fixture
+def page(chromium: Any, api: ApiServer) -> Iterator[Any]:
+    with tab(chromium, api.url) as page:
+        yield page
+
+
+def shows(page: Any, text: str) -> None:
+    page.get_by_text(text).first.wait_for()
+
+
+def has_rows(page: Any, count: int) -> None:
+    rows = page.locator("tbody tr")
+    wait_until(lambda: rows.count() == count, f"there are {count} rows")
+
+
+def field(page: Any, name: str) -> Any:
+    """The control of a form's field, by the whole label without its hint."""
+    label = page.locator(".field", has=page.locator(f"span:text-is({name!r})"))
+    return label.locator("input, textarea, select")
+
+
+def finish(hand_worker: HandWorker, job_id: str, *texts: str) -> None:
+    job = hand_worker.claim(job_id)
+    hand_worker.finish(job, *texts)
+
+
+def test_the_overview_says_what_waits_and_why(page: Any, http: httpx.Client) -> None:
+    post_job(http)
+    row = page.locator("tr", has_text="no worker").first
+    row.wait_for()
+    assert "1 no worker" in row.inner_text()
+    shows(page, "No worker is ready: jobs are accepted and wait.")
+    assert page.locator("canvas").count() == 2
+
+
+def test_a_jobs_page_follows_it_from_the_queue_to_its_end(
+    page: Any, api: ApiServer, http: httpx.Client, hand_worker: HandWorker
+) -> None:
+    job_id = post_job(http, metadata={"who": SCRIPT_TEXT[:60]})["id"]
+    page.goto(f"{api.url}/#/jobs/{job_id}")
+    shows(page, "Waiting")
+    job = hand_worker.claim(job_id)
+    hand_worker.say(job, SCRIPT_TEXT)
+    log = page.get_by_role("log")
+    log.get_by_text("<b>bold</b>").wait_for()
+    page.reload()
+    log.get_by_text("<b>bold</b>").wait_for()
+    hand_worker.release(job)
+    again = hand_worker.claim(job_id)
+    hand_worker.commit(again, *_chunks(2, " and on"))
+    log.get_by_text("</b> and on").wait_for()
+    hand_worker.finish(again, SCRIPT_TEXT, " and on")
+    page.get_by_role("button", name="Run again").wait_for()
+    timeline = page.locator(".timeline").inner_text()
+    for step in ("Accepted", "Claimed", "First token", "Paused", "Claimed again", "attempt 2", "Completed"):
+        assert step in timeline, timeline
+    assert page.title() == "Job · Celeriac"
+    assert page.locator("#main img, #main b:text-is('bold')").count() == 0
+    page.get_by_role("button", name="Run again").click()
+    page.wait_for_url(lambda url: job_id not in url)
+    assert http.get("/v1/jobs").json()["data"][0]["id"] in page.url
+
+
+def _chunks(first: int, *texts: str) -> list[Any]:
+    return [make_chunk(number, text) for number, text in enumerate(texts, start=first)]
+
+
+def test_jobs_are_searched_and_cancelled_together(page: Any, api: ApiServer, http: httpx.Client) -> None:
+    mine = [post_job(http, metadata={"run": "a"})["id"] for _ in range(2)]
+    other = post_job(http, idempotency_key="order-7")["id"]
+    page.goto(f"{api.url}/#/jobs")
+    has_rows(page, 3)
+    search = page.get_by_label("Search")
+    for text, count in (("run=a", 2), ("order-7", 1), ("nothing-has-it", 0), ("run=a", 2)):
+        search.fill(text)
+        search.press("Enter")
+        has_rows(page, count)
+    page.get_by_label("Select all jobs of this page").check()
+    page.get_by_role("button", name="Cancel 2").click()
+    page.get_by_role("group", name="Cancel 2 jobs?").get_by_role("button", name="Cancel 2").click()
+    wait_until(lambda: {http.get(f"/v1/jobs/{one}").json()["status"] for one in mine} == {"cancelled"})
+    assert http.get(f"/v1/jobs/{other}").json()["status"] == "queued"
+    search.fill(f"chatcmpl-{other.removeprefix('job_')}")
+    search.press("Enter")
+    page.wait_for_url(f"**/#/jobs/{other}")
+
+
+def test_a_dead_letter_is_replayed(page: Any, api: ApiServer, http: httpx.Client, hand_worker: HandWorker) -> None:
+    job_id = post_job(http)["id"]
+    error = JobError(code="engine_error", message="the engine refused it")
+    hand_worker.finish(hand_worker.claim(job_id), status=JobStatus.FAILED, error=error)
+    page.goto(f"{api.url}/#/dead-letters")
+    shows(page, "the engine refused it")
+    page.get_by_text("1 attempt").click()
+    page.get_by_role("button", name="Replay").click()
+    page.wait_for_url("**/#/jobs/job_*")
+    shows(page, "as a retry of")
+
+
+def test_the_playground_compares_two_models_and_survives_a_reload(
+    page: Any, api: ApiServer, http: httpx.Client, hand_worker: HandWorker
+) -> None:
+    page.goto(f"{api.url}/#/playground")
+    page.get_by_label("Two side by side").check()
+    page.get_by_label("Message 1", exact=True).fill("Hi")
+    field(page, "max_tokens").fill("9")
+    field(page, "seed").fill(str(2**63 - 1))
+    page.get_by_text("All sampling parameters").click()
+    field(page, "top_k").fill("3")
+    field(page, "stop").fill("END\nSTOP")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_url("**/#/playground?a=job_*&b=job_*")
+    ids = re.findall(r"job_\w+", page.url)
+    requests = [http.get(f"/v1/jobs/{one}?include=input").json() for one in ids]
+    assert [one["model"] for one in requests] == ["fake", "large"]
+    params = json.loads(http.get(f"/v1/jobs/{ids[0]}?include=input").text)["input"]["params"]
+    assert (params["max_tokens"], params["top_k"], params["stop"]) == (9, 3, ["END", "STOP"])
+    assert params["seed"] == 2**63 - 1
+    job = hand_worker.claim(ids[0])
+    hand_worker.say(job, "One", " two")
+    answer = page.get_by_role("log").first
+    answer.get_by_text("One two").wait_for()
+    page.reload()
+    answer.get_by_text("One two").wait_for()
+    hand_worker.commit(job, *_chunks(3, " three"))
+    answer.get_by_text("One two three").wait_for()
+    hand_worker.finish(job, "One", " two", " three")
+    page.get_by_role("button", name="Continue the chat").click()
+    assert page.get_by_label("Message 2", exact=True).input_value() == "One two three"
+
+
+def test_a_refusal_is_shown_at_its_field(page: Any, api: ApiServer) -> None:
+    page.goto(f"{api.url}/#/playground")
+    page.get_by_text("Tools and thinking").click()
+    field(page, "tools").fill("[{")
+    page.get_by_role("button", name="Run", exact=True).click()
+    shows(page, "it is not JSON")
+    field(page, "tools").fill("")
+    field(page, "max_tokens").fill("2000000")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.locator(".field.wrong", has_text="max_tokens").wait_for()
+
+
+class TestKeys:
+    @pytest.fixture
+    def api_settings(self, database_url: str, redis_url: str) -> Settings:
+        return Settings(database_url=database_url, redis_url=redis_url, auth="api_key")
+
+    @pytest.fixture
+    def make_key(
+        self, session_factory: sessionmaker[Session], make_tenant: Callable[..., Tenant]
+    ) -> Callable[..., str]:
+        def make(**options: Any) -> str:
+            with session_factory.begin() as session:
+                return tenants.create_key(session, make_tenant().id, **options)
+
+        return make
+
+    def test_each_key_sees_its_own(self, page: Any, api: ApiServer, make_key: Callable[..., str]) -> None:
+        mine, other = make_key(), make_key()
+        with api.client(mine) as client:
+            job_id = post_job(client)["id"]
+        field = page.get_by_label("API key")
+        field.fill("sk-wrong")
+        page.get_by_role("button", name="Enter").click()
+        shows(page, "this API key is not valid")
+        for key, count in ((mine, 1), (other, 0)):
+            field.fill(key)
+            page.get_by_role("button", name="Enter").click()
+            page.get_by_role("link", name="Jobs", exact=True).click()
+            page.get_by_text("No jobs yet" if count == 0 else job_id[-6:]).wait_for()
+            assert page.locator("tbody tr").count() == count
+            assert page.get_by_role("heading", name="Workers").count() == 0
+            assert key not in page.url
+            assert key not in page.evaluate("JSON.stringify(localStorage)")
+            page.get_by_role("button", name="Forget key").click()
+            field.wait_for()
+
+    def test_an_admin_unloads_a_model(self, page: Any, http: httpx.Client, make_key: Callable[..., str]) -> None:
+        page.get_by_label("API key").fill(make_key(is_admin=True))
+        page.get_by_role("button", name="Enter").click()
+        page.get_by_role("link", name="Models", exact=True).click()
+        card = page.locator(".card", has_text="fake").first
+        card.get_by_role("button", name="Unload").click()
+        card.get_by_role("button", name="Unload").click()
+        card.get_by_role("button", name="Load", exact=True).wait_for()
+        wait_until(lambda: http.get("/health").json()["models_unloaded"] == ["fake"])
+
+
+def test_every_view_is_usable_by_keyboard_and_on_a_phone(chromium: Any, api: ApiServer, http: httpx.Client) -> None:
+    post_job(http)
+    with tab(chromium, api.url, viewport={"width": 360, "height": 740}) as page:
+        for view in VIEWS:
+            page.goto(f"{api.url}/{view}")
+            page.locator("h1").first.wait_for(state="attached")
+            page.wait_for_load_state("networkidle" if view == "#/models" else "load")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360, view
+        page.goto(f"{api.url}/#/playground")
+        page.get_by_role("button", name="Run", exact=True).wait_for()
+        page.evaluate("document.activeElement.blur()")
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+        page.get_by_label("Message 1", exact=True).focus()
+        page.keyboard.press("Control+Enter")
+        page.wait_for_url("**/#/playground?a=job_*")
+
+
+@pytest.mark.skipif(find_spec("axe_playwright_python") is None, reason="axe is not installed: make browser")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(
+    chromium: Any, api: ApiServer, http: httpx.Client, hand_worker: HandWorker, scheme: str
+) -> None:
+    spec = find_spec("axe_playwright_python")
+    assert spec is not None
+    assert spec.origin is not None
+    axe = Path(spec.origin).parent / "axe.min.js"
+    failed, done = post_job(http)["id"], post_job(http, metadata={"a": "b"})["id"]
+    hand_worker.finish(hand_worker.claim(failed), status=JobStatus.FAILED, error=JobError(code="x", message="it broke"))
+    finish(hand_worker, done, "a", "b")
+    post_job(http)
+    with tab(chromium, api.url, color_scheme=scheme, bypass_csp=True) as page:
+        for view in (*VIEWS, f"#/jobs/{done}"):
+            page.goto(f"{api.url}/{view}")
+            page.reload()
+            page.locator(".card").first.wait_for()
+            for summary in page.locator("summary").all():
+                summary.click()
+            page.add_script_tag(path=axe)
+            found = page.evaluate("axe.run(document)")
+            serious = [one["id"] for one in found["violations"] if one["impact"] in ("serious", "critical")]
+            assert len(found["passes"]) > 10
+            assert not serious, (view, found["violations"])

@@ -1,0 +1,155 @@
+"""The dashboard's modules, read and run without a browser: nothing becomes HTML, and what they name exists."""
+
+import ast
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.app import create_app
+from api.openapi import document_of
+from domain.catalog import Catalog
+from domain.requests import SamplingParams
+from domain.structured_output import StructuredOutput
+from settings import ROOT, Settings
+
+STATIC = ROOT / "api" / "static"
+DASHBOARD = STATIC / "dashboard"
+MODULES = sorted(DASHBOARD.glob("*.js"))
+MAX_LINES = 450
+MAKES_HTML = re.compile(
+    r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|dangerouslySetInnerHTML|\beval\(|new Function|srcdoc"
+)
+INLINE = re.compile(r"\son[a-z]+=[\"']|\sstyle=[\"']|javascript:|<style|<script(?! src=)", re.IGNORECASE)
+WORDS = re.compile(r"[\"`](v1/[^\"`?]*|health)[\"`]")
+
+NODE = shutil.which("node")
+needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
+
+
+def node(*arguments: str, stdin: str = "", folder: Path | None = None) -> str:
+    done = subprocess.run(
+        [NODE or "node", *arguments], input=stdin, capture_output=True, text=True, check=False, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_no_text_becomes_html_and_nothing_is_inline() -> None:
+    for file in [*MODULES, STATIC / "index.html"]:
+        text = file.read_text()
+        assert not (found := MAKES_HTML.search(text)), (file.name, found)
+        assert not (found := INLINE.search(text)), (file.name, found)
+
+
+def test_modules_are_short_and_say_what_they_are_for() -> None:
+    for file in [*MODULES, *DASHBOARD.glob("*.css")]:
+        text = file.read_text()
+        assert text.startswith(("// ", "/* ")), file.name
+        assert len(text.splitlines()) <= MAX_LINES, file.name
+
+
+def test_every_module_is_loaded_and_every_import_exists() -> None:
+    waiting = [DASHBOARD / "app.js", DASHBOARD / "theme.js"]
+    loaded: set[Path] = set()
+    while waiting:
+        module = waiting.pop()
+        if module in loaded:
+            continue
+        loaded.add(module)
+        waiting += [
+            (module.parent / target).resolve() for target in re.findall(r'\bfrom ?"([^"\n]+[.]js)"', module.read_text())
+        ]
+    assert {module for module in loaded if module.parent == DASHBOARD} == set(MODULES)
+    assert all(module.is_relative_to(STATIC) for module in loaded)
+
+
+def test_what_is_vendored_has_its_licence() -> None:
+    for folder in ("preact", "uplot", "swagger-ui"):
+        assert list((STATIC / folder).glob("LICENSE*")), folder
+
+
+def test_every_path_that_the_modules_ask_is_published(tmp_path: Path) -> None:
+    catalog = Catalog([])
+    published = document_of(create_app(Settings(database_url="postgresql://localhost/none"), catalog))["paths"]
+    asked = {path for module in MODULES for path in WORDS.findall(module.read_text())}
+    assert len(asked) > 12
+    for path in asked:
+        told = re.sub(r"\$\{[^}]*\}", "*", path).split("/")
+        assert any(_match(told, one.strip("/").split("/")) for one in published), f"{path} is not in the API"
+
+
+def _match(told: list[str], published: list[str]) -> bool:
+    return len(told) == len(published) and all(
+        here == there or here == "*" or (there.startswith("{") and "*" in here)
+        for here, there in zip(told, published, strict=True)
+    )
+
+
+def test_the_playground_has_every_sampling_parameter_and_format() -> None:
+    text = (DASHBOARD / "parameters.js").read_text()
+    names = re.findall(r'\{ name: "(\w+)", kind:', text)
+    assert sorted(names) == sorted(SamplingParams.model_fields.keys() - {"structured_output"})
+    formats = re.findall(r'^  (\w+): \{ label: "', text, re.MULTILINE)
+    assert sorted(formats) == sorted(StructuredOutput.model_fields.keys() - {"calls"})
+
+
+@needs_node
+def test_modules_are_valid() -> None:
+    for file in MODULES:
+        node("--input-type=module", "--check", stdin=file.read_text())
+
+
+BODY: dict[str, Any] = {
+    "kind": "generation",
+    "model": "a",
+    "prompt": None,
+    "messages": [{"role": "user", "content": 'It\'s "quoted" \\ and\nbroken ${x} `y`'}],
+    "tools": [{"name": "f", "parameters": {"type": "object"}, "strict": None}],
+    "params": {"max_tokens": 5, "seed": 2**63 - 1, "temperature": 0.5, "n": 1, "top_k": 7, "stop": []},
+}
+
+
+@needs_node
+def test_the_code_of_a_job_makes_the_same_job(tmp_path: Path) -> None:
+    for name in ("request.js", "json.js"):
+        shutil.copy(DASHBOARD / name, tmp_path)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    program = f"""
+        globalThis.document = {{ baseURI: "http://localhost:8000/" }};
+        const {{ asCurl, asOpenAI, asPython, bodyOf }} = await import("./request.js");
+        const body = bodyOf({json.dumps(BODY).replace(str(2**63 - 1), "17")});
+        console.log(JSON.stringify([body, asCurl(body, true), asPython(body), asOpenAI(body)]));
+    """
+    body, curl, python, openai = json.loads(node("--input-type=module", "-e", program, folder=tmp_path))
+    assert body == {
+        "model": "a",
+        "messages": BODY["messages"],
+        "tools": BODY["tools"],
+        "params": {"max_tokens": 5, "seed": 17, "temperature": 0.5, "top_k": 7},
+    }
+    words = shlex.split(curl.replace("\\\n", ""))
+    assert json.loads(words[words.index("-d") + 1]) == body
+    assert "authorization: Bearer $CELERIAC_API_KEY" in words
+    submit = _call(python, "submit")
+    assert submit == {"model": "a", "tools": BODY["tools"]} | body["params"]
+    create = _call(openai, "create")
+    assert create["messages"] == BODY["messages"]
+    assert create["tools"] == [{"type": "function", "function": BODY["tools"][0]}]
+    assert create["extra_body"] == {"top_k": 7}
+    assert (create["max_tokens"], create["seed"], create["stream"]) == (5, 17, True)
+
+
+def _call(program: str, method: str) -> dict[str, Any]:
+    """The named arguments of the call of a method in a program."""
+    [call] = [
+        node
+        for node in ast.walk(ast.parse(program))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method
+    ]
+    return {argument.arg: ast.literal_eval(argument.value) for argument in call.keywords if argument.arg}
