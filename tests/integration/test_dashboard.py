@@ -41,7 +41,7 @@ def tab(chromium: Any, url: str, **options: Any) -> Iterator[Any]:
     """A page in a profile of its own, at `url`. Fails if anything was logged as an error, such as what the policy
     blocked."""
     context = chromium.new_context(**options)
-    context.set_default_timeout(SECONDS * 1000 * slowness())
+    context.set_default_timeout(SECONDS / 3 * 1000 * slowness())
     page = context.new_page()
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))

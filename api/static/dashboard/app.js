@@ -5,6 +5,7 @@ import { link, useAddress } from "./hooks.js";
 import { html, render, useEffect, useRef, useState } from "./html.js";
 import { useLive } from "./live.js";
 import { Field, Loading, Problem, Status } from "./parts.js";
+import { Access } from "./access.js";
 import { Batches } from "./batches.js";
 import { DeadLetters } from "./dead_letters.js";
 import { JobPage } from "./job.js";
@@ -20,6 +21,7 @@ const VIEWS = [
   { path: "dead-letters", title: "Dead letters", view: DeadLetters },
   { path: "models", title: "Models", view: Models },
   { path: "playground", title: "Playground", view: Playground },
+  { path: "access", title: "Access", view: Access, isForAdmins: true },
 ];
 
 // {isIn, isAdmin, error}: whether the API answers this page, with the key if it wants one. null while it is asked.
@@ -100,7 +102,7 @@ function Frame({ chosen, identity, live, children }) {
     <header class="top">
       <a class="brand" href=${link("")}><img src="static/celeriac.svg" alt="" width="26" height="26" />Celeriac</a>
       <nav aria-label="Views">
-        ${VIEWS.map(({ path, title }) => html`<a key=${path} href=${link(path)} aria-current=${path === chosen.path ? "page" : undefined}>${title}</a>`)}
+        ${VIEWS.filter((view) => identity.isAdmin || !view.isForAdmins).map(({ path, title }) => html`<a key=${path} href=${link(path)} aria-current=${path === chosen.path ? "page" : undefined}>${title}</a>`)}
       </nav>
       <div class="end">
         <span role="status">${live.error ? html`<${Status} of="unhealthy">no answer<//>` : health && html`<${Status} of=${health.status} />`}</span>

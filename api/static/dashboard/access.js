@@ -1,0 +1,156 @@
+// Who may use the installation and how much: tenants, keys and what administrators have changed. Admin keys only.
+
+import { get, post, remove } from "./api.js";
+import { compact, moment } from "./format.js";
+import { usePolled } from "./hooks.js";
+import { html, useRef, useState } from "./html.js";
+import { Card, Chip, Code, Confirmed, Empty, Field, Polled, Problem, Status, Time, useAction } from "./parts.js";
+
+const LIMITS = ["requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month", "queued_jobs", "unfinished_jobs", "queued_tokens", "streams"];
+const SCOPES = ["submit", "read", "cancel", "admin"];
+
+const inWords = (name) => name.replaceAll("_", " ");
+
+const limitsOf = (form) => Object.fromEntries(LIMITS.filter((name) => form.elements[name].value).map((name) => [name, Number(form.elements[name].value)]));
+
+const Limits = ({ limits }) => {
+  const set = LIMITS.filter((name) => limits[name] !== null);
+  if (!set.length) return html`<span class="soft">none</span>`;
+  return set.map((name) => html`<${Chip} key=${name}>${compact(limits[name])} ${inWords(name)}<//>`);
+};
+
+function LimitFields({ limits = {} }) {
+  return html`<div class="grid four">${LIMITS.map((name) => html`<${Field} key=${name} label=${inWords(name)}><input type="number" name=${name} min="1" step="1" value=${limits[name] ?? ""} placeholder="no limit" /><//>`)}</div>`;
+}
+
+// A button that opens a form for all limits of a tenant or a key.
+function ChangeLimits({ path, limits, reload }) {
+  const [isOpen, open] = useState(false);
+  const [act, error, isBusy] = useAction();
+  const form = useRef(null);
+  const onSubmit = (event) => {
+    event.preventDefault();
+    act(() => post(path, { limits: limitsOf(form.current) })).then((done) => done && (open(false), reload()));
+  };
+  if (!isOpen) return html`<button type="button" class="quiet" onClick=${() => open(true)}>Limits</button>`;
+  return html`
+    <form class="inset" ref=${form} onSubmit=${onSubmit}>
+      <${LimitFields} limits=${limits} />
+      ${error && html`<${Problem} error=${error} />`}
+      <div class="actions"><button class="primary" disabled=${isBusy}>Save</button><button type="button" class="quiet" onClick=${() => open(false)}>Close</button></div>
+    </form>
+  `;
+}
+
+function Tenant({ tenant, reload }) {
+  const [act, error] = useAction();
+  const path = `v1/admin/tenants/${encodeURIComponent(tenant.name)}`;
+  const turn = (enabled) => act(() => post(path, { enabled })).then(reload);
+  return html`
+    <li class="letter">
+      <header>
+        <b>${tenant.name}</b><${Status} of=${tenant.enabled ? "ok" : "unhealthy"}>${tenant.enabled ? "enabled" : "disabled"}<//>
+        <span class="soft">weight ${tenant.weight}${tenant.max_priority ? `, priority up to ${tenant.max_priority}` : ""}</span>
+        <span class="actions end">
+          ${tenant.enabled ? html`<${Confirmed} label="Disable" question="Refuse all of its keys?" onConfirm=${() => turn(false)} />` : html`<button type="button" onClick=${() => turn(true)}>Enable</button>`}
+        </span>
+      </header>
+      <p><span class="soft">Limits </span><${Limits} limits=${tenant.limits} /></p>
+      <${ChangeLimits} path=${path} limits=${tenant.limits} reload=${reload} />
+      ${error && html`<${Problem} error=${error} />`}
+    </li>
+  `;
+}
+
+function NewTenant({ reload }) {
+  const [act, error, isBusy] = useAction();
+  const form = useRef(null);
+  const onSubmit = (event) => {
+    event.preventDefault();
+    const { name, weight } = form.current.elements;
+    act(() => post("v1/admin/tenants", { name: name.value, weight: Number(weight.value) })).then((made) => made && (form.current.reset(), reload()));
+  };
+  return html`
+    <form class="filters" ref=${form} onSubmit=${onSubmit}>
+      <${Field} label="New tenant"><input name="name" required maxlength="64" pattern="[A-Za-z0-9][A-Za-z0-9._@\\-]*" autocomplete="off" placeholder="letters, digits and . _ @ -" /><//>
+      <${Field} label="Weight" hint="its share while others wait"><input name="weight" type="number" min="0.01" step="any" value="1" required /><//>
+      <button disabled=${isBusy}>Add</button>
+    </form>
+    ${error && html`<${Problem} error=${error} />`}
+  `;
+}
+
+const Shown = ({ secret }) => html`<div role="status"><p>This is the only time that it is shown. Keep it in a safe place.</p><${Code} text=${secret} label="The new key" /></div>`;
+
+function NewKey({ tenants, reload }) {
+  const [act, error, isBusy] = useAction();
+  const [secret, setSecret] = useState("");
+  const form = useRef(null);
+  const onSubmit = (event) => {
+    event.preventDefault();
+    const { tenant, name, days } = form.current.elements;
+    const scopes = SCOPES.filter((scope) => form.current.elements[scope].checked);
+    const body = { tenant: tenant.value, name: name.value, scopes, expires_in_seconds: days.value ? Number(days.value) * 86_400 : null };
+    act(() => post("v1/admin/keys", body)).then((made) => made && (setSecret(made.key), form.current.reset(), reload()));
+  };
+  return html`
+    <form ref=${form} onSubmit=${onSubmit}>
+      <div class="grid four">
+        <${Field} label="Tenant"><select name="tenant">${tenants.map(({ name }) => html`<option key=${name}>${name}</option>`)}</select><//>
+        <${Field} label="Name"><input name="name" maxlength="256" autocomplete="off" placeholder="what it is for" /><//>
+        <${Field} label="Valid for days"><input name="days" type="number" min="1" max="3650" step="1" placeholder="no end" /><//>
+        <fieldset><legend>Scopes</legend>${SCOPES.map((scope) => html`<label key=${scope}><input type="checkbox" name=${scope} defaultChecked=${scope !== "admin"} /> ${scope}</label>`)}</fieldset>
+      </div>
+      <div class="actions"><button disabled=${isBusy}>Create key</button></div>
+    </form>
+    ${error && html`<${Problem} error=${error} />`}
+    ${secret && html`<${Shown} secret=${secret} />`}
+  `;
+}
+
+function Key({ apiKey, reload }) {
+  const [act, error] = useAction();
+  const [secret, setSecret] = useState("");
+  const path = `v1/admin/keys/${apiKey.id}`;
+  const rotate = () => act(() => post(`v1/admin/keys/${apiKey.id}/rotate`, { keep_old_seconds: 3600 })).then((made) => made && (setSecret(made.key), reload()));
+  const turn = (enabled) => act(() => post(path, { enabled })).then(reload);
+  return html`
+    <li class="letter">
+      <header>
+        <span class="mono">${apiKey.id}</span><b>${apiKey.name || html`<span class="soft">unnamed</span>`}</b><span>${apiKey.tenant}</span>
+        <${Status} of=${apiKey.status === "valid" ? "ok" : "expired"}>${apiKey.status}<//>
+        <span class="soft">${apiKey.scopes.join(", ")}</span>
+        <span class="soft">${apiKey.expires_at ? `until ${moment(apiKey.expires_at)}` : ""}</span>
+        <span class="actions end">
+          ${apiKey.status === "disabled" ? html`<button type="button" onClick=${() => turn(true)}>Enable</button>` : html`<${Confirmed} label="Disable" question="Refuse it from now on?" onConfirm=${() => turn(false)} />`}
+          <${Confirmed} label="Rotate" question="Make a new one, and keep this one for an hour?" onConfirm=${rotate} />
+          <${Confirmed} label="Delete" question="Delete it for good?" onConfirm=${() => act(() => remove(path)).then(reload)} />
+        </span>
+      </header>
+      <p><span class="soft">Limits </span><${Limits} limits=${apiKey.limits} /></p>
+      <${ChangeLimits} path=${path} limits=${apiKey.limits} reload=${reload} />
+      ${error && html`<${Problem} error=${error} />`}
+      ${secret && html`<${Shown} secret=${secret} />`}
+    </li>
+  `;
+}
+
+const Audit = ({ entries }) => html`
+  <div class="scroll"><table>
+    <thead><tr><th>When</th><th>Who</th><th>What</th><th>Tenant</th><th>Changes</th></tr></thead>
+    <tbody>${entries.map((entry) => html`<tr key=${entry.id}><td><${Time} at=${entry.changed_at} /></td><td>${entry.actor}</td><td>${inWords(entry.action)}</td><td>${entry.tenant}</td><td class="mono">${JSON.stringify(entry.changes).slice(0, 120)}</td></tr>`)}</tbody>
+  </table></div>
+`;
+
+export function Access() {
+  const tenants = usePolled((signal) => get("v1/admin/tenants", { limit: 100 }, signal), 15, []);
+  const keys = usePolled((signal) => get("v1/admin/keys", { limit: 100 }, signal), 15, []);
+  const audit = usePolled((signal) => get("v1/admin/audit", { limit: 20 }, signal), 15, []);
+  const reload = () => [tenants, keys, audit].forEach((state) => state.reload());
+  return html`
+    <h1>Access</h1>
+    <${Card} title="Tenants"><${Polled} state=${tenants}>${({ data, has_more }) => html`<${NewTenant} reload=${reload} /><ul class="batches">${data.map((tenant) => html`<${Tenant} key=${tenant.id} tenant=${tenant} reload=${reload} />`)}</ul>${has_more && html`<p class="soft">The first hundred. All of them: celeriac tenants list</p>`}`}<//><//>
+    <${Card} title="Keys"><${Polled} state=${keys}>${({ data, has_more }) => html`<${NewKey} tenants=${tenants.data?.data ?? []} reload=${reload} />${data.length === 0 ? html`<${Empty} title="No keys yet">Without keys, the API serves only the machine that it runs on.<//>` : html`<ul class="batches">${data.map((one) => html`<${Key} key=${one.id} apiKey=${one} reload=${reload} />`)}</ul>`}${has_more && html`<p class="soft">The newest hundred. All of them: celeriac keys list</p>`}`}<//><//>
+    <${Card} title="Changes"><${Polled} state=${audit}>${({ data }) => (data.length === 0 ? html`<${Empty} title="Nothing has been changed yet" />` : html`<${Audit} entries=${data} />`)}<//><//>
+  `;
+}
