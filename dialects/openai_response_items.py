@@ -12,7 +12,7 @@ from domain.errors import InvalidRequest
 from domain.jobs import external_id
 from domain.requests import MAX_MESSAGES, MAX_PROMPT_CHARS
 from domain.seals import opened
-from domain.structured_output import MAX_TOOL_CHARS, ToolName
+from domain.structured_output import MAX_ARGUMENT_CHARS, ToolName
 
 PART_TYPES = ("input_text", "output_text", "text", "refusal")
 
@@ -62,7 +62,7 @@ class FunctionCallItem(OpenAIModel):
     type: Literal["function_call"]
     call_id: ItemId
     name: ToolName
-    arguments: Annotated[str, StringConstraints(max_length=MAX_TOOL_CHARS)]
+    arguments: Annotated[str, StringConstraints(max_length=MAX_ARGUMENT_CHARS)]
     id: ItemId | None = None
     status: ItemStatus | None = None
 

@@ -233,7 +233,9 @@ def check_patterns(schema: JsonSchema) -> None:
 
 MAX_TOOLS = 128
 
-MAX_TOOL_CHARS = 100_000
+MAX_TOOL_CHARS = 100_000  # of a tool's description
+
+MAX_ARGUMENT_CHARS = 1_000_000  # of a call: as long as a prompt, since calls may write whole files
 
 MAX_CALLS_BYTES = 65_536  # total of the schemas in one grammar of calls
 
@@ -257,7 +259,7 @@ class ToolCall(Frozen):
 
     id: str = Field(min_length=1, max_length=128)
     name: ToolName
-    arguments: str = Field(max_length=MAX_TOOL_CHARS)
+    arguments: str = Field(max_length=MAX_ARGUMENT_CHARS)
 
 
 class CallableTool(Frozen):

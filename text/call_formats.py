@@ -15,7 +15,7 @@ from domain.errors import UnsupportedParameter
 from text.call_arguments import DelimitedArguments, Notation, PythonArguments, TaggedArguments
 from text.call_readers import MAX_HEAD_CHARS, CallReader, HeadedCall, JsonCall, PythonCall, WholeCall
 
-#: Makes the reader of a call by its first character, the schemas of the tools' arguments, and the format's `ends`.
+#: Makes the reader of a call by its first character, the schemas of the tools' arguments, and the format's `stops`.
 MakeReader = Callable[[str, Mapping[str, Any], tuple[str, ...]], CallReader]
 
 
@@ -36,7 +36,7 @@ class CallFormat:
     name: str
     is_in: Callable[[str], bool]  # whether a chat template is of such a model
     shape: CallShape
-    reader: MakeReader = lambda first, parameters, end_tags: JsonCall(end_tags)
+    reader: MakeReader = lambda first, parameters, stops: JsonCall(stops)
     begins: tuple[str, ...] = ()  # each of which begins a section of calls, wherever it is in the output
     ends: tuple[str, ...] = ()  # of the section
     glue: tuple[str, ...] = ()  # what else stands before, between and behind calls, besides blanks
@@ -50,6 +50,11 @@ class CallFormat:
         head = self.shape.begin + self.shape.call.partition("{arguments}")[0]
         markers = ("",) if self.is_bare is None else ("", *self.begins)
         return [marker + head.replace("{name}", name) for name in tool_names for marker in markers]
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The marks that stand outside of calls: one within a call means that the call lacks its end."""
+        return (*self.begins, *self.ends, *(mark for mark in self.glue if mark.startswith("<")))
 
     @property
     def markers(self) -> frozenset[str]:
@@ -84,21 +89,21 @@ def _has(*words: str) -> Callable[[str], bool]:
 
 def _headed(pattern: str) -> MakeReader:
     head = re.compile(pattern)
-    return lambda first, parameters, end_tags: JsonCall(end_tags) if first == "{" else HeadedCall(head, end_tags)
+    return lambda first, parameters, stops: JsonCall(stops) if first == "{" else HeadedCall(head, stops)
 
 
 def _whole(end_tag: str, notation: Notation) -> MakeReader:
     """For calls up to an end tag, or in JSON."""
-    return lambda first, parameters, end_tags: (
-        JsonCall(end_tags) if first == "{" else WholeCall(end_tag, partial(notation.convert, parameters=parameters))
+    return lambda first, parameters, stops: (
+        JsonCall(stops) if first == "{" else WholeCall(end_tag, partial(notation.convert, parameters=parameters))
     )
 
 
 _PYTHON = PythonArguments()
 
 
-def _python(first: str, parameters: Mapping[str, Any], end_tags: tuple[str, ...]) -> CallReader:
-    return PythonCall(partial(_PYTHON.convert, parameters=parameters))
+def _python(first: str, parameters: Mapping[str, Any], stops: tuple[str, ...]) -> CallReader:
+    return PythonCall(partial(_PYTHON.convert, parameters=parameters), stops)
 
 
 _NAME = r"([A-Za-z0-9_.-]+)"

@@ -8,16 +8,17 @@ Part of a tag is never passed on as content. What looks like a call but turns ou
 text is lost. Once a call's name is known, its arguments are passed on as the model writes them, if that is in JSON.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from domain.requests import GenerationRequest
-from domain.structured_output import TOOL_NAME
+from domain.structured_output import MAX_TOOLS, TOOL_NAME
 from text.call_formats import MARKERS, call_format, format_of_template
-from text.call_readers import MAX_HEAD_CHARS, CallReader
+from text.call_readers import MAX_HEAD_CHARS, CallReader, num_of_tag_at_the_end
 from text.thinking import asks_to_think
 
 THINK, END_THINK = "<think>", "</think>"
@@ -47,6 +48,7 @@ class OutputFormat:
     #: The same where a request turns thinking off, and on; None if the template has no switch.
     reasoning_by_switch: tuple[ReasoningFormat | None, ReasoningFormat | None] | None = None
     think_tags: tuple[str, str] = THINK_TAGS[0]
+    is_quoted: bool = False  # see text/passed_on.py
 
     def reasoning_of(self, request: GenerationRequest) -> ReasoningFormat | None:
         asked = asks_to_think(request)
@@ -101,6 +103,10 @@ class CallArguments(NamedTuple):
 Piece = ContentPiece | ReasoningPiece | CallName | CallArguments
 
 
+MAX_CALLS = MAX_TOOLS  # of an output: as many as a message may have; calls behind them are text
+
+_SLICE_CHARS = 256
+
 NO_PARAMETERS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -125,9 +131,10 @@ class OutputParser:
         self._max_calls = max_calls
         self._follows_grammar = follows_grammar
         self._think, self._end_think = format.think_tags
+        self._arrived: list[str] = []  # blanks that nothing has followed yet
         self._held = ""  # text that may be the start of a tag or call
         self._call: CallReader | None = None
-        self._passed = ""  # what was consumed since the last call or content, in case that no call follows
+        self._passed: list[str] = []  # what was consumed since the last call or content, in case that no call follows
         self._num_in_section = 0  # calls since the last marker with which calls begin
         self._has_marker = False  # whether there was such a marker
         self._is_cut = False
@@ -143,14 +150,26 @@ class OutputParser:
             self._begin_content()
 
     def push(self, text: str) -> list[Piece]:
-        """The pieces that are complete enough to be passed on."""
-        self._held += text
-        return joined(self._advance(is_end=False))
+        """The pieces that are complete enough to be passed on. The cost is linear in the length of the output: a long
+        text is read in slices, since each step may copy what is held; and blanks wait for what follows, since it
+        decides whether they are shown."""
+        pieces: list[Piece] = []
+        for start in range(0, len(text), _SLICE_CHARS):
+            part = text[start : start + _SLICE_CHARS]
+            self._arrived.append(part)
+            if not part.isspace():
+                pieces += self._read_arrived()
+        return joined(pieces)
+
+    def _read_arrived(self) -> list[Piece]:
+        self._held += "".join(self._arrived)
+        self._arrived.clear()
+        return self._advance(is_end=False)
 
     def finish(self, *, is_cut: bool) -> list[Piece]:
         """The text that was held back. If the output was cut off (`is_cut`), part of a tag at its end is dropped."""
         self._is_cut = is_cut
-        pieces = self._advance(is_end=True)
+        pieces = self._read_arrived() + self._advance(is_end=True)
         held = self._take()
         if held and not (is_cut and self._is_partial_tag(held.strip())):
             pieces.append(ReasoningPiece(held) if self._state == self._thinking else ContentPiece(held))
@@ -230,7 +249,7 @@ class OutputParser:
         if places:
             place, begin = min(places)
             content = self._held[:place].rstrip()
-            self._passed = self._held[len(content) : place + len(begin)]
+            self._passed = [self._held[len(content) : place + len(begin)]]
             self._held = self._held[place + len(begin) :]
             self._begin_section(has_marker=True)
             yield ContentPiece(content)
@@ -246,7 +265,7 @@ class OutputParser:
             return iter(())
         is_bare = False if text.startswith(self._calls.begins) else self._calls.is_bare(text)
         if is_bare:
-            self._passed, self._held = self._held[: len(self._held) - len(text)], text
+            self._passed, self._held = [self._held[: len(self._held) - len(text)]], text
             self._begin_section(has_marker=False)
         elif is_bare is False:
             self._state = self._in_content
@@ -274,23 +293,27 @@ class OutputParser:
             elif mark in calls.ends:
                 yield from self._end_section()
         elif text or is_end:
-            if text and (calls.is_list or not self._num_in_section):
+            if text and (calls.is_list or not self._num_in_section) and self.num_calls < MAX_CALLS:
                 self._pass(len(self._held) - len(text))
-                self._call = calls.reader(text[0], self._parameters, calls.ends)
+                self._call = calls.reader(text[0], self._parameters, calls.stops)
                 self._state = self._in_call
             else:
                 yield from self._end_section()
 
     def _pass(self, num_chars: int) -> None:
-        self._passed += self._held[:num_chars]
+        self._passed.append(self._held[:num_chars])
         self._held = self._held[num_chars:]
 
     def _end_section(self) -> Iterator[Piece]:
         """What was passed is dropped behind a call, and is content if there was none."""
-        passed, self._passed = self._passed, ""
+        passed = self._take_passed()
         self._state = self._after_calls if self._num_in_section else self._in_content
         if not self._num_in_section and not self._is_cut:
             yield ContentPiece(passed)
+
+    def _take_passed(self) -> str:
+        passed, self._passed = "".join(self._passed), []
+        return passed
 
     def _after_calls(self, *, is_end: bool) -> Iterator[Piece]:
         self._held = self._held.lstrip()
@@ -300,9 +323,9 @@ class OutputParser:
 
     def _in_call(self, *, is_end: bool) -> Iterator[Piece]:
         assert self._call is not None
-        call, text = self._call, self._take()
-        length = call.feed(text)
-        self._held = text[length:]
+        call, text = self._call, self._held
+        num_kept = 0 if is_end else num_of_tag_at_the_end(text, call.stops)
+        self._held = text[call.feed(text[: len(text) - num_kept]) :]
         if call.name is not None and not call.is_passed_on and self._is_known(call.name):
             call.is_passed_on = True
             yield from self._limited(CallName(self.num_calls, call.name))
@@ -322,13 +345,13 @@ class OutputParser:
 
     def _end_call(self, call: CallReader) -> Iterator[Piece]:
         self._call = None
-        passed, self._passed = self._passed, ""
+        passed = self._take_passed()
         if call.is_passed_on:
             self._num_in_section += 1
             self._state = self._between_calls
             return
         self._state = self._in_content
-        is_half = self._is_cut and self._has_marker and not call.is_over and len(call.text) <= MAX_HEAD_CHARS
+        is_half = self._is_cut and self._has_marker and not call.is_over and call.num_chars <= MAX_HEAD_CHARS
         if not is_half:  # a call that was cut off before its name is dropped
             yield ContentPiece(passed + call.text)
 
@@ -339,25 +362,19 @@ class OutputParser:
     def _release(self, *tags: str) -> str:
         """Take the held text, except whitespace and part of a tag at its end."""
         text = self._held
-        longest = max(map(len, tags)) - 1
-        counts = range(min(longest, len(text)), 0, -1)
-        num_tag = next((n for n in counts if any(tag.startswith(text[len(text) - n :]) for tag in tags)), 0)
-        released = text[: len(text) - num_tag].rstrip()
+        released = text[: len(text) - num_of_tag_at_the_end(text, tags)].rstrip()
         self._held = text[len(released) :]
         return released
 
 
-def joined(pieces: list[Piece]) -> list[Piece]:
+def joined(pieces: Iterable[Piece]) -> list[Piece]:
     """The pieces without empty ones, and with adjacent pieces of the same kind joined."""
     whole: list[Piece] = []
-    for piece in pieces:
-        last = whole[-1] if whole else None
-        if isinstance(piece, CallName):
-            whole.append(piece)
-        elif not piece.text:
-            continue
-        elif type(last) is type(piece) and not isinstance(last, CallName) and last is not None:
-            whole[-1] = piece._replace(text=last.text + piece.text)
+    for _, same in groupby((piece for piece in pieces if isinstance(piece, CallName) or piece.text), key=type):
+        first, *others = same
+        if isinstance(first, CallName):
+            whole += [first, *others]
         else:
-            whole.append(piece)
+            texts = [piece.text for piece in others if not isinstance(piece, CallName)]
+            whole.append(first._replace(text="".join([first.text, *texts])))
     return whole

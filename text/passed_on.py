@@ -1,14 +1,56 @@
-"""Models of servers that take messages as they are: what is refused or counted, and what answers look like."""
+"""Models of servers that take messages as they are: what is refused or counted, and what answers look like.
 
+A server has taken its model's output apart, and `gpu_worker/engine/remote/chat.py` puts it together again: thoughts
+between <think> and </think>, each call in JSON between <tool_call> and </tool_call>. Where the server's own text quotes
+such a mark, an invisible character stands behind its "<", which is taken out when the output is shown.
+"""
+
+from collections.abc import Iterable
 from typing import get_args
 
 from domain.errors import UnsupportedParameter
 from domain.requests import Effort, GenerationRequest
-from text.outputs import OutputFormat, ReasoningFormat
+from text.outputs import ContentPiece, OutputFormat, OutputParser, Piece, ReasoningFormat, ReasoningPiece
 from text.thinking import ThinkingControls
 
-#: How `gpu_worker/engine/remote/chat.py` writes what a server has already taken apart.
-PASSED_ON = OutputFormat("hermes", ReasoningFormat.TAGGED)
+PASSED_ON = OutputFormat("hermes", ReasoningFormat.TAGGED, is_quoted=True)
+
+_QUOTE = "\u2060"  # word joiner
+
+MARKS = (f"<{_QUOTE}", "<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+def quoted(text: str) -> str:
+    """The text, in which no mark is one; it must have whole marks."""
+    for mark in MARKS:
+        text = text.replace(mark, f"<{_QUOTE}{mark[1:]}")
+    return text
+
+
+class PassedOnParser(OutputParser):
+    """Like OutputParser, for texts that `quoted` has made."""
+
+    _before: type[Piece] | None = None  # the kind of the last piece, if it ended in "<"
+
+    def push(self, text: str) -> list[Piece]:
+        return self._unquoted(super().push(text))
+
+    def finish(self, *, is_cut: bool) -> list[Piece]:
+        return self._unquoted(super().finish(is_cut=is_cut))
+
+    def _unquoted(self, pieces: Iterable[Piece]) -> list[Piece]:
+        return [
+            self._unquoted_piece(piece) if isinstance(piece, ContentPiece | ReasoningPiece) else piece
+            for piece in pieces
+        ]
+
+    def _unquoted_piece(self, piece: ContentPiece | ReasoningPiece) -> ContentPiece | ReasoningPiece:
+        text = piece.text
+        if self._before is type(piece):
+            text = text.removeprefix(_QUOTE)
+        self._before = type(piece) if text.endswith("<") else None
+        return piece._replace(text=text.replace(f"<{_QUOTE}", "<"))
+
 
 EVERY_EFFORT = ThinkingControls(has_level=True, words=frozenset(get_args(Effort)))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from domain.structured_output import MAX_TOOL_CHARS, ToolCall
+from domain.structured_output import ToolCall
 from text.call_arguments import DelimitedArguments, TaggedArguments, _types_of
 from text.outputs import CallArguments, CallName, ContentPiece, OutputFormat, OutputParser, Piece, joined
 
@@ -73,13 +73,6 @@ def test_a_call_of_what_no_tool_is_named_is_text(name: str) -> None:
     assert parse("hermes", hermes) == [ContentPiece(hermes)]
     tagged = f"<tool_call><function={name}></function></tool_call>"
     assert parse("qwen3_coder", tagged) == [ContentPiece(tagged)]
-
-
-def test_a_call_with_longer_arguments_than_we_accept_is_text() -> None:
-    text = "<tool_call><function=f><parameter=a>{}</parameter></function></tool_call>"
-    longest = "a" * (MAX_TOOL_CHARS - len('{"a": ""}'))
-    assert parse("qwen3_coder", text.format(longest)) == call(f'{{"a": "{longest}"}}')
-    assert parse("qwen3_coder", text.format(longest + "a")) == [ContentPiece(text.format(longest + "a"))]
 
 
 def test_blanks_without_a_key_are_read_in_linear_time() -> None:

@@ -1,12 +1,12 @@
 """Conversations with a server that takes messages: the body of a request, and the text that its answer becomes.
 
-The server has already taken its model's output apart. It is put together again in one of the forms that
-`text/outputs.py` reads: thoughts between <think> and </think>, each call in JSON between <tool_call> and </tool_call>.
-So it is committed, streamed and shown like every other output.
+The server has already taken its model's output apart. It is put together again in the form that `text/passed_on.py`
+describes, so it is committed, streamed and shown like every other output.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -17,6 +17,8 @@ from domain.structured_output import StructuredOutput
 from gpu_worker.engine.remote.answers import Delta, Fault, ServerFailure, failure_in_stream
 from gpu_worker.engine.remote.bodies import seed_at
 from gpu_worker.engine.sequence import Sequence
+from text.call_readers import Brackets, num_of_tag_at_the_end
+from text.passed_on import MARKS, quoted
 
 _REASONS = {"tool_calls": "stop", "function_call": "stop", "content_filter": "stop"}
 
@@ -85,13 +87,29 @@ def _grammar_of(output: StructuredOutput) -> dict[str, Any]:
     return {"choice": list(output.choices)} if output.choices is not None else {"grammar": output.lark}
 
 
+@dataclass(frozen=True, slots=True)
+class _CallKey:
+    """By which a server tells its calls apart; it may leave out either."""
+
+    index: int | None
+    id: str
+
+    def is_before(self, other: "_CallKey | None") -> bool:
+        indexes = (self.index, None if other is None else other.index)
+        return indexes[0] is not None and indexes[1] is not None and indexes[0] < indexes[1]
+
+
 class ChatReader:
     """Reads the events of one answer."""
 
     def __init__(self) -> None:
         self._is_thinking = False
-        self._call: int | None = None  # the server's number of the call that is being written
+        self._kept = ""  # of the server's text: what may be the beginning of a mark
+        self._call: _CallKey | None = None  # of the call that is being written
+        self._ended: set[str] = set()  # ids of the calls before it
+        self._arguments = Brackets()
         self._has_arguments = False
+        self._are_complete = False
 
     def read(self, data: bytes) -> Delta | None:
         """None for an event without a choice. Raises ServerFailure like `read_delta`."""
@@ -111,37 +129,71 @@ class ChatReader:
         for call in delta.get("tool_calls") or ():
             text += self._called(call)
         if reason is not None:
+            text += self._release()
             text += self._end_call() if reason != "length" else ""
         return Delta(None, text, None, None if reason is None else _REASONS.get(str(reason), str(reason)))
 
     def _thought(self, text: str) -> str:
-        if not text or self._is_thinking:
-            return text
+        if not text:
+            return ""
+        begun = "" if self._is_thinking else f"{self._release()}<think>\n"
         self._is_thinking = True
-        return f"<think>\n{text}"
+        return begun + self._quoted(text)
 
     def _end_thought(self) -> str:
+        rest = self._release()
         was_thinking, self._is_thinking = self._is_thinking, False
-        return "\n</think>\n\n" if was_thinking else ""
+        return rest + ("\n</think>\n\n" if was_thinking else "")
 
     def _content(self, text: str) -> str:
-        return self._end_thought() + self._end_call() + text if text else ""
+        if not text:
+            return ""
+        begun = self._end_thought() if self._is_thinking else ""
+        return begun + self._end_call() + self._quoted(text)
+
+    def _quoted(self, text: str) -> str:
+        text = self._kept + text
+        num_kept = num_of_tag_at_the_end(text, MARKS)
+        self._kept = text[len(text) - num_kept :]
+        return quoted(text[: len(text) - num_kept])
+
+    def _release(self) -> str:
+        kept, self._kept = self._kept, ""
+        return quoted(kept)
 
     def _called(self, call: Mapping[str, Any]) -> str:
         function = call.get("function") or {}
-        number, name, arguments = int(call.get("index") or 0), _text(function, "name"), _text(function, "arguments")
+        index = call.get("index")
+        key = _CallKey(None if index is None else int(index), _text(call, "id"))
+        name, arguments = _text(function, "name"), _text(function, "arguments")
         begun = ""
-        if number != self._call:
-            if not name or (self._call is not None and number < self._call):
+        if self._is_another(key, name):
+            if not name or key.id in self._ended or key.is_before(self._call):
                 raise ValueError("a call out of order")
             begun = f'{self._end_thought()}{self._end_call()}<tool_call>\n{{"name": {json.dumps(name)}, "arguments": '
-            self._call, self._has_arguments = number, False
-        self._has_arguments |= bool(arguments.strip())
+            self._call, self._has_arguments = key, False
+            self._arguments, self._are_complete = Brackets(), False
+        if arguments.strip():
+            self._has_arguments = True
+            self._are_complete = self._are_complete or self._arguments.end_in(arguments) is not None
         return begun + arguments
+
+    def _is_another(self, key: _CallKey, name: str) -> bool:
+        """Whether this begins a call. Servers that send whole calls may leave out the index, or write 0 for each; and
+        some repeat the name, or invent an id, with every piece of one call."""
+        current = self._call
+        if current is None:
+            return True
+        if key.is_before(current) or current.is_before(key):
+            return True
+        if key.id and key.id in self._ended:
+            return True
+        return bool(name) and (self._are_complete or bool(key.id and key.id != current.id))
 
     def _end_call(self) -> str:
         if self._call is None:
             return ""
+        self._ended |= {self._call.id} - {""}
         self._call = None
         return ("" if self._has_arguments else "{}") + "}\n</tool_call>\n"
 
