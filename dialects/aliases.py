@@ -4,10 +4,10 @@ An alias is renamed before validation, so whatever holds for the field holds for
 that name reads it as such. Sent together with the field that it stands for, it is refused.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
+from dialects.strict_json import DuplicateKey, NotFinite, loads_strictly
 from domain.errors import InvalidRequest, UnsupportedParameter
 from text.grammars import gbnf_in_lark
 
@@ -32,7 +32,11 @@ def _schema(value: Any) -> Any:
     if len(value) > MAX_SCHEMA_CHARS:
         raise ValueError(f"it is a string of {len(value)} characters; send at most {MAX_SCHEMA_CHARS}, or an object")
     try:
-        return json.loads(value)
+        return loads_strictly(value)
+    except DuplicateKey as exc:
+        raise ValueError(f"it is a string in which {exc}") from None
+    except NotFinite as exc:
+        raise ValueError(f"it is a string that contains {exc}") from None
     except (ValueError, RecursionError):
         raise ValueError("it is a string that is not JSON; send the schema as an object") from None
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, Discriminator, Tag, ValidationError
 
 from dialects.aliases import take_aliases
 from dialects.fields import HintTree, Overlong, UnknownFields, first_excess, hint_at, note_ignored, take_hints
+from dialects.strict_json import DuplicateKey, NotFinite, loads_strictly
 from domain.errors import CeleriacError, InvalidRequest, UnsupportedParameter
 
 
@@ -208,9 +209,13 @@ def _parse_json(body: bytes) -> object:
     if not body.strip():
         raise InvalidRequest("the body is empty; send a JSON object")
     try:
-        return json.loads(body.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return loads_strictly(body.decode())
     except UnicodeDecodeError as exc:
         raise InvalidRequest(f"the body is not UTF-8: byte {exc.start} is invalid; encode it as UTF-8") from None
+    except DuplicateKey as exc:
+        raise InvalidRequest(str(exc), param=exc.key) from None
+    except NotFinite as exc:
+        raise InvalidRequest(f"the body contains {exc}") from None
     except json.JSONDecodeError as exc:
         raise InvalidRequest(f"the body is not JSON: {exc.msg} at line {exc.lineno} column {exc.colno}") from None
     except RecursionError:
@@ -281,20 +286,6 @@ def _too_deep() -> InvalidRequest:
     return InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep; flatten it")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) == len(pairs):
-        return unique
-    seen: set[str] = set()
-    for key, _ in pairs:
-        if key in seen:
-            raise InvalidRequest(
-                f"the key {key[:64]!r} appears more than once in one object; send it once", param=key[:64]
-            )
-        seen.add(key)
-    raise AssertionError("there are fewer keys than pairs, but no key appears twice")
-
-
 def _refuse_excess(value: object, model: type[BaseModel]) -> None:
     match first_excess(value, model):
         case Overlong(location, length, bound):
@@ -307,10 +298,6 @@ def _refuse_excess(value: object, model: type[BaseModel]) -> None:
 
 def _param_of(location: tuple[int | str, ...]) -> str | None:
     return ".".join(str(part)[:MAX_PARAM_CHARS] for part in location)[:MAX_PARAM_CHARS] or None
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise InvalidRequest(f"the body contains {constant}, which is not JSON; send a finite number or null")
 
 
 def invalid_request(exc: ValidationError, model: type[BaseModel]) -> InvalidRequest:
