@@ -2,17 +2,20 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 import orjson
-from sqlalchemy.exc import DataError
+from sqlalchemy.orm import Session
 
 from api.limits import size_of
 from api.openai.response_records import as_it_ended, body_of
 from api.services import Services
 from dialects.openai_conversations import context_of, items_of_turn, readable
 from dialects.openai_response_requests import ResponseBody
+from domain.errors import CeleriacError, ConversationNotFound
 from domain.jobs import parse_id_of_other
 from domain.requests import ConversationTurn
 from storage import conversations, job_queries, tenants
@@ -53,30 +56,48 @@ async def end_turn_of(services: Services, tenant_id: UUID, job_id: UUID) -> None
         return
     record = await services.read(conversations.get, conversation_id, tenant_id)
     if record is not None and record.job_id == job_id and record.has_ended_turn:
-        await _end_turn(services, tenant_id, conversation_id, job_id)
+        with suppress(ConversationNotFound):  # deleted since
+            await _end_turn(services, tenant_id, conversation_id, job_id)
 
 
 async def _end_turn(services: Services, tenant_id: UUID, conversation_id: UUID, job_id: UUID) -> None:
-    job = await services.read(job_queries.get, job_id, tenant_id, with_request=True)
-    items: list[dict[str, Any]] = []
-    if job is not None:
-        num_bytes = size_of(job.result) + len(orjson.dumps(job.endpoint_body))
-        items = await services.large_work.run(num_bytes, _items_of, services, job)
+    """Closes the turn without its items if anything is wrong with them: an open one would lock the conversation for
+    good. Raises ConversationNotFound and StorageUnavailable."""
+    close = partial(_close, result_ttl_seconds=services.settings.result_ttl_seconds)
     try:
-        await services.write(conversations.end_turn, conversation_id, tenant_id, job_id, items)
-    except (DataError, TypeError, ValueError) as exc:
+        items = await _items_of_job(services, tenant_id, job_id)
+        await services.write(close, conversation_id, tenant_id, job_id, items)
+    except CeleriacError:
+        raise
+    except Exception as exc:
         _note_lost(job_id, exc)
-        await services.write(conversations.end_turn, conversation_id, tenant_id, job_id, [])
-    await services.write(conversations.set_result_ttl, job_id, services.settings.result_ttl_seconds)
+        await services.write(close, conversation_id, tenant_id, job_id, [])
+
+
+def _close(
+    session: Session,
+    conversation_id: UUID,
+    tenant_id: UUID,
+    job_id: UUID,
+    items: list[dict[str, Any]],
+    *,
+    result_ttl_seconds: int,
+) -> None:
+    conversations.end_turn(session, conversation_id, tenant_id, job_id, items)
+    conversations.set_result_ttl(session, job_id, result_ttl_seconds)
+
+
+async def _items_of_job(services: Services, tenant_id: UUID, job_id: UUID) -> list[dict[str, Any]]:
+    job = await services.read(job_queries.get, job_id, tenant_id, with_request=True)
+    if job is None:
+        return []
+    num_bytes = size_of(job.result) + len(orjson.dumps(job.endpoint_body))
+    return await services.large_work.run(num_bytes, _items_of, services, job)
 
 
 def _items_of(services: Services, job: JobRecord) -> list[dict[str, Any]]:
     """Those that can be read back: without the others, the conversation goes on."""
-    try:
-        items = items_of_turn(job.job.id, body_of(job), as_it_ended(services, job))
-    except Exception as exc:  # else nothing could ever be done with the conversation again
-        _note_lost(job.job.id, exc)
-        return []
+    items = items_of_turn(job.job.id, body_of(job), as_it_ended(services, job))
     kept = readable(items)
     if len(kept) < len(items):
         log.error("items of a turn cannot be read back", extra={"job_id": str(job.job.id)})

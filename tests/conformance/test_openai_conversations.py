@@ -237,6 +237,25 @@ def test_a_turn_is_kept_until_its_items_are_added(
     assert said(all_of(client, conversation.id)) == ["Hi", "Hello"], "whoever comes late adds nothing"
 
 
+def test_a_turn_whose_job_cannot_be_read_is_closed_and_stops_nobody(
+    client: openai.OpenAI, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created = [client.conversations.create().id for _ in range(2)]
+    asked = [ask(client, id_, "Hi").id for id_ in created]
+    for id_ in asked:
+        hand_worker.run(id_, "Hello")
+
+    def broken(*_: Any) -> int:
+        raise KeyError("odd")
+
+    monkeypatch.setattr(conversation_turns, "size_of", broken)
+    client.responses.delete(asked[0])
+    for id_ in created:
+        assert client.conversations.retrieve(id_).id == id_
+        assert said(all_of(client, id_)) == []
+        hand_worker.run(ask(client, id_, "More").id, "Yes")
+
+
 @pytest.mark.parametrize("is_raised", [True, False])
 def test_a_turn_whose_items_are_unusable_is_closed_without_them(
     client: openai.OpenAI, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch, *, is_raised: bool
