@@ -20,7 +20,6 @@ from dialects.openai import (
     Unsupported,
     answer_of,
     build,
-    build_at,
     only,
     output_of,
     refuse,
@@ -360,7 +359,26 @@ def to_messages(body: PromptBody) -> list[ChatMessage]:
             groups[-1].append(piece)
         else:
             groups.append([piece])
-    return [build_at(group[0].place, ChatMessage, _joined(group)) for group in groups]
+    return [_message_of(group) for group in groups]
+
+
+def _message_of(group: Sequence[_Piece]) -> ChatMessage:
+    try:
+        return build(ChatMessage, _joined(group))
+    except InvalidRequest as exc:
+        raise with_body_names(exc, _places_of(group)) from None
+
+
+def _places_of(group: Sequence[_Piece]) -> dict[str, str]:
+    """Where the body has the fields of the message that these pieces make."""
+    message = ".".join(group[0].place.split(".")[:2])
+    content = message if message == "system" else f"{message}.content"
+    places = {"content": content, "reasoning_content": content, "tool_calls": content}
+    places["tool_call_id"] = f"{group[0].place}.tool_use_id"
+    calls = [piece.place for piece in group if piece.call is not None]
+    for number, place in enumerate(calls):
+        places |= {f"tool_calls.{number}": place, f"tool_calls.{number}.arguments": f"{place}.input"}
+    return places
 
 
 def _pieces_of(message: InputMessage, place: str) -> Iterable[_Piece]:

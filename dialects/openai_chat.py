@@ -10,6 +10,7 @@ from uuid import UUID
 from pydantic import Discriminator, Field, Tag
 
 from dialects.aliases import MAX_TOKENS
+from dialects.bodies import with_body_names
 from dialects.openai import (
     FINISH_REASONS,
     AskedTools,
@@ -155,6 +156,13 @@ class ChatCompletionBody(GenerationBody):
 
 def to_generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
     """`view` is that of the body's model. Raises InvalidRequest, also for tools that the model does not support."""
+    try:
+        return _generation_request(body, view)
+    except InvalidRequest as exc:
+        raise with_body_names(exc, spelling_of(body)) from None
+
+
+def _generation_request(body: ChatCompletionBody, view: ModelView) -> GenerationRequest:
     refuse_unused_stream_options(body)
     refuse_streamed_scores(body)
     _refuse_no_answer(body)

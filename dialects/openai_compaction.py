@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dialects.openai import build, take_effort
+from dialects.bodies import with_body_names
+from dialects.openai import build, spelling_of_params, take_effort
 from dialects.openai_response_items import ResponseInput, listed_items, messages_of
 from dialects.openai_response_objects import CompactionView, InputMessageView, response_usage_of
-from dialects.openai_response_requests import InputTokensBody
+from dialects.openai_response_requests import InputTokensBody, with_input_for_messages
 from dialects.openai_views import ResponseUsageView, View
 from domain.errors import InvalidRequest
 from domain.jobs import external_id
@@ -23,6 +24,10 @@ TASK = (
     "what was decided and done, all facts, names and values that matter, and what is still to be done. Write nothing "
     "but the summary."
 )
+
+
+#: The body's names for the fields of our requests.
+SPELLING = spelling_of_params(messages="input", reasoning_effort="reasoning.effort")
 
 
 class CompactBody(InputTokensBody):
@@ -54,7 +59,10 @@ def to_summary_request(body: CompactBody, view: ModelView, context: Sequence[Map
         "reasoning_effort": take_effort(effort, view, place="reasoning.effort"),
         "chat_template_kwargs": body.chat_template_kwargs,
     }
-    return build(GenerationRequest, request)
+    try:
+        return build(GenerationRequest, request)
+    except InvalidRequest as exc:
+        raise with_body_names(with_input_for_messages(exc), SPELLING) from None
 
 
 def _line_of(message: Mapping[str, Any]) -> str:

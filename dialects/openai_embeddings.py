@@ -101,6 +101,7 @@ def to_embedding_request(body: EmbeddingBody, view: ModelView) -> EmbeddingReque
     try:
         return build(EmbeddingRequest, fields)
     except InvalidRequest as exc:
+        exc.param = exc.param or "inputs"
         raise with_body_names(exc, spelling_of_embeddings(body)) from None
 
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
+from dialects.bodies import with_body_names
 from dialects.openai import MAX_PARTS, OpenAIModel, Unsupported, build_at, only, refuse
 from domain.errors import InvalidRequest
 from domain.requests import ChatMessage
@@ -78,7 +79,16 @@ def to_message(message: Message, number: int) -> ChatMessage:
         "tool_calls": calls or None,
         "tool_call_id": message.tool_call_id,
     }
-    return build_at(place, ChatMessage, fields)
+    try:
+        return build_at(place, ChatMessage, fields)
+    except InvalidRequest as exc:
+        raise with_body_names(exc, _places_of_calls(place, len(calls))) from None
+
+
+def _places_of_calls(place: str, num_calls: int) -> dict[str, str]:
+    ours = [f"tool_calls.{number}" for number in range(num_calls)]
+    names = [(f"{call}.{name}", f"{call}.function.{name}") for call in ours for name in ("name", "arguments")]
+    return dict(names) | {f"{place}.{name}": f"{place}.{body_name}" for name, body_name in names}
 
 
 def content_text(message: Message) -> str:

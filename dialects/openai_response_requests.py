@@ -168,10 +168,15 @@ def to_generation_request(
     try:
         return _generation_request(body, view, context)
     except InvalidRequest as exc:
-        if (exc.param or "").startswith("messages"):
-            # Items do not correspond to messages one to one, so an index of a message would be misleading.
-            exc.message, exc.param = exc.message.replace(str(exc.param), "input", 1), "input"
-        raise with_body_names(exc, spelling_of(body)) from None
+        raise with_body_names(with_input_for_messages(exc), spelling_of(body)) from None
+
+
+def with_input_for_messages(exc: InvalidRequest) -> InvalidRequest:
+    """The same error, which names the input as a whole: items do not correspond to messages one to one, so an index of
+    a message would be misleading."""
+    if (exc.param or "").startswith("messages"):
+        exc.message, exc.param = exc.message.replace(str(exc.param), "input", 1), "input"
+    return exc
 
 
 def _generation_request(body: ResponseBody, view: ModelView, context: Sequence[dict[str, Any]]) -> GenerationRequest:

@@ -179,6 +179,7 @@ def _request(body: ScoringBody, inputs: Sequence[str], spelling: dict[str, str])
     try:
         return build(EmbeddingRequest, fields)
     except InvalidRequest as exc:
+        exc.param = exc.param or "inputs"
         raise with_body_names(exc, spelling) from None
 
 

@@ -356,7 +356,9 @@ class EmbeddingRequest(Frozen):
     @model_validator(mode="after")
     def _bounded_in_total(self) -> Self:
         if self.num_chars > MAX_PROMPT_CHARS:
-            raise ValueError(f"inputs have {self.num_chars} characters, more than {MAX_PROMPT_CHARS}; send fewer")
+            raise ValueError(
+                f"inputs: {self.num_chars} characters in total, more than {MAX_PROMPT_CHARS}; send fewer or shorter"
+            )
         return self
 
     @property

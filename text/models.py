@@ -116,7 +116,7 @@ class ModelView:
             raise UnsupportedParameter(
                 f"the last message is the assistant's, but {self.spec.id} begins every answer by thinking, so none can "
                 "be begun for it; end with a message of the user",
-                param=f"messages.{len(before)}",
+                param="messages",
             )
         return self._render(before, request.tools, self._template_values(request), beginning=begun.content)
 

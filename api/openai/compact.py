@@ -10,8 +10,7 @@ from api.openai.running import Asked, start
 from api.openapi import request_body
 from api.services import caller_of, private_router
 from dialects.fields import HINT_TREE
-from dialects.openai import spelling_of_params
-from dialects.openai_compaction import CompactBody, CompactedView, compacted, to_summary_request
+from dialects.openai_compaction import SPELLING, CompactBody, CompactedView, compacted, to_summary_request
 from domain.jobs import Endpoint
 from storage import tenants
 from text.parsers import parser_of
@@ -32,7 +31,7 @@ async def compact(request: Request) -> Response:
     context, _ = await context_of_request(services, tenant_id, body)
     generation = await off_loop(request, to_summary_request, opened, view, context)
     key = await services.read(tenants.seal_key, tenant_id)
-    asked = Asked(endpoint=Endpoint.RESPONSES, has_stream=False, spelling=spelling_of_params(messages="input"))
+    asked = Asked(endpoint=Endpoint.RESPONSES, has_stream=False, spelling=SPELLING)
     run = await start(request, generation, asked)
     parser = parser_of(generation, view.output_format)
     return WholeAnswer([run], lambda records: compacted(records[0], body, parser, key))

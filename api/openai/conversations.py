@@ -1,6 +1,6 @@
 """/v1/conversations: conversations whose items are kept here, and continued by responses that name them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -8,6 +8,7 @@ from starlette.responses import Response
 from api.errors import json_response
 from api.inputs import PageQuery, QueryModel, listing, off_loop, query_parameters, read_model, read_query
 from api.openai.conversation_turns import find_as_it_is, find_conversation
+from api.openai.responses import opened_items
 from api.openapi import request_body
 from api.services import caller_of, private_router
 from dialects.openai_conversations import (
@@ -20,7 +21,7 @@ from dialects.openai_conversations import (
     conversation_view,
     whole_list,
 )
-from dialects.openai_response_items import listed_items
+from dialects.openai_response_items import InputItem, listed_items
 from dialects.openai_response_objects import InputItemListView, InputItemView
 from dialects.openai_response_requests import Includable
 from dialects.openai_views import page
@@ -54,11 +55,12 @@ async def create_conversation(request: Request) -> Response:
     """Begin a conversation, with up to 20 items."""
     services, tenant_id = caller_of(request)
     body = await read_model(request, NewConversationBody, CONVERSATION_HINTS)
+    items = await _items_to_keep(request, body.items or [])
     created = await services.write(
         conversations.create,
         tenant_id,
         metadata=body.metadata or {},
-        items=await off_loop(request, listed_items, new_id(), body.items or []),
+        items=items,
         ttl_seconds=services.settings.conversation_ttl_seconds,
         max_bytes=services.settings.max_conversation_bytes_per_tenant,
     )
@@ -115,12 +117,13 @@ async def add_items(conversation_id: str, request: Request) -> Response:
     services, tenant_id = caller_of(request)
     read_query(request, ItemQuery)
     body = await read_model(request, NewItemsBody, CONVERSATION_HINTS)
+    items = await _items_to_keep(request, body.items)
     record = await find_conversation(services, tenant_id, conversation_id)
     added = await services.write(
         conversations.add_items,
         record.conversation.id,
         tenant_id,
-        await off_loop(request, listed_items, new_id(), body.items),
+        items,
         ttl_seconds=services.settings.conversation_ttl_seconds,
         max_bytes=services.settings.max_conversation_bytes_per_tenant,
     )
@@ -170,6 +173,13 @@ async def delete_item(conversation_id: str, item_id: str, request: Request) -> R
     if changed is None:
         raise _no_item(item_id)
     return json_response(conversation_view(changed))
+
+
+async def _items_to_keep(request: Request, items: list[InputItem]) -> list[dict[str, Any]]:
+    """The items as they are stored, of which a prompt can be made. Raises InvalidRequest for a compaction that is not
+    ours."""
+    await opened_items(request, items, place="items")
+    return await off_loop(request, listed_items, new_id(), items)
 
 
 def _no_item(item_id: str) -> NotFound:

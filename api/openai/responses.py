@@ -30,7 +30,7 @@ from dialects.bodies import with_body_names
 from dialects.errors import refuse_unfinished
 from dialects.fields import HINT_TREE
 from dialects.openai_compaction import CompactBody
-from dialects.openai_response_items import CompactionItem, listed_items, with_summaries
+from dialects.openai_response_items import CompactionItem, InputItem, listed_items, with_summaries
 from dialects.openai_response_objects import InputItemListView, InputTokensView, ResponseView, ending_of
 from dialects.openai_response_requests import (
     ContextBody,
@@ -217,12 +217,19 @@ Body = TypeVar("Body", ResponseBody, CompactBody)
 
 async def with_opened_input(request: Request, body: Body) -> Body:
     """The body, whose input has messages in place of compactions. Raises InvalidRequest for one that is not ours."""
-    services, tenant_id = caller_of(request)
-    items = body.input
-    if items is None or isinstance(items, str) or not any(isinstance(item, CompactionItem) for item in items):
+    if body.input is None or isinstance(body.input, str):
         return body
+    return body.model_copy(update={"input": await opened_items(request, body.input, place="input")})
+
+
+async def opened_items(request: Request, items: list[InputItem], *, place: str) -> list[InputItem]:
+    """The items, with messages in place of compactions. `place` is their name in the body. Raises InvalidRequest for a
+    compaction that is not ours."""
+    services, tenant_id = caller_of(request)
+    if not any(isinstance(item, CompactionItem) for item in items):
+        return items
     key = await services.read(tenants.seal_key, tenant_id)
-    return body.model_copy(update={"input": await off_loop(request, with_summaries, items, key, place="input")})
+    return await off_loop(request, with_summaries, items, key, place=place)
 
 
 def _counted_as_response(counted: InputTokensBody) -> ResponseBody:

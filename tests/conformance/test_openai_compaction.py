@@ -1,6 +1,7 @@
 """Compaction with the unmodified SDK: what it gives goes on in place of the conversation, and nobody can make it up."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import openai
@@ -77,12 +78,19 @@ def test_what_was_not_sealed_here_is_refused(
         assert tenants.seal_key(session, other) == keys[1]
     assert opened(seal("a\0é", keys[0]), keys[0]) == "a\0é"
     good = seal("Hi", keys[0])
+    kept = client.conversations.create()
     for content in (seal("Hi", keys[1]), good[:-4], good + "AAAA", good[:12] + "AAAA" + good[16:], "gAAAAA", "", "é"):
         for item in ({"encrypted_content": content}, {}):
             asked: Any = [{"type": "compaction"} | item]
             with pytest.raises(openai.BadRequestError) as caught:
                 client.responses.create(model=MODEL, input=asked)
             assert caught.value.param == "input.0.encrypted_content"
+            for keep in (client.conversations.create, partial(client.conversations.items.create, kept.id)):
+                with pytest.raises(openai.BadRequestError, match="unchanged") as caught:
+                    keep(items=asked)
+                assert caught.value.param == "items.0.encrypted_content"
+    assert client.conversations.create(items=[{"type": "compaction", "encrypted_content": good}]).id
+    assert not list(client.conversations.items.list(kept.id))
     with pytest.raises(openai.BadRequestError, match="nothing to compact"):
         client.responses.compact(model=MODEL)
 
