@@ -66,7 +66,9 @@ def list_models(as_json: bool = False) -> None:
 @models.command("pull")
 @click.argument("source")
 @click.option("--name", help="Name to store it under.  [default: derived from the source]")
-@click.option("--task", type=click.Choice(["generation", "embedding"]), help="[default: determined from its files]")
+@click.option(
+    "--task", type=click.Choice(["generation", "embedding", "scoring"]), help="[default: determined from its files]"
+)
 @click.option(
     "--backend",
     type=click.Choice(["llama_cpp", "transformers"]),
@@ -193,7 +195,7 @@ def _gguf_backend(named: str | None, task: str | None) -> "GgufBackend":
     if named is not None:
         return named  # type: ignore[return-value]
     has_llama_cpp = is_installed("llama_cpp", settings_here().data_dir)
-    return "llama_cpp" if has_llama_cpp and task != "embedding" else "transformers"
+    return "llama_cpp" if has_llama_cpp and task in (None, "generation") else "transformers"
 
 
 @contextmanager

@@ -114,6 +114,7 @@ class EmbeddingJobBody(JobOptionFields, EmbeddingRequest):
         return EmbeddingRequest.model_construct(
             model=self.model,
             inputs=self.inputs,
+            queries=self.queries,
             dimensions=self.dimensions,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
         )

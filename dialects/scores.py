@@ -1,4 +1,6 @@
-"""Rerank and score: how similar texts are, by the vectors that an embedding job makes of them.
+"""Rerank and score: how well texts match, by an embedding job.
+
+A scoring model reads two texts together; of any other model, the vectors of the texts are compared.
 
 The bodies and answers of /v1/rerank are Cohere's, Jina's and vLLM's, those of /v1/score vLLM's.
 """
@@ -16,6 +18,7 @@ from dialects.aliases import Alias, Aliases
 from dialects.bodies import with_body_names
 from dialects.openai import CallerId, OpenAIModel, build, publish_default_model
 from dialects.openai_views import View
+from domain.catalog import ModelSpec
 from domain.errors import InvalidRequest
 from domain.jobs import external_id
 from domain.requests import MAX_INPUTS, MAX_PROMPT_CHARS, EmbeddingRequest, EmbeddingResult
@@ -109,19 +112,22 @@ class ScoreListView(View):
     usage: ScoringUsageView
 
 
-def to_rerank_request(body: RerankBody) -> EmbeddingRequest:
-    """The query and then the documents. Raises InvalidRequest."""
-    return _request(body, [_text_of(body.query), *map(_text_of, body.documents)], spelling_of_rerank(body))
+def to_rerank_request(body: RerankBody, spec: ModelSpec) -> EmbeddingRequest:
+    """Raises InvalidRequest."""
+    query, documents = _text_of(body.query), list(map(_text_of, body.documents))
+    return _request(body, [query], documents, spec, spelling_of_rerank(body, spec))
 
 
-def spelling_of_rerank(body: RerankBody) -> dict[str, str]:
+def spelling_of_rerank(body: RerankBody, spec: ModelSpec) -> dict[str, str]:
+    if spec.can_score:
+        places = {f"inputs.{number}": f"documents.{number}" for number in range(len(body.documents))}
+        return {"inputs": "documents", "queries": "query", "queries.0": "query"} | places
     places = {f"inputs.{number}": f"documents.{number - 1}" for number in range(1, len(body.documents) + 1)}
     return {"inputs": "documents", "inputs.0": "query"} | places
 
 
 def rerank_from_result(record: JobRecord, body: RerankBody) -> RerankView:
-    query, *documents = _vectors(record)
-    scores = [_similarity(query, document) for document in documents]
+    scores = _scores(record, 1)
     ranked = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[: body.top_n or None]
     results: list[RankedView] = [{"index": index, "relevance_score": scores[index]} for index in ranked]
     if body.return_documents is not False:
@@ -135,8 +141,8 @@ def rerank_from_result(record: JobRecord, body: RerankBody) -> RerankView:
     }
 
 
-def to_score_request(body: ScoreBody) -> EmbeddingRequest:
-    """The texts of the first list and then those of the second. Raises InvalidRequest."""
+def to_score_request(body: ScoreBody, spec: ModelSpec) -> EmbeddingRequest:
+    """Raises InvalidRequest."""
     first, second = _texts_of(body.text_1), _texts_of(body.text_2)
     for name, texts in (("text_1", first), ("text_2", second)):
         if not texts:
@@ -146,36 +152,37 @@ def to_score_request(body: ScoreBody) -> EmbeddingRequest:
             f"text_1 has {len(first)} texts and text_2 {len(second)}; send one text as text_1, or as many as in text_2",
             param="text_1",
         )
-    return _request(body, [*first, *second], spelling_of_score(body))
+    return _request(body, first, second, spec, spelling_of_score(body, spec))
 
 
-def spelling_of_score(body: ScoreBody) -> dict[str, str]:
-    spelling = {"inputs": "text_2"}
-    number = 0
-    for name, value in (("text_1", body.text_1), ("text_2", body.text_2)):
-        for place in range(len(_texts_of(value))):
-            spelling[f"inputs.{number}"] = name if isinstance(value, str) else f"{name}.{place}"
-            number += 1
-    return spelling
+def spelling_of_score(body: ScoreBody, spec: ModelSpec) -> dict[str, str]:
+    first, second = _places_of("text_1", body.text_1), _places_of("text_2", body.text_2)
+    queries, inputs = (first, second) if spec.can_score else ([], [*first, *second])
+    return (
+        {"inputs": "text_2", "queries": "text_1"}
+        | {f"queries.{number}": place for number, place in enumerate(queries)}
+        | {f"inputs.{number}": place for number, place in enumerate(inputs)}
+    )
 
 
 def scores_from_result(record: JobRecord, body: ScoreBody) -> ScoreListView:
-    vectors = _vectors(record)
-    num_first, num_second = len(_texts_of(body.text_1)), len(_texts_of(body.text_2))
-    first = vectors[:num_first] * (num_second if num_first == 1 else 1)
-    pairs = zip(first, vectors[num_first:], strict=True)
+    scores = _scores(record, len(_texts_of(body.text_1)))
     return {
         "id": external_id(record.job.id, "score"),
         "object": "list",
         "created": int(record.job.created_at.timestamp()),
         "model": record.job.model_name,
-        "data": [{"object": "score", "index": at, "score": _similarity(*pair)} for at, pair in enumerate(pairs)],
+        "data": [{"object": "score", "index": at, "score": score} for at, score in enumerate(scores)],
         "usage": _usage(record),
     }
 
 
-def _request(body: ScoringBody, inputs: Sequence[str], spelling: dict[str, str]) -> EmbeddingRequest:
-    fields = {"model": body.model, "inputs": inputs, "truncate_prompt_tokens": body.truncate_prompt_tokens}
+def _request(
+    body: ScoringBody, first: Sequence[str], second: Sequence[str], spec: ModelSpec, spelling: dict[str, str]
+) -> EmbeddingRequest:
+    """For a scoring model the pairs; for others all texts of the first list, and then those of the second."""
+    fields: dict[str, object] = {"model": body.model, "truncate_prompt_tokens": body.truncate_prompt_tokens}
+    fields |= {"queries": first, "inputs": second} if spec.can_score else {"inputs": [*first, *second]}
     try:
         return build(EmbeddingRequest, fields)
     except InvalidRequest as exc:
@@ -191,9 +198,20 @@ def _texts_of(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _vectors(record: JobRecord) -> "list[array[float]]":
+def _places_of(name: str, value: str | list[str]) -> list[str]:
+    return [name] if isinstance(value, str) else [f"{name}.{place}" for place in range(len(value))]
+
+
+def _scores(record: JobRecord, num_first: int) -> list[float]:
+    """Of each text of the second list, in order."""
     assert isinstance(record.result, EmbeddingResult)
-    return [array("f", base64.b64decode(vector)) for vector in record.result.embeddings]
+    assert isinstance(record.request, EmbeddingRequest)
+    vectors = [array("f", base64.b64decode(vector)) for vector in record.result.embeddings]
+    if record.request.queries is not None:
+        return [score for [score] in vectors]
+    second = vectors[num_first:]
+    first = vectors[:num_first] * (len(second) if num_first == 1 else 1)
+    return [_similarity(*pair) for pair in zip(first, second, strict=True)]
 
 
 def _similarity(one: "array[float]", other: "array[float]") -> float:

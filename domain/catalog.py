@@ -94,7 +94,14 @@ _LACKED_BY_TEXT = frozenset(
 _LACKED_BY_ALL = frozenset({"bad_token_ids", "bad_words", "prompt_logprobs", "structured_output"})
 
 
-Task = Literal["generation", "embedding"]
+Task = Literal["generation", "embedding", "scoring"]
+
+#: Which models serve requests without a model, best first; after them the default one.
+_MADE_FOR: dict[Task, tuple[Task, ...]] = {
+    "generation": (),
+    "embedding": ("embedding",),
+    "scoring": ("scoring", "embedding"),
+}
 
 
 class ModelEntry(Frozen):
@@ -107,7 +114,7 @@ class ModelEntry(Frozen):
     backend: Literal["transformers", "llama_cpp", "vllm", "remote", "fake"] = "transformers"
     python: str | None = Field(default=None, min_length=1)  # the engine's interpreter; default: see docs/engines.md
     autostart: bool = False  # whether `celeriac up` starts a worker for it
-    task: Task = "generation"  # embedding: an encoder, or a decoder made for vectors
+    task: Task = "generation"  # embedding: an encoder, or a decoder made for vectors; scoring: a cross-encoder
     max_model_len: int | None = Field(default=None, ge=16, le=10_000_000)  # prompt and output; default: its own
     max_num_seqs: int | None = Field(default=None, ge=1, le=1024)  # sequences in the running batch; default: by device
     max_num_batched_tokens: int | None = Field(default=None, ge=16)  # per step, prompts included; default: by device
@@ -150,7 +157,12 @@ class ModelEntry(Frozen):
     def can_embed(self) -> bool:
         """Whether the model can make embeddings. Generation models can, too, if their back end exposes hidden
         states."""
-        return self.backend in ("transformers", "fake")
+        return self.backend in ("transformers", "fake") and self.task != "scoring"
+
+    @property
+    def can_score(self) -> bool:
+        """Whether the model reads two texts together and says how well they match."""
+        return self.backend in ("transformers", "fake") and self.task == "scoring"
 
     @property
     def names(self) -> list[str]:
@@ -280,10 +292,10 @@ class Catalog:
         return self._content.default_id
 
     def default_id_for(self, task: Task) -> str:
-        """The id of the default model; for embeddings, of the first available model that is made for them, if any is,
-        since the default model may be able to embed as well."""
-        embedders = (entry.id for entry in self if entry.task == "embedding")
-        return next(embedders, self.default_id) if task == "embedding" else self.default_id
+        """The id of the default model; for embeddings and scores, of the first available model that is made for them,
+        if any is, since the default model may be able to embed as well."""
+        made_for = (entry.id for wanted in _MADE_FOR[task] for entry in self if entry.task == wanted)
+        return next(made_for, self.default_id)
 
     @property
     def ids(self) -> list[str]:

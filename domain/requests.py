@@ -334,6 +334,8 @@ _Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHA
 
 _TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=MAX_INPUT_TOKENS)]
 
+QueryText = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
+
 #: The tags keep the names of both branches out of error messages.
 EmbeddingInput = Annotated[
     Annotated[_Text, Tag("<text>")] | Annotated[_TokenIds, Tag("<token ids>")],
@@ -343,11 +345,18 @@ EmbeddingInput = Annotated[
 
 class EmbeddingRequest(Frozen):
     """One vector for each of `inputs`, which are texts or token ids. Only the first `dimensions` of each are
-    returned. An input of more than `truncate_prompt_tokens` is cut at its end; -1: to what the model takes."""
+    returned. An input of more than `truncate_prompt_tokens` is cut at its end; -1: to what the model takes.
+
+    A scoring model reads each input together with one of `queries`: the only one, or the one in the same place. Both
+    are texts. Its vectors have one number, the score.
+    """
 
     kind: Literal["embedding"] = "embedding"
     model: str = Field(min_length=1, max_length=256)
     inputs: tuple[EmbeddingInput, ...] = Field(min_length=1, max_length=MAX_INPUTS)
+    queries: Annotated[tuple[QueryText, ...], Field(min_length=1, max_length=MAX_INPUTS)] | None = Field(
+        default=None, exclude_if=_is_none
+    )
     dimensions: int | None = Field(default=None, ge=1, le=MAX_DIMENSIONS)
     truncate_prompt_tokens: Annotated[int | None, AfterValidator(_some_left)] = Field(
         default=None, ge=NO_BOUND, le=MAX_INPUT_TOKENS, exclude_if=_is_none
@@ -355,6 +364,11 @@ class EmbeddingRequest(Frozen):
 
     @model_validator(mode="after")
     def _bounded_in_total(self) -> Self:
+        if self.queries is not None and len(self.queries) not in (1, len(self.inputs)):
+            raise ValueError(
+                f"queries has {len(self.queries)} texts and inputs has {len(self.inputs)}; send one query, or as many "
+                "as inputs"
+            )
         if self.num_chars > MAX_PROMPT_CHARS:
             raise ValueError(
                 f"inputs: {self.num_chars} characters in total, more than {MAX_PROMPT_CHARS}; send fewer or shorter"
@@ -371,11 +385,16 @@ class EmbeddingRequest(Frozen):
 
     @property
     def num_chars(self) -> int:
-        return sum(len(text) for text in self.inputs if isinstance(text, str))
+        """Of all texts; a query counts for each input that it is read with."""
+        of_inputs = sum(len(text) for text in self.inputs if isinstance(text, str))
+        if self.queries is None:
+            return of_inputs
+        num_readings = len(self.inputs) if len(self.queries) == 1 else 1
+        return of_inputs + num_readings * sum(map(len, self.queries))
 
 
 class EmbeddingResult(Frozen):
-    """`embeddings` are unit vectors in the order of the inputs: little-endian float32 numbers in base64."""
+    """`embeddings` are unit vectors, or scores, in the order of the inputs: little-endian float32 numbers in base64."""
 
     kind: Literal["embedding"] = "embedding"
     embeddings: tuple[str, ...]

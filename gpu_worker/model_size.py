@@ -51,7 +51,7 @@ def _weight_bytes(folder: Path) -> int:
 
 def _cache_bytes(model: ModelSpec, config: Mapping[str, Any], number_bytes: int) -> int:
     """The keys and values of all tokens that may be cached; 0 if the configuration does not tell their sizes."""
-    if model.task == "embedding":
+    if model.task != "generation":
         return 0
     text = config.get("text_config") or config
     num_layers, num_heads = text.get("num_hidden_layers") or 0, text.get("num_attention_heads") or 1

@@ -46,9 +46,10 @@ class PreparedRequest:
 
 def refuse_ungenerable(view: ModelView) -> None:
     """Raises UnsupportedParameter for a model that cannot generate text."""
-    if view.spec.task == "embedding":
+    if view.spec.task != "generation":
         raise UnsupportedParameter(
-            f"{view.spec.id} is an embedding model; send inputs, or choose a model that generates text",
+            f"{view.spec.id} does not generate text, as its task is {view.spec.task!r}; send inputs, or choose a model "
+            "that generates text",
             param="model",
         )
 
@@ -213,7 +214,15 @@ def _refuse_unknown_tokens(params: SamplingParams, view: ModelView) -> None:
 
 def refuse_unembeddable(request: EmbeddingRequest, view: ModelView) -> None:
     """Checks that need no tokenizing. Raises UnsupportedParameter or InvalidRequest."""
-    if not view.spec.can_embed:
+    if request.queries is not None:
+        _refuse_unscorable(request, view)
+    elif view.spec.can_score:
+        raise UnsupportedParameter(
+            f"{view.spec.id} scores pairs of texts and has no vectors; send them to /v1/rerank or /v1/score, or add "
+            "queries",
+            param="model",
+        )
+    elif not view.spec.can_embed:
         raise UnsupportedParameter(
             f"{view.spec.id} cannot make embeddings, as its back end {view.spec.backend!r} does not expose hidden "
             "states; choose another model",
@@ -237,10 +246,30 @@ def refuse_unembeddable(request: EmbeddingRequest, view: ModelView) -> None:
         )
 
 
+def _refuse_unscorable(request: EmbeddingRequest, view: ModelView) -> None:
+    if not view.spec.can_score:
+        raise UnsupportedParameter(
+            f"queries are set, but {view.spec.id} does not score pairs, as its task is {view.spec.task!r}; leave them "
+            "out, or choose a model whose task is 'scoring'",
+            param="queries",
+        )
+    for place, value in enumerate(request.inputs):
+        if not isinstance(value, str):
+            raise InvalidRequest(
+                f"inputs.{place} is a list of token ids, but with queries it must be text; send text",
+                param=f"inputs.{place}",
+            )
+
+
 def encode_inputs(request: EmbeddingRequest, view: ModelView) -> list[list[int]]:
-    """The token ids of each input. Raises InvalidRequest or ContextLengthExceeded."""
+    """The token ids of each input, with its query if there is one. Raises InvalidRequest or ContextLengthExceeded."""
     max_tokens = _max_input_tokens(request, view)
-    inputs = [view.encode_input(value, place, max_tokens) for place, value in enumerate(request.inputs)]
+    if request.queries is None:
+        inputs = [view.encode_input(value, place, max_tokens) for place, value in enumerate(request.inputs)]
+    else:
+        queries = request.queries * (len(request.inputs) if len(request.queries) == 1 else 1)
+        pairs = zip(queries, request.inputs, strict=True)
+        inputs = [view.encode_pair(query, str(value), place, max_tokens) for place, (query, value) in enumerate(pairs)]
     _check_lengths([len(ids) for ids in inputs], view)
     return inputs
 

@@ -82,8 +82,10 @@ def read_adapters(entry: ModelEntry) -> dict[str, AdapterFiles]:
             f'adapters cannot be served by backend {entry.backend!r}; set backend = "transformers", or merge them into '
             "the model"
         )
-    if entry.task == "embedding":
-        raise ValueError("adapters cannot be served by an embedding model; remove them, or merge one into the model")
+    if entry.task != "generation":
+        raise ValueError(
+            f"adapters cannot be served by a model with task {entry.task!r}; remove them, or merge one into the model"
+        )
     return {name: _read(name, Path(path)) for name, path in entry.adapters.items()}
 
 

@@ -231,7 +231,7 @@ def own_length(entry: ModelEntry, folder: Path, config: Mapping[str, Any], token
     positions = _positions(config)
     bound = _whole(tokenizer_config, _TOKENIZER, "model_max_length", at_least=1)
     bound = None if bound is None or bound >= _NO_LENGTH else bound
-    if entry.task == "embedding":
+    if entry.task != "generation":
         file_name = "sentence_bert_config.json"
         chosen = _whole(read_json_file(folder / file_name), file_name, "max_seq_length", at_least=1)
         lengths = [length for length in (positions, chosen or bound) if length]
@@ -278,7 +278,11 @@ def _number(
     return float(value)
 
 
-_ARCHITECTURES_BY_TASK = {"generation": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "embedding": "MODEL_MAPPING_NAMES"}
+_ARCHITECTURES_BY_TASK = {
+    "generation": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "embedding": "MODEL_MAPPING_NAMES",
+    "scoring": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+}
 
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 

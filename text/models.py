@@ -201,11 +201,20 @@ class ModelView:
             token_ids = self._cut(token_ids, self._encoder.encode(value, add_special_tokens=False), max_tokens)
         return self._in_vocabulary(token_ids, f"inputs.{place}")
 
+    def encode_pair(self, query: str, value: str, place: int, max_tokens: int | None = None) -> list[int]:
+        """The token ids of a query and an input that a scoring model reads together. What is more than `max_tokens` is
+        cut from the end of the input."""
+        token_ids = self._encoder.encode_pair(query, value)
+        if max_tokens is not None and len(token_ids) > max_tokens:
+            token_ids = self._cut(token_ids, self._encoder.encode(value, add_special_tokens=False), max_tokens)
+        return self._in_vocabulary(token_ids, f"inputs.{place}")
+
     @staticmethod
     def _cut(token_ids: list[int], text_ids: list[int], max_tokens: int) -> list[int]:
-        """Cut the text, and keep the special tokens around it, as far as there is room."""
+        """Cut the text, and keep what is around it, as far as there is room. The text comes last but for special
+        tokens."""
         num_special = len(token_ids) - len(text_ids)
-        starts = range(num_special + 1)
+        starts = range(num_special, -1, -1)
         start = next((at for at in starts if token_ids[at : at + len(text_ids)] == text_ids), 0)
         kept = text_ids[: max(0, max_tokens - num_special)]
         return [*token_ids[:start], *kept, *token_ids[start + len(text_ids) :]][:max_tokens]
@@ -407,6 +416,9 @@ def _load_view(entry: ModelEntry) -> ModelView:
         # Must be taken before the encoder adds its separator token.
         eos_ids = eos_token_ids(generation_config, config)
         vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids, tokenizer.to_str().encode())
+    if entry.task == "scoring":
+        # The engine finds the query's end by the separator, which texts therefore must not contain.
+        tokenizer.encode_special_tokens = True
     templates = load_templates(entry, folder, tokenizer_config, special_tokens)
     return ModelView(
         complete(entry),
@@ -416,7 +428,7 @@ def _load_view(entry: ModelEntry) -> ModelView:
         defaults=generation_defaults(generation_config).without(entry.lacking_params),
         vocab_size=vocab_size,
         vocabulary=vocabulary,
-        embedding_width=embedding_width(config),
+        embedding_width=1 if entry.task == "scoring" else embedding_width(config),
         marks=None if entry.special_tokens_in_content else content_marks(tokenizer, templates.text),
     )
 
@@ -434,5 +446,5 @@ def _fake_view(entry: ModelEntry) -> ModelView:
         chat_template=TemplateChoice(entry, {DEFAULT: _fake_template()}),
         defaults=GenerationDefaults(),
         vocab_size=ByteEncoder.vocab_size,
-        embedding_width=FAKE_EMBEDDING_WIDTH,
+        embedding_width=1 if entry.task == "scoring" else FAKE_EMBEDDING_WIDTH,
     )

@@ -168,6 +168,10 @@ class Encoder(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Encode two texts that a model reads together, with the special tokens around and between them."""
+        ...
+
     def encode_rendered(self, rendered: Rendered) -> list[int]:
         """Encode without tokens across the cuts, and without adding special tokens, which the chat template has
         written."""
@@ -191,6 +195,10 @@ class TokenizerEncoder:
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode_batch_fast([(first, second)], add_special_tokens=True)[0].ids
+        return ids
+
     def encode_rendered(self, rendered: Rendered) -> list[int]:
         ids = self.encode(_SEPARATOR.join(rendered.stretches), add_special_tokens=False)
         return [token_id for token_id in ids if token_id != self._separator_id] if rendered.cuts else ids
@@ -210,6 +218,9 @@ class ByteEncoder:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(text.encode())
+
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        return [*first.encode(), self.vocab_size - 1, *second.encode(), self.vocab_size - 1]
 
     def encode_rendered(self, rendered: Rendered) -> list[int]:
         return list(rendered.text.encode())

@@ -26,10 +26,10 @@ from celeriac.store.files import (
 )
 from celeriac.store.gguf import convert, describe, refuse_without_packages
 from celeriac.store.sources import Source, refuse_full_disk
-from domain.catalog import ENTRY_FILE, ModelEntry
+from domain.catalog import ENTRY_FILE, ModelEntry, Task
 from domain.jobs import Frozen
 from local.lock import FileLock
-from text.model_files import POOLING_FILES
+from text.model_files import POOLING_FILES, read_json_file
 from text.models import load_model_view
 
 MANIFEST = "manifest.json"
@@ -38,7 +38,6 @@ LOCK_LOOK_SECONDS = 0.5
 #: Size of converted bfloat16 weights as a multiple of their GGUF file: 16 bits per weight instead of 4 or a bit more.
 CONVERTED_RATIO = 4
 
-Task = Literal["generation", "embedding"]
 GgufBackend = Literal["llama_cpp", "transformers"]
 
 
@@ -274,7 +273,9 @@ def _stored_files(folder: Path) -> list[StoredFile]:
 
 def _entry_of(wanted: Wanted, folder: Path, backend: GgufBackend) -> ModelEntry:
     is_pooled = any((folder / name).is_file() for name in POOLING_FILES)
-    task: Task = wanted.task or ("embedding" if is_pooled else "generation")
+    architectures = read_json_file(folder / "config.json").get("architectures") or [""]
+    is_scorer = str(architectures[0]).endswith("ForSequenceClassification")
+    task: Task = wanted.task or ("scoring" if is_scorer else "embedding" if is_pooled else "generation")
     return ModelEntry(id=wanted.name, path=str(folder), task=task, backend=backend)
 
 
@@ -285,7 +286,7 @@ def _entry_text(entry: ModelEntry) -> str:
         f'id = "{entry.id}"',
         'path = "."',
         *(['backend = "llama_cpp"'] if entry.backend == "llama_cpp" else []),
-        *(['task = "embedding"'] if entry.task == "embedding" else []),
+        *([f'task = "{entry.task}"'] if entry.task != "generation" else []),
     ]
     return "\n".join(lines) + "\n"
 

@@ -24,6 +24,9 @@ MAX_OUTPUT_BYTES = 2**24  # per step, though at least one job's output: the size
 #: From the token ids of each input to float32 (num_inputs, width), in the same order; vectors may have any length.
 Embed = Callable[[Sequence[Sequence[int]]], NDArray[np.float32]]
 
+#: From one vector and the number of dimensions that were asked for to the bytes of the result.
+Encode = Callable[[NDArray[np.float32], int | None], bytes]
+
 
 @dataclass(slots=True, eq=False)
 class QueuedEmbedding:
@@ -45,9 +48,11 @@ class EmbeddingQueue:
         vocab_size: int,
         max_input_tokens: int,
         max_step_tokens: int,
+        encode: Encode,
         fatal: tuple[type[BaseException], ...] = (),
     ) -> None:
         self._embed = embed
+        self._encode = encode
         self._vocab_size = vocab_size
         self._max_input_tokens = max_input_tokens
         self._max_step_tokens = max_step_tokens
@@ -132,7 +137,9 @@ class EmbeddingQueue:
             return []
         try:
             vectors = self._embed([token_ids for _, token_ids in planned])
-            encoded = [_encode(row, job.command.dimensions) for (job, _), row in zip(planned, vectors, strict=True)]
+            encoded = [
+                self._encode(row, job.command.dimensions) for (job, _), row in zip(planned, vectors, strict=True)
+            ]
         except self._fatal:
             raise
         except Exception as exc:
@@ -170,7 +177,7 @@ class EmbeddingQueue:
         return outputs
 
 
-def _encode(vector: NDArray[np.float32], dimensions: int | None) -> bytes:
+def encode_vector(vector: NDArray[np.float32], dimensions: int | None) -> bytes:
     """The first `dimensions` numbers, scaled to unit length, as little-endian float32. Raises ValueError if they are
     all zero or not finite."""
     front = vector[:dimensions].astype(np.float64)
@@ -178,3 +185,11 @@ def _encode(vector: NDArray[np.float32], dimensions: int | None) -> bytes:
     if not np.isfinite(length) or length == 0.0:
         raise ValueError("the model's vector is zero or not finite")
     return (front / length).astype("<f4").tobytes()
+
+
+def encode_score(vector: NDArray[np.float32], dimensions: int | None) -> bytes:
+    """The single number, as little-endian float32. Raises ValueError if it is not finite."""
+    del dimensions  # there is only one
+    if not np.isfinite(vector).all():
+        raise ValueError("the model's score is not finite")
+    return vector.astype("<f4").tobytes()

@@ -11,11 +11,18 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
-from domain.catalog import ModelSpec
+from domain.catalog import ModelSpec, Task
 from gpu_worker.engine import load_progress
 from gpu_worker.engine.detokenizer import with_visible_reasoning
 from gpu_worker.engine.host_cpus import num_usable_cpus
@@ -74,6 +81,13 @@ def store_weights_by_column(model: Any) -> None:
         module.weight = torch.nn.Parameter(module.weight.t().contiguous().t(), requires_grad=False)
 
 
+_CLASS_BY_TASK: dict[Task, Any] = {
+    "generation": AutoModelForCausalLM,
+    "embedding": AutoModel,
+    "scoring": AutoModelForSequenceClassification,
+}
+
+
 def load_model(spec: ModelSpec, device: torch.device) -> Any:
     """The model in evaluation mode on its device. Raises ValueError if its files or its entry in models.toml are not
     usable."""
@@ -82,7 +96,7 @@ def load_model(spec: ModelSpec, device: torch.device) -> Any:
     transformers_logging.set_tqdm_hook(_watched_bar)
     config = _load_config(spec)
     log.info("loading model", extra={"model": spec.id, "path": spec.path, "architecture": config.architectures})
-    model_class = AutoModel if spec.task == "embedding" else AutoModelForCausalLM
+    model_class = _CLASS_BY_TASK[spec.task]
     model, told = model_class.from_pretrained(
         spec.path,
         config=config,

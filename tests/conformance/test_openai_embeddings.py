@@ -82,7 +82,7 @@ def test_every_form_of_input_gives_the_vectors_of_transformers(embedding: Served
     )
     assert embedding.client.get(f"/jobs/{raw.headers['x-job-id']}", cast_to=httpx.Response).status_code == 200
     if folder.name != "celeriac-mini":
-        with pytest.raises(openai.BadRequestError, match="is an embedding model") as refused:
+        with pytest.raises(openai.BadRequestError, match="does not generate text") as refused:
             embedding.client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hi"}])
         assert refused.value.param == "model"
 

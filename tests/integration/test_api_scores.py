@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from domain.catalog import Catalog
 from domain.jobs import parse_id
 from gpu_worker import intake
-from gpu_worker.engine.fake_tokens import fake_vector
+from gpu_worker.engine.fake_tokens import END_TOKEN_ID, fake_vector
 from tests.integration.api_harness import CONTEXT, MODEL, ApiServer
 from tests.integration.runner_harness import MODEL as RUN_MODEL
 from tests.integration.runner_harness import Rig
@@ -95,6 +96,30 @@ def test_a_long_input_is_cut_where_that_is_asked_for(scoring: httpx.Client) -> N
     assert ask(scoring, "/score", text_1=long, text_2="abcd", truncate_prompt_tokens=4)["data"][0]["score"] > 0.999
     chat = ask(scoring, "/v1/embeddings", messages=[{"role": "user", "content": "Hi"}])
     assert len(chat["data"]) == 1
+
+
+def test_a_scoring_model_reads_both_texts_of_a_pair(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And refuses to do anything else."""
+    monkeypatch.setattr(intake, "POLL_SECONDS", 0.01)
+    entry = f'[[models]]\nid = "{RUN_MODEL}"\npath = "none"\nbackend = "fake"\ntask = "scoring"\nmax_model_len = 64\n'
+    rig.settings.models_file.write_text(entry)
+
+    def expected(query: str, text: str) -> float:
+        return float(np.float32(fake_vector([*query.encode(), END_TOKEN_ID, *text.encode(), END_TOKEN_ID])[0]))
+
+    with ApiServer(rig.settings, Catalog.load(rig.settings.models_file)) as server, server.client() as client:
+        rig.start()
+        answer = ask(client, "/v1/rerank", query="fox", documents=DOCUMENTS)
+        scores = {result["index"]: result["relevance_score"] for result in answer["results"]}
+        assert scores == {index: expected("fox", text) for index, text in enumerate(DOCUMENTS)}
+        assert list(scores.values()) == sorted(scores.values(), reverse=True)
+        answer = ask(client, "/v1/score", text_1=["a", "b"], text_2=["c", "d"])
+        assert [one["score"] for one in answer["data"]] == [expected("a", "c"), expected("b", "d")]
+        job = client.post("/v1/jobs", json={"queries": ["q"], "inputs": ["a"]}, headers={"prefer": "wait=20"}).json()
+        assert (job["status"], job["output"]["dimensions"]) == ("completed", 1)
+        for path, body in (("/v1/embeddings", {"input": "a"}), ("/v1/completions", {"prompt": "a"})):
+            refused = client.post(path, json=body | {"model": RUN_MODEL})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model"), refused.text
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v1/score"])

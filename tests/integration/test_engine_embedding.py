@@ -24,7 +24,7 @@ from transformers import (
 from gpu_worker.engine.backends import StepMember
 from gpu_worker.engine.backends.encoder import EncoderBackend, make_embedding_queue, read_pooling
 from gpu_worker.engine.backends.transformers import TransformersBackend
-from gpu_worker.engine.embedding_queue import EmbeddingQueue
+from gpu_worker.engine.embedding_queue import EmbeddingQueue, encode_vector
 from gpu_worker.engine_process.frames import EmbeddingOutput, EmbedJob, EngineStats, StepDone
 from tests.engine_driver import CPU, VOCAB_SIZE, make_add, make_spec, tiny_model
 from tests.engine_parts import TOKENIZER
@@ -163,7 +163,8 @@ def first_numbers(inputs: Sequence[Sequence[int]]) -> Any:
 
 
 def make_queue(**fields: Any) -> EmbeddingQueue:
-    return EmbeddingQueue(first_numbers, **{"vocab_size": 100, "max_input_tokens": 10, "max_step_tokens": 12} | fields)
+    bounds = {"vocab_size": 100, "max_input_tokens": 10, "max_step_tokens": 12}
+    return EmbeddingQueue(first_numbers, **{"encode": encode_vector} | bounds | fields)
 
 
 def step_queue(

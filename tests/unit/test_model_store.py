@@ -19,7 +19,7 @@ from celeriac.store.files import ModelRefused, RemoteFile, choose, refuse_broken
 from celeriac.store.known import known_models
 from celeriac.store.sources import BucketSource, FolderSource, HubSource, JoinedSource, PackageSource, parse_source
 from celeriac.store.store import ModelStore, Wanted, name_of
-from domain.catalog import Catalog
+from domain.catalog import ENTRY_FILE, Catalog
 from domain.errors import ModelNotFound
 from local.lock import FileLock
 from settings import Settings, get_settings
@@ -86,6 +86,22 @@ def test_a_pulled_folder_has_a_manifest_with_the_hash_of_each_file(store: ModelS
     assert heard.num_bytes == manifest.num_bytes
     assert manifest.source == str(published)
     assert store.problems("tiny", heard) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "generation"),
+        ({"model_type": "bert", "architectures": ["BertForSequenceClassification"]}, "scoring"),
+        ({"architectures": None}, "generation"),
+    ],
+)
+def test_a_models_task_is_that_of_its_architecture(
+    store: ModelStore, tmp_path: Path, config: dict[str, object], task: str
+) -> None:
+    pull(store, write_published(tmp_path / "published", **config))
+    [entry] = Catalog.load(store.path("tiny") / ENTRY_FILE)
+    assert entry.task == task
 
 
 @pytest.mark.parametrize(

@@ -23,16 +23,17 @@ from dialects.scores import (
     to_score_request,
 )
 from domain.catalog import ModelEntry
-from domain.errors import InvalidRequest
+from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.jobs import Usage
 from domain.requests import EmbeddingRequest, EmbeddingResult, encode_vector
 from gpu_worker.engine.fake_tokens import fake_vector
-from tasks.prepare import encode_inputs
+from tasks.prepare import encode_inputs, refuse_unfit, refuse_ungenerable
 from tests.tokenizers_of_all_kinds import sentencepiece_tokenizer
-from text.models import load_model_view
+from text.models import ModelView, load_model_view
 from text.tokenizers import TokenizerEncoder
 
 VIEW = load_model_view(ModelEntry(id="fake", path="none", backend="fake", max_model_len=64))
+SCORER = load_model_view(ModelEntry(id="fake", path="none", backend="fake", max_model_len=64, task="scoring"))
 
 DOCUMENTS = ["the moon", "a fox", "tales", "rain", "the moon"]
 
@@ -51,25 +52,26 @@ def record_of(request: EmbeddingRequest) -> Any:
     vectors = tuple(encode_vector(struct.pack("<8f", *unit_vector(text))) for text in texts)
     usage = Usage(prompt_tokens=sum(map(len, texts)))
     job = SimpleNamespace(id=UUID(int=7), model_name="fake", created_at=datetime(2026, 1, 1, tzinfo=UTC))
-    return SimpleNamespace(job=job, result=EmbeddingResult(embeddings=vectors, dimensions=8, usage=usage))
+    result = EmbeddingResult(embeddings=vectors, dimensions=8, usage=usage)
+    return SimpleNamespace(job=job, request=request, result=result)
 
 
 def rerank(**fields: Any) -> Any:
     content = json.dumps({"query": "fox", "documents": DOCUMENTS} | fields).encode()
     body = parse_model(content, RerankBody, None, default_model="fake")
-    return rerank_from_result(record_of(to_rerank_request(body)), body)
+    return rerank_from_result(record_of(to_rerank_request(body, VIEW.spec)), body)
 
 
 def score(**fields: Any) -> Any:
     body = parse_model(json.dumps(fields).encode(), ScoreBody, None, default_model="fake")
-    return scores_from_result(record_of(to_score_request(body)), body)
+    return scores_from_result(record_of(to_score_request(body, VIEW.spec)), body)
 
 
-def asked(model: type[Any], fields: dict[str, Any]) -> EmbeddingRequest:
+def asked(model: type[Any], fields: dict[str, Any], view: ModelView = VIEW) -> EmbeddingRequest:
     body: Any = parse_model(json.dumps(fields).encode(), model, None, default_model="fake")
     if model is EmbeddingBody:
-        return to_embedding_request(body, VIEW)
-    return to_rerank_request(body) if model is RerankBody else to_score_request(body)
+        return to_embedding_request(body, view)
+    return to_rerank_request(body, view.spec) if model is RerankBody else to_score_request(body, view.spec)
 
 
 def test_documents_come_back_in_the_order_of_their_relevance() -> None:
@@ -168,9 +170,73 @@ def test_what_cannot_be_scored_is_refused_by_name(model: Any, fields: dict[str, 
 
 def test_a_place_among_the_inputs_has_its_name_in_the_body() -> None:
     body = RerankBody.model_validate({"model": "m", "query": "a", "documents": ["b", "c"]})
-    assert spelling_of_rerank(body)["inputs.2"] == "documents.1"
+    assert spelling_of_rerank(body, VIEW.spec)["inputs.2"] == "documents.1"
+    assert spelling_of_rerank(body, SCORER.spec)["inputs.1"] == "documents.1"
     pairs = ScoreBody.model_validate({"model": "m", "text_1": "a", "text_2": ["b", "c"]})
-    assert [spelling_of_score(pairs)[f"inputs.{number}"] for number in range(3)] == ["text_1", "text_2.0", "text_2.1"]
+    spelling = spelling_of_score(pairs, VIEW.spec)
+    assert [spelling[f"inputs.{number}"] for number in range(3)] == ["text_1", "text_2.0", "text_2.1"]
+    spelling = spelling_of_score(pairs, SCORER.spec)
+    assert [spelling["queries.0"], spelling["inputs.0"], spelling["inputs.1"]] == ["text_1", "text_2.0", "text_2.1"]
+
+
+# A scoring model, which reads the two texts of a pair together
+
+
+def scored(request: EmbeddingRequest) -> Any:
+    """A record in which each pair's score is its number of tokens, negated."""
+    lengths = [len(ids) for ids in encode_inputs(request, SCORER)]
+    job = SimpleNamespace(id=UUID(int=7), model_name="fake", created_at=datetime(2026, 1, 1, tzinfo=UTC))
+    numbers = tuple(encode_vector(struct.pack("<f", -length)) for length in lengths)
+    result = EmbeddingResult(embeddings=numbers, dimensions=1, usage=Usage(prompt_tokens=sum(lengths)))
+    return SimpleNamespace(job=job, request=request, result=result)
+
+
+def test_a_scoring_model_reads_the_query_with_each_document() -> None:
+    body = parse_model(b'{"query": "fox", "documents": ["the moon", "a"]}', RerankBody, None, default_model="fake")
+    request = to_rerank_request(body, SCORER.spec)
+    assert (request.queries, request.inputs, request.num_chars) == (("fox",), ("the moon", "a"), 2 * 3 + 9)
+    end = SCORER.vocab_size - 1
+    assert encode_inputs(request, SCORER) == [[*b"fox", end, *b"the moon", end], [*b"fox", end, *b"a", end]]
+    answer = rerank_from_result(scored(request), body)
+    assert [(result["index"], result["relevance_score"]) for result in answer["results"]] == [(1, -6.0), (0, -13.0)]
+
+
+def test_pairs_are_scored_in_their_order() -> None:
+    body: Any = parse_model(b'{"text_1": ["a", "b"], "text_2": ["cc", "d"]}', ScoreBody, None, default_model="fake")
+    request = to_score_request(body, SCORER.spec)
+    assert (request.queries, request.inputs) == (("a", "b"), ("cc", "d"))
+    assert [view["score"] for view in scores_from_result(scored(request), body)["data"]] == [-5.0, -4.0]
+
+
+def test_a_cut_takes_from_the_document_and_leaves_the_query() -> None:
+    request = EmbeddingRequest(model="fake", queries=("fox",), inputs=("fox and fox",), truncate_prompt_tokens=9)
+    end = SCORER.vocab_size - 1
+    assert encode_inputs(request, SCORER) == [[*b"fox", end, *b"fox ", end]]
+
+
+@pytest.mark.parametrize(
+    ("view", "fields", "error", "param"),
+    [
+        (SCORER, {"inputs": ["a"]}, UnsupportedParameter, "model"),
+        (VIEW, {"inputs": ["a"], "queries": ["b"]}, UnsupportedParameter, "queries"),
+        (SCORER, {"inputs": ["a", [1, 2]], "queries": ["b"]}, InvalidRequest, "inputs.1"),
+    ],
+)
+def test_queries_are_for_scoring_models_only(view: Any, fields: Any, error: Any, param: str) -> None:
+    with pytest.raises(error) as refused:
+        refuse_unfit(EmbeddingRequest(model="fake", **fields), view)
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize("num_queries", [2, 4])
+def test_there_is_one_query_or_one_for_each_input(num_queries: int) -> None:
+    with pytest.raises(ValueError, match=f"queries has {num_queries} texts and inputs has 3"):
+        EmbeddingRequest(model="fake", inputs=("a", "b", "c"), queries=("q",) * num_queries)
+
+
+def test_a_scoring_model_generates_nothing() -> None:
+    with pytest.raises(UnsupportedParameter, match="task is 'scoring'"):
+        refuse_ungenerable(SCORER)
 
 
 def test_the_special_tokens_around_a_cut_text_stay() -> None:

@@ -85,6 +85,6 @@ CLASS_BY_BACKEND: dict[str, tuple[str, str]] = {
 
 def import_backend(spec: ModelSpec) -> type[Backend]:
     """Import the class that `spec.backend` names. Raises KeyError for a name that is not registered."""
-    is_encoder = spec.task == "embedding" and spec.backend == "transformers"
+    is_encoder = spec.task != "generation" and spec.backend == "transformers"
     module_name, class_name = CLASS_BY_BACKEND["encoder" if is_encoder else spec.backend]
     return cast(type[Backend], getattr(import_module(module_name), class_name))

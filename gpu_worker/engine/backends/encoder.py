@@ -1,11 +1,13 @@
-"""The back end for embedding models: pools the last hidden states of each input as the model's files specify.
+"""The back end for embedding and scoring models.
 
-It serves encoders (BERT and its family) and decoders that were trained for embeddings. PackedEmbedder shares a model
-with the paged runner and uses its attention without a cache. PaddedEmbedder is for models that keep their own
-attention, which most encoders do.
+An embedding model's last hidden states are pooled for each input as the model's files specify. It serves encoders (BERT
+and its family) and decoders that were trained for embeddings. PackedEmbedder shares a model with the paged runner and
+uses its attention without a cache. PaddedEmbedder is for models that keep their own attention, which most encoders do.
+A scoring model, or cross-encoder, has one output for a query and an input together.
 """
 
 import json
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +22,18 @@ from domain.errors import UnsupportedParameter
 from gpu_worker.engine.backends import LoadedModel, RecordStep
 from gpu_worker.engine.cpu.attention import ATTENTION_NAME, AttentionContext, BlockCache, PrefillSpan, group_by_length
 from gpu_worker.engine.cuda.attention import ATTENTION_NAME as DEVICE_ATTENTION_NAME
-from gpu_worker.engine.embedding_queue import Embed, EmbeddingQueue
+from gpu_worker.engine.embedding_queue import Embed, EmbeddingQueue, encode_score, encode_vector
 from gpu_worker.engine.families import FAMILIES, Family
-from gpu_worker.engine.loading import check_length, choose_device, load_model, set_threads, vocab_size
+from gpu_worker.engine.loading import (
+    check_length,
+    choose_device,
+    load_model,
+    load_tokenizer,
+    set_threads,
+    vocab_size,
+)
 from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, StepDone
-from text.model_files import model_folder
+from text.model_files import model_folder, read_json_file
 
 Pooling = Literal["mean", "cls", "last"]
 
@@ -54,6 +63,21 @@ def make_embedding_queue(spec: ModelSpec, model: Any, device: torch.device) -> E
         vocab_size=vocab_size(model),
         max_input_tokens=spec.max_model_len,
         max_step_tokens=spec.max_num_batched_tokens,
+        encode=encode_vector,
+        fatal=(torch.AcceleratorError,),
+    )
+
+
+def make_scoring_queue(spec: ModelSpec, model: Any, device: torch.device) -> EmbeddingQueue:
+    """A queue for the model's scoring jobs. Raises ValueError if the model does not give one score."""
+    if model.config.num_labels != 1:
+        raise ValueError(f"model {spec.id!r} has {model.config.num_labels} outputs; a model that scores pairs has one")
+    return EmbeddingQueue(
+        PairScorer(spec, model, device),
+        vocab_size=model.get_input_embeddings().weight.shape[0],
+        max_input_tokens=spec.max_model_len,
+        max_step_tokens=spec.max_num_batched_tokens,
+        encode=encode_score,
         fatal=(torch.AcceleratorError,),
     )
 
@@ -130,24 +154,78 @@ class PaddedEmbedder:
 
     @torch.inference_mode()
     def __call__(self, inputs: Rows[Rows[int]]) -> NDArray[np.float32]:
-        order = sorted(range(len(inputs)), key=lambda place: len(inputs[place]), reverse=True)
-        vectors: dict[int, Tensor] = {}
-        for start, stop in group_by_length([len(inputs[place]) for place in order]):
-            for first in range(start, stop, self._max_group):
-                places = order[first : min(first + self._max_group, stop)]
-                vectors |= zip(places, self._embed([inputs[place] for place in places]), strict=True)
-        return _stack([vectors[place] for place in range(len(inputs))])
+        return _stack(in_groups(inputs, self._embed, max_group=self._max_group))
 
     def _embed(self, inputs: Rows[Rows[int]]) -> list[Tensor]:
-        longest = max(map(len, inputs))
-        rows = [[*ids, *[self._padding] * (longest - len(ids))] for ids in inputs]
-        lengths = torch.tensor([len(ids) for ids in inputs], device=self._device)
-        mask = torch.arange(longest, device=self._device) < lengths[:, None]
-        output = self._base_model(
-            input_ids=torch.tensor(rows, device=self._device), attention_mask=mask.to(torch.int64)
-        )
+        output = self._base_model(**padded(inputs, self._padding, self._device))
         states = output.last_hidden_state
         return [pool(states[row, : len(ids)], self._pooling) for row, ids in enumerate(inputs)]
+
+
+class PairScorer:
+    """Scores pairs of similar length side by side, padded on the right, as sentence-transformers' CrossEncoder does."""
+
+    def __init__(self, spec: ModelSpec, model: Any, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self._padding = model.config.pad_token_id
+        self._max_group = 1 if self._padding is None else spec.max_num_seqs
+        self._separator_id = separator_id(spec, model)
+        self._is_sigmoid = read_is_sigmoid(spec)
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Rows[Rows[int]]) -> NDArray[np.float32]:
+        return _stack(in_groups(inputs, self._score, max_group=self._max_group))
+
+    def _score(self, inputs: Rows[Rows[int]]) -> list[Tensor]:
+        arguments = padded(inputs, self._padding or 0, self._device)
+        if self._separator_id is not None:
+            is_separator = (arguments["input_ids"] == self._separator_id).to(torch.int64)
+            num_before = is_separator.cumsum(1) - is_separator
+            arguments["token_type_ids"] = (num_before > 0).to(torch.int64) * arguments["attention_mask"]
+        logits = self._model(**arguments).logits.float()
+        return list(logits.sigmoid() if self._is_sigmoid else logits)
+
+
+def separator_id(spec: ModelSpec, model: Any) -> int | None:
+    """The token that ends a query, if the model tells the two texts of a pair by token types."""
+    if (getattr(model.config, "type_vocab_size", None) or 0) < 2:
+        return None
+    pair = load_tokenizer(spec).encode("a", "b")
+    num_first = pair.type_ids.count(0)
+    return None if num_first == len(pair.ids) else int(pair.ids[num_first - 1])
+
+
+def read_is_sigmoid(spec: ModelSpec) -> bool:
+    """Whether scores go through a sigmoid, which is sentence-transformers' default. Raises ValueError."""
+    config = read_json_file(model_folder(spec) / "config.json")
+    chosen = (config.get("sentence_transformers") or {}).get("activation_fn")
+    name = str(chosen or config.get("sbert_ce_default_activation_function") or "Sigmoid").rpartition(".")[2]
+    if name not in ("Sigmoid", "Identity"):
+        raise ValueError(f"model {spec.id!r} has activation {name!r}; supported are Sigmoid and Identity")
+    return name == "Sigmoid"
+
+
+def in_groups(
+    inputs: Rows[Rows[int]], run: Callable[[Rows[Rows[int]]], list[Tensor]], *, max_group: int
+) -> list[Tensor]:
+    """What `run` makes of groups of inputs of similar length, in the order of the inputs."""
+    order = sorted(range(len(inputs)), key=lambda place: len(inputs[place]), reverse=True)
+    results: dict[int, Tensor] = {}
+    for start, stop in group_by_length([len(inputs[place]) for place in order]):
+        for first in range(start, stop, max_group):
+            places = order[first : min(first + max_group, stop)]
+            results |= zip(places, run([inputs[place] for place in places]), strict=True)
+    return [results[place] for place in range(len(inputs))]
+
+
+def padded(inputs: Rows[Rows[int]], padding: int, device: torch.device) -> dict[str, Tensor]:
+    """The arguments of a model for inputs side by side, padded on the right: int64 (num_inputs, longest) each."""
+    longest = max(map(len, inputs))
+    rows = [[*ids, *[padding] * (longest - len(ids))] for ids in inputs]
+    lengths = torch.tensor([len(ids) for ids in inputs], device=device)
+    mask = torch.arange(longest, device=device) < lengths[:, None]
+    return {"input_ids": torch.tensor(rows, device=device), "attention_mask": mask.to(torch.int64)}
 
 
 class Unhooked:
@@ -188,7 +266,8 @@ class EncoderBackend:
         check_length(spec, model)
         set_threads(model)
         self._spec = spec
-        self._embeddings = make_embedding_queue(spec, model, device)
+        make_queue = make_scoring_queue if spec.task == "scoring" else make_embedding_queue
+        self._embeddings = make_queue(spec, model, device)
         self._loaded = LoadedModel(device=str(device), num_cache_tokens=0)
         self._num_steps = 0
 

@@ -25,7 +25,7 @@ from domain.jobs import FinishReason
 from domain.requests import SamplingParams, TokenLogprob
 from gpu_worker.engine import load_progress
 from gpu_worker.engine.backends import LoadedModel, RecordStep, StepMember
-from gpu_worker.engine.embedding_queue import EmbeddingQueue
+from gpu_worker.engine.embedding_queue import EmbeddingQueue, encode_score, encode_vector
 from gpu_worker.engine.fake_tokens import (
     END_TOKEN_ID,
     DrawnTokens,
@@ -117,6 +117,7 @@ class FakeBackend:
             vocab_size=END_TOKEN_ID + 1,
             max_input_tokens=spec.max_model_len,
             max_step_tokens=spec.max_num_batched_tokens,
+            encode=encode_score if spec.task == "scoring" else encode_vector,
         )
 
     def _load(self) -> None:
@@ -164,7 +165,8 @@ class FakeBackend:
 
     def _fake_vectors(self, inputs: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         time.sleep(self._knobs.step_seconds)
-        return np.array([fake_vector(token_ids) for token_ids in inputs], dtype=np.float32)
+        width = 1 if self._spec.task == "scoring" else None
+        return np.array([fake_vector(token_ids)[:width] for token_ids in inputs], dtype=np.float32)
 
     def abort(self, job_id: str, attempt: int, reason: str) -> None:
         self._embeddings.abort(job_id, attempt, reason)
