@@ -103,7 +103,7 @@ def test_an_adapter_that_cannot_be_served_is_refused_with_file_and_field(
 def test_back_ends_without_adapters_refuse_them(folder: Path) -> None:
     with pytest.raises(ValueError, match="adapters cannot be served by backend 'llama_cpp'"):
         read_adapters(entry_of(folder, backend="llama_cpp"))
-    with pytest.raises(ValueError, match="adapters cannot be served by an embedding model"):
+    with pytest.raises(ValueError, match="adapters cannot be served by a model with task 'embedding'"):
         read_adapters(entry_of(folder, task="embedding"))
 
 
