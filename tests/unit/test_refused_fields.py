@@ -37,8 +37,8 @@ ROUTES: dict[str, tuple[type[Any], Callable[[Any, ModelView], object]]] = {
     "anthropic": (MessagesBody, anthropic_requests.to_generation_request),
     "tokenize": (TokenizeBody, TokenizeBody.to_request),
     "embeddings": (EmbeddingBody, openai_embeddings.to_embedding_request),
-    "rerank": (RerankBody, lambda body, view: to_rerank_request(body)),
-    "score": (ScoreBody, lambda body, view: to_score_request(body)),
+    "rerank": (RerankBody, lambda body, view: to_rerank_request(body, view.spec)),
+    "score": (ScoreBody, lambda body, view: to_score_request(body, view.spec)),
 }
 
 
