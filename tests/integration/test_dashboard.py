@@ -25,7 +25,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 SCRIPT_TEXT = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b>"
-VIEWS = ("#/", "#/jobs", "#/batches", "#/dead-letters", "#/models", "#/playground")
+VIEWS = ("#/", "#/jobs", "#/batches", "#/dead-letters", "#/models", "#/playground", "#/access")
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,7 @@ def has_rows(page: Any, count: int) -> None:
 
 def field(page: Any, name: str) -> Any:
     """The control of a form's field, by the whole label without its hint."""
-    label = page.locator(".field", has=page.locator(f"span:text-is({name!r})"))
-    return label.locator("input, textarea, select")
+    return page.locator(f".field:has(> span:text-is({name!r}))").locator("input, textarea, select")
 
 
 def finish(hand_worker: HandWorker, job_id: str, *texts: str) -> None:
@@ -240,6 +239,25 @@ class TestKeys:
         card.get_by_role("button", name="Unload").click()
         card.get_by_role("button", name="Load", exact=True).wait_for()
         wait_until(lambda: http.get("/health").json()["models_unloaded"] == ["fake"])
+
+    def test_an_admin_makes_a_tenant_with_a_limit_and_a_key(
+        self, page: Any, api: ApiServer, make_key: Callable[..., str]
+    ) -> None:
+        page.get_by_label("API key").fill(make_key(is_admin=True))
+        page.get_by_role("button", name="Enter").click()
+        page.get_by_role("link", name="Access", exact=True).click()
+        page.get_by_label("New tenant").fill("acme")
+        page.get_by_role("button", name="Add").click()
+        tenant = page.locator("li.letter", has_text="acme").first
+        tenant.get_by_role("button", name="Change").click()
+        field(tenant, "queued jobs").fill("50")
+        tenant.get_by_role("button", name="Save").click()
+        shows(tenant, "50 queued jobs")
+        field(page, "Tenant").select_option("acme")
+        page.get_by_role("button", name="Create key").click()
+        shows(page, "This is the only time that it is shown.")
+        with api.client(page.get_by_role("region", name="The new key").inner_text()) as client:
+            assert client.get("/v1/jobs").status_code == 200
 
 
 def test_every_view_is_usable_by_keyboard_and_on_a_phone(chromium: Any, api: ApiServer, http: httpx.Client) -> None:

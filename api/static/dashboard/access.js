@@ -20,7 +20,7 @@ const Limits = ({ limits }) => {
 };
 
 function LimitFields({ limits = {} }) {
-  return html`<div class="grid four">${LIMITS.map((name) => html`<${Field} key=${name} label=${inWords(name)}><input type="number" name=${name} min="1" step="1" value=${limits[name] ?? ""} placeholder="no limit" /><//>`)}</div>`;
+  return html`<div class="grid four">${LIMITS.map((name) => html`<${Field} key=${name} label=${inWords(name)}><input type="number" name=${name} min="1" step="1" defaultValue=${limits[name] ?? ""} placeholder="no limit" /><//>`)}</div>`;
 }
 
 // A button that opens a form for all limits of a tenant or a key.
@@ -32,7 +32,7 @@ function ChangeLimits({ path, limits, reload }) {
     event.preventDefault();
     act(() => post(path, { limits: limitsOf(form.current) })).then((done) => done && (open(false), reload()));
   };
-  if (!isOpen) return html`<button type="button" class="quiet" onClick=${() => open(true)}>Limits</button>`;
+  if (!isOpen) return html`<button type="button" class="quiet" onClick=${() => open(true)}>Change</button>`;
   return html`
     <form class="inset" ref=${form} onSubmit=${onSubmit}>
       <${LimitFields} limits=${limits} />
@@ -55,8 +55,7 @@ function Tenant({ tenant, reload }) {
           ${tenant.enabled ? html`<${Confirmed} label="Disable" question="Refuse all of its keys?" onConfirm=${() => turn(false)} />` : html`<button type="button" onClick=${() => turn(true)}>Enable</button>`}
         </span>
       </header>
-      <p><span class="soft">Limits </span><${Limits} limits=${tenant.limits} /></p>
-      <${ChangeLimits} path=${path} limits=${tenant.limits} reload=${reload} />
+      <div class="limits"><span class="soft">Limits:</span> <${Limits} limits=${tenant.limits} /><${ChangeLimits} path=${path} limits=${tenant.limits} reload=${reload} /></div>
       ${error && html`<${Problem} error=${error} />`}
     </li>
   `;
@@ -73,7 +72,7 @@ function NewTenant({ reload }) {
   return html`
     <form class="filters" ref=${form} onSubmit=${onSubmit}>
       <${Field} label="New tenant"><input name="name" required maxlength="64" pattern="[A-Za-z0-9][A-Za-z0-9._@\\-]*" autocomplete="off" placeholder="letters, digits and . _ @ -" /><//>
-      <${Field} label="Weight" hint="its share while others wait"><input name="weight" type="number" min="0.01" step="any" value="1" required /><//>
+      <${Field} label="Weight" hint="its share while others wait"><input name="weight" type="number" min="0.01" step="any" defaultValue="1" required /><//>
       <button disabled=${isBusy}>Add</button>
     </form>
     ${error && html`<${Problem} error=${error} />`}
@@ -127,8 +126,7 @@ function Key({ apiKey, reload }) {
           <${Confirmed} label="Delete" question="Delete it for good?" onConfirm=${() => act(() => remove(path)).then(reload)} />
         </span>
       </header>
-      <p><span class="soft">Limits </span><${Limits} limits=${apiKey.limits} /></p>
-      <${ChangeLimits} path=${path} limits=${apiKey.limits} reload=${reload} />
+      <div class="limits"><span class="soft">Limits:</span> <${Limits} limits=${apiKey.limits} /><${ChangeLimits} path=${path} limits=${apiKey.limits} reload=${reload} /></div>
       ${error && html`<${Problem} error=${error} />`}
       ${secret && html`<${Shown} secret=${secret} />`}
     </li>

@@ -61,12 +61,12 @@ function Batch({ batch, reload }) {
       <footer>
         <span>${count(done)} of ${count(total)}${total ? ` (${percent(done / total)})` : ""}</span>
         ${failed > 0 && html`<span class="bad">${count(failed)} failed</span>`}
-        <span class="soft">${note}</span>
-        <span class="soft">${batch.usage.total_tokens ? plural(batch.usage.total_tokens, "token") : ""}</span>
+        ${note && html`<span class="soft">${note}</span>`}
+        ${batch.usage.total_tokens > 0 && html`<span class="soft">${plural(batch.usage.total_tokens, "token")}</span>`}
         ${!isOver && html`<span class="soft">until ${toDate(batch.expires_at).toLocaleString()}</span>`}
         <span class="actions">
-          ${batch.output_file_id && html`<button type="button" onClick=${() => act(() => download(batch.output_file_id, `${batch.id}_output.jsonl`))}>Answers</button>`}
-          ${batch.error_file_id && html`<button type="button" onClick=${() => act(() => download(batch.error_file_id, `${batch.id}_errors.jsonl`))}>Errors</button>`}
+          ${batch.output_file_id && completed > 0 && html`<button type="button" onClick=${() => act(() => download(batch.output_file_id, `${batch.id}_output.jsonl`))}>Answers</button>`}
+          ${batch.error_file_id && failed > 0 && html`<button type="button" onClick=${() => act(() => download(batch.error_file_id, `${batch.id}_errors.jsonl`))}>Errors</button>`}
           ${!isOver && batch.status !== "cancelling" && html`<${Confirmed} label="Cancel" question="Cancel the rest?" onConfirm=${() => act(() => post(`v1/batches/${batch.id}/cancel`)).then(reload)} />`}
         </span>
       </footer>

@@ -46,8 +46,9 @@ export function findingsOf({ health, models }) {
   if (health.database === "ok" && health.workers === 0) say("bad", "No worker is ready: jobs are accepted and wait. Start one with celeriac worker, or see what the models below wait for.");
   if (health.draining) say("wait", "This API process is stopping; requests go to others.");
   for (const finding of health.findings) {
+    if (finding.waiting_for === "limit") continue; // in good order: batches wait for free slots
     const waited = `${finding.jobs === 1 ? "1 job" : `${finding.jobs} jobs`} of ${finding.model}`;
-    say(finding.waiting_for === "limit" ? "wait" : "bad", `${waited} waiting for ${Math.round(finding.seconds / 60)} min: ${finding.message}.`);
+    say("bad", `${waited} waiting for ${Math.round(finding.seconds / 60)} min: ${finding.message}.`);
   }
   for (const model of health.models_unavailable) say("wait", `${model} cannot be served; its page under Models has the reason.`);
   for (const model of health.models_unloaded) say("calm", `${model} has been unloaded by an admin; its jobs wait until it is loaded.`);
