@@ -52,9 +52,10 @@ def api_with_keys(folder: Path) -> Iterator[tuple[str, str, str]]:
             "CELERIAC_AUTH": "api_key",
             "CELERIAC_PORT": "0",
         }
+        serve = "from api.server import serve; from settings import get_settings; serve(get_settings())"
         maintenance = [sys.executable, "-m", "celeriac", "maintenance"]
         with (
-            server([sys.executable, "-m", "api.server"], environment, folder / "api.log") as (_, port),
+            server([sys.executable, "-c", serve], environment, folder / "api.log") as (_, port),
             server(maintenance, environment, folder / "maintenance.log"),
         ):
             yield f"http://127.0.0.1:{port}", *keys

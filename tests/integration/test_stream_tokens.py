@@ -112,7 +112,7 @@ def test_a_token_opens_no_other_route_and_no_other_job(
         token[:-2] + ("AA" if token[-2:] != "AA" else "BB"),
         "",
         "st",
-        f"st.x{key_id[1:]}.{rest}",
+        f"st.{'y' if key_id[0] == 'x' else 'x'}{key_id[1:]}.{rest}",
         "\0",
     ]
     forged += [f"st.none.{rest}", token.replace(mine, other), token.upper()]
