@@ -7,7 +7,8 @@ from uuid import UUID
 from api.events import read_all_chunks
 from api.services import Services
 from dialects.openai_response_items import add_output
-from dialects.openai_response_objects import ResponseOutput, ResponseView, ending_of, from_result, response_object
+from dialects.openai_response_objects import ResponseView, ending_of, from_result, response_object
+from dialects.openai_response_output import ResponseOutput
 from dialects.openai_response_requests import ResponseBody
 from domain.errors import InvalidRequest, JobNotFound, ModelNotFound, PreviousResponseNotFound
 from domain.jobs import Endpoint, parse_id

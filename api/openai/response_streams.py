@@ -12,12 +12,11 @@ from api.events import frame, retry_until_storage_answers
 from api.services import Services
 from dialects.openai_response_objects import (
     Ending,
-    ResponseEvent,
-    ResponseOutput,
     ResponseView,
     ending_of,
     response_object,
 )
+from dialects.openai_response_output import ResponseEvent, ResponseOutput
 from dialects.openai_response_requests import ResponseBody
 from domain.errors import CeleriacError, JobNotFound, ServerOverloaded
 from domain.jobs import external_id

@@ -11,7 +11,7 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseCompletedEvent, ResponseCreatedEvent, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from dialects.openai_response_objects import OutputItem, ResponseEvent, ResponseOutput
+from dialects.openai_response_output import OutputItem, ResponseEvent, ResponseOutput
 from text.outputs import OutputFormat, OutputParser, ReasoningFormat
 
 JOB_ID = UUID(int=1)
