@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,6 +270,13 @@ def copied_files(target: str) -> list[str]:
         elif line.startswith("COPY"):
             sources[stage] += words[1:-1]
     return sources.get(parents[target], []) + sources[target]
+
+
+def test_the_packages_that_pip_looks_for_are_there_before_the_code_is() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    before, _, _ = (ROOT / "deploy" / "Dockerfile").read_text().partition("pip install --constraint")
+    for package in packages:
+        assert f"{package.replace('.', '/')}/__init__.py" in before, f"pip finds no {package} and ends"
 
 
 @pytest.mark.parametrize(
