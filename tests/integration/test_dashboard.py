@@ -13,6 +13,7 @@ import httpx
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
+from domain.access import Scope
 from domain.jobs import JobError, JobStatus
 from settings import Settings
 from storage import tenants
@@ -231,7 +232,7 @@ class TestKeys:
             field.wait_for()
 
     def test_an_admin_unloads_a_model(self, page: Any, http: httpx.Client, make_key: Callable[..., str]) -> None:
-        page.get_by_label("API key").fill(make_key(is_admin=True))
+        page.get_by_label("API key").fill(make_key(scopes=list(Scope)))
         page.get_by_role("button", name="Enter").click()
         page.get_by_role("link", name="Models", exact=True).click()
         card = page.locator(".card", has_text="fake").first
@@ -243,7 +244,7 @@ class TestKeys:
     def test_an_admin_makes_a_tenant_with_a_limit_and_a_key(
         self, page: Any, api: ApiServer, make_key: Callable[..., str]
     ) -> None:
-        page.get_by_label("API key").fill(make_key(is_admin=True))
+        page.get_by_label("API key").fill(make_key(scopes=list(Scope)))
         page.get_by_role("button", name="Enter").click()
         page.get_by_role("link", name="Access", exact=True).click()
         page.get_by_label("New tenant").fill("acme")
@@ -273,6 +274,7 @@ def test_every_view_is_usable_by_keyboard_and_on_a_phone(chromium: Any, api: Api
         page.evaluate("document.activeElement.blur()")
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+        field(page, "max_tokens").fill("9")
         page.get_by_label("Message 1", exact=True).focus()
         page.keyboard.press("Control+Enter")
         page.wait_for_url("**/#/playground?a=job_*")

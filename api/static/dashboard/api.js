@@ -11,10 +11,10 @@ export const readKey = () => sessionStorage.getItem(KEY) ?? "";
 export function enterKey(key) {
   if (key) sessionStorage.setItem(KEY, key);
   else sessionStorage.removeItem(KEY);
-  for (const listener of listeners) listener();
+  for (const listener of listeners) listener({ isRefused: false });
 }
 
-// Calls `listener` whenever the key changes or is refused. Returns a function that stops that.
+// Calls `listener({isRefused})` whenever the key changes or is refused. Returns a function that stops that.
 export function onKeyChange(listener) {
   listeners.add(listener);
   return () => listeners.delete(listener);
@@ -60,7 +60,7 @@ export async function send(method, path, { query, body, headers, signal } = {}) 
 }
 
 export async function refusalOf(response) {
-  if (response.status === 401) queueMicrotask(() => listeners.forEach((listener) => listener()));
+  if (response.status === 401) listeners.forEach((listener) => listener({ isRefused: true }));
   const said = await response.json().catch(() => null);
   return new Refusal(response.status, said?.error ?? { message: `The server answered ${response.status} without a reason. Try again; if it stays, look at the log of the API.` });
 }

@@ -43,17 +43,19 @@ async function recognise() {
 function useIdentity() {
   const [identity, setIdentity] = useState(null);
   useEffect(() => {
-    let isNewest = {};
+    let asking = null;
     const ask = async () => {
-      const own = (isNewest = {});
+      const own = (asking = {});
       const found = await recognise();
-      if (own !== isNewest) return;
+      if (own !== asking) return;
+      asking = null;
       setIdentity((earlier) => (earlier?.isIn && found.isAway ? earlier : found));
     };
     ask();
-    const stop = onKeyChange(ask);
+    // A refusal of what `recognise` itself asks is its answer, and no reason to ask again.
+    const stop = onKeyChange(({ isRefused }) => (isRefused && asking) || ask());
     return () => {
-      isNewest = null;
+      asking = {};
       stop();
     };
   }, []);
