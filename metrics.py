@@ -187,6 +187,14 @@ jobs_returned_total = _worker_and_maintenance.counter(
     "jobs_returned_total", "Attempts that ended for reasons outside the job.", ["model", "outcome"]
 )
 
+jobs_paused_total = _worker.counter("jobs_paused_total", "Jobs that left their slots to other tenants.", ["model"])
+
+jobs_recomputed_tokens_total = _worker.counter(
+    "jobs_recomputed_tokens_total",
+    "Tokens of paused jobs that were not in the prefix cache any more when they went on.",
+    ["model"],
+)
+
 jobs_finished_total = _all.counter(
     "jobs_finished_total", "Jobs that this process brought to their end.", ["model", "status", "finish_reason"]
 )

@@ -59,6 +59,7 @@ class Settings(BaseSettings):
     max_poison_jobs_per_hour: int = Field(default=3, ge=0)  # per tenant; beyond this, all of its jobs run alone
     revision_policy: Literal["restart", "wait", "fail"] = "restart"  # for a job whose revision is no longer served
     revision_seconds: float = Field(default=300.0, gt=0)  # how long such a job waits for its revision before that
+    pause_quantum_seconds: float = Field(default=2.0, gt=0)  # a job's turn, before it may be paused for other tenants
     stall_seconds: float = Field(default=60.0, gt=0)  # without a token until an attempt is stalled; 10 x in prefill
     flush_min_seconds: float = Field(default=0.05, gt=0)  # between two chunk commits of the running batch
     flush_max_seconds: float = Field(default=0.5, gt=0)

@@ -3,8 +3,8 @@
 The stream of a job has every committed chunk once and in order, then live chunks, then exactly one terminal event.
 `id:` is the chunk's sequence number; the terminal event's is one higher than the last chunk's. If the job starts over,
 a `job.reset`, which is numbered like a chunk, voids the text before it. Status events (job.queued, job.started,
-job.retrying, job.snapshot) have no `id:`, so they do not move a client's cursor; a client that resumes gets the current
-ones.
+job.paused, job.retrying, job.snapshot) have no `id:`, so they do not move a client's cursor; a client that resumes gets
+the current ones.
 """
 
 import asyncio
@@ -256,6 +256,8 @@ class JobEventStream:
         self._is_queued = event.status is JobStatus.QUEUED
         if event.status is JobStatus.IN_PROGRESS:
             return [self._status_event("job.started", attempt=event.attempt, sequence_number=self._last)]
+        if event.is_paused:
+            return [self._status_event("job.paused", sequence_number=self._last)]
         if event.status is JobStatus.QUEUED:
             return [self._status_event("job.retrying", attempt=event.attempt + 1, sequence_number=self._last)]
         return await self._terminal_frames()

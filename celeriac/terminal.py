@@ -268,6 +268,8 @@ def _describe(event: StreamEvent) -> str | None:
         return with_percent("queued, its model is loading" if is_loading else "queued, its model is not loaded", data)
     if event.name == "job.queued" and data.get("position"):
         return f"queued, position {data['position']}"
+    if event.name == "job.paused":
+        return "\n(paused, since it is another tenant's turn; the text will go on)"
     if event.name == "job.retrying":
         return f"\n(continuing with attempt {data.get('attempt', '?')}; the text above remains valid)"
     return None

@@ -222,11 +222,12 @@ class WaitingFor(StrEnum):
     REVISION = "revision"  # it has output, and no worker serves the revision that made it
     ISOLATION = "isolation"  # it must run alone and waits for a gap between the others
     LIMIT = "limit"  # batches have used their share of the slots, or it just failed and will be retried soon
+    TURN = "turn"  # it was paused, since it is another tenant's turn; it continues by itself
     PAUSE = "pause"  # an admin unloaded its model, or suitable workers are draining
 
 
 #: Normal reasons, which need no attention.
-IN_GOOD_ORDER = frozenset({WaitingFor.SLOTS, WaitingFor.LIMIT})
+IN_GOOD_ORDER = frozenset({WaitingFor.SLOTS, WaitingFor.TURN, WaitingFor.LIMIT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +238,7 @@ class WaitingJob:
     revision: str | None = None  # the one that made its output; None: no output yet, so any revision will do
     is_held_line: bool = False  # a batch line that has not been dispatched yet
     is_delayed: bool = False  # it just failed
+    is_paused: bool = False  # it had to leave its slot to another tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +270,9 @@ def waiting_for(job: WaitingJob, service: ModelService) -> WaitingFor:
         return WaitingFor.PAUSE if states == {WorkerState.DRAINING} else WaitingFor.MODEL_LOAD
     if job.is_delayed or (job.is_held_line and service.is_batch_share_taken):
         return WaitingFor.LIMIT
-    return WaitingFor.ISOLATION if job.lane is Lane.ISOLATED else WaitingFor.SLOTS
+    if job.lane is Lane.ISOLATED:
+        return WaitingFor.ISOLATION
+    return WaitingFor.TURN if job.is_paused else WaitingFor.SLOTS
 
 
 MAX_LINES = 50_000  # of a batch

@@ -13,12 +13,21 @@ from uuid import UUID
 from domain.errors import EngineError
 from domain.jobs import FinishReason, JobStatus, Lane
 from gpu_worker.commits import FlushOutcome, FlushPacer, JobFlush, JobStorage, commit
-from gpu_worker.engine_process.frames import AbortJob, EmbeddingOutput, JobFailed, JobReturned, SequenceOutput, StepDone
+from gpu_worker.engine_process.frames import (
+    AbortJob,
+    EmbeddingOutput,
+    JobFailed,
+    JobReturned,
+    PauseJob,
+    SequenceOutput,
+    StepDone,
+)
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from gpu_worker.job import RunningEmbedding, RunningJob, make_running
+from gpu_worker.pausing import Candidate, Exchange, candidates, pause
 from gpu_worker.quarantine import Action, Quarantine
 from gpu_worker.threads import Answer, RunnerEvent, RunnerEventKind, StorageThread
-from metrics import inter_token_latency_seconds
+from metrics import inter_token_latency_seconds, jobs_recomputed_tokens_total
 from storage.jobs import ClaimedJob, Returned
 
 log = logging.getLogger(__name__)
@@ -49,6 +58,7 @@ class RunningBatch:
         # Since this worker started: tokens received, and prompt tokens of the jobs that have had output.
         self.num_tokens = self.num_prompt_tokens = 0
         self._latency = inter_token_latency_seconds.labels(storage.model)
+        self._num_recomputed_tokens = jobs_recomputed_tokens_total.labels(storage.model)
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -67,6 +77,22 @@ class RunningBatch:
         """Start these jobs. `sent_at` is the monotonic time just before the claim was sent: no lease began earlier."""
         for claim in claimed:
             self._admit(make_running(claim, claimed_at=sent_at))
+
+    def may_leave(self, now: float) -> list[Candidate]:
+        """The jobs that may be paused; none if the engine could not go on where it stopped."""
+        ready = self._supervisor.ready
+        if ready is None or not ready.keeps_prefixes:
+            return []
+        return candidates(self._jobs.values(), now, quantum_seconds=self._storage.pause_quantum_seconds)
+
+    def exchange(self, done: Exchange, sent_at: float) -> None:
+        """Pause the jobs that leave, and start those that were claimed for their slots."""
+        for job_id in done.leaving:
+            job = self._jobs.get(job_id)
+            if job is not None and job.is_going_on:
+                job.is_pausing = True
+                self._supervisor.send(PauseJob(job.name, job.attempt))
+        self.admit(done.claimed, sent_at)
 
     def serve_quarantine(self, now: float) -> None:
         """Take the next action for the job that must run alone, if there is one."""
@@ -130,19 +156,24 @@ class RunningBatch:
     def absorb(self, done: StepDone) -> None:
         """Add a step's outputs to their jobs. Outputs of jobs that have left in the meantime are ignored."""
         now = monotonic()
+        resumed: set[RunningJob] = set()  # those that were paused and have their first output since
         gaps: Counter[float] = Counter()  # seconds since a sequence's last output; equal for all that decode together
         for output in done.outputs:
             self.num_tokens += len(output.token_ids)
             if (job := self._running(output)) is not None:
-                self._note_output(job)
+                self._note_output(job, now)
                 if output.token_ids and (gap := job.hear(output.index, now)) is not None:
                     gaps[gap] += 1
                 job.absorb(output)
+                if job.claimed.seconds_paused is not None and job.first_output_at == now:
+                    resumed.add(job)
+        for job in resumed:
+            self._num_recomputed_tokens.inc(job.num_recomputed_tokens)
         for gap, count in gaps.items():
             self._latency.observe_many(gap, count)
         for vectors in done.embeddings:
             if isinstance(job := self._running(vectors), RunningEmbedding):
-                self._note_output(job)
+                self._note_output(job, now)
                 job.absorb_embedding(vectors)
         for failure in done.failures:
             if (job := self._running(failure)) is not None:
@@ -152,11 +183,13 @@ class RunningBatch:
                     extra={"job_id": job.name, "attempt": job.attempt},
                 )
                 job.fail(failure)
-        self.release([job for returned in done.returned if (job := self._running(returned)) is not None])
+        returned = [job for news in done.returned if (job := self._running(news)) is not None]
+        self._put_back([job for job in returned if job.is_pausing], lambda job_ids: pause(self._storage, job_ids))
+        self.release([job for job in returned if not job.is_pausing])
 
-    def _note_output(self, job: RunningJob) -> None:
-        if not job.has_output:
-            job.has_output = True
+    def _note_output(self, job: RunningJob, now: float) -> None:
+        if job.first_output_at is None:
+            job.first_output_at = now
             self.num_prompt_tokens += len(job.claimed.prompt_token_ids)
 
     def seconds_until_due(self, now: float) -> float | None:
@@ -221,6 +254,9 @@ class RunningBatch:
 
     def release(self, jobs: Sequence[RunningJob]) -> None:
         """Requeue these jobs, with all their output and without counting a failure."""
+        self._put_back(jobs, self._storage.release)
+
+    def _put_back(self, jobs: Sequence[RunningJob], requeue: Callable[[list[UUID]], None]) -> None:
         jobs = [job for job in jobs if not job.is_ending]
         self.flush(jobs)
         jobs = [job for job in jobs if not job.is_ending]
@@ -231,7 +267,7 @@ class RunningBatch:
             self._forget(job)
         job_ids = [job.id for job in jobs]
         self._storage_thread.submit(
-            lambda is_repeated: self._storage.release(job_ids),
+            lambda is_repeated: requeue(job_ids),
             lambda answer: self._emit_released(job_ids),
             lambda exc: self._emit_released(job_ids),
         )

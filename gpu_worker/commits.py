@@ -89,6 +89,7 @@ class JobStorage:
         self.notifier = StreamNotifier(settings.redis_url)
         self.owner = owner
         self.lease_seconds = settings.lease_seconds
+        self.pause_quantum_seconds = settings.pause_quantum_seconds
         self._spec = spec
         self.model = spec.id
         self.passes_messages = spec.passes_messages
@@ -100,7 +101,7 @@ class JobStorage:
     ) -> list[ClaimedJob]:
         """Claim up to `limit` jobs of a lane, fairest first. `known` are the jobs that already run here."""
         with self.sessions.begin() as session:
-            released = self._release_unknown(session, known) if is_repeated else []
+            released = self.release_unknown(session, known) if is_repeated else []
             claimed = jobs.claim(
                 session,
                 self._spec.id,
@@ -112,9 +113,12 @@ class JobStorage:
                 min_suspicions=min_suspicions,
             )
         job_log.returned(AttemptOutcome.RELEASED, released)
+        self.tell_claimed(claimed)
+        return claimed
+
+    def tell_claimed(self, claimed: Sequence[ClaimedJob]) -> None:
         job_log.claimed(claimed, self._worker_name)
         self.notifier.publish((job.id, JobStatus.IN_PROGRESS) for job in claimed)
-        return claimed
 
     def cancel_queued(self, job_ids: Sequence[UUID]) -> None:
         with self.sessions.begin() as session:
@@ -178,7 +182,7 @@ class JobStorage:
         self.notifier.close()
         self._database.dispose()
 
-    def _release_unknown(self, session: Session, known: frozenset[UUID]) -> list[Returned]:
+    def release_unknown(self, session: Session, known: frozenset[UUID]) -> list[Returned]:
         """Release jobs that are ours according to SQL but do not run here, because the answer to their claim was
         lost."""
         owned = session.scalars(

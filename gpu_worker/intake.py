@@ -12,6 +12,7 @@ from uuid import UUID
 
 from domain.jobs import Lane
 from gpu_worker.commits import JobStorage
+from gpu_worker.pausing import LOOK_SECONDS, Candidate, Exchange, exchange
 from gpu_worker.quarantine import Quarantine
 from gpu_worker.threads import Answer, StorageThread
 from storage.jobs import ClaimedJob
@@ -51,7 +52,8 @@ class Intake:
     meanwhile go into the next one.
 
     `on_claimed(jobs, sent_at)` is called with the claimed jobs, and then `on_spent(ids)` with the tickets used for
-    them, including those for which there was no job left.
+    them, including those for which there was no job left. `on_exchanged(exchange, sent_at)` is called if jobs were
+    claimed for which others must leave.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Intake:
         quarantine: Quarantine,
         *,
         on_claimed: Callable[[list[ClaimedJob], float], None],
+        on_exchanged: Callable[[Exchange, float], None],
         on_spent: Callable[[list[UUID]], None],
     ) -> None:
         self._offers = offers
@@ -69,7 +72,9 @@ class Intake:
         self._storage_thread = thread
         self._quarantine = quarantine
         self._on_claimed = on_claimed
+        self._on_exchanged = on_exchanged
         self._on_spent = on_spent
+        self._looked_at = 0.0  # when we last looked for tenants that are due a slot
         self._busy_lanes: set[Lane] = set()
         self._heard_at: float | None = None  # when a ticket last came, SQL was last polled, or there first was room
 
@@ -89,6 +94,29 @@ class Intake:
         elif now - self._heard_at >= POLL_SECONDS:
             self._heard_at = now
             self._claim(Lane.STANDARD, num_free, known)
+
+    def share(self, now: float, may_leave: Callable[[float], list[Candidate]], *, known: frozenset[UUID]) -> None:
+        """If it is time to look and jobs here may leave, claim those that are due their slots."""
+        if self._busy_lanes or self._storage_thread.is_away or now - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = now
+        if candidates := may_leave(now):
+            self._exchange(candidates, known)
+
+    def _exchange(self, candidates: list[Candidate], known: frozenset[UUID]) -> None:
+        self._busy_lanes.add(Lane.STANDARD)
+
+        def on_done(answer: Answer[Exchange]) -> None:
+            self._busy_lanes.discard(Lane.STANDARD)
+            self._on_exchanged(answer.value, answer.sent_at)
+
+        def on_error(exc: Exception) -> None:
+            self._busy_lanes.discard(Lane.STANDARD)
+            log.error("no slots could be exchanged", exc_info=exc)
+
+        self._storage_thread.submit(
+            lambda is_repeated: exchange(self._storage, candidates, known, is_repeated=is_repeated), on_done, on_error
+        )
 
     def look_into_quarantine(self, now: float, *, is_resting: bool, known: frozenset[UUID]) -> None:
         """Claim one job that must run alone, if it is time to look for one."""

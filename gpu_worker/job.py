@@ -95,7 +95,8 @@ class RunningJob:
         self.leased_at = claimed_at
         self.has_spoken = False  # whether this attempt has had a chunk
         self.is_in_engine = False
-        self.has_output = False  # whether this attempt has had output
+        self.first_output_at: float | None = None  # the monotonic time of this attempt's first output
+        self.is_pausing = False  # whether the engine has been told to pause it
         self.is_ending = False  # whether its finalisation is in progress, so that nothing else may be done with it
         self.abort_reason: FinishReason | None = None
         request = claimed.request
@@ -105,7 +106,7 @@ class RunningJob:
         self._prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         self._is_prompt_pending = False  # whether the prompt's logprobs are not in a chunk yet
         self._error: JobError | None = None
-        self._num_cached_tokens = 0
+        self.num_cached_tokens = 0  # of its prompt and committed tokens, those that this attempt did not compute
         for chunk in claimed.committed_chunks:
             self.last_sequence_number = chunk.sequence_number
             if chunk.is_reset:
@@ -128,6 +129,12 @@ class RunningJob:
         return len(self.sequences)
 
     @property
+    def num_recomputed_tokens(self) -> int:
+        """The tokens of earlier attempts, and of the prompt, that this one had to compute again."""
+        num_known = len(self.claimed.prompt_token_ids) + self._num_inherited_tokens
+        return max(0, num_known - self.num_cached_tokens)
+
+    @property
     def num_completion_tokens(self) -> int:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
 
@@ -135,6 +142,12 @@ class RunningJob:
     def is_over(self) -> bool:
         """Whether every sequence has ended, or the engine cannot run the job."""
         return self._error is not None or all(sequence.finish_reason for sequence in self.sequences)
+
+    @property
+    def is_going_on(self) -> bool:
+        """Whether its engine will generate more, unless it is interrupted."""
+        is_interrupted = self.is_ending or self.is_pausing or self.abort_reason is not None
+        return self.is_in_engine and not is_interrupted and not self.is_over
 
     @property
     def has_pending(self) -> bool:
@@ -192,7 +205,7 @@ class RunningJob:
             sequence.finish_reason = FinishReason(output.finish_reason)
             sequence.stop_string = output.stop_string
             sequence.is_end_pending = True
-        self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
 
     def fail(self, failure: JobFailed) -> None:
         """End it with the engine's failure."""
@@ -257,7 +270,7 @@ class RunningJob:
         usage = Usage(
             prompt_tokens=len(self.claimed.prompt_token_ids),
             completion_tokens=self.num_completion_tokens,
-            cached_tokens=self._num_cached_tokens,
+            cached_tokens=min(self.num_cached_tokens, len(self.claimed.prompt_token_ids)),
         )
         choices = tuple(self._choices())
         if self.params.best_of is not None:

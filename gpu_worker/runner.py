@@ -91,6 +91,7 @@ class RunnerThread:
             self._storage_thread,
             self._quarantine,
             on_claimed=self._batch.admit,
+            on_exchanged=self._batch.exchange,
             on_spent=self._spend,
         )
         self._reporter = WorkerReporter(
@@ -296,7 +297,10 @@ class RunnerThread:
         elif self._can_take_jobs and self._quarantine.job is None:
             is_resting = not self._batch and not self._offers and not self._intake.is_claiming
             self._intake.look_into_quarantine(now, is_resting=is_resting, known=self._batch.job_ids)
-        self._intake.claim(now, num_free=self._count_free(), known=self._batch.job_ids)
+        num_free = self._count_free()
+        self._intake.claim(now, num_free=num_free, known=self._batch.job_ids)
+        if not num_free and self._can_take_jobs and self._quarantine.job is None:
+            self._intake.share(now, self._batch.may_leave, known=self._batch.job_ids)
 
     def _emit_events(self) -> None:
         """Emit pending events, after updating the figures, which the listener reads."""

@@ -91,12 +91,12 @@ SELECT t.id, t.model, t.status, t.attempt, {has_chunks} AS has_chunks, t.is_told
 FROM {jobs} t"""
 
 
-def _returned(pick: str, *, also: str = "") -> str:
+def _returned(pick: str, *, sets: str = "", also: str = "") -> str:
     """Requeue or end the running jobs that `pick` has locked.
 
     The columns of `pick` are the jobs' new values (id, next_status, which is queued or terminal, lane, num_failures,
-    num_suspicions, delay_seconds, error) and how the attempt ended (owner, outcome). `also` is an additional CTE that
-    may refer to `returned`.
+    num_suspicions, delay_seconds, error) and how the attempt ended (owner, outcome). `sets` are further assignments,
+    `also` is an additional CTE that may refer to `returned`.
     """
     return f"""
 WITH pick AS MATERIALIZED ({pick}),
@@ -108,17 +108,16 @@ returned AS (
             THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END,
         available_at = CASE WHEN pick.delay_seconds > 0  -- else it keeps its place in the queue
             THEN {CLOCK} + make_interval(secs => pick.delay_seconds) ELSE j.available_at END,
-        dispatch_at = {CLOCK}, num_dispatches = 0
+        {sets} dispatch_at = {CLOCK}, num_dispatches = 0
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS correction,
+    RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge,
         j.num_committed_tokens, j.created_at,
         pick.owner, {BEGAN}, pick.outcome, j.error->>'code' AS error_code,
         j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD}
 ),
 {NOTED.format(over="returned")},{also}
 moved AS (
-    SELECT id, tenant_id, CASE WHEN status = 'queued' THEN 1 ELSE 0 END AS queued, -1 AS running,
-        CASE WHEN status = 'queued' THEN 0 ELSE correction END AS charge FROM returned
+    SELECT id, tenant_id, CASE WHEN status = 'queued' THEN 1 ELSE 0 END AS queued, -1 AS running, charge FROM returned
 ),
 {COUNTED}
 {told("returned", has_chunks="committed_sequence_number > 0")}"""
@@ -138,14 +137,16 @@ def _charged(is_poison: str) -> str:
             WHEN j.num_failures + 1 > j.max_failures THEN CAST(:lost_error AS json) END AS error"""
 
 
-RELEASE = text(
-    _returned("""
+OURS = """
     SELECT j.id, j.lease_owner AS owner, 'released' AS outcome, j.lane, j.num_failures, j.num_suspicions,
         0 AS delay_seconds, NULL::json AS error,
         CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled' ELSE 'queued' END AS next_status
     FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'in_progress' AND j.lease_owner = :owner
-    ORDER BY j.id FOR NO KEY UPDATE""")
-)
+    ORDER BY j.id FOR NO KEY UPDATE"""
+
+RELEASE = text(_returned(OURS))
+
+PAUSE = text(_returned(OURS, sets=f"paused_at = {CLOCK},"))
 
 REPORT_CRASH = text(
     _returned(
@@ -199,9 +200,9 @@ asked AS (
         prune_at = CASE WHEN j.status = 'queued' THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END
     FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
-        j.created_at, {CORRECTION} AS charge, {IS_TOLD}
+        j.created_at, {IS_TOLD}
 ),
-moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM asked WHERE status = 'cancelled'),
+moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM asked WHERE status = 'cancelled'),
 {COUNTED}
 {told("asked", has_chunks="status = 'cancelled' AND committed_sequence_number > 0")}
 """)
@@ -216,9 +217,9 @@ expired AS (
         prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
     FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
-        j.created_at, {CORRECTION} AS charge, {IS_TOLD}
+        j.created_at, {IS_TOLD}
 ),
-moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM expired),
+moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM expired),
 {COUNTED}
 {told("expired", has_chunks="committed_sequence_number > 0")}
 """)
@@ -237,7 +238,8 @@ WITH deleted AS (
 ),
 moved AS (
     SELECT id, tenant_id, CASE WHEN status = 'queued' THEN -1 ELSE 0 END AS queued,
-        CASE WHEN status = 'in_progress' THEN -1 ELSE 0 END AS running, charge
+        CASE WHEN status = 'in_progress' THEN -1 ELSE 0 END AS running,
+        CASE WHEN status = 'in_progress' THEN charge ELSE 0 END AS charge
     FROM deleted WHERE status IN ('queued', 'in_progress')
 ),
 {COUNTED}
@@ -301,14 +303,19 @@ restarted AS (
         reset_sequence_number = j.committed_sequence_number + 1, num_committed_tokens = 0, num_tokens_at_claim = 0,
         first_token_at = NULL, dispatch_at = {CLOCK}, num_dispatches = 0
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.attempt, j.committed_sequence_number, pick.num_tokens
+    RETURNING j.id, j.tenant_id, j.attempt, j.committed_sequence_number, pick.num_tokens
 ),
 written AS (
     INSERT INTO job_chunks (job_id, sequence_number, attempt, chunk)
     SELECT id, committed_sequence_number, attempt,
         json_build_object('sequence_number', committed_sequence_number, 'is_reset', true)
     FROM restarted
-)
+),
+moved AS (  -- the tenant is not charged for what is discarded
+    SELECT id, tenant_id, 0 AS queued, 0 AS running, CASE WHEN attempt > 0 THEN -num_tokens ELSE 0 END AS charge
+    FROM restarted
+),
+{COUNTED}
 SELECT r.id, r.attempt, r.num_tokens, (SELECT p.request_id FROM job_payloads p WHERE p.job_id = r.id) AS request_id
 FROM restarted r
 """
@@ -332,9 +339,9 @@ failed AS (
         prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
     FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.num_committed_tokens, j.created_at,
-        {CORRECTION} AS charge, {IS_TOLD}
+        {IS_TOLD}
 ),
-moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, charge FROM failed),
+moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM failed),
 {COUNTED}
 {told("failed", has_chunks="true")}
 """)

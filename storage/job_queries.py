@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from domain.jobs import MIN_PRIORITY, Endpoint, JobStatus, Lane, WaitingJob
 from domain.model_names import parse_model_name
 from domain.requests import JobOutput, JobRequest, TokenChunk
-from storage.job_statements import BEGUN, CLOCK, LIFTED, RANK, STANDING, lead
+from storage.job_statements import BEGUN, CHARGE, CLOCK, LIFTED, RANK, STANDING, lead
 from storage.tables import Job, JobAttempt, JobChunk, JobPayload, JobResult, Worker
 
 STREAM_STATES = text("""
@@ -29,12 +29,12 @@ SELECT id, status, attempt, committed_sequence_number FROM jobs WHERE id = ANY(C
 # The reason why a queued job waits depends on these columns and on the live workers.
 WAITING_JOB = f"""j.lane, CASE WHEN {BEGUN} THEN j.model_revision END AS revision,
     j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0 AS is_held_line,
-    j.available_at > {CLOCK} AS is_delayed"""
+    j.available_at > {CLOCK} AS is_delayed, j.paused_at IS NOT NULL AS is_paused"""
 
 WAITING_GROUPS = text(f"""
-SELECT j.model, {WAITING_JOB}, count(*)::int AS num_jobs, sum(j.cost)::bigint AS cost,
+SELECT j.model, {WAITING_JOB}, count(*)::int AS num_jobs, sum({CHARGE})::bigint AS cost,
     extract(epoch FROM {CLOCK} - min(j.created_at))::float8 AS oldest_seconds
-FROM jobs j WHERE j.status = 'queued' GROUP BY 1, 2, 3, 4, 5
+FROM jobs j WHERE j.status = 'queued' GROUP BY 1, 2, 3, 4, 5, 6
 """)
 
 RUNNING_FIGURES = text("""
@@ -45,9 +45,9 @@ FROM jobs WHERE status = 'in_progress' GROUP BY model
 
 POSITIONS = text(f"""
 WITH timed AS (
-    SELECT j.id, j.model, j.tenant_id, {RANK} AS rank, j.cost, {STANDING} AS standing, l.num_running,
-        l.virtual_time + (sum(j.cost) OVER (PARTITION BY j.model, j.tenant_id ORDER BY {RANK}, j.id)
-            - j.cost - {lead("j", "t")}) / t.weight AS fair_time
+    SELECT j.id, j.model, j.tenant_id, {RANK} AS rank, {CHARGE} AS cost, {STANDING} AS standing, l.num_running,
+        l.virtual_time + (sum({CHARGE}) OVER (PARTITION BY j.model, j.tenant_id ORDER BY {RANK}, j.id)
+            - {CHARGE} - {lead("j", "t")}) / t.weight AS fair_time
     FROM jobs j JOIN tenant_load l USING (tenant_id) JOIN tenants t ON t.id = j.tenant_id
     WHERE j.status = 'queued' AND j.model IN (SELECT model FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])))
 ),
@@ -62,7 +62,7 @@ WHERE r.id = ANY(CAST(:ids AS uuid[]))
 """)
 
 READ_LOG = text("""
-SELECT j.status, j.attempt, j.committed_sequence_number, (
+SELECT j.status, j.attempt, j.committed_sequence_number, j.status = 'queued' AND j.paused_at IS NOT NULL AS is_paused, (
     SELECT json_agg(page.chunk ORDER BY page.sequence_number) FROM (
         SELECT c.chunk, c.sequence_number FROM job_chunks c
         WHERE c.job_id = j.id AND c.sequence_number > :after ORDER BY c.sequence_number LIMIT :limit
@@ -124,6 +124,7 @@ class StreamState:
     status: JobStatus
     attempt: int
     committed_sequence_number: int
+    is_paused: bool = False  # left out where many streams are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +248,7 @@ def read_log(session: Session, job_id: UUID, *, after: int, limit: int) -> tuple
     row = session.execute(READ_LOG, {"job_id": job_id, "after": after, "limit": limit}).one_or_none()
     if row is None:
         return None, []
-    state = StreamState(JobStatus(row.status), row.attempt, row.committed_sequence_number)
+    state = StreamState(JobStatus(row.status), row.attempt, row.committed_sequence_number, row.is_paused)
     return state, [TokenChunk.model_validate(chunk) for chunk in row.chunks or ()]
 
 
@@ -291,11 +292,12 @@ def waiting_job(job: Job, now: datetime) -> WaitingJob:
         job.model_revision if has_output else None,
         is_held_line=is_line and job.num_dispatches == 0,
         is_delayed=job.available_at > now,
+        is_paused=job.paused_at is not None,
     )
 
 
 def _waiting_job(row: Row[Any]) -> WaitingJob:
-    return WaitingJob(Lane(row.lane), row.revision, row.is_held_line, row.is_delayed)
+    return WaitingJob(Lane(row.lane), row.revision, row.is_held_line, row.is_delayed, row.is_paused)
 
 
 def position(session: Session, job_id: UUID) -> QueuePosition | None:

@@ -10,7 +10,7 @@ locked row, so a row that has changed in the meantime is left alone. Shared rule
 - A statement that moves jobs has a CTE `moved(id, tenant_id, queued, running, charge)` with the changes to the tenants'
   counters, and ends in COUNTED, which applies them. Job rows are locked first, then tenant_load in the order of
   tenant_id (accept has no existing job rows to lock), so that statements cannot deadlock.
-- Fairness charges a job's `cost` at its first claim, and corrects it to the tokens actually used when the job ends.
+- Fairness charges a job's whole `cost` while it runs, and the tokens actually used once it has ended or waits again.
 - Statements use `statement_timestamp()`, not `now()`, so that a lease does not get shorter if its transaction was open
   for a while.
 - The planner must not compare each of n ids with each of m rows, which it does when stale statistics claim that there
@@ -48,7 +48,8 @@ STANDING = f"""CASE WHEN j.priority >= {MIN_PRIORITY} OR {RANK} <= extract(epoch
 # job is charged like any other, so its tenant pays the lead back: in the long run, everybody receives by weight.
 LEAD_TOKENS = 1000
 
-# How far a tenant may have received more than the others and still owe it to them after it was idle.
+# How far a tenant may have received more than the others and still owe it to them after it was idle; and how far less,
+# and still be owed it after it waited in vain, as for a model without workers.
 MAX_DEBT_TOKENS = 10_000
 
 
@@ -78,8 +79,11 @@ counted AS (
     WHERE l.tenant_id = locked.tenant_id
 )"""
 
-# What the end of a job adds to its tenant's virtual time: the tokens that it took, minus the charge at its first claim.
-CORRECTION = "CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens + j.num_committed_tokens - j.cost ELSE 0 END"
+# What the end of an attempt adds to its tenant's virtual time: the tokens that the job has taken, minus its cost.
+CORRECTION = "(j.num_prompt_tokens + j.num_committed_tokens - j.cost)"
+
+# What the claim of a queued job adds to it: whatever part of its cost has not been charged for earlier attempts.
+CHARGE = "(j.cost - CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens + j.num_committed_tokens ELSE 0 END)"
 
 ACCEPT = text(f"""
 WITH new AS MATERIALIZED (
@@ -143,16 +147,17 @@ unused AS (  -- what running jobs were charged and may still not take
     FROM jobs WHERE status = 'in_progress' GROUP BY tenant_id
 ),
 level AS (  -- what those who run jobs have received; if nobody does, those who wait
-    SELECT coalesce(min(a.virtual_time - coalesce(r.num_tokens, 0) / t.weight) FILTER (WHERE a.num_running > 0),
-        max(a.virtual_time)) AS virtual_time
+    SELECT min(a.virtual_time - coalesce(r.num_tokens, 0) / t.weight) FILTER (WHERE a.num_running > 0) AS running,
+        max(a.virtual_time) AS waiting
     FROM tenant_load a JOIN tenants t ON t.id = a.tenant_id LEFT JOIN unused r USING (tenant_id)
     WHERE a.num_queued + a.num_running > 0
 ),
 counted AS (  -- a tenant that was idle starts level with the active ones, without credit and with little debt
     UPDATE tenant_load l SET num_queued = l.num_queued + change.queued,
-        virtual_time = CASE WHEN l.num_queued + l.num_running > 0 THEN l.virtual_time ELSE (
-            SELECT coalesce(least(greatest(l.virtual_time, level.virtual_time),
-                level.virtual_time + {MAX_DEBT_TOKENS} / t.weight), l.virtual_time) FROM level) END
+        virtual_time = (SELECT CASE WHEN l.num_queued + l.num_running > 0  -- greatest and least pass over a NULL
+            THEN greatest(l.virtual_time, level.running - {MAX_DEBT_TOKENS} / t.weight)
+            ELSE least(greatest(l.virtual_time, coalesce(level.running, level.waiting)),
+                coalesce(level.running, level.waiting) + {MAX_DEBT_TOKENS} / t.weight) END FROM level)
     FROM (SELECT tenant_id, count(*) AS queued FROM inserted GROUP BY tenant_id) change
         JOIN tenants t ON t.id = change.tenant_id
     WHERE l.tenant_id = change.tenant_id
@@ -240,7 +245,7 @@ def _ranked(condition: str) -> str:
         SELECT l.tenant_id, j.id, j.rank, l.num_running, l.virtual_time + (sum(j.cost) OVER (
             PARTITION BY l.tenant_id ORDER BY j.rank, j.id) - j.cost - {lead("j", "l")}) / l.weight AS fair_time
         FROM waiting l CROSS JOIN LATERAL (
-            SELECT j.id, j.priority, {RANK} AS rank, j.cost FROM jobs j WHERE {due}
+            SELECT j.id, j.priority, {RANK} AS rank, {CHARGE} AS cost FROM jobs j WHERE {due}
             ORDER BY {RANK}, j.id LIMIT (SELECT :num_rows / count(*) + 1 FROM waiting)) j
     ),
     lifted AS (SELECT id, rank, num_running, {LIFTED} AS fair_time FROM timed),
@@ -253,7 +258,7 @@ def _locked_in_order(condition: str) -> str:
     """The CTE `pick(id, place)`: locks the first of `ranked` that are not locked and still meet `condition`."""
     return f"""
 pick AS MATERIALIZED (
-    SELECT j.id, r.place FROM (SELECT id, place FROM ranked ORDER BY place) r
+    SELECT j.id, r.place, j.paused_at, {CHARGE} AS charge FROM (SELECT id, place FROM ranked ORDER BY place) r
     CROSS JOIN LATERAL (SELECT * FROM jobs WHERE jobs.id = r.id FOR NO KEY UPDATE SKIP LOCKED) j
     WHERE {condition} LIMIT :limit
 )"""
@@ -277,8 +282,8 @@ SELECT id FROM let_in CROSS JOIN (SELECT set_config('synchronous_commit', 'off',
 
 
 def claimed(pick: str) -> str:
-    """Claim the jobs that `pick(id, place)` has locked: increment the attempt, which fences off earlier owners, start
-    the lease, and return everything that the engine needs."""
+    """Claim the jobs that `pick(id, place, paused_at, charge)` has locked: increment the attempt, which fences off
+    earlier owners, start the lease, and return everything that the engine needs."""
     return f"""
 {pick},
 claimed AS (
@@ -286,19 +291,18 @@ claimed AS (
         model_revision = :model_revision,  -- the revision of all its output: of what it has, or of the first to come
         lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds),
         started_at = coalesce(j.started_at, {CLOCK}), attempt_started_at = {CLOCK}, progressed_at = {CLOCK},
-        num_tokens_at_claim = j.num_committed_tokens,
+        paused_at = NULL, num_tokens_at_claim = j.num_committed_tokens,
         deadline_at = CASE WHEN j.attempt = 0 AND j.run_timeout_seconds IS NOT NULL
             THEN least(j.deadline_at, {CLOCK} + make_interval(secs => j.run_timeout_seconds)) ELSE j.deadline_at END
-    FROM pick WHERE j.id = pick.id RETURNING j.*, pick.place
+    FROM pick WHERE j.id = pick.id RETURNING j.*, pick.place, pick.paused_at AS was_paused_at, pick.charge
 ),
-moved AS (
-    SELECT id, tenant_id, -1 AS queued, 1 AS running, CASE WHEN attempt = 1 THEN cost ELSE 0 END AS charge FROM claimed
-),
+moved AS (SELECT id, tenant_id, -1 AS queued, 1 AS running, charge FROM claimed),
 {COUNTED}
 SELECT c.id, c.tenant_id, c.attempt, p.request::text AS request, p.prompt_token_ids, p.input_lengths,
     c.max_tokens, c.seed, c.priority, p.request_id,
     extract(epoch FROM {CLOCK} - c.created_at)::float8 AS seconds_since_accept,
     extract(epoch FROM {CLOCK} - c.started_at)::float8 AS seconds_since_start,
+    extract(epoch FROM {CLOCK} - c.was_paused_at)::float8 AS seconds_paused,
     c.lane, c.num_suspicions, c.committed_sequence_number, log.chunks, coalesce(log.last, 0) AS last_chunk
 FROM claimed c JOIN job_payloads p ON p.job_id = c.id
 LEFT JOIN LATERAL (
@@ -309,6 +313,26 @@ ORDER BY c.place"""
 
 
 CLAIM = text(f"WITH {_ranked(CLAIMABLE)}," + claimed(_locked_in_order(CLAIMABLE)))
+
+# Claims the jobs that are named, in this order; those that others have locked or that may not run any more are left.
+CLAIM_THESE = text(
+    "WITH ranked AS (SELECT * FROM unnest(CAST(:ids AS uuid[])) WITH ORDINALITY AS r(id, place)),"
+    + claimed(_locked_in_order(f"j.model = :model AND {CLAIMABLE}"))
+)
+
+# The heads of the tenants' queues in the order of claims, as far as they would be read for a claim of :limit jobs.
+NEXT_IN_TURN = text(f"""
+WITH {_ranked(CLAIMABLE)}
+SELECT r.id, j.tenant_id, t.weight FROM ranked r JOIN jobs j USING (id) JOIN tenants t ON t.id = j.tenant_id
+ORDER BY r.place
+""")
+
+RUNNING_BY_TENANT = text("""
+SELECT j.tenant_id, t.weight, count(*)::int AS num_running FROM jobs j JOIN tenants t ON t.id = j.tenant_id
+WHERE j.status = 'in_progress' AND j.model = :model GROUP BY j.tenant_id, t.weight
+""")
+
+TAKE_SHARING_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended('celeriac shares of ' || :model, 0))")
 
 PUT_OFF = text(f"""
 UPDATE jobs SET available_at = {CLOCK} + make_interval(secs => :seconds)

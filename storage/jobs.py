@@ -58,6 +58,7 @@ class ClaimedJob:
     request_id: str | None = None  # the id of the HTTP request that submitted it
     seconds_since_accept: float = 0.0  # at the time of the claim
     seconds_since_start: float = 0.0  # since the first claim; 0 if this is the first one
+    seconds_paused: float | None = None  # None if it has not just been paused
 
     @property
     def last_sequence_number(self) -> int:
@@ -136,7 +137,7 @@ def let_lines_in(session: Session, model: str, *, limit: int) -> list[UUID]:
     when no other job is waiting. The caller must know their share of the slots."""
     if limit <= 0:
         return []
-    return list(session.execute(sql.LET_LINES_IN, {"model": model} | _extent(limit)).scalars())
+    return list(session.execute(sql.LET_LINES_IN, {"model": model} | extent(limit)).scalars())
 
 
 def claim(
@@ -167,12 +168,12 @@ def claim(
     }
     # Not one after another until there are enough: each locks tenants' loads in order, so two of them could deadlock.
     for min_standing in (0, -1) if lane is Lane.STANDARD else (-1,):
-        if rows := session.execute(sql.CLAIM, parameters | {"min_standing": min_standing} | _extent(limit)).all():
+        if rows := session.execute(sql.CLAIM, parameters | {"min_standing": min_standing} | extent(limit)).all():
             return claimed_jobs(session, rows, owner=owner)
     return []
 
 
-def _extent(limit: int) -> dict[str, int]:
+def extent(limit: int) -> dict[str, int]:
     """How many rows are wanted, and how many are read for that, since others may have locked some of them."""
     return {"limit": limit, "num_tenants": limit + NUM_SPARE_TENANTS, "num_rows": 2 * limit + NUM_SPARE_ROWS}
 
@@ -223,6 +224,13 @@ def release(session: Session, job_ids: Sequence[UUID], *, owner: UUID) -> list[R
     if not job_ids:
         return []
     return _returned(session, ends.RELEASE, {"ids": list(job_ids), "owner": owner})
+
+
+def pause(session: Session, job_ids: Sequence[UUID], *, owner: UUID) -> list[Returned]:
+    """Like `release`, because it is another tenant's turn."""
+    if not job_ids:
+        return []
+    return _returned(session, ends.PAUSE, {"ids": list(job_ids), "owner": owner})
 
 
 def report_crash(session: Session, weight_by_job_id: dict[UUID, int], *, owner: UUID) -> list[Returned]:
@@ -379,6 +387,7 @@ def _claimed_job(row: Row[Any], chunks: Sequence[str] | None) -> ClaimedJob:
         request_id=row.request_id,
         seconds_since_accept=row.seconds_since_accept,
         seconds_since_start=row.seconds_since_start,
+        seconds_paused=row.seconds_paused,
     )
 
 

@@ -201,11 +201,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StatusChange:
-    """`in_progress` means that an attempt has started; `queued`, that it was lost and another will follow. A terminal
-    status is the last event."""
+    """`in_progress` means that an attempt has started; `queued`, that it was lost, or the job paused, and another will
+    follow. A terminal status is the last event."""
 
     status: JobStatus
     attempt: int
+    is_paused: bool = False
 
 
 class StreamMessage(BaseModel):
@@ -418,7 +419,7 @@ def _advance(
     is_complete = state is not None and stream.last >= state.committed_sequence_number
     if state is not None and is_new and is_complete and state.status is not JobStatus.IN_PROGRESS:
         stream.stage = _stage(state)
-        yield StatusChange(state.status, state.attempt)
+        yield StatusChange(state.status, state.attempt, state.is_paused)
 
 
 def _stage(state: StreamState) -> tuple[int, int]:

@@ -275,6 +275,7 @@ class Job(Row):
     attempt_started_at: Mapped[datetime | None]  # the newest claim
     progressed_at: Mapped[datetime | None]  # the newest claim or chunk; leases may be renewed without progress
     num_tokens_at_claim: Mapped[int] = mapped_column(server_default="0")  # committed before the newest claim
+    paused_at: Mapped[datetime | None]  # while it waits because it was another tenant's turn
     retry_of: Mapped[UUID | None]  # the ended job that this one repeats, which may have been pruned
 
     @property

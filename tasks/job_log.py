@@ -13,6 +13,7 @@ from domain.jobs import AttemptOutcome, FinishReason, JobStatus, external_id
 from metrics import (
     jobs_finished_total,
     jobs_latency_seconds,
+    jobs_paused_total,
     jobs_queue_seconds,
     jobs_returned_total,
     jobs_run_seconds,
@@ -70,7 +71,11 @@ def claimed(jobs: Iterable[ClaimedJob], worker: str) -> None:
         if job.attempt == 1:
             labelled(jobs_queue_seconds, job.request.model_id).observe(job.seconds_since_accept)
         facts = {"worker": worker, "attempt": job.attempt, "model": job.request.model, "lane": job.lane.value}
-        _log("claimed", job.id, job.request_id, facts | {"tokens": job.num_committed_tokens})
+        facts |= {"tokens": job.num_committed_tokens}
+        if job.seconds_paused is None:
+            _log("claimed", job.id, job.request_id, facts)
+        else:
+            _log("resumed", job.id, job.request_id, facts | {"seconds_paused": round(job.seconds_paused, 3)})
 
 
 def first_token(job: ClaimedJob, *, seconds: float) -> None:
@@ -97,6 +102,15 @@ def returned(outcome: AttemptOutcome, jobs: Iterable[Returned]) -> None:
         labelled(jobs_returned_total, job.model, outcome.value).inc()
         facts: dict[str, object] = {"attempt": job.attempt, "tokens": job.num_tokens}
         _log(VERB_BY_OUTCOME[outcome], job.job_id, job.request_id, facts)
+        if job.status.is_terminal:
+            ended_without_worker([job])
+
+
+def paused(jobs: Iterable[Returned]) -> None:
+    """Jobs that left their slots to other tenants, or ended instead, since that was asked for."""
+    for job in jobs:
+        labelled(jobs_paused_total, job.model).inc()
+        _log("paused", job.job_id, job.request_id, {"attempt": job.attempt, "tokens": job.num_tokens})
         if job.status.is_terminal:
             ended_without_worker([job])
 

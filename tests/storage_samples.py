@@ -13,7 +13,7 @@ from domain.jobs import FinishReason, Lane, Usage
 from domain.requests import GenerationRequest, GenerationResult, ResultChoice, TokenChunk
 from storage import jobs
 from storage.job_accept import NewJob
-from storage.job_statements import BEGUN, RUNNABLE, claimed
+from storage.job_statements import BEGUN, CHARGE, RUNNABLE, claimed
 from storage.jobs import ClaimedJob
 from storage.tables import DEFAULT_TENANT_ID, TenantLoad
 
@@ -44,7 +44,7 @@ CLAIM_THESE = text(
     "WITH "
     + claimed(f"""
 pick AS MATERIALIZED (
-    SELECT j.id, array_position(CAST(:ids AS uuid[]), j.id) AS place FROM jobs j
+    SELECT j.id, array_position(CAST(:ids AS uuid[]), j.id) AS place, j.paused_at, {CHARGE} AS charge FROM jobs j
     WHERE {THESE} ORDER BY j.id FOR NO KEY UPDATE
 )""")
 )

@@ -32,7 +32,9 @@ from gpu_worker.engine_process.frames import (
     EndEngine,
     FrameSocket,
     JobFailed,
+    JobReturned,
     Loading,
+    PauseJob,
     PeerClosed,
     Ready,
     Report,
@@ -76,6 +78,7 @@ class EngineLoop:
         self._read_at = monotonic()  # the worker has read something at this time or later
         self._num_steps_by_job: dict[tuple[str, int], int] = {}  # for the jobs of the last step
         self._failures: list[JobFailed] = []  # jobs that `add` refused; sent with the next step's frame
+        self._returned: list[JobReturned] = []  # paused jobs; likewise
         self._is_shut_down = False
 
     def run(self) -> None:
@@ -91,7 +94,7 @@ class EngineLoop:
                 self._apply(decode_command(frame))
             if is_ahead:
                 continue
-            if self._backend.has_work or self._failures:
+            if self._backend.has_work or self._failures or self._returned:
                 self._step()
             elif frames:
                 self._beat()  # an abort without a reason has no output, but changes the statistics
@@ -112,6 +115,9 @@ class EngineLoop:
                 self._add(command, lambda: self._backend.embed(command))
             case AbortJob():
                 self._backend.abort(command.job_id, command.attempt, command.reason)
+            case PauseJob():
+                self._backend.abort(command.job_id, command.attempt, "")
+                self._returned.append(JobReturned(command.job_id, command.attempt))
             case EndEngine():
                 self._is_shut_down = True
 
@@ -136,7 +142,10 @@ class EngineLoop:
         else:
             done = StepDone(outputs=[], failures=[], stats=self._backend.stats())
         failures, self._failures = self._failures, []
-        self._send(msgspec.structs.replace(done, failures=[*failures, *done.failures]))
+        returned, self._returned = self._returned, []
+        self._send(
+            msgspec.structs.replace(done, failures=[*failures, *done.failures], returned=[*returned, *done.returned])
+        )
         if not self._backend.has_work:
             self._record_step([])
 
@@ -263,5 +272,6 @@ def _ready(spec: ModelSpec, backend: Backend) -> Ready:
         max_num_seqs=spec.max_num_seqs,
         max_model_len=spec.max_model_len,
         num_cache_tokens=backend.loaded.num_cache_tokens,
+        keeps_prefixes=backend.loaded.keeps_prefixes,
         pid=os.getpid(),
     )

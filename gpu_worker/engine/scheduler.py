@@ -248,7 +248,7 @@ class Scheduler:
             self.num_prefix_cache_queries += len(sequence.token_ids)
         self.num_prefix_cache_hits += sequence.num_computed_tokens
         if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+            sequence.num_cached_tokens = sequence.num_computed_tokens
         return True
 
 

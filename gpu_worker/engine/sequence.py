@@ -132,7 +132,7 @@ class Sequence:
     stream: TextStream
     grammar: Grammar | None = None  # if the job asks for structured output
     num_computed_tokens: int = 0
-    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at the first admission
+    num_cached_tokens: int | None = None  # tokens found in the prefix cache at the first admission
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # chained hashes of its first full blocks; grows as needed
     num_published_blocks: int = 0  # how many of those blocks are in the prefix cache

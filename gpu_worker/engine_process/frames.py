@@ -56,11 +56,19 @@ class AbortJob(msgspec.Struct, tag="abort", frozen=True):
     reason: str  # a FinishReason (cancelled or deadline), or empty
 
 
+class PauseJob(msgspec.Struct, tag="pause", frozen=True):
+    """Remove the job from the running batch at the next step. The engine answers with JobReturned, after all outputs
+    that it has sent of the job. Its keys and values stay in the prefix cache while there is room."""
+
+    job_id: str
+    attempt: int
+
+
 class EndEngine(msgspec.Struct, tag="shutdown", frozen=True):
     """End the process after the current step."""
 
 
-Command = AddJob | EmbedJob | AbortJob | EndEngine
+Command = AddJob | EmbedJob | AbortJob | PauseJob | EndEngine
 
 
 class Loading(msgspec.Struct, tag="loading", frozen=True):
@@ -78,6 +86,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     max_num_seqs: int
     max_model_len: int
     num_cache_tokens: int
+    keeps_prefixes: bool
     pid: int
 
 
@@ -97,7 +106,7 @@ class SequenceOutput(msgspec.Struct, frozen=True):
     text: str
     finish_reason: str | None = None  # a FinishReason; set on the last output of the sequence
     logprobs: list[dict[str, object]] | None = None  # dumped TokenLogprob, one per token id
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = 0  # of prompt and committed tokens, those found in the prefix cache
     sum_logprobs: float | None = None  # sum over token_ids; set if the job has best_of
     prompt_logprobs: list[dict[str, object] | None] | None = (
         None  # dumped TokenLogprobs; set once per job, before any of its tokens
@@ -125,8 +134,8 @@ class JobFailed(msgspec.Struct, frozen=True):
 
 
 class JobReturned(msgspec.Struct, frozen=True):
-    """The engine has removed this job, which it cannot run at present through no fault of the job. It goes back to the
-    queue."""
+    """The engine has removed this job, because it was told to pause it, or because it cannot run it at present through
+    no fault of the job. It goes back to the queue."""
 
     job_id: str
     attempt: int

@@ -140,3 +140,11 @@ class TestAccept:
             session.execute(update(TenantLoad).where(TenantLoad.tenant_id == tenant.id).values(**load))
         job_accept.accept(session, [new_job(tenant_id=rich.id)], max_queued_jobs=9)
         assert load_of(session, rich.id).virtual_time == 5e5 + 10_000 / 2
+
+    def test_a_tenant_that_waits_in_vain_is_owed_little(self, session: Session, make_tenant: MakeTenant) -> None:
+        """One whose job waits for a model without workers, and who then turns to another model."""
+        stuck, busy = make_tenant(weight=2), make_tenant()
+        for tenant, load in ((stuck, {"num_queued": 1}), (busy, {"num_running": 1, "virtual_time": 5e5})):
+            session.execute(update(TenantLoad).where(TenantLoad.tenant_id == tenant.id).values(**load))
+        job_accept.accept(session, [new_job(tenant_id=stuck.id)], max_queued_jobs=9)
+        assert load_of(session, stuck.id).virtual_time == 5e5 - 10_000 / 2

@@ -305,10 +305,9 @@ class Store(RuleBasedStateMachine):
         statuses = [job.status for job in self.jobs.values()]
         assert load.num_queued == statuses.count(JobStatus.QUEUED)
         assert load.num_running == statuses.count(JobStatus.IN_PROGRESS)
-        # Charged at the first claim, corrected at the end: what remains is the tokens taken and the costs under way.
+        # Charged at a claim, corrected at the end of the attempt: the tokens taken, and the costs of those that run.
         assert load.virtual_time == sum(
-            0 if job.attempt == 0 else 3 + len(job.chunks) if job.status.is_terminal else 19
-            for job in self.jobs.values()
+            19 if job.status is RUNNING else 3 + len(job.chunks) if job.attempt else 0 for job in self.jobs.values()
         )
 
 

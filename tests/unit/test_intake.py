@@ -42,7 +42,13 @@ def test_a_claim_that_found_too_few_jobs_is_repeated_soon(
     offers, claims = Offers(), Claims()
     spent: list[UUID] = []
     entry = Intake(
-        offers, cast(Any, claims), cast(Any, claims), Quarantine(), on_claimed=lambda *_: None, on_spent=spent.extend
+        offers,
+        cast(Any, claims),
+        cast(Any, claims),
+        Quarantine(),
+        on_claimed=lambda *_: None,
+        on_exchanged=lambda *_: None,
+        on_spent=spent.extend,
     )
     claims.num_jobs = num_found
     entry.claim(now - POLL_SECONDS, num_free=4, known=frozenset())

@@ -19,6 +19,7 @@ class LoadedModel:
 
     device: str
     num_cache_tokens: int
+    keeps_prefixes: bool = False  # whether a text whose beginning was computed before goes on from there
 
 
 @dataclass(frozen=True, slots=True)

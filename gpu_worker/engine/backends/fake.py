@@ -127,7 +127,7 @@ class FakeBackend:
 
     @property
     def loaded(self) -> LoadedModel:
-        return LoadedModel(device="none", num_cache_tokens=self._spec.max_model_len * self._spec.max_num_seqs)
+        return LoadedModel("none", self._spec.max_model_len * self._spec.max_num_seqs, keeps_prefixes=True)
 
     def add(self, command: AddJob) -> None:
         params = SamplingParams.model_validate(command.params)

@@ -56,7 +56,8 @@ class TransformersBackend:
         set_threads(model)
         self._engine = build_engine(spec, model, tokenizer, device)
         self._embeddings = make_embedding_queue(spec, model, device)
-        self._loaded = LoadedModel(device=str(device), num_cache_tokens=self._engine.scheduler.pool.num_tokens)
+        pool = self._engine.scheduler.pool
+        self._loaded = LoadedModel(str(device), pool.num_tokens, keeps_prefixes=pool.use_prefix_cache)
 
     @property
     def loaded(self) -> LoadedModel:

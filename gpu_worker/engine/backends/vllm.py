@@ -45,7 +45,7 @@ class VllmBackend:
 
     @property
     def loaded(self) -> LoadedModel:
-        return LoadedModel(device=self._engine.device, num_cache_tokens=self._engine.num_cache_tokens)
+        return LoadedModel(self._engine.device, self._engine.num_cache_tokens, keeps_prefixes=True)
 
     @property
     def has_work(self) -> bool:
@@ -147,8 +147,8 @@ class VllmBackend:
 
     def _count_prompt(self, sequence: Sequence, num_cached_tokens: int) -> None:
         """At the first output of a request. What is not computed for a prompt's scores is not a miss."""
-        sequence.num_cached_tokens = min(num_cached_tokens, sequence.num_prompt_tokens)
-        self._num_prompt_tokens += sequence.num_prompt_tokens - sequence.num_cached_tokens
+        sequence.num_cached_tokens = num_cached_tokens
+        self._num_prompt_tokens += max(0, sequence.num_prompt_tokens - num_cached_tokens)
         if not sequence.is_scoring:
             self._num_prefix_cache_queries += len(sequence.token_ids)
         self._num_prefix_cache_hits += num_cached_tokens

@@ -1,0 +1,133 @@
+"""Keeps tenants to their shares of the slots: which running jobs give their slots to which waiting ones.
+
+While others wait, no tenant runs more than its share of a model's jobs, by weight. A worker whose slots are full looks
+once a second (`Intake.exchange`). If a tenant that waits is due a slot, the worker claims the waiting job and in the
+same moment tells the engine to stop one of the tenant that has too many. The engine hands that job back after the
+tokens that it has reported, all of which are committed; so nothing is drawn twice, and the job continues as it would
+after the loss of a worker. Its keys and values stay in the prefix cache while there is room.
+
+Claiming comes first: then no two workers stop jobs in favour of the same one, and no slot is empty in between. Whatever
+dies in between, each job has either its old owner or its new one.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from domain.jobs import AttemptOutcome
+from gpu_worker.commits import JobStorage
+from gpu_worker.job import RunningEmbedding, RunningJob
+from storage import jobs, shares
+from storage.jobs import ClaimedJob
+from storage.shares import NextJob, Shares
+from tasks import job_log
+
+LOOK_SECONDS = 1.0  # between two looks of a worker whose slots are full
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A running job that may be paused."""
+
+    job_id: UUID
+    tenant_id: UUID
+    priority: int
+    num_quanta: float  # how many quanta it has run since it last started; at least 1
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """The jobs that a worker has claimed although it had no slot, and those that must leave theirs for them."""
+
+    claimed: list[ClaimedJob]
+    leaving: list[UUID]
+
+
+def candidates(running: Iterable[RunningJob], now: float, *, quantum_seconds: float) -> list[Candidate]:
+    """Those of a worker's jobs that may be paused.
+
+    A job runs for a quantum first, counted from its first token, and for at least as long as that token took: starting
+    it again may cost as much. Jobs that may crash engines first prove that they do not.
+    """
+    found = []
+    for job in running:
+        if job.first_output_at is None or not job.is_going_on or isinstance(job, RunningEmbedding):
+            continue
+        quantum = max(quantum_seconds, job.first_output_at - job.started_at)
+        num_quanta = (now - job.first_output_at) / quantum
+        if num_quanta >= 1 and not job.claimed.num_suspicions:
+            found.append(Candidate(job.id, job.claimed.tenant_id, job.claimed.priority, num_quanta))
+    return found
+
+
+def choose(seen: Shares, may_leave: Sequence[Candidate]) -> list[tuple[NextJob, Candidate]]:
+    """Which waiting jobs take the slots of which running ones.
+
+    A tenant with more than its share gives up jobs as long as the share is left to it, to those who have less than
+    theirs or nothing. Where there are more tenants than slots, a share is less than a slot, and tenants take turns: one
+    that runs nothing gets a whole slot after a quantum, or after as many as the other's weight is higher. Of a tenant's
+    jobs, the least urgent leaves first, then the newest, which is the last to come back.
+    """
+    num_running = dict(seen.num_running)
+    total_weight = math.fsum(seen.weights.values())
+    num_slots = sum(num_running.values())
+    share = {tenant_id: num_slots * weight / total_weight for tenant_id, weight in seen.weights.items()}
+    left = sorted(may_leave, key=lambda one: (-one.priority, one.job_id))
+
+    def may_give(giver: UUID, taker: UUID, num_quanta: float) -> bool:
+        num_held, num_taken = num_running.get(giver, 0), num_running.get(taker, 0)
+        if giver == taker or num_held <= share.get(giver, math.inf):  # inf: its jobs have just ended
+            return False
+        if num_held - 1 >= share[giver]:
+            return num_taken == 0 or num_taken + 1 <= share[taker]
+        return num_taken == 0 and num_quanta >= seen.weights[giver] / seen.weights[taker]
+
+    def excess(tenant_id: UUID) -> float:
+        return num_running.get(tenant_id, 0) / seen.weights[tenant_id]
+
+    exchanges = []
+    for job in seen.waiting:
+        able = [one for one in left if may_give(one.tenant_id, job.tenant_id, one.num_quanta)]
+        if not able:
+            continue
+        most = max(excess(one.tenant_id) for one in able)
+        leaving = [one for one in able if excess(one.tenant_id) == most][-1]
+        left.remove(leaving)
+        num_running[leaving.tenant_id] -= 1
+        num_running[job.tenant_id] = num_running.get(job.tenant_id, 0) + 1
+        exchanges.append((job, leaving))
+    return exchanges
+
+
+def exchange(
+    storage: JobStorage, may_leave: Sequence[Candidate], known: frozenset[UUID], *, is_repeated: bool
+) -> Exchange:
+    """Claim the waiting jobs for which some of these running ones should leave, and say which. `known` are the jobs
+    that run here."""
+    chosen: list[tuple[NextJob, Candidate]] = []
+    claimed: list[ClaimedJob] = []
+    with storage.sessions.begin() as session:
+        released = storage.release_unknown(session, known) if is_repeated else []
+        revision = storage.model_revision
+        seen = shares.look(session, storage.model, model_revision=revision, limit=len(may_leave))
+        if seen is not None and (chosen := choose(seen, may_leave)):
+            claimed = shares.claim_these(
+                session,
+                storage.model,
+                [job.id for job, _ in chosen],
+                owner=storage.owner,
+                model_revision=revision,
+                lease_seconds=storage.lease_seconds,
+            )
+    job_log.returned(AttemptOutcome.RELEASED, released)
+    storage.tell_claimed(claimed)
+    leaving = {job.id: candidate.job_id for job, candidate in chosen}
+    return Exchange(claimed, [leaving[job.id] for job in claimed])
+
+
+def pause(storage: JobStorage, job_ids: Sequence[UUID]) -> None:
+    with storage.sessions.begin() as session:
+        paused = jobs.pause(session, job_ids, owner=storage.owner)
+    job_log.paused(paused)
+    storage.notifier.publish((job.job_id, job.status) for job in paused)
