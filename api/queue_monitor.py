@@ -47,6 +47,8 @@ MAX_SHARE = 0.2  # of its time one database connection may spend on queries for 
 
 
 #: The place of a job about which nothing is known.
+PLAIN_WAITS = frozenset({WaitingFor.SLOTS, WaitingFor.TURN})  # for a slot, and for nothing else
+
 UNKNOWN_PLACE: QueueView = {"position": None, "eta_seconds": None, "waiting_for": None, "load_percent": None}
 
 WILL_LOAD = (WorkerState.LOADING, WorkerState.STANDBY)
@@ -120,7 +122,7 @@ class ModelQueue:
         reason = waiting_for(position.job, self.service)
         if reason is WaitingFor.MODEL_LOAD and position.num_ahead < self.num_coming_slots:
             return None if self.ready_in_seconds is None else round(self.ready_in_seconds, 1)
-        if reason is not WaitingFor.SLOTS:
+        if reason not in PLAIN_WAITS:
             return None
         if position.num_ahead + self.num_running < self.num_slots:
             return 0.0
@@ -276,12 +278,12 @@ class QueueMonitor:
 
     @property
     def findings(self) -> list[Finding]:
-        """The reasons, free slots aside, for which jobs have been waiting for more than FINDING_SECONDS. That holds for
+        """The reasons, slots aside, for which jobs have been waiting for more than FINDING_SECONDS. That holds for
         the oldest of the jobs, and for the reason itself, which every read since then has found."""
         return [
             Finding(model, reason, queue.waiting[reason].num_jobs, round(seconds, 1))
             for (model, reason), since in self._waiting_since.items()
-            if reason is not WaitingFor.SLOTS and (queue := self.queues.get(model)) and reason in queue.waiting
+            if reason not in PLAIN_WAITS and (queue := self.queues.get(model)) and reason in queue.waiting
             if (seconds := min(time.monotonic() - since, queue.waiting[reason].oldest_seconds)) > FINDING_SECONDS
         ]
 

@@ -66,14 +66,17 @@ def choose(seen: Shares, may_leave: Sequence[Candidate]) -> list[tuple[NextJob, 
 
     A tenant with more than its share gives up jobs as long as the share is left to it, to those who have less than
     theirs or nothing. Where there are more tenants than slots, a share is less than a slot, and tenants take turns: one
-    that runs nothing gets a whole slot after a quantum, or after as many as the other's weight is higher. Of a tenant's
-    jobs, the least urgent leaves first, then the newest, which is the last to come back.
+    that runs nothing gets a whole slot after a quantum, or after as many as the other's weight is higher. The tenant
+    with most per weight gives first, or else the one whose job has run longest. Of its jobs, the least urgent leaves
+    first, then the newest, which is the last to come back.
     """
     num_running = dict(seen.num_running)
     total_weight = math.fsum(seen.weights.values())
     num_slots = sum(num_running.values())
     share = {tenant_id: num_slots * weight / total_weight for tenant_id, weight in seen.weights.items()}
-    left = sorted(may_leave, key=lambda one: (-one.priority, one.job_id))
+    left: dict[UUID, list[Candidate]] = {}  # by tenant; the last one is the first to leave
+    for candidate in sorted(may_leave, key=lambda one: (-one.priority, one.job_id)):
+        left.setdefault(candidate.tenant_id, []).append(candidate)
 
     def may_give(giver: UUID, taker: UUID, num_quanta: float) -> bool:
         num_held, num_taken = num_running.get(giver, 0), num_running.get(taker, 0)
@@ -83,17 +86,18 @@ def choose(seen: Shares, may_leave: Sequence[Candidate]) -> list[tuple[NextJob, 
             return num_taken == 0 or num_taken + 1 <= share[taker]
         return num_taken == 0 and num_quanta >= seen.weights[giver] / seen.weights[taker]
 
-    def excess(tenant_id: UUID) -> float:
-        return num_running.get(tenant_id, 0) / seen.weights[tenant_id]
+    def excess(candidate: Candidate) -> tuple[float, float]:
+        giver = candidate.tenant_id
+        return num_running[giver] / seen.weights[giver], candidate.num_quanta
 
     exchanges = []
     for job in seen.waiting:
-        able = [one for one in left if may_give(one.tenant_id, job.tenant_id, one.num_quanta)]
+        next_to_leave = [candidates[-1] for candidates in left.values() if candidates]
+        able = [one for one in next_to_leave if may_give(one.tenant_id, job.tenant_id, one.num_quanta)]
         if not able:
             continue
-        most = max(excess(one.tenant_id) for one in able)
-        leaving = [one for one in able if excess(one.tenant_id) == most][-1]
-        left.remove(leaving)
+        leaving = max(able, key=excess)
+        left[leaving.tenant_id].pop()
         num_running[leaving.tenant_id] -= 1
         num_running[job.tenant_id] = num_running.get(job.tenant_id, 0) + 1
         exchanges.append((job, leaving))

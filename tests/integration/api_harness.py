@@ -173,6 +173,12 @@ class HandWorker:
             assert released.job_id == job.id
         publish(self.redis, [(job.id, JobStatus.QUEUED)])
 
+    def pause(self, job: ClaimedJob) -> None:
+        with self.sessions.begin() as session:
+            [paused] = jobs.pause(session, [job.id], owner=self.owner)
+            assert paused.job_id == job.id
+        publish(self.redis, [(job.id, JobStatus.QUEUED)])
+
     def run(self, job_id: str, *texts: str) -> None:
         """The whole life of a job."""
         job = self.claim(job_id)

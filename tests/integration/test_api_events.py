@@ -1,5 +1,6 @@
 """A job as server-sent events: from any cursor, through every fault of Redis, to exactly one last event."""
 
+import itertools
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -129,6 +130,28 @@ def test_a_lost_attempt_is_told_and_the_text_goes_on(http: httpx.Client, hand_wo
         hand_worker.say(second, "c", first=3)
         hand_worker.finish(second, "a", "b", "c")
         assert [(event.name, event.id) for event in events] == [("output.delta", "3"), ("job.completed", "4")]
+
+
+def test_a_pause_is_told_and_the_text_goes_on(http: httpx.Client, hand_worker: HandWorker) -> None:
+    job_id = post_job(http)["id"]
+    with open_events(http, job_id) as events:
+        first = hand_worker.claim(job_id)
+        hand_worker.say(first, "a")
+        hand_worker.pause(first)
+        told = [event for event in itertools.islice(events, 4) if event.name != "job.queued"]
+        assert [event.name for event in told[:2]] == ["job.started", "output.delta"]
+        paused = next(event for event in [*told[2:], *events] if event.name == "job.paused")
+        assert (paused.id, paused.data) == (None, {"job_id": job_id, "sequence_number": 1})
+        second = hand_worker.claim(job_id)
+        assert second.seconds_paused is not None
+        hand_worker.say(second, "b", first=2)
+        hand_worker.finish(second, "a", "b")
+        rest = [event for event in events if event.name != "job.queued"]
+        assert [(event.name, event.id) for event in rest] == [
+            ("job.started", None),
+            ("output.delta", "2"),
+            ("job.completed", "3"),
+        ]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Every queued job says why it waits, wherever it is shown; and what waits in vain is told."""
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import httpx
@@ -41,6 +41,7 @@ def unload(sessions: Sessions) -> None:
 BEGUN = {"committed_sequence_number": 3, "num_committed_tokens": 3, "model_revision": "fake:old"}
 REASONS: dict[str, tuple[Callable[[Sessions], object], dict[str, object]]] = {
     "slots": (serve, {}),
+    "turn": (serve, {"paused_at": datetime.now(UTC)}),
     "worker": (lambda sessions: None, {}),
     "model_load": (lambda sessions: serve(sessions, "loading"), {}),
     "revision": (serve, BEGUN),
@@ -61,7 +62,7 @@ def test_a_queued_job_says_why_it_waits_wherever_it_is_shown(
     assert wait_until(lambda: queue_of(http)["waiting_for"] == {reason: 1}), queue_of(http)
     queue = http.get(f"/v1/jobs/{name}").json()["queue"]
     assert (queue["position"], queue["waiting_for"]) == (0, reason)
-    assert queue["eta_seconds"] == (0.0 if reason == "slots" else None)
+    assert queue["eta_seconds"] == (0.0 if reason in ("slots", "turn") else None)
     assert [job["queue"]["waiting_for"] for job in http.get("/v1/jobs").json()["data"]] == [reason]
     with open_events(http, name) as events:
         told = next(event for event in events if event.name == "job.queued")
@@ -85,7 +86,7 @@ def test_lines_of_batches_wait_for_their_share_though_slots_are_free(
     wait_until(lambda: queue_of(http)["waiting_for"] == {"limit": 1})
 
 
-@pytest.mark.parametrize("reason", [reason for reason in REASONS if reason != "slots"])
+@pytest.mark.parametrize("reason", [reason for reason in REASONS if reason not in ("slots", "turn")])
 def test_what_waits_in_vain_for_a_minute_is_a_finding_and_no_good_health(
     http: httpx.Client, api: ApiServer, session_factory: Sessions, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

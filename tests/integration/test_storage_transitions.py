@@ -76,6 +76,7 @@ STATEMENTS: dict[str, Call] = {
     "finalise cancelled": finalise_as(CANCELLED),
     "finalise expired": finalise_as(EXPIRED),
     "release": lambda session, job, caller: jobs.release(session, [job.id], owner=caller.owner),
+    "pause": lambda session, job, caller: jobs.pause(session, [job.id], owner=caller.owner),
     "report_crash": lambda session, job, caller: jobs.report_crash(session, {job.id: 1}, owner=caller.owner),
     "rescue": lambda session, job, caller: jobs.rescue(
         session, as_of=datetime.now(UTC), grace_seconds=2, quiet_seconds=0
@@ -100,6 +101,7 @@ CHANGES: dict[tuple[JobStatus, str], JobStatus] = {
     (IN_PROGRESS, "finalise cancelled"): CANCELLED,
     (IN_PROGRESS, "finalise expired"): EXPIRED,
     (IN_PROGRESS, "release"): QUEUED,
+    (IN_PROGRESS, "pause"): QUEUED,
     (IN_PROGRESS, "report_crash"): QUEUED,
     (IN_PROGRESS, "cancel"): IN_PROGRESS,  # a timestamp, not a status
     (IN_PROGRESS, "request_cancel"): IN_PROGRESS,
@@ -143,12 +145,13 @@ CONDITIONAL_CHANGES: dict[tuple[str, str], JobStatus] = {
     ("begun under a revision that is gone", "fail_gone"): FAILED,
     ("begun anew", "claim"): IN_PROGRESS,
     ("cancel asked", "release"): CANCELLED,
+    ("cancel asked", "pause"): CANCELLED,
     ("cancel asked", "report_crash"): CANCELLED,
 }
 MAINTENANCE = ("claimable_soon", "let_lines_in", "claim", "rescue", "expire", "restart", "fail_gone")
 #: What a stale owner or another tenant may still do: the statements that are nobody's own.
 FENCED_BY_ATTEMPT = [name for name in STATEMENTS if name.startswith(("commit_chunks", "finalise"))]
-FENCED_BY_OWNER = ["renew", "release", "report_crash"]
+FENCED_BY_OWNER = ["renew", "release", "pause", "report_crash"]
 FENCED_BY_TENANT = ["cancel"]
 
 

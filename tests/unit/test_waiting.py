@@ -11,7 +11,8 @@ DRAINING, UNLOADED = LiveWorker(WorkerState.DRAINING, "new"), LiveWorker(WorkerS
 FRESH, ISOLATED = WaitingJob(), WaitingJob(lane=Lane.ISOLATED)
 BEGUN, OLD = WaitingJob(revision="new"), WaitingJob(revision="old")
 LINE, DELAYED = WaitingJob(is_held_line=True), WaitingJob(is_delayed=True)
-JOBS = (FRESH, ISOLATED, BEGUN, OLD, LINE, DELAYED)
+PAUSED = WaitingJob(revision="new", is_paused=True)
+JOBS = (FRESH, ISOLATED, BEGUN, OLD, LINE, DELAYED, PAUSED)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -25,7 +26,7 @@ def test_an_unloaded_model_is_a_pause_whoever_lives(job: WaitingJob) -> None:
         assert waiting_for(job, ModelService([worker], is_loaded=False)) is WaitingFor.PAUSE
 
 
-@pytest.mark.parametrize("job", [FRESH, ISOLATED, BEGUN, LINE, DELAYED])
+@pytest.mark.parametrize("job", [FRESH, ISOLATED, BEGUN, LINE, DELAYED, PAUSED])
 @pytest.mark.parametrize(
     ("workers", "reason"),
     [
@@ -56,6 +57,7 @@ def test_a_job_with_output_waits_for_its_revision_though_others_are_ready() -> N
         (ISOLATED, WaitingFor.ISOLATION),
         (LINE, WaitingFor.LIMIT),
         (DELAYED, WaitingFor.LIMIT),
+        (PAUSED, WaitingFor.TURN),
     ],
 )
 def test_beside_a_ready_worker_it_is_the_job_that_decides(job: WaitingJob, reason: WaitingFor) -> None:

@@ -51,6 +51,7 @@ class FakeKnobs(BaseModel):
     tokens_per_step: int = Field(default=1, ge=1)  # per sequence
     end_chance: float = Field(default=0.0, ge=0, le=1)  # probability of the end token at every position
     hold_back_chars: int = Field(default=0, ge=0)  # text lags this far behind the tokens, as if for a stop string
+    keeps_prefixes: bool = True  # what it says of itself; without, its jobs are never paused
     chained: bool = False  # each attempt draws different tokens, which check all those before them: see chained_token
     fail_at_token: int | None = None  # the engine reports the job as failed
     fail_seed: int | None = None
@@ -127,7 +128,7 @@ class FakeBackend:
 
     @property
     def loaded(self) -> LoadedModel:
-        return LoadedModel("none", self._spec.max_model_len * self._spec.max_num_seqs, keeps_prefixes=True)
+        return LoadedModel("none", self._spec.max_model_len * self._spec.max_num_seqs, self._knobs.keeps_prefixes)
 
     def add(self, command: AddJob) -> None:
         params = SamplingParams.model_validate(command.params)

@@ -1,0 +1,124 @@
+"""Which running jobs give their slots to which waiting ones."""
+
+from uuid import UUID, uuid4
+
+import pytest
+
+from domain.jobs import FinishReason
+from gpu_worker.pausing import Candidate, candidates, choose
+from storage.shares import NextJob, Shares
+from tests.runner_parts import make_output, make_running
+
+A, B, C = (UUID(int=number) for number in (1, 2, 3))
+
+
+def exchanges(
+    running: dict[UUID, int],
+    waiting: list[UUID],
+    *,
+    weights: dict[UUID, float] | None = None,
+    num_quanta: float = 1.0,
+) -> list[tuple[UUID, UUID]]:
+    """Who takes a slot from whom, if this worker runs all jobs that run."""
+    may_leave = [Candidate(uuid4(), tenant, 0, num_quanta) for tenant, number in running.items() for _ in range(number)]
+    weights = {tenant: (weights or {}).get(tenant, 1.0) for tenant in {*running, *waiting}}
+    seen = Shares(running, weights, [NextJob(uuid4(), tenant) for tenant in waiting])
+    return [(job.tenant_id, one.tenant_id) for job, one in choose(seen, may_leave)]
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "expected"),
+    [
+        ({A: 4}, [A, A], []),  # nobody else waits
+        ({A: 4}, [], []),
+        ({A: 4}, [B], [(B, A)]),
+        ({A: 4}, [A, B, B, B, B], [(B, A), (B, A)]),  # up to its share, and the first one keeps its own
+        ({A: 2, B: 2}, [A, B], []),
+        ({A: 3, B: 1}, [B, B], [(B, A)]),
+        ({A: 3}, [B, B], [(B, A)]),  # half a slot more would be due, but no whole one
+        ({A: 1}, [B], [(B, A)]),  # more tenants than slots: they take turns
+        ({A: 1, B: 1}, [A, B], []),  # who has a slot does not take another one's only one
+        ({A: 64}, [B] * 100, [(B, A)] * 32),
+    ],
+)
+def test_a_tenant_keeps_its_share_and_gives_up_the_rest(
+    running: dict[UUID, int], waiting: list[UUID], expected: list[tuple[UUID, UUID]]
+) -> None:
+    assert exchanges(running, waiting) == expected
+
+
+def test_shares_are_by_weight() -> None:
+    assert exchanges({A: 6}, [B] * 6, weights={A: 1, B: 2}) == [(B, A)] * 4
+    assert exchanges({A: 6}, [B] * 6, weights={A: 2, B: 1}) == [(B, A)] * 2
+
+
+def test_a_turn_lasts_longer_the_higher_the_weight() -> None:
+    heavy = {A: 3.0, B: 1.0}
+    assert exchanges({A: 1}, [B], weights=heavy, num_quanta=2.9) == []
+    assert exchanges({A: 1}, [B], weights=heavy, num_quanta=3.0) == [(B, A)]
+    assert exchanges({B: 1}, [A], weights=heavy, num_quanta=1.0) == [(A, B)]
+
+
+def test_the_tenant_that_has_most_gives_first_or_the_one_that_has_run_longest() -> None:
+    assert exchanges({A: 3, B: 5}, [C, C]) == [(C, B), (C, B)]
+    seen = Shares({A: 1, B: 1}, {A: 1.0, B: 1.0, C: 1.0}, [NextJob(uuid4(), C), NextJob(uuid4(), C)])
+    for order in (1, -1):
+        may_leave = [Candidate(uuid4(), A, 0, 3.0), Candidate(uuid4(), B, 0, 2.0)][::order]
+        assert [leaving.tenant_id for _, leaving in choose(seen, may_leave)] == [A], "and only one"
+
+
+def test_what_other_workers_run_counts_and_stays_there() -> None:
+    """Here runs none of the tenant that has too much."""
+    seen = Shares({A: 7, B: 1}, {A: 1.0, B: 1.0, C: 1.0}, [NextJob(uuid4(), C)])
+    assert choose(seen, [Candidate(uuid4(), B, 0, 9.0)]) == []
+    [(_, leaving)] = choose(seen, [Candidate(uuid4(), B, 0, 9.0), Candidate(uuid4(), A, 0, 1.0)])
+    assert leaving.tenant_id == A
+
+
+def test_a_tenant_whose_jobs_have_just_ended_gives_nothing() -> None:
+    assert choose(Shares({A: 2}, {A: 1.0, B: 1.0}, [NextJob(uuid4(), B)]), [Candidate(uuid4(), C, 0, 1.0)]) == []
+
+
+def test_the_least_urgent_job_leaves_and_of_equals_the_newest() -> None:
+    low, old, new, high = (
+        Candidate(UUID(int=number), A, priority, 1.0) for number, priority in enumerate((-1, 0, 0, 5))
+    )
+    seen = Shares({A: 4}, {A: 1.0, B: 1.0}, [NextJob(uuid4(), B), NextJob(uuid4(), B)])
+    for may_leave in ([low, old, new, high], [high, new, old, low]):
+        assert [leaving for _, leaving in choose(seen, may_leave)] == [low, new]
+
+
+class TestWhichJobsMayLeave:
+    def test_a_job_runs_for_a_quantum_after_its_first_token(self) -> None:
+        job = make_running()
+        job.is_in_engine = True
+        assert candidates([job], 1e9, quantum_seconds=2.0) == [], "it computes its prompt"
+        job.first_output_at = job.started_at + 0.5
+        assert candidates([job], job.first_output_at + 1.9, quantum_seconds=2.0) == []
+        [candidate] = candidates([job], job.first_output_at + 4.0, quantum_seconds=2.0)
+        assert candidate.num_quanta == pytest.approx(2.0)
+        assert candidates([job], job.first_output_at + 1e9, quantum_seconds=float("inf")) == []
+
+    def test_a_job_that_was_long_in_starting_runs_as_long_again(self) -> None:
+        job = make_running()
+        job.is_in_engine = True
+        job.first_output_at = job.started_at + 30.0
+        assert candidates([job], job.first_output_at + 29.0, quantum_seconds=2.0) == []
+        assert candidates([job], job.first_output_at + 31.0, quantum_seconds=2.0)
+
+    def test_who_leaves_already_or_is_suspected_may_not(self) -> None:
+        jobs = [make_running(num_suspicions=int(number == 0)) for number in range(5)]
+        for job in jobs:
+            job.is_in_engine = True
+            job.first_output_at = job.started_at
+        jobs[1].is_pausing = jobs[2].is_ending = True
+        jobs[3].abort_reason = FinishReason.CANCELLED
+        jobs[4].absorb(make_output(jobs[4], "x", finish_reason="stop"))
+        assert candidates(jobs, 1e9, quantum_seconds=2.0) == []
+
+
+def test_what_a_resumed_job_had_to_compute_again_is_what_the_cache_did_not_have() -> None:
+    job = make_running()
+    assert job.num_recomputed_tokens == 3
+    job.absorb(make_output(job, "x", num_cached_tokens=2))
+    assert job.num_recomputed_tokens == 1
