@@ -14,12 +14,14 @@ from sqlalchemy import func, select
 
 from domain.jobs import JobStatus
 from domain.requests import SamplingParams
+from domain.structured_output import StructuredOutput
 from gpu_worker import intake, pausing
 from gpu_worker.threads import RunnerEventKind
+from metrics import jobs_recomputed_tokens_total
 from storage import jobs
 from storage.tables import Job
 from tests.conftest import MakeTenant
-from tests.integration.runner_harness import RecordingRunner, Rig
+from tests.integration.runner_harness import MODEL, RecordingRunner, Rig
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -206,3 +208,44 @@ def rescue_until_idle(rig: Rig) -> None:
             return session.scalar(select(func.count()).where(Job.status == JobStatus.IN_PROGRESS)) == 0
 
     wait_until(is_idle, "the leases have lapsed")
+
+
+GRAMMAR = StructuredOutput(regex="([a-z ]{5}[.] )+")
+PARAMS = {
+    "greedy": SamplingParams(temperature=0.0, ignore_eos=True),
+    "seeded, two texts with logprobs": SamplingParams(temperature=1.0, n=2, logprobs=2, ignore_eos=True),
+    "a grammar": SamplingParams(temperature=1.0, structured_output=GRAMMAR, ignore_eos=True),
+}
+
+
+def test_texts_of_a_real_model_are_those_of_an_unpaused_run(rig: Rig, make_tenant: MakeTenant) -> None:
+    """And hardly anything is computed again: what fills less than a block of the cache."""
+    lines = ["[[models]]", f'id = "{MODEL}"', f'path = "{ROOT}/models/celeriac-mini"', 'device = "cpu"']
+    rig.settings.models_file.write_text("\n".join([*lines, "max_num_seqs = 2", "max_model_len = 1024"]))
+    rig.settings = rig.settings.model_copy(update={"flush_min_seconds": 0.02})
+    worker = start(rig)
+
+    def run() -> list[UUID]:
+        tenant = make_tenant().id  # what it shares with another tenant is not in its cache
+        job_ids = [rig.add_job(max_tokens=400, params=params, tenant_id=tenant, cost=803) for params in PARAMS.values()]
+        worker.offer(job_ids)
+        return job_ids
+
+    unpaused = run()
+    wait_until(lambda: all(rig.job(job_id).status is JobStatus.COMPLETED for job_id in unpaused), "all have ended")
+    recomputed = jobs_recomputed_tokens_total.labels(MODEL)
+    num_before = recomputed._value.get()
+    job_ids = run()
+    other = make_tenant().id
+    while not all(rig.job(job_id).status is JobStatus.COMPLETED for job_id in job_ids):
+        worker.offer([neighbour := rig.add_job(max_tokens=2, tenant_id=other)])
+        worker.wait_for(RunnerEventKind.ENDED, [neighbour])
+    num_pauses = sum(rig.job(job_id).attempt - 1 for job_id in job_ids)
+    assert num_pauses > 0
+    for name, one, two in zip(PARAMS, unpaused, job_ids, strict=True):
+        for before, after in zip(rig.result(one).choices, rig.result(two).choices, strict=True):
+            assert after.text == before.text, name
+            assert (after.num_tokens, after.finish_reason) == (before.num_tokens, before.finish_reason)
+            for here, there in zip(before.logprobs or (), after.logprobs or (), strict=True):
+                assert (there.token_id, there.logprob) == (here.token_id, pytest.approx(here.logprob, abs=1e-3))
+    assert recomputed._value.get() - num_before <= num_pauses * 2 * 16
