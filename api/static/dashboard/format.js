@@ -44,6 +44,7 @@ export const shortId = (id) => (id.length > 18 ? `${id.slice(0, id.indexOf("_") 
 // What queued jobs wait for, by the API's name for it.
 export const WAITING = {
   slots: "a free slot",
+  turn: "their tenant's next turn: they were paused for others",
   worker: "a worker of their model",
   model_load: "the model to load",
   revision: "a worker with their model's revision",
@@ -54,6 +55,7 @@ export const WAITING = {
 
 export const WAITING_SHORT = {
   slots: "free slot",
+  turn: "next turn",
   worker: "no worker",
   model_load: "model loads",
   revision: "revision gone",

@@ -106,7 +106,7 @@ function after(state, { event, data }) {
   if (event === "job.reset") return { ...state, texts: [], numTokens: 0 };
   if (event === "job.queued") return { ...state, queue: data };
   if (event === "job.started") return { ...state, started: true, queue: null };
-  if (event === "job.retrying") return { ...state, started: false };
+  if (event === "job.retrying" || event === "job.paused") return { ...state, started: false };
   if (ENDS.has(event)) return { ...state, job: data, queue: null };
   return state;
 }
