@@ -25,7 +25,7 @@ MODELS = f"""
 id = "fake"
 path = "none"
 backend = "fake"
-max_model_len = 512
+max_model_len = 4096
 max_num_seqs = 4
 [models.fake]
 step_seconds = 0.02
@@ -143,7 +143,7 @@ class Caller:
 def run_jobs_of_every_kind(caller: Caller, receiver: Receiver) -> None:
     caller.wait_for("completed", caller.submit(webhook=receiver.url(), idempotency_key="a"))
     caller.submit(webhook=receiver.url(), idempotency_key="a")
-    assert caller.post("/v1/jobs", {"model": "fake", "prompt": "x " * 600}).status_code == 400
+    assert caller.post("/v1/jobs", {"model": "fake", "prompt": "x " * 6000}).status_code == 400
     caller.stream()
     caller.wait_for("completed", caller.submit("other"))  # for which the first model has to make room
     embedding = caller.post("/v1/jobs", {"model": "fake", "inputs": ["one", "two"]}).json()
@@ -161,7 +161,7 @@ def run_jobs_of_every_kind(caller: Caller, receiver: Receiver) -> None:
 
 def have_one_paused(plant: Plant, caller: Caller, url: str) -> None:
     """By a job of another tenant, while all slots are taken. Then it goes on."""
-    running = [caller.submit(max_tokens=400) for _ in range(4)]
+    running = [caller.submit(max_tokens=3000) for _ in range(4)]
     caller.wait_for("in_progress", *running)
     caller.submit()
     with plant.connect() as connection:
