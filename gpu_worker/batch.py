@@ -27,7 +27,7 @@ from gpu_worker.job import RunningEmbedding, RunningJob, make_running
 from gpu_worker.pausing import Candidate, Exchange, candidates, pause
 from gpu_worker.quarantine import Action, Quarantine
 from gpu_worker.threads import Answer, RunnerEvent, RunnerEventKind, StorageThread
-from metrics import inter_token_latency_seconds, jobs_recomputed_tokens_total
+from metrics import inter_token_latency_seconds, jobs_paused_total, jobs_recomputed_tokens_total
 from storage.jobs import ClaimedJob, Returned
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class RunningBatch:
         # Since this worker started: tokens received, and prompt tokens of the jobs that have had output.
         self.num_tokens = self.num_prompt_tokens = 0
         self._latency = inter_token_latency_seconds.labels(storage.model)
+        jobs_paused_total.labels(storage.model)  # at 0 from the start
         self._num_recomputed_tokens = jobs_recomputed_tokens_total.labels(storage.model)
 
     def __len__(self) -> int:

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ MODELS = f"""
 id = "fake"
 path = "none"
 backend = "fake"
-max_model_len = 4096
+max_model_len = 512
 max_num_seqs = 4
 [models.fake]
 step_seconds = 0.02
@@ -55,7 +54,6 @@ SETTINGS = {
     "janitor_interval_seconds": 0.5,
     "webhook_private_targets": "true",
     "worker_memory": 100,
-    "pause_quantum_seconds": 0.2,
     "model_residency_seconds": 0,
 }
 PROMPT = "Nobody may read this in a label, however long they look for it among all of the others"
@@ -89,10 +87,6 @@ def samples_of(*texts: str) -> dict[str, float]:
             for sample in family.samples:
                 sums[sample.name] += sample.value
     return dict(sums)
-
-
-def counted(url: str, name: str) -> float:
-    return samples_of(scrape(url)).get(name, 0.0)
 
 
 class Caller:
@@ -143,7 +137,7 @@ class Caller:
 def run_jobs_of_every_kind(caller: Caller, receiver: Receiver) -> None:
     caller.wait_for("completed", caller.submit(webhook=receiver.url(), idempotency_key="a"))
     caller.submit(webhook=receiver.url(), idempotency_key="a")
-    assert caller.post("/v1/jobs", {"model": "fake", "prompt": "x " * 6000}).status_code == 400
+    assert caller.post("/v1/jobs", {"model": "fake", "prompt": "x " * 600}).status_code == 400
     caller.stream()
     caller.wait_for("completed", caller.submit("other"))  # for which the first model has to make room
     embedding = caller.post("/v1/jobs", {"model": "fake", "inputs": ["one", "two"]}).json()
@@ -159,26 +153,6 @@ def run_jobs_of_every_kind(caller: Caller, receiver: Receiver) -> None:
     wait_until(lambda: receiver.received, "the webhook is delivered")
 
 
-def have_one_paused(plant: Plant, caller: Caller, url: str) -> None:
-    """By a job of another tenant, while all slots are taken. Then it goes on."""
-    running = [caller.submit(max_tokens=3000) for _ in range(4)]
-    caller.wait_for("in_progress", *running)
-    caller.submit()
-    with plant.connect() as connection:
-        connection.execute("INSERT INTO tenants (id, name) VALUES (gen_random_uuid(), 'other')")
-        connection.execute(
-            "INSERT INTO tenant_load (tenant_id, num_queued) SELECT id, 1 FROM tenants WHERE name = 'other'"
-        )
-        connection.execute("UPDATE tenant_load SET num_queued = 0 WHERE num_queued = 1 AND num_running > 0")
-        connection.execute(
-            "UPDATE jobs SET tenant_id = (SELECT id FROM tenants WHERE name = 'other') WHERE status = 'queued'"
-        )
-    for name in ("celeriac_jobs_paused_total", "celeriac_jobs_recomputed_tokens_total"):
-        wait_until(partial(counted, url, name), f"{name} is counted")
-    for job_id in running:
-        caller.cancel(job_id)
-
-
 def uncounted(process: Process, *texts: str) -> list[str]:
     """What a process declares, under its own and under vLLM's names, and has no count or value of."""
     told = samples_of(*texts)
@@ -188,8 +162,9 @@ def uncounted(process: Process, *texts: str) -> list[str]:
             continue
         suffix = {"counter": "_total", "histogram": "_count"}.get(family.type, "")
         value = told.get(family.name + suffix)
-        # The fake engine has no prefix cache: that a real one's figures arrive is shown by EngineMeter's tests.
-        if value is None or (suffix and not value and "prefix_cache" not in family.name):
+        # The fake engine has no prefix cache: that a real one's figures arrive is shown by EngineMeter's tests. Nor has
+        # the only tenant any job paused: test_runner_pausing.py has several.
+        if value is None or (suffix and not value and not re.search("prefix_cache|paused|recomputed", family.name)):
             missing.append(family.name)
     return missing
 
@@ -201,7 +176,6 @@ def test_every_metric_that_a_process_declares_is_counted_in_it(plant: Plant) -> 
     with httpx.Client(base_url=plant.api_urls[0], timeout=60) as http, receiving() as receiver:
         caller = Caller(http)
         run_jobs_of_every_kind(caller, receiver)
-        have_one_paused(plant, caller, url_of(worker))
 
         def engine_exits() -> float:
             return samples_of(scrape(url_of(worker)))["celeriac_engine_exits_total"]
