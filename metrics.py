@@ -153,6 +153,10 @@ jobs_submitted_total = _api_and_maintenance.counter(
     "jobs_submitted_total", "Submissions by outcome.", ["model", "outcome"]
 )
 
+response_cache_total = _api.counter(
+    "response_cache_total", "Jobs that asked the response cache, by outcome: hit or miss.", ["model", "outcome"]
+)
+
 submitted_prompt_tokens_total = _api_and_maintenance.counter(
     "submitted_prompt_tokens_total", "Prompt tokens of accepted jobs.", ["model"]
 )

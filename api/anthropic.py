@@ -72,6 +72,7 @@ def _asked(body: MessagesBody) -> Asked:
         has_stream=bool(body.stream),
         metadata=body.job_metadata,
         spelling=spelling_of(body),
+        use_cache=body.use_cache,
     )
 
 

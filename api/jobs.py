@@ -61,7 +61,7 @@ from observability import job_id_context
 from storage import job_queries, jobs
 from storage.job_queries import JobRecord
 from storage.tables import Job, JobAttempt
-from tasks.submit import Resubmission, Submitted, resubmit
+from tasks.submit import CACHE_HEADER, Resubmission, Submitted, resubmit
 
 router = private_router("Jobs")
 
@@ -96,14 +96,17 @@ async def submit_job(request: Request) -> Response:
     wait_seconds = preferred_wait(request.headers.get("prefer"))
     job_id = external_id(submitted.job_id)
     job_id_context.set(job_id)
-    if wait_seconds:
+    if wait_seconds and submitted.cache != "hit":
         await services.wait_for_end(submitted.job_id, wait_seconds)
-    view = await view_after_submit(services, tenant_id, submitted, is_waited=bool(wait_seconds))
+    is_done = submitted.cache == "hit"
+    view = await view_after_submit(services, tenant_id, submitted, is_waited=bool(wait_seconds) or is_done)
     headers = {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id}
     if wait_seconds is not None:
         headers["preference-applied"] = f"wait={wait_seconds}"
     if not submitted.is_new:
         headers["idempotent-replayed"] = "true"
+    if submitted.cache is not None:
+        headers[CACHE_HEADER] = submitted.cache
     return answer_job(view, headers, pending_status=202)
 
 

@@ -47,6 +47,7 @@ EXPOSED_HEADERS = (
     "stream-closed",
     "openai-processing-ms",
     "openai-version",
+    "x-celeriac-cache",
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests",

@@ -128,7 +128,7 @@ async def generate(request: Request) -> Response:
     """Continue one prompt, or up to 64 of them: each is a job, and they run at the same time."""
     body = await read_for_model(request, GenerateBody)
     generations = await off_loop(request, body.to_requests)
-    runs = await start_all(request, generations, Asked(Endpoint.SIMPLE, has_stream=False))
+    runs = await start_all(request, generations, Asked(Endpoint.SIMPLE, has_stream=False, use_cache=body.use_cache))
     if body.prompts is None:
         return WholeAnswer(runs, lambda records: generated(records[0]))
     return WholeAnswer(runs, lambda records: {"results": [generated(record) for record in records]})
@@ -144,7 +144,7 @@ async def generate_stream(request: Request) -> Response:
     """Continue one prompt and stream the text; the last event has `done`."""
     body = await read_for_model(request, GenerateStreamBody)
     generation = body.to_request({"prompt": body.text()})
-    run = await start(request, generation, Asked(Endpoint.SIMPLE, has_stream=True))
+    run = await start(request, generation, Asked(Endpoint.SIMPLE, has_stream=True, use_cache=body.use_cache))
     return stream_answer(run, GeneratedStream(), Framing(last_frame=b""))
 
 
@@ -155,7 +155,7 @@ async def chat(request: Request) -> Response:
     source = {"messages": [{"role": "user", "content": body.prompt}]}
     max_tokens = CHAT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     generation = body.to_request(source, max_tokens=max_tokens)
-    run = await start(request, generation, Asked(Endpoint.SIMPLE, has_stream=False))
+    run = await start(request, generation, Asked(Endpoint.SIMPLE, has_stream=False, use_cache=body.use_cache))
     return WholeAnswer([run], lambda records: {"text": _text_of(records[0])})
 
 
@@ -167,12 +167,23 @@ async def infer(request: Request) -> Response:
     body = await read_for_model(request, InferBody)
     services, tenant_id = caller_of(request)
     generation = body.to_request({"prompt": body.prompt})
-    if body.use_cache and (known := await find_answered(services, tenant_id, generation)) is not None:
+    if (
+        services.settings.response_cache == "off"
+        and body.use_cache
+        and (known := await find_answered(services, tenant_id, generation)) is not None
+    ):
         return _answer_known(known, started)
     timeout_seconds = services.settings.request_timeout_seconds
     try:
         run = await start(
-            request, generation, Asked(Endpoint.SIMPLE, has_stream=False, timeout_seconds=timeout_seconds)
+            request,
+            generation,
+            Asked(
+                Endpoint.SIMPLE,
+                has_stream=False,
+                timeout_seconds=timeout_seconds,
+                use_cache=None if body.use_cache else False,
+            ),
         )
     except TooManyQueuedJobs as exc:
         raise ServerOverloaded(exc.message, retry_after_seconds=exc.retry_after_seconds) from exc
@@ -241,7 +252,7 @@ def inferred(record: JobRecord) -> dict[str, object]:
         "request_id": external_id(record.job.id),
         "latency_ms": _latency_ms(record),
         "tokens_generated": _num_tokens(record),
-        "cached": False,
+        "cached": record.job.answered_by is not None,
     }
 
 

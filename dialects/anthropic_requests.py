@@ -208,6 +208,7 @@ class MessagesBody(PromptBody):
     stream: bool | None = None
     metadata: RequestMetadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    use_cache: bool | None = None  # an extension
 
     container: Unsupported = None
     thread: Unsupported = None

@@ -54,6 +54,10 @@ class JobOptionFields(Frozen):
     )
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=16)
     webhook: WebhookUrlText | None = Field(default=None, description="A URL that is notified of the job's end.")
+    use_cache: bool | None = Field(
+        default=None,
+        description="true: an earlier answer will do even if the output is random; false: the job must run.",
+    )
     celery: CeleryCallback | None = Field(default=None, description="A Celery message that is sent at the job's end.")
     webhook_events: list[Literal["completed", "failed", "cancelled", "expired"]] = Field(
         default=["completed", "failed", "cancelled", "expired"],
@@ -85,6 +89,7 @@ class JobOptionFields(Frozen):
             metadata=self.metadata,
             webhook_url=self.webhook,
             callback=self.celery,
+            use_cache=self.use_cache,
             webhook_statuses=[JobStatus(end) for end in dict.fromkeys(self.webhook_events)],
         )
 
@@ -243,6 +248,7 @@ class JobView(View):
     error: JobErrorView | None
     metadata: dict[str, str]
     retry_of: Annotated[str | None, Field(description="The ended job that this one repeats.")]
+    cached: Annotated[bool, Field(description="Whether its output is that of an earlier job.")]
     urls: UrlsView
     attempts: NotRequired[Annotated[list[AttemptView] | None, Field(description="Only with include=attempts.")]]
     input: NotRequired[Annotated[dict[str, Any] | None, Field(description="Only with include=input.")]]
@@ -289,6 +295,7 @@ def new_job_view(new_job: NewJob, created_at: datetime, queue: QueueView) -> Job
         "cancel_requested": False,
         "metadata": new_job.metadata,
         "retry_of": new_job.retry_of and external_id(new_job.retry_of),
+        "cached": False,
         "urls": urls_of(job_id),
     }
     return cast(JobView, _NULLS | known)
@@ -320,6 +327,7 @@ def job_view(record: JobRecord, queue: QueueView | None = None) -> JobView:
         "error": None if job.error is None else job_error_view(job.error),
         "metadata": job.job_metadata,
         "retry_of": None if job.retry_of is None else external_id(job.retry_of),
+        "cached": job.answered_by is not None,
         "urls": urls_of(job_id),
     }
     if record.request is not None:

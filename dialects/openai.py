@@ -164,6 +164,7 @@ class SamplingBody(OpenAIModel):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    use_cache: bool | None = None
 
     def sampling(self, **given: Any) -> SamplingParams:
         """The sampling parameters of this body. `given` has those that the body names differently; None leaves the

@@ -127,6 +127,7 @@ class ModelEntry(Frozen):
     chat_template: str | None = None  # the name of one, if the model has several
     special_tokens_in_content: bool = False  # whether to recognise them in clients' texts, too
     trust_remote_code: bool = False
+    response_cache: bool = True  # whether CELERIAC_RESPONSE_CACHE applies to it
     adapters: dict[AdapterName, AdapterPath] = Field(default_factory=dict, max_length=MAX_ADAPTERS)  # LoRA, by name
     llama_cpp: LlamaCppOptions = LlamaCppOptions()
     vllm: dict[str, JsonValue] = Field(default_factory=dict, max_length=64)  # fields of vLLM's EngineArgs

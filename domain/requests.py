@@ -462,6 +462,7 @@ class JobOptions:
     endpoint: Endpoint = Endpoint.JOBS
     is_stored: bool = False
     endpoint_body: str | None = None  # JSON, stored for routes that return the request again
+    use_cache: bool | None = None  # None: the response cache, for requests whose output is determined
     turn: ConversationTurn | None = None  # to which its input and output belong once it has completed
 
 

@@ -23,7 +23,7 @@ from domain.catalog import Catalog
 from domain.jobs import AttemptOutcome, JobStatus, external_id
 from observability import describe_exception
 from settings import Settings
-from storage import conversations, files, jobs, maintenance, webhook_deliveries, workers
+from storage import answers, conversations, files, jobs, maintenance, webhook_deliveries, workers
 from storage.jobs import Restarted, Returned
 from storage.streams import publish
 from storage.workers import LIVE_SECONDS
@@ -173,6 +173,7 @@ class Janitor:
             ("stalled", self._release_stalled),
             ("expired", self._expire),
             ("moved to another revision", self._follow_revisions),
+            ("answered", self._end_followers),
             *sends,
             ("dispatched of models taken out", self._dispatch_unlisted),
             ("pruned", self._prune),
@@ -221,6 +222,13 @@ class Janitor:
         job_log.ended_without_worker(expired)
         publish(self._client, [(job.job_id, job.status) for job in expired])
         return len(expired)
+
+    def _end_followers(self) -> int:
+        with self._sessions.begin() as session:
+            ended = answers.end_followers(session)
+        job_log.ended_without_worker(ended)
+        publish(self._client, [(job.job_id, job.status) for job in ended])
+        return len(ended)
 
     def _follow_revisions(self) -> int:
         moved = self._revisions.look(monotonic())

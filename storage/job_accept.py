@@ -55,6 +55,7 @@ class NewJob:
     endpoint_body: str | None = None  # JSON
     callback: CeleryCallback | None = None
     request_id: str | None = None  # the id of the HTTP request that submitted it
+    answer_key: bytes | None = None  # equal for requests of which one may have the other's answer; None: it must run
 
     @property
     def cost(self) -> int:
@@ -89,6 +90,7 @@ class Accepted:
     outcome: AcceptOutcome
     created_at: datetime | None = None  # set if ACCEPTED; by the database's clock
     room: QueueRoom | None = None  # set if ACCEPTED
+    is_answered: bool = False  # it was completed at once, with a known answer
 
 
 def accept(

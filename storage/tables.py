@@ -277,6 +277,7 @@ class Job(Row):
     num_tokens_at_claim: Mapped[int] = mapped_column(server_default="0")  # committed before the newest claim
     paused_at: Mapped[datetime | None]  # while it waits because it was another tenant's turn
     retry_of: Mapped[UUID | None]  # the ended job that this one repeats, which may have been pruned
+    answered_by: Mapped[UUID | None]  # the job whose output this one got a copy of; may have been pruned
 
     @property
     def model_name(self) -> str:
@@ -341,6 +342,26 @@ class JobAttempt(Row):
     outcome: Mapped[AttemptOutcome]
     error_code: Mapped[str | None]
     num_tokens: Mapped[int]  # output tokens committed in this attempt
+
+
+class KnownAnswer(Row):
+    """Which job has, or will have, the answer to what a tenant has asked for (storage/answers.py)."""
+
+    __tablename__ = "answers"
+
+    tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[bytes] = mapped_column(primary_key=True)  # a hash of the request
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime]
+
+
+class JobFollower(Row):
+    """A queued job that is to end with another one, its leader, which asks for the same."""
+
+    __tablename__ = "job_followers"
+
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    leader_id: Mapped[UUID]  # no foreign key: when it is gone, its followers go on
 
 
 class PoisonRecord(Row):

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
 from uuid import UUID
@@ -23,7 +23,7 @@ from domain.shares import SharedQueue
 from metrics import jobs_accept_group_size, jobs_accept_seconds, jobs_accept_waiting
 from observability import describe_exception
 from settings import Settings
-from storage import job_accept
+from storage import answers, job_accept
 from storage.database import OUTAGES, async_session_factory, open_statement_database
 from storage.job_accept import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome, NewJob
 
@@ -61,9 +61,13 @@ class GroupAcceptor:
         *,
         max_queued_jobs: int,
         max_poison_jobs_per_hour: int = MAX_POISON_JOBS_PER_HOUR,
+        answer_seconds: float = 86_400.0,
     ) -> None:
+        """`answer_seconds`: how old the answers of the response cache may be."""
         self._sessions = sessions
         self._bounds = {"max_queued_jobs": max_queued_jobs, "max_poison_jobs_per_hour": max_poison_jobs_per_hour}
+        self._answer_seconds = answer_seconds
+        self._answering = asyncio.Lock()  # so that of two groups with the same request one sees the other's
         self._waiting: SharedQueue[_Waiting] = SharedQueue(MAX_WAITING)
         self._wakeup = asyncio.Event()
         self._under_way: dict[int, _Flush] = {}  # by flusher
@@ -172,7 +176,29 @@ class GroupAcceptor:
             await session.commit()
         jobs_accept_seconds.observe(time.perf_counter() - started)
         jobs_accept_group_size.observe(len(new_jobs))
-        return [_as_first_time(new_job.id, accepted) for new_job, accepted in zip(new_jobs, outcomes, strict=True)]
+        accepted = [_as_first_time(job.id, outcome) for job, outcome in zip(new_jobs, outcomes, strict=True)]
+        return await self._answer(new_jobs, accepted)
+
+    async def _answer(self, new_jobs: list[NewJob], accepted: list[Accepted]) -> list[Accepted]:
+        """Complete accepted jobs whose answers are known. They are committed already: if this fails, they run."""
+        keyed = [
+            job
+            for job, outcome in zip(new_jobs, accepted, strict=True)
+            if job.answer_key is not None and outcome.outcome is AcceptOutcome.ACCEPTED
+        ]
+        if not keyed:
+            return accepted
+        try:
+            async with self._answering, self._sessions() as session:
+                # With their webhook deliveries, in one transaction. These sessions commit every statement otherwise.
+                await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
+                answered = await session.run_sync(answers.answer, keyed, max_age_seconds=self._answer_seconds)
+                await session.commit()
+        except (DBAPIError, *_UNREACHABLE) as exc:
+            log.warning("jobs run although their answers may be known", extra={"reason": describe_exception(exc)})
+            return accepted
+        ids = {job.job_id for job in answered}
+        return [replace(outcome, is_answered=outcome.job_id in ids) for outcome in accepted]
 
 
 @asynccontextmanager
@@ -183,6 +209,7 @@ async def open_acceptor(settings: Settings) -> AsyncIterator[GroupAcceptor]:
         async_session_factory(database),
         max_queued_jobs=settings.max_queued_jobs,
         max_poison_jobs_per_hour=settings.max_poison_jobs_per_hour,
+        answer_seconds=settings.response_cache_seconds,
     )
     acceptor.start()
     try:

@@ -66,6 +66,12 @@ def accepted(new_job: NewJob) -> None:
     _log("accepted", new_job.id, new_job.request_id, facts | {"max_tokens": new_job.max_tokens})
 
 
+def answered(new_job: NewJob) -> None:
+    """The job was completed at once, with a known answer."""
+    _count_end(new_job.request.model_id, JobStatus.COMPLETED, FinishReason.STOP)
+    _log("ended", new_job.id, new_job.request_id, {"status": JobStatus.COMPLETED.value, "cached": True})
+
+
 def claimed(jobs: Iterable[ClaimedJob], worker: str) -> None:
     for job in jobs:
         if job.attempt == 1:

@@ -36,15 +36,21 @@ from domain.requests import (
     refuse_impossible_deadline,
 )
 from domain.webhooks import BadWebhookUrl
+from metrics import labelled, response_cache_total
 from observability import note_submitted, request_id_context
 from settings import Settings
 from storage.job_accept import Accepted, AcceptOutcome, NewJob, QueueRoom
 from storage.job_queries import JobRecord
 from tasks import job_log
 from tasks.accept import GroupAcceptor
+from tasks.answer_keys import answer_key
 from tasks.prepare import PreparedRequest, RequestPreparer
 from tasks.webhook_http import TargetGuard
 from text.models import ModelView, ModelViews
+
+CacheOutcome = Literal["hit", "miss"]
+
+CACHE_HEADER = "x-celeriac-cache"  # in answers: the outcome, if the response cache was asked
 
 
 def request_hash(request: JobRequest, options: JobOptions) -> bytes:
@@ -121,6 +127,7 @@ class Submitted:
     created_at: datetime
     new_job: NewJob
     room: QueueRoom | None = None  # None for an earlier job
+    cache: CacheOutcome | None = None  # None: the response cache was not asked
 
 
 class Submitter:
@@ -165,10 +172,18 @@ class Submitter:
         is_new = accepted.outcome is AcceptOutcome.ACCEPTED
         if is_new:
             job_log.accepted(new_job)
-            self._ring(new_job.request.model_id, new_job.id)
+            if accepted.is_answered:
+                job_log.answered(new_job)
+            else:
+                self._ring(new_job.request.model_id, new_job.id)
         else:
             job_log.submitted(new_job.request.model_id, accepted.outcome.value)
-        return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job, accepted.room)
+        cache: CacheOutcome | None = None
+        if is_new and new_job.answer_key is not None:
+            cache = "hit" if accepted.is_answered else "miss"
+            labelled(response_cache_total, new_job.request.model_id, cache).inc()
+        created_at = accepted.created_at or datetime.now(UTC)
+        return Submitted(accepted.job_id, is_new, created_at, new_job, accepted.room, cache)
 
     async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
         """The job to be accepted, all limits checked; nothing is committed. Raises the CeleriacError that says what is
@@ -177,7 +192,10 @@ class Submitter:
         refuse_impossible_deadline(options)
         webhook_url = await self._check_webhook(options.webhook_url) or self._check_callback(options.callback)
         prepared = await self._preparer.prepare(request, tenant_id)
-        return make_job(tenant_id, request, options, view, prepared, settings=self._settings, webhook_url=webhook_url)
+        new_job = make_job(
+            tenant_id, request, options, view, prepared, settings=self._settings, webhook_url=webhook_url
+        )
+        return replace(new_job, answer_key=answer_key(request, options, view, prepared, self._settings))
 
     async def _check_webhook(self, url: str | None) -> str | None:
         """The URL in its stored form. Raises InvalidRequest."""

@@ -105,6 +105,7 @@ def _asked(body: ChatCompletionBody) -> Asked:
         service_tier=body.service_tier,
         metadata=body.metadata,
         spelling=spelling_of(body),
+        use_cache=body.use_cache,
     )
 
 
@@ -144,6 +145,7 @@ def _asked_completion(body: CompletionBody) -> Asked:
         has_stream=bool(body.stream),
         service_tier=body.service_tier,
         metadata=body.metadata,
+        use_cache=body.use_cache,
     )
 
 

@@ -246,6 +246,7 @@ def _asked(services: Services, body: ResponseBody, turn: ConversationTurn | None
         spelling=spelling_of(body),
         endpoint_body=body.model_dump_json(by_alias=True, exclude_unset=True),
         turn=turn,
+        use_cache=body.use_cache,
         accept=None if turn is None else accept_in(services, turn, body),
     )
 

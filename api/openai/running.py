@@ -33,7 +33,7 @@ from storage import job_queries
 from storage.job_accept import Accepted, NewJob, QueueRoom
 from storage.job_queries import JobRecord
 from storage.streams import REDIS_OUTAGES, num_listening_processes
-from tasks.submit import request_hash
+from tasks.submit import CACHE_HEADER, CacheOutcome, request_hash
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +171,7 @@ class Asked:
     endpoint_body: str | None = None  # JSON, if the route needs the body again
     timeout_seconds: float | None = None  # after this nobody waits for the answer any more
     turn: ConversationTurn | None = None
+    use_cache: bool | None = None
     accept: Accept | None = None  # how its job is accepted, if not in a group with others
 
 
@@ -192,6 +193,7 @@ class Run:
     room: QueueRoom | None = None  # None if the job is not new
     is_replayed: bool = False  # found by its idempotency key
     is_retry_attached: bool = False  # matched to a retry without a key
+    cache: CacheOutcome | None = None
 
     @property
     def headers(self) -> dict[str, str]:
@@ -200,6 +202,8 @@ class Run:
             headers["idempotent-replayed"] = "true"
         if self.is_retry_attached:
             headers["x-retry-attached"] = "true"
+        if self.cache is not None:
+            headers[CACHE_HEADER] = self.cache
         return headers
 
     def note_delivered(self) -> None:
@@ -326,6 +330,7 @@ def _options(asked: Asked, job_headers: JobHeaders, number: int) -> JobOptions:
         webhook_url=job_headers.webhook_url,
         webhook_statuses=TELLABLE_STATUSES if job_headers.webhook_url is not None else (),
         turn=asked.turn,
+        use_cache=asked.use_cache,
     )
 
 
@@ -417,6 +422,7 @@ async def _submit(
         started=started,
         num_prompt_tokens=len(submitted.new_job.prompt_token_ids),
         room=submitted.room,
+        cache=submitted.cache,
     )
 
 

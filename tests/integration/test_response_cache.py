@@ -1,0 +1,203 @@
+"""The response cache: a request that was answered before is a job that is born completed, with the same output."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session, sessionmaker
+
+from settings import Settings
+from storage import answers, tenants
+from storage.tables import Job, Tenant, TenantLoad
+from tests.integration.api_harness import ApiServer, HandWorker, all_events, numbered
+
+GREEDY = {"temperature": 0, "max_tokens": 8}
+Sessions = sessionmaker[Session]
+
+
+@pytest.fixture
+def api_settings(database_url: str, redis_url: str) -> Settings:
+    return Settings(
+        database_url=database_url,
+        redis_url=redis_url,
+        auth="api_key",
+        response_cache="greedy",
+        webhook_private_targets=True,
+    )
+
+
+@pytest.fixture
+def clients(
+    api: ApiServer, session_factory: Sessions, make_tenant: Callable[..., Tenant]
+) -> Iterator[tuple[httpx.Client, httpx.Client]]:
+    with session_factory.begin() as session:
+        keys = [tenants.create_key(session, make_tenant().id) for _ in range(2)]
+    with api.client(keys[0]) as one, api.client(keys[1]) as other:
+        yield one, other
+
+
+@pytest.fixture
+def client(clients: tuple[httpx.Client, httpx.Client]) -> httpx.Client:
+    return clients[0]
+
+
+def ask(client: httpx.Client, prompt: str = "abc", **fields: Any) -> httpx.Response:
+    job = {"model": "large", "prompt": prompt, "params": GREEDY} | fields
+    answer = client.post("/v1/jobs", json=job)
+    assert answer.status_code in (200, 202), answer.text
+    return answer
+
+
+def run(worker: HandWorker, job_id: str, *texts: str) -> None:
+    job = worker.claim(job_id)
+    worker.say(job, *texts)
+    worker.finish(job, *texts)
+
+
+def outcome_of(answer: httpx.Response) -> tuple[int, str | None, bool]:
+    return answer.status_code, answer.headers.get("x-celeriac-cache"), answer.json()["cached"]
+
+
+def test_a_hit_is_a_job_born_completed(
+    client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
+) -> None:
+    first = ask(client)
+    assert outcome_of(first) == (202, "miss", False)
+    run(hand_worker, first.json()["id"], "Hello", " world")
+    second = ask(client, metadata={"a": "b"}, webhook="https://localhost:8443/")
+    assert outcome_of(second) == (200, "hit", True)
+    whole, job = client.get(first.headers["location"]).json(), second.json()
+    assert job["id"] != whole["id"]
+    for name in ("status", "output", "usage", "finish_reason", "error"):
+        assert job[name] == whole[name], name
+    assert (job["metadata"], job["attempt"], job["cancel_requested"]) == ({"a": "b"}, 0, False)
+    events, its_events = (all_events(client, one["id"]) for one in (whole, job))
+    assert [(e.name, e.id) for e in events if e.id] == [(e.name, e.id) for e in its_events if e.id]
+    assert [e.data["text"] for e in its_events if e.name == "output.delta"] == ["Hello", " world"]
+    resumed = all_events(client, job["id"], headers={"last-event-id": "1"})
+    assert numbered(resumed) == numbered(its_events)[1:]
+    assert client.get(f"/v1/jobs/{job['id']}/output").text == "Hello world"
+    assert client.get(f"/v1/jobs/{job['id']}?include=attempts").json()["attempts"] == []
+    with session_factory() as session:
+        assert session.scalar(text("SELECT count(*) FROM webhook_deliveries")) == 1
+        loads = session.execute(select(func.sum(TenantLoad.num_queued), func.sum(TenantLoad.num_running))).one()
+        assert tuple(loads) == (0, 0)
+
+
+def test_what_is_not_the_same_runs(
+    clients: tuple[httpx.Client, httpx.Client], hand_worker: HandWorker, session_factory: Sessions
+) -> None:
+    client, other = clients
+    first = ask(client).json()["id"]
+    run(hand_worker, first, "Hello")
+    assert outcome_of(ask(other)) == (202, "miss", False), "of another tenant"
+    assert outcome_of(ask(client, prompt="abcd")) == (202, "miss", False)
+    assert outcome_of(ask(client, params=GREEDY | {"max_tokens": 9})) == (202, "miss", False)
+    assert outcome_of(ask(client, params=GREEDY | {"stop": ["x"]})) == (202, "miss", False)
+    assert outcome_of(ask(client, use_cache=False)) == (202, None, False)
+    assert outcome_of(ask(client, params={"max_tokens": 8})) == (202, None, False), "its output is random"
+    assert outcome_of(ask(client, params=GREEDY | {"seed": 7})) == (200, "hit", True), "no seed matters to greedy"
+    assert client.post(f"/v1/jobs/{first}/cancel").json()["status"] == "completed"
+    with session_factory.begin() as session:
+        session.execute(text("UPDATE answers SET created_at = created_at - interval '2 days'"))
+    assert outcome_of(ask(client)) == (202, "miss", False), "it is too old"
+
+
+def test_an_answer_that_is_gone_is_a_miss(client: httpx.Client, hand_worker: HandWorker) -> None:
+    first = ask(client).json()["id"]
+    run(hand_worker, first, "Hello")
+    assert client.delete(f"/v1/jobs/{first}").status_code == 200
+    second = ask(client)
+    assert outcome_of(second) == (202, "miss", False)
+    run(hand_worker, second.json()["id"], "Hello again")
+    assert ask(client).json()["output"]["text"] == "Hello again"
+
+
+def test_any_answer_will_do_if_the_client_says_so(client: httpx.Client, hand_worker: HandWorker) -> None:
+    params = {"max_tokens": 8, "temperature": 1}
+    first = ask(client, params=params, use_cache=True)
+    assert outcome_of(first) == (202, "miss", False)
+    run(hand_worker, first.json()["id"], "Hello")
+    assert outcome_of(ask(client, params=params, use_cache=True)) == (200, "hit", True)
+    assert outcome_of(ask(client, params=params | {"seed": 1}, use_cache=True)) == (202, "miss", False)
+
+
+def test_the_same_request_in_flight_is_run_once(
+    client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
+) -> None:
+    leader, *followers = (ask(client).json()["id"] for _ in range(3))
+    assert waiting(session_factory) == 1
+    run(hand_worker, leader, "Hello")
+    with session_factory.begin() as session:
+        assert len(answers.end_followers(session)) == 2
+        assert answers.end_followers(session) == []
+    for follower in followers:
+        job = client.get(f"/v1/jobs/{follower}").json()
+        assert (job["status"], job["cached"], job["output"]["text"]) == ("completed", True, "Hello")
+        assert [event.name for event in all_events(client, follower)][-1] == "job.completed"
+
+
+@pytest.mark.parametrize("end", ["cancel", "delete"])
+def test_followers_go_on_without_their_leader(
+    end: str, client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
+) -> None:
+    leader, follower, cancelled = (ask(client).json()["id"] for _ in range(3))
+    assert client.post(f"/v1/jobs/{cancelled}/cancel").json()["status"] == "cancelled"
+    if end == "cancel":
+        client.post(f"/v1/jobs/{leader}/cancel")
+    else:
+        client.delete(f"/v1/jobs/{leader}")
+    with session_factory.begin() as session:
+        assert answers.end_followers(session) == []
+        assert session.scalar(text("SELECT count(*) FROM job_followers")) == 0
+        [row] = session.scalars(select(Job).where(Job.status == "queued"))
+        assert row.available_at == row.created_at
+    assert waiting(session_factory) == 1
+    run(hand_worker, follower, "Hello")
+    assert client.get(f"/v1/jobs/{follower}").json()["cached"] is False
+
+
+def waiting(sessions: Sessions) -> int:
+    """How many jobs could be claimed now."""
+    with sessions() as session:
+        return session.scalar(text("SELECT count(*) FROM jobs WHERE status = 'queued' AND available_at <= now()")) or 0
+
+
+CHAT = {"model": "large", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 4}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"model": "large", "prompt": "a", "temperature": 0, "max_tokens": 4},
+    "/v1/responses": {"model": "large", "input": "Hi", "temperature": 0, "max_output_tokens": 4},
+    "/v1/messages": CHAT,
+    "/generate": {"model": "large", "prompt": "b", "temperature": 0, "max_tokens": 4},
+    "/api/v1/infer": {"model": "large", "prompt": "c", "temperature": 0, "max_tokens": 4},
+}
+
+
+def test_every_route_is_answered_from_it(
+    client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
+) -> None:
+    for path, body in BODIES.items():
+        is_stream = path != "/generate" and path != "/api/v1/infer"
+        key = {"x-on-disconnect": "continue"}
+        if is_stream:
+            with client.stream("POST", path, json=body | {"stream": True}, headers=key) as first:
+                assert first.headers["x-celeriac-cache"] in ("hit", "miss"), path
+                job_id = first.headers["x-job-id"]
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(path, json=body, headers=key, timeout=2)
+            job_id = client.get("/v1/jobs").json()["data"][0]["id"]
+        if client.get(f"/v1/jobs/{job_id}").json()["status"] == "queued":
+            run(hand_worker, job_id, f"Answer {path}")
+        answer = client.post(path, json=body)
+        assert (answer.status_code, answer.headers["x-celeriac-cache"]) == (200, "hit"), (path, answer.text)
+        assert "Answer " in answer.text
+        bypassed = client.stream("POST", path, json=body | {"use_cache": False, "stream": True}) if is_stream else None
+        if bypassed is not None:
+            with bypassed as streaming:
+                assert "x-celeriac-cache" not in streaming.headers
+    infer = client.post("/api/v1/infer", json=BODIES["/api/v1/infer"]).json()
+    assert infer["cached"] is True
