@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 HOUSEKEEPING_SECONDS = 0.1  # the longest wait, and therefore the precision of all timers
 
+RETRY_SECONDS = 300.0  # after which a model that was given up is tried again, if its worker has others
+
 RATE_SECONDS = 1.0  # the window over which tokens per second are measured
 
 
@@ -111,7 +113,8 @@ class RunnerThread:
         self._order_deadline: float | None = None  # set while draining because an operator ordered it
         self._is_loaded: bool | None = None  # whether the model should be loaded; None until read from SQL
         self._has_been_ready = False  # whether any engine of this worker has been ready
-        self._is_healthy = True
+        self.is_healthy = True  # whether the model has not been given up
+        self._retry_at = math.inf  # when a model that was given up is tried again
         self._is_stopping = False
         self._rate_since, self._rate_tokens = monotonic(), 0
         self._tokens_per_second = 0.0
@@ -172,7 +175,10 @@ class RunnerThread:
         for report in self._supervisor.receive():
             self._take_report(report)
         now = self.turned_at = monotonic()
-        if self._is_healthy:
+        if now >= self._retry_at:
+            log.warning("trying again the model that was given up")
+            self.is_healthy, self._retry_at = True, math.inf
+        if self.is_healthy:
             self._watch_engine(now)
         if self._release_at is not None and now > self._release_at:
             self._batch.release_all()
@@ -180,7 +186,7 @@ class RunnerThread:
         self._batch.fence(now)
         self._batch.flush_due(now)
         self._count_rate(now)
-        if self._is_healthy:
+        if self.is_healthy:
             self._reporter.beat(
                 now,
                 self._state,
@@ -256,9 +262,10 @@ class RunnerThread:
             # If the model has been loaded before, its configuration is right, and memory may just be short for a while.
             reason = f"model {self._spec.id!r} cannot be loaded: {exit_.why_not_loaded}"
             remedy = "fix its files or models.toml, then start the worker again"
-            return WorkerFailure(f"{reason}; {remedy}", is_lasting=not self._has_been_ready)
+            return WorkerFailure(f"{reason}; {remedy}", is_lasting=not self._has_been_ready, is_of_model=True)
         if self._quarantine.is_worker_at_fault:
-            return WorkerFailure(f"the engine keeps crashing; the last exit: {exit_.description}")
+            reason = f"the engine of model {self._spec.id!r} keeps crashing; the last exit: {exit_.description}"
+            return WorkerFailure(reason, is_of_model=True)
         return None
 
     def _follow_orders(self, orders: Orders) -> None:
@@ -346,7 +353,7 @@ class RunnerThread:
 
     @property
     def _can_take_jobs(self) -> bool:
-        return self._is_healthy and self._state is WorkerState.READY
+        return self.is_healthy and self._state is WorkerState.READY
 
     def _count_free(self) -> int:
         if not self._can_take_jobs or self._quarantine.job is not None or self._meter.stats.is_full:
@@ -380,8 +387,10 @@ class RunnerThread:
     # The end
 
     def _give_up(self, failure: WorkerFailure) -> None:
-        """Release all jobs and report that this worker cannot continue, so that the process exits."""
-        self._is_healthy = False
+        """Release all jobs and report that this worker cannot continue with this model: the process exits unless it has
+        others. Then a model that has been served before is tried again."""
+        self.is_healthy = False
+        self._retry_at = math.inf if failure.is_lasting else monotonic() + RETRY_SECONDS
         self._batch.release_all()
         self._supervisor.stop()
         self._residence.leave()

@@ -109,6 +109,11 @@ class JobRunner:
         self._thread.join()
 
     @property
+    def is_healthy(self) -> bool:
+        """Whether the model has not been given up."""
+        return self._runner.is_healthy
+
+    @property
     def num_free(self) -> int:
         """How many sequences the engine could take on top of those claimed; 0 while it is draining or not ready."""
         return self._runner.num_free
@@ -123,8 +128,8 @@ class JobRunner:
 
 
 class ModelRunners:
-    """All runners of one worker. `on_unhealthy` is called if the worker cannot go on: a model that cannot be loaded
-    does not end it as long as it has others."""
+    """All runners of one worker. `on_unhealthy` is called if the worker cannot go on: a model that cannot be loaded, or
+    whose engine keeps crashing, does not end it as long as others are served."""
 
     def __init__(
         self,
@@ -137,7 +142,6 @@ class ModelRunners:
         on_unhealthy: Callable[[WorkerFailure], None],
     ) -> None:
         self._on_unhealthy = on_unhealthy
-        self._models_left = {model.id for model in models}
         self.by_queue: dict[str, JobRunner] = {}
         for model in models:
             self.by_queue[model.queue] = make_runner(
@@ -209,9 +213,8 @@ class ModelRunners:
         return max(runner.seconds_since_turn for runner in self.by_queue.values())
 
     def _lose(self, model_id: str, failure: WorkerFailure) -> None:
-        """Called on the runner's thread."""
-        self._models_left.discard(model_id)
-        if failure.is_lasting and self._models_left:
+        """Called on the runner's thread, when its own model is not healthy any more."""
+        if failure.is_of_model and any(runner.is_healthy for runner in self.by_queue.values()):
             log.critical("this worker goes on without a model: %s", failure.reason, extra={"model": model_id})
         else:
             self._on_unhealthy(failure)

@@ -67,6 +67,7 @@ class WorkerFailure:
 
     reason: str
     is_lasting: bool = False  # a worker restarted right away would fail the same way
+    is_of_model: bool = False  # the worker can go on with its other models
 
 
 @dataclass(frozen=True, slots=True)

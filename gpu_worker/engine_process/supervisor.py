@@ -240,7 +240,7 @@ class Supervisor:
         """Start the engine when it is due, kill it if it hangs, and return its exit, once, when it has ended.
 
         All reports of that engine have been received by then. The caller must then call `plan_restart`. After an engine
-        that could not load its model, no other engine is started.
+        that could not load its model, no other engine is started before `stop` is called.
         """
         if self._engine is None:
             if self._is_loadable and now >= self._start_at:
@@ -269,6 +269,7 @@ class Supervisor:
         """Ask the engine to exit, kill it if it does not, and end its template. Blocks briefly; further reports are
         lost."""
         self._end_engine()
+        self._is_loadable = True
         if self._template is not None:
             self._template.close()
             self._template = None

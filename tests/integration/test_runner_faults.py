@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobStatus, Lane
-from gpu_worker import quarantine
+from gpu_worker import quarantine, runner
 from gpu_worker.quarantine import QuarantineRules
 from gpu_worker.threads import RunnerEventKind
 from storage import job_queries, jobs
@@ -254,6 +254,23 @@ def test_an_engine_that_cannot_start_makes_the_worker_unhealthy_not_the_jobs(rig
     assert "no_such_knob" in failure.reason
     assert worker.runner.num_free == 0
     assert (rig.job(job_id).status, rig.job(job_id).attempt) == (JobStatus.QUEUED, 0)
+
+
+def test_a_model_that_was_given_up_after_crashes_is_tried_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "RETRY_SECONDS", 0.5)
+    worker = rig.start(rules=QuarantineRules(max_crashes=2))
+    worker.signal_engine(signal.SIGKILL)
+    job_ids = rig.add_jobs(2)
+    worker.offer(job_ids[:1])
+    worker.wait_for(RunnerEventKind.ENDED, job_ids[:1])  # by another engine
+    worker.signal_engine(signal.SIGKILL)
+    wait_until(lambda: worker.unhealthy, "the model is given up")
+    (failure,) = worker.unhealthy
+    assert (failure.is_lasting, failure.is_of_model) == (False, True)
+    assert MODEL in failure.reason
+    wait_until(lambda: worker.runner.is_healthy and worker.runner.num_free, "it is served again")
+    worker.offer(job_ids[1:])
+    wait_until_all_completed(rig, job_ids)
 
 
 def test_a_worker_that_wakes_up_late_is_fenced_off_and_writes_nothing_more(
