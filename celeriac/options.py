@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from celeriac.client import Client
 
 #: Whether this is a checkout. `pip install celeriac` installs only the client and the commands that use it.
-HAS_SERVER = (Path(__file__).parents[1] / "gpu_worker").is_dir()
+HAS_SERVER = (Path(__file__).parents[1] / "storage").is_dir()  # not gpu_worker, which the image of the API lacks
 
 
 def connection_options(command: Any) -> Any:

@@ -292,6 +292,6 @@ def test_an_image_holds_all_that_its_commands_import(tmp_path: Path, target: str
             copy(path, tmp_path / path.relative_to(ROOT))
     # The checkout is on the path by the editable installation; in the image it is not.
     code = f"import sys; sys.path.remove({str(ROOT)!r}); sys.path.insert(0, ''); import {modules}; print('ok')"
-    code += "; assert 'torch' not in sys.modules"
+    code += "; assert 'torch' not in sys.modules; from celeriac.options import HAS_SERVER; assert HAS_SERVER"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "ok\n", done.stderr
