@@ -26,7 +26,6 @@ from bench.request_cost import MODELS
 from local.servers import EmbeddedPostgres, EmbeddedRedis
 from storage import tenants
 from storage.database import migrate, open_database, session_factory
-from storage.tables import Tenant
 
 ROUNDS = 20  # of each operation, before and after
 Seconds = dict[str, list[float]]
@@ -40,10 +39,8 @@ def api_with_keys(folder: Path) -> Iterator[tuple[str, str, str]]:
         migrate(postgres.url)
         database = open_database(postgres.url)
         with session_factory(database).begin() as session:
-            one, other = Tenant(name="attacker"), Tenant(name="other")
-            session.add_all((one, other))
-            session.flush()
-            keys = tenants.create_key(session, one.id), tenants.create_key(session, other.id)
+            owners = [tenants.create_tenant(session, name) for name in ("attacker", "other")]
+            keys = [tenants.create_key(session, owner.id) for owner in owners]
         database.dispose()
         environment = {
             "CELERIAC_DATABASE_URL": postgres.url,
@@ -58,7 +55,7 @@ def api_with_keys(folder: Path) -> Iterator[tuple[str, str, str]]:
             server([sys.executable, "-c", serve], environment, folder / "api.log") as (_, port),
             server(maintenance, environment, folder / "maintenance.log"),
         ):
-            yield f"http://127.0.0.1:{port}", *keys
+            yield f"http://127.0.0.1:{port}", keys[0], keys[1]
 
 
 async def work(client: httpx.AsyncClient, until: asyncio.Event | None, seconds: Seconds) -> None:
