@@ -31,6 +31,9 @@ job_id_context: ContextVar[str | None] = ContextVar("job_id", default=None)
 
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
 
+#: The id of the API key of a request or of a batch's; never logged.
+key_id_context: ContextVar[str | None] = ContextVar("key_id", default=None)
+
 #: The ids of the jobs that a request has submitted, newest last, for an error response if the request fails later.
 submitted_job_ids: ContextVar[list[str] | None] = ContextVar("submitted_job_ids", default=None)
 

@@ -68,6 +68,10 @@ class Settings(BaseSettings):
     janitor_interval_seconds: float = Field(default=1.0, gt=0)
     result_ttl_seconds: int = Field(default=86_400, ge=60)  # how long a finished job is kept
 
+    # The ledger (docs/usage.md)
+    usage_days: int = Field(default=400, ge=1, le=36_500)  # how long its records are kept
+    currency: str = Field(default="USD", pattern=r"^[A-Z]{3}$")  # of the prices in models.toml
+
     # Bounds
     max_body_bytes: int = Field(default=1_048_576, ge=1024)
     max_queued_jobs: int = Field(default=10_000, ge=1)  # per tenant, for tenants without their own limit

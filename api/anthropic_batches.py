@@ -86,6 +86,7 @@ async def create_message_batch(request: Request) -> Response:
         window_seconds=WINDOW_SECONDS,
         metadata={NUM_REQUESTS: str(len(body.requests))},
         ttl_seconds=services.settings.file_ttl_seconds,
+        key_id=request.state.key_id,
     )
     return await _answer(request, batch)
 

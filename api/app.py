@@ -22,6 +22,7 @@ from api import (
     simple,
     stream_tokens,
     tokens,
+    usage,
     webhooks,
 )
 from api.anthropic_batches import MAX_BATCH_BYTES
@@ -88,6 +89,7 @@ ROUTERS = (
     tokens.router,
     tokens.public,
     webhooks.router,
+    usage.router,
     health.router,
     health.public,
     admin.router,

@@ -37,6 +37,9 @@ GET /v1/webhook_endpoints/{webhook_endpoint_id}
 GET /v1/webhook_deliveries
 GET /v1/webhook_deliveries/{delivery_id}
 GET /v1/queue
+GET /v1/usage
+GET /v1/organization/usage/completions
+GET /v1/organization/usage/embeddings
 """
 
 _SUBMIT = """

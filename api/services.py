@@ -37,7 +37,7 @@ from domain.errors import PermissionDenied, StorageFull
 from domain.jobs import JobStatus
 from domain.requests import TokenChunk
 from domain.shares import SharedTurns, current_tenant
-from observability import EventLoopMonitor, describe_exception
+from observability import EventLoopMonitor, describe_exception, key_id_context
 from settings import Settings
 from storage import jobs
 from storage.database import OUTAGES, async_session_factory, open_async_database, open_statement_database, repeatable
@@ -346,6 +346,8 @@ async def authenticate(connection: HTTPConnection, credential: Credential, scope
             f"use one made with: celeriac keys create --scope {scope}"
         )
     state.tenant_id, state.key_id = identity.tenant_id, identity.key_id
+    state.is_admin = Scope.ADMIN in identity.scopes
+    key_id_context.set(state.key_id)
     state.until_revoked = credential.wait_until_revoked
     current_tenant.set(state.tenant_id)
 

@@ -25,6 +25,7 @@ from celeriac.live import queue, top, workers
 from celeriac.models import models
 from celeriac.options import HAS_SERVER, json_option, print_json
 from celeriac.tenants import tenants
+from celeriac.usage import usage
 
 if TYPE_CHECKING:
     from settings import Settings
@@ -35,7 +36,7 @@ LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
 
 #: The commands that only talk to an API.
 CLIENT_COMMANDS = frozenset(
-    {"submit", "watch", "cancel", "jobs", "batch", "dead-letters", "queue", "workers", "top", "completion"}
+    {"submit", "watch", "cancel", "jobs", "batch", "dead-letters", "queue", "workers", "top", "usage", "completion"}
 )
 
 
@@ -259,6 +260,7 @@ main.add_command(doctor)
 main.add_command(models)
 main.add_command(engines)
 main.add_command(keys)
+main.add_command(usage)
 main.add_command(completion)
 main.add_command(tenants)
 

@@ -4,6 +4,7 @@ import logging
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -103,6 +104,8 @@ _MADE_FOR: dict[Task, tuple[Task, ...]] = {
     "scoring": ("scoring", "embedding"),
 }
 
+Price = Annotated[Decimal, Field(ge=0, le=1_000_000, max_digits=13, decimal_places=6, allow_inf_nan=False)]
+
 
 class ModelEntry(Frozen):
     """One model as described in models.toml. `path` is a local folder (relative to models.toml) or a Hugging Face
@@ -129,6 +132,9 @@ class ModelEntry(Frozen):
     trust_remote_code: bool = False
     response_cache: bool = True  # whether CELERIAC_RESPONSE_CACHE applies to it
     adapters: dict[AdapterName, AdapterPath] = Field(default_factory=dict, max_length=MAX_ADAPTERS)  # LoRA, by name
+    price_per_million_prompt_tokens: Price | None = None  # what the usage reports calculate with
+    price_per_million_output_tokens: Price | None = None
+    price_per_million_cached_tokens: Price | None = None  # of the prompt, found in the cache; default: as the others
     llama_cpp: LlamaCppOptions = LlamaCppOptions()
     vllm: dict[str, JsonValue] = Field(default_factory=dict, max_length=64)  # fields of vLLM's EngineArgs
     remote: RemoteOptions | None = None
@@ -164,6 +170,15 @@ class ModelEntry(Frozen):
     def can_score(self) -> bool:
         """Whether the model reads two texts together and says how well they match."""
         return self.backend in ("transformers", "fake") and self.task == "scoring"
+
+    def cost_of(self, *, prompt_tokens: int, cached_tokens: int, output_tokens: int) -> Decimal | None:
+        """By the prices of the entry; None if it has none. `cached_tokens` are some of `prompt_tokens`."""
+        prompt, output = self.price_per_million_prompt_tokens, self.price_per_million_output_tokens
+        cached = prompt if self.price_per_million_cached_tokens is None else self.price_per_million_cached_tokens
+        if prompt is None and output is None and cached is None:
+            return None
+        priced = ((prompt, prompt_tokens - cached_tokens), (cached, cached_tokens), (output, output_tokens))
+        return sum(((price or Decimal()) * count for price, count in priced), Decimal()) / 1_000_000
 
     @property
     def names(self) -> list[str]:

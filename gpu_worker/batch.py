@@ -158,6 +158,7 @@ class RunningBatch:
         """Add a step's outputs to their jobs. Outputs of jobs that have left in the meantime are ignored."""
         now = monotonic()
         resumed: set[RunningJob] = set()  # those that were paused and have their first output since
+        self._charge(done.stats.step_seconds)
         gaps: Counter[float] = Counter()  # seconds since a sequence's last output; equal for all that decode together
         for output in done.outputs:
             self.num_tokens += len(output.token_ids)
@@ -187,6 +188,13 @@ class RunningBatch:
         returned = [job for news in done.returned if (job := self._running(news)) is not None]
         self._put_back([job for job in returned if job.is_pausing], lambda job_ids: pause(self._storage, job_ids))
         self.release([job for job in returned if not job.is_pausing])
+
+    def _charge(self, seconds: float) -> None:
+        """Divide the time of a step over the sequences in the engine."""
+        inside = [job for job in self._jobs.values() if job.is_in_engine and not job.is_over]
+        share = seconds / max(1, sum(job.num_sequences for job in inside))
+        for job in inside:
+            job.engine_seconds += share * job.num_sequences
 
     def _note_output(self, job: RunningJob, now: float) -> None:
         if job.first_output_at is None:

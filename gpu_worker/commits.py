@@ -276,7 +276,7 @@ class FlushPacer:
         job.is_ending = job.is_over
         return JobFlush(
             job=job,
-            commit=ChunkCommit(job.id, job.attempt, chunks) if chunks else None,
+            commit=ChunkCommit(job.id, job.attempt, chunks, job.engine_seconds) if chunks else None,
             finalisation=job.finalisation() if job.is_ending else None,
         )
 
@@ -331,6 +331,7 @@ def _give_up(storage: JobStorage, flush: JobFlush, exc: Exception) -> FlushOutco
         status=JobStatus.FAILED,
         result=None,
         error=JobError(code=EngineError.code, message=f"the output could not be stored: {type(exc).__name__}"),
+        engine_seconds=flush.job.engine_seconds,
     )
     with storage.sessions.begin() as session:
         ended = dict.fromkeys(jobs.finalise(session, [ending]), JobStatus.FAILED)

@@ -99,6 +99,7 @@ class RunningJob:
         self.is_pausing = False  # whether the engine has been told to pause it
         self.is_ending = False  # whether its finalisation is in progress, so that nothing else may be done with it
         self.abort_reason: FinishReason | None = None
+        self.engine_seconds = 0.0  # its share of the engine's time in this attempt
         request = claimed.request
         self.params = request.params if isinstance(request, GenerationRequest) else SamplingParams()
         self.sequences = [SequenceProgress() for _ in range(self.params.num_sequences)]
@@ -251,6 +252,7 @@ class RunningJob:
             result=result,
             finish_reason=reason,
             error=error,
+            engine_seconds=self.engine_seconds,
         )
 
     def summary(self) -> str:

@@ -27,7 +27,7 @@ from domain.jobs import BATCH_PRIORITY, BatchError, BatchStatus, LineOutcome, Li
 from domain.requests import JobOptions
 from domain.shares import current_tenant
 from maintenance.batch_validation import BatchValidation
-from observability import describe_exception
+from observability import describe_exception, key_id_context
 from settings import Settings
 from storage import batch_lines, batches, files, job_accept, jobs, tenants
 from storage.database import OUTAGES
@@ -275,6 +275,7 @@ class BatchWork:
             except CeleriacError as exc:
                 raise asked.in_words(exc) from None
             view, options = self._views.get(asked.request.model), _options(batch, line, asked)
+            key_id_context.set(batch.key_id)
             return make_job(batch.tenant_id, asked.request, options, view, prepared, settings=self._settings)
         except (CeleriacError, OSError, MemoryError, KeyboardInterrupt, SystemExit, asyncio.CancelledError):
             raise  # a refusal, or the machine is at fault, not the line

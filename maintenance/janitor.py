@@ -23,7 +23,7 @@ from domain.catalog import Catalog
 from domain.jobs import AttemptOutcome, JobStatus, external_id
 from observability import describe_exception
 from settings import Settings
-from storage import answers, conversations, files, jobs, maintenance, webhook_deliveries, workers
+from storage import answers, conversations, files, jobs, maintenance, usage, webhook_deliveries, workers
 from storage.jobs import Restarted, Returned
 from storage.streams import publish
 from storage.workers import LIVE_SECONDS
@@ -258,7 +258,8 @@ class Janitor:
             return 0
         self._pruned_at = monotonic()
         with self._sessions.begin() as session:
-            return jobs.prune(session) + webhook_deliveries.prune(session)
+            num_records = usage.prune(session, days=self._settings.usage_days)
+            return jobs.prune(session) + webhook_deliveries.prune(session) + num_records
 
     def _prune_files(self) -> int:
         with self._sessions.begin() as session:

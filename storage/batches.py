@@ -50,6 +50,7 @@ def create(
     window_seconds: int,
     metadata: Mapping[str, str],
     output_ttl_seconds: int,
+    key_id: str | None = None,
 ) -> Batch:
     """Create a batch. Raises FileNotFound, or TooManyQueuedJobs if the tenant has MAX_UNFINISHED unfinished batches."""
     file = session.scalar(
@@ -74,6 +75,7 @@ def create(
         completion_window=completion_window,
         batch_metadata=dict(metadata),
         output_ttl_seconds=output_ttl_seconds,
+        key_id=key_id,
         expires_at=func.statement_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, window_seconds),
     )
     session.add(batch)
@@ -103,6 +105,7 @@ def create_with_file(
     window_seconds: int,
     metadata: Mapping[str, str],
     ttl_seconds: int,
+    key_id: str | None = None,
 ) -> Batch:
     """A batch whose lines came with the request for it. Raises as `create` does, and InsufficientQuota where the
     tenant's files have `max_bytes`."""
@@ -127,6 +130,7 @@ def create_with_file(
         window_seconds=window_seconds,
         metadata=metadata,
         output_ttl_seconds=ttl_seconds,
+        key_id=key_id,
     )
 
 

@@ -88,6 +88,7 @@ class Batch(Row):
 
     id: Mapped[UUID] = mapped_column(primary_key=True)  # a ULID
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
+    key_id: Mapped[str | None]  # the API key that it was created with
     status: Mapped[BatchStatus] = mapped_column(TextEnum(BatchStatus), server_default="validating")
     endpoint: Mapped[str]
     input_file_id: Mapped[UUID]  # no foreign key: it may be deleted once the batch is done

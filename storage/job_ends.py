@@ -1,4 +1,4 @@
-"""How jobs end: the statements, jobs of model revisions that are gone, and partial results of jobs without a worker.
+"""How jobs end: the statements, and jobs of model revisions that are gone.
 
 The rules that all statements share are in `storage/job_statements.py`.
 
@@ -9,29 +9,13 @@ revision. If there is no worker at all, jobs wait for a worker, and no revision 
 
 # ruff: noqa: S608  (only constants of the storage modules are inserted into the text; values are bound)
 
-import logging
-from collections.abc import Mapping, Sequence
-from uuid import UUID
-
-from pydantic import ValidationError
 from sqlalchemy import text
-from sqlalchemy.orm import Session
 
 from domain.errors import CeleriacError, DeadlineExceeded, ModelRevisionGone, PoisonJob, WorkerLost
-from domain.jobs import FinishReason, JobError, JobStatus, Usage, external_id
-from domain.requests import (
-    REQUEST,
-    GenerationRequest,
-    GenerationResult,
-    ResultChoice,
-    SamplingParams,
-    TokenChunk,
-    best_choices,
-)
+from domain.jobs import JobError
 from storage.job_statements import BEGUN, CLOCK, CORRECTION, COUNTED, RUNNING
+from storage.usage import RECORDED_COLUMNS, attempts_recorded, discarded_recorded, ends_recorded
 from storage.webhooks import IS_TOLD
-
-log = logging.getLogger(__name__)
 
 BEGAN = f"coalesce(j.attempt_started_at, j.started_at, {CLOCK}) AS attempt_started_at"
 
@@ -50,8 +34,9 @@ WITH ending AS MATERIALIZED (
     SELECT * FROM unnest(
         CAST(:ids AS uuid[]), CAST(:attempts AS int[]), CAST(:last AS int[]), CAST(:statuses AS text[]),
         CAST(:finish_reasons AS text[]), CAST(:errors AS text[]), CAST(:error_codes AS text[]),
-        CAST(:results AS text[]))
-        AS e(id, attempt, last, status, finish_reason, error, error_code, result)
+        CAST(:results AS text[]), CAST(:cached_tokens AS int[]), CAST(:reasoning_tokens AS int[]),
+        CAST(:engine_seconds AS float8[]))
+        AS e(id, attempt, last, status, finish_reason, error, error_code, result, cached, reasoning, seconds_in_engine)
 ),
 pick AS MATERIALIZED (
     SELECT ending.*, j.lease_owner AS owner FROM jobs j JOIN ending USING (id)
@@ -65,10 +50,16 @@ ended AS (
         lease_owner = NULL, lease_expires_at = NULL
     FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.tenant_id, j.attempt, pick.result, {CORRECTION} AS charge, pick.owner, {BEGAN},
-        pick.status AS outcome, pick.error_code,
-        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD}
+        pick.status AS outcome, pick.error_code, pick.cached, pick.reasoning, pick.seconds_in_engine,
+        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD},
+        {RECORDED_COLUMNS}
 ),
 {NOTED.format(over="ended")},
+{
+    attempts_recorded(
+        "ended", is_end="true", cached="o.cached", reasoning="o.reasoning", engine_seconds="o.seconds_in_engine"
+    )
+},
 written AS (
     INSERT INTO job_results (job_id, attempt, result)
     SELECT id, attempt, result::json FROM ended WHERE result IS NOT NULL
@@ -113,9 +104,11 @@ returned AS (
     RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge,
         j.num_committed_tokens, j.created_at,
         pick.owner, {BEGAN}, pick.outcome, j.error->>'code' AS error_code,
-        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD}
+        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD},
+        {RECORDED_COLUMNS}
 ),
-{NOTED.format(over="returned")},{also}
+{NOTED.format(over="returned")},
+{attempts_recorded("returned", is_end="o.status <> 'queued'")},{also}
 moved AS (
     SELECT id, tenant_id, CASE WHEN status = 'queued' THEN 1 ELSE 0 END AS queued, -1 AS running, charge FROM returned
 ),
@@ -200,8 +193,10 @@ asked AS (
         prune_at = CASE WHEN j.status = 'queued' THEN {CLOCK} + make_interval(secs => j.result_ttl_seconds) END
     FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
-        j.created_at, {IS_TOLD}
+        j.created_at, {IS_TOLD},
+        {RECORDED_COLUMNS}
 ),
+{ends_recorded("asked", outcome="o.status", condition="o.status = 'cancelled'")},
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM asked WHERE status = 'cancelled'),
 {COUNTED}
 {told("asked", has_chunks="status = 'cancelled' AND committed_sequence_number > 0")}
@@ -217,8 +212,10 @@ expired AS (
         prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
     FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
-        j.created_at, {IS_TOLD}
+        j.created_at, {IS_TOLD},
+        {RECORDED_COLUMNS}
 ),
+{ends_recorded("expired", outcome="o.status", condition="true")},
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM expired),
 {COUNTED}
 {told("expired", has_chunks="committed_sequence_number > 0")}
@@ -234,8 +231,13 @@ FORGET_POISON = text(f"DELETE FROM poison_requests WHERE created_at < {CLOCK} - 
 DELETE = text(f"""
 WITH deleted AS (
     DELETE FROM jobs j WHERE j.id = :id AND j.tenant_id = :tenant_id
-    RETURNING j.id, j.tenant_id, j.status, {CORRECTION} AS charge
+    RETURNING j.id, j.tenant_id, j.attempt, j.status, {CORRECTION} AS charge, 'deleted' AS outcome,
+        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens,
+        {RECORDED_COLUMNS}
 ),
+running AS (SELECT * FROM deleted WHERE status = 'in_progress'),
+{attempts_recorded("running", is_end="true")},
+{ends_recorded("deleted", outcome="o.outcome", condition="o.status = 'queued'").replace("recorded AS", "dropped AS")},
 moved AS (
     SELECT id, tenant_id, CASE WHEN status = 'queued' THEN -1 ELSE 0 END AS queued,
         CASE WHEN status = 'in_progress' THEN -1 ELSE 0 END AS running,
@@ -244,27 +246,6 @@ moved AS (
 ),
 {COUNTED}
 SELECT id FROM deleted
-""")
-
-# Makes the committed output of a job that ended without its worker its result.
-STORE_PARTIAL = text("""
-WITH partial AS (
-    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:finish_reasons AS text[]), CAST(:results AS text[]))
-        AS p(id, finish_reason, result)
-),
-reason AS (
-    UPDATE jobs j SET finish_reason = partial.finish_reason FROM partial WHERE j.id = partial.id
-    RETURNING j.id, j.attempt
-)
-INSERT INTO job_results (job_id, attempt, result)
-SELECT id, reason.attempt, partial.result::json FROM reason JOIN partial USING (id) ON CONFLICT DO NOTHING
-""")
-
-COMMITTED_OUTPUT = text("""
-SELECT j.id, j.num_prompt_tokens, p.request::text AS request,
-    array_agg(k.chunk::text ORDER BY k.sequence_number) AS chunks
-FROM jobs j JOIN job_payloads p ON p.job_id = j.id JOIN job_chunks k ON k.job_id = j.id
-WHERE j.id = ANY(CAST(:ids AS uuid[])) GROUP BY j.id, p.job_id
 """)
 
 
@@ -297,14 +278,21 @@ pick AS MATERIALIZED (
 def _restart(pick: str) -> str:
     return f"""
 WITH {pick},
-discarded AS (DELETE FROM job_chunks c USING pick WHERE c.job_id = pick.id),
+discarded AS (
+    DELETE FROM job_chunks c USING pick WHERE c.job_id = pick.id
+    RETURNING c.job_id, CASE WHEN c.attempt > 0  -- else it is recorded for the job that it was taken over from
+        THEN json_array_length(coalesce(c.chunk->'token_ids', '[]')) ELSE 0 END AS num_tokens
+),
 restarted AS (
     UPDATE jobs j SET committed_sequence_number = j.committed_sequence_number + 1,
         reset_sequence_number = j.committed_sequence_number + 1, num_committed_tokens = 0, num_tokens_at_claim = 0,
         first_token_at = NULL, dispatch_at = {CLOCK}, num_dispatches = 0
     FROM pick WHERE j.id = pick.id
-    RETURNING j.id, j.tenant_id, j.attempt, j.committed_sequence_number, pick.num_tokens
+    RETURNING j.id, j.tenant_id, j.attempt, j.committed_sequence_number, pick.num_tokens,
+        (SELECT sum(d.num_tokens) FROM discarded d WHERE d.job_id = j.id) AS num_discarded,
+        {RECORDED_COLUMNS}
 ),
+{discarded_recorded("restarted")},
 written AS (
     INSERT INTO job_chunks (job_id, sequence_number, attempt, chunk)
     SELECT id, committed_sequence_number, attempt,
@@ -339,8 +327,10 @@ failed AS (
         prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
     FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.num_committed_tokens, j.created_at,
-        {IS_TOLD}
+        {IS_TOLD},
+        {RECORDED_COLUMNS}
 ),
+{ends_recorded("failed", outcome="o.status", condition="true")},
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM failed),
 {COUNTED}
 {told("failed", has_chunks="true")}
@@ -361,75 +351,3 @@ ERRORS = {
         "it started under a model revision that is no longer served; retry it to start over",
     ),
 }
-
-#: By a job's final status, the finish reason of those of its sequences that had not finished.
-REASON_BY_STATUS = {
-    JobStatus.CANCELLED: FinishReason.CANCELLED,
-    JobStatus.EXPIRED: FinishReason.DEADLINE,
-    JobStatus.FAILED: FinishReason.ERROR,
-}
-
-
-def partial_result(
-    chunks: Sequence[TokenChunk],
-    *,
-    num_prompt_tokens: int,
-    cut_off_by: FinishReason,
-    params: SamplingParams = SamplingParams(),  # noqa: B008  (frozen)
-) -> GenerationResult:
-    """The result that `chunks`, at least one and in order, add up to. Sequences without a chunk are left out, and
-    unfinished ones get the finish reason `cut_off_by`."""
-    by_index: dict[int, list[TokenChunk]] = {}
-    for chunk in chunks:
-        if not chunk.is_reset:
-            by_index.setdefault(chunk.index, []).append(chunk)
-    choices = tuple(_choice(index, by_index[index], cut_off_by) for index in sorted(by_index))
-    prompt_logprobs = next((chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs), None)
-    usage = Usage(prompt_tokens=num_prompt_tokens, completion_tokens=sum(choice.num_tokens for choice in choices))
-    if params.best_of is not None:
-        choices = best_choices(choices, params.n)
-    return GenerationResult(choices=choices, usage=usage, prompt_logprobs=prompt_logprobs)
-
-
-def store_partial_results(session: Session, status_by_job_id: Mapping[UUID, JobStatus]) -> None:
-    """Write partial results for terminal jobs that have chunks, in the transaction that ended the jobs."""
-    if not status_by_job_id:
-        return
-    results: dict[UUID, GenerationResult] = {}
-    for row in session.execute(COMMITTED_OUTPUT, {"ids": list(status_by_job_id)}):
-        try:
-            chunks = [TokenChunk.model_validate_json(chunk) for chunk in row.chunks]
-            request = REQUEST.validate_json(row.request)
-        except ValidationError:  # of a newer release; the jobs that end with it must end all the same
-            log.error("the output of an ended job cannot be read", extra={"job_id": external_id(row.id)})
-            continue
-        if chunks[-1].is_reset:
-            continue  # it has started over and produced nothing since
-        reason = REASON_BY_STATUS[status_by_job_id[row.id]]
-        params = request.params if isinstance(request, GenerationRequest) else SamplingParams()
-        results[row.id] = partial_result(
-            chunks, num_prompt_tokens=row.num_prompt_tokens, cut_off_by=reason, params=params
-        )
-    columns = {
-        "ids": list(results),
-        "finish_reasons": [result.choices[0].finish_reason.value for result in results.values()],
-        "results": [result.model_dump_json() for result in results.values()],
-    }
-    session.execute(STORE_PARTIAL, columns)
-
-
-def _choice(index: int, chunks: list[TokenChunk], cut_off_by: FinishReason) -> ResultChoice:
-    logprobs = tuple(logprob for chunk in chunks for logprob in chunk.logprobs or ())
-    num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
-    told = (chunk.num_reasoning_tokens for chunk in chunks if chunk.num_reasoning_tokens is not None)
-    sums = [chunk.sum_logprobs for chunk in chunks if chunk.sum_logprobs is not None]
-    return ResultChoice(
-        index=index,
-        text="".join(chunk.text for chunk in chunks),
-        finish_reason=chunks[-1].finish_reason or cut_off_by,
-        num_tokens=num_tokens,
-        num_reasoning_tokens=next(told, None),
-        stop_string=chunks[-1].stop_string,
-        logprobs=logprobs or None,
-        mean_logprob=sum(sums) / num_tokens if sums and num_tokens else None,
-    )

@@ -98,13 +98,13 @@ WITH new AS MATERIALIZED (
         CAST(:webhook_statuses AS text[]), CAST(:endpoints AS text[]), CAST(:are_stored AS boolean[]),
         CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]), CAST(:retry_ofs AS uuid[]),
         CAST(:endpoint_bodies AS text[]), CAST(:kinds AS text[]), CAST(:input_lengths AS text[]),
-        CAST(:request_ids AS text[]), CAST(:callbacks AS text[])
+        CAST(:request_ids AS text[]), CAST(:callbacks AS text[]), CAST(:key_ids AS text[])
     ) WITH ORDINALITY AS n(
         id, tenant_id, model, adapter, model_revision, priority, idempotency_key, request_hash, max_failures,
         start_timeout, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata,
         result_ttl_seconds, request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint,
         lane, retry_of, endpoint_body, kind, input_lengths, request_id,
-        callback, place)
+        callback, key_id, place)
 ),
 load AS MATERIALIZED (
     SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS max_queued,
@@ -124,13 +124,13 @@ fresh AS (
 inserted AS (
     INSERT INTO jobs (id, tenant_id, model, adapter, model_revision, lane, retry_of, priority, idempotency_key,
         request_hash, max_failures, start_deadline_at, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
-        seed, cost, metadata, result_ttl_seconds, webhook_url, webhook_statuses, endpoint, is_stored, kind,
+        seed, cost, metadata, result_ttl_seconds, webhook_url, webhook_statuses, endpoint, is_stored, kind, key_id,
         available_at, dispatch_at, created_at)
     SELECT id, tenant_id, model, adapter, model_revision, CASE WHEN is_quarantined THEN 'isolated' ELSE lane END,
         retry_of, priority, idempotency_key, request_hash, max_failures,
         {CLOCK} + make_interval(secs => start_timeout), deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
         seed, cost, metadata::json, result_ttl_seconds, webhook_url, webhook_statuses::text[], endpoint, is_stored,
-        kind,
+        kind, key_id,
         {CLOCK}, {CLOCK}, {CLOCK}
     FROM fresh JOIN load USING (tenant_id) WHERE place_in_tenant <= room ORDER BY place
     ON CONFLICT DO NOTHING RETURNING id, tenant_id
@@ -291,7 +291,7 @@ claimed AS (
         model_revision = :model_revision,  -- the revision of all its output: of what it has, or of the first to come
         lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds),
         started_at = coalesce(j.started_at, {CLOCK}), attempt_started_at = {CLOCK}, progressed_at = {CLOCK},
-        paused_at = NULL, num_tokens_at_claim = j.num_committed_tokens,
+        paused_at = NULL, num_tokens_at_claim = j.num_committed_tokens, engine_seconds = 0,
         deadline_at = CASE WHEN j.attempt = 0 AND j.run_timeout_seconds IS NOT NULL
             THEN least(j.deadline_at, {CLOCK} + make_interval(secs => j.run_timeout_seconds)) ELSE j.deadline_at END
     FROM pick WHERE j.id = pick.id RETURNING j.*, pick.place, pick.paused_at AS was_paused_at, pick.charge
@@ -353,8 +353,8 @@ PROVEN = f"{NUM_COMMITTED} - j.num_tokens_at_claim >= {PROVEN_TOKENS}"
 COMMIT_CHUNKS = text(f"""
 WITH flush AS MATERIALIZED (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:attempts AS int[]), CAST(:before AS int[]), CAST(:after AS int[]),
-                         CAST(:num_tokens AS int[]), CAST(:chunks AS text[]))
-        AS f(id, attempt, before, after, num_tokens, chunks)
+                         CAST(:num_tokens AS int[]), CAST(:engine_seconds AS float8[]), CAST(:chunks AS text[]))
+        AS f(id, attempt, before, after, num_tokens, engine_seconds, chunks)
 ),
 held AS (
     UPDATE jobs j SET committed_sequence_number = flush.after,
@@ -362,7 +362,7 @@ held AS (
         num_suspicions = CASE WHEN {PROVEN} THEN 0 ELSE j.num_suspicions END,
         lane = CASE WHEN {PROVEN} AND j.num_suspicions > 0 THEN 'standard' ELSE j.lane END,
         first_token_at = coalesce(j.first_token_at, {CLOCK}),
-        progressed_at = {CLOCK},
+        progressed_at = {CLOCK}, engine_seconds = flush.engine_seconds,
         lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds)
     FROM flush WHERE j.id = flush.id AND {RUNNING} AND j.attempt = flush.attempt
         AND j.committed_sequence_number IN (flush.before, flush.after)

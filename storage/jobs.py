@@ -22,9 +22,11 @@ from domain.requests import REQUEST, JobOutput, JobRequest, TokenChunk
 from storage import job_ends as ends
 from storage import job_statements as sql
 from storage.job_accept import Accepted, AcceptOutcome, NewJob, accept
-from storage.job_ends import ERRORS, store_partial_results
+from storage.job_ends import ERRORS
 from storage.job_statements import Packed
+from storage.partial_results import store_partial_results
 from storage.tables import Job, JobPayload
+from storage.usage import reasoning_tokens_of
 from storage.webhooks import write_deliveries
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class ChunkCommit:
     job_id: UUID
     attempt: int
     chunks: Sequence[TokenChunk]
+    engine_seconds: float = 0.0  # its share of the engine's time so far in this attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Finalisation:
     result: JobOutput | None
     finish_reason: FinishReason | None = None
     error: JobError | None = None
+    engine_seconds: float = 0.0  # its share of the engine's time in this attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +410,7 @@ def of_commits(commits: Sequence[ChunkCommit]) -> dict[str, Any]:
         "before": [commit.chunks[0].sequence_number - 1 for commit in commits],
         "after": [commit.chunks[-1].sequence_number for commit in commits],
         "num_tokens": [sum(len(chunk.token_ids) for chunk in commit.chunks) for commit in commits],
+        "engine_seconds": [commit.engine_seconds for commit in commits],
         "chunks": Packed(_json_array(commit.chunks) for commit in commits),
     }
 
@@ -420,6 +425,9 @@ def of_endings(finalisations: Sequence[Finalisation]) -> dict[str, Any]:
         "errors": Packed(ending.error and ending.error.model_dump_json() for ending in finalisations),
         "error_codes": [ending.error and ending.error.code for ending in finalisations],
         "results": Packed(ending.result and ending.result.model_dump_json() for ending in finalisations),
+        "cached_tokens": [ending.result.usage.cached_tokens if ending.result else 0 for ending in finalisations],
+        "reasoning_tokens": [reasoning_tokens_of(ending.result) for ending in finalisations],
+        "engine_seconds": [ending.engine_seconds for ending in finalisations],
     }
 
 

@@ -278,6 +278,8 @@ class Job(Row):
     paused_at: Mapped[datetime | None]  # while it waits because it was another tenant's turn
     retry_of: Mapped[UUID | None]  # the ended job that this one repeats, which may have been pruned
     answered_by: Mapped[UUID | None]  # the job whose output this one got a copy of; may have been pruned
+    key_id: Mapped[str | None]  # the API key that it was submitted with
+    engine_seconds: Mapped[float] = mapped_column(REAL, server_default="0")  # the newest attempt's, as committed
 
     @property
     def model_name(self) -> str:

@@ -37,7 +37,7 @@ from domain.requests import (
 )
 from domain.webhooks import BadWebhookUrl
 from metrics import labelled, response_cache_total
-from observability import note_submitted, request_id_context
+from observability import key_id_context, note_submitted, request_id_context
 from settings import Settings
 from storage.job_accept import Accepted, AcceptOutcome, NewJob, QueueRoom
 from storage.job_queries import JobRecord
@@ -286,6 +286,7 @@ def make_job(
         is_stored=options.is_stored,
         endpoint_body=options.endpoint_body,
         request_id=request_id_context.get(),
+        key_id=key_id_context.get(),
     )
 
 

@@ -137,6 +137,7 @@ async def create_batch(request: Request) -> Response:
         window_seconds=window_seconds,
         metadata=body.metadata or {},
         output_ttl_seconds=ttl_seconds,
+        key_id=request.state.key_id,
     )
     return _answer(batch)
 

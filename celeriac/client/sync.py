@@ -284,6 +284,11 @@ class Client:
         """The queue of every model: who waits for what, and for how long."""
         return list(self._ask("GET", "/v1/queue")["data"])
 
+    def usage(self, **filters: str | None) -> dict[str, Any]:
+        """What was used between `start` and `end`, by `group_by`: the body of GET /v1/usage."""
+        params = {name: value for name, value in filters.items() if value is not None}
+        return self._ask("GET", "/v1/usage", params=params)
+
     def health(self) -> dict[str, Any]:
         """The body of /health, whatever the status code."""
         try:

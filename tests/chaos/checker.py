@@ -43,6 +43,13 @@ class StoredJob:
     result: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    output_tokens: int
+    num_ends: int
+
+
 @dataclass(slots=True)
 class Stored:
     """All that the checker reads of SQL."""
@@ -53,6 +60,26 @@ class Stored:
     counters: dict[str, tuple[int, int]]  # and as tenant_load has it
     num_results: int = 0
     num_chunks: int = 0
+    used: dict[str, Usage] = field(default_factory=dict)  # by job, as its view shows it
+    recorded: dict[str, Usage] = field(default_factory=dict)  # the sums of its records in the ledger
+
+
+# Output that a job has taken over from another one is in the records of that one.
+USED = """
+SELECT j.id, CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens ELSE 0 END, j.num_committed_tokens - (
+        SELECT coalesce(sum(json_array_length(coalesce(c.chunk->'token_ids', '[]'))), 0) FROM job_chunks c
+        WHERE c.job_id = j.id AND c.attempt = 0),
+    CASE WHEN j.finished_at IS NOT NULL THEN 1 ELSE 0 END
+FROM jobs j"""
+
+RECORDED = """
+SELECT job_id, sum(num_prompt_tokens), sum(num_output_tokens), count(*) FILTER (WHERE is_end)
+FROM usage_records GROUP BY job_id"""
+
+
+def _usage_by_job(connection: "psycopg.Connection[Any]", query: str) -> dict[str, Usage]:
+    rows = connection.execute(query.encode())
+    return {external_id(id_): Usage(int(prompt), int(output), ends) for id_, prompt, output, ends in rows}
 
 
 def read_stored(connection: "psycopg.Connection[Any]") -> Stored:
@@ -86,6 +113,8 @@ def read_stored(connection: "psycopg.Connection[Any]") -> Stored:
         counted={tenant: (queued, running) for tenant, queued, running in counted},
         counters={tenant: (queued, running) for tenant, queued, running in counters},
         num_results=len(results),
+        used=_usage_by_job(connection, USED),
+        recorded=_usage_by_job(connection, RECORDED),
         num_chunks=sum(map(len, chunks.values())),
     )
 
@@ -105,6 +134,7 @@ def judge(histories: Sequence[History], stored: Stored) -> Verdict:
     for history in histories:
         violations += judge_job(history, stored.jobs.get(history.job_id or ""))
     violations += _judge_totals(histories, stored)
+    violations += _judge_ledger(stored)
     for job in stored.jobs.values():
         violations += _judge_stored(job)
     return Verdict(violations, _figures(histories, stored))
@@ -226,6 +256,14 @@ def _judge_totals(histories: Sequence[History], stored: Stored) -> Iterator[Viol
         counters, counted = stored.counters.get(tenant, (0, 0)), stored.counted.get(tenant, (0, 0))
         if counters != counted:
             yield Violation("counter drift", tenant, f"tenant_load says {counters}, the rows {counted}")
+
+
+def _judge_ledger(stored: Stored) -> Iterator[Violation]:
+    """The records of each job add up to its usage, to the token."""
+    nothing = Usage(0, 0, 0)
+    for job_id, used in stored.used.items():
+        if (recorded := stored.recorded.get(job_id, nothing)) != used:
+            yield Violation("ledger differs", job_id, f"the ledger has {recorded}, the job {used}")
 
 
 def _figures(histories: Sequence[History], stored: Stored) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from gpu_worker.engine.fake_tokens import chained_token, next_link
 from tests.chaos.audit import Change, Owner, figures, judge_changes
-from tests.chaos.checker import Stored, StoredJob, broken_link, judge
+from tests.chaos.checker import Stored, StoredJob, Usage, broken_link, judge
 from tests.chaos.clients import Connection, Delta, History
 from tests.chaos.faults import Struck
 from tests.chaos.plant import Incarnation, Part
@@ -30,7 +30,10 @@ def make_run() -> tuple[History, Stored]:
     chunks = dict(enumerate(TEXTS, start=1))
     job = StoredJob("job_a", "fake", "completed", 1, 0, None, 3, chunks, "".join(TEXTS))
     counters = {"tenant": (0, 0)}
-    return history, Stored({"job_a": job}, {"job_a": "key"}, dict(counters), dict(counters))
+    stored = Stored({"job_a": job}, {"job_a": "key"}, dict(counters), dict(counters))
+    stored.used = {"job_a": Usage(5, 3, 1)}
+    stored.recorded = dict(stored.used)
+    return history, stored
 
 
 def test_a_clean_run_has_no_violations() -> None:
@@ -106,6 +109,14 @@ def _invent(history: History, stored: Stored) -> None:
     stored.key_by_id["job_a"] = "somebody else's"
 
 
+def _misbill(history: History, stored: Stored) -> None:
+    stored.recorded["job_a"] = Usage(5, 4, 1)
+
+
+def _forget_to_bill(history: History, stored: Stored) -> None:
+    stored.recorded.clear()
+
+
 @pytest.mark.parametrize(
     ("spoil", "kind"),
     [
@@ -125,6 +136,8 @@ def _invent(history: History, stored: Stored) -> None:
         (_accept_twice, "accepted twice"),
         (_drift, "counter drift"),
         (_invent, "unexpected"),
+        (_misbill, "ledger differs"),
+        (_forget_to_bill, "ledger differs"),
     ],
 )
 def test_a_violation_is_called_by_its_name(spoil: Callable[[History, Stored], None], kind: str) -> None:

@@ -27,8 +27,8 @@ from domain.jobs import FinishReason, JobError, JobStatus, Usage, parse_id
 from domain.requests import EmbeddingResult, TokenChunk, encode_vector
 from settings import Settings
 from storage import jobs
-from storage.job_ends import partial_result
 from storage.jobs import ChunkCommit, ClaimedJob, Finalisation
+from storage.partial_results import partial_result
 from storage.streams import publish
 from tests.storage_samples import claim_these
 from tests.waiting import wait_until

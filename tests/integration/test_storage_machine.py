@@ -14,9 +14,9 @@ from domain.jobs import JobStatus, Lane
 from domain.requests import TokenChunk
 from storage import job_accept, jobs, workers
 from storage.job_accept import AcceptOutcome
-from storage.job_ends import REASON_BY_STATUS
 from storage.job_statements import PROVEN_TOKENS
 from storage.jobs import ChunkCommit, Finalisation
+from storage.partial_results import REASON_BY_STATUS
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult, TenantLoad
 from storage.workers import WorkerReport
 from tests.storage_samples import MODEL, PAST, chunk, claim, new_job, result

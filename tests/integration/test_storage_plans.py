@@ -26,6 +26,9 @@ def flush_parameters(ids: list[UUID]) -> dict[str, Any]:
         "finish_reasons": "stop",
         "errors": None,
         "error_codes": None,
+        "cached_tokens": 0,
+        "reasoning_tokens": 0,
+        "engine_seconds": 0.5,
         "results": result(1).model_dump_json(),
     }
     lists = {name: [value] * len(ids) for name, value in same.items()} | {"ids": ids}

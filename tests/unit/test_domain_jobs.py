@@ -4,7 +4,7 @@ import pytest
 
 from domain.jobs import ALLOWED_TRANSITIONS, TERMINAL_STATUSES, FinishReason, JobStatus, Usage
 from domain.requests import TokenChunk, TokenLogprob
-from storage.job_ends import REASON_BY_STATUS, partial_result
+from storage.partial_results import REASON_BY_STATUS, partial_result
 
 
 def test_terminal_statuses_absorb_and_the_others_lead_on() -> None:

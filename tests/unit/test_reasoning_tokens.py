@@ -13,7 +13,7 @@ from domain.jobs import FinishReason
 from domain.requests import GenerationResult, ResultChoice, SamplingParams, TokenChunk
 from gpu_worker.engine.detokenizer import Detokenizer, TextStream, with_visible_reasoning
 from gpu_worker.job import RunningJob
-from storage.job_ends import partial_result
+from storage.partial_results import partial_result
 from tests.engine_parts import TOKENIZER, make_sequence
 from tests.runner_parts import make_output, make_running
 from text.outputs import OutputFormat, OutputParser, ReasoningFormat

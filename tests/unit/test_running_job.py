@@ -6,7 +6,7 @@ from domain.jobs import FinishReason, JobStatus
 from domain.requests import GenerationRequest, GenerationResult, SamplingParams, TokenChunk
 from gpu_worker.engine_process.frames import AddJob, JobFailed
 from gpu_worker.job import RunningJob
-from storage.job_ends import partial_result
+from storage.partial_results import partial_result
 from tests.runner_parts import make_output, make_running
 
 
