@@ -5,7 +5,14 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from dialects.openai_views import View
-from domain.errors import CeleriacError, DeadlineExceeded, JobCancelled, JobFailure
+from domain.errors import (
+    CeleriacError,
+    DeadlineExceeded,
+    JobCancelled,
+    JobFailure,
+    RunTimeoutExceeded,
+    StartTimeoutExceeded,
+)
 from domain.jobs import JobError, JobStatus, external_id
 from storage.job_queries import JobRecord
 
@@ -54,6 +61,8 @@ HTTP_BY_CODE: dict[str, HttpError] = {
     "model_unavailable": HttpError(503, "service_unavailable_error"),
     "storage_unavailable": HttpError(503, "service_unavailable_error"),
     "deadline_exceeded": HttpError(504, "server_error"),
+    "start_timeout_exceeded": HttpError(504, "server_error"),
+    "run_timeout_exceeded": HttpError(504, "server_error"),
     "job_cancelled": HttpError(410, "gone"),
     "job_failed": HttpError(500, "server_error"),
     "engine_error": HttpError(500, "server_error"),
@@ -96,6 +105,9 @@ def job_error_view(error: JobError) -> JobErrorView:
     return {"code": error.code, "message": error.message, "type": HTTP_BY_CODE[code].type, "retryable": error.retryable}
 
 
+_LATE = "its deadline passed before it was done"
+
+
 def refuse_unfinished(record: JobRecord) -> None:
     """Raises the CeleriacError that says why a terminal job has no complete output."""
     job = record.job
@@ -103,9 +115,10 @@ def refuse_unfinished(record: JobRecord) -> None:
     if job.status is JobStatus.CANCELLED:
         raise JobCancelled(f"{name} was cancelled; its partial output is at /v1/jobs/{name}/output")
     if job.status is JobStatus.EXPIRED:
-        raise DeadlineExceeded(
-            f"the deadline of {name} passed before it was done; its partial output is at /v1/jobs/{name}/output"
-        )
+        classes = {cls.code: cls for cls in (StartTimeoutExceeded, RunTimeoutExceeded)}
+        cls = classes.get(job.error.code if job.error is not None else "", DeadlineExceeded)
+        reason = job.error.message if cls is not DeadlineExceeded and job.error is not None else _LATE
+        raise cls(f"{name} has expired, as {reason}; its partial output is at /v1/jobs/{name}/output")
     if job.status is JobStatus.FAILED or record.result is None:
         raise _failure(record)
 

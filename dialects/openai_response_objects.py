@@ -228,7 +228,11 @@ def ending_of(job: Job) -> Ending:
             return Ending("incomplete", incomplete_details={"reason": None, "stop_reason": "deadline"})
         case JobStatus.EXPIRED:
             return Ending(
-                "failed", error=_error(DeadlineExceeded.code, "the deadline passed before there was any output")
+                "failed",
+                error=_error(
+                    job.error.code if job.error else DeadlineExceeded.code,
+                    "its time was over before there was any output",
+                ),
             )
         case JobStatus.FAILED:
             error = job.error

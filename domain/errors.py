@@ -35,6 +35,8 @@ CeleriacError
 │   ├── ModelUnavailable           model_unavailable: its entry or files are invalid or cannot be loaded now
 │   └── StorageUnavailable         storage_unavailable: the database does not answer
 ├── DeadlineExceeded               deadline_exceeded
+│   ├── StartTimeoutExceeded       start_timeout_exceeded: the job was not started within its start timeout
+│   └── RunTimeoutExceeded         run_timeout_exceeded: it ran for longer than its run timeout
 ├── JobCancelled                   job_cancelled: the job that this request waits for was cancelled
 └── JobFailure                     why a job failed; stored as its JobError
     ├── EngineError                engine_error: the model could not run this sequence
@@ -202,6 +204,14 @@ class StorageUnavailable(Overloaded):
 
 class DeadlineExceeded(CeleriacError):
     code = "deadline_exceeded"
+
+
+class StartTimeoutExceeded(DeadlineExceeded):
+    code = "start_timeout_exceeded"
+
+
+class RunTimeoutExceeded(DeadlineExceeded):
+    code = "run_timeout_exceeded"
 
 
 class JobCancelled(CeleriacError):

@@ -11,11 +11,24 @@ revision. If there is no worker at all, jobs wait for a worker, and no revision 
 
 from sqlalchemy import text
 
-from domain.errors import CeleriacError, DeadlineExceeded, ModelRevisionGone, PoisonJob, WorkerLost
+from domain.errors import (
+    CeleriacError,
+    DeadlineExceeded,
+    ModelRevisionGone,
+    PoisonJob,
+    RunTimeoutExceeded,
+    StartTimeoutExceeded,
+    WorkerLost,
+)
 from domain.jobs import JobError
 from storage.job_statements import BEGUN, CLOCK, CORRECTION, COUNTED, RUNNING
 from storage.usage import RECORDED_COLUMNS, attempts_recorded, discarded_recorded, ends_recorded
 from storage.webhooks import IS_TOLD
+
+# The first claim narrowed the deadline to the end of the run timeout.
+HAS_RUN_OUT = "j.deadline_at = j.started_at + make_interval(secs => j.run_timeout_seconds)"
+
+LATE_ERROR = f"CAST(CASE WHEN {HAS_RUN_OUT} THEN :run_timeout_error ELSE :deadline_error END AS json)"
 
 BEGAN = f"coalesce(j.attempt_started_at, j.started_at, {CLOCK}) AS attempt_started_at"
 
@@ -33,10 +46,9 @@ FINALISE = text(f"""
 WITH ending AS MATERIALIZED (
     SELECT * FROM unnest(
         CAST(:ids AS uuid[]), CAST(:attempts AS int[]), CAST(:last AS int[]), CAST(:statuses AS text[]),
-        CAST(:finish_reasons AS text[]), CAST(:errors AS text[]), CAST(:error_codes AS text[]),
-        CAST(:results AS text[]), CAST(:cached_tokens AS int[]), CAST(:reasoning_tokens AS int[]),
-        CAST(:engine_seconds AS float8[]))
-        AS e(id, attempt, last, status, finish_reason, error, error_code, result, cached, reasoning, seconds_in_engine)
+        CAST(:finish_reasons AS text[]), CAST(:errors AS text[]), CAST(:results AS text[]),
+        CAST(:cached_tokens AS int[]), CAST(:reasoning_tokens AS int[]), CAST(:engine_seconds AS float8[]))
+        AS e(id, attempt, last, status, finish_reason, error, result, cached, reasoning, seconds_in_engine)
 ),
 pick AS MATERIALIZED (
     SELECT ending.*, j.lease_owner AS owner FROM jobs j JOIN ending USING (id)
@@ -44,13 +56,14 @@ pick AS MATERIALIZED (
     ORDER BY j.id FOR NO KEY UPDATE OF j
 ),
 ended AS (
-    UPDATE jobs j SET status = pick.status, finish_reason = pick.finish_reason, error = pick.error::json,
+    UPDATE jobs j SET status = pick.status, finish_reason = pick.finish_reason,
+        error = CASE WHEN pick.status = 'expired' THEN {LATE_ERROR} ELSE pick.error::json END,
         finished_at = {CLOCK}, prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds),
         num_suspicions = CASE WHEN pick.status = 'completed' THEN 0 ELSE j.num_suspicions END,
         lease_owner = NULL, lease_expires_at = NULL
     FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.tenant_id, j.attempt, pick.result, {CORRECTION} AS charge, pick.owner, {BEGAN},
-        pick.status AS outcome, pick.error_code, pick.cached, pick.reasoning, pick.seconds_in_engine,
+        pick.status AS outcome, j.error->>'code' AS error_code, pick.cached, pick.reasoning, pick.seconds_in_engine,
         j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD},
         {RECORDED_COLUMNS}
 ),
@@ -125,7 +138,7 @@ def _charged(is_poison: str) -> str:
         CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled' WHEN j.deadline_at <= {CLOCK} THEN 'expired'
             WHEN {is_poison} OR j.num_failures + 1 > j.max_failures THEN 'failed' ELSE 'queued' END AS next_status,
         CASE WHEN j.cancel_requested_at IS NOT NULL THEN NULL
-            WHEN j.deadline_at <= {CLOCK} THEN CAST(:deadline_error AS json)
+            WHEN j.deadline_at <= {CLOCK} THEN {LATE_ERROR}
             WHEN {is_poison} THEN CAST(:poison_error AS json)
             WHEN j.num_failures + 1 > j.max_failures THEN CAST(:lost_error AS json) END AS error"""
 
@@ -208,7 +221,8 @@ WITH pick AS MATERIALIZED (
         AND (j.deadline_at <= {CLOCK} OR j.attempt = 0) LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
 ),
 expired AS (
-    UPDATE jobs j SET status = 'expired', error = CAST(:deadline_error AS json), finished_at = {CLOCK},
+    UPDATE jobs j SET status = 'expired', finished_at = {CLOCK},
+        error = CASE WHEN j.deadline_at <= {CLOCK} THEN {LATE_ERROR} ELSE CAST(:start_timeout_error AS json) END,
         prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
     FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, j.num_committed_tokens,
@@ -344,6 +358,8 @@ def _stored_error(error: type[CeleriacError], message: str) -> str:
 #: Errors of jobs that failed or expired without their worker.
 ERRORS = {
     "deadline_error": _stored_error(DeadlineExceeded, "the deadline passed before the job was finished"),
+    "start_timeout_error": _stored_error(StartTimeoutExceeded, "it was not started within its start_timeout"),
+    "run_timeout_error": _stored_error(RunTimeoutExceeded, "it ran for longer than its run_timeout"),
     "poison_error": _stored_error(PoisonJob, "the engine crashed while it was running this job alone"),
     "lost_error": _stored_error(WorkerLost, "the worker was lost or crashed more often than max_failures allows"),
     "revision_error": _stored_error(

@@ -210,7 +210,7 @@ def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UU
     """
     if not finalisations:
         return []
-    rows = session.execute(ends.FINALISE, of_endings(finalisations)).all()
+    rows = session.execute(ends.FINALISE, of_endings(finalisations) | ERRORS).all()
     ended = [row.id for row in rows]
     without_result = {
         ending.job_id: ending.status
@@ -423,7 +423,6 @@ def of_endings(finalisations: Sequence[Finalisation]) -> dict[str, Any]:
         "statuses": [ending.status.value for ending in finalisations],
         "finish_reasons": [ending.finish_reason and ending.finish_reason.value for ending in finalisations],
         "errors": Packed(ending.error and ending.error.model_dump_json() for ending in finalisations),
-        "error_codes": [ending.error and ending.error.code for ending in finalisations],
         "results": Packed(ending.result and ending.result.model_dump_json() for ending in finalisations),
         "cached_tokens": [ending.result.usage.cached_tokens if ending.result else 0 for ending in finalisations],
         "reasoning_tokens": [reasoning_tokens_of(ending.result) for ending in finalisations],

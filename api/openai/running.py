@@ -55,6 +55,7 @@ class JobHeaders:
     idempotency_key: str | None
     cancel_after_seconds: float | None
     start_timeout_seconds: float | None
+    run_timeout_seconds: float | None
     priority: int | None
     webhook_url: str | None
     on_disconnect: Literal["cancel", "continue"] | None
@@ -76,6 +77,7 @@ def read_job_headers(headers: Headers) -> JobHeaders:
         idempotency_key=parse_idempotency_key(headers.get("idempotency-key")),
         cancel_after_seconds=_duration(headers, "Cancel-After"),
         start_timeout_seconds=_duration(headers, "X-Start-Timeout"),
+        run_timeout_seconds=_duration(headers, "X-Run-Timeout"),
         priority=_priority(headers.get("x-priority")),
         webhook_url=_webhook_url(headers.get("x-webhook")),
         on_disconnect=_on_disconnect(headers),
@@ -321,6 +323,7 @@ def _options(asked: Asked, job_headers: JobHeaders, number: int) -> JobOptions:
     return JobOptions(
         priority=priority,
         start_timeout_seconds=job_headers.start_timeout_seconds,
+        run_timeout_seconds=job_headers.run_timeout_seconds,
         deadline_after_seconds=_deadline_after_seconds(asked, job_headers),
         idempotency_key=f"{key} {number}" if key is not None and number else key,
         metadata=asked.metadata or {},

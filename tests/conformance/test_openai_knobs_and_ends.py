@@ -72,7 +72,7 @@ def test_a_job_that_has_not_started_in_time_expires(http: httpx.Client, hand_wor
         assert job.start_deadline_at is not None
         assert (job.start_deadline_at - job.created_at).total_seconds() == pytest.approx(300, abs=1)
         expire(hand_worker, job.id, start_deadline_at=job.created_at)
-    assert (answer.result().status_code, answer.result().json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert (answer.result().status_code, answer.result().json()["error"]["code"]) == (504, "start_timeout_exceeded")
 
 
 def test_one_that_has_started_in_time_may_take_longer(http: httpx.Client, hand_worker: HandWorker) -> None:
@@ -101,7 +101,13 @@ def test_a_priority_is_the_jobs_and_goes_before_the_tier(
 
 @pytest.mark.parametrize(
     ("header", "value"),
-    [("X-Priority", "11"), ("X-Priority", "high"), ("X-Start-Timeout", "soon"), ("X-Start-Timeout", "200h")],
+    [
+        ("X-Priority", "11"),
+        ("X-Priority", "high"),
+        ("X-Start-Timeout", "soon"),
+        ("X-Start-Timeout", "200h"),
+        ("X-Run-Timeout", "0"),
+    ],
 )
 def test_a_knob_that_cannot_be_is_refused_by_name(http: httpx.Client, header: str, value: str) -> None:
     for route, body in BODY_BY_ROUTE.items():

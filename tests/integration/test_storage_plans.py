@@ -25,7 +25,6 @@ def flush_parameters(ids: list[UUID]) -> dict[str, Any]:
         "statuses": "completed",
         "finish_reasons": "stop",
         "errors": None,
-        "error_codes": None,
         "cached_tokens": 0,
         "reasoning_tokens": 0,
         "engine_seconds": 0.5,
@@ -39,7 +38,7 @@ def flush_parameters(ids: list[UUID]) -> dict[str, Any]:
         "num_rows": 2 * len(ids) + 16,
     }
     claim |= {"model_revision": "main", "lane": "standard", "min_suspicions": 0, "min_standing": 0}
-    return {**lists, **claim, "lease_seconds": 60, "owner": uuid4()}
+    return {**job_ends.ERRORS, **lists, **claim, "lease_seconds": 60, "owner": uuid4()}
 
 
 @pytest.mark.parametrize(
