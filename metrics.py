@@ -173,6 +173,19 @@ jobs_queue_seconds = _worker.histogram(
     "jobs_queue_seconds", "From acceptance to the first claim.", ["model"], buckets=_SLOW_BUCKETS
 )
 
+jobs_start_eta_ratio = _worker.histogram(
+    "jobs_start_eta_ratio",
+    "Time from acceptance to the first claim, divided by its median estimate at acceptance; both plus half a second.",
+    ["model"],
+    buckets=(0.1, 0.2, 0.4, 0.6, 0.75, 0.9, 1.1, 1.33, 1.6, 2.5, 5, 10),
+)
+
+jobs_start_eta_total = _worker.counter(
+    "jobs_start_eta_total",
+    "First claims by whether they came before the 90th percentile of the estimate.",
+    ["model", "is_before_p90"],
+)
+
 time_to_first_token_seconds = _worker.histogram(
     "time_to_first_token_seconds",
     "From acceptance to the commit of the first output.",

@@ -27,6 +27,7 @@ from dialects.errors import OPENAI_ERRORS, ErrorDialect
 from domain.errors import (
     CeleriacError,
     DeadlineExceeded,
+    DeadlineUnattainable,
     InsufficientQuota,
     InvalidRequest,
     JobFailure,
@@ -173,8 +174,10 @@ def error_response(exc: CeleriacError) -> Response:
         headers["x-should-retry"] = "false"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    body = orjson.dumps(error_body(exc.code, exc.message, exc.param))
-    return Response(body, status, headers, "application/json")
+    body = error_body(exc.code, exc.message, exc.param)
+    if isinstance(exc, DeadlineUnattainable):
+        body["predicted_wait_seconds"] = round(exc.predicted_wait_seconds, 1)
+    return Response(orjson.dumps(body), status, headers, "application/json")
 
 
 def jittered_retry_after(seconds: float) -> int:

@@ -15,13 +15,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import Request
 
 from api.errors import database_unavailable
+from api.model_queues import ModelQueue
 from api.openapi import TEXT
-from api.queue_monitor import Finding, ModelQueue
+from api.queue_monitor import Finding
 from api.services import Services, private_router, services_of
 from dialects.openai_views import View
 from domain.jobs import IN_GOOD_ORDER, WaitingFor
 from metrics import Process, registries
-from storage.job_queries import QueuePosition
 from storage.maintenance import RecentJobs, Spread
 from storage.streams import REDIS_OUTAGES
 
@@ -282,7 +282,7 @@ def _view(queue: ModelQueue) -> ModelQueueView:
         oldest_queued_seconds=queue.oldest_queued_seconds,
         tokens_ahead=queue.queued_tokens + queue.running_tokens,
         tokens_per_second=queue.tokens_per_second,
-        eta_seconds=queue.eta_seconds(QueuePosition(queue.num_queued, queue.queued_tokens)),
+        eta_seconds=queue.last_place()["eta_seconds"],
         load_percent=queue.load_percent,
         waiting_for={reason: waiting.num_jobs for reason, waiting in queue.waiting.items()},
     )

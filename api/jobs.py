@@ -275,8 +275,8 @@ def _not_found(job_id: str) -> JobNotFound:
 async def view_after_submit(services: Services, tenant_id: UUID, submitted: Submitted, *, is_waited: bool) -> JobView:
     """The view of a new job is built without a query. If the request waited, or the job existed before, it is read."""
     if submitted.is_new and not is_waited:
-        queue = services.monitor.joining(submitted.new_job.request.model_id)
-        services.monitor.accepted(submitted.new_job.request.model_id)
+        queue = services.monitor.joining(submitted.new_job)
+        services.monitor.accepted(submitted.new_job)
         return new_job_view(submitted.new_job, submitted.created_at, queue)
     record = await find_job(services, external_id(submitted.job_id), tenant_id)
     return await _view(services, record)
@@ -304,6 +304,8 @@ def answer_job(view: JobView, headers: dict[str, str], *, pending_status: int) -
         headers["x-queue-position"] = str(queue["position"])
     if queue is not None and queue["eta_seconds"] is not None:
         headers["x-queue-eta-ms"] = str(round(queue["eta_seconds"] * 1000))
+    if queue is not None and queue["eta_p90_seconds"] is not None:
+        headers["x-queue-eta-p90-ms"] = str(round(queue["eta_p90_seconds"] * 1000))
     status = 200 if is_terminal else pending_status
     return json_response(view, status, headers)
 

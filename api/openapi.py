@@ -39,6 +39,9 @@ class ErrorView(BaseModel):
 
     error: ErrorDetail
     request_id: str | None
+    predicted_wait_seconds: float = Field(
+        default=0.0, description="Only of deadline_unattainable: how long the job would have waited."
+    )
 
 
 #: By reference: with `model`, FastAPI would build the schema again for each status of each route, which would take half

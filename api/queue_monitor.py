@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Self
@@ -12,11 +12,12 @@ from uuid import UUID
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session
 
+from api.model_queues import UNKNOWN_PLACE, ModelQueue, Waiting, read_queues
 from dialects.native import QueueView
 from domain.catalog import Catalog
-from domain.jobs import LiveWorker, ModelService, WaitingFor, WorkerState, waiting_for
+from domain.eta import Estimate, Load
+from domain.jobs import WaitingFor, waiting_for
 from metrics import (
     jobs_oldest_queued_seconds,
     jobs_queued,
@@ -30,12 +31,12 @@ from metrics import (
 )
 from observability import describe_exception
 from settings import Settings
-from storage import batch_lines, job_queries, maintenance, webhook_deliveries, workers
+from storage import job_queries, maintenance, paces, webhook_deliveries, workers
 from storage.database import repeatable, within
-from storage.job_queries import QueuePosition, WaitingGroup
+from storage.job_accept import NewJob
+from storage.job_queries import QueuePosition
 from storage.maintenance import RecentJobs, recent_jobs
 from storage.tables import Job, WorkerDrain
-from tasks.dispatch import batch_share
 
 log = logging.getLogger(__name__)
 
@@ -43,23 +44,8 @@ REFRESH_SECONDS = 1.0
 STALE_SECONDS = 5.0  # older figures are not shown
 ANSWER_SECONDS = 2.0  # after this a query is abandoned, and the next one uses another connection
 FINDING_SECONDS = 60.0  # shorter waits are not worth an operator's attention
+MAX_RANKED = 2_000  # queued jobs of a model; in a longer queue, positions are estimated
 MAX_SHARE = 0.2  # of its time one database connection may spend on queries for positions
-
-
-#: The place of a job about which nothing is known.
-PLAIN_WAITS = frozenset({WaitingFor.SLOTS, WaitingFor.TURN})  # for a slot, and for nothing else
-
-UNKNOWN_PLACE: QueueView = {"position": None, "eta_seconds": None, "waiting_for": None, "load_percent": None}
-
-WILL_LOAD = (WorkerState.LOADING, WorkerState.STANDBY)
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """The jobs of a model that wait for the same thing."""
-
-    num_jobs: int
-    oldest_seconds: float  # the age of the oldest of them, since it was accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,117 +57,6 @@ class Finding:
     reason: WaitingFor
     num_jobs: int
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class ModelQueue:
-    """One model's queue and the ready workers that serve it. Tokens are the most that the jobs may still take."""
-
-    model: str
-    num_queued: int = 0
-    num_running: int = 0
-    oldest_queued_seconds: float = 0.0
-    queued_tokens: int = 0
-    running_tokens: int = 0
-    num_workers: int = 0
-    num_slots: int = 0
-    tokens_per_second: float = 0.0
-    num_coming_slots: int = 0  # of workers that are loading the model or will once they have room
-    load_percent: int | None = None  # of the load that has come furthest
-    ready_in_seconds: float | None = None  # until the first of these workers is ready; None: unknown
-    service: ModelService = field(default_factory=ModelService)
-    waiting: Mapping[WaitingFor, Waiting] = field(default_factory=dict)  # only reasons that apply to some job
-
-    @property
-    def is_loaded(self) -> bool:
-        """False if an admin has unloaded the model; its jobs then wait."""
-        return self.service.is_loaded
-
-    @property
-    def is_served(self) -> bool:
-        """Whether a worker takes its jobs, or will as soon as it has made room for the model."""
-        return self.num_workers > 0 or any(worker.state is WorkerState.STANDBY for worker in self.service.workers)
-
-    def place(self, position: QueuePosition) -> QueueView:
-        """The place that a queued job is shown."""
-        return {
-            "position": position.num_ahead,
-            "eta_seconds": self.eta_seconds(position),
-            "waiting_for": waiting_for(position.job, self.service),
-            "load_percent": self.load_percent,
-        }
-
-    def eta_seconds(self, position: QueuePosition) -> float | None:
-        """Estimated seconds until the job at `position` starts, if the work ahead of it is done at a constant rate.
-        None if the job waits for something other than a free slot or a load, or if no rate has been measured. For a
-        load, only those jobs get an estimate that start at its end: the rate afterwards is not known yet.
-
-        The estimate is pessimistic, as jobs count with the most tokens that they may take. When the job starts, the
-        other slots hold jobs that are, on average, half done, so half of the work of one slotful is left out.
-        """
-        reason = waiting_for(position.job, self.service)
-        if reason is WaitingFor.MODEL_LOAD and position.num_ahead < self.num_coming_slots:
-            return None if self.ready_in_seconds is None else round(self.ready_in_seconds, 1)
-        if reason not in PLAIN_WAITS:
-            return None
-        if position.num_ahead + self.num_running < self.num_slots:
-            return 0.0
-        if self.tokens_per_second <= 0 or self.num_slots == 0:
-            return None
-        num_jobs = position.num_ahead + self.num_running
-        work = position.cost_ahead + self.running_tokens
-        still_running = self.num_slots * work / max(num_jobs, 1) / 2
-        return round(max(work - still_running, 0.0) / self.tokens_per_second, 1)
-
-
-def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[str, ModelQueue]:
-    """The queue of every model in the catalog, by model id."""
-    figures = job_queries.queue_figures(session)
-    live = workers.list_live(session)
-    unloaded = workers.unloaded_models(session)
-    queues = {}
-    for spec in catalog.entries:
-        alive = [worker for worker in live if worker.model == spec.id]
-        own = [worker for worker in alive if worker.state is WorkerState.READY]
-        coming = [] if own else [worker for worker in alive if worker.state in WILL_LOAD]
-        queue = figures.get(spec.id, job_queries.QueueFigures())
-        num_slots = sum(worker.max_num_seqs for worker in own)
-        has_held_lines = any(group.job.is_held_line for group in queue.waiting)
-        service = ModelService(
-            workers=[LiveWorker(worker.state, worker.model_revision) for worker in alive],
-            is_loaded=spec.id not in unloaded,
-            is_batch_share_taken=has_held_lines
-            and batch_lines.num_outstanding(session, spec.id) >= batch_share(settings, num_slots),
-        )
-        queues[spec.id] = ModelQueue(
-            model=spec.id,
-            num_queued=queue.num_queued,
-            num_running=queue.num_running,
-            oldest_queued_seconds=round(queue.oldest_queued_seconds, 3),
-            queued_tokens=queue.queued_cost,
-            running_tokens=queue.running_cost,
-            num_workers=len(own),
-            num_slots=num_slots,
-            tokens_per_second=round(sum(worker.tokens_per_second for worker in own), 1),
-            num_coming_slots=sum(worker.max_num_seqs for worker in coming),
-            load_percent=max((each.load_percent for each in coming if each.load_percent is not None), default=None),
-            ready_in_seconds=min(
-                (each.ready_in_seconds for each in coming if each.ready_in_seconds is not None), default=None
-            ),
-            service=service,
-            waiting=_by_reason(queue.waiting, service),
-        )
-    return queues
-
-
-def _by_reason(groups: Sequence[WaitingGroup], service: ModelService) -> dict[WaitingFor, Waiting]:
-    waiting: dict[WaitingFor, Waiting] = {}
-    for group in groups:
-        reason = waiting_for(group.job, service)
-        so_far = waiting.get(reason, Waiting(0, 0.0))
-        oldest_seconds = max(so_far.oldest_seconds, group.oldest_seconds)
-        waiting[reason] = Waiting(so_far.num_jobs + group.num_jobs, round(oldest_seconds, 3))
-    return waiting
 
 
 class QueueMonitor:
@@ -204,9 +79,10 @@ class QueueMonitor:
         self._recent: RecentJobs | None = None
         self._recent_at = float("-inf")  # monotonic
         self._reading = asyncio.Lock()
-        self._num_accepted_since: dict[str, int] = {}
+        self._accepted_since: dict[tuple[str, UUID], Load] = {}
         self._refresher: asyncio.Task[None] | None = None
         self._asked: dict[UUID, asyncio.Future[QueuePosition | None]] = {}
+        self._asked_in_long: dict[UUID, asyncio.Future[QueuePosition | None]] = {}  # in queues of over MAX_RANKED jobs
         self._answering: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -254,7 +130,7 @@ class QueueMonitor:
             for model, queue in queues.items()
             for reason in queue.waiting
         }
-        self._num_accepted_since.clear()
+        self._accepted_since.clear()
         self._served_at = {model: self._read_at for model in queues} | self._served_at
         self._served_at |= {model: self._read_at for model, queue in queues.items() if queue.is_served}
         _publish(queues)
@@ -305,17 +181,25 @@ class QueueMonitor:
                     log.warning("could not read the recent jobs", extra={"reason": describe_exception(exc)})
         return self._recent
 
-    def accepted(self, model: str) -> None:
-        """Note that a job has joined this model's queue since the figures were read."""
-        self._num_accepted_since[model] = self._num_accepted_since.get(model, 0) + 1
+    def accepted(self, new_job: NewJob) -> None:
+        """Note that a job has joined its model's queue since the figures were read."""
+        key = (new_job.request.model_id, new_job.tenant_id)
+        load = Load(1, new_job.cost, new_job.max_output_tokens)
+        self._accepted_since[key] = self._accepted_since.get(key, Load()).plus(load)
 
-    def joining(self, model: str) -> QueueView:
-        """The place of a job accepted now, by the last figures: behind all queued jobs, whatever its priority."""
-        queue = self.queues.get(model)
-        if queue is None:
-            return UNKNOWN_PLACE
-        num_ahead = queue.num_queued + self._num_accepted_since.get(model, 0)
-        return queue.place(QueuePosition(num_ahead, queue.queued_tokens))
+    def joining(self, new_job: NewJob) -> QueueView:
+        """The place of a job accepted now, by the last figures: behind all of its tenant's, whatever its priority."""
+        queue = self.queues.get(new_job.request.model_id)
+        return UNKNOWN_PLACE if queue is None else queue.place(self._joining(new_job, queue))
+
+    def estimate(self, new_job: NewJob) -> Estimate | None:
+        """Of a job that is about to be accepted."""
+        queue = self.queues.get(new_job.request.model_id)
+        return None if queue is None else queue.estimate(self._joining(new_job, queue))
+
+    def _joining(self, new_job: NewJob, queue: ModelQueue) -> QueuePosition:
+        since = self._accepted_since.get((queue.model, new_job.tenant_id), Load())
+        return queue.joining(new_job.tenant_id, since, new_job.max_output_tokens)
 
     def place_of(self, job: Job) -> QueueView:
         """What a queued job waits for, by the last figures; its position is not looked up."""
@@ -331,9 +215,11 @@ class QueueMonitor:
         A ranking costs the database milliseconds, so requests that arrive while one query runs share the next one, and
         there is a pause between queries.
         """
-        answer = self._asked.get(job_id)
+        queue = self.queues.get(model)
+        asked = self._asked_in_long if queue is not None and queue.num_queued > MAX_RANKED else self._asked
+        answer = asked.get(job_id)
         if answer is None:
-            answer = self._asked[job_id] = asyncio.get_running_loop().create_future()
+            answer = asked[job_id] = asyncio.get_running_loop().create_future()
         if self._answering is None or self._answering.done():
             self._answering = asyncio.create_task(self._answer_positions())
         position = await asyncio.shield(answer)
@@ -343,12 +229,19 @@ class QueueMonitor:
         return queue.place(position) if queue else {**UNKNOWN_PLACE, "position": position.num_ahead}
 
     async def _answer_positions(self) -> None:
-        while self._asked:
-            asked, self._asked = self._asked, {}
+        while self._asked or self._asked_in_long:
+            short, long = self._asked, self._asked_in_long
+            asked = short | long
+            self._asked, self._asked_in_long = {}, {}
             started = time.monotonic()
             try:
-                asking = repeatable(self._sessions, job_queries.positions, list(asked))
+                asking = repeatable(self._sessions, job_queries.positions, list(short))
                 positions = await within(ANSWER_SECONDS, asking)
+                if long:
+                    counting = repeatable(self._sessions, paces.own_ahead, list(long))
+                    ahead = await within(ANSWER_SECONDS, counting)
+                    queues = self._queues
+                    positions |= {id: queues[own.model].long_position(own) for id, own in ahead.items()}
             except (SQLAlchemyError, OSError) as exc:
                 for answer in asked.values():
                     answer.set_exception(exc)
@@ -361,11 +254,13 @@ class QueueMonitor:
 
     async def _refresh_forever(self) -> None:
         while True:
+            started = time.monotonic()
             try:
                 await self.read()
             except (SQLAlchemyError, OSError) as exc:
                 log.warning("could not read the queues", extra={"reason": describe_exception(exc)})
-            await asyncio.sleep(REFRESH_SECONDS)
+            pause = (time.monotonic() - started) * (1 / MAX_SHARE - 1)  # it reads every job that is queued
+            await asyncio.sleep(min(max(pause, REFRESH_SECONDS), STALE_SECONDS - ANSWER_SECONDS))
 
 
 def _publish(queues: Mapping[str, ModelQueue]) -> None:

@@ -227,7 +227,8 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         dispatcher = Dispatcher(statements, client, catalog, settings)
         stack.push_async_callback(dispatcher.aclose)
         acceptor = await stack.enter_async_context(open_acceptor(settings))
-        submitter = Submitter(settings, views, acceptor, ring=dispatcher.ring)
+        monitor = await stack.enter_async_context(QueueMonitor(statements, catalog, settings))
+        submitter = Submitter(settings, views, acceptor, ring=dispatcher.ring, estimate=monitor.estimate)
         stack.push_async_callback(submitter.aclose)
         authenticator = Authenticator(statements, is_open=settings.auth == "none")
         stack.push_async_callback(authenticator.aclose)
@@ -244,7 +245,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             authenticator=authenticator,
             submitter=submitter,
             dispatcher=dispatcher,
-            monitor=await stack.enter_async_context(QueueMonitor(statements, catalog, settings)),
+            monitor=monitor,
             streams=await stack.enter_async_context(StreamReader(settings.redis_url, statements)),
             slots=StreamPlaces(settings.max_streams, is_shared=is_shared),
             large_work=large_work,

@@ -24,6 +24,7 @@ from typing import Any
 import orjson
 import psutil
 
+from api.model_queues import UNKNOWN_PLACE
 from dialects.bodies import parse_model
 from dialects.native import JobBody, QueueView, new_job_view
 from domain.catalog import Catalog
@@ -157,7 +158,7 @@ def bench_stages(content: bytes, view: ModelView, new_job: NewJob) -> dict[str, 
     body = parse_model(content, JobBody)
     request, options = body.to_request(), body.to_options(None)
     num_tokens = len(new_job.prompt_token_ids)
-    queue: QueueView = {"position": 0, "eta_seconds": None, "waiting_for": None, "load_percent": None}
+    queue: QueueView = {**UNKNOWN_PLACE, "position": 0}
     now = datetime.now(UTC)
     return {
         "JSON and validation": microseconds(lambda: parse_model(content, JobBody)),

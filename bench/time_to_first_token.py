@@ -195,7 +195,7 @@ def _at(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-def _wait_for_worker(port: int, log: Path) -> None:
+def wait_for_worker(port: int, log: Path) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port)
     ends_at = time.monotonic() + START_SECONDS
     while _ask(connection, "/health")["workers"] == 0:
@@ -213,7 +213,7 @@ def bench(spec: ModelSpec, folder: Path, environment: dict[str, str], num_jobs: 
         server([sys.executable, "-c", serve], environment, folder / "api.log") as (_, port),
         worker(spec.id, environment, log),
     ):
-        _wait_for_worker(port, log)
+        wait_for_worker(port, log)
         parts = through_the_system(spec.id, port, num_jobs)
     for samples in parts:
         samples.show()

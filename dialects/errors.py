@@ -58,6 +58,7 @@ HTTP_BY_CODE: dict[str, HttpError] = {
     "too_many_queued_jobs": HttpError(429, "rate_limit_error"),
     "server_is_overloaded": HttpError(503, "service_unavailable_error"),
     "no_workers": HttpError(503, "service_unavailable_error"),
+    "deadline_unattainable": HttpError(503, "service_unavailable_error"),
     "model_unavailable": HttpError(503, "service_unavailable_error"),
     "storage_unavailable": HttpError(503, "service_unavailable_error"),
     "deadline_exceeded": HttpError(504, "server_error"),

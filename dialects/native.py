@@ -152,10 +152,16 @@ class QueueView(View):
     position: Annotated[
         int | None, Field(description="How many jobs of this model are ahead of it in the current order.")
     ]
+    is_estimate: Annotated[bool, Field(description="Whether the position is estimated, as the queue is long.")]
     eta_seconds: Annotated[
         float | None,
-        Field(description="Estimated time until it starts; null if it waits for more than a free slot or a load."),
+        Field(
+            description="Estimated time until it starts, the median; null if it waits for neither a slot nor a load."
+        ),
     ]
+    eta_p90_seconds: Annotated[float | None, Field(description="Nine of ten such jobs have started by then.")]
+    end_eta_seconds: Annotated[float | None, Field(description="Estimated time until it ends, the median.")]
+    end_eta_p90_seconds: Annotated[float | None, Field(description="Nine of ten such jobs have ended by then.")]
     waiting_for: Annotated[WaitingFor | None, Field(description="Why it is not running yet.")]
     load_percent: Annotated[
         int | None, Field(description="How far its model has been loaded; null if it is not being loaded or unknown.")

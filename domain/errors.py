@@ -32,6 +32,7 @@ CeleriacError
 │   ├── TooManyQueuedJobs          too_many_queued_jobs: the limit of the tenant
 │   ├── ServerOverloaded           server_is_overloaded: a limit of the server
 │   ├── NoWorkers                  no_workers: no live worker serves the model
+│   ├── DeadlineUnattainable       deadline_unattainable: the job would start after its deadline or start timeout
 │   ├── ModelUnavailable           model_unavailable: its entry or files are invalid or cannot be loaded now
 │   └── StorageUnavailable         storage_unavailable: the database does not answer
 ├── DeadlineExceeded               deadline_exceeded
@@ -192,6 +193,21 @@ class ServerOverloaded(Overloaded):
 
 class NoWorkers(Overloaded):
     code = "no_workers"
+
+
+class DeadlineUnattainable(Overloaded):
+    code = "deadline_unattainable"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        predicted_wait_seconds: float = 0.0,
+        retry_after_seconds: float = 1.0,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message, retry_after_seconds=retry_after_seconds, param=param)
+        self.predicted_wait_seconds = predicted_wait_seconds
 
 
 class ModelUnavailable(Overloaded):

@@ -16,6 +16,7 @@ from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from domain.callbacks import CeleryCallback
+from domain.eta import Estimate
 from domain.jobs import Endpoint, JobStatus, Lane
 from domain.requests import GenerationRequest, JobRequest
 from storage import job_statements as sql
@@ -57,11 +58,20 @@ class NewJob:
     request_id: str | None = None  # the id of the HTTP request that submitted it
     answer_key: bytes | None = None  # equal for requests of which one may have the other's answer; None: it must run
     key_id: str | None = None  # of the API key that it was sent with
+    estimate: Estimate | None = None  # of its start and end
+    hopeless_seconds: float | None = (
+        None  # its predicted wait, if that is too long: it is accepted only if it was before
+    )
 
     @property
     def cost(self) -> int:
         """The most tokens that the job can take. Fairness charges this until the actual number is known."""
         return len(self.prompt_token_ids) + self.num_sequences * self.max_tokens
+
+    @property
+    def max_output_tokens(self) -> int:
+        """Over all of its sequences."""
+        return self.cost - len(self.prompt_token_ids)
 
     @property
     def num_sequences(self) -> int:
@@ -74,6 +84,7 @@ class AcceptOutcome(StrEnum):
     DUPLICATE = "duplicate"  # same idempotency key (or id) and same request: `job_id` is that of the first one
     KEY_REUSED = "key_reused"  # same idempotency key, but a different request
     TOO_MANY_QUEUED = "too_many_queued"  # the tenant has reached its limit
+    UNATTAINABLE = "unattainable"  # it would start too late
     POISON = "poison"  # the same request has crashed an engine within the last day
 
 
@@ -109,7 +120,7 @@ def accept(
     """
     if not new_jobs:
         return []
-    firsts = first_of_each(new_jobs)
+    firsts = [place for place in first_of_each(new_jobs) if new_jobs[place].hopeless_seconds is None]
     parameters = of_new_jobs([new_jobs[place] for place in firsts]) | {
         "max_queued_jobs": max_queued_jobs,
         "max_poison_jobs_per_hour": max_poison_jobs_per_hour,
@@ -131,7 +142,12 @@ def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> di
     if not job_by_place:
         return {}
     places, new_jobs = list(job_by_place), list(job_by_place.values())
-    outcomes = {p: Accepted(job.id, AcceptOutcome.TOO_MANY_QUEUED) for p, job in job_by_place.items()}
+    outcomes = {
+        p: Accepted(
+            job.id, AcceptOutcome.TOO_MANY_QUEUED if job.hopeless_seconds is None else AcceptOutcome.UNATTAINABLE
+        )
+        for p, job in job_by_place.items()
+    }
     for row in session.execute(sql.POISONED, of_fingerprints(new_jobs)):
         place = places[row.place - 1]
         outcomes[place] = Accepted(job_by_place[place].id, AcceptOutcome.POISON)
@@ -178,6 +194,7 @@ def of_new_jobs(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
         "retry_ofs": [job.retry_of for job in new_jobs],
         "request_ids": [job.request_id for job in new_jobs],
         "key_ids": [job.key_id for job in new_jobs],
+        "etas": [job.estimate and f"{{{','.join(map(str, job.estimate.stored))}}}" for job in new_jobs],
         "callbacks": Packed(None if job.callback is None else job.callback.model_dump_json() for job in new_jobs),
     }
 

@@ -16,6 +16,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Row, Select, Text, bindparam, case, cast, literal, select, text, update
 from sqlalchemy.orm import Session
 
+from domain.eta import Load
 from domain.jobs import MIN_PRIORITY, Endpoint, JobStatus, Lane, WaitingJob
 from domain.model_names import parse_model_name
 from domain.requests import JobOutput, JobRequest, TokenChunk
@@ -31,33 +32,40 @@ WAITING_JOB = f"""j.lane, CASE WHEN {BEGUN} THEN j.model_revision END AS revisio
     j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0 AS is_held_line,
     j.available_at > {CLOCK} AS is_delayed, j.paused_at IS NOT NULL AS is_paused"""
 
+# The output tokens that a job may still take.
+TOKENS_LEFT = "greatest(0, j.cost - j.num_prompt_tokens - j.num_committed_tokens)"
+
 WAITING_GROUPS = text(f"""
-SELECT j.model, {WAITING_JOB}, count(*)::int AS num_jobs, sum({CHARGE})::bigint AS cost,
+SELECT j.model, {WAITING_JOB}, j.tenant_id, count(*)::int AS num_jobs, sum({CHARGE})::bigint AS cost,
+    sum({TOKENS_LEFT})::bigint AS num_tokens,
     extract(epoch FROM {CLOCK} - min(j.created_at))::float8 AS oldest_seconds
-FROM jobs j WHERE j.status = 'queued' GROUP BY 1, 2, 3, 4, 5, 6
+FROM jobs j WHERE j.status = 'queued' GROUP BY 1, 2, 3, 4, 5, 6, 7
 """)
 
 RUNNING_FIGURES = text("""
 SELECT model, count(*)::int AS num_jobs,
-    sum(greatest(0, cost - num_prompt_tokens - num_committed_tokens))::bigint AS cost
+    sum(greatest(0, cost - num_prompt_tokens - num_committed_tokens))::bigint AS cost,
+    sum(cost - num_prompt_tokens)::bigint AS allowed, sum(num_committed_tokens)::bigint AS committed
 FROM jobs WHERE status = 'in_progress' GROUP BY model
 """)
 
 POSITIONS = text(f"""
 WITH timed AS (
-    SELECT j.id, j.model, j.tenant_id, {RANK} AS rank, {CHARGE} AS cost, {STANDING} AS standing, l.num_running,
+    SELECT j.id, j.model, j.tenant_id, {RANK} AS rank, {CHARGE} AS cost, {TOKENS_LEFT} AS num_tokens,
+        {STANDING} AS standing, l.num_running,
         l.virtual_time + (sum({CHARGE}) OVER (PARTITION BY j.model, j.tenant_id ORDER BY {RANK}, j.id)
             - {CHARGE} - {lead("j", "t")}) / t.weight AS fair_time
     FROM jobs j JOIN tenant_load l USING (tenant_id) JOIN tenants t ON t.id = j.tenant_id
     WHERE j.status = 'queued' AND j.model IN (SELECT model FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])))
 ),
-lifted AS (SELECT id, model, rank, cost, standing, num_running, {LIFTED} AS fair_time FROM timed),
+lifted AS (SELECT id, model, rank, cost, num_tokens, standing, num_running, {LIFTED} AS fair_time FROM timed),
 ranked AS (
-    SELECT id, row_number() OVER ahead - 1 AS num_ahead, sum(cost) OVER ahead - cost AS cost_ahead FROM lifted
+    SELECT id, row_number() OVER ahead - 1 AS num_ahead, sum(cost) OVER ahead - cost AS cost_ahead,
+        sum(num_tokens) OVER ahead - num_tokens AS tokens_ahead, num_tokens FROM lifted
     WINDOW ahead AS (PARTITION BY model ORDER BY standing DESC, fair_time, num_running, rank, id
         ROWS UNBOUNDED PRECEDING)
 )
-SELECT j.id, r.num_ahead, r.cost_ahead, {WAITING_JOB} FROM ranked r JOIN jobs j USING (id)
+SELECT j.id, r.num_ahead, r.cost_ahead, r.tokens_ahead, r.num_tokens, {WAITING_JOB} FROM ranked r JOIN jobs j USING (id)
 WHERE r.id = ANY(CAST(:ids AS uuid[]))
 """)
 
@@ -102,6 +110,9 @@ class QueueFigures:
     waiting: Sequence[WaitingGroup] = ()
     num_running: int = 0
     running_cost: int = 0  # tokens that running jobs may still generate
+    allowed_tokens: int = 0  # that running jobs may generate in all
+    committed_tokens: int = 0  # of these
+    loads: Mapping[UUID, Load] = field(default_factory=dict)  # by tenant, what is queued, without batch lines that wait
 
     @property
     def num_queued(self) -> int:
@@ -134,6 +145,9 @@ class QueuePosition:
     num_ahead: int
     cost_ahead: int
     job: WaitingJob = field(default_factory=WaitingJob)
+    tokens_ahead: int = 0  # of output
+    num_tokens: int = 0  # that the job itself may generate
+    is_estimate: bool = False  # the queue is too long to rank
 
 
 # The worker that runs a job, or else the one that ran it last.
@@ -263,12 +277,28 @@ def stream_states(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, Strea
 def queue_figures(session: Session) -> dict[str, QueueFigures]:
     """Figures by model; models without unfinished jobs are left out. Reads every unfinished job, so call it at most
     once a second."""
-    groups: dict[str, list[WaitingGroup]] = {}
+    groups: dict[str, dict[WaitingJob, WaitingGroup]] = {}
+    loads: dict[str, dict[UUID, Load]] = {}
     for row in session.execute(WAITING_GROUPS):
-        group = WaitingGroup(_waiting_job(row), row.num_jobs, row.cost, row.oldest_seconds)
-        groups.setdefault(row.model, []).append(group)
-    running = {row.model: (row.num_jobs, row.cost) for row in session.execute(RUNNING_FIGURES)}
-    return {model: QueueFigures(groups.get(model, ()), *running.get(model, ())) for model in groups | running}
+        job, own = read_waiting_job(row), groups.setdefault(row.model, {})
+        group = own.get(job, WaitingGroup(job, 0, 0, 0.0))
+        oldest_seconds = max(group.oldest_seconds, row.oldest_seconds)
+        own[job] = WaitingGroup(job, group.num_jobs + row.num_jobs, group.cost + row.cost, oldest_seconds)
+        if not job.is_held_line:
+            by_tenant = loads.setdefault(row.model, {})
+            load = Load(row.num_jobs, row.cost, row.num_tokens)
+            by_tenant[row.tenant_id] = by_tenant.get(row.tenant_id, Load()).plus(load)
+    running = {row.model: row for row in session.execute(RUNNING_FIGURES)}
+    return {
+        model: _figures(list(groups.get(model, {}).values()), running.get(model), loads.get(model, {}))
+        for model in groups | running
+    }
+
+
+def _figures(waiting: Sequence[WaitingGroup], running: Row[Any] | None, loads: Mapping[UUID, Load]) -> QueueFigures:
+    if running is None:
+        return QueueFigures(waiting, loads=loads)
+    return QueueFigures(waiting, running.num_jobs, running.cost, running.allowed, running.committed, loads)
 
 
 def positions(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, QueuePosition]:
@@ -280,7 +310,10 @@ def positions(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, QueuePosi
     if not job_ids:
         return {}
     rows = session.execute(POSITIONS, {"ids": list(job_ids)})
-    return {row.id: QueuePosition(row.num_ahead, row.cost_ahead, _waiting_job(row)) for row in rows}
+    return {
+        row.id: QueuePosition(row.num_ahead, row.cost_ahead, read_waiting_job(row), row.tokens_ahead, row.num_tokens)
+        for row in rows
+    }
 
 
 def waiting_job(job: Job, now: datetime) -> WaitingJob:
@@ -296,7 +329,8 @@ def waiting_job(job: Job, now: datetime) -> WaitingJob:
     )
 
 
-def _waiting_job(row: Row[Any]) -> WaitingJob:
+def read_waiting_job(row: Row[Any]) -> WaitingJob:
+    """Of a row that has WAITING_JOB."""
     return WaitingJob(Lane(row.lane), row.revision, row.is_held_line, row.is_delayed, row.is_paused)
 
 

@@ -98,13 +98,14 @@ WITH new AS MATERIALIZED (
         CAST(:webhook_statuses AS text[]), CAST(:endpoints AS text[]), CAST(:are_stored AS boolean[]),
         CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]), CAST(:retry_ofs AS uuid[]),
         CAST(:endpoint_bodies AS text[]), CAST(:kinds AS text[]), CAST(:input_lengths AS text[]),
-        CAST(:request_ids AS text[]), CAST(:callbacks AS text[]), CAST(:key_ids AS text[])
+        CAST(:request_ids AS text[]), CAST(:callbacks AS text[]), CAST(:key_ids AS text[]),
+        CAST(:etas AS text[])
     ) WITH ORDINALITY AS n(
         id, tenant_id, model, adapter, model_revision, priority, idempotency_key, request_hash, max_failures,
         start_timeout, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata,
         result_ttl_seconds, request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint,
         lane, retry_of, endpoint_body, kind, input_lengths, request_id,
-        callback, key_id, place)
+        callback, key_id, eta, place)
 ),
 load AS MATERIALIZED (
     SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS max_queued,
@@ -125,12 +126,12 @@ inserted AS (
     INSERT INTO jobs (id, tenant_id, model, adapter, model_revision, lane, retry_of, priority, idempotency_key,
         request_hash, max_failures, start_deadline_at, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
         seed, cost, metadata, result_ttl_seconds, webhook_url, webhook_statuses, endpoint, is_stored, kind, key_id,
-        available_at, dispatch_at, created_at)
+        eta, available_at, dispatch_at, created_at)
     SELECT id, tenant_id, model, adapter, model_revision, CASE WHEN is_quarantined THEN 'isolated' ELSE lane END,
         retry_of, priority, idempotency_key, request_hash, max_failures,
         {CLOCK} + make_interval(secs => start_timeout), deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
         seed, cost, metadata::json, result_ttl_seconds, webhook_url, webhook_statuses::text[], endpoint, is_stored,
-        kind, key_id,
+        kind, key_id, eta::real[],
         {CLOCK}, {CLOCK}, {CLOCK}
     FROM fresh JOIN load USING (tenant_id) WHERE place_in_tenant <= room ORDER BY place
     ON CONFLICT DO NOTHING RETURNING id, tenant_id
@@ -299,7 +300,7 @@ claimed AS (
 moved AS (SELECT id, tenant_id, -1 AS queued, 1 AS running, charge FROM claimed),
 {COUNTED}
 SELECT c.id, c.tenant_id, c.attempt, p.request::text AS request, p.prompt_token_ids, p.input_lengths,
-    c.max_tokens, c.seed, c.priority, p.request_id,
+    c.max_tokens, c.seed, c.priority, p.request_id, c.eta,
     extract(epoch FROM {CLOCK} - c.created_at)::float8 AS seconds_since_accept,
     extract(epoch FROM {CLOCK} - c.started_at)::float8 AS seconds_since_start,
     extract(epoch FROM {CLOCK} - c.was_paused_at)::float8 AS seconds_paused,

@@ -61,6 +61,7 @@ class ClaimedJob:
     seconds_since_accept: float = 0.0  # at the time of the claim
     seconds_since_start: float = 0.0  # since the first claim; 0 if this is the first one
     seconds_paused: float | None = None  # None if it has not just been paused
+    eta: Sequence[float] | None = None  # as estimated at its acceptance; see `domain.eta.Estimate.stored`
 
     @property
     def last_sequence_number(self) -> int:
@@ -392,6 +393,7 @@ def _claimed_job(row: Row[Any], chunks: Sequence[str] | None) -> ClaimedJob:
         seconds_since_accept=row.seconds_since_accept,
         seconds_since_start=row.seconds_since_start,
         seconds_paused=row.seconds_paused,
+        eta=row.eta,
     )
 
 

@@ -280,6 +280,7 @@ class Job(Row):
     answered_by: Mapped[UUID | None]  # the job whose output this one got a copy of; may have been pruned
     key_id: Mapped[str | None]  # the API key that it was submitted with
     engine_seconds: Mapped[float] = mapped_column(REAL, server_default="0")  # the newest attempt's, as committed
+    eta: Mapped[list[float] | None] = mapped_column(ARRAY(REAL))  # at acceptance, see `domain.eta.Estimate.stored`
 
     @property
     def model_name(self) -> str:

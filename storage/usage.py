@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, Double, Index, text
+from sqlalchemy import REAL, BigInteger, Double, Index, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from domain.jobs import MIN_PRIORITY, JobKind
@@ -29,7 +29,10 @@ class UsageRecord(Row):
     """One attempt, or the end of a job in the queue. Without foreign keys, as it outlives what it refers to."""
 
     __tablename__ = "usage_records"
-    __table_args__ = (Index("usage_records_ended_idx", "ended_at", postgresql_using="brin"),)
+    __table_args__ = (
+        Index("usage_records_ended_idx", "ended_at", postgresql_using="brin"),
+        Index("usage_records_model_idx", "model", "ended_at"),
+    )
 
     tenant_id: Mapped[UUID] = mapped_column(primary_key=True)
     ended_at: Mapped[datetime] = mapped_column(primary_key=True)
@@ -51,15 +54,20 @@ class UsageRecord(Row):
     prefill_seconds: Mapped[float] = mapped_column(Double)  # from the claim to the first committed output
     decode_seconds: Mapped[float] = mapped_column(Double)
     engine_seconds: Mapped[float] = mapped_column(Double)  # each step's time, divided by the sequences in it
+    num_allowed_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of output, of all choices
+    eta_start_seconds: Mapped[float | None] = mapped_column(REAL)  # of a first attempt: the raw estimates
+    eta_end_seconds: Mapped[float | None] = mapped_column(REAL)
 
 
 #: What `RETURNING` must contain for a record, besides id, tenant_id and attempt.
 RECORDED_COLUMNS = """j.model AS model_id, j.adapter, j.kind, j.priority, j.key_id, j.created_at AS accepted_at,
-        j.attempt_started_at AS claimed_at, j.first_token_at, j.num_prompt_tokens, j.engine_seconds"""
+        j.attempt_started_at AS claimed_at, j.first_token_at, j.num_prompt_tokens, j.engine_seconds,
+        j.cost - j.num_prompt_tokens AS num_allowed_tokens, j.eta"""
 
 _COLUMNS = """tenant_id, ended_at, job_id, attempt, outcome, is_attempt, is_end, key_id, model, adapter, kind, is_batch,
         num_prompt_tokens, num_cached_tokens, num_output_tokens, num_reasoning_tokens,
-        queue_seconds, prefill_seconds, decode_seconds, engine_seconds"""
+        queue_seconds, prefill_seconds, decode_seconds, engine_seconds,
+        num_allowed_tokens, eta_start_seconds, eta_end_seconds"""
 
 _JOB = f"o.key_id, o.model_id, o.adapter, o.kind, o.priority < {MIN_PRIORITY}"
 
@@ -82,7 +90,8 @@ recorded AS (
         o.num_tokens, {reasoning},
         greatest(0, extract(epoch FROM t.claimed_at - {queued_at})),
         greatest(0, extract(epoch FROM t.spoke_at - t.claimed_at)),
-        greatest(0, extract(epoch FROM {CLOCK} - t.spoke_at)), {engine_seconds}
+        greatest(0, extract(epoch FROM {CLOCK} - t.spoke_at)), {engine_seconds}, o.num_allowed_tokens,
+        CASE WHEN o.attempt = 1 THEN o.eta[1] END, CASE WHEN o.attempt = 1 THEN o.eta[2] END
     FROM {over} o CROSS JOIN LATERAL (
         SELECT coalesce(o.claimed_at, {CLOCK}) AS claimed_at,
             greatest(coalesce(o.first_token_at, {CLOCK}), o.claimed_at) AS spoke_at
@@ -98,7 +107,7 @@ def ends_recorded(over: str, *, outcome: str, condition: str) -> str:
 recorded AS (
     INSERT INTO usage_records ({_COLUMNS})
     SELECT o.tenant_id, {CLOCK}, o.id, o.attempt, {outcome}, false, true, {_JOB},
-        0, 0, 0, 0, greatest(0, extract(epoch FROM {CLOCK} - {queued_at})), 0, 0, 0
+        0, 0, 0, 0, greatest(0, extract(epoch FROM {CLOCK} - {queued_at})), 0, 0, 0, 0, NULL, NULL
     FROM {over} o WHERE {condition}
     ON CONFLICT DO NOTHING
 )"""
@@ -110,7 +119,7 @@ def discarded_recorded(over: str) -> str:
 recorded AS (
     INSERT INTO usage_records ({_COLUMNS})
     SELECT o.tenant_id, {CLOCK}, o.id, o.attempt, 'restarted', false, false, {_JOB},
-        0, 0, -o.num_discarded, 0, 0, 0, 0, 0
+        0, 0, -o.num_discarded, 0, 0, 0, 0, 0, 0, NULL, NULL
     FROM {over} o WHERE o.num_discarded > 0
     ON CONFLICT DO NOTHING
 )"""

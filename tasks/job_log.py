@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable
 from uuid import UUID
 
+from domain.eta import CLAIM_SECONDS, FLOOR_SECONDS
 from domain.jobs import AttemptOutcome, FinishReason, JobStatus, external_id
 from metrics import (
     jobs_finished_total,
@@ -17,6 +18,8 @@ from metrics import (
     jobs_queue_seconds,
     jobs_returned_total,
     jobs_run_seconds,
+    jobs_start_eta_ratio,
+    jobs_start_eta_total,
     jobs_submitted_total,
     labelled,
     submitted_prompt_tokens_total,
@@ -76,12 +79,23 @@ def claimed(jobs: Iterable[ClaimedJob], worker: str) -> None:
     for job in jobs:
         if job.attempt == 1:
             labelled(jobs_queue_seconds, job.request.model_id).observe(job.seconds_since_accept)
+            _count_estimate(job)
         facts = {"worker": worker, "attempt": job.attempt, "model": job.request.model, "lane": job.lane.value}
         facts |= {"tokens": job.num_committed_tokens}
         if job.seconds_paused is None:
             _log("claimed", job.id, job.request_id, facts)
         else:
             _log("resumed", job.id, job.request_id, facts | {"seconds_paused": round(job.seconds_paused, 3)})
+
+
+def _count_estimate(job: ClaimedJob) -> None:
+    """How right the estimate was that the job got when it was accepted, if it got one."""
+    if job.eta is None:
+        return
+    model, waited = job.request.model_id, job.seconds_since_accept
+    *_, p50, p90 = job.eta
+    labelled(jobs_start_eta_ratio, model).observe((waited + FLOOR_SECONDS) / (p50 + FLOOR_SECONDS))
+    labelled(jobs_start_eta_total, model, str(waited <= p90 + CLAIM_SECONDS).lower()).inc()
 
 
 def first_token(job: ClaimedJob, *, seconds: float) -> None:

@@ -19,12 +19,14 @@ from pydantic import BaseModel
 from domain.callbacks import URL_PREFIX, CeleryCallback, refusal_of_queue
 from domain.errors import (
     CeleriacError,
+    DeadlineUnattainable,
     IdempotencyKeyReused,
     InvalidRequest,
     PoisonRequest,
     TooManyQueuedJobs,
     UnsupportedParameter,
 )
+from domain.eta import Estimate
 from domain.jobs import JobStatus, Lane, external_id, new_id
 from domain.requests import (
     EmbeddingRequest,
@@ -140,12 +142,15 @@ class Submitter:
         acceptor: GroupAcceptor,
         *,
         ring: Callable[[str, UUID], None],
+        estimate: Callable[[NewJob], Estimate | None] = lambda new_job: None,
     ) -> None:
-        """`ring(model id, job id)` is called after each accept; it must return at once and never raise."""
+        """`ring(model id, job id)` is called after each accept; it must return at once and never raise. `estimate` says
+        when a job would start and end, or None if that cannot be told."""
         self._settings = settings
         self._views = views
         self._acceptor = acceptor
         self._ring = ring
+        self._estimate = estimate
         self._preparer = RequestPreparer(views)
         self._webhook_guard = TargetGuard(settings)
 
@@ -160,10 +165,12 @@ class Submitter:
         says why it was not."""
         view = self._views.get(request.model)
         with counting_refusals(view.spec.id):
-            new_job = await self.prepare(tenant_id, request, options)
+            new_job = with_estimate(await self.prepare(tenant_id, request, options), self._estimate)
             note_submitted(external_id(new_job.id))
             accepted = await (accept or self._acceptor.accept)(new_job)
             note_submitted(external_id(accepted.job_id))
+            if accepted.outcome is AcceptOutcome.UNATTAINABLE:
+                raise _unattainable(new_job)
             raise_refusal(accepted, options)
         return self.conclude(new_job, accepted)
 
@@ -287,6 +294,34 @@ def make_job(
         endpoint_body=options.endpoint_body,
         request_id=request_id_context.get(),
         key_id=key_id_context.get(),
+    )
+
+
+def with_estimate(new_job: NewJob, estimate: Callable[[NewJob], Estimate | None]) -> NewJob:
+    """The job with the estimate of its start. If even nine of ten such jobs would start too late, it must not be
+    accepted, unless it was before."""
+    estimated = estimate(new_job)
+    if estimated is None:
+        return new_job
+    limits = [new_job.start_timeout_seconds] if new_job.start_timeout_seconds is not None else []
+    if new_job.deadline_at is not None:
+        limits.append((new_job.deadline_at - datetime.now(UTC)).total_seconds())
+    is_hopeless = estimated.is_trustworthy and bool(limits) and estimated.start.p10 > min(limits)
+    return replace(new_job, estimate=estimated, hopeless_seconds=estimated.start.p50 if is_hopeless else None)
+
+
+def _unattainable(new_job: NewJob) -> DeadlineUnattainable:
+    wait = new_job.hopeless_seconds or 0.0
+    limit = new_job.start_timeout_seconds
+    left = None if new_job.deadline_at is None else (new_job.deadline_at - datetime.now(UTC)).total_seconds()
+    is_start = limit is not None and (left is None or limit <= left)
+    name, seconds = ("start_timeout", limit or 0.0) if is_start else ("deadline", left or 0.0)
+    return DeadlineUnattainable(
+        f"{name} is in {max(seconds, 0.0):.1f} s, and the job would wait for about {wait:.1f} s; send a later one, or "
+        "retry when the queue is shorter",
+        predicted_wait_seconds=wait,
+        retry_after_seconds=max(wait - seconds, 1.0),
+        param=name,
     )
 
 

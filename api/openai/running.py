@@ -413,7 +413,7 @@ async def _submit(
     submitted = await services.submitter.submit(tenant_id, generation, options, accept)
     if not submitted.is_new:
         return replace(await _found(services, tenant_id, submitted.job_id, started), is_replayed=True)
-    services.monitor.accepted(submitted.new_job.request.model_id)
+    services.monitor.accepted(submitted.new_job)
     return Run(
         services=services,
         tenant_id=tenant_id,

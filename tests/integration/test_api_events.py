@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from sqlalchemy.exc import OperationalError
 
 from api import events as job_events
+from api.model_queues import UNKNOWN_PLACE
 from celeriac.client import StreamEvent
 from dialects.native import JobView
 from domain.jobs import FinishReason, JobStatus, external_id
@@ -86,10 +87,7 @@ def test_a_live_stream_tells_the_whole_life_of_a_job(http: httpx.Client, hand_wo
     with open_events(http, job_id) as events:
         queued = next(events)
         assert (queued.name, queued.id) == ("job.queued", None)
-        assert queued.data == {"job_id": job_id, "position": 0, "eta_seconds": None} | {
-            "waiting_for": "worker",
-            "load_percent": None,
-        }
+        assert queued.data == {**UNKNOWN_PLACE, "job_id": job_id, "position": 0, "waiting_for": "worker"}
         job = hand_worker.claim(job_id)
         started = next(events)
         assert (started.name, started.id) == ("job.started", None)

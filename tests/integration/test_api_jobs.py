@@ -10,6 +10,7 @@ import pytest
 from pydantic import TypeAdapter
 from sqlalchemy.orm import Session, sessionmaker
 
+from api.model_queues import UNKNOWN_PLACE
 from dialects.native import JobListView, JobView
 from domain.jobs import JobError, JobStatus, external_id
 from storage import workers
@@ -38,7 +39,7 @@ def test_looking_at_a_job_tells_what_submitting_it_told(http: httpx.Client) -> N
     posted = post_job(http, metadata={"a": "b"}, deadline=(datetime.now(UTC) + timedelta(hours=1)).isoformat())
     seen = http.get(posted["urls"]["get"]).json()
     assert seen | {"queue": None} == posted | {"queue": None}
-    assert seen["queue"] == {"position": 0, "eta_seconds": None, "waiting_for": "worker", "load_percent": None}
+    assert seen["queue"] == {**UNKNOWN_PLACE, "position": 0, "waiting_for": "worker"}
 
 
 def test_every_default_is_settled_when_a_job_is_accepted(http: httpx.Client) -> None:

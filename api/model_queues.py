@@ -1,0 +1,207 @@
+"""One model's queue: its figures, what its jobs wait for, and when a job at some place in it would start and end."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from dialects.native import QueueView
+from domain.catalog import Catalog
+from domain.eta import Estimate, FairOrder, Load, Pace, Slots, TenantQueue, estimate, pace_by_rate
+from domain.jobs import LiveWorker, ModelService, WaitingFor, WaitingJob, WorkerState, waiting_for
+from settings import Settings
+from storage import batch_lines, job_queries, paces, workers
+from storage.job_queries import QueueFigures, QueuePosition, WaitingGroup
+from storage.paces import MAX_COUNTED, OwnAhead, Standing
+from tasks.dispatch import batch_share
+
+PLAIN_WAITS = frozenset({WaitingFor.SLOTS, WaitingFor.TURN})  # for a slot, and for nothing else
+
+#: The place of a job about which nothing is known.
+UNKNOWN_PLACE: QueueView = {
+    "position": None,
+    "is_estimate": False,
+    "eta_seconds": None,
+    "eta_p90_seconds": None,
+    "end_eta_seconds": None,
+    "end_eta_p90_seconds": None,
+    "waiting_for": None,
+    "load_percent": None,
+}
+
+WILL_LOAD = (WorkerState.LOADING, WorkerState.STANDBY)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The jobs of a model that wait for the same thing."""
+
+    num_jobs: int
+    oldest_seconds: float  # the age of the oldest of them, since it was accepted
+
+
+@dataclass(frozen=True, slots=True)
+class ModelQueue:
+    """One model's queue and the ready workers that serve it. Tokens are the most that the jobs may still take."""
+
+    model: str
+    num_queued: int = 0
+    num_running: int = 0
+    oldest_queued_seconds: float = 0.0
+    queued_tokens: int = 0
+    running_tokens: int = 0
+    num_workers: int = 0
+    num_slots: int = 0
+    tokens_per_second: float = 0.0
+    num_coming_slots: int = 0  # of workers that are loading the model or will once they have room
+    load_percent: int | None = None  # of the load that has come furthest
+    ready_in_seconds: float | None = None  # until the first of these workers is ready; None: unknown
+    service: ModelService = field(default_factory=ModelService)
+    waiting: Mapping[WaitingFor, Waiting] = field(default_factory=dict)  # only reasons that apply to some job
+    allowed_tokens: int = 0  # that the running jobs may generate in all
+    committed_tokens: int = 0  # of these
+    order: FairOrder = field(default_factory=lambda: FairOrder(()))
+    pace: Pace | None = None  # None: nothing has been measured
+
+    @property
+    def is_loaded(self) -> bool:
+        """False if an admin has unloaded the model; its jobs then wait."""
+        return self.service.is_loaded
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a worker takes its jobs, or will as soon as it has made room for the model."""
+        return self.num_workers > 0 or any(worker.state is WorkerState.STANDBY for worker in self.service.workers)
+
+    def place(self, position: QueuePosition) -> QueueView:
+        """The place that a queued job is shown."""
+        estimated = self.estimate(position)
+        start = None if estimated is None else estimated.start
+        end = None if estimated is None else estimated.end
+        return {
+            "position": position.num_ahead,
+            "is_estimate": position.is_estimate,
+            "eta_seconds": start and round(start.p50, 1),
+            "eta_p90_seconds": start and round(start.p90, 1),
+            "end_eta_seconds": end and round(end.p50, 1),
+            "end_eta_p90_seconds": end and round(end.p90, 1),
+            "waiting_for": waiting_for(position.job, self.service),
+            "load_percent": self.load_percent,
+        }
+
+    def last_place(self) -> QueueView:
+        """Behind all that is queued."""
+        load = self.order.total
+        return self.place(QueuePosition(self.num_queued, self.queued_tokens, tokens_ahead=round(load.num_tokens)))
+
+    def joining(self, tenant_id: UUID, since: Load, num_tokens: int) -> QueuePosition:
+        """Of a job that its tenant submits now; `since` is what it has submitted since the figures were read."""
+        tenant = self.order.by_id.get(tenant_id)
+        own = since if tenant is None else since.plus(tenant.load)
+        return self._position(tenant_id, own, num_tokens, WaitingJob())
+
+    def long_position(self, ahead: OwnAhead) -> QueuePosition:
+        """Of a job in a queue that is too long to be ranked."""
+        tenant, own = self.order.by_id.get(ahead.tenant_id), ahead.load
+        if ahead.share is not None and tenant is not None:
+            own = Load(*map(max, own, tenant.load.times(ahead.share)))
+        return self._position(ahead.tenant_id, own, ahead.num_tokens, ahead.job)
+
+    def _position(self, tenant_id: UUID, own: Load, num_tokens: int, job: WaitingJob) -> QueuePosition:
+        ahead = self.order.ahead_of(tenant_id, own)
+        has_others = len(self.order.by_id) > (tenant_id in self.order.by_id)
+        return QueuePosition(
+            num_ahead=round(ahead.num_jobs),
+            cost_ahead=round(ahead.cost),
+            job=job,
+            tokens_ahead=round(ahead.num_tokens),
+            num_tokens=num_tokens,
+            is_estimate=has_others or own.num_jobs >= MAX_COUNTED,
+        )
+
+    def estimate(self, position: QueuePosition) -> Estimate | None:
+        """Of the start and end of the job at `position`. None if it waits for something other than a free slot or a
+        load, or if nothing has been measured. For a load, only those jobs get an estimate that start at its end: the
+        rate afterwards is not known yet."""
+        reason = waiting_for(position.job, self.service)
+        if reason is WaitingFor.MODEL_LOAD and position.num_ahead < self.num_coming_slots:
+            return None if self.ready_in_seconds is None else Estimate.at(self.ready_in_seconds)
+        if reason not in PLAIN_WAITS or self.num_slots == 0:
+            return None
+        ahead = Load(position.num_ahead, position.cost_ahead, position.tokens_ahead)
+        slots = Slots(self.num_slots, self.num_running, self.allowed_tokens, self.committed_tokens)
+        if self.pace is None and position.num_ahead + self.num_running < self.num_slots:
+            return Estimate.at(0.0)
+        return None if self.pace is None else estimate(ahead, position.num_tokens, slots, self.pace)
+
+
+def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[str, ModelQueue]:
+    """The queue of every model in the catalog, by model id."""
+    figures = job_queries.queue_figures(session)
+    live = workers.list_live(session)
+    unloaded = workers.unloaded_models(session)
+    standings = paces.standings(session)
+    pace_by_model = paces.read(session, [spec.id for spec in catalog.entries])
+    queues = {}
+    for spec in catalog.entries:
+        alive = [worker for worker in live if worker.model == spec.id]
+        own = [worker for worker in alive if worker.state is WorkerState.READY]
+        coming = [] if own else [worker for worker in alive if worker.state in WILL_LOAD]
+        queue = figures.get(spec.id, job_queries.QueueFigures())
+        num_slots = sum(worker.max_num_seqs for worker in own)
+        has_held_lines = any(group.job.is_held_line for group in queue.waiting)
+        service = ModelService(
+            workers=[LiveWorker(worker.state, worker.model_revision) for worker in alive],
+            is_loaded=spec.id not in unloaded,
+            is_batch_share_taken=has_held_lines
+            and batch_lines.num_outstanding(session, spec.id) >= batch_share(settings, num_slots),
+        )
+        rate = sum(worker.tokens_per_second for worker in own)
+        queues[spec.id] = ModelQueue(
+            model=spec.id,
+            num_queued=queue.num_queued,
+            num_running=queue.num_running,
+            oldest_queued_seconds=round(queue.oldest_queued_seconds, 3),
+            queued_tokens=queue.queued_cost,
+            running_tokens=queue.running_cost,
+            num_workers=len(own),
+            num_slots=num_slots,
+            tokens_per_second=round(rate, 1),
+            num_coming_slots=sum(worker.max_num_seqs for worker in coming),
+            load_percent=max((each.load_percent for each in coming if each.load_percent is not None), default=None),
+            ready_in_seconds=min(
+                (each.ready_in_seconds for each in coming if each.ready_in_seconds is not None), default=None
+            ),
+            service=service,
+            waiting=_by_reason(queue.waiting, service),
+            allowed_tokens=queue.allowed_tokens,
+            committed_tokens=queue.committed_tokens,
+            order=_order(queue.loads, standings),
+            pace=pace_by_model.get(spec.id) or _pace_by_rate(queue, rate, num_slots),
+        )
+    return queues
+
+
+def _order(loads: Mapping[UUID, Load], standings: Mapping[UUID, Standing]) -> FairOrder:
+    return FairOrder(
+        TenantQueue(tenant_id, one.virtual_time, one.weight, one.num_running, loads.get(tenant_id, Load()))
+        for tenant_id, one in standings.items()
+        if tenant_id in loads or one.num_running
+    )
+
+
+def _pace_by_rate(queue: QueueFigures, rate: float, num_slots: int) -> Pace | None:
+    if rate <= 0 or num_slots == 0:
+        return None
+    return pace_by_rate(rate, num_slots, queue.allowed_tokens / max(1, queue.num_running))
+
+
+def _by_reason(groups: Sequence[WaitingGroup], service: ModelService) -> dict[WaitingFor, Waiting]:
+    waiting: dict[WaitingFor, Waiting] = {}
+    for group in groups:
+        reason = waiting_for(group.job, service)
+        so_far = waiting.get(reason, Waiting(0, 0.0))
+        oldest_seconds = max(so_far.oldest_seconds, group.oldest_seconds)
+        waiting[reason] = Waiting(so_far.num_jobs + group.num_jobs, round(oldest_seconds, 3))
+    return waiting

@@ -1,0 +1,92 @@
+"""Estimates of when jobs start and end."""
+
+import random
+from uuid import UUID
+
+import pytest
+
+from domain.eta import (
+    FLOOR_SECONDS,
+    UNKNOWN_ERRORS,
+    FairOrder,
+    Load,
+    Pace,
+    Slots,
+    Spread,
+    TenantQueue,
+    estimate,
+    pace_by_rate,
+)
+
+A, B, C = UUID(int=1), UUID(int=2), UUID(int=3)
+
+PACE = Pace(num_jobs=100, seconds_to_first_output=1.0, seconds_per_token=0.1, token_share=0.5, seconds_left=3.0)
+
+
+def tenant(id_: UUID, virtual_time: float, num_jobs: int, *, weight: float = 1.0, num_running: int = 0) -> TenantQueue:
+    """Each job is charged 10 tokens and may generate 4."""
+    return TenantQueue(id_, virtual_time, weight, num_running, Load(num_jobs, 10 * num_jobs, 4 * num_jobs))
+
+
+def test_those_who_have_received_less_come_first() -> None:
+    order = FairOrder([tenant(A, 0, 5), tenant(B, 20, 5)])
+    assert order.ahead_of(B, Load()) == Load(2, 20, 8), "A's first two jobs make it level"
+    assert order.ahead_of(A, Load(5, 50, 20)) == Load(5 + 3, 50 + 30, 20 + 12)
+    assert order.ahead_of(A, Load()) == Load()
+
+
+def test_weights_and_the_ends_of_queues_count() -> None:
+    order = FairOrder([tenant(A, 0, 100, weight=2), tenant(B, 0, 3)])
+    assert order.ahead_of(B, Load(2, 20, 8)) == pytest.approx((2 + 4, 20 + 40, 8 + 16))
+    assert order.ahead_of(A, Load(50, 500, 200)) == pytest.approx((50 + 3, 530, 212))
+
+
+def test_a_tenant_that_was_idle_begins_level_with_those_who_run() -> None:
+    order = FairOrder([tenant(A, 100, 50, num_running=4), tenant(B, 700, 0)])
+    assert order.ahead_of(C, Load()) == Load()
+    assert order.ahead_of(C, Load(1, 10, 4)) == Load(2, 20, 8)
+    assert FairOrder([]).ahead_of(C, Load(3, 30, 12)) == Load(3, 30, 12)
+
+
+def test_the_sums_are_those_of_every_tenant_by_itself() -> None:
+    draw = random.Random(7)
+    tenants = [
+        tenant(UUID(int=number), draw.uniform(0, 100), draw.randrange(9), weight=draw.choice((0.5, 1, 2)))
+        for number in range(200)
+    ]
+    order = FairOrder(tenants)
+    for _ in range(100):
+        at = draw.uniform(-10, 300)
+        slowly = sum(one.before(at).num_jobs for one in tenants)
+        assert order.before(at).num_jobs == pytest.approx(slowly, abs=1e-6)
+
+
+def test_a_free_slot_is_taken_at_once_and_a_taken_one_waited_for() -> None:
+    assert estimate(Load(), 20, Slots(2, 1, 20, 0), PACE).raw_start_seconds == 0
+    one = estimate(Load(), 20, Slots(1, 1, 20, 5), PACE)
+    assert one.raw_start_seconds == pytest.approx(0.5), "of 10 expected tokens, 5 are there"
+    assert one.raw_end_seconds == pytest.approx(0.5 + 1 + 1)
+    many = estimate(Load(10, 0, 200), 20, Slots(1, 1, 20, 5), PACE)
+    assert many.raw_start_seconds == pytest.approx(0.5 + 10 * (1 + 1))
+    shared = estimate(Load(10, 0, 200), 20, Slots(4, 4, 80, 20), PACE)
+    assert shared.raw_start_seconds == pytest.approx((20 + 2 - 3 * 3) / 4)
+
+
+def test_recent_errors_correct_an_estimate() -> None:
+    pace = Pace(100, 1.0, 0.1, 0.5, 3.0, start_errors=Spread(1, 2, 4), end_errors=Spread(1, 1, 1))
+    estimated = estimate(Load(10, 0, 200), 20, Slots(1, 1, 20, 5), pace)
+    raw = estimated.raw_start_seconds
+    assert estimated.is_trustworthy
+    assert estimated.start == pytest.approx((raw, 2 * raw + FLOOR_SECONDS, 4 * raw + 3 * FLOOR_SECONDS))
+    assert estimated.stored == (raw, estimated.raw_end_seconds, estimated.start.p50, estimated.start.p90)
+    assert Spread(0.1, 0.2, 0.3).of(0.0) == (0, 0, 0)
+    unsure = estimate(Load(10, 0, 200), 20, Slots(1, 1, 20, 5), PACE)
+    assert not unsure.is_trustworthy
+    assert unsure.start == UNKNOWN_ERRORS.of(raw)
+
+
+def test_before_any_job_has_ended_the_workers_rate_counts() -> None:
+    pace = pace_by_rate(20.0, 2, mean_tokens=10)
+    assert estimate(Load(3, 0, 60), 20, Slots(2, 2, 40, 0), pace).raw_start_seconds == pytest.approx(
+        (60 + 40 - 5) * 0.1 / 2
+    )
