@@ -22,20 +22,20 @@ CLAIM_SECONDS = 0.1  # within which a claim counts as coming at once
 FLOOR_SECONDS = 0.5  # errors are relative to the estimate plus this: nobody minds if 0.01 s were 0.1 s
 
 
-class Spread(NamedTuple):
+class Quantiles(NamedTuple):
     """Quantiles of a ratio or of a time."""
 
     p10: float
     p50: float
     p90: float
 
-    def of(self, raw_seconds: float) -> "Spread":
+    def of(self, raw_seconds: float) -> "Quantiles":
         """The corrected estimates, if these are the quantiles of (actual + FLOOR_SECONDS) / (raw + FLOOR_SECONDS)."""
-        return Spread(*(max(0.0, (raw_seconds + FLOOR_SECONDS) * error - FLOOR_SECONDS) for error in self))
+        return Quantiles(*(max(0.0, (raw_seconds + FLOOR_SECONDS) * error - FLOOR_SECONDS) for error in self))
 
 
 #: Before there are enough samples.
-UNKNOWN_ERRORS = Spread(0.5, 1.0, 2.0)
+UNKNOWN_ERRORS = Quantiles(0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class Pace:
     seconds_per_token: float = 0.0
     token_share: float = 1.0  # of the output tokens that jobs might have taken, those that they took
     seconds_left: float = 0.0  # that a running job still takes, on average over all times
-    start_errors: Spread | None = None  # None: too few samples
-    end_errors: Spread | None = None
+    start_errors: Quantiles | None = None  # None: too few samples
+    end_errors: Quantiles | None = None
 
     def work(self, num_jobs: float, num_tokens: float) -> float:
         """The seconds of a slot that queued jobs take which may generate `num_tokens` in all."""
@@ -135,8 +135,8 @@ class FairOrder:
 class Estimate:
     """Seconds until a job starts and until it ends, and the raw figures from which the next errors are measured."""
 
-    start: Spread
-    end: Spread | None  # None: nothing is known about how long it runs
+    start: Quantiles
+    end: Quantiles | None  # None: nothing is known about how long it runs
     raw_start_seconds: float
     raw_end_seconds: float
     is_trustworthy: bool

@@ -9,7 +9,7 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from domain.eta import FLOOR_SECONDS, MIN_SAMPLES, QUANTILES, Load, Pace, Spread
+from domain.eta import FLOOR_SECONDS, MIN_SAMPLES, QUANTILES, Load, Pace, Quantiles
 from domain.jobs import WaitingJob
 from storage.job_queries import TOKENS_LEFT, WAITING_JOB, read_waiting_job
 from storage.job_statements import CHARGE, CLOCK, RANK
@@ -50,8 +50,8 @@ def read(session: Session, models: Sequence[str]) -> dict[str, Pace]:
             seconds_per_token=row.seconds_per_token or 0.0,
             token_share=1.0 if row.token_share is None else row.token_share,
             seconds_left=row.seconds_left or 0.0,
-            start_errors=Spread(*row.start_errors) if row.num_errors >= MIN_SAMPLES else None,
-            end_errors=Spread(*row.end_errors) if row.num_errors >= MIN_SAMPLES and all(row.end_errors) else None,
+            start_errors=Quantiles(*row.start_errors) if row.num_errors >= MIN_SAMPLES else None,
+            end_errors=Quantiles(*row.end_errors) if row.num_errors >= MIN_SAMPLES and all(row.end_errors) else None,
         )
         for row in rows
         if row.num_jobs

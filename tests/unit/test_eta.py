@@ -11,8 +11,8 @@ from domain.eta import (
     FairOrder,
     Load,
     Pace,
+    Quantiles,
     Slots,
-    Spread,
     TenantQueue,
     estimate,
     pace_by_rate,
@@ -73,13 +73,13 @@ def test_a_free_slot_is_taken_at_once_and_a_taken_one_waited_for() -> None:
 
 
 def test_recent_errors_correct_an_estimate() -> None:
-    pace = Pace(100, 1.0, 0.1, 0.5, 3.0, start_errors=Spread(1, 2, 4), end_errors=Spread(1, 1, 1))
+    pace = Pace(100, 1.0, 0.1, 0.5, 3.0, start_errors=Quantiles(1, 2, 4), end_errors=Quantiles(1, 1, 1))
     estimated = estimate(Load(10, 0, 200), 20, Slots(1, 1, 20, 5), pace)
     raw = estimated.raw_start_seconds
     assert estimated.is_trustworthy
     assert estimated.start == pytest.approx((raw, 2 * raw + FLOOR_SECONDS, 4 * raw + 3 * FLOOR_SECONDS))
     assert estimated.stored == (raw, estimated.raw_end_seconds, estimated.start.p50, estimated.start.p90)
-    assert Spread(0.1, 0.2, 0.3).of(0.0) == (0, 0, 0)
+    assert Quantiles(0.1, 0.2, 0.3).of(0.0) == (0, 0, 0)
     unsure = estimate(Load(10, 0, 200), 20, Slots(1, 1, 20, 5), PACE)
     assert not unsure.is_trustworthy
     assert unsure.start == UNKNOWN_ERRORS.of(raw)
