@@ -13,7 +13,7 @@ from uuid import UUID
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from api.model_queues import UNKNOWN_PLACE, ModelQueue, Waiting, read_queues
+from api.model_queues import PLAIN_WAITS, UNKNOWN_PLACE, ModelQueue, Waiting, read_queues
 from dialects.native import QueueView
 from domain.catalog import Catalog
 from domain.eta import Estimate, Load

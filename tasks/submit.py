@@ -170,7 +170,7 @@ class Submitter:
             accepted = await (accept or self._acceptor.accept)(new_job)
             note_submitted(external_id(accepted.job_id))
             if accepted.outcome is AcceptOutcome.UNATTAINABLE:
-                raise _unattainable(new_job)
+                raise unattainable(new_job)
             raise_refusal(accepted, options)
         return self.conclude(new_job, accepted)
 
@@ -310,7 +310,8 @@ def with_estimate(new_job: NewJob, estimate: Callable[[NewJob], Estimate | None]
     return replace(new_job, estimate=estimated, hopeless_seconds=estimated.start.p50 if is_hopeless else None)
 
 
-def _unattainable(new_job: NewJob) -> DeadlineUnattainable:
+def unattainable(new_job: NewJob) -> DeadlineUnattainable:
+    """Why a hopeless job was refused."""
     wait = new_job.hopeless_seconds or 0.0
     limit = new_job.start_timeout_seconds
     left = None if new_job.deadline_at is None else (new_job.deadline_at - datetime.now(UTC)).total_seconds()

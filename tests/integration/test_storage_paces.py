@@ -1,0 +1,85 @@
+"""What estimates are made of: the newest records, and what is ahead in queues of any length."""
+
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+from sqlalchemy.orm import Session
+
+from domain.eta import MIN_SAMPLES, Estimate, Load, Quantiles
+from domain.jobs import JobKind, new_id
+from storage import job_queries, paces
+from storage.job_accept import AcceptOutcome, accept
+from storage.tables import DEFAULT_TENANT_ID, Job
+from storage.usage import UsageRecord
+from tests.conftest import MakeJob
+from tests.storage_samples import MODEL, new_job
+
+
+def record(number: int, **fields: object) -> UsageRecord:
+    """Of 2 s until its first token, 4 s for 40 of 80 tokens, after twice the wait that was estimated."""
+    values: dict[str, object] = {
+        "tenant_id": DEFAULT_TENANT_ID,
+        "ended_at": datetime.now(UTC) - timedelta(seconds=number),
+        "job_id": uuid4(),
+        "attempt": 1,
+        "outcome": "completed",
+        "is_attempt": True,
+        "is_end": True,
+        "model": MODEL,
+        "kind": JobKind.GENERATION,
+        "is_batch": False,
+        "num_prompt_tokens": 5,
+        "num_cached_tokens": 0,
+        "num_output_tokens": 40,
+        "num_reasoning_tokens": 0,
+        "queue_seconds": 20.5,
+        "prefill_seconds": 2.0,
+        "decode_seconds": 4.0,
+        "engine_seconds": 1.0,
+        "num_allowed_tokens": 80,
+        "eta_start_seconds": 10.0,
+        "eta_end_seconds": 13.0,
+    }
+    return UsageRecord(**(values | fields))
+
+
+def test_a_pace_is_that_of_the_newest_records(session: Session) -> None:
+    old = [record(1000 + number, prefill_seconds=99.0) for number in range(paces.NUM_NEWEST)]
+    session.add_all([*old, *(record(number) for number in range(paces.NUM_NEWEST)), record(0, model="other")])
+    session.flush()
+    pace = paces.read(session, [MODEL, "never used"])[MODEL]
+    assert (pace.num_jobs, pace.seconds_to_first_output, pace.seconds_per_token) == (paces.NUM_NEWEST, 2.0, 0.1)
+    assert (pace.token_share, pace.seconds_left) == (0.5, 3.0)
+    assert pace.start_errors == Quantiles(2.0, 2.0, 2.0)
+    assert pace.end_errors == Quantiles(2.0, 2.0, 2.0)
+
+
+def test_few_records_or_none_say_little(session: Session) -> None:
+    session.add_all([record(number) for number in range(MIN_SAMPLES - 1)])
+    session.flush()
+    pace = paces.read(session, [MODEL])[MODEL]
+    assert (pace.num_jobs, pace.start_errors) == (MIN_SAMPLES - 1, None)
+    assert paces.read(session, ["never used"]) == {}
+
+
+def test_what_is_ahead_of_a_job_is_counted_up_to_a_bound(session: Session, make_job: MakeJob) -> None:
+    made = [make_job() for _ in range(5)]
+    ahead = paces.own_ahead(session, [made[3].id, new_id()])
+    assert list(ahead) == [made[3].id]
+    own = ahead[made[3].id]
+    figures = job_queries.queue_figures(session)[made[3].model]
+    cost, num_tokens = made[3].cost, made[3].cost - made[3].num_prompt_tokens
+    assert own.load == Load(3, 3 * cost, 3 * num_tokens)
+    assert (own.model, own.share, own.num_tokens) == (made[3].model, None, num_tokens)
+    assert figures.loads == {made[3].tenant_id: Load(5, 5 * cost, 5 * num_tokens)}
+    assert job_queries.positions(session, [made[3].id])[made[3].id].tokens_ahead == own.load.num_tokens
+
+
+def test_a_hopeless_job_is_accepted_only_if_it_was_before(session: Session) -> None:
+    job = new_job(idempotency_key="once", estimate=Estimate.at(2.0))
+    [first] = accept(session, [job], max_queued_jobs=9)
+    assert session.get_one(Job, first.job_id).eta == [2.0, 2.0, 2.0, 4.5]
+    [again] = accept(session, [new_job(idempotency_key="once", hopeless_seconds=60.0)], max_queued_jobs=9)
+    assert (again.outcome, again.job_id) == (AcceptOutcome.DUPLICATE, first.job_id)
+    [other] = accept(session, [new_job(hopeless_seconds=60.0)], max_queued_jobs=9)
+    assert other.outcome is AcceptOutcome.UNATTAINABLE
