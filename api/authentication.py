@@ -17,14 +17,17 @@ from api.errors import database_unavailable
 from domain.access import Scope
 from domain.errors import AuthenticationFailed, StorageUnavailable
 from domain.jobs import parse_id
+from domain.limits import CallerLimits
 from domain.stream_tokens import StreamToken
-from storage import tenants
-from storage.database import repeatable
+from storage import limits, tenants
+from storage.database import repeatable, within
 from storage.tables import DEFAULT_TENANT_ID
 
 REMEMBER_SECONDS = 5.0  # how long a result is cached; after this, a revoked key is refused everywhere
 
 RECHECK_SECONDS = 2.0  # between two checks of the keys that have streams open
+
+OPEN_SECONDS = 1.0  # the longest that a request without a key waits for the limits of its tenant
 
 MAX_REMEMBERED = 10_000  # keys
 
@@ -37,6 +40,7 @@ class Identity(NamedTuple):
     tenant_id: UUID
     scopes: frozenset[Scope]
     key_id: str | None  # None: no key is required
+    limits: CallerLimits
 
 
 class Credential(NamedTuple):
@@ -65,16 +69,20 @@ class Authenticator:
         self._remembered: dict[bytes, tuple[Identity | None, float]] = {}
         self._watched: dict[str, Watch] = {}  # by key or token
         self._watching: asyncio.Task[None] | None = None
+        self._open_limits = CallerLimits()  # of the default tenant, where no key is required
+        self._open_until = 0.0  # monotonic; 0: they have not been looked up yet
+        self._opening: asyncio.Task[None] | None = None
 
     async def aclose(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait((self._watching,))
+        for task in (self._watching, self._opening):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait((task,))
 
     async def identify(self, authorization: str | None) -> Identity:
         """Raises AuthenticationFailed, with the same message for every kind of invalid key, or StorageUnavailable."""
         if self._is_open:
-            return Identity(DEFAULT_TENANT_ID, frozenset(Scope), key_id=None)
+            return await self._identify_anybody()
         key = _bearer_key(authorization)
         digest = hashlib.sha256(key.encode()).digest()
         identity, until = self._remembered.get(digest, (None, 0.0))
@@ -84,6 +92,24 @@ class Authenticator:
         if identity is None:
             raise AuthenticationFailed("this API key is not valid; check it, or ask for a new one")
         return identity
+
+    async def _identify_anybody(self) -> Identity:
+        """Where no key is required. While the database does not answer, the limits that are known apply."""
+        is_old = time.monotonic() >= self._open_until
+        if is_old and (self._opening is None or self._opening.done()):
+            self._opening = asyncio.create_task(self._look_up_open())
+        if self._opening is not None and not self._open_until:
+            await asyncio.shield(self._opening)  # the first request, which knows nothing yet
+        return Identity(DEFAULT_TENANT_ID, frozenset(Scope), None, self._open_limits)
+
+    async def _look_up_open(self) -> None:
+        try:
+            looking = self._ask(limits.limits_of_caller, DEFAULT_TENANT_ID, None)
+            self._open_limits = await within(OPEN_SECONDS, looking)
+        except (StorageUnavailable, TimeoutError):
+            pass  # those that are known apply
+        finally:
+            self._open_until = time.monotonic() + REMEMBER_SECONDS
 
     async def identify_reader(self, token: str, job_id: str) -> Identity:
         """Whose job's stream the token opens. Raises AuthenticationFailed, with the same message for every kind of
@@ -141,8 +167,7 @@ class Authenticator:
         return identity
 
     async def _look_up(self, key: str) -> Identity | None:
-        row = await self._ask(tenants.resolve_key, key)
-        return None if row is None else Identity(row.tenant_id, row.all_scopes, row.id)
+        return await self._ask(_find_identity, key)
 
     async def _look_up_token(self, text: str, job_id: str) -> Identity | None:
         try:
@@ -152,8 +177,7 @@ class Authenticator:
             return None
         if token.is_expired or not is_for_job:
             return None
-        tenant_id = await self._ask(tenants.reader_of, token, needs_key=not self._is_open)
-        return None if tenant_id is None else Identity(tenant_id, frozenset({Scope.READ}), key_id=token.key_id)
+        return await self._ask(_find_reader, token, needs_key=not self._is_open)
 
     async def _ask(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
@@ -165,6 +189,23 @@ class Authenticator:
         if len(self._remembered) >= MAX_REMEMBERED:
             self._remembered.clear()
         self._remembered[digest] = (identity, time.monotonic() + REMEMBER_SECONDS)
+
+
+def _find_identity(session: Session, key: str) -> Identity | None:
+    row = tenants.resolve_key(session, key)
+    if row is None:
+        return None
+    return Identity(row.tenant_id, row.all_scopes, row.id, limits.limits_of_caller(session, row.tenant_id, row.id))
+
+
+def _find_reader(session: Session, token: StreamToken, *, needs_key: bool) -> Identity | None:
+    """It reads as whoever asked for it, and its streams count as theirs."""
+    tenant_id = tenants.reader_of(session, token, needs_key=needs_key)
+    if tenant_id is None:
+        return None
+    key_id = token.key_id if needs_key else None
+    own = limits.limits_of_caller(session, tenant_id, key_id)
+    return Identity(tenant_id, frozenset({Scope.READ}), token.key_id, own)
 
 
 def _bearer_key(authorization: str | None) -> str:

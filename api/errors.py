@@ -10,6 +10,7 @@ supports.
 """
 
 import logging
+import math
 import random
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -31,6 +32,7 @@ from domain.errors import (
     InsufficientQuota,
     InvalidRequest,
     JobFailure,
+    LimitReached,
     NotFound,
     NotOffered,
     Overloaded,
@@ -38,6 +40,7 @@ from domain.errors import (
     RequestTooLarge,
     StorageFull,
     StorageUnavailable,
+    TokenBudgetSpent,
 )
 from observability import describe_exception, request_id_context
 
@@ -168,8 +171,10 @@ def error_response(exc: CeleriacError) -> Response:
     status = error_dialect_context.get().http_of(exc.code).status
     headers = {}
     if isinstance(exc, Overloaded):
-        headers["retry-after"] = str(jittered_retry_after(exc.retry_after_seconds))
-    is_lasting = isinstance(exc, DeadlineExceeded | JobFailure | InsufficientQuota | NotOffered | StorageFull)
+        headers["retry-after"] = str(_retry_after(exc))
+    is_lasting = isinstance(
+        exc, DeadlineExceeded | JobFailure | InsufficientQuota | NotOffered | StorageFull | TokenBudgetSpent
+    )
     if is_lasting and not exc.retryable:
         headers["x-should-retry"] = "false"
     if status == 401:
@@ -178,6 +183,16 @@ def error_response(exc: CeleriacError) -> Response:
     if isinstance(exc, DeadlineUnattainable):
         body["predicted_wait_seconds"] = round(exc.predicted_wait_seconds, 1)
     return Response(orjson.dumps(body), status, headers, "application/json")
+
+
+def _retry_after(exc: Overloaded) -> int:
+    """Whole seconds. A limit says when there will be room: never before, and within reason even if that is long."""
+    if isinstance(exc, TokenBudgetSpent):
+        return max(MIN_RETRY_AFTER_SECONDS, math.ceil(exc.retry_after_seconds))
+    if isinstance(exc, LimitReached):
+        later = math.ceil(exc.retry_after_seconds * random.uniform(1.0, 1.2))
+        return min(max(later, MIN_RETRY_AFTER_SECONDS), MAX_RETRY_AFTER_SECONDS)
+    return jittered_retry_after(exc.retry_after_seconds)
 
 
 def jittered_retry_after(seconds: float) -> int:

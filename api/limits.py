@@ -6,11 +6,13 @@ loop and finish no sooner.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from domain.errors import ServerOverloaded
+from domain.errors import ServerOverloaded, TooManyStreams
+from domain.limits import stream_limits_context
 from domain.requests import EmbeddingResult, JobOutput
 from domain.shares import SharedPlaces, current_tenant
 from local.shared_threads import SharedThreads
@@ -95,19 +97,63 @@ class RequestPlaces(SharedPlaces):
             self.leave(tenant_id)
 
 
+STREAM_RETRY_SECONDS = 5.0  # when streams end, nobody knows
+
+
 class StreamPlaces(RequestPlaces):
     """Those of open streams, long polls, and calls that wait for their answer."""
 
     def __init__(self, num_places: int, *, is_shared: bool) -> None:
         remedy = "close some, retry later, or poll the job instead"
         super().__init__(num_places, is_shared=is_shared, what="streams are open", remedy=remedy)
+        self._num_by_key: Counter[str] = Counter()
+
+    @property
+    def is_full(self) -> bool:
+        return super().is_full or self._limit_reached() is not None
+
+    def refuse_if_full(self) -> None:
+        """Raises TooManyStreams or ServerOverloaded."""
+        if (refusal := self._limit_reached()) is not None:
+            raise refusal
+        super().refuse_if_full()
+
+    def _limit_reached(self) -> TooManyStreams | None:
+        """Of the request's key or tenant."""
+        key_id, limits = stream_limits_context.get()
+        num_of_tenant = self.num_of(current_tenant.get())
+        for whose, num_open, limit in (
+            ("key", self._num_by_key[key_id or ""], limits.key_streams),
+            ("tenant", num_of_tenant, limits.tenant_streams),
+        ):
+            if limit is not None and num_open >= limit:
+                return TooManyStreams(
+                    f"{num_open} streams of your {whose} are open here, counting calls that wait for their answer, and "
+                    f"its limit is {limit}; close some, poll the job instead, or have an administrator raise streams",
+                    retry_after_seconds=STREAM_RETRY_SECONDS,
+                )
+        return None
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        with super().hold():
+        key_id, _ = stream_limits_context.get()
+        with super().hold(), self._counted(key_id):
             stream_connections.set(self.num_taken)
             yield
         stream_connections.set(self.num_taken)
+
+    @contextlib.contextmanager
+    def _counted(self, key_id: str | None) -> Iterator[None]:
+        if key_id is None:
+            yield
+            return
+        self._num_by_key[key_id] += 1
+        try:
+            yield
+        finally:
+            self._num_by_key[key_id] -= 1
+            if not self._num_by_key[key_id]:
+                del self._num_by_key[key_id]
 
 
 MAX_DOWNLOADS = 64  # of files; each is read piece by piece

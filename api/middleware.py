@@ -16,11 +16,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import error_dialect_context, error_response
+from api.limit_headers import anthropic_limit_headers, openai_limit_headers
 from dialects.anthropic_errors import ANTHROPIC_ERRORS
 from dialects.errors import OPENAI_ERRORS, ErrorDialect
 from dialects.fields import HEADER, header_value, ignored_fields_context
 from domain.addresses import OriginPolicy
 from domain.errors import CeleriacError, InvalidRequest, PermissionDenied, RequestTooLarge, ServerOverloaded
+from domain.limits import LimitStanding, standings_context
 from metrics import http_request_seconds, http_requests_in_progress, http_requests_total, labelled
 from observability import request_id_context, submitted_job_ids
 
@@ -51,6 +53,15 @@ EXPOSED_HEADERS = (
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests",
+    "x-ratelimit-limit-tokens",
+    "x-ratelimit-remaining-tokens",
+    "x-ratelimit-reset-tokens",
+    "anthropic-ratelimit-requests-limit",
+    "anthropic-ratelimit-requests-remaining",
+    "anthropic-ratelimit-requests-reset",
+    "anthropic-ratelimit-tokens-limit",
+    "anthropic-ratelimit-tokens-remaining",
+    "anthropic-ratelimit-tokens-reset",
 )
 
 
@@ -125,11 +136,13 @@ class RequestContext:
         request_id = f"req_{secrets.token_hex(12)}"
         token = request_id_context.set(request_id)
         submitted_job_ids.set([])
+        standings: list[LimitStanding] = []
+        standings_context.set(standings)
         ignored: list[str] = []
         ignored_token = ignored_fields_context.set(ignored)
         dialect = dialect_of(scope)
         dialect_token = error_dialect_context.set(dialect)
-        answer = _Answer(send, request_id, ignored, dialect)
+        answer = _Answer(send, request_id, ignored, standings, dialect)
         started = time.perf_counter()
         http_requests_in_progress.inc()
         try:
@@ -153,18 +166,30 @@ class RequestContext:
 
 
 class _Answer:
-    def __init__(self, send: Send, request_id: str, ignored: list[str], dialect: ErrorDialect) -> None:
-        """`ignored` is filled while the body is parsed: the fields that were dropped."""
+    def __init__(
+        self,
+        send: Send,
+        request_id: str,
+        ignored: list[str],
+        standings: list[LimitStanding],
+        dialect: ErrorDialect,
+    ) -> None:
+        """`ignored` is filled while the body is parsed: the fields that were dropped; `standings` as jobs are accepted
+        or refused."""
         names = (b"x-request-id", b"request-id") if dialect is ANTHROPIC_ERRORS else (b"x-request-id",)
         self._send = send
         self._id_headers = [(name, request_id.encode()) for name in names]
         self._ignored = ignored
+        self._standings = standings
+        self._limit_headers = anthropic_limit_headers if dialect is ANTHROPIC_ERRORS else openai_limit_headers
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), *self._id_headers, *self._ignored_header()]
+            if self._standings:
+                message["headers"] += self._limit_headers(self._standings)
         await self._send(message)
 
     def _ignored_header(self) -> list[tuple[bytes, bytes]]:

@@ -63,7 +63,7 @@ REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
         413: "The body is too large.",
         415: "The body is not JSON, or is compressed.",
         422: "The request is well formed, but refused permanently.",
-        429: "Too many jobs are queued; retry after Retry-After.",
+        429: "A limit of the key or tenant is reached, and `code` says which; retry after Retry-After.",
         503: "The server is overloaded or its database is unavailable; retry after Retry-After.",
         504: "The deadline passed before the job was done.",
     }.items()

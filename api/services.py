@@ -35,6 +35,7 @@ from domain.access import Scope
 from domain.catalog import Catalog
 from domain.errors import PermissionDenied, StorageFull
 from domain.jobs import JobStatus
+from domain.limits import is_limited_context, stream_limits_context
 from domain.requests import TokenChunk
 from domain.shares import SharedTurns, current_tenant
 from observability import EventLoopMonitor, describe_exception, key_id_context
@@ -349,6 +350,8 @@ async def authenticate(connection: HTTPConnection, credential: Credential, scope
     state.tenant_id, state.key_id = identity.tenant_id, identity.key_id
     state.is_admin = Scope.ADMIN in identity.scopes
     key_id_context.set(state.key_id)
+    is_limited_context.set(identity.limits.is_limited)
+    stream_limits_context.set((identity.key_id, identity.limits))
     state.until_revoked = credential.wait_until_revoked
     current_tenant.set(state.tenant_id)
 

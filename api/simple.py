@@ -210,7 +210,7 @@ async def find_answered(services: Services, tenant_id: UUID, generation: Generat
 
 def _answer_known(record: JobRecord, started: float) -> Response:
     answer = inferred(record) | {"latency_ms": _milliseconds(time.monotonic() - started), "cached": True}
-    headers = answer_headers(started, room=None) | {"x-job-id": external_id(record.job.id)}
+    headers = answer_headers(started) | {"x-job-id": external_id(record.job.id)}
     return json_response(answer, headers=headers)
 
 

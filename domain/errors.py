@@ -30,6 +30,15 @@ CeleriacError
 ├── CursorExpired                  cursor_expired: the log before this position was pruned
 ├── Overloaded                     retry later; carries retry_after_seconds
 │   ├── TooManyQueuedJobs          too_many_queued_jobs: the limit of the tenant
+│   ├── LimitReached               a limit of the key or tenant (docs/limits.md); the code says which one
+│   │   ├── RequestsPerMinuteExceeded  requests_per_minute_exceeded
+│   │   ├── TokensPerMinuteExceeded    tokens_per_minute_exceeded
+│   │   ├── TooManyUnfinishedJobs      too_many_unfinished_jobs
+│   │   ├── TooManyQueuedTokens        too_many_queued_tokens
+│   │   ├── TooManyStreams             too_many_streams
+│   │   └── TokenBudgetSpent           does not pass soon, so clients should not retry
+│   │       ├── TokensPerDayExceeded       tokens_per_day_exceeded
+│   │       └── TokensPerMonthExceeded     tokens_per_month_exceeded
 │   ├── ServerOverloaded           server_is_overloaded: a limit of the server
 │   ├── NoWorkers                  no_workers: no live worker serves the model
 │   ├── DeadlineUnattainable       deadline_unattainable: the job would start after its deadline or start timeout
@@ -185,6 +194,43 @@ class Overloaded(CeleriacError):
 
 class TooManyQueuedJobs(Overloaded):
     code = "too_many_queued_jobs"
+
+
+class LimitReached(Overloaded):
+    code = "limit_reached"
+
+
+class RequestsPerMinuteExceeded(LimitReached):
+    code = "requests_per_minute_exceeded"
+
+
+class TokensPerMinuteExceeded(LimitReached):
+    code = "tokens_per_minute_exceeded"
+
+
+class TooManyUnfinishedJobs(LimitReached):
+    code = "too_many_unfinished_jobs"
+
+
+class TooManyQueuedTokens(LimitReached):
+    code = "too_many_queued_tokens"
+
+
+class TooManyStreams(LimitReached):
+    code = "too_many_streams"
+
+
+class TokenBudgetSpent(LimitReached):
+    code = "token_budget_spent"
+    retryable = False
+
+
+class TokensPerDayExceeded(TokenBudgetSpent):
+    code = "tokens_per_day_exceeded"
+
+
+class TokensPerMonthExceeded(TokenBudgetSpent):
+    code = "tokens_per_month_exceeded"
 
 
 class ServerOverloaded(Overloaded):

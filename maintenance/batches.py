@@ -209,7 +209,10 @@ class BatchWork:
                 break  # the next step submits the others
         # Jobs accepted together are equally old, so their ids determine the order.
         ordered = sorted(new_job.id for new_job in new_jobs.values())
-        new_jobs = {line: replace(job, id=id_) for (line, job), id_ in zip(new_jobs.items(), ordered, strict=True)}
+        new_jobs = {
+            line: replace(job, id=id_, is_limited=True)
+            for (line, job), id_ in zip(new_jobs.items(), ordered, strict=True)
+        }
         if not new_jobs and not refusals:
             return False
         with self._sessions.begin() as session:

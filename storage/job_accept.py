@@ -5,7 +5,7 @@ As in `storage/jobs.py`, all functions are synchronous on a `Session` and do not
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -16,10 +16,13 @@ from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from domain.callbacks import CeleryCallback
+from domain.errors import CeleriacError
 from domain.eta import Estimate
 from domain.jobs import Endpoint, JobStatus, Lane
+from domain.limits import LimitStanding
 from domain.requests import GenerationRequest, JobRequest
 from storage import job_statements as sql
+from storage.admission import Admission, Asking
 from storage.job_statements import Packed
 
 MAX_POISON_JOBS_PER_HOUR = 3
@@ -62,6 +65,7 @@ class NewJob:
     hopeless_seconds: float | None = (
         None  # its predicted wait, if that is too long: it is accepted only if it was before
     )
+    is_limited: bool = False  # its tenant or key may have limits
 
     @property
     def cost(self) -> int:
@@ -85,15 +89,8 @@ class AcceptOutcome(StrEnum):
     KEY_REUSED = "key_reused"  # same idempotency key, but a different request
     TOO_MANY_QUEUED = "too_many_queued"  # the tenant has reached its limit
     UNATTAINABLE = "unattainable"  # it would start too late
+    LIMIT_REACHED = "limit_reached"  # another limit, of the tenant or of the key
     POISON = "poison"  # the same request has crashed an engine within the last day
-
-
-@dataclass(frozen=True, slots=True)
-class QueueRoom:
-    """How many queued jobs a tenant may have, and how many more it may add after this group."""
-
-    max_queued: int
-    num_free: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +98,9 @@ class Accepted:
     job_id: UUID
     outcome: AcceptOutcome
     created_at: datetime | None = None  # set if ACCEPTED; by the database's clock
-    room: QueueRoom | None = None  # set if ACCEPTED
     is_answered: bool = False  # it was completed at once, with a known answer
+    refusal: CeleriacError | None = None  # set if LIMIT_REACHED
+    standing: LimitStanding | None = None  # of the limits with a rate, if there are any
 
 
 def accept(
@@ -116,17 +114,55 @@ def accept(
 
     Safe to repeat after an ambiguous commit: jobs with the same id or idempotency key then get DUPLICATE.
     `max_queued_jobs` applies to tenants without a limit of their own. If a tenant has had more than
-    `max_poison_jobs_per_hour`, all its new jobs run isolated.
+    `max_poison_jobs_per_hour`, all its new jobs run isolated. If any of the jobs is limited, the session must have a
+    transaction, so that the limits stay locked until the commit.
     """
     if not new_jobs:
         return []
     firsts = [place for place in first_of_each(new_jobs) if new_jobs[place].hopeless_seconds is None]
-    parameters = of_new_jobs([new_jobs[place] for place in firsts]) | {
+    if not any(job.is_limited for job in new_jobs):
+        return _accept(session, new_jobs, firsts, max_queued_jobs, max_poison_jobs_per_hour)
+    asking = {place: _asking(new_jobs[place]) for place in firsts if new_jobs[place].is_limited}
+    admission = Admission.begin(session, list(asking.values()))
+    refusals = {place: refusal for place, one in asking.items() if (refusal := admission.refusal_of(one)) is not None}
+    admitted = [place for place in firsts if place not in refusals]
+    outcomes = _accept(session, new_jobs, admitted, max_queued_jobs, max_poison_jobs_per_hour)
+    for place in asking.keys() - refusals.keys():
+        if outcomes[place].outcome is not AcceptOutcome.ACCEPTED:
+            admission.give_back(asking[place])
+    admission.charge(session)
+    return [
+        _of_limits(outcome, refusals.get(place), admission.standing_of(_asking(job)) if job.is_limited else None)
+        for (place, outcome), job in zip(enumerate(outcomes), new_jobs, strict=True)
+    ]
+
+
+def _asking(job: NewJob) -> Asking:
+    return Asking(job.tenant_id, job.key_id, job.cost)
+
+
+def _of_limits(outcome: Accepted, refusal: CeleriacError | None, standing: LimitStanding | None) -> Accepted:
+    """A job that exists already, or is poison, is told that, whatever its limits."""
+    if refusal is not None and outcome.outcome is AcceptOutcome.TOO_MANY_QUEUED:
+        return replace(outcome, outcome=AcceptOutcome.LIMIT_REACHED, refusal=refusal, standing=standing)
+    return replace(outcome, standing=standing)
+
+
+def _accept(
+    session: Session,
+    new_jobs: Sequence[NewJob],
+    admitted: Sequence[int],
+    max_queued_jobs: int,
+    max_poison_jobs_per_hour: int,
+) -> list[Accepted]:
+    """Insert the jobs at the places `admitted`. The outcome of each job; of those that there is no reason to refuse,
+    TOO_MANY_QUEUED."""
+    parameters = of_new_jobs([new_jobs[place] for place in admitted]) | {
         "max_queued_jobs": max_queued_jobs,
         "max_poison_jobs_per_hour": max_poison_jobs_per_hour,
     }
-    row_by_id = {row.id: row for row in session.execute(sql.ACCEPT, parameters)}
-    accepted = {place for place in firsts if new_jobs[place].id in row_by_id}
+    row_by_id = {row.id: row for row in session.execute(sql.ACCEPT, parameters)} if admitted else {}
+    accepted = {place for place in admitted if new_jobs[place].id in row_by_id}
     outcomes = _outcomes_of_others(session, {p: job for p, job in enumerate(new_jobs) if p not in accepted})
     return [
         _accepted(row_by_id[job.id]) if place in accepted else outcomes[place] for place, job in enumerate(new_jobs)
@@ -134,7 +170,7 @@ def accept(
 
 
 def _accepted(row: Row[Any]) -> Accepted:
-    return Accepted(row.id, AcceptOutcome.ACCEPTED, row.created_at, QueueRoom(row.max_queued, row.room))
+    return Accepted(row.id, AcceptOutcome.ACCEPTED, row.created_at)
 
 
 def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> dict[int, Accepted]:

@@ -108,8 +108,7 @@ WITH new AS MATERIALIZED (
         callback, key_id, eta, place)
 ),
 load AS MATERIALIZED (
-    SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS max_queued,
-        coalesce(t.max_queued, :max_queued_jobs) - l.num_queued AS room,
+    SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) - l.num_queued AS room,
         (SELECT count(*) FROM poison_requests p WHERE p.tenant_id = l.tenant_id
             AND p.created_at > {CLOCK} - interval '1 hour') > :max_poison_jobs_per_hour AS is_quarantined
     FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
@@ -163,8 +162,7 @@ counted AS (  -- a tenant that was idle starts level with the active ones, witho
         JOIN tenants t ON t.id = change.tenant_id
     WHERE l.tenant_id = change.tenant_id
 )
-SELECT id, {CLOCK} AS created_at, max_queued, (room - count(*) OVER (PARTITION BY tenant_id))::int AS room
-FROM inserted JOIN load USING (tenant_id)
+SELECT id, {CLOCK} AS created_at FROM inserted
 """)
 
 # A second statement, because only its snapshot includes the row with which our insert conflicted.

@@ -15,6 +15,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from domain.access import LIMIT_NAMES, NO_LIMITS, Limits
+from domain.limits import CallerLimits
 from storage.tables import Row, Tenant
 
 OF_TENANT = ""  # in the place of a key's id
@@ -77,6 +78,14 @@ def limits_of_keys(session: Session, key_ids: Sequence[str]) -> dict[str, Limits
     rows = session.scalars(select(LimitSet).where(LimitSet.key_id.in_([id_ for id_ in key_ids if id_ != OF_TENANT])))
     found = {row.key_id: row.limits for row in rows}
     return {key_id: found.get(key_id, NO_LIMITS) for key_id in key_ids}
+
+
+def limits_of_caller(session: Session, tenant_id: UUID, key_id: str | None) -> CallerLimits:
+    """Of a request with this key."""
+    ids = [OF_TENANT] if key_id is None else [OF_TENANT, key_id]
+    own = (LimitSet.tenant_id == tenant_id, LimitSet.key_id.in_(ids))
+    by_key = {row.key_id: row.streams for row in session.execute(select(LimitSet.key_id, LimitSet.streams).where(*own))}
+    return CallerLimits(bool(by_key), None if key_id is None else by_key.get(key_id), by_key.get(OF_TENANT))
 
 
 def change_tenant_limits(session: Session, tenant: Tenant, given: Limits) -> None:

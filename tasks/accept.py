@@ -172,6 +172,8 @@ class GroupAcceptor:
     async def _accept(self, new_jobs: list[NewJob]) -> list[Accepted]:
         started = time.perf_counter()
         async with self._sessions() as session:
+            if any(job.is_limited for job in new_jobs):
+                await session.connection(execution_options={"isolation_level": "READ COMMITTED"})  # a transaction
             outcomes = await session.run_sync(job_accept.accept, new_jobs, **self._bounds)
             await session.commit()
         jobs_accept_seconds.observe(time.perf_counter() - started)

@@ -28,6 +28,7 @@ from domain.errors import (
 )
 from domain.eta import Estimate
 from domain.jobs import JobStatus, Lane, external_id, new_id
+from domain.limits import is_limited_context, note_standing
 from domain.requests import (
     EmbeddingRequest,
     GenerationRequest,
@@ -41,7 +42,7 @@ from domain.webhooks import BadWebhookUrl
 from metrics import labelled, response_cache_total
 from observability import key_id_context, note_submitted, request_id_context
 from settings import Settings
-from storage.job_accept import Accepted, AcceptOutcome, NewJob, QueueRoom
+from storage.job_accept import Accepted, AcceptOutcome, NewJob
 from storage.job_queries import JobRecord
 from tasks import job_log
 from tasks.accept import GroupAcceptor
@@ -128,7 +129,6 @@ class Submitted:
     is_new: bool
     created_at: datetime
     new_job: NewJob
-    room: QueueRoom | None = None  # None for an earlier job
     cache: CacheOutcome | None = None  # None: the response cache was not asked
 
 
@@ -169,6 +169,7 @@ class Submitter:
             note_submitted(external_id(new_job.id))
             accepted = await (accept or self._acceptor.accept)(new_job)
             note_submitted(external_id(accepted.job_id))
+            note_standing(accepted.standing)
             if accepted.outcome is AcceptOutcome.UNATTAINABLE:
                 raise unattainable(new_job)
             raise_refusal(accepted, options)
@@ -189,8 +190,7 @@ class Submitter:
         if is_new and new_job.answer_key is not None:
             cache = "hit" if accepted.is_answered else "miss"
             labelled(response_cache_total, new_job.request.model_id, cache).inc()
-        created_at = accepted.created_at or datetime.now(UTC)
-        return Submitted(accepted.job_id, is_new, created_at, new_job, accepted.room, cache)
+        return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job, cache)
 
     async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
         """The job to be accepted, all limits checked; nothing is committed. Raises the CeleriacError that says what is
@@ -294,6 +294,7 @@ def make_job(
         endpoint_body=options.endpoint_body,
         request_id=request_id_context.get(),
         key_id=key_id_context.get(),
+        is_limited=is_limited_context.get(),
     )
 
 
@@ -339,6 +340,8 @@ def raise_refusal(accepted: Accepted, options: JobOptions) -> None:
             "or params, or replay its dead letter with allow_poison",
             param="prompt",
         )
+    if accepted.refusal is not None:
+        raise accepted.refusal
     if accepted.outcome is AcceptOutcome.TOO_MANY_QUEUED:
         raise TooManyQueuedJobs(
             "your queue is full, as the maximum number of your jobs is waiting; retry when some are done",
@@ -384,5 +387,6 @@ async def resubmit(
             webhook_statuses=[JobStatus(status) for status in old.webhook_statuses or ()],
         )
         accepted = await accept(new_job, how.keeps_output)
+        note_standing(accepted.standing)
         raise_refusal(accepted, options)
     return submitter.conclude(new_job, accepted)

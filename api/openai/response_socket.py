@@ -172,6 +172,7 @@ class ResponseSocket:
     async def _answer(self, create: CreateMessage) -> None:
         """Raises CeleriacError if there will be no response."""
         services, lane = self._services, create.stream_id
+        await _authenticate(services, self._websocket)  # its limits may have changed since the connection was opened
         services.slots.refuse_if_full()
         body = _body_of(create)
         run = await start_response(self._request(body), body, passing=self._passing)
@@ -261,10 +262,15 @@ def _too_old(seconds: float) -> CeleriacError:
     return ConnectionTooOld(f"this connection has been open for {seconds:.0f} s; open another one to continue")
 
 
+async def _authenticate(services: Services, websocket: WebSocket) -> None:
+    """Raises AuthenticationFailed, PermissionDenied or StorageUnavailable."""
+    await authenticate(websocket, credential_in_headers(services, websocket), Scope.SUBMIT)
+
+
 async def serve_socket(websocket: WebSocket) -> None:
     services: Services = websocket.app.state.services
     try:
-        await authenticate(websocket, credential_in_headers(services, websocket), Scope.SUBMIT)
+        await _authenticate(services, websocket)
         services.slots.refuse_if_full()
     except CeleriacError as exc:
         await websocket.send_denial_response(error_response(exc))

@@ -30,7 +30,7 @@ from domain.requests import ConversationTurn, JobOptions, JobRequest
 from domain.webhooks import MAX_URL_BYTES, TELLABLE_STATUSES
 from observability import job_id_context
 from storage import job_queries
-from storage.job_accept import Accepted, NewJob, QueueRoom
+from storage.job_accept import Accepted, NewJob
 from storage.job_queries import JobRecord
 from storage.streams import REDIS_OUTAGES, num_listening_processes
 from tasks.submit import CACHE_HEADER, CacheOutcome, request_hash
@@ -141,18 +141,12 @@ def _number(text: str | None) -> float | None:
     return number if math.isfinite(number) and 0 < number <= WEEK_SECONDS else None
 
 
-def answer_headers(started: float, *, room: QueueRoom | None) -> dict[str, str]:
-    """The headers that OpenAI's answers have. `started` is monotonic. The rate limit is the tenant's limit on queued
-    jobs, as there is no other; without `room` it is left out."""
-    headers = {
+def answer_headers(started: float) -> dict[str, str]:
+    """The headers that OpenAI's answers have, without those of rate limits. `started` is monotonic."""
+    return {
         "openai-version": OPENAI_VERSION,
         "openai-processing-ms": str(round((time.monotonic() - started) * 1000)),
     }
-    if room is not None:
-        headers["x-ratelimit-limit-requests"] = str(room.max_queued)
-        headers["x-ratelimit-remaining-requests"] = str(max(0, room.num_free))
-        headers["x-ratelimit-reset-requests"] = "0s" if room.num_free > 0 else "1s"
-    return headers
 
 
 UNSERVED_POLL_SECONDS = 1.0
@@ -192,14 +186,13 @@ class Run:
     num_prompt_tokens: int
     has_keep_alive: bool = True  # while the client waits for a complete answer
     on_disconnect: Literal["cancel", "continue"] = "cancel"
-    room: QueueRoom | None = None  # None if the job is not new
     is_replayed: bool = False  # found by its idempotency key
     is_retry_attached: bool = False  # matched to a retry without a key
     cache: CacheOutcome | None = None
 
     @property
     def headers(self) -> dict[str, str]:
-        headers = answer_headers(self.started, room=self.room) | {"x-job-id": external_id(self.job_id)}
+        headers = answer_headers(self.started) | {"x-job-id": external_id(self.job_id)}
         if self.is_replayed:
             headers["idempotent-replayed"] = "true"
         if self.is_retry_attached:
@@ -424,7 +417,6 @@ async def _submit(
         created_at=submitted.created_at,
         started=started,
         num_prompt_tokens=len(submitted.new_job.prompt_token_ids),
-        room=submitted.room,
         cache=submitted.cache,
     )
 

@@ -49,8 +49,7 @@ def test_t13_every_answer_names_its_request_and_its_job(served: Served) -> None:
         assert answer.headers["x-job-id"].startswith("job_")
         assert answer.headers["openai-version"] == "2020-10-01"
         assert int(answer.headers["openai-processing-ms"]) >= 0
-        limit = int(answer.headers["x-ratelimit-limit-requests"])
-        assert 0 < int(answer.headers["x-ratelimit-remaining-requests"]) < limit
+        assert "x-ratelimit-limit-requests" not in answer.headers, "there is no such limit"
     assert refused.status_code == 400
     assert refused.headers["x-request-id"].startswith("req_")
 

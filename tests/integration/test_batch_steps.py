@@ -14,11 +14,13 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from dialects import openai_batches
 from dialects.openai_batches import LineRequest
+from domain.access import Limits
 from domain.jobs import PIECE_BYTES, BatchStatus, LineOutcome
 from maintenance.batches import BatchWork
 from metrics import jobs_submitted_total
 from settings import Settings
-from storage import batch_lines, batches, files
+from storage import administration, batch_lines, batches, files
+from storage.administration import TenantChanges
 from storage.files import Batch, BatchLine
 from storage.tables import DEFAULT_TENANT_ID, Job
 from tests.conftest import MakeTenant
@@ -360,3 +362,21 @@ def test_lines_count_in_the_metrics_like_other_jobs(bench: Bench) -> None:
     bench.make_batch(b"".join(map(line, range(5))))
     bench.work().tick()
     assert counter._value.get() - before == 5
+
+
+def test_lines_become_jobs_as_the_limits_allow_and_wait_meanwhile(bench: Bench) -> None:
+    with bench.sessions.begin() as session:
+        changes = TenantChanges(limits=Limits(unfinished_jobs=2))
+        administration.change_tenant(session, "default", changes, actor="test")
+    work = bench.work()
+    batch_id = bench.make_batch(b"".join(line(number) for number in range(5)))
+    for _ in range(4):
+        work.tick()
+    assert bench.num_jobs() == 2
+    assert bench.batch(batch_id).status is BatchStatus.IN_PROGRESS
+    with bench.sessions.begin() as session:
+        administration.change_tenant(
+            session, "default", TenantChanges(limits=Limits(unfinished_jobs=None)), actor="test"
+        )
+    work.tick()
+    assert bench.num_jobs() == 5

@@ -1,0 +1,286 @@
+"""Whether the limits of tenants and keys leave room for new jobs.
+
+Part of the transaction that accepts the jobs. It locks the limits first, and whatever it reads after that can only
+become less by the end of the transaction: room is added by time and by the ends of jobs, and taken only by accepts,
+which wait for the lock. Nothing of this is run for jobs of which neither tenant nor key has limits.
+"""
+
+# ruff: noqa: S608  (only constants of the storage modules are inserted into the text; values are bound)
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, text
+from sqlalchemy.orm import Session
+
+from domain.errors import (
+    CeleriacError,
+    RequestsPerMinuteExceeded,
+    TokensPerDayExceeded,
+    TokensPerMinuteExceeded,
+    TokensPerMonthExceeded,
+    TooManyQueuedJobs,
+    TooManyQueuedTokens,
+    TooManyUnfinishedJobs,
+)
+from domain.limits import Bucket, BucketStanding, LimitStanding
+from storage.job_statements import CLOCK
+from storage.limits import OF_TENANT
+
+Subject = tuple[UUID, str]  # a tenant and the id of its key, or OF_TENANT
+
+DRAIN_SECONDS = 5.0  # until a queue is assumed to have room, if nothing tells how fast it gets shorter
+
+LOCK = text(f"""
+SELECT l.*, u.day, u.tokens_on_day, u.tokens_in_month, u.num_unused_tokens, {CLOCK} AS read_at
+FROM limits l JOIN limit_usage u USING (tenant_id, key_id)
+WHERE (l.tenant_id, l.key_id) IN (SELECT * FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:key_ids AS text[])))
+ORDER BY l.tenant_id, l.key_id FOR NO KEY UPDATE OF l
+""")
+
+# A second statement, whose snapshot has what others committed while the first one waited for the lock. Queued jobs are
+# read from jobs_ready_idx, whose first column is the model, and running ones, of which there are few, by their index.
+COUNT = text("""
+WITH RECURSIVE models AS (
+    (SELECT model FROM jobs WHERE status = 'queued' ORDER BY model LIMIT 1)
+    UNION ALL
+    SELECT (SELECT j.model FROM jobs j WHERE j.status = 'queued' AND j.model > m.model ORDER BY j.model LIMIT 1)
+    FROM models m WHERE m.model IS NOT NULL
+),
+asked AS (SELECT * FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:key_ids AS text[])) AS a(tenant_id, key_id)),
+unfinished AS (
+    SELECT a.tenant_id, j.key_id, j.status, j.cost, NULL AS waited
+    FROM (SELECT DISTINCT tenant_id FROM asked) a CROSS JOIN models m
+    JOIN jobs j ON j.status = 'queued' AND j.model = m.model AND j.tenant_id = a.tenant_id
+    UNION ALL
+    SELECT j.tenant_id, j.key_id, j.status, j.cost, extract(epoch FROM j.started_at - j.created_at)
+    FROM jobs j WHERE j.status = 'in_progress' AND j.tenant_id IN (SELECT tenant_id FROM asked)
+)
+SELECT a.tenant_id, a.key_id, count(*) FILTER (WHERE u.status = 'queued') AS num_queued, count(*) AS num_unfinished,
+    coalesce(sum(u.cost) FILTER (WHERE u.status = 'queued'), 0)::bigint AS queued_tokens,
+    avg(u.waited)::float8 AS waited_seconds
+FROM asked a JOIN unfinished u ON u.tenant_id = a.tenant_id AND (a.key_id = '' OR u.key_id = a.key_id)
+GROUP BY a.tenant_id, a.key_id
+""")
+
+CHARGE = text("""
+UPDATE limits l SET requests_level = n.requests_level, tokens_level = n.tokens_level, refilled_at = n.refilled_at,
+    num_returned_tokens = n.num_returned_tokens
+FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:key_ids AS text[]), CAST(:requests_levels AS float8[]),
+    CAST(:tokens_levels AS float8[]), CAST(:refilled_ats AS timestamptz[]), CAST(:nums_returned AS bigint[]))
+    AS n(tenant_id, key_id, requests_level, tokens_level, refilled_at, num_returned_tokens)
+WHERE l.tenant_id = n.tenant_id AND l.key_id = n.key_id
+""")
+
+
+@dataclass(slots=True)
+class Asking:
+    """A new job, as far as limits are concerned."""
+
+    tenant_id: UUID
+    key_id: str | None
+    cost: int  # the most tokens that it can take
+
+    @property
+    def subjects(self) -> list[Subject]:
+        of_key: list[Subject] = [] if self.key_id is None else [(self.tenant_id, self.key_id)]
+        return [*of_key, (self.tenant_id, OF_TENANT)]
+
+
+@dataclass(slots=True)
+class Meter:
+    """The limits of one tenant or key, and what is left of each while the jobs of a group are looked at in order."""
+
+    row: Row[Any]
+    requests: Bucket | None
+    tokens: Bucket | None
+    num_queued: int = 0
+    num_unfinished: int = 0
+    queued_tokens: int = 0
+    waited_seconds: float | None = None  # what its running jobs have waited, on average
+
+    @property
+    def whose(self) -> str:
+        return "your tenant" if self.row.key_id == OF_TENANT else "your key"
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether a limit needs its unfinished jobs to be counted."""
+        return any(
+            limit is not None for limit in (self.row.queued_jobs, self.row.unfinished_jobs, self.row.queued_tokens)
+        )
+
+    def refusal_of(self, asking: Asking) -> CeleriacError | None:
+        """Why there is no room for the job; None if there is."""
+        return self._refusal_by_budget() or self._refusal_by_rate(asking) or self._refusal_by_queue(asking)
+
+    def _refusal_by_budget(self) -> CeleriacError | None:
+        row, now = self.row, self.row.read_at.astimezone(UTC)
+        today = now.date()
+        midnight = datetime(today.year, today.month, today.day, tzinfo=UTC)
+        on_day = row.tokens_on_day if row.day == today else 0
+        in_month = row.tokens_in_month if (row.day.year, row.day.month) == (today.year, today.month) else 0
+        if row.tokens_per_day is not None and on_day >= row.tokens_per_day:
+            ends_at = midnight + timedelta(days=1)
+            return TokensPerDayExceeded(
+                f"{self.whose} has used {on_day} tokens today, and may use {row.tokens_per_day} a day; send this after "
+                f"{ends_at:%Y-%m-%d %H:%M} UTC, or have an administrator raise tokens_per_day",
+                retry_after_seconds=(ends_at - now).total_seconds(),
+            )
+        if row.tokens_per_month is not None and in_month >= row.tokens_per_month:
+            ends_at = (midnight.replace(day=1) + timedelta(days=32)).replace(day=1)
+            return TokensPerMonthExceeded(
+                f"{self.whose} has used {in_month} tokens this month, and may use {row.tokens_per_month} a month; send "
+                f"this after {ends_at:%Y-%m-%d %H:%M} UTC, or have an administrator raise tokens_per_month",
+                retry_after_seconds=(ends_at - now).total_seconds(),
+            )
+        return None
+
+    def _refusal_by_rate(self, asking: Asking) -> CeleriacError | None:
+        if self.requests is not None and (seconds := self.requests.seconds_until(1)) > 0:
+            return RequestsPerMinuteExceeded(
+                f"{self.whose} may send {self.requests.per_minute} requests a minute, and has sent them; retry in "
+                f"{_in_seconds(seconds)}, or have an administrator raise requests_per_minute",
+                retry_after_seconds=seconds,
+            )
+        if self.tokens is not None and (seconds := self.tokens.seconds_until(asking.cost)) > 0:
+            return TokensPerMinuteExceeded(
+                f"this request may take {asking.cost} tokens (prompt and max_tokens), and {self.whose} has "
+                f"{max(0, int(self.tokens.level))} left of {self.tokens.per_minute} a minute; retry in "
+                f"{_in_seconds(seconds)}, lower max_tokens, or have an administrator raise tokens_per_minute",
+                retry_after_seconds=seconds,
+            )
+        return None
+
+    def _refusal_by_queue(self, asking: Asking) -> CeleriacError | None:
+        row, seconds = self.row, self.drain_seconds
+        if row.queued_jobs is not None and self.num_queued >= row.queued_jobs:
+            return TooManyQueuedJobs(
+                f"{self.num_queued} jobs of {self.whose} are waiting, and queued_jobs is {row.queued_jobs}; retry when "
+                "some have started",
+                retry_after_seconds=seconds,
+            )
+        if row.unfinished_jobs is not None and self.num_unfinished >= row.unfinished_jobs:
+            return TooManyUnfinishedJobs(
+                f"{self.num_unfinished} jobs of {self.whose} are waiting or running, and unfinished_jobs is "
+                f"{row.unfinished_jobs}; retry when some have ended",
+                retry_after_seconds=seconds,
+            )
+        # One job is always let in, or a long one could never run.
+        is_over = row.queued_tokens is not None and self.queued_tokens + asking.cost > row.queued_tokens
+        if is_over and self.num_queued:
+            return TooManyQueuedTokens(
+                f"the jobs of {self.whose} that wait may take {self.queued_tokens} tokens, this one {asking.cost} "
+                f"(prompt and max_tokens), and queued_tokens is {row.queued_tokens}; retry when some have started, or "
+                "lower max_tokens",
+                retry_after_seconds=seconds,
+            )
+        return None
+
+    @property
+    def drain_seconds(self) -> float:
+        """Until the queue is one job shorter, by Little's law: those that run now waited for as long as it takes for
+        the whole queue to pass."""
+        if self.waited_seconds is None or not self.num_queued:
+            return DRAIN_SECONDS
+        return max(1.0, self.waited_seconds / self.num_queued)
+
+    def take(self, asking: Asking) -> None:
+        if self.requests is not None:
+            self.requests.take(1)
+        if self.tokens is not None:
+            self.tokens.take(asking.cost)
+        self.num_queued += 1
+        self.num_unfinished += 1
+        self.queued_tokens += asking.cost
+
+
+def _in_seconds(seconds: float) -> str:
+    return f"{max(0.1, seconds):.1f} s"
+
+
+@dataclass(slots=True)
+class Admission:
+    """The meters that a group of jobs is subject to, locked until the end of the transaction."""
+
+    meters: dict[Subject, Meter] = field(default_factory=dict)
+    num_taken: int = 0
+
+    @classmethod
+    def begin(cls, session: Session, asking: Sequence[Asking]) -> "Admission":
+        subjects = sorted({subject for one in asking for subject in one.subjects})
+        rows = session.execute(LOCK, _columns_of(subjects)) if subjects else ()
+        meters = {(row.tenant_id, row.key_id): _meter_of(row) for row in rows}
+        counted = [subject for subject, meter in meters.items() if meter.is_counted]
+        for row in session.execute(COUNT, _columns_of(counted)) if counted else ():
+            meter = meters[row.tenant_id, row.key_id]
+            meter.num_queued, meter.num_unfinished = row.num_queued, row.num_unfinished
+            meter.queued_tokens, meter.waited_seconds = row.queued_tokens, row.waited_seconds
+        return cls(meters)
+
+    def meters_of(self, asking: Asking) -> list[Meter]:
+        return [self.meters[subject] for subject in asking.subjects if subject in self.meters]
+
+    def refusal_of(self, asking: Asking) -> CeleriacError | None:
+        """Why there is no room for the job; None if there is: then it is taken."""
+        meters = self.meters_of(asking)
+        for meter in meters:
+            if (refusal := meter.refusal_of(asking)) is not None:
+                return refusal
+        for meter in meters:
+            meter.take(asking)
+        self.num_taken += 1
+        return None
+
+    def give_back(self, asking: Asking) -> None:
+        """The job was not accepted after all."""
+        self.num_taken -= 1
+        for meter in self.meters_of(asking):
+            if meter.requests is not None:
+                meter.requests.take(-1)
+            if meter.tokens is not None:
+                meter.tokens.take(-asking.cost)
+
+    def standing_of(self, asking: Asking) -> LimitStanding | None:
+        """None if there are no limits with a rate."""
+        meters = self.meters_of(asking)
+        requests = _tightest(meters, lambda meter: meter.requests)
+        tokens = _tightest(meters, lambda meter: meter.tokens)
+        return None if requests is None and tokens is None else LimitStanding(requests, tokens)
+
+    def charge(self, session: Session) -> None:
+        """Store what was taken."""
+        meters = [meter for meter in self.meters.values() if meter.requests is not None or meter.tokens is not None]
+        if not meters or not self.num_taken:
+            return
+        rows = [meter.row for meter in meters]
+        parameters = {
+            "requests_levels": [None if meter.requests is None else meter.requests.level for meter in meters],
+            "tokens_levels": [None if meter.tokens is None else meter.tokens.level for meter in meters],
+            "refilled_ats": [max(row.read_at, row.refilled_at) for row in rows],
+            "nums_returned": [max(row.num_unused_tokens, row.num_returned_tokens) for row in rows],
+        }
+        session.execute(CHARGE, _columns_of([(row.tenant_id, row.key_id) for row in rows]) | parameters)
+
+
+def _meter_of(row: Row[Any]) -> Meter:
+    seconds = (row.read_at - row.refilled_at).total_seconds()
+    returned = row.num_unused_tokens - row.num_returned_tokens
+    requests = tokens = None
+    if row.requests_per_minute is not None:
+        requests = Bucket.refilled(row.requests_per_minute, row.requests_level, seconds=seconds)
+    if row.tokens_per_minute is not None:
+        tokens = Bucket.refilled(row.tokens_per_minute, row.tokens_level, seconds=seconds, returned=returned)
+    return Meter(row, requests, tokens)
+
+
+def _tightest(meters: Sequence[Meter], bucket_of: Callable[[Meter], Bucket | None]) -> BucketStanding | None:
+    standings = [bucket.standing for meter in meters if (bucket := bucket_of(meter)) is not None]
+    return min(standings, key=lambda standing: standing.num_remaining, default=None)
+
+
+def _columns_of(subjects: Sequence[Subject]) -> dict[str, Any]:
+    return {"tenant_ids": [tenant for tenant, _ in subjects], "key_ids": [key for _, key in subjects]}

@@ -1,0 +1,262 @@
+"""The limits of keys and tenants, on a real API, PostgreSQL and Redis: what is accepted, what is refused, and how."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy.orm import Session, sessionmaker
+
+from domain.access import Limits
+from local.servers import EmbeddedRedis
+from settings import Settings
+from storage import administration, limits, tenants
+from storage.administration import KeyChanges, TenantChanges
+from storage.tables import Tenant
+from tests.integration.api_harness import ApiServer, HandWorker, body, open_events, post_job
+
+
+@pytest.fixture
+def api_settings(database_url: str, redis_url: str) -> Settings:
+    return Settings(database_url=database_url, redis_url=redis_url, auth="api_key", no_workers_seconds=3600)
+
+
+class Caller:
+    """A client with a key of a tenant of its own."""
+
+    def __init__(self, sessions: sessionmaker[Session], api: ApiServer, tenant: Tenant) -> None:
+        self._sessions, self._tenant = sessions, tenant
+        with sessions.begin() as session:
+            self.key = tenants.create_key(session, tenant.id)
+        self.key_id = self.key.split("_")[1]
+        self.client = api.client(self.key)
+
+    def limit_key(self, **given: int | None) -> None:
+        with self._sessions.begin() as session:
+            administration.change_key(session, self.key_id, KeyChanges(limits=Limits(**given)), actor="test")
+
+    def limit_tenant(self, **given: int | None) -> None:
+        changes = TenantChanges(limits=Limits(**given))
+        with self._sessions.begin() as session:
+            administration.change_tenant(session, self._tenant.name, changes, actor="test")
+
+    def usage(self) -> tuple[int, int]:
+        """Tokens of the day, by the key and by the tenant."""
+        with self._sessions() as session:
+            [of_key, of_tenant] = (
+                session.get_one(limits.LimitUse, (self._tenant.id, id_)).tokens_on_day
+                for id_ in (self.key_id, limits.OF_TENANT)
+            )
+        return of_key, of_tenant
+
+
+@pytest.fixture
+def make_caller(
+    api: ApiServer,
+    session_factory: sessionmaker[Session],
+    make_tenant: Callable[..., Tenant],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[], Caller]]:
+    monkeypatch.setattr("api.authentication.REMEMBER_SECONDS", 0.0)  # changes apply to the next request
+    made: list[Caller] = []
+
+    def make() -> Caller:
+        made.append(Caller(session_factory, api, make_tenant()))
+        return made[-1]
+
+    yield make
+    for caller in made:
+        caller.client.close()
+
+
+def refused(client: httpx.Client, code: str, path: str = "/v1/jobs", **fields: Any) -> httpx.Response:
+    answer = client.post(path, json=body(**fields))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, code), answer.text
+    assert answer.json()["error"]["param"] is None
+    return answer
+
+
+def test_without_limits_nothing_is_said_of_any(make_caller: Callable[[], Caller]) -> None:
+    client = make_caller().client
+    assert not [name for name in client.post("/v1/jobs", json=body()).headers if "ratelimit" in name]
+
+
+def test_the_headers_count_down_to_a_refusal_that_says_when_there_is_room(make_caller: Callable[[], Caller]) -> None:
+    caller = make_caller()
+    caller.limit_key(requests_per_minute=2)
+    for remaining in ("1", "0"):
+        answer = caller.client.post("/v1/jobs", json=body())
+        assert answer.status_code == 202
+        assert answer.headers["x-ratelimit-limit-requests"] == "2"
+        assert answer.headers["x-ratelimit-remaining-requests"] == remaining
+    answer = refused(caller.client, "requests_per_minute_exceeded")
+    assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+    assert answer.headers["x-ratelimit-reset-requests"] in {f"{seconds}s" for seconds in range(30, 60)} | {"1m0s"}
+    assert 1 <= int(answer.headers["retry-after"]) <= 36
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert "your key may send 2 requests a minute" in answer.json()["error"]["message"]
+    again = caller.client.post("/v1/jobs", json=body(prompt="other"), headers={"idempotency-key": "one"})
+    assert again.status_code == 429
+    assert caller.client.get("/v1/jobs").status_code == 200, "reading is not limited"
+    caller.limit_key(requests_per_minute=None)
+    assert caller.client.post("/v1/jobs", json=body()).status_code == 202
+
+
+SURFACES: dict[str, dict[str, Any]] = {
+    "/v1/jobs": {"prompt": "x"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/completions": {"prompt": "x"},
+    "/v1/responses": {"input": "x"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4},
+    "/generate": {"prompt": "x"},
+    "/chat": {"prompt": "x"},
+    "/api/v1/infer": {"prompt": "x"},
+}
+
+
+def test_every_surface_refuses_in_its_own_shape_with_its_own_headers(make_caller: Callable[[], Caller]) -> None:
+    caller = make_caller()
+    caller.limit_key(requests_per_minute=1, tokens_per_minute=1000)
+    post_job(caller.client)
+    for path, fields in SURFACES.items():
+        answer = caller.client.post(path, json={"model": "large", **fields})
+        assert answer.status_code == 429, (path, answer.text)
+        error = answer.json()["error"]
+        if path == "/v1/messages":
+            assert (answer.json()["type"], error["type"]) == ("error", "rate_limit_error")
+            assert error["details"] == {"error_code": "requests_per_minute_exceeded"}
+            assert answer.headers["anthropic-ratelimit-requests-remaining"] == "0"
+            assert answer.headers["anthropic-ratelimit-tokens-limit"] == "1000"
+        else:
+            assert (error["code"], error["param"]) == ("requests_per_minute_exceeded", None), path
+            assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+            assert answer.headers["x-ratelimit-limit-tokens"] == "1000"
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_of_50_at_once_exactly_10_are_accepted_and_only_they_count(
+    make_caller: Callable[[], Caller], api: ApiServer
+) -> None:
+    caller, other = make_caller(), make_caller()
+    caller.limit_tenant(requests_per_minute=10, tokens_per_minute=100_000)
+    caller.client.get("/v1/models")
+
+    async def send() -> list[httpx.Response]:
+        headers = {"authorization": f"Bearer {caller.key}"}
+        async with httpx.AsyncClient(base_url=api.url, headers=headers, timeout=60) as client:
+            return await asyncio.gather(*(client.post("/v1/jobs", json=body()) for _ in range(50)))
+
+    answers = asyncio.run(send())
+    assert sorted(answer.status_code for answer in answers) == [202] * 10 + [429] * 40
+    remaining = min(int(answer.headers["x-ratelimit-remaining-tokens"]) for answer in answers)
+    assert 100_000 - 10 * 21 <= remaining < 100_000 - 5 * 21, "5 of the prompt and 16 to come, and some filled up since"
+    assert other.client.post("/v1/jobs", json=body()).status_code == 202, "another tenant's are its own"
+
+
+def test_limits_hold_while_redis_is_away(make_caller: Callable[[], Caller], redis_server: EmbeddedRedis) -> None:
+    caller = make_caller()
+    caller.limit_key(requests_per_minute=3)
+    redis_server.stop()
+    try:
+        statuses = [caller.client.post("/v1/jobs", json=body()).status_code for _ in range(5)]
+    finally:
+        redis_server.start()
+    assert statuses == [202, 202, 202, 429, 429]
+
+
+def test_tokens_are_charged_as_the_most_a_job_can_take_and_given_back(
+    make_caller: Callable[[], Caller], hand_worker: HandWorker
+) -> None:
+    caller = make_caller()
+    caller.limit_tenant(tokens_per_minute=50)
+    first = caller.client.post("/v1/jobs", json=body())  # 5 tokens of the prompt, and 16 at most
+    assert first.headers["x-ratelimit-remaining-tokens"] == "29"
+    assert int(post_and_read(caller.client, "x-ratelimit-remaining-tokens")) <= 9
+    answer = refused(caller.client, "tokens_per_minute_exceeded")
+    assert "may take 21 tokens" in answer.json()["error"]["message"]
+    hand_worker.run(first.json()["id"], "ab")
+    assert int(post_and_read(caller.client, "x-ratelimit-remaining-tokens")) <= 9 + 14, "14 of the 16 were not taken"
+
+
+def post_and_read(client: httpx.Client, header: str) -> str:
+    answer = client.post("/v1/jobs", json=body())
+    assert answer.status_code == 202, answer.text
+    return answer.headers[header]
+
+
+def test_a_full_queue_of_jobs_or_tokens_is_refused_until_there_is_room(
+    make_caller: Callable[[], Caller], hand_worker: HandWorker
+) -> None:
+    caller = make_caller()
+    caller.limit_key(queued_jobs=1)
+    first = post_job(caller.client)["id"]
+    refused(caller.client, "too_many_queued_jobs")
+    caller.limit_key(queued_jobs=None, unfinished_jobs=2)
+    second = post_job(caller.client)["id"]
+    hand_worker.claim(first)
+    answer = refused(caller.client, "too_many_unfinished_jobs")
+    assert "2 jobs of your key are waiting or running, and unfinished_jobs is 2" in answer.json()["error"]["message"]
+    caller.limit_key(unfinished_jobs=None, queued_tokens=50)
+    post_job(caller.client)
+    answer = refused(caller.client, "too_many_queued_tokens")
+    assert "may take 42 tokens, this one 21" in answer.json()["error"]["message"]
+    caller.client.post(f"/v1/jobs/{second}/cancel")
+    post_job(caller.client)
+
+
+def test_a_budget_counts_what_was_used_and_lasts_until_the_next_day(
+    make_caller: Callable[[], Caller], hand_worker: HandWorker
+) -> None:
+    caller = make_caller()
+    caller.limit_key(tokens_per_day=7)
+    caller.limit_tenant(tokens_per_month=1000)
+    hand_worker.run(post_job(caller.client)["id"], "a")  # 5 and 1
+    assert caller.usage() == (6, 6)
+    caller.client.post(f"/v1/jobs/{post_job(caller.client)['id']}/cancel")
+    assert caller.usage() == (6, 6), "what has not run has used nothing"
+    hand_worker.run(post_job(caller.client)["id"], "abc")
+    assert caller.usage() == (14, 14)
+    answer = refused(caller.client, "tokens_per_day_exceeded")
+    assert answer.json()["error"]["type"] == "insufficient_quota"
+    assert 1 <= int(answer.headers["retry-after"]) <= 86_400
+    assert answer.headers["x-should-retry"] == "false"
+    assert "your key has used 14 tokens today, and may use 7 a day" in answer.json()["error"]["message"]
+    caller.limit_key(tokens_per_day=15)
+    post_job(caller.client)
+    caller.limit_tenant(tokens_per_month=14)
+    refused(caller.client, "tokens_per_month_exceeded")
+
+
+def test_a_job_that_exists_is_found_again_whatever_the_limits(make_caller: Callable[[], Caller]) -> None:
+    caller = make_caller()
+    caller.limit_key(requests_per_minute=1)
+    first = caller.client.post("/v1/jobs", json=body(), headers={"idempotency-key": "k"})
+    again = caller.client.post("/v1/jobs", json=body(), headers={"idempotency-key": "k"})
+    assert (first.status_code, again.headers["idempotent-replayed"]) == (202, "true")
+    assert again.json()["id"] == first.json()["id"]
+
+
+def test_streams_of_a_key_are_counted_and_its_stream_tokens_too(make_caller: Callable[[], Caller]) -> None:
+    caller = make_caller()
+    caller.limit_key(streams=1)
+    job_id = post_job(caller.client)["id"]
+    token = caller.client.post(f"/v1/jobs/{job_id}/stream_token", json={}).json()["token"]
+    with open_events(caller.client, job_id) as events:
+        next(events)
+        for headers, parameters in ((caller.client.headers, {}), ({}, {"token": token})):
+            answer = httpx.get(f"{caller.client.base_url}/v1/jobs/{job_id}/events", headers=headers, params=parameters)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "too_many_streams")
+            assert "1 streams of your key are open" in answer.json()["error"]["message"]
+
+
+def test_where_no_key_is_required_the_default_tenant_has_limits(
+    database_url: str, redis_url: str, session_factory: sessionmaker[Session]
+) -> None:
+    with session_factory.begin() as session:
+        administration.change_tenant(
+            session, "default", TenantChanges(limits=Limits(requests_per_minute=1)), actor="test"
+        )
+    with ApiServer(Settings(database_url=database_url, redis_url=redis_url)) as server, server.client() as client:
+        assert client.post("/v1/jobs", json=body()).status_code == 202
+        refused(client, "requests_per_minute_exceeded")
