@@ -2,8 +2,8 @@
 
 from alembic import op
 
-revision = "0026"
-down_revision = "0025"
+revision = "0027"
+down_revision = "0026"
 
 # A trigger on the ledger and not a part of the statements that end jobs, since these are many. The rows are locked in
 # order, as several ends may have jobs of the same tenants. A job that was deleted while it waited or ran gives nothing
