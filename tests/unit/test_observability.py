@@ -181,6 +181,7 @@ def test_no_label_can_hold_what_a_client_wrote() -> None:
     assert labels == {
         "clock",
         "finish_reason",
+        "is_before_p90",
         "label",
         "method",
         "model",
