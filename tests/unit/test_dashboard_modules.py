@@ -105,6 +105,25 @@ def test_modules_are_valid() -> None:
         node("--input-type=module", "--check", stdin=file.read_text())
 
 
+@needs_node
+def test_what_a_user_types_is_refused_or_kept_but_never_raises(tmp_path: Path) -> None:
+    for name in ("api.js", "hooks.js", "json.js"):
+        shutil.copy(DASHBOARD / name, tmp_path)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "html.js").write_text("export const useCallback = 0, useEffect = 0, useRef = 0, useState = 0;")
+    program = """
+        const { isPossibleKey } = await import("./api.js");
+        const { addressOf } = await import("./hooks.js");
+        const keys = ["sk_a_b-c", "", "sk_a b", "sk_a_\u00fc", "sk_\u201ca", "sk_a\\nb"];
+        const paths = ["#/jobs/%E0%A4", "#/a/b%2Fc"].map((hash) => addressOf(hash).path);
+        console.log(JSON.stringify([keys.map(isPossibleKey), ...paths]));
+    """
+    possible, broken, whole = json.loads(node("--input-type=module", "-e", program, folder=tmp_path))
+    assert possible == [True, False, False, False, False, False]
+    assert broken == ["jobs", "%E0%A4"]
+    assert whole == ["a", "b/c"]
+
+
 BODY: dict[str, Any] = {
     "kind": "generation",
     "model": "a",

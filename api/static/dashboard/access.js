@@ -148,7 +148,7 @@ export function Access() {
   return html`
     <h1>Access</h1>
     <${Card} title="Tenants"><${Polled} state=${tenants}>${({ data, has_more }) => html`<${NewTenant} reload=${reload} /><ul class="batches">${data.map((tenant) => html`<${Tenant} key=${tenant.id} tenant=${tenant} reload=${reload} />`)}</ul>${has_more && html`<p class="soft">The first hundred. All of them: celeriac tenants list</p>`}`}<//><//>
-    <${Card} title="Keys"><${Polled} state=${keys}>${({ data, has_more }) => html`<${NewKey} tenants=${tenants.data?.data ?? []} reload=${reload} />${data.length === 0 ? html`<${Empty} title="No keys yet">Without keys, the API serves only the machine that it runs on.<//>` : html`<ul class="batches">${data.map((one) => html`<${Key} key=${one.id} apiKey=${one} reload=${reload} />`)}</ul>`}${has_more && html`<p class="soft">The newest hundred. All of them: celeriac keys list</p>`}`}<//><//>
+    <${Card} title="Keys"><${Polled} state=${keys}>${({ data, has_more }) => html`<${NewKey} tenants=${tenants.data?.data ?? []} reload=${reload} />${data.length === 0 ? html`<${Empty} title="No keys yet">Without keys, the API serves only the machine that it runs on.<//>` : html`<ul class="batches">${data.map((one) => html`<${Key} key=${one.id} apiKey=${one} reload=${reload} />`)}</ul>`}${has_more && html`<p class="soft">The newest hundred. All of them: celeriac keys list --all</p>`}`}<//><//>
     <${Card} title="Changes"><${Polled} state=${audit}>${({ data }) => (data.length === 0 ? html`<${Empty} title="Nothing has been changed yet" />` : html`<${Audit} entries=${data} />`)}<//><//>
   `;
 }

@@ -6,6 +6,9 @@ import { parse } from "./json.js";
 const KEY = "celeriac.key";
 const listeners = new Set();
 
+// A header can carry no other characters; a copied key may have typographic ones or a line break within it.
+export const isPossibleKey = (key) => /^[\x21-\x7e]+$/.test(key);
+
 export const readKey = () => sessionStorage.getItem(KEY) ?? "";
 
 export function enterKey(key) {

@@ -1,6 +1,6 @@
 // The dashboard: who looks at it, the frame around the views, and which view the address asks for.
 
-import { enterKey, get, onKeyChange, readKey } from "./api.js";
+import { enterKey, get, isPossibleKey, onKeyChange, readKey } from "./api.js";
 import { link, useAddress } from "./hooks.js";
 import { html, render, useEffect, useRef, useState } from "./html.js";
 import { useLive } from "./live.js";
@@ -30,8 +30,8 @@ async function recognise() {
     await get("v1/jobs", { limit: 1 });
   } catch (error) {
     if (error.status === 401) return { isIn: false, error: readKey() ? error : null };
-    if (error.status) return { isIn: true, isAdmin: false };
-    return { isIn: false, isAway: true, error };
+    if (!error.status) return { isIn: false, isAway: true, error };
+    if (error.status !== 403) return { isIn: true, isAdmin: false };
   }
   const isAdmin = await get("v1/admin/models").then(
     () => true,
@@ -65,10 +65,15 @@ function useIdentity() {
 function KeyForm({ error }) {
   const field = useRef(null);
   useEffect(() => field.current.focus(), []);
+  const [mistake, setMistake] = useState(null);
   const onSubmit = (event) => {
     event.preventDefault();
-    enterKey(field.current.value.trim());
+    const key = field.current.value.trim();
+    const isPossible = isPossibleKey(key);
+    setMistake(isPossible ? null : new Error("This cannot be a key: it has spaces or characters beyond ASCII. Copy it again, as one line."));
+    if (isPossible) enterKey(key);
   };
+  const problem = mistake ?? error;
   return html`
     <main class="gate" id="main">
       <img src="static/celeriac.svg" alt="" width="48" height="48" />
@@ -80,10 +85,12 @@ function KeyForm({ error }) {
         <//>
         <button class="primary">Enter</button>
       </form>
-      ${error && html`<${Problem} error=${error} />`}
+      ${problem && html`<${Problem} error=${problem} />`}
     </main>
   `;
 }
+
+const ForgetButton = () => html`<button type="button" class="quiet" onClick=${() => enterKey("")}>Forget key</button>`;
 
 function ThemeButton() {
   const system = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
@@ -110,7 +117,7 @@ function Frame({ chosen, identity, live, children }) {
         <span role="status">${live.error ? html`<${Status} of="unhealthy">no answer<//>` : health && html`<${Status} of=${health.status} />`}</span>
         <a href="docs">API</a>
         <${ThemeButton} />
-        ${readKey() && html`<button type="button" class="quiet" onClick=${() => enterKey("")}>Forget key</button>`}
+        ${readKey() && html`<${ForgetButton} />`}
       </div>
     </header>
     <main id="main" tabindex="-1">${children}</main>
@@ -136,7 +143,7 @@ function Dashboard({ identity }) {
 function App() {
   const identity = useIdentity();
   if (!identity) return html`<main class="gate"><${Loading} /></main>`;
-  if (identity.isAway) return html`<main class="gate"><h1>Celeriac</h1><${Problem} error=${identity.error} onRetry=${() => location.reload()} /></main>`;
+  if (identity.isAway) return html`<main class="gate"><h1>Celeriac</h1><${Problem} error=${identity.error} onRetry=${() => location.reload()} />${readKey() && html`<${ForgetButton} />`}</main>`;
   if (!identity.isIn) return html`<${KeyForm} error=${identity.error} />`;
   return html`<${Dashboard} key=${readKey()} identity=${identity} />`;
 }

@@ -50,10 +50,19 @@ export function useClock(seconds = 1) {
   }, [seconds]);
 }
 
+// A part of the address that is not well encoded stays as it is, and names nothing.
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
+
 // The address after #, as a path and a query: `#/jobs?status=failed`.
 export function addressOf(hash = location.hash) {
   const [path, query = ""] = hash.replace(/^#\/?/, "").split("?");
-  return { path: path.split("/").filter(Boolean).map(decodeURIComponent), query: new URLSearchParams(query) };
+  return { path: path.split("/").filter(Boolean).map(decoded), query: new URLSearchParams(query) };
 }
 
 export function useAddress() {

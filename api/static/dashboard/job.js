@@ -151,7 +151,7 @@ function Page({ job, reload }) {
 }
 
 export function JobPage({ id }) {
-  const ask = (signal) => get(`v1/jobs/${id}`, { include: "input,attempts" }, signal);
+  const ask = (signal) => get(`v1/jobs/${encodeURIComponent(id)}`, { include: "input,attempts" }, signal);
   const state = usePolled(ask, 3, [id]);
   return html`<p class="back"><a href=${link("jobs")}>Jobs</a></p><${Polled} state=${state}>${(job) => html`<${Page} job=${job} reload=${state.reload} />`}<//>`;
 }
