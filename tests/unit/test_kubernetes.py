@@ -83,6 +83,29 @@ def test_each_selector_finds_the_pods_that_it_means() -> None:
         assert any(wanted.items() <= own.items() for own in labels), policy["metadata"]["name"]
 
 
+def test_the_service_does_not_become_settings_of_the_pods() -> None:
+    assert any(service["metadata"]["name"].startswith("celeriac-") for service in of_kind("Service"))
+    assert [pod["spec"]["enableServiceLinks"] for pod in pods()] == [False] * len(pods())
+
+
+def test_only_the_migration_reads_the_bootstrap_key() -> None:
+    readers = [
+        container["name"]
+        for pod in pods()
+        for container in pod["spec"]["containers"]
+        if any(one.get("secretRef", {}).get("name") == "celeriac-bootstrap" for one in container["envFrom"])
+    ]
+    assert readers == ["migrate"]
+
+
+def test_a_worker_that_is_drained_is_not_ready_and_not_killed() -> None:
+    [worker] = [one for one in of_kind("Deployment") if "celeriac/model" in one["spec"]["selector"]["matchLabels"]]
+    [container] = worker["spec"]["template"]["spec"]["containers"]
+    assert container["startupProbe"]["httpGet"]["path"] == container["livenessProbe"]["httpGet"]["path"] == "/health"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/health/ready"
+    assert worker["spec"]["progressDeadlineSeconds"] > Settings.model_fields["engine_load_seconds"].default
+
+
 def test_probes_and_scrapes_ask_the_port_that_the_process_serves() -> None:
     port_by_setting = {name: int(value) for name, value in settings().items() if name.endswith("_PORT")}
     for pod in pods():
