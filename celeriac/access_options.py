@@ -37,7 +37,7 @@ class LimitType(click.ParamType["int | None"]):
         text = str(value).strip().lower()
         if text == "none":
             return None
-        if not (text.isascii() and text.isdigit() and 1 <= int(text[:17]) <= 2**53):
+        if not (text.isascii() and text.isdigit() and len(text) <= 16 and 1 <= int(text) <= 2**53):
             self.fail(f"{text[:40]!r} is not a limit; give a whole number from 1, or none to remove it", param, ctx)
         return int(text)
 

@@ -35,7 +35,7 @@ def list_dead_letters(limit: int, after: str | None, url: str | None, key: str |
     if as_json:
         print_json([job.raw for job in page])
     elif not page.jobs:
-        click.echo("No job has failed.")
+        click.echo("No job has failed.", err=True)
     else:
         show(dead_letters_table(page))
         if page.next_page is not None:

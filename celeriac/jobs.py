@@ -109,7 +109,8 @@ def jobs(status: str | None, model: str | None, limit: int, url: str | None, key
         print_json([job.raw for job in page])
         return
     if not page.jobs:
-        click.echo('No jobs yet; run one: celeriac submit "Hello!"' if not status else f"No job is {status}.")
+        none = 'No jobs yet; run one: celeriac submit "Hello!"' if not status else f"No job is {status}."
+        click.echo(none, err=True)
         return
     show(jobs_table(page))
 

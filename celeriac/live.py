@@ -43,7 +43,7 @@ def workers(url: str | None, key: str | None, as_json: bool) -> None:
     if as_json:
         print_json(statuses)
     elif not any(model["workers"] for model in statuses):
-        click.echo("No worker is alive; start one: celeriac worker")
+        click.echo("No worker is alive; start one: celeriac worker", err=True)
     else:
         show(workers_table(statuses))
 

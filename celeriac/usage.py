@@ -44,13 +44,14 @@ def _figures(row: dict[str, Any], has_costs: bool) -> list[str]:
     return [*cells, row["cost"] or "-"] if has_costs else cells
 
 
-def write_csv(usage: dict[str, Any]) -> None:
-    """To standard output."""
+def write_csv(usage: dict[str, Any], groups: list[str]) -> None:
+    """To standard output. The columns are the same if there are no rows."""
     import csv
     import sys
 
     writer = csv.writer(sys.stdout)
-    writer.writerow([*usage["total"], "currency"] if not usage["data"] else [*usage["data"][0], "currency"])
+    names = usage["data"][0] if usage["data"] else [*groups, *usage["total"]]
+    writer.writerow([*names, "currency"])
     for row in usage["data"]:
         writer.writerow([*("" if cell is None else cell for cell in row.values()), usage["currency"]])
 
@@ -88,8 +89,8 @@ def usage(
     if as_json:
         print_json(found)
     elif as_csv:
-        write_csv(found)
+        write_csv(found, groups)
     elif not found["data"]:
-        click.echo("Nothing was used in this time.")
+        click.echo("Nothing was used in this time.", err=True)
     else:
         show(usage_table(found, groups))

@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from celeriac import cli, jobs, tables, terminal
-from celeriac.client import JobSnapshot
+from celeriac.access_options import LimitType
+from celeriac.client import Client, JobPage, JobSnapshot
 from celeriac.client.protocol import parse_events
 from celeriac.terminal import explain
 from domain.errors import ModelNotFound
@@ -305,3 +306,33 @@ def test_events_are_read_whatever_their_lines_look_like() -> None:
         ("output.delta", {"text": "a: b"}, "7"),
         ("message", {"x": 1}, None),
     ]
+
+
+EMPTY_USAGE = {"data": [], "total": {"num_jobs": 0, "cost": None}, "currency": "USD"}
+
+
+def test_csv_of_usage_has_its_columns_without_rows(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Client, "usage", lambda self, **options: EMPTY_USAGE)
+    result = run("usage", "--by", "tenant,day", "--csv", "--url", "http://127.0.0.1:9")
+    assert result.stdout.splitlines() == ["day,tenant,num_jobs,cost,currency"]
+
+
+def test_that_there_is_nothing_is_no_result(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Client, "usage", lambda self, **options: EMPTY_USAGE)
+    monkeypatch.setattr(Client, "jobs", lambda self, **options: JobPage((), None))
+    monkeypatch.setattr(Client, "dead_letters", lambda self, **options: JobPage((), None))
+    monkeypatch.setattr(Client, "model_statuses", lambda self: [])
+    for command in (["usage"], ["jobs"], ["jobs", "--status", "failed"], ["dead-letters", "list"], ["workers"]):
+        result = run(*command, "--url", "http://127.0.0.1:9")
+        assert (result.exit_code, result.stdout) == (0, ""), command
+        assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", str(2**53 + 1), "9" * 17, "0" * 17 + "1", "9" * 5_000, "٣"])
+def test_a_limit_that_cannot_be_one_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="give a whole number from 1"):
+        LimitType().convert(text, None, None)
+
+
+def test_the_largest_limit_is_one() -> None:
+    assert LimitType().convert(str(2**53), None, None) == 2**53
