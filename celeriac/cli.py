@@ -207,7 +207,8 @@ def flower(address: str, port: int | None) -> None:
 def migrate() -> None:
     """Bring the database schema up to date.
 
-    Also creates the API key in CELERIAC_BOOTSTRAP_API_KEY, if there is one. Safe to repeat.
+    Also creates the API key in CELERIAC_BOOTSTRAP_API_KEY, if there is one; one that was disabled stays so. Safe to
+    repeat.
     """
     settings = _settings()
     from storage.database import migrate as migrate_database
@@ -215,13 +216,16 @@ def migrate() -> None:
     migrate_database(settings.database_url, lambda line: click.echo(line, err=True))
     click.echo("The schema is up to date.")
     if settings.bootstrap_api_key is not None:
-        from celeriac.access_options import transaction
-        from storage.tables import DEFAULT_TENANT_ID
-        from storage.tenants import ensure_key
+        from celeriac.access_options import transaction, user_here
+        from storage.administration import ensure_key
 
         with transaction(settings) as session:
-            ensure_key(session, settings.bootstrap_api_key, DEFAULT_TENANT_ID, name="bootstrap")
-        click.echo("The bootstrap key is in place.")
+            is_valid = ensure_key(session, settings.bootstrap_api_key, name="bootstrap", actor=user_here())
+        click.echo(
+            "The bootstrap key is in place."
+            if is_valid
+            else "The bootstrap key is disabled or has expired, and stays so: celeriac keys list"
+        )
 
 
 @main.command()

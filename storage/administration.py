@@ -184,6 +184,15 @@ def create_key(
     return NewKey(row, text)
 
 
+def ensure_key(session: Session, key: str, *, name: str, actor: str) -> bool:
+    """Store a key made elsewhere for the default tenant, if it is new. False if it is not valid: an administrator has
+    disabled it or its tenant, or let it expire. Raises MalformedKey."""
+    if tenants.ensure_key(session, key, DEFAULT_TENANT_ID, name=name):
+        row = find_key(session, key.split("_")[1])
+        _note(session, actor, "key.create", _name_of(session, row), row.id, _given(name=name))
+    return tenants.resolve_key(session, key) is not None
+
+
 def change_key(session: Session, key_id: str, changes: KeyChanges, *, actor: str) -> ApiKey:
     """Raises NotFound."""
     row = find_key(session, key_id, is_locked=True)

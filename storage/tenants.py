@@ -76,17 +76,20 @@ def create_key(
     return f"{PREFIX}_{key_id}_{secret}"
 
 
-def ensure_key(session: Session, key: str, tenant_id: UUID, *, name: str = "") -> None:
-    """Store a key made elsewhere (a deployment's bootstrap key); idempotent. An existing key with that id gets this
-    secret and becomes valid again if it was revoked. Raises MalformedKey."""
+def ensure_key(session: Session, key: str, tenant_id: UUID, *, name: str = "") -> bool:
+    """Store a key made elsewhere (a deployment's bootstrap key). True if that changed anything: one with this id and
+    secret stays as it is, disabled if it was. With another secret it is a new key. Raises MalformedKey."""
     key_id, secret = _parts(key)
     if len(secret) < MIN_SECRET_LENGTH:
         raise MalformedKey(
             f"the secret of key {key_id} has {len(secret)} characters; give at least {MIN_SECRET_LENGTH}"
         )
-    values = {"tenant_id": tenant_id, "secret_sha256": _sha256(secret), "name": name, "revoked_at": None}
+    stored = {"tenant_id": tenant_id, "secret_sha256": _sha256(secret), "name": name}
+    values = stored | {"revoked_at": None, "expires_at": None}
     statement = insert(ApiKey).values(id=key_id, **values)
-    session.execute(statement.on_conflict_do_update(index_elements=[ApiKey.id], set_=values))
+    is_other = ApiKey.secret_sha256 != statement.excluded.secret_sha256
+    changing = statement.on_conflict_do_update(index_elements=[ApiKey.id], set_=values, where=is_other)
+    return session.scalar(changing.returning(ApiKey.id)) is not None
 
 
 def resolve_key(session: Session, key: str) -> ApiKey | None:

@@ -1,5 +1,6 @@
 """`celeriac migrate` and `celeriac keys` on a real database."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,25 @@ def test_migrate_puts_schema_and_bootstrap_key_in_place_however_often(run: Any, 
     database.dispose()
     assert row is not None
     assert row.tenant_id == DEFAULT_TENANT_ID
+
+
+def test_migrate_does_not_revive_a_bootstrap_key_that_was_disabled(run: Any, empty_database_url: str) -> None:
+    def migrate(key: str) -> str:
+        result = run(empty_database_url, "migrate", CELERIAC_BOOTSTRAP_API_KEY=key)
+        assert result.exit_code == 0, result.output
+        return str(result.stdout)
+
+    def num_created() -> int:
+        entries = json.loads(run(empty_database_url, "tenants", "audit", "--json").stdout)
+        return sum(entry["action"] == "key.create" for entry in entries)
+
+    key = "sk_bootstrap_" + "s" * 32
+    assert "in place" in migrate(key)
+    assert run(empty_database_url, "keys", "disable", "bootstrap").exit_code == 0
+    assert "disabled" in migrate(key)
+    assert num_created() == 1
+    assert "in place" in migrate("sk_bootstrap_" + "t" * 32), "another secret is a new key"
+    assert num_created() == 2
 
 
 def test_a_bootstrap_key_of_the_wrong_form_is_explained_and_not_repeated(run: Any, empty_database_url: str) -> None:
