@@ -110,7 +110,10 @@ def limit_tenant(name: str, weight: float | None, max_priority: int | None, as_j
 @click.argument("name")
 @json_option
 def disable_tenant(name: str, as_json: bool) -> None:
-    """Stop accepting the keys of the tenant NAME, until it is enabled again. Its jobs go on."""
+    """Stop accepting the keys of the tenant NAME, until it is enabled again.
+
+    Its jobs go on; lines of its batches that are not jobs yet wait.
+    """
     from storage.administration import TenantChanges
 
     _change(name, TenantChanges(is_enabled=False), as_json, f"Tenant {name} is disabled.")

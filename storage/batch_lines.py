@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from uuid import UUID
 
-from sqlalchemy import func, select, text
+from sqlalchemy import exists, func, select, text
 from sqlalchemy.orm import Session
 
 from domain.jobs import (
@@ -17,7 +17,7 @@ from domain.jobs import (
 )
 from storage.files import Batch, BatchLine
 from storage.job_queries import JobRecord
-from storage.tables import Job, JobResult
+from storage.tables import Job, JobResult, Tenant
 
 # A line has also ended if the tenant has deleted its job.
 RECORD_ENDED = text("""
@@ -110,10 +110,11 @@ def record_ended(session: Session, batch: Batch) -> None:
 
 def waiting_lines(session: Session, batch_id: UUID, *, limit: int, max_bytes: int) -> list[BatchLine]:
     """The next lines without a job, at least one if there are any, up to `max_bytes` in total. Lines with the same
-    beginning are adjacent."""
+    beginning are adjacent. None while the tenant is disabled."""
+    is_disabled = exists().where(Batch.id == batch_id, Tenant.id == Batch.tenant_id, Tenant.disabled_at.is_not(None))
     statement = (
         select(BatchLine)
-        .where(BatchLine.batch_id == batch_id, BatchLine.job_id.is_(None), BatchLine.outcome.is_(None))
+        .where(BatchLine.batch_id == batch_id, BatchLine.job_id.is_(None), BatchLine.outcome.is_(None), ~is_disabled)
         .order_by(BatchLine.prefix_hash, BatchLine.line)
         .limit(limit)
     )

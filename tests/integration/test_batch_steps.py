@@ -172,6 +172,20 @@ def test_a_step_that_another_process_has_taken_meanwhile_is_not_taken_twice(benc
     assert len({one.job_id for one in bench.lines(batch_id)}) == 3
 
 
+def test_lines_of_a_disabled_tenant_wait_until_it_is_enabled(bench: Bench, make_tenant: MakeTenant) -> None:
+    tenant = make_tenant()
+    batch_id = bench.make_batch(line(1), tenant.id)
+    work = bench.work()
+    for is_enabled, num_jobs in ((False, 0), (True, 1)):
+        with bench.sessions.begin() as session:
+            changes = TenantChanges(is_enabled=is_enabled)
+            administration.change_tenant(session, tenant.name, changes, actor="test")
+        work.tick()
+        work.tick()
+        assert bench.batch(batch_id).status is BatchStatus.IN_PROGRESS
+        assert bench.num_jobs() == num_jobs
+
+
 # Nothing goes on for ever
 
 
