@@ -306,8 +306,10 @@ class PrivateRoute(APIRoute):
             await authenticate(request, credential, self.scope)
             started = time.monotonic()
             response = await answer(request)
+            # A key revoked during a long poll gets no answer. What other methods do is done by now, and a 401 would say
+            # that it is not.
             if request.method == "GET" and time.monotonic() - started > REMEMBER_SECONDS:
-                await credential.identify()  # a key revoked during a long poll gets no answer
+                await credential.identify()
             return response
 
         return answer_authenticated
