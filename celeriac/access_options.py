@@ -37,8 +37,13 @@ class LimitType(click.ParamType["int | None"]):
         text = str(value).strip().lower()
         if text == "none":
             return None
-        if not (text.isascii() and text.isdigit() and len(text) <= 16 and 1 <= int(text) <= 2**53):
-            self.fail(f"{text[:40]!r} is not a limit; give a whole number from 1, or none to remove it", param, ctx)
+        from domain.access import MAX_LIMIT, MAX_QUEUED_JOBS
+
+        maximum = MAX_QUEUED_JOBS if param is not None and param.name == "queued_jobs" else MAX_LIMIT
+        is_number = text.isascii() and text.isdigit() and len(text) <= len(str(maximum))
+        if not (is_number and 1 <= int(text) <= maximum):
+            wanted = f"a whole number from 1 to {maximum}, or none to remove it"
+            self.fail(f"{text[:40]!r} is not such a limit; give {wanted}", param, ctx)
         return int(text)
 
 

@@ -34,7 +34,7 @@ def standing_options(command: Any) -> Any:
     text = "How far the priority of its jobs counts among those of other tenants, 0 to 10."
     command = click.option("--max-priority", type=click.IntRange(0, 10), help=text)(command)
     text = "Its share of the slots while others wait, relative to theirs.  [default: 1]"
-    return click.option("--weight", type=click.FloatRange(0, 1000, min_open=True), help=text)(command)
+    return click.option("--weight", type=click.FloatRange(0.001, 1000), help=text)(command)
 
 
 @tenants.command("create")

@@ -9,7 +9,7 @@ from dialects.native import NO_NUL
 from dialects.openai_views import PageView, Timestamp, View, optional_timestamp, timestamp
 from domain.access import NO_LIMITS, OWN_SCOPES, Limits, Scope
 from domain.jobs import FirstErrorModel, external_id
-from storage.administration import MAX_WEIGHT, KeyChanges, TenantChanges
+from storage.administration import MAX_WEIGHT, MIN_WEIGHT, KeyChanges, TenantChanges
 from storage.tables import ApiKey, AuditEntry, Tenant
 
 MAX_KEPT_SECONDS = 7 * 86_400  # for which a rotated key may stay valid
@@ -28,7 +28,7 @@ class TenantChangesBody(AdminBody):
     """POST /v1/admin/tenants/{tenant}: the fields that are given are changed."""
 
     enabled: bool | None = Field(default=None, description="false: none of its keys is valid.")
-    weight: float | None = Field(default=None, gt=0, le=MAX_WEIGHT, description="Its share while others wait.")
+    weight: float | None = Field(default=None, ge=MIN_WEIGHT, le=MAX_WEIGHT, description="Its share while others wait.")
     max_priority: int | None = Field(
         default=None, ge=0, le=10, description="How far its jobs' priority counts among the jobs of other tenants."
     )

@@ -27,7 +27,11 @@ def is_tenant_name(text: str) -> bool:
     return re.fullmatch(TENANT_NAME, text) is not None
 
 
-_Limit = Annotated[int | None, Field(ge=1, le=2**53)]
+MAX_LIMIT = 2**53
+
+MAX_QUEUED_JOBS = 2**31 - 1  # PostgreSQL's integer, as tenants.max_queued is one
+
+_Limit = Annotated[int | None, Field(ge=1, le=MAX_LIMIT)]
 
 
 class Limits(FirstErrorModel):
@@ -37,7 +41,7 @@ class Limits(FirstErrorModel):
 
     requests_per_minute: _Limit = None
     tokens_per_minute: _Limit = None
-    queued_jobs: _Limit = None
+    queued_jobs: Annotated[int | None, Field(ge=1, le=MAX_QUEUED_JOBS)] = None
     unfinished_jobs: _Limit = None  # queued and running
     queued_tokens: _Limit = None
     streams: _Limit = None

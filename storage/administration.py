@@ -17,9 +17,10 @@ from domain.access import NO_LIMITS, OWN_SCOPES, Limits, Scope, is_tenant_name
 from domain.errors import InvalidCursor, InvalidRequest, NotFound
 from domain.jobs import new_id
 from storage import limits, tenants
-from storage.tables import DEFAULT_TENANT_ID, ApiKey, AuditEntry, Job, Tenant
+from storage.limits import LimitSet
+from storage.tables import DEFAULT_TENANT_ID, ApiKey, AuditEntry, Job, Tenant, TenantLoad
 
-MAX_WEIGHT = 1000.0
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0  # virtual time, which is divided by it, must stay finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,10 @@ class NewKey:
 
 
 def find_tenant(session: Session, name: str, *, is_locked: bool = False) -> Tenant:
-    """Raises NotFound."""
+    """Raises NotFound. `is_locked`: against other changes. Jobs of the tenant are still accepted: they hold its limits,
+    which a change needs next, and refer to its row."""
     statement = select(Tenant).where(Tenant.name == _storable(name))
-    tenant = session.scalar(statement.with_for_update() if is_locked else statement)
+    tenant = session.scalar(statement.with_for_update(key_share=True) if is_locked else statement)
     if tenant is None:
         raise NotFound(f"there is no tenant {name[:64]!r}; create it: celeriac tenants create {name[:64]}")
     return tenant
@@ -136,6 +138,10 @@ def _apply(session: Session, tenant: Tenant, changes: TenantChanges) -> None:
     if changes.is_enabled is not None and changes.is_enabled == (tenant.disabled_at is not None):
         tenant.disabled_at = None if changes.is_enabled else session.scalar(select(func.statement_timestamp()))
     if changes.weight is not None:
+        if not MIN_WEIGHT <= changes.weight <= MAX_WEIGHT:  # NaN, too
+            raise InvalidRequest(
+                f"weight is {changes.weight}; give a number from {MIN_WEIGHT} to {MAX_WEIGHT:.0f}", param="weight"
+            )
         tenant.weight = changes.weight
     if changes.max_priority is not None:
         tenant.max_priority = changes.max_priority
@@ -145,7 +151,11 @@ def _apply(session: Session, tenant: Tenant, changes: TenantChanges) -> None:
 
 def delete_tenant(session: Session, name: str, *, actor: str) -> None:
     """Also deletes its keys, files and webhooks. Raises NotFound, or InvalidRequest while it has jobs."""
-    tenant = find_tenant(session, name, is_locked=True)
+    tenant = find_tenant(session, name)
+    # What accepts, and changes of keys, lock before the tenant's own row. The delete would lock them after it.
+    for rows, order in ((ApiKey, ApiKey.id), (LimitSet, LimitSet.key_id), (TenantLoad, TenantLoad.tenant_id)):
+        session.execute(select(order).where(rows.tenant_id == tenant.id).order_by(order).with_for_update())
+    session.refresh(tenant, with_for_update=True)
     if tenant.id == DEFAULT_TENANT_ID:
         raise InvalidRequest(
             f"{name} is the tenant of requests without a key and cannot be deleted; disable its keys instead"

@@ -10,13 +10,15 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from fastapi.routing import APIRoute
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.scopes import SCOPE_BY_ROUTE, scope_of
 from celeriac import cli
 from domain.access import Scope
 from settings import Settings, get_settings
-from storage import tenants
+from storage import administration, tenants
 from storage.tables import DEFAULT_TENANT_ID
 from tests.integration.api_harness import ApiServer, HandWorker, open_events, post_job
 from tests.waiting import slowness
@@ -184,18 +186,57 @@ def test_the_audit_log_names_actor_and_change_but_no_key(admin: httpx.Client) ->
         ("/v1/admin/tenants", {"name": "x" * 65}, "name"),
         ("/v1/admin/tenants", {"name": "n", "weight": 0}, "weight"),
         ("/v1/admin/tenants", {"name": "n", "weight": 1e9}, "weight"),
+        ("/v1/admin/tenants", {"name": "n", "weight": 1e-300}, "weight"),
+        ("/v1/admin/tenants", {"name": "n", "max_priority": 2**31}, "max_priority"),
         ("/v1/admin/tenants", {"name": "n", "limits": {"streams": 0}}, "limits.streams"),
+        ("/v1/admin/tenants", {"name": "n", "limits": {"queued_jobs": 2**31}}, "limits.queued_jobs"),
+        ("/v1/admin/tenants/default", {"limits": {"queued_jobs": 2**31}}, "limits.queued_jobs"),
+        ("/v1/admin/keys", {"limits": {"queued_jobs": 2**31}}, "limits.queued_jobs"),
         ("/v1/admin/tenants", {"name": "n", "limits": {"tokens_per_day": 2**70}}, "limits.tokens_per_day"),
         ("/v1/admin/tenants", {"name": "n", "limits": {"rpm": 1}}, "limits.rpm"),
         ("/v1/admin/keys", {"scopes": []}, "scopes"),
         ("/v1/admin/keys", {"scopes": ["root"]}, "scopes.0"),
         ("/v1/admin/keys", {"expires_in_seconds": 0}, "expires_in_seconds"),
+        ("/v1/admin/keys", {"expires_in_seconds": 2**40}, "expires_in_seconds"),
+        ("/v1/admin/keys/any/rotate", {"keep_old_seconds": 2**40}, "keep_old_seconds"),
         ("/v1/admin/keys", {"name": "a\0b"}, "name"),
     ],
 )
 def test_a_wrong_field_is_named(admin: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
     answer = admin.post(path, json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_the_largest_limits_are_stored(admin: httpx.Client) -> None:
+    largest = {"queued_jobs": 2**31 - 1, "tokens_per_month": 2**53, "streams": 2**53}
+    assert make_tenant_of(admin, "vast", limits=largest)["limits"].items() >= largest.items()
+    assert make_key(admin, tenant="vast", limits=largest)["limits"].items() >= largest.items()
+
+
+def test_a_tenant_changes_while_its_jobs_are_accepted(
+    admin: httpx.Client, session_factory: sessionmaker[Session]
+) -> None:
+    """An accept holds the limits and refers to the tenant; a change holds the tenant and needs the limits."""
+    make_tenant_of(admin, "busy")
+    with session_factory() as changing, session_factory() as accepting:
+        tenant = administration.find_tenant(changing, "busy", is_locked=True)
+        accepting.execute(text("SET LOCAL lock_timeout = 1"))  # milliseconds: it must not have to wait
+        accepting.execute(text("SELECT FROM tenants WHERE id = :id FOR KEY SHARE"), {"id": tenant.id})
+
+
+def test_a_tenant_is_not_locked_by_a_deletion_that_waits_for_an_accept(
+    admin: httpx.Client, session_factory: sessionmaker[Session]
+) -> None:
+    make_tenant_of(admin, "going", limits={"requests_per_minute": 1})
+    for table in ("limits", "tenant_load"):
+        with session_factory() as deleting, session_factory() as accepting:
+            tenant = administration.find_tenant(accepting, "going")
+            accepting.execute(text(f"SELECT FROM {table} WHERE tenant_id = :id FOR NO KEY UPDATE"), {"id": tenant.id})
+            deleting.execute(text("SET LOCAL lock_timeout = 1"))
+            with pytest.raises(OperationalError, match=f'relation "{table}"'):  # which it asks for before the tenant
+                administration.delete_tenant(deleting, "going", actor="test")
+    with session_factory.begin() as session:
+        administration.delete_tenant(session, "going", actor="test")
 
 
 def test_names_that_do_not_exist_are_not_found(admin: httpx.Client) -> None:
@@ -248,8 +289,12 @@ def test_the_commands_do_what_the_routes_do(run: Callable[..., Any]) -> None:
         (("tenants", "show", "nobody"), 1, "celeriac tenants create nobody"),
         (("tenants", "create", "a b"), 1, "1 to 64 letters"),
         (("tenants", "limit", "default"), 2, "--requests-per-minute 60"),
-        (("tenants", "limit", "default", "--streams", "many"), 2, "a whole number from 1, or none"),
-        (("tenants", "limit", "default", "--streams", "0"), 2, "a whole number from 1, or none"),
+        (("tenants", "limit", "default", "--streams", "many"), 2, f"a whole number from 1 to {2**53}, or none"),
+        (("tenants", "limit", "default", "--streams", "0"), 2, f"a whole number from 1 to {2**53}, or none"),
+        (("tenants", "limit", "default", "--streams", "0" * 16 + "1" * 16), 2, "a whole number from 1"),
+        (("tenants", "limit", "default", "--queued-jobs", str(2**31)), 2, f"a whole number from 1 to {2**31 - 1}"),
+        (("tenants", "limit", "default", "--weight", "1e-300"), 2, "0.001"),
+        (("tenants", "limit", "default", "--weight", "nan"), 1, "weight is nan; give a number from 0.001 to 1000"),
         (("tenants", "delete", "default"), 1, "disable its keys instead"),
         (("keys", "disable", "nobody"), 1, "celeriac keys list --all"),
         (("keys", "create", "--scope", "root"), 2, "submit"),
