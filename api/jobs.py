@@ -98,8 +98,7 @@ async def submit_job(request: Request) -> Response:
     job_id_context.set(job_id)
     if wait_seconds and submitted.cache != "hit":
         await services.wait_for_end(submitted.job_id, wait_seconds)
-    is_done = submitted.cache == "hit"
-    view = await view_after_submit(services, tenant_id, submitted, is_waited=bool(wait_seconds) or is_done)
+    view = await view_after_submit(services, tenant_id, submitted, is_waited=bool(wait_seconds))
     headers = {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id}
     if wait_seconds is not None:
         headers["preference-applied"] = f"wait={wait_seconds}"
@@ -273,8 +272,9 @@ def _not_found(job_id: str) -> JobNotFound:
 
 
 async def view_after_submit(services: Services, tenant_id: UUID, submitted: Submitted, *, is_waited: bool) -> JobView:
-    """The view of a new job is built without a query. If the request waited, or the job existed before, it is read."""
-    if submitted.is_new and not is_waited:
+    """The view of a new job is built without a query. If the request waited, or the job is answered already or existed
+    before, it is read."""
+    if submitted.is_new and not is_waited and submitted.cache != "hit":
         queue = services.monitor.joining(submitted.new_job)
         services.monitor.accepted(submitted.new_job)
         return new_job_view(submitted.new_job, submitted.created_at, queue)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from settings import Settings
 
 MEANING_BY_LIMIT = {
-    "requests-per-minute": "Jobs accepted per minute.",
+    "requests-per-minute": "Requests for jobs per minute.",
     "tokens-per-minute": "Tokens per minute: of prompts, and as many as may be generated.",
     "queued-jobs": "Jobs waiting at the same time.",
     "unfinished-jobs": "Jobs waiting or running at the same time.",

@@ -54,6 +54,14 @@ class LimitStanding(NamedTuple):
     tokens: BucketStanding | None
 
 
+class ClientCall(NamedTuple):
+    """A client's call that takes several jobs, and the place of one of them in it."""
+
+    number: int
+    num_jobs: int
+    cost: int  # of all jobs, in tokens
+
+
 class CallerLimits(NamedTuple):
     """What a process knows of the limits of a request's key and tenant without asking for them again."""
 

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from domain.errors import (
     CeleriacError,
+    InvalidRequest,
     RequestsPerMinuteExceeded,
     TokensPerDayExceeded,
     TokensPerMinuteExceeded,
@@ -26,7 +27,7 @@ from domain.errors import (
     TooManyQueuedTokens,
     TooManyUnfinishedJobs,
 )
-from domain.limits import Bucket, BucketStanding, LimitStanding
+from domain.limits import Bucket, BucketStanding, ClientCall, LimitStanding
 from storage.job_statements import CLOCK
 from storage.limits import OF_TENANT
 
@@ -41,8 +42,9 @@ WHERE (l.tenant_id, l.key_id) IN (SELECT * FROM unnest(CAST(:tenant_ids AS uuid[
 ORDER BY l.tenant_id, l.key_id FOR NO KEY UPDATE OF l
 """)
 
-# A second statement, whose snapshot has what others committed while the first one waited for the lock. Queued jobs are
-# read from jobs_ready_idx, whose first column is the model, and running ones, of which there are few, by their index.
+# A second statement, whose snapshot has what others committed while the first one waited for the lock. The jobs of a
+# whole tenant are counted in tenant_load; only for those of a key, and for their tokens, each is read: queued ones from
+# jobs_ready_idx, whose first column is the model, and running ones, of which there are few, by their index.
 COUNT = text("""
 WITH RECURSIVE models AS (
     (SELECT model FROM jobs WHERE status = 'queued' ORDER BY model LIMIT 1)
@@ -64,6 +66,11 @@ SELECT a.tenant_id, a.key_id, count(*) FILTER (WHERE u.status = 'queued') AS num
     avg(u.waited)::float8 AS waited_seconds
 FROM asked a JOIN unfinished u ON u.tenant_id = a.tenant_id AND (a.key_id = '' OR u.key_id = a.key_id)
 GROUP BY a.tenant_id, a.key_id
+UNION ALL
+SELECT l.tenant_id, '', l.num_queued, l.num_queued + l.num_running, 0, (
+    SELECT avg(extract(epoch FROM j.started_at - j.created_at))::float8 FROM jobs j
+    WHERE j.status = 'in_progress' AND j.tenant_id = l.tenant_id)
+FROM tenant_load l WHERE l.tenant_id = ANY(CAST(:whole_tenant_ids AS uuid[]))
 """)
 
 CHARGE = text("""
@@ -83,6 +90,12 @@ class Asking:
     tenant_id: UUID
     key_id: str | None
     cost: int  # the most tokens that it can take
+    call: ClientCall | None = None
+
+    @property
+    def num_requests(self) -> int:
+        """A call that takes several jobs is one request: that of its first job."""
+        return 1 if self.call is None or self.call.number == 0 else 0
 
     @property
     def subjects(self) -> list[Subject]:
@@ -113,9 +126,37 @@ class Meter:
             limit is not None for limit in (self.row.queued_jobs, self.row.unfinished_jobs, self.row.queued_tokens)
         )
 
+    @property
+    def has_counters(self) -> bool:
+        """Whether tenant_load has what is counted."""
+        return bool(self.row.key_id == OF_TENANT and self.row.queued_tokens is None)
+
     def refusal_of(self, asking: Asking) -> CeleriacError | None:
         """Why there is no room for the job; None if there is."""
-        return self._refusal_by_budget() or self._refusal_by_rate(asking) or self._refusal_by_queue(asking)
+        return (
+            self._refusal_for_ever(asking)
+            or self._refusal_by_budget()
+            or self._refusal_by_rate(asking)
+            or self._refusal_by_queue(asking)
+        )
+
+    def _refusal_for_ever(self, asking: Asking) -> InvalidRequest | None:
+        """Of a call whose jobs do not fit together, however empty bucket and queue are."""
+        row, call = self.row, asking.call
+        if call is None:
+            return None
+        for name, needed, limit, of_what in (
+            ("tokens_per_minute", call.cost, row.tokens_per_minute, "tokens (prompts and max_tokens)"),
+            ("queued_tokens", call.cost, row.queued_tokens, "tokens (prompts and max_tokens)"),
+            ("queued_jobs", call.num_jobs, row.queued_jobs, "jobs"),
+            ("unfinished_jobs", call.num_jobs, row.unfinished_jobs, "jobs"),
+        ):
+            if limit is not None and needed > limit:
+                return InvalidRequest(
+                    f"the {call.num_jobs} prompts of this request may take {needed} {of_what}, and {name} of "
+                    f"{self.whose} is {limit}; send fewer prompts at once, or have an administrator raise {name}"
+                )
+        return None
 
     def _refusal_by_budget(self) -> CeleriacError | None:
         row, now = self.row, self.row.read_at.astimezone(UTC)
@@ -140,7 +181,7 @@ class Meter:
         return None
 
     def _refusal_by_rate(self, asking: Asking) -> CeleriacError | None:
-        if self.requests is not None and (seconds := self.requests.seconds_until(1)) > 0:
+        if self.requests is not None and (seconds := self.requests.seconds_until(asking.num_requests)) > 0:
             return RequestsPerMinuteExceeded(
                 f"{self.whose} may send {self.requests.per_minute} requests a minute, and has sent them; retry in "
                 f"{_in_seconds(seconds)}, or have an administrator raise requests_per_minute",
@@ -188,14 +229,15 @@ class Meter:
             return DRAIN_SECONDS
         return max(1.0, self.waited_seconds / self.num_queued)
 
-    def take(self, asking: Asking) -> None:
+    def take(self, asking: Asking, *, times: int = 1) -> None:
+        """`times` is -1 to give it back."""
         if self.requests is not None:
-            self.requests.take(1)
+            self.requests.take(times * asking.num_requests)
         if self.tokens is not None:
-            self.tokens.take(asking.cost)
-        self.num_queued += 1
-        self.num_unfinished += 1
-        self.queued_tokens += asking.cost
+            self.tokens.take(times * asking.cost)
+        self.num_queued += times
+        self.num_unfinished += times
+        self.queued_tokens += times * asking.cost
 
 
 def _in_seconds(seconds: float) -> str:
@@ -214,8 +256,10 @@ class Admission:
         subjects = sorted({subject for one in asking for subject in one.subjects})
         rows = session.execute(LOCK, _columns_of(subjects)) if subjects else ()
         meters = {(row.tenant_id, row.key_id): _meter_of(row) for row in rows}
-        counted = [subject for subject, meter in meters.items() if meter.is_counted]
-        for row in session.execute(COUNT, _columns_of(counted)) if counted else ():
+        counted = {subject: meter for subject, meter in meters.items() if meter.is_counted}
+        parameters = _columns_of([subject for subject, meter in counted.items() if not meter.has_counters])
+        parameters["whole_tenant_ids"] = [tenant for (tenant, _), meter in counted.items() if meter.has_counters]
+        for row in session.execute(COUNT, parameters) if counted else ():
             meter = meters[row.tenant_id, row.key_id]
             meter.num_queued, meter.num_unfinished = row.num_queued, row.num_unfinished
             meter.queued_tokens, meter.waited_seconds = row.queued_tokens, row.waited_seconds
@@ -239,10 +283,7 @@ class Admission:
         """The job was not accepted after all."""
         self.num_taken -= 1
         for meter in self.meters_of(asking):
-            if meter.requests is not None:
-                meter.requests.take(-1)
-            if meter.tokens is not None:
-                meter.tokens.take(-asking.cost)
+            meter.take(asking, times=-1)
 
     def standing_of(self, asking: Asking) -> LimitStanding | None:
         """None if there are no limits with a rate."""

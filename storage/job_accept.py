@@ -4,7 +4,7 @@ As in `storage/jobs.py`, all functions are synchronous on a `Session` and do not
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
@@ -19,7 +19,7 @@ from domain.callbacks import CeleryCallback
 from domain.errors import CeleriacError
 from domain.eta import Estimate
 from domain.jobs import Endpoint, JobStatus, Lane
-from domain.limits import LimitStanding
+from domain.limits import ClientCall, LimitStanding
 from domain.requests import GenerationRequest, JobRequest
 from storage import job_statements as sql
 from storage.admission import Admission, Asking
@@ -66,6 +66,7 @@ class NewJob:
         None  # its predicted wait, if that is too long: it is accepted only if it was before
     )
     is_limited: bool = False  # its tenant or key may have limits
+    call: ClientCall | None = None  # that takes several jobs, of which this is one
 
     @property
     def cost(self) -> int:
@@ -127,9 +128,17 @@ def accept(
     refusals = {place: refusal for place, one in asking.items() if (refusal := admission.refusal_of(one)) is not None}
     admitted = [place for place in firsts if place not in refusals]
     outcomes = _accept(session, new_jobs, admitted, max_queued_jobs, max_poison_jobs_per_hour)
-    for place in asking.keys() - refusals.keys():
-        if outcomes[place].outcome is not AcceptOutcome.ACCEPTED:
-            admission.give_back(asking[place])
+    if _give_back(admission, asking, outcomes, admitted) and refusals:
+        # Ask once more: what jobs that exist already seemed to take is left for new ones.
+        rest = [place for place, one in enumerate(outcomes) if one.outcome is AcceptOutcome.TOO_MANY_QUEUED]
+        asked_again = [place for place in rest if place in refusals]
+        admitted = [place for place in asked_again if admission.refusal_of(asking[place]) is None]
+        numbers = [number for number, place in enumerate(rest) if place in admitted]
+        rest_jobs = [new_jobs[place] for place in rest]
+        found = _accept(session, rest_jobs, numbers, max_queued_jobs, max_poison_jobs_per_hour)
+        for place, outcome in zip(rest, found, strict=True):
+            outcomes[place] = outcome
+        _give_back(admission, asking, outcomes, admitted)
     admission.charge(session)
     return [
         _of_limits(outcome, refusals.get(place), admission.standing_of(_asking(job)) if job.is_limited else None)
@@ -137,8 +146,18 @@ def accept(
     ]
 
 
+def _give_back(
+    admission: Admission, asking: Mapping[int, Asking], outcomes: Sequence[Accepted], admitted: Sequence[int]
+) -> bool:
+    """Whether any of the jobs that had room were not accepted after all."""
+    places = [place for place in admitted if place in asking and outcomes[place].outcome is not AcceptOutcome.ACCEPTED]
+    for place in places:
+        admission.give_back(asking[place])
+    return bool(places)
+
+
 def _asking(job: NewJob) -> Asking:
-    return Asking(job.tenant_id, job.key_id, job.cost)
+    return Asking(job.tenant_id, job.key_id, job.cost, job.call)
 
 
 def _of_limits(outcome: Accepted, refusal: CeleriacError | None, standing: LimitStanding | None) -> Accepted:

@@ -122,5 +122,21 @@ def copy_limits(session: Session, tenant_id: UUID, key_id: str, *, to_key_id: st
             session.execute(insert(rows).values(row._asdict() | {"key_id": to_key_id}))
 
 
+# Locked in the order in which accepts lock them.
+_RETURN_REQUEST = text("""
+WITH own AS MATERIALIZED (
+    SELECT tenant_id, key_id FROM limits WHERE tenant_id = :tenant_id AND key_id IN ('', :key_id)
+    ORDER BY tenant_id, key_id FOR NO KEY UPDATE
+)
+UPDATE limits l SET requests_level = least(requests_per_minute, requests_level + 1) FROM own
+WHERE l.tenant_id = own.tenant_id AND l.key_id = own.key_id
+""")
+
+
+def return_request(session: Session, tenant_id: UUID, key_id: str | None) -> None:
+    """Give back the request that a call was charged, whose other jobs were refused."""
+    session.execute(_RETURN_REQUEST, {"tenant_id": tenant_id, "key_id": key_id or OF_TENANT})
+
+
 def forget_limits(session: Session, tenant_id: UUID, key_id: str) -> None:
     session.execute(delete(LimitSet).where(LimitSet.tenant_id == tenant_id, LimitSet.key_id == key_id))

@@ -5,6 +5,7 @@ accepted by its batch, so a job means the same wherever it comes from. Resubmitt
 job, which names the old one and has the same request and defaults.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from domain.errors import (
 )
 from domain.eta import Estimate
 from domain.jobs import JobStatus, Lane, external_id, new_id
-from domain.limits import is_limited_context, note_standing
+from domain.limits import ClientCall, is_limited_context, note_standing
 from domain.requests import (
     EmbeddingRequest,
     GenerationRequest,
@@ -163,9 +164,35 @@ class Submitter:
     ) -> Submitted:
         """Returns once the job is committed: by `accept`, or else in a group with others. Raises the CeleriacError that
         says why it was not."""
-        view = self._views.get(request.model)
-        with counting_refusals(view.spec.id):
-            new_job = with_estimate(await self.prepare(tenant_id, request, options), self._estimate)
+        return await self.commit(await self._ready(tenant_id, request, options), options, accept)
+
+    async def ready(
+        self, tenant_id: UUID, requests: Sequence[JobRequest], all_options: Sequence[JobOptions]
+    ) -> list[NewJob]:
+        """The jobs of one call, each to be passed to `commit`. Raises the CeleriacError that says what is wrong."""
+        preparing = [self._ready(tenant_id, *one) for one in zip(requests, all_options, strict=True)]
+        outcomes = await asyncio.gather(*preparing, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        new_jobs = [outcome for outcome in outcomes if isinstance(outcome, NewJob)]
+        if len(new_jobs) == 1:
+            return new_jobs
+        cost = sum(job.cost for job in new_jobs)
+        return [replace(job, call=ClientCall(n, len(new_jobs), cost)) for n, job in enumerate(new_jobs)]
+
+    async def _ready(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
+        with counting_refusals(self._views.get(request.model).spec.id):
+            return with_estimate(await self.prepare(tenant_id, request, options), self._estimate)
+
+    async def commit(
+        self,
+        new_job: NewJob,
+        options: JobOptions,
+        accept: Callable[[NewJob], Awaitable[Accepted]] | None = None,
+    ) -> Submitted:
+        """Like `submit`, for a job that is ready."""
+        with counting_refusals(new_job.request.model_id):
             note_submitted(external_id(new_job.id))
             accepted = await (accept or self._acceptor.accept)(new_job)
             note_submitted(external_id(accepted.job_id))

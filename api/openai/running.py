@@ -32,6 +32,7 @@ from observability import job_id_context
 from storage import job_queries
 from storage.job_accept import Accepted, NewJob
 from storage.job_queries import JobRecord
+from storage.limits import return_request
 from storage.streams import REDIS_OUTAGES, num_listening_processes
 from tasks.submit import CACHE_HEADER, CacheOutcome, request_hash
 
@@ -374,9 +375,13 @@ async def _submit_all(
     asked: Asked,
     started: float,
 ) -> list[Run]:
+    try:
+        new_jobs = await services.submitter.ready(tenant_id, generations, all_options)
+    except CeleriacError as exc:
+        raise with_body_names(exc, asked.spelling) from exc
     submissions = [
-        _submit(services, tenant_id, generation, options, started, asked.accept)
-        for generation, options in zip(generations, all_options, strict=True)
+        _submit(services, new_job, options, started, asked.accept)
+        for new_job, options in zip(new_jobs, all_options, strict=True)
     ]
     outcomes = await asyncio.gather(*submissions, return_exceptions=True)
     runs = [outcome for outcome in outcomes if isinstance(outcome, Run)]
@@ -386,6 +391,9 @@ async def _submit_all(
     for run in runs:
         if not run.is_replayed:
             services.spawn(_cancel(services, run))
+    if new_jobs[0].is_limited and isinstance(outcomes[0], Run) and not outcomes[0].is_replayed:
+        with suppress(StorageUnavailable):
+            await services.write(return_request, tenant_id, new_jobs[0].key_id)
     if isinstance(refusals[0], CeleriacError):
         raise with_body_names(refusals[0], asked.spelling) from refusals[0]
     raise refusals[0]
@@ -396,17 +404,14 @@ async def _cancel(services: Services, run: Run) -> None:
 
 
 async def _submit(
-    services: Services,
-    tenant_id: UUID,
-    generation: JobRequest,
-    options: JobOptions,
-    started: float,
-    accept: Accept | None,
+    services: Services, new_job: NewJob, options: JobOptions, started: float, accept: Accept | None
 ) -> Run:
-    submitted = await services.submitter.submit(tenant_id, generation, options, accept)
+    tenant_id = new_job.tenant_id
+    submitted = await services.submitter.commit(new_job, options, accept)
     if not submitted.is_new:
         return replace(await _found(services, tenant_id, submitted.job_id, started), is_replayed=True)
-    services.monitor.accepted(submitted.new_job)
+    if submitted.cache != "hit":  # such a job does not wait
+        services.monitor.accepted(submitted.new_job)
     return Run(
         services=services,
         tenant_id=tenant_id,

@@ -11,10 +11,12 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.access import Limits
 from local.servers import EmbeddedRedis
 from settings import Settings
-from storage import administration, limits, tenants
+from storage import administration, job_accept, limits, tenants
 from storage.administration import KeyChanges, TenantChanges
-from storage.tables import Tenant
+from storage.job_accept import AcceptOutcome, NewJob
+from storage.tables import Tenant, TenantLoad
 from tests.integration.api_harness import ApiServer, HandWorker, body, open_events, post_job
+from tests.storage_samples import new_job
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ class Caller:
     """A client with a key of a tenant of its own."""
 
     def __init__(self, sessions: sessionmaker[Session], api: ApiServer, tenant: Tenant) -> None:
-        self._sessions, self._tenant = sessions, tenant
+        self._sessions, self._tenant, self.tenant_id = sessions, tenant, tenant.id
         with sessions.begin() as session:
             self.key = tenants.create_key(session, tenant.id)
         self.key_id = self.key.split("_")[1]
@@ -235,6 +237,69 @@ def test_a_job_that_exists_is_found_again_whatever_the_limits(make_caller: Calla
     again = caller.client.post("/v1/jobs", json=body(), headers={"idempotency-key": "k"})
     assert (first.status_code, again.headers["idempotent-replayed"]) == (202, "true")
     assert again.json()["id"] == first.json()["id"]
+
+
+def test_a_call_of_several_jobs_is_one_request(make_caller: Callable[[], Caller]) -> None:
+    caller = make_caller()
+    post_job(caller.client)
+    caller.limit_key(requests_per_minute=1, unfinished_jobs=3)
+    refused_for_ever(caller, 4, "may take 4 jobs, and unfinished_jobs of your key is 3; send fewer prompts at once")
+    caller.limit_key(tokens_per_minute=50)
+    refused_for_ever(caller, 10, "tokens_per_minute of your key is 50; send fewer prompts at once")
+    caller.limit_key(tokens_per_minute=None, unfinished_jobs=2)
+    answer = several(caller, 2)  # of which one finds room
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "too_many_unfinished_jobs")
+    caller.limit_key(unfinished_jobs=None)
+    assert several(caller, 3, stream=True).status_code == 200, "nothing was charged for the refused one"
+    assert several(caller, 3).json()["error"]["code"] == "requests_per_minute_exceeded"
+
+
+def several(caller: Caller, num_prompts: int, **fields: Any) -> httpx.Response:
+    """The beginning of the answer to one call with several prompts."""
+    prompts = [f"prompt {number}" for number in range(num_prompts)]
+    request = {"model": "large", "prompt": prompts, "max_tokens": 4} | fields
+    with caller.client.stream("POST", "/v1/completions", json=request) as answer:
+        if answer.status_code != 200:
+            answer.read()
+        return answer
+
+
+def refused_for_ever(caller: Caller, num_prompts: int, message: str) -> None:
+    answer = several(caller, num_prompts)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value"), answer.text
+    assert message in answer.json()["error"]["message"]
+
+
+def accept(sessions: sessionmaker[Session], *new_jobs: NewJob) -> list[AcceptOutcome]:
+    with sessions.begin() as session:
+        return [accepted.outcome for accepted in job_accept.accept(session, new_jobs, max_queued_jobs=1000)]
+
+
+@pytest.mark.parametrize("name", ["requests_per_minute", "unfinished_jobs", "queued_tokens"])
+def test_jobs_that_exist_take_no_room_from_new_ones_beside_them(
+    make_caller: Callable[[], Caller], session_factory: sessionmaker[Session], name: str
+) -> None:
+    caller = make_caller()
+    first, *others = (new_job(tenant_id=caller.tenant_id, key_id=caller.key_id, is_limited=True) for _ in range(3))
+    room = 2 * first.cost if name == "queued_tokens" else 2
+    caller.limit_key(**{name: room})
+    assert accept(session_factory, first) == [AcceptOutcome.ACCEPTED]
+    outcomes = accept(session_factory, first, others[0], others[0], others[1])
+    assert outcomes[:3] == [AcceptOutcome.DUPLICATE, AcceptOutcome.ACCEPTED, AcceptOutcome.DUPLICATE]
+    assert outcomes[3] is AcceptOutcome.LIMIT_REACHED
+
+
+def test_jobs_of_a_whole_tenant_are_counted_by_its_counters(
+    make_caller: Callable[[], Caller], session_factory: sessionmaker[Session]
+) -> None:
+    """They are exact, and reading each job would take longer the more there are."""
+    caller = make_caller()
+    caller.limit_tenant(unfinished_jobs=5)
+    with session_factory.begin() as session:
+        load = session.get_one(TenantLoad, caller.tenant_id)
+        load.num_queued, load.num_running = 3, 2
+    answer = refused(caller.client, "too_many_unfinished_jobs")
+    assert "5 jobs of your tenant are waiting or running" in answer.json()["error"]["message"]
 
 
 def test_streams_of_a_key_are_counted_and_its_stream_tokens_too(make_caller: Callable[[], Caller]) -> None:

@@ -8,8 +8,10 @@ import pytest
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
+from api.queue_monitor import QueueMonitor
 from settings import Settings
 from storage import answers, tenants
+from storage.job_accept import NewJob
 from storage.tables import Job, Tenant, TenantLoad
 from tests.integration.api_harness import ApiServer, HandWorker, all_events, numbered
 
@@ -84,6 +86,20 @@ def test_a_hit_is_a_job_born_completed(
         assert session.scalar(text("SELECT count(*) FROM webhook_deliveries")) == 1
         loads = session.execute(select(func.sum(TenantLoad.num_queued), func.sum(TenantLoad.num_running))).one()
         assert tuple(loads) == (0, 0)
+
+
+def test_a_hit_joins_no_queue(
+    api: ApiServer, client: httpx.Client, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(hand_worker, ask(client).json()["id"], "Hello")
+    joined: list[NewJob] = []
+    monkeypatch.setattr(QueueMonitor, "accepted", lambda monitor, new_job: joined.append(new_job))
+    assert outcome_of(ask(client))[1] == "hit"
+    request = {"model": "large", "prompt": "abc", "temperature": 0, "max_tokens": 8}
+    assert client.post("/v1/completions", json=request).headers["x-celeriac-cache"] == "hit"
+    assert not joined
+    ask(client, "another")
+    assert len(joined) == 1
 
 
 def test_what_is_not_the_same_runs(
