@@ -138,7 +138,7 @@ def test_a_pause_is_told_and_the_text_goes_on(http: httpx.Client, hand_worker: H
         hand_worker.pause(first)
         told = [event for event in itertools.islice(events, 4) if event.name != "job.queued"]
         assert [event.name for event in told[:2]] == ["job.started", "output.delta"]
-        paused = next(event for event in [*told[2:], *events] if event.name == "job.paused")
+        paused = next(event for event in itertools.chain(told[2:], events) if event.name == "job.paused")
         assert (paused.id, paused.data) == (None, {"job_id": job_id, "sequence_number": 1})
         second = hand_worker.claim(job_id)
         assert second.seconds_paused is not None
