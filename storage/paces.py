@@ -16,7 +16,8 @@ from storage.job_statements import CHARGE, CLOCK, RANK
 
 NUM_NEWEST = 128  # records of a model; further back, the load was another
 
-# Rates are those of jobs that completed; errors are those of all first attempts.
+# Rates are those of jobs that completed; errors are those of all first attempts. The condition on the records is that
+# of usage_records_model_idx, so that no others are read.
 PACES = text(f"""
 SELECT newest.model, count(*) FILTER (WHERE outcome = 'completed') AS num_jobs,
     avg(prefill_seconds) FILTER (WHERE outcome = 'completed') AS seconds_to_first_output,
@@ -25,7 +26,7 @@ SELECT newest.model, count(*) FILTER (WHERE outcome = 'completed') AS num_jobs,
     sum(num_output_tokens) FILTER (WHERE outcome = 'completed')::float8
         / nullif(sum(num_allowed_tokens) FILTER (WHERE outcome = 'completed'), 0) AS token_share,
     sum(seconds * seconds) / nullif(2 * sum(seconds), 0) AS seconds_left,
-    count(start_error) AS num_errors,
+    count(start_error) AS num_start_errors, count(end_error) AS num_end_errors,
     percentile_cont(CAST(:quantiles AS float8[])) WITHIN GROUP (ORDER BY start_error) AS start_errors,
     percentile_cont(CAST(:quantiles AS float8[])) WITHIN GROUP (ORDER BY end_error) AS end_errors
 FROM unnest(CAST(:models AS text[])) AS m(model) CROSS JOIN LATERAL (
@@ -34,9 +35,10 @@ FROM unnest(CAST(:models AS text[])) AS m(model) CROSS JOIN LATERAL (
         CASE WHEN u.outcome = 'completed' THEN (u.queue_seconds + u.prefill_seconds + u.decode_seconds
             + {FLOOR_SECONDS}) / (u.eta_end_seconds + {FLOOR_SECONDS}) END AS end_error
     FROM usage_records u WHERE u.model = m.model AND u.ended_at > {CLOCK} - interval '1 hour'
+        AND u.is_attempt AND NOT u.is_batch
     ORDER BY u.ended_at DESC LIMIT {NUM_NEWEST}
 ) newest
-WHERE newest.is_attempt AND NOT newest.is_batch GROUP BY newest.model
+GROUP BY newest.model
 """)
 
 
@@ -50,8 +52,8 @@ def read(session: Session, models: Sequence[str]) -> dict[str, Pace]:
             seconds_per_token=row.seconds_per_token or 0.0,
             token_share=1.0 if row.token_share is None else row.token_share,
             seconds_left=row.seconds_left or 0.0,
-            start_errors=Quantiles(*row.start_errors) if row.num_errors >= MIN_SAMPLES else None,
-            end_errors=Quantiles(*row.end_errors) if row.num_errors >= MIN_SAMPLES and all(row.end_errors) else None,
+            start_errors=Quantiles(*row.start_errors) if row.num_start_errors >= MIN_SAMPLES else None,
+            end_errors=Quantiles(*row.end_errors) if row.num_end_errors >= MIN_SAMPLES else None,
         )
         for row in rows
         if row.num_jobs

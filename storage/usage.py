@@ -31,7 +31,12 @@ class UsageRecord(Row):
     __tablename__ = "usage_records"
     __table_args__ = (
         Index("usage_records_ended_idx", "ended_at", postgresql_using="brin"),
-        Index("usage_records_model_idx", "model", "ended_at"),
+        Index(
+            "usage_records_model_idx",
+            "model",
+            "ended_at",
+            postgresql_where=text("is_attempt AND NOT is_batch"),
+        ),
     )
 
     tenant_id: Mapped[UUID] = mapped_column(primary_key=True)

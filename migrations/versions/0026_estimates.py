@@ -11,7 +11,7 @@ def upgrade() -> None:
         ALTER TABLE jobs ADD COLUMN eta real[];
         ALTER TABLE usage_records ADD COLUMN num_allowed_tokens bigint NOT NULL DEFAULT 0,
             ADD COLUMN eta_start_seconds real, ADD COLUMN eta_end_seconds real;
-        CREATE INDEX usage_records_model_idx ON usage_records (model, ended_at);
+        CREATE INDEX usage_records_model_idx ON usage_records (model, ended_at) WHERE is_attempt AND NOT is_batch;
     """)
 
 

@@ -62,6 +62,25 @@ def test_few_records_or_none_say_little(session: Session) -> None:
     assert paces.read(session, ["never used"]) == {}
 
 
+def test_errors_of_ends_are_told_only_from_enough_of_them(session: Session) -> None:
+    """Estimates of starts alone, as of jobs that waited for a load, say nothing about ends."""
+    session.add_all([record(number, eta_end_seconds=None) for number in range(MIN_SAMPLES)])
+    session.flush()
+    pace = paces.read(session, [MODEL])[MODEL]
+    assert (pace.start_errors, pace.end_errors) == (Quantiles(2.0, 2.0, 2.0), None)
+    session.add_all([record(number) for number in range(MIN_SAMPLES - 1)])
+    session.flush()
+    assert paces.read(session, [MODEL])[MODEL].end_errors is None
+
+
+def test_lines_of_batches_and_ends_in_the_queue_do_not_hide_a_pace(session: Session) -> None:
+    lines = [record(number, is_batch=True) for number in range(paces.NUM_NEWEST)]
+    ends = [record(number, is_attempt=False) for number in range(paces.NUM_NEWEST)]
+    session.add_all([*lines, *ends, *(record(1000 + number) for number in range(MIN_SAMPLES))])
+    session.flush()
+    assert paces.read(session, [MODEL])[MODEL].num_jobs == MIN_SAMPLES
+
+
 def test_what_is_ahead_of_a_job_is_counted_up_to_a_bound(session: Session, make_job: MakeJob) -> None:
     made = [make_job() for _ in range(5)]
     ahead = paces.own_ahead(session, [made[3].id, new_id()])
