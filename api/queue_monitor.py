@@ -242,7 +242,9 @@ class QueueMonitor:
                     ahead = await within(ANSWER_SECONDS, counting)
                     queues = self._queues
                     positions |= {id: queues[own.model].long_position(own) for id, own in ahead.items()}
-            except (SQLAlchemyError, OSError) as exc:
+            except Exception as exc:  # an outermost loop: raised in those who asked, and the next ones get an answer
+                if not isinstance(exc, SQLAlchemyError | OSError):
+                    log.exception("could not find positions")
                 for answer in asked.values():
                     answer.set_exception(exc)
                     answer.exception()  # retrieved, in case nobody awaits it any more
@@ -259,6 +261,8 @@ class QueueMonitor:
                 await self.read()
             except (SQLAlchemyError, OSError) as exc:
                 log.warning("could not read the queues", extra={"reason": describe_exception(exc)})
+            except Exception:  # an outermost loop: the next read may succeed
+                log.exception("could not read the queues")
             pause = (time.monotonic() - started) * (1 / MAX_SHARE - 1)  # it reads every job that is queued
             await asyncio.sleep(min(max(pause, REFRESH_SECONDS), STALE_SECONDS - ANSWER_SECONDS))
 

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import NoReturn
 from uuid import UUID
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from api import queue_monitor
 from api.queue_monitor import QueueMonitor
 from domain.catalog import Catalog, ModelSpec
 from domain.jobs import new_id
@@ -37,3 +39,32 @@ async def test_a_slow_answer_is_no_reason_to_ask_seldom(database_url: str, monke
             assert await monitor.position(new_id(), SPEC.id) is None
             assert await monitor.position(new_id(), SPEC.id) is None
     await database.dispose()
+
+
+async def test_an_unexpected_error_ends_neither_the_figures_nor_the_positions(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: object) -> NoReturn:
+        raise TypeError("a figure is missing")
+
+    database = open_statement_database(database_url)
+    with monkeypatch.context() as patch:
+        patch.setattr(queue_monitor, "read_queues", broken)
+        patch.setattr(job_queries, "positions", broken)
+        patch.setattr(queue_monitor, "REFRESH_SECONDS", 0.05)
+        monitor = QueueMonitor(async_session_factory(database), Catalog([SPEC]), Settings())
+        async with monitor:
+            with pytest.raises(TypeError):
+                await monitor.position(new_id(), SPEC.id)
+            async with asyncio.timeout(20 * slowness()):
+                while "could not read the queues" not in caplog.text:
+                    await asyncio.sleep(0.01)
+            patch.undo()
+            assert await monitor.position(new_id(), SPEC.id) is None
+            async with asyncio.timeout(20 * slowness()):
+                while not monitor.queues:
+                    await asyncio.sleep(0.01)
+    await database.dispose()
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert {record.message for record in errors} == {"could not find positions", "could not read the queues"}
+    assert all(record.exc_info for record in errors)
