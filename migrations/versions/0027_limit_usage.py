@@ -7,7 +7,7 @@ down_revision = "0026"
 
 # A trigger on the ledger and not a part of the statements that end jobs, since these are many. The rows are locked in
 # order, as several ends may have jobs of the same tenants. A job that was deleted while it waited or ran gives nothing
-# back.
+# back. Output that a retry has taken over (chunks with the attempt 0) was paid for with the job that generated it.
 UPGRADE = """
 CREATE FUNCTION count_limit_usage() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
@@ -27,7 +27,9 @@ BEGIN
         day = today
     FROM (
         SELECT l.tenant_id, l.key_id, sum(r.num_prompt_tokens + r.num_output_tokens) AS num_tokens,
-            coalesce(sum(j.cost - CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens + j.num_committed_tokens ELSE 0 END)
+            coalesce(sum(j.cost - CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens + j.num_committed_tokens - (
+                    SELECT coalesce(sum(json_array_length(coalesce(c.chunk->'token_ids', '[]'))), 0) FROM job_chunks c
+                    WHERE c.job_id = j.id AND c.attempt = 0 AND j.retry_of IS NOT NULL) ELSE 0 END)
                 FILTER (WHERE r.is_end), 0) AS num_unused
         FROM recorded r JOIN limit_usage l ON l.tenant_id = r.tenant_id AND l.key_id IN ('', r.key_id)
         LEFT JOIN jobs j ON j.id = r.job_id
