@@ -327,14 +327,15 @@ def make_job(
 
 def with_estimate(new_job: NewJob, estimate: Callable[[NewJob], Estimate | None]) -> NewJob:
     """The job with the estimate of its start. If even nine of ten such jobs would start too late, it must not be
-    accepted, unless it was before."""
+    accepted, unless it was before, or its answer may be known, so that it would not wait."""
     estimated = estimate(new_job)
     if estimated is None:
         return new_job
     limits = [new_job.start_timeout_seconds] if new_job.start_timeout_seconds is not None else []
     if new_job.deadline_at is not None:
         limits.append((new_job.deadline_at - datetime.now(UTC)).total_seconds())
-    is_hopeless = estimated.is_trustworthy and bool(limits) and estimated.start.p10 > min(limits)
+    is_late = estimated.is_trustworthy and bool(limits) and estimated.start.p10 > min(limits)
+    is_hopeless = is_late and new_job.answer_key is None
     return replace(new_job, estimate=estimated, hopeless_seconds=estimated.start.p50 if is_hopeless else None)
 
 

@@ -35,6 +35,7 @@ def test_only_what_even_the_fastest_would_miss_is_refused(limits: dict[str, Any]
     assert job.estimate == estimated()
     assert with_estimate(new_job(**limits), lambda _: estimated(is_trustworthy=False)).hopeless_seconds is None
     assert with_estimate(new_job(**limits), lambda _: None).hopeless_seconds is None
+    assert with_estimate(new_job(**limits, answer_key=b"known"), lambda _: estimated()).hopeless_seconds is None
 
 
 def test_the_refusal_names_the_clock_and_the_wait() -> None:
