@@ -35,11 +35,14 @@ WAITING_JOB = f"""j.lane, CASE WHEN {BEGUN} THEN j.model_revision END AS revisio
 # The output tokens that a job may still take.
 TOKENS_LEFT = "greatest(0, j.cost - j.num_prompt_tokens - j.num_committed_tokens)"
 
+# A job that follows another one is queued, but it is no work: it will get the other's output.
 WAITING_GROUPS = text(f"""
-SELECT j.model, {WAITING_JOB}, j.tenant_id, count(*)::int AS num_jobs, sum({CHARGE})::bigint AS cost,
-    sum({TOKENS_LEFT})::bigint AS num_tokens,
+SELECT j.model, {WAITING_JOB}, j.tenant_id, count(*)::int AS num_jobs,
+    count(*) FILTER (WHERE f.job_id IS NULL)::int AS num_to_run,
+    coalesce(sum({CHARGE}) FILTER (WHERE f.job_id IS NULL), 0)::bigint AS cost,
+    coalesce(sum({TOKENS_LEFT}) FILTER (WHERE f.job_id IS NULL), 0)::bigint AS num_tokens,
     extract(epoch FROM {CLOCK} - min(j.created_at))::float8 AS oldest_seconds
-FROM jobs j WHERE j.status = 'queued' GROUP BY 1, 2, 3, 4, 5, 6, 7
+FROM jobs j LEFT JOIN job_followers f ON f.job_id = j.id WHERE j.status = 'queued' GROUP BY 1, 2, 3, 4, 5, 6, 7
 """)
 
 RUNNING_FIGURES = text("""
@@ -284,9 +287,9 @@ def queue_figures(session: Session) -> dict[str, QueueFigures]:
         group = own.get(job, WaitingGroup(job, 0, 0, 0.0))
         oldest_seconds = max(group.oldest_seconds, row.oldest_seconds)
         own[job] = WaitingGroup(job, group.num_jobs + row.num_jobs, group.cost + row.cost, oldest_seconds)
-        if not job.is_held_line:
+        if row.num_to_run and not job.is_held_line:
             by_tenant = loads.setdefault(row.model, {})
-            load = Load(row.num_jobs, row.cost, row.num_tokens)
+            load = Load(row.num_to_run, row.cost, row.num_tokens)
             by_tenant[row.tenant_id] = by_tenant.get(row.tenant_id, Load()).plus(load)
     running = {row.model: row for row in session.execute(RUNNING_FIGURES)}
     return {
