@@ -22,15 +22,20 @@ from storage.job_accept import NewJob
 from storage.job_ends import told
 from storage.job_statements import CLOCK, COUNTED, Packed
 from storage.jobs import Returned
+from storage.usage import RECORDED_COLUMNS, ends_recorded
 from storage.webhooks import IS_TOLD, write_deliveries
+
+NEVER_CLAIMED = "j.status || '' = 'queued' AND j.attempt = 0"  # found by id; see RUNNING in job_statements
 
 PUT_OFF_SECONDS = 3_600  # how long a job follows at most
 
-# Completes the jobs of the CTE `pair(id, leader_id)` with their leaders' output.
+# Completes the jobs of the CTE `pair(id, leader_id)` with their leaders' output. In the ledger they have an end and no
+# attempt, and no tokens: nothing was computed. A job that somebody else has locked is left alone for now.
 COMPLETED = f"""
 pick AS MATERIALIZED (
     SELECT j.id, pair.leader_id FROM pair JOIN jobs j ON j.id = pair.id
-    WHERE j.status = 'queued' AND j.attempt = 0 AND j.cancel_requested_at IS NULL ORDER BY j.id FOR NO KEY UPDATE OF j
+    WHERE {NEVER_CLAIMED} AND j.cancel_requested_at IS NULL
+    ORDER BY j.id FOR NO KEY UPDATE OF j SKIP LOCKED
 ),
 copied AS (
     INSERT INTO job_chunks (job_id, sequence_number, attempt, chunk)
@@ -47,8 +52,10 @@ answered AS (
         started_at = {CLOCK}, first_token_at = CASE WHEN l.first_token_at IS NOT NULL THEN {CLOCK} END,
         finished_at = {CLOCK}, prune_at = {CLOCK} + make_interval(secs => j.result_ttl_seconds)
     FROM pick JOIN jobs l ON l.id = pick.leader_id WHERE j.id = pick.id
-    RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.num_committed_tokens, j.created_at, {IS_TOLD}
+    RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.num_committed_tokens, j.created_at, {IS_TOLD},
+        {RECORDED_COLUMNS}
 ),
+{ends_recorded("answered", outcome="o.status", condition="true")},
 moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM answered),
 {COUNTED}
 {told("answered", has_chunks="false")}"""
@@ -76,40 +83,48 @@ led AS (
     SELECT tenant_id, key, id, {CLOCK} FROM leaders ORDER BY tenant_id, key
     ON CONFLICT (tenant_id, key) DO UPDATE SET job_id = excluded.job_id, created_at = excluded.created_at
 ),
-put_off AS (
-    UPDATE jobs j SET available_at = {CLOCK} + make_interval(secs => {PUT_OFF_SECONDS})
-    FROM known k LEFT JOIN leaders l ON l.tenant_id = k.tenant_id AND l.key = k.key
-    WHERE j.id = k.id AND k.is_answered IS NOT TRUE AND coalesce(k.leader_id, l.id) <> k.id
-        AND j.status = 'queued' AND j.attempt = 0
-    RETURNING j.id, coalesce(k.leader_id, l.id) AS leader_id
+fresh AS MATERIALIZED (  -- all that change
+    SELECT j.id, k.is_answered, coalesce(k.leader_id, l.id) AS leader_id
+    FROM known k LEFT JOIN leaders l ON l.tenant_id = k.tenant_id AND l.key = k.key JOIN jobs j ON j.id = k.id
+    WHERE coalesce(k.leader_id, l.id) <> k.id AND {NEVER_CLAIMED} ORDER BY j.id FOR NO KEY UPDATE OF j
+),
+put_off AS (  -- its start was estimated as if it would wait for a slot only
+    UPDATE jobs j SET available_at = {CLOCK} + make_interval(secs => {PUT_OFF_SECONDS}), eta = NULL
+    FROM fresh WHERE j.id = fresh.id AND fresh.is_answered IS NOT TRUE RETURNING j.id, fresh.leader_id
 ),
 followed AS (
     INSERT INTO job_followers (job_id, leader_id) SELECT id, leader_id FROM put_off ON CONFLICT DO NOTHING
 ),
-pair AS (SELECT id, leader_id FROM known WHERE is_answered),
+pair AS MATERIALIZED (  -- the count locks all of them before tenant_load
+    SELECT id, leader_id FROM fresh WHERE is_answered AND (SELECT count(*) FROM fresh) >= 0
+),
 {COMPLETED}
 """)
 
 END_FOLLOWERS = text(f"""
 WITH pair AS MATERIALIZED (
-    SELECT f.job_id AS id, f.leader_id FROM job_followers f JOIN jobs l ON l.id = f.leader_id
-    WHERE l.status = 'completed' AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id) LIMIT :limit
+    SELECT f.job_id AS id, f.leader_id
+    FROM job_followers f JOIN jobs j ON j.id = f.job_id JOIN jobs l ON l.id = f.leader_id
+    WHERE {NEVER_CLAIMED} AND l.status = 'completed'
+        AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id) LIMIT :limit
 ),
-forgotten AS (DELETE FROM job_followers f USING pair WHERE f.job_id = pair.id),
 {COMPLETED}
 """)
 
+# Forgets followers that have ended or go on by themselves. As when a job is deleted, its row is locked before the one
+# in job_followers.
 LET_GO = text(f"""
-WITH alone AS (
-    DELETE FROM job_followers f USING jobs j WHERE j.id = f.job_id AND (
-        j.status <> 'queued' OR j.attempt > 0 OR j.available_at <= {CLOCK}
+WITH alone AS MATERIALIZED (
+    SELECT j.id FROM job_followers f JOIN jobs j ON j.id = f.job_id
+    WHERE j.status <> 'queued' OR j.attempt > 0 OR j.available_at <= {CLOCK}
         OR NOT EXISTS (SELECT FROM jobs l WHERE l.id = f.leader_id AND l.cancel_requested_at IS NULL
             AND (l.status IN ('queued', 'in_progress')
-                OR (l.status = 'completed' AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id)))))
-    RETURNING f.job_id
-)
+                OR (l.status = 'completed' AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id))))
+    LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
+),
+forgotten AS (DELETE FROM job_followers f USING alone WHERE f.job_id = alone.id)
 UPDATE jobs j SET available_at = j.created_at FROM alone
-WHERE j.id = alone.job_id AND j.status = 'queued' AND j.attempt = 0 AND j.available_at > {CLOCK}
+WHERE j.id = alone.id AND {NEVER_CLAIMED} AND j.available_at > {CLOCK}
 """)
 
 
@@ -126,11 +141,10 @@ def answer(session: Session, new_jobs: Sequence[NewJob], *, max_age_seconds: flo
 
 
 def end_followers(session: Session, *, limit: int = 200) -> list[Returned]:
-    """Complete jobs whose leaders have completed, and let go of those whose leaders never will. Returns those that were
+    """Let go of jobs whose leaders will never complete, and complete those whose leaders have. Returns those that were
     completed."""
-    ended = _ended(session, session.execute(END_FOLLOWERS, {"limit": limit}).all())
-    session.execute(LET_GO)
-    return ended
+    session.execute(LET_GO, {"limit": 2 * limit})  # those that were completed before, and others
+    return _ended(session, session.execute(END_FOLLOWERS, {"limit": limit}).all())
 
 
 def _ended(session: Session, rows: Sequence[Row[tuple[object, ...]]]) -> list[Returned]:

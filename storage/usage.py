@@ -3,9 +3,10 @@
 A record is written by the statement that ends the attempt, so that none is missing, and kept when the job is deleted.
 It contains neither prompts nor output.
 
-An attempt has one record, and a job that ends in the queue has one more, with nothing taken. The sums over a job's
-records are its `usage`: its prompt counts with its first attempt, and the output with the attempt that committed it. If
-output is discarded because the job starts over, a record with a negative number of tokens takes it back.
+An attempt has one record, and a job that ends in the queue has one more, with nothing taken. So has a job that is
+completed with another one's output. The sums over a job's records are its `usage`, without what it has from other jobs:
+its prompt counts with its first attempt, and the output with the attempt that committed it. If output is discarded
+because the job starts over, a record with a negative number of tokens takes it back.
 """
 
 # ruff: noqa: S608  (only constants of the storage modules are inserted into the text; values are bound)
@@ -16,7 +17,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import REAL, BigInteger, Double, Index, text
+from sqlalchemy import REAL, BigInteger, Double, Index, func, select, text
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from domain.jobs import MIN_PRIORITY, JobKind
@@ -139,6 +140,8 @@ def reasoning_tokens_of(output: JobOutput | None) -> int:
 
 MAX_GROUPS = 10_000  # of one query
 
+TOTALS_SECONDS = 5.0  # after this the server gives up a query, for whose answer nobody waits any more
+
 
 @dataclass(frozen=True, slots=True)
 class UsageQuery:
@@ -221,7 +224,9 @@ DELETE FROM usage_records WHERE ctid = ANY(ARRAY(
 
 
 def totals(session: Session, query: UsageQuery) -> list[UsageTotal]:
-    """The totals by model and by what the query says, in order. More than MAX_GROUPS mean that there are more."""
+    """The totals by model and by what the query says, in order. More than MAX_GROUPS mean that there are more. Needs a
+    transaction, for its time limit. Raises OperationalError after TOTALS_SECONDS."""
+    session.execute(select(func.set_config("statement_timeout", f"{round(1000 * TOTALS_SECONDS)}ms", True)))
     parameters: dict[str, Any] = {
         "start": query.start,
         "end": query.end,

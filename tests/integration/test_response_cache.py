@@ -9,10 +9,15 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.queue_monitor import QueueMonitor
+from domain.access import Limits
+from domain.jobs import external_id, parse_id
 from settings import Settings
-from storage import answers, tenants
+from storage import administration, answers, job_queries, tenants
+from storage.administration import TenantChanges
 from storage.job_accept import NewJob
-from storage.tables import Job, Tenant, TenantLoad
+from storage.limits import OF_TENANT, LimitUse
+from storage.tables import ApiKey, Job, Tenant, TenantLoad
+from storage.usage import UsageRecord
 from tests.integration.api_harness import ApiServer, HandWorker, all_events, numbered
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
@@ -86,6 +91,37 @@ def test_a_hit_is_a_job_born_completed(
         assert session.scalar(text("SELECT count(*) FROM webhook_deliveries")) == 1
         loads = session.execute(select(func.sum(TenantLoad.num_queued), func.sum(TenantLoad.num_running))).one()
         assert tuple(loads) == (0, 0)
+        _, hit = session.scalars(select(UsageRecord).order_by(UsageRecord.ended_at))
+        assert (external_id(hit.job_id), hit.outcome, hit.is_end, hit.is_attempt) == (
+            job["id"],
+            "completed",
+            True,
+            False,
+        )
+        assert (hit.num_prompt_tokens, hit.num_output_tokens, hit.attempt, hit.engine_seconds) == (0, 0, 0, 0)
+
+
+def test_neither_a_hit_nor_a_follower_takes_tokens_of_a_limit(
+    client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
+) -> None:
+    key_id = client.headers["authorization"].split("_")[1]
+    with session_factory.begin() as session:
+        name = session.scalars(select(Tenant.name).join(ApiKey).where(ApiKey.id == key_id)).one()
+        changes = TenantChanges(limits=Limits(tokens_per_minute=1_000_000))
+        administration.change_tenant(session, name, changes, actor="test")
+    leader, _ = ask(client).json()["id"], ask(client)
+    run(hand_worker, leader, "Hello")
+    with session_factory.begin() as session:
+        assert len(answers.end_followers(session)) == 1
+    ask(client)
+    with session_factory() as session:
+        unused = session.scalars(select(LimitUse.num_unused_tokens).where(LimitUse.key_id == OF_TENANT)).one()
+        costs = session.scalars(select(Job.cost).where(Job.answered_by.is_not(None))).all()
+        leader_left = session.scalars(
+            select(Job.cost - Job.num_prompt_tokens - Job.num_committed_tokens).where(Job.answered_by.is_(None))
+        ).one()
+    assert len(costs) == 2
+    assert unused == sum(costs) + leader_left
 
 
 def test_a_hit_joins_no_queue(
@@ -145,9 +181,17 @@ def test_the_same_request_in_flight_is_run_once(
 ) -> None:
     leader, *followers = (ask(client).json()["id"] for _ in range(3))
     assert waiting(session_factory) == 1
+    with session_factory() as session:
+        [load] = job_queries.queue_figures(session)["large"].loads.values()
+        assert load.num_jobs == 1, "followers are no work"
     run(hand_worker, leader, "Hello")
+    with session_factory() as other, session_factory.begin() as session:
+        other.execute(select(Job.id).where(Job.id == parse_id(followers[0])).with_for_update())
+        assert [external_id(ended.job_id) for ended in answers.end_followers(session)] == followers[1:], (
+            "without a wait"
+        )
     with session_factory.begin() as session:
-        assert len(answers.end_followers(session)) == 2
+        assert len(answers.end_followers(session)) == 1
         assert answers.end_followers(session) == []
     for follower in followers:
         job = client.get(f"/v1/jobs/{follower}").json()
@@ -170,6 +214,7 @@ def test_followers_go_on_without_their_leader(
         assert session.scalar(text("SELECT count(*) FROM job_followers")) == 0
         [row] = session.scalars(select(Job).where(Job.status == "queued"))
         assert row.available_at == row.created_at
+        assert row.eta is None, "it did not wait for a slot only"
     assert waiting(session_factory) == 1
     run(hand_worker, follower, "Hello")
     assert client.get(f"/v1/jobs/{follower}").json()["cached"] is False

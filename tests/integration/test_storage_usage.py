@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from domain.jobs import FinishReason, JobError, JobStatus, Usage
@@ -14,6 +15,7 @@ from domain.requests import GenerationResult, ResultChoice
 from storage import jobs, usage
 from storage.job_accept import accept
 from storage.jobs import ChunkCommit, Finalisation
+from storage.limits import OF_TENANT, LimitSet, LimitUse
 from storage.tables import Job, TenantLoad
 from storage.usage import UsageQuery, UsageRecord
 from storage.workers import WorkerReport, heartbeat
@@ -161,11 +163,17 @@ def test_output_taken_over_from_another_job_is_recorded_there(session: Session) 
     begin(session, first.job_id)
     jobs.release(session, [first.job_id], owner=OWNER)
     jobs.cancel_queued(session, [first.job_id])
+    session.add(LimitSet(tenant_id=new_job().tenant_id, key_id=OF_TENANT))
+    session.flush()
+    session.add(LimitUse(tenant_id=new_job().tenant_id, key_id=OF_TENANT))
+    session.flush()
     again = jobs.retry(session, new_job(retry_of=first.job_id), True, max_queued_jobs=9)
     begin(session, again.job_id, chunks=1)
     end(session, again.job_id)
     assert session.get_one(Job, again.job_id, populate_existing=True).num_committed_tokens == 3
     assert sum(one.num_output_tokens for one in records_of(session, again.job_id)) == 1
+    [unused] = session.scalars(select(LimitUse.num_unused_tokens))
+    assert unused == new_job().cost - 3 - 1, "its prompt, and the token that it generated itself"
 
 
 def test_cached_and_reasoning_tokens_are_recorded(session: Session) -> None:
@@ -217,3 +225,10 @@ def test_old_records_are_pruned(session: Session) -> None:
     assert usage.prune(session, days=10) == 0
     session.execute(update(UsageRecord).values(ended_at=datetime.now(UTC) - timedelta(days=11)))
     assert usage.prune(session, days=10) == 1
+
+
+def test_totals_that_nobody_waits_for_are_given_up(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "TOTALS_SECONDS", 0.05)
+    monkeypatch.setattr(usage, "TOTALS", text("SELECT pg_sleep(60) WHERE :start < now()"))
+    with pytest.raises(OperationalError, match="statement timeout"):
+        usage.totals(session, UsageQuery(start=PAST, end=datetime.now(UTC)))
