@@ -211,6 +211,10 @@ class Quarantine:
         most = 1 if is_memory_short and not is_trial else 0
         return {job_id: min(weight, most) for job_id, weight in weight_by_job_id.items()}
 
+    def forget_crashes(self) -> None:
+        """Call when the worker begins anew, so that it is judged by what happens from now on."""
+        self._crashes.clear()
+
     @property
     def is_worker_at_fault(self) -> bool:
         """Whether there have been too many crashes to blame a job."""

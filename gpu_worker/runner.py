@@ -178,8 +178,12 @@ class RunnerThread:
         if now >= self._retry_at:
             log.warning("trying again the model that was given up")
             self.is_healthy, self._retry_at = True, math.inf
+            self._quarantine.forget_crashes()
         if self.is_healthy:
             self._watch_engine(now)
+        else:  # what was still being claimed, or offered, when the model was given up
+            self._batch.release_all()
+            self._refuse(self._offers.take())
         if self._release_at is not None and now > self._release_at:
             self._batch.release_all()
         self._take_jobs_in(now)

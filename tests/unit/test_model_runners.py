@@ -1,13 +1,24 @@
 """A worker with several models: which failures of one of them end it."""
 
+import signal
+from collections.abc import Iterator
+from time import monotonic
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 
 from domain.catalog import ModelSpec
+from domain.jobs import Lane
+from gpu_worker.engine_process.supervisor import EngineExit
+from gpu_worker.intake import Offers
+from gpu_worker.quarantine import QuarantineRules
 from gpu_worker.residency import ModelMemory
+from gpu_worker.runner import RunnerThread
 from gpu_worker.serving import ModelRunners
-from gpu_worker.threads import WorkerFailure
+from gpu_worker.threads import RunnerEvent, RunnerEventKind, WorkerFailure
+from settings import Settings
+from tests.runner_parts import make_claimed
 
 CRASHES = WorkerFailure("the engine keeps crashing", is_of_model=True)
 CANNOT_LOAD = WorkerFailure("the model cannot be loaded", is_lasting=True, is_of_model=True)
@@ -43,6 +54,68 @@ def test_a_failure_that_is_not_the_models_ends_the_worker() -> None:
     _, (one, _), failures = start()
     one.fail(BUG)
     assert failures == [BUG]
+
+
+class TestAModelThatWasGivenUp:
+    @pytest.fixture
+    def events(self) -> list[RunnerEvent]:
+        return []
+
+    @pytest.fixture
+    def runner(self, events: list[RunnerEvent], monkeypatch: pytest.MonkeyPatch) -> Iterator[RunnerThread]:
+        """Without its threads: calls of the storage are not made."""
+        runner = RunnerThread(
+            spec=ModelSpec(id="one", path="none", backend="fake", max_model_len=64),
+            settings=Settings(),
+            owner=uuid4(),
+            hostname="h",
+            offers=Offers(),
+            on_event=events.append,
+            on_unhealthy=lambda failure: None,
+            quarantine_rules=QuarantineRules(),
+            memory=ModelMemory({"one": 0}),
+        )
+        monkeypatch.setattr(runner._storage_thread, "submit", lambda *calls: None)
+        yield runner
+        runner._storage.close()
+        runner.mailbox.close()
+
+    @pytest.mark.parametrize("lane", list(Lane))
+    def test_keeps_no_job_that_was_being_claimed_and_no_offer(
+        self, runner: RunnerThread, events: list[RunnerEvent], monkeypatch: pytest.MonkeyPatch, lane: Lane
+    ) -> None:
+        calls: list[Any] = []
+        released: list[UUID] = []
+        monkeypatch.setattr(runner._storage_thread, "submit", lambda call, *_: calls.append(call))
+        monkeypatch.setattr(runner._storage, "release", released.extend)
+        job, ticket_id = make_claimed(lane=lane), uuid4()
+        runner._give_up(CRASHES)
+        runner._offers.add(ticket_id)
+        calls.clear()
+        runner.mailbox.post(lambda: runner._batch.admit([job], monotonic()))
+        runner._turn()
+        assert not runner._batch
+        assert runner._quarantine.job is None
+        for call in calls:
+            call(False)
+        assert released == [job.id]
+        assert RunnerEvent(RunnerEventKind.REFUSED, ticket_id) in events
+        assert not runner._offers
+
+    def test_is_tried_again_as_if_it_had_never_crashed(self, runner: RunnerThread) -> None:
+        rules = QuarantineRules()
+        for _ in range(rules.max_unrelated_crashes):
+            runner._quarantine.judge(EngineExit(-signal.SIGSEGV, False, True, []), [])
+        assert runner._quarantine.is_worker_at_fault
+        runner._give_up(CRASHES)
+        runner._turn()
+        assert not runner.is_healthy
+        runner._retry_at = monotonic()
+        runner._turn()
+        assert runner.is_healthy
+        for _ in range(rules.max_unrelated_crashes - 1):
+            runner._quarantine.judge(EngineExit(-signal.SIGSEGV, False, True, []), [])
+        assert not runner._quarantine.is_worker_at_fault
 
 
 def start() -> tuple[ModelRunners, list[Any], list[WorkerFailure]]:
