@@ -80,9 +80,10 @@ class RunningBatch:
             self._admit(make_running(claim, claimed_at=sent_at))
 
     def may_leave(self, now: float) -> list[Candidate]:
-        """The jobs that may be paused; none if the engine could not go on where it stopped."""
+        """The jobs that may be paused. None if the engine could not go on where it stopped, nor while others are being
+        paused: their slots are given away already, but their tenants still count as having them."""
         ready = self._supervisor.ready
-        if ready is None or not ready.keeps_prefixes:
+        if ready is None or not ready.keeps_prefixes or any(job.is_pausing for job in self._jobs.values()):
             return []
         return candidates(self._jobs.values(), now, quantum_seconds=self._storage.pause_quantum_seconds)
 

@@ -1,13 +1,20 @@
 """Which running jobs give their slots to which waiting ones."""
 
+from types import SimpleNamespace
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
 from domain.jobs import FinishReason
-from gpu_worker.pausing import Candidate, candidates, choose
+from gpu_worker.batch import RunningBatch
+from gpu_worker.commits import FlushPacer
+from gpu_worker.engine_process.frames import EngineStats, StepDone
+from gpu_worker.pausing import Candidate, Exchange, candidates, choose
+from gpu_worker.quarantine import Quarantine
+from settings import Settings
 from storage.shares import NextJob, Shares
-from tests.runner_parts import make_output, make_running
+from tests.runner_parts import make_claimed, make_output, make_running
 
 A, B, C = (UUID(int=number) for number in (1, 2, 3))
 
@@ -115,6 +122,21 @@ class TestWhichJobsMayLeave:
         jobs[3].abort_reason = FinishReason.CANCELLED
         jobs[4].absorb(make_output(jobs[4], "x", finish_reason="stop"))
         assert candidates(jobs, 1e9, quantum_seconds=2.0) == []
+
+
+def test_nobody_leaves_while_others_are_being_paused() -> None:
+    storage: Any = SimpleNamespace(model="test-model", pause_quantum_seconds=0.0, passes_messages=False, release=None)
+    supervisor: Any = SimpleNamespace(ready=SimpleNamespace(keeps_prefixes=True), send=lambda command: None)
+    thread: Any = SimpleNamespace(submit=lambda *calls: None)
+    batch = RunningBatch(supervisor, Quarantine(), FlushPacer(Settings()), storage, thread, lambda event: None)
+    batch.admit([make_claimed() for _ in range(3)], 0.0)
+    jobs = list(batch._jobs.values())
+    batch.absorb(StepDone([make_output(job) for job in jobs], [], EngineStats()))
+    assert len(batch.may_leave(1e9)) == 3
+    batch.exchange(Exchange([], [jobs[0].id]), 0.0)
+    assert batch.may_leave(1e9) == []
+    batch._forget(jobs[0])  # as when it has been put back
+    assert len(batch.may_leave(1e9)) == 2
 
 
 def test_what_a_resumed_job_had_to_compute_again_is_what_the_cache_did_not_have() -> None:
