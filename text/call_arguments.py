@@ -31,6 +31,8 @@ _MAX_NODES = 64  # of a schema, to tell the types of a value
 
 _MAX_DEPTH = 64  # of values in a call
 
+MAX_PYTHON_CHARS = 65_536  # of a call: parsing takes hundreds of times as much memory as the text
+
 
 class Notation(Protocol):
     def convert(self, text: str, parameters: Parameters) -> tuple[str, str]:
@@ -91,6 +93,8 @@ class PythonArguments:
 
     def convert(self, text: str, parameters: Parameters) -> tuple[str, str]:
         del parameters
+        if len(text) > MAX_PYTHON_CHARS:
+            raise ValueError("too long")
         name, _, written = text.strip().partition("(")
         call = ast.parse(f"f({written}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or not name.strip():

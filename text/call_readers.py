@@ -260,6 +260,8 @@ class WholeCall(CallReader):
         return None if place < 0 else place + len(self._end_tag)
 
     def _end(self) -> None:
+        if self.num_chars > MAX_HEAD_CHARS + MAX_ARGUMENT_CHARS:  # do not convert what is too long anyway
+            return self._give_up()
         try:
             name, arguments = self._convert(self.text.removesuffix(self._end_tag))
         except Exception:  # whatever a model writes, it is text if it is no call

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.structured_output import MAX_ARGUMENT_CHARS, ToolCall
+from text.call_arguments import MAX_PYTHON_CHARS
 from text.call_formats import FORMATS
 from text.call_readers import CallReader
 from text.harmony import HarmonyParser
@@ -151,20 +153,20 @@ def test_calls_beyond_those_that_can_be_sent_back_are_not_taken_for_calls(format
 
 
 @pytest.mark.parametrize(
-    ("format", "text", "json"),
+    ("format", "text", "num_chars"),
     [
-        ("hermes", '<tool_call>{"name": "f", "arguments": @}</tool_call>', '{"a": "%s"}'),
-        ("hermes", '<tool_call>{"arguments": @, "name": "f"}</tool_call>', '{"a": "%s"}'),
-        ("mistral_args", "[TOOL_CALLS]f[ARGS]@", '{"a": "%s"}'),
-        ("qwen3_coder", "<tool_call><function=f><parameter=a>%s</parameter></function></tool_call>", '{"a": "%s"}'),
-        ("python", '[f(a="%s")]', '{"a": "%s"}'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "%s"}}</tool_call>', 150_000),
+        ("hermes", '<tool_call>{"arguments": {"a": "%s"}, "name": "f"}</tool_call>', 150_000),
+        ("mistral_args", '[TOOL_CALLS]f[ARGS]{"a": "%s"}', 150_000),
+        ("qwen3_coder", "<tool_call><function=f><parameter=a>%s</parameter></function></tool_call>", 150_000),
+        ("python", '[f(a="%s")]', MAX_PYTHON_CHARS - 10),
     ],
 )
-def test_long_arguments_are_a_call_in_every_form_and_can_be_sent_back(format: str, text: str, json: str) -> None:
-    value = "x" * 150_000
-    [_, arguments] = parse(format, [text.replace("@", json) % value])
+def test_long_arguments_are_a_call_in_every_form_and_can_be_sent_back(format: str, text: str, num_chars: int) -> None:
+    value = "x" * num_chars
+    [_, arguments] = parse(format, [text % value])
     assert isinstance(arguments, CallArguments)
-    assert arguments.text == json % value
+    assert arguments.text == f'{{"a": "{value}"}}'
     assert ToolCall(id="1", name="f", arguments=arguments.text)
 
 
@@ -172,8 +174,25 @@ def test_what_is_too_long_to_be_sent_back_is_no_part_of_a_call() -> None:
     value = "x" * MAX_ARGUMENT_CHARS
     pieces = parse("mistral_args", [f'[TOOL_CALLS]f[ARGS]{{"a": "{value}"}} So.'])
     assert pieces == [CallName(0, "f"), CallArguments(0, '{"a": "' + value[7:]), ContentPiece('xxxxxxx"} So.')]
-    whole = f'[f(a="{value}")]'
-    assert parse("python", [whole]) == [ContentPiece(whole)]
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "num_chars"),
+    [
+        ("python", '[f(a="%s")]', MAX_PYTHON_CHARS),
+        ("qwen3_coder", "<tool_call><function=f><parameter=a>%s</parameter></function></tool_call>", 2_000_000),
+    ],
+)
+def test_what_is_too_long_to_be_converted_is_text(
+    monkeypatch: pytest.MonkeyPatch, format: str, text: str, num_chars: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("it was converted")
+
+    monkeypatch.setattr("text.call_arguments.ast", SimpleNamespace(parse=refuse))
+    monkeypatch.setattr("text.call_arguments.TaggedArguments.convert", refuse)
+    whole = text % ("x" * num_chars)
+    assert parse(format, [whole]) == [ContentPiece(whole)]
 
 
 def test_the_cost_of_many_calls_in_one_push_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
