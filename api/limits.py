@@ -137,10 +137,12 @@ class StreamPlaces(RequestPlaces):
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         key_id, _ = stream_limits_context.get()
-        with super().hold(), self._counted(key_id):
+        try:
+            with super().hold(), self._counted(key_id):
+                stream_connections.set(self.num_taken)
+                yield
+        finally:
             stream_connections.set(self.num_taken)
-            yield
-        stream_connections.set(self.num_taken)
 
     @contextlib.contextmanager
     def _counted(self, key_id: str | None) -> Iterator[None]:

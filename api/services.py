@@ -65,9 +65,11 @@ AFTER_ALL_CHUNKS = 2**31 - 1  # a stream that begins here has status changes onl
 
 ANSWER_SECONDS = 5.0  # how long a query may take before the client gets a 503
 
-MAX_QUERIES = 12  # of requests at a time; the rest of the connections is for streams, keys and queues
+MAX_READS = 12  # of requests at a time; the rest of their connections is for streams, keys and queues
 
-MAX_WAITING = 4_096  # queries
+MAX_WRITES = 8  # of requests at a time: as many as there are connections for transactions
+
+MAX_WAITING = 4_096  # reads, and as many writes
 
 
 @dataclass(slots=True)
@@ -90,48 +92,60 @@ class Services:
     uploads: RequestPlaces
     downloads: RequestPlaces
     large_bodies: RequestPlaces
-    turns: SharedTurns  # of queries
+    read_turns: SharedTurns
+    write_turns: SharedTurns
     draining: asyncio.Event = field(default_factory=asyncio.Event)  # set on SIGTERM: no longer ready, and streams end
     background: set["asyncio.Task[None]"] = field(default_factory=set)  # the tasks of `spawn` that are not done
 
     async def read(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a read-only storage function. Raises StorageUnavailable."""
-        return await self._query(repeatable(self.statements, function, *args, **kwargs))
+        return await self._query(self.read_turns, repeatable(self.statements, function, *args, **kwargs))
 
     async def write(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a storage function and commit. Raises StorageFull, or StorageUnavailable: then it may have been
         committed."""
-        return await self._query(self._write(function, *args, **kwargs))
+        return await self._query(self.write_turns, self._write(function, *args, **kwargs))
 
     async def _write(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         async with self.sessions.begin() as session:
             return await session.run_sync(function, *args, **kwargs)
 
-    async def _query(self, query: Coroutine[Any, Any, T]) -> T:
-        # A query to a server that hangs cannot be cancelled until the server answers, so it is abandoned instead.
-        task = asyncio.create_task(self._in_turn(query))
-        task.add_done_callback(_read_exception)
+    async def _query(self, turns: SharedTurns, query: Coroutine[Any, Any, T]) -> T:
+        return await self._bounded(self._in_turn(turns, query))
+
+    async def _in_turn(self, turns: SharedTurns, query: Coroutine[Any, Any, T]) -> T:
+        """If the caller gives up before its turn, the query does not run at all."""
+        tenant_id = current_tenant.get()
         try:
-            return await asyncio.wait_for(asyncio.shield(task), ANSWER_SECONDS)
+            await turns.take(tenant_id)
+        except BaseException:
+            query.close()
+            raise
+        # A query to a server that hangs cannot be cancelled until the server answers. So it is abandoned instead, and
+        # keeps its turn, as it keeps its connection.
+        task = asyncio.create_task(query)
+        task.add_done_callback(partial(_end_turn, turns, tenant_id))
+        return await asyncio.shield(task)
+
+    async def _bounded(self, answer: Coroutine[Any, Any, T]) -> T:
+        """What the database has answered within ANSWER_SECONDS. Raises StorageFull or StorageUnavailable."""
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await answer
         except (*OUTAGES, OSError, TimeoutError) as exc:
             if getattr(getattr(exc, "orig", None), "sqlstate", None) == DISK_FULL:
                 raise StorageFull("the disk of the database is full; nothing was stored, retry later") from exc
             raise database_unavailable() from exc
 
-    async def _in_turn(self, query: Coroutine[Any, Any, T]) -> T:
-        try:
-            async with self.turns.hold(current_tenant.get()):
-                return await query
-        finally:
-            query.close()  # does nothing unless its turn never came
+    # The monitor batches its own queries and pauses between them, so that its callers take no turns while they wait.
 
     async def position(self, job_id: UUID, model: str) -> QueueView | None:
         """The place of a queued job; None if it is no longer queued. Raises StorageUnavailable."""
-        return await self._query(self.monitor.position(job_id, model))
+        return await self._bounded(self.monitor.position(job_id, model))
 
     async def refresh_queues(self) -> None:
         """Read the queues now, so that later requests to this process see a change. Raises StorageUnavailable."""
-        await self._query(self.monitor.read(max_age_seconds=0))
+        await self._bounded(self.monitor.read(max_age_seconds=0))
 
     async def wait_for_end(self, job_id: UUID, seconds: float) -> None:
         """Returns when the job has ended or was deleted, when the time is over, or when this server drains; at once if
@@ -216,7 +230,10 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(EventLoopMonitor())
         database = open_async_database(
-            settings.database_url, pool_size=2, max_overflow=6, idle_seconds=settings.idle_transaction_seconds
+            settings.database_url,
+            pool_size=2,
+            max_overflow=MAX_WRITES - 2,
+            idle_seconds=settings.idle_transaction_seconds,
         )
         stack.push_async_callback(database.dispose)
         sessions = async_session_factory(database)
@@ -253,7 +270,8 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             uploads=places_of_uploads(settings.max_uploads, is_shared=is_shared),
             downloads=places_of_downloads(is_shared=is_shared),
             large_bodies=places_of_large_bodies(is_shared=is_shared),
-            turns=SharedTurns(MAX_QUERIES, max_waiting=MAX_WAITING, what="requests are waiting for the database"),
+            read_turns=turns_of_queries(MAX_READS, is_shared=is_shared),
+            write_turns=turns_of_queries(MAX_WRITES, is_shared=is_shared),
         )
         stack.push_async_callback(services.cancel_spawned)
         services.spawn(follow_models(views, on_check=submitter.prepare_grammars))
@@ -266,8 +284,14 @@ def open_redis(url: str) -> "redis.asyncio.Redis":
     )
 
 
-def _read_exception(task: "asyncio.Task[Any]") -> None:
-    """Retrieve the exception of an abandoned task, so that asyncio does not report it."""
+def turns_of_queries(num_at_once: int, *, is_shared: bool) -> SharedTurns:
+    what = "requests are waiting for the database"
+    return SharedTurns(num_at_once, max_waiting=MAX_WAITING, what=what, is_shared=is_shared)
+
+
+def _end_turn(turns: SharedTurns, tenant_id: UUID, task: "asyncio.Task[Any]") -> None:
+    """Also retrieves the exception of an abandoned task, so that asyncio does not report it."""
+    turns.leave(tenant_id)
     if not task.cancelled():
         task.exception()
 

@@ -2,14 +2,13 @@
 
 Places follow the rule of dynamic thresholds (Choudhury and Hahne 1998, for the buffers of network switches): a tenant
 may take another place while it holds fewer than are free. So one tenant gets at most half of the places, two get a
-third each, and one that holds none finds a place as long as any is free. Those who wait are served in turns of their
-tenants. docs/adr/0054 lists what is shared in this way.
+third each, and one that holds none finds a place as long as any is free. Turns are places that one waits for, and those
+who wait are served in turns of their tenants. docs/adr/0054 lists what is shared in this way.
 """
 
 import asyncio
-import contextlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 from uuid import UUID
@@ -84,9 +83,12 @@ class SharedQueue(Generic[Item]):
         self._places.take(tenant_id)
         self._items_by_tenant.setdefault(tenant_id, deque()).append(item)
 
-    def pop(self) -> tuple[UUID, Item]:
-        """The next item, and whose it is. Raises KeyError if there is none."""
-        tenant_id, items = self._items_by_tenant.popitem(last=False)
+    def pop(self, may_come: Callable[[UUID], bool] = lambda tenant_id: True) -> tuple[UUID, Item]:
+        """The next item of a tenant that may come, and whose it is. Raises KeyError if there is none."""
+        tenant_id = next(filter(may_come, self._items_by_tenant), None)
+        if tenant_id is None:
+            raise KeyError("no item may come")
+        items = self._items_by_tenant.pop(tenant_id)
         item = items.popleft()
         if items:
             self._items_by_tenant[tenant_id] = items  # behind the other tenants
@@ -97,17 +99,18 @@ class SharedQueue(Generic[Item]):
 class SharedTurns:
     """Work of which only some runs at a time, while the rest waits. Bound to one event loop."""
 
-    def __init__(self, num_at_once: int, *, max_waiting: int, what: str) -> None:
-        """`what` is for refusals: "large requests are waiting"."""
-        self._num_free = num_at_once
+    def __init__(self, num_at_once: int, *, max_waiting: int, what: str, is_shared: bool) -> None:
+        """`what` is for refusals: "large requests are waiting". `is_shared`: turns are long, and there may be several
+        tenants, so one of them never takes all turns at once; otherwise any free turn is anybody's."""
+        self._places = SharedPlaces(num_at_once, is_shared=is_shared)
         self._waiting: SharedQueue[asyncio.Future[None]] = SharedQueue(max_waiting)
         self._what = what
 
     async def take(self, tenant_id: UUID) -> None:
         """Returns when it is the tenant's turn, which `leave` must end. Raises ServerOverloaded if too much of the
         tenant's work is waiting."""
-        if self._num_free:
-            self._num_free -= 1
+        if self._has_room(tenant_id):  # then none of its work is waiting
+            self._places.take(tenant_id)
             return
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(tenant_id, turn, what=self._what)
@@ -115,22 +118,20 @@ class SharedTurns:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():  # the turn came in the same moment
-                self.leave()
+                self.leave(tenant_id)
             raise
 
-    def leave(self) -> None:
-        while len(self._waiting):
-            _, turn = self._waiting.pop()
-            if not turn.done():  # else its waiter has given up
-                turn.set_result(None)
+    def leave(self, tenant_id: UUID) -> None:
+        self._places.leave(tenant_id)
+        # One turn that ends may make room for two: another tenant's, and then one more of this tenant's.
+        while self._places.num_taken < self._places.num_places:
+            try:
+                next_id, turn = self._waiting.pop(self._has_room)
+            except KeyError:
                 return
-        self._num_free += 1
+            if not turn.done():  # else its waiter has given up
+                self._places.take(next_id)
+                turn.set_result(None)
 
-    @contextlib.asynccontextmanager
-    async def hold(self, tenant_id: UUID) -> AsyncIterator[None]:
-        """Raises ServerOverloaded, as `take` does."""
-        await self.take(tenant_id)
-        try:
-            yield
-        finally:
-            self.leave()
+    def _has_room(self, tenant_id: UUID) -> bool:
+        return self._places.room_of(tenant_id) > 0

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from uuid import UUID
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -35,8 +36,21 @@ NUM_FAILURES_TO_OPEN = 3  # consecutive attempts without any HTTP answer
 
 REST_SECONDS = 30.0
 
+FORGET_SECONDS = 10 * REST_SECONDS  # after a host's last failure
+
+MAX_FAILING = 10_000  # tenants' hosts whose failures are remembered, the latest ones
+
 
 Queue = tuple[UUID, str]  # a tenant, and a receiving host
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    count: int  # consecutive ones
+    last_at: float
+
+    def is_resting(self, clock: float) -> bool:
+        return clock < self.last_at + REST_SECONDS
 
 
 class Hosts:
@@ -45,8 +59,7 @@ class Hosts:
 
     def __init__(self) -> None:
         self._num_in_hand: Counter[Queue] = Counter()
-        self._num_failures: Counter[Queue] = Counter()
-        self._rests_until: dict[Queue, float] = {}
+        self._failures: dict[Queue, Failures] = {}  # the latest ones last
 
     def begin(self, host: Queue) -> None:
         self._num_in_hand[host] += 1
@@ -55,27 +68,27 @@ class Hosts:
         self._num_in_hand[host] -= 1
         if not self._num_in_hand[host]:
             del self._num_in_hand[host]
-        if has_answered:
-            self._num_failures.pop(host, None)
-            self._rests_until.pop(host, None)
-            return
-        self._num_failures[host] += 1
-        if self._num_failures[host] >= NUM_FAILURES_TO_OPEN:
-            self._rests_until[host] = clock + REST_SECONDS
+        before = self._failures.pop(host, None)
+        if not has_answered:
+            self._failures[host] = Failures(1 if before is None else before.count + 1, clock)
+        self._forget(clock)
 
     def rooms(self, clock: float) -> dict[Queue, int]:
         """How many more attempts each host may get. Hosts that are not listed may get MAX_PER_HOST."""
         self._forget(clock)
         rooms = {host: max(0, MAX_PER_HOST - num) for host, num in self._num_in_hand.items()}
-        for host, until in self._rests_until.items():
-            rooms[host] = 0 if clock < until or self._num_in_hand[host] else 1
+        for host, failures in self._failures.items():
+            if failures.count >= NUM_FAILURES_TO_OPEN:
+                rooms[host] = 0 if failures.is_resting(clock) or self._num_in_hand[host] else 1
         return rooms
 
     def _forget(self, clock: float) -> None:
-        """Forget hosts that have not been used for a long time, so that memory stays bounded."""
-        for host in [host for host, until in self._rests_until.items() if clock > until + 10 * REST_SECONDS]:
-            del self._rests_until[host]
-            self._num_failures.pop(host, None)
+        """Forget the oldest failures, so that memory stays bounded."""
+        while self._failures:
+            host, failures = next(iter(self._failures.items()))
+            if len(self._failures) <= MAX_FAILING and clock <= failures.last_at + FORGET_SECONDS:
+                return
+            del self._failures[host]
 
 
 POLL_SECONDS = 1.0  # how long an event may wait for an idle sender
