@@ -105,7 +105,6 @@ def main() -> None:
             "CELERIAC_DATABASE_URL": postgres.url,
             "CELERIAC_REDIS_URL": redis.url,
             "CELERIAC_MODELS_FILE": str(models),
-            "CELERIAC_LOG_LEVEL": "WARNING",
             "CELERIAC_AUTH": "api_key",
             "CELERIAC_PORT": "0",
         }
