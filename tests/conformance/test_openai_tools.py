@@ -131,7 +131,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"n": 99}, "n"),
     ({"temperature": 3}, "temperature"),
     ({"max_tokens": 1000}, "max_tokens"),
-    ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
+    ({"max_tokens": 2, "max_completion_tokens": 3}, "max_completion_tokens"),
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"service_tier": "gold"}, "service_tier"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),

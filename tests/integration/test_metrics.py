@@ -55,6 +55,7 @@ SETTINGS = {
     "webhook_private_targets": "true",
     "worker_memory": 100,
     "model_residency_seconds": 0,
+    "response_cache": "greedy",
 }
 PROMPT = "Nobody may read this in a label, however long they look for it among all of the others"
 
@@ -140,6 +141,8 @@ def run_jobs_of_every_kind(caller: Caller, receiver: Receiver) -> None:
     assert caller.post("/v1/jobs", {"model": "fake", "prompt": "x " * 600}).status_code == 400
     caller.stream()
     caller.wait_for("completed", caller.submit("other"))  # for which the first model has to make room
+    greedy = caller.post("/v1/jobs", {"model": "fake", "prompt": "x", "params": {"temperature": 0, "max_tokens": 1}})
+    caller.wait_for("completed", str(greedy.json()["id"]))  # which asks the response cache
     embedding = caller.post("/v1/jobs", {"model": "fake", "inputs": ["one", "two"]}).json()
     caller.wait_for("completed", str(embedding["id"]))
     caller.wait_for("completed", *(caller.submit(max_tokens=60, n=2) for _ in range(2)))  # one of them gives way
