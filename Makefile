@@ -48,7 +48,8 @@ run: $(READY_TO_RUN) ## start everything on this machine until Ctrl-C; with a pu
 	@$(BIN)/celeriac up $(if $(MODEL),--model $(MODEL))
 
 test: check ## every check, then every test, on PostgreSQL and Redis that the tests start themselves
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	@# Exit code 1: tests have failed. Anything else is no test's doing, and is not tried again.
+	$(BIN)/python -m pytest --cache-clear -n $(WORKERS) --dist worksteal || { test $$? -eq 1 && $(BIN)/python -m tests.once_more; }
 
 test-fast: $(READY_TO_TEST) ## the tests that need neither a server nor PyTorch: a minute
 	$(BIN)/python -m pytest -n $(WORKERS) -p tests.without_torch tests/unit

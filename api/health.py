@@ -4,6 +4,7 @@ The health routes need no key, as they reveal no secrets and nothing about singl
 """
 
 import asyncio
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -17,7 +18,7 @@ from starlette.requests import Request
 from api.errors import database_unavailable
 from api.model_queues import ModelQueue
 from api.openapi import TEXT
-from api.queue_monitor import Finding
+from api.queue_monitor import STALE_SECONDS, Finding
 from api.services import Services, private_router, services_of
 from dialects.openai_views import View
 from domain.jobs import IN_GOOD_ORDER, WaitingFor
@@ -110,12 +111,13 @@ ADVICE = {
 class HealthView(View):
     """`workers_drained_since` lists the workers that an operator has drained.
 
-    `degraded`: jobs are accepted, but Redis is unavailable (streams are slower, nothing is lost), there are no workers,
-    a maintenance clock is silent, jobs are stuck (`findings`), or a model is unavailable (`/v1/models` gives the
-    reason).
+    `degraded`: jobs are accepted, but for each of the `reasons` something is missing: Redis is unavailable (streams are
+    slower, nothing is lost), there are no workers, a maintenance clock is silent, jobs are stuck (`findings`), or a
+    model is unavailable (`/v1/models` says why).
     """
 
     status: Literal["ok", "degraded", "unhealthy"]
+    reasons: Annotated[list[str], Field(description="Why the status is not `ok`: a sentence each.")]
     database: ComponentStatus
     redis: ComponentStatus
     draining: bool
@@ -159,14 +161,12 @@ async def health(request: Request, response: Response) -> HealthView:
     database, redis = await asyncio.gather(_check_database(services), _check_redis(services))
     queues = services.monitor.queues.values()
     num_workers = sum(queue.num_workers for queue in queues)
-    is_silent = bool(services.monitor.silent_clocks)
     findings = services.monitor.findings
-    waits_in_vain = any(finding.reason not in IN_GOOD_ORDER for finding in findings)
-    is_served = num_workers > 0 and not is_silent and not waits_in_vain
-    is_whole = redis == "ok" and is_served and not services.draining.is_set() and not services.catalog.unavailable
+    reasons = _reasons(services, database, redis, num_workers, findings)
     response.status_code = 200 if database == "ok" else 503
     return HealthView(
-        status="unhealthy" if database != "ok" else "ok" if is_whole else "degraded",
+        status="unhealthy" if database != "ok" else "degraded" if reasons else "ok",
+        reasons=reasons,
         database=database,
         redis=redis,
         draining=services.draining.is_set(),
@@ -180,7 +180,7 @@ async def health(request: Request, response: Response) -> HealthView:
         running=sum(queue.num_running for queue in queues),
         streams=services.slots.num_taken,
         maintenance=MaintenanceView(
-            status="silent" if is_silent else "ok",
+            status="silent" if services.monitor.silent_clocks else "ok",
             seconds_since_last_tick={
                 clock: round(age, 3) for clock, age in services.monitor.seconds_since_ticks.items()
             },
@@ -188,6 +188,34 @@ async def health(request: Request, response: Response) -> HealthView:
         findings=[_finding_view(finding) for finding in findings],
         metrics=_metrics(await services.monitor.recent()) if database == "ok" else None,
     )
+
+
+def _reasons(
+    services: Services,
+    database: ComponentStatus,
+    redis: ComponentStatus,
+    num_workers: int,
+    findings: Sequence[Finding],
+) -> list[str]:
+    """Why not all is well. Anyone may read them, so they hold no reasons that name files."""
+    reasons = []
+    if database != "ok":
+        reasons.append(f"the database does not answer within {CHECK_SECONDS:g} s: no job can be accepted")
+    elif not services.monitor.is_fresh:
+        reasons.append(f"the queues could not be read for {STALE_SECONDS:g} s: the database is slow")
+    elif num_workers == 0:
+        reasons.append("no worker is ready: start one with celeriac worker, or see the logs of those that are loading")
+    if redis != "ok":
+        reasons.append(f"Redis does not answer within {CHECK_SECONDS:g} s: streams are slower, nothing is lost")
+    if services.draining.is_set():
+        reasons.append("this API process is stopping")
+    if silent := services.monitor.silent_clocks:
+        reasons.append(f"maintenance is silent ({', '.join(silent)}): start celeriac maintenance, or see its log")
+    for finding in findings:
+        if finding.reason not in IN_GOOD_ORDER:
+            reasons.append(f"{finding.model}: {finding.num_jobs} jobs have been waiting for {finding.reason.value}")
+    reasons += [f"model {model} is unavailable: /v1/models says why" for model in services.catalog.unavailable]
+    return reasons
 
 
 @router.get("/metrics", response_class=Response, responses={200: TEXT})

@@ -41,8 +41,9 @@ from storage.tables import Job, WorkerDrain
 log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 1.0
-STALE_SECONDS = 5.0  # older figures are not shown
+MAX_PAUSE_SECONDS = 3.0  # between two reads
 ANSWER_SECONDS = 2.0  # after this a query is abandoned, and the next one uses another connection
+STALE_SECONDS = 2 * (ANSWER_SECONDS + MAX_PAUSE_SECONDS)  # older figures are not shown: two reads have failed
 FINDING_SECONDS = 60.0  # shorter waits are not worth an operator's attention
 MAX_RANKED = 2_000  # queued jobs of a model; in a longer queue, positions are estimated
 MAX_SHARE = 0.2  # of its time one database connection may spend on queries for positions
@@ -264,7 +265,7 @@ class QueueMonitor:
             except Exception:  # an outermost loop: the next read may succeed
                 log.exception("could not read the queues")
             pause = (time.monotonic() - started) * (1 / MAX_SHARE - 1)  # it reads every job that is queued
-            await asyncio.sleep(min(max(pause, REFRESH_SECONDS), STALE_SECONDS - ANSWER_SECONDS))
+            await asyncio.sleep(min(max(pause, REFRESH_SECONDS), MAX_PAUSE_SECONDS))
 
 
 def _publish(queues: Mapping[str, ModelQueue]) -> None:

@@ -28,6 +28,7 @@ FIRST_MAX_TOKENS = 160
 PATIENCE_SECONDS = 30.0  # after this, we name the logs of the parts that are still starting
 DRAIN_MARGIN_SECONDS = 15.0  # on top of the worker's own drain: releasing jobs, signing off
 API_STOP_SECONDS = 15.0  # longer than the API waits for its open requests
+HEALTHY_SECONDS = 10.0  # the API sees a new worker at its next look, some seconds later
 MAINTENANCE_STOP_SECONDS = 25.0  # longer than maintenance waits for the webhooks being sent
 LOOPBACK = "127.0.0.1"
 
@@ -215,8 +216,11 @@ class Up:
         if is_unloaded:
             self._say(f"{model} is unloaded, so its jobs wait; load it with POST /v1/admin/models/{model}/load")
         job_id = self._run_first_job(model) if self._with_first_job and not is_unloaded else None
+        reasons = self._wait_until_healthy()
         seconds, folder = time.monotonic() - self._begun_at, short_path(self._settings.data_dir)
         self._say(f"\nCeleriac is up after {seconds:.1f} s. Ctrl-C stops it; jobs and results stay in {folder}.")
+        for reason in reasons:
+            self._say(f"Not all is well yet: {reason}")
         self._say(
             where_everything_is(
                 api_url=self._api_url,
@@ -229,6 +233,14 @@ class Up:
         celeriac = short_path(Path(sys.executable).parent / "celeriac")
         needs_key = self._settings.auth == "api_key" and not self._settings.api_key
         self._say(first_steps(self._api_url, model, job_id or "job_...", celeriac, needs_key=needs_key))
+
+    def _wait_until_healthy(self) -> list[str]:
+        """Wait a moment for the API to have seen the workers. Returns what it still finds missing."""
+        patient_until = time.monotonic() + HEALTHY_SECONDS
+        while (health := self._health()).get("status") != "ok" and time.monotonic() < patient_until:
+            if self._stop_requested.wait(0.1):
+                return []
+        return list(health.get("reasons", ["the API does not answer"]))
 
     def _run_first_job(self, model: str) -> str | None:
         """Submit one job and print its text as it arrives. Returns its id, or None if it could not be run."""

@@ -84,13 +84,16 @@ def test_health_tells_the_whole_and_what_is_missing(
     health = http.get("/health").json()
     assert (health["status"], health["database"], health["redis"]) == ("degraded", "ok", "ok")
     assert health["workers"] == 0
+    assert [reason.split(":")[0] for reason in health["reasons"]] == ["no worker is ready"]
     beat(session_factory)
     wait_until(lambda: http.get("/health").json()["status"] == "ok")
+    assert http.get("/health").json()["reasons"] == []
     redis_server.stop()
     try:
         health = http.get("/health")
         assert (health.status_code, health.json()["status"]) == (200, "degraded")
         assert health.json()["redis"] == "unavailable"
+        assert "Redis does not answer" in health.json()["reasons"][0]
         assert http.get("/health/ready").status_code == 200
         assert http.post("/v1/jobs", json=body()).status_code == 202
     finally:

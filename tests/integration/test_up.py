@@ -171,8 +171,10 @@ def test_up_runs_a_job_is_alone_in_its_folder_and_keeps_its_jobs(
 ) -> None:
     up = start_up()
     url, job_id = up.wait_until_up()
-    assert "Celeriac is up after" in up.output
-    assert httpx.get(f"{url}/health", timeout=30).json()["status"] == "ok"
+    up.wait_for("Celeriac is up after")
+    health = httpx.get(f"{url}/health", timeout=30).json()
+    assert (health["status"], health["reasons"]) == ("ok", [])
+    assert "Not all is well" not in up.output
     flower_url = up.wait_for(r"Flower +(http://\S+)")[1]
     assert httpx.get(f"{flower_url}/healthcheck", timeout=30).status_code == 200
 
