@@ -31,6 +31,10 @@ class WorkerView(View):
     num_running: int
     max_num_seqs: int
     tokens_per_second: float
+    cache_usage: Annotated[float | None, Field(description="Share of the key/value cache in use; null if unknown.")]
+    memory_bytes: Annotated[
+        int | None, Field(description="Of the device that the engine holds; without a device, its own.")
+    ]
     load_percent: Annotated[int | None, Field(description="While it loads the model, if the engine can tell.")]
     ready_in_seconds: Annotated[
         float | None, Field(description="Estimated time until the model is loaded; null if it is, or unknown.")
@@ -191,6 +195,8 @@ def _view(worker: Worker, drained_since: Mapping[str, datetime]) -> WorkerView:
         num_running=worker.num_running,
         max_num_seqs=worker.max_num_seqs,
         tokens_per_second=round(worker.tokens_per_second, 1),
+        cache_usage=None if worker.cache_usage is None else round(worker.cache_usage, 4),
+        memory_bytes=worker.memory_bytes,
         load_percent=worker.load_percent,
         ready_in_seconds=worker.ready_in_seconds if worker.state is not WorkerState.READY else None,
         started_at=worker.started_at,

@@ -412,6 +412,8 @@ class WorkerReporter:
         *,
         num_running: int,
         tokens_per_second: float,
+        cache_usage: float | None,
+        memory_bytes: int | None,
         load_share: float | None,
         ready_in_seconds: float | None,
     ) -> None:
@@ -428,6 +430,8 @@ class WorkerReporter:
             max_num_seqs=self._spec.max_num_seqs,
             num_running=num_running,
             tokens_per_second=tokens_per_second,
+            cache_usage=cache_usage,
+            memory_bytes=memory_bytes,
             model_revision=self._storage.model_revision,
             state=state,
             load_percent=None if load_share is None else int(100 * load_share),

@@ -414,6 +414,8 @@ class Worker(Row):
     max_num_seqs: Mapped[int]
     num_running: Mapped[int] = mapped_column(server_default="0")
     tokens_per_second: Mapped[float] = mapped_column(Double, server_default="0")
+    cache_usage: Mapped[float | None] = mapped_column(REAL)  # share of the key/value cache, 0 to 1
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of the device, or else its own; None: unknown
     state: Mapped[WorkerState] = mapped_column(server_default="ready")
     load_percent: Mapped[int | None] = mapped_column(SmallInteger)  # None: not loading, or unknown
     ready_in_seconds: Mapped[float | None] = mapped_column(Double)  # None: loaded, or unknown

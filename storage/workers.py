@@ -94,6 +94,8 @@ class WorkerReport:
     state: WorkerState = WorkerState.READY
     load_percent: int | None = None  # of a model that is being loaded, if the engine can tell
     ready_in_seconds: float | None = None  # an estimate for a model that is not loaded; None: unknown
+    cache_usage: float | None = None  # share of the engine's key/value cache, 0 to 1; None: unknown
+    memory_bytes: int | None = None  # of the device that the engine holds, or else its own; None: unknown
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,14 @@ export const compact = (number) => (number === null || number === undefined ? "�
 export const percent = (share) => (share === null || share === undefined ? "–" : `${Math.round(share * 100)} %`);
 export const rate = (perSecond) => (!perSecond ? "0" : perSecond < 10 ? perSecond.toFixed(1) : counts.format(perSecond));
 
+export function bytes(number) {
+  if (number === null || number === undefined) return "–";
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, number)) / 10));
+  const value = number / 1024 ** power;
+  return `${value.toFixed(value < 10 && power > 0 ? 1 : 0)} ${units[power]}`;
+}
+
 export function duration(seconds) {
   if (seconds === null || seconds === undefined || Number.isNaN(seconds)) return "–";
   if (seconds < 0.0005) return "0 s";

@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { Chart } from "./chart.js";
-import { WAITING, WAITING_SHORT, compact, count, duration, percent, plural, rate } from "./format.js";
+import { WAITING, WAITING_SHORT, bytes, compact, count, duration, percent, plural, rate } from "./format.js";
 import { link, usePolled } from "./hooks.js";
 import { html } from "./html.js";
 import { findingsOf } from "./live.js";
@@ -66,6 +66,11 @@ function Queues({ queues }) {
   `;
 }
 
+const CacheUse = ({ worker }) => {
+  if (worker.cache_usage === null) return html`<span class="soft">–</span>`;
+  return html`<div class="slots"><${Meter} value=${worker.cache_usage} max=${1} tone=${worker.cache_usage > 0.95 ? "wait" : "good"} label=${`${percent(worker.cache_usage)} of the key/value cache is in use`} /><span>${percent(worker.cache_usage)}</span></div>`;
+};
+
 function Workers({ models }) {
   const workers = models.flatMap((model) => model.workers.map((worker) => ({ ...worker, model: model.id })));
   return html`
@@ -73,13 +78,15 @@ function Workers({ models }) {
       ${workers.length === 0
         ? html`<${Empty} title="No worker has reported within 15 seconds">Start one with <code>celeriac worker --model ID</code>. Jobs that are accepted meanwhile wait for it.<//>`
         : html`<div class="scroll"><table>
-            <thead><tr><th>Worker</th><th>Model</th><th>State</th><th class="wide">Batch</th><th class="number">Tokens/s</th><th>Started</th></tr></thead>
+            <thead><tr><th>Worker</th><th>Model</th><th>State</th><th class="wide">Batch</th><th class="wide">Cache</th><th class="number">Memory</th><th class="number">Tokens/s</th><th>Started</th></tr></thead>
             <tbody>${workers.map((worker) => html`
               <tr key=${`${worker.hostname} ${worker.model} ${worker.started_at}`}>
                 <td class="mono">${worker.hostname}</td>
                 <td>${worker.model}</td>
                 <td><${Status} of=${worker.drained_since ? "draining" : worker.state}>${worker.drained_since ? "drained" : worker.state}${worker.load_percent !== null ? ` ${worker.load_percent} %` : ""}<//></td>
                 <td><div class="slots"><${Meter} value=${worker.num_running} max=${worker.max_num_seqs} label=${`${worker.num_running} of ${worker.max_num_seqs} slots are taken`} /><span>${worker.num_running} / ${worker.max_num_seqs}</span></div></td>
+                <td><${CacheUse} worker=${worker} /></td>
+                <td class="number">${bytes(worker.memory_bytes)}</td>
                 <td class="number">${worker.num_running ? rate(worker.tokens_per_second) : "–"}</td>
                 <td><${Time} at=${worker.started_at} /></td>
               </tr>`)}</tbody>
