@@ -1,4 +1,4 @@
-"""/v1/admin: which workers serve which models, loading and unloading models, draining workers."""
+"""/v1/admin: which workers serve which models and whose jobs wait for them, loading models, draining workers."""
 
 import asyncio
 import time
@@ -12,15 +12,20 @@ from starlette.responses import Response
 
 from api.errors import json_response
 from api.inputs import preferred_wait
+from api.model_queues import UNKNOWN_PLACE, ModelQueue
 from api.services import Services, private_router, services_of
 from dialects.openai_views import View
 from domain.catalog import ModelEntry
 from domain.errors import NotFound
+from domain.eta import Load
 from domain.jobs import WorkerState
 from storage import workers
 from storage.tables import Worker, WorkerDrain
+from storage.tenant_queues import TenantQueueFigures, tenant_queues
 
 router = private_router("Operations")
+
+MAX_TENANT_QUEUES = 100  # of one list
 
 POLL_SECONDS = 0.2  # between two reads of the workers while a client waits for them
 
@@ -64,6 +69,21 @@ class ModelStatusListView(View):
     data: list[ModelStatusView]
 
 
+class TenantQueueView(View):
+    model: str
+    tenant: str
+    queued: int
+    running: int
+    oldest_queued_seconds: float
+    eta_seconds: Annotated[float | None, Field(description="Estimate for a job that this tenant submits now.")]
+
+
+class TenantQueueListView(View):
+    object: Literal["list"]
+    data: list[TenantQueueView]
+    has_more: bool
+
+
 _STATUS = TypeAdapter(ModelStatusView)
 
 ORDER: dict[str, Any] = {
@@ -85,6 +105,28 @@ async def list_model_statuses(request: Request) -> ModelStatusListView:
         for spec in services.catalog
     ]
     return ModelStatusListView(object="list", data=data)
+
+
+@router.get("/v1/admin/queue")
+async def list_tenant_queues(request: Request) -> TenantQueueListView:
+    """The unfinished jobs of each tenant and model, the longest queues first; a hundred of them at most."""
+    services = services_of(request)
+    found = await services.read(tenant_queues, limit=MAX_TENANT_QUEUES + 1)
+    queues = services.monitor.queues
+    data = [_tenant_queue(queue, queues.get(queue.model)) for queue in found[:MAX_TENANT_QUEUES]]
+    return TenantQueueListView(object="list", data=data, has_more=len(found) > MAX_TENANT_QUEUES)
+
+
+def _tenant_queue(queue: TenantQueueFigures, of_all: ModelQueue | None) -> TenantQueueView:
+    place = UNKNOWN_PLACE if of_all is None else of_all.place(of_all.joining(queue.tenant_id, Load(), 0))
+    return TenantQueueView(
+        model=queue.model,
+        tenant=queue.tenant,
+        queued=queue.num_queued,
+        running=queue.num_running,
+        oldest_queued_seconds=round(queue.oldest_queued_seconds, 3),
+        eta_seconds=place["eta_seconds"],
+    )
 
 
 @router.post("/v1/admin/models/{model:path}/load", status_code=202, **ORDER)

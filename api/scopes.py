@@ -99,6 +99,7 @@ DELETE /v1/webhook_endpoints/{webhook_endpoint_id}
 _ADMIN = """
 GET /metrics
 GET /v1/admin/models
+GET /v1/admin/queue
 POST /v1/admin/models/{model:path}/load
 POST /v1/admin/models/{model:path}/unload
 POST /v1/admin/workers/{hostname}/drain

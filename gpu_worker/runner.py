@@ -196,7 +196,7 @@ class RunnerThread:
                 self._state,
                 num_running=self._batch.num_sequences,
                 tokens_per_second=self._tokens_per_second,
-                cache_usage=self._meter.stats.cache_usage if self._supervisor.ready else None,
+                cache_usage=self._meter.stats.cache_usage,
                 memory_bytes=self._meter.stats.memory_bytes or None,
                 load_share=self._supervisor.load_share,
                 ready_in_seconds=None if self._supervisor.ready else self._residence.seconds_until_ready(now),

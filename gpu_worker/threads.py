@@ -108,7 +108,7 @@ class EngineMeter:
         for name, counter in self._counters.items():
             counter.inc(max(0, getattr(self.stats, name) - getattr(self._counted, name)))
         for name, gauge in self._gauges.items():
-            gauge.set(getattr(self.stats, name))
+            gauge.set(getattr(self.stats, name) or 0)
         self._counted = self.stats
 
     def forget_engine(self) -> None:

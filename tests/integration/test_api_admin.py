@@ -31,7 +31,7 @@ def test_every_model_is_listed_with_the_workers_that_serve_it(rig: Rig) -> None:
         wait_until(lambda: client.get("/v1/models").json()["data"][0]["loaded"])
         [seen] = models_of(client)[0]["workers"]
         assert (seen["hostname"], seen["max_num_seqs"], seen["state"]) == ("gpu@test", 8, "ready")
-        assert seen["cache_usage"] == 0
+        wait_until(lambda: models_of(client)[0]["workers"][0]["cache_usage"] == 0, "its engine has reported")
         worker.runner.begin_drain(release_after_seconds=0)
         wait_until(lambda: models_of(client)[0]["status"] == "draining")
 

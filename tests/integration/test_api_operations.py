@@ -48,6 +48,12 @@ def test_the_queue_tells_what_waits_what_runs_and_how_soon(
     assert queue["tokens_per_second"] == 20.0
     assert queue["oldest_queued_seconds"] > 0
     assert 0 < queue["eta_seconds"] <= 79 / 20
+    by_tenant = http.get("/v1/admin/queue").json()
+    [own] = by_tenant["data"]
+    assert (own["model"], own["tenant"], own["queued"], own["running"]) == (MODEL, "default", 3, 1)
+    assert own["oldest_queued_seconds"] > 0
+    assert 0 < own["eta_seconds"] <= 79 / 20
+    assert by_tenant["has_more"] is False
 
 
 def test_a_job_knows_its_place_and_the_place_moves_up(
@@ -143,6 +149,7 @@ def test_the_published_schema_knows_every_route(http: httpx.Client) -> None:
         "/v1/admin/models",
         "/v1/admin/models/{model}/load",
         "/v1/admin/models/{model}/unload",
+        "/v1/admin/queue",
         "/v1/admin/tenants",
         "/v1/admin/tenants/{tenant}",
         "/v1/admin/workers/{hostname}/drain",

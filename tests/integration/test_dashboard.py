@@ -26,7 +26,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 SCRIPT_TEXT = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b>"
-VIEWS = ("#/", "#/jobs", "#/batches", "#/dead-letters", "#/models", "#/playground", "#/access")
+VIEWS = ("#/", "#/jobs", "#/batches", "#/dead-letters", "#/models", "#/playground", "#/usage", "#/access")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,7 @@ def test_the_overview_says_what_waits_and_why(page: Any, http: httpx.Client) -> 
     row.wait_for()
     assert "1 no worker" in row.inner_text()
     shows(page, "No worker is ready: jobs are accepted and wait.")
+    page.locator(".card:has(h2:text-is('Queues by tenant')) tr", has_text="default").wait_for()
     assert page.locator("canvas").count() == 2
 
 

@@ -13,6 +13,7 @@ import { Jobs } from "./jobs.js";
 import { Models } from "./models.js";
 import { Overview } from "./overview.js";
 import { Playground } from "./playground.js";
+import { Usage } from "./usage.js";
 
 const VIEWS = [
   { path: "", title: "Overview", view: Overview },
@@ -21,6 +22,7 @@ const VIEWS = [
   { path: "dead-letters", title: "Dead letters", view: DeadLetters },
   { path: "models", title: "Models", view: Models },
   { path: "playground", title: "Playground", view: Playground },
+  { path: "usage", title: "Usage", view: Usage },
   { path: "access", title: "Access", view: Access, isForAdmins: true },
 ];
 

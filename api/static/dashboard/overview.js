@@ -44,6 +44,8 @@ const WaitingFor = ({ reasons }) => {
   return entries.map(([reason, number]) => html`<${Chip} key=${reason} tone=${reason === "slots" ? "calm" : "wait"} title=${`${plural(number, "job")} waiting for ${WAITING[reason] ?? reason}`}>${compact(number)} ${WAITING_SHORT[reason] ?? reason}<//>`);
 };
 
+const Eta = ({ seconds }) => (seconds === null ? "–" : seconds === 0 ? "at once" : duration(seconds));
+
 function Queues({ queues }) {
   const busiestFirst = [...queues].sort((one, other) => other.queued + other.running - (one.queued + one.running) || other.workers - one.workers);
   return html`
@@ -57,11 +59,36 @@ function Queues({ queues }) {
             <td><div class="slots"><${Meter} value=${queue.running} max=${queue.slots} label=${`${queue.running} of ${queue.slots} slots of ${queue.model} are taken`} /><span>${queue.running} / ${queue.slots}</span></div></td>
             <td class="number">${compact(queue.queued)}</td>
             <td class="number">${queue.queued ? duration(queue.oldest_queued_seconds) : "–"}</td>
-            <td class="number">${queue.eta_seconds === null ? "–" : queue.eta_seconds === 0 ? "at once" : duration(queue.eta_seconds)}</td>
+            <td class="number"><${Eta} seconds=${queue.eta_seconds} /></td>
             <td class="number">${queue.running ? rate(queue.tokens_per_second) : "–"}</td>
             <td><${WaitingFor} reasons=${queue.waiting_for} /></td>
           </tr>`)}</tbody>
       </table></div>
+    <//>
+  `;
+}
+
+const MAX_TENANTS_SHOWN = 12;
+
+// Of all tenants, for admins.
+function TenantQueues() {
+  const state = usePolled((signal) => get("v1/admin/queue", {}, signal), 5, []);
+  return html`
+    <${Card} title="Queues by tenant" actions=${html`<a href=${link("usage", { by: "tenant" })}>What they used</a>`}>
+      <${Polled} state=${state}>${({ data, has_more }) =>
+        data.length === 0
+          ? html`<${Empty} title="No tenant has unfinished jobs" />`
+          : html`<div class="scroll"><table>
+              <thead><tr><th>Tenant</th><th>Model</th><th class="number">Queued</th><th class="number">Running</th><th class="number">Oldest</th><th class="number">A new job starts in</th></tr></thead>
+              <tbody>${data.slice(0, MAX_TENANTS_SHOWN).map((queue) => html`
+                <tr key=${`${queue.tenant} ${queue.model}`}>
+                  <td>${queue.tenant}</td><td>${queue.model}</td>
+                  <td class="number">${compact(queue.queued)}</td><td class="number">${compact(queue.running)}</td>
+                  <td class="number">${queue.queued ? duration(queue.oldest_queued_seconds) : "–"}</td>
+                  <td class="number"><${Eta} seconds=${queue.eta_seconds} /></td>
+                </tr>`)}</tbody>
+            </table></div>
+            ${(has_more || data.length > MAX_TENANTS_SHOWN) && html`<p class="soft">The ${MAX_TENANTS_SHOWN} longest of ${has_more ? "more than " : ""}${data.length}.</p>`}`}<//>
     <//>
   `;
 }
@@ -135,6 +162,7 @@ export function Overview({ live }) {
         <section class="card"><${Chart} title="Jobs" samples=${state.samples} series=${JOBS} format=${compact} /></section>
       </div>
       <${Queues} queues=${state.queues} />
+      ${state.models && html`<${TenantQueues} />`}
       ${state.models && html`<${Workers} models=${state.models} />`}
       <${RunningNow} />`}<//>
   `;
