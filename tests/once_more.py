@@ -1,8 +1,8 @@
 """Run the few tests that have failed beside others once more, alone: python -m tests.once_more (`make test` does).
 
-A test of whole systems may fail because a busy machine starved it, or because it met a real race. One that passes now is
-told about loudly, with its first failure further up: it is a bug of the test or of the product, and to be mended. More
-than MAX_FAILED failures are never an accident, so they are not tried again.
+A test of whole systems may fail because a busy machine starved it, or because it met a real race. One that passes now
+is told about loudly, with its first failure further up: it is a bug of the test or of the product, and to be mended.
+More than MAX_FAILED failures are never an accident, so they are not tried again.
 """
 
 import json
