@@ -7,7 +7,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.app import create_app
-from api.server import collect_garbage_rarely, make_server, open_socket
+from api.connections import open_socket
+from api.server import collect_garbage_rarely, make_server
 from api.services import private_router
 from domain.catalog import Catalog, ModelSpec
 from observability import configure_logging

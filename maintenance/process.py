@@ -27,7 +27,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from api.server import BoundedHttp, open_socket
+from api.connections import BoundedHttp, open_socket
 from domain.jobs import AttemptOutcome
 from maintenance.batches import BatchWork
 from maintenance.callbacks import CallbackPublisher

@@ -18,7 +18,8 @@ import uvloop
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.app import create_app
-from api.server import make_server, open_socket
+from api.connections import open_socket
+from api.server import make_server
 from api.services import Services
 from celeriac.client import StreamEvent
 from celeriac.client.protocol import parse_events
@@ -31,7 +32,7 @@ from storage.jobs import ChunkCommit, ClaimedJob, Finalisation
 from storage.partial_results import partial_result
 from storage.streams import publish
 from tests.storage_samples import claim_these
-from tests.waiting import wait_until
+from tests.waiting import SECONDS, wait_until
 
 MODEL = "fake"
 CONTEXT = 64
@@ -220,7 +221,7 @@ def numbered(events: list[StreamEvent]) -> list[tuple[str, str | None, str]]:
 
 def raw_request(port: int, data: bytes) -> bytes:
     """What the server answers to these bytes, which no HTTP client would send."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as connection:
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
         answer = b""

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.integration.api_harness import CONTEXT, MODEL, ApiServer, body, post_job, raw_request
+from tests.waiting import SECONDS
 
 SECRET = "my diary entry"
 
@@ -279,7 +280,7 @@ def test_a_long_body_and_the_next_request_may_arrive_together(api: ApiServer) ->
     content = json.dumps(body(model="large", prompt="x" * 90_000)).encode()
     head = "POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: "
     one = f"{head}{len(content)}\r\n\r\n".encode() + content
-    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=10)) as connection:
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=SECONDS)) as connection:
         connection.sendall(one + one + b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n")
         time.sleep(0.2)
         connection.sendall(b"connection: close\r\n\r\n")
@@ -294,14 +295,14 @@ def test_a_long_body_and_the_next_request_may_arrive_together(api: ApiServer) ->
 def test_a_head_that_does_not_come_ends_the_connection(
     api: ApiServer, monkeypatch: pytest.MonkeyPatch, data: bytes
 ) -> None:
-    monkeypatch.setattr("api.server.HEAD_SECONDS", 0.2)
-    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=10)) as connection:
+    monkeypatch.setattr("api.connections.HEAD_SECONDS", 0.2)
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=SECONDS)) as connection:
         connection.sendall(data)
         assert connection.recv(1000) == b""
 
 
 def test_a_connection_may_be_idle_between_two_requests(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.server.HEAD_SECONDS", 0.2)
+    monkeypatch.setattr("api.connections.HEAD_SECONDS", 0.2)
     assert http.get("/health/live").status_code == 200
     time.sleep(0.5)
     assert http.get("/health/live").status_code == 200
@@ -309,6 +310,7 @@ def test_a_connection_may_be_idle_between_two_requests(http: httpx.Client, monke
 
 def test_a_body_that_trickles_in_is_given_up_on(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.inputs.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("api.connections.DISCARD_SECONDS", 0.2)
     head = b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
     with closing(socket.create_connection(("127.0.0.1", api.port))) as connection:
         connection.sendall(head)

@@ -16,7 +16,7 @@ import requests
 from api.server import GracefulServer
 from storage.job_accept import Accepted, NewJob
 from tests.integration.api_harness import ApiServer, body, post_job
-from tests.waiting import wait_until
+from tests.waiting import SECONDS, wait_until
 
 TEN_MEGABYTES = b" " * 10_000_000
 PIECES = 160
@@ -88,14 +88,14 @@ def test_a_refusal_for_want_of_a_key_is_read(api: ApiServer) -> None:
 
 
 def test_a_head_that_is_too_long_is_refused_readably_while_more_comes(api: ApiServer) -> None:
-    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=20)) as connection:
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=SECONDS)) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nz: " + b"y" * 2_000_000)
         assert b"".join(iter(lambda: connection.recv(65_536), b"")).startswith(b"HTTP/1.1 431 ")
 
 
 def test_reading_on_is_bounded_in_bytes(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.server.MAX_DISCARDED_BYTES", 2_000_000)
-    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=20)) as connection:
+    monkeypatch.setattr("api.connections.MAX_DISCARDED_BYTES", 2_000_000)
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=SECONDS)) as connection:
         connection.sendall(b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-length: 900000000\r\n\r\n")
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             connection.sendall(b" " * 65_536_000)
@@ -105,9 +105,9 @@ def test_reading_on_is_bounded_in_bytes(api: ApiServer, monkeypatch: pytest.Monk
 def test_reading_on_is_bounded_in_time(
     api: ApiServer, monkeypatch: pytest.MonkeyPatch, connection_header: bytes
 ) -> None:
-    monkeypatch.setattr("api.server.DISCARD_SECONDS", 0.3)
+    monkeypatch.setattr("api.connections.DISCARD_SECONDS", 0.3)
     head = b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\n" + connection_header + b"content-length: 9000000\r\n\r\n"
-    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=20)) as connection:
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=SECONDS)) as connection:
         connection.sendall(head + b"{")
         assert b"".join(iter(lambda: connection.recv(65_536), b"")).startswith(b"HTTP/1.1 413 ")
         wait_until(lambda: not api._server.server_state.connections)
@@ -129,7 +129,7 @@ def test_a_body_that_waits_for_permission_is_refused_without_it(api: ApiServer, 
         + version
         + b"\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 9000000\r\n\r\n"
     )
-    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=20)) as connection:
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=SECONDS)) as connection:
         connection.sendall(head + b"content-length: 9000000\r\n\r\n")
         answer = b"".join(iter(lambda: connection.recv(65_536), b""))
     assert answer.startswith(b"HTTP/1.1 413 ")
@@ -139,7 +139,7 @@ def test_a_body_that_waits_for_permission_is_refused_without_it(api: ApiServer, 
 def test_a_stream_to_an_old_client_is_delimited_by_its_close(api: ApiServer, http: httpx.Client) -> None:
     job = post_job(http)
     http.post(f"/v1/jobs/{job['id']}/cancel")
-    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=20)) as connection:
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=SECONDS)) as connection:
         connection.sendall(f"GET /v1/jobs/{job['id']}/events HTTP/1.0\r\n\r\n".encode())
         head, _, content = b"".join(iter(lambda: connection.recv(65_536), b"")).partition(b"\r\n\r\n")
     assert b"transfer-encoding" not in head.lower()
@@ -150,7 +150,7 @@ def test_a_stream_to_an_old_client_is_delimited_by_its_close(api: ApiServer, htt
 
 
 def test_a_whole_answer_to_an_old_client_has_its_length(api: ApiServer) -> None:
-    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=20)) as connection:
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=SECONDS)) as connection:
         connection.sendall(b"GET /health/live HTTP/1.0\r\n\r\n")
         answer = b"".join(iter(lambda: connection.recv(65_536), b""))
     assert b"content-length: 15\r\n" in answer

@@ -41,6 +41,7 @@ def test_uploads_that_trickle_give_their_places_back(
 ) -> None:
     assert upload(http).status_code == 503
     monkeypatch.setattr("api.openai.files.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("api.connections.DISCARD_SECONDS", 0.2)
     for connection in trickling:
         connection.sendall(b"a")  # not silent, but far too slow
     for connection in trickling:
