@@ -82,7 +82,7 @@ browser: $(READY_TO_TEST) ## the dashboard in the Chromium of this machine, with
 	$(BIN)/python -m pytest tests/integration/test_dashboard.py
 
 fuzz: $(READY_TO_TEST) ## requests made from the OpenAPI document, by the thousand: make fuzz FUZZ_REQUESTS=50000
-	FUZZ_REQUESTS=$(FUZZ_REQUESTS) $(BIN)/python -m pytest -s tests/conformance/test_openapi_fuzz.py
+	FUZZ_REQUESTS=$(FUZZ_REQUESTS) FUZZ_SECONDS=500 $(BIN)/python -m pytest -s tests/conformance/test_openapi_fuzz.py
 
 chaos: $(READY_TO_TEST) ## kill, pause and flush while jobs run, and judge what came out: make chaos SECONDS=600 SEED=7
 	$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED)

@@ -7,6 +7,7 @@ from typing import Any
 
 import schemathesis
 from schemathesis import GenerationMode
+from schemathesis.generation.meta import TestPhase
 
 MODEL = "test-model"
 LENGTHS = ("max_tokens", "min_tokens", "max_completion_tokens", "max_output_tokens")
@@ -26,7 +27,9 @@ def before_call(context: schemathesis.HookContext, case: Any, **kwargs: Any) -> 
     if case.meta.generation.mode is not GenerationMode.POSITIVE:
         case.body = without_nulls(case.body)
         return
-    if case.method == "GET" and case.path_parameters:
+    # In a sequence it is to be what the answer before has named.
+    is_alone = case.meta.phase.name is not TestPhase.STATEFUL
+    if is_alone and case.method == "GET" and case.path_parameters:
         case.path_parameters |= {name: IDS[name] for name in case.path_parameters.keys() & IDS.keys()}
     if isinstance(case.body, dict):
         make_sense(case.body, INPUTS_BY_PATH.get(case.operation.path, ()))
