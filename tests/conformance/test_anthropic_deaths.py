@@ -19,6 +19,8 @@ from tests.chaos.plant import Plant, start_prepared
 from tests.conformance.test_openai_deaths import MODEL, MODELS, NUM_TOKENS, kill_the_worker_of, said
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 ASKED: Any = {"model": MODEL, "max_tokens": NUM_TOKENS, "messages": [{"role": "user", "content": "Hi"}]}
 
 

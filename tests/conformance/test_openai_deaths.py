@@ -17,6 +17,8 @@ from gpu_worker.engine.fake_tokens import fake_text
 from tests.chaos.plant import Plant, start_prepared
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 MODEL = "slow"
 MODELS = (
     f'[[models]]\nid = "{MODEL}"\npath = "fake"\nbackend = "fake"\nmax_model_len = 1024\n'

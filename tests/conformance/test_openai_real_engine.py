@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 from settings import ROOT
 from tests.chaos.plant import Plant, start_prepared
 
+pytestmark = pytest.mark.slow
+
 MODEL = "with-tools"
 TEMPLATE = (
     "{% if tools %}Tools: {{ tools | tojson }} Call one with <tool_call>.\n{% endif %}"

@@ -27,6 +27,8 @@ from tests.integration.runner_harness import Rig
 from tests.waiting import wait_until
 from text.models import ModelViews
 
+pytestmark = pytest.mark.slow
+
 MODEL = "test-model"
 END = "</think>"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

@@ -15,6 +15,8 @@ from tests.conformance.harness import MESSAGES, frames_of
 from tests.integration.api_harness import ApiServer, HandWorker, all_events, make_chunk, numbered, post_job
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12), max_size=12)
 END = st.sampled_from(["stop", "length"])
 anew = hypothesis_settings(

@@ -23,11 +23,21 @@ from tests.prepared import PreparedProcess, engine_nursery, nursery
 STDERR = 2
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, of all folders: at the end of the run there are only short ones left, which whoever
-    is idle can steal."""
-    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
-    items.sort(key=lambda item: item.path not in slow)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files with slow tests first, of all folders, and dealt out: xdist gives each of its processes one stretch of the
+    tests, of equal number, and whoever is idle steals from the end of another's. So there, and at the end of the run,
+    are only short ones."""
+    num_workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    slow = dict.fromkeys(item.path for item in items if item.get_closest_marker("slow") is not None)
+    worker_by_path = {path: number % num_workers for number, path in enumerate(slow)}
+    others = [item for item in items if item.path not in slow]
+    dealt: list[pytest.Item] = []
+    for worker in range(num_workers):
+        own = [item for item in items if worker_by_path.get(item.path) == worker]
+        num_others = max(0, len(items) // num_workers - len(own))
+        dealt += own + others[:num_others]
+        del others[:num_others]
+    items[:] = dealt + others
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import pytest
 
 from tests.chaos.batch_run import CHAT, EMBEDDINGS, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("endpoint", [CHAT, EMBEDDINGS])
 def test_each_line_is_answered_once_though_workers_and_maintenance_are_killed(endpoint: str) -> None:

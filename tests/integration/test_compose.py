@@ -22,6 +22,8 @@ import yaml
 from local.processes import free_port
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 KEY = "sk_admin_" + "k" * 32

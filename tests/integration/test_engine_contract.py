@@ -19,6 +19,8 @@ from settings import ROOT
 from tests import llama_cpp_model, vllm_model
 from tests.remote_server import second_celeriac
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [40, 41, 42]
 NUM_SLOTS = 4
 MAX_MODEL_LEN = 128

@@ -23,6 +23,8 @@ from tests.integration.api_harness import ApiServer
 from tests.integration.runner_harness import MODEL, Rig
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"fsync": "off", "wal_receiver_status_interval": "1s"}
 
 

@@ -16,6 +16,8 @@ from storage.tables import Tenant
 from tests.integration.api_harness import ApiServer
 from tests.waiting import slowness
 
+pytestmark = pytest.mark.slow
+
 CATALOG = Catalog([ModelSpec(id=MODEL, path=str(ROOT / "models" / MODEL), max_model_len=1024)])
 
 

@@ -32,6 +32,8 @@ from storage.database import (
 )
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
 GUARDS = {
     "statement_timeout": "30s",

@@ -20,6 +20,8 @@ from tests.integration.runner_harness import PROMPT, RecordingRunner, Rig, liste
 from tests.storage_samples import claim_these
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 CLAIMED, ENDED, REFUSED, RELEASED = (
     RunnerEventKind.CLAIMED,
     RunnerEventKind.ENDED,

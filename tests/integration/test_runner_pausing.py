@@ -1,8 +1,6 @@
 """A tenant that waits gets its share of the slots: a long job of another one is paused, and goes on unharmed."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +20,13 @@ from storage import jobs
 from storage.tables import Job
 from tests.conftest import MakeTenant
 from tests.integration.runner_harness import MODEL, RecordingRunner, Rig
+from tests.prepared import PreparedProcess, nursery
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-StartProcess = Callable[[Sequence[UUID]], subprocess.Popen[bytes]]
+StartProcess = Callable[[Sequence[UUID]], PreparedProcess]
 QUANTUM_SECONDS = 0.1
 LONG = 1000  # tokens: five seconds at a step of 5 ms
 SHORT = 5
@@ -179,9 +178,9 @@ def test_a_worker_that_is_killed_meanwhile_loses_and_repeats_nothing(
 
 @pytest.fixture
 def start_process(rig: Rig) -> Iterator[StartProcess]:
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[PreparedProcess] = []
 
-    def start(job_ids: Sequence[UUID]) -> subprocess.Popen[bytes]:
+    def start(job_ids: Sequence[UUID]) -> PreparedProcess:
         environment = {
             "CELERIAC_DATABASE_URL": rig.settings.database_url,
             "CELERIAC_REDIS_URL": rig.settings.redis_url,
@@ -189,8 +188,8 @@ def start_process(rig: Rig) -> Iterator[StartProcess]:
             "CELERIAC_LEASE_SECONDS": "1",
             "CELERIAC_PAUSE_QUANTUM_SECONDS": "0.1",
         }
-        command = [sys.executable, "-m", "tests.integration.runner_process", *map(str, job_ids)]
-        started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL))
+        module, arguments = "tests.integration.runner_process", [*map(str, job_ids)]
+        started.append(nursery().start(module, arguments, environment=os.environ | environment))
         return started[-1]
 
     yield start

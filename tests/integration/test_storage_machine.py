@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from sqlalchemy import select, text, update
@@ -20,6 +21,8 @@ from storage.partial_results import REASON_BY_STATUS
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult, TenantLoad
 from storage.workers import WorkerReport
 from tests.storage_samples import MODEL, PAST, chunk, claim, new_job, result
+
+pytestmark = pytest.mark.slow
 
 WORKERS = [uuid4() for _ in range(3)]
 MAX_FAILURES = 1

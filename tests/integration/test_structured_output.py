@@ -15,6 +15,8 @@ import pytest
 from settings import ROOT
 from tests.chaos.plant import Plant, start_prepared
 
+pytestmark = pytest.mark.slow
+
 MODEL = "celeriac-mini"
 MODELS = f"""
 [[models]]

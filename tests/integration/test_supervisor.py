@@ -17,6 +17,8 @@ from gpu_worker.engine_process.frames import AddJob, Report, StepDone, StillAliv
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 
 class Crank:
     """Turns a supervisor as the runner's thread does."""

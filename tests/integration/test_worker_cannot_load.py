@@ -4,18 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from domain.errors import CeleriacError
 from domain.jobs import JobStatus
+from gpu_worker.pool import served_models
 from tests.engine_driver import tiny_llama_config, tiny_model
 from tests.engine_parts import TOKENIZER
 from tests.integration.consumer_harness import ROOT
 from tests.integration.runner_harness import MODEL, Rig
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.slow
 
 
 def spoil_nothing(folder: Path) -> None:
@@ -62,34 +66,60 @@ def model_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("spoil", "entry", "reason"),
-    [
-        pytest.param(spoil_nothing, "max_model_len = 512", "supports 256 positions; lower it", id="too long"),
-        pytest.param(
-            spoil_nothing,
-            'device = "cuda"',
-            "CUDA",
-            id="no such device",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
-        ),
-        pytest.param(spoil_nothing, "kv_cache_tokens = 16", "kv_cache_tokens is 16", id="an entry that makes no sense"),
-        pytest.param(corrupt_the_weights, "", "SafetensorError", id="corrupt weights"),
-        pytest.param(cut_the_weights, "", "SafetensorError", id="cut weights"),
-        pytest.param(leave_a_layer_out, "", "9 weights are missing, including model.layers.1.", id="missing weights"),
-        pytest.param(widen_a_layer, "", "model.norm.weight has shape", id="weights that do not fit"),
-        pytest.param(break_the_tokenizer, "", "its tokenizer cannot be read: ", id="a tokenizer that cannot be read"),
-        pytest.param(take_the_folder_away, "", "is not a folder on this machine; correct it", id="no folder"),
-    ],
-)
-def test_a_model_that_cannot_be_loaded_ends_the_worker_with_the_reason(
-    rig: Rig, model_folder: Path, spoil: Callable[[Path], None], entry: str, reason: str
-) -> None:
+CANNOT_LOAD = {
+    "too long": (spoil_nothing, "max_model_len = 512", "supports 256 positions; lower it"),
+    "no such device": (spoil_nothing, 'device = "cuda"', "CUDA"),
+    "an entry that makes no sense": (spoil_nothing, "kv_cache_tokens = 16", "kv_cache_tokens is 16"),
+    "corrupt weights": (corrupt_the_weights, "", "SafetensorError"),
+    "cut weights": (cut_the_weights, "", "SafetensorError"),
+    "missing weights": (leave_a_layer_out, "", "9 weights are missing, including model.layers.1."),
+    "weights that do not fit": (widen_a_layer, "", "model.norm.weight has shape"),
+    "a tokenizer that cannot be read": (break_the_tokenizer, "", "its tokenizer cannot be read: "),
+    "no folder": (take_the_folder_away, "", "is not a folder on this machine; correct it"),
+}
+
+
+@pytest.fixture
+def reason(rig: Rig, model_folder: Path, case: str) -> str:
+    """The model is in the catalog, and cannot be loaded for this reason."""
+    if case == "no such device" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    spoil, entry, reason = CANNOT_LOAD[case]
     spoil(model_folder)
     length = "" if "max_model_len" in entry else "max_model_len = 128"
     rig.settings.models_file.write_text(
         f'[[models]]\nid = "{MODEL}"\npath = "{model_folder}"\nmax_num_seqs = 2\n{length}\n{entry}\n'
     )
+    return reason
+
+
+@pytest.mark.parametrize("case", CANNOT_LOAD)
+def test_a_model_that_cannot_be_loaded_is_given_up_with_the_reason(rig: Rig, reason: str) -> None:
+    job_id = rig.add_job()
+    said = give_up(rig)
+    assert MODEL in said
+    assert reason in said
+    assert len(said) < 1000
+    assert len(said.splitlines()) == 1
+    assert (rig.job(job_id).status, rig.job(job_id).attempt) == (JobStatus.QUEUED, 0)
+
+
+def give_up(rig: Rig) -> str:
+    """What a worker says of the model before it starts or, if it started, when its engine could not."""
+    try:
+        served_models(rig.settings)
+    except (CeleriacError, OSError, ValueError) as exc:
+        return str(exc)
+    worker = rig.start(wait=False)
+    wait_until(lambda: worker.unhealthy, "the worker gives up")
+    (failure,) = worker.unhealthy
+    assert failure.is_lasting, "it is not tried again"
+    return failure.reason
+
+
+@pytest.mark.parametrize("case", ["an entry that makes no sense", "missing weights"])
+def test_a_model_that_cannot_be_loaded_ends_the_worker_with_the_reason(rig: Rig, reason: str) -> None:
+    """As a process: found before its start, and by its engine."""
     job_id = rig.add_job()
     done = subprocess.run(
         [sys.executable, "-m", "celeriac", "worker"],
@@ -103,7 +133,6 @@ def test_a_model_that_cannot_be_loaded_ends_the_worker_with_the_reason(
         },
         capture_output=True,
         text=True,
-        timeout=200,
         check=False,
     )
     assert done.returncode == os.EX_CONFIG, done.stderr

@@ -22,6 +22,8 @@ from tests.engine_driver import gumbel_noise
 from tests.engine_parts import extend, make_sequence
 from tests.thorough import IS_THOROUGH
 
+pytestmark = pytest.mark.slow
+
 VOCAB_SIZE = 24
 NUM_DRAWS = 4000
 

@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 from settings import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_fast_tests_load_neither_torch_nor_transformers() -> None:
