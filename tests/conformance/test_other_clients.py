@@ -167,7 +167,7 @@ def node_folder() -> Path:
     if not (folder / "installed").exists():
         shutil.copytree(NODE_FOLDER, folder, dirs_exist_ok=True)
         command = ["npm", "ci", "--no-audit", "--no-fund", "--silent"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
         if done.returncode != 0:
             skip_or_fail(f"npm could not install openai-node: {done.stderr[-500:]}")
         (folder / "installed").touch()

@@ -187,7 +187,7 @@ class Plant:
     def inspect(self, command: str, name: str = "one", **arguments: Any) -> Any:
         """One worker's answer to a remote-control command, or None."""
         answers = self.app.control.broadcast(
-            command, arguments=arguments, destination=[f"{name}@test"], reply=True, timeout=2, limit=1
+            command, arguments=arguments, destination=[f"{name}@test"], reply=True, timeout=SECONDS, limit=1
         )
         return answers[0][f"{name}@test"] if answers else None
 

@@ -13,7 +13,7 @@ import httpx
 
 from tests.integration.consumer_harness import ROOT
 from tests.prepared import PreparedProcess, nursery
-from tests.waiting import wait_until
+from tests.waiting import SECONDS, wait_until
 
 MODELS = '[[models]]\nid = "test-model"\npath = "none"\nbackend = "fake"\nmax_model_len = 64\n'
 
@@ -34,7 +34,7 @@ class RunningMaintenance:
         return found[1]
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        response = httpx.get(f"{self.url}/health", timeout=10)
+        response = httpx.get(f"{self.url}/health", timeout=SECONDS)
         return response.status_code, response.json()
 
     def ages(self) -> dict[str, float]:

@@ -306,7 +306,7 @@ def test_many_readers_of_one_job_all_see_the_same(http: httpx.Client, api: ApiSe
         readers = [pool.submit(all_events, http, job_id) for _ in range(12)]
         wait_until(lambda: api.services.streams.num_streams == 12)
         hand_worker.run(job_id, *TEXTS)
-        logs = [numbered(reader.result(timeout=20)) for reader in readers]
+        logs = [numbered(reader.result()) for reader in readers]
     assert all(log == logs[0] for log in logs)
     assert len(logs[0]) == len(TEXTS) + 1
 
@@ -359,7 +359,7 @@ class TestBounds:
             polled = http.get(f"/v1/jobs/{job_id}", params={"wait": 60})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_is_overloaded")
         assert 1 <= int(refused.headers["retry-after"]) <= 60
-        assert polled.elapsed.total_seconds() < 5
+        assert polled.elapsed.total_seconds() < 5 * slowness()
 
     def test_a_silent_stream_beats_and_ends_with_its_life_so_that_it_can_be_resumed(self, http: httpx.Client) -> None:
         job_id = post_job(http)["id"]

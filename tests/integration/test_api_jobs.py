@@ -16,7 +16,7 @@ from domain.jobs import JobError, JobStatus, external_id
 from storage import workers
 from storage.workers import WorkerReport
 from tests.integration.api_harness import CONTEXT, MODEL, ApiServer, HandWorker, body, make_chunk, post_job
-from tests.waiting import wait_until
+from tests.waiting import slowness, wait_until
 
 
 def test_a_submitted_job_is_accepted_with_its_view_and_where_to_look(http: httpx.Client) -> None:
@@ -115,7 +115,7 @@ def test_waiting_for_a_finished_job_takes_no_time(http: httpx.Client, hand_worke
     job_id = post_job(http)["id"]
     hand_worker.run(job_id, "done")
     response = http.get(f"/v1/jobs/{job_id}", params={"wait": 60})
-    assert response.elapsed < timedelta(seconds=5)
+    assert response.elapsed < timedelta(seconds=5 * slowness())
 
 
 def test_a_preferred_wait_brings_the_result_with_the_submission(

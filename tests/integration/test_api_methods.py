@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.integration.api_harness import ApiServer, post_job
-from tests.waiting import wait_until
+from tests.waiting import SECONDS, wait_until
 
 OF_ONE_ANSWER = {"date", "x-request-id", "content-length"}  # figures differ in length from one moment to the next
 
@@ -19,7 +19,7 @@ def paths_of(http: httpx.Client, method: str) -> list[str]:
 
 def answer_to(port: int, data: bytes) -> bytes:
     """All that comes until the server closes."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as connection:
         connection.sendall(data)
         return b"".join(iter(lambda: connection.recv(65_536), b""))
 

@@ -218,6 +218,6 @@ def test_the_celery_command_knows_the_engine(plant: Plant) -> None:
         "CELERIAC_MODELS_FILE": str(plant.settings.models_file),
     }
     command = [sys.executable, "-m", "celery", "-A", "gpu_worker.app", "inspect", "engine_stats", "--json"]
-    command += ["--destination=one@test", "--timeout=20"]
+    command += ["--destination=one@test", "--timeout=60"]
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True).stdout
     assert json.loads(answer)["one@test"]["slots"] == 2

@@ -18,7 +18,7 @@ from tasks.dispatch import count_waiting, dispatch
 from tests.integration.consumer_harness import EventLog, events
 from tests.integration.runner_harness import MODEL, Rig
 from tests.prepared import nursery
-from tests.waiting import wait_until
+from tests.waiting import SECONDS, wait_until
 
 __all__ = ["events"]
 
@@ -114,7 +114,7 @@ def test_a_job_that_the_worker_found_in_sql_is_shown_and_revoked_like_any_other(
     send()
     (name,) = worker.hostnames()
     wait_until(lambda: events.of(job_id)[:2] == ["received", "started"], "Flower hears of it")
-    active = app.control.inspect(destination=[name], timeout=5).active()[name]
+    active = app.control.inspect(destination=[name], timeout=SECONDS).active()[name]
     assert [task["id"] for task in active] == [external_id(job_id)]
 
     app.control.revoke(external_id(job_id), terminate=True)
@@ -126,7 +126,7 @@ def test_a_job_that_the_worker_found_in_sql_is_shown_and_revoked_like_any_other(
 def test_the_worker_has_a_unique_name_and_shows_its_engine(rig: Rig, worker: Worker, app: Celery) -> None:
     (name,) = worker.hostnames()
     assert name.startswith(f"gpu-{MODEL}-")
-    stats = app.control.inspect(destination=[name], timeout=5).stats()[name]
+    stats = app.control.inspect(destination=[name], timeout=SECONDS).stats()[name]
     assert stats["engine"].items() >= {"slots": 8, "free": 8, "running": 0, "ready": True}.items()
     assert stats["pool"]["max-concurrency"] == 8
 

@@ -12,7 +12,7 @@ from domain.jobs import external_id
 from local.servers import EmbeddedRedis
 from tasks.app import make_app
 from tests.integration.consumer_harness import QUEUE, EventLog, MakePlant, Plant, events, make_plant
-from tests.waiting import wait_until
+from tests.waiting import SECONDS, wait_until
 
 __all__ = ["events", "make_plant"]
 
@@ -132,7 +132,7 @@ def test_a_tool_with_another_visibility_timeout_repeats_no_job(make_plant: MakeP
     tool = make_app(plant.settings)
     tool.conf.broker_transport_options = {"visibility_timeout": 0, "unacked_restore_throttle": 1}
     for _ in range(2):
-        assert tool.control.ping(timeout=2, limit=1)
+        assert tool.control.ping(timeout=SECONDS, limit=1)
     tool.close()
 
     plant.start_worker("two")

@@ -12,7 +12,7 @@ import pytest
 
 from domain.jobs import external_id
 from tests.integration.consumer_harness import ROOT, Plant, plant, shared_plant
-from tests.waiting import wait_until
+from tests.waiting import SECONDS, wait_until
 
 __all__ = ["plant", "shared_plant"]
 
@@ -38,7 +38,7 @@ class Flower:
         }
         self._log = (plant.folder / "flower.log").open("wb")
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=self._log, stderr=self._log)
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=10)
+        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=SECONDS)
 
     def close(self) -> None:
         self._process.terminate()

@@ -25,7 +25,7 @@ from tasks.dispatch import count_waiting
 from tasks.messages import priority_keys
 from tests.conftest import MakeTenant
 from tests.integration.consumer_harness import events
-from tests.waiting import wait_until
+from tests.waiting import SECONDS, wait_until
 
 __all__ = ["events"]
 
@@ -85,7 +85,7 @@ def test_a_job_of_a_lost_worker_is_rescued_announced_and_sent(
     assert counts["rescued"] == 1
     assert status_of(session_factory, lost) is JobStatus.QUEUED
     assert status_of(session_factory, held) is JobStatus.IN_PROGRESS
-    assert json.loads(pubsub.get_message(timeout=1)["data"]) == {"status": "queued"}
+    assert json.loads(pubsub.get_message(timeout=SECONDS)["data"]) == {"status": "queued"}
     pubsub.close()
     wait_until(lambda: janitor.tick() or sent_jobs(client, SPECS[0]) == [external_id(lost.id)], "it is sent")
 

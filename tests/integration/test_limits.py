@@ -17,6 +17,7 @@ from storage.job_accept import AcceptOutcome, NewJob
 from storage.tables import Tenant, TenantLoad
 from tests.integration.api_harness import ApiServer, HandWorker, body, open_events, post_job
 from tests.storage_samples import new_job
+from tests.waiting import SECONDS
 
 
 @pytest.fixture
@@ -310,7 +311,8 @@ def test_streams_of_a_key_are_counted_and_its_stream_tokens_too(make_caller: Cal
     with open_events(caller.client, job_id) as events:
         next(events)
         for headers, parameters in ((caller.client.headers, {}), ({}, {"token": token})):
-            answer = httpx.get(f"{caller.client.base_url}/v1/jobs/{job_id}/events", headers=headers, params=parameters)
+            url = f"{caller.client.base_url}/v1/jobs/{job_id}/events"
+            answer = httpx.get(url, headers=headers, params=parameters, timeout=SECONDS)
             assert (answer.status_code, answer.json()["error"]["code"]) == (429, "too_many_streams")
             assert "1 streams of your key are open" in answer.json()["error"]["message"]
 

@@ -25,7 +25,7 @@ from tests.chaos.checker import judge, read_stored
 from tests.chaos.clients import Clients, History, How
 from tests.chaos.plant import Plant, start_prepared
 from tests.integration.consumer_harness import EventLog
-from tests.waiting import slowness
+from tests.waiting import SECONDS, slowness
 
 pytestmark = pytest.mark.slow
 
@@ -169,7 +169,8 @@ def kill_api(system: System) -> None:
 
 
 def empty_redis(system: System) -> None:
-    system.plant.redis_client().flushall()
+    with system.plant.redis_client() as client:
+        client.flushall()
 
 
 def test_short_jobs_leave_the_running_batch_early_and_waiting_ones_join(system: System) -> None:
@@ -177,7 +178,7 @@ def test_short_jobs_leave_the_running_batch_early_and_waiting_ones_join(system: 
     app = make_app(Settings(redis_url=system.plant.redis.url))
     events = EventLog(system.plant.redis.url)
     worker = f"gpu-1@{socket.gethostname()}"
-    inspect = app.control.inspect([worker], timeout=2, limit=1)
+    inspect = app.control.inspect([worker], timeout=SECONDS, limit=1)
 
     async def observe() -> None:
         """What /v1/queue and `celery inspect stats` say while the jobs run."""

@@ -21,7 +21,7 @@ from tests.integration.api_harness import ApiServer
 from tests.integration.consumer_harness import EventLog, events
 from tests.integration.maintenance_harness import RunningMaintenance, maintaining
 from tests.integration.test_janitor import AN_HOUR_AGO, client, is_sent, status_of
-from tests.waiting import wait_until
+from tests.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +108,7 @@ def watching_api(database_url: str, redis_url: str) -> Any:
 
 
 def upkeep_of(api: ApiServer) -> str:
-    answer = httpx.get(f"{api.url}/health", timeout=10).json()
+    answer = httpx.get(f"{api.url}/health", timeout=SECONDS).json()
     assert answer["maintenance"]["status"] == "ok" or answer["status"] != "ok"
     return str(answer["maintenance"]["status"])
 
@@ -124,7 +124,7 @@ def test_a_process_that_is_frozen_or_killed_is_missed_unless_another_ticks(
         running.send(signal.SIGSTOP)
         wait_until(lambda: upkeep_of(watching_api) == "silent", "that it is frozen is seen")
         finding = 'celeriac_maintenance_findings{label="janitor",name="silent_clocks"} 1.0'
-        wait_until(lambda: finding in httpx.get(f"{watching_api.url}/metrics", timeout=10).text, "it is a finding")
+        wait_until(lambda: finding in httpx.get(f"{watching_api.url}/metrics", timeout=SECONDS).text, "it is a finding")
         with maintaining(*servers, program=in_a_hurry) as other:
             other.wait_until_ready()
             wait_until(lambda: upkeep_of(watching_api) == "ok", "another one does its work")
@@ -149,7 +149,7 @@ def test_a_clock_that_does_not_tick_is_seen_and_stops_no_other(
         running.wait_until_ready()
 
         def answer_of_api() -> dict[str, Any]:
-            answer: dict[str, Any] = httpx.get(f"{watching_api.url}/health", timeout=10).json()
+            answer: dict[str, Any] = httpx.get(f"{watching_api.url}/health", timeout=SECONDS).json()
             return answer
 
         wait_until(lambda: silent_clocks(running, beyond_seconds=SILENCE_SECONDS) == {clock}, "it alone is silent")
@@ -158,7 +158,7 @@ def test_a_clock_that_does_not_tick_is_seen_and_stops_no_other(
         wait_until(partial(is_sent, client, job), "the job is sent")
         wait_until(lambda: answer_of_api()["maintenance"]["status"] == "silent", "the API misses it")
         assert answer_of_api()["status"] == "degraded"
-        metrics = httpx.get(f"{running.url}/metrics", timeout=10).text
+        metrics = httpx.get(f"{running.url}/metrics", timeout=SECONDS).text
         assert f'celeriac_maintenance_seconds_since_last_tick{{clock="{clock}"}}' in metrics
         assert running.terminate() == (1 if fault == "batches hang" else 0), running.log
 

@@ -18,6 +18,9 @@ from celeriac.store.sources import BucketSource, FolderSource
 from celeriac.store.store import Manifest, ModelStore, Wanted
 from settings import ROOT
 from tests.unit.test_model_store import Heard, write_published
+from tests.waiting import SECONDS
+
+pytestmark = pytest.mark.slow
 
 COMMIT = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 BUCKET = "models"
@@ -166,7 +169,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_ALLOW_HTTP": "true",
     }.items():
         monkeypatch.setenv(name, value)
-    httpx.put(f"{url}/{BUCKET}").raise_for_status()
+    httpx.put(f"{url}/{BUCKET}", timeout=SECONDS).raise_for_status()
     yield url
     server.stop()
 
@@ -174,8 +177,10 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_prefix_of_a_bucket_is_pulled(bucket: str, tmp_path: Path) -> None:
     published = write_published(tmp_path / "published")
     for file in published.iterdir():
-        httpx.put(f"{bucket}/{BUCKET}/some/tiny/{file.name}", content=file.read_bytes()).raise_for_status()
-    httpx.put(f"{bucket}/{BUCKET}/some/tinyother/config.json", content=b"{}").raise_for_status()
+        httpx.put(
+            f"{bucket}/{BUCKET}/some/tiny/{file.name}", content=file.read_bytes(), timeout=SECONDS
+        ).raise_for_status()
+    httpx.put(f"{bucket}/{BUCKET}/some/tinyother/config.json", content=b"{}", timeout=SECONDS).raise_for_status()
     store, heard = ModelStore(tmp_path / "store"), Heard()
     store.pull(Wanted("tiny", BucketSource(f"s3://{BUCKET}/some/tiny/")), heard)
     manifest = store.manifest("tiny")

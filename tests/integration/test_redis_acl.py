@@ -13,6 +13,9 @@ from celeriac.client import Client
 from settings import ROOT, Settings
 from tasks.app import make_app
 from tests.chaos.plant import Plant, start_prepared
+from tests.waiting import SECONDS
+
+pytestmark = pytest.mark.slow
 
 MODEL = "celeriac-mini"
 MODELS = f'[[models]]\nid = "{MODEL}"\npath = "{ROOT / "models" / MODEL}"\nmax_model_len = 256\nmax_num_seqs = 4\n'
@@ -69,7 +72,7 @@ def use_everything(plant: Plant, url: str) -> None:
         for _ in range(3):
             *_, last = client.stream(client.submit("Once upon a time", model=MODEL, max_tokens=40, ignore_eos=True).id)
             assert last.name == "job.completed"
-    assert app.control.inspect(timeout=10, limit=1).stats()
+    assert app.control.inspect(timeout=SECONDS, limit=1).stats()
     app.control.revoke("job_" + "0" * 26, terminate=True)
     ended.set()
     watching.join()

@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, EmbeddedServerError
+from tests.waiting import SECONDS
 
 
 def kill(server: EmbeddedServer) -> None:
@@ -99,7 +100,7 @@ def test_the_servers_end_with_their_owner(server_folder: Path) -> None:
     assert len(servers) == 2
     os.kill(owner.pid, signal.SIGKILL)
     owner.communicate()
-    psutil.wait_procs(servers, timeout=15)
+    psutil.wait_procs(servers, timeout=SECONDS)
     assert not any(server.is_running() and server.status() != psutil.STATUS_ZOMBIE for server in servers)
 
 

@@ -17,6 +17,7 @@ import metrics
 from metrics import Process, registries, serve_metrics
 from observability import configure_logging, describe_exception, job_context, request_id_context
 from settings import ROOT
+from tests.waiting import SECONDS
 
 SECRET = "my diary entry"
 METRICS = {name: one for name, one in vars(metrics).items() if isinstance(one, Counter | Gauge | Histogram)}
@@ -201,7 +202,7 @@ def test_workers_of_one_machine_share_no_port() -> None:
         url = serve_metrics(Process.WORKER, "127.0.0.1", port)
     assert url is not None
     assert url != f"http://127.0.0.1:{port}/metrics"
-    assert "celeriac_engine_steps_total" in httpx.get(url, timeout=10).text
+    assert "celeriac_engine_steps_total" in httpx.get(url, timeout=SECONDS).text
 
 
 def test_an_address_that_is_not_ours_is_said_and_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
