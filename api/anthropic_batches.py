@@ -16,7 +16,7 @@ from api.downloads import Download
 from api.errors import json_response
 from api.inputs import QueryModel, off_loop, query_parameters, read_model, read_query
 from api.openai.files import HEADERS, content_of
-from api.openai.running import read_job_headers
+from api.openai.job_headers import read_job_headers
 from api.openapi import request_body
 from api.services import Caller, PrivateRoute, Services, caller_of
 from dialects.anthropic_answers import anthropic_page

@@ -159,6 +159,8 @@ async def health(request: Request, response: Response) -> HealthView:
     """The state of the whole installation. 503 only if jobs cannot be accepted."""
     services = services_of(request)
     database, redis = await asyncio.gather(_check_database(services), _check_redis(services))
+    if database == "ok":
+        await services.monitor.refresh()
     queues = services.monitor.queues.values()
     num_workers = sum(queue.num_workers for queue in queues)
     findings = services.monitor.findings

@@ -118,6 +118,13 @@ class QueueMonitor:
                 await within(ANSWER_SECONDS, self._read())
         return self._queues
 
+    async def refresh(self) -> None:
+        """Read the queues if their figures are stale, such as right after the start. What goes wrong is logged."""
+        try:
+            await self.read(max_age_seconds=STALE_SECONDS)
+        except (SQLAlchemyError, OSError) as exc:
+            log.warning("could not read the queues", extra={"reason": describe_exception(exc)})
+
     async def _read(self) -> None:
         began_at = time.monotonic()  # what changes during the read may be missing from it
         queues = await repeatable(self._sessions, read_queues, self._catalog, self._settings)

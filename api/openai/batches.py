@@ -12,7 +12,7 @@ from starlette.responses import Response
 from api.errors import json_response
 from api.inputs import PageQuery, list_page, listing, read_model, read_query
 from api.openai.files import MAX_TTL_SECONDS, MIN_TTL_SECONDS, parse_file_id, refuse_odd_ttl
-from api.openai.running import read_job_headers
+from api.openai.job_headers import read_job_headers
 from api.openapi import ERROR, request_body
 from api.services import caller_of, private_router
 from dialects.openai import Metadata, OpenAIModel

@@ -1,12 +1,10 @@
-"""Runs the requests of the OpenAI routes as jobs: headers, submission, matching of retries, and cancellation.
+"""Runs the requests of the OpenAI routes as jobs: submission, matching of retries, and cancellation.
 
 A job is cancelled when its client has disconnected and no other reader waits for it.
 """
 
 import asyncio
 import logging
-import math
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,19 +13,17 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from api.inputs import parse_idempotency_key
+from api.openai.job_headers import JobHeaders, read_job_headers
 from api.services import Services, caller_of
 from dialects.bodies import with_body_names
-from dialects.native import WEEK_SECONDS
 from dialects.openai import PRIORITY_BY_SERVICE_TIER, spelling_of_params
-from domain.errors import CeleriacError, InvalidRequest, JobNotFound, NoWorkers, StorageUnavailable
+from domain.errors import CeleriacError, JobNotFound, NoWorkers, StorageUnavailable
 from domain.jobs import Endpoint, JobStatus, external_id
 from domain.model_names import parse_model_name
 from domain.requests import ConversationTurn, JobOptions, JobRequest
-from domain.webhooks import MAX_URL_BYTES, TELLABLE_STATUSES
+from domain.webhooks import TELLABLE_STATUSES
 from observability import job_id_context
 from storage import job_queries
 from storage.job_accept import Accepted, NewJob
@@ -39,107 +35,6 @@ from tasks.submit import CACHE_HEADER, CacheOutcome, request_hash
 log = logging.getLogger(__name__)
 
 OPENAI_VERSION = "2020-10-01"  # the only version there is; SDKs log it
-
-DEFAULT_READ_TIMEOUT_SECONDS = 600.0  # the default of the SDKs
-
-RETRY_SECONDS = 60.0  # how long after a client's read timeout its retry may arrive
-
-_DURATION = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6}(?:\.\d{1,3})?)s?)?")
-
-
-@dataclass(frozen=True, slots=True)
-class JobHeaders:
-    """The job options that a request has in headers. `read_timeout_seconds` is None if the client does not send it. A
-    client that does waits that long without receiving anything, so it gets no keep-alive by default, and its answer has
-    the right status."""
-
-    idempotency_key: str | None
-    cancel_after_seconds: float | None
-    start_timeout_seconds: float | None
-    run_timeout_seconds: float | None
-    priority: int | None
-    webhook_url: str | None
-    on_disconnect: Literal["cancel", "continue"] | None
-    has_keep_alive: bool
-    read_timeout_seconds: float | None
-    num_retries: int
-
-    @property
-    def attach_seconds(self) -> float:
-        """How long after its acceptance a job may be matched to a retry of the same request."""
-        return (self.read_timeout_seconds or DEFAULT_READ_TIMEOUT_SECONDS) + RETRY_SECONDS
-
-
-def read_job_headers(headers: Headers) -> JobHeaders:
-    """Raises InvalidRequest. The headers that SDKs add by themselves are ignored if they cannot be parsed."""
-    read_timeout_seconds = _number(headers.get("x-stainless-read-timeout", headers.get("x-stainless-timeout")))
-    keep_alive = _one_of(headers, "X-Keep-Alive", "on", "off") or ("on" if read_timeout_seconds is None else "off")
-    return JobHeaders(
-        idempotency_key=parse_idempotency_key(headers.get("idempotency-key")),
-        cancel_after_seconds=_duration(headers, "Cancel-After"),
-        start_timeout_seconds=_duration(headers, "X-Start-Timeout"),
-        run_timeout_seconds=_duration(headers, "X-Run-Timeout"),
-        priority=_priority(headers.get("x-priority")),
-        webhook_url=_webhook_url(headers.get("x-webhook")),
-        on_disconnect=_on_disconnect(headers),
-        has_keep_alive=keep_alive == "on",
-        read_timeout_seconds=read_timeout_seconds,
-        num_retries=int(_number(headers.get("x-stainless-retry-count")) or 0),
-    )
-
-
-def _duration(headers: Headers, name: str) -> float | None:
-    """Seconds, as `90`, `90s`, `5m` or `1h30m`."""
-    text = headers.get(name)
-    if text is None:
-        return None
-    match = _DURATION.fullmatch(text.strip())
-    hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0)
-    duration = hours * 3600 + minutes * 60 + seconds
-    if not 0 < duration <= WEEK_SECONDS:
-        raise InvalidRequest(
-            f"{name} is {text[:40]!r}; send a duration of at most a week, such as 90s, 5m or 1h30m", param=name
-        )
-    return duration
-
-
-def _priority(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not re.fullmatch(r"-?\d{1,2}", text) or not -10 <= int(text) <= 10:
-        raise InvalidRequest(f"X-Priority is {text[:40]!r}; send a whole number from -10 to 10", param="X-Priority")
-    return int(text)
-
-
-def _webhook_url(text: str | None) -> str | None:
-    if text is not None and not 1 <= len(text) <= MAX_URL_BYTES:
-        raise InvalidRequest(
-            f"X-Webhook has {len(text)} characters; send a URL of 1 to {MAX_URL_BYTES} characters", param="webhook"
-        )
-    return text
-
-
-def _one_of(headers: Headers, name: str, *known: str) -> str | None:
-    text = headers.get(name)
-    if text is None:
-        return None
-    for word in known:
-        if word == text:
-            return word
-    raise InvalidRequest(f"{name} is {text[:40]!r}; send {' or '.join(known)}", param=name)
-
-
-def _on_disconnect(headers: Headers) -> Literal["cancel", "continue"] | None:
-    word = _one_of(headers, "X-On-Disconnect", "cancel", "continue")
-    return None if word is None else "cancel" if word == "cancel" else "continue"
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        number = float(text or "")
-    except ValueError:
-        return None
-    return number if math.isfinite(number) and 0 < number <= WEEK_SECONDS else None
 
 
 def answer_headers(started: float) -> dict[str, str]:
