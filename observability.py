@@ -34,6 +34,9 @@ request_id_context: ContextVar[str | None] = ContextVar("request_id", default=No
 #: The id of the API key of a request or of a batch's; never logged.
 key_id_context: ContextVar[str | None] = ContextVar("key_id", default=None)
 
+#: The place of the request in a trace, as its `traceparent` or our own span says (W3C Trace Context).
+traceparent_context: ContextVar[str | None] = ContextVar("traceparent", default=None)
+
 #: The ids of the jobs that a request has submitted, newest last, for an error response if the request fails later.
 submitted_job_ids: ContextVar[list[str] | None] = ContextVar("submitted_job_ids", default=None)
 
@@ -90,11 +93,20 @@ _TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 def _add_context(record: logging.LogRecord) -> bool:
-    ids = {"job_id": job_id_context.get(), "request_id": request_id_context.get()}
+    trace = traceparent_context.get()
+    ids = {
+        "job_id": job_id_context.get(),
+        "request_id": request_id_context.get(),
+        "trace_id": trace_id_of(trace) if trace else None,
+    }
     for name, value in ids.items():
         if value is not None and not hasattr(record, name):
             setattr(record, name, value)
     return True
+
+
+def trace_id_of(traceparent: str) -> str:
+    return traceparent.split("-")[1]
 
 
 def _format_exception(exc_info: _ExcInfo) -> str:

@@ -118,6 +118,7 @@ def api(host: str | None, port: int | None) -> None:
     """Serve the HTTP API."""
     _set("CELERIAC_HOST", host)
     _set("CELERIAC_PORT", port)
+    _name_in_traces("api")
     settings = _settings()
     from api.app import refuse_public_access_without_keys
     from api.server import serve
@@ -152,6 +153,7 @@ def worker(models_: tuple[str, ...], memory: str | None, name: str | None, gpus:
     _set("CELERIAC_WORKER_MODEL", ",".join(models_) or None)
     _set("CELERIAC_WORKER_MEMORY", memory)
     _set("CELERIAC_WORKER_NAME", name)
+    _name_in_traces("worker")
     settings = _settings()
     refuse_unknown_models(settings)
     refuse_shared_sessions(settings)
@@ -169,6 +171,7 @@ def maintenance() -> None:
     Every second the janitor dispatches, rescues, expires and prunes the jobs that were left behind, batches advance,
     and webhooks are sent. /health and /metrics are on CELERIAC_MAINTENANCE_PORT.
     """
+    _name_in_traces("maintenance")
     settings = _settings()
     from maintenance.process import serve
 
@@ -275,6 +278,11 @@ def _set(name: str, value: object) -> None:
     """Let an option override its setting. Sets the environment variable, so that the override survives an exec."""
     if value is not None:
         os.environ[name] = str(value)
+
+
+def _name_in_traces(process: str) -> None:
+    """For OpenTelemetry, unless the user has given the process another name."""
+    os.environ.setdefault("OTEL_SERVICE_NAME", f"celeriac-{process}")
 
 
 def _settings() -> "Settings":

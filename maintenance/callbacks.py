@@ -25,24 +25,28 @@ class CallbackPublisher:
         self._connection: Connection | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="callbacks")
 
-    async def publish(self, callback: CeleryCallback | None, job_id: UUID) -> WebhookResponse:
-        """`callback` is None if the job was deleted."""
+    async def publish(
+        self, callback: CeleryCallback | None, job_id: UUID, traceparent: str | None = None
+    ) -> WebhookResponse:
+        """`callback` is None if the job was deleted. `traceparent` is that of the job."""
         if callback is None:
             return WebhookResponse(GONE, "the job was deleted", 0.0)
         if self._broker_url is None:
             return WebhookResponse(None, "callbacks are off; set CELERIAC_CALLBACK_BROKER_URL for maintenance", 0.0)
         began = time.monotonic()
         loop = asyncio.get_running_loop()
-        error = await loop.run_in_executor(self._thread, self._publish, callback, external_id(job_id))
+        error = await loop.run_in_executor(self._thread, self._publish, callback, external_id(job_id), traceparent)
         return WebhookResponse(PUBLISHED if error is None else None, error, time.monotonic() - began)
 
     async def aclose(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._disconnect)
         self._thread.shutdown()
 
-    def _publish(self, callback: CeleryCallback, job_id: str) -> str | None:
+    def _publish(self, callback: CeleryCallback, job_id: str, traceparent: str | None) -> str | None:
         """Returns why it could not be published."""
         body, headers = callback.message(job_id)
+        if traceparent is not None:
+            headers = {"traceparent": traceparent} | headers  # that of the client's own task, if it is traced
         try:
             connection = self._connection = self._connection or Connection(
                 self._broker_url, transport_options={"socket_timeout": CONNECT_SECONDS, "max_retries": 0}

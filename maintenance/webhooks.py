@@ -26,6 +26,7 @@ from metrics import webhook_attempt_seconds, webhook_attempts_total
 from observability import describe_exception
 from storage import webhook_deliveries
 from storage.webhook_deliveries import ClaimedDelivery, Outcome
+from tasks.tracing import job_span
 from tasks.webhook_http import MAX_CONNECTIONS, TOTAL_SECONDS, TargetGuard, WebhookClient, WebhookResponse
 
 log = logging.getLogger(__name__)
@@ -202,14 +203,19 @@ class WebhookSender:
         if delivery.url.startswith(URL_PREFIX):
             async with self._sessions() as session:
                 callback = await session.run_sync(webhook_deliveries.callback_of, delivery.event_id)
-            return await self._callbacks.publish(callback, delivery.event_id)
+            return await self._callbacks.publish(callback, delivery.event_id, delivery.traceparent)
         try:
             url = self._guard.parse(delivery.url)
         except BadWebhookUrl as exc:
             return WebhookResponse(None, f"the URL is refused: {exc}", 0.0)
         body = payload(delivery.event_id, delivery.type, delivery.created_at)
         headers = signature_headers(delivery.event_id, body, delivery.secrets, int(time.time()))
-        return await self._client.post(url, headers, body)
+        if delivery.traceparent is not None:
+            headers["traceparent"] = delivery.traceparent
+        answer = await self._client.post(url, headers, body)
+        error = None if answer.is_success else str(answer.status_code or "no answer")
+        job_span("webhook", delivery.event_id, delivery.traceparent, seconds=answer.seconds, error=error)
+        return answer
 
 
 def judge(delivery: ClaimedDelivery, answer: WebhookResponse) -> Outcome:

@@ -17,7 +17,6 @@ from uuid import UUID
 from sqlalchemy import Row, text
 from sqlalchemy.orm import Session
 
-from domain.jobs import JobStatus
 from storage.job_accept import NewJob
 from storage.job_ends import told
 from storage.job_statements import CLOCK, COUNTED, Packed
@@ -148,10 +147,7 @@ def end_followers(session: Session, *, limit: int = 200) -> list[Returned]:
 
 
 def _ended(session: Session, rows: Sequence[Row[tuple[object, ...]]]) -> list[Returned]:
-    ended = [
-        Returned(row.id, JobStatus(row.status), row.attempt, row.model, row.num_tokens, row.seconds, row.request_id)
-        for row in rows
-    ]
+    ended = [Returned.of(row) for row in rows]
     told_ids: list[UUID] = [row.id for row in rows if row.is_told]
     write_deliveries(session, told_ids)
     return ended

@@ -59,6 +59,7 @@ class NewJob:
     endpoint_body: str | None = None  # JSON
     callback: CeleryCallback | None = None
     request_id: str | None = None  # the id of the HTTP request that submitted it
+    traceparent: str | None = None  # its place in a trace (W3C Trace Context)
     answer_key: bytes | None = None  # equal for requests of which one may have the other's answer; None: it must run
     key_id: str | None = None  # of the API key that it was sent with
     estimate: Estimate | None = None  # of its start and end
@@ -248,6 +249,7 @@ def of_new_jobs(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
         "lanes": [job.lane.value for job in new_jobs],
         "retry_ofs": [job.retry_of for job in new_jobs],
         "request_ids": [job.request_id for job in new_jobs],
+        "traceparents": [job.traceparent for job in new_jobs],
         "key_ids": [job.key_id for job in new_jobs],
         "etas": [job.estimate and f"{{{','.join(map(str, job.estimate.stored))}}}" for job in new_jobs],
         "callbacks": Packed(None if job.callback is None else job.callback.model_dump_json() for job in new_jobs),

@@ -91,7 +91,8 @@ def told(jobs: str, *, has_chunks: str) -> str:
     return f"""
 SELECT t.id, t.model, t.status, t.attempt, {has_chunks} AS has_chunks, t.is_told, t.num_committed_tokens AS num_tokens,
     extract(epoch FROM {CLOCK} - t.created_at)::float8 AS seconds,
-    (SELECT p.request_id FROM job_payloads p WHERE p.job_id = t.id) AS request_id
+    (SELECT p.request_id FROM job_payloads p WHERE p.job_id = t.id) AS request_id,
+    (SELECT p.traceparent FROM job_payloads p WHERE p.job_id = t.id) AS traceparent
 FROM {jobs} t"""
 
 
@@ -318,7 +319,8 @@ moved AS (  -- the tenant is not charged for what is discarded
     FROM restarted
 ),
 {COUNTED}
-SELECT r.id, r.attempt, r.num_tokens, (SELECT p.request_id FROM job_payloads p WHERE p.job_id = r.id) AS request_id
+SELECT r.id, r.attempt, r.num_tokens, (SELECT p.request_id FROM job_payloads p WHERE p.job_id = r.id) AS request_id,
+    (SELECT p.traceparent FROM job_payloads p WHERE p.job_id = r.id) AS traceparent
 FROM restarted r
 """
 

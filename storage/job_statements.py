@@ -99,13 +99,13 @@ WITH new AS MATERIALIZED (
         CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]), CAST(:retry_ofs AS uuid[]),
         CAST(:endpoint_bodies AS text[]), CAST(:kinds AS text[]), CAST(:input_lengths AS text[]),
         CAST(:request_ids AS text[]), CAST(:callbacks AS text[]), CAST(:key_ids AS text[]),
-        CAST(:etas AS text[])
+        CAST(:etas AS text[]), CAST(:traceparents AS text[])
     ) WITH ORDINALITY AS n(
         id, tenant_id, model, adapter, model_revision, priority, idempotency_key, request_hash, max_failures,
         start_timeout, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata,
         result_ttl_seconds, request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint,
         lane, retry_of, endpoint_body, kind, input_lengths, request_id,
-        callback, key_id, eta, place)
+        callback, key_id, eta, traceparent, place)
 ),
 load AS MATERIALIZED (
     SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) - l.num_queued AS room,
@@ -137,9 +137,9 @@ inserted AS (
 ),
 payload AS (
     INSERT INTO job_payloads (job_id, request, prompt_token_ids, input_lengths, fingerprint, endpoint_body, request_id,
-        callback)
+        traceparent, callback)
     SELECT id, request::json, prompt_token_ids::int[], input_lengths::int[], fingerprint, endpoint_body::json,
-        request_id, callback::json
+        request_id, traceparent, callback::json
     FROM inserted JOIN new USING (id)
 ),
 unused AS (  -- what running jobs were charged and may still not take
@@ -298,7 +298,7 @@ claimed AS (
 moved AS (SELECT id, tenant_id, -1 AS queued, 1 AS running, charge FROM claimed),
 {COUNTED}
 SELECT c.id, c.tenant_id, c.attempt, p.request::text AS request, p.prompt_token_ids, p.input_lengths,
-    c.max_tokens, c.seed, c.priority, p.request_id, c.eta,
+    c.max_tokens, c.seed, c.priority, p.request_id, p.traceparent, c.eta,
     extract(epoch FROM {CLOCK} - c.created_at)::float8 AS seconds_since_accept,
     extract(epoch FROM {CLOCK} - c.started_at)::float8 AS seconds_since_start,
     extract(epoch FROM {CLOCK} - c.was_paused_at)::float8 AS seconds_paused,

@@ -58,6 +58,7 @@ class ClaimedJob:
     committed_chunks: list[TokenChunk]  # in order; empty on a first attempt
     input_lengths: list[int] | None = None
     request_id: str | None = None  # the id of the HTTP request that submitted it
+    traceparent: str | None = None  # of that request
     seconds_since_accept: float = 0.0  # at the time of the claim
     seconds_since_start: float = 0.0  # since the first claim; 0 if this is the first one
     seconds_paused: float | None = None  # None if it has not just been paused
@@ -118,7 +119,14 @@ class Returned:
     num_tokens: int = 0  # committed output tokens
     seconds: float = 0.0  # time since it was accepted
     request_id: str | None = None
+    traceparent: str | None = None
     is_moved: bool = True  # False if it had ended before, so that the call changed nothing
+
+    @classmethod
+    def of(cls, row: Row[Any]) -> "Returned":
+        """`row` is one of `job_ends.told`."""
+        numbers = (row.attempt, row.model, row.num_tokens, row.seconds)
+        return cls(row.id, JobStatus(row.status), *numbers, row.request_id, row.traceparent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +137,7 @@ class Restarted:
     attempt: int
     num_tokens: int
     request_id: str | None
+    traceparent: str | None
 
 
 def claimable_soon(session: Session, model: str, *, model_revisions: Sequence[str], limit: int) -> list[UUID]:
@@ -338,10 +347,7 @@ def _returned(session: Session, statement: TextClause, parameters: dict[str, Any
     """Execute a statement that ends or requeues jobs. Store partial results and webhook deliveries of those that
     ended."""
     rows = session.execute(statement, parameters).all()
-    returned = [
-        Returned(row.id, JobStatus(row.status), row.attempt, row.model, row.num_tokens, row.seconds, row.request_id)
-        for row in rows
-    ]
+    returned = [Returned.of(row) for row in rows]
     cut_off = {job.job_id: job.status for job, row in zip(returned, rows, strict=True) if row.has_chunks}
     store_partial_results(session, {id: status for id, status in cut_off.items() if status.is_terminal})
     told = [job.job_id for job, row in zip(returned, rows, strict=True) if row.is_told and job.status.is_terminal]
@@ -390,6 +396,7 @@ def _claimed_job(row: Row[Any], chunks: Sequence[str] | None) -> ClaimedJob:
         num_suspicions=row.num_suspicions,
         committed_chunks=_parsed(chunks),
         request_id=row.request_id,
+        traceparent=row.traceparent,
         seconds_since_accept=row.seconds_since_accept,
         seconds_since_start=row.seconds_since_start,
         seconds_paused=row.seconds_paused,

@@ -301,6 +301,7 @@ class JobPayload(Row):
     fingerprint: Mapped[bytes | None]  # of what the engine is asked: the same for repeated requests
     endpoint_body: Mapped[dict[str, Any] | None]  # as the client sent it, if its route shows it again
     request_id: Mapped[str | None]  # of the HTTP request that submitted it; in the logs of every process
+    traceparent: Mapped[str | None]  # of that request, if it is part of a trace (W3C Trace Context)
     callback: Mapped[CeleryCallback | None] = mapped_column(AdaptedJSON(CALLBACK))
 
 

@@ -64,7 +64,8 @@ claimed AS (
 SELECT c.id, c.tenant_id, c.event_id, c.type, c.created_at, c.endpoint_id, c.url, c.host, c.num_attempts,
     c.num_attempts - c.num_attempts_before AS num_tries, {CLOCK} AS now, coalesce(p.secret, s.secret) AS secret,
     CASE WHEN coalesce(p.previous_secret_expires_at, s.previous_secret_expires_at) > {CLOCK}
-        THEN coalesce(p.previous_secret, s.previous_secret) END AS previous_secret
+        THEN coalesce(p.previous_secret, s.previous_secret) END AS previous_secret,
+    (SELECT j.traceparent FROM job_payloads j WHERE j.job_id = c.event_id) AS traceparent
 FROM claimed c LEFT JOIN webhook_endpoints p ON p.id = c.endpoint_id AND p.tenant_id = c.tenant_id
 LEFT JOIN webhook_secrets s ON c.endpoint_id IS NULL AND s.tenant_id = c.tenant_id
 """)  # noqa: S608  (CLOCK is a constant)
@@ -114,6 +115,7 @@ class ClaimedDelivery:
     num_tries: int  # attempts since it was last requested, including this one
     now: datetime
     secrets: tuple[str, ...]
+    traceparent: str | None = None  # of the job that ended, to send on
 
     @property
     def queue(self) -> tuple[UUID, str]:
@@ -172,6 +174,7 @@ def claim(
             num_tries=row.num_tries,
             now=row.now,
             secrets=_secrets(session, row.tenant_id, row.endpoint_id, (row.secret, row.previous_secret)),
+            traceparent=row.traceparent,
         )
         for row in session.execute(CLAIM, parameters).all()
     ]

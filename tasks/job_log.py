@@ -27,6 +27,7 @@ from metrics import (
 )
 from storage.job_accept import AcceptOutcome, NewJob
 from storage.jobs import ClaimedJob, Finalisation, Restarted, Returned
+from tasks.tracing import generation_attributes, job_span, trace_ids
 
 logger = logging.getLogger("celeriac.jobs")
 
@@ -66,13 +67,15 @@ def accepted(new_job: NewJob) -> None:
     submitted(request.model_id, AcceptOutcome.ACCEPTED.value)
     labelled(submitted_prompt_tokens_total, request.model_id).inc(len(new_job.prompt_token_ids))
     facts = {"model": request.model, "kind": request.kind, "prompt_tokens": len(new_job.prompt_token_ids)}
-    _log("accepted", new_job.id, new_job.request_id, facts | {"max_tokens": new_job.max_tokens})
+    _log("accepted", new_job.id, new_job, facts | {"max_tokens": new_job.max_tokens})
+    job_span("accept", new_job.id, new_job.traceparent, attributes={"gen_ai.request.model": request.model})
 
 
 def answered(new_job: NewJob) -> None:
     """The job was completed at once, with a known answer."""
     _count_end(new_job.request.model_id, JobStatus.COMPLETED, FinishReason.STOP)
-    _log("ended", new_job.id, new_job.request_id, {"status": JobStatus.COMPLETED.value, "cached": True})
+    _log("ended", new_job.id, new_job, {"status": JobStatus.COMPLETED.value, "cached": True})
+    job_span("answer from the cache", new_job.id, new_job.traceparent)
 
 
 def claimed(jobs: Iterable[ClaimedJob], worker: str) -> None:
@@ -80,12 +83,13 @@ def claimed(jobs: Iterable[ClaimedJob], worker: str) -> None:
         if job.attempt == 1:
             labelled(jobs_queue_seconds, job.request.model_id).observe(job.seconds_since_accept)
             _count_estimate(job)
+            job_span("queue", job.id, job.traceparent, seconds=job.seconds_since_accept)
         facts = {"worker": worker, "attempt": job.attempt, "model": job.request.model, "lane": job.lane.value}
         facts |= {"tokens": job.num_committed_tokens}
         if job.seconds_paused is None:
-            _log("claimed", job.id, job.request_id, facts)
+            _log("claimed", job.id, job, facts)
         else:
-            _log("resumed", job.id, job.request_id, facts | {"seconds_paused": round(job.seconds_paused, 3)})
+            _log("resumed", job.id, job, facts | {"seconds_paused": round(job.seconds_paused, 3)})
 
 
 def _count_estimate(job: ClaimedJob) -> None:
@@ -101,7 +105,9 @@ def _count_estimate(job: ClaimedJob) -> None:
 def first_token(job: ClaimedJob, *, seconds: float) -> None:
     """The first token was committed, `seconds` after the claim."""
     labelled(time_to_first_token_seconds, job.request.model_id).observe(job.seconds_since_accept + seconds)
-    _log("first token", job.id, job.request_id, {"attempt": job.attempt, "seconds": round(seconds, 3)})
+    _log("first token", job.id, job, {"attempt": job.attempt, "seconds": round(seconds, 3)})
+    attributes = {"celeriac.attempt": job.attempt}
+    job_span("claim to first token", job.id, job.traceparent, seconds=seconds, attributes=attributes)
 
 
 def ended(job: ClaimedJob, ending: Finalisation, *, num_tokens: int, seconds: float) -> None:
@@ -113,7 +119,27 @@ def ended(job: ClaimedJob, ending: Finalisation, *, num_tokens: int, seconds: fl
         labelled(jobs_latency_seconds, model).observe(job.seconds_since_accept + seconds)
     facts: dict[str, object] = {"status": ending.status.value, "attempt": job.attempt, "tokens": num_tokens}
     facts |= {"seconds": round(seconds, 3)} | ({"code": ending.error.code} if ending.error is not None else {})
-    _log("ended", job.id, job.request_id, facts)
+    _log("ended", job.id, job, facts)
+    _record_generation(job, ending, num_tokens=num_tokens, seconds=seconds)
+
+
+def _record_generation(job: ClaimedJob, ending: Finalisation, *, num_tokens: int, seconds: float) -> None:
+    """The span of the attempt that ended the job: from the claim to the commit of the last chunk."""
+    attributes = generation_attributes(job.request) | {
+        "gen_ai.usage.input_tokens": len(job.prompt_token_ids),
+        "gen_ai.usage.output_tokens": num_tokens,
+        "gen_ai.response.finish_reasons": [reason.value for reason in (ending.finish_reason,) if reason is not None],
+        "celeriac.attempt": job.attempt,
+        "celeriac.job.status": ending.status.value,
+    }
+    job_span(
+        f"{attributes['gen_ai.operation.name']} {job.request.model}",
+        job.id,
+        job.traceparent,
+        seconds=seconds,
+        attributes=attributes,
+        error=None if ending.error is None else ending.error.code,
+    )
 
 
 def returned(outcome: AttemptOutcome, jobs: Iterable[Returned]) -> None:
@@ -121,7 +147,11 @@ def returned(outcome: AttemptOutcome, jobs: Iterable[Returned]) -> None:
     for job in jobs:
         labelled(jobs_returned_total, job.model, outcome.value).inc()
         facts: dict[str, object] = {"attempt": job.attempt, "tokens": job.num_tokens}
-        _log(VERB_BY_OUTCOME[outcome], job.job_id, job.request_id, facts)
+        _log(VERB_BY_OUTCOME[outcome], job.job_id, job, facts)
+        is_failure = outcome is not AttemptOutcome.RELEASED
+        attributes = {"celeriac.attempt": job.attempt}
+        error = outcome.value if is_failure else None
+        job_span(VERB_BY_OUTCOME[outcome], job.job_id, job.traceparent, attributes=attributes, error=error)
         if job.status.is_terminal:
             ended_without_worker([job])
 
@@ -130,7 +160,8 @@ def paused(jobs: Iterable[Returned]) -> None:
     """Jobs that left their slots to other tenants, or ended instead, since that was asked for."""
     for job in jobs:
         labelled(jobs_paused_total, job.model).inc()
-        _log("paused", job.job_id, job.request_id, {"attempt": job.attempt, "tokens": job.num_tokens})
+        _log("paused", job.job_id, job, {"attempt": job.attempt, "tokens": job.num_tokens})
+        job_span("paused", job.job_id, job.traceparent, attributes={"celeriac.attempt": job.attempt})
         if job.status.is_terminal:
             ended_without_worker([job])
 
@@ -140,7 +171,9 @@ def ended_without_worker(jobs: Iterable[Returned]) -> None:
     for job in jobs:
         _count_end(job.model, job.status, FinishReason.STOP)
         facts: dict[str, object] = {"status": job.status.value, "attempt": job.attempt, "tokens": job.num_tokens}
-        _log("ended", job.job_id, job.request_id, facts | {"seconds": round(job.seconds, 3)})
+        _log("ended", job.job_id, job, facts | {"seconds": round(job.seconds, 3)})
+        attributes = {"celeriac.job.status": job.status.value}
+        job_span("end without a worker", job.job_id, job.traceparent, attributes=attributes)
 
 
 def _count_end(model: str, status: JobStatus, reason: FinishReason) -> None:
@@ -150,13 +183,14 @@ def _count_end(model: str, status: JobStatus, reason: FinishReason) -> None:
 def restarted(jobs: Iterable[Restarted], why: str, **more: object) -> None:
     for job in jobs:
         facts: dict[str, object] = {"attempt": job.attempt, "discarded_tokens": job.num_tokens}
-        _log(f"starts over, {why}", job.job_id, job.request_id, facts | more)
+        _log(f"starts over, {why}", job.job_id, job, facts | more)
+        job_span("start over", job.job_id, job.traceparent, attributes={"celeriac.attempt": job.attempt})
 
 
-def _log(what: str, job_id: UUID, request_id: str | None, facts: dict[str, object]) -> None:
+def _log(what: str, job_id: UUID, origin: NewJob | ClaimedJob | Returned | Restarted, facts: dict[str, object]) -> None:
     if not logger.isEnabledFor(logging.INFO):
         return
-    ids: dict[str, object] = {"job_id": external_id(job_id)}
-    if request_id is not None:
-        ids["request_id"] = request_id
+    ids: dict[str, object] = {"job_id": external_id(job_id), **trace_ids(job_id, origin.traceparent)}
+    if origin.request_id is not None:
+        ids["request_id"] = origin.request_id
     logger.info("job %s", what, extra=ids | facts)

@@ -41,7 +41,7 @@ from domain.requests import (
 )
 from domain.webhooks import BadWebhookUrl
 from metrics import labelled, response_cache_total
-from observability import key_id_context, note_submitted, request_id_context
+from observability import key_id_context, note_submitted, request_id_context, traceparent_context
 from settings import Settings
 from storage.job_accept import Accepted, AcceptOutcome, NewJob
 from storage.job_queries import JobRecord
@@ -320,6 +320,7 @@ def make_job(
         is_stored=options.is_stored,
         endpoint_body=options.endpoint_body,
         request_id=request_id_context.get(),
+        traceparent=traceparent_context.get(),
         key_id=key_id_context.get(),
         is_limited=is_limited_context.get(),
     )
