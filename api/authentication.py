@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from api.errors import database_unavailable
-from domain.access import Scope
+from domain.access import Scope, opened_by
 from domain.errors import AuthenticationFailed, StorageUnavailable
 from domain.jobs import parse_id
 from domain.limits import CallerLimits
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 class Identity(NamedTuple):
     tenant_id: UUID
-    scopes: frozenset[Scope]
+    scopes: frozenset[Scope]  # of the routes that it may use
     key_id: str | None  # None: no key is required
     limits: CallerLimits
 
@@ -195,7 +195,8 @@ def _find_identity(session: Session, key: str) -> Identity | None:
     row = tenants.resolve_key(session, key)
     if row is None:
         return None
-    return Identity(row.tenant_id, row.all_scopes, row.id, limits.limits_of_caller(session, row.tenant_id, row.id))
+    own = limits.limits_of_caller(session, row.tenant_id, row.id)
+    return Identity(row.tenant_id, opened_by(row.all_scopes), row.id, own)
 
 
 def _find_reader(session: Session, token: StreamToken, *, needs_key: bool) -> Identity | None:

@@ -223,7 +223,7 @@ def _reasons(
 @router.get("/metrics", response_class=Response, responses={200: TEXT})
 async def metrics(request: Request) -> Response:
     """Prometheus metrics of this process and of the whole installation. If keys are required, this needs one with
-    the scope `admin`; a scraper sends it as `Authorization: Bearer`."""
+    the scope `metrics` or `admin`; a scraper sends it as `Authorization: Bearer`."""
     return Response(generate_latest(registries[Process.API]), media_type=CONTENT_TYPE_LATEST)
 
 

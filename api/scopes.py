@@ -96,8 +96,11 @@ DELETE /v1/messages/batches/{message_batch_id}
 DELETE /v1/webhook_endpoints/{webhook_endpoint_id}
 """
 
-_ADMIN = """
+_METRICS = """
 GET /metrics
+"""
+
+_ADMIN = """
 GET /v1/admin/models
 GET /v1/admin/queue
 POST /v1/admin/models/{model:path}/load
@@ -124,6 +127,7 @@ SCOPE_BY_ROUTE = {
         Scope.READ: _READ,
         Scope.SUBMIT: _SUBMIT,
         Scope.CANCEL: _CANCEL,
+        Scope.METRICS: _METRICS,
         Scope.ADMIN: _ADMIN,
     }.items()
     for route in routes.split("\n")

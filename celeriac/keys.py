@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from storage.tables import ApiKey
 
-SCOPES = ("submit", "read", "cancel", "admin")
+SCOPES = ("submit", "read", "cancel", "metrics", "admin")
 
 
 @click.group()

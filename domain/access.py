@@ -10,15 +10,22 @@ from domain.jobs import FirstErrorModel
 
 
 class Scope(StrEnum):
-    """What a route is for, and what a key may be used for. None includes another."""
+    """What a route is for, and what a key may be used for."""
 
     SUBMIT = "submit"  # make and change what belongs to the tenant: jobs, files, batches, conversations, webhooks
     READ = "read"  # read it
     CANCEL = "cancel"  # stop and delete it
-    ADMIN = "admin"  # administer the installation: /v1/admin and /metrics
+    METRICS = "metrics"  # read /metrics, the figures of the installation
+    ADMIN = "admin"  # administer the installation: /v1/admin
 
 
 OWN_SCOPES = (Scope.SUBMIT, Scope.READ, Scope.CANCEL)  # of a key that is made without naming any
+
+
+def opened_by(scopes: frozenset[Scope]) -> frozenset[Scope]:
+    """The scopes of the routes that a key with `scopes` opens: these, and with `admin` also `metrics`."""
+    return scopes | {Scope.METRICS} if Scope.ADMIN in scopes else scopes
+
 
 TENANT_NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"  # of new tenants, so that it can be part of a path
 

@@ -31,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from domain.access import OWN_SCOPES, Scope
+from domain.access import Scope
 from domain.callbacks import CALLBACK, CeleryCallback
 from domain.jobs import AttemptOutcome, Endpoint, FinishReason, JobError, JobKind, JobStatus, Lane, WorkerState
 from domain.model_names import model_name
@@ -175,7 +175,7 @@ class ApiKey(Row):
     @property
     def all_scopes(self) -> frozenset[Scope]:
         """Without scopes of newer releases."""
-        own = frozenset(scope for scope in OWN_SCOPES if scope in self.scopes)
+        own = frozenset(scope for scope in Scope if scope in self.scopes)
         return own | {Scope.ADMIN} if self.is_admin else own
 
 

@@ -69,8 +69,9 @@ def create_key(
     key_id = "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))
     secret = secrets.token_urlsafe(32)
     stored = ApiKey(id=key_id, tenant_id=tenant_id, secret_sha256=_sha256(secret), name=name, expires_at=expires_at)
-    stored.is_admin = Scope.ADMIN in (given := set(scopes))
-    stored.scopes = [scope.value for scope in OWN_SCOPES if scope in given]
+    given = set(scopes)
+    stored.is_admin = Scope.ADMIN in given
+    stored.scopes = [scope.value for scope in Scope if scope in given - {Scope.ADMIN}]
     session.add(stored)
     session.flush()
     return f"{PREFIX}_{key_id}_{secret}"

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from api.scopes import SCOPE_BY_ROUTE, scope_of
 from celeriac import cli
-from domain.access import Scope
+from domain.access import Scope, opened_by
 from settings import Settings, get_settings
 from storage import administration, tenants
 from storage.tables import DEFAULT_TENANT_ID
@@ -70,7 +70,12 @@ def test_every_scope_opens_its_own_routes_alone(api: ApiServer, admin: httpx.Cli
         path = path.replace("{job_id}", "job_" + "0" * 26)
         for held, client in clients.items():
             status = client.request(method, path).status_code
-            assert (status == 403) is (held is not scope), (route, held, status)
+            is_opened = scope in opened_by(frozenset({held}))
+            assert (status == 403) is not is_opened, (route, held, status)
+    assert {held for held, client in clients.items() if client.get("/metrics").status_code == 200} == {
+        Scope.METRICS,
+        Scope.ADMIN,
+    }
     refusal = clients[Scope.READ].post("/v1/jobs", json={}).json()["error"]
     assert refusal["code"] == "permission_denied"
     assert (

@@ -7,7 +7,8 @@ import { html, useRef, useState } from "./html.js";
 import { Card, Chip, Code, Confirmed, Empty, Field, Polled, Problem, Status, Time, useAction } from "./parts.js";
 
 const LIMITS = ["requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month", "queued_jobs", "unfinished_jobs", "queued_tokens", "streams"];
-const SCOPES = ["submit", "read", "cancel", "admin"];
+const OWN_SCOPES = ["submit", "read", "cancel"];
+const SCOPES = [...OWN_SCOPES, "metrics", "admin"];
 
 const inWords = (name) => name.replaceAll("_", " ");
 
@@ -98,7 +99,7 @@ function NewKey({ tenants, reload }) {
         <${Field} label="Tenant"><select name="tenant">${tenants.map(({ name }) => html`<option key=${name}>${name}</option>`)}</select><//>
         <${Field} label="Name"><input name="name" maxlength="256" autocomplete="off" placeholder="what it is for" /><//>
         <${Field} label="Valid for days"><input name="days" type="number" min="1" max="3650" step="1" placeholder="no end" /><//>
-        <fieldset><legend>Scopes</legend>${SCOPES.map((scope) => html`<label key=${scope}><input type="checkbox" name=${scope} defaultChecked=${scope !== "admin"} /> ${scope}</label>`)}</fieldset>
+        <fieldset><legend>Scopes</legend>${SCOPES.map((scope) => html`<label key=${scope}><input type="checkbox" name=${scope} defaultChecked=${OWN_SCOPES.includes(scope)} /> ${scope}</label>`)}</fieldset>
       </div>
       <div class="actions"><button disabled=${isBusy}>Create key</button></div>
     </form>
