@@ -18,6 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 OLD_OPENAI := openai==1.109.1 distro==1.9.0
 BROWSER_DRIVERS := playwright==1.65.2 axe-playwright-python==0.1.8
+SITE := $(VENV)/docs
 CLIENT_PINS := tests/conformance/clients.txt
 WEB_PINS := tests/conformance/node_web/package.json tests/conformance/node_web/package-lock.json
 
@@ -37,9 +38,10 @@ SEED := 1
 
 # Of what these try, `make test` tries a sample.
 SAMPLED := tests/integration/test_engine_contamination.py tests/integration/test_engine_device.py \
-	tests/integration/test_celery.py tests/unit_engine/test_engine_sampling.py tests/chaos/test_model_checker.py
+	tests/integration/test_celery.py tests/unit_engine/test_engine_sampling.py tests/chaos/test_model_checker.py \
+	tests/integration/test_upgrades.py
 
-.PHONY: help run test test-fast test-engines thorough check index format conformance browser fuzz chaos bench constraints clean
+.PHONY: help run test test-fast test-engines thorough check index format conformance browser docs fuzz upgrades chaos bench constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,12 +79,22 @@ test-engines: $(READY_TO_TEST) ## install engines and test them on real models, 
 conformance: $(READY_TO_TEST) $(VENV)/clients/.ready $(VENV)/web-clients/.ready ## unmodified clients of all kinds: docs/clients.md
 	$(BIN)/python -m pytest tests/conformance
 
+docs: $(READY_TO_RUN) ## the documentation as a site, with every route, in .venv/docs/site
+	@test -x $(SITE)/bin/mkdocs || $(BIN)/python -m venv --clear $(SITE)
+	@$(SITE)/bin/python -m pip --disable-pip-version-check --quiet install --requirement deploy/site/requirements.txt
+	@$(BIN)/python -m deploy.site.openapi > $(SITE)/openapi.json
+	@OPENAPI_PATH=$(SITE)/openapi.json NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet --config-file deploy/site/mkdocs.yml
+	@echo "$(BIN)/python -m http.server --directory $(SITE)/site 8080"
+
 browser: $(READY_TO_TEST) ## the dashboard in the Chromium of this machine, with Playwright and axe
 	$(PIP) install $(BROWSER_DRIVERS)
 	$(BIN)/python -m pytest tests/integration/test_dashboard.py
 
 fuzz: $(READY_TO_TEST) ## requests made from the OpenAPI document, by the thousand: make fuzz FUZZ_REQUESTS=50000
 	FUZZ_REQUESTS=$(FUZZ_REQUESTS) FUZZ_SECONDS=500 $(BIN)/python -m pytest -s tests/conformance/test_openapi_fuzz.py
+
+upgrades: $(READY_TO_TEST) ## processes of the last release and of this one in all mixtures: a minute or two
+	THOROUGH=1 $(BIN)/python -m pytest tests/integration/test_upgrades.py
 
 chaos: $(READY_TO_TEST) ## kill, pause and flush while jobs run, and judge what came out: make chaos SECONDS=600 SEED=7
 	$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED)

@@ -96,6 +96,7 @@ def status_after(job: Restarted | Returned) -> JobStatus:
 OLD_QUEUE = "celeriac-maintenance"  # earlier releases sent their ticks through it
 
 PRUNE_EVERY_SECONDS = 10.0
+PRUNE_SECONDS = 0.3  # in a tick; if more is due, the next tick continues, after the rules that are urgent
 
 CHECK_EVERY_SECONDS = 60.0  # the check reads every unfinished job
 
@@ -147,7 +148,7 @@ class Janitor:
         self.quiet_seconds = settings.lease_seconds + 5  # how long the database server must be up before a rescue
         self._guard = OutageGuard(settings.lease_seconds, monotonic())
         self._revisions = RevisionWatch(sessions, settings)
-        self._pruned_at = 0.0
+        self._prune_at = 0.0
         self._checked_at = 0.0
         self._leases_as_of: datetime | None = None  # None while leases cannot be trusted
         self._has_redis = False  # whether Redis answered in this tick
@@ -254,12 +255,25 @@ class Janitor:
         return 0
 
     def _prune(self) -> int:
-        if monotonic() - self._pruned_at < PRUNE_EVERY_SECONDS:
+        """Delete what is due, in short transactions, of which each kind has one in turn."""
+        began_at = monotonic()
+        if began_at < self._prune_at:
             return 0
-        self._pruned_at = monotonic()
-        with self._sessions.begin() as session:
-            num_records = usage.prune(session, days=self._settings.usage_days)
-            return jobs.prune(session) + webhook_deliveries.prune(session) + num_records
+        kinds: list[Callable[[Session], int]] = [
+            jobs.prune,
+            webhook_deliveries.prune,
+            partial(usage.prune, days=self._settings.usage_days),
+        ]
+        num_rows = 0
+        while kinds and monotonic() < began_at + PRUNE_SECONDS:
+            for prune in tuple(kinds):
+                with self._sessions.begin() as session:
+                    pruned = prune(session)
+                num_rows += pruned
+                if not pruned:
+                    kinds.remove(prune)
+        self._prune_at = began_at if kinds else began_at + PRUNE_EVERY_SECONDS
+        return num_rows
 
     def _prune_files(self) -> int:
         with self._sessions.begin() as session:

@@ -238,8 +238,10 @@ class MigrationRunning(ExpectedError):
 def migrate(url: str, say: Callable[[str], None] = log.warning) -> None:
     """Bring the schema up to date. May be called from many processes at once: one migrates, the others wait for it.
 
-    The lock belongs to a transaction, which ends with the client even behind a pooler. `say` is called with the reason
-    for waiting. Raises MigrationRunning after MIGRATION_WAIT_SECONDS, and SharedSessions.
+    A schema that is newer than this release is left alone, so that one can go back to the previous release, whose
+    processes run on it (docs/upgrades.md). The lock belongs to a transaction, which ends with the client even behind a
+    pooler. `say` is called with the reason for waiting or for leaving the schema alone. Raises MigrationRunning after
+    MIGRATION_WAIT_SECONDS, and SharedSessions.
     """
     parsed = database_url(url)
     refuse_shared_sessions(parsed)
@@ -247,7 +249,7 @@ def migrate(url: str, say: Callable[[str], None] = log.warning) -> None:
     try:
         with database.begin() as locking, database.connect() as connection:
             _take_migration_lock(locking, say)
-            _upgrade(connection)
+            _upgrade(connection, say)
     finally:
         database.dispose()
 
@@ -283,12 +285,21 @@ def _lock_holder(connection: Connection) -> str:
     return f"pid {connection.scalar(statement, halves) or 'already gone'} of PostgreSQL"
 
 
-def _upgrade(connection: Connection) -> None:
-    from alembic import command  # imported here: it takes a fifth of a worker's start, and only this function needs it
+def _upgrade(connection: Connection, say: Callable[[str], None]) -> None:
+    # Imported here: they take a fifth of a worker's start, and only this function needs them.
+    from alembic import command
     from alembic.config import Config
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
 
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
+    scripts = ScriptDirectory.from_config(config)
+    found = MigrationContext.configure(connection).get_current_revision()
+    connection.rollback()  # each migration has a transaction of its own
+    if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
+        say(f"the schema is at {found}, newer than this release, which knows {scripts.get_current_head()}; left alone")
+        return
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
     connection.commit()

@@ -42,7 +42,7 @@ def database_results(settings: Settings) -> Iterator[CheckResult]:
             yield from _server_results(connection, time.monotonic() - begun_at)
             schema = schema_result(connection)
             yield schema
-            if schema.level == "ok":
+            if schema.level != "fail":
                 with Session(connection) as session:
                     yield from _maintenance_results(session, settings)
                     yield from _worker_results(session, settings)
@@ -106,7 +106,8 @@ def schema_result(connection: Connection) -> CheckResult:
         return ok("schema", f"it is that of this release ({head})")
     if found in {script.revision for script in scripts.walk_revisions()}:
         return fail("schema", f"it is at {found}, and this release needs {head}", "celeriac migrate")
-    return fail("schema", f"{found} is newer than this release, which knows {head}", "upgrade this installation")
+    remedy = "upgrade this installation; only the last release before that schema runs on it"
+    return warn("schema", f"{found} is newer than this release, which knows {head}", remedy)
 
 
 def _maintenance_results(session: Session, settings: Settings) -> Iterator[CheckResult]:

@@ -156,6 +156,18 @@ def test_finished_jobs_are_pruned_when_their_time_is_over(
     assert status_of(session_factory, kept) is JobStatus.COMPLETED
 
 
+def test_a_backlog_of_due_jobs_is_pruned_within_a_few_ticks(
+    janitor: Janitor, session_factory: sessionmaker[Session], make_job: MakeJob
+) -> None:
+    due = make_job(status=JobStatus.COMPLETED, finished_at=AN_HOUR_AGO, prune_at=AN_HOUR_AGO)
+    columns = ", ".join(column.name for column in Job.__table__.columns if column.name != "id")
+    copies = f"INSERT INTO jobs (id, {columns}) SELECT gen_random_uuid(), {columns} FROM jobs, generate_series(2, 700)"
+    with session_factory.begin() as session:
+        session.execute(text(f"{copies} WHERE id = :id"), {"id": due.id})
+    counts = [janitor.tick().get("pruned", 0) for _ in range(5)]  # each has time for at least one transaction
+    assert sum(counts) == 700
+
+
 def test_a_step_of_the_database_clock_rescues_nobody(
     janitor: Janitor, make_job: MakeJob, session_factory: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:

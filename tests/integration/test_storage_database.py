@@ -71,6 +71,17 @@ def test_many_processes_may_migrate_at_once(empty_database_url: str) -> None:
     database.dispose()
 
 
+def test_a_schema_of_a_newer_release_is_left_alone(database: Engine, database_url: str) -> None:
+    said: list[str] = []
+    with database.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    migrate(database_url, said.append)
+    with database.begin() as connection:
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == ["9999"]
+    [line] = said
+    assert "the schema is at 9999, newer than this release, which knows " in line
+
+
 def test_the_default_tenant_is_there(session: Session) -> None:
     tenant = session.get_one(Tenant, DEFAULT_TENANT_ID)
     assert tenant.name == "default"
