@@ -1,4 +1,4 @@
-"""`celeriac tenants`: create, limit and disable tenants. Each command imports what it needs when it runs."""
+"""`celeriac tenants`: create, limit, disable and erase. Each command imports what it needs when it runs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,11 @@ def tenants() -> None:
 
 
 def standing_options(command: Any) -> Any:
-    """--weight and --max-priority."""
+    """--weight, --max-priority and --retention-seconds."""
+    text = (
+        "How long its finished jobs are kept at most, whatever their result_ttl: 60 to 315360000.  [default: 315360000]"
+    )
+    command = click.option("--retention-seconds", type=click.IntRange(60, 315_360_000), help=text)(command)
     text = "How far the priority of its jobs counts among those of other tenants, 0 to 10."
     command = click.option("--max-priority", type=click.IntRange(0, 10), help=text)(command)
     text = "Its share of the slots while others wait, relative to theirs.  [default: 1]"
@@ -42,13 +46,12 @@ def standing_options(command: Any) -> Any:
 @standing_options
 @limit_options
 @json_option
-def create_tenant(name: str, weight: float | None, max_priority: int | None, as_json: bool, **_: int | None) -> None:
+def create_tenant(name: str, as_json: bool, **options: Any) -> None:
     """Create the tenant NAME. It needs a key next: celeriac keys create --tenant NAME."""
     from local.lock import settings_here
     from storage import administration
-    from storage.administration import TenantChanges
 
-    changes = TenantChanges(weight=weight, max_priority=max_priority, limits=limits_given())
+    changes = _changes(options)
     with transaction(settings_here()) as session:
         view = _view(session, administration.create_tenant(session, name, changes, actor=user_here()))
     message = f"Tenant {name} is created; give it a key: celeriac keys create --tenant {name}"
@@ -89,7 +92,7 @@ def show_tenant(name: str, as_json: bool) -> None:
 @standing_options
 @limit_options
 @json_option
-def limit_tenant(name: str, weight: float | None, max_priority: int | None, as_json: bool, **_: int | None) -> None:
+def limit_tenant(name: str, as_json: bool, **options: Any) -> None:
     """Set or remove limits of the tenant NAME; those that are not named stay.
 
     They are for all its keys together; a key may have limits of its own (celeriac keys limit).
@@ -98,9 +101,7 @@ def limit_tenant(name: str, weight: float | None, max_priority: int | None, as_j
     celeriac tenants limit research --requests-per-minute 600 --tokens-per-month 100000000
     celeriac tenants limit research --requests-per-minute none
     """
-    from storage.administration import TenantChanges
-
-    changes = TenantChanges(weight=weight, max_priority=max_priority, limits=limits_given())
+    changes = _changes(options)
     if not changes.as_json():
         raise click.UsageError("name a limit, such as --requests-per-minute 60; --help lists all of them")
     _change(name, changes, as_json, f"The limits of {name} are set.")
@@ -141,6 +142,40 @@ def delete_tenant(name: str) -> None:
     click.echo(f"Tenant {name} is deleted.")
 
 
+@tenants.command("erase")
+@click.argument("name")
+@click.option(
+    "--metadata", metavar="NAME=VALUE", help="What the user's jobs, batches and conversations have in common."
+)
+@click.option("--key", "key_id", metavar="ID", help="The API key that the user's jobs and batches were sent with.")
+@click.confirmation_option(prompt="What is erased cannot be brought back. Go on?")
+@json_option
+def erase(name: str, metadata: str | None, key_id: str | None, as_json: bool) -> None:
+    """Erase all that one user of the tenant NAME has asked for and got.
+
+    Jobs go with their input and output, batches with their files, conversations with their items; usage records stay.
+    Batches that run are asked to stop: repeat the command when they have. Files with lines of the user
+    and of others are named, to be deleted by hand.
+
+    \b
+    celeriac tenants erase research --metadata user=u-4711
+    celeriac tenants erase research --key 7fZkQ2 --yes
+    """
+    from celeriac.erasing import erase_person, person_of
+    from local.lock import settings_here
+
+    erased = erase_person(settings_here(), name, person_of(metadata, key_id))
+    if as_json:
+        print_json(erased)
+        return
+    counts = "{jobs} jobs, {batches} batches and {conversations} conversations".format_map(erased)
+    click.echo(f"Erased {counts}.")
+    if erased["unfinished_batches"]:
+        click.echo(f"{erased['unfinished_batches']} batches are stopping; repeat the command when they have ended.")
+    if erased["files_to_delete"]:
+        click.echo(f"These files also contain lines of others: {' '.join(erased['files_to_delete'])}")
+
+
 @tenants.command("audit")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
 @json_option
@@ -164,6 +199,14 @@ def _change(name: str, changes: "TenantChanges", as_json: bool, message: str) ->
     with transaction(settings_here()) as session:
         view = _view(session, administration.change_tenant(session, name, changes, actor=user_here()))
     print_json(view) if as_json else click.echo(message)
+
+
+def _changes(options: dict[str, Any]) -> "TenantChanges":
+    """From `standing_options` and `limit_options`."""
+    from storage.administration import TenantChanges
+
+    standing = {name: options[name] for name in ("weight", "max_priority", "retention_seconds")}
+    return TenantChanges(**standing, limits=limits_given())
 
 
 def _view(session: "Session", tenant: "Tenant") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from dialects.native import NO_NUL
 from dialects.openai_views import PageView, Timestamp, View, optional_timestamp, timestamp
-from domain.access import NO_LIMITS, OWN_SCOPES, Limits, Scope
+from domain.access import MAX_RETENTION_SECONDS, MIN_RETENTION_SECONDS, NO_LIMITS, OWN_SCOPES, Limits, Scope
 from domain.jobs import FirstErrorModel, external_id
 from storage.administration import MAX_WEIGHT, MIN_WEIGHT, KeyChanges, TenantChanges
 from storage.tables import ApiKey, AuditEntry, Tenant
@@ -32,10 +32,17 @@ class TenantChangesBody(AdminBody):
     max_priority: int | None = Field(
         default=None, ge=0, le=10, description="How far its jobs' priority counts among the jobs of other tenants."
     )
+    retention_seconds: int | None = Field(
+        default=None,
+        ge=MIN_RETENTION_SECONDS,
+        le=MAX_RETENTION_SECONDS,
+        description="How long its finished jobs are kept at most, whatever their result_ttl.",
+    )
     limits: Limits | None = Field(default=None, description="All of its limits; those that are missing are removed.")
 
     def to_changes(self) -> TenantChanges:
-        return TenantChanges(self.enabled, self.weight, self.max_priority, _whole(self.limits))
+        limits = _whole(self.limits)
+        return TenantChanges(self.enabled, self.weight, self.max_priority, self.retention_seconds, limits)
 
 
 class TenantBody(TenantChangesBody):
@@ -93,6 +100,7 @@ class TenantAdminView(View):
     enabled: bool
     weight: float
     max_priority: int
+    retention_seconds: int
     limits: LimitsView
     created_at: Timestamp
 
@@ -142,6 +150,7 @@ def tenant_admin_view(tenant: Tenant, limits: Limits) -> TenantAdminView:
         "enabled": tenant.disabled_at is None,
         "weight": tenant.weight,
         "max_priority": tenant.max_priority,
+        "retention_seconds": tenant.retention_seconds,
         "limits": _limits_view(limits),
         "created_at": timestamp(tenant.created_at),
     }

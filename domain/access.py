@@ -34,6 +34,8 @@ def is_tenant_name(text: str) -> bool:
     return re.fullmatch(TENANT_NAME, text) is not None
 
 
+MIN_RETENTION_SECONDS, MAX_RETENTION_SECONDS = 60, 315_360_000  # ten years, longer than any job asks for
+
 MAX_LIMIT = 2**53
 
 MAX_QUEUED_JOBS = 2**31 - 1  # PostgreSQL's integer, as tenants.max_queued is one

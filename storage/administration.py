@@ -30,6 +30,7 @@ class TenantChanges:
     is_enabled: bool | None = None
     weight: float | None = None
     max_priority: int | None = None
+    retention_seconds: int | None = None
     limits: Limits = NO_LIMITS  # those that are set in it
 
     def as_json(self) -> dict[str, Any]:
@@ -37,6 +38,7 @@ class TenantChanges:
             enabled=self.is_enabled,
             weight=self.weight,
             max_priority=self.max_priority,
+            retention_seconds=self.retention_seconds,
             limits=_limits_json(self.limits),
         )
 
@@ -145,6 +147,8 @@ def _apply(session: Session, tenant: Tenant, changes: TenantChanges) -> None:
         tenant.weight = changes.weight
     if changes.max_priority is not None:
         tenant.max_priority = changes.max_priority
+    if changes.retention_seconds is not None:
+        tenant.retention_seconds = changes.retention_seconds
     limits.change_tenant_limits(session, tenant, changes.limits)
     session.flush()
 
@@ -168,6 +172,11 @@ def delete_tenant(session: Session, name: str, *, actor: str) -> None:
     session.delete(tenant)
     session.flush()
     _note(session, actor, "tenant.delete", name)
+
+
+def note_erasure(session: Session, tenant: Tenant, what: Mapping[str, Any], *, actor: str) -> None:
+    """`what` says how much was erased and by which key or name of metadata, not whose it was."""
+    _note(session, actor, "tenant.erase", tenant.name, changes=what)
 
 
 def create_key(

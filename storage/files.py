@@ -32,7 +32,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from domain.errors import InsufficientQuota, InvalidRequest
 from domain.jobs import PIECE_BYTES, BatchErrors, BatchStatus, FileStatus, LineOutcome, LineRefusal, new_id
-from storage.tables import PydanticJSON, Row, Tenant, TextEnum
+from storage.tables import IS_PRUNED, PydanticJSON, Row, Tenant, TextEnum
 
 UNFINISHED = "status IN ('validating', 'in_progress', 'finalizing', 'cancelling')"
 
@@ -64,6 +64,7 @@ class FilePiece(Row):
     """PIECE_BYTES of a file's content; the last piece may be shorter."""
 
     __tablename__ = "file_pieces"
+    __table_args__ = IS_PRUNED
 
     file_id: Mapped[UUID] = mapped_column(ForeignKey("files.id", ondelete="CASCADE"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)  # from 0

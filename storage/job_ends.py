@@ -11,6 +11,7 @@ revision. If there is no worker at all, jobs wait for a worker, and no revision 
 
 from sqlalchemy import text
 
+from domain.access import MAX_RETENTION_SECONDS
 from domain.errors import (
     CeleriacError,
     DeadlineExceeded,
@@ -239,6 +240,22 @@ moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM exp
 PRUNE = text(f"""
 DELETE FROM jobs WHERE finished_at IS NOT NULL AND id IN (
     SELECT id FROM jobs WHERE prune_at <= {CLOCK} ORDER BY prune_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+""")
+
+# Jobs of tenants with a retention, whatever their own `prune_at`. Ids begin with the time of acceptance, so that only
+# jobs old enough are read. Lines whose batch has not written their results yet, and turns that are not part of their
+# conversation yet, stay until then.
+PRUNE_RETAINED = text(f"""
+DELETE FROM jobs WHERE finished_at IS NOT NULL AND id IN (
+    SELECT old.id FROM tenants t CROSS JOIN LATERAL (
+        SELECT j.id FROM jobs j
+        WHERE j.tenant_id = t.id AND j.finished_at <= {CLOCK} - make_interval(secs => t.retention_seconds)
+            AND j.id < (lpad(to_hex((1000 * (extract(epoch FROM {CLOCK}) - t.retention_seconds))::bigint), 12, '0')
+                || repeat('0', 20))::uuid
+            AND NOT EXISTS (SELECT FROM batch_lines l WHERE l.job_id = j.id)
+            AND NOT EXISTS (SELECT FROM conversation_turns c WHERE c.job_id = j.id)
+        ORDER BY j.id LIMIT :limit FOR UPDATE OF j SKIP LOCKED
+    ) old WHERE t.retention_seconds < {MAX_RETENTION_SECONDS})
 """)
 
 FORGET_POISON = text(f"DELETE FROM poison_requests WHERE created_at < {CLOCK} - interval '1 day'")

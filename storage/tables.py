@@ -89,6 +89,9 @@ class TextEnum(TypeDecorator[Any]):
         return None if value is None else self.enum_class(value)
 
 
+#: Of tables from which as much is deleted as is added: vacuumed when a fiftieth of them is gone, not a fifth.
+IS_PRUNED = {"postgresql_with": {"autovacuum_vacuum_scale_factor": "0.02"}}
+
 DEFAULT_TENANT_ID = UUID("00000000-0000-7000-8000-000000000001")  # the tenant `default`, created by the first migration
 
 
@@ -129,6 +132,7 @@ class Tenant(Row):
     __table_args__ = (
         CheckConstraint("weight > 0", name="weight"),
         CheckConstraint("max_priority BETWEEN 0 AND 10", name="max_priority"),
+        CheckConstraint("retention_seconds BETWEEN 60 AND 315360000", name="retention_seconds"),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -137,6 +141,7 @@ class Tenant(Row):
     weight: Mapped[float] = mapped_column(REAL, server_default="1")
     signing_key: Mapped[UUID] = mapped_column(server_default=func.gen_random_uuid())  # of its stream tokens and seals
     max_priority: Mapped[int] = mapped_column(SmallInteger, server_default="0")  # that counts among other tenants' jobs
+    retention_seconds: Mapped[int] = mapped_column(server_default="315360000")  # finished jobs are kept no longer
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     disabled_at: Mapped[datetime | None]  # since when none of its keys is valid
 
@@ -292,6 +297,7 @@ class JobPayload(Row):
     """A job's input: written once, at accept."""
 
     __tablename__ = "job_payloads"
+    __table_args__ = IS_PRUNED
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     # The full dump with defaults resolved, so that a changed default does not change old jobs.
@@ -309,6 +315,7 @@ class JobChunk(Row):
     """One committed piece of a stream; append-only, except for a job that starts over."""
 
     __tablename__ = "job_chunks"
+    __table_args__ = IS_PRUNED
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     sequence_number: Mapped[int] = mapped_column(primary_key=True)
@@ -320,6 +327,7 @@ class JobResult(Row):
     """A job's output: written once, in the statement that makes the job terminal."""
 
     __tablename__ = "job_results"
+    __table_args__ = IS_PRUNED
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     attempt: Mapped[int]
@@ -335,6 +343,7 @@ class JobAttempt(Row):
             "outcome IN ('completed','failed','cancelled','expired','released','lost','crashed','stalled')",
             name="outcome",
         ),
+        IS_PRUNED,
     )
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)

@@ -193,6 +193,8 @@ def test_the_audit_log_names_actor_and_change_but_no_key(admin: httpx.Client) ->
         ("/v1/admin/tenants", {"name": "n", "weight": 1e9}, "weight"),
         ("/v1/admin/tenants", {"name": "n", "weight": 1e-300}, "weight"),
         ("/v1/admin/tenants", {"name": "n", "max_priority": 2**31}, "max_priority"),
+        ("/v1/admin/tenants", {"name": "n", "retention_seconds": 59}, "retention_seconds"),
+        ("/v1/admin/tenants", {"name": "n", "retention_seconds": 2**31}, "retention_seconds"),
         ("/v1/admin/tenants", {"name": "n", "limits": {"streams": 0}}, "limits.streams"),
         ("/v1/admin/tenants", {"name": "n", "limits": {"queued_jobs": 2**31}}, "limits.queued_jobs"),
         ("/v1/admin/tenants/default", {"limits": {"queued_jobs": 2**31}}, "limits.queued_jobs"),
@@ -261,9 +263,10 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database_url: str) -> I
 
 
 def test_the_commands_do_what_the_routes_do(run: Callable[..., Any]) -> None:
-    assert run("tenants", "create", "lab", "--weight", "2", "--tokens-per-day", "1000").exit_code == 0
+    options = ("--weight", "2", "--retention-seconds", "3600", "--tokens-per-day", "1000")
+    assert run("tenants", "create", "lab", *options).exit_code == 0
     shown = json.loads(run("tenants", "show", "lab", "--json").output)
-    assert (shown["weight"], shown["limits"]["tokens_per_day"]) == (2, 1000)
+    assert (shown["weight"], shown["retention_seconds"], shown["limits"]["tokens_per_day"]) == (2, 3600, 1000)
     assert run("tenants", "limit", "lab", "--tokens-per-day", "none", "--queued-jobs", "7").exit_code == 0
     assert "queued_jobs 7" in run("tenants", "list").output
     made = json.loads(run("keys", "create", "--tenant", "lab", "--scope", "read", "--streams", "2", "--json").output)

@@ -5,19 +5,21 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import redis
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
+from ulid import ULID
 
 from domain.catalog import Catalog, ModelSpec
 from domain.jobs import JobStatus, Lane, external_id
 from local.servers import EmbeddedRedis
 from maintenance.janitor import Janitor
 from settings import Settings
-from storage import job_queries, jobs, maintenance, workers
+from storage import batches, job_queries, jobs, maintenance, workers
+from storage.files import BatchLine
 from storage.streams import channel_of
 from storage.tables import DEFAULT_TENANT_ID, Job, TenantLoad
 from storage.workers import WorkerReport
@@ -154,6 +156,32 @@ def test_finished_jobs_are_pruned_when_their_time_is_over(
     kept = make_job(status=JobStatus.COMPLETED)
     assert janitor.tick()["pruned"] == 1
     assert status_of(session_factory, kept) is JobStatus.COMPLETED
+
+
+def test_a_tenants_retention_bounds_how_long_its_jobs_are_kept(
+    janitor: Janitor, session_factory: sessionmaker[Session], make_job: MakeJob, make_tenant: MakeTenant
+) -> None:
+    brief = make_tenant(retention_seconds=1800)
+
+    def make(minutes: int, tenant_id: UUID) -> UUID:
+        at = datetime.now(UTC) - timedelta(minutes=minutes)
+        ended = {"status": JobStatus.COMPLETED, "finished_at": at, "prune_at": IN_AN_HOUR}
+        return make_job(id=UUID(bytes=ULID.from_datetime(at).bytes), tenant_id=tenant_id, **ended).id
+
+    old, young, of_others, line = make(60, brief.id), make(1, brief.id), make(60, DEFAULT_TENANT_ID), make(60, brief.id)
+    with session_factory.begin() as session:
+        batch = batches.create_with_file(
+            session, brief.id, b"{}", file_name="f", max_bytes=100, endpoint="/v1/completions", completion_window="24h",
+            window_seconds=60, metadata={}, ttl_seconds=60,
+        )  # fmt: skip
+        place = {"custom_id": "1", "first_byte": 0, "num_bytes": 2, "prefix_hash": 0}
+        session.add(BatchLine(batch_id=batch.id, line=1, job_id=line, **place))
+    assert janitor.tick()["pruned"] == 1
+    with session_factory() as session:
+        assert session.get(Job, old) is None
+        assert all(session.get(Job, id_) for id_ in (young, of_others, line)), (
+            "a line stays until its result is written"
+        )
 
 
 def test_a_backlog_of_due_jobs_is_pruned_within_a_few_ticks(

@@ -1,0 +1,174 @@
+"""What saturates first from 1 to 1,000 workers, by measured costs: `python -m bench.scale [--measure]`.
+
+Prints the table of docs/scale.md. With --measure, takes those of the costs again that no other bench has: publishing to
+Redis, and turning a message into an event of a stream.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+# Measured costs, in seconds of one of the cores of bench/results/2026-11-two-cores.md unless it says otherwise.
+ACCEPT_API = 430e-6  # a job, in the API: "Accepting"
+ACCEPT_SQL = 1 / 6_685  # a job in a group of 64, in PostgreSQL: "Accepting"
+CONSUME = 95e-6  # a job, in the worker's consumer: "The consumer alone"
+FLUSH_SQL = 30e-6  # a chunk in a flush of 64, in PostgreSQL: "Storage"
+CLAIM_SQL, FINALISE_SQL = 100e-6, 250e-6  # a job in groups of 16, in PostgreSQL: "Storage"
+PUBLISH = 5e-6  # a chunk, in Redis, with one reader: --measure
+EVENT_API = 60e-6  # a chunk for one reader, in the API: --measure
+STREAM_BYTES = 40 * 1024  # of memory, an open stream in the API: the aim
+JOB_BYTES, CHUNK_BYTES = 2_000, 180  # on disk, with indexes: "Storage for years"
+
+# What one server takes before waits grow.
+BUSY = 0.7  # of a core
+SQL_CORES = 32  # of one PostgreSQL with a fast disk; commits are grouped, so that the disk is not the first to be busy
+CONNECTIONS_PER_WORKER, CONNECTIONS_PER_API, MAX_CONNECTIONS = 2, 32, 5_000
+STREAMS_PER_API = 4_000  # CELERIAC_MAX_STREAMS
+
+
+@dataclass(frozen=True)
+class Load:
+    """All workers are busy with jobs of average length."""
+
+    num_workers: int
+    slots: int = 64
+    tokens_per_second: float = 40.0  # of one sequence
+    tokens_per_job: int = 300
+    flush_seconds: float = 0.5  # CELERIAC_FLUSH_MAX_SECONDS
+    watched: float = 1.0  # open streams per running job
+
+    @property
+    def running(self) -> int:
+        return self.num_workers * self.slots
+
+    @property
+    def jobs_per_second(self) -> float:
+        return self.running * self.tokens_per_second / self.tokens_per_job
+
+    @property
+    def chunks_per_second(self) -> float:
+        return self.running / self.flush_seconds
+
+
+@dataclass(frozen=True)
+class Need:
+    sql_cores: float
+    redis_cores: float
+    num_apis: int
+    connections: int
+    gigabytes_per_day: float
+
+    @property
+    def saturated(self) -> list[str]:
+        """The servers of which there is one, in the order in which they give out."""
+        shares = {
+            "PostgreSQL": self.sql_cores / (BUSY * SQL_CORES),
+            "Redis": self.redis_cores / BUSY,
+            "connections": self.connections / MAX_CONNECTIONS,
+        }
+        return [name for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 1]
+
+
+def need(load: Load) -> Need:
+    jobs, chunks = load.jobs_per_second, load.chunks_per_second
+    streams = load.running * load.watched
+    api_cores = jobs * ACCEPT_API + chunks * load.watched * EVENT_API
+    num_apis = max(1, math.ceil(api_cores / BUSY), math.ceil(streams / STREAMS_PER_API))
+    return Need(
+        sql_cores=jobs * (ACCEPT_SQL + CLAIM_SQL + FINALISE_SQL) + chunks * FLUSH_SQL,
+        redis_cores=chunks * PUBLISH,
+        num_apis=num_apis,
+        connections=load.num_workers * CONNECTIONS_PER_WORKER + num_apis * CONNECTIONS_PER_API,
+        gigabytes_per_day=86_400 * (jobs * JOB_BYTES + chunks * CHUNK_BYTES) / 1e9,
+    )
+
+
+HEAD = (
+    "workers",
+    "running",
+    "streams",
+    "jobs a day",
+    "flush, s",
+    "API",
+    "PostgreSQL",
+    "Redis",
+    "disk a day",
+    "too much for",
+)
+LOADS = (
+    *(Load(num_workers, flush_seconds=0.5) for num_workers in (1, 10, 100, 300, 1_000)),
+    Load(1_000, flush_seconds=2.0),
+    Load(1_000, flush_seconds=2.0, watched=1_000_000 / 64_000),
+)
+
+
+def table() -> Iterator[str]:
+    yield f"| {' | '.join(HEAD)} |"
+    yield "|" + "---|" * len(HEAD)
+    for load in LOADS:
+        found = need(load)
+        cells = (
+            f"{load.num_workers:,}",
+            f"{load.running:,}",
+            f"{load.running * load.watched:,.0f}",
+            f"{86_400 * load.jobs_per_second:,.0f}",
+            f"{load.flush_seconds:g}",
+            f"{found.num_apis} processes",
+            f"{found.sql_cores:.1f} cores",
+            f"{found.redis_cores:.2f} cores",
+            f"{found.gigabytes_per_day:,.0f} GB",
+            ", ".join(found.saturated) or "–",
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def measure() -> dict[str, float]:
+    """Microseconds of CPU per chunk: of Redis for a PUBLISH with one subscriber, and of the API for one event."""
+    import psutil
+    import redis
+
+    from api.events import event_of, frame
+    from domain.requests import TokenChunk
+    from local.servers import EmbeddedRedis
+    from storage.streams import StreamMessage, channel_of, publish
+
+    chunk = TokenChunk(sequence_number=7, index=0, text=" twenty tokens of text" * 4, token_ids=tuple(range(20)))
+    ids = [uuid4() for _ in range(64)]
+    rounds = 500
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        EmbeddedRedis(Path(folder) / "redis") as server,
+        redis.Redis.from_url(server.url) as client,
+        client.pubsub() as reader,
+    ):
+        reader.subscribe(*map(channel_of, ids))
+        assert server.pid is not None
+        process = psutil.Process(server.pid)
+        before = sum(process.cpu_times()[:2])
+        for _ in range(rounds):
+            publish(client, [(job_id, chunk) for job_id in ids])
+            for _ in ids:
+                reader.get_message(timeout=5)
+        spent = sum(process.cpu_times()[:2]) - before
+    message = StreamMessage(chunk=chunk).model_dump_json(exclude_defaults=True)
+    began_at = time.process_time()
+    for _ in range(20_000):
+        found = StreamMessage.model_validate_json(message).chunk
+        assert found is not None
+        frame(*event_of(found, "job_01"), id=7)
+    event = (time.process_time() - began_at) / 20_000
+    return {"publish_us": round(1e6 * spent / rounds / len(ids), 1), "event_us": round(1e6 * event, 1)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", action="store_true")
+    if parser.parse_args().measure:
+        print(json.dumps(measure()))
+    print("\n".join(table()))

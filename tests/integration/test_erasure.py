@@ -1,0 +1,155 @@
+"""`celeriac tenants erase`: nothing that one user has asked for and got is left in any table, and all of others is."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from click.testing import CliRunner
+from sqlalchemy import select, text, update
+from sqlalchemy.orm import Session, sessionmaker
+
+from celeriac import cli
+from domain.jobs import BatchStatus, JobStatus, external_id
+from domain.requests import GenerationRequest, TokenChunk
+from settings import get_settings
+from storage import batches, conversations, erasure
+from storage.files import Batch
+from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobPayload, JobResult, KnownAnswer
+from storage.webhooks import WebhookDelivery
+from tests.conftest import MakeJob
+from tests.storage_samples import result
+
+TABLES = "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
+Erase = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def erase(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database_url: str) -> Iterator[Erase]:
+    """`celeriac tenants erase default ...`, and its JSON."""
+    monkeypatch.setenv("CELERIAC_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("CELERIAC_DATABASE_URL", database_url)
+    get_settings.cache_clear()
+
+    def run(*arguments: str) -> dict[str, Any]:
+        done = CliRunner().invoke(cli.main, ["tenants", "erase", "default", *arguments, "--yes", "--json"])
+        assert done.exit_code == 0, done.output
+        return dict(json.loads(done.stdout))
+
+    yield run
+    get_settings.cache_clear()
+
+
+@pytest.fixture
+def store(session_factory: sessionmaker[Session], make_job: MakeJob) -> Callable[[str], UUID]:
+    """All that a user can leave behind, with the user's name in every text: jobs that have ended and that run, a batch,
+    a conversation, a delivery, an answer. Returns the id of the batch."""
+
+    def store(user: str) -> UUID:
+        owned: dict[str, Any] = {"job_metadata": {"user": user}, "key_id": f"key{user}"}
+        request = GenerationRequest(model="test-model", prompt=f"the question of {user}")
+        ended = make_job(status=JobStatus.COMPLETED, request=request, webhook_url=f"https://{user}.example/", **owned)
+        make_job(status=JobStatus.IN_PROGRESS, request=request, **owned)
+        make_job(request=request, **owned)
+        chunk = TokenChunk(sequence_number=1, index=0, text=f"the answer for {user}", token_ids=(1,))
+        said = result(1).model_dump(mode="json")
+        said["choices"][0]["text"] = f"the answer for {user}"
+        with session_factory.begin() as session:
+            session.execute(
+                update(JobPayload).values(endpoint_body={"input": user}).where(JobPayload.job_id == ended.id)
+            )
+            session.add(JobChunk(job_id=ended.id, sequence_number=1, attempt=1, chunk=chunk))
+            session.add(JobResult(job_id=ended.id, attempt=1, result=type(result(1)).model_validate(said)))
+            answer = {"key": user.encode(), "job_id": ended.id, "created_at": ended.created_at}
+            session.add(KnownAnswer(tenant_id=DEFAULT_TENANT_ID, **answer))
+            url = f"https://{user}.example/"
+            session.add(WebhookDelivery(tenant_id=DEFAULT_TENANT_ID, event_id=ended.id, type="job.completed", url=url))
+            items = [{"id": f"msg_{user}", "type": "message", "text": user}]
+            conversations.create(
+                session, DEFAULT_TENANT_ID, metadata={"user": user}, items=items, ttl_seconds=60, max_bytes=2**20
+            )
+            return batches.create_with_file(
+                session, DEFAULT_TENANT_ID, f"the line of {user}".encode(), file_name=f"{user}.jsonl", max_bytes=2**20,
+                endpoint="/v1/completions", completion_window="24h", window_seconds=60, metadata={"user": user},
+                ttl_seconds=60, key_id=f"key{user}",
+            ).id  # fmt: skip
+
+    return store
+
+
+def traces(session: Session, user: str) -> dict[str, int]:
+    """By table, how many rows contain the name."""
+    count = "SELECT count(*) FROM {0} WHERE {0}::text LIKE :name OR {0}::text LIKE :hex"
+    names = {"name": f"%{user}%", "hex": f"%{user.encode().hex()}%"}
+    found = {table: session.scalar(text(count.format(table)), names) for table in session.scalars(text(TABLES))}
+    return {table: number for table, number in found.items() if number}
+
+
+def end_batches(session: Session) -> None:
+    session.execute(update(Batch).values(status=BatchStatus.COMPLETED))
+
+
+def test_of_one_user_nothing_is_left_and_of_others_everything(
+    erase: Erase, store: Callable[[str], UUID], session_factory: sessionmaker[Session]
+) -> None:
+    store("alice")
+    store("bob")
+    with session_factory.begin() as session:
+        end_batches(session)
+        before = traces(session, "bob")
+        assert traces(session, "alice") == before
+        assert len(before) > 10, "a user leaves traces in many tables"
+    counts = {"jobs": 3, "batches": 1, "conversations": 1, "unfinished_batches": 0}
+    assert erase("--metadata", "user=alice") == counts | {"files_to_delete": []}
+    with session_factory.begin() as session:
+        left = traces(session, "alice")
+        assert left.pop("usage_records", 0) == 3, "of its counts, with the id of the key, everything is kept"
+        assert left == {}
+        assert traces(session, "bob") == before
+        [entry] = session.execute(text("SELECT action, changes FROM audit_log")).all()
+        assert (entry.action, entry.changes) == ("tenant.erase", counts | {"metadata": "user"})
+
+
+def test_a_key_identifies_jobs_and_batches_and_running_batches_are_stopped_first(
+    erase: Erase, store: Callable[[str], UUID], session_factory: sessionmaker[Session]
+) -> None:
+    batch_id = store("alice")
+    first = erase("--key", "keyalice")
+    assert (first["jobs"], first["batches"], first["unfinished_batches"]) == (3, 0, 1)
+    with session_factory.begin() as session:
+        assert session.get_one(Batch, batch_id).status is BatchStatus.CANCELLING
+        end_batches(session)
+    again = erase("--key", "keyalice")
+    assert (again["jobs"], again["batches"], again["unfinished_batches"]) == (0, 1, 0)
+
+
+def test_files_that_also_contain_lines_of_others_are_named(
+    erase: Erase, store: Callable[[str], UUID], session_factory: sessionmaker[Session], make_job: MakeJob
+) -> None:
+    batch_id = store("bob")
+    line_key = f"{external_id(batch_id, 'batch')} 7"
+    make_job(status=JobStatus.COMPLETED, job_metadata={"user": "alice"}, idempotency_key=line_key)
+    with session_factory() as session:
+        file_id = session.get_one(Batch, batch_id).input_file_id
+    assert erase("--metadata", "user=alice")["files_to_delete"] == [external_id(file_id, "file")]
+
+
+def test_a_large_erasure_takes_many_short_steps(
+    erase: Erase, make_job: MakeJob, session_factory: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasure, "MAX_READ", 3)
+    monkeypatch.setattr(erasure, "MAX_ERASED", 2)
+    for number in range(12):
+        make_job(job_metadata={"user": "alice" if number % 4 else "bob"})
+    assert erase("--metadata", "user=alice")["jobs"] == 9
+    with session_factory() as session:
+        assert {row.job_metadata["user"] for row in session.scalars(select(Job))} == {"bob"}
+
+
+@pytest.mark.parametrize("arguments", [(), ("--metadata", "user"), ("--metadata", "a=b", "--key", "c")])
+def test_whose_it_is_must_be_said(arguments: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(cli.main, ["tenants", "erase", "default", *arguments, "--yes"])
+    assert done.exit_code == 2
+    assert "NAME=VALUE" in done.output
