@@ -91,14 +91,14 @@ def need(load: Load) -> Need:
 
 HEAD = (
     "workers",
-    "running",
+    "running jobs",
     "streams",
     "jobs a day",
     "flush, s",
-    "API",
-    "PostgreSQL",
-    "Redis",
-    "disk a day",
+    "API processes",
+    "PostgreSQL cores",
+    "Redis cores",
+    "GB a day",
     "too much for",
 )
 LOADS = (
@@ -119,10 +119,10 @@ def table() -> Iterator[str]:
             f"{load.running * load.watched:,.0f}",
             f"{86_400 * load.jobs_per_second:,.0f}",
             f"{load.flush_seconds:g}",
-            f"{found.num_apis} processes",
-            f"{found.sql_cores:.1f} cores",
-            f"{found.redis_cores:.2f} cores",
-            f"{found.gigabytes_per_day:,.0f} GB",
+            str(found.num_apis),
+            f"{found.sql_cores:.1f}",
+            f"{found.redis_cores:.2f}",
+            f"{found.gigabytes_per_day:,.0f}",
             ", ".join(found.saturated) or "–",
         )
         yield f"| {' | '.join(cells)} |"

@@ -89,9 +89,7 @@ class TextEnum(TypeDecorator[Any]):
         return None if value is None else self.enum_class(value)
 
 
-#: Of tables from which as much is deleted as is added: vacuumed when a fiftieth of them is gone, not a fifth.
-IS_PRUNED = {"postgresql_with": {"autovacuum_vacuum_scale_factor": "0.02"}}
-
+IS_PRUNED = {"postgresql_with": {"autovacuum_vacuum_scale_factor": "0.02"}}  # vacuumed when a fiftieth is deleted
 DEFAULT_TENANT_ID = UUID("00000000-0000-7000-8000-000000000001")  # the tenant `default`, created by the first migration
 
 
