@@ -341,7 +341,6 @@ class JobAttempt(Row):
             "outcome IN ('completed','failed','cancelled','expired','released','lost','crashed','stalled')",
             name="outcome",
         ),
-        IS_PRUNED,
     )
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)

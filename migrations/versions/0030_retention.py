@@ -2,10 +2,10 @@
 
 from alembic import op
 
-revision = "0029"
-down_revision = "0028"
+revision = "0030"
+down_revision = "0029"
 
-TABLES = ("job_payloads", "job_chunks", "job_results", "job_attempts", "file_pieces")
+TABLES = ("job_payloads", "job_chunks", "job_results", "file_pieces")
 
 
 def upgrade() -> None:
