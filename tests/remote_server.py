@@ -7,7 +7,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +32,7 @@ class HttpServer:
         self._socket.bind(("127.0.0.1", 0))
         self._socket.listen(128)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, name="remote-server")
 
@@ -151,32 +151,36 @@ class FaultyProxy:
         self.hold_after: int | None = None
         self.is_away = False  # whether it answers 502 to everything and cuts every stream
         self.num_posts = self.num_streams = 0  # in all, and open at the moment
-        self.http = HttpServer(Starlette(routes=[Route("/{path:path}", self._pass_on, methods=["GET", "POST"])]))
+        routes = [Route("/{path:path}", self._pass_on, methods=["GET", "POST"])]
+        self.http = HttpServer(Starlette(routes=routes, lifespan=self._with_client))
+
+    @asynccontextmanager
+    async def _with_client(self, _: Starlette) -> AsyncIterator[None]:
+        """One for all requests, which may be abandoned at any moment: with it, all connections are closed."""
+        limits = httpx.Limits(max_keepalive_connections=0)  # an idle one may be to an API that was killed
+        async with httpx.AsyncClient(timeout=300, limits=limits) as self._client:
+            yield
 
     async def _pass_on(self, request: Request) -> Response:
         is_post = request.method == "POST"
         self.num_posts += is_post
         if self.is_away or (is_post and self.refusals):
             return Response(status_code=502 if self.is_away else self.refusals.popleft())
-        client = httpx.AsyncClient(timeout=300)
         headers = {name: request.headers[name] for name in ("authorization", "content-type") if name in request.headers}
         try:
             url = self._target() + request.url.path
-            asked = client.build_request(request.method, url, content=await request.body(), headers=headers)
-            answer = await client.send(asked, stream=True)
+            asked = self._client.build_request(request.method, url, content=await request.body(), headers=headers)
+            answer = await self._client.send(asked, stream=True)
         except (httpx.HTTPError, LookupError):
-            await client.aclose()
             return Response(status_code=502)
         cut_after = self.cuts.popleft() if self.cuts and is_post else None
         kept = {name: answer.headers[name] for name in ("content-type", "retry-after") if name in answer.headers}
-        return StreamingResponse(self._pieces(client, answer, cut_after), answer.status_code, headers=kept)
+        return StreamingResponse(self._pieces(answer, cut_after), answer.status_code, headers=kept)
 
     def _is_held(self, num_passed: int) -> bool:
         return self.hold_after is not None and num_passed > self.hold_after and not self.is_away
 
-    async def _pieces(
-        self, client: httpx.AsyncClient, answer: httpx.Response, cut_after: int | None
-    ) -> AsyncIterator[bytes]:
+    async def _pieces(self, answer: httpx.Response, cut_after: int | None) -> AsyncIterator[bytes]:
         num_passed = 0
         self.num_streams += 1
         try:
@@ -190,4 +194,3 @@ class FaultyProxy:
         finally:
             self.num_streams -= 1
             await answer.aclose()
-            await client.aclose()

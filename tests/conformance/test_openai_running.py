@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
@@ -17,11 +15,11 @@ from sqlalchemy import update
 
 from domain.jobs import JobError, JobStatus, external_id, parse_id
 from domain.requests import GenerationRequest
-from settings import ROOT
 from storage import job_queries, jobs
 from storage.tables import DEFAULT_TENANT_ID, Tenant
 from tests.conformance.harness import MESSAGES, Served, chat_body, frames_of
 from tests.integration.api_harness import HandWorker
+from tests.prepared import nursery
 from tests.waiting import wait_until
 
 RETRY = {"x-stainless-retry-count": "1", "x-stainless-read-timeout": "600"}
@@ -185,11 +183,10 @@ def test_a_stream_over_the_death_of_its_worker_goes_on(served: Served) -> None:
         "CELERIAC_MODELS_FILE": str(served.rig.settings.models_file),
         "CELERIAC_LEASE_SECONDS": "1",
     }
-    command = [sys.executable, "-m", "tests.integration.runner_process"]
     stream = served.client.chat.completions.create(
         model="test-model", messages=MESSAGES, max_tokens=300, stream=True, stream_options={"include_usage": True}
     )
-    worker = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    worker = nursery().start("tests.integration.runner_process", [], environment=environment)
     try:
         chunks = [next(stream) for _ in range(10)]
     finally:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import psutil
 import pytest
 
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = """
@@ -95,8 +98,8 @@ class RunningUp:
 StartUp = Callable[[], RunningUp]
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
+@contextmanager
+def new_folder() -> Iterator[Path]:
     """Not pytest's own temporary folder: that one is closed to the system user PostgreSQL runs as under root."""
     folder = Path(tempfile.mkdtemp(prefix="celeriac-up-"))
     yield folder
@@ -104,8 +107,7 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture
-def environment(folder: Path) -> dict[str, str]:
+def environment_in(folder: Path) -> dict[str, str]:
     (folder / "models.toml").write_text(MODELS)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("CELERIAC_")}
     return inherited | {
@@ -115,6 +117,17 @@ def environment(folder: Path) -> dict[str, str]:
         "CELERIAC_FLOWER_PORT": "0",
         "CELERIAC_LEASE_SECONDS": "3",  # what a killed worker held is rescued sooner
     }
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with new_folder() as folder:
+        yield folder
+
+
+@pytest.fixture
+def environment(folder: Path) -> dict[str, str]:
+    return environment_in(folder)
 
 
 @pytest.fixture
@@ -131,16 +144,25 @@ def start_up(environment: dict[str, str]) -> Iterator[StartUp]:
             up.kill()
 
 
-@pytest.fixture
-def celeriac(environment: dict[str, str]) -> Callable[..., "subprocess.Popen[str]"]:
-    """Another command in the same folder: celeriac("jobs")."""
+@pytest.fixture(scope="module")
+def shared_up() -> Iterator[RunningUp]:
+    """For the tests that only use it, or kill what it restarts."""
+    with new_folder() as folder:
+        up = RunningUp(environment_in(folder))
+        try:
+            up.wait_until_up()
+            yield up
+            assert up.stop() == 0
+        finally:
+            if up.process.poll() is None:
+                up.kill()
 
-    def run(*arguments: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "celeriac", *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
-    return run
+def celeriac(environment: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
+    """Another command in the same folder: celeriac(environment, "jobs")."""
+    command = [sys.executable, "-m", "celeriac", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def wait_until_gone(folder: Path) -> None:
@@ -167,7 +189,7 @@ def submit(url: str, **params: Any) -> str:
 
 
 def test_up_runs_a_job_is_alone_in_its_folder_and_keeps_its_jobs(
-    start_up: StartUp, folder: Path, celeriac: Callable[..., "subprocess.Popen[str]"]
+    start_up: StartUp, folder: Path, environment: dict[str, str]
 ) -> None:
     up = start_up()
     url, job_id = up.wait_until_up()
@@ -178,10 +200,10 @@ def test_up_runs_a_job_is_alone_in_its_folder_and_keeps_its_jobs(
     flower_url = up.wait_for(r"Flower +(http://\S+)")[1]
     assert httpx.get(f"{flower_url}/healthcheck", timeout=30).status_code == 200
 
-    second = celeriac("up")
+    second = celeriac(environment, "up")
     assert "celeriac up is already running here" in second.communicate()[1]
     assert second.returncode == 1
-    assert job_id in celeriac("jobs").communicate()[0]  # it finds the API without being told
+    assert job_id in celeriac(environment, "jobs").communicate()[0]  # it finds the API without being told
 
     assert up.stop() == 0
     assert up.output.endswith("Stopped.\n")
@@ -194,49 +216,43 @@ def test_up_runs_a_job_is_alone_in_its_folder_and_keeps_its_jobs(
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the commands of the README are curl's")
-def test_the_commands_of_the_readme_work_as_they_stand(start_up: StartUp, environment: dict[str, str]) -> None:
-    up = start_up()
-    url, job_id = up.wait_until_up()
-    celeriac = f"{sys.executable} -m celeriac"
+def test_the_commands_of_the_readme_work_as_they_stand(shared_up: RunningUp) -> None:
+    url, job_id = shared_up.wait_until_up()
+    command = f"{sys.executable} -m celeriac"
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     # One needs a model from the hub, the other one that the fake back end has not got.
     blocks = [block for block in blocks if "celeriac worker" not in block and "/v1/embeddings" not in block]
     assert len(blocks) >= 4
     for block in blocks:
         block = block.replace("http://127.0.0.1:8000", url).replace("job_01...", job_id)
-        script = re.sub(r"^curl", "curl --fail -sS", block, flags=re.MULTILINE).replace(".venv/bin/celeriac", celeriac)
+        script = re.sub(r"^curl", "curl --fail -sS", block, flags=re.MULTILINE).replace(".venv/bin/celeriac", command)
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
             cwd=ROOT,
-            env=environment,
+            env=shared_up.environment,
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
         assert done.stdout
-    assert up.stop() == 0
 
 
-def test_what_is_killed_is_restarted_and_a_watched_stream_stays_whole(
-    start_up: StartUp, celeriac: Callable[..., "subprocess.Popen[str]"]
-) -> None:
-    up = start_up()
-    url, _ = up.wait_until_up()
+def test_what_is_killed_is_restarted_and_a_watched_stream_stays_whole(shared_up: RunningUp) -> None:
+    url, _ = shared_up.wait_until_up()
     job_id = submit(url, max_tokens=1500, ignore_eos=True)
-    with celeriac("watch", job_id) as watching:
+    with celeriac(shared_up.environment, "watch", job_id) as watching:
         assert watching.stdout is not None
         assert watching.stderr is not None
         beginning = watching.stdout.read(40)
         for words in (("celeriac", "api"), ("gpu_worker.app", "worker")):  # at once, before the job can end
-            up.child(*words).kill()
-        up.wait_for(r"API was killed by SIGKILL after \d+ s; restarting in 0\.5 s")
-        up.wait_for(r"GPU worker was killed by SIGKILL after \d+ s; restarting in 0\.5 s")
+            shared_up.child(*words).kill()
+        shared_up.wait_for(r"API was killed by SIGKILL after \d+ s; restarting in 0\.5 s")
+        shared_up.wait_for(r"GPU worker was killed by SIGKILL after \d+ s; restarting in 0\.5 s")
         text, notes = watching.stdout.read(), watching.stderr.read()
     assert watching.returncode == 0, notes
     job = httpx.get(f"{url}/v1/jobs/{job_id}", timeout=30).json()
     assert job["attempt"] == 2
     assert beginning + text == job["output"]["text"] + "\n"
-    assert up.stop() == 0
 
 
 def test_a_killed_up_leaves_nothing_behind_and_its_jobs_in_place(start_up: StartUp, folder: Path) -> None:
