@@ -20,6 +20,7 @@ to return its text. In between no worker slot is taken. How the second time come
 The task's id is the job's idempotency key, so a task that is delivered twice is still one job.
 """
 
+import atexit
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -143,7 +144,8 @@ def client_of(app: Any) -> Client:
     """
     key = (os.getpid(), app.conf.get("celeriac_url"), app.conf.get("celeriac_key"))
     if key not in _clients:
-        _clients[key] = Client(key[1], key[2], patience_seconds=0)
+        _clients[key] = client = Client(key[1], key[2], patience_seconds=0)
+        atexit.register(client.close)
     return _clients[key]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ MAX_BACKOFF_SECONDS = 30.0
 MENDING_SECONDS = 300.0  # the pause after an exit code which means that a restart would not help
 STEADY_SECONDS = 60.0  # after living this long, a process is restarted as if it had not failed before
 MAX_DEATHS_AT_START = 3
+SERVER_PORTS = range(15_000, 32_768)  # any of these for a server; from there on Linux has those of outgoing connections
 ABORT_SECONDS = 5.0  # how long a process may take to abort before it gets SIGKILL
 
 #: The one thread that starts processes: a process ends with the thread that started it, and this thread ends with us.
@@ -220,9 +222,11 @@ def is_free(host: str, port: int) -> bool:
 
 
 def _any_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """Below those of outgoing connections: one of these could have it before the server that it is for."""
+    ports = secrets.SystemRandom().sample(SERVER_PORTS, 100)
+    if port := next((port for port in ports if is_free(host, port)), None):
+        return port
+    raise OSError(f"of 100 ports on {host} from {SERVER_PORTS.start} to {SERVER_PORTS.stop - 1} none is free; name one")
 
 
 def describe_exit(return_code: int) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from local.servers import EmbeddedPostgres
 from tests.chaos.proxy import Link
+from tests.waiting import SECONDS
 
 LIMIT = 1 << 20  # of a line
 pytestmark = pytest.mark.anyio
@@ -52,7 +53,7 @@ class Talk:
 
     async def ask(self, words: str) -> str:
         self._writer.write(f"{words}\n".encode())
-        return (await asyncio.wait_for(self._reader.readline(), 5)).decode().strip()
+        return (await asyncio.wait_for(self._reader.readline(), SECONDS)).decode().strip()
 
     def close(self) -> None:
         self._writer.close()

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from api.app import create_app
 from api.connections import open_socket
-from api.server import make_server
+from api.server import GRACE_SECONDS, make_server
 from api.services import Services
 from celeriac.client import StreamEvent
 from celeriac.client.protocol import parse_events
@@ -75,8 +75,9 @@ class ApiServer:
     ) -> None:
         self.stop()
 
-    def stop(self) -> None:
-        """As at SIGTERM; returns when the server has ended."""
+    def stop(self, *, grace_seconds: int = GRACE_SECONDS) -> None:
+        """As at SIGTERM; returns when the server has ended. A busy machine may take long to end open requests."""
+        self._server.config.timeout_graceful_shutdown = grace_seconds
         self._server.should_exit = True
         wait_until(lambda: not self._thread.is_alive(), "the API has stopped", pause_seconds=0.002)
         self._socket.close()

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -311,7 +312,7 @@ def test_streams_and_long_polls_end_when_the_server_stops_and_go_on_elsewhere(
         assert next(events).id == "1"
         waiting.start()
         wait_until(lambda: api.services.streams.num_streams == 2)
-        api.stop()
+        api.stop(grace_seconds=60)
         assert list(events) == []
         waiting.join()
         assert answers[0].json()["status"] == "in_progress"
@@ -327,7 +328,7 @@ def test_an_answer_under_way_is_given_before_the_end(api: ApiServer) -> None:
     with closing(socket.create_connection(("127.0.0.1", api.port))) as connection:
         connection.sendall(head)
         wait_until(lambda: http_in_progress() >= 1)
-        stopping = threading.Thread(target=api.stop)
+        stopping = threading.Thread(target=partial(api.stop, grace_seconds=60))
         stopping.start()
         wait_until(lambda: api.services.draining.is_set())
         connection.sendall(b'{"model":"fake","prompt":"abcd"}')

@@ -1,7 +1,6 @@
 """A real Flower over our workers: it shows jobs and engines, and what it sends cancels a job or ends a worker."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import httpx
 import pytest
 
 from domain.jobs import external_id
+from local.processes import free_port
 from tests.integration.consumer_harness import ROOT, Plant, plant, shared_plant
 from tests.waiting import SECONDS, wait_until
 
@@ -19,17 +19,11 @@ __all__ = ["plant", "shared_plant"]
 WORKER = "one@test"
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 class Flower:
     """Flower as `celeriac flower` starts it."""
 
     def __init__(self, plant: Plant) -> None:
-        port = free_port()
+        port = free_port("127.0.0.1", 0)
         command = [sys.executable, "-m", "celery", "-A", "tasks.flower", "flower", f"--port={port}"]
         environment = os.environ | {
             "CELERIAC_REDIS_URL": plant.redis_url,

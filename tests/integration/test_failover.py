@@ -62,7 +62,7 @@ def test_no_job_is_lost_with_the_machine_of_the_primary(
     worker = rig.start()
     with ApiServer(rig.settings, Catalog.load(rig.settings.models_file)) as api, Submitter(api.url) as submitter:
         wait_until(lambda: len(submitter.accepted) >= 10, "jobs are accepted")
-        job_ids = rig.add_jobs(6, max_tokens=1200, priority=10)  # before those of the submitter
+        job_ids = rig.add_jobs(6, max_tokens=2400, priority=10)  # before those of the submitter
         worker.offer(job_ids)
         rig.wait_for_tokens(job_ids)
         assert not any(worker.ends(job_id) for job_id in job_ids), "they are running when it goes"

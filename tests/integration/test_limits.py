@@ -21,7 +21,11 @@ from tests.waiting import SECONDS
 
 
 @pytest.fixture
-def api_settings(database_url: str, redis_url: str) -> Settings:
+def api_settings(database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    # A busy machine is not to answer 503 where a limit answers 429.
+    for name in ("tasks.accept.ANSWER_SECONDS", "tasks.accept.STALLED_SECONDS", "api.services.ANSWER_SECONDS"):
+        monkeypatch.setattr(name, SECONDS)
+    monkeypatch.setattr("storage.database.POOL_TIMEOUT_SECONDS", SECONDS)
     return Settings(database_url=database_url, redis_url=redis_url, auth="api_key", no_workers_seconds=3600)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from local.lifetime import ending_with_us
 from local.lock import AlreadyUp, UpLock
-from local.processes import ChildProcess, free_port, is_free, set_aside, stop_in_turn, trim_log
+from local.processes import SERVER_PORTS, ChildProcess, free_port, is_free, set_aside, stop_in_turn, trim_log
 from settings import ROOT, find_running
 from tests.waiting import wait_until
 
@@ -272,6 +272,14 @@ def test_a_taken_port_moves_on_to_the_next_free_one() -> None:
         assert not is_free("127.0.0.1", port)
         assert free_port("127.0.0.1", port) > port
     assert is_free("127.0.0.1", port)
+
+
+def test_any_free_port_is_none_that_an_outgoing_connection_may_be_given() -> None:
+    """Else it could be taken between the look and the start of the server."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    if first < SERVER_PORTS.stop:
+        pytest.skip(f"on this machine outgoing connections have ports from {first} on")
+    assert not any(first <= free_port("127.0.0.1", 0) <= last for _ in range(20))
 
 
 def test_the_log_of_the_last_run_is_kept_beside_the_new_one(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from storage.streams import StatusChange, StreamReader, channel_of, publish
 from storage.tables import Job
 from tests.conftest import MakeJob
 from tests.storage_samples import claim_these
-from tests.waiting import wait_until_async
+from tests.waiting import SECONDS, wait_until_async
 
 SILENCE_SECONDS = 0.2
 Received = list[TokenChunk | StatusChange]
@@ -99,7 +99,7 @@ async def following(reader: StreamReader, job: RunningJob, *, starting_after: in
     try:
         await wait_until_async(lambda: received)  # it has begun: `in_progress` is there
         yield received
-        await asyncio.wait_for(task, 20)
+        await asyncio.wait_for(task, SECONDS)
     finally:
         task.cancel()
 

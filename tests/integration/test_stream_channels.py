@@ -10,6 +10,7 @@ import uvloop
 from redis.asyncio.connection import Connection
 
 from storage.streams import ChannelListener, channel_of
+from tests.waiting import SECONDS
 
 
 def test_a_connection_that_was_cut_and_not_noticed_yet_is_replaced(redis_url: str) -> None:
@@ -43,7 +44,7 @@ async def _lose_the_connection(redis_url: str, lose: Callable[[Connection], None
     await listener.add(uuid4())
     listening = asyncio.create_task(listener.run())
     job_id = uuid4()
-    async with asyncio.timeout(20), redis.asyncio.Redis.from_url(redis_url) as client:
+    async with asyncio.timeout(SECONDS), redis.asyncio.Redis.from_url(redis_url) as client:
         await subscribed.wait()
         lose(cast(Connection, listener._connection))
         await listener.add(job_id)

@@ -55,5 +55,5 @@ async def test_a_stall_that_blocks_the_thread_too_is_logged_without_a_stack(
     async with EventLoopMonitor(stall_seconds=0.25):
         stand_still(SECRET, 0.6)
         await asyncio.sleep(0.1)
-    [line] = lines_of(caplog)
+    line = lines_of(caplog)[0]  # a busy machine may stall the loop again
     assert "not known" in vars(line)["stack"]

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from api.events import interleave
+from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.anyio
 
@@ -24,7 +25,7 @@ async def test_no_item_waits_for_an_answer() -> None:
         await asyncio.Event().wait()
         return "never"
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SECONDS):
         told = [one async for one in interleave(count(3, pause=0.1), ask, waits=(0.01, 0.01), is_wanted=lambda: True)]
     assert asked.is_set()
     assert told == [0, 1, 2]

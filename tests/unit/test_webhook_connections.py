@@ -9,6 +9,7 @@ import pytest
 
 from domain.webhooks import WebhookUrl
 from tasks.webhook_http import Connections
+from tests.waiting import SECONDS
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
 
@@ -40,7 +41,7 @@ class Origins:
                 self.closed.notify_all()
 
     async def wait_for_open(self, number: int) -> None:
-        async with asyncio.timeout(10), self.closed:
+        async with asyncio.timeout(SECONDS), self.closed:
             await self.closed.wait_for(lambda: self.num_open == number)
 
 
