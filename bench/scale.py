@@ -1,7 +1,7 @@
 """What saturates first from 1 to 1,000 workers, by measured costs: `python -m bench.scale [--measure]`.
 
-Prints the table of docs/scale.md. With --measure, takes those of the costs again that no other bench has: publishing to
-Redis, and turning a message into an event of a stream.
+Prints the table of docs/scale.md. With --measure, takes the costs again, in CPU: of PostgreSQL for each statement, of
+Redis for publishing a chunk, of the API for turning it into an event.
 """
 
 import argparse
@@ -9,21 +9,22 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
+
+from sqlalchemy.orm import Session
 
 # Measured costs, in seconds of one of the cores of bench/results/2026-11-two-cores.md unless it says otherwise.
 ACCEPT_API = 430e-6  # a job, in the API: "Accepting"
 ACCEPT_SQL = 1 / 6_685  # a job in a group of 64, in PostgreSQL: "Accepting"
-CONSUME = 95e-6  # a job, in the worker's consumer: "The consumer alone"
 FLUSH_SQL = 30e-6  # a chunk in a flush of 64, in PostgreSQL: "Storage"
 CLAIM_SQL, FINALISE_SQL = 100e-6, 250e-6  # a job in groups of 16, in PostgreSQL: "Storage"
 PUBLISH = 5e-6  # a chunk, in Redis, with one reader: --measure
-EVENT_API = 60e-6  # a chunk for one reader, in the API: --measure
-STREAM_BYTES = 40 * 1024  # of memory, an open stream in the API: the aim
-JOB_BYTES, CHUNK_BYTES = 2_000, 180  # on disk, with indexes: "Storage for years"
+EVENT_API = 40e-6  # a chunk for one reader, in the API: 18 by --measure, and an estimate for event loop and socket
+JOB_BYTES, CHUNK_BYTES, TOKEN_BYTES = 2_400, 170, 9  # on disk, with indexes: "Storage for years"
 
 # What one server takes before waits grow.
 BUSY = 0.7  # of a core
@@ -85,7 +86,9 @@ def need(load: Load) -> Need:
         redis_cores=chunks * PUBLISH,
         num_apis=num_apis,
         connections=load.num_workers * CONNECTIONS_PER_WORKER + num_apis * CONNECTIONS_PER_API,
-        gigabytes_per_day=86_400 * (jobs * JOB_BYTES + chunks * CHUNK_BYTES) / 1e9,
+        gigabytes_per_day=86_400
+        * (jobs * (JOB_BYTES + load.tokens_per_job * TOKEN_BYTES) + chunks * CHUNK_BYTES)
+        / 1e9,
     )
 
 
@@ -128,7 +131,7 @@ def table() -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def measure() -> dict[str, float]:
+def measure_streams() -> dict[str, float]:
     """Microseconds of CPU per chunk: of Redis for a PUBLISH with one subscriber, and of the API for one event."""
     import psutil
     import redis
@@ -166,9 +169,63 @@ def measure() -> dict[str, float]:
     return {"publish_us": round(1e6 * spent / rounds / len(ids), 1), "event_us": round(1e6 * event, 1)}
 
 
+def measure_sql() -> dict[str, float]:
+    """Microseconds of PostgreSQL's CPU per job or chunk, which hardly depend on what else the machine does."""
+    from bench.storage import MODEL, new_job
+    from domain.jobs import FinishReason, JobStatus, Usage
+    from domain.requests import GenerationResult, ResultChoice, TokenChunk
+    from local.servers import EmbeddedPostgres
+    from storage import job_accept, jobs
+    from storage.database import migrate, open_database, session_factory
+    from storage.jobs import ChunkCommit, ClaimedJob, Finalisation
+
+    costs: dict[str, float] = {}
+    owner = uuid4()
+    claimed: list[ClaimedJob] = []
+    with tempfile.TemporaryDirectory() as folder, EmbeddedPostgres(Path(folder) / "postgres") as server:
+        migrate(server.url)
+        database = open_database(server.url, pool_size=1, max_overflow=0)
+        sessions = session_factory(database)
+
+        def cpu_of(name: str, num: int, steps: Iterator[Callable[[Session], object]]) -> None:
+            before = _cpu_of_children(server.pid)
+            for step in steps:
+                with sessions.begin() as session:
+                    step(session)
+            costs[f"{name}_us"] = round(1e6 * (_cpu_of_children(server.pid) - before) / num, 1)
+
+        groups = [[new_job() for _ in range(64)] for _ in range(16)]
+        accepts = (lambda s, g=group: job_accept.accept(s, g, max_queued_jobs=10**6) for group in groups)
+        claim = partial(jobs.claim, model=MODEL, limit=16, owner=owner, model_revision="main", lease_seconds=600)
+        claims = (lambda s: claimed.extend(claim(s)) for _ in range(64))
+        cpu_of("accept_sql", 1024, iter(accepts))
+        cpu_of("claim_sql", 1024, iter(claims))
+
+        def flush(session: Session, number: int, batch: list[ClaimedJob]) -> None:
+            chunk = TokenChunk(sequence_number=number, index=0, text=" twenty tokens" * 5, token_ids=tuple(range(20)))
+            jobs.commit_chunks(session, [ChunkCommit(j.id, j.attempt, [chunk]) for j in batch], lease_seconds=600)
+
+        batches = [claimed[start : start + 64] for start in range(0, 1024, 64)]
+        flushes = (partial(flush, number=n, batch=batch) for n in range(1, 16) for batch in batches)
+        cpu_of("flush_sql", 15 * 1024, iter(flushes))
+        choice = ResultChoice(index=0, text=" twenty tokens" * 75, finish_reason=FinishReason.STOP, num_tokens=300)
+        result = GenerationResult(choices=(choice,), usage=Usage(prompt_tokens=48, completion_tokens=300))
+        ends = [Finalisation(j.id, j.attempt, 15, JobStatus.COMPLETED, result, FinishReason.STOP) for j in claimed]
+        finalises = (lambda s, g=ends[i : i + 16]: jobs.finalise(s, g) for i in range(0, 1024, 16))
+        cpu_of("finalise_sql", 1024, iter(finalises))
+        database.dispose()
+    return costs
+
+
+def _cpu_of_children(pid: int | None) -> float:
+    import psutil
+
+    return sum(sum(child.cpu_times()[:2]) for child in psutil.Process(pid).children(recursive=True))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true")
     if parser.parse_args().measure:
-        print(json.dumps(measure()))
+        print(json.dumps(measure_streams() | measure_sql()))
     print("\n".join(table()))
