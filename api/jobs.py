@@ -5,6 +5,7 @@ that names the old one (docs/adr/0011).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -96,7 +97,7 @@ async def submit_job(request: Request) -> Response:
     wait_seconds = preferred_wait(request.headers.get("prefer"))
     job_id = external_id(submitted.job_id)
     job_id_context.set(job_id)
-    if wait_seconds and submitted.cache != "hit":
+    if wait_seconds and submitted.record is None:
         await services.wait_for_end(submitted.job_id, wait_seconds)
     view = await view_after_submit(services, tenant_id, submitted, is_waited=bool(wait_seconds))
     headers = {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id}
@@ -272,9 +273,10 @@ def _not_found(job_id: str) -> JobNotFound:
 
 
 async def view_after_submit(services: Services, tenant_id: UUID, submitted: Submitted, *, is_waited: bool) -> JobView:
-    """The view of a new job is built without a query. If the request waited, or the job is answered already or existed
-    before, it is read."""
-    if submitted.is_new and not is_waited and submitted.cache != "hit":
+    """The view of a new job is built without a query. If the request waited, or the job existed before, it is read."""
+    if submitted.record is not None:
+        return await _view(services, replace(submitted.record, request=None))
+    if submitted.is_new and not is_waited:
         queue = services.monitor.joining(submitted.new_job)
         services.monitor.accepted(submitted.new_job)
         return new_job_view(submitted.new_job, submitted.created_at, queue)

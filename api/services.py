@@ -40,7 +40,7 @@ from domain.requests import TokenChunk
 from domain.shares import SharedTurns, current_tenant
 from observability import EventLoopMonitor, describe_exception, key_id_context
 from settings import Settings
-from storage import jobs
+from storage import job_queries, jobs
 from storage.database import OUTAGES, async_session_factory, open_async_database, open_statement_database, repeatable
 from storage.streams import REDIS_OUTAGES, StreamMessage, StreamReader, channel_of
 from tasks import job_log
@@ -96,6 +96,8 @@ class Services:
     write_turns: SharedTurns
     draining: asyncio.Event = field(default_factory=asyncio.Event)  # set on SIGTERM: no longer ready, and streams end
     background: set["asyncio.Task[None]"] = field(default_factory=set)  # the tasks of `spawn` that are not done
+    delivered: list[UUID] = field(default_factory=list)  # jobs for `note_delivered`, while others are being written
+    is_noting_delivered: bool = False
 
     async def read(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a read-only storage function. Raises StorageUnavailable."""
@@ -194,6 +196,21 @@ class Services:
             job_log.ended_without_worker([job])
             await self.announce(job_id, job.status)
         return job.status
+
+    def note_delivered(self, job_id: UUID) -> None:
+        """Record soon that a client has received the job's whole answer; those of one moment in one statement."""
+        self.delivered.append(job_id)
+        if not self.is_noting_delivered:
+            self.is_noting_delivered = True
+            self.spawn(self._write_delivered())
+
+    async def _write_delivered(self) -> None:
+        try:
+            while job_ids := self.delivered:
+                self.delivered = []
+                await self._bounded(repeatable(self.statements, job_queries.mark_delivered, job_ids))
+        finally:
+            self.is_noting_delivered = False
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` in the background, past the end of the request. It is cancelled when this process ends."""

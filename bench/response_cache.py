@@ -80,6 +80,7 @@ def run(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
             "CELERIAC_REDIS_URL": redis.url,
             "CELERIAC_MAX_QUEUED_JOBS": str(10**8),
             "CELERIAC_RESPONSE_CACHE": "greedy",
+            "CELERIAC_NO_WORKERS_SECONDS": "86400",
             "CELERIAC_PORT": "0",
         }
         options = {"seconds": given.seconds, "connections": given.connections, "rate": None}

@@ -6,6 +6,9 @@ follows: it is put off, and ends with the leader. If the leader ends in any othe
 by themselves, in the place that they had in the queue. A job is only ever ended while it waits and has never been
 claimed, so whatever happens between these statements, it runs.
 
+`answer` is part of the transaction that accepts the jobs. So what follows another request of its tenant sees it: the
+accept holds a lock on the tenant's load until the commit. Nobody but the accept takes locks in `answers` after that.
+
 All functions are synchronous on a `Session` and do not commit. docs/adr/0057 says why this is not in Redis.
 """
 
@@ -14,13 +17,17 @@ All functions are synchronous on a `Session` and do not commit. docs/adr/0057 sa
 from collections.abc import Sequence
 from uuid import UUID
 
-from sqlalchemy import Row, text
+import orjson
+from sqlalchemy import ARRAY, Row, Uuid, any_, bindparam, select, text
 from sqlalchemy.orm import Session
 
+from domain.requests import JobOutput
 from storage.job_accept import NewJob
 from storage.job_ends import told
+from storage.job_queries import JobRecord
 from storage.job_statements import CLOCK, COUNTED, Packed
 from storage.jobs import Returned
+from storage.tables import Job, JobResult
 from storage.usage import RECORDED_COLUMNS, ends_recorded
 from storage.webhooks import IS_TOLD, write_deliveries
 
@@ -100,6 +107,12 @@ pair AS MATERIALIZED (  -- the count locks all of them before tenant_load
 {COMPLETED}
 """)
 
+COMPLETE = (
+    select(Job, JobResult.result)
+    .join(JobResult, JobResult.job_id == Job.id)
+    .where(Job.id == any_(bindparam("ids", type_=ARRAY(Uuid))))
+)
+
 END_FOLLOWERS = text(f"""
 WITH pair AS MATERIALIZED (
     SELECT f.job_id AS id, f.leader_id
@@ -127,16 +140,26 @@ WHERE j.id = alone.id AND {NEVER_CLAIMED} AND j.available_at > {CLOCK}
 """)
 
 
-def answer(session: Session, new_jobs: Sequence[NewJob], *, max_age_seconds: float) -> list[Returned]:
+def answer(session: Session, new_jobs: Sequence[NewJob], *, max_age_seconds: float) -> dict[UUID, JobRecord]:
     """Complete those of these accepted jobs whose answers are known, and have the others lead or follow. Each must have
-    an `answer_key`. Returns those that were completed."""
+    an `answer_key`. Returns those that were completed, by their ids."""
     parameters = {
         "ids": [job.id for job in new_jobs],
         "tenant_ids": [job.tenant_id for job in new_jobs],
         "keys": Packed(job.answer_key for job in new_jobs),
         "max_age_seconds": max_age_seconds,
     }
-    return _ended(session, session.execute(ANSWER, parameters).all())
+    completed = _ended(session, session.execute(ANSWER, parameters).all())
+    if not completed:
+        return {}
+    rows = session.execute(COMPLETE, {"ids": [one.job_id for one in completed]})
+    new_job_by_id = {job.id: job for job in new_jobs}
+    return {job.id: _record(job, result, new_job_by_id[job.id]) for job, result in rows}
+
+
+def _record(job: Job, result: JobOutput, new_job: NewJob) -> JobRecord:
+    body = None if new_job.endpoint_body is None else orjson.loads(new_job.endpoint_body)
+    return JobRecord(job, new_job.request, result, body)
 
 
 def end_followers(session: Session, *, limit: int = 200) -> list[Returned]:

@@ -10,11 +10,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from time import monotonic
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import psycopg
 from psycopg.errors import IdleInTransactionSessionTimeout, LockNotAvailable, ReadOnlySqlTransaction
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, func, make_url, select, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -60,9 +62,7 @@ def guard_sessions(database: Engine, idle_seconds: float) -> None:
 
     @event.listens_for(database, "connect")
     def set_up(connection: Any, record: object) -> None:
-        cursor = connection.cursor()
-        cursor.execute(statement)
-        cursor.close()
+        _execute(connection, statement)
         connection.commit()  # a rollback would undo the settings
 
 
@@ -176,6 +176,40 @@ def open_statement_database(url: str, *, pool_size: int = 10, max_overflow: int 
     guard_sessions(database.sync_engine, IDLE_SECONDS)
     _tell_outages(database.sync_engine)
     return database
+
+
+PLAN_SECONDS = 1.0  # in which no table grows so much that its plan could matter
+
+
+def keep_plans(database: Engine) -> None:
+    """Have connections plan a statement once in PLAN_SECONDS, not each time. For statements that are long and executed
+    often, and whose plan depends on no parameter: planning them costs more than running them. So does planning the
+    checks of foreign keys, which PostgreSQL does for every inserted row otherwise."""
+
+    @event.listens_for(database, "connect")
+    def set_up(connection: Any, record: Any) -> None:
+        _execute(connection, "SET plan_cache_mode = force_generic_plan")
+        connection.commit()
+        record.info[_PLANNED_AT] = monotonic()
+
+    @event.listens_for(database, "checkout")
+    def discard_old(connection: Any, record: Any, fairy: object) -> None:
+        if monotonic() - record.info[_PLANNED_AT] < PLAN_SECONDS:
+            return
+        try:
+            _execute(connection, "DISCARD PLANS")
+        except psycopg.Error as exc:
+            raise DisconnectionError from exc  # the pool connects again
+        record.info[_PLANNED_AT] = monotonic()
+
+
+_PLANNED_AT = "planned_at"
+
+
+def _execute(connection: Any, statement: str) -> None:
+    cursor = connection.cursor()
+    cursor.execute(statement)
+    cursor.close()
 
 
 async def repeatable(

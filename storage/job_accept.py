@@ -23,6 +23,7 @@ from domain.limits import ClientCall, LimitStanding
 from domain.requests import GenerationRequest, JobRequest
 from storage import job_statements as sql
 from storage.admission import Admission, Asking
+from storage.job_queries import JobRecord
 from storage.job_statements import Packed
 
 MAX_POISON_JOBS_PER_HOUR = 3
@@ -100,7 +101,7 @@ class Accepted:
     job_id: UUID
     outcome: AcceptOutcome
     created_at: datetime | None = None  # set if ACCEPTED; by the database's clock
-    is_answered: bool = False  # it was completed at once, with a known answer
+    record: JobRecord | None = None  # if it was completed at once, with a known answer: what it is now
     refusal: CeleriacError | None = None  # set if LIMIT_REACHED
     standing: LimitStanding | None = None  # of the limits with a rate, if there are any
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from uuid import UUID
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
 
 from domain.errors import StorageUnavailable
 from domain.shares import SharedQueue
@@ -24,7 +25,7 @@ from metrics import jobs_accept_group_size, jobs_accept_seconds, jobs_accept_wai
 from observability import describe_exception
 from settings import Settings
 from storage import answers, job_accept
-from storage.database import OUTAGES, async_session_factory, open_statement_database
+from storage.database import OUTAGES, async_session_factory, keep_plans, open_statement_database
 from storage.job_accept import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome, NewJob
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,6 @@ class GroupAcceptor:
         self._sessions = sessions
         self._bounds = {"max_queued_jobs": max_queued_jobs, "max_poison_jobs_per_hour": max_poison_jobs_per_hour}
         self._answer_seconds = answer_seconds
-        self._answering = asyncio.Lock()  # so that of two groups with the same request one sees the other's
         self._waiting: SharedQueue[_Waiting] = SharedQueue(MAX_WAITING)
         self._wakeup = asyncio.Event()
         self._under_way: dict[int, _Flush] = {}  # by flusher
@@ -172,17 +172,17 @@ class GroupAcceptor:
     async def _accept(self, new_jobs: list[NewJob]) -> list[Accepted]:
         started = time.perf_counter()
         async with self._sessions() as session:
-            if any(job.is_limited for job in new_jobs):
+            if any(job.is_limited or job.answer_key is not None for job in new_jobs):
                 await session.connection(execution_options={"isolation_level": "READ COMMITTED"})  # a transaction
-            outcomes = await session.run_sync(job_accept.accept, new_jobs, **self._bounds)
+            outcomes = await session.run_sync(self._accept_in, new_jobs)
             await session.commit()
         jobs_accept_seconds.observe(time.perf_counter() - started)
         jobs_accept_group_size.observe(len(new_jobs))
-        accepted = [_as_first_time(job.id, outcome) for job, outcome in zip(new_jobs, outcomes, strict=True)]
-        return await self._answer(new_jobs, accepted)
+        return [_as_first_time(job.id, outcome) for job, outcome in zip(new_jobs, outcomes, strict=True)]
 
-    async def _answer(self, new_jobs: list[NewJob], accepted: list[Accepted]) -> list[Accepted]:
-        """Complete accepted jobs whose answers are known. They are committed already: if this fails, they run."""
+    def _accept_in(self, session: Session, new_jobs: Sequence[NewJob]) -> list[Accepted]:
+        """Insert the jobs, and complete those whose answers are known. If that fails, they run."""
+        accepted = job_accept.accept(session, new_jobs, **self._bounds)
         keyed = [
             job
             for job, outcome in zip(new_jobs, accepted, strict=True)
@@ -191,22 +191,21 @@ class GroupAcceptor:
         if not keyed:
             return accepted
         try:
-            async with self._answering, self._sessions() as session:
-                # With their webhook deliveries, in one transaction. These sessions commit every statement otherwise.
-                await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
-                answered = await session.run_sync(answers.answer, keyed, max_age_seconds=self._answer_seconds)
-                await session.commit()
-        except (DBAPIError, *_UNREACHABLE) as exc:
+            with session.begin_nested():
+                records = answers.answer(session, keyed, max_age_seconds=self._answer_seconds)
+        except DBAPIError as exc:
+            if exc.connection_invalidated:
+                raise
             log.warning("jobs run although their answers may be known", extra={"reason": describe_exception(exc)})
             return accepted
-        ids = {job.job_id for job in answered}
-        return [replace(outcome, is_answered=outcome.job_id in ids) for outcome in accepted]
+        return [replace(outcome, record=records.get(outcome.job_id)) for outcome in accepted]
 
 
 @asynccontextmanager
 async def open_acceptor(settings: Settings) -> AsyncIterator[GroupAcceptor]:
     """An acceptor with its own connections."""
     database = open_statement_database(settings.database_url, pool_size=NUM_FLUSHERS, max_overflow=0)
+    keep_plans(database.sync_engine)
     acceptor = GroupAcceptor(
         async_session_factory(database),
         max_queued_jobs=settings.max_queued_jobs,

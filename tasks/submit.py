@@ -131,6 +131,7 @@ class Submitted:
     created_at: datetime
     new_job: NewJob
     cache: CacheOutcome | None = None  # None: the response cache was not asked
+    record: JobRecord | None = None  # of a hit: the completed job, with its request
 
 
 class Submitter:
@@ -207,7 +208,7 @@ class Submitter:
         is_new = accepted.outcome is AcceptOutcome.ACCEPTED
         if is_new:
             job_log.accepted(new_job)
-            if accepted.is_answered:
+            if accepted.record is not None:
                 job_log.answered(new_job)
             else:
                 self._ring(new_job.request.model_id, new_job.id)
@@ -215,9 +216,10 @@ class Submitter:
             job_log.submitted(new_job.request.model_id, accepted.outcome.value)
         cache: CacheOutcome | None = None
         if is_new and new_job.answer_key is not None:
-            cache = "hit" if accepted.is_answered else "miss"
+            cache = "miss" if accepted.record is None else "hit"
             labelled(response_cache_total, new_job.request.model_id, cache).inc()
-        return Submitted(accepted.job_id, is_new, accepted.created_at or datetime.now(UTC), new_job, cache)
+        created_at = accepted.created_at or datetime.now(UTC)
+        return Submitted(accepted.job_id, is_new, created_at, new_job, cache, accepted.record)
 
     async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
         """The job to be accepted, all limits checked; nothing is committed. Raises the CeleriacError that says what is
@@ -226,10 +228,16 @@ class Submitter:
         refuse_impossible_deadline(options)
         webhook_url = await self._check_webhook(options.webhook_url) or self._check_callback(options.callback)
         prepared = await self._preparer.prepare(request, tenant_id)
-        new_job = make_job(
-            tenant_id, request, options, view, prepared, settings=self._settings, webhook_url=webhook_url
+        return make_job(
+            tenant_id,
+            request,
+            options,
+            view,
+            prepared,
+            settings=self._settings,
+            webhook_url=webhook_url,
+            key=answer_key(request, options, view, prepared, self._settings),
         )
-        return replace(new_job, answer_key=answer_key(request, options, view, prepared, self._settings))
 
     async def _check_webhook(self, url: str | None) -> str | None:
         """The URL in its stored form. Raises InvalidRequest."""
@@ -292,8 +300,9 @@ def make_job(
     *,
     settings: Settings,
     webhook_url: str | None = None,
+    key: bytes | None = None,
 ) -> NewJob:
-    """`request` is the one received; `prepared` has every default filled in."""
+    """`request` is the one received; `prepared` has every default filled in; `key` is its `answer_key`."""
     return NewJob(
         id=new_id(),
         tenant_id=tenant_id,
@@ -323,6 +332,7 @@ def make_job(
         traceparent=traceparent_context.get(),
         key_id=key_id_context.get(),
         is_limited=is_limited_context.get(),
+        answer_key=key,
     )
 
 

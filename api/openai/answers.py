@@ -227,6 +227,13 @@ class WholeAnswer(Response):
         self._needs_token_ids = needs_token_ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if any(run.record is None for run in self._runs):
+            await self._wait_and_answer(scope, receive, send)
+            return
+        await self._send_answer(await self._whole_answer(), send)
+        self._note_delivered()
+
+    async def _wait_and_answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(wait_for_disconnect(receive))
         drained = asyncio.create_task(self._services.draining.wait())
         ended = asyncio.create_task(self._wait_for_all())
@@ -244,7 +251,7 @@ class WholeAnswer(Response):
             if gone.done() and not ended.done():
                 return
             if ended.done():
-                answer = await self._whole_answer(ended)
+                answer = await self._whole_answer_after(ended)
             elif revoked.done():
                 answer = error_response(AuthenticationFailed("this API key was revoked during the request"))
             elif unserved.done():
@@ -258,12 +265,15 @@ class WholeAnswer(Response):
                 return
             await self._send_answer(answer, send)
             if not gone.done() and ended.done():
-                for run in self._runs:
-                    run.note_delivered()
+                self._note_delivered()
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+
+    def _note_delivered(self) -> None:
+        for run in self._runs:
+            run.note_delivered()
 
     async def _wait_for_all(self) -> None:
         await asyncio.gather(*(self._services.read_to_end(run.job_id) for run in self._runs))
@@ -284,10 +294,16 @@ class WholeAnswer(Response):
             await _send_head(send, 200, self._head())
         await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
 
-    async def _whole_answer(self, ended: "asyncio.Task[None]") -> Response:
-        """The answer or the error, as if nothing had been sent yet."""
+    async def _whole_answer_after(self, ended: "asyncio.Task[None]") -> Response:
         try:
             ended.result()
+        except CeleriacError as exc:
+            return error_response(exc)
+        return await self._whole_answer()
+
+    async def _whole_answer(self) -> Response:
+        """The answer or the error, as if nothing had been sent yet."""
+        try:
             records = [await self._read(run) for run in self._runs]
             for record in records:
                 self._refuse(record)
@@ -297,7 +313,7 @@ class WholeAnswer(Response):
             return error_response(exc)
 
     async def _read(self, run: Run) -> JobRecord:
-        record = await run.read(with_request=True)
+        record = run.record or await run.read(with_request=True)
         return replace(record, token_ids=await run.read_token_ids()) if self._needs_token_ids else record
 
     def _rendered(self, records: Sequence[JobRecord]) -> bytes:

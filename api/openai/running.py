@@ -85,6 +85,7 @@ class Run:
     is_replayed: bool = False  # found by its idempotency key
     is_retry_attached: bool = False  # matched to a retry without a key
     cache: CacheOutcome | None = None
+    record: JobRecord | None = None  # of a hit
 
     @property
     def headers(self) -> dict[str, str]:
@@ -99,7 +100,7 @@ class Run:
 
     def note_delivered(self) -> None:
         """The client has received the complete answer."""
-        self.services.spawn(self.services.write(job_queries.mark_delivered, [self.job_id]))
+        self.services.note_delivered(self.job_id)
 
     def note_disconnected(self) -> None:
         """The client has disconnected: cancel the job after a grace period, unless another reader waits for it by
@@ -305,7 +306,7 @@ async def _submit(
     submitted = await services.submitter.commit(new_job, options, accept)
     if not submitted.is_new:
         return replace(await _found(services, tenant_id, submitted.job_id, started), is_replayed=True)
-    if submitted.cache != "hit":  # such a job does not wait
+    if submitted.record is None:  # it waits
         services.monitor.accepted(submitted.new_job)
     return Run(
         services=services,
@@ -318,6 +319,7 @@ async def _submit(
         started=started,
         num_prompt_tokens=len(submitted.new_job.prompt_token_ids),
         cache=submitted.cache,
+        record=submitted.record,
     )
 
 

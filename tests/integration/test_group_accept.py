@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 from domain.errors import ServerOverloaded, StorageUnavailable
 from domain.jobs import new_id
 from domain.requests import GenerationRequest
-from storage import job_accept
-from storage.database import async_session_factory, open_statement_database
+from storage import answers, job_accept
+from storage.database import async_session_factory, keep_plans, open_statement_database
 from storage.job_accept import Accepted, AcceptOutcome, NewJob
 from storage.tables import DEFAULT_TENANT_ID, Job
 from tasks import accept as group_accept
@@ -115,6 +115,39 @@ async def test_a_job_that_sql_refuses_takes_nobody_with_it(
     assert isinstance(answers[-1], RuntimeError)
     assert all(isinstance(answer, Accepted) for answer in answers[:-1])
     assert await count_jobs(sessions) == 9
+
+
+async def test_jobs_run_if_their_answers_cannot_be_looked_up(
+    acceptor: GroupAcceptor, sessions: async_sessionmaker[AsyncSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "ANSWER", text("SELECT 1 / (cardinality(CAST(:ids AS uuid[])) - 1)"))
+    accepted = await acceptor.accept(make_new_job(answer_key=b"key"))
+    assert (accepted.outcome, accepted.record) == (AcceptOutcome.ACCEPTED, None)
+    assert await count_jobs(sessions) == 1
+
+
+async def test_plans_are_kept_but_not_for_long(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = open_statement_database(database_url, pool_size=1, max_overflow=0)
+    keep_plans(database.sync_engine)
+    sessions = async_session_factory(database)
+    query = text(
+        "SELECT sum(generic_plans), sum(custom_plans) FROM pg_prepared_statements WHERE statement ~ 'FROM jobs'"
+    )
+    async with sessions() as session:
+        for _ in range(9):
+            await session.scalar(select(func.count()).select_from(Job).where(Job.model == "fake"))
+        num_generic, num_custom = (await session.execute(query)).one()
+    assert num_generic > 0 == num_custom
+    monkeypatch.setattr("storage.database.PLAN_SECONDS", 0.0)
+    async with sessions() as session:
+        pid = await session.scalar(text("SELECT pg_backend_pid()"))
+    admin = open_statement_database(database_url)
+    async with async_session_factory(admin)() as session:
+        await session.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+    async with sessions() as session:
+        assert await session.scalar(text("SELECT pg_backend_pid()")) != pid, "a lost connection is replaced"
+    await admin.dispose()
+    await database.dispose()
 
 
 async def test_a_commit_whose_answer_was_lost_is_found_and_not_repeated(

@@ -9,13 +9,15 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.queue_monitor import QueueMonitor
+from api.services import Services
 from domain.access import Limits
-from domain.jobs import external_id, parse_id
+from domain.jobs import JobError, JobStatus, external_id, parse_id
 from settings import Settings
 from storage import administration, answers, job_queries, tenants
 from storage.administration import TenantChanges
 from storage.job_accept import NewJob
 from storage.limits import OF_TENANT, LimitUse
+from storage.streams import StreamReader
 from storage.tables import ApiKey, Job, Tenant, TenantLoad
 from storage.usage import UsageRecord
 from tests.integration.api_harness import ApiServer, HandWorker, all_events, numbered
@@ -199,7 +201,7 @@ def test_the_same_request_in_flight_is_run_once(
         assert [event.name for event in all_events(client, follower)][-1] == "job.completed"
 
 
-@pytest.mark.parametrize("end", ["cancel", "delete"])
+@pytest.mark.parametrize("end", ["cancel", "delete", "fail"])
 def test_followers_go_on_without_their_leader(
     end: str, client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
 ) -> None:
@@ -207,8 +209,11 @@ def test_followers_go_on_without_their_leader(
     assert client.post(f"/v1/jobs/{cancelled}/cancel").json()["status"] == "cancelled"
     if end == "cancel":
         client.post(f"/v1/jobs/{leader}/cancel")
-    else:
+    elif end == "delete":
         client.delete(f"/v1/jobs/{leader}")
+    else:
+        error = JobError(code="engine_error", message="of ours", retryable=False)
+        hand_worker.finish(hand_worker.claim(leader), status=JobStatus.FAILED, error=error)
     with session_factory.begin() as session:
         assert answers.end_followers(session) == []
         assert session.scalar(text("SELECT count(*) FROM job_followers")) == 0
@@ -237,9 +242,12 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_route_is_answered_from_it(
-    client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
+def test_every_route_is_answered_from_it_without_another_query(
+    client: httpx.Client, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    async def read(*args: object, **fields: object) -> None:
+        raise AssertionError("a hit is answered from what its accept returned")
+
     for path, body in BODIES.items():
         is_stream = path != "/generate" and path != "/api/v1/infer"
         key = {"x-on-disconnect": "continue"}
@@ -253,7 +261,10 @@ def test_every_route_is_answered_from_it(
             job_id = client.get("/v1/jobs").json()["data"][0]["id"]
         if client.get(f"/v1/jobs/{job_id}").json()["status"] == "queued":
             run(hand_worker, job_id, f"Answer {path}")
-        answer = client.post(path, json=body)
+        with monkeypatch.context() as patched:
+            patched.setattr(Services, "read", read)
+            patched.setattr(StreamReader, "read", read)
+            answer = client.post(path, json=body)
         assert (answer.status_code, answer.headers["x-celeriac-cache"]) == (200, "hit"), (path, answer.text)
         assert "Answer " in answer.text
         bypassed = client.stream("POST", path, json=body | {"use_cache": False, "stream": True}) if is_stream else None
