@@ -41,7 +41,14 @@ from domain.shares import SharedTurns, current_tenant
 from observability import EventLoopMonitor, describe_exception, key_id_context
 from settings import Settings
 from storage import job_queries, jobs
-from storage.database import OUTAGES, async_session_factory, open_async_database, open_statement_database, repeatable
+from storage.database import (
+    OUTAGES,
+    async_session_factory,
+    open_async_database,
+    open_statement_database,
+    repeatable,
+    within,
+)
 from storage.streams import REDIS_OUTAGES, StreamMessage, StreamReader, channel_of
 from tasks import job_log
 from tasks.accept import open_acceptor
@@ -208,7 +215,7 @@ class Services:
         try:
             while job_ids := self.delivered:
                 self.delivered = []
-                await self._bounded(repeatable(self.statements, job_queries.mark_delivered, job_ids))
+                await within(ANSWER_SECONDS, repeatable(self.statements, job_queries.mark_delivered, job_ids))
         finally:
             self.is_noting_delivered = False
 
