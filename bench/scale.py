@@ -17,14 +17,13 @@ from uuid import uuid4
 
 from sqlalchemy.orm import Session
 
-# Measured costs, in seconds of one of the cores of bench/results/2026-11-two-cores.md unless it says otherwise.
-ACCEPT_API = 430e-6  # a job, in the API: "Accepting"
-ACCEPT_SQL = 1 / 6_685  # a job in a group of 64, in PostgreSQL: "Accepting"
-FLUSH_SQL = 30e-6  # a chunk in a flush of 64, in PostgreSQL: "Storage"
-CLAIM_SQL, FINALISE_SQL = 100e-6, 250e-6  # a job in groups of 16, in PostgreSQL: "Storage"
-PUBLISH = 5e-6  # a chunk, in Redis, with one reader: --measure
-EVENT_API = 40e-6  # a chunk for one reader, in the API: 18 by --measure, and an estimate for event loop and socket
-JOB_BYTES, CHUNK_BYTES, TOKEN_BYTES = 2_400, 170, 9  # on disk, with indexes: "Storage for years"
+# Seconds of one core, measured: bench/results/2026-11-two-cores.md, "Accepting" and "Storage for years".
+ACCEPT_API = 430e-6  # a job, in the API
+ACCEPT_SQL, CLAIM_SQL, FINALISE_SQL = 342e-6, 410e-6, 449e-6  # a job in groups of 64, 16 and 16, in PostgreSQL
+FLUSH_SQL = 122e-6  # a chunk in a flush of 64, in PostgreSQL
+PUBLISH = 5e-6  # a chunk, in Redis, with one reader
+EVENT_API = 40e-6  # a chunk for one reader, in the API: 9 to 18, and an estimate for event loop and socket
+JOB_BYTES, CHUNK_BYTES, TOKEN_BYTES = 2_400, 170, 9  # on disk, with indexes
 
 # What one server takes before waits grow.
 BUSY = 0.7  # of a core
