@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     maintenance_silence_seconds: float = Field(default=30.0, gt=0)  # without a tick before /health reports it
     auth: Literal["none", "api_key"] = "none"  # "none" is allowed only on the loopback interface
     allowed_hosts: str = ""  # host names besides localhost for the API and Flower without keys, comma-separated
+    root_path: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")  # under which a proxy serves the API
     cors_origins: str = ""  # origins of pages that may use the API, such as https://app.example.com, comma-separated
     api_url: str | None = None  # of the API, for CLI commands such as `celeriac submit`; default: this machine
     api_key: str | None = Field(default=None, repr=False)  # the key that these commands send

@@ -18,6 +18,7 @@ from api.inputs import QueryModel, off_loop, query_parameters, read_model, read_
 from api.openai.files import HEADERS, content_of
 from api.openai.job_headers import read_job_headers
 from api.openapi import request_body
+from api.root_path import absolute_link
 from api.services import Caller, PrivateRoute, Services, caller_of
 from dialects.anthropic_answers import anthropic_page
 from dialects.anthropic_batches import (
@@ -238,7 +239,7 @@ async def _object(request: Request, batch: Batch) -> MessageBatchView:
         "ended_at": optional_timestamp(next((end for end in ends if end is not None), None) if is_ended else None),
         "cancel_initiated_at": optional_timestamp(batch.cancelling_at),
         "archived_at": None,
-        "results_url": f"{request.base_url}v1/messages/batches/{id_}/results" if is_ended else None,
+        "results_url": absolute_link(request, f"/v1/messages/batches/{id_}/results") if is_ended else None,
     }
 
 

@@ -31,6 +31,7 @@ from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
 from api.openai import batches, compact, conversations, files, inference, response_socket, responses
 from api.openai.files import FORM_BYTES
 from api.pages import add_pages
+from api.root_path import UnderRootPath
 from api.services import PrivateRoute, open_services
 from domain.access import Scope
 from domain.addresses import OriginPolicy, is_loopback
@@ -129,10 +130,13 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.add_middleware(RequestContext)
     if settings.cors_origin_list:
         app.add_middleware(Cors, origins=settings.cors_origin_list)  # outermost, so that pages can read refusals, too
+    if settings.root_path:
+        app.add_middleware(UnderRootPath, root_path=settings.root_path)
     register_error_handlers(app)
     # Not `include_router`, which would build each route's schemas again and look two levels deep at every request.
     app.router.routes.extend(route for router in ROUTERS for route in router.routes)
     app.router.routes.append(response_socket.route)
+    app.state.root_path = settings.root_path
     app.state.max_message_bytes = settings.max_body_bytes  # of WebSockets, which the server enforces
     add_pages(app)
     return app

@@ -27,7 +27,7 @@ DISCARD_SECONDS = 30.0  # how long the rest of such a body may take to arrive
 
 UNREAD_SECONDS = 30  # the kernel drops a peer that acknowledges nothing for this long
 
-SOCKET_PATH = b"/v1/responses"
+SOCKET_PATH = b"/v1/responses"  # after the path of a proxy, if there is one
 
 
 class Answering:
@@ -124,7 +124,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _should_upgrade_to_ws(self) -> bool:
         """Only where there is something to connect to; elsewhere the upgrade is ignored (RFC 9110, 7.8)."""
-        return self.parser.get_method() == b"GET" and self.url.partition(b"?")[0] == SOCKET_PATH
+        return self.parser.get_method() == b"GET" and self.url.partition(b"?")[0].endswith(SOCKET_PATH)
 
     def _unsupported_upgrade_warning(self) -> None:
         """Nothing: a client may offer what it likes."""

@@ -36,6 +36,7 @@ from api.inputs import (
 )
 from api.limits import size_of
 from api.openapi import EVENTS, TEXT, request_body
+from api.root_path import link
 from api.services import Services, caller_of, private_router, stream_router
 from dialects.bodies import parse_model
 from dialects.native import (
@@ -100,7 +101,7 @@ async def submit_job(request: Request) -> Response:
     if wait_seconds and submitted.record is None:
         await services.wait_for_end(submitted.job_id, wait_seconds)
     view = await view_after_submit(services, tenant_id, submitted, is_waited=bool(wait_seconds))
-    headers = {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id}
+    headers = {"location": link(request, f"/v1/jobs/{job_id}"), "x-job-id": job_id}
     if wait_seconds is not None:
         headers["preference-applied"] = f"wait={wait_seconds}"
     if not submitted.is_new:
@@ -380,7 +381,8 @@ async def _submit_again(job_id: str, request: Request, how: Resubmission, *, all
         ),
     )
     view = await view_after_submit(services, tenant_id, submitted, is_waited=how.keeps_output)
-    headers = {"location": f"/v1/jobs/{external_id(submitted.job_id)}", "x-job-id": external_id(submitted.job_id)}
+    id_ = external_id(submitted.job_id)
+    headers = {"location": link(request, f"/v1/jobs/{id_}"), "x-job-id": id_}
     if not submitted.is_new:
         headers["idempotent-replayed"] = "true"
     return answer_job(view, headers, pending_status=202)

@@ -84,6 +84,8 @@ def streamed_or(model: type[View]) -> dict[int | str, dict[str, Any]]:
 def document_of(app: FastAPI) -> dict[str, Any]:
     """The complete document, as JSON objects that the caller owns."""
     document: dict[str, Any] = orjson.loads(orjson.dumps(app.openapi()))  # a copy, as FastAPI keeps its own
+    if app.state.root_path:
+        document["servers"] = [{"url": app.state.root_path}]
     components = document.setdefault("components", {})
     components["securitySchemes"] = _KEY_SCHEME
     schemas = components.setdefault("schemas", {})

@@ -15,6 +15,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from api.openapi import document_of
+from api.root_path import link
 
 STATIC = Path(__file__).parent / "static"
 
@@ -73,7 +74,8 @@ def add_pages(app: FastAPI) -> None:
         """The dashboard for people, links for programs."""
         if "text/html" in request.headers.get("accept", ""):
             return await page(request, "index.html", STRICT_POLICY)
-        return JSONResponse({"name": "celeriac", "version": version("celeriac"), "links": LINKS}, headers=VARY)
+        links = {name: link(request, path) for name, path in LINKS.items()}
+        return JSONResponse({"name": "celeriac", "version": version("celeriac"), "links": links}, headers=VARY)
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:

@@ -15,6 +15,7 @@ from api.errors import json_response
 from api.inputs import off_loop, read_body, require_json
 from api.jobs import find_job
 from api.openapi import request_body
+from api.root_path import link
 from api.services import caller_of, private_router
 from dialects.bodies import parse_model
 from dialects.openai_views import Timestamp, View, timestamp
@@ -70,6 +71,6 @@ async def create_stream_token(job_id: str, request: Request) -> Response:
         "job_id": id_,
         "token": token,
         "expires_at": timestamp(datetime.fromtimestamp(expires_at, UTC)),
-        "url": f"/v1/jobs/{id_}/events?token={token}",
+        "url": link(request, f"/v1/jobs/{id_}/events?token={token}"),
     }
     return json_response(answer, headers={"cache-control": "no-store", "x-job-id": id_})
