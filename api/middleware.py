@@ -25,7 +25,7 @@ from domain.errors import CeleriacError, InvalidRequest, PermissionDenied, Reque
 from domain.limits import LimitStanding, standings_context
 from metrics import http_request_seconds, http_requests_in_progress, http_requests_total, labelled
 from observability import request_id_context, submitted_job_ids
-from tasks.tracing import RequestSpan, request_span
+from tasks.tracing import RequestSpan
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +135,7 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         places = Headers(scope=scope).getlist("traceparent")
-        with request_span(places[0] if len(places) == 1 else None) as span:
-            await self._answer(scope, receive, send, span)
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, span: RequestSpan) -> None:
+        span = RequestSpan(places[0] if len(places) == 1 else None)
         request_id = f"req_{secrets.token_hex(12)}"
         token = request_id_context.set(request_id)
         submitted_job_ids.set([])

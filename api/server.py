@@ -12,6 +12,7 @@ from api.app import create_app
 from api.connections import BoundedHttp, open_socket
 from observability import configure_logging
 from settings import Settings
+from tasks import tracing
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ GARBAGE_THRESHOLDS = (50_000, 20, 50)  # CPython's own collect a hundred times a
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM."""
     configure_logging(settings.log_level, settings.log_format)
+    tracing.provider()  # now, as its imports would delay the first requests
     app = create_app(settings)
     with open_socket(settings.host, settings.port) as listening:
         host, port = listening.getsockname()[:2]

@@ -14,8 +14,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -75,12 +74,23 @@ def provider() -> "TracerProvider | None":
 
 
 class RequestSpan:
-    """The span of an HTTP request while it is answered. `route` and `status` are set by its end."""
+    """The span of the HTTP request that this context answers, from now until `end`, below the place that its client
+    named. Jobs that the request submits belong to it."""
 
-    def __init__(self, span: "Span | None") -> None:
-        self._span = span
+    def __init__(self, traceparent: str | None) -> None:
+        place = read_traceparent(traceparent)
+        self._span: Span | None = None
+        recorder = tracer()
+        if recorder is not None:
+            from opentelemetry.trace import SpanKind
+
+            self._span = recorder.start_span("HTTP request", context=_context(place), kind=SpanKind.SERVER)
+            ids = self._span.get_span_context()
+            place = f"00-{ids.trace_id:032x}-{ids.span_id:016x}-{int(ids.trace_flags):02x}"
+        self._token = traceparent_context.set(place)
 
     def end(self, method: str, route: str, status: int) -> None:
+        traceparent_context.reset(self._token)
         if self._span is None:
             return
         self._span.update_name(f"{method} {route}")
@@ -90,25 +100,6 @@ class RequestSpan:
         if status >= SERVER_ERROR:
             _fail(self._span, str(status))
         self._span.end()
-
-
-@contextmanager
-def request_span(traceparent: str | None) -> Iterator[RequestSpan]:
-    """The span of the HTTP request that this context answers, below the place that its client named. Jobs that it
-    submits belong to it."""
-    place = read_traceparent(traceparent)
-    span, recorder = None, tracer()
-    if recorder is not None:
-        from opentelemetry.trace import SpanKind
-
-        span = recorder.start_span("HTTP request", context=_context(place), kind=SpanKind.SERVER)
-        ids = span.get_span_context()
-        place = f"00-{ids.trace_id:032x}-{ids.span_id:016x}-{int(ids.trace_flags):02x}"
-    token = traceparent_context.set(place)
-    try:
-        yield RequestSpan(span)
-    finally:
-        traceparent_context.reset(token)
 
 
 def trace_ids(job_id: UUID, traceparent: str | None) -> dict[str, str]:

@@ -41,10 +41,10 @@ def test_without_an_endpoint_a_place_is_passed_on_and_nothing_else_happens(monke
     for name in tracing.ENDPOINTS:
         monkeypatch.delenv(name, raising=False)
     tracing.provider.cache_clear()
-    with tracing.request_span(PLACE) as span:
-        assert traceparent_context.get() == PLACE
-        tracing.job_span("queue", uuid4(), PLACE, seconds=1.0)
-        span.end("POST", "/v1/jobs", 202)
+    span = tracing.RequestSpan(PLACE)
+    assert traceparent_context.get() == PLACE
+    tracing.job_span("queue", uuid4(), PLACE, seconds=1.0)
+    span.end("POST", "/v1/jobs", 202)
     assert traceparent_context.get() is None
     assert tracing.trace_ids(uuid4(), PLACE) == {"trace_id": TRACE}
     assert tracing.trace_ids(uuid4(), None) == {}
@@ -54,7 +54,7 @@ def test_without_an_endpoint_nothing_is_imported() -> None:
     code = (
         "import sys; from uuid import uuid4; from tasks import tracing\n"
         "tracing.job_span('queue', uuid4(), None)\n"
-        "with tracing.request_span(None) as span: span.end('GET', '/', 200)\n"
+        "tracing.RequestSpan(None).end('GET', '/', 200)\n"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=True)
