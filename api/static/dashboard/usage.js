@@ -52,7 +52,7 @@ export function Usage({ address, isAdmin }) {
   const state = usePolled((signal) => get("v1/usage", { start: startOf(days), group_by: by }, signal), 30, [days, by]);
   return html`
     <h1>Usage</h1>
-    <div class="filters">
+    <div class="filters choices">
       <${Field} label="By"><select value=${by} onChange=${({ target }) => visit("usage", { by: target.value, days })}>${choices.map((choice) => html`<option key=${choice}>${choice}</option>`)}</select><//>
       <${Field} label="Over"><select value=${String(days)} onChange=${({ target }) => visit("usage", { by, days: target.value })}>${Object.entries(PERIODS).map(([value, label]) => html`<option key=${value} value=${value}>${label}</option>`)}</select><//>
     </div>
