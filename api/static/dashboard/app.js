@@ -134,6 +134,7 @@ function Dashboard({ identity }) {
   const title = path === "jobs" && id ? "Job" : chosen?.title ?? "Not found";
   useEffect(() => {
     document.title = `${title} · Celeriac`;
+    document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" }); // on a phone
     scrollTo(0, 0);
   }, [path, id]);
   let content = html`<h1>Not found</h1><p>There is no such view. <a href=${link("")}>Go to the overview</a>.</p>`;
