@@ -17,6 +17,8 @@ from gpu_worker.engine.fake_tokens import fake_text
 from tests.chaos.plant import Plant, start_prepared
 from tests.waiting import wait_until
 
+refusals = pytest.importorskip("websockets.exceptions")
+
 pytestmark = pytest.mark.slow
 
 MODEL = "slow"
@@ -123,6 +125,34 @@ def test_a_response_is_taken_up_elsewhere_when_worker_and_api_die(plant: Plant, 
     again = list(clients[0].responses.retrieve(id_of(before), stream=True))
     assert text_of(again) == text_of(events)
     assert len(again) == len(events)
+
+
+@pytest.mark.filterwarnings("ignore:connect.. must be used:DeprecationWarning")  # it is how the SDK uses it
+def test_a_response_on_a_websocket_is_read_on_when_worker_and_api_die(
+    plant: Plant, clients: list[openai.OpenAI]
+) -> None:
+    """The connection is gone with its API process; the events after its last one come by HTTP, from another."""
+    before: list[Any] = []
+    with suppress(refusals.ConnectionClosed), clients[0].responses.connect() as connection:
+        connection.response.create(model=MODEL, input="Hi", max_output_tokens=NUM_TOKENS)
+        for event in connection:
+            before.append(event)
+            if len(before) == 12:
+                kill_the_worker_of(plant, id_of(before))
+                plant.apis[0].kill()
+    assert before[-1].type == "response.output_text.delta", "the connection was cut in the middle"
+    after = list(clients[1].responses.retrieve(id_of(before), stream=True, starting_after=before[-1].sequence_number))
+    events = [*before, *after]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert text_of(events) == said(plant, id_of(before))
+    plant.apis[0].start()
+    plant.wait_until_ready()
+    with clients[0].responses.connect() as connection:
+        connection.response.create(
+            model=MODEL, input="More", max_output_tokens=5, previous_response_id=id_of(before), store=False
+        )
+        last = next(event for event in connection if event.type == "response.incomplete")
+    assert last.response.usage.input_tokens > len(text_of(events)), "the next turn continues the whole text"
 
 
 def id_of(events: list[ResponseStreamEvent]) -> str:
