@@ -340,6 +340,7 @@ HINTS: Final[Hints] = (
     | _hints(_BESIDE, "generate_summary", "summary", places=("reasoning.",))
     | _hints("verbosity, which models here are not told about", "verbosity", "text.verbosity")
     | {"truncation": Hint("truncation of long conversations, which are refused instead", ("auto", "disabled"))}
+    | _hints("shortening of long conversations, which are refused instead", "context_management")
     | {"tools.*": Hint("tools other than functions, which the model is not told about", covers_item=is_foreign_tool)}
     | _hints("how a tool is loaded, called or billed", "allowed_callers", "async", "defer_loading", places=_TOOLS)
     | _hints("inputs and outputs of a tool besides its schema", "input_examples", "output_schema", places=_TOOLS)

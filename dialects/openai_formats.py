@@ -19,7 +19,7 @@ class JsonSchemaFormat(OpenAIModel):
 class ResponseFormat(OpenAIModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")  # llama.cpp's and Together's, of json_object
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")  # llama.cpp's and Together's place for it
 
 
 class FormattedBody(Protocol):
@@ -40,7 +40,7 @@ def places_of_answer(body: FormattedBody) -> dict[str, str]:
     format = _format_of(body)
     if body.structured_output is not None or format is None:
         return {}
-    place = SCHEMA_PLACE if format.type == "json_schema" else "response_format.schema"
+    place = SCHEMA_PLACE if format.schema_ is None else "response_format.schema"
     return {"structured_output.json_schema": place, "structured_output.json_object": "response_format"}
 
 
@@ -61,9 +61,14 @@ def _format_of(body: FormattedBody) -> ResponseFormat | None:
     format = body.response_format
     if format is None:
         return None
-    if format.schema_ is not None and format.type != "json_object":
+    if format.schema_ is not None and format.type == "text":
         raise InvalidRequest(
-            f"response_format.schema is set but type is {format.type!r}; set type to json_object, or leave out schema",
+            "response_format.schema is set but type is 'text'; set type to json_schema, or leave out schema",
+            param="response_format.schema",
+        )
+    if format.schema_ is not None and format.json_schema is not None:
+        raise InvalidRequest(
+            "response_format.schema and response_format.json_schema are both set; send only one",
             param="response_format.schema",
         )
     return None if format.type == "text" else format

@@ -10,9 +10,12 @@ from domain.errors import InvalidRequest
 from domain.requests import ChatMessage
 from domain.structured_output import MAX_TOOLS
 
+#: The last two are those of the Responses API, which other servers read here, too.
+PART_TYPES = ("text", "refusal", "input_text", "output_text")
+
 
 def _text_only(kind: str) -> str:
-    if kind not in ("text", "refusal"):
+    if kind not in PART_TYPES:
         raise refuse(f"is {kind[:40]!r}; only text is supported")
     return kind
 
@@ -58,7 +61,8 @@ class Message(OpenAIModel):
 def to_message(message: Message, number: int) -> ChatMessage:
     """`number` is its index in the body. Raises InvalidRequest."""
     place = f"messages.{number}"
-    if message.content is None and not (message.role == "assistant" and (message.tool_calls or message.refusal)):
+    says_nothing = not (message.tool_calls or message.refusal or message.reasoning_content)
+    if message.content is None and (message.role != "assistant" or says_nothing):
         raise InvalidRequest(f"{place}.content is missing; add it", param=f"{place}.content")
     if message.tool_calls and message.role != "assistant":
         raise InvalidRequest(

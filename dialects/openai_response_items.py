@@ -108,11 +108,20 @@ class CompactionItem(OpenAIModel):
     id: ItemId | None = None
 
 
+class ItemReference(OpenAIModel):
+    """An item of a stored response, by its id. It must be looked up before it is part of a prompt."""
+
+    type: Literal["item_reference"] = "item_reference"
+    id: ItemId
+
+
 class UnknownItem(OpenAIModel):
     type: Annotated[Any, AfterValidator(lambda kind: _refuse_item(kind))]
 
 
 def _refuse_item(kind: Any) -> None:
+    if kind == "compaction_trigger":
+        raise refuse("is 'compaction_trigger'; leave it out, and POST the input to /v1/responses/compact")
     raise refuse(f"is {str(kind)[:40]!r}; send items of type {', '.join(ITEM_TYPES)}")
 
 
@@ -131,19 +140,33 @@ def _item_tag(value: Any) -> str:
     return f"<{kind}>" if kind in ITEM_TYPES else "<unknown>"
 
 
-InputItem = Annotated[
+_AnyItem = (
     Annotated[MessageItem, Tag("<message>")]
     | Annotated[FunctionCallItem, Tag("<function_call>")]
     | Annotated[FunctionCallOutputItem, Tag("<function_call_output>")]
     | Annotated[ReasoningItem, Tag("<reasoning>")]
     | Annotated[CompactionItem, Tag("<compaction>")]
-    | Annotated[UnknownItem, Tag("<unknown>")],
-    Discriminator(_item_tag),
-]
+    | Annotated[UnknownItem, Tag("<unknown>")]
+)
+
+InputItem = Annotated[_AnyItem, Discriminator(_item_tag)]
+
+
+def _referable_tag(value: Any) -> str:
+    """A reference needs no type, as in OpenAI's API: nothing else is an id alone."""
+    if isinstance(value, dict):
+        kind = value.get("type")
+        is_reference = kind == "item_reference" or (kind is None and "id" in value and value.keys() <= {"id", "type"})
+    else:
+        is_reference = isinstance(value, ItemReference)
+    return "<item_reference>" if is_reference else _item_tag(value)
+
+
+ReferableItem = Annotated[Annotated[ItemReference, Tag("<item_reference>")] | _AnyItem, Discriminator(_referable_tag)]
 
 ResponseInput = Annotated[
     Annotated[Text, StringConstraints(min_length=1), Tag("<text>")]
-    | Annotated[list[InputItem], Field(min_length=1, max_length=4 * MAX_MESSAGES), Tag("<items>")],
+    | Annotated[list[ReferableItem], Field(min_length=1, max_length=4 * MAX_MESSAGES), Tag("<items>")],
     Discriminator(lambda value: "<text>" if isinstance(value, str) else "<items>"),
 ]
 
@@ -165,7 +188,7 @@ def messages_of(
 SUMMARISED = "The conversation so far has been summarised:\n\n"
 
 
-def with_summaries(items: Sequence[InputItem], key: bytes, *, place: str) -> list[InputItem]:
+def with_summaries(items: Sequence[ReferableItem], key: bytes, *, place: str) -> list[ReferableItem]:
     """The items, where each compaction is its summary in a user's message, which gives it no more weight than what any
     client may send. Raises InvalidRequest for one that was not sealed with this key; `place` is the items' name."""
     return [
@@ -194,7 +217,7 @@ def add_output(messages: list[dict[str, Any]], items: Iterable[Mapping[str, Any]
             _add_call(messages, item["call_id"], item["name"], item["arguments"])
 
 
-def listed_items(seed: UUID, input_: ResponseInput) -> list[dict[str, Any]]:
+def listed_items(seed: UUID, input_: str | Sequence[ReferableItem]) -> list[dict[str, Any]]:
     """The items as they are listed, each with an id: its own, if no other has it and paths can hold it, or one made of
     `seed`, which for the input of a response is the id of its job."""
     ulid = external_id(seed, "resp").removeprefix("resp_")
@@ -209,7 +232,7 @@ def listed_items(seed: UUID, input_: ResponseInput) -> list[dict[str, Any]]:
     return listed
 
 
-def _add_item(messages: list[dict[str, Any]], item: InputItem) -> None:
+def _add_item(messages: list[dict[str, Any]], item: ReferableItem) -> None:
     match item:
         case MessageItem():
             role = "system" if item.role == "developer" else item.role
@@ -218,6 +241,8 @@ def _add_item(messages: list[dict[str, Any]], item: InputItem) -> None:
             _add_call(messages, item.call_id, item.name, item.arguments)
         case CompactionItem():
             raise InvalidRequest("compaction items are not supported in a batch; send the conversation", param="input")
+        case ItemReference():
+            raise InvalidRequest("item references are not supported in a batch; send the items", param="input")
         case FunctionCallOutputItem():
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": text_of(item.output)})
 
@@ -245,7 +270,7 @@ _ID_PREFIXES = {
 }
 
 
-def _listed(item: InputItem, suffix: str) -> dict[str, Any]:
+def _listed(item: ReferableItem, suffix: str) -> dict[str, Any]:
     listed: dict[str, Any] = item.model_dump(mode="json", exclude_none=True)
     listed.setdefault("id", f"{_ID_PREFIXES[listed['type']]}_{suffix}")
     if isinstance(item, CompactionItem):

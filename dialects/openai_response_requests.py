@@ -126,7 +126,6 @@ class ResponseBody(ContextBody, GenerationBody):
     stop: Strings | None = None  # an extension here
 
     access_programs: Unsupported = None
-    context_management: Unsupported = None
     image: Unsupported = None
     moderation: Unsupported = None
     prompt: Unsupported = None

@@ -5,6 +5,7 @@ from starlette.responses import Response
 
 from api.inputs import off_loop, read_for_model
 from api.openai.answers import WholeAnswer
+from api.openai.item_references import with_referenced_items
 from api.openai.responses import context_of_request, with_opened_input
 from api.openai.running import Asked, start
 from api.openapi import request_body
@@ -25,7 +26,7 @@ async def compact(request: Request) -> Response:
     """Shorten a conversation: the user's messages as they are, and one item with a summary of everything, which the
     model has written. Send these back in place of the conversation."""
     services, tenant_id = caller_of(request)
-    body = await read_for_model(request, CompactBody, HINT_TREE)
+    body = await with_referenced_items(request, await read_for_model(request, CompactBody, HINT_TREE))
     view = services.views.get(body.model)
     opened = await with_opened_input(request, body)
     context, _ = await context_of_request(services, tenant_id, body)

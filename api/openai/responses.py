@@ -14,6 +14,7 @@ from api.events import ABANDONED, EventStream, frame
 from api.inputs import PageQuery, QueryModel, listing, off_loop, query_parameters, read_for_model, read_query
 from api.openai.answers import WholeAnswer
 from api.openai.conversation_turns import accept_in, context_in, end_turn_of
+from api.openai.item_references import with_referenced_items
 from api.openai.response_records import (
     as_it_ended,
     as_it_stands,
@@ -30,7 +31,7 @@ from dialects.bodies import with_body_names
 from dialects.errors import refuse_unfinished
 from dialects.fields import HINT_TREE
 from dialects.openai_compaction import CompactBody
-from dialects.openai_response_items import CompactionItem, InputItem, listed_items, with_summaries
+from dialects.openai_response_items import CompactionItem, ReferableItem, listed_items, with_summaries
 from dialects.openai_response_objects import InputItemListView, InputTokensView, ResponseView, ending_of
 from dialects.openai_response_requests import (
     ContextBody,
@@ -106,6 +107,7 @@ async def start_response(request: Request, body: ResponseBody, *, passing: Colle
     """Returns once its job is committed. The response may continue those of the jobs `passing`, although they are not
     stored. Raises CeleriacError."""
     services, _ = caller_of(request)
+    body = await with_referenced_items(request, body, passing)
     generation, turn = await _generation(request, body, passing)
     return await start(request, generation, _asked(services, body, turn))
 
@@ -119,7 +121,7 @@ async def count_input_tokens(request: Request) -> Response:
     """Count the tokens of the prompt that a response with this body would have."""
     services, _ = caller_of(request)
     counted = await read_for_model(request, InputTokensBody, HINT_TREE)
-    body = await off_loop(request, _counted_as_response, counted)
+    body = await with_referenced_items(request, await off_loop(request, _counted_as_response, counted))
     generation, _ = await _generation(request, body)
     try:
         num_tokens = await services.submitter.count_prompt_tokens(generation)
@@ -222,7 +224,7 @@ async def with_opened_input(request: Request, body: Body) -> Body:
     return body.model_copy(update={"input": await opened_items(request, body.input, place="input")})
 
 
-async def opened_items(request: Request, items: list[InputItem], *, place: str) -> list[InputItem]:
+async def opened_items(request: Request, items: Sequence[ReferableItem], *, place: str) -> Sequence[ReferableItem]:
     """The items, with messages in place of compactions. `place` is their name in the body. Raises InvalidRequest for a
     compaction that is not ours."""
     services, tenant_id = caller_of(request)

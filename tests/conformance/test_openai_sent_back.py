@@ -69,6 +69,38 @@ def test_the_output_of_a_response_goes_back_as_the_sdk_has_it(
     assert second.output_text == "It is 3."
 
 
+def test_items_of_a_response_go_back_by_their_ids(client: openai.OpenAI, hand_worker: HandWorker) -> None:
+    """Vercel's AI SDK sends what was stored like this, the last one without its optional type."""
+    options: Any = {"model": "large", "tools": [FUNCTION], "max_output_tokens": 100, "background": True}
+    first = client.responses.create(input="Hi", **options)
+    answer_next(hand_worker, CALL)
+    message, call = client.responses.retrieve(first.id).output
+    [hi] = client.responses.input_items.list(first.id).data
+    references: Any = [{"type": "item_reference", "id": item.id} for item in (hi, message)]
+    output: Any = {"type": "function_call_output", "call_id": call.to_dict()["call_id"], "output": "3"}
+    last: Any = {"id": call.id}
+    second = client.responses.create(input=[*references, last, output], **options)
+    itself: Any = [hi.to_dict(), message.to_dict(), call.to_dict(), output]
+    third = client.responses.create(input=itself, **options)
+    prompts = [hand_worker.claim(response.id).prompt_token_ids for response in (second, third)]
+    assert prompts[0] == prompts[1]
+    client.responses.delete(first.id)
+    listed = client.responses.input_items.list(second.id, order="asc").data
+    assert [item.id for item in listed[:3]] == [hi.id, message.id, call.id], "the items were kept, not the references"
+    passing = client.responses.create(model="large", input="Hi", max_output_tokens=5, stream=True, store=False)
+    unstored = next(iter(passing)).response.id  # type: ignore[union-attr]
+    passing.close()
+    for id_ in (message.id, unstored.replace("resp_", "msg_") + "_0", second.id.replace("resp_", "msg_") + "_0", "x"):
+        gone: Any = [{"type": "item_reference", "id": id_}]
+        with pytest.raises(openai.NotFoundError) as missing:
+            client.responses.create(model="large", input=gone)
+        assert missing.value.param == "input.0.id"
+    too_many: Any = [{"id": listed[0].id}] * 2, [{"id": f"msg_{number}_0"} for number in range(129)]
+    for many in too_many:
+        with pytest.raises(openai.BadRequestError):
+            client.responses.create(model="large", input=many)
+
+
 def test_what_a_parsed_text_has_beside_itself_goes_back(served: Served) -> None:
     part = {"type": "output_text", "text": "{}", "annotations": [], "logprobs": [], "parsed": {"a": 1}}
     item = {"type": "message", "role": "assistant", "content": [part], "id": "msg_1", "status": "completed"}

@@ -189,6 +189,7 @@ def test_openai_node(environment: Environment, node_folder: Path) -> None:
         ("instructor", 1),
         ("langgraph", 2),
         ("llm", 3),
+        ("llm_comply", 3),
     ],
 )
 def test_frameworks(client: str, num_cases: int, environment: Environment) -> None:
@@ -213,7 +214,7 @@ def web_folder() -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "num_cases"), [("sdks", 10), ("browser", 6)])
+@pytest.mark.parametrize(("name", "num_cases"), [("sdks", 14), ("browser", 6)])
 def test_typescript(name: str, num_cases: int, environment: Environment, web_folder: Path) -> None:
     report_of(["node", str(web_folder / f"{name}.mjs")], environment, at_least=num_cases)
 

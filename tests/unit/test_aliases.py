@@ -155,9 +155,12 @@ def test_a_refusal_has_the_name_that_the_client_used(
 
 
 @pytest.mark.parametrize("ask", [chat, completion])
-def test_a_json_object_may_have_a_schema(ask: Any) -> None:
-    output = ask(response_format={"type": "json_object", "schema": {"type": "object"}}).params.structured_output
-    assert output.json_schema is not None
+def test_a_schema_may_be_beside_the_type(ask: Any) -> None:
+    for kind in ("json_object", "json_schema"):
+        output = ask(response_format={"type": kind, "schema": {"type": "object"}}).params.structured_output
+        assert output.json_schema is not None
+    with pytest.raises(InvalidRequest, match=r"json_schema are both set"):
+        ask(response_format={"type": "json_schema", "schema": {}, "json_schema": {"name": "a"}})
     with pytest.raises(InvalidRequest, match=r"response_format\.schema is set but type is 'text'"):
         ask(response_format={"type": "text", "schema": {}})
 

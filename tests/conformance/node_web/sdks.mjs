@@ -32,6 +32,19 @@ async function text(model) {
   assert.equal((await streamed.usage).outputTokens, 8);
 }
 
+/** The SDK's own messages go back with a second question; by @ai-sdk/openai, as references to stored items. */
+async function turns(model) {
+  const messages = [{ role: "user", content: "Hi" }];
+  const first = await generateText({ model, messages, maxOutputTokens: 8, maxRetries: 0 });
+  messages.push(...first.response.messages, { role: "user", content: "More" });
+  const second = await generateText({ model, messages, maxOutputTokens: 8, maxRetries: 0 });
+  assert.ok(second.usage.inputTokens > first.usage.inputTokens + 8);
+  const { steps } = await generateText({ model: model.byHand, prompt: "Hi", tools: { add }, stopWhen: stepCountIs(2), maxRetries: 0 });
+  assert.deepEqual(steps.map((step) => step.toolResults.length), [1, 1]);
+}
+
+const turnsOf = (provider) => () => turns(Object.assign(provider(MODEL), { byHand: provider(BY_HAND) }));
+
 async function toolCall(model) {
   const whole = await generateText({ model, prompt: "Hi", tools: { add }, stopWhen: stepCountIs(1), maxRetries: 0 });
   assert.deepEqual(whole.toolCalls.map((call) => [call.toolName, call.input]), [["add", { a: 1 }]]);
@@ -49,6 +62,10 @@ await run({
   aiSdkOpenaiResponsesTool: () => toolCall(openai.responses(BY_HAND)),
   aiSdkAnthropic: () => text(messages(MODEL)),
   aiSdkAnthropicTool: () => toolCall(messages(BY_HAND)),
+  aiSdkCompatibleTurns: turnsOf(compatible),
+  aiSdkOpenaiChatTurns: turnsOf(openai.chat),
+  aiSdkOpenaiResponsesTurns: turnsOf(openai.responses),
+  aiSdkAnthropicTurns: turnsOf(messages),
   async aiSdkEmbeddings() {
     const { embeddings } = await embedMany({ model: compatible.textEmbeddingModel(MODEL), values: ["One", "Two"] });
     assert.equal(embeddings.length, 2);
