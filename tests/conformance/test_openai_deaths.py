@@ -26,7 +26,7 @@ MODELS = (
     f'[[models]]\nid = "{MODEL}"\npath = "fake"\nbackend = "fake"\nmax_model_len = 1024\n'
     "fake = {step_seconds = 0.02}\n"
 )
-NUM_TOKENS = 150
+NUM_TOKENS = 250  # five seconds, in which the kill must come
 PROMPT = list(b"user: Hi\nassistant: ")
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 
@@ -92,14 +92,20 @@ def text_of(events: list[ResponseStreamEvent]) -> str:
 
 def test_a_chat_stream_goes_on_over_the_death_of_its_worker(plant: Plant, clients: list[openai.OpenAI]) -> None:
     stream = clients[0].chat.completions.create(
-        model=MODEL, messages=MESSAGES, max_completion_tokens=NUM_TOKENS, stream=True
+        model=MODEL,
+        messages=MESSAGES,
+        max_completion_tokens=NUM_TOKENS,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     pieces: list[str] = []
     for chunk in stream:
-        pieces.append(chunk.choices[0].delta.content or "")
+        pieces += [choice.delta.content or "" for choice in chunk.choices]
         if len(pieces) == 10:
             kill_the_worker_of(plant, chunk.id)
     assert "".join(pieces) == said(plant, chunk.id)
+    assert chunk.usage is not None
+    assert chunk.usage.completion_tokens == NUM_TOKENS
 
 
 def test_a_response_is_taken_up_elsewhere_when_worker_and_api_die(plant: Plant, clients: list[openai.OpenAI]) -> None:
@@ -151,7 +157,7 @@ def test_a_response_on_a_websocket_is_read_on_when_worker_and_api_die(
         connection.response.create(
             model=MODEL, input="More", max_output_tokens=5, previous_response_id=id_of(before), store=False
         )
-        last = next(event for event in connection if event.type == "response.incomplete")
+        last: Any = next(event for event in connection if event.type == "response.incomplete")
     assert last.response.usage.input_tokens > len(text_of(events)), "the next turn continues the whole text"
 
 

@@ -1,10 +1,7 @@
 """A completion as a job: retries attach, keys replay, clients leave, waits are kept alive, ends are told."""
 
 import json
-import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -15,11 +12,10 @@ from sqlalchemy import update
 
 from domain.jobs import JobError, JobStatus, external_id, parse_id
 from domain.requests import GenerationRequest
-from storage import job_queries, jobs
+from storage import job_queries
 from storage.tables import DEFAULT_TENANT_ID, Tenant
 from tests.conformance.harness import MESSAGES, Served, chat_body, frames_of
 from tests.integration.api_harness import HandWorker
-from tests.prepared import nursery
 from tests.waiting import wait_until
 
 RETRY = {"x-stainless-retry-count": "1", "x-stainless-read-timeout": "600"}
@@ -172,43 +168,6 @@ def test_a_whole_answer_that_cannot_be_has_its_status(
     assert (raised.value.status_code, raised.value.code) == (
         (500, "engine_error") if status is JobStatus.FAILED else (410, "job_cancelled")
     )
-
-
-def test_a_stream_over_the_death_of_its_worker_goes_on(served: Served) -> None:
-    """kill -9, the lease lapses, another worker goes on behind what was committed."""
-    served.worker.runner.stop(release=True)
-    environment = os.environ | {
-        "CELERIAC_DATABASE_URL": served.rig.settings.database_url,
-        "CELERIAC_REDIS_URL": served.rig.settings.redis_url,
-        "CELERIAC_MODELS_FILE": str(served.rig.settings.models_file),
-        "CELERIAC_LEASE_SECONDS": "1",
-    }
-    stream = served.client.chat.completions.create(
-        model="test-model", messages=MESSAGES, max_tokens=300, stream=True, stream_options={"include_usage": True}
-    )
-    worker = nursery().start("tests.integration.runner_process", [], environment=environment)
-    try:
-        chunks = [next(stream) for _ in range(10)]
-    finally:
-        os.kill(worker.pid, signal.SIGKILL)
-        worker.wait()
-    served.rig.start()
-    job_id = parse_id(chunks[0].id)
-
-    def rescued() -> bool:
-        with served.rig.sessions.begin() as session:
-            return (
-                bool(jobs.rescue(session, as_of=datetime.now(UTC), grace_seconds=0, quiet_seconds=0))
-                or served.rig.job(job_id).attempt > 1
-            )
-
-    wait_until(rescued)
-    chunks += list(stream)
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == served.text_of(chunks[0].id, num_tokens=300)
-    assert served.rig.job(job_id).attempt > 1
-    assert chunks[-1].usage is not None
-    assert chunks[-1].usage.completion_tokens == 300
 
 
 def test_the_job_behind_a_chat_reads_the_same_from_every_cursor(served: Served) -> None:
