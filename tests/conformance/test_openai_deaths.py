@@ -1,4 +1,5 @@
-"""Streams of the unmodified SDK while the processes behind them are killed: no token is lost, and none comes twice."""
+"""Streams of the unmodified SDK while the processes behind them are killed: no token is lost, and none comes twice.
+The same for a job that is read by the Durable Streams protocol, whose kills these processes can serve as well."""
 
 import shutil
 import tempfile
@@ -159,6 +160,33 @@ def test_a_response_on_a_websocket_is_read_on_when_worker_and_api_die(
         )
         last: Any = next(event for event in connection if event.type == "response.incomplete")
     assert last.response.usage.input_tokens > len(text_of(events)), "the next turn continues the whole text"
+
+
+def test_a_durable_stream_is_read_on_when_worker_and_api_die(plant: Plant, clients: list[openai.OpenAI]) -> None:
+    asked = {"model": MODEL, "messages": MESSAGES, "params": {"max_tokens": NUM_TOKENS}}
+    job_id = httpx.post(f"{plant.api_urls[0]}/v1/jobs", json=asked).raise_for_status().json()["id"]
+    urls = [f"{url}/v1/jobs/{job_id}/stream" for url in plant.api_urls]
+    pieces: list[str] = []
+    offsets = ["-1"]
+    is_closed = False
+    while not is_closed:
+        params = {"offset": offsets[-1], "live": "long-poll"}
+        try:
+            answer = httpx.get(urls[0], params=params, headers={"accept": "text/plain"}, timeout=60)
+        except httpx.HTTPError:
+            urls.pop(0)
+            continue
+        pieces.append(answer.raise_for_status().text)
+        offsets.append(answer.headers["stream-next-offset"])
+        is_closed = answer.headers.get("stream-closed") == "true"
+        if answer.text and sum(map(bool, pieces)) == 3:
+            kill_the_worker_of(plant, job_id)
+            plant.apis[0].kill()
+    assert len(urls) == 1, "the rest came from the other API"
+    assert "".join(pieces) == said(plant, job_id)
+    assert offsets == sorted(offsets), "offsets sort as strings"
+    plant.apis[0].start()
+    plant.wait_until_ready()
 
 
 def id_of(events: list[ResponseStreamEvent]) -> str:
