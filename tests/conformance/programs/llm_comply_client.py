@@ -18,11 +18,13 @@ MODEL = "by-hand"
 
 ANTHROPIC = ("--auth-header", "x-api-key", "--no-bearer", "-H", "anthropic-version:2023-06-01")
 
+TEXTS = {"anth-basic-response", "anth-system-prompt", "anth-multi-turn"}  # `citations` is required, if only as null
+
 #: The tools need a grammar, which the fake engine has no vocabulary for.
 EXPECTED = {
     "open-responses": {"image-input", "tool-calling", "error-handling", "compact-missing-model"},
     "openai-chat": {"chat-image-input", "chat-tool-calling", "chat-error-handling"},
-    "anthropic": {"anth-image-input", "anth-tool-calling"},
+    "anthropic": {"anth-image-input", "anth-tool-calling", *TEXTS},
 }
 
 
