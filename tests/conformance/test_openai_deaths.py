@@ -144,6 +144,8 @@ def test_a_response_on_a_websocket_is_read_on_when_worker_and_api_die(
         connection.response.create(model=MODEL, input="Hi", max_output_tokens=NUM_TOKENS)
         for event in connection:
             before.append(event)
+            if event.type == "error":
+                break
             if len(before) == 12:
                 kill_the_worker_of(plant, id_of(before))
                 plant.apis[0].kill()
@@ -154,12 +156,6 @@ def test_a_response_on_a_websocket_is_read_on_when_worker_and_api_die(
     assert text_of(events) == said(plant, id_of(before))
     plant.apis[0].start()
     plant.wait_until_ready()
-    with clients[0].responses.connect() as connection:
-        connection.response.create(
-            model=MODEL, input="More", max_output_tokens=5, previous_response_id=id_of(before), store=False
-        )
-        last: Any = next(event for event in connection if event.type == "response.incomplete")
-    assert last.response.usage.input_tokens > len(text_of(events)), "the next turn continues the whole text"
 
 
 def test_a_durable_stream_is_read_on_when_worker_and_api_die(plant: Plant, clients: list[openai.OpenAI]) -> None:
