@@ -26,11 +26,14 @@ def test_links_have_the_path_of_the_proxy(behind: httpx.Client, hand_worker: Han
     assert location == f"{ROOT_PATH}/v1/jobs/{made.json()['id']}"
     assert behind.get(location).json()["id"] == made.json()["id"]
     job = hand_worker.claim(made.json()["id"])
+    hand_worker.say(job, "done")
     hand_worker.finish(job, "done")
     url = behind.post(f"{location}/stream_token").json()["url"]
     assert url.startswith(f"{location}/events?token=")
     assert "job.completed" in behind.get(url).text
-    assert behind.post(f"{location}/retry").headers["location"].startswith(f"{ROOT_PATH}/v1/jobs/job_")
+    cancelled = behind.post(f"{ROOT_PATH}/v1/jobs", json=body()).headers["location"]
+    behind.post(f"{cancelled}/cancel")
+    assert behind.post(f"{cancelled}/retry").headers["location"].startswith(f"{ROOT_PATH}/v1/jobs/job_")
 
     links = behind.get("/").json()["links"]
     assert links["jobs"] == f"{ROOT_PATH}/v1/jobs"
