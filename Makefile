@@ -17,7 +17,6 @@ READY_TO_TEST := $(VENV)/.ready-to-test-$(PINS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 OLD_OPENAI := openai==1.109.1 distro==1.9.0
-BROWSER_DRIVERS := playwright==1.65.2 axe-playwright-python==0.1.8
 SITE := $(VENV)/docs
 CLIENT_PINS := tests/conformance/clients.txt
 WEB_PINS := tests/conformance/node_web/package.json tests/conformance/node_web/package-lock.json
@@ -86,8 +85,7 @@ docs: $(READY_TO_RUN) ## the documentation as a site, with every route, in .venv
 	@OPENAPI_PATH=$(SITE)/openapi.json NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet --config-file deploy/site/mkdocs.yml
 	@echo "$(BIN)/python -m http.server --directory $(SITE)/site 8080"
 
-browser: $(READY_TO_TEST) ## the dashboard in the Chromium of this machine, with Playwright and axe
-	$(PIP) install $(BROWSER_DRIVERS)
+browser: $(READY_TO_TEST) ## the dashboard in the Chromium of this machine, with Playwright and axe; part of make test
 	$(BIN)/python -m pytest tests/integration/test_dashboard.py
 
 fuzz: $(READY_TO_TEST) ## requests made from the OpenAPI document, by the thousand: make fuzz FUZZ_REQUESTS=50000

@@ -1,15 +1,15 @@
-"""The dashboard in a real browser, against the real API. Needs Playwright and Chromium: make browser."""
+"""The dashboard in a real browser, against the real API. Skipped on machines without Chromium."""
 
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 import httpx
+import playwright.sync_api
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -21,7 +21,6 @@ from storage.tables import Tenant
 from tests.integration.api_harness import ApiServer, HandWorker, make_chunk, post_job
 from tests.waiting import SECONDS, slowness, wait_until
 
-playwright: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make browser")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
@@ -31,7 +30,7 @@ VIEWS = ("#/", "#/jobs", "#/batches", "#/dead-letters", "#/models", "#/playgroun
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
+    with playwright.sync_api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
@@ -263,6 +262,40 @@ class TestKeys:
             assert client.get("/v1/jobs").status_code == 200
 
 
+def test_the_theme_is_the_systems_until_one_is_chosen(chromium: Any, api: ApiServer) -> None:
+    def shown(page: Any) -> Any:
+        return page.evaluate("getComputedStyle(document.documentElement).colorScheme")
+
+    with tab(chromium, api.url, color_scheme="dark") as page:
+        button = page.get_by_role("button", name="Light")
+        button.wait_for()
+        assert shown(page) == "dark"
+        page.emulate_media(color_scheme="light")
+        page.get_by_role("button", name="Dark").wait_for()
+        assert shown(page) == "light"
+        page.get_by_role("button", name="Dark").click()
+        button.wait_for()
+        assert shown(page) == "dark"
+        page.reload()
+        button.wait_for()
+        assert shown(page) == "dark"
+
+
+def test_it_works_under_the_path_of_a_proxy(chromium: Any, api_settings: Settings) -> None:
+    settings = api_settings.model_copy(update={"root_path": "/celeriac"})
+    with ApiServer(settings) as api, tab(chromium, f"{api.url}/celeriac") as page:
+        shows(page, "No worker is ready")
+        assert page.url == f"{api.url}/celeriac/"
+        page.goto(f"{page.url}#/playground")
+        field(page, "max_tokens").fill("9")
+        page.get_by_label("Message 1", exact=True).fill("Hi")
+        page.get_by_role("button", name="Run", exact=True).click()
+        page.wait_for_url("**/celeriac/#/playground?a=job_*")
+        page.get_by_role("link", name="API").click()
+        shows(page, "/v1/jobs")
+        assert page.url == f"{api.url}/celeriac/docs"
+
+
 def test_every_view_is_usable_by_keyboard_and_on_a_phone(chromium: Any, api: ApiServer, http: httpx.Client) -> None:
     post_job(http)
     with tab(chromium, api.url, viewport={"width": 360, "height": 740}) as page:
@@ -282,15 +315,11 @@ def test_every_view_is_usable_by_keyboard_and_on_a_phone(chromium: Any, api: Api
         page.wait_for_url("**/#/playground?a=job_*")
 
 
-@pytest.mark.skipif(find_spec("axe_playwright_python") is None, reason="axe is not installed: make browser")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(
     chromium: Any, api: ApiServer, http: httpx.Client, hand_worker: HandWorker, scheme: str
 ) -> None:
-    spec = find_spec("axe_playwright_python")
-    assert spec is not None
-    assert spec.origin is not None
-    axe = Path(spec.origin).parent / "axe.min.js"
+    axe = str(files("axe_playwright_python") / "axe.min.js")
     failed, done = post_job(http)["id"], post_job(http, metadata={"a": "b"})["id"]
     hand_worker.finish(hand_worker.claim(failed), status=JobStatus.FAILED, error=JobError(code="x", message="it broke"))
     finish(hand_worker, done, "a", "b")

@@ -95,8 +95,14 @@ function KeyForm({ error }) {
 const ForgetButton = () => html`<button type="button" class="quiet" onClick=${() => enterKey("")}>Forget key</button>`;
 
 function ThemeButton() {
-  const system = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-  const [theme, setTheme] = useState(document.documentElement.dataset.theme ?? system());
+  const shown = () => document.documentElement.dataset.theme;
+  const [theme, setTheme] = useState(shown());
+  useEffect(() => {
+    const prefersDark = matchMedia("(prefers-color-scheme: dark)"); // theme.js has heard of a change before
+    const onChange = () => setTheme(shown());
+    prefersDark.addEventListener("change", onChange);
+    return () => prefersDark.removeEventListener("change", onChange);
+  }, []);
   const other = theme === "dark" ? "light" : "dark";
   const turn = () => {
     document.documentElement.dataset.theme = other;

@@ -44,12 +44,9 @@ export function Chart({ title, samples, series, format }) {
     resized.observe(place);
     const themed = new MutationObserver(build);
     themed.observe(document.documentElement, { attributeFilter: ["data-theme"] });
-    const system = matchMedia("(prefers-color-scheme: dark)");
-    system.addEventListener("change", build);
     return () => {
       resized.disconnect();
       themed.disconnect();
-      system.removeEventListener("change", build);
       plot.current.destroy();
       plot.current = null;
     };

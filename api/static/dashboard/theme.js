@@ -1,5 +1,12 @@
-// Runs before anything is drawn, so that a page never flashes in the other theme. Without a choice, the system's holds.
+// The theme: the one that was chosen here, or else the system's. Runs before anything is drawn, so that a page never
+// flashes in the other one.
 (() => {
-  const chosen = localStorage.getItem("celeriac.theme");
-  if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
+  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+  const show = () => {
+    const chosen = localStorage.getItem("celeriac.theme");
+    const isChosen = chosen === "light" || chosen === "dark";
+    document.documentElement.dataset.theme = isChosen ? chosen : prefersDark.matches ? "dark" : "light";
+  };
+  show();
+  prefersDark.addEventListener("change", show);
 })();
