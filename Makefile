@@ -38,7 +38,7 @@ SEED := 1
 # Of what these try, `make test` tries a sample.
 SAMPLED := tests/integration/test_engine_contamination.py tests/integration/test_engine_device.py \
 	tests/integration/test_celery.py tests/unit_engine/test_engine_sampling.py tests/chaos/test_model_checker.py \
-	tests/integration/test_upgrades.py
+	tests/integration/test_upgrades.py tests/unit/test_output_cuts.py
 
 .PHONY: help run test test-fast test-engines thorough check index format conformance browser docs fuzz upgrades chaos bench constraints clean
 

@@ -30,12 +30,19 @@ from local.servers import EmbeddedPostgres, EmbeddedRedis
 from storage import database as storage_database
 from storage.tables import DEFAULT_TENANT_ID, Job, JobPayload, Tenant, TenantLoad
 from tests.databases import Databases
+from tests.thorough import IS_THOROUGH
 
 MakeTenant = Callable[..., Tenant]
 MakeJob = Callable[..., Job]
 
-# How long an example takes to make and to run depends on the machine, and is no failure.
-hypothesis.settings.register_profile("no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# How long an example takes to make and to run depends on the machine, and is not a failure. The examples are the same in
+# every run, so that a change fails by what it changed; `make thorough` tries others each time.
+hypothesis.settings.register_profile(
+    "no clock",
+    deadline=None,
+    derandomize=not IS_THOROUGH,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("no clock")
 
 

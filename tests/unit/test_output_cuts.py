@@ -247,10 +247,14 @@ def _texts_in(owner: object) -> Iterator[str]:
 
 WORD = re.compile(r"word\d+")
 
+#: Words where the header of a harmony message has its names: of a role, a channel, a recipient. They are not text.
+NAMES = re.compile(r"(?:assistant|final|to=functions\.f|<\|(?:start|channel|constrain)\|>)(?:\s*word\d+)+")
+
 
 @given(outputs())
 def test_no_word_is_lost(output: tuple[str, list[str]]) -> None:
     format, texts = output
     shown = "".join(piece.name if isinstance(piece, CallName) else piece.text for piece in parse(format, texts))
-    lost = set(WORD.findall("".join(texts))) - set(WORD.findall(shown))
+    text = "".join(texts)
+    lost = set(WORD.findall(NAMES.sub("", text) if format == "harmony" else text)) - set(WORD.findall(shown))
     assert not lost
