@@ -35,8 +35,8 @@ from tests.thorough import IS_THOROUGH
 MakeTenant = Callable[..., Tenant]
 MakeJob = Callable[..., Job]
 
-# How long an example takes to make and to run depends on the machine, and is not a failure. The examples are the same in
-# every run, so that a change fails by what it changed; `make thorough` tries others each time.
+# How long an example takes to make and to run depends on the machine, and is not a failure. The examples are the same
+# in every run, so that a change fails by what it changed; `make thorough` tries others each time.
 hypothesis.settings.register_profile(
     "no clock",
     deadline=None,
