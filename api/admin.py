@@ -97,9 +97,9 @@ ORDER: dict[str, Any] = {
 @router.get("/v1/admin/models")
 async def list_model_statuses(request: Request) -> ModelStatusListView:
     services = services_of(request)
-    live = await services.read(workers.list_live)
-    unloaded = await services.read(workers.unloaded_models)
-    drains = await services.read(workers.list_drains)
+    live = await services.system_read(workers.list_live)
+    unloaded = await services.system_read(workers.unloaded_models)
+    drains = await services.system_read(workers.list_drains)
     data = [
         _status(services, spec, [worker for worker in live if worker.model == spec.id], spec.id not in unloaded, drains)
         for spec in services.catalog
@@ -111,7 +111,7 @@ async def list_model_statuses(request: Request) -> ModelStatusListView:
 async def list_tenant_queues(request: Request) -> TenantQueueListView:
     """The unfinished jobs of each tenant and model, the longest queues first; a hundred of them at most."""
     services = services_of(request)
-    found = await services.read(tenant_queues, limit=MAX_TENANT_QUEUES + 1)
+    found = await services.system_read(tenant_queues, limit=MAX_TENANT_QUEUES + 1)
     queues = services.monitor.queues
     data = [_tenant_queue(queue, queues.get(queue.model)) for queue in found[:MAX_TENANT_QUEUES]]
     return TenantQueueListView(object="list", data=data, has_more=len(found) > MAX_TENANT_QUEUES)
@@ -150,16 +150,16 @@ async def _order(request: Request, model: str, wanted: WorkerState) -> Response:
     spec = services.catalog.get(model)
     wait_seconds = preferred_wait(request.headers.get("prefer"))
     is_loaded = wanted is WorkerState.READY
-    changed_at = await services.write(workers.set_model_loaded, spec.id, is_loaded=is_loaded)
+    changed_at = await services.system_write(workers.set_model_loaded, spec.id, is_loaded=is_loaded)
     await services.refresh_queues()
     gives_up_at = time.monotonic() + (wait_seconds or 0)
     while True:
-        own = await services.read(workers.list_live, model=spec.id)
+        own = await services.system_read(workers.list_live, model=spec.id)
         is_done = _have_all_obeyed(own, wanted, changed_at)
         if is_done or time.monotonic() >= gives_up_at or services.draining.is_set():
             break
         await asyncio.sleep(POLL_SECONDS)
-    view = _status(services, spec, own, is_loaded, await services.read(workers.list_drains))
+    view = _status(services, spec, own, is_loaded, await services.system_read(workers.list_drains))
     headers = {} if wait_seconds is None else {"preference-applied": f"wait={wait_seconds}"}
     status_code = 200 if wait_seconds and is_done else 202
     return json_response(_STATUS.dump_python(view, mode="json"), status_code, headers)
@@ -179,7 +179,7 @@ async def drain_worker(hostname: str, request: Request) -> WorkerView:
     services = services_of(request)
     await _live_worker(services, hostname)
     seconds = services.settings.drain_seconds
-    await services.write(workers.drain, hostname, release_after_seconds=seconds)
+    await services.system_write(workers.drain, hostname, release_after_seconds=seconds)
     return await _worker_view(services, hostname)
 
 
@@ -187,17 +187,17 @@ async def drain_worker(hostname: str, request: Request) -> WorkerView:
 async def resume_worker(hostname: str, request: Request) -> WorkerView:
     """The worker takes jobs again."""
     services = services_of(request)
-    await services.write(workers.resume, hostname)
+    await services.system_write(workers.resume, hostname)
     return await _worker_view(services, hostname)
 
 
 async def _worker_view(services: Services, hostname: str) -> WorkerView:
-    drains = await services.read(workers.list_drains)
+    drains = await services.system_read(workers.list_drains)
     return _view(await _live_worker(services, hostname), {drain.hostname: drain.since for drain in drains})
 
 
 async def _live_worker(services: Services, hostname: str) -> Worker:
-    live = await services.read(workers.list_live)
+    live = await services.system_read(workers.list_live)
     for worker in live:
         if worker.hostname == hostname:
             return worker

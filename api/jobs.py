@@ -376,7 +376,7 @@ async def _submit_again(job_id: str, request: Request, how: Resubmission, *, all
         services.submitter,
         record,
         how,
-        lambda new_job, keeps_output: services.write(
+        lambda new_job, keeps_output: services.system_write(  # the new job's turn depends on other tenants
             jobs.retry, new_job, keeps_output, max_queued_jobs=max_queued_jobs
         ),
     )

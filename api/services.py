@@ -28,6 +28,7 @@ from api.limits import (
     places_of_uploads,
 )
 from api.openapi import NEEDS_KEY, REFUSALS
+from api.pools import MAX_READS, MAX_WRITES, open_pools
 from api.queue_monitor import QueueMonitor
 from api.scopes import scope_of
 from dialects.native import QueueView
@@ -41,14 +42,7 @@ from domain.shares import SharedTurns, current_tenant
 from observability import EventLoopMonitor, describe_exception, key_id_context
 from settings import Settings
 from storage import job_queries, jobs
-from storage.database import (
-    OUTAGES,
-    async_session_factory,
-    open_async_database,
-    open_statement_database,
-    repeatable,
-    within,
-)
+from storage.database import OUTAGES, repeatable, within
 from storage.streams import REDIS_OUTAGES, StreamMessage, StreamReader, channel_of
 from tasks import job_log
 from tasks.accept import open_acceptor
@@ -72,10 +66,6 @@ AFTER_ALL_CHUNKS = 2**31 - 1  # a stream that begins here has status changes onl
 
 ANSWER_SECONDS = 5.0  # how long a query may take before the client gets a 503
 
-MAX_READS = 12  # of requests at a time; the rest of their connections is for streams, keys and queues
-
-MAX_WRITES = 8  # of requests at a time: as many as there are connections for transactions
-
 MAX_WAITING = 4_096  # reads, and as many writes
 
 
@@ -86,8 +76,10 @@ class Services:
     settings: Settings
     catalog: Catalog
     views: ModelViews
-    sessions: async_sessionmaker[AsyncSession]  # transactions
-    statements: async_sessionmaker[AsyncSession]  # autocommit
+    sessions: async_sessionmaker[AsyncSession]  # transactions of the request's tenant
+    statements: async_sessionmaker[AsyncSession]  # the same, autocommit
+    system_sessions: async_sessionmaker[AsyncSession]  # transactions across tenants
+    system_statements: async_sessionmaker[AsyncSession]  # the same, autocommit
     redis: "redis.asyncio.Redis"
     authenticator: Authenticator
     submitter: Submitter
@@ -107,17 +99,23 @@ class Services:
     is_noting_delivered: bool = False
 
     async def read(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a read-only storage function. Raises StorageUnavailable."""
+        """Call a read-only storage function, for the request's tenant. Raises StorageUnavailable."""
         return await self._query(self.read_turns, repeatable(self.statements, function, *args, **kwargs))
 
-    async def write(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a storage function and commit. Raises StorageFull, or StorageUnavailable: then it may have been
-        committed."""
-        return await self._query(self.write_turns, self._write(function, *args, **kwargs))
+    async def system_read(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `read`, across tenants."""
+        return await self._query(self.read_turns, repeatable(self.system_statements, function, *args, **kwargs))
 
-    async def _write(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        async with self.sessions.begin() as session:
-            return await session.run_sync(function, *args, **kwargs)
+    async def write(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a storage function for the request's tenant, and commit. Raises StorageFull, or StorageUnavailable: then
+        it may have been committed."""
+        return await self._query(self.write_turns, _write(self.sessions, function, *args, **kwargs))
+
+    async def system_write(
+        self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As `write`, across tenants."""
+        return await self._query(self.write_turns, _write(self.system_sessions, function, *args, **kwargs))
 
     async def _query(self, turns: SharedTurns, query: Coroutine[Any, Any, T]) -> T:
         return await self._bounded(self._in_turn(turns, query))
@@ -215,7 +213,7 @@ class Services:
         try:
             while job_ids := self.delivered:
                 self.delivered = []
-                await within(ANSWER_SECONDS, repeatable(self.statements, job_queries.mark_delivered, job_ids))
+                await within(ANSWER_SECONDS, repeatable(self.system_statements, job_queries.mark_delivered, job_ids))
         finally:
             self.is_noting_delivered = False
 
@@ -253,26 +251,16 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
     views = await asyncio.to_thread(ModelViews, catalog)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(EventLoopMonitor())
-        database = open_async_database(
-            settings.database_url,
-            pool_size=2,
-            max_overflow=MAX_WRITES - 2,
-            idle_seconds=settings.idle_transaction_seconds,
-        )
-        stack.push_async_callback(database.dispose)
-        sessions = async_session_factory(database)
-        statement_database = open_statement_database(settings.database_url)
-        stack.push_async_callback(statement_database.dispose)
-        statements = async_session_factory(statement_database)
+        pools = await stack.enter_async_context(open_pools(settings))
         client = open_redis(settings.redis_url)
         stack.push_async_callback(client.aclose)
-        dispatcher = Dispatcher(statements, client, catalog, settings)
+        dispatcher = Dispatcher(pools.system_statements, client, catalog, settings)
         stack.push_async_callback(dispatcher.aclose)
         acceptor = await stack.enter_async_context(open_acceptor(settings))
-        monitor = await stack.enter_async_context(QueueMonitor(statements, catalog, settings))
+        monitor = await stack.enter_async_context(QueueMonitor(pools.system_statements, catalog, settings))
         submitter = Submitter(settings, views, acceptor, ring=dispatcher.ring, estimate=monitor.estimate)
         stack.push_async_callback(submitter.aclose)
-        authenticator = Authenticator(statements, is_open=settings.auth == "none")
+        authenticator = Authenticator(pools.system_statements, is_open=settings.auth == "none")
         stack.push_async_callback(authenticator.aclose)
         is_shared = settings.auth != "none"
         large_work = LargeWork()
@@ -281,14 +269,16 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             settings=settings,
             catalog=catalog,
             views=views,
-            sessions=sessions,
-            statements=statements,
+            sessions=pools.sessions,
+            statements=pools.statements,
+            system_sessions=pools.system_sessions,
+            system_statements=pools.system_statements,
             redis=client,
             authenticator=authenticator,
             submitter=submitter,
             dispatcher=dispatcher,
             monitor=monitor,
-            streams=await stack.enter_async_context(StreamReader(settings.redis_url, statements)),
+            streams=await stack.enter_async_context(StreamReader(settings.redis_url, pools.system_statements)),
             slots=StreamPlaces(settings.max_streams, is_shared=is_shared),
             large_work=large_work,
             uploads=places_of_uploads(settings.max_uploads, is_shared=is_shared),
@@ -300,6 +290,16 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         stack.push_async_callback(services.cancel_spawned)
         services.spawn(follow_models(views, on_check=submitter.prepare_grammars))
         yield services
+
+
+async def _write(
+    sessions: async_sessionmaker[AsyncSession],
+    function: Callable[Concatenate[Session, P], T],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    async with sessions.begin() as session:
+        return await session.run_sync(function, *args, **kwargs)
 
 
 def open_redis(url: str) -> "redis.asyncio.Redis":

@@ -127,7 +127,7 @@ def accept_in(
     settings = services.settings
 
     async def accept(new_job: NewJob) -> Accepted:
-        return await services.write(
+        return await services.system_write(  # the new job's turn depends on other tenants
             conversations.begin_turn,
             turn,
             new_job,

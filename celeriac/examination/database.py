@@ -11,7 +11,7 @@ from sqlalchemy.pool import NullPool
 from celeriac.examination.results import CheckResult, clock_result, fail, ok, warn
 from domain.jobs import WorkerState
 from settings import Settings
-from storage import job_queries, maintenance, workers
+from storage import job_queries, maintenance, row_security, workers
 from storage.database import CONNECT_ARGS, MIGRATIONS, SharedSessions, database_url, refuse_shared_sessions
 from storage.tables import Worker
 
@@ -43,6 +43,8 @@ def database_results(settings: Settings) -> Iterator[CheckResult]:
             schema = schema_result(connection)
             yield schema
             if schema.level != "fail":
+                if settings.auth != "none":  # else there is only one tenant
+                    yield _row_security_result(connection)
                 with Session(connection) as session:
                     yield from _maintenance_results(session, settings)
                     yield from _worker_results(session, settings)
@@ -86,6 +88,13 @@ def _connections_result(connection: Connection) -> CheckResult:
     if used > BUSY_CONNECTIONS * allowed:
         return warn("connections", seen, "raise max_connections of PostgreSQL, or run fewer processes")
     return ok("connections", seen)
+
+
+def _row_security_result(connection: Connection) -> CheckResult:
+    reason = connection.scalar(text(row_security.GAP))
+    if reason is not None:
+        return warn("row-level security", f"it is not in force: {reason}", row_security.REMEDY)
+    return ok("row-level security", "it is in force: a request sees only rows of its own tenant")
 
 
 def schema_result(connection: Connection) -> CheckResult:

@@ -23,6 +23,7 @@ from local.servers import EmbeddedRedis
 from settings import ROOT, get_settings
 from storage import maintenance, workers
 from storage.workers import WorkerReport
+from tests.databases import as_owner
 
 MODEL = "celeriac-mini"
 
@@ -68,6 +69,15 @@ def test_where_all_is_well_nothing_fails(doctor: Doctor) -> None:
         assert levels[name] == "ok", answer
     [about] = found(answer, "workers")
     assert "1 ready" in about["seen"]
+
+
+@pytest.mark.usefixtures("well")
+def test_a_role_from_which_postgresql_hides_nothing_is_named(doctor: Doctor, database_url: str) -> None:
+    [about] = found(doctor(AUTH="api_key"), "row-level security")
+    assert (about["level"], about["seen"]) == ("warn", "it is not in force: postgres is a superuser")
+    assert found(doctor(AUTH="none"), "row-level security") == []  # there is only one tenant
+    [about] = found(doctor(AUTH="api_key", DATABASE_URL=as_owner(database_url)), "row-level security")
+    assert about["level"] == "ok"
 
 
 def test_each_process_that_is_missing_is_named_with_its_command(doctor: Doctor, make_job: Any) -> None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from api import limits as api_limits
 from api import services as api_services
 from api.model_queues import UNKNOWN_PLACE
-from api.services import MAX_READS, MAX_WRITES, Services, turns_of_queries
+from api.pools import MAX_READS, MAX_WRITES
+from api.services import Services, turns_of_queries
 from dialects.native import QueueView
 from domain.errors import ServerOverloaded, StorageUnavailable
 from domain.shares import NO_TENANT, SharedPlaces, SharedQueue, SharedTurns, current_tenant
@@ -209,7 +210,7 @@ async def test_reads_and_writes_take_turns_of_their_own(monkeypatch: pytest.Monk
         return "done"
 
     monkeypatch.setattr(api_services, "repeatable", answer)
-    monkeypatch.setattr(Services, "_write", answer)
+    monkeypatch.setattr("api.services._write", answer)
     function: Any = None
     services = make_services()
     await take_all_turns(services.read_turns, MAX_READS)
